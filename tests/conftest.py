@@ -1,0 +1,15 @@
+"""Shared fixtures. Importing the shim first lets `transformers` import beside a CPU-only torch."""
+
+import pytest
+import torch
+
+import vqa_scratch._torchvision_shim  # noqa: F401
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    """Every test starts from the same seed and leaves the default dtype as it found it."""
+    dtype = torch.get_default_dtype()
+    torch.manual_seed(0)
+    yield
+    torch.set_default_dtype(dtype)
