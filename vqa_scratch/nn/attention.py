@@ -1,0 +1,265 @@
+"""Attention, written out: one function in two ways that agree, and one module for self- and cross-attention.
+
+Vaswani et al. 2017, "Attention Is All You Need", equation 1: softmax(q k^T / sqrt(d) + bias) v. The fused way is
+torch's scaled_dot_product_attention (FlashAttention, Dao et al. 2022); the explicit way has the scores and the weights
+in the open. A query that may attend to nothing reads zeros in both.
+
+Shapes: B rows, H heads, T (Tq, Tk) tokens, d head size, D width; a memory has M entries of N tokens, R rows each.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vqa_scratch.nn import masks, taps
+from vqa_scratch.nn.cache import KVCache
+from vqa_scratch.nn.memory import KeyValue, Memory, concatenate, fold, unfold
+
+BACKENDS = ("fused", "explicit")
+
+
+def attention_scores(
+    q: Tensor,
+    k: Tensor,
+    *,
+    key_mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    causal: bool = False,
+    scale: float | None = None,
+) -> Tensor:
+    """(B, H, Tq, Tk): scale * q k^T + bias, -inf where a query may not look. Arguments as in `attention`."""
+    scores = (q * (q.shape[-1] ** -0.5 if scale is None else scale)) @ k.transpose(-1, -2)
+    if bias is not None:
+        scores = scores + bias
+    keep = masks.allowed(key_mask, causal, q.shape[-2], k.shape[-2], q.device)
+    return scores if keep is None else scores.masked_fill(~keep, -math.inf)
+
+
+def masked_softmax(scores: Tensor) -> Tensor:
+    """Softmax over the last axis in which -inf gets no weight and a row of nothing but -inf is all zeros."""
+    blocked = scores == -math.inf
+    # The most negative number instead of -inf keeps the gradient of an empty row finite.
+    return scores.masked_fill(blocked, torch.finfo(scores.dtype).min).softmax(-1).masked_fill(blocked, 0.0)
+
+
+def attention_weights(
+    q: Tensor,
+    k: Tensor,
+    *,
+    key_mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    causal: bool = False,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The scores (-inf where masked) and the weights, both (B, H, Tq, Tk). Arguments as in `attention`."""
+    scores = attention_scores(q, k, key_mask=key_mask, bias=bias, causal=causal, scale=scale)
+    return scores, masked_softmax(scores)
+
+
+def attention_mask(
+    q: Tensor, k: Tensor, *, key_mask: Tensor | None = None, bias: Tensor | None = None, causal: bool = False
+) -> Tensor | None:
+    """The one mask the fused operator takes: bool, or additive when there is a bias; broadcastable to the scores."""
+    keep = masks.allowed(key_mask, causal, q.shape[-2], k.shape[-2], q.device)
+    if bias is None:
+        return keep
+    bias = bias.to(q.dtype)
+    return bias if keep is None else bias.masked_fill(~keep, -math.inf)
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    key_mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    causal: bool = False,
+    scale: float | None = None,
+    dropout: float = 0.0,
+    backend: str = "fused",
+) -> Tensor:
+    """What each query reads, (B, H, Tq, d).
+
+    q (B, H, Tq, d); k, v (B, H, Tk, d); key_mask (B, Tk), True = may attend; bias is added to the scores and
+    broadcasts to (B, H, Tq, Tk), -inf allowed; causal is aligned to the end of the keys; scale defaults to d**-0.5;
+    dropout is the probability that a weight is dropped. Raises ValueError on an unknown backend or a misshapen mask.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    if backend == "explicit":
+        _, pattern = attention_weights(q, k, key_mask=key_mask, bias=bias, causal=causal, scale=scale)
+        return F.dropout(pattern, dropout) @ v
+    if causal and key_mask is None and bias is None and q.shape[-2] == k.shape[-2]:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, dropout_p=dropout)
+    mask = attention_mask(q, k, key_mask=key_mask, bias=bias, causal=causal)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, dropout_p=dropout)
+
+
+def attention_over_parts(
+    q: Tensor, parts: Sequence[KeyValue], *, scale: float | None = None, dropout: float = 0.0, backend: str = "fused"
+) -> Tensor:
+    """Attention of q (B, H, T, d) over the union of the parts' keys: one softmax. Returns (B, H, T, d)."""
+    if len(parts) == 1:
+        k, v, mask, repeat = parts[0]
+        z = attention(fold(q, repeat), k, v, key_mask=mask, scale=scale, dropout=dropout, backend=backend)
+        return unfold(z, repeat)
+    scores = [
+        unfold(attention_scores(fold(q, part.repeat), part.k, key_mask=part.mask, scale=scale), part.repeat)
+        for part in parts
+    ]
+    pattern = F.dropout(masked_softmax(torch.cat(scores, -1)), dropout)  # (B, H, T, N1 + N2 + ...)
+    pieces = pattern.split([part.k.shape[2] for part in parts], -1)
+    reads = [unfold(fold(piece, part.repeat) @ part.v, part.repeat) for piece, part in zip(pieces, parts, strict=True)]
+    return torch.stack(reads).sum(0) if len(reads) > 2 else reads[0] + reads[1]
+
+
+class MultiHeadAttention(nn.Module):
+    """Self-attention with one fused `qkv`, or cross-attention (`context_dim` given) with `q` and a fused `kv`.
+
+    `dropout` is the probability of dropping an attention weight while training; `scale` None means head_dim**-0.5.
+    A trace that wants `scores` or `pattern` gets them from the explicit way, whatever `backend` says.
+    """
+
+    tap_prefix: str | None = None
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        *,
+        head_dim: int | None = None,
+        context_dim: int | None = None,
+        bias: bool = True,
+        out_bias: bool = True,
+        scale: float | None = None,
+        dropout: float = 0.0,
+        backend: str = "fused",
+    ) -> None:
+        super().__init__()
+        if head_dim is None and dim % heads:
+            raise ValueError(f"width {dim} does not divide into {heads} heads; give head_dim")
+        self.heads, self.head_dim = heads, head_dim or dim // heads
+        self.scale = self.head_dim**-0.5 if scale is None else scale
+        self.dropout, self.backend = dropout, backend
+        inner = heads * self.head_dim
+        if context_dim is None:
+            self.qkv = nn.Linear(dim, 3 * inner, bias=bias)
+        else:
+            self.q = nn.Linear(dim, inner, bias=bias)
+            self.kv = nn.Linear(context_dim, 2 * inner, bias=bias)
+        self.is_cross = context_dim is not None
+        self.out = nn.Linear(inner, dim, bias=out_bias)
+
+    def forward(
+        self,
+        x: Tensor,
+        context: Tensor | Memory | Sequence[Memory] | None = None,
+        key_mask: Tensor | None = None,
+        bias: Tensor | None = None,
+        causal: bool = False,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """(B, T, D) -> (B, T, D).
+
+        context: (B, N, context_dim) read through key_mask (B, N), or memories that bring their own masks. With a cache
+        self-attention needs key_mask and bias for all keys, old and new; cross-attention projects its context once.
+        """
+        if self.is_cross:
+            assert bias is None and not causal, "cross-attention takes no bias and has no order"
+            z = self._cross(x, context, key_mask, cache)
+        else:
+            assert context is None, "this is self-attention: it was built without context_dim"
+            z = self._self(x, key_mask, bias, causal, cache)
+        z = taps.tap(self.tap_prefix, "z", z)
+        if taps.wanted(self.tap_prefix, "head_out"):
+            weight = self.out.weight.unflatten(1, (self.heads, self.head_dim))  # (D, H, d)
+            per_head = taps.tap(self.tap_prefix, "head_out", torch.einsum("bhtd,ehd->bhte", z, weight))
+            out = per_head.sum(1) if self.out.bias is None else per_head.sum(1) + self.out.bias
+        else:
+            out = self.out(z.transpose(1, 2).flatten(2))  # (B, T, H*d)
+        return taps.tap(self.tap_prefix, "out", out)
+
+    def _split(self, x: Tensor, pieces: int) -> tuple[Tensor, ...]:
+        """(B, T, pieces*H*d) -> `pieces` views of (B, H, T, d)."""
+        return x.unflatten(-1, (pieces, self.heads, self.head_dim)).permute(2, 0, 3, 1, 4).unbind(0)
+
+    def _self(
+        self, x: Tensor, key_mask: Tensor | None, bias: Tensor | None, causal: bool, cache: KVCache | None
+    ) -> Tensor:
+        q, k, v = self._split(self.qkv(x), 3)
+        if cache is not None:
+            k, v = cache.append(k, v)
+        return self._attend(q, k, v, key_mask, bias, causal)
+
+    def _cross(
+        self,
+        x: Tensor,
+        context: Tensor | Memory | Sequence[Memory] | None,
+        key_mask: Tensor | None,
+        cache: KVCache | None,
+    ) -> Tensor:
+        (q,) = self._split(self.q(x), 1)
+        if cache is not None and cache.cross is not None:
+            parts = cache.cross
+        else:
+            parts = self._project(context, key_mask)
+            if cache is not None:
+                cache.fill_cross(parts)
+        for part in parts:
+            assert len(part.k) * part.repeat == len(x), (
+                f"{len(x)} rows, but the memory serves {len(part.k) * part.repeat}"
+            )
+        if taps.wanted(self.tap_prefix, "k", "v", "mask", "scores", "pattern"):
+            k, v, mask, _ = concatenate(parts)
+            return self._attend(q, k, v, mask, None, False)
+        q = taps.tap(self.tap_prefix, "q", q)
+        dropout = self.dropout if self.training else 0.0
+        return attention_over_parts(q, parts, scale=self.scale, dropout=dropout, backend=self.backend)
+
+    def _project(self, context: Tensor | Memory | Sequence[Memory] | None, key_mask: Tensor | None) -> list[KeyValue]:
+        if isinstance(context, Tensor):
+            context = Memory(context, key_mask)
+        elif key_mask is not None:
+            raise ValueError("key_mask goes with a plain context tensor; a Memory has its own mask")
+        if context is None:
+            raise ValueError("cross-attention needs a context")
+        parts = []
+        for memory in [context] if isinstance(context, Memory) else context:
+            k, v = self._split(self.kv(memory.states), 2)
+            part = KeyValue(k, v, memory.mask, memory.repeat)
+            parts.append(part if memory.index is None else part.gather(memory.index))
+        return parts
+
+    def _attend(
+        self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, bias: Tensor | None, causal: bool
+    ) -> Tensor:
+        """Attention with every tap on the way; q, k, v (B, H, T, d)."""
+        name, dropout = self.tap_prefix, self.dropout if self.training else 0.0
+        q, k, v = taps.tap(name, "q", q), taps.tap(name, "k", k), taps.tap(name, "v", v)
+        if taps.wanted(name, "mask"):
+            nothing = q.new_zeros(1, 1, q.shape[-2], k.shape[-2])
+            taps.tap(
+                name,
+                "mask",
+                attention_mask(q, k, key_mask=key_mask, bias=nothing if bias is None else bias, causal=causal),
+            )
+        if not taps.wanted(name, "scores", "pattern"):
+            return attention(
+                q,
+                k,
+                v,
+                key_mask=key_mask,
+                bias=bias,
+                causal=causal,
+                scale=self.scale,
+                dropout=dropout,
+                backend=self.backend,
+            )
+        scores = attention_scores(q, k, key_mask=key_mask, bias=bias, causal=causal, scale=self.scale)
+        pattern = masked_softmax(taps.tap(name, "scores", scores))
+        pattern = taps.tap(name, "pattern", pattern)
+        return F.dropout(pattern, dropout) @ v

@@ -1,0 +1,62 @@
+"""Keys and values kept between decoding steps. No gradient flows through a cache.
+
+Shapes: B rows, M memory entries, H heads, T tokens so far, N memory tokens, d head size.
+"""
+
+from torch import Tensor
+
+from vqa_scratch.nn.memory import KeyValue
+
+
+class KVCache:
+    """One layer: self-attention appends to it, cross-attention fills `cross` once and reads it from then on."""
+
+    def __init__(self) -> None:
+        self.length = 0
+        self.cross: list[KeyValue] | None = None
+        self._k: Tensor | None = None  # (B, H, capacity, d)
+        self._v: Tensor | None = None
+
+    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Add keys and values (B, H, T, d) of new tokens; returns all so far, as views."""
+        k, v = k.detach(), v.detach()
+        start, self.length = self.length, self.length + k.shape[2]
+        if self._k is None or self.length > self._k.shape[2]:
+            # Doubling keeps the copying linear in the final length.
+            capacity = max(16, 2 * self.length)
+            grown = [x.new_empty(*x.shape[:2], capacity, x.shape[3]) for x in (k, v)]
+            if self._k is not None:
+                grown[0][:, :, :start] = self._k[:, :, :start]
+                grown[1][:, :, :start] = self._v[:, :, :start]
+            self._k, self._v = grown
+        self._k[:, :, start : self.length] = k
+        self._v[:, :, start : self.length] = v
+        return self._k[:, :, : self.length], self._v[:, :, : self.length]
+
+    def fill_cross(self, parts: list[KeyValue]) -> None:
+        """Keep the projected memory for the steps to come."""
+        self.cross = [KeyValue(p.k.detach(), p.v.detach(), p.mask, p.repeat) for p in parts]
+
+    def select(self, rows: Tensor) -> None:
+        """Keep, reorder or repeat rows: row i becomes what row `rows[i]` was. rows (B',) long."""
+        if self._k is not None:
+            self._k, self._v = self._k[rows], self._v[rows]
+        if self.cross is not None:
+            self.cross = [part.gather(rows // part.repeat) for part in self.cross]
+
+
+class DecoderCache(list[KVCache]):
+    """One KVCache a layer, with the operations a decoding loop needs."""
+
+    def __init__(self, layers: int) -> None:
+        super().__init__(KVCache() for _ in range(layers))
+
+    @property
+    def length(self) -> int:
+        """Tokens cached so far."""
+        return self[0].length
+
+    def select(self, rows: Tensor) -> None:
+        """`KVCache.select` in every layer."""
+        for layer in self:
+            layer.select(rows)

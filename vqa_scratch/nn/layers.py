@@ -1,0 +1,72 @@
+"""The parts around attention: activations, the two-layer perceptron, weight initialisation. LayerNorm is torch's.
+
+Shapes: D width, hidden the inner width of the perceptron.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vqa_scratch.nn import taps
+
+Activation = Callable[[Tensor], Tensor]
+
+
+def quick_gelu(x: Tensor) -> Tensor:
+    """x * sigmoid(1.702 x), the approximation CLIP was trained with (Hendrycks and Gimpel 2016, section 2)."""
+    return x * torch.sigmoid(1.702 * x)
+
+
+gelu_tanh = partial(F.gelu, approximate="tanh")
+
+# Keyed by the names that checkpoint configs use; "gelu" is the exact one, through erf.
+ACTIVATIONS: dict[str, Activation] = {
+    "gelu": F.gelu,
+    "gelu_new": gelu_tanh,
+    "gelu_pytorch_tanh": gelu_tanh,
+    "quick_gelu": quick_gelu,
+    "relu": F.relu,
+    "silu": F.silu,
+    "tanh": torch.tanh,
+}
+
+
+def activation(name: str) -> Activation:
+    """The activation a config calls `name`. Raises ValueError naming the known ones."""
+    if name not in ACTIVATIONS:
+        raise ValueError(f"unknown activation {name!r}; known: {', '.join(ACTIVATIONS)}")
+    return ACTIVATIONS[name]
+
+
+class MLP(nn.Module):
+    """Linear, activation, linear, dropout (Vaswani et al. 2017, section 3.3). (..., D) -> (..., D)."""
+
+    tap_prefix: str | None = None
+
+    def __init__(self, dim: int, hidden: int, activation: Activation, *, bias: bool = True, dropout: float = 0.0):
+        super().__init__()
+        self.up = nn.Linear(dim, hidden, bias=bias)
+        self.down = nn.Linear(hidden, dim, bias=bias)
+        self.activation = activation
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = taps.tap(self.tap_prefix, "pre", self.up(x))
+        hidden = taps.tap(self.tap_prefix, "post", self.activation(hidden))
+        return taps.tap(self.tap_prefix, "out", self.dropout(self.down(hidden)))
+
+
+def init_weights(module: nn.Module, std: float = 0.02) -> None:
+    """Normal(0, std) linear and embedding weights, zero biases, unit LayerNorms: BERT's and GPT-2's start.
+
+    For `Module.apply`.
+    """
+    if isinstance(module, (nn.Linear, nn.Embedding)):
+        nn.init.normal_(module.weight, std=std)
+    if isinstance(module, nn.Linear) and module.bias is not None:
+        nn.init.zeros_(module.bias)
+    if isinstance(module, nn.LayerNorm):
+        module.reset_parameters()
