@@ -22,8 +22,8 @@ _PERIOD = re.compile(r"\.(?![0-9])")
 # Quirk: re.UNICODE (32) is passed where `count` belongs, so at most 32 periods of one text are removed.
 _MAX_PERIODS = int(re.UNICODE)
 
-_NUMBERS = dict(zip("zero one two three four five six seven eight nine ten".split(), map(str, range(11)), strict=True))
-_NUMBERS["none"] = "0"
+_NUMBER_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+_NUMBERS = {word: str(number) for number, word in enumerate(_NUMBER_WORDS)} | {"none": "0"}
 _ARTICLES = {"a", "an", "the"}
 
 # Each of these is restored from every spelling of it that lacks exactly one apostrophe.
@@ -35,14 +35,14 @@ someone'd someone'd've someone'll someone's something'd something'd've something
 there's they'd they'd've they'll they're they've 'twas wasn't we'd've we've weren't what'll what're what's what've
 when's where'd where's where've who'd who'd've who'll who's who've why'll why're why's won't would've wouldn't
 wouldn't've y'all y'all'll y'all'd've you'd you'd've you'll you're you've
-""".split()
+"""
 
 
 def _without_one_apostrophe(word: str) -> list[str]:
     return [word[:i] + word[i + 1 :] for i, letter in enumerate(word) if letter == "'"]
 
 
-CONTRACTIONS = {spelling: word for word in _RESTORED for spelling in _without_one_apostrophe(word)}
+CONTRACTIONS = {spelling: word for word in _RESTORED.split() for spelling in _without_one_apostrophe(word)}
 # Kept as they are in the script: two entries that map to themselves, and one that goes the wrong way. (The entries
 # with a capital I can never match, since texts are lowered first.)
 CONTRACTIONS |= {"let's": "let's", "she's": "she's", "somebody'd": "somebodyd"}

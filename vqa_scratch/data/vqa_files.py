@@ -1,0 +1,208 @@
+"""The files of VQA v2 on disk: how they are named, found, parsed and written.
+
+Names follow the public release of VQA v2 (Goyal et al., CVPR 2017), which names images as MS COCO does.
+"""
+
+import json
+import os
+import sys
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from vqa_scratch.errors import UserError
+
+SUBTYPES = {"train": "train2014", "val": "val2014", "test": "test2015", "test-dev": "test-dev2015"}
+IMAGE_SUFFIXES = (".jpg", ".png", ".jpeg")
+
+
+def subtype_of(split: str) -> str:
+    """The official `data_subtype` of a split ("train" -> "train2014"); any other name stands for itself."""
+    return SUBTYPES.get(split, split)
+
+
+def image_subtype_of(subtype: str) -> str:
+    """The subtype that names the images: test-dev is a part of the questions on test2015."""
+    return subtype.replace("test-dev", "test")
+
+
+def questions_name(subtype: str) -> str:
+    return f"v2_OpenEnded_mscoco_{subtype}_questions.json"
+
+
+def annotations_name(subtype: str) -> str:
+    return f"v2_mscoco_{subtype}_annotations.json"
+
+
+def pairs_name(subtype: str) -> str:
+    return f"v2_mscoco_{subtype}_complementary_pairs.json"
+
+
+def image_file_name(split: str, image_id: int, suffix: str = ".jpg") -> Path:
+    """Where the image lies below the data folder: train2014/COCO_train2014_000000000042.jpg."""
+    subtype = image_subtype_of(subtype_of(split))
+    return Path(subtype) / f"COCO_{subtype}_{image_id:012d}{suffix}"
+
+
+@dataclass(frozen=True)
+class VQAFiles:
+    """Explicit places: the two JSON files (annotations may be absent for a test split) and the folder of images."""
+
+    questions: Path
+    annotations: Path | None
+    images: Path
+
+
+def find_file(folder: Path, name: str) -> Path:
+    """`name` in `folder` or in its subfolders `questions`, `annotations`; else UserError with every place looked at."""
+    places = [folder / name] + [folder / sub / name for sub in ("questions", "annotations")]
+    for place in places:
+        if place.is_file():
+            return place
+    what = (
+        "is not a folder" if not folder.is_dir() else "or its subfolders questions/ and annotations/ have no such file"
+    )
+    raise UserError(f"{name} not found: {folder} {what}")
+
+
+@dataclass
+class ImageFolder:
+    """Finds the image of an id by one listing of the folder, without a look at the disk per image."""
+
+    root: Path
+    subtype: str
+    folder: Path = field(init=False)
+    _names: set[str] = field(init=False, repr=False)
+    _paths: dict[int, Path | None] = field(init=False, repr=False, default_factory=dict)
+
+    def __post_init__(self) -> None:
+        places = [self.root / self.subtype, self.root / "images" / self.subtype, self.root / "images", self.root]
+        for place in filter(Path.is_dir, places):
+            self._names = {name for name in os.listdir(place) if name.lower().endswith(IMAGE_SUFFIXES)}
+            if self._names:
+                self.folder = place
+                return
+        looked = ", ".join(map(str, places))
+        raise UserError(f"no image ({'/'.join(IMAGE_SUFFIXES)}) of {self.subtype} found; looked in {looked}")
+
+    def names_for(self, image_id: int) -> list[str]:
+        """COCO's names of 2014/15, then those of 2017, then the plain number; .jpg before .png."""
+        stems = (f"COCO_{self.subtype}_{image_id:012d}", f"{image_id:012d}", str(image_id))
+        return [stem + suffix for stem in stems for suffix in IMAGE_SUFFIXES]
+
+    def find(self, image_id: int) -> Path | None:
+        """The path of the image, the same object at every call, or None if there is none."""
+        if image_id not in self._paths:
+            name = next((name for name in self.names_for(image_id) if name in self._names), None)
+            self._paths[image_id] = self.folder / name if name else None
+        return self._paths[image_id]
+
+
+def load_json(path: Path, object_hook: Any = None) -> Any:
+    """The parsed file; UserError that says where it stops being JSON."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            return json.load(file, object_hook=object_hook)
+    except json.JSONDecodeError as error:
+        where = f"line {error.lineno}, column {error.colno} (character {error.pos} of {len(error.doc)})"
+        raise UserError(f"{path} is not valid JSON at {where}: {error.msg}; is the file complete?") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text (byte {error.start}); is it really the JSON file?") from error
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes to a temporary name and renames, so that the file is never half there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(json.dumps(content, separators=(",", ":"), ensure_ascii=False), encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def entries(path: Path, content: Any, key: str) -> list[Any]:
+    """content[key], which must be a list."""
+    if not isinstance(content, dict) or key not in content:
+        found = ", ".join(map(repr, content)) if isinstance(content, dict) else f"a {type(content).__name__}"
+        raise UserError(f'{path} has no list "{key}" (found {found or "nothing"}); is it the right file?')
+    if not isinstance(content[key], list):
+        raise UserError(f'{path}: "{key}" is a {type(content[key]).__name__}, not a list')
+    return content[key]
+
+
+def fields(where: str, entry: Any, types: dict[str, type]) -> list[Any]:
+    """The values of the named keys of `entry`, each of the given type; else UserError that names the key."""
+    if not isinstance(entry, dict):
+        raise UserError(f"{where} is a {type(entry).__name__}, not an object")
+    missing = [key for key in types if key not in entry]
+    if missing:
+        raise UserError(f"{where} has no {' and no '.join(map(repr, missing))}")
+    for key, wanted in types.items():
+        # bool is a kind of int in Python, but not an id
+        if not isinstance(entry[key], wanted) or isinstance(entry[key], bool):
+            raise UserError(f"{where}: {key!r} is {entry[key]!r}, not {wanted.__name__}")
+    return [entry[key] for key in types]
+
+
+@dataclass(frozen=True)
+class Annotation:
+    """What an annotation file says of one question."""
+
+    image_id: int
+    question_type: str
+    answer_type: str
+    answers: tuple[str, ...]
+    answer: str
+
+
+def load_annotations(path: Path) -> tuple[dict[int, Annotation], Counter[str]]:
+    """{question_id: Annotation} and a count of what is allowed but unusual.
+
+    The 4.4 million answers of train2014 are reduced to interned strings while the file is parsed, so that their dicts
+    are never all in memory.
+    """
+    notes: Counter[str] = Counter()
+
+    def reduce(entry: dict[str, Any]) -> Any:
+        if isinstance(entry.get("answer"), str) and "question_id" not in entry:
+            if "answer_id" not in entry:
+                notes["answers without answer_id (the official script would score them differently)"] += 1
+            return sys.intern(entry["answer"])
+        return entry
+
+    types = {"question_id": int, "image_id": int, "question_type": str, "answer_type": str, "answers": list}
+    result: dict[int, Annotation] = {}
+    raw = entries(path, load_json(path, reduce), "annotations")
+    raw.reverse()  # popped from the end: each entry is freed as soon as it is read
+    total = len(raw)
+    while raw:
+        entry = raw.pop()
+        where = f"{path}: annotations[{total - len(raw) - 1}]"
+        question_id, image_id, question_type, answer_type, answers = fields(where, entry, types)
+        if not answers:
+            raise UserError(f"{where} (question {question_id}) has no answers")
+        bad = next((answer for answer in answers if not isinstance(answer, str)), None)
+        if bad is not None:
+            raise UserError(f"{where} (question {question_id}) has an answer without a text: {bad!r}")
+        if len(answers) != 10:
+            notes["questions with other than ten answers"] += 1
+        majority = entry.get("multiple_choice_answer")
+        if not isinstance(majority, str):
+            majority = Counter(answers).most_common(1)[0][0]
+        texts = map(sys.intern, (question_type, answer_type))
+        result[question_id] = Annotation(image_id, *texts, tuple(answers), sys.intern(majority))
+    return result, notes
+
+
+def answer_entries(answers: Sequence[str], confidences: Iterable[str] | None = None) -> list[dict[str, Any]]:
+    """The official form of the annotators' answers: ids from 1, a confidence each ("yes" unless given)."""
+    confidences = ["yes"] * len(answers) if confidences is None else list(confidences)
+    return [
+        {"answer_id": i, "answer": answer, "answer_confidence": confidence}
+        for i, (answer, confidence) in enumerate(zip(answers, confidences, strict=True), start=1)
+    ]

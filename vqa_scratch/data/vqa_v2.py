@@ -1,0 +1,348 @@
+"""VQA v2: reading its files into samples, splitting by image, writing the same formats.
+
+The data set and its formats are those of Goyal et al., "Making the V in VQA Matter" (CVPR 2017). Samples hold paths,
+never pixels. Whatever is left out is counted, with its reason, in a report.
+"""
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from PIL import Image
+
+from vqa_scratch.data.vqa_files import (
+    Annotation,
+    ImageFolder,
+    VQAFiles,
+    annotations_name,
+    answer_entries,
+    entries,
+    fields,
+    find_file,
+    image_file_name,
+    image_subtype_of,
+    load_annotations,
+    load_json,
+    pairs_name,
+    questions_name,
+    subtype_of,
+    write_json,
+)
+from vqa_scratch.errors import UserError
+
+__all__ = [
+    "VQAData",
+    "VQAFiles",
+    "VQAReport",
+    "VQASample",
+    "image_file_name",
+    "read_pairs",
+    "read_vqa",
+    "split_by_image",
+    "write_vqa",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class VQASample:
+    """One question on one image. On a test split without annotations the types and `answer` are "", `answers` is ()."""
+
+    image_id: int
+    image_path: Path
+    question_id: int
+    question: str
+    question_type: str
+    answer_type: str
+    answers: tuple[str, ...]
+    answer: str
+
+
+@dataclass
+class VQAReport:
+    """What was read, kept and left out. `str(report)` is a text of several lines."""
+
+    split: str
+    files: VQAFiles
+    in_file: int = 0
+    kept: int = 0
+    images: int = 0
+    skipped: Counter[str] = field(default_factory=Counter)
+    examples: dict[str, str] = field(default_factory=dict)
+    notes: Counter[str] = field(default_factory=Counter)
+
+    def skip(self, reason: str, example: object = None, count: int = 1) -> None:
+        self.skipped[reason] += count
+        if example is not None:
+            self.examples.setdefault(reason, str(example))
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.split}: kept {self.kept:,} of {self.in_file:,} questions, on {self.images:,} images",
+            f"  questions    {self.files.questions}",
+            f"  annotations  {self.files.annotations or 'none'}",
+            f"  images       {self.files.images}",
+        ]
+        for reason, count in self.skipped.most_common():
+            example = f" (first: {self.examples[reason]})" if reason in self.examples else ""
+            lines.append(f"  left out {count:,}: {reason}{example}")
+        lines += [f"  note: {count:,} {note}" for note, count in self.notes.items()]
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class VQAData:
+    """The samples in the order of the question file, and the report on them."""
+
+    samples: list[VQASample]
+    report: VQAReport
+
+
+def _find(source: str | Path | VQAFiles, split: str) -> VQAFiles:
+    if isinstance(source, VQAFiles):
+        for path in filter(None, (source.questions, source.annotations)):
+            if not Path(path).is_file():
+                raise UserError(f"{path} not found: there is no such file")
+        return source
+    folder, subtype = Path(source), subtype_of(split)
+    questions = find_file(folder, questions_name(subtype))
+    try:
+        annotations = find_file(folder, annotations_name(subtype))
+    except UserError:
+        if not subtype.startswith("test"):  # the official test splits come without answers
+            raise
+        annotations = None
+    return VQAFiles(questions, annotations, folder)
+
+
+def _check_limits(split: str, annotated: bool, min_agreement: float, **counts: int | None) -> None:
+    for name, value in counts.items():
+        least = 0 if name in ("start_at", "end_at") else 1
+        if value is not None and value < least:
+            raise UserError(f"{name} must be {least} or more, not {value}")
+    if not 0 <= min_agreement <= 1:
+        raise UserError(f"min_agreement is a share of the annotators, from 0 to 1, not {min_agreement}")
+    if min_agreement > 0 and not annotated:
+        raise UserError(f"min_agreement={min_agreement} needs annotations, and {split} has none")
+
+
+def _is_image(path: Path) -> bool:
+    try:
+        with Image.open(path) as image:
+            image.verify()  # the header and, where the format has them, the check sums; no decoding
+        return True
+    except Exception:  # decoders raise whatever they like on broken files
+        return False
+
+
+def read_vqa(
+    source: str | Path | VQAFiles,
+    split: str = "train",
+    *,
+    start_at: int = 0,
+    end_at: int | None = None,
+    max_images: int | None = None,
+    max_questions: int | None = None,
+    max_questions_per_image: int | None = None,
+    min_agreement: float = 0.0,
+    verify_images: bool = False,
+) -> VQAData:
+    """Reads one split of a folder that holds the official files.
+
+    source                  -- the folder, or a VQAFiles with the place of each file
+    split                   -- "train", "val", "test", "test-dev", an official subtype ("train2014"), or any name that
+                               files were written under
+    start_at, end_at        -- the slice [start_at, end_at) of the question list that is looked at
+    max_images              -- at most so many distinct images: questions on further ones are left out
+    max_questions           -- at most so many questions in all
+    max_questions_per_image -- at most so many questions on one image
+    min_agreement           -- least share of the annotators, 0 to 1, who gave the most common answer, word for word
+    verify_images           -- open each image once and leave out those that PIL cannot identify (slow on large sets)
+
+    Annotations are required except for splits whose name starts with "test".
+    Raises UserError, in one line: a missing file or folder of images, broken JSON, a missing key, a question
+    annotated with no answers, an option out of range, or no question left.
+    """
+    files = _find(source, split)
+    _check_limits(
+        split,
+        files.annotations is not None,
+        min_agreement,
+        start_at=start_at,
+        end_at=end_at,
+        max_images=max_images,
+        max_questions=max_questions,
+        max_questions_per_image=max_questions_per_image,
+    )
+    content = load_json(files.questions)
+    questions = entries(files.questions, content, "questions")
+    subtype = content.get("data_subtype") or subtype_of(split)
+    finder = ImageFolder(Path(files.images), image_subtype_of(subtype))
+    annotations: dict[int, Annotation] | None = None
+    report = VQAReport(split, VQAFiles(files.questions, files.annotations, finder.folder), in_file=len(questions))
+    if files.annotations is not None:
+        annotations, report.notes = load_annotations(files.annotations)
+    if start_at >= len(questions):
+        raise UserError(f"start_at={start_at} is past the end: {files.questions} has {len(questions)} questions")
+
+    samples: list[VQASample] = []
+    per_image: Counter[int] = Counter()
+    readable: dict[int, bool] = {}
+    seen: set[int] = set()
+    types = {"question_id": int, "image_id": int, "question": str}
+    nothing = Annotation(0, "", "", (), "")
+    stop = len(questions) if end_at is None else min(end_at, len(questions))
+    for position in range(start_at, stop):
+        if max_questions is not None and len(samples) == max_questions:
+            report.skip("over max_questions", count=stop - position)
+            break
+        where = f"{files.questions}: questions[{position}]"
+        question_id, image_id, question = fields(where, questions[position], types)
+        if question_id in seen:
+            report.skip("the question id occurred before", question_id)
+            continue
+        seen.add(question_id)
+        if not question.strip():
+            report.skip("the question is empty", question_id)
+            continue
+        found = nothing
+        if annotations is not None:
+            found = annotations.get(question_id)
+            if found is None:
+                report.skip("the question has no annotation", question_id)
+                continue
+            if found.image_id != image_id:
+                report.skip("the annotation is about another image", question_id)
+                continue
+            if min_agreement > 0:
+                most_common = max(map(found.answers.count, set(found.answers)))
+                if most_common / len(found.answers) < min_agreement - 1e-9:
+                    report.skip("the annotators agree less than min_agreement")
+                    continue
+        if max_questions_per_image is not None and per_image[image_id] >= max_questions_per_image:
+            report.skip("over max_questions_per_image")
+            continue
+        if max_images is not None and image_id not in per_image and len(per_image) == max_images:
+            report.skip("over max_images")
+            continue
+        path = finder.find(image_id)
+        if path is None:
+            report.skip("the image is missing", finder.names_for(image_id)[0])
+            continue
+        if verify_images:
+            if image_id not in readable:
+                readable[image_id] = _is_image(path)
+            if not readable[image_id]:
+                report.skip("the image cannot be read", path.name)
+                continue
+        per_image[image_id] += 1
+        samples.append(
+            VQASample(
+                image_id=image_id,
+                image_path=path,
+                question_id=question_id,
+                question=question.strip(),
+                question_type=found.question_type,
+                answer_type=found.answer_type,
+                answers=found.answers,
+                answer=found.answer,
+            )
+        )
+    outside = len(questions) - max(stop - start_at, 0)
+    if outside:
+        report.skip("outside start_at and end_at", count=outside)
+    report.kept, report.images = len(samples), len(per_image)
+    if not samples:
+        reasons = "; ".join(
+            f"{count} because {reason}" + (f" ({report.examples[reason]})" if reason in report.examples else "")
+            for reason, count in report.skipped.most_common()
+        )
+        raise UserError(f"no question of {files.questions} is left: {reasons or 'it holds none'}")
+    return VQAData(samples, report)
+
+
+def split_by_image(
+    samples: Iterable[VQASample], fractions: Sequence[float], seed: int = 0
+) -> tuple[list[VQASample], ...]:
+    """Splits samples so that all questions on one image fall into the same part, one part per fraction.
+
+    The part of an image depends only on its id and the seed (BLAKE2), not on the other images or on their order; so
+    parts have the wanted sizes only on average. Raises ValueError unless the fractions are positive and sum to 1.
+    """
+    if any(fraction <= 0 for fraction in fractions) or abs(sum(fractions) - 1) > 1e-6:
+        raise ValueError(f"fractions must be positive and sum to 1, not {tuple(fractions)}")
+    bounds = [sum(fractions[: i + 1]) for i in range(len(fractions) - 1)]
+    parts: tuple[list[VQASample], ...] = tuple([] for _ in fractions)
+    for sample in samples:
+        digest = hashlib.blake2b(f"{seed}:{sample.image_id}".encode(), digest_size=8).digest()
+        position = int.from_bytes(digest, "big") / 2**64
+        parts[sum(position >= bound for bound in bounds)].append(sample)
+    return parts
+
+
+def write_vqa(
+    folder: str | Path,
+    split: str,
+    samples: Sequence[VQASample],
+    *,
+    description: str = "",
+    license_name: str = "",
+    pairs: Iterable[tuple[int, int]] = (),
+    confidences: Mapping[int, Sequence[str]] | None = None,
+) -> VQAFiles:
+    """Writes the question, annotation and complementary-pair files of a split under their official names.
+
+    pairs       -- (question_id, question_id) with the same question on similar images and different answers
+    confidences -- {question_id: one of "yes", "maybe", "no" per answer}; "yes" where not given
+    Images are not touched: `image_file_name` says where they belong. Without any answers no annotation file is written.
+    Raises ValueError if only some samples have answers, or if a question id occurs twice.
+    """
+    folder, subtype = Path(folder), subtype_of(split)
+    answered = sum(bool(sample.answers) for sample in samples)
+    if answered not in (0, len(samples)):
+        raise ValueError(f"{answered} of {len(samples)} samples have answers; a split has them for all or for none")
+    if len({sample.question_id for sample in samples}) != len(samples):
+        raise ValueError("a question id occurs twice")
+    info = {
+        "description": description,
+        "data_type": "mscoco",
+        "version": "2.0",
+        "contributor": "",
+        "url": "",
+        "year": 0,
+        "date_created": "",
+    }
+    common = {
+        "info": info,
+        "license": {"name": license_name, "url": ""},
+        "data_type": "mscoco",
+        "data_subtype": subtype,
+    }
+    questions = [{"image_id": s.image_id, "question": s.question, "question_id": s.question_id} for s in samples]
+    files = VQAFiles(folder / questions_name(subtype), folder / annotations_name(subtype) if answered else None, folder)
+    write_json(files.questions, {**common, "task_type": "Open-Ended", "questions": questions})
+    if files.annotations is not None:
+        annotations = [
+            {
+                "question_id": s.question_id,
+                "image_id": s.image_id,
+                "question_type": s.question_type,
+                "answer_type": s.answer_type,
+                "answers": answer_entries(s.answers, (confidences or {}).get(s.question_id)),
+                "multiple_choice_answer": s.answer,
+            }
+            for s in samples
+        ]
+        write_json(files.annotations, {**common, "annotations": annotations})
+    write_json(folder / pairs_name(subtype), [list(pair) for pair in pairs])
+    return files
+
+
+def read_pairs(folder: str | Path, split: str) -> list[tuple[int, int]]:
+    """The complementary pairs of a split: questions ids with the same question and different answers."""
+    path = find_file(Path(folder), pairs_name(subtype_of(split)))
+    content = load_json(path)
+    if not isinstance(content, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in content):
+        raise UserError(f"{path} is not a list of pairs of question ids")
+    return [(first, second) for first, second in content]
