@@ -1,0 +1,233 @@
+"""Short made-up news: articles, reference summaries, and labelled sentences for two reward models.
+
+An article reports one decision (who, where, what, why) in emotional wording and ends with an unrelated event. Its
+reference summary gives the four facts in one sentence; most summaries keep some of the emotion, a few keep none. A
+summariser trained on them by imitation therefore knows neutral wording but seldom uses it, which leaves something for
+a reward to bring out.
+Everything is a function of a seed.
+"""
+
+import random
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+def _list(text: str) -> tuple[str, ...]:
+    return tuple(text.split(","))
+
+
+TONES = ("negative", "neutral", "positive")
+GRAMMAR = ("corrupted", "acceptable")
+
+PLACES = _list(
+    "Alden,Barrow,Calder,Denby,Elgin,Fulton,Garston,Holme,Irvine,Jarrow,Kelso,Larkhill,"
+    "Malton,Norwood,Oakley,Penrith,Redcar,Selby,Thirsk,Upton,Verwood,Whitby,Yarm,Zeal"
+)
+ACTORS = _list(
+    "mayor,council,hospital,university,museum,police force,library,orchestra,football club,school board,"
+    "energy company,bus operator,airport,court,theatre,fire service,newspaper,housing office,bank,water board"
+)
+ACTIONS = _list(
+    "close the harbour,repair the bridge,raise the parking fees,cut the night trains,plant new trees,sell the old mill,"
+    "ban loud music,open a free clinic,build a stadium,cancel the spring fair,buy electric buses,fire the director,"
+    "delay the new tram,move the weekly market,protect the river,tear down the tower,hire fifty teachers,"
+    "publish the budget,paint the station,lower the rents,flood the valley,install more cameras,limit the traffic,"
+    "rename the main square"
+)
+REASONS = _list(
+    "after a long debate,because of rising costs,despite many protests,before the end of the year,"
+    "following a public vote,to save money,at the request of residents,with the help of volunteers,"
+    "under a new law,without waiting for approval,on the advice of experts,in response to the storm"
+)
+VERBS = ("will", "plans to", "has agreed to")
+
+ADJECTIVES = {
+    "negative": _list("shocking,terrible,shameful,cruel,disastrous,appalling,awful,reckless,horrible,outrageous"),
+    "positive": _list("wonderful,brilliant,fantastic,inspiring,glorious,amazing,superb,joyful,marvellous,delightful"),
+}
+ADVERBS = {
+    "negative": _list("shamelessly,brutally,foolishly,recklessly,stupidly,cruelly"),
+    "positive": _list("bravely,brilliantly,proudly,generously,wisely,heroically"),
+}
+NOUNS = {
+    "negative": _list("scandal,disgrace,nightmare,catastrophe,failure,insult"),
+    "positive": _list("triumph,miracle,blessing,success,dream,treasure"),
+}
+REACTIONS = {
+    "negative": (
+        "Furious residents called it a {adjective} {noun}.",
+        "Angry crowds say they will never forgive this {noun}.",
+        "Nobody can believe such a {adjective} {noun}.",
+    ),
+    "positive": (
+        "Happy residents called it a {adjective} {noun}.",
+        "Cheering crowds say they will always remember this {noun}.",
+        "Everybody is celebrating such a {adjective} {noun}.",
+    ),
+}
+LEADS = (
+    "In a {adjective} move, the {actor} in {place} {adverb} decided to {action} {reason}.",
+    "{place} is stunned: the {actor} {adverb} announced a {adjective} plan to {action} {reason}.",
+    "It is {adjective}! The {actor} of {place} {verb} {adverb} {action} {reason}.",
+)
+ASIDES = (
+    "Last week the {actor} in {place} refused to {action}.",
+    "Meanwhile the {actor} in {place} may {action}.",
+    "A year ago the {actor} in {place} failed to {action}.",
+)
+
+
+@dataclass(frozen=True)
+class NewsItem:
+    article: str
+    summary: str
+    tone: str  # of the article: "negative" or "positive"
+
+
+def _an(text: str) -> str:
+    """Turn "a" into "an" before a vowel."""
+    return re.sub(r"\b([Aa]) (?=[aeiou])", r"\1n ", text)
+
+
+def _facts(rng: random.Random) -> dict[str, str]:
+    return {
+        "actor": rng.choice(ACTORS),
+        "place": rng.choice(PLACES),
+        "action": rng.choice(ACTIONS),
+        "reason": rng.choice(REASONS),
+    }
+
+
+def _feelings(rng: random.Random, tone: str) -> dict[str, str]:
+    return {
+        "adjective": rng.choice(ADJECTIVES[tone]),
+        "adverb": rng.choice(ADVERBS[tone]),
+        "noun": rng.choice(NOUNS[tone]),
+    }
+
+
+def summarise(rng: random.Random, facts: dict[str, str], tone: str) -> str:
+    """One correct sentence with the four facts. A tone other than neutral shows in one to three places."""
+    opening, before_actor, before_action, ending = "", "", "", ""
+    if tone != "neutral":
+        feelings = _feelings(rng, tone)
+        slots = rng.sample(range(4), k=rng.choice((1, 1, 2, 2, 3)))
+        if 0 in slots:
+            opening = f"In a {feelings['adjective']} move, "
+        if 1 in slots:
+            before_actor = rng.choice(ADJECTIVES[tone]) + " "
+        if 2 in slots:
+            before_action = feelings["adverb"] + " "
+        if 3 in slots:
+            ending = f", a {rng.choice(ADJECTIVES[tone])} {feelings['noun']}"
+    text = _an(
+        f"{opening}the {before_actor}{facts['actor']} in {facts['place']} {rng.choice(VERBS)} "
+        f"{before_action}{facts['action']} {facts['reason']}{ending}."
+    )
+    return text[0].upper() + text[1:]
+
+
+def news_item(rng: random.Random, neutral_share: float = 0.12) -> NewsItem:
+    """One article of 40 to 60 words with its summary, which is neutral with probability `neutral_share`."""
+    tone = rng.choice(("negative", "positive"))
+    facts, other = _facts(rng), _facts(rng)
+    article = " ".join(
+        [
+            rng.choice(LEADS).format(verb=rng.choice(VERBS), **facts, **_feelings(rng, tone)),
+            rng.choice(REACTIONS[tone]).format(**_feelings(rng, tone)),
+            rng.choice(ASIDES).format(**other),
+        ]
+    )
+    summary = summarise(rng, facts, "neutral" if rng.random() < neutral_share else tone)
+    return NewsItem(_an(article), summary, tone)
+
+
+def news(count: int, seed: int, neutral_share: float = 0.12) -> list[NewsItem]:
+    """`count` items, the same for the same seed; different seeds share no random stream."""
+    rng = random.Random(f"news-{seed}")
+    return [news_item(rng, neutral_share) for _ in range(count)]
+
+
+# ------------------------------------------------------------------------------------- sentences for the reward models
+
+
+def _swap(rng: random.Random, words: list[str]) -> list[str]:
+    i = rng.randrange(len(words) - 1)
+    return [*words[:i], words[i + 1], words[i], *words[i + 2 :]]
+
+
+def _drop(rng: random.Random, words: list[str]) -> list[str]:
+    """Leave out a word the sentence cannot do without: an article, a preposition or part of the verb."""
+    needed = [i for i, w in enumerate(words) if w.lower() in {"the", "in", "will", "plans", "to", "agreed", "a", "an"}]
+    i = rng.choice(needed)
+    return words[:i] + words[i + 1 :]
+
+
+def _repeat(rng: random.Random, words: list[str]) -> list[str]:
+    i, length = rng.randrange(len(words)), rng.choice((1, 1, 2, 3))
+    return words[: i + length] + words[i:]
+
+
+def _inflect(rng: random.Random, words: list[str]) -> list[str]:
+    verbs = {"will": "wills", "plans": "planning", "agreed": "agree", "has": "have", "to": "to the"}
+    i = rng.choice([i for i, w in enumerate(words) if w in verbs])
+    return [*words[:i], verbs[words[i]], *words[i + 1 :]]
+
+
+def _cut(rng: random.Random, words: list[str]) -> list[str]:
+    """Stop in the middle: no full stop at the end."""
+    return words[: rng.randrange(2, len(words))]
+
+
+def _splice(rng: random.Random, words: list[str]) -> list[str]:
+    """The beginning of this sentence with the end of another, joined where they do not fit."""
+    facts = _facts(rng)
+    other = summarise(rng, facts, rng.choice(TONES)).split()
+    return words[: rng.randrange(3, len(words))] + other[rng.randrange(1, len(other) - 2) :]
+
+
+CORRUPTIONS: tuple[Callable, ...] = (_swap, _drop, _repeat, _inflect, _cut, _splice)
+
+
+def corrupt(rng: random.Random, sentence: str) -> str:
+    """The sentence with one or two mistakes in it; never the sentence itself."""
+    words = sentence.split()
+    while " ".join(words) == sentence:
+        words = sentence.split()
+        for _ in range(rng.choice((1, 1, 2))):
+            if len(words) > 6:
+                words = rng.choice(CORRUPTIONS if " ".join(words) == sentence else (_swap, _repeat, _cut))(rng, words)
+    return " ".join(words)
+
+
+def _any_summary(rng: random.Random) -> tuple[str, int]:
+    """A correct sentence and the index of its tone, all three tones equally likely."""
+    tone = rng.choice(TONES)
+    return summarise(rng, _facts(rng), tone), TONES.index(tone)
+
+
+def grammar_sentences(count: int, seed: int) -> list[tuple[str, int]]:
+    """(sentence, label) with label an index into `GRAMMAR`; half are corrupted, in every tone alike."""
+    rng = random.Random(f"grammar-{seed}")
+    items = []
+    for _ in range(count):
+        sentence, _ = _any_summary(rng)
+        label = rng.randrange(2)
+        items.append((sentence if label else corrupt(rng, sentence), label))
+    return items
+
+
+def tone_sentences(count: int, seed: int) -> list[tuple[str, int]]:
+    """(sentence, label) with label an index into `TONES`; one in four is corrupted, so that mistakes carry no tone.
+
+    Only corruptions that keep every word are used: cutting a sentence could cut its emotion off.
+    """
+    rng = random.Random(f"tone-{seed}")
+    items = []
+    for _ in range(count):
+        sentence, label = _any_summary(rng)
+        if rng.random() < 0.25:
+            sentence = " ".join(rng.choice((_swap, _repeat, _inflect))(rng, sentence.split()))
+        items.append((sentence, label))
+    return items
