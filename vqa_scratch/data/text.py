@@ -1,0 +1,265 @@
+"""Tokenizers: loading those of released checkpoints, training small ones, and turning texts into padded batches.
+
+A thin layer over the `tokenizers` library. Three kinds occur: WordPiece (BERT, Devlin et al. 2019), byte-level BPE
+(GPT-2, Radford et al. 2019; RoBERTa, Liu et al. 2019) and Unigram (T5, Raffel et al. 2020; from its tokenizer.json).
+
+B batch, T text tokens.
+"""
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+import torch
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+from vqa_scratch.data.locate import locate
+from vqa_scratch.data.vqa_files import load_json, write_json
+from vqa_scratch.errors import UserError
+
+FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt", "vocab.txt")
+ROLES = ("bos", "eos", "pad", "unk", "cls", "sep", "mask")
+
+# The special tokens of the released vocabularies, for checkpoints whose files do not name them.
+_KNOWN_ROLES = (
+    {"cls": "[CLS]", "sep": "[SEP]", "pad": "[PAD]", "unk": "[UNK]", "mask": "[MASK]"},
+    {"bos": "<s>", "eos": "</s>", "pad": "<pad>", "unk": "<unk>", "cls": "<s>", "sep": "</s>", "mask": "<mask>"},
+    {"bos": "<|endoftext|>", "eos": "<|endoftext|>", "unk": "<|endoftext|>"},
+    {"eos": "</s>", "pad": "<pad>", "unk": "<unk>"},
+)
+
+
+def check_question(text: str) -> str:
+    """The question without surrounding space; UserError if nothing is left or it is no valid text."""
+    if not isinstance(text, str) or not text.strip():
+        raise UserError("the question is empty: ask something, for example --question 'what color is the square?'")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise UserError(f"the question is not valid text: character {error.start} cannot be encoded") from error
+    return text.strip()
+
+
+class Tokenizer:
+    """Text to ids and back.
+
+    backend       -- a `tokenizers.Tokenizer`; its post-processor adds the special tokens (RoBERTa <s> </s>,
+                     BERT [CLS] [SEP], T5 </s>, GPT-2 none)
+    special       -- the token of each role in ROLES that the vocabulary has
+    bos_id, eos_id, pad_id, unk_id, cls_id, sep_id, mask_id
+                  -- their ids, or None
+    truncated     -- how many texts `encode_batch` has cut so far
+    """
+
+    bos_id: int | None
+    eos_id: int | None
+    pad_id: int | None
+    unk_id: int | None
+    cls_id: int | None
+    sep_id: int | None
+    mask_id: int | None
+
+    def __init__(self, backend: tokenizers.Tokenizer, special: dict[str, str]) -> None:
+        # Files may carry a fixed length to cut or pad to; both are done here, in the open.
+        backend.no_truncation()
+        backend.no_padding()
+        self.backend = backend
+        self.special = {role: special[role] for role in ROLES if role in special}
+        self.truncated = 0
+        for role in ROLES:
+            token = self.special.get(role)
+            index = None if token is None else backend.token_to_id(token)
+            if token is not None and index is None:
+                raise UserError(f"the {role} token {token!r} is not in the vocabulary of {len(self)} tokens")
+            setattr(self, f"{role}_id", index)
+        parts = json.loads(backend.to_str())["pre_tokenizer"] or {}
+        self.byte_level = any(part["type"] == "ByteLevel" for part in parts.get("pretokenizers", [parts]) if part)
+
+    def __len__(self) -> int:
+        """Number of ids, added tokens included."""
+        return self.backend.get_vocab_size(with_added_tokens=True)
+
+    # ------------------------------------------------------------------------------------------ files
+
+    @classmethod
+    def from_pretrained(cls, folder_or_hub_id: str | Path) -> "Tokenizer":
+        """Reads tokenizer.json, else vocab.json + merges.txt (byte-level BPE), else vocab.txt (lower-case WordPiece).
+
+        Raises UserError if the folder has none of them, or if one is broken.
+        """
+        folder = locate(folder_or_hub_id, FILES)
+        has = {name: (folder / name).is_file() for name in FILES}
+        config = load_json(folder / "tokenizer_config.json") if has["tokenizer_config.json"] else {}
+        named = load_json(folder / "special_tokens_map.json") if has["special_tokens_map.json"] else {}
+        try:
+            if has["tokenizer.json"]:
+                backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+            elif has["vocab.json"] and has["merges.txt"]:
+                backend = _byte_level_bpe(folder, config)
+            elif has["vocab.txt"]:
+                backend = _bert_wordpiece(folder, config)
+            else:
+                raise UserError(f"{folder} has no tokenizer.json, no vocab.json with merges.txt and no vocab.txt")
+        except UserError:
+            raise
+        except Exception as error:  # the library raises bare Exception on broken files
+            raise UserError(f"the tokenizer in {folder} cannot be read: {error}") from error
+        vocabulary = backend.get_vocab(with_added_tokens=True)
+        known = next((roles for roles in _KNOWN_ROLES if all(token in vocabulary for token in roles.values())), {})
+        special = dict(known)
+        for role in ROLES:
+            token = named.get(f"{role}_token", config.get(f"{role}_token"))
+            token = token["content"] if isinstance(token, dict) else token
+            if token in vocabulary:  # configurations also name tokens that their vocabulary lacks
+                special[role] = token
+        return cls(backend, special)
+
+    def save(self, folder: str | Path) -> None:
+        """Writes tokenizer.json and tokenizer_config.json, which `transformers` loads as a fast tokenizer."""
+        folder = Path(folder)
+        write_json(folder / "tokenizer.json", json.loads(self.backend.to_str()))
+        config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
+        config |= {f"{role}_token": token for role, token in self.special.items()}
+        config["clean_up_tokenization_spaces"] = False
+        write_json(folder / "tokenizer_config.json", config)
+
+    # ------------------------------------------------------------------------------------------ use
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """The ids of one text, uncut."""
+        return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+
+    def encode_batch(self, texts: Sequence[str], max_length: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """ids (B, T) int64 and mask (B, T) bool, padded on the right to the longest text.
+
+        A text longer than `max_length` ids loses its end, but keeps the special tokens around it; `truncated` counts
+        such texts. The mask follows from the lengths, so a token that equals the padding id in value stays visible.
+        Raises ValueError for no texts, or a `max_length` with no room for one token beside the special ones.
+        """
+        added = self.backend.num_special_tokens_to_add(False)
+        if isinstance(texts, str) or not texts:
+            raise ValueError("texts must be a non-empty sequence of strings")
+        if max_length is not None and max_length <= added:
+            raise ValueError(f"max_length={max_length} leaves no room beside {added} special tokens")
+        encodings = self.backend.encode_batch(list(texts), add_special_tokens=False)
+        if max_length is not None:
+            for encoding in encodings:
+                if len(encoding) > max_length - added:
+                    encoding.truncate(max_length - added)
+                    self.truncated += 1
+        rows = [self.backend.post_process(encoding).ids for encoding in encodings]
+        lengths = torch.tensor([len(row) for row in rows])
+        width = max(1, int(lengths.max()))
+        ids = torch.full((len(rows), width), self.pad_id or 0, dtype=torch.int64)
+        for row, values in zip(ids, rows, strict=True):
+            row[: len(values)] = torch.tensor(values, dtype=torch.int64)
+        return ids, torch.arange(width) < lengths[:, None]
+
+    def decode(self, ids: Sequence[int] | torch.Tensor, *, skip_special_tokens: bool = True) -> str:
+        """The text of one row of ids."""
+        ids = ids.tolist() if isinstance(ids, torch.Tensor) else list(ids)
+        return self.backend.decode(ids, skip_special_tokens=skip_special_tokens)
+
+
+def answer_ids(tokenizer: Tokenizer, answer: str) -> list[int]:
+    """[BOS] + the tokens of the answer + [EOS], for a decoder.
+
+    Byte-level BPE writes a word after a space as one token and at the start of a text as several (" tennis" against
+    "ten" + "nis"), so there the answer gets a leading space. Vocabularies without BOS start with CLS, or with the
+    padding token as T5 does; those without EOS end with SEP.
+    Raises ValueError if the vocabulary has nothing to start or to end with.
+    """
+    starts = [i for i in (tokenizer.bos_id, tokenizer.cls_id, tokenizer.pad_id) if i is not None]
+    ends = [i for i in (tokenizer.eos_id, tokenizer.sep_id) if i is not None]
+    if not starts or not ends:
+        raise ValueError(f"the vocabulary has no token to start or end an answer with: {tokenizer.special}")
+    text = " " + answer.strip() if tokenizer.byte_level else answer.strip()
+    return [starts[0], *tokenizer.encode(text, add_special_tokens=False), ends[0]]
+
+
+# ---------------------------------------------------------------------------------------------- building
+
+
+def _around(backend: tokenizers.Tokenizer, first: str | None, last: str | None) -> processors.TemplateProcessing:
+    """A post-processor that puts the given tokens before and after a text."""
+    template = " ".join(part for part in (first, "$A", last) if part)
+    tokens = [(token, backend.token_to_id(token)) for token in (first, last) if token]
+    return processors.TemplateProcessing(single=template, special_tokens=tokens)
+
+
+def _byte_level_bpe(folder: Path, config: dict[str, Any]) -> tokenizers.Tokenizer:
+    """GPT-2's and RoBERTa's tokenizer from vocab.json and merges.txt."""
+    model = models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt"))
+    backend = tokenizers.Tokenizer(model)
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=bool(config.get("add_prefix_space", False)))
+    backend.decoder = decoders.ByteLevel()
+    vocabulary = backend.get_vocab()
+    if all(token in vocabulary for token in _KNOWN_ROLES[1].values()):
+        backend.add_special_tokens(["<s>", "<pad>", "</s>", "<unk>", _mask_token("<mask>", lstrip=True)])
+        backend.post_processor = _around(backend, "<s>", "</s>")
+    elif "<|endoftext|>" in vocabulary:
+        backend.add_special_tokens(["<|endoftext|>"])
+        backend.post_processor = processors.ByteLevel(trim_offsets=False)
+    else:
+        raise UserError(f"{folder / 'vocab.json'} is neither GPT-2's (<|endoftext|>) nor RoBERTa's (<s>, </s>, ...)")
+    return backend
+
+
+def _mask_token(text: str, lstrip: bool) -> tokenizers.AddedToken:
+    return tokenizers.AddedToken(text, lstrip=lstrip, special=True)
+
+
+def _wordpiece_parts(backend: tokenizers.Tokenizer, lowercase: bool) -> None:
+    backend.normalizer = normalizers.BertNormalizer(lowercase=lowercase)
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    backend.decoder = decoders.WordPiece(prefix="##")
+
+
+def _bert_wordpiece(folder: Path, config: dict[str, Any]) -> tokenizers.Tokenizer:
+    """BERT's and DistilBERT's tokenizer from vocab.txt."""
+    model = models.WordPiece.from_file(str(folder / "vocab.txt"), unk_token="[UNK]", max_input_chars_per_word=100)
+    backend = tokenizers.Tokenizer(model)
+    _wordpiece_parts(backend, lowercase=bool(config.get("do_lower_case", True)))
+    missing = [token for token in _KNOWN_ROLES[0].values() if backend.token_to_id(token) is None]
+    if missing:
+        raise UserError(f"{folder / 'vocab.txt'} is not a BERT vocabulary: it has no {', '.join(missing)}")
+    backend.add_special_tokens(list(_KNOWN_ROLES[0].values()))
+    backend.post_processor = _around(backend, "[CLS]", "[SEP]")
+    return backend
+
+
+def train_wordpiece(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """A lower-case WordPiece vocabulary of at most `vocab_size` tokens learned from texts, used as BERT's is."""
+    special = _KNOWN_ROLES[0]
+    backend = tokenizers.Tokenizer(models.WordPiece(unk_token=special["unk"], max_input_chars_per_word=100))
+    _wordpiece_parts(backend, lowercase=True)
+    order = [special[role] for role in ("pad", "unk", "cls", "sep", "mask")]
+    trainer = trainers.WordPieceTrainer(vocab_size=vocab_size, special_tokens=order, show_progress=False)
+    backend.train_from_iterator(texts, trainer)
+    backend.post_processor = _around(backend, special["cls"], special["sep"])
+    return Tokenizer(backend, special)
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """A byte-level BPE vocabulary of at most `vocab_size` tokens learned from texts, used as GPT-2's is.
+
+    Every byte is a token (so nothing is unknown), and BOS, EOS and padding are three tokens of their own. Texts that
+    will be used after a space, such as answers, should be given with it. Raises ValueError below 256 + 3 tokens.
+    """
+    special = {"bos": "<s>", "eos": "</s>", "pad": "<pad>"}
+    if vocab_size < 256 + len(special):
+        raise ValueError(f"byte-level BPE needs at least {256 + len(special)} tokens, not {vocab_size}")
+    backend = tokenizers.Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[special["pad"], special["bos"], special["eos"]],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    backend.train_from_iterator(texts, trainer)
+    backend.post_processor = processors.ByteLevel(trim_offsets=False)
+    return Tokenizer(backend, special)
