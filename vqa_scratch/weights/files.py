@@ -1,0 +1,199 @@
+"""Checkpoints on disk or on the Hub: the only place that opens either.
+
+A checkpoint is a folder: config.json beside model.safetensors, shards with an index, or pytorch_model.bin. Pickles are
+read with weights_only, and anything in them but tensors is refused. What is written appears whole or not at all.
+"""
+
+import hashlib
+import json
+import os
+import pickle
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from vqa_scratch.errors import UserError
+
+CONFIG = "config.json"
+WEIGHTS = "model.safetensors"
+PICKLE = "pytorch_model.bin"
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+
+
+def resolve_folder(source: str | os.PathLike[str]) -> Path:
+    """The folder itself, or where the Hub's copy of that id lies after downloading it.
+
+    Only a name that is no folder here and looks like an id ("gpt2", "facebook/dino-vitb16") goes to the Hub.
+    """
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise UserError(f"{source} is a file; give the folder that holds {CONFIG} and the weights")
+    if not _HUB_ID.fullmatch(str(source)):
+        raise UserError(f"no folder {source}")
+    # Imported here: a session that reads local folders needs nothing of the Hub.
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        found = Path(
+            snapshot_download(str(source), allow_patterns=[CONFIG, "*.safetensors", "*.safetensors.index.json"])
+        )
+        if not any(found.glob("*.safetensors")):
+            found = Path(snapshot_download(str(source), allow_patterns=[CONFIG, f"{PICKLE}*", "pytorch_model-*.bin"]))
+    except LocalEntryNotFoundError:
+        raise UserError(
+            f"no folder {source} here, and the Hub cannot be reached to look for a model of that name"
+        ) from None
+    except HfHubHTTPError as error:
+        raise UserError(f"no folder {source} here, and the Hub says: {str(error).splitlines()[0]}") from None
+    except OSError as error:
+        raise UserError(f"no folder {source} here, and the Hub cannot be reached ({type(error).__name__})") from None
+    return found
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json of a checkpoint folder."""
+    path = folder / CONFIG
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{folder} holds no {CONFIG}") from None
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise UserError(f"{path} must hold a JSON object, not a {type(config).__name__}")
+    return config
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of one file. They map the file: nothing is copied before it is read."""
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+    except SafetensorError as error:
+        raise UserError(f"{path} is not a whole safetensors file ({error}); copy or download it again") from None
+    except FileNotFoundError:
+        raise UserError(f"no file {path}") from None
+
+
+def read_pickle(path: Path) -> dict[str, Tensor]:
+    """All tensors of a .bin or .pt file that holds one flat dictionary of tensors and nothing else."""
+    if torch.__version__ < (2, 6):
+        # CVE-2025-32434: before 2.6 a crafted file ran code even with weights_only=True.
+        raise UserError(f"reading {path} needs torch 2.6 or later, this is {torch.__version__}")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise UserError(
+            f"{path} holds more than tensors (or is no torch file); refused, since it could run code"
+        ) from None
+    except FileNotFoundError:
+        raise UserError(f"no file {path}") from None
+    except (RuntimeError, EOFError, KeyError, ValueError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{path} is not a whole torch file ({reason}); copy or download it again") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} must hold a dictionary of tensors, not a {type(content).__name__}")
+    for key, value in content.items():
+        if not isinstance(key, str) or not isinstance(value, Tensor):
+            raise UserError(f"{path} must hold tensors only, but {key!r} is a {type(value).__name__}")
+    return dict(content)
+
+
+def _read_sharded(index: Path, read: Callable[[Path], dict[str, Tensor]]) -> dict[str, Tensor]:
+    """All tensors of the shards that an index file lists."""
+    try:
+        places: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{index} is not a shard index: it needs an object with a weight_map") from None
+    shards = sorted(set(places.values()))
+    gone = [shard for shard in shards if Path(shard).name != shard or not (index.parent / shard).is_file()]
+    if gone:
+        raise UserError(f"{index.parent} lacks {', '.join(gone)}, listed in {index.name}")
+    tensors: dict[str, Tensor] = {}
+    for shard in shards:
+        tensors |= read(index.parent / shard)
+    lost = [key for key in places if key not in tensors]
+    if lost:
+        raise UserError(f"{index} promises {', '.join(lost)}, but no shard holds them")
+    return tensors
+
+
+def read_checkpoint(source: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """(config, tensors) of a checkpoint folder or Hub id; safetensors first, then shards, then .bin.
+
+    Raises UserError in one line when something is absent, cut short, not allowed or out of reach.
+    """
+    folder = resolve_folder(source)
+    config = read_config(folder)
+    readers = (
+        (WEIGHTS, read_safetensors),
+        (f"{WEIGHTS}.index.json", lambda path: _read_sharded(path, read_safetensors)),
+        (PICKLE, read_pickle),
+        (f"{PICKLE}.index.json", lambda path: _read_sharded(path, read_pickle)),
+    )
+    for name, read in readers:
+        if (folder / name).is_file():
+            return config, read(folder / name)
+    raise UserError(f"{folder} holds no weights: expected {WEIGHTS}, {WEIGHTS}.index.json or {PICKLE}")
+
+
+def _replace(path: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` fill a temporary file beside `path`, then rename it: a kill leaves the old file or the new one."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """One safetensors file, atomically. `format: pt` is what other readers look for."""
+    _replace(path, lambda file: save_file(tensors, file, metadata={"format": "pt", **(metadata or {})}))
+
+
+def write_checkpoint(folder: str | os.PathLike[str], config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    """model.safetensors and config.json in `folder`, made if needed, each atomically, the config last."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_safetensors(folder / WEIGHTS, tensors)
+    text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+    _replace(folder / CONFIG, lambda file: file.write_text(text, encoding="utf-8"))
+
+
+class Converted(NamedTuple):
+    """What `convert` did."""
+
+    tensors: int
+    sha256: str  # of the source file
+
+
+def convert(source: str | os.PathLike[str], out: str | os.PathLike[str]) -> Converted:
+    """Turn a .bin into safetensors: tensors only, contiguous, none sharing memory with another.
+
+    The sha256 of the source is returned and kept in the new file's metadata.
+    """
+    source, out = Path(source), Path(out)
+    if out.is_dir():
+        out = out / WEIGHTS
+    tensors = read_pickle(source)
+    with source.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    seen: set[int] = set()
+    for key, tensor in tensors.items():
+        address = tensor.untyped_storage().data_ptr()
+        alone = tensor.is_contiguous() and address not in seen and tensor.untyped_storage().nbytes() == tensor.nbytes
+        tensors[key] = tensor if alone else tensor.clone(memory_format=torch.contiguous_format)
+        seen.add(address)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_safetensors(out, tensors, {"source_sha256": digest})
+    return Converted(len(tensors), digest)

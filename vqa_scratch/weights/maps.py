@@ -1,0 +1,164 @@
+"""Checkpoint key maps as data: what each parameter of ours is called in the files that others share.
+
+A template holds at most one layer slot `{}`. A map is read in both directions by `convert`: loading and exporting.
+The foreign names are those that files on the Hub carry, which for ViT differ from the module names of `transformers`.
+"""
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+
+class Entry(NamedTuple):
+    """One parameter of ours and the key, or keys joined along the first axis, it has in a file."""
+
+    ours: str
+    theirs: tuple[str, ...]
+    transposed: bool = False  # the file holds (in, out), as GPT-2's Conv1D does
+
+
+@dataclass(frozen=True)
+class KeyMap:
+    """How one kind of checkpoint is laid out."""
+
+    body: tuple[Entry, ...]  # keys that may carry the prefix
+    prefix: str = ""  # "bert." and the like: present when the file was saved with a head on top
+    write_prefix: bool = False  # whether an export carries it
+    head: tuple[Entry, ...] = ()  # keys that never carry the prefix
+    dropped: tuple[str, ...] = ()  # known keys, prefix removed, that the model has no use for
+    tied: dict[str, str] = field(default_factory=dict)  # key -> the key it must equal: the model shares that tensor
+
+
+def weight(ours: str, *theirs: str, transposed: bool = False) -> tuple[Entry, ...]:
+    """A module with a weight only."""
+    return (Entry(f"{ours}.weight", tuple(f"{name}.weight" for name in theirs), transposed),)
+
+
+def linear(ours: str, *theirs: str, transposed: bool = False) -> tuple[Entry, ...]:
+    """A module with weight and bias; several foreign names are joined in the order given. A bias is never turned."""
+    return (
+        *weight(ours, *theirs, transposed=transposed),
+        Entry(f"{ours}.bias", tuple(f"{name}.bias" for name in theirs)),
+    )
+
+
+def dropped(*modules: str) -> tuple[str, ...]:
+    """Weight and bias of modules that are read past."""
+    return tuple(f"{module}.{part}" for module in modules for part in ("weight", "bias"))
+
+
+_VIT_LAYER = "encoder.layer.{}"
+VIT = KeyMap(
+    prefix="vit.",
+    body=(
+        Entry("cls_token", ("embeddings.cls_token",)),
+        Entry("positions", ("embeddings.position_embeddings",)),
+        *linear("patch_embed", "embeddings.patch_embeddings.projection"),
+        *linear(
+            "blocks.{}.attn.qkv",
+            *(f"{_VIT_LAYER}.attention.attention.{name}" for name in ("query", "key", "value")),
+        ),
+        *linear("blocks.{}.attn.out", f"{_VIT_LAYER}.attention.output.dense"),
+        *linear("blocks.{}.norm1", f"{_VIT_LAYER}.layernorm_before"),
+        *linear("blocks.{}.norm2", f"{_VIT_LAYER}.layernorm_after"),
+        *linear("blocks.{}.mlp.up", f"{_VIT_LAYER}.intermediate.dense"),
+        *linear("blocks.{}.mlp.down", f"{_VIT_LAYER}.output.dense"),
+        *linear("norm", "layernorm"),
+    ),
+    dropped=dropped("pooler.dense", "classifier"),
+)
+
+_BERT_LAYER = "encoder.layer.{}"
+_BERT_BODY = (
+    *weight("tokens", "embeddings.word_embeddings"),
+    *weight("positions", "embeddings.position_embeddings"),
+    *weight("token_types", "embeddings.token_type_embeddings"),
+    *linear("norm", "embeddings.LayerNorm"),
+    *linear("blocks.{}.attn.qkv", *(f"{_BERT_LAYER}.attention.self.{name}" for name in ("query", "key", "value"))),
+    *linear("blocks.{}.attn.out", f"{_BERT_LAYER}.attention.output.dense"),
+    *linear("blocks.{}.norm1", f"{_BERT_LAYER}.attention.output.LayerNorm"),
+    *linear("blocks.{}.mlp.up", f"{_BERT_LAYER}.intermediate.dense"),
+    *linear("blocks.{}.mlp.down", f"{_BERT_LAYER}.output.dense"),
+    *linear("blocks.{}.norm2", f"{_BERT_LAYER}.output.LayerNorm"),
+)
+BERT = KeyMap(
+    prefix="bert.",
+    body=_BERT_BODY,
+    dropped=(
+        "embeddings.position_ids",
+        *dropped("pooler.dense", "classifier", "qa_outputs", "cls.seq_relationship"),
+        *dropped("cls.predictions.transform.dense", "cls.predictions.transform.LayerNorm", "cls.predictions.decoder"),
+        "cls.predictions.bias",
+        # The oldest files still carry TensorFlow's LayerNorm names in this head.
+        "cls.predictions.transform.LayerNorm.gamma",
+        "cls.predictions.transform.LayerNorm.beta",
+    ),
+)
+ROBERTA = KeyMap(
+    prefix="roberta.",
+    body=_BERT_BODY,
+    dropped=(
+        "embeddings.position_ids",
+        *dropped("pooler.dense", "classifier.dense", "classifier.out_proj", "classifier", "qa_outputs"),
+        *dropped("lm_head.dense", "lm_head.layer_norm", "lm_head.decoder"),
+        "lm_head.bias",
+    ),
+)
+ROBERTA_CLASSIFIER = KeyMap(
+    prefix="roberta.",
+    write_prefix=True,
+    body=tuple(Entry(f"encoder.{entry.ours}", *entry[1:]) for entry in _BERT_BODY),
+    head=(*linear("dense", "classifier.dense"), *linear("out", "classifier.out_proj")),
+    dropped=("embeddings.position_ids", *dropped("pooler.dense")),
+)
+
+_DISTILBERT_LAYER = "transformer.layer.{}"
+DISTILBERT = KeyMap(
+    prefix="distilbert.",
+    body=(
+        *weight("tokens", "embeddings.word_embeddings"),
+        *weight("positions", "embeddings.position_embeddings"),
+        *linear("norm", "embeddings.LayerNorm"),
+        *linear("blocks.{}.attn.qkv", *(f"{_DISTILBERT_LAYER}.attention.{name}_lin" for name in "qkv")),
+        *linear("blocks.{}.attn.out", f"{_DISTILBERT_LAYER}.attention.out_lin"),
+        *linear("blocks.{}.norm1", f"{_DISTILBERT_LAYER}.sa_layer_norm"),
+        *linear("blocks.{}.mlp.up", f"{_DISTILBERT_LAYER}.ffn.lin1"),
+        *linear("blocks.{}.mlp.down", f"{_DISTILBERT_LAYER}.ffn.lin2"),
+        *linear("blocks.{}.norm2", f"{_DISTILBERT_LAYER}.output_layer_norm"),
+    ),
+    dropped=(
+        "embeddings.position_ids",
+        *dropped("vocab_transform", "vocab_layer_norm", "vocab_projector"),
+        *dropped("pre_classifier", "classifier", "qa_outputs"),
+    ),
+)
+
+GPT2_CROSS = (
+    *linear("blocks.{}.norm_cross", "h.{}.ln_cross_attn"),
+    *linear("blocks.{}.cross.q", "h.{}.crossattention.q_attn", transposed=True),
+    *linear("blocks.{}.cross.kv", "h.{}.crossattention.c_attn", transposed=True),
+    *linear("blocks.{}.cross.out", "h.{}.crossattention.c_proj", transposed=True),
+)
+GPT2 = KeyMap(
+    prefix="transformer.",
+    write_prefix=True,
+    body=(
+        *weight("tokens", "wte"),
+        *weight("positions", "wpe"),
+        *linear("blocks.{}.norm1", "h.{}.ln_1"),
+        *linear("blocks.{}.attn.qkv", "h.{}.attn.c_attn", transposed=True),
+        *linear("blocks.{}.attn.out", "h.{}.attn.c_proj", transposed=True),
+        *GPT2_CROSS,
+        *linear("blocks.{}.norm2", "h.{}.ln_2"),
+        *linear("blocks.{}.mlp.up", "h.{}.mlp.c_fc", transposed=True),
+        *linear("blocks.{}.mlp.down", "h.{}.mlp.c_proj", transposed=True),
+        *linear("norm", "ln_f"),
+    ),
+    dropped=(
+        # Causal masks that old releases saved beside the weights.
+        "h.{}.attn.bias",
+        "h.{}.attn.masked_bias",
+        "h.{}.crossattention.bias",
+        "h.{}.crossattention.masked_bias",
+    ),
+    tied={"lm_head.weight": "wte.weight"},
+)
