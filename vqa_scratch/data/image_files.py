@@ -1,0 +1,71 @@
+"""Reading any image file into 8-bit RGB, or saying in one line why not."""
+
+import re
+import warnings
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from vqa_scratch.errors import UserError
+
+# `load_image` turns this warning into an error. Appended, so that filters which a program has set still win.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning, append=True)
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any 8- or 16-bit image as RGB.
+
+    Transparency (an alpha channel, or a transparent palette entry or colour) is laid over white. 16-bit grey is scaled
+    to 8 bits, where Pillow's own conversion would clip it to white. Raises UserError for 32-bit modes, whose values
+    have no defined white, and ValueError for modes that Pillow cannot convert.
+    """
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+        grey = np.asarray(image).astype(np.int64)
+        return Image.fromarray(((grey * 255 + 32767) // 65535).clip(0, 255).astype(np.uint8)).convert("RGB")
+    if image.mode in ("I", "F"):
+        raise UserError(f"32-bit pixels (mode {image.mode}) have no defined range; save the image with 8 or 16 bits")
+    if image.mode.endswith(("A", "a")) or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, image).convert("RGB")
+    return image.convert("RGB")
+
+
+def _check_pixels(path: Path, pixels: int) -> None:
+    limit = Image.MAX_IMAGE_PIXELS
+    if limit is not None and pixels > limit:
+        raise UserError(f"{path} has {pixels:,} pixels, over the limit of {limit:,}; scale it down first")
+
+
+def load_image(path: str | Path, *, exif_rotate: bool = False) -> Image.Image:
+    """The image as RGB, fully decoded; of an animation, the first frame.
+
+    exif_rotate -- turn it upright as its EXIF orientation says. Off by default, since the released models were trained
+                   and measured on the pixels as they are stored.
+    Raises UserError, naming the file, if it is missing, empty, truncated, no image, or over Pillow's limit of pixels.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path} is not a file" if path.exists() else f"{path} not found: there is no such image")
+    if path.stat().st_size == 0:
+        raise UserError(f"{path} is empty (0 bytes), not an image")
+    try:
+        with Image.open(path) as image:
+            _check_pixels(path, image.width * image.height)
+            image.load()
+    except (UserError, MemoryError):
+        raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:  # from open(), before our check
+        _check_pixels(path, int(re.search(r"\d+", str(error))[0]))
+        raise
+    except Image.UnidentifiedImageError as error:
+        raise UserError(f"{path} is not an image in a format that Pillow reads") from error
+    except Exception as error:  # decoders raise whatever they like on broken files
+        raise UserError(f"{path} is damaged or truncated: {error or type(error).__name__}") from error
+    try:
+        return to_rgb(ImageOps.exif_transpose(image) if exif_rotate else image)
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from error

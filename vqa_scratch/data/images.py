@@ -1,0 +1,253 @@
+"""The image preprocessing that each released vision tower was trained with.
+
+The pipeline is that of the public `preprocessor_config.json` files (ViT, DeiT, DINO, CLIP, BLIP, SigLIP): resize, crop
+the centre, scale to [0, 1], subtract a mean and divide by a deviation, computed here by Pillow and NumPy. Everything
+after the crop is a function of one byte and its channel, so it is tabulated once (3 x 256 values) and looked up: a
+batch kept as bytes and normalised on the device equals the full path bit for bit, on any device.
+
+B batch, H image height, W image width, 3 colour channels.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from vqa_scratch.data.image_files import load_image, to_rgb
+from vqa_scratch.data.locate import locate
+from vqa_scratch.data.vqa_files import load_json, write_json
+from vqa_scratch.errors import UserError
+
+__all__ = ["ImageProcessor", "load_image", "to_rgb"]
+
+CONFIG_NAME = "preprocessor_config.json"
+_CLIP_MEAN, _CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+_HALF = (0.5, 0.5, 0.5)
+_VIT = {"size": {"height": 224, "width": 224}, "resample": Image.BILINEAR, "image_mean": _HALF, "image_std": _HALF}
+_CLIP = {
+    "size": {"shortest_edge": 224},
+    "resample": Image.BICUBIC,
+    "do_center_crop": True,
+    "crop_size": {"height": 224, "width": 224},
+    "image_mean": _CLIP_MEAN,
+    "image_std": _CLIP_STD,
+}
+# What a configuration means by leaving a key out, by processor type; a bare size is the shortest edge where marked so.
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "ViTImageProcessor": _VIT,
+    "DeiTImageProcessor": _VIT
+    | {
+        "size": {"height": 256, "width": 256},
+        "resample": Image.BICUBIC,
+        "do_center_crop": True,
+        "crop_size": {"height": 224, "width": 224},
+    },
+    "CLIPImageProcessor": _CLIP,
+    "BitImageProcessor": _CLIP,
+    "BlipImageProcessor": _CLIP | {"size": {"height": 384, "width": 384}, "do_center_crop": False},
+    "SiglipImageProcessor": _VIT | {"resample": Image.BICUBIC},
+}
+_BARE_SIZE_IS_SHORTEST_EDGE = {"CLIPImageProcessor", "BitImageProcessor", "SiglipImageProcessor"}
+_STEPS = {"do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_convert_rgb"}
+
+
+def _size(value: Any, key: str, *, square: bool) -> tuple[int, int] | int:
+    """(height, width), or an int for the shortest edge, from the forms that configurations use."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        result: Any = (value, value) if square else value
+    elif isinstance(value, (list, tuple)) and len(value) == 2:
+        result = tuple(value)
+    elif isinstance(value, dict) and {k for k, v in value.items() if v is not None} == {"height", "width"}:
+        result = (value["height"], value["width"])
+    elif isinstance(value, dict) and {k for k, v in value.items() if v is not None} == {"shortest_edge"}:
+        result = value["shortest_edge"]
+    else:
+        raise UserError(f'{key} must be a number, {{"height", "width"}} or {{"shortest_edge"}}, not {value!r}')
+    sides = result if isinstance(result, tuple) else (result,)
+    if not all(isinstance(side, int) and side > 0 for side in sides):
+        raise UserError(f"{key} must hold positive whole numbers, not {value!r}")
+    return result
+
+
+def _channels(value: Any, key: str) -> tuple[float, float, float]:
+    values = (value,) * 3 if isinstance(value, (int, float)) else tuple(value)
+    if len(values) != 3 or not all(isinstance(v, (int, float)) for v in values):
+        raise UserError(f"{key} must be a number or three, not {value!r}")
+    return tuple(map(float, values))
+
+
+@dataclass(frozen=True)
+class ImageProcessor:
+    """Preprocessing of one vision tower; a step whose field is None is left out.
+
+    size           -- resize to (height, width), or, for an int, so that the shortest edge is that long
+    resample       -- Pillow's number of the filter: 0 nearest, 1 Lanczos, 2 bilinear, 3 bicubic, 4 box, 5 Hamming
+    crop_size      -- (height, width) cut from the centre, zeros around where the image is smaller
+    rescale_factor -- multiplies the bytes
+    mean, std      -- per channel, after rescaling
+    kind           -- the processor type that `to_hf` names
+    Images are always converted to RGB by `to_rgb`.
+    """
+
+    size: tuple[int, int] | int | None = (224, 224)
+    resample: int = Image.BILINEAR
+    crop_size: tuple[int, int] | None = None
+    rescale_factor: float | None = 1 / 255
+    mean: tuple[float, float, float] | None = _HALF
+    std: tuple[float, float, float] | None = _HALF
+    kind: str = "ViTImageProcessor"
+
+    def __post_init__(self) -> None:
+        if self.resample not in range(6):
+            raise UserError(f"resample must be one of Pillow's filters 0 to 5, not {self.resample!r}")
+        if (self.mean is None) != (self.std is None):
+            raise ValueError("mean and std go together: give both, or None for both")
+        if self.std is not None and not all(self.std):
+            raise UserError(f"image_std must not hold a zero: {self.std}")
+
+    # ------------------------------------------------------------------------------------------ files
+
+    @classmethod
+    def from_hf(cls, config: dict[str, Any]) -> "ImageProcessor":
+        """From the content of a preprocessor_config.json; UserError for an unknown type, step or size."""
+        name = config.get("image_processor_type") or config.get("feature_extractor_type")
+        kind = re.sub(r"(FeatureExtractor|ImageProcessor)(Fast|Pil)?$", "ImageProcessor", str(name))
+        if kind not in _DEFAULTS:
+            raise UserError(f"unknown image processor type {name!r}; known are {', '.join(_DEFAULTS)}")
+        unknown = [k for k, v in config.items() if k.startswith("do_") and v and k not in _STEPS]
+        if unknown:
+            raise UserError(f"{name} asks for {', '.join(unknown)}, which is not supported")
+        given = {key: value for key, value in config.items() if value is not None}
+        values = {"do_resize": True, "do_rescale": True, "do_normalize": True, "rescale_factor": 1 / 255}
+        values |= _DEFAULTS[kind] | given
+        square = kind not in _BARE_SIZE_IS_SHORTEST_EDGE
+        crop = _size(values["crop_size"], "crop_size", square=True) if values.get("do_center_crop") else None
+        if isinstance(crop, int):
+            raise UserError(f'crop_size must be a number or {{"height", "width"}}, not {values["crop_size"]!r}')
+        normalize = values["do_normalize"]
+        return cls(
+            size=_size(values["size"], "size", square=square) if values["do_resize"] else None,
+            resample=values["resample"],
+            crop_size=crop,
+            rescale_factor=values["rescale_factor"] if values["do_rescale"] else None,
+            mean=_channels(values["image_mean"], "image_mean") if normalize else None,
+            std=_channels(values["image_std"], "image_std") if normalize else None,
+            kind=kind,
+        )
+
+    def to_hf(self) -> dict[str, Any]:
+        """The content of a preprocessor_config.json; `from_hf` reads it back into an equal processor."""
+        config: dict[str, Any] = {
+            "image_processor_type": self.kind,
+            "do_convert_rgb": True,
+            "do_resize": self.size is not None,
+            "do_center_crop": self.crop_size is not None,
+            "do_rescale": self.rescale_factor is not None,
+            "do_normalize": self.mean is not None,
+            "resample": int(self.resample),
+        }
+        if isinstance(self.size, int):
+            config["size"] = {"shortest_edge": self.size}
+        elif self.size is not None:
+            config["size"] = dict(zip(("height", "width"), self.size, strict=True))
+        if self.crop_size is not None:
+            config["crop_size"] = dict(zip(("height", "width"), self.crop_size, strict=True))
+        if self.rescale_factor is not None:
+            config["rescale_factor"] = self.rescale_factor
+        if self.mean is not None:
+            config |= {"image_mean": list(self.mean), "image_std": list(self.std)}
+        return config
+
+    @classmethod
+    def from_pretrained(cls, folder_or_hub_id: str | Path) -> "ImageProcessor":
+        """Reads preprocessor_config.json; UserError if it is missing or cannot be followed."""
+        folder = locate(folder_or_hub_id, [CONFIG_NAME])
+        if not (folder / CONFIG_NAME).is_file():
+            raise UserError(f"{folder} has no {CONFIG_NAME}")
+        config = load_json(folder / CONFIG_NAME)
+        if not isinstance(config, dict):
+            raise UserError(f"{folder / CONFIG_NAME} is a {type(config).__name__}, not an object")
+        return cls.from_hf(config)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Writes preprocessor_config.json."""
+        write_json(Path(folder) / CONFIG_NAME, self.to_hf())
+
+    # ------------------------------------------------------------------------------------------ use
+
+    @property
+    def output_size(self) -> tuple[int, int] | None:
+        """(height, width) of every result, or None where it depends on the image."""
+        return self.crop_size or (self.size if isinstance(self.size, tuple) else None)
+
+    @cached_property
+    def table(self) -> torch.Tensor:
+        """(3, 256) float32: the value of each byte in each channel."""
+        values = np.arange(256, dtype=np.float64)
+        # In float64 up to here, as the reference processors compute it; every later step in float32.
+        values = (values if self.rescale_factor is None else values * self.rescale_factor).astype(np.float32)
+        if self.mean is None:
+            return torch.from_numpy(np.tile(values, (3, 1)))
+        mean, std = (np.asarray(v, dtype=np.float32)[:, None] for v in (self.mean, self.std))
+        return torch.from_numpy((values - mean) / std)
+
+    def _resized(self, image: Image.Image) -> Image.Image:
+        if self.size is None:
+            return image
+        if isinstance(self.size, tuple):
+            height, width = self.size
+        else:
+            short, long = sorted(image.size)
+            longer = int(self.size * long / short)
+            width, height = (self.size, longer) if image.width <= image.height else (longer, self.size)
+        return image.resize((width, height), resample=self.resample)
+
+    def _cropped(self, pixels: np.ndarray) -> np.ndarray:
+        if self.crop_size is None:
+            return pixels
+        for axis, wanted in enumerate(self.crop_size):
+            # An odd difference is split as the reference does: the extra row goes to the start when padding.
+            short = max(wanted - pixels.shape[axis], 0)
+            padding = [(0, 0)] * 3
+            padding[axis] = (short - short // 2, short // 2)
+            start = (pixels.shape[axis] - wanted) // 2 if not short else 0
+            pixels = np.pad(pixels, padding).take(range(start, start + wanted), axis=axis)
+        return pixels
+
+    def _bytes(self, image: Image.Image | np.ndarray) -> np.ndarray:
+        if isinstance(image, np.ndarray):
+            if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+                raise ValueError(f"an array must be uint8 (H, W, 3), not {image.dtype} {image.shape}")
+            image = Image.fromarray(image)
+        return self._cropped(np.asarray(self._resized(to_rgb(image))))
+
+    def to_uint8(self, image: Image.Image | np.ndarray | Sequence[Image.Image | np.ndarray]) -> np.ndarray:
+        """uint8 (H, W, 3), or (B, H, W, 3) for a list: resized and cropped, for a cache that `normalize` completes."""
+        if isinstance(image, (Image.Image, np.ndarray)):
+            return self._bytes(image)
+        batch = [self._bytes(one) for one in image]
+        if len({one.shape for one in batch}) != 1:
+            raise ValueError("a batch needs at least one image, and all of one size after resizing and cropping")
+        return np.stack(batch)
+
+    def normalize(self, pixels: torch.Tensor | np.ndarray) -> torch.Tensor:
+        """float32 (..., 3, H, W) from uint8 (..., H, W, 3), on the device of `pixels`; what `__call__` does last."""
+        pixels = torch.as_tensor(pixels)
+        if pixels.dtype != torch.uint8 or pixels.ndim < 3 or pixels.shape[-1] != 3:
+            raise ValueError(f"pixels must be uint8 (..., H, W, 3), not {pixels.dtype} {tuple(pixels.shape)}")
+        table = self.table.to(pixels.device)
+        planes = pixels.unbind(-1)  # 3 x (..., H, W)
+        looked_up = [
+            table[c].index_select(0, plane.flatten().int()).view(plane.shape) for c, plane in enumerate(planes)
+        ]
+        return torch.stack(looked_up, dim=-3)  # (..., 3, H, W)
+
+    def __call__(self, image: Image.Image | np.ndarray | Sequence[Image.Image | np.ndarray]) -> torch.Tensor:
+        """float32 (3, H, W), or (B, 3, H, W) for a list. Arrays are uint8 (H, W, 3)."""
+        return self.normalize(np.array(self.to_uint8(image)))
