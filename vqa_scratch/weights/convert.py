@@ -62,10 +62,10 @@ def load_into(
     ours = _parameters(model)
     entries = {entry.ours: entry for entry in (*key_map.body, *key_map.head)}
     skippable = _matcher(entry.ours for entry in optional)
-    by_key: dict[str, str] = {}  # key without prefix -> key in the file
+    by_key: dict[str, str] = {}  # key as the map spells it -> key in the file
     doubled = []
     for key in tensors:
-        bare = key.removeprefix(key_map.prefix)
+        bare = key_map.bare(key)
         if bare in by_key:
             doubled.append(f"{by_key[bare]} and {key}")
         by_key[bare] = key
@@ -82,7 +82,7 @@ def load_into(
     used = {key for keys in wanted.values() for key in keys}
     superfluous = _matcher(key_map.dropped)
     unexpected = [key for bare, key in by_key.items() if bare not in used and bare not in key_map.tied]
-    unexpected = [key for key in unexpected if not superfluous.fullmatch(key.removeprefix(key_map.prefix))]
+    unexpected = [key for key in unexpected if not superfluous.fullmatch(key_map.bare(key))]
 
     wrong = []
     for name, keys in wanted.items():

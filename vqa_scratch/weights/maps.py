@@ -26,6 +26,15 @@ class KeyMap:
     head: tuple[Entry, ...] = ()  # keys that never carry the prefix
     dropped: tuple[str, ...] = ()  # known keys, prefix removed, that the model has no use for
     tied: dict[str, str] = field(default_factory=dict)  # key -> the key it must equal: the model shares that tensor
+    older: dict[str, str] = field(default_factory=dict)  # endings of keys in old files -> the endings they have now
+
+    def bare(self, key: str) -> str:
+        """A file's key without prefix and in today's spelling."""
+        key = key.removeprefix(self.prefix)
+        for old, new in self.older.items():
+            if key.endswith(old):
+                key = key.removesuffix(old) + new
+        return key
 
 
 def weight(ours: str, *theirs: str, transposed: bool = False) -> tuple[Entry, ...]:
@@ -88,10 +97,8 @@ BERT = KeyMap(
         *dropped("pooler.dense", "classifier", "qa_outputs", "cls.seq_relationship"),
         *dropped("cls.predictions.transform.dense", "cls.predictions.transform.LayerNorm", "cls.predictions.decoder"),
         "cls.predictions.bias",
-        # The oldest files still carry TensorFlow's LayerNorm names in this head.
-        "cls.predictions.transform.LayerNorm.gamma",
-        "cls.predictions.transform.LayerNorm.beta",
     ),
+    older={"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"},
 )
 ROBERTA = KeyMap(
     prefix="roberta.",
@@ -162,3 +169,50 @@ GPT2 = KeyMap(
     ),
     tied={"lm_head.weight": "wte.weight"},
 )
+
+# The two towers of T5 differ in where the feed-forward layer stands: a decoder block has cross-attention before it.
+_T5_DECODER = "decoder.block.{}.layer"
+_T5_SHARED = (
+    *weight("embedding", "shared"),
+    *(
+        entry
+        for tower, mlp in (("encoder", 1), ("decoder", 2))
+        for entry in (
+            *weight(f"{tower}.bias.table", f"{tower}.block.0.layer.0.SelfAttention.relative_attention_bias"),
+            *weight(f"{tower}.blocks.{{}}.attn.qkv", *(f"{tower}.block.{{}}.layer.0.SelfAttention.{x}" for x in "qkv")),
+            *weight(f"{tower}.blocks.{{}}.attn.out", f"{tower}.block.{{}}.layer.0.SelfAttention.o"),
+            *weight(f"{tower}.blocks.{{}}.attn_norm", f"{tower}.block.{{}}.layer.0.layer_norm"),
+            *weight(f"{tower}.blocks.{{}}.mlp.down", f"{tower}.block.{{}}.layer.{mlp}.DenseReluDense.wo"),
+            *weight(f"{tower}.blocks.{{}}.mlp_norm", f"{tower}.block.{{}}.layer.{mlp}.layer_norm"),
+            *weight(f"{tower}.norm", f"{tower}.final_layer_norm"),
+        )
+    ),
+    *weight("decoder.blocks.{}.cross.q", f"{_T5_DECODER}.1.EncDecAttention.q"),
+    *weight("decoder.blocks.{}.cross.kv", *(f"{_T5_DECODER}.1.EncDecAttention.{x}" for x in "kv")),
+    *weight("decoder.blocks.{}.cross.out", f"{_T5_DECODER}.1.EncDecAttention.o"),
+    *weight("decoder.blocks.{}.cross_norm", f"{_T5_DECODER}.1.layer_norm"),
+)
+
+
+def _t5(**mlp: str) -> KeyMap:
+    return KeyMap(
+        body=(
+            *_T5_SHARED,
+            *(
+                entry
+                for tower, layer in (("encoder", 1), ("decoder", 2))
+                for ours, theirs in mlp.items()
+                for entry in weight(
+                    f"{tower}.blocks.{{}}.mlp.{ours}", f"{tower}.block.{{}}.layer.{layer}.DenseReluDense.{theirs}"
+                )
+            ),
+        ),
+        head=weight("head", "lm_head"),
+        # The first release saved a bias table in cross-attention, which never had positions.
+        dropped=("decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight",),
+        tied={"encoder.embed_tokens.weight": "shared.weight", "decoder.embed_tokens.weight": "shared.weight"},
+    )
+
+
+T5 = _t5(up="wi")
+T5_GATED = _t5(gate="wi_0", up="wi_1")

@@ -1,0 +1,203 @@
+"""One post-LN encoder, three checkpoint layouts: BERT, DistilBERT and RoBERTa.
+
+Devlin et al. 2019 (1810.04805), Sanh et al. 2019 (1910.01108), Liu et al. 2019 (1907.11692). What differs is the
+embedding: DistilBERT has no token types; RoBERTa counts positions from the padding id + 1 and skips padding.
+
+Shapes: B batch, T text tokens, D width.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from os import PathLike
+from typing import Any, NamedTuple, Self
+
+import torch
+from torch import Tensor, nn
+
+from vqa_scratch.errors import UserError
+from vqa_scratch.models.hf_config import check_heads, fields_from_hf
+from vqa_scratch.nn import taps
+from vqa_scratch.nn.attention import MultiHeadAttention
+from vqa_scratch.nn.layers import MLP, activation, init_weights
+from vqa_scratch.nn.masks import positions_from_ids
+from vqa_scratch.weights import maps
+from vqa_scratch.weights.convert import load_into, to_hf
+from vqa_scratch.weights.files import read_checkpoint, write_checkpoint
+
+_BERT_FIELDS = {
+    "vocab_size": "vocab_size",
+    "dim": "hidden_size",
+    "layers": "num_hidden_layers",
+    "heads": "num_attention_heads",
+    "hidden": "intermediate_size",
+    "max_positions": "max_position_embeddings",
+    "token_types": "type_vocab_size",
+    "activation": "hidden_act",
+    "norm_eps": "layer_norm_eps",
+    "dropout": "hidden_dropout_prob",
+    "attention_dropout": "attention_probs_dropout_prob",
+    "init_std": "initializer_range",
+    "pad_id": "pad_token_id",
+}
+_DISTILBERT_FIELDS = {
+    "vocab_size": "vocab_size",
+    "dim": "dim",
+    "layers": "n_layers",
+    "heads": "n_heads",
+    "hidden": "hidden_dim",
+    "max_positions": "max_position_embeddings",
+    "activation": "activation",
+    "dropout": "dropout",
+    "attention_dropout": "attention_dropout",
+    "init_std": "initializer_range",
+    "pad_id": "pad_token_id",
+}
+
+
+def _in_order(input_ids: Tensor, pad_id: int) -> Tensor:
+    return torch.arange(input_ids.shape[1], device=input_ids.device)[None]
+
+
+class Layout(NamedTuple):
+    """What one member of the family does its own way."""
+
+    architecture: str
+    fields: dict[str, str]
+    defaults: dict[str, Any]  # where its config.json may omit a field and the family's default is not its own
+    key_map: maps.KeyMap
+    positions: Callable[[Tensor, int], Tensor]  # (input_ids, pad_id) -> (B or 1, T) position ids
+    first_position: Callable[[int], int]  # of a row without padding, from pad_id
+
+
+LAYOUTS = {
+    "bert": Layout("BertModel", _BERT_FIELDS, {}, maps.BERT, _in_order, lambda pad: 0),
+    "distilbert": Layout(
+        "DistilBertModel",
+        _DISTILBERT_FIELDS,
+        {"layers": 6, "token_types": 0},
+        maps.DISTILBERT,
+        _in_order,
+        lambda pad: 0,
+    ),
+    "roberta": Layout(
+        "RobertaModel",
+        _BERT_FIELDS,
+        {"vocab_size": 50265, "pad_id": 1},
+        maps.ROBERTA,
+        positions_from_ids,
+        lambda pad: pad + 1,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class BertConfig:
+    """Sizes of a BERT-like encoder. The defaults are bert-base-uncased."""
+
+    layout: str = "bert"  # or distilbert, roberta
+    vocab_size: int = 30522
+    dim: int = 768
+    layers: int = 12
+    heads: int = 12
+    hidden: int = 3072  # inner width of the MLP
+    max_positions: int = 512  # rows of the position table
+    token_types: int = 2  # 0: no such table
+    activation: str = "gelu"
+    norm_eps: float = 1e-12
+    dropout: float = 0.1
+    attention_dropout: float = 0.1
+    init_std: float = 0.02
+    pad_id: int = 0
+
+    def __post_init__(self) -> None:
+        if self.layout not in LAYOUTS:
+            raise UserError(f"layout must be one of {', '.join(LAYOUTS)}, got {self.layout!r}")
+        check_heads(self.dim, self.heads)
+
+    @classmethod
+    def from_hf(cls, config: dict[str, Any]) -> Self:
+        """From a config.json of model type bert, distilbert or roberta. Raises UserError on anything else."""
+        kind = config.get("model_type")
+        if kind not in LAYOUTS:
+            raise UserError(f"config.json describes a model of type {kind!r}, expected {', '.join(LAYOUTS)}")
+        if config.get("is_decoder") or config.get("position_embedding_type", "absolute") != "absolute":
+            raise UserError(
+                "config.json asks for a decoder or for relative positions; this is an encoder without either"
+            )
+        layout = LAYOUTS[kind]
+        return cls(layout=kind, **layout.defaults | fields_from_hf(config, layout.fields, kind))
+
+    def to_hf(self) -> dict[str, Any]:
+        """The inverse of `from_hf`."""
+        layout = LAYOUTS[self.layout]
+        fields = {theirs: getattr(self, ours) for ours, theirs in layout.fields.items()}
+        return {"architectures": [layout.architecture], "model_type": self.layout, **fields}
+
+
+class BertBlock(nn.Module):
+    """Post-LN: norm(x + attention(x)), then norm(x + MLP(x))."""
+
+    tap_prefix: str | None = None
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        self.attn = MultiHeadAttention(config.dim, config.heads, dropout=config.attention_dropout)
+        self.norm1 = nn.LayerNorm(config.dim, eps=config.norm_eps)
+        self.mlp = MLP(config.dim, config.hidden, activation(config.activation), dropout=config.dropout)
+        self.norm2 = nn.LayerNorm(config.dim, eps=config.norm_eps)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor, key_mask: Tensor | None) -> Tensor:
+        x = taps.tap(self.tap_prefix, "resid_pre", x)
+        x = self.norm1(x + self.dropout(self.attn(x, key_mask=key_mask)))
+        x = taps.tap(self.tap_prefix, "resid_mid", x)
+        return taps.tap(self.tap_prefix, "resid_post", self.norm2(x + self.mlp(x)))
+
+
+class Bert(nn.Module):
+    """Embeddings summed and normed, post-LN blocks. No pooler: what sits on top belongs to the task."""
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.tokens = nn.Embedding(config.vocab_size, config.dim)
+        self.positions = nn.Embedding(config.max_positions, config.dim)
+        self.token_types = nn.Embedding(config.token_types, config.dim) if config.token_types else None
+        self.norm = nn.LayerNorm(config.dim, eps=config.norm_eps)
+        self.dropout = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(BertBlock(config) for _ in range(config.layers))
+        self.apply(lambda module: init_weights(module, config.init_std))
+        taps.name_modules(self, "text")
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None
+    ) -> Tensor:
+        """(B, T) -> (B, T, D). attention_mask (B, T), True = may attend; token_type_ids (B, T) default to 0.
+
+        Raises ValueError on more tokens than positions, or on token types for a model without them.
+        """
+        layout = LAYOUTS[self.config.layout]
+        limit = self.config.max_positions - layout.first_position(self.config.pad_id)
+        if input_ids.shape[1] > limit:
+            raise ValueError(f"{input_ids.shape[1]} tokens, but the position table serves {limit}")
+        x = self.tokens(input_ids) + self.positions(layout.positions(input_ids, self.config.pad_id))
+        if self.token_types is not None:
+            x = x + (self.token_types.weight[0] if token_type_ids is None else self.token_types(token_type_ids))
+        elif token_type_ids is not None:
+            raise ValueError(f"a {self.config.layout} encoder has no token types")
+        x = self.dropout(self.norm(x))
+        for block in self.blocks:
+            x = block(x, attention_mask)
+        return x
+
+    @classmethod
+    def from_pretrained(cls, source: str | PathLike[str]) -> Self:
+        """From a checkpoint folder or Hub id, in eval mode. Raises UserError when something does not fit."""
+        config, tensors = read_checkpoint(source)
+        model = cls(BertConfig.from_hf(config))
+        load_into(model, tensors, LAYOUTS[model.config.layout].key_map, source=str(source))
+        return model.eval()
+
+    def save_pretrained(self, folder: str | PathLike[str]) -> None:
+        """config.json and model.safetensors that `from_pretrained` and `transformers` read."""
+        write_checkpoint(folder, self.config.to_hf(), to_hf(self, LAYOUTS[self.config.layout].key_map))

@@ -1,0 +1,220 @@
+"""GPT-2, the decoder of Radford et al. 2019, with optional cross-attention between self-attention and MLP.
+
+Pre-LN, learned positions, tanh GELU, output head shared with the token embedding. Cross-attention reads one or several
+memories (see `nn.memory`); without one its sublayer is passed over, which makes the model a plain language model.
+
+Shapes: B rows, T tokens, N memory tokens, D width, V vocabulary.
+"""
+
+import logging
+import math
+from dataclasses import dataclass, replace
+from os import PathLike
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vqa_scratch.models.hf_config import check_heads, fields_from_hf
+from vqa_scratch.nn import taps
+from vqa_scratch.nn.attention import MultiHeadAttention
+from vqa_scratch.nn.cache import DecoderCache, KVCache
+from vqa_scratch.nn.layers import MLP, activation, init_weights
+from vqa_scratch.nn.masks import positions_from_mask
+from vqa_scratch.nn.memory import Memory
+from vqa_scratch.weights import maps
+from vqa_scratch.weights.convert import load_into, to_hf
+from vqa_scratch.weights.files import read_checkpoint, write_checkpoint
+
+logger = logging.getLogger(__name__)
+
+_FIELDS = {
+    "vocab_size": "vocab_size",
+    "max_positions": "n_positions",
+    "dim": "n_embd",
+    "layers": "n_layer",
+    "heads": "n_head",
+    "hidden": "n_inner",
+    "activation": "activation_function",
+    "norm_eps": "layer_norm_epsilon",
+    "embedding_dropout": "embd_pdrop",
+    "dropout": "resid_pdrop",
+    "attention_dropout": "attn_pdrop",
+    "init_std": "initializer_range",
+    "add_cross_attention": "add_cross_attention",
+    "scale_scores": "scale_attn_weights",
+    "scale_by_layer": "scale_attn_by_inverse_layer_idx",
+    "bos_id": "bos_token_id",
+    "eos_id": "eos_token_id",
+    "pad_id": "pad_token_id",
+}
+
+
+@dataclass(frozen=True)
+class GPT2Config:
+    """Sizes of a GPT-2. The defaults are the 124M model."""
+
+    vocab_size: int = 50257
+    max_positions: int = 1024
+    dim: int = 768
+    layers: int = 12
+    heads: int = 12
+    hidden: int | None = None  # inner width of the MLP; None: 4 * dim
+    activation: str = "gelu_new"
+    norm_eps: float = 1e-5
+    embedding_dropout: float = 0.1
+    dropout: float = 0.1
+    attention_dropout: float = 0.1
+    init_std: float = 0.02
+    add_cross_attention: bool = False
+    scale_scores: bool = True  # divide scores by sqrt(head size)
+    scale_by_layer: bool = False  # and by the number of the layer, from 1 (Mistral's GPT-2)
+    bos_id: int = 50256
+    eos_id: int = 50256
+    pad_id: int | None = None  # GPT-2 was trained without padding
+
+    def __post_init__(self) -> None:
+        check_heads(self.dim, self.heads)
+
+    @classmethod
+    def from_hf(cls, config: dict[str, Any]) -> Self:
+        """From a config.json of model type "gpt2". Raises UserError on another."""
+        return cls(**fields_from_hf(config, _FIELDS, "gpt2"))
+
+    def to_hf(self) -> dict[str, Any]:
+        """The inverse of `from_hf`."""
+        fields = {theirs: getattr(self, ours) for ours, theirs in _FIELDS.items()}
+        return {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", **fields}
+
+
+class GPT2Block(nn.Module):
+    """Pre-LN: x + self-attention, x + cross-attention if built with it and given a memory, x + MLP."""
+
+    tap_prefix: str | None = None
+
+    def __init__(self, config: GPT2Config, layer: int) -> None:
+        super().__init__()
+        scale = (config.dim // config.heads) ** -0.5 if config.scale_scores else 1.0
+        if config.scale_by_layer:
+            scale /= layer + 1
+        options = {"scale": scale, "dropout": config.attention_dropout}
+        self.norm1 = nn.LayerNorm(config.dim, eps=config.norm_eps)
+        self.attn = MultiHeadAttention(config.dim, config.heads, **options)
+        if config.add_cross_attention:
+            self.norm_cross = nn.LayerNorm(config.dim, eps=config.norm_eps)
+            self.cross = MultiHeadAttention(config.dim, config.heads, context_dim=config.dim, **options)
+        self.norm2 = nn.LayerNorm(config.dim, eps=config.norm_eps)
+        hidden = 4 * config.dim if config.hidden is None else config.hidden
+        self.mlp = MLP(config.dim, hidden, activation(config.activation), dropout=config.dropout)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor, key_mask: Tensor | None, memory: list[Memory] | None, cache: KVCache | None) -> Tensor:
+        x = taps.tap(self.tap_prefix, "resid_pre", x)
+        x = x + self.dropout(self.attn(self.norm1(x), key_mask=key_mask, causal=True, cache=cache))
+        if memory is not None or (cache is not None and cache.cross is not None):
+            x = x + self.dropout(self.cross(self.norm_cross(x), memory, cache=cache))
+        x = taps.tap(self.tap_prefix, "resid_mid", x)
+        return taps.tap(self.tap_prefix, "resid_post", x + self.mlp(self.norm2(x)))
+
+
+class GPT2(nn.Module):
+    """Tokens and positions, pre-LN blocks, a last norm, and a head that is the token embedding."""
+
+    def __init__(self, config: GPT2Config) -> None:
+        super().__init__()
+        self.config = config
+        self.tokens = nn.Embedding(config.vocab_size, config.dim)
+        self.positions = nn.Embedding(config.max_positions, config.dim)
+        self.dropout = nn.Dropout(config.embedding_dropout)
+        self.blocks = nn.ModuleList(GPT2Block(config, layer) for layer in range(config.layers))
+        self.norm = nn.LayerNorm(config.dim, eps=config.norm_eps)
+        self.apply(lambda module: init_weights(module, config.init_std))
+        # Radford et al. 2019, section 2.3: residual projections start smaller by the root of their number.
+        for name, parameter in self.named_parameters():
+            if name.endswith(("attn.out.weight", "cross.out.weight", "mlp.down.weight")):
+                nn.init.normal_(parameter, std=config.init_std / math.sqrt(2 * config.layers))
+        taps.name_modules(self, "decoder")
+
+    def new_cache(self) -> DecoderCache:
+        """An empty cache for this model."""
+        return DecoderCache(self.config.layers)
+
+    def hidden(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        *,
+        memory: list[Memory] | None = None,
+        cache: DecoderCache | None = None,
+    ) -> Tensor:
+        """(B, T) -> (B, T, D), the states under the head.
+
+        attention_mask (B, cached + T), True = may attend; positions count attended tokens, so a prompt may be padded on
+        either side. What cross-attention reads comes as encoder_hidden_states (B, N, D) with their mask (B, N), or as
+        memories; a cache keeps its keys, so that later calls may leave it out. Raises ValueError on more tokens than
+        positions, a mask of another length, or a memory for a model without cross-attention.
+        """
+        if encoder_hidden_states is not None:
+            if memory is not None:
+                raise ValueError("give encoder_hidden_states or memory, not both")
+            memory = [Memory(encoder_hidden_states, encoder_attention_mask)]
+        if memory is not None and not self.config.add_cross_attention:
+            raise ValueError("this GPT-2 has no cross-attention: build it with add_cross_attention=True")
+        past = 0 if cache is None else cache.length
+        total = past + input_ids.shape[1]
+        if total > self.config.max_positions:
+            raise ValueError(f"{total} tokens, but the position table serves {self.config.max_positions}")
+        if attention_mask is None:
+            position_ids = torch.arange(past, total, device=input_ids.device)[None]
+        elif attention_mask.shape != (len(input_ids), total):
+            raise ValueError(f"attention_mask must be {(len(input_ids), total)}, got {tuple(attention_mask.shape)}")
+        else:
+            position_ids = positions_from_mask(attention_mask)[:, past:]
+        x = self.dropout(self.tokens(input_ids) + self.positions(position_ids))
+        for layer, block in enumerate(self.blocks):
+            x = block(x, attention_mask, memory, None if cache is None else cache[layer])
+        return self.norm(x)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(B, T, D) -> (B, T, V): the head, which is the token embedding."""
+        return F.linear(hidden, self.tokens.weight)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        *,
+        memory: list[Memory] | None = None,
+        cache: DecoderCache | None = None,
+    ) -> Tensor:
+        """(B, T) -> logits (B, T, V). Arguments as in `hidden`."""
+        hidden = self.hidden(
+            input_ids, attention_mask, encoder_hidden_states, encoder_attention_mask, memory=memory, cache=cache
+        )
+        return self.logits(hidden)
+
+    @classmethod
+    def from_pretrained(cls, source: str | PathLike[str], *, add_cross_attention: bool | None = None) -> Self:
+        """From a checkpoint folder or Hub id, in eval mode. Raises UserError when something does not fit.
+
+        `add_cross_attention=True` puts cross-attention on a checkpoint without it, the plain gpt2: those weights alone
+        may be missing, keep their random start, and are counted in one log line. None follows the checkpoint.
+        """
+        hf, tensors = read_checkpoint(source)
+        config = GPT2Config.from_hf(hf)
+        if add_cross_attention is not None:
+            config = replace(config, add_cross_attention=add_cross_attention)
+        model = cls(config)
+        fresh = load_into(model, tensors, maps.GPT2, optional=maps.GPT2_CROSS, source=str(source))
+        if fresh:
+            logger.warning("%s has no cross-attention: %d of its parameters start at random", source, len(fresh))
+        return model.eval()
+
+    def save_pretrained(self, folder: str | PathLike[str]) -> None:
+        """config.json and model.safetensors that `from_pretrained` and `transformers` read."""
+        write_checkpoint(folder, self.config.to_hf(), to_hf(self, maps.GPT2))
