@@ -1,0 +1,325 @@
+"""T5, the encoder-decoder of Raffel et al. 2020 (arXiv 1910.10683); version 1.1 and FLAN are the gated, untied kind.
+
+What sets it apart from other transformers: positions enter only as a learned bias on the attention scores, one number
+for each head and bucket of distances, shared by all layers of a tower; scores are not divided by sqrt(d); norms have
+no mean and no bias; no linear layer has a bias.
+
+Shapes: B batch, N input tokens, T output tokens, D width, H heads, V vocabulary.
+"""
+
+import math
+from dataclasses import dataclass, replace
+from os import PathLike
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vqa_scratch.errors import UserError
+from vqa_scratch.nn import taps
+from vqa_scratch.nn.attention import MultiHeadAttention
+from vqa_scratch.nn.cache import DecoderCache, KVCache
+from vqa_scratch.nn.layers import MLP, Activation, activation
+from vqa_scratch.nn.memory import Memory
+from vqa_scratch.weights import convert, files, maps
+
+_HF_NAMES = {
+    "vocab_size": "vocab_size",
+    "dim": "d_model",
+    "head_dim": "d_kv",
+    "hidden": "d_ff",
+    "encoder_layers": "num_layers",
+    "decoder_layers": "num_decoder_layers",
+    "heads": "num_heads",
+    "buckets": "relative_attention_num_buckets",
+    "max_distance": "relative_attention_max_distance",
+    "dropout": "dropout_rate",
+    "norm_eps": "layer_norm_epsilon",
+    "pad_id": "pad_token_id",
+    "eos_id": "eos_token_id",
+    "start_id": "decoder_start_token_id",
+}
+
+
+@dataclass(frozen=True)
+class T5Config:
+    """Sizes of a T5. The defaults are flan-t5-small."""
+
+    vocab_size: int = 32128
+    dim: int = 512
+    head_dim: int = 64  # heads * head_dim need not be dim
+    hidden: int = 1024  # inner width of the feed-forward layers
+    encoder_layers: int = 8
+    decoder_layers: int = 8
+    heads: int = 6
+    buckets: int = 32  # of relative distances, in each tower
+    max_distance: int = 128  # all greater distances share the last bucket
+    activation: str = "gelu_new"
+    gated: bool = True
+    dropout: float = 0.1
+    norm_eps: float = 1e-6
+    tied: bool = False  # the head is the embedding
+    scaled: bool = False  # the decoder's output is multiplied by dim**-0.5 before the head
+    pad_id: int = 0
+    eos_id: int = 1
+    start_id: int = 0  # first input of the decoder
+
+    @classmethod
+    def from_hf(cls, config: dict[str, Any]) -> Self:
+        """From a config.json. Whether the head is tied is a fact of the weights, not of this file."""
+        known = {ours: config[theirs] for ours, theirs in _HF_NAMES.items() if config.get(theirs) is not None}
+        feed_forward = config.get("feed_forward_proj", "relu")
+        name = feed_forward.removeprefix("gated-")
+        return cls(
+            **{"decoder_layers": known["encoder_layers"], "start_id": known.get("pad_id", 0)} | known,
+            gated=feed_forward.startswith("gated-"),
+            # The released gated models were trained with the tanh approximation, whatever their file says.
+            activation="gelu_new" if feed_forward == "gated-gelu" else name,
+            scaled=config.get("scale_decoder_outputs", config.get("tie_word_embeddings") is not False),
+        )
+
+    def to_hf(self) -> dict[str, Any]:
+        """The inverse of `from_hf`."""
+        name = "gelu" if self.gated and self.activation == "gelu_new" else self.activation
+        return {
+            "architectures": ["T5ForConditionalGeneration"],
+            "model_type": "t5",
+            "is_encoder_decoder": True,
+            **{theirs: getattr(self, ours) for ours, theirs in _HF_NAMES.items()},
+            "feed_forward_proj": f"gated-{name}" if self.gated else name,
+            "tie_word_embeddings": self.scaled,
+            "scale_decoder_outputs": self.scaled,
+        }
+
+
+class RMSNorm(nn.Module):
+    """`x / rms(x) * weight` in fp32 (Zhang and Sennrich 2019, 1910.07467). (..., D) -> (..., D)."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(dim)), eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x.float(), self.weight.shape, self.weight, self.eps)
+
+
+def relative_buckets(queries: int, keys: int, buckets: int, max_distance: int, bidirectional: bool) -> Tensor:
+    """Bucket of each (query, key) pair, (queries, keys) long; the queries are the last ones of the keys.
+
+    Half of the buckets hold one distance each, the rest grow logarithmically up to `max_distance`. A bidirectional
+    tower spends half of all buckets on keys after the query; the other kind sees only keys before it.
+    """
+    position = torch.arange(keys)
+    distance = position[None, :] - position[keys - queries :, None]
+    offset = torch.zeros_like(distance)
+    if bidirectional:
+        buckets //= 2
+        offset = (distance > 0) * buckets
+        distance = distance.abs()
+    else:
+        distance = (-distance).clamp(min=0)
+    exact = buckets // 2
+    scale = (buckets - exact) / math.log(max_distance / exact)
+    far = exact + ((distance.clamp(min=1).float() / exact).log() * scale).long()
+    return offset + torch.where(distance < exact, distance, far.clamp(max=buckets - 1))
+
+
+class RelativeBias(nn.Module):
+    """The learned bias on the scores of all self-attentions of one tower."""
+
+    def __init__(self, config: T5Config, bidirectional: bool) -> None:
+        super().__init__()
+        self.table = nn.Embedding(config.buckets, config.heads)
+        self.sizes = (config.buckets, config.max_distance, bidirectional)
+
+    def forward(self, queries: int, keys: int) -> Tensor:
+        """(1, H, queries, keys) for the last `queries` of `keys` positions."""
+        buckets = relative_buckets(queries, keys, *self.sizes).to(self.table.weight.device)
+        return self.table(buckets).permute(2, 0, 1).unsqueeze(0)
+
+
+class GatedMLP(nn.Module):
+    """`down(activation(gate(x)) * up(x))` (Shazeer 2020, 2002.05202). (B, T, D) -> (B, T, D)."""
+
+    tap_prefix: str | None = None
+
+    def __init__(self, dim: int, hidden: int, activation: Activation, *, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.gate = nn.Linear(dim, hidden, bias=False)
+        self.up = nn.Linear(dim, hidden, bias=False)
+        self.down = nn.Linear(hidden, dim, bias=False)
+        self.activation, self.dropout = activation, nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate = taps.tap(self.tap_prefix, "pre", self.gate(x))
+        hidden = taps.tap(self.tap_prefix, "post", self.activation(gate) * self.up(x))
+        return taps.tap(self.tap_prefix, "out", self.dropout(self.down(hidden)))
+
+
+class T5Block(nn.Module):
+    """Self-attention, in a decoder cross-attention, and a feed-forward layer, each behind its norm."""
+
+    tap_prefix: str | None = None
+
+    def __init__(self, config: T5Config, decoder: bool) -> None:
+        super().__init__()
+
+        def attention(context_dim: int | None = None) -> MultiHeadAttention:
+            return MultiHeadAttention(
+                config.dim,
+                config.heads,
+                head_dim=config.head_dim,
+                context_dim=context_dim,
+                bias=False,
+                out_bias=False,
+                scale=1.0,
+                dropout=config.dropout,
+            )
+
+        self.attn_norm, self.attn = RMSNorm(config.dim, config.norm_eps), attention()
+        if decoder:
+            self.cross_norm, self.cross = RMSNorm(config.dim, config.norm_eps), attention(config.dim)
+        self.mlp_norm = RMSNorm(config.dim, config.norm_eps)
+        if config.gated:
+            self.mlp = GatedMLP(config.dim, config.hidden, activation(config.activation), dropout=config.dropout)
+        else:
+            self.mlp = MLP(config.dim, config.hidden, activation(config.activation), bias=False, dropout=config.dropout)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(
+        self,
+        x: Tensor,
+        bias: Tensor,
+        key_mask: Tensor | None,
+        memory: Memory | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        x = taps.tap(self.tap_prefix, "resid_pre", x)
+        own = self.attn(self.attn_norm(x), key_mask=key_mask, bias=bias, causal=memory is not None, cache=cache)
+        x = x + self.dropout(own)
+        if memory is not None:
+            x = x + self.dropout(self.cross(self.cross_norm(x), memory, cache=cache))
+        x = taps.tap(self.tap_prefix, "resid_mid", x)
+        return taps.tap(self.tap_prefix, "resid_post", x + self.mlp(self.mlp_norm(x)))
+
+
+class T5Tower(nn.Module):
+    """The encoder, or with `decoder=True` the decoder: embeddings in, normed states out."""
+
+    def __init__(self, config: T5Config, decoder: bool) -> None:
+        super().__init__()
+        self.bias = RelativeBias(config, bidirectional=not decoder)
+        layers = config.decoder_layers if decoder else config.encoder_layers
+        self.blocks = nn.ModuleList(T5Block(config, decoder) for _ in range(layers))
+        self.norm, self.dropout = RMSNorm(config.dim, config.norm_eps), nn.Dropout(config.dropout)
+        taps.name_modules(self, "decoder" if decoder else "encoder")
+
+    def forward(
+        self,
+        x: Tensor,
+        key_mask: Tensor | None = None,
+        memory: Memory | None = None,
+        cache: DecoderCache | None = None,
+    ) -> Tensor:
+        """(B, T, D) -> (B, T, D). With a cache x holds the new tokens only."""
+        past = 0 if cache is None else cache.length
+        bias = self.bias(x.shape[1], past + x.shape[1])
+        x = self.dropout(x)
+        for layer, block in enumerate(self.blocks):
+            x = block(x, bias, key_mask, memory, None if cache is None else cache[layer])
+        return self.dropout(self.norm(x))
+
+
+class T5(nn.Module):
+    """Encoder, decoder and language-model head."""
+
+    def __init__(self, config: T5Config) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.dim)
+        self.encoder = T5Tower(config, decoder=False)
+        self.decoder = T5Tower(config, decoder=True)
+        self.head = None if config.tied else nn.Linear(config.dim, config.vocab_size, bias=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Random weights that keep the scale of states and scores, attention unscaled as it is."""
+        nn.init.normal_(self.embedding.weight, std=1.0)
+        for name, module in self.named_modules():
+            if isinstance(module, RMSNorm):
+                nn.init.ones_(module.weight)
+            elif isinstance(module, RelativeBias):
+                nn.init.normal_(module.table.weight, std=self.config.dim**-0.5)
+            elif isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=module.in_features**-0.5)
+                inner = self.config.heads * self.config.head_dim
+                queries = module.weight[:inner] if name.endswith((".qkv", ".q")) else None
+                if queries is not None:  # no 1/sqrt(d) in the scores: it is in the queries from the start
+                    with torch.no_grad():
+                        queries.mul_(self.config.head_dim**-0.5)
+
+    @classmethod
+    def from_pretrained(cls, source: str | PathLike[str]) -> Self:
+        """From a folder or Hub id in the layout of T5ForConditionalGeneration."""
+        config, tensors = files.read_checkpoint(source)
+        if config.get("model_type") != "t5":
+            raise UserError(f"{source} holds a {config.get('model_type')} model, not a t5")
+        model = cls(replace(T5Config.from_hf(config), tied="lm_head.weight" not in tensors))
+        convert.load_into(model, tensors, model.key_map, source=str(source))
+        return model.eval()
+
+    def save_pretrained(self, folder: str | PathLike[str]) -> None:
+        """Write config.json and model.safetensors as `transformers` reads them."""
+        files.write_checkpoint(folder, self.config.to_hf(), convert.to_hf(self, self.key_map))
+
+    @property
+    def key_map(self) -> maps.KeyMap:
+        return maps.T5_GATED if self.config.gated else maps.T5
+
+    def encode(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """(B, N) -> (B, N, D). attention_mask (B, N), True = real token."""
+        return self.encoder(self.embedding(input_ids), attention_mask)
+
+    def decode_hidden(
+        self,
+        decoder_input_ids: Tensor,
+        encoder_states: Tensor | Memory,
+        attention_mask: Tensor | None = None,
+        decoder_attention_mask: Tensor | None = None,
+        cache: DecoderCache | None = None,
+    ) -> Tensor:
+        """(B, T) -> (B, T, D), the states before the head.
+
+        attention_mask (B, N) goes with encoder states given as a tensor (B, N, D); a `Memory` brings its own and may
+        serve several rows with one entry. With a cache decoder_input_ids holds the new tokens only, and
+        decoder_attention_mask all of them.
+        """
+        if isinstance(encoder_states, Tensor):
+            encoder_states = Memory(encoder_states, attention_mask)
+        elif attention_mask is not None:
+            raise ValueError("attention_mask goes with plain encoder states; a Memory has its own mask")
+        return self.decoder(self.embedding(decoder_input_ids), decoder_attention_mask, encoder_states, cache)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(..., D) -> (..., V)."""
+        if self.config.scaled:
+            hidden = hidden * self.config.dim**-0.5
+        return F.linear(hidden, self.embedding.weight) if self.head is None else self.head(hidden)
+
+    def new_cache(self) -> DecoderCache:
+        """An empty cache for `decode_hidden`."""
+        return DecoderCache(self.config.decoder_layers)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        decoder_input_ids: Tensor | None = None,
+        decoder_attention_mask: Tensor | None = None,
+    ) -> Tensor:
+        """(B, N), (B, T) -> logits (B, T, V)."""
+        if decoder_input_ids is None:
+            raise ValueError("T5 needs decoder_input_ids; shift the labels right, starting with config.start_id")
+        states = self.encode(input_ids, attention_mask)
+        return self.logits(self.decode_hidden(decoder_input_ids, states, attention_mask, decoder_attention_mask))

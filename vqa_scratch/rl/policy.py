@@ -1,0 +1,176 @@
+"""The policy: a sequence-to-sequence model with a value head, and the one function that turns logits into its odds.
+
+Sampling, scoring and the reference all go through `policy_logits`. If the sampler alone barred a token, the
+log-probabilities of the update would belong to a different distribution than the samples: the ratio and the KL would
+both be wrong.
+
+Shapes: P prompts, K samples a prompt, B = P * K responses, R response tokens, N real tokens in all, D width,
+V vocabulary.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from vqa_scratch.models.t5 import T5
+from vqa_scratch.nn.cache import DecoderCache
+from vqa_scratch.nn.memory import Memory
+from vqa_scratch.rl.types import Prompt
+
+BARRED = -1e9  # the logit of a token that cannot be sampled; finite, so that 0 * log 0 stays 0 in KL and entropy
+
+
+class Backbone(Protocol):
+    """What PPO asks of a language model (an `nn.Module`). `T5Policy` below is one."""
+
+    width: int
+    start_id: int  # first input of the decoder
+    eos_id: int
+    pad_id: int
+
+    def collate(self, prompts: list[Prompt]) -> dict[str, Tensor]:
+        """The prompts as tensors with P rows each, on the right device."""
+
+    def encode(self, inputs: dict[str, Tensor]) -> Memory:
+        """What the decoder reads, one entry a prompt."""
+
+    def decode_hidden(self, ids: Tensor, memory: Memory, cache: DecoderCache | None = None) -> Tensor:
+        """(B, R) -> (B, R, D): final states; with a cache, ids holds the new tokens only."""
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(N, D) -> (N, V)."""
+
+    def new_cache(self) -> DecoderCache: ...
+
+    def encoder_parameters(self) -> list[nn.Parameter]:
+        """All parameters that `encode` depends on."""
+
+
+class T5Policy(nn.Module):
+    """A T5 as PPO's backbone. Prompts are padded on the right; T5's relative positions do not forgive anything else."""
+
+    def __init__(self, model: T5) -> None:
+        super().__init__()
+        self.model = model
+        config = model.config
+        self.width, self.start_id, self.eos_id, self.pad_id = (
+            config.dim,
+            config.start_id,
+            config.eos_id,
+            config.pad_id,
+        )
+
+    def collate(self, prompts: list[Prompt]) -> dict[str, Tensor]:
+        device = self.model.embedding.weight.device
+        lengths = torch.tensor([len(p.ids) for p in prompts])
+        ids = torch.full((len(prompts), int(lengths.max())), self.pad_id)
+        for row, prompt in zip(ids, prompts, strict=True):
+            row[: len(prompt.ids)] = torch.tensor(prompt.ids)
+        mask = torch.arange(ids.shape[1]) < lengths[:, None]
+        return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
+
+    def encode(self, inputs: dict[str, Tensor]) -> Memory:
+        return Memory(self.model.encode(**inputs), inputs["attention_mask"])
+
+    def decode_hidden(self, ids: Tensor, memory: Memory, cache: DecoderCache | None = None) -> Tensor:
+        return self.model.decode_hidden(ids, memory, cache=cache)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        return self.model.logits(hidden)
+
+    def new_cache(self) -> DecoderCache:
+        return self.model.new_cache()
+
+    def encoder_parameters(self) -> list[nn.Parameter]:
+        return [*self.model.encoder.parameters(), self.model.embedding.weight]
+
+
+@dataclass(frozen=True)
+class SamplingRules:
+    """What may be sampled. Part of the policy: the same rules hold wherever its probabilities are used."""
+
+    eos_id: int
+    max_new_tokens: int
+    min_new_tokens: int = 0  # the end token is barred before this many tokens
+    temperature: float = 1.0
+    barred_ids: tuple[int, ...] = ()  # never sampled: padding, ids beyond the tokenizer's
+    no_repeat_ngram: int = 0  # bar tokens that would complete an n-gram the response already has; 0 allows all
+
+
+def policy_logits(logits: Tensor, ids: Tensor, positions: Tensor, rules: SamplingRules) -> Tensor:
+    """Raw logits (N, V) -> fp32 logits (N, V) of the distribution that is sampled from.
+
+    Row n predicts token `positions[n]` of the response `ids[n]` (N, R); later entries of `ids` are not looked at.
+    """
+    logits = logits.float()
+    if rules.temperature != 1.0:
+        logits = logits / rules.temperature
+    if rules.barred_ids:
+        barred = torch.tensor(rules.barred_ids, device=logits.device)
+        logits = logits.index_fill(-1, barred, BARRED)
+    if rules.min_new_tokens > 0:
+        early = positions < rules.min_new_tokens
+        eos = torch.arange(logits.shape[-1], device=logits.device) == rules.eos_id
+        logits = logits.masked_fill(early[:, None] & eos, BARRED)
+    if rules.no_repeat_ngram > 0:
+        rows, tokens = _completing(ids, positions, rules.no_repeat_ngram)
+        logits = logits.index_put((rows, tokens), logits.new_tensor(BARRED))
+    return logits
+
+
+def _completing(ids: Tensor, positions: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """Rows and tokens such that the token would repeat an n-gram which lies wholly before the row's position."""
+    length = ids.shape[1]
+    place = torch.arange(length, device=ids.device)
+    match = (place >= n - 1) & (place < positions[:, None])  # (N, R): an n-gram of the past ends at each of these
+    match &= positions[:, None] >= n - 1
+    for back in range(1, n):  # its token `back` before the end equals the one `back` before the position
+        recent = ids.gather(1, (positions - back).clamp(min=0)[:, None])
+        earlier = ids.roll(back, dims=1)
+        match &= earlier == recent
+    rows, ends = match.nonzero(as_tuple=True)
+    return rows, ids[rows, ends]
+
+
+def token_states(backbone: Backbone, memory: Memory, ids: Tensor, mask: Tensor) -> Tensor:
+    """States before each real token of the responses (B, R): (N, D), row by row. Nothing is computed twice for pads."""
+    start = torch.full_like(ids[:, :1], backbone.start_id)
+    inputs = torch.cat([start, ids[:, :-1]], 1)  # (B, R): the decoder reads t_{i-1} to predict t_i
+    return backbone.decode_hidden(inputs, memory)[mask]
+
+
+def token_logits(backbone: Backbone, states: Tensor, ids: Tensor, mask: Tensor, rules: SamplingRules) -> Tensor:
+    """(N, D) -> logits (N, V) of the sampled distribution at each real token."""
+    rows, positions = mask.nonzero(as_tuple=True)
+    return policy_logits(backbone.logits(states), ids[rows], positions, rules)
+
+
+class ActorCritic(nn.Module):
+    """The policy with its value head: one number a state, read after the final norm, 0 everywhere at the start."""
+
+    def __init__(self, backbone: Backbone, detach_value: bool = False) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.value_head = nn.Linear(backbone.width, 1)
+        nn.init.zeros_(self.value_head.weight)
+        nn.init.zeros_(self.value_head.bias)
+        self.detach_value = detach_value
+
+    def forward(self, memory: Memory, ids: Tensor, mask: Tensor, rules: SamplingRules) -> tuple[Tensor, Tensor]:
+        """Responses (B, R) -> logits (N, V) and values (N,) at their real tokens, row by row, both fp32."""
+        states = token_states(self.backbone, memory, ids, mask)
+        seen = states.detach() if self.detach_value else states
+        values = self.value_head(seen).squeeze(-1).float()
+        return token_logits(self.backbone, states, ids, mask, rules), values
+
+
+def freeze(module: nn.Module, precision: torch.dtype = torch.float32) -> nn.Module:
+    """No gradients, no dropout. Below fp32 the linear layers are stored as autocast would cast them on every call."""
+    module.requires_grad_(False).eval()
+    if precision != torch.float32:
+        for layer in module.modules():
+            if isinstance(layer, nn.Linear):
+                layer.to(precision)
+    return module
