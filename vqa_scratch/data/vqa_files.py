@@ -7,7 +7,6 @@ import json
 import os
 import sys
 from collections import Counter
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -44,6 +43,20 @@ def image_file_name(split: str, image_id: int, suffix: str = ".jpg") -> Path:
     """Where the image lies below the data folder: train2014/COCO_train2014_000000000042.jpg."""
     subtype = image_subtype_of(subtype_of(split))
     return Path(subtype) / f"COCO_{subtype}_{image_id:012d}{suffix}"
+
+
+@dataclass(frozen=True, slots=True)
+class VQASample:
+    """One question on one image. On a test split without annotations the types and `answer` are "", `answers` is ()."""
+
+    image_id: int
+    image_path: Path
+    question_id: int
+    question: str
+    question_type: str
+    answer_type: str
+    answers: tuple[str, ...]
+    answer: str
 
 
 @dataclass(frozen=True)
@@ -110,6 +123,8 @@ def load_json(path: Path, object_hook: Any = None) -> Any:
         raise UserError(f"{path} is not valid JSON at {where}: {error.msg}; is the file complete?") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text (byte {error.start}); is it really the JSON file?") from error
+    except RecursionError as error:
+        raise UserError(f"{path} is nested too deeply to be one of this data set's files") from error
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
 
@@ -197,12 +212,3 @@ def load_annotations(path: Path) -> tuple[dict[int, Annotation], Counter[str]]:
         texts = map(sys.intern, (question_type, answer_type))
         result[question_id] = Annotation(image_id, *texts, tuple(answers), sys.intern(majority))
     return result, notes
-
-
-def answer_entries(answers: Sequence[str], confidences: Iterable[str] | None = None) -> list[dict[str, Any]]:
-    """The official form of the annotators' answers: ids from 1, a confidence each ("yes" unless given)."""
-    confidences = ["yes"] * len(answers) if confidences is None else list(confidences)
-    return [
-        {"answer_id": i, "answer": answer, "answer_confidence": confidence}
-        for i, (answer, confidence) in enumerate(zip(answers, confidences, strict=True), start=1)
-    ]

@@ -1,4 +1,4 @@
-"""VQA v2: reading its files into samples, splitting by image, writing the same formats.
+"""VQA v2: reading its files into samples and splitting them by image. The one place to import the data set from.
 
 The data set and its formats are those of Goyal et al., "Making the V in VQA Matter" (CVPR 2017). Samples hold paths,
 never pixels. Whatever is left out is counted, with its reason, in a report.
@@ -6,7 +6,7 @@ never pixels. Whatever is left out is counted, with its reason, in a report.
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,8 +16,8 @@ from vqa_scratch.data.vqa_files import (
     Annotation,
     ImageFolder,
     VQAFiles,
+    VQASample,
     annotations_name,
-    answer_entries,
     entries,
     fields,
     find_file,
@@ -25,11 +25,10 @@ from vqa_scratch.data.vqa_files import (
     image_subtype_of,
     load_annotations,
     load_json,
-    pairs_name,
     questions_name,
     subtype_of,
-    write_json,
 )
+from vqa_scratch.data.vqa_write import read_pairs, write_vqa
 from vqa_scratch.errors import UserError
 
 __all__ = [
@@ -43,20 +42,6 @@ __all__ = [
     "split_by_image",
     "write_vqa",
 ]
-
-
-@dataclass(frozen=True, slots=True)
-class VQASample:
-    """One question on one image. On a test split without annotations the types and `answer` are "", `answers` is ()."""
-
-    image_id: int
-    image_path: Path
-    question_id: int
-    question: str
-    question_type: str
-    answer_type: str
-    answers: tuple[str, ...]
-    answer: str
 
 
 @dataclass
@@ -136,6 +121,19 @@ def _is_image(path: Path) -> bool:
         return False
 
 
+def _problem(annotation: Annotation | None, image_id: int, min_agreement: float) -> str | None:
+    """Why the annotation rules its question out."""
+    if annotation is None:
+        return "the question has no annotation"
+    if annotation.image_id != image_id:
+        return "the annotation is about another image"
+    if min_agreement > 0:
+        most_common = max(map(annotation.answers.count, set(annotation.answers)))
+        if most_common / len(annotation.answers) < min_agreement - 1e-9:
+            return "the annotators agree less than min_agreement"
+    return None
+
+
 def read_vqa(
     source: str | Path | VQAFiles,
     split: str = "train",
@@ -191,7 +189,7 @@ def read_vqa(
     readable: dict[int, bool] = {}
     seen: set[int] = set()
     types = {"question_id": int, "image_id": int, "question": str}
-    nothing = Annotation(0, "", "", (), "")
+    no_annotation = Annotation(0, "", "", (), "")
     stop = len(questions) if end_at is None else min(end_at, len(questions))
     for position in range(start_at, stop):
         if max_questions is not None and len(samples) == max_questions:
@@ -206,20 +204,13 @@ def read_vqa(
         if not question.strip():
             report.skip("the question is empty", question_id)
             continue
-        found = nothing
+        found = no_annotation
         if annotations is not None:
             found = annotations.get(question_id)
-            if found is None:
-                report.skip("the question has no annotation", question_id)
+            problem = _problem(found, image_id, min_agreement)
+            if problem:
+                report.skip(problem, question_id)
                 continue
-            if found.image_id != image_id:
-                report.skip("the annotation is about another image", question_id)
-                continue
-            if min_agreement > 0:
-                most_common = max(map(found.answers.count, set(found.answers)))
-                if most_common / len(found.answers) < min_agreement - 1e-9:
-                    report.skip("the annotators agree less than min_agreement")
-                    continue
         if max_questions_per_image is not None and per_image[image_id] >= max_questions_per_image:
             report.skip("over max_questions_per_image")
             continue
@@ -228,7 +219,7 @@ def read_vqa(
             continue
         path = finder.find(image_id)
         if path is None:
-            report.skip("the image is missing", finder.names_for(image_id)[0])
+            report.skip("the image is missing", finder.folder / finder.names_for(image_id)[0])
             continue
         if verify_images:
             if image_id not in readable:
@@ -279,70 +270,3 @@ def split_by_image(
         position = int.from_bytes(digest, "big") / 2**64
         parts[sum(position >= bound for bound in bounds)].append(sample)
     return parts
-
-
-def write_vqa(
-    folder: str | Path,
-    split: str,
-    samples: Sequence[VQASample],
-    *,
-    description: str = "",
-    license_name: str = "",
-    pairs: Iterable[tuple[int, int]] = (),
-    confidences: Mapping[int, Sequence[str]] | None = None,
-) -> VQAFiles:
-    """Writes the question, annotation and complementary-pair files of a split under their official names.
-
-    pairs       -- (question_id, question_id) with the same question on similar images and different answers
-    confidences -- {question_id: one of "yes", "maybe", "no" per answer}; "yes" where not given
-    Images are not touched: `image_file_name` says where they belong. Without any answers no annotation file is written.
-    Raises ValueError if only some samples have answers, or if a question id occurs twice.
-    """
-    folder, subtype = Path(folder), subtype_of(split)
-    answered = sum(bool(sample.answers) for sample in samples)
-    if answered not in (0, len(samples)):
-        raise ValueError(f"{answered} of {len(samples)} samples have answers; a split has them for all or for none")
-    if len({sample.question_id for sample in samples}) != len(samples):
-        raise ValueError("a question id occurs twice")
-    info = {
-        "description": description,
-        "data_type": "mscoco",
-        "version": "2.0",
-        "contributor": "",
-        "url": "",
-        "year": 0,
-        "date_created": "",
-    }
-    common = {
-        "info": info,
-        "license": {"name": license_name, "url": ""},
-        "data_type": "mscoco",
-        "data_subtype": subtype,
-    }
-    questions = [{"image_id": s.image_id, "question": s.question, "question_id": s.question_id} for s in samples]
-    files = VQAFiles(folder / questions_name(subtype), folder / annotations_name(subtype) if answered else None, folder)
-    write_json(files.questions, {**common, "task_type": "Open-Ended", "questions": questions})
-    if files.annotations is not None:
-        annotations = [
-            {
-                "question_id": s.question_id,
-                "image_id": s.image_id,
-                "question_type": s.question_type,
-                "answer_type": s.answer_type,
-                "answers": answer_entries(s.answers, (confidences or {}).get(s.question_id)),
-                "multiple_choice_answer": s.answer,
-            }
-            for s in samples
-        ]
-        write_json(files.annotations, {**common, "annotations": annotations})
-    write_json(folder / pairs_name(subtype), [list(pair) for pair in pairs])
-    return files
-
-
-def read_pairs(folder: str | Path, split: str) -> list[tuple[int, int]]:
-    """The complementary pairs of a split: questions ids with the same question and different answers."""
-    path = find_file(Path(folder), pairs_name(subtype_of(split)))
-    content = load_json(path)
-    if not isinstance(content, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in content):
-        raise UserError(f"{path} is not a list of pairs of question ids")
-    return [(first, second) for first, second in content]
