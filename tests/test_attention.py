@@ -1,0 +1,275 @@
+"""Attention against brute force in float64, its two ways against each other, memories and caches by plain calls."""
+
+import math
+
+import pytest
+import torch
+from helpers import brute_force_attention
+
+from vqa_scratch.nn import DecoderCache, KVCache, Memory, MultiHeadAttention, attention, attention_weights
+from vqa_scratch.nn.attention import BACKENDS
+from vqa_scratch.nn.masks import causal_mask, positions_from_ids, positions_from_mask
+
+# Differences of fp32 sums over a few keys; outputs are of size 1.
+CLOSE = {"atol": 2e-6, "rtol": 0.0}
+GRADIENTS_CLOSE = {"atol": 2e-5, "rtol": 0.0}
+
+
+def inputs(batch=3, heads=2, queries=5, keys=7, head_dim=6):
+    """q, k, v that take gradients, for a row with a hole, a row of nothing, and a full row."""
+    q = torch.randn(batch, heads, queries, head_dim, requires_grad=True)
+    k, v = (torch.randn(batch, heads, keys, head_dim, requires_grad=True) for _ in range(2))
+    key_mask = torch.ones(batch, keys, dtype=torch.bool)
+    key_mask[0, ::2] = False
+    key_mask[1] = False
+    return q, k, v, key_mask
+
+
+def bias_of(kind, queries=5, keys=7):
+    """No bias, one for each head, or one that blocks keys by -inf, all keys for the first query."""
+    if kind == "none":
+        return None
+    bias = torch.randn(1, 2, queries, keys)
+    if kind == "blocking":
+        bias[:, :, 0] = -math.inf
+        bias[:, :, 1:, 2] = -math.inf
+    return bias
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("bias_kind", ["none", "each head", "blocking"])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(("queries", "keys"), [(5, 7), (7, 7), (1, 7), (7, 5)])
+def test_attention_is_the_definition(backend, bias_kind, causal, masked, queries, keys):
+    q, k, v, key_mask = inputs(queries=queries, keys=keys)
+    bias = bias_of(bias_kind, queries, keys)
+    allowed = torch.ones(3, 2, queries, keys, dtype=torch.bool)
+    if masked:
+        allowed &= key_mask[:, None, None]
+    if causal:  # the last query sees the last key
+        for i in range(queries):
+            allowed[:, :, i, max(0, keys - queries + i + 1) :] = False
+    if bias is not None:
+        allowed &= bias > -math.inf
+    expected = brute_force_attention(q, k, v, allowed, bias, scale=0.3)
+    got = attention(
+        q, k, v, key_mask=key_mask if masked else None, bias=bias, causal=causal, scale=0.3, backend=backend
+    )
+    torch.testing.assert_close(got.double(), expected, **CLOSE)
+    empty = ~allowed.any(-1)
+    assert torch.equal(got[empty], torch.zeros_like(got[empty]))
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("bias_kind", ["none", "each head", "blocking"])
+def test_both_ways_have_the_same_gradients(causal, masked, bias_kind):
+    q, k, v, key_mask = inputs()
+    bias = bias_of(bias_kind)
+    leaves = [q, k, v] if bias is None else [q, k, v, bias.requires_grad_()]
+    weight = torch.randn(3, 2, 5, 6)
+    gradients = {}
+    for backend in BACKENDS:
+        z = attention(q, k, v, key_mask=key_mask if masked else None, bias=bias, causal=causal, backend=backend)
+        gradients[backend] = torch.autograd.grad((z * weight).sum(), leaves)
+    for fused, explicit in zip(gradients["fused"], gradients["explicit"], strict=True):
+        assert fused.isfinite().all() and explicit.isfinite().all()
+        torch.testing.assert_close(fused, explicit, **GRADIENTS_CLOSE)
+    if masked:
+        assert gradients["fused"][0][1].abs().max() == 0  # the row that reads nothing
+
+
+def test_weights_are_a_distribution_over_allowed_keys():
+    q, k, _, key_mask = inputs()
+    scores, pattern = attention_weights(q, k, key_mask=key_mask, causal=True)
+    allowed = (key_mask[:, None] & causal_mask(5, 7))[:, None].expand_as(scores)
+    assert torch.equal(scores == -math.inf, ~allowed)
+    assert torch.equal(pattern > 0, allowed)
+    torch.testing.assert_close(pattern.sum(-1), allowed.any(-1).float())
+
+
+def test_nan_is_not_taken_for_a_mask():
+    q, k, v, _ = inputs()
+    k = k.detach().clone()
+    k[0, 0, 0, 0] = math.nan
+    for backend in BACKENDS:
+        assert attention(q, k, v, backend=backend)[0, 0].isnan().all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_dropout_drops_weights_and_scales_the_rest(backend):
+    # With v = identity the output is the dropped pattern itself: each weight is gone or divided by 1 - p.
+    q, k, _, _ = inputs(keys=6)
+    eye = torch.eye(6).expand(3, 2, 6, 6)
+    ratio = attention(q, k, eye, dropout=0.25, backend=backend) / attention(q, k, eye, backend=backend)
+    dropped = ratio.abs() < 1e-6
+    torch.testing.assert_close(ratio[~dropped], torch.full_like(ratio[~dropped], 4 / 3))
+    assert 0.1 < dropped.float().mean() < 0.4  # 180 draws at 0.25: four standard deviations are 0.13
+
+    module = MultiHeadAttention(8, 2, dropout=0.5, backend=backend)
+    x = torch.randn(2, 5, 8)
+    assert not torch.equal(module(x), module(x))
+    module.eval()
+    assert torch.equal(module(x), module(x))
+
+
+def test_wrong_arguments_are_named():
+    q, k, v, key_mask = inputs()
+    with pytest.raises(ValueError, match="backend must be one of fused, explicit, got 'flash'"):
+        attention(q, k, v, backend="flash")
+    with pytest.raises(ValueError, match=r"key_mask must be \(batch, 7 keys\), got \(3, 6\)"):
+        attention(q, k, v, key_mask=key_mask[:, :6])
+    with pytest.raises(ValueError, match="width 10 does not divide into 4 heads"):
+        MultiHeadAttention(10, 4)
+    cross = MultiHeadAttention(8, 2, context_dim=8)
+    with pytest.raises(ValueError, match="needs a context"):
+        cross(torch.randn(2, 3, 8))
+    with pytest.raises(ValueError, match="a Memory has its own mask"):
+        cross(torch.randn(2, 3, 8), Memory(torch.randn(2, 3, 8)), torch.ones(2, 3))
+    with pytest.raises(ValueError, match=r"memory mask must be \(2, 3\), got \(2, 4\)"):
+        Memory(torch.randn(2, 3, 8), torch.ones(2, 4))
+    with pytest.raises(ValueError, match="an index or a repeat"):
+        Memory(torch.randn(2, 3, 8), index=torch.tensor([0, 1]), repeat=2)
+
+
+def test_module_projects_splits_and_joins():
+    """Self and cross modules against the definition, with a head size that is not width / heads."""
+    x, context = torch.randn(2, 4, 10), torch.randn(2, 3, 6)
+    for module, source in (
+        (MultiHeadAttention(10, 3, head_dim=4, scale=0.7), x),
+        (MultiHeadAttention(10, 3, head_dim=4, scale=0.7, context_dim=6, bias=False, out_bias=False), context),
+    ):
+        if module.is_cross:
+            q, kv = module.q(x), module.kv(source)
+            k, v = kv[..., :12], kv[..., 12:]
+            got = module(x, source)
+        else:
+            q, k, v = module.qkv(x).split(12, -1)
+            got = module(x)
+        heads = [t.unflatten(-1, (3, 4)).transpose(1, 2) for t in (q, k, v)]
+        allowed = torch.ones(2, 3, 4, source.shape[1], dtype=torch.bool)
+        z = brute_force_attention(*heads, allowed, None, 0.7)
+        torch.testing.assert_close(got, module.out(z.transpose(1, 2).flatten(2).float()), **CLOSE)
+
+
+# --- memories ---------------------------------------------------------------------------------------------------------
+
+INDICES = {
+    "in order": [0, 0, 0, 1, 1, 1],
+    "uneven": [0, 1, 1, 1, 1, 1],
+    "shuffled": [1, 0, 1, 0, 0, 1],
+    "one unused": [1, 1, 1, 1, 1, 1],
+}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("order", INDICES)
+@pytest.mark.parametrize("parts", [1, 2, 3])
+def test_memory_of_parts_is_one_long_memory(backend, order, parts):
+    """Outputs and gradients equal those of expanding the entries and concatenating the parts by hand."""
+    module = MultiHeadAttention(12, 2, context_dim=10, backend=backend)
+    index = torch.tensor(INDICES[order])
+    shared, own = torch.randn(2, 4, 10, requires_grad=True), torch.randn(6, 3, 10, requires_grad=True)
+    own_mask = torch.rand(6, 3) > 0.4
+    shared_mask = torch.tensor([[True, False, True, True], [False] * 4])
+    own_mask[0] = own_mask[-1] = False  # rows 0 and 5: one of them reads nothing when its shared entry is 1
+    last = torch.randn(1, 2, 10, requires_grad=True)
+    x = torch.randn(6, 5, 12, requires_grad=True)
+
+    memories = [Memory(shared, shared_mask, index), Memory(own, own_mask), Memory(last, None, torch.zeros(6).long())]
+    states = torch.cat([shared[index], own, last.expand(6, -1, -1)][:parts], 1)
+    mask = torch.cat([shared_mask[index], own_mask, torch.ones(6, 2, dtype=torch.bool)][:parts], 1)
+    leaves = [x, shared, own, last][: parts + 1] + list(module.parameters())
+    weight = torch.randn(6, 5, 12)
+    got, expected = module(x, memories[:parts]), module(x, states, mask)
+    torch.testing.assert_close(got, expected, **CLOSE)
+    for one, other in zip(
+        torch.autograd.grad((got * weight).sum(), leaves),
+        torch.autograd.grad((expected * weight).sum(), leaves),
+        strict=True,
+    ):
+        assert one.isfinite().all()
+        torch.testing.assert_close(one, other, **GRADIENTS_CLOSE)
+
+    (q,), (k, v) = module._split(module.q(x), 1), module._split(module.kv(states), 2)
+    allowed = mask[:, None, None].expand(-1, 2, 5, -1)
+    z = brute_force_attention(q, k, v, allowed, None, module.scale)
+    torch.testing.assert_close(got, module.out(z.transpose(1, 2).flatten(2).float()), **CLOSE)
+
+
+def test_index_in_order_becomes_a_repeat():
+    states = torch.randn(2, 3, 8)
+    memory = Memory(states, index=torch.tensor([0, 0, 1, 1]))
+    assert memory.index is None and memory.repeat == 2 and memory.rows == 4
+    assert Memory(states, index=torch.tensor([0, 1, 0, 1])).rows == 4
+    assert Memory(states, index=torch.tensor([0, 0, 0])).repeat == 1
+    assert Memory(states, repeat=3).rows == 6
+
+
+# --- caches -----------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_self_cache_equals_whole_sequence_in_any_steps():
+    module = MultiHeadAttention(12, 2)
+    x = torch.randn(3, 40, 12)
+    key_mask = torch.rand(3, 40) > 0.2
+    whole = module(x, key_mask=key_mask, causal=True)
+    for steps in ([40], [1] * 40, [5, 1, 30, 4]):
+        cache, out, end = KVCache(), [], 0
+        for step in steps:
+            start, end = end, end + step
+            out.append(module(x[:, start:end], key_mask=key_mask[:, :end], causal=True, cache=cache))
+        torch.testing.assert_close(torch.cat(out, 1), whole, **CLOSE)
+        assert cache.length == 40
+
+
+@torch.no_grad()
+def test_cache_rows_can_be_dropped_reordered_and_repeated():
+    module = MultiHeadAttention(12, 2)
+    cross = MultiHeadAttention(12, 2, context_dim=12)
+    x = torch.randn(4, 6, 12)
+    memories = [Memory(torch.randn(2, 3, 12), torch.rand(2, 3) > 0.3, repeat=2), Memory(torch.randn(4, 2, 12))]
+    per_row = torch.cat([memories[0].states.repeat_interleave(2, 0), memories[1].states], 1)
+    mask = torch.cat([memories[0].mask.repeat_interleave(2, 0), torch.ones(4, 2, dtype=torch.bool)], 1)
+    cache = DecoderCache(2)  # the second layer stays without cross-attention
+    for layer in cache:
+        module(x[:, :5], causal=True, cache=layer)
+    cross(x, memories, cache=cache[0])
+    rows = torch.arange(4)
+    for choice in ([1, 0, 3, 2], [0, 0, 2, 2], [3, 1, 1], [2, 0], [1, 1, 1, 1]):
+        choice = torch.tensor(choice)
+        cache.select(choice)
+        rows = rows[choice]
+        assert cache.length == 5
+        torch.testing.assert_close(cross(x[rows], cache=cache[0]), cross(x[rows], per_row[rows], mask[rows]), **CLOSE)
+        for layer in cache:
+            copy = KVCache()
+            module(x[rows, :5], causal=True, cache=copy)
+            k, v = layer._k[:, :, :5], layer._v[:, :, :5]
+            torch.testing.assert_close(k, copy._k[:, :, :5])
+            torch.testing.assert_close(v, copy._v[:, :, :5])
+    after = module(x[rows, 5:], causal=True, cache=cache[1])
+    torch.testing.assert_close(after, module(x[rows], causal=True)[:, 5:], **CLOSE)
+
+
+def test_cross_cache_projects_once():
+    cross = MultiHeadAttention(8, 2, context_dim=8)
+    calls = []
+    cross.kv.register_forward_hook(lambda *args: calls.append(1))
+    cache, x, context = KVCache(), torch.randn(2, 1, 8), torch.randn(2, 3, 8)
+    first = cross(x, context, cache=cache)
+    torch.testing.assert_close(cross(x, context, cache=cache), first)
+    torch.testing.assert_close(cross(x, cache=cache), first)
+    assert len(calls) == 1
+
+
+# --- positions --------------------------------------------------------------------------------------------------------
+
+
+def test_positions_skip_padding():
+    mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 0, 0]])
+    assert positions_from_mask(mask).tolist() == [[0, 0, 0, 1, 2], [0, 1, 2, 2, 2]]
+    ids = torch.tensor([[5, 6, 7, 1, 1], [1, 5, 6, 7, 8]])
+    assert positions_from_ids(ids, 1).tolist() == [[2, 3, 4, 1, 1], [1, 2, 3, 4, 5]]
