@@ -29,7 +29,7 @@ GOLDEN = {
     "black\tand white": "black and white",
     "red, blue": "red blue",  # "," beside a space: deleted
     "red,blue": "red blue",  # not beside one: becomes a space
-    "x,5 a-b": "x 5 a b",  # no digit before the comma: not a number
+    "x,5 t-b": "x 5 t b",  # no digit before the comma: not a number
     "t-shirt- b": "tshirt b",  # one "-" beside a space deletes every "-"
     "t-shirt\t-b": "tshirt b",  # a tab is a space
     "isn't it?": "isn't it",  # the apostrophe stays
