@@ -134,7 +134,7 @@ def write_json(path: Path, content: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_text(json.dumps(content, separators=(",", ":"), ensure_ascii=False), encoding="utf-8")
+        temporary.write_text(json.dumps(content, separators=(",", ":")), encoding="ascii")
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
