@@ -80,8 +80,8 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
             return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
     except SafetensorError as error:
         raise UserError(f"{path} is not a whole safetensors file ({error}); copy or download it again") from None
-    except FileNotFoundError:
-        raise UserError(f"no file {path}") from None
+    except (FileNotFoundError, PermissionError) as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
 
 
 def read_pickle(path: Path) -> dict[str, Tensor]:
@@ -95,9 +95,9 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
         raise UserError(
             f"{path} holds more than tensors (or is no torch file); refused, since it could run code"
         ) from None
-    except FileNotFoundError:
-        raise UserError(f"no file {path}") from None
-    except (RuntimeError, EOFError, KeyError, ValueError) as error:
+    except (FileNotFoundError, PermissionError) as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
+    except (RuntimeError, OSError, EOFError, KeyError, ValueError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{path} is not a whole torch file ({reason}); copy or download it again") from None
     if not isinstance(content, dict):

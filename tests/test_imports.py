@@ -1,0 +1,165 @@
+"""Who imports whom, read from the import statements: the direction, the leaves, no circle, no forbidden library."""
+
+import ast
+import graphlib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+# A module may import those of a lower rank, its own package, and neighbours of the same rank (but see the circle test).
+RANKS = {
+    "kernels.reference": 0,
+    "kernels": 1,
+    "vqa_scratch.nn": 2,
+    "vqa_scratch.models": 3,
+    "vqa_scratch.generate": 4,
+    "vqa_scratch.data": 4,
+    "vqa_scratch.engine": 5,
+    "vqa_scratch.rl": 5,
+    "vqa_scratch.study": 5,
+    "train": 6,
+    "rlhf": 6,
+    "vqa_scratch.__main__": 6,
+    "tests": 7,
+    "bench": 7,
+}
+# Anybody may import these; they import only each other.
+LEAVES = {
+    "vqa_scratch",
+    "vqa_scratch.errors",
+    "vqa_scratch.config",
+    "vqa_scratch.metrics",
+    "vqa_scratch.weights",
+    "vqa_scratch.rl.types",
+    "vqa_scratch.rl.functional",
+    "vqa_scratch._torchvision_shim",
+}
+# Pairs that rank alone would allow.
+FORBIDDEN = {("vqa_scratch.data", "vqa_scratch.generate"), ("vqa_scratch.data", "vqa_scratch.models")}
+FORBIDDEN |= {("vqa_scratch.data", "vqa_scratch.nn"), ("vqa_scratch.generate", "vqa_scratch.data")}
+ONLY_IN_TESTS = {"transformers", "trl", "accelerate", "peft", "datasets", "sentence_transformers"}
+FOLDERS = ("kernels", "vqa_scratch", "tests", "bench")
+
+
+def modules() -> dict[str, Path]:
+    """Every module of the project by dotted name; a package's __init__ by the package's."""
+    files = [file for folder in FOLDERS for file in (ROOT / folder).rglob("*.py")] + list(ROOT.glob("*.py"))
+    names = {}
+    for file in files:
+        parts = file.relative_to(ROOT).with_suffix("").parts
+        names[".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts)] = file
+    return names
+
+
+def imports(source: str, known: set[str], inside_functions: bool = True) -> set[str]:
+    """Dotted names that a module imports; `from package import module` counts as that module."""
+    found = set()
+    tree = ast.parse(source)
+    nodes = ast.walk(tree) if inside_functions else iter(tree.body)
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute here"
+            for alias in node.names:
+                full = f"{node.module}.{alias.name}"
+                found.add(full if full in known else node.module)
+    return found
+
+
+def unit(module: str, table) -> str | None:
+    """The longest entry of `table` that holds the module; "vqa_scratch" holds only itself."""
+    entries = [entry for entry in table if module == entry or module.startswith(entry + ".") and entry != "vqa_scratch"]
+    return max(entries, key=len, default=None)
+
+
+def violations(sources: dict[str, str]) -> list[str]:
+    """One line for each import that goes the wrong way."""
+    known, wrong = set(sources), []
+    for module, source in sources.items():
+        leaf, own = unit(module, LEAVES), unit(module, RANKS)
+        if leaf is None and own is None:
+            wrong.append(f"{module} has no place among the layers")
+            continue
+        for target in sorted(imports(source, known)):
+            top = target.split(".")[0]
+            if top in ONLY_IN_TESTS and top not in known and own not in ("tests", "bench"):
+                wrong.append(f"{module} imports {target}, which is for tests only")
+            if top not in ("kernels", "vqa_scratch", "train", "rlhf", "tests", "bench"):
+                continue
+            there_leaf, there = unit(target, LEAVES), unit(target, RANKS)
+            if there_leaf is not None and (own != "kernels" and own != "kernels.reference"):
+                continue
+            if leaf is not None:
+                wrong.append(f"{module} is a leaf but imports {target}")
+            elif there_leaf is not None:
+                wrong.append(f"{module} stands below everything but imports {target}")
+            elif there is None:
+                wrong.append(f"{module} imports {target}, which does not exist")
+            elif RANKS[there] > RANKS[own] or (own, there) in FORBIDDEN:
+                wrong.append(f"{module} must not import {target}")
+    return wrong
+
+
+def project() -> dict[str, str]:
+    return {name: file.read_text(encoding="utf-8") for name, file in modules().items()}
+
+
+def test_imports_go_one_way():
+    assert violations(project()) == []
+
+
+def test_no_circles():
+    """At import time; an import inside a function may look back."""
+    sources = project()
+    graph = {name: imports(source, set(sources), False) & set(sources) - {name} for name, source in sources.items()}
+    list(graphlib.TopologicalSorter(graph).static_order())  # raises CycleError naming the circle
+
+
+def test_the_walk_finds_the_project():
+    names = modules()
+    assert {"kernels", "vqa_scratch", "vqa_scratch.nn.attention", "vqa_scratch.models.gpt2", "tests.helpers"} <= set(
+        names
+    )
+
+
+@pytest.mark.parametrize(
+    ("module", "statement", "message"),
+    [
+        ("kernels.x", "from vqa_scratch.errors import UserError", "kernels.x stands below everything but imports"),
+        ("kernels.reference", "from kernels import x", "kernels.reference must not import kernels.x"),
+        ("vqa_scratch.nn.x", "def f():\n    import vqa_scratch.models.vit", "vqa_scratch.nn.x must not import"),
+        (
+            "vqa_scratch.models.x",
+            "from vqa_scratch import data",
+            "vqa_scratch.models.x must not import vqa_scratch.data",
+        ),
+        ("vqa_scratch.data.x", "from vqa_scratch.models import vit", "vqa_scratch.data.x must not import"),
+        ("vqa_scratch.weights.x", "from vqa_scratch.nn import taps", "vqa_scratch.weights.x is a leaf but imports"),
+        ("vqa_scratch.rl.functional", "from vqa_scratch.rl import ppo", "vqa_scratch.rl.functional is a leaf"),
+        ("vqa_scratch.engine.x", "import train", "vqa_scratch.engine.x must not import train"),
+        ("vqa_scratch.engine.x", "import transformers.utils", "is for tests only"),
+        ("vqa_scratch.stray", "", "vqa_scratch.stray has no place among the layers"),
+    ],
+)
+def test_wrong_imports_are_found(module, statement, message):
+    """The rule itself, on made-up modules."""
+    names = ("kernels.x", "vqa_scratch.errors", "vqa_scratch.models.vit", "vqa_scratch.data", "vqa_scratch.nn.taps")
+    sources = dict.fromkeys((*names, "vqa_scratch.models", "vqa_scratch.rl.ppo", "train"), "")
+    found = violations(sources | {module: statement})
+    assert len(found) == 1 and message in found[0]
+
+
+def test_right_imports_are_not_found():
+    sources = {
+        "vqa_scratch.errors": "import os",
+        "vqa_scratch.weights.files": "from vqa_scratch.errors import UserError\nimport torch",
+        "vqa_scratch.nn": "from kernels import attention",
+        "vqa_scratch.nn.taps": "from vqa_scratch.nn import masks",
+        "vqa_scratch.rl.ppo": "from vqa_scratch.rl.types import A\nfrom vqa_scratch import generate, data",
+        "train": "from vqa_scratch.rl import ppo",
+        "tests.test_x": "import transformers, train",
+    }
+    assert violations(sources) == []
