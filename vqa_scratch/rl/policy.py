@@ -150,13 +150,13 @@ def token_logits(backbone: Backbone, states: Tensor, ids: Tensor, mask: Tensor, 
 class ActorCritic(nn.Module):
     """The policy with its value head: one number a state, read after the final norm, 0 everywhere at the start."""
 
-    def __init__(self, backbone: Backbone, detach_value: bool = False) -> None:
+    def __init__(self, backbone: Backbone) -> None:
         super().__init__()
         self.backbone = backbone
         self.value_head = nn.Linear(backbone.width, 1)
         nn.init.zeros_(self.value_head.weight)
         nn.init.zeros_(self.value_head.bias)
-        self.detach_value = detach_value
+        self.detach_value = False  # True keeps the value loss out of the policy's layers
 
     def forward(self, memory: Memory, ids: Tensor, mask: Tensor, rules: SamplingRules) -> tuple[Tensor, Tensor]:
         """Responses (B, R) -> logits (N, V) and values (N,) at their real tokens, row by row, both fp32."""

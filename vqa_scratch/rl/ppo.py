@@ -1,0 +1,270 @@
+"""PPO with a KL penalty against a frozen reference (Schulman et al. 2017; Ziegler et al. 2019), top to bottom.
+
+One iteration: draw prompts, sample responses, score them, turn scores into advantages, and take a few clipped gradient
+steps. RLOO, GRPO and best-of-n replace the advantages and share everything else. `docs/ppo.md` numbers the details.
+
+Shapes: P prompts, K samples a prompt, B = P * K responses, R response tokens, N real tokens, V vocabulary.
+"""
+
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+from vqa_scratch.nn.memory import Memory
+from vqa_scratch.rl import functional as F
+from vqa_scratch.rl.config import RLHFConfig
+from vqa_scratch.rl.metrics import UpdateStats, rollout_metrics
+from vqa_scratch.rl.policy import ActorCritic, Backbone, SamplingRules
+from vqa_scratch.rl.rewards import RewardScale, RewardSum
+from vqa_scratch.rl.rollout import PromptStream, Responses, sample, score
+from vqa_scratch.rl.types import Prompt, Samples, Trajectory
+
+GROUP_ADVANTAGES = {"rloo": F.rloo_advantages, "grpo": F.grpo_advantages, "best-of-n": F.best_of_n_advantages}
+
+
+class PPO:
+    """A run: `step()` is one iteration and returns its log."""
+
+    def __init__(
+        self,
+        config: RLHFConfig,
+        actor: ActorCritic,
+        reference: Backbone,
+        reward: RewardSum,
+        prompts: list[Prompt],
+        rules: SamplingRules,
+        decode: Callable[[list[int]], str],
+        autocast: Callable[[], AbstractContextManager] = nullcontext,
+    ) -> None:
+        self.config, self.actor, self.reference, self.reward = config, actor.eval(), reference, reward
+        self.rules, self.decode, self.autocast = rules, decode, autocast
+        self.stream = PromptStream(prompts, config.prompts, config.seed)
+        self.scale = RewardScale(clip=config.score_clip or None)
+        responses = config.iterations * config.prompts * config.samples
+        self.kl = F.AdaptiveKL(config.kl_coef, config.kl_target or None, max(1.0, config.kl_horizon * responses))
+        self.frozen_encoder = config.freeze == "encoder"
+        if self.frozen_encoder:
+            for parameter in actor.backbone.encoder_parameters():
+                parameter.requires_grad_(False)
+        head = list(actor.value_head.parameters())
+        body = [p for p in actor.backbone.parameters() if p.requires_grad]
+        self.parameters = head + body
+        groups = [{"params": head, "scale": config.value_lr_scale}, {"params": body, "scale": 1.0}]
+        self.optimizer = torch.optim.AdamW(groups, lr=0.0, eps=config.adam_eps, weight_decay=0.0)
+        device = actor.value_head.weight.device
+        self.sampling = torch.Generator(device).manual_seed(config.seed + 1)
+        self.shuffling = torch.Generator().manual_seed(config.seed + 2)
+        self.iteration = self.optimizer_steps = 0
+
+    # ---------------------------------------------------------------------------------------------- one iteration
+
+    def step(self) -> dict[str, float]:
+        """Roll out, update, steer the price of KL. Returns the log under the usual names."""
+        start = time.perf_counter()
+        prompts = self.stream.next()
+        trajectory, memory, log = self.rollout(prompts)
+        rolled = time.perf_counter()
+        log |= self.update(prompts, trajectory, memory)
+        log["objective/kl_coef"] = self.kl.coef
+        self.kl.update(log["objective/kl"], len(trajectory.ids))
+        self.iteration += 1
+        end = time.perf_counter()
+        log["time/ppo/optimize_step"], log["time/ppo/total"] = end - rolled, end - start
+        log["rollouts_per_second"] = len(trajectory.ids) / (end - start)
+        log["tokens_per_second"] = float(trajectory.mask.sum()) / (end - start)
+        return log
+
+    # --------------------------------------------------------------------------------------------------- rollouts
+
+    @torch.no_grad()
+    def respond(
+        self, prompts: list[Prompt], samples: int, policy: Backbone, generator: torch.Generator
+    ) -> tuple[Responses, Samples, Memory]:
+        """Encode the prompts once and sample `samples` responses to each."""
+        with self.autocast():
+            encoded = policy.encode(policy.collate(prompts))
+            memory = Memory(encoded.states, encoded.mask, repeat=samples)
+            responses = sample(policy, memory, self.rules, generator)
+        ids = responses.lists()
+        repeated = [p for p in prompts for _ in range(samples)]
+        return responses, Samples(repeated, ids, [self.decode(x) for x in ids], responses.finished.tolist()), memory
+
+    @torch.no_grad()
+    def rollout(self, prompts: list[Prompt]) -> tuple[Trajectory, Memory, dict[str, float]]:
+        """Sample, reward and score one batch; the memory is what the policy's encoder made of the prompts."""
+        c, clock = self.config, [time.perf_counter()]
+        responses, samples, memory = self.respond(prompts, c.samples, self.actor.backbone, self.sampling)
+        ids, mask, finished = responses
+        clock.append(time.perf_counter())
+
+        with self.autocast():
+            raw, parts = self.reward(samples)
+        scores = self.scale(raw).to(ids.device) - c.missing_eos_penalty * (~finished).float()
+        clock.append(time.perf_counter())
+
+        with self.autocast():
+            # A frozen encoder is the reference's encoder too.
+            ref_memory = memory if self.frozen_encoder else self._reference_memory(prompts)
+            s = score(self.actor, self.reference, memory, ref_memory, ids, mask, self.rules, c.micro_prompts)
+        clock.append(time.perf_counter())
+
+        rewards = F.get_rewards(scores, s.logprobs, s.ref_logprobs, mask, self.kl.coef)
+        if c.whiten_rewards:
+            rewards = F.masked_whiten(rewards, mask, shift_mean=False)
+        advantages, returns = self.advantages(rewards, s.values, mask)
+        trajectory = Trajectory(ids, mask, finished, *s, scores, rewards, advantages, returns)
+        log = rollout_metrics(trajectory, samples, raw, parts)
+        clock.append(time.perf_counter())
+        names = ("generate", "compute_rewards", "forward_pass", "compute_advantages")
+        log |= {f"time/ppo/{name}": b - a for name, a, b in zip(names, clock[:-1], clock[1:], strict=True)}
+        return trajectory, memory, log
+
+    def _reference_memory(self, prompts: list[Prompt]) -> Memory:
+        encoded = self.reference.encode(self.reference.collate(prompts))
+        return Memory(encoded.states, encoded.mask, repeat=self.config.samples)
+
+    def advantages(self, rewards: Tensor, values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, R) advantages and returns. The only place where the algorithms differ."""
+        c = self.config
+        if c.algorithm == "ppo":
+            advantages, returns = F.gae(rewards, values, mask, c.gamma, c.lam)
+            if c.whiten_advantages:
+                advantages = F.masked_whiten(advantages, mask)
+            return advantages, returns
+        whole = rewards.sum(1)  # of a response: its score less the price of its KL
+        advantage = GROUP_ADVANTAGES[c.algorithm](whole, c.samples)
+        return advantage[:, None] * mask, whole[:, None] * mask
+
+    # ----------------------------------------------------------------------------------------------------- update
+
+    def update(self, prompts: list[Prompt], trajectory: Trajectory, memory: Memory) -> dict[str, float]:
+        """Some passes over the rollouts, cut short before a step that would move the policy too far."""
+        c, stats = self.config, UpdateStats()
+        self.set_learning_rate()
+        for _ in range(c.epochs):
+            order = torch.randperm(c.prompts, generator=self.shuffling).tolist()
+            size = c.prompts // c.minibatches
+            for start in range(0, c.prompts, size):
+                moved = self.accumulate(order[start : start + size], prompts, trajectory, memory, stats)
+                if c.early_stop_kl and moved > 1.5 * c.early_stop_kl:
+                    self.optimizer.zero_grad()
+                    return stats.summary(stopped=True) | {"ppo/learning_rate": self.learning_rate}
+                stats.gradient_norm(torch.nn.utils.clip_grad_norm_(self.parameters, c.max_grad_norm))
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+                self.optimizer_steps += 1
+                self.set_learning_rate()
+        return stats.summary(stopped=False) | {"ppo/learning_rate": self.learning_rate}
+
+    def accumulate(
+        self, minibatch: list[int], prompts: list[Prompt], trajectory: Trajectory, memory: Memory, stats: UpdateStats
+    ) -> float:
+        """Add up the gradients of a minibatch of prompts, a few prompts at a time; returns its mean k3 a token.
+
+        Every part is divided by the tokens of the whole minibatch, so its cut into parts leaves no trace. Prompts of
+        like length share a part, to spare padding.
+        """
+        c, k = self.config, self.config.samples
+        tokens = trajectory.mask.view(c.prompts, -1)[minibatch].sum()
+        value_clip = c.value_clip * float(
+            F.mean_and_var(F.masked_moments(trajectory.returns, trajectory.mask))[1].sqrt()
+        )
+        warming = self.iteration < c.critic_warmup and c.algorithm == "ppo"  # only the value head learns
+        self.actor.detach_value = warming or c.critic == "detached"
+        stats.begin_minibatch()
+        by_length = sorted(minibatch, key=lambda i: len(prompts[i].ids))
+        for start in range(0, len(by_length), c.micro_prompts):
+            part = by_length[start : start + c.micro_prompts]
+            rows = torch.tensor([i * k + j for i in part for j in range(k)], device=trajectory.ids.device)
+            t = trajectory.rows(rows)
+            with self.autocast():
+                logits, values = self.actor(self._memory(part, prompts, memory), t.ids, t.mask, self.rules)
+
+            m = t.mask  # from here on (N,): the real tokens of all responses in one row
+            real = torch.ones_like(t.ids[m], dtype=torch.bool)
+            logprobs = F.logprobs_of(logits, t.ids[m])
+            policy_loss, policy_clipped = F.ppo_policy_loss(
+                logprobs, t.logprobs[m], t.advantages[m], real, c.clip_low, c.clip_high, c.dual_clip or None, tokens
+            )
+            value_loss, value_clipped = F.ppo_value_loss(values, t.values[m], t.returns[m], real, value_clip, tokens)
+            entropy = F.entropy_of(logits if c.entropy_coef else logits.detach()).sum() / tokens
+            loss = policy_loss.new_zeros(()) if warming else policy_loss - c.entropy_coef * entropy
+            if c.algorithm == "ppo":
+                loss = loss + (1.0 if warming else c.value_coef) * value_loss
+            loss.backward()
+            stats.add(
+                logprobs,
+                values,
+                t.logprobs[m],
+                t.returns[m],
+                tokens,
+                policy_loss=policy_loss,
+                value_loss=value_loss,
+                entropy=entropy,
+                policy_clipped=policy_clipped,
+                value_clipped=value_clipped,
+            )
+        return stats.end_minibatch()
+
+    def _memory(self, part: list[int], prompts: list[Prompt], memory: Memory) -> Memory:
+        """What the decoder reads for some prompts: encoded again with gradients, unless the encoder is frozen."""
+        if self.frozen_encoder:
+            mask = None if memory.mask is None else memory.mask[part]
+            return Memory(memory.states[part], mask, repeat=memory.repeat)
+        encoded = self.actor.backbone.encode(self.actor.backbone.collate([prompts[i] for i in part]))
+        return Memory(encoded.states, encoded.mask, repeat=memory.repeat)
+
+    @property
+    def learning_rate(self) -> float:
+        """Rises over the first optimizer steps, falls linearly to 0 over the iterations."""
+        rise = min(1.0, (self.optimizer_steps + 1) / max(1, self.config.warmup_steps))
+        return self.config.learning_rate * rise * (1 - self.iteration / self.config.iterations)
+
+    def set_learning_rate(self) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate * group["scale"]
+
+    # ---------------------------------------------------------------------------------------- reward scale, resume
+
+    def fit_reward_scale(self, prompts: list[Prompt], responses: int = 256) -> None:
+        """Fix the reward's scale from at least `responses` responses of the reference; does nothing if it is off."""
+        if not self.config.scale_reward:
+            return
+        generator = torch.Generator(self.actor.value_head.weight.device).manual_seed(self.config.seed + 3)
+        rewards: list[Tensor] = []
+        while sum(map(len, rewards)) < responses:
+            start = len(rewards) * self.config.prompts
+            batch = [prompts[i % len(prompts)] for i in range(start, start + self.config.prompts)]
+            _, samples, _ = self.respond(batch, self.config.samples, self.reference, generator)
+            with torch.no_grad(), self.autocast():
+                rewards.append(self.reward(samples)[0])
+        self.scale.fit(torch.cat(rewards))
+
+    def state_dict(self) -> dict:
+        """Everything that the next iteration depends on."""
+        return {
+            "actor": self.actor.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "iteration": self.iteration,
+            "optimizer_steps": self.optimizer_steps,
+            "kl_coef": self.kl.coef,
+            "reward_mean": self.scale.mean,
+            "reward_std": self.scale.std,
+            "prompts_drawn": self.stream.drawn,
+            "sampling": self.sampling.get_state(),
+            "shuffling": self.shuffling.get_state(),
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        """The inverse of `state_dict`: the run goes on as if it had never stopped."""
+        self.actor.load_state_dict(state["actor"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.iteration, self.optimizer_steps = state["iteration"], state["optimizer_steps"]
+        self.kl.coef = state["kl_coef"]
+        self.scale.mean, self.scale.std = state["reward_mean"], state["reward_std"]
+        self.stream.drawn = state["prompts_drawn"]
+        self.sampling.set_state(state["sampling"].cpu())
+        self.shuffling.set_state(state["shuffling"].cpu())

@@ -1,0 +1,94 @@
+"""Rewards: a class logit of a text classifier, weighted sums of such parts, and the scale PPO sees them on.
+
+Shapes: B responses, T text tokens, C classes.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vqa_scratch.data.text import Tokenizer
+from vqa_scratch.errors import UserError
+from vqa_scratch.models.classifier import TextClassifier
+from vqa_scratch.rl.types import RewardFunction, Samples
+
+
+class ClassifierReward:
+    """The logit that a classifier gives to one of its classes, named by label, for the text of each response."""
+
+    def __init__(self, model: TextClassifier, tokenizer: Tokenizer, label: str, texts_at_once: int = 64) -> None:
+        self.model, self.tokenizer, self.at_once = model.eval().requires_grad_(False), tokenizer, texts_at_once
+        self.index = model.label_index(label)
+        self.longest = model.config.max_positions - model.config.pad_id - 1
+
+    @torch.no_grad()
+    def __call__(self, samples: Samples) -> Tensor:
+        """(B,) fp32. Texts are scored in batches of like length, whatever their order."""
+        device = self.model.out.weight.device
+        order = sorted(range(len(samples.texts)), key=lambda i: len(samples.texts[i]))
+        rewards = torch.empty(len(order))
+        for start in range(0, len(order), self.at_once):
+            rows = order[start : start + self.at_once]
+            ids, mask = self.tokenizer.encode_batch([samples.texts[i] for i in rows], max_length=self.longest)
+            ids = ids.masked_fill(~mask, self.model.config.pad_id)
+            logits = self.model(ids.to(device), mask.to(device))
+            rewards[rows] = logits[:, self.index].float().cpu()
+        return rewards
+
+
+def length_penalty(samples: Samples) -> Tensor:
+    """Minus the number of tokens of each response; give it a small weight."""
+    return -torch.tensor([float(len(ids)) for ids in samples.ids])
+
+
+@dataclass(frozen=True)
+class RewardPart:
+    name: str
+    weight: float
+    function: RewardFunction
+
+
+class RewardSum:
+    """`sum of weight * part`. Raises UserError when a part gives anything but one finite number a response."""
+
+    def __init__(self, parts: list[RewardPart]) -> None:
+        if not parts:
+            raise ValueError("a reward needs one part or more")
+        self.parts = parts
+
+    def __call__(self, samples: Samples) -> tuple[Tensor, dict[str, Tensor]]:
+        """The total (B,) and each part (B,) before its weight."""
+        total, values = torch.zeros(len(samples.ids)), {}
+        for part in self.parts:
+            value = torch.as_tensor(part.function(samples), dtype=torch.float32)
+            if value.shape != total.shape:
+                raise UserError(f"reward {part.name!r} has shape {tuple(value.shape)}, expected {tuple(total.shape)}")
+            bad = (~value.isfinite()).nonzero().flatten().tolist()
+            if bad:
+                raise UserError(
+                    f"reward {part.name!r} is {value[bad[0]].item()} for {len(bad)} of {len(value)} responses, "
+                    f"the first of them {samples.texts[bad[0]]!r}"
+                )
+            values[part.name] = value
+            total = total + part.weight * value
+        return total, values
+
+
+class RewardScale:
+    """`clip((reward - mean) / std, +-clip)` with mean and std fixed once, from responses of the reference.
+
+    Fixed, because a running scale would change what the KL coefficient means during the run.
+    """
+
+    def __init__(self, clip: float | None = None) -> None:
+        self.mean, self.std, self.clip = 0.0, 1.0, clip
+
+    def fit(self, rewards: Tensor) -> None:
+        """Take mean and standard deviation from `rewards` (n,). Rewards that are all equal keep their scale."""
+        self.mean = float(rewards.mean())
+        self.std = float(rewards.std()) if len(rewards) > 1 and float(rewards.std()) > 1e-6 else 1.0
+
+    def __call__(self, rewards: Tensor) -> Tensor:
+        scaled = (rewards - self.mean) / self.std
+        return scaled if self.clip is None else scaled.clamp(-self.clip, self.clip)

@@ -1,0 +1,135 @@
+"""Rollouts: sample responses, then look at them again under the policy that sampled them and under the reference.
+
+Shapes: P prompts, K samples a prompt, B = P * K responses, R response tokens, V vocabulary.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from vqa_scratch.nn.memory import Memory
+from vqa_scratch.rl.functional import entropy_of, exact_kl, logprobs_of
+from vqa_scratch.rl.policy import ActorCritic, Backbone, SamplingRules, policy_logits, token_logits, token_states
+from vqa_scratch.rl.types import Prompt
+
+# Finished rows are dropped once fewer than this share still run: dropping costs a copy of the cache.
+COMPACT_BELOW = 0.75
+
+
+class Responses(NamedTuple):
+    """Sampled responses."""
+
+    ids: Tensor  # (B, R), padding after the end
+    mask: Tensor  # (B, R), True for t1 ... the end token
+    finished: Tensor  # (B,)
+
+    def lists(self) -> list[list[int]]:
+        """The ids of each response as a list, without the end token."""
+        lengths = self.mask.sum(1) - self.finished.long()
+        return [row[:n] for row, n in zip(self.ids.tolist(), lengths.tolist(), strict=True)]
+
+
+@torch.no_grad()
+def sample(backbone: Backbone, memory: Memory, rules: SamplingRules, generator: torch.Generator | None) -> Responses:
+    """One response for each row of `memory`, token by token with a cache; rows that have ended are dropped."""
+    rows, device = memory.rows, memory.states.device
+    ids = torch.full((rows, rules.max_new_tokens), backbone.pad_id, device=device)
+    lengths = torch.zeros(rows, dtype=torch.long, device=device)
+    finished = torch.zeros(rows, dtype=torch.bool, device=device)
+    live = torch.arange(rows, device=device)  # the rows still decoded
+    token = torch.full((rows,), backbone.start_id, device=device)
+    cache = backbone.new_cache()
+    for t in range(rules.max_new_tokens):
+        hidden = backbone.decode_hidden(token[:, None], memory, cache)[:, -1]  # (live, D)
+        logits = policy_logits(backbone.logits(hidden), ids[live], torch.full_like(live, t), rules)
+        token = torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(1)
+        running = ~finished[live]
+        ids[live[running], t] = token[running]
+        lengths[live] += running
+        finished[live] |= running & (token == rules.eos_id)
+        running = ~finished[live]
+        left = int(running.sum())
+        if left == 0:
+            break
+        if left < COMPACT_BELOW * len(live):
+            cache.select(running.nonzero().squeeze(1))
+            live, token = live[running], token[running]
+    longest = int(lengths.max())
+    mask = torch.arange(longest, device=device) < lengths[:, None]
+    return Responses(ids[:, :longest], mask, finished)
+
+
+class Scored(NamedTuple):
+    """What two models say about responses, each (B, R) in fp32 with 0 at padding; fields as in `Trajectory`."""
+
+    logprobs: Tensor
+    ref_logprobs: Tensor
+    exact_kl: Tensor
+    entropy: Tensor
+    values: Tensor
+
+
+def entries(memory: Memory, start: int, stop: int) -> Memory:
+    """The memory of some prompts only; `repeat` rows read each."""
+    mask = None if memory.mask is None else memory.mask[start:stop]
+    return Memory(memory.states[start:stop], mask, repeat=memory.repeat)
+
+
+@torch.no_grad()
+def score(
+    actor: ActorCritic,
+    reference: Backbone,
+    memory: Memory,
+    ref_memory: Memory,
+    ids: Tensor,
+    mask: Tensor,
+    rules: SamplingRules,
+    prompts_at_once: int,
+) -> Scored:
+    """Run both decoders over finished responses, as the update will: same code, same rules, no cache.
+
+    The memories are those of the rollout; the encoders do not run again.
+    """
+    pieces = []
+    prompts, k = len(memory.states), memory.repeat
+    for start in range(0, prompts, prompts_at_once):
+        stop = min(start + prompts_at_once, prompts)
+        part_ids, part_mask = ids[start * k : stop * k], mask[start * k : stop * k]
+        logits, values = actor(entries(memory, start, stop), part_ids, part_mask, rules)
+        states = token_states(reference, entries(ref_memory, start, stop), part_ids, part_mask)
+        ref_logits = token_logits(reference, states, part_ids, part_mask, rules)
+        tokens = part_ids[part_mask]
+        flat = (
+            logprobs_of(logits, tokens),
+            logprobs_of(ref_logits, tokens),
+            exact_kl(logits, ref_logits),
+            entropy_of(logits),
+            values,
+        )
+        pieces.append([torch.zeros_like(part_mask, dtype=torch.float32).masked_scatter(part_mask, x) for x in flat])
+    return Scored(*(torch.cat(column) for column in zip(*pieces, strict=True)))
+
+
+class PromptStream:
+    """Batches of prompts, a fresh shuffle each time all were seen. Its whole state is how many were handed out."""
+
+    def __init__(self, prompts: list[Prompt], batch: int, seed: int) -> None:
+        if len(prompts) < batch:
+            raise ValueError(f"{len(prompts)} prompts do not fill one batch of {batch}")
+        self.prompts, self.batch, self.seed, self.drawn = prompts, batch, seed, 0
+
+    def next(self) -> list[Prompt]:
+        """The next batch; it may span the end of one shuffle and the start of another."""
+        chosen = []
+        for _ in range(self.batch):
+            epoch, place = divmod(self.drawn, len(self.prompts))
+            chosen.append(self.prompts[self._order(epoch)[place]])
+            self.drawn += 1
+        return chosen
+
+    def _order(self, epoch: int) -> list[int]:
+        if getattr(self, "_epoch", None) != epoch:
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+            self._epoch, self._shuffled = epoch, torch.randperm(len(self.prompts), generator=generator).tolist()
+        return self._shuffled
