@@ -5,5 +5,18 @@ from vqa_scratch.models.classifier import TextClassifier
 from vqa_scratch.models.gpt2 import GPT2, GPT2Config
 from vqa_scratch.models.t5 import T5, T5Config
 from vqa_scratch.models.vit import ViT, ViTConfig
+from vqa_scratch.models.vqa import VQAConfig, VQAModel
 
-__all__ = ["GPT2", "T5", "Bert", "BertConfig", "GPT2Config", "T5Config", "TextClassifier", "ViT", "ViTConfig"]
+__all__ = [
+    "GPT2",
+    "T5",
+    "Bert",
+    "BertConfig",
+    "GPT2Config",
+    "T5Config",
+    "TextClassifier",
+    "VQAConfig",
+    "VQAModel",
+    "ViT",
+    "ViTConfig",
+]

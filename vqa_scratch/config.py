@@ -1,0 +1,136 @@
+"""Every option of `train.py`, one sentence each, and the presets. A field is a flag: `data_dir` is `--data-dir`."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vqa_scratch.errors import UserError
+from vqa_scratch.options import option
+
+FREEZE = ("nothing", "encoders", "text_encoder", "image_encoder", "decoder", "all")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    preset: str = option("shapes", "Which system to train.", ("shapes", "book"))
+    out: Path = option(Path("runs/vqa"), "Folder of the run.")
+    resume: bool = option(False, "Go on from the last checkpoint of --out.")
+    minutes: float | None = option(None, "Wall-clock budget of the whole run, final evaluation included.")
+    steps: int | None = option(None, "Optimizer steps of the whole run, instead of --minutes.")
+    device: str = option("auto", "Where to compute.", ("auto", "cpu", "cuda", "mps"))
+    precision: str = option(
+        "auto",
+        "Arithmetic of matrix products; auto takes bf16 where the device is measurably faster at it, else fp32.",
+        ("auto", "fp32", "bf16", "fp16"),
+    )
+    compile: bool = option(False, "Run the model through torch.compile.")
+    seed: int = option(0, "Seed of the initial weights, the order of the data and the embedded data set.")
+
+    # ------------------------------------------------------------------------------------------------- data
+    data: Path | None = option(None, "Folder with VQA v2 files; without it the shapes preset draws its own.")
+    cache: Path = option(Path("cache"), "Folder for the embedded data set and decoded images.")
+    train_split: str = option("train", "Split to train on.")
+    val_split: str = option("val", "Split that picks the best checkpoint; 'auto' holds out images of the train split.")
+    test_split: str = option("test", "Split of the final figures; 'val' to report on the val split.")
+    val_fraction: float = option(0.05, "Share of the images held out by --val-split auto.")
+    start_at: int = option(0, "First question of the file to look at.")
+    end_at: int | None = option(None, "Question of the file to stop before.")
+    max_images: int | None = option(None, "At most so many images.")
+    max_questions: int | None = option(None, "At most so many questions.")
+    min_agreement: float = option(0.0, "Leave out questions on which a smaller share of the annotators agree.")
+    image_cache: bool = option(True, "Keep resized images as bytes in a file mapped into memory.")
+    eval_questions: int = option(2_000, "Questions of the val split scored at each evaluation while training.")
+
+    # ------------------------------------------------------------------------------------------------ model
+    init: str = option("random", "Towers from checkpoints, or random ones.", ("random", "pretrained"))
+    image_model: str = option("", "ViT checkpoint: folder or Hub id (--init pretrained) or its sizes (--init random).")
+    text_model: str = option("", "BERT, DistilBERT or RoBERTa checkpoint.")
+    decoder_model: str = option("", "GPT-2 checkpoint.")
+    fusion: str = option(
+        "tokens",
+        "What the decoder reads: every patch and question token, or one mean of both sides.",
+        ("tokens", "mean"),
+    )
+    question_prompt: bool = option(False, "Give the question to the decoder as a prompt too, before the answer.")
+    freeze: str = option("nothing", "Part whose weights stay; a decoder's cross-attention always trains.", FREEZE)
+    width: int = option(128, "Width of all three towers (embedded towers).")
+    heads: int = option(4, "Attention heads (embedded towers).")
+    image_layers: int = option(4, "Layers of the image tower (embedded towers).")
+    text_layers: int = option(2, "Layers of the text tower (embedded towers).")
+    decoder_layers: int = option(4, "Layers of the decoder (embedded towers).")
+    patch_size: int = option(8, "Pixels a side of a patch (embedded towers).")
+    stem: str = option(
+        "conv", "How pixels become patch tokens (embedded towers): convolutions, or one linear map.", ("conv", "linear")
+    )
+    max_question_tokens: int = option(32, "Longer questions are cut to this many tokens, and counted.")
+    max_answer_tokens: int = option(8, "Longer answers are cut to this many tokens, end token included.")
+
+    # --------------------------------------------------------------------------------------------- training
+    questions_per_step: int = option(512, "Questions in one optimizer step.")
+    questions_per_image: int = option(16, "At most so many questions of an image in a batch; it is encoded once.")
+    accumulate: int = option(1, "Parts in which the questions of a step go through the model.")
+    optimizer: str = option(
+        "muon", "Muon for hidden matrices with AdamW for the rest, or AdamW for all.", ("muon", "adamw")
+    )
+    learning_rate: float = option(2e-3, "Peak learning rate of AdamW.")
+    matrix_learning_rate: float = option(0.02, "Peak learning rate of Muon.")
+    weight_decay: float = option(0.0, "Decoupled weight decay of all matrices.")
+    warmup_steps: int = option(100, "Steps over which the learning rate rises.")
+    decay_from: float = option(0.4, "Share of the run after which the learning rate falls linearly to zero.")
+    max_grad_norm: float = option(1.0, "Gradients are scaled down to this norm.")
+
+    # ---------------------------------------------------------------------------------------------- looking
+    log_every: int = option(20, "Steps between two lines of metrics.jsonl.")
+    eval_every: int = option(400, "Steps between two evaluations.")
+    save_every: int = option(400, "Steps between two checkpoints.")
+    samples: int = option(48, "Questions shown in samples.html.")
+
+    def __post_init__(self) -> None:
+        if self.minutes is not None and self.steps is not None:
+            raise UserError("give --minutes or --steps, not both")
+        if self.minutes is None and self.steps is None:
+            object.__setattr__(self, "minutes", 10.0)
+        positive = (
+            "questions_per_step questions_per_image accumulate log_every eval_every save_every width heads patch_size "
+            "image_layers text_layers decoder_layers max_question_tokens max_answer_tokens learning_rate max_grad_norm"
+        ).split()
+        for name in positive:
+            if getattr(self, name) <= 0:
+                raise UserError(f"--{name.replace('_', '-')} must be positive, not {getattr(self, name)}")
+        if self.minutes is not None and self.minutes <= 0:
+            raise UserError(f"--minutes must be positive, not {self.minutes}")
+        if self.steps is not None and self.steps < 1:
+            raise UserError(f"--steps must be 1 or more, not {self.steps}")
+        if self.questions_per_step % self.accumulate:
+            raise UserError(
+                f"--questions-per-step {self.questions_per_step} does not divide into --accumulate {self.accumulate}"
+            )
+        if not 0 <= self.decay_from < 1:
+            raise UserError(f"--decay-from must be from 0 up to but not including 1, not {self.decay_from}")
+        if self.preset == "book" and self.data is None:
+            raise UserError("--preset book needs --data, the folder with the VQA v2 files")
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "shapes": {},
+    "book": {
+        "init": "pretrained",
+        "image_model": "facebook/dino-vitb16",
+        "text_model": "distilbert-base-uncased",
+        "decoder_model": "gpt2",
+        "test_split": "val",
+        "val_split": "auto",
+        "image_cache": False,
+        "questions_per_step": 64,
+        "questions_per_image": 5,
+        "optimizer": "adamw",
+        "learning_rate": 5e-5,
+        "weight_decay": 0.01,
+        "warmup_steps": 1000,
+        "decay_from": 0.1,
+        "max_question_tokens": 32,
+        "max_answer_tokens": 8,
+        "eval_every": 2000,
+        "save_every": 2000,
+    },
+}

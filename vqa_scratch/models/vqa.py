@@ -1,0 +1,238 @@
+"""Visual question answering: a ViT and a BERT-like encoder make the memory that a GPT-2 reads by cross-attention.
+
+Both sides are projected to the decoder's width. With `tokens` fusion every patch token and every question token is a
+key, marked by a modality embedding; with `mean` fusion each side is averaged and the two averages averaged again, which
+leaves one key, so its softmax is constant (the system of Ozdemir's "Quick Start Guide to LLMs", chapter 7, with the
+padding left out of the mean).
+
+Shapes: I images, B questions (B >= I: an image may serve several), T question tokens, A decoder tokens, N image tokens,
+D width of the decoder, V vocabulary.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vqa_scratch.models.bert import Bert, BertConfig
+from vqa_scratch.models.gpt2 import GPT2, GPT2Config
+from vqa_scratch.models.stem import ConvStem
+from vqa_scratch.models.vit import ViT, ViTConfig
+from vqa_scratch.nn import taps
+from vqa_scratch.nn.cache import DecoderCache
+from vqa_scratch.nn.memory import Memory
+
+FUSIONS = ("tokens", "mean")
+FROZEN_PARTS = {
+    "nothing": (),
+    "encoders": ("image", "text"),
+    "text_encoder": ("text",),
+    "image_encoder": ("image",),
+    "decoder": ("decoder",),
+    "all": ("image", "text", "decoder"),
+}
+IGNORE = -100  # a label that asks for nothing
+
+
+@dataclass(frozen=True)
+class VQAConfig:
+    """The three towers' sizes, the fusion, and how the image tower cuts pixels into tokens ("linear" or "conv")."""
+
+    image: ViTConfig
+    text: BertConfig
+    decoder: GPT2Config
+    fusion: str = "tokens"
+    stem: str = "linear"
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "image": self.image.to_hf(),
+            "text": self.text.to_hf(),
+            "decoder": self.decoder.to_hf(),
+            "fusion": self.fusion,
+            "stem": self.stem,
+        }
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Self:
+        return cls(
+            image=ViTConfig.from_hf(values["image"]),
+            text=BertConfig.from_hf(values["text"]),
+            decoder=GPT2Config.from_hf(values["decoder"]),
+            fusion=values["fusion"],
+            stem=values["stem"],
+        )
+
+
+@dataclass
+class VQAOutput:
+    """`loss` is the mean over the labelled tokens, in nats (None without labels); `logits` (B, A, V) on demand."""
+
+    hidden: Tensor  # (B, A, D)
+    head: Tensor  # (V, D)
+    loss: Tensor | None = None
+
+    @property
+    def logits(self) -> Tensor:
+        return F.linear(self.hidden, self.head)
+
+
+def check_finite(name: str, tensor: Tensor) -> None:
+    """Raise ValueError that names the tensor if it holds NaN or infinity."""
+    if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        raise ValueError(f"{name} holds NaN or infinite values")
+
+
+def masked_average(x: Tensor, mask: Tensor | None) -> Tensor:
+    """(B, T, D) -> (B, D), the mean over the tokens that mask (B, T) keeps; zeros if it keeps none."""
+    if mask is None:
+        return x.mean(1)
+    weight = mask.to(x.dtype)
+    return torch.einsum("btd,bt->bd", x, weight) / weight.sum(1, keepdim=True).clamp(min=1)
+
+
+def labelled_loss(hidden: Tensor, head: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum of the cross-entropy over labelled tokens, and how many are right by argmax (both scalars).
+
+    hidden (B, A, D), head (V, D), labels (B, A) with IGNORE where nothing is asked. Only labelled rows meet the head,
+    so the (B, A, V) logits of the rest are never formed.
+    """
+    keep = labels != IGNORE
+    logits = F.linear(hidden[keep], head).float()  # (labelled tokens, V)
+    wanted = labels[keep]
+    return F.cross_entropy(logits, wanted, reduction="sum"), (logits.detach().argmax(-1) == wanted).sum()
+
+
+class VQAModel(nn.Module):
+    """Image tower, text tower, decoder, and the two projections that let the decoder read the other two."""
+
+    def __init__(self, image: ViT, text: Bert, decoder: GPT2, fusion: str = "tokens") -> None:
+        super().__init__()
+        if fusion not in FUSIONS:
+            raise ValueError(f"fusion must be one of {', '.join(FUSIONS)}, got {fusion!r}")
+        if not decoder.config.add_cross_attention:
+            raise ValueError("the decoder needs cross-attention: build GPT2 with add_cross_attention=True")
+        self.image, self.text, self.decoder, self.fusion = image, text, decoder, fusion
+        width = decoder.config.dim
+        self.image_projection = nn.Linear(image.config.dim, width)
+        self.text_projection = nn.Linear(text.config.dim, width)
+        if fusion == "tokens":
+            self.modality = nn.Parameter(torch.randn(2, width) * decoder.config.init_std)  # image, text
+        taps.name_modules(image, "image")
+        taps.name_modules(text, "text")
+        taps.name_modules(decoder, "decoder")
+
+    @classmethod
+    def from_config(cls, config: VQAConfig) -> Self:
+        """Random weights."""
+        image = config.image
+        stem = ConvStem(image.channels, image.dim, image.patch_size) if config.stem == "conv" else None
+        return cls(ViT(image, patch_embed=stem), Bert(config.text), GPT2(config.decoder), config.fusion)
+
+    @property
+    def config(self) -> VQAConfig:
+        stem = "conv" if isinstance(self.image.patch_embed, ConvStem) else "linear"
+        return VQAConfig(self.image.config, self.text.config, self.decoder.config, self.fusion, stem)
+
+    def encode_image(self, pixel_values: Tensor) -> Tensor:
+        """(I, C, H, W) -> (I, N, D) in the decoder's width. Raises ValueError on NaN or infinite pixels."""
+        check_finite("pixel_values", pixel_values)
+        return self.image_projection(self.image(pixel_values))
+
+    def encode_text(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+        """(B, T) -> (B, T, D) in the decoder's width."""
+        return self.text_projection(self.text(input_ids, attention_mask))
+
+    def fuse(
+        self, image: Tensor, text: Tensor, attention_mask: Tensor | None, image_index: Tensor | None = None
+    ) -> list[Memory]:
+        """What cross-attention reads. image (I, N, D), text (B, T, D), attention_mask (B, T).
+
+        Question b is about image `image_index[b]`; None means one question an image. Under `tokens` fusion the keys of
+        an image are shared by its questions, not copied.
+        """
+        if self.fusion == "mean":
+            pooled = image.mean(1)  # (I, D)
+            pooled = pooled if image_index is None else pooled[image_index]  # (B, D)
+            return [Memory(((pooled + masked_average(text, attention_mask)) / 2)[:, None])]  # (B, 1, D)
+        return [
+            Memory(image + self.modality[0], index=image_index),
+            Memory(text + self.modality[1], attention_mask),
+        ]
+
+    def memory(
+        self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor | None, image_index: Tensor | None = None
+    ) -> list[Memory]:
+        """Encode both sides and fuse them; arguments as in `forward`."""
+        image = self.encode_image(pixel_values)
+        return self.fuse(image, self.encode_text(input_ids, attention_mask), attention_mask, image_index)
+
+    def hidden(
+        self,
+        pixel_values: Tensor,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        decoder_input_ids: Tensor,
+        *,
+        image_index: Tensor | None = None,
+        decoder_attention_mask: Tensor | None = None,
+        cache: DecoderCache | None = None,
+    ) -> Tensor:
+        """(B, A, D): the decoder's states under the head; arguments as in `forward`."""
+        memory = self.memory(pixel_values, input_ids, attention_mask, image_index)
+        return self.decoder.hidden(decoder_input_ids, decoder_attention_mask, memory=memory, cache=cache)
+
+    def forward(
+        self,
+        pixel_values: Tensor,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        decoder_input_ids: Tensor,
+        labels: Tensor | None = None,
+        *,
+        image_index: Tensor | None = None,
+        decoder_attention_mask: Tensor | None = None,
+    ) -> VQAOutput:
+        """Answer B questions about I images.
+
+        pixel_values (I, C, H, W); input_ids, attention_mask (B, T), True = a real token; decoder_input_ids (B, A)
+        start with BOS (or with a prompt before it); labels (B, A) hold the next token, end token included, and -100
+        where nothing is asked (padding is known by length, not by id); image_index (B,) says which image a question is
+        about. Raises ValueError on NaN or infinite inputs, and on labels that ask for nothing.
+        """
+        hidden = self.hidden(
+            pixel_values,
+            input_ids,
+            attention_mask,
+            decoder_input_ids,
+            image_index=image_index,
+            decoder_attention_mask=decoder_attention_mask,
+        )
+        output = VQAOutput(hidden, self.decoder.tokens.weight)
+        if labels is not None:
+            asked = (labels != IGNORE).sum()
+            if asked == 0:
+                raise ValueError("labels ask for nothing: every one is -100")
+            output.loss = labelled_loss(hidden, output.head, labels)[0] / asked
+        return output
+
+    def freeze(self, what: str) -> str:
+        """Stop the gradients of a part; returns one line that says what still trains.
+
+        `what` is a key of FROZEN_PARTS. The cross-attention of a frozen decoder stays trainable (with its norm): it
+        is what is new. Projections and the modality embedding always train.
+        """
+        if what not in FROZEN_PARTS:
+            raise ValueError(f"freeze must be one of {', '.join(FROZEN_PARTS)}, got {what!r}")
+        for name, parameter in self.named_parameters():
+            part = name.split(".")[0]
+            is_cross = part == "decoder" and (".cross." in name or ".norm_cross." in name)
+            parameter.requires_grad_(part not in FROZEN_PARTS[what] or is_cross)
+        lines = []
+        for name, part in self.named_children():
+            total = sum(p.numel() for p in part.parameters())
+            free = sum(p.numel() for p in part.parameters() if p.requires_grad)
+            lines.append(f"{name} {free:,}" + (f" of {total:,}" if free < total else ""))
+        return "trainable: " + ", ".join(lines)

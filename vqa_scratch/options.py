@@ -1,0 +1,121 @@
+"""Command lines from frozen dataclasses: every field is a flag, and bad input is one line.
+
+`option` gives a field its help sentence; `parse` reads the flags with click. A preset is a dictionary of fields that
+differ from the defaults; flags given by the user win over the preset.
+"""
+
+import dataclasses
+import difflib
+import sys
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import field
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+import click
+
+from vqa_scratch.errors import UserError
+
+Config = TypeVar("Config")
+
+
+def option(default: Any, help: str, choices: Sequence[str] | None = None) -> Any:
+    """A dataclass field with the sentence that --help shows and, for words, the ones allowed."""
+    return field(default=default, metadata={"help": help, "choices": tuple(choices) if choices else None})
+
+
+class NearChoice(click.Choice):
+    """A choice whose error names the nearest allowed word."""
+
+    def fail(self, message: str, param: click.Parameter | None = None, ctx: click.Context | None = None) -> NoReturn:
+        word = message.split("'")[1] if "'" in message else ""
+        near = difflib.get_close_matches(word, list(self.choices), 1)
+        super().fail(message.rstrip(".") + (f"; did you mean '{near[0]}'?" if near else "."), param, ctx)
+
+
+def _click_type(annotation: Any, choices: tuple[str, ...] | None) -> Any:
+    """(int | None) -> int, Path -> path, a word with choices -> those."""
+    if choices:
+        return NearChoice(choices)
+    if isinstance(annotation, types.UnionType):
+        annotation = next(a for a in typing.get_args(annotation) if a is not type(None))
+    return click.Path(path_type=Path) if annotation is Path else annotation
+
+
+def flags(config_type: type, defaults: Mapping[str, Any]) -> list[click.Option]:
+    """One click option a field. Values not given come out as None, so that a preset can fill them."""
+    hints = typing.get_type_hints(config_type)
+    result = []
+    for item in dataclasses.fields(config_type):
+        value, name = defaults[item.name], item.name.replace("_", "-")
+        shown = item.metadata["help"] + (f"  [{value}]" if value not in (None, "") else "")
+        if hints[item.name] is bool:
+            result.append(click.Option([f"--{name}/--no-{name}", item.name], default=None, help=shown))
+        else:
+            kind = _click_type(hints[item.name], item.metadata["choices"])
+            result.append(click.Option([f"--{name}", item.name], type=kind, default=None, help=shown))
+    return result
+
+
+def parse(
+    config_type: type[Config],
+    presets: Mapping[str, Mapping[str, Any]],
+    argv: Sequence[str],
+    *,
+    program: str,
+    about: str,
+) -> Config:
+    """The config that the flags in `argv` ask for. `--help` prints the flags and exits.
+
+    Raises UserError on an unknown flag or value, naming the nearest known one, and on what the config itself refuses.
+    """
+    first = next(iter(presets))
+    defaults = {f.name: f.default for f in dataclasses.fields(config_type)} | dict(presets[first])
+    command = click.Command(
+        program, params=flags(config_type, defaults), callback=lambda **given: given, help=about, add_help_option=True
+    )
+    try:
+        given = command.main(list(argv), prog_name=program, standalone_mode=False)
+    except click.NoSuchOption as error:
+        near = f"; did you mean {' or '.join(error.possibilities)}?" if error.possibilities else ""
+        raise UserError(f"no such flag: {error.option_name}{near}") from None
+    except click.ClickException as error:
+        raise UserError(error.format_message()) from None
+    if isinstance(given, int):  # --help or another early exit of click
+        sys.exit(given)
+    given = {name: value for name, value in given.items() if value is not None}
+    preset = given.get("preset", first)
+    return config_type(**{"preset": preset} | dict(presets[preset]) | given)
+
+
+def run_program(main: Callable[[], Any]) -> NoReturn:
+    """Call `main` and exit; a UserError or a full disk becomes one line on stderr and exit code 2."""
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        if error.errno is None or error.filename is None:
+            raise
+        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+        sys.exit(2)
+    sys.exit(0)
+
+
+def to_json(config: Any) -> dict[str, Any]:
+    """The fields of a config as JSON values."""
+    return {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(config).items()}
+
+
+def from_json(config_type: type[Config], values: Mapping[str, Any], where: str) -> Config:
+    """The inverse of `to_json`. Raises UserError, naming `where`, on a field that this version does not know."""
+    hints = typing.get_type_hints(config_type)
+    known = {f.name for f in dataclasses.fields(config_type)}
+    unknown = sorted(set(values) - known)
+    if unknown:
+        raise UserError(f"{where} has unknown fields {', '.join(unknown)}; was it written by another version?")
+    is_path = {name for name, hint in hints.items() if hint is Path or Path in typing.get_args(hint)}
+    return config_type(**{k: Path(v) if k in is_path and v is not None else v for k, v in values.items()})
