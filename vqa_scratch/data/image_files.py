@@ -66,6 +66,8 @@ def load_image(path: str | Path, *, exif_rotate: bool = False) -> Image.Image:
     except Exception as error:  # decoders raise whatever they like on broken files
         raise UserError(f"{path} is damaged or truncated: {error or type(error).__name__}") from error
     try:
-        return to_rgb(ImageOps.exif_transpose(image) if exif_rotate else image)
+        if exif_rotate:
+            ImageOps.exif_transpose(image, in_place=True)
+        return to_rgb(image)
     except ValueError as error:
         raise UserError(f"{path}: {error}") from error
