@@ -129,6 +129,8 @@ def test_wrong_arguments_are_named():
         cross(torch.randn(2, 3, 8), Memory(torch.randn(2, 3, 8)), torch.ones(2, 3))
     with pytest.raises(ValueError, match=r"memory mask must be \(2, 3\), got \(2, 4\)"):
         Memory(torch.randn(2, 3, 8), torch.ones(2, 4))
+    with pytest.raises(ValueError, match="2 rows, but the memory serves 3"):
+        cross(torch.randn(2, 3, 8), torch.randn(3, 3, 8))
     with pytest.raises(ValueError, match="an index or a repeat"):
         Memory(torch.randn(2, 3, 8), index=torch.tensor([0, 1]), repeat=2)
 
@@ -156,10 +158,11 @@ def test_module_projects_splits_and_joins():
 # --- memories ---------------------------------------------------------------------------------------------------------
 
 INDICES = {
-    "in order": [0, 0, 0, 1, 1, 1],
-    "uneven": [0, 1, 1, 1, 1, 1],
-    "shuffled": [1, 0, 1, 0, 0, 1],
-    "one unused": [1, 1, 1, 1, 1, 1],
+    "in order": [0, 0, 1, 1, 2, 2],
+    "shuffled": [2, 0, 1, 0, 2, 1],
+    "nearly even": [0, 1, 1, 2, 0, 1],
+    "one unused": [1, 1, 2, 2, 2, 1],
+    "too uneven to share": [0, 2, 2, 2, 2, 2],
 }
 
 
@@ -170,10 +173,10 @@ def test_memory_of_parts_is_one_long_memory(backend, order, parts):
     """Outputs and gradients equal those of expanding the entries and concatenating the parts by hand."""
     module = MultiHeadAttention(12, 2, context_dim=10, backend=backend)
     index = torch.tensor(INDICES[order])
-    shared, own = torch.randn(2, 4, 10, requires_grad=True), torch.randn(6, 3, 10, requires_grad=True)
+    shared, own = torch.randn(3, 4, 10, requires_grad=True), torch.randn(6, 3, 10, requires_grad=True)
     own_mask = torch.rand(6, 3) > 0.4
-    shared_mask = torch.tensor([[True, False, True, True], [False] * 4])
-    own_mask[0] = own_mask[-1] = False  # rows 0 and 5: one of them reads nothing when its shared entry is 1
+    shared_mask = torch.tensor([[True, False, True, True], [False] * 4, [False, False, True, True]])
+    own_mask[2] = own_mask[0] = False  # these rows read nothing where their shared entry is 1
     last = torch.randn(1, 2, 10, requires_grad=True)
     x = torch.randn(6, 5, 12, requires_grad=True)
 
@@ -198,13 +201,36 @@ def test_memory_of_parts_is_one_long_memory(backend, order, parts):
     torch.testing.assert_close(got, module.out(z.transpose(1, 2).flatten(2).float()), **CLOSE)
 
 
+@pytest.mark.parametrize("order", INDICES)
+def test_rows_fold_into_their_entry_and_back(order):
+    index = torch.tensor(INDICES[order])
+    readers = Memory(torch.randn(3, 3, 8), index=index).readers
+    assert (readers is None) == (order == "too uneven to share")  # 15 places for 6 rows: more than half empty
+    if readers is None:
+        return
+    assert readers.rows == 6 and torch.equal(readers.index(index.device), index)
+    x = torch.randn(6, 2, 5, 8)
+    folded = readers.fold(x)
+    assert folded.shape == (3, 2, 5 * readers.repeat, 8)
+    assert torch.equal(readers.unfold(folded), x)
+    for entry in range(3):
+        expected = x[index == entry].transpose(0, 1).flatten(1, 2)
+        assert torch.equal(folded[entry, :, : expected.shape[1]], expected)
+        assert folded[entry, :, expected.shape[1] :].abs().sum() == 0
+
+
+def test_uneven_rows_share_entries_where_it_pays():
+    readers = Memory(torch.randn(3, 2, 8), index=torch.tensor([2, 0, 0, 1, 1])).readers
+    assert readers == (3, 2, readers.slot) and readers.slot.tolist() == [4, 0, 1, 2, 3]
+    x = torch.randn(5, 1, 4, 6)
+    assert readers.fold(x).shape == (3, 1, 8, 6) and torch.equal(readers.unfold(readers.fold(x)), x)
+    assert Memory(torch.randn(2, 3, 8), repeat=3).rows == 6
+
+
 def test_index_in_order_becomes_a_repeat():
-    states = torch.randn(2, 3, 8)
-    memory = Memory(states, index=torch.tensor([0, 0, 1, 1]))
-    assert memory.index is None and memory.repeat == 2 and memory.rows == 4
-    assert Memory(states, index=torch.tensor([0, 1, 0, 1])).rows == 4
-    assert Memory(states, index=torch.tensor([0, 0, 0])).repeat == 1
-    assert Memory(states, repeat=3).rows == 6
+    memory = Memory(torch.randn(2, 3, 8), index=torch.tensor([0, 0, 1, 1]))
+    assert memory.index is None and memory.repeat == 2 and memory.readers.slot is None
+    assert Memory(torch.randn(2, 3, 8), index=torch.tensor([0, 1, 0, 1])).index is not None
 
 
 # --- caches -----------------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from vqa_scratch.nn import masks, taps
 from vqa_scratch.nn.cache import KVCache
-from vqa_scratch.nn.memory import KeyValue, Memory, concatenate, fold, unfold
+from vqa_scratch.nn.memory import KeyValue, Memory, concatenate
 
 BACKENDS = ("fused", "explicit")
 
@@ -104,17 +104,17 @@ def attention_over_parts(
 ) -> Tensor:
     """Attention of q (B, H, T, d) over the union of the parts' keys: one softmax. Returns (B, H, T, d)."""
     if len(parts) == 1:
-        k, v, mask, repeat = parts[0]
-        z = attention(fold(q, repeat), k, v, key_mask=mask, scale=scale, dropout=dropout, backend=backend)
-        return unfold(z, repeat)
+        k, v, mask, readers = parts[0]
+        z = attention(readers.fold(q), k, v, key_mask=mask, scale=scale, dropout=dropout, backend=backend)
+        return readers.unfold(z)
     scores = [
-        unfold(attention_scores(fold(q, part.repeat), part.k, key_mask=part.mask, scale=scale), part.repeat)
+        part.readers.unfold(attention_scores(part.readers.fold(q), part.k, key_mask=part.mask, scale=scale))
         for part in parts
     ]
     pattern = F.dropout(masked_softmax(torch.cat(scores, -1)), dropout)  # (B, H, T, N1 + N2 + ...)
     pieces = pattern.split([part.k.shape[2] for part in parts], -1)
-    reads = [unfold(fold(piece, part.repeat) @ part.v, part.repeat) for piece, part in zip(pieces, parts, strict=True)]
-    return torch.stack(reads).sum(0) if len(reads) > 2 else reads[0] + reads[1]
+    reads = [part.readers.unfold(part.readers.fold(piece) @ part.v) for piece, part in zip(pieces, parts, strict=True)]
+    return sum(reads[1:], start=reads[0])
 
 
 class MultiHeadAttention(nn.Module):
@@ -210,9 +210,8 @@ class MultiHeadAttention(nn.Module):
             if cache is not None:
                 cache.fill_cross(parts)
         for part in parts:
-            assert len(part.k) * part.repeat == len(x), (
-                f"{len(x)} rows, but the memory serves {len(part.k) * part.repeat}"
-            )
+            if part.readers.rows != len(x):
+                raise ValueError(f"{len(x)} rows, but the memory serves {part.readers.rows}")
         if taps.wanted(self.tap_prefix, "k", "v", "mask", "scores", "pattern"):
             k, v, mask, _ = concatenate(parts)
             return self._attend(q, k, v, mask, None, False)
@@ -230,8 +229,7 @@ class MultiHeadAttention(nn.Module):
         parts = []
         for memory in [context] if isinstance(context, Memory) else context:
             k, v = self._split(self.kv(memory.states), 2)
-            part = KeyValue(k, v, memory.mask, memory.repeat)
-            parts.append(part if memory.index is None else part.gather(memory.index))
+            parts.append(memory.project(k, v))
         return parts
 
     def _attend(

@@ -35,14 +35,14 @@ class KVCache:
 
     def fill_cross(self, parts: list[KeyValue]) -> None:
         """Keep the projected memory for the steps to come."""
-        self.cross = [KeyValue(p.k.detach(), p.v.detach(), p.mask, p.repeat) for p in parts]
+        self.cross = [part._replace(k=part.k.detach(), v=part.v.detach()) for part in parts]
 
     def select(self, rows: Tensor) -> None:
         """Keep, reorder or repeat rows: row i becomes what row `rows[i]` was. rows (B',) long."""
         if self._k is not None:
             self._k, self._v = self._k[rows], self._v[rows]
         if self.cross is not None:
-            self.cross = [part.gather(rows // part.repeat) for part in self.cross]
+            self.cross = [part.select(rows) for part in self.cross]
 
 
 class DecoderCache(list[KVCache]):

@@ -1,6 +1,10 @@
 """What cross-attention reads: states that several rows may share, and the keys and values projected from them.
 
-Shapes: B rows, M memory entries, R rows an entry, H heads, N memory tokens, T query tokens, D width, d head size.
+Many questions ask about one image. The rows that read an entry become more queries of that entry, so its keys are
+projected once and never copied.
+
+Shapes: B rows, M memory entries, R places an entry has for rows, H heads, N memory tokens, T query tokens, D width,
+d head size.
 """
 
 from collections.abc import Sequence
@@ -11,86 +15,121 @@ import torch
 from torch import Tensor
 
 
-def rows_per_entry(index: Tensor, entries: int) -> int | None:
-    """R if `index` reads entry 0 R times, then entry 1 R times, ... up to the last; otherwise None."""
-    repeat, rest = divmod(len(index), entries)
-    if rest or repeat == 0:
-        return None
-    in_order = torch.arange(entries, device=index.device).repeat_interleave(repeat)
-    return repeat if torch.equal(index, in_order) else None
+class Readers(NamedTuple):
+    """Which of the M entries each of the B rows reads: row b sits in place `slot[b]` of M*R, R places an entry."""
+
+    entries: int  # M
+    repeat: int = 1  # R
+    slot: Tensor | None = None  # (B,) long; None: the rows fill all places in order
+
+    @classmethod
+    def from_index(cls, index: Tensor, entries: int) -> "Readers | None":
+        """Row b reads entry `index[b]`. None if more than half of the places would stay empty."""
+        counts = torch.bincount(index, minlength=entries)
+        repeat = int(counts.max())
+        if entries * repeat > 2 * len(index):
+            return None
+        order = index.argsort(stable=True)
+        first = counts.cumsum(0) - counts  # (M,) rows that read an earlier entry
+        rank = torch.empty_like(index)
+        rank[order] = torch.arange(len(index), device=index.device) - first[index[order]]
+        slot = index * repeat + rank
+        in_order = len(slot) == entries * repeat and torch.equal(slot, torch.arange(len(slot), device=slot.device))
+        return cls(entries, repeat, None if in_order else slot)
+
+    @property
+    def rows(self) -> int:
+        """B."""
+        return self.entries * self.repeat if self.slot is None else len(self.slot)
+
+    def index(self, device: torch.device) -> Tensor:
+        """(B,) the entry that each row reads."""
+        return (torch.arange(self.rows, device=device) if self.slot is None else self.slot) // self.repeat
+
+    def fold(self, x: Tensor) -> Tensor:
+        """(B, H, T, d) -> (M, H, R*T, d): rows become queries of their entry; places without a row hold zeros."""
+        if self.slot is not None:
+            x = x.transpose(1, 2)  # (B, T, H, d), so that joining R and T below is a view
+            x = x.new_zeros(self.entries * self.repeat, *x.shape[1:]).index_copy(0, self.slot, x).transpose(1, 2)
+        if self.repeat == 1:
+            return x
+        return x.unflatten(0, (-1, self.repeat)).transpose(1, 2).flatten(2, 3)
+
+    def unfold(self, x: Tensor) -> Tensor:
+        """(M, H, R*T, d) -> (B, H, T, d), the inverse of `fold`."""
+        if self.repeat > 1:
+            x = x.unflatten(2, (self.repeat, -1)).transpose(1, 2).flatten(0, 1)
+        return x if self.slot is None else x.index_select(0, self.slot)
 
 
 class KeyValue(NamedTuple):
-    """Projected keys and values of one memory part. Rows m*repeat ... m*repeat + repeat - 1 read entry m."""
+    """Projected keys and values of one memory part, and who reads them."""
 
     k: Tensor  # (M, H, N, d)
     v: Tensor  # (M, H, N, d)
     mask: Tensor | None  # (M, N)
-    repeat: int = 1
+    readers: Readers
 
-    def gather(self, index: Tensor) -> "KeyValue":
-        """Row i reads what entry `index[i]` holds. Copies only where the rows do not follow the entries in order."""
+    def take(self, index: Tensor) -> "KeyValue":
+        """A part whose entry i is entry `index[i]` of this one, read by row i alone."""
+        mask = None if self.mask is None else self.mask[index]
+        return KeyValue(self.k[index], self.v[index], mask, Readers(len(index)))
+
+    def read_by(self, index: Tensor) -> "KeyValue":
+        """Row i reads entry `index[i]`; entries without a reader go, and nothing is copied if all have one."""
         used, index = torch.unique(index, return_inverse=True)
-        k, v, mask = self.k, self.v, self.mask
-        if len(used) < len(k):
-            k, v, mask = k[used], v[used], None if mask is None else mask[used]
-        repeat = rows_per_entry(index, len(k))
-        if repeat is None:
-            k, v, mask, repeat = k[index], v[index], None if mask is None else mask[index], 1
-        return KeyValue(k, v, mask, repeat)
+        readers = Readers.from_index(index, len(used))
+        if readers is None or readers.repeat == 1:  # too uneven, or one row an entry: each row its own entry
+            return self.take(used[index])
+        part = self if len(used) == len(self.k) else self.take(used)
+        return part._replace(readers=readers)
+
+    def select(self, rows: Tensor) -> "KeyValue":
+        """Row i becomes what row `rows[i]` was."""
+        return self.read_by(self.readers.index(rows.device)[rows])
 
     def per_row(self) -> "KeyValue":
-        """The same part with one entry a row (B, H, N, d)."""
-        if self.repeat == 1:
-            return self
-        k, v = self.k.repeat_interleave(self.repeat, 0), self.v.repeat_interleave(self.repeat, 0)
-        mask = None if self.mask is None else self.mask.repeat_interleave(self.repeat, 0)
-        return KeyValue(k, v, mask)
+        """The same with each row its own entry (B, H, N, d)."""
+        own = self.readers.repeat == 1 and self.readers.slot is None
+        return self if own else self.take(self.readers.index(self.k.device))
 
 
 @dataclass(frozen=True, eq=False)
 class Memory:
     """What cross-attention reads: M entries of N states. Keys and values are projected once an entry, not a row.
 
-    Row b reads entry `index[b]`; without an index it reads entry b // `repeat`. An index that says the same thing as a
-    repeat is turned into one, because then the rows of an entry can share its keys without a copy.
+    Row b reads entry `index[b]`; without an index it reads entry b // `repeat`. An index that says the same as a repeat
+    becomes one.
     """
 
     states: Tensor  # (M, N, D)
     mask: Tensor | None = None  # (M, N), True = may attend
     index: Tensor | None = None  # (B,) long
     repeat: int = field(default=1, kw_only=True)
+    readers: Readers | None = field(init=False, repr=False)  # None: rows are too unevenly spread to share
 
     def __post_init__(self) -> None:
         if self.mask is not None and self.mask.shape != self.states.shape[:2]:
             raise ValueError(f"memory mask must be {tuple(self.states.shape[:2])}, got {tuple(self.mask.shape)}")
-        if self.index is None:
-            return
-        if self.repeat != 1:
+        if self.index is not None and self.repeat != 1:
             raise ValueError("a memory takes an index or a repeat, not both")
-        repeat = rows_per_entry(self.index, len(self.states))
-        if repeat is not None:
+        entries = len(self.states)
+        readers = Readers(entries, self.repeat) if self.index is None else Readers.from_index(self.index, entries)
+        object.__setattr__(self, "readers", readers)
+        if readers is not None and readers.slot is None:
             object.__setattr__(self, "index", None)
-            object.__setattr__(self, "repeat", repeat)
+            object.__setattr__(self, "repeat", readers.repeat)
 
     @property
     def rows(self) -> int:
         """How many rows read this memory."""
         return len(self.states) * self.repeat if self.index is None else len(self.index)
 
-
-def fold(x: Tensor, repeat: int) -> Tensor:
-    """(M*R, H, T, d) -> (M, H, R*T, d): the rows that read one entry become more queries of it."""
-    if repeat == 1:
-        return x
-    return x.unflatten(0, (-1, repeat)).transpose(1, 2).flatten(2, 3)
-
-
-def unfold(x: Tensor, repeat: int) -> Tensor:
-    """(M, H, R*T, d) -> (M*R, H, T, d)."""
-    if repeat == 1:
-        return x
-    return x.unflatten(2, (repeat, -1)).transpose(1, 2).flatten(0, 1)
+    def project(self, k: Tensor, v: Tensor) -> KeyValue:
+        """Bind the keys and values (M, H, N, d) projected from the states to their readers."""
+        if self.readers is not None:
+            return KeyValue(k, v, self.mask, self.readers)
+        return KeyValue(k, v, self.mask, Readers(len(k))).take(self.index)
 
 
 def concatenate(parts: Sequence[KeyValue]) -> KeyValue:
@@ -100,11 +139,7 @@ def concatenate(parts: Sequence[KeyValue]) -> KeyValue:
         return parts[0]
     mask = None
     if any(part.mask is not None for part in parts):
-        mask = torch.cat(
-            [
-                part.k.new_ones(len(part.k), part.k.shape[2]).bool() if part.mask is None else part.mask.bool()
-                for part in parts
-            ],
-            -1,
-        )
-    return KeyValue(torch.cat([part.k for part in parts], 2), torch.cat([part.v for part in parts], 2), mask)
+        full = [part.k.new_ones(part.k.shape[0], part.k.shape[2], dtype=torch.bool) for part in parts]
+        mask = torch.cat([f if p.mask is None else p.mask.bool() for p, f in zip(parts, full, strict=True)], -1)
+    k, v = torch.cat([part.k for part in parts], 2), torch.cat([part.v for part in parts], 2)
+    return KeyValue(k, v, mask, parts[0].readers)
