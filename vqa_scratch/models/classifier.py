@@ -1,12 +1,13 @@
 """A text classifier: a RoBERTa encoder, a dense layer on the first token, tanh, a linear head. Liu et al. 2019.
 
-Loads RobertaForSequenceClassification checkpoints, the usual reward models of small RLHF experiments.
+The layout is that of RobertaForSequenceClassification; its files may also bring an unused pooler and a buffer of
+position ids, which are read past. The class names live in the config, so that a class is asked for by name.
 
-Shapes: B batch, T text tokens, D width.
+Shapes: B batch, T text tokens, D width, C classes.
 """
 
 from os import PathLike
-from typing import Any, Self
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -19,22 +20,16 @@ from vqa_scratch.weights.convert import load_into, to_hf
 from vqa_scratch.weights.files import read_checkpoint, write_checkpoint
 
 
-def _labels(hf: dict[str, Any]) -> tuple[str, ...]:
-    """Class names in order; config.json leaves them out when there are two without names."""
-    names = hf.get("id2label") or {"0": "LABEL_0", "1": "LABEL_1"}
-    if sorted(names, key=int) != [str(i) for i in range(len(names))]:
-        raise UserError(f"config.json numbers its labels {', '.join(names)}; expected 0 to {len(names) - 1}")
-    return tuple(names[str(i)] for i in range(len(names)))
-
-
 class TextClassifier(nn.Module):
     """Encoder and head; `labels` names the classes in the order of the logits."""
 
     def __init__(self, config: BertConfig, labels: tuple[str, ...]) -> None:
         super().__init__()
         if config.layout != "roberta":
-            raise UserError(f"this classifier is RoBERTa's, its encoder cannot be {config.layout}")
-        self.labels = labels
+            raise UserError(f"a text classifier is a roberta, not a {config.layout}")
+        if len(labels) < 2 or len(set(labels)) != len(labels):
+            raise UserError(f"a classifier needs two or more different labels, not {', '.join(labels) or 'none'}")
+        self.config, self.labels = config, tuple(labels)
         self.encoder = Bert(config)
         self.dense = nn.Linear(config.dim, config.dim)
         self.out = nn.Linear(config.dim, len(labels))
@@ -43,21 +38,37 @@ class TextClassifier(nn.Module):
             init_weights(layer, config.init_std)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """(B, T) -> logits (B, classes). attention_mask (B, T), True = may attend; the first token is `<s>`."""
+        """(B, T) -> logits (B, C). attention_mask (B, T), True = may attend; the first token is `<s>`."""
         first = self.encoder(input_ids, attention_mask)[:, 0]  # (B, D)
         return self.out(self.dropout(torch.tanh(self.dense(self.dropout(first)))))
+
+    def label_index(self, label: str) -> int:
+        """Which logit belongs to `label`. Raises UserError that lists the labels there are."""
+        if label not in self.labels:
+            raise UserError(f"the classifier has no class {label!r}; its classes are {', '.join(self.labels)}")
+        return self.labels.index(label)
 
     @classmethod
     def from_pretrained(cls, source: str | PathLike[str]) -> Self:
         """From a checkpoint folder or Hub id, in eval mode. Raises UserError when something does not fit."""
         hf, tensors = read_checkpoint(source)
-        model = cls(BertConfig.from_hf(hf), _labels(hf))
+        if hf.get("model_type") != "roberta":
+            raise UserError(f"{source} holds a {hf.get('model_type')} model, not a roberta classifier")
+        classes = len(tensors.get("classifier.out_proj.bias", ()))
+        if not classes:
+            raise UserError(f"{source} has no classifier.out_proj: it is not a sequence classifier")
+        names = hf.get("id2label") or {str(i): f"LABEL_{i}" for i in range(classes)}
+        try:
+            labels = tuple(str(names[str(i)]) for i in range(classes))
+        except KeyError as error:
+            raise UserError(f"id2label in {source} names {len(names)} classes, the head has {classes}") from error
+        model = cls(BertConfig.from_hf(hf), labels)
         load_into(model, tensors, maps.ROBERTA_CLASSIFIER, source=str(source))
         return model.eval()
 
     def save_pretrained(self, folder: str | PathLike[str]) -> None:
         """config.json and model.safetensors that `from_pretrained` and `transformers` read."""
-        config = self.encoder.config.to_hf() | {
+        config = self.config.to_hf() | {
             "architectures": ["RobertaForSequenceClassification"],
             "id2label": {str(i): label for i, label in enumerate(self.labels)},
             "label2id": {label: i for i, label in enumerate(self.labels)},

@@ -1,17 +1,13 @@
 """Every option of `rlhf.py`, one sentence each, and the presets."""
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from vqa_scratch.errors import UserError
+from vqa_scratch.options import option
 
 ALGORITHMS = ("ppo", "rloo", "grpo", "best-of-n")
-
-
-def option(default: Any, help: str, choices: tuple[str, ...] | None = None) -> Any:
-    """A field with the sentence that the command line shows."""
-    return field(default=default, metadata={"help": help, "choices": choices})
 
 
 @dataclass(frozen=True)
@@ -19,7 +15,7 @@ class RLHFConfig:
     preset: str = option("mini-news", "Which task to run.", ("mini-news", "book", "vqa"))
     out: Path = option(Path("runs/rlhf"), "Folder of the run.")
     seed: int = option(0, "Seed of data, initial weights and sampling.")
-    device: str = option("auto", "Device: auto, cpu or cuda.")
+    device: str = option("auto", "Where to compute.", ("auto", "cpu", "cuda"))
     precision: str = option("auto", "Arithmetic; auto is bf16 on a GPU and fp32 elsewhere.", ("auto", "fp32", "bf16"))
 
     # ------------------------------------------------------------------------------------------ models and data

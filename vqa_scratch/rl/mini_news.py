@@ -1,0 +1,211 @@
+"""The first two steps of RLHF in miniature: a small T5 that summarises made-up news, and two small reward models.
+
+Both are trained by cross-entropy in a few minutes on two cores, and kept in a folder named by a hash of what made them.
+
+Shapes: B batch, N input tokens, T output tokens, V vocabulary.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import tokenizers
+import torch
+import torch.nn.functional as F
+from tokenizers import decoders, models, pre_tokenizers, processors, trainers
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from vqa_scratch.data import news
+from vqa_scratch.data.text import Tokenizer
+from vqa_scratch.models.bert import BertConfig
+from vqa_scratch.models.classifier import TextClassifier
+from vqa_scratch.models.t5 import T5, T5Config
+
+TRAIN_SEED, HELD_OUT_SEED, REWARD_SEED = 0, 1, 2  # of the articles; PPO may train on the first, never on the second
+T5_TOKENS = ("<pad>", "</s>", "<unk>")
+ROBERTA_TOKENS = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")
+
+
+@dataclass(frozen=True)
+class MiniNews:
+    """What the first two steps leave behind."""
+
+    summariser: T5
+    tokenizer: Tokenizer
+    grammar: TextClassifier
+    tone: TextClassifier
+    reward_tokenizer: Tokenizer
+
+
+def train_tokenizer(texts: Iterable[str], special: tuple[str, ...], template: str, roles: dict[str, str]) -> Tokenizer:
+    """Byte-pair encoding over words and punctuation; words as common as these become one token each."""
+    backend = tokenizers.Tokenizer(models.BPE(unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Metaspace(), pre_tokenizers.Punctuation()])
+    backend.decoder = decoders.Metaspace()
+    trainer = trainers.BpeTrainer(vocab_size=700, special_tokens=list(special), show_progress=False)
+    backend.train_from_iterator(texts, trainer)
+    used = [(token, backend.token_to_id(token)) for token in special if token in template.split()]
+    backend.post_processor = processors.TemplateProcessing(single=template, special_tokens=used)
+    return Tokenizer(backend, roles)
+
+
+def fit(model: nn.Module, loss_of: Callable[[int], Tensor], steps: int, learning_rate: float, title: str) -> float:
+    """AdamW with warm-up and linear decay on `loss_of(step)`; returns the mean loss of the last tenth."""
+    model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
+    warmup = max(1, steps // 20)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / warmup, max(0.0, 1 - step / steps))
+    )
+    last = []
+    with tqdm(range(steps), desc=title, unit="step", dynamic_ncols=True) as bar:
+        for step in bar:
+            loss = loss_of(step)
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+            if step >= steps - max(1, steps // 10):
+                last.append(float(loss))
+            if step % 20 == 0:
+                bar.set_postfix(loss=f"{float(loss):.3f}")
+    model.eval()
+    return sum(last) / len(last)
+
+
+def train_summariser(tokenizer: Tokenizer, seed: int, steps: int, device: str, batch: int = 64) -> T5:
+    """Step 1: a small T5 learns article -> summary by teacher forcing."""
+    torch.manual_seed(seed)
+    size = T5Config(
+        vocab_size=len(tokenizer),
+        dim=96,
+        head_dim=24,
+        hidden=192,
+        encoder_layers=2,
+        decoder_layers=2,
+        heads=4,
+        dropout=0.0,
+    )
+    model = T5(size).to(device)
+    items = news.news(min(20_000, steps * batch), TRAIN_SEED)
+    generator = torch.Generator().manual_seed(seed)
+
+    def loss_of(step: int) -> Tensor:
+        rows = torch.randint(len(items), (batch,), generator=generator).tolist()
+        ids, mask = tokenizer.encode_batch([items[i].article for i in rows])
+        labels, real = tokenizer.encode_batch([items[i].summary for i in rows])  # (B, T), </s> at the end
+        start = torch.full_like(labels[:, :1], size.start_id)
+        logits = model(ids.to(device), mask.to(device), torch.cat([start, labels[:, :-1]], 1).to(device))
+        return F.cross_entropy(logits[real], labels[real].to(device))
+
+    fit(model, loss_of, steps, learning_rate=3e-3, title="1 of 3: summariser")
+    return model
+
+
+def train_reward(
+    sentences: list[tuple[str, int]],
+    labels: tuple[str, ...],
+    tokenizer: Tokenizer,
+    seed: int,
+    steps: int,
+    device: str,
+    title: str,
+    batch: int = 64,
+) -> TextClassifier:
+    """Step 2: a small RoBERTa learns sentence -> label. Smoothed targets keep its logits within a few units."""
+    torch.manual_seed(seed)
+    size = BertConfig(
+        layout="roberta",
+        vocab_size=len(tokenizer),
+        dim=64,
+        layers=2,
+        heads=4,
+        hidden=128,
+        max_positions=66,
+        token_types=1,
+        norm_eps=1e-5,
+        dropout=0.0,
+        attention_dropout=0.0,
+        pad_id=tokenizer.pad_id,
+    )
+    model = TextClassifier(size, labels).to(device)
+    generator = torch.Generator().manual_seed(seed)
+
+    def loss_of(step: int) -> Tensor:
+        rows = torch.randint(len(sentences), (batch,), generator=generator).tolist()
+        ids, mask = tokenizer.encode_batch([sentences[i][0] for i in rows])
+        target = torch.tensor([sentences[i][1] for i in rows], device=device)
+        return F.cross_entropy(model(ids.to(device), mask.to(device)), target, label_smoothing=0.05)
+
+    fit(model, loss_of, steps, learning_rate=2e-3, title=title)
+    return model
+
+
+def accuracy(model: TextClassifier, tokenizer: Tokenizer, sentences: list[tuple[str, int]]) -> float:
+    """Share of `sentences` that the classifier labels rightly."""
+    ids, mask = tokenizer.encode_batch([text for text, _ in sentences])
+    device = model.out.weight.device
+    with torch.no_grad():
+        guess = model(ids.to(device), mask.to(device)).argmax(-1).cpu()
+    return float((guess == torch.tensor([label for _, label in sentences])).float().mean())
+
+
+def recipe_hash(**settings: object) -> str:
+    """A name for what the settings, this file and the generator would make."""
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+    for file in (__file__, news.__file__):
+        digest.update(Path(file).read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def load(folder: Path) -> MiniNews:
+    """Read what `prepare` kept."""
+    return MiniNews(
+        T5.from_pretrained(folder / "summariser"),
+        Tokenizer.from_pretrained(folder / "summariser"),
+        TextClassifier.from_pretrained(folder / "grammar"),
+        TextClassifier.from_pretrained(folder / "tone"),
+        Tokenizer.from_pretrained(folder / "grammar"),
+    )
+
+
+def prepare(cache: Path, seed: int, sft_steps: int, reward_steps: int, device: str = "cpu") -> tuple[MiniNews, Path]:
+    """Steps 1 and 2, or what an earlier run with the same recipe kept. Returns it and the folder it lies in."""
+    folder = cache / f"mini-news-{recipe_hash(seed=seed, sft_steps=sft_steps, reward_steps=reward_steps)}"
+    if folder.is_dir():
+        return load(folder), folder
+    sample = news.news(2_000, TRAIN_SEED)
+    texts = [text for item in sample for text in (item.article, item.summary)]
+    texts += [text for text, _ in news.grammar_sentences(2_000, REWARD_SEED)]
+    tokenizer = train_tokenizer(texts, T5_TOKENS, "$A </s>", {"pad": "<pad>", "eos": "</s>", "unk": "<unk>"})
+    roles = {"bos": "<s>", "eos": "</s>", "pad": "<pad>", "unk": "<unk>", "cls": "<s>", "sep": "</s>", "mask": "<mask>"}
+    reward_tokenizer = train_tokenizer(texts, ROBERTA_TOKENS, "<s> $A </s>", roles)
+    summariser = train_summariser(tokenizer, seed, sft_steps, device)
+    made = {}
+    for name, make, labels in (
+        ("grammar", news.grammar_sentences, news.GRAMMAR),
+        ("tone", news.tone_sentences, news.TONES),
+    ):
+        sentences = make(20_000, REWARD_SEED)
+        title = f"2 of 3: {name} reward"
+        made[name] = train_reward(sentences, labels, reward_tokenizer, seed, reward_steps, device, title)
+
+    cache.mkdir(parents=True, exist_ok=True)
+    partial = cache / f".{folder.name}.{os.getpid()}.tmp"
+    try:
+        summariser.save_pretrained(partial / "summariser")
+        tokenizer.save(partial / "summariser")
+        for name, model in made.items():
+            model.save_pretrained(partial / name)
+            reward_tokenizer.save(partial / name)
+        if not folder.is_dir():
+            partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return load(folder), folder
