@@ -89,6 +89,33 @@ def test_weights_are_a_distribution_over_allowed_keys():
     torch.testing.assert_close(pattern.sum(-1), allowed.any(-1).float())
 
 
+needs_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_gpu)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("bias_kind", ["none", "each head", "blocking"])
+def test_fused_in_low_precision(device, dtype, masked, causal, bias_kind):
+    """Whatever kernel runs is as good as the explicit way in the same precision, empty rows and gradients included."""
+    q, k, v, key_mask = (x.detach().to(device) for x in inputs(head_dim=16))
+    bias = bias_of(bias_kind)
+    options = {"key_mask": key_mask if masked else None, "causal": causal}
+    options["bias"] = None if bias is None else bias.to(device)
+    weight = torch.randn(3, 2, 5, 16, device=device)
+
+    def run(backend, dtype):
+        leaves = [x.to(dtype).requires_grad_() for x in (q, k, v)]
+        z = attention(*leaves, **options, backend=backend)
+        return [x.double() for x in (z, *torch.autograd.grad((z * weight).sum(), leaves))]
+
+    exact = run("explicit", torch.float64)
+    for fused, explicit, right in zip(run("fused", dtype), run("explicit", dtype), exact, strict=True):
+        assert fused.isfinite().all()
+        assert (fused - right).abs().max() <= 2 * (explicit - right).abs().max() + 10 * torch.finfo(dtype).eps
+
+
 def test_nan_is_not_taken_for_a_mask():
     q, k, v, _ = inputs()
     k = k.detach().clone()
@@ -199,6 +226,20 @@ def test_memory_of_parts_is_one_long_memory(backend, order, parts):
     allowed = mask[:, None, None].expand(-1, 2, 5, -1)
     z = brute_force_attention(q, k, v, allowed, None, module.scale)
     torch.testing.assert_close(got, module.out(z.transpose(1, 2).flatten(2).float()), **CLOSE)
+
+
+@pytest.mark.parametrize("order", INDICES)
+def test_memories_under_autocast(order):
+    """bfloat16 has 8 bits: outputs of size 1 agree to a few hundredths, gradients exist."""
+    module = MultiHeadAttention(12, 2, context_dim=12)
+    memories = [Memory(torch.randn(3, 4, 12), index=torch.tensor(INDICES[order])), Memory(torch.randn(6, 3, 12))]
+    x = torch.randn(6, 5, 12)
+    with torch.autocast("cpu", torch.bfloat16):
+        low = module(x, memories)
+    assert low.dtype == torch.bfloat16
+    torch.testing.assert_close(low.float(), module(x, memories), atol=0.03, rtol=0)
+    low.float().sum().backward()
+    assert all(parameter.grad.isfinite().all() for parameter in module.parameters())
 
 
 @pytest.mark.parametrize("order", INDICES)

@@ -92,7 +92,7 @@ def attention(
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
     if backend == "explicit":
         _, pattern = attention_weights(q, k, key_mask=key_mask, bias=bias, causal=causal, scale=scale)
-        return F.dropout(pattern, dropout) @ v
+        return F.dropout(pattern, dropout).to(v.dtype) @ v  # a bias in fp32 makes the weights fp32
     if causal and key_mask is None and bias is None and q.shape[-2] == k.shape[-2]:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, dropout_p=dropout)
     mask = attention_mask(q, k, key_mask=key_mask, bias=bias, causal=causal)
@@ -260,4 +260,4 @@ class MultiHeadAttention(nn.Module):
         scores = attention_scores(q, k, key_mask=key_mask, bias=bias, causal=causal, scale=self.scale)
         pattern = masked_softmax(taps.tap(name, "scores", scores))
         pattern = taps.tap(name, "pattern", pattern)
-        return F.dropout(pattern, dropout) @ v
+        return F.dropout(pattern, dropout).to(v.dtype) @ v  # a bias in fp32 makes the weights fp32
