@@ -1,0 +1,318 @@
+"""From samples to batches: questions grouped by image, so that every image is encoded once for all its questions.
+
+A batch holds images with the same number of questions each; that lets the decoder share an image's keys without a
+copy. The order of an epoch is a function of (seed, epoch) alone, so a run resumes by counting steps.
+
+Shapes: I images, R questions an image, B = I*R questions, T question tokens, A decoder tokens, H x W pixels.
+"""
+
+import hashlib
+import os
+import queue
+import threading
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from vqa_scratch.data.images import ImageProcessor, load_image
+from vqa_scratch.data.text import Tokenizer, answer_ids
+from vqa_scratch.data.vqa_v2 import VQASample
+from vqa_scratch.errors import UserError
+
+IGNORE = -100  # a label that asks for nothing, as F.cross_entropy has it
+Item = TypeVar("Item")
+
+
+@dataclass
+class Batch:
+    """What the model takes. Padding is on the right and known by `attention_mask`, never by id."""
+
+    pixels: Tensor  # (I, H, W, 3) uint8; the processor's `normalize` makes pixel_values of them
+    input_ids: Tensor  # (B, T)
+    attention_mask: Tensor  # (B, T) bool
+    decoder_input_ids: Tensor  # (B, A): the prompt if there is one, BOS, the answer
+    labels: Tensor  # (B, A): the next token up to EOS, IGNORE elsewhere
+    image_index: Tensor  # (B,): which image a question is about
+    rows: Tensor  # (B,): which samples these are
+
+    def to(self, device: torch.device) -> "Batch":
+        """Copied to the device; without waiting where the memory is pinned."""
+        return Batch(*(getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)))
+
+    def pin(self) -> "Batch":
+        """In page-locked memory, which a GPU reads while the program goes on."""
+        return Batch(*(getattr(self, f.name).pin_memory() for f in fields(self)))
+
+    def parts(self, number: int) -> Iterator["Batch"]:
+        """At most `number` batches of whole images, about equal in size, that together are this one."""
+        per_image = len(self.rows) // len(self.pixels)
+        for chosen in torch.arange(len(self.pixels)).chunk(number):
+            at, until = int(chosen[0]), int(chosen[-1]) + 1
+            here = slice(at * per_image, until * per_image)
+            yield Batch(
+                self.pixels[at:until],
+                self.input_ids[here],
+                self.attention_mask[here],
+                self.decoder_input_ids[here],
+                self.labels[here],
+                self.image_index[here] - at,
+                self.rows[here],
+            )
+
+
+# ------------------------------------------------------------------------------------------------ images
+
+
+class Images:
+    """Resized images as bytes, by position: decoded when asked for, or read from a file mapped into memory."""
+
+    def __init__(self, paths: Sequence[Path], processor: ImageProcessor, *, workers: int = 4) -> None:
+        if processor.output_size is None:
+            raise UserError("training needs images of one size; this processor's size depends on the image")
+        self.paths, self.processor, self.workers = list(paths), processor, workers
+        self.cached: np.ndarray | None = None
+
+    def read(self, position: int) -> np.ndarray:
+        """(H, W, 3) uint8."""
+        return self.processor.to_uint8(load_image(self.paths[position]))
+
+    def __getitem__(self, positions: Sequence[int]) -> np.ndarray:
+        """(I, H, W, 3) uint8."""
+        if self.cached is not None:
+            return self.cached[positions]
+        if len(positions) == 1:
+            return self.read(positions[0])[None]
+        with ThreadPoolExecutor(self.workers) as pool:  # decoding leaves Python's lock
+            return np.stack(list(pool.map(self.read, positions)))
+
+    def cache_in(self, folder: Path, *, progress: bool = True) -> None:
+        """Write all images once to a file below `folder` and map it; a finished file is found again by its name.
+
+        The name hashes the preprocessing and every path with its size and time, so changed images make a new file.
+        """
+        key = hashlib.blake2b(repr(self.processor.to_hf()).encode(), digest_size=12)
+        for path in self.paths:
+            stat = path.stat()
+            key.update(f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}\n".encode())
+        target = folder / f"images-{key.hexdigest()}.npy"
+        if not target.exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            unfinished = target.with_suffix(f".{os.getpid()}.tmp")
+            height, width = self.processor.output_size
+            try:
+                with open(unfinished, "wb") as file:
+                    header = {"descr": "|u1", "fortran_order": False, "shape": (len(self.paths), height, width, 3)}
+                    np.lib.format.write_array_header_1_0(file, header)
+                    with ThreadPoolExecutor(self.workers) as pool:
+                        images = pool.map(self.read, range(len(self.paths)))
+                        bar = tqdm(images, "reading images", len(self.paths), unit="image", disable=not progress)
+                        for image in bar:
+                            file.write(image.tobytes())
+                os.replace(unfinished, target)
+            finally:
+                unfinished.unlink(missing_ok=True)
+        self.cached = np.load(target, mmap_mode="r")
+
+
+# ------------------------------------------------------------------------------------------------ questions
+
+
+class Ragged:
+    """Many short id sequences in one flat array."""
+
+    def __init__(self, rows: Iterable[Sequence[int]]) -> None:
+        rows = list(rows)
+        self.lengths = np.array([len(row) for row in rows], dtype=np.int64)
+        self.starts = np.concatenate([[0], self.lengths.cumsum()[:-1]]) if rows else np.zeros(0, np.int64)
+        self.flat = np.fromiter((token for row in rows for token in row), dtype=np.int32, count=self.lengths.sum())
+
+    def padded(self, rows: np.ndarray, pad: int) -> tuple[np.ndarray, np.ndarray]:
+        """ids (B, T) int64 and lengths (B,) of the chosen rows, padded on the right to the longest of them."""
+        lengths = self.lengths[rows]
+        columns = np.arange(lengths.max())
+        inside = columns < lengths[:, None]  # (B, T)
+        ids = np.full(inside.shape, pad, dtype=np.int64)
+        ids[inside] = self.flat[(self.starts[rows][:, None] + columns)[inside]]
+        return ids, lengths
+
+
+def _encode_unique(texts: Sequence[str], encode: Callable[[str], list[int]]) -> list[list[int]]:
+    known: dict[str, list[int]] = {}
+    return [known[text] if text in known else known.setdefault(text, encode(text)) for text in texts]
+
+
+class Encoder:
+    """Turns questions and answers into ids: one tokenizer for the text tower, one for the decoder.
+
+    With `question_prompt` the decoder gets the question's tokens before BOS. `cut` counts questions and answers that
+    were longer than their limit.
+    """
+
+    def __init__(
+        self,
+        text: Tokenizer,
+        decoder: Tokenizer,
+        *,
+        max_question_tokens: int,
+        max_answer_tokens: int,
+        question_prompt: bool,
+    ) -> None:
+        self.text, self.decoder = text, decoder
+        self.max_question_tokens, self.max_answer_tokens = max_question_tokens, max_answer_tokens
+        self.question_prompt = question_prompt
+        self.cut = {"questions": 0, "answers": 0}
+
+    def question(self, text: str) -> list[int]:
+        """Ids for the text tower, its special tokens around them kept when cut."""
+        ids = self.text.encode(text)
+        if len(ids) > self.max_question_tokens:
+            self.cut["questions"] += 1
+            around = self.text.backend.num_special_tokens_to_add(False)
+            bare = self.text.encode(text, add_special_tokens=False)[: self.max_question_tokens - around]
+            first, last = ids[: ids.index(bare[0])], ids[len(ids) - (around - ids.index(bare[0])) :]
+            ids = first + bare + (last if around > len(first) else [])
+        return ids
+
+    def prompt(self, text: str) -> list[int]:
+        """Ids that the decoder reads before BOS: the question, or nothing."""
+        if not self.question_prompt:
+            return []
+        ids = self.decoder.encode(f" {text}" if self.decoder.byte_level else text, add_special_tokens=False)
+        return ids[: self.max_question_tokens]
+
+    def answer(self, text: str) -> list[int]:
+        """BOS, the answer, EOS. EOS stays when the answer is cut."""
+        ids = answer_ids(self.decoder, text)
+        if len(ids) - 1 > self.max_answer_tokens:
+            self.cut["answers"] += 1
+            ids = ids[: self.max_answer_tokens] + ids[-1:]
+        return ids
+
+
+class Questions:
+    """Samples with their ids, grouped by image."""
+
+    def __init__(self, samples: Sequence[VQASample], encoder: Encoder) -> None:
+        if not samples:
+            raise ValueError("no samples")
+        self.samples, self.encoder = list(samples), encoder
+        self.ids = Ragged(_encode_unique([s.question for s in samples], encoder.question))
+        self.prompts = Ragged(_encode_unique([s.question for s in samples], encoder.prompt))
+        self.answers = Ragged(_encode_unique([s.answer for s in samples], encoder.answer))
+        positions: dict[int, int] = {}
+        self.image_of = np.array([positions.setdefault(s.image_id, len(positions)) for s in samples])
+        first = {}
+        for sample in samples:
+            first.setdefault(sample.image_id, sample.image_path)
+        self.image_paths = [first[image_id] for image_id in positions]
+        self.of_image: list[list[int]] = [[] for _ in positions]
+        for row, image in enumerate(self.image_of):
+            self.of_image[image].append(row)
+
+    def batch(self, rows: np.ndarray, images: Images) -> Batch:
+        """The rows must come image by image, the same number each."""
+        rows = np.asarray(rows)
+        image_of = self.image_of[rows]
+        first = np.flatnonzero(np.r_[True, image_of[1:] != image_of[:-1]])
+        index = np.cumsum(np.r_[False, image_of[1:] != image_of[:-1]])
+        ids, lengths = self.ids.padded(rows, self.encoder.text.pad_id or 0)
+        fill = self.encoder.decoder.pad_id or 0
+        prompts, prompt_lengths = self.prompts.padded(rows, fill)
+        answers, answer_lengths = self.answers.padded(rows, fill)
+        total = prompt_lengths + answer_lengths - 1  # the decoder reads all but the last token of the answer
+        decoder = np.full((len(rows), total.max()), fill, dtype=np.int64)
+        labels = np.full(decoder.shape, IGNORE, dtype=np.int64)
+        for row in range(len(rows)):
+            p, a = prompt_lengths[row], answer_lengths[row]
+            decoder[row, :p] = prompts[row, :p]
+            decoder[row, p : p + a - 1] = answers[row, : a - 1]
+            labels[row, p : p + a - 1] = answers[row, 1:a]
+        return Batch(
+            pixels=torch.from_numpy(np.array(images[image_of[first]])),
+            input_ids=torch.from_numpy(ids),
+            attention_mask=torch.from_numpy(np.arange(ids.shape[1]) < lengths[:, None]),
+            decoder_input_ids=torch.from_numpy(decoder),
+            labels=torch.from_numpy(labels),
+            image_index=torch.from_numpy(index),
+            rows=torch.from_numpy(rows.astype(np.int64)),
+        )
+
+    def epoch(self, seed: int, epoch: int, questions_per_step: int, questions_per_image: int) -> list[np.ndarray]:
+        """The row numbers of every batch of one epoch, each question once; a function of the arguments alone.
+
+        The questions of an image are dealt into hands of at most `questions_per_image`; a batch takes hands of one
+        size, about `questions_per_step` questions in all.
+        """
+        rng = np.random.default_rng([seed, epoch])
+        hands: dict[int, list[np.ndarray]] = defaultdict(list)
+        for rows in self.of_image:
+            mixed = rng.permutation(rows)
+            for at in range(0, len(mixed), questions_per_image):
+                hand = mixed[at : at + questions_per_image]
+                hands[len(hand)].append(hand)
+        batches = []
+        for size in sorted(hands):
+            order = rng.permutation(len(hands[size]))
+            take = max(1, questions_per_step // size)
+            for at in range(0, len(order), take):
+                batches.append(np.concatenate([hands[size][i] for i in order[at : at + take]]))
+        return [batches[i] for i in rng.permutation(len(batches))]
+
+    def in_order(self, limit: int, questions_per_step: int) -> list[np.ndarray]:
+        """Batches for scoring: whole images in order, up to about `limit` questions, images of one count together."""
+        hands: dict[int, list[list[int]]] = defaultdict(list)
+        taken = 0
+        for rows in self.of_image:
+            if taken >= limit:
+                break
+            hands[len(rows)].append(rows)
+            taken += len(rows)
+        batches = []
+        for size, groups in sorted(hands.items()):
+            take = max(1, questions_per_step // size)
+            batches += [np.concatenate(groups[at : at + take]) for at in range(0, len(groups), take)]
+        return batches
+
+
+def prefetch(items: Iterable[Item], ahead: int = 3) -> Iterator[Item]:
+    """The same items, made in a thread that works up to `ahead` items in advance. Its errors surface here."""
+    ready: queue.Queue = queue.Queue(ahead)
+    stopped = threading.Event()
+
+    def put(kind: str, value: object) -> bool:
+        while not stopped.is_set():
+            try:
+                ready.put((kind, value), timeout=0.1)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def work() -> None:
+        try:
+            for item in items:
+                if not put("item", item):
+                    return
+            put("end", None)
+        except BaseException as error:  # handed over to the thread that asked
+            put("error", error)
+
+    threading.Thread(target=work, daemon=True).start()
+    try:
+        while True:
+            kind, value = ready.get()
+            if kind == "end":
+                return
+            if kind == "error":
+                raise value
+            yield value
+    finally:
+        stopped.set()

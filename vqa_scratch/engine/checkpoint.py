@@ -1,0 +1,73 @@
+"""Checkpoints: everything that a run needs to go on bit for bit, in files that need no trust to be read."""
+
+import os
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from vqa_scratch.errors import UserError
+from vqa_scratch.storage import write_whole
+
+
+def rng_state() -> dict[str, Any]:
+    """The state of Python's, NumPy's and torch's generators, as tensors and plain values."""
+    kind, keys, position, has_gauss, gauss = np.random.get_state()
+    state = {
+        "python": random.getstate(),
+        "numpy": (kind, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, gauss),
+        "torch": torch.get_rng_state(),
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state_all()
+    return state
+
+
+def set_rng_state(state: dict[str, Any]) -> None:
+    """The inverse of `rng_state`."""
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    kind, keys, position, has_gauss, cached = state["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), position, has_gauss, cached))
+    torch.set_rng_state(state["torch"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(state["cuda"])
+
+
+def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
+    """Tensors and plain values only, so that `load_checkpoint` needs no trust in the file."""
+
+    def write(unfinished: Path) -> None:
+        with open(unfinished, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+
+    write_whole(path, write)
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """Raises UserError on a file that is missing, cut short, or holds more than tensors and plain values."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"{path} not found: there is no checkpoint to go on from") from None
+    except Exception as error:  # the pickle and zip readers raise many kinds on broken files
+        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+        raise UserError(f"{path} is not a whole checkpoint ({reason})") from None
+
+
+def load_model_state(model: torch.nn.Module, state: dict[str, torch.Tensor], where: str) -> None:
+    """Strict: every missing, extra or misshapen tensor is listed in one UserError."""
+    own = model.state_dict()
+    problems = [f"missing {k}" for k in own if k not in state] + [f"extra {k}" for k in state if k not in own]
+    problems += [
+        f"{k} is {tuple(state[k].shape)}, the model has {tuple(v.shape)}"
+        for k, v in own.items()
+        if k in state and state[k].shape != v.shape
+    ]
+    if problems:
+        raise UserError(f"{where} does not fit the model: " + "; ".join(problems))
+    model.load_state_dict(state)

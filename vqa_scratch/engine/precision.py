@@ -1,0 +1,74 @@
+"""Which device, which number format, and the autocast and loss scaling that go with them."""
+
+import time
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from vqa_scratch.errors import UserError
+from vqa_scratch.nn.attention import MultiHeadAttention
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+WORTHWHILE = 1.5  # bf16 must beat fp32 by this factor at one product, to pay for the casts around it
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` is CUDA, then MPS, then the CPU. Raises UserError on a device that is not there."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(kind for kind, there in available.items() if there)
+    if not available[name]:
+        there = ", ".join(kind for kind, yes in available.items() if yes)
+        raise UserError(f"--device {name} is not available here; this machine has {there}")
+    return torch.device(name)
+
+
+def _seconds_of_product(dtype: torch.dtype) -> float:
+    x, w = torch.randn(2048, 256, dtype=dtype), torch.randn(1024, 256, dtype=dtype)
+    best = float("inf")
+    for _ in range(6):
+        start = time.perf_counter()
+        F.linear(x, w)
+        best = min(best, time.perf_counter() - start)
+    return best
+
+
+def pick_precision(name: str, device: torch.device) -> tuple[str, str]:
+    """(the format, one line that says why). `auto` measures on a CPU; fp16 needs CUDA (UserError elsewhere)."""
+    if name == "fp16" and device.type != "cuda":
+        raise UserError(f"--precision fp16 needs a CUDA device, not {device.type}; use bf16 or fp32")
+    if name != "auto":
+        return name, f"precision {name}, as asked"
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+        return ("bf16", "precision bf16: the GPU supports it") if fast else ("fp32", "precision fp32: no bf16 here")
+    if device.type == "cpu":
+        factor = _seconds_of_product(torch.float32) / _seconds_of_product(torch.bfloat16)
+        kind = "bf16" if factor >= WORTHWHILE else "fp32"
+        return kind, f"precision {kind}: a bf16 product takes 1/{factor:.1f} of an fp32 one on this CPU"
+    return "fp32", f"precision fp32: the default on {device.type}"
+
+
+class Precision:
+    """Autocast to `kind` around the forward pass; a GradScaler where the format needs one. Weights stay fp32."""
+
+    def __init__(self, kind: str, device: torch.device) -> None:
+        self.kind, self.device = kind, device
+        self.scaler = torch.amp.GradScaler(device.type, enabled=kind == "fp16")
+
+    def autocast(self) -> AbstractContextManager:
+        if self.kind == "fp32":
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=DTYPES[self.kind])
+
+    def suit_attention(self, model: nn.Module) -> None:
+        """Choose the attention backend: explicit for bf16 on a CPU, where the fused backward pass is slow; else fused.
+
+        (torch 2.13, 512 x 4 heads x 13 tokens x 32: 21.7 ms a call against 2.4 ms in fp32.)
+        """
+        backend = "explicit" if self.device.type == "cpu" and self.kind == "bf16" else "fused"
+        for module in model.modules():
+            if isinstance(module, MultiHeadAttention):
+                module.backend = backend

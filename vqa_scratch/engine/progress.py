@@ -1,0 +1,76 @@
+"""What a run tells: a live bar, metrics.jsonl, and curves.png."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from vqa_scratch.storage import write_text, write_whole
+
+
+class MetricsLog:
+    """metrics.jsonl: one JSON object a line, `step` in each. Going on from a step drops the lines after it."""
+
+    def __init__(self, path: Path, resume_after: int | None = None) -> None:
+        self.path = path
+        self.rows = [] if resume_after is None else [r for r in read_metrics(path) if r["step"] <= resume_after]
+        write_text(path, "".join(json.dumps(row) + "\n" for row in self.rows))
+
+    def write(self, step: int, **values: Any) -> None:
+        row = {"step": step, **values}
+        self.rows.append(row)
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The rows of a metrics.jsonl; a last line cut short by a kill is left out."""
+    rows = []
+    if path.exists():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                rows.append(json.loads(line))
+            except ValueError:
+                break
+    return rows
+
+
+def moving_average(values: Sequence[float], width: int) -> list[float]:
+    """Mean of each value and up to `width` - 1 before it."""
+    result, total = [], 0.0
+    for i, value in enumerate(values):
+        total += value - (values[i - width] if i >= width else 0.0)
+        result.append(total / min(i + 1, width))
+    return result
+
+
+def draw_panels(path: Path, panels: Sequence[dict[str, Any]]) -> None:
+    """One picture with a panel beside the other.
+
+    A panel: `title`, `ylabel`, `lines` = {label: (xs, ys)}, and optionally `xlabel`, `ylim`, `hlines` = {label: y},
+    `log`.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, len(panels), figsize=(5.2 * len(panels), 4.2), squeeze=False, layout="constrained")
+    for axis, panel in zip(axes[0], panels, strict=True):
+        for i, (label, (xs, ys)) in enumerate(panel["lines"].items()):
+            axis.plot(xs, ys, label=label, color=f"C{i % 10}", marker="o" if len(xs) == 1 else None, linewidth=1.6)
+        for i, (label, y) in enumerate(panel.get("hlines", {}).items()):
+            axis.axhline(y, label=label, color="0.45", linestyle=("--", ":", "-.")[i % 3], linewidth=1)
+        axis.set_title(panel["title"], loc="left", fontsize=11)
+        axis.set_xlabel(panel.get("xlabel", "step"))
+        axis.set_ylabel(panel["ylabel"])
+        if "ylim" in panel:
+            axis.set_ylim(*panel["ylim"])
+        if panel.get("log"):
+            axis.set_yscale("log")
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+        if panel["lines"] or panel.get("hlines"):
+            axis.legend(fontsize=8, frameon=False)
+    write_whole(path, lambda unfinished: figure.savefig(unfinished, dpi=120, format="png"))
+    plt.close(figure)

@@ -1,0 +1,36 @@
+"""Writing files so that each appears whole or not at all, whatever happens in between."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from vqa_scratch.errors import UserError
+
+
+def write_whole(path: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` fill a file of a temporary name beside `path`, then rename it. An error leaves the old file."""
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(unfinished)
+        os.replace(unfinished, path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}; what was there before is kept") from error
+    except RuntimeError as error:  # torch's zip writer reports a full disk this way
+        if "PytorchStreamWriter" not in str(error) and "file write" not in str(error):
+            raise
+        raise UserError(f"cannot write {path}: is the disk full? what was there before is kept") from error
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """`write_whole` for text."""
+    write_whole(path, lambda unfinished: unfinished.write_text(text, encoding="utf-8"))
+
+
+def write_json(path: Path, values: Any) -> None:
+    """`write_whole` for readable JSON."""
+    write_text(path, json.dumps(values, indent=2, allow_nan=True) + "\n")
