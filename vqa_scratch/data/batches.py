@@ -217,8 +217,26 @@ class Questions:
         for row, image in enumerate(self.image_of):
             self.of_image[image].append(row)
 
-    def batch(self, rows: np.ndarray, images: Images) -> Batch:
-        """The rows must come image by image, the same number each."""
+    @property
+    def eos_id(self) -> int:
+        """The id that ends an answer."""
+        return int(self.answers.flat[self.answers.lengths[0] - 1])
+
+    def prompt_batch(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
+        """What the decoder reads before it answers: ids (B, P) and mask (B, P), padded on the left, BOS last."""
+        prompts, lengths = self.prompts.padded(rows, self.encoder.decoder.pad_id or 0)
+        width = prompts.shape[1]
+        columns = np.arange(width) - (width - lengths[:, None])  # (B, P-1), negative where padded
+        ids = np.take_along_axis(prompts, np.maximum(columns, 0), 1) if width else prompts
+        bos = np.full((len(rows), 1), self.answers.flat[0])
+        mask = np.concatenate([columns >= 0, np.ones_like(bos, dtype=bool)], 1)
+        return torch.from_numpy(np.concatenate([ids, bos], 1)), torch.from_numpy(mask)
+
+    def batch(self, rows: np.ndarray, images: Images, *, image_map: np.ndarray | None = None) -> Batch:
+        """The rows must come image by image, the same number each.
+
+        `image_map` shows another image in place of each: that of position i is `image_map[i]`.
+        """
         rows = np.asarray(rows)
         image_of = self.image_of[rows]
         first = np.flatnonzero(np.r_[True, image_of[1:] != image_of[:-1]])
@@ -235,8 +253,9 @@ class Questions:
             decoder[row, :p] = prompts[row, :p]
             decoder[row, p : p + a - 1] = answers[row, : a - 1]
             labels[row, p : p + a - 1] = answers[row, 1:a]
+        shown = image_of[first] if image_map is None else image_map[image_of[first]]
         return Batch(
-            pixels=torch.from_numpy(np.array(images[image_of[first]])),
+            pixels=torch.from_numpy(np.array(images[shown])),
             input_ids=torch.from_numpy(ids),
             attention_mask=torch.from_numpy(np.arange(ids.shape[1]) < lengths[:, None]),
             decoder_input_ids=torch.from_numpy(decoder),

@@ -1,0 +1,155 @@
+"""Answering many questions, scoring them officially, and the three blind baselines they must beat.
+
+Shapes: I images, B questions, A answer tokens.
+"""
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from vqa_scratch.data.batches import Images, Questions, prefetch
+from vqa_scratch.data.vqa_v2 import VQASample
+from vqa_scratch.engine.precision import Precision
+from vqa_scratch.generate import greedy
+from vqa_scratch.metrics import accuracy_by
+from vqa_scratch.models.vqa import VQAModel
+
+
+@dataclass(frozen=True)
+class Answer:
+    """`probability` is the product of the probabilities of its tokens, EOS included."""
+
+    text: str
+    probability: float
+
+
+@torch.no_grad()
+def answer_questions(
+    model: VQAModel,
+    questions: Questions,
+    images: Images,
+    precision: Precision,
+    batches: Sequence[np.ndarray],
+    *,
+    image_map: np.ndarray | None = None,
+    progress: str | None = None,
+) -> dict[int, Answer]:
+    """{question_id: Answer} for the rows in `batches`, greedily; each image is encoded once.
+
+    `image_map[i]` says which image is shown instead of image i; `progress` is the label of a bar, if one is wanted.
+    The model is left in the mode it came in.
+    """
+    was_training = model.training
+    model.eval()
+    encoder, result = questions.encoder, {}
+
+    def ready() -> Any:
+        for rows in batches:
+            yield rows, questions.batch(rows, images, image_map=image_map), questions.prompt_batch(rows)
+
+    try:
+        for rows, batch, (prompt, prompt_mask) in tqdm(
+            prefetch(ready()), progress, len(batches), unit="batch", disable=progress is None, leave=False
+        ):
+            batch = batch.to(precision.device)
+            with precision.autocast():
+                memory = model.memory(
+                    images.processor.normalize(batch.pixels), batch.input_ids, batch.attention_mask, batch.image_index
+                )
+                made = greedy(
+                    model.decoder,
+                    prompt.to(precision.device),
+                    prompt_mask.to(precision.device),
+                    memory,
+                    max_new_tokens=encoder.max_answer_tokens,
+                    eos_id=questions.eos_id,
+                )
+            totals = made.log_probs.sum(1).exp().tolist()
+            for row, ids, length, probability in zip(
+                rows, made.ids.tolist(), made.lengths.tolist(), totals, strict=True
+            ):
+                text = encoder.decoder.decode(ids[:length]).strip()
+                result[questions.samples[row].question_id] = Answer(text, probability)
+    finally:
+        model.train(was_training)
+    return result
+
+
+def other_images(count: int) -> np.ndarray:
+    """A permutation of `count` images that leaves none in its place (with one image there is no other)."""
+    return np.roll(np.arange(count), count // 2 if count > 1 else 0)
+
+
+class TypePrior:
+    """Answers with the most common training answer of the question's type; of all types if the type is new."""
+
+    def __init__(self, samples: Sequence[VQASample]) -> None:
+        by_type: dict[str, Counter[str]] = defaultdict(Counter)
+        for sample in samples:
+            by_type[sample.question_type][sample.answer] += 1
+        self.best = {kind: counts.most_common(1)[0][0] for kind, counts in by_type.items()}
+        self.fallback = sum(by_type.values(), Counter()).most_common(1)[0][0]
+
+    def __call__(self, sample: VQASample) -> str:
+        return self.best.get(sample.question_type, self.fallback)
+
+
+class QuestionOnly:
+    """Answers from the question's words alone: the most common training answer of its longest known beginning.
+
+    A beginning is known if at least `support` training questions start with it. On template questions this is as good
+    as a blind model can be; on free ones it is a strong one.
+    """
+
+    def __init__(self, samples: Sequence[VQASample], support: int = 5) -> None:
+        self.support = support
+        self.beginnings: dict[tuple[str, ...], Counter[str]] = defaultdict(Counter)
+        for sample in samples:
+            words = self._words(sample.question)
+            for length in range(len(words) + 1):
+                self.beginnings[words[:length]][sample.answer] += 1
+
+    @staticmethod
+    def _words(question: str) -> tuple[str, ...]:
+        return (*question.lower().replace("?", " ").split(), "?")
+
+    def __call__(self, sample: VQASample) -> str:
+        words = self._words(sample.question)
+        for length in range(len(words), -1, -1):
+            counts = self.beginnings.get(words[:length])
+            if counts is not None and (counts.total() >= self.support or length == 0):
+                return counts.most_common(1)[0][0]
+        raise AssertionError("the empty beginning is always known")
+
+
+@dataclass(frozen=True)
+class Report:
+    """Official accuracy of one split, and the answers behind it."""
+
+    accuracy: float
+    by_family: dict[str, float]
+    counts: dict[str, int]
+    answers: dict[int, Answer]
+
+
+def score(samples: Sequence[VQASample], answers: dict[int, Answer], family: Callable[[VQASample], str]) -> Report:
+    """Official accuracy, overall and by family, over the samples that have an answer."""
+    scored = [s for s in samples if s.question_id in answers]
+    result = accuracy_by(scored, {i: a.text for i, a in answers.items()}, family)
+    groups = dict(sorted(result.groups.items()))
+    return Report(
+        result.overall.accuracy,
+        {name: group.accuracy for name, group in groups.items()},
+        {name: group.count for name, group in groups.items()},
+        answers,
+    )
+
+
+def blind(samples: Sequence[VQASample], predictor: Callable[[VQASample], str]) -> float:
+    """Official accuracy of a predictor that sees the sample's question only."""
+    return accuracy_by(samples, {s.question_id: predictor(s) for s in samples}).overall.accuracy

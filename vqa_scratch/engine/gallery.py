@@ -1,0 +1,89 @@
+"""samples.html: images with their questions, the annotators' answers, and what the model said how surely."""
+
+import base64
+import io
+from collections import Counter
+from collections.abc import Callable, Sequence
+from html import escape
+from pathlib import Path
+
+from PIL import Image
+
+from vqa_scratch.data.images import load_image
+from vqa_scratch.data.vqa_v2 import VQASample
+from vqa_scratch.engine.evaluation import Answer
+from vqa_scratch.metrics import vqa_accuracy
+from vqa_scratch.storage import write_text
+
+STYLE = """
+:root { color-scheme: light dark; --paper: #fafaf7; --ink: #1d1d1b; --soft: #6b6b66; --card: #fff; --line: #e4e3dd;
+        --right: #1a7f4b; --partly: #9a6700; --wrong: #b42318; }
+@media (prefers-color-scheme: dark) { :root { --paper: #171716; --ink: #ecebe6; --soft: #a3a29b; --card: #21211f;
+        --line: #363632; --right: #4cc38a; --partly: #e2b203; --wrong: #ff8a7a; } }
+body { margin: 2rem auto; max-width: 76rem; padding: 0 1.25rem; background: var(--paper); color: var(--ink);
+       font: 16px/1.45 system-ui, sans-serif; }
+h1 { font-size: 1.5rem; margin: 0 0 .25rem; } h2 { font-size: 1.05rem; margin: 2.2rem 0 .8rem; }
+p.lead { color: var(--soft); margin: 0; max-width: 46rem; }
+.grid { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(17rem, 1fr)); }
+article { background: var(--card); border: 1px solid var(--line); border-radius: .6rem; overflow: hidden; }
+article img { display: block; width: 100%; max-height: 15rem; object-fit: contain; background: #fff; }
+img.pixels { image-rendering: pixelated; }
+.text { padding: .8rem 1rem 1rem; } .question { font-weight: 600; margin: 0 0 .5rem; overflow-wrap: anywhere; }
+.answer { display: flex; align-items: baseline; justify-content: space-between; gap: 1rem; margin: 0 0 .4rem; }
+.answer b { font-size: 1.15rem; overflow-wrap: anywhere; } .right b { color: var(--right); }
+.partly b { color: var(--partly); } .wrong b { color: var(--wrong); }
+.probability, .people { color: var(--soft); font-size: .875rem; } .people { margin: 0; overflow-wrap: anywhere; }
+"""
+
+
+def _picture(image: Image.Image) -> str:
+    """The image as an <img> that needs no file; small ones are shown pixel by pixel."""
+    image.thumbnail((320, 320))
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    data = base64.b64encode(buffer.getvalue()).decode("ascii")
+    kind = ' class="pixels"' if max(image.size) <= 128 else ""
+    return f'<img{kind} alt="" src="data:image/png;base64,{data}">'
+
+
+def _card(sample: VQASample, answer: Answer) -> str:
+    accuracy = vqa_accuracy(answer.text, sample.answers) if sample.answers else None
+    verdict = "" if accuracy is None else "right" if accuracy == 1 else "partly" if accuracy > 0 else "wrong"
+    shown = "not scored" if accuracy is None else f"accuracy {accuracy:.2f}"
+    people = ", ".join(f"{n}&times; {escape(text)}" for text, n in Counter(sample.answers).most_common())
+    return (
+        f"<article>{_picture(load_image(sample.image_path))}<div class=text>"
+        f"<p class=question>{escape(sample.question)}</p>"
+        f'<p class="answer {verdict}"><b>{escape(answer.text) or "(nothing)"}</b>'
+        f"<span class=probability>{100 * answer.probability:.0f} % sure, {shown}</span></p>"
+        f"<p class=people>{people}</p></div></article>"
+    )
+
+
+def write_gallery(
+    path: Path,
+    samples: Sequence[VQASample],
+    answers: dict[int, Answer],
+    family: Callable[[VQASample], str],
+    number: int,
+    title: str,
+) -> None:
+    """About `number` of the answered samples, the same share of every family, as one page that needs no network."""
+    groups: dict[str, list[VQASample]] = {}
+    for sample in samples:
+        if sample.question_id in answers:
+            groups.setdefault(family(sample), []).append(sample)
+    each = max(1, number // max(1, len(groups)))
+    parts = []
+    for name, group in sorted(groups.items()):
+        step = max(1, len(group) // each)  # spread over the split rather than taken from its start
+        cards = "".join(_card(sample, answers[sample.question_id]) for sample in group[::step][:each])
+        parts.append(f"<h2>{escape(name)}</h2><div class=grid>{cards}</div>")
+    page = (
+        f'<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content="width=device-width">'
+        f"<title>{escape(title)}</title><style>{STYLE}</style><h1>{escape(title)}</h1>"
+        "<p class=lead>Questions the model was not trained on. Its answer is green where the annotators agree with it "
+        "fully, amber where some do, red where none does; the percentage is the product of the probabilities of the "
+        "answer's tokens. Below stand the annotators' own answers.</p>" + "".join(parts)
+    )
+    write_text(path, page)

@@ -1,0 +1,113 @@
+"""A run folder of `train.py`: how it is laid out, written and opened again.
+
+config.json            what was trained: {"program", "train": the flags, "model": the towers}
+text_tokenizer/        tokenizer.json of the text tower;  decoder_tokenizer/  that of the decoder
+preprocessor_config.json
+model.safetensors      the best weights so far
+checkpoints/last.pt    everything needed to go on
+metrics.jsonl, curves.png, samples.html, summary.json
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from vqa_scratch.config import TrainConfig
+from vqa_scratch.data.batches import Encoder
+from vqa_scratch.data.images import ImageProcessor
+from vqa_scratch.data.text import Tokenizer
+from vqa_scratch.engine.checkpoint import load_model_state
+from vqa_scratch.engine.precision import Precision, pick_precision
+from vqa_scratch.errors import UserError
+from vqa_scratch.models.vqa import VQAConfig, VQAModel
+from vqa_scratch.options import from_json, to_json
+from vqa_scratch.storage import write_json, write_whole
+
+PROGRAM = "train.py"
+
+
+@dataclass
+class Run:
+    """A trained system, ready to answer: model, both tokenizers (in `encoder`) and image preprocessing."""
+
+    folder: Path
+    config: TrainConfig
+    model: VQAModel
+    encoder: Encoder
+    processor: ImageProcessor
+    device: torch.device
+    precision: Precision
+
+
+def encoder_for(config: TrainConfig, text: Tokenizer, decoder: Tokenizer) -> Encoder:
+    return Encoder(
+        text,
+        decoder,
+        max_question_tokens=config.max_question_tokens,
+        max_answer_tokens=config.max_answer_tokens,
+        question_prompt=config.question_prompt,
+    )
+
+
+def save_parts(folder: Path, config: TrainConfig, model: VQAModel, encoder: Encoder, processor: ImageProcessor) -> None:
+    """Everything but the weights."""
+    write_json(folder / "config.json", {"program": PROGRAM, "train": to_json(config), "model": model.config.to_json()})
+    encoder.text.save(folder / "text_tokenizer")
+    encoder.decoder.save(folder / "decoder_tokenizer")
+    processor.save_pretrained(folder)
+
+
+def save_weights(path: Path, model: nn.Module) -> None:
+    """All parameters as safetensors, atomically."""
+    tensors = {name: p.detach().cpu().contiguous() for name, p in model.state_dict().items()}
+    write_whole(path, lambda unfinished: save_file(tensors, unfinished, metadata={"format": "pt"}))
+
+
+def read_run_config(folder: Path) -> dict[str, Any]:
+    """config.json of a run. Raises UserError if the folder is no run."""
+    path = folder / "config.json"
+    if not folder.is_dir():
+        raise UserError(f"no run folder {folder}; train one with: python train.py --out {folder}")
+    if not path.is_file():
+        raise UserError(f"{folder} is not a run folder: it has no config.json")
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(values, dict) or "program" not in values:
+        raise UserError(f"{path} is not the config of a run: it does not say which program wrote it")
+    return values
+
+
+def load_run(folder: Path, device: torch.device | str = "cpu", precision: str = "fp32") -> Run:
+    """Open a run of `train.py` with its best weights, in eval mode.
+
+    `precision` is fp32, bf16, fp16 or auto. Raises UserError if the folder is no such run, has no weights yet, or if
+    they do not fit.
+    """
+    folder, device = Path(folder), torch.device(device)
+    values = read_run_config(folder)
+    if values["program"] != PROGRAM:
+        raise UserError(f"{folder} is a run of {values['program']}, not of {PROGRAM}")
+    config = from_json(TrainConfig, values["train"], f"{folder / 'config.json'}")
+    weights = folder / "model.safetensors"
+    if not weights.is_file():
+        raise UserError(f"{folder} has no model.safetensors yet: the run has not reached its first checkpoint")
+    model = VQAModel.from_config(VQAConfig.from_json(values["model"]))
+    try:
+        state = load_file(weights)
+    except Exception as error:  # safetensors raises its own kinds
+        raise UserError(f"{weights} is not a whole safetensors file ({error})") from None
+    load_model_state(model, state, str(weights))
+    model.to(device).eval()
+    chosen = Precision(pick_precision(precision, device)[0], device)
+    chosen.suit_attention(model)
+    text = Tokenizer.from_pretrained(folder / "text_tokenizer")
+    decoder = Tokenizer.from_pretrained(folder / "decoder_tokenizer")
+    processor = ImageProcessor.from_pretrained(folder)
+    return Run(folder, config, model, encoder_for(config, text, decoder), processor, device, chosen)
