@@ -7,6 +7,7 @@ B batch, T text tokens.
 """
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from vqa_scratch.data.locate import locate
 from vqa_scratch.data.vqa_files import load_json, write_json
+from vqa_scratch.data.wordpiece import learn_wordpieces
 from vqa_scratch.errors import UserError
 
 FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt", "vocab.txt")
@@ -197,7 +199,8 @@ def _byte_level_bpe(folder: Path, config: dict[str, Any]) -> tokenizers.Tokenize
     backend.decoder = decoders.ByteLevel()
     vocabulary = backend.get_vocab()
     if all(token in vocabulary for token in _KNOWN_ROLES[1].values()):
-        backend.add_special_tokens(["<s>", "<pad>", "</s>", "<unk>", _mask_token("<mask>", lstrip=True)])
+        mask = tokenizers.AddedToken("<mask>", lstrip=True, special=True)  # takes the space before it along
+        backend.add_special_tokens(["<s>", "<pad>", "</s>", "<unk>", mask])
         backend.post_processor = _around(backend, "<s>", "</s>")
     elif "<|endoftext|>" in vocabulary:
         backend.add_special_tokens(["<|endoftext|>"])
@@ -207,12 +210,12 @@ def _byte_level_bpe(folder: Path, config: dict[str, Any]) -> tokenizers.Tokenize
     return backend
 
 
-def _mask_token(text: str, lstrip: bool) -> tokenizers.AddedToken:
-    return tokenizers.AddedToken(text, lstrip=lstrip, special=True)
-
-
-def _wordpiece_parts(backend: tokenizers.Tokenizer, lowercase: bool) -> None:
-    backend.normalizer = normalizers.BertNormalizer(lowercase=lowercase)
+def _wordpiece_parts(backend: tokenizers.Tokenizer, config: dict[str, Any]) -> None:
+    backend.normalizer = normalizers.BertNormalizer(
+        lowercase=bool(config.get("do_lower_case", True)),
+        strip_accents=config.get("strip_accents"),  # None: with lower case only
+        handle_chinese_chars=bool(config.get("tokenize_chinese_chars", True)),
+    )
     backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     backend.decoder = decoders.WordPiece(prefix="##")
 
@@ -221,7 +224,7 @@ def _bert_wordpiece(folder: Path, config: dict[str, Any]) -> tokenizers.Tokenize
     """BERT's and DistilBERT's tokenizer from vocab.txt."""
     model = models.WordPiece.from_file(str(folder / "vocab.txt"), unk_token="[UNK]", max_input_chars_per_word=100)
     backend = tokenizers.Tokenizer(model)
-    _wordpiece_parts(backend, lowercase=bool(config.get("do_lower_case", True)))
+    _wordpiece_parts(backend, config)
     missing = [token for token in _KNOWN_ROLES[0].values() if backend.token_to_id(token) is None]
     if missing:
         raise UserError(f"{folder / 'vocab.txt'} is not a BERT vocabulary: it has no {', '.join(missing)}")
@@ -231,13 +234,22 @@ def _bert_wordpiece(folder: Path, config: dict[str, Any]) -> tokenizers.Tokenize
 
 
 def train_wordpiece(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """A lower-case WordPiece vocabulary of at most `vocab_size` tokens learned from texts, used as BERT's is."""
+    """A lower-case WordPiece vocabulary of at most `vocab_size` tokens learned from texts, used as BERT's is.
+
+    Raises ValueError if the letters of the texts, in their two forms each, do not fit.
+    """
     special = _KNOWN_ROLES[0]
-    backend = tokenizers.Tokenizer(models.WordPiece(unk_token=special["unk"], max_input_chars_per_word=100))
-    _wordpiece_parts(backend, lowercase=True)
     order = [special[role] for role in ("pad", "unk", "cls", "sep", "mask")]
-    trainer = trainers.WordPieceTrainer(vocab_size=vocab_size, special_tokens=order, show_progress=False)
-    backend.train_from_iterator(texts, trainer)
+    backend = tokenizers.Tokenizer(models.WordPiece())
+    _wordpiece_parts(backend, {})
+    words: Counter[str] = Counter()
+    for text, count in Counter(texts).items():
+        for word, _ in backend.pre_tokenizer.pre_tokenize_str(backend.normalizer.normalize_str(text)):
+            words[word] += count
+    pieces = order + learn_wordpieces(words, vocab_size - len(order))
+    vocabulary = {piece: index for index, piece in enumerate(pieces)}
+    backend.model = models.WordPiece(vocabulary, unk_token=special["unk"], max_input_chars_per_word=100)
+    backend.add_special_tokens(order)
     backend.post_processor = _around(backend, special["cls"], special["sep"])
     return Tokenizer(backend, special)
 
