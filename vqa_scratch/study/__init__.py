@@ -1,0 +1,6 @@
+"""The instrument: trace, certify, change and show the attention of a model. Start with `trace`."""
+
+from vqa_scratch.study.certificate import Certificate
+from vqa_scratch.study.trace import Trace, trace
+
+__all__ = ["Certificate", "Trace", "trace"]

@@ -1,0 +1,97 @@
+"""Rebuilt patterns against the eager `output_attentions` of the reference models, through saved files.
+
+Tolerance 1e-6: weights are at most 1, and fp32 rounds scores of the size met here to a few 1e-7.
+"""
+
+import pytest
+import torch
+import transformers
+from helpers import STD, saved
+
+from vqa_scratch.models import GPT2, T5, Bert, ViT
+from vqa_scratch.study import trace
+
+EAGER = {"attn_implementation": "eager", "initializer_range": STD}
+
+
+def check(t, prefix, expected, kind="self"):
+    """Every layer's pattern, and the certificate."""
+    for layer, theirs in enumerate(expected):
+        ours = t.pattern(f"{prefix}.{layer}.{kind}")
+        worst = (ours - theirs).abs().max().item()
+        assert ours.shape == theirs.shape and worst <= 1e-6, f"layer {layer}: {worst:.2g}"
+        assert theirs.std() > 0.01, "the reference is trivially uniform"
+    assert t.certificate().worst <= 1e-5
+
+
+@torch.no_grad()
+def test_vit(tmp_path):
+    config = transformers.ViTConfig(
+        image_size=32, patch_size=8, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=48,
+        **EAGER,
+    )  # fmt: skip
+    theirs = saved(transformers.ViTModel(config, add_pooling_layer=False), tmp_path)
+    pixels = torch.randn(2, 3, 32, 32)
+    model = ViT.from_pretrained(tmp_path)
+    with trace(model, "image.*.self") as t:
+        model(pixels)
+    check(t, "image", theirs(pixels, output_attentions=True).attentions)
+
+
+@torch.no_grad()
+def test_distilbert_with_padding(tmp_path):
+    config = transformers.DistilBertConfig(
+        vocab_size=50, dim=32, n_layers=3, n_heads=4, hidden_dim=48, max_position_embeddings=24, **EAGER
+    )
+    theirs = saved(transformers.DistilBertModel(config), tmp_path)
+    ids = torch.randint(1, 50, (2, 12))
+    mask = torch.ones_like(ids)
+    mask[1, 7:] = 0
+    model = Bert.from_pretrained(tmp_path)
+    with trace(model) as t:
+        model(ids, mask)
+    check(t, "text", theirs(ids, attention_mask=mask, output_attentions=True).attentions)
+
+
+@torch.no_grad()
+def test_gpt2_self_and_cross(tmp_path):
+    config = transformers.GPT2Config(
+        vocab_size=50, n_positions=64, n_embd=32, n_layer=3, n_head=4, add_cross_attention=True, **EAGER
+    )
+    theirs = saved(transformers.GPT2LMHeadModel(config), tmp_path)
+    ids, states = torch.randint(0, 50, (2, 41)), torch.randn(2, 9, 32)
+    mask = torch.ones(2, 9, dtype=torch.bool)
+    mask[0, 5:] = False
+    expected = theirs(
+        ids, encoder_hidden_states=states, encoder_attention_mask=mask.long(), output_attentions=True, use_cache=False
+    )
+    model = GPT2.from_pretrained(tmp_path)
+    with trace(model, "decoder.*.self", "decoder.*.cross") as t:
+        model(ids, encoder_hidden_states=states, encoder_attention_mask=mask)
+    check(t, "decoder", expected.attentions)
+    check(t, "decoder", expected.cross_attentions, "cross")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("feed_forward", ["relu", "gated-gelu"])
+def test_t5(tmp_path, feed_forward):
+    config = transformers.T5Config(
+        vocab_size=50, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_decoder_layers=2, num_heads=4,
+        feed_forward_proj=feed_forward, decoder_start_token_id=0, attn_implementation="eager",
+    )  # fmt: skip
+    reference = transformers.T5ForConditionalGeneration(config)
+    for parameter in reference.parameters():  # scores are not scaled: keep them at the size of trained ones
+        parameter.mul_(0.3 if parameter.ndim == 2 else 1.0)
+    theirs = saved(reference, tmp_path)
+    ids, decoder_ids = torch.randint(2, 50, (2, 15)), torch.randint(2, 50, (2, 41))
+    mask = torch.ones_like(ids)
+    mask[1, 11:] = 0
+    expected = theirs(
+        input_ids=ids, attention_mask=mask, decoder_input_ids=decoder_ids, output_attentions=True, use_cache=False
+    )
+    model = T5.from_pretrained(tmp_path)
+    with trace(model) as t:
+        model(ids, mask, decoder_ids)
+    check(t, "encoder", expected.encoder_attentions)
+    check(t, "decoder", expected.decoder_attentions)
+    check(t, "decoder", expected.cross_attentions, "cross")
