@@ -94,8 +94,8 @@ class RLHFConfig:
     checkpoint_every: int = option(10, "Iterations between checkpoints.")
     resume: bool = option(False, "Go on from the last checkpoint in the run's folder.")
     cache: Path = option(Path("cache"), "Folder for the trained parts of mini-news, named by a hash of what made them.")
-    sft_steps: int = option(900, "Steps of supervised training of the mini-news summariser.")
-    reward_steps: int = option(400, "Steps of training of each mini-news reward model.")
+    sft_steps: int = option(500, "Steps of supervised training of the mini-news summariser.")
+    reward_steps: int = option(600, "Steps of training of each mini-news reward model.")
 
     def __post_init__(self) -> None:
         for f in fields(self):

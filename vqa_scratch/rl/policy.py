@@ -95,7 +95,7 @@ class SamplingRules:
     max_new_tokens: int
     min_new_tokens: int = 0  # the end token is barred before this many tokens
     temperature: float = 1.0
-    barred_ids: tuple[int, ...] = ()  # never sampled: padding, ids beyond the tokenizer's
+    barred: Tensor | None = None  # (V,) bool, True = never sampled: padding, ids beyond the tokenizer's
     no_repeat_ngram: int = 0  # bar tokens that would complete an n-gram the response already has; 0 allows all
 
 
@@ -107,9 +107,8 @@ def policy_logits(logits: Tensor, ids: Tensor, positions: Tensor, rules: Samplin
     logits = logits.float()
     if rules.temperature != 1.0:
         logits = logits / rules.temperature
-    if rules.barred_ids:
-        barred = torch.tensor(rules.barred_ids, device=logits.device)
-        logits = logits.index_fill(-1, barred, BARRED)
+    if rules.barred is not None:
+        logits = logits.masked_fill(rules.barred, BARRED)
     if rules.min_new_tokens > 0:
         early = positions < rules.min_new_tokens
         eos = torch.arange(logits.shape[-1], device=logits.device) == rules.eos_id

@@ -1,0 +1,169 @@
+"""Tune a language model by PPO with a KL penalty against a frozen reference, and show what it did.
+
+    python rlhf.py                                   # made-up news, all three steps, minutes on two cores
+    python rlhf.py --preset book --articles news.csv # flan-t5-small with two RoBERTa reward models
+    python rlhf.py --resume --out runs/rlhf          # go on after a kill
+
+The loop itself is `PPO.step` in vqa_scratch/rl/ppo.py; this file wires it to a task, a bar, checkpoints and a report.
+"""
+
+import hashlib
+import sys
+import time
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from vqa_scratch import options
+from vqa_scratch.engine.checkpoint import load_checkpoint, rng_state, save_checkpoint, set_rng_state
+from vqa_scratch.engine.loop import GracefulStop
+from vqa_scratch.engine.precision import DTYPES, Precision, pick_device, pick_precision
+from vqa_scratch.engine.progress import MetricsLog
+from vqa_scratch.errors import UserError
+from vqa_scratch.rl import evaluate, report
+from vqa_scratch.rl.config import PRESETS, RLHFConfig
+from vqa_scratch.rl.policy import ActorCritic
+from vqa_scratch.rl.ppo import PPO
+from vqa_scratch.rl.tasks import TASKS, Task
+from vqa_scratch.storage import write_json, write_text, write_whole
+
+MAY_CHANGE = {"resume", "out", "cache", "device", "checkpoint_every"}  # between a run and its continuation
+
+
+def fingerprint(model: nn.Module) -> str:
+    """A hash of all weights: the reference of a resumed run must be the one it began with."""
+    digest = hashlib.sha256()
+    for tensor in model.state_dict().values():
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def resume(ppo: PPO, config: RLHFConfig, reference: str) -> float:
+    """Load the run's last checkpoint; returns the seconds spent so far. Raises UserError if it is of another run."""
+    path = config.out / "checkpoints" / "last.pt"
+    state = load_checkpoint(path)
+    now, then = options.to_json(config), state["config"]
+    changed = [name for name in now if name not in MAY_CHANGE and now[name] != then.get(name)]
+    if changed:
+        what = ", ".join(f"--{name.replace('_', '-')} {then.get(name)} is now {now[name]}" for name in changed)
+        raise UserError(f"{path} belongs to a run with other options: {what}")
+    if state["reference"] != reference:
+        raise UserError(f"{path} was trained against a reference with other weights; its KL would change its meaning")
+    ppo.load_state_dict(state["ppo"])
+    set_rng_state(state["rng"])
+    return state["seconds"]
+
+
+def train(ppo: PPO, task: Task, config: RLHFConfig, started: float) -> tuple[MetricsLog, float]:
+    """All iterations, with bar, metrics and checkpoints. Returns the log and the seconds before this call's start."""
+    last = config.out / "checkpoints" / "last.pt"
+    reference = fingerprint(task.reference)
+    if config.resume:
+        earlier = resume(ppo, config, reference)
+    elif last.exists():
+        raise UserError(f"{config.out} holds a run already: go on with --resume, or give another --out")
+    else:
+        earlier = 0.0
+        write_json(config.out / "config.json", options.to_json(config))
+        ppo.fit_reward_scale(task.train)
+    log = MetricsLog(config.out / "metrics.jsonl", resume_after=ppo.iteration if config.resume else None)
+
+    def save() -> None:
+        seconds = earlier + time.perf_counter() - started
+        state = {"ppo": ppo.state_dict(), "rng": rng_state(), "seconds": seconds, "reference": reference}
+        save_checkpoint(last, state | {"config": options.to_json(config)})
+
+    title = "3 of 3: PPO" if config.preset == "mini-news" else config.algorithm
+    bar = tqdm(total=config.iterations, initial=ppo.iteration, desc=title, unit="it", dynamic_ncols=True)
+    with bar, GracefulStop() as stop:
+        while ppo.iteration < config.iterations:
+            figures = ppo.step()
+            log.write(ppo.iteration, **figures)
+            bar.update()
+            bar.set_postfix_str(
+                f"reward {figures['env/reward_mean']:+.2f}, KL {figures['objective/kl_exact']:.2f}, "
+                f"finished {figures['finish']:.0%}, {figures['rollouts_per_second']:.0f} rollouts/s"
+            )
+            if stop.signal is not None or ppo.iteration % config.checkpoint_every == 0:
+                save()
+            if stop.signal is not None:
+                raise UserError(f"stopped after iteration {ppo.iteration}; go on with --resume --out {config.out}")
+    save()
+    return log, earlier
+
+
+def conclude(ppo: PPO, task: Task, config: RLHFConfig, log: MetricsLog) -> dict[str, float]:
+    """Measure before and after on held-out prompts and write every report. Returns the summary."""
+    prompts, k, seed = task.held_out[: config.eval_prompts], config.eval_samples, config.seed + 10
+    before = evaluate.measure(ppo, task.reference, prompts, k, seed)
+    after = evaluate.measure(ppo, ppo.actor.backbone, prompts, k, seed)
+    few = prompts[: config.frontier_prompts]
+    curve = evaluate.reference_frontier(ppo, few, config.frontier_samples, seed + 1)
+    # On the prompts of the curve, so that both gains are of the same prompts.
+    mine = after if len(few) == len(prompts) else evaluate.measure(ppo, ppo.actor.backbone, few, k, seed)
+    gain = float(mine.rewards.mean())
+    rates = [row["rollouts_per_second"] for row in log.rows]
+    summary = {
+        "reward_before": float(before.rewards.mean()),
+        "reward_after": float(after.rewards.mean()),
+        "kl": after.kl,
+        **before.summary("before"),
+        **after.summary("after"),
+        "rollouts_per_second": sorted(rates)[len(rates) // 2],
+        "frontier_share": curve.share(mine.kl, curve.reward[0], gain),
+        "frontier_kl_limit": curve.limit,
+        "best_of_n": [{"n": n, "kl_bound": kl, "reward": reward} for n, kl, reward in curve.best_of_n],
+        "prompts_held_out": len(prompts),
+        "algorithm": config.algorithm,
+    }
+    parts = [part.name for part in ppo.reward.parts]
+    write_whole(config.out / "curves.png", lambda path: report.curves(log.rows, parts, path))
+    write_whole(config.out / "frontier.png", lambda path: report.frontier(curve, log.rows, before, after, path))
+    write_text(config.out / "samples.html", report.samples_page(before, after, k))
+    task.save(config.out / "policy")
+    return summary
+
+
+def main(config: RLHFConfig) -> dict[str, float]:
+    """Run it all; returns what summary.json holds."""
+    started = time.perf_counter()
+    torch.manual_seed(config.seed)
+    device = pick_device(config.device)
+    kind, why = pick_precision(config.precision, device)
+    precision = Precision(kind, device)
+    print(why)
+    task = TASKS[config.preset](config, device, DTYPES[kind])
+    for note in task.notes:
+        print(note)
+    actor = ActorCritic(task.policy).to(device)
+    for model in (actor, task.reference):
+        precision.suit_attention(model)
+    ppo = PPO(config, actor, task.reference, task.reward, task.train, task.rules, task.decode, precision.autocast)
+    log, earlier = train(ppo, task, config, started)
+    summary = conclude(ppo, task, config, log)
+    summary["seconds"] = earlier + time.perf_counter() - started
+    write_json(config.out / "summary.json", summary)
+    show(summary, config)
+    return summary
+
+
+def show(s: dict[str, float], config: RLHFConfig) -> None:
+    """The few lines that matter."""
+    rise = (s["reward_after"] - s["reward_before"]) / max(s["reward_std_before"], 1e-9)
+    print(f"reward {s['reward_before']:+.3f} -> {s['reward_after']:+.3f} ({rise:+.2f} of its starting deviation)")
+    print(f"exact KL {s['kl']:.2f} nats a response; {s['frontier_share']:.0%} of the best possible gain at that KL")
+    print(f"finished {s['finish_before']:.0%} -> {s['finish_after']:.0%}", end="")
+    if "overlap_before" in s:
+        print(f"; overlap with the reference summaries {s['overlap_before']:.3f} -> {s['overlap_after']:.3f}", end="")
+    print(f"\n{s['seconds']:.0f} s, {s['rollouts_per_second']:.0f} rollouts/s; see {config.out}/samples.html")
+
+
+def run(argv: Sequence[str]) -> dict[str, float]:
+    """`main` for a command line."""
+    return main(options.parse(RLHFConfig, PRESETS, argv, program="rlhf.py", about=__doc__.splitlines()[0]))
+
+
+if __name__ == "__main__":
+    options.run_program(lambda: run(sys.argv[1:]))

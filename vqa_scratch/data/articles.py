@@ -1,0 +1,89 @@
+"""Articles from a file: CSV or JSONL with named columns, or plain text with one article a line."""
+
+import csv
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from vqa_scratch.errors import UserError
+
+SUFFIXES = (".csv", ".jsonl", ".txt")
+
+
+@dataclass(frozen=True)
+class Articles:
+    texts: list[str]
+    summaries: list[str]  # "" where there is none
+    empty: list[int]  # line numbers of articles left out because they hold nothing but space
+
+
+def read_articles(path: Path, column: str, summary_column: str = "") -> Articles:
+    """Read a .csv, .jsonl or .txt file; for .txt the columns are not looked at.
+
+    Raises UserError on a file that cannot be read, a line that cannot be parsed, a missing column (naming those there
+    are), and a file without a single article.
+    """
+    readers = {".csv": _csv, ".jsonl": _jsonl, ".txt": _text}
+    read = readers.get(path.suffix.lower())
+    if read is None:
+        raise UserError(f"{path}: articles come from {', '.join(SUFFIXES)} files")
+    texts, summaries, empty = [], [], []
+    try:
+        for line, row in read(path):
+            if read is _text:
+                text, summary = row[""], ""
+            else:
+                wanted = [column, *([summary_column] if summary_column else [])]
+                for name in wanted:
+                    if name not in row:
+                        there = ", ".join(map(str, row)) or "none"
+                        raise UserError(f"{path}, line {line}: no column {name!r}; the columns are {there}")
+                text, summary = (str(row[name] or "") for name in [*wanted, wanted[0]][:2])
+                summary = summary if summary_column else ""
+            if text.strip():
+                texts.append(text.strip())
+                summaries.append(summary.strip())
+            else:
+                empty.append(line)
+    except FileNotFoundError:
+        raise UserError(f"no file {path}") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text (byte {error.start})") from None
+    if not texts:
+        raise UserError(f"{path} holds no article" + (f"; {len(empty)} are empty" if empty else ""))
+    return Articles(texts, summaries, empty)
+
+
+def _csv(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
+    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        reader = csv.DictReader(file)
+        try:
+            for row in reader:
+                yield reader.line_num, row
+        except csv.Error as error:
+            raise UserError(f"{path}, line {reader.line_num}: {error}") from None
+
+
+def _jsonl(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise UserError(f"{path}, line {number} is not JSON: {error}") from None
+            if not isinstance(row, dict):
+                raise UserError(f"{path}, line {number} must be a JSON object, not a {type(row).__name__}")
+            yield number, row
+
+
+def _text(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            yield number, {"": line}

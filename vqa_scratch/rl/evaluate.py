@@ -1,0 +1,156 @@
+"""Figures on prompts never trained on: before, after, and what could be reached at best for the same KL.
+
+Shapes: P prompts, K samples a prompt, B = P * K responses, n reference samples a prompt.
+"""
+
+import math
+import re
+from collections import Counter
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vqa_scratch.rl.functional import best_of_n_kl, exact_kl, frontier_point, masked_sum
+from vqa_scratch.rl.metrics import distinct_2
+from vqa_scratch.rl.policy import Backbone, token_logits, token_states
+from vqa_scratch.rl.ppo import PPO
+from vqa_scratch.rl.rollout import entries
+from vqa_scratch.rl.types import Prompt, Samples
+
+AT_ONCE = 32  # prompts whose responses are sampled together
+
+
+def words(text: str) -> list[str]:
+    """Lower-case words and numbers, punctuation left out."""
+    return re.findall(r"\w+", text.lower())
+
+
+def overlap(text: str, reference: str) -> float:
+    """Unigram F1 between two texts (ROUGE-1; Lin 2004): twice the shared words over all words."""
+    a, b = Counter(words(text)), Counter(words(reference))
+    return 2 * (a & b).total() / max(1, a.total() + b.total())
+
+
+@dataclass(frozen=True)
+class Figures:
+    """How a policy does on some prompts."""
+
+    rewards: Tensor  # (B,), raw
+    parts: dict[str, Tensor]  # (B,) each, before weights
+    samples: Samples
+    kl: float  # mean exact KL of a response from the reference, nats
+    overlap: float | None  # mean with the reference responses; None where there are none
+
+    @property
+    def finish(self) -> float:
+        return sum(self.samples.finished) / len(self.samples.finished)
+
+    def summary(self, when: str) -> dict[str, float]:
+        """The figures under the keys of summary.json."""
+        result = {
+            f"reward_{when}": float(self.rewards.mean()),
+            f"reward_std_{when}": float(self.rewards.std()),
+            f"finish_{when}": self.finish,
+            f"distinct_2_{when}": distinct_2(self.samples.ids),
+            f"length_{when}": sum(map(len, self.samples.ids)) / len(self.samples.ids),
+        }
+        if self.overlap is not None:
+            result[f"overlap_{when}"] = self.overlap
+        return result | {f"{name}_{when}": float(value.mean()) for name, value in self.parts.items()}
+
+
+@torch.no_grad()
+def measure(ppo: PPO, policy: Backbone, prompts: list[Prompt], samples: int, seed: int) -> Figures:
+    """Sample from `policy` and judge it; the same seed before and after, so that chance is shared."""
+    generator = torch.Generator(ppo.actor.value_head.weight.device).manual_seed(seed)
+    rewards, parts, kls = [], [], []
+    gathered = Samples([], [], [], [])
+    for start in range(0, len(prompts), AT_ONCE):
+        batch = prompts[start : start + AT_ONCE]
+        (ids, mask, _), seen, memory = ppo.respond(batch, samples, policy, generator)
+        with ppo.autocast():
+            total, by_part = ppo.reward(seen)
+            encoded = ppo.reference.encode(ppo.reference.collate(batch))
+            kl = torch.zeros(len(ids))
+            for i in range(len(batch)):  # one prompt at a time: full logits of both models are large
+                rows = slice(i * samples, (i + 1) * samples)
+                logits = []
+                for model, states in ((policy, memory.states), (ppo.reference, encoded.states)):
+                    mine = entries(type(memory)(states, memory.mask, repeat=samples), i, i + 1)
+                    hidden = token_states(model, mine, ids[rows], mask[rows])
+                    logits.append(token_logits(model, hidden, ids[rows], mask[rows], ppo.rules))
+                per_token = torch.zeros_like(mask[rows], dtype=torch.float32)
+                per_token = per_token.masked_scatter(mask[rows], exact_kl(*logits))
+                kl[rows] = masked_sum(per_token, mask[rows], 1).cpu()
+        rewards.append(total)
+        parts.append(by_part)
+        kls.append(kl)
+        for name in ("prompts", "ids", "texts", "finished"):
+            getattr(gathered, name).extend(getattr(seen, name))
+    pairs = [(t, p.reference) for t, p in zip(gathered.texts, gathered.prompts, strict=True) if p.reference]
+    return Figures(
+        torch.cat(rewards),
+        {name: torch.cat([p[name] for p in parts]) for name in parts[0]},
+        gathered,
+        float(torch.cat(kls).mean()),
+        sum(overlap(*pair) for pair in pairs) / len(pairs) if pairs else None,
+    )
+
+
+@dataclass(frozen=True)
+class Frontier:
+    """The best possible reward at each KL, estimated by reweighting reference samples, and what best-of-n reaches."""
+
+    kl: list[float]  # ascending, from 0
+    reward: list[float]
+    best_of_n: list[tuple[int, float, float]]  # n, KL bound, reward
+    limit: float  # log n: no reweighting of n samples has more KL
+
+    def at(self, kl: float) -> float:
+        """The reward on the curve at `kl`, by linear interpolation; at most that of the largest KL it knows."""
+        if kl >= self.kl[-1]:
+            return self.reward[-1]
+        right = next(i for i, x in enumerate(self.kl) if x > kl)
+        left = max(0, right - 1)
+        share = (kl - self.kl[left]) / max(self.kl[right] - self.kl[left], 1e-12)
+        return self.reward[left] + share * (self.reward[right] - self.reward[left])
+
+    def share(self, kl: float, before: float, after: float) -> float:
+        """The gain of a policy as a share of the best possible gain at its KL (0 where nothing can be gained)."""
+        possible = self.at(kl) - self.reward[0]
+        return (after - before) / possible if possible > 1e-9 else 0.0
+
+
+def best_of_n_reward(rewards: Tensor, n: int) -> float:
+    """Expected reward of the best of n samples drawn from the m there are: (P, m) -> a mean over prompts, exact.
+
+    The i-th smallest of m is the best of a random n of them with probability C(i - 1, n - 1) / C(m, n).
+    """
+    m = rewards.shape[1]
+    weight = torch.tensor([math.comb(i, n - 1) / math.comb(m, n) for i in range(m)], dtype=torch.float64)
+    return float((rewards.double().sort(1).values * weight).sum(1).mean())
+
+
+def frontier_of(rewards: Tensor, points: int = 40) -> Frontier:
+    """The curve from reference rewards (P, n), over prices of KL from far too high to nearly nothing."""
+    spread = max(float(rewards.double().std(1).mean()), 1e-6)
+    betas = torch.logspace(2.5, -2.5, points, dtype=torch.float64) * spread
+    curve = [(0.0, float(rewards.double().mean()))] + [frontier_point(rewards, float(b)) for b in betas]
+    n = rewards.shape[1]
+    best = [
+        (k, best_of_n_kl(k), best_of_n_reward(rewards, k)) for k in (2**i for i in range(1, 12)) if k <= max(2, n // 2)
+    ]
+    kl, reward = zip(*sorted(curve), strict=True)
+    return Frontier(list(kl), list(reward), best, math.log(n))
+
+
+def reference_frontier(ppo: PPO, prompts: list[Prompt], samples: int, seed: int) -> Frontier:
+    """Sample the reference `samples` times for each prompt and estimate the curve."""
+    generator = torch.Generator(ppo.actor.value_head.weight.device).manual_seed(seed)
+    rewards = []
+    for start in range(0, len(prompts), 8):
+        _, seen, _ = ppo.respond(prompts[start : start + 8], samples, ppo.reference, generator)
+        with torch.no_grad(), ppo.autocast():
+            rewards.append(ppo.reward(seen)[0].view(-1, samples))
+    return frontier_of(torch.cat(rewards))

@@ -1,0 +1,215 @@
+"""What a preset brings to PPO: a policy, its frozen reference, a reward, prompts to train on and prompts held out."""
+
+import copy
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from vqa_scratch.data.articles import read_articles
+from vqa_scratch.data.news import news
+from vqa_scratch.data.text import Tokenizer
+from vqa_scratch.errors import UserError
+from vqa_scratch.models.bert import BertConfig
+from vqa_scratch.models.classifier import TextClassifier
+from vqa_scratch.models.t5 import T5, T5Config
+from vqa_scratch.rl import mini_news
+from vqa_scratch.rl.config import RLHFConfig
+from vqa_scratch.rl.policy import Backbone, SamplingRules, T5Policy, freeze
+from vqa_scratch.rl.rewards import ClassifierReward, RewardPart, RewardSum, length_penalty
+from vqa_scratch.rl.types import Prompt
+
+MINI_NEWS_ARTICLES = 4_000  # that PPO draws from; the summariser saw the first ones with their summaries
+
+
+@dataclass
+class Task:
+    policy: Backbone
+    reference: Backbone
+    reward: RewardSum
+    train: list[Prompt]
+    held_out: list[Prompt]
+    rules: SamplingRules
+    decode: Callable[[list[int]], str]
+    save: Callable[[Path], None]  # writes the policy as a checkpoint folder
+    notes: list[str] = field(default_factory=list)  # one-line remarks for the log
+
+
+def encode_articles(
+    texts: list[str], references: list[str], tokenizer: Tokenizer, prefix: str, longest: int
+) -> tuple[list[Prompt], int]:
+    """Prompts of at most `longest` tokens, and how many articles had to be cut. Raises UserError on an empty one."""
+    prompts, before = [], tokenizer.truncated
+    for i, (text, reference) in enumerate(zip(texts, references, strict=True)):
+        if not text.strip():
+            raise UserError(f"article {i} is empty: there is nothing to summarise")
+        ids, _ = tokenizer.encode_batch([prefix + text], max_length=longest)
+        prompts.append(Prompt(text, tuple(ids[0].tolist()), reference))
+    return prompts, tokenizer.truncated - before
+
+
+def sampling_rules(config: RLHFConfig, policy: T5Policy, tokenizer: Tokenizer) -> SamplingRules:
+    """Padding and the rows of the embedding that no token has cannot be sampled."""
+    size = policy.model.config.vocab_size
+    if len(tokenizer) > size:
+        raise UserError(f"the tokenizer has {len(tokenizer)} tokens, the model only {size}")
+    barred = torch.arange(size) >= len(tokenizer)
+    barred[policy.pad_id] = True
+    barred = barred.to(policy.model.embedding.weight.device)
+    return SamplingRules(
+        policy.eos_id, config.max_new_tokens, config.min_new_tokens, config.temperature, barred, config.no_repeat_ngram
+    )
+
+
+def frozen_copy(policy: T5Policy, precision: torch.dtype) -> T5Policy:
+    return freeze(copy.deepcopy(policy), precision)
+
+
+def check_same_vocabulary(policy: T5, reference: T5) -> None:
+    """The KL compares two distributions over the same tokens."""
+    ours, theirs = policy.config, reference.config
+    for name in ("vocab_size", "eos_id", "start_id"):
+        if getattr(ours, name) != getattr(theirs, name):
+            raise UserError(
+                f"the reference has {name} {getattr(theirs, name)}, the policy {getattr(ours, name)}: "
+                "a KL between them needs the same vocabulary"
+            )
+
+
+def classifier_reward(
+    config: RLHFConfig,
+    grammar: tuple[TextClassifier, Tokenizer],
+    tone: tuple[TextClassifier, Tokenizer],
+    precision: torch.dtype,
+) -> RewardSum:
+    """grammar_weight * grammar logit + tone_weight * neutral logit, and a price a token if one is set."""
+    parts = [
+        RewardPart("grammar", config.grammar_weight, ClassifierReward(*grammar, config.grammar_label)),
+        RewardPart("neutral", config.tone_weight, ClassifierReward(*tone, config.tone_label)),
+    ]
+    for model, _ in (grammar, tone):
+        freeze(model, precision)
+    if config.length_weight:
+        parts.append(RewardPart("length", config.length_weight, length_penalty))
+    return RewardSum(parts)
+
+
+def summarising_task(
+    config: RLHFConfig,
+    model: T5,
+    reference: T5 | None,
+    tokenizer: Tokenizer,
+    reward: RewardSum,
+    train: list[Prompt],
+    held_out: list[Prompt],
+    precision: torch.dtype,
+    notes: list[str],
+) -> Task:
+    """Put the parts together, with a frozen copy of the policy as reference if none is given."""
+    policy = T5Policy(model)
+    if reference is not None:
+        check_same_vocabulary(model, reference)
+    frozen = frozen_copy(policy, precision) if reference is None else freeze(T5Policy(reference), precision)
+
+    def save(folder: Path) -> None:
+        model.save_pretrained(folder)
+        tokenizer.save(folder)
+
+    return Task(
+        policy,
+        frozen,
+        reward,
+        train,
+        held_out,
+        sampling_rules(config, policy, tokenizer),
+        lambda ids: tokenizer.decode(ids),
+        save,
+        notes,
+    )
+
+
+def mini_news_task(config: RLHFConfig, device: torch.device, precision: torch.dtype) -> Task:
+    """Made-up news, a T5 of half a million parameters, and two reward models, made here or taken from the cache."""
+    made, folder = mini_news.prepare(config.cache, config.seed, config.sft_steps, config.reward_steps, str(device))
+
+    def prompts(count: int, seed: int) -> list[Prompt]:
+        items = news(count, seed)
+        texts, references = [item.article for item in items], [item.summary for item in items]
+        return encode_articles(texts, references, made.tokenizer, config.prefix, config.max_prompt_tokens)[0]
+
+    reward = classifier_reward(
+        config,
+        (made.grammar.to(device), made.reward_tokenizer),
+        (made.tone.to(device), made.reward_tokenizer),
+        precision,
+    )
+    return summarising_task(
+        config,
+        made.summariser.to(device),
+        T5.from_pretrained(config.reference).to(device) if config.reference else None,
+        made.tokenizer,
+        reward,
+        prompts(max(MINI_NEWS_ARTICLES, config.prompts), mini_news.TRAIN_SEED),
+        prompts(config.eval_prompts, mini_news.HELD_OUT_SEED),
+        precision,
+        [f"summariser and reward models: {folder}"],
+    )
+
+
+def book_task(config: RLHFConfig, device: torch.device, precision: torch.dtype) -> Task:
+    """flan-t5-small and two RoBERTa classifiers on articles from a file; or random weights of their sizes."""
+    notes = []
+    if config.init == "random":
+        policy, tokenizer, grammar, tone = _random_book(config)
+    else:
+        if not config.articles:
+            raise UserError("--preset book needs --articles, a CSV, JSONL or text file")
+        policy, tokenizer = T5.from_pretrained(config.policy), Tokenizer.from_pretrained(config.policy)
+        grammar, tone = (
+            (TextClassifier.from_pretrained(name), Tokenizer.from_pretrained(name))
+            for name in (config.grammar_model, config.tone_model)
+        )
+    reference = T5.from_pretrained(config.reference).to(device) if config.reference else None
+    reward = classifier_reward(config, (grammar[0].to(device), grammar[1]), (tone[0].to(device), tone[1]), precision)
+
+    if config.articles:
+        articles = read_articles(Path(config.articles), config.column, config.summary_column)
+        texts, summaries = articles.texts, articles.summaries
+        if articles.empty:
+            notes.append(f"{len(articles.empty)} empty articles left out, the first at line {articles.empty[0]}")
+    else:
+        items = news(8 * (config.eval_prompts + config.prompts), seed=config.seed)
+        texts = [" ".join(item.article for item in items[i : i + 8]) for i in range(0, len(items), 8)]
+        summaries = [""] * len(texts)
+        notes.append("no --articles given: made-up ones serve to measure speed")
+    prompts, cut = encode_articles(texts, summaries, tokenizer, config.prefix, config.max_prompt_tokens)
+    if cut:
+        notes.append(f"{cut} of {len(prompts)} articles cut to {config.max_prompt_tokens} tokens")
+    random.Random(config.seed).shuffle(prompts)
+    if len(prompts) < config.eval_prompts + config.prompts:
+        raise UserError(
+            f"{len(prompts)} articles are too few: {config.eval_prompts} are held out (--eval-prompts) and a batch "
+            f"needs {config.prompts} (--prompts)"
+        )
+    held_out, train = prompts[: config.eval_prompts], prompts[config.eval_prompts :]
+    return summarising_task(config, policy.to(device), reference, tokenizer, reward, train, held_out, precision, notes)
+
+
+def _random_book(
+    config: RLHFConfig,
+) -> tuple[T5, Tokenizer, tuple[TextClassifier, Tokenizer], tuple[TextClassifier, Tokenizer]]:
+    """Models of the book's sizes with random weights, and a tokenizer learned on made-up news."""
+    torch.manual_seed(config.seed)
+    tokenizer, reward_tokenizer = mini_news.tokenizers_for(news(500, seed=0))
+    roberta = BertConfig(layout="roberta", vocab_size=50265, max_positions=514, token_types=1, norm_eps=1e-5, pad_id=1)
+    policy = T5(T5Config())
+    made = [TextClassifier(roberta, tuple(f"LABEL_{i}" for i in range(n))) for n in (2, 3)]
+    return policy, tokenizer, (made[0], reward_tokenizer), (made[1], reward_tokenizer)
+
+
+TASKS: dict[str, Callable[[RLHFConfig, torch.device, torch.dtype], Task]] = {
+    "mini-news": mini_news_task,
+    "book": book_task,
+}
