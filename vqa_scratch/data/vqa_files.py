@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from vqa_scratch.errors import UserError
+from vqa_scratch.storage import write_text
 
 SUBTYPES = {"train": "train2014", "val": "val2014", "test": "test2015", "test-dev": "test-dev2015"}
 IMAGE_SUFFIXES = (".jpg", ".png", ".jpeg")
@@ -130,14 +131,8 @@ def load_json(path: Path, object_hook: Any = None) -> Any:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Writes to a temporary name and renames, so that the file is never half there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(json.dumps(content, separators=(",", ":")), encoding="ascii")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    """Compact JSON, written whole or not at all."""
+    write_text(path, json.dumps(content, separators=(",", ":")))
 
 
 def entries(path: Path, content: Any, key: str) -> list[Any]:
