@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from vqa_scratch.generate import greedy
 from vqa_scratch.models.t5 import T5
 from vqa_scratch.models.vqa import VQAModel
-from vqa_scratch.nn.cache import DecoderCache
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,7 @@ class Subject(ABC):
     sources: tuple[Source, ...]
     mixing: Tensor
     prompt: list[int]  # what the decoder starts from
+    max_new_tokens: int
 
     @property
     def device(self) -> torch.device:
@@ -55,12 +56,11 @@ class Subject(ABC):
         """(T, V): the whole model, teacher-forced and without a cache, so that gradients reach every tower."""
 
     @abstractmethod
-    def start(self) -> object:
-        """Run the towers before the decoder; what comes back goes to `step`."""
+    def generate(self, max_new_tokens: int | None = None) -> list[int]:
+        """Greedy decoding through the cache; the new tokens, the end token included if it came.
 
-    @abstractmethod
-    def step(self, started: object, ids: Tensor, cache: DecoderCache) -> Tensor:
-        """(1, new tokens) -> (V,): logits of the token that follows, through the cache."""
+        At most `max_new_tokens`, or the subject's own limit.
+        """
 
     @property
     @abstractmethod
@@ -78,20 +78,6 @@ class Subject(ABC):
             start += len(source)
         return result
 
-    @torch.no_grad()
-    def generate(self, max_new_tokens: int = 32) -> list[int]:
-        """Greedy decoding through the cache; the new tokens, the end token included if it came."""
-        cache = DecoderCache(self.layers("decoder"))
-        started, ids, answer = self.start(), list(self.prompt), []
-        new = ids
-        while len(answer) < max_new_tokens:
-            following = self.step(started, torch.tensor([new], device=self.device), cache)
-            answer.append(int(following.argmax()))
-            new = answer[-1:]
-            if answer[-1] == self.end_id:
-                break
-        return answer
-
 
 class VQASubject(Subject):
     """A question about an image. pixel_values (1, C, H, W); question_ids as the text tower reads them, unpadded.
@@ -108,9 +94,10 @@ class VQASubject(Subject):
         question_labels: Sequence[str],
         special: Sequence[int],
         prompt: list[int],
+        max_new_tokens: int = 8,
     ) -> None:
         assert len(pixel_values) == 1 and len(question_ids) == len(question_labels)
-        self.model, self.decoder, self.prompt = model, model.decoder, prompt
+        self.model, self.decoder, self.prompt, self.max_new_tokens = model, model.decoder, prompt, max_new_tokens
         self.pixel_values = pixel_values.to(self.device)
         self.input_ids = torch.tensor([question_ids], device=self.device)
         self.mask = torch.ones_like(self.input_ids, dtype=torch.bool)
@@ -139,20 +126,21 @@ class VQASubject(Subject):
         ids = torch.tensor([decoder_ids], device=self.device)
         return self.model(self.pixel_values, self.input_ids, self.mask, ids).logits[0]
 
-    def start(self) -> object:
-        return self.model.memory(self.pixel_values, self.input_ids, self.mask)
-
-    def step(self, started: object, ids: Tensor, cache: DecoderCache) -> Tensor:
-        hidden = self.model.decoder.hidden(ids, memory=started, cache=cache)
-        return self.model.decoder.logits(hidden[:, -1])[0]
+    @torch.no_grad()
+    def generate(self, max_new_tokens: int | None = None) -> list[int]:
+        memory = self.model.memory(self.pixel_values, self.input_ids, self.mask)
+        prompt = torch.tensor([self.prompt], device=self.device)
+        limit = max_new_tokens or self.max_new_tokens
+        made = greedy(self.decoder, prompt, None, memory, max_new_tokens=limit, eos_id=self.end_id)
+        return made.ids[0, : int(made.lengths[0])].tolist()
 
 
 class T5Subject(Subject):
     """A T5 reading `input_ids`, whose tokens `labels` name; the end token is a sink."""
 
-    def __init__(self, model: T5, input_ids: list[int], labels: Sequence[str]) -> None:
+    def __init__(self, model: T5, input_ids: list[int], labels: Sequence[str], max_new_tokens: int = 32) -> None:
         assert len(input_ids) == len(labels)
-        self.model, self.decoder = model, model.decoder
+        self.model, self.decoder, self.max_new_tokens = model, model.decoder, max_new_tokens
         self.input_ids = torch.tensor([input_ids], device=self.device)
         special = (model.config.eos_id, model.config.pad_id)
         sinks = tuple(i for i, token in enumerate(input_ids) if token in special)
@@ -172,9 +160,12 @@ class T5Subject(Subject):
     def logits(self, decoder_ids: list[int]) -> Tensor:
         return self.model(self.input_ids, None, torch.tensor([decoder_ids], device=self.device))[0]
 
-    def start(self) -> object:
-        return self.model.encode(self.input_ids)
-
-    def step(self, started: object, ids: Tensor, cache: DecoderCache) -> Tensor:
-        hidden = self.model.decode_hidden(ids, started, cache=cache)
-        return self.model.logits(hidden[:, -1])[0]
+    @torch.no_grad()
+    def generate(self, max_new_tokens: int | None = None) -> list[int]:
+        cache, states = self.model.new_cache(), self.model.encode(self.input_ids)
+        answer, new = [], self.prompt
+        while len(answer) < (max_new_tokens or self.max_new_tokens) and self.end_id not in answer:
+            hidden = self.model.decode_hidden(torch.tensor([new], device=self.device), states, cache=cache)
+            new = [int(self.model.logits(hidden[:, -1]).argmax())]
+            answer += new
+        return answer
