@@ -83,7 +83,7 @@ def parse(
         raise UserError(f"no such flag: {error.option_name}{near}") from None
     except click.ClickException as error:
         raise UserError(error.format_message()) from None
-    if isinstance(given, int):  # --help or another early exit of click
+    if isinstance(given, int):  # --help
         sys.exit(given)
     given = {name: value for name, value in given.items() if value is not None}
     preset = given.get("preset", first)
@@ -91,9 +91,10 @@ def parse(
 
 
 def run_program(main: Callable[[], Any]) -> NoReturn:
-    """Call `main` and exit; a UserError or a full disk becomes one line on stderr and exit code 2."""
+    """Call `main` and exit: with 0, with 128 + n if it returns the signal n that stopped it, with 2 and one line on
+    stderr after a UserError or an operating-system error on a file."""
     try:
-        main()
+        stopped = main()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
@@ -102,7 +103,7 @@ def run_program(main: Callable[[], Any]) -> NoReturn:
             raise
         print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
         sys.exit(2)
-    sys.exit(0)
+    sys.exit(128 + stopped if isinstance(stopped, int) else 0)
 
 
 def to_json(config: Any) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -68,6 +69,14 @@ def save_weights(path: Path, model: nn.Module) -> None:
     write_whole(path, lambda unfinished: save_file(tensors, unfinished, metadata={"format": "pt"}))
 
 
+def load_file_state(path: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a safetensors file. Raises UserError if it is missing or cut short."""
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is not a whole safetensors file ({error})") from None
+
+
 def read_run_config(folder: Path) -> dict[str, Any]:
     """config.json of a run. Raises UserError if the folder is no run."""
     path = folder / "config.json"
@@ -99,11 +108,7 @@ def load_run(folder: Path, device: torch.device | str = "cpu", precision: str = 
     if not weights.is_file():
         raise UserError(f"{folder} has no model.safetensors yet: the run has not reached its first checkpoint")
     model = VQAModel.from_config(VQAConfig.from_json(values["model"]))
-    try:
-        state = load_file(weights)
-    except Exception as error:  # safetensors raises its own kinds
-        raise UserError(f"{weights} is not a whole safetensors file ({error})") from None
-    load_model_state(model, state, str(weights))
+    load_model_state(model, load_file_state(weights), str(weights))
     model.to(device).eval()
     chosen = Precision(pick_precision(precision, device)[0], device)
     chosen.suit_attention(model)

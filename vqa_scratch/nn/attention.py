@@ -9,6 +9,7 @@ Shapes: B rows, H heads, T (Tq, Tk) tokens, d head size, D width; a memory has M
 
 import math
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -111,7 +112,9 @@ def attention_over_parts(
         part.readers.unfold(attention_scores(part.readers.fold(q), part.k, key_mask=part.mask, scale=scale))
         for part in parts
     ]
-    pattern = F.dropout(masked_softmax(torch.cat(scores, -1)), dropout)  # (B, H, T, N1 + N2 + ...)
+    never_empty = any(part.mask is None for part in parts)
+    softmax = partial(torch.softmax, dim=-1) if never_empty else masked_softmax
+    pattern = F.dropout(softmax(torch.cat(scores, -1)), dropout)  # (B, H, T, N1 + N2 + ...)
     pieces = pattern.split([part.k.shape[2] for part in parts], -1)
     reads = [part.readers.unfold(part.readers.fold(piece) @ part.v) for piece, part in zip(pieces, parts, strict=True)]
     return sum(reads[1:], start=reads[0])
