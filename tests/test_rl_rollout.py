@@ -1,0 +1,381 @@
+"""Sampling, scoring and the update on a tiny T5: one distribution everywhere, and results that no batching changes."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from vqa_scratch.models.t5 import T5, T5Config
+from vqa_scratch.nn.memory import Memory
+from vqa_scratch.rl.config import RLHFConfig
+from vqa_scratch.rl.functional import kl_estimates, logprobs_of
+from vqa_scratch.rl.metrics import UpdateStats
+from vqa_scratch.rl.policy import (
+    BARRED,
+    ActorCritic,
+    SamplingRules,
+    T5Policy,
+    freeze,
+    policy_logits,
+    token_logits,
+    token_states,
+)
+from vqa_scratch.rl.ppo import PPO
+from vqa_scratch.rl.rewards import RewardPart, RewardSum
+from vqa_scratch.rl.rollout import PromptStream, sample, score
+from vqa_scratch.rl.types import Prompt
+
+VOCAB, EOS = 23, 1
+
+
+def tiny(seed=0):
+    torch.manual_seed(seed)
+    size = T5Config(
+        vocab_size=VOCAB, dim=16, head_dim=8, hidden=24, encoder_layers=2, decoder_layers=2, heads=2, dropout=0.3
+    )
+    return T5Policy(T5(size))
+
+
+def ragged_prompts(count=8):
+    generator = torch.Generator().manual_seed(3)
+    lengths = torch.randint(1, 12, (count,), generator=generator).tolist()
+    return [Prompt("", tuple(torch.randint(2, VOCAB, (n,), generator=generator).tolist())) for n in lengths]
+
+
+def rules(**options):
+    barred = torch.zeros(VOCAB, dtype=torch.bool)
+    barred[0] = True
+    return SamplingRules(**{"eos_id": EOS, "max_new_tokens": 9, "barred": barred} | options)
+
+
+def tiny_ppo(policy=None, sampling=None, **options):
+    config = RLHFConfig(
+        **{"prompts": 8, "samples": 2, "micro_prompts": 8, "max_new_tokens": 9, "iterations": 10, "critic_warmup": 0}
+        | {"scale_reward": False, "learning_rate": 1e-2, "warmup_steps": 0}
+        | options
+    )
+    reward = RewardSum([RewardPart("sevens", 1.0, lambda s: torch.tensor([float(x.count(7)) for x in s.ids]))])
+    actor = ActorCritic(policy or tiny())
+    return PPO(config, actor, freeze(tiny()), reward, ragged_prompts(), sampling or rules(), str)
+
+
+# --------------------------------------------------------------------------------------------------------- rules
+
+
+def test_rules_by_hand():
+    logits, ids = torch.zeros(3, 6), torch.tensor([[2, 3, 2, 3], [2, 3, 2, 9], [4, 4, 4, 4]])
+    barred = torch.tensor([True, False, False, False, False, True])
+    out = policy_logits(logits, ids, torch.tensor([0, 3, 2]), SamplingRules(1, 9, min_new_tokens=2, barred=barred))
+    assert (out[:, [0, 5]] == BARRED).all()
+    assert (out[:, 1] == torch.tensor([BARRED, 0, 0])).all()  # the end is barred before two tokens
+    out = policy_logits(logits, ids, torch.tensor([3, 3, 1]), SamplingRules(1, 9, no_repeat_ngram=2))
+    # 2 3 2 _ : 3 would repeat (2, 3). 4 _ : nothing has been said twice yet.
+    assert [row.nonzero().flatten().tolist() for row in out] == [[3], [3], []]
+    out = policy_logits(logits, ids, torch.tensor([3, 3, 3]), SamplingRules(1, 9, no_repeat_ngram=1))
+    assert [row.nonzero().flatten().tolist() for row in out] == [[2, 3], [2, 3], [4]]
+    raw = torch.randn(3, 6, dtype=torch.bfloat16)
+    out = policy_logits(raw, ids, torch.tensor([0, 0, 0]), SamplingRules(1, 9, temperature=0.5))
+    assert out.dtype == torch.float32 and torch.equal(out, 2 * raw.float())
+
+
+def test_ngram_rule_against_a_plain_loop():
+    ids = torch.randint(2, 5, (40, 12))
+    positions = torch.randint(0, 12, (40,))
+    out = policy_logits(torch.zeros(40, 6), ids, positions, SamplingRules(1, 12, no_repeat_ngram=3))
+    for row, position, logits in zip(ids.tolist(), positions.tolist(), out, strict=True):
+        past = row[:position]
+        seen = {tuple(past[i : i + 3]) for i in range(len(past) - 2)}
+        expected = {t for t in range(6) if position >= 2 and (*past[-2:], t) in seen}
+        assert set((logits == BARRED).nonzero().flatten().tolist()) == expected
+
+
+ALL_RULES = [
+    {},
+    {"temperature": 0.7},
+    {"min_new_tokens": 4},
+    {"no_repeat_ngram": 2},
+    {"temperature": 1.3, "min_new_tokens": 3, "no_repeat_ngram": 3},
+]
+
+
+@pytest.mark.parametrize("options", ALL_RULES)
+def test_scored_distribution_is_the_sampled_one(options):
+    """Frequencies of the second token, sampled with the cache, against the re-forward under the same rules."""
+    policy, some = tiny().eval(), rules(**options)
+    memory = policy.encode(policy.collate(ragged_prompts(1)))
+    count = 4000
+    with torch.no_grad():
+        many = Memory(memory.states, memory.mask, repeat=count)
+        ids, mask, finished = sample(policy, many, some, torch.Generator().manual_seed(1))
+        assert not (ids[mask] == 0).any() and torch.equal(finished, ((ids == EOS) & mask).any(1))
+        first = ids[:, 0].mode().values  # look at the successors of the most frequent first token
+        rows = ids[:, 0] == first
+        successors = ids[rows, 1]
+        states = token_states(policy, memory, ids[rows][:1, :2], torch.ones(1, 2, dtype=torch.bool))
+        logits = token_logits(policy, states, ids[rows][:1, :2], torch.ones(1, 2, dtype=torch.bool), some)
+        expected = logits[1].softmax(-1)
+    observed = torch.bincount(successors, minlength=VOCAB) / len(successors)
+    # Five standard deviations of a frequency estimated from so many draws.
+    assert ((observed - expected).abs() <= 5 * (expected * (1 - expected) / len(successors)).sqrt() + 1e-6).all()
+
+
+@pytest.mark.parametrize("options", ALL_RULES)
+def test_first_ratio_is_one_and_kl_starts_at_zero(options):
+    ppo = tiny_ppo(sampling=rules(**options), epochs=1)
+    log = ppo.step()
+    assert log["ppo/policy/first_ratio_error"] <= 1e-5
+    assert log["objective/kl_exact"] <= 1e-6 and abs(log["objective/kl"]) <= 1e-5
+    log = ppo.step()  # the policy has moved
+    assert log["ppo/policy/first_ratio_error"] <= 1e-5
+    assert log["objective/kl_exact"] > 0 and log["objective/kl_k3"] > 0
+
+
+def test_dropout_stays_off_while_training():
+    ppo = tiny_ppo()
+    ppo.step()
+    assert not any(module.training for module in ppo.actor.modules())
+
+
+# -------------------------------------------------------------------------------------------------- invariances
+
+
+def responses(ppo, samples=2):
+    return ppo.respond(ppo.stream.prompts, samples, ppo.actor.backbone, torch.Generator().manual_seed(5))
+
+
+def test_scores_do_not_depend_on_the_batch():
+    ppo = tiny_ppo()
+    ppo.reference = freeze(tiny(seed=1))
+    with torch.no_grad():
+        torch.nn.init.normal_(ppo.actor.value_head.weight)
+        (ids, mask, _), _, memory = responses(ppo)
+        ref = ppo.reference.encode(ppo.reference.collate(ppo.stream.prompts))
+        ref = Memory(ref.states, ref.mask, repeat=2)
+        assert len(set(mask.sum(1).tolist())) > 2, "the lengths should be ragged"
+        whole = score(ppo.actor, ppo.reference, memory, ref, ids, mask, ppo.rules, 8)
+        for at_once in (1, 2, 3):
+            part = score(ppo.actor, ppo.reference, memory, ref, ids, mask, ppo.rules, at_once)
+            for a, b in zip(whole, part, strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+        for i in range(8):  # each prompt alone, without any padding
+            prompt = ppo.stream.prompts[i : i + 1]
+            alone = ppo.actor.backbone.encode(ppo.actor.backbone.collate(prompt))
+            row, length = ids[2 * i : 2 * i + 1], int(mask[2 * i].sum())
+            logits, values = ppo.actor(alone, row[:, :length], mask[2 * i : 2 * i + 1, :length], ppo.rules)
+            torch.testing.assert_close(logprobs_of(logits, row[0, :length]), whole.logprobs[2 * i, :length])
+            torch.testing.assert_close(values, whole.values[2 * i, :length], rtol=1e-5, atol=1e-5)
+    for field in whole:
+        assert (field[~mask] == 0).all()
+
+
+@pytest.mark.parametrize("algorithm", ["ppo", "rloo"])
+def test_gradients_do_not_depend_on_the_micro_batch(algorithm):
+    """Ragged prompts and responses; 1e-6 of the largest gradient is fp32 rounding of the same sum in another order."""
+    gradients = []
+    for micro in (1, 2, 4, 8):
+        ppo = tiny_ppo(micro_prompts=micro, algorithm=algorithm, entropy_coef=0.01)
+        prompts = ppo.stream.next()
+        trajectory, memory, _ = ppo.rollout(prompts)
+        torch.manual_seed(9)
+        with torch.no_grad():  # a policy that has moved: ratios and clips are at work
+            for parameter in ppo.actor.parameters():
+                parameter += 0.05 * torch.randn_like(parameter)
+        ppo.accumulate(list(range(8)), prompts, trajectory, memory, UpdateStats())
+        gradients.append(torch.cat([p.grad.flatten() for p in ppo.parameters if p.grad is not None]))
+    scale = gradients[-1].abs().max()
+    assert scale > 1e-3
+    for gradient in gradients[:-1]:
+        torch.testing.assert_close(gradient / scale, gradients[-1] / scale, rtol=0, atol=1e-6)
+
+
+def test_each_minibatch_is_a_step():
+    ppo = tiny_ppo(minibatches=4, epochs=2, early_stop_kl=0.0)
+    assert ppo.step()["ppo/steps"] == 8
+
+
+def test_value_loss_can_be_kept_out_of_the_policy():
+    for critic, moved in (("shared", True), ("detached", False)):
+        ppo = tiny_ppo(critic=critic)
+        prompts = ppo.stream.next()
+        trajectory, memory, _ = ppo.rollout(prompts)
+        torch.nn.init.normal_(ppo.actor.value_head.weight)
+        flat = trajectory.with_(advantages=torch.zeros_like(trajectory.advantages))
+        ppo.accumulate(list(range(8)), prompts, flat, memory, UpdateStats())
+        touched = ppo.actor.backbone.model.embedding.weight.grad
+        assert (touched is not None and bool(touched.any())) is moved
+        assert ppo.actor.value_head.weight.grad.abs().sum() > 0
+
+
+def test_critic_warm_up_leaves_the_policy_alone():
+    ppo = tiny_ppo(critic_warmup=1)
+    before = [p.detach().clone() for p in ppo.actor.backbone.parameters()]
+    ppo.step()
+    assert all(torch.equal(a, b) for a, b in zip(before, ppo.actor.backbone.parameters(), strict=True))
+    assert ppo.actor.value_head.weight.abs().sum() > 0
+    ppo.step()
+    assert not all(torch.equal(a, b) for a, b in zip(before, ppo.actor.backbone.parameters(), strict=True))
+
+
+def test_frozen_encoder_gives_the_same_and_stays():
+    """Frozen or not, the first rollout is the same; frozen, nothing that the encoder depends on moves."""
+    logs, ppos = [], []
+    for freeze_what in ("none", "encoder"):
+        ppos.append(tiny_ppo(freeze=freeze_what))
+        logs.append(ppos[-1].step())
+    for name in ("objective/kl_exact", "env/reward_mean", "ppo/val/mean", "objective/entropy"):
+        assert logs[0][name] == pytest.approx(logs[1][name], abs=1e-6)
+    fixed = ppos[1]
+    start = tiny().model
+    for name, parameter in fixed.actor.backbone.model.named_parameters():
+        same = torch.equal(parameter, dict(start.named_parameters())[name])
+        assert same is (name.startswith("encoder.") or name == "embedding.weight"), name
+
+
+def test_shared_encoding_equals_one_encoding_a_response():
+    policy = tiny().eval()
+    with torch.no_grad():
+        encoded = policy.encode(policy.collate(ragged_prompts(3)))
+        shared = Memory(encoded.states, encoded.mask, repeat=4)
+        repeated = Memory(encoded.states.repeat_interleave(4, 0), encoded.mask.repeat_interleave(4, 0))
+        ids, mask = torch.randint(2, VOCAB, (12, 6)), torch.ones(12, 6, dtype=torch.bool)
+        torch.testing.assert_close(
+            token_states(policy, shared, ids, mask), token_states(policy, repeated, ids, mask), rtol=0, atol=1e-6
+        )
+
+
+# --------------------------------------------------------------------------------------------------- edge cases
+
+
+def forced(eos_logit):
+    """A policy that ends at once, or never."""
+    policy = tiny()
+    with torch.no_grad():
+        policy.model.head.weight[EOS] = 0
+        policy.model.head.weight *= 0.01
+    original = policy.model.logits
+
+    def logits(hidden):
+        out = original(hidden).clone()
+        out[..., EOS] += eos_logit
+        return out
+
+    policy.logits = logits
+    return policy
+
+
+@pytest.mark.parametrize("eos_logit", [60.0, -60.0])
+def test_batches_that_all_end_at_once_or_never(eos_logit):
+    ppo = tiny_ppo(policy=forced(eos_logit))
+    ppo.reference = freeze(forced(eos_logit))
+    for _ in range(2):
+        log = ppo.step()
+        assert all(torch.isfinite(torch.tensor(value)) for value in log.values()), log
+    at_once = eos_logit > 0
+    assert log["finish"] == (1.0 if at_once else 0.0)
+    assert log["tokens/responses_len_mean"] == (1.0 if at_once else 9.0)
+    # Cut responses pay the penalty for it.
+    assert log["ppo/mean_scores"] == pytest.approx(log["env/reward_mean"] - (0.0 if at_once else 1.0), abs=1e-6)
+
+
+def test_responses_of_one_token():
+    ppo = tiny_ppo(sampling=rules(max_new_tokens=1), max_new_tokens=1)
+    for _ in range(2):
+        log = ppo.step()
+    assert log["tokens/responses_len_mean"] == 1 and log["ppo/policy/first_ratio_error"] <= 1e-5
+
+
+def test_mask_follows_lengths_even_where_padding_is_a_real_token():
+    policy = tiny().eval()
+    policy.pad_id = 7  # ids are padded with a token that may be sampled
+    memory = policy.encode(policy.collate(ragged_prompts(1)))
+    with torch.no_grad():
+        ids, mask, finished = sample(policy, Memory(memory.states, memory.mask, repeat=400), rules(), None)
+    assert (ids[mask] == 7).any() and (ids[~mask] == 7).all()
+    lengths = mask.sum(1)
+    assert ((lengths == 9) | finished).all()
+    assert (ids[torch.arange(400), lengths - 1] == EOS).eq(finished).all()
+
+
+def test_prompts_come_in_fresh_order_and_from_where_they_stopped():
+    prompts = [Prompt(str(i)) for i in range(7)]
+    stream = PromptStream(prompts, 3, seed=0)
+    drawn = [p.text for _ in range(7) for p in stream.next()]
+    for epoch in range(3):
+        assert sorted(drawn[7 * epoch : 7 * epoch + 7]) == [str(i) for i in range(7)]
+    assert drawn[:7] != drawn[7:14]
+    again = PromptStream(prompts, 3, seed=0)
+    again.drawn = 12
+    assert [p.text for _ in range(3) for p in again.next()] == drawn[12:]
+    with pytest.raises(ValueError, match="do not fill one batch"):
+        PromptStream(prompts, 8, seed=0)
+
+
+def test_low_precision_reference_agrees_with_autocast():
+    """Storing linear layers in bf16 gives what autocast computes from fp32 weights, to the bit."""
+    policy, frozen = tiny().eval(), freeze(tiny(), torch.bfloat16)
+    ids, mask = torch.randint(2, VOCAB, (8, 5)), torch.ones(8, 5, dtype=torch.bool)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        out = [
+            token_logits(p, token_states(p, p.encode(p.collate(ragged_prompts())), ids, mask), ids, mask, rules())
+            for p in (policy, frozen)
+        ]
+    assert torch.equal(*out)
+    assert out[0].dtype == torch.float32
+
+
+def test_trajectory_checks_its_shape_table():
+    ppo = tiny_ppo()
+    trajectory, _, _ = ppo.rollout(ppo.stream.next())
+    with pytest.raises(AssertionError, match="values has shape"):
+        trajectory.with_(values=trajectory.values[:, :1])
+    part = trajectory.rows(torch.tensor([3, 1]))
+    assert part.ids.shape == (2, int(trajectory.mask[[3, 1]].sum(1).max()))
+    fields = {f.name for f in dataclasses.fields(trajectory)}
+    table = {
+        line.split()[0] for line in type(trajectory).__doc__.splitlines() if line.startswith("    ") and "(B" in line
+    }
+    assert table >= fields - {"ids"}, "the docstring is the shape table"
+
+
+def test_kl_in_the_log_is_the_mean_of_sums_over_responses():
+    ppo = tiny_ppo()
+    ppo.reference = freeze(tiny(seed=1))
+    prompts = ppo.stream.next()
+    t, _, log = ppo.rollout(prompts)
+    by_hand = sum(float((t.logprobs[b] - t.ref_logprobs[b])[t.mask[b]].sum()) for b in range(16)) / 16
+    assert log["objective/kl"] == pytest.approx(by_hand, rel=1e-5)
+    k3 = kl_estimates(t.logprobs, t.ref_logprobs).k3
+    assert log["objective/kl_k3"] == pytest.approx(float(k3[t.mask].sum()) / 16, rel=1e-5)
+    assert log["objective/rlhf_reward"] == pytest.approx(float(t.scores.mean()) - ppo.kl.coef * by_hand, rel=1e-4)
+
+
+# ------------------------------------------------------------------------------------------------------- resume
+
+
+def test_resume_is_bit_equal():
+    options = {"kl_target": 1.0, "scale_reward": True, "minibatches": 2, "critic_warmup": 1}
+    whole = tiny_ppo(**options)
+    whole.fit_reward_scale(whole.stream.prompts, 32)
+    logs = []
+    for i in range(6):
+        if i == 3:
+            saved = {k: v for k, v in torch.load(_through_disk(whole.state_dict()), weights_only=True).items()}
+        logs.append(whole.step())
+    again = tiny_ppo(**options)
+    again.load_state_dict(saved)
+    for i in range(3, 6):
+        log = again.step()
+        for name, value in log.items():
+            if "time/" not in name and "per_second" not in name:
+                assert value == logs[i][name], (i, name)
+    for (name, a), (_, b) in zip(whole.actor.state_dict().items(), again.actor.state_dict().items(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def _through_disk(state):
+    import io
+
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    buffer.seek(0)
+    return buffer
