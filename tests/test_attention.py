@@ -40,7 +40,7 @@ def bias_of(kind, queries=5, keys=7):
 @pytest.mark.parametrize("bias_kind", ["none", "each head", "blocking"])
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize(("queries", "keys"), [(5, 7), (7, 7), (1, 7), (7, 5)])
+@pytest.mark.parametrize(("queries", "keys"), [(5, 7), (7, 7), (1, 7), (2, 7), (7, 5)])
 def test_attention_is_the_definition(backend, bias_kind, causal, masked, queries, keys):
     q, k, v, key_mask = inputs(queries=queries, keys=keys)
     bias = bias_of(bias_kind, queries, keys)
@@ -319,6 +319,23 @@ def test_cache_rows_can_be_dropped_reordered_and_repeated():
             torch.testing.assert_close(v, copy._v[:, :, :5])
     after = module(x[rows, 5:], causal=True, cache=cache[1])
     torch.testing.assert_close(after, module(x[rows], causal=True)[:, 5:], **CLOSE)
+
+
+def test_selecting_rows_of_shared_keys():
+    """Random choices of rows, one after the other, against the same choices among expanded keys."""
+    k = torch.arange(5.0).view(5, 1, 1, 1)
+    part = Memory(torch.zeros(5, 1, 1), torch.rand(5, 1) > 0.5, repeat=3).project(k, -k)
+    for trial in range(60):
+        if trial % 10 == 0:
+            now = part
+        expected = now.per_row()
+        rows = torch.randint(0, now.readers.rows, (int(torch.randint(1, 16, ())),))
+        rows = rows.sort().values if trial % 2 else rows
+        now = now.select(rows)
+        assert now.readers.rows == len(rows)
+        for got, wanted in zip(now.per_row()[:3], expected[:3], strict=True):
+            assert torch.equal(got, wanted[rows])
+        assert len(now.k) <= len(rows)
 
 
 def test_cross_cache_projects_once():

@@ -27,16 +27,24 @@ class Recorder:
         return self.replace[name](tensor) if name in self.replace else tensor
 
 
+def with_biases(model):
+    """Biases and norms start at 0 and 1, which would hide a tap that forgets them."""
+    for parameter in model.parameters():
+        if parameter.ndim == 1:
+            parameter.data += 0.2 * torch.randn_like(parameter)
+    return model.eval()
+
+
 def vit():
-    return ViT(ViTConfig(8, 4, 3, 12, 2, 2, 10, init_std=0.2)).eval()
+    return with_biases(ViT(ViTConfig(8, 4, 3, 12, 2, 2, 10, init_std=0.2)))
 
 
 def bert():
-    return Bert(BertConfig("bert", 20, 12, 2, 2, 10, 16, init_std=0.2)).eval()
+    return with_biases(Bert(BertConfig("bert", 20, 12, 2, 2, 10, 16, init_std=0.2)))
 
 
 def gpt2():
-    return GPT2(GPT2Config(20, 16, 12, 2, 2, hidden=10, init_std=0.2, add_cross_attention=True)).eval()
+    return with_biases(GPT2(GPT2Config(20, 16, 12, 2, 2, hidden=10, init_std=0.2, add_cross_attention=True)))
 
 
 IDS = torch.randint(0, 20, (4, 5), generator=torch.Generator().manual_seed(1))

@@ -242,25 +242,12 @@ class MultiHeadAttention(nn.Module):
         name, dropout = self.tap_prefix, self.dropout if self.training else 0.0
         q, k, v = taps.tap(name, "q", q), taps.tap(name, "k", k), taps.tap(name, "v", v)
         if taps.wanted(name, "mask"):
-            nothing = q.new_zeros(1, 1, q.shape[-2], k.shape[-2])
-            taps.tap(
-                name,
-                "mask",
-                attention_mask(q, k, key_mask=key_mask, bias=nothing if bias is None else bias, causal=causal),
-            )
+            added = q.new_zeros(1, 1, q.shape[-2], k.shape[-2]) if bias is None else bias
+            taps.tap(name, "mask", attention_mask(q, k, key_mask=key_mask, bias=added, causal=causal))
+        options = {"key_mask": key_mask, "bias": bias, "causal": causal, "scale": self.scale}
         if not taps.wanted(name, "scores", "pattern"):
-            return attention(
-                q,
-                k,
-                v,
-                key_mask=key_mask,
-                bias=bias,
-                causal=causal,
-                scale=self.scale,
-                dropout=dropout,
-                backend=self.backend,
-            )
-        scores = attention_scores(q, k, key_mask=key_mask, bias=bias, causal=causal, scale=self.scale)
+            return attention(q, k, v, **options, dropout=dropout, backend=self.backend)
+        scores = attention_scores(q, k, **options)
         pattern = masked_softmax(taps.tap(name, "scores", scores))
         pattern = taps.tap(name, "pattern", pattern)
         return F.dropout(pattern, dropout).to(v.dtype) @ v  # a bias in fp32 makes the weights fp32

@@ -115,6 +115,8 @@ class Memory:
             raise ValueError("a memory takes an index or a repeat, not both")
         entries = len(self.states)
         readers = Readers(entries, self.repeat) if self.index is None else Readers.from_index(self.index, entries)
+        if readers is not None and readers.slot is not None:  # an index on the CPU is worked out there, without a sync
+            readers = readers._replace(slot=readers.slot.to(self.states.device))
         object.__setattr__(self, "readers", readers)
         if readers is not None and readers.slot is None:
             object.__setattr__(self, "index", None)
