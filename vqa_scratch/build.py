@@ -32,7 +32,7 @@ DISTILBERT = BertConfig(layout="distilbert", layers=6, token_types=0)  # distilb
 
 @dataclass(frozen=True)
 class Splits:
-    """Samples by split ("train", "val", "test", and "holdout" where there is one), and how to name a sample's family."""
+    """Samples by split ("train", "val", "test", and "holdout" where there is one); `family` names a sample's family."""
 
     folder: Path
     samples: dict[str, list[VQASample]]
@@ -120,6 +120,7 @@ def embedded_system(config: TrainConfig, train: list[VQASample]) -> tuple[VQAMod
         hidden=hidden,
         max_positions=max(64, config.max_question_tokens),
         token_types=0,
+        activation="relu",
         pad_id=text.pad_id,
         **none,
     )
@@ -129,6 +130,7 @@ def embedded_system(config: TrainConfig, train: list[VQASample]) -> tuple[VQAMod
         dim=config.width,
         layers=config.decoder_layers,
         heads=config.heads,
+        activation="relu",
         embedding_dropout=0.0,
         add_cross_attention=True,
         bos_id=decoder.bos_id,

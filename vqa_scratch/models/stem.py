@@ -24,7 +24,11 @@ class ConvStem(nn.Module):
         widths = [channels] + [dim >> (halvings - 1 - i) for i in range(halvings)]
         layers: list[nn.Module] = []
         for narrow, wide in zip(widths[:-1], widths[1:], strict=True):
-            layers += [nn.Conv2d(narrow, wide, kernel_size=3, stride=2, padding=1), nn.GELU()]
+            conv = nn.Conv2d(narrow, wide, kernel_size=3, stride=2, padding=1)
+            # torch's default shrinks the signal at every layer, and the position table would drown what is left.
+            nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
+            nn.init.zeros_(conv.bias)
+            layers += [conv, nn.GELU()]
         self.layers = nn.Sequential(*layers[:-1])
 
     def forward(self, pixel_values: Tensor) -> Tensor:
