@@ -1,0 +1,672 @@
+// Draws one study, or two side by side. All text goes in by textContent; nothing is ever parsed as markup.
+"use strict";
+(() => {
+  // ---------------------------------------------------------------------------------------------- reading the data
+
+  const bytes = (text) => Uint8Array.from(atob(text), (c) => c.charCodeAt(0));
+
+  function half(bits) {
+    const sign = bits & 0x8000 ? -1 : 1, exponent = (bits >> 10) & 31, fraction = bits & 1023;
+    if (exponent === 0) return sign * fraction * 2 ** -24;
+    return sign * (1 + fraction / 1024) * 2 ** (exponent - 15);
+  }
+
+  /** {kind, shape, data} -> {shape, values: Float32Array} */
+  function unpack(packed) {
+    const raw = bytes(packed.data);
+    let values;
+    if (packed.kind === "u8") {
+      const scale = new Float32Array(bytes(packed.scale).buffer), width = packed.shape.at(-1);
+      values = Float32Array.from(raw, (b, i) => b * scale[Math.floor(i / width)]);
+    } else if (packed.kind === "f16") {
+      values = Float32Array.from(new Uint16Array(raw.buffer), half);
+    } else {
+      values = new Float32Array(raw.buffer);
+    }
+    return { shape: packed.shape, values };
+  }
+
+  /** One row along the last axis. */
+  function row(array, ...index) {
+    let at = 0;
+    index.forEach((i, axis) => { at = at * array.shape[axis] + i; });
+    const width = array.shape.at(-1);
+    return array.values.subarray(at * width, (at + 1) * width);
+  }
+
+  function mean(rows) {
+    const result = new Float32Array(rows[0].length);
+    for (const values of rows) values.forEach((v, i) => { result[i] += v / rows.length; });
+    return result;
+  }
+
+  const sum = (values) => values.reduce((a, b) => a + b, 0);
+  const range = (n) => Array.from({ length: n }, (_, i) => i);
+  const percent = (share) => (share >= 0.0995 ? Math.round(100 * share) : (100 * share).toFixed(1)) + " %";
+  const number = (x, digits = 3) => (Math.abs(x) > 1e20 ? "−∞" : x.toFixed(digits).replace("-", "−"));
+  const clamp = (i, n) => Math.max(0, Math.min(n - 1, i));
+
+  // ---------------------------------------------------------------------------------------------- colours
+
+  const OVER_IMAGE = [[0, [255, 236, 160, 0]], [0.25, [255, 205, 90, 0.45]], [0.55, [245, 130, 50, 0.68]], [1, [190, 20, 80, 0.86]]];
+  const ON_LIGHT = [[0, [255, 236, 160, 0]], [0.2, [255, 214, 120, 0.55]], [0.55, [245, 130, 50, 0.85]], [1, [190, 20, 80, 1]]];
+  const ON_DARK = [[0, [130, 20, 90, 0]], [0.2, [140, 20, 90, 0.4]], [0.6, [240, 110, 50, 0.9]], [1, [255, 222, 130, 1]]];
+  const isDark = () => document.documentElement.dataset.theme === "dark";
+  const onPage = () => (isDark() ? ON_DARK : ON_LIGHT);
+
+  function color(stops, share) {
+    const s = Math.max(0, Math.min(1, share));
+    let i = 1;
+    while (i < stops.length - 1 && stops[i][0] < s) i += 1;
+    const [[a, from], [b, to]] = [stops[i - 1], stops[i]];
+    return from.map((v, c) => v + ((to[c] - v) * (s - a)) / (b - a));
+  }
+  const css = ([r, g, b, a]) => `rgb(${Math.round(r)} ${Math.round(g)} ${Math.round(b)} / ${a.toFixed(3)})`;
+
+  /** Background by share, and ink that can be read on it. */
+  function shade(element, share) {
+    const c = color(onPage(), share), card = isDark() ? [31, 31, 29] : [255, 255, 255];
+    const mixed = [0, 1, 2].map((i) => c[i] * c[3] + card[i] * (1 - c[3]));
+    const luminance = (0.299 * mixed[0] + 0.587 * mixed[1] + 0.114 * mixed[2]) / 255;
+    element.style.background = css(c);
+    element.style.color = luminance > 0.52 ? "#1d1d1b" : "#ffffff";
+  }
+
+  /** Blue below zero, orange above. */
+  function diverging(element, value, largest) {
+    const share = Math.min(1, Math.abs(value) / (largest || 1));
+    const base = value >= 0 ? (isDark() ? [255, 154, 92] : [214, 90, 24]) : (isDark() ? [127, 176, 255] : [43, 99, 184]);
+    element.style.background = css([...base, 0.75 * share]);
+    element.style.color = share > 0.75 && !isDark() ? "#ffffff" : isDark() && share > 0.75 ? "#161615" : "";
+  }
+
+  // ---------------------------------------------------------------------------------------------- small parts
+
+  /** An element: h("button", {class: "plain", onclick: f}, "text", child, ...). */
+  function h(tag, attributes = {}, ...children) {
+    const element = document.createElement(tag);
+    for (const [key, value] of Object.entries(attributes)) {
+      if (key.startsWith("on")) element.addEventListener(key.slice(2), value);
+      else if (value === true) element.setAttribute(key, "");
+      else if (value !== false && value !== null && value !== undefined) element.setAttribute(key, value);
+    }
+    element.append(...children.flat().filter((child) => child !== null && child !== undefined));
+    return element;
+  }
+
+  /** Arrow keys move among `buttons`; one of them is in the tab order. */
+  function roving(container, buttons, columns = 1) {
+    const steps = { ArrowRight: 1, ArrowLeft: -1, ArrowDown: columns, ArrowUp: -columns, Home: -Infinity, End: Infinity };
+    container.addEventListener("keydown", (event) => {
+      const at = buttons.indexOf(document.activeElement), step = steps[event.key];
+      if (at < 0 || step === undefined) return;
+      event.preventDefault();
+      const next = Math.abs(step) === Infinity ? clamp(step, buttons.length) : at + step;
+      if (buttons[next]) buttons[next].focus();
+    });
+  }
+  const tabTo = (buttons, chosen) => buttons.forEach((b, i) => { b.tabIndex = i === chosen ? 0 : -1; });
+
+  function choice(label, options, choose) {
+    const buttons = options.map(([value, text]) => h("button", { role: "radio", type: "button", "data-value": value, onclick: () => choose(value) }, text));
+    const element = h("div", { class: "segmented", role: "radiogroup", "aria-label": label }, buttons);
+    roving(element, buttons);
+    element.choose = (value) => {
+      buttons.forEach((b) => b.setAttribute("aria-checked", String(b.dataset.value === value)));
+      tabTo(buttons, Math.max(0, options.findIndex(([v]) => v === value)));
+    };
+    return element;
+  }
+
+  function canvas(width, height, attributes = {}) {
+    return h("canvas", { width, height, ...attributes });
+  }
+
+  /** Cells of a canvas by share of `top`, `columns` a row, from (left, upper). */
+  function cells(context, values, columns, size, stops, top, left = 0, upper = 0) {
+    values.forEach((value, i) => {
+      context.fillStyle = css(color(stops, value / (top || 1)));
+      context.fillRect(left + (i % columns) * size, upper + Math.floor(i / columns) * size, size, size);
+    });
+  }
+
+  const METHODS = {
+    relevancy: "Relevancy: attention weighted by what it did for this token's logit (Chefer et al. 2021), carried from the decoder back through both towers.",
+    rollout: "Rollout: attention multiplied through all layers, half of every state being its residual (Abnar and Zuidema 2020). Says where information could come from.",
+    mean: "Mean: plain cross-attention, averaged over all layers and heads. What the decoder looked at, whether it used it or not.",
+    layer: "Layer: cross-attention of one layer, averaged over its heads.",
+    head: "Head: the weights of a single head, exactly as they ran.",
+  };
+  const KINDS = { cross: "Cross-attention", image: "Inside the image", text: "Inside the question", encoder: "Inside the article", decoder: "Inside the answer" };
+
+  // What is shown; shared by both studies of a comparison.
+  const state = { mode: "relevancy", kind: "cross", layer: 0, head: 0, token: 0, place: { image: 0, text: 0, encoder: 0 }, opacity: 0.9, all: false, detail: 0 };
+  const studies = [];
+  const refresh = () => studies.forEach((study) => study.draw());
+  function set(changes) { Object.assign(state, changes); refresh(); }
+
+  // ---------------------------------------------------------------------------------------------- one study
+
+  class Study {
+    constructor(data, compared) {
+      this.data = data;
+      this.compared = compared;
+      this.hover = null;
+      this.attentions = {};
+      for (const [kind, a] of Object.entries(data.attentions)) this.attentions[kind] = { ...a, pattern: unpack(a.pattern) };
+      this.flows = {};
+      for (const [name, f] of Object.entries(data.flows)) this.flows[name] = { sources: unpack(f.sources), decoder: unpack(f.decoder) };
+      this.mixing = data.mixing ? unpack(data.mixing) : null;
+      this.opened = new Map(data.opened.map((o) => [`${o.layer}.${o.head}`, o]));
+      this.slices = [];
+      let start = 0;
+      for (const source of data.sources) { this.slices.push({ ...source, start, stop: start + source.labels.length }); start += source.labels.length; }
+      this.picture = this.slices.find((s) => s.grid) || null;
+      this.element = h("div", { class: "study" });
+      this.build();
+    }
+
+    // -------------------------------------------------------------------------------------------- numbers
+
+    get token() { return this.hover === null ? clamp(state.token, this.data.tokens.length) : this.hover; }
+    get row() { return this.data.tokens[this.token].row; }
+    get kind() { return this.attentions[state.kind] ? state.kind : "cross"; }
+    get layer() { return clamp(state.layer, this.attentions[this.kind].pattern.shape[0]); }
+    get head() { return clamp(state.head, this.attentions[this.kind].pattern.shape[1]); }
+
+    /** Which row of an attention's pattern is asked for. */
+    query(kind) {
+      const a = this.attentions[kind];
+      if (kind === "cross" || kind === "decoder") return a.rows ? 1 : this.row;
+      return a.rows ? (state.place[kind] === 0 ? 0 : 1) : clamp(state.place[kind], a.pattern.shape[2]);
+    }
+
+    /** Weights of one head, of a layer's mean or of all, over that attention's keys. */
+    weights(kind, mode, layer, head) {
+      const { pattern } = this.attentions[kind], query = this.query(kind), [layers, heads] = pattern.shape;
+      if (mode === "head") return row(pattern, layer, head, query);
+      const chosen = mode === "layer" ? [layer] : range(layers);
+      return mean(chosen.flatMap((l) => range(heads).map((i) => row(pattern, l, i, query))));
+    }
+
+    /** Shares of the tokens of every source (and of the answer so far) for what is chosen. */
+    shares(kind = this.kind, mode = state.mode, layer = this.layer, head = this.head) {
+      const total = this.slices.at(-1).stop;
+      if (kind === "cross" && (mode === "relevancy" || mode === "rollout")) {
+        const flow = this.flows[mode];
+        return { sources: row(flow.sources, this.row), own: row(flow.decoder, this.row) };
+      }
+      const values = this.weights(kind, mode, layer, head);
+      if (kind === "decoder") return { sources: new Float32Array(total), own: values };
+      const sources = new Float32Array(total);
+      if (kind !== "cross") sources.set(values, this.slices.find((s) => s.tower === kind).start);
+      else if (this.mixing) values.forEach((w, k) => row(this.mixing, k).forEach((m, s) => { sources[s] += w * m; }));
+      else sources.set(values);
+      return { sources, own: new Float32Array(0) };
+    }
+
+    of(source, shares) { return shares.sources.subarray(source.start, source.stop); }
+
+    patches(shares) {
+      const [rows, columns] = this.picture.grid;
+      return this.of(this.picture, shares).subarray(this.picture.labels.length - rows * columns);
+    }
+
+    /** The share that gets full colour: the largest among tokens with content of their own, 3 times the mean at least. */
+    top(source, shares) {
+      const values = Array.from(this.of(source, shares)).filter((_, i) => !source.sinks.includes(i));
+      return Math.max(1e-9, (3 * sum(values)) / (values.length || 1), ...values);
+    }
+
+    masses(shares) {
+      const groups = { image: 0, text: 0, sink: 0, own: 0 };
+      for (const source of this.slices) {
+        this.of(source, shares).forEach((v, i) => { groups[source.sinks.includes(i) ? "sink" : source.grid ? "image" : "text"] += v; });
+      }
+      groups.own = sum(shares.own);
+      if (state.mode === "relevancy" && this.kind === "cross") groups.own -= 1; // Chefer's rules start from the identity
+      const total = sum(Object.values(groups)) || 1;
+      for (const name of Object.keys(groups)) groups[name] /= total;
+      return groups;
+    }
+
+    // -------------------------------------------------------------------------------------------- building
+
+    build() {
+      const { data } = this;
+      if (this.compared) {
+        this.element.append(h("p", { class: "run" }, h("b", {}, data.run), ` answered “${data.answer.text || "(nothing)"}” with probability ${percent(data.answer.probability)}`));
+      }
+      this.element.append(this.buildStage(), this.buildHeads(), this.buildSteps(), this.buildLens(), this.buildCertificate());
+    }
+
+    buildStage() {
+      const { data } = this;
+      const left = h("div");
+      if (this.picture) {
+        const [rows, columns] = this.picture.grid;
+        this.map = canvas(columns * 16, rows * 16, { tabindex: 0, role: "img" });
+        this.map.addEventListener("pointermove", (e) => this.point(e));
+        this.map.addEventListener("pointerleave", () => { this.note.textContent = ""; });
+        this.map.addEventListener("click", (e) => { this.point(e); if (this.kind === "image") set({ place: { ...state.place, image: this.pointed + 1 } }); });
+        this.map.addEventListener("keydown", (e) => this.walk(e));
+        const image = h("img", { src: data.image, alt: "", class: data.pixelated ? "pixels" : null });
+        left.append(h("div", { class: "picture" }, image, this.map));
+        this.slider = h("input", { type: "range", min: 0, max: 100, value: 90, id: `opacity-${studies.length}`, oninput: (e) => set({ opacity: e.target.value / 100 }) });
+        this.scale = canvas(64, 1);
+        left.append(h("div", { class: "under" },
+          h("span", { class: "legend" }, "none", this.scale, "strongest"),
+          h("label", { for: this.slider.id }, "overlay"), this.slider));
+        this.note = h("p", { class: "note" });
+        left.append(this.note);
+      }
+      const right = h("div");
+      this.words = this.slices.filter((s) => !s.grid).map((source) => {
+        const long = source.labels.length > 40;
+        const words = source.labels.map((label, i) => h("button", {
+          type: "button", class: `word${source.sinks.includes(i) ? " sink" : ""}`,
+          onclick: () => { if (this.kind === source.tower) set({ place: { ...state.place, [source.tower]: i } }); },
+        }, label.trim() || label));
+        source.labels.forEach((label, i) => words[i].classList.toggle("starts", label.startsWith(" ")));
+        const box = h("div", { class: `words${long ? " flowing" : ""}` }, words);
+        roving(box, words);
+        right.append(h("div", { class: "block" }, h("h3", {}, source.tower === "text" ? "Question, as the text tower reads it" : "Text, as the encoder reads it"), box));
+        return { source, words };
+      });
+      this.answerButtons = data.tokens.map((token, i) => {
+        const meter = h("span", { class: "meter" }, h("i"));
+        meter.firstChild.style.width = `${100 * token.probability}%`;
+        const label = token.label.trim() || "␣";
+        return h("button", {
+          class: `token${token.id === data.answer.end ? " end" : ""}`, role: "radio", type: "button",
+          "aria-label": `token ${i + 1}: ${label}, probability ${percent(token.probability)}`,
+          onclick: () => { this.hover = null; set({ token: i }); },
+          onpointerenter: () => { this.hover = i; this.draw(); },
+          onpointerleave: () => { this.hover = null; this.draw(); },
+        }, h("b", {}, label), h("span", {}, meter, percent(token.probability)));
+      });
+      this.answers = h("div", { class: "answers", role: "radiogroup", "aria-label": "generated tokens" }, this.answerButtons);
+      roving(this.answers, this.answerButtons);
+      right.append(h("div", { class: "block" }, h("h3", {}, "Answer, token by token, with probabilities"), this.answers));
+
+      this.modes = choice("what to show", [["relevancy", "Relevancy"], ["rollout", "Rollout"], ["mean", "Mean"], ["layer", "Layer"], ["head", "Head"]], (mode) => set(mode === "relevancy" || mode === "rollout" ? { mode, kind: "cross" } : { mode }));
+      const count = (n) => range(n).map((i) => h("option", { value: i }, i));
+      const most = (axis) => Math.max(...Object.values(this.attentions).map((a) => a.pattern.shape[axis]));
+      this.layerPicker = h("select", { "aria-label": "layer", onchange: (e) => set({ layer: Number(e.target.value) }) }, count(most(0)));
+      this.headPicker = h("select", { "aria-label": "head", onchange: (e) => set({ head: Number(e.target.value) }) }, count(most(1)));
+      this.layerLabel = h("label", {}, "layer", this.layerPicker);
+      this.headLabel = h("label", {}, "head", this.headPicker);
+      this.explain = h("p", { class: "explain" });
+      right.append(h("div", { class: "block" }, h("h3", {}, "Show"), this.modes, h("div", { class: "pickers" }, this.layerLabel, this.headLabel), this.explain));
+      this.bar = h("div", { class: "shares", "aria-hidden": "true" });
+      this.barKeys = h("div", { class: "keys" });
+      right.append(h("div", { class: "block" }, h("h3", {}, "Where it goes"), this.bar, this.barKeys));
+      this.live = h("p", { class: "hidden", role: "status", "aria-live": "polite" });
+      right.append(this.live);
+      return h("section", { "aria-label": "answer" }, h("div", { class: `stage${this.picture ? "" : " wordy"}` }, this.picture ? left : null, right));
+    }
+
+    buildHeads() {
+      this.kinds = choice("which attention", Object.keys(this.attentions).map((kind) => [kind, KINDS[kind]]), (kind) => set({ kind, mode: kind === "cross" ? state.mode : state.mode === "head" ? "head" : "mean" }));
+      this.gridBox = h("div", { class: "scroll" });
+      this.gridLead = h("p", { class: "lead" });
+      this.statistics = h("details", {}, h("summary", {}, "All heads in numbers"), h("div", { class: "scroll" }, this.table()));
+      return h("section", { "aria-label": "heads" }, h("div", { class: "bar" }, h("div", {}, h("h2", {}, "Every head"), this.gridLead), this.kinds), this.gridBox, h("br"), this.statistics);
+    }
+
+    buildSteps() {
+      this.stepTitle = h("h2");
+      this.stepBox = h("div", { class: "steps" });
+      return h("section", { class: "stepwise", "aria-label": "one head, step by step" }, this.stepTitle, this.stepBox);
+    }
+
+    buildLens() {
+      this.lensBox = h("div", { class: "split" });
+      return h("section", { "aria-label": "lenses" }, h("h2", {}, "How the answer grows"),
+        h("p", { class: "lead" }, "Left: what the decoder would say if it stopped after a layer (logit lens). Right: what each head adds to the token's logit, above the mean logit of the vocabulary; the parts sum to the logit exactly."), this.lensBox);
+    }
+
+    buildCertificate() {
+      const c = this.data.certificate;
+      const item = (value, name, meaning) => h("div", {}, h("b", { class: value <= 1e-5 ? "good" : "bad" }, value.toExponential(1).replace("-", "−")), h("span", {}, h("span", {}, name), h("br"), meaning));
+      return h("section", { class: "certificate", "aria-label": "certificate" }, h("h2", {}, "Certificate"),
+        h("p", { class: "lead" }, `The weights on this page were rebuilt from q, k and each row’s log-sum-exp while the model ran its own attention. These are the largest differences over ${c.rows.toLocaleString("en")} rows of ${c.attentions} attentions.`),
+        h("div", { class: "proofs" },
+          item(c.mass, "max |ΣP − 1|", "each row of weights is whole"),
+          item(c.output, "max |P V − O|", "they give what the kernel returned"),
+          item(c.softmax, "max |P − softmax|", "they are the explicit softmax")),
+        h("p", { class: "note" }, "In the pictures of this page a weight has 8 bits, relative to its row; the numbers of an opened head have 16 or 32."));
+    }
+
+    table() {
+      const columns = ["attention", "head", "entropy", "image", "text", "sinks", "distance"];
+      let order = 0, down = false;
+      const body = h("tbody");
+      const fill = () => {
+        const rows = this.data.heads.map((r) => r);
+        if (order) rows.sort((a, b) => (down ? -1 : 1) * ((a[order] ?? -1) - (b[order] ?? -1)));
+        body.replaceChildren(...rows.map(([name, head, entropy, image, text, sink, distance]) => h("tr", {}, h("td", {}, name), h("td", {}, head),
+          h("td", {}, number(entropy, 2)), h("td", {}, percent(image)), h("td", {}, percent(text)), h("td", {}, percent(sink)), h("td", {}, distance === null ? "–" : number(distance, 1)))));
+      };
+      const heads = columns.map((name, i) => h("th", { scope: "col" }, h("button", { type: "button", onclick: () => { down = order === i ? !down : i > 1; order = i; fill(); } }, name)));
+      fill();
+      return h("table", {}, h("caption", { class: "hidden" }, "statistics of every head"), h("thead", {}, h("tr", {}, heads)), body);
+    }
+
+    // -------------------------------------------------------------------------------------------- drawing
+
+    draw() {
+      const shares = this.shares();
+      this.drawWords(shares);
+      if (this.picture) this.drawPicture(shares);
+      this.drawControls(shares);
+      this.drawGrid();
+      if (this.hover === null) { this.drawSteps(); this.drawLens(); }
+    }
+
+    drawPicture(shares) {
+      const [rows, columns] = this.picture.grid, context = this.map.getContext("2d"), cell = 16;
+      const values = this.patches(shares), top = this.top(this.picture, shares), sumAll = sum(shares.sources);
+      context.clearRect(0, 0, this.map.width, this.map.height);
+      this.map.style.opacity = 1;
+      context.globalAlpha = state.opacity / 0.9 > 1 ? 1 : state.opacity / 0.9;
+      if (sumAll > 1e-9 && sum(values) > 1e-9) cells(context, values, columns, cell, OVER_IMAGE, top);
+      context.globalAlpha = 1;
+      if (this.kind === "image" && state.place.image > 0) {
+        const at = clamp(state.place.image - 1, rows * columns);
+        context.strokeStyle = "#1d1d1b"; context.lineWidth = 2;
+        context.strokeRect((at % columns) * cell + 1, Math.floor(at / columns) * cell + 1, cell - 2, cell - 2);
+      }
+      const bar = this.scale.getContext("2d");
+      range(64).forEach((i) => { bar.fillStyle = css(color(ON_LIGHT, i / 63)); bar.fillRect(i, 0, 1, 1); });
+      this.slider.value = Math.round(100 * state.opacity);
+      this.map.setAttribute("aria-label", this.inWords(shares));
+      this.lastShares = shares;
+    }
+
+    drawWords(shares) {
+      for (const { source, words } of this.words) {
+        const values = this.of(source, shares), top = this.top(source, shares);
+        words.forEach((word, i) => {
+          shade(word, sum(values) > 1e-9 ? values[i] / top : 0);
+          if (values[i] / top < 0.02) word.style.color = "";
+          word.title = `${percent(values[i])}`;
+          word.classList.toggle("query", this.kind === source.tower && i === clamp(state.place[source.tower], words.length));
+        });
+        tabTo(words, clamp(state.place[source.tower] || 0, words.length));
+      }
+    }
+
+    drawControls(shares) {
+      this.answerButtons.forEach((b, i) => b.setAttribute("aria-checked", String(i === clamp(state.token, this.answerButtons.length))));
+      tabTo(this.answerButtons, clamp(state.token, this.answerButtons.length));
+      this.modes.choose(state.mode);
+      this.kinds.choose(this.kind);
+      this.layerLabel.hidden = !(state.mode === "layer" || state.mode === "head");
+      this.headLabel.hidden = state.mode !== "head";
+      this.layerPicker.value = this.layer;
+      this.headPicker.value = this.head;
+      let text = METHODS[state.mode];
+      if (this.kind !== "cross") text = `${KINDS[this.kind]}: ${state.mode === "head" ? "one head" : state.mode === "layer" ? "one layer, averaged over heads" : "averaged over layers and heads"}. ${this.whose()}`;
+      else if (this.mixing && state.mode !== "relevancy" && state.mode !== "rollout") text += " This run’s decoder reads one averaged key, so its cross-attention is the same everywhere by construction.";
+      this.explain.textContent = text;
+      const masses = this.masses(shares);
+      const names = { image: "image", text: this.picture ? "question" : "article", sink: "sinks (class token, separators)", own: "the decoder’s own tokens" };
+      const seen = Object.keys(names).filter((name) => masses[name] > 0.0005 || (name === "text") || (name === "image" && this.picture));
+      this.bar.replaceChildren(...seen.map((name) => { const i = h("i"); i.style.cssText = `width:${100 * masses[name]}%;background:var(--${name})`; return i; }));
+      this.barKeys.replaceChildren(...seen.map((name) => { const dot = h("i"); dot.style.background = `var(--${name})`; return h("span", {}, dot, `${names[name]} ${percent(masses[name])}`); }));
+      this.live.textContent = this.inWords(shares);
+    }
+
+    /** What the pictures show, as a sentence. */
+    inWords(shares) {
+      const parts = [];
+      if (this.picture) {
+        const values = Array.from(this.patches(shares)), columns = this.picture.grid[1], total = sum(shares.sources) || 1;
+        const best = range(values.length).sort((a, b) => values[b] - values[a]).slice(0, 3);
+        parts.push("strongest patches " + best.map((i) => `row ${Math.floor(i / columns) + 1} column ${(i % columns) + 1} (${percent(values[i] / total)})`).join(", "));
+      }
+      for (const { source } of this.words) {
+        const values = Array.from(this.of(source, shares)), total = sum(shares.sources) || 1;
+        const best = range(values.length).sort((a, b) => values[b] - values[a]).slice(0, 3);
+        parts.push("strongest words " + best.map((i) => `${source.labels[i].trim()} (${percent(values[i] / total)})`).join(", "));
+      }
+      const what = this.kind === "cross" ? `${state.mode} for token ${this.data.tokens[this.token].label.trim()}` : KINDS[this.kind];
+      const which = state.mode === "head" ? `, layer ${this.layer} head ${this.head}` : state.mode === "layer" ? `, layer ${this.layer}` : "";
+      return `${what}${which}: ${parts.join("; ")}`;
+    }
+
+    whose() {
+      const reduced = this.attentions[this.kind].rows;
+      if (this.kind === "decoder") return "Read by the chosen token, from the tokens before it.";
+      if (this.kind === "image") {
+        if (reduced) return state.place.image === 0 ? "Read by the class token; click any patch for the mean over all patches." : "Mean over all patches; single patches are in trace.safetensors.";
+        return state.place.image === 0 ? "Read by the class token. Click a patch to ask it instead." : `Read by patch ${this.picture.labels[clamp(state.place.image, this.picture.labels.length)].slice(6)} (row, column). Escape goes back to the class token.`;
+      }
+      if (reduced) return state.place[this.kind] === 0 ? "Read by the first token; choose another word for the mean over all." : "Mean over all tokens; single ones are in trace.safetensors.";
+      return "Read by the outlined word; choose another.";
+    }
+
+    drawGrid() {
+      const kind = this.kind, { pattern } = this.attentions[kind], [layers, heads] = pattern.shape;
+      const signature = `${kind}`;
+      if (this.gridOf !== signature) {
+        this.gridOf = signature;
+        this.thumbs = [];
+        const grid = h("div", { class: "grid", role: "group", "aria-label": `${KINDS[kind]}: layers by heads` });
+        const size = this.thumbSize(kind), wide = Math.max(44, Math.min(size.wide, Math.floor((this.compared ? 600 : 1080) / heads)));
+        grid.style.gridTemplateColumns = `auto repeat(${heads}, ${wide}px)`;
+        grid.append(h("span"), ...range(heads).map((i) => h("span", { class: "axis" }, `head ${i}`)));
+        for (const layer of range(layers)) {
+          grid.append(h("span", { class: "axis" }, `layer ${layer}`));
+          for (const head of range(heads)) {
+            const picture = canvas(size.width, size.height);
+            const button = h("button", { class: "thumb", type: "button", "data-layer": layer, "data-head": head, onclick: () => set({ mode: "head", layer, head }) }, picture);
+            this.thumbs.push({ layer, head, picture, button });
+            grid.append(button);
+          }
+        }
+        roving(grid, this.thumbs.map((t) => t.button), heads);
+        this.gridBox.replaceChildren(grid);
+        const whole = { cross: this.picture ? "Each picture is one head of the decoder for the chosen token: patches above, question words below." : "Each picture is one head of the decoder: answer tokens downwards, text tokens across; the chosen token is outlined.",
+          image: "Each picture is one head of the image tower for the chosen patch.", text: "Each picture is one head of the text tower: reader downwards, read across.", encoder: "Each picture is one head of the encoder.", decoder: "Each picture is one head of the decoder’s self-attention: reader downwards, read across." };
+        this.gridLead.textContent = `${whole[kind]} Choose one to see it large${kind === "cross" ? " and open it below" : ""}.`;
+      }
+      const stats = new Map(this.data.heads.map((s) => [`${s[0]}.${s[1]}`, s]));
+      for (const { layer, head, picture, button } of this.thumbs) {
+        this.drawThumb(picture, kind, layer, head);
+        const chosen = state.mode === "head" && layer === this.layer && head === this.head;
+        button.setAttribute("aria-pressed", String(chosen));
+        const s = stats.get(`${this.attentions[kind].names[layer]}.${head}`);
+        const text = `layer ${layer} head ${head}: image ${percent(s[3])}, text ${percent(s[4])}, sinks ${percent(s[5])}, entropy ${number(s[2], 2)}` + (s[6] === null ? "" : `, distance ${number(s[6], 1)}`);
+        button.setAttribute("aria-label", text);
+        button.title = text;
+      }
+      tabTo(this.thumbs.map((t) => t.button), Math.max(0, this.thumbs.findIndex((t) => t.layer === this.layer && t.head === this.head)));
+    }
+
+    asMap(kind) { return this.picture && (kind === "image" || (kind === "cross")); }
+
+    thumbSize(kind) {
+      const { pattern } = this.attentions[kind], rows = pattern.shape[2], keys = pattern.shape[3];
+      if (this.asMap(kind)) {
+        const [r, c] = this.picture.grid, words = kind === "cross" ? this.wordCount() : 0, cell = Math.max(4, Math.floor(128 / c));
+        const strip = words ? Math.max(8, Math.round(r * cell * 0.13)) + 3 : 0;
+        return { width: c * cell, height: r * cell + strip, cell, strip, wide: 150 };
+      }
+      const cell = Math.max(1, Math.floor(180 / keys));
+      const tall = Math.max(1, Math.min(16, Math.floor(96 / rows)));
+      return { width: keys * cell, height: rows * (rows === keys ? cell : tall), cell, tall: rows === keys ? cell : tall, wide: 190 };
+    }
+
+    wordCount() { return sum(this.words.map(({ source }) => source.labels.length)); }
+
+    drawThumb(picture, kind, layer, head) {
+      const context = picture.getContext("2d"), stops = onPage(), size = this.thumbSize(kind);
+      context.clearRect(0, 0, picture.width, picture.height);
+      if (this.asMap(kind)) {
+        const shares = this.shares(kind, "head", layer, head);
+        cells(context, this.patches(shares), this.picture.grid[1], size.cell, stops, this.top(this.picture, shares));
+        if (!size.strip) return;
+        let left = 0;
+        for (const { source } of this.words) {
+          const values = this.of(source, shares), wide = picture.width / this.wordCount(), top = Math.max(this.top(source, shares), 1e-6);
+          values.forEach((v, i) => {
+            context.fillStyle = css(color(stops, Math.min(1, v / top)));
+            context.fillRect(left + i * wide, picture.height - size.strip + 3, Math.ceil(wide), size.strip - 3);
+          });
+          left += values.length * wide;
+        }
+        context.fillStyle = isDark() ? "#34342f" : "#e2e1d9";
+        context.fillRect(0, picture.height - size.strip, picture.width, 1);
+        return;
+      }
+      const { pattern } = this.attentions[kind];
+      for (const q of range(pattern.shape[2])) {
+        const values = row(pattern, layer, head, q), top = Math.max(1e-9, ...values);
+        values.forEach((v, k) => { context.fillStyle = css(color(stops, v / top)); context.fillRect(k * size.cell, q * size.tall, size.cell, size.tall); });
+      }
+      context.strokeStyle = isDark() ? "#ecebe6" : "#1d1d1b";
+      context.strokeRect(0.5, this.query(kind) * size.tall + 0.5, picture.width - 1, Math.max(1, size.tall - 1));
+    }
+
+    // -------------------------------------------------------------------------------------------- one head, step by step
+
+    keyName(k) {
+      if (this.mixing) return { text: "the one averaged key" };
+      const source = this.slices.find((s) => k < s.stop), i = k - source.start;
+      if (source.grid && i >= source.labels.length - source.grid[0] * source.grid[1]) return { text: source.labels[i], patch: i - (source.labels.length - source.grid[0] * source.grid[1]) };
+      return { text: source.labels[i].trim() };
+    }
+
+    drawSteps() {
+      const layer = clamp(state.layer, this.attentions.cross.pattern.shape[0]), head = clamp(state.head, this.attentions.cross.pattern.shape[1]);
+      const opened = this.opened.get(`${layer}.${head}`);
+      this.stepTitle.textContent = `Cross-attention layer ${layer}, head ${head}, step by step`;
+      if (!opened) {
+        const others = [...this.opened.values()].slice(0, 12).map((o) => h("button", { class: "plain", type: "button", onclick: () => set({ mode: "head", kind: "cross", layer: o.layer, head: o.head }) }, `layer ${o.layer} head ${o.head}`));
+        this.stepBox.className = "steps";
+        this.stepBox.replaceChildren(h("p", { class: "lead" }, "The numbers of this head are not in the page, to keep it small; trace.safetensors has them. The heads that did most for the answer are here:"), h("div", { class: "pickers" }, others));
+        return;
+      }
+      const a = this.numbers(opened), t = this.row, width = a.q.shape[1];
+      const dots = row(a.dots, t), mask = row(a.mask, t), lse = a.lse.values[t];
+      const scores = dots.map((d, i) => (mask[i] < -1e29 ? -Infinity : d * opened.scale + mask[i]));
+      const weights = scores.map((s) => Math.exp(s - lse));
+      const q = row(a.q, t), z = row(a.z, t), read = new Float32Array(width);
+      weights.forEach((w, k) => row(a.v, k).forEach((v, i) => { read[i] += w * v; }));
+      const off = Math.max(...read.map((v, i) => Math.abs(v - z[i])));
+      const order = range(weights.length).sort((i, j) => weights[j] - weights[i]);
+      const shown = state.all ? order : order.slice(0, 8);
+      const largest = Math.max(...weights);
+      const token = this.data.tokens[this.token].label.trim();
+      const formula = h("div", { class: "formula" }, "weight = exp( q·k × ", h("b", {}, number(opened.scale, 4)), " + mask − LSE ),   LSE = log Σ exp(score) = ", h("b", {}, number(lse, 4)), "\nz      = Σ weight · v");
+      const body = shown.map((k) => {
+        const { text, patch } = this.keyName(k), meter = h("span", { class: "meter" }, h("i"));
+        meter.firstChild.style.width = `${(100 * weights[k]) / largest}%`;
+        return h("tr", {}, h("td", { class: "key" }, patch === undefined ? null : this.patchImage(patch), text), h("td", {}, number(dots[k])), h("td", {}, number(dots[k] * opened.scale)), h("td", {}, number(mask[k], 0)), h("td", {}, number(scores[k] - lse)), h("td", {}, h("span", { class: "weight" }, meter, weights[k].toFixed(4))));
+      });
+      const names = ["key", "q·k", "× scale", "+ mask", "− LSE", "exp: weight"];
+      const table = h("table", {}, h("caption", { class: "hidden" }, `keys read by layer ${layer} head ${head}`), h("thead", {}, h("tr", {}, names.map((n) => h("th", { scope: "col" }, n)))), h("tbody", {}, body));
+      const more = h("button", { class: "plain", type: "button", onclick: () => set({ all: !state.all }) }, state.all ? "Only the strongest 8" : `All ${order.length} keys`);
+      const best = order[0];
+      const strips = h("div", {}, this.strip(`q of “${token}”`, q), this.strip("k, strongest key", row(a.k, best)), this.strip("v, strongest key", row(a.v, best)), this.strip("z = Σ weight · v", read), this.strip("z that ran", z));
+      const check = h("p", { class: "explain check" }, `Worked out here, in your browser: the ${weights.length} weights sum to ${sum(weights).toFixed(6)}, and z differs from the one that ran by at most ${off.toExponential(1)} (v travels in half precision).`);
+      this.stepBox.className = "steps open";
+      this.stepBox.replaceChildren(
+        h("div", { class: "full" }, h("p", { class: "lead" }, `What this head did when the decoder wrote “${token}”, strongest keys first.`), formula),
+        h("div", {}, h("div", { class: "scroll" }, table), order.length > 8 ? h("div", { class: "pickers" }, more) : null),
+        h("div", {}, strips, check));
+    }
+
+    numbers(opened) {
+      if (!opened.unpacked) opened.unpacked = Object.fromEntries(["q", "k", "v", "z", "dots", "mask", "lse"].map((n) => [n, unpack(opened[n])]));
+      return opened.unpacked;
+    }
+
+    strip(name, values) {
+      const largest = Math.max(...values.map(Math.abs)) || 1, picture = canvas(values.length, 1, { role: "img" });
+      const context = picture.getContext("2d"), swatch = h("i");
+      values.forEach((v, i) => { diverging(swatch, v, largest); context.fillStyle = swatch.style.background; context.fillRect(i, 0, 1, 1); });
+      const text = Array.from(values, (v) => number(v, 2)).join("  ");
+      picture.title = text;
+      picture.setAttribute("aria-label", `${name}: ${text}`);
+      return h("div", { class: "strip" }, h("span", {}, name), picture);
+    }
+
+    patchImage(patch) {
+      const [rows, columns] = this.picture.grid, box = h("span", { class: "patch" });
+      box.style.cssText = `display:inline-block;vertical-align:middle;background-image:url("${this.data.image}");background-size:${columns * 100}% ${rows * 100}%;background-position:${columns > 1 ? ((patch % columns) / (columns - 1)) * 100 : 0}% ${rows > 1 ? (Math.floor(patch / columns) / (rows - 1)) * 100 : 0}%`;
+      return box;
+    }
+
+    // -------------------------------------------------------------------------------------------- lenses
+
+    drawLens() {
+      const { lens, attributions, tokens } = this.data, i = this.token, final = tokens[i].label;
+      const lines = lens.map((layer, l) => h("tr", {}, h("td", {}, l === 0 ? "embedding" : `after layer ${l - 1}`), layer[i].slice(0, this.compared ? 3 : 4).map(([label, p]) => {
+        const guess = h("span", { class: `guess${label === final ? " final" : ""}` }, label.trim() || "␣", h("small", {}, percent(p)));
+        shade(guess, p);
+        if (p < 0.04) guess.style.color = "";
+        return h("td", {}, guess);
+      })));
+      const left = h("div", {}, h("h3", {}, `What each layer would say for “${final.trim()}”`), h("div", { class: "scroll" }, h("table", { class: "lens" }, h("caption", { class: "hidden" }, "logit lens"), h("tbody", {}, lines))));
+      const a = attributions[i], heads = a.cross[0].length;
+      const all = [...a.cross.flat(), ...a.self.flat(), ...a.mlps, a.embedding, a.biases], largest = Math.max(...all.map(Math.abs));
+      const cell = (value, name) => { const c = h("span", { class: "cell", title: name }, number(value, 2)); diverging(c, value, largest); return h("td", {}, c); };
+      const block = (kind, title) => [h("tr", {}, h("th", { scope: "col" }, title), range(heads).map((n) => h("th", { scope: "col" }, `head ${n}`)), kind === "cross" ? h("th", { scope: "col" }, "MLP") : null),
+        ...a[kind].map((values, l) => h("tr", {}, h("td", {}, `layer ${l}`), values.map((v, n) => cell(v, `${kind} layer ${l} head ${n}`)), kind === "cross" ? cell(a.mlps[l], `MLP of layer ${l}`) : null))];
+      const total = sum(all);
+      const right = h("div", {}, h("h3", {}, `What wrote “${final.trim()}”: logit ${number(total, 2)} above the mean`), h("div", { class: "scroll" }, h("table", { class: "parts" }, h("caption", { class: "hidden" }, "direct logit attribution"), h("tbody", {}, block("cross", "cross"), block("self", "self")))), h("p", { class: "note" }, `embedding ${number(a.embedding, 2)}, biases ${number(a.biases, 2)}`));
+      this.lensBox.replaceChildren(left, right);
+    }
+
+    // -------------------------------------------------------------------------------------------- pointing at patches
+
+    point(event) {
+      const box = this.map.getBoundingClientRect(), [rows, columns] = this.picture.grid;
+      const column = clamp(Math.floor(((event.clientX - box.left) / box.width) * columns), columns);
+      const line = clamp(Math.floor(((event.clientY - box.top) / box.height) * rows), rows);
+      this.say(line * columns + column);
+    }
+
+    say(patch) {
+      this.pointed = patch;
+      const columns = this.picture.grid[1], total = sum(this.lastShares.sources) || 1;
+      this.note.textContent = `patch in row ${Math.floor(patch / columns) + 1}, column ${(patch % columns) + 1}: ${percent(this.patches(this.lastShares)[patch] / total)}`;
+    }
+
+    walk(event) {
+      const columns = this.picture.grid[1], count = columns * this.picture.grid[0];
+      const step = { ArrowRight: 1, ArrowLeft: -1, ArrowDown: columns, ArrowUp: -columns }[event.key];
+      if (event.key === "Escape") { set({ place: { ...state.place, image: 0 } }); return; }
+      if (step === undefined) return;
+      event.preventDefault();
+      const next = clamp((this.pointed ?? 0) + step, count);
+      this.say(next);
+      if (this.kind === "image") set({ place: { ...state.place, image: next + 1 } });
+    }
+  }
+
+  // ---------------------------------------------------------------------------------------------- the page
+
+  const data = JSON.parse(document.getElementById("data").textContent), main = document.getElementById("studies");
+  const preference = matchMedia("(prefers-color-scheme: dark)");
+  const theme = (dark) => { document.documentElement.dataset.theme = dark ? "dark" : "light"; toggle.textContent = dark ? "Light" : "Dark"; if (studies.length) refresh(); };
+  const toggle = h("button", { class: "plain", type: "button", "aria-label": "switch between light and dark", onclick: () => theme(!isDark()) });
+  theme(preference.matches);
+  preference.addEventListener("change", (e) => theme(e.matches));
+
+  const compared = data.length > 1, text = data[0].text;
+  main.classList.toggle("two", compared);
+  const eyebrow = compared ? "Two runs, one input" : `${data[0].run} answered “${data[0].answer.text || "(nothing)"}”, probability ${percent(data[0].answer.probability)}`;
+  const title = text.length > 140 ? `${text.slice(0, 140)}…` : text;
+  main.append(h("header", { class: "top" }, h("div", {}, h("p", { class: "eyebrow" }, eyebrow), h("h1", { class: text.length > 90 ? "long" : null }, title)), toggle));
+  // Begin with the head that did most for the first token.
+  const first = data[0].attributions[0].cross, flat = first.flat().map(Math.abs), best = flat.indexOf(Math.max(...flat));
+  state.layer = Math.floor(best / first[0].length);
+  state.head = best % first[0].length;
+  studies.push(...data.map((d) => new Study(d, compared)));
+  main.append(h("div", { class: "columns" }, studies.map((s) => s.element)));
+  refresh();
+})();

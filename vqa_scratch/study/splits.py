@@ -1,0 +1,165 @@
+"""The study of a whole split: where maps point, how faithful they are, which heads matter; figures, plots and tables.
+
+Pointing needs to know where objects are: the scenes_<split>.json of the embedded data set.
+"""
+
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from vqa_scratch.data.batches import Images, Questions
+from vqa_scratch.data.images import load_image
+from vqa_scratch.data.vqa_files import load_json
+from vqa_scratch.data.vqa_v2 import VQASample, read_vqa
+from vqa_scratch.engine.evaluation import answer_questions
+from vqa_scratch.errors import UserError
+from vqa_scratch.metrics import vqa_accuracy
+from vqa_scratch.run import Run
+from vqa_scratch.storage import write_text, write_whole
+from vqa_scratch.study.faithfulness import (
+    Curves,
+    HeadEffect,
+    Pointing,
+    faithfulness,
+    head_ablation,
+    image_source,
+    patches_of_box,
+    pointing,
+)
+from vqa_scratch.study.inputs import question_subject
+from vqa_scratch.study.subject import VQASubject
+
+COLORS = {"cross": "#7a6a9e", "rollout": "#2b8a7e", "relevancy": "#b4155a", "random": "#9a9a94"}
+
+
+def spread_out(items: list, number: int) -> list:
+    """At most `number` of the items, evenly spaced from the first on."""
+    number = min(number, len(items))
+    return [items[i * len(items) // number] for i in range(number)]
+
+
+def subjects(run: Run, samples: list[VQASample]) -> Iterator[VQASubject]:
+    """One after the other."""
+    for sample in samples:
+        yield question_subject(run, load_image(sample.image_path), sample.question)
+
+
+# ---------------------------------------------------------------------------------------------- pointing
+
+
+def pointing_examples(run: Run, data: Path, split: str, number: int) -> Iterator[tuple[VQASubject, Tensor]]:
+    """Questions that name exactly one object, with that object's patches. Raises UserError without scenes."""
+    path = data / f"scenes_{split}.json"
+    if not path.is_file():
+        raise UserError(f"{path} not found: only the embedded data set says where its objects are")
+    scenes = load_json(path)
+
+    def named(sample: VQASample) -> list[int]:
+        return scenes[str(sample.image_id)]["about"][str(sample.question_id)]
+
+    one = [sample for sample in read_vqa(data, split).samples if len(named(sample)) == 1]
+    for sample in spread_out(one, number):
+        image = load_image(sample.image_path)
+        subject = question_subject(run, image, sample.question)
+        (index,) = named(sample)
+        box = scenes[str(sample.image_id)]["objects"][index]["box"]
+        grid = image_source(subject)[0].grid
+        yield subject, patches_of_box(box, (image.height, image.width), grid)
+
+
+def pointing_figures(run: Run, data: Path, split: str, number: int) -> dict[str, Pointing]:
+    """`faithfulness.pointing` over a split of the embedded data set, best method first."""
+    found = pointing(pointing_examples(run, data, split, number))
+    return dict(sorted(found.items(), key=lambda item: -item[1].ratio))
+
+
+def pointing_table(found: dict[str, Pointing]) -> str:
+    """As text."""
+    lines = [f"{'method':20s} mass on object   area   ratio   hits"]
+    lines += [f"{name:20s} {p.mass:14.1%} {p.area:6.1%} {p.ratio:6.2f}x {p.hit:6.1%}" for name, p in found.items()]
+    return "\n".join(lines) + f"\nover {next(iter(found.values())).questions} questions that name one object"
+
+
+# ---------------------------------------------------------------------------------------------- faithfulness
+
+
+def faithfulness_figures(run: Run, data: Path, split: str, number: int, out: Path) -> dict[str, Any]:
+    """Mean deletion and insertion curves over questions; faithfulness.png, and the areas under the curves."""
+    samples = spread_out(read_vqa(data, split).samples, number)
+    curves = faithfulness(subjects(run, samples))
+    write_whole(out / "faithfulness.png", lambda path: _curves_plot(curves, len(samples), path))
+    return {
+        name: {"deletion_area": Curves.area(c.deletion), "insertion_area": Curves.area(c.insertion), **asdict(c)}
+        for name, c in curves.items()
+    }
+
+
+def _curves_plot(curves: dict[str, Curves], questions: int, path: Path) -> None:
+    figure = Figure(figsize=(9.5, 3.8), layout="constrained")
+    for axes, kind, better in zip(
+        figure.subplots(1, 2, sharey=True), ("deletion", "insertion"), ("lower", "higher"), strict=True
+    ):
+        for name, c in curves.items():
+            values = getattr(c, kind)
+            label = f"{name} ({Curves.area(values):.3f})"
+            axes.plot(c.fractions, values, label=label, color=COLORS[name], lw=2, ls="--" if name == "random" else "-")
+        axes.set_title(f"{kind} ({better} is better)", fontsize=11, loc="left")
+        axes.set_xlabel("share of patches")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False, fontsize=9)
+    figure.axes[0].set_ylabel("probability of the answer")
+    figure.suptitle(f"Patches by importance, {questions} questions", fontsize=11, x=0.01, ha="left")
+    figure.savefig(path, dpi=130, format="png")
+
+
+# ---------------------------------------------------------------------------------------------- head ablation
+
+
+def ablation_figures(run: Run, data: Path, split: str, number: int, pattern: str, out: Path) -> dict[str, Any]:
+    """Official accuracy without each head that `pattern` means; ablation.png and ablation.md."""
+    questions = Questions(read_vqa(data, split).samples, run.encoder)
+    images = Images(questions.image_paths, run.processor)
+    batches = questions.in_order(number, 256)
+    by_id = {sample.question_id: sample for sample in questions.samples}
+
+    def score() -> float:
+        answers = answer_questions(run.model, questions, images, run.precision, batches)
+        scored = [vqa_accuracy(answer.text, by_id[i].answers) for i, answer in answers.items()]
+        return sum(scored) / len(scored)
+
+    base, effects = head_ablation(run.model, score, pattern)
+    write_whole(out / "ablation.png", lambda path: _ablation_plot(base, effects, path))
+    write_text(out / "ablation.md", ablation_table(base, effects))
+    return {"accuracy": base, "heads": [asdict(effect) for effect in effects]}
+
+
+def ablation_table(base: float, effects: list[HeadEffect]) -> str:
+    """Markdown, the heads that matter most first."""
+    lines = ["| head silenced | accuracy | drop |", "|---|---|---|", f"| none | {base:.4f} | |"]
+    return "\n".join([*lines, *(f"| {e.name} {e.head} | {e.score:.4f} | {e.drop:+.4f} |" for e in effects)]) + "\n"
+
+
+def _ablation_plot(base: float, effects: list[HeadEffect], path: Path) -> None:
+    names = sorted({e.name for e in effects}, key=lambda name: (name.split(".")[0], int(name.split(".")[1]), name))
+    heads = 1 + max(e.head for e in effects)
+    figure = Figure(figsize=(1.8 + 0.85 * heads, 1.5 + 0.45 * len(names)), layout="constrained")
+    axes = figure.subplots()
+    drops = [[float("nan")] * heads for _ in names]
+    for e in effects:
+        drops[names.index(e.name)][e.head] = 100 * e.drop
+    largest = max(0.1, max(abs(100 * e.drop) for e in effects))
+    axes.imshow(drops, cmap="PuOr_r", vmin=-largest, vmax=largest, aspect="auto")
+    for e in effects:
+        value = 100 * e.drop
+        ink = "white" if abs(value) > 0.65 * largest else "black"
+        axes.text(e.head, names.index(e.name), f"{value:+.1f}", ha="center", va="center", fontsize=9, color=ink)
+    axes.set_yticks(range(len(names)), names)
+    axes.set_xticks(range(heads), [f"head {h}" for h in range(heads)])
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    axes.set_title(f"Points of accuracy lost without a head (of {100 * base:.1f})", fontsize=11, loc="left")
+    figure.savefig(path, dpi=130, format="png")
