@@ -128,7 +128,7 @@ def summarise(rng: random.Random, facts: dict[str, str], tone: str) -> str:
     return text[0].upper() + text[1:]
 
 
-def news_item(rng: random.Random, neutral_share: float = 0.12) -> NewsItem:
+def news_item(rng: random.Random, neutral_share: float = 0.06) -> NewsItem:
     """One article of 40 to 60 words with its summary, which is neutral with probability `neutral_share`."""
     tone = rng.choice(("negative", "positive"))
     facts, other = _facts(rng), _facts(rng)
@@ -143,7 +143,7 @@ def news_item(rng: random.Random, neutral_share: float = 0.12) -> NewsItem:
     return NewsItem(_an(article), summary, tone)
 
 
-def news(count: int, seed: int, neutral_share: float = 0.12) -> list[NewsItem]:
+def news(count: int, seed: int, neutral_share: float = 0.06) -> list[NewsItem]:
     """`count` items, the same for the same seed; different seeds share no random stream."""
     rng = random.Random(f"news-{seed}")
     return [news_item(rng, neutral_share) for _ in range(count)]

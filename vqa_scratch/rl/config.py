@@ -143,7 +143,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "learning_rate": 5e-4,
         "value_lr_scale": 3.0,
         "max_new_tokens": 32,
-        "iterations": 60,
+        "iterations": 40,
     },
     "book": {"prompts": 8, "samples": 1, "max_new_tokens": 64, "micro_prompts": 2, "iterations": 250},
     "vqa": {"max_new_tokens": 8, "missing_eos_penalty": 0.5},

@@ -1,0 +1,272 @@
+"""`rlhf.py` as a user meets it: what a run leaves, going on after a kill, and one clear line for bad input."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import rlhf
+from vqa_scratch import options
+from vqa_scratch.errors import UserError
+from vqa_scratch.models.t5 import T5
+from vqa_scratch.rl import evaluate, mini_news, report, tasks
+from vqa_scratch.rl.config import PRESETS, RLHFConfig
+from vqa_scratch.rl.types import Samples
+
+ROOT = Path(__file__).parent.parent
+TINY = "--sft-steps 4 --reward-steps 4 --prompts 4 --samples 2 --max-new-tokens 8 --eval-prompts 6 --eval-samples 2"
+TINY += " --frontier-prompts 4 --frontier-samples 4 --precision fp32 --device cpu --iterations 6 --checkpoint-every 2"
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+def flags(out, cache, *more):
+    return [*TINY.split(), "--out", str(out), "--cache", str(cache), *more]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, cache):
+    """A whole tiny run: (folder, summary)."""
+    out = tmp_path_factory.mktemp("run") / "a"
+    return out, rlhf.run(flags(out, cache))
+
+
+def test_a_run_leaves_what_it_promises(finished):
+    out, summary = finished
+    assert json.loads((out / "summary.json").read_text()) == summary
+    promised = "reward_before reward_after reward_std_before grammar_before grammar_after neutral_before neutral_after"
+    promised += " kl finish_before finish_after overlap_before overlap_after seconds rollouts_per_second frontier_share"
+    for key in promised.split():
+        assert math.isfinite(summary[key]), key
+    assert summary["kl"] >= 0 and summary["prompts_held_out"] == 6
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    names = "objective/kl objective/kl_exact objective/kl_coef objective/entropy ppo/mean_non_score_reward"
+    names += " ppo/mean_scores ppo/std_scores objective/rlhf_reward ppo/policy/entropy ppo/policy/approxkl"
+    names += " ppo/policy/policykl ppo/policy/clipfrac ppo/policy/ratio ppo/loss/policy ppo/loss/value ppo/loss/total"
+    names += " ppo/returns/mean ppo/returns/var ppo/val/vpred ppo/val/error ppo/val/clipfrac ppo/val/var_explained"
+    names += " tokens/queries_len_mean tokens/responses_len_mean env/reward_mean env/reward_std env/grammar env/neutral"
+    names += " ppo/learning_rate time/ppo/total finish distinct_2 rollouts_per_second"
+    for name in names.split():
+        assert all(math.isfinite(row[name]) for row in rows), name
+    for picture in ("curves.png", "frontier.png"):
+        assert (out / picture).read_bytes().startswith(b"\x89PNG")
+    assert (out / "samples.html").read_text().count("<table>") == 6
+    assert T5.from_pretrained(out / "policy").config.vocab_size > 100
+    assert not [p for p in out.rglob("*.tmp")]
+
+
+def test_prompts_of_the_figures_are_never_trained_on(cache):
+    config = options.parse(RLHFConfig, PRESETS, flags("x", cache), program="", about="")
+    task = tasks.TASKS["mini-news"](config, torch.device("cpu"), torch.float32)
+    assert not {p.text for p in task.train} & {p.text for p in task.held_out}
+
+
+def test_artefacts_are_cached_by_what_made_them(finished, cache):
+    folders = sorted(p.name for p in cache.iterdir())
+    assert len(folders) == 1 and folders[0].startswith("mini-news-")
+    recipe = {"seed": 0, "sft_steps": 4, "reward_steps": 4}
+    assert folders[0] == f"mini-news-{mini_news.recipe_hash(**recipe)}"
+    assert mini_news.recipe_hash(**recipe | {"seed": 1}) != mini_news.recipe_hash(**recipe)
+    before = (cache / folders[0] / "tone" / "model.safetensors").stat().st_mtime_ns
+    mini_news.prepare(cache, **recipe)
+    assert (cache / folders[0] / "tone" / "model.safetensors").stat().st_mtime_ns == before
+
+
+def metrics(out):
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if "time/" not in k and "per_second" not in k} for row in rows]
+
+
+def test_killed_and_resumed_equals_uninterrupted(finished, cache, tmp_path):
+    """SIGKILL lands somewhere; every line of the log and every weight come out as in the run that was left alone."""
+    whole, _ = finished
+    out = tmp_path / "killed"
+    command = [sys.executable, "rlhf.py", *flags(out, cache)]
+    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment)
+    deadline = time.monotonic() + 120
+    while not (out / "checkpoints" / "last.pt").exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert (out / "checkpoints" / "last.pt").exists(), process.stdout.read().decode()
+    rlhf.run(flags(out, cache, "--resume"))
+    assert metrics(out) == metrics(whole)
+    a, b = (torch.load(x / "checkpoints" / "last.pt", weights_only=True)["ppo"]["actor"] for x in (out, whole))
+    assert all(torch.equal(a[name], b[name]) for name in b)
+
+
+def refused(message, *argv):
+    with pytest.raises(UserError, match=message):
+        rlhf.run(list(argv))
+
+
+def test_runs_are_not_mixed_up(finished, cache, tmp_path):
+    out, _ = finished
+    refused("holds a run already: go on with --resume", *flags(out, cache))
+    refused("other options: --kl-coef .* is now 0.5", *flags(out, cache, "--resume", "--kl-coef", "0.5"))
+    refused("there is no checkpoint to go on from", *flags(tmp_path / "none", cache, "--resume"))
+    broken = tmp_path / "broken" / "checkpoints"
+    broken.mkdir(parents=True)
+    (broken / "last.pt").write_bytes((out / "checkpoints" / "last.pt").read_bytes()[:1000])
+    refused("not a whole checkpoint", *flags(broken.parent, cache, "--resume"))
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--algorith", "ppo"], "no such flag.*--algorithm"),
+        (["--algorithm", "rlo"], "did you mean 'rloo'"),
+        (["--algorithm", "rloo", "--samples", "1"], "--samples must be 2 or more"),
+        (["--kl-coef", "-1"], "--kl-coef must not be negative"),
+        (["--prompts", "0"], "--prompts must be positive"),
+        (["--prompts", "6", "--minibatches", "4"], "do not divide"),
+        (["--min-new-tokens", "99"], "exceeds --max-new-tokens"),
+        (["--lam", "1.5"], "lie between 0 and 1"),
+        (["--preset", "book"], "needs --articles"),
+        (["--preset", "book", "--policy", "/no/such/folder"], "needs --articles|no folder"),
+    ],
+)
+def test_bad_flags_are_one_clear_line(argv, message, tmp_path):
+    refused(message, "--out", str(tmp_path / "x"), *argv)
+
+
+def test_errors_reach_the_user_as_one_line_and_code_2(tmp_path):
+    process = subprocess.run(
+        [sys.executable, "rlhf.py", "--preset", "book", "--out", str(tmp_path)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert process.returncode == 2
+    assert [line for line in process.stderr.splitlines() if line] == [
+        "error: --preset book needs --articles, a CSV, JSONL or text file"
+    ]
+
+
+@pytest.fixture(scope="module")
+def book(finished, cache, tmp_path_factory):
+    """Flags of the book preset on local folders: the tiny models of mini-news stand in for the real ones."""
+    (folder,) = cache.iterdir()
+    data = tmp_path_factory.mktemp("data") / "news.csv"
+    rows = [
+        f"The council in Alden will close the harbour {i}." + " The mayor of Zeal will sell it." * 9 for i in range(14)
+    ]
+    data.write_text("text\n" + "\n".join(rows) + '\n" "\n')
+    argv = f"--preset book --policy {folder}/summariser --grammar-model {folder}/grammar --tone-model {folder}/tone"
+    argv += f" --grammar-label acceptable --tone-label neutral --articles {data} {TINY} --max-prompt-tokens 32"
+    return argv.split(), data, folder
+
+
+def test_book_runs_from_local_folders_and_counts_what_it_cuts(book, tmp_path, capsys):
+    summary = rlhf.run([*book[0], "--out", str(tmp_path), "--freeze", "encoder", "--iterations", "2"])
+    assert summary["kl"] >= 0 and "overlap_before" not in summary  # no reference summaries given
+    said = capsys.readouterr().out
+    assert "14 of 14 articles cut to 32 tokens" in said and "1 empty articles left out, the first at line 16" in said
+
+
+def test_book_names_what_is_wrong_with_its_input(book, tmp_path):
+    argv, data, folder = book
+    out = ["--out", str(tmp_path)]
+    refused("no class 'LABEL_1'; its classes are negative, neutral, positive", *argv, *out, "--tone-label", "LABEL_1")
+    refused("no column 'body'; the columns are text", *argv, *out, "--column", "body")
+    refused("14 articles are too few", *argv, *out, "--prompts", "12")
+    refused("no file", *argv, *out, "--articles", str(tmp_path / "none.csv"))
+    refused("not a roberta classifier", *argv, *out, "--tone-model", f"{folder}/summariser")
+    refused("not a t5", *argv, *out, "--policy", f"{folder}/tone")
+
+
+def test_reference_of_another_vocabulary_is_refused(book, tmp_path):
+    import dataclasses
+
+    argv, _, folder = book
+    model = T5.from_pretrained(folder / "summariser")
+    T5(dataclasses.replace(model.config, vocab_size=99)).save_pretrained(tmp_path / "other")
+    refused(
+        "the reference has vocab_size 99, the policy",
+        *argv,
+        "--out",
+        str(tmp_path),
+        "--reference",
+        str(tmp_path / "other"),
+    )
+
+
+def test_random_weights_serve_to_measure_speed(tmp_path, monkeypatch):
+    """`--init random` with the sizes shrunk: the path is that of the book's sizes."""
+    small = {"dim": 16, "heads": 2, "layers": 1, "hidden": 16}
+    t5, bert = tasks.T5Config, tasks.BertConfig
+    monkeypatch.setattr(
+        tasks, "T5Config", lambda: t5(dim=16, head_dim=8, hidden=16, encoder_layers=1, decoder_layers=1, heads=2)
+    )
+    monkeypatch.setattr(tasks, "BertConfig", lambda **sizes: bert(**sizes | small))
+    argv = f"--preset book --init random {TINY} --iterations 1 --prompts 2 --eval-prompts 4 --out {tmp_path}"
+    assert rlhf.run(argv.split())["reward_before"] is not None
+
+
+def test_empty_article_is_refused_by_name():
+    with pytest.raises(UserError, match="article 1 is empty"):
+        tokenizer, _ = mini_news.tokenizers_for(mini_news.news.news(20, 0))
+        tasks.encode_articles(["fine", "  "], ["", ""], tokenizer, "", 20)
+
+
+# ----------------------------------------------------------------------------------------------------- reports
+
+
+def test_overlap_by_hand():
+    assert evaluate.overlap("The cat sat.", "the cat sat") == 1.0
+    assert evaluate.overlap("a b c d", "a b x") == pytest.approx(2 * 2 / 7)
+    assert evaluate.overlap("a a a", "a") == pytest.approx(2 / 4)
+    assert evaluate.overlap("", "a") == 0.0
+
+
+def test_best_of_n_reward_against_all_subsets():
+    import itertools
+
+    rewards = torch.randn(3, 7)
+    for n in (1, 2, 4, 7):
+        by_hand = sum(max(s) for row in rewards.tolist() for s in itertools.combinations(row, n))
+        assert evaluate.best_of_n_reward(rewards, n) == pytest.approx(by_hand / 3 / math.comb(7, n), rel=1e-5)
+
+
+def test_frontier_rises_from_the_reference_to_the_best_sample():
+    rewards = torch.randn(50, 64)
+    curve = evaluate.frontier_of(rewards)
+    assert curve.kl[0] == 0 and curve.reward[0] == pytest.approx(float(rewards.mean()), abs=1e-6)
+    assert all(a <= b + 1e-9 for a, b in zip(curve.reward, curve.reward[1:], strict=False))
+    assert curve.at(99.0) == pytest.approx(float(rewards.max(1).values.mean()), abs=0.01)
+    assert curve.share(1.0, curve.reward[0], curve.at(1.0)) == pytest.approx(1.0)
+    for n, kl, reward in curve.best_of_n:  # best-of-n is near the frontier, never above
+        assert 0.9 * curve.at(kl) < reward <= curve.at(kl) + 1e-6, n
+
+
+def test_samples_page_escapes_and_marks():
+    evil = "<script>alert(1)</script>"
+    prompt = mini_news_prompt(evil)
+    before = figures(prompt, f"the mad mayor {evil} left")
+    after = figures(prompt, f"the mayor {evil} left now")
+    page = report.samples_page(before, after, 1)
+    assert evil not in page and page.count("&lt;script&gt;") == 4
+    assert "<del>mad</del>" in page and "<ins>now</ins>" in page
+
+
+def mini_news_prompt(text):
+    from vqa_scratch.rl.types import Prompt
+
+    return Prompt(text, (), text)
+
+
+def figures(prompt, text):
+    value = torch.tensor([1.0])
+    return evaluate.Figures(value, {"<b>": value}, Samples([prompt], [[1]], [text], [False]), 0.5, 0.5)
