@@ -55,8 +55,8 @@ class TrainConfig:
     freeze: str = option("nothing", "Part whose weights stay; a decoder's cross-attention always trains.", FREEZE)
     width: int = option(128, "Width of all three towers (embedded towers).")
     heads: int = option(4, "Attention heads (embedded towers).")
-    image_layers: int = option(4, "Layers of the image tower (embedded towers).")
-    text_layers: int = option(2, "Layers of the text tower (embedded towers).")
+    image_layers: int = option(3, "Layers of the image tower (embedded towers).")
+    text_layers: int = option(1, "Layers of the text tower (embedded towers).")
     decoder_layers: int = option(4, "Layers of the decoder (embedded towers).")
     patch_size: int = option(8, "Pixels a side of a patch (embedded towers).")
     stem: str = option(
@@ -67,7 +67,7 @@ class TrainConfig:
 
     # --------------------------------------------------------------------------------------------- training
     questions_per_step: int = option(512, "Questions in one optimizer step.")
-    questions_per_image: int = option(16, "At most so many questions of an image in a batch; it is encoded once.")
+    questions_per_image: int = option(8, "At most so many questions of an image in a batch; it is encoded once.")
     accumulate: int = option(1, "Parts in which the questions of a step go through the model.")
     optimizer: str = option(
         "muon", "Muon for hidden matrices with AdamW for the rest, or AdamW for all.", ("muon", "adamw")
@@ -75,7 +75,7 @@ class TrainConfig:
     learning_rate: float = option(2e-3, "Peak learning rate of AdamW.")
     matrix_learning_rate: float = option(0.02, "Peak learning rate of Muon.")
     weight_decay: float = option(0.0, "Decoupled weight decay of all matrices.")
-    warmup_steps: int = option(100, "Steps over which the learning rate rises.")
+    warmup_steps: int = option(50, "Steps over which the learning rate rises.")
     decay_from: float = option(0.4, "Share of the run after which the learning rate falls linearly to zero.")
     max_grad_norm: float = option(1.0, "Gradients are scaled down to this norm.")
 
@@ -112,7 +112,7 @@ class TrainConfig:
 
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "shapes": {},
+    "shapes": {"question_prompt": True},
     "book": {
         "init": "pretrained",
         "image_model": "facebook/dino-vitb16",
