@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -335,15 +336,18 @@ def test_hub_out_of_reach(monkeypatch, tmp_path):
 # --- writing ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_write_that_fails_leaves_the_last_good_file(folder, monkeypatch):
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), SafetensorError("I/O error")])
+def test_a_write_that_fails_leaves_the_last_good_file(folder, monkeypatch, error):
     before = (folder / "model.safetensors").read_bytes()
 
     def half(tensors, path, metadata):
         Path(path).write_bytes(b"half")
-        raise OSError("disk full")
+        raise error
 
     monkeypatch.setattr(files, "save_file", half)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(
+        UserError, match="cannot write .*model.safetensors: (No space|I/O error).*; what was there before"
+    ):
         Bert(CONFIG).save_pretrained(folder)
     assert (folder / "model.safetensors").read_bytes() == before
     assert sorted(os.listdir(folder)) == ["config.json", "model.safetensors"]

@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from vqa_scratch.errors import UserError
+from vqa_scratch.storage import write_json, write_whole
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -146,28 +147,25 @@ def read_checkpoint(source: str | os.PathLike[str]) -> tuple[dict[str, Any], dic
     raise UserError(f"{folder} holds no weights: expected {WEIGHTS}, {WEIGHTS}.index.json or {PICKLE}")
 
 
-def _replace(path: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a temporary file beside `path`, then rename it: a kill leaves the old file or the new one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """One safetensors file, atomically. `format: pt` is what other readers look for."""
-    _replace(path, lambda file: save_file(tensors, file, metadata={"format": "pt", **(metadata or {})}))
+    """One safetensors file, whole or not at all. Raises UserError if it cannot be written.
+
+    `format: pt` in the metadata is what other readers look for.
+    """
+
+    def save(file: Path) -> None:
+        try:
+            save_file(tensors, file, metadata={"format": "pt", **(metadata or {})})
+        except SafetensorError as error:  # how that library reports a full disk
+            raise OSError(str(error)) from error
+
+    write_whole(path, save)
 
 
 def write_checkpoint(folder: str | os.PathLike[str], config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-    """model.safetensors and config.json in `folder`, made if needed, each atomically, the config last."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_safetensors(folder / WEIGHTS, tensors)
-    text = json.dumps(config, indent=2, sort_keys=True) + "\n"
-    _replace(folder / CONFIG, lambda file: file.write_text(text, encoding="utf-8"))
+    """model.safetensors, then config.json in `folder`, made if needed; each whole or not at all."""
+    write_safetensors(Path(folder) / WEIGHTS, tensors)
+    write_json(Path(folder) / CONFIG, config)
 
 
 class Converted(NamedTuple):
@@ -194,6 +192,5 @@ def convert(source: str | os.PathLike[str], out: str | os.PathLike[str]) -> Conv
         alone = tensor.is_contiguous() and address not in seen and tensor.untyped_storage().nbytes() == tensor.nbytes
         tensors[key] = tensor if alone else tensor.clone(memory_format=torch.contiguous_format)
         seen.add(address)
-    out.parent.mkdir(parents=True, exist_ok=True)
     write_safetensors(out, tensors, {"source_sha256": digest})
     return Converted(len(tensors), digest)
