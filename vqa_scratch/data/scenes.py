@@ -1,0 +1,351 @@
+"""Drawn scenes and the questions about them: the content of the embedded data set, without its files.
+
+A scene is 64 x 64 pixels with 2 to 5 objects on a jittered 4 x 4 grid; an object has one of 3 shapes, 6 colours and
+2 sizes. Seven question families need colour, shape, existence, counting, comparing, a spatial relation and a nearest
+neighbour, in the spirit of CLEVR (Johnson et al. 2017). Every question is unambiguous, and its answer is the rarest
+feasible one of its template so far, so that reading the question alone does not help. Ten simulated annotators answer
+it: most agree, some err, some say the same in other words.
+"""
+
+import random
+from collections import Counter, defaultdict
+from dataclasses import dataclass
+
+from PIL import Image, ImageDraw
+
+SHAPES = ("circle", "square", "triangle")
+COLORS = {
+    "red": (214, 40, 40),
+    "green": (42, 157, 76),
+    "blue": (38, 84, 214),
+    "yellow": (244, 202, 34),
+    "purple": (140, 60, 190),
+    "gray": (128, 128, 128),
+}
+SIZES = {"small": 4, "large": 7}  # radius in pixels
+HELD_OUT = frozenset({("red", "square"), ("blue", "circle"), ("green", "triangle")})
+PIXELS, GRID = 64, 4
+CELL = PIXELS // GRID
+
+# family: (question type as VQA v2 names it, answer type)
+FAMILIES = {
+    "color": ("what color is the", "other"),
+    "shape": ("what shape is the", "other"),
+    "exist": ("is there a", "yes/no"),
+    "count": ("how many", "number"),
+    "compare": ("are there more", "yes/no"),
+    "relation": ("is the", "yes/no"),
+    "closest": ("what is closest to the", "other"),
+}
+FAMILY_OF_TYPE = {question_type: family for family, (question_type, _) in FAMILIES.items()}
+RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
+MIN_OFFSET = 6  # pixels between two centres before "left of" is asked
+MIN_GAP = 5  # pixels by which the nearest object must beat the second nearest
+
+Description = tuple[str | None, str | None, str | None]  # (size, color, shape); None: not mentioned
+
+
+@dataclass(frozen=True)
+class Object:
+    """One drawn object; `x`, `y` is its centre in pixels, `radius` half its side or its radius."""
+
+    shape: str
+    color: str
+    size: str
+    x: int
+    y: int
+
+    @property
+    def radius(self) -> int:
+        return SIZES[self.size]
+
+    @property
+    def box(self) -> tuple[int, int, int, int]:
+        """(left, top, right, bottom) in pixels, the last two exclusive."""
+        return (self.x - self.radius, self.y - self.radius, self.x + self.radius, self.y + self.radius)
+
+    @property
+    def name(self) -> str:
+        return f"{self.color} {self.shape}"
+
+
+Scene = tuple[Object, ...]
+
+
+@dataclass(frozen=True)
+class Question:
+    """`template` groups the questions whose answers are kept even; `about` are the objects named one by one."""
+
+    family: str
+    template: str
+    text: str
+    answer: str
+    about: tuple[int, ...] = ()
+
+
+# ------------------------------------------------------------------------------------------------ scenes
+
+
+def draw_scene(rng: random.Random, *, held_out: bool = False) -> Scene:
+    """Two to five objects in distinct grid cells; with `held_out`, exactly the first is one of the held-out pairs."""
+    objects = []
+    cells = rng.sample(range(GRID * GRID), rng.randint(2, 5))
+    for position, cell in enumerate(cells):
+        if held_out and position == 0:
+            color, shape = rng.choice(sorted(HELD_OUT))
+        else:
+            color, shape = _allowed_pair(rng)
+        size = rng.choice(("small", "large"))
+        radius, row, column = SIZES[size], cell // GRID, cell % GRID
+        x = column * CELL + rng.randint(radius, CELL - radius)
+        y = row * CELL + rng.randint(radius, CELL - radius)
+        objects.append(Object(shape, color, size, x, y))
+    return tuple(objects)
+
+
+def _allowed_pair(rng: random.Random) -> tuple[str, str]:
+    while True:
+        pair = rng.choice(tuple(COLORS)), rng.choice(SHAPES)
+        if pair not in HELD_OUT:
+            return pair
+
+
+def render(scene: Scene, rng: random.Random) -> Image.Image:
+    """The scene as an RGB image, drawn at twice the size and halved; tones vary a little from object to object."""
+    scale = 2
+    tone = rng.randint(225, 255)
+    image = Image.new("RGB", (PIXELS * scale, PIXELS * scale), (tone, tone, tone))
+    canvas = ImageDraw.Draw(image)
+    for thing in scene:
+        fill = tuple(min(255, max(0, channel + rng.randint(-14, 14))) for channel in COLORS[thing.color])
+        left, top, right, bottom = (scale * edge for edge in thing.box)
+        if thing.shape == "circle":
+            canvas.ellipse((left, top, right - 1, bottom - 1), fill=fill)
+        elif thing.shape == "square":
+            canvas.rectangle((left + 1, top + 1, right - 2, bottom - 2), fill=fill)
+        else:
+            canvas.polygon(((left, bottom - 1), (right - 1, bottom - 1), (scale * thing.x, top)), fill=fill)
+    return image.reduce(scale)
+
+
+# ------------------------------------------------------------------------------------------------ questions
+
+
+def phrase(description: Description, plural: bool = False) -> str:
+    """("small", "red", None) -> "small red object"."""
+    size, color, shape = description
+    noun = (shape or "object") + ("s" if plural else "")
+    return " ".join(word for word in (size, color, noun) if word)
+
+
+class SceneIndex:
+    """Which objects of a scene each description fits; the ground truth all questions are read from."""
+
+    def __init__(self, scene: Scene) -> None:
+        self.scene = scene
+        self.fits: dict[Description, list[int]] = defaultdict(list)
+        for i, thing in enumerate(scene):
+            for size in (None, thing.size):
+                for color in (None, thing.color):
+                    for shape in (None, thing.shape):
+                        self.fits[size, color, shape].append(i)
+
+    def count(self, description: Description) -> int:
+        return len(self.fits.get(description, ()))
+
+    def unique(self, i: int, kinds: tuple[str, ...]) -> list[Description]:
+        """Descriptions of the given kinds ("zs": size and shape, ...) that fit object `i` and nothing else."""
+        return [d for d in (describe(self.scene[i], kind) for kind in kinds) if len(self.fits[d]) == 1]
+
+
+def describe(thing: Object, kind: str) -> Description:
+    return (
+        thing.size if "z" in kind else None,
+        thing.color if "c" in kind else None,
+        thing.shape if "s" in kind else None,
+    )
+
+
+def _all_of_kind(kind: str) -> list[Description]:
+    return [
+        (size, color, shape)
+        for size in (SIZES if "z" in kind else (None,))
+        for color in (COLORS if "c" in kind else (None,))
+        for shape in (SHAPES if "s" in kind else (None,))
+    ]
+
+
+KINDS = {kind: _all_of_kind(kind) for kind in ("", "z", "c", "s", "zs", "zc", "cs", "zcs")}
+SEEN_KINDS = {kind: [d for d in all_ if (d[1], d[2]) not in HELD_OUT] for kind, all_ in KINDS.items()}
+REFERENCES = ("cs", "cs", "s", "c", "zs", "zcs")  # how relation and closest questions name their objects
+
+
+class QuestionWriter:
+    """Draws questions about scenes and keeps each template's answers even.
+
+    `tally[template][answer]` counts what was written; of the feasible answers the rarest is taken, so a template's
+    answers come out as even as the scenes allow.
+    """
+
+    def __init__(self, rng: random.Random, *, held_out: bool = False) -> None:
+        self.rng = rng
+        self.held_out = held_out
+        self.kinds = KINDS if held_out else SEEN_KINDS
+        self.tally: dict[str, Counter[str]] = defaultdict(Counter)
+        self.makers = {family: getattr(self, f"_{family}") for family in FAMILIES}
+
+    def write(self, scene: Scene, number: int) -> list[Question]:
+        """`number` different questions about the scene, families in rotation from a random start."""
+        index = SceneIndex(scene)
+        order = self.rng.sample(tuple(FAMILIES), len(FAMILIES))
+        most = -(-number // len(FAMILIES))  # so many of one family, so that none crowds out another
+        questions: dict[str, Question] = {}
+        written: Counter[str] = Counter()
+        for attempt in range(number * 6):
+            if len(questions) == number:
+                break
+            family = order[attempt % len(order)]
+            if written[family] == most:
+                continue
+            question = self.makers[family](index)
+            if question is None or question.text in questions or not self._wanted(question):
+                continue
+            questions[question.text] = question
+            written[family] += 1
+            self.tally[question.template][question.answer] += 1
+        return list(questions.values())
+
+    def _wanted(self, question: Question) -> bool:
+        """In the hold-out split a question must name a held-out pair, point at one, or have one as its answer."""
+        if not self.held_out:
+            return True
+        words = f"{question.text} {question.answer}".replace("s ", " ")
+        return 0 in question.about or any(f"{color} {shape}" in words for color, shape in HELD_OUT)
+
+    def _ask(self, family: str, template: str, options: dict[str, list]) -> Question | None:
+        """The option whose answer this template has used least. `options`: answer -> list of (text, objects named)."""
+        if not options:
+            return None
+        template = f"{family}/{template}"
+        tally = self.tally[template]
+        answer = min(options, key=lambda a: (tally[a], self.rng.random()))
+        text, about = self.rng.choice(options[answer])
+        return Question(family, template, f"{FAMILIES[family][0]} {text}?", answer, about)
+
+    def _attribute(self, family: str, index: SceneIndex, kinds: tuple[str, ...]) -> Question | None:
+        kind = self.rng.choice(kinds)
+        options = defaultdict(list)
+        for i, thing in enumerate(index.scene):
+            for description in index.unique(i, (kind,)):
+                options[getattr(thing, family)].append((phrase(description), (i,)))
+        return self._ask(family, kind, options)
+
+    def _color(self, index: SceneIndex) -> Question | None:
+        return self._attribute("color", index, ("s", "zs", "z"))
+
+    def _shape(self, index: SceneIndex) -> Question | None:
+        return self._attribute("shape", index, ("c", "zc", "z"))
+
+    def _exist(self, index: SceneIndex) -> Question | None:
+        kind = self.rng.choice(("s", "c", "cs", "zs", "zc", "zcs"))
+        options = defaultdict(list)
+        for description in self.kinds[kind]:
+            options["yes" if index.count(description) else "no"].append((phrase(description), ()))
+        if len(options) < 2:  # only one answer possible in this scene: asking it would tilt the template
+            return None
+        return self._ask("exist", kind, options)
+
+    def _count(self, index: SceneIndex) -> Question | None:
+        kind = self.rng.choice(("", "s", "s", "c", "z", "zs", "cs"))
+        options = defaultdict(list)
+        for description in self.kinds[kind]:
+            text = f"{phrase(description, plural=True)} are there"
+            options[str(index.count(description))].append((text, ()))
+        return self._ask("count", kind, options)
+
+    def _compare(self, index: SceneIndex) -> Question | None:
+        kind = self.rng.choice(("s", "c", "z", "zs", "cs"))
+        options = defaultdict(list)
+        for _ in range(8):
+            one, other = self.rng.sample(self.kinds[kind], 2)
+            if index.count(one) or index.count(other):
+                text = f"{phrase(one, plural=True)} than {phrase(other, plural=True)}"
+                options["yes" if index.count(one) > index.count(other) else "no"].append((text, ()))
+        if len(options) < 2:
+            return None
+        return self._ask("compare", kind, options)
+
+    def _reference(self, index: SceneIndex, i: int) -> str | None:
+        unique = index.unique(i, REFERENCES)
+        return phrase(self.rng.choice(unique)) if unique else None
+
+    def _relation(self, index: SceneIndex) -> Question | None:
+        scene = index.scene
+        relation, (dx, dy) = self.rng.choice(tuple(RELATIONS.items()))
+        options = defaultdict(list)
+        for i, one in enumerate(scene):
+            for j, other in enumerate(scene):
+                offset = (one.x - other.x) * dx + (one.y - other.y) * dy
+                if i == j or abs(offset) < MIN_OFFSET:
+                    continue
+                first, second = self._reference(index, i), self._reference(index, j)
+                if first and second:
+                    options["yes" if offset > 0 else "no"].append((f"{first} {relation} the {second}", (i, j)))
+        return self._ask("relation", relation, options)
+
+    def _closest(self, index: SceneIndex) -> Question | None:
+        scene = index.scene
+        options = defaultdict(list)
+        for i, thing in enumerate(scene):
+            ranked = sorted((_distance(thing, other), other.name) for other in scene if other is not thing)
+            if len(ranked) > 1 and ranked[1][0] - ranked[0][0] < MIN_GAP:
+                continue
+            reference = self._reference(index, i)
+            if reference:
+                options[ranked[0][1]].append((reference, (i,)))
+        return self._ask("closest", "", options)
+
+
+def _distance(one: Object, other: Object) -> float:
+    return ((one.x - other.x) ** 2 + (one.y - other.y) ** 2) ** 0.5
+
+
+# ------------------------------------------------------------------------------------------------ annotators
+
+NUMBER_WORDS = {"0": "none", "1": "one", "2": "two", "3": "three", "4": "four", "5": "five"}
+RIVALS = {
+    "yes/no": ("yes", "no"),
+    "number": tuple(NUMBER_WORDS),
+    "color": tuple(COLORS),
+    "shape": SHAPES,
+    "closest": tuple(f"{color} {shape}" for color in COLORS for shape in SHAPES),
+}
+
+
+def same_in_other_words(answer: str) -> str:
+    """A synonym or spelling that people use; official normalisation undoes some of them ("two" -> "2"), not all."""
+    if answer in NUMBER_WORDS:
+        return NUMBER_WORDS[answer]
+    if "gray" in answer:
+        return answer.replace("gray", "grey")
+    if " " in answer:
+        return f"a {answer}"
+    return {"yes": "yes.", "no": "no."}.get(answer, answer)
+
+
+def annotate(rng: random.Random, question: Question) -> tuple[str, ...]:
+    """Ten answers. About 70 % of the questions are unanimous; else 1 to 4 people differ, rarely 7 (a disputed one)."""
+    answers = [question.answer] * 10
+    fate = rng.random()
+    if fate < 0.7:
+        return tuple(answers)
+    differing = 7 if fate > 0.99 else rng.randint(1, 4)
+    answer_type = FAMILIES[question.family][1]
+    rivals = [r for r in RIVALS.get(question.family, RIVALS.get(answer_type, ())) if r != question.answer]
+    rng.shuffle(rivals)
+    for seat, i in enumerate(rng.sample(range(10), differing)):
+        if rng.random() < 0.4 and differing < 7:
+            answers[i] = same_in_other_words(question.answer)
+        elif differing < 7 or len(rivals) > 2:
+            answers[i] = rivals[seat % len(rivals)]
+    return tuple(answers)
