@@ -1,5 +1,6 @@
 """From a config to the parts of a system: samples, tokenizers, preprocessing, model, and the task the loop trains."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -82,11 +83,12 @@ def grid_positions(grid: int, dim: int) -> Tensor:
     """(grid*grid, D) sines and cosines of column and row, a quarter of the channels each.
 
     A position table that starts this way knows left from right before training (as in MAE, He et al. 2022, which keeps
-    it fixed); ours goes on learning.
+    it fixed; ours goes on learning). Wavelengths run from 2 patches to 4 grids: with the usual 10,000 most channels
+    would be constant over so small a grid, and the longest one here falls steadily from one side to the other.
     """
-    frequencies = 10_000 ** -torch.linspace(0, 1, dim // 4)
+    wavelengths = torch.logspace(math.log2(2), math.log2(4 * grid), dim // 4, base=2.0)
     rows, columns = torch.meshgrid(torch.arange(grid), torch.arange(grid), indexing="ij")
-    angles = [axis.flatten()[:, None] * frequencies for axis in (columns, rows)]  # (grid*grid, D/4) each
+    angles = [axis.flatten()[:, None] * (2 * math.pi / wavelengths) for axis in (columns, rows)]  # (grid*grid, D/4)
     return torch.cat([wave for a in angles for wave in (a.sin(), a.cos())], 1)
 
 
