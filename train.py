@@ -8,6 +8,7 @@ import resource
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,13 @@ from vqa_scratch.engine.progress import MetricsLog, draw_panels, moving_average
 from vqa_scratch.errors import UserError
 from vqa_scratch.options import from_json, parse, run_program
 from vqa_scratch.run import load_file_state, read_run_config, save_parts, save_weights
-from vqa_scratch.storage import write_json
+from vqa_scratch.storage import remove_unfinished, write_json
 
 # Kept back from --minutes for the final evaluation: a share of the budget, and never more than so many seconds.
 RESERVE_SHARE, RESERVE_SECONDS = 0.1, 45.0
+# Between a run and its continuation; the learning rates, for a run whose loss went to infinity.
+MAY_CHANGE = set("resume out device data cache learning_rate matrix_learning_rate max_grad_norm".split())
+PLAIN = {f.name: f.default for f in fields(TrainConfig)} | {"minutes": 10.0}
 
 
 def settle(config: TrainConfig) -> tuple[TrainConfig, dict[str, Any] | None]:
@@ -43,6 +47,13 @@ def settle(config: TrainConfig) -> tuple[TrainConfig, dict[str, Any] | None]:
         preset = values.get("train", {}).get("preset", values["program"])
         raise UserError(f"{config.out} is a run of preset {preset}, not {config.preset}; give another --out")
     saved = from_json(TrainConfig, values["train"], str(config.out / "config.json"))
+    given = {k: v for k, v in vars(config).items() if v != PLAIN.get(k) and v != PRESETS[config.preset].get(k)}
+    other = {k: v for k, v in given.items() if k not in MAY_CHANGE and v != getattr(saved, k)}
+    if other:
+        what = ", ".join(f"--{k.replace('_', '-')} {getattr(saved, k)}, not {v}" for k, v in other.items())
+        raise UserError(f"{config.out} was begun with {what}; a run goes on with the options it was begun with")
+    remove_unfinished(config.out)
+    saved = replace(saved, out=config.out, **{k: v for k, v in given.items() if k in MAY_CHANGE - {"resume"}})
     return saved, load_checkpoint(path) if path.exists() else None
 
 

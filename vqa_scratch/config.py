@@ -107,7 +107,7 @@ class TrainConfig:
             )
         if not 0 <= self.decay_from < 1:
             raise UserError(f"--decay-from must be from 0 up to but not including 1, not {self.decay_from}")
-        if self.preset == "book" and self.data is None:
+        if self.preset == "book" and self.data is None and not self.resume:
             raise UserError("--preset book needs --data, the folder with the VQA v2 files")
 
 

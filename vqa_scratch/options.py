@@ -92,7 +92,7 @@ def parse(
 
 def run_program(main: Callable[[], Any]) -> NoReturn:
     """Call `main` and exit: with 0, with 128 + n if it returns the signal n that stopped it, with 2 and one line on
-    stderr after a UserError or an operating-system error on a file."""
+    stderr after a UserError or an operating-system error on a file, with 130 after Ctrl-C where nothing catches it."""
     try:
         stopped = main()
     except UserError as error:
@@ -103,6 +103,9 @@ def run_program(main: Callable[[], Any]) -> NoReturn:
             raise
         print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
     sys.exit(128 + stopped if isinstance(stopped, int) else 0)
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
 from vqa_scratch.config import TrainConfig
@@ -27,7 +27,8 @@ from vqa_scratch.engine.precision import Precision, pick_precision
 from vqa_scratch.errors import UserError
 from vqa_scratch.models.vqa import VQAConfig, VQAModel
 from vqa_scratch.options import from_json, to_json
-from vqa_scratch.storage import write_json, write_whole
+from vqa_scratch.storage import write_json
+from vqa_scratch.weights.files import write_safetensors
 
 PROGRAM = "train.py"
 
@@ -66,7 +67,7 @@ def save_parts(folder: Path, config: TrainConfig, model: VQAModel, encoder: Enco
 def save_weights(path: Path, model: nn.Module) -> None:
     """All parameters as safetensors, atomically."""
     tensors = {name: p.detach().cpu().contiguous() for name, p in model.state_dict().items()}
-    write_whole(path, lambda unfinished: save_file(tensors, unfinished, metadata={"format": "pt"}))
+    write_safetensors(path, tensors)
 
 
 def load_file_state(path: Path) -> dict[str, torch.Tensor]:

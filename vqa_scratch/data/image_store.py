@@ -62,6 +62,8 @@ class Images:
                         for image in bar:
                             file.write(image.tobytes())
                 os.replace(unfinished, target)
+            except OSError as error:
+                raise UserError(f"cannot write {target}: {error.strerror}; --no-image-cache does without it") from error
             finally:
                 unfinished.unlink(missing_ok=True)
         self.cached = np.load(target, mmap_mode="r")

@@ -26,6 +26,8 @@ class Answer:
 
     text: str
     probability: float
+    tokens: int  # EOS included
+    ended: bool  # by EOS, not by the limit on tokens
 
 
 @torch.no_grad()
@@ -74,7 +76,8 @@ def answer_questions(
                 rows, made.ids.tolist(), made.lengths.tolist(), totals, strict=True
             ):
                 text = encoder.decoder.decode(ids[:length]).strip()
-                result[questions.samples[row].question_id] = Answer(text, probability)
+                ended = ids[length - 1] == questions.eos_id
+                result[questions.samples[row].question_id] = Answer(text, probability, length, ended)
     finally:
         model.train(was_training)
     return result

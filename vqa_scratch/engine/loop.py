@@ -4,6 +4,7 @@ Order of a step: learning rate, forward and backward of each part, clip, optimiz
 loss of a step is the sum over its tokens divided by their true number, however many parts it is computed in.
 """
 
+import math
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -103,31 +104,32 @@ class GracefulStop:
 
 
 class NotFinite(UserError):
-    """The loss became NaN or infinite."""
+    """The loss or its gradient became NaN or infinite."""
 
 
 class LossWatch:
-    """Collects losses on the device and looks at them in one go, so that a GPU is not made to wait every step."""
+    """Collects losses and gradient norms on the device, and looks at them in one go, so that a GPU is not waited for at
+    every step."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.pending: list[tuple[int, list[int], Tensor]] = []
+        self.pending: list[tuple[str, int, list[int], Tensor]] = []
 
-    def add(self, step: int, ids: list[int], loss: Tensor) -> None:
-        self.pending.append((step, ids, loss.detach()))
+    def add(self, what: str, step: int, ids: list[int], value: Tensor) -> None:
+        self.pending.append((what, step, ids, value.detach()))
 
     def look(self) -> None:
-        """Raise NotFinite for the first loss that is no number, after writing its samples' ids to a file."""
+        """Raise NotFinite for the first value that is no number, after writing its samples' ids to a file."""
         if not self.pending:
             return
-        values = torch.stack([loss for _, _, loss in self.pending]).tolist()
-        for (step, ids, _), value in zip(self.pending, values, strict=True):
-            if value != value or abs(value) == float("inf"):
+        values = torch.stack([value for *_, value in self.pending]).tolist()
+        for (what, step, ids, _), value in zip(self.pending, values, strict=True):
+            if not math.isfinite(value):
                 path = self.folder / "bad_batch.json"
-                write_json(path, {"step": step, "loss": str(value), "ids": ids})
+                write_json(path, {"step": step, what: str(value), "ids": ids})
                 raise NotFinite(
-                    f"the loss of step {step} is {value}; its samples are listed in {path}, the last good checkpoint "
-                    "is kept; try a lower learning rate or --precision fp32, and go on with --resume"
+                    f"the {what} of step {step} is {value}; its samples are listed in {path}, the last good checkpoint "
+                    "is kept; go on from it with --resume and a lower --learning-rate"
                 )
         self.pending.clear()
 
@@ -236,7 +238,9 @@ def fit(
             samples, _ = task.size(batch)
             batch = batch.to(device)
             loss, right, norm = train_step(task, batch, optimizers, precision, plan)
-            watch.add(state.step + 1, ids, loss)
+            watch.add("loss", state.step + 1, ids, loss)
+            if not precision.scaler.is_enabled():  # a scaler finds infinite gradients itself, and skips the step
+                watch.add("gradient", state.step + 1, ids, norm)
             state.step, state.epoch, state.position = state.step + 1, epoch, position
             state.samples, window_samples = state.samples + samples, window_samples + samples
             state.seconds = resumed_seconds + time.perf_counter() - began

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vqa_scratch.storage import write_text, write_whole
+from vqa_scratch.storage import append_line, write_text, write_whole
 
 
 class MetricsLog:
@@ -19,8 +19,7 @@ class MetricsLog:
     def write(self, step: int, **values: Any) -> None:
         row = {"step": step, **values}
         self.rows.append(row)
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        append_line(self.path, json.dumps(row))
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

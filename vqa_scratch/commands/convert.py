@@ -1,0 +1,18 @@
+"""`convert`: a .bin file to safetensors, tensors only."""
+
+from pathlib import Path
+
+import click
+
+from vqa_scratch.commands.line import FOLDER
+from vqa_scratch.weights import files
+
+
+@click.command("convert")
+@click.argument("source", type=FOLDER, metavar="FILE.bin")
+@click.argument("out", type=FOLDER)
+def convert(source: Path, out: Path) -> None:
+    """Write the tensors of FILE.bin to OUT, a .safetensors file or a folder; anything but tensors is refused."""
+    done = files.convert(source, out)
+    print(f"{done.tensors} tensors written to {out / files.WEIGHTS if out.is_dir() else out}")
+    print(f"sha256 of {source}: {done.sha256}")

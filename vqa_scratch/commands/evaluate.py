@@ -1,0 +1,149 @@
+"""`evaluate`: official scores of a run on a VQA v2 folder, blind baselines beside them, and a submission file."""
+
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from vqa_scratch.commands.line import FOLDER, open_run, where_to_compute
+from vqa_scratch.data.batches import Images, Questions
+from vqa_scratch.data.submission import write_submission
+from vqa_scratch.data.vqa_files import load_json
+from vqa_scratch.data.vqa_v2 import VQAData, VQASample, read_vqa
+from vqa_scratch.engine.evaluation import (
+    Answer,
+    QuestionOnly,
+    TypePrior,
+    answer_questions,
+    blind,
+    other_images,
+)
+from vqa_scratch.errors import UserError
+from vqa_scratch.metrics import accuracy_by
+from vqa_scratch.run import Run
+from vqa_scratch.storage import write_json
+
+QUESTIONS_PER_STEP = 256
+
+
+def blind_baselines(data: Path, samples: list[VQASample]) -> dict[str, float | None]:
+    """Accuracy of the prior of the question type and of the question alone, learned from the train split of `data`.
+
+    None for both, and a note on stderr, where that split cannot be read.
+    """
+    try:
+        train = read_vqa(data, "train").samples
+    except UserError as error:
+        print(f"note: no prior and question-only baselines, since there is no train split ({error})", file=sys.stderr)
+        return {"prior": None, "question_only": None}
+    return {"prior": blind(samples, TypePrior(train)), "question_only": blind(samples, QuestionOnly(train))}
+
+
+def answer_split(
+    run: Run, samples: list[VQASample], limit: int | None, shuffle: bool
+) -> tuple[dict[int, Answer], dict[int, Answer]]:
+    """Answers by question id to about `limit` of the samples; and, with `shuffle`, those about other images."""
+    questions = Questions(samples, run.encoder)
+    images = Images(questions.image_paths, run.processor)
+    batches = questions.in_order(limit or len(samples), QUESTIONS_PER_STEP)
+
+    def under(label: str, **options: Any) -> dict[int, Answer]:
+        return answer_questions(run.model, questions, images, run.precision, batches, progress=label, **options)
+
+    answers = under("answering")
+    return answers, under("shuffled images", image_map=other_images(len(images.paths))) if shuffle else {}
+
+
+def evaluation(run: Run, data: Path, split: str, samples: list[VQASample], limit: int | None) -> tuple[dict, dict]:
+    """(figures of a split with annotations, answers by question id)."""
+    answers, shuffled = answer_split(run, samples, limit, shuffle=True)
+    scored = [s for s in samples if s.question_id in answers]
+    texts = {i: a.text for i, a in answers.items()}
+    breakdowns = {key: accuracy_by(scored, texts, key) for key in ("answer_type", "question_type")}
+    by = {
+        f"accuracy_by_{key}": {name: score.accuracy for name, score in b.groups.items()}
+        for key, b in breakdowns.items()
+    }
+    counts = {key: {name: score.count for name, score in b.groups.items()} for key, b in breakdowns.items()}
+    baselines = blind_baselines(data, scored)
+    baselines["shuffled_images"] = accuracy_by(scored, {i: a.text for i, a in shuffled.items()}).overall.accuracy
+    figures = {
+        "data": str(data),
+        "split": split,
+        "questions": len(scored),
+        "accuracy": breakdowns["answer_type"].overall.accuracy,
+        **by,
+        "counts": counts,
+        "baselines": baselines,
+        "eos_rate": sum(a.ended for a in answers.values()) / len(answers),
+        "mean_answer_tokens": sum(a.tokens for a in answers.values()) / len(answers),
+    }
+    return figures, answers
+
+
+def table(figures: dict[str, Any]) -> str:
+    """The figures as text, most frequent groups first."""
+
+    def rows(values: Iterable[tuple[str, int | None, float | None]]) -> list[str]:
+        return [
+            f"  {name:38s} {'' if count is None else format(count, ','):>9s}"
+            f"  {'not known' if accuracy is None else f'{accuracy:9.4f}'}"
+            for name, count, accuracy in values
+        ]
+
+    lines = [f"{'':40s} questions   accuracy", *rows([("all", figures["questions"], figures["accuracy"])])]
+    for key, title in (("answer_type", "answer type"), ("question_type", "question type")):
+        groups = figures[f"accuracy_by_{key}"].items()
+        lines += [f"by {title}", *rows((name or "(none)", figures["counts"][key][name], a) for name, a in groups)]
+    lines += ["blind baselines", *rows((k.replace("_", " "), None, v) for k, v in figures["baselines"].items())]
+    lines.append(
+        f"answers that end by themselves {figures['eos_rate']:.4f}, "
+        f"mean length {figures['mean_answer_tokens']:.2f} tokens"
+    )
+    return "\n".join(lines)
+
+
+def check_complete(data: VQAData) -> set[int]:
+    """The ids that a submission must answer. Raises UserError if the reader left one of them out."""
+    path = data.report.files.questions
+    expected = {question["question_id"] for question in load_json(path)["questions"]}
+    left_out = expected - {sample.question_id for sample in data.samples}
+    if left_out:
+        reasons = "; ".join(f"{count:,}: {reason}" for reason, count in data.report.skipped.most_common())
+        raise UserError(
+            f"a submission answers every question of {path}, but {len(left_out):,} are left out ({reasons})"
+        )
+    return expected
+
+
+@click.command("evaluate")
+@click.argument("run", type=FOLDER)
+@click.option("--data", type=FOLDER, required=True, help="Folder with VQA v2 files.")
+@click.option("--split", default="val", show_default=True, help="Split to answer.")
+@click.option("--submission", type=FOLDER, help="Also write the answers as the evaluation server takes them.")
+@click.option("--limit", type=click.IntRange(min=1), help="Answer about so many questions, in whole images.")
+@where_to_compute
+def evaluate(
+    run: Path, data: Path, split: str, submission: Path | None, limit: int | None, device: str, precision: str
+) -> None:
+    """Score the trained system in the folder RUN; the figures go to evaluation.json in it."""
+    if submission is not None and limit is not None:
+        raise UserError("a submission answers every question of its split: leave out --limit or --submission")
+    opened = open_run(run, device, precision)
+    read = read_vqa(data, split)
+    print(read.report)
+    expected = check_complete(read) if submission is not None else set()
+    if read.report.files.annotations is None:
+        if submission is None:
+            raise UserError(f"split {split} of {data} has no annotations to score by; give --submission FILE")
+        answers, _ = answer_split(opened, read.samples, None, shuffle=False)
+        print(f"split {split} has no annotations: nothing is scored")
+    else:
+        figures, answers = evaluation(opened, data, split, read.samples, limit)
+        write_json(run / "evaluation.json", figures)
+        print(table(figures))
+    if submission is not None:
+        write_submission(submission, {i: a.text for i, a in answers.items()}, expected)
+        print(f"submission of {len(answers):,} answers written to {submission}")
