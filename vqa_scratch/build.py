@@ -142,9 +142,11 @@ def embedded_system(config: TrainConfig, train: list[VQASample]) -> tuple[VQAMod
     )
     stem = ConvStem(3, config.width, config.patch_size) if config.stem == "conv" else None
     image = ViT(image_config, patch_embed=stem)
-    with torch.no_grad():
-        image.positions[0, 1:] = 0.5 * grid_positions(image_config.grid, config.width)
     model = VQAModel(image, Bert(text_config), GPT2(decoder_config), config.fusion)
+    tables = [image.positions] + ([model.places] if config.fusion == "tokens" else [])
+    with torch.no_grad():
+        for table in tables:
+            table[0, 1:] = 0.5 * grid_positions(image_config.grid, config.width)
     return model, encoder_for(config, text, decoder), ImageProcessor(size=(IMAGE_SIZE, IMAGE_SIZE))
 
 

@@ -88,7 +88,7 @@ def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Para
             continue
         if ".blocks." in f".{name}" and p.ndim == 2:
             hidden.append(p)
-        elif p.ndim >= 2 and "position" not in name and "token" not in name and "modality" not in name:
+        elif p.ndim >= 2 and not any(word in name for word in ("position", "token", "modality", "places")):
             wide.append(p)
         else:
             rest.append(p)

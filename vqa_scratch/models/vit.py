@@ -80,6 +80,15 @@ class ViTConfig:
         return {"architectures": ["ViTModel"], "model_type": "vit", **fields}
 
 
+def resize_positions(table: Tensor, grid: int, size: tuple[int, int]) -> Tensor:
+    """A position table (1, 1 + grid*grid, D), class token first, for (h, w) patches: resized bicubically if need be."""
+    if size == (grid, grid):
+        return table
+    patches = table[:, 1:].unflatten(1, (grid, grid)).permute(0, 3, 1, 2)  # (1, D, grid, grid)
+    patches = F.interpolate(patches, size=size, mode="bicubic", align_corners=False)
+    return torch.cat([table[:, :1], patches.flatten(2).transpose(1, 2)], 1)
+
+
 class PatchEmbed(nn.Module):
     """Cut an image into patches and map each linearly: a convolution with stride = kernel, written as one product."""
 
@@ -140,23 +149,19 @@ class ViT(nn.Module):
         self.blocks.apply(lambda module: init_weights(module, config.init_std))
         taps.name_modules(self, "image")
 
-    def positions_for(self, height: int, width: int) -> Tensor:
-        """(1, 1 + N, D): the position table for an image of that many pixels, resized bicubically if need be."""
-        p, grid = self.config.patch_size, self.config.grid
+    def patches_of(self, pixel_values: Tensor) -> tuple[int, int]:
+        """(h, w) patches of an image (B, C, H, W). Raises ValueError unless they fit."""
+        height, width = pixel_values.shape[2:]
+        p = self.config.patch_size
         if height % p or width % p:
             raise ValueError(f"image of {height}x{width} pixels does not divide into patches of {p}x{p}")
-        size = (height // p, width // p)
-        if size == (grid, grid):
-            return self.positions
-        table = self.positions[:, 1:].unflatten(1, (grid, grid)).permute(0, 3, 1, 2)  # (1, D, grid, grid)
-        table = F.interpolate(table, size=size, mode="bicubic", align_corners=False)
-        return torch.cat([self.positions[:, :1], table.flatten(2).transpose(1, 2)], 1)
+        return height // p, width // p
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, 1 + N, D), the class token first. Raises ValueError unless patches fit the image."""
         if pixel_values.ndim != 4:
             raise ValueError(f"pixel_values must be (batch, channels, height, width), got {tuple(pixel_values.shape)}")
-        positions = self.positions_for(*pixel_values.shape[2:])
+        positions = resize_positions(self.positions, self.config.grid, self.patches_of(pixel_values))
         x = self.patch_embed(pixel_values)
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1) + positions  # (B, 1 + N, D)
         x = self.dropout(x)

@@ -1,9 +1,9 @@
 """Visual question answering: a ViT and a BERT-like encoder make the memory that a GPT-2 reads by cross-attention.
 
 Both sides are projected to the decoder's width. With `tokens` fusion every patch token and every question token is a
-key, marked by a modality embedding; with `mean` fusion each side is averaged and the two averages averaged again, which
-leaves one key, so its softmax is constant (the system of Ozdemir's "Quick Start Guide to LLMs", chapter 7, with the
-padding left out of the mean).
+key, marked by a modality embedding, and a patch also by its place. With `mean` fusion each side is averaged and the two
+averages averaged again, which leaves one key, so its softmax is constant (the system of Ozdemir's "Quick Start Guide to
+LLMs", chapter 7, with the padding left out of the mean).
 
 Shapes: I images, B questions (B >= I: an image may serve several), T question tokens, A decoder tokens, N image tokens,
 D width of the decoder, V vocabulary.
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from vqa_scratch.models.bert import Bert, BertConfig
 from vqa_scratch.models.gpt2 import GPT2, GPT2Config
 from vqa_scratch.models.stem import ConvStem
-from vqa_scratch.models.vit import ViT, ViTConfig
+from vqa_scratch.models.vit import ViT, ViTConfig, resize_positions
 from vqa_scratch.nn import taps
 from vqa_scratch.nn.cache import DecoderCache
 from vqa_scratch.nn.memory import Memory
@@ -120,6 +120,9 @@ class VQAModel(nn.Module):
         self.text_projection = nn.Linear(text.config.dim, width)
         if fusion == "tokens":
             self.modality = nn.Parameter(torch.randn(2, width) * decoder.config.init_std)  # image, text
+            # Places are given to the keys anew, as in DETR (Carion et al. 2020): what leaves the image tower is about
+            # content, and "left of" needs the place. Zero changes nothing, so pretrained towers start undisturbed.
+            self.places = nn.Parameter(torch.zeros(1, 1 + image.config.grid**2, width))
         taps.name_modules(image, "image")
         taps.name_modules(text, "text")
         taps.name_modules(decoder, "decoder")
@@ -139,7 +142,10 @@ class VQAModel(nn.Module):
     def encode_image(self, pixel_values: Tensor) -> Tensor:
         """(I, C, H, W) -> (I, N, D) in the decoder's width. Raises ValueError on NaN or infinite pixels."""
         check_finite("pixel_values", pixel_values)
-        return self.image_projection(self.image(pixel_values))
+        states = self.image_projection(self.image(pixel_values))
+        if self.fusion == "mean":
+            return states
+        return states + resize_positions(self.places, self.image.config.grid, self.image.patches_of(pixel_values))
 
     def encode_text(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
         """(B, T) -> (B, T, D) in the decoder's width."""
