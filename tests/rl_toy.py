@@ -11,9 +11,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from vqa_scratch.nn.memory import Memory
 from vqa_scratch.rl.config import RLHFConfig
-from vqa_scratch.rl.policy import ActorCritic, SamplingRules, freeze
+from vqa_scratch.rl.policy import ActorCritic, Context, SamplingRules, freeze
 from vqa_scratch.rl.ppo import PPO
 from vqa_scratch.rl.rewards import RewardPart, RewardSum
 from vqa_scratch.rl.types import Prompt
@@ -47,13 +46,10 @@ class Table(nn.Module):
         super().__init__()
         self.table = nn.Parameter(logits.clone())
 
-    def collate(self, prompts):
-        return {"nothing": torch.zeros(len(prompts), 1, 1)}
+    def encode(self, prompts):
+        return Context((torch.zeros(len(prompts), 1, 1),), (None,))
 
-    def encode(self, inputs):
-        return Memory(inputs["nothing"])
-
-    def decode_hidden(self, ids, memory, cache=None):
+    def decode_hidden(self, ids, context, cache=None):
         if cache is not None:
             ids = cache.ids = ids if cache.ids is None else torch.cat([cache.ids, ids], 1)
         a, b = ids[:, 1:2].clamp(max=2), ids[:, 2:3].clamp(max=2)  # prefixes are numbered (), a, ab

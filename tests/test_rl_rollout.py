@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from vqa_scratch.models.t5 import T5, T5Config
-from vqa_scratch.nn.memory import Memory
 from vqa_scratch.rl.config import RLHFConfig
 from vqa_scratch.rl.functional import kl_estimates, logprobs_of
 from vqa_scratch.rl.metrics import UpdateStats
 from vqa_scratch.rl.policy import (
     BARRED,
     ActorCritic,
+    Context,
     SamplingRules,
     T5Policy,
     freeze,
@@ -102,16 +102,16 @@ ALL_RULES = [
 def test_scored_distribution_is_the_sampled_one(options):
     """Frequencies of the second token, sampled with the cache, against the re-forward under the same rules."""
     policy, some = tiny().eval(), rules(**options)
-    memory = policy.encode(policy.collate(ragged_prompts(1)))
     count = 4000
     with torch.no_grad():
-        many = Memory(memory.states, memory.mask, repeat=count)
+        one = policy.encode(ragged_prompts(1))
+        many = one.shared_by(count)
         ids, mask, finished = sample(policy, many, some, torch.Generator().manual_seed(1))
         assert not (ids[mask] == 0).any() and torch.equal(finished, ((ids == EOS) & mask).any(1))
         first = ids[:, 0].mode().values  # look at the successors of the most frequent first token
         rows = ids[:, 0] == first
         successors = ids[rows, 1]
-        states = token_states(policy, memory, ids[rows][:1, :2], torch.ones(1, 2, dtype=torch.bool))
+        states = token_states(policy, one, ids[rows][:1, :2], torch.ones(1, 2, dtype=torch.bool))
         logits = token_logits(policy, states, ids[rows][:1, :2], torch.ones(1, 2, dtype=torch.bool), some)
         expected = logits[1].softmax(-1)
     observed = torch.bincount(successors, minlength=VOCAB) / len(successors)
@@ -148,18 +148,17 @@ def test_scores_do_not_depend_on_the_batch():
     ppo.reference = freeze(tiny(seed=1))
     with torch.no_grad():
         torch.nn.init.normal_(ppo.actor.value_head.weight)
-        (ids, mask, _), _, memory = responses(ppo)
-        ref = ppo.reference.encode(ppo.reference.collate(ppo.stream.prompts))
-        ref = Memory(ref.states, ref.mask, repeat=2)
+        (ids, mask, _), _, context = responses(ppo)
+        ref = ppo.reference.encode(ppo.stream.prompts).shared_by(2)
         assert len(set(mask.sum(1).tolist())) > 2, "the lengths should be ragged"
-        whole = score(ppo.actor, ppo.reference, memory, ref, ids, mask, ppo.rules, 8)
+        whole = score(ppo.actor, ppo.reference, context, ref, ids, mask, ppo.rules, 8)
         for at_once in (1, 2, 3):
-            part = score(ppo.actor, ppo.reference, memory, ref, ids, mask, ppo.rules, at_once)
+            part = score(ppo.actor, ppo.reference, context, ref, ids, mask, ppo.rules, at_once)
             for a, b in zip(whole, part, strict=True):
                 torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
         for i in range(8):  # each prompt alone, without any padding
             prompt = ppo.stream.prompts[i : i + 1]
-            alone = ppo.actor.backbone.encode(ppo.actor.backbone.collate(prompt))
+            alone = ppo.actor.backbone.encode(prompt)
             row, length = ids[2 * i : 2 * i + 1], int(mask[2 * i].sum())
             logits, values = ppo.actor(alone, row[:, :length], mask[2 * i : 2 * i + 1, :length], ppo.rules)
             torch.testing.assert_close(logprobs_of(logits, row[0, :length]), whole.logprobs[2 * i, :length])
@@ -175,12 +174,12 @@ def test_gradients_do_not_depend_on_the_micro_batch(algorithm):
     for micro in (1, 2, 4, 8):
         ppo = tiny_ppo(micro_prompts=micro, algorithm=algorithm, entropy_coef=0.01)
         prompts = ppo.stream.next()
-        trajectory, memory, _ = ppo.rollout(prompts)
+        trajectory, context, _ = ppo.rollout(prompts)
         torch.manual_seed(9)
         with torch.no_grad():  # a policy that has moved: ratios and clips are at work
             for parameter in ppo.actor.parameters():
                 parameter += 0.05 * torch.randn_like(parameter)
-        ppo.accumulate(list(range(8)), prompts, trajectory, memory, UpdateStats())
+        ppo.accumulate(list(range(8)), prompts, trajectory, context, UpdateStats())
         gradients.append(torch.cat([p.grad.flatten() for p in ppo.parameters if p.grad is not None]))
     scale = gradients[-1].abs().max()
     assert scale > 1e-3
@@ -197,10 +196,10 @@ def test_value_loss_can_be_kept_out_of_the_policy():
     for critic, moved in (("shared", True), ("detached", False)):
         ppo = tiny_ppo(critic=critic)
         prompts = ppo.stream.next()
-        trajectory, memory, _ = ppo.rollout(prompts)
+        trajectory, context, _ = ppo.rollout(prompts)
         torch.nn.init.normal_(ppo.actor.value_head.weight)
         flat = trajectory.with_(advantages=torch.zeros_like(trajectory.advantages))
-        ppo.accumulate(list(range(8)), prompts, flat, memory, UpdateStats())
+        ppo.accumulate(list(range(8)), prompts, flat, context, UpdateStats())
         touched = ppo.actor.backbone.model.embedding.weight.grad
         assert (touched is not None and bool(touched.any())) is moved
         assert ppo.actor.value_head.weight.grad.abs().sum() > 0
@@ -234,9 +233,9 @@ def test_frozen_encoder_gives_the_same_and_stays():
 def test_shared_encoding_equals_one_encoding_a_response():
     policy = tiny().eval()
     with torch.no_grad():
-        encoded = policy.encode(policy.collate(ragged_prompts(3)))
-        shared = Memory(encoded.states, encoded.mask, repeat=4)
-        repeated = Memory(encoded.states.repeat_interleave(4, 0), encoded.mask.repeat_interleave(4, 0))
+        encoded = policy.encode(ragged_prompts(3))
+        shared = encoded.shared_by(4)
+        repeated = Context(*((x[0].repeat_interleave(4, 0),) for x in (encoded.states, encoded.masks)))
         ids, mask = torch.randint(2, VOCAB, (12, 6)), torch.ones(12, 6, dtype=torch.bool)
         torch.testing.assert_close(
             token_states(policy, shared, ids, mask), token_states(policy, repeated, ids, mask), rtol=0, atol=1e-6
@@ -287,9 +286,8 @@ def test_responses_of_one_token():
 def test_mask_follows_lengths_even_where_padding_is_a_real_token():
     policy = tiny().eval()
     policy.pad_id = 7  # ids are padded with a token that may be sampled
-    memory = policy.encode(policy.collate(ragged_prompts(1)))
     with torch.no_grad():
-        ids, mask, finished = sample(policy, Memory(memory.states, memory.mask, repeat=400), rules(), None)
+        ids, mask, finished = sample(policy, policy.encode(ragged_prompts(1)).shared_by(400), rules(), None)
     assert (ids[mask] == 7).any() and (ids[~mask] == 7).all()
     lengths = mask.sum(1)
     assert ((lengths == 9) | finished).all()
@@ -316,7 +314,7 @@ def test_low_precision_reference_agrees_with_autocast():
     ids, mask = torch.randint(2, VOCAB, (8, 5)), torch.ones(8, 5, dtype=torch.bool)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         out = [
-            token_logits(p, token_states(p, p.encode(p.collate(ragged_prompts())), ids, mask), ids, mask, rules())
+            token_logits(p, token_states(p, p.encode(ragged_prompts()), ids, mask), ids, mask, rules())
             for p in (policy, frozen)
         ]
     assert torch.equal(*out)

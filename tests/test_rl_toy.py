@@ -43,8 +43,8 @@ def drop_first_token(*args):
     return FirstTokenDropped(ids, mask, finished)
 
 
-def bar_eos_in_the_sampler_alone(backbone, memory, rules, generator):
-    return sample(backbone, memory, SamplingRules(EOS, LONGEST, min_new_tokens=2), generator)
+def bar_eos_in_the_sampler_alone(backbone, context, rules, generator):
+    return sample(backbone, context, SamplingRules(EOS, LONGEST, min_new_tokens=2), generator)
 
 
 @pytest.mark.parametrize("mistake", [drop_first_token, bar_eos_in_the_sampler_alone])
@@ -112,9 +112,9 @@ def test_early_stop_comes_before_the_step():
     ppo.config.__dict__["early_stop_kl"] = 1e-12  # now bars even what follows a tiny change
     ppo.actor.backbone.table.data += 1e-3 * torch.randn(13, 4)
     moved = ppo.actor.backbone.table.detach().clone()
-    trajectory, memory, _ = ppo.rollout(ppo.stream.next())
+    trajectory, context, _ = ppo.rollout(ppo.stream.next())
     ppo.actor.backbone.table.data.copy_(before)  # the policy is no longer the one that sampled
-    stats = ppo.update([*ppo.stream.prompts], trajectory, memory)
+    stats = ppo.update([*ppo.stream.prompts], trajectory, context)
     assert stats["ppo/steps"] == 0 and stats["ppo/stopped_early"] == 1
     assert torch.equal(ppo.actor.backbone.table, before) and not torch.equal(before, moved)
     assert ppo.actor.backbone.table.grad is None

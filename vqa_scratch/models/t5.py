@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vqa_scratch.errors import UserError
-from vqa_scratch.nn import taps
+from vqa_scratch.nn import masks, taps
 from vqa_scratch.nn.attention import MultiHeadAttention
 from vqa_scratch.nn.cache import DecoderCache, KVCache
 from vqa_scratch.nn.layers import MLP, Activation, activation
@@ -191,13 +191,12 @@ class T5Block(nn.Module):
         self,
         x: Tensor,
         bias: Tensor,
-        key_mask: Tensor | None,
         memory: Memory | None = None,
         cache: KVCache | None = None,
     ) -> Tensor:
+        """`bias` (B or 1, H, T, all tokens so far) holds -inf where a token may not look."""
         x = taps.tap(self.tap_prefix, "resid_pre", x)
-        own = self.attn(self.attn_norm(x), key_mask=key_mask, bias=bias, causal=memory is not None, cache=cache)
-        x = x + self.dropout(own)
+        x = x + self.dropout(self.attn(self.attn_norm(x), bias=bias, cache=cache))
         if memory is not None:
             x = x + self.dropout(self.cross(self.cross_norm(x), memory, cache=cache))
         x = taps.tap(self.tap_prefix, "resid_mid", x)
@@ -224,10 +223,14 @@ class T5Tower(nn.Module):
     ) -> Tensor:
         """(B, T, D) -> (B, T, D). With a cache x holds the new tokens only."""
         past = 0 if cache is None else cache.length
-        bias = self.bias(x.shape[1], past + x.shape[1])
+        queries, keys = x.shape[1], past + x.shape[1]
+        bias = self.bias(queries, keys)
+        keep = masks.allowed(key_mask, memory is not None, queries, keys, x.device)
+        if keep is not None:  # once for all layers
+            bias = bias.masked_fill(~keep, -math.inf)
         x = self.dropout(x)
         for layer, block in enumerate(self.blocks):
-            x = block(x, bias, key_mask, memory, None if cache is None else cache[layer])
+            x = block(x, bias, memory, None if cache is None else cache[layer])
         return self.dropout(self.norm(x))
 
 

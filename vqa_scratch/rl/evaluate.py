@@ -15,7 +15,6 @@ from vqa_scratch.rl.functional import best_of_n_kl, exact_kl, frontier_point, ma
 from vqa_scratch.rl.metrics import distinct_2
 from vqa_scratch.rl.policy import Backbone, token_logits, token_states
 from vqa_scratch.rl.ppo import PPO
-from vqa_scratch.rl.rollout import entries
 from vqa_scratch.rl.types import Prompt, Samples
 
 AT_ONCE = 32  # prompts whose responses are sampled together
@@ -68,17 +67,16 @@ def measure(ppo: PPO, policy: Backbone, prompts: list[Prompt], samples: int, see
     gathered = Samples([], [], [], [])
     for start in range(0, len(prompts), AT_ONCE):
         batch = prompts[start : start + AT_ONCE]
-        (ids, mask, _), seen, memory = ppo.respond(batch, samples, policy, generator)
+        (ids, mask, _), seen, context = ppo.respond(batch, samples, policy, generator)
         with ppo.autocast():
             total, by_part = ppo.reward(seen)
-            encoded = ppo.reference.encode(ppo.reference.collate(batch))
+            fixed = ppo.reference.encode(batch).shared_by(samples)
             kl = torch.zeros(len(ids))
             for i in range(len(batch)):  # one prompt at a time: full logits of both models are large
                 rows = slice(i * samples, (i + 1) * samples)
                 logits = []
-                for model, states in ((policy, memory.states), (ppo.reference, encoded.states)):
-                    mine = entries(type(memory)(states, memory.mask, repeat=samples), i, i + 1)
-                    hidden = token_states(model, mine, ids[rows], mask[rows])
+                for model, read in ((policy, context), (ppo.reference, fixed)):
+                    hidden = token_states(model, read.of(slice(i, i + 1)), ids[rows], mask[rows])
                     logits.append(token_logits(model, hidden, ids[rows], mask[rows], ppo.rules))
                 per_token = torch.zeros_like(mask[rows], dtype=torch.float32)
                 per_token = per_token.masked_scatter(mask[rows], exact_kl(*logits))

@@ -8,8 +8,9 @@ Shapes: P prompts, K samples a prompt, B = P * K responses, R response tokens, N
 V vocabulary.
 """
 
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,38 @@ from vqa_scratch.rl.types import Prompt
 BARRED = -1e9  # the logit of a token that cannot be sampled; finite, so that 0 * log 0 stays 0 in KL and entropy
 
 
+@dataclass(frozen=True)
+class Context:
+    """What the decoder reads for P prompts: made once, shared by all responses to a prompt."""
+
+    states: tuple[Tensor, ...]  # one or more parts, each (P, N, D)
+    masks: tuple[Tensor | None, ...]  # of each part, (P, N), True = may attend
+    samples: int = 1  # K: rows 0 ... K - 1 read prompt 0, and so on
+    prefix: Tensor | None = None  # (P, L) ids before the response, the start token last; None: the start token alone
+    prefix_mask: Tensor | None = None  # (P, L), True = real token; padding on the left
+
+    @property
+    def prompts(self) -> int:
+        return len(self.states[0])
+
+    def shared_by(self, samples: int) -> "Context":
+        """The same prompts, `samples` responses each."""
+        return replace(self, samples=samples)
+
+    def of(self, prompts: slice | Sequence[int]) -> "Context":
+        """Some of the prompts."""
+
+        def pick(x: Tensor | None) -> Tensor | None:
+            return None if x is None else x[prompts]
+
+        states, masks = tuple(x[prompts] for x in self.states), tuple(pick(x) for x in self.masks)
+        return Context(states, masks, self.samples, pick(self.prefix), pick(self.prefix_mask))
+
+    def memories(self) -> list[Memory]:
+        """For cross-attention: keys and values are projected once a prompt, not once a response."""
+        return [Memory(x, mask, repeat=self.samples) for x, mask in zip(self.states, self.masks, strict=True)]
+
+
 class Backbone(Protocol):
     """What PPO asks of a language model (an `nn.Module`). `T5Policy` below is one."""
 
@@ -30,19 +63,17 @@ class Backbone(Protocol):
     eos_id: int
     pad_id: int
 
-    def collate(self, prompts: list[Prompt]) -> dict[str, Tensor]:
-        """The prompts as tensors with P rows each, on the right device."""
-
-    def encode(self, inputs: dict[str, Tensor]) -> Memory:
+    def encode(self, prompts: list[Prompt]) -> Context:
         """What the decoder reads, one entry a prompt."""
 
-    def decode_hidden(self, ids: Tensor, memory: Memory, cache: DecoderCache | None = None) -> Tensor:
-        """(B, R) -> (B, R, D): final states; with a cache, ids holds the new tokens only."""
+    def decode_hidden(self, ids: Tensor, context: Context, cache: Any = None) -> Tensor:
+        """(B, R) -> (B, R, D): final states; ids begins with the start token, with a cache it holds new tokens only."""
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(N, D) -> (N, V)."""
 
-    def new_cache(self) -> DecoderCache: ...
+    def new_cache(self) -> Any:
+        """An empty cache; its `select(rows)` keeps some rows."""
 
     def encoder_parameters(self) -> list[nn.Parameter]:
         """All parameters that `encode` depends on."""
@@ -62,19 +93,19 @@ class T5Policy(nn.Module):
             config.pad_id,
         )
 
-    def collate(self, prompts: list[Prompt]) -> dict[str, Tensor]:
+    def encode(self, prompts: list[Prompt]) -> Context:
         device = self.model.embedding.weight.device
         lengths = torch.tensor([len(p.ids) for p in prompts])
         ids = torch.full((len(prompts), int(lengths.max())), self.pad_id)
         for row, prompt in zip(ids, prompts, strict=True):
             row[: len(prompt.ids)] = torch.tensor(prompt.ids)
-        mask = torch.arange(ids.shape[1]) < lengths[:, None]
-        return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
+        mask = None  # prompts of one length need none
+        if int(lengths.min()) < ids.shape[1]:
+            mask = (torch.arange(ids.shape[1]) < lengths[:, None]).to(device)
+        return Context((self.model.encode(ids.to(device), mask),), (mask,))
 
-    def encode(self, inputs: dict[str, Tensor]) -> Memory:
-        return Memory(self.model.encode(**inputs), inputs["attention_mask"])
-
-    def decode_hidden(self, ids: Tensor, memory: Memory, cache: DecoderCache | None = None) -> Tensor:
+    def decode_hidden(self, ids: Tensor, context: Context, cache: DecoderCache | None = None) -> Tensor:
+        (memory,) = context.memories()
         return self.model.decode_hidden(ids, memory, cache=cache)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -133,11 +164,11 @@ def _completing(ids: Tensor, positions: Tensor, n: int) -> tuple[Tensor, Tensor]
     return rows, ids[rows, ends]
 
 
-def token_states(backbone: Backbone, memory: Memory, ids: Tensor, mask: Tensor) -> Tensor:
+def token_states(backbone: Backbone, context: Context, ids: Tensor, mask: Tensor) -> Tensor:
     """States before each real token of the responses (B, R): (N, D), row by row. Nothing is computed twice for pads."""
     start = torch.full_like(ids[:, :1], backbone.start_id)
     inputs = torch.cat([start, ids[:, :-1]], 1)  # (B, R): the decoder reads t_{i-1} to predict t_i
-    return backbone.decode_hidden(inputs, memory)[mask]
+    return backbone.decode_hidden(inputs, context)[mask]
 
 
 def token_logits(backbone: Backbone, states: Tensor, ids: Tensor, mask: Tensor, rules: SamplingRules) -> Tensor:
@@ -157,9 +188,9 @@ class ActorCritic(nn.Module):
         nn.init.zeros_(self.value_head.bias)
         self.detach_value = False  # True keeps the value loss out of the policy's layers
 
-    def forward(self, memory: Memory, ids: Tensor, mask: Tensor, rules: SamplingRules) -> tuple[Tensor, Tensor]:
+    def forward(self, context: Context, ids: Tensor, mask: Tensor, rules: SamplingRules) -> tuple[Tensor, Tensor]:
         """Responses (B, R) -> logits (N, V) and values (N,) at their real tokens, row by row, both fp32."""
-        states = token_states(self.backbone, memory, ids, mask)
+        states = token_states(self.backbone, context, ids, mask)
         seen = states.detach() if self.detach_value else states
         values = self.value_head(seen).squeeze(-1).float()
         return token_logits(self.backbone, states, ids, mask, rules), values

@@ -13,11 +13,10 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-from vqa_scratch.nn.memory import Memory
 from vqa_scratch.rl import functional as F
 from vqa_scratch.rl.config import RLHFConfig
 from vqa_scratch.rl.metrics import UpdateStats, rollout_metrics
-from vqa_scratch.rl.policy import ActorCritic, Backbone, SamplingRules
+from vqa_scratch.rl.policy import ActorCritic, Backbone, Context, SamplingRules
 from vqa_scratch.rl.rewards import RewardScale, RewardSum
 from vqa_scratch.rl.rollout import PromptStream, Responses, sample, score
 from vqa_scratch.rl.types import Prompt, Samples, Trajectory
@@ -65,9 +64,9 @@ class PPO:
         """Roll out, update, steer the price of KL. Returns the log under the usual names."""
         start = time.perf_counter()
         prompts = self.stream.next()
-        trajectory, memory, log = self.rollout(prompts)
+        trajectory, context, log = self.rollout(prompts)
         rolled = time.perf_counter()
-        log |= self.update(prompts, trajectory, memory)
+        log |= self.update(prompts, trajectory, context)
         log["objective/kl_coef"] = self.kl.coef
         self.kl.update(log["objective/kl"], len(trajectory.ids))
         self.iteration += 1
@@ -82,21 +81,20 @@ class PPO:
     @torch.no_grad()
     def respond(
         self, prompts: list[Prompt], samples: int, policy: Backbone, generator: torch.Generator
-    ) -> tuple[Responses, Samples, Memory]:
+    ) -> tuple[Responses, Samples, Context]:
         """Encode the prompts once and sample `samples` responses to each."""
         with self.autocast():
-            encoded = policy.encode(policy.collate(prompts))
-            memory = Memory(encoded.states, encoded.mask, repeat=samples)
-            responses = sample(policy, memory, self.rules, generator)
+            context = policy.encode(prompts).shared_by(samples)
+            responses = sample(policy, context, self.rules, generator)
         ids = responses.lists()
         repeated = [p for p in prompts for _ in range(samples)]
-        return responses, Samples(repeated, ids, [self.decode(x) for x in ids], responses.finished.tolist()), memory
+        return responses, Samples(repeated, ids, [self.decode(x) for x in ids], responses.finished.tolist()), context
 
     @torch.no_grad()
-    def rollout(self, prompts: list[Prompt]) -> tuple[Trajectory, Memory, dict[str, float]]:
-        """Sample, reward and score one batch; the memory is what the policy's encoder made of the prompts."""
+    def rollout(self, prompts: list[Prompt]) -> tuple[Trajectory, Context, dict[str, float]]:
+        """Sample, reward and score one batch; the context is what the policy's encoder made of the prompts."""
         c, clock = self.config, [time.perf_counter()]
-        responses, samples, memory = self.respond(prompts, c.samples, self.actor.backbone, self.sampling)
+        responses, samples, context = self.respond(prompts, c.samples, self.actor.backbone, self.sampling)
         ids, mask, finished = responses
         clock.append(time.perf_counter())
 
@@ -107,8 +105,8 @@ class PPO:
 
         with self.autocast():
             # A frozen encoder is the reference's encoder too.
-            ref_memory = memory if self.frozen_encoder else self._reference_memory(prompts)
-            s = score(self.actor, self.reference, memory, ref_memory, ids, mask, self.rules, c.micro_prompts)
+            fixed = context if self.frozen_encoder else self.reference.encode(prompts).shared_by(c.samples)
+            s = score(self.actor, self.reference, context, fixed, ids, mask, self.rules, c.micro_prompts)
         clock.append(time.perf_counter())
 
         rewards = F.get_rewards(scores, s.logprobs, s.ref_logprobs, mask, self.kl.coef)
@@ -120,11 +118,7 @@ class PPO:
         clock.append(time.perf_counter())
         names = ("generate", "compute_rewards", "forward_pass", "compute_advantages")
         log |= {f"time/ppo/{name}": b - a for name, a, b in zip(names, clock[:-1], clock[1:], strict=True)}
-        return trajectory, memory, log
-
-    def _reference_memory(self, prompts: list[Prompt]) -> Memory:
-        encoded = self.reference.encode(self.reference.collate(prompts))
-        return Memory(encoded.states, encoded.mask, repeat=self.config.samples)
+        return trajectory, context, log
 
     def advantages(self, rewards: Tensor, values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """(B, R) advantages and returns. The only place where the algorithms differ."""
@@ -140,7 +134,7 @@ class PPO:
 
     # ----------------------------------------------------------------------------------------------------- update
 
-    def update(self, prompts: list[Prompt], trajectory: Trajectory, memory: Memory) -> dict[str, float]:
+    def update(self, prompts: list[Prompt], trajectory: Trajectory, context: Context) -> dict[str, float]:
         """Some passes over the rollouts, cut short before a step that would move the policy too far."""
         c, stats = self.config, UpdateStats()
         self.set_learning_rate()
@@ -148,7 +142,7 @@ class PPO:
             order = torch.randperm(c.prompts, generator=self.shuffling).tolist()
             size = c.prompts // c.minibatches
             for start in range(0, c.prompts, size):
-                moved = self.accumulate(order[start : start + size], prompts, trajectory, memory, stats)
+                moved = self.accumulate(order[start : start + size], prompts, trajectory, context, stats)
                 if c.early_stop_kl and moved > 1.5 * c.early_stop_kl:
                     self.optimizer.zero_grad()
                     return stats.summary(stopped=True) | {"ppo/learning_rate": self.learning_rate}
@@ -160,7 +154,7 @@ class PPO:
         return stats.summary(stopped=False) | {"ppo/learning_rate": self.learning_rate}
 
     def accumulate(
-        self, minibatch: list[int], prompts: list[Prompt], trajectory: Trajectory, memory: Memory, stats: UpdateStats
+        self, minibatch: list[int], prompts: list[Prompt], trajectory: Trajectory, context: Context, stats: UpdateStats
     ) -> float:
         """Add up the gradients of a minibatch of prompts, a few prompts at a time; returns its mean k3 a token.
 
@@ -181,7 +175,7 @@ class PPO:
             rows = torch.tensor([i * k + j for i in part for j in range(k)], device=trajectory.ids.device)
             t = trajectory.rows(rows)
             with self.autocast():
-                logits, values = self.actor(self._memory(part, prompts, memory), t.ids, t.mask, self.rules)
+                logits, values = self.actor(self._read(part, prompts, context), t.ids, t.mask, self.rules)
 
             m = t.mask  # from here on (N,): the real tokens of all responses in one row
             real = torch.ones_like(t.ids[m], dtype=torch.bool)
@@ -209,13 +203,11 @@ class PPO:
             )
         return stats.end_minibatch()
 
-    def _memory(self, part: list[int], prompts: list[Prompt], memory: Memory) -> Memory:
+    def _read(self, part: list[int], prompts: list[Prompt], context: Context) -> Context:
         """What the decoder reads for some prompts: encoded again with gradients, unless the encoder is frozen."""
         if self.frozen_encoder:
-            mask = None if memory.mask is None else memory.mask[part]
-            return Memory(memory.states[part], mask, repeat=memory.repeat)
-        encoded = self.actor.backbone.encode(self.actor.backbone.collate([prompts[i] for i in part]))
-        return Memory(encoded.states, encoded.mask, repeat=memory.repeat)
+            return context.of(part)
+        return self.actor.backbone.encode([prompts[i] for i in part]).shared_by(context.samples)
 
     @property
     def learning_rate(self) -> float:

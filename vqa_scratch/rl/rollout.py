@@ -8,9 +8,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vqa_scratch.nn.memory import Memory
 from vqa_scratch.rl.functional import entropy_of, exact_kl, logprobs_of
-from vqa_scratch.rl.policy import ActorCritic, Backbone, SamplingRules, policy_logits, token_logits, token_states
+from vqa_scratch.rl.policy import (
+    ActorCritic,
+    Backbone,
+    Context,
+    SamplingRules,
+    policy_logits,
+    token_logits,
+    token_states,
+)
 from vqa_scratch.rl.types import Prompt
 
 # Finished rows are dropped once fewer than this share still run: dropping costs a copy of the cache.
@@ -31,9 +38,9 @@ class Responses(NamedTuple):
 
 
 @torch.no_grad()
-def sample(backbone: Backbone, memory: Memory, rules: SamplingRules, generator: torch.Generator | None) -> Responses:
-    """One response for each row of `memory`, token by token with a cache; rows that have ended are dropped."""
-    rows, device = memory.rows, memory.states.device
+def sample(backbone: Backbone, context: Context, rules: SamplingRules, generator: torch.Generator | None) -> Responses:
+    """`context.samples` responses to each prompt, token by token with a cache; rows that have ended are dropped."""
+    rows, device = context.prompts * context.samples, context.states[0].device
     ids = torch.full((rows, rules.max_new_tokens), backbone.pad_id, device=device)
     lengths = torch.zeros(rows, dtype=torch.long, device=device)
     finished = torch.zeros(rows, dtype=torch.bool, device=device)
@@ -41,7 +48,7 @@ def sample(backbone: Backbone, memory: Memory, rules: SamplingRules, generator: 
     token = torch.full((rows,), backbone.start_id, device=device)
     cache = backbone.new_cache()
     for t in range(rules.max_new_tokens):
-        hidden = backbone.decode_hidden(token[:, None], memory, cache)[:, -1]  # (live, D)
+        hidden = backbone.decode_hidden(token[:, None], context, cache)[:, -1]  # (live, D)
         logits = policy_logits(backbone.logits(hidden), ids[live], torch.full_like(live, t), rules)
         token = torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(1)
         running = ~finished[live]
@@ -70,18 +77,12 @@ class Scored(NamedTuple):
     values: Tensor
 
 
-def entries(memory: Memory, start: int, stop: int) -> Memory:
-    """The memory of some prompts only; `repeat` rows read each."""
-    mask = None if memory.mask is None else memory.mask[start:stop]
-    return Memory(memory.states[start:stop], mask, repeat=memory.repeat)
-
-
 @torch.no_grad()
 def score(
     actor: ActorCritic,
     reference: Backbone,
-    memory: Memory,
-    ref_memory: Memory,
+    context: Context,
+    ref_context: Context,
     ids: Tensor,
     mask: Tensor,
     rules: SamplingRules,
@@ -89,15 +90,15 @@ def score(
 ) -> Scored:
     """Run both decoders over finished responses, as the update will: same code, same rules, no cache.
 
-    The memories are those of the rollout; the encoders do not run again.
+    The contexts are those of the rollout; the encoders do not run again.
     """
-    pieces = []
-    prompts, k = len(memory.states), memory.repeat
-    for start in range(0, prompts, prompts_at_once):
-        stop = min(start + prompts_at_once, prompts)
+    pieces, k = [], context.samples
+    for start in range(0, context.prompts, prompts_at_once):
+        stop = min(start + prompts_at_once, context.prompts)
+        some = slice(start, stop)
         part_ids, part_mask = ids[start * k : stop * k], mask[start * k : stop * k]
-        logits, values = actor(entries(memory, start, stop), part_ids, part_mask, rules)
-        states = token_states(reference, entries(ref_memory, start, stop), part_ids, part_mask)
+        logits, values = actor(context.of(some), part_ids, part_mask, rules)
+        states = token_states(reference, ref_context.of(some), part_ids, part_mask)
         ref_logits = token_logits(reference, states, part_ids, part_mask, rules)
         tokens = part_ids[part_mask]
         flat = (
