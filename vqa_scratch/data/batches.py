@@ -47,10 +47,13 @@ class Batch:
 
     def parts(self, number: int) -> Iterator["Batch"]:
         """At most `number` batches of whole images, about equal in size, that together are this one."""
-        per_image = len(self.rows) // len(self.pixels)
+        if number == 1:
+            yield self
+            return
         for chosen in torch.arange(len(self.pixels)).chunk(number):
             at, until = int(chosen[0]), int(chosen[-1]) + 1
-            here = slice(at * per_image, until * per_image)
+            # Not at * (questions an image): two hands of one image may meet, and then it has twice as many.
+            here = slice(*torch.searchsorted(self.image_index, self.image_index.new_tensor([at, until])).tolist())
             yield Batch(
                 self.pixels[at:until],
                 self.input_ids[here],

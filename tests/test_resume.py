@@ -1,0 +1,220 @@
+"""Runs that are killed or stopped go on to the same bits as a run that was left alone."""
+
+import functools
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from vqa_helpers import Ended, Started, small_data, small_flags, train_program
+
+from vqa_scratch.engine.checkpoint import load_checkpoint
+
+# Checkpoints after steps 4, 8 and 10, evaluations after 3, 6, 9 and 10: so that they do not coincide.
+STEPS, SAVE, EVALUATE = 10, 4, 3
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def send(number: int) -> None:
+    os.kill(os.getpid(), number)
+    time.sleep(0.01)  # lets the interpreter call its handler
+
+
+def at_step(step: int, then=die) -> None:
+    """Before the optimizer step of that number, call `then`."""
+    from vqa_scratch.engine import loop
+
+    original, calls = loop.train_step, []
+
+    def train_step(*args):
+        (optimizers,) = (a for a in args if isinstance(a, loop.Optimizers))
+        steps = [s["step"] for o in optimizers.optimizers for s in o.state.values() if "step" in s]
+        if max(map(int, steps), default=0) + 1 == step and not calls:
+            calls.append(step)
+            then()
+        return original(*args)
+
+    loop.train_step = train_step
+
+
+def within_checkpoint() -> None:
+    """Half of the next checkpoint is on disk, then the process is gone."""
+
+    def save(state, file):
+        torch_save(state, file)
+        file.flush()
+        os.truncate(file.fileno(), file.tell() // 2)
+        die()
+
+    torch_save, torch.save = torch.save, save
+
+
+def around_rename(name: str, after: bool) -> None:
+    """Just before or just after the next file of that name takes its place."""
+    replace = os.replace
+
+    def dying(source, target):
+        if Path(target).name == name:
+            if after:
+                replace(source, target)
+            die()
+        replace(source, target)
+
+    os.replace = dying
+
+
+def within_weights() -> None:
+    from vqa_scratch.weights import files
+
+    def save_file(tensors, path, **_):
+        Path(path).write_bytes(b"half of it")
+        die()
+
+    files.save_file = save_file
+
+
+def within_a_metrics_line() -> None:
+    from vqa_scratch.engine.progress import MetricsLog
+
+    write, dump = MetricsLog.write, json.dumps
+
+    def cut(self, step, **values):
+        if step == 7:
+            with open(self.path, "a") as file:
+                file.write(dump({"step": step, **values})[:25])
+            die()
+        write(self, step, **values)
+
+    MetricsLog.write = cut
+
+
+MOMENTS = {
+    "before the first checkpoint": functools.partial(at_step, 3),
+    "while model.safetensors is written": within_weights,
+    "while the first checkpoint is written": within_checkpoint,
+    "before the checkpoint's renaming": functools.partial(around_rename, "last.pt", False),
+    "after the checkpoint's renaming": functools.partial(around_rename, "last.pt", True),
+    "between two checkpoints": functools.partial(at_step, 6),
+    "within a line of metrics.jsonl": within_a_metrics_line,
+    "while the second checkpoint is written": within_checkpoint,
+    "before model.safetensors' renaming": functools.partial(around_rename, "model.safetensors", False),
+    "after model.safetensors' renaming": functools.partial(around_rename, "model.safetensors", True),
+    "at the end, before summary.json": functools.partial(around_rename, "summary.json", False),
+}
+
+
+def run(out: Path, flags: list[str], prepare=None) -> Ended:
+    return Started(out.parent / "logs", train_program, flags, prepare).end()
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return small_data(tmp_path_factory.mktemp("data"))
+
+
+def flags_for(data: Path, out: Path) -> list[str]:
+    return small_flags(data, out, steps=STEPS, save_every=SAVE, eval_every=EVALUATE)
+
+
+@pytest.fixture(scope="module")
+def alone(data, tmp_path_factory) -> Path:
+    """The run that nobody disturbs."""
+    out = tmp_path_factory.mktemp("alone") / "run"
+    ended = run(out, flags_for(data, out))
+    assert ended.code == 0, ended.err
+    return out
+
+
+def tensors_in(value, name="") -> dict[str, torch.Tensor]:
+    """Every tensor of nested dictionaries and lists, by its path."""
+    if isinstance(value, torch.Tensor):
+        return {name: value}
+    pairs = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, (list, tuple)) else ()
+    return {k: t for key, inner in pairs for k, t in tensors_in(inner, f"{name}/{key}").items()}
+
+
+def assert_same_run(out: Path, alone: Path) -> None:
+    """Weights, optimizer and generators bit for bit; the same steps, losses and figures, each once."""
+    ours, theirs = (load_file(folder / "model.safetensors") for folder in (out, alone))
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in theirs)
+    last, last_alone = (load_checkpoint(folder / "checkpoints" / "last.pt") for folder in (out, alone))
+    ours, theirs = tensors_in(last), tensors_in(last_alone)
+    assert len(theirs) > 100 and ours.keys() == theirs.keys()
+    assert [k for k in theirs if not torch.equal(ours[k], theirs[k])] == []
+    for state in (last, last_alone):
+        assert state["state"].pop("seconds") > 0
+    assert last["state"] == last_alone["state"] and last["rng"]["python"] == last_alone["rng"]["python"]
+    rows = [[json.loads(line) for line in (f / "metrics.jsonl").read_text().splitlines()] for f in (out, alone)]
+    for row in rows[0] + rows[1]:
+        row.pop("seconds")
+        row.pop("samples_per_second", None)
+    assert rows[0] == rows[1]
+    assert [row["step"] for row in rows[0] if "loss" in row] == list(range(1, STEPS + 1))
+    assert [row["step"] for row in rows[0] if "val" in row] == [3, 6, 9, 10]
+    figures = [json.loads((folder / "summary.json").read_text()) for folder in (out, alone)]
+    assert figures[0]["accuracy_by_family"] == figures[1]["accuracy_by_family"]
+
+
+def test_killed_at_any_moment(data, alone, tmp_path):
+    """One run, killed at each moment in turn, ends bit for bit where an undisturbed run does."""
+    out, resume = tmp_path / "run", []
+    for name, prepare in MOMENTS.items():
+        ended = run(out, [*flags_for(data, out), *resume], prepare)
+        assert ended.code == -signal.SIGKILL, f"{name}: {ended.code} {ended.err}"
+        resume = ["--resume"]
+    unfinished = list(out.rglob("*.tmp"))
+    assert unfinished, "a kill in the middle of writing leaves a file of a temporary name"
+    ended = run(out, [*flags_for(data, out), "--resume"])
+    assert ended.code == 0, ended.err
+    assert_same_run(out, alone)
+    assert list(out.rglob("*.tmp")) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_stopped_politely(data, alone, tmp_path, number):
+    """SIGINT and SIGTERM end the step, save, and exit with 130 or 143; going on leads to the same bits."""
+    out = tmp_path / "run"
+    ended = run(out, flags_for(data, out), functools.partial(at_step, 6, functools.partial(send, int(number))))
+    assert ended.code == 128 + number, ended.err
+    assert "stopped by signal" in ended.out and "--resume" in ended.out and ended.errors == []
+    assert load_checkpoint(out / "checkpoints" / "last.pt")["state"]["step"] == 6
+    ended = run(out, [*flags_for(data, out), "--resume"])
+    assert ended.code == 0 and "going on after step 6" in ended.out
+    assert_same_run(out, alone)
+
+
+def test_a_moved_run_goes_on_where_it_is(data, alone, tmp_path):
+    old, new = tmp_path / "old" / "run", tmp_path / "new" / "run"
+    run(old, flags_for(data, old), functools.partial(at_step, 6))
+    new.parent.mkdir()
+    old.rename(new)
+    assert run(new, [*flags_for(data, new), "--resume"]).code == 0
+    assert not old.exists()
+    assert_same_run(new, alone)
+
+
+def test_a_finished_run_is_only_reported_again(data, alone, tmp_path):
+    before = (alone / "checkpoints" / "last.pt").read_bytes()
+    ended = run(alone, [*flags_for(data, alone), "--resume"])
+    assert ended.code == 0 and f"going on after step {STEPS}" in ended.out
+    assert (alone / "checkpoints" / "last.pt").read_bytes() == before
+
+
+def test_interrupted_before_training(data, tmp_path):
+    """Ctrl-C while data is read ends the program without a traceback."""
+    out = tmp_path / "run"
+    ended = run(out, flags_for(data, out), interrupt_reading)
+    assert ended.code == 128 + signal.SIGINT and "Traceback" not in ended.err
+
+
+def interrupt_reading() -> None:
+    import train
+
+    train.read_splits = lambda config: send(signal.SIGINT)

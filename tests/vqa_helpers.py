@@ -1,0 +1,118 @@
+"""What the tests of the training program share: tiny data sets, tiny systems, and whole runs in their own processes."""
+
+import multiprocessing
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vqa_scratch.build import Splits, VQATask, embedded_system, read_splits
+from vqa_scratch.config import TrainConfig
+from vqa_scratch.data.shapes import ShapesSpec, ensure_shapes
+from vqa_scratch.engine.precision import Precision
+
+ROOT = Path(__file__).parent.parent
+CPU = torch.device("cpu")
+SPEC = ShapesSpec(train=24, val=6, test=6, holdout=6, questions_per_scene=8)
+SIZES = {
+    "width": 32,
+    "heads": 2,
+    "image_layers": 1,
+    "text_layers": 1,
+    "decoder_layers": 1,
+    "questions_per_step": 32,
+    "questions_per_image": 8,
+    "warmup_steps": 4,
+    "eval_questions": 40,
+    "log_every": 1,
+    "samples": 7,
+    "device": "cpu",
+    "precision": "fp32",
+}
+
+
+def small_data(folder: Path) -> Path:
+    """The embedded data set with few scenes, below `folder`."""
+    return ensure_shapes(folder, SPEC, progress=False)
+
+
+def small_config(data: Path, out: Path, **changes: Any) -> TrainConfig:
+    """A model of about 80,000 parameters on that data."""
+    values = {"data": data, "cache": out.parent / "cache", "out": out, "image_cache": False, "steps": 8}
+    return TrainConfig(**values | SIZES | changes)
+
+
+def small_flags(data: Path, out: Path, **changes: Any) -> list[str]:
+    """The command line of `small_config`."""
+    values = {"data": data, "cache": out.parent / "cache", "out": out, "steps": 8} | SIZES | changes
+    flags = [part for name, v in values.items() if v is not None for part in (f"--{name.replace('_', '-')}", str(v))]
+    return [*flags, "--no-image-cache"]
+
+
+def small_task(config: TrainConfig, splits: Splits | None = None) -> VQATask:
+    """The task that `train.py` would train, with a model from the config's seed."""
+    splits = splits or read_splits(config)
+    torch.manual_seed(config.seed)
+    model, encoder, processor = embedded_system(config, splits.samples["train"])
+    return VQATask(config, model, encoder, processor, splits, Precision("fp32", CPU))
+
+
+@dataclass
+class Ended:
+    """How a process ended: its exit code (-n after signal n) and what it wrote to stdout and stderr."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def errors(self) -> list[str]:
+        """The lines that begin with "error:"; a traceback counts as one too."""
+        return [line for line in self.err.splitlines() if line.startswith(("error:", "Traceback"))]
+
+
+class Started:
+    """A function running in a process of its own, forked from a server that has imported the project already."""
+
+    def __init__(self, folder: Path, function: Callable[..., None], *args: Any) -> None:
+        context = multiprocessing.get_context("forkserver")
+        os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+        context.set_forkserver_preload(["train", "matplotlib.pyplot"])
+        folder.mkdir(parents=True, exist_ok=True)
+        self.files = folder / "stdout.txt", folder / "stderr.txt"
+        self.process = context.Process(target=_redirected, args=(self.files, function, args))
+        self.process.start()
+
+    def end(self, timeout: float = 600) -> Ended:
+        """Wait for the process; ends it after `timeout` seconds (a machine may be busy with other things)."""
+        self.process.join(timeout)
+        assert self.process.exitcode is not None or self.process.kill(), f"no end after {timeout} s"
+        out, err = (file.read_text(errors="replace") for file in self.files)
+        return Ended(self.process.exitcode, out, err)
+
+
+def _redirected(files: tuple[Path, Path], function: Callable[..., None], args: tuple) -> None:
+    for number, file in zip((1, 2), files, strict=True):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644), number)
+    sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
+    torch.set_num_threads(1)
+    try:
+        function(*args)
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+
+
+def train_program(argv: Sequence[str], prepare: Callable[[], None] | None = None) -> None:
+    """`python train.py ARGV`, with `prepare()` called first; pictures and the gallery are left out to save time."""
+    import train
+    from vqa_scratch.options import run_program
+
+    train.draw_curves = train.write_gallery = lambda *args: None
+    if prepare is not None:
+        prepare()
+    run_program(lambda: train.main(train.command_line(argv)))
