@@ -41,7 +41,7 @@ class Splits:
 
 
 def family_of(folder: Path) -> Callable[[VQASample], str]:
-    """The seven families where the folder is the embedded data set; the official answer type elsewhere."""
+    """the families where the folder is the embedded data set; the official answer type elsewhere."""
     if any(folder.glob("scenes_*.json")):
         return lambda sample: FAMILY_OF_TYPE[sample.question_type]
     return lambda sample: sample.answer_type or "unknown"

@@ -1,8 +1,8 @@
 """Drawn scenes and the questions about them: the content of the embedded data set, without its files.
 
 A scene is 64 x 64 pixels with 2 to 5 objects on a jittered 4 x 4 grid; an object has one of 3 shapes, 6 colours and
-2 sizes. Seven question families need colour, shape, existence, counting, comparing, a spatial relation and a nearest
-neighbour, in the spirit of CLEVR (Johnson et al. 2017). Every question is unambiguous, and its answer is the rarest
+2 sizes. Eight question families need colour, shape, place, existence, counting, comparing, a spatial relation and a
+nearest neighbour, in the spirit of CLEVR (Johnson et al. 2017). Every question is unambiguous, and its answer is the rarest
 feasible one of its template so far, so that reading the question alone does not help. Ten simulated annotators answer
 it: most agree, some err, some say the same in other words.
 """
@@ -31,6 +31,7 @@ CELL = PIXELS // GRID
 FAMILIES = {
     "color": ("what color is the", "other"),
     "shape": ("what shape is the", "other"),
+    "where": ("where is the", "other"),
     "exist": ("is there a", "yes/no"),
     "count": ("how many", "number"),
     "compare": ("are there more", "yes/no"),
@@ -67,6 +68,11 @@ class Object:
     @property
     def name(self) -> str:
         return f"{self.color} {self.shape}"
+
+    @property
+    def place(self) -> str:
+        """The quarter of the image it lies in; cells keep every object off the two middle lines."""
+        return f"{'top' if self.y < PIXELS / 2 else 'bottom'} {'left' if self.x < PIXELS / 2 else 'right'}"
 
 
 Scene = tuple[Object, ...]
@@ -177,7 +183,7 @@ def _all_of_kind(kind: str) -> list[Description]:
 
 KINDS = {kind: _all_of_kind(kind) for kind in ("", "z", "c", "s", "zs", "zc", "cs", "zcs")}
 SEEN_KINDS = {kind: [d for d in all_ if (d[1], d[2]) not in HELD_OUT] for kind, all_ in KINDS.items()}
-REFERENCES = ("cs", "cs", "s", "c", "zs", "zcs")  # how relation and closest questions name their objects
+REFERENCES = ("cs", "cs", "s", "c", "zs", "zcs")  # how where, relation and closest questions name their objects
 
 
 class QuestionWriter:
@@ -245,6 +251,14 @@ class QuestionWriter:
 
     def _shape(self, index: SceneIndex) -> Question | None:
         return self._attribute("shape", index, ("c", "zc", "z"))
+
+    def _where(self, index: SceneIndex) -> Question | None:
+        options = defaultdict(list)
+        for i, thing in enumerate(index.scene):
+            reference = self._reference(index, i)
+            if reference:
+                options[thing.place].append((reference, (i,)))
+        return self._ask("where", "", options)
 
     def _exist(self, index: SceneIndex) -> Question | None:
         kind = self.rng.choice(("s", "c", "cs", "zs", "zc", "zcs"))
@@ -318,6 +332,7 @@ RIVALS = {
     "number": tuple(NUMBER_WORDS),
     "color": tuple(COLORS),
     "shape": SHAPES,
+    "where": tuple(f"{row} {column}" for row in ("top", "bottom") for column in ("left", "right")),
     "closest": tuple(f"{color} {shape}" for color in COLORS for shape in SHAPES),
 }
 
@@ -328,6 +343,8 @@ def same_in_other_words(answer: str) -> str:
         return NUMBER_WORDS[answer]
     if "gray" in answer:
         return answer.replace("gray", "grey")
+    if "top" in answer:
+        return answer.replace("top", "upper")
     if " " in answer:
         return f"a {answer}"
     return {"yes": "yes.", "no": "no."}.get(answer, answer)
