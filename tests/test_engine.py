@@ -1,4 +1,4 @@
-"""The parts of the loop: optimisers against torch, the schedule in closed form, accumulation, bad losses, checkpoints."""
+"""The parts of the loop: optimisers against torch, the schedule in closed form, accumulation, bad losses, saving."""
 
 import dataclasses
 import json

@@ -199,7 +199,7 @@ def test_freeze(what):
             assert f"{part} {sum(before[n].numel() for n in inside & new):,} of" in line
         else:
             assert moved & inside == inside, part
-    assert new | {"modality"} <= moved
+    assert new | {"modality", "places"} <= moved
 
 
 def test_freeze_can_be_undone():

@@ -91,6 +91,8 @@ def read_run_config(folder: Path) -> dict[str, Any]:
         raise UserError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(values, dict) or "program" not in values:
         raise UserError(f"{path} is not the config of a run: it does not say which program wrote it")
+    if values["program"] == PROGRAM and not all(isinstance(values.get(key), dict) for key in ("train", "model")):
+        raise UserError(f"{path} is not the config of a run: it lacks the options or the sizes of the model")
     return values
 
 

@@ -30,8 +30,9 @@ from vqa_scratch.models.stem import ConvStem
 """
 FUSE = {
     "tokens": """\
-# Every image token and every question token is a key of the decoder's cross-attention, marked by its modality.
-pictures = linear("image_projection", image_states) + fusion["modality"][0]
+# Every image token and every question token is a key of the decoder's cross-attention, marked by its modality; image
+# tokens are told their places once more.
+pictures = linear("image_projection", image_states) + fusion["places"] + fusion["modality"][0]
 words = linear("text_projection", text_states) + fusion["modality"][1]
 memory = torch.cat([pictures, words], 1)
 mask = torch.cat([torch.ones(pictures.shape[:2]), attention_mask], 1)""",

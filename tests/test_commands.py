@@ -1,0 +1,341 @@
+"""ask, evaluate, export and convert on a run folder, and the errors of their command lines."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from vqa_helpers import ROOT, small_config, small_data, small_task
+
+from vqa_scratch.__main__ import PROGRAM
+from vqa_scratch.commands.line import call
+from vqa_scratch.data.submission import read_submission
+from vqa_scratch.data.vqa_files import annotations_name, questions_name
+from vqa_scratch.data.vqa_v2 import read_vqa
+from vqa_scratch.engine.evaluation import QuestionOnly, TypePrior, blind
+from vqa_scratch.errors import UserError
+from vqa_scratch.metrics import accuracy_by
+from vqa_scratch.options import run_program
+from vqa_scratch.run import load_run, save_parts, save_weights
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return small_data(tmp_path_factory.mktemp("data"))
+
+
+def make_run(data: Path, folder: Path, **changes) -> Path:
+    """A run folder as train.py leaves it, with weights uneven enough to give different answers."""
+    config = small_config(data, folder, **changes)
+    task = small_task(config)
+    with torch.no_grad():
+        for parameter in task.model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    save_parts(folder, config, task.model, task.questions["train"].encoder, task.processor)
+    save_weights(folder / "model.safetensors", task.model)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(data, tmp_path_factory) -> Path:
+    return make_run(data, tmp_path_factory.mktemp("conv") / "run", question_prompt=True)
+
+
+def command(*argv: object) -> None:
+    call(PROGRAM, [str(a) for a in argv], "python -m vqa_scratch")
+
+
+# ------------------------------------------------------------------------------------------------ ask
+
+
+def by_hand(folder: Path, image: Path, question: str) -> tuple[str, float]:
+    """One token after the other with the whole model, and the product of their probabilities."""
+    opened = load_run(folder)
+    encoder, probability = opened.encoder, 1.0
+    pixels = opened.processor(Image.open(image).convert("RGB"))[None]
+    start = [*encoder.prompt(question), encoder.decoder.bos_id]
+    ids = list(start)
+    for _ in range(encoder.max_answer_tokens):
+        logits = opened.model(pixels, torch.tensor([encoder.question(question)]), None, torch.tensor([ids])).logits
+        p, token = logits[0, -1].softmax(-1).max(-1)
+        probability *= float(p)
+        ids.append(int(token))
+        if ids[-1] == encoder.decoder.eos_id:
+            break
+    return encoder.decoder.decode(ids[len(start) :]).strip(), probability
+
+
+def picture(data: Path) -> Path:
+    return read_vqa(data, "val").samples[0].image_path
+
+
+def test_ask(run, data, capsys):
+    """The answer and probability of a decoding written out here."""
+    for question in ("what color is the square?", "how many objects are there?"):
+        command("ask", run, "--image", picture(data), "--question", f"  {question} ")
+        text, probability = by_hand(run, picture(data), question)
+        assert capsys.readouterr().out == f"{text or '(nothing)'}  (probability {probability:.3f})\n"
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "LA", "1", "P", "CMYK", "I;16", "YCbCr"])
+@pytest.mark.parametrize("size", [(1, 1), (3, 500)])
+def test_ask_takes_any_image(run, tmp_path, mode, size, capsys):
+    pixels = np.random.default_rng(0).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)
+    image = Image.fromarray(pixels)
+    image = Image.fromarray(pixels[..., 0].astype(np.uint16) * 257) if mode == "I;16" else image.convert(mode)
+    suffix = {"CMYK": "tiff", "YCbCr": "tiff"}.get(mode, "png")
+    image.save(tmp_path / f"image.{suffix}")
+    command("ask", run, "--image", tmp_path / f"image.{suffix}", "--question", "is there a circle?")
+    assert "(probability 0." in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("question", ["", "   ", "\n"])
+def test_ask_nothing(run, data, question):
+    with pytest.raises(UserError, match="the question is empty"):
+        command("ask", run, "--image", picture(data), "--question", question)
+
+
+def test_ask_ten_thousand_words(run, data, capsys):
+    """It is cut, and a note says so; what is left decides the answer."""
+    words = "is there a red circle or " * 1_667
+    command("ask", run, "--image", picture(data), "--question", words)
+    printed = capsys.readouterr()
+    assert len(words.split()) > 10_000
+    assert printed.err == "note: the question is longer than 32 tokens; only its beginning was read\n"
+    command("ask", run, "--image", picture(data), "--question", words[:2_000])
+    assert capsys.readouterr().out == printed.out
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "is empty"),
+        (b"no image at all", "is not an image"),
+        (b"half", "is damaged or truncated"),
+        (None, "there is no such image"),
+        (b"huge", "over the limit"),
+    ],
+)
+def test_ask_about_a_bad_image(run, data, tmp_path, content, message, monkeypatch):
+    path = tmp_path / "bad.png"
+    if content == b"half":
+        content = picture(data).read_bytes()[:300]
+    if content == b"huge":
+        content = picture(data).read_bytes()
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1_000)
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(UserError, match=message) as caught:
+        command("ask", run, "--image", path, "--question", "what is it?")
+    assert "\n" not in str(caught.value) and "bad.png" in str(caught.value)
+
+
+# ------------------------------------------------------------------------------------------------ evaluate
+
+
+def test_evaluate(run, data, tmp_path, capsys):
+    """The figures against the metric applied to the submission; baselines from the train split."""
+    command("evaluate", run, "--data", data, "--split", "val", "--submission", tmp_path / "answers.json")
+    figures = json.loads((run / "evaluation.json").read_text())
+    samples = read_vqa(data, "val").samples
+    answers = read_submission(tmp_path / "answers.json")
+    assert answers.keys() == {s.question_id for s in samples}
+    for key in ("answer_type", "question_type"):
+        expected = accuracy_by(samples, answers, key)
+        assert figures["accuracy"] == expected.overall.accuracy
+        assert figures[f"accuracy_by_{key}"] == {k: g.accuracy for k, g in expected.groups.items()}
+        assert figures["counts"][key] == {k: g.count for k, g in expected.groups.items()}
+    train = read_vqa(data, "train").samples
+    assert figures["baselines"]["prior"] == blind(samples, TypePrior(train))
+    assert figures["baselines"]["question_only"] == blind(samples, QuestionOnly(train))
+    assert figures["baselines"].keys() == {"prior", "question_only", "shuffled_images"}
+    assert 0 <= figures["eos_rate"] <= 1 and 1 <= figures["mean_answer_tokens"] <= 8
+    table = capsys.readouterr().out
+    assert "what color is the" in table and f"{figures['accuracy']:.4f}" in table and "question only" in table
+
+
+def test_evaluate_some(run, data):
+    command("evaluate", run, "--data", data, "--split", "test", "--limit", 16)
+    assert json.loads((run / "evaluation.json").read_text())["questions"] == 16
+
+
+def without(data: Path, folder: Path, *names: str) -> Path:
+    """A data folder that lacks some of the files."""
+    folder.mkdir()
+    for path in data.iterdir():
+        if path.name not in names:
+            (folder / path.name).symlink_to(path)
+    return folder
+
+
+def test_evaluate_without_a_train_split(run, data, tmp_path, capsys):
+    """No silent gap: a note says which baselines are not known, and the file holds null."""
+    folder = without(data, tmp_path / "data", questions_name("train2014"))
+    command("evaluate", run, "--data", folder)
+    printed = capsys.readouterr()
+    baselines = json.loads((run / "evaluation.json").read_text())["baselines"]
+    assert baselines["prior"] is None and baselines["question_only"] is None and baselines["shuffled_images"] >= 0
+    assert printed.err.count("note: no prior and question-only baselines") == 1 and "not known" in printed.out
+
+
+def test_evaluate_without_annotations(run, data, tmp_path, capsys):
+    """Only the submission is written, and it has to be asked for."""
+    folder = without(data, tmp_path / "data", annotations_name("test2015"))
+    (run / "evaluation.json").unlink(missing_ok=True)
+    with pytest.raises(UserError, match="has no annotations to score by; give --submission FILE"):
+        command("evaluate", run, "--data", folder, "--split", "test")
+    command("evaluate", run, "--data", folder, "--split", "test", "--submission", tmp_path / "answers.json")
+    assert len(read_submission(tmp_path / "answers.json")) == len(read_vqa(data, "test").samples)
+    assert not (run / "evaluation.json").exists() and "nothing is scored" in capsys.readouterr().out
+
+
+def test_an_incomplete_submission_is_refused(run, data, tmp_path):
+    """Where an image is missing, its questions cannot be answered: known before anything is computed."""
+    folder = without(data, tmp_path / "data", "val2014")
+    (folder / "val2014").mkdir()
+    for path in sorted((data / "val2014").iterdir())[1:]:
+        (folder / "val2014" / path.name).symlink_to(path)
+    with pytest.raises(UserError, match="8 are left out .8: the image is missing"):
+        command("evaluate", run, "--data", folder, "--submission", tmp_path / "answers.json")
+    with pytest.raises(UserError, match="leave out --limit or --submission"):
+        command("evaluate", run, "--data", data, "--limit", 3, "--submission", tmp_path / "answers.json")
+    assert not (tmp_path / "answers.json").exists()
+
+
+# ------------------------------------------------------------------------------------------------ export
+
+
+@pytest.mark.parametrize("fusion", ["tokens", "mean"])
+@pytest.mark.parametrize("stem", ["linear", "conv"])
+def test_export(data, tmp_path, fusion, stem, capsys, monkeypatch):
+    """The towers load in transformers without a missing key, and the page's own program gives the run's answer."""
+    import transformers as hf
+
+    run = make_run(data, tmp_path / "run", fusion=fusion, stem=stem)
+    out = tmp_path / "export"
+    command("export", run, out)
+    printed = capsys.readouterr()
+    encoder = load_run(run).encoder
+    wanted = [(hf.DistilBertModel, "text", {}), (hf.GPT2LMHeadModel, "decoder", {})]
+    if stem == "linear":
+        wanted.append((hf.ViTModel, "image", {"add_pooling_layer": False}))
+        assert printed.err == ""
+    else:
+        assert printed.err.count("note: the image tower has a convolutional stem") == 1
+        assert not (out / "image" / "config.json").exists(), "nothing that transformers would take for a plain ViT"
+    for kind, name, options in wanted:
+        _, report = kind.from_pretrained(out / name, output_loading_info=True, **options)
+        problems = {k: v for k, v in report.items() if v and k != "error_msgs"}
+        assert problems == {}, (name, problems)
+    for name, tokenizer in (("text", encoder.text), ("decoder", encoder.decoder)):
+        theirs = hf.AutoTokenizer.from_pretrained(out / name)
+        assert theirs(" is there a red circle?")["input_ids"] == tokenizer.encode(" is there a red circle?")
+    hf.AutoImageProcessor.from_pretrained(out / "image")
+
+    question, image = "what color is the square?", picture(data)
+    program = (out / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    assert question in program
+    monkeypatch.chdir(out)
+    (out / "picture.png").write_bytes(image.read_bytes())
+    exec(compile(program, "README.md", "exec"), {"__name__": "readme"})
+    assert capsys.readouterr().out.strip() == by_hand(run, image, question)[0]
+
+
+def test_export_over_the_run_is_refused(run):
+    with pytest.raises(UserError, match="DIR must be another folder than RUN"):
+        command("export", run, run)
+
+
+# ------------------------------------------------------------------------------------------------ convert
+
+
+def test_convert(tmp_path, capsys):
+    tensors = {"a.weight": torch.randn(3, 4), "b": torch.arange(3)}
+    torch.save(tensors, tmp_path / "model.bin")
+    command("convert", tmp_path / "model.bin", tmp_path / "model.safetensors")
+    again = load_file(tmp_path / "model.safetensors")
+    assert again.keys() == tensors.keys() and all(torch.equal(again[k], tensors[k]) for k in tensors)
+    out = capsys.readouterr().out
+    import hashlib
+
+    assert hashlib.sha256((tmp_path / "model.bin").read_bytes()).hexdigest() in out and "2 tensors" in out
+
+
+@pytest.mark.parametrize("content", [{"step": 3}, [torch.zeros(2)], {"a": {"b": torch.zeros(2)}}, {"p": Path("x")}])
+def test_convert_takes_tensors_only(tmp_path, content):
+    torch.save(content, tmp_path / "model.bin")
+    with pytest.raises(UserError, match="model.bin .*tensors"):
+        command("convert", tmp_path / "model.bin", tmp_path / "out.safetensors")
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+# ------------------------------------------------------------------------------------------------ command lines
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["aks"], "no such command: aks; did you mean ask?"),
+        (["frobnicate"], "no such command: frobnicate; there are ask, convert, evaluate, export"),
+        (["ask", "x", "--imag", "y"], "no such flag: --imag; did you mean --image?"),
+        (["ask", "x", "--image", "y"], "Missing option '--question'."),
+        (["evaluate", "x", "--data", "y", "--precision", "fp23"], "did you mean 'fp32'?"),
+        (["evaluate", "x", "--data", "y", "--limit", "0"], "--limit"),
+        (["ask", "nowhere", "--image", "y", "--question", "z"], "no run folder nowhere"),
+        (["convert", "nowhere.bin", "out"], "cannot read nowhere.bin"),
+    ],
+)
+def test_errors_are_one_line(argv, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        run_program(lambda: command(*argv))
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and err.startswith("error: ") and err.count("\n") == 1
+    assert message in err
+
+
+def test_the_program_as_it_is_started(run):
+    """python -m vqa_scratch: help, and exit code 2 with one line."""
+    for argv, code, text in ((["--help"], 0, "evaluate"), (["evalute"], 2, "error: no such command: evalute; did you")):
+        done = subprocess.run(
+            [sys.executable, "-m", "vqa_scratch", *argv], capture_output=True, text=True, cwd=ROOT, timeout=600
+        )
+        assert done.returncode == code and text in done.stdout + done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+# ------------------------------------------------------------------------------------------------ broken runs
+
+
+@pytest.mark.parametrize(
+    ("breaking", "message"),
+    [
+        (lambda run: (run / "config.json").unlink(), "is not a run folder: it has no config.json"),
+        (lambda run: (run / "config.json").write_text('{"program": "tr'), "config.json is not valid JSON"),
+        (lambda run: (run / "config.json").write_text("[]"), "is not the config of a run"),
+        (lambda run: (run / "config.json").write_text('{"program": "train.py"}'), "config.json"),
+        (lambda run: (run / "model.safetensors").unlink(), "has no model.safetensors yet"),
+        (lambda run: (run / "model.safetensors").write_bytes(b"1234"), "is not a whole safetensors file"),
+        (lambda run: other_shapes(run), r"decoder.norm.weight is \(3,\), the model has \(32,\)"),
+        (lambda run: (run / "text_tokenizer" / "tokenizer.json").write_text("{"), "the tokenizer in .* cannot be read"),
+        (lambda run: (run / "preprocessor_config.json").write_text("{"), "is not valid JSON"),
+    ],
+)
+def test_a_broken_run_is_one_line(run, tmp_path, breaking, message):
+    import shutil
+
+    broken = tmp_path / "run"
+    shutil.copytree(run, broken)
+    breaking(broken)
+    with pytest.raises(UserError, match=message) as caught:
+        load_run(broken)
+    assert "\n" not in str(caught.value)
+
+
+def other_shapes(run: Path) -> None:
+    tensors = load_file(run / "model.safetensors")
+    save_file(tensors | {"decoder.norm.weight": torch.zeros(3)}, run / "model.safetensors")

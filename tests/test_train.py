@@ -1,0 +1,151 @@
+"""`python train.py` from its first line to summary.json, on a tiny budget."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from vqa_helpers import small_config, small_data, small_flags
+
+import train
+from vqa_scratch.config import PRESETS, TrainConfig
+from vqa_scratch.engine.checkpoint import load_checkpoint
+from vqa_scratch.options import from_json, to_json
+from vqa_scratch.run import load_run
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return small_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def run(data, tmp_path_factory) -> Path:
+    """30 steps: long enough for the loss to fall, short enough to wait for."""
+    out = tmp_path_factory.mktemp("runs") / "run"
+    flags = small_flags(data, out, steps=30, eval_every=15, save_every=15, log_every=5)
+    assert train.main(train.command_line([f for f in flags if f != "--no-image-cache"])) is None
+    return out
+
+
+def rows(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_the_loss_falls(run):
+    losses = [row["loss"] for row in rows(run) if "loss" in row]
+    # It starts at that of a uniform guess among 512 tokens, log 512 = 6.2, or a little below.
+    assert 5 < losses[0] < 7 and losses[-1] < 0.7 * losses[0]
+
+
+def test_metrics_tell_what_happened(run):
+    training = [row for row in rows(run) if "loss" in row]
+    assert [row["step"] for row in training] == [1, 5, 10, 15, 20, 25, 30]
+    for row in training:
+        assert row.keys() >= {"samples", "seconds", "lr_factor", "samples_per_second", "token_accuracy", "grad_norm"}
+    evaluations = [row for row in rows(run) if "val" in row]
+    assert [row["step"] for row in evaluations] == [15, 30]
+    assert all({"accuracy", "accuracy/color", "accuracy/count"} <= row["val"].keys() for row in evaluations)
+
+
+def test_the_summary_has_its_keys(run):
+    summary = json.loads((run / "summary.json").read_text())
+    assert set(summary["baselines"]) == {"prior", "question_only", "shuffled_images"}
+    assert len(summary["accuracy_by_family"]) == 7 and 0 <= summary["accuracy"] <= 1
+    assert 0 <= summary["holdout_accuracy"] <= 1
+    for name in ("seconds", "samples_per_second", "peak_memory_gb"):
+        assert summary[name] > 0
+    assert summary["steps"] == 30 and summary["questions_seen"] == sum(1 for _ in range(30)) * 32
+
+
+def test_every_file_of_the_run_folder_is_there(run):
+    names = {p.name for p in run.iterdir()}
+    expected = "config.json model.safetensors metrics.jsonl summary.json curves.png samples.html checkpoints"
+    assert names == set(expected.split()) | {"text_tokenizer", "decoder_tokenizer", "preprocessor_config.json"}
+    assert (run / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_gallery_shows_what_was_answered(run):
+    """A picture, a question, the answer with its probability and the annotators' answers for one of each family."""
+    page = (run / "samples.html").read_text()
+    assert page.count("<article>") == page.count("data:image/png;base64,") == 7
+    assert len(re.findall(r"\d+ % sure, accuracy [01]\.\d\d", page)) == 7
+    assert page.count("&times;") >= 7 and "http" not in page.replace("http-equiv", "")
+
+
+def test_the_best_weights_answer_as_the_summary_says(run, data):
+    """The folder alone gives the model back: its test accuracy is the one reported."""
+    opened = load_run(run)
+    saved = load_checkpoint(run / "checkpoints" / "last.pt")
+    best = [row for row in rows(run) if "val" in row]
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["validation_accuracy"] == max(row["val"]["accuracy"] for row in best)
+    if best[-1]["val"]["accuracy"] > best[0]["val"]["accuracy"]:
+        state = opened.model.state_dict()
+        assert all(torch.equal(state[name], tensor) for name, tensor in saved["model"].items())
+    assert not opened.model.training
+
+
+def test_two_runs_are_equal(data, tmp_path):
+    """The same seed gives the same weights; another seed gives others."""
+    weights = []
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        config = small_config(data, tmp_path / name, seed=seed, steps=2, eval_questions=8, samples=1)
+        train.main(config)
+        weights.append((tmp_path / name / "model.safetensors").read_bytes())
+    assert weights[0] == weights[1] != weights[2]
+
+
+def test_a_time_budget_is_kept(data, tmp_path):
+    """With --minutes the run ends in time, and its learning rate has fallen to about nothing by then."""
+    config = small_config(data, tmp_path / "run", steps=None, minutes=0.1, eval_questions=8, samples=1)
+    train.main(config)
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    training = [row for row in rows(tmp_path / "run") if "loss" in row]
+    assert training[0]["lr_factor"] > training[-1]["lr_factor"]
+    assert summary["steps"] >= 1
+
+
+@pytest.mark.parametrize("changes", [{"fusion": "mean"}, {"freeze": "encoders"}, {"stem": "linear"}, {"accumulate": 4}])
+def test_options_reach_the_model(data, tmp_path, changes, capsys):
+    config = small_config(data, tmp_path / "run", steps=1, eval_questions=8, samples=1, **changes)
+    train.main(config)
+    model = load_run(tmp_path / "run").model
+    assert model.fusion == config.fusion and model.config.stem == config.stem
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("trainable: "))
+    assert ("image 0 of" in line) == (config.freeze == "encoders")
+
+
+def test_val_split_auto_holds_out_images(data, tmp_path):
+    """Training questions and validation questions share no image; the figures can come from the val split."""
+    from vqa_scratch.build import read_splits
+
+    config = small_config(data, tmp_path / "run", val_split="auto", val_fraction=0.3, test_split="val")
+    parts = read_splits(config).samples
+    images = {name: {s.image_id for s in samples} for name, samples in parts.items()}
+    assert not images["train"] & images["val"] and images["val"] and images["train"]
+    assert not images["test"] & (images["train"] | images["val"]), "the val split of the files is the test set"
+
+
+# ------------------------------------------------------------------------------------------------ flags
+
+
+def test_flags_win_over_the_preset_and_the_preset_over_defaults():
+    config = train.command_line(["--preset", "book", "--data", "x", "--questions-per-step", "10", "--no-compile"])
+    assert (config.questions_per_step, config.optimizer, config.minutes) == (10, PRESETS["book"]["optimizer"], 10.0)
+    assert train.command_line([]).optimizer == "muon"
+    assert train.command_line(["--steps", "5"]).minutes is None
+
+
+def test_every_field_is_a_flag(capsys):
+    with pytest.raises(SystemExit) as stop:
+        train.command_line(["--help"])
+    assert stop.value.code == 0
+    page = capsys.readouterr().out
+    assert all(f"--{name.replace('_', '-')}" in page for name in TrainConfig.__dataclass_fields__)
+
+
+def test_config_round_trip(tmp_path):
+    config = TrainConfig(data=tmp_path, steps=3, fusion="mean")
+    assert from_json(TrainConfig, json.loads(json.dumps(to_json(config))), "here") == config
