@@ -29,8 +29,9 @@ article { background: var(--card); border: 1px solid var(--line); border-radius:
 article img { display: block; width: 100%; max-height: 15rem; object-fit: contain; background: #fff; }
 img.pixels { image-rendering: pixelated; }
 .text { padding: .8rem 1rem 1rem; } .question { font-weight: 600; margin: 0 0 .5rem; overflow-wrap: anywhere; }
-.answer { display: flex; align-items: baseline; justify-content: space-between; gap: 1rem; margin: 0 0 .4rem; }
-.answer b { font-size: 1.15rem; overflow-wrap: anywhere; } .right b { color: var(--right); }
+.answer { display: flex; flex-wrap: wrap; align-items: baseline; justify-content: space-between; gap: 0 1rem;
+          margin: 0 0 .4rem; }
+.answer b { font-size: 1.15rem; overflow-wrap: break-word; } .right b { color: var(--right); }
 .partly b { color: var(--partly); } .wrong b { color: var(--wrong); }
 .probability, .people { color: var(--soft); font-size: .875rem; } .people { margin: 0; overflow-wrap: anywhere; }
 """
