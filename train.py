@@ -53,7 +53,8 @@ def settle(config: TrainConfig) -> tuple[TrainConfig, dict[str, Any] | None]:
         what = ", ".join(f"--{k.replace('_', '-')} {getattr(saved, k)}, not {v}" for k, v in other.items())
         raise UserError(f"{config.out} was begun with {what}; a run goes on with the options it was begun with")
     remove_unfinished(config.out)
-    saved = replace(saved, out=config.out, **{k: v for k, v in given.items() if k in MAY_CHANGE - {"resume"}})
+    changes = {k: v for k, v in given.items() if k in MAY_CHANGE} | {"out": config.out, "resume": False}
+    saved = replace(saved, **changes)
     return saved, load_checkpoint(path) if path.exists() else None
 
 

@@ -85,7 +85,7 @@ def test_it_is_written_once(folder):
 
 
 def test_an_interrupted_writing_leaves_nothing(tmp_path, monkeypatch):
-    def interrupted(*_):
+    def interrupted(*_, **__):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("vqa_scratch.data.shapes.write_vqa", interrupted)
