@@ -1,0 +1,49 @@
+"""Compare with what one would run otherwise:  python -m bench train-step [--all --write]"""
+
+import sys
+
+import click
+
+import vqa_scratch._torchvision_shim  # noqa: F401  (lets transformers import beside a CPU-only torch)
+from bench import train_step
+from bench.results import RESULTS, write_section
+from bench.sides import SIDES, Case
+from vqa_scratch.commands.line import NearGroup, call
+from vqa_scratch.errors import UserError
+from vqa_scratch.options import NearChoice, run_program
+
+
+@click.command("train-step")
+@click.option("--precision", type=NearChoice(("fp32", "bf16")), default="fp32", show_default=True, help="Arithmetic.")
+@click.option("--questions", type=click.IntRange(1), default=8, show_default=True, help="Questions of a step.")
+@click.option("--images", type=click.IntRange(1), default=8, show_default=True, help="Images of a step.")
+@click.option("--rounds", type=click.IntRange(1), help="Turns of each side. [5; 3 with 40 questions]")
+@click.option("--all", "every", is_flag=True, help="The four cases of the table: fp32 and bf16, 8 and 40 questions.")
+@click.option("--side", type=NearChoice(tuple(SIDES)), help="Run this side alone: its time and peak memory.")
+@click.option("--write", is_flag=True, help="Put the table into bench/RESULTS.md.")
+def train_step_command(
+    precision: str, questions: int, images: int, rounds: int | None, every: bool, side: str | None, write: bool
+) -> None:
+    """One training step at the book's sizes against the same model assembled from transformers."""
+    if questions % images:
+        raise UserError(f"--questions {questions} do not divide among --images {images}")
+    case = Case(precision, questions, images)
+    if side is not None:
+        if every or write:
+            raise UserError("--side runs one side alone; it goes with neither --all nor --write")
+        print(train_step.run_alone(side, case, rounds or train_step.ROUNDS.get(questions, 3)))
+        return
+    command = "python -m bench " + " ".join(word for word in sys.argv[1:] if word != "--write")
+    text = train_step.run(train_step.CASES if every else [case], rounds, command)
+    print(text)
+    if write:
+        write_section("train-step", text)
+        print(f"written to {RESULTS}", file=sys.stderr)
+
+
+COMMANDS = [train_step_command]  # a further benchmark is imported above and added here
+PROGRAM = NearGroup("bench", {command.name: command for command in COMMANDS}, help="Measure, side by side.")
+
+
+if __name__ == "__main__":
+    run_program(lambda: call(PROGRAM, sys.argv[1:], "python -m bench"))

@@ -1,0 +1,32 @@
+"""The results file: one section a benchmark, replaced when that benchmark is written again."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+RESULTS = Path(__file__).with_name("RESULTS.md")
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table, its columns padded so that it can be read as text."""
+    widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
+    lines = [head, ["-" * width for width in widths], *rows]
+    return "\n".join(
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in lines
+    )
+
+
+def write_section(name: str, text: str, path: Path = RESULTS) -> None:
+    """Put `text` between the marks of section `name`, in place of what stood there, or at the end of the file."""
+    begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+    section = f"{begin}\n{text.strip()}\n{end}"
+    whole = path.read_text(encoding="utf-8") if path.exists() else "# Results\n"
+    if begin in whole:
+        before, _, rest = whole.partition(begin)
+        after = rest.partition(end)[2]
+        whole = before + section + after
+    else:
+        whole = f"{whole.rstrip()}\n\n{section}\n"
+    unfinished = path.with_suffix(".tmp")
+    unfinished.write_text(whole, encoding="utf-8")
+    os.replace(unfinished, path)

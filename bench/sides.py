@@ -1,0 +1,220 @@
+"""The two sides of the training-step benchmark: build from one set of files, show gradients, take a step, say memory.
+
+Each side lives in a process of its own, so that its peak memory is its own and only one of them is at work. The side of
+this project goes through `engine.loop.train_step`, the function that training runs.
+
+Shapes: I images, B questions, T question tokens, A decoder tokens.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from bench.timing import peak_memory_gb
+from vqa_scratch.data.batches import Batch
+from vqa_scratch.engine.loop import Plan, train_step
+from vqa_scratch.engine.optim import Optimizers
+from vqa_scratch.engine.precision import Precision
+from vqa_scratch.models.bert import Bert
+from vqa_scratch.models.gpt2 import GPT2
+from vqa_scratch.models.vit import ViT
+from vqa_scratch.models.vqa import VQAModel, labelled_loss
+
+CPU = torch.device("cpu")
+MAX_GRAD_NORM = 1.0  # the default of both
+
+
+@dataclass(frozen=True)
+class Case:
+    """One comparison: number format, questions and images of a step, and the shape of its texts."""
+
+    precision: str = "fp32"
+    questions: int = 8
+    images: int = 8
+    question_tokens: int = 16
+    answer_tokens: int = 8
+
+    def __post_init__(self) -> None:
+        if self.questions % self.images:
+            raise ValueError(f"{self.questions} questions do not divide among {self.images} images")
+
+    @property
+    def name(self) -> str:
+        return f"{self.precision}, {self.questions} questions, {self.images} images"
+
+    def batch(self, image_size: int, text_vocabulary: int, decoder_vocabulary: int) -> Batch:
+        """Random pixels and tokens, the same at every call; all tokens real, all answer tokens labelled."""
+        random = torch.Generator().manual_seed(0)
+        answers = torch.randint(decoder_vocabulary, (self.questions, self.answer_tokens + 1), generator=random)
+        return Batch(
+            pixels=torch.randn(self.images, 3, image_size, image_size, generator=random),
+            input_ids=torch.randint(text_vocabulary, (self.questions, self.question_tokens), generator=random),
+            attention_mask=torch.ones(self.questions, self.question_tokens, dtype=torch.bool),
+            decoder_input_ids=answers[:, :-1].contiguous(),
+            labels=answers[:, 1:].contiguous(),
+            image_index=torch.arange(self.questions) // (self.questions // self.images),
+            rows=torch.arange(self.questions),
+        )
+
+
+@contextmanager
+def gradients_as_weights(model: nn.Module) -> Iterator[None]:
+    """Inside, every parameter holds its gradient, so that what saves weights saves gradients under the same keys."""
+    weights = [(parameter, parameter.data) for parameter in model.parameters()]
+    for parameter, data in weights:
+        parameter.data = torch.zeros_like(data) if parameter.grad is None else parameter.grad
+    yield
+    for parameter, data in weights:
+        parameter.data = data
+
+
+class Ours:
+    """This project's model under mean fusion, its loop and its optimizer."""
+
+    def __init__(self, folder: Path, case: Case) -> None:
+        towers = {name: kind.from_pretrained(folder / name) for name, kind in TOWERS.items()}
+        self.model = VQAModel(**towers, fusion="mean").train()
+        projections = load_file(folder / "projections.safetensors")
+        self.model.load_state_dict(projections, strict=False)
+        self.precision = Precision(case.precision, CPU)
+        self.precision.suit_attention(self.model)
+        self.optimizers = Optimizers(
+            self.model,
+            kind="adamw",
+            learning_rate=5e-5,
+            matrix_learning_rate=0.0,
+            weight_decay=0.0,
+            betas=(0.9, 0.999),
+        )
+        self.plan = Plan(
+            steps=1,
+            seconds=None,
+            warmup_steps=0,
+            decay_from=0.0,
+            accumulate=1,
+            max_grad_norm=MAX_GRAD_NORM,
+            log_every=1,
+            eval_every=1,
+            save_every=1,
+        )
+        self.data = case.batch(towers["image"].config.image_size, *(towers[t].config.vocab_size for t in TEXTS))
+
+    def size(self, batch: Batch) -> tuple[int, int]:
+        """What the loop asks of a task."""
+        return len(batch.rows), batch.labels.numel()
+
+    def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """What the loop asks of a task."""
+        hidden = self.model.hidden(
+            batch.pixels,
+            batch.input_ids,
+            batch.attention_mask,
+            batch.decoder_input_ids,
+            image_index=batch.image_index,
+        )
+        return labelled_loss(hidden, self.model.decoder.tokens.weight, batch.labels)
+
+    def gradients(self, folder: Path, *, fp32: bool = False) -> float:
+        """The loss, its gradients saved to `folder` as a checkpoint would be."""
+        with nullcontext() if fp32 else self.precision.autocast():
+            loss = self.loss(self.data)[0] / self.data.labels.numel()
+        loss.backward()
+        with gradients_as_weights(self.model):
+            for name in TOWERS:
+                getattr(self.model, name).save_pretrained(folder / name)
+            state = self.model.state_dict()
+            save_file({k: v for k, v in state.items() if "projection" in k}, folder / "projections.safetensors")
+        self.optimizers.zero_grad()
+        return loss.item()
+
+    def step(self) -> None:
+        """One step of training."""
+        train_step(self, self.data, self.optimizers, self.precision, self.plan)
+
+
+class Peer:
+    """The model assembled from `transformers`, trained as its Trainer would."""
+
+    def __init__(self, folder: Path, case: Case) -> None:
+        from bench.peers import TransformersVQA, adamw
+
+        self.model = TransformersVQA.from_pretrained(folder).train()
+        self.optimizer = adamw(self.model)
+        self.case = case
+        configs = {name: getattr(self.model, name).config for name in TOWERS}
+        batch = case.batch(configs["image"].image_size, *(configs[text].vocab_size for text in TEXTS))
+        self.inputs = (
+            batch.pixels[batch.image_index],
+            batch.input_ids,
+            batch.attention_mask.long(),
+            batch.decoder_input_ids,
+            batch.labels,
+        )
+
+    def autocast(self):
+        return torch.autocast("cpu", dtype=torch.bfloat16) if self.case.precision == "bf16" else nullcontext()
+
+    def gradients(self, folder: Path, *, fp32: bool = False) -> float:
+        """The loss, its gradients saved to `folder` as a checkpoint would be."""
+        with nullcontext() if fp32 else self.autocast():
+            loss = self.model(*self.inputs)
+        loss.backward()
+        with gradients_as_weights(self.model):
+            self.model.save_pretrained(folder)
+        self.optimizer.zero_grad()
+        return loss.item()
+
+    def step(self) -> None:
+        """One step of training."""
+        with self.autocast():
+            loss = self.model(*self.inputs)
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), MAX_GRAD_NORM)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def fused_step(self) -> None:
+        """The same with the fused AdamW, the Trainer's default since torch 2.8."""
+        (group,) = self.optimizer.param_groups
+        group["fused"] = True
+        self.step()
+        group["fused"] = None
+
+
+TOWERS = {"image": ViT, "text": Bert, "decoder": GPT2}
+TEXTS = ("text", "decoder")
+SIDES: dict[str, Callable[[Path, Case], Ours | Peer]] = {"ours": Ours, "peer": Peer}
+
+
+def serve(side: str, folder: Path, case: Case, threads: int, pipe: Connection) -> None:
+    """The process of one side: build it, then do what the pipe asks until it says stop.
+
+    A request is a method's name with its arguments; the answer is ("done", seconds, its value) or ("failed", why).
+    """
+    try:
+        torch.set_num_threads(threads)
+        contestant = SIDES[side](folder, case)
+        pipe.send(("done", 0.0, None))
+        while (request := pipe.recv()) is not None:
+            name, arguments, options = request
+            work = peak_memory_gb if name == "peak_memory_gb" else getattr(contestant, name)
+            start = time.perf_counter()
+            value = work(*arguments, **options)
+            pipe.send(("done", time.perf_counter() - start, value))
+    except Exception as error:
+        pipe.send(("failed", f"{type(error).__name__}: {error}"))
+
+
+def save_random_weights(folder: Path, sizes: dict[str, dict]) -> None:
+    """Random weights that both sides load. Runs in a process of its own, which gives its memory back."""
+    from bench.peers import TransformersVQA
+
+    torch.manual_seed(0)
+    TransformersVQA.random(**sizes).save_pretrained(folder)

@@ -1,0 +1,293 @@
+"""One training step of the multimodal model at the book's sizes: this project's against `transformers`' parts.
+
+ViT-B/16 at 224 pixels, DistilBERT, GPT-2 (124M) with cross-attention, random weights, mean fusion, 16 question tokens
+and 8 answer tokens. Both sides load the same files, must agree on the loss and on every gradient, and then take turns.
+
+Shapes: I images, B questions, N image tokens, T question tokens, A decoder tokens, D width, V vocabulary.
+"""
+
+import multiprocessing
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from bench import results, timing
+from bench.sides import Case, save_random_weights, serve
+from vqa_scratch.errors import UserError
+from vqa_scratch.models.bert import BertConfig
+from vqa_scratch.models.gpt2 import GPT2Config
+from vqa_scratch.models.vit import ViTConfig
+from vqa_scratch.weights.files import read_config
+
+LOSS_TOLERANCE = {"fp32": 1e-5, "bf16": 2**-9}  # relative; bf16: the rounding of one operation
+# fp32 gradients: sums over up to 8,000 rows (40 x 197 tokens) in another order, 12 blocks deep, leave about 1e-5 of a
+# tensor's norm; 1e-3 of it is a mistake.
+GRADIENT_TOLERANCE = 1e-3
+# bf16 gradients: measured against the fp32 ones, ours may be off by so many times what the peer is off by.
+ERROR_BUDGET = 1.5
+GOALS = {("fp32", False): 1.15, ("bf16", False): 1.5, ("fp32", True): 3.5, ("bf16", True): 3.5}
+CASES = [Case(precision, questions) for questions in (8, 40) for precision in ("fp32", "bf16")]
+ROUNDS = {8: 5, 40: 3}  # by questions, unless told
+
+
+def step_operations(image: Any, text: Any, decoder: Any, case: Case) -> float:
+    """Multiplications and additions in the matrix products of one step, from the towers' configs (ours).
+
+    Two a weight and token forward, four backward; pixels get no gradient. Counts what has to be computed: the peer,
+    which encodes every image once a question, has `images == questions`.
+    """
+
+    def blocks(tokens: int, rows: int, dim: int, layers: int, hidden: int) -> float:
+        return layers * rows * (tokens * (4 * dim * dim + 2 * dim * hidden) + 2 * tokens * tokens * dim)
+
+    patches, dim = image.grid**2, decoder.dim
+    rows, images, answers = case.questions, case.images, case.answer_tokens
+    products = blocks(patches + 1, images, image.dim, image.layers, image.hidden)
+    products += blocks(case.question_tokens, rows, text.dim, text.layers, text.hidden)
+    products += blocks(answers, rows, dim, decoder.layers, decoder.hidden or 4 * dim)
+    # Cross-attention: queries and outputs for every answer token, keys and values for the one memory token of a row.
+    products += decoder.layers * rows * (answers * 2 * dim * dim + 2 * dim * dim + 2 * answers * dim)
+    products += rows * answers * dim * decoder.vocab_size
+    products += images * (patches + 1) * image.dim * dim + rows * case.question_tokens * text.dim * dim
+    patching = images * patches * image.dim * image.channels * image.patch_size**2
+    return 6.0 * products + 4.0 * patching
+
+
+class Contestant:
+    """One side's process, waiting for its turn."""
+
+    def __init__(self, side: str, folder: Path, case: Case) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.pipe, theirs = context.Pipe()
+        arguments = (side, folder, case, torch.get_num_threads(), theirs)
+        self.process = context.Process(target=serve, args=arguments, daemon=True)
+        self.side = side
+        self.process.start()
+        theirs.close()
+
+    def answer(self) -> tuple[float, Any]:
+        """(seconds, value) of the request before. Raises UserError if it failed or the process is gone."""
+        try:
+            kind, *rest = self.pipe.recv()
+        except EOFError:
+            raise UserError(f"the process of {self.side} ended without an answer: out of memory?") from None
+        if kind == "failed":
+            raise UserError(f"{self.side}: {rest[0]}")
+        return rest[0], rest[1]
+
+    def ask(self, name: str, *arguments: Any, **options: Any) -> tuple[float, Any]:
+        self.pipe.send((name, arguments, options))
+        return self.answer()
+
+    def stop(self) -> None:
+        if self.process.is_alive():
+            self.pipe.send(None)
+            self.process.join(10)
+            self.process.kill()
+
+
+@contextmanager
+def contestants(folder: Path, case: Case, sides: tuple[str, ...]) -> Iterator[list[Contestant]]:
+    """The processes, ready; stopped at the end whatever happens."""
+    running: list[Contestant] = []
+    try:
+        for side in sides:
+            running.append(Contestant(side, folder, case))
+            running[-1].answer()  # one builds after the other
+        yield running
+    finally:
+        for contestant in running:
+            contestant.stop()
+
+
+def tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of the safetensors files below `folder`, one at a time, with the name of its file's folder."""
+    for path in sorted(folder.rglob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            for key in sorted(file.keys()):
+                yield f"{path.relative_to(folder).parent}/{key}", file.get_tensor(key)
+
+
+def gradient_difference(ours: Path, theirs: Path) -> tuple[float, float, str]:
+    """(relative difference of all gradients together, of the worst tensor, its name).
+
+    Differences are in the 2-norm. A tensor's is relative to its own norm, or to the typical (root mean square) one
+    where that is greater than a thousand times its own: some gradients, as of a key's bias, are zero but for rounding.
+    Raises UserError if the two do not hold the same tensors.
+    """
+    figures = {}
+    for (name, a), (other, b) in zip(tensors(ours), tensors(theirs), strict=True):
+        if name != other or a.shape != b.shape:
+            raise UserError(f"the two sides differ in their tensors: {name} {list(a.shape)}, {other} {list(b.shape)}")
+        figures[name] = ((a.double() - b.double()).norm().item(), b.double().norm().item())
+    total = sum(size**2 for _, size in figures.values()) ** 0.5
+    floor = total / len(figures) ** 0.5 / 1000
+    worst = max(figures, key=lambda name: figures[name][0] / max(figures[name][1], floor))
+    difference = sum(d**2 for d, _ in figures.values()) ** 0.5
+    return difference / total, figures[worst][0] / max(figures[worst][1], floor), worst
+
+
+@dataclass
+class Outcome:
+    """What one case gave."""
+
+    case: Case
+    seconds: dict[str, list[float]]  # by side
+    memory: dict[str, float]  # GB, by side
+    loss: float
+    loss_difference: float  # relative
+    gradients: str  # what was found about them, in words
+    ceiling: float  # GFLOP/s of a product in the case's format
+    operations: dict[str, float] = field(default_factory=dict)  # of a step, by side
+
+    @property
+    def ratio(self) -> timing.Spread:
+        return timing.speedup(self.seconds["ours"], self.seconds["peer"])
+
+    @property
+    def goal(self) -> float:
+        return GOALS[self.case.precision, self.case.questions > self.case.images]
+
+    def row(self) -> list[str]:
+        c = self.case
+        spread = {name: timing.Spread.of(values) for name, values in self.seconds.items()}
+        cells = [c.precision, str(c.questions), str(c.images)]
+        cells += [spread["ours"].text(), spread["peer"].text()]
+        cells += [f"**{self.ratio.median:.2f}x** ({self.ratio.low:.2f} to {self.ratio.high:.2f})", f"{self.goal}x"]
+        if "peer, fused AdamW" in self.seconds:
+            cells.append(f"{timing.speedup(self.seconds['ours'], self.seconds['peer, fused AdamW']).median:.2f}x")
+        else:
+            cells.append("not timed")
+        cells.append(" / ".join(f"{c.questions / spread[side].median:.2f}" for side in ("ours", "peer")))
+        cells.append(
+            " / ".join(
+                f"{self.operations[side] / spread[side].median / 1e9 / self.ceiling:.0%}" for side in ("ours", "peer")
+            )
+        )
+        return cells + [" / ".join(f"{self.memory[side]:.2f}" for side in ("ours", "peer"))]
+
+
+HEAD = (
+    "precision|questions|images|ours, s|transformers, s|ratio|goal|ratio, its AdamW fused too|"
+    "samples/s, ours / its|of the product ceiling, ours / its|peak GB, ours / its"
+).split("|")
+
+
+def check(ours: Contestant, peer: Contestant, case: Case, work: Path) -> tuple[float, float, str]:
+    """(loss, relative difference of the losses, a line about the gradients). Raises UserError where they disagree."""
+    reference = work / f"gradients-fp32-{case.questions}-{case.images}"  # the peer's; an fp32 case leaves them here
+    loss = {}
+    folders = {contestant.side: work / contestant.side for contestant in (ours, peer)}
+    if case.precision == "fp32":
+        folders["peer"] = reference
+    elif not reference.exists():
+        peer.ask("gradients", reference, fp32=True)
+    for contestant in (ours, peer):
+        loss[contestant.side] = contestant.ask("gradients", folders[contestant.side])[1]
+    difference = abs(loss["ours"] - loss["peer"]) / abs(loss["peer"])
+    if not difference <= LOSS_TOLERANCE[case.precision]:
+        raise UserError(f"{case.name}: the losses differ, ours {loss['ours']:.7f}, peer {loss['peer']:.7f}")
+    off, worst, name = gradient_difference(folders["ours"], reference)
+    if case.precision == "fp32":
+        said = f"all gradients differ by {off:.1e}, the worst tensor by {worst:.1e} ({name})"
+        agree = worst <= GRADIENT_TOLERANCE
+    else:
+        peer_off = gradient_difference(folders["peer"], reference)[0]
+        said = f"gradients are {off:.1e} from the fp32 ones, the peer's {peer_off:.1e}"
+        agree = off <= ERROR_BUDGET * peer_off
+    if not agree:
+        raise UserError(f"{case.name}: {said}")
+    return loss["ours"], difference, said
+
+
+def run_case(case: Case, folder: Path, work: Path, rounds: int, towers: tuple[Any, Any, Any]) -> Outcome:
+    """Build both sides from `folder`, hold them to each other, time them in turn. `work` receives gradients."""
+    say = lambda line: print(line, file=sys.stderr, flush=True)  # noqa: E731
+    say(f"{case.name}: loading both sides")
+    with contestants(folder, case, ("ours", "peer")) as (ours, peer):
+        loss, difference, said = check(ours, peer, case, work)
+        say(f"  loss {loss:.6f}, relative difference {difference:.1e}; {said}")
+        sides = {"ours": lambda: ours.ask("step")[0], "peer": lambda: peer.ask("step")[0]}
+        if case.questions == case.images:
+            sides["peer, fused AdamW"] = lambda: peer.ask("fused_step")[0]
+        for contestant in (ours, peer):
+            contestant.ask("step")  # the first step makes the optimizer's state
+        seconds = timing.in_turn(sides, rounds, lambda line: say(f"  {line}"))
+        memory = {contestant.side: contestant.ask("peak_memory_gb")[1] for contestant in (ours, peer)}
+    ceiling = timing.matmul_gflops({"fp32": torch.float32, "bf16": torch.bfloat16}[case.precision])
+    repeated = Case(case.precision, case.questions, case.questions, case.question_tokens, case.answer_tokens)
+    operations = {"ours": step_operations(*towers, case), "peer": step_operations(*towers, repeated)}
+    return Outcome(case, seconds, memory, loss, difference, said, ceiling, operations)
+
+
+def report(outcomes: list[Outcome], command: str, copy: float) -> str:
+    """The section of the results file."""
+    ceilings = {o.case.precision: o.ceiling for o in outcomes}
+    lines = [
+        "## Training step at the book's sizes, against the same model assembled from `transformers`",
+        "",
+        __doc__.split("\n\n")[1].replace("\n", " "),
+        "A step is forward, loss, backward, clipping to norm 1, AdamW. Times are medians with quartiles of the rounds; "
+        "the ratio is of the medians, with the quartiles of the ratios round by round. The peer attends through SDPA "
+        "and has AdamW's default form (`adamw_torch`); the column after the goal gives it the fused form as well, the "
+        "default of its Trainer since torch 2.8. Its forward pass takes one image a question, so with 40 questions "
+        "about 8 images it encodes 40. Peak memory is of a process with one side alone, imports included.",
+        "",
+        results.table(HEAD, [outcome.row() for outcome in outcomes]),
+        "",
+    ]
+    for o in outcomes:
+        lines.append(f"- {o.case.name}: loss {o.loss:.5f}, losses differ by {o.loss_difference:.1e}; {o.gradients}.")
+    product = "x".join(map(str, timing.PRODUCT))
+    rates = ", ".join(f"{kind} {rate:.0f} GFLOP/s" for kind, rate in ceilings.items())
+    lines += [
+        f"- The ceiling here: a {product} product at {rates}; a copy at {copy:.1f} GB/s (read plus written).",
+        f"- {timing.machine()}. Python {sys.version.split()[0]}, torch {torch.__version__}, "
+        f"transformers {version('transformers')}. Commit {timing.commit(Path(__file__).parent)}. `{command}`",
+    ]
+    return "\n".join(lines)
+
+
+def prepared(folder: Path, sizes: dict[str, dict]) -> tuple[Any, Any, Any]:
+    """Write random weights to `folder`; returns the towers' configs, read back as ours."""
+    process = multiprocessing.get_context("spawn").Process(target=save_random_weights, args=(folder, sizes))
+    process.start()
+    process.join()
+    if process.exitcode:
+        raise UserError("the weights could not be made; is transformers installed? pip install '.[test]'")
+    kinds = {"image": ViTConfig, "text": BertConfig, "decoder": GPT2Config}
+    return tuple(kind.from_hf(read_config(folder / name)) for name, kind in kinds.items())
+
+
+def run(cases: list[Case], rounds: int | None, command: str, sizes: dict[str, dict] | None = None) -> str:
+    """Time the cases; returns the report. `sizes` changes the towers' sizes, for tests."""
+    copy = timing.copy_gb_per_second()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        towers = prepared(folder / "weights", sizes or {})
+        outcomes = [
+            run_case(case, folder / "weights", folder, rounds or ROUNDS.get(case.questions, 3), towers)
+            for case in cases
+        ]
+    return report(outcomes, command, copy)
+
+
+def run_alone(side: str, case: Case, rounds: int) -> str:
+    """One side by itself: its seconds a step and its peak memory."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        prepared(folder, {})
+        with contestants(folder, case, (side,)) as (contestant,):
+            contestant.ask("step")
+            seconds = [contestant.ask("step")[0] for _ in range(rounds)]
+            memory = contestant.ask("peak_memory_gb")[1]
+    return f"{side}, {case.name}: {timing.Spread.of(seconds).text()} s a step, peak memory {memory:.2f} GB"

@@ -1,0 +1,152 @@
+"""The benchmarks: both sides of the training step agree at small sizes, operations are counted, timing is fair."""
+
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from bench import results, timing, train_step
+from bench.peers import TransformersVQA
+from bench.sides import Case, Ours, Peer
+from vqa_scratch.errors import UserError
+from vqa_scratch.nn.attention import MultiHeadAttention
+
+SIZES = {
+    "image": {
+        "hidden_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 40,
+        "image_size": 24,
+        "patch_size": 8,
+    },
+    "text": {"dim": 20, "n_layers": 2, "n_heads": 2, "hidden_dim": 44, "vocab_size": 60, "max_position_embeddings": 16},
+    "decoder": {"n_embd": 28, "n_layer": 2, "n_head": 2, "vocab_size": 70, "n_positions": 12},
+}
+SIZES["decoder"] |= {"bos_token_id": 69, "eos_token_id": 69}
+CASE = Case(questions=6, images=2, question_tokens=5, answer_tokens=3)
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """Files with weights large enough that a mistake shows in every gradient."""
+    folder = tmp_path_factory.mktemp("weights")
+    torch.manual_seed(0)
+    peer = TransformersVQA.random(**SIZES)
+    with torch.no_grad():
+        for parameter in peer.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    peer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("images", [2, 6])
+def test_both_sides_have_one_loss_and_the_same_gradients(weights, tmp_path, images):
+    case = replace(CASE, images=images)
+    ours = Ours(weights, case).gradients(tmp_path / "ours")
+    theirs = Peer(weights, case).gradients(tmp_path / "peer")
+    assert ours == pytest.approx(theirs, rel=1e-6)
+    together, worst, name = train_step.gradient_difference(tmp_path / "ours", tmp_path / "peer")
+    assert together < 1e-5 and worst < 1e-4, (together, worst, name)  # rounding of fp32 in other orders of summation
+
+
+def test_a_step_moves_both_sides_to_the_same_weights(weights, tmp_path):
+    sides = {"ours": Ours(weights, CASE), "peer": Peer(weights, CASE)}
+    for name, side in sides.items():
+        side.step()
+        side.gradients(tmp_path / name)
+    # Adam's first step is lr * sign(gradient): where a gradient is rounding noise the sign is too, hence the tolerance.
+    together, _, _ = train_step.gradient_difference(tmp_path / "ours", tmp_path / "peer")
+    assert together < 1e-3
+
+
+def test_fused_adamw_is_the_same_step(weights):
+    plain, fused = Peer(weights, CASE), Peer(weights, CASE)
+    for _ in range(2):  # the second finds the state that the first made
+        plain.step()
+        fused.fused_step()
+    for a, b in zip(plain.model.parameters(), fused.model.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_bf16_stays_within_its_budget(weights, tmp_path):
+    case = replace(CASE, precision="bf16")
+    ours, peer = Ours(weights, case), Peer(weights, case)
+    peer.gradients(tmp_path / "reference", fp32=True)
+    ours.gradients(tmp_path / "ours")
+    peer.gradients(tmp_path / "peer")
+    off = {n: train_step.gradient_difference(tmp_path / n, tmp_path / "reference")[0] for n in ("ours", "peer")}
+    assert 1e-4 < off["ours"] < train_step.ERROR_BUDGET * off["peer"]  # and it is bf16: not equal to fp32
+
+
+def test_gradient_difference_sees_one_wrong_tensor(weights, tmp_path):
+    ours, peer = Ours(weights, CASE), Peer(weights, CASE)
+    peer.gradients(tmp_path / "peer")
+    with torch.no_grad():
+        ours.model.decoder.blocks[1].cross.out.bias[3] += 0.5
+    ours.gradients(tmp_path / "ours")
+    assert train_step.gradient_difference(tmp_path / "ours", tmp_path / "peer")[1] > 1e-3
+
+
+def test_operations_are_those_of_the_products(weights):
+    side = Ours(weights, CASE)
+    for module in side.model.modules():
+        if isinstance(module, MultiHeadAttention):
+            module.backend = "explicit"  # whose products the counter sees one by one
+    with FlopCounterMode(display=False) as counter:
+        side.loss(side.data)[0].backward()
+    configs = [getattr(side.model, tower).config for tower in ("image", "text", "decoder")]
+    # The gradient of the first tower's input is counted neither here nor there; the projection's is.
+    assert train_step.step_operations(*configs, CASE) == pytest.approx(counter.get_total_flops(), rel=1e-6)
+
+
+def test_sides_take_turns_and_figures_are_medians():
+    order, lines = [], []
+
+    def side(name, seconds):
+        values = iter(seconds)
+        return lambda: order.append(name) or next(values)
+
+    taken = timing.in_turn({"a": side("a", [1.0, 5.0, 2.0]), "b": side("b", [3.0, 5.0, 8.0])}, 3, lines.append)
+    assert order == list("ababab") and len(lines) == 3
+    assert taken == {"a": [1.0, 5.0, 2.0], "b": [3.0, 5.0, 8.0]}
+    assert timing.Spread.of(taken["a"]) == timing.Spread(2.0, 1.5, 3.5, 3)
+    ratio = timing.speedup(taken["a"], taken["b"])  # medians 2 and 5; by rounds 3, 1, 4
+    assert (ratio.median, ratio.low, ratio.high) == (2.5, 2.0, 3.5)
+    assert timing.Spread.of([4.0]) == timing.Spread(4.0, 4.0, 4.0, 1)
+    with pytest.raises(ValueError, match="no measurements"):
+        timing.Spread.of([])
+
+
+def test_ceilings_and_memory_are_plausible():
+    assert timing.matmul_gflops(torch.float32, seconds=0.05) > 1
+    assert timing.copy_gb_per_second(megabytes=8, seconds=0.05) > 0.1
+    before = timing.peak_memory_gb()
+    held = torch.ones(50_000_000)
+    assert before + 0.5 * held.nbytes / 1e9 < timing.peak_memory_gb() < 64
+
+
+def test_sections_are_replaced_not_repeated(tmp_path):
+    path = tmp_path / "RESULTS.md"
+    path.write_text("# Results\n\nHow to read.\n", encoding="utf-8")
+    for name, text in (("one", "first"), ("two", "second"), ("one", "third")):
+        results.write_section(name, text, path)
+    whole = path.read_text(encoding="utf-8")
+    assert whole.startswith("# Results\n\nHow to read.\n") and whole.index("third") < whole.index("second")
+    assert "first" not in whole and whole.count("<!-- one: begin -->") == 1
+
+
+def test_the_whole_run_at_small_sizes(monkeypatch):
+    monkeypatch.setattr(timing, "matmul_gflops", lambda dtype: 100.0)
+    monkeypatch.setattr(timing, "copy_gb_per_second", lambda: 10.0)
+    text = train_step.run([Case("fp32", 4, 2, 5, 3)], 2, "the command", SIZES)
+    row = next(line for line in text.splitlines() if line.startswith("| fp32"))
+    assert re.search(r"\*\*\d+\.\d\dx\*\*", row) and "3.5x" in row and "not timed" in row
+    assert "losses differ by" in text and "`the command`" in text
+
+
+def test_a_side_that_fails_says_why(tmp_path):
+    with pytest.raises(UserError, match="ours: "), train_step.contestants(tmp_path, CASE, ("ours",)):
+        pass
