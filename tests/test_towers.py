@@ -315,6 +315,21 @@ def test_gpt2_file_without_prefix_with_mask_buffers(tmp_path, kind):
     assert_close(GPT2.from_pretrained(tmp_path).hidden(ids, mask), hidden, where=mask)
 
 
+def test_gpt2_file_with_a_head(tmp_path):
+    """A head that repeats the embedding is read past; one with weights of its own is not quietly lost."""
+    from safetensors.torch import load_file, save_file
+
+    gpt2_reference(tmp_path)
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    head = tensors["transformer.wte.weight"].clone()
+    save_file(tensors | {"lm_head.weight": head}, file)
+    GPT2.from_pretrained(tmp_path)
+    save_file(tensors | {"lm_head.weight": head + 1e-3}, file)
+    with pytest.raises(UserError, match="lm_head.weight differs from transformer.wte.weight, but this model shares"):
+        GPT2.from_pretrained(tmp_path)
+
+
 @no_grad
 def test_cross_attention_on_a_plain_checkpoint(tmp_path, caplog):
     """The one exception from strictness: those weights start at random, the rest are read, one line says so."""
