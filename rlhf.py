@@ -2,21 +2,27 @@
 
     python rlhf.py                                   # made-up news, all three steps, minutes on two cores
     python rlhf.py --preset book --articles news.csv # flan-t5-small with two RoBERTa reward models
+    python rlhf.py --preset vqa --policy runs/vqa    # a run of train.py, rewarded by the official VQA accuracy
     python rlhf.py --resume --out runs/rlhf          # go on after a kill
 
 The loop itself is `PPO.step` in vqa_scratch/rl/ppo.py; this file wires it to a task, a bar, checkpoints and a report.
 """
 
+import copy
+import dataclasses
 import hashlib
+import random
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import nn
 from tqdm import tqdm
 
 from vqa_scratch import options
+from vqa_scratch.build import read_splits
 from vqa_scratch.engine.checkpoint import load_checkpoint, rng_state, save_checkpoint, set_rng_state
 from vqa_scratch.engine.loop import GracefulStop
 from vqa_scratch.engine.precision import DTYPES, Precision, pick_device, pick_precision
@@ -24,12 +30,59 @@ from vqa_scratch.engine.progress import MetricsLog
 from vqa_scratch.errors import UserError
 from vqa_scratch.rl import evaluate, report
 from vqa_scratch.rl.config import PRESETS, RLHFConfig
-from vqa_scratch.rl.policy import ActorCritic
+from vqa_scratch.rl.policy import ActorCritic, SamplingRules, freeze
 from vqa_scratch.rl.ppo import PPO
-from vqa_scratch.rl.tasks import TASKS, Task
+from vqa_scratch.rl.rewards import RewardPart, RewardSum, length_penalty
+from vqa_scratch.rl.tasks import Task, book_task, mini_news_task
+from vqa_scratch.rl.vqa_policy import VQAPolicy, check_answers, official_accuracy, prompts_from
+from vqa_scratch.run import load_run, save_parts, save_weights
 from vqa_scratch.storage import write_json, write_text, write_whole
 
 MAY_CHANGE = {"resume", "out", "cache", "device", "checkpoint_every"}  # between a run and its continuation
+
+
+def vqa_task(config: RLHFConfig, device: torch.device, precision: torch.dtype) -> Task:
+    """A run of train.py as policy; its training questions as prompts, those of its test split held out."""
+    run = load_run(Path(config.policy), device)
+    if config.data_dir:
+        run.config = dataclasses.replace(run.config, data=Path(config.data_dir))
+    splits = read_splits(run.config).samples
+    draw = random.Random(config.seed)
+    held_out = draw.sample(splits["test"], min(config.eval_prompts, len(splits["test"])))
+    for what, samples in (("train", splits["train"]), ("test", held_out)):
+        check_answers(samples, f"the {what} split")
+    policy = VQAPolicy(run.model, run.encoder, run.processor)
+    parts = [RewardPart("accuracy", 1.0, official_accuracy)]
+    if config.length_weight:
+        parts.append(RewardPart("length", config.length_weight, length_penalty))
+    tokenizer, size = run.encoder.decoder, run.model.decoder.config.vocab_size
+    barred = torch.arange(size, device=device) >= len(tokenizer)
+    barred[[i for i in (tokenizer.pad_id, tokenizer.bos_id) if i is not None and i != policy.eos_id]] = True
+
+    def save(folder: Path) -> None:
+        save_parts(folder, run.config, run.model, run.encoder, run.processor)
+        save_weights(folder / "model.safetensors", run.model)
+
+    return Task(
+        policy,
+        freeze(copy.deepcopy(policy), precision),
+        RewardSum(parts),
+        prompts_from(splits["train"], run.encoder),
+        prompts_from(held_out, run.encoder),
+        SamplingRules(
+            policy.eos_id,
+            config.max_new_tokens,
+            config.min_new_tokens,
+            config.temperature,
+            barred,
+            config.no_repeat_ngram,
+        ),
+        lambda ids: tokenizer.decode(ids).strip(),
+        save,
+    )
+
+
+TASKS = {"mini-news": mini_news_task, "book": book_task, "vqa": vqa_task}
 
 
 def fingerprint(model: nn.Module) -> str:

@@ -146,5 +146,13 @@ PRESETS: dict[str, dict[str, Any]] = {
         "iterations": 40,
     },
     "book": {"prompts": 8, "samples": 1, "max_new_tokens": 64, "micro_prompts": 2, "iterations": 250},
-    "vqa": {"max_new_tokens": 8, "missing_eos_penalty": 0.5},
+    "vqa": {
+        "policy": "runs/vqa",
+        "max_new_tokens": 8,
+        "length_weight": 0.01,
+        "learning_rate": 1e-4,
+        "value_lr_scale": 3.0,
+        "eval_prompts": 512,
+        "eval_samples": 1,
+    },
 }

@@ -84,9 +84,9 @@ def fit(model: nn.Module, loss_of: Callable[[int], Tensor], steps: int, learning
             schedule.step()
             optimizer.zero_grad()
             if step >= steps - max(1, steps // 10):
-                last.append(float(loss))
+                last.append(loss.item())
             if step % 20 == 0:
-                bar.set_postfix(loss=f"{float(loss):.3f}")
+                bar.set_postfix(loss=f"{loss.item():.3f}")
     model.eval()
     return sum(last) / len(last)
 

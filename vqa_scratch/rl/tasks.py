@@ -207,9 +207,3 @@ def _random_book(
     policy = T5(T5Config())
     made = [TextClassifier(roberta, tuple(f"LABEL_{i}" for i in range(n))) for n in (2, 3)]
     return policy, tokenizer, (made[0], reward_tokenizer), (made[1], reward_tokenizer)
-
-
-TASKS: dict[str, Callable[[RLHFConfig, torch.device, torch.dtype], Task]] = {
-    "mini-news": mini_news_task,
-    "book": book_task,
-}
