@@ -2,9 +2,9 @@
 
 A scene is 64 x 64 pixels with 2 to 5 objects on a jittered 4 x 4 grid; an object has one of 3 shapes, 6 colours and
 2 sizes. Eight question families need colour, shape, place, existence, counting, comparing, a spatial relation and a
-nearest neighbour, in the spirit of CLEVR (Johnson et al. 2017). Every question is unambiguous, and its answer is the rarest
-feasible one of its template so far, so that reading the question alone does not help. Ten simulated annotators answer
-it: most agree, some err, some say the same in other words.
+nearest neighbour, in the spirit of CLEVR (Johnson et al. 2017). Every question is unambiguous, and its answer is the
+rarest feasible one of its template so far, so that reading the question alone does not help. Ten simulated annotators
+answer it: most agree, some err, some say the same in other words.
 """
 
 import random
