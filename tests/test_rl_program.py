@@ -133,6 +133,7 @@ def test_runs_are_not_mixed_up(finished, cache, tmp_path):
         (["--prompts", "6", "--minibatches", "4"], "do not divide"),
         (["--min-new-tokens", "99"], "exceeds --max-new-tokens"),
         (["--lam", "1.5"], "lie between 0 and 1"),
+        (["--freeze", "encoder", "--reference", "x"], "leave out --reference"),
         (["--preset", "book"], "needs --articles"),
         (["--preset", "book", "--policy", "/no/such/folder"], "needs --articles|no folder"),
     ],

@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 
+from vqa_scratch.errors import UserError
 from vqa_scratch.models.t5 import T5, T5Config
 from vqa_scratch.rl.config import RLHFConfig
 from vqa_scratch.rl.functional import kl_estimates, logprobs_of
@@ -274,6 +275,16 @@ def test_batches_that_all_end_at_once_or_never(eos_logit):
     assert log["tokens/responses_len_mean"] == (1.0 if at_once else 9.0)
     # Cut responses pay the penalty for it.
     assert log["ppo/mean_scores"] == pytest.approx(log["env/reward_mean"] - (0.0 if at_once else 1.0), abs=1e-6)
+
+
+def test_a_policy_that_breaks_down_stops_the_run():
+    ppo = tiny_ppo()
+    prompts = ppo.stream.next()
+    trajectory, context, _ = ppo.rollout(prompts)
+    with torch.no_grad():
+        ppo.actor.backbone.model.decoder.norm.weight.fill_(float("nan"))
+    with pytest.raises(UserError, match="became nan in iteration 1: lower --learning-rate"):
+        ppo.update(prompts, trajectory, context)
 
 
 def test_responses_of_one_token():

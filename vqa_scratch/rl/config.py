@@ -127,6 +127,8 @@ class RLHFConfig:
             raise UserError(f"--gamma and --lam lie between 0 and 1, not {self.gamma} and {self.lam}")
         if self.frontier_prompts > self.eval_prompts:
             raise UserError(f"--frontier-prompts {self.frontier_prompts} exceed --eval-prompts {self.eval_prompts}")
+        if self.freeze == "encoder" and self.reference:
+            raise UserError("--freeze encoder shares the policy's encoder with the reference; leave out --reference")
         if self.frontier_samples < 2:
             raise UserError(f"--frontier-samples must be 2 or more, not {self.frontier_samples}")
 

@@ -6,6 +6,7 @@ steps. RLOO, GRPO and best-of-n replace the advantages and share everything else
 Shapes: P prompts, K samples a prompt, B = P * K responses, R response tokens, N real tokens, V vocabulary.
 """
 
+import math
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -13,6 +14,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
+from vqa_scratch.errors import UserError
 from vqa_scratch.rl import functional as F
 from vqa_scratch.rl.config import RLHFConfig
 from vqa_scratch.rl.metrics import UpdateStats, rollout_metrics
@@ -143,6 +145,11 @@ class PPO:
             size = c.prompts // c.minibatches
             for start in range(0, c.prompts, size):
                 moved = self.accumulate(order[start : start + size], prompts, trajectory, context, stats)
+                if not math.isfinite(moved):
+                    raise UserError(
+                        f"the policy's log-probabilities became {moved} in iteration {self.iteration + 1}: "
+                        "lower --learning-rate and go on from the last checkpoint"
+                    )
                 if c.early_stop_kl and moved > 1.5 * c.early_stop_kl:
                     self.optimizer.zero_grad()
                     return stats.summary(stopped=True) | {"ppo/learning_rate": self.learning_rate}
@@ -163,9 +170,8 @@ class PPO:
         """
         c, k = self.config, self.config.samples
         tokens = trajectory.mask.view(c.prompts, -1)[minibatch].sum()
-        value_clip = c.value_clip * float(
-            F.mean_and_var(F.masked_moments(trajectory.returns, trajectory.mask))[1].sqrt()
-        )
+        _, spread = F.mean_and_var(F.masked_moments(trajectory.returns, trajectory.mask))
+        value_clip = c.value_clip * float(spread.sqrt())
         warming = self.iteration < c.critic_warmup and c.algorithm == "ppo"  # only the value head learns
         self.actor.detach_value = warming or c.critic == "detached"
         stats.begin_minibatch()
