@@ -65,7 +65,7 @@ class VQAPolicy(nn.Module):
         return VQAPolicy(model, self.encoder, self.processor)
 
     def _read(self, path: Path) -> Tensor:
-        return torch.from_numpy(self.processor.to_uint8(load_image(path)))
+        return torch.from_numpy(self.processor.to_uint8(load_image(path)).copy())
 
     def encode(self, prompts: list[Prompt]) -> Context:
         device = self.model.decoder.tokens.weight.device

@@ -1,0 +1,125 @@
+"""A VQA system as PPO's policy: its cached, prefixed decoding is the distribution that the update scores."""
+
+import copy
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import rlhf
+from vqa_scratch.build import embedded_system
+from vqa_scratch.config import TrainConfig
+from vqa_scratch.data.vqa_v2 import VQASample
+from vqa_scratch.errors import UserError
+from vqa_scratch.rl.config import RLHFConfig
+from vqa_scratch.rl.policy import ActorCritic, SamplingRules, freeze
+from vqa_scratch.rl.ppo import PPO
+from vqa_scratch.rl.rewards import RewardPart, RewardSum
+from vqa_scratch.rl.rollout import sample
+from vqa_scratch.rl.types import Samples
+from vqa_scratch.rl.vqa_policy import VQAPolicy, check_answers, official_accuracy, prompts_from
+
+SIZES = {"width": 32, "heads": 2, "image_layers": 1, "text_layers": 1, "decoder_layers": 2}
+
+
+@pytest.fixture(scope="module")
+def samples(tmp_path_factory):
+    """Eight questions of different length about eight pictures."""
+    folder, rng, made = tmp_path_factory.mktemp("images"), np.random.default_rng(0), []
+    for i in range(8):
+        path = folder / f"{i}.png"
+        Image.fromarray(rng.integers(0, 255, (64, 64, 3), dtype=np.uint8)).save(path)
+        question = "what color is the " + "big " * (i % 4) + "square"
+        made.append(VQASample(i, path, 10 * i, question, "what color", "other", ("red",) * 10, "red"))
+    return made
+
+
+@pytest.fixture(params=[True, False], ids=["prompted", "bare"])
+def system(request, samples):
+    torch.manual_seed(0)
+    config = TrainConfig(question_prompt=request.param, **SIZES)
+    return embedded_system(config, samples)
+
+
+def rules_for(policy, **options):
+    barred = torch.zeros(policy.model.decoder.config.vocab_size, dtype=torch.bool)
+    barred[policy.pad_id] = True
+    return SamplingRules(policy.eos_id, barred=barred, **{"max_new_tokens": 6} | options)
+
+
+def test_cached_decoding_equals_scoring(system, samples):
+    policy = VQAPolicy(*system).eval()
+    prompts = prompts_from(samples, policy.encoder)
+    with torch.no_grad():
+        context = policy.encode(prompts).shared_by(3)
+        ids = torch.randint(3, 40, (24, 5))
+        inputs = torch.cat([torch.full_like(ids[:, :1], policy.start_id), ids[:, :-1]], 1)
+        whole = policy.decode_hidden(inputs, context)
+        assert whole.shape == (24, 5, 32)
+        cache, rows = policy.new_cache(), torch.arange(24)
+        for t in range(5):
+            if t == 2:  # some rows are done
+                keep = torch.tensor([0, 1, 5, 9, 10, 22])
+                cache.select(keep)
+                rows = rows[keep]
+            step = policy.decode_hidden(inputs[rows, t : t + 1], context, cache)
+            torch.testing.assert_close(step[:, 0], whole[rows, t], rtol=1e-5, atol=1e-5)
+        alone = policy.decode_hidden(inputs[9:12], policy.encode(prompts[3:4]).shared_by(3))
+        torch.testing.assert_close(alone, whole[9:12], rtol=1e-5, atol=1e-5)
+
+
+def test_a_step_of_ppo(system, samples):
+    policy = VQAPolicy(*system)
+    config = RLHFConfig(
+        prompts=8,
+        samples=2,
+        micro_prompts=3,
+        max_new_tokens=6,
+        iterations=4,
+        critic_warmup=0,
+        scale_reward=False,
+        learning_rate=1e-3,
+        warmup_steps=0,
+    )
+    reward = RewardSum([RewardPart("accuracy", 1.0, official_accuracy)])
+    reference = freeze(copy.deepcopy(policy))
+    prompts = prompts_from(samples, policy.encoder)
+    decoder = policy.encoder.decoder
+    ppo = PPO(config, ActorCritic(policy), reference, reward, prompts, rules_for(policy), decoder.decode)
+    before = copy.deepcopy(policy.model.state_dict())
+    for _ in range(2):
+        log = ppo.step()
+        assert log["ppo/policy/first_ratio_error"] <= 1e-5
+    assert 0 < log["objective/kl_exact"] < 5
+    moved = [name for name, value in policy.model.state_dict().items() if not torch.equal(value, before[name])]
+    assert any(name.startswith("image.") for name in moved) and any(name.startswith("decoder.") for name in moved)
+    assert all(torch.equal(v, before[k]) for k, v in reference.model.state_dict().items())
+
+
+def test_reward_is_the_official_accuracy(system, samples):
+    prompts = prompts_from(samples, system[1])
+    few = dataclasses.replace(samples[0], answers=("red",) * 2 + ("blue",) * 8)
+    prompts[1] = dataclasses.replace(prompts[1], payload=few)
+    seen = Samples(prompts[:3], [[1]] * 3, [" red", "red", "green"], [True] * 3)
+    torch.testing.assert_close(official_accuracy(seen), torch.tensor([1.0, 0.6, 0.0]))
+    with pytest.raises(UserError, match="question 0 of the test split has no answers"):
+        check_answers([dataclasses.replace(samples[0], answers=())], "the test split")
+
+
+def test_sampling_keeps_to_the_rules(system, samples):
+    policy = VQAPolicy(*system).eval()
+    with torch.no_grad():
+        context = policy.encode(prompts_from(samples, policy.encoder)).shared_by(16)
+        ids, mask, finished = sample(policy, context, rules_for(policy, min_new_tokens=3), None)
+    assert (mask.sum(1) >= 3).all() and not (ids[mask] == policy.pad_id).any()
+    assert torch.equal(((ids == policy.eos_id) & mask).any(1), finished)
+
+
+def test_what_is_no_run_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"program": "rlhf.py"}))
+    for folder, message in ((tmp_path, "is a run of rlhf.py, not of train.py"), (tmp_path / "none", "no run folder")):
+        with pytest.raises(UserError, match=message):
+            rlhf.run(["--preset", "vqa", "--policy", str(folder), "--out", str(tmp_path / "out")])
