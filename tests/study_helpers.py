@@ -34,8 +34,8 @@ def tiny_vqa_subject(fusion: str = "tokens", model: VQAModel | None = None) -> V
     return VQASubject(model, torch.randn(1, 3, 24, 24), [3, 7, 8, 9, 4], labels, (0, 4), [1])
 
 
-def tiny_t5(gated: bool = True) -> T5:
-    config = T5Config(vocab_size=30, dim=16, head_dim=4, hidden=24, encoder_layers=2, decoder_layers=2, heads=4)
+def tiny_t5(vocab_size: int = 30) -> T5:
+    config = T5Config(vocab_size=vocab_size, dim=16, head_dim=4, hidden=24, encoder_layers=2, decoder_layers=2, heads=4)
     return spread(T5(config), 0.1)
 
 

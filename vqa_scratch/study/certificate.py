@@ -54,6 +54,7 @@ class Certificate:
     mass: float = 0.0  # |sum_j P_ij - 1|, over rows that see something
     output: float = 0.0  # |P V - O|, O what the attention that ran returned
     softmax: float = 0.0  # |P - softmax|, against the explicit path's softmax
+    size: float = 0.0  # largest |O|: what `output` is to be measured by, since fp32 rounds in proportion
     attentions: int = 0  # how many modules were checked
     rows: int = 0  # how many rows of weights, over batch, heads, calls
 
@@ -68,8 +69,8 @@ class Certificate:
 
     def __str__(self) -> str:
         return (
-            f"|sum P - 1| <= {self.mass:.1e}, |P V - O| <= {self.output:.1e}, |P - softmax| <= {self.softmax:.1e} "
-            f"over {self.rows} rows of {self.attentions} attentions"
+            f"|sum P - 1| <= {self.mass:.1e}, |P V - O| <= {self.output:.1e} (O up to {self.size:.1f}), "
+            f"|P - softmax| <= {self.softmax:.1e} over {self.rows} rows of {self.attentions} attentions"
         )
 
 
@@ -84,6 +85,7 @@ def certify(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, 
         mass=float(mass.max()) if mass.numel() else 0.0,
         output=float((pattern @ v.float() - out.float()).abs().max()),
         softmax=float((pattern - masked_softmax(scores)).abs().max()),
+        size=float(out.abs().max()),
         attentions=1,
         rows=sums.numel(),
     )
@@ -97,6 +99,7 @@ def combine(certificates: list[Certificate], attentions: int) -> Certificate:
         mass=max(c.mass for c in certificates),
         output=max(c.output for c in certificates),
         softmax=max(c.softmax for c in certificates),
+        size=max(c.size for c in certificates),
         attentions=attentions,
         rows=sum(c.rows for c in certificates),
     )

@@ -76,7 +76,7 @@ def shown_image(processor: ImageProcessor, image: Image.Image) -> Image.Image:
 
 def open_question(folder: Path, image_file: Path, question: str, device: str = "cpu") -> Opened:
     """Open a run of train.py on one question. Raises UserError for a bad run, image or question."""
-    run = load_run(folder, device)
+    run = load_run(_vqa_folder(folder), device)
     image = load_image(image_file)
     subject = question_subject(run, image, question)
     return Opened(
@@ -86,24 +86,30 @@ def open_question(folder: Path, image_file: Path, question: str, device: str = "
 
 def is_text_run(folder: Path) -> bool:
     """Whether the folder is a run of rlhf.py with a T5 in it, or a T5 checkpoint. Raises UserError if it is no run."""
-    checkpoint = _t5_folder(folder)
-    if checkpoint is not None:
+    if _t5_folder(folder) is not None:
         return True
-    config = folder / "config.json"
-    if config.is_file() and "program" not in load_json(config):
-        raise UserError(
-            f"{folder} has no model to study: neither model.safetensors of train.py nor {POLICY}/ of rlhf.py"
-        )
-    read_run_config(folder)
+    if "program" not in _config(_vqa_folder(folder)):
+        if (folder / "config.json").is_file():
+            raise UserError(
+                f"{folder} has no model to study: neither model.safetensors of train.py nor {POLICY}/ of rlhf.py"
+            )
+        read_run_config(folder)
     return False
 
 
+def _config(folder: Path) -> dict:
+    path = folder / "config.json"
+    return load_json(path) if path.is_file() else {}
+
+
 def _t5_folder(folder: Path) -> Path | None:
-    for candidate in (folder / POLICY, folder):
-        config = candidate / "config.json"
-        if config.is_file() and load_json(config).get("model_type") == "t5":
-            return candidate
-    return None
+    candidates = (folder / POLICY, folder)
+    return next((c for c in candidates if _config(c).get("model_type") == "t5"), None)
+
+
+def _vqa_folder(folder: Path) -> Path:
+    """Of a run of rlhf.py that tuned a VQA system: the tuned system, which is laid out like a run of train.py."""
+    return folder / POLICY if "program" in _config(folder / POLICY) else folder
 
 
 def open_text(folder: Path, text: str, device: str = "cpu") -> Opened:
@@ -116,6 +122,8 @@ def open_text(folder: Path, text: str, device: str = "cpu") -> Opened:
     options = load_json(folder / "config.json") if checkpoint != folder else {}
     tokenizer = Tokenizer.from_pretrained(checkpoint)
     model = T5.from_pretrained(checkpoint).to(torch.device(device))
+    if len(tokenizer) > model.config.vocab_size:
+        raise UserError(f"the tokenizer has {len(tokenizer)} tokens, the model only {model.config.vocab_size}")
     text = options.get("prefix", "") + text.strip()
     ids, _ = tokenizer.encode_batch([text], max_length=options.get("max_prompt_tokens", 512))
     ids = ids[0].tolist()

@@ -224,7 +224,7 @@
         this.of(source, shares).forEach((v, i) => { groups[source.sinks.includes(i) ? "sink" : source.grid ? "image" : "text"] += v; });
       }
       groups.own = sum(shares.own);
-      if (state.mode === "relevancy" && this.kind === "cross") groups.own -= 1; // Chefer's rules start from the identity
+      if (state.mode === "relevancy" && this.kind === "cross") groups.own = Math.max(0, groups.own - 1); // the rules start from the identity
       const total = sum(Object.values(groups)) || 1;
       for (const name of Object.keys(groups)) groups[name] /= total;
       return groups;
@@ -250,8 +250,8 @@
         this.map.addEventListener("pointerleave", () => { this.note.textContent = ""; });
         this.map.addEventListener("click", (e) => { this.point(e); if (this.kind === "image") set({ place: { ...state.place, image: this.pointed + 1 } }); });
         this.map.addEventListener("keydown", (e) => this.walk(e));
-        const image = h("img", { src: data.image, alt: "", class: data.pixelated ? "pixels" : null });
-        left.append(h("div", { class: "picture" }, image, this.map));
+        this.image = h("img", { src: data.image, alt: "", class: data.pixelated ? "pixels" : null, onload: () => this.drawGrid() });
+        left.append(h("div", { class: "picture" }, this.image, this.map));
         this.slider = h("input", { type: "range", min: 0, max: 100, value: 90, id: `opacity-${studies.length}`, oninput: (e) => set({ opacity: e.target.value / 100 }) });
         this.scale = canvas(64, 1);
         left.append(h("div", { class: "under" },
@@ -287,6 +287,7 @@
       });
       this.answers = h("div", { class: "answers", role: "radiogroup", "aria-label": "generated tokens" }, this.answerButtons);
       roving(this.answers, this.answerButtons);
+      this.readWords = data.read.map((label) => h("span", { class: `word${label.startsWith(" ") ? " starts" : ""}` }, label.trim() || label));
       right.append(h("div", { class: "block" }, h("h3", {}, "Answer, token by token, with probabilities"), this.answers));
 
       this.modes = choice("what to show", [["relevancy", "Relevancy"], ["rollout", "Rollout"], ["mean", "Mean"], ["layer", "Layer"], ["head", "Head"]], (mode) => set(mode === "relevancy" || mode === "rollout" ? { mode, kind: "cross" } : { mode }));
@@ -301,6 +302,7 @@
       this.bar = h("div", { class: "shares", "aria-hidden": "true" });
       this.barKeys = h("div", { class: "keys" });
       right.append(h("div", { class: "block" }, h("h3", {}, "Where it goes"), this.bar, this.barKeys));
+      if (data.read.length > 1) right.append(h("div", { class: "block" }, h("h3", {}, "What the decoder itself had read"), h("div", { class: "words flowing" }, this.readWords)));
       this.live = h("p", { class: "hidden", role: "status", "aria-live": "polite" });
       right.append(this.live);
       return h("section", { "aria-label": "answer" }, h("div", { class: `stage${this.picture ? "" : " wordy"}` }, this.picture ? left : null, right));
@@ -328,12 +330,13 @@
 
     buildCertificate() {
       const c = this.data.certificate;
-      const item = (value, name, meaning) => h("div", {}, h("b", { class: value <= 1e-5 ? "good" : "bad" }, value.toExponential(1).replace("-", "−")), h("span", {}, h("span", {}, name), h("br"), meaning));
+      // fp32 rounds in proportion: outputs of size 30 may differ by 30 times what outputs of size 1 may.
+      const item = (value, name, meaning, size = 1) => h("div", {}, h("b", { class: value <= 1e-5 * Math.max(1, size) ? "good" : "bad" }, value.toExponential(1).replace("-", "−")), h("span", {}, h("span", {}, name), h("br"), meaning));
       return h("section", { class: "certificate", "aria-label": "certificate" }, h("h2", {}, "Certificate"),
         h("p", { class: "lead" }, `The weights on this page were rebuilt from q, k and each row’s log-sum-exp while the model ran its own attention. These are the largest differences over ${c.rows.toLocaleString("en")} rows of ${c.attentions} attentions.`),
         h("div", { class: "proofs" },
           item(c.mass, "max |ΣP − 1|", "each row of weights is whole"),
-          item(c.output, "max |P V − O|", "they give what the kernel returned"),
+          item(c.output, "max |P V − O|", `they give what the kernel returned, numbers up to ${number(c.size, 1)}`, c.size),
           item(c.softmax, "max |P − softmax|", "they are the explicit softmax")),
         h("p", { class: "note" }, "In the pictures of this page a weight has 8 bits, relative to its row; the numbers of an opened head have 16 or 32."));
     }
@@ -395,6 +398,14 @@
         });
         tabTo(words, clamp(state.place[source.tower] || 0, words.length));
       }
+      const flow = this.kind === "cross" && (state.mode === "relevancy" || state.mode === "rollout");
+      const own = Array.from(shares.own, (v, i) => (flow && i === this.row ? 0 : v)), top = Math.max(1e-9, ...own);
+      this.readWords.forEach((word, i) => {
+        shade(word, (own[i] || 0) / top);
+        if (!(own[i] / top > 0.02)) word.style.color = "";
+        word.title = own[i] ? percent(own[i]) : "";
+        word.classList.toggle("query", i === this.row);
+      });
     }
 
     drawControls(shares) {
@@ -506,6 +517,12 @@
       context.clearRect(0, 0, picture.width, picture.height);
       if (this.asMap(kind)) {
         const shares = this.shares(kind, "head", layer, head);
+        if (this.image.complete) {
+          context.globalAlpha = isDark() ? 0.28 : 0.4;
+          context.imageSmoothingEnabled = !this.data.pixelated;
+          context.drawImage(this.image, 0, 0, picture.width, this.picture.grid[0] * size.cell);
+          context.globalAlpha = 1;
+        }
         cells(context, this.patches(shares), this.picture.grid[1], size.cell, stops, this.top(this.picture, shares));
         if (!size.strip) return;
         let left = 0;
@@ -550,7 +567,7 @@
         return;
       }
       const a = this.numbers(opened), t = this.row, width = a.q.shape[1];
-      const dots = row(a.dots, t), mask = row(a.mask, t), lse = a.lse.values[t];
+      const dots = row(a.dots, t), mask = row(a.mask), lse = a.lse.values[t];
       const scores = dots.map((d, i) => (mask[i] < -1e29 ? -Infinity : d * opened.scale + mask[i]));
       const weights = scores.map((s) => Math.exp(s - lse));
       const q = row(a.q, t), z = row(a.z, t), read = new Float32Array(width);

@@ -144,9 +144,9 @@ def study_data(study: Study) -> dict[str, Any]:
 
 
 def _rounded(value: Any) -> Any:
-    """Floats at six significant digits: what a page of a few hundred kB can afford."""
+    """Floats at eight significant digits, all that fp32 has: what a page of a few hundred kB can afford."""
     if isinstance(value, float):
-        return float(f"{value:.6g}")
+        return float(f"{value:.8g}")
     if isinstance(value, dict):
         return {key: _rounded(item) for key, item in value.items()}
     return [_rounded(item) for item in value] if isinstance(value, (list, tuple)) else value

@@ -1,0 +1,286 @@
+"""The study of one answer from the command line: the page, the files beside it, and one line for every bad input."""
+
+import base64
+import json
+import re
+from types import SimpleNamespace
+
+import browser
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, safe_open
+from study_helpers import spread, tiny_t5
+
+from vqa_scratch.__main__ import PROGRAM
+from vqa_scratch.build import embedded_system
+from vqa_scratch.commands.line import call
+from vqa_scratch.config import TrainConfig
+from vqa_scratch.data.text import train_wordpiece
+from vqa_scratch.data.vqa_v2 import VQASample
+from vqa_scratch.errors import UserError
+from vqa_scratch.run import save_parts, save_weights
+from vqa_scratch.study.overlay import overlay
+from vqa_scratch.study.report import packed
+
+SCRIPT = "<script>alert(1)</script> & {{DATA}}"
+
+
+def study(*arguments):
+    call(PROGRAM, ["study", *map(str, arguments)], "python -m vqa_scratch")
+
+
+def tiny_run(folder, fusion="tokens"):
+    words = ("what color is the circle?", "is there a red square?", "how many large objects are there?")
+    samples = [VQASample(1, folder, i, q, "what", "other", ("red",) * 10, "red") for i, q in enumerate(words)]
+    config = TrainConfig(
+        out=folder, width=16, heads=2, image_layers=2, text_layers=1, decoder_layers=2, patch_size=16, fusion=fusion,
+        max_answer_tokens=3,
+    )  # fmt: skip
+    model, encoder, processor = embedded_system(config, samples)
+    save_parts(folder, config, spread(model, 0.15), encoder, processor)
+    save_weights(folder / "model.safetensors", model)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """Two runs, a T5 and an image, studied once each."""
+    torch.manual_seed(0)
+    root = tmp_path_factory.mktemp("study")
+    tiny_run(root / "run")
+    tiny_run(root / "mean", "mean")
+    text = "the museum cut the night trains because of rising costs ."
+    tokenizer = train_wordpiece([text], 64)
+    tokenizer.save(root / "rlhf" / "policy")
+    tiny_t5(len(tokenizer)).save_pretrained(root / "rlhf" / "policy")
+    (root / "rlhf" / "config.json").write_text(json.dumps({"prefix": "", "max_new_tokens": 4}))
+    (root / "article.txt").write_text(text, encoding="utf-8")
+    pixels = np.full((64, 64, 3), 240, np.uint8)
+    pixels[16:32, 32:48] = (200, 30, 30)
+    Image.fromarray(pixels).save(root / "scene.png")
+    one = ("--image", root / "scene.png", "--question", "what color is the circle?")
+    study(root / "run", *one, "--out", root / "out")
+    study(root / "run", "--image", root / "scene.png", "--question", SCRIPT, "--out", root / "escaped")
+    study(root / "run", *one, "--compare", root / "mean", "--out", root / "compared")
+    study(root / "rlhf", "--text", root / "article.txt", "--out", root / "text")
+    return SimpleNamespace(root=root, one=one)
+
+
+def data_of(page):
+    return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.S)[1])
+
+
+# ---------------------------------------------------------------------------------------------- files
+
+
+@pytest.mark.parametrize("name", ["out", "escaped", "compared", "text"])
+def test_the_page_is_whole_small_and_asks_no_network(made, name):
+    page = (made.root / name / "report.html").read_text(encoding="utf-8")
+    assert len(page) < 600_000
+    assert not re.search(r"https?:|(src|href)=.//", page)
+    assert not re.search(r"\b(fetch|XMLHttpRequest|import)\b", page)
+    assert page.count("<script") == 2 and page.count("</script>") == 2
+    assert len(data_of(page)) == (2 if name == "compared" else 1)
+
+
+def test_markup_in_a_question_is_text(made):
+    page = (made.root / "escaped" / "report.html").read_text(encoding="utf-8")
+    assert "<script>alert" not in page
+    assert data_of(page)[0]["text"] == SCRIPT
+    assert "&lt;script&gt;alert(1)&lt;/script&gt; &amp; {{DATA}}" in page
+
+
+def test_the_summary_has_answer_certificate_and_heads(made):
+    for name in ("out", "text"):
+        summary = json.loads((made.root / name / "summary.json").read_text())
+        assert {"answer", "probability", "tokens", "certificate", "heads"} <= set(summary)
+        certificate = summary["certificate"]
+        assert max(certificate[k] for k in ("mass", "output", "softmax")) <= 1e-5
+        assert certificate["rows"] > 0 and summary["heads"][0].keys() >= {"entropy", "image", "text", "sink"}
+    compared = json.loads((made.root / "compared" / "summary.json").read_text())
+    assert compared["compared"]["run"].endswith("mean")
+
+
+def test_weights_follow_from_the_trace_file(made):
+    path = made.root / "out" / "trace.safetensors"
+    tensors = load_file(path)
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    names = {name.rpartition(".")[0] for name in tensors if name.endswith(".lse")}
+    assert {"decoder.0.cross", "decoder.1.self", "image.1.self", "text.0.self"} <= names
+    for name in names:
+        q, k, v, mask, z, lse = (tensors[f"{name}.{label}"] for label in ("q", "k", "v", "mask", "z", "lse"))
+        pattern = (float(metadata[f"{name}.scale"]) * q @ k.mT + mask - lse[..., None]).exp()
+        torch.testing.assert_close(pattern.sum(-1), torch.ones_like(lse), atol=1e-5, rtol=0)
+        torch.testing.assert_close(pattern @ v, z, atol=1e-5, rtol=0)
+    assert {"relevancy.sources", "rollout.decoder", "cross.sources"} <= set(tensors)
+
+
+def test_overlays_are_pictures_of_every_word(made):
+    summary = json.loads((made.root / "out" / "summary.json").read_text())
+    for method in ("cross", "rollout", "relevancy"):
+        with Image.open(made.root / "out" / f"overlay_{method}.png") as sheet:
+            assert sheet.height == 448 and sheet.width % 456 == 448
+            assert sheet.width // 448 >= min(2, len(summary["tokens"]))
+    assert not list((made.root / "text").glob("*.png"))
+
+
+def test_an_overlay_colours_the_patch_it_means():
+    image = Image.new("RGB", (32, 32), (255, 255, 255))
+    drawn = np.asarray(overlay(image, torch.tensor([0.0, 1.0, 0.0, 0.0]), (2, 2), size=64))
+    assert (drawn[:32, :32] == 255).all() and (drawn[32:] == 255).all()
+    assert drawn[5, 60, 1] < 80  # full colour is a deep red
+    even = np.asarray(overlay(image, torch.ones(4), (2, 2), size=64))
+    assert even[5, 5, 1] > 150  # an even map is pale, not all at full colour
+
+
+def test_packing_keeps_what_it_promises():
+    tensor = torch.rand(3, 5, 7)
+    u8 = packed(tensor, "u8")
+    values = np.frombuffer(base64.b64decode(u8["data"]), np.uint8).reshape(3, 5, 7)
+    scale = np.frombuffer(base64.b64decode(u8["scale"]), "<f4").reshape(3, 5, 1)
+    assert np.abs(values * scale - tensor.numpy()).max() <= tensor.max() / 255 / 2 + 1e-6
+    f16 = np.frombuffer(base64.b64decode(packed(tensor, "f16")["data"]), "<f2").reshape(3, 5, 7)
+    assert np.abs(f16 - tensor.numpy()).max() < 5e-4
+
+
+# ---------------------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["{root}/nowhere", "--out", "{root}/x", "--image", "a", "--question", "b"], "no run folder"),
+        (["{root}/out", "--out", "{root}/x", "--image", "a", "--question", "b"], "not a run folder"),
+        (["{root}/run", "--out", "{root}/x", "--question", "b"], "give it --image FILE --question"),
+        (["{root}/run", "--out", "{root}/x", "--image", "{root}/article.txt", "--question", "b"], "is not an image"),
+        (["{root}/run", "--out", "{root}/x", "--image", "{root}/scene.png", "--question", " "], "question is empty"),
+        (["{root}/run", "--out", "{root}/x", "--image", "{root}/none.png", "--question", "b"], "no such image"),
+        (["{root}/rlhf", "--out", "{root}/x", "--image", "{root}/scene.png", "--question", "b"], "give it --text FILE"),
+        (["{root}/rlhf", "--out", "{root}/x", "--text", "{root}/none.txt"], "No such file"),
+        (["{root}/rlhf", "--out", "{root}/x", "--text", "{root}/scene.png"], "it is not UTF-8"),
+        (["{root}/run", "--out", "{root}/x", "--pointing", "{root}"], "only the embedded data set"),
+        (
+            ["{root}/run", "--out", "{root}/x", "--pointing", "{root}", "--question", "b"],
+            "--pointing goes over a split",
+        ),
+        (["{root}/unfinished", "--out", "{root}/x", "--image", "a", "--question", "b"], "has no model to study"),
+        (["{root}/run", "--out", "{root}/x", "--imge", "a"], "did you mean --image"),
+    ],
+)
+def test_every_bad_input_is_one_clear_line(made, arguments, message):
+    unfinished = made.root / "unfinished"
+    unfinished.mkdir(exist_ok=True)
+    (unfinished / "config.json").write_text(json.dumps({"preset": "mini-news", "prefix": ""}))
+    with pytest.raises(UserError, match=re.escape(message)) as error:
+        study(*(argument.format(root=made.root) for argument in arguments))
+    assert "\n" not in str(error.value)
+
+
+# ---------------------------------------------------------------------------------------------- in a browser
+
+needs_browser = pytest.mark.skipif(not browser.available(), reason="needs chromium and chromedriver")
+
+
+@pytest.fixture(scope="module")
+def window():
+    with browser.Browser() as opened:
+        yield opened
+
+
+PAINTED = "return document.querySelector('.picture canvas').toDataURL()"
+
+
+@needs_browser
+def test_choosing_token_head_and_step_changes_what_is_drawn(made, window):
+    window.open(made.root / "out" / "report.html")
+    summary = json.loads((made.root / "out" / "summary.json").read_text())
+    texts = window.script("return [...document.querySelectorAll('.token b')].map(b => b.textContent)")
+    assert len(texts) == len(summary["tokens"])
+    relevancy = window.script(PAINTED)
+    empty = "const c = document.createElement('canvas'); c.width = c.height = 64; return c.toDataURL()"
+    assert relevancy != window.script(empty)
+
+    window.click('button[data-value="rollout"]')
+    assert window.script(PAINTED) != relevancy
+    window.click('.thumb[data-layer="1"][data-head="1"]')
+    head = window.script(PAINTED)
+    assert window.script("return document.querySelector('.thumb[aria-pressed=true]').dataset.head") == "1"
+    assert window.script("return document.querySelector('.stepwise h2').textContent").startswith(
+        "Cross-attention layer 1, head 1"
+    )
+    window.click('.thumb[data-layer="0"][data-head="1"]')
+    assert window.script(PAINTED) != head
+    check = window.script("return document.querySelector('.check').textContent")
+    assert "sum to 1.000000" in check
+    assert float(re.search(r"by at most ([\d.]+e[-+]\d+)", check)[1]) < 1e-2
+    rows = window.script("return [...document.querySelectorAll('.stepwise tbody tr')].map(r => r.cells[5].textContent)")
+    tensors = load_file(made.root / "out" / "trace.safetensors")
+    pattern = 8**-0.5 * tensors["decoder.0.cross.q"] @ tensors["decoder.0.cross.k"].mT + tensors["decoder.0.cross.mask"]
+    weights = pattern.softmax(-1)[0, 1, 0].sort(descending=True).values
+    assert [float(x) for x in rows] == pytest.approx(weights[: len(rows)].tolist(), abs=6e-5)
+
+    if len(texts) > 1:
+        first = window.script(PAINTED)
+        window.click(".token:nth-child(2)")
+        assert window.script("return document.querySelector('.token:nth-child(2)').ariaChecked") == "true"
+        assert window.script(PAINTED) != first
+    assert window.log() == []
+
+
+@needs_browser
+def test_it_works_from_the_keyboard_and_speaks(made, window):
+    window.open(made.root / "out" / "report.html")
+    window.script("document.querySelector('.segmented button[aria-checked=true]').focus()")
+    right, enter, down = "\ue014", "\ue007", "\ue015"
+    window.press(right)
+    window.press(enter)
+    assert window.script("return document.querySelector('.segmented [aria-checked=true]').dataset.value") == "rollout"
+    said = window.script("return document.querySelector('[role=status]').textContent")
+    assert said.startswith("rollout for token") and "strongest words" in said
+    window.script("document.querySelector('.thumb[tabindex=\"0\"]').focus()")
+    before = window.script("return document.activeElement.dataset.layer + '.' + document.activeElement.dataset.head")
+    window.press(right)
+    window.press(down)
+    after = window.script("return document.activeElement.dataset.layer + '.' + document.activeElement.dataset.head")
+    assert before != after
+    unnamed = window.script(
+        "return [...document.querySelectorAll('button,select,input,[role=img]')].filter(e => !e.ariaLabel && "
+        "!e.textContent.trim() && !(e.labels && e.labels.length)).length"
+    )
+    assert unnamed == 0
+    assert window.log() == []
+
+
+@needs_browser
+def test_markup_is_shown_as_text(made, window):
+    window.open(made.root / "escaped" / "report.html")
+    assert window.script("return document.querySelector('h1').textContent") == SCRIPT
+    assert window.script("return document.querySelectorAll('script').length") == 2
+    assert window.log() == []
+
+
+@needs_browser
+@pytest.mark.parametrize("name", ["compared", "text"])
+def test_other_pages_draw_without_a_console_error(made, window, name):
+    window.open(made.root / name / "report.html")
+    assert window.script("return document.querySelectorAll('.study').length") == (2 if name == "compared" else 1)
+    window.click('button[data-value="head"]')
+    window.click(".thumb:last-child")
+    window.click('button[data-value="decoder"]')
+    assert window.log() == []
+
+
+@needs_browser
+def test_inside_the_image_a_patch_can_be_asked(made, window):
+    window.open(made.root / "out" / "report.html")
+    window.click('button[data-value="image"]')
+    before = window.script(PAINTED)
+    window.click(".picture canvas")
+    assert window.script(PAINTED) != before
+    assert "Read by patch" in window.script("return document.querySelector('.explain').textContent")
+    window.click('button[data-value="text"]')
+    window.click(".words .word:nth-child(3)")
+    assert window.script("return document.querySelector('.word.query').textContent") == "color"
+    assert window.log() == []
