@@ -16,6 +16,7 @@ import torch
 
 from vqa_scratch.build import VQATask, build_system, read_splits
 from vqa_scratch.config import PRESETS, TrainConfig
+from vqa_scratch.engine.allocator import keep_freed_memory
 from vqa_scratch.engine.checkpoint import load_checkpoint, load_model_state
 from vqa_scratch.engine.evaluation import QuestionOnly, TypePrior, blind
 from vqa_scratch.engine.gallery import write_gallery
@@ -29,7 +30,7 @@ from vqa_scratch.run import load_file_state, read_run_config, save_parts, save_w
 from vqa_scratch.storage import remove_unfinished, write_json
 
 # Kept back from --minutes for the final evaluation: a share of the budget, and never more than so many seconds.
-RESERVE_SHARE, RESERVE_SECONDS = 0.1, 45.0
+RESERVE_SHARE, RESERVE_SECONDS = 0.1, 30.0
 # Between a run and its continuation; the learning rates, for a run whose loss went to infinity.
 MAY_CHANGE = set("resume out device data cache learning_rate matrix_learning_rate max_grad_norm".split())
 PLAIN = {f.name: f.default for f in fields(TrainConfig)} | {"minutes": 10.0}
@@ -106,6 +107,7 @@ def peak_memory_gb(device: torch.device) -> float:
 def main(config: TrainConfig) -> int | None:
     """Train, evaluate and report. Returns None, or the number of the signal that stopped the run early."""
     began = time.perf_counter()
+    keep_freed_memory()
     config, checkpoint = settle(config)
     device = pick_device(config.device)
     kind, reason = pick_precision(checkpoint["precision"] if checkpoint else config.precision, device)
