@@ -1,6 +1,6 @@
 """One PPO iteration, ours against TRL 0.11.4, in turn on the same machine, the same weights and the same articles.
 
-    python -m venv trl_env && trl_env/bin/pip install torch==2.13.0 trl==0.11.4 transformers==4.45.2
+    python -m venv trl_env && trl_env/bin/pip install torch==2.13.0 trl==0.11.4 transformers==4.45.2 rich
     python bench/ppo.py --trl trl_env/bin/python [--batch 8] [--repeats 5] [--out bench/ppo.json]
 
 Random weights of the book's sizes (flan-t5-small, two roberta-base), articles of 400 tokens, 24 new tokens, 4 epochs.
@@ -92,9 +92,10 @@ def ours(folder: Path, options: dict) -> None:
     policy = T5Policy(T5.from_pretrained(folder / "policy"))
     reference = freeze(T5Policy(T5.from_pretrained(folder / "policy")), dtype)
     judges = [freeze(TextClassifier.from_pretrained(folder / name), dtype) for name in ("grammar", "tone")]
-    with torch.no_grad():
-        logits = policy.model(task["queries"][:1], None, task["probe"])
-        torch.save({"logits": logits.log_softmax(-1), "grammar": judges[0](task["judged"])}, folder / "probe-ours.pt")
+    if kind == "fp32":
+        with torch.no_grad():
+            probe = policy.model(task["queries"][:1], None, task["probe"]).log_softmax(-1)
+            torch.save({"logits": probe, "grammar": judges[0](task["judged"])}, folder / "probe-ours.pt")
     actor = ActorCritic(policy)
     for model in (actor, reference, *judges):
         precision.suit_attention(model)

@@ -9,21 +9,9 @@ import json
 import resource
 import sys
 import time
-import types
 
 import torch
 from torch.nn import functional as F
-
-
-def quiet_imports():
-    """TRL asks for packages that this measurement does not touch; empty modules stand in for them."""
-    for name in ("pandas", "bitsandbytes"):
-        try:
-            __import__(name)
-        except ImportError:
-            module = types.ModuleType(name)
-            module.DataFrame = object
-            sys.modules[name] = module
 
 
 def main():
@@ -104,5 +92,4 @@ def main():
 
 
 if __name__ == "__main__":
-    quiet_imports()
     main()
