@@ -218,7 +218,7 @@ def test_choosing_token_head_and_step_changes_what_is_drawn(made, window):
     rows = window.script("return [...document.querySelectorAll('.stepwise tbody tr')].map(r => r.cells[5].textContent)")
     tensors = load_file(made.root / "out" / "trace.safetensors")
     pattern = 8**-0.5 * tensors["decoder.0.cross.q"] @ tensors["decoder.0.cross.k"].mT + tensors["decoder.0.cross.mask"]
-    weights = pattern.softmax(-1)[0, 1, 0].sort(descending=True).values
+    weights = pattern.softmax(-1)[0, 1, summary["tokens"][0]["row"]].sort(descending=True).values
     assert [float(x) for x in rows] == pytest.approx(weights[: len(rows)].tolist(), abs=6e-5)
 
     if len(texts) > 1:

@@ -177,7 +177,8 @@
     /** Which row of an attention's pattern is asked for. */
     query(kind) {
       const a = this.attentions[kind];
-      if (kind === "cross" || kind === "decoder") return a.rows ? 1 : this.row;
+      if (kind === "cross") return this.token; // one row an answer token
+      if (kind === "decoder") return a.rows ? 1 : this.row;
       return a.rows ? (state.place[kind] === 0 ? 0 : 1) : clamp(state.place[kind], a.pattern.shape[2]);
     }
 
@@ -217,6 +218,9 @@
       const values = Array.from(this.of(source, shares)).filter((_, i) => !source.sinks.includes(i));
       return Math.max(1e-9, (3 * sum(values)) / (values.length || 1), ...values);
     }
+
+    /** 1 for what gets a twentieth or more of all there is to source tokens; less is drawn paler. */
+    presence(values, shares) { return Math.max(1e-6, Math.min(1, (20 * sum(values)) / (sum(shares.sources) || 1))); }
 
     masses(shares) {
       const groups = { image: 0, text: 0, sink: 0, own: 0 };
@@ -369,7 +373,7 @@
 
     drawPicture(shares) {
       const [rows, columns] = this.picture.grid, context = this.map.getContext("2d"), cell = 16;
-      const values = this.patches(shares), top = this.top(this.picture, shares), sumAll = sum(shares.sources);
+      const values = this.patches(shares), top = this.top(this.picture, shares) / this.presence(values, shares), sumAll = sum(shares.sources);
       context.clearRect(0, 0, this.map.width, this.map.height);
       this.map.style.opacity = 1;
       context.globalAlpha = state.opacity / 0.9 > 1 ? 1 : state.opacity / 0.9;
@@ -389,7 +393,7 @@
 
     drawWords(shares) {
       for (const { source, words } of this.words) {
-        const values = this.of(source, shares), top = this.top(source, shares);
+        const values = this.of(source, shares), top = this.top(source, shares) / this.presence(values, shares);
         words.forEach((word, i) => {
           shade(word, sum(values) > 1e-9 ? values[i] / top : 0);
           if (values[i] / top < 0.02) word.style.color = "";
@@ -523,11 +527,12 @@
           context.drawImage(this.image, 0, 0, picture.width, this.picture.grid[0] * size.cell);
           context.globalAlpha = 1;
         }
-        cells(context, this.patches(shares), this.picture.grid[1], size.cell, stops, this.top(this.picture, shares));
+        const patches = this.patches(shares);
+        cells(context, patches, this.picture.grid[1], size.cell, stops, this.top(this.picture, shares) / this.presence(patches, shares));
         if (!size.strip) return;
         let left = 0;
         for (const { source } of this.words) {
-          const values = this.of(source, shares), wide = picture.width / this.wordCount(), top = Math.max(this.top(source, shares), 1e-6);
+          const values = this.of(source, shares), wide = picture.width / this.wordCount(), top = Math.max(this.top(source, shares), 1e-6) / this.presence(values, shares);
           values.forEach((v, i) => {
             context.fillStyle = css(color(stops, Math.min(1, v / top)));
             context.fillRect(left + i * wide, picture.height - size.strip + 3, Math.ceil(wide), size.strip - 3);
@@ -566,7 +571,7 @@
         this.stepBox.replaceChildren(h("p", { class: "lead" }, "The numbers of this head are not in the page, to keep it small; trace.safetensors has them. The heads that did most for the answer are here:"), h("div", { class: "pickers" }, others));
         return;
       }
-      const a = this.numbers(opened), t = this.row, width = a.q.shape[1];
+      const a = this.numbers(opened), t = this.token, width = a.q.shape[1];
       const dots = row(a.dots, t), mask = row(a.mask), lse = a.lse.values[t];
       const scores = dots.map((d, i) => (mask[i] < -1e29 ? -Infinity : d * opened.scale + mask[i]));
       const weights = scores.map((s) => Math.exp(s - lse));

@@ -4,7 +4,7 @@ The page is report.html with report.css, report.js and the data as JSON in it. A
 byte each with a scale for every row, what is shown in numbers as half or single precision. JSON inside <script> is
 escaped so that no text can end it, and the page sets every text by `textContent`, so a question is never markup.
 
-Shapes: L layers, H heads, T decoder tokens, K keys, S source tokens, d head size.
+Shapes: L layers, H heads, T decoder tokens, A answer tokens, K keys, S source tokens, d head size.
 """
 
 import base64
@@ -25,7 +25,7 @@ from vqa_scratch.study.analysis import attention_names
 from vqa_scratch.study.record import Study
 
 # Bytes of patterns and of opened heads in one study, before base64: the page stays at a few hundred kB.
-PATTERN_BUDGET = {"cross": 260_000, "own": 110_000, "opened": 170_000}
+OWN_BUDGET, OPENED_BUDGET = 110_000, 170_000
 LARGEST_IMAGE = 448  # pixels a side
 
 
@@ -57,11 +57,16 @@ def _image_url(image: Image.Image) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
 
 
-def _attention(study: Study, names: list[str], kind: str, budget: int) -> dict[str, Any]:
-    """Patterns (L, H, rows, K) of one kind of attention; of large ones only the first row and the mean row."""
+def _attention(study: Study, names: list[str], kind: str) -> dict[str, Any]:
+    """Patterns (L, H, rows, K) of one kind of attention; of large ones only the first row and the mean row.
+
+    Cross-attention has one row an answer token, in whatever size.
+    """
     patterns = torch.stack([study.trace.pattern(name)[0].cpu() for name in names])
     rows: list[int] | None = None
-    if kind != "cross" and patterns.numel() > budget:
+    if kind == "cross":
+        patterns = patterns[:, :, [token.row for token in study.tokens]]
+    elif patterns.numel() > OWN_BUDGET:
         patterns = torch.cat([patterns[:, :, :1], patterns.mean(2, keepdim=True)], 2)
         rows = [0, -1]  # -1: the mean over all
     return {"kind": kind, "names": names, "rows": rows, "pattern": packed(patterns, "u8")}
@@ -75,9 +80,10 @@ def _opened_heads(study: Study, names: list[str]) -> list[dict[str, Any]]:
     for layer, head in order:
         name, t = names[layer], study.trace
         q, k, v, z, mask = (t[f"{name}.{label}"].float().cpu() for label in ("q", "k", "v", "z", "mask"))
-        q, k, v, z = (x[0, head] for x in (q, k, v, z))  # (T, d), (K, d), (K, d), (T, d)
+        rows = [token.row for token in study.tokens]
+        q, k, v, z = q[0, head, rows], k[0, head], v[0, head], z[0, head, rows]  # (A, d), (K, d), (K, d), (A, d)
         spent += 2 * (q.numel() + k.numel() + v.numel() + z.numel()) + 4 * len(q) * len(k)
-        if result and spent > PATTERN_BUDGET["opened"]:
+        if result and spent > OPENED_BUDGET:
             break
         mask = mask.expand(1, effect.shape[1], 1, -1)[0, head, 0]
         blocked = mask == -math.inf
@@ -92,7 +98,7 @@ def _opened_heads(study: Study, names: list[str]) -> list[dict[str, Any]]:
                 "z": packed(z, "f32"),
                 "dots": packed(q @ k.T, "f32"),
                 "mask": packed(mask.masked_fill(blocked, -1e30), "f32"),
-                "lse": packed(t.lse(name)[0, head], "f32"),
+                "lse": packed(t.lse(name)[0, head, rows], "f32"),
             }
         )
     return result
@@ -103,10 +109,10 @@ def study_data(study: Study) -> dict[str, Any]:
     opened, subject = study.opened, study.opened.subject
     names = attention_names(subject)
     decoder = {kind: [n for n in names["decoder"] if n.endswith(kind)] for kind in ("self", "cross")}
-    attentions = {"cross": _attention(study, decoder["cross"], "cross", PATTERN_BUDGET["cross"])}
+    attentions = {"cross": _attention(study, decoder["cross"], "cross")}
     for source in subject.sources:
-        attentions[source.tower] = _attention(study, names[source.tower], source.tower, PATTERN_BUDGET["own"])
-    attentions["decoder"] = _attention(study, decoder["self"], "decoder", PATTERN_BUDGET["own"])
+        attentions[source.tower] = _attention(study, names[source.tower], source.tower)
+    attentions["decoder"] = _attention(study, decoder["self"], "decoder")
     plain = torch.equal(subject.mixing, torch.eye(len(subject.mixing)))
     return {
         "run": opened.run,
