@@ -98,20 +98,20 @@ def within_a_metrics_line() -> None:
 MOMENTS = {
     "before the first checkpoint": functools.partial(at_step, 3),
     "while model.safetensors is written": within_weights,
+    "before model.safetensors' renaming": functools.partial(around_rename, "model.safetensors", False),
+    "after model.safetensors' renaming": functools.partial(around_rename, "model.safetensors", True),
     "while the first checkpoint is written": within_checkpoint,
     "before the checkpoint's renaming": functools.partial(around_rename, "last.pt", False),
     "after the checkpoint's renaming": functools.partial(around_rename, "last.pt", True),
     "between two checkpoints": functools.partial(at_step, 6),
     "within a line of metrics.jsonl": within_a_metrics_line,
     "while the second checkpoint is written": within_checkpoint,
-    "before model.safetensors' renaming": functools.partial(around_rename, "model.safetensors", False),
-    "after model.safetensors' renaming": functools.partial(around_rename, "model.safetensors", True),
     "at the end, before summary.json": functools.partial(around_rename, "summary.json", False),
 }
 
 
 def run(out: Path, flags: list[str], prepare=None) -> Ended:
-    return Started(out.parent / "logs", train_program, flags, prepare).end()
+    return Started(train_program, flags, prepare).end()
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ from vqa_helpers import small_config, small_data, small_flags
 
 import train
 from vqa_scratch.config import PRESETS, TrainConfig
+from vqa_scratch.data.scenes import FAMILIES
 from vqa_scratch.engine.checkpoint import load_checkpoint
 from vqa_scratch.options import from_json, to_json
 from vqa_scratch.run import load_run
@@ -52,11 +53,11 @@ def test_metrics_tell_what_happened(run):
 def test_the_summary_has_its_keys(run):
     summary = json.loads((run / "summary.json").read_text())
     assert set(summary["baselines"]) == {"prior", "question_only", "shuffled_images"}
-    assert len(summary["accuracy_by_family"]) == 7 and 0 <= summary["accuracy"] <= 1
+    assert summary["accuracy_by_family"].keys() == FAMILIES.keys() and 0 <= summary["accuracy"] <= 1
     assert 0 <= summary["holdout_accuracy"] <= 1
     for name in ("seconds", "samples_per_second", "peak_memory_gb"):
         assert summary[name] > 0
-    assert summary["steps"] == 30 and summary["questions_seen"] == sum(1 for _ in range(30)) * 32
+    assert summary["steps"] == 30 and 30 * 16 < summary["questions_seen"] <= 30 * 32
 
 
 def test_every_file_of_the_run_folder_is_there(run):
@@ -69,9 +70,9 @@ def test_every_file_of_the_run_folder_is_there(run):
 def test_the_gallery_shows_what_was_answered(run):
     """A picture, a question, the answer with its probability and the annotators' answers for one of each family."""
     page = (run / "samples.html").read_text()
-    assert page.count("<article>") == page.count("data:image/png;base64,") == 7
-    assert len(re.findall(r"\d+ % sure, accuracy [01]\.\d\d", page)) == 7
-    assert page.count("&times;") >= 7 and "http" not in page.replace("http-equiv", "")
+    assert page.count("<article>") == page.count("data:image/png;base64,") == len(FAMILIES)
+    assert len(re.findall(r"\d+ % sure, accuracy [01]\.\d\d", page)) == len(FAMILIES)
+    assert page.count("&times;") >= len(FAMILIES) and "http" not in page.replace("http-equiv", "")
 
 
 def test_the_best_weights_answer_as_the_summary_says(run, data):
@@ -107,7 +108,7 @@ def test_a_time_budget_is_kept(data, tmp_path):
     assert summary["steps"] >= 1
 
 
-@pytest.mark.parametrize("changes", [{"fusion": "mean"}, {"freeze": "encoders"}, {"stem": "linear"}, {"accumulate": 4}])
+@pytest.mark.parametrize("changes", [{"fusion": "mean", "stem": "linear", "accumulate": 4}, {"freeze": "encoders"}])
 def test_options_reach_the_model(data, tmp_path, changes, capsys):
     config = small_config(data, tmp_path / "run", steps=1, eval_questions=8, samples=1, **changes)
     train.main(config)

@@ -2,9 +2,12 @@
 
 import multiprocessing
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -78,27 +81,36 @@ class Ended:
 class Started:
     """A function running in a process of its own, forked from a server that has imported the project already."""
 
-    def __init__(self, folder: Path, function: Callable[..., None], *args: Any) -> None:
+    def __init__(self, function: Callable[..., None], *args: Any) -> None:
         context = multiprocessing.get_context("forkserver")
         os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-        context.set_forkserver_preload(["train", "matplotlib.pyplot"])
-        folder.mkdir(parents=True, exist_ok=True)
-        self.files = folder / "stdout.txt", folder / "stderr.txt"
-        self.process = context.Process(target=_redirected, args=(self.files, function, args))
+        context.set_forkserver_preload(["train", "matplotlib.pyplot", "torch._dynamo"])
+        # Pipes rather than files, so that a test may take the disk away.
+        self.ends, theirs = zip(*(context.Pipe(duplex=False) for _ in range(2)), strict=True)
+        self.process = context.Process(target=_redirected, args=(theirs, function, args))
         self.process.start()
+        for end in theirs:
+            end.close()
 
-    def end(self, timeout: float = 600) -> Ended:
-        """Wait for the process; ends it after `timeout` seconds (a machine may be busy with other things)."""
-        self.process.join(timeout)
-        assert self.process.exitcode is not None or self.process.kill(), f"no end after {timeout} s"
-        out, err = (file.read_text(errors="replace") for file in self.files)
+    def end(self) -> Ended:
+        """Wait for the process."""
+        with ThreadPoolExecutor(2) as pool:
+            out, err = pool.map(_everything, self.ends)
+        self.process.join()
         return Ended(self.process.exitcode, out, err)
 
 
-def _redirected(files: tuple[Path, Path], function: Callable[..., None], args: tuple) -> None:
-    for number, file in zip((1, 2), files, strict=True):
-        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644), number)
+def _everything(end: Connection) -> str:
+    with open(os.dup(end.fileno()), errors="replace") as file:
+        return file.read()
+
+
+def _redirected(ends: Sequence[Connection], function: Callable[..., None], args: tuple) -> None:
+    for number, end in zip((1, 2), ends, strict=True):
+        os.dup2(end.fileno(), number)
+        end.close()
     sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs start with it ignored
     torch.set_num_threads(1)
     try:
         function(*args)

@@ -1,10 +1,12 @@
 """From a config to the parts of a system: samples, tokenizers, preprocessing, model, and the task the loop trains."""
 
 import math
+import random
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -170,6 +172,8 @@ def released_system(config: TrainConfig, train: list[VQASample]) -> tuple[VQAMod
 
 def build_system(config: TrainConfig, train: list[VQASample]) -> tuple[VQAModel, Encoder, ImageProcessor]:
     """Model, tokenizers and preprocessing that the config asks for."""
+    random.seed(config.seed)
+    np.random.seed(config.seed)
     torch.manual_seed(config.seed)
     return (embedded_system if config.preset == "shapes" else released_system)(config, train)
 

@@ -59,6 +59,14 @@ def flags(config_type: type, defaults: Mapping[str, Any]) -> list[click.Option]:
     return result
 
 
+def as_user_error(error: click.ClickException) -> UserError:
+    """What is wrong with a command line, in one line that names the nearest flag for one that there is not."""
+    if not isinstance(error, click.NoSuchOption):
+        return UserError(error.format_message())
+    near = difflib.get_close_matches(error.option_name, error.possibilities or (), 1)
+    return UserError(f"no such flag: {error.option_name}" + (f"; did you mean {near[0]}?" if near else ""))
+
+
 def parse(
     config_type: type[Config],
     presets: Mapping[str, Mapping[str, Any]],
@@ -78,11 +86,8 @@ def parse(
     )
     try:
         given = command.main(list(argv), prog_name=program, standalone_mode=False)
-    except click.NoSuchOption as error:
-        near = f"; did you mean {' or '.join(error.possibilities)}?" if error.possibilities else ""
-        raise UserError(f"no such flag: {error.option_name}{near}") from None
     except click.ClickException as error:
-        raise UserError(error.format_message()) from None
+        raise as_user_error(error) from None
     if isinstance(given, int):  # --help
         sys.exit(given)
     given = {name: value for name, value in given.items() if value is not None}

@@ -9,7 +9,7 @@ import click
 
 from vqa_scratch.engine.precision import pick_device
 from vqa_scratch.errors import UserError
-from vqa_scratch.options import NearChoice
+from vqa_scratch.options import NearChoice, as_user_error
 from vqa_scratch.run import Run, load_run
 
 FOLDER = click.Path(path_type=Path)
@@ -31,11 +31,8 @@ def call(group: click.Group, argv: Sequence[str], program: str) -> None:
     """Run the command that `argv` names. Raises UserError on an unknown command, flag or value."""
     try:
         group.main(list(argv), prog_name=program, standalone_mode=False)
-    except click.NoSuchOption as error:
-        near = f"; did you mean {' or '.join(error.possibilities)}?" if error.possibilities else ""
-        raise UserError(f"no such flag: {error.option_name}{near}") from None
     except click.ClickException as error:
-        raise UserError(error.format_message()) from None
+        raise as_user_error(error) from None
     except click.Abort:
         raise KeyboardInterrupt from None
 
