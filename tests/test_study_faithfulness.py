@@ -66,6 +66,8 @@ def test_a_box_touches_the_patches_it_overlaps():
     grid = patches_of_box((8, 0, 17, 8), (24, 24), (3, 3)).view(3, 3)
     assert grid.tolist() == [[False, True, True], [False, False, False], [False, False, False]]
     assert patches_of_box((0, 0, 24, 24), (24, 24), (3, 3)).all()
+    exact = patches_of_box((8, 8, 16, 16), (24, 24), (3, 3)).nonzero().flatten()
+    assert exact.tolist() == [4]  # a shared edge is no overlap
 
 
 def test_pointing_measures_the_share_inside():
