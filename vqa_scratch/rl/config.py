@@ -142,10 +142,10 @@ PRESETS: dict[str, dict[str, Any]] = {
         "grammar_label": "acceptable",
         "tone_label": "neutral",
         "prefix": "",
-        "learning_rate": 5e-4,
-        "value_lr_scale": 3.0,
+        "learning_rate": 3e-4,
+        "value_lr_scale": 10.0,
         "max_new_tokens": 32,
-        "iterations": 40,
+        "iterations": 60,
     },
     "book": {"prompts": 8, "samples": 1, "max_new_tokens": 64, "micro_prompts": 2, "iterations": 250},
     "vqa": {
