@@ -1,6 +1,8 @@
 """ask, evaluate, export and convert on a run folder, and the errors of their command lines."""
 
+import hashlib
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -53,6 +55,7 @@ def command(*argv: object) -> None:
 # ------------------------------------------------------------------------------------------------ ask
 
 
+@torch.no_grad()
 def by_hand(folder: Path, image: Path, question: str) -> tuple[str, float]:
     """One token after the other with the whole model, and the product of their probabilities."""
     opened = load_run(folder)
@@ -261,8 +264,6 @@ def test_convert(tmp_path, capsys):
     again = load_file(tmp_path / "model.safetensors")
     assert again.keys() == tensors.keys() and all(torch.equal(again[k], tensors[k]) for k in tensors)
     out = capsys.readouterr().out
-    import hashlib
-
     assert hashlib.sha256((tmp_path / "model.bin").read_bytes()).hexdigest() in out and "2 tensors" in out
 
 
@@ -326,8 +327,6 @@ def test_the_program_as_it_is_started(run):
     ],
 )
 def test_a_broken_run_is_one_line(run, tmp_path, breaking, message):
-    import shutil
-
     broken = tmp_path / "run"
     shutil.copytree(run, broken)
     breaking(broken)

@@ -125,7 +125,7 @@ def test_the_schedule_in_closed_form():
 def test_accumulation_changes_nothing(splits, fusion):
     """1, 2 and 4 parts: the same loss, gradients and norm, though answers and so tokens differ between parts."""
     config, parts = splits
-    task = small_task(dataclasses.replace(config, fusion=fusion), parts)
+    task = small_task(dataclasses.replace(config, fusion=fusion, questions_per_image=3), parts)
     batches = [task.batch(key) for number in range(9) for key in task.epoch(number)]
     tokens = [[task.size(part)[1] for part in batch.parts(4)] for batch in batches]
     batch = next(b for b, t in zip(batches, tokens, strict=True) if len(t) == 4 and len(set(t)) > 2)
@@ -341,6 +341,22 @@ def test_blind_predictors(splits):
     seen = {s.question: s.answer for s in samples if sum(t.question == s.question for t in samples) == 1}
     for sample in samples:
         assert sample.question not in seen or words(sample) == sample.answer
+
+
+def test_shuffled_images_are_other_images(splits):
+    """The answers are those to a data set whose image files have changed places."""
+    config, parts = splits
+    task = small_task(config, parts)
+    with torch.no_grad():
+        for parameter in task.model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)  # so that the answers depend on the image
+    paths = task.images["test"].paths
+    moved = dict(zip(paths, (paths[i] for i in other_images(len(paths))), strict=True))
+    samples = [dataclasses.replace(s, image_path=moved[s.image_path]) for s in parts.samples["test"]]
+    elsewhere = small_task(config, dataclasses.replace(parts, samples=parts.samples | {"test": samples}))
+    elsewhere.model = task.model
+    shuffled, plain = task.report("test", shuffled=True).answers, task.report("test").answers
+    assert shuffled == elsewhere.report("test").answers != plain
 
 
 def test_other_images_leaves_none_in_its_place():

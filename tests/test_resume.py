@@ -110,8 +110,26 @@ MOMENTS = {
 }
 
 
+def with_dropout(prepare=None) -> None:
+    """Small models are trained without; with it every step draws random numbers, which a resumed run must draw too."""
+    import train
+
+    build_system = train.build_system
+
+    def dropping(*args):
+        system = build_system(*args)
+        for module in system[0].modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.1
+        return system
+
+    train.build_system = dropping
+    if prepare is not None:
+        prepare()
+
+
 def run(out: Path, flags: list[str], prepare=None) -> Ended:
-    return Started(train_program, flags, prepare).end()
+    return Started(train_program, flags, functools.partial(with_dropout, prepare)).end()
 
 
 @pytest.fixture(scope="module")
