@@ -81,8 +81,8 @@ class TrainConfig:
 
     # ---------------------------------------------------------------------------------------------- looking
     log_every: int = option(20, "Steps between two lines of metrics.jsonl.")
-    eval_every: int = option(400, "Steps between two evaluations.")
-    save_every: int = option(400, "Steps between two checkpoints.")
+    eval_every: int = option(200, "Steps between two evaluations.")
+    save_every: int = option(200, "Steps between two checkpoints.")
     samples: int = option(48, "Questions shown in samples.html.")
 
     def __post_init__(self) -> None:
