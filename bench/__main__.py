@@ -4,7 +4,6 @@ import sys
 
 import click
 
-import vqa_scratch._torchvision_shim  # noqa: F401  (lets transformers import beside a CPU-only torch)
 from bench import train_step
 from bench.results import RESULTS, write_section
 from bench.sides import SIDES, Case

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from bench.timing import peak_memory_gb
 from vqa_scratch.data.batches import Batch
+from vqa_scratch.engine.allocator import keep_freed_memory
 from vqa_scratch.engine.loop import Plan, train_step
 from vqa_scratch.engine.optim import Optimizers
 from vqa_scratch.engine.precision import Precision
@@ -76,9 +77,10 @@ def gradients_as_weights(model: nn.Module) -> Iterator[None]:
 
 
 class Ours:
-    """This project's model under mean fusion, its loop and its optimizer."""
+    """This project's model under mean fusion, its loop and its optimizer, set up as train.py does."""
 
     def __init__(self, folder: Path, case: Case) -> None:
+        keep_freed_memory()
         towers = {name: kind.from_pretrained(folder / name) for name, kind in TOWERS.items()}
         self.model = VQAModel(**towers, fusion="mean").train()
         projections = load_file(folder / "projections.safetensors")

@@ -98,8 +98,8 @@ def test_operations_are_those_of_the_products(weights):
     with FlopCounterMode(display=False) as counter:
         side.loss(side.data)[0].backward()
     configs = [getattr(side.model, tower).config for tower in ("image", "text", "decoder")]
-    # The gradient of the first tower's input is counted neither here nor there; the projection's is.
-    assert train_step.step_operations(*configs, CASE) == pytest.approx(counter.get_total_flops(), rel=1e-6)
+    pooling = 4 * CASE.questions * CASE.question_tokens * SIZES["decoder"]["n_embd"]  # a product in our code alone
+    assert train_step.step_operations(*configs, CASE) == counter.get_total_flops() - pooling
 
 
 def test_sides_take_turns_and_figures_are_medians():

@@ -57,7 +57,9 @@ def attention_weights(
 ) -> tuple[Tensor, Tensor]:
     """The scores (-inf where masked) and the weights, both (B, H, Tq, Tk). Arguments as in `attention`."""
     scores = attention_scores(q, k, key_mask=key_mask, bias=bias, causal=causal, scale=scale)
-    return scores, masked_softmax(scores)
+    # With no mask but the causal one, every query sees its own key at least: no row to guard.
+    never_empty = key_mask is None and bias is None and (not causal or q.shape[-2] <= k.shape[-2])
+    return scores, scores.softmax(-1) if never_empty else masked_softmax(scores)
 
 
 def attention_mask(
@@ -188,7 +190,9 @@ class MultiHeadAttention(nn.Module):
 
     def _split(self, x: Tensor, pieces: int) -> tuple[Tensor, ...]:
         """(B, T, pieces*H*d) -> `pieces` views of (B, H, T, d)."""
-        return x.unflatten(-1, (pieces, self.heads, self.head_dim)).permute(2, 0, 3, 1, 4).unbind(0)
+        # Chunks of the last axis: their gradients are joined in one pass, in the layout the product before them wants.
+        heads = (self.heads, self.head_dim)
+        return tuple(piece.unflatten(-1, heads).transpose(1, 2) for piece in x.chunk(pieces, -1))
 
     def _self(
         self, x: Tensor, key_mask: Tensor | None, bias: Tensor | None, causal: bool, cache: KVCache | None
