@@ -57,7 +57,7 @@ def step_operations(image: Any, text: Any, decoder: Any, case: Case) -> float:
     # Cross-attention: queries and outputs for every answer token, keys and values for the one memory token of a row.
     products += decoder.layers * rows * (answers * 2 * dim * dim + 2 * dim * dim + 2 * answers * dim)
     products += rows * answers * dim * decoder.vocab_size
-    products += images * (patches + 1) * image.dim * dim + rows * case.question_tokens * text.dim * dim
+    products += images * image.dim * dim + rows * case.question_tokens * text.dim * dim  # the image's average alone
     patching = images * patches * image.dim * image.channels * image.patch_size**2
     return 6.0 * products + 4.0 * patching
 

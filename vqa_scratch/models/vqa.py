@@ -140,12 +140,17 @@ class VQAModel(nn.Module):
         return VQAConfig(self.image.config, self.text.config, self.decoder.config, self.fusion, stem)
 
     def encode_image(self, pixel_values: Tensor) -> Tensor:
-        """(I, C, H, W) -> (I, N, D) in the decoder's width. Raises ValueError on NaN or infinite pixels."""
+        """(I, C, H, W) -> (I, N, D) in the decoder's width; under `mean` fusion their average alone, (I, 1, D).
+
+        Raises ValueError on NaN or infinite pixels.
+        """
         check_finite("pixel_values", pixel_values)
-        states = self.image_projection(self.image(pixel_values))
-        if self.fusion == "mean":
-            return states
-        return states + resize_positions(self.places, self.image.config.grid, self.image.patches_of(pixel_values))
+        states = self.image(pixel_values)
+        if self.fusion == "mean":  # the projection of an average is the average of the projections
+            return self.image_projection(states.mean(1, keepdim=True))
+        return self.image_projection(states) + resize_positions(
+            self.places, self.image.config.grid, self.image.patches_of(pixel_values)
+        )
 
     def encode_text(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
         """(B, T) -> (B, T, D) in the decoder's width."""
