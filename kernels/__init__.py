@@ -1,1 +1,1 @@
-"""Triton kernels beside their plain-torch definitions. None is written yet: attention runs through torch's operators."""
+"""Triton kernels beside their plain-torch definitions. None yet: attention runs through the operators of torch."""
