@@ -25,8 +25,9 @@ from vqa_scratch.engine.optim import Optimizers
 from vqa_scratch.engine.precision import Precision
 from vqa_scratch.models.bert import Bert
 from vqa_scratch.models.gpt2 import GPT2
+from vqa_scratch.models.reader import labelled_loss
 from vqa_scratch.models.vit import ViT
-from vqa_scratch.models.vqa import VQAModel, labelled_loss
+from vqa_scratch.models.vqa import VQAModel
 
 CPU = torch.device("cpu")
 MAX_GRAD_NORM = 1.0  # the default of both

@@ -20,9 +20,10 @@ from vqa_scratch.engine.evaluation import Report, answer_questions, other_images
 from vqa_scratch.engine.precision import Precision
 from vqa_scratch.models.bert import Bert, BertConfig
 from vqa_scratch.models.gpt2 import GPT2, GPT2Config
+from vqa_scratch.models.reader import labelled_loss
 from vqa_scratch.models.stem import ConvStem
 from vqa_scratch.models.vit import ViT, ViTConfig
-from vqa_scratch.models.vqa import VQAModel, labelled_loss
+from vqa_scratch.models.vqa import VQAModel
 from vqa_scratch.run import encoder_for
 
 IMAGE_SIZE = 64  # pixels a side, of the embedded towers

@@ -1,8 +1,10 @@
 """The towers, one file each."""
 
 from vqa_scratch.models.bert import Bert, BertConfig
+from vqa_scratch.models.caption import CaptionConfig, CaptionModel
 from vqa_scratch.models.classifier import TextClassifier
 from vqa_scratch.models.gpt2 import GPT2, GPT2Config
+from vqa_scratch.models.resnet import ResNet, ResNetConfig
 from vqa_scratch.models.t5 import T5, T5Config
 from vqa_scratch.models.vit import ViT, ViTConfig
 from vqa_scratch.models.vqa import VQAConfig, VQAModel
@@ -12,7 +14,11 @@ __all__ = [
     "T5",
     "Bert",
     "BertConfig",
+    "CaptionConfig",
+    "CaptionModel",
     "GPT2Config",
+    "ResNet",
+    "ResNetConfig",
     "T5Config",
     "TextClassifier",
     "VQAConfig",

@@ -80,13 +80,20 @@ class ViTConfig:
         return {"architectures": ["ViTModel"], "model_type": "vit", **fields}
 
 
+def resize_grid(table: Tensor, grid: int, size: tuple[int, int]) -> Tensor:
+    """A table of places (1, grid*grid, D) for a map of (h, w) places: resized bicubically if need be, (1, h*w, D)."""
+    if size == (grid, grid):
+        return table
+    places = table.unflatten(1, (grid, grid)).permute(0, 3, 1, 2)  # (1, D, grid, grid)
+    places = F.interpolate(places, size=size, mode="bicubic", align_corners=False)
+    return places.flatten(2).transpose(1, 2)
+
+
 def resize_positions(table: Tensor, grid: int, size: tuple[int, int]) -> Tensor:
     """A position table (1, 1 + grid*grid, D), class token first, for (h, w) patches: resized bicubically if need be."""
     if size == (grid, grid):
         return table
-    patches = table[:, 1:].unflatten(1, (grid, grid)).permute(0, 3, 1, 2)  # (1, D, grid, grid)
-    patches = F.interpolate(patches, size=size, mode="bicubic", align_corners=False)
-    return torch.cat([table[:, :1], patches.flatten(2).transpose(1, 2)], 1)
+    return torch.cat([table[:, :1], resize_grid(table[:, 1:], grid, size)], 1)
 
 
 class PatchEmbed(nn.Module):

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vqa_scratch.models.bert import Bert, BertConfig
 from vqa_scratch.models.gpt2 import GPT2, GPT2Config
+from vqa_scratch.models.reader import Reader, ReaderOutput, check_finite, check_reads
 from vqa_scratch.models.stem import ConvStem
 from vqa_scratch.models.vit import ViT, ViTConfig, resize_positions
 from vqa_scratch.nn import taps
@@ -33,7 +33,6 @@ FROZEN_PARTS = {
     "decoder": ("decoder",),
     "all": ("image", "text", "decoder"),
 }
-IGNORE = -100  # a label that asks for nothing
 
 
 @dataclass(frozen=True)
@@ -66,25 +65,6 @@ class VQAConfig:
         )
 
 
-@dataclass
-class VQAOutput:
-    """`loss` is the mean over the labelled tokens, in nats (None without labels); `logits` (B, A, V) on demand."""
-
-    hidden: Tensor  # (B, A, D)
-    head: Tensor  # (V, D)
-    loss: Tensor | None = None
-
-    @property
-    def logits(self) -> Tensor:
-        return F.linear(self.hidden, self.head)
-
-
-def check_finite(name: str, tensor: Tensor) -> None:
-    """Raise ValueError that names the tensor if it holds NaN or infinity."""
-    if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-        raise ValueError(f"{name} holds NaN or infinite values")
-
-
 def masked_average(x: Tensor, mask: Tensor | None) -> Tensor:
     """(B, T, D) -> (B, D), the mean over the tokens that mask (B, T) keeps; zeros if it keeps none."""
     if mask is None:
@@ -93,27 +73,16 @@ def masked_average(x: Tensor, mask: Tensor | None) -> Tensor:
     return torch.einsum("btd,bt->bd", x, weight) / weight.sum(1, keepdim=True).clamp(min=1)
 
 
-def labelled_loss(hidden: Tensor, head: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Sum of the cross-entropy over labelled tokens, and how many are right by argmax (both scalars).
-
-    hidden (B, A, D), head (V, D), labels (B, A) with IGNORE where nothing is asked. Only labelled rows meet the head,
-    so the (B, A, V) logits of the rest are never formed.
-    """
-    keep = labels != IGNORE
-    logits = F.linear(hidden[keep], head).float()  # (labelled tokens, V)
-    wanted = labels[keep]
-    return F.cross_entropy(logits, wanted, reduction="sum"), (logits.detach().argmax(-1) == wanted).sum()
-
-
-class VQAModel(nn.Module):
+class VQAModel(Reader):
     """Image tower, text tower, decoder, and the two projections that let the decoder read the other two."""
+
+    frozen_parts = FROZEN_PARTS
 
     def __init__(self, image: ViT, text: Bert, decoder: GPT2, fusion: str = "tokens") -> None:
         super().__init__()
         if fusion not in FUSIONS:
             raise ValueError(f"fusion must be one of {', '.join(FUSIONS)}, got {fusion!r}")
-        if not decoder.config.add_cross_attention:
-            raise ValueError("the decoder needs cross-attention: build GPT2 with add_cross_attention=True")
+        check_reads(decoder)
         self.image, self.text, self.decoder, self.fusion = image, text, decoder, fusion
         width = decoder.config.dim
         self.image_projection = nn.Linear(image.config.dim, width)
@@ -205,7 +174,7 @@ class VQAModel(nn.Module):
         *,
         image_index: Tensor | None = None,
         decoder_attention_mask: Tensor | None = None,
-    ) -> VQAOutput:
+    ) -> ReaderOutput:
         """Answer B questions about I images.
 
         pixel_values (I, C, H, W); input_ids, attention_mask (B, T), True = a real token; decoder_input_ids (B, A)
@@ -221,29 +190,4 @@ class VQAModel(nn.Module):
             image_index=image_index,
             decoder_attention_mask=decoder_attention_mask,
         )
-        output = VQAOutput(hidden, self.decoder.tokens.weight)
-        if labels is not None:
-            asked = (labels != IGNORE).sum()
-            if asked == 0:
-                raise ValueError("labels ask for nothing: every one is -100")
-            output.loss = labelled_loss(hidden, output.head, labels)[0] / asked
-        return output
-
-    def freeze(self, what: str) -> str:
-        """Stop the gradients of a part; returns one line that says what still trains.
-
-        `what` is a key of FROZEN_PARTS. The cross-attention of a frozen decoder stays trainable (with its norm): it
-        is what is new. Projections and the modality embedding always train.
-        """
-        if what not in FROZEN_PARTS:
-            raise ValueError(f"freeze must be one of {', '.join(FROZEN_PARTS)}, got {what!r}")
-        for name, parameter in self.named_parameters():
-            part = name.split(".")[0]
-            is_cross = part == "decoder" and (".cross." in name or ".norm_cross." in name)
-            parameter.requires_grad_(part not in FROZEN_PARTS[what] or is_cross)
-        lines = []
-        for name, part in self.named_children():
-            total = sum(p.numel() for p in part.parameters())
-            free = sum(p.numel() for p in part.parameters() if p.requires_grad)
-            lines.append(f"{name} {free:,}" + (f" of {total:,}" if free < total else ""))
-        return "trainable: " + ", ".join(lines)
+        return self.output(hidden, labels)

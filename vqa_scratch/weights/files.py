@@ -109,6 +109,11 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
     return dict(content)
 
 
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of one file: safetensors by its ending, else a pickle read as tensors only."""
+    return read_safetensors(path) if path.suffix == ".safetensors" else read_pickle(path)
+
+
 def _read_sharded(index: Path, read: Callable[[Path], dict[str, Tensor]]) -> dict[str, Tensor]:
     """All tensors of the shards that an index file lists."""
     try:

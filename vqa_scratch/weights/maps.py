@@ -216,3 +216,39 @@ def _t5(**mlp: str) -> KeyMap:
 
 T5 = _t5(up="wi")
 T5_GATED = _t5(gate="wi_0", up="wi_1")
+
+
+def _batch_norm(ours: str, theirs: str) -> tuple[Entry, ...]:
+    parts = ("weight", "bias", "running_mean", "running_var")
+    return tuple(Entry(f"{ours}.{part}", (f"{theirs}.{part}",)) for part in parts)
+
+
+_RESNET_STAGES = tuple(f"layer{stage}.{{}}" for stage in (1, 2, 3, 4))
+# torchvision's ResNets of every depth; basic blocks have no third convolution.
+RESNET = KeyMap(
+    body=(
+        *weight("conv1", "conv1"),
+        *_batch_norm("norm1", "bn1"),
+        *(
+            entry
+            for stage in _RESNET_STAGES
+            for i in (1, 2, 3)
+            for entry in (
+                *weight(f"{stage}.conv{i}", f"{stage}.conv{i}"),
+                *_batch_norm(f"{stage}.norm{i}", f"{stage}.bn{i}"),
+            )
+        ),
+        *(entry for stage in _RESNET_STAGES for entry in weight(f"{stage}.shortcut.conv", f"{stage}.downsample.0")),
+        *(
+            entry
+            for stage in _RESNET_STAGES
+            for entry in _batch_norm(f"{stage}.shortcut.norm", f"{stage}.downsample.1")
+        ),
+    ),
+    dropped=(
+        *dropped("fc"),
+        "bn1.num_batches_tracked",
+        *(f"{stage}.bn{i}.num_batches_tracked" for stage in _RESNET_STAGES for i in (1, 2, 3)),
+        *(f"{stage}.downsample.1.num_batches_tracked" for stage in _RESNET_STAGES),
+    ),
+)

@@ -1,0 +1,147 @@
+"""Descriptions of the drawn scenes, and what they can be held to: the objects that a description names.
+
+Every description names every object of its scene by size, colour and shape. Five forms say the rest in different
+words: the quarter of the image each object lies in, with or without a count, the order from left to right or from top
+to bottom, or the relation of each object to the one named before. Where nothing else gives an order, objects are named
+as one reads: row by row of the drawing grid. All of it is a function of (seed, image id), so the same scene has the
+same references everywhere.
+
+Nothing said stops being true when the image is turned by up to 5 degrees: no centre is closer than 4 pixels to the
+middle lines, and what is called left of or above something is at least `MIN_OFFSET` pixels away.
+"""
+
+import random
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from vqa_scratch.data.scenes import CELL, COLORS, MIN_OFFSET, SHAPES, SIZES, Object, Scene
+from vqa_scratch.data.vqa_files import load_json
+from vqa_scratch.errors import UserError
+
+NUMBERS = {"one": 1, "two": 2, "three": 3, "four": 4, "five": 5}
+_WORD_OF = {number: word for word, number in NUMBERS.items()}
+
+
+class Named(NamedTuple):
+    """An object as a description names it."""
+
+    size: str
+    color: str
+    shape: str
+
+    def __str__(self) -> str:
+        return f"{self.size} {self.color} {self.shape}"
+
+
+def named(thing: Object) -> Named:
+    return Named(thing.size, thing.color, thing.shape)
+
+
+# -------------------------------------------------------------------------------------------------- scenes on disk
+
+
+def scenes_file(folder: Path, split: str) -> Path:
+    """Where the embedded data set keeps the objects of a split."""
+    return folder / f"scenes_{split}.json"
+
+
+def read_scenes(path: Path) -> dict[int, Scene]:
+    """{image_id: scene} from a file of the embedded data set. Raises UserError if it is not one."""
+
+    def scene(record: dict[str, Any]) -> Scene:
+        return tuple(Object(o["shape"], o["color"], o["size"], *o["center"]) for o in record["objects"])
+
+    content = load_json(path)
+    try:
+        return {int(image_id): scene(record) for image_id, record in content.items()}
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path} is not a file of drawn scenes ({type(error).__name__}: {error})") from error
+
+
+# -------------------------------------------------------------------------------------------------- writing
+
+
+def reading_order(scene: Scene) -> list[Object]:
+    """Row by row of the drawing grid, from left to right."""
+    return sorted(scene, key=lambda thing: (thing.y // CELL, thing.x // CELL))
+
+
+def listed(parts: Sequence[str]) -> str:
+    """("a", "b", "c") -> "a, b and c"."""
+    return " and ".join(filter(None, (", ".join(parts[:-1]), parts[-1])))
+
+
+def _in_places(scene: Scene) -> str:
+    return listed([f"a {named(thing)} at the {thing.place}" for thing in reading_order(scene)])
+
+
+def _counted(scene: Scene) -> str:
+    return f"{_WORD_OF[len(scene)]} objects: {_in_places(scene)}"
+
+
+def _in_a_line(scene: Scene, axis: str, words: str) -> str | None:
+    """The objects in their order along an axis; None where two are too close to tell."""
+    line = sorted(scene, key=lambda thing: getattr(thing, axis))
+    gaps = [getattr(b, axis) - getattr(a, axis) for a, b in zip(line, line[1:], strict=False)]
+    return None if min(gaps) < MIN_OFFSET else f"{words}: {listed([f'a {named(thing)}' for thing in line])}"
+
+
+def _from_left_to_right(scene: Scene) -> str | None:
+    return _in_a_line(scene, "x", "from left to right")
+
+
+def _from_top_to_bottom(scene: Scene) -> str | None:
+    return _in_a_line(scene, "y", "from top to bottom")
+
+
+def _related(scene: Scene) -> str:
+    """Each object but the first by where it lies from the one named before, along the axis that parts them most."""
+    order = reading_order(scene)
+    parts = [f"a {named(order[0])}"]
+    for before, thing in zip(order, order[1:], strict=False):
+        dx, dy = thing.x - before.x, thing.y - before.y
+        if abs(dx) >= abs(dy):
+            relation = "to the right of it" if dx > 0 else "to the left of it"
+        else:
+            relation = "below it" if dy > 0 else "above it"
+        parts.append(f"{relation} a {named(thing)}")
+    return ", ".join(parts)
+
+
+FORMS: tuple[Callable[[Scene], str | None], ...] = (
+    _in_places,
+    _counted,
+    _related,
+    _from_top_to_bottom,
+    _from_left_to_right,
+)
+
+
+def describe(scene: Scene, rng: random.Random) -> list[str]:
+    """The descriptions of a scene, one of each form that can tell its objects apart; `rng` deals their order."""
+    texts = [text for form in FORMS if (text := form(scene)) is not None]
+    rng.shuffle(texts)
+    return texts
+
+
+def describe_all(scenes: dict[int, Scene], seed: int) -> dict[int, list[str]]:
+    """{image_id: descriptions}, each a function of (seed, image id) alone."""
+    return {image_id: describe(scene, random.Random(f"{seed}/{image_id}")) for image_id, scene in scenes.items()}
+
+
+# -------------------------------------------------------------------------------------------------- reading
+
+_NAMED = re.compile(rf"\b({'|'.join(SIZES)}) ({'|'.join(COLORS)}) ({'|'.join(SHAPES)})\b")
+
+
+def objects_named(text: str) -> Counter[Named]:
+    """The objects that a description names, with how often: "large red square" and the like, wherever it stands."""
+    return Counter(Named(*found) for found in _NAMED.findall(text.lower()))
+
+
+def objects_of(scene: Scene) -> Counter[Named]:
+    """The objects of a scene, with how often each occurs."""
+    return Counter(map(named, scene))

@@ -1,0 +1,220 @@
+"""ResNet, written out: He et al. 2016, "Deep Residual Learning for Image Recognition" (arXiv 1512.03385).
+
+Bottleneck blocks carry their stride on the 3x3 convolution ("v1.5", as torchvision's weights want it). There is no
+pooling and no classifier: the result is the map of features, 7x7 for an image of 224 pixels, one vector a place, which
+is what attention reads.
+
+The norm is a part passed in. `FrozenBatchNorm` is batch norm that always uses the statistics of its checkpoint:
+captions are trained in small batches, whose own statistics are noise, and a model that behaves otherwise in training
+than in use is hard to trust. A net without a checkpoint has no statistics, so it gets `group_norm` (Wu and He 2018),
+which knows one image at a time and is the same in training and in use.
+
+Shapes: B batch, C channels, H x W pixels, h x w places of the map.
+"""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vqa_scratch.errors import UserError
+from vqa_scratch.weights import maps
+from vqa_scratch.weights.convert import load_into, to_hf
+from vqa_scratch.weights.files import read_tensors, write_safetensors
+
+Norm = Callable[[int], nn.Module]  # channels -> a module (B, C, h, w) -> the same
+
+
+@dataclass(frozen=True)
+class ResNetConfig:
+    """Sizes of a ResNet. The defaults are ResNet-50; every stage after the first halves the map.
+
+    The stem (7x7 convolution and max-pooling, each of stride 2) divides the sides by 4, so four stages make maps of
+    1/32 of the image, and two stages maps of 1/8.
+    """
+
+    block: str = "bottleneck"  # or "basic": two 3x3 convolutions, as in ResNet-18 and -34
+    depths: tuple[int, ...] = (3, 4, 6, 3)  # blocks of each stage
+    widths: tuple[int, ...] = (64, 128, 256, 512)  # of the 3x3 convolutions of each stage; the first also of the stem
+    channels: int = 3
+
+    def __post_init__(self) -> None:
+        if self.block not in BLOCKS:
+            raise ValueError(f"block must be one of {', '.join(BLOCKS)}, got {self.block!r}")
+        if len(self.depths) != len(self.widths) or not self.depths or min(self.depths + self.widths) < 1:
+            raise ValueError(f"depths and widths must be positive and as many, got {self.depths} and {self.widths}")
+
+    @property
+    def dim(self) -> int:
+        """Channels of the map."""
+        return self.widths[-1] * BLOCKS[self.block].expansion
+
+    @property
+    def stride(self) -> int:
+        """Pixels a side that one place of the map stands for."""
+        return 2 ** (1 + len(self.depths))
+
+    def grid(self, pixels: int) -> int:
+        """Places a side of the map of an image with so many pixels a side: every halving rounds up."""
+        return -(-pixels // self.stride)
+
+    @classmethod
+    def of_tensors(cls, tensors: dict[str, Tensor], source: str) -> Self:
+        """The sizes that weights in torchvision's layout have. Raises UserError if they are not a ResNet's."""
+        blocks: dict[int, set[int]] = {}
+        for key in tensors:
+            found = re.match(r"layer(\d+)\.(\d+)\.", key)
+            if found:
+                blocks.setdefault(int(found[1]), set()).add(int(found[2]))
+        stages = range(1, 1 + len(blocks))
+        firsts = [tensors.get(f"layer{stage}.0.conv2.weight") for stage in stages]
+        if not blocks or "conv1.weight" not in tensors or any(t is None or t.ndim != 4 for t in firsts):
+            raise UserError(f"{source} is not a ResNet in torchvision's layout: it lacks conv1 or layer1 ... layer4")
+        return cls(
+            block="bottleneck" if "layer1.0.conv3.weight" in tensors else "basic",
+            depths=tuple(len(blocks.get(stage, ())) for stage in stages),
+            widths=tuple(len(first) for first in firsts),
+            channels=tensors["conv1.weight"].shape[1],
+        )
+
+
+class FrozenBatchNorm(nn.Module):
+    """Batch norm with the statistics of the checkpoint, in training too; scale and shift still learn."""
+
+    def __init__(self, channels: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.ones(channels)), nn.Parameter(torch.zeros(channels))
+        self.register_buffer("running_mean", torch.zeros(channels))
+        self.register_buffer("running_var", torch.ones(channels))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = self.weight * (self.running_var + self.eps).rsqrt()
+        shift = self.bias - self.running_mean * scale
+        return x * scale[:, None, None].to(x.dtype) + shift[:, None, None].to(x.dtype)
+
+
+def group_norm(channels: int) -> nn.GroupNorm:
+    """Group norm with 16 channels a group, or one group where they do not divide."""
+    return nn.GroupNorm(channels // 16 if channels % 16 == 0 else 1, channels)
+
+
+NORMS: dict[str, Norm] = {"frozen_batch": FrozenBatchNorm, "group": group_norm}
+
+
+def conv(narrow: int, wide: int, kernel: int, stride: int = 1) -> nn.Conv2d:
+    """A convolution without bias (the norm after it has one) that keeps the scale of what goes through ReLU."""
+    layer = nn.Conv2d(narrow, wide, kernel, stride, padding=kernel // 2, bias=False)
+    nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+    return layer
+
+
+class Shortcut(nn.Module):
+    """What is added to a block that changes the size: a 1x1 convolution of the block's stride, and a norm."""
+
+    def __init__(self, narrow: int, wide: int, stride: int, norm: Norm) -> None:
+        super().__init__()
+        self.conv, self.norm = conv(narrow, wide, 1, stride), norm(wide)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.conv(x))
+
+
+class Block(nn.Module):
+    """Convolutions with norms, ReLU between them, the input added, ReLU."""
+
+    expansion: int
+
+    def __init__(self, narrow: int, width: int, stride: int, norm: Norm) -> None:
+        super().__init__()
+        shape, self.number = self.shape(narrow, width, stride), 0
+        for i, (inner, outer, kernel, step) in enumerate(shape, 1):
+            self.add_module(f"conv{i}", conv(inner, outer, kernel, step))
+            self.add_module(f"norm{i}", norm(outer))
+            self.number = i
+        wide = width * self.expansion
+        self.shortcut = Shortcut(narrow, wide, stride, norm) if stride > 1 or narrow != wide else nn.Identity()
+
+    @staticmethod
+    def shape(narrow: int, width: int, stride: int) -> tuple[tuple[int, int, int, int], ...]:
+        """(channels in, channels out, kernel, stride) of each convolution."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x
+        for i in range(1, self.number + 1):
+            y = getattr(self, f"norm{i}")(getattr(self, f"conv{i}")(y))
+            y = F.relu(y) if i < self.number else y
+        return F.relu(y + self.shortcut(x))
+
+
+class BasicBlock(Block):
+    expansion = 1
+
+    @staticmethod
+    def shape(narrow: int, width: int, stride: int) -> tuple[tuple[int, int, int, int], ...]:
+        return (narrow, width, 3, stride), (width, width, 3, 1)
+
+
+class Bottleneck(Block):
+    expansion = 4
+
+    @staticmethod
+    def shape(narrow: int, width: int, stride: int) -> tuple[tuple[int, int, int, int], ...]:
+        return (narrow, width, 1, 1), (width, width, 3, stride), (width, 4 * width, 1, 1)
+
+
+BLOCKS: dict[str, type[Block]] = {"basic": BasicBlock, "bottleneck": Bottleneck}
+
+
+class ResNet(nn.Module):
+    """Stem and stages `layer1`, `layer2`, ..., as torchvision names them."""
+
+    def __init__(self, config: ResNetConfig, norm: Norm = FrozenBatchNorm) -> None:
+        super().__init__()
+        self.config = config
+        narrow = config.widths[0]
+        self.conv1, self.norm1 = conv(config.channels, narrow, 7, 2), norm(narrow)
+        self.stages = []
+        for stage, (depth, width) in enumerate(zip(config.depths, config.widths, strict=True), 1):
+            blocks = []
+            for i in range(depth):
+                stride = 2 if i == 0 and stage > 1 else 1
+                blocks.append(BLOCKS[config.block](narrow, width, stride, norm))
+                narrow = width * BLOCKS[config.block].expansion
+            self.add_module(f"layer{stage}", nn.Sequential(*blocks))
+            self.stages.append(f"layer{stage}")
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, dim, h, w). Raises ValueError unless that is the shape of the pixels."""
+        if pixel_values.ndim != 4 or pixel_values.shape[1] != self.config.channels:
+            raise ValueError(
+                f"pixel_values must be (batch, {self.config.channels}, height, width), got {tuple(pixel_values.shape)}"
+            )
+        # The layout in which CPUs and tensor cores convolve fastest; the values are the same.
+        x = pixel_values.contiguous(memory_format=torch.channels_last)
+        x = F.max_pool2d(F.relu(self.norm1(self.conv1(x))), 3, 2, padding=1)
+        for stage in self.stages:
+            x = getattr(self, stage)(x)
+        return x
+
+    @classmethod
+    def from_pretrained(cls, file: str | PathLike[str]) -> Self:
+        """From a file with torchvision's weights (.safetensors, or .pth read as tensors only), of any depth and width.
+
+        In eval mode, with frozen statistics. Raises UserError if it is not a ResNet's file or does not fit.
+        """
+        tensors = read_tensors(Path(file))
+        model = cls(ResNetConfig.of_tensors(tensors, str(file)))
+        load_into(model, tensors, maps.RESNET, source=str(file))
+        return model.eval()
+
+    def save_pretrained(self, file: str | PathLike[str]) -> None:
+        """One safetensors file under torchvision's names, without the classifier, which this model does not have."""
+        write_safetensors(Path(file), to_hf(self, maps.RESNET))
