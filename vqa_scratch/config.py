@@ -74,7 +74,7 @@ class TrainConfig:
     )
     learning_rate: float = option(2e-3, "Peak learning rate of AdamW.")
     matrix_learning_rate: float = option(0.02, "Peak learning rate of Muon.")
-    weight_decay: float = option(0.0, "Decoupled weight decay of all matrices.")
+    weight_decay: float = option(0.1, "Decoupled weight decay of all matrices.")
     warmup_steps: int = option(50, "Steps over which the learning rate rises.")
     decay_from: float = option(0.4, "Share of the run after which the learning rate falls linearly to zero.")
     max_grad_norm: float = option(1.0, "Gradients are scaled down to this norm.")
