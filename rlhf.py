@@ -22,7 +22,6 @@ from torch import nn
 from tqdm import tqdm
 
 from vqa_scratch import options
-from vqa_scratch.build import read_splits
 from vqa_scratch.engine.checkpoint import load_checkpoint, rng_state, save_checkpoint, set_rng_state
 from vqa_scratch.engine.loop import GracefulStop
 from vqa_scratch.engine.precision import DTYPES, Precision, pick_device, pick_precision
@@ -37,6 +36,7 @@ from vqa_scratch.rl.tasks import Task, book_task, mini_news_task
 from vqa_scratch.rl.vqa_policy import VQAPolicy, check_answers, official_accuracy, prompts_from
 from vqa_scratch.run import load_run, save_parts, save_weights
 from vqa_scratch.storage import write_json, write_text, write_whole
+from vqa_scratch.systems.questions import read_splits
 
 MAY_CHANGE = {"resume", "out", "cache", "device", "checkpoint_every"}  # between a run and its continuation
 

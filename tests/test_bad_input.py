@@ -229,8 +229,8 @@ def test_a_full_disk(run, data, tmp_path, limit, name):
 
 def full_disk_at(step: int, limit: int) -> None:
     import train
-    from vqa_scratch.build import VQATask
     from vqa_scratch.engine.evaluation import Report
+    from vqa_scratch.systems.vqa import VQATask
 
     # Better at every evaluation, so that the weights are written at each of them.
     scores = iter(range(1, 100))

@@ -11,11 +11,12 @@ import torch
 from PIL import Image
 from vqa_helpers import small_config, small_data
 
-from vqa_scratch.build import _own_tokenizers, read_splits
 from vqa_scratch.data.batches import IGNORE, Batch, Encoder, Images, Questions, Ragged, prefetch
 from vqa_scratch.data.images import ImageProcessor
 from vqa_scratch.data.vqa_v2 import VQASample
 from vqa_scratch.errors import UserError
+from vqa_scratch.systems.questions import read_splits
+from vqa_scratch.systems.vqa import _own_tokenizers
 
 
 @pytest.fixture(scope="module")

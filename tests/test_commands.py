@@ -103,6 +103,13 @@ def test_ask_nothing(run, data, question):
         command("ask", run, "--image", picture(data), "--question", question)
 
 
+def test_ask_no_question_or_a_list(run, data):
+    with pytest.raises(UserError, match="give it --question"):
+        command("ask", run, "--image", picture(data))
+    with pytest.raises(UserError, match="leave out --top"):
+        command("ask", run, "--image", picture(data), "--question", "is there a circle?", "--top", "3")
+
+
 def test_ask_ten_thousand_words(run, data, capsys):
     """It is cut, and a note says so; what is left decides the answer."""
     words = "is there a red circle or " * 1_667
@@ -284,7 +291,6 @@ def test_convert_takes_tensors_only(tmp_path, content):
         (["aks"], "no such command: aks; did you mean ask?"),
         (["frobnicate"], "no such command: frobnicate; there are ask, convert, evaluate, export"),
         (["ask", "x", "--imag", "y"], "no such flag: --imag; did you mean --image?"),
-        (["ask", "x", "--image", "y"], "Missing option '--question'."),
         (["evaluate", "x", "--data", "y", "--precision", "fp23"], "did you mean 'fp32'?"),
         (["evaluate", "x", "--data", "y", "--limit", "0"], "--limit"),
         (["ask", "nowhere", "--image", "y", "--question", "z"], "no run folder nowhere"),

@@ -12,7 +12,6 @@ import torch
 from torch import nn
 from vqa_helpers import CPU, small_config, small_data, small_task
 
-from vqa_scratch.build import read_splits
 from vqa_scratch.engine.checkpoint import load_checkpoint, load_model_state, rng_state, save_checkpoint, set_rng_state
 from vqa_scratch.engine.evaluation import QuestionOnly, TypePrior, other_images
 from vqa_scratch.engine.loop import NotFinite, Plan, State, fit, train_step
@@ -20,6 +19,7 @@ from vqa_scratch.engine.optim import Muon, Optimizers, orthogonalize, schedule, 
 from vqa_scratch.engine.precision import Precision, pick_device, pick_precision
 from vqa_scratch.engine.progress import MetricsLog, moving_average, read_metrics
 from vqa_scratch.errors import UserError
+from vqa_scratch.systems.questions import read_splits
 
 PLAN = Plan(
     steps=6,

@@ -112,9 +112,9 @@ MOMENTS = {
 
 def with_dropout(prepare=None) -> None:
     """Small models are trained without; with it every step draws random numbers, which a resumed run must draw too."""
-    import train
+    from vqa_scratch.systems import vqa
 
-    build_system = train.build_system
+    build_system = vqa.build_system
 
     def dropping(*args):
         system = build_system(*args)
@@ -123,7 +123,7 @@ def with_dropout(prepare=None) -> None:
                 module.p = 0.1
         return system
 
-    train.build_system = dropping
+    vqa.build_system = dropping
     if prepare is not None:
         prepare()
 
@@ -233,6 +233,6 @@ def test_interrupted_before_training(data, tmp_path):
 
 
 def interrupt_reading() -> None:
-    import train
+    from vqa_scratch.systems import vqa
 
-    train.read_splits = lambda config: send(signal.SIGINT)
+    vqa.read_splits = lambda config: send(signal.SIGINT)

@@ -10,7 +10,6 @@ import torch
 from PIL import Image
 
 import rlhf
-from vqa_scratch.build import embedded_system
 from vqa_scratch.config import TrainConfig
 from vqa_scratch.data.vqa_v2 import VQASample
 from vqa_scratch.errors import UserError
@@ -21,6 +20,7 @@ from vqa_scratch.rl.rewards import RewardPart, RewardSum
 from vqa_scratch.rl.rollout import sample
 from vqa_scratch.rl.types import Samples
 from vqa_scratch.rl.vqa_policy import VQAPolicy, check_answers, official_accuracy, prompts_from
+from vqa_scratch.systems.vqa import embedded_system
 
 SIZES = {"width": 32, "heads": 2, "image_layers": 1, "text_layers": 1, "decoder_layers": 2}
 

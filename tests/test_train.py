@@ -12,6 +12,7 @@ import train
 from vqa_scratch.config import PRESETS, TrainConfig
 from vqa_scratch.data.scenes import FAMILIES
 from vqa_scratch.engine.checkpoint import load_checkpoint
+from vqa_scratch.errors import UserError
 from vqa_scratch.options import from_json, to_json
 from vqa_scratch.run import load_run
 
@@ -120,7 +121,7 @@ def test_options_reach_the_model(data, tmp_path, changes, capsys):
 
 def test_val_split_auto_holds_out_images(data, tmp_path):
     """Training questions and validation questions share no image; the figures can come from the val split."""
-    from vqa_scratch.build import read_splits
+    from vqa_scratch.systems.questions import read_splits
 
     config = small_config(data, tmp_path / "run", val_split="auto", val_fraction=0.3, test_split="val")
     parts = read_splits(config).samples
@@ -145,6 +146,22 @@ def test_every_field_is_a_flag(capsys):
     assert stop.value.code == 0
     page = capsys.readouterr().out
     assert all(f"--{name.replace('_', '-')}" in page for name in TrainConfig.__dataclass_fields__)
+
+
+def test_a_flag_of_another_system_says_whose_it_is():
+    """Nothing is read and ignored. (Made-up systems; with the real ones the same rule holds.)"""
+    from vqa_scratch.config import RunConfig
+    from vqa_scratch.options import parse
+
+    with pytest.raises(UserError, match="^--fusion means nothing here: it is a flag of --preset shapes$"):
+        parse(
+            RunConfig, {"": {}}, ["--fusion", "mean"], program="x", about="", elsewhere={"--fusion": "--preset shapes"}
+        )
+
+
+def test_a_near_preset_is_named():
+    with pytest.raises(UserError, match="'boko' is not one of .*; did you mean 'book'?"):
+        train.command_line(["--out", "x", "--preset", "boko"])
 
 
 def test_config_round_trip(tmp_path):

@@ -13,10 +13,11 @@ from typing import Any
 
 import torch
 
-from vqa_scratch.build import Splits, VQATask, embedded_system, read_splits
 from vqa_scratch.config import TrainConfig
 from vqa_scratch.data.shapes import ShapesSpec, ensure_shapes
 from vqa_scratch.engine.precision import Precision
+from vqa_scratch.systems.questions import Splits, read_splits
+from vqa_scratch.systems.vqa import VQATask, embedded_system
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
@@ -123,8 +124,9 @@ def train_program(argv: Sequence[str], prepare: Callable[[], None] | None = None
     """`python train.py ARGV`, with `prepare()` called first; pictures and the gallery are left out to save time."""
     import train
     from vqa_scratch.options import run_program
+    from vqa_scratch.systems import questions
 
-    train.draw_curves = train.write_gallery = lambda *args: None
+    train.draw_panels = questions.write_gallery = lambda *args: None
     if prepare is not None:
         prepare()
     run_program(lambda: train.main(train.command_line(argv)))

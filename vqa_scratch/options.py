@@ -59,12 +59,38 @@ def flags(config_type: type, defaults: Mapping[str, Any]) -> list[click.Option]:
     return result
 
 
-def as_user_error(error: click.ClickException) -> UserError:
-    """What is wrong with a command line, in one line that names the nearest flag for one that there is not."""
+def flag_names(config_type: type) -> list[str]:
+    """Every flag of a config, negated ones included."""
+    hints = typing.get_type_hints(config_type)
+    names = [(f.name.replace("_", "-"), hints[f.name] is bool) for f in dataclasses.fields(config_type)]
+    return [f"--{prefix}{name}" for name, is_bool in names for prefix in (("", "no-") if is_bool else ("",))]
+
+
+def as_user_error(error: click.ClickException, elsewhere: Mapping[str, str] | None = None) -> UserError:
+    """What is wrong with a command line, in one line that names the nearest flag for one that there is not.
+
+    `elsewhere` says which flags exist under another choice, and which choice that is.
+    """
     if not isinstance(error, click.NoSuchOption):
         return UserError(error.format_message())
+    if error.option_name in (elsewhere or {}):
+        return UserError(f"{error.option_name} means nothing here: it is a flag of {elsewhere[error.option_name]}")
     near = difflib.get_close_matches(error.option_name, error.possibilities or (), 1)
     return UserError(f"no such flag: {error.option_name}" + (f"; did you mean {near[0]}?" if near else ""))
+
+
+def peek(argv: Sequence[str], flag: str, choices: Sequence[str]) -> str:
+    """The value of one flag, before it is known which others there are; the first choice if it is not given.
+
+    Raises UserError on a value that is not among the choices, naming the nearest.
+    """
+    option = click.Option([flag, "found"], type=NearChoice(choices), default=choices[0])
+    rest = {"ignore_unknown_options": True, "allow_extra_args": True, "allow_interspersed_args": True}
+    command = click.Command("peek", params=[option], add_help_option=False, context_settings=rest)
+    try:
+        return command.make_context("peek", list(argv)).params["found"]
+    except click.ClickException as error:
+        raise as_user_error(error) from None
 
 
 def parse(
@@ -74,10 +100,12 @@ def parse(
     *,
     program: str,
     about: str,
+    elsewhere: Mapping[str, str] | None = None,
 ) -> Config:
     """The config that the flags in `argv` ask for. `--help` prints the flags and exits.
 
-    Raises UserError on an unknown flag or value, naming the nearest known one, and on what the config itself refuses.
+    Raises UserError on an unknown flag or value, naming the nearest known one (or, of a flag in `elsewhere`, where it
+    belongs), and on what the config itself refuses.
     """
     first = next(iter(presets))
     defaults = {f.name: f.default for f in dataclasses.fields(config_type)} | dict(presets[first])
@@ -87,7 +115,7 @@ def parse(
     try:
         given = command.main(list(argv), prog_name=program, standalone_mode=False)
     except click.ClickException as error:
-        raise as_user_error(error) from None
+        raise as_user_error(error, elsewhere) from None
     if isinstance(given, int):  # --help
         sys.exit(given)
     given = {name: value for name, value in given.items() if value is not None}

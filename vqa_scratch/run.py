@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from vqa_scratch.config import TrainConfig
+from vqa_scratch.config import RunConfig, TrainConfig
 from vqa_scratch.data.batches import Encoder
 from vqa_scratch.data.images import ImageProcessor
 from vqa_scratch.data.text import Tokenizer
@@ -31,11 +31,12 @@ from vqa_scratch.storage import write_json
 from vqa_scratch.weights.files import write_safetensors
 
 PROGRAM = "train.py"
+VQA_PRESETS = TrainConfig.__dataclass_fields__["preset"].metadata["choices"]
 
 
 @dataclass
 class Run:
-    """A trained system, ready to answer: model, both tokenizers (in `encoder`) and image preprocessing."""
+    """The first system, trained and ready: model, both tokenizers (in `encoder`) and image preprocessing."""
 
     folder: Path
     config: TrainConfig
@@ -56,9 +57,14 @@ def encoder_for(config: TrainConfig, text: Tokenizer, decoder: Tokenizer) -> Enc
     )
 
 
+def write_run_config(folder: Path, config: RunConfig, sizes: dict[str, Any]) -> None:
+    """config.json: the options of the run, and `sizes`, what is needed to build its model again."""
+    write_json(folder / "config.json", {"program": PROGRAM, "train": to_json(config), "model": sizes})
+
+
 def save_parts(folder: Path, config: TrainConfig, model: VQAModel, encoder: Encoder, processor: ImageProcessor) -> None:
-    """Everything but the weights."""
-    write_json(folder / "config.json", {"program": PROGRAM, "train": to_json(config), "model": model.config.to_json()})
+    """Everything of the first system but the weights."""
+    write_run_config(folder, config, model.config.to_json())
     encoder.text.save(folder / "text_tokenizer")
     encoder.decoder.save(folder / "decoder_tokenizer")
     processor.save_pretrained(folder)
@@ -96,26 +102,38 @@ def read_run_config(folder: Path) -> dict[str, Any]:
     return values
 
 
+def load_weights(model: nn.Module, folder: Path, precision: Precision) -> None:
+    """Give `model` the best weights of a run, in eval mode on the device. Raises UserError if there are none yet."""
+    weights = folder / "model.safetensors"
+    if not weights.is_file():
+        raise UserError(f"{folder} has no model.safetensors yet: the run has not reached its first checkpoint")
+    load_model_state(model, load_file_state(weights), str(weights))
+    model.to(precision.device).eval()
+    precision.suit_attention(model)
+
+
+def open_run(folder: Path, values: dict[str, Any], config: TrainConfig, precision: Precision) -> Run:
+    """A run of the first system from the content of its config.json and its options."""
+    model = VQAModel.from_config(VQAConfig.from_json(values["model"]))
+    load_weights(model, folder, precision)
+    text = Tokenizer.from_pretrained(folder / "text_tokenizer")
+    decoder = Tokenizer.from_pretrained(folder / "decoder_tokenizer")
+    processor = ImageProcessor.from_pretrained(folder)
+    return Run(folder, config, model, encoder_for(config, text, decoder), processor, precision.device, precision)
+
+
 def load_run(folder: Path, device: torch.device | str = "cpu", precision: str = "fp32") -> Run:
-    """Open a run of `train.py` with its best weights, in eval mode.
+    """Open a run of `train.py` that holds the first system, with its best weights, in eval mode.
 
     `precision` is fp32, bf16, fp16 or auto. Raises UserError if the folder is no such run, has no weights yet, or if
-    they do not fit.
+    they do not fit. (`systems.open_trained` opens a run of any system, for what all of them can do.)
     """
     folder, device = Path(folder), torch.device(device)
     values = read_run_config(folder)
     if values["program"] != PROGRAM:
         raise UserError(f"{folder} is a run of {values['program']}, not of {PROGRAM}")
+    if values["train"].get("preset") not in VQA_PRESETS:
+        preset, needed = values["train"].get("preset"), " or ".join(VQA_PRESETS)
+        raise UserError(f"{folder} is a run of preset {preset}; this needs one of preset {needed}")
     config = from_json(TrainConfig, values["train"], f"{folder / 'config.json'}")
-    weights = folder / "model.safetensors"
-    if not weights.is_file():
-        raise UserError(f"{folder} has no model.safetensors yet: the run has not reached its first checkpoint")
-    model = VQAModel.from_config(VQAConfig.from_json(values["model"]))
-    load_model_state(model, load_file_state(weights), str(weights))
-    model.to(device).eval()
-    chosen = Precision(pick_precision(precision, device)[0], device)
-    chosen.suit_attention(model)
-    text = Tokenizer.from_pretrained(folder / "text_tokenizer")
-    decoder = Tokenizer.from_pretrained(folder / "decoder_tokenizer")
-    processor = ImageProcessor.from_pretrained(folder)
-    return Run(folder, config, model, encoder_for(config, text, decoder), processor, device, chosen)
+    return open_run(folder, values, config, Precision(pick_precision(precision, device)[0], device))

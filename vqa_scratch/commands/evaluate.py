@@ -8,24 +8,14 @@ from typing import Any
 import click
 
 from vqa_scratch.commands.line import FOLDER, open_run, where_to_compute
-from vqa_scratch.data.batches import Images, Questions
 from vqa_scratch.data.submission import write_submission
 from vqa_scratch.data.vqa_files import load_json
 from vqa_scratch.data.vqa_v2 import VQAData, VQASample, read_vqa
-from vqa_scratch.engine.evaluation import (
-    Answer,
-    QuestionOnly,
-    TypePrior,
-    answer_questions,
-    blind,
-    other_images,
-)
+from vqa_scratch.engine.evaluation import QuestionOnly, TypePrior, blind
 from vqa_scratch.errors import UserError
 from vqa_scratch.metrics import accuracy_by
-from vqa_scratch.run import Run
 from vqa_scratch.storage import write_json
-
-QUESTIONS_PER_STEP = 256
+from vqa_scratch.systems.base import Trained
 
 
 def blind_baselines(data: Path, samples: list[VQASample]) -> dict[str, float | None]:
@@ -41,24 +31,10 @@ def blind_baselines(data: Path, samples: list[VQASample]) -> dict[str, float | N
     return {"prior": blind(samples, TypePrior(train)), "question_only": blind(samples, QuestionOnly(train))}
 
 
-def answer_split(
-    run: Run, samples: list[VQASample], limit: int | None, shuffle: bool
-) -> tuple[dict[int, Answer], dict[int, Answer]]:
-    """Answers by question id to about `limit` of the samples; and, with `shuffle`, those about other images."""
-    questions = Questions(samples, run.encoder)
-    images = Images(questions.image_paths, run.processor)
-    batches = questions.in_order(limit or len(samples), QUESTIONS_PER_STEP)
-
-    def under(label: str, **options: Any) -> dict[int, Answer]:
-        return answer_questions(run.model, questions, images, run.precision, batches, progress=label, **options)
-
-    answers = under("answering")
-    return answers, under("shuffled images", image_map=other_images(len(images.paths))) if shuffle else {}
-
-
-def evaluation(run: Run, data: Path, split: str, samples: list[VQASample], limit: int | None) -> tuple[dict, dict]:
+def evaluation(run: Trained, data: Path, split: str, samples: list[VQASample], limit: int | None) -> tuple[dict, dict]:
     """(figures of a split with annotations, answers by question id)."""
-    answers, shuffled = answer_split(run, samples, limit, shuffle=True)
+    answers = run.answer(samples, limit, progress="answering")
+    shuffled = run.answer(samples, limit, shuffled=True, progress="shuffled images")
     scored = [s for s in samples if s.question_id in answers]
     texts = {i: a.text for i, a in answers.items()}
     breakdowns = {key: accuracy_by(scored, texts, key) for key in ("answer_type", "question_type")}
@@ -77,8 +53,7 @@ def evaluation(run: Run, data: Path, split: str, samples: list[VQASample], limit
         **by,
         "counts": counts,
         "baselines": baselines,
-        "eos_rate": sum(a.ended for a in answers.values()) / len(answers),
-        "mean_answer_tokens": sum(a.tokens for a in answers.values()) / len(answers),
+        **run.figures(answers),
     }
     return figures, answers
 
@@ -98,10 +73,11 @@ def table(figures: dict[str, Any]) -> str:
         groups = figures[f"accuracy_by_{key}"].items()
         lines += [f"by {title}", *rows((name or "(none)", figures["counts"][key][name], a) for name, a in groups)]
     lines += ["blind baselines", *rows((k.replace("_", " "), None, v) for k, v in figures["baselines"].items())]
-    lines.append(
-        f"answers that end by themselves {figures['eos_rate']:.4f}, "
-        f"mean length {figures['mean_answer_tokens']:.2f} tokens"
-    )
+    if "eos_rate" in figures:
+        lines.append(
+            f"answers that end by themselves {figures['eos_rate']:.4f}, "
+            f"mean length {figures['mean_answer_tokens']:.2f} tokens"
+        )
     return "\n".join(lines)
 
 
@@ -138,7 +114,7 @@ def evaluate(
     if read.report.files.annotations is None:
         if submission is None:
             raise UserError(f"split {split} of {data} has no annotations to score by; give --submission FILE")
-        answers, _ = answer_split(opened, read.samples, None, shuffle=False)
+        answers = opened.answer(read.samples, None, progress="answering")
         print(f"split {split} has no annotations: nothing is scored")
     else:
         figures, answers = evaluation(opened, data, split, read.samples, limit)

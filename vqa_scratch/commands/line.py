@@ -10,7 +10,8 @@ import click
 from vqa_scratch.engine.precision import pick_device
 from vqa_scratch.errors import UserError
 from vqa_scratch.options import NearChoice, as_user_error
-from vqa_scratch.run import Run, load_run
+from vqa_scratch.systems import open_trained
+from vqa_scratch.systems.base import Trained
 
 FOLDER = click.Path(path_type=Path)
 
@@ -45,6 +46,6 @@ def where_to_compute(command: Callable[..., None]) -> Callable[..., None]:
     return click.option("--device", type=devices, default="auto", show_default=True, help="Where to compute.")(command)
 
 
-def open_run(folder: Path, device: str = "cpu", precision: str = "fp32") -> Run:
-    """`load_run` for the values of the flags."""
-    return load_run(folder, pick_device(device), precision)
+def open_run(folder: Path, device: str = "cpu", precision: str = "fp32") -> Trained:
+    """`open_trained` for the values of the flags."""
+    return open_trained(folder, pick_device(device), precision)

@@ -6,10 +6,11 @@ from typing import Any
 
 import click
 
-from vqa_scratch.commands.line import FOLDER, open_run
+from vqa_scratch.commands.line import FOLDER
 from vqa_scratch.engine.precision import pick_device
 from vqa_scratch.errors import UserError
 from vqa_scratch.options import NearChoice
+from vqa_scratch.run import load_run
 from vqa_scratch.storage import write_json, write_text, write_whole
 from vqa_scratch.study.faithfulness import answer_rows, image_source, patch_map
 from vqa_scratch.study.inputs import Opened, is_text_run, open_question, open_text
@@ -107,7 +108,7 @@ def study(
             print(f"certificate: {done.certificate}")
         print(f"see {out / 'report.html'}")
         return
-    opened, figures = open_run(run, device), {"run": str(run), "split": split}
+    opened, figures = load_run(run, pick_device(device)), {"run": str(run), "split": split}
     if pointing is not None:
         found = pointing_figures(opened, pointing, split, questions)
         figures["pointing"] = {name: asdict(p) | {"ratio": p.ratio} for name, p in found.items()}

@@ -1,10 +1,13 @@
-"""From a config to the parts of a system: samples, tokenizers, preprocessing, model, and the task the loop trains."""
+"""The first system: three towers, of which the decoder writes the answer (`models/vqa.py`). Presets shapes and book.
+
+`shapes` trains small random towers on the embedded data set; `book` starts from released ones.
+"""
 
 import math
-import random
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,73 +16,26 @@ from torch import Tensor
 from vqa_scratch.config import TrainConfig
 from vqa_scratch.data.batches import Batch, Encoder, Images, Questions
 from vqa_scratch.data.images import ImageProcessor
-from vqa_scratch.data.shapes import FAMILY_OF_TYPE, ShapesSpec, ensure_shapes
-from vqa_scratch.data.text import Tokenizer, train_bpe, train_wordpiece
-from vqa_scratch.data.vqa_v2 import VQASample, read_vqa, split_by_image
-from vqa_scratch.engine.evaluation import Report, answer_questions, other_images, score
+from vqa_scratch.data.text import Tokenizer, check_question, train_bpe, train_wordpiece
+from vqa_scratch.data.vqa_v2 import VQASample
+from vqa_scratch.engine.evaluation import Answer, answer_questions, other_images
 from vqa_scratch.engine.precision import Precision
+from vqa_scratch.errors import UserError
 from vqa_scratch.models.bert import Bert, BertConfig
 from vqa_scratch.models.gpt2 import GPT2, GPT2Config
 from vqa_scratch.models.reader import labelled_loss
 from vqa_scratch.models.stem import ConvStem
 from vqa_scratch.models.vit import ViT, ViTConfig
 from vqa_scratch.models.vqa import VQAModel
-from vqa_scratch.run import encoder_for
+from vqa_scratch.run import Run, encoder_for, open_run, save_parts
+from vqa_scratch.systems.base import System, seed_everything
+from vqa_scratch.systems.questions import QuestionJob, Splits, read_splits
+from vqa_scratch.systems.vqa_export import export_run
 
+QUESTIONS_AT_ONCE = 256  # in a batch that is only answered
 IMAGE_SIZE = 64  # pixels a side, of the embedded towers
 VOCABULARY = 512  # tokens at most, of the embedded tokenizers
 DISTILBERT = BertConfig(layout="distilbert", layers=6, token_types=0)  # distilbert-base-uncased
-
-
-# ------------------------------------------------------------------------------------------------ data
-
-
-@dataclass(frozen=True)
-class Splits:
-    """Samples by split ("train", "val", "test", and "holdout" where there is one); `family` names a sample's family."""
-
-    folder: Path
-    samples: dict[str, list[VQASample]]
-    family: Callable[[VQASample], str]
-
-
-def family_of(folder: Path) -> Callable[[VQASample], str]:
-    """the families where the folder is the embedded data set; the official answer type elsewhere."""
-    if any(folder.glob("scenes_*.json")):
-        return lambda sample: FAMILY_OF_TYPE[sample.question_type]
-    return lambda sample: sample.answer_type or "unknown"
-
-
-def read_splits(config: TrainConfig) -> Splits:
-    """Read every split the run needs; draw the embedded data set first if no `--data` is given."""
-    folder = config.data or ensure_shapes(config.cache, ShapesSpec(seed=config.seed))
-    train = read_vqa(
-        folder,
-        config.train_split,
-        start_at=config.start_at,
-        end_at=config.end_at,
-        max_images=config.max_images,
-        max_questions=config.max_questions,
-        min_agreement=config.min_agreement,
-    )
-    print(train.report)
-    samples = {"train": train.samples}
-    if config.val_split == "auto":
-        samples["train"], samples["val"] = split_by_image(
-            train.samples, (1 - config.val_fraction, config.val_fraction), config.seed
-        )
-    else:
-        samples["val"] = read_vqa(folder, config.val_split).samples
-    if config.test_split == config.val_split:
-        samples["test"] = samples["val"]
-    else:
-        samples["test"] = read_vqa(folder, config.test_split).samples
-    if (folder / "scenes_holdout.json").exists():
-        samples["holdout"] = read_vqa(folder, "holdout").samples
-    return Splits(Path(folder), samples, family_of(Path(folder)))
-
-
-# ------------------------------------------------------------------------------------------------ model
 
 
 def grid_positions(grid: int, dim: int) -> Tensor:
@@ -173,17 +129,14 @@ def released_system(config: TrainConfig, train: list[VQASample]) -> tuple[VQAMod
 
 def build_system(config: TrainConfig, train: list[VQASample]) -> tuple[VQAModel, Encoder, ImageProcessor]:
     """Model, tokenizers and preprocessing that the config asks for."""
-    random.seed(config.seed)
-    np.random.seed(config.seed)
-    torch.manual_seed(config.seed)
+    seed_everything(config.seed)
     return (embedded_system if config.preset == "shapes" else released_system)(config, train)
 
 
-# ------------------------------------------------------------------------------------------------ task
-
-
-class VQATask:
+class VQATask(QuestionJob):
     """What the loop trains: questions with their images, and how to score the model on held-out ones."""
+
+    loss_unit = "nats a token"
 
     def __init__(
         self,
@@ -194,29 +147,25 @@ class VQATask:
         splits: Splits,
         precision: Precision,
     ) -> None:
-        self.config, self.model, self.splits, self.precision = config, model, splits, precision
-        self.processor = processor
-        self.questions = {name: Questions(samples, encoder) for name, samples in splits.samples.items()}
-        self.images = {name: Images(q.image_paths, processor) for name, q in self.questions.items()}
-        if config.image_cache:
-            for images in self.images.values():
-                images.cache_in(config.cache)
+        self.encoder, self.processor, self.trainable = encoder, processor, model.freeze(config.freeze)
+        questions = {name: Questions(samples, encoder) for name, samples in splits.samples.items()}
+        images = {name: Images(q.image_paths, processor) for name, q in questions.items()}
+        super().__init__(config, model, splits, questions, images, precision)
         # torch.compile wraps the forward pass alone, so that checkpoints keep the plain names.
         self.hidden = torch.compile(model.hidden, dynamic=True) if config.compile else model.hidden
 
-    def epoch(self, number: int) -> list:
-        config = self.config
-        return self.questions["train"].epoch(config.seed, number, config.questions_per_step, config.questions_per_image)
+    def about(self) -> list[str]:
+        cut = self.encoder.cut
+        return [
+            self.trainable,
+            f"cut to the token limits: {cut['questions']} questions, {cut['answers']} answers",
+        ]
 
-    def batch(self, key: object) -> Batch:
+    def batch(self, key: np.ndarray) -> Batch:
         return self.questions["train"].batch(key, self.images["train"])
 
     def size(self, batch: Batch) -> tuple[int, int]:
         return len(batch.rows), int((batch.labels >= 0).sum())
-
-    def ids(self, batch: Batch) -> list[int]:
-        samples = self.questions["train"].samples
-        return [samples[row].question_id for row in batch.rows.tolist()]
 
     def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         hidden = self.hidden(
@@ -228,18 +177,64 @@ class VQATask:
         )
         return labelled_loss(hidden, self.model.decoder.tokens.weight, batch.labels)
 
-    def report(
-        self, split: str, limit: int | None = None, *, shuffled: bool = False, progress: str | None = None
-    ) -> Report:
-        """Score a split, or about its first `limit` questions; `shuffled` shows every question another image."""
+    def answers(
+        self, split: str, batches: Sequence[np.ndarray], image_map: np.ndarray | None, progress: str | None
+    ) -> dict[int, Answer]:
         questions, images = self.questions[split], self.images[split]
-        batches = questions.in_order(limit or len(questions.samples), 2 * self.config.questions_per_step)
+        return answer_questions(
+            self.model, questions, images, self.precision, batches, image_map=image_map, progress=progress
+        )
+
+    def save_parts(self, folder: Path) -> None:
+        save_parts(folder, self.config, self.model, self.encoder, self.processor)
+
+    def finish(self, folder: Path) -> dict[str, Any]:
+        return super().finish(folder) | {"fusion": self.config.fusion}
+
+
+def prepare(config: TrainConfig, precision: Precision) -> VQATask:
+    """Read the data and build the model. Raises UserError where either cannot be had."""
+    splits = read_splits(config)
+    return VQATask(config, *build_system(config, splits.samples["train"]), splits, precision)
+
+
+class TrainedVQA(Run):
+    """A finished run, for the commands."""
+
+    def ask(self, image: Path, question: str | None, top: int | None) -> tuple[list[Answer], list[str]]:
+        if question is None:
+            raise UserError(f"{self.folder} answers questions: give it --question")
+        if top is not None:
+            raise UserError(f"{self.folder} writes one answer and ranks no list of them: leave out --top")
+        cut_before, limit = self.encoder.cut["questions"], self.encoder.max_question_tokens
+        sample = VQASample(0, image, 0, check_question(question), "", "", (), "")
+        said = self.answer([sample], None)[0]
+        cut = self.encoder.cut["questions"] > cut_before
+        return [said], [f"the question is longer than {limit} tokens; only its beginning was read"] if cut else []
+
+    def answer(
+        self, samples: Sequence[VQASample], limit: int | None, *, shuffled: bool = False, progress: str | None = None
+    ) -> dict[int, Answer]:
+        questions = Questions(samples, self.encoder)
+        images = Images(questions.image_paths, self.processor)
+        batches = questions.in_order(limit or len(samples), QUESTIONS_AT_ONCE)
         swap = other_images(len(images.paths)) if shuffled else None
-        answers = answer_questions(
+        return answer_questions(
             self.model, questions, images, self.precision, batches, image_map=swap, progress=progress
         )
-        return score(questions.samples, answers, self.splits.family)
 
-    def evaluate(self) -> dict[str, float]:
-        report = self.report("val", self.config.eval_questions)
-        return {"accuracy": report.accuracy, **{f"accuracy/{k}": v for k, v in report.by_family.items()}}
+    def figures(self, answers: dict[int, Answer]) -> dict[str, float]:
+        return {
+            "eos_rate": sum(a.ended for a in answers.values()) / len(answers),
+            "mean_answer_tokens": sum(a.tokens for a in answers.values()) / len(answers),
+        }
+
+    def export(self, folder: Path) -> list[str]:
+        return export_run(self, folder)
+
+
+def open_trained(folder: Path, values: dict[str, Any], config: TrainConfig, precision: Precision) -> TrainedVQA:
+    return TrainedVQA(**vars(open_run(folder, values, config, precision)))
+
+
+VQA = System("vqa", TrainConfig, prepare, open_trained)
