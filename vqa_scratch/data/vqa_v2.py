@@ -10,8 +10,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from PIL import Image
+from tqdm import tqdm
 
+from vqa_scratch.data.image_files import load_image
 from vqa_scratch.data.vqa_files import (
     Annotation,
     ImageFolder,
@@ -112,13 +113,12 @@ def _check_limits(split: str, annotated: bool, min_agreement: float, **counts: i
         raise UserError(f"min_agreement={min_agreement} needs annotations, and {split} has none")
 
 
-def _is_image(path: Path) -> bool:
+def _is_readable(path: Path) -> bool:
     try:
-        with Image.open(path) as image:
-            image.verify()  # the header and, where the format has them, the check sums; no decoding
-        return True
-    except Exception:  # decoders raise whatever they like on broken files
+        load_image(path)
+    except UserError:
         return False
+    return True
 
 
 def _problem(annotation: Annotation | None, image_id: int, min_agreement: float) -> str | None:
@@ -156,7 +156,7 @@ def read_vqa(
     max_questions           -- at most so many questions in all
     max_questions_per_image -- at most so many questions on one image
     min_agreement           -- least share of the annotators, 0 to 1, who gave the most common answer, word for word
-    verify_images           -- open each image once and leave out those that PIL cannot identify (slow on large sets)
+    verify_images           -- decode each image once and leave out those that cannot be read (slow on large sets)
 
     Annotations are required except for splits whose name starts with "test".
     Raises UserError, in one line: a missing file or folder of images, broken JSON, a missing key, a question
@@ -191,7 +191,8 @@ def read_vqa(
     types = {"question_id": int, "image_id": int, "question": str}
     no_annotation = Annotation(0, "", "", (), "")
     stop = len(questions) if end_at is None else min(end_at, len(questions))
-    for position in range(start_at, stop):
+    bar = tqdm(range(start_at, stop), "verifying images", unit="question", disable=not verify_images)
+    for position in bar:
         if max_questions is not None and len(samples) == max_questions:
             report.skip("over max_questions", count=stop - position)
             break
@@ -223,7 +224,7 @@ def read_vqa(
             continue
         if verify_images:
             if image_id not in readable:
-                readable[image_id] = _is_image(path)
+                readable[image_id] = _is_readable(path)
             if not readable[image_id]:
                 report.skip("the image cannot be read", path.name)
                 continue
