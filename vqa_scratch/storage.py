@@ -10,12 +10,20 @@ from typing import Any
 from vqa_scratch.errors import UserError
 
 
+def usual_mode(mode: int) -> int:
+    """The permissions a new file (0o666) or folder (0o777) gets here; libraries make theirs private to the user."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mode & ~mask
+
+
 def write_whole(path: Path, write: Callable[[Path], None]) -> None:
     """Let `write` fill a file of a temporary name beside `path`, then rename it. An error leaves the old file."""
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(unfinished)
+        unfinished.chmod(usual_mode(0o666))
         os.replace(unfinished, path)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}; what was there before is kept") from error

@@ -33,6 +33,7 @@ from vqa_scratch.data.scenes import (
 )
 from vqa_scratch.data.vqa_v2 import VQASample, image_file_name, write_vqa
 from vqa_scratch.errors import UserError
+from vqa_scratch.storage import usual_mode
 
 __all__ = ["FAMILIES", "FAMILY_OF_TYPE", "HELD_OUT", "ShapesSpec", "ensure_shapes", "scenes_of", "write_split"]
 
@@ -133,6 +134,7 @@ def ensure_shapes(cache: Path, spec: ShapesSpec, progress: bool = True) -> Path:
         with tqdm(total=sum(spec.splits().values()), desc="drawing scenes", unit="scene", disable=not progress) as bar:
             for split in spec.splits():
                 write_split(unfinished, spec, split, bar)
+        unfinished.chmod(usual_mode(0o777))
         if not folder.is_dir():  # another process may have been faster
             os.replace(unfinished, folder)
     except OSError as error:

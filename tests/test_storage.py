@@ -1,0 +1,43 @@
+"""Files appear whole or not at all, and others may read them as far as the user's mask allows."""
+
+import os
+import stat
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from vqa_scratch.data.shapes import ShapesSpec, ensure_shapes
+from vqa_scratch.errors import UserError
+from vqa_scratch.storage import write_text, write_whole
+
+
+def mode(path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077])
+def test_the_users_mask_decides_who_may_read(tmp_path, mask):
+    """safetensors writes files that only their owner may read, and mkdtemp such folders."""
+    before = os.umask(mask)
+    try:
+        write_whole(tmp_path / "model.safetensors", lambda path: save_file({"w": torch.ones(2)}, path))
+        data = ensure_shapes(tmp_path, ShapesSpec(train=1, val=1, test=1, holdout=1), progress=False)
+        assert os.umask(mask) == mask, "the mask itself stays"
+    finally:
+        os.umask(before)
+    assert mode(tmp_path / "model.safetensors") == 0o666 & ~mask
+    assert mode(data) == 0o777 & ~mask
+
+
+def test_an_error_keeps_the_old_file(tmp_path):
+    path = tmp_path / "summary.json"
+    write_text(path, "old")
+
+    def fail(unfinished):
+        unfinished.write_text("half")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(UserError, match=r"cannot write .*summary.json: No space left on device"):
+        write_whole(path, fail)
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
