@@ -137,6 +137,10 @@ def test_an_unreadable_image_is_named(data, tmp_path, capsys, cached, content, m
     argv = flags(broken, tmp_path / "run")
     line = said([f for f in argv if not (cached and f == "--no-image-cache")], capsys)
     assert victim.name in line and message in line
+    if content == "half":  # only decoding tells
+        again = [*flags(broken, tmp_path / "again", steps=1, eval_every=1), "--verify-images"]
+        train.main(train.command_line(again))
+        assert f"the image cannot be read (first: {victim.name})" in capsys.readouterr().out
 
 
 # ------------------------------------------------------------------------------------------------ run folders

@@ -88,6 +88,7 @@ class QuestionConfig(RunConfig):
     max_images: int | None = option(None, "At most so many images.")
     max_questions: int | None = option(None, "At most so many questions.")
     min_agreement: float = option(0.0, "Leave out questions on which a smaller share of the annotators agree.")
+    verify_images: bool = option(False, "Decode every image first, and leave out and count those that cannot be read.")
     max_question_tokens: int = option(32, "Longer questions are cut to this many tokens, and counted.")
     eval_questions: int = option(2_000, "Questions of the val split scored at each evaluation while training.")
     questions_per_step: int = option(512, "Questions in one optimizer step.")

@@ -46,6 +46,7 @@ def read_splits(config: QuestionConfig) -> Splits:
         max_images=config.max_images,
         max_questions=config.max_questions,
         min_agreement=config.min_agreement,
+        verify_images=config.verify_images,
     )
     print(train.report)
     samples = {"train": train.samples}
@@ -54,11 +55,11 @@ def read_splits(config: QuestionConfig) -> Splits:
             train.samples, (1 - config.val_fraction, config.val_fraction), config.seed
         )
     else:
-        samples["val"] = read_vqa(folder, config.val_split).samples
+        samples["val"] = read_vqa(folder, config.val_split, verify_images=config.verify_images).samples
     if config.test_split == config.val_split:
         samples["test"] = samples["val"]
     else:
-        samples["test"] = read_vqa(folder, config.test_split).samples
+        samples["test"] = read_vqa(folder, config.test_split, verify_images=config.verify_images).samples
     if (folder / "scenes_holdout.json").exists():
         samples["holdout"] = read_vqa(folder, "holdout").samples
     return Splits(Path(folder), samples, family_of(Path(folder)))
