@@ -156,11 +156,11 @@ def test_folders_without_a_tokenizer(tmp_path):
     (tmp_path / "tokenizer.json").write_text('{"model"')
     with pytest.raises(UserError, match=f"the tokenizer in {tmp_path} cannot be read"):
         Tokenizer.from_pretrained(tmp_path)
-    with pytest.raises(UserError, match="there is no such path"):
+    with pytest.raises(UserError, match="no folder .*absent$"):
         Tokenizer.from_pretrained(tmp_path / "absent")
-    with pytest.raises(UserError, match="there is no such path"):
+    with pytest.raises(UserError, match="no folder .*absent$"):
         Tokenizer.from_pretrained("./absent")
-    with pytest.raises(UserError, match="is not a folder$"):
+    with pytest.raises(UserError, match="vocab.txt is a file; give the folder that holds the tokenizer$"):
         Tokenizer.from_pretrained(tmp_path / "vocab.txt")
 
 
@@ -168,8 +168,8 @@ def test_hub_id_that_cannot_be_reached(monkeypatch):
     def unreachable(*args, **kwargs):
         raise OSError("no network\nsecond line")
 
-    monkeypatch.setattr("vqa_scratch.data.locate.snapshot_download", unreachable)
-    with pytest.raises(UserError, match="owner/name is no folder here, and the Hub does not give it: no network$"):
+    monkeypatch.setattr("huggingface_hub.snapshot_download", unreachable)
+    with pytest.raises(UserError, match=r"^no folder owner/name here, .* reached \(OSError: no network\)$"):
         Tokenizer.from_pretrained("owner/name")
 
 

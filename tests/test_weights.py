@@ -182,8 +182,21 @@ def test_shards(folder, suffix, save):
     _, tensors = files.read_checkpoint(folder)
     assert tensors.keys() == whole.keys() and all(torch.equal(tensors[key], whole[key]) for key in whole)
     (folder / names[1]).unlink()
-    with pytest.raises(UserError, match=f"bert lacks {names[1]}, listed in .*index.json"):
+    with pytest.raises(UserError, match=f"bert is not a whole checkpoint: it lacks {names[1]}, which .*json lists"):
         Bert.from_pretrained(folder)
+
+
+def test_every_broken_shard_is_named_in_one_error(folder):
+    """One absent and one cut short, as an interrupted download leaves a folder."""
+    gone, short = shard(folder, "safetensors", save_file)
+    (folder / gone).unlink()
+    whole = (folder / short).read_bytes()
+    (folder / short).write_bytes(whole[:-40])
+    with pytest.raises(UserError, match=f"it lacks {gone}, which model.safetensors.index.json lists; dow") as error:
+        Bert.from_pretrained(folder)
+    found = f"{short} is not a whole safetensors file ({len(whole) - 40:,} of {len(whole):,} bytes, as an interrupted"
+    assert found in str(error.value) and "copy or download it again" in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 def test_bad_shard_indices(folder):
@@ -191,7 +204,7 @@ def test_bad_shard_indices(folder):
     index = folder / "model.safetensors.index.json"
     places = json.loads(index.read_text())["weight_map"]
     index.write_text(json.dumps({"weight_map": places | {"ghost": names[0]}}))
-    with pytest.raises(UserError, match="promises ghost, but no shard holds them"):
+    with pytest.raises(UserError, match=r"promises ghost \(should be in model-00001-of-.*\), but no shard"):
         files.read_checkpoint(folder)
     index.write_text(json.dumps({"weight_map": places | {"ghost": "../bert/" + names[0]}}))
     with pytest.raises(UserError, match=r"lacks \.\./bert/model-00001"):
@@ -329,8 +342,28 @@ def test_hub_out_of_reach(monkeypatch, tmp_path):
         raise ConnectionError("no route")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
-    with pytest.raises(UserError, match=r"the Hub cannot be reached \(ConnectionError\)"):
+    with pytest.raises(UserError, match=r"the Hub cannot be reached \(ConnectionError: no route\)"):
         Bert.from_pretrained("someone/model")
+
+
+def test_an_interrupted_download_is_named(monkeypatch):
+    import huggingface_hub
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    for error, message in [
+        (RuntimeError("peer closed\nsecond line"), r"was interrupted \(RuntimeError: peer closed\); start it again"),
+        (LocalEntryNotFoundError("The snapshot is incomplete: a.bin"), "not whole in the cache: .*incomplete: a.bin"),
+    ]:
+
+        def stop(*args, error=error, **kwargs):
+            raise error
+
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", stop)
+        with pytest.raises(UserError, match=message) as caught:
+            Bert.from_pretrained("someone/model")
+        assert "someone/model" in str(caught.value) and "\n" not in str(caught.value)
+    with pytest.raises(UserError, match="^no folder someone/model$"):  # a path is never asked of the Hub
+        Bert.from_pretrained(Path("someone/model"))
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------

@@ -20,13 +20,14 @@ import torch
 from PIL import Image
 
 from vqa_scratch.data.image_files import load_image, to_rgb
-from vqa_scratch.data.locate import locate
 from vqa_scratch.data.vqa_files import load_json, write_json
 from vqa_scratch.errors import UserError
+from vqa_scratch.weights.hub import locate
 
 __all__ = ["ImageProcessor", "load_image", "to_rgb"]
 
 CONFIG_NAME = "preprocessor_config.json"
+JOINT_CONFIG_NAME = "processor_config.json"  # of a model with several inputs: a part for each
 _CLIP_MEAN, _CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 _HALF = (0.5, 0.5, 0.5)
 _VIT = {"size": {"height": 224, "width": 224}, "resample": Image.BILINEAR, "image_mean": _HALF, "image_std": _HALF}
@@ -166,13 +167,19 @@ class ImageProcessor:
 
     @classmethod
     def from_pretrained(cls, folder_or_hub_id: str | Path) -> "ImageProcessor":
-        """Reads preprocessor_config.json; UserError if it is missing or cannot be followed."""
-        folder = locate(folder_or_hub_id, [CONFIG_NAME])
-        if not (folder / CONFIG_NAME).is_file():
+        """Reads preprocessor_config.json, or the image part of processor_config.json, which newer files have instead.
+
+        Raises UserError if both are missing or cannot be followed.
+        """
+        folder = locate(folder_or_hub_id, [CONFIG_NAME, JOINT_CONFIG_NAME], CONFIG_NAME)
+        path = next((folder / name for name in (CONFIG_NAME, JOINT_CONFIG_NAME) if (folder / name).is_file()), None)
+        if path is None:
             raise UserError(f"{folder} has no {CONFIG_NAME}")
-        config = load_json(folder / CONFIG_NAME)
+        config = load_json(path)
+        if path.name == JOINT_CONFIG_NAME and isinstance(config, dict):
+            config = config.get("image_processor")
         if not isinstance(config, dict):
-            raise UserError(f"{folder / CONFIG_NAME} is a {type(config).__name__}, not an object")
+            raise UserError(f"{path} describes no image processing: it holds a {type(config).__name__}, not an object")
         return cls.from_hf(config)
 
     def save_pretrained(self, folder: str | Path) -> None:

@@ -16,10 +16,10 @@ import tokenizers
 import torch
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from vqa_scratch.data.locate import locate
 from vqa_scratch.data.vqa_files import load_json, write_json
 from vqa_scratch.data.wordpiece import learn_wordpieces
 from vqa_scratch.errors import UserError
+from vqa_scratch.weights.hub import locate
 
 FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt", "vocab.txt")
 ROLES = ("bos", "eos", "pad", "unk", "cls", "sep", "mask")
@@ -91,7 +91,7 @@ class Tokenizer:
 
         Raises UserError if the folder has none of them, or if one is broken.
         """
-        folder = locate(folder_or_hub_id, FILES)
+        folder = locate(folder_or_hub_id, FILES, "the tokenizer")
         has = {name: (folder / name).is_file() for name in FILES}
         config = load_json(folder / "tokenizer_config.json") if has["tokenizer_config.json"] else {}
         named = load_json(folder / "special_tokens_map.json") if has["special_tokens_map.json"] else {}

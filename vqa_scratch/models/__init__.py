@@ -1,24 +1,33 @@
 """The towers, one file each."""
 
 from vqa_scratch.models.bert import Bert, BertConfig
+from vqa_scratch.models.blip2 import Blip2, Blip2Config
 from vqa_scratch.models.caption import CaptionConfig, CaptionModel
 from vqa_scratch.models.classifier import TextClassifier
 from vqa_scratch.models.gpt2 import GPT2, GPT2Config
+from vqa_scratch.models.opt import OPT, OPTConfig
+from vqa_scratch.models.qformer import QFormer, QFormerConfig
 from vqa_scratch.models.resnet import ResNet, ResNetConfig
 from vqa_scratch.models.t5 import T5, T5Config
 from vqa_scratch.models.vit import ViT, ViTConfig
 from vqa_scratch.models.vqa import VQAConfig, VQAModel
 
 __all__ = [
-    "GPT2",
-    "T5",
     "Bert",
     "BertConfig",
+    "Blip2",
+    "Blip2Config",
     "CaptionConfig",
     "CaptionModel",
+    "GPT2",
     "GPT2Config",
+    "OPT",
+    "OPTConfig",
+    "QFormer",
+    "QFormerConfig",
     "ResNet",
     "ResNetConfig",
+    "T5",
     "T5Config",
     "TextClassifier",
     "VQAConfig",

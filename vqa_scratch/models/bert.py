@@ -9,7 +9,7 @@ Shapes: B batch, T text tokens, D width.
 from collections.abc import Callable
 from dataclasses import dataclass
 from os import PathLike
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -134,12 +134,24 @@ class BertConfig:
         return {"architectures": [layout.architecture], "model_type": self.layout, **fields}
 
 
+class BlockSizes(Protocol):
+    """What a block reads of its tower's config."""
+
+    dim: int
+    heads: int
+    hidden: int
+    activation: str
+    norm_eps: float
+    dropout: float
+    attention_dropout: float
+
+
 class BertBlock(nn.Module):
     """Post-LN: norm(x + attention(x)), then norm(x + MLP(x))."""
 
     tap_prefix: str | None = None
 
-    def __init__(self, config: BertConfig) -> None:
+    def __init__(self, config: BlockSizes) -> None:
         super().__init__()
         self.attn = MultiHeadAttention(config.dim, config.heads, dropout=config.attention_dropout)
         self.norm1 = nn.LayerNorm(config.dim, eps=config.norm_eps)
@@ -147,11 +159,18 @@ class BertBlock(nn.Module):
         self.norm2 = nn.LayerNorm(config.dim, eps=config.norm_eps)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, key_mask: Tensor | None) -> Tensor:
+    def attend(self, x: Tensor, key_mask: Tensor | None) -> Tensor:
+        """The first half: self-attention."""
         x = taps.tap(self.tap_prefix, "resid_pre", x)
-        x = self.norm1(x + self.dropout(self.attn(x, key_mask=key_mask)))
+        return self.norm1(x + self.dropout(self.attn(x, key_mask=key_mask)))
+
+    def transform(self, x: Tensor) -> Tensor:
+        """The second half: the MLP."""
         x = taps.tap(self.tap_prefix, "resid_mid", x)
         return taps.tap(self.tap_prefix, "resid_post", self.norm2(x + self.mlp(x)))
+
+    def forward(self, x: Tensor, key_mask: Tensor | None = None) -> Tensor:
+        return self.transform(self.attend(x, key_mask))
 
 
 class Bert(nn.Module):

@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from os import PathLike
 from typing import Any, Self
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -21,7 +20,7 @@ from vqa_scratch.nn import taps
 from vqa_scratch.nn.attention import MultiHeadAttention
 from vqa_scratch.nn.cache import DecoderCache, KVCache
 from vqa_scratch.nn.layers import MLP, activation, init_weights
-from vqa_scratch.nn.masks import positions_from_mask
+from vqa_scratch.nn.masks import decoder_positions
 from vqa_scratch.nn.memory import Memory
 from vqa_scratch.weights import maps
 from vqa_scratch.weights.convert import load_into, to_hf
@@ -164,15 +163,9 @@ class GPT2(nn.Module):
         if memory is not None and not self.config.add_cross_attention:
             raise ValueError("this GPT-2 has no cross-attention: build it with add_cross_attention=True")
         past = 0 if cache is None else cache.length
-        total = past + input_ids.shape[1]
-        if total > self.config.max_positions:
-            raise ValueError(f"{total} tokens, but the position table serves {self.config.max_positions}")
-        if attention_mask is None:
-            position_ids = torch.arange(past, total, device=input_ids.device)[None]
-        elif attention_mask.shape != (len(input_ids), total):
-            raise ValueError(f"attention_mask must be {(len(input_ids), total)}, got {tuple(attention_mask.shape)}")
-        else:
-            position_ids = positions_from_mask(attention_mask)[:, past:]
+        position_ids = decoder_positions(
+            len(input_ids), past, input_ids.shape[1], attention_mask, self.config.max_positions, input_ids.device
+        )
         x = self.dropout(self.tokens(input_ids) + self.positions(position_ids))
         for layer, block in enumerate(self.blocks):
             x = block(x, attention_mask, memory, None if cache is None else cache[layer])

@@ -39,3 +39,21 @@ def positions_from_ids(input_ids: Tensor, pad: int) -> Tensor:
     """(B, T) RoBERTa position ids: tokens count from `pad` + 1, padding stays at `pad`."""
     real = (input_ids != pad).long()
     return real.cumsum(-1) * real + pad
+
+
+def decoder_positions(
+    rows: int, past: int, new: int, attention_mask: Tensor | None, limit: int, device: torch.device
+) -> Tensor:
+    """(B or 1, T) position ids of `new` tokens behind `past` cached ones, for a table of `limit` positions.
+
+    attention_mask (B, past + T): positions count attended tokens; None: all are. Raises ValueError on more tokens than
+    positions, or a mask of another shape.
+    """
+    total = past + new
+    if total > limit:
+        raise ValueError(f"{total} tokens, but the position table serves {limit}")
+    if attention_mask is None:
+        return torch.arange(past, total, device=device)[None]
+    if attention_mask.shape != (rows, total):
+        raise ValueError(f"attention_mask must be {(rows, total)}, got {tuple(attention_mask.shape)}")
+    return positions_from_mask(attention_mask)[:, past:]

@@ -127,6 +127,10 @@ class Memory:
         """How many rows read this memory."""
         return len(self.states) * self.repeat if self.index is None else len(self.index)
 
+    def per_row(self) -> Tensor:
+        """(B, N, D): the states that each row reads."""
+        return self.states.repeat_interleave(self.repeat, 0) if self.index is None else self.states[self.index]
+
     def project(self, k: Tensor, v: Tensor) -> KeyValue:
         """Bind the keys and values (M, H, N, d) projected from the states to their readers."""
         if self.readers is not None:

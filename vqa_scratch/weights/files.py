@@ -8,7 +8,6 @@ import hashlib
 import json
 import os
 import pickle
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,44 +19,25 @@ from torch import Tensor
 
 from vqa_scratch.errors import UserError
 from vqa_scratch.storage import write_json, write_whole
+from vqa_scratch.weights.hub import locate
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 PICKLE = "pytorch_model.bin"
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+AGAIN = "copy or download it again"
+_SAFE_FILES = (CONFIG, "*.safetensors", "*.safetensors.index.json")
+_PICKLE_FILES = (CONFIG, f"{PICKLE}*", "pytorch_model-*.bin")
 
 
 def resolve_folder(source: str | os.PathLike[str]) -> Path:
-    """The folder itself, or where the Hub's copy of that id lies after downloading it.
+    """The folder itself, or where the Hub's copy of that id lies after downloading config and weights; see `locate`.
 
-    Only a name that is no folder here and looks like an id ("gpt2", "facebook/dino-vitb16") goes to the Hub.
+    Pickles are asked for only if the repository has no safetensors.
     """
-    folder = Path(source).expanduser()
-    if folder.is_dir():
-        return folder
-    if folder.exists():
-        raise UserError(f"{source} is a file; give the folder that holds {CONFIG} and the weights")
-    if not _HUB_ID.fullmatch(str(source)):
-        raise UserError(f"no folder {source}")
-    # Imported here: a session that reads local folders needs nothing of the Hub.
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    try:
-        found = Path(
-            snapshot_download(str(source), allow_patterns=[CONFIG, "*.safetensors", "*.safetensors.index.json"])
-        )
-        if not any(found.glob("*.safetensors")):
-            found = Path(snapshot_download(str(source), allow_patterns=[CONFIG, f"{PICKLE}*", "pytorch_model-*.bin"]))
-    except LocalEntryNotFoundError:
-        raise UserError(
-            f"no folder {source} here, and the Hub cannot be reached to look for a model of that name"
-        ) from None
-    except HfHubHTTPError as error:
-        raise UserError(f"no folder {source} here, and the Hub says: {str(error).splitlines()[0]}") from None
-    except OSError as error:
-        raise UserError(f"no folder {source} here, and the Hub cannot be reached ({type(error).__name__})") from None
-    return found
+    folder = locate(source, _SAFE_FILES, f"{CONFIG} and the weights")
+    if not Path(source).expanduser().is_dir() and not any(folder.glob("*.safetensors")):
+        folder = locate(source, _PICKLE_FILES, f"{CONFIG} and the weights")
+    return folder
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -74,13 +54,26 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
+def _how_much(path: Path) -> str:
+    """How many bytes of a safetensors file are there, and how many its header promises; "" if it can not be read."""
+    try:
+        with path.open("rb") as file:
+            there = path.stat().st_size
+            header = json.loads(file.read(min(int.from_bytes(file.read(8), "little"), there)))
+            start = file.tell()
+        promised = start + max(entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__")
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return ""
+    return f"{there:,} of {promised:,} bytes, as an interrupted download leaves it" if there < promised else ""
+
+
 def read_safetensors(path: Path) -> dict[str, Tensor]:
     """All tensors of one file. They map the file: nothing is copied before it is read."""
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
     except SafetensorError as error:
-        raise UserError(f"{path} is not a whole safetensors file ({error}); copy or download it again") from None
+        raise UserError(f"{path} is not a whole safetensors file ({_how_much(path) or error}); {AGAIN}") from None
     except (FileNotFoundError, PermissionError) as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from None
 
@@ -100,7 +93,7 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from None
     except (RuntimeError, OSError, EOFError, KeyError, ValueError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{path} is not a whole torch file ({reason}); copy or download it again") from None
+        raise UserError(f"{path} is not a whole torch file ({reason}); {AGAIN}") from None
     if not isinstance(content, dict):
         raise UserError(f"{path} must hold a dictionary of tensors, not a {type(content).__name__}")
     for key, value in content.items():
@@ -115,21 +108,27 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def _read_sharded(index: Path, read: Callable[[Path], dict[str, Tensor]]) -> dict[str, Tensor]:
-    """All tensors of the shards that an index file lists."""
+    """All tensors of the shards that an index file lists. One UserError names every shard that is absent or broken."""
     try:
         places: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{index} is not a shard index: it needs an object with a weight_map") from None
-    shards = sorted(set(places.values()))
-    gone = [shard for shard in shards if Path(shard).name != shard or not (index.parent / shard).is_file()]
-    if gone:
-        raise UserError(f"{index.parent} lacks {', '.join(gone)}, listed in {index.name}")
     tensors: dict[str, Tensor] = {}
-    for shard in shards:
-        tensors |= read(index.parent / shard)
+    problems = []
+    for shard in sorted(set(places.values())):
+        if Path(shard).name != shard or not (index.parent / shard).is_file():
+            problems.append(f"it lacks {shard}, which {index.name} lists; download it")
+            continue
+        try:
+            tensors |= read(index.parent / shard)
+        except UserError as error:
+            problems.append(str(error))
+    if problems:
+        raise UserError(f"{index.parent} is not a whole checkpoint: {'; '.join(problems)}")
     lost = [key for key in places if key not in tensors]
     if lost:
-        raise UserError(f"{index} promises {', '.join(lost)}, but no shard holds them")
+        where = ", ".join(f"{key} (should be in {places[key]})" for key in lost)
+        raise UserError(f"{index} promises {where}, but no shard holds them; the files are of different versions")
     return tensors
 
 

@@ -1,0 +1,187 @@
+"""BLIP-2 (Li et al. 2023, arXiv 2301.12597): a frozen ViT, a Q-Former that asks it, and a frozen OPT that answers.
+
+The Q-Former's outputs, projected to the width of the language model, stand before the words like a few more tokens; the
+language model has never seen an image otherwise. The image tower is that of EVA-CLIP (Fang et al. 2022, 2211.07636),
+which is a ViT.
+
+Shapes: B batch, N image tokens, Q queries, T text tokens, E width of the language model, V vocabulary.
+"""
+
+from dataclasses import dataclass, replace
+from os import PathLike
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from vqa_scratch.errors import UserError
+from vqa_scratch.models.hf_config import fields_from_hf
+from vqa_scratch.models.opt import OPT, OPTConfig
+from vqa_scratch.models.qformer import QFormer, QFormerConfig
+from vqa_scratch.models.vit import ViT, ViTConfig
+from vqa_scratch.nn.cache import DecoderCache
+from vqa_scratch.nn.memory import Memory
+from vqa_scratch.weights.convert import load_into, to_hf
+from vqa_scratch.weights.files import read_checkpoint, write_checkpoint
+from vqa_scratch.weights.maps_blip2 import BLIP2
+
+MODEL_TYPE, VISION_TYPE = "blip-2", "blip_2_vision_model"
+_VISION_FIELDS = {
+    "image_size": "image_size",
+    "patch_size": "patch_size",
+    "dim": "hidden_size",
+    "layers": "num_hidden_layers",
+    "heads": "num_attention_heads",
+    "hidden": "intermediate_size",
+    "activation": "hidden_act",
+    "qkv_bias": "qkv_bias",
+    "norm_eps": "layer_norm_eps",
+    "attention_dropout": "attention_dropout",
+    "init_std": "initializer_range",
+}
+_VISION = ViTConfig(patch_size=14, dim=1408, layers=39, heads=16, hidden=6144, norm_eps=1e-6)  # ViT-g of EVA-CLIP
+
+
+@dataclass(frozen=True)
+class Blip2Config:
+    """Sizes of the three parts. The defaults are those of blip2-opt-2.7b but for the language model."""
+
+    vision: ViTConfig = _VISION
+    qformer: QFormerConfig = QFormerConfig()
+    language: OPTConfig = OPTConfig()
+    queries: int = 32  # tokens that an image becomes
+    image_token: int | None = None  # id that marks their place in others' prompts; files from before 2024 have none
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "qformer", replace(self.qformer, context_dim=self.vision.dim))
+        if self.language.embedding_dim != self.language.dim:
+            raise UserError("BLIP-2 needs an OPT whose embedding is as wide as its blocks (any but the 350M model)")
+
+    @classmethod
+    def from_hf(cls, config: dict[str, Any]) -> Self:
+        """From a config.json of model type "blip-2". Raises UserError on another, or on a language model but OPT."""
+        fields = fields_from_hf(config, {"queries": "num_query_tokens", "image_token": "image_token_index"}, MODEL_TYPE)
+        vision, qformer, text = (config.get(f"{part}_config") or {} for part in ("vision", "qformer", "text"))
+        if text.get("model_type", "opt") != "opt":
+            raise UserError(f"the language model of config.json is a {text['model_type']!r}; here it must be an 'opt'")
+        sizes = fields_from_hf({"model_type": VISION_TYPE} | vision, _VISION_FIELDS, VISION_TYPE)
+        return cls(
+            vision=replace(_VISION, **sizes),
+            qformer=QFormerConfig.from_hf({"model_type": "blip_2_qformer"} | qformer),
+            language=OPTConfig.from_hf({"model_type": "opt"} | text),
+            **fields,
+        )
+
+    def to_hf(self) -> dict[str, Any]:
+        """The inverse of `from_hf`."""
+        vision = {theirs: getattr(self.vision, ours) for ours, theirs in _VISION_FIELDS.items()}
+        return {
+            "architectures": ["Blip2ForConditionalGeneration"],
+            "model_type": MODEL_TYPE,
+            "vision_config": {"model_type": VISION_TYPE, **vision},
+            "qformer_config": self.qformer.to_hf(),
+            "text_config": self.language.to_hf(),
+            "num_query_tokens": self.queries,
+            "image_token_index": self.image_token,
+        }
+
+
+class Blip2(nn.Module):
+    """Image tower, Q-Former, projection and language model.
+
+    For `vqa_scratch.generate` it is a decoder: `new_cache`, `hidden` and `logits`, with the image as the memory.
+    """
+
+    def __init__(self, config: Blip2Config) -> None:
+        super().__init__()
+        self.config = config
+        self.vision = ViT(config.vision)
+        self.qformer = QFormer(config.qformer, config.queries)
+        self.projection = nn.Linear(config.qformer.dim, config.language.dim)
+        self.language = OPT(config.language)
+
+    def encode_image(self, pixel_values: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, Q, E): what the language model reads before the words.
+
+        Each part computes in the type of its weights: the Q-Former stays in fp32 when the rest is not.
+        """
+        states = self.vision(pixel_values.to(self.vision.positions.dtype))
+        asked = self.qformer(states.to(self.qformer.queries.dtype))
+        return self.projection(asked.to(self.projection.weight.dtype))
+
+    def prompt(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Words (B, T) with their mask -> (B, Q + T) both, the places of the image before the words."""
+        places = input_ids.new_full((len(input_ids), self.config.queries), self.place_id)
+        mask = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+        return torch.cat([places, input_ids], 1), torch.cat([torch.ones_like(places, dtype=torch.bool), mask], 1)
+
+    @property
+    def place_id(self) -> int:
+        """The id that stands for a token of the image. The word it may be elsewhere is never looked up."""
+        return self.language.config.pad_id if self.config.image_token is None else self.config.image_token
+
+    def new_cache(self) -> DecoderCache:
+        """An empty cache of the language model."""
+        return self.language.new_cache()
+
+    def hidden(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        memory: list[Memory] | None = None,
+        cache: DecoderCache | None = None,
+    ) -> Tensor:
+        """(B, T) -> (B, T, E), the states under the head.
+
+        memory: one part, the image of `encode_image`. It fills the places at the beginning of `input_ids` (see
+        `prompt`); with a cache, later calls leave it out. Raises ValueError if those places are not there.
+        """
+        if memory is None:
+            return self.language.hidden(input_ids, attention_mask, cache=cache)
+        (image,) = memory
+        places, words = input_ids.tensor_split([self.config.queries], 1)
+        if not (places == self.place_id).all() or places.shape[1] < self.config.queries:
+            raise ValueError(f"input_ids must begin with {self.config.queries} places of the image; see Blip2.prompt")
+        embeddings = torch.cat([image.per_row(), self.language.tokens(words)], 1)
+        return self.language.read(embeddings, attention_mask, cache)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(B, T, E) -> (B, T, V)."""
+        return self.language.logits(hidden)
+
+    def forward(self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Images (B, C, H, W) and words (B, T), the start token first -> logits (B, Q + T, V)."""
+        prompt, mask = self.prompt(input_ids, attention_mask)
+        memory = [Memory(self.encode_image(pixel_values))]
+        return self.logits(self.hidden(prompt, mask, memory=memory))
+
+    def to_precision(self, dtype: torch.dtype) -> Self:
+        """Everything in `dtype` but the Q-Former, which is small and was trained in fp32: it stays there."""
+        self.to(dtype)
+        self.qformer.float()
+        return self
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | PathLike[str],
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> Self:
+        """From a checkpoint folder or Hub id, in eval mode, its weights in `dtype` (see `to_precision`) on `device`.
+
+        Memory is taken for the weights once and in that type alone: the files are mapped, and each tensor is converted
+        on its way into the model. Raises UserError, in one line with every problem, when something does not fit.
+        """
+        config, tensors = read_checkpoint(source)
+        with torch.device("meta"):  # no memory, no random start
+            model = cls(Blip2Config.from_hf(config)).to_precision(dtype)
+        model.to_empty(device=device)
+        load_into(model, tensors, BLIP2, source=str(source))
+        return model.eval()
+
+    def save_pretrained(self, folder: str | PathLike[str]) -> None:
+        """config.json and model.safetensors that `from_pretrained` and `transformers` read."""
+        write_checkpoint(folder, self.config.to_hf(), to_hf(self, BLIP2))

@@ -1,0 +1,107 @@
+"""The Q-Former of BLIP-2 (Li et al. 2023, arXiv 2301.12597, section 3.1): a few learned queries ask an image tower.
+
+A BERT encoder whose input is not words but the queries; every other block also reads the image by cross-attention. What
+comes out is as many tokens as there are queries, whatever the size of the image.
+
+Shapes: B batch, Q queries, N image tokens, D width, C width of the image tower.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from vqa_scratch.errors import UserError
+from vqa_scratch.models.bert import BertBlock
+from vqa_scratch.models.hf_config import check_heads, fields_from_hf
+from vqa_scratch.nn import taps
+from vqa_scratch.nn.attention import MultiHeadAttention
+from vqa_scratch.nn.layers import init_weights
+
+MODEL_TYPE = "blip_2_qformer"
+_FIELDS = {
+    "dim": "hidden_size",
+    "layers": "num_hidden_layers",
+    "heads": "num_attention_heads",
+    "hidden": "intermediate_size",
+    "context_dim": "encoder_hidden_size",
+    "cross_every": "cross_attention_frequency",
+    "activation": "hidden_act",
+    "norm_eps": "layer_norm_eps",
+    "dropout": "hidden_dropout_prob",
+    "attention_dropout": "attention_probs_dropout_prob",
+    "init_std": "initializer_range",
+}
+
+
+@dataclass(frozen=True)
+class QFormerConfig:
+    """Sizes of a Q-Former. The defaults are those of all released BLIP-2 models."""
+
+    dim: int = 768
+    layers: int = 12
+    heads: int = 12
+    hidden: int = 3072  # inner width of the MLP
+    context_dim: int = 1408  # width of the image tower
+    cross_every: int = 2  # blocks 0, 2, 4, ... read the image
+    activation: str = "gelu"
+    norm_eps: float = 1e-12
+    dropout: float = 0.1
+    attention_dropout: float = 0.1
+    init_std: float = 0.02
+
+    def __post_init__(self) -> None:
+        check_heads(self.dim, self.heads)
+        if self.cross_every < 1:
+            raise UserError(f"cross_attention_frequency must be 1 or more, not {self.cross_every}")
+
+    @classmethod
+    def from_hf(cls, config: dict[str, Any]) -> Self:
+        """From the `qformer_config` of a config.json. Raises UserError on one that also reads text."""
+        if config.get("use_qformer_text_input"):
+            raise UserError("config.json asks for a Q-Former that reads text (image-text retrieval); this one does not")
+        return cls(**fields_from_hf(config, _FIELDS, MODEL_TYPE))
+
+    def to_hf(self) -> dict[str, Any]:
+        """The inverse of `from_hf`."""
+        return {"model_type": MODEL_TYPE, **{theirs: getattr(self, ours) for ours, theirs in _FIELDS.items()}}
+
+
+class QFormerBlock(BertBlock):
+    """BERT's block with cross-attention to the image between its halves, post-LN like them."""
+
+    def __init__(self, config: QFormerConfig) -> None:
+        super().__init__(config)
+        self.cross = MultiHeadAttention(
+            config.dim, config.heads, context_dim=config.context_dim, dropout=config.attention_dropout
+        )
+        self.norm_cross = nn.LayerNorm(config.dim, eps=config.norm_eps)
+
+    def forward(self, x: Tensor, image: Tensor) -> Tensor:
+        x = self.attend(x, None)
+        x = self.norm_cross(x + self.dropout(self.cross(x, image)))
+        return self.transform(x)
+
+
+class QFormer(nn.Module):
+    """Learned queries, normed, through the blocks. There is no norm at the end: post-LN blocks end with one."""
+
+    def __init__(self, config: QFormerConfig, queries: int) -> None:
+        super().__init__()
+        self.config = config
+        self.queries = nn.Parameter(torch.empty(1, queries, config.dim).normal_(std=config.init_std))
+        self.norm = nn.LayerNorm(config.dim, eps=config.norm_eps)
+        self.dropout = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(
+            BertBlock(config) if layer % config.cross_every else QFormerBlock(config) for layer in range(config.layers)
+        )
+        self.blocks.apply(lambda module: init_weights(module, config.init_std))
+        taps.name_modules(self, "query")
+
+    def forward(self, image: Tensor) -> Tensor:
+        """(B, N, C) -> (B, Q, D)."""
+        x = self.dropout(self.norm(self.queries)).expand(len(image), -1, -1)
+        for block in self.blocks:
+            x = block(x, image) if isinstance(block, QFormerBlock) else block(x)
+        return x

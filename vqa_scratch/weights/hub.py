@@ -1,0 +1,56 @@
+"""Where a checkpoint lies: a folder here, or the Hub's copy of an id after downloading what is asked of it.
+
+Nothing goes to the Hub but a name that is no folder and looks like an id. What has been downloaded is kept, file by
+file: an interrupted download goes on with the files that are not there yet.
+"""
+
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from vqa_scratch.errors import UserError
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+
+
+def locate(source: str | os.PathLike[str], patterns: Sequence[str], holds: str) -> Path:
+    """The folder itself, or the local copy of the Hub repository with the files that match `patterns`.
+
+    `holds` says what the folder should hold, for the error. Raises UserError, one line, if `source` is neither a folder
+    nor the id of a repository that can be reached (or is in the cache, whole).
+    """
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise UserError(f"{source} is a file; give the folder that holds {holds}")
+    if isinstance(source, Path) or not _HUB_ID.fullmatch(str(source)):
+        raise UserError(f"no folder {source}")
+    # Imported here: a session that reads local folders needs nothing of the Hub.
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(str(source), allow_patterns=list(patterns)))
+    except LocalEntryNotFoundError as error:
+        if "incomplete" in str(error):  # the library names the files
+            raise UserError(f"{source} is not whole in the cache: {_first_line(error)}") from None
+        raise UserError(
+            f"no folder {source} here, and the Hub cannot be reached to look for a model of that name"
+        ) from None
+    except HfHubHTTPError as error:
+        raise UserError(f"no folder {source} here, and the Hub says: {_first_line(error)}") from None
+    except OSError as error:
+        raise UserError(f"no folder {source} here, and the Hub cannot be reached ({_first_line(error)})") from error
+    except Exception as error:  # the library lets those of its network layers through
+        raise UserError(
+            f"the download of {source} was interrupted ({_first_line(error)}); start it again: the files that have "
+            "arrived are kept"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    """The type of the error, and what it says first if it says anything."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
