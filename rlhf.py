@@ -23,9 +23,9 @@ from tqdm import tqdm
 
 from vqa_scratch import options
 from vqa_scratch.engine.checkpoint import load_checkpoint, rng_state, save_checkpoint, set_rng_state
-from vqa_scratch.engine.loop import GracefulStop
 from vqa_scratch.engine.precision import DTYPES, Precision, pick_device, pick_precision
 from vqa_scratch.engine.progress import MetricsLog
+from vqa_scratch.engine.watch import GracefulStop
 from vqa_scratch.errors import UserError
 from vqa_scratch.rl import evaluate, report
 from vqa_scratch.rl.config import PRESETS, RLHFConfig

@@ -14,10 +14,11 @@ from vqa_helpers import CPU, small_config, small_data, small_task
 
 from vqa_scratch.engine.checkpoint import load_checkpoint, load_model_state, rng_state, save_checkpoint, set_rng_state
 from vqa_scratch.engine.evaluation import QuestionOnly, TypePrior, other_images
-from vqa_scratch.engine.loop import NotFinite, Plan, State, fit, train_step
+from vqa_scratch.engine.loop import Plan, State, fit, train_step
 from vqa_scratch.engine.optim import Muon, Optimizers, orthogonalize, schedule, split_parameters
 from vqa_scratch.engine.precision import Precision, pick_device, pick_precision
 from vqa_scratch.engine.progress import MetricsLog, moving_average, read_metrics
+from vqa_scratch.engine.watch import NotFinite
 from vqa_scratch.errors import UserError
 from vqa_scratch.systems.questions import read_splits
 

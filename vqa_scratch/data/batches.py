@@ -10,7 +10,7 @@ import queue
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import TypeVar
 
 import numpy as np
@@ -44,6 +44,10 @@ class Batch:
     def pin(self) -> "Batch":
         """In page-locked memory, which a GPU reads while the program goes on."""
         return Batch(*(getattr(self, f.name).pin_memory() for f in fields(self)))
+
+    def silent(self) -> "Batch":
+        """The same inputs with nothing asked and nobody counted: its loss and its gradients are zero."""
+        return replace(self, labels=torch.full_like(self.labels, IGNORE), rows=self.rows[:0])
 
     def parts(self, number: int) -> Iterator["Batch"]:
         """At most `number` batches of whole images, about equal in size, that together are this one."""
@@ -203,6 +207,11 @@ class Questions:
             image_index=torch.from_numpy(index),
             rows=torch.from_numpy(rows.astype(np.int64)),
         )
+
+    def by_image(self, rows: np.ndarray) -> list[np.ndarray]:
+        """The rows of a batch, cut where one image ends and the next begins."""
+        image_of = self.image_of[rows]
+        return np.split(rows, np.flatnonzero(image_of[1:] != image_of[:-1]) + 1)
 
     def epoch(self, seed: int, epoch: int, questions_per_step: int, questions_per_image: int) -> list[np.ndarray]:
         """The row numbers of every batch of one epoch, each question once; a function of the arguments alone.

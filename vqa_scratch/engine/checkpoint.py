@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from vqa_scratch.engine.distributed import World
+from vqa_scratch.engine.parallel import like
 from vqa_scratch.errors import UserError
 from vqa_scratch.storage import write_whole
 
@@ -21,7 +23,7 @@ def rng_state() -> dict[str, Any]:
         "torch": torch.get_rng_state(),
     }
     if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state_all()
+        state["cuda"] = [torch.cuda.get_rng_state()]  # of the one device that this process uses
     return state
 
 
@@ -33,7 +35,28 @@ def set_rng_state(state: dict[str, Any]) -> None:
     np.random.set_state((kind, keys.numpy().astype(np.uint32), position, has_gauss, cached))
     torch.set_rng_state(state["torch"])
     if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(state["cuda"])
+        torch.cuda.set_rng_state(state["cuda"][0])
+
+
+def separate_streams(world: World, step: int = 0) -> None:
+    """Ranks other than the main one draw random numbers of their own from here on, by rank and step."""
+    if not world.main:
+        torch.manual_seed(torch.initial_seed() + 1_000_003 * world.rank + step)
+
+
+def streams(world: World) -> dict[str, Any]:
+    """`rng_state` of the main rank, with those of the others under "ranks"; all ranks must call it."""
+    first, *others = world.gather(rng_state())
+    return first | ({"ranks": others} if others else {})
+
+
+def restore_streams(saved: dict[str, Any], world: World, step: int) -> None:
+    """Every rank gets its state back; ranks that the saved run did not have begin their own."""
+    states = [saved, *saved.get("ranks", ())]
+    if world.rank < len(states):
+        set_rng_state(states[world.rank])
+    else:
+        separate_streams(world, step)
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
@@ -70,4 +93,4 @@ def load_model_state(model: torch.nn.Module, state: dict[str, torch.Tensor], whe
     ]
     if problems:
         raise UserError(f"{where} does not fit the model: " + "; ".join(problems))
-    model.load_state_dict(state)
+    model.load_state_dict({k: like(v, state[k]) for k, v in own.items()})

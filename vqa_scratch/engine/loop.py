@@ -1,29 +1,28 @@
 """The training loop: one function that trains any task, and knows nothing about images or questions.
 
 Order of a step: learning rate, forward and backward of each part, clip, optimizer step; then log, evaluate, save. The
-loss of a step is the sum over its tokens divided by their true number, however many parts it is computed in.
+loss of a step is the sum over its tokens divided by their true number, however many parts it is computed in and on
+however many ranks: together they see the batches that one process would see, and step, stop and save as one.
 """
 
-import math
-import signal
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import FrameType
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from vqa_scratch.data.batches import prefetch
-from vqa_scratch.engine.checkpoint import load_model_state, rng_state, save_checkpoint, set_rng_state
+from vqa_scratch.engine.checkpoint import load_model_state, restore_streams, save_checkpoint, streams
+from vqa_scratch.engine.distributed import World
 from vqa_scratch.engine.optim import Optimizers, schedule
+from vqa_scratch.engine.parallel import Alone, whole
 from vqa_scratch.engine.precision import Precision
 from vqa_scratch.engine.progress import MetricsLog
-from vqa_scratch.errors import UserError
-from vqa_scratch.storage import write_json
+from vqa_scratch.engine.watch import GracefulStop, LossWatch
 
 
 class Task(Protocol):
@@ -34,8 +33,11 @@ class Task(Protocol):
     def epoch(self, number: int) -> list[Any]:
         """What `batch` takes for each step of an epoch; a function of `number` alone."""
 
+    def share(self, key: Any, world: World) -> tuple[Any, bool]:
+        """This rank's part of a step, as a key, and True; or, if there is none, some small key and False."""
+
     def batch(self, key: Any) -> Any:
-        """The batch of that key, on the CPU; has `to(device)`, `pin()` and `parts(number)`."""
+        """The batch of that key, on the CPU; has `to(device)`, `pin()`, `parts(number)` and `silent()`."""
 
     def size(self, batch: Any) -> tuple[int, int]:
         """(samples, tokens that carry a loss) of a batch or part."""
@@ -82,108 +84,97 @@ class State:
     best_step: int = 0
 
 
-@dataclass
-class GracefulStop:
-    """While installed, the first SIGINT or SIGTERM asks the loop to save and stop; a second one ends the program."""
+class Next(NamedTuple):
+    """A batch, or this rank's part of it, and what the ranks agreed on before it."""
 
-    signal: int | None = None
-    _previous: dict[int, Any] = field(default_factory=dict)
-
-    def __enter__(self) -> "GracefulStop":
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._previous[number] = signal.signal(number, self._note)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        self.signal = number
-        signal.signal(number, self._previous[number])
+    epoch: int
+    position: int  # in the epoch, after this batch
+    batch: Any
+    samples: int  # of all ranks
+    tokens: int  # of all ranks
+    signal: int | None  # that asked any rank to stop
 
 
-class NotFinite(UserError):
-    """The loss or its gradient became NaN or infinite."""
+def batches_from(task: Task, state: State, pin: bool, world: World = World()) -> Iterator[tuple[int, int, Any]]:  # noqa: B008
+    """(epoch, position after it, this rank's part of the batch), endlessly, from where `state` stands.
 
-
-class LossWatch:
-    """Collects losses and gradient norms on the device, and looks at them in one go, so that a GPU is not waited for at
-    every step."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.pending: list[tuple[str, int, list[int], Tensor]] = []
-
-    def add(self, what: str, step: int, ids: list[int], value: Tensor) -> None:
-        self.pending.append((what, step, ids, value.detach()))
-
-    def look(self) -> None:
-        """Raise NotFinite for the first value that is no number, after writing its samples' ids to a file."""
-        if not self.pending:
-            return
-        values = torch.stack([value for *_, value in self.pending]).tolist()
-        for (what, step, ids, _), value in zip(self.pending, values, strict=True):
-            if not math.isfinite(value):
-                path = self.folder / "bad_batch.json"
-                write_json(path, {"step": step, what: str(value), "ids": ids})
-                raise NotFinite(
-                    f"the {what} of step {step} is {value}; its samples are listed in {path}, the last good checkpoint "
-                    "is kept; go on from it with --resume and a lower --learning-rate"
-                )
-        self.pending.clear()
-
-
-def batches_from(task: Task, state: State, pin: bool) -> Iterator[tuple[int, int, Any]]:
-    """(epoch, position after it, batch), endlessly, from where `state` stands."""
+    A rank without a part gets a silent batch: it goes through the model like the others, and counts for nothing.
+    """
     epoch, start = state.epoch, state.position
     while True:
         keys = task.epoch(epoch)
         for position in range(start, len(keys)):
-            batch = task.batch(keys[position])
+            key, counts = task.share(keys[position], world) if world.size > 1 else (keys[position], True)
+            batch = task.batch(key) if counts else task.batch(key).silent()
             yield epoch, position + 1, batch.pin() if pin else batch
         epoch, start = epoch + 1, 0
 
 
 def train_step(
-    task: Task, batch: Any, optimizers: Optimizers, precision: Precision, plan: Plan
+    task: Task,
+    batch: Any,
+    optimizers: Optimizers,
+    precision: Precision,
+    plan: Plan,
+    ranks: Alone = Alone(),  # noqa: B008 - has no state
+    tokens: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """One optimizer step. Returns (mean loss, share of tokens right, gradient norm), each a scalar on the device."""
-    _, tokens = task.size(batch)
+    """One optimizer step. Returns (mean loss, share of tokens right, gradient norm), each a scalar on the device.
+
+    `tokens` is the number of labelled tokens on all ranks; None: those of the batch.
+    """
+    tokens = task.size(batch)[1] if tokens is None else tokens
+    parts = list(batch.parts(plan.accumulate))
+    if ranks.world.size > 1:  # every rank goes through the model equally often
+        parts += [parts[0].silent()] * (plan.accumulate - len(parts))
     loss_sum = correct_sum = None
-    for part in batch.parts(plan.accumulate):
-        with precision.autocast():
-            loss, correct = task.loss(part)
-        precision.scaler.scale(loss / tokens).backward()
+    for number, part in enumerate(parts, 1):
+        with ranks.backward_of(last=number == len(parts)):
+            with precision.autocast():
+                loss, correct = ranks.run(task.loss, part)
+            # Gradients are averaged over ranks, and here their sum is wanted.
+            precision.scaler.scale(loss / (tokens / ranks.world.size)).backward()
         loss_sum = loss.detach() if loss_sum is None else loss_sum + loss.detach()
         correct_sum = correct if correct_sum is None else correct_sum + correct
     for optimizer in optimizers.optimizers:
         precision.scaler.unscale_(optimizer)
-    norm = nn.utils.clip_grad_norm_(optimizers.parameters, plan.max_grad_norm)
+    norm = whole(nn.utils.clip_grad_norm_(optimizers.parameters, plan.max_grad_norm))
     for optimizer in optimizers.optimizers:
         precision.scaler.step(optimizer)
     precision.scaler.update()
     optimizers.zero_grad()
+    loss_sum, correct_sum = ranks.world.sum_(torch.stack([loss_sum, correct_sum.to(loss_sum)]))
     return loss_sum / tokens, correct_sum / tokens, norm
 
 
-def checkpoint_state(task: Task, optimizers: Optimizers, precision: Precision, state: State) -> dict[str, Any]:
+def checkpoint_state(
+    task: Task, optimizers: Optimizers, precision: Precision, state: State, world: World
+) -> dict[str, Any]:
+    """Everything needed to go on, whole, so that another number of ranks can; all ranks must call it."""
     return {
-        "model": task.model.state_dict(),
-        "optimizers": optimizers.state_dict(),
+        "model": whole(task.model.state_dict()),
+        "optimizers": whole(optimizers.state_dict()),
         "scaler": precision.scaler.state_dict(),
         "state": asdict(state),
-        "rng": rng_state(),
+        "rng": streams(world),
         "precision": precision.kind,
     }
 
 
-def restore(saved: dict[str, Any], task: Task, optimizers: Optimizers, precision: Precision, where: str) -> State:
+def restore(
+    saved: dict[str, Any],
+    task: Task,
+    optimizers: Optimizers,
+    precision: Precision,
+    where: str,
+    world: World = World(),  # noqa: B008 - frozen
+) -> State:
     """Bring everything back to where the checkpoint was taken. Raises UserError if it does not fit the model."""
+    world.check_same(saved["state"]["step"], f"the step of the checkpoint in {where}")
     load_model_state(task.model, saved["model"], where)
     optimizers.load_state_dict(saved["optimizers"])
     precision.scaler.load_state_dict(saved["scaler"])
-    set_rng_state(saved["rng"])
+    restore_streams(saved["rng"], world, saved["state"]["step"])
     return State(**saved["state"])
 
 
@@ -196,31 +187,47 @@ def fit(
     folder: Path,
     state: State,
     *,
+    ranks: Alone = Alone(),  # noqa: B008 - has no state
     on_best: Callable[[], None],
     after_evaluation: Callable[[], None] = lambda: None,
 ) -> int | None:
     """Train until the plan is over. Returns None, or the number of the signal that stopped it early.
 
-    `folder` receives checkpoints/last.pt; `on_best` is called when the validation accuracy is the best so far, and
-    `after_evaluation` after every evaluation. `state` is updated in place.
+    `folder` receives checkpoints/last.pt; `on_best` is called when the validation accuracy is the best so far, on all
+    ranks, and `after_evaluation` after every evaluation, on the main one. `state` is updated in place.
     """
-    last, watch, device = folder / "checkpoints" / "last.pt", LossWatch(folder), precision.device
+    world = ranks.world
+    last, watch, device = folder / "checkpoints" / "last.pt", LossWatch(folder, world), precision.device
     task.model.train()
     resumed_seconds, began = state.seconds, time.perf_counter()
     window_began, window_samples = began, 0
 
+    def clock() -> float:
+        """Seconds of the run so far, by the main rank's clock; the others add nothing."""
+        return resumed_seconds + time.perf_counter() - began if world.main else 0.0
+
+    def ahead() -> Next:
+        """The next batch, and what ranks must agree on before it: its size, the time, whether to stop."""
+        epoch, position, batch = next(source)
+        samples, tokens, state.seconds, *votes = world.totals([*task.size(batch), clock(), *stop.votes()])
+        return Next(epoch, position, batch, int(samples), int(tokens), stop.elected(votes))
+
     def save() -> None:
         watch.look()
-        save_checkpoint(last, checkpoint_state(task, optimizers, precision, state))
+        saved = checkpoint_state(task, optimizers, precision, state, world)
+        if world.main:
+            save_checkpoint(last, saved)
 
     def evaluate() -> None:
         watch.look()
-        figures = task.evaluate()
+        figures = ranks.with_whole_model(task.evaluate)
         log.write(state.step, samples=state.samples, seconds=round(state.seconds, 2), **{"val": figures})
         if figures["accuracy"] > state.best:
             state.best, state.best_step = figures["accuracy"], state.step
             on_best()
-        after_evaluation()
+        if world.main:
+            after_evaluation()
+        (state.seconds,) = world.totals([clock()])
 
     bar = tqdm(
         total=100.0,
@@ -229,29 +236,28 @@ def fit(
         bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}",
     )
     with GracefulStop() as stop, bar:
-        source = prefetch(batches_from(task, state, pin=device.type == "cuda"))
-        while plan.progress(state.step, state.seconds) < 1 and stop.signal is None:
-            epoch, position, batch = next(source)
+        source = prefetch(batches_from(task, state, device.type == "cuda", world))
+        over = plan.progress(state.step, state.seconds) >= 1
+        now = None if over else ahead()
+        while not over and now.signal is None:
             progress = plan.progress(state.step, state.seconds)
             optimizers.set_factor(schedule(state.step, progress, plan.warmup_steps, plan.decay_from))
-            ids = task.ids(batch)
-            samples, _ = task.size(batch)
-            batch = batch.to(device)
-            loss, right, norm = train_step(task, batch, optimizers, precision, plan)
+            ids = task.ids(now.batch)
+            loss, right, norm = train_step(task, now.batch.to(device), optimizers, precision, plan, ranks, now.tokens)
             watch.add("loss", state.step + 1, ids, loss)
             if not precision.scaler.is_enabled():  # a scaler finds infinite gradients itself, and skips the step
                 watch.add("gradient", state.step + 1, ids, norm)
-            state.step, state.epoch, state.position = state.step + 1, epoch, position
-            state.samples, window_samples = state.samples + samples, window_samples + samples
-            state.seconds = resumed_seconds + time.perf_counter() - began
+            state.step, state.epoch, state.position = state.step + 1, now.epoch, now.position
+            state.samples, window_samples = state.samples + now.samples, window_samples + now.samples
+            now = ahead()
 
             logging = state.step == 1 or state.step % plan.log_every == 0
             if logging or device.type == "cpu":
                 watch.look()  # on a GPU this is where the program waits for it
             if logging:
-                now = time.perf_counter()
-                rate = window_samples / (now - window_began)
-                window_began, window_samples = now, 0
+                moment = time.perf_counter()
+                rate = window_samples / (moment - window_began)
+                window_began, window_samples = moment, 0
                 values = {"loss": loss.item(), "token_accuracy": right.item(), "grad_norm": norm.item()}
                 log.write(
                     state.step,
@@ -269,11 +275,11 @@ def fit(
             over = plan.progress(state.step, state.seconds) >= 1
             if state.step % plan.eval_every == 0 or over:
                 evaluate()
-                state.seconds = resumed_seconds + time.perf_counter() - began
                 window_began, window_samples = time.perf_counter(), 0
-            if state.step % plan.save_every == 0 or over or stop.signal is not None:
+            if state.step % plan.save_every == 0 or over or now.signal is not None:
                 save()
         source.close()
-        if stop.signal is None:
+        stopped = stop.elected(world.totals(stop.votes()))
+        if stopped is None:
             bar.update(100 - bar.n)
-    return stop.signal
+    return stopped

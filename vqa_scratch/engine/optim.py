@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vqa_scratch.engine.parallel import like, whole
+
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # the quintic's coefficients, from the paper
 NEWTON_SCHULZ_STEPS = 5
 
@@ -69,11 +71,12 @@ class Muon(torch.optim.Optimizer):
         grads = [p.grad for p in params]
         torch._foreach_lerp_(buffers, grads, 1 - momentum)
         ahead = torch._foreach_lerp(grads, buffers, momentum)  # Nesterov
-        update = orthogonalize(torch.stack(ahead)).to(params[0].dtype)
+        update = orthogonalize(torch.stack(whole(ahead))).to(params[0].dtype)  # of whole matrices, sharded or not
+        steps = [like(p, matrix) for p, matrix in zip(params, update.unbind(0), strict=True)]
         if group["weight_decay"]:
             torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
         rows, columns = params[0].shape
-        torch._foreach_add_(params, list(update.unbind(0)), alpha=-lr * math.sqrt(max(1.0, rows / columns)))
+        torch._foreach_add_(params, steps, alpha=-lr * math.sqrt(max(1.0, rows / columns)))
 
 
 def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter], list[nn.Parameter]]:
@@ -142,8 +145,14 @@ class Optimizers:
         return [optimizer.state_dict() for optimizer in self.optimizers]
 
     def load_state_dict(self, states: list[dict[str, Any]]) -> None:
-        for optimizer, state in zip(self.optimizers, states, strict=True):
-            optimizer.load_state_dict(state)
+        """States are whole; what belongs to a sharded parameter is cut as that is."""
+        for optimizer, saved in zip(self.optimizers, states, strict=True):
+            params = [p for group in optimizer.param_groups for p in group["params"]]
+            cut = {
+                i: {k: like(params[i], v) if getattr(v, "shape", ()) == params[i].shape else v for k, v in s.items()}
+                for i, s in saved["state"].items()
+            }
+            optimizer.load_state_dict(saved | {"state": cut})
 
 
 def schedule(step: int, progress: float, warmup_steps: int, decay_from: float) -> float:

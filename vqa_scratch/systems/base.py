@@ -11,7 +11,7 @@ A system is a way to train and use one kind of model. It says so in one `System`
 4. `System(name, Config, prepare, open_trained)`, and one entry in the list.
 
 What happens in a run, in this order: `prepare`, the lines of `about`, `save_parts` (not when resuming), the loop with
-`epoch`, `batch`, `size`, `ids`, `loss` and `evaluate`, after every evaluation `panels` as curves.png; at the end the
+`epoch`, `share`, `batch`, `size`, `ids`, `loss` and `evaluate`, after every evaluation `panels` as curves.png; at the end the
 best weights are loaded and `finish` makes the final figures, `lines` says the most important of them.
 """
 
@@ -27,6 +27,7 @@ from torch import nn
 
 from vqa_scratch.config import RunConfig
 from vqa_scratch.data.vqa_v2 import VQASample
+from vqa_scratch.engine.distributed import World
 from vqa_scratch.engine.evaluation import Answer
 from vqa_scratch.engine.loop import Task
 from vqa_scratch.engine.precision import Precision
@@ -36,6 +37,7 @@ class Job(Task, Protocol):
     """A run in the making: a task for the loop (see `engine/loop.py`), and what it leaves in the run folder."""
 
     unit: str  # what a sample is, in the plural: "questions", "captions"
+    world: World  # the ranks of the run, set by train.py; `evaluate` and `finish` are called on all of them
 
     def about(self) -> list[str]:
         """Lines for the user before training begins: what trains, what was cut or left out."""

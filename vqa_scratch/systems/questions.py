@@ -13,6 +13,7 @@ from vqa_scratch.config import QuestionConfig
 from vqa_scratch.data.batches import Images, Questions
 from vqa_scratch.data.shapes import FAMILY_OF_TYPE, ShapesSpec, ensure_shapes
 from vqa_scratch.data.vqa_v2 import VQASample, read_vqa, split_by_image
+from vqa_scratch.engine.distributed import World
 from vqa_scratch.engine.evaluation import Answer, QuestionOnly, Report, TypePrior, blind, other_images, score
 from vqa_scratch.engine.gallery import write_gallery
 from vqa_scratch.engine.precision import Precision
@@ -72,6 +73,7 @@ class QuestionJob(ABC):
     """
 
     unit = "questions"
+    world = World()  # train.py sets it
     loss_unit: str  # what one unit of the training loss is, for the curve's axis
 
     def __init__(
@@ -104,6 +106,12 @@ class QuestionJob(ABC):
         config = self.config
         return self.questions["train"].epoch(config.seed, number, config.questions_per_step, config.questions_per_image)
 
+    def share(self, key: np.ndarray, world: World) -> tuple[np.ndarray, bool]:
+        """The rows of this rank's images; those of one image and False where there are more ranks than images."""
+        images = self.questions["train"].by_image(key)
+        mine = world.share(images)
+        return np.concatenate(mine or images[:1]), bool(mine)
+
     def ids(self, batch: Any) -> list[int]:
         samples = self.questions["train"].samples
         return [samples[row].question_id for row in batch.rows.tolist()]
@@ -111,11 +119,16 @@ class QuestionJob(ABC):
     def report(
         self, split: str, limit: int | None = None, *, shuffled: bool = False, progress: str | None = None
     ) -> Report:
-        """Score a split, or about its first `limit` questions; `shuffled` shows every question another image."""
+        """Score a split, or about its first `limit` questions; `shuffled` shows every question another image.
+
+        Ranks take turns at the batches and put their answers together, so that all of them get the same report.
+        """
         questions = self.questions[split]
         batches = questions.in_order(limit or len(questions.samples), 2 * self.config.questions_per_step)
         swap = other_images(len(questions.image_paths)) if shuffled else None
-        return score(questions.samples, self.answers(split, batches, swap, progress), self.splits.family)
+        mine = self.answers(split, batches[self.world.rank :: self.world.size], swap, progress)
+        answers = {number: answer for some in self.world.gather(mine) for number, answer in some.items()}
+        return score(questions.samples, answers, self.splits.family)
 
     def evaluate(self) -> dict[str, float]:
         report = self.report("val", self.config.eval_questions)

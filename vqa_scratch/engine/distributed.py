@@ -1,0 +1,176 @@
+"""Several processes as one run: who is who, the small messages between them, and how a run of many ends.
+
+`torchrun` starts the processes and tells each its place through the environment; without it a run is a world of one,
+in which every message below is a no-op. Numbers and Python objects travel by gloo between CPUs even where gradients
+travel by NCCL between GPUs, so that agreeing on a clock or a signal never waits for a GPU.
+"""
+
+import hashlib
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import partialmethod
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from tqdm import tqdm
+
+from vqa_scratch.errors import UserError
+
+T = TypeVar("T")
+
+# How long one rank may keep the others waiting: rank 0 draws data, decodes images and writes reports while they do. A
+# rank that dies is noticed at once, by torchrun and by its closed connections.
+TIMEOUT = timedelta(hours=1)
+GRACE = timedelta(seconds=2)  # that rank 0 has to tell an error which every rank meets
+NEEDED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes of a run, as one of them sees it. `local_rank` counts within the machine."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+
+    @property
+    def main(self) -> bool:
+        """Whether this is the one that logs, draws and writes."""
+        return self.rank == 0
+
+    def totals(self, values: Sequence[float]) -> list[float]:
+        """The sum of each number over the ranks, exact up to 2**53; all ranks get the same."""
+        if self.size == 1:
+            return list(values)
+        return self.sum_(torch.tensor(values, dtype=torch.float64)).tolist()
+
+    def sum_(self, tensor: Tensor) -> Tensor:
+        """The sum over the ranks, in place, on whatever device the tensor is."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def gather(self, value: T) -> list[T]:
+        """The value of every rank in order, on every rank. Values are pickled: keep tensors on the CPU."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def of_main(self, value: T) -> T:
+        """Rank 0's value, on every rank."""
+        if self.size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def share(self, items: Sequence[T]) -> Sequence[T]:
+        """This rank's run of the items: shares differ by one item at most, and may be empty."""
+        return items[len(items) * self.rank // self.size : len(items) * (self.rank + 1) // self.size]
+
+    def check_same(self, value: Any, what: str) -> None:
+        """Raise UserError on every rank if they do not hold the same value."""
+        values = self.gather(value)
+        for rank, other in enumerate(values):
+            if other != values[0]:
+                raise UserError(f"{what} on rank 0 is {values[0]}, on rank {rank} {other}; all ranks must see the same")
+
+    @contextmanager
+    def first_one_then_all(self) -> Iterator[None]:
+        """The body runs on one rank of each machine, then on its others, which find what the first left on disk."""
+        if self.local_rank == 0:
+            yield
+        self.totals([0])  # nobody passes before everybody came
+        if self.local_rank != 0:
+            yield
+
+
+def _place() -> World | None:
+    """What torchrun's environment says, None without it. Raises UserError on half of it."""
+    missing = [name for name in NEEDED if name not in os.environ]
+    if "RANK" in missing or "WORLD_SIZE" in missing:
+        return None
+    if missing:
+        raise UserError(f"RANK is set, but {', '.join(missing)} not: start several processes with torchrun")
+    return World(*(int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")))
+
+
+def _backend(device: str, world: World) -> str:
+    if device == "mps":
+        raise UserError("--device mps computes in one process; leave out torchrun, or take --device cpu")
+    if device == "cpu" or not torch.cuda.is_available():
+        return "gloo"
+    if world.local_rank >= torch.cuda.device_count():
+        raise UserError(
+            f"there is no GPU for process {world.local_rank} of this machine, which has {torch.cuda.device_count()}: "
+            f"give torchrun --nproc-per-node {torch.cuda.device_count()}"
+        )
+    torch.cuda.set_device(world.local_rank)
+    return "cpu:gloo,cuda:nccl"
+
+
+def _be_quiet() -> None:
+    """No bar and no line on stdout from this process; errors and warnings still reach stderr."""
+    sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    tqdm.__init__ = partialmethod(tqdm.__init__, disable=True)
+
+
+def _told_by_main(store: dist.Store, world: World, message: str) -> bool:
+    """Whether rank 0 tells this error as well, so that this rank need not. Waits for rank 0 a little while."""
+    key = "error/" + hashlib.sha256(message.encode()).hexdigest()
+    if world.main:
+        with suppress(RuntimeError):
+            store.set(key, "told")
+        return False
+    try:
+        store.wait([key], GRACE)
+    except RuntimeError:
+        return False
+    return True
+
+
+def lost(error: RuntimeError) -> bool:
+    """Whether a collective failed because another rank is gone."""
+    text = str(error)
+    return isinstance(error, dist.DistError) or "gloo" in text or "Connection" in text or "NCCL" in text
+
+
+@contextmanager
+def start(device: str = "auto") -> Iterator[World]:
+    """The world of this run, from torchrun's environment; taken down again at the end of the block.
+
+    `device` is the word of --device. Raises UserError when the environment or the device does not fit. An error in the
+    block that every rank meets is told by rank 0; one that a single rank meets is told by that rank, by its number; a
+    rank that loses another one ends with one line, and nothing is saved.
+    """
+    world = _place()
+    if world is None:
+        yield World()
+        return
+    backend = _backend(device, world)
+    if not world.main:
+        _be_quiet()
+    try:
+        store, *_ = next(dist.rendezvous("env://", timeout=TIMEOUT))
+        dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size, timeout=TIMEOUT)
+        yield world
+    except (UserError, RuntimeError) as error:
+        message = str(error)
+        if not isinstance(error, UserError):
+            if not lost(error):
+                raise
+            message = (
+                "a rank is gone; what ended it stands above or below. Go on from the last checkpoint with --resume"
+            )
+        if _told_by_main(store, world, message):
+            sys.exit(2)
+        raise UserError(message if world.main else f"rank {world.rank}: {message}") from error
+    dist.destroy_process_group()

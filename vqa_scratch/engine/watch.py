@@ -1,0 +1,80 @@
+"""What may end a run early: a signal, or a loss that is no number. Both end it on all ranks at the same step."""
+
+import math
+import signal
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vqa_scratch.engine.distributed import World
+from vqa_scratch.errors import UserError
+from vqa_scratch.storage import write_json
+
+STOPS = (signal.SIGINT, signal.SIGTERM)
+
+
+@dataclass
+class GracefulStop:
+    """While installed, the first SIGINT or SIGTERM asks the loop to save and stop; a second one ends the program."""
+
+    signal: int | None = None
+    _previous: dict[int, Any] = field(default_factory=dict)
+
+    def __enter__(self) -> "GracefulStop":
+        for number in STOPS:
+            self._previous[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.signal = number
+        signal.signal(number, self._previous[number])
+
+    def votes(self) -> list[int]:
+        """For each of STOPS, whether this process got it: what ranks add up to agree."""
+        return [int(self.signal == number) for number in STOPS]
+
+    @staticmethod
+    def elected(votes: list[float]) -> int | None:
+        """The signal that any rank got, from the sum of their votes."""
+        return next((int(number) for number, count in zip(STOPS, votes, strict=True) if count), None)
+
+
+class NotFinite(UserError):
+    """The loss or its gradient became NaN or infinite."""
+
+
+class LossWatch:
+    """Collects losses and gradient norms on the device, and looks at them in one go, so that a GPU is not waited for at
+    every step. Values are those of all ranks, so all ranks raise together."""
+
+    def __init__(self, folder: Path, world: World) -> None:
+        self.folder, self.world = folder, world
+        self.pending: list[tuple[str, int, list[int], Tensor]] = []
+
+    def add(self, what: str, step: int, ids: list[int], value: Tensor) -> None:
+        self.pending.append((what, step, ids, value.detach()))
+
+    def look(self) -> None:
+        """Raise NotFinite for the first value that is no number, after writing its samples' ids to a file."""
+        if not self.pending:
+            return
+        values = torch.stack([value for *_, value in self.pending]).tolist()
+        for (what, step, ids, _), value in zip(self.pending, values, strict=True):
+            if not math.isfinite(value):
+                path = self.folder / "bad_batch.json"
+                ids = [i for of_rank in self.world.gather(ids) for i in of_rank]
+                if self.world.main:
+                    write_json(path, {"step": step, what: str(value), "ids": ids})
+                raise NotFinite(
+                    f"the {what} of step {step} is {value}; its samples are listed in {path}, the last good checkpoint "
+                    "is kept; go on from it with --resume and a lower --learning-rate"
+                )
+        self.pending.clear()
