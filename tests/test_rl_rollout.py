@@ -23,7 +23,7 @@ from vqa_scratch.rl.policy import (
 )
 from vqa_scratch.rl.ppo import PPO
 from vqa_scratch.rl.rewards import RewardPart, RewardSum
-from vqa_scratch.rl.rollout import PromptStream, sample, score
+from vqa_scratch.rl.rollout import PromptStream, chances, pick, sample, score
 from vqa_scratch.rl.types import Prompt
 
 VOCAB, EOS = 23, 1
@@ -107,7 +107,9 @@ def test_scored_distribution_is_the_sampled_one(options):
     with torch.no_grad():
         one = policy.encode(ragged_prompts(1))
         many = one.shared_by(count)
-        ids, mask, finished = sample(policy, many, some, torch.Generator().manual_seed(1))
+        ids, mask, finished = sample(
+            policy, many, some, chances(count, some, torch.Generator().manual_seed(1), many.states[0].device)
+        )
         assert not (ids[mask] == 0).any() and torch.equal(finished, ((ids == EOS) & mask).any(1))
         first = ids[:, 0].mode().values  # look at the successors of the most frequent first token
         rows = ids[:, 0] == first
@@ -141,7 +143,35 @@ def test_dropout_stays_off_while_training():
 
 
 def responses(ppo, samples=2):
-    return ppo.respond(ppo.stream.prompts, samples, ppo.actor.backbone, torch.Generator().manual_seed(5))
+    return ppo.respond(ppo.stream.prompts, samples, ppo.actor.backbone, torch.Generator().manual_seed(8))
+
+
+def test_a_response_depends_on_its_own_chances_alone():
+    """Prompts together, one by one, and with others left out: the same tokens, whoever ends first."""
+    policy, some = tiny().eval(), rules()
+    prompts = ragged_prompts(8)
+    chance = chances(16, some, None, torch.device("cpu"))
+    with torch.no_grad():
+        together = sample(policy, policy.encode(prompts).shared_by(2), some, chance)
+        for i, prompt in enumerate(prompts):
+            rows = slice(2 * i, 2 * i + 2)
+            alone = sample(policy, policy.encode([prompt]).shared_by(2), some, chance[rows])
+            assert alone.lists() == together.lists()[rows]
+    assert len({len(x) for x in together.lists()}) > 2, "the lengths should be ragged"
+
+
+def test_inverse_transform_against_its_definition():
+    logits = torch.randn(2000, 7)
+    logits[:, [0, 3, 6]] = BARRED
+    chance = torch.rand(2000)
+    chance[:2] = torch.tensor([0.0, 1 - 2**-24])  # the ends of what torch.rand gives
+    token = pick(logits, chance)
+    probability = logits.double().softmax(-1)
+    above = probability.cumsum(-1).gather(1, token[:, None]).squeeze(1)
+    below = above - probability.gather(1, token[:, None]).squeeze(1)
+    # A running sum of seven fp32 numbers is off by a few times 2**-24.
+    assert ((below - 1e-6 <= chance) & (chance <= above + 1e-6)).all()
+    assert not torch.isin(token, torch.tensor([0, 3, 6])).any()
 
 
 def test_scores_do_not_depend_on_the_batch():
@@ -298,7 +328,8 @@ def test_mask_follows_lengths_even_where_padding_is_a_real_token():
     policy = tiny().eval()
     policy.pad_id = 7  # ids are padded with a token that may be sampled
     with torch.no_grad():
-        ids, mask, finished = sample(policy, policy.encode(ragged_prompts(1)).shared_by(400), rules(), None)
+        context = policy.encode(ragged_prompts(1)).shared_by(400)
+        ids, mask, finished = sample(policy, context, rules(), chances(400, rules(), None, torch.device("cpu")))
     assert (ids[mask] == 7).any() and (ids[~mask] == 7).all()
     lengths = mask.sum(1)
     assert ((lengths == 9) | finished).all()

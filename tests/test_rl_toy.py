@@ -43,8 +43,8 @@ def drop_first_token(*args):
     return FirstTokenDropped(ids, mask, finished)
 
 
-def bar_eos_in_the_sampler_alone(backbone, context, rules, generator):
-    return sample(backbone, context, SamplingRules(EOS, LONGEST, min_new_tokens=2), generator)
+def bar_eos_in_the_sampler_alone(backbone, context, rules, chance):
+    return sample(backbone, context, SamplingRules(EOS, LONGEST, min_new_tokens=2), chance)
 
 
 @pytest.mark.parametrize("mistake", [drop_first_token, bar_eos_in_the_sampler_alone])

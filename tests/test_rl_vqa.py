@@ -17,7 +17,7 @@ from vqa_scratch.rl.config import RLHFConfig
 from vqa_scratch.rl.policy import ActorCritic, SamplingRules, freeze
 from vqa_scratch.rl.ppo import PPO
 from vqa_scratch.rl.rewards import RewardPart, RewardSum
-from vqa_scratch.rl.rollout import sample
+from vqa_scratch.rl.rollout import chances, sample
 from vqa_scratch.rl.types import Samples
 from vqa_scratch.rl.vqa_policy import VQAPolicy, check_answers, official_accuracy, prompts_from
 from vqa_scratch.systems.vqa import embedded_system
@@ -113,7 +113,9 @@ def test_sampling_keeps_to_the_rules(system, samples):
     policy = VQAPolicy(*system).eval()
     with torch.no_grad():
         context = policy.encode(prompts_from(samples, policy.encoder)).shared_by(16)
-        ids, mask, finished = sample(policy, context, rules_for(policy, min_new_tokens=3), None)
+        rules = rules_for(policy, min_new_tokens=3)
+        chance = chances(16 * context.prompts, rules, None, torch.device("cpu"))
+        ids, mask, finished = sample(policy, context, rules, chance)
     assert (mask.sum(1) >= 3).all() and not (ids[mask] == policy.pad_id).any()
     assert torch.equal(((ids == policy.eos_id) & mask).any(1), finished)
 

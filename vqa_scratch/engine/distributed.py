@@ -167,9 +167,7 @@ def start(device: str = "auto") -> Iterator[World]:
         if not isinstance(error, UserError):
             if not lost(error):
                 raise
-            message = (
-                "a rank is gone; what ended it stands above or below. Go on from the last checkpoint with --resume"
-            )
+            message = "another rank is gone, and says why itself; go on from the last checkpoint with --resume"
         if _told_by_main(store, world, message):
             sys.exit(2)
         raise UserError(message if world.main else f"rank {world.rank}: {message}") from error

@@ -20,7 +20,7 @@ from vqa_scratch.rl.config import RLHFConfig
 from vqa_scratch.rl.metrics import UpdateStats, rollout_metrics
 from vqa_scratch.rl.policy import ActorCritic, Backbone, Context, SamplingRules
 from vqa_scratch.rl.rewards import RewardScale, RewardSum
-from vqa_scratch.rl.rollout import PromptStream, Responses, sample, score
+from vqa_scratch.rl.rollout import PromptStream, Responses, chances, sample, score
 from vqa_scratch.rl.types import Prompt, Samples, Trajectory
 
 GROUP_ADVANTAGES = {"rloo": F.rloo_advantages, "grpo": F.grpo_advantages, "best-of-n": F.best_of_n_advantages}
@@ -87,7 +87,8 @@ class PPO:
         """Encode the prompts once and sample `samples` responses to each."""
         with self.autocast():
             context = policy.encode(prompts).shared_by(samples)
-            responses = sample(policy, context, self.rules, generator)
+            chance = chances(len(prompts) * samples, self.rules, generator, context.states[0].device)
+            responses = sample(policy, context, self.rules, chance)
         ids = responses.lists()
         repeated = [p for p in prompts for _ in range(samples)]
         return responses, Samples(repeated, ids, [self.decode(x) for x in ids], responses.finished.tolist()), context

@@ -37,9 +37,34 @@ class Responses(NamedTuple):
         return [row[:n] for row, n in zip(self.ids.tolist(), lengths.tolist(), strict=True)]
 
 
+def chances(rows: int, rules: SamplingRules, generator: torch.Generator | None, device: torch.device) -> Tensor:
+    """(B, R): a uniform number in [0, 1) for every token that may be sampled.
+
+    Drawn before sampling, so that what a row says depends on its own numbers alone: not on which other rows are sampled
+    beside it, on which rank, or when they end.
+    """
+    return torch.rand(rows, rules.max_new_tokens, generator=generator, device=device)
+
+
+def pick(logits: Tensor, chance: Tensor) -> Tensor:
+    """Inverse transform sampling: logits (B, V) and chance (B,) -> tokens (B,).
+
+    A token is picked where the running sum of probabilities first exceeds its chance, so never one of probability 0.
+    """
+    probabilities = logits.softmax(-1)
+    running = probabilities.cumsum(-1)
+    token = torch.searchsorted(running, chance[:, None] * running[:, -1:], right=True)
+    # A parallel running sum may fall by a rounding error, and then the search may end beside a step.
+    token = torch.where(probabilities.gather(1, token) > 0, token, probabilities.argmax(-1, keepdim=True))
+    return token.squeeze(1)
+
+
 @torch.no_grad()
-def sample(backbone: Backbone, context: Context, rules: SamplingRules, generator: torch.Generator | None) -> Responses:
-    """`context.samples` responses to each prompt, token by token with a cache; rows that have ended are dropped."""
+def sample(backbone: Backbone, context: Context, rules: SamplingRules, chance: Tensor) -> Responses:
+    """`context.samples` responses to each prompt, token by token with a cache; rows that have ended are dropped.
+
+    `chance` (B, R) are the random numbers, from `chances`.
+    """
     rows, device = context.prompts * context.samples, context.states[0].device
     ids = torch.full((rows, rules.max_new_tokens), backbone.pad_id, device=device)
     lengths = torch.zeros(rows, dtype=torch.long, device=device)
@@ -50,7 +75,7 @@ def sample(backbone: Backbone, context: Context, rules: SamplingRules, generator
     for t in range(rules.max_new_tokens):
         hidden = backbone.decode_hidden(token[:, None], context, cache)[:, -1]  # (live, D)
         logits = policy_logits(backbone.logits(hidden), ids[live], torch.full_like(live, t), rules)
-        token = torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(1)
+        token = pick(logits, chance[live, t])
         running = ~finished[live]
         ids[live[running], t] = token[running]
         lengths[live] += running
