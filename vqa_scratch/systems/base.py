@@ -11,8 +11,9 @@ A system is a way to train and use one kind of model. It says so in one `System`
 4. `System(name, Config, prepare, open_trained)`, and one entry in the list.
 
 What happens in a run, in this order: `prepare`, the lines of `about`, `save_parts` (not when resuming), the loop with
-`epoch`, `share`, `batch`, `size`, `ids`, `loss` and `evaluate`, after every evaluation `panels` as curves.png; at the end the
-best weights are loaded and `finish` makes the final figures, `lines` says the most important of them.
+`epoch`, `share` (where there are several ranks), `batch`, `size`, `ids`, `loss` and `evaluate`, after every evaluation
+`panels` as curves.png; at the end the best weights are loaded and `finish` makes the final figures, `lines` says the
+most important of them.
 """
 
 import random
