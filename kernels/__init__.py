@@ -1,1 +1,22 @@
-"""Triton kernels beside their plain-torch definitions. None yet: attention runs through the operators of torch."""
+"""Triton kernels beside their plain-torch definitions: attention, linear + cross-entropy, log-probability + entropy.
+
+On a GPU of capability 8.0 or newer, with Triton installed, the kernels run; everywhere else torch does, with the same
+answers. What a kernel does not take runs in torch and is said once. `backend()` says which ran.
+"""
+
+from kernels.attention import flash_attention
+from kernels.choice import backend
+from kernels.cross_entropy import linear_cross_entropy
+from kernels.logprob import chosen_logprobs, linear_logprobs
+from kernels.reference import RelativeBias, distance_buckets, merge
+
+__all__ = [
+    "RelativeBias",
+    "backend",
+    "chosen_logprobs",
+    "distance_buckets",
+    "flash_attention",
+    "linear_cross_entropy",
+    "linear_logprobs",
+    "merge",
+]

@@ -1,9 +1,14 @@
 """Shared fixtures. Importing the shim first lets `transformers` import beside a CPU-only torch."""
 
+import os
+
 import pytest
 import torch
 
 import vqa_scratch._torchvision_shim  # noqa: F401
+
+if not torch.cuda.is_available():  # read when a kernel is defined, so before anything imports one
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(autouse=True)

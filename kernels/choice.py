@@ -1,0 +1,54 @@
+"""Which implementation runs: Triton on a GPU that is new enough, torch everywhere else, and never in silence."""
+
+import functools
+import importlib.util
+import warnings
+
+import torch
+from torch import Tensor
+
+OLDEST = (8, 0)  # capabilities below have neither bf16 products nor asynchronous copies
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+_last = "none"
+
+
+@functools.cache
+def missing(device: torch.device) -> str | None:
+    """Why Triton does not run on this CUDA device, in words; None if it does."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < OLDEST:
+        return f"{torch.cuda.get_device_name(device)} has capability {capability[0]}.{capability[1]}, below 8.0"
+    return None
+
+
+@functools.cache
+def say_once(line: str) -> None:
+    """Warn with this line, the first time only."""
+    warnings.warn(line, stacklevel=4)
+
+
+def triton_runs(name: str, tensor: Tensor, problem: str | None = None) -> bool:
+    """Whether kernel `name` takes `tensor` and what comes with it; remembers the answer for `backend()`.
+
+    `problem` says in words what the kernel cannot take. A CUDA tensor that Triton does not take is said once a reason.
+    """
+    global _last
+    reason = None
+    if tensor.is_cuda:
+        reason = missing(tensor.device) or problem
+        if reason is None and tensor.dtype not in DTYPES:
+            reason = f"{str(tensor.dtype).removeprefix('torch.')} is none of float16, bfloat16 and float32"
+        if reason is not None:
+            say_once(f"kernels: {name} runs in torch, not Triton: {reason}")
+    _last = "triton" if tensor.is_cuda and reason is None else "torch"
+    return _last == "triton"
+
+
+def backend(device: torch.device | str | None = None) -> str:
+    """ "triton" or "torch": what would run for supported tensors on `device`; without one what ran last, or "none"."""
+    if device is None:
+        return _last
+    device = torch.device(device)
+    return "triton" if device.type == "cuda" and missing(device) is None else "torch"
