@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kernels import linear_cross_entropy
 from vqa_scratch.models.gpt2 import GPT2
 
 IGNORE = -100  # a label that asks for nothing
@@ -38,12 +39,9 @@ def labelled_loss(hidden: Tensor, head: Tensor, labels: Tensor) -> tuple[Tensor,
     """Sum of the cross-entropy over labelled tokens, and how many are right by argmax (both scalars).
 
     hidden (B, A, D), head (V, D), labels (B, A) with IGNORE where nothing is asked. Only labelled rows meet the head,
-    so the (B, A, V) logits of the rest are never formed.
+    and a chunk of them at a time, so the (B, A, V) logits are never formed.
     """
-    keep = labels != IGNORE
-    logits = F.linear(hidden[keep], head).float()  # (labelled tokens, V)
-    wanted = labels[keep]
-    return F.cross_entropy(logits, wanted, reduction="sum"), (logits.detach().argmax(-1) == wanted).sum()
+    return linear_cross_entropy(hidden.flatten(0, 1), head, labels.flatten())
 
 
 def check_reads(decoder: GPT2) -> None:

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kernels import distance_buckets
 from vqa_scratch.errors import UserError
 from vqa_scratch.nn import masks, taps
 from vqa_scratch.nn.attention import MultiHeadAttention
@@ -105,24 +106,9 @@ class RMSNorm(nn.Module):
 
 
 def relative_buckets(queries: int, keys: int, buckets: int, max_distance: int, bidirectional: bool) -> Tensor:
-    """Bucket of each (query, key) pair, (queries, keys) long; the queries are the last ones of the keys.
-
-    Half of the buckets hold one distance each, the rest grow logarithmically up to `max_distance`. A bidirectional
-    tower spends half of all buckets on keys after the query; the other kind sees only keys before it.
-    """
+    """Bucket of each (query, key) pair, (queries, keys) long; the queries are the last ones of the keys."""
     position = torch.arange(keys)
-    distance = position[None, :] - position[keys - queries :, None]
-    offset = torch.zeros_like(distance)
-    if bidirectional:
-        buckets //= 2
-        offset = (distance > 0) * buckets
-        distance = distance.abs()
-    else:
-        distance = (-distance).clamp(min=0)
-    exact = buckets // 2
-    scale = (buckets - exact) / math.log(max_distance / exact)
-    far = exact + ((distance.clamp(min=1).float() / exact).log() * scale).long()
-    return offset + torch.where(distance < exact, distance, far.clamp(max=buckets - 1))
+    return distance_buckets(position[None, :] - position[keys - queries :, None], buckets, max_distance, bidirectional)
 
 
 class RelativeBias(nn.Module):
