@@ -9,6 +9,7 @@ from vqa_scratch.models.opt import OPT, OPTConfig
 from vqa_scratch.models.qformer import QFormer, QFormerConfig
 from vqa_scratch.models.resnet import ResNet, ResNetConfig
 from vqa_scratch.models.t5 import T5, T5Config
+from vqa_scratch.models.vilt import ViLT, ViLTClassifier, ViLTConfig
 from vqa_scratch.models.vit import ViT, ViTConfig
 from vqa_scratch.models.vqa import VQAConfig, VQAModel
 
@@ -32,6 +33,9 @@ __all__ = [
     "TextClassifier",
     "VQAConfig",
     "VQAModel",
+    "ViLT",
+    "ViLTClassifier",
+    "ViLTConfig",
     "ViT",
     "ViTConfig",
 ]

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from vqa_scratch.errors import UserError
 from vqa_scratch.models.bert import Bert, BertConfig
+from vqa_scratch.models.hf_config import labels_from_hf, labels_to_hf
 from vqa_scratch.nn.layers import init_weights
 from vqa_scratch.weights import maps
 from vqa_scratch.weights.convert import load_into, to_hf
@@ -57,11 +58,7 @@ class TextClassifier(nn.Module):
         classes = len(tensors.get("classifier.out_proj.bias", ()))
         if not classes:
             raise UserError(f"{source} has no classifier.out_proj: it is not a sequence classifier")
-        names = hf.get("id2label") or {str(i): f"LABEL_{i}" for i in range(classes)}
-        try:
-            labels = tuple(str(names[str(i)]) for i in range(classes))
-        except KeyError as error:
-            raise UserError(f"id2label in {source} names {len(names)} classes, the head has {classes}") from error
+        labels = labels_from_hf(hf, classes, str(source))
         model = cls(BertConfig.from_hf(hf), labels)
         load_into(model, tensors, maps.ROBERTA_CLASSIFIER, source=str(source))
         return model.eval()
@@ -70,7 +67,6 @@ class TextClassifier(nn.Module):
         """config.json and model.safetensors that `from_pretrained` and `transformers` read."""
         config = self.config.to_hf() | {
             "architectures": ["RobertaForSequenceClassification"],
-            "id2label": {str(i): label for i, label in enumerate(self.labels)},
-            "label2id": {label: i for i, label in enumerate(self.labels)},
+            **labels_to_hf(self.labels),
         }
         write_checkpoint(folder, config, to_hf(self, maps.ROBERTA_CLASSIFIER))

@@ -22,6 +22,26 @@ def fields_from_hf(hf: Mapping[str, Any], names: Mapping[str, str], model_type: 
     return fields
 
 
+def labels_from_hf(hf: Mapping[str, Any], classes: int, source: str) -> tuple[str, ...]:
+    """The names of `classes` classes in the order of the logits; LABEL_0, LABEL_1, ... where the file has none.
+
+    Raises UserError, naming `source`, if the file names other classes than the head has.
+    """
+    names = hf.get("id2label") or {str(i): f"LABEL_{i}" for i in range(classes)}
+    try:
+        return tuple(str(names[str(i)]) for i in range(classes))
+    except KeyError as error:
+        raise UserError(f"id2label in {source} names {len(names)} classes, the head has {classes}") from error
+
+
+def labels_to_hf(labels: tuple[str, ...]) -> dict[str, Any]:
+    """The inverse of `labels_from_hf`: what a config.json says of the classes."""
+    return {
+        "id2label": {str(i): label for i, label in enumerate(labels)},
+        "label2id": {label: i for i, label in enumerate(labels)},
+    }
+
+
 def check_heads(dim: int, heads: int) -> None:
     """Raises UserError unless the width divides into the heads."""
     if heads < 1 or dim % heads:

@@ -129,9 +129,9 @@ class ViTBlock(nn.Module):
         self.mlp = MLP(config.dim, config.hidden, activation(config.activation), dropout=config.dropout)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, key_mask: Tensor | None = None) -> Tensor:
         x = taps.tap(self.tap_prefix, "resid_pre", x)
-        x = taps.tap(self.tap_prefix, "resid_mid", x + self.dropout(self.attn(self.norm1(x))))
+        x = taps.tap(self.tap_prefix, "resid_mid", x + self.dropout(self.attn(self.norm1(x), key_mask=key_mask)))
         return taps.tap(self.tap_prefix, "resid_post", x + self.mlp(self.norm2(x)))
 
 

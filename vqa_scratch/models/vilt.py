@@ -1,0 +1,263 @@
+"""ViLT: one transformer over the words of a question and the patches of an image. Kim et al. 2021 (arXiv 2102.03334).
+
+The words are embedded as in BERT, the patches as in ViT; each side gets an embedding of its modality, and both go
+through the blocks of a ViT as one sequence: words, class token, patches. So a ViLT here is a ViT with a Bert of no
+layers before it. The answer is read off the first word, [CLS].
+
+Shapes: B questions, I images (B >= I: an image may serve several questions), T text tokens, N = h*w image tokens in
+raster order, D width, L labels.
+"""
+
+from dataclasses import dataclass
+from os import PathLike
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vqa_scratch.errors import UserError
+from vqa_scratch.models.bert import Bert, BertConfig
+from vqa_scratch.models.hf_config import fields_from_hf, labels_from_hf, labels_to_hf
+from vqa_scratch.models.vit import ViT, ViTConfig
+from vqa_scratch.nn import taps
+from vqa_scratch.nn.layers import init_weights
+from vqa_scratch.weights import maps_vilt as maps
+from vqa_scratch.weights.convert import load_into, to_hf
+from vqa_scratch.weights.files import read_checkpoint, write_checkpoint
+
+_FIELDS = {
+    "vocab_size": "vocab_size",
+    "max_positions": "max_position_embeddings",
+    "token_types": "type_vocab_size",
+    "modalities": "modality_type_vocab_size",
+    "image_size": "image_size",
+    "patch_size": "patch_size",
+    "channels": "num_channels",
+    "dim": "hidden_size",
+    "layers": "num_hidden_layers",
+    "heads": "num_attention_heads",
+    "hidden": "intermediate_size",
+    "activation": "hidden_act",
+    "qkv_bias": "qkv_bias",
+    "norm_eps": "layer_norm_eps",
+    "dropout": "hidden_dropout_prob",
+    "attention_dropout": "attention_probs_dropout_prob",
+    "init_std": "initializer_range",
+}
+_OF_WORDS = (
+    "vocab_size dim heads hidden max_positions token_types activation norm_eps dropout attention_dropout init_std"
+)
+_OF_TOWER = (
+    "image_size patch_size channels dim layers heads hidden activation qkv_bias norm_eps dropout attention_dropout"
+    " init_std"
+)
+WORD, PATCH = 0, 1  # rows of the modality table
+
+
+@dataclass(frozen=True)
+class ViLTConfig:
+    """Sizes of a ViLT. The defaults are ViLT-B/32."""
+
+    vocab_size: int = 30522
+    max_positions: int = 40  # of words
+    token_types: int = 2
+    modalities: int = 2
+    image_size: int = 384  # pixels a side that the position table is made for
+    patch_size: int = 32
+    channels: int = 3
+    dim: int = 768
+    layers: int = 12
+    heads: int = 12
+    hidden: int = 3072  # inner width of the MLP
+    activation: str = "gelu"
+    qkv_bias: bool = True
+    norm_eps: float = 1e-12
+    dropout: float = 0.0
+    attention_dropout: float = 0.0
+    init_std: float = 0.02
+
+    def __post_init__(self) -> None:
+        self.words, self.tower  # noqa: B018 (they check the sizes)
+        if self.modalities < 2:
+            raise UserError(f"words and patches are two modalities, the table has {self.modalities}")
+
+    @property
+    def words(self) -> BertConfig:
+        """The embedding of words: a Bert without layers."""
+        return BertConfig(layers=0, **{name: getattr(self, name) for name in _OF_WORDS.split()})
+
+    @property
+    def tower(self) -> ViTConfig:
+        """The embedding of patches, and the blocks."""
+        return ViTConfig(**{name: getattr(self, name) for name in _OF_TOWER.split()})
+
+    @classmethod
+    def from_hf(cls, config: dict[str, Any]) -> Self:
+        """From a config.json of model type "vilt". Raises UserError if it asks for something this model is not."""
+        limit = config.get("max_image_length", -1)
+        if limit is not None and limit >= 0:
+            raise UserError(f"config.json draws {limit} patches of an image by lot; here all of them are read (-1)")
+        return cls(**fields_from_hf(config, _FIELDS, "vilt"))
+
+    def to_hf(self) -> dict[str, Any]:
+        """The inverse of `from_hf`."""
+        fields = {theirs: getattr(self, ours) for ours, theirs in _FIELDS.items()}
+        return {"architectures": ["ViltModel"], "model_type": "vilt", "max_image_length": -1, **fields}
+
+
+class ViLT(nn.Module):
+    """Words, class token and patches in one sequence of pre-LN blocks; `patch_embed` as in `ViT`."""
+
+    def __init__(self, config: ViLTConfig, patch_embed: nn.Module | None = None) -> None:
+        super().__init__()
+        self.config = config
+        self.words = Bert(config.words)
+        self.tower = ViT(config.tower, patch_embed)
+        self.modality = nn.Embedding(config.modalities, config.dim)
+        self.pooler = nn.Linear(config.dim, config.dim)
+        for layer in (self.modality, self.pooler):
+            init_weights(layer, config.init_std)
+        taps.name_modules(self.tower, "encoder")
+
+    def _positions(self, size: tuple[int, int], whole: tuple[int, int]) -> Tensor:
+        """(h*w of `whole`, D): the position table resized to `size` patches, bilinearly and corner on corner, in the
+        top left corner of a larger grid; zeros elsewhere, where nothing is read."""
+        grid = self.config.tower.grid
+        table = self.tower.positions[:, 1:].unflatten(1, (grid, grid)).permute(0, 3, 1, 2)  # (1, D, grid, grid)
+        if size != (grid, grid):
+            table = F.interpolate(table, size=size, mode="bilinear", align_corners=True)
+        if size != whole:
+            table = F.pad(table, (0, whole[1] - size[1], 0, whole[0] - size[0]))
+        return table[0].flatten(1).T
+
+    def embed_images(self, pixel_values: Tensor, pixel_mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """(I, 1 + N, D), the class token first, and which of them are real, (I, 1 + N) bool (None: all).
+
+        pixel_values (I, C, H, W); pixel_mask (I, H, W), True in the top left rectangle that an image fills, whose
+        sides are multiples of the patch. Raises ValueError unless patches fit.
+        """
+        tower, whole, p = self.tower, self.tower.patches_of(pixel_values), self.config.patch_size
+        if pixel_mask is None:
+            places, real = self._positions(whole, whole)[None], None
+        else:
+            if pixel_mask.shape != (len(pixel_values), *pixel_values.shape[2:]):
+                raise ValueError(f"pixel_mask is {tuple(pixel_mask.shape)}, the images {tuple(pixel_values.shape)}")
+            patches = pixel_mask[:, ::p, ::p].bool()  # (I, h, w), by the first pixel of each
+            sizes = torch.stack([patches[:, :, 0].sum(1), patches[:, 0].sum(1)], 1).tolist()
+            made = {size: self._positions(size, whole) for size in {tuple(size) for size in sizes}}
+            places = torch.stack([made[tuple(size)] for size in sizes])  # (I, N, D)
+            real = F.pad(patches.flatten(1), (1, 0), value=True)
+        x = tower.patch_embed(pixel_values) + places
+        first = (tower.cls_token + tower.positions[:, :1]).expand(len(x), -1, -1)
+        return tower.dropout(torch.cat([first, x], 1)), real
+
+    def forward(
+        self,
+        pixel_values: Tensor,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        pixel_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        image_index: Tensor | None = None,
+    ) -> Tensor:
+        """(B, D): what the first word knows in the end, through the pooler and tanh.
+
+        input_ids, attention_mask (B, T), True = a real token; image_index (B,) says which image a question is about,
+        None means one question an image; images as in `embed_images`. Raises ValueError on more words than positions.
+        """
+        words = self.words(input_ids, token_type_ids=token_type_ids) + self.modality.weight[WORD]
+        images, real = self.embed_images(pixel_values, pixel_mask)
+        images = images + self.modality.weight[PATCH]
+        if image_index is not None:  # the sequence differs from question to question, so from here on images are copied
+            images, real = images[image_index], None if real is None else real[image_index]
+        x = torch.cat([words, images.to(words.dtype)], 1)  # (B, T + 1 + N, D)
+        mask = None
+        if attention_mask is not None or real is not None:
+            ones = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
+            mask = torch.cat(
+                [
+                    ones[:, : words.shape[1]] if attention_mask is None else attention_mask.bool(),
+                    ones[:, words.shape[1] :] if real is None else real,
+                ],
+                1,
+            )
+        for block in self.tower.blocks:
+            x = block(x, mask)
+        return torch.tanh(self.pooler(self.tower.norm(x[:, 0])))
+
+    @classmethod
+    def from_pretrained(cls, source: str | PathLike[str]) -> Self:
+        """From a checkpoint folder or Hub id, in eval mode; heads in the file (masked words, answers) are read past.
+
+        Raises UserError when something does not fit.
+        """
+        config, tensors = read_checkpoint(source)
+        model = cls(ViLTConfig.from_hf(config))
+        load_into(model, tensors, maps.VILT, source=str(source))
+        return model.eval()
+
+    def save_pretrained(self, folder: str | PathLike[str]) -> None:
+        """config.json and model.safetensors that `from_pretrained` and `transformers` read.
+
+        Raises ValueError for a model with its own `patch_embed`: the layout has no place for it.
+        """
+        write_checkpoint(folder, self.config.to_hf(), to_hf(self, maps.VILT))
+
+
+class ViLTClassifier(nn.Module):
+    """A ViLT and two layers over the answers; `labels` names them in the order of the logits."""
+
+    def __init__(self, vilt: ViLT, labels: tuple[str, ...]) -> None:
+        super().__init__()
+        if not labels or len(set(labels)) != len(labels):
+            raise UserError(
+                f"a classifier needs different labels, got {len(labels)}, {len(set(labels))} of them different"
+            )
+        self.vilt, self.labels = vilt, tuple(labels)
+        width = vilt.config.dim
+        self.up, self.norm, self.out = (
+            nn.Linear(width, 2 * width),
+            nn.LayerNorm(2 * width),
+            nn.Linear(2 * width, len(labels)),
+        )
+        for layer in (self.up, self.out):
+            init_weights(layer, vilt.config.init_std)
+
+    def forward(
+        self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor | None = None, **more: Any
+    ) -> Tensor:
+        """Logits (B, L); arguments as in `ViLT.forward`. Each label has its own probability (sigmoid)."""
+        return self.out(F.gelu(self.norm(self.up(self.vilt(pixel_values, input_ids, attention_mask, **more)))))
+
+    @classmethod
+    def from_pretrained(cls, source: str | PathLike[str]) -> Self:
+        """From a checkpoint with a head over answers (ViltForQuestionAnswering), in eval mode.
+
+        Raises UserError when something does not fit.
+        """
+        config, tensors = read_checkpoint(source)
+        classes = len(tensors.get("classifier.3.bias", ()))
+        if not classes:
+            raise UserError(f"{source} has no head over answers (classifier.3): it was not trained to answer questions")
+        model = cls(ViLT(ViLTConfig.from_hf(config)), labels_from_hf(config, classes, str(source)))
+        load_into(model, tensors, maps.VILT_CLASSIFIER, source=str(source))
+        return model.eval()
+
+    def to_hf(self) -> dict[str, Any]:
+        """config.json of ViltForQuestionAnswering."""
+        return self.vilt.config.to_hf() | {"architectures": ["ViltForQuestionAnswering"], **labels_to_hf(self.labels)}
+
+    def save_pretrained(self, folder: str | PathLike[str]) -> None:
+        """config.json and model.safetensors that `from_pretrained` and `transformers` read."""
+        write_checkpoint(folder, self.to_hf(), to_hf(self, maps.VILT_CLASSIFIER))
+
+
+def answer_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """Binary cross-entropy of (B, L) logits and soft targets in [0, 1], in nats: summed over labels and questions.
+
+    Divided by B it is the mean over both times the number of labels, as ViLT and its forerunners train (Teney et al.,
+    2018, "Tips and Tricks for Visual Question Answering"): it falls with the number of labels only as answers do.
+    """
+    return F.binary_cross_entropy_with_logits(logits.float(), targets, reduction="sum")
