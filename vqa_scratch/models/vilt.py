@@ -173,16 +173,11 @@ class ViLT(nn.Module):
         if image_index is not None:  # the sequence differs from question to question, so from here on images are copied
             images, real = images[image_index], None if real is None else real[image_index]
         x = torch.cat([words, images.to(words.dtype)], 1)  # (B, T + 1 + N, D)
-        mask = None
-        if attention_mask is not None or real is not None:
-            ones = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
-            mask = torch.cat(
-                [
-                    ones[:, : words.shape[1]] if attention_mask is None else attention_mask.bool(),
-                    ones[:, words.shape[1] :] if real is None else real,
-                ],
-                1,
-            )
+        mask = None if attention_mask is None and real is None else x.new_ones(x.shape[:2], dtype=torch.bool)
+        if attention_mask is not None:
+            mask[:, : words.shape[1]] = attention_mask.bool()
+        if real is not None:
+            mask[:, words.shape[1] :] = real
         for block in self.tower.blocks:
             x = block(x, mask)
         return torch.tanh(self.pooler(self.tower.norm(x[:, 0])))
