@@ -4,8 +4,8 @@ import sys
 
 import click
 
-from bench import train_step
-from bench.results import RESULTS, write_section
+from bench import taps, train_step
+from bench.results import command_given, present
 from bench.sides import SIDES, Case
 from vqa_scratch.commands.line import NearGroup, call
 from vqa_scratch.errors import UserError
@@ -32,15 +32,20 @@ def train_step_command(
             raise UserError("--side runs one side alone; it goes with neither --all nor --write")
         print(train_step.run_alone(side, case, rounds or train_step.ROUNDS.get(questions, 3)))
         return
-    command = "python -m bench " + " ".join(word for word in sys.argv[1:] if word != "--write")
-    text = train_step.run(train_step.CASES if every else [case], rounds, command)
-    print(text)
-    if write:
-        write_section("train-step", text)
-        print(f"written to {RESULTS}", file=sys.stderr)
+    text = train_step.run(train_step.CASES if every else [case], rounds, command_given())
+    present("train-step", text, write)
 
 
-COMMANDS = [train_step_command]  # a further benchmark is imported above and added here
+@click.command("taps")
+@click.option("--rounds", type=click.IntRange(1), default=20, show_default=True, help="Turns of each side.")
+@click.option("--questions", type=click.IntRange(8), default=128, show_default=True, help="Questions of a step.")
+@click.option("--write", is_flag=True, help="Put the table into bench/RESULTS.md.")
+def taps_command(rounds: int, questions: int, write: bool) -> None:
+    """What the taps of the study tools cost a training step while no trace is active."""
+    present("taps", taps.run(rounds, questions, command_given()), write)
+
+
+COMMANDS = [train_step_command, taps_command]  # a further benchmark is imported above and added here
 PROGRAM = NearGroup("bench", {command.name: command for command in COMMANDS}, help="Measure, side by side.")
 
 

@@ -1,6 +1,7 @@
 """The results file: one section a benchmark, replaced when that benchmark is written again."""
 
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -30,3 +31,16 @@ def write_section(name: str, text: str, path: Path = RESULTS) -> None:
     unfinished = path.with_suffix(".tmp")
     unfinished.write_text(whole, encoding="utf-8")
     os.replace(unfinished, path)
+
+
+def command_given() -> str:
+    """The command line of this run, to stand beneath its table."""
+    return "python -m bench " + " ".join(word for word in sys.argv[1:] if word != "--write")
+
+
+def present(name: str, text: str, write: bool) -> None:
+    """Show a section, and with `write` put it into the results file too."""
+    print(text)
+    if write:
+        write_section(name, text)
+        print(f"written to {RESULTS}", file=sys.stderr)

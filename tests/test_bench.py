@@ -8,9 +8,11 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench import results, timing, train_step
+from bench import taps as bench_taps
 from bench.peers import TransformersVQA
 from bench.sides import Case, Ours, Peer
 from vqa_scratch.errors import UserError
+from vqa_scratch.nn import taps as modules_taps
 from vqa_scratch.nn.attention import MultiHeadAttention
 
 SIZES = {
@@ -150,3 +152,17 @@ def test_the_whole_run_at_small_sizes(monkeypatch):
 def test_a_side_that_fails_says_why(tmp_path):
     with pytest.raises(UserError, match="ours: "), train_step.contestants(tmp_path, CASE, ("ours",)):
         pass
+
+
+def test_the_taps_are_cut_out_only_inside():
+    real = modules_taps.tap, modules_taps.wanted
+    with bench_taps.cut_out():
+        x = torch.ones(2)
+        assert modules_taps.tap("image.0.self", "q", x) is x and not modules_taps.wanted("image.0.self", "q")
+        assert modules_taps.tap is not real[0] and modules_taps.wanted is not real[1]
+    assert (modules_taps.tap, modules_taps.wanted) == real
+
+
+def test_the_cost_of_taps_is_a_table():
+    text = bench_taps.run(rounds=2, questions=16, command="python -m bench taps")
+    assert "| 16 " in text and "0.99x" in text

@@ -1,0 +1,107 @@
+"""What the taps cost while nobody listens: training steps with them and with both tap functions cut out, in turn."""
+
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from bench.results import table
+from bench.timing import Spread, commit, in_turn, machine, peak_memory_gb, speedup
+from vqa_scratch.config import PRESETS
+from vqa_scratch.data.shapes import ShapesSpec, ensure_shapes
+from vqa_scratch.engine.loop import Plan, train_step
+from vqa_scratch.engine.optim import Optimizers
+from vqa_scratch.engine.precision import Precision, pick_precision
+from vqa_scratch.nn import taps
+from vqa_scratch.options import parse
+from vqa_scratch.systems import system_of
+
+GOAL = 0.99
+WARM = 3  # rounds before the clock counts
+SCENES = ShapesSpec(train=64, val=2, test=2, holdout=2)
+PLAN = Plan(
+    steps=1,
+    seconds=None,
+    warmup_steps=0,
+    decay_from=0.0,
+    accumulate=1,
+    max_grad_norm=1.0,
+    log_every=1,
+    eval_every=1,
+    save_every=1,
+)
+
+
+@contextmanager
+def cut_out() -> Iterator[None]:
+    """Inside, a tap is a function that returns its tensor, and nothing is ever wanted: a build without taps."""
+    real = taps.tap, taps.wanted
+    taps.tap, taps.wanted = (lambda prefix, label, tensor: tensor), (lambda prefix, *labels: False)
+    try:
+        yield
+    finally:
+        taps.tap, taps.wanted = real
+
+
+class Steps:
+    """Training steps of the `shapes` preset on one batch."""
+
+    def __init__(self, folder: Path, questions: int) -> None:
+        device = torch.device("cpu")
+        self.precision = Precision(pick_precision("auto", device)[0], device)
+        data = ensure_shapes(folder, SCENES, progress=False)
+        flags = ["--data", str(data), "--cache", str(folder), "--steps", "1", "--questions-per-step", str(questions)]
+        system = system_of("shapes")
+        config = parse(system.config, {"shapes": PRESETS["shapes"]}, flags, program="train.py", about="")
+        self.job = system.prepare(config, self.precision)
+        self.precision.suit_attention(self.job.model)
+        self.optimizers = Optimizers(
+            self.job.model, kind="muon", learning_rate=0.0, matrix_learning_rate=0.0, weight_decay=0.0
+        )
+        self.batch = self.job.batch(self.job.epoch(0)[0])
+
+    def step(self) -> float:
+        """Seconds of one step. The learning rate is 0, so every step does the same work."""
+        start = time.perf_counter()
+        train_step(self.job, self.batch, self.optimizers, self.precision, PLAN)
+        return time.perf_counter() - start
+
+    def step_without(self) -> float:
+        with cut_out():
+            return self.step()
+
+    def loss(self) -> Tensor:
+        with torch.no_grad(), self.precision.autocast():
+            return self.job.loss(self.batch)[0]
+
+
+def run(rounds: int, questions: int, command: str) -> str:
+    """The section for RESULTS.md. Raises AssertionError if the taps change the loss by a bit."""
+    with tempfile.TemporaryDirectory() as folder:
+        steps = Steps(Path(folder), questions)
+    with_taps = steps.loss()
+    with cut_out():
+        assert torch.equal(steps.loss(), with_taps), "the loss differs without taps"
+    taken = in_turn({"with": steps.step, "without": steps.step_without}, WARM + rounds)
+    ours, theirs = taken["with"][WARM:], taken["without"][WARM:]
+    ratio = speedup(ours, theirs)
+    row = [
+        str(questions),
+        *(Spread.of([1000 * s for s in side]).text(0) for side in (ours, theirs)),
+        f"**{ratio.median:.3f}x** ({ratio.low:.3f} to {ratio.high:.3f})",
+        f"{GOAL}x",
+        f"{peak_memory_gb():.2f}",
+    ]
+    head = ["questions", "with taps, ms", "without, ms", "ratio", "goal", "peak GB of the process"]
+    return f"""## Taps with no trace active, against the same code with the tap functions cut out
+
+Training steps of the `shapes` preset in {steps.precision.kind}, in turn, {rounds} rounds. The loss is the same bit for
+bit.
+
+{table(head, [row])}
+
+- {machine()}. torch {torch.__version__}. Commit {commit(Path(__file__).parent)}. `{command}`"""
