@@ -16,9 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vqa_scratch.models.hf_config import check_heads, fields_from_hf
-from vqa_scratch.nn import taps
+from vqa_scratch.nn import decoding, taps
 from vqa_scratch.nn.attention import MultiHeadAttention
 from vqa_scratch.nn.cache import DecoderCache, KVCache
+from vqa_scratch.nn.decoding import DecoderLayer, DecoderParts, layer_norm
 from vqa_scratch.nn.layers import MLP, activation, init_weights
 from vqa_scratch.nn.masks import decoder_positions
 from vqa_scratch.nn.memory import Memory
@@ -138,6 +139,20 @@ class GPT2(nn.Module):
     def new_cache(self) -> DecoderCache:
         """An empty cache for this model."""
         return DecoderCache(self.config.layers)
+
+    def decoding_parts(self) -> DecoderParts:
+        """What a step of decoding goes through, for `generate`."""
+
+        def embed(tokens: Tensor, positions: Tensor) -> Tensor:
+            return F.embedding(tokens, self.tokens.weight) + F.embedding(positions, self.positions.weight)
+
+        layers = []
+        for block in self.blocks:
+            has = self.config.add_cross_attention
+            cross = (layer_norm(block.norm_cross), block.cross) if has else (None, None)
+            mlp = decoding.mlp(block.mlp.up, block.mlp.activation, block.mlp.down)
+            layers.append(DecoderLayer(layer_norm(block.norm1), block.attn, *cross, layer_norm(block.norm2), mlp))
+        return DecoderParts(embed, layers, layer_norm(self.norm), self.config.max_positions)
 
     def hidden(
         self,

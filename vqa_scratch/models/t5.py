@@ -18,9 +18,10 @@ from torch import Tensor, nn
 
 from kernels import distance_buckets
 from vqa_scratch.errors import UserError
-from vqa_scratch.nn import masks, taps
+from vqa_scratch.nn import decoding, masks, taps
 from vqa_scratch.nn.attention import MultiHeadAttention
 from vqa_scratch.nn.cache import DecoderCache, KVCache
+from vqa_scratch.nn.decoding import DecoderLayer, DecoderParts
 from vqa_scratch.nn.layers import MLP, Activation, activation
 from vqa_scratch.nn.memory import Memory
 from vqa_scratch.weights import convert, files, maps
@@ -289,6 +290,28 @@ class T5(nn.Module):
         elif attention_mask is not None:
             raise ValueError("attention_mask goes with plain encoder states; a Memory has its own mask")
         return self.decoder(self.embedding(decoder_input_ids), decoder_attention_mask, encoder_states, cache)
+
+    def hidden(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        memory: list[Memory],
+        cache: DecoderCache | None = None,
+    ) -> Tensor:
+        """The decoder as `generate` sees every decoder: `decode_hidden` with the encoder's states as one memory."""
+        (encoder_states,) = memory
+        return self.decode_hidden(input_ids, encoder_states, None, attention_mask, cache)
+
+    def decoding_parts(self) -> DecoderParts:
+        """What a step of decoding goes through, for `generate`."""
+        layers = []
+        for block in self.decoder.blocks:
+            gate = block.mlp.gate if self.config.gated else None
+            mlp = decoding.mlp(block.mlp.up, block.mlp.activation, block.mlp.down, gate)
+            layers.append(DecoderLayer(block.attn_norm, block.attn, block.cross_norm, block.cross, block.mlp_norm, mlp))
+        embed = lambda tokens, positions: F.embedding(tokens, self.embedding.weight)  # noqa: E731
+        return DecoderParts(embed, layers, self.decoder.norm, None, bias=lambda keys: self.decoder.bias(1, keys))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., D) -> (..., V)."""

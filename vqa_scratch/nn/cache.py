@@ -33,6 +33,12 @@ class KVCache:
         self._v[:, :, start : self.length] = v
         return self._k[:, :, : self.length], self._v[:, :, : self.length]
 
+    @property
+    def contents(self) -> tuple[Tensor, Tensor]:
+        """Keys and values of the tokens so far, (B, H, T, d) views."""
+        assert self._k is not None, "nothing was appended yet"
+        return self._k[:, :, : self.length], self._v[:, :, : self.length]
+
     def fill_cross(self, parts: list[KeyValue]) -> None:
         """Keep the projected memory for the steps to come."""
         self.cross = [part._replace(k=part.k.detach(), v=part.v.detach()) for part in parts]

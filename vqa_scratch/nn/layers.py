@@ -28,7 +28,7 @@ ACTIVATIONS: dict[str, Activation] = {
     "gelu_new": gelu_tanh,
     "gelu_pytorch_tanh": gelu_tanh,
     "quick_gelu": quick_gelu,
-    "relu": F.relu,
+    "relu": torch.relu,
     "silu": F.silu,
     "tanh": torch.tanh,
 }

@@ -77,12 +77,11 @@ class KeyValue(NamedTuple):
 
     def read_by(self, index: Tensor) -> "KeyValue":
         """Row i reads entry `index[i]`; entries without a reader go, and nothing is copied if all have one."""
-        used, index = torch.unique(index, return_inverse=True)
-        readers = Readers.from_index(index, len(used))
-        if readers is None or readers.repeat == 1:  # too uneven, or one row an entry: each row its own entry
-            return self.take(used[index])
-        part = self if len(used) == len(self.k) else self.take(used)
-        return part._replace(readers=readers)
+        return self.keep(*reading(index, len(self.k)))
+
+    def keep(self, entries: Tensor | None, readers: Readers) -> "KeyValue":
+        """These entries (None: all) with these readers, as `reading` makes them."""
+        return (self if entries is None else self.take(entries))._replace(readers=readers)
 
     def select(self, rows: Tensor) -> "KeyValue":
         """Row i becomes what row `rows[i]` was."""
@@ -136,6 +135,15 @@ class Memory:
         if self.readers is not None:
             return KeyValue(k, v, self.mask, self.readers)
         return KeyValue(k, v, self.mask, Readers(len(k))).take(self.index)
+
+
+def reading(index: Tensor, entries: int) -> tuple[Tensor | None, Readers]:
+    """For rows that read entries `index` (B,) of `entries`: which to keep (None: all as they are), and the readers."""
+    used, index = torch.unique(index, return_inverse=True)
+    readers = Readers.from_index(index, len(used))
+    if readers is None or readers.repeat == 1:  # too uneven, or one row an entry: each row its own entry
+        return used[index], Readers(len(index))
+    return (None if len(used) == entries else used), readers
 
 
 def concatenate(parts: Sequence[KeyValue]) -> KeyValue:

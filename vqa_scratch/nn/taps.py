@@ -39,6 +39,11 @@ def wanted(prefix: str | None, *labels: str) -> bool:
     return handler is not None and any(handler.wants(f"{prefix}.{label}") for label in labels)
 
 
+def active() -> bool:
+    """Whether a trace is active; asked where a faster way has no taps."""
+    return _handler is not None
+
+
 @contextmanager
 def activate(handler: Handler) -> Iterator[None]:
     """Send every tap to `handler` inside the block. One at a time: a second raises RuntimeError."""

@@ -1,0 +1,140 @@
+"""Beam search: keep the K best beginnings of each group, collect the K best finished ones, stop when none can win.
+
+The rules are those of `transformers`: of the 2K best continuations the K first may finish, a finished one is worth
+its summed log-probability / length**length_penalty, and a group ends when its K finished ones are all worth more than
+what its best running one is worth now (or, with early_stopping "never", than what it may still come to).
+
+Shapes: G groups, K beams, R = G*K rows, V vocabulary.
+"""
+
+from typing import NamedTuple, Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vqa_scratch.generate.choose import Processed
+from vqa_scratch.generate.loop import COMPACT_BELOW, Generated
+from vqa_scratch.generate.options import GenerationOptions
+from vqa_scratch.generate.state import State
+
+NEVER = -1e9  # added to a score that must not win
+
+
+class Node(NamedTuple):
+    """One token of a beginning; the tokens before it hang behind it."""
+
+    token: int
+    log_prob: float
+    before: Self | None
+
+    def path(self) -> list["Node"]:
+        """From the first token to this one."""
+        nodes, node = [], self
+        while node is not None:
+            nodes.append(node)
+            node = node.before
+        return nodes[::-1]
+
+
+class Group:
+    """The beams of one prompt: K running (score, last node), best first, and up to K finished (worth, last node)."""
+
+    def __init__(self, options: GenerationOptions) -> None:
+        self.options, self.penalty = options, 1.0 if options.length_penalty is None else options.length_penalty
+        self.running: list[tuple[float, Node | None]] = [(0.0, None)]
+        self.finished: list[tuple[float, Node]] = []
+        self.done = False
+
+    def advance(self, scores: list[float], worths: list[float], places: list[tuple[int, int]], made: int) -> list[int]:
+        """Take the 2K best continuations, best first: score, worth, (beam, token); `made` tokens with theirs.
+
+        Returns the beams that the new running ones continue.
+        """
+        options, going = self.options, []
+        last = made == options.max_new_tokens
+        for rank, (score, worth, (beam, token)) in enumerate(zip(scores, worths, places, strict=True)):
+            before_score, before = self.running[beam]
+            node = Node(token, score - before_score, before)
+            ends = last or token == options.eos_id
+            if ends and rank < options.num_beams:
+                self.finished.append((worth, node))
+            going.append((score + NEVER if ends else score, node, beam))
+        self.finished = sorted(self.finished, key=lambda one: -one[0])[: options.num_beams]
+        going = sorted(going, key=lambda one: -one[0])[: options.num_beams]
+        self.running = [(score, node) for score, node, _ in going]
+        self.done = len(self.finished) == options.num_beams and (
+            options.early_stopping is True or not self.hope(made) > self.finished[-1][0]
+        )
+        return [beam for _, _, beam in going]
+
+    def hope(self, made: int) -> float:
+        """What the best running beam is reckoned to be worth in the end, in fp32 as the worths are."""
+        patient = self.options.early_stopping == "never" and self.penalty > 0
+        length = self.options.max_new_tokens if patient else made
+        return float(np.float32(self.running[0][0]) / np.float32(length**self.penalty))
+
+
+def beam_search(
+    scores: Tensor,
+    state: State,
+    options: GenerationOptions,
+    prompt_ids: Tensor,
+    prompt_mask: Tensor | None,
+    fill: int = 0,
+) -> Generated:
+    """The best finished beginning of each group; `scores` (G, V) and `state` are what `begin` returns."""
+    beams, device = options.num_beams, scores.device
+    groups = [Group(options) for _ in range(len(scores))]
+    live = list(range(len(groups)))  # the groups still decoded
+    processed = Processed(options, prompt_ids, prompt_mask, torch.arange(len(groups), device=device))
+    sums = torch.zeros(len(groups), 1, device=device)  # (G, beams so far) scores of the running beams
+    for made in range(1, options.max_new_tokens + 1):
+        log_probs = processed(scores.float().log_softmax(-1), made - 1)
+        size = log_probs.shape[-1]
+        totals = (log_probs.view(*sums.shape, size) + sums[..., None]).flatten(1)
+        if totals.shape[1] < 2 * beams:  # the first step of a vocabulary this small: pretend K equal beams
+            never = torch.full((beams - 1, 1), NEVER, device=device).expand(-1, size).flatten()
+            totals = torch.cat([totals, totals.repeat(1, beams - 1) + never], 1)
+        best = totals.topk(2 * beams)
+        worths = (best.values / made ** groups[0].penalty).tolist()
+        parents, tokens = [], []
+        for place, (number, *row) in enumerate(
+            zip(live, best.values.tolist(), worths, best.indices.tolist(), strict=True)
+        ):
+            group, first = groups[number], place * beams
+            if group.done:  # decoded on until enough others are done too
+                kept = list(range(beams))
+            else:
+                kept = group.advance(row[0], row[1], [divmod(i, size) for i in row[2]], made)
+            parents += [first + beam for beam in kept]
+            tokens += [node.token for _, node in group.running]
+        running = [place for place, number in enumerate(live) if not groups[number].done]
+        if not running or made == options.max_new_tokens:
+            break
+        if made == 1:  # from here on a row for each beam; they are all the same so far
+            firsts = torch.arange(len(live), device=device).repeat_interleave(beams)
+            processed.keep(firsts)
+        elif parents != list(range(len(parents))):
+            order = torch.tensor(parents, device=device)
+            state.reorder(order)
+            processed.keep(order)
+        token = torch.tensor(tokens, device=device)
+        processed.add(token)
+        if len(running) < COMPACT_BELOW * len(live):
+            kept = torch.tensor(running, device=device)
+            rows = (kept[:, None] * beams + torch.arange(beams, device=device)).flatten()
+            state.keep(kept)
+            processed.keep(rows)
+            live, token = [live[place] for place in running], token[rows]
+        sums = torch.tensor([[score for score, _ in groups[number].running] for number in live], device=device)
+        scores = state.step(token)
+    return _gather([group.finished[0][1].path() for group in groups], fill, device)
+
+
+def _gather(paths: list[list[Node]], fill: int, device: torch.device) -> Generated:
+    longest = max(map(len, paths))
+    ids = [[node.token for node in path] + [fill] * (longest - len(path)) for path in paths]
+    log_probs = [[node.log_prob for node in path] + [0.0] * (longest - len(path)) for path in paths]
+    lengths = torch.tensor([len(path) for path in paths], device=device)
+    return Generated(torch.tensor(ids, device=device), torch.tensor(log_probs, device=device), lengths)

@@ -1,0 +1,76 @@
+"""How the next token is chosen: the most likely one, or one drawn at random, after the processors.
+
+Shapes: B rows, L rows still decoded, P prompt tokens, V vocabulary.
+"""
+
+import torch
+from torch import Tensor
+
+from vqa_scratch.generate.loop import Choose
+from vqa_scratch.generate.options import GenerationOptions
+from vqa_scratch.generate.processors import processors
+
+
+class Processed:
+    """The processors that the options ask for, with the tokens so far where a processor looks at them."""
+
+    def __init__(
+        self, options: GenerationOptions, prompt_ids: Tensor, prompt_mask: Tensor | None, rows: Tensor
+    ) -> None:
+        """rows (B,): row b starts with prompt `rows[b]`."""
+        self.chain = processors(options)
+        self.looks_back = options.repetition_penalty != 1.0 or options.no_repeat_ngram_size > 0
+        self.ids, self.real = prompt_ids, prompt_mask
+        if self.looks_back:
+            real = torch.ones_like(prompt_ids) if prompt_mask is None else prompt_mask
+            self.ids, self.real = prompt_ids[rows], real.bool()[rows]
+
+    def __call__(self, scores: Tensor, made: int) -> Tensor:
+        """Scores of all rows (B, V) after `made` new tokens, processed."""
+        for process in self.chain:
+            scores = process(scores, self.ids, self.real, made)
+        return scores
+
+    def keep(self, rows: Tensor) -> None:
+        """Row r goes on from what row `rows[r]` was."""
+        if self.looks_back:
+            self.ids, self.real = self.ids[rows], self.real[rows]
+
+    def add(self, tokens: Tensor) -> None:
+        """The tokens (B,) that were chosen."""
+        if self.looks_back:
+            self.ids = torch.cat([self.ids, tokens[:, None]], 1)
+            self.real = torch.cat([self.real, torch.ones_like(self.real[:, :1])], 1)
+
+
+def most_likely(scores: Tensor, live: Tensor, made: int) -> tuple[Tensor, Tensor]:
+    """The token with the highest score, and its log-probability."""
+    scores = scores.float()
+    token = scores.argmax(-1)
+    return token, scores.log_softmax(-1).gather(1, token[:, None]).squeeze(1)
+
+
+def chooser(
+    options: GenerationOptions, prompt_ids: Tensor, prompt_mask: Tensor | None, generator: torch.Generator | None
+) -> Choose:
+    """Greedy or sampling, as the options say; log-probabilities are of the distribution after the processors."""
+    rows = torch.arange(len(prompt_ids), device=prompt_ids.device)
+    processed = Processed(options, prompt_ids, prompt_mask, rows)
+    if not processed.chain and not options.do_sample:
+        return most_likely
+    known = rows  # the rows that `processed` holds
+
+    def choose(scores: Tensor, live: Tensor, made: int) -> tuple[Tensor, Tensor]:
+        nonlocal known
+        if len(live) != len(known):
+            processed.keep(torch.searchsorted(known, live))
+            known = live
+        scores = processed(scores.float(), made)
+        if options.do_sample:
+            token = torch.multinomial(scores.softmax(-1), 1, generator=generator).squeeze(1)
+        else:
+            token = scores.argmax(-1)
+        processed.add(token)
+        return token, scores.log_softmax(-1).gather(1, token[:, None]).squeeze(1)
+
+    return choose

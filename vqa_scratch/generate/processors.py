@@ -1,0 +1,84 @@
+"""What stands between a decoder's scores and the choice of a token: small functions, applied in a fixed order.
+
+The order is that of `transformers`: repetition penalty, n-grams, end token, then, for sampling, temperature, top-k and
+top-p. A barred token has the score -inf. Padding of a prompt counts for nothing.
+
+Shapes: R rows, T tokens so far (prompt and new), V vocabulary.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from vqa_scratch.generate.options import GenerationOptions
+
+Processor = Callable[[Tensor, Tensor, Tensor, int], Tensor]
+
+
+def _marked(tokens: Tensor, where: Tensor, scores: Tensor) -> Tensor:
+    """(R, V) True at every token of `tokens` (R, N) for which `where` (R, N) holds."""
+    size = scores.shape[-1]
+    spare = torch.where(where, tokens, size)  # the rest goes to a column that is cut off
+    return torch.zeros(len(scores), size + 1, dtype=torch.bool, device=scores.device).scatter_(1, spare, True)[:, :size]
+
+
+def penalize_repetition(scores: Tensor, ids: Tensor, real: Tensor, penalty: float) -> Tensor:
+    """Scores (R, V) of tokens that stand in ids (R, T), divided by the penalty if positive, else multiplied by it.
+
+    Keskar et al. 2019 (1909.05858), section 4.1, with the later care for the sign. real (R, T) is False at padding.
+    """
+    lowered = torch.where(scores < 0, scores * penalty, scores / penalty)
+    return torch.where(_marked(ids, real, scores), lowered, scores)
+
+
+def bar_repeated_ngrams(scores: Tensor, ids: Tensor, real: Tensor, size: int) -> Tensor:
+    """-inf for every token that would complete a sequence of `size` tokens that ids (R, T) already has."""
+    if ids.shape[1] < size:
+        return scores
+    windows, inside = ids.unfold(1, size, 1), real.unfold(1, size, 1).all(-1)  # (R, T - size + 1, size)
+    recent = ids[:, ids.shape[1] + 1 - size :]  # (R, size - 1)
+    repeats = (windows[..., :-1] == recent[:, None]).all(-1) & inside
+    return scores.masked_fill(_marked(windows[..., -1], repeats, scores), -math.inf)
+
+
+def bar_end(scores: Tensor, eos_id: int) -> Tensor:
+    """-inf for the end token."""
+    scores = scores.clone()
+    scores[:, eos_id] = -math.inf
+    return scores
+
+
+def keep_top_k(scores: Tensor, k: int) -> Tensor:
+    """-inf for all tokens less likely than the k-th (Fan et al. 2018, 1805.04833)."""
+    return scores.masked_fill(scores < scores.topk(k).values[:, -1:], -math.inf)
+
+
+def keep_top_p(scores: Tensor, p: float) -> Tensor:
+    """-inf outside the fewest tokens that together have at least probability p (Holtzman et al. 2020, 1904.09751)."""
+    ordered, order = scores.sort(-1)  # from the least likely on
+    outside = ordered.softmax(-1).cumsum(-1) <= 1 - p
+    outside[:, -1] = False
+    return scores.masked_fill(outside.scatter(1, order, outside), -math.inf)
+
+
+def processors(options: GenerationOptions) -> list[Processor]:
+    """The functions (scores, ids, real, new tokens so far) -> scores that the options ask for, in order."""
+    chain: list[Processor] = []
+    if options.repetition_penalty != 1.0:
+        penalty = options.repetition_penalty
+        chain.append(lambda scores, ids, real, made: penalize_repetition(scores, ids, real, penalty))
+    if options.no_repeat_ngram_size > 0:
+        size = options.no_repeat_ngram_size
+        chain.append(lambda scores, ids, real, made: bar_repeated_ngrams(scores, ids, real, size))
+    if options.min_new_tokens > 0:
+        least, eos_id = options.min_new_tokens, options.eos_id
+        chain.append(lambda scores, ids, real, made: bar_end(scores, eos_id) if made < least else scores)
+    if options.temperature is not None:
+        temperature = options.temperature
+        chain.append(lambda scores, ids, real, made: scores / temperature)
+    for limit, keep in ((options.top_k, keep_top_k), (options.top_p, keep_top_p)):
+        if limit is not None:
+            chain.append(lambda scores, ids, real, made, keep=keep, limit=limit: keep(scores, limit))
+    return chain

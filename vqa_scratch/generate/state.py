@@ -1,0 +1,220 @@
+"""Where decoding stands: the cache behind the tokens so far, and the step that takes it one token further.
+
+The prompt goes through the decoder's modules once; from then on `StaticState` steps over the decoder's parts with a
+cache of its final size. All members (beams) of a group share the group's prompt and memory without a copy: each writes
+its keys beside the others' and sees, of these, only its own ancestors'. So a change of beams moves a mask, not a cache.
+
+Shapes: G groups (prompts), K members a group, R = G*K rows, P prompt tokens, C places in the cache, H heads, d head
+size, D width, V vocabulary.
+"""
+
+import math
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from vqa_scratch.generate import cross
+from vqa_scratch.nn import taps
+from vqa_scratch.nn.cache import DecoderCache
+from vqa_scratch.nn.decoding import DecoderParts, linear
+from vqa_scratch.nn.memory import Memory
+
+
+class Decoder(Protocol):
+    """What decoding asks of a model (an `nn.Module`): GPT-2 and T5 have it."""
+
+    training: bool
+
+    def new_cache(self) -> DecoderCache:
+        """An empty cache."""
+
+    def hidden(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, *, memory: Any = None, cache: Any = None
+    ) -> Tensor:
+        """(B, T) -> (B, T, D): states of the new tokens; attention_mask (B, cached + T), padding on the left."""
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(..., D) -> (..., V)."""
+
+    def decoding_parts(self) -> DecoderParts:
+        """What a step goes through."""
+
+
+class State(Protocol):
+    """What the loops ask of a state. Rows are groups times members, the members of a group side by side."""
+
+    def step(self, tokens: Tensor) -> Tensor:
+        """The next token of each row (R,) -> scores of the one after it (R, V)."""
+
+    def reorder(self, parents: Tensor) -> None:
+        """Row r goes on from what row `parents[r]` was, a member of the same group."""
+
+    def keep(self, groups: Tensor) -> None:
+        """Keep these groups (G',) only, in this order."""
+
+
+class ModuleState:
+    """Steps through the decoder's modules: what a trace needs, and a decoder in training."""
+
+    def __init__(self, decoder: Decoder, cache: DecoderCache, mask: Tensor, memory: Any, members: int) -> None:
+        self.decoder, self.cache, self.mask, self.memory, self.members = decoder, cache, mask, memory, members
+        if members > 1:
+            self._select(torch.arange(len(mask), device=mask.device).repeat_interleave(members))
+
+    def _select(self, rows: Tensor) -> None:
+        self.cache.select(rows)
+        self.mask = self.mask[rows]
+
+    def step(self, tokens: Tensor) -> Tensor:
+        self.mask = torch.cat([self.mask, torch.ones_like(self.mask[:, :1])], 1)
+        hidden = self.decoder.hidden(tokens[:, None], self.mask, memory=self.memory, cache=self.cache)
+        return self.decoder.logits(hidden[:, -1])
+
+    def reorder(self, parents: Tensor) -> None:
+        self._select(parents)
+
+    def keep(self, groups: Tensor) -> None:
+        members = torch.arange(self.members, device=groups.device)
+        self._select((groups[:, None] * self.members + members).flatten())
+
+
+class StaticState:
+    """Steps over the decoder's parts, with a cache of C = P + K * steps places made at once."""
+
+    def __init__(self, decoder: Decoder, cache: DecoderCache, mask: Tensor | None, steps: int, members: int) -> None:
+        self.decoder, self.parts, self.members, self.used = decoder, decoder.decoding_parts(), members, 0
+        k, _ = cache[0].contents
+        self.groups, self.heads, self.prompt, self.size = k.shape
+        self.places = self.prompt + members * steps
+        self.cached = k.new_empty(len(cache), 2, self.groups, self.heads, self.places, self.size)
+        for layer, own in enumerate(cache):
+            for kind, filled in enumerate(own.contents):
+                self.cached[layer, kind, :, :, : self.prompt] = filled
+        start = torch.full((self.groups,), self.prompt, device=k.device) if mask is None else mask.sum(1)
+        self.positions = start.repeat_interleave(members)  # (R,) of the tokens to come
+        self.seen = None  # (G, K, C), -inf where a member may not look
+        if mask is not None or members > 1:
+            self.seen = k.new_full((self.groups, members, self.places), -math.inf if members > 1 else 0.0)
+            self.seen[:, :, : self.prompt] = 0.0
+            if mask is not None:
+                self.seen[:, :, : self.prompt].masked_fill_(~mask[:, None], -math.inf)
+        self.distances = None  # (H, 1, P + steps), T5: the bias of the last of all tokens; an earlier one's is its end
+        if self.parts.bias is not None:
+            self.distances = self.parts.bias(self.prompt + steps)[0].to(k.dtype)
+            own = torch.arange(self.prompt, self.prompt + steps, device=k.device).repeat_interleave(members)
+            self.columns = torch.cat([torch.arange(self.prompt, device=k.device), own])  # (C,) time of each place
+        self.cross_parts = None
+        if cache[0].cross is not None:
+            self.cross_parts = [own.cross for own in cache]
+            if members > 1:
+                rows = torch.arange(self.groups, device=k.device).repeat_interleave(members)
+                self.cross_parts = cross.select(self.cross_parts, rows)
+        self._lay_out()
+
+    def _lay_out(self) -> None:
+        """After a change of groups: views of the cache, and the layers' functions of the step."""
+        both = self.cached.flatten(2, 3)  # (L, 2, G * H, C, d)
+        self.keys, self.values = both[:, 0].transpose(2, 3), both[:, 1]
+        self.spread = None  # (G * H, K, C): `seen` where it does not change from step to step
+        if self.seen is not None and self.members == 1:
+            self.spread = self.seen.repeat_interleave(self.heads, 0)
+        readers = [None] * len(self.parts.layers)
+        if self.cross_parts is not None:
+            readers = cross.readers(self.cross_parts, [layer.cross.scale for layer in self.parts.layers])
+        self.layers = []
+        for layer, read in zip(self.parts.layers, readers, strict=True):
+            across = None
+            if read is not None:
+                across = (layer.cross_norm, linear(layer.cross.q), read, linear(layer.cross.out))
+            attn = layer.attn
+            own = (layer.norm, linear(attn.qkv), attn.scale, linear(attn.out))
+            self.layers.append((*own, across, layer.mlp_norm, layer.mlp))
+
+    def _bias(self, until: int) -> Tensor | None:
+        """What is added to the scores of the first `until` places, broadcastable to (G * H, K, until)."""
+        if self.distances is None:
+            if self.seen is None:
+                return None
+            if self.spread is not None:
+                return self.spread[:, :, :until]
+            return self.seen[:, :, :until].repeat_interleave(self.heads, 0)
+        last = self.prompt + self.used  # the time of the token of this step
+        end = self.distances.shape[-1] - 1 - last
+        bias = self.distances.index_select(2, self.columns[:until] + end)  # (H, 1, until)
+        if self.seen is not None:
+            return (bias + self.seen[:, None, :, :until]).flatten(0, 1)
+        return bias if self.groups == 1 else bias.repeat(self.groups, 1, 1)
+
+    def _open(self) -> tuple[Tensor | None, list[tuple[Tensor, Tensor, Tensor]]]:
+        """For the step to come: the bias, and by layer the keys and values to read and the places to write."""
+        start = self.prompt + self.members * self.used
+        until = start + self.members
+        if self.members > 1:  # a member sees its own token
+            self.seen[:, :, start:until].diagonal(dim1=1, dim2=2).zero_()
+        views = (self.keys[..., :until], self.values[:, :, :until], self.cached[:, :, :, :, start:until])
+        return self._bias(until), list(zip(*(view.unbind(0) for view in views), strict=True))
+
+    def step(self, tokens: Tensor) -> Tensor:
+        x = self.parts.embed(tokens, self.positions)  # (R, D)
+        bias, views = self._open()
+        groups, members, heads, size = self.groups, self.members, self.heads, self.size
+        fused, flat, rows = (groups, members, 3, heads, size), (groups * heads, members, size), (len(x), heads * size)
+        for layer, (keys, values, new) in zip(self.layers, views, strict=True):
+            norm, qkv, scale, out, across, mlp_norm, mlp = layer
+            q, k_and_v = qkv(norm(x)).view(fused).permute(2, 0, 3, 1, 4).split((1, 2))  # (3, G, H, K, d)
+            new.copy_(k_and_v)
+            z = cross.attend(q.reshape(flat), keys, values, bias, scale)
+            if members > 1:
+                z = z.view(groups, heads, members, size).transpose(1, 2)
+            x += out(z.reshape(rows))
+            if across is not None:
+                norm, q, read, out = across
+                x += out(read(q(norm(x))))
+            x += mlp(mlp_norm(x))
+        self.used += 1
+        self.positions += 1
+        return self.decoder.logits(self.parts.norm(x))
+
+    def reorder(self, parents: Tensor) -> None:
+        # Positions need no move: the members of a group stand at the same one.
+        self.seen = self.seen.flatten(0, 1).index_select(0, parents).view(self.seen.shape)
+
+    def keep(self, groups: Tensor) -> None:
+        self.cached = self.cached.index_select(2, groups)
+        self.groups = len(groups)
+        if self.seen is not None:
+            self.seen = self.seen.index_select(0, groups)
+        members = torch.arange(self.members, device=groups.device)
+        rows = (groups[:, None] * self.members + members).flatten()
+        self.positions = self.positions[rows]
+        if self.cross_parts is not None:
+            self.cross_parts = cross.select(self.cross_parts, rows)
+        self._lay_out()
+
+
+def begin(
+    decoder: Decoder,
+    prompt_ids: Tensor,
+    prompt_mask: Tensor | None,
+    memory: list[Memory] | None,
+    *,
+    steps: int,
+    members: int = 1,
+) -> tuple[Tensor, State]:
+    """Read the prompts. Returns the scores of the first new token (G, V), and the state after the prompts.
+
+    prompt_ids (G, P) with prompt_mask (G, P), True = a real token; None means no padding. The state takes up to `steps`
+    steps of `members` rows a group. Raises ValueError if the decoder's positions do not serve so many tokens.
+    """
+    mask = None if prompt_mask is None or bool(prompt_mask.all()) else prompt_mask.bool()
+    limit, total = decoder.decoding_parts().max_positions, prompt_ids.shape[1] + steps
+    if limit is not None and total > limit:
+        raise ValueError(f"{total} tokens, but the position table serves {limit}")
+    cache = decoder.new_cache()
+    hidden = decoder.hidden(prompt_ids, mask, memory=memory, cache=cache)[:, -1]
+    logits = decoder.logits(hidden)  # (G, V)
+    if taps.active() or decoder.training:
+        full = torch.ones_like(prompt_ids, dtype=torch.bool) if mask is None else mask
+        return logits, ModuleState(decoder, cache, full, memory, members)
+    return logits, StaticState(decoder, cache, mask, steps, members)
