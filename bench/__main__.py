@@ -4,7 +4,7 @@ import sys
 
 import click
 
-from bench import taps, train_step
+from bench import attention, logprob, loss_head, taps, train_step
 from bench.results import command_given, present
 from bench.sides import SIDES, Case
 from vqa_scratch.commands.line import NearGroup, call
@@ -45,7 +45,36 @@ def taps_command(rounds: int, questions: int, write: bool) -> None:
     present("taps", taps.run(rounds, questions, command_given()), write)
 
 
-COMMANDS = [train_step_command, taps_command]  # a further benchmark is imported above and added here
+@click.command("loss-head")
+@click.option("--tokens", type=click.IntRange(1), default=2048, show_default=True, help="Labelled tokens.")
+@click.option("--width", type=click.IntRange(1), default=768, show_default=True, help="Width of the states.")
+@click.option("--vocabulary", type=click.IntRange(2), default=50257, show_default=True, help="Size of the vocabulary.")
+@click.option("--precision", type=NearChoice(("fp32", "bf16")), default="fp32", show_default=True, help="Arithmetic.")
+@click.option("--device", type=NearChoice(("cpu", "cuda")), default="cpu", show_default=True, help="Where to run.")
+@click.option("--rounds", type=click.IntRange(1), default=5, show_default=True, help="Turns of each side.")
+@click.option("--write", is_flag=True, help="Put the table into bench/RESULTS.md.")
+def loss_head_command(rounds: int, write: bool, **sizes: int | str) -> None:
+    """Linear map and cross-entropy over a large vocabulary: time and peak memory against other ways."""
+    case = loss_head.Case(**sizes)
+    present(f"loss-head-{case.device}-{case.precision}", loss_head.run(case, rounds, command_given()), write)
+
+
+@click.command("attention")
+@click.option("--write", is_flag=True, help="Put the table into bench/RESULTS.md.")
+def attention_command(write: bool) -> None:
+    """Attention on a GPU against the best backend of SDPA and FlexAttention."""
+    present("attention", attention.run(command_given()), write)
+
+
+@click.command("logprob")
+@click.option("--write", is_flag=True, help="Put the table into bench/RESULTS.md.")
+def logprob_command(write: bool) -> None:
+    """Log-probability and entropy of chosen tokens on a GPU against the memory's bandwidth."""
+    present("logprob", logprob.run(command_given()), write)
+
+
+# A further benchmark is imported above and added here.
+COMMANDS = [train_step_command, loss_head_command, attention_command, logprob_command, taps_command]
 PROGRAM = NearGroup("bench", {command.name: command for command in COMMANDS}, help="Measure, side by side.")
 
 

@@ -6,18 +6,15 @@ this project goes through `engine.loop.train_step`, the function that training r
 Shapes: I images, B questions, T question tokens, A decoder tokens.
 """
 
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from bench.timing import peak_memory_gb
 from vqa_scratch.data.batches import Batch
 from vqa_scratch.engine.allocator import keep_freed_memory
 from vqa_scratch.engine.loop import Plan, train_step
@@ -194,25 +191,6 @@ class Peer:
 TOWERS = {"image": ViT, "text": Bert, "decoder": GPT2}
 TEXTS = ("text", "decoder")
 SIDES: dict[str, Callable[[Path, Case], Ours | Peer]] = {"ours": Ours, "peer": Peer}
-
-
-def serve(side: str, folder: Path, case: Case, threads: int, pipe: Connection) -> None:
-    """The process of one side: build it, then do what the pipe asks until it says stop.
-
-    A request is a method's name with its arguments; the answer is ("done", seconds, its value) or ("failed", why).
-    """
-    try:
-        torch.set_num_threads(threads)
-        contestant = SIDES[side](folder, case)
-        pipe.send(("done", 0.0, None))
-        while (request := pipe.recv()) is not None:
-            name, arguments, options = request
-            work = peak_memory_gb if name == "peak_memory_gb" else getattr(contestant, name)
-            start = time.perf_counter()
-            value = work(*arguments, **options)
-            pipe.send(("done", time.perf_counter() - start, value))
-    except Exception as error:
-        pipe.send(("failed", f"{type(error).__name__}: {error}"))
 
 
 def save_random_weights(folder: Path, sizes: dict[str, dict]) -> None:

@@ -93,6 +93,14 @@ def copy_gb_per_second(megabytes: int = 256, seconds: float = 1.0) -> float:
     return 2 * source.nbytes / best / 1e9
 
 
+def held_memory_gb() -> float:
+    """What this process holds now, in 1e9 bytes; on systems without /proc the most it has held."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e9
+    except OSError:
+        return peak_memory_gb()
+
+
 def peak_memory_gb() -> float:
     """The most memory this process has held at once, in 1e9 bytes.
 

@@ -10,7 +10,7 @@ import multiprocessing
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -20,8 +20,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from bench import results, timing
-from bench.sides import Case, save_random_weights, serve
+from bench import processes, results, timing
+from bench.processes import Contestant
+from bench.sides import SIDES, Case, save_random_weights
 from vqa_scratch.errors import UserError
 from vqa_scratch.models.bert import BertConfig
 from vqa_scratch.models.gpt2 import GPT2Config
@@ -62,51 +63,9 @@ def step_operations(image: Any, text: Any, decoder: Any, case: Case) -> float:
     return 6.0 * products + 4.0 * patching
 
 
-class Contestant:
-    """One side's process, waiting for its turn."""
-
-    def __init__(self, side: str, folder: Path, case: Case) -> None:
-        context = multiprocessing.get_context("spawn")
-        self.pipe, theirs = context.Pipe()
-        arguments = (side, folder, case, torch.get_num_threads(), theirs)
-        self.process = context.Process(target=serve, args=arguments, daemon=True)
-        self.side = side
-        self.process.start()
-        theirs.close()
-
-    def answer(self) -> tuple[float, Any]:
-        """(seconds, value) of the request before. Raises UserError if it failed or the process is gone."""
-        try:
-            kind, *rest = self.pipe.recv()
-        except EOFError:
-            raise UserError(f"the process of {self.side} ended without an answer: out of memory?") from None
-        if kind == "failed":
-            raise UserError(f"{self.side}: {rest[0]}")
-        return rest[0], rest[1]
-
-    def ask(self, name: str, *arguments: Any, **options: Any) -> tuple[float, Any]:
-        self.pipe.send((name, arguments, options))
-        return self.answer()
-
-    def stop(self) -> None:
-        if self.process.is_alive():
-            self.pipe.send(None)
-            self.process.join(10)
-            self.process.kill()
-
-
-@contextmanager
-def contestants(folder: Path, case: Case, sides: tuple[str, ...]) -> Iterator[list[Contestant]]:
-    """The processes, ready; stopped at the end whatever happens."""
-    running: list[Contestant] = []
-    try:
-        for side in sides:
-            running.append(Contestant(side, folder, case))
-            running[-1].answer()  # one builds after the other
-        yield running
-    finally:
-        for contestant in running:
-            contestant.stop()
+def contestants(folder: Path, case: Case, sides: tuple[str, ...]) -> AbstractContextManager[list[Contestant]]:
+    """A process for each side."""
+    return processes.contestants({side: (SIDES[side], folder, case) for side in sides})
 
 
 def tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:

@@ -169,7 +169,7 @@ def triton_attention(
     bias: RelativeBias | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`reference.attention` through the kernels; on CPU tensors only under Triton's interpreter."""
-    keep = None if key_mask is None else key_mask.to(torch.uint8).contiguous()
+    keep = None if key_mask is None else key_mask.bool().contiguous().view(torch.uint8)
     table, buckets, reach = None, None, 0
     if bias is not None:
         table, reach = bias.table, bias.max_distance

@@ -6,6 +6,7 @@ Attention is equation 1 of Vaswani et al. 2017 with the log-sum-exp of each row 
 Shapes: B batch, H heads, Tq queries, Tk keys, d head size, N rows of logits, D width, V vocabulary.
 """
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -34,6 +35,15 @@ def distance_buckets(distance: Tensor, buckets: int, max_distance: int, bidirect
     return offset + torch.where(distance < exact, distance, far.clamp(max=buckets - 1))
 
 
+@functools.lru_cache(maxsize=64)
+@torch.inference_mode(False)  # what is kept must serve later gradients
+def _line(
+    queries: int, keys: int, buckets: int, max_distance: int, bidirectional: bool, device: torch.device
+) -> Tensor:
+    """The buckets of all distances, kept: every layer and every step asks for the same few."""
+    return distance_buckets(torch.arange(1 - keys, queries), buckets, max_distance, bidirectional).to(device)
+
+
 @dataclass(frozen=True, eq=False)
 class RelativeBias:
     """A learned bias on the scores: one number for each head and bucket of relative distances."""
@@ -44,9 +54,8 @@ class RelativeBias:
 
     def buckets(self, queries: int, keys: int) -> Tensor:
         """(Tq + Tk - 1,) long: the bucket of each distance from -(Tk - 1) to Tq - 1, queries at the end of the keys."""
-        distance = torch.arange(1 - keys, queries)
-        known = distance_buckets(distance, len(self.table), self.max_distance, self.bidirectional)
-        return known.to(self.table.device, non_blocking=True)
+        sizes = (len(self.table), self.max_distance, self.bidirectional)
+        return _line(queries, keys, *sizes, self.table.device)
 
     def dense(self, queries: int, keys: int) -> Tensor:
         """(1, H, Tq, Tk): the bias written out."""

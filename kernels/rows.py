@@ -21,7 +21,7 @@ def cross_entropy_rows(LOGITS, stride, LABELS, LOSS, RIGHT, vocabulary, BLOCK: t
     row = tl.program_id(0).to(tl.int64)
     LOGITS += row * stride
     label = tl.load(LABELS + row)
-    chosen = tl.load(LOGITS + label).to(tl.float32)
+    chosen = tl.load(LOGITS + label, mask=label < vocabulary, other=float("nan")).to(tl.float32)
     top, total, best = float("-inf"), 0.0, 0
     for start in range(0, vocabulary, BLOCK):
         at = start + tl.arange(0, BLOCK)
@@ -49,7 +49,9 @@ def logprob_rows(LOGITS, stride, IDS, LOGPROBS, ENTROPY, LSE, vocabulary, BLOCK:
     """LOGPROBS of IDS, ENTROPY and LSE of each row, in nats, in one pass."""
     row = tl.program_id(0).to(tl.int64)
     LOGITS += row * stride
-    chosen = tl.load(LOGITS + tl.load(IDS + row)).to(tl.float32)
+    chosen = tl.load(IDS + row)
+    inside = (chosen >= 0) & (chosen < vocabulary)
+    chosen = tl.load(LOGITS + chosen, mask=inside, other=float("nan")).to(tl.float32)
     top, total, moment = float("-inf"), 0.0, 0.0  # sums of exp(x - top) and of exp(x - top) (x - top)
     for start in range(0, vocabulary, BLOCK):
         at = start + tl.arange(0, BLOCK)

@@ -237,3 +237,9 @@ def test_linear_logprobs_and_their_gradients(monkeypatch):
     plain, exact = (figures(lambda h, w: reference.chosen_logprobs(h @ w.T, ids), k) for k in (FP32, torch.float64))
     ours = figures(lambda h, w: logprob.LinearLogprobs.apply(h, w, ids, rows, FP32), FP32)
     within_budget(("logprob", "entropy", "dhidden", "dweight"), ours, plain, exact, FP32)
+
+
+def test_an_id_beyond_the_vocabulary_reads_nothing():
+    logits, ids = torch.randn(3, 5, device=DEVICE), torch.tensor([5, 2, -1], device=DEVICE)
+    assert rows.logprobs(logits, ids)[0].isnan().tolist() == [True, False, True]
+    assert rows.cross_entropy_(logits, ids.clamp(min=0), False)[0].isnan().tolist() == [True, False, False]

@@ -1,0 +1,47 @@
+#!/usr/bin/env bash
+# Everything that wants a GPU, in one command and under 8 minutes: first whether the kernels are right, then how fast.
+#   bench/gpu.sh [--write]        --write also puts the tables into bench/RESULTS.md
+# A section whose command this checkout lacks is left out, and said so; a section that fails does not stop the others.
+set -u
+cd "$(dirname "$0")/.."
+python=${PYTHON:-python}
+write=("$@")
+failed=()
+
+"$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || { echo "there is no GPU here" >&2; exit 2; }
+nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader || true
+commands=$("$python" -m bench --help)
+
+section() { # title, seconds at most, command...
+    local title=$1 limit=$2
+    shift 2
+    printf '\n== %s  (%s s so far)\n' "$title" "$SECONDS"
+    timeout "$limit" "$@" || failed+=("$title")
+}
+
+bench() { # title, seconds at most, benchmark, options...
+    local title=$1 limit=$2 name=$3
+    shift 3
+    if grep -qE "^  $name( |$)" <<<"$commands"; then
+        section "$title" "$limit" "$python" -m bench "$name" "$@" ${write[@]+"${write[@]}"}
+    else
+        printf '\n== %s: left out, this checkout has no "bench %s"\n' "$title" "$name"
+    fi
+}
+
+section "kernels against fp64, fp32 first" 150 "$python" -m pytest -q -x tests/test_kernels_triton.py tests/test_kernels.py
+section "other tests that need a GPU" 60 "$python" -m pytest -q -m gpu --ignore tests/test_kernels_triton.py
+bench "attention" 100 attention
+bench "fused loss, bf16" 40 loss-head --device cuda --precision bf16 --tokens 8192 --rounds 3
+bench "log-probability and entropy" 20 logprob
+bench "decoding" 60 decode --device cuda
+bench "training step" 60 train-step --device cuda --precision bf16 --rounds 3
+
+printf '\n%s s in all' "$SECONDS"
+if [ ${#failed[@]} -gt 0 ]; then
+    printf '; failed:'
+    printf ' [%s]' "${failed[@]}"
+    echo
+    exit 1
+fi
+echo
