@@ -39,7 +39,7 @@ def tiles(kernel: str, head: int, dtype: torch.dtype, bias: bool, device: torch.
     Chosen so that registers and shared memory suffice, by what the compiler reports for each architecture.
     """
     if dtype == torch.float32:  # exact fp32 products run outside the tensor cores and want registers
-        return Tile(32, 32, 4, 2)
+        return Tile(32, 16, 4, 1)
     if torch.cuda.get_device_capability(device) < (9, 0):
         return Tile(64, 32, 4, 2)
     if head > 64:

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import kernels
 from vqa_scratch.nn import masks, taps
 from vqa_scratch.nn.cache import KVCache
 from vqa_scratch.nn.memory import KeyValue, Memory, concatenate
@@ -105,11 +106,16 @@ def attention(
 def attention_over_parts(
     q: Tensor, parts: Sequence[KeyValue], *, scale: float | None = None, dropout: float = 0.0, backend: str = "fused"
 ) -> Tensor:
-    """Attention of q (B, H, T, d) over the union of the parts' keys: one softmax. Returns (B, H, T, d)."""
+    """Attention of q (B, H, T, d) over the union of the parts' keys: one softmax. Returns (B, H, T, d).
+
+    Where Triton runs, each part is attended to by itself and the parts are merged by their log-sum-exps.
+    """
     if len(parts) == 1:
         k, v, mask, readers = parts[0]
         z = attention(readers.fold(q), k, v, key_mask=mask, scale=scale, dropout=dropout, backend=backend)
         return readers.unfold(z)
+    if backend == "fused" and not dropout and kernels.backend(q.device) == "triton":
+        return kernels.merge([_read_part(q, part, scale) for part in parts])[0]
     scores = [
         part.readers.unfold(attention_scores(part.readers.fold(q), part.k, key_mask=part.mask, scale=scale))
         for part in parts
@@ -120,6 +126,13 @@ def attention_over_parts(
     pieces = pattern.split([part.k.shape[2] for part in parts], -1)
     reads = [part.readers.unfold(part.readers.fold(piece) @ part.v) for piece, part in zip(pieces, parts, strict=True)]
     return sum(reads[1:], start=reads[0])
+
+
+def _read_part(q: Tensor, part: KeyValue, scale: float | None) -> tuple[Tensor, Tensor]:
+    """What q (B, H, T, d) reads from one part, (B, H, T, d), and the log-sum-exp of its scores, (B, H, T)."""
+    fold, unfold = part.readers.fold, part.readers.unfold
+    z, lse = kernels.flash_attention(fold(q), part.k, part.v, key_mask=part.mask, scale=scale)
+    return unfold(z), unfold(lse.unsqueeze(-1)).squeeze(-1)
 
 
 class MultiHeadAttention(nn.Module):
