@@ -134,7 +134,9 @@ def describe_all(scenes: dict[int, Scene], seed: int) -> dict[int, list[str]]:
 
 # -------------------------------------------------------------------------------------------------- reading
 
-_NAMED = re.compile(rf"\b({'|'.join(SIZES)}) ({'|'.join(COLORS)}) ({'|'.join(SHAPES)})\b")
+_OBJECT = rf"\b({'|'.join(SIZES)}) ({'|'.join(COLORS)}) ({'|'.join(SHAPES)})\b"
+_NAMED = re.compile(_OBJECT)
+_PLACED = re.compile(_OBJECT + r" at the ((?:top|bottom) (?:left|right))\b")
 
 
 def objects_named(text: str) -> Counter[Named]:
@@ -145,3 +147,13 @@ def objects_named(text: str) -> Counter[Named]:
 def objects_of(scene: Scene) -> Counter[Named]:
     """The objects of a scene, with how often each occurs."""
     return Counter(map(named, scene))
+
+
+def places_named(text: str) -> Counter[tuple[str, ...]]:
+    """The objects that a description puts into a quarter of the image, with it: (size, colour, shape, place)."""
+    return Counter(_PLACED.findall(text.lower()))
+
+
+def places_of(scene: Scene) -> Counter[tuple[str, ...]]:
+    """(size, colour, shape, place) of every object of a scene."""
+    return Counter((*named(thing), thing.place) for thing in scene)

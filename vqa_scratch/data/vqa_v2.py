@@ -13,6 +13,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from vqa_scratch.data.image_files import load_image
+from vqa_scratch.data.skips import Skips
 from vqa_scratch.data.vqa_files import (
     Annotation,
     ImageFolder,
@@ -46,7 +47,7 @@ __all__ = [
 
 
 @dataclass
-class VQAReport:
+class VQAReport(Skips):
     """What was read, kept and left out. `str(report)` is a text of several lines."""
 
     split: str
@@ -54,14 +55,7 @@ class VQAReport:
     in_file: int = 0
     kept: int = 0
     images: int = 0
-    skipped: Counter[str] = field(default_factory=Counter)
-    examples: dict[str, str] = field(default_factory=dict)
     notes: Counter[str] = field(default_factory=Counter)
-
-    def skip(self, reason: str, example: object = None, count: int = 1) -> None:
-        self.skipped[reason] += count
-        if example is not None:
-            self.examples.setdefault(reason, str(example))
 
     def __str__(self) -> str:
         lines = [
@@ -70,9 +64,7 @@ class VQAReport:
             f"  annotations  {self.files.annotations or 'none'}",
             f"  images       {self.files.images}",
         ]
-        for reason, count in self.skipped.most_common():
-            example = f" (first: {self.examples[reason]})" if reason in self.examples else ""
-            lines.append(f"  left out {count:,}: {reason}{example}")
+        lines += self.lines()
         lines += [f"  note: {count:,} {note}" for note, count in self.notes.items()]
         return "\n".join(lines)
 
@@ -246,11 +238,7 @@ def read_vqa(
         report.skip("outside start_at and end_at", count=outside)
     report.kept, report.images = len(samples), len(per_image)
     if not samples:
-        reasons = "; ".join(
-            f"{count} because {reason}" + (f" ({report.examples[reason]})" if reason in report.examples else "")
-            for reason, count in report.skipped.most_common()
-        )
-        raise UserError(f"no question of {files.questions} is left: {reasons or 'it holds none'}")
+        raise UserError(f"no question of {files.questions} is left: {report.reasons() or 'it holds none'}")
     return VQAData(samples, report)
 
 

@@ -1,0 +1,69 @@
+"""Changes to training images that leave their texts true: mirroring, a small turn, brightness and contrast.
+
+Mirroring swaps left and right, so an image is mirrored only where no text that goes with it depends on a side. There is
+no change of hue or saturation: a text that names a colour would stop being true. Evaluation never comes here.
+
+Everything works on bytes, for a batch at once, and is drawn from a generator that is given, so that a run which goes on
+from a checkpoint sees the same images as one that was never stopped.
+
+Shapes: I images of H x W pixels.
+"""
+
+import re
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# English, and Chinese, which writes no spaces. For texts in other languages, switch mirroring off.
+_SIDE_WORDS = re.compile(r"\b(left|right|leftmost|rightmost|clockwise|anticlockwise|counterclockwise)\b|[左右]", re.I)
+
+
+def depends_on_side(text: str) -> bool:
+    """Whether a text says left or right: of an image in a mirror it would not be true."""
+    return _SIDE_WORDS.search(text) is not None
+
+
+def rotate(pixels: Tensor, degrees: Tensor) -> Tensor:
+    """(I, C, H, W) float turned about the centre by (I,) degrees, counterclockwise; the border is drawn out."""
+    angle = torch.deg2rad(degrees)
+    height, width = pixels.shape[2:]
+    cos, sin, zero = angle.cos(), angle.sin(), torch.zeros_like(angle)
+    # Where each pixel comes from, in coordinates from -1 to 1 whose units differ if the image is not square.
+    rows = [[cos, -sin * height / width, zero], [sin * width / height, cos, zero]]
+    places = torch.stack([torch.stack(row, -1) for row in rows], 1)  # (I, 2, 3)
+    grid = F.affine_grid(places, list(pixels.shape), align_corners=False)
+    return F.grid_sample(pixels, grid, mode="bilinear", padding_mode="border", align_corners=False)
+
+
+@dataclass(frozen=True)
+class Augment:
+    """How much of each change; 0 leaves it out.
+
+    flip                 -- probability of mirroring an image that may be
+    degrees              -- largest turn either way
+    brightness, contrast -- largest relative change, both uniform around 1
+    """
+
+    flip: float = 0.5
+    degrees: float = 5.0
+    brightness: float = 0.1
+    contrast: float = 0.1
+
+    def __call__(self, pixels: Tensor, may_flip: Tensor, rng: np.random.Generator) -> Tensor:
+        """(I, H, W, 3) uint8 to the same, every image changed on its own; may_flip (I,) bool."""
+
+        def uniform(limit: float, around: float = 0.0) -> Tensor:
+            return torch.from_numpy(around + rng.uniform(-limit, limit, len(pixels))).float()
+
+        flip = may_flip & torch.from_numpy(rng.random(len(pixels)) < self.flip)
+        degrees, brightness, contrast = uniform(self.degrees), uniform(self.brightness, 1), uniform(self.contrast, 1)
+        x = torch.where(flip[:, None, None, None], pixels.flip(2), pixels).permute(0, 3, 1, 2).float()  # (I, 3, H, W)
+        if self.degrees:
+            x = rotate(x, degrees)
+        if self.brightness or self.contrast:
+            middle = x.mean((1, 2, 3), keepdim=True)
+            x = ((x - middle) * contrast[:, None, None, None] + middle) * brightness[:, None, None, None]
+        return x.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()

@@ -1,0 +1,188 @@
+"""Captions of images: a folder with a COCO captions file, or the drawn scenes with generated descriptions.
+
+The format is that of MS COCO (Chen et al. 2015, "Microsoft COCO Captions", arXiv 1504.00325): `images` with an id and a
+file name, `annotations` with an image id and a caption, usually five an image. A caption is read as the answer to no
+question: one `VQASample` each, whose `question` is empty, whose `answer` is the caption and whose `answers` are all
+captions of its image. So whatever groups, splits, batches and encodes questions serves captions too.
+"""
+
+import os
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from vqa_scratch.data.descriptions import describe_all, read_scenes, scenes_file
+from vqa_scratch.data.skips import Skips
+from vqa_scratch.data.vqa_files import VQASample, entries, fields, image_file_name, load_json, subtype_of
+from vqa_scratch.errors import UserError
+
+CAPTION = "caption"  # the question type and answer type of a sample that is one
+
+
+@dataclass
+class CaptionReport(Skips):
+    """What was read, kept and left out. `str(report)` is a text of several lines."""
+
+    split: str = ""
+    source: Path = Path()
+    in_file: int = 0
+    kept: int = 0
+    images: int = 0
+
+    def __str__(self) -> str:
+        head = f"{self.split}: kept {self.kept:,} of {self.in_file:,} captions, of {self.images:,} images"
+        return "\n".join([head, f"  captions     {self.source}", *self.lines()])
+
+
+@dataclass(frozen=True)
+class CaptionData:
+    """The samples in the order of the file, and the report on them."""
+
+    samples: list[VQASample]
+    report: CaptionReport
+
+
+def captions_names(split: str) -> tuple[str, ...]:
+    """The names a captions file of a split may have: COCO's of 2014 and 2017, and the plain one."""
+    return tuple(dict.fromkeys(f"captions_{name}.json" for name in (subtype_of(split), f"{split}2017", split)))
+
+
+def find_captions(folder: Path, split: str) -> Path | None:
+    """The captions file of a split in the folder or in its subfolder `annotations`; None if there is none."""
+    places = (place / name for name in captions_names(split) for place in (folder, folder / "annotations"))
+    return next(filter(Path.is_file, places), None)
+
+
+@dataclass
+class ImageFinder:
+    """Finds an image by the file name that a captions file gives it, by one listing of each folder."""
+
+    root: Path
+    stem: str  # "captions_train2014": its end names the folder of images
+    _names: dict[Path, set[str]] = field(init=False, repr=False, default_factory=dict)
+
+    @property
+    def places(self) -> list[Path]:
+        subtype = self.stem.removeprefix("captions_")
+        return [self.root / subtype, self.root / "images" / subtype, self.root / "images", self.root]
+
+    def find(self, name: str) -> Path | None:
+        """The path of the image, or None if no folder has it."""
+        for place in self.places:
+            folder = (place / name).parent
+            if folder not in self._names:
+                self._names[folder] = set(os.listdir(folder)) if folder.is_dir() else set()
+            if PurePosixPath(name).name in self._names[folder]:
+                return place / name
+        return None
+
+
+def _image_entries(path: Path, content: Any) -> dict[int, str]:
+    """{image_id: file name}. Raises UserError that names a malformed entry."""
+    names: dict[int, str] = {}
+    for position, entry in enumerate(entries(path, content, "images")):
+        where = f"{path}: images[{position}]"
+        image_id, name = fields(where, entry, {"id": int, "file_name": str})
+        parts = PurePosixPath(name.replace("\\", "/"))
+        if not name or parts.is_absolute() or ".." in parts.parts:
+            raise UserError(f"{where}: 'file_name' is {name!r}, not the name of a file below the folder of images")
+        if names.setdefault(image_id, str(parts)) != str(parts):
+            raise UserError(f"{where}: image {image_id} has two file names, {names[image_id]} and {name}")
+    return names
+
+
+def _with_references(rows: Iterable[tuple[int, Path, int, str]]) -> list[VQASample]:
+    """Samples from (image_id, path, caption id, caption): each knows all captions of its image."""
+    rows, references = list(rows), defaultdict(list)
+    for image_id, _, _, caption in rows:
+        references[image_id].append(caption)
+    shared = {image_id: tuple(captions) for image_id, captions in references.items()}
+    return [
+        VQASample(image_id, path, caption_id, "", CAPTION, CAPTION, shared[image_id], caption)
+        for image_id, path, caption_id, caption in rows
+    ]
+
+
+def read_coco_captions(path: Path, folder: Path, split: str, max_images: int | None = None) -> CaptionData:
+    """Read one captions file; its images lie below `folder`.
+
+    Captions of images that are not there, empty captions and second entries of one id are left out and counted.
+    Raises UserError, in one line, for a malformed entry, which it names, and if no caption is left.
+    """
+    content = load_json(path)
+    names = _image_entries(path, content)
+    annotations = entries(path, content, "annotations")
+    report = CaptionReport(split=split, source=path, in_file=len(annotations))
+    finder = ImageFinder(folder, path.stem)
+    places: dict[int, Path | None] = {}
+    seen: set[int] = set()
+    rows, missing = [], 0
+    for position, entry in enumerate(annotations):
+        where = f"{path}: annotations[{position}]"
+        caption_id, image_id, caption = fields(where, entry, {"id": int, "image_id": int, "caption": str})
+        if caption_id in seen:
+            report.skip("the caption id occurred before", caption_id)
+            continue
+        seen.add(caption_id)
+        if image_id not in names:
+            report.skip('the image is not listed under "images"', image_id)
+            continue
+        if not caption.strip():
+            report.skip("the caption is empty", caption_id)
+            continue
+        if image_id not in places:
+            if max_images is not None and len(places) - missing == max_images:
+                report.skip("over max_images")
+                continue
+            places[image_id] = finder.find(names[image_id])
+            missing += places[image_id] is None
+        if places[image_id] is None:
+            report.skip("the image is missing", names[image_id])
+            continue
+        rows.append((image_id, places[image_id], caption_id, " ".join(caption.split())))
+    return _finished(_with_references(rows), report, "caption")
+
+
+def _finished(samples: list[VQASample], report: CaptionReport, what: str) -> CaptionData:
+    report.kept, report.images = len(samples), len({s.image_id for s in samples})
+    if not samples:
+        raise UserError(f"no {what} of {report.source} is left: {report.reasons() or 'it holds none'}")
+    return CaptionData(samples, report)
+
+
+def read_described_scenes(folder: Path, split: str, seed: int = 0, max_images: int | None = None) -> CaptionData:
+    """The drawn scenes of a split with their generated descriptions, which are a function of (seed, image id)."""
+    path = scenes_file(folder, split)
+    texts = describe_all(read_scenes(path), seed)
+    report = CaptionReport(split=split, source=path, in_file=sum(map(len, texts.values())))
+    rows = []
+    for number, (image_id, captions) in enumerate(texts.items()):
+        image = folder / image_file_name(split, image_id, ".png")
+        if max_images is not None and number >= max_images:
+            report.skip("over max_images", count=len(captions))
+        elif not image.is_file():
+            report.skip("the image is missing", image, len(captions))
+        else:
+            rows += [(image_id, image, image_id * 1000 + k, caption) for k, caption in enumerate(captions)]
+    return _finished(_with_references(rows), report, "scene")
+
+
+def read_captions(
+    folder: str | Path, split: str = "train", *, seed: int = 0, max_images: int | None = None
+) -> CaptionData:
+    """One split of a folder: its captions file if there is one, else the descriptions of its drawn scenes.
+
+    `max_images`: at most so many images. Raises UserError if the folder has neither, or if no caption is left.
+    """
+    folder = Path(folder)
+    path = find_captions(folder, split)
+    if path is not None:
+        return read_coco_captions(path, folder, split, max_images)
+    if scenes_file(folder, split).is_file():
+        return read_described_scenes(folder, split, seed, max_images)
+    if not folder.is_dir():
+        raise UserError(f"{folder} is not a folder" + ("" if folder.exists() else " (there is no such path)"))
+    wanted = " or ".join(captions_names(split))
+    raise UserError(f"no captions of split {split}: {folder} and its subfolder annotations/ have no {wanted}")

@@ -1,0 +1,77 @@
+"""How good captions are: the objects they name, against those of the scene, and BLEU against the references.
+
+An object counts as named when size, colour and shape are all right; two equal objects must be named twice. Precision is
+the share of what a caption names that is there, recall the share of what is there that it names, both over all objects
+of all images together.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+
+from vqa_scratch.data.descriptions import objects_named, objects_of, places_named, places_of
+from vqa_scratch.data.scenes import Scene
+
+_CHINESE = re.compile(r"[\u3400-\u9fff]")
+
+
+@dataclass(frozen=True)
+class ObjectScore:
+    """Shares from 0 to 1; None where nothing was said that they could be a share of."""
+
+    precision: float | None
+    recall: float
+    exact: float  # share of the images whose caption names every object and nothing else
+    places: float | None  # of the objects named with a quarter of the image, the share that lies there
+
+    @property
+    def f1(self) -> float:
+        """The harmonic mean of precision and recall; 0 if nothing was named."""
+        total = (self.precision or 0.0) + self.recall
+        return 2 * self.precision * self.recall / total if self.precision and total else 0.0
+
+    def to_json(self) -> dict[str, float | None]:
+        """With the names that summary.json uses."""
+        values = asdict(self)
+        return {f"object_{k}" if k in ("precision", "recall") else f"{k}_share": v for k, v in values.items()}
+
+
+def score_objects(captions: Mapping[int, str], scenes: Mapping[int, Scene]) -> ObjectScore:
+    """Captions by image id against the scenes of those images."""
+    hits = said = there = exact = placed = right = 0
+    for image_id, caption in captions.items():
+        named, objects = objects_named(caption), objects_of(scenes[image_id])
+        hits, said, there = hits + (named & objects).total(), said + named.total(), there + objects.total()
+        exact += named == objects
+        places = places_named(caption)
+        placed, right = placed + places.total(), right + (places & places_of(scenes[image_id])).total()
+    if not captions:
+        raise ValueError("no captions to score")
+    return ObjectScore(
+        hits / said if said else None, hits / there, exact / len(captions), right / placed if placed else None
+    )
+
+
+@dataclass(frozen=True)
+class Bleu:
+    """Corpus BLEU from 0 to 100 (Papineni et al. 2002) and the signature that says how sacrebleu computed it."""
+
+    score: float
+    signature: str
+
+
+def corpus_bleu(captions: Sequence[str], references: Sequence[Sequence[str]]) -> Bleu:
+    """BLEU by sacrebleu (Post 2018); references[i] are those of captions[i], as many as there are.
+
+    Chinese text is cut into characters, any other as the WMT's 13a tokenizer does.
+    """
+    from sacrebleu.metrics import BLEU  # imported here: it takes longer than all the rest of a command
+
+    if not captions or len(captions) != len(references) or not all(references):
+        raise ValueError("every caption needs at least one reference, and there must be captions")
+    chinese = any(_CHINESE.search(text) for some in references for text in some)
+    most = max(map(len, references))
+    streams = [[some[i] if i < len(some) else None for some in references] for i in range(most)]
+    metric = BLEU(tokenize="zh" if chinese else "13a")
+    score = metric.corpus_score(list(captions), streams).score
+    return Bleu(score, str(metric.get_signature()))

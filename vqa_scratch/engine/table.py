@@ -1,0 +1,65 @@
+"""A table as a picture: texts of any script, and small images, in rows as high as their texts need."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from vqa_scratch.engine.lettering import choose, wrapped
+from vqa_scratch.storage import write_whole
+
+Cell = str | np.ndarray  # a text, or an image (H, W, 3) uint8
+LINE, PADDING, PICTURE = 0.19, 0.16, 0.8  # inches
+COLUMNS_AN_INCH = 12.5  # of text at the size used
+
+
+def draw_table(path: Path, title: str, header: Sequence[str], rows: Sequence[Sequence[Cell]], inches: Sequence[float]):
+    """Write the table as a PNG; `inches` are the widths of the columns.
+
+    Returns the characters that no installed font has, as one text: in the picture their codes stand for them.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    table = [list(header), *map(list, rows)]
+    lettering = choose([title, *(cell for row in table for cell in row if isinstance(cell, str))])
+
+    def fitted(cell: Cell, width: float) -> Cell:
+        if not isinstance(cell, str):
+            return cell
+        return wrapped(lettering.legible(cell), max(4, int((width - PADDING) * COLUMNS_AN_INCH)))
+
+    def height(cell: Cell) -> float:
+        return LINE * (1 + cell.count("\n")) if isinstance(cell, str) else PICTURE
+
+    table = [[fitted(cell, width) for cell, width in zip(row, inches, strict=True)] for row in table]
+    heights = [PADDING + max(map(height, row)) for row in table]
+    heading = 0.45
+    bold = "bold" if len(lettering.families) == 1 else "normal"  # fonts for other scripts often have no bold
+    total = heading + sum(heights)
+    with matplotlib.rc_context({"font.family": lettering.families}):
+        figure = plt.figure(figsize=(sum(inches), total))
+        axis = figure.add_axes((0, 0, 1, 1), xlim=(0, sum(inches)), ylim=(total, 0))
+        axis.axis("off")
+        # Texts are data, so a dollar sign is a dollar sign and not the start of a formula.
+        axis.text(PADDING / 2, heading / 2, lettering.legible(title), fontsize=12, va="center", parse_math=False)
+        top = heading
+        for number, (row, tall) in enumerate(zip(table, heights, strict=True)):
+            left = 0.0
+            for cell, width in zip(row, inches, strict=True):
+                if isinstance(cell, str):
+                    style = {"fontsize": 9, "va": "top", "linespacing": 1.35, "weight": "normal" if number else bold}
+                    axis.text(left + PADDING / 2, top + PADDING / 2, cell, parse_math=False, **style)
+                else:
+                    middle, edge = left + PICTURE / 2 + PADDING / 2, top + PADDING / 2
+                    extent = (middle - PICTURE / 2, middle + PICTURE / 2, edge + PICTURE, edge)
+                    axis.imshow(cell, extent=extent, interpolation="nearest", aspect="auto")
+                left += width
+            top += tall
+            axis.axhline(top, color="0.8" if number else "0.3", linewidth=0.8)
+        axis.set(xlim=(0, sum(inches)), ylim=(total, 0))  # imshow has changed them
+        write_whole(path, lambda unfinished: figure.savefig(unfinished, dpi=130, format="png"))
+        plt.close(figure)
+    return lettering.missing
