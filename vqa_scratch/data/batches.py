@@ -30,20 +30,31 @@ class Batch:
     """What the model takes. Padding is on the right and known by `attention_mask`, never by id."""
 
     pixels: Tensor  # (I, H, W, 3) uint8; the processor's `normalize` makes pixel_values of them
-    input_ids: Tensor  # (B, T)
-    attention_mask: Tensor  # (B, T) bool
+    input_ids: Tensor | None  # (B, T); None where no text tower reads the question
+    attention_mask: Tensor | None  # (B, T) bool
     decoder_input_ids: Tensor  # (B, A): the prompt if there is one, BOS, the answer
     labels: Tensor  # (B, A): the next token up to EOS, IGNORE elsewhere
     image_index: Tensor  # (B,): which image a question is about
     rows: Tensor  # (B,): which samples these are
 
+    @property
+    def reading(self) -> dict[str, Tensor]:
+        """What a model's `memory` and `hidden` take by these names, beside the pixels: the question for a text tower,
+        if there is one, and which image it is about."""
+        question = {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
+        return ({} if self.input_ids is None else question) | {"image_index": self.image_index}
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+        values = (getattr(self, f.name) for f in fields(self))
+        return type(self)(*(None if value is None else change(value) for value in values))
+
     def to(self, device: torch.device) -> "Batch":
         """Copied to the device; without waiting where the memory is pinned."""
-        return Batch(*(getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)))
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin(self) -> "Batch":
         """In page-locked memory, which a GPU reads while the program goes on."""
-        return Batch(*(getattr(self, f.name).pin_memory() for f in fields(self)))
+        return self._each(Tensor.pin_memory)
 
     def silent(self) -> "Batch":
         """The same inputs with nothing asked and nobody counted: its loss and its gradients are zero."""
@@ -60,8 +71,8 @@ class Batch:
             here = slice(*torch.searchsorted(self.image_index, self.image_index.new_tensor([at, until])).tolist())
             yield Batch(
                 self.pixels[at:until],
-                self.input_ids[here],
-                self.attention_mask[here],
+                None if self.input_ids is None else self.input_ids[here],
+                None if self.attention_mask is None else self.attention_mask[here],
                 self.decoder_input_ids[here],
                 self.labels[here],
                 self.image_index[here] - at,
@@ -96,13 +107,13 @@ def _encode_unique(texts: Sequence[str], encode: Callable[[str], list[int]]) -> 
 class Encoder:
     """Turns questions and answers into ids: one tokenizer for the text tower, one for the decoder.
 
-    With `question_prompt` the decoder gets the question's tokens before BOS. `cut` counts questions and answers that
-    were longer than their limit.
+    Without a text tower (`text` None) the question goes to the decoder alone. With `question_prompt` the decoder gets
+    the question's tokens before BOS. `cut` counts questions and answers that were longer than their limit.
     """
 
     def __init__(
         self,
-        text: Tokenizer,
+        text: Tokenizer | None,
         decoder: Tokenizer,
         *,
         max_question_tokens: int,
@@ -115,7 +126,9 @@ class Encoder:
         self.cut = {"questions": 0, "answers": 0}
 
     def question(self, text: str) -> list[int]:
-        """Ids for the text tower, its special tokens around them kept when cut."""
+        """Ids for the text tower, its special tokens around them kept when cut; none without a text tower."""
+        if self.text is None:
+            return []
         ids = self.text.encode(text)
         if len(ids) > self.max_question_tokens:
             self.cut["questions"] += 1
@@ -127,7 +140,7 @@ class Encoder:
 
     def prompt(self, text: str) -> list[int]:
         """Ids that the decoder reads before BOS: the question, or nothing."""
-        if not self.question_prompt:
+        if not self.question_prompt or not text:
             return []
         ids = self.decoder.encode(f" {text}" if self.decoder.byte_level else text, add_special_tokens=False)
         return ids[: self.max_question_tokens]
@@ -176,6 +189,13 @@ class Questions:
         mask = np.concatenate([columns >= 0, np.ones_like(bos, dtype=bool)], 1)
         return torch.from_numpy(np.concatenate([ids, bos], 1)), torch.from_numpy(mask)
 
+    def _question(self, rows: np.ndarray) -> tuple[Tensor | None, Tensor | None]:
+        """ids (B, T) and mask (B, T) for the text tower; None without one."""
+        if self.encoder.text is None:
+            return None, None
+        ids, lengths = self.ids.padded(rows, self.encoder.text.pad_id or 0)
+        return torch.from_numpy(ids), torch.from_numpy(np.arange(ids.shape[1]) < lengths[:, None])
+
     def batch(self, rows: np.ndarray, images: Images, *, image_map: np.ndarray | None = None) -> Batch:
         """The rows must come image by image, the same number each.
 
@@ -185,7 +205,7 @@ class Questions:
         image_of = self.image_of[rows]
         first = np.flatnonzero(np.r_[True, image_of[1:] != image_of[:-1]])
         index = np.cumsum(np.r_[False, image_of[1:] != image_of[:-1]])
-        ids, lengths = self.ids.padded(rows, self.encoder.text.pad_id or 0)
+        ids, mask = self._question(rows)
         fill = self.encoder.decoder.pad_id or 0
         prompts, prompt_lengths = self.prompts.padded(rows, fill)
         answers, answer_lengths = self.answers.padded(rows, fill)
@@ -200,8 +220,8 @@ class Questions:
         shown = image_of[first] if image_map is None else image_map[image_of[first]]
         return Batch(
             pixels=torch.from_numpy(np.array(images[shown])),
-            input_ids=torch.from_numpy(ids),
-            attention_mask=torch.from_numpy(np.arange(ids.shape[1]) < lengths[:, None]),
+            input_ids=ids,
+            attention_mask=mask,
             decoder_input_ids=torch.from_numpy(decoder),
             labels=torch.from_numpy(labels),
             image_index=torch.from_numpy(index),

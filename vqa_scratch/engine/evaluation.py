@@ -17,7 +17,7 @@ from vqa_scratch.data.vqa_v2 import VQASample
 from vqa_scratch.engine.precision import Precision
 from vqa_scratch.generate import greedy
 from vqa_scratch.metrics import accuracy_by
-from vqa_scratch.models.vqa import VQAModel
+from vqa_scratch.models.reader import Reader
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Answer:
 
 @torch.no_grad()
 def answer_questions(
-    model: VQAModel,
+    model: Reader,
     questions: Questions,
     images: Images,
     precision: Precision,
@@ -60,9 +60,7 @@ def answer_questions(
         ):
             batch = batch.to(precision.device)
             with precision.autocast():
-                memory = model.memory(
-                    images.processor.normalize(batch.pixels), batch.input_ids, batch.attention_mask, batch.image_index
-                )
+                memory = model.memory(images.processor.normalize(batch.pixels), **batch.reading)
                 made = greedy(
                     model.decoder,
                     prompt.to(precision.device),

@@ -47,18 +47,36 @@ def _picture(image: Image.Image) -> str:
     return f'<img{kind} alt="" src="data:image/png;base64,{data}">'
 
 
+def card(image: Image.Image, heading: str, said: str, verdict: str, note: str, people: str) -> str:
+    """One article: the image, a heading, what was said (green for the verdict "right", amber for "partly", red for
+    "wrong") with a note beside it, and below what people said, which is HTML already; all else is escaped here."""
+    head = f"<p class=question>{escape(heading)}</p>" if heading else ""
+    return (
+        f"<article>{_picture(image)}<div class=text>{head}"
+        f'<p class="answer {verdict}"><b>{escape(said) or "(nothing)"}</b>'
+        f"<span class=probability>{escape(note)}</span></p>"
+        f"<p class=people>{people}</p></div></article>"
+    )
+
+
+def write_page(path: Path, title: str, lead: str, sections: Sequence[tuple[str, Sequence[str]]]) -> None:
+    """A page that needs no network: sections of (heading, cards)."""
+    parts = [f"<h2>{escape(name)}</h2><div class=grid>{''.join(cards)}</div>" for name, cards in sections]
+    page = (
+        f'<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content="width=device-width">'
+        f"<title>{escape(title)}</title><style>{STYLE}</style><h1>{escape(title)}</h1>"
+        f"<p class=lead>{escape(lead)}</p>" + "".join(parts)
+    )
+    write_text(path, page)
+
+
 def _card(sample: VQASample, answer: Answer) -> str:
     accuracy = vqa_accuracy(answer.text, sample.answers) if sample.answers else None
     verdict = "" if accuracy is None else "right" if accuracy == 1 else "partly" if accuracy > 0 else "wrong"
     shown = "not scored" if accuracy is None else f"accuracy {accuracy:.2f}"
     people = ", ".join(f"{n}&times; {escape(text)}" for text, n in Counter(sample.answers).most_common())
-    return (
-        f"<article>{_picture(load_image(sample.image_path))}<div class=text>"
-        f"<p class=question>{escape(sample.question)}</p>"
-        f'<p class="answer {verdict}"><b>{escape(answer.text) or "(nothing)"}</b>'
-        f"<span class=probability>{100 * answer.probability:.0f} % sure, {shown}</span></p>"
-        f"<p class=people>{people}</p></div></article>"
-    )
+    note = f"{100 * answer.probability:.0f} % sure, {shown}"
+    return card(load_image(sample.image_path), sample.question, answer.text, verdict, note, people)
 
 
 def write_gallery(
@@ -75,16 +93,13 @@ def write_gallery(
         if sample.question_id in answers:
             groups.setdefault(family(sample), []).append(sample)
     each = max(1, number // max(1, len(groups)))
-    parts = []
+    sections = []
     for name, group in sorted(groups.items()):
         step = max(1, len(group) // each)  # spread over the split rather than taken from its start
-        cards = "".join(_card(sample, answers[sample.question_id]) for sample in group[::step][:each])
-        parts.append(f"<h2>{escape(name)}</h2><div class=grid>{cards}</div>")
-    page = (
-        f'<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content="width=device-width">'
-        f"<title>{escape(title)}</title><style>{STYLE}</style><h1>{escape(title)}</h1>"
-        "<p class=lead>Questions the model was not trained on. Its answer is green where the annotators agree with it "
+        sections.append((name, [_card(sample, answers[sample.question_id]) for sample in group[::step][:each]]))
+    lead = (
+        "Questions the model was not trained on. Its answer is green where the annotators agree with it "
         "fully, amber where some do, red where none does; the percentage is the product of the probabilities of the "
-        "answer's tokens. Below stand the annotators' own answers.</p>" + "".join(parts)
+        "answer's tokens. Below stand the annotators' own answers."
     )
-    write_text(path, page)
+    write_page(path, title, lead, sections)

@@ -3,6 +3,7 @@
 Shapes: B texts, A decoder tokens, D width of the decoder, V vocabulary.
 """
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from kernels import linear_cross_entropy
 from vqa_scratch.models.gpt2 import GPT2
+from vqa_scratch.nn.memory import Memory
 
 IGNORE = -100  # a label that asks for nothing
 
@@ -50,7 +52,7 @@ def check_reads(decoder: GPT2) -> None:
         raise ValueError("the decoder needs cross-attention: build GPT2 with add_cross_attention=True")
 
 
-class Reader(nn.Module):
+class Reader(nn.Module, ABC):
     """A model whose `decoder` reads what its encoders make of an image."""
 
     decoder: GPT2
@@ -61,6 +63,10 @@ class Reader(nn.Module):
         "decoder": ("decoder",),
         "all": ("image", "decoder"),
     }
+
+    @abstractmethod
+    def memory(self, pixel_values: Tensor, **reading: Tensor) -> list[Memory]:
+        """What cross-attention reads of I images (I, C, H, W); a model names what else it takes."""
 
     def output(self, hidden: Tensor, labels: Tensor | None) -> ReaderOutput:
         """The states under the head (B, A, D), with their loss where there are labels (B, A).
