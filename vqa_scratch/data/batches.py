@@ -22,6 +22,7 @@ from vqa_scratch.data.text import Tokenizer, answer_ids
 from vqa_scratch.data.vqa_v2 import VQASample
 
 IGNORE = -100  # a label that asks for nothing, as F.cross_entropy has it
+LENGTHS_OVER = 8  # batches among which rows are sorted by length
 Item = TypeVar("Item")
 
 
@@ -154,6 +155,37 @@ class Encoder:
         return ids
 
 
+def deal(
+    groups: Iterable[Sequence[int]],
+    rng: np.random.Generator,
+    questions_per_step: int,
+    questions_per_image: int,
+    lengths: np.ndarray | None = None,
+) -> list[np.ndarray]:
+    """Batches of row numbers from the rows of each image, each row once.
+
+    The rows of an image are dealt into hands of at most `questions_per_image`; a batch takes hands of one size, about
+    `questions_per_step` rows in all. With the `lengths` of all rows, hands of about one length come together (within
+    `LENGTHS_OVER` batches), which saves padding where texts are long.
+    """
+    hands: dict[int, list[np.ndarray]] = defaultdict(list)
+    for rows in groups:
+        mixed = rng.permutation(rows)
+        for at in range(0, len(mixed), questions_per_image):
+            hand = mixed[at : at + questions_per_image]
+            hands[len(hand)].append(hand)
+    batches = []
+    for size in sorted(hands):
+        order = [hands[size][i] for i in rng.permutation(len(hands[size]))]
+        take = max(1, questions_per_step // size)
+        for window in range(0, len(order), LENGTHS_OVER * take):
+            some = order[window : window + LENGTHS_OVER * take]
+            if lengths is not None:
+                some.sort(key=lambda hand: lengths[hand].max())
+            batches += [np.concatenate(some[at : at + take]) for at in range(0, len(some), take)]
+    return [batches[i] for i in rng.permutation(len(batches))]
+
+
 class Questions:
     """Samples with their ids, grouped by image."""
 
@@ -234,25 +266,8 @@ class Questions:
         return np.split(rows, np.flatnonzero(image_of[1:] != image_of[:-1]) + 1)
 
     def epoch(self, seed: int, epoch: int, questions_per_step: int, questions_per_image: int) -> list[np.ndarray]:
-        """The row numbers of every batch of one epoch, each question once; a function of the arguments alone.
-
-        The questions of an image are dealt into hands of at most `questions_per_image`; a batch takes hands of one
-        size, about `questions_per_step` questions in all.
-        """
-        rng = np.random.default_rng([seed, epoch])
-        hands: dict[int, list[np.ndarray]] = defaultdict(list)
-        for rows in self.of_image:
-            mixed = rng.permutation(rows)
-            for at in range(0, len(mixed), questions_per_image):
-                hand = mixed[at : at + questions_per_image]
-                hands[len(hand)].append(hand)
-        batches = []
-        for size in sorted(hands):
-            order = rng.permutation(len(hands[size]))
-            take = max(1, questions_per_step // size)
-            for at in range(0, len(order), take):
-                batches.append(np.concatenate([hands[size][i] for i in order[at : at + take]]))
-        return [batches[i] for i in rng.permutation(len(batches))]
+        """The row numbers of every batch of one epoch, each question once; a function of the arguments alone."""
+        return deal(self.of_image, np.random.default_rng([seed, epoch]), questions_per_step, questions_per_image)
 
     def in_order(self, limit: int, questions_per_step: int) -> list[np.ndarray]:
         """Batches for scoring: whole images in order, up to about `limit` questions, images of one count together."""

@@ -1,0 +1,161 @@
+"""The captioner's data and figures: what it reads, and how its captions are scored and shown."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vqa_scratch.config import CaptionTrainConfig
+from vqa_scratch.data.captions import read_captions
+from vqa_scratch.data.descriptions import objects_named, objects_of, read_scenes, scenes_file
+from vqa_scratch.data.image_files import load_image
+from vqa_scratch.data.scenes import Scene
+from vqa_scratch.data.shapes import ShapesSpec, ensure_shapes
+from vqa_scratch.data.vqa_v2 import VQASample, read_vqa, split_by_image
+from vqa_scratch.engine.captioning import corpus_bleu, score_objects
+from vqa_scratch.engine.evaluation import Answer, other_images
+from vqa_scratch.engine.gallery import card
+from vqa_scratch.engine.table import draw_table
+
+
+@dataclass(frozen=True)
+class Texts:
+    """One split: captions (every reference a sample), the scenes where they are known, and questions if asked for."""
+
+    captions: list[VQASample]
+    scenes: dict[int, Scene] | None
+    questions: list[VQASample]
+
+    @property
+    def to_describe(self) -> list[VQASample]:
+        """One sample an image; its `answers` are all the references."""
+        first: dict[int, VQASample] = {}
+        for sample in self.captions:
+            first.setdefault(sample.image_id, sample)
+        return list(first.values())
+
+
+def read_texts(
+    folder: Path, split: str, *, seed: int, max_images: int | None = None, questions: bool = False, told: bool = False
+) -> Texts:
+    """Captions of a split with the scenes behind them, and the questions about the same images if `questions`.
+
+    `told` prints what was left out. Raises UserError where there is nothing to read.
+    """
+    data = read_captions(folder, split, seed=seed, max_images=max_images)
+    if told:
+        print(data.report)
+    path = scenes_file(folder, split)
+    asked: list[VQASample] = []
+    if questions:
+        read = read_vqa(folder, split)
+        if told:
+            print(read.report)
+        shown = {sample.image_id for sample in data.samples}
+        asked = [sample for sample in read.samples if sample.image_id in shown]
+    return Texts(data.samples, read_scenes(path) if path.is_file() else None, asked)
+
+
+def read_splits(config: CaptionTrainConfig) -> tuple[Path, dict[str, Texts]]:
+    """(folder, texts by split: "train", "val", "test", and "holdout" where there is one); images are in one split only.
+
+    The embedded data set is drawn first if no `--data` is given.
+    """
+    folder = config.data or ensure_shapes(config.cache, ShapesSpec(seed=config.seed))
+    options = {"seed": config.seed, "questions": config.question_share > 0}
+    train = read_texts(folder, config.train_split, max_images=config.max_images, told=True, **options)
+    if config.val_split == "auto":
+        shares = (1 - config.val_fraction, config.val_fraction)
+        parts = [split_by_image(some, shares, config.seed) for some in (train.captions, train.questions)]
+        splits = {name: Texts(c, train.scenes, q) for name, c, q in zip(("train", "val"), *parts, strict=True)}
+    else:
+        splits = {"train": train, "val": read_texts(folder, config.val_split, **options)}
+    same = config.test_split == config.val_split
+    splits["test"] = splits["val"] if same else read_texts(folder, config.test_split, **options)
+    if scenes_file(folder, "holdout").is_file():
+        splits["holdout"] = read_texts(folder, "holdout", **options | {"questions": False})
+    return folder, splits
+
+
+# ------------------------------------------------------------------------------------------------ figures
+
+
+def by_image(samples: Sequence[VQASample], answers: Mapping[int, Answer]) -> dict[int, str]:
+    """{image_id: caption} of the samples that have one."""
+    return {s.image_id: answers[s.question_id].text for s in samples if s.question_id in answers}
+
+
+def quality(captions: Mapping[int, str], samples: Sequence[VQASample], scenes: Mapping[int, Scene] | None) -> dict:
+    """Object figures where the scenes are known, and BLEU; `captions` by image id."""
+    references = {s.image_id: s.answers for s in samples}
+    bleu = corpus_bleu(list(captions.values()), [references[image_id] for image_id in captions])
+    figures = score_objects(captions, scenes).to_json() if scenes is not None else {}
+    return figures | {"bleu": bleu.score, "bleu_signature": bleu.signature}
+
+
+def accuracy_of(figures: Mapping[str, Any]) -> float:
+    """The one number that picks the best checkpoint: the harmonic mean of object precision and recall where the scenes
+    are known, else BLEU as a share."""
+    if "object_recall" not in figures:
+        return figures["bleu"] / 100
+    precision, recall = figures["object_precision"] or 0.0, figures["object_recall"]
+    return 2 * precision * recall / (precision + recall) if precision + recall else 0.0
+
+
+def other_references(samples: Sequence[VQASample]) -> dict[int, str]:
+    """What a captioner scores that has learned the language and never looks: each image gets another's reference."""
+    swap = other_images(len(samples))
+    return {sample.image_id: samples[int(i)].answers[0] for sample, i in zip(samples, swap, strict=True)}
+
+
+def lengths(answers: Mapping[int, Answer]) -> dict[str, float]:
+    """How captions end, and how long they are."""
+    return {
+        "eos_rate": sum(a.ended for a in answers.values()) / len(answers),
+        "mean_caption_tokens": sum(a.tokens for a in answers.values()) / len(answers),
+    }
+
+
+# ------------------------------------------------------------------------------------------------ pictures
+
+
+def spread(samples: Sequence[VQASample], number: int) -> list[VQASample]:
+    """About `number` of the samples, from all over."""
+    return list(samples[:: max(1, len(samples) // number)][:number])
+
+
+def caption_cards(
+    samples: Sequence[VQASample], answers: Mapping[int, Answer], scenes: Mapping[int, Scene] | None
+) -> list[str]:
+    """A card for each sample: its image, the model's caption, and the references below it."""
+    from html import escape
+
+    cards = []
+    for sample in samples:
+        said, verdict, note = answers[sample.question_id], "", ""
+        if scenes is not None:
+            named, there = objects_named(said.text), objects_of(scenes[sample.image_id])
+            verdict = "right" if named == there else "partly" if named & there else "wrong"
+            note = f"{(named & there).total()} of {there.total()} objects, {(named - there).total()} that are not there"
+        people = "<br>".join(escape(reference) for reference in sample.answers)
+        cards.append(card(load_image(sample.image_path), "", said.text, verdict, note, people))
+    return cards
+
+
+def draw_results(path: Path, title: str, samples: Sequence[VQASample], answers: Mapping[int, Answer]) -> None:
+    """The results table as a picture: image, what the model says, a reference. Says which characters have no font."""
+    rows = []
+    for sample in samples:
+        image = load_image(sample.image_path)
+        image.thumbnail((128, 128))
+        said = answers[sample.question_id].text or "(nothing)"
+        rows.append([np.asarray(image), said, sample.answers[0]])
+    missing = draw_table(path, title, ("image", "the model's caption", "one of the references"), rows, (1.1, 4.4, 4.4))
+    if missing:
+        shown = missing[:20] + ("..." if len(missing) > 20 else "")
+        print(
+            f"note: no installed font has {len(missing)} of the characters in {path} ({shown}); their codes stand for "
+            "them. A font such as Noto Sans CJK would show them"
+        )
