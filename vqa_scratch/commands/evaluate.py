@@ -15,7 +15,7 @@ from vqa_scratch.engine.evaluation import QuestionOnly, TypePrior, blind
 from vqa_scratch.errors import UserError
 from vqa_scratch.metrics import accuracy_by
 from vqa_scratch.storage import write_json
-from vqa_scratch.systems.base import Trained
+from vqa_scratch.systems.base import Describes, Trained
 
 
 def blind_baselines(data: Path, samples: list[VQASample]) -> dict[str, float | None]:
@@ -81,6 +81,19 @@ def table(figures: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def caption_table(figures: dict[str, Any]) -> str:
+    """The figures of captions as text: a line each, the blind baselines beside them."""
+    names = [name for name, value in figures.items() if isinstance(value, (float, type(None)))]
+    columns = {"captions": figures, **figures["baselines"]}
+    shown = [
+        f"{name.replace('_', ' '):22s}"
+        + "".join(f"{'' if c.get(name) is None else format(c[name], '.3f'):>20s}" for c in columns.values())
+        for name in names
+    ]
+    head = f"{figures['images']:,} images".ljust(22) + "".join(f"{c.replace('_', ' '):>20s}" for c in columns)
+    return "\n".join([head, *shown, f"BLEU is {figures['bleu_signature']}"])
+
+
 def check_complete(data: VQAData) -> set[int]:
     """The ids that a submission must answer. Raises UserError if the reader left one of them out."""
     path = data.report.files.questions
@@ -100,14 +113,31 @@ def check_complete(data: VQAData) -> set[int]:
 @click.option("--split", default="val", show_default=True, help="Split to answer.")
 @click.option("--submission", type=FOLDER, help="Also write the answers as the evaluation server takes them.")
 @click.option("--limit", type=click.IntRange(min=1), help="Answer about so many questions, in whole images.")
+@click.option("--captions", is_flag=True, help="Score captions, of a captions file or of drawn scenes, not answers.")
 @where_to_compute
 def evaluate(
-    run: Path, data: Path, split: str, submission: Path | None, limit: int | None, device: str, precision: str
+    run: Path,
+    data: Path,
+    split: str,
+    submission: Path | None,
+    limit: int | None,
+    captions: bool,
+    device: str,
+    precision: str,
 ) -> None:
     """Score the trained system in the folder RUN; the figures go to evaluation.json in it."""
     if submission is not None and limit is not None:
         raise UserError("a submission answers every question of its split: leave out --limit or --submission")
     opened = open_run(run, device, precision)
+    if captions:
+        if submission is not None:
+            raise UserError("a submission holds answers: leave out --captions or --submission")
+        if not isinstance(opened, Describes):
+            raise UserError(f"{run} is a run of preset {opened.config.preset}, which describes no images")
+        figures = opened.describe(data, split, limit)
+        write_json(run / "evaluation.json", figures)
+        print(caption_table(figures))
+        return
     read = read_vqa(data, split)
     print(read.report)
     expected = check_complete(read) if submission is not None else set()

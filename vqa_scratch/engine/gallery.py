@@ -79,15 +79,10 @@ def _card(sample: VQASample, answer: Answer) -> str:
     return card(load_image(sample.image_path), sample.question, answer.text, verdict, note, people)
 
 
-def write_gallery(
-    path: Path,
-    samples: Sequence[VQASample],
-    answers: dict[int, Answer],
-    family: Callable[[VQASample], str],
-    number: int,
-    title: str,
-) -> None:
-    """About `number` of the answered samples, the same share of every family, as one page that needs no network."""
+def answer_sections(
+    samples: Sequence[VQASample], answers: dict[int, Answer], family: Callable[[VQASample], str], number: int
+) -> list[tuple[str, list[str]]]:
+    """Sections with about `number` of the answered samples, the same share of every family."""
     groups: dict[str, list[VQASample]] = {}
     for sample in samples:
         if sample.question_id in answers:
@@ -97,9 +92,21 @@ def write_gallery(
     for name, group in sorted(groups.items()):
         step = max(1, len(group) // each)  # spread over the split rather than taken from its start
         sections.append((name, [_card(sample, answers[sample.question_id]) for sample in group[::step][:each]]))
+    return sections
+
+
+def write_gallery(
+    path: Path,
+    samples: Sequence[VQASample],
+    answers: dict[int, Answer],
+    family: Callable[[VQASample], str],
+    number: int,
+    title: str,
+) -> None:
+    """About `number` of the answered samples, the same share of every family, as one page that needs no network."""
     lead = (
         "Questions the model was not trained on. Its answer is green where the annotators agree with it "
         "fully, amber where some do, red where none does; the percentage is the product of the probabilities of the "
         "answer's tokens. Below stand the annotators' own answers."
     )
-    write_page(path, title, lead, sections)
+    write_page(path, title, lead, answer_sections(samples, answers, family, number))

@@ -10,9 +10,13 @@ from vqa_scratch.errors import UserError
 from vqa_scratch.options import from_json
 from vqa_scratch.run import PROGRAM, read_run_config
 from vqa_scratch.systems.base import System, Trained
+from vqa_scratch.systems.caption import CAPTION
 from vqa_scratch.systems.vqa import VQA
 
-SYSTEMS = (VQA,)
+SYSTEMS = (
+    VQA,
+    CAPTION,
+)
 BY_PRESET = {preset: system for system in SYSTEMS for preset in system.presets}
 assert BY_PRESET.keys() == PRESETS.keys(), "every preset has its values, and all values a system"
 

@@ -20,7 +20,7 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -37,7 +37,7 @@ from vqa_scratch.engine.precision import Precision
 class Job(Task, Protocol):
     """A run in the making: a task for the loop (see `engine/loop.py`), and what it leaves in the run folder."""
 
-    unit: str  # what a sample is, in the plural: "questions", "captions"
+    unit: str  # what a sample is, in the plural: "questions", "texts"
     world: World  # the ranks of the run, set by train.py; `evaluate` and `finish` are called on all of them
 
     def about(self) -> list[str]:
@@ -85,6 +85,14 @@ class Trained(Protocol):
 
     def export(self, folder: Path) -> list[str]:
         """Write the system for use elsewhere; returns a line on each thing that the layout had no place for."""
+
+
+@runtime_checkable
+class Describes(Trained, Protocol):
+    """A finished run that can describe images too."""
+
+    def describe(self, data: Path, split: str, limit: int | None) -> dict[str, Any]:
+        """Figures of the captions of a split, or of about its first `limit` images, `baselines` among them."""
 
 
 @dataclass(frozen=True)

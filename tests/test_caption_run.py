@@ -1,0 +1,366 @@
+"""`--preset caption` from the first line to the exported folder, on a tiny budget; and what its batches are made of."""
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from vqa_helpers import CPU, small_data
+
+import train
+from vqa_scratch.__main__ import PROGRAM
+from vqa_scratch.commands.line import call
+from vqa_scratch.config import CaptionTrainConfig
+from vqa_scratch.data.augment import depends_on_side
+from vqa_scratch.data.batches import IGNORE
+from vqa_scratch.engine.lettering import choose, wrapped
+from vqa_scratch.engine.precision import Precision
+from vqa_scratch.engine.table import draw_table
+from vqa_scratch.errors import UserError
+from vqa_scratch.models import GPT2, GPT2Config, ResNet, ResNetConfig
+from vqa_scratch.systems import open_trained
+from vqa_scratch.systems.caption import prepare
+from vqa_scratch.systems.caption_job import CaptionJob
+
+SMALL = {
+    "preset": "caption", "width": 32, "heads": 2, "decoder_layers": 1, "image_width": 16, "captions_per_step": 16,
+    "captions_per_image": 4, "question_share": 0.4, "questions_per_step": 32, "warmup_steps": 2, "log_every": 1,
+    "eval_every": 4, "eval_captions": 6, "eval_questions": 16, "samples": 5, "max_caption_tokens": 48, "device": "cpu",
+    "precision": "fp32", "image_cache": False,
+}  # fmt: skip
+
+
+def config(data: Path | None, out: Path, **changes) -> CaptionTrainConfig:
+    values = SMALL | {"data": data, "out": out, "cache": out.parent, "steps": 4} | changes
+    return CaptionTrainConfig(**values)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return small_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def run(data, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "run"
+    assert train.main(config(data, out, steps=8)) is None
+    return out
+
+
+@pytest.fixture
+def job(data, tmp_path):
+    return prepare(config(data, tmp_path / "run"), Precision("fp32", CPU))
+
+
+def summary_of(run: Path) -> dict:
+    return json.loads((run / "summary.json").read_text())
+
+
+# ---------------------------------------------------------------------------------------------- a run
+
+
+def test_the_run_folder_is_complete(run):
+    expected = (
+        "config.json model.safetensors metrics.jsonl summary.json curves.png results.png samples.html checkpoints"
+    )
+    assert {p.name for p in run.iterdir()} == {*expected.split(), "decoder_tokenizer", "preprocessor_config.json"}
+    for picture in ("curves.png", "results.png"):
+        assert (run / picture).read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_summary_has_its_keys(run):
+    summary = summary_of(run)
+    figures = {"object_precision", "object_recall", "exact_share", "places_share", "bleu", "bleu_signature"}
+    assert figures | {"accuracy", "eos_rate", "mean_caption_tokens", "texts_seen", "steps"} <= summary.keys()
+    assert summary["baselines"].keys() == {"shuffled_images", "other_references"}
+    assert all(baseline.keys() == figures for baseline in summary["baselines"].values())
+    assert summary["holdout"].keys() == figures and summary["steps"] == 8
+    assert summary["answers"]["baselines"].keys() == {"prior", "question_only", "shuffled_images"}
+
+
+def test_the_loss_falls(run):
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    losses = [row["loss"] for row in rows if "loss" in row]
+    assert losses[-1] < losses[0] and len(losses) == 8
+    assert all({"loss", "accuracy", "bleu", "answer_accuracy"} <= row["val"].keys() for row in rows if "val" in row)
+
+
+def test_the_page_shows_captions_beside_references(run, data):
+    page = (run / "samples.html").read_text()
+    assert page.count("data:image/png;base64,") == page.count("<article>") >= 5
+    assert "<h2>captions</h2>" in page and page.count("<br>") >= 5 and "http" not in page
+    from vqa_scratch.data.captions import read_captions
+
+    assert any(s.answer in page for s in read_captions(data, "test").samples)
+
+
+def test_texts_are_escaped(tmp_path):
+    from vqa_scratch.data.vqa_v2 import VQASample
+    from vqa_scratch.engine.evaluation import Answer
+    from vqa_scratch.systems.captions import caption_cards
+
+    Image.new("RGB", (4, 4)).save(tmp_path / "x.png")
+    sample = VQASample(1, tmp_path / "x.png", 1, "", "caption", "caption", ("<b>&", "<i>"), "<b>&")
+    (card,) = caption_cards([sample], {1: Answer("<script>", 1.0, 3, True)}, None)
+    assert "&lt;script&gt;" in card and "&lt;b&gt;&amp;<br>&lt;i&gt;" in card and "<script>" not in card
+
+
+def test_a_stopped_run_goes_on_bit_for_bit(data, tmp_path, monkeypatch):
+    """Augmentation and the dealing of questions follow the step, not the process."""
+    monkeypatch.setattr(CaptionJob, "_show", lambda *args: None)
+    monkeypatch.setattr(train, "draw_panels", lambda *args: None)
+    small = {"steps": 4, "save_every": 2, "eval_every": 4, "samples": 1, "max_caption_tokens": 8}
+    whole, halves = (config(data, tmp_path / name, **small) for name in ("whole", "halves"))
+    train.main(whole)
+    real = CaptionJob.loss
+    steps = iter(range(100))
+
+    def breaks(job, batch):
+        if next(steps) == 3:
+            raise ZeroDivisionError
+        return real(job, batch)
+
+    monkeypatch.setattr(CaptionJob, "loss", breaks)
+    with pytest.raises(ZeroDivisionError):
+        train.main(halves)
+    monkeypatch.setattr(CaptionJob, "loss", real)
+    train.main(replace(halves, resume=True))
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "halves")]
+    assert weights[0] == weights[1]
+
+
+# ---------------------------------------------------------------------------------------------- batches
+
+
+def test_prompts_and_padding_carry_no_loss(job):
+    """A caption starts at once; a question stands before BOS without a label; every text ends with EOS."""
+    bos, eos = job.encoder.decoder.bos_id, job.encoder.decoder.eos_id
+    kinds = set()
+    for key in job.epoch(0):
+        batch = job.train.batch(key.rows, job.training_images)
+        assert batch.input_ids is None and batch.reading.keys() == {"image_index"}
+        for row, ids, labels in zip(key.rows, batch.decoder_input_ids, batch.labels, strict=True):
+            sample = job.train.samples[row]
+            start = ids.tolist().index(bos)
+            prompt = job.encoder.decoder.decode(ids[:start]).strip()
+            asked = labels[labels != IGNORE]
+            assert prompt == sample.question and (labels[:start] == IGNORE).all() and labels[start] != IGNORE
+            assert job.encoder.decoder.decode(asked).strip() == sample.answer and asked[-1] == eos
+            kinds.add(bool(sample.question))
+    assert kinds == {True, False}
+
+
+def test_a_step_is_of_one_kind_and_every_caption_comes_once(job):
+    captions = len(job.splits["train"].captions)
+    seen = []
+    for key in job.epoch(3):
+        kinds = {row < captions for row in key.rows.tolist()}
+        assert len(kinds) == 1
+        seen += [row for row in key.rows.tolist() if row < captions]
+    assert sorted(seen) == list(range(captions))
+    shares = [all(key.rows >= captions) for key in job.epoch(3)]
+    assert sum(shares) == round(sum(not s for s in shares) * 0.4 / 0.6)
+
+
+def test_questions_go_on_where_they_stopped(job):
+    """Over consecutive epochs every question comes before any comes again."""
+    captions = len(job.splits["train"].captions)
+    epochs = len(job._questions(0))  # so many epochs are a whole number of turns through the questions
+    rows = np.concatenate([key.rows for n in range(epochs) for key in job.epoch(n) if key.rows[0] >= captions])
+    counts = np.bincount(rows - captions)
+    assert counts.min() == counts.max() == len(rows) / len(counts) > 1
+
+
+def test_training_images_change_and_others_do_not(job):
+    key = job.epoch(0)[0]
+    plain = job.train.batch(key.rows, job.training_images).pixels
+    changed = job.batch(key).pixels
+    assert changed.dtype == torch.uint8 and not torch.equal(plain, changed)
+    assert torch.equal(changed, job.batch(key).pixels), "a function of the key"
+    seen = []
+    job.augment = lambda *args: seen.append(args)
+    job.evaluate()
+    assert not seen, "evaluation never augments"
+
+
+def test_images_with_a_side_word_are_never_mirrored(job):
+    asked = []
+    job.augment = lambda pixels, may_flip, rng: asked.append(may_flip) or pixels
+    both = set()
+    for key in job.epoch(0):
+        batch = job.batch(key)
+        for image, may in enumerate(asked[-1].tolist()):
+            texts = [job.train.samples[row] for row in key.rows[(batch.image_index == image).numpy()]]
+            assert may == (not any(depends_on_side(f"{s.question} {s.answer}") for s in texts))
+            both.add(may)
+    assert both == {True, False}
+
+
+# ---------------------------------------------------------------------------------------------- commands
+
+
+def command(*argv: str) -> None:
+    call(PROGRAM, argv, "test")
+
+
+def test_ask_describes_or_answers(run, data, capsys):
+    image = next((data / "val2014").glob("*.png"))
+    command("ask", str(run), "--image", str(image), "--device", "cpu")
+    command("ask", str(run), "--image", str(image), "--question", "is there a red circle?", "--device", "cpu")
+    assert capsys.readouterr().out.count("(probability ") == 2
+    with pytest.raises(UserError, match="leave out --top"):
+        command("ask", str(run), "--image", str(image), "--top", "3", "--device", "cpu")
+    with pytest.raises(UserError, match="not found"):
+        command("ask", str(run), "--image", str(image) + "x", "--device", "cpu")
+
+
+@pytest.mark.parametrize("size", [(1, 40), (50, 1), (1, 1)])
+def test_thin_images_are_described(run, tmp_path, size):
+    Image.new("RGB", size).save(tmp_path / "thin.png")
+    said, notes = open_trained(run, CPU).ask(tmp_path / "thin.png", None, None)
+    assert len(said) == 1 and notes == []
+
+
+def test_evaluate_gives_the_figures_of_the_run(run, data, capsys):
+    """The same split scored again from the folder: the same figures, key by key."""
+    command("evaluate", str(run), "--data", str(data), "--split", "test", "--captions", "--device", "cpu")
+    again, summary = json.loads((run / "evaluation.json").read_text()), summary_of(run)
+    assert again["images"] == 6
+    for name in ("accuracy", "object_precision", "object_recall", "bleu", "baselines", "eos_rate"):
+        assert again[name] == pytest.approx(summary[name]) if name != "baselines" else again[name] == summary[name]
+    assert "object recall" in capsys.readouterr().out
+    command("evaluate", str(run), "--data", str(data), "--split", "test", "--device", "cpu")
+    answers = json.loads((run / "evaluation.json").read_text())
+    assert answers["accuracy"] == pytest.approx(summary["answers"]["accuracy"])
+
+
+def test_the_exported_folder_says_what_the_run_says(run, data, tmp_path, capsys, monkeypatch):
+    """Its README's program, run as it stands (with the decoder of `transformers`), gives the caption of `ask`."""
+    command("export", str(run), str(tmp_path / "out"))
+    image = next((data / "val2014").glob("*.png"))
+    monkeypatch.chdir(tmp_path / "out")
+    Image.open(image).save("picture.png")
+    capsys.readouterr()
+    program = re.search(r"```python\n(.*?)```", Path("README.md").read_text(), re.S)[1]
+    exec(compile(program, "README.md", "exec"), {"__name__": "readme"})
+    assert capsys.readouterr().out.strip() == open_trained(run, CPU).ask(image, None, None)[0][0].text
+
+
+# ---------------------------------------------------------------------------------------------- other data, bad input
+
+
+def coco(folder: Path, captions: tuple[str, ...] = ("a cat $5", "一只猫在桌子上")) -> Path:
+    for split in ("train2014", "val2014"):
+        (folder / split).mkdir(parents=True)
+        content = {"images": [], "annotations": []}
+        for i in range(1, 13):
+            Image.new("RGB", (30, 20), (20 * i, 0, 0)).save(folder / split / f"{i}.png")
+            content["images"].append({"id": i, "file_name": f"{i}.png"})
+            content["annotations"] += [
+                {"id": 10 * i + k, "image_id": i, "caption": f"{caption} {i}"} for k, caption in enumerate(captions)
+            ]
+        (folder / f"captions_{split}.json").write_text(json.dumps(content))
+    return folder
+
+
+def test_a_captions_file_trains_too(tmp_path, capsys):
+    """No scenes: BLEU picks the checkpoint; characters without a font are said, not drawn as boxes."""
+    changes = {"test_split": "val", "val_split": "auto", "val_fraction": 0.3, "question_share": 0.0}
+    train.main(config(coco(tmp_path / "coco"), tmp_path / "run", **changes))
+    summary = summary_of(tmp_path / "run")
+    assert "object_recall" not in summary and summary["accuracy"] == summary["bleu"] / 100
+    assert "tok:zh" in summary["bleu_signature"] and summary["holdout"] is None and summary["answers"] is None
+    if choose(["猫"]).missing:
+        assert re.search(r"note: no installed font has \d+ of the characters", capsys.readouterr().out)
+
+
+def test_released_towers_train(tmp_path):
+    """The preset coco: a ResNet file of torchvision's layout and a GPT-2 folder, here of small sizes."""
+    from torchvision.models.resnet import BasicBlock
+    from torchvision.models.resnet import ResNet as Theirs
+
+    from vqa_scratch.data.text import train_bpe
+
+    folder, weights = tmp_path / "gpt2", tmp_path / "resnet.pth"
+    tokenizer = train_bpe([" a cat"], 300)
+    ids = {"bos_id": tokenizer.bos_id, "eos_id": tokenizer.eos_id}
+    GPT2(GPT2Config(vocab_size=300, max_positions=64, dim=32, layers=1, heads=2, **ids)).save_pretrained(folder)
+    tokenizer.save(folder)
+    state = dict(Theirs(BasicBlock, [1, 1, 1, 1]).state_dict())
+    torch.save(state, weights)
+    towers = {"init": "pretrained", "image_model": weights, "decoder_model": str(folder), "steps": 1, "eval_every": 1}
+    rest = {"val_split": "auto", "val_fraction": 0.3, "test_split": "val", "question_share": 0.0, "samples": 1}
+    size = {"captions_per_step": 4, "captions_per_image": 2, "max_caption_tokens": 4, "eval_captions": 2}
+    out = tmp_path / "run"
+    train.main(config(coco(tmp_path / "coco"), out, preset="coco", **towers, **rest, **size))
+    model = open_trained(out, CPU).model
+    assert model.grid == 7 and torch.equal(model.image.norm1.running_var, state["bn1.running_var"])
+    command("export", str(out), str(tmp_path / "out"))
+    assert isinstance(ResNet.from_pretrained(tmp_path / "out" / "image" / "model.safetensors").config, ResNetConfig)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"flip": 1.5}, "--flip must be from 0 to 1"),
+        ({"rotate": -1.0}, "--rotate must be from 0 to 180"),
+        ({"question_share": 1.0}, "--question-share must be from 0 up to but not including 1"),
+        ({"captions_per_step": 0}, "--captions-per-step must be positive"),
+        ({"init": "pretrained"}, "--init pretrained needs --image-model"),
+        ({"image_model": Path("x.pth")}, "--image-model goes with --init pretrained"),
+        ({"preset": "coco"}, "--preset coco needs --data"),
+    ],
+)
+def test_options_that_cannot_be_are_one_line(data, tmp_path, flags, message):
+    with pytest.raises(UserError, match=message):
+        config(None if flags.get("preset") == "coco" else data, tmp_path, **flags)
+
+
+def test_other_systems_say_what_they_are_not(run, data, tmp_path):
+    """Questions without training on them, and a flag of another system."""
+    train.main(config(data, tmp_path / "run", question_share=0.0, steps=1, eval_every=1, samples=1))
+    opened = open_trained(tmp_path / "run", CPU)
+    with pytest.raises(UserError, match="was trained to describe images alone"):
+        opened.ask(next((data / "val2014").glob("*.png")), "what color is it?", None)
+    with pytest.raises(UserError, match="--fusion"):
+        train.command_line(["--preset", "caption", "--fusion", "mean"])
+
+
+# ---------------------------------------------------------------------------------------------- letters
+
+
+def test_fonts_are_chosen_to_cover_the_text():
+    """By hand: the font with most of what is missing comes first, and what none has is written as its code."""
+    fonts = {
+        "DejaVu Sans": frozenset(map(ord, "abc ")),
+        "Two": frozenset(map(ord, "猫狗")),
+        "One": frozenset([ord("猫")]),
+    }
+    assert choose(["abc", "a b"], fonts).families == ["DejaVu Sans"]
+    both = choose(["a 猫狗鱼"], fonts)
+    assert both.families == ["DejaVu Sans", "Two"] and both.missing == "鱼"
+    assert both.legible("a 猫鱼") == "a 猫[U+9C7C]"
+
+
+def test_fonts_that_draw_boxes_do_not_count():
+    """matplotlib brings one that claims every character: what only it has is missing."""
+    assert choose(["\U000e0101"]).missing == "\U000e0101"
+
+
+def test_lines_break_between_words_and_between_wide_characters():
+    assert wrapped("aa bb cc", 5).split("\n") == ["aa bb", "cc"]
+    assert wrapped("一二三四五", 4).split("\n") == ["一二", "三四", "五"]
+    assert wrapped("abcdefgh", 3).split("\n") == ["abc", "def", "gh"]
+    assert wrapped("", 3) == "" and wrapped("a 一二", 4).split("\n") == ["a 一", "二"]
+
+
+def test_a_table_takes_any_text_and_grows_with_it(tmp_path):
+    rows = [[np.zeros((8, 8, 3), np.uint8), "$x_1$ and $5 <b>", "große Katze, большая кошка " * 8]]
+    assert draw_table(tmp_path / "a.png", "title", ("image", "one", "two"), rows, (1, 2, 2)) == ""
+    assert draw_table(tmp_path / "b.png", "title", ("image", "one", "two"), rows * 3, (1, 2, 2)) == ""
+    small, tall = Image.open(tmp_path / "a.png"), Image.open(tmp_path / "b.png")
+    assert small.width == tall.width and tall.height > 2 * small.height

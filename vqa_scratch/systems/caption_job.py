@@ -1,0 +1,271 @@
+"""Training the captioner: batches of captions and of questions, figures on the way, the report in the end."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vqa_scratch.config import CaptionTrainConfig
+from vqa_scratch.data.augment import Augment, depends_on_side
+from vqa_scratch.data.batches import Batch, Encoder, Images, Questions, deal
+from vqa_scratch.data.images import ImageProcessor
+from vqa_scratch.engine.evaluation import Answer, QuestionOnly, TypePrior, answer_questions, blind, other_images, score
+from vqa_scratch.engine.gallery import answer_sections, write_page
+from vqa_scratch.engine.precision import Precision
+from vqa_scratch.engine.progress import moving_average
+from vqa_scratch.models.caption import CaptionModel
+from vqa_scratch.models.reader import labelled_loss
+from vqa_scratch.systems.caption_run import save_parts
+from vqa_scratch.systems.captions import (
+    Texts,
+    accuracy_of,
+    by_image,
+    caption_cards,
+    draw_results,
+    lengths,
+    other_references,
+    quality,
+    spread,
+)
+from vqa_scratch.systems.questions import family_of
+
+TABLE_ROWS = 8
+
+
+class Key(NamedTuple):
+    """One batch: its rows, and what the changes to its images are drawn from."""
+
+    rows: np.ndarray
+    seed: tuple[int, ...]
+
+
+class CaptionJob:
+    """What the loop trains: captions, and a share of steps on questions; and the figures in the end."""
+
+    unit = "texts"
+
+    def __init__(
+        self,
+        config: CaptionTrainConfig,
+        model: CaptionModel,
+        encoder: Encoder,
+        processor: ImageProcessor,
+        folder: Path,
+        splits: dict[str, Texts],
+        precision: Precision,
+    ) -> None:
+        self.config, self.model, self.encoder, self.processor = config, model, encoder, processor
+        self.splits, self.precision, self.family = splits, precision, family_of(folder)
+        self.trainable = model.freeze(config.freeze)
+        train = splits["train"]
+        self.train = Questions([*train.captions, *train.questions], encoder)
+        self.side = np.array([depends_on_side(f"{s.question} {s.answer}") for s in self.train.samples])
+        # The rows of each image, captions and questions apart: a step has one kind only, so that lengths are alike.
+        first = len(train.captions)
+        self.groups = [
+            [some for rows in self.train.of_image if (some := [r for r in rows if (r < first) == captions])]
+            for captions in (True, False)
+        ]
+        self.augment = Augment(config.flip, config.rotate, config.brightness, config.contrast)
+        self.training_images = self._images(self.train)
+        # What is only looked at: (split, kind) -> samples with their images.
+        self.shown: dict[tuple[str, str], tuple[Questions, Images]] = {}
+        for name, texts in splits.items():
+            for kind, samples in (("captions", texts.to_describe), ("questions", texts.questions)):
+                if samples and name != "train":
+                    questions = Questions(samples, encoder)
+                    self.shown[name, kind] = questions, self._images(questions)
+        self.baselines: dict[str, float] = {}
+        self.hidden = torch.compile(model.hidden, dynamic=True) if config.compile else model.hidden
+
+    def _images(self, questions: Questions) -> Images:
+        images = Images(questions.image_paths, self.processor)
+        if self.config.image_cache:
+            images.cache_in(self.config.cache)
+        return images
+
+    def about(self) -> list[str]:
+        cut = self.encoder.cut
+        kinds = [sum(map(len, groups)) for groups in self.groups]
+        return [
+            self.trainable,
+            f"training on {kinds[0]:,} captions and {kinds[1]:,} questions; "
+            f"{(~self.side).mean():.0%} of them name no side, so their images may be mirrored",
+            f"cut to the token limits: {cut['answers']} captions or answers",
+        ]
+
+    # ------------------------------------------------------------------------------------------ the loop
+
+    def epoch(self, number: int) -> list[Key]:
+        """All captions once, and between them as many batches of questions as make their share of the steps.
+
+        Questions go on where they stopped in the epoch before; like everything, a function of `number` alone.
+        """
+        config = self.config
+        rng = np.random.default_rng([config.seed, number, 0])
+        per_step, per_image = config.captions_per_step, config.captions_per_image
+        batches = deal(self.groups[0], rng, per_step, per_image, self.train.answers.lengths)
+        share = config.question_share
+        if share:
+            wanted = round(len(batches) * share / (1 - share))
+            asked: list[np.ndarray] = []
+            turn, skip = divmod(number * wanted, len(self._questions(0)))
+            while len(asked) < skip + wanted:
+                asked += self._questions(turn)
+                turn += 1
+            batches += asked[skip : skip + wanted]
+            batches = [batches[i] for i in rng.permutation(len(batches))]
+        return [Key(rows, (config.seed, number, 1, place)) for place, rows in enumerate(batches)]
+
+    def _questions(self, turn: int) -> list[np.ndarray]:
+        config, rng = self.config, np.random.default_rng([self.config.seed, turn, 2])
+        return deal(self.groups[1], rng, config.questions_per_step, config.questions_per_image)
+
+    def batch(self, key: Key) -> Batch:
+        batch = self.train.batch(key.rows, self.training_images)
+        sides = np.bincount(batch.image_index.numpy(), self.side[key.rows], len(batch.pixels))
+        may_flip = torch.from_numpy(sides == 0)
+        batch.pixels = self.augment(batch.pixels, may_flip, np.random.default_rng(key.seed))
+        return batch
+
+    def size(self, batch: Batch) -> tuple[int, int]:
+        return len(batch.rows), int((batch.labels >= 0).sum())
+
+    def ids(self, batch: Batch) -> list[int]:
+        return [self.train.samples[row].question_id for row in batch.rows.tolist()]
+
+    def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        pixels = self.processor.normalize(batch.pixels)
+        hidden = self.hidden(pixels, decoder_input_ids=batch.decoder_input_ids, **batch.reading)
+        return labelled_loss(hidden, self.model.decoder.tokens.weight, batch.labels)
+
+    # ------------------------------------------------------------------------------------------ evaluation
+
+    def say(
+        self, split: str, kind: str, limit: int | None = None, *, shuffled: bool = False, progress: str | None = None
+    ) -> dict[int, Answer]:
+        """What the model says of a split, or of about its first `limit` samples; by question id."""
+        questions, images = self.shown[split, kind]
+        per_step = self.config.captions_per_step if kind == "captions" else self.config.questions_per_step
+        batches = questions.in_order(limit or len(questions.samples), per_step)
+        swap = other_images(len(questions.image_paths)) if shuffled else None
+        return answer_questions(
+            self.model, questions, images, self.precision, batches, image_map=swap, progress=progress
+        )
+
+    @torch.no_grad()
+    def validation_loss(self) -> float:
+        """Nats a token over one reference of each image that `evaluate` looks at, in eval mode."""
+        self.model.eval()
+        (questions, images), total, tokens = self.shown["val", "captions"], 0.0, 0
+        for rows in questions.in_order(self.config.eval_captions, self.config.captions_per_step):
+            batch = questions.batch(rows, images).to(self.precision.device)
+            with self.precision.autocast():
+                total += self.loss(batch)[0].item()
+            tokens += self.size(batch)[1]
+        self.model.train()
+        return total / tokens
+
+    def evaluate(self) -> dict[str, float]:
+        texts, limit = self.splits["val"], self.config.eval_captions
+        captions = by_image(texts.to_describe, self.say("val", "captions", limit))
+        figures = quality(captions, texts.captions, texts.scenes)
+        figures = {k: v for k, v in figures.items() if k != "bleu_signature"}
+        figures |= {"accuracy": accuracy_of(figures), "loss": self.validation_loss()}
+        if texts.questions:
+            said = self.say("val", "questions", self.config.eval_questions)
+            figures["answer_accuracy"] = score(texts.questions, said, self.family).accuracy
+        return figures
+
+    def panels(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Training and validation loss, and the figures of the captions, over the texts seen."""
+        steps, evaluations = [row for row in rows if "loss" in row], [row for row in rows if "val" in row]
+        seen = [row["samples"] / 1000 for row in evaluations]
+        trained = moving_average([row["loss"] for row in steps], 5)
+        names = ("object_precision", "object_recall", "exact_share", "answer_accuracy")
+        shown = {n: [row["val"].get(n) for row in evaluations] for n in names}
+        lines = {n.replace("_", " "): (seen, ys) for n, ys in shown.items() if any(y is not None for y in ys)}
+        bleu = {"BLEU / 100": (seen, [row["val"]["bleu"] / 100 for row in evaluations])}
+        losses = {
+            "training": ([row["samples"] / 1000 for row in steps], trained),
+            "validation": (seen, [row["val"]["loss"] for row in evaluations]),
+        }
+        axis = {"xlabel": "thousand texts seen"}
+        scored = {"title": "captions of images never trained on", "ylabel": "share", "ylim": (0, 1.02)}
+        return [
+            {"title": "loss", "ylabel": "nats a token", "lines": losses, "log": True, **axis},
+            {**scored, "lines": lines | bleu, "hlines": self.baselines, **axis},
+        ]
+
+    # ------------------------------------------------------------------------------------------ the report
+
+    def save_parts(self, folder: Path) -> None:
+        save_parts(folder, self.config, self.model, self.encoder, self.processor)
+
+    def finish(self, folder: Path) -> dict[str, Any]:
+        """Describe the test split, the same with shuffled images, and the hold-out where there is one; answer its
+        questions if the model was trained on any; samples.html and results.png."""
+        test = self.splits["test"]
+        samples, scenes = test.to_describe, test.scenes
+        said = self.say("test", "captions", progress="captions")
+        figures = quality(by_image(samples, said), samples, scenes)
+        shuffled = by_image(samples, self.say("test", "captions", shuffled=True, progress="shuffled images"))
+        baselines = {
+            "shuffled_images": quality(shuffled, samples, scenes),
+            "other_references": quality(other_references(samples), samples, scenes),
+        }
+        key = "bleu" if scenes is None else "object_recall"
+        scale = 100 if scenes is None else 1
+        self.baselines = {f"{key.split('_')[-1]}, {n.replace('_', ' ')}": b[key] / scale for n, b in baselines.items()}
+        held = None
+        if "holdout" in self.splits:
+            new = self.splits["holdout"]
+            captions = by_image(new.to_describe, self.say("holdout", "captions", progress="hold-out"))
+            held = quality(captions, new.to_describe, new.scenes)
+        asked = self._questions_report() if test.questions else None
+        self._show(folder, figures, said)
+        summary = {"accuracy": accuracy_of(figures), **figures, **lengths(said)}
+        return summary | {"holdout": held, "answers": asked, "baselines": baselines}
+
+    def _questions_report(self) -> dict[str, Any]:
+        samples, trained_on = self.splits["test"].questions, self.splits["train"].questions
+        report = score(samples, self.say("test", "questions", progress="questions"), self.family)
+        shuffled = self.say("test", "questions", shuffled=True, progress="shuffled images")
+        self.answered = report.answers
+        baselines = {
+            "prior": blind(samples, TypePrior(trained_on)),
+            "question_only": blind(samples, QuestionOnly(trained_on)),
+            "shuffled_images": score(samples, shuffled, self.family).accuracy,
+        }
+        return {"accuracy": report.accuracy, "accuracy_by_family": report.by_family, "baselines": baselines}
+
+    def _show(self, folder: Path, figures: dict[str, Any], said: dict[int, Answer]) -> None:
+        test, number = self.splits["test"], self.config.samples
+        some = spread(test.to_describe, number)
+        sections = [("captions", caption_cards(some, said, test.scenes))]
+        if test.questions:
+            sections += answer_sections(test.questions, self.answered, self.family, number)
+        what = ", ".join(self._told(figures))
+        lead = (
+            "Images the model was not trained on, with its caption and the references below. Green: every object is "
+            "named and nothing else; amber: some; red: none. Questions are coloured by how many annotators agree."
+        )
+        write_page(folder / "samples.html", f"What the model says ({what})", lead, sections)
+        draw_results(folder / "results.png", what, spread(some, TABLE_ROWS), said)
+
+    @staticmethod
+    def _told(figures: dict[str, Any]) -> list[str]:
+        names = [name for name in ("object_precision", "object_recall", "exact_share") if figures.get(name) is not None]
+        return [*(f"{name.replace('_', ' ')} {figures[name]:.3f}" for name in names), f"BLEU {figures['bleu']:.1f}"]
+
+    def lines(self, summary: dict[str, Any]) -> list[str]:
+        """The figures of `finish` that the terminal shows."""
+        rows = {"test": summary, "hold-out": summary["holdout"]}
+        rows |= {name.replace("_", " "): figures for name, figures in summary["baselines"].items()}
+        lines = [f"{name:20s} {', '.join(self._told(figures))}" for name, figures in rows.items() if figures]
+        if summary["answers"]:
+            families = ", ".join(f"{k} {v:.3f}" for k, v in summary["answers"]["accuracy_by_family"].items())
+            lines.append(f"{'answers':20s} {summary['answers']['accuracy']:.3f} ({families})")
+        return lines
