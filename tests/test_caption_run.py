@@ -17,6 +17,7 @@ from vqa_scratch.commands.line import call
 from vqa_scratch.config import CaptionTrainConfig
 from vqa_scratch.data.augment import depends_on_side
 from vqa_scratch.data.batches import IGNORE
+from vqa_scratch.engine.distributed import World
 from vqa_scratch.engine.lettering import choose, wrapped
 from vqa_scratch.engine.precision import Precision
 from vqa_scratch.engine.table import draw_table
@@ -187,9 +188,23 @@ def test_training_images_change_and_others_do_not(job):
     assert not seen, "evaluation never augments"
 
 
+def test_ranks_share_the_images_of_a_batch(job):
+    """Put together, the shares of three ranks are the batch, changed images included; ranks too many weigh nothing."""
+    key = job.epoch(0)[0]
+    whole = job.batch(key)
+    shares = [job.share(key, World(rank, 3)) for rank in range(3)]
+    assert all(real for _, real in shares)
+    parts = [job.batch(share) for share, _ in shares]
+    assert torch.equal(torch.cat([p.pixels for p in parts]), whole.pixels)
+    assert torch.equal(torch.cat([p.rows for p in parts]), whole.rows)
+    many = [job.share(key, World(rank, 99)) for rank in range(99)]
+    assert sum(real for _, real in many) == len(whole.pixels)
+    assert all(len(job.batch(share).pixels) == 1 for share, _ in many)
+
+
 def test_images_with_a_side_word_are_never_mirrored(job):
     asked = []
-    job.augment = lambda pixels, may_flip, rng: asked.append(may_flip) or pixels
+    job.augment = lambda pixels, may_flip, chance: asked.append(may_flip) or pixels
     both = set()
     for key in job.epoch(0):
         batch = job.batch(key)

@@ -3,8 +3,8 @@
 Mirroring swaps left and right, so an image is mirrored only where no text that goes with it depends on a side. There is
 no change of hue or saturation: a text that names a colour would stop being true. Evaluation never comes here.
 
-Everything works on bytes, for a batch at once, and is drawn from a generator that is given, so that a run which goes on
-from a checkpoint sees the same images as one that was never stopped.
+Everything works on bytes, for a batch at once, and chance comes as numbers that are given, so that a run which goes on
+from a checkpoint, or which several processes share, sees the same images as one process that was never stopped.
 
 Shapes: I images of H x W pixels.
 """
@@ -12,7 +12,6 @@ Shapes: I images of H x W pixels.
 import re
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -52,18 +51,19 @@ class Augment:
     brightness: float = 0.1
     contrast: float = 0.1
 
-    def __call__(self, pixels: Tensor, may_flip: Tensor, rng: np.random.Generator) -> Tensor:
-        """(I, H, W, 3) uint8 to the same, every image changed on its own; may_flip (I,) bool."""
+    def __call__(self, pixels: Tensor, may_flip: Tensor, chance: Tensor) -> Tensor:
+        """(I, H, W, 3) uint8 to the same, every image changed on its own.
 
-        def uniform(limit: float, around: float = 0.0) -> Tensor:
-            return torch.from_numpy(around + rng.uniform(-limit, limit, len(pixels))).float()
-
-        flip = may_flip & torch.from_numpy(rng.random(len(pixels)) < self.flip)
-        degrees, brightness, contrast = uniform(self.degrees), uniform(self.brightness, 1), uniform(self.contrast, 1)
+        may_flip (I,) bool; chance (I, 4), uniform from 0 to 1: for mirroring, turn, brightness and contrast.
+        """
+        flip = may_flip & (chance[:, 0] < self.flip)
+        degrees, brightness, contrast = (
+            (2 * chance[:, i] - 1) * limit for i, limit in ((1, self.degrees), (2, self.brightness), (3, self.contrast))
+        )
         x = torch.where(flip[:, None, None, None], pixels.flip(2), pixels).permute(0, 3, 1, 2).float()  # (I, 3, H, W)
         if self.degrees:
             x = rotate(x, degrees)
         if self.brightness or self.contrast:
             middle = x.mean((1, 2, 3), keepdim=True)
-            x = ((x - middle) * contrast[:, None, None, None] + middle) * brightness[:, None, None, None]
+            x = ((x - middle) * (1 + contrast[:, None, None, None]) + middle) * (1 + brightness[:, None, None, None])
         return x.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()

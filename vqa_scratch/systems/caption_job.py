@@ -11,10 +11,10 @@ from vqa_scratch.config import CaptionTrainConfig
 from vqa_scratch.data.augment import Augment, depends_on_side
 from vqa_scratch.data.batches import Batch, Encoder, Images, Questions, deal
 from vqa_scratch.data.images import ImageProcessor
+from vqa_scratch.engine.distributed import World
 from vqa_scratch.engine.evaluation import Answer, QuestionOnly, TypePrior, answer_questions, blind, other_images, score
 from vqa_scratch.engine.gallery import answer_sections, write_page
 from vqa_scratch.engine.precision import Precision
-from vqa_scratch.engine.progress import moving_average
 from vqa_scratch.models.caption import CaptionModel
 from vqa_scratch.models.reader import labelled_loss
 from vqa_scratch.systems.caption_run import save_parts
@@ -23,11 +23,13 @@ from vqa_scratch.systems.captions import (
     accuracy_of,
     by_image,
     caption_cards,
+    caption_panels,
     draw_results,
     lengths,
     other_references,
     quality,
     spread,
+    told,
 )
 from vqa_scratch.systems.questions import family_of
 
@@ -35,16 +37,19 @@ TABLE_ROWS = 8
 
 
 class Key(NamedTuple):
-    """One batch: its rows, and what the changes to its images are drawn from."""
+    """One batch, or one rank's share of it: its rows, what the changes to its images are drawn from, and how many
+    images of the batch come before these."""
 
     rows: np.ndarray
     seed: tuple[int, ...]
+    before: int = 0
 
 
 class CaptionJob:
     """What the loop trains: captions, and a share of steps on questions; and the figures in the end."""
 
     unit = "texts"
+    world = World()  # train.py sets it
 
     def __init__(
         self,
@@ -123,11 +128,19 @@ class CaptionJob:
         config, rng = self.config, np.random.default_rng([self.config.seed, turn, 2])
         return deal(self.groups[1], rng, config.questions_per_step, config.questions_per_image)
 
+    def share(self, key: Key, world: World) -> tuple[Key, bool]:
+        """This rank's images of a batch; one image and False where there are more ranks than images."""
+        images = self.train.by_image(key.rows)
+        mine = world.share(range(len(images)))
+        rows = np.concatenate([images[i] for i in mine or range(1)])
+        return Key(rows, key.seed, mine[0] if mine else 0), bool(mine)
+
     def batch(self, key: Key) -> Batch:
         batch = self.train.batch(key.rows, self.training_images)
-        sides = np.bincount(batch.image_index.numpy(), self.side[key.rows], len(batch.pixels))
-        may_flip = torch.from_numpy(sides == 0)
-        batch.pixels = self.augment(batch.pixels, may_flip, np.random.default_rng(key.seed))
+        number = len(batch.pixels)
+        sides = np.bincount(batch.image_index.numpy(), self.side[key.rows], number)
+        chance = np.random.default_rng(key.seed).random((key.before + number, 4))[key.before :]
+        batch.pixels = self.augment(batch.pixels, torch.from_numpy(sides == 0), torch.from_numpy(chance).float())
         return batch
 
     def size(self, batch: Batch) -> tuple[int, int]:
@@ -146,26 +159,31 @@ class CaptionJob:
     def say(
         self, split: str, kind: str, limit: int | None = None, *, shuffled: bool = False, progress: str | None = None
     ) -> dict[int, Answer]:
-        """What the model says of a split, or of about its first `limit` samples; by question id."""
+        """What the model says of a split, or of about its first `limit` samples; by question id.
+
+        Ranks take turns at the batches, and all of them get all answers.
+        """
         questions, images = self.shown[split, kind]
         per_step = self.config.captions_per_step if kind == "captions" else self.config.questions_per_step
         batches = questions.in_order(limit or len(questions.samples), per_step)
         swap = other_images(len(questions.image_paths)) if shuffled else None
-        return answer_questions(
-            self.model, questions, images, self.precision, batches, image_map=swap, progress=progress
-        )
+        mine = batches[self.world.rank :: self.world.size]
+        said = answer_questions(self.model, questions, images, self.precision, mine, image_map=swap, progress=progress)
+        return {number: answer for some in self.world.gather(said) for number, answer in some.items()}
 
     @torch.no_grad()
     def validation_loss(self) -> float:
         """Nats a token over one reference of each image that `evaluate` looks at, in eval mode."""
         self.model.eval()
         (questions, images), total, tokens = self.shown["val", "captions"], 0.0, 0
-        for rows in questions.in_order(self.config.eval_captions, self.config.captions_per_step):
+        batches = questions.in_order(self.config.eval_captions, self.config.captions_per_step)
+        for rows in batches[self.world.rank :: self.world.size]:
             batch = questions.batch(rows, images).to(self.precision.device)
             with self.precision.autocast():
                 total += self.loss(batch)[0].item()
             tokens += self.size(batch)[1]
         self.model.train()
+        total, tokens = self.world.totals([total, tokens])
         return total / tokens
 
     def evaluate(self) -> dict[str, float]:
@@ -180,24 +198,7 @@ class CaptionJob:
         return figures
 
     def panels(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Training and validation loss, and the figures of the captions, over the texts seen."""
-        steps, evaluations = [row for row in rows if "loss" in row], [row for row in rows if "val" in row]
-        seen = [row["samples"] / 1000 for row in evaluations]
-        trained = moving_average([row["loss"] for row in steps], 5)
-        names = ("object_precision", "object_recall", "exact_share", "answer_accuracy")
-        shown = {n: [row["val"].get(n) for row in evaluations] for n in names}
-        lines = {n.replace("_", " "): (seen, ys) for n, ys in shown.items() if any(y is not None for y in ys)}
-        bleu = {"BLEU / 100": (seen, [row["val"]["bleu"] / 100 for row in evaluations])}
-        losses = {
-            "training": ([row["samples"] / 1000 for row in steps], trained),
-            "validation": (seen, [row["val"]["loss"] for row in evaluations]),
-        }
-        axis = {"xlabel": "thousand texts seen"}
-        scored = {"title": "captions of images never trained on", "ylabel": "share", "ylim": (0, 1.02)}
-        return [
-            {"title": "loss", "ylabel": "nats a token", "lines": losses, "log": True, **axis},
-            {**scored, "lines": lines | bleu, "hlines": self.baselines, **axis},
-        ]
+        return caption_panels(rows, self.baselines)
 
     # ------------------------------------------------------------------------------------------ the report
 
@@ -225,7 +226,8 @@ class CaptionJob:
             captions = by_image(new.to_describe, self.say("holdout", "captions", progress="hold-out"))
             held = quality(captions, new.to_describe, new.scenes)
         asked = self._questions_report() if test.questions else None
-        self._show(folder, figures, said)
+        if self.world.main:
+            self._show(folder, figures, said)
         summary = {"accuracy": accuracy_of(figures), **figures, **lengths(said)}
         return summary | {"holdout": held, "answers": asked, "baselines": baselines}
 
@@ -247,7 +249,7 @@ class CaptionJob:
         sections = [("captions", caption_cards(some, said, test.scenes))]
         if test.questions:
             sections += answer_sections(test.questions, self.answered, self.family, number)
-        what = ", ".join(self._told(figures))
+        what = ", ".join(told(figures))
         lead = (
             "Images the model was not trained on, with its caption and the references below. Green: every object is "
             "named and nothing else; amber: some; red: none. Questions are coloured by how many annotators agree."
@@ -255,16 +257,11 @@ class CaptionJob:
         write_page(folder / "samples.html", f"What the model says ({what})", lead, sections)
         draw_results(folder / "results.png", what, spread(some, TABLE_ROWS), said)
 
-    @staticmethod
-    def _told(figures: dict[str, Any]) -> list[str]:
-        names = [name for name in ("object_precision", "object_recall", "exact_share") if figures.get(name) is not None]
-        return [*(f"{name.replace('_', ' ')} {figures[name]:.3f}" for name in names), f"BLEU {figures['bleu']:.1f}"]
-
     def lines(self, summary: dict[str, Any]) -> list[str]:
         """The figures of `finish` that the terminal shows."""
         rows = {"test": summary, "hold-out": summary["holdout"]}
         rows |= {name.replace("_", " "): figures for name, figures in summary["baselines"].items()}
-        lines = [f"{name:20s} {', '.join(self._told(figures))}" for name, figures in rows.items() if figures]
+        lines = [f"{name:20s} {', '.join(told(figures))}" for name, figures in rows.items() if figures]
         if summary["answers"]:
             families = ", ".join(f"{k} {v:.3f}" for k, v in summary["answers"]["accuracy_by_family"].items())
             lines.append(f"{'answers':20s} {summary['answers']['accuracy']:.3f} ({families})")

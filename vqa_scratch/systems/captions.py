@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from vqa_scratch.data.vqa_v2 import VQASample, read_vqa, split_by_image
 from vqa_scratch.engine.captioning import corpus_bleu, score_objects
 from vqa_scratch.engine.evaluation import Answer, other_images
 from vqa_scratch.engine.gallery import card
+from vqa_scratch.engine.progress import moving_average
 from vqa_scratch.engine.table import draw_table
 
 
@@ -130,8 +132,6 @@ def caption_cards(
     samples: Sequence[VQASample], answers: Mapping[int, Answer], scenes: Mapping[int, Scene] | None
 ) -> list[str]:
     """A card for each sample: its image, the model's caption, and the references below it."""
-    from html import escape
-
     cards = []
     for sample in samples:
         said, verdict, note = answers[sample.question_id], "", ""
@@ -159,3 +159,30 @@ def draw_results(path: Path, title: str, samples: Sequence[VQASample], answers: 
             f"note: no installed font has {len(missing)} of the characters in {path} ({shown}); their codes stand for "
             "them. A font such as Noto Sans CJK would show them"
         )
+
+
+def caption_panels(rows: list[dict[str, Any]], baselines: Mapping[str, float]) -> list[dict[str, Any]]:
+    """Training and validation loss, and the figures of the captions, over the texts seen."""
+    steps, evaluations = [row for row in rows if "loss" in row], [row for row in rows if "val" in row]
+    seen = [row["samples"] / 1000 for row in evaluations]
+    trained = moving_average([row["loss"] for row in steps], 5)
+    names = ("object_precision", "object_recall", "exact_share", "answer_accuracy")
+    shown = {n: [row["val"].get(n) for row in evaluations] for n in names}
+    lines = {n.replace("_", " "): (seen, ys) for n, ys in shown.items() if any(y is not None for y in ys)}
+    bleu = {"BLEU / 100": (seen, [row["val"]["bleu"] / 100 for row in evaluations])}
+    losses = {
+        "training": ([row["samples"] / 1000 for row in steps], trained),
+        "validation": (seen, [row["val"]["loss"] for row in evaluations]),
+    }
+    axis = {"xlabel": "thousand texts seen"}
+    scored = {"title": "captions of images never trained on", "ylabel": "share", "ylim": (0, 1.02)}
+    return [
+        {"title": "loss", "ylabel": "nats a token", "lines": losses, "log": True, **axis},
+        {**scored, "lines": lines | bleu, "hlines": baselines, **axis},
+    ]
+
+
+def told(figures: Mapping[str, Any]) -> list[str]:
+    """The most important figures as words."""
+    names = [name for name in ("object_precision", "object_recall", "exact_share") if figures.get(name) is not None]
+    return [*(f"{name.replace('_', ' ')} {figures[name]:.3f}" for name in names), f"BLEU {figures['bleu']:.1f}"]
