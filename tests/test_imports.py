@@ -20,6 +20,7 @@ RANKS = {
     "vqa_scratch.rl": 5,
     "vqa_scratch.study": 5,
     "vqa_scratch.run": 5,
+    "vqa_scratch.zero_shot": 6,
     "vqa_scratch.systems": 6,
     "vqa_scratch.commands": 7,
     "vqa_scratch.__main__": 8,

@@ -6,17 +6,35 @@ from pathlib import Path
 import click
 
 from vqa_scratch.commands.line import FOLDER, open_run, where_to_compute
+from vqa_scratch.engine.precision import pick_device
+from vqa_scratch.errors import UserError
+from vqa_scratch.zero_shot import open_zero_shot
 
 
 @click.command("ask")
-@click.argument("run", type=FOLDER)
+@click.argument("run", type=FOLDER, required=False)
+@click.option("--model", help="Instead of RUN: a released BLIP-2 checkpoint, a folder or Hub id, used as it is.")
 @click.option("--image", type=FOLDER, required=True, help="Image file of any size that Pillow reads.")
 @click.option("--question", help="What to ask.")
 @click.option("--top", type=click.IntRange(min=1), help="So many answers, where the system scores a list of them.")
 @where_to_compute
-def ask(run: Path, image: Path, question: str | None, top: int | None, device: str, precision: str) -> None:
-    """Ask the trained system in the folder RUN about one image."""
-    answers, notes = open_run(run, device, precision).ask(image, question, top)
+def ask(
+    run: Path | None,
+    model: str | None,
+    image: Path,
+    question: str | None,
+    top: int | None,
+    device: str,
+    precision: str,
+) -> None:
+    """Ask the trained system in the folder RUN, or a released BLIP-2 (--model), about one image."""
+    if (run is None) == (model is None):
+        raise UserError("give RUN, the folder of a trained system, or --model, a BLIP-2 checkpoint: one of the two")
+    if model is None:
+        system = open_run(run, device, precision)
+    else:
+        system = open_zero_shot(model, pick_device(device), precision)
+    answers, notes = system.ask(image, question, top)
     for note in notes:
         print(f"note: {note}", file=sys.stderr)
     for said in answers:

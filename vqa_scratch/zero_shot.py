@@ -1,0 +1,98 @@
+"""Answers without training: a released BLIP-2 checkpoint, opened with its tokenizer and preprocessing.
+
+The prompt is the one its authors use for questions, "Question: {} Answer:" (Li et al. 2023, arXiv 2301.12597, section
+4.1), after the image and the start token. The answer ends at the end token of the checkpoint, which is a line break.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from vqa_scratch.data.image_files import load_image
+from vqa_scratch.data.images import JOINT_CONFIG_NAME, ImageProcessor
+from vqa_scratch.data.text import Tokenizer, check_question
+from vqa_scratch.data.vqa_files import load_json
+from vqa_scratch.engine.evaluation import Answer
+from vqa_scratch.engine.precision import DTYPES, pick_precision
+from vqa_scratch.errors import UserError
+from vqa_scratch.generate import greedy
+from vqa_scratch.models.blip2 import Blip2
+from vqa_scratch.nn.memory import Memory
+from vqa_scratch.weights.files import resolve_folder
+
+PROMPT = "Question: {} Answer:"
+MAX_ANSWER_TOKENS = 20
+
+
+@dataclass
+class ZeroShot:
+    """A BLIP-2, ready to answer: the model in eval mode on `device`, its tokenizer and its image preprocessing."""
+
+    source: str
+    model: Blip2
+    tokenizer: Tokenizer
+    processor: ImageProcessor
+    device: torch.device
+
+    def prompt_ids(self, question: str) -> list[int]:
+        """The start token and the prompt. Raises UserError on an empty question, or one that does not fit."""
+        sizes = self.model.config
+        words = self.tokenizer.encode(PROMPT.format(check_question(question)), add_special_tokens=False)
+        ids = [sizes.language.bos_id, *words]
+        room = sizes.language.max_positions - sizes.queries - MAX_ANSWER_TOKENS
+        if len(ids) > room:
+            raise UserError(f"the question is too long: its prompt has {len(ids)} tokens, and {room} have room")
+        if sizes.image_token in ids:
+            token = self.tokenizer.backend.id_to_token(sizes.image_token)
+            raise UserError(f"the question holds {token}, which stands for the image; ask without it")
+        return ids
+
+    @torch.no_grad()
+    def ask(self, image: Path, question: str | None, top: int | None = None) -> tuple[list[Answer], list[str]]:
+        """([the answer], [notes for the user: none]) to one question about one image file, greedily.
+
+        Raises UserError for an image that cannot be read, for a question missing, empty or too long, and for a `top`:
+        there is no list of answers to score.
+        """
+        if question is None:
+            raise UserError(f"{self.source} answers questions: give it --question")
+        if top is not None:
+            raise UserError(f"{self.source} writes one answer and ranks no list of them: leave out --top")
+        ids = torch.tensor([self.prompt_ids(question)], device=self.device)
+        pixels = self.processor(load_image(image))[None].to(self.device)
+        end = self.model.config.language.eos_id
+        made = greedy(
+            self.model,
+            self.model.prompt(ids)[0],
+            None,
+            [Memory(self.model.encode_image(pixels))],
+            max_new_tokens=MAX_ANSWER_TOKENS,
+            eos_id=end,
+        )
+        length = int(made.lengths)
+        said = made.ids[0, :length].tolist()
+        text = self.tokenizer.decode(said).strip()
+        return [Answer(text, float(made.log_probs.sum().exp()), length, said[-1] == end)], []
+
+
+def open_zero_shot(source: str, device: torch.device, precision: str = "fp32") -> ZeroShot:
+    """Open a BLIP-2 checkpoint: a folder, or a Hub id, of which everything needed is downloaded first.
+
+    `precision` is fp32, bf16, fp16 or auto; the weights are held in it. Raises UserError, one line, if the checkpoint
+    is not whole, not a BLIP-2 with an OPT, or if its parts do not fit each other.
+    """
+    tokenizer, processor = Tokenizer.from_pretrained(source), ImageProcessor.from_pretrained(source)
+    kind, _ = pick_precision(precision, device)
+    model = Blip2.from_pretrained(source, dtype=DTYPES[kind], device=device)
+    sizes = model.config
+    if len(tokenizer) > sizes.language.vocab_size:
+        raise UserError(f"the tokenizer of {source} has {len(tokenizer)} ids, its model {sizes.language.vocab_size}")
+    patch = sizes.vision.patch_size
+    if processor.output_size is None or any(side % patch for side in processor.output_size):
+        raise UserError(f"the images of {source} do not divide into patches of {patch}: size {processor.size}")
+    joint = resolve_folder(source) / JOINT_CONFIG_NAME
+    places = load_json(joint).get("num_query_tokens") if joint.is_file() else None  # absent in older files
+    if places not in (None, sizes.queries):
+        raise UserError(f"{joint} gives an image {places} tokens, the model of {source} {sizes.queries}")
+    return ZeroShot(source, model, tokenizer, processor, device)
