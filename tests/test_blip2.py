@@ -7,9 +7,10 @@ from blip2_helpers import IMAGE_TOKEN, QUERIES, TEXT, change_config, prompts, re
 from helpers import STD, assert_close, saved
 
 from vqa_scratch.errors import UserError
-from vqa_scratch.generate import greedy
+from vqa_scratch.generate import GenerationOptions, generate, greedy
 from vqa_scratch.models import OPT, Blip2, Blip2Config, OPTConfig
 from vqa_scratch.nn import Memory
+from vqa_scratch.study import trace
 
 no_grad = torch.no_grad()
 CASES = {
@@ -21,7 +22,6 @@ CASES = {
     },
     "every block of the Q-Former reads the image": {"qformer": {"cross_attention_frequency": 1}},
     "every third block does": {"qformer": {"cross_attention_frequency": 3}, "num_query_tokens": 1},
-    "norms after": {"text": {"do_layer_norm_before": False}},
 }
 
 
@@ -77,6 +77,24 @@ def test_greedy_tokens_equal_those_of_the_reference(tmp_path, image_token):
     said = torch.cat([made(seed, eos=2) for seed in range(4)])
     often = int(said.flatten().mode().values)
     assert any((made(seed, eos=often) == 1).any() for seed in range(4)), "no answer ended by itself"
+
+
+@no_grad
+def test_beams_and_traces_find_the_tokens_of_the_reference(tmp_path):
+    """Beam search shares the image among its beams; under a trace decoding goes through the modules."""
+    theirs = reference(tmp_path)
+    ours = Blip2.from_pretrained(tmp_path)
+    pixels, (ids, mask) = torch.randn(2, 3, 28, 28), prompts((8, 5))
+    everything, all_mask = with_image_tokens(ids, mask)
+    prompt, seen = ours.prompt(ids, mask)
+    image = [Memory(ours.encode_image(pixels))]
+    for beams in (1, 3):
+        wanted = theirs.generate(pixels, everything, all_mask, max_new_tokens=9, num_beams=beams)
+        options = GenerationOptions(9, eos_id=2, num_beams=beams)
+        made = generate(ours, prompt, seen, image, options=options, fill=1)
+        assert torch.equal(made.ids, wanted[:, everything.shape[1] :])
+        with trace(ours.language, "decoder.0.resid_pre"):
+            assert torch.equal(generate(ours, prompt, seen, image, options=options, fill=1).ids, made.ids)
 
 
 @no_grad
@@ -159,7 +177,8 @@ def test_what_is_saved_is_read_by_both(tmp_path):
         ("text_config", {"model_type": "t5"}, "the language model of config.json is a 't5'; here it must be an 'opt'"),
         ("text_config", {"enable_bias": False}, "asks for enable_bias = False; this OPT has True alone"),
         ("text_config", {"eos_token_id": [2, 3]}, r"several end tokens \[2, 3\]"),
-        ("text_config", {"word_embed_proj_dim": 8}, "any but the 350M model"),
+        ("text_config", {"word_embed_proj_dim": 8}, "whose embedding is as wide as its blocks"),
+        ("text_config", {"do_layer_norm_before": False}, "with norms before sublayers"),
         ("qformer_config", {"use_qformer_text_input": True}, "a Q-Former that reads text"),
         ("qformer_config", {"cross_attention_frequency": 0}, "must be 1 or more, not 0"),
         ("vision_config", {"image_size": [28, 14]}, "image and patch must be square"),

@@ -20,6 +20,7 @@ from vqa_scratch.models.opt import OPT, OPTConfig
 from vqa_scratch.models.qformer import QFormer, QFormerConfig
 from vqa_scratch.models.vit import ViT, ViTConfig
 from vqa_scratch.nn.cache import DecoderCache
+from vqa_scratch.nn.decoding import DecoderParts
 from vqa_scratch.nn.memory import Memory
 from vqa_scratch.weights.convert import load_into, to_hf
 from vqa_scratch.weights.files import read_checkpoint, write_checkpoint
@@ -54,8 +55,8 @@ class Blip2Config:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "qformer", replace(self.qformer, context_dim=self.vision.dim))
-        if self.language.embedding_dim != self.language.dim:
-            raise UserError("BLIP-2 needs an OPT whose embedding is as wide as its blocks (any but the 350M model)")
+        if self.language.embedding_dim != self.language.dim or not self.language.norm_first:
+            raise UserError("BLIP-2 needs an OPT whose embedding is as wide as its blocks, with norms before sublayers")
 
     @classmethod
     def from_hf(cls, config: dict[str, Any]) -> Self:
@@ -89,7 +90,8 @@ class Blip2Config:
 class Blip2(nn.Module):
     """Image tower, Q-Former, projection and language model.
 
-    For `vqa_scratch.generate` it is a decoder: `new_cache`, `hidden` and `logits`, with the image as the memory.
+    For `vqa_scratch.generate` it is a decoder (`new_cache`, `hidden`, `logits`, `decoding_parts`) whose memory is the
+    image.
     """
 
     def __init__(self, config: Blip2Config) -> None:
@@ -135,9 +137,9 @@ class Blip2(nn.Module):
         """(B, T) -> (B, T, E), the states under the head.
 
         memory: one part, the image of `encode_image`. It fills the places at the beginning of `input_ids` (see
-        `prompt`); with a cache, later calls leave it out. Raises ValueError if those places are not there.
+        `prompt`); with a cache, only the first call reads it. Raises ValueError if those places are not there.
         """
-        if memory is None:
+        if memory is None or (cache is not None and cache.length > 0):  # the cache has the image's keys
             return self.language.hidden(input_ids, attention_mask, cache=cache)
         (image,) = memory
         places, words = input_ids.tensor_split([self.config.queries], 1)
@@ -145,6 +147,10 @@ class Blip2(nn.Module):
             raise ValueError(f"input_ids must begin with {self.config.queries} places of the image; see Blip2.prompt")
         embeddings = torch.cat([image.per_row(), self.language.tokens(words)], 1)
         return self.language.read(embeddings, attention_mask, cache)
+
+    def decoding_parts(self) -> DecoderParts:
+        """A step of decoding is one of the language model."""
+        return self.language.decoding_parts()
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(B, T, E) -> (B, T, V)."""

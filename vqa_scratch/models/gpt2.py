@@ -117,6 +117,12 @@ class GPT2Block(nn.Module):
         x = taps.tap(self.tap_prefix, "resid_mid", x)
         return taps.tap(self.tap_prefix, "resid_post", x + self.mlp(self.norm2(x)))
 
+    def decoding_layer(self) -> DecoderLayer:
+        """The block taken apart, for `generate`."""
+        cross = (layer_norm(self.norm_cross), self.cross) if hasattr(self, "cross") else (None, None)
+        mlp = decoding.mlp(self.mlp.up, self.mlp.activation, self.mlp.down)
+        return DecoderLayer(layer_norm(self.norm1), self.attn, *cross, layer_norm(self.norm2), mlp)
+
 
 class GPT2(nn.Module):
     """Tokens and positions, pre-LN blocks, a last norm, and a head that is the token embedding."""
@@ -146,12 +152,7 @@ class GPT2(nn.Module):
         def embed(tokens: Tensor, positions: Tensor) -> Tensor:
             return F.embedding(tokens, self.tokens.weight) + F.embedding(positions, self.positions.weight)
 
-        layers = []
-        for block in self.blocks:
-            has = self.config.add_cross_attention
-            cross = (layer_norm(block.norm_cross), block.cross) if has else (None, None)
-            mlp = decoding.mlp(block.mlp.up, block.mlp.activation, block.mlp.down)
-            layers.append(DecoderLayer(layer_norm(block.norm1), block.attn, *cross, layer_norm(block.norm2), mlp))
+        layers = [block.decoding_layer() for block in self.blocks]
         return DecoderParts(embed, layers, layer_norm(self.norm), self.config.max_positions)
 
     def hidden(

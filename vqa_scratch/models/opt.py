@@ -18,6 +18,7 @@ from vqa_scratch.models.gpt2 import GPT2Block, GPT2Config
 from vqa_scratch.models.hf_config import check_heads, fields_from_hf
 from vqa_scratch.nn import taps
 from vqa_scratch.nn.cache import DecoderCache, KVCache
+from vqa_scratch.nn.decoding import DecoderParts, layer_norm
 from vqa_scratch.nn.layers import init_weights
 from vqa_scratch.nn.masks import decoder_positions
 from vqa_scratch.nn.memory import Memory
@@ -133,6 +134,19 @@ class OPT(nn.Module):
         """An empty cache for this model."""
         return DecoderCache(self.config.layers)
 
+    def decoding_parts(self) -> DecoderParts:
+        """What a step of decoding goes through, for `generate`. Raises ValueError for post-LN, the 350M model."""
+        if not self.config.norm_first:
+            raise ValueError("an OPT with its norms after each sublayer (350M) is not served by `generate`")
+
+        def embed(tokens: Tensor, positions: Tensor) -> Tensor:
+            words = self.project_in(F.embedding(tokens, self.tokens.weight))
+            return words + F.embedding(positions + OFFSET, self.positions.weight)
+
+        layers = [block.decoding_layer() for block in self.blocks]
+        norm = layer_norm(self.norm)
+        return DecoderParts(embed, layers, lambda x: self.project_out(norm(x)), self.config.max_positions)
+
     def read(
         self, embeddings: Tensor, attention_mask: Tensor | None = None, cache: DecoderCache | None = None
     ) -> Tensor:
@@ -151,9 +165,16 @@ class OPT(nn.Module):
         return self.project_out(self.norm(x))
 
     def hidden(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, *, cache: DecoderCache | None = None
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        memory: None = None,
+        cache: DecoderCache | None = None,
     ) -> Tensor:
-        """(B, T) -> (B, T, E), the states under the head. Arguments as in `read`."""
+        """(B, T) -> (B, T, E), the states under the head. Arguments as in `read`; there is no memory to read."""
+        if memory is not None:
+            raise ValueError("OPT has no cross-attention to read a memory with")
         return self.read(self.tokens(input_ids), attention_mask, cache)
 
     def logits(self, hidden: Tensor) -> Tensor:
