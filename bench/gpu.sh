@@ -22,14 +22,31 @@ section() { # title, seconds at most, command...
 bench() { # title, seconds at most, benchmark, options...
     local title=$1 limit=$2 name=$3
     shift 3
+    local help=""
     if grep -qE "^  $name( |$)" <<<"$commands"; then
+        help=$("$python" -m bench "$name" --help)
+    fi
+    if [ -n "$help" ] && { [[ " $* " != *" --device "* ]] || grep -q -- --device <<<"$help"; }; then
         section "$title" "$limit" "$python" -m bench "$name" "$@" ${write[@]+"${write[@]}"}
     else
-        printf '\n== %s: left out, this checkout has no "bench %s"\n' "$title" "$name"
+        printf '\n== %s: left out, this checkout has no "bench %s" for a GPU\n' "$title" "$name"
     fi
 }
 
-section "kernels against fp64, fp32 first" 150 "$python" -m pytest -q -x tests/test_kernels_triton.py tests/test_kernels.py
+checks() { # three processes: most of the time goes into compiling
+    local one="every_gradient" two="real_sizes or bits or slices or merge" status=0 part folder
+    folder=$(mktemp -d)
+    for part in "$one" "$two" "not ($one or $two)"; do
+        "$python" -m pytest -q tests/test_kernels_triton.py -k "$part" >"$folder/$part" 2>&1 &
+    done
+    for part in 1 2 3; do wait -n || status=1; done
+    tail -n 12 "$folder"/*
+    rm -r "$folder"
+    return "$status"
+}
+
+printf '\n== kernels against fp64, fp32 and below\n'
+checks || failed+=("kernels against fp64")
 section "other tests that need a GPU" 60 "$python" -m pytest -q -m gpu --ignore tests/test_kernels_triton.py
 bench "attention" 100 attention
 bench "fused loss, bf16" 40 loss-head --device cuda --precision bf16 --tokens 8192 --rounds 3

@@ -12,7 +12,7 @@ Shapes: H heads, Tq queries, Tk keys, d head size; a tile is BLOCK_M queries by 
 import triton
 import triton.language as tl
 
-from kernels.attention_tiles import key_stretches, load_rows, tile_scores
+from kernels.attention_tiles import LENGTHS, key_stretches, load_rows, tile_scores
 
 
 @triton.jit
@@ -44,7 +44,7 @@ def key_tiles(
     return acc, total, top
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def attention_forward(
     Q, K, V, KEEP, BIAS, OUT, LSE,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,

@@ -9,10 +9,10 @@ Shapes as in `attention_forward`; tiles here are keys by queries.
 import triton
 import triton.language as tl
 
-from kernels.attention_tiles import load_rows
+from kernels.attention_tiles import LENGTHS, load_rows
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["heads", "tq"])
 def attention_delta(
     OUT, DO, LSE, DLSE, DELTA, LSE2, stride_ob, stride_oh, stride_ot, stride_db, stride_dh, stride_dt, heads, tq,
     HEAD: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, HAS_DLSE: tl.constexpr,
@@ -72,7 +72,7 @@ def key_gradient_tiles(
     return dk, dv
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def attention_key_gradients(
     Q, K, V, KEEP, BIAS, DO, DELTA, LSE2, DK, DV,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,

@@ -9,7 +9,7 @@ Shapes as in `attention_forward`; R buckets, padded to a power of two.
 import triton
 import triton.language as tl
 
-from kernels.attention_tiles import key_stretches, load_rows, tile_scores
+from kernels.attention_tiles import LENGTHS, key_stretches, load_rows, tile_scores
 
 
 @triton.jit
@@ -64,7 +64,7 @@ def query_gradient_tiles(
     return dq, buckets, far_sum
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def attention_query_gradient(
     Q, K, V, KEEP, BIAS, BUCKETS, DO, DELTA, LSE2, DQ, DBIAS,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,

@@ -38,13 +38,13 @@ def check_ids(ids: Tensor, vocabulary: int) -> None:
 
 
 class Head:
-    """x (N, D) times w (V, D)^T by chunks of rows; a chunk of logits holds about as many numbers as w."""
+    """x (N, D) times w (V, D)^T by chunks of rows; a large chunk of logits holds half as many numbers as w."""
 
     def __init__(self, x: Tensor, w: Tensor) -> None:
         self.x, self.w, vocabulary = x, w, len(w)
         on_cpu = x.device.type == "cpu"
         least = FEWEST_LOGITS // vocabulary if on_cpu else FEWEST_ROWS
-        self.rows = max(1, min(len(x), max(x.shape[1], least)))
+        self.rows = max(1, min(len(x), max(x.shape[1] // 2, least)))
         columns = vocabulary if on_cpu else -(-vocabulary // ALIGNED) * ALIGNED
         self._buffer = x.new_empty(self.rows, columns)
 

@@ -84,9 +84,9 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> tupl
     """(sum of the cross-entropy in nats, how many labels are the argmax), both scalars, over rows with label >= 0.
 
     hidden (N, D), weight (V, D), labels (N,). Rows with a negative label meet no product, and no more than a chunk of
-    logits exists at a time, about as many numbers as the weight. Products are in the dtype of the inputs, or of
-    autocast; sums in fp32. The gradients can be asked for once. Raises ValueError on shapes, dtypes or labels that do
-    not fit.
+    logits exists at a time: where the weight is large, half as many numbers as it has. Products are in the dtype of the
+    inputs, or of autocast; sums in fp32. The gradients can be asked for once. Raises ValueError on shapes, dtypes or
+    labels that do not fit.
     """
     check(hidden, weight, labels)
     rows = torch_rows
