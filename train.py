@@ -3,6 +3,8 @@
 The default needs nothing but this machine: it draws its own data set, trains three small towers on it, and leaves in
 the run folder the weights, the curves, a page of answered questions, and summary.json with the final figures. What a
 preset trains is a system of its own in `vqa_scratch/systems/`; this file is what they have in common.
+
+    torchrun --nproc-per-node 8 train.py ...   # one process a GPU; docs/scale.md
 """
 
 import resource
@@ -16,9 +18,11 @@ import torch
 
 from vqa_scratch.config import PRESETS, RunConfig
 from vqa_scratch.engine.allocator import keep_freed_memory
-from vqa_scratch.engine.checkpoint import load_checkpoint, load_model_state
+from vqa_scratch.engine.checkpoint import load_checkpoint, load_model_state, separate_streams
+from vqa_scratch.engine.distributed import World, start, told_once
 from vqa_scratch.engine.loop import Plan, State, fit, restore
 from vqa_scratch.engine.optim import Optimizers
+from vqa_scratch.engine.parallel import share_model
 from vqa_scratch.engine.precision import Precision, pick_device, pick_precision
 from vqa_scratch.engine.progress import MetricsLog, draw_panels
 from vqa_scratch.errors import UserError
@@ -30,7 +34,7 @@ from vqa_scratch.systems import BY_PRESET, SYSTEMS, system_of
 # Kept back from --minutes for the final evaluation: a share of the budget, and never more than so many seconds.
 RESERVE_SHARE, RESERVE_SECONDS = 0.1, 30.0
 # Between a run and its continuation; the learning rates, for a run whose loss went to infinity.
-MAY_CHANGE = set("resume out device data cache learning_rate matrix_learning_rate max_grad_norm".split())
+MAY_CHANGE = set("resume out device parallel data cache learning_rate matrix_learning_rate max_grad_norm".split())
 
 
 def settle(config: RunConfig) -> tuple[RunConfig, dict[str, Any] | None]:
@@ -67,18 +71,29 @@ def peak_memory_gb(device: torch.device) -> float:
 
 def main(config: RunConfig) -> int | None:
     """Train, evaluate and report. Returns None, or the number of the signal that stopped the run early."""
+    with start(config.device) as world:
+        return train(config, world)
+
+
+def train(config: RunConfig, world: World) -> int | None:
+    """`main`, as one of the ranks that torchrun started, or as the only one."""
     began = time.perf_counter()
     keep_freed_memory()
     config, checkpoint = settle(config)
+    world.check_same(checkpoint and checkpoint["state"]["step"], f"the last step in {config.out}")
     device = pick_device(config.device)
-    kind, reason = pick_precision(checkpoint["precision"] if checkpoint else config.precision, device)
+    wanted = checkpoint["precision"] if checkpoint else config.precision
+    kind, reason = world.of_main(pick_precision(wanted, device))  # it may be measured, and must be the same
     precision = Precision(kind, device)
-    print(f"device {device}, {reason}")
+    print(f"device {device}, {reason}" + (f", {world.size} ranks, {config.parallel}" if world.size > 1 else ""))
 
-    job = system_of(config.preset).prepare(config, precision)
+    with world.first_one_then_all():  # the first draws data and decodes images
+        job = system_of(config.preset).prepare(config, precision)
+    job.world = world
     job.model.to(device)
     precision.suit_attention(job.model)
     print(*job.about(), sep="\n")
+    ranks = share_model(config.parallel, job.model, world, precision)
     optimizers = Optimizers(
         job.model,
         kind=config.optimizer,
@@ -90,15 +105,18 @@ def main(config: RunConfig) -> int | None:
     config.out.mkdir(parents=True, exist_ok=True)
     state = State()
     if checkpoint:
-        state = restore(checkpoint, job, optimizers, precision, str(config.out))
+        state = restore(checkpoint, job, optimizers, precision, str(config.out), world)
         print(f"going on after step {state.step}")
     else:
-        job.save_parts(config.out)
-    log = MetricsLog(config.out / "metrics.jsonl", resume_after=state.step if checkpoint else None)
+        separate_streams(world)
+        if world.main:
+            job.save_parts(config.out)
+    resume_after = state.step if checkpoint else None
+    log = MetricsLog(config.out / "metrics.jsonl", resume_after, on_disk=world.main)
     seconds = None
     if config.minutes is not None:
         spent = time.perf_counter() - began + min(RESERVE_SHARE * 60 * config.minutes, RESERVE_SECONDS)
-        seconds = max(1.0, 60 * config.minutes - spent)
+        seconds = world.of_main(max(1.0, 60 * config.minutes - spent))
     plan = Plan(
         steps=config.steps,
         seconds=seconds,
@@ -123,7 +141,8 @@ def main(config: RunConfig) -> int | None:
         log,
         config.out,
         state,
-        on_best=lambda: save_weights(weights, job.model),
+        ranks=ranks,
+        on_best=lambda: save_weights(weights, job.model, world),
         after_evaluation=draw_curves,
     )
     if stopped is not None:
@@ -131,7 +150,9 @@ def main(config: RunConfig) -> int | None:
         return stopped
 
     load_model_state(job.model, load_file_state(weights), str(weights))
-    figures = job.finish(config.out)
+    figures = ranks.with_whole_model(lambda: job.finish(config.out))
+    if not world.main:
+        return None
     draw_curves()
     training = [row["samples_per_second"] for row in log.rows if "samples_per_second" in row]
     summary = {
@@ -155,6 +176,11 @@ def main(config: RunConfig) -> int | None:
 
 def command_line(argv: Sequence[str]) -> RunConfig:
     """The config that the flags ask for: that of the system which --preset names, whose flags they must be."""
+    with told_once():
+        return _command_line(argv)
+
+
+def _command_line(argv: Sequence[str]) -> RunConfig:
     preset = peek(argv, "--preset", tuple(BY_PRESET))
     system = system_of(preset)
     about = (

@@ -30,6 +30,9 @@ class RunConfig:
         ("auto", "fp32", "bf16", "fp16"),
     )
     compile: bool = option(False, "Run the model through torch.compile.")
+    parallel: str = option(
+        "ddp", "Under torchrun: the whole model on every rank, or a part of every tensor.", ("ddp", "fsdp")
+    )
     seed: int = option(0, "Seed of the initial weights, the order of the data and the embedded data set.")
 
     # ------------------------------------------------------------------------------------------------- data
@@ -71,6 +74,8 @@ class RunConfig:
         for name in self.positive:
             if getattr(self, name) <= 0:
                 raise UserError(f"--{name.replace('_', '-')} must be positive, not {getattr(self, name)}")
+        if self.parallel == "fsdp" and self.compile:
+            raise UserError("--parallel fsdp does not go with --compile; leave one out")
         if self.minutes is not None and self.minutes <= 0:
             raise UserError(f"--minutes must be positive, not {self.minutes}")
         if self.steps is not None and self.steps < 1:

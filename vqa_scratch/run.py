@@ -23,6 +23,8 @@ from vqa_scratch.data.batches import Encoder
 from vqa_scratch.data.images import ImageProcessor
 from vqa_scratch.data.text import Tokenizer
 from vqa_scratch.engine.checkpoint import load_model_state
+from vqa_scratch.engine.distributed import World
+from vqa_scratch.engine.parallel import whole
 from vqa_scratch.engine.precision import Precision, pick_precision
 from vqa_scratch.errors import UserError
 from vqa_scratch.models.vqa import VQAConfig, VQAModel
@@ -70,10 +72,11 @@ def save_parts(folder: Path, config: TrainConfig, model: VQAModel, encoder: Enco
     processor.save_pretrained(folder)
 
 
-def save_weights(path: Path, model: nn.Module) -> None:
-    """All parameters as safetensors, atomically."""
-    tensors = {name: p.detach().cpu().contiguous() for name, p in model.state_dict().items()}
-    write_safetensors(path, tensors)
+def save_weights(path: Path, model: nn.Module, world: World = World()) -> None:  # noqa: B008 - frozen
+    """All parameters as safetensors, atomically; called by all ranks, written by the main one."""
+    tensors = whole(model.state_dict())
+    if world.main:
+        write_safetensors(path, {name: p.detach().cpu().contiguous() for name, p in tensors.items()})
 
 
 def load_file_state(path: Path) -> dict[str, torch.Tensor]:

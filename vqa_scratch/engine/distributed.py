@@ -12,7 +12,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import partialmethod
 from typing import Any, TypeVar
 
 import torch
@@ -120,27 +119,69 @@ def _backend(device: str, world: World) -> str:
 def _be_quiet() -> None:
     """No bar and no line on stdout from this process; errors and warnings still reach stderr."""
     sys.stdout = open(os.devnull, "w")  # noqa: SIM115
-    tqdm.__init__ = partialmethod(tqdm.__init__, disable=True)
+    shown = tqdm.__init__
+
+    def hidden(self: tqdm, *args: Any, **options: Any) -> None:
+        shown(self, *args, **options | {"disable": True})
+
+    tqdm.__init__ = hidden
 
 
-def _told_by_main(store: dist.Store, world: World, message: str) -> bool:
-    """Whether rank 0 tells this error as well, so that this rank need not. Waits for rank 0 a little while."""
-    key = "error/" + hashlib.sha256(message.encode()).hexdigest()
-    if world.main:
-        with suppress(RuntimeError):
-            store.set(key, "told")
-        return False
+@contextmanager
+def told_once() -> Iterator[None]:
+    """For what needs no world and comes out the same on every rank, as a command line does: rank 0 alone speaks."""
+    if os.environ.get("RANK", "0") == "0":
+        yield
+        return
+    _be_quiet()
     try:
-        store.wait([key], GRACE)
-    except RuntimeError:
-        return False
-    return True
+        yield
+    except UserError:
+        sys.exit(2)
+
+
+class _Errors:
+    """Who tells what went wrong, so that it is told once. Ranks leave notes in the store that torchrun keeps."""
+
+    def __init__(self, store: dist.Store, world: World) -> None:
+        self.store, self.world = store, world
+
+    def _noted(self, key: str, patience: timedelta) -> bool:
+        try:
+            self.store.wait([key], patience)
+        except RuntimeError:
+            return False
+        return True
+
+    def mine(self, message: str) -> bool:
+        """Whether this rank tells an error that it met: rank 0 always, another unless rank 0 met the same one."""
+        same = "error/" + hashlib.sha256(message.encode()).hexdigest()
+        if not self.world.main and self._noted(same, GRACE):
+            return False
+        with suppress(RuntimeError):
+            self.store.set(same, "told")
+            self.store.set("told", "yes")
+        return True
+
+    def loss(self) -> bool:
+        """Whether this rank tells that another is gone: only if that one said nothing, and nobody has told yet."""
+        if self._noted("told", 2 * GRACE):
+            return False
+        try:
+            return self.store.add("gone", 1) == 1
+        except RuntimeError:
+            return True
 
 
 def lost(error: RuntimeError) -> bool:
     """Whether a collective failed because another rank is gone."""
     text = str(error)
     return isinstance(error, dist.DistError) or "gloo" in text or "Connection" in text or "NCCL" in text
+
+
+def _short(error: RuntimeError) -> str:
+    """What a collective's error says, without the place in torch's source."""
+    return str(error).splitlines()[0].split("] ")[-1][:120]
 
 
 @contextmanager
@@ -158,17 +199,19 @@ def start(device: str = "auto") -> Iterator[World]:
     backend = _backend(device, world)
     if not world.main:
         _be_quiet()
+    store, *_ = next(dist.rendezvous("env://", timeout=TIMEOUT))
+    errors = _Errors(store, world)
     try:
-        store, *_ = next(dist.rendezvous("env://", timeout=TIMEOUT))
         dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size, timeout=TIMEOUT)
         yield world
-    except (UserError, RuntimeError) as error:
-        message = str(error)
-        if not isinstance(error, UserError):
-            if not lost(error):
-                raise
-            message = "another rank is gone, and says why itself; go on from the last checkpoint with --resume"
-        if _told_by_main(store, world, message):
+    except UserError as error:
+        if not errors.mine(str(error)):
             sys.exit(2)
-        raise UserError(message if world.main else f"rank {world.rank}: {message}") from error
+        raise UserError(str(error) if world.main else f"rank {world.rank}: {error}") from error
+    except RuntimeError as error:
+        if not lost(error):
+            raise
+        if not errors.loss():
+            sys.exit(2)
+        raise UserError(f"a rank is gone without a word ({_short(error)}); go on with --resume") from error
     dist.destroy_process_group()

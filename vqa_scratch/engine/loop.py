@@ -170,7 +170,6 @@ def restore(
     world: World = World(),  # noqa: B008 - frozen
 ) -> State:
     """Bring everything back to where the checkpoint was taken. Raises UserError if it does not fit the model."""
-    world.check_same(saved["state"]["step"], f"the step of the checkpoint in {where}")
     load_model_state(task.model, saved["model"], where)
     optimizers.load_state_dict(saved["optimizers"])
     precision.scaler.load_state_dict(saved["scaler"])

@@ -8,6 +8,7 @@ optimizer state stay in parts.
 Both average gradients over ranks. The loop wants their sum, so it multiplies the loss by the number of ranks.
 """
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TypeVar
@@ -20,6 +21,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from vqa_scratch.engine.distributed import World
+from vqa_scratch.engine.precision import Precision
 from vqa_scratch.errors import UserError
 
 T = TypeVar("T")
@@ -35,8 +37,8 @@ def whole(value: Any) -> Any:
         return value.detach().full_tensor()
     if isinstance(value, dict):
         return {key: whole(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [whole(item) for item in value]
+    if isinstance(value, (list, tuple)):
+        return type(value)(whole(item) for item in value)
     return value
 
 
@@ -85,7 +87,9 @@ class Replicas(Alone):
 
     def __init__(self, model: nn.Module, world: World) -> None:
         super().__init__(world)
-        self.module = DistributedDataParallel(_Forward(model), broadcast_buffers=False, gradient_as_bucket_view=True)
+        # An axis of length 1 has no stride to speak of, but DDP compares it.
+        warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
+        self.module = DistributedDataParallel(_Forward(model), gradient_as_bucket_view=True)
 
     def run(self, work: Callable[..., T], *args: Any) -> T:
         return self.module(work, *args)
@@ -134,15 +138,15 @@ class Shards(Alone):
                 block.reshard()
 
 
-def share_model(kind: str, model: nn.Module, world: World, device: torch.device, precision: str) -> Alone:
+def share_model(kind: str, model: nn.Module, world: World, precision: Precision) -> Alone:
     """The strategy that `--parallel` names. Raises UserError where it cannot be used."""
     assert kind in KINDS
     if kind == "fsdp":
         if not torch.distributed.is_initialized():
             raise UserError("--parallel fsdp cuts the model over processes: start the run with torchrun")
-        if precision == "fp16":
+        if precision.kind == "fp16":
             raise UserError("--parallel fsdp takes bf16 or fp32: the loss scaling of fp16 looks at whole gradients")
-        return Shards(model, world, device)
+        return Shards(model, world, precision.device)
     if world.size > 1:
         return Replicas(model, world)
     return Alone(world)

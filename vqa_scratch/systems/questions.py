@@ -167,14 +167,15 @@ class QuestionJob(ABC):
     def finish(self, folder: Path) -> dict[str, Any]:
         """Score the test split, the same with shuffled images, and the hold-out where there is one; samples.html."""
         test = self.report("test", progress="test")
-        write_gallery(
-            folder / "samples.html",
-            self.splits.samples["test"],
-            test.answers,
-            self.splits.family,
-            self.config.samples,
-            f"What the model answers ({self.config.preset}, accuracy {test.accuracy:.3f})",
-        )
+        if self.world.main:
+            write_gallery(
+                folder / "samples.html",
+                self.splits.samples["test"],
+                test.answers,
+                self.splits.family,
+                self.config.samples,
+                f"What the model answers ({self.config.preset}, accuracy {test.accuracy:.3f})",
+            )
         self.baselines["shuffled_images"] = self.report("test", shuffled=True, progress="shuffled images").accuracy
         holdout = self.report("holdout", progress="hold-out") if "holdout" in self.splits.samples else None
         return {

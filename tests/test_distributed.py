@@ -1,0 +1,275 @@
+"""Several ranks against one process: the same weights, steps and figures; what ends one of them ends all."""
+
+import functools
+import json
+import math
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from ranks import run_ranks
+from test_resume import at_step, die, send
+from vqa_helpers import Ended, Started, small_config, small_data, small_flags, train_program
+
+import train
+from vqa_scratch.engine.checkpoint import load_checkpoint
+from vqa_scratch.engine.distributed import World, start
+from vqa_scratch.engine.parallel import share_model
+from vqa_scratch.engine.precision import Precision
+from vqa_scratch.errors import UserError
+
+STEPS, SAVE, EVALUATE = 6, 2, 5
+# Name -> options. 32 questions are 4 images of 8, 46 a hand of 7 more each: some steps have 2 or 3 images. In "empty"
+# every step is a single image, so one of two ranks never has a part.
+CASES = {
+    "muon": {"accumulate": 2},
+    "empty": {"questions_per_step": 8, "optimizer": "adamw", "freeze": "encoders"},
+    "fsdp": {"accumulate": 2, "parallel": "fsdp"},
+}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return small_data(tmp_path_factory.mktemp("data"))
+
+
+def flags(data: Path, out: Path, **changes) -> list[str]:
+    return small_flags(data, out, **{"steps": STEPS, "save_every": SAVE, "eval_every": EVALUATE} | changes)
+
+
+def in_double() -> None:
+    """float64, where sums in another order leave no trace: in float32 Adam makes steps of rounding errors."""
+    from vqa_scratch.data.images import ImageProcessor
+
+    torch.set_default_dtype(torch.float64)
+    normalize = ImageProcessor.normalize
+    ImageProcessor.normalize = lambda self, pixels: normalize(self, pixels).double()
+
+
+def prepared(*prepare) -> None:
+    in_double()
+    for each in prepare:
+        each()
+
+
+def on_rank(rank: int, then) -> None:
+    if int(os.environ["RANK"]) == rank:
+        then()
+
+
+def one(argv: list[str], *prepare) -> Ended:
+    return Started(train_program, argv, functools.partial(prepared, *prepare)).end()
+
+
+def two(argv: list[str], *prepare) -> list[Ended]:
+    return run_ranks(2, train_program, argv, functools.partial(prepared, *prepare))
+
+
+@pytest.fixture(scope="module")
+def alone(data, tmp_path_factory):
+    """Runs of one process, made when first asked for: name of a case -> folder."""
+
+    @functools.cache
+    def run(name: str) -> Path:
+        out = tmp_path_factory.mktemp("alone") / name
+        ended = one(flags(data, out, **CASES[name] | {"parallel": "ddp"}))
+        assert ended.code == 0, ended.err
+        return out
+
+    return run
+
+
+def rows(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_same_run(out: Path, other: Path) -> None:
+    """Weights and optimizer state after the last step, every logged figure, and the final report."""
+    ours, theirs = (load_checkpoint(folder / "checkpoints" / "last.pt") for folder in (out, other))
+    assert ours["model"].keys() == theirs["model"].keys()
+    for name, tensor in theirs["model"].items():
+        assert tensor.dtype == torch.float64
+        # Logits meet the loss in float32, token by token; float64 sums after that differ in the last digits.
+        torch.testing.assert_close(ours["model"][name], tensor, rtol=0, atol=1e-9, msg=name)
+    for mine, its in zip(ours["optimizers"], theirs["optimizers"], strict=True):
+        for index, state in its["state"].items():
+            for key, value in state.items():
+                torch.testing.assert_close(mine["state"][index][key], value, rtol=1e-6, atol=1e-9)
+    for state in (ours["state"], theirs["state"]):
+        assert state.pop("seconds") > 0
+    assert ours["state"] == theirs["state"]
+    timing = {"seconds", "samples_per_second"}
+    for a, b in zip(rows(out), rows(other), strict=True):
+        assert a.keys() == b.keys()
+        for key in a.keys() - timing:
+            assert a[key] == (pytest.approx(b[key], rel=1e-6)), key
+    figures = [json.loads((folder / "summary.json").read_text()) for folder in (out, other)]
+    for key in ("accuracy", "holdout_accuracy", "accuracy_by_family", "questions_seen", "steps"):
+        assert figures[0][key] == figures[1][key]
+    assert figures[0]["baselines"] == pytest.approx(figures[1]["baselines"])
+
+
+# --------------------------------------------------------------------------------------------- the same as one
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_two_ranks_are_one_process(data, alone, tmp_path, name):
+    out = tmp_path / "run"
+    main, other = two(flags(data, out, **CASES[name]))
+    assert (main.code, other.code) == (0, 0), main.err + other.err
+    assert_same_run(out, alone(name))
+    assert f"2 ranks, {CASES[name].get('parallel', 'ddp')}" in main.out
+    assert (other.out, other.err) == ("", ""), "one rank speaks"
+    assert "Warning" not in main.err
+
+
+@pytest.mark.parametrize(("first", "then"), [(two, one), (one, two)])
+def test_another_number_of_ranks_goes_on(data, alone, tmp_path, first, then):
+    """SIGTERM reaches one process in step 3: all stop after it with one checkpoint, and the others go on from there."""
+    out = tmp_path / "run"
+    argv = flags(data, out, **CASES["muon"])
+    stop = functools.partial(at_step, 3, functools.partial(send, int(signal.SIGTERM)))
+    ended = first(argv, stop if first is one else functools.partial(on_rank, 1, stop))
+    for process in [ended] if first is one else ended:
+        assert process.code == 128 + signal.SIGTERM and process.errors == [], process.err
+    assert load_checkpoint(out / "checkpoints" / "last.pt")["state"]["step"] == 3
+    ended = then([*argv, "--resume"])
+    for process in [ended] if then is one else ended:
+        assert process.code == 0, process.err
+    assert_same_run(out, alone("muon"))
+
+
+def strange_clock() -> None:
+    """A clock that runs a thousand times too fast."""
+    import time
+
+    clock, began = time.perf_counter, time.perf_counter()
+    time.perf_counter = lambda: began + 1000 * (clock() - began)
+
+
+def test_the_main_ranks_clock_decides(data, tmp_path):
+    """Under --minutes the other rank's clock is off; both take the same steps at the same learning rates."""
+    out = tmp_path / "run"
+    argv = flags(data, out, steps=None, minutes=0.1, eval_every=1000)
+    ended = two(argv, functools.partial(on_rank, 1, strange_clock))
+    assert [process.code for process in ended] == [0, 0], ended[0].err + ended[1].err
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["steps"] >= 1 and rows(out)[-1]["step"] == summary["steps"]
+
+
+# ------------------------------------------------------------------------------------------------- ends
+
+
+def test_a_rank_that_dies_ends_the_run(data, alone, tmp_path):
+    """Rank 1 is killed in step 4. Rank 0 says so in one line, the checkpoint of step 2 is whole and goes on."""
+    out = tmp_path / "run"
+    argv = flags(data, out, **CASES["muon"])
+    main, other = two(argv, functools.partial(on_rank, 1, functools.partial(at_step, 4, die)))
+    assert other.code == -signal.SIGKILL
+    assert main.code == 2 and len(main.errors) == 1, main.err
+    assert "a rank is gone without a word" in main.errors[0] and "--resume" in main.errors[0]
+    assert load_checkpoint(out / "checkpoints" / "last.pt")["state"]["step"] == 2
+    ended = one([*argv, "--resume"])
+    assert ended.code == 0, ended.err
+    assert_same_run(out, alone("muon"))
+
+
+def breaking_loss(step: int) -> None:
+    """The loss of that step is NaN on this rank."""
+    from vqa_scratch.systems.vqa import VQATask
+
+    loss, calls = VQATask.loss, []
+
+    def broken(self, batch):
+        calls.append(1)
+        value, right = loss(self, batch)
+        return (value * math.nan if len(calls) == step else value), right
+
+    VQATask.loss = broken
+
+
+def test_a_loss_that_is_no_number_on_one_rank_stops_all(data, tmp_path):
+    """One message, one report with the questions of both ranks, and the last good checkpoint."""
+    out = tmp_path / "run"
+    main, other = two(flags(data, out), functools.partial(on_rank, 1, functools.partial(breaking_loss, 4)))
+    assert (main.code, other.code) == (2, 2)
+    assert len(main.errors) == 1 and "the loss of step 4 is nan" in main.errors[0] and other.errors == []
+    report = json.loads((out / "bad_batch.json").read_text())
+    assert report["step"] == 4 and len(set(report["ids"])) == len(report["ids"]) > 8
+    assert load_checkpoint(out / "checkpoints" / "last.pt")["state"]["step"] == 2
+
+
+def broken_image() -> None:
+    from vqa_scratch.systems.vqa import VQATask
+
+    def batch(self, key):
+        raise UserError("picture.png is no image")
+
+    VQATask.batch = batch
+
+
+def test_an_error_of_one_rank_names_it(data, tmp_path):
+    main, other = two(flags(data, tmp_path / "run"), functools.partial(on_rank, 1, broken_image))
+    assert other.code == 2 and other.errors == ["error: rank 1: picture.png is no image"]
+    assert main.code == 2 and main.errors == []
+
+
+def test_an_error_of_all_ranks_is_told_once(data, tmp_path):
+    wrong = flags(data, tmp_path / "run", train_split="none")
+    main, other = two(wrong)
+    assert (main.code, other.code) == (2, 2) and len(main.errors) == 1 and other.errors == []
+    main, other = two([*flags(data, tmp_path / "run"), "--bathc", "8"])
+    assert (main.code, other.code) == (2, 2) and len(main.errors) == 1 and (other.out, other.err) == ("", "")
+
+
+# ------------------------------------------------------------------------------------------------- parts
+
+
+def test_shares_are_whole_and_even():
+    for size in (1, 2, 3, 8):
+        for count in range(20):
+            shares = [World(rank, size).share(list(range(count))) for rank in range(size)]
+            assert [i for share in shares for i in share] == list(range(count))
+            assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+def messages() -> None:
+    """What each rank hears, checked on both."""
+    with start("cpu") as world:
+        assert world.totals([world.rank, 2.0**52, 0.5]) == [1, 2.0**53, 1.0]
+        assert world.gather({"rank": world.rank}) == [{"rank": 0}, {"rank": 1}]
+        assert world.of_main(f"from {world.rank}") == "from 0"
+        world.check_same("x", "this")
+        with pytest.raises(UserError, match="the step on rank 0 is 0, on rank 1 1; all ranks must see the same"):
+            world.check_same(world.rank, "the step")
+
+
+def test_messages_reach_every_rank():
+    for ended in run_ranks(2, messages):
+        assert ended.code == 0, ended.err
+
+
+def test_without_torchrun_there_is_one_rank(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    with start("cpu") as world:
+        assert world == World() and world.main
+        assert world.totals([1, 2]) == [1, 2] and world.gather("x") == ["x"] and world.of_main("y") == "y"
+        with world.first_one_then_all():
+            pass
+    precision = Precision("fp32", torch.device("cpu"))
+    with pytest.raises(UserError, match="--parallel fsdp cuts the model over processes: start the run with torchrun"):
+        share_model("fsdp", torch.nn.Linear(2, 2), World(), precision)
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="RANK is set, but .*MASTER_ADDR.* not: start several processes with torchrun"):
+        start("cpu").__enter__()
+
+
+def test_what_does_not_go_with_fsdp(data, tmp_path):
+    with pytest.raises(UserError, match="--parallel fsdp does not go with --compile"):
+        small_config(data, tmp_path, parallel="fsdp", compile=True)
+    with pytest.raises(UserError, match="--parallel fsdp cuts the model over processes"):
+        train.main(small_config(data, tmp_path / "run", parallel="fsdp"))
