@@ -4,6 +4,7 @@
     python rlhf.py --preset book --articles news.csv # flan-t5-small with two RoBERTa reward models
     python rlhf.py --preset vqa --policy runs/vqa    # a run of train.py, rewarded by the official VQA accuracy
     python rlhf.py --resume --out runs/rlhf          # go on after a kill
+    torchrun --nproc-per-node 8 rlhf.py ...          # one process a GPU; docs/scale.md
 
 The loop itself is `PPO.step` in vqa_scratch/rl/ppo.py; this file wires it to a task, a bar, checkpoints and a report.
 """
@@ -23,6 +24,7 @@ from tqdm import tqdm
 
 from vqa_scratch import options
 from vqa_scratch.engine.checkpoint import load_checkpoint, rng_state, save_checkpoint, set_rng_state
+from vqa_scratch.engine.distributed import World, start, told_once
 from vqa_scratch.engine.precision import DTYPES, Precision, pick_device, pick_precision
 from vqa_scratch.engine.progress import MetricsLog
 from vqa_scratch.engine.watch import GracefulStop
@@ -111,7 +113,7 @@ def resume(ppo: PPO, config: RLHFConfig, reference: str) -> float:
 
 def train(ppo: PPO, task: Task, config: RLHFConfig, started: float) -> tuple[MetricsLog, float]:
     """All iterations, with bar, metrics and checkpoints. Returns the log and the seconds before this call's start."""
-    last = config.out / "checkpoints" / "last.pt"
+    last, world = config.out / "checkpoints" / "last.pt", ppo.world
     reference = fingerprint(task.reference)
     if config.resume:
         earlier = resume(ppo, config, reference)
@@ -119,11 +121,16 @@ def train(ppo: PPO, task: Task, config: RLHFConfig, started: float) -> tuple[Met
         raise UserError(f"{config.out} holds a run already: go on with --resume, or give another --out")
     else:
         earlier = 0.0
-        write_json(config.out / "config.json", options.to_json(config))
+        if world.main:
+            write_json(config.out / "config.json", options.to_json(config))
         ppo.fit_reward_scale(task.train)
-    log = MetricsLog(config.out / "metrics.jsonl", resume_after=ppo.iteration if config.resume else None)
+    world.check_same(ppo.iteration, f"the last iteration in {config.out}")
+    resume_after = ppo.iteration if config.resume else None
+    log = MetricsLog(config.out / "metrics.jsonl", resume_after, on_disk=world.main)
 
     def save() -> None:
+        if not world.main:
+            return
         seconds = earlier + time.perf_counter() - started
         state = {"ppo": ppo.state_dict(), "rng": rng_state(), "seconds": seconds, "reference": reference}
         save_checkpoint(last, state | {"config": options.to_json(config)})
@@ -139,9 +146,10 @@ def train(ppo: PPO, task: Task, config: RLHFConfig, started: float) -> tuple[Met
                 f"reward {figures['env/reward_mean']:+.2f}, KL {figures['objective/kl_exact']:.2f}, "
                 f"finished {figures['finish']:.0%}, {figures['rollouts_per_second']:.0f} rollouts/s"
             )
-            if stop.signal is not None or ppo.iteration % config.checkpoint_every == 0:
+            stopped = stop.elected(world.totals(stop.votes()))
+            if stopped is not None or ppo.iteration % config.checkpoint_every == 0:
                 save()
-            if stop.signal is not None:
+            if stopped is not None:
                 raise UserError(f"stopped after iteration {ppo.iteration}; go on with --resume --out {config.out}")
     save()
     return log, earlier
@@ -180,21 +188,32 @@ def conclude(ppo: PPO, task: Task, config: RLHFConfig, log: MetricsLog) -> dict[
 
 
 def main(config: RLHFConfig) -> dict[str, float]:
-    """Run it all; returns what summary.json holds."""
+    """Run it all; returns what summary.json holds, and nothing on ranks other than the main one."""
+    with start(config.device) as world:
+        return work(config, world)
+
+
+def work(config: RLHFConfig, world: World) -> dict[str, float]:
+    """`main`, as one of the ranks that torchrun started, or as the only one."""
     started = time.perf_counter()
     torch.manual_seed(config.seed)
     device = pick_device(config.device)
-    kind, why = pick_precision(config.precision, device)
+    kind, why = world.of_main(pick_precision(config.precision, device))  # it may be measured
     precision = Precision(kind, device)
     print(why)
-    task = TASKS[config.preset](config, device, DTYPES[kind])
+    with world.first_one_then_all():  # the first trains what mini-news needs
+        task = TASKS[config.preset](config, device, DTYPES[kind])
     for note in task.notes:
         print(note)
     actor = ActorCritic(task.policy).to(device)
     for model in (actor, task.reference):
         precision.suit_attention(model)
-    ppo = PPO(config, actor, task.reference, task.reward, task.train, task.rules, task.decode, precision.autocast)
+    ppo = PPO(
+        config, actor, task.reference, task.reward, task.train, task.rules, task.decode, precision.autocast, world
+    )
     log, earlier = train(ppo, task, config, started)
+    if not world.main:
+        return {}
     summary = conclude(ppo, task, config, log)
     summary["seconds"] = earlier + time.perf_counter() - started
     write_json(config.out / "summary.json", summary)
@@ -215,7 +234,9 @@ def show(s: dict[str, float], config: RLHFConfig) -> None:
 
 def run(argv: Sequence[str]) -> dict[str, float]:
     """`main` for a command line."""
-    return main(options.parse(RLHFConfig, PRESETS, argv, program="rlhf.py", about=__doc__.splitlines()[0]))
+    with told_once():
+        config = options.parse(RLHFConfig, PRESETS, argv, program="rlhf.py", about=__doc__.splitlines()[0])
+    return main(config)
 
 
 if __name__ == "__main__":

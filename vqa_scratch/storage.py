@@ -28,7 +28,8 @@ def write_whole(path: Path, write: Callable[[Path], None]) -> None:
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}; what was there before is kept") from error
     except RuntimeError as error:  # torch's zip writer reports a full disk this way
-        if "PytorchStreamWriter" not in str(error) and "file write" not in str(error):
+        own_words = "PytorchStreamWriter" in str(error) or "file write" in str(error)
+        if not own_words and not isinstance(error.__context__, OSError):
             raise
         raise UserError(f"cannot write {path}: is the disk full? what was there before is kept") from error
     finally:

@@ -143,7 +143,7 @@ def train_step(
         precision.scaler.step(optimizer)
     precision.scaler.update()
     optimizers.zero_grad()
-    loss_sum, correct_sum = ranks.world.sum_(torch.stack([loss_sum, correct_sum.to(loss_sum)]))
+    loss_sum, correct_sum = ranks.world.sum_(torch.stack([loss_sum.float(), correct_sum.float()]))
     return loss_sum / tokens, correct_sum / tokens, norm
 
 

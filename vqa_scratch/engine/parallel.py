@@ -9,7 +9,7 @@ Both average gradients over ranks. The loop wants their sum, so it multiplies th
 """
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TypeVar
 
@@ -150,3 +150,28 @@ def share_model(kind: str, model: nn.Module, world: World, precision: Precision)
     if world.size > 1:
         return Replicas(model, world)
     return Alone(world)
+
+
+# ------------------------------------------------------------------------------------- gradients without a wrapper
+
+BUCKET = 8_000_000  # numbers sent at once
+
+
+def add_gradients(parameters: Sequence[nn.Parameter], world: World) -> None:
+    """Replace every gradient by its sum over the ranks, for updates whose passes differ from rank to rank.
+
+    A rank that has no gradient where another has one counts as zero; where nobody has one, there is none afterwards.
+    """
+    if world.size == 1:
+        return
+    having = world.totals([float(p.grad is not None) for p in parameters])
+    bucket: list[nn.Parameter] = []
+    used = [p for p, count in zip(parameters, having, strict=True) if count]
+    for p in used:
+        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        bucket.append(p)
+        if sum(q.numel() for q in bucket) >= BUCKET or p is used[-1]:
+            flat = world.sum_(torch.cat([q.grad.flatten() for q in bucket]))
+            for q, piece in zip(bucket, flat.split([q.numel() for q in bucket]), strict=True):
+                q.grad.copy_(piece.view_as(q))
+            bucket = []

@@ -8,6 +8,7 @@ import math
 import torch
 from torch import Tensor
 
+from vqa_scratch.engine.distributed import World
 from vqa_scratch.rl.functional import kl_estimates, masked_mean, masked_moments, masked_sum, mean_and_var
 from vqa_scratch.rl.types import Samples, Trajectory
 
@@ -91,8 +92,13 @@ class UpdateStats:
         for name, value in extremes.items():
             self.now[name] = torch.maximum(self.now[name], value) if name in self.now else value
 
-    def end_minibatch(self) -> float:
-        """Close the minibatch; its mean k3 a token against the policy that sampled."""
+    def end_minibatch(self, world: World = World()) -> float:  # noqa: B008 - frozen
+        """Close the minibatch, on all ranks; its mean k3 a token against the policy that sampled."""
+        if world.size > 1:
+            of_ranks = world.gather({name: float(value) for name, value in self.now.items()})
+            names = max(of_ranks, key=len)  # a rank that had no prompt in the minibatch has none
+            columns = {name: [figures[name] for figures in of_ranks if figures] for name in names}
+            self.now = {k: max(v) if k.startswith("ratio_m") else math.fsum(v) for k, v in columns.items()}
         self.minibatches.append(self.now)
         return float(self.now["k3"])
 

@@ -3,6 +3,10 @@
 One iteration: draw prompts, sample responses, score them, turn scores into advantages, and take a few clipped gradient
 steps. RLOO, GRPO and best-of-n replace the advantages and share everything else. `docs/ppo.md` numbers the details.
 
+On several ranks each samples, scores and differentiates its share of the prompts. Everything in between - rewards,
+advantages and their whitening, the price of KL, the log - is worked out on every rank from the whole batch, which is a
+few numbers a token. So all of it comes out as on one rank.
+
 Shapes: P prompts, K samples a prompt, B = P * K responses, R response tokens, N real tokens, V vocabulary.
 """
 
@@ -14,13 +18,16 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
+from vqa_scratch.engine.distributed import World
+from vqa_scratch.engine.parallel import add_gradients
 from vqa_scratch.errors import UserError
 from vqa_scratch.rl import functional as F
 from vqa_scratch.rl.config import RLHFConfig
 from vqa_scratch.rl.metrics import UpdateStats, rollout_metrics
 from vqa_scratch.rl.policy import ActorCritic, Backbone, Context, SamplingRules
+from vqa_scratch.rl.ranks import gather_rows, gather_samples
 from vqa_scratch.rl.rewards import RewardScale, RewardSum
-from vqa_scratch.rl.rollout import PromptStream, Responses, chances, sample, score
+from vqa_scratch.rl.rollout import PromptStream, Responses, Scored, chances, sample, score
 from vqa_scratch.rl.types import Prompt, Samples, Trajectory
 
 GROUP_ADVANTAGES = {"rloo": F.rloo_advantages, "grpo": F.grpo_advantages, "best-of-n": F.best_of_n_advantages}
@@ -39,7 +46,11 @@ class PPO:
         rules: SamplingRules,
         decode: Callable[[list[int]], str],
         autocast: Callable[[], AbstractContextManager] = nullcontext,
+        world: World = World(),  # noqa: B008 - frozen
     ) -> None:
+        if config.prompts < world.size:
+            raise UserError(f"--prompts {config.prompts} leave some of {world.size} ranks without one")
+        self.world, self.mine = world, world.share(range(config.prompts))  # this rank's prompts of a batch
         self.config, self.actor, self.reference, self.reward = config, actor.eval(), reference, reward
         self.rules, self.decode, self.autocast = rules, decode, autocast
         self.stream = PromptStream(prompts, config.prompts, config.seed)
@@ -82,12 +93,19 @@ class PPO:
 
     @torch.no_grad()
     def respond(
-        self, prompts: list[Prompt], samples: int, policy: Backbone, generator: torch.Generator
+        self,
+        prompts: list[Prompt],
+        samples: int,
+        policy: Backbone,
+        generator: torch.Generator,
+        only: range | None = None,
     ) -> tuple[Responses, Samples, Context]:
-        """Encode the prompts once and sample `samples` responses to each."""
+        """Encode the prompts once and sample `samples` responses to each; to `only` some of them, as among all."""
+        chance = chances(len(prompts) * samples, self.rules, generator, self.parameters[0].device)
+        if only is not None:
+            prompts, chance = prompts[only.start : only.stop], chance[only.start * samples : only.stop * samples]
         with self.autocast():
             context = policy.encode(prompts).shared_by(samples)
-            chance = chances(len(prompts) * samples, self.rules, generator, context.states[0].device)
             responses = sample(policy, context, self.rules, chance)
         ids = responses.lists()
         repeated = [p for p in prompts for _ in range(samples)]
@@ -95,9 +113,9 @@ class PPO:
 
     @torch.no_grad()
     def rollout(self, prompts: list[Prompt]) -> tuple[Trajectory, Context, dict[str, float]]:
-        """Sample, reward and score one batch; the context is what the policy's encoder made of the prompts."""
+        """Sample, reward and score one batch; the context is what the policy's encoder made of this rank's prompts."""
         c, clock = self.config, [time.perf_counter()]
-        responses, samples, context = self.respond(prompts, c.samples, self.actor.backbone, self.sampling)
+        responses, samples, context = self.respond(prompts, c.samples, self.actor.backbone, self.sampling, self.mine)
         ids, mask, finished = responses
         clock.append(time.perf_counter())
 
@@ -108,8 +126,12 @@ class PPO:
 
         with self.autocast():
             # A frozen encoder is the reference's encoder too.
-            fixed = context if self.frozen_encoder else self.reference.encode(prompts).shared_by(c.samples)
+            mine = prompts[self.mine.start : self.mine.stop]
+            fixed = context if self.frozen_encoder else self.reference.encode(mine).shared_by(c.samples)
             s = score(self.actor, self.reference, context, fixed, ids, mask, self.rules, c.micro_prompts)
+        ids, mask, finished, scores, raw, *s = gather_rows(self.world, ids, mask, finished, scores, raw, *s)
+        samples, s = gather_samples(self.world, samples, prompts, c.samples), Scored(*s)
+        parts = dict(zip(parts, gather_rows(self.world, *parts.values()), strict=True))
         clock.append(time.perf_counter())
 
         rewards = F.get_rewards(scores, s.logprobs, s.ref_logprobs, mask, self.kl.coef)
@@ -154,6 +176,7 @@ class PPO:
                 if c.early_stop_kl and moved > 1.5 * c.early_stop_kl:
                     self.optimizer.zero_grad()
                     return stats.summary(stopped=True) | {"ppo/learning_rate": self.learning_rate}
+                add_gradients(self.parameters, self.world)
                 stats.gradient_norm(torch.nn.utils.clip_grad_norm_(self.parameters, c.max_grad_norm))
                 self.optimizer.step()
                 self.optimizer.zero_grad()
@@ -164,10 +187,10 @@ class PPO:
     def accumulate(
         self, minibatch: list[int], prompts: list[Prompt], trajectory: Trajectory, context: Context, stats: UpdateStats
     ) -> float:
-        """Add up the gradients of a minibatch of prompts, a few prompts at a time; returns its mean k3 a token.
+        """Add up the gradients of this rank's prompts of a minibatch, a few at a time; returns the mean k3 a token.
 
-        Every part is divided by the tokens of the whole minibatch, so its cut into parts leaves no trace. Prompts of
-        like length share a part, to spare padding.
+        Every part is divided by the tokens of the whole minibatch, on all ranks, so its cut into parts leaves no trace;
+        the k3 is of all ranks too. Prompts of like length share a part, to spare padding.
         """
         c, k = self.config, self.config.samples
         tokens = trajectory.mask.view(c.prompts, -1)[minibatch].sum()
@@ -176,7 +199,7 @@ class PPO:
         warming = self.iteration < c.critic_warmup and c.algorithm == "ppo"  # only the value head learns
         self.actor.detach_value = warming or c.critic == "detached"
         stats.begin_minibatch()
-        by_length = sorted(minibatch, key=lambda i: len(prompts[i].ids))
+        by_length = sorted((i for i in minibatch if i in self.mine), key=lambda i: len(prompts[i].ids))
         for start in range(0, len(by_length), c.micro_prompts):
             part = by_length[start : start + c.micro_prompts]
             rows = torch.tensor([i * k + j for i in part for j in range(k)], device=trajectory.ids.device)
@@ -208,12 +231,12 @@ class PPO:
                 policy_clipped=policy_clipped,
                 value_clipped=value_clipped,
             )
-        return stats.end_minibatch()
+        return stats.end_minibatch(self.world)
 
     def _read(self, part: list[int], prompts: list[Prompt], context: Context) -> Context:
         """What the decoder reads for some prompts: encoded again with gradients, unless the encoder is frozen."""
         if self.frozen_encoder:
-            return context.of(part)
+            return context.of([i - self.mine.start for i in part])
         return self.actor.backbone.encode([prompts[i] for i in part]).shared_by(context.samples)
 
     @property
@@ -237,9 +260,9 @@ class PPO:
         while sum(map(len, rewards)) < responses:
             start = len(rewards) * self.config.prompts
             batch = [prompts[i % len(prompts)] for i in range(start, start + self.config.prompts)]
-            _, samples, _ = self.respond(batch, self.config.samples, self.reference, generator)
+            _, samples, _ = self.respond(batch, self.config.samples, self.reference, generator, self.mine)
             with torch.no_grad(), self.autocast():
-                rewards.append(self.reward(samples)[0])
+                rewards += gather_rows(self.world, self.reward(samples)[0])
         self.scale.fit(torch.cat(rewards))
 
     def state_dict(self) -> dict:
