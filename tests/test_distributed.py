@@ -42,9 +42,15 @@ def flags(data: Path, out: Path, **changes) -> list[str]:
 def in_double() -> None:
     """float64, where sums in another order leave no trace: in float32 Adam makes steps of rounding errors."""
     from vqa_scratch.data.images import ImageProcessor
+    from vqa_scratch.systems import vqa
 
-    torch.set_default_dtype(torch.float64)
-    normalize = ImageProcessor.normalize
+    build_system, normalize = vqa.build_system, ImageProcessor.normalize
+
+    def doubled(*args):
+        model, *others = build_system(*args)
+        return model.double(), *others
+
+    vqa.build_system = doubled
     ImageProcessor.normalize = lambda self, pixels: normalize(self, pixels).double()
 
 
