@@ -112,7 +112,7 @@ def test_texts_are_escaped(tmp_path):
 
 def test_a_stopped_run_goes_on_bit_for_bit(data, tmp_path, monkeypatch):
     """Augmentation and the dealing of questions follow the step, not the process."""
-    monkeypatch.setattr(CaptionJob, "_show", lambda *args: None)
+    monkeypatch.setattr("vqa_scratch.systems.caption_job.show", lambda *args: None)
     monkeypatch.setattr(train, "draw_panels", lambda *args: None)
     small = {"steps": 4, "save_every": 2, "eval_every": 4, "samples": 1, "max_caption_tokens": 8}
     whole, halves = (config(data, tmp_path / name, **small) for name in ("whole", "halves"))

@@ -12,12 +12,15 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from vqa_scratch.data.batches import Images, Questions, prefetch
+from vqa_scratch.data.batches import Encoder, Images, Questions, prefetch
+from vqa_scratch.data.images import ImageProcessor
 from vqa_scratch.data.vqa_v2 import VQASample
 from vqa_scratch.engine.precision import Precision
 from vqa_scratch.generate import greedy
 from vqa_scratch.metrics import accuracy_by
 from vqa_scratch.models.reader import Reader
+
+AT_ONCE = 256  # samples in a batch that is only answered
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,28 @@ def answer_questions(
     finally:
         model.train(was_training)
     return result
+
+
+def answer_samples(
+    model: Reader,
+    samples: Sequence[VQASample],
+    encoder: Encoder,
+    processor: ImageProcessor,
+    precision: Precision,
+    *,
+    limit: int | None = None,
+    shuffled: bool = False,
+    progress: str | None = None,
+) -> dict[int, Answer]:
+    """`answer_questions` for about the first `limit` samples, in whole images; for all if `limit` is None.
+
+    `shuffled` shows every question another image.
+    """
+    questions = Questions(samples, encoder)
+    images = Images(questions.image_paths, processor)
+    batches = questions.in_order(limit or len(samples), AT_ONCE)
+    swap = other_images(len(images.paths)) if shuffled else None
+    return answer_questions(model, questions, images, precision, batches, image_map=swap, progress=progress)
 
 
 def other_images(count: int) -> np.ndarray:

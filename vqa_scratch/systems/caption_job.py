@@ -1,5 +1,6 @@
 """Training the captioner: batches of captions and of questions, figures on the way, the report in the end."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +14,7 @@ from vqa_scratch.data.batches import Batch, Encoder, Images, Questions, deal
 from vqa_scratch.data.images import ImageProcessor
 from vqa_scratch.engine.distributed import World
 from vqa_scratch.engine.evaluation import Answer, QuestionOnly, TypePrior, answer_questions, blind, other_images, score
-from vqa_scratch.engine.gallery import answer_sections, write_page
+from vqa_scratch.engine.gallery import answer_sections
 from vqa_scratch.engine.precision import Precision
 from vqa_scratch.models.caption import CaptionModel
 from vqa_scratch.models.reader import labelled_loss
@@ -22,18 +23,13 @@ from vqa_scratch.systems.captions import (
     Texts,
     accuracy_of,
     by_image,
-    caption_cards,
     caption_panels,
-    draw_results,
-    lengths,
-    other_references,
     quality,
-    spread,
+    report,
+    show,
     told,
 )
 from vqa_scratch.systems.questions import family_of
-
-TABLE_ROWS = 8
 
 
 class Key(NamedTuple):
@@ -209,17 +205,10 @@ class CaptionJob:
         """Describe the test split, the same with shuffled images, and the hold-out where there is one; answer its
         questions if the model was trained on any; samples.html and results.png."""
         test = self.splits["test"]
-        samples, scenes = test.to_describe, test.scenes
-        said = self.say("test", "captions", progress="captions")
-        figures = quality(by_image(samples, said), samples, scenes)
-        shuffled = by_image(samples, self.say("test", "captions", shuffled=True, progress="shuffled images"))
-        baselines = {
-            "shuffled_images": quality(shuffled, samples, scenes),
-            "other_references": quality(other_references(samples), samples, scenes),
-        }
-        key = "bleu" if scenes is None else "object_recall"
-        scale = 100 if scenes is None else 1
-        self.baselines = {f"{key.split('_')[-1]}, {n.replace('_', ' ')}": b[key] / scale for n, b in baselines.items()}
+        figures, said = report(test.to_describe, test.scenes, partial(self.say, "test", "captions"))
+        key, scale = ("bleu", 100) if test.scenes is None else ("object_recall", 1)
+        blind_figures = figures["baselines"].items()
+        self.baselines = {f"{key.split('_')[-1]}, {n.replace('_', ' ')}": b[key] / scale for n, b in blind_figures}
         held = None
         if "holdout" in self.splits:
             new = self.splits["holdout"]
@@ -227,35 +216,21 @@ class CaptionJob:
             held = quality(captions, new.to_describe, new.scenes)
         asked = self._questions_report() if test.questions else None
         if self.world.main:
-            self._show(folder, figures, said)
-        summary = {"accuracy": accuracy_of(figures), **figures, **lengths(said)}
-        return summary | {"holdout": held, "answers": asked, "baselines": baselines}
+            answered = answer_sections(test.questions, self.answered, self.family, self.config.samples) if asked else []
+            show(folder, figures, test, said, self.config.samples, answered)
+        return figures | {"holdout": held, "answers": asked}
 
     def _questions_report(self) -> dict[str, Any]:
         samples, trained_on = self.splits["test"].questions, self.splits["train"].questions
-        report = score(samples, self.say("test", "questions", progress="questions"), self.family)
+        scored = score(samples, self.say("test", "questions", progress="questions"), self.family)
         shuffled = self.say("test", "questions", shuffled=True, progress="shuffled images")
-        self.answered = report.answers
+        self.answered = scored.answers
         baselines = {
             "prior": blind(samples, TypePrior(trained_on)),
             "question_only": blind(samples, QuestionOnly(trained_on)),
             "shuffled_images": score(samples, shuffled, self.family).accuracy,
         }
-        return {"accuracy": report.accuracy, "accuracy_by_family": report.by_family, "baselines": baselines}
-
-    def _show(self, folder: Path, figures: dict[str, Any], said: dict[int, Answer]) -> None:
-        test, number = self.splits["test"], self.config.samples
-        some = spread(test.to_describe, number)
-        sections = [("captions", caption_cards(some, said, test.scenes))]
-        if test.questions:
-            sections += answer_sections(test.questions, self.answered, self.family, number)
-        what = ", ".join(told(figures))
-        lead = (
-            "Images the model was not trained on, with its caption and the references below. Green: every object is "
-            "named and nothing else; amber: some; red: none. Questions are coloured by how many annotators agree."
-        )
-        write_page(folder / "samples.html", f"What the model says ({what})", lead, sections)
-        draw_results(folder / "results.png", what, spread(some, TABLE_ROWS), said)
+        return {"accuracy": scored.accuracy, "accuracy_by_family": scored.by_family, "baselines": baselines}
 
     def lines(self, summary: dict[str, Any]) -> list[str]:
         """The figures of `finish` that the terminal shows."""

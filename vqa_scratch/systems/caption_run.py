@@ -2,26 +2,26 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from vqa_scratch.config import CaptionTrainConfig
-from vqa_scratch.data.batches import Encoder, Images, Questions
+from vqa_scratch.data.batches import Encoder
 from vqa_scratch.data.images import ImageProcessor
 from vqa_scratch.data.text import Tokenizer, check_question
 from vqa_scratch.data.vqa_v2 import VQASample
-from vqa_scratch.engine.evaluation import Answer, answer_questions, other_images
+from vqa_scratch.engine.evaluation import Answer, answer_samples
 from vqa_scratch.engine.precision import Precision
 from vqa_scratch.errors import UserError
 from vqa_scratch.models.caption import CaptionConfig, CaptionModel
 from vqa_scratch.models.resnet import FrozenBatchNorm
 from vqa_scratch.run import load_weights, save_weights, write_run_config
 from vqa_scratch.storage import write_json, write_text
-from vqa_scratch.systems.captions import accuracy_of, by_image, lengths, other_references, quality, read_texts
+from vqa_scratch.systems.captions import lengths, read_texts, report
 from vqa_scratch.weights.files import write_safetensors
 
 TOWERS = ("image.", "decoder.")
-TEXTS_AT_ONCE = 256  # in a batch that is only generated
 README = """\
 # A captioner in two towers
 
@@ -115,7 +115,7 @@ class TrainedCaptioner:
         self, samples: Sequence[VQASample], limit: int | None, *, shuffled: bool = False, progress: str | None = None
     ) -> dict[int, Answer]:
         self._needs_questions()
-        return self._say(samples, limit, shuffled, progress)
+        return self._say(samples, limit, shuffled=shuffled, progress=progress)
 
     def figures(self, answers: dict[int, Answer]) -> dict[str, float]:
         figures = lengths(answers)
@@ -125,15 +125,8 @@ class TrainedCaptioner:
         """Describe a split, or about its first `limit` images, and score it as the run's own report does."""
         texts = read_texts(data, split, seed=self.config.seed, told=True)
         samples = texts.to_describe[:limit]
-        said = self._say(samples, progress="describing")
-        shuffled = by_image(samples, self._say(samples, shuffled=True, progress="shuffled images"))
-        figures = quality(by_image(samples, said), samples, texts.scenes)
-        baselines = {
-            "shuffled_images": quality(shuffled, samples, texts.scenes),
-            "other_references": quality(other_references(samples), samples, texts.scenes),
-        }
-        where = {"data": str(data), "split": split, "images": len(samples), "accuracy": accuracy_of(figures)}
-        return where | figures | lengths(said) | {"baselines": baselines}
+        figures, _ = report(samples, texts.scenes, partial(self._say, samples))
+        return {"data": str(data), "split": split, "images": len(samples)} | figures
 
     def _needs_questions(self) -> None:
         if not self.config.question_share:
@@ -145,16 +138,12 @@ class TrainedCaptioner:
         self,
         samples: Sequence[VQASample],
         limit: int | None = None,
+        *,
         shuffled: bool = False,
         progress: str | None = None,
     ) -> dict[int, Answer]:
-        questions = Questions(samples, self.encoder)
-        images = Images(questions.image_paths, self.processor)
-        batches = questions.in_order(limit or len(samples), TEXTS_AT_ONCE)
-        swap = other_images(len(images.paths)) if shuffled else None
-        return answer_questions(
-            self.model, questions, images, self.precision, batches, image_map=swap, progress=progress
-        )
+        options = {"limit": limit, "shuffled": shuffled, "progress": progress}
+        return answer_samples(self.model, samples, self.encoder, self.processor, self.precision, **options)
 
     def export(self, folder: Path) -> list[str]:
         """Both towers and what joins them; the image tower under torchvision's names if it came from there."""

@@ -1,6 +1,6 @@
 """The captioner's data and figures: what it reads, and how its captions are scored and shown."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -17,9 +17,11 @@ from vqa_scratch.data.shapes import ShapesSpec, ensure_shapes
 from vqa_scratch.data.vqa_v2 import VQASample, read_vqa, split_by_image
 from vqa_scratch.engine.captioning import corpus_bleu, score_objects
 from vqa_scratch.engine.evaluation import Answer, other_images
-from vqa_scratch.engine.gallery import card
+from vqa_scratch.engine.gallery import card, write_page
 from vqa_scratch.engine.progress import moving_average
 from vqa_scratch.engine.table import draw_table
+
+TABLE_ROWS = 8  # of results.png
 
 
 @dataclass(frozen=True)
@@ -120,6 +122,23 @@ def lengths(answers: Mapping[int, Answer]) -> dict[str, float]:
     }
 
 
+def report(
+    samples: Sequence[VQASample], scenes: Mapping[int, Scene] | None, say: Callable[..., dict[int, Answer]]
+) -> tuple[dict[str, Any], dict[int, Answer]]:
+    """(all figures of one sample an image, with blind baselines; what was said by question id).
+
+    `say(shuffled=..., progress=...)` describes the samples, or other images in their place.
+    """
+    said = say(shuffled=False, progress="captions")
+    shuffled = by_image(samples, say(shuffled=True, progress="shuffled images"))
+    figures = quality(by_image(samples, said), samples, scenes)
+    baselines = {
+        "shuffled_images": quality(shuffled, samples, scenes),
+        "other_references": quality(other_references(samples), samples, scenes),
+    }
+    return {"accuracy": accuracy_of(figures), **figures, **lengths(said), "baselines": baselines}, said
+
+
 # ------------------------------------------------------------------------------------------------ pictures
 
 
@@ -186,3 +205,22 @@ def told(figures: Mapping[str, Any]) -> list[str]:
     """The most important figures as words."""
     names = [name for name in ("object_precision", "object_recall", "exact_share") if figures.get(name) is not None]
     return [*(f"{name.replace('_', ' ')} {figures[name]:.3f}" for name in names), f"BLEU {figures['bleu']:.1f}"]
+
+
+def show(
+    folder: Path,
+    figures: Mapping[str, Any],
+    texts: Texts,
+    said: Mapping[int, Answer],
+    number: int,
+    answered: Sequence[tuple[str, list[str]]],
+) -> None:
+    """samples.html with `number` captions and the sections of `answered` questions, and results.png."""
+    some, what = spread(texts.to_describe, number), ", ".join(told(figures))
+    lead = (
+        "Images the model was not trained on, with its caption and the references below. Green: every object is "
+        "named and nothing else; amber: some; red: none. Questions are coloured by how many annotators agree."
+    )
+    sections = [("captions", caption_cards(some, said, texts.scenes)), *answered]
+    write_page(folder / "samples.html", f"What the model says ({what})", lead, sections)
+    draw_results(folder / "results.png", what, spread(some, TABLE_ROWS), said)

@@ -18,7 +18,7 @@ from vqa_scratch.data.batches import Batch, Encoder, Images, Questions
 from vqa_scratch.data.images import ImageProcessor
 from vqa_scratch.data.text import Tokenizer, check_question, train_bpe, train_wordpiece
 from vqa_scratch.data.vqa_v2 import VQASample
-from vqa_scratch.engine.evaluation import Answer, answer_questions, other_images
+from vqa_scratch.engine.evaluation import Answer, answer_questions, answer_samples
 from vqa_scratch.engine.precision import Precision
 from vqa_scratch.errors import UserError
 from vqa_scratch.models.bert import Bert, BertConfig
@@ -32,7 +32,6 @@ from vqa_scratch.systems.base import System, seed_everything
 from vqa_scratch.systems.questions import QuestionJob, Splits, read_splits
 from vqa_scratch.systems.vqa_export import export_run
 
-QUESTIONS_AT_ONCE = 256  # in a batch that is only answered
 IMAGE_SIZE = 64  # pixels a side, of the embedded towers
 VOCABULARY = 512  # tokens at most, of the embedded tokenizers
 DISTILBERT = BertConfig(layout="distilbert", layers=6, token_types=0)  # distilbert-base-uncased
@@ -215,13 +214,8 @@ class TrainedVQA(Run):
     def answer(
         self, samples: Sequence[VQASample], limit: int | None, *, shuffled: bool = False, progress: str | None = None
     ) -> dict[int, Answer]:
-        questions = Questions(samples, self.encoder)
-        images = Images(questions.image_paths, self.processor)
-        batches = questions.in_order(limit or len(samples), QUESTIONS_AT_ONCE)
-        swap = other_images(len(images.paths)) if shuffled else None
-        return answer_questions(
-            self.model, questions, images, self.precision, batches, image_map=swap, progress=progress
-        )
+        options = {"limit": limit, "shuffled": shuffled, "progress": progress}
+        return answer_samples(self.model, samples, self.encoder, self.processor, self.precision, **options)
 
     def figures(self, answers: dict[int, Answer]) -> dict[str, float]:
         return {
