@@ -142,12 +142,6 @@ def test_gradient_of_each_estimator_used_as_a_loss():
     close(gradient, torch.tensor(true), rtol=0, atol=1e-6)
 
 
-def test_logprobs_and_entropy_against_log_softmax():
-    logits, ids = torch.randn(9, 11) * 4, torch.randint(11, (9,))
-    close(F.logprobs_of(logits, ids), logits.log_softmax(-1)[torch.arange(9), ids], rtol=1e-5, atol=1e-6)
-    close(F.entropy_of(logits), torch.distributions.Categorical(logits=logits).entropy(), rtol=1e-5, atol=1e-5)
-
-
 @pytest.mark.parametrize(("kl", "factor"), [(0, 0.99488), (6, 1.0), (7, 1.0042667), (12, 1.00512)])
 def test_adaptive_kl(kl, factor):
     controller = F.AdaptiveKL(0.2, target=6.0, horizon=10_000)

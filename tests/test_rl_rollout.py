@@ -5,10 +5,11 @@ import dataclasses
 import pytest
 import torch
 
+from kernels import chosen_logprobs
 from vqa_scratch.errors import UserError
 from vqa_scratch.models.t5 import T5, T5Config
 from vqa_scratch.rl.config import RLHFConfig
-from vqa_scratch.rl.functional import kl_estimates, logprobs_of
+from vqa_scratch.rl.functional import kl_estimates
 from vqa_scratch.rl.metrics import UpdateStats
 from vqa_scratch.rl.policy import (
     BARRED,
@@ -192,7 +193,7 @@ def test_scores_do_not_depend_on_the_batch():
             alone = ppo.actor.backbone.encode(prompt)
             row, length = ids[2 * i : 2 * i + 1], int(mask[2 * i].sum())
             logits, values = ppo.actor(alone, row[:, :length], mask[2 * i : 2 * i + 1, :length], ppo.rules)
-            torch.testing.assert_close(logprobs_of(logits, row[0, :length]), whole.logprobs[2 * i, :length])
+            torch.testing.assert_close(chosen_logprobs(logits, row[0, :length])[0], whole.logprobs[2 * i, :length])
             torch.testing.assert_close(values, whole.values[2 * i, :length], rtol=1e-5, atol=1e-5)
     for field in whole:
         assert (field[~mask] == 0).all()

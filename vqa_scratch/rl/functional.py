@@ -67,19 +67,7 @@ def masked_whiten(
     return white.masked_fill(~mask.bool(), 0)
 
 
-# -------------------------------------------------------------------------------------- log-probabilities and KL
-
-
-def logprobs_of(logits: Tensor, ids: Tensor) -> Tensor:
-    """Log-probability of `ids` (N,) under `logits` (N, V), computed in fp32 without a (N, V) log-softmax."""
-    logits = logits.float()
-    return logits.gather(-1, ids.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)
-
-
-def entropy_of(logits: Tensor) -> Tensor:
-    """Entropy in nats of each distribution: (..., V) -> (...)."""
-    logits = logits.float()
-    return logits.logsumexp(-1) - (logits.softmax(-1) * logits).sum(-1)
+# ---------------------------------------------------------------------------------------------------------------- KL
 
 
 def exact_kl(logits: Tensor, ref_logits: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
+from kernels import chosen_logprobs
 from vqa_scratch.engine.distributed import World
 from vqa_scratch.engine.parallel import add_gradients
 from vqa_scratch.errors import UserError
@@ -209,12 +210,12 @@ class PPO:
 
             m = t.mask  # from here on (N,): the real tokens of all responses in one row
             real = torch.ones_like(t.ids[m], dtype=torch.bool)
-            logprobs = F.logprobs_of(logits, t.ids[m])
+            logprobs, entropies = chosen_logprobs(logits, t.ids[m])
             policy_loss, policy_clipped = F.ppo_policy_loss(
                 logprobs, t.logprobs[m], t.advantages[m], real, c.clip_low, c.clip_high, c.dual_clip or None, tokens
             )
             value_loss, value_clipped = F.ppo_value_loss(values, t.values[m], t.returns[m], real, value_clip, tokens)
-            entropy = F.entropy_of(logits if c.entropy_coef else logits.detach()).sum() / tokens
+            entropy = (entropies if c.entropy_coef else entropies.detach()).sum() / tokens
             loss = policy_loss.new_zeros(()) if warming else policy_loss - c.entropy_coef * entropy
             if c.algorithm == "ppo":
                 loss = loss + (1.0 if warming else c.value_coef) * value_loss

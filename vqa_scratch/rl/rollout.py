@@ -8,7 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vqa_scratch.rl.functional import entropy_of, exact_kl, logprobs_of
+from kernels import chosen_logprobs
+from vqa_scratch.rl.functional import exact_kl
 from vqa_scratch.rl.policy import (
     ActorCritic,
     Backbone,
@@ -126,13 +127,9 @@ def score(
         states = token_states(reference, ref_context.of(some), part_ids, part_mask)
         ref_logits = token_logits(reference, states, part_ids, part_mask, rules)
         tokens = part_ids[part_mask]
-        flat = (
-            logprobs_of(logits, tokens),
-            logprobs_of(ref_logits, tokens),
-            exact_kl(logits, ref_logits),
-            entropy_of(logits),
-            values,
-        )
+        logprobs, entropy = chosen_logprobs(logits, tokens)
+        ref_logprobs, _ = chosen_logprobs(ref_logits, tokens)
+        flat = (logprobs, ref_logprobs, exact_kl(logits, ref_logits), entropy, values)
         pieces.append([torch.zeros_like(part_mask, dtype=torch.float32).masked_scatter(part_mask, x) for x in flat])
     return Scored(*(torch.cat(column) for column in zip(*pieces, strict=True)))
 
