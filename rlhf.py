@@ -23,6 +23,7 @@ from torch import nn
 from tqdm import tqdm
 
 from vqa_scratch import options
+from vqa_scratch.engine.allocator import keep_freed_memory
 from vqa_scratch.engine.checkpoint import load_checkpoint, rng_state, save_checkpoint, set_rng_state
 from vqa_scratch.engine.distributed import World, start, told_once
 from vqa_scratch.engine.precision import DTYPES, Precision, pick_device, pick_precision
@@ -196,6 +197,7 @@ def main(config: RLHFConfig) -> dict[str, float]:
 def work(config: RLHFConfig, world: World) -> dict[str, float]:
     """`main`, as one of the ranks that torchrun started, or as the only one."""
     started = time.perf_counter()
+    keep_freed_memory()
     torch.manual_seed(config.seed)
     device = pick_device(config.device)
     kind, why = world.of_main(pick_precision(config.precision, device))  # it may be measured
@@ -206,8 +208,6 @@ def work(config: RLHFConfig, world: World) -> dict[str, float]:
     for note in task.notes:
         print(note)
     actor = ActorCritic(task.policy).to(device)
-    for model in (actor, task.reference):
-        precision.suit_attention(model)
     ppo = PPO(
         config, actor, task.reference, task.reward, task.train, task.rules, task.decode, precision.autocast, world
     )

@@ -27,6 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from vqa_scratch.data.news import news  # noqa: E402
+from vqa_scratch.engine.allocator import keep_freed_memory  # noqa: E402
 from vqa_scratch.engine.precision import DTYPES, Precision  # noqa: E402
 from vqa_scratch.models.bert import BertConfig  # noqa: E402
 from vqa_scratch.models.classifier import TextClassifier  # noqa: E402
@@ -73,6 +74,7 @@ def prepare(folder: Path, a: argparse.Namespace) -> None:
 
 def ours(folder: Path, options: dict) -> None:
     """The waiting process on our side."""
+    keep_freed_memory()
     task = torch.load(folder / "task.pt", weights_only=True)
     batch, kind = len(task["queries"]), options.pop("precision", "fp32")
     micro = options.pop("micro", batch)
@@ -97,8 +99,6 @@ def ours(folder: Path, options: dict) -> None:
             probe = policy.model(task["queries"][:1], None, task["probe"]).log_softmax(-1)
             torch.save({"logits": probe, "grammar": judges[0](task["judged"])}, folder / "probe-ours.pt")
     actor = ActorCritic(policy)
-    for model in (actor, reference, *judges):
-        precision.suit_attention(model)
 
     def judge(model):
         def reward(samples):

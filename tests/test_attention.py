@@ -1,4 +1,4 @@
-"""Attention against brute force in float64, its two ways against each other, memories and caches by plain calls."""
+"""Attention against brute force in float64, its ways against each other, memories and caches by plain calls."""
 
 import math
 
@@ -64,7 +64,7 @@ def test_attention_is_the_definition(backend, bias_kind, causal, masked, queries
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("bias_kind", ["none", "each head", "blocking"])
-def test_both_ways_have_the_same_gradients(causal, masked, bias_kind):
+def test_all_ways_have_the_same_gradients(causal, masked, bias_kind):
     q, k, v, key_mask = inputs()
     bias = bias_of(bias_kind)
     leaves = [q, k, v] if bias is None else [q, k, v, bias.requires_grad_()]
@@ -73,11 +73,39 @@ def test_both_ways_have_the_same_gradients(causal, masked, bias_kind):
     for backend in BACKENDS:
         z = attention(q, k, v, key_mask=key_mask if masked else None, bias=bias, causal=causal, backend=backend)
         gradients[backend] = torch.autograd.grad((z * weight).sum(), leaves)
-    for fused, explicit in zip(gradients["fused"], gradients["explicit"], strict=True):
-        assert fused.isfinite().all() and explicit.isfinite().all()
+    for fused, written_out, explicit in zip(*(gradients[name] for name in BACKENDS), strict=True):
+        assert fused.isfinite().all() and written_out.isfinite().all() and explicit.isfinite().all()
         torch.testing.assert_close(fused, explicit, **GRADIENTS_CLOSE)
+        torch.testing.assert_close(written_out, explicit, **GRADIENTS_CLOSE)
     if masked:
+        assert gradients["products"][0][1].abs().max() == 0
         assert gradients["fused"][0][1].abs().max() == 0  # the row that reads nothing
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+@pytest.mark.parametrize("rows_of_bias", [1, 3])
+def test_products_in_groups_of_rows(monkeypatch, dropout, rows_of_bias):
+    """One row at a time or all at once; with dropout all at once, so that both ways draw the same numbers."""
+    q, k, v, key_mask = inputs()
+    bias = torch.randn(rows_of_bias, 2, 5, 7, requires_grad=True)
+    leaves, weight = [q, k, v, bias], torch.randn(3, 2, 5, 6)
+    if not dropout:
+        monkeypatch.setattr("vqa_scratch.nn.products.SCORES_AT_ONCE", 2 * 5 * 7)
+    results = []
+    for backend in ("products", "explicit"):
+        torch.manual_seed(0)
+        z = attention(q, k, v, key_mask=key_mask, bias=bias, dropout=dropout, backend=backend)
+        results.append([z, *torch.autograd.grad((z * weight).sum(), leaves)])
+    for ours, explicit in zip(*results, strict=True):
+        torch.testing.assert_close(ours, explicit, **GRADIENTS_CLOSE)
+
+
+def test_a_learned_bias_is_not_left_to_the_fused_operator(monkeypatch):
+    q, k, v, _ = inputs()
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", None)
+    attention(q, k, v, bias=torch.zeros(2, 5, 7, requires_grad=True)).sum().backward()
+    with torch.no_grad(), pytest.raises(TypeError):
+        attention(q, k, v, bias=torch.zeros(2, 5, 7, requires_grad=True))
 
 
 def test_weights_are_a_distribution_over_allowed_keys():
@@ -143,7 +171,7 @@ def test_dropout_drops_weights_and_scales_the_rest(backend):
 
 def test_wrong_arguments_are_named():
     q, k, v, key_mask = inputs()
-    with pytest.raises(ValueError, match="backend must be one of fused, explicit, got 'flash'"):
+    with pytest.raises(ValueError, match="backend must be one of fused, products, explicit, got 'flash'"):
         attention(q, k, v, backend="flash")
     with pytest.raises(ValueError, match=r"key_mask must be \(batch, 7 keys\), got \(3, 6\)"):
         attention(q, k, v, key_mask=key_mask[:, :6])

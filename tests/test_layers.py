@@ -6,6 +6,7 @@ from torch import nn
 from transformers.activations import ACT2FN
 
 from vqa_scratch.nn.layers import ACTIVATIONS, MLP, activation, init_weights
+from vqa_scratch.nn.rms_norm import RMSNorm
 
 
 @pytest.mark.parametrize("name", ACTIVATIONS)
@@ -40,3 +41,25 @@ def test_initial_weights():
         assert abs(layer.weight.std() / 0.1 - 1) < 0.05 and abs(layer.weight.mean()) < 0.01
     assert model[0].bias.abs().max() == 0
     assert torch.equal(model[2].weight, torch.ones(8)) and torch.equal(model[2].bias, torch.zeros(8))
+
+
+def test_rms_norm_and_its_gradients():
+    """Against the formula in fp64, by autograd."""
+    norm, x, grad = RMSNorm(24, 1e-3), torch.randn(2, 5, 24) * torch.logspace(-3, 1, 5)[:, None], torch.randn(2, 5, 24)
+    with torch.no_grad():
+        norm.weight.uniform_(-2, 2)
+    x.requires_grad_()
+    y = norm(x)
+    got = [y, *torch.autograd.grad(y, (x, norm.weight), grad)]
+    exact_x, exact_weight = (t.detach().double().requires_grad_() for t in (x, norm.weight))
+    exact_y = exact_x * (exact_x.square().mean(-1, keepdim=True) + 1e-3).rsqrt() * exact_weight
+    exact = [exact_y, *torch.autograd.grad(exact_y, (exact_x, exact_weight), grad.double())]
+    for ours, right in zip(got, exact, strict=True):
+        torch.testing.assert_close(ours.double(), right, rtol=1e-5, atol=1e-5)
+
+
+def test_rms_norm_under_autocast_hands_on_what_a_linear_layer_would_make_of_it():
+    norm, x = RMSNorm(24, 1e-6), torch.randn(2, 5, 24)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = norm(x)
+    assert torch.equal(y, norm(x).bfloat16())

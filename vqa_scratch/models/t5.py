@@ -24,6 +24,7 @@ from vqa_scratch.nn.cache import DecoderCache, KVCache
 from vqa_scratch.nn.decoding import DecoderLayer, DecoderParts
 from vqa_scratch.nn.layers import MLP, Activation, activation
 from vqa_scratch.nn.memory import Memory
+from vqa_scratch.nn.rms_norm import RMSNorm
 from vqa_scratch.weights import convert, files, maps
 
 _HF_NAMES = {
@@ -93,17 +94,6 @@ class T5Config:
             "tie_word_embeddings": self.scaled,
             "scale_decoder_outputs": self.scaled,
         }
-
-
-class RMSNorm(nn.Module):
-    """`x / rms(x) * weight` in fp32 (Zhang and Sennrich 2019, 1910.07467). (..., D) -> (..., D)."""
-
-    def __init__(self, dim: int, eps: float) -> None:
-        super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(dim)), eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.float(), self.weight.shape, self.weight, self.eps)
 
 
 def relative_buckets(queries: int, keys: int, buckets: int, max_distance: int, bidirectional: bool) -> Tensor:
@@ -178,12 +168,13 @@ class T5Block(nn.Module):
         self,
         x: Tensor,
         bias: Tensor,
+        key_mask: Tensor | None = None,
         memory: Memory | None = None,
         cache: KVCache | None = None,
     ) -> Tensor:
-        """`bias` (B or 1, H, T, all tokens so far) holds -inf where a token may not look."""
+        """A token may not look where `bias` (B or 1, H, T, all tokens so far) is -inf or `key_mask` False."""
         x = taps.tap(self.tap_prefix, "resid_pre", x)
-        x = x + self.dropout(self.attn(self.attn_norm(x), bias=bias, cache=cache))
+        x = x + self.dropout(self.attn(self.attn_norm(x), key_mask=key_mask, bias=bias, cache=cache))
         if memory is not None:
             x = x + self.dropout(self.cross(self.cross_norm(x), memory, cache=cache))
         x = taps.tap(self.tap_prefix, "resid_mid", x)
@@ -212,12 +203,16 @@ class T5Tower(nn.Module):
         past = 0 if cache is None else cache.length
         queries, keys = x.shape[1], past + x.shape[1]
         bias = self.bias(queries, keys)
-        keep = masks.allowed(key_mask, memory is not None, queries, keys, x.device)
-        if keep is not None:  # once for all layers
-            bias = bias.masked_fill(~keep, -math.inf)
+        order = masks.allowed(None, memory is not None, queries, keys, x.device)
+        if order is not None:  # once for all layers
+            bias = bias.masked_fill(~order, -math.inf)
+        if key_mask is not None and not bias.requires_grad:
+            # Not where the bias is learned: each row would have a bias of its own, and gradients of it.
+            real = masks.allowed(key_mask, False, queries, keys, x.device)
+            bias, key_mask = bias.masked_fill(~real, -math.inf), None
         x = self.dropout(x)
         for layer, block in enumerate(self.blocks):
-            x = block(x, bias, memory, None if cache is None else cache[layer])
+            x = block(x, bias, key_mask, memory, None if cache is None else cache[layer])
         return self.dropout(self.norm(x))
 
 

@@ -1,8 +1,9 @@
 """Attention, written out: one function in two ways that agree, and one module for self- and cross-attention.
 
 Vaswani et al. 2017, "Attention Is All You Need", equation 1: softmax(q k^T / sqrt(d) + bias) v. The fused way is
-torch's scaled_dot_product_attention (FlashAttention, Dao et al. 2022); the explicit way has the scores and the weights
-in the open. A query that may attend to nothing reads zeros in both.
+torch's scaled_dot_product_attention (FlashAttention, Dao et al. 2022), or on a CPU products with a backward pass of
+their own; the explicit way has the scores and the weights in the open. A query that may attend to nothing reads zeros
+in all of them.
 
 Shapes: B rows, H heads, T (Tq, Tk) tokens, d head size, D width; a memory has M entries of N tokens, R rows each.
 """
@@ -19,8 +20,9 @@ import kernels
 from vqa_scratch.nn import masks, taps
 from vqa_scratch.nn.cache import KVCache
 from vqa_scratch.nn.memory import KeyValue, Memory, concatenate
+from vqa_scratch.nn.products import products_attention
 
-BACKENDS = ("fused", "explicit")
+BACKENDS = ("fused", "products", "explicit")
 
 
 def attention_scores(
@@ -74,6 +76,14 @@ def attention_mask(
     return bias if keep is None else bias.masked_fill(~keep, -math.inf)
 
 
+def _slow_backward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> bool:
+    """Whether gradients are needed where torch's fused operator has no fast way to them: see `nn/products.py`."""
+    if q.device.type != "cpu" or not torch.is_grad_enabled():
+        return False
+    learned = bias is not None and bias.requires_grad
+    return learned or (q.dtype == torch.bfloat16 and (q.requires_grad or k.requires_grad or v.requires_grad))
+
+
 def attention(
     q: Tensor,
     k: Tensor,
@@ -90,13 +100,17 @@ def attention(
 
     q (B, H, Tq, d); k, v (B, H, Tk, d); key_mask (B, Tk), True = may attend; bias is added to the scores and
     broadcasts to (B, H, Tq, Tk), -inf allowed; causal is aligned to the end of the keys; scale defaults to d**-0.5;
-    dropout is the probability that a weight is dropped. Raises ValueError on an unknown backend or a misshapen mask.
+    dropout is the probability that a weight is dropped. "fused" is torch's operator, or "products" where its backward
+    pass is slow. Raises ValueError on an unknown backend or a misshapen mask.
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
     if backend == "explicit":
         _, pattern = attention_weights(q, k, key_mask=key_mask, bias=bias, causal=causal, scale=scale)
         return F.dropout(pattern, dropout).to(v.dtype) @ v  # a bias in fp32 makes the weights fp32
+    if backend == "products" or _slow_backward(q, k, v, bias):
+        keep = masks.allowed(key_mask, causal, q.shape[-2], k.shape[-2], q.device)
+        return products_attention(q, k, v, keep=keep, bias=bias, scale=scale, dropout=dropout)
     if causal and key_mask is None and bias is None and q.shape[-2] == k.shape[-2]:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, dropout_p=dropout)
     mask = attention_mask(q, k, key_mask=key_mask, bias=bias, causal=causal)

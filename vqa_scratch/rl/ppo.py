@@ -66,7 +66,7 @@ class PPO:
         body = [p for p in actor.backbone.parameters() if p.requires_grad]
         self.parameters = head + body
         groups = [{"params": head, "scale": config.value_lr_scale}, {"params": body, "scale": 1.0}]
-        self.optimizer = torch.optim.AdamW(groups, lr=0.0, eps=config.adam_eps, weight_decay=0.0)
+        self.optimizer = torch.optim.AdamW(groups, lr=0.0, eps=config.adam_eps, weight_decay=0.0, fused=True)
         device = actor.value_head.weight.device
         self.sampling = torch.Generator(device).manual_seed(config.seed + 1)
         self.shuffling = torch.Generator().manual_seed(config.seed + 2)

@@ -1,0 +1,48 @@
+"""RMSNorm (Zhang and Sennrich 2019, 1910.07467) with its backward pass written out.
+
+`torch.nn.functional.rms_norm` is a chain of elementwise steps on a CPU, each of which autograd walks back through. With
+`r = 1 / rms(x)` and `g = dy * weight` the gradient is `dx = r * (g - x r * mean(g x r))`.
+
+Shapes: D width.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
+
+
+class _Normalize(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+        size = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+        scale = torch.rsqrt(size.square_().div_(x.shape[-1]).add_(eps))  # (..., 1)
+        ctx.save_for_backward(x, weight, scale)
+        return (x * scale).mul_(weight).to(dtype)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, scale = ctx.saved_tensors
+        dy = dy.float()
+        normed = x * scale
+        product = (dy * normed).flatten(0, -2)  # (N, D)
+        mean = (product @ weight / len(weight)).view_as(scale)
+        dweight = product.sum(0) if ctx.needs_input_grad[1] else None
+        dx = (dy * weight).addcmul_(normed, mean, value=-1).mul_(scale)
+        return dx.to(x.dtype), dweight, None, None
+
+
+class RMSNorm(nn.Module):
+    """`x / rms(x) * weight`, computed in fp32; (..., D) -> (..., D) in fp32, or under autocast in its number format.
+
+    What reads it are linear layers, which would cast it anyway, each once more.
+    """
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(dim)), eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float32
+        with torch.autocast(device, enabled=False):
+            return _Normalize.apply(x.float(), self.weight, self.eps, dtype)
