@@ -12,11 +12,12 @@ from vqa_scratch.generate.beam import beam_search
 from vqa_scratch.generate.choose import chooser
 from vqa_scratch.generate.loop import Generated, decode
 from vqa_scratch.generate.options import GenerationOptions
+from vqa_scratch.generate.ranking import rank
 from vqa_scratch.generate.state import Decoder, State, begin
 from vqa_scratch.nn import taps
 from vqa_scratch.nn.memory import Memory
 
-__all__ = ["Decoder", "Generated", "GenerationOptions", "State", "begin", "decode", "generate", "greedy"]
+__all__ = ["Decoder", "Generated", "GenerationOptions", "State", "begin", "decode", "generate", "greedy", "rank"]
 
 
 def _without_gradients() -> AbstractContextManager:

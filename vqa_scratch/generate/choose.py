@@ -50,15 +50,34 @@ def most_likely(scores: Tensor, live: Tensor, made: int) -> tuple[Tensor, Tensor
     return token, scores.log_softmax(-1).gather(1, token[:, None]).squeeze(1)
 
 
+def pick(scores: Tensor, chance: Tensor) -> Tensor:
+    """Inverse transform sampling: scores (L, V) and a number in [0, 1) a row, chance (L,), -> tokens (L,).
+
+    A token is picked where the running sum of probabilities first exceeds its chance, so never one of probability 0.
+    """
+    probabilities = scores.softmax(-1)
+    running = probabilities.cumsum(-1)
+    token = torch.searchsorted(running, chance[:, None] * running[:, -1:], right=True)
+    # A parallel running sum may fall by a rounding error, and then the search may end beside a step.
+    token = torch.where(probabilities.gather(1, token) > 0, token, probabilities.argmax(-1, keepdim=True))
+    return token.squeeze(1)
+
+
 def chooser(
     options: GenerationOptions, prompt_ids: Tensor, prompt_mask: Tensor | None, generator: torch.Generator | None
 ) -> Choose:
-    """Greedy or sampling, as the options say; log-probabilities are of the distribution after the processors."""
+    """Greedy or sampling, as the options say; log-probabilities are of the distribution after the processors.
+
+    The random numbers of all rows are drawn beforehand, so that what a row says does not depend on when others end.
+    """
     rows = torch.arange(len(prompt_ids), device=prompt_ids.device)
     processed = Processed(options, prompt_ids, prompt_mask, rows)
     if not processed.chain and not options.do_sample:
         return most_likely
     known = rows  # the rows that `processed` holds
+    chance = None
+    if options.do_sample:
+        chance = torch.rand(len(rows), options.max_new_tokens, generator=generator, device=rows.device)
 
     def choose(scores: Tensor, live: Tensor, made: int) -> tuple[Tensor, Tensor]:
         nonlocal known
@@ -66,10 +85,7 @@ def chooser(
             processed.keep(torch.searchsorted(known, live))
             known = live
         scores = processed(scores.float(), made)
-        if options.do_sample:
-            token = torch.multinomial(scores.softmax(-1), 1, generator=generator).squeeze(1)
-        else:
-            token = scores.argmax(-1)
+        token = scores.argmax(-1) if chance is None else pick(scores, chance[live, made])
         processed.add(token)
         return token, scores.log_softmax(-1).gather(1, token[:, None]).squeeze(1)
 

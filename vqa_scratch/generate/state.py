@@ -82,11 +82,22 @@ class ModuleState:
 class StaticState:
     """Steps over the decoder's parts, with a cache of C = P + K * steps places made at once."""
 
-    def __init__(self, decoder: Decoder, cache: DecoderCache, mask: Tensor | None, steps: int, members: int) -> None:
+    def __init__(
+        self,
+        decoder: Decoder,
+        cache: DecoderCache,
+        mask: Tensor | None,
+        steps: int,
+        members: int,
+        *,
+        tree: bool = False,
+    ) -> None:
+        """`cache` and `mask` are those of `prefill`; with `tree` the members are the nodes of one `steps` deep."""
         self.decoder, self.parts, self.members, self.used = decoder, decoder.decoding_parts(), members, 0
         k, _ = cache[0].contents
         self.groups, self.heads, self.prompt, self.size = k.shape
-        self.places = self.prompt + members * steps
+        new = members if tree else members * steps
+        self.places = self.prompt + new
         self.cached = k.new_empty(len(cache), 2, self.groups, self.heads, self.places, self.size)
         for layer, own in enumerate(cache):
             for kind, filled in enumerate(own.contents):
@@ -99,11 +110,11 @@ class StaticState:
             self.seen[:, :, : self.prompt] = 0.0
             if mask is not None:
                 self.seen[:, :, : self.prompt].masked_fill_(~mask[:, None], -math.inf)
-        self.distances = None  # (H, 1, P + steps), T5: the bias of the last of all tokens; an earlier one's is its end
+        self.distances = None  # (H, P + steps), T5: the bias of the last of all tokens; an earlier one's is its end
         if self.parts.bias is not None:
-            self.distances = self.parts.bias(self.prompt + steps)[0].to(k.dtype)
-            own = torch.arange(self.prompt, self.prompt + steps, device=k.device).repeat_interleave(members)
-            self.columns = torch.cat([torch.arange(self.prompt, device=k.device), own])  # (C,) time of each place
+            self.distances = self.parts.bias(self.prompt + steps)[0, :, 0].to(k.dtype)
+            self.columns = torch.arange(self.places, device=k.device)  # (C,) time of each place
+            self.columns[self.prompt :] = self.prompt + torch.arange(new, device=k.device) // members
         self.cross_parts = None
         if cache[0].cross is not None:
             self.cross_parts = [own.cross for own in cache]
@@ -131,36 +142,57 @@ class StaticState:
             own = (layer.norm, linear(attn.qkv), attn.scale, linear(attn.out))
             self.layers.append((*own, across, layer.mlp_norm, layer.mlp))
 
-    def _bias(self, until: int) -> Tensor | None:
-        """What is added to the scores of the first `until` places, broadcastable to (G * H, K, until)."""
+    def _bias(self, until: int, times: Tensor | None = None) -> Tensor | None:
+        """What is added to the scores of the first `until` places, broadcastable to (G * H, K, until).
+
+        `times` (K,) are those of the members' tokens after the prompt; None: of all the same, the next one.
+        """
         if self.distances is None:
             if self.seen is None:
                 return None
             if self.spread is not None:
                 return self.spread[:, :, :until]
             return self.seen[:, :, :until].repeat_interleave(self.heads, 0)
-        last = self.prompt + self.used  # the time of the token of this step
-        end = self.distances.shape[-1] - 1 - last
-        bias = self.distances.index_select(2, self.columns[:until] + end)  # (H, 1, until)
+        now = self.columns.new_tensor([self.used]) if times is None else times
+        first = self.distances.shape[1] - 1 - self.prompt - now  # (K or 1,) the bias of place 0
+        # (H, K or 1, until); what lies after a member is out of its sight, whatever its bias
+        bias = self.distances[:, (self.columns[:until] + first[:, None]).clamp(max=self.distances.shape[1] - 1)]
         if self.seen is not None:
             return (bias + self.seen[:, None, :, :until]).flatten(0, 1)
         return bias if self.groups == 1 else bias.repeat(self.groups, 1, 1)
 
-    def _open(self) -> tuple[Tensor | None, list[tuple[Tensor, Tensor, Tensor]]]:
-        """For the step to come: the bias, and by layer the keys and values to read and the places to write."""
+    def step(self, tokens: Tensor) -> Tensor:
         start = self.prompt + self.members * self.used
         until = start + self.members
         if self.members > 1:  # a member sees its own token
             self.seen[:, :, start:until].diagonal(dim1=1, dim2=2).zero_()
-        views = (self.keys[..., :until], self.values[:, :, :until], self.cached[:, :, :, :, start:until])
-        return self._bias(until), list(zip(*(view.unbind(0) for view in views), strict=True))
+        x = self._through_layers(tokens, start, until, self._bias(until))
+        self.used += 1
+        self.positions += 1
+        return self.decoder.logits(self.parts.norm(x))
 
-    def step(self, tokens: Tensor) -> Tensor:
+    def tree(self, tokens: Tensor, depths: Tensor, above: Tensor) -> Tensor:
+        """All nodes of one tree behind each prompt at once, in place of steps: (K,) tokens -> states (G, K, D).
+
+        depths (K,) from 0; above (K, K) bool, True where the second node is the first or one above it. The state must
+        be fresh and made for a tree of K nodes.
+        """
+        until = self.prompt + self.members
+        if self.members > 1:
+            self.seen[:, :, self.prompt :].masked_fill_(above, 0.0)
+        if self.distances is not None:
+            self.columns[self.prompt : until] = self.prompt + depths
+        self.positions += depths.repeat(self.groups)
+        x = self._through_layers(tokens.repeat(self.groups), self.prompt, until, self._bias(until, depths))
+        return self.parts.norm(x).unflatten(0, (self.groups, -1))
+
+    def _through_layers(self, tokens: Tensor, start: int, until: int, bias: Tensor | None) -> Tensor:
+        """One token a row (R,) -> (R, D); their keys go to the places from `start` to `until`."""
         x = self.parts.embed(tokens, self.positions)  # (R, D)
-        bias, views = self._open()
+        views = (self.keys[..., :until], self.values[:, :, :until], self.cached[:, :, :, :, start:until])
         groups, members, heads, size = self.groups, self.members, self.heads, self.size
         fused, flat, rows = (groups, members, 3, heads, size), (groups * heads, members, size), (len(x), heads * size)
-        for layer, (keys, values, new) in zip(self.layers, views, strict=True):
+        for layer, keys, values, new in zip(self.layers, *(view.unbind(0) for view in views), strict=True):
             norm, qkv, scale, out, across, mlp_norm, mlp = layer
             q, k_and_v = qkv(norm(x)).view(fused).permute(2, 0, 3, 1, 4).split((1, 2))  # (3, G, H, K, d)
             new.copy_(k_and_v)
@@ -172,9 +204,7 @@ class StaticState:
                 norm, q, read, out = across
                 x += out(read(q(norm(x))))
             x += mlp(mlp_norm(x))
-        self.used += 1
-        self.positions += 1
-        return self.decoder.logits(self.parts.norm(x))
+        return x
 
     def reorder(self, parents: Tensor) -> None:
         # Positions need no move: the members of a group stand at the same one.
@@ -193,6 +223,22 @@ class StaticState:
         self._lay_out()
 
 
+def prefill(
+    decoder: Decoder, prompt_ids: Tensor, prompt_mask: Tensor | None, memory: list[Memory] | None, steps: int
+) -> tuple[Tensor, DecoderCache, Tensor | None]:
+    """The scores of the first new token (G, V), the cache behind the prompts, and the mask, None if nothing is padded.
+
+    `steps` tokens must fit behind the prompts. Arguments and errors as in `begin`.
+    """
+    mask = None if prompt_mask is None or bool(prompt_mask.all()) else prompt_mask.bool()
+    limit, total = decoder.decoding_parts().max_positions, prompt_ids.shape[1] + steps
+    if limit is not None and total > limit:
+        raise ValueError(f"{total} tokens, but the position table serves {limit}")
+    cache = decoder.new_cache()
+    hidden = decoder.hidden(prompt_ids, mask, memory=memory, cache=cache)[:, -1]
+    return decoder.logits(hidden), cache, mask
+
+
 def begin(
     decoder: Decoder,
     prompt_ids: Tensor,
@@ -207,13 +253,7 @@ def begin(
     prompt_ids (G, P) with prompt_mask (G, P), True = a real token; None means no padding. The state takes up to `steps`
     steps of `members` rows a group. Raises ValueError if the decoder's positions do not serve so many tokens.
     """
-    mask = None if prompt_mask is None or bool(prompt_mask.all()) else prompt_mask.bool()
-    limit, total = decoder.decoding_parts().max_positions, prompt_ids.shape[1] + steps
-    if limit is not None and total > limit:
-        raise ValueError(f"{total} tokens, but the position table serves {limit}")
-    cache = decoder.new_cache()
-    hidden = decoder.hidden(prompt_ids, mask, memory=memory, cache=cache)[:, -1]
-    logits = decoder.logits(hidden)  # (G, V)
+    logits, cache, mask = prefill(decoder, prompt_ids, prompt_mask, memory, steps)
     if taps.active() or decoder.training:
         full = torch.ones_like(prompt_ids, dtype=torch.bool) if mask is None else mask
         return logits, ModuleState(decoder, cache, full, memory, members)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from kernels import chosen_logprobs
+from vqa_scratch.generate.choose import pick
 from vqa_scratch.rl.functional import exact_kl
 from vqa_scratch.rl.policy import (
     ActorCritic,
@@ -45,19 +46,6 @@ def chances(rows: int, rules: SamplingRules, generator: torch.Generator | None, 
     beside it, on which rank, or when they end.
     """
     return torch.rand(rows, rules.max_new_tokens, generator=generator, device=device)
-
-
-def pick(logits: Tensor, chance: Tensor) -> Tensor:
-    """Inverse transform sampling: logits (B, V) and chance (B,) -> tokens (B,).
-
-    A token is picked where the running sum of probabilities first exceeds its chance, so never one of probability 0.
-    """
-    probabilities = logits.softmax(-1)
-    running = probabilities.cumsum(-1)
-    token = torch.searchsorted(running, chance[:, None] * running[:, -1:], right=True)
-    # A parallel running sum may fall by a rounding error, and then the search may end beside a step.
-    token = torch.where(probabilities.gather(1, token) > 0, token, probabilities.argmax(-1, keepdim=True))
-    return token.squeeze(1)
 
 
 @torch.no_grad()
