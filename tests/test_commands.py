@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -23,7 +24,7 @@ from vqa_scratch.engine.evaluation import QuestionOnly, TypePrior, blind
 from vqa_scratch.errors import UserError
 from vqa_scratch.metrics import accuracy_by
 from vqa_scratch.options import run_program
-from vqa_scratch.run import load_run, save_parts, save_weights
+from vqa_scratch.run import load_run, save_weights
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +39,7 @@ def make_run(data: Path, folder: Path, **changes) -> Path:
     with torch.no_grad():
         for parameter in task.model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
-    save_parts(folder, config, task.model, task.questions["train"].encoder, task.processor)
+    task.save_parts(folder)
     save_weights(folder / "model.safetensors", task.model)
     return folder
 
@@ -103,11 +104,51 @@ def test_ask_nothing(run, data, question):
         command("ask", run, "--image", picture(data), "--question", question)
 
 
-def test_ask_no_question_or_a_list(run, data):
+def test_ask_no_question(run, data):
     with pytest.raises(UserError, match="give it --question"):
         command("ask", run, "--image", picture(data))
-    with pytest.raises(UserError, match="leave out --top"):
-        command("ask", run, "--image", picture(data), "--question", "is there a circle?", "--top", "3")
+
+
+def test_ask_for_the_best_of_the_training_answers(run, data, capsys):
+    command("ask", run, "--image", picture(data), "--question", "is there a circle?", "--top", "3")
+    lines = capsys.readouterr().out.splitlines()
+    answers, chances = zip(*(line[:-1].split("  (probability ") for line in lines), strict=True)
+    assert len(lines) == 3 and set(answers) <= set(json.loads((run / "answers.json").read_text()))
+    assert list(chances) == sorted(chances, reverse=True)
+
+
+def test_ask_with_another_decoding(run, data, capsys):
+    """Beams find an answer at least as likely; a seed repeats what it drew."""
+    asked = ("ask", run, "--image", picture(data), "--question", "how many circles are there?")
+    said = []
+    for flags in (
+        (),
+        ("--num-beams", 3, "--length-penalty", 0),
+        *[("--do-sample", "--temperature", 2, "--seed", 5)] * 2,
+    ):
+        command(*asked, *flags)
+        said.append(capsys.readouterr().out)
+    chance = [float(line.rsplit(" ", 1)[1].strip(")\n")) for line in said]
+    assert chance[1] >= chance[0] and said[2] == said[3]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--temperature", 0.5], "temperature has an effect on sampling only"),
+        (["--top-p", 0.5], "top_p has an effect on sampling only"),
+        (["--do-sample", "--num-beams", 2], "beams and sampling exclude each other"),
+        (["--num-beams", 10_000], "10000 beams, but the vocabulary has"),
+        (["--early-stopping"], "early_stopping has an effect on beams only"),
+        (["--min-new-tokens", 99], "min_new_tokens 99 is above max_new_tokens"),
+        (["--top", 2, "--num-beams", 2], "leave out --num-beams"),
+        (["--tempreature", 1], "did you mean --temperature?"),
+    ],
+)
+def test_ask_with_contradictions(run, data, flags, message):
+    with pytest.raises(UserError, match=re.escape(message)) as caught:
+        command("ask", run, "--image", picture(data), "--question", "is there a circle?", *flags)
+    assert "\n" not in str(caught.value)
 
 
 def test_ask_ten_thousand_words(run, data, capsys):

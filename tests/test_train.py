@@ -10,9 +10,14 @@ from vqa_helpers import small_config, small_data, small_flags
 
 import train
 from vqa_scratch.config import PRESETS, TrainConfig
+from vqa_scratch.data.batches import Images, Questions
 from vqa_scratch.data.scenes import FAMILIES
+from vqa_scratch.data.vqa_v2 import read_vqa
 from vqa_scratch.engine.checkpoint import load_checkpoint
+from vqa_scratch.engine.evaluation import rank_answers
+from vqa_scratch.engine.precision import Precision
 from vqa_scratch.errors import UserError
+from vqa_scratch.metrics import vqa_accuracy
 from vqa_scratch.options import from_json, to_json
 from vqa_scratch.run import load_run
 
@@ -63,9 +68,29 @@ def test_the_summary_has_its_keys(run):
 
 def test_every_file_of_the_run_folder_is_there(run):
     names = {p.name for p in run.iterdir()}
-    expected = "config.json model.safetensors metrics.jsonl summary.json curves.png samples.html checkpoints"
+    expected = (
+        "answers.json config.json model.safetensors metrics.jsonl summary.json curves.png samples.html checkpoints"
+    )
     assert names == set(expected.split()) | {"text_tokenizer", "decoder_tokenizer", "preprocessor_config.json"}
     assert (run / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_ranking_stands_beside_generation(run, data):
+    """Over the same questions, by hand: the candidate with the greatest log-probability, scored officially."""
+    summary, opened = json.loads((run / "summary.json").read_text()), load_run(run)
+    assert summary["generation_accuracy"] == summary["accuracy"]
+    candidates = json.loads((run / "answers.json").read_text())
+    assert summary["ranking_candidates"] == len(candidates)
+    samples = read_vqa(data, "test").samples
+    questions = Questions(samples, opened.encoder)
+    images = Images(questions.image_paths, opened.processor)
+    batches = questions.in_order(len(samples), 64)
+    precision = Precision(summary["precision"], torch.device("cpu"))
+    precision.suit_attention(opened.model)
+    ranked = rank_answers(opened.model, questions, images, precision, batches, candidates)
+    total = sum(vqa_accuracy(ranked[s.question_id][0].text, s.answers) for s in samples) / len(samples)
+    assert summary["ranking_questions"] == len(samples)
+    assert summary["ranking_accuracy"] == pytest.approx(total, abs=0.02)  # batches of another size round differently
 
 
 def test_the_gallery_shows_what_was_answered(run):

@@ -4,8 +4,10 @@ The prompt is the one its authors use for questions, "Question: {} Answer:" (Li 
 4.1), after the image and the start token. The answer ends at the end token of the checkpoint, which is a line break.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -16,7 +18,7 @@ from vqa_scratch.data.vqa_files import load_json
 from vqa_scratch.engine.evaluation import Answer
 from vqa_scratch.engine.precision import DTYPES, pick_precision
 from vqa_scratch.errors import UserError
-from vqa_scratch.generate import greedy
+from vqa_scratch.generate import GenerationOptions, generate
 from vqa_scratch.models.blip2 import Blip2
 from vqa_scratch.nn.memory import Memory
 from vqa_scratch.weights.files import resolve_folder
@@ -49,11 +51,14 @@ class ZeroShot:
         return ids
 
     @torch.no_grad()
-    def ask(self, image: Path, question: str | None, top: int | None = None) -> tuple[list[Answer], list[str]]:
-        """([the answer], [notes for the user: none]) to one question about one image file, greedily.
+    def ask(
+        self, image: Path, question: str | None, top: int | None = None, decoding: Mapping[str, Any] | None = None
+    ) -> tuple[list[Answer], list[str]]:
+        """([the answer], [notes for the user: none]) to one question about one image file.
 
-        Raises UserError for an image that cannot be read, for a question missing, empty or too long, and for a `top`:
-        there is no list of answers to score.
+        `decoding` are fields of `GenerationOptions`; without it decoding is greedy. Raises UserError for an image that
+        cannot be read, for a question missing, empty or too long, for options that contradict each other, and for a
+        `top`: there is no list of answers to score.
         """
         if question is None:
             raise UserError(f"{self.source} answers questions: give it --question")
@@ -62,14 +67,9 @@ class ZeroShot:
         ids = torch.tensor([self.prompt_ids(question)], device=self.device)
         pixels = self.processor(load_image(image))[None].to(self.device)
         end = self.model.config.language.eos_id
-        made = greedy(
-            self.model,
-            self.model.prompt(ids)[0],
-            None,
-            [Memory(self.model.encode_image(pixels))],
-            max_new_tokens=MAX_ANSWER_TOKENS,
-            eos_id=end,
-        )
+        options = GenerationOptions(**{"max_new_tokens": MAX_ANSWER_TOKENS, "eos_id": end} | dict(decoding or {}))
+        memory = [Memory(self.model.encode_image(pixels))]
+        made = generate(self.model, self.model.prompt(ids)[0], None, memory, options=options)
         length = int(made.lengths)
         said = made.ids[0, :length].tolist()
         text = self.tokenizer.decode(said).strip()

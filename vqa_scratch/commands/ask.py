@@ -1,11 +1,13 @@
 """`ask`: one question about one image file."""
 
+import inspect
 import sys
 from pathlib import Path
+from typing import Any
 
 import click
 
-from vqa_scratch.commands.line import FOLDER, open_run, where_to_compute
+from vqa_scratch.commands.line import FOLDER, decoding_flags, open_run, where_to_compute
 from vqa_scratch.engine.precision import pick_device
 from vqa_scratch.errors import UserError
 from vqa_scratch.zero_shot import open_zero_shot
@@ -17,6 +19,7 @@ from vqa_scratch.zero_shot import open_zero_shot
 @click.option("--image", type=FOLDER, required=True, help="Image file of any size that Pillow reads.")
 @click.option("--question", help="What to ask.")
 @click.option("--top", type=click.IntRange(min=1), help="So many answers, where the system scores a list of them.")
+@decoding_flags
 @where_to_compute
 def ask(
     run: Path | None,
@@ -26,6 +29,7 @@ def ask(
     top: int | None,
     device: str,
     precision: str,
+    **decoding: Any,
 ) -> None:
     """Ask the trained system in the folder RUN, or a released BLIP-2 (--model), about one image."""
     if (run is None) == (model is None):
@@ -34,7 +38,11 @@ def ask(
         system = open_run(run, device, precision)
     else:
         system = open_zero_shot(model, pick_device(device), precision)
-    answers, notes = system.ask(image, question, top)
+    decoding = {name: value for name, value in decoding.items() if value is not None}
+    if decoding and "decoding" not in inspect.signature(system.ask).parameters:
+        flag = next(iter(decoding)).replace("_", "-")
+        raise UserError(f"{run or model} does not take --{flag}: leave it out")
+    answers, notes = system.ask(image, question, top, **({"decoding": decoding} if decoding else {}))
     for note in notes:
         print(f"note: {note}", file=sys.stderr)
     for said in answers:

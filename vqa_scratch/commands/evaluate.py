@@ -15,7 +15,7 @@ from vqa_scratch.engine.evaluation import QuestionOnly, TypePrior, blind
 from vqa_scratch.errors import UserError
 from vqa_scratch.metrics import accuracy_by
 from vqa_scratch.storage import write_json
-from vqa_scratch.systems.base import Describes, Trained
+from vqa_scratch.systems.base import Describes, Ranks, Trained
 
 
 def blind_baselines(data: Path, samples: list[VQASample]) -> dict[str, float | None]:
@@ -55,6 +55,13 @@ def evaluation(run: Trained, data: Path, split: str, samples: list[VQASample], l
         "baselines": baselines,
         **run.figures(answers),
     }
+    if isinstance(run, Ranks):
+        ranked = run.ranking(samples, limit, progress="ranking")
+        chosen = {number: answer.text for number, answer in ranked.items()}
+        if chosen:
+            of_them = [s for s in samples if s.question_id in chosen]
+            figures["ranking_accuracy"] = accuracy_by(of_them, chosen).overall.accuracy
+            figures["ranking_questions"] = len(of_them)
     return figures, answers
 
 
@@ -73,6 +80,9 @@ def table(figures: dict[str, Any]) -> str:
         groups = figures[f"accuracy_by_{key}"].items()
         lines += [f"by {title}", *rows((name or "(none)", figures["counts"][key][name], a) for name, a in groups)]
     lines += ["blind baselines", *rows((k.replace("_", " "), None, v) for k, v in figures["baselines"].items())]
+    if "ranking_accuracy" in figures:
+        count, accuracy = figures["ranking_questions"], figures["ranking_accuracy"]
+        lines += ["chosen from the training answers", *rows([("first questions", count, accuracy)])]
     if "eos_rate" in figures:
         lines.append(
             f"answers that end by themselves {figures['eos_rate']:.4f}, "

@@ -46,6 +46,29 @@ def where_to_compute(command: Callable[..., None]) -> Callable[..., None]:
     return click.option("--device", type=devices, default="auto", show_default=True, help="Where to compute.")(command)
 
 
+def decoding_flags(command: Callable[..., None]) -> Callable[..., None]:
+    """The fields of `GenerationOptions` as flags; one that is not given arrives as None."""
+    flags = [
+        click.option("--do-sample", is_flag=True, default=None, help="Draw tokens at random instead of the likeliest."),
+        click.option("--temperature", type=float, help="Below 1 the likely becomes likelier (sampling)."),
+        click.option("--top-k", type=int, help="Draw from so many tokens (sampling)."),
+        click.option("--top-p", type=float, help="Draw from the tokens that have this much probability (sampling)."),
+        click.option("--seed", type=int, help="Seed of the sampling."),
+        click.option("--num-beams", type=int, help="Follow so many beginnings at once and take the best answer."),
+        click.option("--length-penalty", type=float, help="Above 1 favours long answers, below 1 short ones (beams)."),
+        click.option(
+            "--early-stopping/--no-early-stopping", default=None, help="Stop at as many answers as beams (beams)."
+        ),
+        click.option("--no-repeat-ngram-size", type=int, help="No sequence of so many tokens twice."),
+        click.option("--repetition-penalty", type=float, help="Above 1 makes tokens less likely that were there."),
+        click.option("--min-new-tokens", type=int, help="Tokens before the answer may end."),
+        click.option("--max-new-tokens", type=int, help="Tokens at most. [as trained]"),
+    ]
+    for flag in reversed(flags):
+        command = flag(command)
+    return command
+
+
 def open_run(folder: Path, device: str = "cpu", precision: str = "fp32") -> Trained:
     """`open_trained` for the values of the flags."""
     return open_trained(folder, pick_device(device), precision)

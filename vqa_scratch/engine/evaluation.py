@@ -4,21 +4,23 @@ Shapes: I images, B questions, A answer tokens.
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from vqa_scratch.data.batches import Encoder, Images, Questions, prefetch
 from vqa_scratch.data.images import ImageProcessor
 from vqa_scratch.data.vqa_v2 import VQASample
 from vqa_scratch.engine.precision import Precision
-from vqa_scratch.generate import greedy
+from vqa_scratch.generate import GenerationOptions, generate, rank
 from vqa_scratch.metrics import accuracy_by
 from vqa_scratch.models.reader import Reader
+from vqa_scratch.nn.memory import Memory
 
 AT_ONCE = 256  # samples in a batch that is only answered
 
@@ -33,25 +35,23 @@ class Answer:
     ended: bool  # by EOS, not by the limit on tokens
 
 
+Asked = Callable[[np.ndarray, Tensor, Tensor, list[Memory]], None]  # rows, prompt (B, P), its mask, memory
+
+
 @torch.no_grad()
-def answer_questions(
+def _ask(
     model: Reader,
     questions: Questions,
     images: Images,
     precision: Precision,
     batches: Sequence[np.ndarray],
-    *,
-    image_map: np.ndarray | None = None,
-    progress: str | None = None,
-) -> dict[int, Answer]:
-    """{question_id: Answer} for the rows in `batches`, greedily; each image is encoded once.
-
-    `image_map[i]` says which image is shown instead of image i; `progress` is the label of a bar, if one is wanted.
-    The model is left in the mode it came in.
-    """
+    image_map: np.ndarray | None,
+    progress: str | None,
+    work: Asked,
+) -> None:
+    """Call `work` for each of the batches, with all that the decoder reads; arguments as in `answer_questions`."""
     was_training = model.training
     model.eval()
-    encoder, result = questions.encoder, {}
 
     def ready() -> Any:
         for rows in batches:
@@ -64,23 +64,78 @@ def answer_questions(
             batch = batch.to(precision.device)
             with precision.autocast():
                 memory = model.memory(images.processor.normalize(batch.pixels), **batch.reading)
-                made = greedy(
-                    model.decoder,
-                    prompt.to(precision.device),
-                    prompt_mask.to(precision.device),
-                    memory,
-                    max_new_tokens=encoder.max_answer_tokens,
-                    eos_id=questions.eos_id,
-                )
-            totals = made.log_probs.sum(1).exp().tolist()
-            for row, ids, length, probability in zip(
-                rows, made.ids.tolist(), made.lengths.tolist(), totals, strict=True
-            ):
-                text = encoder.decoder.decode(ids[:length]).strip()
-                ended = ids[length - 1] == questions.eos_id
-                result[questions.samples[row].question_id] = Answer(text, probability, length, ended)
+                work(rows, prompt.to(precision.device), prompt_mask.to(precision.device), memory)
     finally:
         model.train(was_training)
+
+
+def answer_questions(
+    model: Reader,
+    questions: Questions,
+    images: Images,
+    precision: Precision,
+    batches: Sequence[np.ndarray],
+    *,
+    image_map: np.ndarray | None = None,
+    progress: str | None = None,
+    decoding: Mapping[str, Any] | None = None,
+) -> dict[int, Answer]:
+    """{question_id: Answer} for the rows in `batches`; each image is encoded once.
+
+    `image_map[i]` says which image is shown instead of image i; `progress` is the label of a bar, if one is wanted;
+    `decoding` are fields of `GenerationOptions`, beside the limit and the end token; without it decoding is greedy.
+    The model is left in the mode it came in. Raises UserError on options that contradict each other.
+    """
+    encoder, result = questions.encoder, {}
+    limits = {"max_new_tokens": encoder.max_answer_tokens, "eos_id": questions.eos_id}
+    options = GenerationOptions(**limits | dict(decoding or {}))
+
+    def work(rows: np.ndarray, prompt: Tensor, prompt_mask: Tensor, memory: list[Memory]) -> None:
+        made = generate(model.decoder, prompt, prompt_mask, memory, options=options)
+        totals = made.log_probs.sum(1).exp().tolist()
+        for row, ids, length, probability in zip(rows, made.ids.tolist(), made.lengths.tolist(), totals, strict=True):
+            text = encoder.decoder.decode(ids[:length]).strip()
+            ended = ids[length - 1] == questions.eos_id
+            result[questions.samples[row].question_id] = Answer(text, probability, length, ended)
+
+    _ask(model, questions, images, precision, batches, image_map, progress, work)
+    return result
+
+
+def common_answers(samples: Sequence[VQASample], limit: int | None = None) -> list[str]:
+    """The annotators' majority answers, the most frequent first, equally frequent ones in the order of the alphabet."""
+    counts = Counter(sample.answer for sample in samples)
+    return sorted(counts, key=lambda answer: (-counts[answer], answer))[:limit]
+
+
+def rank_answers(
+    model: Reader,
+    questions: Questions,
+    images: Images,
+    precision: Precision,
+    batches: Sequence[np.ndarray],
+    candidates: Sequence[str],
+    *,
+    top: int = 1,
+    image_map: np.ndarray | None = None,
+    progress: str | None = None,
+) -> dict[int, list[Answer]]:
+    """{question_id: the `top` best of the candidates, by log-probability} for the rows in `batches`.
+
+    The probability is that of writing the answer and then ending. Other arguments as in `answer_questions`.
+    Raises ValueError without candidates.
+    """
+    encoder, result = questions.encoder, {}
+    ids = [encoder.answer(candidate)[1:] for candidate in candidates]  # without the token that starts an answer
+
+    def work(rows: np.ndarray, prompt: Tensor, prompt_mask: Tensor, memory: list[Memory]) -> None:
+        best = rank(model.decoder, prompt, prompt_mask, memory, ids).topk(min(top, len(ids)))
+        for row, places, scores in zip(rows, best.indices.tolist(), best.values.exp().tolist(), strict=True):
+            result[questions.samples[row].question_id] = [
+                Answer(candidates[i], score, len(ids[i]), True) for i, score in zip(places, scores, strict=True)
+            ]
+
+    _ask(model, questions, images, precision, batches, image_map, progress, work)
     return result
 
 
@@ -94,6 +149,7 @@ def answer_samples(
     limit: int | None = None,
     shuffled: bool = False,
     progress: str | None = None,
+    decoding: Mapping[str, Any] | None = None,
 ) -> dict[int, Answer]:
     """`answer_questions` for about the first `limit` samples, in whole images; for all if `limit` is None.
 
@@ -103,7 +159,8 @@ def answer_samples(
     images = Images(questions.image_paths, processor)
     batches = questions.in_order(limit or len(samples), AT_ONCE)
     swap = other_images(len(images.paths)) if shuffled else None
-    return answer_questions(model, questions, images, precision, batches, image_map=swap, progress=progress)
+    options = {"image_map": swap, "progress": progress, "decoding": decoding}
+    return answer_questions(model, questions, images, precision, batches, **options)
 
 
 def other_images(count: int) -> np.ndarray:

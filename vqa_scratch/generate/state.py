@@ -12,6 +12,7 @@ import math
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from vqa_scratch.generate import cross
@@ -102,6 +103,8 @@ class StaticState:
         for layer, own in enumerate(cache):
             for kind, filled in enumerate(own.contents):
                 self.cached[layer, kind, :, :, : self.prompt] = filled
+        if mask is not None:  # what a decoder puts before its prompt, as BLIP-2 does its image, is always seen
+            mask = F.pad(mask, (self.prompt - mask.shape[1], 0), value=True)
         start = torch.full((self.groups,), self.prompt, device=k.device) if mask is None else mask.sum(1)
         self.positions = start.repeat_interleave(members)  # (R,) of the tokens to come
         self.seen = None  # (G, K, C), -inf where a member may not look

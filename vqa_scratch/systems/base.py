@@ -67,7 +67,8 @@ class Trained(Protocol):
     def ask(self, image: Path, question: str | None, top: int | None) -> tuple[list[Answer], list[str]]:
         """(answers, the best first; notes for the user) about one image file.
 
-        One answer for `top` None; `top` of them where the system scores a list of answers. Raises UserError for an
+        One answer for `top` None; `top` of them where the system scores a list of answers. A system that writes its
+        answers may take `decoding` as well, fields of `GenerationOptions` by name. Raises UserError for an
         image that cannot be read, for a question missing or not wanted, and for a `top` it cannot give.
         """
 
@@ -93,6 +94,16 @@ class Describes(Trained, Protocol):
 
     def describe(self, data: Path, split: str, limit: int | None) -> dict[str, Any]:
         """Figures of the captions of a split, or of about its first `limit` images, `baselines` among them."""
+
+
+@runtime_checkable
+class Ranks(Protocol):
+    """A finished run that can also choose an answer from a list of its own. Its `ask` takes a `top`."""
+
+    def ranking(
+        self, samples: Sequence[VQASample], limit: int | None, *, progress: str | None = None
+    ) -> dict[int, Answer]:
+        """The chosen answers by question id, to about the first `limit` samples or to as many as it affords."""
 
 
 @dataclass(frozen=True)

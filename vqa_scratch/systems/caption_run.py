@@ -1,6 +1,6 @@
 """A finished run of the captioner: how it is laid out, opened, asked, scored and exported."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -99,8 +99,10 @@ class TrainedCaptioner:
     encoder: Encoder
     processor: ImageProcessor
 
-    def ask(self, image: Path, question: str | None, top: int | None) -> tuple[list[Answer], list[str]]:
-        """A caption without a question, an answer with one."""
+    def ask(
+        self, image: Path, question: str | None, top: int | None, decoding: Mapping[str, Any] | None = None
+    ) -> tuple[list[Answer], list[str]]:
+        """A caption without a question, an answer with one; `decoding` as in `answer_questions`."""
         if top is not None:
             raise UserError(f"{self.folder} writes one text and ranks no list of them: leave out --top")
         if question is not None:
@@ -108,7 +110,7 @@ class TrainedCaptioner:
             question = check_question(question)
         cut = question is not None and len(self.encoder.prompt(question)) == self.encoder.max_question_tokens
         note = f"the question fills its {self.encoder.max_question_tokens} tokens; what is longer was not read"
-        said = self._say([VQASample(0, image, 0, question or "", "", "", (), "")])
+        said = self._say([VQASample(0, image, 0, question or "", "", "", (), "")], decoding=decoding)
         return [said[0]], [note] if cut else []
 
     def answer(
@@ -141,8 +143,9 @@ class TrainedCaptioner:
         *,
         shuffled: bool = False,
         progress: str | None = None,
+        decoding: Mapping[str, Any] | None = None,
     ) -> dict[int, Answer]:
-        options = {"limit": limit, "shuffled": shuffled, "progress": progress}
+        options = {"limit": limit, "shuffled": shuffled, "progress": progress, "decoding": decoding}
         return answer_samples(self.model, samples, self.encoder, self.processor, self.precision, **options)
 
     def export(self, folder: Path) -> list[str]:

@@ -19,6 +19,9 @@ from vqa_scratch.engine.gallery import write_gallery
 from vqa_scratch.engine.precision import Precision
 from vqa_scratch.engine.progress import moving_average
 
+# what answers: split, batches, image map, label of the bar -> answers by question id
+Answering = Callable[[str, Sequence[np.ndarray], np.ndarray | None, str | None], dict[int, Answer]]
+
 
 @dataclass(frozen=True)
 class Splits:
@@ -117,16 +120,23 @@ class QuestionJob(ABC):
         return [samples[row].question_id for row in batch.rows.tolist()]
 
     def report(
-        self, split: str, limit: int | None = None, *, shuffled: bool = False, progress: str | None = None
+        self,
+        split: str,
+        limit: int | None = None,
+        *,
+        shuffled: bool = False,
+        progress: str | None = None,
+        answers: Answering | None = None,
     ) -> Report:
         """Score a split, or about its first `limit` questions; `shuffled` shows every question another image.
 
-        Ranks take turns at the batches and put their answers together, so that all of them get the same report.
+        `answers` answers in place of `self.answers`. Ranks take turns at the batches and put their answers together, so
+        that all of them get the same report.
         """
         questions = self.questions[split]
         batches = questions.in_order(limit or len(questions.samples), 2 * self.config.questions_per_step)
         swap = other_images(len(questions.image_paths)) if shuffled else None
-        mine = self.answers(split, batches[self.world.rank :: self.world.size], swap, progress)
+        mine = (answers or self.answers)(split, batches[self.world.rank :: self.world.size], swap, progress)
         answers = {number: answer for some in self.world.gather(mine) for number, answer in some.items()}
         return score(questions.samples, answers, self.splits.family)
 

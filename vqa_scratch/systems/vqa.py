@@ -16,22 +16,23 @@ from torch import Tensor
 from vqa_scratch.config import TrainConfig
 from vqa_scratch.data.batches import Batch, Encoder, Images, Questions
 from vqa_scratch.data.images import ImageProcessor
-from vqa_scratch.data.text import Tokenizer, check_question, train_bpe, train_wordpiece
+from vqa_scratch.data.text import Tokenizer, train_bpe, train_wordpiece
 from vqa_scratch.data.vqa_v2 import VQASample
-from vqa_scratch.engine.evaluation import Answer, answer_questions, answer_samples
+from vqa_scratch.engine.evaluation import Answer, answer_questions, common_answers, rank_answers
 from vqa_scratch.engine.precision import Precision
-from vqa_scratch.errors import UserError
 from vqa_scratch.models.bert import Bert, BertConfig
 from vqa_scratch.models.gpt2 import GPT2, GPT2Config
 from vqa_scratch.models.reader import labelled_loss
 from vqa_scratch.models.stem import ConvStem
 from vqa_scratch.models.vit import ViT, ViTConfig
 from vqa_scratch.models.vqa import VQAModel
-from vqa_scratch.run import Run, encoder_for, open_run, save_parts
+from vqa_scratch.run import encoder_for, save_parts
+from vqa_scratch.storage import write_json
 from vqa_scratch.systems.base import System, seed_everything
 from vqa_scratch.systems.questions import QuestionJob, Splits, read_splits
-from vqa_scratch.systems.vqa_export import export_run
+from vqa_scratch.systems.vqa_run import ANSWERS, open_trained, ranked_questions
 
+CANDIDATES = 1000  # the most frequent training answers, which the model can also choose from
 IMAGE_SIZE = 64  # pixels a side, of the embedded towers
 VOCABULARY = 512  # tokens at most, of the embedded tokenizers
 DISTILBERT = BertConfig(layout="distilbert", layers=6, token_types=0)  # distilbert-base-uncased
@@ -150,6 +151,7 @@ class VQATask(QuestionJob):
         questions = {name: Questions(samples, encoder) for name, samples in splits.samples.items()}
         images = {name: Images(q.image_paths, processor) for name, q in questions.items()}
         super().__init__(config, model, splits, questions, images, precision)
+        self.candidates = common_answers(splits.samples["train"], CANDIDATES)
         # torch.compile wraps the forward pass alone, so that checkpoints keep the plain names.
         self.hidden = torch.compile(model.hidden, dynamic=True) if config.compile else model.hidden
 
@@ -186,49 +188,45 @@ class VQATask(QuestionJob):
 
     def save_parts(self, folder: Path) -> None:
         save_parts(folder, self.config, self.model, self.encoder, self.processor)
+        write_json(folder / ANSWERS, self.candidates)
+
+    def ranked(
+        self, split: str, batches: Sequence[np.ndarray], image_map: np.ndarray | None, progress: str | None
+    ) -> dict[int, Answer]:
+        """The best of the training answers to the rows in `batches`; arguments as in `answers`."""
+        found = rank_answers(
+            self.model,
+            self.questions[split],
+            self.images[split],
+            self.precision,
+            batches,
+            self.candidates,
+            image_map=image_map,
+            progress=progress,
+        )
+        return {number: best for number, (best,) in found.items()}
 
     def finish(self, folder: Path) -> dict[str, Any]:
-        return super().finish(folder) | {"fusion": self.config.fusion}
+        """The figures of every system that answers questions, and how well it chooses among the training answers."""
+        figures = super().finish(folder)
+        ranking = self.report("test", ranked_questions(len(self.candidates)), progress="ranking", answers=self.ranked)
+        chosen = {
+            "ranking_accuracy": ranking.accuracy,
+            "ranking_questions": len(ranking.answers),
+            "ranking_candidates": len(self.candidates),
+        }
+        return figures | {"generation_accuracy": figures["accuracy"], **chosen, "fusion": self.config.fusion}
+
+    def lines(self, summary: dict[str, Any]) -> list[str]:
+        figures, among, over = (summary[f"ranking_{name}"] for name in ("accuracy", "candidates", "questions"))
+        line = f"ranking_accuracy     {figures} (the best of {among} answers, first {over} questions)"
+        return [*super().lines(summary), line]
 
 
 def prepare(config: TrainConfig, precision: Precision) -> VQATask:
     """Read the data and build the model. Raises UserError where either cannot be had."""
     splits = read_splits(config)
     return VQATask(config, *build_system(config, splits.samples["train"]), splits, precision)
-
-
-class TrainedVQA(Run):
-    """A finished run, for the commands."""
-
-    def ask(self, image: Path, question: str | None, top: int | None) -> tuple[list[Answer], list[str]]:
-        if question is None:
-            raise UserError(f"{self.folder} answers questions: give it --question")
-        if top is not None:
-            raise UserError(f"{self.folder} writes one answer and ranks no list of them: leave out --top")
-        cut_before, limit = self.encoder.cut["questions"], self.encoder.max_question_tokens
-        sample = VQASample(0, image, 0, check_question(question), "", "", (), "")
-        said = self.answer([sample], None)[0]
-        cut = self.encoder.cut["questions"] > cut_before
-        return [said], [f"the question is longer than {limit} tokens; only its beginning was read"] if cut else []
-
-    def answer(
-        self, samples: Sequence[VQASample], limit: int | None, *, shuffled: bool = False, progress: str | None = None
-    ) -> dict[int, Answer]:
-        options = {"limit": limit, "shuffled": shuffled, "progress": progress}
-        return answer_samples(self.model, samples, self.encoder, self.processor, self.precision, **options)
-
-    def figures(self, answers: dict[int, Answer]) -> dict[str, float]:
-        return {
-            "eos_rate": sum(a.ended for a in answers.values()) / len(answers),
-            "mean_answer_tokens": sum(a.tokens for a in answers.values()) / len(answers),
-        }
-
-    def export(self, folder: Path) -> list[str]:
-        return export_run(self, folder)
-
-
-def open_trained(folder: Path, values: dict[str, Any], config: TrainConfig, precision: Precision) -> TrainedVQA:
-    return TrainedVQA(**vars(open_run(folder, values, config, precision)))
 
 
 VQA = System("vqa", TrainConfig, prepare, open_trained)
