@@ -1,6 +1,7 @@
 """Compare with what one would run otherwise:  python -m bench train-step [--all --write]"""
 
 import sys
+from dataclasses import replace
 
 import click
 
@@ -8,6 +9,7 @@ from bench import attention, logprob, loss_head, taps, train_step
 from bench.results import command_given, present
 from bench.sides import SIDES, Case
 from vqa_scratch.commands.line import NearGroup, call
+from vqa_scratch.engine.precision import pick_device
 from vqa_scratch.errors import UserError
 from vqa_scratch.options import NearChoice, run_program
 
@@ -16,24 +18,35 @@ from vqa_scratch.options import NearChoice, run_program
 @click.option("--precision", type=NearChoice(("fp32", "bf16")), default="fp32", show_default=True, help="Arithmetic.")
 @click.option("--questions", type=click.IntRange(1), default=8, show_default=True, help="Questions of a step.")
 @click.option("--images", type=click.IntRange(1), default=8, show_default=True, help="Images of a step.")
+@click.option("--device", type=NearChoice(("cpu", "cuda")), default="cpu", show_default=True, help="Where to run.")
 @click.option("--rounds", type=click.IntRange(1), help="Turns of each side. [5; 3 with 40 questions]")
 @click.option("--all", "every", is_flag=True, help="The four cases of the table: fp32 and bf16, 8 and 40 questions.")
 @click.option("--side", type=NearChoice(tuple(SIDES)), help="Run this side alone: its time and peak memory.")
 @click.option("--write", is_flag=True, help="Put the table into bench/RESULTS.md.")
 def train_step_command(
-    precision: str, questions: int, images: int, rounds: int | None, every: bool, side: str | None, write: bool
+    precision: str,
+    questions: int,
+    images: int,
+    device: str,
+    rounds: int | None,
+    every: bool,
+    side: str | None,
+    write: bool,
 ) -> None:
     """One training step at the book's sizes against the same model assembled from transformers."""
     if questions % images:
         raise UserError(f"--questions {questions} do not divide among --images {images}")
-    case = Case(precision, questions, images)
+    pick_device(device)
+    case = Case(precision, questions, images, device=device)
     if side is not None:
         if every or write:
             raise UserError("--side runs one side alone; it goes with neither --all nor --write")
         print(train_step.run_alone(side, case, rounds or train_step.ROUNDS.get(questions, 3)))
         return
-    text = train_step.run(train_step.CASES if every else [case], rounds, command_given())
-    present("train-step", text, write)
+    cases = [replace(c, device=device) for c in train_step.CASES] if every else [case]
+    present(
+        "train-step" if device == "cpu" else "train-step-gpu", train_step.run(cases, rounds, command_given()), write
+    )
 
 
 @click.command("taps")

@@ -52,7 +52,7 @@ bench "attention" 100 attention
 bench "fused loss, bf16" 40 loss-head --device cuda --precision bf16 --tokens 8192 --rounds 3
 bench "log-probability and entropy" 20 logprob
 bench "decoding" 60 decode --device cuda
-bench "training step" 60 train-step --device cuda --precision bf16 --rounds 3
+bench "training step" 120 train-step --device cuda --precision bf16 --questions 64 --images 64 --rounds 3
 
 printf '\n%s s in all' "$SECONDS"
 if [ ${#failed[@]} -gt 0 ]; then

@@ -19,13 +19,6 @@ GOAL = 0.75
 CASES = [(8192, 151936), (8192, 50257), (16384, 32128)]
 
 
-def copy_rate(gigabytes: float = 2.0) -> float:
-    """Bytes a second, read plus written, of a large copy."""
-    source = torch.empty(int(gigabytes * 1e9), dtype=torch.uint8, device="cuda")
-    target = torch.empty_like(source)
-    return 2 * source.nbytes / seconds_of(lambda: target.copy_(source))
-
-
 def row(count: int, vocabulary: int, rate: float) -> list[str]:
     """One line of the table."""
     columns = -(-vocabulary // 64) * 64
@@ -51,7 +44,7 @@ def run(command: str) -> str:
     """The section of the results file."""
     head = ["bf16 logits", "ours", "read at", "of a copy's rate", "plain", "ours is faster by"]
     if torch.cuda.is_available():
-        rate = copy_rate()
+        rate = timing.copy_gb_per_second(device="cuda") * 1e9
         lines = [row(*case, rate) for case in CASES]
         hardware = f"{torch.cuda.get_device_name()}, a copy at {rate / 1e9:.0f} GB/s"
     else:

@@ -22,10 +22,10 @@ from torch import Tensor
 import kernels
 from bench import processes, results, timing
 from bench.processes import Contestant
+from vqa_scratch.engine.precision import DTYPES
 from vqa_scratch.errors import UserError
 
 MEMORY_GOAL = 0.35  # of the plain way's peak
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # Relative difference of a gradient from the plain one, in the 2-norm. fp32: sums in another order; bf16: the gradient
 # of the logits and the sums over chunks are rounded at other places, 2**-9 each.
 TOLERANCE = {"fp32": 1e-5, "bf16": 2e-2}
@@ -126,9 +126,7 @@ class Side:
 
     def peak(self) -> float:
         """GB beyond what there was before the inputs."""
-        if self.case.device != "cpu":
-            return torch.cuda.max_memory_allocated() / 1e9
-        return timing.peak_memory_gb() - self.before
+        return timing.peak_memory_gb() - (self.before if self.case.device == "cpu" else 0.0)
 
 
 def difference(folder: Path, side: str) -> float:
@@ -177,7 +175,6 @@ def run(case: Case, rounds: int, command: str) -> str:
         rows.append([side, spread.text(4), f"{spread.median / bare.median:.2f}", faster, f"{memory[side]:.2f}", share])
     head = ["way", "seconds", "of the bare products", "ours is faster by", "peak GB", "of plain"]
     sizes = f"{case.tokens} tokens, width {case.width}, vocabulary {case.vocabulary:,}, {case.precision}"
-    hardware = timing.machine() if case.device == "cpu" else torch.cuda.get_device_name()
     lines = [
         f"## Loss head: {sizes}, on the {case.device.upper()}",
         "",
@@ -187,6 +184,7 @@ def run(case: Case, rounds: int, command: str) -> str:
         results.table(head, rows),
         "",
         *(f"- {line}." for line in said.values()),
-        f"- {hardware}. torch {torch.__version__}. Commit {timing.commit(Path(__file__).parent)}. `{command}`",
+        f"- {timing.machine(case.device)}. torch {torch.__version__}. Commit {timing.commit(Path(__file__).parent)}. "
+        f"`{command}`",
     ]
     return "\n".join(lines)

@@ -26,7 +26,6 @@ from vqa_scratch.models.reader import labelled_loss
 from vqa_scratch.models.vit import ViT
 from vqa_scratch.models.vqa import VQAModel
 
-CPU = torch.device("cpu")
 MAX_GRAD_NORM = 1.0  # the default of both
 
 
@@ -39,6 +38,7 @@ class Case:
     images: int = 8
     question_tokens: int = 16
     answer_tokens: int = 8
+    device: str = "cpu"
 
     def __post_init__(self) -> None:
         if self.questions % self.images:
@@ -46,7 +46,13 @@ class Case:
 
     @property
     def name(self) -> str:
-        return f"{self.precision}, {self.questions} questions, {self.images} images"
+        where = "" if self.device == "cpu" else ", on the GPU"
+        return f"{self.precision}, {self.questions} questions, {self.images} images{where}"
+
+    @property
+    def steps(self) -> int:
+        """Steps of a turn: a GPU takes several before anyone waits for it."""
+        return 1 if self.device == "cpu" else 10
 
     def batch(self, image_size: int, text_vocabulary: int, decoder_vocabulary: int) -> Batch:
         """Random pixels and tokens, the same at every call; all tokens real, all answer tokens labelled."""
@@ -74,6 +80,12 @@ def gradients_as_weights(model: nn.Module) -> Iterator[None]:
         parameter.data = data
 
 
+def wait(device: str) -> None:
+    """Until the device has done what it was given."""
+    if device != "cpu":
+        torch.cuda.synchronize()
+
+
 class Ours:
     """This project's model under mean fusion, its loop and its optimizer, set up as train.py does."""
 
@@ -83,7 +95,8 @@ class Ours:
         self.model = VQAModel(**towers, fusion="mean").train()
         projections = load_file(folder / "projections.safetensors")
         self.model.load_state_dict(projections, strict=False)
-        self.precision = Precision(case.precision, CPU)
+        self.model.to(case.device)
+        self.precision = Precision(case.precision, torch.device(case.device))
         self.precision.suit_attention(self.model)
         self.optimizers = Optimizers(
             self.model,
@@ -104,7 +117,8 @@ class Ours:
             eval_every=1,
             save_every=1,
         )
-        self.data = case.batch(towers["image"].config.image_size, *(towers[t].config.vocab_size for t in TEXTS))
+        batch = case.batch(towers["image"].config.image_size, *(towers[t].config.vocab_size for t in TEXTS))
+        self.case, self.data = case, batch.to(torch.device(case.device))
 
     def size(self, batch: Batch) -> tuple[int, int]:
         """What the loop asks of a task."""
@@ -134,22 +148,30 @@ class Ours:
         self.optimizers.zero_grad()
         return loss.item()
 
+    def turn(self) -> None:
+        """The case's number of training steps."""
+        for _ in range(self.case.steps):
+            self.step()
+        wait(self.case.device)
+
     def step(self) -> None:
         """One step of training."""
         train_step(self, self.data, self.optimizers, self.precision, self.plan)
 
 
 class Peer:
-    """The model assembled from `transformers`, trained as its Trainer would."""
+    """The model assembled from `transformers`, trained as its Trainer would; on a GPU through `torch.compile`."""
 
     def __init__(self, folder: Path, case: Case) -> None:
         from bench.peers import TransformersVQA, adamw
 
-        self.model = TransformersVQA.from_pretrained(folder).train()
+        self.model = TransformersVQA.from_pretrained(folder).train().to(case.device)
+        self.forward = self.model if case.device == "cpu" else torch.compile(self.model)
         self.optimizer = adamw(self.model)
         self.case = case
         configs = {name: getattr(self.model, name).config for name in TOWERS}
         batch = case.batch(configs["image"].image_size, *(configs[text].vocab_size for text in TEXTS))
+        batch = batch.to(torch.device(case.device))
         self.inputs = (
             batch.pixels[batch.image_index],
             batch.input_ids,
@@ -159,7 +181,7 @@ class Peer:
         )
 
     def autocast(self):
-        return torch.autocast("cpu", dtype=torch.bfloat16) if self.case.precision == "bf16" else nullcontext()
+        return torch.autocast(self.case.device, torch.bfloat16) if self.case.precision == "bf16" else nullcontext()
 
     def gradients(self, folder: Path, *, fp32: bool = False) -> float:
         """The loss, its gradients saved to `folder` as a checkpoint would be."""
@@ -174,7 +196,7 @@ class Peer:
     def step(self) -> None:
         """One step of training."""
         with self.autocast():
-            loss = self.model(*self.inputs)
+            loss = self.forward(*self.inputs)
         loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), MAX_GRAD_NORM)
         self.optimizer.step()
@@ -186,6 +208,12 @@ class Peer:
         group["fused"] = True
         self.step()
         group["fused"] = None
+
+    def turn(self, fused: bool = False) -> None:
+        """The case's number of training steps."""
+        for _ in range(self.case.steps):
+            self.fused_step() if fused else self.step()
+        wait(self.case.device)
 
 
 TOWERS = {"image": ViT, "text": Bert, "decoder": GPT2}

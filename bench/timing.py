@@ -17,7 +17,8 @@ from typing import Self
 
 import torch
 
-PRODUCT = (1576, 768, 3072)  # 8 images x 197 tokens, through the first linear map of an MLP of width 768
+# On a CPU 8 images x 197 tokens, through the first linear map of an MLP of width 768; on a GPU what fills it.
+PRODUCT = {"cpu": (1576, 768, 3072), "cuda": (8192, 8192, 8192)}
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,12 @@ def speedup(ours: list[float], theirs: list[float]) -> Spread:
     return Spread(statistics.median(theirs) / statistics.median(ours), rounds.low, rounds.high, rounds.count)
 
 
-def _best_seconds(work: Callable[[], object], seconds: float) -> float:
+def _best_seconds(given: Callable[[], object], seconds: float, device: str) -> float:
+    def work() -> None:
+        given()
+        if device != "cpu":
+            torch.cuda.synchronize()
+
     work()
     best, until = float("inf"), time.perf_counter() + seconds
     while time.perf_counter() < until:
@@ -76,20 +82,22 @@ def _best_seconds(work: Callable[[], object], seconds: float) -> float:
     return best
 
 
-def matmul_gflops(dtype: torch.dtype, seconds: float = 1.0) -> float:
-    """The best rate of a 1576 x 768 x 3072 product in that type on this machine's CPU, in 1e9 operations a second."""
-    rows, inner, columns = PRODUCT
-    x, w = torch.randn(rows, inner, dtype=dtype), torch.randn(columns, inner, dtype=dtype)
+def matmul_gflops(dtype: torch.dtype, seconds: float = 1.0, device: str = "cpu") -> float:
+    """The best rate of the device's `PRODUCT` in that type, in 1e9 operations a second."""
+    rows, inner, columns = PRODUCT[device]
+    x = torch.randn(rows, inner, dtype=dtype, device=device)
+    w = torch.randn(columns, inner, dtype=dtype, device=device)
     with torch.no_grad():
-        best = _best_seconds(lambda: torch.nn.functional.linear(x, w), seconds)
+        best = _best_seconds(lambda: torch.nn.functional.linear(x, w), seconds, device)
     return 2 * rows * inner * columns / best / 1e9
 
 
-def copy_gb_per_second(megabytes: int = 256, seconds: float = 1.0) -> float:
+def copy_gb_per_second(megabytes: int | None = None, seconds: float = 1.0, device: str = "cpu") -> float:
     """The best rate of a copy that fits no cache, bytes read plus bytes written, in 1e9 a second."""
-    source = torch.ones(megabytes * 2**18)
+    megabytes = megabytes or (256 if device == "cpu" else 2048)
+    source = torch.ones(megabytes * 2**18, device=device)
     target = torch.empty_like(source)
-    best = _best_seconds(lambda: target.copy_(source), seconds)
+    best = _best_seconds(lambda: target.copy_(source), seconds, device)
     return 2 * source.nbytes / best / 1e9
 
 
@@ -102,10 +110,12 @@ def held_memory_gb() -> float:
 
 
 def peak_memory_gb() -> float:
-    """The most memory this process has held at once, in 1e9 bytes.
+    """The most memory this process has held at once, in 1e9 bytes; of the GPU's, if it has used one.
 
     On Linux from the process itself: what `getrusage` says there starts at the size of the program that started it.
     """
+    if torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated() / 1e9
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
         return int(next(line.split()[1] for line in lines if line.startswith("VmHWM:"))) * 1024 / 1e9
@@ -127,8 +137,10 @@ def processor_name() -> str:
     return " ".join([fields.get("model name", platform.machine()), *([f"({', '.join(flags)})"] if flags else [])])
 
 
-def machine() -> str:
+def machine(device: str = "cpu") -> str:
     """Hardware and threads, one line."""
+    if device != "cpu":
+        return torch.cuda.get_device_name()
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
     return f"{processor_name()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, {memory:.0f} GB of memory"
 

@@ -141,8 +141,8 @@ def test_sections_are_replaced_not_repeated(tmp_path):
 
 
 def test_the_whole_run_at_small_sizes(monkeypatch):
-    monkeypatch.setattr(timing, "matmul_gflops", lambda dtype: 100.0)
-    monkeypatch.setattr(timing, "copy_gb_per_second", lambda: 10.0)
+    monkeypatch.setattr(timing, "matmul_gflops", lambda dtype, device: 100.0)
+    monkeypatch.setattr(timing, "copy_gb_per_second", lambda device: 10.0)
     text = train_step.run([Case("fp32", 4, 2, 5, 3)], 2, "the command", SIZES)
     row = next(line for line in text.splitlines() if line.startswith("| fp32"))
     assert re.search(r"\*\*\d+\.\d\dx\*\*", row) and "3.5x" in row and "not timed" in row

@@ -23,6 +23,8 @@ class Here:
         self.side, self.built = side, build(*arguments)
 
     def ask(self, name, *arguments, **options):
+        if name == "peak":  # of all sides together
+            return 0.5, 1.0
         return 0.5, getattr(self.built, name)(*arguments, **options)
 
 
