@@ -128,6 +128,7 @@ class TrainConfig(QuestionConfig):
     )
     question_prompt: bool = option(False, "Give the question to the decoder as a prompt too, before the answer.")
     freeze: str = option("nothing", "Part whose weights stay; a decoder's cross-attention always trains.", FREEZE)
+    feature_cache: bool = option(False, "Compute what frozen encoders make of their inputs once, into --cache.")
     width: int = option(128, "Width of all three towers (embedded towers).")
     heads: int = option(4, "Attention heads (embedded towers).")
     image_layers: int = option(3, "Layers of the image tower (embedded towers).")
@@ -146,6 +147,11 @@ class TrainConfig(QuestionConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.feature_cache and not self.resume and self.freeze in ("nothing", "decoder"):
+            raise UserError(
+                f"--feature-cache keeps the output of frozen encoders, and --freeze {self.freeze} freezes none; "
+                "give --freeze encoders, image_encoder, text_encoder or all"
+            )
         if self.preset == "book" and self.data is None and not self.resume:
             raise UserError("--preset book needs --data, the folder with the VQA v2 files")
 

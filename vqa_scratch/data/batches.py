@@ -30,8 +30,8 @@ Item = TypeVar("Item")
 class Batch:
     """What the model takes. Padding is on the right and known by `attention_mask`, never by id."""
 
-    pixels: Tensor  # (I, H, W, 3) uint8; the processor's `normalize` makes pixel_values of them
-    input_ids: Tensor | None  # (B, T); None where no text tower reads the question
+    pixels: Tensor  # (I, H, W, 3) uint8, or what a frozen tower made of them; `Images.inputs` makes model inputs of it
+    input_ids: Tensor | None  # (B, T), or a frozen text tower's states (B, T, D); None without a text tower
     attention_mask: Tensor | None  # (B, T) bool
     decoder_input_ids: Tensor  # (B, A): the prompt if there is one, BOS, the answer
     labels: Tensor  # (B, A): the next token up to EOS, IGNORE elsewhere
@@ -193,6 +193,7 @@ class Questions:
         if not samples:
             raise ValueError("no samples")
         self.samples, self.encoder = list(samples), encoder
+        self.states: Callable[[np.ndarray], tuple[Tensor, Tensor]] | None = None  # a frozen text tower's, if kept
         self.ids = Ragged(_encode_unique([s.question for s in samples], encoder.question))
         self.prompts = Ragged(_encode_unique([s.question for s in samples], encoder.prompt))
         self.answers = Ragged(_encode_unique([s.answer for s in samples], encoder.answer))
@@ -222,9 +223,11 @@ class Questions:
         return torch.from_numpy(np.concatenate([ids, bos], 1)), torch.from_numpy(mask)
 
     def _question(self, rows: np.ndarray) -> tuple[Tensor | None, Tensor | None]:
-        """ids (B, T) and mask (B, T) for the text tower; None without one."""
+        """ids (B, T) and mask (B, T) for the text tower, or its states (B, T, D) in their place; None without one."""
         if self.encoder.text is None:
             return None, None
+        if self.states is not None:
+            return self.states(rows)
         ids, lengths = self.ids.padded(rows, self.encoder.text.pad_id or 0)
         return torch.from_numpy(ids), torch.from_numpy(np.arange(ids.shape[1]) < lengths[:, None])
 
@@ -251,7 +254,7 @@ class Questions:
             labels[row, p : p + a - 1] = answers[row, 1:a]
         shown = image_of[first] if image_map is None else image_map[image_of[first]]
         return Batch(
-            pixels=torch.from_numpy(np.array(images[shown])),
+            pixels=images.batch(shown),
             input_ids=ids,
             attention_mask=mask,
             decoder_input_ids=torch.from_numpy(decoder),

@@ -4,15 +4,17 @@ Shapes: I images of H x W pixels.
 """
 
 import hashlib
-import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from vqa_scratch.data.images import ImageProcessor, load_image
+from vqa_scratch.data.mapped import mapped_array
 from vqa_scratch.errors import UserError
 
 
@@ -38,32 +40,30 @@ class Images:
         with ThreadPoolExecutor(self.workers) as pool:  # decoding leaves Python's lock
             return np.stack(list(pool.map(self.read, positions)))
 
-    def cache_in(self, folder: Path, *, progress: bool = True) -> None:
-        """Write all images once to a file below `folder` and map it; a finished file is found again by its name.
+    def batch(self, positions: Sequence[int]) -> Tensor:
+        """What a batch holds of these images: (I, H, W, 3) uint8."""
+        return torch.from_numpy(np.require(self[positions], requirements="W"))
 
-        The name hashes the preprocessing and every path with its size and time, so changed images make a new file.
-        """
+    def inputs(self, batch: Tensor) -> Tensor:
+        """What the model takes, from what `batch` holds, on its device: pixel values (I, 3, H, W)."""
+        return self.processor.normalize(batch)
+
+    def digest(self) -> str:
+        """A hash of the preprocessing and of every path with its size and time: changed images have another."""
         key = hashlib.blake2b(repr(self.processor.to_hf()).encode(), digest_size=12)
         for path in self.paths:
             stat = path.stat()
             key.update(f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}\n".encode())
-        target = folder / f"images-{key.hexdigest()}.npy"
-        if not target.exists():
-            folder.mkdir(parents=True, exist_ok=True)
-            unfinished = target.with_suffix(f".{os.getpid()}.tmp")
-            height, width = self.processor.output_size
-            try:
-                with open(unfinished, "wb") as file:
-                    header = {"descr": "|u1", "fortran_order": False, "shape": (len(self.paths), height, width, 3)}
-                    np.lib.format.write_array_header_1_0(file, header)
-                    with ThreadPoolExecutor(self.workers) as pool:
-                        images = pool.map(self.read, range(len(self.paths)))
-                        bar = tqdm(images, "reading images", len(self.paths), unit="image", disable=not progress)
-                        for image in bar:
-                            file.write(image.tobytes())
-                os.replace(unfinished, target)
-            except OSError as error:
-                raise UserError(f"cannot write {target}: {error.strerror}; --no-image-cache does without it") from error
-            finally:
-                unfinished.unlink(missing_ok=True)
-        self.cached = np.load(target, mmap_mode="r")
+        return key.hexdigest()
+
+    def cache_in(self, folder: Path, *, progress: bool = True) -> None:
+        """Write all images once to a file below `folder` and map it; a finished file is found again by its name."""
+
+        def blocks() -> Iterator[np.ndarray]:
+            with ThreadPoolExecutor(self.workers) as pool:
+                images = pool.map(self.read, range(len(self.paths)))
+                yield from tqdm(images, "reading images", len(self.paths), unit="image", disable=not progress)
+
+        shape = (len(self.paths), *self.processor.output_size, 3)
+        path = folder / f"images-{self.digest()}.npy"
+        self.cached = mapped_array(path, shape, np.uint8, blocks, "--no-image-cache")

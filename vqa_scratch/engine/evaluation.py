@@ -63,7 +63,7 @@ def _ask(
         ):
             batch = batch.to(precision.device)
             with precision.autocast():
-                memory = model.memory(images.processor.normalize(batch.pixels), **batch.reading)
+                memory = model.memory(images.inputs(batch.pixels), **batch.reading)
                 work(rows, prompt.to(precision.device), prompt_mask.to(precision.device), memory)
     finally:
         model.train(was_training)

@@ -108,22 +108,31 @@ class VQAModel(Reader):
         stem = "conv" if isinstance(self.image.patch_embed, ConvStem) else "linear"
         return VQAConfig(self.image.config, self.text.config, self.decoder.config, self.fusion, stem)
 
-    def encode_image(self, pixel_values: Tensor) -> Tensor:
-        """(I, C, H, W) -> (I, N, D) in the decoder's width; under `mean` fusion their average alone, (I, 1, D).
+    def image_states(self, pixel_values: Tensor) -> Tensor:
+        """(I, C, H, W) -> (I, N, image width): all of the image tower that is read; under `mean` the average, N = 1.
 
         Raises ValueError on NaN or infinite pixels.
         """
         check_finite("pixel_values", pixel_values)
         states = self.image(pixel_values)
-        if self.fusion == "mean":  # the projection of an average is the average of the projections
-            return self.image_projection(states.mean(1, keepdim=True))
-        return self.image_projection(states) + resize_positions(
-            self.places, self.image.config.grid, self.image.patches_of(pixel_values)
+        # The projection of an average is the average of the projections.
+        return states.mean(1, keepdim=True) if self.fusion == "mean" else states
+
+    def encode_image(self, pixel_values: Tensor) -> Tensor:
+        """(I, C, H, W) -> (I, N, D) in the decoder's width. Takes what `image_states` gives as well (usual size)."""
+        known = pixel_values.ndim == 3
+        projected = self.image_projection(pixel_values if known else self.image_states(pixel_values))
+        if self.fusion == "mean":
+            return projected
+        grid = self.image.config.grid
+        return projected + resize_positions(
+            self.places, grid, (grid, grid) if known else self.image.patches_of(pixel_values)
         )
 
     def encode_text(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
-        """(B, T) -> (B, T, D) in the decoder's width."""
-        return self.text_projection(self.text(input_ids, attention_mask))
+        """(B, T) -> (B, T, D) in the decoder's width. Takes the text tower's states (B, T, text width) as well."""
+        states = input_ids if input_ids.is_floating_point() else self.text(input_ids, attention_mask)
+        return self.text_projection(states)
 
     def fuse(
         self, image: Tensor, text: Tensor, attention_mask: Tensor | None, image_index: Tensor | None = None

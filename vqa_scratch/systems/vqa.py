@@ -29,6 +29,7 @@ from vqa_scratch.models.vqa import VQAModel
 from vqa_scratch.run import encoder_for, save_parts
 from vqa_scratch.storage import write_json
 from vqa_scratch.systems.base import System, seed_everything
+from vqa_scratch.systems.features import keep_features
 from vqa_scratch.systems.questions import QuestionJob, Splits, read_splits
 from vqa_scratch.systems.vqa_run import ANSWERS, open_trained, ranked_questions
 
@@ -152,6 +153,8 @@ class VQATask(QuestionJob):
         images = {name: Images(q.image_paths, processor) for name, q in questions.items()}
         super().__init__(config, model, splits, questions, images, precision)
         self.candidates = common_answers(splits.samples["train"], CANDIDATES)
+        if config.feature_cache:
+            keep_features(self)
         # torch.compile wraps the forward pass alone, so that checkpoints keep the plain names.
         self.hidden = torch.compile(model.hidden, dynamic=True) if config.compile else model.hidden
 
@@ -170,7 +173,7 @@ class VQATask(QuestionJob):
 
     def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         hidden = self.hidden(
-            self.processor.normalize(batch.pixels),
+            self.images["train"].inputs(batch.pixels),
             batch.input_ids,
             batch.attention_mask,
             batch.decoder_input_ids,

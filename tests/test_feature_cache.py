@@ -1,0 +1,221 @@
+"""--feature-cache: what a frozen encoder said is kept on disk, and gives the losses and answers of running it again."""
+
+import errno
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from vqa_helpers import CPU, small_config, small_data, small_flags, small_task
+
+import train
+from vqa_scratch.data import mapped
+from vqa_scratch.data.mapped import mapped_array
+from vqa_scratch.engine.precision import Precision
+from vqa_scratch.errors import UserError
+from vqa_scratch.systems import questions as system_questions
+from vqa_scratch.systems.features import keep_features
+from vqa_scratch.systems.questions import read_splits
+from vqa_scratch.systems.vqa import VQATask
+
+# Batches of another size sum in another order: some roundings of 2**-24 in states of size 1, through one small decoder.
+TOLERANCE = 1e-5
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return small_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def splits(data, tmp_path_factory):
+    return read_splits(small_config(data, tmp_path_factory.mktemp("run") / "run"))
+
+
+@pytest.fixture
+def task(data, splits, tmp_path):
+    """Makes tasks of one data set and one cache folder, `tmp_path` / cache."""
+    return lambda **changes: small_task(small_config(data, tmp_path / "run", **changes), splits)
+
+
+def files(tmp_path: Path) -> set[str]:
+    return {path.name for path in (tmp_path / "cache").glob("*")}
+
+
+def outcome(job: VQATask) -> tuple[list[float], dict[str, torch.Tensor], dict]:
+    """The losses of the first batches, the gradients of all of them, and the answers on the validation split."""
+    job.model.train()
+    losses = []
+    for key in job.epoch(0)[:2]:
+        with job.precision.autocast():
+            loss, _ = job.loss(job.batch(key))
+        loss.backward()
+        losses.append(loss.item())
+    gradients = {name: p.grad for name, p in job.model.named_parameters() if p.grad is not None}
+    return losses, gradients, job.report("val").answers
+
+
+@pytest.mark.parametrize("fusion", ["tokens", "mean"])
+@pytest.mark.parametrize("freeze", ["encoders", "image_encoder", "text_encoder", "all"])
+def test_losses_gradients_and_answers_are_those_of_recomputing(task, tmp_path, freeze, fusion):
+    plain = task(freeze=freeze, fusion=fusion)
+    losses, gradients, answers = outcome(plain)
+    kept = task(freeze=freeze, fusion=fusion, feature_cache=True)
+    kept_losses, kept_gradients, kept_answers = outcome(kept)
+    assert kept_losses == pytest.approx(losses, rel=TOLERANCE)
+    assert kept_gradients.keys() == gradients.keys()
+    for name, gradient in gradients.items():
+        assert (kept_gradients[name] - gradient).abs().max() <= TOLERANCE * max(1.0, gradient.abs().max()), name
+    assert {i: a.text for i, a in kept_answers.items()} == {i: a.text for i, a in answers.items()}
+    assert kept.report("val", shuffled=True).accuracy == plain.report("val", shuffled=True).accuracy
+    kinds = {"encoders": {"image", "text"}, "all": {"image", "text"}}.get(freeze, {freeze.split("_")[0]})
+    assert {name.split("-")[1] for name in files(tmp_path)} == kinds
+
+
+def test_a_tower_runs_once(task, tmp_path, monkeypatch):
+    """Neither a second epoch nor a second run calls it; each split has its own file."""
+    job = task(freeze="encoders", feature_cache=True)
+    first = outcome(job)[0]
+    assert len(files(tmp_path)) == 4  # of images and of questions: train and val
+    again = task(freeze="encoders", feature_cache=True)
+    for tower in (job.model.image, job.model.text, again.model.image, again.model.text):
+        monkeypatch.setattr(tower, "forward", lambda *args: pytest.fail("a frozen tower ran again"))
+    assert outcome(job)[0] == outcome(again)[0] == first
+
+
+def test_an_average_is_kept_where_an_average_is_read(task):
+    job = task(freeze="image_encoder", fusion="mean", feature_cache=True)
+    assert job.batch(job.epoch(0)[0]).pixels.shape[1:] == (1, 32)
+
+
+def test_dropout_of_a_frozen_tower_is_left_out(task):
+    """Features are those of eval mode, and computing them leaves the generators alone."""
+    job = task(freeze="text_encoder", feature_cache=True)
+    job.model.text.dropout.p = 0.5
+    job.model.train()
+    state = torch.get_rng_state()
+    states, mask = job.questions["train"].states(np.arange(8))
+    assert torch.equal(torch.get_rng_state(), state)
+    ids, lengths = job.questions["train"].ids.padded(np.arange(8), 0)
+    wanted = job.model.eval().text(torch.from_numpy(ids), mask)
+    assert mask.sum(1).tolist() == lengths.tolist()
+    assert (states - wanted)[mask].abs().max() < TOLERANCE and not states[~mask].any()
+
+
+def test_the_name_follows_weights_preprocessing_images_and_format(task, tmp_path):
+    """Whatever changes what a tower says, or to what, makes another file; nothing else does."""
+
+    def made(change=lambda job: None, **options) -> list[str]:
+        """The kinds of files made for the first training batch."""
+        job = task(freeze="encoders", **options)
+        change(job)
+        keep_features(job)
+        before = files(tmp_path)
+        job.batch(job.epoch(0)[0])
+        return sorted(name.split("-")[1] for name in files(tmp_path) - before)
+
+    def weight(tower):
+        def change(job):
+            with torch.no_grad():
+                next(getattr(job.model, tower).parameters()).view(-1)[0] += 1e-3
+
+        return change
+
+    def preprocessing(job):
+        images = job.images["train"]
+        images.processor = replace(images.processor, mean=(0.4, 0.5, 0.5))
+
+    assert made() == ["image", "text"]
+    assert made() == made(weight("decoder")) == []
+    assert made(weight("image")) == made(preprocessing) == made(fusion="mean") == ["image"]
+    assert made(weight("text")) == ["text"]
+    assert made(lambda job: setattr(job, "precision", Precision("bf16", CPU))) == ["image", "text"]
+    path = task().questions["train"].image_paths[0]
+    os.utime(path, ns=(1, 1))
+    assert made() == ["image"]
+
+
+def test_half_precision_keeps_what_the_projection_reads(task, tmp_path):
+    """Under bf16 the projection rounds to bf16 anyway, so keeping 16 bits loses nothing."""
+
+    def job() -> VQATask:
+        made = task(freeze="encoders")
+        made.precision = Precision("bf16", CPU)
+        return made
+
+    plain, kept = job(), job()
+    keep_features(kept)
+    assert outcome(kept)[0] == pytest.approx(outcome(plain)[0], rel=2**-9)
+    assert kept.batch(kept.epoch(0)[0]).pixels.dtype == torch.bfloat16
+    sizes = [path.stat().st_size for path in (tmp_path / "cache").glob("features-image-*")]
+    assert max(sizes) == pytest.approx(24 * 65 * 32 * 2, rel=0.01)  # images, tokens, width, bytes
+
+
+# ---------------------------------------------------------------------------------------------- the file
+
+
+def test_a_file_is_whole_or_not_there(tmp_path):
+    path, rows = tmp_path / "new" / "x.npy", np.arange(12, dtype=np.float32).reshape(6, 2)
+
+    def stops():
+        yield rows[:3]
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        mapped_array(path, (6, 2), np.float32, stops, "--no")
+    assert list(path.parent.iterdir()) == []
+    array = mapped_array(path, (6, 2), np.float32, lambda: [rows[:3], rows[3:]], "--no")
+    assert np.array_equal(array, rows) and not array.flags.writeable
+    again = mapped_array(path, (6, 2), np.float32, lambda: pytest.fail("made again"), "--no")
+    assert np.array_equal(again, rows)
+    path.write_bytes(path.read_bytes()[:-5])  # cut short by someone else: made again
+    assert np.array_equal(mapped_array(path, (6, 2), np.float32, lambda: [rows], "--no"), rows)
+
+
+def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
+    def full(*args):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(mapped.np.lib.format, "write_array_header_1_0", full)
+    with pytest.raises(UserError, match="cannot write .*x.npy: No space left on device; --no-feature-cache does wit"):
+        mapped_array(tmp_path / "x.npy", (1, 2), np.float32, list, "--no-feature-cache")
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---------------------------------------------------------------------------------------------- the flag
+
+
+@pytest.mark.parametrize("freeze", ["nothing", "decoder"])
+def test_the_flag_needs_a_frozen_encoder(data, tmp_path, freeze):
+    with pytest.raises(UserError, match=f"--freeze {freeze} freezes none; give --freeze encoders, image_encoder, text"):
+        train.command_line([*small_flags(data, tmp_path / "run", freeze=freeze), "--feature-cache"])
+
+
+def test_images_of_another_size_than_the_towers(task):
+    job = task(freeze="image_encoder")
+    job.processor = replace(job.processor, size=(32, 64))
+    with pytest.raises(UserError, match=r"needs images of the tower's own size, 64 x 64, not \(32, 64\)"):
+        keep_features(job)
+
+
+def test_a_run_with_it_is_the_run_without(data, tmp_path, monkeypatch):
+    """The program from end to end."""
+    monkeypatch.setattr(train, "draw_panels", lambda *args: None)
+    monkeypatch.setattr(system_questions, "write_gallery", lambda *args: None)
+
+    def figures(name: str, *flags: str) -> tuple[list[float], float]:
+        out = tmp_path / name
+        argv = small_flags(data, out, freeze="encoders", steps=3)
+        assert train.main(train.command_line([*argv, *flags])) is None
+        rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+        return [row["loss"] for row in rows if "loss" in row], json.loads((out / "summary.json").read_text())[
+            "accuracy"
+        ]
+
+    losses, accuracy = figures("plain")
+    kept, kept_accuracy = figures("kept", "--feature-cache")
+    assert kept == pytest.approx(losses, rel=1e-4) and kept_accuracy == accuracy
+    assert len(list((tmp_path / "cache").glob("features-*"))) == 8  # images and questions of train, val, test, hold-out

@@ -1,0 +1,48 @@
+"""Arrays too large for memory: written once to a file, row by row, and mapped from then on."""
+
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import numpy as np
+
+from vqa_scratch.errors import UserError
+
+
+def _mapped(path: Path, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray | None:
+    """The array of a finished file; None if there is none, or if it is not what was asked for."""
+    try:
+        array = np.load(path, mmap_mode="r")
+    except (OSError, ValueError, EOFError):  # absent, or cut short by other hands than ours
+        return None
+    return array if array.shape == shape and array.dtype == dtype else None
+
+
+def mapped_array(
+    path: Path, shape: tuple[int, ...], dtype: np.dtype, blocks: Callable[[], Iterable[np.ndarray]], without: str
+) -> np.ndarray:
+    """The array in the file `path`, mapped read-only; `blocks()`, joined along the first axis, fill it if need be.
+
+    It is written under a temporary name and renamed when it is complete, so a half-written one is never found. Raises
+    UserError, one line that ends with `without` (which flag does without this file), where the disk does not take it.
+    """
+    dtype = np.dtype(dtype)
+    array = _mapped(path, shape, dtype)
+    if array is not None:
+        return array
+    unfinished = path.with_suffix(f".{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(unfinished, "wb") as file:
+            header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+            np.lib.format.write_array_header_1_0(file, header)
+            for block in blocks():
+                file.write(np.ascontiguousarray(block, dtype).data)
+        os.replace(unfinished, path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}; {without} does without it") from error
+    finally:
+        unfinished.unlink(missing_ok=True)
+    array = _mapped(path, shape, dtype)
+    assert array is not None, f"the blocks do not make an array of {shape}"
+    return array
