@@ -9,7 +9,6 @@ Shapes: I images, B questions, N image tokens, T question tokens, A decoder toke
 import multiprocessing
 import sys
 import tempfile
-from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
@@ -17,10 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from torch import Tensor
 
 from bench import processes, results, timing
+from bench.gradients import gradient_difference
 from bench.processes import Contestant
 from bench.sides import SIDES, Case, save_random_weights
 from vqa_scratch.engine.precision import DTYPES
@@ -68,33 +66,6 @@ def step_operations(image: Any, text: Any, decoder: Any, case: Case) -> float:
 def contestants(folder: Path, case: Case, sides: tuple[str, ...]) -> AbstractContextManager[list[Contestant]]:
     """A process for each side."""
     return processes.contestants({side: (SIDES[side], folder, case) for side in sides})
-
-
-def tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of the safetensors files below `folder`, one at a time, with the name of its file's folder."""
-    for path in sorted(folder.rglob("*.safetensors")):
-        with safe_open(path, "pt") as file:
-            for key in sorted(file.keys()):
-                yield f"{path.relative_to(folder).parent}/{key}", file.get_tensor(key)
-
-
-def gradient_difference(ours: Path, theirs: Path) -> tuple[float, float, str]:
-    """(relative difference of all gradients together, of the worst tensor, its name).
-
-    Differences are in the 2-norm. A tensor's is relative to its own norm, or to the typical (root mean square) one
-    where that is greater than a thousand times its own: some gradients, as of a key's bias, are zero but for rounding.
-    Raises UserError if the two do not hold the same tensors.
-    """
-    figures = {}
-    for (name, a), (other, b) in zip(tensors(ours), tensors(theirs), strict=True):
-        if name != other or a.shape != b.shape:
-            raise UserError(f"the two sides differ in their tensors: {name} {list(a.shape)}, {other} {list(b.shape)}")
-        figures[name] = ((a.double() - b.double()).norm().item(), b.double().norm().item())
-    total = sum(size**2 for _, size in figures.values()) ** 0.5
-    floor = total / len(figures) ** 0.5 / 1000
-    worst = max(figures, key=lambda name: figures[name][0] / max(figures[name][1], floor))
-    difference = sum(d**2 for d, _ in figures.values()) ** 0.5
-    return difference / total, figures[worst][0] / max(figures[worst][1], floor), worst
 
 
 @dataclass
@@ -204,8 +175,8 @@ def report(outcomes: list[Outcome], command: str, copy: float) -> str:
         "the ratio is of the medians, with the quartiles of the ratios round by round. The peer attends through SDPA "
         "and has AdamW's default form (`adamw_torch`); the column after the goal gives it the fused form as well, the "
         "default of its Trainer since torch 2.8. Its forward pass takes one image a question, so with 40 questions "
-        "about 8 images it encodes 40. On a GPU the peer goes through `torch.compile`. Peak memory is of a process with one "
-        "side alone, imports included.",
+        "about 8 images it encodes 40. On a GPU the peer goes through `torch.compile`. Peak memory is of a process "
+        "with one side alone, imports included.",
         "",
         results.table(HEAD, [outcome.row() for outcome in outcomes]),
         "",
