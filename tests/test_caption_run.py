@@ -2,6 +2,7 @@
 
 import json
 import re
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from vqa_scratch.data.batches import IGNORE
 from vqa_scratch.engine.distributed import World
 from vqa_scratch.engine.lettering import choose, wrapped
 from vqa_scratch.engine.precision import Precision
+from vqa_scratch.engine.progress import draw_panels
 from vqa_scratch.engine.table import draw_table
 from vqa_scratch.errors import UserError
 from vqa_scratch.models import GPT2, GPT2Config, ResNet, ResNetConfig
@@ -371,6 +373,16 @@ def test_lines_break_between_words_and_between_wide_characters():
     assert wrapped("一二三四五", 4).split("\n") == ["一二", "三四", "五"]
     assert wrapped("abcdefgh", 3).split("\n") == ["abc", "def", "gh"]
     assert wrapped("", 3) == "" and wrapped("a 一二", 4).split("\n") == ["a 一", "二"]
+
+
+def test_pictures_draw_no_empty_box(tmp_path):
+    """matplotlib warns of a glyph that its fonts lack; no text of any script makes it do so. Dollars are no formula."""
+    texts = "猫 🐈 кошка \u0600 $\\notatex{$"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        draw_table(tmp_path / "t.png", texts, (texts, "b"), [(texts, "")], (2, 2))
+        panel = {"title": texts, "ylabel": texts, "lines": {texts: ([1, 2], [1, 2])}, "hlines": {"$5 猫": 1.5}}
+        draw_panels(tmp_path / "c.png", [panel])
 
 
 def test_a_table_takes_any_text_and_grows_with_it(tmp_path):

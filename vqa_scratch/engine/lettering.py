@@ -26,6 +26,14 @@ class Lettering(NamedTuple):
 
 
 @cache
+def default_characters() -> frozenset[int]:
+    """The characters of matplotlib's own font."""
+    from matplotlib import font_manager, ft2font
+
+    return frozenset(ft2font.FT2Font(font_manager.findfont(DEFAULT)).get_charmap())
+
+
+@cache
 def installed() -> dict[str, frozenset[int]]:
     """{family: the characters it has}, of every upright font of normal weight that matplotlib finds."""
     from matplotlib import font_manager, ft2font
@@ -53,8 +61,10 @@ def choose(texts: Iterable[str], fonts: Mapping[str, frozenset[int]] | None = No
     font.
     """
     needed = {c for text in texts for c in text if not c.isspace()}
-    families, fonts = [DEFAULT], installed() if fonts is None else fonts
-    missing = {c for c in needed if ord(c) not in fonts.get(DEFAULT, ())}
+    default = default_characters() if fonts is None else fonts[DEFAULT]
+    families, missing = [DEFAULT], {c for c in needed if ord(c) not in default}
+    if missing and fonts is None:
+        fonts = installed()  # reads every font file, so only where it is needed
     while missing:
         # The name decides between equals, so that a machine draws the same picture every time.
         best = max(fonts, key=lambda name: (sum(ord(c) in fonts[name] for c in missing), name))

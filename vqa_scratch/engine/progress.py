@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from vqa_scratch.engine.lettering import choose
 from vqa_scratch.storage import append_line, write_text, write_whole
 
 
@@ -52,29 +53,42 @@ def draw_panels(path: Path, panels: Sequence[dict[str, Any]]) -> None:
     """One picture with a panel beside the other.
 
     A panel: `title`, `ylabel`, `lines` = {label: (xs, ys)}, and optionally `xlabel`, `ylim`, `hlines` = {label: y},
-    `log`.
+    `log`. Texts may be of any script; a character that no installed font has is drawn as its code.
     """
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, len(panels), figsize=(5.2 * len(panels), 4.2), squeeze=False, layout="constrained")
-    for axis, panel in zip(axes[0], panels, strict=True):
-        for i, (label, (xs, ys)) in enumerate(panel["lines"].items()):
-            axis.plot(xs, ys, label=label, color=f"C{i % 10}", marker="o" if len(xs) == 1 else None, linewidth=1.6)
-        for i, (label, y) in enumerate(panel.get("hlines", {}).items()):
-            axis.axhline(y, label=label, color="0.45", linestyle=("--", ":", "-.")[i % 3], linewidth=1)
-        axis.set_title(panel["title"], loc="left", fontsize=11)
-        axis.set_xlabel(panel.get("xlabel", "step"))
-        axis.set_ylabel(panel["ylabel"])
-        if "ylim" in panel:
-            axis.set_ylim(*panel["ylim"])
-        if panel.get("log"):
-            axis.set_yscale("log")
-        axis.grid(alpha=0.25)
-        axis.spines[["top", "right"]].set_visible(False)
-        if panel["lines"] or panel.get("hlines"):
-            axis.legend(fontsize=8, frameon=False)
-    write_whole(path, lambda unfinished: figure.savefig(unfinished, dpi=120, format="png"))
+    lettering = choose(
+        [panel.get(key, "") for panel in panels for key in ("title", "xlabel", "ylabel")]
+        + [label for panel in panels for key in ("lines", "hlines") for label in panel.get(key, ())]
+    )
+
+    def said(text: str) -> str:
+        """The text in letters that there are; a dollar sign begins no formula."""
+        return lettering.legible(text).replace("$", r"\$")
+
+    with matplotlib.rc_context({"font.family": lettering.families}):
+        size = (5.2 * len(panels), 4.2)
+        figure, axes = plt.subplots(1, len(panels), figsize=size, squeeze=False, layout="constrained")
+        for axis, panel in zip(axes[0], panels, strict=True):
+            for i, (label, (xs, ys)) in enumerate(panel["lines"].items()):
+                axis.plot(
+                    xs, ys, label=said(label), color=f"C{i % 10}", marker="o" if len(xs) == 1 else None, linewidth=1.6
+                )
+            for i, (label, y) in enumerate(panel.get("hlines", {}).items()):
+                axis.axhline(y, label=said(label), color="0.45", linestyle=("--", ":", "-.")[i % 3], linewidth=1)
+            axis.set_title(said(panel["title"]), loc="left", fontsize=11)
+            axis.set_xlabel(said(panel.get("xlabel", "step")))
+            axis.set_ylabel(said(panel["ylabel"]))
+            if "ylim" in panel:
+                axis.set_ylim(*panel["ylim"])
+            if panel.get("log"):
+                axis.set_yscale("log")
+            axis.grid(alpha=0.25)
+            axis.spines[["top", "right"]].set_visible(False)
+            if panel["lines"] or panel.get("hlines"):
+                axis.legend(fontsize=8, frameon=False)
+        write_whole(path, lambda unfinished: figure.savefig(unfinished, dpi=120, format="png"))
     plt.close(figure)
