@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import click
 
-from bench import attention, logprob, loss_head, taps, train_step
+from bench import attention, decode, decode_sides, logprob, loss_head, taps, train_step
 from bench.results import command_given, present
 from bench.sides import SIDES, Case
 from vqa_scratch.commands.line import NearGroup, call
@@ -86,8 +86,27 @@ def logprob_command(write: bool) -> None:
     present("logprob", logprob.run(command_given()), write)
 
 
+@click.command("decode")
+@click.option("--size", type=NearChoice(tuple(decode_sides.SIZES)), default="shapes", show_default=True, help="Model.")
+@click.option("--batch", type=click.IntRange(1), default=1, show_default=True, help="Prompts at once.")
+@click.option("--beams", type=click.IntRange(1), default=1, show_default=True, help="Beams; 1 is greedy decoding.")
+@click.option("--precision", type=NearChoice(("fp32", "bf16")), default="fp32", show_default=True, help="Arithmetic.")
+@click.option("--lengths", default="20", show_default=True, help="Tokens of every answer, or 'real' for those of VQA.")
+@click.option("--device", type=NearChoice(("cpu", "cuda")), default="cpu", show_default=True, help="Where to run.")
+@click.option("--rounds", type=click.IntRange(1), default=7, show_default=True, help="Turns of each side.")
+@click.option("--all", "every", is_flag=True, help="All cases of the table.")
+@click.option("--write", is_flag=True, help="Put the table into bench/RESULTS.md.")
+def decode_command(rounds: int, every: bool, write: bool, lengths: str, **sizes: int | str) -> None:
+    """Greedy decoding and beam search against transformers' generate."""
+    if lengths != "real" and (not lengths.isdecimal() or not 0 < int(lengths) < decode_sides.LONGEST):
+        raise UserError(f"--lengths is 'real' or a number from 1 to {decode_sides.LONGEST - 1}, not {lengths!r}")
+    cases = [replace(case, device=sizes["device"]) for case in decode.CASES]
+    text = decode.run(cases if every else [decode_sides.Case(lengths=lengths, **sizes)], rounds, command_given())
+    present(f"decode-{sizes['device']}", text, write)
+
+
 # A further benchmark is imported above and added here.
-COMMANDS = [train_step_command, loss_head_command, attention_command, logprob_command, taps_command]
+COMMANDS = [train_step_command, decode_command, loss_head_command, attention_command, logprob_command, taps_command]
 PROGRAM = NearGroup("bench", {command.name: command for command in COMMANDS}, help="Measure, side by side.")
 
 

@@ -1,0 +1,130 @@
+"""Decoding answers: this project's `generate` against that of `transformers`, the same weights, the same tokens.
+
+Both sides load one GPT-2 with cross-attention whose answers end where they should (`decode_sides.py` says how), start
+from one token a row, read the same memory, and live in a process each. In fp32 their tokens must be equal. In bf16 two
+candidates are often as good as equal, so there the lengths must be, and no token of ours may be further from the best
+one, by fp32 scores, than twice what the peer's worst is.
+"""
+
+import multiprocessing
+import sys
+import tempfile
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+from bench import processes, results, timing
+from bench.decode_sides import SIZES, Case, Ours, Peer, make_model
+from bench.processes import Contestant
+from vqa_scratch.errors import UserError
+
+SECONDS = 1.0  # of one measurement, at least: small batches are decoded many times for it
+# (size, batch, beams, precision, lengths): the goal, as so many times the speed of `generate` in the same precision.
+GOALS = {
+    ("shapes", 1, 1, "fp32", "20"): 4.0,
+    ("shapes", 16, 1, "fp32", "real"): 4.0,
+    ("gpt2", 1, 1, "fp32", "20"): 1.15,
+    ("gpt2", 1, 1, "bf16", "20"): 1.15,
+    ("gpt2", 16, 1, "fp32", "real"): 1.8,
+    ("gpt2", 16, 1, "bf16", "real"): 1.8,
+    ("shapes", 8, 4, "fp32", "20"): 2.0,
+    ("gpt2", 8, 4, "fp32", "20"): 1.1,
+}
+CASES = [Case(*key) for key in GOALS]
+BF16_GOAL = 1.6  # ours in bf16 against the peer in fp32, GPT-2 size, batch 1
+HEAD = "case|ours, ms a batch|transformers, ms a batch|ratio|goal|ms a step, ours / its|peak GB, ours / its".split("|")
+
+
+@dataclass
+class Outcome:
+    """What one case gave; by side."""
+
+    case: Case
+    seconds: dict[str, list[float]]
+    memory: dict[str, float]
+    said: str
+
+    def row(self) -> list[str]:
+        key = (self.case.size, self.case.batch, self.case.beams, self.case.precision, self.case.lengths)
+        ratio, steps = timing.speedup(self.seconds["ours"], self.seconds["peer"]), max(self.case.tokens()) + 1
+        spread = {side: timing.Spread.of([1e3 * s for s in values]) for side, values in self.seconds.items()}
+        return [
+            self.case.name,
+            spread["ours"].text(1),
+            spread["peer"].text(1),
+            f"**{ratio.median:.2f}x** ({ratio.low:.2f} to {ratio.high:.2f})",
+            f"{GOALS[key]}x" if key in GOALS else "none",
+            " / ".join(f"{spread[side].median / steps:.2f}" for side in ("ours", "peer")),
+            " / ".join(f"{self.memory[side]:.2f}" for side in ("ours", "peer")),
+        ]
+
+
+def check(ours: Contestant, peer: Contestant, case: Case, folder: Path) -> str:
+    """A line on how far the sides agree. Raises UserError where they do not."""
+    tokens = {side.side: side.ask("tokens")[1] for side in (ours, peer)}
+    wanted = [length + 1 for length in case.tokens()]
+    for name, rows in tokens.items():
+        lengths = [len(row) for row in rows]
+        if lengths != wanted:
+            raise UserError(f"{case.name}: {name} wrote {lengths} tokens a row instead of {wanted}")
+    if tokens["ours"] == tokens["peer"]:
+        return "all tokens are equal"
+    if case.precision == "fp32":
+        raise UserError(f"{case.name}: the sides wrote different tokens")
+    exact = Ours(folder, replace(case, precision="fp32"))
+    gap = {name: exact.gap(rows) for name, rows in tokens.items()}
+    said = f"ours is at most {gap['ours']:.3f} below the best fp32 score, the peer {gap['peer']:.3f}"
+    if case.beams == 1 and not gap["ours"] <= 2 * gap["peer"] + 2**-8:
+        raise UserError(f"{case.name}: {said}")
+    same = sum(a == b for a, b in zip(tokens["ours"], tokens["peer"], strict=True))
+    return f"{same} of {case.batch} rows have equal tokens; {said}"
+
+
+def run_case(case: Case, rounds: int, sizes: dict[str, int]) -> Outcome:
+    """Make the model, hold the sides to each other, time them in turn."""
+    say = lambda line: print(line, file=sys.stderr, flush=True)  # noqa: E731
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        process = multiprocessing.get_context("spawn").Process(target=make_model, args=(folder, case, sizes))
+        process.start()
+        process.join()
+        if process.exitcode:
+            raise UserError("the model could not be made; is transformers installed? pip install '.[test]'")
+        with processes.contestants({"ours": (Ours, folder, case), "peer": (Peer, folder, case)}) as (ours, peer):
+            said = check(ours, peer, case, folder)
+            say(f"{case.name}: {said}")
+            times = {side.side: max(1, round(SECONDS / side.ask("seconds", 2)[1])) for side in (ours, peer)}
+            turns = {side.side: lambda side=side: side.ask("seconds", times[side.side])[1] for side in (ours, peer)}
+            seconds = timing.in_turn(turns, rounds, lambda line: say(f"  {line}"))
+            memory = {side.side: side.ask("peak")[1] for side in (ours, peer)}
+    return Outcome(case, seconds, memory, said)
+
+
+def run(cases: list[Case], rounds: int, command: str, sizes: dict[str, dict] | None = None) -> str:
+    """Time the cases; returns the section of the results file. `sizes` changes the models' sizes, for tests."""
+    if any(case.device != "cpu" for case in cases) and not torch.cuda.is_available():
+        raise UserError("--device cuda: there is no GPU here")
+    outcomes = [run_case(case, rounds, (sizes or SIZES)[case.size]) for case in cases]
+    by_key = {(o.case.size, o.case.batch, o.case.beams, o.case.precision, o.case.lengths): o for o in outcomes}
+    lines = [f"- {o.case.name}: {o.said}." for o in outcomes]
+    low, full = (by_key.get(("gpt2", 1, 1, precision, "20")) for precision in ("bf16", "fp32"))
+    if low and full:
+        ratio = timing.speedup(low.seconds["ours"], full.seconds["peer"]).median
+        lines.append(f"- GPT-2 size, batch 1, ours in bf16 against the peer's fp32: {ratio:.2f}x (goal {BF16_GOAL}x).")
+    hardware = timing.machine() if cases[0].device == "cpu" else torch.cuda.get_device_name()
+    copy = f" A copy runs at {timing.copy_gb_per_second():.1f} GB/s (read plus written)." if not sizes else ""
+    return "\n".join(
+        [
+            f"## Decoding against `transformers.generate`, on the {cases[0].device.upper()}",
+            "",
+            __doc__.split("\n\n")[1].replace("\n", " "),
+            "",
+            results.table(HEAD, [outcome.row() for outcome in outcomes]),
+            "",
+            *lines,
+            f"- {hardware}.{copy} torch {torch.__version__}, transformers {version('transformers')}. "
+            f"Commit {timing.commit(Path(__file__).parent)}. `{command}`",
+        ]
+    )

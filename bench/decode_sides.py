@@ -1,0 +1,159 @@
+"""The two sides of the decoding benchmark, and the model both load: a GPT-2 that ends each answer where it should.
+
+Random weights would write for ever, or stop anywhere. Here positions push the last state towards the end token, a
+memory's content pulls it back by the length its answer is to have, and cross-attention of the last layer carries that
+over: whatever is decided before, row b says its end token after `lengths[b]` tokens, greedily and in a beam.
+
+Shapes: B rows, N memory tokens, D width.
+"""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import vqa_scratch._torchvision_shim  # noqa: F401  lets transformers import beside a CPU-only torch
+from bench.timing import peak_memory_gb
+from vqa_scratch.engine.allocator import keep_freed_memory
+from vqa_scratch.generate import GenerationOptions, generate
+from vqa_scratch.models.gpt2 import GPT2
+from vqa_scratch.nn.memory import Memory
+
+SIZES = {
+    "shapes": {"n_embd": 128, "n_layer": 4, "n_head": 4, "vocab_size": 512, "n_positions": 64},
+    "gpt2": {"n_embd": 768, "n_layer": 12, "n_head": 12, "vocab_size": 50257, "n_positions": 1024},
+}
+MEMORY = {"shapes": 81, "gpt2": 1}  # tokens: 64 patches, class and 16 words; the one averaged key of mean fusion
+# The tokens of 16 answers before their end: most of VQA v2 are one word, a few are three (Antol et al. 2015, section 4
+# counts 89, 7 and 3 % of one, two and three words), and byte-pair encoding cuts the rare ones.
+REAL_LENGTHS = (1, 1, 2, 1, 1, 1, 5, 1, 1, 3, 1, 1, 2, 1, 1, 1)
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+PUSH, EOS = 6.0, 1
+LONGEST = 24  # tokens at most
+
+
+@dataclass(frozen=True)
+class Case:
+    """One comparison. `lengths` is "real" or a number of tokens that every answer has."""
+
+    size: str = "shapes"
+    batch: int = 1
+    beams: int = 1
+    precision: str = "fp32"
+    lengths: str = "20"
+    device: str = "cpu"
+
+    @property
+    def name(self) -> str:
+        beams = f", {self.beams} beams" if self.beams > 1 else ""
+        return f"{self.size} size, batch {self.batch}{beams}, {self.precision}, lengths {self.lengths}"
+
+    def tokens(self) -> list[int]:
+        """Tokens of each row before its end token."""
+        if self.lengths != "real":
+            return [int(self.lengths)] * self.batch
+        return [REAL_LENGTHS[row % len(REAL_LENGTHS)] for row in range(self.batch)]
+
+
+def make_model(folder: Path, case: Case, sizes: dict[str, int]) -> None:
+    """Write the model and its inputs to `folder`. Runs in a process of its own, which gives its memory back."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    given = {"bos_token_id": 0, "eos_token_id": EOS, "pad_token_id": EOS, "add_cross_attention": True}
+    model = GPT2LMHeadModel(GPT2Config(**sizes, **given)).eval()
+    width, core = sizes["n_embd"], model.transformer
+    generator = torch.Generator().manual_seed(1)
+    towards, carried, content = torch.randn(3, width, generator=generator)  # u, what carries it, what the memory holds
+    towards = towards - towards.mean()
+    towards, carried, content = (x / x.norm() for x in (towards, carried, content))
+    with torch.no_grad():
+        steps = torch.arange(sizes["n_positions"]).clamp(max=LONGEST + 2) + 0.5
+        core.wpe.weight += PUSH * steps[:, None] * towards
+        core.wte.weight[EOS] = 4 * towards
+        cross = core.h[-1].crossattention
+        cross.c_attn.weight[:, width:] += content[:, None] * carried
+        cross.c_proj.weight += carried[:, None] * (-PUSH * towards)
+    model.save_pretrained(folder / "model")
+    states = torch.randn(case.batch, MEMORY[case.size], width, generator=generator) * 0.1
+    states -= (states @ content)[..., None] * content
+    states += torch.tensor(case.tokens(), dtype=torch.float32)[:, None, None] * content
+    prompt = torch.randint(2, sizes["vocab_size"], (case.batch, 1), generator=generator)
+    save_file({"states": states, "prompt": prompt}, folder / "inputs.safetensors")
+
+
+class Side:
+    """What both have in common: the inputs, the clock, the memory."""
+
+    def __init__(self, folder: Path, case: Case) -> None:
+        self.case, self.dtype = case, DTYPES[case.precision]
+        inputs = load_file(folder / "inputs.safetensors")
+        self.prompt = inputs["prompt"].to(case.device)
+        self.states = inputs["states"].to(case.device, self.dtype)
+
+    def made(self) -> Tensor:
+        """The new tokens (B, A), the end token in place of all that follows it."""
+        raise NotImplementedError
+
+    def tokens(self) -> list[list[int]]:
+        """The new tokens of each row up to its end token."""
+        rows = self.made().tolist()
+        return [row[: row.index(EOS) + 1] if EOS in row else row for row in rows]
+
+    def seconds(self, times: int) -> float:
+        """Of one batch, the mean over `times`."""
+        start = time.perf_counter()
+        for _ in range(times):
+            self.made()
+        if self.case.device != "cpu":
+            torch.cuda.synchronize()
+        return (time.perf_counter() - start) / times
+
+    def peak(self) -> float:
+        """GB."""
+        return peak_memory_gb() if self.case.device == "cpu" else torch.cuda.max_memory_allocated() / 1e9
+
+
+class Ours(Side):
+    """This project's `generate`."""
+
+    def __init__(self, folder: Path, case: Case) -> None:
+        keep_freed_memory()
+        super().__init__(folder, case)
+        self.model = GPT2.from_pretrained(folder / "model").to(case.device, self.dtype)
+        self.options = GenerationOptions(LONGEST, EOS, num_beams=case.beams)
+
+    def made(self) -> Tensor:
+        memory = [Memory(self.states)]
+        return generate(self.model, self.prompt, None, memory, options=self.options, fill=EOS).ids
+
+    @torch.no_grad()
+    def gap(self, rows: list[list[int]]) -> float:
+        """How far the score of the worst of these tokens is below the best one's, each after the tokens before it."""
+        worst = 0.0
+        for prompt, row, states in zip(self.prompt, rows, self.states, strict=True):
+            ids = torch.tensor(row, device=prompt.device)
+            logits = self.model(torch.cat([prompt, ids[:-1]])[None], memory=[Memory(states[None])])[0]
+            worst = max(worst, float((logits.max(-1).values - logits.gather(1, ids[:, None])[:, 0]).max()))
+        return worst
+
+
+class Peer(Side):
+    """`transformers`, its GPT-2 and its `generate`."""
+
+    def __init__(self, folder: Path, case: Case) -> None:
+        from transformers import GPT2LMHeadModel
+
+        super().__init__(folder, case)
+        self.model = GPT2LMHeadModel.from_pretrained(folder / "model").eval().to(case.device, self.dtype)
+        options: dict[str, Any] = {"max_new_tokens": LONGEST, "do_sample": False, "num_beams": case.beams}
+        self.options = options | {"eos_token_id": EOS, "pad_token_id": EOS}
+
+    def made(self) -> Tensor:
+        mask = torch.ones_like(self.prompt)
+        made = self.model.generate(self.prompt, attention_mask=mask, encoder_hidden_states=self.states, **self.options)
+        return made[:, 1:]
