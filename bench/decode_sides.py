@@ -129,7 +129,8 @@ class Ours(Side):
 
     def made(self) -> Tensor:
         memory = [Memory(self.states)]
-        return generate(self.model, self.prompt, None, memory, options=self.options, fill=EOS).ids
+        graph = self.case.device != "cpu" and self.case.beams == 1
+        return generate(self.model, self.prompt, None, memory, options=self.options, fill=EOS, graph=graph).ids
 
     @torch.no_grad()
     def gap(self, rows: list[list[int]]) -> float:

@@ -5,13 +5,17 @@ import math
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.generation import logits_process as peer
 
 from vqa_scratch.errors import UserError
 from vqa_scratch.generate import GenerationOptions, generate, greedy, rank
 from vqa_scratch.generate import processors as ours
 from vqa_scratch.generate.choose import pick
+from vqa_scratch.generate.graph import FixedState
 from vqa_scratch.generate.ranking import tree_of
+from vqa_scratch.generate.start import prefill
+from vqa_scratch.generate.state import StaticState
 from vqa_scratch.models import GPT2, T5, GPT2Config, T5Config
 from vqa_scratch.nn import taps
 from vqa_scratch.nn.memory import Memory
@@ -212,6 +216,59 @@ def test_results_can_be_used_in_training(gpt2):
     made = greedy(gpt2, torch.tensor([[3, 4]]), None, None, max_new_tokens=4, eos_id=1)
     gpt2(made.ids).sum().backward()  # an inference tensor would refuse
     gpt2.zero_grad()
+
+
+class Recorder(TorchDispatchMode):
+    """The operations that run, with the shapes of their tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        shapes = [tuple(x.shape) for x in torch.utils._pytree.tree_leaves(args) if isinstance(x, torch.Tensor)]
+        self.seen.append((str(op), shapes))
+        return op(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_steps_of_fixed_shape(gpt2, padded):
+    """They say what other steps say, and are what a graph can replay: every step the same operations on the same
+    shapes, none of which waits for a number on the host."""
+    ids, mask = prompts(6)
+    mask = mask if padded else None
+    with torch.no_grad():
+        scores, cache, real = prefill(gpt2, ids, mask, parts(6, 2), 8)
+        fixed, plain = FixedState(gpt2, cache, real, 8, 1), StaticState(gpt2, cache, real, 8, 1)
+        recorded = []
+        for step in range(8):
+            tokens = scores.argmax(-1)
+            with Recorder() as recorder:
+                scores = fixed.step(tokens)
+            recorded.append(recorder.seen)
+            assert torch.allclose(scores, plain.step(tokens), atol=1e-10)
+            if step == 3:  # rows are dropped
+                kept = torch.tensor([0, 2, 5])
+                scores = scores[kept]
+                fixed.keep(kept)
+                plain.keep(kept)
+    assert all(one == recorded[0] for one in recorded[:4]) and all(one == recorded[4] for one in recorded[4:])
+    waiting = ("_local_scalar_dense", "nonzero", "item", "unique", "masked_select")
+    assert not [op for op, _ in recorded[0] if any(word in op for word in waiting)]
+
+
+def test_a_graph_needs_a_gpu(gpt2):
+    with pytest.raises(ValueError, match="needs a decoder on a GPU"):
+        generate(gpt2, torch.tensor([[3]]), options=GenerationOptions(3), graph=True)
+
+
+@pytest.mark.gpu
+def test_a_graph_says_the_same():
+    model = uneven(GPT2(GPT2Config(VOCABULARY, 40, dim=16, layers=2, heads=2))).cuda()
+    ids, mask = (x.cuda() for x in prompts(6))
+    for end in (5, 12):
+        one, two = (generate(model, ids, mask, options=GenerationOptions(20, end), graph=graph) for graph in (0, 1))
+        assert torch.equal(one.ids, two.ids)
 
 
 # ---------------------------------------------------------------------------------------------- ranking

@@ -13,7 +13,8 @@ from vqa_scratch.generate.choose import chooser
 from vqa_scratch.generate.loop import Generated, decode
 from vqa_scratch.generate.options import GenerationOptions
 from vqa_scratch.generate.ranking import rank
-from vqa_scratch.generate.state import Decoder, State, begin
+from vqa_scratch.generate.start import begin
+from vqa_scratch.generate.state import Decoder, State
 from vqa_scratch.nn import taps
 from vqa_scratch.nn.memory import Memory
 
@@ -34,18 +35,20 @@ def generate(
     options: GenerationOptions,
     fill: int = 0,
     generator: torch.Generator | None = None,
+    graph: bool = False,
 ) -> Generated:
     """New tokens after each prompt, as the options say: greedy, sampled, or the best of a beam search.
 
     prompt_ids (B, P) with prompt_mask (B, P), True = a real token, padding on the left; None means no padding. `memory`
-    is what cross-attention reads. `generator` draws the samples, instead of one seeded with `options.seed`.
+    is what cross-attention reads. `generator` draws the samples, instead of one seeded with `options.seed`. `graph`
+    replays the steps as a CUDA graph (see `generate/graph.py`); ValueError where that cannot be had.
     Raises UserError on options that do not fit the vocabulary, ValueError if the positions do not serve so many tokens.
     """
     if generator is None and options.seed is not None:
         generator = torch.Generator(prompt_ids.device).manual_seed(options.seed)
     with _without_gradients():
         steps, beams = options.max_new_tokens - 1, options.num_beams
-        scores, state = begin(decoder, prompt_ids, prompt_mask, memory, steps=steps, members=beams)
+        scores, state = begin(decoder, prompt_ids, prompt_mask, memory, steps=steps, members=beams, graph=graph)
         options.check_vocabulary(scores.shape[-1])
         if beams > 1:
             made = beam_search(scores, state, options, prompt_ids, prompt_mask, fill)

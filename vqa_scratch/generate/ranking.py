@@ -12,7 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vqa_scratch.generate.state import Decoder, StaticState, prefill
+from vqa_scratch.generate.start import prefill
+from vqa_scratch.generate.state import Decoder, StaticState
 from vqa_scratch.nn.memory import Memory
 
 NODES = 256  # of one pass: its attention is K x (P + K) scores a head and row

@@ -16,10 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vqa_scratch.generate import cross
-from vqa_scratch.nn import taps
 from vqa_scratch.nn.cache import DecoderCache
 from vqa_scratch.nn.decoding import DecoderParts, linear
-from vqa_scratch.nn.memory import Memory
 
 
 class Decoder(Protocol):
@@ -100,9 +98,12 @@ class StaticState:
         new = members if tree else members * steps
         self.places = self.prompt + new
         self.cached = k.new_empty(len(cache), 2, self.groups, self.heads, self.places, self.size)
-        for layer, own in enumerate(cache):
-            for kind, filled in enumerate(own.contents):
-                self.cached[layer, kind, :, :, : self.prompt] = filled
+        # Keys are kept scaled: one product less a step. (L, 2, 1, 1, 1, 1)
+        scales = [[layer.attn.scale, 1.0] for layer in self.parts.layers]
+        exact = torch.promote_types(k.dtype, torch.float32)
+        self.factors = torch.tensor(scales, dtype=exact, device=k.device)[..., None, None, None, None]
+        for own, factors, kept in zip(cache, self.factors, self.cached, strict=True):
+            kept[:, :, :, : self.prompt] = torch.stack(own.contents) * factors
         if mask is not None:  # what a decoder puts before its prompt, as BLIP-2 does its image, is always seen
             mask = F.pad(mask, (self.prompt - mask.shape[1], 0), value=True)
         start = torch.full((self.groups,), self.prompt, device=k.device) if mask is None else mask.sum(1)
@@ -142,7 +143,7 @@ class StaticState:
             if read is not None:
                 across = (layer.cross_norm, linear(layer.cross.q), read, linear(layer.cross.out))
             attn = layer.attn
-            own = (layer.norm, linear(attn.qkv), attn.scale, linear(attn.out))
+            own = (layer.norm, linear(attn.qkv), linear(attn.out))
             self.layers.append((*own, across, layer.mlp_norm, layer.mlp))
 
     def _bias(self, until: int, times: Tensor | None = None) -> Tensor | None:
@@ -189,17 +190,25 @@ class StaticState:
         x = self._through_layers(tokens.repeat(self.groups), self.prompt, until, self._bias(until, depths))
         return self.parts.norm(x).unflatten(0, (self.groups, -1))
 
+    def _views(self, start: int, until: int) -> tuple[Tensor, Tensor, Tensor]:
+        """By layer: keys and values of the first `until` places, and where those from `start` on are written."""
+        return self.keys[..., :until], self.values[:, :, :until], self.cached[:, :, :, :, start:until]
+
+    def _write(self, new: Tensor, keys_and_values: Tensor, factors: Tensor) -> None:
+        """Put those of this step (2, G, H, K, d) where `_views` says."""
+        torch.mul(keys_and_values, factors, out=new)
+
     def _through_layers(self, tokens: Tensor, start: int, until: int, bias: Tensor | None) -> Tensor:
         """One token a row (R,) -> (R, D); their keys go to the places from `start` to `until`."""
         x = self.parts.embed(tokens, self.positions)  # (R, D)
-        views = (self.keys[..., :until], self.values[:, :, :until], self.cached[:, :, :, :, start:until])
         groups, members, heads, size = self.groups, self.members, self.heads, self.size
         fused, flat, rows = (groups, members, 3, heads, size), (groups * heads, members, size), (len(x), heads * size)
-        for layer, keys, values, new in zip(self.layers, *(view.unbind(0) for view in views), strict=True):
-            norm, qkv, scale, out, across, mlp_norm, mlp = layer
+        views = (view.unbind(0) for view in (*self._views(start, until), self.factors))
+        for layer, keys, values, new, factors in zip(self.layers, *views, strict=True):
+            norm, qkv, out, across, mlp_norm, mlp = layer
             q, k_and_v = qkv(norm(x)).view(fused).permute(2, 0, 3, 1, 4).split((1, 2))  # (3, G, H, K, d)
-            new.copy_(k_and_v)
-            z = cross.attend(q.reshape(flat), keys, values, bias, scale)
+            self._write(new, k_and_v, factors)
+            z = cross.attend(q.reshape(flat), keys, values, bias)
             if members > 1:
                 z = z.view(groups, heads, members, size).transpose(1, 2)
             x += out(z.reshape(rows))
@@ -224,40 +233,3 @@ class StaticState:
         if self.cross_parts is not None:
             self.cross_parts = cross.select(self.cross_parts, rows)
         self._lay_out()
-
-
-def prefill(
-    decoder: Decoder, prompt_ids: Tensor, prompt_mask: Tensor | None, memory: list[Memory] | None, steps: int
-) -> tuple[Tensor, DecoderCache, Tensor | None]:
-    """The scores of the first new token (G, V), the cache behind the prompts, and the mask, None if nothing is padded.
-
-    `steps` tokens must fit behind the prompts. Arguments and errors as in `begin`.
-    """
-    mask = None if prompt_mask is None or bool(prompt_mask.all()) else prompt_mask.bool()
-    limit, total = decoder.decoding_parts().max_positions, prompt_ids.shape[1] + steps
-    if limit is not None and total > limit:
-        raise ValueError(f"{total} tokens, but the position table serves {limit}")
-    cache = decoder.new_cache()
-    hidden = decoder.hidden(prompt_ids, mask, memory=memory, cache=cache)[:, -1]
-    return decoder.logits(hidden), cache, mask
-
-
-def begin(
-    decoder: Decoder,
-    prompt_ids: Tensor,
-    prompt_mask: Tensor | None,
-    memory: list[Memory] | None,
-    *,
-    steps: int,
-    members: int = 1,
-) -> tuple[Tensor, State]:
-    """Read the prompts. Returns the scores of the first new token (G, V), and the state after the prompts.
-
-    prompt_ids (G, P) with prompt_mask (G, P), True = a real token; None means no padding. The state takes up to `steps`
-    steps of `members` rows a group. Raises ValueError if the decoder's positions do not serve so many tokens.
-    """
-    logits, cache, mask = prefill(decoder, prompt_ids, prompt_mask, memory, steps)
-    if taps.active() or decoder.training:
-        full = torch.ones_like(prompt_ids, dtype=torch.bool) if mask is None else mask
-        return logits, ModuleState(decoder, cache, full, memory, members)
-    return logits, StaticState(decoder, cache, mask, steps, members)

@@ -3,6 +3,7 @@
 Shapes: B rows, M memory entries, H heads, T tokens so far, N memory tokens, d head size.
 """
 
+import torch
 from torch import Tensor
 
 from vqa_scratch.nn.memory import KeyValue
@@ -61,6 +62,11 @@ class DecoderCache(list[KVCache]):
     def length(self) -> int:
         """Tokens cached so far."""
         return self[0].length
+
+    @property
+    def device(self) -> torch.device:
+        """Where the keys are."""
+        return self[0].contents[0].device
 
     def select(self, rows: Tensor) -> None:
         """`KVCache.select` in every layer."""
