@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import click
 
-from bench import attention, decode, decode_sides, logprob, loss_head, taps, train_step
+from bench import attention, cached_features, decode, decode_sides, image_loading, logprob, loss_head, taps, train_step
 from bench.results import command_given, present
 from bench.sides import SIDES, Case
 from vqa_scratch.commands.line import NearGroup, call
@@ -105,8 +105,47 @@ def decode_command(rounds: int, every: bool, write: bool, lengths: str, **sizes:
     present(f"decode-{sizes['device']}", text, write)
 
 
+@click.command("cached-features")
+@click.option("--precision", type=NearChoice(("fp32", "bf16")), default="fp32", show_default=True, help="Arithmetic.")
+@click.option(
+    "--fusion", type=NearChoice(("mean", "tokens")), default="mean", show_default=True, help="As in train.py."
+)
+@click.option("--questions", type=click.IntRange(1), default=8, show_default=True, help="Questions of a step.")
+@click.option("--images", type=click.IntRange(1), default=8, show_default=True, help="Images of a step.")
+@click.option("--device", type=NearChoice(("cpu", "cuda")), default="cpu", show_default=True, help="Where to run.")
+@click.option("--rounds", type=click.IntRange(1), default=5, show_default=True, help="Turns of each side.")
+@click.option("--all", "every", is_flag=True, help="Both precisions and both fusions.")
+@click.option("--write", is_flag=True, help="Put the table into bench/RESULTS.md.")
+def cached_features_command(rounds: int, every: bool, write: bool, **sizes: int | str) -> None:
+    """A training step with frozen encoders: cached features against recomputing them."""
+    case = cached_features.Case(**sizes)
+    if case.questions % case.images:
+        raise UserError(f"--questions {case.questions} do not divide among --images {case.images}")
+    kinds = [(fusion, precision) for fusion in ("mean", "tokens") for precision in ("fp32", "bf16")]
+    cases = [replace(case, fusion=f, precision=p) for f, p in kinds] if every else [case]
+    present("cached-features", cached_features.run(cases, rounds, command_given()), write)
+
+
+@click.command("image-loading")
+@click.option("--images", type=click.IntRange(1), default=512, show_default=True, help="JPEGs of 640 x 480 to load.")
+@click.option("--rounds", type=click.IntRange(1), default=5, show_default=True, help="Turns of each side.")
+@click.option("--write", is_flag=True, help="Put the table into bench/RESULTS.md.")
+def image_loading_command(images: int, rounds: int, write: bool) -> None:
+    """Images of a batch, second epoch on, against torchvision's decode and resize."""
+    present("image-loading", image_loading.run(images, rounds, command_given()), write)
+
+
 # A further benchmark is imported above and added here.
-COMMANDS = [train_step_command, decode_command, loss_head_command, attention_command, logprob_command, taps_command]
+COMMANDS = [
+    train_step_command,
+    decode_command,
+    loss_head_command,
+    attention_command,
+    logprob_command,
+    taps_command,
+    cached_features_command,
+    image_loading_command,
+]
 PROGRAM = NearGroup("bench", {command.name: command for command in COMMANDS}, help="Measure, side by side.")
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench import results, timing, train_step
+from bench import cached_features, image_loading, results, timing, train_step
 from bench import taps as bench_taps
 from bench.peers import TransformersVQA
 from bench.sides import Case, Ours, Peer
@@ -166,3 +166,26 @@ def test_the_taps_are_cut_out_only_inside():
 def test_the_cost_of_taps_is_a_table():
     text = bench_taps.run(rounds=2, questions=16, command="python -m bench taps")
     assert "| 16 " in text and "0.99x" in text
+
+
+# ------------------------------------------------------------------------------------------------ caches
+
+TINY = {"preset": "shapes", "width": 32, "heads": 2, "image_layers": 1, "text_layers": 1, "decoder_layers": 1}
+
+
+@pytest.mark.parametrize("fusion", ["mean", "tokens"])
+def test_cached_features_are_compared_before_they_are_timed(fusion, monkeypatch):
+    case = cached_features.Case("fp32", fusion, questions=8, images=4)
+    said = cached_features.run([case], 2, "the command", TINY)
+    assert "| fp32" in said and f"| {fusion}" in said and "`the command`" in said and "MB" in said
+    monkeypatch.setattr(cached_features.Sides, "losses", lambda self: {"cached": 1.0, "recomputed": 1.1})
+    with pytest.raises(UserError, match="the losses differ: 1.0000000 cached, 1.1000000 recomputed"):
+        cached_features.run([case], 2, "", TINY)
+
+
+def test_loaded_images_are_compared_before_they_are_timed(monkeypatch):
+    said = image_loading.run(5, 2, "the command")
+    assert "of 255" in said and "`the command`" in said
+    monkeypatch.setattr(image_loading, "NEAR", -1)
+    with pytest.raises(UserError, match="differ from torchvision's by up to"):
+        image_loading.run(3, 2, "")

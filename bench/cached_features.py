@@ -1,0 +1,147 @@
+"""A training step with frozen encoders: their features read from the cache, against running the encoders again.
+
+The book's towers with random weights, on drawn scenes scaled to 224 pixels. Both sides are this project's and share one
+model: a step makes its batch, runs forward and backward, clips and steps AdamW. At equal weights their losses are
+compared before the clock starts.
+"""
+
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench import results, timing
+from vqa_scratch.config import PRESETS, TrainConfig
+from vqa_scratch.data.shapes import ShapesSpec, ensure_shapes
+from vqa_scratch.engine.allocator import keep_freed_memory
+from vqa_scratch.engine.loop import Plan, train_step
+from vqa_scratch.engine.optim import Optimizers
+from vqa_scratch.engine.precision import Precision, pick_device
+from vqa_scratch.errors import UserError
+from vqa_scratch.systems.questions import read_splits
+from vqa_scratch.systems.vqa import VQATask, build_system
+
+GOAL = 4.0
+# fp32: sums in another order; bf16: one rounding, since what is kept is what the projection would have rounded.
+TOLERANCE = {"fp32": 1e-5, "bf16": 2**-8}
+SPEC = ShapesSpec(train=16, val=4, test=4, holdout=4, questions_per_scene=8)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One comparison: number format, fusion, questions and images of a step, and where it runs."""
+
+    precision: str = "fp32"
+    fusion: str = "mean"
+    questions: int = 8
+    images: int = 8
+    device: str = "cpu"
+
+
+class Sides:
+    """One model, and a task with and one without the cache."""
+
+    def __init__(self, case: Case, folder: Path, changes: dict[str, Any]) -> None:
+        keep_freed_memory()
+        data = ensure_shapes(folder, SPEC, progress=False)
+        values = PRESETS["book"] | {
+            "preset": "book",
+            "data": data,
+            "cache": folder / "cache",
+            "init": "random",
+            "freeze": "encoders",
+            "fusion": case.fusion,
+            "image_cache": True,
+            "val_split": "val",
+            "questions_per_step": case.questions,
+            "questions_per_image": case.questions // case.images,
+        }
+        config = TrainConfig(**values | changes)
+        splits = read_splits(config)
+        self.precision = Precision(case.precision, pick_device(case.device))
+        parts = build_system(config, splits.samples["train"])
+        self.model = parts[0].to(self.precision.device).train()
+        self.precision.suit_attention(self.model)
+        self.tasks = {
+            "recomputed": VQATask(config, *parts, splits, self.precision),
+            "cached": VQATask(replace(config, feature_cache=True), *parts, splits, self.precision),
+        }
+        self.keys = [key for key in self.tasks["cached"].epoch(0) if len(key) == case.questions]
+        self.optimizers = Optimizers(
+            self.model, kind="adamw", learning_rate=5e-5, matrix_learning_rate=0.0, weight_decay=0.0
+        )
+        bounds = {"steps": 1, "seconds": None, "warmup_steps": 0, "decay_from": 0.0, "accumulate": 1}
+        self.plan = Plan(**bounds, max_grad_norm=1.0, log_every=1, eval_every=1, save_every=1)
+        self.taken = dict.fromkeys(self.tasks, 0)
+
+    @torch.no_grad()
+    def losses(self) -> dict[str, float]:
+        """The loss of each side on the first batch, at the weights of now, in eval mode (no dropout on either side)."""
+        self.model.eval()
+        found = {}
+        for name, task in self.tasks.items():
+            with self.precision.autocast():
+                loss, _ = task.loss(task.batch(self.keys[0]).to(self.precision.device))
+            found[name] = float(loss) / task.size(task.batch(self.keys[0]))[1]
+        self.model.train()
+        return found
+
+    def step(self, name: str) -> float:
+        """Seconds of one step of that side."""
+        task = self.tasks[name]
+        key = self.keys[self.taken[name] % len(self.keys)]
+        self.taken[name] += 1
+        start = time.perf_counter()
+        train_step(task, task.batch(key).to(self.precision.device), self.optimizers, self.precision, self.plan)
+        if self.precision.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+
+def compare(case: Case, rounds: int, changes: dict[str, Any]) -> list[str]:
+    """One row of the table. Raises UserError if the losses differ."""
+    say: Callable[[str], None] = lambda line: print(f"  {line}", file=sys.stderr, flush=True)  # noqa: E731
+    with tempfile.TemporaryDirectory() as folder:
+        sides = Sides(case, Path(folder), changes)
+        losses = sides.losses()
+        off = abs(losses["cached"] - losses["recomputed"]) / abs(losses["recomputed"])
+        if not off <= TOLERANCE[case.precision]:
+            raise UserError(f"the losses differ: {losses['cached']:.7f} cached, {losses['recomputed']:.7f} recomputed")
+        for name in sides.tasks:  # the first step makes the optimizer's state
+            sides.step(name)
+        turns = {name: partial(sides.step, name) for name in ("cached", "recomputed")}
+        taken = timing.in_turn(turns, rounds, say)
+        size = sum(path.stat().st_size for path in (Path(folder) / "cache").glob("features-*"))
+    ratio = timing.speedup(taken["cached"], taken["recomputed"])
+    spreads = [timing.Spread.of(taken[name]).text(3) for name in ("cached", "recomputed")]
+    ratio_text = f"**{ratio.median:.2f}x** ({ratio.low:.2f} to {ratio.high:.2f})"
+    cells = [case.precision, case.fusion, str(case.questions), str(case.images), *spreads, ratio_text]
+    return [*cells, f"{GOAL:.0f}x" if case.fusion == "mean" else "none", f"{off:.1e}", f"{size / 1e6:.1f}"]
+
+
+HEAD = "precision|fusion|questions|images|cached, s|recomputed, s|ratio|goal|losses differ by|cache, MB".split("|")
+
+
+def run(cases: list[Case], rounds: int, command: str, changes: dict[str, Any] | None = None) -> str:
+    """Time the cases; returns the report. `changes` are options of the training config, for tests."""
+    rows = [compare(case, rounds, changes or {}) for case in cases]
+    return "\n".join(
+        [
+            "## Frozen encoders: features from the cache against recomputing them",
+            "",
+            __doc__.split("\n\n")[1].replace("\n", " "),
+            "Times are medians of the turns with their quartiles. The cache is that of 16 images and their questions.",
+            "",
+            results.table(HEAD, rows),
+            "",
+            f"- Peak memory of the process that holds both sides: {timing.peak_memory_gb():.2f} GB.",
+            f"- {timing.machine()}. Python {sys.version.split()[0]}, torch {torch.__version__}. "
+            f"Commit {timing.commit(Path(__file__).parent)}. `{command}`",
+        ]
+    )
