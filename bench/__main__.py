@@ -5,7 +5,18 @@ from dataclasses import replace
 
 import click
 
-from bench import attention, cached_features, decode, decode_sides, image_loading, logprob, loss_head, taps, train_step
+from bench import (
+    attention,
+    cached_features,
+    decode,
+    decode_sides,
+    image_loading,
+    logprob,
+    loss_head,
+    scale,
+    taps,
+    train_step,
+)
 from bench.results import command_given, present
 from bench.sides import SIDES, Case
 from vqa_scratch.commands.line import NearGroup, call
@@ -135,6 +146,13 @@ def image_loading_command(images: int, rounds: int, write: bool) -> None:
     present("image-loading", image_loading.run(images, rounds, command_given()), write)
 
 
+@click.command("scale")
+@click.option("--write", is_flag=True, help="Put the tables into docs/scale.md.")
+def scale_command(write: bool) -> None:
+    """Bytes of memory and bytes sent a step, counted from the models; nothing is timed."""
+    present("scale", scale.text(command_given()), write, scale.PAGE)
+
+
 # A further benchmark is imported above and added here.
 COMMANDS = [
     train_step_command,
@@ -145,6 +163,7 @@ COMMANDS = [
     taps_command,
     cached_features_command,
     image_loading_command,
+    scale_command,
 ]
 PROGRAM = NearGroup("bench", {command.name: command for command in COMMANDS}, help="Measure, side by side.")
 

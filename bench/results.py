@@ -38,9 +38,9 @@ def command_given() -> str:
     return "python -m bench " + " ".join(word for word in sys.argv[1:] if word != "--write")
 
 
-def present(name: str, text: str, write: bool) -> None:
-    """Show a section, and with `write` put it into the results file too."""
+def present(name: str, text: str, write: bool, path: Path = RESULTS) -> None:
+    """Show a section, and with `write` put it into the results file, or another, too."""
     print(text)
     if write:
-        write_section(name, text)
-        print(f"written to {RESULTS}", file=sys.stderr)
+        write_section(name, text, path)
+        print(f"written to {path}", file=sys.stderr)

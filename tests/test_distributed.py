@@ -5,13 +5,16 @@ import json
 import math
 import os
 import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 from ranks import run_ranks
 from test_resume import at_step, die, send
-from vqa_helpers import Ended, Started, small_config, small_data, small_flags, train_program
+from vqa_helpers import ROOT, Ended, Started, small_config, small_data, small_flags, train_program
 
 import train
 from vqa_scratch.engine.checkpoint import load_checkpoint
@@ -279,3 +282,44 @@ def test_what_does_not_go_with_fsdp(data, tmp_path):
         small_config(data, tmp_path, parallel="fsdp", compile=True)
     with pytest.raises(UserError, match="--parallel fsdp cuts the model over processes"):
         train.main(small_config(data, tmp_path / "run", parallel="fsdp"))
+
+
+# ------------------------------------------------------------------------------------------------- torchrun
+
+
+def under_torchrun(argv: list[str]) -> subprocess.Popen:
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "train.py"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [*command, *argv], cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_torchrun_passes_a_signal_on(data, tmp_path, number):
+    """Both ranks stop after the same step with one whole checkpoint, within the time that torchrun gives them."""
+    out = tmp_path / "run"
+    process = under_torchrun(flags(data, out, steps=100_000, save_every=100_000, eval_every=100_000))
+    while not (out / "metrics.jsonl").exists() or len(rows(out)) < 5:
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.1)
+    process.send_signal(number)
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode != 0 and said.count(f"stopped by signal {int(number)} after step") == 1
+    assert load_checkpoint(out / "checkpoints" / "last.pt")["state"]["step"] == rows(out)[-1]["step"]
+
+
+@pytest.mark.slow
+def test_torchrun_ends_a_run_whose_rank_dies(data, alone, tmp_path):
+    out = tmp_path / "run"
+    argv = flags(data, out, steps=100_000, eval_every=100_000)
+    process = under_torchrun(argv)
+    while not (out / "checkpoints" / "last.pt").exists():
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.1)
+    children = subprocess.run(["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True)
+    os.kill(max(map(int, children.stdout.split())), signal.SIGKILL)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode != 0 and "exitcode  : -9" in errors
+    assert load_checkpoint(out / "checkpoints" / "last.pt")["state"]["step"] % SAVE == 0
