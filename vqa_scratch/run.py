@@ -23,7 +23,7 @@ from vqa_scratch.data.batches import Encoder
 from vqa_scratch.data.images import ImageProcessor
 from vqa_scratch.data.text import Tokenizer
 from vqa_scratch.engine.checkpoint import load_model_state
-from vqa_scratch.engine.distributed import World
+from vqa_scratch.engine.distributed import ALONE, World
 from vqa_scratch.engine.parallel import whole
 from vqa_scratch.engine.precision import Precision, pick_precision
 from vqa_scratch.errors import UserError
@@ -72,7 +72,7 @@ def save_parts(folder: Path, config: TrainConfig, model: VQAModel, encoder: Enco
     processor.save_pretrained(folder)
 
 
-def save_weights(path: Path, model: nn.Module, world: World = World()) -> None:  # noqa: B008 - frozen
+def save_weights(path: Path, model: nn.Module, world: World = ALONE) -> None:
     """All parameters as safetensors, atomically; called by all ranks, written by the main one."""
     tensors = whole(model.state_dict())
     if world.main:

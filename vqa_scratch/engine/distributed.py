@@ -92,6 +92,9 @@ class World:
             yield
 
 
+ALONE = World()
+
+
 def _place() -> World | None:
     """What torchrun's environment says, None without it. Raises UserError on half of it."""
     missing = [name for name in NEEDED if name not in os.environ]
@@ -194,7 +197,7 @@ def start(device: str = "auto") -> Iterator[World]:
     """
     world = _place()
     if world is None:
-        yield World()
+        yield ALONE
         return
     backend = _backend(device, world)
     if not world.main:

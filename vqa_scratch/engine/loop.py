@@ -7,9 +7,9 @@ however many ranks: together they see the batches that one process would see, an
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,71 +17,13 @@ from tqdm import tqdm
 
 from vqa_scratch.data.batches import prefetch
 from vqa_scratch.engine.checkpoint import load_model_state, restore_streams, save_checkpoint, streams
-from vqa_scratch.engine.distributed import World
+from vqa_scratch.engine.distributed import ALONE, World
 from vqa_scratch.engine.optim import Optimizers, schedule
-from vqa_scratch.engine.parallel import Alone, whole
+from vqa_scratch.engine.parallel import ONE_PROCESS, Alone, whole
 from vqa_scratch.engine.precision import Precision
 from vqa_scratch.engine.progress import MetricsLog
+from vqa_scratch.engine.task import Plan, State, Task
 from vqa_scratch.engine.watch import GracefulStop, LossWatch
-
-
-class Task(Protocol):
-    """What the loop needs to know about the thing it trains."""
-
-    model: nn.Module
-
-    def epoch(self, number: int) -> list[Any]:
-        """What `batch` takes for each step of an epoch; a function of `number` alone."""
-
-    def share(self, key: Any, world: World) -> tuple[Any, bool]:
-        """This rank's part of a step, as a key, and True; or, if there is none, some small key and False."""
-
-    def batch(self, key: Any) -> Any:
-        """The batch of that key, on the CPU; has `to(device)`, `pin()`, `parts(number)` and `silent()`."""
-
-    def size(self, batch: Any) -> tuple[int, int]:
-        """(samples, tokens that carry a loss) of a batch or part."""
-
-    def loss(self, batch: Any) -> tuple[Tensor, Tensor]:
-        """(sum of the loss over tokens, number of tokens predicted right); runs inside autocast."""
-
-    def ids(self, batch: Any) -> list[int]:
-        """Names of the samples, for the report on a batch that broke the loss."""
-
-    def evaluate(self) -> dict[str, float]:
-        """Figures on the validation split; `accuracy` picks the best checkpoint."""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How long and how to train. Exactly one of `steps` and `seconds` bounds the run."""
-
-    steps: int | None
-    seconds: float | None
-    warmup_steps: int
-    decay_from: float
-    accumulate: int
-    max_grad_norm: float
-    log_every: int
-    eval_every: int
-    save_every: int
-
-    def progress(self, step: int, seconds: float) -> float:
-        """The share of the run that is over, 0 to 1."""
-        return min(1.0, step / self.steps if self.steps is not None else seconds / max(self.seconds, 1e-9))
-
-
-@dataclass
-class State:
-    """Where a run stands; part of every checkpoint."""
-
-    step: int = 0
-    epoch: int = 0
-    position: int = 0  # batches of the epoch that are done
-    samples: int = 0
-    seconds: float = 0.0
-    best: float = -1.0
-    best_step: int = 0
 
 
 class Next(NamedTuple):
@@ -95,7 +37,7 @@ class Next(NamedTuple):
     signal: int | None  # that asked any rank to stop
 
 
-def batches_from(task: Task, state: State, pin: bool, world: World = World()) -> Iterator[tuple[int, int, Any]]:  # noqa: B008
+def batches_from(task: Task, state: State, pin: bool, world: World = ALONE) -> Iterator[tuple[int, int, Any]]:
     """(epoch, position after it, this rank's part of the batch), endlessly, from where `state` stands.
 
     A rank without a part gets a silent batch: it goes through the model like the others, and counts for nothing.
@@ -116,7 +58,7 @@ def train_step(
     optimizers: Optimizers,
     precision: Precision,
     plan: Plan,
-    ranks: Alone = Alone(),  # noqa: B008 - has no state
+    ranks: Alone = ONE_PROCESS,
     tokens: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One optimizer step. Returns (mean loss, share of tokens right, gradient norm), each a scalar on the device.
@@ -167,7 +109,7 @@ def restore(
     optimizers: Optimizers,
     precision: Precision,
     where: str,
-    world: World = World(),  # noqa: B008 - frozen
+    world: World = ALONE,
 ) -> State:
     """Bring everything back to where the checkpoint was taken. Raises UserError if it does not fit the model."""
     load_model_state(task.model, saved["model"], where)
@@ -186,7 +128,7 @@ def fit(
     folder: Path,
     state: State,
     *,
-    ranks: Alone = Alone(),  # noqa: B008 - has no state
+    ranks: Alone = ONE_PROCESS,
     on_best: Callable[[], None],
     after_evaluation: Callable[[], None] = lambda: None,
 ) -> int | None:

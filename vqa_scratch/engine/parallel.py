@@ -20,7 +20,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from vqa_scratch.engine.distributed import World
+from vqa_scratch.engine.distributed import ALONE, World
 from vqa_scratch.engine.precision import Precision
 from vqa_scratch.errors import UserError
 
@@ -55,7 +55,7 @@ def like(own: Tensor, value: Tensor) -> Tensor:
 class Alone:
     """One process: nothing to share."""
 
-    def __init__(self, world: World = World()) -> None:  # noqa: B008 - frozen
+    def __init__(self, world: World = ALONE) -> None:
         self.world = world
 
     def run(self, work: Callable[..., T], *args: Any) -> T:
@@ -69,6 +69,9 @@ class Alone:
     def with_whole_model(self, work: Callable[[], T]) -> T:
         """`work()` with plain tensors for weights: ranks may do different things in it. No gradients."""
         return work()
+
+
+ONE_PROCESS = Alone()
 
 
 class _Forward(nn.Module):

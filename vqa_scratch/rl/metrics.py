@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor
 
-from vqa_scratch.engine.distributed import World
+from vqa_scratch.engine.distributed import ALONE, World
 from vqa_scratch.rl.functional import kl_estimates, masked_mean, masked_moments, masked_sum, mean_and_var
 from vqa_scratch.rl.types import Samples, Trajectory
 
@@ -92,7 +92,7 @@ class UpdateStats:
         for name, value in extremes.items():
             self.now[name] = torch.maximum(self.now[name], value) if name in self.now else value
 
-    def end_minibatch(self, world: World = World()) -> float:  # noqa: B008 - frozen
+    def end_minibatch(self, world: World = ALONE) -> float:
         """Close the minibatch, on all ranks; its mean k3 a token against the policy that sampled."""
         if world.size > 1:
             of_ranks = world.gather({name: float(value) for name, value in self.now.items()})

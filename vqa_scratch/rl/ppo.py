@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from kernels import chosen_logprobs
-from vqa_scratch.engine.distributed import World
+from vqa_scratch.engine.distributed import ALONE, World
 from vqa_scratch.engine.parallel import add_gradients
 from vqa_scratch.errors import UserError
 from vqa_scratch.rl import functional as F
@@ -47,7 +47,7 @@ class PPO:
         rules: SamplingRules,
         decode: Callable[[list[int]], str],
         autocast: Callable[[], AbstractContextManager] = nullcontext,
-        world: World = World(),  # noqa: B008 - frozen
+        world: World = ALONE,
     ) -> None:
         if config.prompts < world.size:
             raise UserError(f"--prompts {config.prompts} leave some of {world.size} ranks without one")

@@ -30,12 +30,12 @@ from vqa_scratch.config import RunConfig
 from vqa_scratch.data.vqa_v2 import VQASample
 from vqa_scratch.engine.distributed import World
 from vqa_scratch.engine.evaluation import Answer
-from vqa_scratch.engine.loop import Task
 from vqa_scratch.engine.precision import Precision
+from vqa_scratch.engine.task import Task
 
 
 class Job(Task, Protocol):
-    """A run in the making: a task for the loop (see `engine/loop.py`), and what it leaves in the run folder."""
+    """A run in the making: a task for the loop (see `engine/task.py`), and what it leaves in the run folder."""
 
     unit: str  # what a sample is, in the plural: "questions", "texts"
     world: World  # the ranks of the run, set by train.py; `evaluate` and `finish` are called on all of them
