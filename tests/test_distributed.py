@@ -280,6 +280,8 @@ def test_without_torchrun_there_is_one_rank(monkeypatch):
 def test_what_does_not_go_with_fsdp(data, tmp_path):
     with pytest.raises(UserError, match="--parallel fsdp does not go with --compile"):
         small_config(data, tmp_path, parallel="fsdp", compile=True)
+    with pytest.raises(UserError, match="--parallel fsdp does not go with --feature-cache"):
+        small_config(data, tmp_path, parallel="fsdp", feature_cache=True, freeze="encoders")
     with pytest.raises(UserError, match="--parallel fsdp cuts the model over processes"):
         train.main(small_config(data, tmp_path / "run", parallel="fsdp"))
 

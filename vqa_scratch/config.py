@@ -147,6 +147,8 @@ class TrainConfig(QuestionConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.feature_cache and self.parallel == "fsdp":
+            raise UserError("--parallel fsdp does not go with --feature-cache; leave one out")
         if self.feature_cache and not self.resume and self.freeze in ("nothing", "decoder"):
             raise UserError(
                 f"--feature-cache keeps the output of frozen encoders, and --freeze {self.freeze} freezes none; "
