@@ -243,7 +243,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "eval_every": 2000,
         "save_every": 2000,
     },
-    "caption": {},
+    "caption": {"weight_decay": 0.0},
     "coco": {
         "init": "pretrained",
         "decoder_model": "gpt2",
