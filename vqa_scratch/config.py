@@ -221,6 +221,38 @@ class CaptionTrainConfig(RunConfig):
             raise UserError("--image-model goes with --init pretrained; --init random reads no weights")
 
 
+@dataclass(frozen=True)
+class ViLTTrainConfig(QuestionConfig):
+    """The single-stream system that chooses its answer from a list: a small one of its own, or a released ViLT."""
+
+    preset: str = option("vilt", "Which system to train.", ("vilt", "vilt-b32"))
+    out: Path = option(Path("runs/vilt"), "Folder of the run.")
+    min_answer_count: int = option(9, "An answer is in the list if it is the majority's to so many questions.")
+
+    # ------------------------------------------------------------------------------------------------ model
+    model: str = option("", "ViLT checkpoint to start from: folder or Hub id; empty for random weights.")
+    image_size: int = option(64, "Pixels a side that images are resized to (random weights).")
+    patch_size: int = option(16, "Pixels a side of a patch (random weights).")
+    width: int = option(128, "Width (random weights).")
+    heads: int = option(4, "Attention heads (random weights).")
+    layers: int = option(4, "Layers (random weights).")
+    stem: str = option(
+        "conv", "How pixels become patch tokens (random weights): convolutions, or one linear map.", ("conv", "linear")
+    )
+
+    positive = (*QuestionConfig.positive, *"min_answer_count image_size patch_size width heads layers".split())
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.preset == "vilt-b32" and self.data is None and not self.resume:
+            raise UserError("--preset vilt-b32 needs --data, the folder with the VQA v2 files")
+        sizes = "image_size patch_size width heads layers stem".split()
+        given = [name for name in sizes if getattr(self, name) != self.__dataclass_fields__[name].default]
+        if self.model and given:
+            flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+            raise UserError(f"{flags} means nothing with --model {self.model}, which has sizes of its own")
+
+
 PRESETS: dict[str, dict[str, Any]] = {
     "shapes": {"question_prompt": True},
     "book": {
@@ -240,6 +272,23 @@ PRESETS: dict[str, dict[str, Any]] = {
         "decay_from": 0.1,
         "max_question_tokens": 32,
         "max_answer_tokens": 8,
+        "eval_every": 2000,
+        "save_every": 2000,
+    },
+    "vilt": {},
+    "vilt-b32": {
+        "model": "dandelin/vilt-b32-mlm",
+        "test_split": "val",
+        "val_split": "auto",
+        "image_cache": False,
+        "questions_per_step": 256,
+        "questions_per_image": 5,
+        "accumulate": 8,
+        "optimizer": "adamw",
+        "learning_rate": 1e-4,
+        "weight_decay": 0.01,
+        "warmup_steps": 2000,
+        "decay_from": 0.1,
         "eval_every": 2000,
         "save_every": 2000,
     },

@@ -33,12 +33,18 @@ class Images:
 
     def __getitem__(self, positions: Sequence[int]) -> np.ndarray:
         """(I, H, W, 3) uint8."""
-        if self.cached is not None:
-            return self.cached[positions]
+        return np.stack(self.decoded(positions)) if self.cached is None else self.cached[positions]
+
+    def decoded(self, positions: Sequence[int]) -> list[np.ndarray]:
+        """Each image by itself, (H, W, 3) uint8."""
         if len(positions) == 1:
-            return self.read(positions[0])[None]
+            return [self.read(positions[0])]
         with ThreadPoolExecutor(self.workers) as pool:  # decoding leaves Python's lock
-            return np.stack(list(pool.map(self.read, positions)))
+            return list(pool.map(self.read, positions))
+
+    def load(self, positions: Sequence[int]) -> tuple[np.ndarray, np.ndarray | None]:
+        """The images, (I, H, W, 3) uint8, and where in them there is one, (I, H, W) bool; None: everywhere."""
+        return self[positions], None
 
     def batch(self, positions: Sequence[int]) -> Tensor:
         """What a batch holds of these images: (I, H, W, 3) uint8."""

@@ -27,12 +27,13 @@ AT_ONCE = 256  # samples in a batch that is only answered
 
 @dataclass(frozen=True)
 class Answer:
-    """`probability` is the product of the probabilities of its tokens, EOS included."""
+    """`probability` is the product of the probabilities of its tokens, EOS included; of an answer that was chosen from
+    a list, what the classifier gives it."""
 
     text: str
     probability: float
-    tokens: int  # EOS included
-    ended: bool  # by EOS, not by the limit on tokens
+    tokens: int = 0  # EOS included; 0 of an answer chosen from a list
+    ended: bool = True  # by EOS, not by the limit on tokens
 
 
 Asked = Callable[[np.ndarray, Tensor, Tensor, list[Memory]], None]  # rows, prompt (B, P), its mask, memory

@@ -178,8 +178,10 @@ class ViLT(nn.Module):
             mask[:, : words.shape[1]] = attention_mask.bool()
         if real is not None:
             mask[:, words.shape[1] :] = real
-        for block in self.tower.blocks:
+        *blocks, last = self.tower.blocks
+        for block in blocks:
             x = block(x, mask)
+        x = last(x, mask, first=1)
         return torch.tanh(self.pooler(self.tower.norm(x[:, 0])))
 
     @classmethod

@@ -129,9 +129,11 @@ class ViTBlock(nn.Module):
         self.mlp = MLP(config.dim, config.hidden, activation(config.activation), dropout=config.dropout)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, key_mask: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, key_mask: Tensor | None = None, first: int | None = None) -> Tensor:
+        """(B, T, D) -> (B, T, D), or (B, first, D): what is read of the first tokens only needs no MLP of the rest."""
         x = taps.tap(self.tap_prefix, "resid_pre", x)
-        x = taps.tap(self.tap_prefix, "resid_mid", x + self.dropout(self.attn(self.norm1(x), key_mask=key_mask)))
+        x = x[:, :first] + self.dropout(self.attn(self.norm1(x), key_mask=key_mask)[:, :first])
+        x = taps.tap(self.tap_prefix, "resid_mid", x)
         return taps.tap(self.tap_prefix, "resid_post", x + self.mlp(self.norm2(x)))
 
 

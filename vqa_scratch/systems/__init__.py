@@ -11,10 +11,12 @@ from vqa_scratch.options import from_json
 from vqa_scratch.run import PROGRAM, read_run_config
 from vqa_scratch.systems.base import System, Trained
 from vqa_scratch.systems.caption import CAPTION
+from vqa_scratch.systems.vilt import VILT
 from vqa_scratch.systems.vqa import VQA
 
 SYSTEMS = (
     VQA,
+    VILT,
     CAPTION,
 )
 BY_PRESET = {preset: system for system in SYSTEMS for preset in system.presets}

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from vqa_scratch.config import CaptionTrainConfig
 from vqa_scratch.data.augment import Augment, depends_on_side
-from vqa_scratch.data.batches import Batch, Encoder, Images, Questions, deal
+from vqa_scratch.data.batches import Batch, Encoder, Images, Questions
+from vqa_scratch.data.groups import deal
 from vqa_scratch.data.images import ImageProcessor
 from vqa_scratch.engine.distributed import World
 from vqa_scratch.engine.evaluation import Answer, QuestionOnly, TypePrior, answer_questions, blind, other_images, score

@@ -1,0 +1,100 @@
+"""A closed list of answers, and how far each of them is right for a question.
+
+The list: the majority answers of at least nine questions, normalised by the official rules and without commas, which on
+the train and val splits of VQA v2 gives 3,129 (Teney et al. 2018, "Tips and Tricks for Visual Question Answering",
+CVPR; the public code of hengyuan-hu/bottom-up-attention-vqa). The targets: 0, .3, .6, .9 or 1 by how many of the ten
+annotators gave an answer, in their own spelling, as that code has it.
+
+Shapes: B questions, L answers in the list.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Self
+
+import numpy as np
+
+from vqa_scratch.data.groups import Ragged
+from vqa_scratch.data.vqa_v2 import VQASample
+from vqa_scratch.errors import UserError
+from vqa_scratch.metrics import normalize_answer, soft_targets
+
+
+@dataclass(frozen=True)
+class AnswerList:
+    """The answers in the order of a classifier's logits."""
+
+    labels: tuple[str, ...]
+
+    @classmethod
+    def from_samples(cls, samples: Iterable[VQASample], least: int = 9) -> Self:
+        """Every answer that is the majority's to at least `least` questions, sorted.
+
+        Raises UserError if there is none.
+        """
+        counts = Counter(normalize_answer(sample.answer).replace(",", "") for sample in samples)
+        del counts[""]  # what is left of "the"
+        labels = tuple(sorted(answer for answer, count in counts.items() if count >= least))
+        if not labels:
+            often = counts.most_common(1)[0][1] if counts else 0
+            raise UserError(
+                f"no answer is the majority's to {least} questions, the most frequent one is to {often}: give more "
+                "questions or a lower --min-answer-count"
+            )
+        return cls(labels)
+
+    @cached_property
+    def index(self) -> dict[str, int]:
+        return {label: i for i, label in enumerate(self.labels)}
+
+    def known(self, sample: VQASample) -> dict[int, float]:
+        """{index of a label: its score} for the annotators' answers that are in the list; {} without annotators."""
+        if not sample.answers:
+            return {}
+        return {self.index[a]: score for a, score in soft_targets(sample.answers).items() if a in self.index}
+
+    def answerable(self, samples: Sequence[VQASample]) -> list[VQASample]:
+        """The samples to which at least one annotator gave an answer of the list.
+
+        Raises UserError if there is none, or if a sample has no annotators' answers.
+        """
+        for sample in samples:
+            if not sample.answers:
+                raise UserError(f"question {sample.question_id} has no annotators' answers to learn from")
+        kept = [sample for sample in samples if self.known(sample)]
+        if not kept:
+            raise UserError(
+                f"none of the {len(samples):,} questions has an answer among the {len(self.labels):,} of the "
+                f"classifier, which begin with {', '.join(map(repr, self.labels[:3]))}"
+            )
+        return kept
+
+
+class SoftTargets:
+    """The scores of many samples, kept sparse: of thousands of answers a question has a handful."""
+
+    def __init__(self, samples: Sequence[VQASample], answers: AnswerList) -> None:
+        known = [answers.known(sample) for sample in samples]
+        self.width = len(answers.labels)
+        self.ids = Ragged([list(row) for row in known])
+        self.scores = np.fromiter((score for row in known for score in row.values()), dtype=np.float32)
+
+    def mean(self) -> np.ndarray:
+        """(L,) float32: the mean score of each label over all samples."""
+        total = np.bincount(self.ids.flat, weights=self.scores, minlength=self.width)
+        return (total / len(self.ids.lengths)).astype(np.float32)
+
+    def dense(self, rows: np.ndarray) -> np.ndarray:
+        """(B, L) float32 of the chosen rows."""
+        targets = np.zeros((len(rows), self.width), dtype=np.float32)
+        lengths = self.ids.lengths[rows]
+        places = np.repeat(self.ids.starts[rows], lengths) + _count_up(lengths)
+        targets[np.repeat(np.arange(len(rows)), lengths), self.ids.flat[places]] = self.scores[places]
+        return targets
+
+
+def _count_up(lengths: np.ndarray) -> np.ndarray:
+    """0, 1, ... for each length, one after the other."""
+    return np.arange(lengths.sum()) - np.repeat(lengths.cumsum() - lengths, lengths)

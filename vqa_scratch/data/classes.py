@@ -1,0 +1,62 @@
+"""Batches of questions whose answers are chosen from a list.
+
+Shapes: I images of H x W pixels, B questions, T question tokens, L answers in the list.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vqa_scratch.data.answers import AnswerList, SoftTargets
+from vqa_scratch.data.groups import ImageBatch, ImageGroups, Ragged, TextEncoder, encode_unique
+from vqa_scratch.data.image_store import Images
+from vqa_scratch.data.vqa_v2 import VQASample
+
+
+@dataclass
+class ClassBatch(ImageBatch):
+    """What a classifier takes. Padding is on the right of words, and right and below of images."""
+
+    pixels: Tensor  # (I, H, W, 3) uint8; the processor's `normalize` makes pixel_values of them
+    pixel_mask: Tensor | None  # (I, H, W) bool: where the image is; None: everywhere
+    input_ids: Tensor  # (B, T)
+    attention_mask: Tensor  # (B, T) bool
+    targets: Tensor  # (B, L) how far each answer is right, 0 to 1
+    asked: Tensor  # (B,) bool: whether the question carries a loss
+    image_index: Tensor  # (B,): which image a question is about
+    rows: Tensor  # (B,): which samples these are
+
+    def silent(self) -> Self:
+        """The same inputs with nothing asked and nobody counted: its loss and its gradients are zero."""
+        return replace(self, asked=torch.zeros_like(self.asked), rows=self.rows[:0])
+
+
+class ClassQuestions(ImageGroups):
+    """Samples with the ids of their questions and the scores of the answers in the list, grouped by image."""
+
+    def __init__(self, samples: Sequence[VQASample], encoder: TextEncoder, answers: AnswerList) -> None:
+        super().__init__(samples)
+        self.encoder = encoder
+        self.ids = Ragged(encode_unique([s.question for s in samples], encoder.question))
+        self.targets = SoftTargets(samples, answers)
+
+    def batch(self, rows: np.ndarray, images: Images, *, image_map: np.ndarray | None = None) -> ClassBatch:
+        """The rows must come image by image; `image_map[i]` is shown in place of image i."""
+        rows = np.asarray(rows)
+        shown, index = self.images_of(rows, image_map)
+        ids, lengths = self.ids.padded(rows, self.encoder.text.pad_id or 0)
+        pixels, mask = images.load(shown)
+        return ClassBatch(
+            pixels=torch.from_numpy(np.array(pixels)),
+            pixel_mask=None if mask is None else torch.from_numpy(mask),
+            input_ids=torch.from_numpy(ids),
+            attention_mask=torch.from_numpy(np.arange(ids.shape[1]) < lengths[:, None]),
+            targets=torch.from_numpy(self.targets.dense(rows)),
+            asked=torch.ones(len(rows), dtype=torch.bool),
+            image_index=torch.from_numpy(index),
+            rows=torch.from_numpy(rows.astype(np.int64)),
+        )

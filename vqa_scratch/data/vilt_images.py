@@ -1,0 +1,109 @@
+"""ViLT's image preprocessing: images keep about their shape, so a batch is padded and a mask says where each one is.
+
+The rule is that of Kim et al. 2021 and the public `preprocessor_config.json` files of ViLT: the shorter side becomes
+384 pixels, the longer at most 1333/800 of that, both are cut down to multiples of the patch. An image so long that its
+shorter side would vanish keeps one patch there, and is stretched to it.
+
+B batch, H image height, W image width.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from vqa_scratch.data.image_store import Images
+from vqa_scratch.data.images import CONFIG_NAME, ImageProcessor
+from vqa_scratch.data.vqa_files import load_json
+from vqa_scratch.errors import UserError
+
+LONGEST = 1333 / 800  # the longer side in units of the shorter, at most
+
+
+@dataclass(frozen=True)
+class ViltImageProcessor(ImageProcessor):
+    """`size` is the shorter side in pixels, `divisor` what both sides are multiples of."""
+
+    size: int = 384
+    resample: int = Image.BICUBIC
+    divisor: int = 32
+    kind: str = "ViltImageProcessor"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.size, int) or self.size < self.divisor or self.divisor < 1:
+            raise UserError(
+                f"size must be a shortest edge of {self.divisor} pixels (size_divisor) or more: {self.size}"
+            )
+
+    @classmethod
+    def from_hf(cls, config: dict[str, Any]) -> "ViltImageProcessor":
+        """From the content of a preprocessor_config.json; UserError for another type, or a step that is not there."""
+        name = str(config.get("image_processor_type") or config.get("feature_extractor_type"))
+        if re.sub(r"(FeatureExtractor|ImageProcessor)(Fast|Pil)?$", "", name) != "Vilt":
+            raise UserError(f"the images of a ViLT are prepared by a ViltImageProcessor, not by {name}")
+        if config.get("do_resize") is False:
+            raise UserError(f"{name} without do_resize leaves images that no patches fit")
+        own = ("do_pad", "size_divisor", "image_processor_type", "feature_extractor_type")
+        rest = {"size": 384} | {key: value for key, value in config.items() if key not in own}
+        # All other steps are those of SigLIP: bicubic, to [-1, 1], a bare size is the shortest edge.
+        base = ImageProcessor.from_hf(rest | {"image_processor_type": "SiglipImageProcessor"})
+        shared = ("size", "resample", "crop_size", "rescale_factor", "mean", "std")
+        return cls(**{field: getattr(base, field) for field in shared}, divisor=config.get("size_divisor") or 32)
+
+    def to_hf(self) -> dict[str, Any]:
+        return super().to_hf() | {"size_divisor": self.divisor, "do_pad": True}
+
+    def target(self, width: int, height: int) -> tuple[int, int]:
+        """(width, height) in pixels after resizing."""
+        longest = int(LONGEST * self.size)
+        scale = self.size / min(width, height)
+        sides = [self.size if side == min(width, height) else scale * side for side in (width, height)]
+        if max(sides) > longest:
+            sides = [longest / max(sides) * side for side in sides]
+        return tuple(max(int(side + 0.5) // self.divisor, 1) * self.divisor for side in sides)
+
+    def _resized(self, image: Image.Image) -> Image.Image:
+        return image.resize(self.target(*image.size), resample=self.resample)
+
+    def padded(self, images: Sequence[Image.Image | np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+        """uint8 (B, H, W, 3), each image in its top left corner, and where it is, (B, H, W) bool."""
+        return pad([self._bytes(image) for image in images])
+
+
+def pad(images: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Images (h, w, 3) in the top left corners of arrays of one size, (B, H, W, 3), and where they are, (B, H, W)."""
+    height, width = (max(image.shape[axis] for image in images) for axis in (0, 1))
+    pixels, mask = np.zeros((len(images), height, width, 3), np.uint8), np.zeros((len(images), height, width), bool)
+    for row, image in enumerate(images):
+        pixels[row, : image.shape[0], : image.shape[1]] = image
+        mask[row, : image.shape[0], : image.shape[1]] = True
+    return pixels, mask
+
+
+class PaddedImages(Images):
+    """Images of many sizes, decoded when asked for and padded to the largest of a batch."""
+
+    def __init__(self, paths: Sequence[Path], processor: ViltImageProcessor, *, workers: int = 4) -> None:
+        self.paths, self.processor, self.workers, self.cached = list(paths), processor, workers, None
+
+    def load(self, positions: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        return pad(self.decoded(positions))
+
+    def cache_in(self, folder: Path, *, progress: bool = True) -> None:
+        raise UserError("images of many sizes are not kept as bytes in one file: give --no-image-cache")
+
+
+def images_for(paths: Sequence[Path], processor: ImageProcessor) -> Images:
+    """Images of one size where the processor makes them so, else padded ones."""
+    return (PaddedImages if isinstance(processor, ViltImageProcessor) else Images)(paths, processor)
+
+
+def read_processor(folder: Path) -> ImageProcessor:
+    """The preprocessing of a run, of either kind."""
+    kind = load_json(folder / CONFIG_NAME).get("image_processor_type")
+    return (ViltImageProcessor if kind == ViltImageProcessor.kind else ImageProcessor).from_pretrained(folder)
