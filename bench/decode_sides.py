@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import vqa_scratch._torchvision_shim  # noqa: F401  lets transformers import beside a CPU-only torch
-from bench.timing import peak_memory_gb
+from bench.timing import forget_peak, peak_memory_gb
 from vqa_scratch.engine.allocator import keep_freed_memory
 from vqa_scratch.generate import GenerationOptions, generate
 from vqa_scratch.models.gpt2 import GPT2
@@ -122,10 +122,11 @@ class Ours(Side):
     """This project's `generate`."""
 
     def __init__(self, folder: Path, case: Case) -> None:
-        keep_freed_memory()
         super().__init__(folder, case)
         self.model = GPT2.from_pretrained(folder / "model").to(case.device, self.dtype)
         self.options = GenerationOptions(LONGEST, EOS, num_beams=case.beams)
+        forget_peak()
+        keep_freed_memory()
 
     def made(self) -> Tensor:
         memory = [Memory(self.states)]
@@ -153,6 +154,7 @@ class Peer(Side):
         self.model = GPT2LMHeadModel.from_pretrained(folder / "model").eval().to(case.device, self.dtype)
         options: dict[str, Any] = {"max_new_tokens": LONGEST, "do_sample": False, "num_beams": case.beams}
         self.options = options | {"eos_token_id": EOS, "pad_token_id": EOS}
+        forget_peak()
 
     def made(self) -> Tensor:
         mask = torch.ones_like(self.prompt)

@@ -212,6 +212,19 @@ def test_a_trace_and_the_static_cache_say_the_same(gpt2, beams, shared):
     assert len(set(fast.lengths.tolist())) > 1
 
 
+def test_a_row_whose_memory_is_empty_reads_zeros(gpt2):
+    """As the modules have it; the other rows share nothing with it."""
+    ids, mask = prompts(4)
+    text = parts(4)[1]
+    text.mask[2] = False
+    options = GenerationOptions(6)
+    fast = generate(gpt2, ids, mask, [text], options=options)
+    with taps.activate(Watch()):
+        slow = generate(gpt2, ids, mask, [text], options=options)
+    assert torch.equal(fast.ids, slow.ids) and torch.allclose(fast.log_probs, slow.log_probs, atol=1e-5)
+    assert not fast.log_probs.isnan().any()
+
+
 def test_results_can_be_used_in_training(gpt2):
     made = greedy(gpt2, torch.tensor([[3, 4]]), None, None, max_new_tokens=4, eos_id=1)
     gpt2(made.ids).sum().backward()  # an inference tensor would refuse
