@@ -24,6 +24,7 @@ class FixedState(StaticState):
             raise ValueError("steps of fixed shape serve neither beams nor a relative bias")
         everything = torch.ones(len(cache[0].contents[0]), cache.length, dtype=torch.bool, device=cache.device)
         super().__init__(decoder, cache, everything if mask is None else mask, steps, members)
+        self.cached[:, :, :, :, self.prompt :] = 0.0  # read with weight 0 before it is written: it must be a number
         self.place = torch.tensor([self.prompt], device=cache.device)  # (1,) where the next token is written
 
     def _lay_out(self) -> None:
