@@ -8,7 +8,7 @@ Shapes: B questions, I images (B >= I: an image may serve several questions), T 
 raster order, D width, L labels.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from os import PathLike
 from typing import Any, Self
 
@@ -45,13 +45,6 @@ _FIELDS = {
     "attention_dropout": "attention_probs_dropout_prob",
     "init_std": "initializer_range",
 }
-_OF_WORDS = (
-    "vocab_size dim heads hidden max_positions token_types activation norm_eps dropout attention_dropout init_std"
-)
-_OF_TOWER = (
-    "image_size patch_size channels dim layers heads hidden activation qkv_bias norm_eps dropout attention_dropout"
-    " init_std"
-)
 WORD, PATCH = 0, 1  # rows of the modality table
 
 
@@ -85,12 +78,15 @@ class ViLTConfig:
     @property
     def words(self) -> BertConfig:
         """The embedding of words: a Bert without layers."""
-        return BertConfig(layers=0, **{name: getattr(self, name) for name in _OF_WORDS.split()})
+        return BertConfig(**self._fields_of(BertConfig) | {"layers": 0})
 
     @property
     def tower(self) -> ViTConfig:
         """The embedding of patches, and the blocks."""
-        return ViTConfig(**{name: getattr(self, name) for name in _OF_TOWER.split()})
+        return ViTConfig(**self._fields_of(ViTConfig))
+
+    def _fields_of(self, kind: type) -> dict[str, Any]:
+        return {field.name: getattr(self, field.name) for field in fields(kind) if hasattr(self, field.name)}
 
     @classmethod
     def from_hf(cls, config: dict[str, Any]) -> Self:

@@ -3,7 +3,7 @@
 A system is a way to train and use one kind of model. It says so in one `System` at the end of its module, which
 `vqa_scratch/systems/__init__.py` lists; nothing else in the programs knows its name. To add one:
 
-1. In `config.py`, derive its options from `RunConfig` (or `QuestionConfig`), with `preset` naming its presets, and give
+1. In `config/`, derive its options from `RunConfig` (or `QuestionConfig`), with `preset` naming its presets, and give
    each preset its values in PRESETS. What is no field there is no flag of the system, and giving it is an error.
 2. Write its `Job`: what `train.py` trains and reports. `prepare` seeds every generator (`seed_everything`) before it
    makes the model, which it leaves on the CPU; `train.py` moves it.
