@@ -57,7 +57,7 @@ def vqa_task(config: RLHFConfig, device: torch.device, precision: torch.dtype) -
     policy = VQAPolicy(run.model, run.encoder, run.processor)
     parts = [RewardPart("accuracy", 1.0, official_accuracy)]
     if config.length_weight:
-        parts.append(RewardPart("length", config.length_weight, length_penalty))
+        parts.append(RewardPart("shortness", config.length_weight, length_penalty))
     tokenizer, size = run.encoder.decoder, run.model.decoder.config.vocab_size
     barred = torch.arange(size, device=device) >= len(tokenizer)
     barred[[i for i in (tokenizer.pad_id, tokenizer.bos_id) if i is not None and i != policy.eos_id]] = True

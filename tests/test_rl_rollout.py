@@ -1,6 +1,7 @@
 """Sampling, scoring and the update on a tiny T5: one distribution everywhere, and results that no batching changes."""
 
 import dataclasses
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -50,7 +51,7 @@ def rules(**options):
     return SamplingRules(**{"eos_id": EOS, "max_new_tokens": 9, "barred": barred} | options)
 
 
-def tiny_ppo(policy=None, sampling=None, **options):
+def tiny_ppo(policy=None, sampling=None, autocast=nullcontext, **options):
     config = RLHFConfig(
         **{"prompts": 8, "samples": 2, "micro_prompts": 8, "max_new_tokens": 9, "iterations": 10, "critic_warmup": 0}
         | {"scale_reward": False, "learning_rate": 1e-2, "warmup_steps": 0}
@@ -58,7 +59,7 @@ def tiny_ppo(policy=None, sampling=None, **options):
     )
     reward = RewardSum([RewardPart("sevens", 1.0, lambda s: torch.tensor([float(x.count(7)) for x in s.ids]))])
     actor = ActorCritic(policy or tiny())
-    return PPO(config, actor, freeze(tiny()), reward, ragged_prompts(), sampling or rules(), str)
+    return PPO(config, actor, freeze(tiny()), reward, ragged_prompts(), sampling or rules(), str, autocast)
 
 
 # --------------------------------------------------------------------------------------------------------- rules
@@ -132,6 +133,13 @@ def test_first_ratio_is_one_and_kl_starts_at_zero(options):
     log = ppo.step()  # the policy has moved
     assert log["ppo/policy/first_ratio_error"] <= 1e-5
     assert log["objective/kl_exact"] > 0 and log["objective/kl_k3"] > 0
+
+
+def test_first_ratio_is_one_in_bf16():
+    """Exactly: the update computes what scoring computed. Two ways of attention would be apart by bf16's rounding."""
+    ppo = tiny_ppo(autocast=lambda: torch.autocast("cpu", torch.bfloat16), epochs=1)
+    for _ in range(2):
+        assert ppo.step()["ppo/policy/first_ratio_error"] <= 1e-6
 
 
 def test_dropout_stays_off_while_training():

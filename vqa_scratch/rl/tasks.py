@@ -92,7 +92,7 @@ def classifier_reward(
     for model, _ in (grammar, tone):
         freeze(model, precision)
     if config.length_weight:
-        parts.append(RewardPart("length", config.length_weight, length_penalty))
+        parts.append(RewardPart("shortness", config.length_weight, length_penalty))
     return RewardSum(parts)
 
 
