@@ -20,7 +20,7 @@ from vqa_scratch.nn import decoding, taps
 from vqa_scratch.nn.attention import MultiHeadAttention
 from vqa_scratch.nn.cache import DecoderCache, KVCache
 from vqa_scratch.nn.decoding import DecoderLayer, DecoderParts, layer_norm
-from vqa_scratch.nn.layers import MLP, activation, init_weights
+from vqa_scratch.nn.layers import MLP, activation, init_weights, linear
 from vqa_scratch.nn.masks import decoder_positions
 from vqa_scratch.nn.memory import Memory
 from vqa_scratch.weights import maps
@@ -189,7 +189,7 @@ class GPT2(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(B, T, D) -> (B, T, V): the head, which is the token embedding."""
-        return F.linear(hidden, self.tokens.weight)
+        return linear(hidden, self.tokens.weight)
 
     def forward(
         self,

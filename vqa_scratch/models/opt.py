@@ -19,7 +19,7 @@ from vqa_scratch.models.hf_config import check_heads, fields_from_hf
 from vqa_scratch.nn import taps
 from vqa_scratch.nn.cache import DecoderCache, KVCache
 from vqa_scratch.nn.decoding import DecoderParts, layer_norm
-from vqa_scratch.nn.layers import init_weights
+from vqa_scratch.nn.layers import init_weights, linear
 from vqa_scratch.nn.masks import decoder_positions
 from vqa_scratch.nn.memory import Memory
 from vqa_scratch.weights import maps_blip2
@@ -179,7 +179,7 @@ class OPT(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(B, T, E) -> (B, T, V): the head, which is the token embedding."""
-        return F.linear(hidden, self.tokens.weight)
+        return linear(hidden, self.tokens.weight)
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, *, cache: DecoderCache | None = None

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vqa_scratch.nn import layers
 from vqa_scratch.nn.attention import MultiHeadAttention
 from vqa_scratch.nn.layers import Activation
 
@@ -45,6 +46,9 @@ def linear(module: nn.Linear) -> Function:
     weight, bias = module.weight, module.bias
     if torch.is_autocast_enabled(weight.device.type):  # which keeps its copy of a weight, not of a view of it
         return lambda x: F.linear(x, weight, bias)
+    if weight.dtype == torch.bfloat16 and weight.device.type == "cpu":
+        weight, bias = weight.detach(), None if bias is None else bias.detach()
+        return lambda x: layers.linear(x, weight, bias)
     turned = weight.detach().t()
     return (lambda x: torch.mm(x, turned)) if bias is None else (lambda x: torch.addmm(bias, x, turned))
 
