@@ -18,7 +18,7 @@ from vqa_scratch.errors import UserError
 from vqa_scratch.models.hf_config import fields_from_hf
 from vqa_scratch.models.opt import OPT, OPTConfig
 from vqa_scratch.models.qformer import QFormer, QFormerConfig
-from vqa_scratch.models.vit import ViT, ViTConfig
+from vqa_scratch.models.vit import FIELDS, ViT, ViTConfig
 from vqa_scratch.nn.cache import DecoderCache
 from vqa_scratch.nn.decoding import DecoderParts
 from vqa_scratch.nn.memory import Memory
@@ -27,19 +27,8 @@ from vqa_scratch.weights.files import read_checkpoint, write_checkpoint
 from vqa_scratch.weights.maps_blip2 import BLIP2
 
 MODEL_TYPE, VISION_TYPE = "blip-2", "blip_2_vision_model"
-_VISION_FIELDS = {
-    "image_size": "image_size",
-    "patch_size": "patch_size",
-    "dim": "hidden_size",
-    "layers": "num_hidden_layers",
-    "heads": "num_attention_heads",
-    "hidden": "intermediate_size",
-    "activation": "hidden_act",
-    "qkv_bias": "qkv_bias",
-    "norm_eps": "layer_norm_eps",
-    "attention_dropout": "attention_dropout",
-    "init_std": "initializer_range",
-}
+_VISION_FIELDS = {name: FIELDS[name] for name in FIELDS if name not in ("channels", "dropout")}
+_VISION_FIELDS["attention_dropout"] = "attention_dropout"
 _VISION = ViTConfig(patch_size=14, dim=1408, layers=39, heads=16, hidden=6144, norm_eps=1e-6)  # ViT-g of EVA-CLIP
 
 

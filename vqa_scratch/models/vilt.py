@@ -19,56 +19,32 @@ from torch import Tensor, nn
 from vqa_scratch.errors import UserError
 from vqa_scratch.models.bert import Bert, BertConfig
 from vqa_scratch.models.hf_config import fields_from_hf, labels_from_hf, labels_to_hf
-from vqa_scratch.models.vit import ViT, ViTConfig
+from vqa_scratch.models.vit import FIELDS, ViT, ViTConfig
 from vqa_scratch.nn import taps
 from vqa_scratch.nn.layers import init_weights
 from vqa_scratch.weights import maps_vilt as maps
 from vqa_scratch.weights.convert import load_into, to_hf
 from vqa_scratch.weights.files import read_checkpoint, write_checkpoint
 
-_FIELDS = {
+_FIELDS = FIELDS | {
     "vocab_size": "vocab_size",
     "max_positions": "max_position_embeddings",
     "token_types": "type_vocab_size",
     "modalities": "modality_type_vocab_size",
-    "image_size": "image_size",
-    "patch_size": "patch_size",
-    "channels": "num_channels",
-    "dim": "hidden_size",
-    "layers": "num_hidden_layers",
-    "heads": "num_attention_heads",
-    "hidden": "intermediate_size",
-    "activation": "hidden_act",
-    "qkv_bias": "qkv_bias",
-    "norm_eps": "layer_norm_eps",
-    "dropout": "hidden_dropout_prob",
-    "attention_dropout": "attention_probs_dropout_prob",
-    "init_std": "initializer_range",
 }
 WORD, PATCH = 0, 1  # rows of the modality table
 
 
 @dataclass(frozen=True)
-class ViLTConfig:
-    """Sizes of a ViLT. The defaults are ViLT-B/32."""
+class ViLTConfig(ViTConfig):
+    """Sizes of a ViLT: of patches and blocks as in a ViT, and of words. The defaults are ViLT-B/32."""
 
+    image_size: int = 384  # pixels a side that the position table is made for
+    patch_size: int = 32
     vocab_size: int = 30522
     max_positions: int = 40  # of words
     token_types: int = 2
     modalities: int = 2
-    image_size: int = 384  # pixels a side that the position table is made for
-    patch_size: int = 32
-    channels: int = 3
-    dim: int = 768
-    layers: int = 12
-    heads: int = 12
-    hidden: int = 3072  # inner width of the MLP
-    activation: str = "gelu"
-    qkv_bias: bool = True
-    norm_eps: float = 1e-12
-    dropout: float = 0.0
-    attention_dropout: float = 0.0
-    init_std: float = 0.02
 
     def __post_init__(self) -> None:
         self.words, self.tower  # noqa: B018 (they check the sizes)

@@ -22,7 +22,7 @@ from vqa_scratch.weights import maps
 from vqa_scratch.weights.convert import load_into, to_hf
 from vqa_scratch.weights.files import read_checkpoint, write_checkpoint
 
-_FIELDS = {
+FIELDS = {  # ours: a ViT checkpoint's; ViLT and BLIP-2 add to them
     "image_size": "image_size",
     "patch_size": "patch_size",
     "channels": "num_channels",
@@ -72,11 +72,11 @@ class ViTConfig:
     @classmethod
     def from_hf(cls, config: dict[str, Any]) -> Self:
         """From a config.json of model type "vit". Raises UserError if it asks for something this model is not."""
-        return cls(**fields_from_hf(config, _FIELDS, "vit"))
+        return cls(**fields_from_hf(config, FIELDS, "vit"))
 
     def to_hf(self) -> dict[str, Any]:
         """The inverse of `from_hf`."""
-        fields = {theirs: getattr(self, ours) for ours, theirs in _FIELDS.items()}
+        fields = {theirs: getattr(self, ours) for ours, theirs in FIELDS.items()}
         return {"architectures": ["ViTModel"], "model_type": "vit", **fields}
 
 
