@@ -20,12 +20,13 @@ from vqa_scratch.models.vilt import ViLTClassifier
 
 
 def logits_of(model: ViLTClassifier, processor: ImageProcessor, batch: ClassBatch) -> Tensor:
-    """(B, L) for a batch on the model's device. Padding of images becomes zero, as the released model knows it."""
-    pixels = processor.normalize(batch.pixels)
-    if batch.pixel_mask is not None:
-        pixels = pixels * batch.pixel_mask[:, None]
+    """(B, L) for a batch on the model's device."""
     return model(
-        pixels, batch.input_ids, batch.attention_mask, pixel_mask=batch.pixel_mask, image_index=batch.image_index
+        processor.normalize(batch.pixels),
+        batch.input_ids,
+        batch.attention_mask,
+        pixel_mask=batch.pixel_mask,
+        image_index=batch.image_index,
     )
 
 
