@@ -136,17 +136,9 @@ class TrainedCaptioner:
                 f"{self.folder} was trained to describe images alone; --question-share trains one that answers too"
             )
 
-    def _say(
-        self,
-        samples: Sequence[VQASample],
-        limit: int | None = None,
-        *,
-        shuffled: bool = False,
-        progress: str | None = None,
-        decoding: Mapping[str, Any] | None = None,
-    ) -> dict[int, Answer]:
-        options = {"limit": limit, "shuffled": shuffled, "progress": progress, "decoding": decoding}
-        return answer_samples(self.model, samples, self.encoder, self.processor, self.precision, **options)
+    def _say(self, samples: Sequence[VQASample], limit: int | None = None, **options: Any) -> dict[int, Answer]:
+        """`options` are those of `answer_samples`."""
+        return answer_samples(self.model, samples, self.encoder, self.processor, self.precision, limit=limit, **options)
 
     def export(self, folder: Path) -> list[str]:
         """Both towers and what joins them; the image tower under torchvision's names if it came from there."""
