@@ -17,10 +17,11 @@ from typing import Any
 import torch
 
 from bench import results, timing
+from bench.sides import ONE_STEP
 from vqa_scratch.config import PRESETS, TrainConfig
 from vqa_scratch.data.shapes import ShapesSpec, ensure_shapes
 from vqa_scratch.engine.allocator import keep_freed_memory
-from vqa_scratch.engine.loop import Plan, train_step
+from vqa_scratch.engine.loop import train_step
 from vqa_scratch.engine.optim import Optimizers
 from vqa_scratch.engine.precision import Precision, pick_device
 from vqa_scratch.errors import UserError
@@ -76,8 +77,6 @@ class Sides:
         self.optimizers = Optimizers(
             self.model, kind="adamw", learning_rate=5e-5, matrix_learning_rate=0.0, weight_decay=0.0
         )
-        bounds = {"steps": 1, "seconds": None, "warmup_steps": 0, "decay_from": 0.0, "accumulate": 1}
-        self.plan = Plan(**bounds, max_grad_norm=1.0, log_every=1, eval_every=1, save_every=1)
         self.taken = dict.fromkeys(self.tasks, 0)
 
     @torch.no_grad()
@@ -98,7 +97,7 @@ class Sides:
         key = self.keys[self.taken[name] % len(self.keys)]
         self.taken[name] += 1
         start = time.perf_counter()
-        train_step(task, task.batch(key).to(self.precision.device), self.optimizers, self.precision, self.plan)
+        train_step(task, task.batch(key).to(self.precision.device), self.optimizers, self.precision, ONE_STEP)
         if self.precision.device.type == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter() - start

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from bench.results import table
+from bench.sides import ONE_STEP
 from bench.timing import Spread, commit, in_turn, machine, peak_memory_gb, speedup
 from vqa_scratch.config import PRESETS
 from vqa_scratch.data.shapes import ShapesSpec, ensure_shapes
-from vqa_scratch.engine.loop import Plan, train_step
+from vqa_scratch.engine.loop import train_step
 from vqa_scratch.engine.optim import Optimizers
 from vqa_scratch.engine.precision import Precision, pick_precision
 from vqa_scratch.nn import taps
@@ -23,17 +24,6 @@ from vqa_scratch.systems import system_of
 GOAL = 0.99
 WARM = 3  # rounds before the clock counts
 SCENES = ShapesSpec(train=64, val=2, test=2, holdout=2)
-PLAN = Plan(
-    steps=1,
-    seconds=None,
-    warmup_steps=0,
-    decay_from=0.0,
-    accumulate=1,
-    max_grad_norm=1.0,
-    log_every=1,
-    eval_every=1,
-    save_every=1,
-)
 
 
 @contextmanager
@@ -67,7 +57,7 @@ class Steps:
     def step(self) -> float:
         """Seconds of one step. The learning rate is 0, so every step does the same work."""
         start = time.perf_counter()
-        train_step(self.job, self.batch, self.optimizers, self.precision, PLAN)
+        train_step(self.job, self.batch, self.optimizers, self.precision, ONE_STEP)
         return time.perf_counter() - start
 
     def step_without(self) -> float:
