@@ -106,7 +106,8 @@ def write_gallery(
     """About `number` of the answered samples, the same share of every family, as one page that needs no network."""
     lead = (
         "Questions the model was not trained on. Its answer is green where the annotators agree with it "
-        "fully, amber where some do, red where none does; the percentage is the probability of its answer: "
-        "of a written one the product over its tokens, of one chosen from a list its own. Below stand the annotators' own answers."
+        "fully, amber where some do, red where none does; the percentage is the probability of its answer: of a "
+        "written one the product over its tokens, of one chosen from a list its own. Below stand the annotators' "
+        "own answers."
     )
     write_page(path, title, lead, answer_sections(samples, answers, family, number))
