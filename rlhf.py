@@ -26,6 +26,7 @@ from vqa_scratch import options
 from vqa_scratch.engine.allocator import keep_freed_memory
 from vqa_scratch.engine.checkpoint import load_checkpoint, rng_state, save_checkpoint, set_rng_state
 from vqa_scratch.engine.distributed import World, start, told_once
+from vqa_scratch.engine.parallel import check_sharing, share_model
 from vqa_scratch.engine.precision import DTYPES, Precision, pick_device, pick_precision
 from vqa_scratch.engine.progress import MetricsLog
 from vqa_scratch.engine.watch import GracefulStop
@@ -34,6 +35,7 @@ from vqa_scratch.rl import evaluate, report
 from vqa_scratch.rl.config import PRESETS, RLHFConfig
 from vqa_scratch.rl.policy import ActorCritic, SamplingRules, freeze
 from vqa_scratch.rl.ppo import PPO
+from vqa_scratch.rl.ranks import Copies
 from vqa_scratch.rl.rewards import RewardPart, RewardSum, length_penalty
 from vqa_scratch.rl.tasks import Task, book_task, mini_news_task
 from vqa_scratch.rl.vqa_policy import VQAPolicy, check_answers, official_accuracy, prompts_from
@@ -41,7 +43,7 @@ from vqa_scratch.run import load_run, save_parts, save_weights
 from vqa_scratch.storage import write_json, write_text, write_whole
 from vqa_scratch.systems.questions import read_splits
 
-MAY_CHANGE = {"resume", "out", "cache", "device", "checkpoint_every"}  # between a run and its continuation
+MAY_CHANGE = {"resume", "out", "cache", "device", "parallel", "checkpoint_every"}  # between a run and its continuation
 
 
 def vqa_task(config: RLHFConfig, device: torch.device, precision: torch.dtype) -> Task:
@@ -112,10 +114,9 @@ def resume(ppo: PPO, config: RLHFConfig, reference: str) -> float:
     return state["seconds"]
 
 
-def train(ppo: PPO, task: Task, config: RLHFConfig, started: float) -> tuple[MetricsLog, float]:
+def train(ppo: PPO, task: Task, config: RLHFConfig, reference: str, started: float) -> tuple[MetricsLog, float]:
     """All iterations, with bar, metrics and checkpoints. Returns the log and the seconds before this call's start."""
     last, world = config.out / "checkpoints" / "last.pt", ppo.world
-    reference = fingerprint(task.reference)
     if config.resume:
         earlier = resume(ppo, config, reference)
     elif last.exists():
@@ -124,17 +125,16 @@ def train(ppo: PPO, task: Task, config: RLHFConfig, started: float) -> tuple[Met
         earlier = 0.0
         if world.main:
             write_json(config.out / "config.json", options.to_json(config))
-        ppo.fit_reward_scale(task.train)
+        ppo.ranks.with_whole_model(lambda: ppo.fit_reward_scale(task.train))
     world.check_same(ppo.iteration, f"the last iteration in {config.out}")
     resume_after = ppo.iteration if config.resume else None
     log = MetricsLog(config.out / "metrics.jsonl", resume_after, on_disk=world.main)
 
     def save() -> None:
-        if not world.main:
-            return
         seconds = earlier + time.perf_counter() - started
         state = {"ppo": ppo.state_dict(), "rng": rng_state(), "seconds": seconds, "reference": reference}
-        save_checkpoint(last, state | {"config": options.to_json(config)})
+        if world.main:
+            save_checkpoint(last, state | {"config": options.to_json(config)})
 
     title = "3 of 3: PPO" if config.preset == "mini-news" else config.algorithm
     bar = tqdm(total=config.iterations, initial=ppo.iteration, desc=title, unit="it", dynamic_ncols=True)
@@ -202,19 +202,23 @@ def work(config: RLHFConfig, world: World) -> dict[str, float]:
     device = pick_device(config.device)
     kind, why = world.of_main(pick_precision(config.precision, device))  # it may be measured
     precision = Precision(kind, device)
-    print(why)
+    check_sharing(config.parallel, precision)
+    print(why + (f", {world.size} ranks, {config.parallel}" if world.size > 1 else ""))
     with world.first_one_then_all():  # the first trains what mini-news needs
         task = TASKS[config.preset](config, device, DTYPES[kind])
     for note in task.notes:
         print(note)
+    reference = fingerprint(task.reference)
+    world.check_same(reference, "the hash of the reference model")
     actor = ActorCritic(task.policy).to(device)
+    ranks = share_model(config.parallel, actor, world, precision, Copies, frozen=[task.reference])
     ppo = PPO(
-        config, actor, task.reference, task.reward, task.train, task.rules, task.decode, precision.autocast, world
+        config, actor, task.reference, task.reward, task.train, task.rules, task.decode, precision.autocast, ranks
     )
-    log, earlier = train(ppo, task, config, started)
+    log, earlier = train(ppo, task, config, reference, started)
+    summary = ranks.with_whole_model(lambda: conclude(ppo, task, config, log) if world.main else {})
     if not world.main:
         return {}
-    summary = conclude(ppo, task, config, log)
     summary["seconds"] = earlier + time.perf_counter() - started
     write_json(config.out / "summary.json", summary)
     show(summary, config)

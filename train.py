@@ -22,7 +22,7 @@ from vqa_scratch.engine.checkpoint import load_checkpoint, load_model_state, sep
 from vqa_scratch.engine.distributed import World, start, told_once
 from vqa_scratch.engine.loop import Plan, State, fit, restore
 from vqa_scratch.engine.optim import Optimizers
-from vqa_scratch.engine.parallel import share_model
+from vqa_scratch.engine.parallel import check_sharing, share_model
 from vqa_scratch.engine.precision import Precision, pick_device, pick_precision
 from vqa_scratch.engine.progress import MetricsLog, draw_panels
 from vqa_scratch.errors import UserError
@@ -86,6 +86,7 @@ def train(config: RunConfig, world: World) -> int | None:
     wanted = checkpoint["precision"] if checkpoint else config.precision
     kind, reason = world.of_main(pick_precision(wanted, device))  # it may be measured, and must be the same
     precision = Precision(kind, device)
+    check_sharing(config.parallel, precision)
     print(f"device {device}, {reason}" + (f", {world.size} ranks, {config.parallel}" if world.size > 1 else ""))
 
     with world.first_one_then_all():  # the first draws data and decodes images

@@ -124,8 +124,22 @@ def ppo() -> str:
     for name, config in T5_SIZES.items():
         size = Size.of(on_meta(lambda config=config: T5(config)), "adamw")
         parts = (size.whole, 4 * size.parameters, 2 * 4 * reward)
-        rows.append([f"T5 {name}", *map(amount, parts), amount(sum(parts)), amount(4 * (3 * size.parameters))])
-    return table(["policy", "policy, 16 B a parameter", "reference", "two rewards", "a rank", "checkpoint"], rows)
+        held = ppo_in_parts(size, parts[-1], RANKS)
+        cells = [*parts, sum(parts), *held, 4 * (3 * size.parameters)]
+        rows.append([f"T5 {name}", *map(amount, cells)])
+    head = ["policy", "policy, 16 B a parameter", "reference", "two rewards", "a rank, DDP"]
+    return table([*head, "FSDP, update", "FSDP, rollout", "checkpoint"], rows)
+
+
+def ppo_in_parts(size: Size, rewards: int, ranks: int) -> tuple[float, float]:
+    """Bytes of a rank of `--parallel fsdp` in an update and in a rollout, `rewards` among them.
+
+    Policy and reference are cut; a rollout has no gradients, and holds both whole beside what is left of the parts.
+    """
+    reference = weights = 4 * size.parameters
+    update = (size.whole + reference) / ranks
+    rollout = (weights + 4 * size.optimizer + reference) / ranks + weights + reference
+    return rewards + update, rewards + rollout
 
 
 def text(command: str) -> str:
@@ -135,7 +149,7 @@ columns are the least time that DDP's gradients take over a link, all of it hidd
 
 {training()}
 
-PPO, a rank under DDP, everything in fp32 (in bf16 the reference's and the rewards' linear layers take half):
+PPO, {RANKS} ranks, everything in fp32 (in bf16 the reference's and the rewards' linear layers take half):
 
 {ppo()}
 

@@ -13,6 +13,7 @@ from vqa_helpers import Ended, Started
 
 from vqa_scratch.engine.checkpoint import load_checkpoint
 from vqa_scratch.engine.distributed import World
+from vqa_scratch.engine.parallel import Alone
 from vqa_scratch.errors import UserError
 
 # Five prompts are two and three; minibatches of one prompt leave one of two ranks without any. The critic's warm-up
@@ -100,20 +101,32 @@ def assert_same_run(out: Path, other: Path) -> None:
     assert 0 < sum(stops) < len(stops), "the early stop should come into it"
 
 
-def test_two_ranks_are_one_process(cache, alone, tmp_path):
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_two_ranks_are_one_process(cache, alone, tmp_path, parallel):
     out = tmp_path / "run"
-    main, other = two(flags(cache, out))
+    main, other = two(flags(cache, out, "--parallel", parallel))
     assert (main.code, other.code) == (0, 0), main.err + other.err
+    assert f"2 ranks, {parallel}" in main.out and "Warning" not in main.err
     assert_same_run(out, alone)
     ours, theirs = (json.loads((folder / "summary.json").read_text()) for folder in (out, alone))
     assert ours["reward_after"] == pytest.approx(theirs["reward_after"], abs=1e-3)
     assert (other.out, other.err) == ("", ""), "one rank speaks"
 
 
-@pytest.mark.parametrize(("first", "then"), [(two, one), pytest.param(one, two, marks=pytest.mark.slow)])
+def two_in_parts(argv: list[str], prepare=None) -> list[Ended]:
+    return two([*argv, "--parallel", "fsdp"], prepare)
+
+
+slow = functools.partial(pytest.param, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize(
+    ("first", "then"),
+    [(two, one), (two_in_parts, one), slow(one, two), slow(one, two_in_parts), slow(two_in_parts, two)],
+)
 def test_another_number_of_ranks_goes_on(cache, alone, tmp_path, first, then):
     """SIGTERM reaches the last process in iteration 3: all save and stop after it, and the others go on from there."""
-    out, rank = tmp_path / "run", 1 if first is two else 0
+    out, rank = tmp_path / "run", 0 if first is one else 1
     stop = functools.partial(at_iteration, rank, 3, functools.partial(send, int(signal.SIGTERM)))
     ended = first(flags(cache, out), stop)
     for process in [ended] if first is one else ended:
@@ -135,6 +148,30 @@ def test_a_rank_that_dies_ends_the_run(cache, tmp_path):
     assert load_checkpoint(out / "checkpoints" / "last.pt")["ppo"]["iteration"] == 2
 
 
+def test_parts_need_torchrun(cache, tmp_path):
+    """One line, before anything is trained."""
+    ended = one([*flags(tmp_path / "none", tmp_path / "run"), "--parallel", "fsdp"])
+    assert ended.code == 2 and ended.errors == [
+        "error: --parallel fsdp cuts the model over processes: start the run with torchrun"
+    ]
+    assert not (tmp_path / "none").exists()
+
+
+def test_ranks_with_other_weights_are_refused(cache, tmp_path):
+    """As when two machines hold different files under one name."""
+    main, other = two(flags(cache, tmp_path / "run"), another_reference_on_rank_1)
+    assert (main.code, other.code) == (2, 2)
+    assert len(main.errors) == 1 and "the hash of the reference model on rank 0 is" in main.errors[0]
+
+
+def another_reference_on_rank_1() -> None:
+    import rlhf
+
+    fingerprint = rlhf.fingerprint
+    if os.environ["RANK"] == "1":
+        rlhf.fingerprint = lambda model: fingerprint(model)[::-1]
+
+
 def test_more_ranks_than_prompts_are_refused():
     from rl_toy import toy_ppo
 
@@ -142,4 +179,4 @@ def test_more_ranks_than_prompts_are_refused():
 
     ppo = toy_ppo(prompts=2, minibatches=1)
     with pytest.raises(UserError, match="--prompts 2 leave some of 3 ranks without one"):
-        PPO(ppo.config, ppo.actor, ppo.reference, ppo.reward, [], ppo.rules, ppo.decode, world=World(0, 3))
+        PPO(ppo.config, ppo.actor, ppo.reference, ppo.reward, [], ppo.rules, ppo.decode, ranks=Alone(World(0, 3)))

@@ -20,6 +20,13 @@ def test_bytes_sent_by_a_ring():
     assert size.ddp(10**9) == pytest.approx(8000)
 
 
+def test_a_rank_of_ppo_in_parts():
+    """1000 parameters on 4 ranks. Update: 4 kB of weights, gradients, two moments and reference each, in 4; rollout:
+    2 x 4 kB whole, and a quarter of weights, moments and reference."""
+    assert scale.ppo_in_parts(scale.Size(1000, 2000), 7, 4) == (7 + 5000, 7 + 8000 + 4000)
+    assert scale.ppo_in_parts(scale.Size(1000, 2000), 0, 10**12) == pytest.approx((0, 8000), abs=1e-3)
+
+
 def test_amounts_in_words():
     assert [scale.amount(x) for x in (12, 1_234_567, 2.5e9)] == ["12 B", "1.23 MB", "2.5 GB"]
     assert scale.amount(77e6, "") == "77 M" and scale.milliseconds(0.0071) == "7.1 ms"

@@ -24,7 +24,7 @@ from vqa_scratch.data.images import ImageProcessor
 from vqa_scratch.data.text import Tokenizer
 from vqa_scratch.engine.checkpoint import load_model_state
 from vqa_scratch.engine.distributed import ALONE, World
-from vqa_scratch.engine.parallel import whole
+from vqa_scratch.engine.parallel import for_main
 from vqa_scratch.engine.precision import Precision, pick_precision
 from vqa_scratch.errors import UserError
 from vqa_scratch.models.vqa import VQAConfig, VQAModel
@@ -74,7 +74,7 @@ def save_parts(folder: Path, config: TrainConfig, model: VQAModel, encoder: Enco
 
 def save_weights(path: Path, model: nn.Module, world: World = ALONE) -> None:
     """All parameters as safetensors, atomically; called by all ranks, written by the main one."""
-    tensors = whole(model.state_dict())
+    tensors = for_main(model.state_dict(), world)
     if world.main:
         write_safetensors(path, {name: p.detach().cpu().contiguous() for name, p in tensors.items()})
 

@@ -19,7 +19,7 @@ from vqa_scratch.data.batches import prefetch
 from vqa_scratch.engine.checkpoint import load_model_state, restore_streams, save_checkpoint, streams
 from vqa_scratch.engine.distributed import ALONE, World
 from vqa_scratch.engine.optim import Optimizers, schedule
-from vqa_scratch.engine.parallel import ONE_PROCESS, Alone, whole
+from vqa_scratch.engine.parallel import ONE_PROCESS, Alone, for_main, whole
 from vqa_scratch.engine.precision import Precision
 from vqa_scratch.engine.progress import MetricsLog
 from vqa_scratch.engine.task import Plan, State, Task
@@ -92,10 +92,10 @@ def train_step(
 def checkpoint_state(
     task: Task, optimizers: Optimizers, precision: Precision, state: State, world: World
 ) -> dict[str, Any]:
-    """Everything needed to go on, whole, so that another number of ranks can; all ranks must call it."""
+    """Everything needed to go on, whole on the main rank, so that another number can; all ranks must call it."""
     return {
-        "model": whole(task.model.state_dict()),
-        "optimizers": whole(optimizers.state_dict()),
+        "model": for_main(task.model.state_dict(), world),
+        "optimizers": for_main(optimizers.state_dict(), world),
         "scaler": precision.scaler.state_dict(),
         "state": asdict(state),
         "rng": streams(world),

@@ -99,6 +99,16 @@ def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Para
     return hidden, wide, rest
 
 
+def load_whole_state(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
+    """`load_state_dict` of a state with whole tensors; what belongs to a sharded parameter is cut as that is."""
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    cut = {
+        i: {k: like(params[i], v) if getattr(v, "shape", ()) == params[i].shape else v for k, v in s.items()}
+        for i, s in saved["state"].items()
+    }
+    optimizer.load_state_dict(saved | {"state": cut})
+
+
 class Optimizers:
     """AdamW, and Muon beside it if asked for, driven as one.
 
@@ -145,14 +155,8 @@ class Optimizers:
         return [optimizer.state_dict() for optimizer in self.optimizers]
 
     def load_state_dict(self, states: list[dict[str, Any]]) -> None:
-        """States are whole; what belongs to a sharded parameter is cut as that is."""
         for optimizer, saved in zip(self.optimizers, states, strict=True):
-            params = [p for group in optimizer.param_groups for p in group["params"]]
-            cut = {
-                i: {k: like(params[i], v) if getattr(v, "shape", ()) == params[i].shape else v for k, v in s.items()}
-                for i, s in saved["state"].items()
-            }
-            optimizer.load_state_dict(saved | {"state": cut})
+            load_whole_state(optimizer, saved)
 
 
 def schedule(step: int, progress: float, warmup_steps: int, decay_from: float) -> float:

@@ -6,11 +6,17 @@ ZeRO (Rajbhandari et al. 2020, 1910.02054); weights are gathered block by block 
 optimizer state stay in parts.
 
 Both average gradients over ranks. The loop wants their sum, so it multiplies the loss by the number of ranks.
+
+An update of PPO is different: a rank's share of it may need more passes through the model than another's. `passes`,
+`backward` and `collect` are for that. `Copies` (in `rl/ranks.py`) adds the gradients up after the last pass. `Shards`
+exchanges something in every pass, so ranks with fewer go through the model with something that comes to nothing.
 """
 
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -42,6 +48,21 @@ def whole(value: Any) -> Any:
     return value
 
 
+def for_main(value: Any, world: World) -> Any:
+    """`whole`, for a file that the main rank writes: it gets tensors on the CPU, the others None; all must call it.
+
+    One tensor after the other, so that no rank's device ever holds more than one of them whole.
+    """
+    if isinstance(value, DTensor):
+        value = whole(value)
+        return value.cpu() if world.main else None
+    if isinstance(value, dict):
+        return {key: for_main(item, world) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(for_main(item, world) for item in value)
+    return value
+
+
 def like(own: Tensor, value: Tensor) -> Tensor:
     """`value`, whole and the same on all ranks, cut as `own` is; nothing is sent."""
     if not isinstance(own, DTensor):
@@ -69,6 +90,20 @@ class Alone:
     def with_whole_model(self, work: Callable[[], T]) -> T:
         """`work()` with plain tensors for weights: ranks may do different things in it. No gradients."""
         return work()
+
+    def passes(self, parts: Sequence[T], idle: T) -> list[tuple[T, bool]]:
+        """What a rank goes through the model with in a step: its parts, each with True.
+
+        Where ranks must go through it equally often, `idle` with False follows until there are enough.
+        """
+        return [(part, True) for part in parts]
+
+    def backward(self, loss: Tensor, counts: bool) -> None:
+        """The backward pass of one of `passes`; gradients become sums over parts and, after `collect`, over ranks."""
+        loss.backward()
+
+    def collect(self, parameters: Sequence[nn.Parameter]) -> None:
+        """After the last of `passes`: whatever is still to be exchanged of the gradients."""
 
 
 ONE_PROCESS = Alone()
@@ -105,11 +140,15 @@ class Shards(Alone):
     """FSDP2: every block's tensors are cut along their first axis; the rest of the model is one more such group.
 
     `model` is changed in place: make its optimizer afterwards. Gradients are exchanged after every part of a step: to
-    keep them until the last would need the memory that this saves.
+    keep them until the last would need the memory that this saves. `frozen` are models without gradients, used only
+    inside `with_whole_model`, which are cut and gathered along with it.
     """
 
-    def __init__(self, model: nn.Module, world: World, device: torch.device) -> None:
+    def __init__(self, model: nn.Module, world: World, device: torch.device, frozen: Sequence[nn.Module] = ()) -> None:
         super().__init__(world)
+        # An output may be a view (values are); nothing here changes outputs in place.
+        warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
+        self.frozen = [Shards(other, world, device) for other in frozen]
         mesh = init_device_mesh(device.type, (world.size,))
         self.blocks = [block for m in model.modules() if isinstance(m, nn.ModuleList) for block in m]
         for block in self.blocks:
@@ -119,17 +158,33 @@ class Shards(Alone):
     def run(self, work: Callable[..., T], *args: Any) -> T:
         return self.module(work, *args)
 
+    def passes(self, parts: Sequence[T], idle: T) -> list[tuple[T, bool]]:
+        most = max(self.world.gather(len(parts)))
+        return super().passes(parts, idle) + [(idle, False)] * (most - len(parts))
+
+    def backward(self, loss: Tensor, counts: bool) -> None:
+        (loss * (self.world.size if counts else 0)).backward()
+
     def with_whole_model(self, work: Callable[[], T]) -> T:
+        for other in self.frozen:
+            work = partial(other.with_whole_model, work)
+
         @torch.no_grad()
         def unsharded() -> T:
             with self._held():
                 return work()
 
-        return self.module(unsharded)
+        try:
+            return self.module(unsharded)
+        finally:
+            self.module.reshard()
 
     @contextmanager
     def _held(self) -> Iterator[None]:
-        """All blocks gathered, and kept so after their forward passes."""
+        """All blocks gathered, and kept so after their forward passes and where someone asks for the state dict."""
+        cut_again = [(m, m._state_dict_pre_hooks) for m in self.module.modules()]
+        for m, _ in cut_again:
+            m._state_dict_pre_hooks = OrderedDict()
         for block in self.blocks:
             block.set_reshard_after_forward(False, recurse=False)
             block.unshard()
@@ -139,42 +194,32 @@ class Shards(Alone):
             for block in self.blocks:
                 block.set_reshard_after_forward(True, recurse=False)
                 block.reshard()
+            for m, hooks in cut_again:
+                m._state_dict_pre_hooks = hooks
 
 
-def share_model(kind: str, model: nn.Module, world: World, precision: Precision) -> Alone:
-    """The strategy that `--parallel` names. Raises UserError where it cannot be used."""
+def check_sharing(kind: str, precision: Precision) -> None:
+    """Raise UserError where the strategy that `--parallel` names cannot be used."""
     assert kind in KINDS
-    if kind == "fsdp":
-        if not torch.distributed.is_initialized():
-            raise UserError("--parallel fsdp cuts the model over processes: start the run with torchrun")
-        if precision.kind == "fp16":
-            raise UserError("--parallel fsdp takes bf16 or fp32: the loss scaling of fp16 looks at whole gradients")
-        return Shards(model, world, precision.device)
-    if world.size > 1:
-        return Replicas(model, world)
-    return Alone(world)
+    if kind == "fsdp" and not torch.distributed.is_initialized():
+        raise UserError("--parallel fsdp cuts the model over processes: start the run with torchrun")
+    if kind == "fsdp" and precision.kind == "fp16":
+        raise UserError("--parallel fsdp takes bf16 or fp32: the loss scaling of fp16 looks at whole gradients")
 
 
-# ------------------------------------------------------------------------------------- gradients without a wrapper
+def share_model(
+    kind: str,
+    model: nn.Module,
+    world: World,
+    precision: Precision,
+    replicas: Callable[[nn.Module, World], Alone] = Replicas,
+    frozen: Sequence[nn.Module] = (),
+) -> Alone:
+    """The strategy that `--parallel` names. Raises UserError where it cannot be used.
 
-BUCKET = 8_000_000  # numbers sent at once
-
-
-def add_gradients(parameters: Sequence[nn.Parameter], world: World) -> None:
-    """Replace every gradient by its sum over the ranks, for updates whose passes differ from rank to rank.
-
-    A rank that has no gradient where another has one counts as zero; where nobody has one, there is none afterwards.
+    `replicas` is the one for whole models, `frozen` are models of the run without gradients.
     """
-    if world.size == 1:
-        return
-    having = world.totals([float(p.grad is not None) for p in parameters])
-    bucket: list[nn.Parameter] = []
-    used = [p for p, count in zip(parameters, having, strict=True) if count]
-    for p in used:
-        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-        bucket.append(p)
-        if sum(q.numel() for q in bucket) >= BUCKET or p is used[-1]:
-            flat = world.sum_(torch.cat([q.grad.flatten() for q in bucket]))
-            for q, piece in zip(bucket, flat.split([q.numel() for q in bucket]), strict=True):
-                q.grad.copy_(piece.view_as(q))
-            bucket = []
+    check_sharing(kind, precision)
+    if kind == "fsdp":
+        return Shards(model, world, precision.device, frozen)
+    return replicas(model, world) if world.size > 1 else Alone(world)

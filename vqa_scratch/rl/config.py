@@ -17,6 +17,11 @@ class RLHFConfig:
     seed: int = option(0, "Seed of data, initial weights and sampling.")
     device: str = option("auto", "Where to compute.", ("auto", "cpu", "cuda"))
     precision: str = option("auto", "Arithmetic; auto is bf16 on a GPU and fp32 elsewhere.", ("auto", "fp32", "bf16"))
+    parallel: str = option(
+        "ddp",
+        "Under torchrun: whole policy and reference on every rank, or a part of every tensor.",
+        ("ddp", "fsdp"),
+    )
 
     # ------------------------------------------------------------------------------------------ models and data
     policy: str = option("google/flan-t5-small", "Policy of book: folder or Hub id; of vqa: a run of train.py.")

@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from kernels import chosen_logprobs
-from vqa_scratch.engine.distributed import ALONE, World
-from vqa_scratch.engine.parallel import add_gradients
+from vqa_scratch.engine.checkpoint import load_model_state
+from vqa_scratch.engine.optim import load_whole_state
+from vqa_scratch.engine.parallel import ONE_PROCESS, Alone, for_main, whole
 from vqa_scratch.errors import UserError
 from vqa_scratch.rl import functional as F
 from vqa_scratch.rl.config import RLHFConfig
@@ -47,8 +48,9 @@ class PPO:
         rules: SamplingRules,
         decode: Callable[[list[int]], str],
         autocast: Callable[[], AbstractContextManager] = nullcontext,
-        world: World = ALONE,
+        ranks: Alone = ONE_PROCESS,
     ) -> None:
+        self.ranks, world = ranks, ranks.world
         if config.prompts < world.size:
             raise UserError(f"--prompts {config.prompts} leave some of {world.size} ranks without one")
         self.world, self.mine = world, world.share(range(config.prompts))  # this rank's prompts of a batch
@@ -79,7 +81,7 @@ class PPO:
         """Roll out, update, steer the price of KL. Returns the log under the usual names."""
         start = time.perf_counter()
         prompts = self.stream.next()
-        trajectory, context, log = self.rollout(prompts)
+        trajectory, context, log = self.ranks.with_whole_model(lambda: self.rollout(prompts))
         rolled = time.perf_counter()
         log |= self.update(prompts, trajectory, context)
         log["objective/kl_coef"] = self.kl.coef
@@ -178,8 +180,8 @@ class PPO:
                 if c.early_stop_kl and moved > 1.5 * c.early_stop_kl:
                     self.optimizer.zero_grad()
                     return stats.summary(stopped=True) | {"ppo/learning_rate": self.learning_rate}
-                add_gradients(self.parameters, self.world)
-                stats.gradient_norm(torch.nn.utils.clip_grad_norm_(self.parameters, c.max_grad_norm))
+                self.ranks.collect(self.parameters)
+                stats.gradient_norm(whole(torch.nn.utils.clip_grad_norm_(self.parameters, c.max_grad_norm)))
                 self.optimizer.step()
                 self.optimizer.zero_grad()
                 self.optimizer_steps += 1
@@ -202,12 +204,12 @@ class PPO:
         self.actor.detach_value = warming or c.critic == "detached"
         stats.begin_minibatch()
         by_length = sorted((i for i in minibatch if i in self.mine), key=lambda i: len(prompts[i].ids))
-        for start in range(0, len(by_length), c.micro_prompts):
-            part = by_length[start : start + c.micro_prompts]
+        parts = [by_length[i : i + c.micro_prompts] for i in range(0, len(by_length), c.micro_prompts)]
+        for part, counts in self.ranks.passes(parts, idle=[self.mine.start]):
             rows = torch.tensor([i * k + j for i in part for j in range(k)], device=trajectory.ids.device)
             t = trajectory.rows(rows)
             with self.autocast():
-                logits, values = self.actor(self._read(part, prompts, context), t.ids, t.mask, self.rules)
+                logits, values = self.ranks.run(self._look, part, prompts, context, t)
 
             m = t.mask  # from here on (N,): the real tokens of all responses in one row
             real = torch.ones_like(t.ids[m], dtype=torch.bool)
@@ -220,7 +222,9 @@ class PPO:
             loss = policy_loss.new_zeros(()) if warming else policy_loss - c.entropy_coef * entropy
             if c.algorithm == "ppo":
                 loss = loss + (1.0 if warming else c.value_coef) * value_loss
-            loss.backward()
+            self.ranks.backward(loss, counts)
+            if not counts:
+                continue
             stats.add(
                 logprobs,
                 values,
@@ -235,11 +239,13 @@ class PPO:
             )
         return stats.end_minibatch(self.world)
 
-    def _read(self, part: list[int], prompts: list[Prompt], context: Context) -> Context:
-        """What the decoder reads for some prompts: encoded again with gradients, unless the encoder is frozen."""
+    def _look(self, part: list[int], prompts: list[Prompt], context: Context, t: Trajectory) -> tuple[Tensor, Tensor]:
+        """Logits and values for some prompts' responses; encoded again with gradients, unless the encoder is frozen."""
         if self.frozen_encoder:
-            return context.of([i - self.mine.start for i in part])
-        return self.actor.backbone.encode([prompts[i] for i in part]).shared_by(context.samples)
+            read = context.of([i - self.mine.start for i in part])
+        else:
+            read = self.actor.backbone.encode([prompts[i] for i in part]).shared_by(context.samples)
+        return self.actor(read, t.ids, t.mask, self.rules)
 
     @property
     def learning_rate(self) -> float:
@@ -268,10 +274,10 @@ class PPO:
         self.scale.fit(torch.cat(rewards))
 
     def state_dict(self) -> dict:
-        """Everything that the next iteration depends on."""
+        """Everything that the next iteration depends on, whole on the main rank; all ranks must call it."""
         return {
-            "actor": self.actor.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "actor": for_main(self.actor.state_dict(), self.world),
+            "optimizer": for_main(self.optimizer.state_dict(), self.world),
             "iteration": self.iteration,
             "optimizer_steps": self.optimizer_steps,
             "kl_coef": self.kl.coef,
@@ -284,8 +290,8 @@ class PPO:
 
     def load_state_dict(self, state: dict) -> None:
         """The inverse of `state_dict`: the run goes on as if it had never stopped."""
-        self.actor.load_state_dict(state["actor"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        load_model_state(self.actor, state["actor"], "the checkpoint")
+        load_whole_state(self.optimizer, state["optimizer"])
         self.iteration, self.optimizer_steps = state["iteration"], state["optimizer_steps"]
         self.kl.coef = state["kl_coef"]
         self.scale.mean, self.scale.std = state["reward_mean"], state["reward_std"]

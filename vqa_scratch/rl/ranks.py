@@ -1,12 +1,16 @@
-"""Rollouts of several ranks put together: every rank gets all rows, in the order of the prompts.
+"""Several ranks as one: rollouts put together, so that every rank gets all rows in the order of the prompts, and
+gradients.
 
 Shapes: b responses of one rank, B of all, R response tokens.
 """
 
+from collections.abc import Sequence
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vqa_scratch.engine.distributed import World
+from vqa_scratch.engine.parallel import Alone
 from vqa_scratch.rl.types import Prompt, Samples
 
 
@@ -36,3 +40,31 @@ def gather_samples(world: World, samples: Samples, prompts: list[Prompt], each: 
     columns = zip(*world.gather((samples.ids, samples.texts, samples.finished)), strict=True)
     ids, texts, finished = ([x for piece in pieces for x in piece] for pieces in columns)
     return Samples([p for p in prompts for _ in range(each)], ids, texts, finished)
+
+
+BUCKET = 8_000_000  # numbers sent at once
+
+
+class Copies(Alone):
+    """The same weights on every rank, as ranks load or seed them, and no wrapper: passes may differ in number."""
+
+    def __init__(self, model: nn.Module, world: World) -> None:
+        super().__init__(world)
+
+    def collect(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Replace every gradient by its sum over the ranks.
+
+        A rank that has no gradient where another has one counts as zero; where nobody has one, there is none
+        afterwards.
+        """
+        having = self.world.totals([float(p.grad is not None) for p in parameters])
+        bucket: list[nn.Parameter] = []
+        used = [p for p, count in zip(parameters, having, strict=True) if count]
+        for p in used:
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+            bucket.append(p)
+            if sum(q.numel() for q in bucket) >= BUCKET or p is used[-1]:
+                flat = self.world.sum_(torch.cat([q.grad.flatten() for q in bucket]))
+                for q, piece in zip(bucket, flat.split([q.numel() for q in bucket]), strict=True):
+                    q.grad.copy_(piece.view_as(q))
+                bucket = []
