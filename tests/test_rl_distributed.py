@@ -122,7 +122,7 @@ slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 
 @pytest.mark.parametrize(
     ("first", "then"),
-    [(two, one), (two_in_parts, one), slow(one, two), slow(one, two_in_parts), slow(two_in_parts, two)],
+    [(two, one), slow(two_in_parts, one), slow(one, two), slow(one, two_in_parts), slow(two_in_parts, two)],
 )
 def test_another_number_of_ranks_goes_on(cache, alone, tmp_path, first, then):
     """SIGTERM reaches the last process in iteration 3: all save and stop after it, and the others go on from there."""
