@@ -252,8 +252,9 @@ def test_steps_of_fixed_shape(gpt2, padded, monkeypatch):
     mask = mask if padded else None
     monkeypatch.setattr(torch.Tensor, "new_empty", lambda self, *shape: self.new_full(shape, math.nan))
     with torch.no_grad():
-        scores, cache, real = prefill(gpt2, ids, mask, parts(6, 2), 8)
-        fixed, plain = FixedState(gpt2, cache, real, 8, 1), StaticState(gpt2, cache, real, 8, 1)
+        scores, cache, real = prefill(gpt2, ids, mask, parts(6, 2))
+        steps = gpt2.decoding_parts()
+        fixed, plain = FixedState(steps, cache, real, 8, 1), StaticState(steps, cache, real, 8, 1)
         recorded = []
         for step in range(8):
             tokens = scores.argmax(-1)

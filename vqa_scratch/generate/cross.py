@@ -14,13 +14,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vqa_scratch.nn.attention import attention_over_parts
+from vqa_scratch.nn.decoding import DecoderLayer, adding, linear, product
 from vqa_scratch.nn.memory import KeyValue, Readers, concatenate, reading
 
 # What joining parts may copy for rows that share entries, bytes a layer. A copy is read anew at every step; keeping
 # parts apart costs some ten small operations, which is what reading about a megabyte costs.
 JOIN_BYTES = 1 << 20
+ABSORB_BYTES = 1 << 18  # what a layer may read more for the five operations that absorbing its projections saves
 
 Reader = Callable[[Tensor], Tensor]  # queries (R, H * d) -> what they read (R, H * d)
+Crossing = Callable[[Tensor], object]  # adds to states (R, D), in place, what they read
 Layers = list[list[KeyValue]]  # parts by layer; the readers of a part are the same in all layers
 
 
@@ -46,24 +49,6 @@ def _joined(layers: Layers) -> Layers:
         [concatenate([part.take(index) for part, index in zip(parts, own, strict=True)])._replace(readers=whole)]
         for parts in layers
     ]
-
-
-def readers(layers: Layers, scales: list[float]) -> list[Reader]:
-    """One function a layer; `scales` multiply the scores."""
-    if len(layers[0]) > 1 or layers[0][0].readers.slot is not None:
-        layers = _joined(layers)
-    first = layers[0][0]
-    if len(layers[0]) > 1 or first.readers.slot is not None:
-        return [_apart(parts, scale) for parts, scale in zip(layers, scales, strict=True)]
-    bias = empty = None
-    if first.mask is not None and not bool(first.mask.all()):
-        may = first.mask.bool()
-        empty = ~may.any(1)  # (E,) entries with nothing to read: their readers get zeros
-        bias = torch.zeros_like(may, dtype=first.k.dtype).masked_fill_(~may & ~empty[:, None], -math.inf)
-        if not bool(empty.any()):
-            empty = None
-        bias = bias[:, None].repeat_interleave(first.k.shape[1], 0)  # (E * H, 1, N)
-    return [_as_one(part, bias, empty, scale) for (part,), scale in zip(layers, scales, strict=True)]
 
 
 def attend(q: Tensor, keys: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
@@ -106,3 +91,74 @@ def _apart(parts: list[KeyValue], scale: float) -> Reader:
         return z.flatten(1)
 
     return read
+
+
+def _readers(layers: Layers, scales: list[float]) -> list[Reader]:
+    """One function a layer; `scales` multiply the scores."""
+    if len(layers[0]) > 1 or layers[0][0].readers.slot is not None:
+        layers = _joined(layers)
+    first = layers[0][0]
+    if len(layers[0]) > 1 or first.readers.slot is not None:
+        return [_apart(parts, scale) for parts, scale in zip(layers, scales, strict=True)]
+    bias = empty = None
+    if first.mask is not None and not bool(first.mask.all()):
+        may = first.mask.bool()
+        empty = ~may.any(1)  # (E,) entries with nothing to read: their readers get zeros
+        bias = torch.zeros_like(may, dtype=first.k.dtype).masked_fill_(~may & ~empty[:, None], -math.inf)
+        if not bool(empty.any()):
+            empty = None
+        bias = bias[:, None].repeat_interleave(first.k.shape[1], 0)  # (E * H, 1, N)
+    return [_as_one(part, bias, empty, scale) for (part,), scale in zip(layers, scales, strict=True)]
+
+
+def _constant(layer: DecoderLayer, part: KeyValue) -> Crossing:
+    """A memory of one token an entry: whatever a query asks, its only key has all the weight."""
+    z = part.v.flatten(1)  # (E, H * d)
+    if part.mask is not None:
+        z = z.masked_fill(~part.mask.bool(), 0.0)
+    added = linear(layer.cross.out)(z)[part.readers.index(z.device)]  # (R, D)
+    return lambda x: x.add_(added)
+
+
+def _absorbed(layer: DecoderLayer, parts: list[KeyValue]) -> Crossing | None:
+    """The memory of one row takes the projections in; None where reading it would then cost more.
+
+    The scores (h Wq^T + bq) k^T are h (k Wq)^T + bq k^T, and the values go through the output projection alike: a step
+    is softmax(h A^T + a) B + b, two products instead of four. (DeepSeek-V2 does this to its latent attention:
+    2405.04434, section 2.1.2.)
+    """
+    module, (k, v, mask, _) = layer.cross, concatenate(parts)  # (1, H, N, d)
+    if mask is not None:
+        k, v = (x[:, :, mask[0].bool()] for x in (k, v))
+    (_, heads, tokens, size), width = k.shape, module.out.out_features
+    if tokens == 0:
+        return None
+    more = 2 * width * (heads * tokens - heads * size - tokens) * k.element_size()
+    if more > ABSORB_BYTES or k.dtype in (torch.float16, torch.bfloat16):  # where `attend` is more exact
+        return None
+    k, v, weight, bias = k[0] * module.scale, v[0], module.q.weight, module.q.bias
+    offset = None if bias is None else torch.bmm(k, bias.view(heads, size, 1)).flatten()
+    keys = torch.bmm(k, weight.view(heads, size, width)).flatten(0, 1)  # (H * N, D)
+    values = torch.bmm(v, module.out.weight.view(width, heads, size).permute(1, 2, 0)).flatten(0, 1)  # (H * N, D)
+    if module.out.bias is not None:  # the weights of a head sum to 1, and bring their part of it
+        values = values + module.out.bias / heads
+    norm, scores, add = layer.cross_norm, product(keys, offset), adding(values.t(), None)
+    return lambda x: add(x, torch.softmax(scores(norm(x)).view(heads, tokens), -1).view(1, -1))
+
+
+def _plain(layer: DecoderLayer, read: Reader) -> Crossing:
+    norm, q, add = layer.cross_norm, linear(layer.cross.q), adding(layer.cross.out.weight, layer.cross.out.bias)
+    return lambda x: add(x, read(q(norm(x))))
+
+
+def crossings(layers: list[DecoderLayer], memory: Layers) -> list[Crossing]:
+    """One function a layer of the decoder: x (R, D) += cross-attention to the memory, norm and projections included."""
+    first = memory[0]
+    if len(first) == 1 and first[0].k.shape[2] == 1:
+        return [_constant(layer, part) for layer, (part,) in zip(layers, memory, strict=True)]
+    if first[0].readers.rows == 1:
+        made = [_absorbed(layer, parts) for layer, parts in zip(layers, memory, strict=True)]
+        if None not in made:
+            return made
+    readers = _readers(memory, [layer.cross.scale for layer in layers])
+    return [_plain(layer, read) for layer, read in zip(layers, readers, strict=True)]

@@ -12,18 +12,19 @@ import math
 import torch
 from torch import Tensor
 
-from vqa_scratch.generate.state import Decoder, StaticState
+from vqa_scratch.generate.state import StaticState
 from vqa_scratch.nn.cache import DecoderCache
+from vqa_scratch.nn.decoding import DecoderParts
 
 
 class FixedState(StaticState):
     """A `StaticState` whose steps depend on no number that the host knows."""
 
-    def __init__(self, decoder: Decoder, cache: DecoderCache, mask: Tensor | None, steps: int, members: int) -> None:
-        if members != 1 or decoder.decoding_parts().bias is not None:
+    def __init__(self, parts: DecoderParts, cache: DecoderCache, mask: Tensor | None, steps: int, members: int) -> None:
+        if members != 1 or parts.bias is not None:
             raise ValueError("steps of fixed shape serve neither beams nor a relative bias")
         everything = torch.ones(len(cache[0].contents[0]), cache.length, dtype=torch.bool, device=cache.device)
-        super().__init__(decoder, cache, everything if mask is None else mask, steps, members)
+        super().__init__(parts, cache, everything if mask is None else mask, steps, members)
         self.cached[:, :, :, :, self.prompt :] = 0.0  # read with weight 0 before it is written: it must be a number
         self.place = torch.tensor([self.prompt], device=cache.device)  # (1,) where the next token is written
 
@@ -44,7 +45,7 @@ class FixedState(StaticState):
         x = self._through_layers(tokens, 0, self.places, self.spread)
         self.place += 1
         self.positions += 1
-        return self.decoder.logits(self.parts.norm(x))
+        return self.parts.logits(self.parts.norm(x))
 
     def step(self, tokens: Tensor) -> Tensor:
         self.used += 1
@@ -54,12 +55,12 @@ class FixedState(StaticState):
 class GraphState(FixedState):
     """The same replayed: the first step after a change of rows runs as it is, the second is captured."""
 
-    def __init__(self, decoder: Decoder, cache: DecoderCache, mask: Tensor | None, steps: int, members: int) -> None:
+    def __init__(self, parts: DecoderParts, cache: DecoderCache, mask: Tensor | None, steps: int, members: int) -> None:
         if cache.device.type != "cuda":
             raise ValueError("a CUDA graph needs a decoder on a GPU")
         if torch.is_autocast_enabled("cuda"):
             raise ValueError("a CUDA graph keeps no weights that autocast casts: give the decoder the type itself")
-        super().__init__(decoder, cache, mask, steps, members)
+        super().__init__(parts, cache, mask, steps, members)
 
     def _lay_out(self) -> None:
         super()._lay_out()

@@ -60,7 +60,7 @@ def decode(
         if eos_id is not None:
             done |= token == eos_id
             if made % ask_every == 0:
-                running = len(live) - int(done.sum())
+                running = len(live) - int(done.count_nonzero())
                 if running == 0:
                     break
                 if running < COMPACT_BELOW * len(live):

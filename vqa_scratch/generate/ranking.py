@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vqa_scratch.generate.start import prefill
+from vqa_scratch.generate.start import check_length, prefill
 from vqa_scratch.generate.state import Decoder, StaticState
 from vqa_scratch.nn.memory import Memory
 
@@ -76,7 +76,9 @@ def _rank(
     candidates: Sequence[Sequence[int]],
 ) -> Tensor:
     longest = max(map(len, candidates))
-    first, cache, mask = prefill(decoder, prompt_ids, prompt_mask, memory, longest - 1)
+    parts = decoder.decoding_parts()
+    check_length(parts, prompt_ids.shape[1] + longest - 1)
+    first, cache, mask = prefill(decoder, prompt_ids, prompt_mask, memory)
     at_prompt = first.float().log_softmax(-1)  # (B, V)
     rows, vocabulary = at_prompt.shape
     if max(max(c) for c in candidates) >= vocabulary:
@@ -87,7 +89,7 @@ def _rank(
         begins = int((tree.parents < 0).sum())
         found = [at_prompt[:, tree.asked[:begins]]]
         if len(tree.tokens):
-            state = StaticState(decoder, cache, mask, int(tree.depths.max()) + 1, len(tree.tokens), tree=True)
+            state = StaticState(parts, cache, mask, int(tree.depths.max()) + 1, len(tree.tokens), tree=True)
             found += _after_nodes(decoder, state.tree(*tree[:3]), tree, begins)
         log_probs = torch.cat([*found, at_prompt.new_zeros(rows, 1)], 1)  # (B, E + 1)
         result[:, torch.tensor(portion, device=first.device)] = log_probs[:, tree.edges].sum(-1)

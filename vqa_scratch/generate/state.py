@@ -17,7 +17,7 @@ from torch import Tensor
 
 from vqa_scratch.generate import cross
 from vqa_scratch.nn.cache import DecoderCache
-from vqa_scratch.nn.decoding import DecoderParts, linear
+from vqa_scratch.nn.decoding import DecoderParts, adding, linear
 
 
 class Decoder(Protocol):
@@ -83,7 +83,7 @@ class StaticState:
 
     def __init__(
         self,
-        decoder: Decoder,
+        parts: DecoderParts,
         cache: DecoderCache,
         mask: Tensor | None,
         steps: int,
@@ -92,7 +92,7 @@ class StaticState:
         tree: bool = False,
     ) -> None:
         """`cache` and `mask` are those of `prefill`; with `tree` the members are the nodes of one `steps` deep."""
-        self.decoder, self.parts, self.members, self.used = decoder, decoder.decoding_parts(), members, 0
+        self.parts, self.members, self.used = parts, members, 0
         k, _ = cache[0].contents
         self.groups, self.heads, self.prompt, self.size = k.shape
         new = members if tree else members * steps
@@ -134,17 +134,14 @@ class StaticState:
         self.spread = None  # (G * H, K, C): `seen` where it does not change from step to step
         if self.seen is not None and self.members == 1:
             self.spread = self.seen.repeat_interleave(self.heads, 0)
-        readers = [None] * len(self.parts.layers)
+        crossings = [None] * len(self.parts.layers)
         if self.cross_parts is not None:
-            readers = cross.readers(self.cross_parts, [layer.cross.scale for layer in self.parts.layers])
+            crossings = cross.crossings(self.parts.layers, self.cross_parts)
         self.layers = []
-        for layer, read in zip(self.parts.layers, readers, strict=True):
-            across = None
-            if read is not None:
-                across = (layer.cross_norm, linear(layer.cross.q), read, linear(layer.cross.out))
+        for layer, crossing in zip(self.parts.layers, crossings, strict=True):
             attn = layer.attn
-            own = (layer.norm, linear(attn.qkv), linear(attn.out))
-            self.layers.append((*own, across, layer.mlp_norm, layer.mlp))
+            own = (layer.norm, linear(attn.qkv), adding(attn.out.weight, attn.out.bias))
+            self.layers.append((*own, crossing, layer.mlp_norm, layer.mlp))
 
     def _bias(self, until: int, times: Tensor | None = None) -> Tensor | None:
         """What is added to the scores of the first `until` places, broadcastable to (G * H, K, until).
@@ -173,7 +170,7 @@ class StaticState:
         x = self._through_layers(tokens, start, until, self._bias(until))
         self.used += 1
         self.positions += 1
-        return self.decoder.logits(self.parts.norm(x))
+        return self.parts.logits(self.parts.norm(x))
 
     def tree(self, tokens: Tensor, depths: Tensor, above: Tensor) -> Tensor:
         """All nodes of one tree behind each prompt at once, in place of steps: (K,) tokens -> states (G, K, D).
@@ -205,17 +202,16 @@ class StaticState:
         fused, flat, rows = (groups, members, 3, heads, size), (groups * heads, members, size), (len(x), heads * size)
         views = (view.unbind(0) for view in (*self._views(start, until), self.factors))
         for layer, keys, values, new, factors in zip(self.layers, *views, strict=True):
-            norm, qkv, out, across, mlp_norm, mlp = layer
+            norm, qkv, add, crossing, mlp_norm, mlp = layer
             q, k_and_v = qkv(norm(x)).view(fused).permute(2, 0, 3, 1, 4).split((1, 2))  # (3, G, H, K, d)
             self._write(new, k_and_v, factors)
             z = cross.attend(q.reshape(flat), keys, values, bias)
             if members > 1:
                 z = z.view(groups, heads, members, size).transpose(1, 2)
-            x += out(z.reshape(rows))
-            if across is not None:
-                norm, q, read, out = across
-                x += out(read(q(norm(x))))
-            x += mlp(mlp_norm(x))
+            add(x, z.reshape(rows))
+            if crossing is not None:
+                crossing(x)
+            mlp(x, mlp_norm(x))
         return x
 
     def reorder(self, parents: Tensor) -> None:

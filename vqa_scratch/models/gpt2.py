@@ -153,7 +153,7 @@ class GPT2(nn.Module):
             return F.embedding(tokens, self.tokens.weight) + F.embedding(positions, self.positions.weight)
 
         layers = [block.decoding_layer() for block in self.blocks]
-        return DecoderParts(embed, layers, layer_norm(self.norm), self.config.max_positions)
+        return DecoderParts(embed, layers, layer_norm(self.norm), self.logits, self.config.max_positions)
 
     def hidden(
         self,

@@ -145,7 +145,7 @@ class OPT(nn.Module):
 
         layers = [block.decoding_layer() for block in self.blocks]
         norm = layer_norm(self.norm)
-        return DecoderParts(embed, layers, lambda x: self.project_out(norm(x)), self.config.max_positions)
+        return DecoderParts(embed, layers, lambda x: self.project_out(norm(x)), self.logits, self.config.max_positions)
 
     def read(
         self, embeddings: Tensor, attention_mask: Tensor | None = None, cache: DecoderCache | None = None

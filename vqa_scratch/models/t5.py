@@ -306,7 +306,8 @@ class T5(nn.Module):
             mlp = decoding.mlp(block.mlp.up, block.mlp.activation, block.mlp.down, gate)
             layers.append(DecoderLayer(block.attn_norm, block.attn, block.cross_norm, block.cross, block.mlp_norm, mlp))
         embed = lambda tokens, positions: F.embedding(tokens, self.embedding.weight)  # noqa: E731
-        return DecoderParts(embed, layers, self.decoder.norm, None, bias=lambda keys: self.decoder.bias(1, keys))
+        bias = lambda keys: self.decoder.bias(1, keys)  # noqa: E731
+        return DecoderParts(embed, layers, self.decoder.norm, self.logits, None, bias)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., D) -> (..., V)."""

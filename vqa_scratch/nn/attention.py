@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import kernels
 from vqa_scratch.nn import masks, taps
 from vqa_scratch.nn.cache import KVCache
-from vqa_scratch.nn.memory import KeyValue, Memory, concatenate
+from vqa_scratch.nn.memory import KeyValue, Memory, check_rows, concatenate
 from vqa_scratch.nn.products import products_attention
 
 BACKENDS = ("fused", "products", "explicit")
@@ -240,12 +240,10 @@ class MultiHeadAttention(nn.Module):
         if cache is not None and cache.cross is not None:
             parts = cache.cross
         else:
-            parts = self._project(context, key_mask)
+            parts = self.project(context, key_mask)
             if cache is not None:
                 cache.fill_cross(parts)
-        for part in parts:
-            if part.readers.rows != len(x):
-                raise ValueError(f"{len(x)} rows, but the memory serves {part.readers.rows}")
+        check_rows(parts, len(x))
         if taps.wanted(self.tap_prefix, "k", "v", "mask", "scores", "pattern"):
             k, v, mask, _ = concatenate(parts)
             return self._attend(q, k, v, mask, None, False)
@@ -253,7 +251,10 @@ class MultiHeadAttention(nn.Module):
         dropout = self.dropout if self.training else 0.0
         return attention_over_parts(q, parts, scale=self.scale, dropout=dropout, backend=self.backend)
 
-    def _project(self, context: Tensor | Memory | Sequence[Memory] | None, key_mask: Tensor | None) -> list[KeyValue]:
+    def project(
+        self, context: Tensor | Memory | Sequence[Memory] | None, key_mask: Tensor | None = None
+    ) -> list[KeyValue]:
+        """Keys and values of what cross-attention reads; arguments as in `forward`."""
         if isinstance(context, Tensor):
             context = Memory(context, key_mask)
         elif key_mask is not None:

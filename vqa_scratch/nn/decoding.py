@@ -18,39 +18,71 @@ from vqa_scratch.nn.attention import MultiHeadAttention
 from vqa_scratch.nn.layers import Activation
 
 Function = Callable[[Tensor], Tensor]
+Addition = Callable[[Tensor, Tensor], object]  # changes its first argument, in place, by what it makes of the second
 
 
 class DecoderLayer(NamedTuple):
-    """x + attn(norm(x)), x + cross(cross_norm(x)) where there is one and it has a memory, x + mlp(mlp_norm(x))."""
+    """x += attn(norm(x)), x += cross(cross_norm(x)) where there is one and it has a memory, mlp(x, mlp_norm(x))."""
 
     norm: Function
     attn: MultiHeadAttention
     cross_norm: Function | None
     cross: MultiHeadAttention | None
     mlp_norm: Function
-    mlp: Function
+    mlp: Addition
 
 
 class DecoderParts(NamedTuple):
-    """What a step goes through, in order; the head is the decoder's own `logits`."""
+    """What a step goes through, in order."""
 
     embed: Callable[[Tensor, Tensor], Tensor]  # tokens (R,), positions (R,) -> (R, D), a tensor of its own
     layers: list[DecoderLayer]
     norm: Function  # (R, D) -> (R, D)
+    logits: Function  # (..., D) -> (..., V)
     max_positions: int | None  # tokens that positions serve, prompt included; None: any number
     bias: Callable[[int], Tensor] | None = None  # n -> (1, H, 1, n), added to the scores of the last of n tokens
 
 
-def linear(module: nn.Linear) -> Function:
-    """(R, D) -> (R, D') through the weights of `module`."""
-    weight, bias = module.weight, module.bias
+def product(weight: Tensor, bias: Tensor | None) -> Function:
+    """x (R, D) -> x weight^T + bias, (R, D')."""
     if torch.is_autocast_enabled(weight.device.type):  # which keeps its copy of a weight, not of a view of it
         return lambda x: F.linear(x, weight, bias)
-    if weight.dtype == torch.bfloat16 and weight.device.type == "cpu":
-        weight, bias = weight.detach(), None if bias is None else bias.detach()
+    weight, bias = weight.detach(), None if bias is None else bias.detach()
+    if _by_vector(weight):
         return lambda x: layers.linear(x, weight, bias)
-    turned = weight.detach().t()
+    turned = weight.t()
     return (lambda x: torch.mm(x, turned)) if bias is None else (lambda x: torch.addmm(bias, x, turned))
+
+
+def _by_vector(weight: Tensor) -> bool:
+    """Whether one row does not meet this weight as a matrix; see `layers.linear`."""
+    return weight.dtype == torch.bfloat16 and weight.device.type == "cpu"
+
+
+def linear(module: nn.Linear) -> Function:
+    """(R, D) -> (R, D') through the weights of `module`."""
+    return product(module.weight, module.bias)
+
+
+def linear_into(module: nn.Linear) -> Addition:
+    """(place, x): the same for one row x (1, D), written to a place (1, D')."""
+    weight, bias = module.weight.detach(), None if module.bias is None else module.bias.detach()
+    if torch.is_autocast_enabled(weight.device.type) or _by_vector(weight):
+        apply = linear(module)
+        return lambda place, x: place.copy_(apply(x))
+    turned = weight.t()
+    if bias is None:
+        return lambda place, x: torch.mm(x, turned, out=place)
+    return lambda place, x: torch.addmm(bias, x, turned, out=place)
+
+
+def adding(weight: Tensor, bias: Tensor | None) -> Addition:
+    """A residual connection: x (R, D') += z (R, D) weight^T + bias, with no tensor in between."""
+    if torch.is_autocast_enabled(weight.device.type) or _by_vector(weight):
+        apply = product(weight, bias)
+        return lambda x, z: x.add_(apply(z))
+    turned, bias = weight.detach().t(), None if bias is None else bias.detach()
+    return (lambda x, z: x.addmm_(z, turned)) if bias is None else (lambda x, z: x.addmm_(z, turned).add_(bias))
 
 
 def layer_norm(module: nn.LayerNorm) -> Function:
@@ -59,10 +91,10 @@ def layer_norm(module: nn.LayerNorm) -> Function:
     return lambda x: torch.layer_norm(x, shape, weight, bias, eps)
 
 
-def mlp(up: nn.Linear, activation: Activation, down: nn.Linear, gate: nn.Linear | None = None) -> Function:
-    """`down(activation(up(x)))`, or with a gate `down(activation(gate(x)) * up(x))`."""
-    rise, fall = linear(up), linear(down)
+def mlp(up: nn.Linear, activation: Activation, down: nn.Linear, gate: nn.Linear | None = None) -> Addition:
+    """(x, h): x += `down(activation(up(h)))`, or with a gate `down(activation(gate(h)) * up(h))`."""
+    rise, fall = linear(up), adding(down.weight, down.bias)
     if gate is None:
-        return lambda x: fall(activation(rise(x)))
+        return lambda x, h: fall(x, activation(rise(h)))
     open_gate = linear(gate)
-    return lambda x: fall(activation(open_gate(x)) * rise(x))
+    return lambda x, h: fall(x, activation(open_gate(h)) * rise(h))

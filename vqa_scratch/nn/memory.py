@@ -146,6 +146,13 @@ def reading(index: Tensor, entries: int) -> tuple[Tensor | None, Readers]:
     return (None if len(used) == entries else used), readers
 
 
+def check_rows(parts: Sequence[KeyValue], rows: int) -> None:
+    """Raise ValueError unless every part serves that many rows."""
+    for part in parts:
+        if part.readers.rows != rows:
+            raise ValueError(f"{rows} rows, but the memory serves {part.readers.rows}")
+
+
 def concatenate(parts: Sequence[KeyValue]) -> KeyValue:
     """All parts as one, an entry a row: what a trace reads."""
     parts = [part.per_row() for part in parts]
