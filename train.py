@@ -113,6 +113,8 @@ def train(config: RunConfig, world: World) -> int | None:
         separate_streams(world)
         if world.main:
             job.save_parts(config.out)
+    with world.first_one_then_all():  # the first lets frozen encoders run, if their output is kept
+        job.precompute()
     resume_after = state.step if checkpoint else None
     log = MetricsLog(config.out / "metrics.jsonl", resume_after, on_disk=world.main)
     seconds = None

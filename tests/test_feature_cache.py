@@ -1,6 +1,7 @@
 """--feature-cache: what a frozen encoder said is kept on disk, and gives the losses and answers of running it again."""
 
 import errno
+import functools
 import json
 import os
 from dataclasses import replace
@@ -9,13 +10,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from vqa_helpers import CPU, small_config, small_data, small_flags, small_task
+from ranks import run_ranks
+from vqa_helpers import CPU, small_config, small_data, small_flags, small_task, train_program
 
 import train
 from vqa_scratch.data import mapped
 from vqa_scratch.data.mapped import mapped_array
 from vqa_scratch.engine.precision import Precision
 from vqa_scratch.errors import UserError
+from vqa_scratch.storage import append_line
 from vqa_scratch.systems import questions as system_questions
 from vqa_scratch.systems.features import keep_features
 from vqa_scratch.systems.questions import read_splits
@@ -199,6 +202,31 @@ def test_images_of_another_size_than_the_towers(task):
     job.processor = replace(job.processor, size=(32, 64))
     with pytest.raises(UserError, match=r"needs images of the tower's own size, 64 x 64, not \(32, 64\)"):
         keep_features(job)
+
+
+def count_writes(log: Path) -> None:
+    """Every file of features adds its name to `log` when it is begun."""
+    begin = mapped.np.lib.format.write_array_header_1_0
+
+    def counted(file, header):
+        append_line(log, file.name.rsplit("/", 1)[-1].split(".")[0])
+        begin(file, header)
+
+    mapped.np.lib.format.write_array_header_1_0 = counted
+
+
+def test_two_ranks_write_each_file_once(data, tmp_path):
+    """A new run, and one that goes on after the files are gone; the ranks need the validation split unequally."""
+    log, out = tmp_path / "written", tmp_path / "run"
+    argv = [*small_flags(data, out, freeze="encoders", steps=2, eval_questions=8), "--feature-cache"]
+    for more in ([], ["--resume"]):
+        for ended in run_ranks(2, train_program, [*argv, *more], functools.partial(count_writes, log)):
+            assert ended.code == 0, ended.err
+        made = sorted(path.stem for path in (tmp_path / "cache").glob("features-*"))
+        assert len(made) == 8 and sorted(log.read_text().split()) == made
+        for path in (tmp_path / "cache").glob("features-*"):
+            path.unlink()
+        log.unlink()
 
 
 def test_a_run_with_it_is_the_run_without(data, tmp_path, monkeypatch):

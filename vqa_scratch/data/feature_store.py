@@ -91,9 +91,13 @@ class ImageFeatures:
                 yield self.encode(self.images.batch(positions)).flatten(0, 1)  # (I * N, D)
                 bar.update(len(positions))
 
+    def ready(self) -> None:
+        """Make the file, or find it."""
+        self.table.ready(lambda: f"{weights_digest(self.tower)}|{self.images.digest()}", self._states)
+
     def batch(self, positions: Sequence[int]) -> Tensor:
         """What a batch holds of these images: states (I, N, D)."""
-        self.table.ready(lambda: f"{weights_digest(self.tower)}|{self.images.digest()}", self._states)
+        self.ready()
         first = np.asarray(positions)[:, None] * self.tokens
         return self.table.read(first + np.arange(self.tokens))
 
@@ -144,9 +148,13 @@ class TextFeatures:
                 yield self.encode(ids, mask)[mask]  # (tokens, D)
                 bar.update(len(some))
 
+    def ready(self) -> None:
+        """Make the file, or find it."""
+        self.table.ready(self._digest, self._states)
+
     def batch(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
         """States (B, T, D), zeros where padded, and mask (B, T) of these questions."""
-        self.table.ready(self._digest, self._states)
+        self.ready()
         which = self.which[rows]
         lengths = self.lengths[which]
         columns = np.arange(lengths.max())

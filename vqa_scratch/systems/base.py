@@ -10,10 +10,10 @@ A system is a way to train and use one kind of model. It says so in one `System`
 3. Write its `Trained`: a finished run, opened again.
 4. `System(name, Config, prepare, open_trained)`, and one entry in the list.
 
-What happens in a run, in this order: `prepare`, the lines of `about`, `save_parts` (not when resuming), the loop with
-`epoch`, `share` (where there are several ranks), `batch`, `size`, `ids`, `loss` and `evaluate`, after every evaluation
-`panels` as curves.png; at the end the best weights are loaded and `finish` makes the final figures, `lines` says the
-most important of them.
+What happens in a run, in this order: `prepare`, the lines of `about`, `save_parts` (not when resuming), `precompute`,
+the loop with `epoch`, `share` (where there are several ranks), `batch`, `size`, `ids`, `loss` and `evaluate`, after
+every evaluation `panels` as curves.png; at the end the best weights are loaded and `finish` makes the final figures,
+`lines` says the most important of them.
 """
 
 import random
@@ -45,6 +45,9 @@ class Job(Task, Protocol):
 
     def save_parts(self, folder: Path) -> None:
         """Everything but the weights that `System.open` needs; config.json through `run.write_run_config`."""
+
+    def precompute(self) -> None:
+        """Into files of --cache, what takes the model with its weights in place; the main rank of a machine first."""
 
     def panels(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """The panels of curves.png (see `engine/progress.py`) from the rows of metrics.jsonl so far."""

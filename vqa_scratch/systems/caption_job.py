@@ -88,6 +88,9 @@ class CaptionJob:
             images.cache_in(self.config.cache)
         return images
 
+    def precompute(self) -> None:
+        """Nothing: no part of the model is kept apart."""
+
     def about(self) -> list[str]:
         cut = self.encoder.cut
         kinds = [sum(map(len, groups)) for groups in self.groups]

@@ -15,15 +15,16 @@ from vqa_scratch.errors import UserError
 from vqa_scratch.models.vqa import FROZEN_PARTS, VQAModel
 
 
-def keep_features(task: Any) -> None:
+def keep_features(task: Any) -> list[ImageFeatures | TextFeatures]:
     """Let the batches of a task (`systems.vqa.VQATask`) hold the states of its frozen encoders instead of their inputs.
 
-    Nothing is computed yet: a split's file is made when its first batch is, with the weights then in place. Raises
-    UserError if the images are not of the size that the image tower was made for.
+    Nothing is computed yet: a file is made by `ready` of what this returns, or else when its split's first batch is,
+    with the weights then in place. Raises UserError if the images are not of the size that the image tower was made
+    for.
     """
     model: VQAModel = task.model
     precision, folder, dtype = task.precision, task.config.cache, DTYPES[task.precision.kind]
-    frozen = FROZEN_PARTS[task.config.freeze]
+    frozen, kept = FROZEN_PARTS[task.config.freeze], []
 
     @torch.no_grad()
     def image_states(pixels: Tensor) -> Tensor:
@@ -48,7 +49,10 @@ def keep_features(task: Any) -> None:
             split: ImageFeatures(images, model.image, image_states, folder, sizes, dtype)
             for split, images in task.images.items()
         }
+        kept += task.images.values()
     if "text" in frozen:
         for questions in task.questions.values():
-            kept = TextFeatures(questions, model.text, text_states, folder, model.text.config.dim, dtype)
-            questions.states = kept.batch
+            states = TextFeatures(questions, model.text, text_states, folder, model.text.config.dim, dtype)
+            questions.states = states.batch
+            kept.append(states)
+    return kept

@@ -11,6 +11,7 @@ from torch import nn
 
 from vqa_scratch.config import QuestionConfig
 from vqa_scratch.data.batches import Images, Questions
+from vqa_scratch.data.feature_store import ImageFeatures, TextFeatures
 from vqa_scratch.data.shapes import FAMILY_OF_TYPE, ShapesSpec, ensure_shapes
 from vqa_scratch.data.vqa_v2 import VQASample, read_vqa, split_by_image
 from vqa_scratch.engine.distributed import World
@@ -77,6 +78,7 @@ class QuestionJob(ABC):
 
     unit = "questions"
     world = World()  # train.py sets it
+    kept: Sequence[ImageFeatures | TextFeatures] = ()  # what a system keeps of its frozen parts
     loss_unit: str  # what one unit of the training loss is, for the curve's axis
 
     def __init__(
@@ -104,6 +106,10 @@ class QuestionJob(ABC):
         self, split: str, batches: Sequence[np.ndarray], image_map: np.ndarray | None, progress: str | None
     ) -> dict[int, Answer]:
         """The model's answers by question id to the rows in `batches`; arguments as in `answer_questions`."""
+
+    def precompute(self) -> None:
+        for features in self.kept:
+            features.ready()
 
     def epoch(self, number: int) -> list[np.ndarray]:
         config = self.config

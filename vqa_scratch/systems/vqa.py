@@ -154,7 +154,7 @@ class VQATask(QuestionJob):
         super().__init__(config, model, splits, questions, images, precision)
         self.candidates = common_answers(splits.samples["train"], CANDIDATES)
         if config.feature_cache:
-            keep_features(self)
+            self.kept = keep_features(self)
         # torch.compile wraps the forward pass alone, so that checkpoints keep the plain names.
         self.hidden = torch.compile(model.hidden, dynamic=True) if config.compile else model.hidden
 
