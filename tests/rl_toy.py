@@ -27,13 +27,17 @@ SEQUENCES = sorted(
 )
 
 
-class PrefixCache:
-    """The tokens so far: all that a table needs to know."""
+class PrefixState:
+    """A state of decoding: the tokens so far are all that a table needs to know."""
 
-    def __init__(self):
-        self.ids = None
+    def __init__(self, table, rows):
+        self.table, self.ids = table, torch.zeros(rows, 0, dtype=torch.long)
 
-    def select(self, rows):
+    def step(self, tokens):
+        self.ids = torch.cat([self.ids, tokens[:, None]], 1)
+        return self.table.logits(self.table.decode_hidden(self.ids, None)[:, -1])
+
+    def keep(self, rows):
         self.ids = self.ids[rows]
 
 
@@ -49,19 +53,18 @@ class Table(nn.Module):
     def encode(self, prompts):
         return Context((torch.zeros(len(prompts), 1, 1),), (None,))
 
-    def decode_hidden(self, ids, context, cache=None):
-        if cache is not None:
-            ids = cache.ids = ids if cache.ids is None else torch.cat([cache.ids, ids], 1)
+    def begin(self, context, steps):
+        rows = context.prompts * context.samples
+        state = PrefixState(self, rows)
+        return state.step(torch.full((rows,), self.start_id)), state
+
+    def decode_hidden(self, ids, context):
         a, b = ids[:, 1:2].clamp(max=2), ids[:, 2:3].clamp(max=2)  # prefixes are numbered (), a, ab
         states = torch.cat([torch.zeros_like(ids[:, :1]), 1 + a, 4 + 3 * a + b], 1)[:, : ids.shape[1]]
-        hidden = nn.functional.one_hot(states, self.width).float()
-        return hidden if cache is None else hidden[:, -1:]
+        return nn.functional.one_hot(states, self.width).float()
 
     def logits(self, hidden):
         return hidden @ self.table
-
-    def new_cache(self):
-        return PrefixCache()
 
     def encoder_parameters(self):
         return []

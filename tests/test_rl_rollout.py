@@ -298,7 +298,7 @@ def forced(eos_logit):
         out[..., EOS] += eos_logit
         return out
 
-    policy.logits = logits
+    policy.model.logits = logits
     return policy
 
 

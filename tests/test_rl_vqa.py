@@ -59,14 +59,16 @@ def test_cached_decoding_equals_scoring(system, samples):
         inputs = torch.cat([torch.full_like(ids[:, :1], policy.start_id), ids[:, :-1]], 1)
         whole = policy.decode_hidden(inputs, context)
         assert whole.shape == (24, 5, 32)
-        cache, rows = policy.new_cache(), torch.arange(24)
+        logits, rows = policy.logits(whole), torch.arange(24)
+        scores, state = policy.begin(context, 4)
         for t in range(5):
+            torch.testing.assert_close(scores, logits[rows, t], rtol=1e-5, atol=1e-5)
             if t == 2:  # some rows are done
                 keep = torch.tensor([0, 1, 5, 9, 10, 22])
-                cache.select(keep)
+                state.keep(keep)
                 rows = rows[keep]
-            step = policy.decode_hidden(inputs[rows, t : t + 1], context, cache)
-            torch.testing.assert_close(step[:, 0], whole[rows, t], rtol=1e-5, atol=1e-5)
+            if t < 4:
+                scores = state.step(ids[rows, t])
         alone = policy.decode_hidden(inputs[9:12], policy.encode(prompts[3:4]).shared_by(3))
         torch.testing.assert_close(alone, whole[9:12], rtol=1e-5, atol=1e-5)
 

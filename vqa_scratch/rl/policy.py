@@ -10,14 +10,14 @@ V vocabulary.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
+from vqa_scratch.generate import State, begin
 from vqa_scratch.models.t5 import T5
 from vqa_scratch.nn.attention import MultiHeadAttention
-from vqa_scratch.nn.cache import DecoderCache
 from vqa_scratch.nn.memory import Memory
 from vqa_scratch.rl.types import Prompt
 
@@ -37,6 +37,11 @@ class Context:
     @property
     def prompts(self) -> int:
         return len(self.states[0])
+
+    @property
+    def rows(self) -> int:
+        """B, the responses."""
+        return self.prompts * self.samples
 
     def shared_by(self, samples: int) -> "Context":
         """The same prompts, `samples` responses each."""
@@ -67,14 +72,16 @@ class Backbone(Protocol):
     def encode(self, prompts: list[Prompt]) -> Context:
         """What the decoder reads, one entry a prompt."""
 
-    def decode_hidden(self, ids: Tensor, context: Context, cache: Any = None) -> Tensor:
-        """(B, R) -> (B, R, D): final states; ids begins with the start token, with a cache it holds new tokens only."""
+    def begin(self, context: Context, steps: int) -> tuple[Tensor, State]:
+        """Raw logits of the first response token (B, V), and the state that takes up to `steps` more tokens from there;
+        its rows are the responses. Without gradients.
+        """
+
+    def decode_hidden(self, ids: Tensor, context: Context) -> Tensor:
+        """(B, R) -> (B, R, D): final states of all at once; ids begins with the start token."""
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(N, D) -> (N, V)."""
-
-    def new_cache(self) -> Any:
-        """An empty cache; its `select(rows)` keeps some rows."""
 
     def encoder_parameters(self) -> list[nn.Parameter]:
         """All parameters that `encode` depends on."""
@@ -105,15 +112,16 @@ class T5Policy(nn.Module):
             mask = (torch.arange(ids.shape[1]) < lengths[:, None]).to(device)
         return Context((self.model.encode(ids.to(device), mask),), (mask,))
 
-    def decode_hidden(self, ids: Tensor, context: Context, cache: DecoderCache | None = None) -> Tensor:
+    def begin(self, context: Context, steps: int) -> tuple[Tensor, State]:
+        start = torch.full((context.rows, 1), self.start_id, device=context.states[0].device)
+        return begin(self.model, start, None, context.memories(), steps=steps)
+
+    def decode_hidden(self, ids: Tensor, context: Context) -> Tensor:
         (memory,) = context.memories()
-        return self.model.decode_hidden(ids, memory, cache=cache)
+        return self.model.decode_hidden(ids, memory)
 
     def logits(self, hidden: Tensor) -> Tensor:
         return self.model.logits(hidden)
-
-    def new_cache(self) -> DecoderCache:
-        return self.model.new_cache()
 
     def encoder_parameters(self) -> list[nn.Parameter]:
         return [*self.model.encoder.parameters(), self.model.embedding.weight]

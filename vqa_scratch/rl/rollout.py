@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kernels import chosen_logprobs
 from vqa_scratch.generate.choose import pick
+from vqa_scratch.generate.loop import COMPACT_BELOW
 from vqa_scratch.rl.functional import exact_kl
 from vqa_scratch.rl.policy import (
     ActorCritic,
@@ -21,9 +22,6 @@ from vqa_scratch.rl.policy import (
     token_states,
 )
 from vqa_scratch.rl.types import Prompt
-
-# Finished rows are dropped once fewer than this share still run: dropping costs a copy of the cache.
-COMPACT_BELOW = 0.75
 
 
 class Responses(NamedTuple):
@@ -50,20 +48,18 @@ def chances(rows: int, rules: SamplingRules, generator: torch.Generator | None, 
 
 @torch.no_grad()
 def sample(backbone: Backbone, context: Context, rules: SamplingRules, chance: Tensor) -> Responses:
-    """`context.samples` responses to each prompt, token by token with a cache; rows that have ended are dropped.
+    """`context.samples` responses to each prompt, token by token as `generate` does; rows that have ended are dropped.
 
     `chance` (B, R) are the random numbers, from `chances`.
     """
-    rows, device = context.prompts * context.samples, context.states[0].device
+    rows, device = context.rows, chance.device
     ids = torch.full((rows, rules.max_new_tokens), backbone.pad_id, device=device)
     lengths = torch.zeros(rows, dtype=torch.long, device=device)
     finished = torch.zeros(rows, dtype=torch.bool, device=device)
     live = torch.arange(rows, device=device)  # the rows still decoded
-    token = torch.full((rows,), backbone.start_id, device=device)
-    cache = backbone.new_cache()
+    scores, state = backbone.begin(context, rules.max_new_tokens - 1)
     for t in range(rules.max_new_tokens):
-        hidden = backbone.decode_hidden(token[:, None], context, cache)[:, -1]  # (live, D)
-        logits = policy_logits(backbone.logits(hidden), ids[live], torch.full_like(live, t), rules)
+        logits = policy_logits(scores, ids[live], torch.full_like(live, t), rules)
         token = pick(logits, chance[live, t])
         running = ~finished[live]
         ids[live[running], t] = token[running]
@@ -71,11 +67,12 @@ def sample(backbone: Backbone, context: Context, rules: SamplingRules, chance: T
         finished[live] |= running & (token == rules.eos_id)
         running = ~finished[live]
         left = int(running.sum())
-        if left == 0:
+        if left == 0 or t + 1 == rules.max_new_tokens:
             break
         if left < COMPACT_BELOW * len(live):
-            cache.select(running.nonzero().squeeze(1))
+            state.keep(running.nonzero().squeeze(1))
             live, token = live[running], token[running]
+        scores = state.step(token)
     longest = int(lengths.max())
     mask = torch.arange(longest, device=device) < lengths[:, None]
     return Responses(ids[:, :longest], mask, finished)

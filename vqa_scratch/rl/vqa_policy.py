@@ -16,9 +16,9 @@ from vqa_scratch.data.batches import Encoder, Ragged
 from vqa_scratch.data.images import ImageProcessor, load_image
 from vqa_scratch.data.vqa_v2 import VQASample
 from vqa_scratch.errors import UserError
+from vqa_scratch.generate import State, begin
 from vqa_scratch.metrics import vqa_accuracy
 from vqa_scratch.models.vqa import VQAModel
-from vqa_scratch.nn.cache import DecoderCache
 from vqa_scratch.rl.policy import Context
 from vqa_scratch.rl.types import Prompt, Samples
 
@@ -34,16 +34,6 @@ def official_accuracy(samples: Samples) -> Tensor:
     """(B,): the official VQA accuracy of each answer, in [0, 1]."""
     pairs = zip(samples.texts, samples.prompts, strict=True)
     return torch.tensor([vqa_accuracy(text.strip(), prompt.payload.answers) for text, prompt in pairs])
-
-
-class PrefixedCache(DecoderCache):
-    """The decoder's cache, which also remembers which of the cached tokens are real."""
-
-    mask: Tensor | None = None  # (B, tokens so far)
-
-    def select(self, rows: Tensor) -> None:
-        super().select(rows)
-        self.mask = self.mask[rows]
 
 
 class VQAPolicy(nn.Module):
@@ -83,24 +73,23 @@ class VQAPolicy(nn.Module):
         real = torch.tensor([[False] * (longest - len(x)) + [True] * len(x) for x in before], device=device)
         return Context(tuple(m.states for m in parts), tuple(m.mask for m in parts), prefix=prefix, prefix_mask=real)
 
-    def decode_hidden(self, ids: Tensor, context: Context, cache: PrefixedCache | None = None) -> Tensor:
-        decoder, memory = self.model.decoder, None
-        if cache is not None and cache.length > 0:
-            mask = torch.cat([cache.mask, torch.ones_like(ids, dtype=torch.bool)], 1)
-        else:  # the prefix ends with the start token, with which ids begins
-            prefix, real = (x.repeat_interleave(context.samples, 0) for x in (context.prefix, context.prefix_mask))
-            mask = torch.cat([real, torch.ones_like(ids[:, 1:], dtype=torch.bool)], 1)
-            ids, memory, new = torch.cat([prefix, ids[:, 1:]], 1), context.memories(), ids.shape[1]  # (B, L - 1 + R)
-        hidden = decoder.hidden(ids, mask, memory=memory, cache=cache)
-        if cache is not None:
-            cache.mask = mask
-        return hidden if memory is None else hidden[:, -new:]
+    def _prefix(self, context: Context) -> tuple[Tensor, Tensor]:
+        """What the decoder reads before each answer (B, L), the start token last, and which of it is real."""
+        return tuple(x.repeat_interleave(context.samples, 0) for x in (context.prefix, context.prefix_mask))
+
+    def begin(self, context: Context, steps: int) -> tuple[Tensor, State]:
+        prefix, real = self._prefix(context)
+        return begin(self.model.decoder, prefix, real, context.memories(), steps=steps)
+
+    def decode_hidden(self, ids: Tensor, context: Context) -> Tensor:
+        prefix, real = self._prefix(context)
+        answers = ids[:, 1:]  # without the start token
+        mask = torch.cat([real, torch.ones_like(answers, dtype=torch.bool)], 1)
+        hidden = self.model.decoder.hidden(torch.cat([prefix, answers], 1), mask, memory=context.memories())
+        return hidden[:, -ids.shape[1] :]
 
     def logits(self, hidden: Tensor) -> Tensor:
         return self.model.decoder.logits(hidden)
-
-    def new_cache(self) -> PrefixedCache:
-        return PrefixedCache(self.model.decoder.config.layers)
 
     def encoder_parameters(self) -> list[nn.Parameter]:
         """Everything but the decoder."""
