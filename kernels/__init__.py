@@ -4,7 +4,7 @@ On a GPU of capability 8.0 or newer, with Triton installed, the kernels run; eve
 answers. What a kernel does not take runs in torch and is said once. `backend()` says which ran.
 """
 
-from kernels.attention import flash_attention
+from kernels.attention import flash_attention, takes_attention
 from kernels.choice import backend
 from kernels.cross_entropy import linear_cross_entropy
 from kernels.logprob import chosen_logprobs, linear_logprobs
@@ -19,4 +19,5 @@ __all__ = [
     "linear_cross_entropy",
     "linear_logprobs",
     "merge",
+    "takes_attention",
 ]

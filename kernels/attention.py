@@ -158,6 +158,7 @@ class TritonAttention(torch.autograd.Function):
         return dq, dk, dv, None, dtable, None, None, None, None
 
 
+@torch.compiler.disable  # torch.compile looks into an autograd function, and finds things there that it cannot trace
 def triton_attention(
     q: Tensor,
     k: Tensor,
@@ -178,12 +179,18 @@ def triton_attention(
     return TritonAttention.apply(q, k, v, keep, table, buckets, causal, scale, reach)
 
 
-def _problem(q: Tensor, k: Tensor, v: Tensor) -> str | None:
+def takes_attention(q: Tensor, *, dropout: float = 0.0) -> bool:
+    """Whether `flash_attention` runs in Triton for queries like q (B, H, Tq, d); if not for a CUDA tensor, says why.
+
+    For those who have another way besides: where weights are to be dropped, they must take it.
+    """
+    return choice.takes("attention", q, "the kernel drops no weights" if dropout else _problem(q))
+
+
+def _problem(q: Tensor) -> str | None:
     """What the kernels do not take, in words."""
     if q.shape[-1] > LARGEST_HEAD:
         return f"head size {q.shape[-1]} is above {LARGEST_HEAD}"
-    if not q.dtype == k.dtype == v.dtype:
-        return "q, k and v are of different dtypes"
     return "there is no query" if 0 in q.shape else None
 
 
@@ -212,5 +219,6 @@ def flash_attention(
         raise ValueError(f"key_mask must be {(k.shape[0], k.shape[2])}, got {tuple(key_mask.shape)}")
     if bias is not None and bias.table.shape[1] != q.shape[1]:
         raise ValueError(f"the bias has {bias.table.shape[1]} heads, q has {q.shape[1]}")
-    run = triton_attention if choice.triton_runs("attention", q, _problem(q, k, v)) else reference.attention
+    problem = _problem(q) if q.dtype == k.dtype == v.dtype else "q, k and v are of different dtypes"
+    run = triton_attention if choice.triton_runs("attention", q, problem) else reference.attention
     return run(q, k, v, key_mask=key_mask, causal=causal, scale=scale, bias=bias)

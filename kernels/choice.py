@@ -29,21 +29,27 @@ def say_once(line: str) -> None:
     warnings.warn(line, stacklevel=4)
 
 
-def triton_runs(name: str, tensor: Tensor, problem: str | None = None) -> bool:
-    """Whether kernel `name` takes `tensor` and what comes with it; remembers the answer for `backend()`.
+def takes(name: str, tensor: Tensor, problem: str | None = None) -> bool:
+    """Whether the Triton kernel `name` takes `tensor` and what comes with it.
 
     `problem` says in words what the kernel cannot take. A CUDA tensor that Triton does not take is said once a reason.
     """
+    if not tensor.is_cuda:
+        return False
+    reason = missing(tensor.device) or problem
+    if reason is None and tensor.dtype not in DTYPES:
+        reason = f"{str(tensor.dtype).removeprefix('torch.')} is none of float16, bfloat16 and float32"
+    if reason is not None:
+        say_once(f"kernels: {name} runs in torch, not Triton: {reason}")
+    return reason is None
+
+
+def triton_runs(name: str, tensor: Tensor, problem: str | None = None) -> bool:
+    """`takes`, asked by what is about to run; remembers the answer for `backend()`."""
     global _last
-    reason = None
-    if tensor.is_cuda:
-        reason = missing(tensor.device) or problem
-        if reason is None and tensor.dtype not in DTYPES:
-            reason = f"{str(tensor.dtype).removeprefix('torch.')} is none of float16, bfloat16 and float32"
-        if reason is not None:
-            say_once(f"kernels: {name} runs in torch, not Triton: {reason}")
-    _last = "triton" if tensor.is_cuda and reason is None else "torch"
-    return _last == "triton"
+    runs = takes(name, tensor, problem)
+    _last = "triton" if runs else "torch"
+    return runs
 
 
 def backend(device: torch.device | str | None = None) -> str:

@@ -57,12 +57,16 @@ class RelativeBias:
         sizes = (len(self.table), self.max_distance, self.bidirectional)
         return _line(queries, keys, *sizes, self.table.device)
 
-    def dense(self, queries: int, keys: int) -> Tensor:
-        """(1, H, Tq, Tk): the bias written out."""
+    def pairs(self, queries: int, keys: int) -> Tensor:
+        """(Tq, Tk) long: the bucket of each query and key."""
         device = self.table.device
         row, column = torch.arange(queries, device=device), torch.arange(keys, device=device)
         place = column[None, :] - row[:, None] + queries - 1  # distance + Tk - 1
-        return self.table[self.buckets(queries, keys)[place]].permute(2, 0, 1).unsqueeze(0)
+        return self.buckets(queries, keys)[place]
+
+    def dense(self, queries: int, keys: int) -> Tensor:
+        """(1, H, Tq, Tk): the bias written out."""
+        return self.table[self.pairs(queries, keys)].permute(2, 0, 1).unsqueeze(0)
 
 
 def attention(

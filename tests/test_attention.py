@@ -1,6 +1,8 @@
 """Attention against brute force in float64, its ways against each other, memories and caches by plain calls."""
 
+import importlib
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -208,6 +210,40 @@ def test_module_projects_splits_and_joins():
         allowed = torch.ones(2, 3, 4, source.shape[1], dtype=torch.bool)
         z = brute_force_attention(*heads, allowed, None, 0.7)
         torch.testing.assert_close(got, module.out(z.transpose(1, 2).flatten(2).float()), **CLOSE)
+
+
+def test_a_mask_keeps_cudnn_away_on_a_gpu(monkeypatch):
+    """With a mask cuDNN reads where there is nothing to read, or has a gradient of NaN; see masked_safely."""
+    module, entered = importlib.import_module("vqa_scratch.nn.attention"), []
+    enabled = torch.backends.cuda.cudnn_sdp_enabled
+    assert enabled()
+    with module.masked_safely(torch.device("cpu")):
+        assert enabled()
+    with module.masked_safely(torch.device("cuda")):
+        assert not enabled() and torch.backends.cuda.mem_efficient_sdp_enabled()
+    assert enabled()
+    monkeypatch.setattr(module, "masked_safely", lambda device: entered.append(device) or nullcontext())
+    q, k, v, key_mask = (x.detach() for x in inputs())
+    attention(q, k, v)
+    assert not entered
+    attention(q, k, v, key_mask=key_mask)
+    attention(q, k, v, bias=torch.zeros(1, 2, 5, 7))
+    attention(q, k, v, causal=True)  # more keys than queries: a mask
+    assert len(entered) == 3
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_masked_attention_on_a_gpu_gives_zeros_for_nothing_and_gradients_that_are_numbers():
+    """64 tokens and scores near -120: where cuDNN's gradient of the queries is NaN on an H100."""
+    q, k, v = (torch.randn(2, 1, 64, 64, device="cuda", dtype=torch.bfloat16) * 0.1 for _ in range(3))
+    q[..., 0], k[..., 0] = 1.0, -120 * 8
+    key_mask = torch.ones(2, 64, dtype=torch.bool, device="cuda")
+    key_mask[1] = False
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    out = attention(*leaves, key_mask=key_mask)
+    assert not out[1].any() and out[0].any()
+    assert all(grad.isfinite().all() for grad in torch.autograd.grad(out.sum(), leaves))
 
 
 # --- memories ---------------------------------------------------------------------------------------------------------

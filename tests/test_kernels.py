@@ -13,8 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import kernels
 from kernels import choice, chunks, reference
-from vqa_scratch.models.t5 import RelativeBias as T5Bias
-from vqa_scratch.models.t5 import T5Config
+from vqa_scratch.nn.relative_bias import RelativeBias as TowerBias
 
 close = torch.testing.assert_close
 
@@ -60,9 +59,9 @@ def test_a_row_without_a_key_has_zeros_and_no_gradient():
 
 @pytest.mark.parametrize("bidirectional", [True, False])
 @pytest.mark.parametrize(("queries", "keys"), [(40, 40), (1, 33), (9, 40)])
-def test_the_bias_by_distance_is_that_of_t5(bidirectional, queries, keys):
-    ours = T5Bias(T5Config(heads=3, max_distance=24), bidirectional)
-    bias = kernels.RelativeBias(ours.table.weight, 24, bidirectional)
+def test_the_bias_by_distance_is_that_of_a_tower(bidirectional, queries, keys):
+    ours = TowerBias(32, 3, 24, bidirectional)
+    bias = ours.lookup()
     close(bias.dense(queries, keys), ours(queries, keys), rtol=0, atol=0)
     line = bias.buckets(queries, keys)
     far = torch.arange(1 - keys, queries).abs() >= 24  # what the kernels take for granted

@@ -16,6 +16,7 @@ from vqa_scratch.generate.ranking import rank
 from vqa_scratch.generate.start import begin
 from vqa_scratch.generate.state import Decoder, State
 from vqa_scratch.nn import taps
+from vqa_scratch.nn.attention import masked_safely
 from vqa_scratch.nn.memory import Memory
 
 __all__ = ["Decoder", "Generated", "GenerationOptions", "State", "begin", "decode", "generate", "greedy", "rank"]
@@ -46,7 +47,7 @@ def generate(
     """
     if generator is None and options.seed is not None:
         generator = torch.Generator(prompt_ids.device).manual_seed(options.seed)
-    with _without_gradients():
+    with _without_gradients(), masked_safely(prompt_ids.device):
         steps, beams = options.max_new_tokens - 1, options.num_beams
         scores, state = begin(decoder, prompt_ids, prompt_mask, memory, steps=steps, members=beams, graph=graph)
         options.check_vocabulary(scores.shape[-1])

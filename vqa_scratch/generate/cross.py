@@ -29,7 +29,7 @@ Layers = list[list[KeyValue]]  # parts by layer; the readers of a part are the s
 
 def select(layers: Layers, rows: Tensor) -> Layers:
     """Row i becomes what row `rows[i]` was, in all layers; who reads what is worked out once."""
-    kept = [reading(part.readers.index(rows.device)[rows], part.readers.entries) for part in layers[0]]
+    kept = [reading(part.readers.index(part.k.device)[rows], part.readers.entries) for part in layers[0]]
     return [[part.keep(*how) for part, how in zip(parts, kept, strict=True)] for parts in layers]
 
 

@@ -7,113 +7,25 @@ no mean and no bias; no linear layer has a bias.
 Shapes: B batch, N input tokens, T output tokens, D width, H heads, V vocabulary.
 """
 
-import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from os import PathLike
-from typing import Any, Self
+from typing import Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels import distance_buckets
 from vqa_scratch.errors import UserError
-from vqa_scratch.nn import decoding, masks, taps
+from vqa_scratch.models.t5_config import T5Config
+from vqa_scratch.nn import decoding, taps
 from vqa_scratch.nn.attention import MultiHeadAttention
 from vqa_scratch.nn.cache import DecoderCache, KVCache
 from vqa_scratch.nn.decoding import DecoderLayer, DecoderParts
 from vqa_scratch.nn.layers import MLP, Activation, activation
 from vqa_scratch.nn.memory import Memory
+from vqa_scratch.nn.relative_bias import PassBias, RelativeBias
 from vqa_scratch.nn.rms_norm import RMSNorm
 from vqa_scratch.weights import convert, files, maps
-
-_HF_NAMES = {
-    "vocab_size": "vocab_size",
-    "dim": "d_model",
-    "head_dim": "d_kv",
-    "hidden": "d_ff",
-    "encoder_layers": "num_layers",
-    "decoder_layers": "num_decoder_layers",
-    "heads": "num_heads",
-    "buckets": "relative_attention_num_buckets",
-    "max_distance": "relative_attention_max_distance",
-    "dropout": "dropout_rate",
-    "norm_eps": "layer_norm_epsilon",
-    "pad_id": "pad_token_id",
-    "eos_id": "eos_token_id",
-    "start_id": "decoder_start_token_id",
-}
-
-
-@dataclass(frozen=True)
-class T5Config:
-    """Sizes of a T5. The defaults are flan-t5-small."""
-
-    vocab_size: int = 32128
-    dim: int = 512
-    head_dim: int = 64  # heads * head_dim need not be dim
-    hidden: int = 1024  # inner width of the feed-forward layers
-    encoder_layers: int = 8
-    decoder_layers: int = 8
-    heads: int = 6
-    buckets: int = 32  # of relative distances, in each tower
-    max_distance: int = 128  # all greater distances share the last bucket
-    activation: str = "gelu_new"
-    gated: bool = True
-    dropout: float = 0.1
-    norm_eps: float = 1e-6
-    tied: bool = False  # the head is the embedding
-    scaled: bool = False  # the decoder's output is multiplied by dim**-0.5 before the head
-    pad_id: int = 0
-    eos_id: int = 1
-    start_id: int = 0  # first input of the decoder
-
-    @classmethod
-    def from_hf(cls, config: dict[str, Any]) -> Self:
-        """From a config.json. Whether the head is tied is a fact of the weights, not of this file."""
-        known = {ours: config[theirs] for ours, theirs in _HF_NAMES.items() if config.get(theirs) is not None}
-        feed_forward = config.get("feed_forward_proj", "relu")
-        name = feed_forward.removeprefix("gated-")
-        return cls(
-            **{"decoder_layers": known["encoder_layers"], "start_id": known.get("pad_id", 0)} | known,
-            gated=feed_forward.startswith("gated-"),
-            # The released gated models were trained with the tanh approximation, whatever their file says.
-            activation="gelu_new" if feed_forward == "gated-gelu" else name,
-            scaled=config.get("scale_decoder_outputs", config.get("tie_word_embeddings") is not False),
-        )
-
-    def to_hf(self) -> dict[str, Any]:
-        """The inverse of `from_hf`."""
-        name = "gelu" if self.gated and self.activation == "gelu_new" else self.activation
-        return {
-            "architectures": ["T5ForConditionalGeneration"],
-            "model_type": "t5",
-            "is_encoder_decoder": True,
-            **{theirs: getattr(self, ours) for ours, theirs in _HF_NAMES.items()},
-            "feed_forward_proj": f"gated-{name}" if self.gated else name,
-            "tie_word_embeddings": self.scaled,
-            "scale_decoder_outputs": self.scaled,
-        }
-
-
-def relative_buckets(queries: int, keys: int, buckets: int, max_distance: int, bidirectional: bool) -> Tensor:
-    """Bucket of each (query, key) pair, (queries, keys) long; the queries are the last ones of the keys."""
-    position = torch.arange(keys)
-    return distance_buckets(position[None, :] - position[keys - queries :, None], buckets, max_distance, bidirectional)
-
-
-class RelativeBias(nn.Module):
-    """The learned bias on the scores of all self-attentions of one tower."""
-
-    def __init__(self, config: T5Config, bidirectional: bool) -> None:
-        super().__init__()
-        self.table = nn.Embedding(config.buckets, config.heads)
-        self.sizes = (config.buckets, config.max_distance, bidirectional)
-
-    def forward(self, queries: int, keys: int) -> Tensor:
-        """(1, H, queries, keys) for the last `queries` of `keys` positions."""
-        buckets = relative_buckets(queries, keys, *self.sizes).to(self.table.weight.device)
-        return self.table(buckets).permute(2, 0, 1).unsqueeze(0)
 
 
 class GatedMLP(nn.Module):
@@ -167,14 +79,13 @@ class T5Block(nn.Module):
     def forward(
         self,
         x: Tensor,
-        bias: Tensor,
-        key_mask: Tensor | None = None,
+        bias: PassBias,
         memory: Memory | None = None,
         cache: KVCache | None = None,
     ) -> Tensor:
-        """A token may not look where `bias` (B or 1, H, T, all tokens so far) is -inf or `key_mask` False."""
+        """(B, T, D) -> (B, T, D); `bias` says where a token may look as well."""
         x = taps.tap(self.tap_prefix, "resid_pre", x)
-        x = x + self.dropout(self.attn(self.attn_norm(x), key_mask=key_mask, bias=bias, cache=cache))
+        x = x + self.dropout(self.attn(self.attn_norm(x), bias=bias, cache=cache))
         if memory is not None:
             x = x + self.dropout(self.cross(self.cross_norm(x), memory, cache=cache))
         x = taps.tap(self.tap_prefix, "resid_mid", x)
@@ -186,7 +97,7 @@ class T5Tower(nn.Module):
 
     def __init__(self, config: T5Config, decoder: bool) -> None:
         super().__init__()
-        self.bias = RelativeBias(config, bidirectional=not decoder)
+        self.bias = RelativeBias(config.buckets, config.heads, config.max_distance, bidirectional=not decoder)
         layers = config.decoder_layers if decoder else config.encoder_layers
         self.blocks = nn.ModuleList(T5Block(config, decoder) for _ in range(layers))
         self.norm, self.dropout = RMSNorm(config.dim, config.norm_eps), nn.Dropout(config.dropout)
@@ -201,18 +112,11 @@ class T5Tower(nn.Module):
     ) -> Tensor:
         """(B, T, D) -> (B, T, D). With a cache x holds the new tokens only."""
         past = 0 if cache is None else cache.length
-        queries, keys = x.shape[1], past + x.shape[1]
-        bias = self.bias(queries, keys)
-        order = masks.allowed(None, memory is not None, queries, keys, x.device)
-        if order is not None:  # once for all layers
-            bias = bias.masked_fill(~order, -math.inf)
-        if key_mask is not None and not bias.requires_grad:
-            # Not where the bias is learned: each row would have a bias of its own, and gradients of it.
-            real = masks.allowed(key_mask, False, queries, keys, x.device)
-            bias, key_mask = bias.masked_fill(~real, -math.inf), None
+        sizes = x.shape[1], past + x.shape[1]
+        bias = PassBias(self.bias, *sizes, causal=memory is not None, key_mask=key_mask)
         x = self.dropout(x)
         for layer, block in enumerate(self.blocks):
-            x = block(x, bias, key_mask, memory, None if cache is None else cache[layer])
+            x = block(x, bias, memory, None if cache is None else cache[layer])
         return self.dropout(self.norm(x))
 
 

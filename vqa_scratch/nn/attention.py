@@ -1,79 +1,31 @@
-"""Attention, written out: one function in two ways that agree, and one module for self- and cross-attention.
+"""Attention, written out: one function in ways that agree, and one module for self- and cross-attention.
 
 Vaswani et al. 2017, "Attention Is All You Need", equation 1: softmax(q k^T / sqrt(d) + bias) v. The fused way is
 torch's scaled_dot_product_attention (FlashAttention, Dao et al. 2022), or on a CPU products with a backward pass of
-their own; the explicit way has the scores and the weights in the open. A query that may attend to nothing reads zeros
-in all of them.
+their own; the explicit way has the scores and the weights in the open (`nn/scores.py`). On a GPU our own kernel joins
+parts and looks biases up. A query that may attend to nothing reads zeros in all of them.
 
 Shapes: B rows, H heads, T (Tq, Tk) tokens, d head size, D width; a memory has M entries of N tokens, R rows each.
 """
 
-import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import kernels
 from vqa_scratch.nn import masks, taps
 from vqa_scratch.nn.cache import KVCache
 from vqa_scratch.nn.memory import KeyValue, Memory, check_rows, concatenate
 from vqa_scratch.nn.products import products_attention
+from vqa_scratch.nn.relative_bias import PassBias
+from vqa_scratch.nn.scores import attention_mask, attention_scores, attention_weights, masked_softmax
 
 BACKENDS = ("fused", "products", "explicit")
-
-
-def attention_scores(
-    q: Tensor,
-    k: Tensor,
-    *,
-    key_mask: Tensor | None = None,
-    bias: Tensor | None = None,
-    causal: bool = False,
-    scale: float | None = None,
-) -> Tensor:
-    """(B, H, Tq, Tk): scale * q k^T + bias, -inf where a query may not look. Arguments as in `attention`."""
-    scores = (q * (q.shape[-1] ** -0.5 if scale is None else scale)) @ k.transpose(-1, -2)
-    if bias is not None:
-        scores = scores + bias
-    keep = masks.allowed(key_mask, causal, q.shape[-2], k.shape[-2], q.device)
-    return scores if keep is None else scores.masked_fill(~keep, -math.inf)
-
-
-def masked_softmax(scores: Tensor) -> Tensor:
-    """Softmax over the last axis in which -inf gets no weight and a row of nothing but -inf is all zeros."""
-    blocked = scores == -math.inf
-    # The most negative number instead of -inf keeps the gradient of an empty row finite.
-    return scores.masked_fill(blocked, torch.finfo(scores.dtype).min).softmax(-1).masked_fill(blocked, 0.0)
-
-
-def attention_weights(
-    q: Tensor,
-    k: Tensor,
-    *,
-    key_mask: Tensor | None = None,
-    bias: Tensor | None = None,
-    causal: bool = False,
-    scale: float | None = None,
-) -> tuple[Tensor, Tensor]:
-    """The scores (-inf where masked) and the weights, both (B, H, Tq, Tk). Arguments as in `attention`."""
-    scores = attention_scores(q, k, key_mask=key_mask, bias=bias, causal=causal, scale=scale)
-    # With no mask but the causal one, every query sees its own key at least: no row to guard.
-    never_empty = key_mask is None and bias is None and (not causal or q.shape[-2] <= k.shape[-2])
-    return scores, scores.softmax(-1) if never_empty else masked_softmax(scores)
-
-
-def attention_mask(
-    q: Tensor, k: Tensor, *, key_mask: Tensor | None = None, bias: Tensor | None = None, causal: bool = False
-) -> Tensor | None:
-    """The one mask the fused operator takes: bool, or additive when there is a bias; broadcastable to the scores."""
-    keep = masks.allowed(key_mask, causal, q.shape[-2], k.shape[-2], q.device)
-    if bias is None:
-        return keep
-    bias = bias.to(q.dtype)
-    return bias if keep is None else bias.masked_fill(~keep, -math.inf)
 
 
 def _slow_backward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> bool:
@@ -82,6 +34,17 @@ def _slow_backward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> bool
         return False
     learned = bias is not None and bias.requires_grad
     return learned or (q.dtype == torch.bfloat16 and (q.requires_grad or k.requires_grad or v.requires_grad))
+
+
+def masked_safely(device: torch.device) -> AbstractContextManager:
+    """Inside, torch's fused operator leaves cuDNN out, which is not to be trusted with a mask.
+
+    Up to torch 2.10 a row that may attend to nothing reads there as if nothing were masked (pytorch issue 177842), and
+    from 2.11 to 2.13 the gradient of a query can be NaN on an H100 (pytorch issue 196678).
+    """
+    if device.type != "cuda":
+        return nullcontext()
+    return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
 
 
 def attention(
@@ -114,7 +77,10 @@ def attention(
     if causal and key_mask is None and bias is None and q.shape[-2] == k.shape[-2]:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, dropout_p=dropout)
     mask = attention_mask(q, k, key_mask=key_mask, bias=bias, causal=causal)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, dropout_p=dropout)
+    if mask is None:
+        return F.scaled_dot_product_attention(q, k, v, scale=scale, dropout_p=dropout)
+    with masked_safely(q.device):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, dropout_p=dropout)
 
 
 def attention_over_parts(
@@ -128,7 +94,7 @@ def attention_over_parts(
         k, v, mask, readers = parts[0]
         z = attention(readers.fold(q), k, v, key_mask=mask, scale=scale, dropout=dropout, backend=backend)
         return readers.unfold(z)
-    if backend == "fused" and not dropout and kernels.backend(q.device) == "triton":
+    if backend == "fused" and kernels.takes_attention(q, dropout=dropout):
         return kernels.merge([_read_part(q, part, scale) for part in parts])[0]
     scores = [
         part.readers.unfold(attention_scores(part.readers.fold(q), part.k, key_mask=part.mask, scale=scale))
@@ -191,14 +157,15 @@ class MultiHeadAttention(nn.Module):
         x: Tensor,
         context: Tensor | Memory | Sequence[Memory] | None = None,
         key_mask: Tensor | None = None,
-        bias: Tensor | None = None,
+        bias: Tensor | PassBias | None = None,
         causal: bool = False,
         cache: KVCache | None = None,
     ) -> Tensor:
         """(B, T, D) -> (B, T, D).
 
         context: (B, N, context_dim) read through key_mask (B, N), or memories that bring their own masks. With a cache
-        self-attention needs key_mask and bias for all keys, old and new; cross-attention projects its context once.
+        self-attention needs key_mask and bias for all keys, old and new; cross-attention projects its context once. A
+        `PassBias` brings the mask and the order with it.
         """
         if self.is_cross:
             assert bias is None and not causal, "cross-attention takes no bias and has no order"
@@ -222,7 +189,7 @@ class MultiHeadAttention(nn.Module):
         return tuple(piece.unflatten(-1, heads).transpose(1, 2) for piece in x.chunk(pieces, -1))
 
     def _self(
-        self, x: Tensor, key_mask: Tensor | None, bias: Tensor | None, causal: bool, cache: KVCache | None
+        self, x: Tensor, key_mask: Tensor | None, bias: Tensor | PassBias | None, causal: bool, cache: KVCache | None
     ) -> Tensor:
         q, k, v = self._split(self.qkv(x), 3)
         if cache is not None:
@@ -268,11 +235,17 @@ class MultiHeadAttention(nn.Module):
         return parts
 
     def _attend(
-        self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, bias: Tensor | None, causal: bool
+        self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, bias: Tensor | PassBias | None, causal: bool
     ) -> Tensor:
         """Attention with every tap on the way; q, k, v (B, H, T, d)."""
         name, dropout = self.tap_prefix, self.dropout if self.training else 0.0
         q, k, v = taps.tap(name, "q", q), taps.tap(name, "k", k), taps.tap(name, "v", v)
+        if isinstance(bias, PassBias):
+            assert key_mask is None and not causal, "the bias of a pass brings mask and order with it"
+            shown = self.backend != "fused" or taps.wanted(name, "mask", "scores", "pattern")
+            if not shown and kernels.takes_attention(q, dropout=dropout):
+                return bias.look_up(q, k, v, self.scale)
+            bias, key_mask = bias.written_out()
         if taps.wanted(name, "mask"):
             added = q.new_zeros(1, 1, q.shape[-2], k.shape[-2]) if bias is None else bias
             taps.tap(name, "mask", attention_mask(q, k, key_mask=key_mask, bias=added, causal=causal))

@@ -85,7 +85,7 @@ class KeyValue(NamedTuple):
 
     def select(self, rows: Tensor) -> "KeyValue":
         """Row i becomes what row `rows[i]` was."""
-        return self.read_by(self.readers.index(rows.device)[rows])
+        return self.read_by(self.readers.index(self.k.device)[rows])
 
     def per_row(self) -> "KeyValue":
         """The same with each row its own entry (B, H, N, d)."""
