@@ -14,6 +14,7 @@ from torch import Tensor
 
 from vqa_scratch.generate.start import check_length, prefill
 from vqa_scratch.generate.state import Decoder, StaticState
+from vqa_scratch.nn.attention import masked_safely
 from vqa_scratch.nn.memory import Memory
 
 NODES = 256  # of one pass: its attention is K x (P + K) scores a head and row
@@ -128,4 +129,5 @@ def rank(
         raise ValueError("rank needs candidates of one token at least")
     if decoder.training:
         raise ValueError("rank needs a decoder in eval mode")
-    return _rank(decoder, prompt_ids, prompt_mask, memory, candidates).clone()
+    with masked_safely(prompt_ids.device):
+        return _rank(decoder, prompt_ids, prompt_mask, memory, candidates).clone()
