@@ -192,7 +192,8 @@ def _command_line(argv: Sequence[str]) -> RunConfig:
         f"their own (--preset NAME --help): {', '.join(name for name in BY_PRESET if name != preset)}."
     )
     others = {name: f"--preset {other.presets[0]}" for other in SYSTEMS for name in flag_names(other.config)}
-    return parse(system.config, {preset: PRESETS[preset]}, argv, program="train.py", about=about, elsewhere=others)
+    told = {"program": "train.py", "about": about, "elsewhere": others, "unread": lambda config: config.unread()}
+    return parse(system.config, {preset: PRESETS[preset]}, argv, **told)
 
 
 if __name__ == "__main__":

@@ -184,6 +184,46 @@ def test_a_flag_of_another_system_says_whose_it_is():
         )
 
 
+BOOK = "--preset book --data x"
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (f"{BOOK} --width 64", "--width means nothing with --preset book, whose towers have sizes of their own"),
+        (f"{BOOK} --width 128", "--width means nothing with --preset book"),  # its default, but given
+        (f"{BOOK} --init random --stem linear --heads 2", "--heads, --stem mean nothing with --preset book"),
+        (f"{BOOK} --init random --decoder-model gpt2", "--decoder-model means nothing with --init random"),
+        ("--init pretrained --image-model x", "--init, --image-model mean nothing with --preset shapes"),
+        ("--preset coco --data x --image-model y --width 64", "--width means nothing with --preset coco"),
+        ("--preset caption --decoder-model gpt2", "--decoder-model means nothing with --init random"),
+        (
+            "--preset caption --init pretrained --image-model x --decoder-model y --vocabulary 99 --heads 2",
+            "--heads, --vocabulary mean nothing with --init pretrained",
+        ),
+        ("--preset vilt --model x --width 64", "--width means nothing with --model x, which has sizes of its own"),
+    ],
+)
+def test_a_flag_that_nothing_would_read_is_refused(argv, message):
+    with pytest.raises(UserError, match=f"^{message}"):
+        train.command_line(argv.split())
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        "--width 64 --stem linear --init random",
+        f"{BOOK} --decoder-model y",
+        f"{BOOK} --init random --steps 1",
+        "--preset coco --data x --image-model y --decoder-model z",
+        "--preset coco --data x --init random --vocabulary 99",
+        "--preset vilt --width 64",
+    ],
+)
+def test_a_flag_that_something_reads_is_not(argv):
+    train.command_line(argv.split())
+
+
 def test_a_near_preset_is_named():
     with pytest.raises(UserError, match="'boko' is not one of .*; did you mean 'book'?"):
         train.command_line(["--out", "x", "--preset", "boko"])

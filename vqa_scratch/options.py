@@ -101,11 +101,13 @@ def parse(
     program: str,
     about: str,
     elsewhere: Mapping[str, str] | None = None,
+    unread: Callable[[Config], Mapping[str, str]] = lambda config: {},
 ) -> Config:
     """The config that the flags in `argv` ask for. `--help` prints the flags and exits.
 
-    Raises UserError on an unknown flag or value, naming the nearest known one (or, of a flag in `elsewhere`, where it
-    belongs), and on what the config itself refuses.
+    `unread` says which fields of a config nothing reads, and with what. Raises UserError on an unknown flag or value,
+    naming the nearest known one (or, of a flag in `elsewhere`, where it belongs), on a flag that nothing reads, and on
+    what the config itself refuses.
     """
     first = next(iter(presets))
     defaults = {f.name: f.default for f in dataclasses.fields(config_type)} | dict(presets[first])
@@ -120,7 +122,12 @@ def parse(
         sys.exit(given)
     given = {name: value for name, value in given.items() if value is not None}
     preset = given.get("preset", first)
-    return config_type(**{"preset": preset} | dict(presets[preset]) | given)
+    config = config_type(**{"preset": preset} | dict(presets[preset]) | given)
+    ignored = {name: why for name, why in unread(config).items() if name in given}
+    for why in ignored.values():
+        names = [f"--{name.replace('_', '-')}" for name, its in ignored.items() if its == why]
+        raise UserError(f"{', '.join(names)} {'means' if len(names) == 1 else 'mean'} nothing with {why}")
+    return config
 
 
 def run_program(main: Callable[[], Any]) -> NoReturn:

@@ -69,3 +69,13 @@ class CaptionTrainConfig(RunConfig):
             raise UserError("--init pretrained needs --image-model, a file of ResNet weights, and --decoder-model")
         if self.init == "random" and self.image_model:
             raise UserError("--image-model goes with --init pretrained; --init random reads no weights")
+
+    def unread(self) -> dict[str, str]:
+        sizes, unread = "width heads decoder_layers image_width image_blocks".split(), {}
+        if self.init == "pretrained":
+            unread = dict.fromkeys([*sizes, "vocabulary"], "--init pretrained, whose towers have sizes of their own")
+        if self.init == "random":
+            unread["decoder_model"] = "--init random, which reads no weights"
+        if self.preset == "coco":
+            unread |= dict.fromkeys(sizes, "--preset coco, whose towers have sizes of their own")
+        return unread

@@ -59,6 +59,10 @@ class RunConfig:
         "accumulate log_every eval_every save_every learning_rate max_grad_norm".split()
     )
 
+    def unread(self) -> dict[str, str]:
+        """Options that nothing reads as the others stand, and with what: to give one on a command line is an error."""
+        return {}
+
     def __post_init__(self) -> None:
         if self.minutes is not None and self.steps is not None:
             raise UserError("give --minutes or --steps, not both")

@@ -33,8 +33,9 @@ class ViLTTrainConfig(QuestionConfig):
         super().__post_init__()
         if self.preset == "vilt-b32" and self.data is None and not self.resume:
             raise UserError("--preset vilt-b32 needs --data, the folder with the VQA v2 files")
-        sizes = "image_size patch_size width heads layers stem".split()
-        given = [name for name in sizes if getattr(self, name) != self.__dataclass_fields__[name].default]
-        if self.model and given:
-            flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
-            raise UserError(f"{flags} means nothing with --model {self.model}, which has sizes of its own")
+
+    def unread(self) -> dict[str, str]:
+        if not self.model:
+            return {}
+        why = f"--model {self.model}, which has sizes of its own"
+        return dict.fromkeys("image_size patch_size width heads layers stem".split(), why)

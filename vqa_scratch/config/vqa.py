@@ -19,9 +19,9 @@ class TrainConfig(QuestionConfig):
 
     # ------------------------------------------------------------------------------------------------ model
     init: str = option("random", "Towers from checkpoints, or random ones.", ("random", "pretrained"))
-    image_model: str = option("", "ViT checkpoint: folder or Hub id (--init pretrained) or its sizes (--init random).")
-    text_model: str = option("", "BERT, DistilBERT or RoBERTa checkpoint.")
-    decoder_model: str = option("", "GPT-2 checkpoint.")
+    image_model: str = option("", "ViT checkpoint: folder or Hub id (--init pretrained).")
+    text_model: str = option("", "BERT, DistilBERT or RoBERTa checkpoint (--init pretrained).")
+    decoder_model: str = option("", "GPT-2 checkpoint (--init pretrained).")
     fusion: str = option(
         "tokens",
         "What the decoder reads: every patch and question token, or one mean of both sides.",
@@ -57,3 +57,13 @@ class TrainConfig(QuestionConfig):
             )
         if self.preset == "book" and self.data is None and not self.resume:
             raise UserError("--preset book needs --data, the folder with the VQA v2 files")
+
+    def unread(self) -> dict[str, str]:
+        models, random = "image_model text_model decoder_model".split(), self.init == "random"
+        if self.preset == "shapes":
+            return dict.fromkeys(
+                models if random else ["init", *models], "--preset shapes, whose towers begin at random"
+            )
+        sizes = "width heads image_layers text_layers decoder_layers patch_size stem".split()
+        unread = dict.fromkeys(sizes, f"--preset {self.preset}, whose towers have sizes of their own")
+        return unread | (dict.fromkeys(models, "--init random, which reads no weights") if random else {})
