@@ -28,7 +28,7 @@ from vqa_scratch.engine.progress import MetricsLog, draw_panels
 from vqa_scratch.errors import UserError
 from vqa_scratch.options import flag_names, from_json, parse, peek, run_program
 from vqa_scratch.run import load_file_state, read_run_config, save_weights
-from vqa_scratch.storage import remove_unfinished, write_json
+from vqa_scratch.storage import check_writable, remove_unfinished, write_json
 from vqa_scratch.systems import BY_PRESET, SYSTEMS, system_of
 
 # Kept back from --minutes for the final evaluation: a share of the budget, and never more than so many seconds.
@@ -41,6 +41,7 @@ MAY_CHANGE |= {"learning_rate", "matrix_learning_rate", "max_grad_norm"}
 def settle(config: RunConfig) -> tuple[RunConfig, dict[str, Any] | None]:
     """With --resume, the config of the run and its last checkpoint (None if it was stopped before the first)."""
     path = config.out / "checkpoints" / "last.pt"
+    check_writable(config.out)
     if not config.resume:
         if path.exists():
             raise UserError(f"{config.out} holds a run already; add --resume to go on with it, or give another --out")
@@ -150,7 +151,8 @@ def train(config: RunConfig, world: World) -> int | None:
         after_evaluation=draw_curves,
     )
     if stopped is not None:
-        print(f"stopped by signal {stopped} after step {state.step}; go on with: python train.py --resume ...")
+        again = f"python train.py --preset {config.preset} --out {config.out} --resume"
+        print(f"stopped by signal {stopped} after step {state.step}; go on with: {again}")
         return stopped
 
     load_model_state(job.model, load_file_state(weights), str(weights))

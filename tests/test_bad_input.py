@@ -77,6 +77,13 @@ def files_of(run: Path) -> dict[Path, bytes]:
         (["--steps", "3", "--minutes", "1"], "give --minutes or --steps, not both"),
         (["--questions-per-step", "10", "--accumulate", "3"], "does not divide into --accumulate 3"),
         (["--decay-from", "1"], "--decay-from must be from 0"),
+        (["--minutes", "nan"], "--minutes must be a finite number, not nan"),
+        (["--learning-rate", "inf"], "--learning-rate must be a finite number, not inf"),
+        (["--seed", "-1"], "--seed must not be negative, not -1"),
+        (["--seed", "4294967296"], "--seed must be below 2^32"),
+        (["--warmup-steps", "-1"], "--warmup-steps must not be negative, not -1"),
+        (["--eval-questions", "0"], "--eval-questions must be positive, not 0"),
+        (["--val-fraction", "1"], "--val-fraction must be above 0 and below 1, not 1.0"),
         (["--width", "0"], "--width must be positive, not 0"),
         (["--preset", "book"], "--preset book needs --data"),
         (["--fusion", "means"], "did you mean 'mean'?"),
@@ -274,6 +281,8 @@ def test_a_read_only_run_folder(run, data, tmp_path):
     assert files_of(out) == before
 
 
-def test_a_run_folder_below_a_file(data, tmp_path, capsys):
+@pytest.mark.parametrize("place", ["file", "file/run"])
+def test_a_run_folder_at_or_below_a_file(tmp_path, place, capsys):
+    """Known before the data are read: there are none here."""
     (tmp_path / "file").write_text("")
-    assert "Not a directory" in said(flags(data, tmp_path / "file" / "run"), capsys)
+    assert f"{tmp_path / 'file'} is a file" in said(flags(tmp_path / "nowhere", tmp_path / place), capsys)

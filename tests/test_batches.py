@@ -169,6 +169,20 @@ def test_long_questions_keep_their_special_tokens(samples):
     assert enc.question("is it") == enc.text.encode("is it") and enc.cut["questions"] == 1
 
 
+def test_notes_on_a_question(samples):
+    """Either reader's cut is told; so is a word that the text tower has no token for, once."""
+    short, long = "is there a small red circle?", "is there a small red circle? " * 20
+    enc = encoder(samples, max_question_tokens=40, question_prompt=True)
+    assert enc.notes_on(short) == [] and enc.notes_on(" ".join([short, "\N{SNOWMAN} small \N{SNOWMAN}"])) == [
+        "the text tower has no tokens for \N{SNOWMAN}, and reads one and the same token in their place"
+    ]
+    assert enc.notes_on(long) == ["the question is longer than 40 tokens; only its beginning was read"]
+    snow = "\N{SNOWMAN}" * 30  # one unknown word for the text tower, 90 bytes for the decoder
+    assert enc.notes_on(snow)[0] == enc.notes_on(long)[0] and "\N{SNOWMAN}..., and reads" in enc.notes_on(snow)[1]
+    assert len(encoder(samples, max_question_tokens=40).notes_on(snow)) == 1
+    assert enc.cut == {"questions": 0, "answers": 0}
+
+
 def test_long_answers_keep_their_end(samples):
     enc = encoder(samples, max_answer_tokens=3)
     ids = enc.answer("a very long answer in many words")

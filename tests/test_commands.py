@@ -162,6 +162,11 @@ def test_ask_ten_thousand_words(run, data, capsys):
     assert capsys.readouterr().out == printed.out
 
 
+def test_ask_in_unknown_characters(run, data, capsys):
+    command("ask", run, "--image", picture(data), "--question", "is there a \N{SNOWMAN}?")
+    assert capsys.readouterr().err.startswith("note: the text tower has no tokens for \N{SNOWMAN}, ")
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -335,6 +340,7 @@ def test_convert_takes_tensors_only(tmp_path, content):
         (["evaluate", "x", "--data", "y", "--precision", "fp23"], "did you mean 'fp32'?"),
         (["evaluate", "x", "--data", "y", "--limit", "0"], "--limit"),
         (["ask", "nowhere", "--image", "y", "--question", "z"], "no run folder nowhere"),
+        (["ask", __file__, "--image", "y", "--question", "z"], "is a file; a run is a folder"),
         (["convert", "nowhere.bin", "out"], "cannot read nowhere.bin"),
     ],
 )

@@ -201,7 +201,7 @@ def test_a_loss_that_is_no_number_stops_the_run(splits, tmp_path, what):
     config, parts = splits
     task = small_task(config, parts)
     broken = Breaking(task, 4, what)
-    with pytest.raises(NotFinite, match=rf"the {what} of step 4 is (nan|inf).*bad_batch.json"):
+    with pytest.raises(NotFinite, match=rf"the {what} of step 4 is (nan|inf).*bad_batch.json; the last good checkp"):
         run(broken, tmp_path)
     report = json.loads((tmp_path / "bad_batch.json").read_text())
     rows = task.epoch(0)[3]
@@ -209,6 +209,12 @@ def test_a_loss_that_is_no_number_stops_the_run(splits, tmp_path, what):
     saved = load_checkpoint(tmp_path / "checkpoints" / "last.pt")
     assert saved["state"]["step"] == 2
     assert all(torch.isfinite(t).all() for t in saved["model"].values())
+
+
+def test_no_checkpoint_is_promised_before_the_first(splits, tmp_path):
+    config, parts = splits
+    with pytest.raises(NotFinite, match="the loss of step 1 is nan.*there was no checkpoint yet; begin again"):
+        run(Breaking(small_task(config, parts), 1, "loss"), tmp_path)
 
 
 def test_the_best_weights_are_kept(splits, tmp_path):

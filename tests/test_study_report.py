@@ -167,6 +167,7 @@ def test_packing_keeps_what_it_promises():
         ),
         (["{root}/unfinished", "--out", "{root}/x", "--image", "a", "--question", "b"], "has no model to study"),
         (["{root}/run", "--out", "{root}/x", "--imge", "a"], "did you mean --image"),
+        (["{root}/run", "--out", "{root}/scene.png", "--pointing", "{root}"], "scene.png is a file"),
     ],
 )
 def test_every_bad_input_is_one_clear_line(made, arguments, message):
@@ -176,6 +177,17 @@ def test_every_bad_input_is_one_clear_line(made, arguments, message):
     with pytest.raises(UserError, match=re.escape(message)) as error:
         study(*(argument.format(root=made.root) for argument in arguments))
     assert "\n" not in str(error.value)
+
+
+def test_what_was_not_read_is_said(made, capsys):
+    long = "what color is the circle? " * 20
+    study(made.root / "run", *made.one[:2], "--question", long, "--out", made.root / "long")
+    assert capsys.readouterr().err == "note: the question is longer than 32 tokens; only its beginning was read\n"
+    (made.root / "long.txt").write_text("the museum cut the night trains " * 200, encoding="utf-8")
+    study(made.root / "rlhf", "--text", made.root / "long.txt", "--out", made.root / "long")
+    assert capsys.readouterr().err == "note: the text is longer than 512 tokens; only its beginning was read\n"
+    study(made.root / "rlhf", "--text", made.root / "article.txt", "--out", made.root / "long")
+    assert capsys.readouterr().err == ""
 
 
 # ---------------------------------------------------------------------------------------------- in a browser

@@ -90,7 +90,9 @@ def load_file_state(path: Path) -> dict[str, torch.Tensor]:
 def read_run_config(folder: Path) -> dict[str, Any]:
     """config.json of a run. Raises UserError if the folder is no run."""
     path = folder / "config.json"
-    if not folder.is_dir():
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file; a run is a folder, as train.py leaves it below runs/")
+    if not folder.exists():
         raise UserError(f"no run folder {folder}; train one with: python train.py --out {folder}")
     if not path.is_file():
         raise UserError(f"{folder} is not a run folder: it has no config.json")

@@ -17,6 +17,15 @@ def usual_mode(mode: int) -> int:
     return mode & ~mask
 
 
+def check_writable(folder: Path) -> None:
+    """Raises UserError if no file could be written into `folder`, which need not be there yet; creates nothing."""
+    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not nearest.is_dir():
+        raise UserError(f"cannot write into the folder {folder}: {nearest} is a file")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise UserError(f"cannot write into the folder {folder}: Permission denied")
+
+
 def write_whole(path: Path, write: Callable[[Path], None]) -> None:
     """Let `write` fill a file of a temporary name beside `path`, then rename it. An error leaves the old file."""
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")

@@ -14,7 +14,7 @@ from vqa_scratch.data.vqa_v2 import VQAData, VQASample, read_vqa
 from vqa_scratch.engine.evaluation import QuestionOnly, TypePrior, blind
 from vqa_scratch.errors import UserError
 from vqa_scratch.metrics import accuracy_by
-from vqa_scratch.storage import write_json
+from vqa_scratch.storage import check_writable, write_json
 from vqa_scratch.systems.base import Describes, Ranks, Trained
 
 
@@ -139,6 +139,11 @@ def evaluate(
     if submission is not None and limit is not None:
         raise UserError("a submission answers every question of its split: leave out --limit or --submission")
     opened = open_run(run, device, precision)
+    check_writable(run)  # now, not when everything is answered
+    if submission is not None:
+        check_writable(submission.parent)
+        if submission.is_dir():
+            raise UserError(f"--submission {submission} is a folder; give a file")
     if captions:
         if submission is not None:
             raise UserError("a submission holds answers: leave out --captions or --submission")

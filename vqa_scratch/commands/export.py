@@ -7,6 +7,7 @@ import click
 
 from vqa_scratch.commands.line import FOLDER, open_run
 from vqa_scratch.errors import UserError
+from vqa_scratch.storage import check_writable
 
 
 @click.command("export")
@@ -14,6 +15,7 @@ from vqa_scratch.errors import UserError
 @click.argument("folder", type=FOLDER, metavar="DIR")
 def export(run: Path, folder: Path) -> None:
     """Write the trained system in the folder RUN to DIR, in the layout of `transformers`."""
+    check_writable(folder)
     opened = open_run(run)
     if folder.resolve() == run.resolve():
         raise UserError("DIR must be another folder than RUN")

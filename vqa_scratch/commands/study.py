@@ -1,5 +1,6 @@
 """`study`: take one answer of a run apart, or measure its attention over a split of questions."""
 
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from vqa_scratch.engine.precision import pick_device
 from vqa_scratch.errors import UserError
 from vqa_scratch.options import NearChoice
 from vqa_scratch.run import load_run
-from vqa_scratch.storage import write_json, write_text, write_whole
+from vqa_scratch.storage import check_writable, write_json, write_text, write_whole
 from vqa_scratch.study.faithfulness import answer_rows, image_source, patch_map
 from vqa_scratch.study.inputs import Opened, is_text_run, open_question, open_text
 from vqa_scratch.study.overlay import overlay, side_by_side
@@ -95,6 +96,7 @@ def study(
     device: str,
 ) -> None:
     """Take one answer of the run in the folder RUN apart, or measure its attention over a split."""
+    check_writable(out)
     over_split = {"--pointing": pointing, "--faithfulness": faithfulness, "--ablation": ablation}
     asked = [flag for flag, folder in over_split.items() if folder is not None]
     if asked and any(given is not None for given in (image, question, text, compare)):
@@ -104,6 +106,8 @@ def study(
         studies = [take_apart(open_input(f, image, question, text, device)) for f in (run, compare) if f is not None]
         write_study(out, studies)
         for done in studies:
+            for note in done.opened.notes:
+                print(f"note: {note}", file=sys.stderr)
             print(f"{done.opened.run}: {done.answer or '(nothing)'}  (probability {done.probability:.3f})")
             print(f"certificate: {done.certificate}")
         print(f"see {out / 'report.html'}")

@@ -1,6 +1,7 @@
 """What every system takes, and what those take that answer questions."""
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from vqa_scratch.errors import UserError
@@ -14,7 +15,9 @@ class RunConfig:
     preset: str = option("", "Which system to train.")
     out: Path = option(Path("runs/run"), "Folder of the run.")
     resume: bool = option(False, "Go on from the last checkpoint of --out.")
-    minutes: float | None = option(None, "Wall-clock budget of the whole run, final evaluation included.")
+    minutes: float | None = option(
+        None, "Wall-clock budget of the whole run, final evaluation included; 10 without --steps."
+    )
     steps: int | None = option(None, "Optimizer steps of the whole run, instead of --minutes.")
     device: str = option("auto", "Where to compute.", ("auto", "cpu", "cuda", "mps"))
     precision: str = option(
@@ -56,8 +59,9 @@ class RunConfig:
     samples: int = option(48, "Samples shown in samples.html.")
 
     positive = tuple(  # options that must be; no annotation, so no field
-        "accumulate log_every eval_every save_every learning_rate max_grad_norm".split()
+        "accumulate log_every eval_every save_every learning_rate matrix_learning_rate max_grad_norm".split()
     )
+    not_negative = tuple("seed weight_decay warmup_steps samples".split())
 
     def unread(self) -> dict[str, str]:
         """Options that nothing reads as the others stand, and with what: to give one on a command line is an error."""
@@ -68,6 +72,13 @@ class RunConfig:
             raise UserError("give --minutes or --steps, not both")
         if self.minutes is None and self.steps is None:
             object.__setattr__(self, "minutes", 10.0)
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if isinstance(value, float) and not math.isfinite(value):
+                raise UserError(f"--{item.name.replace('_', '-')} must be a finite number, not {value}")
+        for name in self.not_negative:
+            if getattr(self, name) < 0:
+                raise UserError(f"--{name.replace('_', '-')} must not be negative, not {getattr(self, name)}")
         for name in self.positive:
             if getattr(self, name) <= 0:
                 raise UserError(f"--{name.replace('_', '-')} must be positive, not {getattr(self, name)}")
@@ -77,8 +88,12 @@ class RunConfig:
             raise UserError(f"--minutes must be positive, not {self.minutes}")
         if self.steps is not None and self.steps < 1:
             raise UserError(f"--steps must be 1 or more, not {self.steps}")
+        if self.seed >= 2**32:
+            raise UserError(f"--seed must be below 2^32, not {self.seed}")
         if not 0 <= self.decay_from < 1:
             raise UserError(f"--decay-from must be from 0 up to but not including 1, not {self.decay_from}")
+        if not 0 < self.val_fraction < 1:
+            raise UserError(f"--val-fraction must be above 0 and below 1, not {self.val_fraction}")
 
 
 @dataclass(frozen=True)
@@ -96,7 +111,10 @@ class QuestionConfig(RunConfig):
     questions_per_step: int = option(512, "Questions in one optimizer step.")
     questions_per_image: int = option(8, "At most so many questions of an image in a batch.")
 
-    positive = (*RunConfig.positive, "questions_per_step", "questions_per_image", "max_question_tokens")
+    positive = (
+        *RunConfig.positive,
+        *"questions_per_step questions_per_image max_question_tokens eval_questions".split(),
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -70,12 +70,17 @@ class Encoder(TextEncoder):
         self.question_prompt = question_prompt
         self.cut["answers"] = 0
 
-    def prompt(self, text: str) -> list[int]:
-        """Ids that the decoder reads before BOS: the question, or nothing."""
+    def _whole_prompt(self, text: str) -> list[int]:
         if not self.question_prompt or not text:
             return []
-        ids = self.decoder.encode(f" {text}" if self.decoder.byte_level else text, add_special_tokens=False)
-        return ids[: self.max_question_tokens]
+        return self.decoder.encode(f" {text}" if self.decoder.byte_level else text, add_special_tokens=False)
+
+    def prompt(self, text: str) -> list[int]:
+        """Ids that the decoder reads before BOS: the question, or nothing."""
+        return self._whole_prompt(text)[: self.max_question_tokens]
+
+    def is_cut(self, question: str) -> bool:
+        return super().is_cut(question) or len(self._whole_prompt(question)) > self.max_question_tokens
 
     def answer(self, text: str) -> list[int]:
         """BOS, the answer, EOS. EOS stays when the answer is cut."""

@@ -65,6 +65,22 @@ class TextEncoder:
             ids = first + bare + (last if around > len(first) else [])
         return ids
 
+    def is_cut(self, question: str) -> bool:
+        """Whether a question is longer than what is read of it."""
+        return self.text is not None and len(self.text.encode(question)) > self.max_question_tokens
+
+    def notes_on(self, question: str) -> list[str]:
+        """What whoever asks should know about the way one question is read: that it is cut, or has unknown parts."""
+        notes = []
+        if self.is_cut(question):
+            notes.append(f"the question is longer than {self.max_question_tokens} tokens; only its beginning was read")
+        unknown = [] if self.text is None else list(dict.fromkeys(self.text.unknown(question)))
+        if unknown:
+            shown = ", ".join(part if len(part) <= 20 else f"{part[:20]}..." for part in unknown[:5])
+            shown += ", ..." if len(unknown) > 5 else ""
+            notes.append(f"the text tower has no tokens for {shown}, and reads one and the same token in their place")
+        return notes
+
 
 @dataclass
 class ImageBatch:

@@ -133,6 +133,14 @@ class Tokenizer:
         """The ids of one text, uncut."""
         return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
 
+    def unknown(self, text: str) -> list[str]:
+        """The parts of a text that the vocabulary has no token for, in order; bytes are never unknown."""
+        if self.byte_level or self.unk_id is None:
+            return []
+        encoding = self.backend.encode(text, add_special_tokens=False)
+        places = zip(encoding.ids, encoding.offsets, strict=True)
+        return [text[start:end] for index, (start, end) in places if index == self.unk_id]
+
     def encode_batch(self, texts: Sequence[str], max_length: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """ids (B, T) int64 and mask (B, T) bool, padded on the right to the longest text.
 

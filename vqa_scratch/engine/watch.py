@@ -73,8 +73,9 @@ class LossWatch:
                 ids = [i for of_rank in self.world.gather(ids) for i in of_rank]
                 if self.world.main:
                     write_json(path, {"step": step, what: str(value), "ids": ids})
-                raise NotFinite(
-                    f"the {what} of step {step} is {value}; its samples are listed in {path}, the last good checkpoint "
-                    "is kept; go on from it with --resume and a lower --learning-rate"
-                )
+                last = self.folder / "checkpoints" / "last.pt"
+                again = "the last good checkpoint is kept; go on from it with --resume and a lower --learning-rate"
+                if not last.exists():
+                    again = "there was no checkpoint yet; begin again with a lower --learning-rate"
+                raise NotFinite(f"the {what} of step {step} is {value}; its samples are listed in {path}; {again}")
         self.pending.clear()

@@ -26,6 +26,7 @@ class Opened:
     text: str  # the question or the article
     image: Image.Image | None  # as the model saw it: resized and cropped
     tokenizer: Tokenizer  # the decoder's
+    notes: tuple[str, ...] = ()  # what the user should know about how it was read
 
 
 def token_label(tokenizer: Tokenizer, index: int) -> str:
@@ -77,11 +78,9 @@ def shown_image(processor: ImageProcessor, image: Image.Image) -> Image.Image:
 def open_question(folder: Path, image_file: Path, question: str, device: str = "cpu") -> Opened:
     """Open a run of train.py on one question. Raises UserError for a bad run, image or question."""
     run = load_run(_vqa_folder(folder), device)
-    image = load_image(image_file)
-    subject = question_subject(run, image, question)
-    return Opened(
-        str(folder), subject, check_question(question), shown_image(run.processor, image), run.encoder.decoder
-    )
+    image, question = load_image(image_file), check_question(question)
+    subject, shown = question_subject(run, image, question), shown_image(run.processor, image)
+    return Opened(str(folder), subject, question, shown, run.encoder.decoder, tuple(run.encoder.notes_on(question)))
 
 
 def is_text_run(folder: Path) -> bool:
@@ -125,7 +124,9 @@ def open_text(folder: Path, text: str, device: str = "cpu") -> Opened:
     if len(tokenizer) > model.config.vocab_size:
         raise UserError(f"the tokenizer has {len(tokenizer)} tokens, the model only {model.config.vocab_size}")
     text = options.get("prefix", "") + text.strip()
-    ids, _ = tokenizer.encode_batch([text], max_length=options.get("max_prompt_tokens", 512))
+    limit = options.get("max_prompt_tokens", 512)
+    ids, _ = tokenizer.encode_batch([text], max_length=limit)
     ids = ids[0].tolist()
+    notes = (f"the text is longer than {limit} tokens; only its beginning was read",) if tokenizer.truncated else ()
     subject = T5Subject(model, ids, text_labels(tokenizer, text, ids), options.get("max_new_tokens", 32))
-    return Opened(str(folder), subject, text, None, tokenizer)
+    return Opened(str(folder), subject, text, None, tokenizer, notes)

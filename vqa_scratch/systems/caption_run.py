@@ -108,10 +108,8 @@ class TrainedCaptioner:
         if question is not None:
             self._needs_questions()
             question = check_question(question)
-        cut = question is not None and len(self.encoder.prompt(question)) == self.encoder.max_question_tokens
-        note = f"the question fills its {self.encoder.max_question_tokens} tokens; what is longer was not read"
         said = self._say([VQASample(0, image, 0, question or "", "", "", (), "")], decoding=decoding)
-        return [said[0]], [note] if cut else []
+        return [said[0]], self.encoder.notes_on(question or "")
 
     def answer(
         self, samples: Sequence[VQASample], limit: int | None, *, shuffled: bool = False, progress: str | None = None

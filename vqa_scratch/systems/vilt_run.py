@@ -118,11 +118,9 @@ class TrainedViLT:
             raise UserError(f"{self.folder} answers questions: give it --question")
         if top is not None and top > len(self.model.labels):
             raise UserError(f"--top {top} is more than the {len(self.model.labels):,} answers that {self.folder} knows")
-        cut_before, limit = self.encoder.cut["questions"], self.encoder.max_question_tokens
-        sample = VQASample(0, image, 0, check_question(question), "", "", (), "")
-        best = self._answers([sample], None, False, None, top or 1)[0]
-        cut = self.encoder.cut["questions"] > cut_before
-        return best, [f"the question is longer than {limit} tokens; only its beginning was read"] if cut else []
+        question = check_question(question)
+        sample = VQASample(0, image, 0, question, "", "", (), "")
+        return self._answers([sample], None, False, None, top or 1)[0], self.encoder.notes_on(question)
 
     def answer(
         self, samples: Sequence[VQASample], limit: int | None, *, shuffled: bool = False, progress: str | None = None

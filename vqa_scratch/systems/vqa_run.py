@@ -37,16 +37,15 @@ class TrainedVQA(Run):
         if top is not None and decoding:
             flag = "--" + next(iter(decoding)).replace("_", "-")
             raise UserError(f"--top chooses from a list, nothing is decoded: leave out {flag}")
-        cut_before, limit = self.encoder.cut["questions"], self.encoder.max_question_tokens
-        sample = VQASample(0, image, 0, check_question(question), "", "", (), "")
+        question = check_question(question)
+        sample = VQASample(0, image, 0, question, "", "", (), "")
         if top is not None and not (self.folder / ANSWERS).is_file():
             raise UserError(f"{self.folder} has no {ANSWERS} to choose from, so leave out --top")
         if top is None:
             said = [self.answer([sample], None, decoding=decoding)[0]]
         else:
             said = self._ranked([sample], None, None, top)[0]
-        cut = self.encoder.cut["questions"] > cut_before
-        return said, [f"the question is longer than {limit} tokens; only its beginning was read"] if cut else []
+        return said, self.encoder.notes_on(question)
 
     def _candidates(self) -> list[str]:
         return json.loads((self.folder / ANSWERS).read_text(encoding="utf-8"))
