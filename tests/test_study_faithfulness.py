@@ -78,6 +78,7 @@ def test_pointing_measures_the_share_inside():
     assert all(p.questions == 2 and p.area == pytest.approx(0.5) for p in found.values())
     # Over a set and its complement the shares sum to 1, whatever the map.
     assert all(p.mass == pytest.approx(0.5, abs=1e-5) and p.ratio == pytest.approx(1, abs=1e-4) for p in found.values())
+    assert sum(name.startswith("best head, layer ") for name in found) == 1
     one = pointing([(subject, inside)])
     answer = subject.generate()
     for name, flow in flows(subject, answer).items():

@@ -162,7 +162,7 @@ def fit(
     def evaluate() -> None:
         watch.look()
         figures = ranks.with_whole_model(task.evaluate)
-        log.write(state.step, samples=state.samples, seconds=round(state.seconds, 2), **{"val": figures})
+        log.write(state.step, samples=state.samples, seconds=round(state.seconds, 2), val=figures)
         if figures["accuracy"] > state.best:
             state.best, state.best_step = figures["accuracy"], state.step
             on_best()

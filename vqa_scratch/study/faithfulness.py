@@ -161,8 +161,8 @@ class Pointing:
 def pointing(examples: Iterable[tuple[VQASubject, Tensor]]) -> dict[str, Pointing]:
     """For each method, over (subject, its object's patches (N,) bool), on the model's own answers.
 
-    Besides METHODS there is each layer's cross-attention ("cross layer 2"), and "best head", the head of all layers
-    that points best over these questions. Raises ValueError without an example.
+    Besides METHODS there is each layer's cross-attention ("cross layer 2"), and "best head, layer 2 head 0", the head
+    of all layers that points best over these questions. Raises ValueError without an example.
     """
     found: dict[str, list[tuple[float, float, float]]] = {}
     for subject, inside in examples:
@@ -177,7 +177,7 @@ def pointing(examples: Iterable[tuple[VQASubject, Tensor]]) -> dict[str, Pointin
             "relevancy": patch_map(subject, relevancy(subject, answer, rows=[r - rows[0] for r in rows]), rows),
         }
         maps |= {f"cross layer {i}": layer.mean(0) for i, layer in enumerate(cross)}
-        maps |= {f"head {i}.{h}": head for i, layer in enumerate(cross) for h, head in enumerate(layer)}
+        maps |= {f"layer {i} head {h}": head for i, layer in enumerate(cross) for h, head in enumerate(layer)}
         for name, values in maps.items():
             mass = float(values[inside].sum() / values.sum().clamp(min=1e-12))
             hit = float(inside[values.argmax()])
@@ -188,9 +188,9 @@ def pointing(examples: Iterable[tuple[VQASubject, Tensor]]) -> dict[str, Pointin
     for name, values in found.items():
         mass, area, hit = torch.tensor(values).mean(0).tolist()
         result[name] = Pointing(mass, area, hit, len(values))
-    best = max((name for name in result if name.startswith("head ")), key=lambda name: result[name].mass)
-    kept = {name: p for name, p in result.items() if not name.startswith("head ")}
-    return kept | {f"best {best}": result[best]}
+    heads = {name for name in result if name.startswith("layer ")}
+    best = max(heads, key=lambda name: result[name].mass)
+    return {name: p for name, p in result.items() if name not in heads} | {f"best head, {best}": result[best]}
 
 
 # ---------------------------------------------------------------------------------------------- heads

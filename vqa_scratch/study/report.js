@@ -596,7 +596,7 @@
       const check = h("p", { class: "explain check" }, `Worked out here, in your browser: the ${weights.length} weights sum to ${sum(weights).toFixed(6)}, and z differs from the one that ran by at most ${off.toExponential(1)} (v travels in half precision).`);
       this.stepBox.className = "steps open";
       this.stepBox.replaceChildren(
-        h("div", { class: "full" }, h("p", { class: "lead" }, `What this head did when the decoder wrote “${token}”, strongest keys first.`), formula),
+        h("div", { class: "full" }, h("p", { class: "lead" }, `What this head did when the decoder wrote “${token}”, strongest keys first${this.picture && !this.mixing ? "; a patch by its row and column" : ""}.`), formula),
         h("div", {}, h("div", { class: "scroll" }, table), order.length > 8 ? h("div", { class: "pickers" }, more) : null),
         h("div", {}, strips, check));
     }

@@ -79,8 +79,8 @@ def pointing_figures(run: Run, data: Path, split: str, number: int) -> dict[str,
 
 def pointing_table(found: dict[str, Pointing]) -> str:
     """As text."""
-    lines = [f"{'method':20s} mass on object   area   ratio   hits"]
-    lines += [f"{name:20s} {p.mass:14.1%} {p.area:6.1%} {p.ratio:6.2f}x {p.hit:6.1%}" for name, p in found.items()]
+    lines = [f"{'method':25s} mass on object   area   ratio   hits"]
+    lines += [f"{name:25s} {p.mass:14.1%} {p.area:6.1%} {p.ratio:6.2f}x {p.hit:6.1%}" for name, p in found.items()]
     return "\n".join(lines) + f"\nover {next(iter(found.values())).questions} questions that name one object"
 
 

@@ -186,7 +186,8 @@ class Trace(Changes):
         Raises UserError if nothing is left to prove.
         """
         for name in attentions:
-            self._check(f"{names.attention_at(self.modules, name) and name}.pattern")
+            names.attention_at(self.modules, name)
+            self._check(f"{name}.pattern")
         chosen = [
             name
             for name in attentions or self.attentions()
@@ -208,7 +209,7 @@ def trace(model: nn.Module, *patterns: str, grad: bool = False, record: bool = T
     patterns -- which taps to record, "decoder.*.cross" or "image.3.resid_post"; every attention if there are none
     grad     -- keep tensors in the autograd graph (run without a cache, which detaches)
     record   -- False: only change (`ablate`, `patch`, `replace`), keep nothing
-    Raises UserError, naming near misses, for a pattern that matches nothing.
+    Raises UserError, naming near misses, for a pattern that matches nothing; ValueError for patterns with record=False.
     """
     if not record and patterns:
         raise ValueError("patterns say what to record; leave them out with record=False")

@@ -170,7 +170,7 @@ class QuestionJob(ABC):
             {
                 "title": "accuracy on held-out scenes",
                 "lines": {"validation": (seen, [row["val"]["accuracy"] for row in evaluations])},
-                "hlines": self.baselines,
+                "hlines": {name.replace("_", " "): value for name, value in self.baselines.items()},
                 **scored,
             },
             {
@@ -206,7 +206,7 @@ class QuestionJob(ABC):
         """The figures of `finish` that the terminal shows."""
         by_family, baselines = summary["accuracy_by_family"], summary["baselines"]
         return [
-            *(f"{name:20s} {summary[name]}" for name in ("accuracy", "holdout_accuracy")),
+            *(f"{n:20s} {summary[n]:.4f}" for n in ("accuracy", "holdout_accuracy") if summary[n] is not None),
             "by family            " + ", ".join(f"{k} {v:.3f}" for k, v in by_family.items()),
             "blind baselines      " + ", ".join(f"{k} {v:.3f}" for k, v in baselines.items()),
         ]

@@ -222,7 +222,7 @@ class VQATask(QuestionJob):
 
     def lines(self, summary: dict[str, Any]) -> list[str]:
         figures, among, over = (summary[f"ranking_{name}"] for name in ("accuracy", "candidates", "questions"))
-        line = f"ranking_accuracy     {figures} (the best of {among} answers, first {over} questions)"
+        line = f"ranking_accuracy     {figures:.4f} (the best of {among} answers, first {over} questions)"
         return [*super().lines(summary), line]
 
 
