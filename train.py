@@ -34,7 +34,7 @@ from vqa_scratch.systems import BY_PRESET, SYSTEMS, system_of
 # Kept back from --minutes for the final evaluation: a share of the budget, and never more than so many seconds.
 RESERVE_SHARE, RESERVE_SECONDS = 0.1, 45.0
 # Between a run and its continuation; the learning rates, for a run whose loss went to infinity.
-MAY_CHANGE = {"resume", "out", "device", "parallel", "data", "cache", "feature_cache"}
+MAY_CHANGE = {"resume", "out", "device", "parallel", "data", "cache", "feature_cache", "test_images"}
 MAY_CHANGE |= {"learning_rate", "matrix_learning_rate", "max_grad_norm"}
 
 

@@ -83,6 +83,7 @@ def files_of(run: Path) -> dict[Path, bytes]:
         (["--seed", "4294967296"], "--seed must be below 2^32"),
         (["--warmup-steps", "-1"], "--warmup-steps must not be negative, not -1"),
         (["--eval-questions", "0"], "--eval-questions must be positive, not 0"),
+        (["--test-images", "0"], "--test-images must be 1 or more, not 0"),
         (["--val-fraction", "1"], "--val-fraction must be above 0 and below 1, not 1.0"),
         (["--width", "0"], "--width must be positive, not 0"),
         (["--preset", "book"], "--preset book needs --data"),

@@ -28,6 +28,7 @@ from vqa_scratch.models import GPT2, GPT2Config, ResNet, ResNetConfig
 from vqa_scratch.systems import open_trained
 from vqa_scratch.systems.caption import prepare
 from vqa_scratch.systems.caption_job import CaptionJob
+from vqa_scratch.systems.captions import read_splits
 
 SMALL = {
     "preset": "caption", "width": 32, "heads": 2, "decoder_layers": 1, "image_width": 16, "captions_per_step": 16,
@@ -64,6 +65,14 @@ def summary_of(run: Path) -> dict:
 
 
 # ---------------------------------------------------------------------------------------------- a run
+
+
+def test_the_final_figures_can_be_those_of_some_images(data, tmp_path):
+    some = read_splits(config(data, tmp_path / "run", test_images=3, question_share=0.5))[1]["test"]
+    whole = read_splits(config(data, tmp_path / "run", question_share=0.5))[1]["test"]
+    assert some.to_describe == whole.to_describe[:3]
+    shown = {s.image_id for s in some.captions}
+    assert some.questions == [s for s in whole.questions if s.image_id in shown] and len(some.questions) > 3
 
 
 def test_the_run_folder_is_complete(run):

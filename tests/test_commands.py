@@ -365,6 +365,23 @@ def test_the_program_as_it_is_started(run):
 # ------------------------------------------------------------------------------------------------ broken runs
 
 
+@pytest.mark.parametrize("content", ["{", '{"red": 1}', "[]", '["red", ""]'])
+def test_a_broken_list_of_answers_is_one_line(run, data, tmp_path, content):
+    broken = Path(shutil.copytree(run, tmp_path / "run"))
+    (broken / "answers.json").write_text(content)
+    with pytest.raises(UserError, match="answers.json is not (valid JSON|a list of answers)") as caught:
+        command("ask", broken, "--image", picture(data), "--question", "is there a circle?", "--top", "2")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_of_another_model_is_told_shortly(run, tmp_path):
+    other = Path(shutil.copytree(run, tmp_path / "run"))
+    save_file({"x": torch.zeros(1)}, other / "model.safetensors")
+    with pytest.raises(UserError, match="does not fit the model: missing .*; and [0-9]+ more$") as caught:
+        load_run(other)
+    assert len(str(caught.value)) < 500
+
+
 @pytest.mark.parametrize(
     ("breaking", "message"),
     [

@@ -20,6 +20,7 @@ from vqa_scratch.errors import UserError
 from vqa_scratch.metrics import vqa_accuracy
 from vqa_scratch.options import from_json, to_json
 from vqa_scratch.run import load_run
+from vqa_scratch.systems.questions import read_splits
 
 
 @pytest.fixture(scope="module")
@@ -146,8 +147,6 @@ def test_options_reach_the_model(data, tmp_path, changes, capsys):
 
 def test_val_split_auto_holds_out_images(data, tmp_path):
     """Training questions and validation questions share no image; the figures can come from the val split."""
-    from vqa_scratch.systems.questions import read_splits
-
     config = small_config(data, tmp_path / "run", val_split="auto", val_fraction=0.3, test_split="val")
     parts = read_splits(config).samples
     images = {name: {s.image_id for s in samples} for name, samples in parts.items()}
@@ -156,6 +155,17 @@ def test_val_split_auto_holds_out_images(data, tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------ flags
+
+
+@pytest.mark.parametrize("same", [False, True])
+def test_the_final_figures_can_be_those_of_some_images(data, tmp_path, same):
+    """The first ones, with all their questions; also where the test split is the val split, which stays whole."""
+    split = "val" if same else "test"
+    samples = read_splits(small_config(data, tmp_path / "run", test_images=3, test_split=split)).samples
+    whole = read_vqa(data, split).samples
+    first = list(dict.fromkeys(s.image_id for s in whole))[:3]
+    assert samples["test"] == [s for s in whole if s.image_id in first] != whole
+    assert samples["val"] == read_vqa(data, "val").samples
 
 
 def test_flags_win_over_the_preset_and_the_preset_over_defaults():

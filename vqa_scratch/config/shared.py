@@ -16,7 +16,7 @@ class RunConfig:
     out: Path = option(Path("runs/run"), "Folder of the run.")
     resume: bool = option(False, "Go on from the last checkpoint of --out.")
     minutes: float | None = option(
-        None, "Wall-clock budget of the whole run, final evaluation included; 10 without --steps."
+        None, "Wall-clock budget of the run, up to 45 seconds of it for the final figures; 10 without --steps."
     )
     steps: int | None = option(None, "Optimizer steps of the whole run, instead of --minutes.")
     device: str = option("auto", "Where to compute.", ("auto", "cpu", "cuda", "mps"))
@@ -37,6 +37,7 @@ class RunConfig:
     train_split: str = option("train", "Split to train on.")
     val_split: str = option("val", "Split that picks the best checkpoint; 'auto' holds out images of the train split.")
     test_split: str = option("test", "Split of the final figures; 'val' to report on the val split.")
+    test_images: int | None = option(None, "At most so many images of the test split in the final figures.")
     val_fraction: float = option(0.05, "Share of the images held out by --val-split auto.")
     image_cache: bool = option(True, "Keep resized images as bytes in a file mapped into memory.")
 
@@ -92,6 +93,8 @@ class RunConfig:
             raise UserError(f"--seed must be below 2^32, not {self.seed}")
         if not 0 <= self.decay_from < 1:
             raise UserError(f"--decay-from must be from 0 up to but not including 1, not {self.decay_from}")
+        if self.test_images is not None and self.test_images < 1:
+            raise UserError(f"--test-images must be 1 or more, not {self.test_images}")
         if not 0 < self.val_fraction < 1:
             raise UserError(f"--val-fraction must be above 0 and below 1, not {self.val_fraction}")
 

@@ -83,7 +83,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def load_model_state(model: torch.nn.Module, state: dict[str, torch.Tensor], where: str) -> None:
-    """Strict: every missing, extra or misshapen tensor is listed in one UserError."""
+    """Strict: UserError on missing, extra or misshapen tensors, with their number and the first of them."""
     own = model.state_dict()
     problems = [f"missing {k}" for k in own if k not in state] + [f"extra {k}" for k in state if k not in own]
     problems += [
@@ -92,5 +92,6 @@ def load_model_state(model: torch.nn.Module, state: dict[str, torch.Tensor], whe
         if k in state and state[k].shape != v.shape
     ]
     if problems:
-        raise UserError(f"{where} does not fit the model: " + "; ".join(problems))
+        more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise UserError(f"{where} does not fit the model: " + "; ".join(problems[:5]) + more)
     model.load_state_dict({k: like(v, state[k]) for k, v in own.items()})

@@ -20,6 +20,7 @@ from vqa_scratch.engine.evaluation import Answer, other_images
 from vqa_scratch.engine.gallery import card, write_page
 from vqa_scratch.engine.progress import moving_average
 from vqa_scratch.engine.table import draw_table
+from vqa_scratch.systems.questions import first_images
 
 TABLE_ROWS = 8  # of results.png
 
@@ -77,7 +78,10 @@ def read_splits(config: CaptionTrainConfig) -> tuple[Path, dict[str, Texts]]:
     else:
         splits = {"train": train, "val": read_texts(folder, config.val_split, **options)}
     same = config.test_split == config.val_split
-    splits["test"] = splits["val"] if same else read_texts(folder, config.test_split, **options)
+    test = splits["val"] if same else read_texts(folder, config.test_split, **options)
+    captions = first_images(test.captions, config.test_images)
+    shown = {sample.image_id for sample in captions}
+    splits["test"] = Texts(captions, test.scenes, [sample for sample in test.questions if sample.image_id in shown])
     if scenes_file(folder, "holdout").is_file():
         splits["holdout"] = read_texts(folder, "holdout", **options | {"questions": False})
     return folder, splits

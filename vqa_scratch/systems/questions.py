@@ -40,6 +40,12 @@ def family_of(folder: Path) -> Callable[[VQASample], str]:
     return lambda sample: sample.answer_type or "unknown"
 
 
+def first_images(samples: list[VQASample], number: int | None) -> list[VQASample]:
+    """The samples of the first `number` images, all of them if it is None."""
+    kept = set(list(dict.fromkeys(sample.image_id for sample in samples))[:number])
+    return [sample for sample in samples if sample.image_id in kept]
+
+
 def read_splits(config: QuestionConfig) -> Splits:
     """Read every split the run needs; draw the embedded data set first if no `--data` is given."""
     folder = config.data or ensure_shapes(config.cache, ShapesSpec(seed=config.seed))
@@ -65,6 +71,7 @@ def read_splits(config: QuestionConfig) -> Splits:
         samples["test"] = samples["val"]
     else:
         samples["test"] = read_vqa(folder, config.test_split, verify_images=config.verify_images).samples
+    samples["test"] = first_images(samples["test"], config.test_images)
     if (folder / "scenes_holdout.json").exists():
         samples["holdout"] = read_vqa(folder, "holdout").samples
     return Splits(Path(folder), samples, family_of(Path(folder)))

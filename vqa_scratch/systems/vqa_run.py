@@ -1,6 +1,5 @@
 """A finished run of the first system, for the commands: it writes answers, or chooses among the training answers."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 from vqa_scratch.config import TrainConfig
 from vqa_scratch.data.batches import Images, Questions
 from vqa_scratch.data.text import check_question
+from vqa_scratch.data.vqa_files import load_json
 from vqa_scratch.data.vqa_v2 import VQASample
 from vqa_scratch.engine.evaluation import AT_ONCE, Answer, answer_samples, rank_answers
 from vqa_scratch.engine.precision import Precision
@@ -48,7 +48,11 @@ class TrainedVQA(Run):
         return said, self.encoder.notes_on(question)
 
     def _candidates(self) -> list[str]:
-        return json.loads((self.folder / ANSWERS).read_text(encoding="utf-8"))
+        path = self.folder / ANSWERS
+        answers = load_json(path)
+        if not isinstance(answers, list) or not answers or not all(isinstance(a, str) and a for a in answers):
+            raise UserError(f"{path} is not a list of answers, as train.py writes it")
+        return answers
 
     def _ranked(
         self, samples: Sequence[VQASample], limit: int | None, progress: str | None, top: int
