@@ -80,11 +80,33 @@ def test_articles_from_csv_jsonl_and_text(tmp_path):
     assert found.texts == ["Seven", "Eight"] and found.empty == [2] and found.summaries == ["", ""]
 
 
+def test_a_mark_of_byte_order_is_no_part_of_an_article(tmp_path):
+    """Spreadsheets and editors put one at the start of what they save as UTF-8."""
+    for name, content in (("a.csv", "text\nOne\n"), ("a.jsonl", '{"text": "One"}\n'), ("a.txt", "One\n")):
+        (tmp_path / name).write_text(content, encoding="utf-8-sig")
+        assert read_articles(tmp_path / name, "text").texts == ["One"], name
+
+
+def test_a_huge_article_and_one_of_another_system(tmp_path):
+    table = tmp_path / "a.csv"
+    table.write_bytes(b'text\r\n"One\r\n""two"""\r\n' + b"word " * 200_000 + b"\r\n")
+    one, huge = read_articles(table, "text").texts
+    assert one == 'One\r\n"two"' and len(huge) == 5 * 200_000 - 1
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
         ("a.csv", b"title,body\nx,y\n", "line 2: no column 'text'; the columns are title, body"),
         ("a.csv", b"", "holds no article"),
+        ("a.csv", b"text\nThe mayor, who left\n", "line 2 has 2 cells, the first line 1: a cell with a comma needs"),
+        (
+            "a.csv",
+            b'text\n"fine\nfine"\n"never closed\nfine\n',
+            "row that begins at line 4: .*is a double quote missing",
+        ),
+        ("a.jsonl", b'{"text": ["x"]}\n', "line 1: 'text' must be a text, not a list"),
+        ("a.csv", b"text\n" + b"fine\n" * 9000 + b"caf\xe9\n", "line 9002 is not UTF-8 text .byte 45008 of the file"),
         ("a.csv", b'text\n"  "\n', "holds no article; 1 are empty"),
         ("a.jsonl", b'{"text": "x"}\n{"text": \n', "line 2 is not JSON"),
         ("a.jsonl", b"[1]\n", "line 1 must be a JSON object, not a list"),

@@ -1,11 +1,13 @@
 """Articles from a file: CSV or JSONL with named columns, or plain text with one article a line."""
 
 import csv
+import io
 import json
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from vqa_scratch.errors import UserError
 
@@ -23,7 +25,7 @@ def read_articles(path: Path, column: str, summary_column: str = "") -> Articles
     """Read a .csv, .jsonl or .txt file; for .txt the columns are not looked at.
 
     Raises UserError on a file that cannot be read, a line that cannot be parsed, a missing column (naming those there
-    are), and a file without a single article.
+    are), an article that is no text, and a file without a single article.
     """
     readers = {".csv": _csv, ".jsonl": _jsonl, ".txt": _text}
     read = readers.get(path.suffix.lower())
@@ -40,8 +42,10 @@ def read_articles(path: Path, column: str, summary_column: str = "") -> Articles
                     if name not in row:
                         there = ", ".join(map(str, row)) or "none"
                         raise UserError(f"{path}, line {line}: no column {name!r}; the columns are {there}")
-                text, summary = (str(row[name] or "") for name in [*wanted, wanted[0]][:2])
-                summary = summary if summary_column else ""
+                    if not isinstance(row[name], str | None):
+                        kind = type(row[name]).__name__
+                        raise UserError(f"{path}, line {line}: {name!r} must be a text, not a {kind}")
+                text, summary = row[column] or "", (row[summary_column] or "") if summary_column else ""
             if text.strip():
                 texts.append(text.strip())
                 summaries.append(summary.strip())
@@ -52,38 +56,51 @@ def read_articles(path: Path, column: str, summary_column: str = "") -> Articles
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text (byte {error.start})") from None
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise UserError(f"{path}, line {line} is not UTF-8 text (byte {error.start} of the file)") from None
     if not texts:
         raise UserError(f"{path} holds no article" + (f"; {len(empty)} are empty" if empty else ""))
     return Articles(texts, summaries, empty)
 
 
-def _csv(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
+def _lines(path: Path) -> io.StringIO:
+    """The file decoded in one piece, so that an error knows its place, without a mark of byte order at its start."""
+    return io.StringIO(path.read_bytes().decode("utf-8").removeprefix("\ufeff"), newline="")
+
+
+def _csv(path: Path) -> Iterator[tuple[int, dict[str, str | None]]]:
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file)
+    reader, begun = csv.DictReader(_lines(path), strict=True), 1
+    try:
+        columns = len(reader.fieldnames or ())
+        begun = reader.line_num + 1
+        for row in reader:
+            if None in row:  # else what follows a comma would be lost without a word
+                raise UserError(
+                    f"{path}, line {reader.line_num} has {columns + len(row[None])} cells, the first line {columns}: "
+                    "a cell with a comma needs double quotes around it"
+                )
+            yield reader.line_num, row
+            begun = reader.line_num + 1
+    except csv.Error as error:
+        raise UserError(
+            f"{path}, in the row that begins at line {begun}: {error}; is a double quote missing?"
+        ) from None
+
+
+def _jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    for number, line in enumerate(_lines(path), 1):
+        if not line.strip():
+            continue
         try:
-            for row in reader:
-                yield reader.line_num, row
-        except csv.Error as error:
-            raise UserError(f"{path}, line {reader.line_num}: {error}") from None
-
-
-def _jsonl(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise UserError(f"{path}, line {number} is not JSON: {error}") from None
-            if not isinstance(row, dict):
-                raise UserError(f"{path}, line {number} must be a JSON object, not a {type(row).__name__}")
-            yield number, row
+            row = json.loads(line)
+        except ValueError as error:
+            raise UserError(f"{path}, line {number} is not JSON: {error}") from None
+        if not isinstance(row, dict):
+            raise UserError(f"{path}, line {number} must be a JSON object, not a {type(row).__name__}")
+        yield number, row
 
 
 def _text(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            yield number, {"": line}
+    for number, line in enumerate(_lines(path), 1):
+        yield number, {"": line}
