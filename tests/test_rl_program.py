@@ -21,7 +21,8 @@ from vqa_scratch.rl.config import PRESETS, RLHFConfig
 from vqa_scratch.rl.types import Samples
 
 ROOT = Path(__file__).parent.parent
-TINY = "--sft-steps 4 --reward-steps 4 --prompts 4 --samples 2 --max-new-tokens 8 --eval-prompts 6 --eval-samples 2"
+MADE = "--sft-steps 4 --reward-steps 4".split()
+TINY = "--prompts 4 --samples 2 --max-new-tokens 8 --eval-prompts 6 --eval-samples 2"
 TINY += " --frontier-prompts 4 --frontier-samples 4 --precision fp32 --device cpu --iterations 6 --checkpoint-every 2"
 
 
@@ -31,7 +32,7 @@ def cache(tmp_path_factory):
 
 
 def flags(out, cache, *more):
-    return [*TINY.split(), "--out", str(out), "--cache", str(cache), *more]
+    return [*TINY.split(), *MADE, "--out", str(out), "--cache", str(cache), *more]
 
 
 @pytest.fixture(scope="module")
@@ -130,6 +131,15 @@ def test_runs_are_not_mixed_up(finished, cache, tmp_path):
         (["--algorithm", "rloo", "--samples", "1"], "--samples must be 2 or more"),
         (["--kl-coef", "-1"], "--kl-coef must not be negative"),
         (["--prompts", "0"], "--prompts must be positive"),
+        (["--sft-steps", "0"], "--sft-steps must be positive"),
+        (["--kl-horizon", "-1"], "--kl-horizon must be positive"),
+        (["--grammar-weight", "nan"], "--grammar-weight must be a finite number, not nan"),
+        (["--kl-coef", "inf"], "--kl-coef must be a finite number, not inf"),
+        (["--dual-clip", "0.5"], "leaves bad tokens no gradient: give more than 1, or 0 for none"),
+        (["--max-prompt-tokens", "1"], "leaves no room beside the end token"),
+        (["--articles", "x.csv"], "--articles means nothing with --preset mini-news: it is a flag of book"),
+        (["--preset", "vqa", "--reference", "x"], "with --preset vqa: it is a flag of mini-news and book"),
+        (["--preset", "book", "--sft-steps", "7"], "--sft-steps means nothing with --preset book"),
         (["--prompts", "6", "--minibatches", "4"], "do not divide"),
         (["--min-new-tokens", "99"], "exceeds --max-new-tokens"),
         (["--lam", "1.5"], "lie between 0 and 1"),

@@ -1,5 +1,6 @@
 """Every option of `rlhf.py`, one sentence each, and the presets."""
 
+import math
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ class RLHFConfig:
     out: Path = option(Path("runs/rlhf"), "Folder of the run.")
     seed: int = option(0, "Seed of data, initial weights and sampling.")
     device: str = option("auto", "Where to compute.", ("auto", "cpu", "cuda"))
-    precision: str = option("auto", "Arithmetic; auto is bf16 on a GPU and fp32 elsewhere.", ("auto", "fp32", "bf16"))
+    precision: str = option("auto", "Arithmetic; auto is bf16 where it is clearly faster.", ("auto", "fp32", "bf16"))
     parallel: str = option(
         "ddp",
         "Under torchrun: whole policy and reference on every rank, or a part of every tensor.",
@@ -24,8 +25,10 @@ class RLHFConfig:
     )
 
     # ------------------------------------------------------------------------------------------ models and data
-    policy: str = option("google/flan-t5-small", "Policy of book: folder or Hub id; of vqa: a run of train.py.")
-    reference: str = option("", "Frozen reference model: folder or Hub id; empty means the policy as it starts.")
+    policy: str = option("google/flan-t5-small", "Policy: folder or Hub id of a T5 (book), or a run of train.py (vqa).")
+    reference: str = option(
+        "", "Frozen reference: folder or Hub id of a T5, which is also what `before` measures; empty: the first policy."
+    )
     grammar_model: str = option("textattack/roberta-base-CoLA", "Classifier that judges grammar (book).")
     grammar_label: str = option("LABEL_1", "Its class for good grammar.")
     grammar_weight: float = option(1.0, "Weight of that class's logit in the reward.")
@@ -33,12 +36,12 @@ class RLHFConfig:
     tone_label: str = option("LABEL_1", "Its class for a neutral tone.")
     tone_weight: float = option(0.5, "Weight of that class's logit in the reward.")
     length_weight: float = option(0.0, "Reward lost for each token of a response.")
-    articles: str = option("", "CSV, JSONL or text file with the articles of book.")
-    column: str = option("text", "Column or key that holds the article.")
-    summary_column: str = option("", "Column or key that holds a reference summary, for the word overlap.")
+    articles: str = option("", "CSV, JSONL or text file with the articles (book).")
+    column: str = option("text", "Column or key that holds the article (book).")
+    summary_column: str = option("", "Column or key that holds a reference summary, for the word overlap (book).")
     prefix: str = option("summarize: ", "Put in front of every article.")
     init: str = option(
-        "pretrained", "Random weights of the same sizes serve to measure speed.", ("pretrained", "random")
+        "pretrained", "Random weights of the same sizes serve to measure speed (book).", ("pretrained", "random")
     )
     max_prompt_tokens: int = option(512, "Longer articles are cut to this many tokens, and counted.")
     data_dir: str = option("", "Folder with the VQA v2 files (vqa).")
@@ -61,9 +64,9 @@ class RLHFConfig:
     score_clip: float = option(10.0, "Largest scaled reward, either sign; 0 does not clip.")
     missing_eos_penalty: float = option(1.0, "Taken from the scaled reward of a response that the limit cut off.")
     whiten_rewards: bool = option(False, "Whiten per-token rewards (without moving their mean) before the advantages.")
-    gamma: float = option(1.0, "Discount.")
-    lam: float = option(0.95, "Lambda of generalised advantage estimation.")
-    whiten_advantages: bool = option(True, "Whiten the advantages of PPO over the whole batch of rollouts.")
+    gamma: float = option(1.0, "Discount (ppo).")
+    lam: float = option(0.95, "Lambda of generalised advantage estimation (ppo).")
+    whiten_advantages: bool = option(True, "Whiten advantages over the whole batch of rollouts (ppo).")
 
     # --------------------------------------------------------------------------------------------------- update
     epochs: int = option(4, "Passes over each batch of rollouts.")
@@ -80,7 +83,7 @@ class RLHFConfig:
     value_clip: float = option(
         0.2, "Values move at most this far from the old ones, in standard deviations of returns."
     )
-    value_coef: float = option(0.1, "Weight of the value loss.")
+    value_coef: float = option(0.1, "Weight of the value loss (ppo).")
     entropy_coef: float = option(0.0, "Weight of the entropy bonus.")
     early_stop_kl: float = option(
         0.1, "Leave a batch before the step whose mean k3 a token exceeds 1.5 times this; 0: never."
@@ -88,8 +91,10 @@ class RLHFConfig:
     freeze: str = option(
         "none", "What stays fixed; a frozen encoder runs once for policy, reference, all epochs.", ("none", "encoder")
     )
-    critic: str = option("shared", "Whether the value loss also moves the policy's layers.", ("shared", "detached"))
-    critic_warmup: int = option(2, "Iterations at the start in which only the value head learns.")
+    critic: str = option(
+        "shared", "Whether the value loss also moves the policy's layers (ppo).", ("shared", "detached")
+    )
+    critic_warmup: int = option(2, "Iterations at the start in which only the value head learns (ppo).")
 
     # -------------------------------------------------------------------------------------- measuring and keeping
     eval_prompts: int = option(128, "Prompts, never trained on, for the figures before and after.")
@@ -107,16 +112,24 @@ class RLHFConfig:
             choices, value = f.metadata.get("choices"), getattr(self, f.name)
             if choices and value not in choices:
                 raise UserError(f"{_flag(f.name)} must be one of {', '.join(choices)}, not {value!r}")
+            if isinstance(value, float) and not math.isfinite(value) and f.name != "max_grad_norm":
+                raise UserError(f"{_flag(f.name)} must be a finite number, not {value}")
+            known = PRESETS[self.preset].get(f.name, f.default)
+            if f.name in ONLY and self.preset not in ONLY[f.name] and value != known:
+                raise UserError(
+                    f"{_flag(f.name)} means nothing with --preset {self.preset}: it is a flag of "
+                    + " and ".join(ONLY[f.name])
+                )
         positive = (
             "iterations prompts samples max_new_tokens epochs minibatches micro_prompts learning_rate temperature"
         )
         positive += " max_grad_norm adam_eps eval_prompts eval_samples frontier_prompts checkpoint_every value_lr_scale"
-        positive += " max_prompt_tokens value_clip"
+        positive += " value_clip kl_horizon sft_steps reward_steps"
         for name in positive.split():
             if not getattr(self, name) > 0:
                 raise UserError(f"{_flag(name)} must be positive, not {getattr(self, name)}")
         nonnegative = "kl_coef kl_target score_clip min_new_tokens no_repeat_ngram warmup_steps dual_clip value_coef"
-        nonnegative += " early_stop_kl critic_warmup missing_eos_penalty clip_low clip_high"
+        nonnegative += " early_stop_kl critic_warmup missing_eos_penalty clip_low clip_high entropy_coef"
         for name in nonnegative.split():
             if not getattr(self, name) >= 0:
                 raise UserError(f"{_flag(name)} must not be negative, but is {getattr(self, name)}")
@@ -132,6 +145,12 @@ class RLHFConfig:
             raise UserError(f"--gamma and --lam lie between 0 and 1, not {self.gamma} and {self.lam}")
         if self.frontier_prompts > self.eval_prompts:
             raise UserError(f"--frontier-prompts {self.frontier_prompts} exceed --eval-prompts {self.eval_prompts}")
+        if 0 < self.dual_clip <= 1:
+            raise UserError(
+                f"--dual-clip {self.dual_clip} leaves bad tokens no gradient: give more than 1, or 0 for none"
+            )
+        if self.max_prompt_tokens < 2:
+            raise UserError(f"--max-prompt-tokens {self.max_prompt_tokens} leaves no room beside the end token")
         if self.freeze == "encoder" and self.reference:
             raise UserError("--freeze encoder shares the policy's encoder with the reference; leave out --reference")
         if self.frontier_samples < 2:
@@ -141,6 +160,13 @@ class RLHFConfig:
 def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
+
+# Flags that some presets alone look at; elsewhere they would do nothing.
+ONLY = {name: ("book",) for name in "articles column summary_column grammar_model tone_model init".split()}
+ONLY |= {name: ("mini-news",) for name in "cache sft_steps reward_steps".split()}
+ONLY |= {"policy": ("book", "vqa"), "data_dir": ("vqa",)}
+SUMMARISING = "reference prefix max_prompt_tokens grammar_label grammar_weight tone_label tone_weight"
+ONLY |= {name: ("mini-news", "book") for name in SUMMARISING.split()}
 
 PRESETS: dict[str, dict[str, Any]] = {
     "mini-news": {
