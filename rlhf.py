@@ -11,39 +11,36 @@ The loop itself is `PPO.step` in vqa_scratch/rl/ppo.py; this file wires it to a 
 
 import copy
 import dataclasses
-import hashlib
 import random
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
 from tqdm import tqdm
 
 from vqa_scratch import options
 from vqa_scratch.engine.allocator import keep_freed_memory
-from vqa_scratch.engine.checkpoint import load_checkpoint, rng_state, save_checkpoint, set_rng_state
+from vqa_scratch.engine.checkpoint import rng_state, save_checkpoint
 from vqa_scratch.engine.distributed import World, start, told_once
 from vqa_scratch.engine.parallel import check_sharing, share_model
 from vqa_scratch.engine.precision import DTYPES, Precision, pick_device, pick_precision
 from vqa_scratch.engine.progress import MetricsLog
 from vqa_scratch.engine.watch import GracefulStop
-from vqa_scratch.errors import UserError
 from vqa_scratch.rl import evaluate, report
 from vqa_scratch.rl.config import PRESETS, RLHFConfig
 from vqa_scratch.rl.policy import ActorCritic, SamplingRules, freeze
 from vqa_scratch.rl.ppo import PPO
 from vqa_scratch.rl.ranks import Copies
+from vqa_scratch.rl.resume import fingerprint, last_checkpoint, restore
 from vqa_scratch.rl.rewards import RewardPart, RewardSum, length_penalty
 from vqa_scratch.rl.tasks import Task, book_task, mini_news_task
 from vqa_scratch.rl.vqa_policy import VQAPolicy, check_answers, official_accuracy, prompts_from
 from vqa_scratch.run import load_run, save_parts, save_weights
-from vqa_scratch.storage import write_json, write_text, write_whole
+from vqa_scratch.storage import remove_unfinished, write_json, write_text, write_whole
 from vqa_scratch.systems.questions import read_splits
-
-MAY_CHANGE = {"resume", "out", "cache", "device", "parallel", "checkpoint_every"}  # between a run and its continuation
 
 
 def vqa_task(config: RLHFConfig, device: torch.device, precision: torch.dtype) -> Task:
@@ -90,51 +87,31 @@ def vqa_task(config: RLHFConfig, device: torch.device, precision: torch.dtype) -
 TASKS = {"mini-news": mini_news_task, "book": book_task, "vqa": vqa_task}
 
 
-def fingerprint(model: nn.Module) -> str:
-    """A hash of all weights: the reference of a resumed run must be the one it began with."""
-    digest = hashlib.sha256()
-    for tensor in model.state_dict().values():
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+def train(
+    ppo: PPO, task: Task, config: RLHFConfig, about: dict[str, Any], saved: dict[str, Any] | None, started: float
+) -> tuple[MetricsLog, float, int | None]:
+    """All iterations, with bar, metrics and checkpoints.
 
-
-def resume(ppo: PPO, config: RLHFConfig, reference: str) -> float:
-    """Load the run's last checkpoint; returns the seconds spent so far. Raises UserError if it is of another run."""
-    path = config.out / "checkpoints" / "last.pt"
-    state = load_checkpoint(path)
-    now, then = options.to_json(config), state["config"]
-    changed = [name for name in now if name not in MAY_CHANGE and now[name] != then.get(name)]
-    if changed:
-        what = ", ".join(f"--{name.replace('_', '-')} {then.get(name)} is now {now[name]}" for name in changed)
-        raise UserError(f"{path} belongs to a run with other options: {what}")
-    if state["reference"] != reference:
-        raise UserError(f"{path} was trained against a reference with other weights; its KL would change its meaning")
-    ppo.load_state_dict(state["ppo"])
-    set_rng_state(state["rng"])
-    return state["seconds"]
-
-
-def train(ppo: PPO, task: Task, config: RLHFConfig, reference: str, started: float) -> tuple[MetricsLog, float]:
-    """All iterations, with bar, metrics and checkpoints. Returns the log and the seconds before this call's start."""
+    Returns the log, the seconds before this call's start, and the number of the signal that stopped it early, if any.
+    `about` is what every checkpoint says of its run.
+    """
     last, world = config.out / "checkpoints" / "last.pt", ppo.world
-    if config.resume:
-        earlier = resume(ppo, config, reference)
-    elif last.exists():
-        raise UserError(f"{config.out} holds a run already: go on with --resume, or give another --out")
-    else:
-        earlier = 0.0
+    earlier = restore(ppo, saved, about["reference"]) if saved else 0.0
+    if world.main:
+        remove_unfinished(config.out)  # what a kill left
+    if not saved:
         if world.main:
-            write_json(config.out / "config.json", options.to_json(config))
+            write_json(config.out / "config.json", {"program": "rlhf.py"} | options.to_json(config))
         ppo.ranks.with_whole_model(lambda: ppo.fit_reward_scale(task.train))
     world.check_same(ppo.iteration, f"the last iteration in {config.out}")
-    resume_after = ppo.iteration if config.resume else None
+    resume_after = ppo.iteration if saved else None
     log = MetricsLog(config.out / "metrics.jsonl", resume_after, on_disk=world.main)
 
     def save() -> None:
         seconds = earlier + time.perf_counter() - started
-        state = {"ppo": ppo.state_dict(), "rng": rng_state(), "seconds": seconds, "reference": reference}
+        state = {"ppo": ppo.state_dict(), "rng": rng_state(), "seconds": seconds}
         if world.main:
-            save_checkpoint(last, state | {"config": options.to_json(config)})
+            save_checkpoint(last, state | about)
 
     title = "3 of 3: PPO" if config.preset == "mini-news" else config.algorithm
     bar = tqdm(total=config.iterations, initial=ppo.iteration, desc=title, unit="it", dynamic_ncols=True)
@@ -151,9 +128,9 @@ def train(ppo: PPO, task: Task, config: RLHFConfig, reference: str, started: flo
             if stopped is not None or ppo.iteration % config.checkpoint_every == 0:
                 save()
             if stopped is not None:
-                raise UserError(f"stopped after iteration {ppo.iteration}; go on with --resume --out {config.out}")
+                return log, earlier, stopped
     save()
-    return log, earlier
+    return log, earlier, None
 
 
 def conclude(ppo: PPO, task: Task, config: RLHFConfig, log: MetricsLog) -> dict[str, float]:
@@ -188,19 +165,24 @@ def conclude(ppo: PPO, task: Task, config: RLHFConfig, log: MetricsLog) -> dict[
     return summary
 
 
-def main(config: RLHFConfig) -> dict[str, float]:
-    """Run it all; returns what summary.json holds, and nothing on ranks other than the main one."""
+def main(config: RLHFConfig) -> dict[str, float] | int:
+    """Run it all; returns what summary.json holds (nothing on ranks other than the main one), or the number of the
+    signal that stopped it early."""
     with start(config.device) as world:
         return work(config, world)
 
 
-def work(config: RLHFConfig, world: World) -> dict[str, float]:
+def work(config: RLHFConfig, world: World) -> dict[str, float] | int:
     """`main`, as one of the ranks that torchrun started, or as the only one."""
     started = time.perf_counter()
     keep_freed_memory()
+    saved = last_checkpoint(config)
     torch.manual_seed(config.seed)
     device = pick_device(config.device)
-    kind, why = world.of_main(pick_precision(config.precision, device))  # it may be measured
+    if device.type == "mps":  # of auto; statistics are summed in float64, which it lacks
+        device = torch.device("cpu")
+    wanted = saved["precision"] if saved else config.precision
+    kind, why = world.of_main(pick_precision(wanted, device))  # it may be measured, and must stay the same
     precision = Precision(kind, device)
     check_sharing(config.parallel, precision)
     print(why + (f", {world.size} ranks, {config.parallel}" if world.size > 1 else ""))
@@ -208,14 +190,19 @@ def work(config: RLHFConfig, world: World) -> dict[str, float]:
         task = TASKS[config.preset](config, device, DTYPES[kind])
     for note in task.notes:
         print(note)
-    reference = fingerprint(task.reference)
-    world.check_same(reference, "the hash of the reference model")
+    if config.algorithm == "ppo" and config.iterations <= config.critic_warmup:
+        print(f"the policy does not learn: --critic-warmup {config.critic_warmup} leaves it no iteration")
+    about = {"config": options.to_json(config), "precision": kind, "reference": fingerprint(task.reference)}
+    world.check_same(about["reference"], "the hash of the reference model")
     actor = ActorCritic(task.policy).to(device)
     ranks = share_model(config.parallel, actor, world, precision, Copies, frozen=[task.reference])
     ppo = PPO(
         config, actor, task.reference, task.reward, task.train, task.rules, task.decode, precision.autocast, ranks
     )
-    log, earlier = train(ppo, task, config, reference, started)
+    log, earlier, stopped = train(ppo, task, config, about, saved, started)
+    if stopped is not None:
+        print(f"stopped by signal {stopped} after iteration {ppo.iteration}; go on with --resume --out {config.out}")
+        return stopped
     summary = ranks.with_whole_model(lambda: conclude(ppo, task, config, log) if world.main else {})
     if not world.main:
         return {}
@@ -236,7 +223,7 @@ def show(s: dict[str, float], config: RLHFConfig) -> None:
     print(f"\n{s['seconds']:.0f} s, {s['rollouts_per_second']:.0f} rollouts/s; see {config.out}/samples.html")
 
 
-def run(argv: Sequence[str]) -> dict[str, float]:
+def run(argv: Sequence[str]) -> dict[str, float] | int:
     """`main` for a command line."""
     with told_once():
         config = options.parse(RLHFConfig, PRESETS, argv, program="rlhf.py", about=__doc__.splitlines()[0])

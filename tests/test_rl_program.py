@@ -14,6 +14,7 @@ import torch
 
 import rlhf
 from vqa_scratch import options
+from vqa_scratch.engine import precision
 from vqa_scratch.errors import UserError
 from vqa_scratch.models.t5 import T5
 from vqa_scratch.rl import evaluate, mini_news, report, tasks
@@ -117,10 +118,49 @@ def test_runs_are_not_mixed_up(finished, cache, tmp_path):
     refused("holds a run already: go on with --resume", *flags(out, cache))
     refused("other options: --kl-coef .* is now 0.5", *flags(out, cache, "--resume", "--kl-coef", "0.5"))
     refused("there is no checkpoint to go on from", *flags(tmp_path / "none", cache, "--resume"))
+    refused("holds a run already", *flags(out, tmp_path / "unused"))
+    assert not (tmp_path / "unused").exists(), "said before the first two steps run"
+    other = tmp_path / "train"
+    (other / "checkpoints").mkdir(parents=True)
+    torch.save({"state": {}}, other / "checkpoints" / "last.pt")
+    refused("no checkpoint of rlhf.py", *flags(other, cache, "--resume"))
+    (other / "config.json").write_text('{"program": "train.py"}')
+    refused("is a run of train.py; give another --out", *flags(other, cache))
     broken = tmp_path / "broken" / "checkpoints"
     broken.mkdir(parents=True)
     (broken / "last.pt").write_bytes((out / "checkpoints" / "last.pt").read_bytes()[:1000])
     refused("not a whole checkpoint", *flags(broken.parent, cache, "--resume"))
+
+
+def test_going_on_keeps_the_precision_and_tidies_up(cache, tmp_path, monkeypatch, capsys):
+    """`auto` is measured, and may come out otherwise when the run goes on: the numbers must not."""
+    out = tmp_path / "run"
+    argv = flags(out, cache, "--precision", "auto", "--iterations", "2")
+    seconds = {torch.float32: 1.0, torch.bfloat16: 1.0}
+    monkeypatch.setattr(precision, "_seconds_of_product", seconds.get)
+    rlhf.run(argv)
+    assert "precision fp32: a bf16 product takes" in capsys.readouterr().out
+    seconds[torch.bfloat16] = 0.1
+    left = out / "checkpoints" / ".last.pt.1.tmp"  # by a kill in the middle of a checkpoint
+    left.write_bytes(b"half")
+    summary = rlhf.run([*argv, "--resume"])
+    said = capsys.readouterr().out
+    assert "precision fp32, as asked" in said and not left.exists()
+    assert "the policy does not learn: --critic-warmup 2 leaves it no iteration" in said
+    assert summary["reward_after"] == summary["reward_before"]
+
+
+def test_a_mac_computes_on_its_cpu(cache, tmp_path, monkeypatch):
+    monkeypatch.setattr(rlhf, "pick_device", lambda name: torch.device("mps"))
+    seen = []
+
+    def stop(config, device, dtype):
+        seen.append(device.type)
+        raise UserError("seen")
+
+    monkeypatch.setitem(rlhf.TASKS, "mini-news", stop)
+    refused("seen", *flags(tmp_path / "x", cache))
+    assert seen == ["cpu"]
 
 
 @pytest.mark.parametrize(

@@ -49,7 +49,8 @@ def write_whole(path: Path, write: Callable[[Path], None]) -> None:
 def remove_unfinished(folder: Path) -> None:
     """Remove what a kill in the middle of `write_whole` left below `folder`."""
     for path in folder.rglob(".*.tmp"):
-        path.unlink(missing_ok=True)
+        if path.is_file():
+            path.unlink(missing_ok=True)
 
 
 def append_line(path: Path, line: str) -> None:

@@ -1,0 +1,54 @@
+"""Going on with a run: which checkpoint it is, and whether options and reference are still those it began with."""
+
+import hashlib
+from typing import Any
+
+import torch
+from torch import nn
+
+from vqa_scratch.data.vqa_files import load_json
+from vqa_scratch.engine.checkpoint import load_checkpoint, set_rng_state
+from vqa_scratch.errors import UserError
+from vqa_scratch.options import to_json
+from vqa_scratch.rl.config import RLHFConfig
+from vqa_scratch.rl.ppo import PPO
+
+MAY_CHANGE = {"resume", "out", "cache", "device", "parallel", "checkpoint_every"}  # between a run and its continuation
+
+
+def fingerprint(model: nn.Module) -> str:
+    """A hash of all weights: the reference of a resumed run must be the one it began with."""
+    digest = hashlib.sha256()
+    for tensor in model.state_dict().values():
+        digest.update(tensor.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def last_checkpoint(config: RLHFConfig) -> dict[str, Any] | None:
+    """With --resume, the run's last checkpoint. Raises UserError if it is of another run, or would be overwritten."""
+    path, about = config.out / "checkpoints" / "last.pt", config.out / "config.json"
+    program = load_json(about).get("program") if about.is_file() else None
+    if program not in (None, "rlhf.py"):
+        raise UserError(f"{config.out} is a run of {program}; give another --out")
+    if not config.resume:
+        if path.exists():
+            raise UserError(f"{config.out} holds a run already: go on with --resume, or give another --out")
+        return None
+    saved = load_checkpoint(path)
+    if "ppo" not in saved:
+        raise UserError(f"{path} is no checkpoint of rlhf.py")
+    now, then = to_json(config), saved["config"]
+    changed = [name for name in now if name not in MAY_CHANGE and now[name] != then.get(name)]
+    if changed:
+        what = ", ".join(f"--{name.replace('_', '-')} {then.get(name)} is now {now[name]}" for name in changed)
+        raise UserError(f"{path} belongs to a run with other options: {what}")
+    return saved
+
+
+def restore(ppo: PPO, saved: dict[str, Any], reference: str) -> float:
+    """Bring everything back to the checkpoint; returns the seconds spent so far. Raises UserError on other weights."""
+    if saved["reference"] != reference:
+        raise UserError("the run was begun against a reference with other weights; its KL would change its meaning")
+    ppo.load_state_dict(saved.pop("ppo"))  # a second copy of the model need not stay in memory
+    set_rng_state(saved["rng"])
+    return saved["seconds"]
