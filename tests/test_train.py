@@ -175,6 +175,13 @@ def test_flags_win_over_the_preset_and_the_preset_over_defaults():
     assert train.command_line(["--steps", "5"]).minutes is None
 
 
+def test_every_preset_has_a_run_folder_of_its_own():
+    """So that the recipes can follow each other."""
+    flags = {"book": ["--data", "x"], "vilt-b32": ["--data", "x"], "coco": ["--data", "x", "--image-model", "y"]}
+    folders = [train.command_line(["--preset", name, *flags.get(name, [])]).out for name in PRESETS]
+    assert len(set(folders)) == len(PRESETS) == 6
+
+
 def test_every_field_is_a_flag(capsys):
     with pytest.raises(SystemExit) as stop:
         train.command_line(["--help"])

@@ -1,10 +1,12 @@
 """What each preset of `train.py` sets differently from its system's defaults."""
 
+from pathlib import Path
 from typing import Any
 
 PRESETS: dict[str, dict[str, Any]] = {
     "shapes": {"question_prompt": True},
     "book": {
+        "out": Path("runs/book"),
         "init": "pretrained",
         "image_model": "facebook/dino-vitb16",
         "text_model": "distilbert-base-uncased",
@@ -26,6 +28,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     "vilt": {},
     "vilt-b32": {
+        "out": Path("runs/vilt-b32"),
         "model": "dandelin/vilt-b32-mlm",
         "test_split": "val",
         "val_split": "auto",
@@ -43,6 +46,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     "caption": {"weight_decay": 0.0},
     "coco": {
+        "out": Path("runs/coco"),
         "init": "pretrained",
         "decoder_model": "gpt2",
         "test_split": "val",
