@@ -1,9 +1,12 @@
-"""Compare with what one would run otherwise:  python -m bench train-step [--all --write]"""
+"""Compare with what one would run otherwise:  python -m bench train-step [--all --write]  or  python -m bench all"""
 
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import click
+import torch
 
 from bench import (
     attention,
@@ -13,7 +16,10 @@ from bench import (
     image_loading,
     logprob,
     loss_head,
+    ppo,
     scale,
+    suite,
+    t5_bias,
     taps,
     train_step,
 )
@@ -90,6 +96,13 @@ def attention_command(write: bool) -> None:
     present("attention", attention.run(command_given()), write)
 
 
+@click.command("t5-bias")
+@click.option("--write", is_flag=True, help="Put the table into bench/RESULTS.md.")
+def t5_bias_command(write: bool) -> None:
+    """A T5 encoder on a GPU with its bias looked up by the kernel, against the bias written out."""
+    present("t5-bias", t5_bias.run(command_given()), write)
+
+
 @click.command("logprob")
 @click.option("--write", is_flag=True, help="Put the table into bench/RESULTS.md.")
 def logprob_command(write: bool) -> None:
@@ -153,20 +166,71 @@ def scale_command(write: bool) -> None:
     present("scale", scale.text(command_given()), write, scale.PAGE)
 
 
+@click.command("ppo")
+@click.option("--trl", help="Python of an environment with trl==0.11.4 and transformers==4.45.2.")
+@click.option("--batch", type=click.IntRange(1), default=8, show_default=True, help="Articles of an iteration.")
+@click.option("--tokens", type=click.IntRange(1), default=400, show_default=True, help="Tokens of an article.")
+@click.option("--new", type=click.IntRange(1), default=24, show_default=True, help="Tokens of a response.")
+@click.option("--epochs", type=click.IntRange(1), default=4, show_default=True, help="Passes over a rollout.")
+@click.option("--micro", type=click.IntRange(1), help="Our articles at once in the update, for all of ours.")
+@click.option("--repeats", type=click.IntRange(1), default=5, show_default=True, help="Iterations of each side.")
+@click.option("--only", default="", help="Run only sides whose name contains this.")
+@click.option("--tiny", is_flag=True, help="Tiny models, to try the benchmark itself.")
+@click.option("--out", type=click.Path(path_type=Path), help="Every figure, as JSON.")
+@click.option("--write", is_flag=True, help="Put the table into bench/RESULTS.md.")
+def ppo_command(out: Path | None, write: bool, **plan: int | str | bool | None) -> None:
+    """One iteration of PPO at the book's sizes against TRL 0.11.4."""
+    if write and (plan["tiny"] or plan["only"]):
+        raise UserError("--write goes with neither --tiny nor --only: the table is of all sides at the book's sizes")
+    present("ppo", ppo.run(ppo.Plan(**plan), command_given(), out), write)
+
+
+@click.command("all")
+@click.option("--only", multiple=True, help="Run this benchmark alone; may be given several times.")
+@click.option("--skip", multiple=True, help="Leave this benchmark out; may be given several times.")
+@click.option("--trl", help="Python of an environment with TRL, for ppo.")
+@click.option("--write", is_flag=True, help="Put every table where it belongs.")
+def all_command(only: tuple[str, ...], skip: tuple[str, ...], trl: str | None, write: bool) -> None:
+    """Every benchmark of a CPU, or of a GPU where there is one, and a table of what was reached."""
+    plan = dict(suite.GPU if torch.cuda.is_available() else suite.CPU)
+    for name in (*only, *skip):
+        if name not in plan:
+            raise UserError(f"{name} is no benchmark of this machine; there are {', '.join(plan)}")
+    plan = {name: options for name, options in plan.items() if (not only or name in only) and name not in skip}
+    if not plan:
+        raise UserError("--only and --skip leave no benchmark to run")
+    if trl is not None and "ppo" not in plan:
+        raise UserError("--trl is for ppo, which does not run here")
+    if trl is not None:
+        plan["ppo"] = [*plan["ppo"], "--trl", trl]
+    reached, failed = suite.run_all(plan, write)
+    print(f"\n{reached}")
+    if failed:
+        raise UserError(f"{len(failed)} of {len(plan)} benchmarks failed: {', '.join(failed)}")
+
+
 # A further benchmark is imported above and added here.
 COMMANDS = [
     train_step_command,
     decode_command,
     loss_head_command,
     attention_command,
+    t5_bias_command,
     logprob_command,
     taps_command,
     cached_features_command,
     image_loading_command,
+    ppo_command,
     scale_command,
+    all_command,
 ]
 PROGRAM = NearGroup("bench", {command.name: command for command in COMMANDS}, help="Measure, side by side.")
 
 
+def main(argv: Sequence[str]) -> None:
+    """Run what the command line asks for, and end the process."""
+    run_program(lambda: call(PROGRAM, argv, "python -m bench"))
+
+
 if __name__ == "__main__":
-    run_program(lambda: call(PROGRAM, sys.argv[1:], "python -m bench"))
+    main(sys.argv[1:])

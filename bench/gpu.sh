@@ -33,13 +33,14 @@ bench() { # title, seconds at most, benchmark, options...
     fi
 }
 
-checks() { # three processes: most of the time goes into compiling
+checks() { # four processes: most of the time goes into compiling
     local one="every_gradient" two="real_sizes or bits or slices or merge" status=0 part folder
     folder=$(mktemp -d)
     for part in "$one" "$two" "not ($one or $two)"; do
         "$python" -m pytest -q tests/test_kernels_triton.py -k "$part" >"$folder/$part" 2>&1 &
     done
-    for part in 1 2 3; do wait -n || status=1; done
+    "$python" -m pytest -q tests/test_t5_kernel.py >"$folder/T5" 2>&1 &
+    for part in 1 2 3 4; do wait -n || status=1; done
     tail -n 12 "$folder"/*
     rm -r "$folder"
     return "$status"
@@ -47,8 +48,9 @@ checks() { # three processes: most of the time goes into compiling
 
 printf '\n== kernels against fp64, fp32 and below\n'
 checks || failed+=("kernels against fp64")
-section "other tests that need a GPU" 60 "$python" -m pytest -q -m gpu --ignore tests/test_kernels_triton.py
+section "other tests that need a GPU" 60 "$python" -m pytest -q -m gpu --ignore tests/test_kernels_triton.py --ignore tests/test_t5_kernel.py
 bench "attention" 100 attention
+bench "T5's bias" 30 t5-bias
 bench "fused loss, bf16" 40 loss-head --device cuda --precision bf16 --tokens 8192 --rounds 3
 bench "log-probability and entropy" 20 logprob
 bench "decoding" 60 decode --device cuda
