@@ -19,9 +19,11 @@ from vqa_helpers import ROOT, Ended, Started, small_config, small_data, small_fl
 import train
 from vqa_scratch.engine.checkpoint import load_checkpoint
 from vqa_scratch.engine.distributed import World, start
-from vqa_scratch.engine.parallel import share_model
+from vqa_scratch.engine.parallel import Replicas, share_model, whole
 from vqa_scratch.engine.precision import Precision
 from vqa_scratch.errors import UserError
+from vqa_scratch.models.resnet import FrozenBatchNorm
+from vqa_scratch.rl.ranks import Copies
 
 STEPS, SAVE, EVALUATE = 6, 2, 5
 # Name -> options. 32 questions are 4 images of 8, 46 a hand of 7 more each: some steps have 2 or 3 images. In "empty"
@@ -255,6 +257,28 @@ def messages() -> None:
             world.check_same(world.rank, "the step")
 
 
+def alike(kind: str) -> None:
+    """A model seeded by rank is rank 0's after it is shared, in whole copies and in parts, buffers as well."""
+    with start("cpu") as world:
+        precision = Precision("fp32", torch.device("cpu"))
+        for replicas in (Replicas, Copies) if kind == "ddp" else (Replicas,):
+            models = []
+            for seed in (world.rank, 0):
+                torch.manual_seed(seed)
+                models.append(torch.nn.Sequential(torch.nn.Linear(3, 2), FrozenBatchNorm(2)))
+                models[-1][1].running_mean.normal_()
+            mine, of_main = models
+            share_model(kind, mine, world, precision, replicas)
+            for name, tensor in of_main.state_dict().items():
+                assert torch.equal(whole(mine.state_dict()[name]), tensor), (replicas, name)
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_all_ranks_begin_with_the_weights_of_the_main_one(kind):
+    for ended in run_ranks(2, alike, kind):
+        assert ended.code == 0, ended.err
+
+
 def test_messages_reach_every_rank():
     for ended in run_ranks(2, messages):
         assert ended.code == 0, ended.err
@@ -273,7 +297,13 @@ def test_without_torchrun_there_is_one_rank(monkeypatch):
         share_model("fsdp", torch.nn.Linear(2, 2), World(), precision)
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
+    for name in ("LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
     with pytest.raises(UserError, match="RANK is set, but .*MASTER_ADDR.* not: start several processes with torchrun"):
+        start("cpu").__enter__()
+    for name, value in {"LOCAL_RANK": "first", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match="LOCAL_RANK is 'first', no number: start several processes with torchrun"):
         start("cpu").__enter__()
 
 

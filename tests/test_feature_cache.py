@@ -178,6 +178,19 @@ def test_a_file_is_whole_or_not_there(tmp_path):
     assert np.array_equal(mapped_array(path, (6, 2), np.float32, lambda: [rows], "--no"), rows)
 
 
+def test_two_writers_of_one_file(tmp_path):
+    """As on two machines that share a disk and give their processes the same number: each maps a whole file."""
+    path, rows = tmp_path / "x.npy", np.arange(12, dtype=np.float32).reshape(6, 2)
+
+    def slow():
+        yield rows[:3]
+        assert np.array_equal(mapped_array(path, (6, 2), np.float32, lambda: [rows], "--no"), rows)
+        yield rows[3:]
+
+    assert np.array_equal(mapped_array(path, (6, 2), np.float32, slow, "--no"), rows)
+    assert list(tmp_path.iterdir()) == [path]
+
+
 def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
     def full(*args):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -209,7 +222,7 @@ def count_writes(log: Path) -> None:
     begin = mapped.np.lib.format.write_array_header_1_0
 
     def counted(file, header):
-        append_line(log, file.name.rsplit("/", 1)[-1].split(".")[0])
+        append_line(log, Path(file.name).name.split(".")[1])  # of the temporary name
         begin(file, header)
 
     mapped.np.lib.format.write_array_header_1_0 = counted

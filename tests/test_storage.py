@@ -41,3 +41,17 @@ def test_an_error_keeps_the_old_file(tmp_path):
     with pytest.raises(UserError, match=r"cannot write .*summary.json: No space left on device"):
         write_whole(path, fail)
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_two_writers_of_one_file(tmp_path):
+    """As on two machines that share a disk and give their processes the same number; the last one's file stands."""
+    path = tmp_path / "config.json"
+
+    def slow(unfinished):
+        unfinished.write_text("the first half")
+        write_text(path, "another writer's")
+        with open(unfinished, "a") as file:
+            file.write(", the second half")
+
+    write_whole(path, slow)
+    assert path.read_text() == "the first half, the second half" and list(tmp_path.iterdir()) == [path]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import secrets
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -26,9 +27,14 @@ def check_writable(folder: Path) -> None:
         raise UserError(f"cannot write into the folder {folder}: Permission denied")
 
 
+def unfinished_name(path: Path) -> Path:
+    """A name beside `path` to write under at first; nobody else has it, on no machine that shares the disk."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
+
+
 def write_whole(path: Path, write: Callable[[Path], None]) -> None:
     """Let `write` fill a file of a temporary name beside `path`, then rename it. An error leaves the old file."""
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    unfinished = unfinished_name(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(unfinished)

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from vqa_scratch.errors import UserError
+from vqa_scratch.storage import unfinished_name
 
 
 def _mapped(path: Path, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray | None:
@@ -30,7 +31,7 @@ def mapped_array(
     array = _mapped(path, shape, dtype)
     if array is not None:
         return array
-    unfinished = path.with_suffix(f".{os.getpid()}.tmp")
+    unfinished = unfinished_name(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(unfinished, "wb") as file:

@@ -71,6 +71,12 @@ class World:
         dist.broadcast_object_list(box, src=0)
         return box[0]
 
+    def from_main_(self, tensor: Tensor) -> Tensor:
+        """Rank 0's values, in place, on whatever device the tensor is."""
+        if self.size > 1:
+            dist.broadcast(tensor, src=0)
+        return tensor
+
     def share(self, items: Sequence[T]) -> Sequence[T]:
         """This rank's run of the items: shares differ by one item at most, and may be empty."""
         return items[len(items) * self.rank // self.size : len(items) * (self.rank + 1) // self.size]
@@ -102,7 +108,11 @@ def _place() -> World | None:
         return None
     if missing:
         raise UserError(f"RANK is set, but {', '.join(missing)} not: start several processes with torchrun")
-    return World(*(int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")))
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    for name in names:
+        if not os.environ[name].isdigit():
+            raise UserError(f"{name} is {os.environ[name]!r}, no number: start several processes with torchrun")
+    return World(*(int(os.environ[name]) for name in names))
 
 
 def _backend(device: str, world: World) -> str:

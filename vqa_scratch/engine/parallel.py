@@ -70,6 +70,13 @@ def like(own: Tensor, value: Tensor) -> Tensor:
     return distribute_tensor(value.to(own.device), own.device_mesh, own.placements, src_data_rank=None)
 
 
+@torch.no_grad()
+def make_alike(model: nn.Module, world: World) -> None:
+    """Give every rank the weights and buffers of rank 0, as DDP does by itself."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.copy_(world.from_main_(tensor.detach().contiguous()))
+
+
 # ---------------------------------------------------------------------------------------------------- strategies
 
 
@@ -137,7 +144,7 @@ class Replicas(Alone):
 
 
 class Shards(Alone):
-    """FSDP2: every block's tensors are cut along their first axis; the rest of the model is one more such group.
+    """FSDP2: rank 0's weights, cut; a block's tensors along their first axis, the rest of the model is one more group.
 
     `model` is changed in place: make its optimizer afterwards. Gradients are exchanged after every part of a step: to
     keep them until the last would need the memory that this saves. `frozen` are models without gradients, used only
@@ -148,6 +155,7 @@ class Shards(Alone):
         super().__init__(world)
         # An output may be a view (values are); nothing here changes outputs in place.
         warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
+        make_alike(model, world)
         self.frozen = [Shards(other, world, device) for other in frozen]
         mesh = init_device_mesh(device.type, (world.size,))
         self.blocks = [block for m in model.modules() if isinstance(m, nn.ModuleList) for block in m]

@@ -7,7 +7,6 @@ Shapes: B batch, N input tokens, T output tokens, V vocabulary.
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from vqa_scratch.data.text import Tokenizer
 from vqa_scratch.models.bert import BertConfig
 from vqa_scratch.models.classifier import TextClassifier
 from vqa_scratch.models.t5 import T5, T5Config
+from vqa_scratch.storage import unfinished_name
 
 TRAIN_SEED, HELD_OUT_SEED, REWARD_SEED = 0, 1, 2  # of the articles; PPO may train on the first, never on the second
 T5_TOKENS = ("<pad>", "</s>", "<unk>")
@@ -205,15 +205,17 @@ def prepare(cache: Path, seed: int, sft_steps: int, reward_steps: int, device: s
         made[name] = train_reward(sentences, labels, reward_tokenizer, seed, reward_steps, device, title)
 
     cache.mkdir(parents=True, exist_ok=True)
-    partial = cache / f".{folder.name}.{os.getpid()}.tmp"
+    partial = unfinished_name(folder)
     try:
         summariser.save_pretrained(partial / "summariser")
         tokenizer.save(partial / "summariser")
         for name, model in made.items():
             model.save_pretrained(partial / name)
             reward_tokenizer.save(partial / name)
-        if not folder.is_dir():
-            partial.rename(folder)
+        partial.rename(folder)
+    except OSError:
+        if not folder.is_dir():  # or else another process was first
+            raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return load(folder), folder

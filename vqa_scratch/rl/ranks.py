@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from vqa_scratch.engine.distributed import World
-from vqa_scratch.engine.parallel import Alone
+from vqa_scratch.engine.parallel import Alone, make_alike
 from vqa_scratch.rl.types import Prompt, Samples
 
 
@@ -46,10 +46,11 @@ BUCKET = 8_000_000  # numbers sent at once
 
 
 class Copies(Alone):
-    """The same weights on every rank, as ranks load or seed them, and no wrapper: passes may differ in number."""
+    """The same weights on every rank, rank 0's at the start, and no wrapper: passes may differ in number."""
 
     def __init__(self, model: nn.Module, world: World) -> None:
         super().__init__(world)
+        make_alike(model, world)
 
     def collect(self, parameters: Sequence[nn.Parameter]) -> None:
         """Replace every gradient by its sum over the ranks.
