@@ -15,6 +15,7 @@ from vqa_scratch.engine.checkpoint import load_checkpoint
 from vqa_scratch.engine.distributed import World
 from vqa_scratch.engine.parallel import Alone
 from vqa_scratch.errors import UserError
+from vqa_scratch.run import load_file_state
 
 # Five prompts are two and three; minibatches of one prompt leave one of two ranks without any. The critic's warm-up
 # leaves most gradients undefined on all ranks, the early stop is a decision, and whitening looks at all rows.
@@ -108,6 +109,8 @@ def test_two_ranks_are_one_process(cache, alone, tmp_path, parallel):
     assert (main.code, other.code) == (0, 0), main.err + other.err
     assert f"2 ranks, {parallel}" in main.out and "Warning" not in main.err
     assert_same_run(out, alone)
+    ours, theirs = (load_file_state(folder / "policy" / "model.safetensors") for folder in (out, alone))
+    assert ours.keys() == theirs.keys() and all((ours[k] - theirs[k]).abs().max() < 1e-4 for k in theirs)
     ours, theirs = (json.loads((folder / "summary.json").read_text()) for folder in (out, alone))
     assert ours["reward_after"] == pytest.approx(theirs["reward_after"], abs=1e-3)
     assert (other.out, other.err) == ("", ""), "one rank speaks"
