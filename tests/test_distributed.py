@@ -136,6 +136,33 @@ def test_two_ranks_are_one_process(data, alone, tmp_path, name):
     assert "Warning" not in main.err
 
 
+OTHERS = {
+    "vilt": "--layers 1 --min-answer-count 2 --questions-per-step 32 --eval-questions 40",
+    "caption": "--decoder-layers 1 --image-width 16 --captions-per-step 16 --questions-per-step 32",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", OTHERS)
+def test_the_other_systems_on_two_ranks(data, tmp_path, preset):
+    """Losses of the first steps and the final accuracy, in float32, so less exactly than above."""
+    argv = [*OTHERS[preset].split(), "--preset", preset, "--width", "32", "--heads", "2", "--warmup-steps", "2"]
+    argv += "--steps 3 --eval-every 3 --log-every 1 --samples 4 --device cpu --precision fp32 --no-image-cache".split()
+    argv += ["--optimizer", "adamw", "--data", str(data), "--cache", str(tmp_path / "cache")]
+
+    def told(name: str, ended: list[Ended]) -> tuple[list[float], float]:
+        assert [process.code for process in ended] == [0] * len(ended), ended[0].err + ended[-1].err
+        assert "Warning" not in ended[0].err
+        summary = json.loads((tmp_path / name / "summary.json").read_text())
+        return [row["loss"] for row in rows(tmp_path / name) if "loss" in row], summary["accuracy"]
+
+    losses, accuracy = told("one", [Started(train_program, [*argv, "--out", str(tmp_path / "one")]).end()])
+    for kind in ("ddp", "fsdp"):
+        more = ["--out", str(tmp_path / kind), "--parallel", kind]
+        ours = told(kind, run_ranks(2, train_program, [*argv, *more]))
+        assert ours[0] == pytest.approx(losses, rel=1e-4) and ours[1] == pytest.approx(accuracy, abs=0.05)
+
+
 @pytest.mark.parametrize(("first", "then"), [(two, one), pytest.param(one, two, marks=pytest.mark.slow)])
 def test_another_number_of_ranks_goes_on(data, alone, tmp_path, first, then):
     """SIGTERM reaches one process in step 3: all stop after it with one checkpoint, and the others go on from there."""
