@@ -142,6 +142,7 @@ def test_ask_with_another_decoding(run, data, capsys):
         (["--early-stopping"], "early_stopping has an effect on beams only"),
         (["--min-new-tokens", 99], "min_new_tokens 99 is above max_new_tokens"),
         (["--top", 2, "--num-beams", 2], "leave out --num-beams"),
+        (["--max-new-tokens", 100_000], "max_new_tokens 100000 is too much: the decoder has 64 positions"),
         (["--tempreature", 1], "did you mean --temperature?"),
     ],
 )
@@ -149,6 +150,17 @@ def test_ask_with_contradictions(run, data, flags, message):
     with pytest.raises(UserError, match=re.escape(message)) as caught:
         command("ask", run, "--image", picture(data), "--question", "is there a circle?", *flags)
     assert "\n" not in str(caught.value)
+
+
+def test_ask_for_as_many_tokens_as_there_are_positions(run, data, capsys):
+    """The number that the error names is the most that works."""
+    asked = ("ask", run, "--image", picture(data), "--question", "is there a circle?", "--max-new-tokens")
+    with pytest.raises(UserError) as caught:
+        command(*asked, 64)
+    most = int(re.search(r"leaves (\d+) behind", str(caught.value))[1])
+    command(*asked, most)
+    with pytest.raises(UserError):
+        command(*asked, most + 1)
 
 
 def test_ask_ten_thousand_words(run, data, capsys):

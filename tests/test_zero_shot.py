@@ -121,6 +121,8 @@ def test_bad_images_and_options(theirs, images, tmp_path):
         opened.ask(tmp_path / "none.png", "what?")
     with pytest.raises(UserError, match="leave out --top"):
         opened.ask(images[0], "what?", 5)
+    with pytest.raises(UserError, match="max_new_tokens 1000 is too much"):
+        opened.ask(images[0], "what?", decoding={"max_new_tokens": 1_000})
     with pytest.raises(UserError, match="give it --question"):
         opened.ask(images[0], None)
 

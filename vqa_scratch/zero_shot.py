@@ -37,12 +37,15 @@ class ZeroShot:
     processor: ImageProcessor
     device: torch.device
 
-    def prompt_ids(self, question: str) -> list[int]:
-        """The start token and the prompt. Raises UserError on an empty question, or one that does not fit."""
+    def prompt_ids(self, question: str, new_tokens: int = MAX_ANSWER_TOKENS) -> list[int]:
+        """The start token and the prompt. Raises UserError on an empty question, or one with which `new_tokens` more do
+        not fit."""
         sizes = self.model.config
         words = self.tokenizer.encode(PROMPT.format(check_question(question)), add_special_tokens=False)
         ids = [sizes.language.bos_id, *words]
-        room = sizes.language.max_positions - sizes.queries - MAX_ANSWER_TOKENS
+        room = sizes.language.max_positions - sizes.queries - new_tokens
+        if room < 1:
+            raise UserError(f"max_new_tokens {new_tokens} is too much: it leaves no position for the question")
         if len(ids) > room:
             raise UserError(f"the question is too long: its prompt has {len(ids)} tokens, and {room} have room")
         if sizes.image_token in ids:
@@ -64,7 +67,8 @@ class ZeroShot:
             raise UserError(f"{self.source} answers questions: give it --question")
         if top is not None:
             raise UserError(f"{self.source} writes one answer and ranks no list of them: leave out --top")
-        ids = torch.tensor([self.prompt_ids(question)], device=self.device)
+        new_tokens = dict(decoding or {}).get("max_new_tokens", MAX_ANSWER_TOKENS)
+        ids = torch.tensor([self.prompt_ids(question, new_tokens)], device=self.device)
         pixels = self.processor(load_image(image))[None].to(self.device)
         end = self.model.config.language.eos_id
         options = GenerationOptions(**{"max_new_tokens": MAX_ANSWER_TOKENS, "eos_id": end} | dict(decoding or {}))

@@ -17,6 +17,7 @@ from vqa_scratch.data.batches import Encoder, Images, Questions, prefetch
 from vqa_scratch.data.images import ImageProcessor
 from vqa_scratch.data.vqa_v2 import VQASample
 from vqa_scratch.engine.precision import Precision
+from vqa_scratch.errors import UserError
 from vqa_scratch.generate import GenerationOptions, generate, rank
 from vqa_scratch.metrics import accuracy_by
 from vqa_scratch.models.reader import Reader
@@ -85,11 +86,18 @@ def answer_questions(
 
     `image_map[i]` says which image is shown instead of image i; `progress` is the label of a bar, if one is wanted;
     `decoding` are fields of `GenerationOptions`, beside the limit and the end token; without it decoding is greedy.
-    The model is left in the mode it came in. Raises UserError on options that contradict each other.
+    The model is left in the mode it came in. Raises UserError on options that contradict each other, and on more tokens
+    than the decoder has positions.
     """
     encoder, result = questions.encoder, {}
     limits = {"max_new_tokens": encoder.max_answer_tokens, "eos_id": questions.eos_id}
     options = GenerationOptions(**limits | dict(decoding or {}))
+    positions, longest = model.decoder.decoding_parts().max_positions, int(questions.prompts.lengths.max()) + 1
+    if positions is not None and longest + options.max_new_tokens - 1 > positions:
+        raise UserError(
+            f"max_new_tokens {options.max_new_tokens} is too much: the decoder has {positions} positions, which leaves "
+            f"{positions - longest + 1} behind a prompt of {longest}"
+        )
 
     def work(rows: np.ndarray, prompt: Tensor, prompt_mask: Tensor, memory: list[Memory]) -> None:
         made = generate(model.decoder, prompt, prompt_mask, memory, options=options)
