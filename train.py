@@ -8,6 +8,7 @@ preset trains is a system of its own in `vqa_scratch/systems/`; this file is wha
 """
 
 import resource
+import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -151,7 +152,7 @@ def train(config: RunConfig, world: World) -> int | None:
         after_evaluation=draw_curves,
     )
     if stopped is not None:
-        again = f"python train.py --preset {config.preset} --out {config.out} --resume"
+        again = f"python train.py --preset {config.preset} --out {shlex.quote(str(config.out))} --resume"
         print(f"stopped by signal {stopped} after step {state.step}; go on with: {again}")
         return stopped
 

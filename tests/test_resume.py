@@ -201,7 +201,8 @@ def test_stopped_politely(data, alone, tmp_path, number):
     out = tmp_path / "run"
     ended = run(out, flags_for(data, out), functools.partial(at_step, 6, functools.partial(send, int(number))))
     assert ended.code == 128 + number, ended.err
-    assert "stopped by signal" in ended.out and "--resume" in ended.out and ended.errors == []
+    again = f"go on with: python train.py --preset shapes --out {out} --resume"
+    assert "stopped by signal" in ended.out and again in ended.out and ended.errors == []
     assert load_checkpoint(out / "checkpoints" / "last.pt")["state"]["step"] == 6
     ended = run(out, [*flags_for(data, out), "--resume"])
     assert ended.code == 0 and "going on after step 6" in ended.out
