@@ -1,6 +1,7 @@
 """TextClassifier against RobertaForSequenceClassification, through saved files."""
 
 import json
+import sys
 
 import pytest
 import torch
@@ -121,3 +122,27 @@ def test_real_reward_models(name):
     ids = torch.randint(4, 50265, (2, 40))
     with torch.no_grad():
         torch.testing.assert_close(ours(ids), theirs(ids).logits, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "half", "pickle"])
+def test_the_word_table_of_a_safetensors_file_is_not_copied(pair, tmp_path, kind):
+    """Its rows are those of the file, in every kind of file; what is written to them stays in the model."""
+    _, ours, _ = pair
+    ours.save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    tensors = load_file(path)
+    if kind == "half":
+        save_file({key: tensor.half() for key, tensor in tensors.items()}, path)
+    if kind == "pickle":
+        torch.save(tensors, tmp_path / "pytorch_model.bin")
+        path.unlink()
+    before = next(iter(tmp_path.glob("*model.*"))).read_bytes()
+    model = TextClassifier.from_pretrained(tmp_path)
+    table = model.encoder.tokens.weight
+    maps = [line.split() for line in open("/proc/self/maps")] if sys.platform == "linux" else []
+    spans = [[int(end, 16) for end in line[0].split("-")] for line in maps if line[-1] == str(path.resolve())]
+    assert any(start <= table.data_ptr() < end for start, end in spans) == (kind == "safetensors" and bool(maps))
+    torch.testing.assert_close(table, ours.encoder.tokens.weight, rtol=0, atol=1e-4 if kind == "half" else 0)
+    with torch.no_grad():
+        table.zero_()
+    assert next(iter(tmp_path.glob("*model.*"))).read_bytes() == before

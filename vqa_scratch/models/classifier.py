@@ -18,7 +18,20 @@ from vqa_scratch.models.hf_config import labels_from_hf, labels_to_hf
 from vqa_scratch.nn.layers import init_weights
 from vqa_scratch.weights import maps
 from vqa_scratch.weights.convert import load_into, to_hf
-from vqa_scratch.weights.files import read_checkpoint, write_checkpoint
+from vqa_scratch.weights.files import read_checkpoint, resolve_folder, write_checkpoint
+
+
+def _leave_in_file(table: nn.Embedding, source: str | PathLike[str], tensors: dict[str, Tensor]) -> None:
+    """Let `table` be the tensor in a safetensors file, where it has the same type, so that loading copies no row.
+
+    The file is opened anew for it, since pages that were read stay in memory as long as their map is open.
+    """
+    key = next((key for key in tensors if key.endswith("word_embeddings.weight")), "")
+    held = tensors.get(key, table.weight.T)  # `load_into` says what is missing or misshapen
+    mapped = any(resolve_folder(source).glob("*.safetensors"))
+    if mapped and held.dtype == table.weight.dtype and held.shape == table.weight.shape:
+        table.weight = nn.Parameter(read_checkpoint(source)[1][key])
+        tensors[key] = table.weight  # copying it to itself does nothing
 
 
 class TextClassifier(nn.Module):
@@ -51,7 +64,10 @@ class TextClassifier(nn.Module):
 
     @classmethod
     def from_pretrained(cls, source: str | PathLike[str]) -> Self:
-        """From a checkpoint folder or Hub id, in eval mode. Raises UserError when something does not fit."""
+        """From a checkpoint folder or Hub id, in eval mode. Raises UserError when something does not fit.
+
+        Of its word table, a third of the weights, the rows that are looked up are read from the file when they are.
+        """
         hf, tensors = read_checkpoint(source)
         if hf.get("model_type") != "roberta":
             raise UserError(f"{source} holds a {hf.get('model_type')} model, not a roberta classifier")
@@ -59,7 +75,10 @@ class TextClassifier(nn.Module):
         if not classes:
             raise UserError(f"{source} has no classifier.out_proj: it is not a sequence classifier")
         labels = labels_from_hf(hf, classes, str(source))
-        model = cls(BertConfig.from_hf(hf), labels)
+        with torch.device("meta"):  # no memory, no random start
+            model = cls(BertConfig.from_hf(hf), labels)
+        model.to_empty(device="cpu")
+        _leave_in_file(model.encoder.tokens, source, tensors)
         load_into(model, tensors, maps.ROBERTA_CLASSIFIER, source=str(source))
         return model.eval()
 

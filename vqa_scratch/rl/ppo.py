@@ -26,7 +26,7 @@ from vqa_scratch.errors import UserError
 from vqa_scratch.rl import functional as F
 from vqa_scratch.rl.config import RLHFConfig
 from vqa_scratch.rl.metrics import UpdateStats, rollout_metrics
-from vqa_scratch.rl.policy import ActorCritic, Backbone, Context, SamplingRules, attend_alike
+from vqa_scratch.rl.policy import ActorCritic, Backbone, Context, SamplingRules, attend_alike, look_up_sparsely
 from vqa_scratch.rl.ranks import gather_rows, gather_samples
 from vqa_scratch.rl.rewards import RewardScale, RewardSum
 from vqa_scratch.rl.rollout import PromptStream, Responses, Scored, chances, sample, score
@@ -65,6 +65,7 @@ class PPO:
         if self.frozen_encoder:
             for parameter in actor.backbone.encoder_parameters():
                 parameter.requires_grad_(False)
+        self.tables = look_up_sparsely(actor)
         head = list(actor.value_head.parameters())
         body = [p for p in actor.backbone.parameters() if p.requires_grad]
         self.parameters = head + body
@@ -237,6 +238,9 @@ class PPO:
                 policy_clipped=policy_clipped,
                 value_clipped=value_clipped,
             )
+        for table in self.tables:
+            if table.grad is not None:
+                table.grad = table.grad.to_dense()
         return stats.end_minibatch(self.world)
 
     def _look(self, part: list[int], prompts: list[Prompt], context: Context, t: Trajectory) -> tuple[Tensor, Tensor]:
