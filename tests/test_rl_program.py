@@ -150,6 +150,14 @@ def test_going_on_keeps_the_precision_and_tidies_up(cache, tmp_path, monkeypatch
     assert summary["reward_after"] == summary["reward_before"]
 
 
+def test_one_response_and_articles_that_are_too_long(cache, tmp_path, capsys):
+    few = ["--eval-prompts", "1", "--eval-samples", "1", "--frontier-prompts", "1", "--max-prompt-tokens", "9"]
+    summary = rlhf.run(flags(tmp_path / "run", cache, "--iterations", "1", *few))
+    assert summary["reward_std_before"] == 0.0 and "NaN" not in (tmp_path / "run" / "summary.json").read_text()
+    said = capsys.readouterr().out
+    assert "4000 of 4000 articles cut to 9 tokens" in said and "1 of 1 articles cut to 9 tokens" in said
+
+
 def test_a_mac_computes_on_its_cpu(cache, tmp_path, monkeypatch):
     monkeypatch.setattr(rlhf, "pick_device", lambda name: torch.device("mps"))
     seen = []

@@ -18,6 +18,7 @@ from vqa_scratch.rl.policy import (
     Context,
     SamplingRules,
     T5Policy,
+    attend_alike,
     freeze,
     policy_logits,
     token_logits,
@@ -135,11 +136,34 @@ def test_first_ratio_is_one_and_kl_starts_at_zero(options):
     assert log["objective/kl_exact"] > 0 and log["objective/kl_k3"] > 0
 
 
-def test_first_ratio_is_one_in_bf16():
-    """Exactly: the update computes what scoring computed. Two ways of attention would be apart by bf16's rounding."""
-    ppo = tiny_ppo(autocast=lambda: torch.autocast("cpu", torch.bfloat16), epochs=1)
-    for _ in range(2):
-        assert ppo.step()["ppo/policy/first_ratio_error"] <= 1e-6
+@pytest.mark.parametrize("frozen", ["none", "encoder"])
+@pytest.mark.parametrize("micro", [8, 3])
+def test_first_ratio_is_one_in_bf16(micro, frozen):
+    """Exactly: the update computes what scoring computed. Two ways of attention, or prompts padded to another length,
+    would be apart by bf16's rounding."""
+    options = {"micro_prompts": micro, "freeze": frozen, "epochs": 1}
+    ppo = tiny_ppo(autocast=lambda: torch.autocast("cpu", torch.bfloat16), policy=wide(), **options)
+    ppo.reference = freeze(wide())
+    attend_alike(ppo.reference)
+    ppo.stream = PromptStream(long_prompts(8), 8, seed=0)
+    for i in range(2):
+        log = ppo.step()
+        assert log["ppo/policy/first_ratio_error"] <= 1e-6
+        assert (log["objective/kl_exact"] == 0) is (i == 0), "the reference reads the same padding"
+
+
+def wide():
+    torch.manual_seed(0)
+    size = {"encoder_layers": 1, "decoder_layers": 1, "hidden": 512}
+    return T5Policy(T5(T5Config(vocab_size=VOCAB, **size)))
+
+
+def long_prompts(count):
+    """So ragged that what is summed over them in bf16 depends on the padding."""
+    generator = torch.Generator().manual_seed(4)
+    return [
+        Prompt("", tuple(torch.randint(2, VOCAB, (7 + 11 * i,), generator=generator).tolist())) for i in range(count)
+    ]
 
 
 def test_dropout_stays_off_while_training():
@@ -191,9 +215,15 @@ def test_scores_do_not_depend_on_the_batch():
         (ids, mask, _), _, context = responses(ppo)
         ref = ppo.reference.encode(ppo.stream.prompts).shared_by(2)
         assert len(set(mask.sum(1).tolist())) > 2, "the lengths should be ragged"
-        whole = score(ppo.actor, ppo.reference, context, ref, ids, mask, ppo.rules, 8)
+
+        def scored(at_once):
+            parts = [list(range(i, min(i + at_once, 8))) for i in range(0, 8, at_once)]
+            read = ((part, context.of(part), ref.of(part)) for part in parts)
+            return score(ppo.actor, ppo.reference, read, ids, mask, ppo.rules)
+
+        whole = scored(8)
         for at_once in (1, 2, 3):
-            part = score(ppo.actor, ppo.reference, context, ref, ids, mask, ppo.rules, at_once)
+            part = scored(at_once)
             for a, b in zip(whole, part, strict=True):
                 torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
         for i in range(8):  # each prompt alone, without any padding
@@ -326,6 +356,29 @@ def test_a_policy_that_breaks_down_stops_the_run():
         ppo.update(prompts, trajectory, context)
 
 
+def test_a_gradient_that_is_no_number_is_not_stepped_with():
+    """The weights, and with them the next checkpoint, stay what they were."""
+    ppo = tiny_ppo()
+    prompts = ppo.stream.next()
+    trajectory, context, _ = ppo.rollout(prompts)
+    before = [p.detach().clone() for p in ppo.parameters]
+    ppo.parameters[-1].register_hook(lambda gradient: gradient * float("inf"))
+    with pytest.raises(UserError, match="the gradient became (inf|nan) in iteration 1: lower --learning-rate"):
+        ppo.update(prompts, trajectory, context)
+    assert all(torch.equal(a, b) for a, b in zip(before, ppo.parameters, strict=True))
+
+
+@pytest.mark.parametrize("algorithm", ["ppo", "rloo"])
+def test_losses_and_weights_of_samples_in_the_log(algorithm):
+    """The total is what the gradient is of; the effective sample size is 1 while all ratios are."""
+    log = tiny_ppo(algorithm=algorithm, epochs=1, value_coef=0.25).step()
+    value = 0.25 * log["ppo/loss/value"] if algorithm == "ppo" else 0.0
+    assert log["ppo/loss/total"] == pytest.approx(log["ppo/loss/policy"] + value, abs=1e-6)
+    assert log["ppo/loss/value"] > 0 and log["ppo/policy/ess"] == pytest.approx(1.0, abs=1e-5)
+    moved = tiny_ppo(algorithm=algorithm, epochs=4, early_stop_kl=0.0).step()
+    assert 0 < moved["ppo/policy/ess"] < 1
+
+
 def test_responses_of_one_token():
     ppo = tiny_ppo(sampling=rules(max_new_tokens=1), max_new_tokens=1)
     for _ in range(2):
@@ -355,7 +408,7 @@ def test_prompts_come_in_fresh_order_and_from_where_they_stopped():
     again = PromptStream(prompts, 3, seed=0)
     again.drawn = 12
     assert [p.text for _ in range(3) for p in again.next()] == drawn[12:]
-    with pytest.raises(ValueError, match="do not fill one batch"):
+    with pytest.raises(UserError, match="7 prompts do not fill one batch of 8: lower --prompts"):
         PromptStream(prompts, 8, seed=0)
 
 
@@ -386,8 +439,9 @@ def test_trajectory_checks_its_shape_table():
     assert table >= fields - {"ids"}, "the docstring is the shape table"
 
 
-def test_kl_in_the_log_is_the_mean_of_sums_over_responses():
-    ppo = tiny_ppo()
+@pytest.mark.parametrize("whiten", [False, True])
+def test_kl_in_the_log_is_the_mean_of_sums_over_responses(whiten):
+    ppo = tiny_ppo(whiten_rewards=whiten)  # whitening changes the advantages, not what the log says of rewards
     ppo.reference = freeze(tiny(seed=1))
     prompts = ppo.stream.next()
     t, _, log = ppo.rollout(prompts)

@@ -88,6 +88,7 @@ def test_a_step_of_ppo(system, samples):
     )
     reward = RewardSum([RewardPart("accuracy", 1.0, official_accuracy)])
     reference = freeze(copy.deepcopy(policy))
+    assert reference._pixels is policy._pixels, "every image is decoded once for both"
     prompts = prompts_from(samples, policy.encoder)
     decoder = policy.encoder.decoder
     ppo = PPO(config, ActorCritic(policy), reference, reward, prompts, rules_for(policy), decoder.decode)

@@ -49,7 +49,7 @@ class Figures:
         """The figures under the keys of summary.json."""
         result = {
             f"reward_{when}": float(self.rewards.mean()),
-            f"reward_std_{when}": float(self.rewards.std()),
+            f"reward_std_{when}": float(self.rewards.std()) if len(self.rewards) > 1 else 0.0,
             f"finish_{when}": self.finish,
             f"distinct_2_{when}": distinct_2(self.samples.ids),
             f"length_{when}": sum(map(len, self.samples.ids)) / len(self.samples.ids),

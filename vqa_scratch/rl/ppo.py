@@ -12,7 +12,7 @@ Shapes: P prompts, K samples a prompt, B = P * K responses, R response tokens, N
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -130,25 +130,43 @@ class PPO:
         clock.append(time.perf_counter())
 
         with self.autocast():
-            # A frozen encoder is the reference's encoder too.
-            mine = prompts[self.mine.start : self.mine.stop]
-            fixed = context if self.frozen_encoder else self.reference.encode(mine).shared_by(c.samples)
-            s = score(self.actor, self.reference, context, fixed, ids, mask, self.rules, c.micro_prompts)
+            s = score(self.actor, self.reference, self.readings(prompts, context), ids, mask, self.rules)
         ids, mask, finished, scores, raw, *s = gather_rows(self.world, ids, mask, finished, scores, raw, *s)
         samples, s = gather_samples(self.world, samples, prompts, c.samples), Scored(*s)
         parts = dict(zip(parts, gather_rows(self.world, *parts.values()), strict=True))
         clock.append(time.perf_counter())
 
         rewards = F.get_rewards(scores, s.logprobs, s.ref_logprobs, mask, self.kl.coef)
-        if c.whiten_rewards:
-            rewards = F.masked_whiten(rewards, mask, shift_mean=False)
-        advantages, returns = self.advantages(rewards, s.values, mask)
+        white = F.masked_whiten(rewards, mask, shift_mean=False) if c.whiten_rewards else rewards
+        advantages, returns = self.advantages(white, s.values, mask)
         trajectory = Trajectory(ids, mask, finished, *s, scores, rewards, advantages, returns)
+        clock.append(time.perf_counter())
         log = rollout_metrics(trajectory, samples, raw, parts)
         clock.append(time.perf_counter())
-        names = ("generate", "compute_rewards", "forward_pass", "compute_advantages")
+        names = ("generate", "compute_rewards", "forward_pass", "compute_advantages", "calc_stats")
         log |= {f"time/ppo/{name}": b - a for name, a, b in zip(names, clock[:-1], clock[1:], strict=True)}
         return trajectory, context, log
+
+    def parts(self, chosen: Iterable[int], prompts: list[Prompt]) -> list[list[int]]:
+        """This rank's prompts among the chosen, a few at a time; those of like length together, to spare padding."""
+        by_length = sorted((i for i in chosen if i in self.mine), key=lambda i: (len(prompts[i].ids), i))
+        size = self.config.micro_prompts
+        return [by_length[i : i + size] for i in range(0, len(by_length), size)]
+
+    def readings(self, prompts: list[Prompt], context: Context) -> Iterator[tuple[list[int], Context, Context]]:
+        """The parts of this rank's prompts, with what policy and reference read of each: the old log-probabilities.
+
+        In fp32 the context of the rollout serves. In bf16 a sum over a wider padding rounds otherwise: there the
+        prompts are encoded as the update will, or its first ratio would be up to 4 % from 1.
+        """
+        parts, k = self.parts(self.mine, prompts), context.samples
+        ragged = len({len(prompts[i].ids) for i in self.mine}) > 1 and len(parts) > 1
+        again = ragged and torch.is_autocast_enabled(context.states[0].device.type) and not self.frozen_encoder
+        for part in parts:
+            here, some = [i - self.mine.start for i in part], [prompts[i] for i in part]
+            own = self.actor.backbone.encode(some).shared_by(k) if again else context.of(here)
+            # A frozen encoder is the reference's encoder too.
+            yield here, own, own if self.frozen_encoder else self.reference.encode(some).shared_by(k)
 
     def advantages(self, rewards: Tensor, values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """(B, R) advantages and returns. The only place where the algorithms differ."""
@@ -173,21 +191,27 @@ class PPO:
             size = c.prompts // c.minibatches
             for start in range(0, c.prompts, size):
                 moved = self.accumulate(order[start : start + size], prompts, trajectory, context, stats)
-                if not math.isfinite(moved):
-                    raise UserError(
-                        f"the policy's log-probabilities became {moved} in iteration {self.iteration + 1}: "
-                        "lower --learning-rate and go on from the last checkpoint"
-                    )
+                self.check_finite("policy's log-probabilities", moved)
                 if c.early_stop_kl and moved > 1.5 * c.early_stop_kl:
                     self.optimizer.zero_grad()
                     return stats.summary(stopped=True) | {"ppo/learning_rate": self.learning_rate}
                 self.ranks.collect(self.parameters)
-                stats.gradient_norm(whole(torch.nn.utils.clip_grad_norm_(self.parameters, c.max_grad_norm)))
+                norm = whole(torch.nn.utils.clip_grad_norm_(self.parameters, c.max_grad_norm))
+                self.check_finite("gradient", float(norm))
+                stats.gradient_norm(norm)
                 self.optimizer.step()
                 self.optimizer.zero_grad()
                 self.optimizer_steps += 1
                 self.set_learning_rate()
         return stats.summary(stopped=False) | {"ppo/learning_rate": self.learning_rate}
+
+    def check_finite(self, what: str, value: float) -> None:
+        """Raise UserError before a step that would spoil the weights, and with them the next checkpoint."""
+        if not math.isfinite(value):
+            raise UserError(
+                f"the {what} became {value} in iteration {self.iteration + 1}: "
+                "lower --learning-rate and go on from the last checkpoint with --resume"
+            )
 
     def accumulate(
         self, minibatch: list[int], prompts: list[Prompt], trajectory: Trajectory, context: Context, stats: UpdateStats
@@ -195,7 +219,7 @@ class PPO:
         """Add up the gradients of this rank's prompts of a minibatch, a few at a time; returns the mean k3 a token.
 
         Every part is divided by the tokens of the whole minibatch, on all ranks, so its cut into parts leaves no trace;
-        the k3 is of all ranks too. Prompts of like length share a part, to spare padding.
+        the k3 is of all ranks too.
         """
         c, k = self.config, self.config.samples
         tokens = trajectory.mask.view(c.prompts, -1)[minibatch].sum()
@@ -204,9 +228,7 @@ class PPO:
         warming = self.iteration < c.critic_warmup and c.algorithm == "ppo"  # only the value head learns
         self.actor.detach_value = warming or c.critic == "detached"
         stats.begin_minibatch()
-        by_length = sorted((i for i in minibatch if i in self.mine), key=lambda i: len(prompts[i].ids))
-        parts = [by_length[i : i + c.micro_prompts] for i in range(0, len(by_length), c.micro_prompts)]
-        for part, counts in self.ranks.passes(parts, idle=[self.mine.start]):
+        for part, counts in self.ranks.passes(self.parts(minibatch, prompts), idle=[self.mine.start]):
             rows = torch.tensor([i * k + j for i in part for j in range(k)], device=trajectory.ids.device)
             t = trajectory.rows(rows)
             with self.autocast():
@@ -234,6 +256,7 @@ class PPO:
                 tokens,
                 policy_loss=policy_loss,
                 value_loss=value_loss,
+                total_loss=loss,
                 entropy=entropy,
                 policy_clipped=policy_clipped,
                 value_clipped=value_clipped,

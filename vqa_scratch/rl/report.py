@@ -15,9 +15,11 @@ from matplotlib import pyplot as plt  # noqa: E402
 
 from vqa_scratch.rl.evaluate import Figures, Frontier  # noqa: E402
 
+LABELS = {"objective/kl_exact": "exact", "objective/kl": "k1, of samples"}  # where lines share a panel
 
-def smooth(values: list[float], weight: float = 0.9) -> list[float]:
-    """Exponential moving average without the pull towards 0 at the start."""
+
+def smooth(values: list[float], weight: float = 0.6) -> list[float]:
+    """Exponential moving average without the pull towards 0 at the start; short enough to show a spike."""
     result, total, mass = [], 0.0, 0.0
     for value in values:
         total, mass = weight * total + value, weight * mass + 1
@@ -44,14 +46,15 @@ def curves(history: list[dict[str, Any]], parts: list[str], path: Path) -> None:
         for i, name in enumerate(names):
             values = [line[name] for line in history]
             axis.plot(x, values, color=f"C{i}", alpha=0.25, linewidth=1)
-            axis.plot(x, smooth(values), color=f"C{i}", label=name.split("/")[-1])
+            axis.plot(x, smooth(values), color=f"C{i}", label=LABELS.get(name))
         axis.set_title(title, fontsize=10)
         axis.grid(alpha=0.3)
         if len(names) > 1:
             axis.legend(fontsize=8)
     for axis in list(axes.flat)[len(panels) :]:
         axis.axis("off")
-    axes[-1][0].set_xlabel("iteration")
+    for axis in axes[-1]:
+        axis.set_xlabel("iteration")
     figure.tight_layout()
     figure.savefig(path, dpi=110, format="png")
     plt.close(figure)
@@ -67,8 +70,8 @@ def frontier(curve: Frontier, history: list[dict[str, Any]], before: Figures, af
         axis.plot(kl, reward, "s", color="C2", markersize=5, label="best of n")
         for n, x, y in curve.best_of_n:
             axis.annotate(str(n), (x, y), textcoords="offset points", xytext=(4, -10), fontsize=8)
-    x = smooth([line["objective/kl_exact"] for line in history], 0.8)
-    y = smooth([line["env/reward_mean"] for line in history], 0.8)
+    x = smooth([line["objective/kl_exact"] for line in history])
+    y = smooth([line["env/reward_mean"] for line in history])
     axis.plot(x, y, color="C0", alpha=0.7, label="this run (training prompts)")
     axis.plot([before.kl], [float(before.rewards.mean())], "o", color="C7", label="before")
     axis.plot([after.kl], [float(after.rewards.mean())], "*", color="C3", markersize=14, label="after (new prompts)")
@@ -117,16 +120,17 @@ def samples_page(before: Figures, after: Figures, samples_a_prompt: int, count: 
         old, new = marked(before.samples.texts[i], after.samples.texts[i])
         rows = [("prompt", html.escape(prompt.text), "")]
         if prompt.reference:
-            rows.append(("reference", html.escape(prompt.reference), ""))
+            rows.append(("reference text", html.escape(prompt.reference), ""))
         for name, text, figures in (("before", old, before), ("after", new, after)):
             cut = "" if figures.samples.finished[i] else " (cut off)"
             scores = " ".join(f"{html.escape(k)} {float(v[i]):+.2f}" for k, v in figures.parts.items())
-            rows.append((name + cut, text, f"{float(figures.rewards[i]):+.2f}<br><small>{scores}</small>"))
+            rows.append((name + cut, text, f"reward {float(figures.rewards[i]):+.2f}<br><small>{scores}</small>"))
         cells = "\n".join(f"<tr><td>{a}</td><td>{b}</td><td>{c}</td></tr>" for a, b, c in rows)
         tables.append(f"<table>\n{cells}\n</table>")
     caption = (
         f"Mean reward {float(before.rewards.mean()):+.3f} before, {float(after.rewards.mean()):+.3f} after, over "
         f"{len(before.rewards)} responses to prompts never trained on; exact KL {after.kl:.2f} nats a response. "
-        "Words that differ are marked."
+        "Before is the reference model, after the trained policy. Words that one has and the other has not are marked. "
+        "On the right the reward of the response, and below it each part before its weight."
     )
     return PAGE.format(caption=caption, tables="\n".join(tables))

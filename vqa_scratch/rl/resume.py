@@ -13,7 +13,8 @@ from vqa_scratch.options import to_json
 from vqa_scratch.rl.config import RLHFConfig
 from vqa_scratch.rl.ppo import PPO
 
-MAY_CHANGE = {"resume", "out", "cache", "device", "parallel", "checkpoint_every"}  # between a run and its continuation
+# Between a run and its continuation; the last two, for a run that broke down.
+MAY_CHANGE = {"resume", "out", "cache", "device", "parallel", "checkpoint_every", "learning_rate", "max_grad_norm"}
 
 
 def fingerprint(model: nn.Module) -> str:

@@ -3,12 +3,14 @@
 Shapes: P prompts, K samples a prompt, B = P * K responses, R response tokens, V vocabulary.
 """
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from kernels import chosen_logprobs
+from vqa_scratch.errors import UserError
 from vqa_scratch.generate.choose import pick
 from vqa_scratch.generate.loop import COMPACT_BELOW
 from vqa_scratch.rl.functional import exact_kl
@@ -21,7 +23,7 @@ from vqa_scratch.rl.policy import (
     token_logits,
     token_states,
 )
-from vqa_scratch.rl.types import Prompt
+from vqa_scratch.rl.types import Prompt, width
 
 
 class Responses(NamedTuple):
@@ -92,31 +94,31 @@ class Scored(NamedTuple):
 def score(
     actor: ActorCritic,
     reference: Backbone,
-    context: Context,
-    ref_context: Context,
+    parts: Iterable[tuple[list[int], Context, Context]],
     ids: Tensor,
     mask: Tensor,
     rules: SamplingRules,
-    prompts_at_once: int,
 ) -> Scored:
     """Run both decoders over finished responses, as the update will: same code, same rules, no cache.
 
-    The contexts are those of the rollout; the encoders do not run again.
+    `parts`: some prompts, numbered as in `ids`, with what the policy and what the reference read for them.
     """
-    pieces, k = [], context.samples
-    for start in range(0, context.prompts, prompts_at_once):
-        stop = min(start + prompts_at_once, context.prompts)
-        some = slice(start, stop)
-        part_ids, part_mask = ids[start * k : stop * k], mask[start * k : stop * k]
-        logits, values = actor(context.of(some), part_ids, part_mask, rules)
-        states = token_states(reference, ref_context.of(some), part_ids, part_mask)
+    scored = Scored(*(torch.zeros_like(mask, dtype=torch.float32) for _ in Scored._fields))
+    for some, context, ref_context in parts:
+        k = context.samples
+        rows = torch.tensor([i * k + j for i in some for j in range(k)], device=ids.device)
+        longest = width(mask[rows])
+        part_ids, part_mask = ids[rows, :longest], mask[rows, :longest]
+        logits, values = actor(context, part_ids, part_mask, rules)
+        states = token_states(reference, ref_context, part_ids, part_mask)
         ref_logits = token_logits(reference, states, part_ids, part_mask, rules)
         tokens = part_ids[part_mask]
         logprobs, entropy = chosen_logprobs(logits, tokens)
         ref_logprobs, _ = chosen_logprobs(ref_logits, tokens)
         flat = (logprobs, ref_logprobs, exact_kl(logits, ref_logits), entropy, values)
-        pieces.append([torch.zeros_like(part_mask, dtype=torch.float32).masked_scatter(part_mask, x) for x in flat])
-    return Scored(*(torch.cat(column) for column in zip(*pieces, strict=True)))
+        for whole, x in zip(scored, flat, strict=True):
+            whole[rows, :longest] = torch.zeros_like(part_mask, dtype=torch.float32).masked_scatter(part_mask, x)
+    return scored
 
 
 class PromptStream:
@@ -124,7 +126,7 @@ class PromptStream:
 
     def __init__(self, prompts: list[Prompt], batch: int, seed: int) -> None:
         if len(prompts) < batch:
-            raise ValueError(f"{len(prompts)} prompts do not fill one batch of {batch}")
+            raise UserError(f"{len(prompts)} prompts do not fill one batch of {batch}: lower --prompts")
         self.prompts, self.batch, self.seed, self.drawn = prompts, batch, seed, 0
 
     def next(self) -> list[Prompt]:

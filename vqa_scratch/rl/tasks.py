@@ -50,6 +50,10 @@ def encode_articles(
     return prompts, tokenizer.truncated - before
 
 
+def cut_note(cut: int, count: int, config: RLHFConfig) -> list[str]:
+    return [f"{cut} of {count} articles cut to {config.max_prompt_tokens} tokens"] if cut else []
+
+
 def sampling_rules(config: RLHFConfig, policy: T5Policy, tokenizer: Tokenizer) -> SamplingRules:
     """Padding and the rows of the embedding that no token has cannot be sampled."""
     size = policy.model.config.vocab_size
@@ -134,10 +138,14 @@ def mini_news_task(config: RLHFConfig, device: torch.device, precision: torch.dt
     """Made-up news, a T5 of half a million parameters, and two reward models, made here or taken from the cache."""
     made, folder = mini_news.prepare(config.cache, config.seed, config.sft_steps, config.reward_steps, str(device))
 
+    notes = [f"summariser and reward models: {folder}"]
+
     def prompts(count: int, seed: int) -> list[Prompt]:
         items = news(count, seed)
         texts, references = [item.article for item in items], [item.summary for item in items]
-        return encode_articles(texts, references, made.tokenizer, config.prefix, config.max_prompt_tokens)[0]
+        made_of = encode_articles(texts, references, made.tokenizer, config.prefix, config.max_prompt_tokens)
+        notes.extend(cut_note(made_of[1], count, config))
+        return made_of[0]
 
     reward = classifier_reward(
         config,
@@ -154,7 +162,7 @@ def mini_news_task(config: RLHFConfig, device: torch.device, precision: torch.dt
         prompts(max(MINI_NEWS_ARTICLES, config.prompts), mini_news.TRAIN_SEED),
         prompts(config.eval_prompts, mini_news.HELD_OUT_SEED),
         precision,
-        [f"summariser and reward models: {folder}"],
+        notes,
     )
 
 
@@ -185,8 +193,7 @@ def book_task(config: RLHFConfig, device: torch.device, precision: torch.dtype) 
         summaries = [""] * len(texts)
         notes.append("no --articles given: made-up ones serve to measure speed")
     prompts, cut = encode_articles(texts, summaries, tokenizer, config.prefix, config.max_prompt_tokens)
-    if cut:
-        notes.append(f"{cut} of {len(prompts)} articles cut to {config.max_prompt_tokens} tokens")
+    notes += cut_note(cut, len(prompts), config)
     random.Random(config.seed).shuffle(prompts)
     if len(prompts) < config.eval_prompts + config.prompts:
         raise UserError(

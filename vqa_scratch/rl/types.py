@@ -35,6 +35,11 @@ class Samples:
 RewardFunction = Callable[[Samples], Tensor]
 
 
+def width(mask: Tensor) -> int:
+    """Columns of a mask (B, R) up to the last that holds a real token."""
+    return int(mask.any(0).nonzero().max()) + 1
+
+
 @dataclass(frozen=True)
 class Trajectory:
     """One batch of rollouts. Every (B, R) tensor holds 0 where `mask` is False.
@@ -70,7 +75,7 @@ class Trajectory:
 
     def rows(self, index: Tensor) -> "Trajectory":
         """The chosen responses, cut to the longest of them."""
-        longest = int(self.mask[index].sum(1).max())
+        longest = width(self.mask[index])
         chosen = {}
         for field in fields(self):
             value = getattr(self, field.name)[index]

@@ -52,7 +52,9 @@ class VQAPolicy(nn.Module):
         """A copy of the weights; tokenizers and images are shared."""
         model = VQAModel.from_config(self.model.config).to(next(self.model.parameters()).device)
         model.load_state_dict(self.model.state_dict())
-        return VQAPolicy(model, self.encoder, self.processor)
+        copy = VQAPolicy(model, self.encoder, self.processor)
+        copy._pixels = self._pixels
+        return copy
 
     def _read(self, path: Path) -> Tensor:
         return torch.from_numpy(self.processor.to_uint8(load_image(path)).copy())
