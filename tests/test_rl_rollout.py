@@ -125,6 +125,45 @@ def test_scored_distribution_is_the_sampled_one(options):
     assert ((observed - expected).abs() <= 5 * (expected * (1 - expected) / len(successors)).sqrt() + 1e-6).all()
 
 
+def test_the_scorer_bars_what_the_sampler_bars():
+    """Of policy and reference alike: no probability of an early end, none of what would repeat an n-gram."""
+    policy, some = tiny().eval(), rules(min_new_tokens=4, no_repeat_ngram=1, temperature=0.5)
+    ids, mask = torch.tensor([[5, 6, 7, 8, 9]]), torch.ones(1, 5, dtype=torch.bool)
+    with torch.no_grad():
+        states = token_states(policy, policy.encode(ragged_prompts(1)), ids, mask)
+        scored, raw = token_logits(policy, states, ids, mask, some), policy.logits(states)
+    for t, row in enumerate(scored):
+        barred = {0, *ids[0, :t].tolist()} | ({EOS} if t < 4 else set())
+        assert set((row == BARRED).nonzero().flatten().tolist()) == barred
+        free = row != BARRED
+        torch.testing.assert_close(row[free], raw[t][free] / 0.5)
+
+
+def test_value_clip_is_in_units_of_the_spread_of_returns():
+    """Rewards a hundred times as large move the clip a hundredfold: the same share of values is clipped."""
+    shares = []
+    for factor in (1.0, 100.0):
+        ppo = tiny_ppo(value_clip=0.2)
+        prompts = ppo.stream.next()
+        t, context, _ = ppo.rollout(prompts)
+        larger = t.with_(returns=t.returns * factor, values=t.values * factor)
+        with torch.no_grad():
+            ppo.actor.value_head.weight.copy_(factor * torch.linspace(-0.2, 0.2, 16))
+        stats = UpdateStats()
+        ppo.accumulate(list(range(8)), prompts, larger, context, stats)
+        shares.append(float(stats.minibatches[0]["value_clipped"]))
+    assert 0 < shares[0] < 1 and shares[0] == pytest.approx(shares[1], abs=1e-6)
+
+
+def test_what_the_optimizer_and_the_value_head_begin_with():
+    ppo = tiny_ppo(value_lr_scale=3.0)
+    assert not any(p.any() for p in ppo.actor.value_head.parameters())
+    assert (ppo.optimizer.defaults["eps"], ppo.optimizer.defaults["weight_decay"]) == (1e-5, 0.0)
+    ppo.set_learning_rate()
+    head, body = (group["lr"] for group in ppo.optimizer.param_groups)
+    assert head == pytest.approx(3 * body) and body == ppo.learning_rate
+
+
 @pytest.mark.parametrize("options", ALL_RULES)
 def test_first_ratio_is_one_and_kl_starts_at_zero(options):
     ppo = tiny_ppo(sampling=rules(**options), epochs=1)
@@ -371,9 +410,10 @@ def test_a_gradient_that_is_no_number_is_not_stepped_with():
 @pytest.mark.parametrize("algorithm", ["ppo", "rloo"])
 def test_losses_and_weights_of_samples_in_the_log(algorithm):
     """The total is what the gradient is of; the effective sample size is 1 while all ratios are."""
-    log = tiny_ppo(algorithm=algorithm, epochs=1, value_coef=0.25).step()
+    log = tiny_ppo(algorithm=algorithm, epochs=1, value_coef=0.25, entropy_coef=0.5).step()
     value = 0.25 * log["ppo/loss/value"] if algorithm == "ppo" else 0.0
-    assert log["ppo/loss/total"] == pytest.approx(log["ppo/loss/policy"] + value, abs=1e-6)
+    bonus = 0.5 * log["ppo/policy/entropy"]
+    assert log["ppo/loss/total"] == pytest.approx(log["ppo/loss/policy"] + value - bonus, abs=1e-6)
     assert log["ppo/loss/value"] > 0 and log["ppo/policy/ess"] == pytest.approx(1.0, abs=1e-5)
     moved = tiny_ppo(algorithm=algorithm, epochs=4, early_stop_kl=0.0).step()
     assert 0 < moved["ppo/policy/ess"] < 1
