@@ -2,6 +2,7 @@
 
 import json
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -139,7 +140,7 @@ def test_the_word_table_of_a_safetensors_file_is_not_copied(pair, tmp_path, kind
     before = next(iter(tmp_path.glob("*model.*"))).read_bytes()
     model = TextClassifier.from_pretrained(tmp_path)
     table = model.encoder.tokens.weight
-    maps = [line.split() for line in open("/proc/self/maps")] if sys.platform == "linux" else []
+    maps = [x.split() for x in Path("/proc/self/maps").read_text().splitlines()] if sys.platform == "linux" else []
     spans = [[int(end, 16) for end in line[0].split("-")] for line in maps if line[-1] == str(path.resolve())]
     assert any(start <= table.data_ptr() < end for start, end in spans) == (kind == "safetensors" and bool(maps))
     torch.testing.assert_close(table, ours.encoder.tokens.weight, rtol=0, atol=1e-4 if kind == "half" else 0)

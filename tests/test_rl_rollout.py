@@ -277,10 +277,12 @@ def test_scores_do_not_depend_on_the_batch():
 
 
 @pytest.mark.parametrize("algorithm", ["ppo", "rloo"])
-def test_gradients_do_not_depend_on_the_micro_batch(algorithm):
-    """Ragged prompts and responses; 1e-6 of the largest gradient is fp32 rounding of the same sum in another order."""
+def test_gradients_do_not_depend_on_the_micro_batch(algorithm, monkeypatch):
+    """Nor on whether lookups hand on rows or whole tables. Ragged prompts and responses; 1e-6 of the largest gradient
+    is fp32 rounding of the same sum in another order."""
     gradients = []
-    for micro in (1, 2, 4, 8):
+    for micro, large in ((1, 1), (2, 1), (4, 10**9), (4, 1), (8, 10**9)):
+        monkeypatch.setattr("vqa_scratch.rl.policy.LARGE_TABLE", large)
         ppo = tiny_ppo(micro_prompts=micro, algorithm=algorithm, entropy_coef=0.01)
         prompts = ppo.stream.next()
         trajectory, context, _ = ppo.rollout(prompts)
@@ -288,6 +290,7 @@ def test_gradients_do_not_depend_on_the_micro_batch(algorithm):
         with torch.no_grad():  # a policy that has moved: ratios and clips are at work
             for parameter in ppo.actor.parameters():
                 parameter += 0.05 * torch.randn_like(parameter)
+        assert [ppo.actor.backbone.model.embedding.sparse] == [large == 1]
         ppo.accumulate(list(range(8)), prompts, trajectory, context, UpdateStats())
         gradients.append(torch.cat([p.grad.flatten() for p in ppo.parameters if p.grad is not None]))
     scale = gradients[-1].abs().max()
