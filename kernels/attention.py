@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.autograd.function import once_differentiable
 
 from kernels import choice, reference
@@ -158,7 +159,9 @@ class TritonAttention(torch.autograd.Function):
         return dq, dk, dv, None, dtable, None, None, None, None
 
 
-@torch.compiler.disable  # torch.compile looks into an autograd function, and finds things there that it cannot trace
+# torch.compile looks into an autograd function, and finds things there that it cannot trace. This is what
+# torch.compiler.disable does, but a program that calls no kernel does not pay a second and 100 MB for the compiler.
+@_disable_dynamo
 def triton_attention(
     q: Tensor,
     k: Tensor,

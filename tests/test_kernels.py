@@ -207,3 +207,9 @@ kernels.linear_logprobs(q[0, 0], torch.randn(9, 8), torch.arange(5))
 assert kernels.backend() == "torch"
 """
     subprocess.run([sys.executable, "-c", program], check=True, cwd=Path(__file__).parent.parent)
+
+
+def test_programs_do_not_load_the_compiler():
+    """It costs a second and 100 MB, whoever compiles nothing."""
+    code = "import sys, train, rlhf; sys.exit('torch._dynamo' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent.parent).returncode == 0
