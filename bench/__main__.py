@@ -138,15 +138,14 @@ def decode_command(rounds: int, every: bool, write: bool, lengths: str, **sizes:
 @click.option("--images", type=click.IntRange(1), default=8, show_default=True, help="Images of a step.")
 @click.option("--device", type=NearChoice(("cpu", "cuda")), default="cpu", show_default=True, help="Where to run.")
 @click.option("--rounds", type=click.IntRange(1), default=5, show_default=True, help="Turns of each side.")
-@click.option("--all", "every", is_flag=True, help="Both precisions and both fusions.")
+@click.option("--all", "every", is_flag=True, help="Both precisions and fusions, and a part of `book`.")
 @click.option("--write", is_flag=True, help="Put the table into bench/RESULTS.md.")
 def cached_features_command(rounds: int, every: bool, write: bool, **sizes: int | str) -> None:
     """A training step with frozen encoders: cached features against recomputing them."""
     case = cached_features.Case(**sizes)
     if case.questions % case.images:
         raise UserError(f"--questions {case.questions} do not divide among --images {case.images}")
-    kinds = [(fusion, precision) for fusion in ("mean", "tokens") for precision in ("fp32", "bf16")]
-    cases = [replace(case, fusion=f, precision=p) for f, p in kinds] if every else [case]
+    cases = cached_features.cases(case) if every else [case]
     present("cached-features", cached_features.run(cases, rounds, command_given()), write)
 
 

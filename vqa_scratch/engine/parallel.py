@@ -21,9 +21,6 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from vqa_scratch.engine.distributed import ALONE, World
@@ -37,9 +34,14 @@ KINDS = ("ddp", "fsdp")
 # ------------------------------------------------------------------------------------------------ whole and part
 
 
+def in_parts(value: Any) -> bool:
+    """Whether this is a tensor of which each rank holds a part; without the import, which costs 40 MB."""
+    return hasattr(value, "full_tensor")
+
+
 def whole(value: Any) -> Any:
     """The same nested dictionaries and lists with every sharded tensor gathered; all ranks must call it."""
-    if isinstance(value, DTensor):
+    if in_parts(value):
         return value.detach().full_tensor()
     if isinstance(value, dict):
         return {key: whole(item) for key, item in value.items()}
@@ -53,7 +55,7 @@ def for_main(value: Any, world: World) -> Any:
 
     One tensor after the other, so that no rank's device ever holds more than one of them whole.
     """
-    if isinstance(value, DTensor):
+    if in_parts(value):
         value = whole(value)
         return value.cpu() if world.main else None
     if isinstance(value, dict):
@@ -65,8 +67,10 @@ def for_main(value: Any, world: World) -> Any:
 
 def like(own: Tensor, value: Tensor) -> Tensor:
     """`value`, whole and the same on all ranks, cut as `own` is; nothing is sent."""
-    if not isinstance(own, DTensor):
+    if not in_parts(own):
         return value
+    from torch.distributed.tensor import distribute_tensor
+
     return distribute_tensor(value.to(own.device), own.device_mesh, own.placements, src_data_rank=None)
 
 
@@ -152,6 +156,9 @@ class Shards(Alone):
     """
 
     def __init__(self, model: nn.Module, world: World, device: torch.device, frozen: Sequence[nn.Module] = ()) -> None:
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
         super().__init__(world)
         # An output may be a view (values are); nothing here changes outputs in place.
         warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")

@@ -14,8 +14,8 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
+from vqa_scratch.engine.parallel import in_parts
 from vqa_scratch.generate import State, begin
 from vqa_scratch.models.t5 import T5
 from vqa_scratch.nn.attention import MultiHeadAttention
@@ -227,7 +227,7 @@ def look_up_sparsely(model: nn.Module) -> list[nn.Parameter]:
     tables = []
     for module in model.modules():
         table = module.weight if isinstance(module, nn.Embedding) else None
-        if table is None or table.numel() < LARGE_TABLE or not table.requires_grad or isinstance(table, DTensor):
+        if table is None or table.numel() < LARGE_TABLE or not table.requires_grad or in_parts(table):
             continue
         module.sparse = True
         tables.append(table)
