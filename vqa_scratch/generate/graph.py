@@ -32,6 +32,9 @@ class FixedState(StaticState):
         self.seen[:, :, self.prompt + self.used :] = -math.inf
         super()._lay_out()
 
+    def _filled(self) -> int:
+        return self.places
+
     def _views(self, start: int, until: int) -> tuple[Tensor, Tensor, Tensor]:
         return self.keys, self.values, self.cached
 

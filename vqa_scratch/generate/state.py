@@ -218,8 +218,15 @@ class StaticState:
         # Positions need no move: the members of a group stand at the same one.
         self.seen = self.seen.flatten(0, 1).index_select(0, parents).view(self.seen.shape)
 
+    def _filled(self) -> int:
+        """How many places of the cache hold something that a later step reads."""
+        return self.prompt + self.members * self.used
+
     def keep(self, groups: Tensor) -> None:
-        self.cached = self.cached.index_select(2, groups)
+        layers, both, _, *rest = self.cached.shape
+        kept, until = self.cached.new_empty(layers, both, len(groups), *rest), self._filled()
+        kept[:, :, :, :, :until] = self.cached[:, :, :, :, :until].index_select(2, groups)
+        self.cached = kept
         self.groups = len(groups)
         if self.seen is not None:
             self.seen = self.seen.index_select(0, groups)
