@@ -18,19 +18,15 @@ from vqa_scratch.models.hf_config import labels_from_hf, labels_to_hf
 from vqa_scratch.nn.layers import init_weights
 from vqa_scratch.weights import maps
 from vqa_scratch.weights.convert import load_into, to_hf
-from vqa_scratch.weights.files import read_checkpoint, resolve_folder, write_checkpoint
+from vqa_scratch.weights.files import map_tensor, read_checkpoint, resolve_folder, write_checkpoint
 
 
 def _leave_in_file(table: nn.Embedding, source: str | PathLike[str], tensors: dict[str, Tensor]) -> None:
-    """Let `table` be the tensor in a safetensors file, where it has the same type, so that loading copies no row.
-
-    The file is opened anew for it, since pages that were read stay in memory as long as their map is open.
-    """
+    """Let `table` be the tensor in a safetensors file, where it has the same type, so that loading copies no row."""
     key = next((key for key in tensors if key.endswith("word_embeddings.weight")), "")
-    held = tensors.get(key, table.weight.T)  # `load_into` says what is missing or misshapen
-    mapped = any(resolve_folder(source).glob("*.safetensors"))
-    if mapped and held.dtype == table.weight.dtype and held.shape == table.weight.shape:
-        table.weight = nn.Parameter(read_checkpoint(source)[1][key])
+    held = map_tensor(resolve_folder(source), key)  # `load_into` says what is missing or misshapen
+    if held is not None and held.dtype == table.weight.dtype and held.shape == table.weight.shape:
+        table.weight = nn.Parameter(held)
         tensors[key] = table.weight  # copying it to itself does nothing
 
 

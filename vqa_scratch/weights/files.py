@@ -78,6 +78,18 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from None
 
 
+def map_tensor(folder: Path, key: str) -> Tensor | None:
+    """One tensor of a folder's safetensors files in a map of its own: what is not read of it takes no memory.
+
+    None where no such file has it. (Pages that were read stay in memory as long as the map they were read through.)
+    """
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt", device="cpu") as file:
+            if key in file.keys():  # noqa: SIM118 (not a dict)
+                return file.get_tensor(key)
+    return None
+
+
 def read_pickle(path: Path) -> dict[str, Tensor]:
     """All tensors of a .bin or .pt file that holds one flat dictionary of tensors and nothing else."""
     if torch.__version__ < (2, 6):
