@@ -151,8 +151,13 @@ def _plain(layer: DecoderLayer, read: Reader) -> Crossing:
     return lambda x: add(x, read(q(norm(x))))
 
 
-def crossings(layers: list[DecoderLayer], memory: Layers) -> list[Crossing]:
-    """One function a layer of the decoder: x (R, D) += cross-attention to the memory, norm and projections included."""
+def crossings(layers: list[DecoderLayer], memory: Layers | None) -> list[Crossing | None]:
+    """One function a layer of the decoder: x (R, D) += cross-attention to the memory, norm and projections included.
+
+    None for each layer where there is no memory.
+    """
+    if memory is None:
+        return [None] * len(layers)
     first = memory[0]
     if len(first) == 1 and first[0].k.shape[2] == 1:
         return [_constant(layer, part) for layer, (part,) in zip(layers, memory, strict=True)]

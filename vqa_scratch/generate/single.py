@@ -44,9 +44,7 @@ class SingleState:
         if parts.bias is not None:
             self.distances = parts.bias(self.length + steps)[0].to(k.dtype)
         self.width = heads * size
-        crossings = [None] * len(cache)
-        if cache[0].cross is not None:
-            crossings = cross.crossings(parts.layers, [own.cross for own in cache])
+        crossings = cross.crossings(parts.layers, [own.cross for own in cache] if cache[0].cross is not None else None)
         self.layers = []
         for layer, crossing in zip(parts.layers, crossings, strict=True):
             attn = layer.attn

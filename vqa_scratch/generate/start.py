@@ -67,8 +67,10 @@ def begin(
     modules = taps.active() or decoder.training
     make = SingleState if rows == members == 1 else StaticState
     reads = memory is not None and parts.layers[0].cross is not None
-    real = prompt_mask is None or bool(prompt_mask.all())
-    if length == members == 1 and real and reads and not modules and not graph:  # such a prompt is one step more
+    if prompt_mask is not None and bool(prompt_mask.all()):
+        prompt_mask = None
+    # A prompt of one token is a step like any other.
+    if length == members == 1 and prompt_mask is None and reads and not modules and not graph:
         state = make(parts, _only_memory(parts, decoder.new_cache(), memory, rows), None, 1 + steps, members)
         return state.step(prompt_ids[:, 0]), state
     logits, cache, mask = prefill(decoder, prompt_ids, prompt_mask, memory)

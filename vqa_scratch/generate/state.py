@@ -134,9 +134,7 @@ class StaticState:
         self.spread = None  # (G * H, K, C): `seen` where it does not change from step to step
         if self.seen is not None and self.members == 1:
             self.spread = self.seen.repeat_interleave(self.heads, 0)
-        crossings = [None] * len(self.parts.layers)
-        if self.cross_parts is not None:
-            crossings = cross.crossings(self.parts.layers, self.cross_parts)
+        crossings = cross.crossings(self.parts.layers, self.cross_parts)
         self.layers = []
         for layer, crossing in zip(self.parts.layers, crossings, strict=True):
             attn = layer.attn
