@@ -3,8 +3,10 @@
     python rlhf.py                                   # made-up news, all three steps, minutes on two cores
     python rlhf.py --preset book --articles news.csv # flan-t5-small with two RoBERTa reward models
     python rlhf.py --preset vqa --policy runs/vqa    # a run of train.py, rewarded by the official VQA accuracy
-    python rlhf.py --resume --out runs/rlhf          # go on after a kill
+    python rlhf.py --resume                          # go on after a kill, with the flags it was begun with
     torchrun --nproc-per-node 8 rlhf.py ...          # one process a GPU; docs/scale.md
+
+A run lies in runs/rlhf-PRESET unless --out says otherwise.
 
 The loop itself is `PPO.step` in vqa_scratch/rl/ppo.py; this file wires it to a task, a bar, checkpoints and a report.
 """
@@ -201,7 +203,7 @@ def work(config: RLHFConfig, world: World) -> dict[str, float] | int:
     )
     log, earlier, stopped = train(ppo, task, config, about, saved, started)
     if stopped is not None:
-        print(f"stopped by signal {stopped} after iteration {ppo.iteration}; go on with --resume --out {config.out}")
+        print(f"stopped by signal {stopped} after iteration {ppo.iteration}; go on with the same flags and --resume")
         return stopped
     summary = ranks.with_whole_model(lambda: conclude(ppo, task, config, log) if world.main else {})
     if not world.main:

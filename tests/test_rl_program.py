@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import rlhf
+import train
 from vqa_scratch import options
 from vqa_scratch.engine import precision
 from vqa_scratch.errors import UserError
@@ -111,6 +112,14 @@ def test_killed_and_resumed_equals_uninterrupted(finished, cache, tmp_path):
 def refused(message, *argv):
     with pytest.raises(UserError, match=message):
         rlhf.run(list(argv))
+
+
+def test_every_preset_has_a_folder_of_its_own():
+    """So that a run of one is not in the way of another, of train.py's least of all: vqa reads one of those."""
+    made = [options.parse(RLHFConfig, PRESETS, ["--preset", name], program="", about="") for name in PRESETS]
+    assert [str(config.out) for config in made] == [f"runs/rlhf-{name}" for name in PRESETS]
+    of_train = {train.command_line(["--preset", name, "--data", "x", "--resume"]).out for name in train.PRESETS}
+    assert len(of_train) == len(train.PRESETS) and not of_train & {config.out for config in made}
 
 
 def test_runs_are_not_mixed_up(finished, cache, tmp_path):

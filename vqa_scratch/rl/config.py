@@ -14,7 +14,7 @@ ALGORITHMS = ("ppo", "rloo", "grpo", "best-of-n")
 @dataclass(frozen=True)
 class RLHFConfig:
     preset: str = option("mini-news", "Which task to run.", ("mini-news", "book", "vqa"))
-    out: Path = option(Path("runs/rlhf"), "Folder of the run.")
+    out: Path = option(Path("runs/rlhf-mini-news"), "Folder of the run.")
     seed: int = option(0, "Seed of data, initial weights and sampling.")
     device: str = option("auto", "Where to compute.", ("auto", "cpu", "cuda"))
     precision: str = option("auto", "Arithmetic; auto is bf16 where it is clearly faster.", ("auto", "fp32", "bf16"))
@@ -181,8 +181,16 @@ PRESETS: dict[str, dict[str, Any]] = {
         "max_new_tokens": 32,
         "iterations": 60,
     },
-    "book": {"prompts": 8, "samples": 1, "max_new_tokens": 64, "micro_prompts": 2, "iterations": 250},
+    "book": {
+        "out": Path("runs/rlhf-book"),
+        "prompts": 8,
+        "samples": 1,
+        "max_new_tokens": 64,
+        "micro_prompts": 2,
+        "iterations": 250,
+    },
     "vqa": {
+        "out": Path("runs/rlhf-vqa"),
         "policy": "runs/vqa",
         "max_new_tokens": 8,
         "length_weight": 0.01,
