@@ -254,6 +254,26 @@ def test_book_names_what_is_wrong_with_its_input(book, tmp_path):
     refused("not a t5", *argv, *out, "--policy", f"{folder}/tone")
 
 
+def test_what_is_cheap_to_check_is_checked_first(book, tmp_path):
+    """A wrong path or a folder that takes no files is told before models are looked for, and before any are trained."""
+    argv, data, _ = book
+    nowhere = [*argv, "--policy", "/no/such/folder", "--out", str(tmp_path / "run")]
+    wrong = ((tmp_path / "none.csv", "no file"), (tmp_path, "articles come from"), (data, "no folder"))
+    for articles, message in wrong:
+        refused(message, *nowhere, "--articles", str(articles))
+    refused("14 articles are too few", *nowhere, "--prompts", "12")
+
+    taken = tmp_path / "file"
+    taken.write_text("")
+    for out, cache, *more in (
+        (taken / "run", tmp_path / "cache"),
+        (tmp_path / "run", taken / "cache"),
+        (tmp_path / "run", tmp_path / "cache", "--reference", "/no/such/folder"),
+    ):
+        refused("cannot write into the folder|no folder", *flags(out, cache, *more))
+        assert sorted(tmp_path.iterdir()) == [taken], "nothing was trained"
+
+
 def test_reference_of_another_vocabulary_is_refused(book, tmp_path):
     import dataclasses
 

@@ -24,7 +24,7 @@ from vqa_scratch.data.text import Tokenizer
 from vqa_scratch.models.bert import BertConfig
 from vqa_scratch.models.classifier import TextClassifier
 from vqa_scratch.models.t5 import T5, T5Config
-from vqa_scratch.storage import unfinished_name
+from vqa_scratch.storage import check_writable, unfinished_name
 
 TRAIN_SEED, HELD_OUT_SEED, REWARD_SEED = 0, 1, 2  # of the articles; PPO may train on the first, never on the second
 T5_TOKENS = ("<pad>", "</s>", "<unk>")
@@ -189,10 +189,14 @@ def load(folder: Path) -> MiniNews:
 
 
 def prepare(cache: Path, seed: int, sft_steps: int, reward_steps: int, device: str = "cpu") -> tuple[MiniNews, Path]:
-    """Steps 1 and 2, or what an earlier run with the same recipe kept. Returns it and the folder it lies in."""
+    """Steps 1 and 2, or what an earlier run with the same recipe kept. Returns it and the folder it lies in.
+
+    Raises UserError if `cache` cannot be written to.
+    """
     folder = cache / f"mini-news-{recipe_hash(seed=seed, sft_steps=sft_steps, reward_steps=reward_steps)}"
     if folder.is_dir():
         return load(folder), folder
+    check_writable(cache)  # now, not after minutes of training
     tokenizer, reward_tokenizer = tokenizers_for(news.news(2_000, TRAIN_SEED))
     summariser = train_summariser(tokenizer, seed, sft_steps, device)
     made = {}

@@ -12,6 +12,7 @@ from vqa_scratch.errors import UserError
 from vqa_scratch.options import to_json
 from vqa_scratch.rl.config import RLHFConfig
 from vqa_scratch.rl.ppo import PPO
+from vqa_scratch.storage import check_writable
 
 # Between a run and its continuation; the last two, for a run that broke down.
 MAY_CHANGE = {"resume", "out", "cache", "device", "parallel", "checkpoint_every", "learning_rate", "max_grad_norm"}
@@ -26,7 +27,11 @@ def fingerprint(model: nn.Module) -> str:
 
 
 def last_checkpoint(config: RLHFConfig) -> dict[str, Any] | None:
-    """With --resume, the run's last checkpoint. Raises UserError if it is of another run, or would be overwritten."""
+    """With --resume, the run's last checkpoint.
+
+    Raises UserError if it is of another run, or would be overwritten, and if the folder cannot be written to.
+    """
+    check_writable(config.out)
     path, about = config.out / "checkpoints" / "last.pt", config.out / "config.json"
     program = load_json(about).get("program") if about.is_file() else None
     if program not in (None, "rlhf.py"):

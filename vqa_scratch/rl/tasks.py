@@ -136,6 +136,7 @@ def summarising_task(
 
 def mini_news_task(config: RLHFConfig, device: torch.device, precision: torch.dtype) -> Task:
     """Made-up news, a T5 of half a million parameters, and two reward models, made here or taken from the cache."""
+    reference = T5.from_pretrained(config.reference).to(device) if config.reference else None
     made, folder = mini_news.prepare(config.cache, config.seed, config.sft_steps, config.reward_steps, str(device))
 
     notes = [f"summariser and reward models: {folder}"]
@@ -156,7 +157,7 @@ def mini_news_task(config: RLHFConfig, device: torch.device, precision: torch.dt
     return summarising_task(
         config,
         made.summariser.to(device),
-        T5.from_pretrained(config.reference).to(device) if config.reference else None,
+        reference,
         made.tokenizer,
         reward,
         prompts(max(MINI_NEWS_ARTICLES, config.prompts), mini_news.TRAIN_SEED),
@@ -166,14 +167,35 @@ def mini_news_task(config: RLHFConfig, device: torch.device, precision: torch.dt
     )
 
 
+def book_articles(config: RLHFConfig) -> tuple[list[str], list[str], list[str]]:
+    """Articles, their reference summaries ("" where there is none), and remarks. Raises UserError on too few."""
+    notes = []
+    if config.articles:
+        articles = read_articles(Path(config.articles), config.column, config.summary_column)
+        texts, summaries = articles.texts, articles.summaries
+        if articles.empty:
+            notes.append(f"{len(articles.empty)} empty articles left out, the first at line {articles.empty[0]}")
+    elif config.init == "random":
+        items = news(8 * (config.eval_prompts + config.prompts), seed=config.seed)
+        texts = [" ".join(item.article for item in items[i : i + 8]) for i in range(0, len(items), 8)]
+        summaries = [""] * len(texts)
+        notes.append("no --articles given: made-up ones serve to measure speed")
+    else:
+        raise UserError("--preset book needs --articles, a CSV, JSONL or text file")
+    if len(texts) < config.eval_prompts + config.prompts:
+        raise UserError(
+            f"{len(texts)} articles are too few: {config.eval_prompts} are held out (--eval-prompts) and a batch "
+            f"needs {config.prompts} (--prompts)"
+        )
+    return texts, summaries, notes
+
+
 def book_task(config: RLHFConfig, device: torch.device, precision: torch.dtype) -> Task:
     """flan-t5-small and two RoBERTa classifiers on articles from a file; or random weights of their sizes."""
-    notes = []
+    texts, summaries, notes = book_articles(config)  # before gigabytes are looked for
     if config.init == "random":
         policy, tokenizer, grammar, tone = _random_book(config)
     else:
-        if not config.articles:
-            raise UserError("--preset book needs --articles, a CSV, JSONL or text file")
         policy, tokenizer = T5.from_pretrained(config.policy), Tokenizer.from_pretrained(config.policy)
         grammar, tone = (
             (TextClassifier.from_pretrained(name), Tokenizer.from_pretrained(name))
@@ -182,24 +204,9 @@ def book_task(config: RLHFConfig, device: torch.device, precision: torch.dtype) 
     reference = T5.from_pretrained(config.reference).to(device) if config.reference else None
     reward = classifier_reward(config, (grammar[0].to(device), grammar[1]), (tone[0].to(device), tone[1]), precision)
 
-    if config.articles:
-        articles = read_articles(Path(config.articles), config.column, config.summary_column)
-        texts, summaries = articles.texts, articles.summaries
-        if articles.empty:
-            notes.append(f"{len(articles.empty)} empty articles left out, the first at line {articles.empty[0]}")
-    else:
-        items = news(8 * (config.eval_prompts + config.prompts), seed=config.seed)
-        texts = [" ".join(item.article for item in items[i : i + 8]) for i in range(0, len(items), 8)]
-        summaries = [""] * len(texts)
-        notes.append("no --articles given: made-up ones serve to measure speed")
     prompts, cut = encode_articles(texts, summaries, tokenizer, config.prefix, config.max_prompt_tokens)
     notes += cut_note(cut, len(prompts), config)
     random.Random(config.seed).shuffle(prompts)
-    if len(prompts) < config.eval_prompts + config.prompts:
-        raise UserError(
-            f"{len(prompts)} articles are too few: {config.eval_prompts} are held out (--eval-prompts) and a batch "
-            f"needs {config.prompts} (--prompts)"
-        )
     held_out, train = prompts[: config.eval_prompts], prompts[config.eval_prompts :]
     return summarising_task(config, policy.to(device), reference, tokenizer, reward, train, held_out, precision, notes)
 
