@@ -138,8 +138,8 @@ def train(
 def conclude(ppo: PPO, task: Task, config: RLHFConfig, log: MetricsLog) -> dict[str, float]:
     """Measure before and after on held-out prompts and write every report. Returns the summary."""
     prompts, k, seed = task.held_out[: config.eval_prompts], config.eval_samples, config.seed + 10
-    before = evaluate.measure(ppo, task.reference, prompts, k, seed)
-    after = evaluate.measure(ppo, ppo.actor.backbone, prompts, k, seed)
+    before = evaluate.measure(ppo, task.reference, prompts, k, seed, task.figures)
+    after = evaluate.measure(ppo, ppo.actor.backbone, prompts, k, seed, task.figures)
     few = prompts[: config.frontier_prompts]
     curve = evaluate.reference_frontier(ppo, few, config.frontier_samples, seed + 1)
     # On the prompts of the curve, so that both gains are of the same prompts.

@@ -18,7 +18,7 @@ from vqa_scratch import options
 from vqa_scratch.engine import precision
 from vqa_scratch.errors import UserError
 from vqa_scratch.models.t5 import T5
-from vqa_scratch.rl import evaluate, mini_news, report, tasks
+from vqa_scratch.rl import evaluate, metrics, mini_news, report, tasks
 from vqa_scratch.rl.config import PRESETS, RLHFConfig
 from vqa_scratch.rl.types import Samples
 
@@ -85,7 +85,7 @@ def test_artefacts_are_cached_by_what_made_them(finished, cache):
     assert (cache / folders[0] / "tone" / "model.safetensors").stat().st_mtime_ns == before
 
 
-def metrics(out):
+def logged(out):
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in row.items() if "time/" not in k and "per_second" not in k} for row in rows]
 
@@ -104,7 +104,7 @@ def test_killed_and_resumed_equals_uninterrupted(finished, cache, tmp_path):
     process.wait()
     assert (out / "checkpoints" / "last.pt").exists(), process.stdout.read().decode()
     rlhf.run(flags(out, cache, "--resume"))
-    assert metrics(out) == metrics(whole)
+    assert logged(out) == logged(whole)
     a, b = (torch.load(x / "checkpoints" / "last.pt", weights_only=True)["ppo"]["actor"] for x in (out, whole))
     assert all(torch.equal(a[name], b[name]) for name in b)
 
@@ -312,10 +312,10 @@ def test_empty_article_is_refused_by_name():
 
 
 def test_overlap_by_hand():
-    assert evaluate.overlap("The cat sat.", "the cat sat") == 1.0
-    assert evaluate.overlap("a b c d", "a b x") == pytest.approx(2 * 2 / 7)
-    assert evaluate.overlap("a a a", "a") == pytest.approx(2 / 4)
-    assert evaluate.overlap("", "a") == 0.0
+    assert metrics.overlap("The cat sat.", "the cat sat") == 1.0
+    assert metrics.overlap("a b c d", "a b x") == pytest.approx(2 * 2 / 7)
+    assert metrics.overlap("a a a", "a") == pytest.approx(2 / 4)
+    assert metrics.overlap("", "a") == 0.0
 
 
 def test_best_of_n_reward_against_all_subsets():
@@ -356,4 +356,4 @@ def mini_news_prompt(text):
 
 def figures(prompt, text):
     value = torch.tensor([1.0])
-    return evaluate.Figures(value, {"<b>": value}, Samples([prompt], [[1]], [text], [False]), 0.5, 0.5)
+    return evaluate.Figures(value, {"<b>": value}, Samples([prompt], [[1]], [text], [False]), 0.5, {})

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from vqa_helpers import small_config, small_data, small_task
 
 import rlhf
 from vqa_scratch.config import TrainConfig
@@ -20,6 +21,7 @@ from vqa_scratch.rl.rewards import RewardPart, RewardSum
 from vqa_scratch.rl.rollout import chances, sample
 from vqa_scratch.rl.types import Samples
 from vqa_scratch.rl.vqa_policy import VQAPolicy, check_answers, official_accuracy, prompts_from
+from vqa_scratch.run import save_weights
 from vqa_scratch.systems.vqa import embedded_system
 
 SIZES = {"width": 32, "heads": 2, "image_layers": 1, "text_layers": 1, "decoder_layers": 2}
@@ -121,6 +123,26 @@ def test_sampling_keeps_to_the_rules(system, samples):
         ids, mask, finished = sample(policy, context, rules, chance)
     assert (mask.sum(1) >= 3).all() and not (ids[mask] == policy.pad_id).any()
     assert torch.equal(((ids == policy.eos_id) & mask).any(1), finished)
+
+
+@pytest.fixture(scope="module")
+def flags(tmp_path_factory):
+    """The command line of a tiny run on an untrained system of train.py."""
+    folder = tmp_path_factory.mktemp("trained")
+    config = small_config(small_data(folder), folder / "run")
+    trained = small_task(config)
+    trained.save_parts(config.out)
+    save_weights(config.out / "model.safetensors", trained.model)
+    argv = f"--preset vqa --policy {config.out} --prompts 4 --samples 2 --iterations 1 --eval-prompts 6"
+    return [*argv.split(), *"--frontier-prompts 4 --frontier-samples 4 --precision fp32 --device cpu".split()]
+
+
+def test_a_run_reports_the_figures_that_answers_have(flags, tmp_path, capsys):
+    summary = rlhf.run([*flags, "--out", str(tmp_path)])
+    names = {name.removesuffix("_before") for name in summary if name.endswith("_before")}
+    assert names == set("reward reward_std finish distinct_2 length accuracy shortness".split())
+    assert "overlap" not in capsys.readouterr().out
+    assert "<td>reference text</td>" in (tmp_path / "samples.html").read_text()
 
 
 def test_what_is_no_run_is_refused(tmp_path):

@@ -4,8 +4,7 @@ Shapes: P prompts, K samples a prompt, B = P * K responses, n reference samples 
 """
 
 import math
-import re
-from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -20,17 +19,6 @@ from vqa_scratch.rl.types import Prompt, Samples
 AT_ONCE = 32  # prompts whose responses are sampled together
 
 
-def words(text: str) -> list[str]:
-    """Lower-case words and numbers, punctuation left out."""
-    return re.findall(r"\w+", text.lower())
-
-
-def overlap(text: str, reference: str) -> float:
-    """Unigram F1 between two texts (ROUGE-1; Lin 2004): twice the shared words over all words."""
-    a, b = Counter(words(text)), Counter(words(reference))
-    return 2 * (a & b).total() / max(1, a.total() + b.total())
-
-
 @dataclass(frozen=True)
 class Figures:
     """How a policy does on some prompts."""
@@ -39,7 +27,7 @@ class Figures:
     parts: dict[str, Tensor]  # (B,) each, before weights
     samples: Samples
     kl: float  # mean exact KL of a response from the reference, nats
-    overlap: float | None  # mean with the reference responses; None where there are none
+    own: dict[str, float]  # the task's own figures
 
     @property
     def finish(self) -> float:
@@ -54,14 +42,23 @@ class Figures:
             f"distinct_2_{when}": distinct_2(self.samples.ids),
             f"length_{when}": sum(map(len, self.samples.ids)) / len(self.samples.ids),
         }
-        if self.overlap is not None:
-            result[f"overlap_{when}"] = self.overlap
+        result |= {f"{name}_{when}": value for name, value in self.own.items()}
         return result | {f"{name}_{when}": float(value.mean()) for name, value in self.parts.items()}
 
 
 @torch.no_grad()
-def measure(ppo: PPO, policy: Backbone, prompts: list[Prompt], samples: int, seed: int) -> Figures:
-    """Sample from `policy` and judge it; the same seed before and after, so that chance is shared."""
+def measure(
+    ppo: PPO,
+    policy: Backbone,
+    prompts: list[Prompt],
+    samples: int,
+    seed: int,
+    own: Mapping[str, Callable[[Samples], float]] | None = None,
+) -> Figures:
+    """Sample from `policy` and judge it; the same seed before and after, so that chance is shared.
+
+    `own` are figures that the task adds, by name.
+    """
     generator = torch.Generator(ppo.actor.value_head.weight.device).manual_seed(seed)
     rewards, parts, kls = [], [], []
     gathered = Samples([], [], [], [])
@@ -86,13 +83,12 @@ def measure(ppo: PPO, policy: Backbone, prompts: list[Prompt], samples: int, see
         kls.append(kl)
         for name in ("prompts", "ids", "texts", "finished"):
             getattr(gathered, name).extend(getattr(seen, name))
-    pairs = [(t, p.reference) for t, p in zip(gathered.texts, gathered.prompts, strict=True) if p.reference]
     return Figures(
         torch.cat(rewards),
         {name: torch.cat([p[name] for p in parts]) for name in parts[0]},
         gathered,
         float(torch.cat(kls).mean()),
-        sum(overlap(*pair) for pair in pairs) / len(pairs) if pairs else None,
+        {name: figure(gathered) for name, figure in (own or {}).items()},
     )
 
 

@@ -1,9 +1,11 @@
-"""What a run logs, under the names that TRL made common, plus what they leave out.
+"""What a run logs, under the names that TRL made common, plus what they leave out; and figures of the responses alone.
 
 Shapes: B responses, R response tokens, N real tokens.
 """
 
 import math
+import re
+from collections import Counter
 
 import torch
 from torch import Tensor
@@ -17,6 +19,23 @@ def distinct_2(ids: list[list[int]]) -> float:
     """Different bigrams as a share of all bigrams in all responses: falls towards 0 when they become alike."""
     pairs = [pair for row in ids for pair in zip(row, row[1:], strict=False)]
     return len(set(pairs)) / len(pairs) if pairs else 0.0
+
+
+def words(text: str) -> list[str]:
+    """Lower-case words and numbers, punctuation left out."""
+    return re.findall(r"\w+", text.lower())
+
+
+def overlap(text: str, reference: str) -> float:
+    """Unigram F1 between two texts (ROUGE-1; Lin 2004): twice the shared words over all words."""
+    a, b = Counter(words(text)), Counter(words(reference))
+    return 2 * (a & b).total() / max(1, a.total() + b.total())
+
+
+def mean_overlap(samples: Samples) -> float:
+    """Mean `overlap` of the responses with the reference responses of their prompts, over those that have one."""
+    pairs = [(t, p.reference) for t, p in zip(samples.texts, samples.prompts, strict=True) if p.reference]
+    return sum(overlap(*pair) for pair in pairs) / len(pairs)
 
 
 def rollout_metrics(t: Trajectory, samples: Samples, raw: Tensor, parts: dict[str, Tensor]) -> dict[str, float]:

@@ -17,9 +17,10 @@ from vqa_scratch.models.classifier import TextClassifier
 from vqa_scratch.models.t5 import T5, T5Config
 from vqa_scratch.rl import mini_news
 from vqa_scratch.rl.config import RLHFConfig
+from vqa_scratch.rl.metrics import mean_overlap
 from vqa_scratch.rl.policy import Backbone, SamplingRules, T5Policy, freeze
 from vqa_scratch.rl.rewards import ClassifierReward, RewardPart, RewardSum, length_penalty
-from vqa_scratch.rl.types import Prompt
+from vqa_scratch.rl.types import Prompt, Samples
 
 MINI_NEWS_ARTICLES = 4_000  # that PPO draws from; the summariser saw the first ones with their summaries
 
@@ -35,6 +36,7 @@ class Task:
     decode: Callable[[list[int]], str]
     save: Callable[[Path], None]  # writes the policy as a checkpoint folder
     notes: list[str] = field(default_factory=list)  # one-line remarks for the log
+    figures: dict[str, Callable[[Samples], float]] = field(default_factory=dict)  # of its own, before and after
 
 
 def encode_articles(
@@ -131,6 +133,7 @@ def summarising_task(
         lambda ids: tokenizer.decode(ids),
         save,
         notes,
+        {"overlap": mean_overlap} if any(prompt.reference for prompt in held_out) else {},
     )
 
 

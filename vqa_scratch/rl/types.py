@@ -17,7 +17,7 @@ class Prompt:
 
     text: str  # as the reader sees it, in samples.html
     ids: tuple[int, ...] = ()  # token ids given to the encoder
-    reference: str = ""  # a reference response, for the word overlap; may be empty
+    reference: str = ""  # a reference response, shown in samples.html; may be empty
     payload: Any = None  # whatever else the policy or the reward need (an image path, annotators' answers)
 
 

@@ -26,7 +26,7 @@ IMAGES_KEPT = 4096  # decoded images held in memory
 
 
 def prompts_from(samples: list[VQASample], encoder: Encoder) -> list[Prompt]:
-    """Questions as prompts; the annotators' majority answer is the reference for the word overlap."""
+    """Questions as prompts; the annotators' majority answer is the reference that samples.html shows."""
     return [Prompt(s.question, tuple(encoder.question(s.question)), s.answer, payload=s) for s in samples]
 
 
