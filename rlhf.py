@@ -27,6 +27,7 @@ from vqa_scratch import options
 from vqa_scratch.engine.allocator import keep_freed_memory
 from vqa_scratch.engine.checkpoint import rng_state, save_checkpoint
 from vqa_scratch.engine.distributed import World, start, told_once
+from vqa_scratch.engine.evaluation import check_room
 from vqa_scratch.engine.parallel import check_sharing, share_model
 from vqa_scratch.engine.precision import DTYPES, Precision, pick_device, pick_precision
 from vqa_scratch.engine.progress import MetricsLog
@@ -55,6 +56,9 @@ def vqa_task(config: RLHFConfig, device: torch.device, precision: torch.dtype) -
     held_out = draw.sample(splits["test"], min(config.eval_prompts, len(splits["test"])))
     for what, samples in (("train", splits["train"]), ("test", held_out)):
         check_answers(samples, f"the {what} split")
+    questions = {sample.question for sample in (*splits["train"], *held_out)}
+    longest = max(len(run.encoder.prompt(question)) for question in questions) + 1  # with the start token
+    check_room(run.model.decoder, longest, config.max_new_tokens)
     policy = VQAPolicy(run.model, run.encoder, run.processor)
     parts = [RewardPart("accuracy", 1.0, official_accuracy)]
     if config.length_weight:

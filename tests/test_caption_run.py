@@ -323,6 +323,10 @@ def test_released_towers_train(tmp_path):
     size = {"captions_per_step": 4, "captions_per_image": 2, "max_caption_tokens": 4, "eval_captions": 2}
     out = tmp_path / "run"
     train.main(config(coco(tmp_path / "coco"), out, preset="coco", **towers, **rest, **size))
+    with pytest.raises(UserError, match="--max-caption-tokens 65 is more than the 64 positions of"):
+        train.main(
+            config(tmp_path / "coco", out / "2", preset="coco", **towers, **rest | size | {"max_caption_tokens": 65})
+        )
     model = open_trained(out, CPU).model
     assert model.grid == 7 and torch.equal(model.image.norm1.running_var, state["bn1.running_var"])
     command("export", str(out), str(tmp_path / "out"))

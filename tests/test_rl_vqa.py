@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import json
+import re
 
 import numpy as np
 import pytest
@@ -129,12 +130,13 @@ def test_sampling_keeps_to_the_rules(system, samples):
 def flags(tmp_path_factory):
     """The command line of a tiny run on an untrained system of train.py."""
     folder = tmp_path_factory.mktemp("trained")
-    config = small_config(small_data(folder), folder / "run")
+    config = small_config(small_data(folder), folder / "run", question_prompt=True)
     trained = small_task(config)
     trained.save_parts(config.out)
     save_weights(config.out / "model.safetensors", trained.model)
     argv = f"--preset vqa --policy {config.out} --prompts 4 --samples 2 --iterations 1 --eval-prompts 6"
-    return [*argv.split(), *"--frontier-prompts 4 --frontier-samples 4 --precision fp32 --device cpu".split()]
+    argv += " --no-scale-reward --frontier-prompts 2 --frontier-samples 2 --precision fp32 --device cpu"
+    return argv.split()
 
 
 def test_a_run_reports_the_figures_that_answers_have(flags, tmp_path, capsys):
@@ -143,6 +145,17 @@ def test_a_run_reports_the_figures_that_answers_have(flags, tmp_path, capsys):
     assert names == set("reward reward_std finish distinct_2 length accuracy shortness".split())
     assert "overlap" not in capsys.readouterr().out
     assert "<td>reference text</td>" in (tmp_path / "samples.html").read_text()
+
+
+def test_answers_too_long_for_the_decoder_are_refused(flags, tmp_path):
+    """Before anything is sampled; and the number that the error names is the most that works."""
+    argv = [*flags, "--out", str(tmp_path / "run"), "--max-new-tokens"]
+    with pytest.raises(UserError, match="max_new_tokens 64 is too much: the decoder has 64 positions") as caught:
+        rlhf.run([*argv, "64"])
+    most = int(re.search(r"leaves (\d+) behind", str(caught.value))[1])
+    with pytest.raises(UserError, match=f"max_new_tokens {most + 1} is too much"):
+        rlhf.run([*argv, str(most + 1)])
+    rlhf.run([*argv, str(most)])
 
 
 def test_what_is_no_run_is_refused(tmp_path):

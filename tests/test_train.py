@@ -11,16 +11,22 @@ from vqa_helpers import small_config, small_data, small_flags
 import train
 from vqa_scratch.config import PRESETS, TrainConfig
 from vqa_scratch.data.batches import Images, Questions
+from vqa_scratch.data.images import ImageProcessor
 from vqa_scratch.data.scenes import FAMILIES
+from vqa_scratch.data.text import train_bpe, train_wordpiece
 from vqa_scratch.data.vqa_v2 import read_vqa
 from vqa_scratch.engine.checkpoint import load_checkpoint
 from vqa_scratch.engine.evaluation import rank_answers
 from vqa_scratch.engine.precision import Precision
 from vqa_scratch.errors import UserError
 from vqa_scratch.metrics import vqa_accuracy
+from vqa_scratch.models.bert import Bert, BertConfig
+from vqa_scratch.models.gpt2 import GPT2, GPT2Config
+from vqa_scratch.models.vit import ViT, ViTConfig
 from vqa_scratch.options import from_json, to_json
 from vqa_scratch.run import load_run
 from vqa_scratch.systems.questions import read_splits
+from vqa_scratch.systems.vqa import released_system
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +51,38 @@ def test_the_loss_falls(run):
     losses = [row["loss"] for row in rows(run) if "loss" in row]
     # It starts at that of a uniform guess among 512 tokens, log 512 = 6.2, or a little below.
     assert 5 < losses[0] < 7 and losses[-1] < 0.7 * losses[0]
+
+
+def test_token_limits_that_released_towers_have_no_positions_for(tmp_path):
+    """Said when the towers are opened, not in the middle of training by the first long question."""
+    text, decoder = train_wordpiece(["what is it"], 60), train_bpe([" what is it"], 300)
+    sizes = {"dim": 16, "heads": 2, "layers": 1}
+    towers = {
+        "image_model": (ViT(ViTConfig(hidden=16, image_size=32, **sizes)), ImageProcessor(size=(32, 32))),
+        "text_model": (Bert(BertConfig(layout="roberta", max_positions=22, pad_id=1, hidden=16, **sizes)), text),
+        "decoder_model": (GPT2(GPT2Config(vocab_size=len(decoder), max_positions=30, **sizes)), decoder),
+    }
+    for name, (model, beside) in towers.items():
+        model.save_pretrained(tmp_path / name)
+        (beside.save_pretrained if name == "image_model" else beside.save)(tmp_path / name)
+    paths = {name: str(tmp_path / name) for name in towers}
+
+    def opened(**limits: int | bool):
+        return released_system(TrainConfig(preset="book", init="pretrained", data=tmp_path, **paths, **limits), [])
+
+    with pytest.raises(UserError, match="^--max-question-tokens 21 is more than the 20 positions of .*text_model$"):
+        opened(max_question_tokens=21)  # a RoBERTa's first two rows are no positions
+    with pytest.raises(UserError, match="^--max-answer-tokens 31 is more than the 30 positions of .*decoder_model$"):
+        opened(max_question_tokens=20, max_answer_tokens=31)
+    both = "^--max-question-tokens 20 and --max-answer-tokens 11 are more than the 30 positions of .*decoder_model$"
+    with pytest.raises(UserError, match=both):
+        opened(max_question_tokens=20, max_answer_tokens=11, question_prompt=True)
+    opened(max_question_tokens=20, max_answer_tokens=30)
+    model, encoder, _ = opened(max_question_tokens=20, max_answer_tokens=10, question_prompt=True)
+    question, answer = "what is it " * 20, "it " * 20
+    read = torch.tensor([encoder.prompt(question) + encoder.answer(answer)[:-1]])
+    assert read.shape == (1, 30) and len(encoder.question(question)) == 20
+    model(torch.zeros(1, 3, 32, 32), torch.tensor([encoder.question(question)]), None, read)  # the longest there are
 
 
 def test_metrics_tell_what_happened(run):

@@ -18,7 +18,7 @@ from vqa_scratch.data.images import ImageProcessor
 from vqa_scratch.data.vqa_v2 import VQASample
 from vqa_scratch.engine.precision import Precision
 from vqa_scratch.errors import UserError
-from vqa_scratch.generate import GenerationOptions, generate, rank
+from vqa_scratch.generate import Decoder, GenerationOptions, generate, rank
 from vqa_scratch.metrics import accuracy_by
 from vqa_scratch.models.reader import Reader
 from vqa_scratch.nn.memory import Memory
@@ -71,6 +71,16 @@ def _ask(
         model.train(was_training)
 
 
+def check_room(decoder: Decoder, prompt: int, new_tokens: int) -> None:
+    """Raise UserError if a prompt of so many tokens leaves fewer positions than so many new ones take."""
+    positions = decoder.decoding_parts().max_positions
+    if positions is not None and prompt + new_tokens - 1 > positions:
+        raise UserError(
+            f"max_new_tokens {new_tokens} is too much: the decoder has {positions} positions, which leaves "
+            f"{positions - prompt + 1} behind a prompt of {prompt}"
+        )
+
+
 def answer_questions(
     model: Reader,
     questions: Questions,
@@ -92,12 +102,7 @@ def answer_questions(
     encoder, result = questions.encoder, {}
     limits = {"max_new_tokens": encoder.max_answer_tokens, "eos_id": questions.eos_id}
     options = GenerationOptions(**limits | dict(decoding or {}))
-    positions, longest = model.decoder.decoding_parts().max_positions, int(questions.prompts.lengths.max()) + 1
-    if positions is not None and longest + options.max_new_tokens - 1 > positions:
-        raise UserError(
-            f"max_new_tokens {options.max_new_tokens} is too much: the decoder has {positions} positions, which leaves "
-            f"{positions - longest + 1} behind a prompt of {longest}"
-        )
+    check_room(model.decoder, int(questions.prompts.lengths.max()) + 1, options.max_new_tokens)
 
     def work(rows: np.ndarray, prompt: Tensor, prompt_mask: Tensor, memory: list[Memory]) -> None:
         made = generate(model.decoder, prompt, prompt_mask, memory, options=options)

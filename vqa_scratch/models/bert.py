@@ -188,6 +188,11 @@ class Bert(nn.Module):
         self.apply(lambda module: init_weights(module, config.init_std))
         taps.name_modules(self, "text")
 
+    @property
+    def longest(self) -> int:
+        """The most tokens of a text that the position table serves."""
+        return self.config.max_positions - LAYOUTS[self.config.layout].first_position(self.config.pad_id)
+
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None
     ) -> Tensor:
@@ -196,9 +201,8 @@ class Bert(nn.Module):
         Raises ValueError on more tokens than positions, or on token types for a model without them.
         """
         layout = LAYOUTS[self.config.layout]
-        limit = self.config.max_positions - layout.first_position(self.config.pad_id)
-        if input_ids.shape[1] > limit:
-            raise ValueError(f"{input_ids.shape[1]} tokens, but the position table serves {limit}")
+        if input_ids.shape[1] > self.longest:
+            raise ValueError(f"{input_ids.shape[1]} tokens, but the position table serves {self.longest}")
         x = self.tokens(input_ids) + self.positions(layout.positions(input_ids, self.config.pad_id))
         if self.token_types is not None:
             x = x + (self.token_types.weight[0] if token_type_ids is None else self.token_types(token_type_ids))

@@ -32,6 +32,7 @@ from vqa_scratch.engine.distributed import World
 from vqa_scratch.engine.evaluation import Answer
 from vqa_scratch.engine.precision import Precision
 from vqa_scratch.engine.task import Task
+from vqa_scratch.errors import UserError
 
 
 class Job(Task, Protocol):
@@ -125,6 +126,14 @@ class System:
     def presets(self) -> tuple[str, ...]:
         """The presets that name this system, the default one first."""
         return self.config.__dataclass_fields__["preset"].metadata["choices"]
+
+
+def check_positions(config: RunConfig, names: Sequence[str], limit: int, tower: str) -> None:
+    """Raise UserError if a text may have more tokens, the sum of these options, than a released tower has positions."""
+    if sum(getattr(config, name) for name in names) > limit:
+        flags = " and ".join(f"--{name.replace('_', '-')} {getattr(config, name)}" for name in names)
+        verb = "is" if len(names) == 1 else "are"
+        raise UserError(f"{flags} {verb} more than the {limit} positions of {tower}")
 
 
 def seed_everything(seed: int) -> None:

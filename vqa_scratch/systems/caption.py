@@ -14,7 +14,7 @@ from vqa_scratch.engine.precision import Precision
 from vqa_scratch.models.caption import CaptionConfig, CaptionModel
 from vqa_scratch.models.gpt2 import GPT2, GPT2Config
 from vqa_scratch.models.resnet import ResNet, ResNetConfig
-from vqa_scratch.systems.base import System, seed_everything
+from vqa_scratch.systems.base import System, check_positions, seed_everything
 from vqa_scratch.systems.caption_job import CaptionJob
 from vqa_scratch.systems.caption_run import caption_encoder, open_trained
 from vqa_scratch.systems.captions import (
@@ -53,12 +53,18 @@ def embedded_model(config: CaptionTrainConfig, decoder: Tokenizer) -> CaptionMod
     return model
 
 
+def _check_positions(config: CaptionTrainConfig, sizes: GPT2Config) -> None:
+    read = [*(["max_question_tokens"] if config.question_share else []), "max_caption_tokens"]
+    check_positions(config, read, sizes.max_positions, config.decoder_model or "GPT-2")
+
+
 def build(config: CaptionTrainConfig, train: Texts) -> tuple[CaptionModel, Encoder, ImageProcessor]:
     """Model, tokenizer and preprocessing that the config asks for."""
     seed_everything(config.seed)
     if config.init == "pretrained":
         decoder = Tokenizer.from_pretrained(config.decoder_model)
         gpt2 = GPT2.from_pretrained(config.decoder_model, add_cross_attention=True)
+        _check_positions(config, gpt2.config)
         model = CaptionModel(ResNet.from_pretrained(config.image_model), gpt2)
         return model, caption_encoder(config, decoder), RESNET_PROCESSOR
     texts = {s.answer for s in (*train.captions, *train.questions)} | {s.question for s in train.questions}
@@ -66,6 +72,7 @@ def build(config: CaptionTrainConfig, train: Texts) -> tuple[CaptionModel, Encod
     encoder = caption_encoder(config, decoder)
     if config.preset == "coco":  # of the released sizes, for measuring without a network
         gpt2 = GPT2Config(vocab_size=50257, add_cross_attention=True, bos_id=decoder.bos_id, eos_id=decoder.eos_id)
+        _check_positions(config, gpt2)
         return CaptionModel.from_config(CaptionConfig(ResNetConfig(), gpt2)), encoder, RESNET_PROCESSOR
     return embedded_model(config, decoder), encoder, ImageProcessor(size=(IMAGE_SIZE, IMAGE_SIZE))
 

@@ -23,9 +23,8 @@ from vqa_scratch.data.vqa_v2 import VQASample
 from vqa_scratch.engine.classify import classify_questions, logits_of
 from vqa_scratch.engine.evaluation import Answer
 from vqa_scratch.engine.precision import Precision
-from vqa_scratch.errors import UserError
 from vqa_scratch.models.vilt import ViLT, ViLTClassifier, ViLTConfig, answer_loss
-from vqa_scratch.systems.base import System, seed_everything
+from vqa_scratch.systems.base import System, check_positions, seed_everything
 from vqa_scratch.systems.questions import QuestionJob, Splits, read_splits
 from vqa_scratch.systems.vilt_run import build_vilt, open_trained, save_parts
 from vqa_scratch.systems.vqa import VOCABULARY, grid_positions
@@ -63,11 +62,7 @@ def small_system(config: ViLTTrainConfig, train: list[VQASample], labels: tuple[
 def released_system(config: ViLTTrainConfig, labels: tuple[str, ...]) -> Parts:
     """A released ViLT under a new head, with its tokenizer and preprocessing."""
     vilt = ViLT.from_pretrained(config.model)
-    limit = vilt.config.max_positions
-    if config.max_question_tokens > limit:
-        raise UserError(
-            f"--max-question-tokens {config.max_question_tokens} is more than the {limit} positions of {config.model}"
-        )
+    check_positions(config, ["max_question_tokens"], vilt.config.max_positions, config.model)
     encoder = TextEncoder(Tokenizer.from_pretrained(config.model), max_question_tokens=config.max_question_tokens)
     return ViLTClassifier(vilt, labels), encoder, ViltImageProcessor.from_pretrained(config.model)
 

@@ -5,7 +5,6 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,7 @@ from vqa_scratch.models.vit import ViT, ViTConfig
 from vqa_scratch.models.vqa import VQAModel
 from vqa_scratch.run import encoder_for, save_parts
 from vqa_scratch.storage import write_json
-from vqa_scratch.systems.base import System, seed_everything
+from vqa_scratch.systems.base import System, check_positions, seed_everything
 from vqa_scratch.systems.features import keep_features
 from vqa_scratch.systems.questions import QuestionJob, Splits, read_splits
 from vqa_scratch.systems.vqa_run import ANSWERS, open_trained, ranked_questions
@@ -114,18 +113,18 @@ def released_system(config: TrainConfig, train: list[VQASample]) -> tuple[VQAMod
     """Towers, tokenizers and preprocessing from checkpoints; or, with `--init random`, random towers of book size."""
     if config.init == "random":
         text, decoder = _own_tokenizers(train, " ")
-        towers = (ViT(ViTConfig()), Bert(DISTILBERT), GPT2(replace(GPT2Config(), add_cross_attention=True)))
+        image, words, writer = ViT(ViTConfig()), Bert(DISTILBERT), GPT2(GPT2Config(add_cross_attention=True))
         processor = ImageProcessor()
     else:
         text = Tokenizer.from_pretrained(config.text_model)
         decoder = Tokenizer.from_pretrained(config.decoder_model)
-        towers = (
-            ViT.from_pretrained(config.image_model),
-            Bert.from_pretrained(config.text_model),
-            GPT2.from_pretrained(config.decoder_model, add_cross_attention=True),
-        )
+        image, words = ViT.from_pretrained(config.image_model), Bert.from_pretrained(config.text_model)
+        writer = GPT2.from_pretrained(config.decoder_model, add_cross_attention=True)
         processor = ImageProcessor.from_pretrained(config.image_model)
-    return VQAModel(*towers, config.fusion), encoder_for(config, text, decoder), processor
+    check_positions(config, ["max_question_tokens"], words.longest, config.text_model or "DistilBERT")
+    written = [*(["max_question_tokens"] if config.question_prompt else []), "max_answer_tokens"]
+    check_positions(config, written, writer.config.max_positions, config.decoder_model or "GPT-2")
+    return VQAModel(image, words, writer, config.fusion), encoder_for(config, text, decoder), processor
 
 
 def build_system(config: TrainConfig, train: list[VQASample]) -> tuple[VQAModel, Encoder, ImageProcessor]:
