@@ -36,16 +36,16 @@ def program(argv: list[str], prepare=None) -> None:
 
 def at_iteration(rank: int, number: int, then) -> None:
     """On that rank, call `then` in the middle of the iteration: after its rollout, before its update."""
-    from vqa_scratch.rl.ppo import PPO
+    from vqa_scratch.rl.update import Update
 
-    update = PPO.update
+    update = Update.run
 
-    def watched(self, *args):
-        if self.iteration + 1 == number and self.world.rank == rank:
+    def watched(self, prompts, trajectory, context, iteration):
+        if iteration + 1 == number and self.ranks.world.rank == rank:
             then()
-        return update(self, *args)
+        return update(self, prompts, trajectory, context, iteration)
 
-    PPO.update = watched
+    Update.run = watched
 
 
 def send(number: int) -> None:

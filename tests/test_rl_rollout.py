@@ -150,7 +150,7 @@ def test_value_clip_is_in_units_of_the_spread_of_returns():
         with torch.no_grad():
             ppo.actor.value_head.weight.copy_(factor * torch.linspace(-0.2, 0.2, 16))
         stats = UpdateStats()
-        ppo.accumulate(list(range(8)), prompts, larger, context, stats)
+        ppo.update.accumulate(list(range(8)), prompts, larger, context, stats)
         shares.append(float(stats.minibatches[0]["value_clipped"]))
     assert 0 < shares[0] < 1 and shares[0] == pytest.approx(shares[1], abs=1e-6)
 
@@ -158,10 +158,10 @@ def test_value_clip_is_in_units_of_the_spread_of_returns():
 def test_what_the_optimizer_and_the_value_head_begin_with():
     ppo = tiny_ppo(value_lr_scale=3.0)
     assert not any(p.any() for p in ppo.actor.value_head.parameters())
-    assert (ppo.optimizer.defaults["eps"], ppo.optimizer.defaults["weight_decay"]) == (1e-5, 0.0)
-    ppo.set_learning_rate()
-    head, body = (group["lr"] for group in ppo.optimizer.param_groups)
-    assert head == pytest.approx(3 * body) and body == ppo.learning_rate
+    assert (ppo.update.optimizer.defaults["eps"], ppo.update.optimizer.defaults["weight_decay"]) == (1e-5, 0.0)
+    ppo.update.set_learning_rate()
+    head, body = (group["lr"] for group in ppo.update.optimizer.param_groups)
+    assert head == pytest.approx(3 * body) and body == ppo.update.learning_rate
 
 
 @pytest.mark.parametrize("options", ALL_RULES)
@@ -291,8 +291,8 @@ def test_gradients_do_not_depend_on_the_micro_batch(algorithm, monkeypatch):
             for parameter in ppo.actor.parameters():
                 parameter += 0.05 * torch.randn_like(parameter)
         assert [ppo.actor.backbone.model.embedding.sparse] == [large == 1]
-        ppo.accumulate(list(range(8)), prompts, trajectory, context, UpdateStats())
-        gradients.append(torch.cat([p.grad.flatten() for p in ppo.parameters if p.grad is not None]))
+        ppo.update.accumulate(list(range(8)), prompts, trajectory, context, UpdateStats())
+        gradients.append(torch.cat([p.grad.flatten() for p in ppo.update.parameters if p.grad is not None]))
     scale = gradients[-1].abs().max()
     assert scale > 1e-3
     for gradient in gradients[:-1]:
@@ -311,7 +311,7 @@ def test_value_loss_can_be_kept_out_of_the_policy():
         trajectory, context, _ = ppo.rollout(prompts)
         torch.nn.init.normal_(ppo.actor.value_head.weight)
         flat = trajectory.with_(advantages=torch.zeros_like(trajectory.advantages))
-        ppo.accumulate(list(range(8)), prompts, flat, context, UpdateStats())
+        ppo.update.accumulate(list(range(8)), prompts, flat, context, UpdateStats())
         touched = ppo.actor.backbone.model.embedding.weight.grad
         assert (touched is not None and bool(touched.any())) is moved
         assert ppo.actor.value_head.weight.grad.abs().sum() > 0
@@ -395,7 +395,7 @@ def test_a_policy_that_breaks_down_stops_the_run():
     with torch.no_grad():
         ppo.actor.backbone.model.decoder.norm.weight.fill_(float("nan"))
     with pytest.raises(UserError, match="became nan in iteration 1: lower --learning-rate"):
-        ppo.update(prompts, trajectory, context)
+        ppo.update.run(prompts, trajectory, context, ppo.iteration)
 
 
 def test_a_gradient_that_is_no_number_is_not_stepped_with():
@@ -403,11 +403,11 @@ def test_a_gradient_that_is_no_number_is_not_stepped_with():
     ppo = tiny_ppo()
     prompts = ppo.stream.next()
     trajectory, context, _ = ppo.rollout(prompts)
-    before = [p.detach().clone() for p in ppo.parameters]
-    ppo.parameters[-1].register_hook(lambda gradient: gradient * float("inf"))
+    before = [p.detach().clone() for p in ppo.update.parameters]
+    ppo.update.parameters[-1].register_hook(lambda gradient: gradient * float("inf"))
     with pytest.raises(UserError, match="the gradient became (inf|nan) in iteration 1: lower --learning-rate"):
-        ppo.update(prompts, trajectory, context)
-    assert all(torch.equal(a, b) for a, b in zip(before, ppo.parameters, strict=True))
+        ppo.update.run(prompts, trajectory, context, ppo.iteration)
+    assert all(torch.equal(a, b) for a, b in zip(before, ppo.update.parameters, strict=True))
 
 
 @pytest.mark.parametrize("algorithm", ["ppo", "rloo"])

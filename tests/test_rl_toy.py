@@ -87,7 +87,7 @@ def test_bandit_of_one_token_responses(beta=1.0):
     """Responses of one token, some of them all-EOS: four arms, uniform reference, optimum in closed form."""
     rewards = torch.tensor([0.0, 1.0, 2.0, -1.0])
     ppo = toy_ppo(kl_coef=beta, max_new_tokens=1, learning_rate=0.02, iterations=250, prompts=64, micro_prompts=64)
-    ppo.rules = SamplingRules(EOS, 1)
+    ppo.rules = ppo.update.rules = SamplingRules(EOS, 1)
     for model in (ppo.actor.backbone, ppo.reference):
         torch.nn.init.zeros_(model.table)
 
@@ -114,7 +114,7 @@ def test_early_stop_comes_before_the_step():
     moved = ppo.actor.backbone.table.detach().clone()
     trajectory, context, _ = ppo.rollout(ppo.stream.next())
     ppo.actor.backbone.table.data.copy_(before)  # the policy is no longer the one that sampled
-    stats = ppo.update([*ppo.stream.prompts], trajectory, context)
+    stats = ppo.update.run([*ppo.stream.prompts], trajectory, context, ppo.iteration)
     assert stats["ppo/steps"] == 0 and stats["ppo/stopped_early"] == 1
     assert torch.equal(ppo.actor.backbone.table, before) and not torch.equal(before, moved)
     assert ppo.actor.backbone.table.grad is None

@@ -1,36 +1,35 @@
 """PPO with a KL penalty against a frozen reference (Schulman et al. 2017; Ziegler et al. 2019), top to bottom.
 
 One iteration: draw prompts, sample responses, score them, turn scores into advantages, and take a few clipped gradient
-steps. RLOO, GRPO and best-of-n replace the advantages and share everything else. `docs/ppo.md` numbers the details.
+steps (`update.py`). RLOO, GRPO and best-of-n replace the advantages and share everything else. `docs/ppo.md` numbers
+the details.
 
 On several ranks each samples, scores and differentiates its share of the prompts. Everything in between - rewards,
 advantages and their whitening, the price of KL, the log - is worked out on every rank from the whole batch, which is a
 few numbers a token. So all of it comes out as on one rank.
 
-Shapes: P prompts, K samples a prompt, B = P * K responses, R response tokens, N real tokens, V vocabulary.
+Shapes: P prompts, K samples a prompt, B = P * K responses, R response tokens.
 """
 
-import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
 
-from kernels import chosen_logprobs
 from vqa_scratch.engine.checkpoint import load_model_state
-from vqa_scratch.engine.optim import load_whole_state
-from vqa_scratch.engine.parallel import ONE_PROCESS, Alone, for_main, whole
+from vqa_scratch.engine.parallel import ONE_PROCESS, Alone, for_main
 from vqa_scratch.errors import UserError
 from vqa_scratch.rl import functional as F
 from vqa_scratch.rl.config import RLHFConfig
-from vqa_scratch.rl.metrics import UpdateStats, rollout_metrics
-from vqa_scratch.rl.policy import ActorCritic, Backbone, Context, SamplingRules, attend_alike, look_up_sparsely
+from vqa_scratch.rl.metrics import rollout_metrics
+from vqa_scratch.rl.policy import ActorCritic, Backbone, Context, SamplingRules, attend_alike
 from vqa_scratch.rl.ranks import gather_rows, gather_samples
 from vqa_scratch.rl.rewards import RewardScale, RewardSum
 from vqa_scratch.rl.rollout import PromptStream, Responses, Scored, chances, sample, score
 from vqa_scratch.rl.types import Prompt, Samples, Trajectory
+from vqa_scratch.rl.update import Update, micro_batches
 
 GROUP_ADVANTAGES = {"rloo": F.rloo_advantages, "grpo": F.grpo_advantages, "best-of-n": F.best_of_n_advantages}
 
@@ -61,20 +60,9 @@ class PPO:
         self.scale = RewardScale(clip=config.score_clip or None)
         responses = config.iterations * config.prompts * config.samples
         self.kl = F.AdaptiveKL(config.kl_coef, config.kl_target or None, max(1.0, config.kl_horizon * responses))
-        self.frozen_encoder = config.freeze == "encoder"
-        if self.frozen_encoder:
-            for parameter in actor.backbone.encoder_parameters():
-                parameter.requires_grad_(False)
-        self.tables = look_up_sparsely(actor)
-        head = list(actor.value_head.parameters())
-        body = [p for p in actor.backbone.parameters() if p.requires_grad]
-        self.parameters = head + body
-        groups = [{"params": head, "scale": config.value_lr_scale}, {"params": body, "scale": 1.0}]
-        self.optimizer = torch.optim.AdamW(groups, lr=0.0, eps=config.adam_eps, weight_decay=0.0, fused=True)
-        device = actor.value_head.weight.device
-        self.sampling = torch.Generator(device).manual_seed(config.seed + 1)
-        self.shuffling = torch.Generator().manual_seed(config.seed + 2)
-        self.iteration = self.optimizer_steps = 0
+        self.update = Update(config, actor, rules, self.mine, autocast, ranks)
+        self.sampling = torch.Generator(actor.value_head.weight.device).manual_seed(config.seed + 1)
+        self.iteration = 0
 
     # ---------------------------------------------------------------------------------------------- one iteration
 
@@ -84,7 +72,7 @@ class PPO:
         prompts = self.stream.next()
         trajectory, context, log = self.ranks.with_whole_model(lambda: self.rollout(prompts))
         rolled = time.perf_counter()
-        log |= self.update(prompts, trajectory, context)
+        log |= self.update.run(prompts, trajectory, context, self.iteration)
         log["objective/kl_coef"] = self.kl.coef
         self.kl.update(log["objective/kl"], len(trajectory.ids))
         self.iteration += 1
@@ -106,7 +94,7 @@ class PPO:
         only: range | None = None,
     ) -> tuple[Responses, Samples, Context]:
         """Encode the prompts once and sample `samples` responses to each; to `only` some of them, as among all."""
-        chance = chances(len(prompts) * samples, self.rules, generator, self.parameters[0].device)
+        chance = chances(len(prompts) * samples, self.rules, generator, self.actor.value_head.weight.device)
         if only is not None:
             prompts, chance = prompts[only.start : only.stop], chance[only.start * samples : only.stop * samples]
         with self.autocast():
@@ -147,26 +135,21 @@ class PPO:
         log |= {f"time/ppo/{name}": b - a for name, a, b in zip(names, clock[:-1], clock[1:], strict=True)}
         return trajectory, context, log
 
-    def parts(self, chosen: Iterable[int], prompts: list[Prompt]) -> list[list[int]]:
-        """This rank's prompts among the chosen, a few at a time; those of like length together, to spare padding."""
-        by_length = sorted((i for i in chosen if i in self.mine), key=lambda i: (len(prompts[i].ids), i))
-        size = self.config.micro_prompts
-        return [by_length[i : i + size] for i in range(0, len(by_length), size)]
-
     def readings(self, prompts: list[Prompt], context: Context) -> Iterator[tuple[list[int], Context, Context]]:
         """The parts of this rank's prompts, with what policy and reference read of each: the old log-probabilities.
 
         In fp32 the context of the rollout serves. In bf16 a sum over a wider padding rounds otherwise: there the
         prompts are encoded as the update will, or its first ratio would be up to 4 % from 1.
         """
-        parts, k = self.parts(self.mine, prompts), context.samples
+        parts, k = micro_batches(self.mine, prompts, self.config.micro_prompts), context.samples
+        frozen = self.config.freeze == "encoder"
         ragged = len({len(prompts[i].ids) for i in self.mine}) > 1 and len(parts) > 1
-        again = ragged and torch.is_autocast_enabled(context.states[0].device.type) and not self.frozen_encoder
+        again = ragged and torch.is_autocast_enabled(context.states[0].device.type) and not frozen
         for part in parts:
             here, some = [i - self.mine.start for i in part], [prompts[i] for i in part]
             own = self.actor.backbone.encode(some).shared_by(k) if again else context.of(here)
             # A frozen encoder is the reference's encoder too.
-            yield here, own, own if self.frozen_encoder else self.reference.encode(some).shared_by(k)
+            yield here, own, own if frozen else self.reference.encode(some).shared_by(k)
 
     def advantages(self, rewards: Tensor, values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """(B, R) advantages and returns. The only place where the algorithms differ."""
@@ -179,110 +162,6 @@ class PPO:
         whole = rewards.sum(1)  # of a response: its score less the price of its KL
         advantage = GROUP_ADVANTAGES[c.algorithm](whole, c.samples)
         return advantage[:, None] * mask, whole[:, None] * mask
-
-    # ----------------------------------------------------------------------------------------------------- update
-
-    def update(self, prompts: list[Prompt], trajectory: Trajectory, context: Context) -> dict[str, float]:
-        """Some passes over the rollouts, cut short before a step that would move the policy too far."""
-        c, stats = self.config, UpdateStats()
-        self.set_learning_rate()
-        for _ in range(c.epochs):
-            order = torch.randperm(c.prompts, generator=self.shuffling).tolist()
-            size = c.prompts // c.minibatches
-            for start in range(0, c.prompts, size):
-                moved = self.accumulate(order[start : start + size], prompts, trajectory, context, stats)
-                self.check_finite("policy's log-probabilities", moved)
-                if c.early_stop_kl and moved > 1.5 * c.early_stop_kl:
-                    self.optimizer.zero_grad()
-                    return stats.summary(stopped=True) | {"ppo/learning_rate": self.learning_rate}
-                self.ranks.collect(self.parameters)
-                norm = whole(torch.nn.utils.clip_grad_norm_(self.parameters, c.max_grad_norm))
-                self.check_finite("gradient", float(norm))
-                stats.gradient_norm(norm)
-                self.optimizer.step()
-                self.optimizer.zero_grad()
-                self.optimizer_steps += 1
-                self.set_learning_rate()
-        return stats.summary(stopped=False) | {"ppo/learning_rate": self.learning_rate}
-
-    def check_finite(self, what: str, value: float) -> None:
-        """Raise UserError before a step that would spoil the weights, and with them the next checkpoint."""
-        if not math.isfinite(value):
-            raise UserError(
-                f"the {what} became {value} in iteration {self.iteration + 1}: "
-                "lower --learning-rate and go on from the last checkpoint with --resume"
-            )
-
-    def accumulate(
-        self, minibatch: list[int], prompts: list[Prompt], trajectory: Trajectory, context: Context, stats: UpdateStats
-    ) -> float:
-        """Add up the gradients of this rank's prompts of a minibatch, a few at a time; returns the mean k3 a token.
-
-        Every part is divided by the tokens of the whole minibatch, on all ranks, so its cut into parts leaves no trace;
-        the k3 is of all ranks too.
-        """
-        c, k = self.config, self.config.samples
-        tokens = trajectory.mask.view(c.prompts, -1)[minibatch].sum()
-        _, spread = F.mean_and_var(F.masked_moments(trajectory.returns, trajectory.mask))
-        value_clip = c.value_clip * float(spread.sqrt())
-        warming = self.iteration < c.critic_warmup and c.algorithm == "ppo"  # only the value head learns
-        self.actor.detach_value = warming or c.critic == "detached"
-        stats.begin_minibatch()
-        for part, counts in self.ranks.passes(self.parts(minibatch, prompts), idle=[self.mine.start]):
-            rows = torch.tensor([i * k + j for i in part for j in range(k)], device=trajectory.ids.device)
-            t = trajectory.rows(rows)
-            with self.autocast():
-                logits, values = self.ranks.run(self._look, part, prompts, context, t)
-
-            m = t.mask  # from here on (N,): the real tokens of all responses in one row
-            real = torch.ones_like(t.ids[m], dtype=torch.bool)
-            logprobs, entropies = chosen_logprobs(logits, t.ids[m])
-            policy_loss, policy_clipped = F.ppo_policy_loss(
-                logprobs, t.logprobs[m], t.advantages[m], real, c.clip_low, c.clip_high, c.dual_clip or None, tokens
-            )
-            value_loss, value_clipped = F.ppo_value_loss(values, t.values[m], t.returns[m], real, value_clip, tokens)
-            entropy = (entropies if c.entropy_coef else entropies.detach()).sum() / tokens
-            loss = policy_loss.new_zeros(()) if warming else policy_loss - c.entropy_coef * entropy
-            if c.algorithm == "ppo":
-                loss = loss + (1.0 if warming else c.value_coef) * value_loss
-            self.ranks.backward(loss, counts)
-            if not counts:
-                continue
-            stats.add(
-                logprobs,
-                values,
-                t.logprobs[m],
-                t.returns[m],
-                tokens,
-                policy_loss=policy_loss,
-                value_loss=value_loss,
-                total_loss=loss,
-                entropy=entropy,
-                policy_clipped=policy_clipped,
-                value_clipped=value_clipped,
-            )
-        for table in self.tables:
-            if table.grad is not None:
-                table.grad = table.grad.to_dense()
-        return stats.end_minibatch(self.world)
-
-    def _look(self, part: list[int], prompts: list[Prompt], context: Context, t: Trajectory) -> tuple[Tensor, Tensor]:
-        """Logits and values for some prompts' responses; encoded again with gradients, unless the encoder is frozen."""
-        if self.frozen_encoder:
-            read = context.of([i - self.mine.start for i in part])
-        else:
-            read = self.actor.backbone.encode([prompts[i] for i in part]).shared_by(context.samples)
-        return self.actor(read, t.ids, t.mask, self.rules)
-
-    @property
-    def learning_rate(self) -> float:
-        """Rises over the first optimizer steps, falls linearly to 0 over the iterations."""
-        rise = min(1.0, (self.optimizer_steps + 1) / max(1, self.config.warmup_steps))
-        return self.config.learning_rate * rise * (1 - self.iteration / self.config.iterations)
-
-    def set_learning_rate(self) -> None:
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate * group["scale"]
 
     # ---------------------------------------------------------------------------------------- reward scale, resume
 
@@ -304,24 +183,19 @@ class PPO:
         """Everything that the next iteration depends on, whole on the main rank; all ranks must call it."""
         return {
             "actor": for_main(self.actor.state_dict(), self.world),
-            "optimizer": for_main(self.optimizer.state_dict(), self.world),
             "iteration": self.iteration,
-            "optimizer_steps": self.optimizer_steps,
             "kl_coef": self.kl.coef,
             "reward_mean": self.scale.mean,
             "reward_std": self.scale.std,
             "prompts_drawn": self.stream.drawn,
             "sampling": self.sampling.get_state(),
-            "shuffling": self.shuffling.get_state(),
-        }
+        } | self.update.state_dict()
 
     def load_state_dict(self, state: dict) -> None:
         """The inverse of `state_dict`: the run goes on as if it had never stopped."""
         load_model_state(self.actor, state["actor"], "the checkpoint")
-        load_whole_state(self.optimizer, state["optimizer"])
-        self.iteration, self.optimizer_steps = state["iteration"], state["optimizer_steps"]
-        self.kl.coef = state["kl_coef"]
+        self.update.load_state_dict(state)
+        self.iteration, self.kl.coef = state["iteration"], state["kl_coef"]
         self.scale.mean, self.scale.std = state["reward_mean"], state["reward_std"]
         self.stream.drawn = state["prompts_drawn"]
         self.sampling.set_state(state["sampling"].cpu())
-        self.shuffling.set_state(state["shuffling"].cpu())

@@ -1,0 +1,178 @@
+"""The clipped update of PPO (Schulman et al. 2017, eq. 7): a few optimizer steps on one batch of rollouts.
+
+On several ranks each differentiates its share of the prompts, and all take the same steps.
+
+Shapes: P prompts, K samples a prompt, B = P * K responses, R response tokens, N real tokens, V vocabulary.
+"""
+
+import math
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+
+import torch
+from torch import Tensor
+
+from kernels import chosen_logprobs
+from vqa_scratch.engine.optim import load_whole_state
+from vqa_scratch.engine.parallel import Alone, for_main, whole
+from vqa_scratch.errors import UserError
+from vqa_scratch.rl import functional as F
+from vqa_scratch.rl.config import RLHFConfig
+from vqa_scratch.rl.metrics import UpdateStats
+from vqa_scratch.rl.policy import ActorCritic, Context, SamplingRules, look_up_sparsely
+from vqa_scratch.rl.types import Prompt, Trajectory
+
+
+def micro_batches(chosen: Iterable[int], prompts: list[Prompt], size: int) -> list[list[int]]:
+    """The chosen prompts, `size` at a time; those of like length together, to spare padding."""
+    by_length = sorted(chosen, key=lambda i: (len(prompts[i].ids), i))
+    return [by_length[i : i + size] for i in range(0, len(by_length), size)]
+
+
+class Update:
+    """The optimizer of a run, and how it is driven. `mine` are this rank's prompts of a batch."""
+
+    def __init__(
+        self,
+        config: RLHFConfig,
+        actor: ActorCritic,
+        rules: SamplingRules,
+        mine: range,
+        autocast: Callable[[], AbstractContextManager],
+        ranks: Alone,
+    ) -> None:
+        self.config, self.actor, self.rules, self.mine = config, actor, rules, mine
+        self.autocast, self.ranks = autocast, ranks
+        if config.freeze == "encoder":
+            for parameter in actor.backbone.encoder_parameters():
+                parameter.requires_grad_(False)
+        self.tables = look_up_sparsely(actor)
+        head = list(actor.value_head.parameters())
+        body = [p for p in actor.backbone.parameters() if p.requires_grad]
+        self.parameters = head + body
+        groups = [{"params": head, "scale": config.value_lr_scale}, {"params": body, "scale": 1.0}]
+        self.optimizer = torch.optim.AdamW(groups, lr=0.0, eps=config.adam_eps, weight_decay=0.0, fused=True)
+        self.shuffling = torch.Generator().manual_seed(config.seed + 2)
+        self.iteration = self.optimizer_steps = 0
+
+    def run(self, prompts: list[Prompt], trajectory: Trajectory, context: Context, iteration: int) -> dict[str, float]:
+        """Some passes over the rollouts, cut short before a step that would move the policy too far. Returns its log.
+
+        `context` is what the policy's encoder made of this rank's prompts; `iteration` counts from 0.
+        """
+        c, stats, self.iteration = self.config, UpdateStats(), iteration
+        self.set_learning_rate()
+        for _ in range(c.epochs):
+            order = torch.randperm(c.prompts, generator=self.shuffling).tolist()
+            size = c.prompts // c.minibatches
+            for start in range(0, c.prompts, size):
+                moved = self.accumulate(order[start : start + size], prompts, trajectory, context, stats)
+                self.check_finite("policy's log-probabilities", moved)
+                if c.early_stop_kl and moved > 1.5 * c.early_stop_kl:
+                    self.optimizer.zero_grad()
+                    return stats.summary(stopped=True) | {"ppo/learning_rate": self.learning_rate}
+                self.ranks.collect(self.parameters)
+                norm = whole(torch.nn.utils.clip_grad_norm_(self.parameters, c.max_grad_norm))
+                self.check_finite("gradient", float(norm))
+                stats.gradient_norm(norm)
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+                self.optimizer_steps += 1
+                self.set_learning_rate()
+        return stats.summary(stopped=False) | {"ppo/learning_rate": self.learning_rate}
+
+    def check_finite(self, what: str, value: float) -> None:
+        """Raise UserError before a step that would spoil the weights, and with them the next checkpoint."""
+        if not math.isfinite(value):
+            raise UserError(
+                f"the {what} became {value} in iteration {self.iteration + 1}: "
+                "lower --learning-rate and go on from the last checkpoint with --resume"
+            )
+
+    def accumulate(
+        self, minibatch: list[int], prompts: list[Prompt], trajectory: Trajectory, context: Context, stats: UpdateStats
+    ) -> float:
+        """Add up the gradients of this rank's prompts of a minibatch, a few at a time; returns the mean k3 a token.
+
+        Every part is divided by the tokens of the whole minibatch, on all ranks, so its cut into parts leaves no trace;
+        the k3 is of all ranks too.
+        """
+        c, k = self.config, self.config.samples
+        tokens = trajectory.mask.view(c.prompts, -1)[minibatch].sum()
+        _, spread = F.mean_and_var(F.masked_moments(trajectory.returns, trajectory.mask))
+        value_clip = c.value_clip * float(spread.sqrt())
+        warming = self.iteration < c.critic_warmup and c.algorithm == "ppo"  # only the value head learns
+        self.actor.detach_value = warming or c.critic == "detached"
+        stats.begin_minibatch()
+        parts = micro_batches((i for i in minibatch if i in self.mine), prompts, c.micro_prompts)
+        for part, counts in self.ranks.passes(parts, idle=[self.mine.start]):
+            rows = torch.tensor([i * k + j for i in part for j in range(k)], device=trajectory.ids.device)
+            t = trajectory.rows(rows)
+            with self.autocast():
+                logits, values = self.ranks.run(self._look, part, prompts, context, t)
+
+            m = t.mask  # from here on (N,): the real tokens of all responses in one row
+            real = torch.ones_like(t.ids[m], dtype=torch.bool)
+            logprobs, entropies = chosen_logprobs(logits, t.ids[m])
+            policy_loss, policy_clipped = F.ppo_policy_loss(
+                logprobs, t.logprobs[m], t.advantages[m], real, c.clip_low, c.clip_high, c.dual_clip or None, tokens
+            )
+            value_loss, value_clipped = F.ppo_value_loss(values, t.values[m], t.returns[m], real, value_clip, tokens)
+            entropy = (entropies if c.entropy_coef else entropies.detach()).sum() / tokens
+            loss = policy_loss.new_zeros(()) if warming else policy_loss - c.entropy_coef * entropy
+            if c.algorithm == "ppo":
+                loss = loss + (1.0 if warming else c.value_coef) * value_loss
+            self.ranks.backward(loss, counts)
+            if not counts:
+                continue
+            stats.add(
+                logprobs,
+                values,
+                t.logprobs[m],
+                t.returns[m],
+                tokens,
+                policy_loss=policy_loss,
+                value_loss=value_loss,
+                total_loss=loss,
+                entropy=entropy,
+                policy_clipped=policy_clipped,
+                value_clipped=value_clipped,
+            )
+        for table in self.tables:
+            if table.grad is not None:
+                table.grad = table.grad.to_dense()
+        return stats.end_minibatch(self.ranks.world)
+
+    def _look(self, part: list[int], prompts: list[Prompt], context: Context, t: Trajectory) -> tuple[Tensor, Tensor]:
+        """Logits and values for some prompts' responses; encoded again with gradients, unless the encoder is frozen."""
+        if self.config.freeze == "encoder":
+            read = context.of([i - self.mine.start for i in part])
+        else:
+            read = self.actor.backbone.encode([prompts[i] for i in part]).shared_by(context.samples)
+        return self.actor(read, t.ids, t.mask, self.rules)
+
+    @property
+    def learning_rate(self) -> float:
+        """Rises over the first optimizer steps, falls linearly to 0 over the iterations."""
+        rise = min(1.0, (self.optimizer_steps + 1) / max(1, self.config.warmup_steps))
+        return self.config.learning_rate * rise * (1 - self.iteration / self.config.iterations)
+
+    def set_learning_rate(self) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate * group["scale"]
+
+    # ----------------------------------------------------------------------------------------------------- resume
+
+    def state_dict(self) -> dict:
+        """What the next update depends on beside the weights, whole on the main rank; all ranks must call it."""
+        return {
+            "optimizer": for_main(self.optimizer.state_dict(), self.ranks.world),
+            "optimizer_steps": self.optimizer_steps,
+            "shuffling": self.shuffling.get_state(),
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        """The inverse of `state_dict`; looks at no other entries of `state`."""
+        load_whole_state(self.optimizer, state["optimizer"])
+        self.optimizer_steps = state["optimizer_steps"]
+        self.shuffling.set_state(state["shuffling"].cpu())
