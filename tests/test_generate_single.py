@@ -4,6 +4,8 @@ Each is held to the decoder's modules, which leave nothing out: to some hundred 
 float64 and T5, whose norm computes in float32, in that.
 """
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from test_generate_options import VOCABULARY, parts, prompts
@@ -72,14 +74,10 @@ def way(request, monkeypatch) -> str:
     """Both ways to read a small memory; an assertion at the end says that it was this one."""
     if request.param == "projected":
         monkeypatch.setattr(cross, "ABSORB_BYTES", -(10**9))
-    taken = []
-    for name in ("_absorbed", "_plain"):
-        made = getattr(cross, name)
-        monkeypatch.setattr(
-            cross, name, lambda *a, name=name, made=made: [taken.append(name) for _ in [0]] and made(*a)
-        )
+    taken, make = [], cross.crossings
+    monkeypatch.setattr(cross, "crossings", lambda *given: taken.append(make(*given)) or taken[-1])
     yield request.param
-    assert taken[-1] == ("_absorbed" if request.param == "absorbed" else "_plain")
+    assert type(taken[-1]).__name__ == f"_{request.param.capitalize()}"
 
 
 @pytest.mark.parametrize("padded", [False, True])
@@ -137,3 +135,35 @@ def test_one_row_with_nothing_to_read(decoder):
     ids, _ = prompts(1)
     states = torch.randn(1, 4, 16, dtype=type_of(decoder), generator=torch.Generator().manual_seed(6))
     same(decoder, ids, None, [Memory(states, torch.zeros(1, 4, dtype=torch.bool))], SingleState)
+
+
+@pytest.mark.parametrize("shared", [1, 2, 3])
+@pytest.mark.parametrize("tokens", [1, 4])
+def test_dropping_rows(decoder, shared, tokens):
+    """Of a memory of one token or several, one entry a row or shared; twice, since the first may leave it uneven."""
+    ids, mask = prompts(6)
+    states = torch.randn(6 // shared, tokens, 16, dtype=type_of(decoder), generator=torch.Generator().manual_seed(7))
+    seen = torch.ones(6 // shared, tokens, dtype=torch.bool)
+    seen[0, 0] = False
+    memory, found = [Memory(states, seen, repeat=shared)], []
+    for kind in (StaticState, ModuleState):
+        with torch.no_grad(), taps.activate(Watcher()) if kind is ModuleState else nullcontext():
+            _, state = begin(decoder, ids, mask, memory, steps=STEPS)
+            assert type(state) is kind
+            state.step(torch.arange(6) + 2)
+            state.keep(torch.tensor([5, 1, 0, 4]))
+            between = state.step(torch.arange(4) + 3)
+            state.keep(torch.tensor([2, 0]))
+            found.append(torch.cat([between, state.step(torch.arange(2) + 5)]))
+    ours, modules = found
+    assert (ours - modules).abs().max() <= ROUNDINGS * torch.finfo(modules.dtype).eps * modules.abs().max()
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.3])
+@pytest.mark.parametrize("biased", [False, True])
+def test_attend_is_attention(scale, biased):
+    torch.manual_seed(0)
+    q, keys, v = (torch.randn(3, *shape, dtype=torch.float64) for shape in ((2, 5), (5, 7), (7, 5)))
+    bias = torch.randn(3, 1, 7, dtype=torch.float64) if biased else None
+    scores = scale * (q @ keys) + (0.0 if bias is None else bias)
+    assert torch.allclose(cross.attend(q, keys, v, bias, scale), scores.softmax(-1) @ v, atol=1e-14)

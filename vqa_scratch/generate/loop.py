@@ -15,8 +15,11 @@ from vqa_scratch.generate.state import State
 COMPACT_BELOW = 0.75
 # On a GPU the host waits for the device when it asks whether all rows have ended: it asks every so many tokens.
 ASK_EVERY = {"cpu": 1, "cuda": 8}
+# Log-probabilities are worked out for several steps at once, while their scores are no more numbers than these: small
+# operations cost what their calls cost. On a GPU a step may write over the scores of the one before.
+SCORES_KEPT = {"cpu": 1 << 16}
 
-# scores (L, V), the rows they belong to (L,), new tokens so far -> token and its log-probability, (L,) each
+# scores (L, V), the rows they belong to (L,), new tokens so far -> tokens (L,) and the scores (L, V) that they won by
 Choose = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
 
 
@@ -28,57 +31,92 @@ class Generated(NamedTuple):
     lengths: Tensor  # (B,) new tokens a row, EOS included
 
 
+class _Record:
+    """What was chosen for all rows, and where they ended; written out when rows are dropped, not at each step."""
+
+    def __init__(self, rows: int, steps: int, eos_id: int | None, fill: int, device: torch.device) -> None:
+        self.eos_id, self.fill = eos_id, fill
+        self.ids = torch.full((rows, steps), fill, device=device)
+        self.log_probs = torch.zeros(rows, steps, device=device)
+        self.lengths = [0] * rows  # 0: has not ended
+        self.rows = list(range(rows))  # the L rows still decoded
+        self.live = torch.arange(rows, device=device)  # the same
+        self.made = self.read = self.written = 0  # tokens a live row: chosen, seen by the host, written
+        self.tokens: list[Tensor] = []  # (L,) each, those after `written`
+        self.found: list[Tensor] = []  # (L, steps) each, log-probabilities of the first of these
+        self.scores: list[Tensor] = []  # (L, V) each, of the others
+        self.kept = SCORES_KEPT.get(device.type, 0)
+
+    def add(self, tokens: Tensor, scores: Tensor) -> None:
+        self.tokens.append(tokens)
+        self.scores.append(scores)
+        self.made += 1
+        if (len(self.scores) + 1) * scores.numel() > self.kept:
+            self._measure()
+
+    def running(self) -> list[int]:
+        """Which of the live rows have not ended; the host waits for the device here."""
+        for tokens in self.tokens[self.read - self.written :]:
+            self.read += 1
+            for row, token in zip(self.rows, tokens.tolist(), strict=True):
+                if token == self.eos_id and self.lengths[row] == 0:
+                    self.lengths[row] = self.read
+        return [place for place, row in enumerate(self.rows) if self.lengths[row] == 0]
+
+    def keep(self, places: Tensor) -> None:
+        """Of the live rows, these (L',) go on."""
+        self._write()
+        self.live = self.live[places]
+        self.rows = self.live.tolist()
+
+    def _measure(self) -> None:
+        scores, tokens = torch.stack(self.scores, 1), torch.stack(self.tokens[-len(self.scores) :], 1)
+        self.found.append(scores.float().log_softmax(-1).gather(2, tokens[..., None]).squeeze(2))
+        self.scores = []
+
+    def _write(self) -> None:
+        if self.scores:
+            self._measure()
+        new = slice(self.written, self.made)
+        self.ids[self.live, new] = torch.stack(self.tokens, 1)
+        self.log_probs[self.live, new] = torch.cat(self.found, 1)
+        self.tokens, self.found, self.written = [], [], self.made
+
+    def generated(self) -> Generated:
+        """All of it, cut where rows ended."""
+        self.running()
+        self._write()
+        lengths = [length or self.made for length in self.lengths]
+        longest, ends = max(lengths), torch.tensor(lengths, device=self.ids.device)
+        ids, log_probs = self.ids[:, :longest], self.log_probs[:, :longest]
+        if min(lengths) < longest:
+            after = torch.arange(longest, device=ids.device) >= ends[:, None]
+            ids, log_probs = ids.masked_fill(after, self.fill), log_probs.masked_fill(after, 0.0)
+        return Generated(ids, log_probs, ends)
+
+
 def decode(
     scores: Tensor, state: State, choose: Choose, *, max_new_tokens: int, eos_id: int | None, fill: int = 0
 ) -> Generated:
     """Choose, step, choose, ... until every row has said EOS or `max_new_tokens`.
 
-    `scores` (B, V) and `state` are what `begin` returns. Log-probabilities are those that `choose` gives.
+    `scores` (B, V) and `state` are what `begin` returns. Log-probabilities are those of the scores that `choose` gives.
     """
-    rows, device = len(scores), scores.device
-    ids = torch.full((rows, max_new_tokens), fill, device=device)
-    log_probs = torch.zeros(rows, max_new_tokens, device=device)
-    live = torch.arange(rows, device=device)
-    done = torch.zeros(rows, dtype=torch.bool, device=device)  # of the live rows
-    made, since = 0, 0
-    pending: list[tuple[Tensor, Tensor]] = []  # what was chosen since `since`, for the live rows
-
-    def write() -> None:
-        nonlocal since, pending
-        if pending:
-            chosen, their = (torch.stack(column, 1) for column in zip(*pending, strict=True))
-            ids[live, since:made], log_probs[live, since:made] = chosen, their
-        since, pending = made, []
-
-    ask_every = ASK_EVERY.get(device.type, 1)
+    record = _Record(len(scores), max_new_tokens, eos_id, fill, scores.device)
+    ask_every = ASK_EVERY.get(scores.device.type, 1)
     while True:
-        token, log_prob = choose(scores, live, made)
-        pending.append((token, log_prob))
-        made += 1
-        if made == max_new_tokens:
+        tokens, chosen_by = choose(scores, record.live, record.made)
+        record.add(tokens, chosen_by)
+        if record.made == max_new_tokens:
             break
-        if eos_id is not None:
-            done |= token == eos_id
-            if made % ask_every == 0:
-                running = len(live) - int(done.count_nonzero())
-                if running == 0:
-                    break
-                if running < COMPACT_BELOW * len(live):
-                    write()
-                    kept = (~done).nonzero().squeeze(1)
-                    state.keep(kept)
-                    live, token, done = live[kept], token[kept], done[kept]
-        scores = state.step(token)
-    write()
-    return finished(ids[:, :made], log_probs[:, :made], eos_id, fill)
-
-
-def finished(ids: Tensor, log_probs: Tensor, eos_id: int | None, fill: int) -> Generated:
-    """Cut what was chosen after EOS; ids and log_probs (B, A)."""
-    if eos_id is None:
-        return Generated(ids, log_probs, torch.full((len(ids),), ids.shape[1], device=ids.device))
-    is_end = ids == eos_id
-    lengths = torch.where(is_end.any(1), is_end.int().argmax(1) + 1, ids.shape[1])
-    after = torch.arange(ids.shape[1], device=ids.device) >= lengths[:, None]
-    longest = int(lengths.max())
-    return Generated(ids.masked_fill(after, fill)[:, :longest], log_probs.masked_fill(after, 0.0)[:, :longest], lengths)
+        if eos_id is not None and record.made % ask_every == 0:
+            running = record.running()
+            if not running:
+                break
+            if len(running) < COMPACT_BELOW * len(record.rows):
+                kept = torch.tensor(running, device=scores.device)
+                state.keep(kept)
+                record.keep(kept)
+                tokens = tokens[kept]
+        scores = state.step(tokens)
+    return record.generated()

@@ -46,7 +46,7 @@ class SingleState:
         self.width = heads * size
         crossings = cross.crossings(parts.layers, [own.cross for own in cache] if cache[0].cross is not None else None)
         self.layers = []
-        for layer, crossing in zip(parts.layers, crossings, strict=True):
+        for layer, crossing in zip(parts.layers, crossings.each, strict=True):
             attn = layer.attn
             own = (layer.norm, linear_into(attn.qkv), attn.scale, adding(attn.out.weight, attn.out.bias))
             self.layers.append((*own, crossing, layer.mlp_norm, layer.mlp))
@@ -60,7 +60,7 @@ class SingleState:
         for layer, row, q, keys, values in zip(self.layers, *(view.unbind(0) for view in views), strict=True):
             norm, qkv_into, scale, add, crossing, mlp_norm, mlp = layer
             qkv_into(row, norm(x))
-            z = cross.attend(q if scale == 1.0 else q.mul_(scale), keys, values, bias)  # (H, 1, d)
+            z = cross.attend(q, keys, values, bias, scale)  # (H, 1, d)
             add(x, z.reshape(1, self.width))
             if crossing is not None:
                 crossing(x)

@@ -119,27 +119,27 @@ class StaticState:
             self.distances = self.parts.bias(self.prompt + steps)[0, :, 0].to(k.dtype)
             self.columns = torch.arange(self.places, device=k.device)  # (C,) time of each place
             self.columns[self.prompt :] = self.prompt + torch.arange(new, device=k.device) // members
-        self.cross_parts = None
+        memory = None
         if cache[0].cross is not None:
-            self.cross_parts = [own.cross for own in cache]
+            memory = [own.cross for own in cache]
             if members > 1:
                 rows = torch.arange(self.groups, device=k.device).repeat_interleave(members)
-                self.cross_parts = cross.select(self.cross_parts, rows)
+                memory = cross.select(memory, rows)
+        self.crossings = cross.crossings(parts.layers, memory)
+        self.layers = []
+        for layer, crossing in zip(parts.layers, self.crossings.each, strict=True):
+            attn = layer.attn
+            own = (layer.norm, linear(attn.qkv), adding(attn.out.weight, attn.out.bias))
+            self.layers.append((*own, crossing, layer.mlp_norm, layer.mlp))
         self._lay_out()
 
     def _lay_out(self) -> None:
-        """After a change of groups: views of the cache, and the layers' functions of the step."""
+        """After a change of groups: views of the cache."""
         both = self.cached.flatten(2, 3)  # (L, 2, G * H, C, d)
         self.keys, self.values = both[:, 0].transpose(2, 3), both[:, 1]
         self.spread = None  # (G * H, K, C): `seen` where it does not change from step to step
         if self.seen is not None and self.members == 1:
             self.spread = self.seen.repeat_interleave(self.heads, 0)
-        crossings = cross.crossings(self.parts.layers, self.cross_parts)
-        self.layers = []
-        for layer, crossing in zip(self.parts.layers, crossings, strict=True):
-            attn = layer.attn
-            own = (layer.norm, linear(attn.qkv), adding(attn.out.weight, attn.out.bias))
-            self.layers.append((*own, crossing, layer.mlp_norm, layer.mlp))
 
     def _bias(self, until: int, times: Tensor | None = None) -> Tensor | None:
         """What is added to the scores of the first `until` places, broadcastable to (G * H, K, until).
@@ -231,6 +231,5 @@ class StaticState:
         members = torch.arange(self.members, device=groups.device)
         rows = (groups[:, None] * self.members + members).flatten()
         self.positions = self.positions[rows]
-        if self.cross_parts is not None:
-            self.cross_parts = cross.select(self.cross_parts, rows)
+        self.crossings.keep(rows)
         self._lay_out()

@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from os import PathLike
 from typing import Any, Self
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vqa_scratch.models.hf_config import check_heads, fields_from_hf
@@ -149,11 +148,13 @@ class GPT2(nn.Module):
     def decoding_parts(self) -> DecoderParts:
         """What a step of decoding goes through, for `generate`."""
 
-        def embed(tokens: Tensor, positions: Tensor) -> Tensor:
-            return F.embedding(tokens, self.tokens.weight) + F.embedding(positions, self.positions.weight)
+        words, places = self.tokens.weight.detach(), self.positions.weight.detach()
 
-        layers = [block.decoding_layer() for block in self.blocks]
-        return DecoderParts(embed, layers, layer_norm(self.norm), self.logits, self.config.max_positions)
+        def embed(tokens: Tensor, positions: Tensor) -> Tensor:
+            return words.index_select(0, tokens).add_(places.index_select(0, positions))
+
+        layers, head = [block.decoding_layer() for block in self.blocks], decoding.product(words, None)
+        return DecoderParts(embed, layers, layer_norm(self.norm), head, self.config.max_positions)
 
     def hidden(
         self,

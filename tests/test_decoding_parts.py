@@ -1,0 +1,87 @@
+"""The functions a decoding step is made of, where the way taken depends on how many rows there are."""
+
+import pytest
+import torch
+
+from vqa_scratch.generate import GenerationOptions, generate, loop
+from vqa_scratch.models import GPT2, GPT2Config
+from vqa_scratch.nn import decoding
+
+LARGE = (700, 400)  # more than decoding.LARGE_WEIGHT bytes in fp32
+
+
+def random(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rows", [1, 3, 4, 17, 64, 65])
+@pytest.mark.parametrize("biased", [True, False])
+def test_products_of_any_number_of_rows(rows, biased):
+    """Against float64, within four roundings of the sum of what is added, each taken positive."""
+    weight, bias = random(*LARGE), random(LARGE[0], seed=1) if biased else None
+    x, before = random(rows, LARGE[1], seed=2), random(rows, LARGE[0], seed=3)
+    exact = torch.nn.functional.linear(x.double(), weight.double(), None if bias is None else bias.double())
+    budget = 4 * torch.finfo(torch.float32).eps * (x.abs() @ weight.t().abs()).max()
+    assert (decoding.product(weight, bias)(x) - exact).abs().max() <= budget
+    after = before.clone()
+    decoding.adding(weight, bias)(after, x)
+    assert (after - (before + exact)).abs().max() <= budget
+
+
+@pytest.mark.parametrize("build", [decoding.product, decoding.adding])
+def test_few_rows_of_a_large_weight_take_their_own_way(build, monkeypatch):
+    """And it is offered for large weights in fp32 alone."""
+    seen = []
+    monkeypatch.setattr(decoding, "_one_dnn", lambda weight, bias: lambda x: seen.append(len(x)) or x @ weight.t())
+    function = build(random(*LARGE), None)
+    for rows in (1, 3, 4, 64, 65):
+        x = random(rows, LARGE[1])
+        function(x) if build is decoding.product else function(random(rows, LARGE[0]), x)
+    assert seen == [4, 64]
+    monkeypatch.undo()
+    offered = [decoding._one_dnn(weight, None) for weight in (random(*LARGE), random(70, 40), random(*LARGE).double())]
+    assert [way is not None for way in offered] == [torch.backends.mkl.is_available(), False, False]
+
+
+@pytest.mark.parametrize("sampled", [False, True])
+def test_log_probabilities_of_several_steps_at_once(sampled, monkeypatch):
+    """Worked out step by step, a few steps at a time, or all at the end, with rows dropped on the way."""
+    torch.manual_seed(0)
+    model = GPT2(GPT2Config(11, 40, dim=16, layers=1, heads=2)).eval()
+    prompts, found = torch.randint(2, 11, (6, 3)), []
+    options = GenerationOptions(12, 3, do_sample=True, seed=5) if sampled else GenerationOptions(12, 3)
+    for kept in (0, 11 * 6 * 3, 10**6):
+        monkeypatch.setitem(loop.SCORES_KEPT, "cpu", kept)
+        found.append(generate(model, prompts, options=options))
+    assert len(set(found[0].lengths.tolist())) > 1  # rows did end on the way
+    for other in found[1:]:
+        assert torch.equal(other.ids, found[0].ids) and torch.equal(other.lengths, found[0].lengths)
+        assert (other.log_probs - found[0].log_probs).abs().max() < 1e-6  # a softmax of rows laid out otherwise
+    with torch.no_grad():
+        ids = torch.cat([prompts, found[0].ids], 1)
+        whole = model(ids)[:, 2:-1].log_softmax(-1).gather(2, found[0].ids[..., None]).squeeze(2)
+    real = torch.arange(whole.shape[1]) < found[0].lengths[:, None]
+    assert (found[0].log_probs - whole * real).abs().max() < 1e-5  # fp32, logits of order 1
+
+
+def test_a_row_that_never_ends_and_one_that_ends_at_once():
+    """`lengths` count EOS; what comes after it is filled, and has log-probability 0."""
+    scores = torch.zeros(2, 5)
+    scores[0, 1], scores[1, 2] = 9.0, 9.0
+
+    class Fixed:
+        """Row 0 always says 1, the end; row 1 says 2."""
+
+        def step(self, tokens):
+            return scores[tokens - 1]
+
+        def keep(self, groups):
+            pass
+
+    choose = lambda scores, live, made: (scores.argmax(-1), scores)  # noqa: E731
+    made = loop.decode(scores, Fixed(), choose, max_new_tokens=4, eos_id=1, fill=7)
+    assert made.ids.tolist() == [[1, 7, 7, 7], [2, 2, 2, 2]] and made.lengths.tolist() == [1, 4]
+    assert torch.equal(made.log_probs == 0.0, torch.tensor([[False, True, True, True], [False] * 4]))
+    endless = loop.decode(scores, Fixed(), choose, max_new_tokens=3, eos_id=None)
+    assert endless.ids.tolist() == [[1, 1, 1], [2, 2, 2]] and endless.lengths.tolist() == [3, 3]
