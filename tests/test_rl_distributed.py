@@ -92,7 +92,7 @@ def assert_same_run(out: Path, other: Path) -> None:
     assert steps[0] == steps[1] and len(set(steps[0].values())) == 2, "the warm-up stepped the value head alone"
     for name in ("sampling", "shuffling"):
         assert torch.equal(ours[name], theirs[name])
-    for name in ("iteration", "optimizer_steps", "prompts_drawn"):
+    for name in ("iteration", "optimizer_steps", "policy_steps", "prompts_drawn"):
         assert ours[name] == theirs[name]
     for a, b in zip(rows(out), rows(other), strict=True):
         assert a.keys() == b.keys()

@@ -164,6 +164,37 @@ def test_what_the_optimizer_and_the_value_head_begin_with():
     assert head == pytest.approx(3 * body) and body == ppo.update.learning_rate
 
 
+def test_the_policy_has_a_warm_up_of_its_own():
+    """By hand, in shares of the peak before the fall over the run: two steps an iteration, two iterations of the head
+    alone, a warm-up of four steps; over a checkpoint in the middle, and with one from before the two were counted."""
+    options = {"critic_warmup": 2, "warmup_steps": 4, "epochs": 2, "early_stop_kl": 0.0, "value_lr_scale": 3.0}
+    rates = []
+
+    def watched():
+        ppo = tiny_ppo(**options)
+
+        def note(*_):
+            fall = ppo.config.learning_rate * (1 - ppo.iteration / ppo.config.iterations)
+            rates.append([group["lr"] / fall for group in ppo.update.optimizer.param_groups])
+
+        ppo.update.optimizer.register_step_pre_hook(note)
+        return ppo
+
+    ppo = watched()
+    for _ in range(3):
+        log = ppo.step()
+    assert log["ppo/learning_rate"] == pytest.approx(0.01 * 0.75 * 0.8)  # of the policy's third step
+    resumed = watched()
+    resumed.load_state_dict(ppo.state_dict())
+    resumed.step()
+    head, body = zip(*rates, strict=True)
+    assert head == pytest.approx([0.75, 1.5, 2.25, 3, 3, 3, 3, 3])
+    assert body[4:] == pytest.approx([0.25, 0.5, 0.75, 1])
+    older = {name: value for name, value in ppo.state_dict().items() if name != "policy_steps"}
+    resumed.load_state_dict(older)
+    assert resumed.update.policy_steps == 6
+
+
 @pytest.mark.parametrize("options", ALL_RULES)
 def test_first_ratio_is_one_and_kl_starts_at_zero(options):
     ppo = tiny_ppo(sampling=rules(**options), epochs=1)

@@ -74,7 +74,7 @@ class RLHFConfig:
     micro_prompts: int = option(8, "Prompts whose responses go through the model at once; changes memory, not results.")
     learning_rate: float = option(1e-5, "Peak learning rate; it falls linearly to 0 over the run.")
     value_lr_scale: float = option(1.0, "The value head's learning rate is this many times that of the rest.")
-    warmup_steps: int = option(10, "Optimizer steps over which the learning rate rises.")
+    warmup_steps: int = option(10, "Steps over which the learning rate rises; the policy counts its own.")
     adam_eps: float = option(1e-5, "Epsilon of Adam.")
     max_grad_norm: float = option(1.0, "Gradients are scaled down to this norm.")
     clip_low: float = option(0.2, "The ratio is clipped below 1 minus this.")

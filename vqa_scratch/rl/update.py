@@ -50,10 +50,11 @@ class Update:
         head = list(actor.value_head.parameters())
         body = [p for p in actor.backbone.parameters() if p.requires_grad]
         self.parameters = head + body
-        groups = [{"params": head, "scale": config.value_lr_scale}, {"params": body, "scale": 1.0}]
+        groups = [{"params": head}, {"params": body}]
         self.optimizer = torch.optim.AdamW(groups, lr=0.0, eps=config.adam_eps, weight_decay=0.0, fused=True)
         self.shuffling = torch.Generator().manual_seed(config.seed + 2)
-        self.iteration = self.optimizer_steps = 0
+        self.iteration = 0
+        self.optimizer_steps = self.policy_steps = 0  # the first iterations may be of the value head alone
 
     def run(self, prompts: list[Prompt], trajectory: Trajectory, context: Context, iteration: int) -> dict[str, float]:
         """Some passes over the rollouts, cut short before a step that would move the policy too far. Returns its log.
@@ -78,6 +79,7 @@ class Update:
                 self.optimizer.step()
                 self.optimizer.zero_grad()
                 self.optimizer_steps += 1
+                self.policy_steps += not self.warming
                 self.set_learning_rate()
         return stats.summary(stopped=False) | {"ppo/learning_rate": self.learning_rate}
 
@@ -101,7 +103,7 @@ class Update:
         tokens = trajectory.mask.view(c.prompts, -1)[minibatch].sum()
         _, spread = F.mean_and_var(F.masked_moments(trajectory.returns, trajectory.mask))
         value_clip = c.value_clip * float(spread.sqrt())
-        warming = self.iteration < c.critic_warmup and c.algorithm == "ppo"  # only the value head learns
+        warming = self.warming
         self.actor.detach_value = warming or c.critic == "detached"
         stats.begin_minibatch()
         parts = micro_batches((i for i in minibatch if i in self.mine), prompts, c.micro_prompts)
@@ -152,14 +154,26 @@ class Update:
         return self.actor(read, t.ids, t.mask, self.rules)
 
     @property
-    def learning_rate(self) -> float:
-        """Rises over the first optimizer steps, falls linearly to 0 over the iterations."""
-        rise = min(1.0, (self.optimizer_steps + 1) / max(1, self.config.warmup_steps))
+    def warming(self) -> bool:
+        """Whether only the value head learns in this iteration."""
+        return self.iteration < self.config.critic_warmup and self.config.algorithm == "ppo"
+
+    def rate_after(self, steps: int) -> float:
+        """The learning rate of what has taken so many steps: it rises over the first of them, and falls linearly to 0
+        over the iterations."""
+        rise = min(1.0, (steps + 1) / max(1, self.config.warmup_steps))
         return self.config.learning_rate * rise * (1 - self.iteration / self.config.iterations)
 
+    @property
+    def learning_rate(self) -> float:
+        """Of the policy's next step."""
+        return self.rate_after(self.policy_steps)
+
     def set_learning_rate(self) -> None:
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate * group["scale"]
+        """The value head counts all steps, the policy its own: else the head's would use its warm-up up."""
+        head, body = self.optimizer.param_groups
+        head["lr"] = self.config.value_lr_scale * self.rate_after(self.optimizer_steps)
+        body["lr"] = self.learning_rate
 
     # ----------------------------------------------------------------------------------------------------- resume
 
@@ -168,6 +182,7 @@ class Update:
         return {
             "optimizer": for_main(self.optimizer.state_dict(), self.ranks.world),
             "optimizer_steps": self.optimizer_steps,
+            "policy_steps": self.policy_steps,
             "shuffling": self.shuffling.get_state(),
         }
 
@@ -175,4 +190,5 @@ class Update:
         """The inverse of `state_dict`; looks at no other entries of `state`."""
         load_whole_state(self.optimizer, state["optimizer"])
         self.optimizer_steps = state["optimizer_steps"]
+        self.policy_steps = state.get("policy_steps", self.optimizer_steps)  # as older checkpoints counted
         self.shuffling.set_state(state["shuffling"].cpu())
