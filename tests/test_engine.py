@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import random
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from vqa_helpers import CPU, small_config, small_data, small_task
 
 from vqa_scratch.engine.checkpoint import load_checkpoint, load_model_state, rng_state, save_checkpoint, set_rng_state
 from vqa_scratch.engine.evaluation import QuestionOnly, TypePrior, other_images
-from vqa_scratch.engine.loop import Plan, State, fit, train_step
+from vqa_scratch.engine.loop import Plan, State, fit, restore, train_step
 from vqa_scratch.engine.optim import Muon, Optimizers, orthogonalize, schedule, split_parameters
 from vqa_scratch.engine.precision import Precision, pick_device, pick_precision
 from vqa_scratch.engine.progress import MetricsLog, moving_average, read_metrics
@@ -270,6 +271,18 @@ def test_a_broken_checkpoint_is_one_line(tmp_path, content):
     with pytest.raises(UserError, match="last.pt is not a whole checkpoint") as caught:
         load_checkpoint(path)
     assert "\n" not in str(caught.value)
+
+
+def test_a_resumed_run_holds_its_weights_once(splits, tmp_path):
+    """Of what the checkpoint held, only what the optimizer goes on with is left in memory."""
+    task = small_task(*splits)
+    run(task, tmp_path, dataclasses.replace(PLAN, steps=2))
+    saved = load_checkpoint(tmp_path / "checkpoints" / "last.pt")
+    weights = [weakref.ref(tensor) for tensor in saved["model"].values()]
+    resumed = optimizers(task.model)
+    state = restore(saved, task, resumed, Precision("fp32", CPU), "here")
+    assert state.step == 2 and len(weights) > 20 and not any(weight() is not None for weight in weights)
+    assert "optimizers" not in saved and saved["precision"] == "fp32"
 
 
 def test_a_checkpoint_of_another_shape_lists_everything():

@@ -111,9 +111,12 @@ def restore(
     where: str,
     world: World = ALONE,
 ) -> State:
-    """Bring everything back to where the checkpoint was taken. Raises UserError if it does not fit the model."""
-    load_model_state(task.model, saved["model"], where)
-    optimizers.load_state_dict(saved["optimizers"])
+    """Bring everything back to where the checkpoint was taken. Raises UserError if it does not fit the model.
+
+    Takes weights and moments out of `saved`, so that a second copy of them does not stay in memory.
+    """
+    load_model_state(task.model, saved.pop("model"), where)
+    optimizers.load_state_dict(saved.pop("optimizers"))
     precision.scaler.load_state_dict(saved["scaler"])
     restore_streams(saved["rng"], world, saved["state"]["step"])
     return State(**saved["state"])
