@@ -21,6 +21,7 @@ from vqa_scratch.nn import decoding, taps
 from vqa_scratch.nn.attention import MultiHeadAttention
 from vqa_scratch.nn.cache import DecoderCache, KVCache
 from vqa_scratch.nn.decoding import DecoderLayer, DecoderParts
+from vqa_scratch.nn.gated import gated_mlp
 from vqa_scratch.nn.layers import MLP, Activation, activation
 from vqa_scratch.nn.memory import Memory
 from vqa_scratch.nn.relative_bias import PassBias, RelativeBias
@@ -41,9 +42,12 @@ class GatedMLP(nn.Module):
         self.activation, self.dropout = activation, nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate = taps.tap(self.tap_prefix, "pre", self.gate(x))
-        hidden = taps.tap(self.tap_prefix, "post", self.activation(gate) * self.up(x))
-        return taps.tap(self.tap_prefix, "out", self.dropout(self.down(hidden)))
+        if taps.wanted(self.tap_prefix, "pre", "post"):
+            gate = taps.tap(self.tap_prefix, "pre", self.gate(x))
+            out = self.down(taps.tap(self.tap_prefix, "post", self.activation(gate) * self.up(x)))
+        else:
+            out = gated_mlp(x, self.gate.weight, self.up.weight, self.down.weight, self.activation)
+        return taps.tap(self.tap_prefix, "out", self.dropout(out))
 
 
 class T5Block(nn.Module):
