@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-# Numbers. A product of several rows at once first copies keys that do not lie one row's behind the other's. In fp32 that
-# costs more than calls for a row each, in bf16 less.
+# Numbers. A product of several rows first copies keys that do not lie one row's behind the other's. In fp32 that costs
+# more than a call for each row, in bf16 less.
 SCORES_AT_ONCE = 2**16
 SCORES_AT_ONCE_BF16 = 2**20
 
