@@ -28,6 +28,14 @@ def saved(model: transformers.PreTrainedModel, folder: Path) -> transformers.Pre
     return model.eval()
 
 
+def text_batch(vocab: int = 60, lengths: tuple[int, ...] = (44, 31, 5, 1), pad: int = 0) -> tuple[Tensor, Tensor]:
+    """Random ids (4, 44) above the special ones, and their mask; the last row is one token."""
+    mask = torch.zeros(len(lengths), max(lengths), dtype=torch.long)
+    for row, length in enumerate(lengths):
+        mask[row, :length] = 1
+    return torch.randint(5, vocab, mask.shape).masked_fill(mask == 0, pad), mask
+
+
 def assert_close(ours: Tensor, theirs: Tensor, where: Tensor | None = None, tolerance: float = TOLERANCE) -> None:
     """Largest absolute difference within `tolerance`, over the places that `where` marks."""
     assert ours.shape == theirs.shape

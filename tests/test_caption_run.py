@@ -2,7 +2,6 @@
 
 import json
 import re
-import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,10 +18,8 @@ from vqa_scratch.config import CaptionTrainConfig
 from vqa_scratch.data.augment import depends_on_side
 from vqa_scratch.data.batches import IGNORE
 from vqa_scratch.engine.distributed import World
-from vqa_scratch.engine.lettering import choose, wrapped
+from vqa_scratch.engine.lettering import choose
 from vqa_scratch.engine.precision import Precision
-from vqa_scratch.engine.progress import draw_panels
-from vqa_scratch.engine.table import draw_table
 from vqa_scratch.errors import UserError
 from vqa_scratch.models import GPT2, GPT2Config, ResNet, ResNetConfig
 from vqa_scratch.systems import open_trained
@@ -358,49 +355,3 @@ def test_other_systems_say_what_they_are_not(run, data, tmp_path):
         opened.ask(next((data / "val2014").glob("*.png")), "what color is it?", None)
     with pytest.raises(UserError, match="--fusion"):
         train.command_line(["--preset", "caption", "--fusion", "mean"])
-
-
-# ---------------------------------------------------------------------------------------------- letters
-
-
-def test_fonts_are_chosen_to_cover_the_text():
-    """By hand: the font with most of what is missing comes first, and what none has is written as its code."""
-    fonts = {
-        "DejaVu Sans": frozenset(map(ord, "abc ")),
-        "Two": frozenset(map(ord, "猫狗")),
-        "One": frozenset([ord("猫")]),
-    }
-    assert choose(["abc", "a b"], fonts).families == ["DejaVu Sans"]
-    both = choose(["a 猫狗鱼"], fonts)
-    assert both.families == ["DejaVu Sans", "Two"] and both.missing == "鱼"
-    assert both.legible("a 猫鱼") == "a 猫[U+9C7C]"
-
-
-def test_fonts_that_draw_boxes_do_not_count():
-    """matplotlib brings one that claims every character: what only it has is missing."""
-    assert choose(["\U000e0101"]).missing == "\U000e0101"
-
-
-def test_lines_break_between_words_and_between_wide_characters():
-    assert wrapped("aa bb cc", 5).split("\n") == ["aa bb", "cc"]
-    assert wrapped("一二三四五", 4).split("\n") == ["一二", "三四", "五"]
-    assert wrapped("abcdefgh", 3).split("\n") == ["abc", "def", "gh"]
-    assert wrapped("", 3) == "" and wrapped("a 一二", 4).split("\n") == ["a 一", "二"]
-
-
-def test_pictures_draw_no_empty_box(tmp_path):
-    """matplotlib warns of a glyph that its fonts lack; no text of any script makes it do so. Dollars are no formula."""
-    texts = "猫 🐈 кошка \u0600 $\\notatex{$"
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        draw_table(tmp_path / "t.png", texts, (texts, "b"), [(texts, "")], (2, 2))
-        panel = {"title": texts, "ylabel": texts, "lines": {texts: ([1, 2], [1, 2])}, "hlines": {"$5 猫": 1.5}}
-        draw_panels(tmp_path / "c.png", [panel])
-
-
-def test_a_table_takes_any_text_and_grows_with_it(tmp_path):
-    rows = [[np.zeros((8, 8, 3), np.uint8), "$x_1$ and $5 <b>", "große Katze, большая кошка " * 8]]
-    assert draw_table(tmp_path / "a.png", "title", ("image", "one", "two"), rows, (1, 2, 2)) == ""
-    assert draw_table(tmp_path / "b.png", "title", ("image", "one", "two"), rows * 3, (1, 2, 2)) == ""
-    small, tall = Image.open(tmp_path / "a.png"), Image.open(tmp_path / "b.png")
-    assert small.width == tall.width and tall.height > 2 * small.height

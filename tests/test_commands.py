@@ -1,22 +1,18 @@
-"""ask, evaluate, export and convert on a run folder, and the errors of their command lines."""
+"""evaluate, export and convert on a run folder, and the errors of all command lines."""
 
 import hashlib
 import json
-import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
+from run_helpers import by_hand, command, make_run, picture
 from safetensors.torch import load_file, save_file
-from vqa_helpers import ROOT, small_config, small_data, small_task
+from vqa_helpers import ROOT, small_data
 
-from vqa_scratch.__main__ import PROGRAM
-from vqa_scratch.commands.line import call
 from vqa_scratch.data.submission import read_submission
 from vqa_scratch.data.vqa_files import annotations_name, questions_name
 from vqa_scratch.data.vqa_v2 import read_vqa
@@ -24,7 +20,7 @@ from vqa_scratch.engine.evaluation import QuestionOnly, TypePrior, blind
 from vqa_scratch.errors import UserError
 from vqa_scratch.metrics import accuracy_by
 from vqa_scratch.options import run_program
-from vqa_scratch.run import load_run, save_weights
+from vqa_scratch.run import load_run
 
 
 @pytest.fixture(scope="module")
@@ -32,175 +28,9 @@ def data(tmp_path_factory) -> Path:
     return small_data(tmp_path_factory.mktemp("data"))
 
 
-def make_run(data: Path, folder: Path, **changes) -> Path:
-    """A run folder as train.py leaves it, with weights uneven enough to give different answers."""
-    config = small_config(data, folder, **changes)
-    task = small_task(config)
-    with torch.no_grad():
-        for parameter in task.model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.1)
-    task.save_parts(folder)
-    save_weights(folder / "model.safetensors", task.model)
-    return folder
-
-
 @pytest.fixture(scope="module")
 def run(data, tmp_path_factory) -> Path:
     return make_run(data, tmp_path_factory.mktemp("conv") / "run", question_prompt=True)
-
-
-def command(*argv: object) -> None:
-    call(PROGRAM, [str(a) for a in argv], "python -m vqa_scratch")
-
-
-# ------------------------------------------------------------------------------------------------ ask
-
-
-@torch.no_grad()
-def by_hand(folder: Path, image: Path, question: str) -> tuple[str, float]:
-    """One token after the other with the whole model, and the product of their probabilities."""
-    opened = load_run(folder)
-    encoder, probability = opened.encoder, 1.0
-    pixels = opened.processor(Image.open(image).convert("RGB"))[None]
-    start = [*encoder.prompt(question), encoder.decoder.bos_id]
-    ids = list(start)
-    for _ in range(encoder.max_answer_tokens):
-        logits = opened.model(pixels, torch.tensor([encoder.question(question)]), None, torch.tensor([ids])).logits
-        p, token = logits[0, -1].softmax(-1).max(-1)
-        probability *= float(p)
-        ids.append(int(token))
-        if ids[-1] == encoder.decoder.eos_id:
-            break
-    return encoder.decoder.decode(ids[len(start) :]).strip(), probability
-
-
-def picture(data: Path) -> Path:
-    return read_vqa(data, "val").samples[0].image_path
-
-
-def test_ask(run, data, capsys):
-    """The answer and probability of a decoding written out here."""
-    for question in ("what color is the square?", "how many objects are there?"):
-        command("ask", run, "--image", picture(data), "--question", f"  {question} ")
-        text, probability = by_hand(run, picture(data), question)
-        assert capsys.readouterr().out == f"{text or '(nothing)'}  (probability {probability:.3f})\n"
-
-
-@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "LA", "1", "P", "CMYK", "I;16", "YCbCr"])
-@pytest.mark.parametrize("size", [(1, 1), (3, 500)])
-def test_ask_takes_any_image(run, tmp_path, mode, size, capsys):
-    pixels = np.random.default_rng(0).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)
-    image = Image.fromarray(pixels)
-    image = Image.fromarray(pixels[..., 0].astype(np.uint16) * 257) if mode == "I;16" else image.convert(mode)
-    suffix = {"CMYK": "tiff", "YCbCr": "tiff"}.get(mode, "png")
-    image.save(tmp_path / f"image.{suffix}")
-    command("ask", run, "--image", tmp_path / f"image.{suffix}", "--question", "is there a circle?")
-    assert "(probability 0." in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("question", ["", "   ", "\n"])
-def test_ask_nothing(run, data, question):
-    with pytest.raises(UserError, match="the question is empty"):
-        command("ask", run, "--image", picture(data), "--question", question)
-
-
-def test_ask_no_question(run, data):
-    with pytest.raises(UserError, match="give it --question"):
-        command("ask", run, "--image", picture(data))
-
-
-def test_ask_for_the_best_of_the_training_answers(run, data, capsys):
-    command("ask", run, "--image", picture(data), "--question", "is there a circle?", "--top", "3")
-    lines = capsys.readouterr().out.splitlines()
-    answers, chances = zip(*(line[:-1].split("  (probability ") for line in lines), strict=True)
-    assert len(lines) == 3 and set(answers) <= set(json.loads((run / "answers.json").read_text()))
-    assert list(chances) == sorted(chances, reverse=True)
-
-
-def test_ask_with_another_decoding(run, data, capsys):
-    """Beams find an answer at least as likely; a seed repeats what it drew."""
-    asked = ("ask", run, "--image", picture(data), "--question", "how many circles are there?")
-    said = []
-    for flags in (
-        (),
-        ("--num-beams", 3, "--length-penalty", 0),
-        *[("--do-sample", "--temperature", 2, "--seed", 5)] * 2,
-    ):
-        command(*asked, *flags)
-        said.append(capsys.readouterr().out)
-    chance = [float(line.rsplit(" ", 1)[1].strip(")\n")) for line in said]
-    assert chance[1] >= chance[0] and said[2] == said[3]
-
-
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (["--temperature", 0.5], "temperature has an effect on sampling only"),
-        (["--top-p", 0.5], "top_p has an effect on sampling only"),
-        (["--do-sample", "--num-beams", 2], "beams and sampling exclude each other"),
-        (["--num-beams", 10_000], "10000 beams, but the vocabulary has"),
-        (["--early-stopping"], "early_stopping has an effect on beams only"),
-        (["--min-new-tokens", 99], "min_new_tokens 99 is above max_new_tokens"),
-        (["--top", 2, "--num-beams", 2], "leave out --num-beams"),
-        (["--max-new-tokens", 100_000], "max_new_tokens 100000 is too much: the decoder has 64 positions"),
-        (["--tempreature", 1], "did you mean --temperature?"),
-    ],
-)
-def test_ask_with_contradictions(run, data, flags, message):
-    with pytest.raises(UserError, match=re.escape(message)) as caught:
-        command("ask", run, "--image", picture(data), "--question", "is there a circle?", *flags)
-    assert "\n" not in str(caught.value)
-
-
-def test_ask_for_as_many_tokens_as_there_are_positions(run, data, capsys):
-    """The number that the error names is the most that works."""
-    asked = ("ask", run, "--image", picture(data), "--question", "is there a circle?", "--max-new-tokens")
-    with pytest.raises(UserError) as caught:
-        command(*asked, 64)
-    most = int(re.search(r"leaves (\d+) behind", str(caught.value))[1])
-    command(*asked, most)
-    with pytest.raises(UserError):
-        command(*asked, most + 1)
-
-
-def test_ask_ten_thousand_words(run, data, capsys):
-    """It is cut, and a note says so; what is left decides the answer."""
-    words = "is there a red circle or " * 1_667
-    command("ask", run, "--image", picture(data), "--question", words)
-    printed = capsys.readouterr()
-    assert len(words.split()) > 10_000
-    assert printed.err == "note: the question is longer than 32 tokens; only its beginning was read\n"
-    command("ask", run, "--image", picture(data), "--question", words[:2_000])
-    assert capsys.readouterr().out == printed.out
-
-
-def test_ask_in_unknown_characters(run, data, capsys):
-    command("ask", run, "--image", picture(data), "--question", "is there a \N{SNOWMAN}?")
-    assert capsys.readouterr().err.startswith("note: the text tower has no tokens for \N{SNOWMAN}, ")
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b"", "is empty"),
-        (b"no image at all", "is not an image"),
-        (b"half", "is damaged or truncated"),
-        (None, "there is no such image"),
-        (b"huge", "over the limit"),
-    ],
-)
-def test_ask_about_a_bad_image(run, data, tmp_path, content, message, monkeypatch):
-    path = tmp_path / "bad.png"
-    if content == b"half":
-        content = picture(data).read_bytes()[:300]
-    if content == b"huge":
-        content = picture(data).read_bytes()
-        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1_000)
-    if content is not None:
-        path.write_bytes(content)
-    with pytest.raises(UserError, match=message) as caught:
-        command("ask", run, "--image", path, "--question", "what is it?")
-    assert "\n" not in str(caught.value) and "bad.png" in str(caught.value)
 
 
 # ------------------------------------------------------------------------------------------------ evaluate

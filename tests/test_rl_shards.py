@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from ranks import run_ranks
-from test_rl_rollout import ragged_prompts, rules, tiny
+from rl_tiny import ragged_prompts, rules, tiny
 from test_rl_vqa import rules_for
 from vqa_helpers import small_config, small_data
 

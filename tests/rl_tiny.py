@@ -1,0 +1,54 @@
+"""A T5 of 23 tokens as the policy of PPO: small enough that every test makes its own."""
+
+from contextlib import nullcontext
+
+import torch
+
+from vqa_scratch.models.t5 import T5, T5Config
+from vqa_scratch.rl.config import RLHFConfig
+from vqa_scratch.rl.policy import ActorCritic, SamplingRules, T5Policy, freeze
+from vqa_scratch.rl.ppo import PPO
+from vqa_scratch.rl.rewards import RewardPart, RewardSum
+from vqa_scratch.rl.types import Prompt
+
+VOCAB, EOS = 23, 1
+
+
+def tiny(seed=0):
+    torch.manual_seed(seed)
+    size = T5Config(
+        vocab_size=VOCAB, dim=16, head_dim=8, hidden=24, encoder_layers=2, decoder_layers=2, heads=2, dropout=0.3
+    )
+    return T5Policy(T5(size))
+
+
+def ragged_prompts(count=8):
+    generator = torch.Generator().manual_seed(3)
+    lengths = torch.randint(1, 12, (count,), generator=generator).tolist()
+    return [Prompt("", tuple(torch.randint(2, VOCAB, (n,), generator=generator).tolist())) for n in lengths]
+
+
+def rules(**options):
+    barred = torch.zeros(VOCAB, dtype=torch.bool)
+    barred[0] = True
+    return SamplingRules(**{"eos_id": EOS, "max_new_tokens": 9, "barred": barred} | options)
+
+
+def tiny_ppo(policy=None, sampling=None, autocast=nullcontext, **options):
+    config = RLHFConfig(
+        **{"prompts": 8, "samples": 2, "micro_prompts": 8, "max_new_tokens": 9, "iterations": 10, "critic_warmup": 0}
+        | {"scale_reward": False, "learning_rate": 1e-2, "warmup_steps": 0}
+        | options
+    )
+    reward = RewardSum([RewardPart("sevens", 1.0, lambda s: torch.tensor([float(x.count(7)) for x in s.ids]))])
+    actor = ActorCritic(policy or tiny())
+    return PPO(config, actor, freeze(tiny()), reward, ragged_prompts(), sampling or rules(), str, autocast)
+
+
+ALL_RULES = [
+    {},
+    {"temperature": 0.7},
+    {"min_new_tokens": 4},
+    {"no_repeat_ngram": 2},
+    {"temperature": 1.3, "min_new_tokens": 3, "no_repeat_ngram": 3},
+]
