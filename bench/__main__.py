@@ -67,7 +67,7 @@ def train_step_command(
 
 
 @click.command("taps")
-@click.option("--rounds", type=click.IntRange(1), default=20, show_default=True, help="Turns of each side.")
+@click.option("--rounds", type=click.IntRange(1), default=200, show_default=True, help="Turns of each side.")
 @click.option("--questions", type=click.IntRange(8), default=128, show_default=True, help="Questions of a step.")
 @click.option("--write", is_flag=True, help="Put the table into bench/RESULTS.md.")
 def taps_command(rounds: int, questions: int, write: bool) -> None:
