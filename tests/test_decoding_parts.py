@@ -5,9 +5,9 @@ import torch
 
 from vqa_scratch.generate import GenerationOptions, generate, loop
 from vqa_scratch.models import GPT2, GPT2Config
-from vqa_scratch.nn import decoding
+from vqa_scratch.nn import decoding, layers
 
-LARGE = (700, 400)  # more than decoding.LARGE_WEIGHT bytes in fp32
+LARGE = (700, 400)  # more than layers.LARGE_WEIGHT bytes in fp32
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -29,19 +29,29 @@ def test_products_of_any_number_of_rows(rows, biased):
     assert (after - (before + exact)).abs().max() <= budget
 
 
-@pytest.mark.parametrize("build", [decoding.product, decoding.adding])
-def test_few_rows_of_a_large_weight_take_their_own_way(build, monkeypatch):
-    """And it is offered for large weights in fp32 alone."""
+@torch.no_grad()
+@pytest.mark.parametrize("way", ["product", "adding", "linear"])
+def test_few_rows_of_a_large_weight_take_their_own_way(way, monkeypatch):
+    """Small weights, other number formats, gradients and autocast keep the usual one."""
     seen = []
-    monkeypatch.setattr(decoding, "_one_dnn", lambda weight, bias: lambda x: seen.append(len(x)) or x @ weight.t())
-    function = build(random(*LARGE), None)
+    monkeypatch.setattr(layers, "one_dnn", lambda x, weight, bias: seen.append(len(x)) or x @ weight.t())
+
+    def apply(rows: int, weight: torch.Tensor) -> None:
+        x, before = random(rows, weight.shape[1]).to(weight.dtype), random(rows, len(weight)).to(weight.dtype)
+        ways = {"product": lambda: decoding.product(weight, None)(x), "linear": lambda: layers.linear(x, weight)}
+        ways.get(way, lambda: decoding.adding(weight, None)(before, x))()
+
     for rows in (1, 3, 4, 64, 65):
-        x = random(rows, LARGE[1])
-        function(x) if build is decoding.product else function(random(rows, LARGE[0]), x)
-    assert seen == [4, 64]
-    monkeypatch.undo()
-    offered = [decoding._one_dnn(weight, None) for weight in (random(*LARGE), random(70, 40), random(*LARGE).double())]
-    assert [way is not None for way in offered] == [torch.backends.mkl.is_available(), False, False]
+        apply(rows, random(*LARGE))
+    assert seen == ([4, 64] if torch.backends.mkl.is_available() else [])
+    for weight in (random(70, 40), random(*LARGE).double(), random(*LARGE).bfloat16()):
+        apply(8, weight)
+    with torch.autocast("cpu", torch.bfloat16):
+        apply(8, random(*LARGE))
+    if way == "linear":
+        with torch.enable_grad():
+            apply(8, random(*LARGE))
+    assert len(seen) <= 2
 
 
 @pytest.mark.parametrize("sampled", [False, True])

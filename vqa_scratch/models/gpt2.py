@@ -153,8 +153,8 @@ class GPT2(nn.Module):
         def embed(tokens: Tensor, positions: Tensor) -> Tensor:
             return words.index_select(0, tokens).add_(places.index_select(0, positions))
 
-        layers, head = [block.decoding_layer() for block in self.blocks], decoding.product(words, None)
-        return DecoderParts(embed, layers, layer_norm(self.norm), head, self.config.max_positions)
+        layers = [block.decoding_layer() for block in self.blocks]
+        return DecoderParts(embed, layers, layer_norm(self.norm), self.logits, self.config.max_positions)
 
     def hidden(
         self,

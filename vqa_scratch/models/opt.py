@@ -18,7 +18,7 @@ from vqa_scratch.models.gpt2 import GPT2Block, GPT2Config
 from vqa_scratch.models.hf_config import check_heads, fields_from_hf
 from vqa_scratch.nn import taps
 from vqa_scratch.nn.cache import DecoderCache, KVCache
-from vqa_scratch.nn.decoding import DecoderParts, layer_norm, product
+from vqa_scratch.nn.decoding import DecoderParts, layer_norm
 from vqa_scratch.nn.layers import init_weights, linear
 from vqa_scratch.nn.masks import decoder_positions
 from vqa_scratch.nn.memory import Memory
@@ -143,9 +143,9 @@ class OPT(nn.Module):
             words = self.project_in(F.embedding(tokens, self.tokens.weight))
             return words + F.embedding(positions + OFFSET, self.positions.weight)
 
-        layers, head = [block.decoding_layer() for block in self.blocks], product(self.tokens.weight, None)
+        layers = [block.decoding_layer() for block in self.blocks]
         norm = layer_norm(self.norm)
-        return DecoderParts(embed, layers, lambda x: self.project_out(norm(x)), head, self.config.max_positions)
+        return DecoderParts(embed, layers, lambda x: self.project_out(norm(x)), self.logits, self.config.max_positions)
 
     def read(
         self, embeddings: Tensor, attention_mask: Tensor | None = None, cache: DecoderCache | None = None

@@ -22,7 +22,7 @@ from vqa_scratch.nn.attention import MultiHeadAttention
 from vqa_scratch.nn.cache import DecoderCache, KVCache
 from vqa_scratch.nn.decoding import DecoderLayer, DecoderParts
 from vqa_scratch.nn.gated import gated_mlp
-from vqa_scratch.nn.layers import MLP, Activation, activation
+from vqa_scratch.nn.layers import MLP, Activation, activation, linear
 from vqa_scratch.nn.memory import Memory
 from vqa_scratch.nn.relative_bias import PassBias, RelativeBias
 from vqa_scratch.nn.rms_norm import RMSNorm
@@ -221,7 +221,7 @@ class T5(nn.Module):
         """(..., D) -> (..., V)."""
         if self.config.scaled:
             hidden = hidden * self.config.dim**-0.5
-        return F.linear(hidden, self.embedding.weight) if self.head is None else self.head(hidden)
+        return linear(hidden, (self.embedding if self.head is None else self.head).weight)
 
     def new_cache(self) -> DecoderCache:
         """An empty cache for `decode_hidden`."""

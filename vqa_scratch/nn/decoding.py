@@ -43,25 +43,14 @@ class DecoderParts(NamedTuple):
     bias: Callable[[int], Tensor] | None = None  # n -> (1, H, 1, n), added to the scores of the last of n tokens
 
 
-# Up to 3 rows MKL reads a large weight as fast as the memory gives it; with some more at half of that, and oneDNN's
-# product is faster: 50,257 x 768 with 4, 8, 12, 16, 32, 64 rows takes 0.83, 0.61, 0.46, 0.88, 0.83, 0.86 of the time
-# (torch 2.13 on two cores with AVX-512).
-FEW_ROWS = range(4, 65)
-LARGE_WEIGHT = 1 << 20  # bytes
-
-
-def _one_dnn(weight: Tensor, bias: Tensor | None) -> Function | None:
-    """The product through oneDNN, the operator that torch.compile emits for linear layers on a CPU; None where a few
-    rows gain nothing by it, or this torch has none."""
-    suits = weight.device.type == "cpu" and weight.dtype == torch.float32 and weight.nbytes >= LARGE_WEIGHT
-    if not suits or not torch.backends.mkl.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
-        return None
-    return lambda x: torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-
-
 def _by_vector(weight: Tensor) -> bool:
     """Whether one row does not meet this weight as a matrix; see `layers.linear`."""
     return weight.dtype == torch.bfloat16 and weight.device.type == "cpu"
+
+
+def _for_few_rows(weight: Tensor, bias: Tensor | None) -> Function | None:
+    """The way that some rows of `layers.FEW_ROWS` take through this weight; None: as any other number."""
+    return (lambda x: layers.one_dnn(x, weight, bias)) if layers.suits_one_dnn(weight) else None
 
 
 def product(weight: Tensor, bias: Tensor | None) -> Function:
@@ -73,8 +62,8 @@ def product(weight: Tensor, bias: Tensor | None) -> Function:
         return lambda x: layers.linear(x, weight, bias)
     turned = weight.t()
     plain = (lambda x: torch.mm(x, turned)) if bias is None else (lambda x: torch.addmm(bias, x, turned))
-    for_few = _one_dnn(weight, bias)
-    return plain if for_few is None else (lambda x: for_few(x) if len(x) in FEW_ROWS else plain(x))
+    for_few = _for_few_rows(weight, bias)
+    return plain if for_few is None else (lambda x: for_few(x) if len(x) in layers.FEW_ROWS else plain(x))
 
 
 def linear(module: nn.Linear) -> Function:
@@ -100,9 +89,9 @@ def adding(weight: Tensor, bias: Tensor | None) -> Addition:
         apply = product(weight, bias)
         return lambda x, z: x.add_(apply(z))
     weight, bias = weight.detach(), None if bias is None else bias.detach()
-    turned, for_few = weight.t(), _one_dnn(weight, bias)
+    turned, for_few = weight.t(), _for_few_rows(weight, bias)
     plain = (lambda x, z: x.addmm_(z, turned)) if bias is None else (lambda x, z: x.addmm_(z, turned).add_(bias))
-    return plain if for_few is None else (lambda x, z: x.add_(for_few(z)) if len(x) in FEW_ROWS else plain(x, z))
+    return plain if for_few is None else (lambda x, z: x.add_(for_few(z)) if len(x) in layers.FEW_ROWS else plain(x, z))
 
 
 def layer_norm(module: nn.LayerNorm) -> Function:
