@@ -41,7 +41,7 @@ def tiles(kernel: str, head: int, dtype: torch.dtype, bias: bool, device: torch.
     """
     if dtype == torch.float32:  # exact fp32 products run outside the tensor cores and want registers
         return Tile(32, 16, 4, 1)
-    if torch.cuda.get_device_capability(device) < (9, 0):
+    if not 9 <= torch.cuda.get_device_capability(device)[0] < 12:  # no wgmma; cards of 12.x share as little as 8.6
         return Tile(64, 32, 4, 2)
     if head > 64:
         return Tile(64, 64, 4, 2) if bias or kernel == "key" else Tile(128, 64, 8, 2)

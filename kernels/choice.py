@@ -6,21 +6,38 @@ import warnings
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 
 OLDEST = (8, 0)  # capabilities below have neither bf16 products nor asynchronous copies
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _last = "none"
 
 
+def _try_out(device: torch.device) -> str | None:
+    """What goes wrong when the smallest kernel is compiled and run, in words; None if nothing does.
+
+    Triton finds its compiler for the device in its package, but needs one for C, and Python's headers, on the machine.
+    """
+    try:
+        from kernels import rows
+
+        rows.logprobs(torch.zeros(1, 16, device=device), torch.zeros(1, dtype=torch.long, device=device))
+    except Exception as error:  # Triton, the compilers and the driver raise many kinds
+        said = str(error).strip().splitlines() or [type(error).__name__]
+        return f"Triton does not work here ({said[0][:120]})"
+    return None
+
+
 @functools.cache
+@_disable_dynamo  # torch.compile would put the trial into its graph
 def missing(device: torch.device) -> str | None:
-    """Why Triton does not run on this CUDA device, in words; None if it does."""
+    """Why Triton does not run on this CUDA device, in words; None if it does. The first call runs a kernel."""
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
     capability = torch.cuda.get_device_capability(device)
     if capability < OLDEST:
         return f"{torch.cuda.get_device_name(device)} has capability {capability[0]}.{capability[1]}, below 8.0"
-    return None
+    return _try_out(device)
 
 
 @functools.cache

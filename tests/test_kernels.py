@@ -118,6 +118,31 @@ def test_linear_cross_entropy_under_autocast_and_without_gradients():
         close(kernels.linear_cross_entropy(hidden, weight, labels)[0], F.cross_entropy(hidden @ weight.T, labels) * 9)
 
 
+def test_rows_without_a_label_meet_no_product():
+    hidden, weight = torch.randn(50, 6, requires_grad=True), torch.randn(31, 6, requires_grad=True)
+    labels = torch.full((50,), -100)
+    labels[::5] = torch.arange(10)
+    seen = []
+
+    class Products(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if "mm" in str(func):
+                seen.append(sorted({*args[0].shape, *args[1].shape}))
+            return func(*args, **(kwargs or {}))
+
+    with Products():
+        kernels.linear_cross_entropy(hidden, weight, labels)[0].backward()
+    assert seen == [[6, 10, 31]] * 3  # logits and both gradients, of ten rows
+
+
+def test_gradients_of_chunks_are_summed_in_fp32():
+    """In bf16 a sum of ones ends at 256."""
+    total, one = chunks.WeightGradient(600), torch.ones(1, 1, dtype=torch.bfloat16)
+    for _ in range(600):
+        total.add(one, one)
+    assert total.total.item() == 600
+
+
 @pytest.mark.parametrize("from_states", [True, False])
 def test_chosen_logprobs_are_those_of_torch(from_states, monkeypatch):
     monkeypatch.setattr(chunks, "FEWEST_LOGITS", 1)
@@ -133,6 +158,25 @@ def test_chosen_logprobs_are_those_of_torch(from_states, monkeypatch):
     spread = torch.distributions.Categorical(logits=hidden @ weight.T)
     close(ours(hidden, weight), (spread.log_prob(ids), spread.entropy()))
     assert torch.autograd.gradcheck(ours, (hidden, weight))
+
+
+def test_large_logits_are_no_trouble():
+    """exp(1000) is no number in fp32; a distribution does not change when its logits rise together."""
+    logits, ids = torch.randn(4, 9).mul(8).round(), torch.tensor([0, 3, 8, 5])  # whole numbers: the sum is exact
+    close(kernels.chosen_logprobs(logits + 1000, ids), kernels.chosen_logprobs(logits, ids), rtol=0, atol=1e-4)
+
+
+def test_linear_logprobs_under_autocast():
+    """The products are in autocast's type, the figures in fp32, the gradients in the type of what they are of."""
+    hidden, weight, ids = torch.randn(9, 16), torch.randn(40, 16, requires_grad=True), torch.randint(40, (9,))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        ours = kernels.linear_logprobs(hidden, weight, ids)
+        logits = F.linear(hidden, weight)
+    plain = kernels.reference.chosen_logprobs(logits, ids)
+    close(ours, plain, rtol=1e-5, atol=1e-5)  # the same rounded logits
+    one, two = (torch.autograd.grad(sum(x.sum() for x in pair), weight)[0] for pair in (ours, plain))
+    assert one.dtype == torch.float32
+    close(one, two, rtol=2**-7, atol=2e-2)  # roundings to bf16 of dlogits and of the product
 
 
 def test_barred_tokens_have_no_weight_in_the_entropy():
@@ -183,6 +227,7 @@ def test_what_a_kernel_does_not_take_is_said_once(monkeypatch):
 def test_an_old_gpu_and_no_triton_are_reasons(monkeypatch):
     choice.missing.cache_clear()
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "an old card")
+    monkeypatch.setattr(choice, "_try_out", lambda device: None)
     for capability, backend in (((7, 5), "torch"), ((8, 0), "triton")):
         choice.missing.cache_clear()
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, seen=capability: seen)
@@ -191,6 +236,27 @@ def test_an_old_gpu_and_no_triton_are_reasons(monkeypatch):
     choice.missing.cache_clear()
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert choice.missing(torch.device("cuda")) == "Triton is not installed" and kernels.backend("cpu") == "torch"
+    choice.missing.cache_clear()
+
+
+def test_a_triton_that_cannot_compile_is_a_reason(monkeypatch):
+    """As on a machine without a C compiler: torch runs, and what Triton said is in the warning."""
+    pytest.importorskip("triton")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch, "zeros", lambda *shape, device, **options: torch.empty(*shape, **options))
+    said = []
+
+    def fails(logits, ids):
+        said.append((logits.shape, ids.dtype))
+        raise RuntimeError("Failed to find C compiler.\nPlease specify via CC environment variable.")
+
+    monkeypatch.setattr("kernels.rows.logprobs", fails)
+    for _ in range(2):
+        reason = choice.missing(torch.device("cuda", 3))
+        assert reason == "Triton does not work here (Failed to find C compiler.)"
+    assert said == [((1, 16), torch.long)]
+    monkeypatch.setattr("kernels.rows.logprobs", lambda logits, ids: None)
+    assert choice.missing(torch.device("cuda", 4)) is None
     choice.missing.cache_clear()
 
 

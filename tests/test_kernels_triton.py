@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from kernels import attention, chunks, cross_entropy, logprob, reference
+from kernels import attention, choice, chunks, cross_entropy, logprob, reference
 from kernels.reference import RelativeBias
 
 pytest.importorskip("triton")
@@ -41,16 +41,16 @@ class Case:
         return [torch.randn(shape, dtype=torch.float64) for shape in shapes]
 
     def downstream(self) -> list[torch.Tensor]:
-        """Gradients of O and LSE."""
+        """Gradients of O and LSE; that of LSE does not lie in order."""
         shape = (self.batch, self.heads, self.queries)
-        return [torch.randn(*shape, self.head), torch.randn(shape)]
+        return [torch.randn(*shape, self.head), torch.randn(shape).mT.contiguous().mT]
 
     def mask(self) -> torch.Tensor | None:
         if not self.masked:
             return None
         mask = torch.rand(self.batch, self.keys) > 0.3
         mask[-1] = False
-        return mask.to(DEVICE)
+        return mask.T.contiguous().T.to(DEVICE)  # what a program reads must not depend on how the mask lies
 
     def check(self, dtype: torch.dtype) -> list[torch.Tensor]:
         """Hold the kernels in `dtype` to their budget; returns what they gave."""
@@ -71,7 +71,9 @@ class Case:
 
 CASES = {
     "self": Case(37, 37),
-    "causal, masked, a row of nothing": Case(21, 21, causal=True, masked=True, batch=2),
+    "causal, masked, a row of nothing": Case(21, 21, causal=True, masked=True, batch=3),
+    "the last key of a tile is seen by one query": Case(33, 34, causal=True),
+    "the first key after a tile is seen by none": Case(20, 34, causal=True),
     "T5 encoder, masked": Case(70, 70, masked=True, bias="both", batch=2, heads=1),
     "T5 decoder": Case(70, 70, causal=True, bias="past", heads=1),
     "behind a cache": Case(20, 50, causal=True, bias="past"),
@@ -93,10 +95,9 @@ def results(run, inputs, dtype, downstream, case, mask):
     leaves = [x.to(DEVICE, dtype).requires_grad_() for x in inputs]
     bias = RelativeBias(leaves[3], case.max_distance, case.bias == "both") if case.bias else None
     out, lse = run(*leaves[:3], key_mask=mask, causal=case.causal, bias=bias)
-    do, dlse = (x.to(DEVICE, out.dtype) for x in downstream)
-    seen = torch.isfinite(lse)  # the gradient of a row of nothing is not asked for by merge; zero here
-    loss = (out * do).sum() + torch.where(seen, lse, 0.0).mul(dlse.to(lse.dtype)).sum()
-    return [out, lse, *torch.autograd.grad(loss, leaves)]
+    do, dlse = (x.to(DEVICE, kind.dtype) for x, kind in zip(downstream, (out, lse), strict=True))
+    dlse = dlse.masked_fill(lse == -math.inf, math.nan)  # a row of nothing has no gradient, whatever comes down
+    return [out, lse, *torch.autograd.grad((out, lse), leaves, (do, dlse))]
 
 
 def within_budget(names, ours, plain, exact, dtype):
@@ -115,7 +116,12 @@ PRECISIONS += [
 ]
 
 
-@pytest.mark.parametrize(("name", "dtype"), PRECISIONS)
+def in_words(given) -> str | None:
+    """The name of a dtype in the name of a test, so that `-k fp32` finds its tests."""
+    return {FP32: "fp32", FP16: "fp16", BF16: "bf16"}.get(given) if isinstance(given, torch.dtype) else None
+
+
+@pytest.mark.parametrize(("name", "dtype"), PRECISIONS, ids=in_words)
 def test_attention_and_every_gradient(name, dtype):
     case = CASES[name]
     out, lse, *_ = case.check(dtype)
@@ -123,12 +129,18 @@ def test_attention_and_every_gradient(name, dtype):
         assert not out[-1].any() and (lse[-1] == -math.inf).all()
 
 
-@pytest.mark.parametrize(("dtype", "head", "bias"), [(FP32, 64, "both"), (BF16, 64, None), (BF16, 80, "both")])
+@pytest.mark.parametrize(
+    ("dtype", "head", "bias"), [(FP32, 64, "both"), (BF16, 64, None), (BF16, 80, "both")], ids=in_words
+)
 @pytest.mark.gpu
 @pytest.mark.skipif(not GPU, reason="needs a CUDA device")
 def test_attention_at_real_sizes(dtype, head, bias):
     for sizes in ((197, 197), (1100, 1100), (64, 1500)):
         Case(*sizes, bias=bias, head=head, masked=True, batch=2, max_distance=128).check(dtype)
+
+
+def test_the_trial_before_the_first_kernel_passes():
+    assert choice._try_out(torch.device(DEVICE)) is None
 
 
 def test_attention_gives_the_same_bits_twice_and_stores_no_matrix():
@@ -151,6 +163,25 @@ def test_attention_takes_slices_of_one_projection_and_expanded_gradients():
         grads.append(torch.autograd.grad(out.sum(), qkv)[0])
         assert out.shape == (1, 2, 17, 16)
     torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-6)
+
+
+def test_attention_reads_nothing_beyond_its_rows_and_heads():
+    """q, k, v, the mask and the gradient of O are cut out of larger tensors, full of NaN wherever they do not lie."""
+
+    def cut_out(x):
+        around = x.new_full((*x.shape[:-2], x.shape[-2] + 20, x.shape[-1] + 9), math.nan)
+        inside = around[..., : x.shape[-2], : x.shape[-1]]
+        inside.copy_(x.detach())
+        return inside.requires_grad_(x.requires_grad)
+
+    tensors = [torch.randn(1, 2, t, 24, device=DEVICE) for t in (37, 41, 41, 37)]
+    ours = []
+    for made in (tensors, [cut_out(x) for x in tensors]):
+        *leaves, do = made
+        out, lse = attention.triton_attention(*(x.requires_grad_() for x in leaves))
+        ours.append([out, lse, *torch.autograd.grad(out, leaves, do)])
+    for alone, cut in zip(*ours, strict=True):
+        assert torch.equal(alone, cut)
 
 
 def test_parts_merge_into_one_softmax():
@@ -178,7 +209,7 @@ def head_inputs(rows_count, width, vocabulary, dtype):
     return hidden.to(dtype).double(), weight.to(dtype).double(), ids.to(DEVICE)
 
 
-@pytest.mark.parametrize("dtype", HEAD_DTYPES)
+@pytest.mark.parametrize("dtype", HEAD_DTYPES, ids=in_words)
 def test_linear_cross_entropy_and_its_gradients(dtype, monkeypatch):
     monkeypatch.setattr(chunks, "FEWEST_LOGITS", 1)
     monkeypatch.setattr(chunks, "FEWEST_ROWS", 8)
@@ -205,7 +236,7 @@ def test_the_first_of_equal_maxima_is_the_argmax():
     assert right.tolist() == [1, 0, 0]
 
 
-@pytest.mark.parametrize("dtype", HEAD_DTYPES)
+@pytest.mark.parametrize("dtype", HEAD_DTYPES, ids=in_words)
 def test_chosen_logprobs_and_their_gradients(dtype):
     logits = (torch.randn(6, 77) * 3).to(dtype).double()
     logits[1, 5:70] = -math.inf
@@ -237,6 +268,23 @@ def test_linear_logprobs_and_their_gradients(monkeypatch):
     plain, exact = (figures(lambda h, w: reference.chosen_logprobs(h @ w.T, ids), k) for k in (FP32, torch.float64))
     ours = figures(lambda h, w: logprob.LinearLogprobs.apply(h, w, ids, rows, FP32), FP32)
     within_budget(("logprob", "entropy", "dhidden", "dweight"), ours, plain, exact, FP32)
+
+
+def test_rows_of_logits_may_lie_apart():
+    """On a GPU the rows of a chunk begin at multiples of 64 numbers: what stands between them is not read."""
+    logits, ids = torch.randn(5, 77, device=DEVICE), torch.tensor([0, 76, 33, 32, 5], device=DEVICE)
+    padded = torch.full((5, 128), math.nan, device=DEVICE)
+    apart = padded[:, :77].copy_(logits)
+    for one, two in zip(rows.logprobs(logits, ids), rows.logprobs(apart, ids), strict=True):
+        assert torch.equal(one, two)
+    _, entropy, lse = rows.logprobs(logits, ids)
+    given, together, between = (ids, lse, entropy, lse, entropy), torch.empty_like(logits), torch.zeros_like(padded)
+    rows.logprobs_gradient(logits, *given, together)
+    rows.logprobs_gradient(apart, *given, between[:, :77])
+    assert torch.equal(together, between[:, :77]) and not between[:, 77:].any()
+    for one, two in zip(rows.cross_entropy_(logits, ids, True), rows.cross_entropy_(apart, ids, True), strict=True):
+        assert torch.equal(one, two)
+    assert torch.equal(logits, apart) and padded[:, 77:].isnan().all()
 
 
 def test_an_id_beyond_the_vocabulary_reads_nothing():

@@ -4,6 +4,7 @@ import pytest
 import torch
 from helpers import brute_force_attention
 
+from kernels import reference
 from vqa_scratch.nn import DecoderCache, KVCache, Memory, MultiHeadAttention
 from vqa_scratch.nn.attention import BACKENDS
 
@@ -19,19 +20,21 @@ INDICES = {
     "shuffled": [2, 0, 1, 0, 2, 1],
     "nearly even": [0, 1, 1, 2, 0, 1],
     "one unused": [1, 1, 2, 2, 2, 1],
-    "too uneven to share": [0, 2, 2, 2, 2, 2],
+    "too uneven to share": [2, 0, 2, 2, 2, 2],
 }
 
 
 @pytest.mark.parametrize("backend", [*BACKENDS, "merged"])
 @pytest.mark.parametrize("order", INDICES)
 @pytest.mark.parametrize("parts", [1, 2, 3])
-def test_memory_of_parts_is_one_long_memory(backend, order, parts, monkeypatch):
+def test_memory_of_parts_is_one_long_memory(backend, order, parts, monkeypatch, request):
     """Outputs and gradients equal those of expanding the entries and concatenating the parts by hand."""
+    merged = []
     if backend == "merged":  # as on a GPU with Triton: each part by itself, merged by log-sum-exps
-        monkeypatch.setattr("kernels.backend", lambda device: "triton")
+        monkeypatch.setattr("kernels.takes_attention", lambda q, **options: True)
+        monkeypatch.setattr("kernels.merge", lambda pieces: merged.append(len(pieces)) or reference.merge(pieces))
         backend = "fused"
-    module = MultiHeadAttention(12, 2, context_dim=10, backend=backend)
+    module = MultiHeadAttention(12, 2, context_dim=10, scale=0.6, backend=backend)
     index = torch.tensor(INDICES[order])
     shared, own = torch.randn(3, 4, 10, requires_grad=True), torch.randn(6, 3, 10, requires_grad=True)
     own_mask = torch.rand(6, 3) > 0.4
@@ -46,6 +49,7 @@ def test_memory_of_parts_is_one_long_memory(backend, order, parts, monkeypatch):
     leaves = [x, shared, own, last][: parts + 1] + list(module.parameters())
     weight = torch.randn(6, 5, 12)
     got, expected = module(x, memories[:parts]), module(x, states, mask)
+    assert merged == ([parts] if "merged" in request.node.name and parts > 1 else [])
     torch.testing.assert_close(got, expected, **CLOSE)
     for one, other in zip(
         torch.autograd.grad((got * weight).sum(), leaves),
@@ -59,6 +63,26 @@ def test_memory_of_parts_is_one_long_memory(backend, order, parts, monkeypatch):
     allowed = mask[:, None, None].expand(-1, 2, 5, -1)
     z = brute_force_attention(q, k, v, allowed, None, module.scale)
     torch.testing.assert_close(got, module.out(z.transpose(1, 2).flatten(2).float()), **CLOSE)
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_weights_on_memories_are_dropped_while_training(parts, monkeypatch):
+    """Also where the kernel could join the parts: it drops none, so it is asked with the dropout that is wanted."""
+    asked = []
+    monkeypatch.setattr("kernels.takes_attention", lambda q, dropout=0.0: asked.append(dropout) or dropout == 0)
+    module = MultiHeadAttention(12, 2, context_dim=12, dropout=0.5)
+    memories, x = [Memory(torch.randn(6, 40, 12)) for _ in range(parts)], torch.randn(6, 5, 12)
+    with torch.no_grad():
+        one, two, still = module(x, memories), module(x, memories), module.eval()(x, memories)
+    assert not torch.allclose(one, two, atol=1e-2) and torch.equal(still, module(x, memories))
+    assert asked == ([0.5, 0.5, 0.0, 0.0] if parts > 1 else [])
+
+
+@pytest.mark.parametrize("order", INDICES)
+def test_the_states_that_each_row_reads(order):
+    states, index = torch.randn(3, 4, 10), torch.tensor(INDICES[order])
+    assert torch.equal(Memory(states, index=index).per_row(), states[index])
+    assert torch.equal(Memory(states, repeat=2).per_row(), states[torch.arange(6) // 2])
 
 
 @pytest.mark.parametrize("order", INDICES)
