@@ -1,5 +1,6 @@
 """Compare with what one would run otherwise:  python -m bench train-step [--all --write]  or  python -m bench all"""
 
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -90,10 +91,12 @@ def loss_head_command(rounds: int, write: bool, **sizes: int | str) -> None:
 
 
 @click.command("attention")
+@click.option("--seconds", type=click.FloatRange(0), help="After so many, FlexAttention is left out. [no limit]")
 @click.option("--write", is_flag=True, help="Put the table into bench/RESULTS.md.")
-def attention_command(write: bool) -> None:
+def attention_command(seconds: float | None, write: bool) -> None:
     """Attention on a GPU against the best backend of SDPA and FlexAttention."""
-    present("attention", attention.run(command_given()), write)
+    text = attention.run(command_given(), seconds=math.inf if seconds is None else seconds)
+    present("attention", text, write)
 
 
 @click.command("t5-bias")

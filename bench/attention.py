@@ -9,9 +9,11 @@ forward and five backward, no more for what a side computes twice.
 Shapes: B batch, H heads, T tokens, d head size.
 """
 
+import math
 import statistics
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +28,7 @@ from kernels import reference
 from vqa_scratch.errors import UserError
 
 OUTPUT_TOLERANCE = 2e-2  # bf16 holds 8 bits; outputs are averages of numbers of size 1
+OURS, FLEX = "ours", "FlexAttention"
 SDPA = ("FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION")
 
 
@@ -142,32 +145,28 @@ def measure(way: Way, case: Case, dense: bool) -> tuple[float, float, float]:
     return forward, backward, torch.cuda.max_memory_allocated() / 1e9
 
 
-def try_ways(case: Case) -> dict[str, tuple[float, float, float] | str]:
-    """The figures of each side, or why it has none."""
-    ways: dict[str, Callable[[], Way]] = {"ours": lambda: ours(case), "FlexAttention": lambda: flex(case)}
-    ways |= {backend: lambda b=backend: sdpa(case, b) for backend in SDPA}
-    figures: dict[str, tuple[float, float, float] | str] = {}
-    for name, make in ways.items():
+Figures = dict[str, tuple[float, float, float] | str]  # by side: those of `measure`, or why there are none
+
+
+def try_ways(case: Case, names: Sequence[str]) -> Figures:
+    """The figures of these sides. A peer may fail, and then its row says how; ours may not."""
+    figures: Figures = {}
+    for name in names:
         try:
-            figures[name] = measure(make(), case, name in SDPA)
-        except UserError:
-            raise
+            way = {OURS: ours, FLEX: flex}.get(name)
+            figures[name] = measure(way(case) if way else sdpa(case, name), case, name in SDPA)
         except Exception as error:  # a backend that does not take this case says so in many ways
-            if name == "ours":
+            if name == OURS:
                 raise
-            figures[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:60]}"
+            figures[name] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:60]}"
     return figures
 
 
-def rows(case: Case) -> list[list[str]]:
+def rows(case: Case, figures: Figures) -> list[list[str]]:
     """The lines of the table for one case."""
-    if not torch.cuda.is_available():
-        return [
-            [case.name, side, "not measured: no GPU", "", "", ""] for side in ("ours", "best SDPA", "FlexAttention")
-        ]
-    figures, lines = try_ways(case), []
-    timed = {name: f for name, f in figures.items() if not isinstance(f, str) and name in SDPA}
-    best = [min((f[i] for f in timed.values()), default=float("nan")) for i in range(2)]
+    lines = []
+    timed = [f for name, f in figures.items() if not isinstance(f, str) and name in SDPA]
+    best = [min((f[i] for f in timed), default=float("nan")) for i in range(2)]
     for name, f in figures.items():
         if isinstance(f, str):
             lines.append([case.name, name, f"not measured: {f}", "", "", ""])
@@ -175,10 +174,26 @@ def rows(case: Case) -> list[list[str]]:
         rates = [case.operations() * factor / f[i] / 1e12 for i, factor in enumerate((1.0, 2.5))]
         times = [f"{f[i] * 1e3:.3f} ms, {rates[i]:.0f} TFLOP/s" for i in range(2)]
         ratio = ""
-        if name == "ours":
+        if name == OURS:
             ratio = " / ".join(f"{best[i] / f[i]:.2f}x (goal {case.goals[i]})" for i in range(2))
         lines.append([case.name, name, *times, ratio, f"{f[2]:.2f}"])
     return lines
+
+
+def all_rows(cases: list[Case], seconds: float) -> list[list[str]]:
+    """The table: first ours and SDPA in every case; then, while there is time, FlexAttention, which compiles long."""
+    if not torch.cuda.is_available():
+        return [[c.name, side, "not measured: no GPU", "", "", ""] for c in cases for side in (OURS, "best SDPA", FLEX)]
+    end, found, lines = time.monotonic() + seconds, {}, {}
+    for case in cases:
+        made = results.or_reason(case.name, 6, lambda c=case: rows(c, found.setdefault(c, try_ways(c, [OURS, *SDPA]))))
+        lines[case] = told(made)
+    for case, figures in found.items():
+        late = time.monotonic() > end
+        figures |= {FLEX: "no time left"} if late else try_ways(case, [FLEX])
+        lines[case] = rows(case, figures)
+        told(lines[case][-1:])
+    return [line for case in cases for line in lines[case]]
 
 
 def told(lines: list[list[str]]) -> list[list[str]]:
@@ -187,8 +202,8 @@ def told(lines: list[list[str]]) -> list[list[str]]:
     return lines
 
 
-def run(command: str, cases: list[Case] = CASES) -> str:
-    """The section of the results file."""
+def run(command: str, cases: list[Case] = CASES, seconds: float = math.inf) -> str:
+    """The section of the results file; after so many seconds no further peer is compiled."""
     head = ["case", "side", "forward", "backward", "ours to the best SDPA, forward / backward", "peak GB"]
     hardware = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     return "\n".join(
@@ -197,7 +212,7 @@ def run(command: str, cases: list[Case] = CASES) -> str:
             "",
             __doc__.split("\n\n")[1].replace("\n", " "),
             "",
-            results.table(head, [row for case in cases for row in told(rows(case))]),
+            results.table(head, all_rows(cases, seconds)),
             "",
             f"- {hardware}. torch {torch.__version__}. Commit {timing.commit(Path(__file__).parent)}. `{command}`",
         ]

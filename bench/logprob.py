@@ -45,7 +45,9 @@ def run(command: str) -> str:
     head = ["bf16 logits", "ours", "read at", "of a copy's rate", "plain", "ours is faster by"]
     if torch.cuda.is_available():
         rate = timing.copy_gb_per_second(device="cuda") * 1e9
-        lines = [row(*case, rate) for case in CASES]
+        lines = [
+            line for n, v in CASES for line in results.or_reason(f"{n} x {v:,}", 6, lambda n=n, v=v: [row(n, v, rate)])
+        ]
         hardware = f"{torch.cuda.get_device_name()}, a copy at {rate / 1e9:.0f} GB/s"
     else:
         lines = [[f"{n} x {v:,}", "not measured: no GPU", "", "", "", ""] for n, v in CASES]

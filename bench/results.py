@@ -2,9 +2,13 @@
 
 import os
 import sys
-from collections.abc import Sequence
+import traceback
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from vqa_scratch.errors import UserError
+
+FAILED = "failed: "  # how the cell of a case that gave no figures begins
 RESULTS = Path(__file__).with_name("RESULTS.md")
 
 
@@ -15,6 +19,17 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(
         "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in lines
     )
+
+
+def or_reason(case: str, columns: int, make: Callable[[], list[list[str]]]) -> list[list[str]]:
+    """The rows of one case, or one that says why there are none: a case that fails does not take the others with it."""
+    try:
+        return make()
+    except Exception as error:  # sides that differ, and all that torch, Triton and the driver raise
+        if not isinstance(error, UserError):
+            traceback.print_exc()
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].replace("|", "/")
+        return [[case, f"{FAILED}{reason[:120]}", *[""] * (columns - 2)]]
 
 
 def write_section(name: str, text: str, path: Path = RESULTS) -> None:
@@ -39,8 +54,13 @@ def command_given() -> str:
 
 
 def present(name: str, text: str, write: bool, path: Path = RESULTS) -> None:
-    """Show a section, and with `write` put it into the results file, or another, too."""
+    """Show a section, and with `write` put it into the results file, or another, too.
+
+    Raises UserError afterwards if a case of it failed.
+    """
     print(text)
     if write:
         write_section(name, text, path)
         print(f"written to {path}", file=sys.stderr)
+    if f"| {FAILED}" in text:
+        raise UserError(f"{name}: a case failed; the table says which")
