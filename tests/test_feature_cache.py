@@ -14,7 +14,9 @@ from ranks import run_ranks
 from vqa_helpers import CPU, small_config, small_data, small_flags, small_task, train_program
 
 import train
-from vqa_scratch.data import mapped
+from vqa_scratch.data import feature_store, mapped
+from vqa_scratch.data.feature_store import weights_digest
+from vqa_scratch.data.image_store import Images
 from vqa_scratch.data.mapped import mapped_array
 from vqa_scratch.engine.precision import Precision
 from vqa_scratch.errors import UserError
@@ -42,6 +44,13 @@ def splits(data, tmp_path_factory):
 def task(data, splits, tmp_path):
     """Makes tasks of one data set and one cache folder, `tmp_path` / cache."""
     return lambda **changes: small_task(small_config(data, tmp_path / "run", **changes), splits)
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+    """Several of them, the last one smaller, even for so few images and questions."""
+    monkeypatch.setattr(feature_store, "IMAGES_AT_ONCE", 5)
+    monkeypatch.setattr(feature_store, "QUESTIONS_AT_ONCE", 7)
 
 
 def files(tmp_path: Path) -> set[str]:
@@ -84,6 +93,8 @@ def test_a_tower_runs_once(task, tmp_path, monkeypatch):
     first = outcome(job)[0]
     assert len(files(tmp_path)) == 4  # of images and of questions: train and val
     again = task(freeze="encoders", feature_cache=True)
+    again.batch(again.epoch(0)[0]), again.report("val")  # finds the files by a hash of the weights, once
+    monkeypatch.setattr(feature_store, "weights_digest", lambda tower: pytest.fail("the weights were hashed again"))
     for tower in (job.model.image, job.model.text, again.model.image, again.model.text):
         monkeypatch.setattr(tower, "forward", lambda *args: pytest.fail("a frozen tower ran again"))
     assert outcome(job)[0] == outcome(again)[0] == first
@@ -106,6 +117,40 @@ def test_dropout_of_a_frozen_tower_is_left_out(task):
     wanted = job.model.eval().text(torch.from_numpy(ids), mask)
     assert mask.sum(1).tolist() == lengths.tolist()
     assert (states - wanted)[mask].abs().max() < TOLERANCE and not states[~mask].any()
+
+
+def test_dropout_of_a_frozen_image_tower_is_left_out(task):
+    job = task(freeze="image_encoder", feature_cache=True)
+    for module in job.model.image.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.5
+    job.model.train()
+    states = job.images["train"].batch(range(6))
+    pixels = job.processor.normalize(job.images["train"].images.batch(range(6)))
+    assert (states - job.model.eval().image(pixels)).abs().max() < TOLERANCE
+
+
+def test_the_hash_of_a_tower_is_of_all_that_it_holds():
+    torch.manual_seed(0)
+    tower = torch.nn.Sequential(torch.nn.Linear(2, 3, bias=False), torch.nn.BatchNorm1d(3))
+    seen = [weights_digest(tower)]
+    assert weights_digest(tower) == seen[0]
+    turned = torch.nn.Sequential(torch.nn.Linear(3, 2, bias=False), torch.nn.BatchNorm1d(3))
+    turned.load_state_dict(tower.state_dict() | {"0.weight": tower[0].weight.detach().view(2, 3)})
+    seen.append(weights_digest(turned))  # the same bytes in another shape
+    tower[1].running_mean += 1
+    seen.append(weights_digest(tower))
+    seen.append(weights_digest(tower.to(torch.bfloat16)))
+    assert len(set(seen)) == 4
+
+
+def test_the_hash_of_images_is_of_their_order(task, tmp_path):
+    paths = [tmp_path / name for name in ("a.png", "b.png")]
+    for path in paths:
+        path.write_bytes(b"123")
+        os.utime(path, ns=(1, 1))
+    processor = task().processor
+    assert Images(paths, processor).digest() != Images(paths[::-1], processor).digest()
 
 
 def test_the_name_follows_weights_preprocessing_images_and_format(task, tmp_path):
@@ -131,10 +176,13 @@ def test_the_name_follows_weights_preprocessing_images_and_format(task, tmp_path
         images = job.images["train"]
         images.processor = replace(images.processor, mean=(0.4, 0.5, 0.5))
 
+    def question(job):
+        job.questions["train"].ids.flat[1] += 1  # another word at its place
+
     assert made() == ["image", "text"]
     assert made() == made(weight("decoder")) == []
     assert made(weight("image")) == made(preprocessing) == made(fusion="mean") == ["image"]
-    assert made(weight("text")) == ["text"]
+    assert made(weight("text")) == made(question) == ["text"]
     assert made(lambda job: setattr(job, "precision", Precision("bf16", CPU))) == ["image", "text"]
     path = task().questions["train"].image_paths[0]
     os.utime(path, ns=(1, 1))
@@ -174,6 +222,8 @@ def test_a_file_is_whole_or_not_there(tmp_path):
     assert np.array_equal(array, rows) and not array.flags.writeable
     again = mapped_array(path, (6, 2), np.float32, lambda: pytest.fail("made again"), "--no")
     assert np.array_equal(again, rows)
+    np.save(path, rows.reshape(3, 4))  # as of other sizes under this name: made again
+    assert np.array_equal(mapped_array(path, (6, 2), np.float32, lambda: [rows], "--no"), rows)
     path.write_bytes(path.read_bytes()[:-5])  # cut short by someone else: made again
     assert np.array_equal(mapped_array(path, (6, 2), np.float32, lambda: [rows], "--no"), rows)
 

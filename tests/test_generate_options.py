@@ -287,6 +287,28 @@ def test_a_graph_says_the_same():
         assert torch.equal(one.ids, two.ids)
 
 
+@pytest.mark.parametrize("beams", [1, 3])
+def test_rows_that_end_early_leave_the_others_as_they_are(gpt2, beams, monkeypatch):
+    """They are dropped on the way, with what the processors keep of them: each row says what it says alone."""
+    rows, dropped, keep = 16, [], StaticState.keep
+    ids, mask = prompts(rows)
+    image, text = parts(rows, 2)
+    asked = {"num_beams": beams, "repetition_penalty": 1.3, "no_repeat_ngram_size": 2}
+    endless = generate(gpt2, ids, mask, [image, text], options=GenerationOptions(12, None, **asked)).ids
+    # As end token serves one that many rows say, at different times.
+    end = max(range(1, VOCABULARY), key=lambda token: len({int(i) for i in (endless == token).int().argmax(1)}))
+    options = GenerationOptions(12, end, **asked)
+    monkeypatch.setattr(StaticState, "keep", lambda self, groups: dropped.append(groups.tolist()) or keep(self, groups))
+    made = generate(gpt2, ids, mask, [image, text], options=options)
+    assert any(kept != list(range(len(kept))) for kept in dropped), "rows in the middle should go"
+    for row in range(rows):
+        own = [Memory(image.states[row // 2][None]), Memory(text.states[row][None], text.mask[row][None])]
+        alone = generate(gpt2, ids[row][mask[row]][None], None, own, options=options)
+        length = int(alone.lengths)
+        assert int(made.lengths[row]) == length and torch.equal(made.ids[row, :length], alone.ids[0])
+        torch.testing.assert_close(made.log_probs[row, :length], alone.log_probs[0], rtol=1e-4, atol=1e-4)
+
+
 # ---------------------------------------------------------------------------------------------- ranking
 
 

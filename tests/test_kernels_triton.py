@@ -96,7 +96,8 @@ def results(run, inputs, dtype, downstream, case, mask):
     bias = RelativeBias(leaves[3], case.max_distance, case.bias == "both") if case.bias else None
     out, lse = run(*leaves[:3], key_mask=mask, causal=case.causal, bias=bias)
     do, dlse = (x.to(DEVICE, kind.dtype) for x, kind in zip(downstream, (out, lse), strict=True))
-    dlse = dlse.masked_fill(lse == -math.inf, math.nan)  # a row of nothing has no gradient, whatever comes down
+    dlse = dlse.clone()
+    dlse[lse == -math.inf] = math.nan  # a row of nothing has no gradient, whatever comes down
     return [out, lse, *torch.autograd.grad((out, lse), leaves, (do, dlse))]
 
 

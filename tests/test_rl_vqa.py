@@ -15,6 +15,7 @@ import rlhf
 from vqa_scratch.config import TrainConfig
 from vqa_scratch.data.vqa_v2 import VQASample
 from vqa_scratch.errors import UserError
+from vqa_scratch.models.vqa import VQAModel
 from vqa_scratch.rl.config import RLHFConfig
 from vqa_scratch.rl.policy import ActorCritic, SamplingRules, freeze
 from vqa_scratch.rl.ppo import PPO
@@ -74,6 +75,26 @@ def test_cached_decoding_equals_scoring(system, samples):
                 scores = state.step(ids[rows, t])
         alone = policy.decode_hidden(inputs[9:12], policy.encode(prompts[3:4]).shared_by(3))
         torch.testing.assert_close(alone, whole[9:12], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("fusion", ["tokens", "mean"])
+def test_an_image_is_encoded_once_for_all_its_prompts(system, samples, fusion):
+    model, encoder, processor = system
+    model = VQAModel.from_config(dataclasses.replace(model.config, fusion=fusion))
+    policy = VQAPolicy(model, encoder, processor).eval()
+    asked = [samples[i] for i in (2, 0, 2, 5, 0, 2)]
+    asked = [dataclasses.replace(s, question=samples[i].question) for i, s in enumerate(asked)]
+    prompts, encoded = prompts_from(asked, policy.encoder), []
+    model.image.register_forward_hook(lambda module, args, out: encoded.append(len(out)))
+    with torch.no_grad():
+        together = policy.encode(prompts)
+        assert encoded == [3] and together.prompts == 6
+        for row, prompt in enumerate(prompts):
+            alone = policy.encode([prompt])
+            for whole, own, mask in zip(together.states, alone.states, alone.masks, strict=True):
+                tokens = own.shape[1]
+                assert mask is None or mask.all()
+                torch.testing.assert_close(whole[row, :tokens], own[0], rtol=1e-5, atol=1e-5)
 
 
 def test_a_step_of_ppo(system, samples):

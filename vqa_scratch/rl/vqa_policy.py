@@ -1,9 +1,11 @@
 """A trained visual question answering system as PPO's policy, and the official accuracy as its reward.
 
 The prompt is an image with a question; the decoder reads the question's tokens (if it was trained so) and BOS before
-the answer. Both parts of the memory, image and question, are encoded once for all sampled answers.
+the answer. Both parts of the memory, image and question, are encoded once for all sampled answers, and an image that
+several prompts ask about once for all of them.
 
-Shapes: P prompts, K samples a prompt, B = P * K answers, R answer tokens, L tokens before the answer, D width.
+Shapes: P prompts, I different images, K samples a prompt, B = P * K answers, R answer tokens, L tokens before the
+answer, D width.
 """
 
 from functools import lru_cache
@@ -61,19 +63,23 @@ class VQAPolicy(nn.Module):
 
     def encode(self, prompts: list[Prompt]) -> Context:
         device = self.model.decoder.tokens.weight.device
-        pixels = torch.stack([self._pixels(p.payload.image_path) for p in prompts]).to(device)  # (P, H, W, 3)
+        paths = [p.payload.image_path for p in prompts]
+        place = {path: number for number, path in enumerate(dict.fromkeys(paths))}
+        which = torch.tensor([place[path] for path in paths])  # (P,)
+        pixels = torch.stack([self._pixels(path) for path in place]).to(device)  # (I, H, W, 3)
         rows = range(len(prompts))
         ids, lengths = Ragged([p.ids for p in prompts]).padded(rows, self.encoder.text.pad_id or 0)
         mask = torch.arange(ids.shape[1]) < torch.from_numpy(lengths)[:, None]
         text = self.model.encode_text(torch.from_numpy(ids).to(device), mask.to(device))
         image = self.model.encode_image(self.processor.normalize(pixels))
-        parts = self.model.fuse(image, text, mask.to(device))
+        parts = self.model.fuse(image, text, mask.to(device), which)
 
         before = [[*self.encoder.prompt(p.text), self.start_id] for p in prompts]
         longest = max(map(len, before))
         prefix = torch.tensor([[self.pad_id] * (longest - len(x)) + x for x in before], device=device)  # (P, L)
         real = torch.tensor([[False] * (longest - len(x)) + [True] * len(x) for x in before], device=device)
-        return Context(tuple(m.states for m in parts), tuple(m.mask for m in parts), prefix=prefix, prefix_mask=real)
+        states = tuple(m.per_row() for m in parts)
+        return Context(states, tuple(m.mask for m in parts), prefix=prefix, prefix_mask=real)
 
     def _prefix(self, context: Context) -> tuple[Tensor, Tensor]:
         """What the decoder reads before each answer (B, L), the start token last, and which of it is real."""
