@@ -280,8 +280,8 @@ def test_rows_of_logits_may_lie_apart():
         assert torch.equal(one, two)
     _, entropy, lse = rows.logprobs(logits, ids)
     given, together, between = (ids, lse, entropy, lse, entropy), torch.empty_like(logits), torch.zeros_like(padded)
-    rows.logprobs_gradient(logits, *given, together)
-    rows.logprobs_gradient(apart, *given, between[:, :77])
+    rows.logprobs_gradient(apart, *given, together)  # from rows that lie apart to rows that do not, and back
+    rows.logprobs_gradient(logits, *given, between[:, :77])
     assert torch.equal(together, between[:, :77]) and not between[:, 77:].any()
     for one, two in zip(rows.cross_entropy_(logits, ids, True), rows.cross_entropy_(apart, ids, True), strict=True):
         assert torch.equal(one, two)
