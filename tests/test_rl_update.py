@@ -121,7 +121,7 @@ def test_gradients_do_not_depend_on_the_micro_batch(algorithm, monkeypatch):
     is fp32 rounding of the same sum in another order."""
     gradients = []
     for micro, large in ((1, 1), (2, 1), (4, 10**9), (4, 1), (8, 10**9)):
-        monkeypatch.setattr("vqa_scratch.rl.policy.LARGE_TABLE", large)
+        monkeypatch.setattr("vqa_scratch.rl.large_tables.LARGE_TABLE", large)
         ppo = tiny_ppo(micro_prompts=micro, algorithm=algorithm, entropy_coef=0.01)
         prompts = ppo.stream.next()
         trajectory, context, _ = ppo.rollout(prompts)

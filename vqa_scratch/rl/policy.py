@@ -15,7 +15,6 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from vqa_scratch.engine.parallel import in_parts
 from vqa_scratch.generate import State, begin
 from vqa_scratch.models.t5 import T5
 from vqa_scratch.nn.attention import MultiHeadAttention
@@ -214,24 +213,6 @@ def freeze(module: nn.Module, precision: torch.dtype = torch.float32) -> nn.Modu
             if isinstance(layer, nn.Linear):
                 layer.to(precision)
     return module
-
-
-LARGE_TABLE = 2**20  # numbers
-
-
-def look_up_sparsely(model: nn.Module) -> list[nn.Parameter]:
-    """Let lookups in large tables hand on the gradients of the rows they read, instead of a whole table of zeros.
-
-    Returns the tables, whose `.grad` then lists rows until it is made dense. A table in parts (FSDP) stays as it is.
-    """
-    tables = []
-    for module in model.modules():
-        table = module.weight if isinstance(module, nn.Embedding) else None
-        if table is None or table.numel() < LARGE_TABLE or not table.requires_grad or in_parts(table):
-            continue
-        module.sparse = True
-        tables.append(table)
-    return tables
 
 
 def attend_alike(*models: nn.Module) -> None:

@@ -18,8 +18,9 @@ from vqa_scratch.engine.parallel import Alone, for_main, whole
 from vqa_scratch.errors import UserError
 from vqa_scratch.rl import functional as F
 from vqa_scratch.rl.config import RLHFConfig
+from vqa_scratch.rl.large_tables import add_up_in_place, look_up_sparsely
 from vqa_scratch.rl.metrics import UpdateStats
-from vqa_scratch.rl.policy import ActorCritic, Context, SamplingRules, look_up_sparsely
+from vqa_scratch.rl.policy import ActorCritic, Context, SamplingRules
 from vqa_scratch.rl.types import Prompt, Trajectory
 
 
@@ -47,6 +48,7 @@ class Update:
             for parameter in actor.backbone.encoder_parameters():
                 parameter.requires_grad_(False)
         self.tables = look_up_sparsely(actor)
+        add_up_in_place(actor)
         head = list(actor.value_head.parameters())
         body = [p for p in actor.backbone.parameters() if p.requires_grad]
         self.parameters = head + body

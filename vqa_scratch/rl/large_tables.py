@@ -1,0 +1,38 @@
+"""The gradients of an embedding and a head over a large vocabulary, without the tables of zeros and sums that cost time
+and memory.
+"""
+
+from torch import nn
+
+from vqa_scratch.engine.parallel import in_parts
+from vqa_scratch.nn.summing_linear import SummingLinear
+
+LARGE_TABLE = 2**20  # numbers
+
+
+def _large(table: nn.Parameter) -> bool:
+    """Whether a gradient of the table's size is worth avoiding."""
+    return table.numel() >= LARGE_TABLE and table.requires_grad and not in_parts(table)
+
+
+def look_up_sparsely(model: nn.Module) -> list[nn.Parameter]:
+    """Let lookups in large tables hand on the gradients of the rows they read, instead of a whole table of zeros.
+
+    Returns the tables, whose `.grad` then lists rows until it is made dense. A table in parts (FSDP) stays as it is.
+    """
+    tables = []
+    for module in model.modules():
+        if isinstance(module, nn.Embedding) and _large(module.weight):
+            module.sparse = True
+            tables.append(module.weight)
+    return tables
+
+
+def add_up_in_place(model: nn.Module) -> None:
+    """Let large linear layers add their gradients to what is in `.grad`, without a second table of that size.
+
+    A table in parts (FSDP) stays as it is.
+    """
+    for module in model.modules():
+        if type(module) is nn.Linear and module.bias is None and _large(module.weight):
+            module.__class__ = SummingLinear  # the same parameters under the same names
