@@ -45,6 +45,15 @@ def test_pictures_draw_no_empty_box(tmp_path):
         draw_panels(tmp_path / "c.png", [panel])
 
 
+def test_pictures_in_a_table_keep_their_shape(tmp_path):
+    """A red image twice as wide as high, found in the picture again; the frame hides a pixel at each side."""
+    draw_table(tmp_path / "a.png", "", ("image",), [[np.full((10, 20, 3), (255, 0, 0), np.uint8)]], (1,))
+    pixels = np.asarray(Image.open(tmp_path / "a.png").convert("RGB")).astype(int)
+    red = (pixels[..., 0] > 250) & (pixels[..., 1] < 5)
+    deep, broad = (np.ptp(axis.nonzero()[0]) + 1 for axis in (red.any(1), red.any(0)))
+    assert broad > 90 and abs(broad - 2 * deep) <= 4
+
+
 def test_a_table_takes_any_text_and_grows_with_it(tmp_path):
     rows = [[np.zeros((8, 8, 3), np.uint8), "$x_1$ and $5 <b>", "große Katze, большая кошка " * 8]]
     assert draw_table(tmp_path / "a.png", "title", ("image", "one", "two"), rows, (1, 2, 2)) == ""

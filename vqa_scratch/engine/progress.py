@@ -59,6 +59,7 @@ def draw_panels(path: Path, panels: Sequence[dict[str, Any]]) -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     lettering = choose(
         [panel.get(key, "") for panel in panels for key in ("title", "xlabel", "ylabel")]
@@ -69,9 +70,10 @@ def draw_panels(path: Path, panels: Sequence[dict[str, Any]]) -> None:
         """The text in letters that there are; a dollar sign begins no formula."""
         return lettering.legible(text).replace("$", r"\$")
 
+    alike = len({panel.get("xlabel") for panel in panels}) == 1  # then the same place is the same moment
     with matplotlib.rc_context({"font.family": lettering.families}):
-        size = (5.2 * len(panels), 4.2)
-        figure, axes = plt.subplots(1, len(panels), figsize=size, squeeze=False, layout="constrained")
+        size = (4.6 * len(panels), 3.8)
+        figure, axes = plt.subplots(1, len(panels), figsize=size, squeeze=False, sharex=alike, layout="constrained")
         for axis, panel in zip(axes[0], panels, strict=True):
             for i, (label, (xs, ys)) in enumerate(panel["lines"].items()):
                 axis.plot(
@@ -86,9 +88,12 @@ def draw_panels(path: Path, panels: Sequence[dict[str, Any]]) -> None:
                 axis.set_ylim(*panel["ylim"])
             if panel.get("log"):
                 axis.set_yscale("log")
+                axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+                axis.yaxis.set_major_formatter("{x:g}")
+                axis.yaxis.set_minor_formatter(NullFormatter())
             axis.grid(alpha=0.25)
             axis.spines[["top", "right"]].set_visible(False)
-            if panel["lines"] or panel.get("hlines"):
+            if len(panel["lines"]) + len(panel.get("hlines", {})) > 1:
                 axis.legend(fontsize=8, frameon=False)
         write_whole(path, lambda unfinished: figure.savefig(unfinished, dpi=120, format="png"))
     plt.close(figure)

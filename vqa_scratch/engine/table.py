@@ -53,9 +53,12 @@ def draw_table(path: Path, title: str, header: Sequence[str], rows: Sequence[Seq
                     style = {"fontsize": 9, "va": "top", "linespacing": 1.35, "weight": "normal" if number else bold}
                     axis.text(left + PADDING / 2, top + PADDING / 2, cell, parse_math=False, **style)
                 else:
-                    middle, edge = left + PICTURE / 2 + PADDING / 2, top + PADDING / 2
-                    extent = (middle - PICTURE / 2, middle + PICTURE / 2, edge + PICTURE, edge)
-                    axis.imshow(cell, extent=extent, interpolation="nearest", aspect="auto")
+                    side, edge = left + PADDING / 2, top + PADDING / 2
+                    deep, broad = (PICTURE * pixels / max(cell.shape[:2]) for pixels in cell.shape[:2])
+                    place = (side, side + broad, edge + deep, edge)
+                    axis.imshow(cell, extent=place, interpolation="nearest", aspect="auto")
+                    frame = {"fill": False, "edgecolor": "0.85", "linewidth": 0.6}  # a white image has an edge too
+                    axis.add_patch(plt.Rectangle((side, edge), broad, deep, **frame))
                 left += width
             top += tall
             axis.axhline(top, color="0.8" if number else "0.3", linewidth=0.8)

@@ -175,7 +175,7 @@ def draw_results(path: Path, title: str, samples: Sequence[VQASample], answers: 
         image.thumbnail((128, 128))
         said = answers[sample.question_id].text or "(nothing)"
         rows.append([np.asarray(image), said, sample.answers[0]])
-    missing = draw_table(path, title, ("image", "the model's caption", "one of the references"), rows, (1.1, 4.4, 4.4))
+    missing = draw_table(path, title, ("image", "the model's caption", "one of the references"), rows, (1.1, 3.7, 3.7))
     if missing:
         shown = missing[:20] + ("..." if len(missing) > 20 else "")
         print(
