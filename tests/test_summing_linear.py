@@ -3,7 +3,9 @@
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from vqa_scratch.models.t5 import T5, T5Config
 from vqa_scratch.nn.summing_linear import SummingLinear
 from vqa_scratch.rl import large_tables
 
@@ -32,25 +34,41 @@ def test_gradients_of_several_passes_add_up(dtype):
     torch.testing.assert_close(x.grad, y.grad, rtol=0, atol=atol)
 
 
-def test_the_sum_stays_where_it_is():
-    ours, _, x, _ = twins()
-    ours(x).sum().backward()
-    first, place = ours.weight.grad.clone(), ours.weight.grad.data_ptr()
-    made = []
+class Watch(TorchDispatchMode):
+    """Where tensors of one shape lie that operations hand back."""
 
-    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            result = func(*args, **(kwargs or {}))
-            made.append(result)
-            return result
+    def __init__(self, shape):
+        super().__init__()
+        self.shape, self.places = shape, set()
 
-    out = ours(x).sum()
-    with Watch():
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and result.shape == self.shape:
+            self.places.add(result.data_ptr())
+        return result
+
+
+def sums_in_place(head, function, x):
+    """A second backward pass through `function` adds to `head`'s gradient and makes no other table of its size."""
+    function(x).sum().backward()
+    first, place, out = head.weight.grad.clone(), head.weight.grad.data_ptr(), function(x).sum()
+    with Watch(head.weight.shape) as watch:
         out.backward()
-    assert ours.weight.grad.data_ptr() == place
-    torch.testing.assert_close(ours.weight.grad, 2 * first)
-    places = {t.data_ptr() for t in made if isinstance(t, torch.Tensor) and t.shape == ours.weight.shape}
-    assert places <= {place, ours.weight.data_ptr()}  # no other table of this size was made
+    torch.testing.assert_close(head.weight.grad, 2 * first)
+    return head.weight.grad.data_ptr() == place and watch.places <= {place, head.weight.data_ptr()}
+
+
+def test_the_sum_stays_where_it_is():
+    ours, theirs, x, y = twins()
+    assert sums_in_place(ours, ours, x)
+    assert not sums_in_place(theirs, theirs, y)
+
+
+def test_the_head_of_a_t5_sums_in_place(monkeypatch):
+    monkeypatch.setattr(large_tables, "LARGE_TABLE", 31 * 24)
+    model = T5(T5Config(vocab_size=31, dim=24, head_dim=8, hidden=16, encoder_layers=1, decoder_layers=1, heads=2))
+    large_tables.add_up_in_place(model)
+    assert sums_in_place(model.head, model.logits, torch.randn(2, 2, 24, requires_grad=True))
 
 
 def test_frozen_or_without_gradients_it_is_a_plain_layer():

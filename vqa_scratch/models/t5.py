@@ -221,6 +221,8 @@ class T5(nn.Module):
         """(..., D) -> (..., V)."""
         if self.config.scaled:
             hidden = hidden * self.config.dim**-0.5
+        if self.head is not None and torch.is_grad_enabled():
+            return self.head(hidden)  # the module, which training may have exchanged
         return linear(hidden, (self.embedding if self.head is None else self.head).weight)
 
     def new_cache(self) -> DecoderCache:
