@@ -18,12 +18,7 @@ from vqa_helpers import ROOT, Ended, Started, small_config, small_data, small_fl
 
 import train
 from vqa_scratch.engine.checkpoint import load_checkpoint
-from vqa_scratch.engine.distributed import World, start
-from vqa_scratch.engine.parallel import Replicas, in_parts, share_model, whole
-from vqa_scratch.engine.precision import Precision
 from vqa_scratch.errors import UserError
-from vqa_scratch.models.resnet import FrozenBatchNorm
-from vqa_scratch.rl.ranks import Copies
 
 STEPS, SAVE, EVALUATE = 6, 2, 5
 # Name -> options. 32 questions are 4 images of 8, 46 a hand of 7 more each: some steps have 2 or 3 images. In "empty"
@@ -263,82 +258,7 @@ def test_an_error_of_all_ranks_is_told_once(data, tmp_path):
     assert (main.code, other.code) == (2, 2) and len(main.errors) == 1 and (other.out, other.err) == ("", "")
 
 
-# ------------------------------------------------------------------------------------------------- parts
-
-
-def test_shares_are_whole_and_even():
-    for size in (1, 2, 3, 8):
-        for count in range(20):
-            shares = [World(rank, size).share(list(range(count))) for rank in range(size)]
-            assert [i for share in shares for i in share] == list(range(count))
-            assert max(map(len, shares)) - min(map(len, shares)) <= 1
-
-
-def messages() -> None:
-    """What each rank hears, checked on both."""
-    with start("cpu") as world:
-        assert world.totals([world.rank, 2.0**52, 0.5]) == [1, 2.0**53, 1.0]
-        assert world.gather({"rank": world.rank}) == [{"rank": 0}, {"rank": 1}]
-        assert world.of_main(f"from {world.rank}") == "from 0"
-        world.check_same("x", "this")
-        with pytest.raises(UserError, match="the step on rank 0 is 0, on rank 1 1; all ranks must see the same"):
-            world.check_same(world.rank, "the step")
-
-
-def alike(kind: str) -> None:
-    """A model seeded by rank is rank 0's after it is shared, in whole copies and in parts, buffers as well.
-
-    Parts become whole where that is asked for, and only there.
-    """
-    with start("cpu") as world:
-        precision = Precision("fp32", torch.device("cpu"))
-        for replicas in (Replicas, Copies) if kind == "ddp" else (Replicas,):
-            models = []
-            for seed in (world.rank, 0):
-                torch.manual_seed(seed)
-                models.append(torch.nn.Sequential(torch.nn.Linear(3, 2), FrozenBatchNorm(2)))
-                models[-1][1].running_mean.normal_()
-                models[-1].blocks = torch.nn.ModuleList([torch.nn.Linear(2, 2)])
-            mine, of_main = models
-            ranks = share_model(kind, mine, world, precision, replicas)
-            assert ranks.with_whole_model(lambda m=mine: not any(in_parts(p) for p in m.parameters()))
-            assert all(in_parts(p) == (kind == "fsdp") for p in mine.parameters()), "in parts again afterwards"
-            for name, tensor in of_main.state_dict().items():
-                assert torch.equal(whole(mine.state_dict()[name]), tensor), (replicas, name)
-
-
-@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
-def test_all_ranks_begin_with_the_weights_of_the_main_one(kind):
-    for ended in run_ranks(2, alike, kind):
-        assert ended.code == 0, ended.err
-
-
-def test_messages_reach_every_rank():
-    for ended in run_ranks(2, messages):
-        assert ended.code == 0, ended.err
-
-
-def test_without_torchrun_there_is_one_rank(monkeypatch):
-    for name in ("RANK", "WORLD_SIZE"):
-        monkeypatch.delenv(name, raising=False)
-    with start("cpu") as world:
-        assert world == World() and world.main
-        assert world.totals([1, 2]) == [1, 2] and world.gather("x") == ["x"] and world.of_main("y") == "y"
-        with world.first_one_then_all():
-            pass
-    precision = Precision("fp32", torch.device("cpu"))
-    with pytest.raises(UserError, match="--parallel fsdp cuts the model over processes: start the run with torchrun"):
-        share_model("fsdp", torch.nn.Linear(2, 2), World(), precision)
-    monkeypatch.setenv("RANK", "0")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    for name in ("LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.delenv(name, raising=False)
-    with pytest.raises(UserError, match="RANK is set, but .*MASTER_ADDR.* not: start several processes with torchrun"):
-        start("cpu").__enter__()
-    for name, value in {"LOCAL_RANK": "first", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
-        monkeypatch.setenv(name, value)
-    with pytest.raises(UserError, match="LOCAL_RANK is 'first', no number: start several processes with torchrun"):
-        start("cpu").__enter__()
+# ------------------------------------------------------------------------------------------------- flags
 
 
 def test_what_does_not_go_with_fsdp(data, tmp_path):

@@ -1,0 +1,91 @@
+"""Devices and number formats: what is picked, what autocast is told, and loss scaling."""
+
+import dataclasses
+import warnings
+
+import pytest
+import torch
+from test_engine import PLAN, optimizers
+from vqa_helpers import CPU, small_config, small_data, small_task
+
+from vqa_scratch.engine import precision as precision_module
+from vqa_scratch.engine.loop import train_step
+from vqa_scratch.engine.precision import Precision, pick_device, pick_precision
+from vqa_scratch.errors import UserError
+from vqa_scratch.systems.questions import read_splits
+
+
+@pytest.fixture(scope="module")
+def splits(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    config = small_config(small_data(folder), folder / "run")
+    return config, read_splits(config)
+
+
+def test_devices_and_formats():
+    assert pick_device("cpu") == CPU
+    if not torch.cuda.is_available():
+        with pytest.raises(UserError, match="--device cuda is not available here; this machine has .*cpu"):
+            pick_device("cuda")
+    with pytest.raises(UserError, match="--precision fp16 needs a CUDA device, not cpu"):
+        pick_precision("fp16", CPU)
+    assert pick_precision("bf16", CPU)[0] == "bf16" and pick_precision("auto", CPU)[0] in ("fp32", "bf16")
+
+
+@pytest.mark.parametrize(("times", "kind"), [(6.0, "bf16"), (1.2, "fp32"), (0.5, "fp32")])
+def test_bf16_has_to_be_faster_on_a_cpu(monkeypatch, times, kind):
+    """It is measured, and the line says what was."""
+    seconds = {torch.float32: 1.0, torch.bfloat16: 1 / times}
+    monkeypatch.setattr(precision_module, "_seconds_of_product", seconds.__getitem__)
+    assert pick_precision("auto", CPU) == (
+        kind,
+        f"precision {kind}: a bf16 product takes 1/{times:.1f} of an fp32 one on this CPU",
+    )
+
+
+def test_precision_on_a_gpu(monkeypatch):
+    """bf16 where the GPU itself has it, not where torch imitates it. Autocast is told which: its default is fp16."""
+    for native in (True, False):
+        monkeypatch.setattr(
+            torch.cuda,
+            "is_bf16_supported",
+            lambda including_emulation=True, native=native: native or including_emulation,
+        )
+        assert pick_precision("auto", torch.device("cuda"))[0] == ("bf16" if native else "fp32")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # there is no GPU
+        precision = Precision("bf16", torch.device("cuda"))
+        assert precision.autocast().fast_dtype == torch.bfloat16 and not precision.scaler.is_enabled()
+
+
+def test_bf16_keeps_weights_in_fp32(splits):
+    config, parts = splits
+    task = small_task(config, parts)
+    fp32 = task.loss(task.batch(task.epoch(0)[0]))[0]
+    task.precision = Precision("bf16", CPU)
+    task.precision.suit_attention(task.model)
+    made = optimizers(task.model)
+    batch = task.batch(task.epoch(0)[0])
+    loss, _, _ = train_step(task, batch, made, task.precision, PLAN)
+    _, tokens = task.size(batch)
+    assert loss == pytest.approx(fp32.item() / tokens, rel=0.02) and loss != fp32 / tokens
+    assert all(p.dtype == torch.float32 for p in task.model.parameters())
+
+
+def test_loss_scaling_changes_nothing_but_steps_it_leaves_out(splits):
+    """Scaled gradients are clipped at their true size, as without scaling; infinite ones are not stepped with."""
+    config, parts = splits
+    found = []
+    for scale in (None, 2.0**10, 2.0**127):
+        torch.manual_seed(0)
+        task = small_task(config, parts)
+        before = [p.detach().clone() for p in task.model.parameters()]
+        if scale is not None:
+            task.precision.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        plan = dataclasses.replace(PLAN, max_grad_norm=0.01)
+        _, _, norm = train_step(task, task.batch(task.epoch(0)[0]), optimizers(task.model), task.precision, plan)
+        found.append([norm, *(p.detach().clone() for p in task.model.parameters())])
+    for plain, scaled in zip(*found[:2], strict=True):
+        torch.testing.assert_close(scaled, plain, rtol=1e-5, atol=1e-6)  # powers of two: only tiny numbers may round
+    assert not found[2][0].isfinite() and task.precision.scaler.get_scale() == 2.0**126
+    assert all(torch.equal(a, b) for a, b in zip(found[2][1:], before, strict=True))
