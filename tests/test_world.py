@@ -10,7 +10,8 @@ from vqa_scratch.engine.parallel import Replicas, in_parts, share_model, whole
 from vqa_scratch.engine.precision import Precision
 from vqa_scratch.errors import UserError
 from vqa_scratch.models.resnet import FrozenBatchNorm
-from vqa_scratch.rl.ranks import Copies
+from vqa_scratch.rl import ranks as rl_ranks
+from vqa_scratch.rl.ranks import Copies, gather_rows
 
 
 def test_shares_are_whole_and_even():
@@ -131,4 +132,38 @@ def random_numbers() -> None:
 
 def test_ranks_draw_their_own_random_numbers():
     for ended in run_ranks(2, random_numbers):
+        assert ended.code == 0, ended.err
+
+
+def test_rows_of_three_ranks_stand_in_their_order():
+    class Three:
+        size = 3
+
+        def gather(self, value):
+            return pieces
+
+    pieces = [[torch.full((rows,), rank), torch.full((rows, rank), rank)] for rank, rows in ((1, 2), (3, 1), (2, 3))]
+    places, padded = gather_rows(Three(), *pieces[0])
+    assert places.tolist() == [1, 1, 3, 2, 2, 2]
+    assert padded.tolist() == [[1, 0, 0], [1, 0, 0], [3, 3, 3], [2, 2, 0], [2, 2, 0], [2, 2, 0]]
+
+
+def gradients() -> None:
+    """Sums over the ranks, several tensors at a time; one that a rank lacks counts as zero there."""
+    with start("cpu") as world:
+        rl_ranks.BUCKET = 5  # numbers, so that there are several buckets
+        model = torch.nn.Sequential(torch.nn.Linear(2, 1), torch.nn.Linear(1, 3), torch.nn.Linear(3, 1))
+        parameters, ranks = list(model.parameters()), Copies(model, world)
+        for number, p in enumerate(parameters):
+            if number > 1 or (number == 0 and not world.main):
+                p.grad = torch.full_like(p, (number + 1) * (world.rank + 1))
+        ranks.collect(parameters)
+        assert parameters[1].grad is None, "nobody has one"
+        wanted = [2.0, None, 9.0, 12.0, 15.0, 18.0]
+        for p, value in zip(parameters, wanted, strict=True):
+            assert value is None or (p.grad == value).all()
+
+
+def test_gradients_are_summed_over_ranks():
+    for ended in run_ranks(2, gradients):
         assert ended.code == 0, ended.err
