@@ -83,9 +83,11 @@ def attention(
 
     S = scale * q k^T + bias, q (B, H, Tq, d), k and v (B, H, Tk, d). key_mask (B, Tk), True = may attend; causal is
     aligned to the end of the keys: query i sees keys 0 ... Tk - Tq + i; scale defaults to d**-0.5. A query without a
-    key has O = 0 and LSE = -inf, and no gradient.
+    key has O = 0 and LSE = -inf, and no gradient. Of several dtypes the one that holds all is computed in.
     """
     queries, keys = q.shape[-2], k.shape[-2]
+    kind = functools.reduce(torch.promote_types, (q.dtype, k.dtype, v.dtype))
+    q, k, v = q.to(kind), k.to(kind), v.to(kind)
     scores = (q @ k.transpose(-1, -2)) * (q.shape[-1] ** -0.5 if scale is None else scale)
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
     if bias is not None:

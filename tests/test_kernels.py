@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import kernels
-from kernels import choice, chunks, reference
+from kernels import attention, choice, chunks, reference
 from vqa_scratch.nn.relative_bias import RelativeBias as TowerBias
 
 close = torch.testing.assert_close
@@ -224,6 +224,11 @@ def test_what_a_kernel_does_not_take_is_said_once(monkeypatch):
         assert not choice.triton_runs("attention", on_gpu)
 
 
+def test_several_dtypes_are_computed_in_the_widest():
+    q, k, v = (torch.randn(1, 2, 5, 8, dtype=kind) for kind in (torch.float32, torch.bfloat16, torch.float16))
+    close(kernels.flash_attention(q, k, v), kernels.flash_attention(q, k.float(), v.float()), rtol=0, atol=0)
+
+
 def test_an_old_gpu_and_no_triton_are_reasons(monkeypatch):
     choice.missing.cache_clear()
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "an old card")
@@ -279,3 +284,11 @@ def test_programs_do_not_load_the_compiler():
     """It costs a second and 100 MB, whoever compiles nothing."""
     code = "import sys, train, rlhf; sys.exit('torch._dynamo' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent.parent).returncode == 0
+
+
+def test_only_gpus_with_products_of_warp_groups_get_their_tiles(monkeypatch):
+    def tile(*capability):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        return attention.tiles("forward", 64, torch.bfloat16, False, torch.device("cuda"))
+
+    assert tile(8, 0) == tile(8, 9) == tile(12, 0) != tile(9, 0)
