@@ -290,6 +290,22 @@ def test_rows_of_logits_may_lie_apart():
     assert padded[:, 77:].isnan().all()
 
 
+def test_every_launch_names_its_device(monkeypatch):
+    """Triton launches on the current GPU, which need not be the one that the tensors are on."""
+    entered, device_of = [], torch.cuda.device_of
+    monkeypatch.setattr(torch.cuda, "device_of", lambda tensor: entered.append(tensor.shape) or device_of(tensor))
+    q = torch.randn(1, 1, 5, 16, device=DEVICE, requires_grad=True)
+    out, _ = attention.triton_attention(q, q, q)
+    assert len(entered) == 1
+    out.sum().backward()
+    assert len(entered) == 2
+    logits, ids = torch.randn(3, 8, device=DEVICE), torch.zeros(3, dtype=torch.long, device=DEVICE)
+    _, entropy, lse = rows.logprobs(logits, ids)
+    rows.logprobs_gradient(logits, ids, lse, entropy, lse, lse, torch.empty_like(logits))
+    rows.cross_entropy_(logits, ids, True)
+    assert len(entered) == 5
+
+
 def test_an_id_beyond_the_vocabulary_reads_nothing():
     logits, ids = torch.randn(3, 5, device=DEVICE), torch.tensor([5, 2, -1], device=DEVICE)
     assert rows.logprobs(logits, ids)[0].isnan().tolist() == [True, False, True]
