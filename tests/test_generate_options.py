@@ -106,6 +106,13 @@ def test_options_must_fit_the_vocabulary(gpt2, given, said):
         generate(gpt2, torch.tensor([[3]]), options=GenerationOptions(**{"max_new_tokens": 2, "eos_id": 1} | given))
 
 
+def test_no_memory_is_taken_for_beams_that_cannot_be(gpt2, monkeypatch):
+    """The cache of ten thousand beams is gigabytes even on a small model."""
+    monkeypatch.setattr("vqa_scratch.generate.start.StaticState", lambda *_: pytest.fail("a cache was made"))
+    with pytest.raises(UserError, match="10000 beams, but the vocabulary has 14 tokens"):
+        generate(gpt2, torch.tensor([[3]]), options=GenerationOptions(2, 1, num_beams=10_000))
+
+
 def test_too_many_tokens_for_the_positions(gpt2):
     with pytest.raises(ValueError, match="41 tokens, but the position table serves 40"):
         greedy(gpt2, torch.full((1, 5), 3), None, None, max_new_tokens=37, eos_id=1)

@@ -67,8 +67,10 @@ class GenerationOptions:
         )
 
     def check_vocabulary(self, size: int) -> None:
-        """Raises UserError where the options do not fit a vocabulary of `size` tokens."""
-        _refuse(self.num_beams > size, f"{self.num_beams} beams, but the vocabulary has {size} tokens")
+        """Raises UserError where what is chosen from, or the end token, does not fit a vocabulary of `size` tokens.
+
+        (Beams are checked before their cache is made, in `start.begin`.)
+        """
         _refuse((self.top_k or 0) > size, f"top_k {self.top_k}, but the vocabulary has {size} tokens")
         _refuse(
             self.eos_id is not None and self.eos_id >= size,

@@ -6,6 +6,7 @@ Shapes: G groups (prompts), P prompt tokens, V vocabulary.
 import torch
 from torch import Tensor
 
+from vqa_scratch.errors import UserError
 from vqa_scratch.generate.graph import GraphState
 from vqa_scratch.generate.single import SingleState
 from vqa_scratch.generate.state import Decoder, ModuleState, State, StaticState
@@ -60,7 +61,8 @@ def begin(
 
     prompt_ids (G, P) with prompt_mask (G, P), True = a real token; None means no padding. The state takes up to `steps`
     steps of `members` rows a group; with `graph` it replays them as a CUDA graph. Raises ValueError if the decoder's
-    positions do not serve so many tokens, and where a graph cannot be had.
+    positions do not serve so many tokens, and where a graph cannot be had; UserError on more members than tokens in the
+    vocabulary.
     """
     parts, (rows, length) = decoder.decoding_parts(), prompt_ids.shape
     check_length(parts, length + steps)
@@ -74,6 +76,8 @@ def begin(
         state = make(parts, _only_memory(parts, decoder.new_cache(), memory, rows), None, 1 + steps, members)
         return state.step(prompt_ids[:, 0]), state
     logits, cache, mask = prefill(decoder, prompt_ids, prompt_mask, memory)
+    if members > logits.shape[-1]:  # before a cache for so many rows is made
+        raise UserError(f"{members} beams, but the vocabulary has {logits.shape[-1]} tokens")
     if graph:
         return logits, GraphState(parts, cache, mask, steps, members)
     if modules:
