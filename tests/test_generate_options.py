@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.generation import logits_process as peer
 
 from vqa_scratch.errors import UserError
-from vqa_scratch.generate import GenerationOptions, generate, greedy, rank
+from vqa_scratch.generate import GenerationOptions, generate, greedy, loop, rank
 from vqa_scratch.generate import processors as ours
 from vqa_scratch.generate.choose import pick
 from vqa_scratch.generate.graph import FixedState
@@ -314,6 +314,22 @@ def test_rows_that_end_early_leave_the_others_as_they_are(gpt2, beams, monkeypat
         length = int(alone.lengths)
         assert int(made.lengths[row]) == length and torch.equal(made.ids[row, :length], alone.ids[0])
         torch.testing.assert_close(made.log_probs[row, :length], alone.log_probs[0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kept", [0, 40 * VOCABULARY, 10**6])
+def test_when_log_probabilities_are_worked_out_changes_nothing(gpt2, kept, monkeypatch):
+    """At each step, for a few at once with rows dropped between, or for all: as a pass over what was said has them."""
+    monkeypatch.setattr(loop, "SCORES_KEPT", {"cpu": kept})
+    ids, mask = prompts(8)
+    memory = parts(8)
+    made = generate(gpt2, ids, mask, memory, options=GenerationOptions(12, 12))
+    assert len(set(made.lengths.tolist())) > 1
+    with torch.no_grad():
+        seen = torch.cat([mask, torch.ones_like(made.ids, dtype=torch.bool)], 1)
+        scores = gpt2(torch.cat([ids, made.ids], 1), seen, memory=memory)[:, ids.shape[1] - 1 : -1]
+    wanted = scores.float().log_softmax(-1).gather(2, made.ids[..., None]).squeeze(2)
+    said = torch.arange(made.ids.shape[1]) < made.lengths[:, None]
+    torch.testing.assert_close(made.log_probs, wanted.masked_fill(~said, 0.0), rtol=0, atol=1e-5)
 
 
 # ---------------------------------------------------------------------------------------------- ranking
