@@ -1,12 +1,14 @@
 """A world of ranks without a training run: places, messages, devices, random numbers, weights that begin alike."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from ranks import run_ranks
 
 from vqa_scratch.engine.checkpoint import restore_streams, separate_streams, streams
 from vqa_scratch.engine.distributed import World, _backend, start
-from vqa_scratch.engine.parallel import Replicas, in_parts, share_model, whole
+from vqa_scratch.engine.parallel import Replicas, check_sharing, in_parts, share_model, whole
 from vqa_scratch.engine.precision import Precision
 from vqa_scratch.errors import UserError
 from vqa_scratch.models.resnet import FrozenBatchNorm
@@ -103,6 +105,14 @@ def test_a_process_takes_its_own_gpu(monkeypatch):
     with pytest.raises(UserError, match="--device mps computes in one process"):
         _backend("mps", World(0, 2))
     assert taken == [1, 0]
+
+
+def test_fp16_is_not_cut_in_parts(monkeypatch):
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    check_sharing("fsdp", SimpleNamespace(kind="bf16"))
+    check_sharing("ddp", SimpleNamespace(kind="fp16"))
+    with pytest.raises(UserError, match="--parallel fsdp takes bf16 or fp32"):
+        check_sharing("fsdp", SimpleNamespace(kind="fp16"))
 
 
 def drawn() -> list[float]:
