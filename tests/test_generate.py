@@ -1,9 +1,12 @@
 """Greedy decoding with a cache, against decoding by running the whole sequence again for every token."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 
-from vqa_scratch.generate import greedy
+from vqa_scratch.generate import begin, greedy
 from vqa_scratch.models import GPT2, GPT2Config
 from vqa_scratch.nn.memory import Memory
 
@@ -94,3 +97,18 @@ def test_it_stops_when_all_rows_have_ended(decoder):
     first = int(greedy(decoder, ids, None, parts, max_new_tokens=1, eos_id=1).ids[0, 0])
     made = greedy(decoder, ids, None, parts, max_new_tokens=30, eos_id=first)
     assert made.ids.tolist() == [[first]] and made.lengths.tolist() == [1]
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_keys_go_with_the_state(decoder, parts):
+    """At the book's sizes 79 MB, which should not wait for a garbage collection."""
+    gc.disable()
+    try:
+        with torch.no_grad():
+            prompt = torch.zeros(4, 2, dtype=torch.long)
+            _, state = begin(decoder, prompt, None, memory(4)[2 - parts :], steps=3)
+        crossings = weakref.ref(state.crossings)
+        del state
+        assert crossings() is None
+    finally:
+        gc.enable()

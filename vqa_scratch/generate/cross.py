@@ -130,6 +130,7 @@ class _Projected:
 
     def __init__(self, layers: list[DecoderLayer], memory: Layers) -> None:
         self.scales = [layer.cross.scale for layer in layers]
+        self.reader: list[_Together | _Apart] = []  # one, in a list: closures that held `self` would be a cycle
         self._lay_out(memory)
         self.each = [self._crossing(number, layer) for number, layer in enumerate(layers)]
 
@@ -137,18 +138,20 @@ class _Projected:
         if len(memory[0]) > 1 or memory[0][0].readers.slot is not None:
             memory = _joined(memory)
         together = len(memory[0]) == 1 and memory[0][0].readers.slot is None
-        self.reader = _Together([part for (part,) in memory], self.scales) if together else _Apart(memory, self.scales)
+        reader = _Together([part for (part,) in memory], self.scales) if together else _Apart(memory, self.scales)
+        self.reader[:] = [reader]
         # Where each row has its own entry the rows are dropped from what was laid out.
-        self.memory = None if together and self.reader.repeat == 1 else memory
+        self.memory = None if together and reader.repeat == 1 else memory
 
     def _crossing(self, number: int, layer: DecoderLayer) -> Crossing:
         norm, q, add = layer.cross_norm, linear(layer.cross.q), adding(layer.cross.out.weight, layer.cross.out.bias)
-        return lambda x: add(x, self.reader.read(number, q(norm(x))))
+        reader = self.reader
+        return lambda x: add(x, reader[0].read(number, q(norm(x))))
 
     def keep(self, rows: Tensor) -> None:
         """Rows (R',) only, in this order."""
         if self.memory is None:
-            self.reader.keep(rows)
+            self.reader[0].keep(rows)
         else:
             self._lay_out(select(self.memory, rows))
 
@@ -166,11 +169,12 @@ class _Constant:
         self.each = [self._crossing(number) for number in range(len(layers))]
 
     def _crossing(self, number: int) -> Crossing:
-        return lambda x: x.add_(self.added[number])
+        added = self.added
+        return lambda x: x.add_(added[number])
 
     def keep(self, rows: Tensor) -> None:
         """As `_Projected.keep`."""
-        self.added = [added.index_select(0, rows) for added in self.added]
+        self.added[:] = [added.index_select(0, rows) for added in self.added]
 
 
 def _seen(part: KeyValue) -> KeyValue:
