@@ -4,11 +4,15 @@ Both sides load one GPT-2 with cross-attention whose answers end where they shou
 from one token a row, read the same memory, and live in a process each. In fp32 their tokens must be equal. In bf16 two
 candidates are often as good as equal, so there the lengths must be, and no token of ours may be further from the best
 one, by fp32 scores, than twice what the peer's worst is. Peak memory is that of a side's process after it has loaded.
+
+On a GPU ours replays a CUDA graph, and the peer takes part twice: as it is, and with a static cache and a compiled
+step.
 """
 
 import multiprocessing
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -16,7 +20,7 @@ from pathlib import Path
 import torch
 
 from bench import processes, results, timing
-from bench.decode_sides import SIZES, Case, Ours, Peer, make_model
+from bench.decode_sides import SIZES, Case, CompiledPeer, Ours, Peer, make_model
 from bench.processes import Contestant
 from vqa_scratch.errors import UserError
 
@@ -35,8 +39,11 @@ GOALS = {
     ("gpt2", 8, 4, "fp32", "20"): 1.1,
 }
 CASES = [Case(*key) for key in GOALS]
+GPU_GOALS = {"peer": 3.0, "compiled": 1.0}  # GPT-2 size, batch 1
 BF16_GOAL = 1.6  # ours in bf16 against the peer in fp32, GPT-2 size, batch 1
+SIDES = {"ours": Ours, "peer": Peer, "compiled": CompiledPeer}
 HEAD = "case|ours, ms a batch|transformers, ms a batch|ratio|goal|ms a step, ours / its|peak GB, ours / its".split("|")
+GPU_HEAD = [*HEAD, "its compiled step, ms a batch", "ratio", "goal"]
 
 
 @dataclass
@@ -48,44 +55,60 @@ class Outcome:
     memory: dict[str, float]
     said: str
 
+    def goal(self, side: str) -> str:
+        """What is to be reached against that side."""
+        case = self.case
+        if case.device == "cuda":
+            first = (case.size, case.batch, case.beams) == ("gpt2", 1, 1)
+            return f"{GPU_GOALS[side]}x" if first else "none"
+        goal = GOALS.get((case.size, case.batch, case.beams, case.precision, case.lengths))
+        return f"{goal}x" if goal else "none"
+
+    def against(self, side: str) -> tuple[str, str, str]:
+        """That side's milliseconds, how many times faster ours is, and the goal."""
+        ratio = timing.speedup(self.seconds["ours"], self.seconds[side])
+        spread = timing.Spread.of([1e3 * s for s in self.seconds[side]]).text(1)
+        return spread, f"**{ratio.median:.2f}x** ({ratio.low:.2f} to {ratio.high:.2f})", self.goal(side)
+
     def row(self) -> list[str]:
-        key = (self.case.size, self.case.batch, self.case.beams, self.case.precision, self.case.lengths)
-        ratio, steps = timing.speedup(self.seconds["ours"], self.seconds["peer"]), max(self.case.tokens()) + 1
+        steps = max(self.case.tokens()) + 1
         spread = {side: timing.Spread.of([1e3 * s for s in values]) for side, values in self.seconds.items()}
         return [
             self.case.name,
             spread["ours"].text(1),
-            spread["peer"].text(1),
-            f"**{ratio.median:.2f}x** ({ratio.low:.2f} to {ratio.high:.2f})",
-            f"{GOALS[key]}x" if GOALS.get(key) else "none",
+            *self.against("peer"),
             " / ".join(f"{spread[side].median / steps:.2f}" for side in ("ours", "peer")),
             " / ".join(f"{self.memory[side]:.2f}" for side in ("ours", "peer")),
+            *(self.against("compiled") if "compiled" in self.seconds else ()),
         ]
 
 
-def check(ours: Contestant, peer: Contestant, case: Case, folder: Path) -> str:
-    """A line on how far the sides agree. Raises UserError where they do not."""
-    tokens = {side.side: side.ask("tokens")[1] for side in (ours, peer)}
+def check(sides: Sequence[Contestant], case: Case, folder: Path) -> str:
+    """A line on how far the sides agree; the first is ours. Raises UserError where they do not."""
+    tokens = {side.side: side.ask("tokens")[1] for side in sides}
     wanted = [length + 1 for length in case.tokens()]
     for name, rows in tokens.items():
         lengths = [len(row) for row in rows]
         if lengths != wanted:
             raise UserError(f"{case.name}: {name} wrote {lengths} tokens a row instead of {wanted}")
-    if tokens["ours"] == tokens["peer"]:
+    ours, *peers = tokens
+    if all(tokens[peer] == tokens[ours] for peer in peers):
         return "all tokens are equal"
     if case.precision == "fp32":
         raise UserError(f"{case.name}: the sides wrote different tokens")
-    exact = Ours(folder, replace(case, precision="fp32"))
+    exact, said = Ours(folder, replace(case, precision="fp32")), []
     gap = {name: exact.gap(rows) for name, rows in tokens.items()}
-    said = f"ours is at most {gap['ours']:.3f} below the best fp32 score, the peer {gap['peer']:.3f}"
-    if case.beams == 1 and not gap["ours"] <= 2 * gap["peer"] + 2**-8:
-        raise UserError(f"{case.name}: {said}")
-    same = sum(a == b for a, b in zip(tokens["ours"], tokens["peer"], strict=True))
-    return f"{same} of {case.batch} rows have equal tokens; {said}"
+    for peer in peers:
+        same = sum(a == b for a, b in zip(tokens[ours], tokens[peer], strict=True))
+        line = f"ours is at most {gap[ours]:.3f} below the best fp32 score, {peer} {gap[peer]:.3f}"
+        if case.beams == 1 and not gap[ours] <= 2 * gap[peer] + 2**-8:
+            raise UserError(f"{case.name}: {line}")
+        said.append(f"{same} of {case.batch} rows have equal tokens; {line}")
+    return "; ".join(said)
 
 
-def run_case(case: Case, rounds: int, sizes: dict[str, int]) -> Outcome:
-    """Make the model, hold the sides to each other, time them in turn."""
+def run_case(case: Case, rounds: int, sizes: dict[str, int], names: Sequence[str]) -> Outcome:
+    """Make the model, hold the sides of these names to each other, time them in turn."""
     say = lambda line: print(line, file=sys.stderr, flush=True)  # noqa: E731
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -94,21 +117,26 @@ def run_case(case: Case, rounds: int, sizes: dict[str, int]) -> Outcome:
         process.join()
         if process.exitcode:
             raise UserError("the model could not be made; is transformers installed? pip install '.[test]'")
-        with processes.contestants({"ours": (Ours, folder, case), "peer": (Peer, folder, case)}) as (ours, peer):
-            said = check(ours, peer, case, folder)
+        with processes.contestants({name: (SIDES[name], folder, case) for name in names}) as sides:
+            said = check(sides, case, folder)
             say(f"{case.name}: {said}")
-            times = {side.side: max(1, round(SECONDS / side.ask("seconds", 2)[1])) for side in (ours, peer)}
-            turns = {side.side: lambda side=side: side.ask("seconds", times[side.side])[1] for side in (ours, peer)}
+            times = {side.side: max(1, round(SECONDS / side.ask("seconds", 2)[1])) for side in sides}
+            turns = {side.side: lambda side=side: side.ask("seconds", times[side.side])[1] for side in sides}
             seconds = timing.in_turn(turns, rounds, lambda line: say(f"  {line}"))
-            memory = {side.side: side.ask("peak")[1] for side in (ours, peer)}
+            memory = {side.side: side.ask("peak")[1] for side in sides}
     return Outcome(case, seconds, memory, said)
+
+
+def names_of(case: Case) -> list[str]:
+    """The sides of a case: on a GPU greedy decoding meets the compiled step as well."""
+    return ["ours", "peer", "compiled"] if case.device == "cuda" and case.beams == 1 else ["ours", "peer"]
 
 
 def run(cases: list[Case], rounds: int, command: str, sizes: dict[str, dict] | None = None) -> str:
     """Time the cases; returns the section of the results file. `sizes` changes the models' sizes, for tests."""
     if any(case.device != "cpu" for case in cases) and not torch.cuda.is_available():
         raise UserError("--device cuda: there is no GPU here")
-    outcomes = [run_case(case, rounds, (sizes or SIZES)[case.size]) for case in cases]
+    outcomes = [run_case(case, rounds, (sizes or SIZES)[case.size], names_of(case)) for case in cases]
     by_key = {(o.case.size, o.case.batch, o.case.beams, o.case.precision, o.case.lengths): o for o in outcomes}
     lines = [f"- {o.case.name}: {o.said}." for o in outcomes]
     low, full = (by_key.get(("gpt2", 1, 1, precision, "20")) for precision in ("bf16", "fp32"))
@@ -121,9 +149,9 @@ def run(cases: list[Case], rounds: int, command: str, sizes: dict[str, dict] | N
         [
             f"## Decoding against `transformers.generate`, on the {cases[0].device.upper()}",
             "",
-            __doc__.split("\n\n")[1].replace("\n", " "),
+            *(text.replace("\n", " ") for text in __doc__.split("\n\n")[1 : 2 if cases[0].device == "cpu" else 3]),
             "",
-            results.table(HEAD, [outcome.row() for outcome in outcomes]),
+            results.table(HEAD if cases[0].device == "cpu" else GPU_HEAD, [outcome.row() for outcome in outcomes]),
             "",
             *lines,
             f"- {hardware}.{copy} torch {torch.__version__}, transformers {version('transformers')}. "

@@ -160,3 +160,11 @@ class Peer(Side):
         mask = torch.ones_like(self.prompt)
         made = self.model.generate(self.prompt, attention_mask=mask, encoder_hidden_states=self.states, **self.options)
         return made[:, 1:]
+
+
+class CompiledPeer(Peer):
+    """The same with a static cache, for which `generate` compiles the forward pass where there is a GPU."""
+
+    def __init__(self, folder: Path, case: Case) -> None:
+        super().__init__(folder, case)
+        self.options["cache_implementation"] = "static"

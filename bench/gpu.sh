@@ -77,7 +77,7 @@ bench "attention" 100 attention --seconds 75
 bench "T5's bias" 30 t5-bias
 bench "fused loss, bf16" 40 loss-head --device cuda --precision bf16 --tokens 8192 --rounds 3
 bench "log-probability and entropy" 20 logprob
-bench "decoding" 60 decode --device cuda
+bench "decoding" 90 decode --device cuda --size gpt2 --precision bf16
 bench "training step" 120 train-step --device cuda --precision bf16 --questions 64 --images 64 --rounds 3
 
 printf '\n%s s in all' "$SECONDS"

@@ -32,7 +32,7 @@ GPU = {
     "t5-bias": [],
     "loss-head": "--device cuda --precision bf16 --tokens 8192 --rounds 3".split(),
     "logprob": [],
-    "decode": ["--device", "cuda"],
+    "decode": "--device cuda --size gpt2 --precision bf16".split(),
     "train-step": "--device cuda --precision bf16 --questions 64 --images 64 --rounds 3".split(),
     "cached-features": "--device cuda --all --rounds 3".split(),
 }

@@ -5,7 +5,9 @@ from dataclasses import replace
 import pytest
 
 from bench import decode
-from bench.decode_sides import EOS, LONGEST, Case, Ours, Peer, make_model
+from bench.decode_sides import EOS, LONGEST, Case, CompiledPeer, Ours, Peer, make_model
+from bench.suite import figures
+from vqa_scratch.errors import UserError
 
 SIZES = {"n_embd": 16, "n_layer": 2, "n_head": 2, "vocab_size": 40, "n_positions": 32}
 
@@ -15,6 +17,8 @@ def test_both_sides_write_the_same_tokens_and_end_in_time(tmp_path, case):
     make_model(tmp_path, case, SIZES)
     ours, theirs = Ours(tmp_path, case).tokens(), Peer(tmp_path, case).tokens()
     assert ours == theirs
+    if case.beams == 1:  # without a GPU its cache is static, and nothing is compiled
+        assert ours == CompiledPeer(tmp_path, case).tokens()
     assert [len(row) for row in ours] == [length + 1 for length in case.tokens()]
     assert all(row[-1] == EOS and EOS not in row[:-1] for row in ours)
 
@@ -34,3 +38,41 @@ def test_bf16_ends_in_time_too_and_its_tokens_are_near_the_best(tmp_path):
 def test_every_goal_has_a_case_that_fits():
     for case in decode.CASES:
         assert max(case.tokens()) < LONGEST
+
+
+class Says:
+    """A side that has decoded already."""
+
+    def __init__(self, side: str, rows: list[list[int]]) -> None:
+        self.side, self.rows = side, rows
+
+    def ask(self, name: str) -> tuple[float, list[list[int]]]:
+        return 0.0, self.rows
+
+
+def test_every_side_is_held_to_ours(tmp_path):
+    case = Case(batch=2, lengths="2")
+    same, other = [[5, 6, EOS], [7, 8, EOS]], [[5, 6, EOS], [7, 9, EOS]]
+    assert decode.check([Says("ours", same), Says("peer", same), Says("compiled", same)], case, tmp_path).startswith(
+        "all"
+    )
+    with pytest.raises(UserError, match="different tokens"):
+        decode.check([Says("ours", same), Says("peer", same), Says("compiled", other)], case, tmp_path)
+    with pytest.raises(UserError, match=r"compiled wrote \[3, 2\] tokens a row instead of \[3, 3\]"):
+        decode.check(
+            [Says("ours", same), Says("peer", same), Says("compiled", [[5, 6, EOS], [EOS, 1]])], case, tmp_path
+        )
+
+
+def test_a_gpu_has_a_second_peer_and_its_own_goals():
+    case = Case("gpt2", precision="bf16", device="cuda")
+    assert decode.names_of(case) == ["ours", "peer", "compiled"]
+    assert decode.names_of(replace(case, device="cpu")) == decode.names_of(replace(case, beams=4)) == ["ours", "peer"]
+    seconds = {"ours": [0.1, 0.1], "peer": [0.4, 0.4], "compiled": [0.08, 0.08]}
+    outcome = decode.Outcome(case, seconds, {"ours": 1.0, "peer": 2.0}, "")
+    table = decode.results.table(decode.GPU_HEAD, [outcome.row()])
+    found = figures("decode", table)
+    assert [(one.figure, one.goal, one.reached) for one in found] == [
+        ("4.00x (4.00 to 4.00)", "3.0x", "yes"),
+        ("0.80x (0.80 to 0.80)", "1.0x", "no"),
+    ]

@@ -89,9 +89,21 @@ def test_a_row_that_never_ends_and_one_that_ends_at_once():
         def keep(self, groups):
             pass
 
+    class Stays:
+        """The same for all rows at once, which no row leaves."""
+
+        step = Fixed.step
+
+        def keep(self, groups):
+            raise AssertionError("a row was dropped")
+
     choose = lambda scores, live, made: (scores.argmax(-1), scores)  # noqa: E731
     made = loop.decode(scores, Fixed(), choose, max_new_tokens=4, eos_id=1, fill=7)
     assert made.ids.tolist() == [[1, 7, 7, 7], [2, 2, 2, 2]] and made.lengths.tolist() == [1, 4]
     assert torch.equal(made.log_probs == 0.0, torch.tensor([[False, True, True, True], [False] * 4]))
+    with pytest.raises(AssertionError, match="dropped"):
+        loop.decode(scores, Stays(), choose, max_new_tokens=4, eos_id=1)
+    all_along = loop.decode(scores, Stays(), choose, max_new_tokens=4, eos_id=1, fill=7, compact_below=0.0)
+    assert all(torch.equal(*pair) for pair in zip(all_along, made, strict=True))
     endless = loop.decode(scores, Fixed(), choose, max_new_tokens=3, eos_id=None)
     assert endless.ids.tolist() == [[1, 1, 1], [2, 2, 2]] and endless.lengths.tolist() == [3, 3]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vqa_scratch.generate.beam import beam_search
 from vqa_scratch.generate.choose import chooser
-from vqa_scratch.generate.loop import Generated, decode
+from vqa_scratch.generate.loop import COMPACT_BELOW, Generated, decode
 from vqa_scratch.generate.options import GenerationOptions
 from vqa_scratch.generate.ranking import rank
 from vqa_scratch.generate.start import begin
@@ -56,7 +56,8 @@ def generate(
         else:
             choose = chooser(options, prompt_ids, prompt_mask, generator)
             limits = {"max_new_tokens": options.max_new_tokens, "eos_id": options.eos_id, "fill": fill}
-            made = decode(scores, state, choose, **limits)
+            # A graph of fewer rows would have to be captured first, and on a GPU a row less hardly makes a step faster.
+            made = decode(scores, state, choose, **limits, compact_below=0.0 if graph else COMPACT_BELOW)
     return Generated(*(part.clone() for part in made))
 
 

@@ -56,9 +56,10 @@ class _Record:
 
     def running(self) -> list[int]:
         """Which of the live rows have not ended; the host waits for the device here."""
-        for tokens in self.tokens[self.read - self.written :]:
+        unread = self.tokens[self.read - self.written :]
+        for tokens in torch.stack(unread).tolist() if len(unread) > 1 else [tokens.tolist() for tokens in unread]:
             self.read += 1
-            for row, token in zip(self.rows, tokens.tolist(), strict=True):
+            for row, token in zip(self.rows, tokens, strict=True):
                 if token == self.eos_id and self.lengths[row] == 0:
                     self.lengths[row] = self.read
         return [place for place, row in enumerate(self.rows) if self.lengths[row] == 0]
@@ -96,11 +97,19 @@ class _Record:
 
 
 def decode(
-    scores: Tensor, state: State, choose: Choose, *, max_new_tokens: int, eos_id: int | None, fill: int = 0
+    scores: Tensor,
+    state: State,
+    choose: Choose,
+    *,
+    max_new_tokens: int,
+    eos_id: int | None,
+    fill: int = 0,
+    compact_below: float = COMPACT_BELOW,
 ) -> Generated:
     """Choose, step, choose, ... until every row has said EOS or `max_new_tokens`.
 
     `scores` (B, V) and `state` are what `begin` returns. Log-probabilities are those of the scores that `choose` gives.
+    Ended rows are dropped once the share that still runs is under `compact_below`; 0 drops none.
     """
     record = _Record(len(scores), max_new_tokens, eos_id, fill, scores.device)
     ask_every = ASK_EVERY.get(scores.device.type, 1)
@@ -113,7 +122,7 @@ def decode(
             running = record.running()
             if not running:
                 break
-            if len(running) < COMPACT_BELOW * len(record.rows):
+            if len(running) < compact_below * len(record.rows):
                 kept = torch.tensor(running, device=scores.device)
                 state.keep(kept)
                 record.keep(kept)
