@@ -79,6 +79,7 @@ def test_cached_decoding_equals_scoring(system, samples):
 
 @pytest.mark.parametrize("fusion", ["tokens", "mean"])
 def test_an_image_is_encoded_once_for_all_its_prompts(system, samples, fusion):
+    """And all of them read the same entry, also where some of the prompts are taken out."""
     model, encoder, processor = system
     model = VQAModel.from_config(dataclasses.replace(model.config, fusion=fusion))
     policy = VQAPolicy(model, encoder, processor).eval()
@@ -89,12 +90,19 @@ def test_an_image_is_encoded_once_for_all_its_prompts(system, samples, fusion):
     with torch.no_grad():
         together = policy.encode(prompts)
         assert encoded == [3] and together.prompts == 6
-        for row, prompt in enumerate(prompts):
-            alone = policy.encode([prompt])
-            for whole, own, mask in zip(together.states, alone.states, alone.masks, strict=True):
-                tokens = own.shape[1]
-                assert mask is None or mask.all()
-                torch.testing.assert_close(whole[row, :tokens], own[0], rtol=1e-5, atol=1e-5)
+        chosen = [4, 0, 1]  # the first two ask about one image
+        some = together.of(chosen)
+        assert some.prompts == 3 and (fusion == "mean" or [len(x) for x in some.states] == [2, 3])
+        for context, asking in ((together, prompts), (some, [prompts[i] for i in chosen])):
+            keys = [m.states for m in context.shared_by(2).memories()]
+            assert fusion == "mean" or len(keys[0]) < len(asking)  # an image's keys are projected once
+            read = [m.per_row() for m in context.shared_by(2).memories()]
+            for row, prompt in enumerate(asking):
+                alone = policy.encode([prompt])
+                for whole, own, mask in zip(read, alone.states, alone.masks, strict=True):
+                    assert (mask is None or mask.all()) and len(whole) == 2 * len(asking)
+                    for sample in (2 * row, 2 * row + 1):
+                        torch.testing.assert_close(whole[sample, : own.shape[1]], own[0], rtol=1e-5, atol=1e-5)
 
 
 def test_a_step_of_ppo(system, samples):

@@ -5,7 +5,7 @@ log-probabilities of the update would belong to a different distribution than th
 both be wrong.
 
 Shapes: P prompts, K samples a prompt, B = P * K responses, R response tokens, N real tokens in all, D width,
-V vocabulary.
+V vocabulary, E entries of a memory.
 """
 
 from collections.abc import Sequence
@@ -28,15 +28,22 @@ BARRED = -1e9  # the logit of a token that cannot be sampled; finite, so that 0 
 class Context:
     """What the decoder reads for P prompts: made once, shared by all responses to a prompt."""
 
-    states: tuple[Tensor, ...]  # one or more parts, each (P, N, D)
-    masks: tuple[Tensor | None, ...]  # of each part, (P, N), True = may attend
+    states: tuple[Tensor, ...]  # one or more parts, each (E, N, D); E = P unless `entries` says who reads what
+    masks: tuple[Tensor | None, ...]  # of each part, (E, N), True = may attend
     samples: int = 1  # K: rows 0 ... K - 1 read prompt 0, and so on
     prefix: Tensor | None = None  # (P, L) ids before the response, the start token last; None: the start token alone
     prefix_mask: Tensor | None = None  # (P, L), True = real token; padding on the left
+    entries: tuple[Tensor | None, ...] | None = None  # of each part, (P,): the entry a prompt reads; None: its own
+
+    @property
+    def parts(self) -> list[tuple[Tensor, Tensor | None, Tensor | None]]:
+        """States, mask and entries of each part."""
+        return list(zip(self.states, self.masks, self.entries or [None] * len(self.states), strict=True))
 
     @property
     def prompts(self) -> int:
-        return len(self.states[0])
+        states, _, entries = self.parts[0]
+        return len(states if entries is None else entries)
 
     @property
     def rows(self) -> int:
@@ -53,12 +60,23 @@ class Context:
         def pick(x: Tensor | None) -> Tensor | None:
             return None if x is None else x[prompts]
 
-        states, masks = tuple(x[prompts] for x in self.states), tuple(pick(x) for x in self.masks)
-        return Context(states, masks, self.samples, pick(self.prefix), pick(self.prefix_mask))
+        picked = []
+        for states, mask, entries in self.parts:
+            chosen, index = prompts, None
+            if entries is not None:
+                chosen, index = torch.unique(entries[prompts], return_inverse=True)
+            picked.append((states[chosen], None if mask is None else mask[chosen], index))
+        states, masks, entries = zip(*picked, strict=True)
+        return Context(states, masks, self.samples, pick(self.prefix), pick(self.prefix_mask), entries)
 
     def memories(self) -> list[Memory]:
-        """For cross-attention: keys and values are projected once a prompt, not once a response."""
-        return [Memory(x, mask, repeat=self.samples) for x, mask in zip(self.states, self.masks, strict=True)]
+        """For cross-attention: keys and values are projected once an entry, not once a prompt or response."""
+        return [
+            Memory(states, mask, repeat=self.samples)
+            if entries is None
+            else Memory(states, mask, entries.repeat_interleave(self.samples))
+            for states, mask, entries in self.parts
+        ]
 
 
 class Backbone(Protocol):

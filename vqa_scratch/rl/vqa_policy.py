@@ -1,8 +1,8 @@
 """A trained visual question answering system as PPO's policy, and the official accuracy as its reward.
 
 The prompt is an image with a question; the decoder reads the question's tokens (if it was trained so) and BOS before
-the answer. Both parts of the memory, image and question, are encoded once for all sampled answers, and an image that
-several prompts ask about once for all of them.
+the answer. Both parts of the memory, image and question, are encoded once for all sampled answers; an image that several
+prompts ask about is encoded, and its keys projected, once for all of them.
 
 Shapes: P prompts, I different images, K samples a prompt, B = P * K answers, R answer tokens, L tokens before the
 answer, D width.
@@ -78,8 +78,10 @@ class VQAPolicy(nn.Module):
         longest = max(map(len, before))
         prefix = torch.tensor([[self.pad_id] * (longest - len(x)) + x for x in before], device=device)  # (P, L)
         real = torch.tensor([[False] * (longest - len(x)) + [True] * len(x) for x in before], device=device)
-        states = tuple(m.per_row() for m in parts)
-        return Context(states, tuple(m.mask for m in parts), prefix=prefix, prefix_mask=real)
+        states, masks = tuple(m.states for m in parts), tuple(m.mask for m in parts)
+        read = which.to(device) if len(place) < len(prompts) else None  # by how many prompts an image is shared
+        entries = tuple(read if len(x) == len(place) else None for x in states)
+        return Context(states, masks, prefix=prefix, prefix_mask=real, entries=entries)
 
     def _prefix(self, context: Context) -> tuple[Tensor, Tensor]:
         """What the decoder reads before each answer (B, L), the start token last, and which of it is real."""
