@@ -34,7 +34,7 @@ LOSS_TOLERANCE = {"fp32": 1e-5, "bf16": 2**-9}  # relative; bf16: the rounding o
 GRADIENT_TOLERANCE = 1e-3
 # bf16 gradients: measured against the fp32 ones, ours may be off by so many times what the peer is off by.
 ERROR_BUDGET = 1.5
-GOALS = {("fp32", False): 1.15, ("bf16", False): 1.5, ("fp32", True): 3.5, ("bf16", True): 3.5}
+GOALS = {("fp32", False): 1.15, ("bf16", False): 1.6, ("fp32", True): 3.5, ("bf16", True): 3.5}
 GPU_GOAL = 1.3  # against the peer compiled
 CASES = [Case(precision, questions) for questions in (8, 40) for precision in ("fp32", "bf16")]
 ROUNDS = {8: 5, 40: 3}  # by questions, unless told

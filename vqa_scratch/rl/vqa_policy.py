@@ -1,8 +1,8 @@
 """A trained visual question answering system as PPO's policy, and the official accuracy as its reward.
 
 The prompt is an image with a question; the decoder reads the question's tokens (if it was trained so) and BOS before
-the answer. Both parts of the memory, image and question, are encoded once for all sampled answers; an image that several
-prompts ask about is encoded, and its keys projected, once for all of them.
+the answer. Both parts of the memory, image and question, are encoded once for all sampled answers; an image that
+several prompts ask about is encoded, and its keys projected, once for all of them.
 
 Shapes: P prompts, I different images, K samples a prompt, B = P * K answers, R answer tokens, L tokens before the
 answer, D width.
