@@ -1,6 +1,7 @@
 """Shared fixtures. Importing the shim first lets `transformers` import beside a CPU-only torch."""
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,3 +19,11 @@ def _seeded():
     torch.manual_seed(0)
     yield
     torch.set_default_dtype(dtype)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """A small data set of drawn scenes in the official formats, one for all tests of a file."""
+    from vqa_helpers import small_data  # here, because it imports kernels, and they read TRITON_INTERPRET
+
+    return small_data(tmp_path_factory.mktemp("data"))

@@ -8,14 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 from run_helpers import by_hand, command, make_run, picture
-from vqa_helpers import small_data
 
 from vqa_scratch.errors import UserError
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    return small_data(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")

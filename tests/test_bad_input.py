@@ -12,18 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 from test_resume import at_step
-from vqa_helpers import Ended, Started, small_data, small_flags, train_program
+from vqa_helpers import Ended, Started, small_flags, train_program
 
 import train
 from vqa_scratch.data.vqa_files import annotations_name, questions_name
 from vqa_scratch.engine.checkpoint import load_checkpoint
 from vqa_scratch.engine.progress import read_metrics
 from vqa_scratch.options import run_program
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    return small_data(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")

@@ -3,13 +3,12 @@
 import math
 import threading
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from vqa_helpers import small_config, small_data
+from vqa_helpers import small_config
 
 from vqa_scratch.data.batches import IGNORE, Batch, Encoder, Images, Questions, Ragged, prefetch
 from vqa_scratch.data.images import ImageProcessor
@@ -17,11 +16,6 @@ from vqa_scratch.data.vqa_v2 import VQASample
 from vqa_scratch.errors import UserError
 from vqa_scratch.systems.questions import read_splits
 from vqa_scratch.systems.vqa import _own_tokenizers
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    return small_data(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")

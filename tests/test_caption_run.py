@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from vqa_helpers import CPU, small_data
+from vqa_helpers import CPU
 
 import train
 from vqa_scratch.__main__ import PROGRAM
@@ -38,11 +38,6 @@ SMALL = {
 def config(data: Path | None, out: Path, **changes) -> CaptionTrainConfig:
     values = SMALL | {"data": data, "out": out, "cache": out.parent, "steps": 4} | changes
     return CaptionTrainConfig(**values)
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    return small_data(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ import pytest
 import torch
 from run_helpers import by_hand, command, make_run, picture
 from safetensors.torch import load_file, save_file
-from vqa_helpers import ROOT, small_data
+from vqa_helpers import ROOT
 
 from vqa_scratch.data.submission import read_submission
 from vqa_scratch.data.vqa_files import annotations_name, questions_name
@@ -21,11 +21,6 @@ from vqa_scratch.errors import UserError
 from vqa_scratch.metrics import accuracy_by
 from vqa_scratch.options import run_program
 from vqa_scratch.run import load_run
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    return small_data(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")

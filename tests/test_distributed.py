@@ -14,7 +14,7 @@ import pytest
 import torch
 from ranks import run_ranks
 from test_resume import at_step, die, send
-from vqa_helpers import ROOT, Ended, Started, small_config, small_data, small_flags, train_program
+from vqa_helpers import ROOT, Ended, Started, small_config, small_flags, train_program
 
 import train
 from vqa_scratch.engine.checkpoint import load_checkpoint
@@ -28,11 +28,6 @@ CASES = {
     "empty": {"questions_per_step": 8, "optimizer": "adamw", "freeze": "encoders"},
     "fsdp": {"accumulate": 2, "parallel": "fsdp"},  # "muon" in parts
 }
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    return small_data(tmp_path_factory.mktemp("data"))
 
 
 def flags(data: Path, out: Path, **changes) -> list[str]:

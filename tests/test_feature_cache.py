@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from ranks import run_ranks
-from vqa_helpers import CPU, small_config, small_data, small_flags, small_task, train_program
+from vqa_helpers import CPU, small_config, small_flags, small_task, train_program
 
 import train
 from vqa_scratch.data import feature_store, mapped
@@ -28,11 +28,6 @@ from vqa_scratch.systems.vqa import VQATask
 
 # Batches of another size sum in another order: some roundings of 2**-24 in states of size 1, through one small decoder.
 TOLERANCE = 1e-5
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    return small_data(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")

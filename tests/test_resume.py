@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from vqa_helpers import Ended, Started, small_data, small_flags, train_program
+from vqa_helpers import Ended, Started, small_flags, train_program
 
 from vqa_scratch.engine.checkpoint import load_checkpoint
 
@@ -130,11 +130,6 @@ def with_dropout(prepare=None) -> None:
 
 def run(out: Path, flags: list[str], prepare=None) -> Ended:
     return Started(train_program, flags, functools.partial(with_dropout, prepare)).end()
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    return small_data(tmp_path_factory.mktemp("data"))
 
 
 def flags_for(data: Path, out: Path) -> list[str]:

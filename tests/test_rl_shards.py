@@ -8,7 +8,7 @@ import torch
 from ranks import run_ranks
 from rl_tiny import ragged_prompts, rules, tiny
 from test_rl_vqa import rules_for
-from vqa_helpers import small_config, small_data
+from vqa_helpers import small_config
 
 from vqa_scratch.engine.distributed import World, start
 from vqa_scratch.engine.parallel import Alone, share_model
@@ -88,11 +88,6 @@ def record(folder: Path, kind: str, data: Path, begun: Path) -> None:
         logs, state = run(ppo, STEPS - 1), ppo.state_dict()
         if world.main:
             torch.save((logs, state), folder / "resumed")
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    return small_data(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from vqa_helpers import small_config, small_data, small_flags
+from vqa_helpers import small_config, small_flags
 
 import train
 from vqa_scratch.config import PRESETS, TrainConfig
@@ -27,11 +27,6 @@ from vqa_scratch.options import from_json, to_json
 from vqa_scratch.run import load_run
 from vqa_scratch.systems.questions import read_splits
 from vqa_scratch.systems.vqa import released_system
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    return small_data(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,6 @@ import pytest
 import torch
 import transformers as hf
 from PIL import Image
-from vqa_helpers import small_data
 
 import train
 from vqa_scratch.__main__ import PROGRAM
@@ -31,11 +30,6 @@ def command(*argv) -> None:
 def flags(data: Path, out: Path, *more: str, preset: str = "vilt", sizes: str = SIZES) -> list[str]:
     where = ["--data", str(data), "--cache", str(out.parent / "cache"), "--out", str(out), "--preset", preset]
     return [*where, *sizes.split(), "--no-image-cache", *more]
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    return small_data(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")
