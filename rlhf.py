@@ -24,14 +24,6 @@ import torch
 from tqdm import tqdm
 
 from vqa_scratch import options
-from vqa_scratch.engine.allocator import keep_freed_memory
-from vqa_scratch.engine.checkpoint import rng_state, save_checkpoint
-from vqa_scratch.engine.distributed import World, start, told_once
-from vqa_scratch.engine.evaluation import check_room
-from vqa_scratch.engine.parallel import check_sharing, share_model
-from vqa_scratch.engine.precision import DTYPES, Precision, pick_device, pick_precision
-from vqa_scratch.engine.progress import MetricsLog
-from vqa_scratch.engine.watch import GracefulStop
 from vqa_scratch.rl import evaluate, report
 from vqa_scratch.rl.config import PRESETS, RLHFConfig
 from vqa_scratch.rl.policy import ActorCritic, SamplingRules, freeze
@@ -44,6 +36,14 @@ from vqa_scratch.rl.vqa_policy import VQAPolicy, check_answers, official_accurac
 from vqa_scratch.run import load_run, save_parts, save_weights
 from vqa_scratch.storage import remove_unfinished, write_json, write_text, write_whole
 from vqa_scratch.systems.questions import read_splits
+from vqa_scratch.training.allocator import keep_freed_memory
+from vqa_scratch.training.checkpoint import rng_state, save_checkpoint
+from vqa_scratch.training.distributed import World, start, told_once
+from vqa_scratch.training.evaluation import check_room
+from vqa_scratch.training.parallel import check_sharing, share_model
+from vqa_scratch.training.precision import DTYPES, Precision, pick_device, pick_precision
+from vqa_scratch.training.progress import MetricsLog
+from vqa_scratch.training.watch import GracefulStop
 
 
 def vqa_task(config: RLHFConfig, device: torch.device, precision: torch.dtype) -> Task:

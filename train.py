@@ -18,19 +18,20 @@ from typing import Any
 import torch
 
 from vqa_scratch.config import PRESETS, RunConfig
-from vqa_scratch.engine.allocator import keep_freed_memory
-from vqa_scratch.engine.checkpoint import load_checkpoint, load_model_state, separate_streams
-from vqa_scratch.engine.distributed import World, start, told_once
-from vqa_scratch.engine.loop import Plan, State, fit, restore
-from vqa_scratch.engine.optim import Optimizers
-from vqa_scratch.engine.parallel import check_sharing, share_model
-from vqa_scratch.engine.precision import Precision, pick_device, pick_precision
-from vqa_scratch.engine.progress import MetricsLog, draw_panels
 from vqa_scratch.errors import UserError
 from vqa_scratch.options import flag_names, from_json, parse, peek, run_program
+from vqa_scratch.report.curves import draw_panels
 from vqa_scratch.run import load_file_state, read_run_config, save_weights
 from vqa_scratch.storage import check_writable, remove_unfinished, write_json
 from vqa_scratch.systems import BY_PRESET, SYSTEMS, system_of
+from vqa_scratch.training.allocator import keep_freed_memory
+from vqa_scratch.training.checkpoint import load_checkpoint, load_model_state, separate_streams
+from vqa_scratch.training.distributed import World, start, told_once
+from vqa_scratch.training.loop import Plan, State, fit, restore
+from vqa_scratch.training.optimizers import Optimizers
+from vqa_scratch.training.parallel import check_sharing, share_model
+from vqa_scratch.training.precision import Precision, pick_device, pick_precision
+from vqa_scratch.training.progress import MetricsLog
 
 # Kept back from --minutes for the final evaluation: a share of the budget, and never more than so many seconds.
 RESERVE_SHARE, RESERVE_SECONDS = 0.1, 45.0

@@ -22,10 +22,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-import kernels
 from bench import results, timing
-from kernels import reference
+from vqa_scratch import kernels
 from vqa_scratch.errors import UserError
+from vqa_scratch.kernels import reference
 
 OUTPUT_TOLERANCE = 2e-2  # bf16 holds 8 bits; outputs are averages of numbers of size 1
 OURS, FLEX = "ours", "FlexAttention"

@@ -20,13 +20,13 @@ from bench import results, timing
 from bench.sides import ONE_STEP
 from vqa_scratch.config import PRESETS, TrainConfig
 from vqa_scratch.data.shapes import ShapesSpec, ensure_shapes
-from vqa_scratch.engine.allocator import keep_freed_memory
-from vqa_scratch.engine.loop import train_step
-from vqa_scratch.engine.optim import Optimizers
-from vqa_scratch.engine.precision import Precision, pick_device
 from vqa_scratch.errors import UserError
 from vqa_scratch.systems.questions import read_splits
 from vqa_scratch.systems.vqa import VQATask, build_system
+from vqa_scratch.training.allocator import keep_freed_memory
+from vqa_scratch.training.loop import train_step
+from vqa_scratch.training.optimizers import Optimizers
+from vqa_scratch.training.precision import Precision, pick_device
 
 GOAL = 4.0
 # fp32: sums in another order; bf16: one rounding, since what is kept is what the projection would have rounded.

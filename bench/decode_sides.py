@@ -16,12 +16,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-import vqa_scratch._torchvision_shim  # noqa: F401  lets transformers import beside a CPU-only torch
+import tests.torchvision_shim  # noqa: F401  lets transformers import beside a CPU-only torch
 from bench.timing import forget_peak, peak_memory_gb
-from vqa_scratch.engine.allocator import keep_freed_memory
 from vqa_scratch.generate import GenerationOptions, generate
 from vqa_scratch.models.gpt2 import GPT2
 from vqa_scratch.nn.memory import Memory
+from vqa_scratch.training.allocator import keep_freed_memory
 
 SIZES = {
     "shapes": {"n_embd": 128, "n_layer": 4, "n_head": 4, "vocab_size": 512, "n_positions": 64},

@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-import vqa_scratch._torchvision_shim  # noqa: F401  (lets torchvision import beside a CPU-only torch)
+import tests.torchvision_shim  # noqa: F401  (lets torchvision import beside a CPU-only torch)
 from bench import results, timing
 from vqa_scratch.data.image_store import Images
 from vqa_scratch.data.images import ImageProcessor

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import torch
 
-import kernels
 from bench import results, timing
 from bench.attention import seconds_of
-from kernels import reference
+from vqa_scratch import kernels
+from vqa_scratch.kernels import reference
 
 GOAL = 0.75
 CASES = [(8192, 151936), (8192, 50257), (16384, 32128)]

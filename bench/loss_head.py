@@ -19,11 +19,11 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-import kernels
 from bench import processes, results, timing
 from bench.processes import Contestant
-from vqa_scratch.engine.precision import DTYPES
+from vqa_scratch import kernels
 from vqa_scratch.errors import UserError
+from vqa_scratch.training.precision import DTYPES
 
 MEMORY_GOAL = 0.35  # of the plain way's peak
 # On a GPU: at most so many times the bare products, and at least so many times as fast as torch's own.

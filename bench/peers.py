@@ -15,7 +15,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-import vqa_scratch._torchvision_shim  # noqa: F401  (before the first model class of transformers is looked up)
+import tests.torchvision_shim  # noqa: F401  (before the first model class of transformers is looked up)
 
 TOWERS = {
     "image": transformers.ViTModel,

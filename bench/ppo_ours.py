@@ -12,8 +12,6 @@ from pathlib import Path
 import torch
 
 from vqa_scratch.data.news import news
-from vqa_scratch.engine.allocator import keep_freed_memory
-from vqa_scratch.engine.precision import DTYPES, Precision
 from vqa_scratch.models.bert import BertConfig
 from vqa_scratch.models.classifier import TextClassifier
 from vqa_scratch.models.t5 import T5, T5Config
@@ -23,6 +21,8 @@ from vqa_scratch.rl.policy import ActorCritic, SamplingRules, T5Policy, freeze
 from vqa_scratch.rl.ppo import PPO
 from vqa_scratch.rl.rewards import RewardPart, RewardSum
 from vqa_scratch.rl.types import Prompt
+from vqa_scratch.training.allocator import keep_freed_memory
+from vqa_scratch.training.precision import DTYPES, Precision
 
 
 def prepare(folder: Path, *, batch: int, tokens: int, new: int, epochs: int, tiny: bool) -> None:

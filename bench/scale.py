@@ -16,7 +16,6 @@ from torch import nn
 from bench.results import table
 from vqa_scratch.config import PRESETS, TrainConfig
 from vqa_scratch.data.shapes import ShapesSpec, ensure_shapes
-from vqa_scratch.engine.optim import split_parameters
 from vqa_scratch.models.bert import Bert, BertConfig
 from vqa_scratch.models.gpt2 import GPT2, GPT2Config
 from vqa_scratch.models.t5 import T5, T5Config
@@ -24,6 +23,7 @@ from vqa_scratch.models.vit import ViT, ViTConfig
 from vqa_scratch.models.vqa import VQAModel
 from vqa_scratch.systems.questions import read_splits
 from vqa_scratch.systems.vqa import DISTILBERT, build_system
+from vqa_scratch.training.optimizers import split_parameters
 
 PAGE = Path(__file__).parent.parent / "docs" / "scale.md"
 RANKS = 8

@@ -30,7 +30,11 @@ ROUNDS, STEPS = 5, 5
 @contextmanager
 def way(name: str) -> Iterator[None]:
     """Let attention take the kernel, or not."""
-    with nullcontext() if name == "looked up" else mock.patch("kernels.takes_attention", lambda q, **options: False):
+    with (
+        nullcontext()
+        if name == "looked up"
+        else mock.patch("vqa_scratch.kernels.takes_attention", lambda q, **options: False)
+    ):
         yield
 
 

@@ -14,12 +14,12 @@ from bench.sides import ONE_STEP
 from bench.timing import Spread, commit, in_turn, machine, peak_memory_gb, speedup
 from vqa_scratch.config import PRESETS
 from vqa_scratch.data.shapes import ShapesSpec, ensure_shapes
-from vqa_scratch.engine.loop import train_step
-from vqa_scratch.engine.optim import Optimizers
-from vqa_scratch.engine.precision import Precision, pick_precision
 from vqa_scratch.nn import taps
 from vqa_scratch.options import parse
 from vqa_scratch.systems import system_of
+from vqa_scratch.training.loop import train_step
+from vqa_scratch.training.optimizers import Optimizers
+from vqa_scratch.training.precision import Precision, pick_precision
 
 GOAL = 0.99
 WARM = 3  # rounds before the clock counts

@@ -21,11 +21,11 @@ from bench import processes, results, timing
 from bench.gradients import gradient_difference
 from bench.processes import Contestant
 from bench.sides import SIDES, Case, save_random_weights
-from vqa_scratch.engine.precision import DTYPES
 from vqa_scratch.errors import UserError
 from vqa_scratch.models.bert import BertConfig
 from vqa_scratch.models.gpt2 import GPT2Config
 from vqa_scratch.models.vit import ViTConfig
+from vqa_scratch.training.precision import DTYPES
 from vqa_scratch.weights.files import read_config
 
 LOSS_TOLERANCE = {"fp32": 1e-5, "bf16": 2**-9}  # relative; bf16: the rounding of one operation

@@ -4,11 +4,11 @@ On a GPU of capability 8.0 or newer, with Triton installed, the kernels run; eve
 answers. What a kernel does not take runs in torch and is said once. `backend()` says which ran.
 """
 
-from kernels.attention import flash_attention, takes_attention
-from kernels.choice import backend
-from kernels.cross_entropy import linear_cross_entropy
-from kernels.logprob import chosen_logprobs, linear_logprobs
-from kernels.reference import RelativeBias, distance_buckets, merge
+from vqa_scratch.kernels.attention import flash_attention, takes_attention
+from vqa_scratch.kernels.choice import backend
+from vqa_scratch.kernels.cross_entropy import linear_cross_entropy
+from vqa_scratch.kernels.logprob import chosen_logprobs, linear_logprobs
+from vqa_scratch.kernels.reference import RelativeBias, distance_buckets, merge
 
 __all__ = [
     "RelativeBias",

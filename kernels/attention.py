@@ -14,8 +14,8 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 from torch.autograd.function import once_differentiable
 
-from kernels import choice, reference
-from kernels.reference import RelativeBias
+from vqa_scratch.kernels import choice, reference
+from vqa_scratch.kernels.reference import RelativeBias
 
 LOG2_E = 1.4426950408889634
 LARGEST_HEAD = 128
@@ -85,7 +85,7 @@ class TritonAttention(torch.autograd.Function):
         scale: float,
         reach: int,
     ) -> tuple[Tensor, Tensor]:
-        from kernels.attention_forward import attention_forward
+        from vqa_scratch.kernels.attention_forward import attention_forward
 
         q, k, v = _rows(q), _rows(k), _rows(v)
         line = None if table is None else (table.float() * LOG2_E)[buckets.long()].T.contiguous()  # (H, Tq + Tk - 1)
@@ -121,8 +121,8 @@ class TritonAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, do: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-        from kernels.attention_key_gradient import attention_delta, attention_key_gradients
-        from kernels.attention_query_gradient import attention_query_gradient
+        from vqa_scratch.kernels.attention_key_gradient import attention_delta, attention_key_gradients
+        from vqa_scratch.kernels.attention_query_gradient import attention_query_gradient
 
         q, k, v, keep, table, buckets, line, out, lse = ctx.saved_tensors
         do = torch.zeros_like(out) if do is None else _rows(do.to(out.dtype))

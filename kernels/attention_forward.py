@@ -12,7 +12,7 @@ Shapes: H heads, Tq queries, Tk keys, d head size; a tile is BLOCK_M queries by 
 import triton
 import triton.language as tl
 
-from kernels.attention_tiles import LENGTHS, key_stretches, load_rows, tile_scores
+from vqa_scratch.kernels.attention_tiles import LENGTHS, key_stretches, load_rows, tile_scores
 
 
 @triton.jit

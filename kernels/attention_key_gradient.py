@@ -9,7 +9,7 @@ Shapes as in `attention_forward`; tiles here are keys by queries.
 import triton
 import triton.language as tl
 
-from kernels.attention_tiles import LENGTHS, load_rows
+from vqa_scratch.kernels.attention_tiles import LENGTHS, load_rows
 
 
 @triton.jit(do_not_specialize=["heads", "tq"])

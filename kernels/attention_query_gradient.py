@@ -9,7 +9,7 @@ Shapes as in `attention_forward`; R buckets, padded to a power of two.
 import triton
 import triton.language as tl
 
-from kernels.attention_tiles import LENGTHS, key_stretches, load_rows, tile_scores
+from vqa_scratch.kernels.attention_tiles import LENGTHS, key_stretches, load_rows, tile_scores
 
 
 @triton.jit

@@ -19,7 +19,7 @@ def _try_out(device: torch.device) -> str | None:
     Triton finds its compiler for the device in its package, but needs one for C, and Python's headers, on the machine.
     """
     try:
-        from kernels import rows
+        from vqa_scratch.kernels import rows
 
         rows.logprobs(torch.zeros(1, 16, device=device), torch.zeros(1, dtype=torch.long, device=device))
     except Exception as error:  # Triton, the compilers and the driver raise many kinds

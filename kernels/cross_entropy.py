@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernels import choice
-from kernels.chunks import Head, WeightGradient, check, product_dtype
+from vqa_scratch.kernels import choice
+from vqa_scratch.kernels.chunks import Head, WeightGradient, check, product_dtype
 
 Rows = Callable[[Tensor, Tensor, bool], tuple[Tensor, Tensor]]
 
@@ -91,5 +91,5 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> tupl
     check(hidden, weight, labels)
     rows = torch_rows
     if choice.triton_runs("linear_cross_entropy", hidden):
-        from kernels.rows import cross_entropy_ as rows
+        from vqa_scratch.kernels.rows import cross_entropy_ as rows
     return LinearCrossEntropy.apply(hidden, weight, labels, rows, product_dtype(hidden, weight))

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernels import choice
-from kernels.chunks import Head, WeightGradient, check, check_ids, product_dtype
+from vqa_scratch.kernels import choice
+from vqa_scratch.kernels.chunks import Head, WeightGradient, check, check_ids, product_dtype
 
 LEAST = -1e30  # in place of -inf: exp(LEAST) = 0 and 0 * LEAST = 0
 CACHED = 2**18  # numbers that torch works on at a time, so that they stay in the cache between its passes
@@ -60,7 +60,7 @@ TORCH = SimpleNamespace(logprobs=torch_logprobs, logprobs_gradient=torch_gradien
 def _rows(name: str, tensor: Tensor) -> ModuleType | SimpleNamespace:
     """Who does the rows: the kernels, or the two functions above."""
     if choice.triton_runs(name, tensor):
-        from kernels import rows
+        from vqa_scratch.kernels import rows
 
         return rows
     return TORCH

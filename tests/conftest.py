@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import vqa_scratch._torchvision_shim  # noqa: F401
+import tests.torchvision_shim  # noqa: F401
 
 if not torch.cuda.is_available():  # read when a kernel is defined, so before anything imports one
     os.environ.setdefault("TRITON_INTERPRET", "1")

@@ -7,7 +7,7 @@ import pytest
 
 PROGRAM = """
 import resource, torch
-from vqa_scratch.engine.allocator import keep_freed_memory
+from vqa_scratch.training.allocator import keep_freed_memory
 kept = keep_freed_memory() if {keep} else None
 def faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -39,7 +39,7 @@ def test_freed_blocks_are_used_again_without_page_faults():
 
 REUSE = """
 import torch
-from vqa_scratch.engine.allocator import keep_freed_memory
+from vqa_scratch.training.allocator import keep_freed_memory
 kept = keep_freed_memory()
 def resident():
     return int(open("/proc/self/statm").read().split()[1]) * 4096

@@ -16,9 +16,9 @@ from vqa_helpers import Ended, Started, small_flags, train_program
 
 import train
 from vqa_scratch.data.vqa_files import annotations_name, questions_name
-from vqa_scratch.engine.checkpoint import load_checkpoint
-from vqa_scratch.engine.progress import read_metrics
 from vqa_scratch.options import run_program
+from vqa_scratch.training.checkpoint import load_checkpoint
+from vqa_scratch.training.progress import read_metrics
 
 
 @pytest.fixture(scope="module")
@@ -236,8 +236,8 @@ def test_a_full_disk(run, data, tmp_path, limit, name):
 
 def full_disk_at(step: int, limit: int) -> None:
     import train
-    from vqa_scratch.engine.evaluation import Report
     from vqa_scratch.systems.vqa import VQATask
+    from vqa_scratch.training.evaluation import Report
 
     # Better at every evaluation, so that the weights are written at each of them.
     scores = iter(range(1, 100))

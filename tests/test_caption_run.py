@@ -17,15 +17,15 @@ from vqa_scratch.commands.line import call
 from vqa_scratch.config import CaptionTrainConfig
 from vqa_scratch.data.augment import depends_on_side
 from vqa_scratch.data.batches import IGNORE
-from vqa_scratch.engine.distributed import World
-from vqa_scratch.engine.lettering import choose
-from vqa_scratch.engine.precision import Precision
 from vqa_scratch.errors import UserError
 from vqa_scratch.models import GPT2, GPT2Config, ResNet, ResNetConfig
+from vqa_scratch.report.lettering import choose
 from vqa_scratch.systems import open_trained
 from vqa_scratch.systems.caption import prepare
 from vqa_scratch.systems.caption_job import CaptionJob
 from vqa_scratch.systems.captions import read_splits
+from vqa_scratch.training.distributed import World
+from vqa_scratch.training.precision import Precision
 
 SMALL = {
     "preset": "caption", "width": 32, "heads": 2, "decoder_layers": 1, "image_width": 16, "captions_per_step": 16,
@@ -104,8 +104,8 @@ def test_the_page_shows_captions_beside_references(run, data):
 
 def test_texts_are_escaped(tmp_path):
     from vqa_scratch.data.vqa_v2 import VQASample
-    from vqa_scratch.engine.evaluation import Answer
     from vqa_scratch.systems.captions import caption_cards
+    from vqa_scratch.training.evaluation import Answer
 
     Image.new("RGB", (4, 4)).save(tmp_path / "x.png")
     sample = VQASample(1, tmp_path / "x.png", 1, "", "caption", "caption", ("<b>&", "<i>"), "<b>&")

@@ -12,8 +12,8 @@ from vqa_scratch.data.descriptions import FORMS, Named, describe, describe_all, 
 from vqa_scratch.data.scenes import MIN_OFFSET, Object, draw_scene
 from vqa_scratch.data.shapes import ShapesSpec, ensure_shapes
 from vqa_scratch.data.vqa_v2 import split_by_image
-from vqa_scratch.engine.captioning import corpus_bleu, score_objects
 from vqa_scratch.errors import UserError
+from vqa_scratch.training.captioning import corpus_bleu, score_objects
 
 SCENES = {i: draw_scene(random.Random(i)) for i in range(1, 300)}
 

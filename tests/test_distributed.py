@@ -17,8 +17,8 @@ from test_resume import at_step, die, send
 from vqa_helpers import ROOT, Ended, Started, small_config, small_flags, train_program
 
 import train
-from vqa_scratch.engine.checkpoint import load_checkpoint
 from vqa_scratch.errors import UserError
+from vqa_scratch.training.checkpoint import load_checkpoint
 
 STEPS, SAVE, EVALUATE = 6, 2, 5
 # Name -> options. 32 questions are 4 images of 8, 46 a hand of 7 more each: some steps have 2 or 3 images. In "empty"

@@ -18,13 +18,13 @@ from vqa_scratch.data import feature_store, mapped
 from vqa_scratch.data.feature_store import weights_digest
 from vqa_scratch.data.image_store import Images
 from vqa_scratch.data.mapped import mapped_array
-from vqa_scratch.engine.precision import Precision
 from vqa_scratch.errors import UserError
 from vqa_scratch.storage import append_line
 from vqa_scratch.systems import questions as system_questions
 from vqa_scratch.systems.features import keep_features
 from vqa_scratch.systems.questions import read_splits
 from vqa_scratch.systems.vqa import VQATask
+from vqa_scratch.training.precision import Precision
 
 # Batches of another size sum in another order: some roundings of 2**-24 in states of size 1, through one small decoder.
 TOLERANCE = 1e-5

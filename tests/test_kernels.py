@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import kernels
-from kernels import attention, choice, chunks, reference
+from vqa_scratch import kernels
+from vqa_scratch.kernels import attention, choice, chunks, reference
 from vqa_scratch.nn.relative_bias import RelativeBias as TowerBias
 
 close = torch.testing.assert_close
@@ -146,7 +146,7 @@ def test_gradients_of_chunks_are_summed_in_fp32():
 @pytest.mark.parametrize("from_states", [True, False])
 def test_chosen_logprobs_are_those_of_torch(from_states, monkeypatch):
     monkeypatch.setattr(chunks, "FEWEST_LOGITS", 1)
-    monkeypatch.setattr("kernels.logprob.CACHED", 100)  # three rows at a time
+    monkeypatch.setattr("vqa_scratch.kernels.logprob.CACHED", 100)  # three rows at a time
     hidden, weight = (torch.randn(n, 7, dtype=torch.float64, requires_grad=True) for n in (20, 33))
     ids = torch.randint(33, (20,))
 
@@ -255,12 +255,12 @@ def test_a_triton_that_cannot_compile_is_a_reason(monkeypatch):
         said.append((logits.shape, ids.dtype))
         raise RuntimeError("Failed to find C compiler.\nPlease specify via CC environment variable.")
 
-    monkeypatch.setattr("kernels.rows.logprobs", fails)
+    monkeypatch.setattr("vqa_scratch.kernels.rows.logprobs", fails)
     for _ in range(2):
         reason = choice.missing(torch.device("cuda", 3))
         assert reason == "Triton does not work here (Failed to find C compiler.)"
     assert said == [((1, 16), torch.long)]
-    monkeypatch.setattr("kernels.rows.logprobs", lambda logits, ids: None)
+    monkeypatch.setattr("vqa_scratch.kernels.rows.logprobs", lambda logits, ids: None)
     assert choice.missing(torch.device("cuda", 4)) is None
     choice.missing.cache_clear()
 

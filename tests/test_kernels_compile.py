@@ -44,10 +44,10 @@ def compiled(fn, constants: dict, tile, capability: int, kind: str = "bf16"):
 
 def main(capability: int) -> dict[str, int]:
     """Bytes of shared memory by kernel."""
-    from kernels import attention, rows
-    from kernels.attention_forward import attention_forward
-    from kernels.attention_key_gradient import attention_delta, attention_key_gradients
-    from kernels.attention_query_gradient import attention_query_gradient
+    from vqa_scratch.kernels import attention, rows
+    from vqa_scratch.kernels.attention_forward import attention_forward
+    from vqa_scratch.kernels.attention_key_gradient import attention_delta, attention_key_gradients
+    from vqa_scratch.kernels.attention_query_gradient import attention_query_gradient
 
     torch.cuda.get_device_capability = lambda device: divmod(capability, 10)
     used = {}

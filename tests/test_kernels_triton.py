@@ -12,11 +12,11 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from kernels import attention, choice, chunks, cross_entropy, logprob, reference
-from kernels.reference import RelativeBias
+from vqa_scratch.kernels import attention, choice, chunks, cross_entropy, logprob, reference
+from vqa_scratch.kernels.reference import RelativeBias
 
 pytest.importorskip("triton")
-from kernels import rows  # noqa: E402  (only where Triton is)
+from vqa_scratch.kernels import rows  # noqa: E402  (only where Triton is)
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"

@@ -5,9 +5,9 @@ import warnings
 import numpy as np
 from PIL import Image
 
-from vqa_scratch.engine.lettering import choose, wrapped
-from vqa_scratch.engine.progress import draw_panels
-from vqa_scratch.engine.table import draw_table
+from vqa_scratch.report.curves import draw_panels
+from vqa_scratch.report.lettering import choose, wrapped
+from vqa_scratch.report.table import draw_table
 
 
 def test_fonts_are_chosen_to_cover_the_text():

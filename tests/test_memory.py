@@ -4,7 +4,7 @@ import pytest
 import torch
 from helpers import brute_force_attention
 
-from kernels import reference
+from vqa_scratch.kernels import reference
 from vqa_scratch.nn import DecoderCache, KVCache, Memory, MultiHeadAttention
 from vqa_scratch.nn.attention import BACKENDS
 
@@ -31,8 +31,10 @@ def test_memory_of_parts_is_one_long_memory(backend, order, parts, monkeypatch, 
     """Outputs and gradients equal those of expanding the entries and concatenating the parts by hand."""
     merged = []
     if backend == "merged":  # as on a GPU with Triton: each part by itself, merged by log-sum-exps
-        monkeypatch.setattr("kernels.takes_attention", lambda q, **options: True)
-        monkeypatch.setattr("kernels.merge", lambda pieces: merged.append(len(pieces)) or reference.merge(pieces))
+        monkeypatch.setattr("vqa_scratch.kernels.takes_attention", lambda q, **options: True)
+        monkeypatch.setattr(
+            "vqa_scratch.kernels.merge", lambda pieces: merged.append(len(pieces)) or reference.merge(pieces)
+        )
         backend = "fused"
     module = MultiHeadAttention(12, 2, context_dim=10, scale=0.6, backend=backend)
     index = torch.tensor(INDICES[order])
@@ -69,7 +71,9 @@ def test_memory_of_parts_is_one_long_memory(backend, order, parts, monkeypatch, 
 def test_weights_on_memories_are_dropped_while_training(parts, monkeypatch):
     """Also where the kernel could join the parts: it drops none, so it is asked with the dropout that is wanted."""
     asked = []
-    monkeypatch.setattr("kernels.takes_attention", lambda q, dropout=0.0: asked.append(dropout) or dropout == 0)
+    monkeypatch.setattr(
+        "vqa_scratch.kernels.takes_attention", lambda q, dropout=0.0: asked.append(dropout) or dropout == 0
+    )
     module = MultiHeadAttention(12, 2, context_dim=12, dropout=0.5)
     memories, x = [Memory(torch.randn(6, 40, 12)) for _ in range(parts)], torch.randn(6, 5, 12)
     with torch.no_grad():

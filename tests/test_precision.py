@@ -8,11 +8,11 @@ import torch
 from test_engine import PLAN, optimizers
 from vqa_helpers import CPU, small_config, small_data, small_task
 
-from vqa_scratch.engine import precision as precision_module
-from vqa_scratch.engine.loop import train_step
-from vqa_scratch.engine.precision import Precision, pick_device, pick_precision
 from vqa_scratch.errors import UserError
 from vqa_scratch.systems.questions import read_splits
+from vqa_scratch.training import precision as precision_module
+from vqa_scratch.training.loop import train_step
+from vqa_scratch.training.precision import Precision, pick_device, pick_precision
 
 
 @pytest.fixture(scope="module")

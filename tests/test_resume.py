@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from vqa_helpers import Ended, Started, small_flags, train_program
 
-from vqa_scratch.engine.checkpoint import load_checkpoint
+from vqa_scratch.training.checkpoint import load_checkpoint
 
 # Checkpoints after steps 4, 8 and 10, evaluations after 3, 6, 9 and 10: so that they do not coincide.
 STEPS, SAVE, EVALUATE = 10, 4, 3
@@ -29,7 +29,7 @@ def send(number: int) -> None:
 
 def at_step(step: int, then=die) -> None:
     """Before the optimizer step of that number, call `then`."""
-    from vqa_scratch.engine import loop
+    from vqa_scratch.training import loop
 
     original, calls = loop.train_step, []
 
@@ -81,7 +81,7 @@ def within_weights() -> None:
 
 
 def within_a_metrics_line() -> None:
-    from vqa_scratch.engine.progress import MetricsLog
+    from vqa_scratch.training.progress import MetricsLog
 
     write, dump = MetricsLog.write, json.dumps
 

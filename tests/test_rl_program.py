@@ -15,12 +15,12 @@ import torch
 import rlhf
 import train
 from vqa_scratch import options
-from vqa_scratch.engine import precision
 from vqa_scratch.errors import UserError
 from vqa_scratch.models.t5 import T5
 from vqa_scratch.rl import evaluate, metrics, mini_news, report, tasks
 from vqa_scratch.rl.config import PRESETS, RLHFConfig
 from vqa_scratch.rl.types import Samples
+from vqa_scratch.training import precision
 
 ROOT = Path(__file__).parent.parent
 MADE = "--sft-steps 4 --reward-steps 4".split()

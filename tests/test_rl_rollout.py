@@ -6,8 +6,8 @@ import pytest
 import torch
 from rl_tiny import ALL_RULES, EOS, VOCAB, ragged_prompts, rules, tiny, tiny_ppo
 
-from kernels import chosen_logprobs
 from vqa_scratch.errors import UserError
+from vqa_scratch.kernels import chosen_logprobs
 from vqa_scratch.rl.functional import kl_estimates
 from vqa_scratch.rl.policy import BARRED, Context, SamplingRules, freeze, policy_logits, token_logits, token_states
 from vqa_scratch.rl.rollout import PromptStream, chances, pick, sample, score

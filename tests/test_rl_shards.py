@@ -10,9 +10,6 @@ from rl_tiny import ragged_prompts, rules, tiny
 from test_rl_vqa import rules_for
 from vqa_helpers import small_config
 
-from vqa_scratch.engine.distributed import World, start
-from vqa_scratch.engine.parallel import Alone, share_model
-from vqa_scratch.engine.precision import DTYPES, Precision
 from vqa_scratch.rl.config import RLHFConfig
 from vqa_scratch.rl.policy import ActorCritic, freeze
 from vqa_scratch.rl.ppo import PPO
@@ -21,6 +18,9 @@ from vqa_scratch.rl.rewards import RewardPart, RewardSum
 from vqa_scratch.rl.vqa_policy import VQAPolicy, prompts_from
 from vqa_scratch.systems.questions import read_splits
 from vqa_scratch.systems.vqa import embedded_system
+from vqa_scratch.training.distributed import World, start
+from vqa_scratch.training.parallel import Alone, share_model
+from vqa_scratch.training.precision import DTYPES, Precision
 
 STEPS = 2
 PLAIN = {"prompts": 7, "samples": 2, "max_new_tokens": 9, "iterations": 10, "critic_warmup": 0, "scale_reward": False}

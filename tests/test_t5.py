@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 from transformers import T5Config as HFConfig
 from transformers import T5ForConditionalGeneration
 
-from kernels import RelativeBias
 from vqa_scratch.errors import UserError
+from vqa_scratch.kernels import RelativeBias
 from vqa_scratch.models.t5 import T5, T5Config
 from vqa_scratch.nn.memory import Memory
 

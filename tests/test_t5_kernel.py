@@ -10,8 +10,8 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from kernels import attention, choice
 from vqa_scratch.generate import GenerationOptions, generate
+from vqa_scratch.kernels import attention, choice
 from vqa_scratch.models.t5 import T5, T5Config
 from vqa_scratch.nn import taps
 from vqa_scratch.nn.memory import Memory

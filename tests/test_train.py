@@ -15,9 +15,6 @@ from vqa_scratch.data.images import ImageProcessor
 from vqa_scratch.data.scenes import FAMILIES
 from vqa_scratch.data.text import train_bpe, train_wordpiece
 from vqa_scratch.data.vqa_v2 import read_vqa
-from vqa_scratch.engine.checkpoint import load_checkpoint
-from vqa_scratch.engine.evaluation import rank_answers
-from vqa_scratch.engine.precision import Precision
 from vqa_scratch.errors import UserError
 from vqa_scratch.metrics import vqa_accuracy
 from vqa_scratch.models.bert import Bert, BertConfig
@@ -27,6 +24,9 @@ from vqa_scratch.options import from_json, to_json
 from vqa_scratch.run import load_run
 from vqa_scratch.systems.questions import read_splits
 from vqa_scratch.systems.vqa import released_system
+from vqa_scratch.training.checkpoint import load_checkpoint
+from vqa_scratch.training.evaluation import rank_answers
+from vqa_scratch.training.precision import Precision
 
 
 @pytest.fixture(scope="module")

@@ -14,9 +14,9 @@ from vqa_scratch.__main__ import PROGRAM
 from vqa_scratch.commands.line import call
 from vqa_scratch.data.scenes import FAMILIES
 from vqa_scratch.data.text import train_wordpiece
-from vqa_scratch.engine.checkpoint import load_checkpoint
 from vqa_scratch.errors import UserError
 from vqa_scratch.systems import open_trained
+from vqa_scratch.training.checkpoint import load_checkpoint
 
 CPU = torch.device("cpu")
 SIZES = "--width 32 --heads 2 --layers 1 --warmup-steps 4 --eval-questions 40 --log-every 1 --samples 8 --device cpu"

@@ -6,14 +6,14 @@ import pytest
 import torch
 from ranks import run_ranks
 
-from vqa_scratch.engine.checkpoint import restore_streams, separate_streams, streams
-from vqa_scratch.engine.distributed import World, _backend, start
-from vqa_scratch.engine.parallel import Replicas, check_sharing, in_parts, share_model, whole
-from vqa_scratch.engine.precision import Precision
 from vqa_scratch.errors import UserError
 from vqa_scratch.models.resnet import FrozenBatchNorm
 from vqa_scratch.rl import ranks as rl_ranks
 from vqa_scratch.rl.ranks import Copies, gather_rows
+from vqa_scratch.training.checkpoint import restore_streams, separate_streams, streams
+from vqa_scratch.training.distributed import World, _backend, start
+from vqa_scratch.training.parallel import Replicas, check_sharing, in_parts, share_model, whole
+from vqa_scratch.training.precision import Precision
 
 
 def test_shares_are_whole_and_even():

@@ -15,9 +15,9 @@ import torch
 
 from vqa_scratch.config import TrainConfig
 from vqa_scratch.data.shapes import ShapesSpec, ensure_shapes
-from vqa_scratch.engine.precision import Precision
 from vqa_scratch.systems.questions import Splits, read_splits
 from vqa_scratch.systems.vqa import VQATask, embedded_system
+from vqa_scratch.training.precision import Precision
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")

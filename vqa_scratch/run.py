@@ -22,14 +22,14 @@ from vqa_scratch.config import RunConfig, TrainConfig
 from vqa_scratch.data.batches import Encoder
 from vqa_scratch.data.images import ImageProcessor
 from vqa_scratch.data.text import Tokenizer
-from vqa_scratch.engine.checkpoint import load_model_state
-from vqa_scratch.engine.distributed import ALONE, World
-from vqa_scratch.engine.parallel import for_main
-from vqa_scratch.engine.precision import Precision, pick_precision
 from vqa_scratch.errors import UserError
 from vqa_scratch.models.vqa import VQAConfig, VQAModel
 from vqa_scratch.options import from_json, to_json
 from vqa_scratch.storage import write_json
+from vqa_scratch.training.checkpoint import load_model_state
+from vqa_scratch.training.distributed import ALONE, World
+from vqa_scratch.training.parallel import for_main
+from vqa_scratch.training.precision import Precision, pick_precision
 from vqa_scratch.weights.files import write_safetensors
 
 PROGRAM = "train.py"

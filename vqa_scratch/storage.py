@@ -73,6 +73,25 @@ def write_text(path: Path, text: str) -> None:
     write_whole(path, lambda unfinished: unfinished.write_text(text, encoding="utf-8"))
 
 
-def write_json(path: Path, values: Any) -> None:
-    """`write_whole` for readable JSON."""
-    write_text(path, json.dumps(values, indent=2, allow_nan=True) + "\n")
+def write_json(path: Path, values: Any, *, compact: bool = False) -> None:
+    """`write_whole` for JSON, indented for a reader or in as few bytes as it takes."""
+    if compact:
+        write_text(path, json.dumps(values, separators=(",", ":")))
+    else:
+        write_text(path, json.dumps(values, indent=2, allow_nan=True) + "\n")
+
+
+def read_json(path: Path, object_hook: Any = None) -> Any:
+    """The parsed file. Raises UserError that says where it stops being JSON."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            return json.load(file, object_hook=object_hook)
+    except json.JSONDecodeError as error:
+        where = f"line {error.lineno}, column {error.colno} (character {error.pos} of {len(error.doc)})"
+        raise UserError(f"{path} is not valid JSON at {where}: {error.msg}; is the file complete?") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text (byte {error.start}); is it really the JSON file?") from error
+    except RecursionError as error:
+        raise UserError(f"{path} is nested too deeply to be a file of this project") from error
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error

@@ -14,13 +14,13 @@ import torch
 from vqa_scratch.data.image_files import load_image
 from vqa_scratch.data.images import JOINT_CONFIG_NAME, ImageProcessor
 from vqa_scratch.data.text import Tokenizer, check_question
-from vqa_scratch.data.vqa_files import load_json
-from vqa_scratch.engine.evaluation import Answer
-from vqa_scratch.engine.precision import DTYPES, pick_precision
 from vqa_scratch.errors import UserError
 from vqa_scratch.generate import GenerationOptions, generate
 from vqa_scratch.models.blip2 import Blip2
 from vqa_scratch.nn.memory import Memory
+from vqa_scratch.storage import read_json
+from vqa_scratch.training.evaluation import Answer
+from vqa_scratch.training.precision import DTYPES, pick_precision
 from vqa_scratch.weights.files import resolve_folder
 
 PROMPT = "Question: {} Answer:"
@@ -96,7 +96,7 @@ def open_zero_shot(source: str, device: torch.device, precision: str = "fp32") -
     if processor.output_size is None or any(side % patch for side in processor.output_size):
         raise UserError(f"the images of {source} do not divide into patches of {patch}: size {processor.size}")
     joint = resolve_folder(source) / JOINT_CONFIG_NAME
-    places = load_json(joint).get("num_query_tokens") if joint.is_file() else None  # absent in older files
+    places = read_json(joint).get("num_query_tokens") if joint.is_file() else None  # absent in older files
     if places not in (None, sizes.queries):
         raise UserError(f"{joint} gives an image {places} tokens, the model of {source} {sizes.queries}")
     return ZeroShot(source, model, tokenizer, processor, device)

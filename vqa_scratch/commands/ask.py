@@ -8,8 +8,8 @@ from typing import Any
 import click
 
 from vqa_scratch.commands.line import FOLDER, decoding_flags, open_run, where_to_compute
-from vqa_scratch.engine.precision import pick_device
 from vqa_scratch.errors import UserError
+from vqa_scratch.training.precision import pick_device
 from vqa_scratch.zero_shot import open_zero_shot
 
 

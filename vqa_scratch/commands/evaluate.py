@@ -9,13 +9,12 @@ import click
 
 from vqa_scratch.commands.line import FOLDER, open_run, where_to_compute
 from vqa_scratch.data.submission import write_submission
-from vqa_scratch.data.vqa_files import load_json
 from vqa_scratch.data.vqa_v2 import VQAData, VQASample, read_vqa
-from vqa_scratch.engine.evaluation import QuestionOnly, TypePrior, blind
 from vqa_scratch.errors import UserError
 from vqa_scratch.metrics import accuracy_by
-from vqa_scratch.storage import check_writable, write_json
+from vqa_scratch.storage import check_writable, read_json, write_json
 from vqa_scratch.systems.base import Describes, Ranks, Trained
+from vqa_scratch.training.evaluation import QuestionOnly, TypePrior, blind
 
 
 def blind_baselines(data: Path, samples: list[VQASample]) -> dict[str, float | None]:
@@ -107,7 +106,7 @@ def caption_table(figures: dict[str, Any]) -> str:
 def check_complete(data: VQAData) -> set[int]:
     """The ids that a submission must answer. Raises UserError if the reader left one of them out."""
     path = data.report.files.questions
-    expected = {question["question_id"] for question in load_json(path)["questions"]}
+    expected = {question["question_id"] for question in read_json(path)["questions"]}
     left_out = expected - {sample.question_id for sample in data.samples}
     if left_out:
         reasons = "; ".join(f"{count:,}: {reason}" for reason, count in data.report.skipped.most_common())

@@ -7,11 +7,11 @@ from typing import Any
 
 import click
 
-from vqa_scratch.engine.precision import pick_device
 from vqa_scratch.errors import UserError
 from vqa_scratch.options import NearChoice, as_user_error
 from vqa_scratch.systems import open_trained
 from vqa_scratch.systems.base import Trained
+from vqa_scratch.training.precision import pick_device
 
 FOLDER = click.Path(path_type=Path)
 

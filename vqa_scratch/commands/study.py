@@ -8,7 +8,6 @@ from typing import Any
 import click
 
 from vqa_scratch.commands.line import FOLDER
-from vqa_scratch.engine.precision import pick_device
 from vqa_scratch.errors import UserError
 from vqa_scratch.options import NearChoice
 from vqa_scratch.run import load_run
@@ -19,6 +18,7 @@ from vqa_scratch.study.overlay import overlay, side_by_side
 from vqa_scratch.study.record import Study, summary, take_apart, trace_file
 from vqa_scratch.study.report import page
 from vqa_scratch.study.splits import ablation_figures, faithfulness_figures, pointing_figures, pointing_table
+from vqa_scratch.training.precision import pick_device
 
 
 def open_input(run: Path, image: Path | None, question: str | None, text: Path | None, device: str) -> Opened:

@@ -15,8 +15,9 @@ from typing import Any
 
 from vqa_scratch.data.descriptions import describe_all, read_scenes, scenes_file
 from vqa_scratch.data.skips import Skips
-from vqa_scratch.data.vqa_files import VQASample, entries, fields, image_file_name, load_json, subtype_of
+from vqa_scratch.data.vqa_files import VQASample, entries, fields, image_file_name, subtype_of
 from vqa_scratch.errors import UserError
+from vqa_scratch.storage import read_json
 
 CAPTION = "caption"  # the question type and answer type of a sample that is one
 
@@ -111,7 +112,7 @@ def read_coco_captions(path: Path, folder: Path, split: str, max_images: int | N
     Captions of images that are not there, empty captions and second entries of one id are left out and counted.
     Raises UserError, in one line, for a malformed entry, which it names, and if no caption is left.
     """
-    content = load_json(path)
+    content = read_json(path)
     names = _image_entries(path, content)
     annotations = entries(path, content, "annotations")
     report = CaptionReport(split=split, source=path, in_file=len(annotations))

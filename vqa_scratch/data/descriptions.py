@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from vqa_scratch.data.scenes import CELL, COLORS, MIN_OFFSET, SHAPES, SIZES, Object, Scene
-from vqa_scratch.data.vqa_files import load_json
 from vqa_scratch.errors import UserError
+from vqa_scratch.storage import read_json
 
 NUMBERS = {"one": 1, "two": 2, "three": 3, "four": 4, "five": 5}
 _WORD_OF = {number: word for word, number in NUMBERS.items()}
@@ -54,7 +54,7 @@ def read_scenes(path: Path) -> dict[int, Scene]:
     def scene(record: dict[str, Any]) -> Scene:
         return tuple(Object(o["shape"], o["color"], o["size"], *o["center"]) for o in record["objects"])
 
-    content = load_json(path)
+    content = read_json(path)
     try:
         return {int(image_id): scene(record) for image_id, record in content.items()}
     except (AttributeError, KeyError, TypeError, ValueError) as error:

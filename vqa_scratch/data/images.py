@@ -20,8 +20,8 @@ import torch
 from PIL import Image
 
 from vqa_scratch.data.image_files import load_image, to_rgb
-from vqa_scratch.data.vqa_files import load_json, write_json
 from vqa_scratch.errors import UserError
+from vqa_scratch.storage import read_json, write_json
 from vqa_scratch.weights.hub import locate
 
 __all__ = ["ImageProcessor", "load_image", "to_rgb"]
@@ -175,7 +175,7 @@ class ImageProcessor:
         path = next((folder / name for name in (CONFIG_NAME, JOINT_CONFIG_NAME) if (folder / name).is_file()), None)
         if path is None:
             raise UserError(f"{folder} has no {CONFIG_NAME}")
-        config = load_json(path)
+        config = read_json(path)
         if path.name == JOINT_CONFIG_NAME and isinstance(config, dict):
             config = config.get("image_processor")
         if not isinstance(config, dict):
@@ -184,7 +184,7 @@ class ImageProcessor:
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes preprocessor_config.json."""
-        write_json(Path(folder) / CONFIG_NAME, self.to_hf())
+        write_json(Path(folder) / CONFIG_NAME, self.to_hf(), compact=True)
 
     # ------------------------------------------------------------------------------------------ use
 

@@ -3,8 +3,9 @@
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from vqa_scratch.data.vqa_files import fields, load_json, write_json
+from vqa_scratch.data.vqa_files import fields
 from vqa_scratch.errors import UserError
+from vqa_scratch.storage import read_json, write_json
 
 
 def write_submission(path: str | Path, answers: Mapping[int, str], expected_ids: Iterable[int]) -> None:
@@ -21,13 +22,13 @@ def write_submission(path: str | Path, answers: Mapping[int, str], expected_ids:
             if ids
         ]
         raise ValueError(f"a submission answers exactly the questions of its split; here are {', '.join(problems)}")
-    write_json(Path(path), [{"question_id": int(i), "answer": str(answers[i])} for i in sorted(expected)])
+    write_json(Path(path), [{"question_id": int(i), "answer": str(answers[i])} for i in sorted(expected)], compact=True)
 
 
 def read_submission(path: str | Path) -> dict[int, str]:
     """{question_id: answer} of a result file; UserError if it is not one or answers a question twice."""
     path = Path(path)
-    content = load_json(path)
+    content = read_json(path)
     if not isinstance(content, list):
         raise UserError(f'{path} is not a list of {{"question_id", "answer"}}')
     answers: dict[int, str] = {}

@@ -16,9 +16,9 @@ import tokenizers
 import torch
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from vqa_scratch.data.vqa_files import load_json, write_json
 from vqa_scratch.data.wordpiece import learn_wordpieces
 from vqa_scratch.errors import UserError
+from vqa_scratch.storage import read_json, write_json
 from vqa_scratch.weights.hub import locate
 
 FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt", "vocab.txt")
@@ -93,8 +93,8 @@ class Tokenizer:
         """
         folder = locate(folder_or_hub_id, FILES, "the tokenizer")
         has = {name: (folder / name).is_file() for name in FILES}
-        config = load_json(folder / "tokenizer_config.json") if has["tokenizer_config.json"] else {}
-        named = load_json(folder / "special_tokens_map.json") if has["special_tokens_map.json"] else {}
+        config = read_json(folder / "tokenizer_config.json") if has["tokenizer_config.json"] else {}
+        named = read_json(folder / "special_tokens_map.json") if has["special_tokens_map.json"] else {}
         try:
             if has["tokenizer.json"]:
                 backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
@@ -125,7 +125,7 @@ class Tokenizer:
         config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
         config |= {f"{role}_token": token for role, token in self.special.items()}
         config["clean_up_tokenization_spaces"] = False
-        write_json(folder / "tokenizer_config.json", config)
+        write_json(folder / "tokenizer_config.json", config, compact=True)
 
     # ------------------------------------------------------------------------------------------ use
 

@@ -18,8 +18,8 @@ from PIL import Image
 
 from vqa_scratch.data.image_store import Images
 from vqa_scratch.data.images import CONFIG_NAME, ImageProcessor
-from vqa_scratch.data.vqa_files import load_json
 from vqa_scratch.errors import UserError
+from vqa_scratch.storage import read_json
 
 LONGEST = 1333 / 800  # the longer side in units of the shorter, at most
 
@@ -105,5 +105,5 @@ def images_for(paths: Sequence[Path], processor: ImageProcessor) -> Images:
 
 def read_processor(folder: Path) -> ImageProcessor:
     """The preprocessing of a run, of either kind."""
-    kind = load_json(folder / CONFIG_NAME).get("image_processor_type")
+    kind = read_json(folder / CONFIG_NAME).get("image_processor_type")
     return (ViltImageProcessor if kind == ViltImageProcessor.kind else ImageProcessor).from_pretrained(folder)

@@ -3,7 +3,6 @@
 Names follow the public release of VQA v2 (Goyal et al., CVPR 2017), which names images as MS COCO does.
 """
 
-import json
 import os
 import sys
 from collections import Counter
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from vqa_scratch.errors import UserError
-from vqa_scratch.storage import write_text
+from vqa_scratch.storage import read_json
 
 SUBTYPES = {"train": "train2014", "val": "val2014", "test": "test2015", "test-dev": "test-dev2015"}
 IMAGE_SUFFIXES = (".jpg", ".png", ".jpeg")
@@ -114,27 +113,6 @@ class ImageFolder:
         return self._paths[image_id]
 
 
-def load_json(path: Path, object_hook: Any = None) -> Any:
-    """The parsed file; UserError that says where it stops being JSON."""
-    try:
-        with open(path, encoding="utf-8") as file:
-            return json.load(file, object_hook=object_hook)
-    except json.JSONDecodeError as error:
-        where = f"line {error.lineno}, column {error.colno} (character {error.pos} of {len(error.doc)})"
-        raise UserError(f"{path} is not valid JSON at {where}: {error.msg}; is the file complete?") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text (byte {error.start}); is it really the JSON file?") from error
-    except RecursionError as error:
-        raise UserError(f"{path} is nested too deeply to be one of this data set's files") from error
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from error
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Compact JSON, written whole or not at all."""
-    write_text(path, json.dumps(content, separators=(",", ":")))
-
-
 def entries(path: Path, content: Any, key: str) -> list[Any]:
     """content[key], which must be a list."""
     if not isinstance(content, dict) or key not in content:
@@ -187,7 +165,7 @@ def load_annotations(path: Path) -> tuple[dict[int, Annotation], Counter[str]]:
 
     types = {"question_id": int, "image_id": int, "question_type": str, "answer_type": str, "answers": list}
     result: dict[int, Annotation] = {}
-    raw = entries(path, load_json(path, reduce), "annotations")
+    raw = entries(path, read_json(path, reduce), "annotations")
     raw.reverse()  # popped from the end: each entry is freed as soon as it is read
     total = len(raw)
     while raw:

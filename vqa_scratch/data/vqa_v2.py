@@ -26,12 +26,12 @@ from vqa_scratch.data.vqa_files import (
     image_file_name,
     image_subtype_of,
     load_annotations,
-    load_json,
     questions_name,
     subtype_of,
 )
 from vqa_scratch.data.vqa_write import read_pairs, write_vqa
 from vqa_scratch.errors import UserError
+from vqa_scratch.storage import read_json
 
 __all__ = [
     "VQAData",
@@ -165,7 +165,7 @@ def read_vqa(
         max_questions=max_questions,
         max_questions_per_image=max_questions_per_image,
     )
-    content = load_json(files.questions)
+    content = read_json(files.questions)
     questions = entries(files.questions, content, "questions")
     subtype = content.get("data_subtype") or subtype_of(split)
     finder = ImageFolder(Path(files.images), image_subtype_of(subtype))

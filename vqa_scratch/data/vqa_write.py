@@ -9,13 +9,12 @@ from vqa_scratch.data.vqa_files import (
     VQASample,
     annotations_name,
     find_file,
-    load_json,
     pairs_name,
     questions_name,
     subtype_of,
-    write_json,
 )
 from vqa_scratch.errors import UserError
+from vqa_scratch.storage import read_json, write_json
 
 
 def answer_entries(answers: Sequence[str], confidences: Iterable[str] | None = None) -> list[dict[str, Any]]:
@@ -67,7 +66,7 @@ def write_vqa(
     }
     questions = [{"image_id": s.image_id, "question": s.question, "question_id": s.question_id} for s in samples]
     files = VQAFiles(folder / questions_name(subtype), folder / annotations_name(subtype) if answered else None, folder)
-    write_json(files.questions, {**common, "task_type": "Open-Ended", "questions": questions})
+    write_json(files.questions, {**common, "task_type": "Open-Ended", "questions": questions}, compact=True)
     if files.annotations is not None:
         annotations = [
             {
@@ -80,15 +79,15 @@ def write_vqa(
             }
             for s in samples
         ]
-        write_json(files.annotations, {**common, "annotations": annotations})
-    write_json(folder / pairs_name(subtype), [list(pair) for pair in pairs])
+        write_json(files.annotations, {**common, "annotations": annotations}, compact=True)
+    write_json(folder / pairs_name(subtype), [list(pair) for pair in pairs], compact=True)
     return files
 
 
 def read_pairs(folder: str | Path, split: str) -> list[tuple[int, int]]:
     """The complementary pairs of a split: questions ids with the same question and different answers."""
     path = find_file(Path(folder), pairs_name(subtype_of(split)))
-    content = load_json(path)
+    content = read_json(path)
     if not isinstance(content, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in content):
         raise UserError(f"{path} is not a list of pairs of question ids")
     return [(first, second) for first, second in content]

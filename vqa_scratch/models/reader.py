@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels import linear_cross_entropy
+from vqa_scratch.kernels import linear_cross_entropy
 from vqa_scratch.models.gpt2 import GPT2
 from vqa_scratch.nn.memory import Memory
 

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-import kernels
+from vqa_scratch import kernels
 from vqa_scratch.nn import masks, taps
 from vqa_scratch.nn.cache import KVCache
 from vqa_scratch.nn.memory import KeyValue, Memory, check_rows, concatenate

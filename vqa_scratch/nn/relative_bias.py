@@ -9,7 +9,7 @@ import math
 
 from torch import Tensor, nn
 
-import kernels
+from vqa_scratch import kernels
 from vqa_scratch.nn import masks
 
 

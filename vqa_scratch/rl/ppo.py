@@ -18,8 +18,6 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-from vqa_scratch.engine.checkpoint import load_model_state
-from vqa_scratch.engine.parallel import ONE_PROCESS, Alone, for_main
 from vqa_scratch.errors import UserError
 from vqa_scratch.rl import functional as F
 from vqa_scratch.rl.config import RLHFConfig
@@ -30,6 +28,8 @@ from vqa_scratch.rl.rewards import RewardScale, RewardSum
 from vqa_scratch.rl.rollout import PromptStream, Responses, Scored, chances, sample, score
 from vqa_scratch.rl.types import Prompt, Samples, Trajectory
 from vqa_scratch.rl.update import Update, micro_batches
+from vqa_scratch.training.checkpoint import load_model_state
+from vqa_scratch.training.parallel import ONE_PROCESS, Alone, for_main
 
 GROUP_ADVANTAGES = {"rloo": F.rloo_advantages, "grpo": F.grpo_advantages, "best-of-n": F.best_of_n_advantages}
 

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from vqa_scratch.engine.distributed import World
-from vqa_scratch.engine.parallel import Alone, make_alike
 from vqa_scratch.rl.types import Prompt, Samples
+from vqa_scratch.training.distributed import World
+from vqa_scratch.training.parallel import Alone, make_alike
 
 
 def gather_rows(world: World, *tensors: Tensor) -> list[Tensor]:

@@ -6,13 +6,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from vqa_scratch.data.vqa_files import load_json
-from vqa_scratch.engine.checkpoint import load_checkpoint, set_rng_state
 from vqa_scratch.errors import UserError
 from vqa_scratch.options import to_json
 from vqa_scratch.rl.config import RLHFConfig
 from vqa_scratch.rl.ppo import PPO
-from vqa_scratch.storage import check_writable
+from vqa_scratch.storage import check_writable, read_json
+from vqa_scratch.training.checkpoint import load_checkpoint, set_rng_state
 
 # Between a run and its continuation; the last two, for a run that broke down.
 MAY_CHANGE = {"resume", "out", "cache", "device", "parallel", "checkpoint_every", "learning_rate", "max_grad_norm"}
@@ -33,7 +32,7 @@ def last_checkpoint(config: RLHFConfig) -> dict[str, Any] | None:
     """
     check_writable(config.out)
     path, about = config.out / "checkpoints" / "last.pt", config.out / "config.json"
-    program = load_json(about).get("program") if about.is_file() else None
+    program = read_json(about).get("program") if about.is_file() else None
     if program not in (None, "rlhf.py"):
         raise UserError(f"{config.out} is a run of {program}; give another --out")
     if not config.resume:

@@ -9,10 +9,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernels import chosen_logprobs
 from vqa_scratch.errors import UserError
 from vqa_scratch.generate.choose import pick
 from vqa_scratch.generate.loop import COMPACT_BELOW
+from vqa_scratch.kernels import chosen_logprobs
 from vqa_scratch.rl.functional import exact_kl
 from vqa_scratch.rl.policy import (
     ActorCritic,

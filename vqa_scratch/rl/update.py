@@ -12,16 +12,16 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor
 
-from kernels import chosen_logprobs
-from vqa_scratch.engine.optim import load_whole_state
-from vqa_scratch.engine.parallel import Alone, for_main, whole
 from vqa_scratch.errors import UserError
+from vqa_scratch.kernels import chosen_logprobs
 from vqa_scratch.rl import functional as F
 from vqa_scratch.rl.config import RLHFConfig
 from vqa_scratch.rl.large_tables import add_up_in_place, look_up_sparsely
 from vqa_scratch.rl.metrics import UpdateStats
 from vqa_scratch.rl.policy import ActorCritic, Context, SamplingRules
 from vqa_scratch.rl.types import Prompt, Trajectory
+from vqa_scratch.training.optimizers import load_whole_state
+from vqa_scratch.training.parallel import Alone, for_main, whole
 
 
 def micro_batches(chosen: Iterable[int], prompts: list[Prompt], size: int) -> list[list[int]]:

@@ -8,10 +8,10 @@ from PIL import Image
 
 from vqa_scratch.data.images import ImageProcessor, load_image
 from vqa_scratch.data.text import Tokenizer, check_question
-from vqa_scratch.data.vqa_files import load_json
 from vqa_scratch.errors import UserError
 from vqa_scratch.models.t5 import T5
 from vqa_scratch.run import Run, load_run, read_run_config
+from vqa_scratch.storage import read_json
 from vqa_scratch.study.subject import Subject, T5Subject, VQASubject
 
 POLICY = "policy"  # where a run of rlhf.py keeps its tuned model
@@ -98,7 +98,7 @@ def is_text_run(folder: Path) -> bool:
 
 def _config(folder: Path) -> dict:
     path = folder / "config.json"
-    return load_json(path) if path.is_file() else {}
+    return read_json(path) if path.is_file() else {}
 
 
 def _t5_folder(folder: Path) -> Path | None:
@@ -118,7 +118,7 @@ def open_text(folder: Path, text: str, device: str = "cpu") -> Opened:
         raise UserError(f"{folder} holds no T5: it is no run of rlhf.py with a {POLICY}/ folder")
     if not text.strip():
         raise UserError("the text is empty: there is nothing to read")
-    options = load_json(folder / "config.json") if checkpoint != folder else {}
+    options = read_json(folder / "config.json") if checkpoint != folder else {}
     tokenizer = Tokenizer.from_pretrained(checkpoint)
     model = T5.from_pretrained(checkpoint).to(torch.device(device))
     if len(tokenizer) > model.config.vocab_size:

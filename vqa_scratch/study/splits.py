@@ -13,13 +13,11 @@ from torch import Tensor
 
 from vqa_scratch.data.batches import Images, Questions
 from vqa_scratch.data.images import load_image
-from vqa_scratch.data.vqa_files import load_json
 from vqa_scratch.data.vqa_v2 import VQASample, read_vqa
-from vqa_scratch.engine.evaluation import answer_questions
 from vqa_scratch.errors import UserError
 from vqa_scratch.metrics import vqa_accuracy
 from vqa_scratch.run import Run
-from vqa_scratch.storage import write_text, write_whole
+from vqa_scratch.storage import read_json, write_text, write_whole
 from vqa_scratch.study.faithfulness import (
     Curves,
     HeadEffect,
@@ -32,6 +30,7 @@ from vqa_scratch.study.faithfulness import (
 )
 from vqa_scratch.study.inputs import question_subject
 from vqa_scratch.study.subject import VQASubject
+from vqa_scratch.training.evaluation import answer_questions
 
 COLORS = {"cross": "#7a6a9e", "rollout": "#2b8a7e", "relevancy": "#b4155a", "random": "#9a9a94"}
 
@@ -56,7 +55,7 @@ def pointing_examples(run: Run, data: Path, split: str, number: int) -> Iterator
     path = data / f"scenes_{split}.json"
     if not path.is_file():
         raise UserError(f"{path} not found: only the embedded data set says where its objects are")
-    scenes = load_json(path)
+    scenes = read_json(path)
 
     def named(sample: VQASample) -> list[int]:
         return scenes[str(sample.image_id)]["about"][str(sample.question_id)]

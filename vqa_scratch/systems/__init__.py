@@ -5,7 +5,6 @@ from pathlib import Path
 import torch
 
 from vqa_scratch.config import PRESETS
-from vqa_scratch.engine.precision import Precision, pick_precision
 from vqa_scratch.errors import UserError
 from vqa_scratch.options import from_json
 from vqa_scratch.run import PROGRAM, read_run_config
@@ -13,6 +12,7 @@ from vqa_scratch.systems.base import System, Trained
 from vqa_scratch.systems.caption import CAPTION
 from vqa_scratch.systems.vilt import VILT
 from vqa_scratch.systems.vqa import VQA
+from vqa_scratch.training.precision import Precision, pick_precision
 
 SYSTEMS = (
     VQA,

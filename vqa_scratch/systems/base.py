@@ -28,15 +28,15 @@ from torch import nn
 
 from vqa_scratch.config import RunConfig
 from vqa_scratch.data.vqa_v2 import VQASample
-from vqa_scratch.engine.distributed import World
-from vqa_scratch.engine.evaluation import Answer
-from vqa_scratch.engine.precision import Precision
-from vqa_scratch.engine.task import Task
 from vqa_scratch.errors import UserError
+from vqa_scratch.training.distributed import World
+from vqa_scratch.training.evaluation import Answer
+from vqa_scratch.training.precision import Precision
+from vqa_scratch.training.task import Task
 
 
 class Job(Task, Protocol):
-    """A run in the making: a task for the loop (see `engine/task.py`), and what it leaves in the run folder."""
+    """A run in the making: a task for the loop (see `training/task.py`), and what it leaves in the run folder."""
 
     unit: str  # what a sample is, in the plural: "questions", "texts"
     world: World  # the ranks of the run, set by train.py; `evaluate` and `finish` are called on all of them
@@ -51,7 +51,7 @@ class Job(Task, Protocol):
         """Into files of --cache, what takes the model with its weights in place; the main rank of a machine first."""
 
     def panels(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """The panels of curves.png (see `engine/progress.py`) from the rows of metrics.jsonl so far."""
+        """The panels of curves.png (see `training/progress.py`) from the rows of metrics.jsonl so far."""
 
     def finish(self, folder: Path) -> dict[str, Any]:
         """The final figures for summary.json, `accuracy` among them; writes samples.html and other pictures."""

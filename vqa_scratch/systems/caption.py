@@ -10,7 +10,6 @@ from vqa_scratch.config import CaptionTrainConfig
 from vqa_scratch.data.batches import Encoder
 from vqa_scratch.data.images import ImageProcessor
 from vqa_scratch.data.text import Tokenizer, train_bpe
-from vqa_scratch.engine.precision import Precision
 from vqa_scratch.models.caption import CaptionConfig, CaptionModel
 from vqa_scratch.models.gpt2 import GPT2, GPT2Config
 from vqa_scratch.models.resnet import ResNet, ResNetConfig
@@ -22,6 +21,7 @@ from vqa_scratch.systems.captions import (
     read_splits,
 )
 from vqa_scratch.systems.vqa import IMAGE_SIZE, grid_positions
+from vqa_scratch.training.precision import Precision
 
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 # torchvision's preprocessing of its first ResNet weights: shortest side 256, centre 224.

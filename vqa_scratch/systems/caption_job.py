@@ -13,12 +13,9 @@ from vqa_scratch.data.augment import Augment, depends_on_side
 from vqa_scratch.data.batches import Batch, Encoder, Images, Questions
 from vqa_scratch.data.groups import deal
 from vqa_scratch.data.images import ImageProcessor
-from vqa_scratch.engine.distributed import World
-from vqa_scratch.engine.evaluation import Answer, QuestionOnly, TypePrior, answer_questions, blind, other_images, score
-from vqa_scratch.engine.gallery import answer_sections
-from vqa_scratch.engine.precision import Precision
 from vqa_scratch.models.caption import CaptionModel
 from vqa_scratch.models.reader import labelled_loss
+from vqa_scratch.report.gallery import answer_sections
 from vqa_scratch.systems.caption_run import save_parts
 from vqa_scratch.systems.captions import (
     Texts,
@@ -31,6 +28,17 @@ from vqa_scratch.systems.captions import (
     told,
 )
 from vqa_scratch.systems.questions import family_of
+from vqa_scratch.training.distributed import World
+from vqa_scratch.training.evaluation import (
+    Answer,
+    QuestionOnly,
+    TypePrior,
+    answer_questions,
+    blind,
+    other_images,
+    score,
+)
+from vqa_scratch.training.precision import Precision
 
 
 class Key(NamedTuple):

@@ -11,14 +11,14 @@ from vqa_scratch.data.batches import Encoder
 from vqa_scratch.data.images import ImageProcessor
 from vqa_scratch.data.text import Tokenizer, check_question
 from vqa_scratch.data.vqa_v2 import VQASample
-from vqa_scratch.engine.evaluation import Answer, answer_samples
-from vqa_scratch.engine.precision import Precision
 from vqa_scratch.errors import UserError
 from vqa_scratch.models.caption import CaptionConfig, CaptionModel
 from vqa_scratch.models.resnet import FrozenBatchNorm
 from vqa_scratch.run import load_weights, save_weights, write_run_config
 from vqa_scratch.storage import write_json, write_text
 from vqa_scratch.systems.captions import lengths, read_texts, report
+from vqa_scratch.training.evaluation import Answer, answer_samples
+from vqa_scratch.training.precision import Precision
 from vqa_scratch.weights.files import write_safetensors
 
 TOWERS = ("image.", "decoder.")

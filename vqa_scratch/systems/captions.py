@@ -15,12 +15,12 @@ from vqa_scratch.data.image_files import load_image
 from vqa_scratch.data.scenes import Scene
 from vqa_scratch.data.shapes import ShapesSpec, ensure_shapes
 from vqa_scratch.data.vqa_v2 import VQASample, read_vqa, split_by_image
-from vqa_scratch.engine.captioning import corpus_bleu, score_objects
-from vqa_scratch.engine.evaluation import Answer, other_images
-from vqa_scratch.engine.gallery import card, write_page
-from vqa_scratch.engine.progress import moving_average
-from vqa_scratch.engine.table import draw_table
+from vqa_scratch.report.curves import moving_average
+from vqa_scratch.report.gallery import card, write_page
+from vqa_scratch.report.table import draw_table
 from vqa_scratch.systems.questions import first_images
+from vqa_scratch.training.captioning import corpus_bleu, score_objects
+from vqa_scratch.training.evaluation import Answer, other_images
 
 TABLE_ROWS = 8  # of results.png
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from vqa_scratch.data.feature_store import ImageFeatures, TextFeatures
-from vqa_scratch.engine.precision import DTYPES
 from vqa_scratch.errors import UserError
 from vqa_scratch.models.vqa import FROZEN_PARTS, VQAModel
+from vqa_scratch.training.precision import DTYPES
 
 
 def keep_features(task: Any) -> list[ImageFeatures | TextFeatures]:

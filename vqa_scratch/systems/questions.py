@@ -14,11 +14,11 @@ from vqa_scratch.data.batches import Images, Questions
 from vqa_scratch.data.feature_store import ImageFeatures, TextFeatures
 from vqa_scratch.data.shapes import FAMILY_OF_TYPE, ShapesSpec, ensure_shapes
 from vqa_scratch.data.vqa_v2 import VQASample, read_vqa, split_by_image
-from vqa_scratch.engine.distributed import World
-from vqa_scratch.engine.evaluation import Answer, QuestionOnly, Report, TypePrior, blind, other_images, score
-from vqa_scratch.engine.gallery import write_gallery
-from vqa_scratch.engine.precision import Precision
-from vqa_scratch.engine.progress import moving_average
+from vqa_scratch.report.curves import moving_average
+from vqa_scratch.report.gallery import write_gallery
+from vqa_scratch.training.distributed import World
+from vqa_scratch.training.evaluation import Answer, QuestionOnly, Report, TypePrior, blind, other_images, score
+from vqa_scratch.training.precision import Precision
 
 # what answers: split, batches, image map, label of the bar -> answers by question id
 Answering = Callable[[str, Sequence[np.ndarray], np.ndarray | None, str | None], dict[int, Answer]]

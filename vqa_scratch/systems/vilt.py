@@ -20,14 +20,14 @@ from vqa_scratch.data.images import ImageProcessor
 from vqa_scratch.data.text import Tokenizer, train_wordpiece
 from vqa_scratch.data.vilt_images import ViltImageProcessor, images_for
 from vqa_scratch.data.vqa_v2 import VQASample
-from vqa_scratch.engine.classify import classify_questions, logits_of
-from vqa_scratch.engine.evaluation import Answer
-from vqa_scratch.engine.precision import Precision
 from vqa_scratch.models.vilt import ViLT, ViLTClassifier, ViLTConfig, answer_loss
 from vqa_scratch.systems.base import System, check_positions, seed_everything
 from vqa_scratch.systems.questions import QuestionJob, Splits, read_splits
 from vqa_scratch.systems.vilt_run import build_vilt, open_trained, save_parts
 from vqa_scratch.systems.vqa import VOCABULARY, grid_positions
+from vqa_scratch.training.classify import classify_questions, logits_of
+from vqa_scratch.training.evaluation import Answer
+from vqa_scratch.training.precision import Precision
 
 Parts = tuple[ViLTClassifier, TextEncoder, ImageProcessor]
 

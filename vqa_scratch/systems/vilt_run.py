@@ -13,15 +13,15 @@ from vqa_scratch.data.images import ImageProcessor
 from vqa_scratch.data.text import Tokenizer, check_question
 from vqa_scratch.data.vilt_images import images_for, read_processor
 from vqa_scratch.data.vqa_v2 import VQASample
-from vqa_scratch.engine.classify import classify_questions
-from vqa_scratch.engine.evaluation import AT_ONCE, Answer, other_images
-from vqa_scratch.engine.precision import Precision
 from vqa_scratch.errors import UserError
 from vqa_scratch.models.hf_config import labels_from_hf
 from vqa_scratch.models.stem import ConvStem
 from vqa_scratch.models.vilt import ViLT, ViLTClassifier, ViLTConfig
 from vqa_scratch.run import load_weights, write_run_config
 from vqa_scratch.storage import write_json, write_text
+from vqa_scratch.training.classify import classify_questions
+from vqa_scratch.training.evaluation import AT_ONCE, Answer, other_images
+from vqa_scratch.training.precision import Precision
 from vqa_scratch.weights.files import write_safetensors
 
 README = """\

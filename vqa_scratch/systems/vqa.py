@@ -17,8 +17,6 @@ from vqa_scratch.data.batches import Batch, Encoder, Images, Questions
 from vqa_scratch.data.images import ImageProcessor
 from vqa_scratch.data.text import Tokenizer, train_bpe, train_wordpiece
 from vqa_scratch.data.vqa_v2 import VQASample
-from vqa_scratch.engine.evaluation import Answer, answer_questions, common_answers, rank_answers
-from vqa_scratch.engine.precision import Precision
 from vqa_scratch.models.bert import Bert, BertConfig
 from vqa_scratch.models.gpt2 import GPT2, GPT2Config
 from vqa_scratch.models.reader import labelled_loss
@@ -31,6 +29,8 @@ from vqa_scratch.systems.base import System, check_positions, seed_everything
 from vqa_scratch.systems.features import keep_features
 from vqa_scratch.systems.questions import QuestionJob, Splits, read_splits
 from vqa_scratch.systems.vqa_run import ANSWERS, open_trained, ranked_questions
+from vqa_scratch.training.evaluation import Answer, answer_questions, common_answers, rank_answers
+from vqa_scratch.training.precision import Precision
 
 CANDIDATES = 1000  # the most frequent training answers, which the model can also choose from
 IMAGE_SIZE = 64  # pixels a side, of the embedded towers

@@ -7,13 +7,13 @@ from typing import Any
 from vqa_scratch.config import TrainConfig
 from vqa_scratch.data.batches import Images, Questions
 from vqa_scratch.data.text import check_question
-from vqa_scratch.data.vqa_files import load_json
 from vqa_scratch.data.vqa_v2 import VQASample
-from vqa_scratch.engine.evaluation import AT_ONCE, Answer, answer_samples, rank_answers
-from vqa_scratch.engine.precision import Precision
 from vqa_scratch.errors import UserError
 from vqa_scratch.run import Run, open_run
+from vqa_scratch.storage import read_json
 from vqa_scratch.systems.vqa_export import export_run
+from vqa_scratch.training.evaluation import AT_ONCE, Answer, answer_samples, rank_answers
+from vqa_scratch.training.precision import Precision
 
 ANSWERS = "answers.json"  # of a run folder: the training answers to choose from, the most frequent first
 # Questions that are also ranked: at most so many, and so many times candidates; a pass per question and candidate.
@@ -49,7 +49,7 @@ class TrainedVQA(Run):
 
     def _candidates(self) -> list[str]:
         path = self.folder / ANSWERS
-        answers = load_json(path)
+        answers = read_json(path)
         if not isinstance(answers, list) or not answers or not all(isinstance(a, str) and a for a in answers):
             raise UserError(f"{path} is not a list of answers, as train.py writes it")
         return answers

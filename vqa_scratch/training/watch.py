@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vqa_scratch.engine.distributed import World
 from vqa_scratch.errors import UserError
 from vqa_scratch.storage import write_json
+from vqa_scratch.training.distributed import World
 
 STOPS = (signal.SIGINT, signal.SIGTERM)
 

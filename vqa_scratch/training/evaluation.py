@@ -16,12 +16,12 @@ from tqdm import tqdm
 from vqa_scratch.data.batches import Encoder, Images, Questions, prefetch
 from vqa_scratch.data.images import ImageProcessor
 from vqa_scratch.data.vqa_v2 import VQASample
-from vqa_scratch.engine.precision import Precision
 from vqa_scratch.errors import UserError
 from vqa_scratch.generate import Decoder, GenerationOptions, generate, rank
 from vqa_scratch.metrics import accuracy_by
 from vqa_scratch.models.reader import Reader
 from vqa_scratch.nn.memory import Memory
+from vqa_scratch.training.precision import Precision
 
 AT_ONCE = 256  # samples in a batch that is only answered
 

@@ -1,43 +1,11 @@
-"""What a run tells: a live bar, metrics.jsonl, and curves.png."""
+"""curves.png: the panels of a run, side by side in one picture."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vqa_scratch.engine.lettering import choose
-from vqa_scratch.storage import append_line, write_text, write_whole
-
-
-class MetricsLog:
-    """metrics.jsonl: one JSON object a line, `step` in each. Going on from a step drops the lines after it.
-
-    `on_disk=False` keeps the rows in memory alone: one rank of a run writes the file.
-    """
-
-    def __init__(self, path: Path, resume_after: int | None = None, *, on_disk: bool = True) -> None:
-        self.path, self.on_disk = path, on_disk
-        self.rows = [] if resume_after is None else [r for r in read_metrics(path) if r["step"] <= resume_after]
-        if on_disk:
-            write_text(path, "".join(json.dumps(row) + "\n" for row in self.rows))
-
-    def write(self, step: int, **values: Any) -> None:
-        row = {"step": step, **values}
-        self.rows.append(row)
-        if self.on_disk:
-            append_line(self.path, json.dumps(row))
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl; a last line cut short by a kill is left out."""
-    rows = []
-    if path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                rows.append(json.loads(line))
-            except ValueError:
-                break
-    return rows
+from vqa_scratch.report.lettering import choose
+from vqa_scratch.storage import write_whole
 
 
 def moving_average(values: Sequence[float], width: int) -> list[float]:

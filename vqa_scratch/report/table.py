@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from vqa_scratch.engine.lettering import choose, wrapped
+from vqa_scratch.report.lettering import choose, wrapped
 from vqa_scratch.storage import write_whole
 
 Cell = str | np.ndarray  # a text, or an image (H, W, 3) uint8

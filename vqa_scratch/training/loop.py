@@ -16,14 +16,14 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from vqa_scratch.data.batches import prefetch
-from vqa_scratch.engine.checkpoint import load_model_state, restore_streams, save_checkpoint, streams
-from vqa_scratch.engine.distributed import ALONE, World
-from vqa_scratch.engine.optim import Optimizers, schedule
-from vqa_scratch.engine.parallel import ONE_PROCESS, Alone, for_main, whole
-from vqa_scratch.engine.precision import Precision
-from vqa_scratch.engine.progress import MetricsLog
-from vqa_scratch.engine.task import Plan, State, Task
-from vqa_scratch.engine.watch import GracefulStop, LossWatch
+from vqa_scratch.training.checkpoint import load_model_state, restore_streams, save_checkpoint, streams
+from vqa_scratch.training.distributed import ALONE, World
+from vqa_scratch.training.optimizers import Optimizers, schedule
+from vqa_scratch.training.parallel import ONE_PROCESS, Alone, for_main, whole
+from vqa_scratch.training.precision import Precision
+from vqa_scratch.training.progress import MetricsLog
+from vqa_scratch.training.task import Plan, State, Task
+from vqa_scratch.training.watch import GracefulStop, LossWatch
 
 
 class Next(NamedTuple):

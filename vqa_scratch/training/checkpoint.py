@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from vqa_scratch.engine.distributed import World
-from vqa_scratch.engine.parallel import like
 from vqa_scratch.errors import UserError
 from vqa_scratch.storage import write_whole
+from vqa_scratch.training.distributed import World
+from vqa_scratch.training.parallel import like
 
 
 def rng_state() -> dict[str, Any]:

@@ -14,9 +14,9 @@ from vqa_scratch.data.batches import prefetch
 from vqa_scratch.data.classes import ClassBatch, ClassQuestions
 from vqa_scratch.data.image_store import Images
 from vqa_scratch.data.images import ImageProcessor
-from vqa_scratch.engine.evaluation import Answer
-from vqa_scratch.engine.precision import Precision
 from vqa_scratch.models.vilt import ViLTClassifier
+from vqa_scratch.training.evaluation import Answer
+from vqa_scratch.training.precision import Precision
 
 
 def logits_of(model: ViLTClassifier, processor: ImageProcessor, batch: ClassBatch) -> Tensor:

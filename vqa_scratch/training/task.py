@@ -5,7 +5,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from vqa_scratch.engine.distributed import World
+from vqa_scratch.training.distributed import World
 
 
 class Task(Protocol):

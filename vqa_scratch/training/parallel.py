@@ -23,9 +23,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from vqa_scratch.engine.distributed import ALONE, World
-from vqa_scratch.engine.precision import Precision
 from vqa_scratch.errors import UserError
+from vqa_scratch.training.distributed import ALONE, World
+from vqa_scratch.training.precision import Precision
 
 T = TypeVar("T")
 KINDS = ("ddp", "fsdp")
