@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class Places(NamedTuple):
-    """A grid of tokens over an image, in raster order. Pixel k reaches from k to k + 1, so its own centre is k + 0.5."""
+    """A grid of tokens over an image, in raster order. Pixel k reaches from k to k + 1: its own centre is k + 0.5."""
 
     grid: tuple[int, int]  # (rows, columns)
     first: float  # pixel on which the first row and the first column are centred
