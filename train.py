@@ -96,7 +96,6 @@ def train(config: RunConfig, world: World) -> int | None:
         job = system_of(config.preset).prepare(config, precision)
     job.world = world
     job.model.to(device)
-    precision.suit_attention(job.model)
     print(*job.about(), sep="\n")
     ranks = share_model(config.parallel, job.model, world, precision)
     optimizers = Optimizers(

@@ -114,7 +114,6 @@ def load_weights(model: nn.Module, folder: Path, precision: Precision) -> None:
         raise UserError(f"{folder} has no model.safetensors yet: the run has not reached its first checkpoint")
     load_model_state(model, load_file_state(weights), str(weights))
     model.to(precision.device).eval()
-    precision.suit_attention(model)
 
 
 def open_run(folder: Path, values: dict[str, Any], config: TrainConfig, precision: Precision) -> Run:

@@ -12,7 +12,6 @@ from torch import Tensor
 from vqa_scratch.data.feature_store import ImageFeatures, TextFeatures
 from vqa_scratch.errors import UserError
 from vqa_scratch.models.vqa import FROZEN_PARTS, VQAModel
-from vqa_scratch.training.precision import DTYPES
 
 
 def keep_features(task: Any) -> list[ImageFeatures | TextFeatures]:
@@ -23,7 +22,7 @@ def keep_features(task: Any) -> list[ImageFeatures | TextFeatures]:
     for.
     """
     model: VQAModel = task.model
-    precision, folder, dtype = task.precision, task.config.cache, DTYPES[task.precision.kind]
+    precision, folder, dtype = task.precision, task.config.cache, task.precision.dtype
     frozen, kept = FROZEN_PARTS[task.config.freeze], []
 
     @torch.no_grad()
