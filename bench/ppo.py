@@ -3,10 +3,10 @@
     python -m venv trl_env && trl_env/bin/pip install torch==2.13.0 trl==0.11.4 transformers==4.45.2 rich
     python -m bench ppo --trl trl_env/bin/python [--batch 8] [--repeats 5] [--out ppo.json] [--write]
 
-(`python bench/ppo.py` takes the same flags.) Random weights of the book's sizes (flan-t5-small, two roberta-base),
-articles of 400 tokens, 24 new tokens, 4 epochs. Every side is a process of its own that waits; the driver lets them run
-one iteration each, round after round, and reports medians. Before that it checks that both sides compute the same
-logits from the same files. Without --trl only our own variants run against each other.
+Random weights of the book's sizes (flan-t5-small, two roberta-base), articles of 400 tokens, 24 new tokens, 4 epochs.
+Every side is a process of its own that waits; the driver lets them run one iteration each, round after round, and
+reports medians. Before that it checks that both sides compute the same logits from the same files. Without --trl only
+our own variants run against each other.
 """
 
 import json
@@ -20,14 +20,11 @@ from pathlib import Path
 
 import torch
 
+from bench import results, timing
+from bench.ppo_ours import prepare
+from vqa_scratch.errors import UserError
+
 ROOT = Path(__file__).resolve().parent.parent
-if __name__ == "__main__":
-    sys.path.insert(0, str(ROOT))
-
-from bench import results, timing  # noqa: E402
-from bench.ppo_ours import prepare  # noqa: E402
-from vqa_scratch.errors import UserError  # noqa: E402
-
 # `micro` articles at once: about the same memory for each; it changes no result.
 OURS = {
     "ours, fp32": {"micro": 4},
@@ -197,10 +194,3 @@ def run(plan: Plan, command: str, out: Path | None = None) -> str:
             f"- {timing.machine()}. torch {torch.__version__}. Commit {timing.commit(ROOT)}. `{command}`",
         ]
     )
-
-
-if __name__ == "__main__":
-    from bench.__main__ import main
-
-    sys.argv.insert(1, "ppo")  # as the command that stands beneath the table
-    main(sys.argv[1:])

@@ -202,7 +202,7 @@ def test_trajectory_checks_its_shape_table():
     ppo = tiny_ppo()
     trajectory, _, _ = ppo.rollout(ppo.stream.next())
     with pytest.raises(AssertionError, match="values has shape"):
-        trajectory.with_(values=trajectory.values[:, :1])
+        dataclasses.replace(trajectory, values=trajectory.values[:, :1])
     part = trajectory.rows(torch.tensor([3, 1]))
     assert part.ids.shape == (2, int(trajectory.mask[[3, 1]].sum(1).max()))
     fields = {f.name for f in dataclasses.fields(trajectory)}

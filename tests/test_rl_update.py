@@ -1,5 +1,7 @@
 """Iterations of PPO on a tiny T5: what a step moves, what stops it, and results that no batching or kill changes."""
 
+import dataclasses
+
 import pytest
 import torch
 from rl_tiny import ALL_RULES, EOS, VOCAB, rules, tiny, tiny_ppo
@@ -19,7 +21,7 @@ def test_value_clip_is_in_units_of_the_spread_of_returns():
         ppo = tiny_ppo(value_clip=0.2)
         prompts = ppo.stream.next()
         t, context, _ = ppo.rollout(prompts)
-        larger = t.with_(returns=t.returns * factor, values=t.values * factor)
+        larger = dataclasses.replace(t, returns=t.returns * factor, values=t.values * factor)
         with torch.no_grad():
             ppo.actor.value_head.weight.copy_(factor * torch.linspace(-0.2, 0.2, 16))
         stats = UpdateStats()
@@ -148,7 +150,7 @@ def test_value_loss_can_be_kept_out_of_the_policy():
         prompts = ppo.stream.next()
         trajectory, context, _ = ppo.rollout(prompts)
         torch.nn.init.normal_(ppo.actor.value_head.weight)
-        flat = trajectory.with_(advantages=torch.zeros_like(trajectory.advantages))
+        flat = dataclasses.replace(trajectory, advantages=torch.zeros_like(trajectory.advantages))
         ppo.update.accumulate(list(range(8)), prompts, flat, context, UpdateStats())
         touched = ppo.actor.backbone.model.embedding.weight.grad
         assert (touched is not None and bool(touched.any())) is moved

@@ -31,35 +31,22 @@ def masked_mean(x: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
 
 
 def masked_moments(x: Tensor, mask: Tensor) -> Tensor:
-    """`(count, sum, sum of squares)` in float64: what processes add up to agree on one mean and variance."""
+    """`(count, sum, sum of squares)` in float64: those of parts add up to those of the whole."""
     kept = x.detach().double().masked_fill(~mask.bool(), 0)
     return torch.stack([mask.sum().double(), kept.sum(), kept.square().sum()])
 
 
-def mean_and_var(moments: Tensor, unbiased: bool = True) -> tuple[Tensor, Tensor]:
-    """Mean and variance (Bessel-corrected when `unbiased` and there are two values or more) from `masked_moments`."""
+def mean_and_var(moments: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance (Bessel-corrected where there are two values or more) from `masked_moments`."""
     count, total, squares = moments.unbind()
     mean = total / count.clamp(min=1)
     var = (squares / count.clamp(min=1) - mean.square()).clamp(min=0)
-    if unbiased:
-        var = var * count / (count - 1).clamp(min=1)
-    return mean, var
+    return mean, var * count / (count - 1).clamp(min=1)
 
 
-def masked_whiten(
-    x: Tensor,
-    mask: Tensor,
-    shift_mean: bool = True,
-    unbiased: bool = True,
-    eps: float = 1e-8,
-    moments: Tensor | None = None,
-) -> Tensor:
-    """`(x - mean) / sqrt(var + eps)` over the True places, 0 elsewhere.
-
-    `shift_mean=False` gives the mean back afterwards. `moments` replaces the statistics of `x` by those of a larger
-    batch (all processes, all minibatches).
-    """
-    mean, var = mean_and_var(masked_moments(x, mask) if moments is None else moments, unbiased)
+def masked_whiten(x: Tensor, mask: Tensor, shift_mean: bool = True, eps: float = 1e-8) -> Tensor:
+    """`(x - mean) / sqrt(var + eps)` over the True places, 0 elsewhere; `shift_mean=False` adds the mean again."""
+    mean, var = mean_and_var(masked_moments(x, mask))
     mean, var = mean.to(x.dtype), var.to(x.dtype)
     white = (x - mean) * torch.rsqrt(var + eps)
     if not shift_mean:

@@ -4,7 +4,7 @@ Shapes: P prompts, K samples a prompt, B = P * K responses (row b answers prompt
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -81,9 +81,6 @@ class Trajectory:
             value = getattr(self, field.name)[index]
             chosen[field.name] = value[:, :longest] if value.ndim == 2 else value
         return Trajectory(**chosen)
-
-    def with_(self, **changes: Tensor) -> "Trajectory":
-        return replace(self, **changes)
 
     def __post_init__(self):
         size = self.ids.shape

@@ -80,18 +80,22 @@ class Muon(torch.optim.Optimizer):
 
 
 def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter], list[nn.Parameter]]:
-    """(hidden matrices, other weights of two or more axes, the rest); each trainable parameter in exactly one.
+    """(hidden matrices, weights of other layers, the rest); each trainable parameter in exactly one.
 
-    Hidden matrices are the weights of Linear layers inside blocks; embeddings, heads and patch filters are the second
-    group; biases, norms and position tables the third, which is not decayed.
+    Hidden matrices are those inside blocks; projections, heads and filters are the second group; biases, norms and
+    tables the third, which is not decayed. A table is the weight of an embedding, or a parameter on its own, which
+    unlike that of a layer is not called `weight`: positions, a class token. The order is that of the model, and
+    checkpoints rely on it.
     """
     hidden, wide, rest = [], [], []
     for name, p in model.named_parameters():
+        owner, _, own_name = name.rpartition(".")
+        is_table = own_name != "weight" or isinstance(model.get_submodule(owner), nn.Embedding)
         if not p.requires_grad:
             continue
         if ".blocks." in f".{name}" and p.ndim == 2:
             hidden.append(p)
-        elif p.ndim >= 2 and not any(word in name for word in ("position", "token", "modality", "places")):
+        elif p.ndim >= 2 and not is_table:
             wide.append(p)
         else:
             rest.append(p)

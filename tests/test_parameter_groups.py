@@ -1,0 +1,57 @@
+"""Which parameters are decayed, and which Muon takes: by the kind of layer, and as the first edition grouped them.
+
+Checkpoints index the optimizers' state by this order, so it must not change for a model that runs were made with.
+"""
+
+import pytest
+from torch import nn
+
+from vqa_scratch.models import GPT2, Bert, BertConfig, GPT2Config, ViT, ViTConfig
+from vqa_scratch.models.caption import CaptionModel
+from vqa_scratch.models.resnet import ResNet, ResNetConfig
+from vqa_scratch.models.stem import ConvStem
+from vqa_scratch.models.vilt import ViLT, ViLTClassifier, ViLTConfig
+from vqa_scratch.models.vqa import VQAModel
+from vqa_scratch.training.optimizers import split_parameters
+
+DECODER = GPT2Config(20, 16, 12, 2, 2, hidden=10, add_cross_attention=True)
+IMAGE = ViTConfig(16, 8, 3, 12, 2, 2, 10)
+
+
+def by_words_in_names(model):
+    """The rule of the first edition."""
+    groups = ([], [], [])
+    for name, p in model.named_parameters():
+        table = any(word in name for word in ("position", "token", "modality", "places"))
+        group = 0 if ".blocks." in f".{name}" and p.ndim == 2 else 1 if p.ndim >= 2 and not table else 2
+        if p.requires_grad:
+            groups[group].append(p)
+    return groups
+
+
+def vqa(layout, fusion, stem=None):
+    text = BertConfig(layout, 20, 12, 2, 2, 10, 16, token_types=0 if layout == "distilbert" else 2)
+    return VQAModel(ViT(IMAGE, stem), Bert(text), GPT2(DECODER), fusion)
+
+
+def vilt():
+    return ViLTClassifier(ViLT(ViLTConfig(16, 8, 3, 12, 2, 2, 10, vocab_size=20, max_positions=8)), ("yes", "no"))
+
+
+MODELS = {
+    "tokens": lambda: vqa("bert", "tokens", ConvStem(3, 12, 8)),
+    "mean": lambda: vqa("distilbert", "mean"),
+    "vilt": vilt,
+    "caption": lambda: CaptionModel(ResNet(ResNetConfig()), GPT2(DECODER)),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("frozen", [False, True])
+def test_groups_and_their_order_are_those_of_old_checkpoints(name, frozen):
+    model = MODELS[name]()
+    if frozen:
+        next(m for m in model.modules() if isinstance(m, nn.Linear | nn.Conv2d)).requires_grad_(False)
+    names = {id(p): name for name, p in model.named_parameters()}
+    found, expected = ([[names[id(p)] for p in g] for g in f(model)] for f in (split_parameters, by_words_in_names))
+    assert found == expected and all(found)
