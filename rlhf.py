@@ -22,6 +22,8 @@ from typing import Any
 
 import torch
 from tqdm import tqdm
+from vqa_scratch.run import load_run, save_parts, save_weights
+from vqa_scratch.training.evaluation import check_room
 
 from vqa_scratch import options
 from vqa_scratch.rl import evaluate, report
@@ -33,16 +35,15 @@ from vqa_scratch.rl.resume import fingerprint, last_checkpoint, restore
 from vqa_scratch.rl.rewards import RewardPart, RewardSum, length_penalty
 from vqa_scratch.rl.tasks import Task, book_task, mini_news_task
 from vqa_scratch.rl.vqa_policy import VQAPolicy, check_answers, official_accuracy, prompts_from
-from vqa_scratch.run import load_run, save_parts, save_weights
 from vqa_scratch.storage import remove_unfinished, write_json, write_text, write_whole
 from vqa_scratch.systems.questions import read_splits
 from vqa_scratch.training.allocator import keep_freed_memory
 from vqa_scratch.training.checkpoint import rng_state, save_checkpoint
-from vqa_scratch.training.distributed import World, start, told_once
-from vqa_scratch.training.evaluation import check_room
-from vqa_scratch.training.parallel import check_sharing, share_model
+from vqa_scratch.training.launch import rank_zero_speaks, start
 from vqa_scratch.training.precision import DTYPES, Precision, pick_device, pick_precision
 from vqa_scratch.training.progress import MetricsLog
+from vqa_scratch.training.ranks import World
+from vqa_scratch.training.sharing import check_sharing, share_model
 from vqa_scratch.training.watch import GracefulStop
 
 
@@ -231,7 +232,7 @@ def show(s: dict[str, float], config: RLHFConfig) -> None:
 
 def run(argv: Sequence[str]) -> dict[str, float] | int:
     """`main` for a command line."""
-    with told_once():
+    with rank_zero_speaks():
         config = options.parse(RLHFConfig, PRESETS, argv, program="rlhf.py", about=__doc__.splitlines()[0])
     return main(config)
 

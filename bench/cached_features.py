@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from vqa_scratch.training.loop import train_step
 
 from bench import results, timing
 from bench.sides import ONE_STEP
@@ -24,7 +25,6 @@ from vqa_scratch.errors import UserError
 from vqa_scratch.systems.questions import read_splits
 from vqa_scratch.systems.vqa import VQATask, build_system
 from vqa_scratch.training.allocator import keep_freed_memory
-from vqa_scratch.training.loop import train_step
 from vqa_scratch.training.optimizers import Optimizers
 from vqa_scratch.training.precision import Precision, pick_device
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from vqa_scratch.training.loop import train_step
 
 from bench.results import table
 from bench.sides import ONE_STEP
@@ -17,7 +18,6 @@ from vqa_scratch.data.shapes import ShapesSpec, ensure_shapes
 from vqa_scratch.nn import taps
 from vqa_scratch.options import parse
 from vqa_scratch.systems import system_of
-from vqa_scratch.training.loop import train_step
 from vqa_scratch.training.optimizers import Optimizers
 from vqa_scratch.training.precision import Precision, pick_precision
 

@@ -5,11 +5,11 @@ from pathlib import Path
 import torch
 from PIL import Image
 from vqa_helpers import small_config, small_task
+from vqa_scratch.run import load_run, save_weights
 
 from vqa_scratch.__main__ import PROGRAM
 from vqa_scratch.commands.line import call
 from vqa_scratch.data.vqa_v2 import read_vqa
-from vqa_scratch.run import load_run, save_weights
 
 
 def make_run(data: Path, folder: Path, **changes) -> Path:

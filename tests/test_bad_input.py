@@ -235,9 +235,10 @@ def test_a_full_disk(run, data, tmp_path, limit, name):
 
 
 def full_disk_at(step: int, limit: int) -> None:
+    from vqa_scratch.training.evaluation import Report
+
     import train
     from vqa_scratch.systems.vqa import VQATask
-    from vqa_scratch.training.evaluation import Report
 
     # Better at every evaluation, so that the weights are written at each of them.
     scores = iter(range(1, 100))

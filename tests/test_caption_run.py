@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 from vqa_helpers import CPU
+from vqa_scratch.systems.caption_job import CaptionJob
 
 import train
 from vqa_scratch.__main__ import PROGRAM
@@ -22,10 +23,9 @@ from vqa_scratch.models import GPT2, GPT2Config, ResNet, ResNetConfig
 from vqa_scratch.report.lettering import choose
 from vqa_scratch.systems import open_trained
 from vqa_scratch.systems.caption import prepare
-from vqa_scratch.systems.caption_job import CaptionJob
 from vqa_scratch.systems.captions import read_splits
-from vqa_scratch.training.distributed import World
 from vqa_scratch.training.precision import Precision
+from vqa_scratch.training.ranks import World
 
 SMALL = {
     "preset": "caption", "width": 32, "heads": 2, "decoder_layers": 1, "image_width": 16, "captions_per_step": 16,
@@ -103,9 +103,10 @@ def test_the_page_shows_captions_beside_references(run, data):
 
 
 def test_texts_are_escaped(tmp_path):
+    from vqa_scratch.training.evaluation import Answer
+
     from vqa_scratch.data.vqa_v2 import VQASample
     from vqa_scratch.systems.captions import caption_cards
-    from vqa_scratch.training.evaluation import Answer
 
     Image.new("RGB", (4, 4)).save(tmp_path / "x.png")
     sample = VQASample(1, tmp_path / "x.png", 1, "", "caption", "caption", ("<b>&", "<i>"), "<b>&")

@@ -12,6 +12,8 @@ import torch
 from run_helpers import by_hand, command, make_run, picture
 from safetensors.torch import load_file, save_file
 from vqa_helpers import ROOT
+from vqa_scratch.run import load_run
+from vqa_scratch.training.evaluation import QuestionOnly, TypePrior, blind
 
 from vqa_scratch.data.submission import read_submission
 from vqa_scratch.data.vqa_files import annotations_name, questions_name
@@ -19,8 +21,6 @@ from vqa_scratch.data.vqa_v2 import read_vqa
 from vqa_scratch.errors import UserError
 from vqa_scratch.metrics import accuracy_by
 from vqa_scratch.options import run_program
-from vqa_scratch.run import load_run
-from vqa_scratch.training.evaluation import QuestionOnly, TypePrior, blind
 
 
 @pytest.fixture(scope="module")

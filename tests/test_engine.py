@@ -12,13 +12,13 @@ import pytest
 import torch
 from torch import nn
 from vqa_helpers import CPU, small_config, small_data, small_task
+from vqa_scratch.training.evaluation import QuestionOnly, TypePrior, other_images
+from vqa_scratch.training.loop import Plan, State, fit, restore, train_step
 
 from vqa_scratch.errors import UserError
 from vqa_scratch.report.curves import moving_average
 from vqa_scratch.systems.questions import read_splits
 from vqa_scratch.training.checkpoint import load_checkpoint, load_model_state, rng_state, save_checkpoint, set_rng_state
-from vqa_scratch.training.evaluation import QuestionOnly, TypePrior, other_images
-from vqa_scratch.training.loop import Plan, State, fit, restore, train_step
 from vqa_scratch.training.optimizers import Muon, Optimizers, orthogonalize, schedule, split_parameters
 from vqa_scratch.training.precision import Precision
 from vqa_scratch.training.progress import MetricsLog, read_metrics

@@ -12,6 +12,7 @@ import pytest
 import torch
 from ranks import run_ranks
 from vqa_helpers import CPU, small_config, small_flags, small_task, train_program
+from vqa_scratch.systems.features import keep_features
 
 import train
 from vqa_scratch.data import feature_store, mapped
@@ -21,7 +22,6 @@ from vqa_scratch.data.mapped import mapped_array
 from vqa_scratch.errors import UserError
 from vqa_scratch.storage import append_line
 from vqa_scratch.systems import questions as system_questions
-from vqa_scratch.systems.features import keep_features
 from vqa_scratch.systems.questions import read_splits
 from vqa_scratch.systems.vqa import VQATask
 from vqa_scratch.training.precision import Precision

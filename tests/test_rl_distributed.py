@@ -10,12 +10,11 @@ import pytest
 import torch
 from ranks import run_ranks
 from vqa_helpers import Ended, Started
+from vqa_scratch.run import load_file_state
 
 from vqa_scratch.errors import UserError
-from vqa_scratch.run import load_file_state
 from vqa_scratch.training.checkpoint import load_checkpoint
-from vqa_scratch.training.distributed import World
-from vqa_scratch.training.parallel import Alone
+from vqa_scratch.training.ranks import Alone, World
 
 # Five prompts are two and three; minibatches of one prompt leave one of two ranks without any. The critic's warm-up
 # leaves most gradients undefined on all ranks, the early stop is a decision, and whitening looks at all rows.

@@ -18,9 +18,10 @@ from vqa_scratch.rl.rewards import RewardPart, RewardSum
 from vqa_scratch.rl.vqa_policy import VQAPolicy, prompts_from
 from vqa_scratch.systems.questions import read_splits
 from vqa_scratch.systems.vqa import embedded_system
-from vqa_scratch.training.distributed import World, start
-from vqa_scratch.training.parallel import Alone, share_model
+from vqa_scratch.training.launch import start
 from vqa_scratch.training.precision import DTYPES, Precision
+from vqa_scratch.training.ranks import Alone, World
+from vqa_scratch.training.sharing import share_model
 
 STEPS = 2
 PLAIN = {"prompts": 7, "samples": 2, "max_new_tokens": 9, "iterations": 10, "critic_warmup": 0, "scale_reward": False}

@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 from vqa_helpers import small_config, small_data, small_task
+from vqa_scratch.run import save_weights
 
 import rlhf
 from vqa_scratch.config import TrainConfig
@@ -23,7 +24,6 @@ from vqa_scratch.rl.rewards import RewardPart, RewardSum
 from vqa_scratch.rl.rollout import chances, sample
 from vqa_scratch.rl.types import Samples
 from vqa_scratch.rl.vqa_policy import VQAPolicy, check_answers, official_accuracy, prompts_from
-from vqa_scratch.run import save_weights
 from vqa_scratch.systems.vqa import embedded_system
 
 SIZES = {"width": 32, "heads": 2, "image_layers": 1, "text_layers": 1, "decoder_layers": 2}

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 from vqa_helpers import small_config, small_flags
+from vqa_scratch.run import load_run
+from vqa_scratch.training.evaluation import rank_answers
 
 import train
 from vqa_scratch.config import PRESETS, TrainConfig
@@ -21,11 +23,9 @@ from vqa_scratch.models.bert import Bert, BertConfig
 from vqa_scratch.models.gpt2 import GPT2, GPT2Config
 from vqa_scratch.models.vit import ViT, ViTConfig
 from vqa_scratch.options import from_json, to_json
-from vqa_scratch.run import load_run
 from vqa_scratch.systems.questions import read_splits
 from vqa_scratch.systems.vqa import released_system
 from vqa_scratch.training.checkpoint import load_checkpoint
-from vqa_scratch.training.evaluation import rank_answers
 from vqa_scratch.training.precision import Precision
 
 

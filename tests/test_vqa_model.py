@@ -6,9 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from study_helpers import tiny_vqa
+from vqa_scratch.models.reader import IGNORE, labelled_loss
 
 from vqa_scratch.models import GPT2, Bert, BertConfig, GPT2Config, ViT, ViTConfig
-from vqa_scratch.models.reader import IGNORE, labelled_loss
 from vqa_scratch.models.stem import ConvStem
 from vqa_scratch.models.vqa import FROZEN_PARTS, FUSIONS, VQAConfig, VQAModel, masked_average
 

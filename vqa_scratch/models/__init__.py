@@ -2,7 +2,6 @@
 
 from vqa_scratch.models.bert import Bert, BertConfig
 from vqa_scratch.models.blip2 import Blip2, Blip2Config
-from vqa_scratch.models.caption import CaptionConfig, CaptionModel
 from vqa_scratch.models.classifier import TextClassifier
 from vqa_scratch.models.gpt2 import GPT2, GPT2Config
 from vqa_scratch.models.opt import OPT, OPTConfig
@@ -11,15 +10,13 @@ from vqa_scratch.models.resnet import ResNet, ResNetConfig
 from vqa_scratch.models.t5 import T5, T5Config
 from vqa_scratch.models.vilt import ViLT, ViLTClassifier, ViLTConfig
 from vqa_scratch.models.vit import ViT, ViTConfig
-from vqa_scratch.models.vqa import VQAConfig, VQAModel
+from vqa_scratch.models.vqa import VQAModel
 
 __all__ = [
     "Bert",
     "BertConfig",
     "Blip2",
     "Blip2Config",
-    "CaptionConfig",
-    "CaptionModel",
     "GPT2",
     "GPT2Config",
     "OPT",
@@ -31,7 +28,6 @@ __all__ = [
     "T5",
     "T5Config",
     "TextClassifier",
-    "VQAConfig",
     "VQAModel",
     "ViLT",
     "ViLTClassifier",

@@ -29,7 +29,7 @@ from vqa_scratch.rl.rollout import PromptStream, Responses, Scored, chances, sam
 from vqa_scratch.rl.types import Prompt, Samples, Trajectory
 from vqa_scratch.rl.update import Update, micro_batches
 from vqa_scratch.training.checkpoint import load_model_state
-from vqa_scratch.training.parallel import ONE_PROCESS, Alone, for_main
+from vqa_scratch.training.ranks import ONE_PROCESS, Alone, for_main
 
 GROUP_ADVANTAGES = {"rloo": F.rloo_advantages, "grpo": F.grpo_advantages, "best-of-n": F.best_of_n_advantages}
 

@@ -21,7 +21,7 @@ from vqa_scratch.rl.metrics import UpdateStats
 from vqa_scratch.rl.policy import ActorCritic, Context, SamplingRules
 from vqa_scratch.rl.types import Prompt, Trajectory
 from vqa_scratch.training.optimizers import load_whole_state
-from vqa_scratch.training.parallel import Alone, for_main, whole
+from vqa_scratch.training.ranks import Alone, for_main, whole
 
 
 def micro_batches(chosen: Iterable[int], prompts: list[Prompt], size: int) -> list[list[int]]:

@@ -1,104 +1,28 @@
-"""Several processes as one run: who is who, the small messages between them, and how a run of many ends.
+"""How a run of several processes starts, and how it ends: errors are printed once, and a rank that dies ends all.
 
-`torchrun` starts the processes and tells each its place through the environment; without it a run is a world of one,
-in which every message below is a no-op. Numbers and Python objects travel by gloo between CPUs even where gradients
-travel by NCCL between GPUs, so that agreeing on a clock or a signal never waits for a GPU.
+`torchrun` starts the processes and gives each its place through the environment.
 """
 
 import hashlib
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 from tqdm import tqdm
 
 from vqa_scratch.errors import UserError
-
-T = TypeVar("T")
+from vqa_scratch.training.ranks import ALONE, World
 
 # How long one rank may keep the others waiting: rank 0 draws data, decodes images and writes reports while they do. A
 # rank that dies is noticed at once, by torchrun and by its closed connections.
 TIMEOUT = timedelta(hours=1)
 GRACE = timedelta(seconds=2)  # that rank 0 has to tell an error which every rank meets
 NEEDED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-
-
-@dataclass(frozen=True)
-class World:
-    """The processes of a run, as one of them sees it. `local_rank` counts within the machine."""
-
-    rank: int = 0
-    size: int = 1
-    local_rank: int = 0
-
-    @property
-    def main(self) -> bool:
-        """Whether this is the one that logs, draws and writes."""
-        return self.rank == 0
-
-    def totals(self, values: Sequence[float]) -> list[float]:
-        """The sum of each number over the ranks, exact up to 2**53; all ranks get the same."""
-        if self.size == 1:
-            return list(values)
-        return self.sum_(torch.tensor(values, dtype=torch.float64)).tolist()
-
-    def sum_(self, tensor: Tensor) -> Tensor:
-        """The sum over the ranks, in place, on whatever device the tensor is."""
-        if self.size > 1:
-            dist.all_reduce(tensor)
-        return tensor
-
-    def gather(self, value: T) -> list[T]:
-        """The value of every rank in order, on every rank. Values are pickled: keep tensors on the CPU."""
-        if self.size == 1:
-            return [value]
-        values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value)
-        return values
-
-    def of_main(self, value: T) -> T:
-        """Rank 0's value, on every rank."""
-        if self.size == 1:
-            return value
-        box = [value]
-        dist.broadcast_object_list(box, src=0)
-        return box[0]
-
-    def from_main_(self, tensor: Tensor) -> Tensor:
-        """Rank 0's values, in place, on whatever device the tensor is."""
-        if self.size > 1:
-            dist.broadcast(tensor, src=0)
-        return tensor
-
-    def share(self, items: Sequence[T]) -> Sequence[T]:
-        """This rank's run of the items: shares differ by one item at most, and may be empty."""
-        return items[len(items) * self.rank // self.size : len(items) * (self.rank + 1) // self.size]
-
-    def check_same(self, value: Any, what: str) -> None:
-        """Raise UserError on every rank if they do not hold the same value."""
-        values = self.gather(value)
-        for rank, other in enumerate(values):
-            if other != values[0]:
-                raise UserError(f"{what} on rank 0 is {values[0]}, on rank {rank} {other}; all ranks must see the same")
-
-    @contextmanager
-    def first_one_then_all(self) -> Iterator[None]:
-        """The body runs on one rank of each machine, then on its others, which find what the first left on disk."""
-        if self.local_rank == 0:
-            yield
-        self.totals([0])  # nobody passes before everybody came
-        if self.local_rank != 0:
-            yield
-
-
-ALONE = World()
 
 
 def _place() -> World | None:
@@ -141,7 +65,7 @@ def _be_quiet() -> None:
 
 
 @contextmanager
-def told_once() -> Iterator[None]:
+def rank_zero_speaks() -> Iterator[None]:
     """For what needs no world and comes out the same on every rank, as a command line does: rank 0 alone speaks."""
     if os.environ.get("RANK", "0") == "0":
         yield

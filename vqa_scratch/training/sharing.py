@@ -24,54 +24,11 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from vqa_scratch.errors import UserError
-from vqa_scratch.training.distributed import ALONE, World
 from vqa_scratch.training.precision import Precision
+from vqa_scratch.training.ranks import Alone, World
 
 T = TypeVar("T")
 KINDS = ("ddp", "fsdp")
-
-
-# ------------------------------------------------------------------------------------------------ whole and part
-
-
-def in_parts(value: Any) -> bool:
-    """Whether this is a tensor of which each rank holds a part; without the import, which costs 40 MB."""
-    return hasattr(value, "full_tensor")
-
-
-def whole(value: Any) -> Any:
-    """The same nested dictionaries and lists with every sharded tensor gathered; all ranks must call it."""
-    if in_parts(value):
-        return value.detach().full_tensor()
-    if isinstance(value, dict):
-        return {key: whole(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(whole(item) for item in value)
-    return value
-
-
-def for_main(value: Any, world: World) -> Any:
-    """`whole`, for a file that the main rank writes: it gets tensors on the CPU, the others None; all must call it.
-
-    One tensor after the other, so that no rank's device ever holds more than one of them whole.
-    """
-    if in_parts(value):
-        value = whole(value)
-        return value.cpu() if world.main else None
-    if isinstance(value, dict):
-        return {key: for_main(item, world) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(for_main(item, world) for item in value)
-    return value
-
-
-def like(own: Tensor, value: Tensor) -> Tensor:
-    """`value`, whole and the same on all ranks, cut as `own` is; nothing is sent."""
-    if not in_parts(own):
-        return value
-    from torch.distributed.tensor import distribute_tensor
-
-    return distribute_tensor(value.to(own.device), own.device_mesh, own.placements, src_data_rank=None)
 
 
 @torch.no_grad()
@@ -79,45 +36,6 @@ def make_alike(model: nn.Module, world: World) -> None:
     """Give every rank the weights and buffers of rank 0, as DDP does by itself."""
     for tensor in (*model.parameters(), *model.buffers()):
         tensor.copy_(world.from_main_(tensor.detach().contiguous()))
-
-
-# ---------------------------------------------------------------------------------------------------- strategies
-
-
-class Alone:
-    """One process: nothing to share."""
-
-    def __init__(self, world: World = ALONE) -> None:
-        self.world = world
-
-    def run(self, work: Callable[..., T], *args: Any) -> T:
-        """`work(*args)`, which may use the model and whose result may be differentiated."""
-        return work(*args)
-
-    def backward_of(self, last: bool) -> AbstractContextManager:
-        """Around the forward and backward pass of one part of a step; gradients are exchanged in the last."""
-        return nullcontext()
-
-    def with_whole_model(self, work: Callable[[], T]) -> T:
-        """`work()` with plain tensors for weights: ranks may do different things in it. No gradients."""
-        return work()
-
-    def passes(self, parts: Sequence[T], idle: T) -> list[tuple[T, bool]]:
-        """What a rank goes through the model with in a step: its parts, each with True.
-
-        Where ranks must go through it equally often, `idle` with False follows until there are enough.
-        """
-        return [(part, True) for part in parts]
-
-    def backward(self, loss: Tensor, counts: bool) -> None:
-        """The backward pass of one of `passes`; gradients become sums over parts and, after `collect`, over ranks."""
-        loss.backward()
-
-    def collect(self, parameters: Sequence[nn.Parameter]) -> None:
-        """After the last of `passes`: whatever is still to be exchanged of the gradients."""
-
-
-ONE_PROCESS = Alone()
 
 
 class _Forward(nn.Module):
@@ -140,8 +58,8 @@ class Replicas(Alone):
         warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
         self.module = DistributedDataParallel(_Forward(model), gradient_as_bucket_view=True)
 
-    def run(self, work: Callable[..., T], *args: Any) -> T:
-        return self.module(work, *args)
+    def shared(self, work: Callable[..., T]) -> Callable[..., T]:
+        return partial(self.module, work)
 
     def backward_of(self, last: bool) -> AbstractContextManager:
         return nullcontext() if last else self.module.no_sync()
@@ -170,8 +88,8 @@ class Shards(Alone):
             fully_shard(block, mesh=mesh)
         self.module = fully_shard(_Forward(model), mesh=mesh)
 
-    def run(self, work: Callable[..., T], *args: Any) -> T:
-        return self.module(work, *args)
+    def shared(self, work: Callable[..., T]) -> Callable[..., T]:
+        return partial(self.module, work)
 
     def passes(self, parts: Sequence[T], idle: T) -> list[tuple[T, bool]]:
         most = max(self.world.gather(len(parts)))
