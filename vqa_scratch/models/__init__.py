@@ -10,7 +10,7 @@ from vqa_scratch.models.qformer import QFormer, QFormerConfig
 from vqa_scratch.models.resnet import ResNet, ResNetConfig
 from vqa_scratch.models.t5 import T5, T5Config
 from vqa_scratch.models.vilt import ViLT, ViLTClassifier, ViLTConfig
-from vqa_scratch.models.vit import ViT, ViTConfig
+from vqa_scratch.models.vit import ConvStem, ViT, ViTConfig
 from vqa_scratch.models.vqa import VQAConfig, VQAModel
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "Blip2Config",
     "CaptionConfig",
     "CaptionModel",
+    "ConvStem",
     "GPT2",
     "GPT2Config",
     "OPT",

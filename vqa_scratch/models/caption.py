@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from vqa_scratch.models.gpt2 import GPT2, GPT2Config
 from vqa_scratch.models.reader import Reader, ReaderOutput, check_finite, check_reads
 from vqa_scratch.models.resnet import NORMS, ResNet, ResNetConfig
-from vqa_scratch.models.vit import resize_grid
+from vqa_scratch.models.vit import resize_positions
 from vqa_scratch.nn import taps
 from vqa_scratch.nn.cache import DecoderCache
 from vqa_scratch.nn.memory import Memory
@@ -70,7 +70,7 @@ class CaptionModel(Reader):
         """(I, C, H, W) -> (I, N, D), places in raster order. Raises ValueError on NaN or infinite pixels."""
         check_finite("pixel_values", pixel_values)
         states = self.image(pixel_values)  # (I, dim, h, w)
-        places = resize_grid(self.places, self.grid, tuple(states.shape[2:]))
+        places = resize_positions(self.places, (self.grid, self.grid), tuple(states.shape[2:]))
         return self.image_projection(states.flatten(2).transpose(1, 2)) + places
 
     def memory(self, pixel_values: Tensor, image_index: Tensor | None = None) -> list[Memory]:

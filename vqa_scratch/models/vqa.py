@@ -9,6 +9,7 @@ Shapes: I images, B questions (B >= I: an image may serve several), T question t
 D width of the decoder, V vocabulary.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -18,8 +19,7 @@ from torch import Tensor, nn
 from vqa_scratch.models.bert import Bert, BertConfig
 from vqa_scratch.models.gpt2 import GPT2, GPT2Config
 from vqa_scratch.models.reader import Reader, ReaderOutput, check_finite, check_reads
-from vqa_scratch.models.stem import ConvStem
-from vqa_scratch.models.vit import ViT, ViTConfig, resize_positions
+from vqa_scratch.models.vit import ConvStem, ViT, ViTConfig, resize_positions
 from vqa_scratch.nn import taps
 from vqa_scratch.nn.cache import DecoderCache
 from vqa_scratch.nn.memory import Memory
@@ -91,7 +91,7 @@ class VQAModel(Reader):
             self.modality = nn.Parameter(torch.randn(2, width) * decoder.config.init_std)  # image, text
             # Places are given to the keys anew, as in DETR (Carion et al. 2020): what leaves the image tower is about
             # content, and "left of" needs the place. Zero changes nothing, so pretrained towers start undisturbed.
-            self.places = nn.Parameter(torch.zeros(1, 1 + image.config.grid**2, width))
+            self.places = nn.Parameter(torch.zeros(1, image.prefix_tokens + math.prod(image.config.grid), width))
         taps.name_modules(image, "image")
         taps.name_modules(text, "text")
         taps.name_modules(decoder, "decoder")
@@ -125,9 +125,8 @@ class VQAModel(Reader):
         if self.fusion == "mean":
             return projected
         grid = self.image.config.grid
-        return projected + resize_positions(
-            self.places, grid, (grid, grid) if known else self.image.patches_of(pixel_values)
-        )
+        size = grid if known else self.image.config.patches(*pixel_values.shape[2:])
+        return projected + resize_positions(self.places, grid, size)
 
     def encode_text(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
         """(B, T) -> (B, T, D) in the decoder's width. Takes the text tower's states (B, T, text width) as well."""

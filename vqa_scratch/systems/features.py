@@ -4,6 +4,7 @@ Features are those of a tower in eval mode: a frozen tower with dropout is left 
 fp32 under fp32, and under bf16 or fp16 in that type, which is what the projection after them computes in anyway.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -43,7 +44,7 @@ def keep_features(task: Any) -> list[ImageFeatures | TextFeatures]:
         side, size = model.image.config.image_size, task.processor.output_size
         if size != (side, side):
             raise UserError(f"--feature-cache needs images of the tower's own size, {side} x {side}, not {size}")
-        tokens = 1 if model.fusion == "mean" else 1 + model.image.config.grid**2
+        tokens = 1 if model.fusion == "mean" else model.image.prefix_tokens + math.prod(model.image.config.grid)
         sizes = (tokens, model.image.config.dim)
         task.images = {
             split: ImageFeatures(images, model.image, image_states, folder, sizes, dtype)

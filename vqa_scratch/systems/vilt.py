@@ -54,7 +54,7 @@ def small_system(config: ViLTTrainConfig, train: list[VQASample], labels: tuple[
     )
     model = ViLTClassifier(build_vilt(sizes, config.stem), labels)
     with torch.no_grad():
-        model.vilt.tower.positions[0, 1:] = 0.5 * grid_positions(sizes.tower.grid, config.width)
+        model.vilt.tower.positions[0, 1:] = 0.5 * grid_positions(sizes.tower.grid[0], config.width)
     encoder = TextEncoder(text, max_question_tokens=config.max_question_tokens)
     return model, encoder, ImageProcessor(size=(config.image_size, config.image_size))
 

@@ -15,8 +15,8 @@ from vqa_scratch.data.vilt_images import images_for, read_processor
 from vqa_scratch.data.vqa_v2 import VQASample
 from vqa_scratch.errors import UserError
 from vqa_scratch.models.hf_config import labels_from_hf
-from vqa_scratch.models.stem import ConvStem
 from vqa_scratch.models.vilt import ViLT, ViLTClassifier, ViLTConfig
+from vqa_scratch.models.vit import ConvStem
 from vqa_scratch.run import load_weights, write_run_config
 from vqa_scratch.storage import write_json, write_text
 from vqa_scratch.training.classify import classify_questions

@@ -20,8 +20,7 @@ from vqa_scratch.data.vqa_v2 import VQASample
 from vqa_scratch.models.bert import Bert, BertConfig
 from vqa_scratch.models.gpt2 import GPT2, GPT2Config
 from vqa_scratch.models.reader import labelled_loss
-from vqa_scratch.models.stem import ConvStem
-from vqa_scratch.models.vit import ViT, ViTConfig
+from vqa_scratch.models.vit import ConvStem, ViT, ViTConfig
 from vqa_scratch.models.vqa import VQAModel
 from vqa_scratch.run import encoder_for, save_parts
 from vqa_scratch.storage import write_json
@@ -105,7 +104,7 @@ def embedded_system(config: TrainConfig, train: list[VQASample]) -> tuple[VQAMod
     tables = [image.positions] + ([model.places] if config.fusion == "tokens" else [])
     with torch.no_grad():
         for table in tables:
-            table[0, 1:] = 0.5 * grid_positions(image_config.grid, config.width)
+            table[0, 1:] = 0.5 * grid_positions(image_config.grid[0], config.width)
     return model, encoder_for(config, text, decoder), ImageProcessor(size=(IMAGE_SIZE, IMAGE_SIZE))
 
 

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from vqa_scratch.models.stem import ConvStem
+from vqa_scratch.models.vit import ConvStem
 from vqa_scratch.run import Run
 from vqa_scratch.storage import write_json, write_text
 from vqa_scratch.weights.files import write_safetensors
@@ -20,8 +20,7 @@ IMPORT_OWN = """\
 import json
 from pathlib import Path
 
-from vqa_scratch.models import ViT, ViTConfig
-from vqa_scratch.models.stem import ConvStem
+from vqa_scratch.models import ConvStem, ViT, ViTConfig
 """
 FUSE = {
     "tokens": """\
