@@ -1,4 +1,4 @@
-"""The towers, one file each."""
+"""The models, one family a file."""
 
 from vqa_scratch.models.bert import Bert, BertConfig
 from vqa_scratch.models.blip2 import Blip2, Blip2Config
@@ -9,7 +9,7 @@ from vqa_scratch.models.qformer import QFormer, QFormerConfig
 from vqa_scratch.models.resnet import ResNet, ResNetConfig
 from vqa_scratch.models.t5 import T5, T5Config
 from vqa_scratch.models.vilt import ViLT, ViLTClassifier, ViLTConfig
-from vqa_scratch.models.vit import ViT, ViTConfig
+from vqa_scratch.models.vit import ConvStem, ViT, ViTConfig
 from vqa_scratch.models.vqa import VQAModel
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "BertConfig",
     "Blip2",
     "Blip2Config",
+    "ConvStem",
     "GPT2",
     "GPT2Config",
     "OPT",
