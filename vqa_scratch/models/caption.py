@@ -88,7 +88,9 @@ class CaptionModel(Reader):
     ) -> Tensor:
         """(B, A, D): the decoder's states under the head; arguments as in `forward`."""
         memory = self.memory(pixel_values, image_index)
-        return self.decoder.hidden(decoder_input_ids, decoder_attention_mask, memory=memory, cache=cache)
+        return self.decoder.hidden(
+            self.decoder.embed(decoder_input_ids), decoder_attention_mask, memory=memory, cache=cache
+        )
 
     def forward(
         self,

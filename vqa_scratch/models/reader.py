@@ -73,7 +73,7 @@ class Reader(nn.Module, ABC):
 
         Raises ValueError on labels that ask for nothing.
         """
-        result = ReaderOutput(hidden, self.decoder.tokens.weight)
+        result = ReaderOutput(hidden, self.decoder.head)
         if labels is not None:
             asked = (labels != IGNORE).sum()
             if asked == 0:

@@ -160,7 +160,7 @@ class CaptionJob:
     def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         pixels = self.processor.normalize(batch.pixels)
         hidden = self.hidden(pixels, decoder_input_ids=batch.decoder_input_ids, **batch.reading)
-        return labelled_loss(hidden, self.model.decoder.tokens.weight, batch.labels)
+        return labelled_loss(hidden, self.model.decoder.head, batch.labels)
 
     # ------------------------------------------------------------------------------------------ evaluation
 

@@ -178,7 +178,7 @@ class VQATask(QuestionJob):
             batch.decoder_input_ids,
             image_index=batch.image_index,
         )
-        return labelled_loss(hidden, self.model.decoder.tokens.weight, batch.labels)
+        return labelled_loss(hidden, self.model.decoder.head, batch.labels)
 
     def answers(
         self, split: str, batches: Sequence[np.ndarray], image_map: np.ndarray | None, progress: str | None

@@ -73,7 +73,7 @@ def _ask(
 
 def check_room(decoder: Decoder, prompt: int, new_tokens: int) -> None:
     """Raise UserError if a prompt of so many tokens leaves fewer positions than so many new ones take."""
-    positions = decoder.decoding_parts().max_positions
+    positions = decoder.max_positions
     if positions is not None and prompt + new_tokens - 1 > positions:
         raise UserError(
             f"max_new_tokens {new_tokens} is too much: the decoder has {positions} positions, which leaves "
