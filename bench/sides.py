@@ -133,7 +133,7 @@ class Ours:
             batch.decoder_input_ids,
             image_index=batch.image_index,
         )
-        return labelled_loss(hidden, self.model.decoder.tokens.weight, batch.labels)
+        return labelled_loss(hidden, self.model.decoder.head, batch.labels)
 
     def gradients(self, folder: Path, *, fp32: bool = False) -> float:
         """The loss, its gradients saved to `folder` as a checkpoint would be."""

@@ -185,8 +185,8 @@ def forced(eos_logit):
     """A policy that ends at once, or never."""
     policy = tiny()
     with torch.no_grad():
-        policy.model.head.weight[EOS] = 0
-        policy.model.head.weight *= 0.01
+        policy.model.lm_head.weight[EOS] = 0
+        policy.model.lm_head.weight *= 0.01
     original = policy.model.logits
 
     def logits(hidden):
@@ -195,6 +195,7 @@ def forced(eos_logit):
         return out
 
     policy.model.logits = logits
+    policy.model.fast_state = lambda: None  # steps ask the model too
     return policy
 
 

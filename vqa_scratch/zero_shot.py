@@ -17,7 +17,6 @@ from vqa_scratch.data.text import Tokenizer, check_question
 from vqa_scratch.errors import UserError
 from vqa_scratch.generate import GenerationOptions, generate
 from vqa_scratch.models.blip2 import Blip2
-from vqa_scratch.nn.memory import Memory
 from vqa_scratch.storage import read_json
 from vqa_scratch.training.evaluation import Answer
 from vqa_scratch.training.precision import DTYPES, pick_precision
@@ -72,8 +71,8 @@ class ZeroShot:
         pixels = self.processor(load_image(image))[None].to(self.device)
         end = self.model.config.language.eos_id
         options = GenerationOptions(**{"max_new_tokens": MAX_ANSWER_TOKENS, "eos_id": end} | dict(decoding or {}))
-        memory = [Memory(self.model.encode_image(pixels))]
-        made = generate(self.model, self.model.prompt(ids)[0], None, memory, options=options)
+        image = self.model.encode_image(pixels)
+        made = generate(self.model.language, ids, options=options, prefix=image)
         length = int(made.lengths)
         said = made.ids[0, :length].tolist()
         text = self.tokenizer.decode(said).strip()

@@ -193,7 +193,9 @@ class PPO:
 
     def load_state_dict(self, state: dict) -> None:
         """The inverse of `state_dict`: the run goes on as if it had never stopped."""
-        load_model_state(self.actor, state["actor"], "the checkpoint")
+        # T5's head was called `head` in runs before its name was that of the checkpoints' layout.
+        actor = {name.replace(".model.head.", ".model.lm_head."): x for name, x in state["actor"].items()}
+        load_model_state(self.actor, actor, "the checkpoint")
         self.update.load_state_dict(state)
         self.iteration, self.kl.coef = state["iteration"], state["kl_coef"]
         self.scale.mean, self.scale.std = state["reward_mean"], state["reward_std"]

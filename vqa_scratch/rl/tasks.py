@@ -63,7 +63,7 @@ def sampling_rules(config: RLHFConfig, policy: T5Policy, tokenizer: Tokenizer) -
         raise UserError(f"the tokenizer has {len(tokenizer)} tokens, the model only {size}")
     barred = torch.arange(size) >= len(tokenizer)
     barred[policy.pad_id] = True
-    barred = barred.to(policy.model.embedding.weight.device)
+    barred = barred.to(next(policy.parameters()).device)
     return SamplingRules(
         policy.eos_id, config.max_new_tokens, config.min_new_tokens, config.temperature, barred, config.no_repeat_ngram
     )

@@ -62,7 +62,7 @@ class VQAPolicy(nn.Module):
         return torch.from_numpy(self.processor.to_uint8(load_image(path)).copy())
 
     def encode(self, prompts: list[Prompt]) -> Context:
-        device = self.model.decoder.tokens.weight.device
+        device = self.model.decoder.head.device
         paths = [p.payload.image_path for p in prompts]
         place = {path: number for number, path in enumerate(dict.fromkeys(paths))}
         which = torch.tensor([place[path] for path in paths])  # (P,)
@@ -95,7 +95,8 @@ class VQAPolicy(nn.Module):
         prefix, real = self._prefix(context)
         answers = ids[:, 1:]  # without the start token
         mask = torch.cat([real, torch.ones_like(answers, dtype=torch.bool)], 1)
-        hidden = self.model.decoder.hidden(torch.cat([prefix, answers], 1), mask, memory=context.memories())
+        embeddings = self.model.decoder.embed(torch.cat([prefix, answers], 1))
+        hidden = self.model.decoder.hidden(embeddings, mask, memory=context.memories())
         return hidden[:, -ids.shape[1] :]
 
     def logits(self, hidden: Tensor) -> Tensor:

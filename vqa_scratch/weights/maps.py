@@ -233,7 +233,7 @@ def _t5(**mlp: str) -> KeyMap:
                 )
             ),
         ),
-        head=weight("head", "lm_head"),
+        head=weight("lm_head", "lm_head"),
         # The first release saved a bias table in cross-attention, which never had positions.
         dropped=("decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight",),
         tied={"encoder.embed_tokens.weight": "shared.weight", "decoder.embed_tokens.weight": "shared.weight"},
