@@ -40,7 +40,7 @@ from vqa_scratch.systems.questions import read_splits
 from vqa_scratch.training.allocator import keep_freed_memory
 from vqa_scratch.training.checkpoint import rng_state, save_checkpoint
 from vqa_scratch.training.launch import rank_zero_speaks, start
-from vqa_scratch.training.precision import DTYPES, Precision, pick_device, pick_precision
+from vqa_scratch.training.precision import Precision, pick_device, pick_precision
 from vqa_scratch.training.progress import MetricsLog
 from vqa_scratch.training.ranks import World
 from vqa_scratch.training.sharing import check_sharing, share_model
@@ -194,7 +194,7 @@ def work(config: RLHFConfig, world: World) -> dict[str, float] | int:
     check_sharing(config.parallel, precision)
     print(why + (f", {world.size} ranks, {config.parallel}" if world.size > 1 else ""))
     with world.first_one_then_all():  # the first trains what mini-news needs
-        task = TASKS[config.preset](config, device, DTYPES[kind])
+        task = TASKS[config.preset](config, device, precision.dtype)
     for note in task.notes:
         print(note)
     if config.algorithm == "ppo" and config.iterations <= config.critic_warmup:

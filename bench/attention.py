@@ -69,7 +69,7 @@ CASES = [
     Case(4096, bias=True),
 ]
 
-Way = Callable[[Tensor, Tensor, Tensor, kernels.RelativeBias | Tensor | None], Tensor]
+Way = Callable[[Tensor, Tensor, Tensor, kernels.DistanceBias | Tensor | None], Tensor]
 
 
 def ours(case: Case) -> Way:
@@ -92,7 +92,7 @@ def flex(case: Case) -> Way:
     if case.causal:
         order = create_block_mask(lambda b, h, i, j: i >= j, None, None, case.tokens, case.tokens, device="cuda")
 
-    def run(q: Tensor, k: Tensor, v: Tensor, bias: kernels.RelativeBias | None) -> Tensor:
+    def run(q: Tensor, k: Tensor, v: Tensor, bias: kernels.DistanceBias | None) -> Tensor:
         if bias is None:
             return compiled(q, k, v, block_mask=order)
         table, line = bias.table, bias.buckets(case.tokens, case.tokens)
@@ -128,7 +128,7 @@ def measure(way: Way, case: Case, dense: bool) -> tuple[float, float, float]:
     bias = given = None
     if case.bias:
         table = torch.randn(32, case.heads, device="cuda", requires_grad=True)
-        bias = given = kernels.RelativeBias(table, 128, not case.causal)
+        bias = given = kernels.DistanceBias(table, 128, not case.causal)
         leaves.append(table)
         if dense:
             leaves[-1] = given = bias.dense(case.tokens, case.tokens).detach().to(q.dtype).requires_grad_()

@@ -75,7 +75,6 @@ class Sides:
         self.precision = Precision(case.precision, pick_device(case.device))
         parts = build_system(config, splits.samples["train"])
         self.model = parts[0].to(self.precision.device).train()
-        self.precision.suit_attention(self.model)
         self.tasks = {
             "recomputed": VQATask(config, *parts, splits, self.precision),
             "cached": VQATask(replace(config, feature_cache=True), *parts, splits, self.precision),

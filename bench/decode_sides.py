@@ -22,6 +22,7 @@ from vqa_scratch.generate import GenerationOptions, generate
 from vqa_scratch.models.gpt2 import GPT2
 from vqa_scratch.nn.memory import Memory
 from vqa_scratch.training.allocator import keep_freed_memory
+from vqa_scratch.training.precision import DTYPES
 
 SIZES = {
     "shapes": {"n_embd": 128, "n_layer": 4, "n_head": 4, "vocab_size": 512, "n_positions": 64},
@@ -31,7 +32,6 @@ MEMORY = {"shapes": 81, "gpt2": 1}  # tokens: 64 patches, class and 16 words; th
 # The tokens of 16 answers before their end: most of VQA v2 are one word, a few are three (Antol et al. 2015, section 4
 # counts 89, 7 and 3 % of one, two and three words), and byte-pair encoding cuts the rare ones.
 REAL_LENGTHS = (1, 1, 2, 1, 1, 1, 5, 1, 1, 3, 1, 1, 2, 1, 1, 1)
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 PUSH, EOS = 6.0, 1
 LONGEST = 24  # tokens at most
 

@@ -22,7 +22,7 @@ from vqa_scratch.rl.ppo import PPO
 from vqa_scratch.rl.rewards import RewardPart, RewardSum
 from vqa_scratch.rl.types import Prompt
 from vqa_scratch.training.allocator import keep_freed_memory
-from vqa_scratch.training.precision import DTYPES, Precision
+from vqa_scratch.training.precision import Precision
 
 
 def prepare(folder: Path, *, batch: int, tokens: int, new: int, epochs: int, tiny: bool) -> None:
@@ -67,10 +67,10 @@ def ours(folder: Path, options: dict) -> None:
         missing_eos_penalty=0.0,
         **{"samples": 1} | options,
     )
-    precision, dtype = Precision(kind, torch.device("cpu")), DTYPES[kind]
+    precision = Precision(kind, torch.device("cpu"))
     policy = T5Policy(T5.from_pretrained(folder / "policy"))
-    reference = freeze(T5Policy(T5.from_pretrained(folder / "policy")), dtype)
-    judges = [freeze(TextClassifier.from_pretrained(folder / name), dtype) for name in ("grammar", "tone")]
+    reference = freeze(T5Policy(T5.from_pretrained(folder / "policy")), precision.dtype)
+    judges = [freeze(TextClassifier.from_pretrained(folder / name), precision.dtype) for name in ("grammar", "tone")]
     if kind == "fp32":
         with torch.no_grad():
             probe = policy.model(task["queries"][:1], None, task["probe"]).log_softmax(-1)

@@ -108,7 +108,6 @@ class Ours:
         self.model.load_state_dict(projections, strict=False)
         self.model.to(case.device)
         self.precision = Precision(case.precision, torch.device(case.device))
-        self.precision.suit_attention(self.model)
         self.optimizers = Optimizers(
             self.model,
             kind="adamw",

@@ -48,7 +48,6 @@ class Steps:
         system = system_of("shapes")
         config = parse(system.config, {"shapes": PRESETS["shapes"]}, flags, program="train.py", about="")
         self.job = system.prepare(config, self.precision)
-        self.precision.suit_attention(self.job.model)
         self.optimizers = Optimizers(
             self.job.model, kind="muon", learning_rate=0.0, matrix_learning_rate=0.0, weight_decay=0.0
         )

@@ -5,19 +5,19 @@ answers. What a kernel does not take runs in torch and is said once. `backend()`
 """
 
 from vqa_scratch.kernels.attention import flash_attention, takes_attention
-from vqa_scratch.kernels.choice import backend
+from vqa_scratch.kernels.choice import DEVICES, backend
 from vqa_scratch.kernels.cross_entropy import linear_cross_entropy
-from vqa_scratch.kernels.logprob import chosen_logprobs, linear_logprobs
-from vqa_scratch.kernels.reference import RelativeBias, distance_buckets, merge
+from vqa_scratch.kernels.logprob import chosen_logprobs
+from vqa_scratch.kernels.reference import DistanceBias, distance_buckets, merge
 
 __all__ = [
-    "RelativeBias",
+    "DEVICES",
+    "DistanceBias",
     "backend",
     "chosen_logprobs",
     "distance_buckets",
     "flash_attention",
     "linear_cross_entropy",
-    "linear_logprobs",
     "merge",
     "takes_attention",
 ]

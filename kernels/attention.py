@@ -15,7 +15,7 @@ from torch._compile import _disable_dynamo
 from torch.autograd.function import once_differentiable
 
 from vqa_scratch.kernels import choice, reference
-from vqa_scratch.kernels.reference import RelativeBias
+from vqa_scratch.kernels.reference import DistanceBias
 
 LOG2_E = 1.4426950408889634
 LARGEST_HEAD = 128
@@ -170,7 +170,7 @@ def triton_attention(
     key_mask: Tensor | None = None,
     causal: bool = False,
     scale: float | None = None,
-    bias: RelativeBias | None = None,
+    bias: DistanceBias | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`reference.attention` through the kernels; on CPU tensors only under Triton's interpreter."""
     keep = None if key_mask is None else key_mask.bool().contiguous().view(torch.uint8)
@@ -205,7 +205,7 @@ def flash_attention(
     key_mask: Tensor | None = None,
     causal: bool = False,
     scale: float | None = None,
-    bias: RelativeBias | None = None,
+    bias: DistanceBias | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(O, LSE): what each query reads, (B, H, Tq, d), and the log-sum-exp of its scores, (B, H, Tq) fp32, in nats.
 

@@ -10,7 +10,8 @@ from torch._compile import _disable_dynamo
 
 OLDEST = (8, 0)  # capabilities below have neither bf16 products nor asynchronous copies
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-_last = "none"
+DEVICES = {"cuda"}  # where Triton is asked at all; tests add the CPU, for its interpreter
+last = "none"  # what ran last, "triton" or "torch"
 
 
 def _try_out(device: torch.device) -> str | None:
@@ -51,7 +52,7 @@ def takes(name: str, tensor: Tensor, problem: str | None = None) -> bool:
 
     `problem` says in words what the kernel cannot take. A CUDA tensor that Triton does not take is said once a reason.
     """
-    if not tensor.is_cuda:
+    if tensor.device.type not in DEVICES:
         return False
     reason = missing(tensor.device) or problem
     if reason is None and tensor.dtype not in DTYPES:
@@ -63,15 +64,15 @@ def takes(name: str, tensor: Tensor, problem: str | None = None) -> bool:
 
 def triton_runs(name: str, tensor: Tensor, problem: str | None = None) -> bool:
     """`takes`, asked by what is about to run; remembers the answer for `backend()`."""
-    global _last
+    global last
     runs = takes(name, tensor, problem)
-    _last = "triton" if runs else "torch"
+    last = "triton" if runs else "torch"
     return runs
 
 
 def backend(device: torch.device | str | None = None) -> str:
     """ "triton" or "torch": what would run for supported tensors on `device`; without one what ran last, or "none"."""
     if device is None:
-        return _last
+        return last
     device = torch.device(device)
     return "triton" if device.type == "cuda" and missing(device) is None else "torch"

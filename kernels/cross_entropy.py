@@ -6,7 +6,7 @@ the forward pass (Hsu et al. 2024, 2410.10989, "Liger") and the backward pass on
 Shapes: N rows, D width, V vocabulary.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -14,9 +14,18 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from vqa_scratch.kernels import choice
-from vqa_scratch.kernels.chunks import Head, WeightGradient, check, product_dtype
+
+FEWEST_LOGITS = 2**22  # on the CPU: smaller heads gain nothing from chunks
+FEWEST_ROWS = 4096  # on a GPU: a product of fewer rows, or one more sum of weight gradients, is not worth its time
+ALIGNED = 64  # on a GPU the rows of logits begin at multiples of this, which the fast products ask for
 
 Rows = Callable[[Tensor, Tensor, bool], tuple[Tensor, Tensor]]
+
+
+def check_ids(ids: Tensor, vocabulary: int) -> None:
+    """Raises ValueError if an id lies beyond the vocabulary; on a GPU, where looking would wait, kernels give NaN."""
+    if ids.device.type == "cpu" and ids.numel() and int(ids.max()) >= vocabulary:
+        raise ValueError(f"id {int(ids.max())} is beyond the vocabulary of {vocabulary}")
 
 
 def torch_rows(logits: Tensor, labels: Tensor, grad: bool) -> tuple[Tensor, Tensor]:
@@ -33,6 +42,42 @@ def torch_rows(logits: Tensor, labels: Tensor, grad: bool) -> tuple[Tensor, Tens
     if p is not logits:
         logits.copy_(p)
     return loss, best == labels
+
+
+class Head:
+    """x (N, D) times w (V, D)^T by chunks of rows; a large chunk of logits holds half as many numbers as w."""
+
+    def __init__(self, x: Tensor, w: Tensor) -> None:
+        self.x, self.w, vocabulary = x, w, len(w)
+        on_cpu = x.device.type == "cpu"
+        least = FEWEST_LOGITS // vocabulary if on_cpu else FEWEST_ROWS
+        self.rows = max(1, min(len(x), max(x.shape[1] // 2, least)))
+        columns = vocabulary if on_cpu else -(-vocabulary // ALIGNED) * ALIGNED
+        self._buffer = x.new_empty(self.rows, columns)
+
+    def chunks(self) -> Iterator[tuple[slice, Tensor]]:
+        """(rows, their logits), in one buffer that the next chunk takes over."""
+        for start in range(0, len(self.x), self.rows):
+            part = slice(start, min(start + self.rows, len(self.x)))
+            logits = self._buffer[: part.stop - start, : len(self.w)]
+            yield part, torch.mm(self.x[part], self.w.t(), out=logits)
+
+
+class WeightGradient:
+    """sum over chunks of dlogits^T x, (V, D): in one product if there is one chunk, else summed in fp32."""
+
+    def __init__(self, chunks: int) -> None:
+        self.total: Tensor | None = None
+        self.chunks = chunks
+
+    def add(self, dlogits: Tensor, x: Tensor) -> None:
+        if self.total is None:
+            product = torch.mm(dlogits.t(), x)
+            self.total = product if self.chunks == 1 else product.to(torch.promote_types(x.dtype, torch.float32))
+        elif self.total.dtype == x.dtype:
+            self.total.addmm_(dlogits.t(), x)
+        else:
+            self.total += torch.mm(dlogits.t(), x)
 
 
 class LinearCrossEntropy(torch.autograd.Function):
@@ -75,7 +120,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dloss: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
         if ctx.gradients is None:
-            raise RuntimeError("the gradients of linear_cross_entropy are handed out once; compute the loss again")
+            raise RuntimeError("the gradients of linear_cross_entropy can be taken once; compute the loss again")
         gradients, ctx.gradients = ctx.gradients, None
         return *(None if g is None else g.mul_(dloss) for g in gradients), None, None, None
 
@@ -88,8 +133,16 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> tupl
     inputs, or of autocast; sums in fp32. The gradients can be asked for once. Raises ValueError on shapes, dtypes or
     labels that do not fit.
     """
-    check(hidden, weight, labels)
-    rows = torch_rows
-    if choice.triton_runs("linear_cross_entropy", hidden):
+    if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1] or labels.shape != hidden.shape[:1]:
+        shapes = ", ".join(str(tuple(x.shape)) for x in (hidden, weight, labels))
+        raise ValueError(f"hidden (N, D), weight (V, D) and labels (N,) do not fit: {shapes}")
+    check_ids(labels, len(weight))
+    kind, dtype = hidden.device.type, hidden.dtype
+    if torch.is_autocast_enabled(kind):
+        dtype = torch.get_autocast_dtype(kind)
+    elif weight.dtype != dtype:
+        raise ValueError(f"hidden is {hidden.dtype}, the weight {weight.dtype}: they must be of one dtype")
+    rows, choice.last = torch_rows, "torch"
+    if kind in choice.DEVICES and choice.triton_runs("linear_cross_entropy", hidden):
         from vqa_scratch.kernels.rows import cross_entropy_ as rows
-    return LinearCrossEntropy.apply(hidden, weight, labels, rows, product_dtype(hidden, weight))
+    return LinearCrossEntropy.apply(hidden, weight, labels, rows, dtype)

@@ -45,7 +45,7 @@ def _line(
 
 
 @dataclass(frozen=True, eq=False)
-class RelativeBias:
+class DistanceBias:
     """A learned bias on the scores: one number for each head and bucket of relative distances."""
 
     table: Tensor  # (buckets, H)
@@ -77,7 +77,7 @@ def attention(
     key_mask: Tensor | None = None,
     causal: bool = False,
     scale: float | None = None,
-    bias: RelativeBias | None = None,
+    bias: DistanceBias | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(O, LSE): O (B, H, Tq, d) = softmax(S) v, LSE (B, H, Tq) = log sum exp S, in nats, at least fp32.
 

@@ -4,8 +4,10 @@ Reference weights are drawn with a standard deviation of 0.2, ten times the usua
 and logits spread over several units, so that a wrong mask, position or transpose cannot hide under the tolerance.
 """
 
+import sys
 from pathlib import Path
 
+import pytest
 import torch
 import transformers
 from torch import Tensor
@@ -45,6 +47,12 @@ def assert_close(ours: Tensor, theirs: Tensor, where: Tensor | None = None, tole
     worst = difference.max().item()
     assert worst <= tolerance, f"largest difference {worst:.3g} > {tolerance:.3g}"
     assert theirs.abs().max() > 0.1, "the reference is trivially small"
+
+
+def use_backend(monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
+    """Let the judge of attention choose this one everywhere, until the test ends."""
+    module = sys.modules["vqa_scratch.nn.attention"]  # `vqa_scratch.nn` has a function of that name
+    monkeypatch.setattr(module, "choose", lambda q, **_: backend)
 
 
 def brute_force_attention(

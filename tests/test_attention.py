@@ -6,11 +6,13 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from helpers import brute_force_attention
+from helpers import brute_force_attention, use_backend
 
+from vqa_scratch.models.bert import positions_from_ids
 from vqa_scratch.nn import Memory, MultiHeadAttention, attention, attention_weights
-from vqa_scratch.nn.attention import BACKENDS
-from vqa_scratch.nn.masks import causal_mask, positions_from_ids, positions_from_mask
+from vqa_scratch.nn.attention import BACKENDS, choose
+from vqa_scratch.nn.layers import positions_from_mask
+from vqa_scratch.nn.scores import causal_mask
 
 # Differences of fp32 sums over a few keys; outputs are of size 1.
 CLOSE = {"atol": 2e-6, "rtol": 0.0}
@@ -92,7 +94,7 @@ def test_products_in_groups_of_rows(monkeypatch, dropout, rows_of_bias):
     bias = torch.randn(rows_of_bias, 2, 5, 7, requires_grad=True)
     leaves, weight = [q, k, v, bias], torch.randn(3, 2, 5, 6)
     if not dropout:
-        monkeypatch.setattr("vqa_scratch.nn.products.SCORES_AT_ONCE", 2 * 5 * 7)
+        monkeypatch.setattr("vqa_scratch.nn.scores.SCORES_AT_ONCE", 2 * 5 * 7)
     results = []
     for backend in ("products", "explicit"):
         torch.manual_seed(0)
@@ -102,12 +104,41 @@ def test_products_in_groups_of_rows(monkeypatch, dropout, rows_of_bias):
         torch.testing.assert_close(ours, explicit, **GRADIENTS_CLOSE)
 
 
-def test_a_learned_bias_is_not_left_to_the_fused_operator(monkeypatch):
-    q, k, v, _ = inputs()
-    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", None)
-    attention(q, k, v, bias=torch.zeros(2, 5, 7, requires_grad=True)).sum().backward()
-    with torch.no_grad(), pytest.raises(TypeError):
-        attention(q, k, v, bias=torch.zeros(2, 5, 7, requires_grad=True))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+def test_gradients_change_nothing_to_the_bit(dtype, biased, masked, monkeypatch):
+    """A bias and bf16 are never left to the fused operator on a CPU, whose backward pass is slow there."""
+    *leaves, key_mask = inputs(queries=20, keys=33, head_dim=16)
+    q, k, v = (x.to(dtype) for x in leaves)
+    bias = torch.randn(1, 2, 20, 33, requires_grad=True) if biased else None
+    if biased or dtype == torch.bfloat16:
+        monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", None)
+    options = {"key_mask": key_mask if masked else None, "bias": bias}
+    with_gradients = attention(q, k, v, **options)
+    with_gradients.float().sum().backward()
+    with torch.no_grad():
+        assert torch.equal(attention(q, k, v, **options), with_gradients)
+
+
+def test_the_judge(monkeypatch):
+    """Device, number format, bias and who is looking, each alone and the first that counts; gradients do not."""
+    asked = []
+    monkeypatch.setattr("vqa_scratch.kernels.takes_attention", lambda q, dropout: asked.append(dropout) or not dropout)
+    for requires_grad in (False, True):
+        fp32, bf16 = (
+            torch.zeros(1, 2, 3, 4, dtype=t, requires_grad=requires_grad) for t in (torch.float32, torch.bfloat16)
+        )
+        assert choose(fp32) == "fused" and choose(fp32.double()) == "fused" and choose(fp32, kernel=True) == "fused"
+        assert choose(bf16) == choose(fp32, bias=True) == choose(bf16, bias=True, kernel=True) == "products"
+        assert choose(fp32, shown=True) == choose(bf16, bias=True, kernel=True, shown=True) == "explicit"
+    assert not asked  # on a CPU nobody asks for Triton
+    on_gpu = torch.zeros(1, 2, 3, 4, dtype=torch.bfloat16, device="meta")
+    monkeypatch.setattr("vqa_scratch.kernels.DEVICES", {"meta"})
+    assert choose(on_gpu) == choose(on_gpu, bias=True) == choose(on_gpu, kernel=True, dropout=0.1) == "fused"
+    assert choose(on_gpu, kernel=True) == choose(on_gpu, bias=True, kernel=True) == "kernel"
+    assert choose(on_gpu, kernel=True, shown=True) == "explicit"
+    assert asked == [0.1, 0.0, 0.0]
 
 
 def test_weights_are_a_distribution_over_allowed_keys():
@@ -155,7 +186,7 @@ def test_nan_is_not_taken_for_a_mask():
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_dropout_drops_weights_and_scales_the_rest(backend):
+def test_dropout_drops_weights_and_scales_the_rest(backend, monkeypatch):
     # With v = identity the output is the dropped pattern itself: each weight is gone or divided by 1 - p.
     q, k, _, _ = inputs(keys=6)
     eye = torch.eye(6).expand(3, 2, 6, 6)
@@ -164,7 +195,8 @@ def test_dropout_drops_weights_and_scales_the_rest(backend):
     torch.testing.assert_close(ratio[~dropped], torch.full_like(ratio[~dropped], 4 / 3))
     assert 0.1 < dropped.float().mean() < 0.4  # 180 draws at 0.25: four standard deviations are 0.13
 
-    module = MultiHeadAttention(8, 2, dropout=0.5, backend=backend)
+    use_backend(monkeypatch, backend)
+    module = MultiHeadAttention(8, 2, dropout=0.5)
     x = torch.randn(2, 5, 8)
     assert not torch.equal(module(x), module(x))
     module.eval()
@@ -227,7 +259,7 @@ def test_a_mask_keeps_cudnn_away_on_a_gpu(monkeypatch):
     attention(q, k, v)
     assert not entered
     attention(q, k, v, key_mask=key_mask)
-    attention(q, k, v, bias=torch.zeros(1, 2, 5, 7))
+    attention(q, k, v, bias=torch.zeros(1, 2, 5, 7), backend="fused")
     attention(q, k, v, causal=True)  # more keys than queries: a mask
     assert len(entered) == 3
 

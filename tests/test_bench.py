@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from helpers import use_backend
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench import cached_features, image_loading, results, timing, train_step
@@ -13,7 +14,6 @@ from bench.peers import TransformersVQA
 from bench.sides import Case, Ours, Peer
 from vqa_scratch.errors import UserError
 from vqa_scratch.nn import taps as modules_taps
-from vqa_scratch.nn.attention import MultiHeadAttention
 
 SIZES = {
     "image": {
@@ -92,11 +92,9 @@ def test_gradient_difference_sees_one_wrong_tensor(weights, tmp_path):
     assert train_step.gradient_difference(tmp_path / "ours", tmp_path / "peer")[1] > 1e-3
 
 
-def test_operations_are_those_of_the_products(weights):
+def test_operations_are_those_of_the_products(weights, monkeypatch):
     side = Ours(weights, CASE)
-    for module in side.model.modules():
-        if isinstance(module, MultiHeadAttention):
-            module.backend = "explicit"  # whose products the counter sees one by one
+    use_backend(monkeypatch, "explicit")  # whose products the counter sees one by one
     with FlopCounterMode(display=False) as counter:
         side.loss(side.data)[0].backward()
     configs = [getattr(side.model, tower).config for tower in ("image", "text", "decoder")]

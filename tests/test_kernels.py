@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vqa_scratch import kernels
-from vqa_scratch.kernels import attention, choice, chunks, reference
-from vqa_scratch.nn.relative_bias import RelativeBias as TowerBias
+from vqa_scratch.kernels import attention, choice, cross_entropy, reference
+from vqa_scratch.nn.relative_bias import RelativeBias
 
 close = torch.testing.assert_close
 
@@ -36,7 +36,7 @@ def test_gradients_of_attention_and_of_merging_are_true():
     mask = torch.tensor([[False, False, True, False, True, True]])
 
     def whole(q, k, v, table):
-        bias = reference.RelativeBias(table, 4, True)
+        bias = reference.DistanceBias(table, 4, True)
         return tuple(x[:, :, 1:] for x in reference.attention(q, k, v, key_mask=mask, causal=True, bias=bias))
 
     def parts(q, k, v):
@@ -60,7 +60,7 @@ def test_a_row_without_a_key_has_zeros_and_no_gradient():
 @pytest.mark.parametrize("bidirectional", [True, False])
 @pytest.mark.parametrize(("queries", "keys"), [(40, 40), (1, 33), (9, 40)])
 def test_the_bias_by_distance_is_that_of_a_tower(bidirectional, queries, keys):
-    ours = TowerBias(32, 3, 24, bidirectional)
+    ours = RelativeBias(32, 3, 24, bidirectional)
     bias = ours.lookup()
     close(bias.dense(queries, keys), ours(queries, keys), rtol=0, atol=0)
     line = bias.buckets(queries, keys)
@@ -85,7 +85,7 @@ class Largest(TorchDispatchMode):
 @pytest.mark.parametrize("one_chunk", [True, False])
 def test_linear_cross_entropy_is_that_of_torch(kept, one_chunk, monkeypatch):
     if not one_chunk:
-        monkeypatch.setattr(chunks, "FEWEST_LOGITS", 1)
+        monkeypatch.setattr(cross_entropy, "FEWEST_LOGITS", 1)
     hidden, weight = torch.randn(50, 6, dtype=torch.float64), torch.randn(31, 6, dtype=torch.float64)
     labels = torch.randint(31, (50,))
     if kept != "all":
@@ -101,7 +101,7 @@ def test_linear_cross_entropy_is_that_of_torch(kept, one_chunk, monkeypatch):
     close(ours, torch.autograd.grad(expected * 0.25, (hidden, weight)))
     assert int(right) == int((logits.argmax(-1) == labels).sum())
     assert one_chunk or seen.most <= 50 * 6  # 6 rows of logits at a time, never 50 x 31
-    with pytest.raises(RuntimeError, match="handed out once"):
+    with pytest.raises(RuntimeError, match="can be taken once"):
         loss.backward()
 
 
@@ -137,27 +137,19 @@ def test_rows_without_a_label_meet_no_product():
 
 def test_gradients_of_chunks_are_summed_in_fp32():
     """In bf16 a sum of ones ends at 256."""
-    total, one = chunks.WeightGradient(600), torch.ones(1, 1, dtype=torch.bfloat16)
+    total, one = cross_entropy.WeightGradient(600), torch.ones(1, 1, dtype=torch.bfloat16)
     for _ in range(600):
         total.add(one, one)
     assert total.total.item() == 600
 
 
-@pytest.mark.parametrize("from_states", [True, False])
-def test_chosen_logprobs_are_those_of_torch(from_states, monkeypatch):
-    monkeypatch.setattr(chunks, "FEWEST_LOGITS", 1)
+def test_chosen_logprobs_are_those_of_torch(monkeypatch):
     monkeypatch.setattr("vqa_scratch.kernels.logprob.CACHED", 100)  # three rows at a time
-    hidden, weight = (torch.randn(n, 7, dtype=torch.float64, requires_grad=True) for n in (20, 33))
+    logits = torch.randn(20, 33, dtype=torch.float64, requires_grad=True)
     ids = torch.randint(33, (20,))
-
-    def ours(hidden, weight):
-        if from_states:
-            return kernels.linear_logprobs(hidden, weight, ids)
-        return kernels.chosen_logprobs(hidden @ weight.T, ids)
-
-    spread = torch.distributions.Categorical(logits=hidden @ weight.T)
-    close(ours(hidden, weight), (spread.log_prob(ids), spread.entropy()))
-    assert torch.autograd.gradcheck(ours, (hidden, weight))
+    spread = torch.distributions.Categorical(logits=logits)
+    close(kernels.chosen_logprobs(logits, ids), (spread.log_prob(ids), spread.entropy()))
+    assert torch.autograd.gradcheck(lambda x: kernels.chosen_logprobs(x, ids), logits)
 
 
 def test_large_logits_are_no_trouble():
@@ -166,17 +158,15 @@ def test_large_logits_are_no_trouble():
     close(kernels.chosen_logprobs(logits + 1000, ids), kernels.chosen_logprobs(logits, ids), rtol=0, atol=1e-4)
 
 
-def test_linear_logprobs_under_autocast():
-    """The products are in autocast's type, the figures in fp32, the gradients in the type of what they are of."""
-    hidden, weight, ids = torch.randn(9, 16), torch.randn(40, 16, requires_grad=True), torch.randint(40, (9,))
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        ours = kernels.linear_logprobs(hidden, weight, ids)
-        logits = F.linear(hidden, weight)
-    plain = kernels.reference.chosen_logprobs(logits, ids)
+def test_chosen_logprobs_of_bf16_logits():
+    """The figures are in fp32, the gradients in the type of the logits."""
+    logits, ids = torch.randn(9, 40).bfloat16().requires_grad_(), torch.randint(40, (9,))
+    ours, plain = kernels.chosen_logprobs(logits, ids), kernels.reference.chosen_logprobs(logits, ids)
+    assert ours[0].dtype == ours[1].dtype == torch.float32
     close(ours, plain, rtol=1e-5, atol=1e-5)  # the same rounded logits
-    one, two = (torch.autograd.grad(sum(x.sum() for x in pair), weight)[0] for pair in (ours, plain))
-    assert one.dtype == torch.float32
-    close(one, two, rtol=2**-7, atol=2e-2)  # roundings to bf16 of dlogits and of the product
+    one, two = (torch.autograd.grad(sum(x.sum() for x in pair), logits)[0] for pair in (ours, plain))
+    assert one.dtype == torch.bfloat16
+    close(one, two, rtol=2**-7, atol=2e-2)  # roundings to bf16
 
 
 def test_barred_tokens_have_no_weight_in_the_entropy():
@@ -196,13 +186,13 @@ def test_what_does_not_fit_is_said():
         (lambda: kernels.linear_cross_entropy(x, w.T, ids), "do not fit"),
         (lambda: kernels.linear_cross_entropy(x, w, ids + 10), "beyond the vocabulary of 10"),
         (lambda: kernels.linear_cross_entropy(x, w.double(), ids), "must be of one dtype"),
-        (lambda: kernels.linear_logprobs(x, w, ids[:3]), "do not fit"),
+        (lambda: kernels.linear_cross_entropy(x, w, ids[:3]), "do not fit"),
         (lambda: kernels.chosen_logprobs(x, ids[:3]), "do not fit"),
         (lambda: kernels.chosen_logprobs(x, ids + 10), "beyond the vocabulary of 8"),
         (lambda: kernels.flash_attention(q, q[:, :1], q), "q, k, v do not fit"),
         (lambda: kernels.flash_attention(q, q[:, :, :0], q[:, :, :0]), "needs a key"),
         (lambda: kernels.flash_attention(q, q, q, key_mask=torch.ones(1, 4)), "key_mask must be"),
-        (lambda: kernels.flash_attention(q, q, q, bias=kernels.RelativeBias(w, 8, True)), "the bias has 8 heads"),
+        (lambda: kernels.flash_attention(q, q, q, bias=kernels.DistanceBias(w, 8, True)), "the bias has 8 heads"),
     ]:
         with pytest.raises(ValueError, match=message):
             wrong()
@@ -274,7 +264,7 @@ q = torch.randn(1, 2, 5, 8)
 assert kernels.backend() == "none"
 assert kernels.flash_attention(q, q, q)[0].shape == q.shape
 kernels.linear_cross_entropy(q[0, 0], torch.randn(9, 8), torch.arange(5))
-kernels.linear_logprobs(q[0, 0], torch.randn(9, 8), torch.arange(5))
+kernels.chosen_logprobs(torch.randn(5, 9), torch.arange(5))
 assert kernels.backend() == "torch"
 """
     subprocess.run([sys.executable, "-c", program], check=True, cwd=Path(__file__).parent.parent)

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from vqa_scratch.kernels import attention, choice, chunks, cross_entropy, logprob, reference
-from vqa_scratch.kernels.reference import RelativeBias
+from vqa_scratch.kernels import attention, choice, cross_entropy, logprob, reference
+from vqa_scratch.kernels.reference import DistanceBias
 
 pytest.importorskip("triton")
 from vqa_scratch.kernels import rows  # noqa: E402  (only where Triton is)
@@ -94,7 +94,7 @@ def small_tiles(monkeypatch):
 def results(run, inputs, dtype, downstream, case, mask):
     """O, LSE and the gradient of every input, from gradients of both outputs."""
     leaves = [x.to(DEVICE, dtype).requires_grad_() for x in inputs]
-    bias = RelativeBias(leaves[3], case.max_distance, case.bias == "both") if case.bias else None
+    bias = DistanceBias(leaves[3], case.max_distance, case.bias == "both") if case.bias else None
     out, lse = run(*leaves[:3], key_mask=mask, causal=case.causal, bias=bias)
     do, dlse = (x.to(DEVICE, kind.dtype) for x, kind in zip(downstream, (out, lse), strict=True))
     dlse = dlse.clone()
@@ -212,8 +212,8 @@ def head_inputs(rows_count, width, vocabulary, dtype):
 
 @pytest.mark.parametrize("dtype", HEAD_DTYPES, ids=in_words)
 def test_linear_cross_entropy_and_its_gradients(dtype, monkeypatch):
-    monkeypatch.setattr(chunks, "FEWEST_LOGITS", 1)
-    monkeypatch.setattr(chunks, "FEWEST_ROWS", 8)
+    monkeypatch.setattr(cross_entropy, "FEWEST_LOGITS", 1)
+    monkeypatch.setattr(cross_entropy, "FEWEST_ROWS", 8)
     hidden, weight, labels = head_inputs(21, 8, 77, dtype)  # three chunks of rows, three blocks of a row
     labels[::5] = -100
 
@@ -254,21 +254,6 @@ def test_chosen_logprobs_and_their_gradients(dtype):
 
     plain, exact = (figures(reference.chosen_logprobs, kind) for kind in (dtype, torch.float64))
     within_budget(("logprob", "entropy", "dlogits"), figures(ours, dtype), plain, exact, dtype)
-
-
-def test_linear_logprobs_and_their_gradients(monkeypatch):
-    monkeypatch.setattr(chunks, "FEWEST_LOGITS", 1)
-    hidden, weight, ids = head_inputs(19, 8, 45, FP32)
-    weights = torch.randn(2, 19, dtype=torch.float64, device=DEVICE)
-
-    def figures(run, kind):
-        leaves = [x.to(DEVICE, kind).requires_grad_() for x in (hidden, weight)]
-        pair = run(*leaves)
-        return [*pair, *torch.autograd.grad((torch.stack(pair) * weights.to(kind)).sum(), leaves)]
-
-    plain, exact = (figures(lambda h, w: reference.chosen_logprobs(h @ w.T, ids), k) for k in (FP32, torch.float64))
-    ours = figures(lambda h, w: logprob.LinearLogprobs.apply(h, w, ids, rows, FP32), FP32)
-    within_budget(("logprob", "entropy", "dhidden", "dweight"), ours, plain, exact, FP32)
 
 
 def test_rows_of_logits_may_lie_apart():

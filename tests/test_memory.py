@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import brute_force_attention
+from helpers import brute_force_attention, use_backend
 
 from vqa_scratch.kernels import reference
 from vqa_scratch.nn import DecoderCache, KVCache, Memory, MultiHeadAttention
@@ -32,11 +32,13 @@ def test_memory_of_parts_is_one_long_memory(backend, order, parts, monkeypatch, 
     merged = []
     if backend == "merged":  # as on a GPU with Triton: each part by itself, merged by log-sum-exps
         monkeypatch.setattr("vqa_scratch.kernels.takes_attention", lambda q, **options: True)
+        monkeypatch.setattr("vqa_scratch.kernels.DEVICES", {"cpu"})
         monkeypatch.setattr(
             "vqa_scratch.kernels.merge", lambda pieces: merged.append(len(pieces)) or reference.merge(pieces)
         )
-        backend = "fused"
-    module = MultiHeadAttention(12, 2, context_dim=10, scale=0.6, backend=backend)
+    else:
+        use_backend(monkeypatch, backend)
+    module = MultiHeadAttention(12, 2, context_dim=10, scale=0.6)
     index = torch.tensor(INDICES[order])
     shared, own = torch.randn(3, 4, 10, requires_grad=True), torch.randn(6, 3, 10, requires_grad=True)
     own_mask = torch.rand(6, 3) > 0.4
@@ -71,6 +73,7 @@ def test_memory_of_parts_is_one_long_memory(backend, order, parts, monkeypatch, 
 def test_weights_on_memories_are_dropped_while_training(parts, monkeypatch):
     """Also where the kernel could join the parts: it drops none, so it is asked with the dropout that is wanted."""
     asked = []
+    monkeypatch.setattr("vqa_scratch.kernels.DEVICES", {"cpu"})
     monkeypatch.setattr(
         "vqa_scratch.kernels.takes_attention", lambda q, dropout=0.0: asked.append(dropout) or dropout == 0
     )

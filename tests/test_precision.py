@@ -63,7 +63,6 @@ def test_bf16_keeps_weights_in_fp32(splits):
     task = small_task(config, parts)
     fp32 = task.loss(task.batch(task.epoch(0)[0]))[0]
     task.precision = Precision("bf16", CPU)
-    task.precision.suit_attention(task.model)
     made = optimizers(task.model)
     batch = task.batch(task.epoch(0)[0])
     loss, _, _ = train_step(task, batch, made, task.precision, PLAN)

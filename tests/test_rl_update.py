@@ -7,7 +7,7 @@ from rl_tiny import ALL_RULES, EOS, VOCAB, rules, tiny, tiny_ppo
 from vqa_scratch.errors import UserError
 from vqa_scratch.models.t5 import T5, T5Config
 from vqa_scratch.rl.metrics import UpdateStats
-from vqa_scratch.rl.policy import T5Policy, attend_alike, freeze
+from vqa_scratch.rl.policy import T5Policy, freeze
 from vqa_scratch.rl.rollout import PromptStream
 from vqa_scratch.rl.types import Prompt
 
@@ -87,7 +87,6 @@ def test_first_ratio_is_one_in_bf16(micro, frozen):
     options = {"micro_prompts": micro, "freeze": frozen, "epochs": 1}
     ppo = tiny_ppo(autocast=lambda: torch.autocast("cpu", torch.bfloat16), policy=wide(), **options)
     ppo.reference = freeze(wide())
-    attend_alike(ppo.reference)
     ppo.stream = PromptStream(long_prompts(8), 8, seed=0)
     for i in range(2):
         log = ppo.step()
@@ -117,8 +116,8 @@ def test_dropout_stays_off_while_training():
 
 @pytest.mark.parametrize("algorithm", ["ppo", "rloo"])
 def test_gradients_do_not_depend_on_the_micro_batch(algorithm, monkeypatch):
-    """Nor on whether lookups hand on rows or whole tables. Ragged prompts and responses; 1e-6 of the largest gradient
-    is fp32 rounding of the same sum in another order."""
+    """Nor on whether lookups pass on rows or whole tables. Ragged prompts and responses; 2e-6 of the largest gradient
+    is 17 roundings in fp32 (2^-23 each): sums over some 100 tokens in another order, and softmax over other padding."""
     gradients = []
     for micro, large in ((1, 1), (2, 1), (4, 10**9), (4, 1), (8, 10**9)):
         monkeypatch.setattr("vqa_scratch.rl.large_tables.LARGE_TABLE", large)
@@ -135,7 +134,7 @@ def test_gradients_do_not_depend_on_the_micro_batch(algorithm, monkeypatch):
     scale = gradients[-1].abs().max()
     assert scale > 1e-3
     for gradient in gradients[:-1]:
-        torch.testing.assert_close(gradient / scale, gradients[-1] / scale, rtol=0, atol=1e-6)
+        torch.testing.assert_close(gradient / scale, gradients[-1] / scale, rtol=0, atol=2e-6)
 
 
 def test_each_minibatch_is_a_step():

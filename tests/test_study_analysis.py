@@ -6,7 +6,6 @@ import pytest
 import torch
 from study_helpers import tiny_t5_subject, tiny_vqa_subject
 
-from vqa_scratch.nn import MultiHeadAttention
 from vqa_scratch.study import trace
 from vqa_scratch.study.analysis import (
     HeadStatistics,
@@ -46,9 +45,6 @@ def traced(subject, answer, *patterns):
 
 def explicit_weighted_patterns(subject, ids, row, token):
     """The same by autograd: the explicit path with every pattern kept in the graph."""
-    for module in subject.model.modules():
-        if isinstance(module, MultiHeadAttention):
-            module.backend = "explicit"
     kept = {}
     with trace(subject.model, record=False) as t:
         for name in every_attention(subject):

@@ -4,11 +4,12 @@ import math
 
 import pytest
 import torch
+from helpers import use_backend
 from study_helpers import tiny_t5_subject, tiny_vqa, tiny_vqa_subject
 
 from vqa_scratch.errors import UserError
 from vqa_scratch.models import ViT, ViTConfig
-from vqa_scratch.nn import MultiHeadAttention, taps
+from vqa_scratch.nn import taps
 from vqa_scratch.study import trace
 from vqa_scratch.study.analysis import every_attention
 from vqa_scratch.study.certificate import rebuilt_pattern, row_lse
@@ -23,12 +24,6 @@ SUBJECTS = {
 @pytest.fixture(params=SUBJECTS)
 def subject(request):
     return SUBJECTS[request.param]()
-
-
-def use_backend(model, backend):
-    for module in model.modules():
-        if isinstance(module, MultiHeadAttention):
-            module.backend = backend
 
 
 # ---------------------------------------------------------------------------------------------- rebuilt weights
@@ -56,8 +51,8 @@ def test_a_row_that_sees_nothing_has_no_weights_and_no_nan():
 
 
 @pytest.mark.parametrize("backend", ["fused", "explicit"])
-def test_certificate_of_every_attention_of_a_cached_generation(subject, backend):
-    use_backend(subject.model, backend)
+def test_certificate_of_every_attention_of_a_cached_generation(subject, backend, monkeypatch):
+    use_backend(monkeypatch, backend)
     with trace(subject.model) as t:
         subject.generate(6)
     certificate = t.certificate()

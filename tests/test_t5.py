@@ -12,7 +12,7 @@ from transformers import T5Config as HFConfig
 from transformers import T5ForConditionalGeneration
 
 from vqa_scratch.errors import UserError
-from vqa_scratch.kernels import RelativeBias
+from vqa_scratch.kernels import DistanceBias
 from vqa_scratch.models.t5 import T5, T5Config
 from vqa_scratch.nn.memory import Memory
 
@@ -163,7 +163,7 @@ def test_cached_decoding_equals_a_full_pass_with_shared_memory_and_dropped_rows(
 
 
 def relative_buckets(queries, keys, buckets, max_distance, bidirectional):
-    return RelativeBias(torch.zeros(buckets, 1), max_distance, bidirectional).pairs(queries, keys)
+    return DistanceBias(torch.zeros(buckets, 1), max_distance, bidirectional).pairs(queries, keys)
 
 
 @pytest.mark.parametrize("bidirectional", [True, False])

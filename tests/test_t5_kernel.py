@@ -43,6 +43,7 @@ def way(monkeypatch):
     def chosen(name):
         calls = []
         with monkeypatch.context() as patch:
+            patch.setattr("vqa_scratch.kernels.DEVICES", {DEVICE})
             patch.setattr(choice, "takes", lambda kernel, q, problem=None: name != "dense" and problem is None)
             patch.setattr(attention, "triton_attention", lambda *a, **b: calls.append(b["bias"]) or run(*a, **b))
             if name == "kernel":
@@ -125,7 +126,7 @@ def test_the_gradient_of_the_table_is_the_sum_over_its_layers(model, way):
 
             def lookup(self):
                 copies.append(tower.bias.table.weight.detach().clone().requires_grad_())
-                return attention.RelativeBias(copies[-1], 6, True)
+                return attention.DistanceBias(copies[-1], 6, True)
 
         bias = PassBias(Apart(), 20, 20, causal=False)
         y = x

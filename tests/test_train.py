@@ -120,7 +120,6 @@ def test_ranking_stands_beside_generation(run, data):
     images = Images(questions.image_paths, opened.processor)
     batches = questions.in_order(len(samples), 64)
     precision = Precision(summary["precision"], torch.device("cpu"))
-    precision.suit_attention(opened.model)
     ranked = rank_answers(opened.model, questions, images, precision, batches, candidates)
     total = sum(vqa_accuracy(ranked[s.question_id][0].text, s.answers) for s in samples) / len(samples)
     assert summary["ranking_questions"] == len(samples)

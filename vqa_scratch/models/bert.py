@@ -17,7 +17,6 @@ from vqa_scratch.models.hf_config import HFConfig, Layout, Released, check_heads
 from vqa_scratch.nn import taps
 from vqa_scratch.nn.attention import MultiHeadAttention
 from vqa_scratch.nn.layers import MLP, activation, init_weights
-from vqa_scratch.nn.masks import positions_from_ids
 from vqa_scratch.nn.states import States
 from vqa_scratch.weights import maps
 
@@ -53,6 +52,12 @@ _DISTILBERT_FIELDS = {
 
 def _in_order(input_ids: Tensor, pad_id: int) -> Tensor:
     return torch.arange(input_ids.shape[1], device=input_ids.device)[None]
+
+
+def positions_from_ids(input_ids: Tensor, pad_id: int) -> Tensor:
+    """(B, T) RoBERTa position ids: tokens count from `pad_id` + 1, padding stays at `pad_id`."""
+    real = (input_ids != pad_id).long()
+    return real.cumsum(-1) * real + pad_id
 
 
 @dataclass(frozen=True, eq=False)

@@ -20,8 +20,7 @@ from vqa_scratch.nn import taps
 from vqa_scratch.nn.attention import MultiHeadAttention
 from vqa_scratch.nn.cache import DecoderCache, KVCache
 from vqa_scratch.nn.decoding import FastBlock, FastParts
-from vqa_scratch.nn.layers import MLP, activation, init_weights
-from vqa_scratch.nn.masks import decoder_positions
+from vqa_scratch.nn.layers import MLP, activation, decoder_positions, init_weights
 from vqa_scratch.nn.memory import Memory
 from vqa_scratch.weights import maps
 from vqa_scratch.weights.convert import load_into, to_hf

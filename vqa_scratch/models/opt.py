@@ -19,8 +19,7 @@ from vqa_scratch.models.hf_config import check_heads, fields_from_hf
 from vqa_scratch.nn import taps
 from vqa_scratch.nn.cache import DecoderCache, KVCache
 from vqa_scratch.nn.decoding import FastParts
-from vqa_scratch.nn.layers import init_weights
-from vqa_scratch.nn.masks import decoder_positions
+from vqa_scratch.nn.layers import decoder_positions, init_weights
 from vqa_scratch.nn.memory import Memory
 from vqa_scratch.weights import maps_blip2
 from vqa_scratch.weights.convert import load_into, to_hf

@@ -70,3 +70,29 @@ def init_weights(module: nn.Module, std: float = 0.02) -> None:
         nn.init.zeros_(module.bias)
     if isinstance(module, nn.LayerNorm):
         module.reset_parameters()
+
+
+def positions_from_mask(attention_mask: Tensor) -> Tensor:
+    """(B, T) position ids that count attended tokens only, so that left padding does not move a prompt.
+
+    Padding in front gets 0, as does the first token.
+    """
+    return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+
+
+def decoder_positions(
+    rows: int, past: int, new: int, attention_mask: Tensor | None, limit: int, device: torch.device
+) -> Tensor:
+    """(B or 1, T) position ids of `new` tokens behind `past` cached ones, for a table of `limit` positions.
+
+    attention_mask (B, past + T): positions count attended tokens; None: all are. Raises ValueError on more tokens than
+    positions, or a mask of another shape.
+    """
+    total = past + new
+    if total > limit:
+        raise ValueError(f"{total} tokens, but the position table serves {limit}")
+    if attention_mask is None:
+        return torch.arange(past, total, device=device)[None]
+    if attention_mask.shape != (rows, total):
+        raise ValueError(f"attention_mask must be {(rows, total)}, got {tuple(attention_mask.shape)}")
+    return positions_from_mask(attention_mask)[:, past:]

@@ -10,7 +10,7 @@ import math
 from torch import Tensor, nn
 
 from vqa_scratch import kernels
-from vqa_scratch.nn import masks
+from vqa_scratch.nn.scores import allowed
 
 
 class RelativeBias(nn.Module):
@@ -21,9 +21,9 @@ class RelativeBias(nn.Module):
         self.table = nn.Embedding(buckets, heads)
         self.max_distance, self.bidirectional = max_distance, bidirectional
 
-    def lookup(self) -> kernels.RelativeBias:
+    def lookup(self) -> kernels.DistanceBias:
         """What the kernel takes; its gradient is that of the table."""
-        return kernels.RelativeBias(self.table.weight, self.max_distance, self.bidirectional)
+        return kernels.DistanceBias(self.table.weight, self.max_distance, self.bidirectional)
 
     def forward(self, queries: int, keys: int) -> Tensor:
         """(1, H, Tq, Tk): the bias written out."""
@@ -56,10 +56,10 @@ class PassBias:
         """
         if self._written is None:
             bias, rest, sizes = self.bias(self.queries, self.keys), self.key_mask, (self.queries, self.keys)
-            order = masks.allowed(None, self.causal, *sizes, bias.device)
+            order = allowed(None, self.causal, *sizes, bias.device)
             if order is not None:
                 bias = bias.masked_fill(~order, -math.inf)
             if rest is not None and not bias.requires_grad:
-                bias, rest = bias.masked_fill(~masks.allowed(rest, False, *sizes, bias.device), -math.inf), None
+                bias, rest = bias.masked_fill(~allowed(rest, False, *sizes, bias.device), -math.inf), None
             self._written = bias, rest
         return self._written

@@ -1,16 +1,48 @@
-"""Attention in the open: the scores, the weights, and the one mask that says the same to a fused operator.
+"""Attention written out: who may look where, the scores, the weights, and a backward pass for training on a CPU.
 
-Vaswani et al. 2017, equation 1: softmax(q k^T / sqrt(d) + bias). A query that may attend to nothing has no weights.
+Vaswani et al. 2017, equation 1: softmax(q k^T / sqrt(d) + bias) v. Masks are True (or 1) where a query may look. One
+that may look at nothing has no weights and reads zeros.
 
-Shapes: B rows, H heads, Tq queries, Tk keys, d head size.
+Shapes: B rows, H heads, Tq queries, Tk keys, d head size, R rows at a time.
 """
 
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import FunctionCtx
 
-from vqa_scratch.nn import masks
+
+def causal_mask(queries: int, keys: int, device: torch.device | None = None) -> Tensor:
+    """(Tq, Tk) bool, aligned to the end of the keys: query i sees keys 0 ... Tk - Tq + i.
+
+    The alignment makes the same call right for a whole sequence and for the last tokens behind a cache.
+    """
+    return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
+
+
+def allowed(key_mask: Tensor | None, causal: bool, queries: int, keys: int, device: torch.device) -> Tensor | None:
+    """Which key each query may read, broadcastable to (B, H, Tq, Tk); None where nothing is masked."""
+    if key_mask is not None:
+        if key_mask.ndim != 2 or key_mask.shape[1] != keys:
+            raise ValueError(f"key_mask must be (batch, {keys} keys), got {tuple(key_mask.shape)}")
+        key_mask = key_mask.bool()[:, None, None, :]  # (B, 1, 1, Tk)
+    if not causal or queries == 1:  # a single query stands last: it sees every key
+        return key_mask
+    order = causal_mask(queries, keys, device)
+    return order if key_mask is None else key_mask & order  # (B, 1, Tq, Tk)
+
+
+def attention_mask(
+    q: Tensor, k: Tensor, *, key_mask: Tensor | None = None, bias: Tensor | None = None, causal: bool = False
+) -> Tensor | None:
+    """All masks as one, broadcastable to the scores: bool, or additive (-inf where masked) when there is a bias."""
+    keep = allowed(key_mask, causal, q.shape[-2], k.shape[-2], q.device)
+    if bias is None:
+        return keep
+    bias = bias.to(q.dtype)
+    return bias if keep is None else bias.masked_fill(~keep, -math.inf)
 
 
 def attention_scores(
@@ -26,7 +58,7 @@ def attention_scores(
     scores = (q * (q.shape[-1] ** -0.5 if scale is None else scale)) @ k.transpose(-1, -2)
     if bias is not None:
         scores = scores + bias
-    keep = masks.allowed(key_mask, causal, q.shape[-2], k.shape[-2], q.device)
+    keep = allowed(key_mask, causal, q.shape[-2], k.shape[-2], q.device)
     return scores if keep is None else scores.masked_fill(~keep, -math.inf)
 
 
@@ -37,28 +69,97 @@ def masked_softmax(scores: Tensor) -> Tensor:
     return scores.masked_fill(blocked, torch.finfo(scores.dtype).min).softmax(-1).masked_fill(blocked, 0.0)
 
 
-def attention_weights(
-    q: Tensor,
-    k: Tensor,
-    *,
-    key_mask: Tensor | None = None,
-    bias: Tensor | None = None,
-    causal: bool = False,
-    scale: float | None = None,
-) -> tuple[Tensor, Tensor]:
-    """The scores (-inf where masked) and the weights, both (B, H, Tq, Tk). Arguments as in `attention`."""
-    scores = attention_scores(q, k, key_mask=key_mask, bias=bias, causal=causal, scale=scale)
-    # With no mask but the causal one, every query sees its own key at least: no row to guard.
-    never_empty = key_mask is None and bias is None and (not causal or q.shape[-2] <= k.shape[-2])
-    return scores, scores.softmax(-1) if never_empty else masked_softmax(scores)
+def attention_weights(q: Tensor, k: Tensor, **options: Tensor | bool | float | None) -> tuple[Tensor, Tensor]:
+    """The scores (-inf where masked) and the weights, both (B, H, Tq, Tk). Arguments as in `attention_scores`."""
+    scores = attention_scores(q, k, **options)
+    return scores, masked_softmax(scores)
 
 
-def attention_mask(
-    q: Tensor, k: Tensor, *, key_mask: Tensor | None = None, bias: Tensor | None = None, causal: bool = False
-) -> Tensor | None:
-    """The one mask the fused operator takes: bool, or additive when there is a bias; broadcastable to the scores."""
-    keep = masks.allowed(key_mask, causal, q.shape[-2], k.shape[-2], q.device)
-    if bias is None:
-        return keep
-    bias = bias.to(q.dtype)
-    return bias if keep is None else bias.masked_fill(~keep, -math.inf)
+# Scores in one group. A product of several rows first copies keys that do not lie one row's behind the other's. In fp32
+# that costs more than a call for each row, in bf16 less.
+SCORES_AT_ONCE = 2**16
+SCORES_AT_ONCE_BF16 = 2**20
+
+
+def _of(x: Tensor, some: slice) -> Tensor:
+    """What the rows in `some` see of a bias or mask: all of it where it has one row for everyone."""
+    return x if x.shape[0] == 1 else x[some]
+
+
+class Products(torch.autograd.Function):
+    """softmax(scale q k^T + bias) v as plain matrix products, its backward pass written out. Result (B, H, Tq, d).
+
+    Autograd would keep several (B, H, Tq, Tk) tensors and walk over each of them many times. Here a few rows at a time
+    go through all steps, only the weights are kept, and the gradient of a bias that rows share is summed as it arises
+    (backward as in Dao et al. 2022, 2205.14135). q (B, H, Tq, d); k, v (B, H, Tk, d); bias (-inf allowed) and keep
+    (bool, True = may look), which may be None, broadcast to (B, H, Tq, Tk).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        bias: Tensor | None,
+        keep: Tensor | None,
+        scale: float,
+        dropout: float,
+    ) -> Tensor:
+        # In memory (B, Tq, H, d), so that joining the heads afterwards is a view.
+        z = q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3]).transpose(1, 2)
+        added, keep = (None if x is None else x[(None,) * (4 - x.ndim)] for x in (bias, keep))
+        added = None if added is None else added.to(q.dtype)
+        at_once = SCORES_AT_ONCE_BF16 if q.dtype == torch.bfloat16 else SCORES_AT_ONCE
+        rows = max(1, at_once // max(1, q.shape[1] * q.shape[2] * k.shape[2]))
+        ctx.groups = [slice(start, start + rows) for start in range(0, len(q), rows)]
+        weights_of, read_of = [], []
+        for some in ctx.groups:
+            scores = q[some] @ k[some].transpose(-1, -2)  # (R, H, Tq, Tk)
+            if scale != 1.0:
+                scores *= scale
+            if added is not None:
+                scores += _of(added, some)
+            if keep is not None:
+                scores.masked_fill_(~_of(keep, some), -math.inf)
+            weights = torch.softmax(scores, -1)
+            masked = added is not None or keep is not None
+            if masked and bool(weights[..., 0].isnan().any()):  # an empty row, or NaN in the input
+                weights.masked_fill_(scores.amax(-1, keepdim=True) == -math.inf, 0.0)
+            read = F.dropout(weights, dropout) if dropout else weights
+            z[some] = read @ v[some]
+            if any(ctx.needs_input_grad):
+                weights_of.append(weights)
+                read_of.append(read)
+        ctx.save_for_backward(q, k, v, bias, *weights_of, *(read_of if dropout else ()))
+        ctx.scale, ctx.dropout = scale, dropout
+        return z
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, dz: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, bias, *saved = ctx.saved_tensors
+        weights_of, read_of = saved[: len(ctx.groups)], saved[-len(ctx.groups) :]
+        dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
+        dbias = torch.zeros_like(bias[(None,) * (4 - bias.ndim)]) if ctx.needs_input_grad[3] else None
+        for some, weights, read in zip(ctx.groups, weights_of, read_of, strict=True):
+            dv[some] = read.transpose(-1, -2) @ dz[some]
+            dweights = dz[some] @ v[some].transpose(-1, -2)
+            if ctx.dropout:
+                dweights *= (read != 0) / (1 - ctx.dropout)
+            dscores = torch._softmax_backward_data(dweights, weights, -1, weights.dtype)
+            if dbias is not None:
+                _add_to(_of(dbias, some), dscores)
+            if ctx.scale != 1.0:
+                dscores *= ctx.scale
+            dq[some] = dscores @ k[some]
+            dk[some] = dscores.transpose(-1, -2) @ q[some]
+        return dq, dk, dv, None if dbias is None else dbias.view(bias.shape), None, None, None
+
+
+def _add_to(total: Tensor, parts: Tensor) -> None:
+    """Add (R, H, Tq, Tk) into `total`, summed over the axes that it broadcasts."""
+    if total.shape == (1, *parts.shape[1:]):
+        for part in parts:  # faster than one sum over a leading axis, and in the precision of the total
+            total[0] += part.to(total.dtype)
+    else:
+        total += parts.to(total.dtype).sum_to_size(total.shape)

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from vqa_scratch.generate import State, begin
 from vqa_scratch.generate.processors import repeating
 from vqa_scratch.models.t5 import T5
-from vqa_scratch.nn.attention import MultiHeadAttention
 from vqa_scratch.nn.memory import Memory
 from vqa_scratch.rl.types import Prompt
 
@@ -217,17 +216,3 @@ def freeze(module: nn.Module, precision: torch.dtype = torch.float32) -> nn.Modu
             if isinstance(layer, nn.Linear):
                 layer.to(precision)
     return module
-
-
-def attend_alike(*models: nn.Module) -> None:
-    """On a CPU: one way of attention with and without gradients, and in policy and reference.
-
-    Old and new log-probabilities then agree to the bit. Left to choose, attention takes another way where a gradient is
-    needed, and in bf16 their ratio would begin up to 3 % from 1.
-    """
-    for model in models:
-        if next(model.parameters()).device.type != "cpu":
-            continue
-        for module in model.modules():
-            if isinstance(module, MultiHeadAttention):
-                module.backend = "products"

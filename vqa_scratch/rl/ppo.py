@@ -22,7 +22,7 @@ from vqa_scratch.errors import UserError
 from vqa_scratch.rl import functional as F
 from vqa_scratch.rl.config import RLHFConfig
 from vqa_scratch.rl.metrics import rollout_metrics
-from vqa_scratch.rl.policy import ActorCritic, Backbone, Context, SamplingRules, attend_alike
+from vqa_scratch.rl.policy import ActorCritic, Backbone, Context, SamplingRules
 from vqa_scratch.rl.ranks import gather_rows, gather_samples
 from vqa_scratch.rl.rewards import RewardScale, RewardSum
 from vqa_scratch.rl.rollout import PromptStream, Responses, Scored, chances, sample, score
@@ -54,7 +54,6 @@ class PPO:
             raise UserError(f"--prompts {config.prompts} leave some of {world.size} ranks without one")
         self.world, self.mine = world, world.share(range(config.prompts))  # this rank's prompts of a batch
         self.config, self.actor, self.reference, self.reward = config, actor.eval(), reference, reward
-        attend_alike(actor, reference)
         self.rules, self.decode, self.autocast = rules, decode, autocast
         self.stream = PromptStream(prompts, config.prompts, config.seed)
         self.scale = RewardScale(clip=config.score_clip or None)

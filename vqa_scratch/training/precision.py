@@ -1,14 +1,14 @@
-"""Which device, which number format, and the autocast and loss scaling that go with them."""
+"""Which device and which number format, chosen here and nowhere else, with the autocast and loss scaling they need."""
 
 import time
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from vqa_scratch.errors import UserError
-from vqa_scratch.nn.attention import MultiHeadAttention
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 WORTHWHILE = 1.5  # bf16 must beat fp32 by this factor at one product, to pay for the casts around it
@@ -52,23 +52,14 @@ def pick_precision(name: str, device: torch.device) -> tuple[str, str]:
 
 
 class Precision:
-    """Autocast to `kind` around the forward pass; a GradScaler where the format needs one. Weights stay fp32."""
+    """The number format of a run: autocast to `kind` around the forward pass, and loss scaling where it needs that.
+
+    Weights stay fp32. `dtype` is the format as torch names it, for what is stored in it: frozen weights, features.
+    """
 
     def __init__(self, kind: str, device: torch.device) -> None:
-        self.kind, self.device = kind, device
+        self.kind, self.device, self.dtype = kind, device, DTYPES[kind]
+        self.autocast: Callable[[], AbstractContextManager] = nullcontext
+        if kind != "fp32":
+            self.autocast = partial(torch.autocast, device.type, dtype=self.dtype)
         self.scaler = torch.amp.GradScaler(device.type, enabled=kind == "fp16")
-
-    def autocast(self) -> AbstractContextManager:
-        if self.kind == "fp32":
-            return nullcontext()
-        return torch.autocast(self.device.type, dtype=DTYPES[self.kind])
-
-    def suit_attention(self, model: nn.Module) -> None:
-        """Choose the attention backend: explicit for bf16 on a CPU, where the fused backward pass is slow; else fused.
-
-        (torch 2.13, 512 x 4 heads x 13 tokens x 32: 21.7 ms a call against 2.4 ms in fp32.)
-        """
-        backend = "explicit" if self.device.type == "cpu" and self.kind == "bf16" else "fused"
-        for module in model.modules():
-            if isinstance(module, MultiHeadAttention):
-                module.backend = backend
