@@ -176,7 +176,7 @@ def test_what_is_saved_is_read_by_both(tmp_path):
         ("text_config", {"do_layer_norm_before": False}, "with norms before sublayers"),
         ("qformer_config", {"use_qformer_text_input": True}, "a Q-Former that reads text"),
         ("qformer_config", {"cross_attention_frequency": 0}, "must be 1 or more, not 0"),
-        ("vision_config", {"image_size": [28, 14]}, "image and patch must be square"),
+        ("vision_config", {"patch_size": [14, 7]}, "patches must be square"),
         ("vision_config", {"hidden_act": "swish"}, "asks for activation 'swish'"),
     ],
 )
