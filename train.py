@@ -9,12 +9,14 @@ trains is one class in `vqa_scratch/systems/`; this file is how it is trained, f
 
 import sys
 
-from vqa_scratch.systems.options import RunOptions, options_or_exit, read_command_line
+from vqa_scratch.command_line import errors_in_one_line, run_program
+from vqa_scratch.systems.options import RunOptions, read_command_line
 
+# ruff: noqa: E402 -- the command line is read before torch is imported, so that --help and a wrong flag answer at once
 if __name__ == "__main__":
-    OPTIONS = options_or_exit(read_command_line, sys.argv[1:])  # before torch is loaded, so that --help answers at once
+    with errors_in_one_line():
+        OPTIONS = read_command_line(sys.argv[1:])
 
-# ruff: noqa: E402
 import resource
 import shlex
 import time
@@ -28,10 +30,9 @@ from tqdm import tqdm
 
 from vqa_scratch import systems
 from vqa_scratch.data.batches import prefetch
-from vqa_scratch.options import run_program
 from vqa_scratch.report.curves import draw_panels
 from vqa_scratch.storage import write_json
-from vqa_scratch.systems import System
+from vqa_scratch.systems.base import System
 from vqa_scratch.systems.run_folder import WEIGHTS, begin_or_go_on, read_weights, save_weights
 from vqa_scratch.training.allocator import keep_freed_memory
 from vqa_scratch.training.checkpoint import load_model_state, restore, save_checkpoint, separate_streams, streams

@@ -18,7 +18,7 @@ from vqa_scratch.errors import UserError
 from vqa_scratch.generate import GenerationOptions, generate
 from vqa_scratch.models.blip2 import Blip2
 from vqa_scratch.storage import read_json
-from vqa_scratch.training.evaluation import Answer
+from vqa_scratch.data.answers import Answer
 from vqa_scratch.training.precision import DTYPES, pick_precision
 from vqa_scratch.weights.files import resolve_folder
 

@@ -18,9 +18,9 @@ from safetensors.torch import load_file
 from torch import nn
 
 from vqa_scratch.errors import UserError
-from vqa_scratch.options import from_json, to_json
+from vqa_scratch.options import changeable, from_json, to_json
 from vqa_scratch.storage import check_writable, read_json, remove_unfinished, write_json
-from vqa_scratch.systems.options import PRESETS, RunOptions, changeable
+from vqa_scratch.systems.options import PRESETS, RunOptions
 from vqa_scratch.training.checkpoint import load_checkpoint
 from vqa_scratch.training.ranks import ALONE, World, for_main
 from vqa_scratch.weights.files import write_safetensors

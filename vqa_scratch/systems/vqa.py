@@ -36,7 +36,7 @@ from vqa_scratch.systems.options import VQAOptions
 from vqa_scratch.systems.questions import QuestionData, QuestionSystem
 from vqa_scratch.systems.scoring import common_answers
 from vqa_scratch.systems.writing import Split, choose, write, writing_figures
-from vqa_scratch.training.precision import DTYPES, Precision
+from vqa_scratch.training.precision import Precision
 
 CANDIDATES = "answers.json"  # of a run folder: the training answers to choose from, the most frequent first
 CANDIDATES_KEPT = 1000
@@ -137,7 +137,7 @@ class VQASystem(QuestionSystem):
         type, which is what the connector computes in anyway. Nothing is computed yet: a file is made by `precompute`.
         Raises UserError if the images are not of the size that the image encoder was made for.
         """
-        model, folder, dtype = self.model, self.options.cache, DTYPES[self.precision.kind]
+        model, folder, dtype = self.model, self.options.cache, self.precision.dtype
         frozen, kept = FROZEN_PARTS[self.options.freeze], []
 
         def at_rest(part: nn.Module, encode: Callable[..., States]) -> Callable[..., States]:
