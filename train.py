@@ -7,26 +7,33 @@ preset trains is a system of its own in `vqa_scratch/systems/`; this file is wha
     torchrun --nproc-per-node 8 train.py ...   # one process a GPU; docs/scale.md
 """
 
+import sys
+
+from vqa_scratch.command_line import errors_in_one_line, run_program
+from vqa_scratch.systems.options import PRESETS, RunOptions, read_command_line
+
+# ruff: noqa: E402 -- the command line is read before torch is imported, so that --help and a wrong flag answer at once
+if __name__ == "__main__":
+    with errors_in_one_line():
+        OPTIONS = read_command_line(sys.argv[1:])
+
 import resource
 import shlex
-import sys
 import time
-from collections.abc import Sequence
 from dataclasses import fields, replace
 from typing import Any
 
 import torch
 
-from vqa_scratch.config import PRESETS, RunConfig
 from vqa_scratch.errors import UserError
-from vqa_scratch.options import flag_names, from_json, parse, peek, run_program
+from vqa_scratch.options import changeable, check_dependencies, flag, from_json
 from vqa_scratch.report.curves import draw_panels
 from vqa_scratch.run import load_file_state, read_run_config, save_weights
 from vqa_scratch.storage import check_writable, remove_unfinished, write_json
-from vqa_scratch.systems import BY_PRESET, SYSTEMS, system_of
+from vqa_scratch.systems import system_of
 from vqa_scratch.training.allocator import keep_freed_memory
 from vqa_scratch.training.checkpoint import load_checkpoint, load_model_state, separate_streams
-from vqa_scratch.training.distributed import World, start, told_once
+from vqa_scratch.training.distributed import World, start
 from vqa_scratch.training.loop import Plan, State, fit, restore
 from vqa_scratch.training.optimizers import Optimizers
 from vqa_scratch.training.parallel import check_sharing, share_model
@@ -35,12 +42,9 @@ from vqa_scratch.training.progress import MetricsLog
 
 # Kept back from --minutes for the final evaluation: a share of the budget, and never more than so many seconds.
 RESERVE_SHARE, RESERVE_SECONDS = 0.1, 45.0
-# Between a run and its continuation; the learning rates, for a run whose loss went to infinity.
-MAY_CHANGE = {"resume", "out", "device", "parallel", "data", "cache", "feature_cache", "test_images"}
-MAY_CHANGE |= {"learning_rate", "matrix_learning_rate", "max_grad_norm"}
 
 
-def settle(config: RunConfig) -> tuple[RunConfig, dict[str, Any] | None]:
+def settle(config: RunOptions) -> tuple[RunOptions, dict[str, Any] | None]:
     """With --resume, the config of the run and its last checkpoint (None if it was stopped before the first)."""
     path = config.out / "checkpoints" / "last.pt"
     check_writable(config.out)
@@ -55,13 +59,15 @@ def settle(config: RunConfig) -> tuple[RunConfig, dict[str, Any] | None]:
     saved = from_json(type(config), values["train"], str(config.out / "config.json"))
     plain = {f.name: f.default for f in fields(config)} | {"minutes": 10.0}
     given = {k: v for k, v in vars(config).items() if v != plain[k] and v != PRESETS[config.preset].get(k)}
-    other = {k: v for k, v in given.items() if k not in MAY_CHANGE and v != getattr(saved, k)}
+    may_change = changeable(type(config))
+    other = {k: v for k, v in given.items() if k not in may_change and v != getattr(saved, k)}
     if other:
-        what = ", ".join(f"--{k.replace('_', '-')} {getattr(saved, k)}, not {v}" for k, v in other.items())
+        what = ", ".join(f"{flag(k)} {getattr(saved, k)}, not {v}" for k, v in other.items())
         raise UserError(f"{config.out} was begun with {what}; a run goes on with the options it was begun with")
     remove_unfinished(config.out)
-    changes = {k: v for k, v in given.items() if k in MAY_CHANGE} | {"out": config.out, "resume": False}
+    changes = {k: v for k, v in given.items() if k in may_change} | {"out": config.out, "resume": False}
     saved = replace(saved, **changes)
+    check_dependencies(saved, changes)
     return saved, load_checkpoint(path) if path.exists() else None
 
 
@@ -73,13 +79,13 @@ def peak_memory_gb(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
-def main(config: RunConfig) -> int | None:
+def main(config: RunOptions) -> int | None:
     """Train, evaluate and report. Returns None, or the number of the signal that stopped the run early."""
     with start(config.device) as world:
         return train(config, world)
 
 
-def train(config: RunConfig, world: World) -> int | None:
+def train(config: RunOptions, world: World) -> int | None:
     """`main`, as one of the ranks that torchrun started, or as the only one."""
     began = time.perf_counter()
     keep_freed_memory()
@@ -182,23 +188,5 @@ def train(config: RunConfig, world: World) -> int | None:
     return None
 
 
-def command_line(argv: Sequence[str]) -> RunConfig:
-    """The config that the flags ask for: that of the system which --preset names, whose flags they must be."""
-    with told_once():
-        return _command_line(argv)
-
-
-def _command_line(argv: Sequence[str]) -> RunConfig:
-    preset = peek(argv, "--preset", tuple(BY_PRESET))
-    system = system_of(preset)
-    about = (
-        f"Train the system of preset {preset}; the values in brackets are its defaults. Other presets, with flags of "
-        f"their own (--preset NAME --help): {', '.join(name for name in BY_PRESET if name != preset)}."
-    )
-    others = {name: f"--preset {other.presets[0]}" for other in SYSTEMS for name in flag_names(other.config)}
-    told = {"program": "train.py", "about": about, "elsewhere": others, "unread": lambda config: config.unread()}
-    return parse(system.config, {preset: PRESETS[preset]}, argv, **told)
-
-
 if __name__ == "__main__":
-    run_program(lambda: main(command_line(sys.argv[1:])))
+    run_program(lambda: main(OPTIONS))

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from vqa_scratch.config import TrainConfig
 from vqa_scratch.data.shapes import ShapesSpec, ensure_shapes
+from vqa_scratch.systems.options import VQAOptions
 from vqa_scratch.systems.questions import Splits, read_splits
 from vqa_scratch.systems.vqa import VQATask, embedded_system
 from vqa_scratch.training.precision import Precision
@@ -44,10 +44,10 @@ def small_data(folder: Path) -> Path:
     return ensure_shapes(folder, SPEC, progress=False)
 
 
-def small_config(data: Path, out: Path, **changes: Any) -> TrainConfig:
+def small_config(data: Path, out: Path, **changes: Any) -> VQAOptions:
     """A model of about 80,000 parameters on that data."""
     values = {"data": data, "cache": out.parent / "cache", "out": out, "image_cache": False, "steps": 8}
-    return TrainConfig(**values | SIZES | changes)
+    return VQAOptions(**values | SIZES | changes)
 
 
 def small_flags(data: Path, out: Path, **changes: Any) -> list[str]:
@@ -57,7 +57,7 @@ def small_flags(data: Path, out: Path, **changes: Any) -> list[str]:
     return [*flags, "--no-image-cache"]
 
 
-def small_task(config: TrainConfig, splits: Splits | None = None) -> VQATask:
+def small_task(config: VQAOptions, splits: Splits | None = None) -> VQATask:
     """The task that `train.py` would train, with a model from the config's seed."""
     splits = splits or read_splits(config)
     torch.manual_seed(config.seed)
@@ -123,10 +123,10 @@ def _redirected(ends: Sequence[Connection], function: Callable[..., None], args:
 def train_program(argv: Sequence[str], prepare: Callable[[], None] | None = None) -> None:
     """`python train.py ARGV`, with `prepare()` called first; pictures and the gallery are left out to save time."""
     import train
-    from vqa_scratch.options import run_program
+    from vqa_scratch.command_line import run_program
     from vqa_scratch.systems import questions
 
     train.draw_panels = questions.write_gallery = lambda *args: None
     if prepare is not None:
         prepare()
-    run_program(lambda: train.main(train.command_line(argv)))
+    run_program(lambda: train.main(train.read_command_line(argv)))

@@ -18,14 +18,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from vqa_scratch.config import RunConfig, TrainConfig
 from vqa_scratch.data.batches import Encoder
 from vqa_scratch.data.images import ImageProcessor
 from vqa_scratch.data.text import Tokenizer
 from vqa_scratch.errors import UserError
 from vqa_scratch.models.vqa import VQAConfig, VQAModel
-from vqa_scratch.options import from_json, to_json
+from vqa_scratch.options import choices_of, from_json, to_json
 from vqa_scratch.storage import write_json
+from vqa_scratch.systems.options import RunOptions, VQAOptions
 from vqa_scratch.training.checkpoint import load_model_state
 from vqa_scratch.training.distributed import ALONE, World
 from vqa_scratch.training.parallel import for_main
@@ -33,7 +33,7 @@ from vqa_scratch.training.precision import Precision, pick_precision
 from vqa_scratch.weights.files import write_safetensors
 
 PROGRAM = "train.py"
-VQA_PRESETS = TrainConfig.__dataclass_fields__["preset"].metadata["choices"]
+VQA_PRESETS = choices_of(VQAOptions, "preset")
 
 
 @dataclass
@@ -41,7 +41,7 @@ class Run:
     """The first system, trained and ready: model, both tokenizers (in `encoder`) and image preprocessing."""
 
     folder: Path
-    config: TrainConfig
+    config: VQAOptions
     model: VQAModel
     encoder: Encoder
     processor: ImageProcessor
@@ -49,7 +49,7 @@ class Run:
     precision: Precision
 
 
-def encoder_for(config: TrainConfig, text: Tokenizer, decoder: Tokenizer) -> Encoder:
+def encoder_for(config: VQAOptions, text: Tokenizer, decoder: Tokenizer) -> Encoder:
     return Encoder(
         text,
         decoder,
@@ -59,12 +59,12 @@ def encoder_for(config: TrainConfig, text: Tokenizer, decoder: Tokenizer) -> Enc
     )
 
 
-def write_run_config(folder: Path, config: RunConfig, sizes: dict[str, Any]) -> None:
+def write_run_config(folder: Path, config: RunOptions, sizes: dict[str, Any]) -> None:
     """config.json: the options of the run, and `sizes`, what is needed to build its model again."""
     write_json(folder / "config.json", {"program": PROGRAM, "train": to_json(config), "model": sizes})
 
 
-def save_parts(folder: Path, config: TrainConfig, model: VQAModel, encoder: Encoder, processor: ImageProcessor) -> None:
+def save_parts(folder: Path, config: VQAOptions, model: VQAModel, encoder: Encoder, processor: ImageProcessor) -> None:
     """Everything of the first system but the weights."""
     write_run_config(folder, config, model.config.to_json())
     encoder.text.save(folder / "text_tokenizer")
@@ -117,7 +117,7 @@ def load_weights(model: nn.Module, folder: Path, precision: Precision) -> None:
     precision.suit_attention(model)
 
 
-def open_run(folder: Path, values: dict[str, Any], config: TrainConfig, precision: Precision) -> Run:
+def open_run(folder: Path, values: dict[str, Any], config: VQAOptions, precision: Precision) -> Run:
     """A run of the first system from the content of its config.json and its options."""
     model = VQAModel.from_config(VQAConfig.from_json(values["model"]))
     load_weights(model, folder, precision)
@@ -140,5 +140,5 @@ def load_run(folder: Path, device: torch.device | str = "cpu", precision: str = 
     if values["train"].get("preset") not in VQA_PRESETS:
         preset, needed = values["train"].get("preset"), " or ".join(VQA_PRESETS)
         raise UserError(f"{folder} is a run of preset {preset}; this needs one of preset {needed}")
-    config = from_json(TrainConfig, values["train"], f"{folder / 'config.json'}")
+    config = from_json(VQAOptions, values["train"], f"{folder / 'config.json'}")
     return open_run(folder, values, config, Precision(pick_precision(precision, device)[0], device))

@@ -3,8 +3,9 @@
 A system is a way to train and use one kind of model. It says so in one `System` at the end of its module, which
 `vqa_scratch/systems/__init__.py` lists; nothing else in the programs knows its name. To add one:
 
-1. In `config/`, derive its options from `RunConfig` (or `QuestionConfig`), with `preset` naming its presets, and give
-   each preset its values in PRESETS. What is no field there is no flag of the system, and giving it is an error.
+1. In `systems/options.py`, derive its options from `RunOptions` (or `QuestionOptions`), with `preset` naming its
+   presets, and give each preset its values in `systems/presets.py`. What is no field there is no flag of the system,
+   and giving it is an error.
 2. Write its `Job`: what `train.py` trains and reports. `prepare` seeds every generator (`seed_everything`) before it
    makes the model, which it leaves on the CPU; `train.py` moves it.
 3. Write its `Trained`: a finished run, opened again.
@@ -26,9 +27,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from vqa_scratch.config import RunConfig
 from vqa_scratch.data.vqa_v2 import VQASample
 from vqa_scratch.errors import UserError
+from vqa_scratch.options import choices_of, flag
+from vqa_scratch.systems.options import RunOptions
 from vqa_scratch.training.distributed import World
 from vqa_scratch.training.evaluation import Answer
 from vqa_scratch.training.precision import Precision
@@ -64,15 +66,16 @@ class Trained(Protocol):
     """A finished run, opened again: the best weights in eval mode on `precision.device`."""
 
     folder: Path
-    config: RunConfig
+    config: RunOptions
     model: nn.Module
     precision: Precision
+    decodes: bool  # whether it writes its answers, so that `ask` takes `decoding`
 
     def ask(self, image: Path, question: str | None, top: int | None) -> tuple[list[Answer], list[str]]:
         """(answers, the best first; notes for the user) about one image file.
 
-        One answer for `top` None; `top` of them where the system scores a list of answers. A system that writes its
-        answers may take `decoding` as well, fields of `GenerationOptions` by name. Raises UserError for an
+        One answer for `top` None; `top` of them where the system scores a list of answers. A system that `decodes`
+        takes `decoding` as well, fields of `GenerationOptions` by name. Raises UserError for an
         image that cannot be read, for a question missing or not wanted, and for a `top` it cannot give.
         """
 
@@ -118,20 +121,20 @@ class System:
     """
 
     name: str
-    config: type[RunConfig]
+    config: type[RunOptions]
     prepare: Callable[[Any, Precision], Job]
     open: Callable[[Path, dict[str, Any], Any, Precision], Trained]
 
     @property
     def presets(self) -> tuple[str, ...]:
         """The presets that name this system, the default one first."""
-        return self.config.__dataclass_fields__["preset"].metadata["choices"]
+        return choices_of(self.config, "preset")
 
 
-def check_positions(config: RunConfig, names: Sequence[str], limit: int, tower: str) -> None:
+def check_positions(config: RunOptions, names: Sequence[str], limit: int, tower: str) -> None:
     """Raise UserError if a text may have more tokens, the sum of these options, than a released tower has positions."""
     if sum(getattr(config, name) for name in names) > limit:
-        flags = " and ".join(f"--{name.replace('_', '-')} {getattr(config, name)}" for name in names)
+        flags = " and ".join(f"{flag(name)} {getattr(config, name)}" for name in names)
         verb = "is" if len(names) == 1 else "are"
         raise UserError(f"{flags} {verb} more than the {limit} positions of {tower}")
 

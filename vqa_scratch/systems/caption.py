@@ -6,7 +6,6 @@ a released GPT-2. A caption has no prompt, a question is its own prompt, and one
 
 import torch
 
-from vqa_scratch.config import CaptionTrainConfig
 from vqa_scratch.data.batches import Encoder
 from vqa_scratch.data.images import ImageProcessor
 from vqa_scratch.data.text import Tokenizer, train_bpe
@@ -20,6 +19,7 @@ from vqa_scratch.systems.captions import (
     Texts,
     read_splits,
 )
+from vqa_scratch.systems.options import CaptionOptions
 from vqa_scratch.systems.vqa import IMAGE_SIZE, grid_positions
 from vqa_scratch.training.precision import Precision
 
@@ -29,7 +29,7 @@ RESNET_PROCESSOR = ImageProcessor(size=256, crop_size=(224, 224), kind="BitImage
 TABLE_ROWS = 8
 
 
-def embedded_model(config: CaptionTrainConfig, decoder: Tokenizer) -> CaptionModel:
+def embedded_model(config: CaptionOptions, decoder: Tokenizer) -> CaptionModel:
     """A small random net: two stages of basic blocks, which leave a map of 8x8 places of a 64-pixel image."""
     image = ResNetConfig("basic", (config.image_blocks,) * 2, (config.image_width, 2 * config.image_width))
     decoder_config = GPT2Config(
@@ -53,12 +53,12 @@ def embedded_model(config: CaptionTrainConfig, decoder: Tokenizer) -> CaptionMod
     return model
 
 
-def _check_positions(config: CaptionTrainConfig, sizes: GPT2Config) -> None:
+def _check_positions(config: CaptionOptions, sizes: GPT2Config) -> None:
     read = [*(["max_question_tokens"] if config.question_share else []), "max_caption_tokens"]
     check_positions(config, read, sizes.max_positions, config.decoder_model or "GPT-2")
 
 
-def build(config: CaptionTrainConfig, train: Texts) -> tuple[CaptionModel, Encoder, ImageProcessor]:
+def build(config: CaptionOptions, train: Texts) -> tuple[CaptionModel, Encoder, ImageProcessor]:
     """Model, tokenizer and preprocessing that the config asks for."""
     seed_everything(config.seed)
     if config.init == "pretrained":
@@ -77,11 +77,11 @@ def build(config: CaptionTrainConfig, train: Texts) -> tuple[CaptionModel, Encod
     return embedded_model(config, decoder), encoder, ImageProcessor(size=(IMAGE_SIZE, IMAGE_SIZE))
 
 
-def prepare(config: CaptionTrainConfig, precision: Precision) -> CaptionJob:
+def prepare(config: CaptionOptions, precision: Precision) -> CaptionJob:
     """Read the data and build the model. Raises UserError where either cannot be had."""
     folder, splits = read_splits(config)
     model, encoder, processor = build(config, splits["train"])
     return CaptionJob(config, model, encoder, processor, folder, splits, precision)
 
 
-CAPTION = System("caption", CaptionTrainConfig, prepare, open_trained)
+CAPTION = System("caption", CaptionOptions, prepare, open_trained)

@@ -8,7 +8,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vqa_scratch.config import CaptionTrainConfig
 from vqa_scratch.data.augment import Augment, depends_on_side
 from vqa_scratch.data.batches import Batch, Encoder, Images, Questions
 from vqa_scratch.data.groups import deal
@@ -27,6 +26,7 @@ from vqa_scratch.systems.captions import (
     show,
     told,
 )
+from vqa_scratch.systems.options import CaptionOptions
 from vqa_scratch.systems.questions import family_of
 from vqa_scratch.training.distributed import World
 from vqa_scratch.training.evaluation import (
@@ -58,7 +58,7 @@ class CaptionJob:
 
     def __init__(
         self,
-        config: CaptionTrainConfig,
+        config: CaptionOptions,
         model: CaptionModel,
         encoder: Encoder,
         processor: ImageProcessor,

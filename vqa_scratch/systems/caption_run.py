@@ -4,9 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-from vqa_scratch.config import CaptionTrainConfig
 from vqa_scratch.data.batches import Encoder
 from vqa_scratch.data.images import ImageProcessor
 from vqa_scratch.data.text import Tokenizer, check_question
@@ -17,6 +16,7 @@ from vqa_scratch.models.resnet import FrozenBatchNorm
 from vqa_scratch.run import load_weights, save_weights, write_run_config
 from vqa_scratch.storage import write_json, write_text
 from vqa_scratch.systems.captions import lengths, read_texts, report
+from vqa_scratch.systems.options import CaptionOptions
 from vqa_scratch.training.evaluation import Answer, answer_samples
 from vqa_scratch.training.precision import Precision
 from vqa_scratch.weights.files import write_safetensors
@@ -68,7 +68,7 @@ model.image = ResNet.from_pretrained("image/model.safetensors")"""
 LOAD_OWN = 'model.image.load_state_dict(load_file("image/model.safetensors"))'
 
 
-def caption_encoder(config: CaptionTrainConfig, decoder: Tokenizer) -> Encoder:
+def caption_encoder(config: CaptionOptions, decoder: Tokenizer) -> Encoder:
     """No text tower: a question is a prompt of the decoder."""
     return Encoder(
         None,
@@ -80,7 +80,7 @@ def caption_encoder(config: CaptionTrainConfig, decoder: Tokenizer) -> Encoder:
 
 
 def save_parts(
-    folder: Path, config: CaptionTrainConfig, model: CaptionModel, encoder: Encoder, processor: ImageProcessor
+    folder: Path, config: CaptionOptions, model: CaptionModel, encoder: Encoder, processor: ImageProcessor
 ) -> None:
     """Everything but the weights."""
     write_run_config(folder, config, model.config.to_json())
@@ -92,8 +92,10 @@ def save_parts(
 class TrainedCaptioner:
     """A finished run, for the commands."""
 
+    decodes: ClassVar[bool] = True
+
     folder: Path
-    config: CaptionTrainConfig
+    config: CaptionOptions
     model: CaptionModel
     precision: Precision
     encoder: Encoder
@@ -165,7 +167,7 @@ class TrainedCaptioner:
 
 
 def open_trained(
-    folder: Path, values: dict[str, Any], config: CaptionTrainConfig, precision: Precision
+    folder: Path, values: dict[str, Any], config: CaptionOptions, precision: Precision
 ) -> TrainedCaptioner:
     """Raises UserError if there are no weights yet, or if they do not fit."""
     model = CaptionModel.from_config(CaptionConfig.from_json(values["model"]))

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from vqa_scratch.config import CaptionTrainConfig
 from vqa_scratch.data.captions import read_captions
 from vqa_scratch.data.descriptions import objects_named, objects_of, read_scenes, scenes_file
 from vqa_scratch.data.image_files import load_image
@@ -18,6 +17,7 @@ from vqa_scratch.data.vqa_v2 import VQASample, read_vqa, split_by_image
 from vqa_scratch.report.curves import moving_average
 from vqa_scratch.report.gallery import card, write_page
 from vqa_scratch.report.table import draw_table
+from vqa_scratch.systems.options import CaptionOptions
 from vqa_scratch.systems.questions import first_images
 from vqa_scratch.training.captioning import corpus_bleu, score_objects
 from vqa_scratch.training.evaluation import Answer, other_images
@@ -63,7 +63,7 @@ def read_texts(
     return Texts(data.samples, read_scenes(path) if path.is_file() else None, asked)
 
 
-def read_splits(config: CaptionTrainConfig) -> tuple[Path, dict[str, Texts]]:
+def read_splits(config: CaptionOptions) -> tuple[Path, dict[str, Texts]]:
     """(folder, texts by split: "train", "val", "test", and "holdout" where there is one); images are in one split only.
 
     The embedded data set is drawn first if no `--data` is given.

@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from vqa_scratch.config import QuestionConfig
 from vqa_scratch.data.batches import Images, Questions
 from vqa_scratch.data.feature_store import ImageFeatures, TextFeatures
 from vqa_scratch.data.shapes import FAMILY_OF_TYPE, ShapesSpec, ensure_shapes
 from vqa_scratch.data.vqa_v2 import VQASample, read_vqa, split_by_image
 from vqa_scratch.report.curves import moving_average
 from vqa_scratch.report.gallery import write_gallery
+from vqa_scratch.systems.options import QuestionOptions
 from vqa_scratch.training.distributed import World
 from vqa_scratch.training.evaluation import Answer, QuestionOnly, Report, TypePrior, blind, other_images, score
 from vqa_scratch.training.precision import Precision
@@ -46,7 +46,7 @@ def first_images(samples: list[VQASample], number: int | None) -> list[VQASample
     return [sample for sample in samples if sample.image_id in kept]
 
 
-def read_splits(config: QuestionConfig) -> Splits:
+def read_splits(config: QuestionOptions) -> Splits:
     """Read every split the run needs; draw the embedded data set first if no `--data` is given."""
     folder = config.data or ensure_shapes(config.cache, ShapesSpec(seed=config.seed))
     train = read_vqa(
@@ -90,7 +90,7 @@ class QuestionJob(ABC):
 
     def __init__(
         self,
-        config: QuestionConfig,
+        config: QuestionOptions,
         model: nn.Module,
         splits: Splits,
         questions: dict[str, Questions],

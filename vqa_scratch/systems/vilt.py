@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vqa_scratch.config import ViLTTrainConfig
 from vqa_scratch.data.answers import AnswerList
 from vqa_scratch.data.classes import ClassBatch, ClassQuestions
 from vqa_scratch.data.groups import TextEncoder
@@ -22,6 +21,7 @@ from vqa_scratch.data.vilt_images import ViltImageProcessor, images_for
 from vqa_scratch.data.vqa_v2 import VQASample
 from vqa_scratch.models.vilt import ViLT, ViLTClassifier, ViLTConfig, answer_loss
 from vqa_scratch.systems.base import System, check_positions, seed_everything
+from vqa_scratch.systems.options import ViLTOptions
 from vqa_scratch.systems.questions import QuestionJob, Splits, read_splits
 from vqa_scratch.systems.vilt_run import build_vilt, open_trained, save_parts
 from vqa_scratch.systems.vqa import VOCABULARY, grid_positions
@@ -35,7 +35,7 @@ Parts = tuple[ViLTClassifier, TextEncoder, ImageProcessor]
 # ------------------------------------------------------------------------------------------------ model
 
 
-def small_system(config: ViLTTrainConfig, train: list[VQASample], labels: tuple[str, ...]) -> Parts:
+def small_system(config: ViLTOptions, train: list[VQASample], labels: tuple[str, ...]) -> Parts:
     """A small ViLT of random weights, with a tokenizer learned from the questions."""
     text = train_wordpiece(sorted({s.question for s in train}), VOCABULARY)
     sizes = ViLTConfig(
@@ -59,7 +59,7 @@ def small_system(config: ViLTTrainConfig, train: list[VQASample], labels: tuple[
     return model, encoder, ImageProcessor(size=(config.image_size, config.image_size))
 
 
-def released_system(config: ViLTTrainConfig, labels: tuple[str, ...]) -> Parts:
+def released_system(config: ViLTOptions, labels: tuple[str, ...]) -> Parts:
     """A released ViLT under a new head, with its tokenizer and preprocessing."""
     vilt = ViLT.from_pretrained(config.model)
     check_positions(config, ["max_question_tokens"], vilt.config.max_positions, config.model)
@@ -84,7 +84,7 @@ class ViLTJob(QuestionJob):
 
     def __init__(
         self,
-        config: ViLTTrainConfig,
+        config: ViLTOptions,
         model: ViLTClassifier,
         encoder: TextEncoder,
         processor: ImageProcessor,
@@ -138,7 +138,7 @@ class ViLTJob(QuestionJob):
         return figures | {"classification_accuracy": figures["accuracy"], "answers": len(self.model.labels)}
 
 
-def prepare(config: ViLTTrainConfig, precision: Precision) -> ViLTJob:
+def prepare(config: ViLTOptions, precision: Precision) -> ViLTJob:
     """Read the data, list the answers, build the model. Raises UserError where one of them cannot be had."""
     splits = read_splits(config)
     train = splits.samples["train"]
@@ -155,4 +155,4 @@ def prepare(config: ViLTTrainConfig, precision: Precision) -> ViLTJob:
     return job
 
 
-VILT = System("vilt", ViLTTrainConfig, prepare, open_trained)
+VILT = System("vilt", ViLTOptions, prepare, open_trained)

@@ -3,9 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-from vqa_scratch.config import ViLTTrainConfig
 from vqa_scratch.data.answers import AnswerList
 from vqa_scratch.data.classes import ClassQuestions
 from vqa_scratch.data.groups import TextEncoder
@@ -19,6 +18,7 @@ from vqa_scratch.models.stem import ConvStem
 from vqa_scratch.models.vilt import ViLT, ViLTClassifier, ViLTConfig
 from vqa_scratch.run import load_weights, write_run_config
 from vqa_scratch.storage import write_json, write_text
+from vqa_scratch.systems.options import ViLTOptions
 from vqa_scratch.training.classify import classify_questions
 from vqa_scratch.training.evaluation import AT_ONCE, Answer, other_images
 from vqa_scratch.training.precision import Precision
@@ -82,7 +82,7 @@ def build_vilt(config: ViLTConfig, stem: str) -> ViLT:
 
 
 def save_parts(
-    folder: Path, config: ViLTTrainConfig, model: ViLTClassifier, encoder: TextEncoder, processor: ImageProcessor
+    folder: Path, config: ViLTOptions, model: ViLTClassifier, encoder: TextEncoder, processor: ImageProcessor
 ) -> None:
     """Everything but the weights; config.json holds the labels as id2label."""
     stem = "conv" if isinstance(model.vilt.tower.patch_embed, ConvStem) else "linear"
@@ -95,8 +95,10 @@ def save_parts(
 class TrainedViLT:
     """A finished run, for the commands."""
 
+    decodes: ClassVar[bool] = False
+
     folder: Path
-    config: ViLTTrainConfig
+    config: ViLTOptions
     model: ViLTClassifier
     encoder: TextEncoder
     processor: ImageProcessor
@@ -148,7 +150,7 @@ class TrainedViLT:
         ]
 
 
-def open_trained(folder: Path, values: dict[str, Any], config: ViLTTrainConfig, precision: Precision) -> TrainedViLT:
+def open_trained(folder: Path, values: dict[str, Any], config: ViLTOptions, precision: Precision) -> TrainedViLT:
     sizes = values["model"]
     labels = labels_from_hf(sizes, len(sizes["id2label"]), str(folder / "config.json"))
     model = ViLTClassifier(build_vilt(ViLTConfig.from_hf(sizes), sizes["stem"]), labels)

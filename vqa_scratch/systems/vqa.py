@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vqa_scratch.config import TrainConfig
 from vqa_scratch.data.batches import Batch, Encoder, Images, Questions
 from vqa_scratch.data.images import ImageProcessor
 from vqa_scratch.data.text import Tokenizer, train_bpe, train_wordpiece
@@ -27,6 +26,7 @@ from vqa_scratch.run import encoder_for, save_parts
 from vqa_scratch.storage import write_json
 from vqa_scratch.systems.base import System, check_positions, seed_everything
 from vqa_scratch.systems.features import keep_features
+from vqa_scratch.systems.options import VQAOptions
 from vqa_scratch.systems.questions import QuestionJob, Splits, read_splits
 from vqa_scratch.systems.vqa_run import ANSWERS, open_trained, ranked_questions
 from vqa_scratch.training.evaluation import Answer, answer_questions, common_answers, rank_answers
@@ -59,7 +59,7 @@ def _own_tokenizers(train: list[VQASample], prefix: str) -> tuple[Tokenizer, Tok
     return train_wordpiece(questions, VOCABULARY), train_bpe(spaced, VOCABULARY)
 
 
-def embedded_system(config: TrainConfig, train: list[VQASample]) -> tuple[VQAModel, Encoder, ImageProcessor]:
+def embedded_system(config: VQAOptions, train: list[VQASample]) -> tuple[VQAModel, Encoder, ImageProcessor]:
     """Small random towers of the real classes, with tokenizers learned from the questions."""
     text, decoder = _own_tokenizers(train, " ")
     hidden, none = 4 * config.width, {"dropout": 0.0, "attention_dropout": 0.0}
@@ -101,15 +101,15 @@ def embedded_system(config: TrainConfig, train: list[VQASample]) -> tuple[VQAMod
     )
     stem = ConvStem(3, config.width, config.patch_size) if config.stem == "conv" else None
     image = ViT(image_config, patch_embed=stem)
-    model = VQAModel(image, Bert(text_config), GPT2(decoder_config), config.fusion)
-    tables = [image.positions] + ([model.places] if config.fusion == "tokens" else [])
+    model = VQAModel(image, Bert(text_config), GPT2(decoder_config), config.connector)
+    tables = [image.positions] + ([model.places] if config.connector == "tokens" else [])
     with torch.no_grad():
         for table in tables:
             table[0, 1:] = 0.5 * grid_positions(image_config.grid, config.width)
     return model, encoder_for(config, text, decoder), ImageProcessor(size=(IMAGE_SIZE, IMAGE_SIZE))
 
 
-def released_system(config: TrainConfig, train: list[VQASample]) -> tuple[VQAModel, Encoder, ImageProcessor]:
+def released_system(config: VQAOptions, train: list[VQASample]) -> tuple[VQAModel, Encoder, ImageProcessor]:
     """Towers, tokenizers and preprocessing from checkpoints; or, with `--init random`, random towers of book size."""
     if config.init == "random":
         text, decoder = _own_tokenizers(train, " ")
@@ -124,10 +124,10 @@ def released_system(config: TrainConfig, train: list[VQASample]) -> tuple[VQAMod
     check_positions(config, ["max_question_tokens"], words.longest, config.text_model or "DistilBERT")
     written = [*(["max_question_tokens"] if config.question_prompt else []), "max_answer_tokens"]
     check_positions(config, written, writer.config.max_positions, config.decoder_model or "GPT-2")
-    return VQAModel(image, words, writer, config.fusion), encoder_for(config, text, decoder), processor
+    return VQAModel(image, words, writer, config.connector), encoder_for(config, text, decoder), processor
 
 
-def build_system(config: TrainConfig, train: list[VQASample]) -> tuple[VQAModel, Encoder, ImageProcessor]:
+def build_system(config: VQAOptions, train: list[VQASample]) -> tuple[VQAModel, Encoder, ImageProcessor]:
     """Model, tokenizers and preprocessing that the config asks for."""
     seed_everything(config.seed)
     return (embedded_system if config.preset == "shapes" else released_system)(config, train)
@@ -140,7 +140,7 @@ class VQATask(QuestionJob):
 
     def __init__(
         self,
-        config: TrainConfig,
+        config: VQAOptions,
         model: VQAModel,
         encoder: Encoder,
         processor: ImageProcessor,
@@ -217,7 +217,7 @@ class VQATask(QuestionJob):
             "ranking_questions": len(ranking.answers),
             "ranking_candidates": len(self.candidates),
         }
-        return figures | {"generation_accuracy": figures["accuracy"], **chosen, "fusion": self.config.fusion}
+        return figures | {"generation_accuracy": figures["accuracy"], **chosen, "fusion": self.config.connector}
 
     def lines(self, summary: dict[str, Any]) -> list[str]:
         figures, among, over = (summary[f"ranking_{name}"] for name in ("accuracy", "candidates", "questions"))
@@ -225,10 +225,10 @@ class VQATask(QuestionJob):
         return [*super().lines(summary), line]
 
 
-def prepare(config: TrainConfig, precision: Precision) -> VQATask:
+def prepare(config: VQAOptions, precision: Precision) -> VQATask:
     """Read the data and build the model. Raises UserError where either cannot be had."""
     splits = read_splits(config)
     return VQATask(config, *build_system(config, splits.samples["train"]), splits, precision)
 
 
-VQA = System("vqa", TrainConfig, prepare, open_trained)
+VQA = System("vqa", VQAOptions, prepare, open_trained)

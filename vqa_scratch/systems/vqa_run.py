@@ -2,15 +2,15 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-from vqa_scratch.config import TrainConfig
 from vqa_scratch.data.batches import Images, Questions
 from vqa_scratch.data.text import check_question
 from vqa_scratch.data.vqa_v2 import VQASample
 from vqa_scratch.errors import UserError
 from vqa_scratch.run import Run, open_run
 from vqa_scratch.storage import read_json
+from vqa_scratch.systems.options import VQAOptions
 from vqa_scratch.systems.vqa_export import export_run
 from vqa_scratch.training.evaluation import AT_ONCE, Answer, answer_samples, rank_answers
 from vqa_scratch.training.precision import Precision
@@ -27,6 +27,8 @@ def ranked_questions(candidates: int) -> int:
 
 class TrainedVQA(Run):
     """A finished run, for the commands."""
+
+    decodes: ClassVar[bool] = True
 
     def ask(
         self, image: Path, question: str | None, top: int | None, decoding: Mapping[str, Any] | None = None
@@ -96,5 +98,5 @@ class TrainedVQA(Run):
         return export_run(self, folder)
 
 
-def open_trained(folder: Path, values: dict[str, Any], config: TrainConfig, precision: Precision) -> TrainedVQA:
+def open_trained(folder: Path, values: dict[str, Any], config: VQAOptions, precision: Precision) -> TrainedVQA:
     return TrainedVQA(**vars(open_run(folder, values, config, precision)))
