@@ -11,10 +11,19 @@ A run lies in runs/rlhf-PRESET unless --out says otherwise.
 The loop itself is `PPO.step` in vqa_scratch/rl/ppo.py; this file wires it to a task, a bar, checkpoints and a report.
 """
 
+import sys
+
+from vqa_scratch.command_line import errors_in_one_line, run_program
+from vqa_scratch.rl.options import RLHFOptions, read_command_line
+
+# ruff: noqa: E402 -- the command line is read before torch is imported, so that --help and a wrong flag answer at once
+if __name__ == "__main__":
+    with errors_in_one_line():
+        OPTIONS = read_command_line(sys.argv[1:])
+
 import copy
 import dataclasses
 import random
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,9 +34,8 @@ from tqdm import tqdm
 from vqa_scratch.run import load_run, save_parts, save_weights
 from vqa_scratch.training.evaluation import check_room
 
-from vqa_scratch import options
+from vqa_scratch.options import to_json
 from vqa_scratch.rl import evaluate, report
-from vqa_scratch.rl.config import PRESETS, RLHFConfig
 from vqa_scratch.rl.policy import ActorCritic, SamplingRules, freeze
 from vqa_scratch.rl.ppo import PPO
 from vqa_scratch.rl.ranks import Copies
@@ -39,7 +47,7 @@ from vqa_scratch.storage import remove_unfinished, write_json, write_text, write
 from vqa_scratch.systems.questions import read_splits
 from vqa_scratch.training.allocator import keep_freed_memory
 from vqa_scratch.training.checkpoint import rng_state, save_checkpoint
-from vqa_scratch.training.launch import rank_zero_speaks, start
+from vqa_scratch.training.launch import start
 from vqa_scratch.training.precision import Precision, pick_device, pick_precision
 from vqa_scratch.training.progress import MetricsLog
 from vqa_scratch.training.ranks import World
@@ -47,11 +55,11 @@ from vqa_scratch.training.sharing import check_sharing, share_model
 from vqa_scratch.training.watch import GracefulStop
 
 
-def vqa_task(config: RLHFConfig, device: torch.device, precision: torch.dtype) -> Task:
+def vqa_task(config: RLHFOptions, device: torch.device, precision: torch.dtype) -> Task:
     """A run of train.py as policy; its training questions as prompts, those of its test split held out."""
     run = load_run(Path(config.policy), device)
-    if config.data_dir:
-        run.config = dataclasses.replace(run.config, data=Path(config.data_dir))
+    if config.data:
+        run.config = dataclasses.replace(run.config, data=config.data)
     splits = read_splits(run.config).samples
     draw = random.Random(config.seed)
     held_out = draw.sample(splits["test"], min(config.eval_prompts, len(splits["test"])))
@@ -84,7 +92,7 @@ def vqa_task(config: RLHFConfig, device: torch.device, precision: torch.dtype) -
             config.min_new_tokens,
             config.temperature,
             barred,
-            config.no_repeat_ngram,
+            config.no_repeat_ngram_size,
         ),
         lambda ids: tokenizer.decode(ids).strip(),
         save,
@@ -95,7 +103,7 @@ TASKS = {"mini-news": mini_news_task, "book": book_task, "vqa": vqa_task}
 
 
 def train(
-    ppo: PPO, task: Task, config: RLHFConfig, about: dict[str, Any], saved: dict[str, Any] | None, started: float
+    ppo: PPO, task: Task, config: RLHFOptions, about: dict[str, Any], saved: dict[str, Any] | None, started: float
 ) -> tuple[MetricsLog, float, int | None]:
     """All iterations, with bar, metrics and checkpoints.
 
@@ -108,7 +116,7 @@ def train(
         remove_unfinished(config.out)  # what a kill left
     if not saved:
         if world.main:
-            write_json(config.out / "config.json", {"program": "rlhf.py"} | options.to_json(config))
+            write_json(config.out / "config.json", {"program": "rlhf.py"} | to_json(config))
         ppo.ranks.with_whole_model(lambda: ppo.fit_reward_scale(task.train))
     world.check_same(ppo.iteration, f"the last iteration in {config.out}")
     resume_after = ppo.iteration if saved else None
@@ -132,7 +140,7 @@ def train(
                 f"finished {figures['finish']:.0%}, {figures['rollouts_per_second']:.0f} rollouts/s"
             )
             stopped = stop.elected(world.totals(stop.votes()))
-            if stopped is not None or ppo.iteration % config.checkpoint_every == 0:
+            if stopped is not None or ppo.iteration % config.save_every == 0:
                 save()
             if stopped is not None:
                 return log, earlier, stopped
@@ -140,7 +148,7 @@ def train(
     return log, earlier, None
 
 
-def conclude(ppo: PPO, task: Task, config: RLHFConfig, log: MetricsLog) -> dict[str, float]:
+def conclude(ppo: PPO, task: Task, config: RLHFOptions, log: MetricsLog) -> dict[str, float]:
     """Measure before and after on held-out prompts and write every report. Returns the summary."""
     prompts, k, seed = task.held_out[: config.eval_prompts], config.eval_samples, config.seed + 10
     before = evaluate.measure(ppo, task.reference, prompts, k, seed, task.figures)
@@ -172,14 +180,14 @@ def conclude(ppo: PPO, task: Task, config: RLHFConfig, log: MetricsLog) -> dict[
     return summary
 
 
-def main(config: RLHFConfig) -> dict[str, float] | int:
+def main(config: RLHFOptions) -> dict[str, float] | int:
     """Run it all; returns what summary.json holds (nothing on ranks other than the main one), or the number of the
     signal that stopped it early."""
     with start(config.device) as world:
         return work(config, world)
 
 
-def work(config: RLHFConfig, world: World) -> dict[str, float] | int:
+def work(config: RLHFOptions, world: World) -> dict[str, float] | int:
     """`main`, as one of the ranks that torchrun started, or as the only one."""
     started = time.perf_counter()
     keep_freed_memory()
@@ -199,7 +207,7 @@ def work(config: RLHFConfig, world: World) -> dict[str, float] | int:
         print(note)
     if config.algorithm == "ppo" and config.iterations <= config.critic_warmup:
         print(f"the policy does not learn: --critic-warmup {config.critic_warmup} leaves it no iteration")
-    about = {"config": options.to_json(config), "precision": kind, "reference": fingerprint(task.reference)}
+    about = {"config": to_json(config), "precision": kind, "reference": fingerprint(task.reference)}
     world.check_same(about["reference"], "the hash of the reference model")
     actor = ActorCritic(task.policy).to(device)
     ranks = share_model(config.parallel, actor, world, precision, Copies, frozen=[task.reference])
@@ -219,7 +227,7 @@ def work(config: RLHFConfig, world: World) -> dict[str, float] | int:
     return summary
 
 
-def show(s: dict[str, float], config: RLHFConfig) -> None:
+def show(s: dict[str, float], config: RLHFOptions) -> None:
     """The few lines that matter."""
     rise = (s["reward_after"] - s["reward_before"]) / max(s["reward_std_before"], 1e-9)
     print(f"reward {s['reward_before']:+.3f} -> {s['reward_after']:+.3f} ({rise:+.2f} of its starting deviation)")
@@ -232,10 +240,8 @@ def show(s: dict[str, float], config: RLHFConfig) -> None:
 
 def run(argv: Sequence[str]) -> dict[str, float] | int:
     """`main` for a command line."""
-    with rank_zero_speaks():
-        config = options.parse(RLHFConfig, PRESETS, argv, program="rlhf.py", about=__doc__.splitlines()[0])
-    return main(config)
+    return main(read_command_line(argv))
 
 
 if __name__ == "__main__":
-    options.run_program(lambda: run(sys.argv[1:]))
+    run_program(lambda: main(OPTIONS))

@@ -10,7 +10,7 @@ from rl_tiny import ragged_prompts, rules, tiny
 from test_rl_vqa import rules_for
 from vqa_helpers import small_config
 
-from vqa_scratch.rl.config import RLHFConfig
+from vqa_scratch.rl.options import RLHFOptions
 from vqa_scratch.rl.policy import ActorCritic, freeze
 from vqa_scratch.rl.ppo import PPO
 from vqa_scratch.rl.ranks import Copies
@@ -47,7 +47,7 @@ def sevens(samples) -> torch.Tensor:
 
 
 def ppo_of(case: str, data: Path, world: World, kind: str = "ddp") -> PPO:
-    config = RLHFConfig(**PLAIN | CASES[case])
+    config = RLHFOptions(**PLAIN | CASES[case])
     precision = Precision("bf16" if case == "bf16" else "fp32", torch.device("cpu"))
     if config.preset == "vqa":
         options = small_config(data, data / "run", question_prompt=True)

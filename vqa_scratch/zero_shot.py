@@ -7,7 +7,7 @@ The prompt is the one its authors use for questions, "Question: {} Answer:" (Li 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -29,6 +29,8 @@ MAX_ANSWER_TOKENS = 20
 @dataclass
 class ZeroShot:
     """A BLIP-2, ready to answer: the model in eval mode on `device`, its tokenizer and its image preprocessing."""
+
+    decodes: ClassVar[bool] = True
 
     source: str
     model: Blip2

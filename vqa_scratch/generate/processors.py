@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from vqa_scratch.generate.options import GenerationOptions
+from vqa_scratch.generation_options import GenerationOptions
 
 Processor = Callable[[Tensor, Tensor, Tensor, int], Tensor]
 

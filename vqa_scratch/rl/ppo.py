@@ -20,8 +20,8 @@ from torch import Tensor
 
 from vqa_scratch.errors import UserError
 from vqa_scratch.rl import functional as F
-from vqa_scratch.rl.config import RLHFConfig
 from vqa_scratch.rl.metrics import rollout_metrics
+from vqa_scratch.rl.options import RLHFOptions
 from vqa_scratch.rl.policy import ActorCritic, Backbone, Context, SamplingRules
 from vqa_scratch.rl.ranks import gather_rows, gather_samples
 from vqa_scratch.rl.rewards import RewardScale, RewardSum
@@ -39,7 +39,7 @@ class PPO:
 
     def __init__(
         self,
-        config: RLHFConfig,
+        config: RLHFOptions,
         actor: ActorCritic,
         reference: Backbone,
         reward: RewardSum,

@@ -16,8 +16,8 @@ from vqa_scratch.models.bert import BertConfig
 from vqa_scratch.models.classifier import TextClassifier
 from vqa_scratch.models.t5 import T5, T5Config
 from vqa_scratch.rl import mini_news
-from vqa_scratch.rl.config import RLHFConfig
 from vqa_scratch.rl.metrics import mean_overlap
+from vqa_scratch.rl.options import RLHFOptions
 from vqa_scratch.rl.policy import Backbone, SamplingRules, T5Policy, freeze
 from vqa_scratch.rl.rewards import ClassifierReward, RewardPart, RewardSum, length_penalty
 from vqa_scratch.rl.types import Prompt, Samples
@@ -52,11 +52,11 @@ def encode_articles(
     return prompts, tokenizer.truncated - before
 
 
-def cut_note(cut: int, count: int, config: RLHFConfig) -> list[str]:
+def cut_note(cut: int, count: int, config: RLHFOptions) -> list[str]:
     return [f"{cut} of {count} articles cut to {config.max_prompt_tokens} tokens"] if cut else []
 
 
-def sampling_rules(config: RLHFConfig, policy: T5Policy, tokenizer: Tokenizer) -> SamplingRules:
+def sampling_rules(config: RLHFOptions, policy: T5Policy, tokenizer: Tokenizer) -> SamplingRules:
     """Padding and the rows of the embedding that no token has cannot be sampled."""
     size = policy.model.config.vocab_size
     if len(tokenizer) > size:
@@ -65,7 +65,12 @@ def sampling_rules(config: RLHFConfig, policy: T5Policy, tokenizer: Tokenizer) -
     barred[policy.pad_id] = True
     barred = barred.to(next(policy.parameters()).device)
     return SamplingRules(
-        policy.eos_id, config.max_new_tokens, config.min_new_tokens, config.temperature, barred, config.no_repeat_ngram
+        policy.eos_id,
+        config.max_new_tokens,
+        config.min_new_tokens,
+        config.temperature,
+        barred,
+        config.no_repeat_ngram_size,
     )
 
 
@@ -85,7 +90,7 @@ def check_same_vocabulary(policy: T5, reference: T5) -> None:
 
 
 def classifier_reward(
-    config: RLHFConfig,
+    config: RLHFOptions,
     grammar: tuple[TextClassifier, Tokenizer],
     tone: tuple[TextClassifier, Tokenizer],
     precision: torch.dtype,
@@ -103,7 +108,7 @@ def classifier_reward(
 
 
 def summarising_task(
-    config: RLHFConfig,
+    config: RLHFOptions,
     model: T5,
     reference: T5 | None,
     tokenizer: Tokenizer,
@@ -137,7 +142,7 @@ def summarising_task(
     )
 
 
-def mini_news_task(config: RLHFConfig, device: torch.device, precision: torch.dtype) -> Task:
+def mini_news_task(config: RLHFOptions, device: torch.device, precision: torch.dtype) -> Task:
     """Made-up news, a T5 of half a million parameters, and two reward models, made here or taken from the cache."""
     reference = T5.from_pretrained(config.reference).to(device) if config.reference else None
     made, folder = mini_news.prepare(config.cache, config.seed, config.sft_steps, config.reward_steps, str(device))
@@ -170,11 +175,11 @@ def mini_news_task(config: RLHFConfig, device: torch.device, precision: torch.dt
     )
 
 
-def book_articles(config: RLHFConfig) -> tuple[list[str], list[str], list[str]]:
+def book_articles(config: RLHFOptions) -> tuple[list[str], list[str], list[str]]:
     """Articles, their reference summaries ("" where there is none), and remarks. Raises UserError on too few."""
     notes = []
     if config.articles:
-        articles = read_articles(Path(config.articles), config.column, config.summary_column)
+        articles = read_articles(config.articles, config.column, config.summary_column)
         texts, summaries = articles.texts, articles.summaries
         if articles.empty:
             notes.append(f"{len(articles.empty)} empty articles left out, the first at line {articles.empty[0]}")
@@ -193,7 +198,7 @@ def book_articles(config: RLHFConfig) -> tuple[list[str], list[str], list[str]]:
     return texts, summaries, notes
 
 
-def book_task(config: RLHFConfig, device: torch.device, precision: torch.dtype) -> Task:
+def book_task(config: RLHFOptions, device: torch.device, precision: torch.dtype) -> Task:
     """flan-t5-small and two RoBERTa classifiers on articles from a file; or random weights of their sizes."""
     texts, summaries, notes = book_articles(config)  # before gigabytes are looked for
     if config.init == "random":
@@ -215,7 +220,7 @@ def book_task(config: RLHFConfig, device: torch.device, precision: torch.dtype) 
 
 
 def _random_book(
-    config: RLHFConfig,
+    config: RLHFOptions,
 ) -> tuple[T5, Tokenizer, tuple[TextClassifier, Tokenizer], tuple[TextClassifier, Tokenizer]]:
     """Models of the book's sizes with random weights, and a tokenizer learned on made-up news."""
     torch.manual_seed(config.seed)

@@ -15,9 +15,9 @@ from torch import Tensor
 from vqa_scratch.errors import UserError
 from vqa_scratch.kernels import chosen_logprobs
 from vqa_scratch.rl import functional as F
-from vqa_scratch.rl.config import RLHFConfig
 from vqa_scratch.rl.large_tables import add_up_in_place, look_up_sparsely
 from vqa_scratch.rl.metrics import UpdateStats
+from vqa_scratch.rl.options import RLHFOptions
 from vqa_scratch.rl.policy import ActorCritic, Context, SamplingRules
 from vqa_scratch.rl.types import Prompt, Trajectory
 from vqa_scratch.training.optimizers import load_whole_state
@@ -35,7 +35,7 @@ class Update:
 
     def __init__(
         self,
-        config: RLHFConfig,
+        config: RLHFOptions,
         actor: ActorCritic,
         rules: SamplingRules,
         mine: range,

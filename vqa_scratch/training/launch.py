@@ -64,19 +64,6 @@ def _be_quiet() -> None:
     tqdm.__init__ = hidden
 
 
-@contextmanager
-def rank_zero_speaks() -> Iterator[None]:
-    """For what needs no world and comes out the same on every rank, as a command line does: rank 0 alone speaks."""
-    if os.environ.get("RANK", "0") == "0":
-        yield
-        return
-    _be_quiet()
-    try:
-        yield
-    except UserError:
-        sys.exit(2)
-
-
 class _Errors:
     """Who tells what went wrong, so that it is told once. Ranks leave notes in the store that torchrun keeps."""
 
