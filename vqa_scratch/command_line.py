@@ -217,7 +217,7 @@ def errors_in_one_line() -> Iterator[None]:
 
 
 def run_program(main: Callable[..., Any], *args: Any) -> NoReturn:
-    """Call `main(*args)` and exit: with 0, with 128 + n if it returns the signal n that stopped it, and after an error as
+    """Call `main(*args)` and exit: with 0, with 128 + n if it returns the signal n that stopped it, after an error as
     `errors_in_one_line` says."""
     with errors_in_one_line():
         stopped = main(*args)

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from vqa_scratch.data.answers import Answer
 from vqa_scratch.data.image_files import load_image
 from vqa_scratch.data.images import JOINT_CONFIG_NAME, ImageProcessor
 from vqa_scratch.data.text import Tokenizer, check_question
@@ -18,7 +19,6 @@ from vqa_scratch.errors import UserError
 from vqa_scratch.generate import GenerationOptions, generate
 from vqa_scratch.models.blip2 import Blip2
 from vqa_scratch.storage import read_json
-from vqa_scratch.data.answers import Answer
 from vqa_scratch.training.precision import DTYPES, pick_precision
 from vqa_scratch.weights.files import resolve_folder
 
@@ -30,7 +30,7 @@ MAX_ANSWER_TOKENS = 20
 class ZeroShot:
     """A BLIP-2, ready to answer: the model in eval mode on `device`, its tokenizer and its image preprocessing."""
 
-    decodes: ClassVar[bool] = True
+    writes: ClassVar[bool] = True
 
     source: str
     model: Blip2

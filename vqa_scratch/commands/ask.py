@@ -53,9 +53,9 @@ def ask(
 
         system = open_zero_shot(model, pick_device(device), precision)
     decoding = {name: value for name, value in decoding.items() if value is not None}
-    if decoding and not system.decodes:
+    if decoding and not system.writes:
         raise UserError(f"{run or model} does not take {flag(next(iter(decoding)))}: leave it out")
-    answers, notes = system.ask(image, question, top, **({"decoding": decoding} if decoding else {}))
+    answers, notes = system.ask(image, question, top, decoding)
     for note in notes:
         print(f"note: {note}", file=sys.stderr)
     for said in answers:

@@ -43,7 +43,6 @@ def evaluate(
     from vqa_scratch.data.submission import write_submission
     from vqa_scratch.data.vqa_v2 import read_vqa
     from vqa_scratch.storage import check_writable, write_json
-    from vqa_scratch.systems.base import Describes
 
     if submission is not None and limit is not None:
         raise UserError("a submission answers every question of its split: leave out --limit or --submission")
@@ -56,8 +55,6 @@ def evaluate(
     if captions:
         if submission is not None:
             raise UserError("a submission holds answers: leave out --captions or --submission")
-        if not isinstance(opened, Describes):
-            raise UserError(f"{run} is a run of preset {opened.config.preset}, which describes no images")
         figures = opened.describe(data, split, limit)
         write_json(run / "evaluation.json", figures)
         print(scores.caption_table(figures))

@@ -12,7 +12,7 @@ from vqa_scratch.command_line import Flag, NearChoice, as_user_error
 from vqa_scratch.errors import UserError
 
 if TYPE_CHECKING:
-    from vqa_scratch.systems.base import Trained
+    from vqa_scratch.systems.base import System
 
 FOLDER = click.Path(path_type=Path)
 DEVICE = Flag(
@@ -69,9 +69,9 @@ def call(group: click.Group, argv: Sequence[str], program: str) -> None:
         raise KeyboardInterrupt from None
 
 
-def open_run(folder: Path, device: str = "cpu", precision: str = "fp32") -> "Trained":
-    """`open_trained` for the values of the flags."""
-    from vqa_scratch.systems import open_trained
+def open_run(folder: Path, device: str = "cpu", precision: str = "fp32") -> "System":
+    """`systems.load` for the values of the flags."""
+    from vqa_scratch import systems
     from vqa_scratch.training.precision import pick_device
 
-    return open_trained(folder, pick_device(device), precision)
+    return systems.load(folder, pick_device(device), precision)

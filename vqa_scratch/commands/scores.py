@@ -9,8 +9,8 @@ from vqa_scratch.data.vqa_v2 import VQAData, VQASample, read_vqa
 from vqa_scratch.errors import UserError
 from vqa_scratch.metrics import accuracy_by
 from vqa_scratch.storage import read_json
-from vqa_scratch.systems.base import Ranks, Trained
-from vqa_scratch.training.evaluation import QuestionOnly, TypePrior, blind
+from vqa_scratch.systems.base import System
+from vqa_scratch.systems.scoring import QuestionOnly, TypePrior, blind
 
 
 def blind_baselines(data: Path, samples: list[VQASample]) -> dict[str, float | None]:
@@ -26,7 +26,7 @@ def blind_baselines(data: Path, samples: list[VQASample]) -> dict[str, float | N
     return {"prior": blind(samples, TypePrior(train)), "question_only": blind(samples, QuestionOnly(train))}
 
 
-def evaluation(run: Trained, data: Path, split: str, samples: list[VQASample], limit: int | None) -> tuple[dict, dict]:
+def evaluation(run: System, data: Path, split: str, samples: list[VQASample], limit: int | None) -> tuple[dict, dict]:
     """(figures of a split with annotations, answers by question id)."""
     answers = run.answer(samples, limit, progress="answering")
     shuffled = run.answer(samples, limit, shuffled=True, progress="shuffled images")
@@ -50,13 +50,12 @@ def evaluation(run: Trained, data: Path, split: str, samples: list[VQASample], l
         "baselines": baselines,
         **run.figures(answers),
     }
-    if isinstance(run, Ranks):
-        ranked = run.ranking(samples, limit, progress="ranking")
+    ranked = run.answer(samples, limit, progress="ranking", ranked=True)
+    if ranked:
+        of_them = [s for s in samples if s.question_id in ranked]
         chosen = {number: answer.text for number, answer in ranked.items()}
-        if chosen:
-            of_them = [s for s in samples if s.question_id in chosen]
-            figures["ranking_accuracy"] = accuracy_by(of_them, chosen).overall.accuracy
-            figures["ranking_questions"] = len(of_them)
+        figures["ranking_accuracy"] = accuracy_by(of_them, chosen).overall.accuracy
+        figures["ranking_questions"] = len(of_them)
     return figures, answers
 
 

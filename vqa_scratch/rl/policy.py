@@ -31,9 +31,10 @@ class Context:
     states: tuple[Tensor, ...]  # one or more parts, each (E, N, D); E = P unless `entries` says who reads what
     masks: tuple[Tensor | None, ...]  # of each part, (E, N), True = may attend
     samples: int = 1  # K: rows 0 ... K - 1 read prompt 0, and so on
-    prefix: Tensor | None = None  # (P, L) ids before the response, the start token last; None: the start token alone
-    prefix_mask: Tensor | None = None  # (P, L), True = real token; padding on the left
+    prompt: Tensor | None = None  # (P, L) ids before the response, the start token last; None: the start token alone
+    prompt_mask: Tensor | None = None  # (P, L), True = real token; padding on the left
     entries: tuple[Tensor | None, ...] | None = None  # of each part, (P,): the entry a prompt reads; None: its own
+    prefix: Tensor | None = None  # (P, Q, D) embeddings before the ids
 
     @property
     def parts(self) -> list[tuple[Tensor, Tensor | None, Tensor | None]]:
@@ -42,6 +43,8 @@ class Context:
 
     @property
     def prompts(self) -> int:
+        if not self.states:
+            return len(self.prompt)
         states, _, entries = self.parts[0]
         return len(states if entries is None else entries)
 
@@ -66,8 +69,9 @@ class Context:
             if entries is not None:
                 chosen, index = torch.unique(entries[prompts], return_inverse=True)
             picked.append((states[chosen], None if mask is None else mask[chosen], index))
-        states, masks, entries = zip(*picked, strict=True)
-        return Context(states, masks, self.samples, pick(self.prefix), pick(self.prefix_mask), entries)
+        states, masks, entries = zip(*picked, strict=True) if picked else ((), (), ())
+        before = (pick(self.prompt), pick(self.prompt_mask), entries, pick(self.prefix))
+        return Context(states, masks, self.samples, *before)
 
     def memories(self) -> list[Memory]:
         """For cross-attention: keys and values are projected once an entry, not once a prompt or response."""

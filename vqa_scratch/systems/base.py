@@ -205,8 +205,8 @@ class System(ABC):
         """What `study` looks at: one input of the model, an object of `vqa_scratch.study.subject`."""
         self.lacks("has nothing to study")
 
-    def policy(self, options: Any) -> Any:
-        """What `rlhf.py --preset vqa` tunes: a `Task` of `vqa_scratch.rl.tasks`."""
+    def policy(self, options: Any, dtype: torch.dtype) -> Any:
+        """What `rlhf.py --preset vqa` tunes: a `Task` of `vqa_scratch.rl.tasks`, whose reference is kept in `dtype`."""
         self.lacks("cannot be tuned by feedback: it does not write its answers")
 
     def export(self, folder: Path) -> list[str]:

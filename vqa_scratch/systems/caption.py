@@ -27,6 +27,8 @@ from vqa_scratch.models.gpt2 import GPT2, GPT2Config
 from vqa_scratch.models.resnet import ResNet, ResNetConfig, group_norm
 from vqa_scratch.models.vqa import VQAModel, labelled_loss
 from vqa_scratch.report.gallery import answer_sections
+from vqa_scratch.rl.options import RLHFOptions
+from vqa_scratch.rl.tasks import Task
 from vqa_scratch.systems import assembly
 from vqa_scratch.systems.base import AT_ONCE, System, check_positions, seed_everything
 from vqa_scratch.systems.captions import (
@@ -43,6 +45,7 @@ from vqa_scratch.systems.captions import (
 )
 from vqa_scratch.systems.export import export_writer
 from vqa_scratch.systems.options import CaptionOptions
+from vqa_scratch.systems.policy import answering_task, run_options
 from vqa_scratch.systems.questions import one_sample
 from vqa_scratch.systems.scoring import QuestionOnly, TypePrior, blind, other_images, score
 from vqa_scratch.systems.vqa import IMAGE_SIZE
@@ -328,6 +331,12 @@ class CaptionSystem(System):
         swap = other_images(len(split.images.paths)) if shuffled else None
         chosen = split.questions.in_order(limit or len(samples), AT_ONCE)
         return write(self, self.condition, split, chosen, image_map=swap, progress=progress)
+
+    def policy(self, options: RLHFOptions, dtype: torch.dtype) -> Task:
+        """A run that answers questions too is tuned on those."""
+        self.check_answers_questions()
+        texts = self.read(run_options(self, options)).texts
+        return answering_task(self, options, dtype, texts["train"].questions, texts["test"].questions)
 
     def export(self, folder: Path) -> list[str]:
         return export_writer(self, folder)

@@ -28,11 +28,14 @@ from vqa_scratch.models.released import image_encoder
 from vqa_scratch.models.vit import ViTConfig
 from vqa_scratch.models.vqa import FROZEN_PARTS, VQAModel, labelled_loss
 from vqa_scratch.nn.states import States
+from vqa_scratch.rl.options import RLHFOptions
+from vqa_scratch.rl.tasks import Task
 from vqa_scratch.storage import read_json, write_json
 from vqa_scratch.systems import assembly
 from vqa_scratch.systems.base import check_positions, seed_everything
 from vqa_scratch.systems.export import export_writer
 from vqa_scratch.systems.options import VQAOptions
+from vqa_scratch.systems.policy import answering_task, run_options
 from vqa_scratch.systems.questions import QuestionData, QuestionSystem
 from vqa_scratch.systems.scoring import common_answers
 from vqa_scratch.systems.writing import Split, choose, write, writing_figures
@@ -246,6 +249,10 @@ class VQASystem(QuestionSystem):
         figures, among, over = (summary[f"ranking_{name}"] for name in ("accuracy", "candidates", "questions"))
         line = f"ranking_accuracy     {figures:.4f} (the best of {among} answers, first {over} questions)"
         return [*super().lines(summary), line]
+
+    def policy(self, options: RLHFOptions, dtype: torch.dtype) -> Task:
+        samples = self.read(run_options(self, options)).samples
+        return answering_task(self, options, dtype, samples["train"], samples["test"])
 
     def export(self, folder: Path) -> list[str]:
         return export_writer(self, folder)
