@@ -8,110 +8,107 @@
 
 A run lies in runs/rlhf-PRESET unless --out says otherwise.
 
-The loop itself is `PPO.step` in vqa_scratch/rl/ppo.py; this file wires it to a task, a bar, checkpoints and a report.
+One iteration is `iterate`, below; vqa_scratch/rl/ppo.py and update.py hold its parts.
 """
 
-import copy
-import dataclasses
-import random
 import sys
+
+from vqa_scratch.command_line import errors_in_one_line, run_program
+from vqa_scratch.rl.options import RLHFOptions, read_command_line
+
+# ruff: noqa: E402 -- the command line is read before torch is imported, so that --help and a wrong flag answer at once
+if __name__ == "__main__":
+    with errors_in_one_line():
+        OPTIONS = read_command_line(sys.argv[1:])
+
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from vqa_scratch import options
+from vqa_scratch.options import to_json
 from vqa_scratch.rl import evaluate, report
-from vqa_scratch.rl.config import PRESETS, RLHFConfig
-from vqa_scratch.rl.policy import ActorCritic, SamplingRules, freeze
+from vqa_scratch.rl.metrics import rollout_metrics
+from vqa_scratch.rl.policy import ActorCritic
 from vqa_scratch.rl.ppo import PPO
 from vqa_scratch.rl.ranks import Copies
 from vqa_scratch.rl.resume import fingerprint, last_checkpoint, restore
-from vqa_scratch.rl.rewards import RewardPart, RewardSum, length_penalty
 from vqa_scratch.rl.tasks import Task, book_task, mini_news_task
-from vqa_scratch.rl.vqa_policy import VQAPolicy, check_answers, official_accuracy, prompts_from
-from vqa_scratch.run import load_run, save_parts, save_weights
 from vqa_scratch.storage import remove_unfinished, write_json, write_text, write_whole
-from vqa_scratch.systems.questions import read_splits
+from vqa_scratch.systems.policy import vqa_task
 from vqa_scratch.training.allocator import keep_freed_memory
 from vqa_scratch.training.checkpoint import rng_state, save_checkpoint
-from vqa_scratch.training.distributed import World, start, told_once
-from vqa_scratch.training.evaluation import check_room
-from vqa_scratch.training.parallel import check_sharing, share_model
+from vqa_scratch.training.launch import start
 from vqa_scratch.training.precision import Precision, pick_device, pick_precision
 from vqa_scratch.training.progress import MetricsLog
+from vqa_scratch.training.ranks import World
+from vqa_scratch.training.sharing import check_sharing, share_model
 from vqa_scratch.training.watch import GracefulStop
-
-
-def vqa_task(config: RLHFConfig, device: torch.device, precision: torch.dtype) -> Task:
-    """A run of train.py as policy; its training questions as prompts, those of its test split held out."""
-    run = load_run(Path(config.policy), device)
-    if config.data_dir:
-        run.config = dataclasses.replace(run.config, data=Path(config.data_dir))
-    splits = read_splits(run.config).samples
-    draw = random.Random(config.seed)
-    held_out = draw.sample(splits["test"], min(config.eval_prompts, len(splits["test"])))
-    for what, samples in (("train", splits["train"]), ("test", held_out)):
-        check_answers(samples, f"the {what} split")
-    questions = {sample.question for sample in (*splits["train"], *held_out)}
-    longest = max(len(run.encoder.prompt(question)) for question in questions) + 1  # with the start token
-    check_room(run.model.decoder, longest, config.max_new_tokens)
-    policy = VQAPolicy(run.model, run.encoder, run.processor)
-    parts = [RewardPart("accuracy", 1.0, official_accuracy)]
-    if config.length_weight:
-        parts.append(RewardPart("shortness", config.length_weight, length_penalty))
-    tokenizer, size = run.encoder.decoder, run.model.decoder.config.vocab_size
-    barred = torch.arange(size, device=device) >= len(tokenizer)
-    barred[[i for i in (tokenizer.pad_id, tokenizer.bos_id) if i is not None and i != policy.eos_id]] = True
-
-    def save(folder: Path) -> None:
-        save_parts(folder, run.config, run.model, run.encoder, run.processor)
-        save_weights(folder / "model.safetensors", run.model)
-
-    return Task(
-        policy,
-        freeze(copy.deepcopy(policy), precision),
-        RewardSum(parts),
-        prompts_from(splits["train"], run.encoder),
-        prompts_from(held_out, run.encoder),
-        SamplingRules(
-            policy.eos_id,
-            config.max_new_tokens,
-            config.min_new_tokens,
-            config.temperature,
-            barred,
-            config.no_repeat_ngram,
-        ),
-        lambda ids: tokenizer.decode(ids).strip(),
-        save,
-    )
-
 
 TASKS = {"mini-news": mini_news_task, "book": book_task, "vqa": vqa_task}
 
 
+def iterate(ppo: PPO) -> dict[str, float]:
+    """One iteration, top to bottom; returns its log under the usual names. docs/ppo.md numbers the details."""
+    update, start = ppo.update, time.perf_counter()
+
+    # Rollout: some responses to each prompt, a reward for each, log-probabilities under policy and frozen reference.
+    prompts = ppo.stream.next()
+    rollout = ppo.ranks.with_whole_model(lambda: ppo.rollout(prompts))
+    rolled = time.perf_counter()
+
+    # Advantages: each token pays for its KL, the last one earns the score.
+    trajectory = ppo.advantages(rollout)
+    judged = time.perf_counter()
+    log = rollout_metrics(trajectory, rollout.samples, rollout.raw, rollout.parts) | rollout.seconds
+    measured = time.perf_counter()
+
+    # Epochs of minibatches: clipped steps on the same responses, until the policy has moved too far from them.
+    update.begin(ppo.iteration)
+    for minibatch in update.minibatches():
+        moved = update.add_gradients(minibatch, prompts, trajectory, rollout.context)
+        if update.too_far(moved):
+            break
+        update.step()
+
+    # The price of KL is steered towards its target.
+    log |= update.log() | {"objective/kl_coef": ppo.kl.coef}
+    ppo.kl.update(log["objective/kl"], len(trajectory.ids))
+    ppo.iteration += 1
+
+    end = time.perf_counter()
+    log |= {
+        "time/ppo/compute_advantages": judged - rolled,
+        "time/ppo/calc_stats": measured - judged,
+        "time/ppo/optimize_step": end - measured,
+        "time/ppo/total": end - start,
+        "rollouts_per_second": len(trajectory.ids) / (end - start),
+        "tokens_per_second": float(trajectory.mask.sum()) / (end - start),
+    }
+    return log
+
+
 def train(
-    ppo: PPO, task: Task, config: RLHFConfig, about: dict[str, Any], saved: dict[str, Any] | None, started: float
+    ppo: PPO, task: Task, options: RLHFOptions, about: dict[str, Any], saved: dict[str, Any] | None, started: float
 ) -> tuple[MetricsLog, float, int | None]:
     """All iterations, with bar, metrics and checkpoints.
 
     Returns the log, the seconds before this call's start, and the number of the signal that stopped it early, if any.
     `about` is what every checkpoint says of its run.
     """
-    last, world = config.out / "checkpoints" / "last.pt", ppo.world
+    last, world = options.out / "checkpoints" / "last.pt", ppo.world
     earlier = restore(ppo, saved, about["reference"]) if saved else 0.0
     if world.main:
-        remove_unfinished(config.out)  # what a kill left
+        remove_unfinished(options.out)  # what a kill left
     if not saved:
         if world.main:
-            write_json(config.out / "config.json", {"program": "rlhf.py"} | options.to_json(config))
+            write_json(options.out / "config.json", {"program": "rlhf.py"} | to_json(options))
         ppo.ranks.with_whole_model(lambda: ppo.fit_reward_scale(task.train))
-    world.check_same(ppo.iteration, f"the last iteration in {config.out}")
+    world.check_same(ppo.iteration, f"the last iteration in {options.out}")
     resume_after = ppo.iteration if saved else None
-    log = MetricsLog(config.out / "metrics.jsonl", resume_after, on_disk=world.main)
+    log = MetricsLog(options.out / "metrics.jsonl", resume_after, on_disk=world.main)
 
     def save() -> None:
         seconds = earlier + time.perf_counter() - started
@@ -119,11 +116,11 @@ def train(
         if world.main:
             save_checkpoint(last, state | about)
 
-    title = "3 of 3: PPO" if config.preset == "mini-news" else config.algorithm
-    bar = tqdm(total=config.iterations, initial=ppo.iteration, desc=title, unit="it", dynamic_ncols=True)
+    title = "3 of 3: PPO" if options.preset == "mini-news" else options.algorithm
+    bar = tqdm(total=options.iterations, initial=ppo.iteration, desc=title, unit="it", dynamic_ncols=True)
     with bar, GracefulStop() as stop:
-        while ppo.iteration < config.iterations:
-            figures = ppo.step()
+        while ppo.iteration < options.iterations:
+            figures = iterate(ppo)
             log.write(ppo.iteration, **figures)
             bar.update()
             bar.set_postfix_str(
@@ -131,7 +128,7 @@ def train(
                 f"finished {figures['finish']:.0%}, {figures['rollouts_per_second']:.0f} rollouts/s"
             )
             stopped = stop.elected(world.totals(stop.votes()))
-            if stopped is not None or ppo.iteration % config.checkpoint_every == 0:
+            if stopped is not None or ppo.iteration % options.save_every == 0:
                 save()
             if stopped is not None:
                 return log, earlier, stopped
@@ -139,13 +136,13 @@ def train(
     return log, earlier, None
 
 
-def conclude(ppo: PPO, task: Task, config: RLHFConfig, log: MetricsLog) -> dict[str, float]:
+def conclude(ppo: PPO, task: Task, options: RLHFOptions, log: MetricsLog) -> dict[str, float]:
     """Measure before and after on held-out prompts and write every report. Returns the summary."""
-    prompts, k, seed = task.held_out[: config.eval_prompts], config.eval_samples, config.seed + 10
+    prompts, k, seed = task.held_out[: options.eval_prompts], options.eval_samples, options.seed + 10
     before = evaluate.measure(ppo, task.reference, prompts, k, seed, task.figures)
     after = evaluate.measure(ppo, ppo.actor.backbone, prompts, k, seed, task.figures)
-    few = prompts[: config.frontier_prompts]
-    curve = evaluate.reference_frontier(ppo, few, config.frontier_samples, seed + 1)
+    few = prompts[: options.frontier_prompts]
+    curve = evaluate.reference_frontier(ppo, few, options.frontier_samples, seed + 1)
     # On the prompts of the curve, so that both gains are of the same prompts.
     mine = after if len(few) == len(prompts) else evaluate.measure(ppo, ppo.actor.backbone, few, k, seed)
     gain = float(mine.rewards.mean())
@@ -161,64 +158,64 @@ def conclude(ppo: PPO, task: Task, config: RLHFConfig, log: MetricsLog) -> dict[
         "frontier_kl_limit": curve.limit,
         "best_of_n": [{"n": n, "kl_bound": kl, "reward": reward} for n, kl, reward in curve.best_of_n],
         "prompts_held_out": len(prompts),
-        "algorithm": config.algorithm,
+        "algorithm": options.algorithm,
     }
     parts = [part.name for part in ppo.reward.parts]
-    write_whole(config.out / "curves.png", lambda path: report.curves(log.rows, parts, path))
-    write_whole(config.out / "frontier.png", lambda path: report.frontier(curve, log.rows, before, after, path))
-    write_text(config.out / "samples.html", report.samples_page(before, after, k))
-    task.save(config.out / "policy")
+    write_whole(options.out / "curves.png", lambda path: report.curves(log.rows, parts, path))
+    write_whole(options.out / "frontier.png", lambda path: report.frontier(curve, log.rows, before, after, path))
+    write_text(options.out / "samples.html", report.samples_page(before, after, k))
+    task.save(options.out / "policy")
     return summary
 
 
-def main(config: RLHFConfig) -> dict[str, float] | int:
+def main(options: RLHFOptions) -> dict[str, float] | int:
     """Run it all; returns what summary.json holds (nothing on ranks other than the main one), or the number of the
     signal that stopped it early."""
-    with start(config.device) as world:
-        return work(config, world)
+    with start(options.device) as world:
+        return work(options, world)
 
 
-def work(config: RLHFConfig, world: World) -> dict[str, float] | int:
+def work(options: RLHFOptions, world: World) -> dict[str, float] | int:
     """`main`, as one of the ranks that torchrun started, or as the only one."""
     started = time.perf_counter()
     keep_freed_memory()
-    saved = last_checkpoint(config)
-    torch.manual_seed(config.seed)
-    device = pick_device(config.device)
+    saved = last_checkpoint(options)
+    torch.manual_seed(options.seed)
+    device = pick_device(options.device)
     if device.type == "mps":  # of auto; statistics are summed in float64, which it lacks
         device = torch.device("cpu")
-    wanted = saved["precision"] if saved else config.precision
+    wanted = saved["precision"] if saved else options.precision
     kind, why = world.of_main(pick_precision(wanted, device))  # it may be measured, and must stay the same
     precision = Precision(kind, device)
-    check_sharing(config.parallel, precision)
-    print(why + (f", {world.size} ranks, {config.parallel}" if world.size > 1 else ""))
+    check_sharing(options.parallel, precision)
+    print(why + (f", {world.size} ranks, {options.parallel}" if world.size > 1 else ""))
     with world.first_one_then_all():  # the first trains what mini-news needs
-        task = TASKS[config.preset](config, device, precision.dtype)
+        task = TASKS[options.preset](options, device, precision.dtype)
     for note in task.notes:
         print(note)
-    if config.algorithm == "ppo" and config.iterations <= config.critic_warmup:
-        print(f"the policy does not learn: --critic-warmup {config.critic_warmup} leaves it no iteration")
-    about = {"config": options.to_json(config), "precision": kind, "reference": fingerprint(task.reference)}
+    if options.algorithm == "ppo" and options.iterations <= options.critic_warmup:
+        print(f"the policy does not learn: --critic-warmup {options.critic_warmup} leaves it no iteration")
+    about = {"config": to_json(options), "precision": kind, "reference": fingerprint(task.reference)}
     world.check_same(about["reference"], "the hash of the reference model")
     actor = ActorCritic(task.policy).to(device)
-    ranks = share_model(config.parallel, actor, world, precision, Copies, frozen=[task.reference])
+    ranks = share_model(options.parallel, actor, world, precision, Copies, frozen=[task.reference])
     ppo = PPO(
-        config, actor, task.reference, task.reward, task.train, task.rules, task.decode, precision.autocast, ranks
+        options, actor, task.reference, task.reward, task.train, task.rules, task.decode, precision.autocast, ranks
     )
-    log, earlier, stopped = train(ppo, task, config, about, saved, started)
+    log, earlier, stopped = train(ppo, task, options, about, saved, started)
     if stopped is not None:
         print(f"stopped by signal {stopped} after iteration {ppo.iteration}; go on with the same flags and --resume")
         return stopped
-    summary = ranks.with_whole_model(lambda: conclude(ppo, task, config, log) if world.main else {})
+    summary = ranks.with_whole_model(lambda: conclude(ppo, task, options, log) if world.main else {})
     if not world.main:
         return {}
     summary["seconds"] = earlier + time.perf_counter() - started
-    write_json(config.out / "summary.json", summary)
-    show(summary, config)
+    write_json(options.out / "summary.json", summary)
+    show(summary, options)
     return summary
 
 
-def show(s: dict[str, float], config: RLHFConfig) -> None:
+def show(s: dict[str, float], options: RLHFOptions) -> None:
     """The few lines that matter."""
     rise = (s["reward_after"] - s["reward_before"]) / max(s["reward_std_before"], 1e-9)
     print(f"reward {s['reward_before']:+.3f} -> {s['reward_after']:+.3f} ({rise:+.2f} of its starting deviation)")
@@ -226,15 +223,13 @@ def show(s: dict[str, float], config: RLHFConfig) -> None:
     print(f"finished {s['finish_before']:.0%} -> {s['finish_after']:.0%}", end="")
     if "overlap_before" in s:
         print(f"; overlap with the reference summaries {s['overlap_before']:.3f} -> {s['overlap_after']:.3f}", end="")
-    print(f"\n{s['seconds']:.0f} s, {s['rollouts_per_second']:.0f} rollouts/s; see {config.out}/samples.html")
+    print(f"\n{s['seconds']:.0f} s, {s['rollouts_per_second']:.0f} rollouts/s; see {options.out}/samples.html")
 
 
 def run(argv: Sequence[str]) -> dict[str, float] | int:
     """`main` for a command line."""
-    with told_once():
-        config = options.parse(RLHFConfig, PRESETS, argv, program="rlhf.py", about=__doc__.splitlines()[0])
-    return main(config)
+    return main(read_command_line(argv))
 
 
 if __name__ == "__main__":
-    options.run_program(lambda: run(sys.argv[1:]))
+    run_program(main, OPTIONS)

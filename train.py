@@ -1,68 +1,322 @@
 """Train a system that answers questions about images:  python train.py [--preset NAME] [--out RUN] [--help]
 
-The default needs nothing but this machine: it draws its own data set, trains three small towers on it, and leaves in
-the run folder the weights, the curves, a page of answered questions, and summary.json with the final figures. What a
-preset trains is a system of its own in `vqa_scratch/systems/`; this file is what they have in common.
+The default needs nothing but this machine: it draws its own data set, trains small models on it, and leaves in the run
+folder the weights, the curves, a page of answered questions, and summary.json with the final figures. What a preset
+trains is one class in `vqa_scratch/systems/`; this file is how it is trained, from the options to the last figure.
 
     torchrun --nproc-per-node 8 train.py ...   # one process a GPU; docs/scale.md
 """
 
+import sys
+
+from vqa_scratch.command_line import errors_in_one_line, run_program
+from vqa_scratch.systems.options import RunOptions, read_command_line
+
+# ruff: noqa: E402 -- the command line is read before torch is imported, so that --help and a wrong flag answer at once
+if __name__ == "__main__":
+    with errors_in_one_line():
+        OPTIONS = read_command_line(sys.argv[1:])
+
 import resource
 import shlex
-import sys
 import time
-from collections.abc import Sequence
-from dataclasses import fields, replace
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor, nn
+from tqdm import tqdm
 
-from vqa_scratch.config import PRESETS, RunConfig
-from vqa_scratch.errors import UserError
-from vqa_scratch.options import flag_names, from_json, parse, peek, run_program
+from vqa_scratch import systems
+from vqa_scratch.data.batches import prefetch
 from vqa_scratch.report.curves import draw_panels
-from vqa_scratch.run import load_file_state, read_run_config, save_weights
-from vqa_scratch.storage import check_writable, remove_unfinished, write_json
-from vqa_scratch.systems import BY_PRESET, SYSTEMS, system_of
+from vqa_scratch.storage import write_json
+from vqa_scratch.systems.base import System
+from vqa_scratch.systems.run_folder import WEIGHTS, begin_or_go_on, read_weights, save_weights
 from vqa_scratch.training.allocator import keep_freed_memory
-from vqa_scratch.training.checkpoint import load_checkpoint, load_model_state, separate_streams
-from vqa_scratch.training.distributed import World, start, told_once
-from vqa_scratch.training.loop import Plan, State, fit, restore
-from vqa_scratch.training.optimizers import Optimizers
-from vqa_scratch.training.parallel import check_sharing, share_model
+from vqa_scratch.training.checkpoint import load_model_state, restore, save_checkpoint, separate_streams, streams
+from vqa_scratch.training.launch import start
+from vqa_scratch.training.optimizers import Optimizers, schedule
 from vqa_scratch.training.precision import Precision, pick_device, pick_precision
 from vqa_scratch.training.progress import MetricsLog
+from vqa_scratch.training.ranks import ONE_PROCESS, Alone, World, for_main, whole
+from vqa_scratch.training.sharing import check_sharing, share_model
+from vqa_scratch.training.watch import GracefulStop, LossWatch
 
 # Kept back from --minutes for the final evaluation: a share of the budget, and never more than so many seconds.
 RESERVE_SHARE, RESERVE_SECONDS = 0.1, 45.0
-# Between a run and its continuation; the learning rates, for a run whose loss went to infinity.
-MAY_CHANGE = {"resume", "out", "device", "parallel", "data", "cache", "feature_cache", "test_images"}
-MAY_CHANGE |= {"learning_rate", "matrix_learning_rate", "max_grad_norm"}
 
 
-def settle(config: RunConfig) -> tuple[RunConfig, dict[str, Any] | None]:
-    """With --resume, the config of the run and its last checkpoint (None if it was stopped before the first)."""
-    path = config.out / "checkpoints" / "last.pt"
-    check_writable(config.out)
-    if not config.resume:
-        if path.exists():
-            raise UserError(f"{config.out} holds a run already; add --resume to go on with it, or give another --out")
-        return config, None
-    values = read_run_config(config.out)
-    if values["program"] != "train.py" or values["train"]["preset"] != config.preset:
-        preset = values.get("train", {}).get("preset", values["program"])
-        raise UserError(f"{config.out} is a run of preset {preset}, not {config.preset}; give another --out")
-    saved = from_json(type(config), values["train"], str(config.out / "config.json"))
-    plain = {f.name: f.default for f in fields(config)} | {"minutes": 10.0}
-    given = {k: v for k, v in vars(config).items() if v != plain[k] and v != PRESETS[config.preset].get(k)}
-    other = {k: v for k, v in given.items() if k not in MAY_CHANGE and v != getattr(saved, k)}
-    if other:
-        what = ", ".join(f"--{k.replace('_', '-')} {getattr(saved, k)}, not {v}" for k, v in other.items())
-        raise UserError(f"{config.out} was begun with {what}; a run goes on with the options it was begun with")
-    remove_unfinished(config.out)
-    changes = {k: v for k, v in given.items() if k in MAY_CHANGE} | {"out": config.out, "resume": False}
-    saved = replace(saved, **changes)
-    return saved, load_checkpoint(path) if path.exists() else None
+@dataclass
+class Progress:
+    """Where a run stands; part of every checkpoint."""
+
+    step: int = 0
+    epoch: int = 0
+    position: int = 0  # batches of the epoch that are done
+    samples: int = 0
+    seconds: float = 0.0
+    best: float = -1.0
+    best_step: int = 0
+
+
+class Next(NamedTuple):
+    """A batch, or this rank's part of it, and what the ranks agreed on before it."""
+
+    epoch: int
+    position: int  # in the epoch, after this batch
+    batch: Any
+    samples: int  # of all ranks
+    counted: int  # of all ranks: what the loss is divided by, labelled tokens or questions
+    signal: int | None  # that asked any rank to stop
+
+
+def batches_from(system: System, epoch: int, start: int, world: World, pin: bool) -> Iterator[tuple[int, int, Any]]:
+    """(epoch, position after it, this rank's part of the batch), endlessly, from batch `start` of an epoch on.
+
+    A rank without a part gets a silent batch: it goes through the model like the others, and counts for nothing.
+    """
+    while True:
+        keys = system.epoch(epoch)
+        for position in range(start, len(keys)):
+            key, counts = system.share(keys[position], world) if world.size > 1 else (keys[position], True)
+            batch = system.batch(key) if counts else system.batch(key).silent()
+            yield epoch, position + 1, batch.pin() if pin else batch
+        epoch, start = epoch + 1, 0
+
+
+def train_step(
+    loss_of: Any,
+    batch: Any,
+    optimizers: Optimizers,
+    precision: Precision,
+    *,
+    accumulate: int = 1,
+    max_grad_norm: float = 1.0,
+    counted: int | None = None,
+    ranks: Alone = ONE_PROCESS,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One optimizer step. Returns (mean loss, share that is right, gradient norm), each a scalar on the device.
+
+    `loss_of(part)` is `System.loss`, shared by the ranks if there are several. The loss of a step is the sum over what
+    is counted (labelled tokens) divided by their number `counted` on all ranks (None: those of the batch). So it does
+    not depend on how many parts the batch is computed in, nor on how many ranks.
+    """
+    counted = batch.counts[1] if counted is None else counted
+    parts = list(batch.parts(accumulate))
+    if ranks.world.size > 1:  # every rank goes through the model equally often
+        parts += [parts[0].silent()] * (accumulate - len(parts))
+    sums = torch.zeros(2, device=precision.device)
+    for number, part in enumerate(parts, 1):
+        with ranks.backward_of(last=number == len(parts)):
+            with precision.autocast():
+                loss, right = loss_of(part)
+            # Gradients are averaged over ranks, and here their sum is wanted.
+            precision.scaler.scale(loss * (ranks.world.size / counted)).backward()
+        sums += torch.stack([loss.detach().float(), right.float()])
+    for optimizer in optimizers.optimizers:
+        precision.scaler.unscale_(optimizer)
+    norm = whole(nn.utils.clip_grad_norm_(optimizers.parameters, max_grad_norm))
+    for optimizer in optimizers.optimizers:
+        precision.scaler.step(optimizer)
+    precision.scaler.update()
+    optimizers.zero_grad()
+    mean_loss, share_right = ranks.world.sum_(sums) / counted
+    return mean_loss, share_right, norm
+
+
+def train(options: RunOptions, world: World) -> int | None:
+    """Train, evaluate and report. Returns None, or the number of the signal that stopped the run early."""
+    began = time.perf_counter()
+    keep_freed_memory()
+
+    # ---- the machine
+    options, checkpoint = begin_or_go_on(options)
+    world.check_same(checkpoint and checkpoint["state"]["step"], f"the last step in {options.out}")
+    device = pick_device(options.device)
+    wanted = checkpoint["precision"] if checkpoint else options.precision
+    kind, reason = world.of_main(pick_precision(wanted, device))  # it may be measured, and must be the same
+    precision = Precision(kind, device)
+    check_sharing(options.parallel, precision)
+    print(f"device {device}, {reason}" + (f", {world.size} ranks, {options.parallel}" if world.size > 1 else ""))
+
+    # ---- the system and its data
+    kind_of_system = systems.find(options.preset)
+    with world.first_one_then_all():  # the first draws data and decodes images
+        data = kind_of_system.read(options)
+        if checkpoint:  # tokenizers and answers are those of the run, whatever the data are now
+            system = systems.open_parts(options.out, options, precision)
+        else:
+            system = kind_of_system.build(options, data, precision)
+        system.world = world
+        system.train_on(data)
+    system.model.to(device)
+    print(*system.about(), sep="\n")
+    ranks = share_model(options.parallel, system.model, world, precision)
+    optimizers = Optimizers(
+        system.model,
+        kind=options.optimizer,
+        learning_rate=options.learning_rate,
+        matrix_learning_rate=options.matrix_learning_rate,
+        weight_decay=options.weight_decay,
+    )
+
+    # ---- where the run stands
+    options.out.mkdir(parents=True, exist_ok=True)
+    progress = Progress()
+    if checkpoint:
+        progress = Progress(**restore(checkpoint, system, optimizers, precision, str(options.out), world))
+        print(f"going on after step {progress.step}")
+    else:
+        separate_streams(world)
+        if world.main:
+            system.save(options.out)
+    with world.first_one_then_all():  # the first lets frozen encoders run, if their output is kept
+        system.precompute()
+    weights, curves, last = (options.out / name for name in (WEIGHTS, "curves.png", "checkpoints/last.pt"))
+    resume_after = progress.step if checkpoint else None
+    log = MetricsLog(options.out / "metrics.jsonl", resume_after, on_disk=world.main)
+    watch = LossWatch(options.out, world, system.ids)
+    budget = None  # seconds of training, where --minutes bounds the run
+    if options.minutes is not None:
+        spent = time.perf_counter() - began + min(RESERVE_SHARE * 60 * options.minutes, RESERVE_SECONDS)
+        budget = world.of_main(max(1.0, 60 * options.minutes - spent))
+
+    resumed_seconds, loop_began = progress.seconds, time.perf_counter()
+
+    def clock() -> float:
+        """Seconds of the run so far, by the main rank's clock; the others add nothing."""
+        return resumed_seconds + time.perf_counter() - loop_began if world.main else 0.0
+
+    def share_done() -> float:
+        """The share of the run that is over, 0 to 1."""
+        return min(1.0, progress.step / options.steps if budget is None else progress.seconds / max(budget, 1e-9))
+
+    def next_batch() -> Next:
+        """The next batch, and what ranks must agree on before it: its size, the time, whether to stop."""
+        epoch, position, batch = next(source)
+        samples, counted, progress.seconds, *votes = world.totals([*batch.counts, clock(), *stop.votes()])
+        return Next(epoch, position, batch, int(samples), int(counted), stop.elected(votes))
+
+    def evaluate() -> None:
+        watch.look()
+        figures = ranks.with_whole_model(system.evaluate)
+        log.write(progress.step, samples=progress.samples, seconds=round(progress.seconds, 2), val=figures)
+        if figures["accuracy"] > progress.best:
+            progress.best, progress.best_step = figures["accuracy"], progress.step
+            save_weights(weights, system.model, world)
+        if world.main:
+            draw_panels(curves, system.panels(log.rows))
+        (progress.seconds,) = world.totals([clock()])
+
+    def save() -> None:
+        """Everything needed to go on, whole on the main rank, so that another number of ranks can."""
+        watch.look()
+        saved = {
+            "model": for_main(system.model.state_dict(), world),
+            "optimizers": for_main(optimizers.state_dict(), world),
+            "scaler": precision.scaler.state_dict(),
+            "state": asdict(progress),
+            "rng": streams(world),
+            "precision": precision.kind,
+        }
+        if world.main:
+            save_checkpoint(last, saved)
+
+    # ---- the loop: learning rate, step, log, evaluate, save
+    loss_of = ranks.shared(system.loss)
+    system.model.train()
+    window_began, window_samples = time.perf_counter(), 0
+    bar = tqdm(
+        total=100.0,
+        initial=round(100 * share_done(), 2),
+        desc="training",
+        bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}",
+    )
+    with GracefulStop() as stop, bar:
+        source = prefetch(batches_from(system, progress.epoch, progress.position, world, pin=device.type == "cuda"))
+        over = share_done() >= 1
+        now = None if over else next_batch()
+        while not over and now.signal is None:
+            factor = schedule(progress.step, share_done(), options.warmup_steps, options.decay_from)
+            optimizers.set_factor(factor)
+            loss, right, norm = train_step(
+                loss_of,
+                now.batch.to(device),
+                optimizers,
+                precision,
+                accumulate=options.accumulate,
+                max_grad_norm=options.max_grad_norm,
+                counted=now.counted,
+                ranks=ranks,
+            )
+            progress.step, progress.epoch, progress.position = progress.step + 1, now.epoch, now.position
+            progress.samples, window_samples = progress.samples + now.samples, window_samples + now.samples
+            # A scaler finds infinite gradients itself, and skips the step.
+            watch.add(progress.step, now.batch.rows, loss, None if precision.scaler.is_enabled() else norm)
+            now = next_batch()
+
+            logging = progress.step == 1 or progress.step % options.log_every == 0
+            if logging or device.type == "cpu":
+                watch.look()  # on a GPU this is where the program waits for it
+            if logging:
+                rate = window_samples / (time.perf_counter() - window_began)
+                window_began, window_samples = time.perf_counter(), 0
+                log.write(
+                    progress.step,
+                    samples=progress.samples,
+                    seconds=round(progress.seconds, 2),
+                    lr_factor=factor,
+                    samples_per_second=round(rate, 1),
+                    loss=loss.item(),
+                    token_accuracy=right.item(),
+                    grad_norm=norm.item(),
+                )
+                bar.set_postfix_str(
+                    f"step {progress.step}, loss {loss.item():.3f}, tokens right {right.item():.2f}, "
+                    f"{rate:.0f} samples/s" + (f", val {progress.best:.3f}" if progress.best >= 0 else "")
+                )
+                bar.update(round(100 * share_done(), 2) - bar.n)
+            over = share_done() >= 1
+            if progress.step % options.eval_every == 0 or over:
+                evaluate()
+                window_began, window_samples = time.perf_counter(), 0
+            if progress.step % options.save_every == 0 or over or now.signal is not None:
+                save()
+        source.close()
+        stopped = stop.elected(world.totals(stop.votes()))
+        if stopped is None:
+            bar.update(100 - bar.n)
+    if stopped is not None:
+        again = f"python train.py --preset {options.preset} --out {shlex.quote(str(options.out))} --resume"
+        print(f"stopped by signal {stopped} after step {progress.step}; go on with: {again}")
+        return stopped
+
+    # ---- the final figures, of the best weights
+    load_model_state(system.model, read_weights(options.out), str(weights))
+    figures = ranks.with_whole_model(lambda: system.finish(options.out))
+    if not world.main:
+        return None
+    draw_panels(curves, system.panels(log.rows))
+    rates = sorted(row["samples_per_second"] for row in log.rows if "samples_per_second" in row)
+    summary = {
+        **figures,
+        "validation_accuracy": progress.best,
+        f"{system.unit}_seen": progress.samples,
+        "steps": progress.step,
+        "seconds": round(time.perf_counter() - began + (checkpoint["state"]["seconds"] if checkpoint else 0.0), 1),
+        "samples_per_second": rates[len(rates) // 2],
+        "peak_memory_gb": round(peak_memory_gb(device), 2),
+        "device": str(device),
+        "precision": kind,
+    }
+    write_json(options.out / "summary.json", summary)
+    print(*system.lines(figures), sep="\n")
+    for name in ("seconds", "samples_per_second"):
+        print(f"{name:20s} {summary[name]}")
+    print(f"look at {options.out / 'samples.html'} and {curves}")
+    return None
 
 
 def peak_memory_gb(device: torch.device) -> float:
@@ -73,131 +327,11 @@ def peak_memory_gb(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
-def main(config: RunConfig) -> int | None:
-    """Train, evaluate and report. Returns None, or the number of the signal that stopped the run early."""
-    with start(config.device) as world:
-        return train(config, world)
-
-
-def train(config: RunConfig, world: World) -> int | None:
-    """`main`, as one of the ranks that torchrun started, or as the only one."""
-    began = time.perf_counter()
-    keep_freed_memory()
-    config, checkpoint = settle(config)
-    world.check_same(checkpoint and checkpoint["state"]["step"], f"the last step in {config.out}")
-    device = pick_device(config.device)
-    wanted = checkpoint["precision"] if checkpoint else config.precision
-    kind, reason = world.of_main(pick_precision(wanted, device))  # it may be measured, and must be the same
-    precision = Precision(kind, device)
-    check_sharing(config.parallel, precision)
-    print(f"device {device}, {reason}" + (f", {world.size} ranks, {config.parallel}" if world.size > 1 else ""))
-
-    with world.first_one_then_all():  # the first draws data and decodes images
-        job = system_of(config.preset).prepare(config, precision)
-    job.world = world
-    job.model.to(device)
-    print(*job.about(), sep="\n")
-    ranks = share_model(config.parallel, job.model, world, precision)
-    optimizers = Optimizers(
-        job.model,
-        kind=config.optimizer,
-        learning_rate=config.learning_rate,
-        matrix_learning_rate=config.matrix_learning_rate,
-        weight_decay=config.weight_decay,
-    )
-
-    config.out.mkdir(parents=True, exist_ok=True)
-    state = State()
-    if checkpoint:
-        state = restore(checkpoint, job, optimizers, precision, str(config.out), world)
-        print(f"going on after step {state.step}")
-    else:
-        separate_streams(world)
-        if world.main:
-            job.save_parts(config.out)
-    with world.first_one_then_all():  # the first lets frozen encoders run, if their output is kept
-        job.precompute()
-    resume_after = state.step if checkpoint else None
-    log = MetricsLog(config.out / "metrics.jsonl", resume_after, on_disk=world.main)
-    seconds = None
-    if config.minutes is not None:
-        spent = time.perf_counter() - began + min(RESERVE_SHARE * 60 * config.minutes, RESERVE_SECONDS)
-        seconds = world.of_main(max(1.0, 60 * config.minutes - spent))
-    plan = Plan(
-        steps=config.steps,
-        seconds=seconds,
-        warmup_steps=config.warmup_steps,
-        decay_from=config.decay_from,
-        accumulate=config.accumulate,
-        max_grad_norm=config.max_grad_norm,
-        log_every=config.log_every,
-        eval_every=config.eval_every,
-        save_every=config.save_every,
-    )
-    weights, curves = config.out / "model.safetensors", config.out / "curves.png"
-
-    def draw_curves() -> None:
-        draw_panels(curves, job.panels(log.rows))
-
-    stopped = fit(
-        job,
-        optimizers,
-        precision,
-        plan,
-        log,
-        config.out,
-        state,
-        ranks=ranks,
-        on_best=lambda: save_weights(weights, job.model, world),
-        after_evaluation=draw_curves,
-    )
-    if stopped is not None:
-        again = f"python train.py --preset {config.preset} --out {shlex.quote(str(config.out))} --resume"
-        print(f"stopped by signal {stopped} after step {state.step}; go on with: {again}")
-        return stopped
-
-    load_model_state(job.model, load_file_state(weights), str(weights))
-    figures = ranks.with_whole_model(lambda: job.finish(config.out))
-    if not world.main:
-        return None
-    draw_curves()
-    training = [row["samples_per_second"] for row in log.rows if "samples_per_second" in row]
-    summary = {
-        **figures,
-        "validation_accuracy": state.best,
-        f"{job.unit}_seen": state.samples,
-        "steps": state.step,
-        "seconds": round(time.perf_counter() - began + (checkpoint["state"]["seconds"] if checkpoint else 0.0), 1),
-        "samples_per_second": sorted(training)[len(training) // 2],
-        "peak_memory_gb": round(peak_memory_gb(device), 2),
-        "device": str(device),
-        "precision": kind,
-    }
-    write_json(config.out / "summary.json", summary)
-    print(*job.lines(figures), sep="\n")
-    for name in ("seconds", "samples_per_second"):
-        print(f"{name:20s} {summary[name]}")
-    print(f"look at {config.out / 'samples.html'} and {curves}")
-    return None
-
-
-def command_line(argv: Sequence[str]) -> RunConfig:
-    """The config that the flags ask for: that of the system which --preset names, whose flags they must be."""
-    with told_once():
-        return _command_line(argv)
-
-
-def _command_line(argv: Sequence[str]) -> RunConfig:
-    preset = peek(argv, "--preset", tuple(BY_PRESET))
-    system = system_of(preset)
-    about = (
-        f"Train the system of preset {preset}; the values in brackets are its defaults. Other presets, with flags of "
-        f"their own (--preset NAME --help): {', '.join(name for name in BY_PRESET if name != preset)}."
-    )
-    others = {name: f"--preset {other.presets[0]}" for other in SYSTEMS for name in flag_names(other.config)}
-    told = {"program": "train.py", "about": about, "elsewhere": others, "unread": lambda config: config.unread()}
-    return parse(system.config, {preset: PRESETS[preset]}, argv, **told)
+def main(options: RunOptions) -> int | None:
+    """`train` as one of the ranks that torchrun started, or as the only one."""
+    with start(options.device) as world:
+        return train(options, world)
 
 
 if __name__ == "__main__":
-    run_program(lambda: main(command_line(sys.argv[1:])))
+    run_program(main, OPTIONS)

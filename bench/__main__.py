@@ -26,9 +26,9 @@ from bench import (
 )
 from bench.results import command_given, present
 from bench.sides import SIDES, Case
+from vqa_scratch.command_line import NearChoice, run_program
 from vqa_scratch.commands.line import NearGroup, call
 from vqa_scratch.errors import UserError
-from vqa_scratch.options import NearChoice, run_program
 from vqa_scratch.training.precision import pick_device
 
 

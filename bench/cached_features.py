@@ -15,16 +15,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from vqa_scratch.training.loop import train_step
 
 from bench import results, timing
 from bench.sides import ONE_STEP
-from vqa_scratch.config import PRESETS, TrainConfig
 from vqa_scratch.data.shapes import ShapesSpec, ensure_shapes
 from vqa_scratch.errors import UserError
+from vqa_scratch.systems.options import PRESETS, VQAOptions
 from vqa_scratch.systems.questions import read_splits
 from vqa_scratch.systems.vqa import VQATask, build_system
 from vqa_scratch.training.allocator import keep_freed_memory
-from vqa_scratch.training.loop import train_step
 from vqa_scratch.training.optimizers import Optimizers
 from vqa_scratch.training.precision import Precision, pick_device
 
@@ -64,13 +64,13 @@ class Sides:
             "cache": folder / "cache",
             "init": "random",
             "freeze": "encoders",
-            "fusion": case.fusion,
+            "connector": case.fusion,
             "image_cache": True,
             "val_split": "val",
             "questions_per_step": case.questions,
             "questions_per_image": case.questions // case.images,
         }
-        config = TrainConfig(**values | changes)
+        config = VQAOptions(**values | changes)
         splits = read_splits(config)
         self.precision = Precision(case.precision, pick_device(case.device))
         parts = build_system(config, splits.samples["train"])

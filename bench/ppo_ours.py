@@ -15,8 +15,8 @@ from vqa_scratch.data.news import news
 from vqa_scratch.models.bert import BertConfig
 from vqa_scratch.models.classifier import TextClassifier
 from vqa_scratch.models.t5 import T5, T5Config
-from vqa_scratch.rl.config import RLHFConfig
 from vqa_scratch.rl.mini_news import tokenizers_for
+from vqa_scratch.rl.options import RLHFOptions
 from vqa_scratch.rl.policy import ActorCritic, SamplingRules, T5Policy, freeze
 from vqa_scratch.rl.ppo import PPO
 from vqa_scratch.rl.rewards import RewardPart, RewardSum
@@ -55,7 +55,7 @@ def ours(folder: Path, options: dict) -> None:
     task = torch.load(folder / "task.pt", weights_only=True)
     batch, kind = len(task["queries"]), options.pop("precision", "fp32")
     micro = options.pop("micro", batch)
-    config = RLHFConfig(
+    config = RLHFOptions(
         prompts=batch,
         micro_prompts=micro,
         max_new_tokens=task["new_tokens"],

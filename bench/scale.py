@@ -14,13 +14,13 @@ import torch
 from torch import nn
 
 from bench.results import table
-from vqa_scratch.config import PRESETS, TrainConfig
 from vqa_scratch.data.shapes import ShapesSpec, ensure_shapes
 from vqa_scratch.models.bert import Bert, BertConfig
 from vqa_scratch.models.gpt2 import GPT2, GPT2Config
 from vqa_scratch.models.t5 import T5, T5Config
 from vqa_scratch.models.vit import ViT, ViTConfig
 from vqa_scratch.models.vqa import VQAModel
+from vqa_scratch.systems.options import PRESETS, VQAOptions
 from vqa_scratch.systems.questions import read_splits
 from vqa_scratch.systems.vqa import DISTILBERT, build_system
 from vqa_scratch.training.optimizers import split_parameters
@@ -42,7 +42,7 @@ def shapes() -> nn.Module:
     """The embedded towers; their vocabularies are learned from a few scenes, so a little smaller than in a real run."""
     with tempfile.TemporaryDirectory() as folder:
         data = ensure_shapes(Path(folder), ShapesSpec(train=64, val=2, test=2, holdout=2), progress=False)
-        config = TrainConfig(**{"preset": "shapes", "data": data, "steps": 1} | PRESETS["shapes"])
+        config = VQAOptions(**{"preset": "shapes", "data": data, "steps": 1} | PRESETS["shapes"])
         with redirect_stdout(io.StringIO()):
             samples = read_splits(config).samples["train"]
         return build_system(config, samples)[0]

@@ -14,15 +14,15 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from vqa_scratch.models.reader import labelled_loss
+from vqa_scratch.training.loop import Plan, train_step
 
 from vqa_scratch.data.batches import Batch
 from vqa_scratch.models.bert import Bert
 from vqa_scratch.models.gpt2 import GPT2
-from vqa_scratch.models.reader import labelled_loss
 from vqa_scratch.models.vit import ViT
 from vqa_scratch.models.vqa import VQAModel
 from vqa_scratch.training.allocator import keep_freed_memory
-from vqa_scratch.training.loop import Plan, train_step
 from vqa_scratch.training.optimizers import Optimizers
 from vqa_scratch.training.precision import Precision
 
@@ -132,7 +132,7 @@ class Ours:
             batch.decoder_input_ids,
             image_index=batch.image_index,
         )
-        return labelled_loss(hidden, self.model.decoder.tokens.weight, batch.labels)
+        return labelled_loss(hidden, self.model.decoder.head, batch.labels)
 
     def gradients(self, folder: Path, *, fp32: bool = False) -> float:
         """The loss, its gradients saved to `folder` as a checkpoint would be."""

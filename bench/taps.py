@@ -8,15 +8,15 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from vqa_scratch.training.loop import train_step
 
 from bench.results import table
 from bench.sides import ONE_STEP
 from bench.timing import Spread, commit, in_turn, machine, peak_memory_gb, speedup
-from vqa_scratch.config import PRESETS
 from vqa_scratch.data.shapes import ShapesSpec, ensure_shapes
 from vqa_scratch.nn import taps
-from vqa_scratch.options import parse
 from vqa_scratch.systems import system_of
+from vqa_scratch.systems.options import read_command_line
 from vqa_scratch.training.loop import train_step
 from vqa_scratch.training.optimizers import Optimizers
 from vqa_scratch.training.precision import Precision, pick_precision
@@ -46,8 +46,8 @@ class Steps:
         data = ensure_shapes(folder, SCENES, progress=False)
         flags = ["--data", str(data), "--cache", str(folder), "--steps", "1", "--questions-per-step", str(questions)]
         system = system_of("shapes")
-        config = parse(system.config, {"shapes": PRESETS["shapes"]}, flags, program="train.py", about="")
-        self.job = system.prepare(config, self.precision)
+        self.job = system.prepare(read_command_line(flags), self.precision)
+        self.precision.suit_attention(self.job.model)
         self.optimizers = Optimizers(
             self.job.model, kind="muon", learning_rate=0.0, matrix_learning_rate=0.0, weight_decay=0.0
         )

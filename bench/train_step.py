@@ -6,6 +6,7 @@ and 8 answer tokens. Both sides load the same files, must agree on the loss and 
 Shapes: I images, B questions, N image tokens, T question tokens, A decoder tokens, D width, V vocabulary.
 """
 
+import math
 import multiprocessing
 import sys
 import tempfile
@@ -50,7 +51,7 @@ def step_operations(image: Any, text: Any, decoder: Any, case: Case) -> float:
     def blocks(tokens: int, rows: int, dim: int, layers: int, hidden: int) -> float:
         return layers * rows * (tokens * (4 * dim * dim + 2 * dim * hidden) + 2 * tokens * tokens * dim)
 
-    patches, dim = image.grid**2, decoder.dim
+    patches, dim = math.prod(image.grid), decoder.dim
     rows, images, answers = case.questions, case.images, case.answer_tokens
     products = blocks(patches + 1, images, image.dim, image.layers, image.hidden)
     products += blocks(case.question_tokens, rows, text.dim, text.layers, text.hidden)

@@ -5,7 +5,7 @@ from contextlib import nullcontext
 import torch
 
 from vqa_scratch.models.t5 import T5, T5Config
-from vqa_scratch.rl.config import RLHFConfig
+from vqa_scratch.rl.options import RLHFOptions
 from vqa_scratch.rl.policy import ActorCritic, SamplingRules, T5Policy, freeze
 from vqa_scratch.rl.ppo import PPO
 from vqa_scratch.rl.rewards import RewardPart, RewardSum
@@ -35,7 +35,7 @@ def rules(**options):
 
 
 def tiny_ppo(policy=None, sampling=None, autocast=nullcontext, **options):
-    config = RLHFConfig(
+    config = RLHFOptions(
         **{"prompts": 8, "samples": 2, "micro_prompts": 8, "max_new_tokens": 9, "iterations": 10, "critic_warmup": 0}
         | {"scale_reward": False, "learning_rate": 1e-2, "warmup_steps": 0}
         | options

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from vqa_scratch.rl.config import RLHFConfig
+from vqa_scratch.rl.options import RLHFOptions
 from vqa_scratch.rl.policy import ActorCritic, Context, SamplingRules, freeze
 from vqa_scratch.rl.ppo import PPO
 from vqa_scratch.rl.rewards import RewardPart, RewardSum
@@ -100,7 +100,7 @@ def optimum(reference, rewards, beta):
 def toy_ppo(seed=0, iterations=300, kl_coef=0.5, **options):
     """A PPO run on the toy, ready to step."""
     reference, rewards = tables()
-    config = RLHFConfig(
+    config = RLHFOptions(
         **{
             "seed": seed,
             "iterations": iterations,

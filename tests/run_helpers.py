@@ -4,23 +4,23 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from vqa_helpers import small_config, small_task
+from vqa_helpers import small_options, small_system
 
+from vqa_scratch import systems
 from vqa_scratch.__main__ import PROGRAM
 from vqa_scratch.commands.line import call
 from vqa_scratch.data.vqa_v2 import read_vqa
-from vqa_scratch.run import load_run, save_weights
+from vqa_scratch.systems.run_folder import save_weights
 
 
 def make_run(data: Path, folder: Path, **changes) -> Path:
     """A run folder as train.py leaves it, with weights uneven enough to give different answers."""
-    config = small_config(data, folder, **changes)
-    task = small_task(config)
+    system = small_system(small_options(data, folder, **changes))
     with torch.no_grad():
-        for parameter in task.model.parameters():
+        for parameter in system.model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
-    task.save_parts(folder)
-    save_weights(folder / "model.safetensors", task.model)
+    system.save(folder)
+    save_weights(folder / "model.safetensors", system.model)
     return folder
 
 
@@ -31,19 +31,19 @@ def command(*argv: object) -> None:
 @torch.no_grad()
 def by_hand(folder: Path, image: Path, question: str) -> tuple[str, float]:
     """One token after the other with the whole model, and the product of their probabilities."""
-    opened = load_run(folder)
-    encoder, probability = opened.encoder, 1.0
+    opened = systems.load(folder)
+    words, probability = opened.tokenizers, 1.0
     pixels = opened.processor(Image.open(image).convert("RGB"))[None]
-    start = [*encoder.prompt(question), encoder.decoder.bos_id]
+    start = [*words.prompt(question), words.decoder.bos_id]
     ids = list(start)
-    for _ in range(encoder.max_answer_tokens):
-        logits = opened.model(pixels, torch.tensor([encoder.question(question)]), None, torch.tensor([ids])).logits
+    for _ in range(words.max_answer_tokens):
+        logits = opened.model(pixels, torch.tensor([words.question(question)]), None, torch.tensor([ids])).logits
         p, token = logits[0, -1].softmax(-1).max(-1)
         probability *= float(p)
         ids.append(int(token))
-        if ids[-1] == encoder.decoder.eos_id:
+        if ids[-1] == words.decoder.eos_id:
             break
-    return encoder.decoder.decode(ids[len(start) :]).strip(), probability
+    return words.decoder.decode(ids[len(start) :]).strip(), probability
 
 
 def picture(data: Path) -> Path:

@@ -15,8 +15,8 @@ from test_resume import at_step
 from vqa_helpers import Ended, Started, small_flags, train_program
 
 import train
+from vqa_scratch.command_line import run_program
 from vqa_scratch.data.vqa_files import annotations_name, questions_name
-from vqa_scratch.options import run_program
 from vqa_scratch.training.checkpoint import load_checkpoint
 from vqa_scratch.training.progress import read_metrics
 
@@ -42,7 +42,7 @@ def said(argv: list[str], capsys) -> str:
     """What `train.py` says about a command line that must fail: exit code 2, and one line that this returns."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
-        run_program(lambda: train.main(train.command_line(argv)))
+        run_program(lambda: train.main(train.read_command_line(argv)))
     lines = [line for line in capsys.readouterr().err.splitlines() if line and "%|" not in line]  # bars aside
     assert stop.value.code == 2 and len(lines) == 1 and lines[0].startswith("error: "), lines
     return lines[0]
@@ -67,22 +67,23 @@ def files_of(run: Path) -> dict[Path, bytes]:
         (["--minuts", "3"], "no such flag: --minuts; did you mean --minutes?"),
         (["--frobnicate"], "no such flag: --frobnicate"),
         (["--steps", "many"], "'many' is not a valid integer"),
-        (["--steps", "0"], "--steps must be 1 or more, not 0"),
-        (["--minutes", "-1"], "--minutes must be positive, not -1.0"),
+        (["--steps", "0"], "--steps must be at least 1, not 0"),
+        (["--minutes", "-1"], "--minutes must be above 0, not -1.0"),
         (["--steps", "3", "--minutes", "1"], "give --minutes or --steps, not both"),
         (["--questions-per-step", "10", "--accumulate", "3"], "does not divide into --accumulate 3"),
-        (["--decay-from", "1"], "--decay-from must be from 0"),
+        (["--decay-from", "1"], "--decay-from must be at least 0 and below 1, not 1.0"),
         (["--minutes", "nan"], "--minutes must be a finite number, not nan"),
         (["--learning-rate", "inf"], "--learning-rate must be a finite number, not inf"),
-        (["--seed", "-1"], "--seed must not be negative, not -1"),
-        (["--seed", "4294967296"], "--seed must be below 2^32"),
-        (["--warmup-steps", "-1"], "--warmup-steps must not be negative, not -1"),
-        (["--eval-questions", "0"], "--eval-questions must be positive, not 0"),
-        (["--test-images", "0"], "--test-images must be 1 or more, not 0"),
+        (["--seed", "-1"], "--seed must be at least 0 and below 4294967296, not -1"),
+        (["--seed", "4294967296"], "--seed must be at least 0 and below 4294967296, not 4294967296"),
+        (["--warmup-steps", "-1"], "--warmup-steps must be at least 0, not -1"),
+        (["--eval-questions", "0"], "--eval-questions must be at least 1, not 0"),
+        (["--test-images", "0"], "--test-images must be at least 1, not 0"),
         (["--val-fraction", "1"], "--val-fraction must be above 0 and below 1, not 1.0"),
-        (["--width", "0"], "--width must be positive, not 0"),
-        (["--preset", "book"], "--preset book needs --data"),
-        (["--fusion", "means"], "did you mean 'mean'?"),
+        (["--width", "0"], "--width must be at least 1, not 0"),
+        (["--preset", "book"], "--preset book needs --data, the folder with the VQA v2 files"),
+        (["--connector", "means"], "did you mean 'mean'?"),
+        (["--image-model", ""], "--image-model must not be empty; leave it out"),
         (["--freeze", "encoder"], "did you mean 'encoders'?"),
         (["--precision", "fp16", "--device", "cpu", "--steps", "1"], "--precision fp16 needs a CUDA device"),
         (["extra"], "extra"),
@@ -142,7 +143,7 @@ def test_an_unreadable_image_is_named(data, tmp_path, capsys, cached, content, m
     assert victim.name in line and message in line
     if content == "half":  # only decoding tells
         again = [*flags(broken, tmp_path / "again", steps=1, eval_every=1), "--verify-images"]
-        train.main(train.command_line(again))
+        train.main(train.read_command_line(again))
         assert f"the image cannot be read (first: {victim.name})" in capsys.readouterr().out
 
 
@@ -167,6 +168,8 @@ def test_a_run_goes_on_with_its_options(run, data, capsys):
     """A flag that would be without effect is refused; one that repeats the run's value is not."""
     line = said([*flags(data, run, width=64, steps=20), "--resume"], capsys)
     assert "was begun with --steps 10, not 20, --width 32, not 64" in line
+    line = said([*flags(data, run), "--resume", "--feature-cache"], capsys)
+    assert "--feature-cache means nothing with --freeze nothing: it goes with --freeze encoders, " in line
 
 
 def test_nothing_to_resume(tmp_path, capsys):
@@ -235,9 +238,10 @@ def test_a_full_disk(run, data, tmp_path, limit, name):
 
 
 def full_disk_at(step: int, limit: int) -> None:
+    from vqa_scratch.training.evaluation import Report
+
     import train
     from vqa_scratch.systems.vqa import VQATask
-    from vqa_scratch.training.evaluation import Report
 
     # Better at every evaluation, so that the weights are written at each of them.
     scores = iter(range(1, 100))

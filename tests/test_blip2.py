@@ -9,7 +9,6 @@ from helpers import STD, assert_close, saved
 from vqa_scratch.errors import UserError
 from vqa_scratch.generate import GenerationOptions, generate, greedy
 from vqa_scratch.models import OPT, Blip2, Blip2Config, OPTConfig
-from vqa_scratch.nn import Memory
 from vqa_scratch.study import trace
 
 no_grad = torch.no_grad()
@@ -69,9 +68,9 @@ def test_greedy_tokens_equal_those_of_the_reference(tmp_path, image_token):
         everything, all_mask = with_image_tokens(ids, mask)
         theirs.language_model.generation_config.eos_token_id = eos
         wanted = theirs.generate(pixels, everything, all_mask, max_new_tokens=12)[:, everything.shape[1] :]
-        prompt, seen = ours.prompt(ids, mask)
-        image = [Memory(ours.encode_image(pixels))]
-        assert torch.equal(greedy(ours, prompt, seen, image, max_new_tokens=12, eos_id=eos, fill=1).ids, wanted)
+        limits = {"max_new_tokens": 12, "eos_id": eos, "fill": 1}
+        made = greedy(ours.language, ids, mask, None, **limits, prefix=ours.encode_image(pixels))
+        assert torch.equal(made.ids, wanted)
         return wanted
 
     said = torch.cat([made(seed, eos=2) for seed in range(4)])
@@ -81,40 +80,36 @@ def test_greedy_tokens_equal_those_of_the_reference(tmp_path, image_token):
 
 @no_grad
 def test_beams_and_traces_find_the_tokens_of_the_reference(tmp_path):
-    """Beam search shares the image among its beams; under a trace decoding goes through the modules."""
+    """Beams share the image's keys; under a trace decoding goes through the modules."""
     theirs = reference(tmp_path)
     ours = Blip2.from_pretrained(tmp_path)
     pixels, (ids, mask) = torch.randn(2, 3, 28, 28), prompts((8, 5))
     everything, all_mask = with_image_tokens(ids, mask)
-    prompt, seen = ours.prompt(ids, mask)
-    image = [Memory(ours.encode_image(pixels))]
+    image = ours.encode_image(pixels)
     for beams in (1, 3):
         wanted = theirs.generate(pixels, everything, all_mask, max_new_tokens=9, num_beams=beams)
         options = GenerationOptions(9, eos_id=2, num_beams=beams)
-        made = generate(ours, prompt, seen, image, options=options, fill=1)
+        made = generate(ours.language, ids, mask, options=options, fill=1, prefix=image)
         assert torch.equal(made.ids, wanted[:, everything.shape[1] :])
         with trace(ours.language, "decoder.0.resid_pre"):
-            assert torch.equal(generate(ours, prompt, seen, image, options=options, fill=1).ids, made.ids)
+            again = generate(ours.language, ids, mask, options=options, fill=1, prefix=image)
+            assert torch.equal(again.ids, made.ids)
 
 
 @no_grad
 def test_one_image_serves_several_questions(tmp_path):
+    """Encoded once, and read beside others as it is read alone."""
     reference(tmp_path)
     model = Blip2.from_pretrained(tmp_path)
     pixels, (ids, mask) = torch.randn(2, 3, 28, 28), prompts((9, 7, 9))
-    image, which = model.encode_image(pixels), torch.tensor([1, 1, 0])
-    prompt, seen = model.prompt(ids, mask)
-    shared = model.hidden(prompt, seen, memory=[Memory(image, index=which)])
-    assert torch.equal(shared, model.hidden(prompt, seen, memory=[Memory(image[which])]))
-
-
-def test_the_image_needs_its_places(tmp_path):
-    reference(tmp_path)
-    model = Blip2.from_pretrained(tmp_path)
-    memory = [Memory(torch.randn(1, QUERIES, 16))]
-    for ids in (torch.full((1, 9), 7), torch.full((1, 2), IMAGE_TOKEN)):
-        with pytest.raises(ValueError, match="input_ids must begin with 4 places of the image"):
-            model.hidden(ids, memory=memory)
+    which, options = torch.tensor([1, 1, 0]), GenerationOptions(8)
+    image = model.encode_image(pixels)[which]
+    made = generate(model.language, ids, mask, options=options, prefix=image)
+    for row in range(3):
+        alone = model.encode_image(pixels[which[row]][None])
+        own = generate(model.language, ids[row][mask[row].bool()][None], options=options, prefix=alone)
+        assert torch.equal(own.ids[0], made.ids[row])
+        assert_close(own.log_probs[0], made.log_probs[row])
 
 
 @no_grad
@@ -181,7 +176,7 @@ def test_what_is_saved_is_read_by_both(tmp_path):
         ("text_config", {"do_layer_norm_before": False}, "with norms before sublayers"),
         ("qformer_config", {"use_qformer_text_input": True}, "a Q-Former that reads text"),
         ("qformer_config", {"cross_attention_frequency": 0}, "must be 1 or more, not 0"),
-        ("vision_config", {"image_size": [28, 14]}, "image and patch must be square"),
+        ("vision_config", {"patch_size": [14, 7]}, "patches must be square"),
         ("vision_config", {"hidden_act": "swish"}, "asks for activation 'swish'"),
     ],
 )

@@ -4,10 +4,10 @@ import json
 
 import pytest
 import torch
+from vqa_scratch.models.reader import IGNORE
 
 from vqa_scratch.generate import greedy
 from vqa_scratch.models import GPT2, CaptionConfig, CaptionModel, GPT2Config, ResNetConfig
-from vqa_scratch.models.reader import IGNORE
 
 DECODER = GPT2Config(
     vocab_size=31, max_positions=24, dim=32, layers=2, heads=2, add_cross_attention=True, init_std=0.2,

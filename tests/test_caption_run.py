@@ -10,11 +10,11 @@ import pytest
 import torch
 from PIL import Image
 from vqa_helpers import CPU
+from vqa_scratch.systems.caption_job import CaptionJob
 
 import train
 from vqa_scratch.__main__ import PROGRAM
 from vqa_scratch.commands.line import call
-from vqa_scratch.config import CaptionTrainConfig
 from vqa_scratch.data.augment import depends_on_side
 from vqa_scratch.data.batches import IGNORE
 from vqa_scratch.errors import UserError
@@ -22,10 +22,11 @@ from vqa_scratch.models import GPT2, GPT2Config, ResNet, ResNetConfig
 from vqa_scratch.report.lettering import choose
 from vqa_scratch.systems import open_trained
 from vqa_scratch.systems.caption import prepare
-from vqa_scratch.systems.caption_job import CaptionJob
 from vqa_scratch.systems.captions import read_splits
+from vqa_scratch.systems.options import CaptionOptions
 from vqa_scratch.training.distributed import World
 from vqa_scratch.training.precision import Precision
+from vqa_scratch.training.ranks import World
 
 SMALL = {
     "preset": "caption", "width": 32, "heads": 2, "decoder_layers": 1, "image_width": 16, "captions_per_step": 16,
@@ -35,9 +36,9 @@ SMALL = {
 }  # fmt: skip
 
 
-def config(data: Path | None, out: Path, **changes) -> CaptionTrainConfig:
+def config(data: Path | None, out: Path, **changes) -> CaptionOptions:
     values = SMALL | {"data": data, "out": out, "cache": out.parent, "steps": 4} | changes
-    return CaptionTrainConfig(**values)
+    return CaptionOptions(**values)
 
 
 @pytest.fixture(scope="module")
@@ -103,9 +104,10 @@ def test_the_page_shows_captions_beside_references(run, data):
 
 
 def test_texts_are_escaped(tmp_path):
+    from vqa_scratch.training.evaluation import Answer
+
     from vqa_scratch.data.vqa_v2 import VQASample
     from vqa_scratch.systems.captions import caption_cards
-    from vqa_scratch.training.evaluation import Answer
 
     Image.new("RGB", (4, 4)).save(tmp_path / "x.png")
     sample = VQASample(1, tmp_path / "x.png", 1, "", "caption", "caption", ("<b>&", "<i>"), "<b>&")
@@ -328,12 +330,11 @@ def test_released_towers_train(tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ({"flip": 1.5}, "--flip must be from 0 to 1"),
-        ({"rotate": -1.0}, "--rotate must be from 0 to 180"),
-        ({"question_share": 1.0}, "--question-share must be from 0 up to but not including 1"),
-        ({"captions_per_step": 0}, "--captions-per-step must be positive"),
+        ({"flip": 1.5}, "--flip must be at least 0 and at most 1, not 1.5"),
+        ({"rotate": -1.0}, "--rotate must be at least 0 and at most 180, not -1.0"),
+        ({"question_share": 1.0}, "--question-share must be at least 0 and below 1, not 1.0"),
+        ({"captions_per_step": 0}, "--captions-per-step must be at least 1, not 0"),
         ({"init": "pretrained"}, "--init pretrained needs --image-model"),
-        ({"image_model": Path("x.pth")}, "--image-model goes with --init pretrained"),
         ({"preset": "coco"}, "--preset coco needs --data"),
     ],
 )
@@ -348,5 +349,5 @@ def test_other_systems_say_what_they_are_not(run, data, tmp_path):
     opened = open_trained(tmp_path / "run", CPU)
     with pytest.raises(UserError, match="was trained to describe images alone"):
         opened.ask(next((data / "val2014").glob("*.png")), "what color is it?", None)
-    with pytest.raises(UserError, match="--fusion"):
-        train.command_line(["--preset", "caption", "--fusion", "mean"])
+    with pytest.raises(UserError, match="--connector means nothing here: it is a flag of --preset shapes"):
+        train.read_command_line(["--preset", "caption", "--connector", "mean"])

@@ -12,13 +12,15 @@ import torch
 from run_helpers import by_hand, command, make_run, picture
 from safetensors.torch import load_file, save_file
 from vqa_helpers import ROOT
+from vqa_scratch.run import load_run
+from vqa_scratch.training.evaluation import QuestionOnly, TypePrior, blind
 
+from vqa_scratch.command_line import run_program
 from vqa_scratch.data.submission import read_submission
 from vqa_scratch.data.vqa_files import annotations_name, questions_name
 from vqa_scratch.data.vqa_v2 import read_vqa
 from vqa_scratch.errors import UserError
 from vqa_scratch.metrics import accuracy_by
-from vqa_scratch.options import run_program
 from vqa_scratch.run import load_run
 from vqa_scratch.training.evaluation import QuestionOnly, TypePrior, blind
 
@@ -103,13 +105,13 @@ def test_an_incomplete_submission_is_refused(run, data, tmp_path):
 # ------------------------------------------------------------------------------------------------ export
 
 
-@pytest.mark.parametrize("fusion", ["tokens", "mean"])
+@pytest.mark.parametrize("connector", ["tokens", "mean"])
 @pytest.mark.parametrize("stem", ["linear", "conv"])
-def test_export(data, tmp_path, fusion, stem, capsys, monkeypatch):
+def test_export(data, tmp_path, connector, stem, capsys, monkeypatch):
     """The towers load in transformers without a missing key, and the page's own program gives the run's answer."""
     import transformers as hf
 
-    run = make_run(data, tmp_path / "run", fusion=fusion, stem=stem)
+    run = make_run(data, tmp_path / "run", connector=connector, stem=stem)
     out = tmp_path / "export"
     command("export", run, out)
     printed = capsys.readouterr()

@@ -12,13 +12,13 @@ import pytest
 import torch
 from torch import nn
 from vqa_helpers import CPU, small_config, small_data, small_task
+from vqa_scratch.training.evaluation import QuestionOnly, TypePrior, other_images
+from vqa_scratch.training.loop import Plan, State, fit, restore, train_step
 
 from vqa_scratch.errors import UserError
 from vqa_scratch.report.curves import moving_average
 from vqa_scratch.systems.questions import read_splits
 from vqa_scratch.training.checkpoint import load_checkpoint, load_model_state, rng_state, save_checkpoint, set_rng_state
-from vqa_scratch.training.evaluation import QuestionOnly, TypePrior, other_images
-from vqa_scratch.training.loop import Plan, State, fit, restore, train_step
 from vqa_scratch.training.optimizers import Muon, Optimizers, orthogonalize, schedule, split_parameters
 from vqa_scratch.training.precision import Precision
 from vqa_scratch.training.progress import MetricsLog, read_metrics
@@ -124,11 +124,11 @@ def test_the_schedule_in_closed_form():
 # ------------------------------------------------------------------------------------------------ steps
 
 
-@pytest.mark.parametrize("fusion", ["tokens", "mean"])
-def test_accumulation_changes_nothing(splits, fusion):
+@pytest.mark.parametrize("connector", ["tokens", "mean"])
+def test_accumulation_changes_nothing(splits, connector):
     """1, 2 and 4 parts: the same loss, gradients and norm, though answers and so tokens differ between parts."""
     config, parts = splits
-    task = small_task(dataclasses.replace(config, fusion=fusion, questions_per_image=3), parts)
+    task = small_task(dataclasses.replace(config, connector=connector, questions_per_image=3), parts)
     batches = [task.batch(key) for number in range(9) for key in task.epoch(number)]
     tokens = [[task.size(part)[1] for part in batch.parts(4)] for batch in batches]
     batch = next(b for b, t in zip(batches, tokens, strict=True) if len(t) == 4 and len(set(t)) > 2)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from ranks import run_ranks
 from vqa_helpers import CPU, small_config, small_flags, small_task, train_program
+from vqa_scratch.systems.features import keep_features
 
 import train
 from vqa_scratch.data import feature_store, mapped
@@ -21,7 +22,6 @@ from vqa_scratch.data.mapped import mapped_array
 from vqa_scratch.errors import UserError
 from vqa_scratch.storage import append_line
 from vqa_scratch.systems import questions as system_questions
-from vqa_scratch.systems.features import keep_features
 from vqa_scratch.systems.questions import read_splits
 from vqa_scratch.systems.vqa import VQATask
 from vqa_scratch.training.precision import Precision
@@ -65,12 +65,12 @@ def outcome(job: VQATask) -> tuple[list[float], dict[str, torch.Tensor], dict]:
     return losses, gradients, job.report("val").answers
 
 
-@pytest.mark.parametrize("fusion", ["tokens", "mean"])
+@pytest.mark.parametrize("connector", ["tokens", "mean"])
 @pytest.mark.parametrize("freeze", ["encoders", "image_encoder", "text_encoder", "all"])
-def test_losses_gradients_and_answers_are_those_of_recomputing(task, tmp_path, freeze, fusion):
-    plain = task(freeze=freeze, fusion=fusion)
+def test_losses_gradients_and_answers_are_those_of_recomputing(task, tmp_path, freeze, connector):
+    plain = task(freeze=freeze, connector=connector)
     losses, gradients, answers = outcome(plain)
-    kept = task(freeze=freeze, fusion=fusion, feature_cache=True)
+    kept = task(freeze=freeze, connector=connector, feature_cache=True)
     kept_losses, kept_gradients, kept_answers = outcome(kept)
     assert kept_losses == pytest.approx(losses, rel=TOLERANCE)
     assert kept_gradients.keys() == gradients.keys()
@@ -96,7 +96,7 @@ def test_a_tower_runs_once(task, tmp_path, monkeypatch):
 
 
 def test_an_average_is_kept_where_an_average_is_read(task):
-    job = task(freeze="image_encoder", fusion="mean", feature_cache=True)
+    job = task(freeze="image_encoder", connector="mean", feature_cache=True)
     assert job.batch(job.epoch(0)[0]).pixels.shape[1:] == (1, 32)
 
 
@@ -176,7 +176,7 @@ def test_the_name_follows_weights_preprocessing_images_and_format(task, tmp_path
 
     assert made() == ["image", "text"]
     assert made() == made(weight("decoder")) == []
-    assert made(weight("image")) == made(preprocessing) == made(fusion="mean") == ["image"]
+    assert made(weight("image")) == made(preprocessing) == made(connector="mean") == ["image"]
     assert made(weight("text")) == made(question) == ["text"]
     assert made(lambda job: setattr(job, "precision", Precision("bf16", CPU))) == ["image", "text"]
     path = task().questions["train"].image_paths[0]
@@ -251,8 +251,10 @@ def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("freeze", ["nothing", "decoder"])
 def test_the_flag_needs_a_frozen_encoder(data, tmp_path, freeze):
-    with pytest.raises(UserError, match=f"--freeze {freeze} freezes none; give --freeze encoders, image_encoder, text"):
-        train.command_line([*small_flags(data, tmp_path / "run", freeze=freeze), "--feature-cache"])
+    with pytest.raises(
+        UserError, match=f"--feature-cache means nothing with --freeze {freeze}: it goes with --freeze encoders"
+    ):
+        train.read_command_line([*small_flags(data, tmp_path / "run", freeze=freeze), "--feature-cache"])
 
 
 def test_images_of_another_size_than_the_towers(task):
@@ -295,7 +297,7 @@ def test_a_run_with_it_is_the_run_without(data, tmp_path, monkeypatch):
     def figures(name: str, *flags: str) -> tuple[list[float], float]:
         out = tmp_path / name
         argv = small_flags(data, out, freeze="encoders", steps=3)
-        assert train.main(train.command_line([*argv, *flags])) is None
+        assert train.main(train.read_command_line([*argv, *flags])) is None
         rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
         return [row["loss"] for row in rows if "loss" in row], json.loads((out / "summary.json").read_text())[
             "accuracy"

@@ -107,8 +107,9 @@ def test_keys_go_with_the_state(decoder, parts):
         with torch.no_grad():
             prompt = torch.zeros(4, 2, dtype=torch.long)
             _, state = begin(decoder, prompt, None, memory(4)[2 - parts :], steps=3)
-        crossings = weakref.ref(state.crossings)
+            state.step(prompt[:, 0])
+        keys = [weakref.ref(part) for part in (state.own, state.memory)]
         del state
-        assert crossings() is None
+        assert [key() for key in keys] == [None, None]
     finally:
         gc.enable()

@@ -12,10 +12,11 @@ from vqa_scratch.errors import UserError
 from vqa_scratch.generate import GenerationOptions, generate, greedy, loop, rank
 from vqa_scratch.generate import processors as ours
 from vqa_scratch.generate.choose import pick
-from vqa_scratch.generate.graph import FixedState
+from vqa_scratch.generate.fast import FastState
+from vqa_scratch.generate.fast.self_attention import FixedRows, Rows
+from vqa_scratch.generate.fast.state import read_memory
 from vqa_scratch.generate.ranking import tree_of
 from vqa_scratch.generate.start import prefill
-from vqa_scratch.generate.state import StaticState
 from vqa_scratch.models import GPT2, T5, GPT2Config, T5Config
 from vqa_scratch.nn import taps
 from vqa_scratch.nn.memory import Memory
@@ -75,16 +76,16 @@ def parts(rows: int, shared: int = 1, dtype=torch.float64) -> list[Memory]:
         ({"num_beams": 0}, "num_beams must be at least 1"),
         ({"num_beams": 2, "early_stopping": "soon"}, "early_stopping must be true, false or 'never'"),
         ({"min_new_tokens": 9}, "min_new_tokens 9 is above max_new_tokens 8"),
-        ({"min_new_tokens": -1}, "min_new_tokens must not be negative"),
+        ({"min_new_tokens": -1}, "min_new_tokens must be at least 0, not -1"),
         ({"min_new_tokens": 2, "eos_id": None}, "min_new_tokens bars the end token; give eos_id"),
         ({"max_new_tokens": 0}, "max_new_tokens must be at least 1"),
         ({"do_sample": True, "temperature": 0.0}, "temperature must be above 0"),
-        ({"do_sample": True, "temperature": math.nan}, "temperature must be above 0"),
+        ({"do_sample": True, "temperature": math.nan}, "temperature must be a finite number, not nan"),
         ({"do_sample": True, "top_k": 0}, "top_k must be at least 1"),
         ({"do_sample": True, "top_p": 0.0}, "top_p must be above 0 and at most 1"),
         ({"do_sample": True, "top_p": 1.5}, "top_p must be above 0 and at most 1"),
         ({"repetition_penalty": 0.0}, "repetition_penalty must be above 0"),
-        ({"no_repeat_ngram_size": -1}, "no_repeat_ngram_size must not be negative"),
+        ({"no_repeat_ngram_size": -1}, "no_repeat_ngram_size must be at least 0, not -1"),
     ],
 )
 def test_contradictions_are_one_clear_line(given, said):
@@ -108,7 +109,7 @@ def test_options_must_fit_the_vocabulary(gpt2, given, said):
 
 def test_no_memory_is_taken_for_beams_that_cannot_be(gpt2, monkeypatch):
     """The cache of ten thousand beams is gigabytes even on a small model."""
-    monkeypatch.setattr("vqa_scratch.generate.start.StaticState", lambda *_: pytest.fail("a cache was made"))
+    monkeypatch.setattr("vqa_scratch.generate.fast.state.Rows", lambda *_: pytest.fail("a cache was made"))
     with pytest.raises(UserError, match="10000 beams, but the vocabulary has 14 tokens"):
         generate(gpt2, torch.tensor([[3]]), options=GenerationOptions(2, 1, num_beams=10_000))
 
@@ -260,8 +261,11 @@ def test_steps_of_fixed_shape(gpt2, padded, monkeypatch):
     monkeypatch.setattr(torch.Tensor, "new_empty", lambda self, *shape: self.new_full(shape, math.nan))
     with torch.no_grad():
         scores, cache, real = prefill(gpt2, ids, mask, parts(6, 2))
-        steps = gpt2.decoding_parts()
-        fixed, plain = FixedState(steps, cache, real, 8, 1), StaticState(steps, cache, real, 8, 1)
+        taken_apart = gpt2.fast_state()
+        own = FixedRows(taken_apart, cache, real, 8, 1)
+        fixed = FastState(taken_apart, own, read_memory(taken_apart, cache, 1))
+        plain = FastState.after(taken_apart, cache, real, 8)
+        assert type(plain.own) is Rows
         recorded = []
         for step in range(8):
             tokens = scores.argmax(-1)
@@ -297,7 +301,7 @@ def test_a_graph_says_the_same():
 @pytest.mark.parametrize("beams", [1, 3])
 def test_rows_that_end_early_leave_the_others_as_they_are(gpt2, beams, monkeypatch):
     """They are dropped on the way, with what the processors keep of them: each row says what it says alone."""
-    rows, dropped, keep = 16, [], StaticState.keep
+    rows, dropped, keep = 16, [], FastState.keep
     ids, mask = prompts(rows)
     image, text = parts(rows, 2)
     asked = {"num_beams": beams, "repetition_penalty": 1.3, "no_repeat_ngram_size": 2}
@@ -305,7 +309,7 @@ def test_rows_that_end_early_leave_the_others_as_they_are(gpt2, beams, monkeypat
     # As end token serves one that many rows say, at different times.
     end = max(range(1, VOCABULARY), key=lambda token: len({int(i) for i in (endless == token).int().argmax(1)}))
     options = GenerationOptions(12, end, **asked)
-    monkeypatch.setattr(StaticState, "keep", lambda self, groups: dropped.append(groups.tolist()) or keep(self, groups))
+    monkeypatch.setattr(FastState, "keep", lambda self, groups: dropped.append(groups.tolist()) or keep(self, groups))
     made = generate(gpt2, ids, mask, [image, text], options=options)
     assert any(kept != list(range(len(kept))) for kept in dropped), "rows in the middle should go"
     for row in range(rows):
@@ -364,7 +368,9 @@ def test_ranking_with_t5(t5):
     made = rank(t5, torch.zeros(3, 1, dtype=torch.long), None, [Memory(states)], CANDIDATES)
     for row, (column, candidate) in itertools.product(range(3), enumerate(CANDIDATES)):
         own = states[row : row + 1]
-        wanted = by_brute_force(lambda x, own=own: t5.logits(t5.decode_hidden(x, own)), [0], candidate)
+        wanted = by_brute_force(
+            lambda x, own=own: t5.logits(t5.hidden(t5.embed(x), memory=[Memory(own)])), [0], candidate
+        )
         assert float(made[row, column]) == pytest.approx(wanted, abs=1e-4)
 
 

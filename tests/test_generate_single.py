@@ -10,9 +10,11 @@ import pytest
 import torch
 from test_generate_options import VOCABULARY, parts, prompts
 
-from vqa_scratch.generate import begin, cross
-from vqa_scratch.generate.single import SingleState
-from vqa_scratch.generate.state import ModuleState, StaticState
+from vqa_scratch.generate import begin
+from vqa_scratch.generate.fast import FastState, cross_attention, state
+from vqa_scratch.generate.fast.products import attend
+from vqa_scratch.generate.fast.self_attention import OneRow, Rows
+from vqa_scratch.generate.state import ModuleState
 from vqa_scratch.models import GPT2, T5, GPT2Config, T5Config
 from vqa_scratch.nn import taps
 from vqa_scratch.nn.memory import Memory
@@ -47,13 +49,13 @@ class Watcher:
 
 @torch.no_grad()
 def scores(decoder, ids, mask, memory, tokens, kind: type) -> torch.Tensor:
-    """Of the prompt and of every step (1 + STEPS, B, V), through a state of that kind."""
+    """Of the prompt and of every step (1 + STEPS, B, V), through the modules or that kind of self-attention."""
     if kind is ModuleState:
         with taps.activate(Watcher()):
             first, state = begin(decoder, ids, mask, memory, steps=STEPS)
     else:
         first, state = begin(decoder, ids, mask, memory, steps=STEPS)
-    assert type(state) is kind
+    assert (type(state) if kind is ModuleState else type(state.own)) is kind
     return torch.stack([first, *(state.step(token) for token in tokens)])
 
 
@@ -73,11 +75,11 @@ def memory_of(rows: int, decoder) -> list[Memory]:
 def way(request, monkeypatch) -> str:
     """Both ways to read a small memory; an assertion at the end says that it was this one."""
     if request.param == "projected":
-        monkeypatch.setattr(cross, "ABSORB_BYTES", -(10**9))
-    taken, make = [], cross.crossings
-    monkeypatch.setattr(cross, "crossings", lambda *given: taken.append(make(*given)) or taken[-1])
+        monkeypatch.setattr(cross_attention, "ABSORB_BYTES", -(10**9))
+    taken, make = [], cross_attention.cross_attention
+    monkeypatch.setattr(state, "cross_attention", lambda *given: taken.append(make(*given)) or taken[-1])
     yield request.param
-    assert type(taken[-1]).__name__ == f"_{request.param.capitalize()}"
+    assert type(taken[-1]).__name__ == request.param.capitalize()
 
 
 @pytest.mark.parametrize("padded", [False, True])
@@ -85,14 +87,14 @@ def test_one_row(decoder, padded, way):
     """A prompt of its own length or padded on the left, a memory with padding in it."""
     ids, _ = prompts(1)
     mask = torch.tensor([[False, False, True, True, True]]) if padded else None
-    same(decoder, ids, mask, memory_of(1, decoder), SingleState)
+    same(decoder, ids, mask, memory_of(1, decoder), OneRow)
 
 
 def test_padding_of_one_row_costs_no_place(decoder):
     ids, _ = prompts(1)
     tokens, memory = torch.full((STEPS, 1), 3), memory_of(1, decoder)
-    padded = scores(decoder, ids, torch.tensor([[False, False, True, True, True]]), memory, tokens, SingleState)
-    alone = scores(decoder, ids[:, 2:], None, memory, tokens, SingleState)
+    padded = scores(decoder, ids, torch.tensor([[False, False, True, True, True]]), memory, tokens, OneRow)
+    alone = scores(decoder, ids[:, 2:], None, memory, tokens, OneRow)
     # Not to the bit: the prompt itself goes through products of another length.
     assert (padded - alone).abs().max() <= ROUNDINGS * torch.finfo(alone.dtype).eps * alone.abs().max()
 
@@ -100,7 +102,7 @@ def test_padding_of_one_row_costs_no_place(decoder):
 @pytest.mark.parametrize("rows", [1, 3])
 def test_a_prompt_of_one_token_is_a_step(decoder, rows, monkeypatch):
     ids, _ = prompts(rows, 1)
-    kind = SingleState if rows == 1 else StaticState
+    kind = OneRow if rows == 1 else Rows
     same(decoder, ids, torch.ones_like(ids), memory_of(rows, decoder), kind)
     monkeypatch.setattr("vqa_scratch.generate.start.prefill", None)  # not needed for it
     with torch.no_grad():
@@ -127,14 +129,14 @@ def test_a_memory_of_one_token(decoder, rows, shared):
     seen = torch.ones(rows // shared, 1, dtype=torch.bool)
     seen[-1] = rows == 1
     memory = Memory(states, seen, index=torch.arange(rows) // shared)
-    same(decoder, ids, mask, [memory], SingleState if rows == 1 else StaticState)
+    same(decoder, ids, mask, [memory], OneRow if rows == 1 else Rows)
 
 
 def test_one_row_with_nothing_to_read(decoder):
     """All of its memory is padding: it reads zeros, and the output projection adds its bias."""
     ids, _ = prompts(1)
     states = torch.randn(1, 4, 16, dtype=type_of(decoder), generator=torch.Generator().manual_seed(6))
-    same(decoder, ids, None, [Memory(states, torch.zeros(1, 4, dtype=torch.bool))], SingleState)
+    same(decoder, ids, None, [Memory(states, torch.zeros(1, 4, dtype=torch.bool))], OneRow)
 
 
 @pytest.mark.parametrize("shared", [1, 2, 3])
@@ -146,7 +148,7 @@ def test_dropping_rows(decoder, shared, tokens):
     seen = torch.ones(6 // shared, tokens, dtype=torch.bool)
     seen[0, 0] = False
     memory, found = [Memory(states, seen, repeat=shared)], []
-    for kind in (StaticState, ModuleState):
+    for kind in (FastState, ModuleState):
         with torch.no_grad(), taps.activate(Watcher()) if kind is ModuleState else nullcontext():
             _, state = begin(decoder, ids, mask, memory, steps=STEPS)
             assert type(state) is kind
@@ -166,4 +168,4 @@ def test_attend_is_attention(scale, biased):
     q, keys, v = (torch.randn(3, *shape, dtype=torch.float64) for shape in ((2, 5), (5, 7), (7, 5)))
     bias = torch.randn(3, 1, 7, dtype=torch.float64) if biased else None
     scores = scale * (q @ keys) + (0.0 if bias is None else bias)
-    assert torch.allclose(cross.attend(q, keys, v, bias, scale), scores.softmax(-1) @ v, atol=1e-14)
+    assert torch.allclose(attend(q, keys, v, bias, scale), scores.softmax(-1) @ v, atol=1e-14)

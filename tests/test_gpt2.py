@@ -52,7 +52,10 @@ def test_gpt2_and_back(tmp_path, case):
     theirs = reference(ids, attention_mask=mask, **cross).logits
     assert_close(model(ids, mask, **cross), theirs, where=mask)
     assert_close(back(ids, attention_mask=mask, **cross).logits, theirs, where=mask)
-    assert_close(model.logits(model.hidden(ids, mask, **cross)), theirs, where=mask)
+    read = [Memory(*cross.values())] if cross else None
+    hidden = model.hidden(model.embed(ids), mask, memory=read)
+    assert_close(model.logits(hidden), theirs, where=mask)
+    assert_close(hidden @ model.head.T, theirs, where=mask)
     if cross:  # the reference skips the sublayer when there is nothing to read; so do we
         assert_close(model(ids[:1]), reference(ids[:1]).logits)
         assert (model(ids[:1]) - theirs[:1]).abs().max() > 0.1
@@ -86,8 +89,9 @@ def test_gpt2_file_without_prefix_with_mask_buffers(tmp_path, kind):
         tensors[f"h.{layer}.attn.masked_bias"] = torch.tensor(-1e4)
     save_file(tensors, file)
     ids, mask = text_batch()
+    model = GPT2.from_pretrained(tmp_path)
     hidden = (reference if kind is hf.GPT2Model else reference.transformer)(ids, attention_mask=mask).last_hidden_state
-    assert_close(GPT2.from_pretrained(tmp_path).hidden(ids, mask), hidden, where=mask)
+    assert_close(model.hidden(model.embed(ids), mask), hidden, where=mask)
 
 
 def test_gpt2_file_with_a_head(tmp_path):

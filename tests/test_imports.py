@@ -44,11 +44,15 @@ LEAVES = {
     "vqa_scratch.errors",
     "vqa_scratch.storage",
     "vqa_scratch.options",
-    "vqa_scratch.config",
+    "vqa_scratch.command_line",
+    "vqa_scratch.generation_options",
     "vqa_scratch.metrics",
     "vqa_scratch.weights",
+    "vqa_scratch.rl.options",
     "vqa_scratch.rl.types",
     "vqa_scratch.rl.functional",
+    "vqa_scratch.systems.options",
+    "vqa_scratch.systems.presets",
 }
 # Pairs that rank alone would allow.
 FORBIDDEN = {("vqa_scratch.data", "vqa_scratch.generate"), ("vqa_scratch.data", "vqa_scratch.models")}

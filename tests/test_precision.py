@@ -7,11 +7,11 @@ import pytest
 import torch
 from test_engine import PLAN, optimizers
 from vqa_helpers import CPU, small_config, small_data, small_task
+from vqa_scratch.training.loop import train_step
 
 from vqa_scratch.errors import UserError
 from vqa_scratch.systems.questions import read_splits
 from vqa_scratch.training import precision as precision_module
-from vqa_scratch.training.loop import train_step
 from vqa_scratch.training.precision import Precision, pick_device, pick_precision
 
 

@@ -29,19 +29,19 @@ def send(number: int) -> None:
 
 def at_step(step: int, then=die) -> None:
     """Before the optimizer step of that number, call `then`."""
-    from vqa_scratch.training import loop
+    import train
 
-    original, calls = loop.train_step, []
+    original, calls = train.train_step, []
 
-    def train_step(*args):
-        (optimizers,) = (a for a in args if isinstance(a, loop.Optimizers))
+    def train_step(*args, **options):
+        (optimizers,) = (a for a in args if isinstance(a, train.Optimizers))
         steps = [s["step"] for o in optimizers.optimizers for s in o.state.values() if "step" in s]
         if max(map(int, steps), default=0) + 1 == step and not calls:
             calls.append(step)
             then()
-        return original(*args)
+        return original(*args, **options)
 
-    loop.train_step = train_step
+    train.train_step = train_step
 
 
 def within_checkpoint() -> None:

@@ -10,24 +10,23 @@ import pytest
 import torch
 from ranks import run_ranks
 from vqa_helpers import Ended, Started
+from vqa_scratch.run import load_file_state
 
 from vqa_scratch.errors import UserError
-from vqa_scratch.run import load_file_state
 from vqa_scratch.training.checkpoint import load_checkpoint
-from vqa_scratch.training.distributed import World
-from vqa_scratch.training.parallel import Alone
+from vqa_scratch.training.ranks import Alone, World
 
 # Five prompts are two and three; minibatches of one prompt leave one of two ranks without any. The critic's warm-up
 # leaves most gradients undefined on all ranks, the early stop is a decision, and whitening looks at all rows.
 TINY = "--sft-steps 4 --reward-steps 4 --prompts 5 --minibatches 5 --samples 2 --max-new-tokens 8 --eval-prompts 3"
 TINY += " --eval-samples 1 --frontier-prompts 2 --frontier-samples 2 --precision fp32 --device cpu --iterations 6"
-TINY += " --checkpoint-every 2 --epochs 2 --kl-target 0.5 --whiten-rewards --entropy-coef 0.01 --early-stop-kl 0.002"
+TINY += " --save-every 2 --epochs 2 --kl-target 0.5 --whiten-rewards --entropy-coef 0.01 --early-stop-kl 0.002"
 TINY += " --learning-rate 0.003 --critic-warmup 1"
 
 
 def program(argv: list[str], prepare=None) -> None:
     import rlhf
-    from vqa_scratch.options import run_program
+    from vqa_scratch.command_line import run_program
 
     if prepare is not None:
         prepare()

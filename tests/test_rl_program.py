@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,18 +15,18 @@ import torch
 
 import rlhf
 import train
-from vqa_scratch import options
 from vqa_scratch.errors import UserError
 from vqa_scratch.models.t5 import T5
 from vqa_scratch.rl import evaluate, metrics, mini_news, report, tasks
-from vqa_scratch.rl.config import PRESETS, RLHFConfig
+from vqa_scratch.rl.options import PRESETS, read_command_line
+from vqa_scratch.rl.resume import last_checkpoint
 from vqa_scratch.rl.types import Samples
 from vqa_scratch.training import precision
 
 ROOT = Path(__file__).parent.parent
 MADE = "--sft-steps 4 --reward-steps 4".split()
 TINY = "--prompts 4 --samples 2 --max-new-tokens 8 --eval-prompts 6 --eval-samples 2"
-TINY += " --frontier-prompts 4 --frontier-samples 4 --precision fp32 --device cpu --iterations 6 --checkpoint-every 2"
+TINY += " --frontier-prompts 4 --frontier-samples 4 --precision fp32 --device cpu --iterations 6 --save-every 2"
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +71,7 @@ def test_a_run_leaves_what_it_promises(finished):
 
 
 def test_prompts_of_the_figures_are_never_trained_on(cache):
-    config = options.parse(RLHFConfig, PRESETS, flags("x", cache), program="", about="")
+    config = read_command_line(flags("x", cache))
     task = tasks.mini_news_task(config, torch.device("cpu"), torch.float32)
     assert not {p.text for p in task.train} & {p.text for p in task.held_out}
 
@@ -116,9 +117,9 @@ def refused(message, *argv):
 
 def test_every_preset_has_a_folder_of_its_own():
     """So that a run of one is not in the way of another, of train.py's least of all: vqa reads one of those."""
-    made = [options.parse(RLHFConfig, PRESETS, ["--preset", name], program="", about="") for name in PRESETS]
+    made = [read_command_line(["--preset", name]) for name in PRESETS]
     assert [str(config.out) for config in made] == [f"runs/rlhf-{name}" for name in PRESETS]
-    of_train = {train.command_line(["--preset", name, "--data", "x", "--resume"]).out for name in train.PRESETS}
+    of_train = {train.read_command_line(["--preset", name, "--data", "x", "--resume"]).out for name in train.PRESETS}
     assert len(of_train) == len(train.PRESETS) and not of_train & {config.out for config in made}
 
 
@@ -139,6 +140,26 @@ def test_runs_are_not_mixed_up(finished, cache, tmp_path):
     broken.mkdir(parents=True)
     (broken / "last.pt").write_bytes((out / "checkpoints" / "last.pt").read_bytes()[:1000])
     refused("not a whole checkpoint", *flags(broken.parent, cache, "--resume"))
+
+
+def test_a_run_with_the_old_names_of_options_goes_on(finished, cache, tmp_path):
+    """Of a checkpoint as the first release wrote it."""
+    out = Path(shutil.copytree(finished[0], tmp_path / "run"))
+    last = out / "checkpoints" / "last.pt"
+    saved = torch.load(last, weights_only=True)
+    config = saved["config"]
+    for old, new in (
+        ("data_dir", "data"),
+        ("checkpoint_every", "save_every"),
+        ("no_repeat_ngram", "no_repeat_ngram_size"),
+    ):
+        config[old] = config.pop(new)
+    torch.save(saved | {"config": config | {"data_dir": "", "reference": "", "articles": "", "freeze": "none"}}, last)
+    assert (
+        last_checkpoint(read_command_line(flags(out, cache, "--resume", "--save-every", "3")))["ppo"]["iteration"] == 6
+    )
+    with pytest.raises(UserError, match="other options: --no-repeat-ngram-size 0 is now 2$"):
+        last_checkpoint(read_command_line(flags(out, cache, "--resume", "--no-repeat-ngram-size", "2")))
 
 
 def test_going_on_keeps_the_precision_and_tidies_up(cache, tmp_path, monkeypatch, capsys):
@@ -185,21 +206,21 @@ def test_a_mac_computes_on_its_cpu(cache, tmp_path, monkeypatch):
     [
         (["--algorith", "ppo"], "no such flag.*--algorithm"),
         (["--algorithm", "rlo"], "did you mean 'rloo'"),
-        (["--algorithm", "rloo", "--samples", "1"], "--samples must be 2 or more"),
-        (["--kl-coef", "-1"], "--kl-coef must not be negative"),
-        (["--prompts", "0"], "--prompts must be positive"),
-        (["--sft-steps", "0"], "--sft-steps must be positive"),
-        (["--kl-horizon", "-1"], "--kl-horizon must be positive"),
+        (["--algorithm", "rloo", "--samples", "1"], "--samples must be at least 2"),
+        (["--kl-coef", "-1"], "--kl-coef must be at least 0, not -1.0"),
+        (["--prompts", "0"], "--prompts must be at least 1, not 0"),
+        (["--sft-steps", "0"], "--sft-steps must be at least 1, not 0"),
+        (["--kl-horizon", "-1"], "--kl-horizon must be above 0, not -1.0"),
         (["--grammar-weight", "nan"], "--grammar-weight must be a finite number, not nan"),
         (["--kl-coef", "inf"], "--kl-coef must be a finite number, not inf"),
         (["--dual-clip", "0.5"], "leaves bad tokens no gradient: give more than 1, or 0 for none"),
-        (["--max-prompt-tokens", "1"], "leaves no room beside the end token"),
-        (["--articles", "x.csv"], "--articles means nothing with --preset mini-news: it is a flag of book"),
-        (["--preset", "vqa", "--reference", "x"], "with --preset vqa: it is a flag of mini-news and book"),
+        (["--max-prompt-tokens", "1"], "--max-prompt-tokens must be at least 2, not 1"),
+        (["--articles", "x.csv"], "--articles means nothing with --preset mini-news: it goes with --preset book"),
+        (["--preset", "vqa", "--reference", "x"], "with --preset vqa: it goes with --preset mini-news or book"),
         (["--preset", "book", "--sft-steps", "7"], "--sft-steps means nothing with --preset book"),
         (["--prompts", "6", "--minibatches", "4"], "do not divide"),
         (["--min-new-tokens", "99"], "exceeds --max-new-tokens"),
-        (["--lam", "1.5"], "lie between 0 and 1"),
+        (["--lam", "1.5"], "--lam must be at least 0 and at most 1, not 1.5"),
         (["--freeze", "encoder", "--reference", "x"], "leave out --reference"),
         (["--preset", "book"], "needs --articles"),
         (["--preset", "book", "--policy", "/no/such/folder"], "needs --articles|no folder"),

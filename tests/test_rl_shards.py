@@ -10,7 +10,7 @@ from rl_tiny import ragged_prompts, rules, tiny
 from test_rl_vqa import rules_for
 from vqa_helpers import small_config
 
-from vqa_scratch.rl.config import RLHFConfig
+from vqa_scratch.rl.options import RLHFOptions
 from vqa_scratch.rl.policy import ActorCritic, freeze
 from vqa_scratch.rl.ppo import PPO
 from vqa_scratch.rl.ranks import Copies
@@ -18,9 +18,10 @@ from vqa_scratch.rl.rewards import RewardPart, RewardSum
 from vqa_scratch.rl.vqa_policy import VQAPolicy, prompts_from
 from vqa_scratch.systems.questions import read_splits
 from vqa_scratch.systems.vqa import embedded_system
-from vqa_scratch.training.distributed import World, start
-from vqa_scratch.training.parallel import Alone, share_model
+from vqa_scratch.training.launch import start
 from vqa_scratch.training.precision import DTYPES, Precision
+from vqa_scratch.training.ranks import Alone, World
+from vqa_scratch.training.sharing import share_model
 
 STEPS = 2
 PLAIN = {"prompts": 7, "samples": 2, "max_new_tokens": 9, "iterations": 10, "critic_warmup": 0, "scale_reward": False}
@@ -46,7 +47,7 @@ def sevens(samples) -> torch.Tensor:
 
 
 def ppo_of(case: str, data: Path, world: World, kind: str = "ddp") -> PPO:
-    config = RLHFConfig(**PLAIN | CASES[case])
+    config = RLHFOptions(**PLAIN | CASES[case])
     precision = Precision("bf16" if case == "bf16" else "fp32", torch.device("cpu"))
     if config.preset == "vqa":
         options = small_config(data, data / "run", question_prompt=True)

@@ -81,7 +81,7 @@ def test_first_ratio_is_one_and_kl_starts_at_zero(options):
     assert log["objective/kl_exact"] > 0 and log["objective/kl_k3"] > 0
 
 
-@pytest.mark.parametrize("frozen", ["none", "encoder"])
+@pytest.mark.parametrize("frozen", ["nothing", "encoder"])
 @pytest.mark.parametrize("micro", [8, 3])
 def test_first_ratio_is_one_in_bf16(micro, frozen):
     """Exactly: the update computes what scoring computed. Two ways of attention, or prompts padded to another length,
@@ -170,7 +170,7 @@ def test_critic_warm_up_leaves_the_policy_alone():
 def test_frozen_encoder_gives_the_same_and_stays():
     """Frozen or not, the first rollout is the same; frozen, nothing that the encoder depends on moves."""
     logs, ppos = [], []
-    for freeze_what in ("none", "encoder"):
+    for freeze_what in ("nothing", "encoder"):
         ppos.append(tiny_ppo(freeze=freeze_what))
         logs.append(ppos[-1].step())
     for name in ("objective/kl_exact", "env/reward_mean", "ppo/val/mean", "objective/entropy"):
@@ -186,8 +186,8 @@ def forced(eos_logit):
     """A policy that ends at once, or never."""
     policy = tiny()
     with torch.no_grad():
-        policy.model.head.weight[EOS] = 0
-        policy.model.head.weight *= 0.01
+        policy.model.lm_head.weight[EOS] = 0
+        policy.model.lm_head.weight *= 0.01
     original = policy.model.logits
 
     def logits(hidden):
@@ -196,6 +196,7 @@ def forced(eos_logit):
         return out
 
     policy.model.logits = logits
+    policy.model.fast_state = lambda: None  # steps ask the model too
     return policy
 
 

@@ -10,13 +10,13 @@ import pytest
 import torch
 from PIL import Image
 from vqa_helpers import small_config, small_data, small_task
+from vqa_scratch.run import save_weights
 
 import rlhf
-from vqa_scratch.config import TrainConfig
 from vqa_scratch.data.vqa_v2 import VQASample
 from vqa_scratch.errors import UserError
 from vqa_scratch.models.vqa import VQAModel
-from vqa_scratch.rl.config import RLHFConfig
+from vqa_scratch.rl.options import RLHFOptions
 from vqa_scratch.rl.policy import ActorCritic, SamplingRules, freeze
 from vqa_scratch.rl.ppo import PPO
 from vqa_scratch.rl.rewards import RewardPart, RewardSum
@@ -24,6 +24,7 @@ from vqa_scratch.rl.rollout import chances, sample
 from vqa_scratch.rl.types import Samples
 from vqa_scratch.rl.vqa_policy import VQAPolicy, check_answers, official_accuracy, prompts_from
 from vqa_scratch.run import save_weights
+from vqa_scratch.systems.options import VQAOptions
 from vqa_scratch.systems.vqa import embedded_system
 
 SIZES = {"width": 32, "heads": 2, "image_layers": 1, "text_layers": 1, "decoder_layers": 2}
@@ -44,7 +45,7 @@ def samples(tmp_path_factory):
 @pytest.fixture(params=[True, False], ids=["prompted", "bare"])
 def system(request, samples):
     torch.manual_seed(0)
-    config = TrainConfig(question_prompt=request.param, **SIZES)
+    config = VQAOptions(question_prompt=request.param, **SIZES)
     return embedded_system(config, samples)
 
 
@@ -107,7 +108,7 @@ def test_an_image_is_encoded_once_for_all_its_prompts(system, samples, fusion):
 
 def test_a_step_of_ppo(system, samples):
     policy = VQAPolicy(*system)
-    config = RLHFConfig(
+    config = RLHFOptions(
         prompts=8,
         samples=2,
         micro_prompts=3,

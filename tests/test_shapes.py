@@ -11,13 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from vqa_scratch.training.evaluation import QuestionOnly, TypePrior, blind
 
 from vqa_scratch.data.scenes import COLORS, FAMILIES, FAMILY_OF_TYPE, HELD_OUT, SHAPES, SIZES, annotate
 from vqa_scratch.data.shapes import ShapesSpec, ensure_shapes, scenes_of
 from vqa_scratch.data.vqa_v2 import VQASample, read_pairs, read_vqa
 from vqa_scratch.errors import UserError
 from vqa_scratch.metrics import accuracy_by
-from vqa_scratch.training.evaluation import QuestionOnly, TypePrior, blind
 
 SPEC = ShapesSpec(train=60, val=20, test=20, holdout=40, questions_per_scene=16)
 SPLITS = tuple(SPEC.splits())

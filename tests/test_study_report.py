@@ -12,16 +12,16 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, safe_open
 from study_helpers import spread, tiny_t5
+from vqa_scratch.run import save_parts, save_weights
 
 from vqa_scratch.__main__ import PROGRAM
 from vqa_scratch.commands.line import call
-from vqa_scratch.config import TrainConfig
 from vqa_scratch.data.text import train_wordpiece
 from vqa_scratch.data.vqa_v2 import VQASample
 from vqa_scratch.errors import UserError
-from vqa_scratch.run import save_parts, save_weights
 from vqa_scratch.study.overlay import overlay
 from vqa_scratch.study.report import packed
+from vqa_scratch.systems.options import VQAOptions
 from vqa_scratch.systems.vqa import embedded_system
 
 SCRIPT = "<script>alert(1)</script> & {{DATA}}"
@@ -31,12 +31,12 @@ def study(*arguments):
     call(PROGRAM, ["study", *map(str, arguments)], "python -m vqa_scratch")
 
 
-def tiny_run(folder, fusion="tokens"):
+def tiny_run(folder, connector="tokens"):
     words = ("what color is the circle?", "is there a red square?", "how many large objects are there?")
     samples = [VQASample(1, folder, i, q, "what", "other", ("red",) * 10, "red") for i, q in enumerate(words)]
-    config = TrainConfig(
-        out=folder, width=16, heads=2, image_layers=2, text_layers=1, decoder_layers=2, patch_size=16, fusion=fusion,
-        max_answer_tokens=3,
+    config = VQAOptions(
+        out=folder, width=16, heads=2, image_layers=2, text_layers=1, decoder_layers=2, patch_size=16,
+        max_answer_tokens=3, connector=connector,
     )  # fmt: skip
     model, encoder, processor = embedded_system(config, samples)
     save_parts(folder, config, spread(model, 0.15), encoder, processor)

@@ -68,7 +68,7 @@ def test_the_head_of_a_t5_sums_in_place(monkeypatch):
     monkeypatch.setattr(large_tables, "LARGE_TABLE", 31 * 24)
     model = T5(T5Config(vocab_size=31, dim=24, head_dim=8, hidden=16, encoder_layers=1, decoder_layers=1, heads=2))
     large_tables.add_up_in_place(model)
-    assert sums_in_place(model.head, model.logits, torch.randn(2, 2, 24, requires_grad=True))
+    assert sums_in_place(model.lm_head, model.logits, torch.randn(2, 2, 24, requires_grad=True))
 
 
 def test_frozen_or_without_gradients_it_is_a_plain_layer():

@@ -78,7 +78,9 @@ def test_parity_ladder(pair):
         hidden = theirs.decoder(
             decoder_ids, encoder_hidden_states=encoded, encoder_attention_mask=mask.long()
         ).last_hidden_state
-        close(ours.decode_hidden(decoder_ids, states, mask), hidden)
+        found = ours.hidden(ours.embed(decoder_ids), memory=[Memory(states, mask)])
+        close(found, hidden)
+        close(found @ ours.head.T, ours.logits(found))
         logits = theirs(input_ids=ids, attention_mask=mask.long(), decoder_input_ids=decoder_ids).logits
         close(ours(ids, mask, decoder_ids), logits)
 
@@ -144,18 +146,19 @@ def test_cached_decoding_equals_a_full_pass_with_shared_memory_and_dropped_rows(
     ids, mask = torch.randint(2, 31, (2, 9)), torch.arange(9) < torch.tensor([[9], [4]])
     decoder_ids = torch.randint(2, 31, (6, 44))
     states = small.encode(ids, mask)
-    full = small.decode_hidden(decoder_ids, states.repeat_interleave(3, 0), mask.repeat_interleave(3, 0))
-    memory = Memory(states, mask, repeat=3)
+    repeated = Memory(states.repeat_interleave(3, 0), mask.repeat_interleave(3, 0))
+    full = small.hidden(small.embed(decoder_ids), memory=[repeated])
+    memory = [Memory(states, mask, repeat=3)]
     with torch.no_grad():
         cache = small.new_cache()
-        close(small.decode_hidden(decoder_ids[:, :3], memory, cache=cache), full[:, :3])
+        close(small.hidden(small.embed(decoder_ids[:, :3]), memory=memory, cache=cache), full[:, :3])
         rows = torch.arange(6)
         for t in range(3, 44):
             if t in (10, 20):
                 keep = torch.tensor([0, 1, 3, 5]) if t == 10 else torch.tensor([1, 2])
                 cache.select(keep)
                 rows = rows[keep]
-            step = small.decode_hidden(decoder_ids[rows, t : t + 1], memory, cache=cache)
+            step = small.hidden(small.embed(decoder_ids[rows, t : t + 1]), memory=memory, cache=cache)
             close(step[:, 0], full[rows, t])
 
 

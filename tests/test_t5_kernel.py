@@ -152,11 +152,12 @@ def test_cached_decoding_has_its_queries_at_the_end_of_the_keys(model, way):
     with torch.no_grad():
         with way("dense"):
             memory = Memory(model.encode(ids, mask), mask)
-            full = model.decode_hidden(decoder_ids, memory, None, decoder_mask)
+            full = model.hidden(model.embed(decoder_ids), decoder_mask, memory=[memory])
         with way("kernel") as calls:
             cache, start = model.new_cache(), 0
             for end in (9, 10, 11, 18, 20):
-                new = model.decode_hidden(decoder_ids[:, start:end], memory, None, decoder_mask[:, :end], cache)
+                new_embeddings = model.embed(decoder_ids[:, start:end])
+                new = model.hidden(new_embeddings, decoder_mask[:, :end], memory=[memory], cache=cache)
                 for row in range(len(ids)):
                     seen = decoder_mask[row, start:end]
                     torch.testing.assert_close(new[row, seen], full[row, start:end][seen], rtol=0, atol=1e-5)

@@ -54,7 +54,7 @@ MEMORY = [Memory(STATES, torch.tensor([[1, 0, 1], [1, 1, 1]]), repeat=2), Memory
 RUNS = {
     "image": (vit, lambda m: m(torch.linspace(-1, 1, 4 * 3 * 64).view(4, 3, 8, 8)), ("self", "mlp")),
     "text": (bert, lambda m: m(IDS, MASK), ("self", "mlp")),
-    "decoder": (gpt2, lambda m: m.hidden(IDS, MASK, memory=MEMORY), ("self", "cross", "mlp")),
+    "decoder": (gpt2, lambda m: m.hidden(m.embed(IDS), MASK, memory=MEMORY), ("self", "cross", "mlp")),
 }
 
 

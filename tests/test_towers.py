@@ -201,8 +201,9 @@ def test_encoder_names_what_does_not_fit():
         BertConfig.from_hf({"model_type": "gpt2"})
     with pytest.raises(UserError, match="activation 'swish'; known: gelu, "):
         BertConfig.from_hf({"model_type": "bert", "hidden_act": "swish"})
-    with pytest.raises(UserError, match="a decoder or for relative positions"):
-        BertConfig.from_hf({"model_type": "bert", "is_decoder": True})
+    for name, value in (("is_decoder", "True"), ("position_embedding_type", "'relative_key'")):
+        with pytest.raises(UserError, match=f"asks for {name} = {value}; here it can only be "):
+            BertConfig.from_hf({"model_type": "bert", name: value.strip("'") if "'" in value else True})
     with pytest.raises(UserError, match="layout must be one of bert, distilbert, roberta, got 'albert'"):
         BertConfig("albert")
 

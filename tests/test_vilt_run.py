@@ -35,7 +35,7 @@ def flags(data: Path, out: Path, *more: str, preset: str = "vilt", sizes: str = 
 @pytest.fixture(scope="module")
 def run(data, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "run"
-    assert train.main(train.command_line(flags(data, out, "--steps", "60", "--eval-every", "30"))) is None
+    assert train.main(train.read_command_line(flags(data, out, "--steps", "60", "--eval-every", "30"))) is None
     return out
 
 
@@ -87,8 +87,8 @@ def test_a_run_resumes_bit_for_bit(run, data, tmp_path):
     argv = flags(data, out, "--steps", "60", "--eval-every", "30", "--save-every", "30")
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Enough):
         patch.setattr(ViLTJob, "evaluate", evaluate_once)
-        train.main(train.command_line(argv))
-    assert train.main(train.command_line([*argv, "--resume"])) is None
+        train.main(train.read_command_line(argv))
+    assert train.main(train.read_command_line([*argv, "--resume"])) is None
     ours, theirs = (load_checkpoint(folder / "checkpoints" / "last.pt")["model"] for folder in (out, run))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     shutil.rmtree(out)
@@ -133,7 +133,7 @@ def test_evaluate_scores_as_the_summary_does(run, data, capsys):
 def test_export_a_linear_stem(data, tmp_path, capsys):
     """The reference loads it and answers alike."""
     out = tmp_path / "run"
-    train.main(train.command_line(flags(data, out, "--steps", "1", "--stem", "linear")))
+    train.main(train.read_command_line(flags(data, out, "--steps", "1", "--stem", "linear")))
     command("export", out, tmp_path / "out")
     assert "note" not in capsys.readouterr().err
     theirs = hf.ViltForQuestionAnswering.from_pretrained(tmp_path / "out").eval()
@@ -152,7 +152,7 @@ def test_the_exported_page_runs(run, data, tmp_path, stem, capsys, monkeypatch):
     out = run
     if stem == "linear":
         out = tmp_path / "run"
-        train.main(train.command_line(flags(data, out, "--steps", "1", "--stem", "linear")))
+        train.main(train.read_command_line(flags(data, out, "--steps", "1", "--stem", "linear")))
     command("export", out, tmp_path / "out")
     notes = capsys.readouterr().err
     assert ("convolutional stem" in notes) == (stem == "conv")
@@ -199,7 +199,7 @@ def test_a_checkpoint_is_tuned_on_images_of_many_sizes(data, checkpoint, tmp_pat
         Image.open(path).resize([(64, 64), (120, 64), (60, 100)][i % 3]).save(path)
     out = tmp_path / "run"
     argv = flags(tmp_path / "data", out, "--model", str(checkpoint), preset="vilt-b32", sizes=B32)
-    assert train.main(train.command_line(argv)) is None
+    assert train.main(train.read_command_line(argv)) is None
     command("ask", out, "--image", picture(tmp_path / "data"), "--question", "is there a red circle?", "--top", "2")
     command("export", out, tmp_path / "out")
     theirs = hf.ViltForQuestionAnswering.from_pretrained(tmp_path / "out")
@@ -212,10 +212,10 @@ def test_a_checkpoint_is_tuned_on_images_of_many_sizes(data, checkpoint, tmp_pat
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        ("--width 64", "--width means nothing with --model"),
+        ("--width 64", "--width means nothing with --model .*: it goes without --model$"),
         ("--max-question-tokens 60", "--max-question-tokens 60 is more than the 40 positions"),
         ("--image-cache", "give --no-image-cache"),
-        ("--fusion mean", "--fusion means nothing here: it is a flag of --preset shapes"),
+        ("--connector mean", "--connector means nothing here: it is a flag of --preset shapes"),
         ("--decoder-layers 2", "--decoder-layers means nothing here"),
         ("--min-answer-count 9999", "the most frequent one is to .*--min-answer-count"),
     ],
@@ -224,9 +224,9 @@ def test_what_cannot_be_asked_for(data, checkpoint, tmp_path, more, message):
     argv = flags(data, tmp_path / "run", "--model", str(checkpoint), preset="vilt-b32", sizes=B32)
     argv = [*argv, *more.split()] if "cache" not in more else [*(a for a in argv if a != "--no-image-cache"), more]
     with pytest.raises(UserError, match=message):
-        train.main(train.command_line(argv))
+        train.main(train.read_command_line(argv))
 
 
 def test_b32_needs_data():
     with pytest.raises(UserError, match="--preset vilt-b32 needs --data"):
-        train.command_line(["--preset", "vilt-b32"])
+        train.read_command_line(["--preset", "vilt-b32"])

@@ -9,7 +9,7 @@ from study_helpers import tiny_vqa
 
 from vqa_scratch.models import GPT2, Bert, BertConfig, GPT2Config, ViT, ViTConfig
 from vqa_scratch.models.reader import IGNORE, labelled_loss
-from vqa_scratch.models.stem import ConvStem
+from vqa_scratch.models.vit import ConvStem
 from vqa_scratch.models.vqa import FROZEN_PARTS, FUSIONS, VQAConfig, VQAModel, masked_average
 
 # Sums in another order differ by a few units in the last place of float64, about 1e-16, times the size of the sums.

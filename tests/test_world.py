@@ -11,9 +11,10 @@ from vqa_scratch.models.resnet import FrozenBatchNorm
 from vqa_scratch.rl import ranks as rl_ranks
 from vqa_scratch.rl.ranks import Copies, gather_rows
 from vqa_scratch.training.checkpoint import restore_streams, separate_streams, streams
-from vqa_scratch.training.distributed import World, _backend, start
-from vqa_scratch.training.parallel import Replicas, check_sharing, in_parts, share_model, whole
+from vqa_scratch.training.launch import _backend, start
 from vqa_scratch.training.precision import Precision
+from vqa_scratch.training.ranks import World, in_parts, whole
+from vqa_scratch.training.sharing import Replicas, check_sharing, share_model
 
 
 def test_shares_are_whole_and_even():

@@ -6,17 +6,17 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from vqa_scratch.config import TrainConfig
 from vqa_scratch.data.shapes import ShapesSpec, ensure_shapes
-from vqa_scratch.systems.questions import Splits, read_splits
-from vqa_scratch.systems.vqa import VQATask, embedded_system
+from vqa_scratch.systems.options import VQAOptions
+from vqa_scratch.systems.questions import QuestionData
+from vqa_scratch.systems.vqa import VQASystem
 from vqa_scratch.training.precision import Precision
 
 ROOT = Path(__file__).parent.parent
@@ -39,30 +39,30 @@ SIZES = {
 }
 
 
-def small_data(folder: Path) -> Path:
-    """The embedded data set with few scenes, below `folder`."""
-    return ensure_shapes(folder, SPEC, progress=False)
+def small_data(folder: Path, **changes: Any) -> Path:
+    """The built-in data set with few scenes, below `folder`."""
+    return ensure_shapes(folder, replace(SPEC, **changes), progress=False)
 
 
-def small_config(data: Path, out: Path, **changes: Any) -> TrainConfig:
+def small_options(data: Path, out: Path, **changes: Any) -> VQAOptions:
     """A model of about 80,000 parameters on that data."""
     values = {"data": data, "cache": out.parent / "cache", "out": out, "image_cache": False, "steps": 8}
-    return TrainConfig(**values | SIZES | changes)
+    return VQAOptions(**values | SIZES | changes)
 
 
 def small_flags(data: Path, out: Path, **changes: Any) -> list[str]:
-    """The command line of `small_config`."""
+    """The command line of `small_options`."""
     values = {"data": data, "cache": out.parent / "cache", "out": out, "steps": 8} | SIZES | changes
     flags = [part for name, v in values.items() if v is not None for part in (f"--{name.replace('_', '-')}", str(v))]
     return [*flags, "--no-image-cache"]
 
 
-def small_task(config: TrainConfig, splits: Splits | None = None) -> VQATask:
-    """The task that `train.py` would train, with a model from the config's seed."""
-    splits = splits or read_splits(config)
-    torch.manual_seed(config.seed)
-    model, encoder, processor = embedded_system(config, splits.samples["train"])
-    return VQATask(config, model, encoder, processor, splits, Precision("fp32", CPU))
+def small_system(options: VQAOptions, data: QuestionData | None = None) -> VQASystem:
+    """The system that `train.py` would train, ready for its first step."""
+    data = data or VQASystem.read(options)
+    system = VQASystem.build(options, data, Precision("fp32", CPU))
+    system.train_on(data)
+    return system
 
 
 @dataclass
@@ -123,10 +123,10 @@ def _redirected(ends: Sequence[Connection], function: Callable[..., None], args:
 def train_program(argv: Sequence[str], prepare: Callable[[], None] | None = None) -> None:
     """`python train.py ARGV`, with `prepare()` called first; pictures and the gallery are left out to save time."""
     import train
-    from vqa_scratch.options import run_program
+    from vqa_scratch.command_line import run_program
     from vqa_scratch.systems import questions
 
     train.draw_panels = questions.write_gallery = lambda *args: None
     if prepare is not None:
         prepare()
-    run_program(lambda: train.main(train.command_line(argv)))
+    run_program(lambda: train.main(train.read_command_line(argv)))

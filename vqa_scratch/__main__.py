@@ -2,16 +2,15 @@
 
 import sys
 
-from vqa_scratch.commands.ask import ask
-from vqa_scratch.commands.convert import convert
-from vqa_scratch.commands.evaluate import evaluate
-from vqa_scratch.commands.export import export
-from vqa_scratch.commands.line import NearGroup, call
-from vqa_scratch.commands.study import study
-from vqa_scratch.options import run_program
+from vqa_scratch.command_line import run_program
+from vqa_scratch.commands.line import CommandGroup, call
 
-COMMANDS = [ask, evaluate, study, export, convert]
-PROGRAM = NearGroup("vqa_scratch", {c.name: c for c in COMMANDS}, help="Use what train.py has trained.")
+PROGRAM = CommandGroup(
+    "vqa_scratch",
+    ["ask", "evaluate", "study", "export", "convert"],
+    help="Use what train.py has trained.\n\n\b\nExample:\n"
+    '  python -m vqa_scratch ask runs/vqa --image photo.jpg --question "how many dogs are there?"',
+)
 
 
 if __name__ == "__main__":

@@ -1,165 +1,203 @@
-"""Command lines from frozen dataclasses: every field is a flag, and bad input is one line.
+"""Options as data: a frozen dataclass, each field of which carries its help sentence and the rules it obeys.
 
-`option` gives a field its help sentence; `parse` reads the flags with click. A preset is a dictionary of fields that
-differ from the defaults; flags given by the user win over the preset.
+`option` makes such a field, `Options` checks all rules when an object is made, `to_json` and `from_json` write and read
+it, and `command_line.py` turns every field into a flag: `eval_every` is `--eval-every`, a bool is `--x/--no-x`, and
+None means "not given". Rules that concern several options at once are code in `__post_init__` of their class.
 """
 
 import dataclasses
-import difflib
-import sys
+import math
 import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import field
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import MISSING, dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
-
-import click
+from typing import Any, TypeVar
 
 from vqa_scratch.errors import UserError
 
-Config = TypeVar("Config")
+T = TypeVar("T")
 
 
-def option(default: Any, help: str, choices: Sequence[str] | None = None) -> Any:
-    """A dataclass field with the sentence that --help shows and, for words, the ones allowed."""
-    return field(default=default, metadata={"help": help, "choices": tuple(choices) if choices else None})
+@dataclass(frozen=True)
+class Rules:
+    """What is known of an option beside its name, type and default; see `option`."""
+
+    help: str
+    group: str
+    choices: tuple[str, ...]
+    minimum: float | None
+    above: float | None
+    maximum: float | None
+    below: float | None
+    only: Mapping[str, tuple[Any, ...]]
+    was: str | None
+    renamed: Mapping[str, str]
+    may_change: bool
+
+    @property
+    def range(self) -> str:
+        """The bounds in words: "above 0 and at most 1"; "" if there are none."""
+        bounds = {"at least": self.minimum, "above": self.above, "at most": self.maximum, "below": self.below}
+        return " and ".join(f"{word} {bound}" for word, bound in bounds.items() if bound not in (None, math.inf))
+
+    def allow(self, value: float) -> bool:
+        """Whether a number is within the bounds."""
+        return (
+            (self.minimum is None or value >= self.minimum)
+            and (self.above is None or value > self.above)
+            and (self.maximum is None or value <= self.maximum)
+            and (self.below is None or value < self.below)
+        )
 
 
-class NearChoice(click.Choice):
-    """A choice whose error names the nearest allowed word."""
-
-    def fail(self, message: str, param: click.Parameter | None = None, ctx: click.Context | None = None) -> NoReturn:
-        word = message.split("'")[1] if "'" in message else ""
-        near = difflib.get_close_matches(word, list(self.choices), 1)
-        super().fail(message.rstrip(".") + (f"; did you mean '{near[0]}'?" if near else "."), param, ctx)
-
-
-def _click_type(annotation: Any, choices: tuple[str, ...] | None) -> Any:
-    """(int | None) -> int, Path -> path, a word with choices -> those."""
-    if choices:
-        return NearChoice(choices)
-    if isinstance(annotation, types.UnionType):
-        annotation = next(a for a in typing.get_args(annotation) if a is not type(None))
-    return click.Path(path_type=Path) if annotation is Path else annotation
-
-
-def flags(config_type: type, defaults: Mapping[str, Any]) -> list[click.Option]:
-    """One click option a field. Values not given come out as None, so that a preset can fill them."""
-    hints = typing.get_type_hints(config_type)
-    result = []
-    for item in dataclasses.fields(config_type):
-        value, name = defaults[item.name], item.name.replace("_", "-")
-        shown = item.metadata["help"] + (f"  [{value}]" if value not in (None, "") else "")
-        if hints[item.name] is bool:
-            result.append(click.Option([f"--{name}/--no-{name}", item.name], default=None, help=shown))
-        else:
-            kind = _click_type(hints[item.name], item.metadata["choices"])
-            result.append(click.Option([f"--{name}", item.name], type=kind, default=None, help=shown))
-    return result
-
-
-def flag_names(config_type: type) -> list[str]:
-    """Every flag of a config, negated ones included."""
-    hints = typing.get_type_hints(config_type)
-    names = [(f.name.replace("_", "-"), hints[f.name] is bool) for f in dataclasses.fields(config_type)]
-    return [f"--{prefix}{name}" for name, is_bool in names for prefix in (("", "no-") if is_bool else ("",))]
-
-
-def as_user_error(error: click.ClickException, elsewhere: Mapping[str, str] | None = None) -> UserError:
-    """What is wrong with a command line, in one line that names the nearest flag for one that there is not.
-
-    `elsewhere` says which flags exist under another choice, and which choice that is.
-    """
-    if not isinstance(error, click.NoSuchOption):
-        return UserError(error.format_message())
-    if error.option_name in (elsewhere or {}):
-        return UserError(f"{error.option_name} means nothing here: it is a flag of {elsewhere[error.option_name]}")
-    near = difflib.get_close_matches(error.option_name, error.possibilities or (), 1)
-    return UserError(f"no such flag: {error.option_name}" + (f"; did you mean {near[0]}?" if near else ""))
-
-
-def peek(argv: Sequence[str], flag: str, choices: Sequence[str]) -> str:
-    """The value of one flag, before it is known which others there are; the first choice if it is not given.
-
-    Raises UserError on a value that is not among the choices, naming the nearest.
-    """
-    option = click.Option([flag, "found"], type=NearChoice(choices), default=choices[0])
-    rest = {"ignore_unknown_options": True, "allow_extra_args": True, "allow_interspersed_args": True}
-    command = click.Command("peek", params=[option], add_help_option=False, context_settings=rest)
-    try:
-        return command.make_context("peek", list(argv)).params["found"]
-    except click.ClickException as error:
-        raise as_user_error(error) from None
-
-
-def parse(
-    config_type: type[Config],
-    presets: Mapping[str, Mapping[str, Any]],
-    argv: Sequence[str],
+def option(
+    default: Any,
+    help: str,
+    group: str,
+    choices: Sequence[str] = (),
     *,
-    program: str,
-    about: str,
-    elsewhere: Mapping[str, str] | None = None,
-    unread: Callable[[Config], Mapping[str, str]] = lambda config: {},
-) -> Config:
-    """The config that the flags in `argv` ask for. `--help` prints the flags and exits.
+    minimum: float | None = None,
+    above: float | None = None,
+    maximum: float | None = None,
+    below: float | None = None,
+    only: Mapping[str, Any] | None = None,
+    was: str | None = None,
+    renamed: Mapping[str, str] | None = None,
+    may_change: bool = False,
+) -> Any:
+    """A dataclass field with a `help` sentence, which --help shows under the heading `group`.
 
-    `unread` says which fields of a config nothing reads, and with what. Raises UserError on an unknown flag or value,
-    naming the nearest known one (or, of a flag in `elsewhere`, where it belongs), on a flag that nothing reads, and on
-    what the config itself refuses.
+    choices: the words allowed.
+    minimum, above, maximum, below: bounds of a number, the first and third included. Numbers must be finite;
+        `maximum=math.inf` allows infinity.
+    only: the option means something only while other options have these values: {"init": "pretrained"}, or a tuple of
+        several values. To give it otherwise is an error.
+    was, renamed: the old name of the option, and old names of choices {old: new}; both still work, with a note.
+    may_change: a run may be continued with another value.
     """
-    first = next(iter(presets))
-    defaults = {f.name: f.default for f in dataclasses.fields(config_type)} | dict(presets[first])
-    command = click.Command(
-        program, params=flags(config_type, defaults), callback=lambda **given: given, help=about, add_help_option=True
+    only = {name: values if isinstance(values, tuple) else (values,) for name, values in (only or {}).items()}
+    rules = Rules(
+        help, group, tuple(choices), minimum, above, maximum, below, only, was, dict(renamed or {}), may_change
     )
-    try:
-        given = command.main(list(argv), prog_name=program, standalone_mode=False)
-    except click.ClickException as error:
-        raise as_user_error(error, elsewhere) from None
-    if isinstance(given, int):  # --help
-        sys.exit(given)
-    given = {name: value for name, value in given.items() if value is not None}
-    preset = given.get("preset", first)
-    config = config_type(**{"preset": preset} | dict(presets[preset]) | given)
-    ignored = {name: why for name, why in unread(config).items() if name in given}
-    for why in ignored.values():
-        names = [f"--{name.replace('_', '-')}" for name, its in ignored.items() if its == why]
-        raise UserError(f"{', '.join(names)} {'means' if len(names) == 1 else 'mean'} nothing with {why}")
-    return config
+    return field(default=default, metadata={"rules": rules})
 
 
-def run_program(main: Callable[[], Any]) -> NoReturn:
-    """Call `main` and exit: with 0, with 128 + n if it returns the signal n that stopped it, with 2 and one line on
-    stderr after a UserError or an operating-system error on a file, with 130 after Ctrl-C where nothing catches it."""
-    try:
-        stopped = main()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except OSError as error:
-        if error.errno is None or error.filename is None:
-            raise
-        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
-    sys.exit(128 + stopped if isinstance(stopped, int) else 0)
+@dataclass(frozen=True)
+class Options:
+    """Options whose rules hold. A subclass with rules of its own calls `super().__post_init__()` first."""
+
+    def __post_init__(self) -> None:
+        check(self)
 
 
-def to_json(config: Any) -> dict[str, Any]:
-    """The fields of a config as JSON values."""
-    return {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(config).items()}
+def rules_of(options_class: Any) -> dict[str, Rules]:
+    """The rules of each option, by name; a field that `option` did not make has none and is no option."""
+    fields = dataclasses.fields(options_class)
+    return {item.name: item.metadata["rules"] for item in fields if "rules" in item.metadata}
 
 
-def from_json(config_type: type[Config], values: Mapping[str, Any], where: str) -> Config:
-    """The inverse of `to_json`. Raises UserError, naming `where`, on a field that this version does not know."""
-    hints = typing.get_type_hints(config_type)
-    known = {f.name for f in dataclasses.fields(config_type)}
-    unknown = sorted(set(values) - known)
+def defaults_of(options_class: type) -> dict[str, Any]:
+    """The default of each option, None where a value is required."""
+    fields, names = dataclasses.fields(options_class), rules_of(options_class)
+    return {item.name: None if item.default is MISSING else item.default for item in fields if item.name in names}
+
+
+def choices_of(options_class: type, name: str) -> tuple[str, ...]:
+    """The words that an option may be."""
+    return rules_of(options_class)[name].choices
+
+
+def changeable(options_class: type) -> frozenset[str]:
+    """The options that may have another value when a run is continued."""
+    return frozenset(name for name, rules in rules_of(options_class).items() if rules.may_change)
+
+
+def types_of(options_class: type) -> dict[str, tuple[Any, ...]]:
+    """The types of each field: (int, NoneType) for `int | None`."""
+    hints = typing.get_type_hints(options_class).items()
+    return {name: typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,) for name, hint in hints}
+
+
+def flag(name: str) -> str:
+    """The flag of an option."""
+    return "--" + name.replace("_", "-")
+
+
+def one_of(words: Sequence[Any]) -> str:
+    """ "a", "a or b", "a, b or c"."""
+    *most, last = map(str, words)
+    return f"{', '.join(most)} or {last}" if most else last
+
+
+def check(options: Any, shown: Callable[[str], str] = flag) -> None:
+    """Raise UserError if a value breaks one of its rules; `shown` says how a message spells the name of an option."""
+    kinds = types_of(type(options))
+    for name, rules in rules_of(options).items():
+        value = getattr(options, name)
+        if value is None and type(None) in kinds[name]:
+            continue
+        if rules.choices and value not in rules.choices:
+            raise UserError(f"{shown(name)} must be {one_of(rules.choices)}, not {value!r}")
+        if value == "" and type(None) in kinds[name]:
+            raise UserError(f"{shown(name)} must not be empty; leave it out")
+        if isinstance(value, float) and not math.isfinite(value) and value != rules.maximum:
+            raise UserError(f"{shown(name)} must be a finite number, not {value}")
+        if rules.range and not rules.allow(value):
+            raise UserError(f"{shown(name)} must be {rules.range}, not {value}")
+
+
+def check_dependencies(options: Any, given: Collection[str], unknown: Collection[str] = ()) -> None:
+    """Raise UserError if an option was given that means nothing while the others are as they are.
+
+    `given` are the names of the options to check, `unknown` those of options whose values are not known yet.
+    """
+    faults: dict[tuple[str, tuple[Any, ...]], list[str]] = {}
+    for name, rules in rules_of(options).items():
+        unmet = (
+            (other, values)
+            for other, values in rules.only.items()
+            if other not in unknown and getattr(options, other) not in values
+        )
+        fault = next(unmet, None) if name in given else None
+        if fault is not None:
+            faults.setdefault(fault, []).append(flag(name))
+    for (other, values), names in faults.items():
+        mean, go = ("means", "it goes") if len(names) == 1 else ("mean", "they go")
+        now = with_values(other, (getattr(options, other),))
+        raise UserError(f"{', '.join(names)} {mean} nothing {now}: {go} {with_values(other, values)}")
+
+
+def with_values(name: str, values: Sequence[Any]) -> str:
+    """ "with --init random", "without --model" (None), "with --do-sample" (True)."""
+    if len(values) == 1 and (values[0] is None or isinstance(values[0], bool)):
+        return f"{'with' if values[0] else 'without'} {flag(name)}"
+    return f"with {flag(name)} {one_of(values)}"
+
+
+def to_json(options: Any) -> dict[str, Any]:
+    """The fields of an options object as JSON values."""
+    return {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(options).items()}
+
+
+def from_json(options_class: type[T], values: Mapping[str, Any], where: str) -> T:
+    """The inverse of `to_json`, also for the names and values of older versions, in which "" stood for None.
+
+    Raises UserError, naming `where`, on a field that this version does not know.
+    """
+    kinds, rules = types_of(options_class), rules_of(options_class)
+    new_names = {rule.was: name for name, rule in rules.items() if rule.was}
+    unknown = sorted(set(values) - set(kinds) - set(new_names))
     if unknown:
         raise UserError(f"{where} has unknown fields {', '.join(unknown)}; was it written by another version?")
-    is_path = {name for name, hint in hints.items() if hint is Path or Path in typing.get_args(hint)}
-    return config_type(**{k: Path(v) if k in is_path and v is not None else v for k, v in values.items()})
+
+    def read() -> Iterator[tuple[str, Any]]:
+        for key, value in values.items():
+            name = key if key in kinds else new_names[key]
+            if isinstance(value, str) and name in rules:
+                value = rules[name].renamed.get(value, value)
+            if value == "" and type(None) in kinds[name]:
+                value = None
+            yield name, Path(value) if Path in kinds[name] and value is not None else value
+
+    return options_class(**dict(read()))

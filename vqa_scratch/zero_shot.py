@@ -7,19 +7,18 @@ The prompt is the one its authors use for questions, "Question: {} Answer:" (Li 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
+from vqa_scratch.data.answers import Answer
 from vqa_scratch.data.image_files import load_image
 from vqa_scratch.data.images import JOINT_CONFIG_NAME, ImageProcessor
 from vqa_scratch.data.text import Tokenizer, check_question
 from vqa_scratch.errors import UserError
 from vqa_scratch.generate import GenerationOptions, generate
 from vqa_scratch.models.blip2 import Blip2
-from vqa_scratch.nn.memory import Memory
 from vqa_scratch.storage import read_json
-from vqa_scratch.training.evaluation import Answer
 from vqa_scratch.training.precision import DTYPES, pick_precision
 from vqa_scratch.weights.files import resolve_folder
 
@@ -30,6 +29,8 @@ MAX_ANSWER_TOKENS = 20
 @dataclass
 class ZeroShot:
     """A BLIP-2, ready to answer: the model in eval mode on `device`, its tokenizer and its image preprocessing."""
+
+    writes: ClassVar[bool] = True
 
     source: str
     model: Blip2
@@ -72,8 +73,8 @@ class ZeroShot:
         pixels = self.processor(load_image(image))[None].to(self.device)
         end = self.model.config.language.eos_id
         options = GenerationOptions(**{"max_new_tokens": MAX_ANSWER_TOKENS, "eos_id": end} | dict(decoding or {}))
-        memory = [Memory(self.model.encode_image(pixels))]
-        made = generate(self.model, self.model.prompt(ids)[0], None, memory, options=options)
+        image = self.model.encode_image(pixels)
+        made = generate(self.model.language, ids, options=options, prefix=image)
         length = int(made.lengths)
         said = made.ids[0, :length].tolist()
         text = self.tokenizer.decode(said).strip()

@@ -1,26 +1,32 @@
 """`ask`: one question about one image file."""
 
-import inspect
 import sys
 from pathlib import Path
 from typing import Any
 
 import click
 
-from vqa_scratch.commands.line import FOLDER, decoding_flags, open_run, where_to_compute
+from vqa_scratch.command_line import Flag, GroupedCommand, flags
+from vqa_scratch.commands.line import DEVICE, FOLDER, PRECISION, open_run
 from vqa_scratch.errors import UserError
-from vqa_scratch.training.precision import pick_device
-from vqa_scratch.zero_shot import open_zero_shot
+from vqa_scratch.generation_options import GenerationOptions
+from vqa_scratch.options import flag
 
 
-@click.command("ask")
-@click.argument("run", type=FOLDER, required=False)
-@click.option("--model", help="Instead of RUN: a released BLIP-2 checkpoint, a folder or Hub id, used as it is.")
-@click.option("--image", type=FOLDER, required=True, help="Image file of any size that Pillow reads.")
-@click.option("--question", help="What to ask.")
-@click.option("--top", type=click.IntRange(min=1), help="So many answers, where the system scores a list of them.")
-@decoding_flags
-@where_to_compute
+@click.command(
+    "ask",
+    cls=GroupedCommand,
+    params=[
+        click.Argument(["run"], type=FOLDER, required=False),
+        Flag(["--model"], help="Instead of RUN: a released BLIP-2 checkpoint, a folder or Hub id, used as it is."),
+        Flag(["--image"], type=FOLDER, required=True, help="Image file of any size that Pillow reads."),
+        Flag(["--question"], help="What to ask."),
+        Flag(["--top"], type=click.IntRange(min=1), help="So many answers, where the system scores a list of them."),
+        *flags(GenerationOptions),
+        DEVICE,
+        PRECISION,
+    ],
+)
 def ask(
     run: Path | None,
     model: str | None,
@@ -31,18 +37,25 @@ def ask(
     precision: str,
     **decoding: Any,
 ) -> None:
-    """Ask the trained system in the folder RUN, or a released BLIP-2 (--model), about one image."""
+    """Ask the trained system in the folder RUN, or a released BLIP-2 (--model), about one image.
+
+    \b
+    Example:
+      python -m vqa_scratch ask runs/vqa --image photo.jpg --question "how many dogs are there?"
+    """
     if (run is None) == (model is None):
         raise UserError("give RUN, the folder of a trained system, or --model, a BLIP-2 checkpoint: one of the two")
     if model is None:
         system = open_run(run, device, precision)
     else:
+        from vqa_scratch.training.precision import pick_device
+        from vqa_scratch.zero_shot import open_zero_shot
+
         system = open_zero_shot(model, pick_device(device), precision)
     decoding = {name: value for name, value in decoding.items() if value is not None}
-    if decoding and "decoding" not in inspect.signature(system.ask).parameters:
-        flag = next(iter(decoding)).replace("_", "-")
-        raise UserError(f"{run or model} does not take --{flag}: leave it out")
-    answers, notes = system.ask(image, question, top, **({"decoding": decoding} if decoding else {}))
+    if decoding and not system.writes:
+        raise UserError(f"{run or model} does not take {flag(next(iter(decoding)))}: leave it out")
+    answers, notes = system.ask(image, question, top, decoding)
     for note in notes:
         print(f"note: {note}", file=sys.stderr)
     for said in answers:

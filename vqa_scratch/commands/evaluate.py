@@ -1,129 +1,28 @@
 """`evaluate`: official scores of a run on a VQA v2 folder, blind baselines beside them, and a submission file."""
 
-import sys
-from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import click
 
-from vqa_scratch.commands.line import FOLDER, open_run, where_to_compute
-from vqa_scratch.data.submission import write_submission
-from vqa_scratch.data.vqa_v2 import VQAData, VQASample, read_vqa
+from vqa_scratch.command_line import Flag, GroupedCommand
+from vqa_scratch.commands.line import DEVICE, FOLDER, PRECISION, open_run
 from vqa_scratch.errors import UserError
-from vqa_scratch.metrics import accuracy_by
-from vqa_scratch.storage import check_writable, read_json, write_json
-from vqa_scratch.systems.base import Describes, Ranks, Trained
-from vqa_scratch.training.evaluation import QuestionOnly, TypePrior, blind
 
 
-def blind_baselines(data: Path, samples: list[VQASample]) -> dict[str, float | None]:
-    """Accuracy of the prior of the question type and of the question alone, learned from the train split of `data`.
-
-    None for both, and a note on stderr, where that split cannot be read.
-    """
-    try:
-        train = read_vqa(data, "train").samples
-    except UserError as error:
-        print(f"note: no prior and question-only baselines, since there is no train split ({error})", file=sys.stderr)
-        return {"prior": None, "question_only": None}
-    return {"prior": blind(samples, TypePrior(train)), "question_only": blind(samples, QuestionOnly(train))}
-
-
-def evaluation(run: Trained, data: Path, split: str, samples: list[VQASample], limit: int | None) -> tuple[dict, dict]:
-    """(figures of a split with annotations, answers by question id)."""
-    answers = run.answer(samples, limit, progress="answering")
-    shuffled = run.answer(samples, limit, shuffled=True, progress="shuffled images")
-    scored = [s for s in samples if s.question_id in answers]
-    texts = {i: a.text for i, a in answers.items()}
-    breakdowns = {key: accuracy_by(scored, texts, key) for key in ("answer_type", "question_type")}
-    by = {
-        f"accuracy_by_{key}": {name: score.accuracy for name, score in b.groups.items()}
-        for key, b in breakdowns.items()
-    }
-    counts = {key: {name: score.count for name, score in b.groups.items()} for key, b in breakdowns.items()}
-    baselines = blind_baselines(data, scored)
-    baselines["shuffled_images"] = accuracy_by(scored, {i: a.text for i, a in shuffled.items()}).overall.accuracy
-    figures = {
-        "data": str(data),
-        "split": split,
-        "questions": len(scored),
-        "accuracy": breakdowns["answer_type"].overall.accuracy,
-        **by,
-        "counts": counts,
-        "baselines": baselines,
-        **run.figures(answers),
-    }
-    if isinstance(run, Ranks):
-        ranked = run.ranking(samples, limit, progress="ranking")
-        chosen = {number: answer.text for number, answer in ranked.items()}
-        if chosen:
-            of_them = [s for s in samples if s.question_id in chosen]
-            figures["ranking_accuracy"] = accuracy_by(of_them, chosen).overall.accuracy
-            figures["ranking_questions"] = len(of_them)
-    return figures, answers
-
-
-def table(figures: dict[str, Any]) -> str:
-    """The figures as text, most frequent groups first."""
-
-    def rows(values: Iterable[tuple[str, int | None, float | None]]) -> list[str]:
-        return [
-            f"  {name:38s} {'' if count is None else format(count, ','):>9s}"
-            f"  {'not known' if accuracy is None else f'{accuracy:9.4f}'}"
-            for name, count, accuracy in values
-        ]
-
-    lines = [f"{'':40s} questions   accuracy", *rows([("all", figures["questions"], figures["accuracy"])])]
-    for key, title in (("answer_type", "answer type"), ("question_type", "question type")):
-        groups = figures[f"accuracy_by_{key}"].items()
-        lines += [f"by {title}", *rows((name or "(none)", figures["counts"][key][name], a) for name, a in groups)]
-    lines += ["blind baselines", *rows((k.replace("_", " "), None, v) for k, v in figures["baselines"].items())]
-    if "ranking_accuracy" in figures:
-        count, accuracy = figures["ranking_questions"], figures["ranking_accuracy"]
-        lines += ["chosen from the training answers", *rows([("first questions", count, accuracy)])]
-    if "eos_rate" in figures:
-        lines.append(
-            f"answers that end by themselves {figures['eos_rate']:.4f}, "
-            f"mean length {figures['mean_answer_tokens']:.2f} tokens"
-        )
-    return "\n".join(lines)
-
-
-def caption_table(figures: dict[str, Any]) -> str:
-    """The figures of captions as text: a line each, the blind baselines beside them."""
-    names = [name for name, value in figures.items() if isinstance(value, (float, type(None)))]
-    columns = {"captions": figures, **figures["baselines"]}
-    shown = [
-        f"{name.replace('_', ' '):22s}"
-        + "".join(f"{'' if c.get(name) is None else format(c[name], '.3f'):>20s}" for c in columns.values())
-        for name in names
-    ]
-    head = f"{figures['images']:,} images".ljust(22) + "".join(f"{c.replace('_', ' '):>20s}" for c in columns)
-    return "\n".join([head, *shown, f"BLEU is {figures['bleu_signature']}"])
-
-
-def check_complete(data: VQAData) -> set[int]:
-    """The ids that a submission must answer. Raises UserError if the reader left one of them out."""
-    path = data.report.files.questions
-    expected = {question["question_id"] for question in read_json(path)["questions"]}
-    left_out = expected - {sample.question_id for sample in data.samples}
-    if left_out:
-        reasons = "; ".join(f"{count:,}: {reason}" for reason, count in data.report.skipped.most_common())
-        raise UserError(
-            f"a submission answers every question of {path}, but {len(left_out):,} are left out ({reasons})"
-        )
-    return expected
-
-
-@click.command("evaluate")
-@click.argument("run", type=FOLDER)
-@click.option("--data", type=FOLDER, required=True, help="Folder with VQA v2 files.")
-@click.option("--split", default="val", show_default=True, help="Split to answer.")
-@click.option("--submission", type=FOLDER, help="Also write the answers as the evaluation server takes them.")
-@click.option("--limit", type=click.IntRange(min=1), help="Answer about so many questions, in whole images.")
-@click.option("--captions", is_flag=True, help="Score captions, of a captions file or of drawn scenes, not answers.")
-@where_to_compute
+@click.command(
+    "evaluate",
+    cls=GroupedCommand,
+    params=[
+        click.Argument(["run"], type=FOLDER),
+        Flag(["--data"], type=FOLDER, required=True, help="Folder with VQA v2 files."),
+        Flag(["--split"], default="val", help="Split to answer."),
+        Flag(["--submission"], type=FOLDER, help="Also write the answers as the evaluation server takes them."),
+        Flag(["--limit"], type=click.IntRange(min=1), help="Answer about so many questions, in whole images."),
+        Flag(["--captions"], is_flag=True, help="Score captions of a captions file or of drawn scenes, not answers."),
+        DEVICE,
+        PRECISION,
+    ],
+)
 def evaluate(
     run: Path,
     data: Path,
@@ -134,7 +33,17 @@ def evaluate(
     device: str,
     precision: str,
 ) -> None:
-    """Score the trained system in the folder RUN; the figures go to evaluation.json in it."""
+    """Score the trained system in the folder RUN; the figures go to evaluation.json in it.
+
+    \b
+    Example:
+      python -m vqa_scratch evaluate runs/vqa --data vqa2/ --split val --limit 5000
+    """
+    from vqa_scratch.commands import scores
+    from vqa_scratch.data.submission import write_submission
+    from vqa_scratch.data.vqa_v2 import read_vqa
+    from vqa_scratch.storage import check_writable, write_json
+
     if submission is not None and limit is not None:
         raise UserError("a submission answers every question of its split: leave out --limit or --submission")
     opened = open_run(run, device, precision)
@@ -146,24 +55,22 @@ def evaluate(
     if captions:
         if submission is not None:
             raise UserError("a submission holds answers: leave out --captions or --submission")
-        if not isinstance(opened, Describes):
-            raise UserError(f"{run} is a run of preset {opened.config.preset}, which describes no images")
         figures = opened.describe(data, split, limit)
         write_json(run / "evaluation.json", figures)
-        print(caption_table(figures))
+        print(scores.caption_table(figures))
         return
     read = read_vqa(data, split)
     print(read.report)
-    expected = check_complete(read) if submission is not None else set()
+    expected = scores.check_complete(read) if submission is not None else set()
     if read.report.files.annotations is None:
         if submission is None:
             raise UserError(f"split {split} of {data} has no annotations to score by; give --submission FILE")
         answers = opened.answer(read.samples, None, progress="answering")
         print(f"split {split} has no annotations: nothing is scored")
     else:
-        figures, answers = evaluation(opened, data, split, read.samples, limit)
+        figures, answers = scores.evaluation(opened, data, split, read.samples, limit)
         write_json(run / "evaluation.json", figures)
-        print(table(figures))
+        print(scores.table(figures))
     if submission is not None:
         write_submission(submission, {i: a.text for i, a in answers.items()}, expected)
         print(f"submission of {len(answers):,} answers written to {submission}")

@@ -1,31 +1,62 @@
-"""What the commands share: a group whose errors name the near miss, and the options that open a run."""
+"""What the commands share: a group that loads a command when it is asked for, and the flags that open a run."""
 
 import difflib
-from collections.abc import Callable, Sequence
+import importlib
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from vqa_scratch.command_line import Flag, NearChoice, as_user_error
 from vqa_scratch.errors import UserError
-from vqa_scratch.options import NearChoice, as_user_error
-from vqa_scratch.systems import open_trained
-from vqa_scratch.systems.base import Trained
-from vqa_scratch.training.precision import pick_device
+
+if TYPE_CHECKING:
+    from vqa_scratch.systems.base import System
 
 FOLDER = click.Path(path_type=Path)
+DEVICE = Flag(
+    ["--device"],
+    type=NearChoice(("auto", "cpu", "cuda", "mps")),
+    default="auto",
+    help="Where to compute.",
+    group="Computing",
+)
+PRECISION = Flag(
+    ["--precision"],
+    type=NearChoice(("auto", "fp32", "bf16", "fp16")),
+    default="fp32",
+    help="Arithmetic.",
+    group="Computing",
+)
 
 
 class NearGroup(click.Group):
     """A group of commands that answers an unknown name with the nearest known one."""
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
-        name = args[0]
-        if name not in self.commands and not name.startswith("-"):
-            near = difflib.get_close_matches(name, self.commands, 1)
-            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(sorted(self.commands))}"
+        name, names = args[0], self.list_commands(ctx)
+        if name not in names and not name.startswith("-"):
+            near = difflib.get_close_matches(name, names, 1)
+            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(sorted(names))}"
             raise UserError(f"no such command: {name}; {hint}")
         return super().resolve_command(ctx, args)
+
+
+class CommandGroup(NearGroup):
+    """A group of commands, each in the module of its name, which is imported when the command is asked for."""
+
+    def __init__(self, name: str, names: Sequence[str], **more: Any) -> None:
+        super().__init__(name, **more)
+        self.names = names
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.names)
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        if name not in self.names:
+            return None
+        return getattr(importlib.import_module(f"vqa_scratch.commands.{name}"), name)
 
 
 def call(group: click.Group, argv: Sequence[str], program: str) -> None:
@@ -38,37 +69,9 @@ def call(group: click.Group, argv: Sequence[str], program: str) -> None:
         raise KeyboardInterrupt from None
 
 
-def where_to_compute(command: Callable[..., None]) -> Callable[..., None]:
-    """The flags --device and --precision of a command that opens a run."""
-    kinds = NearChoice(("auto", "fp32", "bf16", "fp16"))
-    devices = NearChoice(("auto", "cpu", "cuda", "mps"))
-    command = click.option("--precision", type=kinds, default="fp32", show_default=True, help="Arithmetic.")(command)
-    return click.option("--device", type=devices, default="auto", show_default=True, help="Where to compute.")(command)
+def open_run(folder: Path, device: str = "cpu", precision: str = "fp32") -> "System":
+    """`systems.load` for the values of the flags."""
+    from vqa_scratch import systems
+    from vqa_scratch.training.precision import pick_device
 
-
-def decoding_flags(command: Callable[..., None]) -> Callable[..., None]:
-    """The fields of `GenerationOptions` as flags; one that is not given arrives as None."""
-    flags = [
-        click.option("--do-sample", is_flag=True, default=None, help="Draw tokens at random instead of the likeliest."),
-        click.option("--temperature", type=float, help="Below 1 the likely becomes likelier (sampling)."),
-        click.option("--top-k", type=int, help="Draw from so many tokens (sampling)."),
-        click.option("--top-p", type=float, help="Draw from the tokens that have this much probability (sampling)."),
-        click.option("--seed", type=int, help="Seed of the sampling."),
-        click.option("--num-beams", type=int, help="Follow so many beginnings at once and take the best answer."),
-        click.option("--length-penalty", type=float, help="Above 1 favours long answers, below 1 short ones (beams)."),
-        click.option(
-            "--early-stopping/--no-early-stopping", default=None, help="Stop at as many answers as beams (beams)."
-        ),
-        click.option("--no-repeat-ngram-size", type=int, help="No sequence of so many tokens twice."),
-        click.option("--repetition-penalty", type=float, help="Above 1 makes tokens less likely that were there."),
-        click.option("--min-new-tokens", type=int, help="Tokens before the answer may end."),
-        click.option("--max-new-tokens", type=int, help="Tokens at most. [as trained]"),
-    ]
-    for flag in reversed(flags):
-        command = flag(command)
-    return command
-
-
-def open_run(folder: Path, device: str = "cpu", precision: str = "fp32") -> Trained:
-    """`open_trained` for the values of the flags."""
-    return open_trained(folder, pick_device(device), precision)
+    return systems.load(folder, pick_device(device), precision)

@@ -16,10 +16,21 @@ from typing import Self
 
 import numpy as np
 
-from vqa_scratch.data.groups import Ragged
+from vqa_scratch.data.batches import Ragged
 from vqa_scratch.data.vqa_v2 import VQASample
 from vqa_scratch.errors import UserError
 from vqa_scratch.metrics import normalize_answer, soft_targets
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a system answers. `probability` is the product over the tokens it wrote, EOS included; of an answer that was
+    chosen from a list, what the classifier gives it."""
+
+    text: str
+    probability: float
+    tokens: int = 0  # EOS included; 0 of an answer chosen from a list
+    ended: bool = True  # by EOS, not by the limit on tokens
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ class Articles:
     empty: list[int]  # line numbers of articles left out because they hold nothing but space
 
 
-def read_articles(path: Path, column: str, summary_column: str = "") -> Articles:
+def read_articles(path: Path, column: str, summary_column: str | None = None) -> Articles:
     """Read a .csv, .jsonl or .txt file; for .txt the columns are not looked at.
 
     Raises UserError on a file that cannot be read, a line that cannot be parsed, a missing column (naming those there

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from vqa_scratch.data.answers import AnswerList, SoftTargets
-from vqa_scratch.data.groups import ImageBatch, ImageGroups, Ragged, TextEncoder, encode_unique
+from vqa_scratch.data.batches import ImageBatch, ImageGroups, Ragged
 from vqa_scratch.data.image_store import Images
+from vqa_scratch.data.tokenizers import Tokenizers, encode_unique
 from vqa_scratch.data.vqa_v2 import VQASample
 
 
@@ -21,7 +22,7 @@ from vqa_scratch.data.vqa_v2 import VQASample
 class ClassBatch(ImageBatch):
     """What a classifier takes. Padding is on the right of words, and right and below of images."""
 
-    pixels: Tensor  # (I, H, W, 3) uint8; the processor's `normalize` makes pixel_values of them
+    images: Tensor  # (I, H, W, 3) uint8; the processor's `normalize` makes pixel_values of them
     pixel_mask: Tensor | None  # (I, H, W) bool: where the image is; None: everywhere
     input_ids: Tensor  # (B, T)
     attention_mask: Tensor  # (B, T) bool
@@ -29,6 +30,11 @@ class ClassBatch(ImageBatch):
     asked: Tensor  # (B,) bool: whether the question carries a loss
     image_index: Tensor  # (B,): which image a question is about
     rows: Tensor  # (B,): which samples these are
+
+    @property
+    def counts(self) -> tuple[int, int]:
+        """(samples, questions that carry a loss)."""
+        return len(self.rows), int(self.asked.sum())
 
     def silent(self) -> Self:
         """The same inputs with nothing asked and nobody counted: its loss and its gradients are zero."""
@@ -38,20 +44,20 @@ class ClassBatch(ImageBatch):
 class ClassQuestions(ImageGroups):
     """Samples with the ids of their questions and the scores of the answers in the list, grouped by image."""
 
-    def __init__(self, samples: Sequence[VQASample], encoder: TextEncoder, answers: AnswerList) -> None:
+    def __init__(self, samples: Sequence[VQASample], tokenizers: Tokenizers, answers: AnswerList) -> None:
         super().__init__(samples)
-        self.encoder = encoder
-        self.ids = Ragged(encode_unique([s.question for s in samples], encoder.question))
+        self.tokenizers = tokenizers
+        self.ids = Ragged(encode_unique([s.question for s in samples], tokenizers.question))
         self.targets = SoftTargets(samples, answers)
 
     def batch(self, rows: np.ndarray, images: Images, *, image_map: np.ndarray | None = None) -> ClassBatch:
         """The rows must come image by image; `image_map[i]` is shown in place of image i."""
         rows = np.asarray(rows)
         shown, index = self.images_of(rows, image_map)
-        ids, lengths = self.ids.padded(rows, self.encoder.text.pad_id or 0)
+        ids, lengths = self.ids.padded(rows, self.tokenizers.text.pad_id or 0)
         pixels, mask = images.load(shown)
         return ClassBatch(
-            pixels=torch.from_numpy(np.array(pixels)),
+            images=torch.from_numpy(np.array(pixels)),
             pixel_mask=None if mask is None else torch.from_numpy(mask),
             input_ids=torch.from_numpy(ids),
             attention_mask=torch.from_numpy(np.arange(ids.shape[1]) < lengths[:, None]),

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from vqa_scratch.generate.choose import Processed
 from vqa_scratch.generate.loop import COMPACT_BELOW, Generated
-from vqa_scratch.generate.options import GenerationOptions
-from vqa_scratch.generate.state import State
+from vqa_scratch.generate.state import State, member_rows
+from vqa_scratch.generation_options import GenerationOptions
 
 NEVER = -1e9  # added to a score that must not win
 
@@ -123,7 +123,7 @@ def beam_search(
         processed.add(token)
         if len(running) < COMPACT_BELOW * len(live):
             kept = torch.tensor(running, device=device)
-            rows = (kept[:, None] * beams + torch.arange(beams, device=device)).flatten()
+            rows = member_rows(kept, beams)
             state.keep(kept)
             processed.keep(rows)
             live, token = [live[place] for place in running], token[rows]

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from vqa_scratch.generate.loop import Choose
-from vqa_scratch.generate.options import GenerationOptions
 from vqa_scratch.generate.processors import processors
+from vqa_scratch.generation_options import GenerationOptions
 
 
 class Processed:

@@ -19,15 +19,19 @@ ASK_EVERY = {"cpu": 1, "cuda": 8}
 # operations cost what their calls cost. On a GPU a step may write over the scores of the one before.
 SCORES_KEPT = {"cpu": 1 << 16}
 
-# scores (L, V), the rows they belong to (L,), new tokens so far -> tokens (L,) and the scores (L, V) that they won by
-Choose = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
+# scores (L, V), the rows they belong to (L,), new tokens so far -> tokens (L,) and the scores (L, V) that they won by,
+# or always None where nobody asks for log-probabilities
+Choose = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor | None]]
 
 
 class Generated(NamedTuple):
-    """`ids` (B, A): the new tokens, EOS included, then `fill`; `log_probs` (B, A): of each of them, 0 after EOS."""
+    """`ids` (B, A): the new tokens, EOS included, then `fill`; `log_probs` (B, A): of each of them, 0 after EOS.
+
+    `log_probs` is None where `choose` gives no scores.
+    """
 
     ids: Tensor
-    log_probs: Tensor
+    log_probs: Tensor | None
     lengths: Tensor  # (B,) new tokens a row, EOS included
 
 
@@ -37,7 +41,7 @@ class _Record:
     def __init__(self, rows: int, steps: int, eos_id: int | None, fill: int, device: torch.device) -> None:
         self.eos_id, self.fill = eos_id, fill
         self.ids = torch.full((rows, steps), fill, device=device)
-        self.log_probs = torch.zeros(rows, steps, device=device)
+        self.log_probs: Tensor | None = None  # as `ids`, from the first scores on
         self.lengths = [0] * rows  # 0: has not ended
         self.rows = list(range(rows))  # the L rows still decoded
         self.live = torch.arange(rows, device=device)  # the same
@@ -47,12 +51,15 @@ class _Record:
         self.scores: list[Tensor] = []  # (L, V) each, of the others
         self.kept = SCORES_KEPT.get(device.type, 0)
 
-    def add(self, tokens: Tensor, scores: Tensor) -> None:
+    def add(self, tokens: Tensor, scores: Tensor | None) -> None:
         self.tokens.append(tokens)
-        self.scores.append(scores)
         self.made += 1
-        if (len(self.scores) + 1) * scores.numel() > self.kept:
-            self._measure()
+        if scores is not None:
+            if self.log_probs is None:
+                self.log_probs = torch.zeros(self.ids.shape, device=self.ids.device)
+            self.scores.append(scores)
+            if (len(self.scores) + 1) * scores.numel() > self.kept:
+                self._measure()
 
     def running(self) -> list[int]:
         """Which of the live rows have not ended; the host waits for the device here."""
@@ -80,7 +87,8 @@ class _Record:
             self._measure()
         new = slice(self.written, self.made)
         self.ids[self.live, new] = torch.stack(self.tokens, 1)
-        self.log_probs[self.live, new] = torch.cat(self.found, 1)
+        if self.log_probs is not None:
+            self.log_probs[self.live, new] = torch.cat(self.found, 1)
         self.tokens, self.found, self.written = [], [], self.made
 
     def generated(self) -> Generated:
@@ -89,10 +97,9 @@ class _Record:
         self._write()
         lengths = [length or self.made for length in self.lengths]
         longest, ends = max(lengths), torch.tensor(lengths, device=self.ids.device)
-        ids, log_probs = self.ids[:, :longest], self.log_probs[:, :longest]
-        if min(lengths) < longest:
-            after = torch.arange(longest, device=ids.device) >= ends[:, None]
-            ids, log_probs = ids.masked_fill(after, self.fill), log_probs.masked_fill(after, 0.0)
+        after = torch.arange(longest, device=self.ids.device) >= ends[:, None]
+        ids = self.ids[:, :longest].masked_fill(after, self.fill)
+        log_probs = None if self.log_probs is None else self.log_probs[:, :longest].masked_fill(after, 0.0)
         return Generated(ids, log_probs, ends)
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from vqa_scratch.generate.options import GenerationOptions
+from vqa_scratch.generation_options import GenerationOptions
 
 Processor = Callable[[Tensor, Tensor, Tensor, int], Tensor]
 
@@ -33,14 +33,25 @@ def penalize_repetition(scores: Tensor, ids: Tensor, real: Tensor, penalty: floa
     return torch.where(_marked(ids, real, scores), lowered, scores)
 
 
+def repeating(ids: Tensor, real: Tensor | None, ends: Tensor, size: int) -> Tensor:
+    """(R, T) True at each token of ids (R, T) that must not come next: it would repeat `size` tokens in a row.
+
+    Next means at place `ends[r]`, and what repeats lies wholly before that place, all of it real. real (R, T) is False
+    at padding, which stands on the left; None: there is none.
+    """
+    place, first = torch.arange(ids.shape[1], device=ids.device), size - 1
+    match = (place >= first) & (place < ends[:, None]) & (ends[:, None] >= first)  # the last of `size` tokens is here
+    for back in range(1, size):  # its token `back` before the last equals the one `back` before the end
+        match &= ids.roll(back, dims=1) == ids.gather(1, (ends - back).clamp(min=0)[:, None])
+    if real is not None:  # the first token of both
+        match &= real.roll(first, dims=1) & (real.gather(1, (ends - first).clamp(min=0)[:, None]) if first else True)
+    return match
+
+
 def bar_repeated_ngrams(scores: Tensor, ids: Tensor, real: Tensor, size: int) -> Tensor:
     """-inf for every token that would complete a sequence of `size` tokens that ids (R, T) already has."""
-    if ids.shape[1] < size:
-        return scores
-    windows, inside = ids.unfold(1, size, 1), real.unfold(1, size, 1).all(-1)  # (R, T - size + 1, size)
-    recent = ids[:, ids.shape[1] + 1 - size :]  # (R, size - 1)
-    repeats = (windows[..., :-1] == recent[:, None]).all(-1) & inside
-    return scores.masked_fill(_marked(windows[..., -1], repeats, scores), -math.inf)
+    ends = torch.full((len(ids),), ids.shape[1], device=ids.device)
+    return scores.masked_fill(_marked(ids, repeating(ids, real, ends, size), scores), -math.inf)
 
 
 def bar_end(scores: Tensor, eos_id: int) -> Tensor:

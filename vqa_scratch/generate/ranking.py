@@ -2,19 +2,24 @@
 
 The answers are joined in a tree of their beginnings, so that what two begin with is computed once; all nodes go through
 the decoder together, each seeing the prompt and the nodes above it. Prompt and memory are read once.
+A decoder without a fast state reads one candidate after the other.
 
-Shapes: B rows, P prompt tokens, C candidates, K nodes of a tree, E edges, V vocabulary.
+Shapes: B rows, Q prefix embeddings of width E, P prompt tokens, C candidates, K nodes of a tree, N edges, V vocabulary.
 """
 
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from vqa_scratch.generate.start import check_length, prefill
-from vqa_scratch.generate.state import Decoder, StaticState
+from vqa_scratch.generate.fast import tree_states
+from vqa_scratch.generate.start import check_length, fast_parts, prefill, without_gradients
+from vqa_scratch.generate.state import Decoder
 from vqa_scratch.nn.attention import masked_safely
+from vqa_scratch.nn.cache import DecoderCache
+from vqa_scratch.nn.decoding import FastParts
 from vqa_scratch.nn.memory import Memory
 
 NODES = 256  # of one pass: its attention is K x (P + K) scores a head and row
@@ -27,9 +32,9 @@ class Tree(NamedTuple):
     tokens: Tensor  # (K,)
     depths: Tensor  # (K,) of the first token: 0
     above: Tensor  # (K, K) bool, True where the second node is the first or one above it
-    parents: Tensor  # (E,) node, sorted; -1: the prompt
-    asked: Tensor  # (E,) token
-    edges: Tensor  # (C, longest) the edges of each candidate; E where it has no more
+    parents: Tensor  # (N,) node, sorted; -1: the prompt
+    asked: Tensor  # (N,) token
+    edges: Tensor  # (C, longest) the edges of each candidate; N where it has no more
 
 
 def tree_of(candidates: Sequence[Sequence[int]]) -> Tree:
@@ -68,48 +73,52 @@ def _portions(candidates: Sequence[Sequence[int]]) -> list[list[int]]:
     return portions
 
 
-@torch.inference_mode()
-def _rank(
-    decoder: Decoder,
-    prompt_ids: Tensor,
-    prompt_mask: Tensor | None,
-    memory: list[Memory] | None,
-    candidates: Sequence[Sequence[int]],
+def _by_tree(
+    parts: FastParts, cache: DecoderCache, mask: Tensor | None, at_prompt: Tensor, candidates: Sequence[Sequence[int]]
 ) -> Tensor:
-    longest = max(map(len, candidates))
-    parts = decoder.decoding_parts()
-    check_length(parts, prompt_ids.shape[1] + longest - 1)
-    first, cache, mask = prefill(decoder, prompt_ids, prompt_mask, memory)
-    at_prompt = first.float().log_softmax(-1)  # (B, V)
-    rows, vocabulary = at_prompt.shape
-    if max(max(c) for c in candidates) >= vocabulary:
-        raise ValueError(f"a candidate has token {max(max(c) for c in candidates)}, the vocabulary {vocabulary}")
-    result = at_prompt.new_empty(rows, len(candidates))
-    for portion in _portions(candidates):
-        tree = Tree(*(part.to(first.device) for part in tree_of([candidates[i] for i in portion])))
-        begins = int((tree.parents < 0).sum())
-        found = [at_prompt[:, tree.asked[:begins]]]
-        if len(tree.tokens):
-            state = StaticState(parts, cache, mask, int(tree.depths.max()) + 1, len(tree.tokens), tree=True)
-            found += _after_nodes(decoder, state.tree(*tree[:3]), tree, begins)
-        log_probs = torch.cat([*found, at_prompt.new_zeros(rows, 1)], 1)  # (B, E + 1)
-        result[:, torch.tensor(portion, device=first.device)] = log_probs[:, tree.edges].sum(-1)
-    return result
+    """(B, C): a portion of the candidates as one tree; at_prompt (B, V) are the log-probabilities of first tokens."""
+    tree = Tree(*(part.to(at_prompt.device) for part in tree_of(candidates)))
+    begins = int((tree.parents < 0).sum())
+    found = [at_prompt[:, tree.asked[:begins]]]
+    if len(tree.tokens):
+        found += _after_nodes(parts.head, tree_states(parts, cache, mask, *tree[:3]), tree, begins)
+    log_probs = torch.cat([*found, at_prompt.new_zeros(len(at_prompt), 1)], 1)  # (B, N + 1)
+    return log_probs[:, tree.edges].sum(-1)
 
 
-def _after_nodes(decoder: Decoder, states: Tensor, tree: Tree, begins: int) -> list[Tensor]:
+def _after_nodes(head: Tensor, states: Tensor, tree: Tree, begins: int) -> list[Tensor]:
     """Log-probabilities of the edges after `begins`, (B, some) a piece; never more than SCORES scores at once."""
     found, at = [], begins
-    vocabulary = decoder.logits(states[:1, :1]).shape[-1]
-    for nodes in torch.arange(states.shape[1], device=states.device).split(
-        max(1, SCORES // (len(states) * vocabulary))
-    ):
-        first, last = int(nodes[0]), int(nodes[-1])
+    nodes = torch.arange(states.shape[1], device=states.device)
+    for piece in nodes.split(max(1, SCORES // (len(states) * len(head)))):
+        first, last = int(piece[0]), int(piece[-1])
         until = int((tree.parents <= last).sum())
-        log_probs = decoder.logits(states[:, first : last + 1]).float().log_softmax(-1)
+        log_probs = F.linear(states[:, first : last + 1], head).float().log_softmax(-1)
         found.append(log_probs[:, tree.parents[at:until] - first, tree.asked[at:until]])
         at = until
     return found
+
+
+def _one_by_one(
+    decoder: Decoder,
+    cache: DecoderCache,
+    mask: Tensor | None,
+    memory: list[Memory] | None,
+    at_prompt: Tensor,
+    candidates: Sequence[Sequence[int]],
+) -> Tensor:
+    """(B, C) through the decoder's modules: each candidate behind all prompts, after which the cache forgets it."""
+    rows, length, result = len(at_prompt), cache.length, []
+    for candidate in candidates:
+        ids = torch.tensor([candidate], device=at_prompt.device).expand(rows, -1)  # (B, tokens)
+        log_probs = at_prompt[:, None]
+        if len(candidate) > 1:
+            seen = None if mask is None else F.pad(mask, (0, len(candidate) - 1), value=True)
+            hidden = decoder.hidden(decoder.embed(ids[:, :-1]), seen, memory=memory, cache=cache)
+            log_probs = torch.cat([log_probs, decoder.logits(hidden).float().log_softmax(-1)], 1)
+            cache.rewind(length)
+        result.append(log_probs.gather(2, ids[..., None]).sum((1, 2)))
+    return torch.stack(result, 1)
 
 
 def rank(
@@ -118,16 +127,33 @@ def rank(
     prompt_mask: Tensor | None,
     memory: list[Memory] | None,
     candidates: Sequence[Sequence[int]],
+    *,
+    prefix: Tensor | None = None,
 ) -> Tensor:
     """Log-probability of each candidate after each prompt, (B, C) in nats: the sum over its tokens.
 
-    prompt_ids (B, P) with prompt_mask (B, P), True = a real token, padding on the left; None means no padding.
-    `candidates` are ids, with the end token where an answer has to end there. Raises ValueError on no candidates, an
-    empty one or one that the vocabulary or the positions do not serve, and on a decoder in training mode.
+    prompt_ids (B, P) with prompt_mask (B, P), True = a real token, padding on the left; None means no padding. `prefix`
+    (B, Q, E) are embeddings that stand before the prompt's tokens. `candidates` are ids, with the end token where an
+    answer has to end there. Raises ValueError on no candidates, an empty one or one that the vocabulary or the
+    positions do not serve, and on a decoder in training mode.
     """
     if not candidates or not all(candidates):
         raise ValueError("rank needs candidates of one token at least")
     if decoder.training:
         raise ValueError("rank needs a decoder in eval mode")
-    with masked_safely(prompt_ids.device):
-        return _rank(decoder, prompt_ids, prompt_mask, memory, candidates).clone()
+    check_length(decoder, prompt_ids, prefix, max(map(len, candidates)) - 1)
+    with without_gradients(), masked_safely(prompt_ids.device):
+        first, cache, mask = prefill(decoder, prompt_ids, prompt_mask, memory, prefix)
+        at_prompt = first.float().log_softmax(-1)  # (B, V)
+        rows, vocabulary = at_prompt.shape
+        if max(max(c) for c in candidates) >= vocabulary:
+            raise ValueError(f"a candidate has token {max(max(c) for c in candidates)}, the vocabulary {vocabulary}")
+        parts = fast_parts(decoder)
+        result = at_prompt.new_empty(rows, len(candidates))
+        if parts is None:
+            result.copy_(_one_by_one(decoder, cache, mask, memory, at_prompt, candidates))
+        else:
+            for portion in _portions(candidates):
+                some = _by_tree(parts, cache, mask, at_prompt, [candidates[i] for i in portion])
+                result[:, torch.tensor(portion, device=first.device)] = some
+    return result.clone()

@@ -1,47 +1,83 @@
 """Reading the prompts: the first scores, and the state that takes decoding from there.
 
-Shapes: G groups (prompts), P prompt tokens, V vocabulary.
+Shapes: G groups (prompts), Q prefix embeddings, P prompt tokens, E width of the embedding, V vocabulary.
 """
 
+from contextlib import AbstractContextManager
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from vqa_scratch.errors import UserError
-from vqa_scratch.generate.graph import GraphState
-from vqa_scratch.generate.single import SingleState
-from vqa_scratch.generate.state import Decoder, ModuleState, State, StaticState
+from vqa_scratch.generate.fast import FastState, GraphState
+from vqa_scratch.generate.state import Decoder, ModuleState, State
 from vqa_scratch.nn import taps
 from vqa_scratch.nn.cache import DecoderCache
-from vqa_scratch.nn.decoding import DecoderParts
+from vqa_scratch.nn.decoding import FastParts
 from vqa_scratch.nn.memory import Memory, check_rows
 
 
-def check_length(parts: DecoderParts, total: int) -> None:
-    """Raise ValueError if the positions do not serve so many tokens."""
-    if parts.max_positions is not None and total > parts.max_positions:
-        raise ValueError(f"{total} tokens, but the position table serves {parts.max_positions}")
+def without_gradients() -> AbstractContextManager:
+    """Inference mode, whose tensors no gradient may ever read; a trace keeps what it sees, so it gets plain ones."""
+    return torch.no_grad() if taps.active() else torch.inference_mode()
+
+
+def check_length(decoder: Decoder, prompt_ids: Tensor, prefix: Tensor | None, new_tokens: int) -> None:
+    """Raise ValueError if the positions do not serve the prefix, the prompt and so many new tokens."""
+    total = prompt_ids.shape[1] + (0 if prefix is None else prefix.shape[1]) + new_tokens
+    if decoder.max_positions is not None and total > decoder.max_positions:
+        raise ValueError(f"{total} tokens, but the position table serves {decoder.max_positions}")
+
+
+def fast_parts(decoder: Decoder) -> FastParts | None:
+    """What a fast state is made of; None where the modules must run: for a trace, in training mode, without parts."""
+    return None if taps.active() or decoder.training else decoder.fast_state()
+
+
+def _embeddings(
+    decoder: Decoder, prompt_ids: Tensor, prompt_mask: Tensor | None, prefix: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """What stands before the first new token (G, Q + P, E), padding first, and its mask; None: nothing is padded."""
+    mask = None if prompt_mask is None or bool(prompt_mask.all()) else prompt_mask.bool()
+    embeddings = decoder.embed(prompt_ids)
+    if prefix is None:
+        return embeddings, mask
+    if prefix.ndim != 3 or prefix.shape[::2] != embeddings.shape[::2]:
+        rows, _, width = embeddings.shape
+        raise ValueError(f"prefix must be ({rows}, any number, {width}), got {tuple(prefix.shape)}")
+    embeddings = torch.cat([prefix, embeddings], 1)
+    if mask is not None:  # padding between prefix and prompt would change the distances that a T5 sees
+        mask = F.pad(mask, (prefix.shape[1], 0), value=True)
+        order = mask.int().argsort(dim=1, stable=True)
+        mask, embeddings = mask.gather(1, order), embeddings.gather(1, order[..., None].expand_as(embeddings))
+    return embeddings, mask
 
 
 def prefill(
-    decoder: Decoder, prompt_ids: Tensor, prompt_mask: Tensor | None, memory: list[Memory] | None
+    decoder: Decoder,
+    prompt_ids: Tensor,
+    prompt_mask: Tensor | None,
+    memory: list[Memory] | None,
+    prefix: Tensor | None = None,
 ) -> tuple[Tensor, DecoderCache, Tensor | None]:
-    """The scores of the first new token (G, V), the cache behind the prompts, and the mask, None if nothing is padded.
+    """The scores of the first new token (G, V), the cache behind the prompts, and its mask, None if nothing is padded.
 
     Arguments as in `begin`.
     """
-    mask = None if prompt_mask is None or bool(prompt_mask.all()) else prompt_mask.bool()
+    embeddings, mask = _embeddings(decoder, prompt_ids, prompt_mask, prefix)
     cache = decoder.new_cache()
-    hidden = decoder.hidden(prompt_ids, mask, memory=memory, cache=cache)[:, -1]
+    hidden = decoder.hidden(embeddings, mask, memory=memory, cache=cache)[:, -1]
     return decoder.logits(hidden), cache, mask
 
 
-def _only_memory(parts: DecoderParts, cache: DecoderCache, memory: list[Memory], rows: int) -> DecoderCache:
+def _only_memory(parts: FastParts, cache: DecoderCache, memory: list[Memory], rows: int) -> DecoderCache:
     """The empty cache with the keys and values of the memory, and of no token yet."""
-    for layer, own in zip(parts.layers, cache, strict=True):
-        read = layer.cross.project(memory)
+    for block, own in zip(parts.blocks, cache, strict=True):
+        read = block.cross.project(memory)
         check_rows(read, rows)
         own.fill_cross(read)
-        nothing = read[0].k.new_empty(rows, layer.attn.heads, 0, layer.attn.head_dim)
+        nothing = read[0].k.new_empty(rows, block.attn.heads, 0, block.attn.head_dim)
         own.append(nothing, nothing)
     return cache
 
@@ -54,33 +90,35 @@ def begin(
     *,
     steps: int,
     members: int = 1,
+    prefix: Tensor | None = None,
     graph: bool = False,
 ) -> tuple[Tensor, State]:
     """Read the prompts. Returns the scores of the first new token (G, V), and the state after the prompts. Call it, and
     the state's steps, where gradients are off.
 
-    prompt_ids (G, P) with prompt_mask (G, P), True = a real token; None means no padding. The state takes up to `steps`
-    steps of `members` rows a group; with `graph` it replays them as a CUDA graph. Raises ValueError if the decoder's
-    positions do not serve so many tokens, and where a graph cannot be had; UserError on more members than tokens in the
-    vocabulary.
+    prompt_ids (G, P) with prompt_mask (G, P), True = a real token; None means no padding. `prefix` (G, Q, E) are
+    embeddings that stand before the prompt's tokens. The state takes up to `steps` steps of `members` rows a group;
+    with `graph` it replays them as a CUDA graph. Raises ValueError if the decoder's positions do not serve so many
+    tokens, and where a graph cannot be had; UserError on more members than tokens in the vocabulary.
     """
-    parts, (rows, length) = decoder.decoding_parts(), prompt_ids.shape
-    check_length(parts, length + steps)
-    modules = taps.active() or decoder.training
-    make = SingleState if rows == members == 1 else StaticState
-    reads = memory is not None and parts.layers[0].cross is not None
+    check_length(decoder, prompt_ids, prefix, steps)
+    parts, (rows, length) = fast_parts(decoder), prompt_ids.shape
+    if graph and parts is None:
+        raise ValueError("a CUDA graph needs a decoder with a fast state, in eval mode and without a trace")
     if prompt_mask is not None and bool(prompt_mask.all()):
         prompt_mask = None
-    # A prompt of one token is a step like any other.
-    if length == members == 1 and prompt_mask is None and reads and not modules and not graph:
-        state = make(parts, _only_memory(parts, decoder.new_cache(), memory, rows), None, 1 + steps, members)
+    # A prompt of one token is a step like any other, if there is a memory that says what a cache looks like.
+    step_like = length == members == 1 and prompt_mask is None and prefix is None and memory is not None and not graph
+    if step_like and parts is not None and parts.blocks[0].cross is not None:
+        cache = _only_memory(parts, decoder.new_cache(), memory, rows)
+        state = FastState.after(parts, cache, None, 1 + steps)
         return state.step(prompt_ids[:, 0]), state
-    logits, cache, mask = prefill(decoder, prompt_ids, prompt_mask, memory)
-    if members > logits.shape[-1]:  # before a cache for so many rows is made
-        raise UserError(f"{members} beams, but the vocabulary has {logits.shape[-1]} tokens")
+    scores, cache, mask = prefill(decoder, prompt_ids, prompt_mask, memory, prefix)
+    if members > scores.shape[-1]:  # before a cache for so many rows is made
+        raise UserError(f"{members} beams, but the vocabulary has {scores.shape[-1]} tokens")
+    if parts is None:
+        full = scores.new_ones(rows, cache.length, dtype=torch.bool) if mask is None else mask
+        return scores, ModuleState(decoder, cache, full, memory, members)
     if graph:
-        return logits, GraphState(parts, cache, mask, steps, members)
-    if modules:
-        full = torch.ones_like(prompt_ids, dtype=torch.bool) if mask is None else mask
-        return logits, ModuleState(decoder, cache, full, memory, members)
-    return logits, make(parts, cache, mask, steps, members)
+        return scores, GraphState(parts, cache, mask, steps, members)
+    return scores, FastState.after(parts, cache, mask, steps, members)

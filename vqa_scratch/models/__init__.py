@@ -1,8 +1,7 @@
-"""The towers, one file each."""
+"""The models, one family a file."""
 
 from vqa_scratch.models.bert import Bert, BertConfig
 from vqa_scratch.models.blip2 import Blip2, Blip2Config
-from vqa_scratch.models.caption import CaptionConfig, CaptionModel
 from vqa_scratch.models.classifier import TextClassifier
 from vqa_scratch.models.gpt2 import GPT2, GPT2Config
 from vqa_scratch.models.opt import OPT, OPTConfig
@@ -10,16 +9,15 @@ from vqa_scratch.models.qformer import QFormer, QFormerConfig
 from vqa_scratch.models.resnet import ResNet, ResNetConfig
 from vqa_scratch.models.t5 import T5, T5Config
 from vqa_scratch.models.vilt import ViLT, ViLTClassifier, ViLTConfig
-from vqa_scratch.models.vit import ViT, ViTConfig
-from vqa_scratch.models.vqa import VQAConfig, VQAModel
+from vqa_scratch.models.vit import ConvStem, ViT, ViTConfig
+from vqa_scratch.models.vqa import VQAModel
 
 __all__ = [
     "Bert",
     "BertConfig",
     "Blip2",
     "Blip2Config",
-    "CaptionConfig",
-    "CaptionModel",
+    "ConvStem",
     "GPT2",
     "GPT2Config",
     "OPT",
@@ -31,7 +29,6 @@ __all__ = [
     "T5",
     "T5Config",
     "TextClassifier",
-    "VQAConfig",
     "VQAModel",
     "ViLT",
     "ViLTClassifier",

@@ -6,22 +6,19 @@ embedding: DistilBERT has no token types; RoBERTa counts positions from the padd
 Shapes: B batch, T text tokens, D width.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from os import PathLike
-from typing import Any, NamedTuple, Protocol, Self
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from vqa_scratch.errors import UserError
-from vqa_scratch.models.hf_config import check_heads, fields_from_hf
+from vqa_scratch.models.hf_config import HFConfig, Layout, Released, check_heads
 from vqa_scratch.nn import taps
 from vqa_scratch.nn.attention import MultiHeadAttention
 from vqa_scratch.nn.layers import MLP, activation, init_weights
+from vqa_scratch.nn.states import States
 from vqa_scratch.weights import maps
-from vqa_scratch.weights.convert import load_into, to_hf
-from vqa_scratch.weights.files import read_checkpoint, write_checkpoint
 
 _BERT_FIELDS = {
     "vocab_size": "vocab_size",
@@ -63,41 +60,37 @@ def positions_from_ids(input_ids: Tensor, pad_id: int) -> Tensor:
     return real.cumsum(-1) * real + pad_id
 
 
-class Layout(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class BertLayout(Layout):
     """What one member of the family does its own way."""
 
-    architecture: str
-    fields: dict[str, str]
-    defaults: dict[str, Any]  # where its config.json may omit a field and the family's default is not its own
-    key_map: maps.KeyMap
-    positions: Callable[[Tensor, int], Tensor]  # (input_ids, pad_id) -> (B or 1, T) position ids
-    first_position: Callable[[int], int]  # of a row without padding, from pad_id
+    positions: Callable[[Tensor, int], Tensor] = _in_order  # (input_ids, pad_id) -> (B or 1, T) position ids
+    first_position: Callable[[int], int] = lambda pad: 0  # of a row without padding, from pad_id
 
 
+_ENCODER = {"is_decoder": False, "position_embedding_type": "absolute"}
 LAYOUTS = {
-    "bert": Layout("BertModel", _BERT_FIELDS, {}, maps.BERT, _in_order, lambda pad: 0),
-    "distilbert": Layout(
-        "DistilBertModel",
-        _DISTILBERT_FIELDS,
-        {"layers": 6, "token_types": 0},
-        maps.DISTILBERT,
-        _in_order,
-        lambda pad: 0,
+    "bert": BertLayout("BertModel", _BERT_FIELDS, maps.BERT, fixed=_ENCODER),
+    "distilbert": BertLayout(
+        "DistilBertModel", _DISTILBERT_FIELDS, maps.DISTILBERT, {"layers": 6, "token_types": 0}, _ENCODER
     ),
-    "roberta": Layout(
+    "roberta": BertLayout(
         "RobertaModel",
         _BERT_FIELDS,
-        {"vocab_size": 50265, "pad_id": 1},
         maps.ROBERTA,
-        positions_from_ids,
-        lambda pad: pad + 1,
+        {"vocab_size": 50265, "pad_id": 1},
+        _ENCODER,
+        positions=positions_from_ids,
+        first_position=lambda pad: pad + 1,
     ),
 }
 
 
 @dataclass(frozen=True)
-class BertConfig:
+class BertConfig(HFConfig):
     """Sizes of a BERT-like encoder. The defaults are bert-base-uncased."""
+
+    LAYOUTS: ClassVar[Mapping[str, BertLayout]] = LAYOUTS
 
     layout: str = "bert"  # or distilbert, roberta
     vocab_size: int = 30522
@@ -115,28 +108,8 @@ class BertConfig:
     pad_id: int = 0
 
     def __post_init__(self) -> None:
-        if self.layout not in LAYOUTS:
-            raise UserError(f"layout must be one of {', '.join(LAYOUTS)}, got {self.layout!r}")
+        self.family  # noqa: B018 (it checks the layout)
         check_heads(self.dim, self.heads)
-
-    @classmethod
-    def from_hf(cls, config: dict[str, Any]) -> Self:
-        """From a config.json of model type bert, distilbert or roberta. Raises UserError on anything else."""
-        kind = config.get("model_type")
-        if kind not in LAYOUTS:
-            raise UserError(f"config.json describes a model of type {kind!r}, expected {', '.join(LAYOUTS)}")
-        if config.get("is_decoder") or config.get("position_embedding_type", "absolute") != "absolute":
-            raise UserError(
-                "config.json asks for a decoder or for relative positions; this is an encoder without either"
-            )
-        layout = LAYOUTS[kind]
-        return cls(layout=kind, **layout.defaults | fields_from_hf(config, layout.fields, kind))
-
-    def to_hf(self) -> dict[str, Any]:
-        """The inverse of `from_hf`."""
-        layout = LAYOUTS[self.layout]
-        fields = {theirs: getattr(self, ours) for ours, theirs in layout.fields.items()}
-        return {"architectures": [layout.architecture], "model_type": self.layout, **fields}
 
 
 class BlockSizes(Protocol):
@@ -178,8 +151,10 @@ class BertBlock(nn.Module):
         return self.transform(self.attend(x, key_mask))
 
 
-class Bert(nn.Module):
+class Bert(Released, nn.Module):
     """Embeddings summed and normed, post-LN blocks. No pooler: what sits on top belongs to the task."""
+
+    config_class = BertConfig
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
@@ -194,9 +169,14 @@ class Bert(nn.Module):
         taps.name_modules(self, "text")
 
     @property
+    def dim(self) -> int:
+        """D."""
+        return self.config.dim
+
+    @property
     def longest(self) -> int:
         """The most tokens of a text that the position table serves."""
-        return self.config.max_positions - LAYOUTS[self.config.layout].first_position(self.config.pad_id)
+        return self.config.max_positions - self.config.family.first_position(self.config.pad_id)
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None
@@ -205,7 +185,7 @@ class Bert(nn.Module):
 
         Raises ValueError on more tokens than positions, or on token types for a model without them.
         """
-        layout = LAYOUTS[self.config.layout]
+        layout = self.config.family
         if input_ids.shape[1] > self.longest:
             raise ValueError(f"{input_ids.shape[1]} tokens, but the position table serves {self.longest}")
         x = self.tokens(input_ids) + self.positions(layout.positions(input_ids, self.config.pad_id))
@@ -218,14 +198,6 @@ class Bert(nn.Module):
             x = block(x, attention_mask)
         return x
 
-    @classmethod
-    def from_pretrained(cls, source: str | PathLike[str]) -> Self:
-        """From a checkpoint folder or Hub id, in eval mode. Raises UserError when something does not fit."""
-        config, tensors = read_checkpoint(source)
-        model = cls(BertConfig.from_hf(config))
-        load_into(model, tensors, LAYOUTS[model.config.layout].key_map, source=str(source))
-        return model.eval()
-
-    def save_pretrained(self, folder: str | PathLike[str]) -> None:
-        """config.json and model.safetensors that `from_pretrained` and `transformers` read."""
-        write_checkpoint(folder, self.config.to_hf(), to_hf(self, LAYOUTS[self.config.layout].key_map))
+    def states(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> States:
+        """The states of `forward`, and which of them are real."""
+        return States(self(input_ids, attention_mask), None if attention_mask is None else attention_mask.bool())

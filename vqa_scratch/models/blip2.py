@@ -19,9 +19,6 @@ from vqa_scratch.models.hf_config import fields_from_hf
 from vqa_scratch.models.opt import OPT, OPTConfig
 from vqa_scratch.models.qformer import QFormer, QFormerConfig
 from vqa_scratch.models.vit import FIELDS, ViT, ViTConfig
-from vqa_scratch.nn.cache import DecoderCache
-from vqa_scratch.nn.decoding import DecoderParts
-from vqa_scratch.nn.memory import Memory
 from vqa_scratch.weights.convert import load_into, to_hf
 from vqa_scratch.weights.files import read_checkpoint, write_checkpoint
 from vqa_scratch.weights.maps_blip2 import BLIP2
@@ -40,7 +37,9 @@ class Blip2Config:
     qformer: QFormerConfig = QFormerConfig()
     language: OPTConfig = OPTConfig()
     queries: int = 32  # tokens that an image becomes
-    image_token: int | None = None  # id that marks their place in others' prompts; files from before 2024 have none
+    image_token: int | None = (
+        None  # id that marks their place in prompts of other programs; files from before 2024 have none
+    )
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "qformer", replace(self.qformer, context_dim=self.vision.dim))
@@ -79,8 +78,8 @@ class Blip2Config:
 class Blip2(nn.Module):
     """Image tower, Q-Former, projection and language model.
 
-    For `vqa_scratch.generate` it is a decoder (`new_cache`, `hidden`, `logits`, `decoding_parts`) whose memory is the
-    image.
+    To generate, give the language model the image as its prefix:
+    `generate(model.language, ids, mask, prefix=model.encode_image(pixels), options=...)`.
     """
 
     def __init__(self, config: Blip2Config) -> None:
@@ -100,56 +99,17 @@ class Blip2(nn.Module):
         asked = self.qformer(states.to(self.qformer.queries.dtype))
         return self.projection(asked.to(self.projection.weight.dtype))
 
-    def prompt(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Words (B, T) with their mask -> (B, Q + T) both, the places of the image before the words."""
-        places = input_ids.new_full((len(input_ids), self.config.queries), self.place_id)
-        mask = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
-        return torch.cat([places, input_ids], 1), torch.cat([torch.ones_like(places, dtype=torch.bool), mask], 1)
-
-    @property
-    def place_id(self) -> int:
-        """The id that stands for a token of the image. The word it may be elsewhere is never looked up."""
-        return self.language.config.pad_id if self.config.image_token is None else self.config.image_token
-
-    def new_cache(self) -> DecoderCache:
-        """An empty cache of the language model."""
-        return self.language.new_cache()
-
-    def hidden(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        *,
-        memory: list[Memory] | None = None,
-        cache: DecoderCache | None = None,
-    ) -> Tensor:
-        """(B, T) -> (B, T, E), the states under the head.
-
-        memory: one part, the image of `encode_image`. It fills the places at the beginning of `input_ids` (see
-        `prompt`); with a cache, only the first call reads it. Raises ValueError if those places are not there.
-        """
-        if memory is None or (cache is not None and cache.length > 0):  # the cache has the image's keys
-            return self.language.hidden(input_ids, attention_mask, cache=cache)
-        (image,) = memory
-        places, words = input_ids.tensor_split([self.config.queries], 1)
-        if not (places == self.place_id).all() or places.shape[1] < self.config.queries:
-            raise ValueError(f"input_ids must begin with {self.config.queries} places of the image; see Blip2.prompt")
-        embeddings = torch.cat([image.per_row(), self.language.tokens(words)], 1)
-        return self.language.read(embeddings, attention_mask, cache)
-
-    def decoding_parts(self) -> DecoderParts:
-        """A step of decoding is one of the language model."""
-        return self.language.decoding_parts()
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """(B, T, E) -> (B, T, V)."""
-        return self.language.logits(hidden)
-
     def forward(self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Images (B, C, H, W) and words (B, T), the start token first -> logits (B, Q + T, V)."""
-        prompt, mask = self.prompt(input_ids, attention_mask)
-        memory = [Memory(self.encode_image(pixel_values))]
-        return self.logits(self.hidden(prompt, mask, memory=memory))
+        """Images (B, C, H, W) and words (B, T), the start token first -> logits (B, Q + T, V).
+
+        attention_mask (B, T), True = a real word; padding may stand on either side.
+        """
+        image = self.encode_image(pixel_values)
+        mask = attention_mask
+        if mask is not None:
+            mask = torch.cat([mask.new_ones(image.shape[:2]), mask], 1)
+        embeddings = torch.cat([image, self.language.embed(input_ids)], 1)
+        return self.language.logits(self.language.hidden(embeddings, mask))
 
     def to_precision(self, dtype: torch.dtype) -> Self:
         """Everything in `dtype` but the Q-Former, which is small and was trained in fp32: it stays there."""

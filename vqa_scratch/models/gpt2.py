@@ -12,14 +12,15 @@ from dataclasses import dataclass, replace
 from os import PathLike
 from typing import Any, Self
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vqa_scratch.models.hf_config import check_heads, fields_from_hf
-from vqa_scratch.nn import decoding, taps
+from vqa_scratch.nn import taps
 from vqa_scratch.nn.attention import MultiHeadAttention
 from vqa_scratch.nn.cache import DecoderCache, KVCache
-from vqa_scratch.nn.decoding import DecoderLayer, DecoderParts, layer_norm
-from vqa_scratch.nn.layers import MLP, activation, decoder_positions, init_weights, linear
+from vqa_scratch.nn.decoding import FastBlock, FastParts
+from vqa_scratch.nn.layers import MLP, activation, decoder_positions, init_weights
 from vqa_scratch.nn.memory import Memory
 from vqa_scratch.weights import maps
 from vqa_scratch.weights.convert import load_into, to_hf
@@ -115,11 +116,10 @@ class GPT2Block(nn.Module):
         x = taps.tap(self.tap_prefix, "resid_mid", x)
         return taps.tap(self.tap_prefix, "resid_post", x + self.mlp(self.norm2(x)))
 
-    def decoding_layer(self) -> DecoderLayer:
+    def fast_block(self) -> FastBlock:
         """The block taken apart, for `generate`."""
-        cross = (layer_norm(self.norm_cross), self.cross) if hasattr(self, "cross") else (None, None)
-        mlp = decoding.mlp(self.mlp.up, self.mlp.activation, self.mlp.down)
-        return DecoderLayer(layer_norm(self.norm1), self.attn, *cross, layer_norm(self.norm2), mlp)
+        cross = (self.norm_cross, self.cross) if hasattr(self, "cross") else (None, None)
+        return FastBlock(self.norm1, self.attn, *cross, self.norm2, self.mlp.up, self.mlp.activation, self.mlp.down)
 
 
 class GPT2(nn.Module):
@@ -140,56 +140,48 @@ class GPT2(nn.Module):
                 nn.init.normal_(parameter, std=config.init_std / math.sqrt(2 * config.layers))
         taps.name_modules(self, "decoder")
 
-    def new_cache(self) -> DecoderCache:
-        """An empty cache for this model."""
-        return DecoderCache(self.config.layers)
+    @property
+    def max_positions(self) -> int:
+        """Tokens that the positions serve."""
+        return self.config.max_positions
 
-    def decoding_parts(self) -> DecoderParts:
-        """What a step of decoding goes through, for `generate`."""
+    @property
+    def head(self) -> Tensor:
+        """(V, D): the token embedding."""
+        return self.tokens.weight
 
-        words, places = self.tokens.weight.detach(), self.positions.weight.detach()
-
-        def embed(tokens: Tensor, positions: Tensor) -> Tensor:
-            return words.index_select(0, tokens).add_(places.index_select(0, positions))
-
-        layers = [block.decoding_layer() for block in self.blocks]
-        return DecoderParts(embed, layers, layer_norm(self.norm), self.logits, self.config.max_positions)
+    def embed(self, ids: Tensor) -> Tensor:
+        """(B, T) -> (B, T, D), without positions."""
+        return self.tokens(ids)
 
     def hidden(
         self,
-        input_ids: Tensor,
+        embeddings: Tensor,
         attention_mask: Tensor | None = None,
-        encoder_hidden_states: Tensor | None = None,
-        encoder_attention_mask: Tensor | None = None,
         *,
         memory: list[Memory] | None = None,
         cache: DecoderCache | None = None,
     ) -> Tensor:
-        """(B, T) -> (B, T, D), the states under the head.
+        """(B, T, D) -> (B, T, D): states under the head, from embeddings that need not be those of tokens.
 
         attention_mask (B, cached + T), True = may attend; positions count attended tokens, so a prompt may be padded on
-        either side. What cross-attention reads comes as encoder_hidden_states (B, N, D) with their mask (B, N), or as
-        memories; a cache keeps its keys, so that later calls may leave it out. Raises ValueError on more tokens than
-        positions, a mask of another length, or a memory for a model without cross-attention.
+        either side. Cross-attention reads the memories; a cache keeps their keys, so that later calls may leave them
+        out. Raises ValueError on more tokens than positions, a mask of another length, or a memory for a model without
+        cross-attention.
         """
-        if encoder_hidden_states is not None:
-            if memory is not None:
-                raise ValueError("give encoder_hidden_states or memory, not both")
-            memory = [Memory(encoder_hidden_states, encoder_attention_mask)]
         if memory is not None and not self.config.add_cross_attention:
             raise ValueError("this GPT-2 has no cross-attention: build it with add_cross_attention=True")
+        rows, new, _ = embeddings.shape
         past = 0 if cache is None else cache.length
-        position_ids = decoder_positions(
-            len(input_ids), past, input_ids.shape[1], attention_mask, self.config.max_positions, input_ids.device
-        )
-        x = self.dropout(self.tokens(input_ids) + self.positions(position_ids))
+        position_ids = decoder_positions(rows, past, new, attention_mask, self.max_positions, embeddings.device)
+        x = self.dropout(embeddings + self.positions(position_ids))
         for layer, block in enumerate(self.blocks):
             x = block(x, attention_mask, memory, None if cache is None else cache[layer])
         return self.norm(x)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """(B, T, D) -> (B, T, V): the head, which is the token embedding."""
-        return linear(hidden, self.tokens.weight)
+        """(B, T, D) -> (B, T, V)."""
+        return F.linear(hidden, self.head)
 
     def forward(
         self,
@@ -201,11 +193,29 @@ class GPT2(nn.Module):
         memory: list[Memory] | None = None,
         cache: DecoderCache | None = None,
     ) -> Tensor:
-        """(B, T) -> logits (B, T, V). Arguments as in `hidden`."""
-        hidden = self.hidden(
-            input_ids, attention_mask, encoder_hidden_states, encoder_attention_mask, memory=memory, cache=cache
-        )
-        return self.logits(hidden)
+        """(B, T) -> logits (B, T, V).
+
+        What cross-attention reads comes as encoder_hidden_states (B, N, D) with their mask (B, N), or as `memory`;
+        other arguments as in `hidden`.
+        """
+        if encoder_hidden_states is not None:
+            if memory is not None:
+                raise ValueError("give encoder_hidden_states or memory, not both")
+            memory = [Memory(encoder_hidden_states, encoder_attention_mask)]
+        return self.logits(self.hidden(self.embed(input_ids), attention_mask, memory=memory, cache=cache))
+
+    def new_cache(self) -> DecoderCache:
+        """An empty cache for this model."""
+        return DecoderCache(self.config.layers)
+
+    def fast_state(self) -> FastParts:
+        """What a fast decoding state is made of."""
+        words, places = self.tokens.weight.detach(), self.positions.weight.detach()
+
+        def embed(tokens: Tensor, positions: Tensor) -> Tensor:
+            return words.index_select(0, tokens).add_(places.index_select(0, positions))
+
+        return FastParts(embed, [block.fast_block() for block in self.blocks], self.norm, self.head)
 
     @classmethod
     def from_pretrained(cls, source: str | PathLike[str], *, add_cross_attention: bool | None = None) -> Self:

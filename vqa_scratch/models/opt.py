@@ -18,8 +18,8 @@ from vqa_scratch.models.gpt2 import GPT2Block, GPT2Config
 from vqa_scratch.models.hf_config import check_heads, fields_from_hf
 from vqa_scratch.nn import taps
 from vqa_scratch.nn.cache import DecoderCache, KVCache
-from vqa_scratch.nn.decoding import DecoderParts, layer_norm
-from vqa_scratch.nn.layers import decoder_positions, init_weights, linear
+from vqa_scratch.nn.decoding import FastParts
+from vqa_scratch.nn.layers import decoder_positions, init_weights
 from vqa_scratch.nn.memory import Memory
 from vqa_scratch.weights import maps_blip2
 from vqa_scratch.weights.convert import load_into, to_hf
@@ -129,62 +129,68 @@ class OPT(nn.Module):
         self.apply(lambda module: init_weights(module, config.init_std))
         taps.name_modules(self, "decoder")
 
-    def new_cache(self) -> DecoderCache:
-        """An empty cache for this model."""
-        return DecoderCache(self.config.layers)
+    @property
+    def max_positions(self) -> int:
+        """Tokens that the positions serve."""
+        return self.config.max_positions
 
-    def decoding_parts(self) -> DecoderParts:
-        """What a step of decoding goes through, for `generate`. Raises ValueError for post-LN, the 350M model."""
-        if not self.config.norm_first:
-            raise ValueError("an OPT with its norms after each sublayer (350M) is not served by `generate`")
+    @property
+    def head(self) -> Tensor:
+        """(V, E): the token embedding."""
+        return self.tokens.weight
 
-        def embed(tokens: Tensor, positions: Tensor) -> Tensor:
-            words = self.project_in(F.embedding(tokens, self.tokens.weight))
-            return words + F.embedding(positions + OFFSET, self.positions.weight)
-
-        layers = [block.decoding_layer() for block in self.blocks]
-        norm = layer_norm(self.norm)
-        return DecoderParts(embed, layers, lambda x: self.project_out(norm(x)), self.logits, self.config.max_positions)
-
-    def read(
-        self, embeddings: Tensor, attention_mask: Tensor | None = None, cache: DecoderCache | None = None
-    ) -> Tensor:
-        """(B, T, E) -> (B, T, E): states under the head, from embeddings that need not be those of tokens.
-
-        attention_mask (B, cached + T), True = may attend; positions count attended tokens, so rows may be padded on
-        either side. Raises ValueError on more tokens than positions, or a mask of another length.
-        """
-        past = 0 if cache is None else cache.length
-        position_ids = decoder_positions(
-            len(embeddings), past, embeddings.shape[1], attention_mask, self.config.max_positions, embeddings.device
-        )
-        x = self.project_in(embeddings) + self.positions(position_ids + OFFSET)  # (B, T, D)
-        for layer, block in enumerate(self.blocks):
-            x = block(x, attention_mask, None, None if cache is None else cache[layer])
-        return self.project_out(self.norm(x))
+    def embed(self, ids: Tensor) -> Tensor:
+        """(B, T) -> (B, T, E), without positions."""
+        return self.tokens(ids)
 
     def hidden(
         self,
-        input_ids: Tensor,
+        embeddings: Tensor,
         attention_mask: Tensor | None = None,
         *,
         memory: None = None,
         cache: DecoderCache | None = None,
     ) -> Tensor:
-        """(B, T) -> (B, T, E), the states under the head. Arguments as in `read`; there is no memory to read."""
+        """(B, T, E) -> (B, T, E): states under the head, from embeddings that need not be those of tokens.
+
+        attention_mask (B, cached + T), True = may attend; positions count attended tokens, so rows may be padded on
+        either side. Raises ValueError on more tokens than positions, a mask of another length, or a memory.
+        """
         if memory is not None:
             raise ValueError("OPT has no cross-attention to read a memory with")
-        return self.read(self.tokens(input_ids), attention_mask, cache)
+        rows, new, _ = embeddings.shape
+        past = 0 if cache is None else cache.length
+        position_ids = decoder_positions(rows, past, new, attention_mask, self.max_positions, embeddings.device)
+        x = self.project_in(embeddings) + self.positions(position_ids + OFFSET)  # (B, T, D)
+        for layer, block in enumerate(self.blocks):
+            x = block(x, attention_mask, None, None if cache is None else cache[layer])
+        return self.project_out(self.norm(x))
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """(B, T, E) -> (B, T, V): the head, which is the token embedding."""
-        return linear(hidden, self.tokens.weight)
+        """(B, T, E) -> (B, T, V)."""
+        return F.linear(hidden, self.head)
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, *, cache: DecoderCache | None = None
     ) -> Tensor:
         """(B, T) -> logits (B, T, V). Arguments as in `hidden`."""
-        return self.logits(self.hidden(input_ids, attention_mask, cache=cache))
+        return self.logits(self.hidden(self.embed(input_ids), attention_mask, cache=cache))
+
+    def new_cache(self) -> DecoderCache:
+        """An empty cache for this model."""
+        return DecoderCache(self.config.layers)
+
+    def fast_state(self) -> FastParts | None:
+        """What a fast decoding state is made of; None for post-LN, the 350M model."""
+        if not self.config.norm_first:
+            return None
+
+        def embed(tokens: Tensor, positions: Tensor) -> Tensor:
+            return self.project_in(self.tokens(tokens)) + self.positions(positions + OFFSET)
+
+        narrow = self.config.embedding_dim != self.config.dim
+        norm = nn.Sequential(self.norm, self.project_out) if narrow else self.norm
+        return FastParts(embed, [block.fast_block() for block in self.blocks], norm, self.head)
 
     @classmethod
     def from_pretrained(cls, source: str | PathLike[str]) -> Self:

@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vqa_scratch.errors import UserError
+from vqa_scratch.nn.states import Places, States
 from vqa_scratch.weights import maps
 from vqa_scratch.weights.convert import load_into, to_hf
 from vqa_scratch.weights.files import read_tensors, write_safetensors
@@ -176,6 +177,8 @@ BLOCKS: dict[str, type[Block]] = {"basic": BasicBlock, "bottleneck": Bottleneck}
 class ResNet(nn.Module):
     """Stem and stages `layer1`, `layer2`, ..., as torchvision names them."""
 
+    prefix_tokens = 0  # every token is a place
+
     def __init__(self, config: ResNetConfig, norm: Norm = FrozenBatchNorm) -> None:
         super().__init__()
         self.config = config
@@ -203,6 +206,23 @@ class ResNet(nn.Module):
         for stage in self.stages:
             x = getattr(self, stage)(x)
         return x
+
+    @property
+    def dim(self) -> int:
+        """Channels of the map."""
+        return self.config.dim
+
+    def places(self, height: int, width: int) -> Places:
+        """Where the places of the map look, for an image of so many pixels.
+
+        Every strided layer has an odd kernel and half of it as padding, so place i is centred on pixel i * stride.
+        """
+        return Places((self.config.grid(height), self.config.grid(width)), 0.5, self.config.stride)
+
+    def states(self, pixel_values: Tensor) -> States:
+        """(B, C, H, W) -> tokens (B, h*w, dim): the map of `forward`, in raster order."""
+        tokens = self(pixel_values).flatten(2).transpose(1, 2)
+        return States(tokens, places=self.places(*pixel_values.shape[2:]))
 
     @classmethod
     def from_pretrained(cls, file: str | PathLike[str]) -> Self:

@@ -17,12 +17,12 @@ from torch import Tensor, nn
 
 from vqa_scratch.errors import UserError
 from vqa_scratch.models.t5_config import T5Config
-from vqa_scratch.nn import decoding, taps
+from vqa_scratch.nn import taps
 from vqa_scratch.nn.attention import MultiHeadAttention
 from vqa_scratch.nn.cache import DecoderCache, KVCache
-from vqa_scratch.nn.decoding import DecoderLayer, DecoderParts
+from vqa_scratch.nn.decoding import FastBlock, FastParts
 from vqa_scratch.nn.gated import gated_mlp
-from vqa_scratch.nn.layers import MLP, Activation, activation, linear
+from vqa_scratch.nn.layers import MLP, Activation, activation
 from vqa_scratch.nn.memory import Memory
 from vqa_scratch.nn.relative_bias import PassBias, RelativeBias
 from vqa_scratch.nn.rms_norm import RMSNorm
@@ -95,6 +95,11 @@ class T5Block(nn.Module):
         x = taps.tap(self.tap_prefix, "resid_mid", x)
         return taps.tap(self.tap_prefix, "resid_post", x + self.mlp(self.mlp_norm(x)))
 
+    def fast_block(self) -> FastBlock:
+        """The block taken apart, for `generate`."""
+        norms, mlp = (self.attn_norm, self.attn, self.cross_norm, self.cross, self.mlp_norm), self.mlp
+        return FastBlock(*norms, mlp.up, mlp.activation, mlp.down, mlp.gate if isinstance(mlp, GatedMLP) else None)
+
 
 class T5Tower(nn.Module):
     """The encoder, or with `decoder=True` the decoder: embeddings in, normed states out."""
@@ -133,7 +138,7 @@ class T5(nn.Module):
         self.embedding = nn.Embedding(config.vocab_size, config.dim)
         self.encoder = T5Tower(config, decoder=False)
         self.decoder = T5Tower(config, decoder=True)
-        self.head = None if config.tied else nn.Linear(config.dim, config.vocab_size, bias=False)
+        self.lm_head = None if config.tied else nn.Linear(config.dim, config.vocab_size, bias=False)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -174,60 +179,42 @@ class T5(nn.Module):
         """(B, N) -> (B, N, D). attention_mask (B, N), True = real token."""
         return self.encoder(self.embedding(input_ids), attention_mask)
 
-    def decode_hidden(
-        self,
-        decoder_input_ids: Tensor,
-        encoder_states: Tensor | Memory,
-        attention_mask: Tensor | None = None,
-        decoder_attention_mask: Tensor | None = None,
-        cache: DecoderCache | None = None,
-    ) -> Tensor:
-        """(B, T) -> (B, T, D), the states before the head.
+    @property
+    def max_positions(self) -> None:
+        """Relative positions serve any number of tokens."""
+        return None
 
-        attention_mask (B, N) goes with encoder states given as a tensor (B, N, D); a `Memory` brings its own and may
-        serve several rows with one entry. With a cache decoder_input_ids holds the new tokens only, and
-        decoder_attention_mask all of them.
-        """
-        if isinstance(encoder_states, Tensor):
-            encoder_states = Memory(encoder_states, attention_mask)
-        elif attention_mask is not None:
-            raise ValueError("attention_mask goes with plain encoder states; a Memory has its own mask")
-        return self.decoder(self.embedding(decoder_input_ids), decoder_attention_mask, encoder_states, cache)
+    @property
+    def head(self) -> Tensor:
+        """(V, D): logits are hidden @ head^T. The embedding or a weight of its own, scaled where the release scales."""
+        weight = self.embedding.weight if self.lm_head is None else self.lm_head.weight
+        return weight * self.config.dim**-0.5 if self.config.scaled else weight
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """(B, T) -> (B, T, D)."""
+        return self.embedding(ids)
 
     def hidden(
         self,
-        input_ids: Tensor,
+        embeddings: Tensor,
         attention_mask: Tensor | None = None,
         *,
         memory: list[Memory],
         cache: DecoderCache | None = None,
     ) -> Tensor:
-        """The decoder as `generate` sees every decoder: `decode_hidden` with the encoder's states as one memory."""
-        (encoder_states,) = memory
-        return self.decode_hidden(input_ids, encoder_states, None, attention_mask, cache)
+        """(B, T, D) -> (B, T, D): states of the decoder under the head.
 
-    def decoding_parts(self) -> DecoderParts:
-        """What a step of decoding goes through, for `generate`."""
-        layers = []
-        for block in self.decoder.blocks:
-            gate = block.mlp.gate if self.config.gated else None
-            mlp = decoding.mlp(block.mlp.up, block.mlp.activation, block.mlp.down, gate)
-            layers.append(DecoderLayer(block.attn_norm, block.attn, block.cross_norm, block.cross, block.mlp_norm, mlp))
-        embed = lambda tokens, positions: F.embedding(tokens, self.embedding.weight)  # noqa: E731
-        bias = lambda keys: self.decoder.bias(1, keys)  # noqa: E731
-        return DecoderParts(embed, layers, self.decoder.norm, self.logits, None, bias)
+        `memory` holds one part, the encoder's states. With a cache `embeddings` are those of the new tokens, and
+        attention_mask (B, cached + T) is about all of them.
+        """
+        (encoder_states,) = memory
+        return self.decoder(embeddings, attention_mask, encoder_states, cache)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """(..., D) -> (..., V)."""
+        """(..., D) -> (..., V). An untied head runs as a module: training may exchange it (`rl/large_tables.py`)."""
         if self.config.scaled:
             hidden = hidden * self.config.dim**-0.5
-        if self.head is not None and torch.is_grad_enabled():
-            return self.head(hidden)  # the module, which training may have exchanged
-        return linear(hidden, (self.embedding if self.head is None else self.head).weight)
-
-    def new_cache(self) -> DecoderCache:
-        """An empty cache for `decode_hidden`."""
-        return DecoderCache(self.config.decoder_layers)
+        return F.linear(hidden, self.embedding.weight) if self.lm_head is None else self.lm_head(hidden)
 
     def forward(
         self,
@@ -239,5 +226,20 @@ class T5(nn.Module):
         """(B, N), (B, T) -> logits (B, T, V)."""
         if decoder_input_ids is None:
             raise ValueError("T5 needs decoder_input_ids; shift the labels right, starting with config.start_id")
-        states = self.encode(input_ids, attention_mask)
-        return self.logits(self.decode_hidden(decoder_input_ids, states, attention_mask, decoder_attention_mask))
+        memory = [Memory(self.encode(input_ids, attention_mask), attention_mask)]
+        return self.logits(self.hidden(self.embed(decoder_input_ids), decoder_attention_mask, memory=memory))
+
+    def new_cache(self) -> DecoderCache:
+        """An empty cache for the decoder."""
+        return DecoderCache(self.config.decoder_layers)
+
+    def fast_state(self) -> FastParts:
+        """What a fast decoding state is made of."""
+        norm, scale = self.decoder.norm, self.config.dim**-0.5
+        return FastParts(
+            embed=lambda tokens, positions: self.embedding(tokens),
+            blocks=[block.fast_block() for block in self.decoder.blocks],
+            norm=(lambda x: norm(x) * scale) if self.config.scaled else norm,
+            head=(self.embedding if self.lm_head is None else self.lm_head).weight,
+            bias=lambda keys: self.decoder.bias(1, keys),
+        )

@@ -54,7 +54,7 @@ class ViLTConfig(ViTConfig):
     @property
     def words(self) -> BertConfig:
         """The embedding of words: a Bert without layers."""
-        return BertConfig(**self._fields_of(BertConfig) | {"layers": 0})
+        return BertConfig(**self._fields_of(BertConfig) | {"layout": "bert", "layers": 0})
 
     @property
     def tower(self) -> ViTConfig:
@@ -96,8 +96,8 @@ class ViLT(nn.Module):
         """(h*w of `whole`, D): the position table resized to `size` patches, bilinearly and corner on corner, in the
         top left corner of a larger grid; zeros elsewhere, where nothing is read."""
         grid = self.config.tower.grid
-        table = self.tower.positions[:, 1:].unflatten(1, (grid, grid)).permute(0, 3, 1, 2)  # (1, D, grid, grid)
-        if size != (grid, grid):
+        table = self.tower.positions[:, 1:].unflatten(1, grid).permute(0, 3, 1, 2)  # (1, D, rows, columns)
+        if size != grid:
             table = F.interpolate(table, size=size, mode="bilinear", align_corners=True)
         if size != whole:
             table = F.pad(table, (0, whole[1] - size[1], 0, whole[0] - size[0]))
@@ -109,7 +109,7 @@ class ViLT(nn.Module):
         pixel_values (I, C, H, W); pixel_mask (I, H, W), True in the top left rectangle that an image fills, whose
         sides are multiples of the patch. Raises ValueError unless patches fit.
         """
-        tower, whole, p = self.tower, self.tower.patches_of(pixel_values), self.config.patch_size
+        tower, whole, p = self.tower, self.tower.config.patches(*pixel_values.shape[2:]), self.config.patch_size
         if pixel_mask is None:
             places, real = self._positions(whole, whole)[None], None
         else:

@@ -1,26 +1,29 @@
 """Vision transformer: an image is a sequence of patches. Dosovitskiy et al. 2021 (arXiv 2010.11929), pre-LN.
 
-Loads google/vit and DINO (Caron et al. 2021) checkpoints, which share one layout.
+One class and a table of layouts: google/vit and DINO (Caron et al. 2021) are a plain ViT; DeiT (Touvron et al. 2021,
+2012.12877) has a distillation token beside the class token; DINOv2 (Oquab et al. 2023, 2304.07193) scales what every
+sublayer adds, and may have registers (Darcet et al. 2024, 2309.16588), tokens that belong to no place.
 
-Shapes: B batch, C channels, N image tokens in raster order (h rows of w), D width, p patch size.
+Shapes: B batch, C channels, N patches in raster order (h rows of w), P prefix tokens (class token and the like), D
+width, p patch size.
 """
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from os import PathLike
-from typing import Any, Self
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vqa_scratch.errors import UserError
-from vqa_scratch.models.hf_config import check_heads, fields_from_hf
+from vqa_scratch.models.hf_config import HFConfig, Layout, Released, check_heads
 from vqa_scratch.nn import taps
 from vqa_scratch.nn.attention import MultiHeadAttention
 from vqa_scratch.nn.layers import MLP, activation, init_weights
+from vqa_scratch.nn.states import Places, States
 from vqa_scratch.weights import maps
-from vqa_scratch.weights.convert import load_into, to_hf
-from vqa_scratch.weights.files import read_checkpoint, write_checkpoint
 
 FIELDS = {  # ours: a ViT checkpoint's; ViLT and BLIP-2 add to them
     "image_size": "image_size",
@@ -37,13 +40,45 @@ FIELDS = {  # ours: a ViT checkpoint's; ViLT and BLIP-2 add to them
     "attention_dropout": "attention_probs_dropout_prob",
     "init_std": "initializer_range",
 }
+_DINO_FIELDS = {ours: theirs for ours, theirs in FIELDS.items() if ours != "hidden"} | {
+    "mlp_ratio": "mlp_ratio",
+    "swiglu": "use_swiglu_ffn",
+    "layer_scale": "layerscale_value",
+}
+_DINO_DEFAULTS = {"norm_eps": 1e-6, "mlp_ratio": 4, "layer_scale": 1.0}
+_NO_DROP_PATH = {"drop_path_rate": 0.0}  # stochastic depth, which no released DINOv2 asks for
+
+
+@dataclass(frozen=True, eq=False)
+class ViTLayout(Layout):
+    """What one member of the family does its own way."""
+
+    tokens: tuple[str, ...] = ("cls_token",)  # learned tokens before the patches, with positions of their own
+    antialias: bool = False  # whether positions are smoothed where they are resized to fewer patches
+
+
+LAYOUTS = {
+    "vit": ViTLayout("ViTModel", FIELDS, maps.VIT),
+    "deit": ViTLayout("DeiTModel", FIELDS, maps.DEIT, tokens=("cls_token", "distillation_token")),
+    "dinov2": ViTLayout("Dinov2Model", _DINO_FIELDS, maps.DINOV2, _DINO_DEFAULTS | {"patch_size": 14}, _NO_DROP_PATH),
+    "dinov2_with_registers": ViTLayout(
+        "Dinov2WithRegistersModel",
+        _DINO_FIELDS | {"registers": "num_register_tokens"},
+        maps.DINOV2_WITH_REGISTERS,
+        _DINO_DEFAULTS | {"registers": 4},
+        _NO_DROP_PATH,
+        antialias=True,
+    ),
+}
 
 
 @dataclass(frozen=True)
-class ViTConfig:
+class ViTConfig(HFConfig):
     """Sizes of a ViT. The defaults are ViT-B/16 at 224 pixels."""
 
-    image_size: int = 224  # pixels a side that the position table is made for
+    LAYOUTS: ClassVar[Mapping[str, ViTLayout]] = LAYOUTS
+
+    image_size: int | tuple[int, int] = 224  # pixels a side, or (height, width), that the position table is made for
     patch_size: int = 16
     channels: int = 3
     dim: int = 768
@@ -56,44 +91,58 @@ class ViTConfig:
     dropout: float = 0.0
     attention_dropout: float = 0.0
     init_std: float = 0.02
+    layout: str = "vit"  # a key of LAYOUTS
+    mlp_ratio: int | None = None  # where given, `hidden` is so many times the width
+    swiglu: bool = False  # a gated MLP
+    layer_scale: float | None = None  # factor, learned from this start on, of what a sublayer adds; None: no factor
+    registers: int = 0  # learned tokens without a position
 
     def __post_init__(self) -> None:
         check_heads(self.dim, self.heads)
-        if not isinstance(self.image_size, int) or not isinstance(self.patch_size, int):
-            raise UserError(f"image and patch must be square, got {self.image_size} and {self.patch_size}")
-        if self.image_size % self.patch_size:
+        if isinstance(self.image_size, list):  # as JSON has it
+            object.__setattr__(self, "image_size", tuple(self.image_size))
+        if self.mlp_ratio is not None:
+            object.__setattr__(self, "hidden", int(self.dim * self.mlp_ratio))
+        if not isinstance(self.patch_size, int):
+            raise UserError(f"patches must be square, got {self.patch_size}")
+        height, width = self._size
+        if height % self.patch_size or width % self.patch_size:
             raise UserError(f"image size {self.image_size} is not a multiple of the patch size {self.patch_size}")
+        self.family  # noqa: B018 (it checks the layout)
 
     @property
-    def grid(self) -> int:
-        """Patches a side at the image size."""
-        return self.image_size // self.patch_size
+    def _size(self) -> tuple[int, int]:
+        return self.image_size if isinstance(self.image_size, tuple) else (self.image_size, self.image_size)
 
-    @classmethod
-    def from_hf(cls, config: dict[str, Any]) -> Self:
-        """From a config.json of model type "vit". Raises UserError if it asks for something this model is not."""
-        return cls(**fields_from_hf(config, FIELDS, "vit"))
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(rows, columns) of patches that the position table is made for."""
+        return self.patches(*self._size)
 
-    def to_hf(self) -> dict[str, Any]:
-        """The inverse of `from_hf`."""
-        fields = {theirs: getattr(self, ours) for ours, theirs in FIELDS.items()}
-        return {"architectures": ["ViTModel"], "model_type": "vit", **fields}
+    @property
+    def prefix_tokens(self) -> int:
+        """How many tokens stand before the patches: class token, distillation token, registers."""
+        return len(self.family.tokens) + self.registers
+
+    def patches(self, height: int, width: int) -> tuple[int, int]:
+        """(h, w) patches of an image of so many pixels. Raises ValueError unless they fit."""
+        p = self.patch_size
+        if height % p or width % p:
+            raise ValueError(f"image of {height}x{width} pixels does not divide into patches of {p}x{p}")
+        return height // p, width // p
 
 
-def resize_grid(table: Tensor, grid: int, size: tuple[int, int]) -> Tensor:
-    """A table of places (1, grid*grid, D) for a map of (h, w) places: resized bicubically if need be, (1, h*w, D)."""
-    if size == (grid, grid):
+def resize_positions(table: Tensor, grid: tuple[int, int], size: tuple[int, int], *, antialias: bool = False) -> Tensor:
+    """A table (1, P + rows*columns, D) for `grid`, made to fit (h, w) patches: (1, P + h*w, D).
+
+    The P first rows stay; the others are resized bicubically, smoothed with `antialias` where they become fewer.
+    """
+    if size == grid:
         return table
-    places = table.unflatten(1, (grid, grid)).permute(0, 3, 1, 2)  # (1, D, grid, grid)
-    places = F.interpolate(places, size=size, mode="bicubic", align_corners=False)
-    return places.flatten(2).transpose(1, 2)
-
-
-def resize_positions(table: Tensor, grid: int, size: tuple[int, int]) -> Tensor:
-    """A position table (1, 1 + grid*grid, D), class token first, for (h, w) patches: resized bicubically if need be."""
-    if size == (grid, grid):
-        return table
-    return torch.cat([table[:, :1], resize_grid(table[:, 1:], grid, size)], 1)
+    prefix, places = table.tensor_split([table.shape[1] - math.prod(grid)], 1)
+    places = places.unflatten(1, grid).permute(0, 3, 1, 2)  # (1, D, rows, columns)
+    places = F.interpolate(places, size=size, mode="bicubic", align_corners=False, antialias=antialias)
+    return torch.cat([prefix, places.flatten(2).transpose(1, 2)], 1)
 
 
 class PatchEmbed(nn.Module):
@@ -102,6 +151,7 @@ class PatchEmbed(nn.Module):
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
         p = config.patch_size
+        self.first = p / 2  # the middle of the first patch
         # Kept in the shape of that convolution, (D, C, p, p), which is how checkpoints hold it.
         self.weight = nn.Parameter(torch.empty(config.dim, config.channels, p, p).normal_(std=config.init_std))
         self.bias = nn.Parameter(torch.zeros(config.dim))
@@ -114,81 +164,163 @@ class PatchEmbed(nn.Module):
         return F.linear(patches, self.weight.flatten(1), self.bias)
 
 
+class ConvStem(nn.Module):
+    """log2(p) convolutions, 3x3 with stride 2, GELU between them; the width doubles up to D at the last.
+
+    In place of linear patches a small ViT learns faster (Xiao et al. 2021, "Early Convolutions Help Transformers See
+    Better", 2106.14881). Each kernel is centred on every second pixel from the first on, so token (i, j) is centred on
+    pixel (p*i, p*j), the corner of its patch and not the middle.
+    """
+
+    first = 0.5  # the middle of the first pixel
+
+    def __init__(self, channels: int, dim: int, patch_size: int) -> None:
+        super().__init__()
+        halvings = int(math.log2(patch_size))
+        if 2**halvings != patch_size or halvings == 0:
+            raise UserError(f"a convolutional stem needs a patch size that is a power of two above 1, not {patch_size}")
+        if dim % 2 ** (halvings - 1):
+            raise UserError(f"a stem of {halvings} convolutions needs a width divisible by {2 ** (halvings - 1)}")
+        widths = [channels] + [dim >> (halvings - 1 - i) for i in range(halvings)]
+        layers: list[nn.Module] = []
+        for narrow, wide in zip(widths[:-1], widths[1:], strict=True):
+            conv = nn.Conv2d(narrow, wide, kernel_size=3, stride=2, padding=1)
+            # torch's default shrinks the signal at every layer, and the position table would drown what is left.
+            nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
+            nn.init.zeros_(conv.bias)
+            layers += [conv, nn.GELU()]
+        self.layers = nn.Sequential(*layers[:-1])
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        """(B, C, h*p, w*p) -> (B, N, D)."""
+        return self.layers(pixel_values).flatten(2).transpose(1, 2)  # (B, D, h, w) -> (B, N, D)
+
+
+class SwiGLU(nn.Module):
+    """`out(silu(gate) * up)` (Shazeer 2020, 2002.05202), gate and up from one product: DINOv2's giant.
+
+    The inner width is two thirds of `hidden`, so that the layer costs what a plain MLP does, in steps of 8.
+    """
+
+    tap_prefix: str | None = None
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        inner = -(-int(hidden * 2 / 3) // 8) * 8
+        self.gate_up, self.out = nn.Linear(dim, 2 * inner), nn.Linear(inner, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up(x).chunk(2, -1)
+        hidden = F.silu(taps.tap(self.tap_prefix, "pre", gate)) * up
+        return taps.tap(self.tap_prefix, "out", self.out(taps.tap(self.tap_prefix, "post", hidden)))
+
+
+class LayerScale(nn.Module):
+    """One learned factor a channel (Touvron et al. 2021, "Going deeper with Image Transformers", 2103.17239)."""
+
+    def __init__(self, dim: int, start: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.full((dim,), start))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.weight
+
+
 class ViTBlock(nn.Module):
-    """Pre-LN: x + attention(norm(x)), then x + MLP(norm(x))."""
+    """Pre-LN: x + attention(norm(x)), then x + MLP(norm(x)); each sum may be scaled before it is added."""
 
     tap_prefix: str | None = None
 
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
+
+        def scale() -> nn.Module:
+            return nn.Identity() if config.layer_scale is None else LayerScale(config.dim, config.layer_scale)
+
         self.norm1 = nn.LayerNorm(config.dim, eps=config.norm_eps)
         self.attn = MultiHeadAttention(
             config.dim, config.heads, bias=config.qkv_bias, out_bias=True, dropout=config.attention_dropout
         )
+        self.scale1 = scale()
         self.norm2 = nn.LayerNorm(config.dim, eps=config.norm_eps)
-        self.mlp = MLP(config.dim, config.hidden, activation(config.activation), dropout=config.dropout)
+        if config.swiglu:
+            self.mlp = SwiGLU(config.dim, config.hidden)
+        else:
+            self.mlp = MLP(config.dim, config.hidden, activation(config.activation), dropout=config.dropout)
+        self.scale2 = scale()
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, key_mask: Tensor | None = None, first: int | None = None) -> Tensor:
         """(B, T, D) -> (B, T, D), or (B, first, D): what is read of the first tokens only needs no MLP of the rest."""
         x = taps.tap(self.tap_prefix, "resid_pre", x)
-        x = x[:, :first] + self.dropout(self.attn(self.norm1(x), key_mask=key_mask)[:, :first])
+        x = x[:, :first] + self.dropout(self.scale1(self.attn(self.norm1(x), key_mask=key_mask)[:, :first]))
         x = taps.tap(self.tap_prefix, "resid_mid", x)
-        return taps.tap(self.tap_prefix, "resid_post", x + self.mlp(self.norm2(x)))
+        return taps.tap(self.tap_prefix, "resid_post", x + self.scale2(self.mlp(self.norm2(x))))
 
 
-class ViT(nn.Module):
-    """Class token and patches, learned positions, pre-LN blocks, a last norm.
+class ViT(Released, nn.Module):
+    """Prefix tokens and patches, learned positions, pre-LN blocks, a last norm.
 
     `patch_embed` replaces the linear patching: any module (B, C, H, W) -> (B, N, D) with one token for each
-    patch_size x patch_size square in raster order, for example a convolutional stem (Xiao et al. 2021, 2106.14881).
+    patch_size x patch_size square in raster order, for example `ConvStem`. Its attribute `first` is the pixel on which
+    the first token is centred, in both directions; only `places` and `states` need it.
     """
+
+    config_class = ViTConfig
 
     def __init__(self, config: ViTConfig, patch_embed: nn.Module | None = None) -> None:
         super().__init__()
         self.config = config
         self.patch_embed = PatchEmbed(config) if patch_embed is None else patch_embed
-        self.cls_token = nn.Parameter(torch.empty(1, 1, config.dim))
-        self.positions = nn.Parameter(torch.empty(1, 1 + config.grid**2, config.dim))
+        tokens = config.family.tokens
+        for name in tokens:
+            self.register_parameter(name, nn.Parameter(torch.empty(1, 1, config.dim)))
+        if config.registers:
+            self.registers = nn.Parameter(torch.zeros(1, config.registers, config.dim))
+        self.positions = nn.Parameter(torch.empty(1, len(tokens) + math.prod(config.grid), config.dim))
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(ViTBlock(config) for _ in range(config.layers))
         self.norm = nn.LayerNorm(config.dim, eps=config.norm_eps)
-        nn.init.trunc_normal_(self.cls_token, std=config.init_std)
-        nn.init.trunc_normal_(self.positions, std=config.init_std)
+        for table in (*(getattr(self, name) for name in tokens), self.positions):
+            nn.init.trunc_normal_(table, std=config.init_std)
         self.blocks.apply(lambda module: init_weights(module, config.init_std))
         taps.name_modules(self, "image")
 
-    def patches_of(self, pixel_values: Tensor) -> tuple[int, int]:
-        """(h, w) patches of an image (B, C, H, W). Raises ValueError unless they fit."""
-        height, width = pixel_values.shape[2:]
-        p = self.config.patch_size
-        if height % p or width % p:
-            raise ValueError(f"image of {height}x{width} pixels does not divide into patches of {p}x{p}")
-        return height // p, width // p
+    @property
+    def dim(self) -> int:
+        """D."""
+        return self.config.dim
 
-    def forward(self, pixel_values: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, 1 + N, D), the class token first. Raises ValueError unless patches fit the image."""
+    @property
+    def prefix_tokens(self) -> int:
+        """P: how many of the tokens are no places."""
+        return self.config.prefix_tokens
+
+    def places(self, height: int, width: int) -> Places:
+        """Where the tokens of an image of so many pixels look. Raises ValueError unless patches fit."""
+        return Places(self.config.patches(height, width), self.patch_embed.first, self.config.patch_size)
+
+    def embed(self, pixel_values: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, P + N, D): what the first block reads. Raises ValueError unless patches fit."""
         if pixel_values.ndim != 4:
             raise ValueError(f"pixel_values must be (batch, channels, height, width), got {tuple(pixel_values.shape)}")
-        positions = resize_positions(self.positions, self.config.grid, self.patches_of(pixel_values))
+        config, size = self.config, self.config.patches(*pixel_values.shape[2:])
+        positions = resize_positions(self.positions, config.grid, size, antialias=config.family.antialias)
         x = self.patch_embed(pixel_values)
-        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1) + positions  # (B, 1 + N, D)
-        x = self.dropout(x)
+        prefix = [getattr(self, name).expand(len(x), -1, -1) for name in config.family.tokens]
+        x = torch.cat([*prefix, x], 1) + positions
+        if config.registers:
+            before, after = x.tensor_split([len(prefix)], 1)
+            x = torch.cat([before, self.registers.expand(len(x), -1, -1), after], 1)
+        return self.dropout(x)
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, P + N, D), the class token first. Raises ValueError unless patches fit the image."""
+        x = self.embed(pixel_values)
         for block in self.blocks:
             x = block(x)
         return self.norm(x)
 
-    @classmethod
-    def from_pretrained(cls, source: str | PathLike[str]) -> Self:
-        """From a checkpoint folder or Hub id, in eval mode. Raises UserError when something does not fit."""
-        config, tensors = read_checkpoint(source)
-        model = cls(ViTConfig.from_hf(config))
-        load_into(model, tensors, maps.VIT, source=str(source))
-        return model.eval()
-
-    def save_pretrained(self, folder: str | PathLike[str]) -> None:
-        """config.json and model.safetensors that `from_pretrained` and `transformers` read.
-
-        Raises ValueError for a model with its own `patch_embed`: the layout has no place for it.
-        """
-        write_checkpoint(folder, self.config.to_hf(), to_hf(self, maps.VIT))
+    def states(self, pixel_values: Tensor) -> States:
+        """(B, C, H, W) -> the states of `forward`, with the places that they look at."""
+        return States(self(pixel_values), places=self.places(*pixel_values.shape[2:]))

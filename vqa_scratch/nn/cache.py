@@ -68,6 +68,11 @@ class DecoderCache(list[KVCache]):
         """Where the keys are."""
         return self[0].contents[0].device
 
+    def rewind(self, length: int) -> None:
+        """Forget all tokens behind the first `length`."""
+        for layer in self:
+            layer.length = length
+
     def select(self, rows: Tensor) -> None:
         """`KVCache.select` in every layer."""
         for layer in self:

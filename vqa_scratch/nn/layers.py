@@ -41,40 +41,6 @@ def activation(name: str) -> Activation:
     return ACTIVATIONS[name]
 
 
-# Up to 3 rows MKL reads a large weight as fast as the memory gives it; with some more at half of that, and oneDNN's
-# product is faster: 50,257 x 768 with 4, 8, 12, 16, 32, 64 rows takes 0.83, 0.61, 0.46, 0.88, 0.83, 0.86 of the time
-# (torch 2.13 on two cores with AVX-512).
-FEW_ROWS = range(4, 65)
-LARGE_WEIGHT = 1 << 20  # bytes
-
-
-def suits_one_dnn(weight: Tensor) -> bool:
-    """Whether `FEW_ROWS` meet this weight faster through oneDNN, and this torch offers that."""
-    large = weight.dtype == torch.float32 and weight.nbytes >= LARGE_WEIGHT and weight.device.type == "cpu"
-    return large and torch.backends.mkl.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-
-
-def one_dnn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """F.linear without gradients, by the operator that torch.compile emits for linear layers on a CPU."""
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-
-
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x @ weight.T + bias, as F.linear. On a CPU faster for one row in bf16, and without gradients for a few in fp32.
-
-    With one row torch's product of matrices gains nothing over fp32, its product with a vector reads half the bytes
-    in 0.4 of the time (torch 2.13, 50,257 x 768: 5.4 ms and 2.1 ms; fp32 5.8 ms).
-    """
-    rows = x.numel() // x.shape[-1]
-    if rows == 1 and x.dtype == weight.dtype == torch.bfloat16 and x.device.type == "cpu":
-        row = torch.mv(weight, x.flatten()) if bias is None else torch.addmv(bias, weight, x.flatten())
-        return row.unflatten(0, (*x.shape[:-1], -1)) if x.ndim > 1 else row
-    few = rows in FEW_ROWS and x.dtype == weight.dtype and suits_one_dnn(weight)
-    if few and not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu"):
-        return one_dnn(x, weight, bias)
-    return F.linear(x, weight, bias)
-
-
 class MLP(nn.Module):
     """Linear, activation, linear, dropout (Vaswani et al. 2017, section 3.3). (..., D) -> (..., D)."""
 

@@ -9,11 +9,11 @@ from pathlib import Path
 
 from PIL import Image
 
+from vqa_scratch.data.answers import Answer
 from vqa_scratch.data.images import load_image
 from vqa_scratch.data.vqa_v2 import VQASample
 from vqa_scratch.metrics import vqa_accuracy
 from vqa_scratch.storage import write_text
-from vqa_scratch.training.evaluation import Answer
 
 STYLE = """
 :root { color-scheme: light dark; --paper: #fafaf7; --ink: #1d1d1b; --soft: #6b6b66; --card: #fff; --line: #e4e3dd;

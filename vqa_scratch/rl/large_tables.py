@@ -5,7 +5,7 @@ and memory.
 from torch import nn
 
 from vqa_scratch.nn.summing_linear import SummingLinear
-from vqa_scratch.training.parallel import in_parts
+from vqa_scratch.training.ranks import in_parts
 
 LARGE_TABLE = 2**20  # numbers
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vqa_scratch.rl.functional import kl_estimates, masked_mean, masked_moments, masked_sum, mean_and_var
 from vqa_scratch.rl.types import Samples, Trajectory
-from vqa_scratch.training.distributed import ALONE, World
+from vqa_scratch.training.ranks import ALONE, World
 
 
 def distinct_2(ids: list[list[int]]) -> float:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from vqa_scratch.generate import State, begin
+from vqa_scratch.generate.processors import repeating
 from vqa_scratch.models.t5 import T5
 from vqa_scratch.nn.memory import Memory
 from vqa_scratch.rl.types import Prompt
@@ -30,9 +31,10 @@ class Context:
     states: tuple[Tensor, ...]  # one or more parts, each (E, N, D); E = P unless `entries` says who reads what
     masks: tuple[Tensor | None, ...]  # of each part, (E, N), True = may attend
     samples: int = 1  # K: rows 0 ... K - 1 read prompt 0, and so on
-    prefix: Tensor | None = None  # (P, L) ids before the response, the start token last; None: the start token alone
-    prefix_mask: Tensor | None = None  # (P, L), True = real token; padding on the left
+    prompt: Tensor | None = None  # (P, L) ids before the response, the start token last; None: the start token alone
+    prompt_mask: Tensor | None = None  # (P, L), True = real token; padding on the left
     entries: tuple[Tensor | None, ...] | None = None  # of each part, (P,): the entry a prompt reads; None: its own
+    prefix: Tensor | None = None  # (P, Q, D) embeddings before the ids
 
     @property
     def parts(self) -> list[tuple[Tensor, Tensor | None, Tensor | None]]:
@@ -41,6 +43,8 @@ class Context:
 
     @property
     def prompts(self) -> int:
+        if not self.states:
+            return len(self.prompt)
         states, _, entries = self.parts[0]
         return len(states if entries is None else entries)
 
@@ -65,8 +69,9 @@ class Context:
             if entries is not None:
                 chosen, index = torch.unique(entries[prompts], return_inverse=True)
             picked.append((states[chosen], None if mask is None else mask[chosen], index))
-        states, masks, entries = zip(*picked, strict=True)
-        return Context(states, masks, self.samples, pick(self.prefix), pick(self.prefix_mask), entries)
+        states, masks, entries = zip(*picked, strict=True) if picked else ((), (), ())
+        before = (pick(self.prompt), pick(self.prompt_mask), entries, pick(self.prefix))
+        return Context(states, masks, self.samples, *before)
 
     def memories(self) -> list[Memory]:
         """For cross-attention: keys and values are projected once an entry, not once a prompt or response."""
@@ -119,7 +124,7 @@ class T5Policy(nn.Module):
         )
 
     def encode(self, prompts: list[Prompt]) -> Context:
-        device = self.model.embedding.weight.device
+        device = next(self.parameters()).device
         lengths = torch.tensor([len(p.ids) for p in prompts])
         ids = torch.full((len(prompts), int(lengths.max())), self.pad_id)
         for row, prompt in zip(ids, prompts, strict=True):
@@ -134,14 +139,13 @@ class T5Policy(nn.Module):
         return begin(self.model, start, None, context.memories(), steps=steps)
 
     def decode_hidden(self, ids: Tensor, context: Context) -> Tensor:
-        (memory,) = context.memories()
-        return self.model.decode_hidden(ids, memory)
+        return self.model.hidden(self.model.embed(ids), memory=context.memories())
 
     def logits(self, hidden: Tensor) -> Tensor:
         return self.model.logits(hidden)
 
     def encoder_parameters(self) -> list[nn.Parameter]:
-        return [*self.model.encoder.parameters(), self.model.embedding.weight]
+        return [*self.model.encoder.parameters(), *self.model.embedding.parameters()]
 
 
 @dataclass(frozen=True)
@@ -171,23 +175,9 @@ def policy_logits(logits: Tensor, ids: Tensor, positions: Tensor, rules: Samplin
         eos = torch.arange(logits.shape[-1], device=logits.device) == rules.eos_id
         logits = logits.masked_fill(early[:, None] & eos, BARRED)
     if rules.no_repeat_ngram > 0:
-        rows, tokens = _completing(ids, positions, rules.no_repeat_ngram)
-        logits = logits.index_put((rows, tokens), logits.new_tensor(BARRED))
+        rows, places = repeating(ids, None, positions, rules.no_repeat_ngram).nonzero(as_tuple=True)
+        logits = logits.index_put((rows, ids[rows, places]), logits.new_tensor(BARRED))
     return logits
-
-
-def _completing(ids: Tensor, positions: Tensor, n: int) -> tuple[Tensor, Tensor]:
-    """Rows and tokens such that the token would repeat an n-gram which lies wholly before the row's position."""
-    length = ids.shape[1]
-    place = torch.arange(length, device=ids.device)
-    match = (place >= n - 1) & (place < positions[:, None])  # (N, R): an n-gram of the past ends at each of these
-    match &= positions[:, None] >= n - 1
-    for back in range(1, n):  # its token `back` before the end equals the one `back` before the position
-        recent = ids.gather(1, (positions - back).clamp(min=0)[:, None])
-        earlier = ids.roll(back, dims=1)
-        match &= earlier == recent
-    rows, ends = match.nonzero(as_tuple=True)
-    return rows, ids[rows, ends]
 
 
 def token_states(backbone: Backbone, context: Context, ids: Tensor, mask: Tensor) -> Tensor:

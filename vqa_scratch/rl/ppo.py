@@ -1,8 +1,8 @@
-"""PPO with a KL penalty against a frozen reference (Schulman et al. 2017; Ziegler et al. 2019), top to bottom.
+"""The parts of PPO with a KL penalty against a frozen reference (Schulman et al. 2017; Ziegler et al. 2019).
 
-One iteration: draw prompts, sample responses, score them, turn scores into advantages, and take a few clipped gradient
-steps (`update.py`). RLOO, GRPO and best-of-n replace the advantages and share everything else. `docs/ppo.md` numbers
-the details.
+`rlhf.py` goes through one iteration: draw prompts, sample responses, score them, turn scores into advantages, and take
+a few clipped gradient steps (`update.py`). RLOO, GRPO and best-of-n replace the advantages and share everything else.
+`docs/ppo.md` numbers the details.
 
 On several ranks each samples, scores and differentiates its share of the prompts. Everything in between - rewards,
 advantages and their whitening, the price of KL, the log - is worked out on every rank from the whole batch, which is a
@@ -14,14 +14,14 @@ Shapes: P prompts, K samples a prompt, B = P * K responses, R response tokens.
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from vqa_scratch.errors import UserError
 from vqa_scratch.rl import functional as F
-from vqa_scratch.rl.config import RLHFConfig
-from vqa_scratch.rl.metrics import rollout_metrics
+from vqa_scratch.rl.options import RLHFOptions
 from vqa_scratch.rl.policy import ActorCritic, Backbone, Context, SamplingRules
 from vqa_scratch.rl.ranks import gather_rows, gather_samples
 from vqa_scratch.rl.rewards import RewardScale, RewardSum
@@ -29,17 +29,30 @@ from vqa_scratch.rl.rollout import PromptStream, Responses, Scored, chances, sam
 from vqa_scratch.rl.types import Prompt, Samples, Trajectory
 from vqa_scratch.rl.update import Update, micro_batches
 from vqa_scratch.training.checkpoint import load_model_state
-from vqa_scratch.training.parallel import ONE_PROCESS, Alone, for_main
+from vqa_scratch.training.ranks import ONE_PROCESS, Alone, for_main
 
 GROUP_ADVANTAGES = {"rloo": F.rloo_advantages, "grpo": F.grpo_advantages, "best-of-n": F.best_of_n_advantages}
 
 
+class Rollout(NamedTuple):
+    """One batch of responses, of all ranks but for the context."""
+
+    responses: Responses
+    scored: Scored
+    scores: Tensor  # (B,) rewards on the scale that PPO sees, penalties taken
+    raw: Tensor  # (B,) rewards as they came
+    parts: dict[str, Tensor]  # (B,) each: what the rewards are made of
+    samples: Samples
+    context: Context  # what the policy's encoder made of this rank's prompts
+    seconds: dict[str, float]  # time of each stage, by its name in the log
+
+
 class PPO:
-    """A run: `step()` is one iteration and returns its log."""
+    """The parts of a run; `rlhf.iterate` goes through them once an iteration."""
 
     def __init__(
         self,
-        config: RLHFConfig,
+        options: RLHFOptions,
         actor: ActorCritic,
         reference: Backbone,
         reward: RewardSum,
@@ -50,36 +63,18 @@ class PPO:
         ranks: Alone = ONE_PROCESS,
     ) -> None:
         self.ranks, world = ranks, ranks.world
-        if config.prompts < world.size:
-            raise UserError(f"--prompts {config.prompts} leave some of {world.size} ranks without one")
-        self.world, self.mine = world, world.share(range(config.prompts))  # this rank's prompts of a batch
-        self.config, self.actor, self.reference, self.reward = config, actor.eval(), reference, reward
+        if options.prompts < world.size:
+            raise UserError(f"--prompts {options.prompts} leave some of {world.size} ranks without one")
+        self.world, self.mine = world, world.share(range(options.prompts))  # this rank's prompts of a batch
+        self.options, self.actor, self.reference, self.reward = options, actor.eval(), reference, reward
         self.rules, self.decode, self.autocast = rules, decode, autocast
-        self.stream = PromptStream(prompts, config.prompts, config.seed)
-        self.scale = RewardScale(clip=config.score_clip or None)
-        responses = config.iterations * config.prompts * config.samples
-        self.kl = F.AdaptiveKL(config.kl_coef, config.kl_target or None, max(1.0, config.kl_horizon * responses))
-        self.update = Update(config, actor, rules, self.mine, autocast, ranks)
-        self.sampling = torch.Generator(actor.value_head.weight.device).manual_seed(config.seed + 1)
+        self.stream = PromptStream(prompts, options.prompts, options.seed)
+        self.scale = RewardScale(clip=options.score_clip or None)
+        responses = options.iterations * options.prompts * options.samples
+        self.kl = F.AdaptiveKL(options.kl_coef, options.kl_target or None, max(1.0, options.kl_horizon * responses))
+        self.update = Update(options, actor, rules, self.mine, autocast, ranks)
+        self.sampling = torch.Generator(actor.value_head.weight.device).manual_seed(options.seed + 1)
         self.iteration = 0
-
-    # ---------------------------------------------------------------------------------------------- one iteration
-
-    def step(self) -> dict[str, float]:
-        """Roll out, update, steer the price of KL. Returns the log under the usual names."""
-        start = time.perf_counter()
-        prompts = self.stream.next()
-        trajectory, context, log = self.ranks.with_whole_model(lambda: self.rollout(prompts))
-        rolled = time.perf_counter()
-        log |= self.update.run(prompts, trajectory, context, self.iteration)
-        log["objective/kl_coef"] = self.kl.coef
-        self.kl.update(log["objective/kl"], len(trajectory.ids))
-        self.iteration += 1
-        end = time.perf_counter()
-        log["time/ppo/optimize_step"], log["time/ppo/total"] = end - rolled, end - start
-        log["rollouts_per_second"] = len(trajectory.ids) / (end - start)
-        log["tokens_per_second"] = float(trajectory.mask.sum()) / (end - start)
-        return log
 
     # --------------------------------------------------------------------------------------------------- rollouts
 
@@ -104,9 +99,9 @@ class PPO:
         return responses, Samples(repeated, ids, [self.decode(x) for x in ids], responses.finished.tolist()), context
 
     @torch.no_grad()
-    def rollout(self, prompts: list[Prompt]) -> tuple[Trajectory, Context, dict[str, float]]:
-        """Sample, reward and score one batch; the context is what the policy's encoder made of this rank's prompts."""
-        c, clock = self.config, [time.perf_counter()]
+    def rollout(self, prompts: list[Prompt]) -> Rollout:
+        """Sample responses to one batch, reward them, and look at them again as policy and reference see them."""
+        c, clock = self.options, [time.perf_counter()]
         responses, samples, context = self.respond(prompts, c.samples, self.actor.backbone, self.sampling, self.mine)
         ids, mask, finished = responses
         clock.append(time.perf_counter())
@@ -119,20 +114,12 @@ class PPO:
         with self.autocast():
             s = score(self.actor, self.reference, self.readings(prompts, context), ids, mask, self.rules)
         ids, mask, finished, scores, raw, *s = gather_rows(self.world, ids, mask, finished, scores, raw, *s)
-        samples, s = gather_samples(self.world, samples, prompts, c.samples), Scored(*s)
+        samples = gather_samples(self.world, samples, prompts, c.samples)
         parts = dict(zip(parts, gather_rows(self.world, *parts.values()), strict=True))
         clock.append(time.perf_counter())
-
-        rewards = F.get_rewards(scores, s.logprobs, s.ref_logprobs, mask, self.kl.coef)
-        white = F.masked_whiten(rewards, mask, shift_mean=False) if c.whiten_rewards else rewards
-        advantages, returns = self.advantages(white, s.values, mask)
-        trajectory = Trajectory(ids, mask, finished, *s, scores, rewards, advantages, returns)
-        clock.append(time.perf_counter())
-        log = rollout_metrics(trajectory, samples, raw, parts)
-        clock.append(time.perf_counter())
-        names = ("generate", "compute_rewards", "forward_pass", "compute_advantages", "calc_stats")
-        log |= {f"time/ppo/{name}": b - a for name, a, b in zip(names, clock[:-1], clock[1:], strict=True)}
-        return trajectory, context, log
+        names = ("generate", "compute_rewards", "forward_pass")
+        seconds = {f"time/ppo/{name}": b - a for name, a, b in zip(names, clock[:-1], clock[1:], strict=True)}
+        return Rollout(Responses(ids, mask, finished), Scored(*s), scores, raw, parts, samples, context, seconds)
 
     def readings(self, prompts: list[Prompt], context: Context) -> Iterator[tuple[list[int], Context, Context]]:
         """The parts of this rank's prompts, with what policy and reference read of each: the old log-probabilities.
@@ -140,8 +127,8 @@ class PPO:
         In fp32 the context of the rollout serves. In bf16 a sum over a wider padding rounds otherwise: there the
         prompts are encoded as the update will, or its first ratio would be up to 4 % from 1.
         """
-        parts, k = micro_batches(self.mine, prompts, self.config.micro_prompts), context.samples
-        frozen = self.config.freeze == "encoder"
+        parts, k = micro_batches(self.mine, prompts, self.options.micro_prompts), context.samples
+        frozen = self.options.freeze == "encoder"
         ragged = len({len(prompts[i].ids) for i in self.mine}) > 1 and len(parts) > 1
         again = ragged and torch.is_autocast_enabled(context.states[0].device.type) and not frozen
         for part in parts:
@@ -150,30 +137,34 @@ class PPO:
             # A frozen encoder is the reference's encoder too.
             yield here, own, own if frozen else self.reference.encode(some).shared_by(k)
 
-    def advantages(self, rewards: Tensor, values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, R) advantages and returns. The only place where the algorithms differ."""
-        c = self.config
+    def advantages(self, rollout: Rollout) -> Trajectory:
+        """Rewards a token, advantages and returns. Each token pays for its KL, the last one also earns the score; how
+        advantages come about is the only place where the algorithms differ."""
+        c, (ids, mask, finished), s = self.options, rollout.responses, rollout.scored
+        rewards = F.get_rewards(rollout.scores, s.logprobs, s.ref_logprobs, mask, self.kl.coef)
+        spread = F.masked_whiten(rewards, mask, shift_mean=False) if c.whiten_rewards else rewards
         if c.algorithm == "ppo":
-            advantages, returns = F.gae(rewards, values, mask, c.gamma, c.lam)
+            advantages, returns = F.gae(spread, s.values, mask, c.gamma, c.lam)
             if c.whiten_advantages:
                 advantages = F.masked_whiten(advantages, mask)
-            return advantages, returns
-        whole = rewards.sum(1)  # of a response: its score less the price of its KL
-        advantage = GROUP_ADVANTAGES[c.algorithm](whole, c.samples)
-        return advantage[:, None] * mask, whole[:, None] * mask
+        else:
+            whole = spread.sum(1)  # of a response: its score less the price of its KL
+            advantages = GROUP_ADVANTAGES[c.algorithm](whole, c.samples)[:, None] * mask
+            returns = whole[:, None] * mask
+        return Trajectory(ids, mask, finished, *s, rollout.scores, rewards, advantages, returns)
 
     # ---------------------------------------------------------------------------------------- reward scale, resume
 
     def fit_reward_scale(self, prompts: list[Prompt], responses: int = 256) -> None:
         """Fix the reward's scale from at least `responses` responses of the reference; does nothing if it is off."""
-        if not self.config.scale_reward:
+        if not self.options.scale_reward:
             return
-        generator = torch.Generator(self.actor.value_head.weight.device).manual_seed(self.config.seed + 3)
+        generator = torch.Generator(self.actor.value_head.weight.device).manual_seed(self.options.seed + 3)
         rewards: list[Tensor] = []
         while sum(map(len, rewards)) < responses:
-            start = len(rewards) * self.config.prompts
-            batch = [prompts[i % len(prompts)] for i in range(start, start + self.config.prompts)]
-            _, samples, _ = self.respond(batch, self.config.samples, self.reference, generator, self.mine)
+            start = len(rewards) * self.options.prompts
+            batch = [prompts[i % len(prompts)] for i in range(start, start + self.options.prompts)]
+            _, samples, _ = self.respond(batch, self.options.samples, self.reference, generator, self.mine)
             with torch.no_grad(), self.autocast():
                 rewards += gather_rows(self.world, self.reward(samples)[0])
         self.scale.fit(torch.cat(rewards))
@@ -192,7 +183,9 @@ class PPO:
 
     def load_state_dict(self, state: dict) -> None:
         """The inverse of `state_dict`: the run goes on as if it had never stopped."""
-        load_model_state(self.actor, state["actor"], "the checkpoint")
+        # T5's head was called `head` in runs before its name was that of the checkpoints' layout.
+        actor = {name.replace(".model.head.", ".model.lm_head."): x for name, x in state["actor"].items()}
+        load_model_state(self.actor, actor, "the checkpoint")
         self.update.load_state_dict(state)
         self.iteration, self.kl.coef = state["iteration"], state["kl_coef"]
         self.scale.mean, self.scale.std = state["reward_mean"], state["reward_std"]

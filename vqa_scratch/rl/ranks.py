@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from vqa_scratch.rl.types import Prompt, Samples
-from vqa_scratch.training.distributed import World
-from vqa_scratch.training.parallel import Alone, make_alike
+from vqa_scratch.training.ranks import Alone, World
+from vqa_scratch.training.sharing import make_alike
 
 
 def gather_rows(world: World, *tensors: Tensor) -> list[Tensor]:

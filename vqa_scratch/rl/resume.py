@@ -7,14 +7,11 @@ import torch
 from torch import nn
 
 from vqa_scratch.errors import UserError
-from vqa_scratch.options import to_json
-from vqa_scratch.rl.config import RLHFConfig
+from vqa_scratch.options import changeable, flag, from_json
+from vqa_scratch.rl.options import RLHFOptions
 from vqa_scratch.rl.ppo import PPO
 from vqa_scratch.storage import check_writable, read_json
 from vqa_scratch.training.checkpoint import load_checkpoint, set_rng_state
-
-# Between a run and its continuation; the last two, for a run that broke down.
-MAY_CHANGE = {"resume", "out", "cache", "device", "parallel", "checkpoint_every", "learning_rate", "max_grad_norm"}
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -25,27 +22,27 @@ def fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def last_checkpoint(config: RLHFConfig) -> dict[str, Any] | None:
+def last_checkpoint(options: RLHFOptions) -> dict[str, Any] | None:
     """With --resume, the run's last checkpoint.
 
     Raises UserError if it is of another run, or would be overwritten, and if the folder cannot be written to.
     """
-    check_writable(config.out)
-    path, about = config.out / "checkpoints" / "last.pt", config.out / "config.json"
+    check_writable(options.out)
+    path, about = options.out / "checkpoints" / "last.pt", options.out / "config.json"
     program = read_json(about).get("program") if about.is_file() else None
     if program not in (None, "rlhf.py"):
-        raise UserError(f"{config.out} is a run of {program}; give another --out")
-    if not config.resume:
+        raise UserError(f"{options.out} is a run of {program}; give another --out")
+    if not options.resume:
         if path.exists():
-            raise UserError(f"{config.out} holds a run already: go on with --resume, or give another --out")
+            raise UserError(f"{options.out} holds a run already: go on with --resume, or give another --out")
         return None
     saved = load_checkpoint(path)
     if "ppo" not in saved:
         raise UserError(f"{path} is no checkpoint of rlhf.py")
-    now, then = to_json(config), saved["config"]
-    changed = [name for name in now if name not in MAY_CHANGE and now[name] != then.get(name)]
+    now, then = vars(options), vars(from_json(type(options), saved["config"], str(path)))
+    changed = [name for name in now if name not in changeable(type(options)) and now[name] != then[name]]
     if changed:
-        what = ", ".join(f"--{name.replace('_', '-')} {then.get(name)} is now {now[name]}" for name in changed)
+        what = ", ".join(f"{flag(name)} {then[name]} is now {now[name]}" for name in changed)
         raise UserError(f"{path} belongs to a run with other options: {what}")
     return saved
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from vqa_scratch.errors import UserError
+from vqa_scratch.generate import decode
 from vqa_scratch.generate.choose import pick
-from vqa_scratch.generate.loop import COMPACT_BELOW
 from vqa_scratch.kernels import chosen_logprobs
 from vqa_scratch.rl.functional import exact_kl
 from vqa_scratch.rl.policy import (
@@ -54,30 +54,19 @@ def sample(backbone: Backbone, context: Context, rules: SamplingRules, chance: T
 
     `chance` (B, R) are the random numbers, from `chances`.
     """
-    rows, device = context.rows, chance.device
-    ids = torch.full((rows, rules.max_new_tokens), backbone.pad_id, device=device)
-    lengths = torch.zeros(rows, dtype=torch.long, device=device)
-    finished = torch.zeros(rows, dtype=torch.bool, device=device)
-    live = torch.arange(rows, device=device)  # the rows still decoded
+    ids = torch.full((context.rows, rules.max_new_tokens), backbone.pad_id, device=chance.device)
+
+    def choose(scores: Tensor, live: Tensor, made: int) -> tuple[Tensor, None]:
+        logits = policy_logits(scores, ids[live], torch.full_like(live, made), rules)
+        ids[live, made] = token = pick(logits, chance[live, made])
+        return token, None
+
     scores, state = backbone.begin(context, rules.max_new_tokens - 1)
-    for t in range(rules.max_new_tokens):
-        logits = policy_logits(scores, ids[live], torch.full_like(live, t), rules)
-        token = pick(logits, chance[live, t])
-        running = ~finished[live]
-        ids[live[running], t] = token[running]
-        lengths[live] += running
-        finished[live] |= running & (token == rules.eos_id)
-        running = ~finished[live]
-        left = int(running.sum())
-        if left == 0 or t + 1 == rules.max_new_tokens:
-            break
-        if left < COMPACT_BELOW * len(live):
-            state.keep(running.nonzero().squeeze(1))
-            live, token = live[running], token[running]
-        scores = state.step(token)
-    longest = int(lengths.max())
-    mask = torch.arange(longest, device=device) < lengths[:, None]
-    return Responses(ids[:, :longest], mask, finished)
+    limits = {"max_new_tokens": rules.max_new_tokens, "eos_id": rules.eos_id, "fill": backbone.pad_id}
+    made = decode(scores, state, choose, **limits)
+    mask = torch.arange(made.ids.shape[1], device=chance.device) < made.lengths[:, None]
+    last = made.ids.gather(1, made.lengths[:, None] - 1).squeeze(1)
+    return Responses(made.ids, mask, last == rules.eos_id)
 
 
 class Scored(NamedTuple):

@@ -16,8 +16,8 @@ from vqa_scratch.models.bert import BertConfig
 from vqa_scratch.models.classifier import TextClassifier
 from vqa_scratch.models.t5 import T5, T5Config
 from vqa_scratch.rl import mini_news
-from vqa_scratch.rl.config import RLHFConfig
 from vqa_scratch.rl.metrics import mean_overlap
+from vqa_scratch.rl.options import RLHFOptions
 from vqa_scratch.rl.policy import Backbone, SamplingRules, T5Policy, freeze
 from vqa_scratch.rl.rewards import ClassifierReward, RewardPart, RewardSum, length_penalty
 from vqa_scratch.rl.types import Prompt, Samples
@@ -52,20 +52,25 @@ def encode_articles(
     return prompts, tokenizer.truncated - before
 
 
-def cut_note(cut: int, count: int, config: RLHFConfig) -> list[str]:
-    return [f"{cut} of {count} articles cut to {config.max_prompt_tokens} tokens"] if cut else []
+def cut_note(cut: int, count: int, options: RLHFOptions) -> list[str]:
+    return [f"{cut} of {count} articles cut to {options.max_prompt_tokens} tokens"] if cut else []
 
 
-def sampling_rules(config: RLHFConfig, policy: T5Policy, tokenizer: Tokenizer) -> SamplingRules:
+def sampling_rules(options: RLHFOptions, policy: T5Policy, tokenizer: Tokenizer) -> SamplingRules:
     """Padding and the rows of the embedding that no token has cannot be sampled."""
     size = policy.model.config.vocab_size
     if len(tokenizer) > size:
         raise UserError(f"the tokenizer has {len(tokenizer)} tokens, the model only {size}")
     barred = torch.arange(size) >= len(tokenizer)
     barred[policy.pad_id] = True
-    barred = barred.to(policy.model.embedding.weight.device)
+    barred = barred.to(next(policy.parameters()).device)
     return SamplingRules(
-        policy.eos_id, config.max_new_tokens, config.min_new_tokens, config.temperature, barred, config.no_repeat_ngram
+        policy.eos_id,
+        options.max_new_tokens,
+        options.min_new_tokens,
+        options.temperature,
+        barred,
+        options.no_repeat_ngram_size,
     )
 
 
@@ -85,25 +90,25 @@ def check_same_vocabulary(policy: T5, reference: T5) -> None:
 
 
 def classifier_reward(
-    config: RLHFConfig,
+    options: RLHFOptions,
     grammar: tuple[TextClassifier, Tokenizer],
     tone: tuple[TextClassifier, Tokenizer],
     precision: torch.dtype,
 ) -> RewardSum:
     """grammar_weight * grammar logit + tone_weight * neutral logit, and a price a token if one is set."""
     parts = [
-        RewardPart("grammar", config.grammar_weight, ClassifierReward(*grammar, config.grammar_label)),
-        RewardPart("neutral", config.tone_weight, ClassifierReward(*tone, config.tone_label)),
+        RewardPart("grammar", options.grammar_weight, ClassifierReward(*grammar, options.grammar_label)),
+        RewardPart("neutral", options.tone_weight, ClassifierReward(*tone, options.tone_label)),
     ]
     for model, _ in (grammar, tone):
         freeze(model, precision)
-    if config.length_weight:
-        parts.append(RewardPart("shortness", config.length_weight, length_penalty))
+    if options.length_weight:
+        parts.append(RewardPart("shortness", options.length_weight, length_penalty))
     return RewardSum(parts)
 
 
 def summarising_task(
-    config: RLHFConfig,
+    options: RLHFOptions,
     model: T5,
     reference: T5 | None,
     tokenizer: Tokenizer,
@@ -129,7 +134,7 @@ def summarising_task(
         reward,
         train,
         held_out,
-        sampling_rules(config, policy, tokenizer),
+        sampling_rules(options, policy, tokenizer),
         lambda ids: tokenizer.decode(ids),
         save,
         notes,
@@ -137,88 +142,88 @@ def summarising_task(
     )
 
 
-def mini_news_task(config: RLHFConfig, device: torch.device, precision: torch.dtype) -> Task:
+def mini_news_task(options: RLHFOptions, device: torch.device, precision: torch.dtype) -> Task:
     """Made-up news, a T5 of half a million parameters, and two reward models, made here or taken from the cache."""
-    reference = T5.from_pretrained(config.reference).to(device) if config.reference else None
-    made, folder = mini_news.prepare(config.cache, config.seed, config.sft_steps, config.reward_steps, str(device))
+    reference = T5.from_pretrained(options.reference).to(device) if options.reference else None
+    made, folder = mini_news.prepare(options.cache, options.seed, options.sft_steps, options.reward_steps, str(device))
 
     notes = [f"summariser and reward models: {folder}"]
 
     def prompts(count: int, seed: int) -> list[Prompt]:
         items = news(count, seed)
         texts, references = [item.article for item in items], [item.summary for item in items]
-        made_of = encode_articles(texts, references, made.tokenizer, config.prefix, config.max_prompt_tokens)
-        notes.extend(cut_note(made_of[1], count, config))
+        made_of = encode_articles(texts, references, made.tokenizer, options.prefix, options.max_prompt_tokens)
+        notes.extend(cut_note(made_of[1], count, options))
         return made_of[0]
 
     reward = classifier_reward(
-        config,
+        options,
         (made.grammar.to(device), made.reward_tokenizer),
         (made.tone.to(device), made.reward_tokenizer),
         precision,
     )
     return summarising_task(
-        config,
+        options,
         made.summariser.to(device),
         reference,
         made.tokenizer,
         reward,
-        prompts(max(MINI_NEWS_ARTICLES, config.prompts), mini_news.TRAIN_SEED),
-        prompts(config.eval_prompts, mini_news.HELD_OUT_SEED),
+        prompts(max(MINI_NEWS_ARTICLES, options.prompts), mini_news.TRAIN_SEED),
+        prompts(options.eval_prompts, mini_news.HELD_OUT_SEED),
         precision,
         notes,
     )
 
 
-def book_articles(config: RLHFConfig) -> tuple[list[str], list[str], list[str]]:
+def book_articles(options: RLHFOptions) -> tuple[list[str], list[str], list[str]]:
     """Articles, their reference summaries ("" where there is none), and remarks. Raises UserError on too few."""
     notes = []
-    if config.articles:
-        articles = read_articles(Path(config.articles), config.column, config.summary_column)
+    if options.articles:
+        articles = read_articles(options.articles, options.column, options.summary_column)
         texts, summaries = articles.texts, articles.summaries
         if articles.empty:
             notes.append(f"{len(articles.empty)} empty articles left out, the first at line {articles.empty[0]}")
-    elif config.init == "random":
-        items = news(8 * (config.eval_prompts + config.prompts), seed=config.seed)
+    elif options.init == "random":
+        items = news(8 * (options.eval_prompts + options.prompts), seed=options.seed)
         texts = [" ".join(item.article for item in items[i : i + 8]) for i in range(0, len(items), 8)]
         summaries = [""] * len(texts)
         notes.append("no --articles given: made-up ones serve to measure speed")
     else:
         raise UserError("--preset book needs --articles, a CSV, JSONL or text file")
-    if len(texts) < config.eval_prompts + config.prompts:
+    if len(texts) < options.eval_prompts + options.prompts:
         raise UserError(
-            f"{len(texts)} articles are too few: {config.eval_prompts} are held out (--eval-prompts) and a batch "
-            f"needs {config.prompts} (--prompts)"
+            f"{len(texts)} articles are too few: {options.eval_prompts} are held out (--eval-prompts) and a batch "
+            f"needs {options.prompts} (--prompts)"
         )
     return texts, summaries, notes
 
 
-def book_task(config: RLHFConfig, device: torch.device, precision: torch.dtype) -> Task:
+def book_task(options: RLHFOptions, device: torch.device, precision: torch.dtype) -> Task:
     """flan-t5-small and two RoBERTa classifiers on articles from a file; or random weights of their sizes."""
-    texts, summaries, notes = book_articles(config)  # before gigabytes are looked for
-    if config.init == "random":
-        policy, tokenizer, grammar, tone = _random_book(config)
+    texts, summaries, notes = book_articles(options)  # before gigabytes are looked for
+    if options.init == "random":
+        policy, tokenizer, grammar, tone = _random_book(options)
     else:
-        policy, tokenizer = T5.from_pretrained(config.policy), Tokenizer.from_pretrained(config.policy)
+        policy, tokenizer = T5.from_pretrained(options.policy), Tokenizer.from_pretrained(options.policy)
         grammar, tone = (
             (TextClassifier.from_pretrained(name), Tokenizer.from_pretrained(name))
-            for name in (config.grammar_model, config.tone_model)
+            for name in (options.grammar_model, options.tone_model)
         )
-    reference = T5.from_pretrained(config.reference).to(device) if config.reference else None
-    reward = classifier_reward(config, (grammar[0].to(device), grammar[1]), (tone[0].to(device), tone[1]), precision)
+    reference = T5.from_pretrained(options.reference).to(device) if options.reference else None
+    reward = classifier_reward(options, (grammar[0].to(device), grammar[1]), (tone[0].to(device), tone[1]), precision)
 
-    prompts, cut = encode_articles(texts, summaries, tokenizer, config.prefix, config.max_prompt_tokens)
-    notes += cut_note(cut, len(prompts), config)
-    random.Random(config.seed).shuffle(prompts)
-    held_out, train = prompts[: config.eval_prompts], prompts[config.eval_prompts :]
-    return summarising_task(config, policy.to(device), reference, tokenizer, reward, train, held_out, precision, notes)
+    prompts, cut = encode_articles(texts, summaries, tokenizer, options.prefix, options.max_prompt_tokens)
+    notes += cut_note(cut, len(prompts), options)
+    random.Random(options.seed).shuffle(prompts)
+    held_out, train = prompts[: options.eval_prompts], prompts[options.eval_prompts :]
+    return summarising_task(options, policy.to(device), reference, tokenizer, reward, train, held_out, precision, notes)
 
 
 def _random_book(
-    config: RLHFConfig,
+    options: RLHFOptions,
 ) -> tuple[T5, Tokenizer, tuple[TextClassifier, Tokenizer], tuple[TextClassifier, Tokenizer]]:
     """Models of the book's sizes with random weights, and a tokenizer learned on made-up news."""
-    torch.manual_seed(config.seed)
+    torch.manual_seed(options.seed)
     tokenizer, reward_tokenizer = mini_news.tokenizers_for(news(500, seed=0))
     roberta = BertConfig(layout="roberta", vocab_size=50265, max_positions=514, token_types=1, norm_eps=1e-5, pad_id=1)
     policy = T5(T5Config())

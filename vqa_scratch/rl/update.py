@@ -6,7 +6,7 @@ Shapes: P prompts, K samples a prompt, B = P * K responses, R response tokens, N
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 
 import torch
@@ -15,13 +15,13 @@ from torch import Tensor
 from vqa_scratch.errors import UserError
 from vqa_scratch.kernels import chosen_logprobs
 from vqa_scratch.rl import functional as F
-from vqa_scratch.rl.config import RLHFConfig
 from vqa_scratch.rl.large_tables import add_up_in_place, look_up_sparsely
 from vqa_scratch.rl.metrics import UpdateStats
+from vqa_scratch.rl.options import RLHFOptions
 from vqa_scratch.rl.policy import ActorCritic, Context, SamplingRules
 from vqa_scratch.rl.types import Prompt, Trajectory
 from vqa_scratch.training.optimizers import load_whole_state
-from vqa_scratch.training.parallel import Alone, for_main, whole
+from vqa_scratch.training.ranks import Alone, for_main, whole
 
 
 def micro_batches(chosen: Iterable[int], prompts: list[Prompt], size: int) -> list[list[int]]:
@@ -35,16 +35,16 @@ class Update:
 
     def __init__(
         self,
-        config: RLHFConfig,
+        options: RLHFOptions,
         actor: ActorCritic,
         rules: SamplingRules,
         mine: range,
         autocast: Callable[[], AbstractContextManager],
         ranks: Alone,
     ) -> None:
-        self.config, self.actor, self.rules, self.mine = config, actor, rules, mine
+        self.options, self.actor, self.rules, self.mine = options, actor, rules, mine
         self.autocast, self.ranks = autocast, ranks
-        if config.freeze == "encoder":
+        if options.freeze == "encoder":
             for parameter in actor.backbone.encoder_parameters():
                 parameter.requires_grad_(False)
         self.tables = look_up_sparsely(actor)
@@ -53,37 +53,49 @@ class Update:
         body = [p for p in actor.backbone.parameters() if p.requires_grad]
         self.parameters = head + body
         groups = [{"params": head}, {"params": body}]
-        self.optimizer = torch.optim.AdamW(groups, lr=0.0, eps=config.adam_eps, weight_decay=0.0, fused=True)
-        self.shuffling = torch.Generator().manual_seed(config.seed + 2)
+        self.optimizer = torch.optim.AdamW(groups, lr=0.0, eps=options.adam_eps, weight_decay=0.0, fused=True)
+        self.shuffling = torch.Generator().manual_seed(options.seed + 2)
         self.iteration = 0
         self.optimizer_steps = self.policy_steps = 0  # the first iterations may be of the value head alone
 
-    def run(self, prompts: list[Prompt], trajectory: Trajectory, context: Context, iteration: int) -> dict[str, float]:
-        """Some passes over the rollouts, cut short before a step that would move the policy too far. Returns its log.
-
-        `context` is what the policy's encoder made of this rank's prompts; `iteration` counts from 0.
-        """
-        c, stats, self.iteration = self.config, UpdateStats(), iteration
+    def begin(self, iteration: int) -> None:
+        """A new batch of rollouts; `iteration` counts from 0."""
+        self.iteration, self.stats, self.stopped = iteration, UpdateStats(), False
         self.set_learning_rate()
-        for _ in range(c.epochs):
-            order = torch.randperm(c.prompts, generator=self.shuffling).tolist()
-            size = c.prompts // c.minibatches
-            for start in range(0, c.prompts, size):
-                moved = self.accumulate(order[start : start + size], prompts, trajectory, context, stats)
-                self.check_finite("policy's log-probabilities", moved)
-                if c.early_stop_kl and moved > 1.5 * c.early_stop_kl:
-                    self.optimizer.zero_grad()
-                    return stats.summary(stopped=True) | {"ppo/learning_rate": self.learning_rate}
-                self.ranks.collect(self.parameters)
-                norm = whole(torch.nn.utils.clip_grad_norm_(self.parameters, c.max_grad_norm))
-                self.check_finite("gradient", float(norm))
-                stats.gradient_norm(norm)
-                self.optimizer.step()
-                self.optimizer.zero_grad()
-                self.optimizer_steps += 1
-                self.policy_steps += not self.warming
-                self.set_learning_rate()
-        return stats.summary(stopped=False) | {"ppo/learning_rate": self.learning_rate}
+
+    def minibatches(self) -> Iterator[list[int]]:
+        """The prompts of each minibatch, by number: `epochs` passes, each in an order of its own."""
+        options = self.options
+        size = options.prompts // options.minibatches
+        for _ in range(options.epochs):
+            order = torch.randperm(options.prompts, generator=self.shuffling).tolist()
+            for start in range(0, options.prompts, size):
+                yield order[start : start + size]
+
+    def too_far(self, moved: float) -> bool:
+        """Whether the policy has moved so far on this batch that the step is not taken; drops its gradients then."""
+        self.check_finite("policy's log-probabilities", moved)
+        limit = self.options.early_stop_kl
+        self.stopped = bool(limit) and moved > 1.5 * limit
+        if self.stopped:
+            self.optimizer.zero_grad()
+        return self.stopped
+
+    def step(self) -> None:
+        """Collect the gradients of all ranks, clip them, and step."""
+        self.ranks.collect(self.parameters)
+        norm = whole(torch.nn.utils.clip_grad_norm_(self.parameters, self.options.max_grad_norm))
+        self.check_finite("gradient", float(norm))
+        self.stats.gradient_norm(norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.optimizer_steps += 1
+        self.policy_steps += not self.warming
+        self.set_learning_rate()
+
+    def log(self) -> dict[str, float]:
+        """The figures of all steps on this batch."""
+        return self.stats.summary(self.stopped) | {"ppo/learning_rate": self.learning_rate}
 
     def check_finite(self, what: str, value: float) -> None:
         """Raise UserError before a step that would spoil the weights, and with them the next checkpoint."""
@@ -93,15 +105,15 @@ class Update:
                 "lower --learning-rate and go on from the last checkpoint with --resume"
             )
 
-    def accumulate(
-        self, minibatch: list[int], prompts: list[Prompt], trajectory: Trajectory, context: Context, stats: UpdateStats
+    def add_gradients(
+        self, minibatch: list[int], prompts: list[Prompt], trajectory: Trajectory, context: Context
     ) -> float:
         """Add up the gradients of this rank's prompts of a minibatch, a few at a time; returns the mean k3 a token.
 
         Every part is divided by the tokens of the whole minibatch, on all ranks, so its cut into parts leaves no trace;
         the k3 is of all ranks too.
         """
-        c, k = self.config, self.config.samples
+        c, k, stats = self.options, self.options.samples, self.stats
         tokens = trajectory.mask.view(c.prompts, -1)[minibatch].sum()
         _, spread = F.mean_and_var(F.masked_moments(trajectory.returns, trajectory.mask))
         value_clip = c.value_clip * float(spread.sqrt())
@@ -149,7 +161,7 @@ class Update:
 
     def _look(self, part: list[int], prompts: list[Prompt], context: Context, t: Trajectory) -> tuple[Tensor, Tensor]:
         """Logits and values for some prompts' responses; encoded again with gradients, unless the encoder is frozen."""
-        if self.config.freeze == "encoder":
+        if self.options.freeze == "encoder":
             read = context.of([i - self.mine.start for i in part])
         else:
             read = self.actor.backbone.encode([prompts[i] for i in part]).shared_by(context.samples)
@@ -158,13 +170,13 @@ class Update:
     @property
     def warming(self) -> bool:
         """Whether only the value head learns in this iteration."""
-        return self.iteration < self.config.critic_warmup and self.config.algorithm == "ppo"
+        return self.iteration < self.options.critic_warmup and self.options.algorithm == "ppo"
 
     def rate_after(self, steps: int) -> float:
         """The learning rate of what has taken so many steps: it rises over the first of them, and falls linearly to 0
         over the iterations."""
-        rise = min(1.0, (steps + 1) / max(1, self.config.warmup_steps))
-        return self.config.learning_rate * rise * (1 - self.iteration / self.config.iterations)
+        rise = min(1.0, (steps + 1) / max(1, self.options.warmup_steps))
+        return self.options.learning_rate * rise * (1 - self.iteration / self.options.iterations)
 
     @property
     def learning_rate(self) -> float:
@@ -174,7 +186,7 @@ class Update:
     def set_learning_rate(self) -> None:
         """The value head counts all steps, the policy its own: else the head's would use its warm-up up."""
         head, body = self.optimizer.param_groups
-        head["lr"] = self.config.value_lr_scale * self.rate_after(self.optimizer_steps)
+        head["lr"] = self.options.value_lr_scale * self.rate_after(self.optimizer_steps)
         body["lr"] = self.learning_rate
 
     # ----------------------------------------------------------------------------------------------------- resume

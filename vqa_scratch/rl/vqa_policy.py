@@ -8,16 +8,18 @@ Shapes: P prompts, I different images, K samples a prompt, B = P * K answers, R 
 answer, D width.
 """
 
+from copy import deepcopy
 from functools import lru_cache
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vqa_scratch.data.batches import Encoder, Ragged
+from vqa_scratch.data.batches import Ragged
 from vqa_scratch.data.images import ImageProcessor, load_image
+from vqa_scratch.data.tokenizers import Tokenizers
 from vqa_scratch.data.vqa_v2 import VQASample
-from vqa_scratch.errors import UserError
 from vqa_scratch.generate import State, begin
 from vqa_scratch.metrics import vqa_accuracy
 from vqa_scratch.models.vqa import VQAModel
@@ -27,9 +29,9 @@ from vqa_scratch.rl.types import Prompt, Samples
 IMAGES_KEPT = 4096  # decoded images held in memory
 
 
-def prompts_from(samples: list[VQASample], encoder: Encoder) -> list[Prompt]:
+def prompts_from(samples: list[VQASample], tokenizers: Tokenizers) -> list[Prompt]:
     """Questions as prompts; the annotators' majority answer is the reference that samples.html shows."""
-    return [Prompt(s.question, tuple(encoder.question(s.question)), s.answer, payload=s) for s in samples]
+    return [Prompt(s.question, tuple(tokenizers.question(s.question)), s.answer, payload=s) for s in samples]
 
 
 def official_accuracy(samples: Samples) -> Tensor:
@@ -41,20 +43,17 @@ def official_accuracy(samples: Samples) -> Tensor:
 class VQAPolicy(nn.Module):
     """A `VQAModel` as PPO's backbone."""
 
-    def __init__(self, model: VQAModel, encoder: Encoder, processor: ImageProcessor) -> None:
+    def __init__(self, model: VQAModel, tokenizers: Tokenizers, processor: ImageProcessor) -> None:
         super().__init__()
-        self.model, self.encoder, self.processor = model, encoder, processor
-        config, tokenizer = model.decoder.config, encoder.decoder
-        self.width = config.dim
-        self.start_id, *_, self.eos_id = encoder.answer("yes")
-        self.pad_id = tokenizer.pad_id if tokenizer.pad_id is not None else self.eos_id
+        self.model, self.tokenizers, self.processor = model, tokenizers, processor
+        self.width = model.decoder.config.dim
+        self.start_id, self.eos_id = tokenizers.start_id, tokenizers.end_id
+        self.pad_id = self.eos_id if tokenizers.decoder.pad_id is None else tokenizers.decoder.pad_id
         self._pixels = lru_cache(IMAGES_KEPT)(self._read)
 
     def __deepcopy__(self, memo: dict) -> "VQAPolicy":
         """A copy of the weights; tokenizers and images are shared."""
-        model = VQAModel.from_config(self.model.config).to(next(self.model.parameters()).device)
-        model.load_state_dict(self.model.state_dict())
-        copy = VQAPolicy(model, self.encoder, self.processor)
+        copy = VQAPolicy(deepcopy(self.model, memo), self.tokenizers, self.processor)
         copy._pixels = self._pixels
         return copy
 
@@ -62,40 +61,55 @@ class VQAPolicy(nn.Module):
         return torch.from_numpy(self.processor.to_uint8(load_image(path)).copy())
 
     def encode(self, prompts: list[Prompt]) -> Context:
-        device = self.model.decoder.tokens.weight.device
+        model, device = self.model, self.model.decoder.head.device
         paths = [p.payload.image_path for p in prompts]
         place = {path: number for number, path in enumerate(dict.fromkeys(paths))}
         which = torch.tensor([place[path] for path in paths])  # (P,)
         pixels = torch.stack([self._pixels(path) for path in place]).to(device)  # (I, H, W, 3)
-        rows = range(len(prompts))
-        ids, lengths = Ragged([p.ids for p in prompts]).padded(rows, self.encoder.text.pad_id or 0)
-        mask = torch.arange(ids.shape[1]) < torch.from_numpy(lengths)[:, None]
-        text = self.model.encode_text(torch.from_numpy(ids).to(device), mask.to(device))
-        image = self.model.encode_image(self.processor.normalize(pixels))
-        parts = self.model.fuse(image, text, mask.to(device), which)
+        text = None
+        if model.text is not None:
+            ids, lengths = Ragged([p.ids for p in prompts]).padded(
+                range(len(prompts)), self.tokenizers.text.pad_id or 0
+            )
+            mask = torch.arange(ids.shape[1]) < torch.from_numpy(lengths)[:, None]
+            text = model.text.states(torch.from_numpy(ids).to(device), mask.to(device))
+        image = model.image.states(self.processor.normalize(pixels))
+        given = model.connector(image, text, which.to(device))
 
-        before = [[*self.encoder.prompt(p.text), self.start_id] for p in prompts]
+        before = [[*self.tokenizers.prompt(p.text), self.start_id] for p in prompts]
         longest = max(map(len, before))
-        prefix = torch.tensor([[self.pad_id] * (longest - len(x)) + x for x in before], device=device)  # (P, L)
+        ids = torch.tensor([[self.pad_id] * (longest - len(x)) + x for x in before], device=device)  # (P, L)
         real = torch.tensor([[False] * (longest - len(x)) + [True] * len(x) for x in before], device=device)
-        states, masks = tuple(m.states for m in parts), tuple(m.mask for m in parts)
+        parts = given.memory or []
         read = which.to(device) if len(place) < len(prompts) else None  # by how many prompts an image is shared
-        entries = tuple(read if len(x) == len(place) else None for x in states)
-        return Context(states, masks, prefix=prefix, prefix_mask=real, entries=entries)
+        return Context(
+            tuple(part.states for part in parts),
+            tuple(part.mask for part in parts),
+            prompt=ids,
+            prompt_mask=real,
+            entries=tuple(read if len(part.states) == len(place) else None for part in parts),
+            prefix=given.prefix,
+        )
 
-    def _prefix(self, context: Context) -> tuple[Tensor, Tensor]:
-        """What the decoder reads before each answer (B, L), the start token last, and which of it is real."""
-        return tuple(x.repeat_interleave(context.samples, 0) for x in (context.prefix, context.prefix_mask))
+    def _before(self, context: Context) -> tuple[Tensor, Tensor, Tensor | None]:
+        """What stands before each answer: ids (B, L), the start token last, which of them are real, and embeddings
+        (B, Q, D) before those, if the connector makes any."""
+        parts = (context.prompt, context.prompt_mask, context.prefix)
+        return tuple(None if x is None else x.repeat_interleave(context.samples, 0) for x in parts)
 
     def begin(self, context: Context, steps: int) -> tuple[Tensor, State]:
-        prefix, real = self._prefix(context)
-        return begin(self.model.decoder, prefix, real, context.memories(), steps=steps)
+        ids, real, prefix = self._before(context)
+        return begin(self.model.decoder, ids, real, context.memories() or None, prefix=prefix, steps=steps)
 
     def decode_hidden(self, ids: Tensor, context: Context) -> Tensor:
-        prefix, real = self._prefix(context)
+        before, real, prefix = self._before(context)
         answers = ids[:, 1:]  # without the start token
         mask = torch.cat([real, torch.ones_like(answers, dtype=torch.bool)], 1)
-        hidden = self.model.decoder.hidden(torch.cat([prefix, answers], 1), mask, memory=context.memories())
+        embeddings = self.model.decoder.embed(torch.cat([before, answers], 1))
+        if prefix is not None:
+            embeddings = torch.cat([prefix.to(embeddings.dtype), embeddings], 1)
+            mask = F.pad(mask, (prefix.shape[1], 0), value=True)
+        hidden = self.model.decoder.hidden(embeddings, mask, memory=context.memories() or None)
         return hidden[:, -ids.shape[1] :]
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -104,10 +118,3 @@ class VQAPolicy(nn.Module):
     def encoder_parameters(self) -> list[nn.Parameter]:
         """Everything but the decoder."""
         return [p for name, p in self.model.named_parameters() if not name.startswith("decoder.")]
-
-
-def check_answers(samples: list[VQASample], what: str) -> None:
-    """The reward needs annotators' answers. Raises UserError if a sample has none."""
-    for sample in samples:
-        if not sample.answers:
-            raise UserError(f"question {sample.question_id} of {what} has no answers: the reward is the VQA accuracy")

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from vqa_scratch.generate import greedy
 from vqa_scratch.models.t5 import T5
 from vqa_scratch.models.vqa import VQAModel
+from vqa_scratch.nn.memory import Memory
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,7 @@ class VQASubject(Subject):
 
     @property
     def head(self) -> Tensor:
-        return self.model.decoder.tokens.weight
+        return self.decoder.head
 
     @property
     def end_id(self) -> int:
@@ -150,8 +151,7 @@ class T5Subject(Subject):
 
     @property
     def head(self) -> Tensor:
-        weight = self.model.embedding.weight if self.model.head is None else self.model.head.weight
-        return weight * self.model.config.dim**-0.5 if self.model.config.scaled else weight
+        return self.model.head
 
     @property
     def end_id(self) -> int:
@@ -162,10 +162,8 @@ class T5Subject(Subject):
 
     @torch.no_grad()
     def generate(self, max_new_tokens: int | None = None) -> list[int]:
-        cache, states = self.model.new_cache(), self.model.encode(self.input_ids)
-        answer, new = [], self.prompt
-        while len(answer) < (max_new_tokens or self.max_new_tokens) and self.end_id not in answer:
-            hidden = self.model.decode_hidden(torch.tensor([new], device=self.device), states, cache=cache)
-            new = [int(self.model.logits(hidden[:, -1]).argmax())]
-            answer += new
-        return answer
+        memory = [Memory(self.model.encode(self.input_ids))]
+        prompt = torch.tensor([self.prompt], device=self.device)
+        limit = max_new_tokens or self.max_new_tokens
+        made = greedy(self.model, prompt, None, memory, max_new_tokens=limit, eos_id=self.end_id)
+        return made.ids[0].tolist()

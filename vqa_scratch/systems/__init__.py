@@ -1,44 +1,64 @@
-"""The systems that `train.py` can train and the commands can open, found by the preset's name."""
+"""The systems that `train.py` can train and the commands can open. One system, one class, one file, one line here.
 
+A system's module is imported when it is asked for: the programs read their options without torch.
+"""
+
+import importlib
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from vqa_scratch.config import PRESETS
 from vqa_scratch.errors import UserError
-from vqa_scratch.options import from_json
-from vqa_scratch.run import PROGRAM, read_run_config
-from vqa_scratch.systems.base import System, Trained
-from vqa_scratch.systems.caption import CAPTION
-from vqa_scratch.systems.vilt import VILT
-from vqa_scratch.systems.vqa import VQA
-from vqa_scratch.training.precision import Precision, pick_precision
+from vqa_scratch.systems.options import BY_PRESET
 
-SYSTEMS = (
-    VQA,
-    VILT,
-    CAPTION,
-)
-BY_PRESET = {preset: system for system in SYSTEMS for preset in system.presets}
-assert BY_PRESET.keys() == PRESETS.keys(), "every preset has its values, and all values a system"
+if TYPE_CHECKING:
+    from vqa_scratch.systems.base import System
+    from vqa_scratch.systems.options import RunOptions
+    from vqa_scratch.training.precision import Precision
+
+SYSTEMS = {  # by the name of its options: module and class
+    "VQAOptions": ("vqa", "VQASystem"),
+    "ViLTOptions": ("vilt", "ViLTSystem"),
+    "CaptionOptions": ("caption", "CaptionSystem"),
+}
 
 
-def system_of(preset: str) -> System:
-    """Raises UserError on a preset that this version does not know, as a run folder may name one."""
+def find(preset: str) -> "type[System]":
+    """The system of a preset. Raises UserError on one that this version does not know, as a run folder may name it."""
     if preset not in BY_PRESET:
         raise UserError(f"there is no preset {preset}; there are {', '.join(BY_PRESET)}")
-    return BY_PRESET[preset]
+    module, name = SYSTEMS[BY_PRESET[preset].__name__]
+    return getattr(importlib.import_module(f"vqa_scratch.systems.{module}"), name)
 
 
-def open_trained(folder: Path, device: torch.device, precision: str = "fp32") -> Trained:
+def _config(folder: Path) -> "tuple[type[System], dict[str, Any], RunOptions]":
+    """(system, sizes of its model, options) of a run folder. Raises UserError if it is no run of `train.py`."""
+    from vqa_scratch.options import from_json
+    from vqa_scratch.systems.run_folder import CONFIG, PROGRAM, read_run_config
+
+    values = read_run_config(folder)
+    if values["program"] != PROGRAM:
+        raise UserError(f"{folder} is a run of {values['program']}, not of {PROGRAM}")
+    preset = values["train"].get("preset")
+    system = find(preset)
+    return system, values["model"], from_json(BY_PRESET[preset], values["train"], str(folder / CONFIG))
+
+
+def load(folder: "Path | str", device: Any = "cpu", precision: str = "fp32") -> "System":
     """Open a run of `train.py` with its best weights, in eval mode.
 
     `precision` is fp32, bf16, fp16 or auto. Raises UserError if the folder is no such run, has no weights yet, or if
     they do not fit.
     """
-    values = read_run_config(folder)
-    if values["program"] != PROGRAM:
-        raise UserError(f"{folder} is a run of {values['program']}, not of {PROGRAM}")
-    system = system_of(values["train"].get("preset"))
-    config = from_json(system.config, values["train"], str(folder / "config.json"))
-    return system.open(folder, values, config, Precision(pick_precision(precision, device)[0], device))
+    import torch
+
+    from vqa_scratch.training.precision import Precision, pick_precision
+
+    folder, device = Path(folder), torch.device(device)
+    system, sizes, options = _config(folder)
+    return system.load(folder, sizes, options, Precision(pick_precision(precision, device)[0], device))
+
+
+def open_parts(folder: Path, options: "RunOptions", precision: "Precision") -> "System":
+    """A run that is to go on, with these options: everything that it saved but the weights."""
+    system, sizes, _ = _config(folder)
+    return system.open(folder, sizes, options, precision)

@@ -1,139 +1,238 @@
-"""The seam between `train.py` with the commands and the systems they serve.
+"""What a system is: one kind of model, with the way it is trained, opened again, and asked.
 
-A system is a way to train and use one kind of model. It says so in one `System` at the end of its module, which
-`vqa_scratch/systems/__init__.py` lists; nothing else in the programs knows its name. To add one:
+A system is one class in one file, and a line in the table of `vqa_scratch/systems/__init__.py`; no program knows its
+name. Its options stand in `systems/options.py`. `train.py` goes through a run in this order:
 
-1. In `config/`, derive its options from `RunConfig` (or `QuestionConfig`), with `preset` naming its presets, and give
-   each preset its values in PRESETS. What is no field there is no flag of the system, and giving it is an error.
-2. Write its `Job`: what `train.py` trains and reports. `prepare` seeds every generator (`seed_everything`) before it
-   makes the model, which it leaves on the CPU; `train.py` moves it.
-3. Write its `Trained`: a finished run, opened again.
-4. `System(name, Config, prepare, open_trained)`, and one entry in the list.
+    data = System.read(options)                      what it trains on
+    system = System.build(options, data, precision)  or, going on with a run, System.load(folder, precision)
+    system.train_on(data)                            batches from here on
+    system.save(folder)                              everything but the weights
+    epoch, share, batch, loss ... evaluate           the loop, which needs nothing else
+    system.finish(folder)                            the final figures
 
-What happens in a run, in this order: `prepare`, the lines of `about`, `save_parts` (not when resuming), `precompute`,
-the loop with `epoch`, `share` (where there are several ranks), `batch`, `size`, `ids`, `loss` and `evaluate`, after
-every evaluation `panels` as curves.png; at the end the best weights are loaded and `finish` makes the final figures,
-`lines` says the most important of them.
+A finished run is opened from its own folder alone: tokenizers, answers and preprocessing come from the run, never again
+from the data.
 """
 
 import random
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, ClassVar, NoReturn, Self
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from vqa_scratch.config import RunConfig
+from vqa_scratch.data.answers import Answer
+from vqa_scratch.data.images import ImageProcessor
+from vqa_scratch.data.tokenizers import Tokenizers
 from vqa_scratch.data.vqa_v2 import VQASample
 from vqa_scratch.errors import UserError
-from vqa_scratch.training.distributed import World
-from vqa_scratch.training.evaluation import Answer
+from vqa_scratch.systems.older import todays_moments, todays_names
+from vqa_scratch.systems.options import RunOptions
+from vqa_scratch.systems.run_folder import WEIGHTS, read_weights, write_run_config
+from vqa_scratch.training.checkpoint import load_model_state
 from vqa_scratch.training.precision import Precision
-from vqa_scratch.training.task import Task
+from vqa_scratch.training.ranks import ALONE, World
+
+AT_ONCE = 256  # samples in a batch that is only answered
 
 
-class Job(Task, Protocol):
-    """A run in the making: a task for the loop (see `training/task.py`), and what it leaves in the run folder."""
+class System(ABC):
+    """A model with its tokenizers and preprocessing; while it trains, with its data too."""
 
-    unit: str  # what a sample is, in the plural: "questions", "texts"
-    world: World  # the ranks of the run, set by train.py; `evaluate` and `finish` are called on all of them
+    name: ClassVar[str]
+    unit: ClassVar[str] = "questions"  # what a sample is, in the plural
+    writes: ClassVar[bool] = False  # whether it writes its answers token by token, so that they can be decoded in ways
+    sums_over_parts: ClassVar[bool] = True  # False: the loss of a batch is not the sum of the losses of its parts
+
+    def __init__(
+        self,
+        options: RunOptions,
+        model: nn.Module,
+        tokenizers: Tokenizers,
+        processor: ImageProcessor,
+        precision: Precision,
+        folder: Path | None = None,
+    ) -> None:
+        self.options, self.model, self.precision = options, model, precision
+        self.tokenizers, self.processor, self.folder = tokenizers, processor, folder
+        self.world: World = ALONE  # train.py sets the ranks of the run
+
+    # ------------------------------------------------------------------------------------- a run begins, and ends
+
+    @classmethod
+    @abstractmethod
+    def read(cls, options: RunOptions) -> Any:
+        """The data of a run, by split. Raises UserError where it cannot be had."""
+
+    @classmethod
+    @abstractmethod
+    def build(cls, options: RunOptions, data: Any, precision: Precision) -> Self:
+        """A new model, on the CPU, with tokenizers learned from the data or read from checkpoints."""
+
+    @classmethod
+    @abstractmethod
+    def open(cls, folder: Path, sizes: dict[str, Any], options: RunOptions, precision: Precision) -> Self:
+        """What `save` left in a folder, with random weights; `sizes` are the "model" of config.json."""
+
+    @classmethod
+    def load(cls, folder: Path, sizes: dict[str, Any], options: RunOptions, precision: Precision) -> Self:
+        """A finished run with its best weights, in eval mode on the device; `systems.load` finds class and options.
+
+        Raises UserError if there are no weights yet, or if they do not fit.
+        """
+        system = cls.open(folder, sizes, options, precision)
+        load_model_state(system.model, system.renamed(read_weights(folder)), str(folder / WEIGHTS))
+        system.model.to(precision.device).eval()
+        return system
+
+    def moments(self, states: list[dict[str, Any]], weights: dict[str, Tensor]) -> list[dict[str, Any]]:
+        """The optimizers' states of a checkpoint with these weights, numbered as today's parameters are."""
+        return todays_moments(states, self.model, weights)
+
+    def renamed(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Weights that an older version wrote, under today's names."""
+        return todays_names(state)
+
+    def save(self, folder: Path) -> None:
+        """Everything but the weights, into the run folder."""
+        write_run_config(folder, self.options, self.sizes)
+        for name in ("text", "decoder"):
+            tokenizer = getattr(self.tokenizers, name)
+            if tokenizer is not None:
+                tokenizer.save(folder / f"{name}_tokenizer")
+        self.processor.save_pretrained(folder)
+
+    @property
+    @abstractmethod
+    def sizes(self) -> dict[str, Any]:
+        """What `open` needs to build the model again."""
+
+    # ------------------------------------------------------------------------------------------------- training
+
+    @abstractmethod
+    def train_on(self, data: Any) -> None:
+        """Make ready to train on what `read` gave."""
 
     def about(self) -> list[str]:
         """Lines for the user before training begins: what trains, what was cut or left out."""
+        return []
 
-    def save_parts(self, folder: Path) -> None:
-        """Everything but the weights that `System.open` needs; config.json through `run.write_run_config`."""
+    def precompute(self) -> None:  # noqa: B027
+        """Fill files of --cache that need the model's weights in place; the main rank of a machine comes first."""
 
-    def precompute(self) -> None:
-        """Into files of --cache, what takes the model with its weights in place; the main rank of a machine first."""
+    @abstractmethod
+    def epoch(self, number: int) -> list[Any]:
+        """What `batch` takes for each step of an epoch; a function of `number` alone."""
 
+    @abstractmethod
+    def share(self, key: Any, world: World) -> tuple[Any, bool]:
+        """This rank's part of a step, as a key, and True; or, if there is none, some small key and False."""
+
+    @abstractmethod
+    def batch(self, key: Any) -> Any:
+        """The batch of that key, on the CPU; has `to(device)`, `pin()`, `parts(number)`, `counts` and `silent()`."""
+
+    @abstractmethod
+    def loss(self, batch: Any) -> tuple[Tensor, Tensor]:
+        """(sum of the loss over what `counts` counts, how many of them are right); runs inside autocast."""
+
+    @abstractmethod
+    def ids(self, rows: list[int]) -> list[int]:
+        """The names of training samples, for the report on a batch that broke the loss."""
+
+    @abstractmethod
+    def evaluate(self) -> dict[str, float]:
+        """Figures on the validation split, on all ranks; `accuracy` picks the best checkpoint."""
+
+    @abstractmethod
     def panels(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """The panels of curves.png (see `training/progress.py`) from the rows of metrics.jsonl so far."""
+        """The panels of curves.png (see `report/curves.py`) from the rows of metrics.jsonl so far."""
 
+    @abstractmethod
     def finish(self, folder: Path) -> dict[str, Any]:
         """The final figures for summary.json, `accuracy` among them; writes samples.html and other pictures."""
 
+    @abstractmethod
     def lines(self, summary: dict[str, Any]) -> list[str]:
         """The figures of `finish` that the terminal shows, one a line."""
 
+    # ------------------------------------------------------------------------------------------ what it can be asked
 
-class Trained(Protocol):
-    """A finished run, opened again: the best weights in eval mode on `precision.device`."""
+    def lacks(self, what: str) -> NoReturn:
+        """Raise UserError: this system cannot do what it was asked for."""
+        raise UserError(f"{self.folder or self.name} is a run of preset {self.options.preset}, which {what}")
 
-    folder: Path
-    config: RunConfig
-    model: nn.Module
-    precision: Precision
-
-    def ask(self, image: Path, question: str | None, top: int | None) -> tuple[list[Answer], list[str]]:
+    def ask(
+        self, image: Path, question: str | None, top: int | None = None, decoding: dict[str, Any] | None = None
+    ) -> tuple[list[Answer], list[str]]:
         """(answers, the best first; notes for the user) about one image file.
 
-        One answer for `top` None; `top` of them where the system scores a list of answers. A system that writes its
-        answers may take `decoding` as well, fields of `GenerationOptions` by name. Raises UserError for an
-        image that cannot be read, for a question missing or not wanted, and for a `top` it cannot give.
+        One answer for `top` None; `top` of them where the system scores a list of answers. `decoding` are fields of
+        `GenerationOptions` by name, where the system `writes`. Raises UserError for an image that cannot be read, for
+        a question missing or not wanted, and for a `top` it cannot give.
         """
+        self.lacks("answers nothing")
 
     def answer(
-        self, samples: Sequence[VQASample], limit: int | None, *, shuffled: bool = False, progress: str | None = None
+        self,
+        samples: Sequence[VQASample],
+        limit: int | None = None,
+        *,
+        shuffled: bool = False,
+        progress: str | None = None,
+        ranked: bool = False,
     ) -> dict[int, Answer]:
         """Answers by question id to about the first `limit` samples, in whole images; to all if `limit` is None.
 
-        `shuffled` shows every question another image; `progress` is the label of a bar, if one is wanted. Raises
-        UserError if the system answers no questions.
+        `shuffled` shows every question another image; `progress` is the label of a bar, if one is wanted; `ranked`
+        chooses from the run's own list of answers instead of writing ({} where there is none).
         """
+        self.lacks("answers no questions")
 
     def figures(self, answers: dict[int, Answer]) -> dict[str, float]:
         """What else can be said of a set of answers beside their accuracy; keys of evaluation.json."""
-
-    def export(self, folder: Path) -> list[str]:
-        """Write the system for use elsewhere; returns a line on each thing that the layout had no place for."""
-
-
-@runtime_checkable
-class Describes(Trained, Protocol):
-    """A finished run that can describe images too."""
+        return {}
 
     def describe(self, data: Path, split: str, limit: int | None) -> dict[str, Any]:
         """Figures of the captions of a split, or of about its first `limit` images, `baselines` among them."""
+        self.lacks("describes no images")
+
+    def subject(self, image: Path, question: str | None) -> Any:
+        """What `study` looks at: one input of the model, an object of `vqa_scratch.study.subject`."""
+        self.lacks("has nothing to study")
+
+    def policy(self, options: Any, dtype: torch.dtype) -> Any:
+        """What `rlhf.py --preset vqa` tunes: a `Task` of `vqa_scratch.rl.tasks`, whose reference is kept in `dtype`."""
+        self.lacks("cannot be tuned by feedback: it does not write its answers")
+
+    def export(self, folder: Path) -> list[str]:
+        """Write the system for use elsewhere; returns a line on each thing that the layout had no place for."""
+        self.lacks("cannot be exported")
+
+    # ---------------------------------------------------------------------------------------------------- shared
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """The model in eval mode, without gradients; afterwards in the mode it came in."""
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self.model.train(was_training)
 
 
-@runtime_checkable
-class Ranks(Protocol):
-    """A finished run that can also choose an answer from a list of its own. Its `ask` takes a `top`."""
-
-    def ranking(
-        self, samples: Sequence[VQASample], limit: int | None, *, progress: str | None = None
-    ) -> dict[int, Answer]:
-        """The chosen answers by question id, to about the first `limit` samples or to as many as it affords."""
-
-
-@dataclass(frozen=True)
-class System:
-    """One way to answer questions about images or to describe them.
-
-    `open(folder, values, config, precision)` gets the content of the run's config.json and its options.
-    """
-
-    name: str
-    config: type[RunConfig]
-    prepare: Callable[[Any, Precision], Job]
-    open: Callable[[Path, dict[str, Any], Any, Precision], Trained]
-
-    @property
-    def presets(self) -> tuple[str, ...]:
-        """The presets that name this system, the default one first."""
-        return self.config.__dataclass_fields__["preset"].metadata["choices"]
-
-
-def check_positions(config: RunConfig, names: Sequence[str], limit: int, tower: str) -> None:
-    """Raise UserError if a text may have more tokens, the sum of these options, than a released tower has positions."""
-    if sum(getattr(config, name) for name in names) > limit:
-        flags = " and ".join(f"--{name.replace('_', '-')} {getattr(config, name)}" for name in names)
+def check_positions(options: RunOptions, names: Sequence[str], limit: int | None, model: str) -> None:
+    """Raise UserError if a text may have more tokens, the sum of these options, than a released model has positions."""
+    if limit is not None and sum(getattr(options, name) for name in names) > limit:
+        flags = " and ".join(f"--{name.replace('_', '-')} {getattr(options, name)}" for name in names)
         verb = "is" if len(names) == 1 else "are"
-        raise UserError(f"{flags} {verb} more than the {limit} positions of {tower}")
+        raise UserError(f"{flags} {verb} more than the {limit} positions of {model}")
 
 
 def seed_everything(seed: int) -> None:

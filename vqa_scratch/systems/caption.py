@@ -1,87 +1,402 @@
-"""The captioner that also answers questions: ResNet and GPT-2 (`models/caption.py`). Presets caption and coco.
+"""Captions: a ResNet and a decoder describe images, and answer questions about them too if asked to learn it.
 
-`caption` trains a small net of the same classes on the embedded data set; `coco` starts from a torchvision ResNet and
-a released GPT-2. A caption has no prompt, a question is its own prompt, and one model learns both.
+Preset `caption` trains a small net of the same classes on the built-in data set; `coco` starts from a torchvision
+ResNet and a released GPT-2. A caption has no prompt, a question is its own prompt, and one model learns both.
 """
 
-import torch
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple, Self
 
-from vqa_scratch.config import CaptionTrainConfig
-from vqa_scratch.data.batches import Encoder
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from vqa_scratch.connectors import CONNECTORS, Conditioning, connect
+from vqa_scratch.data.answers import Answer
+from vqa_scratch.data.augment import Augment, depends_on_side
+from vqa_scratch.data.batches import Batch, Questions, batches_by_image
+from vqa_scratch.data.image_store import Images
 from vqa_scratch.data.images import ImageProcessor
-from vqa_scratch.data.text import Tokenizer, train_bpe
-from vqa_scratch.models.caption import CaptionConfig, CaptionModel
+from vqa_scratch.data.text import Tokenizer, check_question, train_bpe
+from vqa_scratch.data.tokenizers import Tokenizers
+from vqa_scratch.data.vqa_v2 import VQASample
+from vqa_scratch.errors import UserError
 from vqa_scratch.models.gpt2 import GPT2, GPT2Config
-from vqa_scratch.models.resnet import ResNet, ResNetConfig
-from vqa_scratch.systems.base import System, check_positions, seed_everything
-from vqa_scratch.systems.caption_job import CaptionJob
-from vqa_scratch.systems.caption_run import caption_encoder, open_trained
+from vqa_scratch.models.resnet import ResNet, ResNetConfig, group_norm
+from vqa_scratch.models.vqa import VQAModel, labelled_loss
+from vqa_scratch.report.gallery import answer_sections
+from vqa_scratch.rl.options import RLHFOptions
+from vqa_scratch.rl.tasks import Task
+from vqa_scratch.systems import assembly
+from vqa_scratch.systems.base import AT_ONCE, System, check_positions, seed_everything
 from vqa_scratch.systems.captions import (
-    Texts,
-    read_splits,
+    CaptionData,
+    accuracy_of,
+    by_image,
+    caption_panels,
+    in_words,
+    quality,
+    read_captions_data,
+    read_texts,
+    report,
+    show,
 )
-from vqa_scratch.systems.vqa import IMAGE_SIZE, grid_positions
+from vqa_scratch.systems.export import export_writer
+from vqa_scratch.systems.options import CaptionOptions
+from vqa_scratch.systems.policy import answering_task, run_options
+from vqa_scratch.systems.questions import one_sample
+from vqa_scratch.systems.scoring import QuestionOnly, TypePrior, blind, other_images, score
+from vqa_scratch.systems.vqa import IMAGE_SIZE
+from vqa_scratch.systems.writing import Split, write, writing_figures
 from vqa_scratch.training.precision import Precision
+from vqa_scratch.training.ranks import World
 
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 # torchvision's preprocessing of its first ResNet weights: shortest side 256, centre 224.
 RESNET_PROCESSOR = ImageProcessor(size=256, crop_size=(224, 224), kind="BitImageProcessor", **IMAGENET)
-TABLE_ROWS = 8
 
 
-def embedded_model(config: CaptionTrainConfig, decoder: Tokenizer) -> CaptionModel:
+class Key(NamedTuple):
+    """One batch, or one rank's share of it: its rows, what the changes to its images are drawn from, and how many
+    images of the batch come before these."""
+
+    rows: np.ndarray
+    seed: tuple[int, ...]
+    before: int = 0
+
+
+class CaptionSystem(System):
+    """Training on captions, and in a share of the steps on questions; figures of both."""
+
+    name = "caption"
+    unit = "texts"
+    writes = True
+    model: VQAModel
+    data: CaptionData
+
+    # ------------------------------------------------------------------------------------------- build, save, open
+
+    @classmethod
+    def read(cls, options: CaptionOptions) -> CaptionData:
+        return read_captions_data(options)
+
+    @classmethod
+    def build(cls, options: CaptionOptions, data: CaptionData, precision: Precision) -> Self:
+        seed_everything(options.seed)
+        model, decoder, processor = build_model(options, data)
+        return cls(options, model, tokenizers_for(options, decoder), processor, precision)
+
+    @classmethod
+    def open(cls, folder: Path, sizes: dict[str, Any], options: CaptionOptions, precision: Precision) -> Self:
+        tokenizers = tokenizers_for(options, Tokenizer.from_pretrained(folder / "decoder_tokenizer"))
+        processor = ImageProcessor.from_pretrained(folder)
+        return cls(options, assembly.assemble(sizes), tokenizers, processor, precision, folder)
+
+    @property
+    def sizes(self) -> dict[str, Any]:
+        return assembly.sizes_of(self.model)
+
+    # --------------------------------------------------------------------------------------------------- training
+
+    def split(self, samples: Sequence[VQASample]) -> Split:
+        questions = Questions(samples, self.tokenizers)
+        return Split(questions, Images(questions.image_paths, self.processor))
+
+    def train_on(self, data: CaptionData) -> None:
+        options = self.options
+        self.data, self.trainable = data, self.model.freeze(options.freeze)
+        train = data.texts["train"]
+        self.training = self.split([*train.captions, *train.questions])
+        samples = self.training.questions.samples
+        self.names_side = np.array([depends_on_side(f"{s.question} {s.answer}") for s in samples])
+        # The rows of each image, captions and questions apart: a step has one kind only, so that lengths are alike.
+        first, of_image = len(train.captions), self.training.questions.of_image
+        self.groups = [
+            [some for rows in of_image if (some := [r for r in rows if (r < first) == captions])]
+            for captions in (True, False)
+        ]
+        self.augment = Augment(options.flip, options.rotate, options.brightness, options.contrast)
+        self.shown: dict[tuple[str, str], Split] = {}  # what is only looked at, by split and kind
+        for name, texts in data.texts.items():
+            for kind, some in (("captions", texts.to_describe), ("questions", texts.questions)):
+                if some and name != "train":
+                    self.shown[name, kind] = self.split(some)
+        if options.image_cache:
+            for split in (self.training, *self.shown.values()):
+                split.images.cache_in(options.cache)
+        self.baselines: dict[str, float] = {}
+        if options.compile:
+            self.loss = torch.compile(self.loss, dynamic=True)
+
+    def about(self) -> list[str]:
+        kinds = [sum(map(len, groups)) for groups in self.groups]
+        return [
+            self.trainable,
+            f"training on {kinds[0]:,} captions and {kinds[1]:,} questions; "
+            f"{(~self.names_side).mean():.0%} of them name no side, so their images may be mirrored",
+            f"cut to the token limits: {self.tokenizers.cut['answers']} captions or answers",
+        ]
+
+    def epoch(self, number: int) -> list[Key]:
+        """All captions once, and between them as many batches of questions as make their share of the steps.
+
+        Questions go on where they stopped in the epoch before; like everything, a function of `number` alone.
+        """
+        options = self.options
+        rng = np.random.default_rng([options.seed, number, 0])
+        lengths = self.training.questions.answers.lengths
+        batches = batches_by_image(self.groups[0], rng, options.captions_per_step, options.captions_per_image, lengths)
+        share = options.question_share
+        if share:
+            wanted = round(len(batches) * share / (1 - share))
+            asked: list[np.ndarray] = []
+            turn, skip = divmod(number * wanted, len(self._question_batches(0)))
+            while len(asked) < skip + wanted:
+                asked += self._question_batches(turn)
+                turn += 1
+            batches += asked[skip : skip + wanted]
+            batches = [batches[i] for i in rng.permutation(len(batches))]
+        return [Key(rows, (options.seed, number, 1, place)) for place, rows in enumerate(batches)]
+
+    def _question_batches(self, turn: int) -> list[np.ndarray]:
+        options, rng = self.options, np.random.default_rng([self.options.seed, turn, 2])
+        return batches_by_image(self.groups[1], rng, options.questions_per_step, options.questions_per_image)
+
+    def share(self, key: Key, world: World) -> tuple[Key, bool]:
+        """This rank's images of a batch; one image and False where there are more ranks than images."""
+        images = self.training.questions.by_image(key.rows)
+        mine = world.share(range(len(images)))
+        rows = np.concatenate([images[i] for i in mine or range(1)])
+        return Key(rows, key.seed, mine[0] if mine else 0), bool(mine)
+
+    def batch(self, key: Key) -> Batch:
+        batch = self.training.questions.batch(key.rows, self.training.images)
+        number = len(batch.images)
+        sides = np.bincount(batch.image_index.numpy(), self.names_side[key.rows], number)
+        chance = np.random.default_rng(key.seed).random((key.before + number, 4))[key.before :]
+        batch.images = self.augment(batch.images, torch.from_numpy(sides == 0), torch.from_numpy(chance).float())
+        return batch
+
+    def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        image = self.model.encode_image(self.processor.normalize(batch.images))
+        hidden = self.model.hidden(image, None, batch.decoder_input_ids, batch.image_index)
+        return labelled_loss(hidden, self.model.decoder.head, batch.labels)
+
+    def condition(self, batch: Batch) -> Conditioning:
+        """What the decoder is given for a batch."""
+        image = self.model.encode_image(self.processor.normalize(batch.images))
+        return self.model.connector(image, None, batch.image_index)
+
+    def ids(self, rows: list[int]) -> list[int]:
+        return [self.training.questions.samples[row].question_id for row in rows]
+
+    # ----------------------------------------------------------------------------------------------- evaluation
+
+    def say(
+        self, name: str, kind: str, limit: int | None = None, *, shuffled: bool = False, progress: str | None = None
+    ) -> dict[int, Answer]:
+        """What the model writes for a split, or for about its first `limit` samples; by question id.
+
+        Ranks take turns at the batches, and all of them get all answers.
+        """
+        split = self.shown[name, kind]
+        per_step = self.options.captions_per_step if kind == "captions" else self.options.questions_per_step
+        batches = split.questions.in_order(limit or len(split.questions.samples), per_step)
+        swap = other_images(len(split.images.paths)) if shuffled else None
+        mine = batches[self.world.rank :: self.world.size]
+        said = write(self, self.condition, split, mine, image_map=swap, progress=progress)
+        return {number: answer for some in self.world.gather(said) for number, answer in some.items()}
+
+    def validation_loss(self) -> float:
+        """Nats a token over one reference of each image that `evaluate` looks at, in eval mode."""
+        split, total, tokens = self.shown["val", "captions"], 0.0, 0
+        batches = split.questions.in_order(self.options.eval_captions, self.options.captions_per_step)
+        with self.evaluating():
+            for _, batch in split.batches(self, batches[self.world.rank :: self.world.size], None, None):
+                with self.precision.autocast():
+                    total += self.loss(batch)[0].item()
+                tokens += batch.counts[1]
+        total, tokens = self.world.totals([total, tokens])
+        return total / tokens
+
+    def evaluate(self) -> dict[str, float]:
+        texts, limit = self.data.texts["val"], self.options.eval_captions
+        captions = by_image(texts.to_describe, self.say("val", "captions", limit))
+        figures = quality(captions, texts.captions, texts.scenes)
+        figures = {k: v for k, v in figures.items() if k != "bleu_signature"}
+        figures |= {"accuracy": accuracy_of(figures), "loss": self.validation_loss()}
+        if texts.questions:
+            said = self.say("val", "questions", self.options.eval_questions)
+            figures["answer_accuracy"] = score(texts.questions, said, self.data.family).accuracy
+        return figures
+
+    def panels(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        return caption_panels(rows, self.baselines)
+
+    def finish(self, folder: Path) -> dict[str, Any]:
+        """Describe the test split, the same with shuffled images, and the hold-out where there is one; answer its
+        questions if the model was trained on any; samples.html and results.png."""
+        test = self.data.texts["test"]
+        figures, said = report(test.to_describe, test.scenes, partial(self.say, "test", "captions"))
+        key, scale = ("bleu", 100) if test.scenes is None else ("object_recall", 1)
+        blind_figures = figures["baselines"].items()
+        self.baselines = {f"{key.split('_')[-1]}, {n.replace('_', ' ')}": b[key] / scale for n, b in blind_figures}
+        held = None
+        if "holdout" in self.data.texts:
+            new = self.data.texts["holdout"]
+            captions = by_image(new.to_describe, self.say("holdout", "captions", progress="hold-out"))
+            held = quality(captions, new.to_describe, new.scenes)
+        asked, sections = self._questions_report() if test.questions else (None, [])
+        if self.world.main:
+            show(folder, figures, test, said, self.options.samples, sections)
+        return figures | {"holdout": held, "answers": asked}
+
+    def _questions_report(self) -> tuple[dict[str, Any], list[tuple[str, list[str]]]]:
+        """(figures of the questions of the test split, sections of the page of samples)."""
+        samples, trained_on = self.data.texts["test"].questions, self.data.texts["train"].questions
+        scored = score(samples, self.say("test", "questions", progress="questions"), self.data.family)
+        shuffled = self.say("test", "questions", shuffled=True, progress="shuffled images")
+        baselines = {
+            "prior": blind(samples, TypePrior(trained_on)),
+            "question_only": blind(samples, QuestionOnly(trained_on)),
+            "shuffled_images": score(samples, shuffled, self.data.family).accuracy,
+        }
+        figures = {"accuracy": scored.accuracy, "accuracy_by_family": scored.by_family, "baselines": baselines}
+        return figures, answer_sections(samples, scored.answers, self.data.family, self.options.samples)
+
+    def lines(self, summary: dict[str, Any]) -> list[str]:
+        rows = {"test": summary, "hold-out": summary["holdout"]}
+        rows |= {name.replace("_", " "): figures for name, figures in summary["baselines"].items()}
+        lines = [f"{name:20s} {', '.join(in_words(figures))}" for name, figures in rows.items() if figures]
+        if summary["answers"]:
+            families = ", ".join(f"{k} {v:.3f}" for k, v in summary["answers"]["accuracy_by_family"].items())
+            lines.append(f"{'answers':20s} {summary['answers']['accuracy']:.3f} ({families})")
+        return lines
+
+    # --------------------------------------------------------------------------------------------------- answers
+
+    def ask(
+        self, image: Path, question: str | None, top: int | None = None, decoding: dict[str, Any] | None = None
+    ) -> tuple[list[Answer], list[str]]:
+        """A caption without a question, an answer with one."""
+        if top is not None:
+            raise UserError(f"{self.folder} writes one text and ranks no list of them: leave out --top")
+        if question is not None:
+            self.check_answers_questions()
+            question = check_question(question)
+        split = self.split([one_sample(image, question or "")])
+        written = write(self, self.condition, split, [np.array([0])], decoding=decoding)
+        return [written[0]], self.tokenizers.notes_on(question or "")
+
+    def answer(
+        self,
+        samples: Sequence[VQASample],
+        limit: int | None = None,
+        *,
+        shuffled: bool = False,
+        progress: str | None = None,
+        ranked: bool = False,
+    ) -> dict[int, Answer]:
+        self.check_answers_questions()
+        return {} if ranked else self._write(samples, limit, shuffled=shuffled, progress=progress)
+
+    def check_answers_questions(self) -> None:
+        """Raise UserError unless the model was trained on questions too."""
+        if not self.options.question_share:
+            raise UserError(
+                f"{self.folder} was trained to describe images alone; --question-share trains one that answers too"
+            )
+
+    def figures(self, answers: dict[int, Answer]) -> dict[str, float]:
+        return writing_figures(answers)
+
+    def describe(self, data: Path, split: str, limit: int | None) -> dict[str, Any]:
+        """Describe a split, or about its first `limit` images, and score it as the run's own report does."""
+        texts = read_texts(data, split, seed=self.options.seed, verbose=True)
+        samples = texts.to_describe[:limit]
+        figures, _ = report(samples, texts.scenes, partial(self._write, samples))
+        return {"data": str(data), "split": split, "images": len(samples)} | figures
+
+    def _write(
+        self,
+        samples: Sequence[VQASample],
+        limit: int | None = None,
+        *,
+        shuffled: bool = False,
+        progress: str | None = None,
+    ) -> dict[int, Answer]:
+        split = self.split(samples)
+        swap = other_images(len(split.images.paths)) if shuffled else None
+        chosen = split.questions.in_order(limit or len(samples), AT_ONCE)
+        return write(self, self.condition, split, chosen, image_map=swap, progress=progress)
+
+    def policy(self, options: RLHFOptions, dtype: torch.dtype) -> Task:
+        """A run that answers questions too is tuned on those."""
+        self.check_answers_questions()
+        texts = self.read(run_options(self, options)).texts
+        return answering_task(self, options, dtype, texts["train"].questions, texts["test"].questions)
+
+    def export(self, folder: Path) -> list[str]:
+        return export_writer(self, folder)
+
+
+# ------------------------------------------------------------------------------------------------ models
+
+
+def tokenizers_for(options: CaptionOptions, decoder: Tokenizer) -> Tokenizers:
+    """There is no text encoder: a question is the decoder's prompt."""
+    return Tokenizers(
+        None,
+        decoder,
+        max_question_tokens=options.max_question_tokens,
+        max_answer_tokens=options.max_caption_tokens,
+        question_prompt=True,
+    )
+
+
+def build_model(options: CaptionOptions, data: CaptionData) -> tuple[VQAModel, Tokenizer, ImageProcessor]:
+    """Model, tokenizer and preprocessing that the options ask for."""
+    kind = CONNECTORS["tokens"]
+    processor = RESNET_PROCESSOR
+    if options.init == "pretrained":
+        decoder = Tokenizer.from_pretrained(options.decoder_model)
+        writer = GPT2.from_pretrained(options.decoder_model, add_cross_attention=True)
+        image: nn.Module = ResNet.from_pretrained(options.image_model)
+    else:
+        train = data.texts["train"]
+        texts = {s.answer for s in (*train.captions, *train.questions)} | {s.question for s in train.questions}
+        decoder = train_bpe([f" {text}" for text in sorted(texts)], options.vocabulary)
+        ids = {"bos_id": decoder.bos_id, "eos_id": decoder.eos_id}
+        if options.preset == "coco":  # of the released sizes, for measuring without a network
+            image, writer = ResNet(ResNetConfig()), GPT2(GPT2Config(add_cross_attention=True, **ids))
+        else:
+            image, writer = small_models(options, len(decoder), ids | {"pad_id": decoder.pad_id})
+            processor = ImageProcessor(size=(IMAGE_SIZE, IMAGE_SIZE))
+    read = [*(["max_question_tokens"] if options.question_share else []), "max_caption_tokens"]
+    check_positions(options, read, writer.config.max_positions, options.decoder_model or "GPT-2")
+    grid = image.places(*processor.output_size).grid
+    connector = connect({"kind": "tokens", **kind.sizes_for(grid, options)}, image, None, writer)
+    if options.preset == "caption":
+        connector.start_from_places(0.5 * assembly.grid_positions(grid, options.width))
+    return VQAModel(image, None, connector, writer), decoder, processor
+
+
+def small_models(options: CaptionOptions, vocabulary: int, ids: dict[str, int]) -> tuple[ResNet, GPT2]:
     """A small random net: two stages of basic blocks, which leave a map of 8x8 places of a 64-pixel image."""
-    image = ResNetConfig("basic", (config.image_blocks,) * 2, (config.image_width, 2 * config.image_width))
-    decoder_config = GPT2Config(
-        vocab_size=len(decoder),
-        max_positions=config.max_question_tokens + config.max_caption_tokens + 1,
-        dim=config.width,
-        layers=config.decoder_layers,
-        heads=config.heads,
+    image = ResNetConfig("basic", (options.image_blocks,) * 2, (options.image_width, 2 * options.image_width))
+    decoder = GPT2Config(
+        vocab_size=vocabulary,
+        max_positions=options.max_question_tokens + options.max_caption_tokens + 1,
+        dim=options.width,
+        layers=options.decoder_layers,
+        heads=options.heads,
         activation="relu",
         embedding_dropout=0.0,
         dropout=0.0,
         attention_dropout=0.0,
         add_cross_attention=True,
-        bos_id=decoder.bos_id,
-        eos_id=decoder.eos_id,
-        pad_id=decoder.pad_id,
+        **ids,
     )
-    model = CaptionModel.from_config(CaptionConfig(image, decoder_config, "group", image.grid(IMAGE_SIZE)))
-    with torch.no_grad():
-        model.places[0] = 0.5 * grid_positions(model.grid, config.width)
-    return model
-
-
-def _check_positions(config: CaptionTrainConfig, sizes: GPT2Config) -> None:
-    read = [*(["max_question_tokens"] if config.question_share else []), "max_caption_tokens"]
-    check_positions(config, read, sizes.max_positions, config.decoder_model or "GPT-2")
-
-
-def build(config: CaptionTrainConfig, train: Texts) -> tuple[CaptionModel, Encoder, ImageProcessor]:
-    """Model, tokenizer and preprocessing that the config asks for."""
-    seed_everything(config.seed)
-    if config.init == "pretrained":
-        decoder = Tokenizer.from_pretrained(config.decoder_model)
-        gpt2 = GPT2.from_pretrained(config.decoder_model, add_cross_attention=True)
-        _check_positions(config, gpt2.config)
-        model = CaptionModel(ResNet.from_pretrained(config.image_model), gpt2)
-        return model, caption_encoder(config, decoder), RESNET_PROCESSOR
-    texts = {s.answer for s in (*train.captions, *train.questions)} | {s.question for s in train.questions}
-    decoder = train_bpe([f" {text}" for text in sorted(texts)], config.vocabulary)
-    encoder = caption_encoder(config, decoder)
-    if config.preset == "coco":  # of the released sizes, for measuring without a network
-        gpt2 = GPT2Config(vocab_size=50257, add_cross_attention=True, bos_id=decoder.bos_id, eos_id=decoder.eos_id)
-        _check_positions(config, gpt2)
-        return CaptionModel.from_config(CaptionConfig(ResNetConfig(), gpt2)), encoder, RESNET_PROCESSOR
-    return embedded_model(config, decoder), encoder, ImageProcessor(size=(IMAGE_SIZE, IMAGE_SIZE))
-
-
-def prepare(config: CaptionTrainConfig, precision: Precision) -> CaptionJob:
-    """Read the data and build the model. Raises UserError where either cannot be had."""
-    folder, splits = read_splits(config)
-    model, encoder, processor = build(config, splits["train"])
-    return CaptionJob(config, model, encoder, processor, folder, splits, precision)
-
-
-CAPTION = System("caption", CaptionTrainConfig, prepare, open_trained)
+    return ResNet(image, group_norm), GPT2(decoder)

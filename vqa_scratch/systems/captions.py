@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from vqa_scratch.config import CaptionTrainConfig
+from vqa_scratch.data.answers import Answer
 from vqa_scratch.data.captions import read_captions
 from vqa_scratch.data.descriptions import objects_named, objects_of, read_scenes, scenes_file
 from vqa_scratch.data.image_files import load_image
@@ -18,9 +18,11 @@ from vqa_scratch.data.vqa_v2 import VQASample, read_vqa, split_by_image
 from vqa_scratch.report.curves import moving_average
 from vqa_scratch.report.gallery import card, write_page
 from vqa_scratch.report.table import draw_table
-from vqa_scratch.systems.questions import first_images
-from vqa_scratch.training.captioning import corpus_bleu, score_objects
-from vqa_scratch.training.evaluation import Answer, other_images
+from vqa_scratch.systems.caption_scores import corpus_bleu, score_objects
+from vqa_scratch.systems.options import CaptionOptions
+from vqa_scratch.systems.questions import family_of, first_images
+from vqa_scratch.systems.scoring import other_images
+from vqa_scratch.systems.writing import writing_figures
 
 TABLE_ROWS = 8  # of results.png
 
@@ -43,48 +45,59 @@ class Texts:
 
 
 def read_texts(
-    folder: Path, split: str, *, seed: int, max_images: int | None = None, questions: bool = False, told: bool = False
+    folder: Path,
+    split: str,
+    *,
+    seed: int,
+    max_images: int | None = None,
+    questions: bool = False,
+    verbose: bool = False,
 ) -> Texts:
     """Captions of a split with the scenes behind them, and the questions about the same images if `questions`.
 
-    `told` prints what was left out. Raises UserError where there is nothing to read.
+    `verbose` prints what was left out. Raises UserError where there is nothing to read.
     """
     data = read_captions(folder, split, seed=seed, max_images=max_images)
-    if told:
+    if verbose:
         print(data.report)
     path = scenes_file(folder, split)
     asked: list[VQASample] = []
     if questions:
         read = read_vqa(folder, split)
-        if told:
+        if verbose:
             print(read.report)
         shown = {sample.image_id for sample in data.samples}
         asked = [sample for sample in read.samples if sample.image_id in shown]
     return Texts(data.samples, read_scenes(path) if path.is_file() else None, asked)
 
 
-def read_splits(config: CaptionTrainConfig) -> tuple[Path, dict[str, Texts]]:
-    """(folder, texts by split: "train", "val", "test", and "holdout" where there is one); images are in one split only.
+@dataclass(frozen=True)
+class CaptionData:
+    """Texts by split ("train", "val", "test", and "holdout" where there is one); `family` names a question's family."""
 
-    The embedded data set is drawn first if no `--data` is given.
-    """
-    folder = config.data or ensure_shapes(config.cache, ShapesSpec(seed=config.seed))
-    options = {"seed": config.seed, "questions": config.question_share > 0}
-    train = read_texts(folder, config.train_split, max_images=config.max_images, told=True, **options)
-    if config.val_split == "auto":
-        shares = (1 - config.val_fraction, config.val_fraction)
-        parts = [split_by_image(some, shares, config.seed) for some in (train.captions, train.questions)]
+    texts: dict[str, Texts]
+    family: Callable[[VQASample], str]
+
+
+def read_captions_data(options: CaptionOptions) -> CaptionData:
+    """Read every split the run needs; draw the built-in data set first if no `--data` is given."""
+    folder = options.data or ensure_shapes(options.cache, ShapesSpec(seed=options.seed))
+    how = {"seed": options.seed, "questions": options.question_share > 0}
+    train = read_texts(folder, options.train_split, max_images=options.max_images, verbose=True, **how)
+    if options.val_split == "auto":
+        shares = (1 - options.val_fraction, options.val_fraction)
+        parts = [split_by_image(some, shares, options.seed) for some in (train.captions, train.questions)]
         splits = {name: Texts(c, train.scenes, q) for name, c, q in zip(("train", "val"), *parts, strict=True)}
     else:
-        splits = {"train": train, "val": read_texts(folder, config.val_split, **options)}
-    same = config.test_split == config.val_split
-    test = splits["val"] if same else read_texts(folder, config.test_split, **options)
-    captions = first_images(test.captions, config.test_images)
+        splits = {"train": train, "val": read_texts(folder, options.val_split, **how)}
+    same = options.test_split == options.val_split
+    test = splits["val"] if same else read_texts(folder, options.test_split, **how)
+    captions = first_images(test.captions, options.test_images)
     shown = {sample.image_id for sample in captions}
     splits["test"] = Texts(captions, test.scenes, [sample for sample in test.questions if sample.image_id in shown])
     if scenes_file(folder, "holdout").is_file():
-        splits["holdout"] = read_texts(folder, "holdout", **options | {"questions": False})
-    return folder, splits
+        splits["holdout"] = read_texts(folder, "holdout", **how | {"questions": False})
+    return CaptionData(splits, family_of(folder))
 
 
 # ------------------------------------------------------------------------------------------------ figures
@@ -118,14 +131,6 @@ def other_references(samples: Sequence[VQASample]) -> dict[int, str]:
     return {sample.image_id: samples[int(i)].answers[0] for sample, i in zip(samples, swap, strict=True)}
 
 
-def lengths(answers: Mapping[int, Answer]) -> dict[str, float]:
-    """How captions end, and how long they are."""
-    return {
-        "eos_rate": sum(a.ended for a in answers.values()) / len(answers),
-        "mean_caption_tokens": sum(a.tokens for a in answers.values()) / len(answers),
-    }
-
-
 def report(
     samples: Sequence[VQASample], scenes: Mapping[int, Scene] | None, say: Callable[..., dict[int, Answer]]
 ) -> tuple[dict[str, Any], dict[int, Answer]]:
@@ -140,7 +145,8 @@ def report(
         "shuffled_images": quality(shuffled, samples, scenes),
         "other_references": quality(other_references(samples), samples, scenes),
     }
-    return {"accuracy": accuracy_of(figures), **figures, **lengths(said), "baselines": baselines}, said
+    figures = {"accuracy": accuracy_of(figures), **figures, **writing_figures(said, "caption"), "baselines": baselines}
+    return figures, said
 
 
 # ------------------------------------------------------------------------------------------------ pictures
@@ -205,7 +211,7 @@ def caption_panels(rows: list[dict[str, Any]], baselines: Mapping[str, float]) -
     ]
 
 
-def told(figures: Mapping[str, Any]) -> list[str]:
+def in_words(figures: Mapping[str, Any]) -> list[str]:
     """The most important figures as words."""
     names = [name for name in ("object_precision", "object_recall", "exact_share") if figures.get(name) is not None]
     return [*(f"{name.replace('_', ' ')} {figures[name]:.3f}" for name in names), f"BLEU {figures['bleu']:.1f}"]
@@ -220,7 +226,7 @@ def show(
     answered: Sequence[tuple[str, list[str]]],
 ) -> None:
     """samples.html with `number` captions and the sections of `answered` questions, and results.png."""
-    some, what = spread(texts.to_describe, number), ", ".join(told(figures))
+    some, what = spread(texts.to_describe, number), ", ".join(in_words(figures))
     lead = (
         "Images the model was not trained on, with its caption and the references below. Green: every object is "
         "named and nothing else; amber: some; red: none. Questions are coloured by how many annotators agree."

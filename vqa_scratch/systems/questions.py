@@ -1,31 +1,29 @@
-"""What the systems that answer questions share: the samples of their splits, and the job around a model's answers."""
+"""What the systems that answer questions share: the samples of their splits, the training epochs, and the report."""
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import nn
 
-from vqa_scratch.config import QuestionConfig
-from vqa_scratch.data.batches import Images, Questions
-from vqa_scratch.data.feature_store import ImageFeatures, TextFeatures
+from vqa_scratch.data.answers import Answer
 from vqa_scratch.data.shapes import FAMILY_OF_TYPE, ShapesSpec, ensure_shapes
+from vqa_scratch.data.text import check_question
 from vqa_scratch.data.vqa_v2 import VQASample, read_vqa, split_by_image
+from vqa_scratch.errors import UserError
 from vqa_scratch.report.curves import moving_average
 from vqa_scratch.report.gallery import write_gallery
-from vqa_scratch.training.distributed import World
-from vqa_scratch.training.evaluation import Answer, QuestionOnly, Report, TypePrior, blind, other_images, score
-from vqa_scratch.training.precision import Precision
-
-# what answers: split, batches, image map, label of the bar -> answers by question id
-Answering = Callable[[str, Sequence[np.ndarray], np.ndarray | None, str | None], dict[int, Answer]]
+from vqa_scratch.systems.base import AT_ONCE, System
+from vqa_scratch.systems.options import QuestionOptions
+from vqa_scratch.systems.scoring import QuestionOnly, Report, TypePrior, blind, other_images, score
+from vqa_scratch.systems.writing import Split
+from vqa_scratch.training.ranks import World
 
 
 @dataclass(frozen=True)
-class Splits:
+class QuestionData:
     """Samples by split ("train", "val", "test", and "holdout" where there is one); `family` names a sample's family."""
 
     folder: Path
@@ -34,7 +32,7 @@ class Splits:
 
 
 def family_of(folder: Path) -> Callable[[VQASample], str]:
-    """the families where the folder is the embedded data set; the official answer type elsewhere."""
+    """The question families where the folder is the built-in data set; the official answer type elsewhere."""
     if any(folder.glob("scenes_*.json")):
         return lambda sample: FAMILY_OF_TYPE[sample.question_type]
     return lambda sample: sample.answer_type or "unknown"
@@ -46,115 +44,115 @@ def first_images(samples: list[VQASample], number: int | None) -> list[VQASample
     return [sample for sample in samples if sample.image_id in kept]
 
 
-def read_splits(config: QuestionConfig) -> Splits:
-    """Read every split the run needs; draw the embedded data set first if no `--data` is given."""
-    folder = config.data or ensure_shapes(config.cache, ShapesSpec(seed=config.seed))
+def read_questions(options: QuestionOptions) -> QuestionData:
+    """Read every split the run needs; draw the built-in data set first if no `--data` is given."""
+    folder = options.data or ensure_shapes(options.cache, ShapesSpec(seed=options.seed))
+    limits = "start_at end_at max_images max_questions min_agreement".split()
     train = read_vqa(
         folder,
-        config.train_split,
-        start_at=config.start_at,
-        end_at=config.end_at,
-        max_images=config.max_images,
-        max_questions=config.max_questions,
-        min_agreement=config.min_agreement,
-        verify_images=config.verify_images,
+        options.train_split,
+        **{name: getattr(options, name) for name in limits},
+        verify_images=options.verify_images,
     )
     print(train.report)
     samples = {"train": train.samples}
-    if config.val_split == "auto":
-        samples["train"], samples["val"] = split_by_image(
-            train.samples, (1 - config.val_fraction, config.val_fraction), config.seed
-        )
+    if options.val_split == "auto":
+        shares = (1 - options.val_fraction, options.val_fraction)
+        samples["train"], samples["val"] = split_by_image(train.samples, shares, options.seed)
     else:
-        samples["val"] = read_vqa(folder, config.val_split, verify_images=config.verify_images).samples
-    if config.test_split == config.val_split:
+        samples["val"] = read_vqa(folder, options.val_split, verify_images=options.verify_images).samples
+    if options.test_split == options.val_split:
         samples["test"] = samples["val"]
     else:
-        samples["test"] = read_vqa(folder, config.test_split, verify_images=config.verify_images).samples
-    samples["test"] = first_images(samples["test"], config.test_images)
+        samples["test"] = read_vqa(folder, options.test_split, verify_images=options.verify_images).samples
+    samples["test"] = first_images(samples["test"], options.test_images)
     if (folder / "scenes_holdout.json").exists():
         samples["holdout"] = read_vqa(folder, "holdout").samples
-    return Splits(Path(folder), samples, family_of(Path(folder)))
+    return QuestionData(Path(folder), samples, family_of(Path(folder)))
 
 
-class QuestionJob(ABC):
+class QuestionSystem(System):
     """Training on questions grouped by image, and official accuracy with blind baselines in the end.
 
-    A system adds `batch`, `size` and `loss` for the loop, `answers`, and how its parts are saved.
+    A subclass adds the model, `loss`, and `answers`: how it answers. While it trains, `data` is what it trains on and
+    `splits` the same with ids, by name.
     """
 
-    unit = "questions"
-    world = World()  # train.py sets it
-    kept: Sequence[ImageFeatures | TextFeatures] = ()  # what a system keeps of its frozen parts
     loss_unit: str  # what one unit of the training loss is, for the curve's axis
+    data: QuestionData
+    splits: dict[str, Split]
 
-    def __init__(
-        self,
-        config: QuestionConfig,
-        model: nn.Module,
-        splits: Splits,
-        questions: dict[str, Questions],
-        images: dict[str, Images],
-        precision: Precision,
-    ) -> None:
-        self.config, self.model, self.splits, self.precision = config, model, splits, precision
-        self.questions, self.images = questions, images
-        if config.image_cache:
-            for some in images.values():
-                some.cache_in(config.cache)
-        samples = splits.samples
-        self.baselines = {
-            "prior": blind(samples["test"], TypePrior(samples["train"])),
-            "question_only": blind(samples["test"], QuestionOnly(samples["train"])),
-        }
+    @classmethod
+    def read(cls, options: QuestionOptions) -> QuestionData:
+        return read_questions(options)
+
+    @abstractmethod
+    def split(self, samples: Sequence[VQASample]) -> Split:
+        """Samples with their ids and images."""
 
     @abstractmethod
     def answers(
-        self, split: str, batches: Sequence[np.ndarray], image_map: np.ndarray | None, progress: str | None
-    ) -> dict[int, Answer]:
-        """The model's answers by question id to the rows in `batches`; arguments as in `answer_questions`."""
+        self,
+        split: Split,
+        chosen: Sequence[np.ndarray],
+        *,
+        image_map: np.ndarray | None = None,
+        progress: str | None = None,
+        ranked: bool = False,
+        top: int = 1,
+        decoding: dict[str, Any] | None = None,
+    ) -> dict[int, list[Answer]]:
+        """{question_id: the `top` answers, best first} to the rows in `chosen`; arguments as in `System.answer`."""
 
-    def precompute(self) -> None:
-        for features in self.kept:
-            features.ready()
+    # ------------------------------------------------------------------------------------------------- training
+
+    def train_on(self, data: QuestionData) -> None:
+        self.data = data
+        self.splits = {name: self.split(samples) for name, samples in data.samples.items()}
+        if self.options.image_cache:
+            for split in self.splits.values():
+                split.images.cache_in(self.options.cache)
+        test, train = data.samples["test"], data.samples["train"]
+        self.baselines = {"prior": blind(test, TypePrior(train)), "question_only": blind(test, QuestionOnly(train))}
 
     def epoch(self, number: int) -> list[np.ndarray]:
-        config = self.config
-        return self.questions["train"].epoch(config.seed, number, config.questions_per_step, config.questions_per_image)
+        options = self.options
+        per_step, per_image = options.questions_per_step, options.questions_per_image
+        return self.splits["train"].questions.epoch(options.seed, number, per_step, per_image)
 
     def share(self, key: np.ndarray, world: World) -> tuple[np.ndarray, bool]:
         """The rows of this rank's images; those of one image and False where there are more ranks than images."""
-        images = self.questions["train"].by_image(key)
+        images = self.splits["train"].questions.by_image(key)
         mine = world.share(images)
         return np.concatenate(mine or images[:1]), bool(mine)
 
-    def ids(self, batch: Any) -> list[int]:
-        samples = self.questions["train"].samples
-        return [samples[row].question_id for row in batch.rows.tolist()]
+    def batch(self, key: np.ndarray) -> Any:
+        train = self.splits["train"]
+        return train.questions.batch(key, train.images)
+
+    def ids(self, rows: list[int]) -> list[int]:
+        return [self.data.samples["train"][row].question_id for row in rows]
+
+    # ----------------------------------------------------------------------------------------------- evaluation
 
     def report(
-        self,
-        split: str,
-        limit: int | None = None,
-        *,
-        shuffled: bool = False,
-        progress: str | None = None,
-        answers: Answering | None = None,
+        self, name: str, limit: int | None = None, *, shuffled: bool = False, progress: str | None = None, **how: Any
     ) -> Report:
         """Score a split, or about its first `limit` questions; `shuffled` shows every question another image.
 
-        `answers` answers in place of `self.answers`. Ranks take turns at the batches and put their answers together, so
-        that all of them get the same report.
+        Ranks take turns at the batches and put their answers together, so that all of them get the same report.
         """
-        questions = self.questions[split]
-        batches = questions.in_order(limit or len(questions.samples), 2 * self.config.questions_per_step)
-        swap = other_images(len(questions.image_paths)) if shuffled else None
-        mine = (answers or self.answers)(split, batches[self.world.rank :: self.world.size], swap, progress)
-        answers = {number: answer for some in self.world.gather(mine) for number, answer in some.items()}
-        return score(questions.samples, answers, self.splits.family)
+        split = self.splits[name]
+        samples = split.questions.samples
+        batches = split.questions.in_order(limit or len(samples), 2 * self.options.questions_per_step)
+        swap = other_images(len(split.images.paths)) if shuffled else None
+        mine = batches[self.world.rank :: self.world.size]
+        said = self.answers(split, mine, image_map=swap, progress=progress, **how)
+        answers = {number: best for some in self.world.gather(said) for number, (best, *_) in some.items()}
+        return score(samples, answers, self.data.family)
 
     def evaluate(self) -> dict[str, float]:
-        report = self.report("val", self.config.eval_questions)
+        report = self.report("val", self.options.eval_questions)
         return {"accuracy": report.accuracy, **{f"accuracy/{k}": v for k, v in report.by_family.items()}}
 
     def panels(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -191,16 +189,11 @@ class QuestionJob(ABC):
         """Score the test split, the same with shuffled images, and the hold-out where there is one; samples.html."""
         test = self.report("test", progress="test")
         if self.world.main:
-            write_gallery(
-                folder / "samples.html",
-                self.splits.samples["test"],
-                test.answers,
-                self.splits.family,
-                self.config.samples,
-                f"What the model answers ({self.config.preset}, accuracy {test.accuracy:.3f})",
-            )
+            title = f"What the model answers ({self.options.preset}, accuracy {test.accuracy:.3f})"
+            samples, number = self.data.samples["test"], self.options.samples
+            write_gallery(folder / "samples.html", samples, test.answers, self.data.family, number, title)
         self.baselines["shuffled_images"] = self.report("test", shuffled=True, progress="shuffled images").accuracy
-        holdout = self.report("holdout", progress="hold-out") if "holdout" in self.splits.samples else None
+        holdout = self.report("holdout", progress="hold-out") if "holdout" in self.splits else None
         return {
             "accuracy": test.accuracy,
             "accuracy_by_family": test.by_family,
@@ -210,10 +203,41 @@ class QuestionJob(ABC):
         }
 
     def lines(self, summary: dict[str, Any]) -> list[str]:
-        """The figures of `finish` that the terminal shows."""
         by_family, baselines = summary["accuracy_by_family"], summary["baselines"]
         return [
             *(f"{n:20s} {summary[n]:.4f}" for n in ("accuracy", "holdout_accuracy") if summary[n] is not None),
             "by family            " + ", ".join(f"{k} {v:.3f}" for k, v in by_family.items()),
             "blind baselines      " + ", ".join(f"{k} {v:.3f}" for k, v in baselines.items()),
         ]
+
+    # --------------------------------------------------------------------------------------------------- answers
+
+    def answer(
+        self,
+        samples: Sequence[VQASample],
+        limit: int | None = None,
+        *,
+        shuffled: bool = False,
+        progress: str | None = None,
+        ranked: bool = False,
+    ) -> dict[int, Answer]:
+        split = self.split(samples)
+        swap = other_images(len(split.images.paths)) if shuffled else None
+        chosen = split.questions.in_order(limit or len(samples), AT_ONCE)
+        found = self.answers(split, chosen, image_map=swap, progress=progress, ranked=ranked)
+        return {number: best for number, (best, *_) in found.items()}
+
+    def ask(
+        self, image: Path, question: str | None, top: int | None = None, decoding: dict[str, Any] | None = None
+    ) -> tuple[list[Answer], list[str]]:
+        if question is None:
+            raise UserError(f"{self.folder} answers questions: give it --question")
+        question = check_question(question)
+        split = self.split([one_sample(image, question)])
+        how = {"ranked": top is not None, "top": top or 1, "decoding": decoding}
+        return self.answers(split, [np.array([0])], **how)[0], self.tokenizers.notes_on(question)
+
+
+def one_sample(image: Path, question: str) -> VQASample:
+    """A question asked by a user."""
+    return VQASample(0, image, 0, question, "", "", (), "")

@@ -1,158 +1,201 @@
-"""The single-stream system: a ViLT that chooses its answer from a list (`models/vilt.py`). Presets vilt and vilt-b32.
+"""One stream: a ViLT reads the question and the image as one sequence and chooses its answer from a list.
 
-`vilt` trains a small one from random weights, on the embedded data set or on VQA v2 files; `vilt-b32` fine-tunes the
-released one. Targets are soft, and every answer has a probability of its own (`data/answers.py`).
+Preset `vilt` trains a small one from random weights; `vilt-b32` fine-tunes the released one. Targets are soft, and
+every answer has a probability of its own (`data/answers.py`).
 """
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from vqa_scratch.config import ViLTTrainConfig
-from vqa_scratch.data.answers import AnswerList
+from vqa_scratch.data.answers import Answer, AnswerList, SoftTargets
 from vqa_scratch.data.classes import ClassBatch, ClassQuestions
-from vqa_scratch.data.groups import TextEncoder
 from vqa_scratch.data.images import ImageProcessor
 from vqa_scratch.data.text import Tokenizer, train_wordpiece
-from vqa_scratch.data.vilt_images import ViltImageProcessor, images_for
+from vqa_scratch.data.tokenizers import Tokenizers
+from vqa_scratch.data.vilt_images import ViltImageProcessor, images_for, read_processor
 from vqa_scratch.data.vqa_v2 import VQASample
+from vqa_scratch.errors import UserError
+from vqa_scratch.models.hf_config import labels_from_hf
 from vqa_scratch.models.vilt import ViLT, ViLTClassifier, ViLTConfig, answer_loss
-from vqa_scratch.systems.base import System, check_positions, seed_everything
-from vqa_scratch.systems.questions import QuestionJob, Splits, read_splits
-from vqa_scratch.systems.vilt_run import build_vilt, open_trained, save_parts
-from vqa_scratch.systems.vqa import VOCABULARY, grid_positions
-from vqa_scratch.training.classify import classify_questions, logits_of
-from vqa_scratch.training.evaluation import Answer
+from vqa_scratch.models.vit import ConvStem
+from vqa_scratch.systems.assembly import grid_positions
+from vqa_scratch.systems.base import check_positions, seed_everything
+from vqa_scratch.systems.export import export_vilt
+from vqa_scratch.systems.options import ViLTOptions
+from vqa_scratch.systems.questions import QuestionData, QuestionSystem
+from vqa_scratch.systems.vqa import VOCABULARY
+from vqa_scratch.systems.writing import Split
 from vqa_scratch.training.precision import Precision
 
-Parts = tuple[ViLTClassifier, TextEncoder, ImageProcessor]
 
+class ViLTSystem(QuestionSystem):
+    """Questions about images, answered by a classifier over a list of answers."""
 
-# ------------------------------------------------------------------------------------------------ model
-
-
-def small_system(config: ViLTTrainConfig, train: list[VQASample], labels: tuple[str, ...]) -> Parts:
-    """A small ViLT of random weights, with a tokenizer learned from the questions."""
-    text = train_wordpiece(sorted({s.question for s in train}), VOCABULARY)
-    sizes = ViLTConfig(
-        vocab_size=len(text),
-        max_positions=max(64, config.max_question_tokens),
-        token_types=1,
-        image_size=config.image_size,
-        patch_size=config.patch_size,
-        dim=config.width,
-        layers=config.layers,
-        heads=config.heads,
-        hidden=4 * config.width,
-        activation="relu",
-        # The first word is a large constant at first; blocks that begin as small as BERT's would be lost beside it.
-        init_std=config.width**-0.5,
-    )
-    model = ViLTClassifier(build_vilt(sizes, config.stem), labels)
-    with torch.no_grad():
-        model.vilt.tower.positions[0, 1:] = 0.5 * grid_positions(sizes.tower.grid, config.width)
-    encoder = TextEncoder(text, max_question_tokens=config.max_question_tokens)
-    return model, encoder, ImageProcessor(size=(config.image_size, config.image_size))
-
-
-def released_system(config: ViLTTrainConfig, labels: tuple[str, ...]) -> Parts:
-    """A released ViLT under a new head, with its tokenizer and preprocessing."""
-    vilt = ViLT.from_pretrained(config.model)
-    check_positions(config, ["max_question_tokens"], vilt.config.max_positions, config.model)
-    encoder = TextEncoder(Tokenizer.from_pretrained(config.model), max_question_tokens=config.max_question_tokens)
-    return ViLTClassifier(vilt, labels), encoder, ViltImageProcessor.from_pretrained(config.model)
-
-
-def start_at_prior(model: ViLTClassifier, share: np.ndarray) -> None:
-    """Let the head begin with how often each answer is right (L,), instead of one half for each of thousands."""
-    share = torch.from_numpy(share).clamp(1e-4, 1 - 1e-4)
-    with torch.no_grad():
-        model.out.bias.copy_(share.logit())
-
-
-# ------------------------------------------------------------------------------------------------ job
-
-
-class ViLTJob(QuestionJob):
-    """Training on soft targets, and the classifier's accuracy."""
-
+    name = "vilt"
     loss_unit = "nats a question"
+    model: ViLTClassifier
+    left_out = 0  # training questions without an answer in the list
 
-    def __init__(
-        self,
-        config: ViLTTrainConfig,
-        model: ViLTClassifier,
-        encoder: TextEncoder,
-        processor: ImageProcessor,
-        splits: Splits,
-        precision: Precision,
-        notes: Sequence[str] = (),
-    ) -> None:
-        self.encoder, self.processor, self.notes = encoder, processor, notes
-        answers = AnswerList(model.labels)
-        questions = {name: ClassQuestions(some, encoder, answers) for name, some in splits.samples.items()}
-        images = {name: images_for(q.image_paths, processor) for name, q in questions.items()}
-        super().__init__(config, model, splits, questions, images, precision)
-        # torch.compile wraps the forward pass alone, so that checkpoints keep the plain names.
-        self.forward = torch.compile(model, dynamic=True) if config.compile else model
+    # ------------------------------------------------------------------------------------------- build, save, open
+
+    @classmethod
+    def build(cls, options: ViLTOptions, data: QuestionData, precision: Precision) -> Self:
+        train = data.samples["train"]
+        answers = AnswerList.from_samples(train + data.samples["val"], options.min_answer_count)
+        kept = answers.answerable(train)
+        seed_everything(options.seed)
+        make = released_model if options.model else small_model
+        model, tokenizers, processor = make(options, kept, answers.labels)
+        system = cls(options, model, tokenizers, processor, precision)
+        # The head begins with how often each answer is right, instead of one half for each of thousands.
+        share = torch.from_numpy(SoftTargets(kept, answers).mean()).clamp(1e-4, 1 - 1e-4)
+        with torch.no_grad():
+            model.out.bias.copy_(share.logit())
+        return system
+
+    @classmethod
+    def open(cls, folder: Path, sizes: dict[str, Any], options: ViLTOptions, precision: Precision) -> Self:
+        labels = labels_from_hf(sizes, len(sizes["id2label"]), str(folder / "config.json"))
+        model = ViLTClassifier(build_vilt(ViLTConfig.from_hf(sizes), sizes["stem"]), labels)
+        text = Tokenizer.from_pretrained(folder / "text_tokenizer")
+        tokenizers = Tokenizers(text, None, max_question_tokens=options.max_question_tokens)
+        return cls(options, model, tokenizers, read_processor(folder), precision, folder)
+
+    @property
+    def sizes(self) -> dict[str, Any]:
+        return self.model.to_hf() | {"stem": "conv" if self.has_stem else "linear"}
+
+    @property
+    def has_stem(self) -> bool:
+        """Whether convolutions make the patch tokens, instead of one linear map."""
+        return isinstance(self.model.vilt.tower.patch_embed, ConvStem)
+
+    # --------------------------------------------------------------------------------------------------- training
+
+    def split(self, samples: Sequence[VQASample]) -> Split:
+        questions = ClassQuestions(samples, self.tokenizers, AnswerList(self.model.labels))
+        return Split(questions, images_for(questions.image_paths, self.processor))
+
+    def train_on(self, data: QuestionData) -> None:
+        """Questions to which nobody gave an answer of the list are left out."""
+        train = data.samples["train"]
+        kept = AnswerList(self.model.labels).answerable(train)
+        self.left_out = len(train) - len(kept)
+        data.samples["train"] = kept
+        super().train_on(data)
+        self.forward = torch.compile(self.model, dynamic=True) if self.options.compile else self.model
 
     def about(self) -> list[str]:
-        parameters = sum(p.numel() for p in self.model.parameters())
+        parameters, train = sum(p.numel() for p in self.model.parameters()), len(self.data.samples["train"])
         return [
-            *self.notes,
+            f"{len(self.model.labels):,} answers; {self.left_out:,} of {train + self.left_out:,} training questions "
+            "left out, which have none of them",
             f"trainable: {parameters:,} parameters",
-            f"cut to the token limit: {self.encoder.cut['questions']} questions",
+            f"cut to the token limit: {self.tokenizers.cut['questions']} questions",
         ]
 
-    def batch(self, key: np.ndarray) -> ClassBatch:
-        return self.questions["train"].batch(key, self.images["train"])
-
-    def size(self, batch: ClassBatch) -> tuple[int, int]:
-        return len(batch.rows), int(batch.asked.sum())
+    def logits(self, batch: ClassBatch) -> Tensor:
+        """(B, L) for a batch on the model's device."""
+        forward = self.forward if self.model.training else self.model
+        return forward(
+            self.processor.normalize(batch.images),
+            batch.input_ids,
+            batch.attention_mask,
+            pixel_mask=batch.pixel_mask,
+            image_index=batch.image_index,
+        )
 
     def loss(self, batch: ClassBatch) -> tuple[Tensor, Tensor]:
         """The second figure is the sum of the targets of the answers chosen: soft accuracy, times questions."""
-        logits = logits_of(self.forward, self.processor, batch)[batch.asked]
-        targets = batch.targets[batch.asked]
+        logits, targets = self.logits(batch)[batch.asked], batch.targets[batch.asked]
         chosen = logits.detach().argmax(1, keepdim=True)
         return answer_loss(logits, targets), targets.gather(1, chosen).sum()
 
-    def answers(
-        self, split: str, batches: Sequence[np.ndarray], image_map: np.ndarray | None, progress: str | None
-    ) -> dict[int, Answer]:
-        questions, images = self.questions[split], self.images[split]
-        found = classify_questions(
-            self.model, questions, images, self.precision, batches, image_map=image_map, progress=progress
-        )
-        return {number: best for number, (best,) in found.items()}
+    # ---------------------------------------------------------------------------------------------------- answers
 
-    def save_parts(self, folder: Path) -> None:
-        save_parts(folder, self.config, self.model, self.encoder, self.processor)
+    def answers(
+        self,
+        split: Split,
+        chosen: Sequence[np.ndarray],
+        *,
+        image_map: np.ndarray | None = None,
+        progress: str | None = None,
+        ranked: bool = False,
+        top: int = 1,
+        decoding: dict[str, Any] | None = None,
+    ) -> dict[int, list[Answer]]:
+        """The probability of an answer is the sigmoid of its logit: what share of the full score it can expect."""
+        if top > len(self.model.labels):
+            known = f"{len(self.model.labels):,} answers that {self.folder} knows"
+            raise UserError(f"--top {top} is more than the {known}")
+        result = {}
+        with self.evaluating():
+            for rows, batch in split.batches(self, chosen, image_map, progress):
+                with self.precision.autocast():
+                    logits = self.logits(batch)
+                best = logits.float().sigmoid().topk(top)
+                for row, scores, places in zip(rows, best.values.tolist(), best.indices.tolist(), strict=True):
+                    answers = [Answer(self.model.labels[i], score) for i, score in zip(places, scores, strict=True)]
+                    result[split.questions.samples[row].question_id] = answers
+        return result
+
+    def answer(self, samples: Sequence[VQASample], limit: int | None = None, **how: Any) -> dict[int, Answer]:
+        """It always chooses from its list, so there is no second way to rank."""
+        return {} if how.get("ranked") else super().answer(samples, limit, **how)
 
     def finish(self, folder: Path) -> dict[str, Any]:
         figures = super().finish(folder)
         return figures | {"classification_accuracy": figures["accuracy"], "answers": len(self.model.labels)}
 
-
-def prepare(config: ViLTTrainConfig, precision: Precision) -> ViLTJob:
-    """Read the data, list the answers, build the model. Raises UserError where one of them cannot be had."""
-    splits = read_splits(config)
-    train = splits.samples["train"]
-    answers = AnswerList.from_samples(train + splits.samples["val"], config.min_answer_count)
-    splits.samples["train"] = kept = answers.answerable(train)
-    seed_everything(config.seed)
-    parts = released_system(config, answers.labels) if config.model else small_system(config, kept, answers.labels)
-    notes = [
-        f"{len(answers.labels):,} answers; {len(train) - len(kept):,} of {len(train):,} training questions left out, "
-        "which have none of them"
-    ]
-    job = ViLTJob(config, *parts, splits, precision, notes)
-    start_at_prior(job.model, job.questions["train"].targets.mean())
-    return job
+    def export(self, folder: Path) -> list[str]:
+        return export_vilt(self, folder)
 
 
-VILT = System("vilt", ViLTTrainConfig, prepare, open_trained)
+# ------------------------------------------------------------------------------------------------ models
+
+Parts = tuple[ViLTClassifier, Tokenizers, ImageProcessor]
+
+
+def build_vilt(config: ViLTConfig, stem: str) -> ViLT:
+    """Random weights; `stem` is conv or linear."""
+    return ViLT(config, ConvStem(config.channels, config.dim, config.patch_size) if stem == "conv" else None)
+
+
+def small_model(options: ViLTOptions, train: list[VQASample], labels: tuple[str, ...]) -> Parts:
+    """A small ViLT of random weights, with a tokenizer learned from the questions."""
+    text = train_wordpiece(sorted({s.question for s in train}), VOCABULARY)
+    sizes = ViLTConfig(
+        vocab_size=len(text),
+        max_positions=max(64, options.max_question_tokens),
+        token_types=1,
+        image_size=options.image_size,
+        patch_size=options.patch_size,
+        dim=options.width,
+        layers=options.layers,
+        heads=options.heads,
+        hidden=4 * options.width,
+        activation="relu",
+        # The first word is a large constant at first; blocks that begin as small as BERT's would be lost beside it.
+        init_std=options.width**-0.5,
+    )
+    model = ViLTClassifier(build_vilt(sizes, options.stem), labels)
+    tower, side = model.vilt.tower, options.image_size
+    with torch.no_grad():
+        table = grid_positions(tower.places(side, side).grid, options.width)
+        tower.positions[0, tower.prefix_tokens :] = 0.5 * table
+    tokenizers = Tokenizers(text, None, max_question_tokens=options.max_question_tokens)
+    return model, tokenizers, ImageProcessor(size=(side, side))
+
+
+def released_model(options: ViLTOptions, train: list[VQASample], labels: tuple[str, ...]) -> Parts:
+    """A released ViLT under a new head, with its tokenizer and preprocessing."""
+    vilt = ViLT.from_pretrained(options.model)
+    check_positions(options, ["max_question_tokens"], vilt.config.max_positions, options.model)
+    text = Tokenizer.from_pretrained(options.model)
+    tokenizers = Tokenizers(text, None, max_question_tokens=options.max_question_tokens)
+    return ViLTClassifier(vilt, labels), tokenizers, ViltImageProcessor.from_pretrained(options.model)

@@ -10,8 +10,9 @@ import torch
 
 from vqa_scratch.errors import UserError
 from vqa_scratch.storage import write_whole
-from vqa_scratch.training.distributed import World
-from vqa_scratch.training.parallel import like
+from vqa_scratch.training.optimizers import Optimizers
+from vqa_scratch.training.precision import Precision
+from vqa_scratch.training.ranks import World, like
 
 
 def rng_state() -> dict[str, Any]:
@@ -95,3 +96,24 @@ def load_model_state(model: torch.nn.Module, state: dict[str, torch.Tensor], whe
         more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise UserError(f"{where} does not fit the model: " + "; ".join(problems[:5]) + more)
     model.load_state_dict({k: like(v, state[k]) for k, v in own.items()})
+
+
+def restore(
+    saved: dict[str, Any],
+    system: Any,
+    optimizers: Optimizers,
+    precision: Precision,
+    where: str,
+    world: World,
+) -> dict[str, Any]:
+    """Bring weights, moments, scaler and random numbers of a `vqa_scratch.systems.System` back to a checkpoint of
+    `train.py`; returns where the run stood. Raises UserError if it does not fit the model.
+
+    Takes weights and moments out of `saved`, so that a second copy of them does not stay in memory.
+    """
+    weights, moments = saved.pop("model"), saved.pop("optimizers")
+    optimizers.load_state_dict(system.moments(moments, weights))
+    load_model_state(system.model, system.renamed(weights), where)
+    precision.scaler.load_state_dict(saved["scaler"])
+    restore_streams(saved["rng"], world, saved["state"]["step"])
+    return saved["state"]

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vqa_scratch.training.parallel import like, whole
+from vqa_scratch.training.ranks import like, whole
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # the quintic's coefficients, from the paper
 NEWTON_SCHULZ_STEPS = 5

@@ -2,6 +2,7 @@
 
 import math
 import signal
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from vqa_scratch.errors import UserError
 from vqa_scratch.storage import write_json
-from vqa_scratch.training.distributed import World
+from vqa_scratch.training.ranks import World
 
 STOPS = (signal.SIGINT, signal.SIGTERM)
 
@@ -53,24 +54,30 @@ class NotFinite(UserError):
 
 class LossWatch:
     """Collects losses and gradient norms on the device, and looks at them in one go, so that a GPU is not waited for at
-    every step. Values are those of all ranks, so all ranks raise together."""
+    every step. Values are those of all ranks, so all ranks raise together.
 
-    def __init__(self, folder: Path, world: World) -> None:
-        self.folder, self.world = folder, world
-        self.pending: list[tuple[str, int, list[int], Tensor]] = []
+    `ids` gives the names of the samples of a batch's `rows`, for the report.
+    """
 
-    def add(self, what: str, step: int, ids: list[int], value: Tensor) -> None:
-        self.pending.append((what, step, ids, value.detach()))
+    def __init__(self, folder: Path, world: World, ids: Callable[[list[int]], list[int]]) -> None:
+        self.folder, self.world, self.ids = folder, world, ids
+        self.pending: list[tuple[str, int, Tensor, Tensor]] = []
+
+    def add(self, step: int, rows: Tensor, loss: Tensor, norm: Tensor | None) -> None:
+        """The loss of a step and the norm of its gradient (None: not looked at)."""
+        self.pending.append(("loss", step, rows, loss.detach()))
+        if norm is not None:
+            self.pending.append(("gradient", step, rows, norm.detach()))
 
     def look(self) -> None:
         """Raise NotFinite for the first value that is no number, after writing its samples' ids to a file."""
         if not self.pending:
             return
         values = torch.stack([value for *_, value in self.pending]).tolist()
-        for (what, step, ids, _), value in zip(self.pending, values, strict=True):
+        for (what, step, rows, _), value in zip(self.pending, values, strict=True):
             if not math.isfinite(value):
                 path = self.folder / "bad_batch.json"
-                ids = [i for of_rank in self.world.gather(ids) for i in of_rank]
+                ids = [i for of_rank in self.world.gather(self.ids(rows.tolist())) for i in of_rank]
                 if self.world.main:
                     write_json(path, {"step": step, what: str(value), "ids": ids})
                 last = self.folder / "checkpoints" / "last.pt"

@@ -4,7 +4,7 @@ A template holds at most one layer slot `{}`. A map is read in both directions b
 The foreign names are those that files on the Hub carry, which for ViT differ from the module names of `transformers`.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 
@@ -56,25 +56,51 @@ def dropped(*modules: str) -> tuple[str, ...]:
 
 
 _VIT_LAYER = "encoder.layer.{}"
+_VIT_SHARED = (  # by all of its relatives
+    Entry("cls_token", ("embeddings.cls_token",)),
+    Entry("positions", ("embeddings.position_embeddings",)),
+    *linear("patch_embed", "embeddings.patch_embeddings.projection"),
+    *linear("blocks.{}.attn.qkv", *(f"{_VIT_LAYER}.attention.attention.{name}" for name in ("query", "key", "value"))),
+    *linear("blocks.{}.attn.out", f"{_VIT_LAYER}.attention.output.dense"),
+    *linear("norm", "layernorm"),
+)
 VIT = KeyMap(
     prefix="vit.",
     body=(
-        Entry("cls_token", ("embeddings.cls_token",)),
-        Entry("positions", ("embeddings.position_embeddings",)),
-        *linear("patch_embed", "embeddings.patch_embeddings.projection"),
-        *linear(
-            "blocks.{}.attn.qkv",
-            *(f"{_VIT_LAYER}.attention.attention.{name}" for name in ("query", "key", "value")),
-        ),
-        *linear("blocks.{}.attn.out", f"{_VIT_LAYER}.attention.output.dense"),
+        *_VIT_SHARED,
         *linear("blocks.{}.norm1", f"{_VIT_LAYER}.layernorm_before"),
         *linear("blocks.{}.norm2", f"{_VIT_LAYER}.layernorm_after"),
         *linear("blocks.{}.mlp.up", f"{_VIT_LAYER}.intermediate.dense"),
         *linear("blocks.{}.mlp.down", f"{_VIT_LAYER}.output.dense"),
-        *linear("norm", "layernorm"),
     ),
     dropped=dropped("pooler.dense", "classifier"),
 )
+DEIT = KeyMap(
+    prefix="deit.",
+    body=(*VIT.body, Entry("distillation_token", ("embeddings.distillation_token",))),
+    dropped=(*VIT.dropped, *dropped("cls_classifier", "distillation_classifier")),
+)
+DINOV2 = KeyMap(
+    prefix="dinov2.",
+    body=(
+        *_VIT_SHARED,
+        Entry("registers", ("embeddings.register_tokens",)),
+        *(
+            entry
+            for i in (1, 2)
+            for entry in (
+                *linear(f"blocks.{{}}.norm{i}", f"{_VIT_LAYER}.norm{i}"),
+                Entry(f"blocks.{{}}.scale{i}.weight", (f"{_VIT_LAYER}.layer_scale{i}.lambda1",)),
+            )
+        ),
+        *linear("blocks.{}.mlp.up", f"{_VIT_LAYER}.mlp.fc1"),
+        *linear("blocks.{}.mlp.down", f"{_VIT_LAYER}.mlp.fc2"),
+        *linear("blocks.{}.mlp.gate_up", f"{_VIT_LAYER}.mlp.weights_in"),
+        *linear("blocks.{}.mlp.out", f"{_VIT_LAYER}.mlp.weights_out"),
+    ),
+    dropped=("embeddings.mask_token", *dropped("classifier")),
+)
+DINOV2_WITH_REGISTERS = replace(DINOV2, prefix="dinov2_with_registers.")
 
 _BERT_LAYER = "encoder.layer.{}"
 _BERT_BODY = (
@@ -207,7 +233,7 @@ def _t5(**mlp: str) -> KeyMap:
                 )
             ),
         ),
-        head=weight("head", "lm_head"),
+        head=weight("lm_head", "lm_head"),
         # The first release saved a bias table in cross-attention, which never had positions.
         dropped=("decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight",),
         tied={"encoder.embed_tokens.weight": "shared.weight", "decoder.embed_tokens.weight": "shared.weight"},

@@ -1,0 +1,224 @@
+"""The contract of `systems/base.py`, for every system: built, trained, killed, gone on with, opened, asked, studied,
+exported, and the same on two ranks as on one. A new system gets these tests by a line in `SYSTEMS`."""
+
+import functools
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from ranks import run_ranks
+from safetensors.torch import load_file
+from test_resume import at_step, die, send
+from vqa_helpers import Started, small_data, train_program
+
+from vqa_scratch import systems
+from vqa_scratch.data.vqa_v2 import read_vqa
+from vqa_scratch.errors import UserError
+from vqa_scratch.systems.options import BY_PRESET
+from vqa_scratch.training.checkpoint import load_checkpoint
+
+# Name -> options. Every connector is here once, so that none can need something of a system that others do not.
+VQA = {
+    "preset": "shapes",
+    "width": 16,
+    "heads": 2,
+    "image_layers": 1,
+    "text_layers": 1,
+    "decoder_layers": 1,
+    "questions_per_step": 32,
+    "eval_questions": 16,
+}
+SYSTEMS = {
+    "tokens": VQA,
+    "mean": VQA | {"connector": "mean"},
+    "prefix": VQA | {"connector": "prefix"},
+    "qformer": VQA | {"connector": "qformer", "queries": 4, "heads": 4},
+    "vilt": {
+        "preset": "vilt",
+        "width": 16,
+        "heads": 2,
+        "layers": 1,
+        "min_answer_count": 2,
+        "questions_per_step": 32,
+        "eval_questions": 16,
+    },
+    "caption": {
+        "preset": "caption",
+        "width": 16,
+        "heads": 2,
+        "decoder_layers": 1,
+        "image_width": 16,
+        "captions_per_step": 16,
+        "question_share": 0.4,
+        "questions_per_step": 16,
+        "eval_captions": 6,
+        "eval_questions": 8,
+    },
+}
+STEPS = 4
+QUESTION = "what color is the square?"
+
+
+def flags(name: str, data: Path, out: Path, **changes) -> list[str]:
+    """The command line of a small run: checkpoints after every second step, one evaluation before the last."""
+    shared = {"data": data, "out": out, "cache": out.parent / "cache", "device": "cpu", "precision": "fp32"}
+    shared |= {"steps": STEPS, "warmup_steps": 2, "eval_every": 3, "save_every": 2, "log_every": 1, "samples": 4}
+    values = shared | SYSTEMS[name] | changes
+    return [part for k, v in values.items() for part in (f"--{k.replace('_', '-')}", str(v))] + ["--no-image-cache"]
+
+
+def run(argv: list[str], *prepare) -> None:
+    ended = Started(train_program, argv, *prepare).end()
+    assert ended.code == 0, ended.err
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return small_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def finished(data, tmp_path_factory):
+    """name -> the folder of a finished run, made when first asked for."""
+
+    @functools.cache
+    def folder(name: str) -> Path:
+        out = tmp_path_factory.mktemp(name) / "run"
+        run(flags(name, data, out))
+        return out
+
+    return folder
+
+
+@pytest.fixture(params=SYSTEMS)
+def name(request) -> str:
+    return request.param
+
+
+def picture(data: Path) -> Path:
+    return sorted((data / "test2015").glob("*.png"))[0]
+
+
+def same(a: Path, b: Path) -> None:
+    """All weights and moments of two runs are equal to the bit."""
+    for file in ("model.safetensors",):
+        ours, theirs = load_file(a / file), load_file(b / file)
+        assert ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
+    ours, theirs = (load_checkpoint(folder / "checkpoints" / "last.pt") for folder in (a, b))
+    for key in ("model", "optimizers"):
+        assert equal(ours[key], theirs[key]), key
+
+
+def equal(a, b) -> bool:
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return a == b
+
+
+def test_every_system_is_here():
+    assert {options["preset"] for options in SYSTEMS.values()} == {
+        next(p for p, c in BY_PRESET.items() if c is kind) for kind in set(BY_PRESET.values())
+    }
+
+
+def test_a_run_leaves_what_it_says(finished, name):
+    folder = finished(name)
+    summary = json.loads((folder / "summary.json").read_text())
+    system = systems.load(folder)
+    assert summary["steps"] == STEPS and 0 <= summary["accuracy"] <= 1 and summary[f"{system.unit}_seen"] > 0
+    left = {path.name for path in folder.iterdir()}
+    assert {"config.json", "model.safetensors", "metrics.jsonl", "preprocessor_config.json", "curves.png"} <= left
+
+
+def test_the_step_lowers_the_loss(finished, name):
+    """On the same batch, after the update of the step; a loss of the wrong sign or scale would not."""
+    rows = [json.loads(line) for line in (finished(name) / "metrics.jsonl").read_text().splitlines()]
+    losses = [row["loss"] for row in rows if "loss" in row]
+    assert len(losses) == STEPS and losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("step", [2, 4])
+def test_a_killed_run_goes_on_to_the_same_bits(finished, data, tmp_path, name, step):
+    """Killed before step 2, when there is no checkpoint yet, and before step 4, behind one."""
+    out = tmp_path / "run"
+    ended = Started(train_program, flags(name, data, out), functools.partial(at_step, step, die)).end()
+    assert ended.code == -9
+    run([*flags(name, data, out), "--resume"])
+    same(out, finished(name))
+
+
+def test_a_run_goes_on_with_its_own_tokenizers(finished, data, tmp_path, name):
+    """Data that changed in the meantime change the batches, never the ids of words or the list of answers."""
+    out = tmp_path / "run"
+    ended = Started(train_program, flags(name, data, out), functools.partial(at_step, 4, functools.partial(send, 15))).end()
+    assert ended.code == 128 + 15
+    before = {path.relative_to(out): path.read_bytes() for path in out.rglob("*tokenizer*/*")}
+    other = small_data(tmp_path / "other", seed=7)
+    run([*flags(name, other, out), "--resume"])
+    after = {path.relative_to(out): path.read_bytes() for path in out.rglob("*tokenizer*/*")}
+    assert before and before == after
+    system, first = systems.load(out), systems.load(finished(name))
+    assert system.ask(picture(data), None if name == "caption" else QUESTION)[0]
+    if system.tokenizers.text is not None:
+        assert system.tokenizers.question(QUESTION) == first.tokenizers.question(QUESTION)
+    if system.tokenizers.decoder is not None:
+        assert system.tokenizers.answer("yes") == first.tokenizers.answer("yes")
+
+
+def test_an_opened_run_answers_as_it_was_trained(finished, data, name):
+    """`evaluate`'s way through the run gives the accuracy that the run itself reports."""
+    from vqa_scratch.systems.scoring import score
+
+    folder = finished(name)
+    system, summary = systems.load(folder), json.loads((folder / "summary.json").read_text())
+    samples = read_vqa(data, "test").samples
+    answers = system.answer(samples)
+    told = summary["answers"]["accuracy"] if name == "caption" else summary["accuracy"]
+    assert score(samples, answers, lambda sample: "all").accuracy == pytest.approx(told, abs=1e-6)
+    sample = samples[0]
+    (alone,), _ = system.ask(sample.image_path, sample.question)
+    assert alone.text == answers[sample.question_id].text
+    assert alone.probability == pytest.approx(answers[sample.question_id].probability, abs=1e-5)
+
+
+def test_what_it_cannot_do_is_one_line(finished, data, name):
+    system = systems.load(finished(name))
+    for ask in (lambda: system.describe(data, "test", 3), lambda: system.policy(None)):
+        if name == "caption" or (system.writes and ask.__code__.co_names[-1] == "policy"):
+            continue
+        with pytest.raises(UserError, match=f"is a run of preset {SYSTEMS[name]['preset']}, which"):
+            ask()
+
+
+def test_the_exported_readme_says_what_the_run_says(finished, data, tmp_path, capsys, monkeypatch, name):
+    """Its program, run as it stands with the models of `transformers`, gives the answer of `ask`."""
+    system = systems.load(finished(name))
+    system.export(tmp_path / "out")
+    monkeypatch.chdir(tmp_path / "out")
+    Image.open(picture(data)).save("picture.png")
+    program = re.search(r"```python\n(.*?)```", Path("README.md").read_text(), re.S)[1]
+    capsys.readouterr()
+    exec(compile(program, "README.md", "exec"), {"__name__": "readme"})
+    (answer, *_), _ = system.ask(picture(data), None if name == "caption" else QUESTION)
+    assert capsys.readouterr().out.split("\n")[0].startswith(answer.text)
+
+
+def test_two_ranks_are_one(finished, data, tmp_path, name):
+    """The same losses to 1e-6 and weights to what Adam makes of rounding errors."""
+    out = tmp_path / "run"
+    for ended in run_ranks(2, train_program, flags(name, data, out)):
+        assert ended.code == 0, ended.err
+    logs = [
+        [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        for folder in (out, finished(name))
+    ]
+    (first, *_), (alone, *_) = ([row["loss"] for row in log if "loss" in row] for log in logs)
+    assert first == pytest.approx(alone, rel=1e-5)
+    assert [row["samples"] for row in logs[0]] == [row["samples"] for row in logs[1]]

@@ -1,0 +1,224 @@
+"""Command lines from options: every option is a flag, --help is grouped, and bad input is one line.
+
+`parse` reads the flags of a program whose `--preset` picks the options and their values; flags given by the user win
+over the preset. Nothing here imports torch, so that --help and a mistyped flag are answered at once.
+"""
+
+import difflib
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+import click
+
+from vqa_scratch.errors import UserError
+from vqa_scratch.options import check_dependencies, choices_of, defaults_of, flag, rules_of, types_of, with_values
+
+T = TypeVar("T")
+
+
+class NearChoice(click.Choice):
+    """A choice whose error names the nearest allowed word. `renamed` maps old words, which still work, to new ones."""
+
+    def __init__(self, choices: Sequence[str], renamed: Mapping[str, str] | None = None) -> None:
+        super().__init__(choices)
+        self.renamed = renamed or {}
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if value in self.renamed and param is not None:
+            note_renamed(f"{param.opts[0]} {value}", f"{param.opts[0]} {self.renamed[value]}")
+            value = self.renamed[value]
+        return super().convert(value, param, ctx)
+
+    def fail(self, message: str, param: click.Parameter | None = None, ctx: click.Context | None = None) -> NoReturn:
+        word = message.split("'")[1] if "'" in message else ""
+        near = difflib.get_close_matches(word, list(self.choices), 1)
+        super().fail(message.rstrip(".") + (f"; did you mean '{near[0]}'?" if near else "."), param, ctx)
+
+
+def note_renamed(old: str, new: str) -> None:
+    print(f"note: {old} is now called {new}", file=sys.stderr)
+
+
+class Flag(click.Option):
+    """A flag that --help shows under the heading `group`, with the value `shown`, else its default, in brackets."""
+
+    def __init__(self, *names: Any, help: str, group: str = "Options", shown: Any = None, **more: Any) -> None:
+        shown = more.get("default") if shown is None else shown
+        if shown not in (None, ""):
+            help += f"  [{shown}]" if not isinstance(shown, bool) else f"  [{'on' if shown else 'off'}]"
+        super().__init__(*names, help=help, **more)
+        self.group = group
+
+
+class GroupedCommand(click.Command):
+    """A command whose --help shows its flags under their headings."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        groups: dict[str, list[tuple[str, str]]] = {}
+        for param in self.get_params(ctx):
+            record = param.get_help_record(ctx) if isinstance(param, click.Option) else None
+            if record is not None:
+                groups.setdefault(getattr(param, "group", "Options"), []).append(record)
+        for heading, records in groups.items():
+            with formatter.section(heading):
+                formatter.write_dl(records)
+
+
+def flags(options_class: type, defaults: Mapping[str, Any] | None = None) -> list[Flag]:
+    """One flag an option, and a hidden one for each old name. A flag that is not given has the value None.
+
+    `defaults` are the values that --help shows; without them, those of the class.
+    """
+    kinds, result = types_of(options_class), []
+    defaults = defaults_of(options_class) if defaults is None else defaults
+    for name, rules in rules_of(options_class).items():
+        kind: Any = next(kind for kind in kinds[name] if kind is not type(None))
+        if rules.choices:
+            kind = NearChoice(rules.choices, rules.renamed)
+        elif kind is Path:
+            kind = click.Path(path_type=Path)
+        needed = " and ".join(with_values(other, values) for other, values in rules.only.items())
+        text = f"{rules.help}  ({needed})" if needed else rules.help
+        for spelled, hidden in ((name, False), (rules.was, True)):
+            if spelled is None:
+                continue
+            more = {"help": text, "group": rules.group, "shown": defaults[name], "hidden": hidden, "default": None}
+            if bool in kinds[name]:
+                result.append(Flag([f"{flag(spelled)}/{flag('no_' + spelled)}", spelled], **more))
+            else:
+                result.append(Flag([flag(spelled), spelled], type=kind, **more))
+    return result
+
+
+def flag_names(options_class: type) -> list[str]:
+    """Every flag of an options class, negated and old ones included."""
+    return [name for option in flags(options_class) for name in (*option.opts, *option.secondary_opts)]
+
+
+def with_new_names(options_class: type, given: dict[str, Any]) -> dict[str, Any]:
+    """`given` with every old name replaced, and a note on stderr for each."""
+    for name, rules in rules_of(options_class).items():
+        if rules.was in given:
+            if name in given:
+                raise UserError(f"{flag(rules.was)} is now called {flag(name)}: give one of the two")
+            note_renamed(flag(rules.was), flag(name))
+            given[name] = given.pop(rules.was)
+    return given
+
+
+def as_user_error(error: click.ClickException, elsewhere: Mapping[str, str] | None = None) -> UserError:
+    """What is wrong with a command line, in one line that names the nearest flag for one that there is not.
+
+    `elsewhere` says which flags exist under another choice, and which choice that is.
+    """
+    if not isinstance(error, click.NoSuchOption):
+        return UserError(error.format_message())
+    if error.option_name in (elsewhere or {}):
+        return UserError(f"{error.option_name} means nothing here: it is a flag of {elsewhere[error.option_name]}")
+    near = difflib.get_close_matches(error.option_name, error.possibilities or (), 1)
+    return UserError(f"no such flag: {error.option_name}" + (f"; did you mean {near[0]}?" if near else ""))
+
+
+def peek(argv: Sequence[str], name: str, choices: Sequence[str]) -> str:
+    """The value of one flag, before it is known which others there are; the first choice if it is not given.
+
+    Raises UserError on a value that is not among the choices, naming the nearest.
+    """
+    option = click.Option([name, "found"], type=NearChoice(choices), default=choices[0])
+    rest = {"ignore_unknown_options": True, "allow_extra_args": True, "allow_interspersed_args": True}
+    command = click.Command("peek", params=[option], add_help_option=False, context_settings=rest)
+    try:
+        return command.make_context("peek", list(argv)).params["found"]
+    except click.ClickException as error:
+        raise as_user_error(error) from None
+
+
+def parse(
+    classes: Sequence[type[T]],
+    presets: Mapping[str, Mapping[str, Any]],
+    argv: Sequence[str],
+    *,
+    program: str,
+    about: str,
+    example: str,
+) -> T:
+    """The options that the flags in `argv` ask for. `--help` prints the flags and exits.
+
+    The choices of `preset` in each of the `classes` say which class it picks (the first class's first is the default),
+    and `presets` says what the preset sets. Raises UserError on an unknown flag or value, naming the nearest known one
+    or where the flag belongs, on a flag that means nothing as the others are, and on a value out of bounds.
+    """
+    class_of = {name: options_class for options_class in classes for name in choices_of(options_class, "preset")}
+    preset = peek(argv, "--preset", tuple(class_of))
+    options_class, values = class_of[preset], {"preset": preset} | dict(presets[preset])
+    others = ", ".join(name for name in class_of if name != preset)
+    command = GroupedCommand(
+        program,
+        params=flags(options_class, defaults_of(options_class) | values),
+        callback=lambda **given: given,
+        help=f"{about}\n\n\b\nExample:\n  {example}\n\nIn brackets: the defaults of preset {preset}. "
+        f"Other presets, with defaults of their own (--preset NAME --help): {others}.",
+        context_settings={"max_content_width": 100},
+    )
+    elsewhere = {
+        name: f"--preset {choices_of(other, 'preset')[0]}"
+        for other in classes
+        if other is not options_class
+        for name in flag_names(other)
+    }
+    try:
+        given = command.main(list(argv), prog_name=f"python {program}", standalone_mode=False)
+    except click.ClickException as error:
+        raise as_user_error(error, elsewhere) from None
+    if isinstance(given, int):  # --help
+        sys.exit(given)
+    given = with_new_names(options_class, {name: value for name, value in given.items() if value is not None})
+    options = options_class(**values | given)
+    # A run that goes on has the options it was begun with; those not repeated here are not known yet.
+    unknown = set(rules_of(options_class)) - set(given) - {"preset"} if given.get("resume") else ()
+    check_dependencies(options, given, unknown)
+    return options
+
+
+@contextmanager
+def first_rank_speaks() -> Iterator[None]:
+    """Under torchrun every process reads the same command line: rank 0 alone says what is wrong with it."""
+    if os.environ.get("RANK", "0") == "0":
+        yield
+        return
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+        try:
+            yield
+        except UserError:
+            sys.exit(2)
+
+
+@contextmanager
+def errors_in_one_line() -> Iterator[None]:
+    """Exit with 2 and one line on stderr after a UserError or an operating-system error on a file, with 130 after
+    Ctrl-C where nothing else catches it."""
+    try:
+        yield
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        if error.errno is None or error.filename is None:
+            raise
+        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def run_program(main: Callable[..., Any], *args: Any) -> NoReturn:
+    """Call `main(*args)` and exit: with 0, with 128 + n if it returns the signal n that stopped it, after an error as
+    `errors_in_one_line` says."""
+    with errors_in_one_line():
+        stopped = main(*args)
+    sys.exit(128 + stopped if isinstance(stopped, int) else 0)

@@ -1,0 +1,111 @@
+"""What `evaluate` computes: official scores of a run on a VQA v2 folder, blind baselines beside them, and tables."""
+
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from vqa_scratch.data.vqa_v2 import VQAData, VQASample, read_vqa
+from vqa_scratch.errors import UserError
+from vqa_scratch.metrics import accuracy_by
+from vqa_scratch.storage import read_json
+from vqa_scratch.systems.base import System
+from vqa_scratch.systems.scoring import QuestionOnly, TypePrior, blind
+
+
+def blind_baselines(data: Path, samples: list[VQASample]) -> dict[str, float | None]:
+    """Accuracy of the prior of the question type and of the question alone, learned from the train split of `data`.
+
+    None for both, and a note on stderr, where that split cannot be read.
+    """
+    try:
+        train = read_vqa(data, "train").samples
+    except UserError as error:
+        print(f"note: no prior and question-only baselines, since there is no train split ({error})", file=sys.stderr)
+        return {"prior": None, "question_only": None}
+    return {"prior": blind(samples, TypePrior(train)), "question_only": blind(samples, QuestionOnly(train))}
+
+
+def evaluation(run: System, data: Path, split: str, samples: list[VQASample], limit: int | None) -> tuple[dict, dict]:
+    """(figures of a split with annotations, answers by question id)."""
+    answers = run.answer(samples, limit, progress="answering")
+    shuffled = run.answer(samples, limit, shuffled=True, progress="shuffled images")
+    scored = [s for s in samples if s.question_id in answers]
+    texts = {i: a.text for i, a in answers.items()}
+    breakdowns = {key: accuracy_by(scored, texts, key) for key in ("answer_type", "question_type")}
+    by = {
+        f"accuracy_by_{key}": {name: score.accuracy for name, score in b.groups.items()}
+        for key, b in breakdowns.items()
+    }
+    counts = {key: {name: score.count for name, score in b.groups.items()} for key, b in breakdowns.items()}
+    baselines = blind_baselines(data, scored)
+    baselines["shuffled_images"] = accuracy_by(scored, {i: a.text for i, a in shuffled.items()}).overall.accuracy
+    figures = {
+        "data": str(data),
+        "split": split,
+        "questions": len(scored),
+        "accuracy": breakdowns["answer_type"].overall.accuracy,
+        **by,
+        "counts": counts,
+        "baselines": baselines,
+        **run.figures(answers),
+    }
+    ranked = run.answer(samples, limit, progress="ranking", ranked=True)
+    if ranked:
+        of_them = [s for s in samples if s.question_id in ranked]
+        chosen = {number: answer.text for number, answer in ranked.items()}
+        figures["ranking_accuracy"] = accuracy_by(of_them, chosen).overall.accuracy
+        figures["ranking_questions"] = len(of_them)
+    return figures, answers
+
+
+def table(figures: dict[str, Any]) -> str:
+    """The figures as text, most frequent groups first."""
+
+    def rows(values: Iterable[tuple[str, int | None, float | None]]) -> list[str]:
+        return [
+            f"  {name:38s} {'' if count is None else format(count, ','):>9s}"
+            f"  {'not known' if accuracy is None else f'{accuracy:9.4f}'}"
+            for name, count, accuracy in values
+        ]
+
+    lines = [f"{'':40s} questions   accuracy", *rows([("all", figures["questions"], figures["accuracy"])])]
+    for key, title in (("answer_type", "answer type"), ("question_type", "question type")):
+        groups = figures[f"accuracy_by_{key}"].items()
+        lines += [f"by {title}", *rows((name or "(none)", figures["counts"][key][name], a) for name, a in groups)]
+    lines += ["blind baselines", *rows((k.replace("_", " "), None, v) for k, v in figures["baselines"].items())]
+    if "ranking_accuracy" in figures:
+        count, accuracy = figures["ranking_questions"], figures["ranking_accuracy"]
+        lines += ["chosen from the training answers", *rows([("first questions", count, accuracy)])]
+    if "eos_rate" in figures:
+        lines.append(
+            f"answers that end by themselves {figures['eos_rate']:.4f}, "
+            f"mean length {figures['mean_answer_tokens']:.2f} tokens"
+        )
+    return "\n".join(lines)
+
+
+def caption_table(figures: dict[str, Any]) -> str:
+    """The figures of captions as text: a line each, the blind baselines beside them."""
+    names = [name for name, value in figures.items() if isinstance(value, (float, type(None)))]
+    columns = {"captions": figures, **figures["baselines"]}
+    shown = [
+        f"{name.replace('_', ' '):22s}"
+        + "".join(f"{'' if c.get(name) is None else format(c[name], '.3f'):>20s}" for c in columns.values())
+        for name in names
+    ]
+    head = f"{figures['images']:,} images".ljust(22) + "".join(f"{c.replace('_', ' '):>20s}" for c in columns)
+    return "\n".join([head, *shown, f"BLEU is {figures['bleu_signature']}"])
+
+
+def check_complete(data: VQAData) -> set[int]:
+    """The ids that a submission must answer. Raises UserError if the reader left one of them out."""
+    path = data.report.files.questions
+    expected = {question["question_id"] for question in read_json(path)["questions"]}
+    left_out = expected - {sample.question_id for sample in data.samples}
+    if left_out:
+        reasons = "; ".join(f"{count:,}: {reason}" for reason, count in data.report.skipped.most_common())
+        raise UserError(
+            f"a submission answers every question of {path}, but {len(left_out):,} are left out ({reasons})"
+        )
+    return expected

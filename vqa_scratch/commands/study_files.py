@@ -1,0 +1,57 @@
+"""The input and the files of `study`: a run opened on one input, and what is written about one answer."""
+
+from pathlib import Path
+from typing import Any
+
+from vqa_scratch.errors import UserError
+from vqa_scratch.storage import write_json, write_text, write_whole
+from vqa_scratch.study.faithfulness import answer_rows, image_source, patch_map
+from vqa_scratch.study.inputs import Opened, is_text_run, open_question, open_text
+from vqa_scratch.study.overlay import overlay, side_by_side
+from vqa_scratch.study.record import Study, summary, trace_file
+from vqa_scratch.study.report import page
+
+
+def open_input(run: Path, image: Path | None, question: str | None, text: Path | None, device: str) -> Opened:
+    """A run on one input: an image with a question, or a text. Raises UserError if the input does not suit the run."""
+    if is_text_run(run):
+        if text is None or image is not None or question is not None:
+            raise UserError(f"{run} reads texts: give it --text FILE, and neither --image nor --question")
+        return open_text(run, read_text(text), device)
+    if text is not None or image is None or question is None:
+        raise UserError(f'{run} answers questions about images: give it --image FILE --question "..."')
+    return open_question(run, image, question, device)
+
+
+def read_text(path: Path) -> str:
+    """A text file. Raises UserError if there is none or if it is not UTF-8."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot read the text {path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"cannot read the text {path}: it is not UTF-8") from None
+
+
+def write_overlays(folder: Path, study: Study) -> None:
+    """overlay_<method>.png: the plain image, then the map of every word of the answer."""
+    subject, image = study.opened.subject, study.opened.image
+    grid = image_source(subject)[0].grid
+    rows = answer_rows(subject, [token.id for token in study.tokens])
+    for method, flow in study.flows.items():
+        maps = [patch_map(subject, flow, [row]) for row in rows]
+        sheet = side_by_side([overlay(image, values, grid) for values in (0 * maps[0], *maps)])
+        write_whole(folder / f"overlay_{method}.png", lambda path, sheet=sheet: sheet.save(path, format="PNG"))
+
+
+def write_study(folder: Path, studies: list[Study]) -> None:
+    """All files about one answer; a second study stands beside it in the report and in the summary."""
+    study = studies[0]
+    write_text(folder / "report.html", page(studies))
+    write_whole(folder / "trace.safetensors", lambda path: path.write_bytes(trace_file(study)))
+    if study.opened.image is not None:
+        write_overlays(folder, study)
+    values: dict[str, Any] = summary(study)
+    if len(studies) > 1:
+        values["compared"] = summary(studies[1])
+    write_json(folder / "summary.json", values)

@@ -1,0 +1,47 @@
+"""Image tokens in the decoder's own sequence: an MLP maps them to embeddings that stand before the words.
+
+LLaVA: Liu et al. 2023, "Visual Instruction Tuning" (arXiv 2304.08485), with the two-layer MLP of version 1.5 (arXiv
+2310.03744). There is no text encoder: the question is the decoder's prompt.
+
+Shapes: I images, B rows, N image tokens, Q of them that are places, D width of the decoder.
+"""
+
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vqa_scratch.connectors.base import Conditioning, Connector
+from vqa_scratch.nn.states import States
+
+
+class PrefixConnector(Connector):
+    """Linear, GELU, linear, on every place of the image; class token and registers are left out."""
+
+    reads_text = False
+    uses_memory = False
+
+    def __init__(self, image: nn.Module, text: None, decoder: nn.Module) -> None:
+        super().__init__()
+        self.skipped = image.prefix_tokens
+        self.up = nn.Linear(image.dim, decoder.config.dim)
+        self.down = nn.Linear(decoder.config.dim, decoder.config.dim)
+
+    @classmethod
+    def prefix_length(cls, grid: tuple[int, int], sizes: dict[str, Any]) -> int:
+        return grid[0] * grid[1]
+
+    def kept(self, image: States) -> States:
+        """The places alone."""
+        return States(image.tokens[:, image.prefix_tokens :], places=image.places)
+
+    def recipe(self, with_text: bool) -> str:
+        return (
+            "# An MLP maps the places of the image to embeddings before the words.\n"
+            f"places = image_states[:, {self.skipped}:]\n"
+            'prefix = linear("down", torch.nn.functional.gelu(linear("up", places)))'
+        )
+
+    def forward(self, image: States, text: None, image_index: Tensor | None = None) -> Conditioning:
+        prefix = self.down(F.gelu(self.up(image.tokens[:, image.prefix_tokens :])))  # (I, Q, D)
+        return Conditioning(prefix=prefix if image_index is None else prefix[image_index])

@@ -1,0 +1,71 @@
+"""Learned queries read the image, and their states are a prefix of the decoder's sequence.
+
+BLIP-2: Li et al. 2023 (arXiv 2301.12597, section 3.1). However large the image, the decoder gets `queries` tokens.
+
+Shapes: I images, B rows, N image tokens, Q queries, D width of the decoder.
+"""
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from vqa_scratch.connectors.base import Conditioning, Connector
+from vqa_scratch.models.qformer import QFormer, QFormerConfig
+from vqa_scratch.nn import taps
+from vqa_scratch.nn.states import States
+
+RECIPE = """\
+# Learned queries read the image; their states stand before the words.
+qformer = QFormer({config}, {queries}).eval()
+own = {{name: tensor for name, tensor in connector.items() if name.startswith("qformer.")}}
+qformer.load_state_dict({{name.removeprefix("qformer."): tensor for name, tensor in own.items()}})
+prefix = linear("projection", qformer(image_states))"""
+
+
+class QFormerConnector(Connector):
+    """A Q-Former of the decoder's width, every block of which reads the image, and a projection of its states."""
+
+    reads_text = False
+    uses_memory = False
+
+    def __init__(
+        self, image: nn.Module, text: None, decoder: nn.Module, *, queries: int = 16, layers: int = 2, heads: int = 4
+    ) -> None:
+        super().__init__()
+        width = decoder.config.dim
+        config = QFormerConfig(
+            dim=width,
+            layers=layers,
+            heads=heads,
+            hidden=4 * width,
+            context_dim=image.dim,
+            cross_every=1,
+            dropout=0.0,
+            attention_dropout=0.0,
+        )
+        self.qformer = QFormer(config, queries)
+        self.projection = nn.Linear(width, width)
+        taps.name_modules(self.qformer, "query")
+
+    @classmethod
+    def sizes_for(cls, grid: tuple[int, int], options: Any) -> dict[str, Any]:
+        return {"queries": options.queries, "heads": options.heads}
+
+    @classmethod
+    def prefix_length(cls, grid: tuple[int, int], sizes: dict[str, Any]) -> int:
+        return sizes["queries"]
+
+    @property
+    def sizes(self) -> dict[str, Any]:
+        config = self.qformer.config
+        return {"queries": self.qformer.queries.shape[1], "layers": config.layers, "heads": config.heads}
+
+    def recipe(self, with_text: bool) -> str:
+        return RECIPE.format(config=self.qformer.config, queries=self.qformer.queries.shape[1])
+
+    def recipe_imports(self, with_text: bool) -> list[str]:
+        return ["from vqa_scratch.models import QFormer, QFormerConfig"]
+
+    def forward(self, image: States, text: None, image_index: Tensor | None = None) -> Conditioning:
+        prefix = self.projection(self.qformer(image.tokens))  # (I, Q, D)
+        return Conditioning(prefix=prefix if image_index is None else prefix[image_index])

@@ -1,0 +1,69 @@
+"""Every token is a key: each image token and each question token can be chosen by the decoder's cross-attention.
+
+Shapes: I images, B rows, N image tokens, T question tokens, D width of the decoder.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vqa_scratch.connectors.base import Conditioning, Connector
+from vqa_scratch.models.vit import resize_positions
+from vqa_scratch.nn.memory import Memory
+from vqa_scratch.nn.states import States
+
+RECIPE_IMAGE = """\
+# Every image token is a key of the decoder's cross-attention, and is given its place once more.
+memory = linear("image_projection", image_states) + connector["places"]
+mask = torch.ones(memory.shape[:2])"""
+RECIPE_BOTH = """\
+# Every image token and every question token is a key of the decoder's cross-attention, marked by its modality; image
+# tokens are given their places once more.
+image_keys = linear("image_projection", image_states) + connector["places"] + connector["modality"][0]
+text_keys = linear("text_projection", text_states) + connector["modality"][1]
+memory = torch.cat([image_keys, text_keys], 1)
+mask = torch.cat([torch.ones(image_keys.shape[:2]), attention_mask], 1)"""
+
+
+class TokensConnector(Connector):
+    """Both sides are projected to the decoder's width. A modality embedding tells the two apart, if there are two, and
+    a table gives every image token its place again.
+
+    `grid` is the (rows, columns) that the table is made for; other grids get it resized.
+    """
+
+    def __init__(self, image: nn.Module, text: nn.Module | None, decoder: nn.Module, *, grid: tuple[int, int]) -> None:
+        super().__init__()
+        width = decoder.config.dim
+        self.grid, self.prefix_tokens = tuple(grid), image.prefix_tokens
+        self.image_projection = nn.Linear(image.dim, width)
+        if text is not None:
+            self.text_projection = nn.Linear(text.dim, width)
+            self.modality = nn.Parameter(torch.randn(2, width) * decoder.config.init_std)  # image, text
+        # Places are given to the keys anew, as in DETR (Carion et al. 2020): what leaves the image encoder is about
+        # content, and "left of" needs the place. Zero changes nothing, so pretrained encoders start undisturbed.
+        self.places = nn.Parameter(torch.zeros(1, self.prefix_tokens + self.grid[0] * self.grid[1], width))
+
+    @classmethod
+    def sizes_for(cls, grid: tuple[int, int], options: Any) -> dict[str, Any]:
+        return {"grid": list(grid)}
+
+    @property
+    def sizes(self) -> dict[str, Any]:
+        return {"grid": list(self.grid)}
+
+    @torch.no_grad()
+    def start_from_places(self, table: Tensor) -> None:
+        self.places[0, self.prefix_tokens :] = table
+
+    def recipe(self, with_text: bool) -> str:
+        return RECIPE_BOTH if with_text else RECIPE_IMAGE
+
+    def forward(self, image: States, text: States | None, image_index: Tensor | None = None) -> Conditioning:
+        places = resize_positions(self.places, self.grid, image.places.grid)
+        keys = self.image_projection(image.tokens) + places  # (I, N, D)
+        if text is None:
+            return Conditioning([Memory(keys, index=image_index)])
+        words = self.text_projection(text.tokens) + self.modality[1]  # (B, T, D)
+        return Conditioning([Memory(keys + self.modality[0], index=image_index), Memory(words, text.mask)])

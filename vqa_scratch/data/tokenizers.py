@@ -1,0 +1,85 @@
+"""From questions and answers to ids: the tokenizers of a run, and how long a question or an answer may be."""
+
+from collections.abc import Callable, Sequence
+
+from vqa_scratch.data.text import Tokenizer, answer_ids
+
+
+def encode_unique(texts: Sequence[str], encode: Callable[[str], list[int]]) -> list[list[int]]:
+    """`encode` of every text, called once for each different one."""
+    known: dict[str, list[int]] = {}
+    return [known[text] if text in known else known.setdefault(text, encode(text)) for text in texts]
+
+
+class Tokenizers:
+    """One tokenizer for the text encoder, one for the decoder; a system that lacks one of the two has None there.
+
+    With `question_prompt` the decoder reads the question's tokens before BOS. `cut` counts the questions and answers
+    that were longer than their limit.
+    """
+
+    def __init__(
+        self,
+        text: Tokenizer | None,
+        decoder: Tokenizer | None,
+        *,
+        max_question_tokens: int,
+        max_answer_tokens: int = 0,
+        question_prompt: bool = False,
+    ) -> None:
+        self.text, self.decoder, self.question_prompt = text, decoder, question_prompt
+        self.max_question_tokens, self.max_answer_tokens = max_question_tokens, max_answer_tokens
+        self.cut = {"questions": 0, "answers": 0}
+
+    def question(self, text: str) -> list[int]:
+        """Ids for the text encoder; a question that is cut keeps its special tokens. Empty without a text encoder."""
+        if self.text is None:
+            return []
+        ids = self.text.encode(text)
+        if len(ids) > self.max_question_tokens:
+            self.cut["questions"] += 1
+            around = self.text.backend.num_special_tokens_to_add(False)
+            bare = self.text.encode(text, add_special_tokens=False)[: self.max_question_tokens - around]
+            first, last = ids[: ids.index(bare[0])], ids[len(ids) - (around - ids.index(bare[0])) :]
+            ids = first + bare + (last if around > len(first) else [])
+        return ids
+
+    def prompt(self, text: str) -> list[int]:
+        """Ids that the decoder reads before BOS: the question, or nothing."""
+        return self._whole_prompt(text)[: self.max_question_tokens]
+
+    def _whole_prompt(self, text: str) -> list[int]:
+        if not self.question_prompt or not text:
+            return []
+        return self.decoder.encode(f" {text}" if self.decoder.byte_level else text, add_special_tokens=False)
+
+    def answer(self, text: str) -> list[int]:
+        """BOS, the answer, EOS. An answer that is cut keeps its EOS."""
+        ids = answer_ids(self.decoder, text)
+        if len(ids) - 1 > self.max_answer_tokens:
+            self.cut["answers"] += 1
+            ids = ids[: self.max_answer_tokens] + ids[-1:]
+        return ids
+
+    @property
+    def start_id(self) -> int:
+        """The token an answer starts from, BOS."""
+        return answer_ids(self.decoder, "yes")[0]
+
+    @property
+    def end_id(self) -> int:
+        """The token that ends an answer, EOS."""
+        return answer_ids(self.decoder, "yes")[-1]
+
+    def notes_on(self, question: str) -> list[str]:
+        """What a user should know about how this question is read: that it is cut, or has unknown parts."""
+        notes, limit = [], self.max_question_tokens
+        too_long = self.text is not None and len(self.text.encode(question)) > limit
+        if too_long or len(self._whole_prompt(question)) > limit:
+            notes.append(f"the question is longer than {limit} tokens; only its beginning was read")
+        unknown = [] if self.text is None else list(dict.fromkeys(self.text.unknown(question)))
+        if unknown:
+            shown = ", ".join(part if len(part) <= 20 else f"{part[:20]}..." for part in unknown[:5])
+            shown += ", ..." if len(unknown) > 5 else ""
+            notes.append(f"the text encoder has no tokens for {shown}, and reads one and the same token in their place")
+        return notes

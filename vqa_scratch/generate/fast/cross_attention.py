@@ -1,0 +1,220 @@
+"""Cross-attention of a decoding step: the memory laid out once, in the form that takes the least work a step.
+
+`Constant` is for a memory of one token, `Absorbed` for a small memory of one row, `Projected` for any other. Each has
+`add(layer, x)`, a step's x += what it reads of the memory, and `keep(rows)`.
+
+Shapes: R rows, E entries, N memory tokens, L layers, H heads, d head size, D width, F = R / E rows that read an entry.
+"""
+
+import math
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from vqa_scratch.generate.fast.products import adding, attend, linear, norm, product
+from vqa_scratch.nn.attention import attention_over_parts
+from vqa_scratch.nn.decoding import FastBlock
+from vqa_scratch.nn.memory import KeyValue, Readers, concatenate, reading
+
+# What joining parts may copy for rows that share entries, bytes a layer. A copy is read anew at every step; keeping
+# parts apart costs some ten small operations, which is what reading about a megabyte costs.
+JOIN_BYTES = 1 << 20
+ABSORB_BYTES = 1 << 18  # what a layer may read more for the five operations that absorbing its projections saves
+
+Layers = list[list[KeyValue]]  # parts by layer; the readers of a part are the same in all layers
+
+
+class CrossAttention(Protocol):
+    """What a fast state asks of the memory."""
+
+    def add(self, layer: int, x: Tensor) -> None:
+        """x (R, D) += what it reads of the memory, norm and projections included."""
+
+    def keep(self, rows: Tensor) -> None:
+        """Rows (R',) only, in this order."""
+
+
+def cross_attention(blocks: list[FastBlock], memory: Layers) -> CrossAttention:
+    """Cross-attention of all layers to a memory, in the form that suits the memory."""
+    first = memory[0]
+    if len(first) == 1 and first[0].k.shape[2] == 1:
+        return Constant(blocks, memory)
+    if first[0].readers.rows == 1:
+        whole = [_visible(concatenate(parts)) for parts in memory]
+        if Absorbed.pays(blocks, whole):
+            return Absorbed(blocks, whole)
+    return Projected(blocks, memory)
+
+
+def select(layers: Layers, rows: Tensor) -> Layers:
+    """Row i becomes what row `rows[i]` was, in all layers; who reads what is worked out once."""
+    kept = [reading(part.readers.index(part.k.device)[rows], part.readers.entries) for part in layers[0]]
+    return [[part.keep(*how) for part, how in zip(parts, kept, strict=True)] for parts in layers]
+
+
+class Constant:
+    """A memory of one token an entry: whatever a query asks, its only key has all the weight."""
+
+    def __init__(self, blocks: list[FastBlock], memory: Layers) -> None:
+        self.read = []  # (R, D) of each layer
+        for block, (part,) in zip(blocks, memory, strict=True):
+            z = part.v.flatten(1)  # (E, H * d)
+            if part.mask is not None:
+                z = z.masked_fill(~part.mask.bool(), 0.0)
+            self.read.append(linear(block.cross.out)(z)[part.readers.index(z.device)])
+
+    def add(self, layer: int, x: Tensor) -> None:
+        x.add_(self.read[layer])
+
+    def keep(self, rows: Tensor) -> None:
+        self.read = [read.index_select(0, rows) for read in self.read]
+
+
+def _visible(part: KeyValue) -> KeyValue:
+    """The part of one row without the tokens that it may not read."""
+    if part.mask is None:
+        return part
+    seen = part.mask[0].bool()
+    return part._replace(k=part.k[:, :, seen], v=part.v[:, :, seen], mask=None)
+
+
+class Absorbed:
+    """The memory of one row takes the projections in.
+
+    The scores (h Wq^T + bq) k^T are h (k Wq)^T + bq k^T, and the values go through the output projection alike: a step
+    is softmax(h A^T + a) B + b, two products instead of four. (DeepSeek-V2 does this to its latent attention:
+    2405.04434, section 2.1.2.)
+    """
+
+    def __init__(self, blocks: list[FastBlock], memory: list[KeyValue]) -> None:
+        """`memory` by layer, one entry of at least one token, none of them masked."""
+        _, self.heads, self.tokens, _ = memory[0].k.shape
+        self.blocks = [self._absorb(block, part.k[0], part.v[0]) for block, part in zip(blocks, memory, strict=True)]
+
+    @staticmethod
+    def pays(blocks: list[FastBlock], memory: list[KeyValue]) -> bool:
+        """Whether the operations saved are worth what a step then reads more, or less."""
+        (_, heads, tokens, size), width, k = memory[0].k.shape, blocks[0].cross.out.out_features, memory[0].k
+        if tokens == 0 or k.dtype in (torch.float16, torch.bfloat16):  # where `attend` is more exact
+            return False
+        return 2 * width * (heads * tokens - heads * size - tokens) * k.element_size() <= ABSORB_BYTES
+
+    @staticmethod
+    def _absorb(block: FastBlock, k: Tensor, v: Tensor) -> tuple:
+        """The norm, h -> scores (1, H * N), and weights (1, H * N) -> what they read, added in place."""
+        module, (heads, _, size), width = block.cross, k.shape, block.cross.out.out_features
+        k, weight, bias = k * module.scale, module.q.weight, module.q.bias
+        offset = None if bias is None else torch.bmm(k, bias.view(heads, size, 1)).flatten()
+        keys = torch.bmm(k, weight.view(heads, size, width)).flatten(0, 1)  # (H * N, D)
+        values = torch.bmm(v, module.out.weight.view(width, heads, size).permute(1, 2, 0)).flatten(0, 1)  # (H * N, D)
+        if module.out.bias is not None:  # the weights of a head sum to 1, and bring their part of it
+            values = values + module.out.bias / heads
+        return norm(block.cross_norm), product(keys, offset), adding(values.t(), None)
+
+    def add(self, layer: int, x: Tensor) -> None:
+        before, scores, out = self.blocks[layer]
+        out(x, torch.softmax(scores(before(x)).view(self.heads, self.tokens), -1).view(1, -1))
+
+    def keep(self, rows: Tensor) -> None:
+        """There is one row: it is kept."""
+
+
+class Projected:
+    """Norm, queries, what they read, output projection: cross-attention as its module does it.
+
+    Several parts (patches and question tokens, say) are joined to one list of keys where that copies little; where many
+    rows share an entry they stay apart and one softmax is taken over their union.
+    """
+
+    def __init__(self, blocks: list[FastBlock], memory: Layers) -> None:
+        self.scales = [block.cross.scale for block in blocks]
+        self.blocks = [
+            (norm(b.cross_norm), linear(b.cross.q), adding(b.cross.out.weight, b.cross.out.bias)) for b in blocks
+        ]
+        self._lay_out(memory)
+
+    def _lay_out(self, memory: Layers) -> None:
+        if len(memory[0]) > 1 or memory[0][0].readers.slot is not None:
+            memory = _joined(memory)
+        whole = len(memory[0]) == 1 and memory[0][0].readers.slot is None
+        self.keys = _Keys([part for (part,) in memory], self.scales) if whole else None
+        # Where each row has its own entry the rows are dropped from what was laid out.
+        self.memory = None if whole and self.keys.repeat == 1 else memory
+
+    def add(self, layer: int, x: Tensor) -> None:
+        before, q, out = self.blocks[layer]
+        queries = q(before(x))
+        out(x, self._apart(layer, queries) if self.keys is None else self.keys.read(layer, queries))
+
+    def _apart(self, layer: int, q: Tensor) -> Tensor:
+        """Queries (R, H * d) -> what they read (R, H * d), each part with readers of its own."""
+        parts = self.memory[layer]
+        heads, size = parts[0].k.shape[1], parts[0].k.shape[3]
+        queries = q.view(len(q), heads, size).unsqueeze(2)
+        return attention_over_parts(queries, parts, scale=self.scales[layer]).flatten(1)  # of (R, H, 1, d)
+
+    def keep(self, rows: Tensor) -> None:
+        if self.memory is None:
+            self.keys.keep(rows)
+        else:
+            self._lay_out(select(self.memory, rows))
+
+
+def _joined(layers: Layers) -> Layers:
+    """The parts of each layer as one, at the finest sharing that serves all of them; as they are if that costs much."""
+    first = layers[0]
+    rows = first[0].readers.rows
+    shared = all(part.readers.slot is None for part in first)
+    repeat = math.gcd(*(part.readers.repeat for part in first)) if shared else 1
+    extra = sum((rows // repeat - len(part.k)) * part.k[0].nbytes * 2 for part in first)
+    if extra > JOIN_BYTES:
+        return layers
+    chosen = torch.arange(0, rows, repeat, device=first[0].k.device)
+    own = [part.readers.index(chosen.device)[chosen] for part in first]  # (E,) of each part: the entry behind entry e
+    whole = Readers(len(chosen), repeat)
+    return [
+        [concatenate([part.take(index) for part, index in zip(parts, own, strict=True)])._replace(readers=whole)]
+        for parts in layers
+    ]
+
+
+class _Keys:
+    """One list of keys an entry for all layers: the rows that read an entry are queries of it, F side by side."""
+
+    def __init__(self, parts: list[KeyValue], scales: list[float]) -> None:
+        """`parts` by layer, without slots; `scales` multiply the scores."""
+        first = parts[0]
+        (entries, self.heads, tokens, self.size), self.repeat = first.k.shape, first.readers.repeat
+        self.kept = first.k.new_empty(2, len(parts), entries, self.heads, tokens, self.size)
+        for part, scale, keys, values in zip(parts, scales, *self.kept, strict=True):
+            torch.mul(part.k, scale, out=keys)
+            values.copy_(part.v)
+        self.bias = None  # (E, H, 1, N)
+        if first.mask is not None and not bool(first.mask.all()):
+            may = first.mask.bool()
+            empty = ~may.any(1)  # (E,) entries with nothing to read: their readers get zeros
+            bias = torch.zeros_like(may, dtype=first.k.dtype).masked_fill_(~may & ~empty[:, None], -math.inf)
+            self.bias = bias[:, None, None].repeat(1, self.heads, 1, 1)
+            self.kept[1].masked_fill_(empty[:, None, None, None], 0.0)
+        self._lay_out()
+
+    def _lay_out(self) -> None:
+        keys, values = self.kept.flatten(2, 3)  # (L, E * H, N, d)
+        self.layers = list(zip(keys.transpose(2, 3).unbind(0), values.unbind(0), strict=True))
+        self.spread = None if self.bias is None else self.bias.flatten(0, 1)  # (E * H, 1, N)
+
+    def keep(self, entries: Tensor) -> None:
+        """These entries (E',) only, in this order."""
+        self.kept = self.kept.index_select(2, entries)
+        self.bias = None if self.bias is None else self.bias.index_select(0, entries)
+        self._lay_out()
+
+    def read(self, layer: int, q: Tensor) -> Tensor:
+        """Queries (R, H * d) -> what they read (R, H * d)."""
+        keys, values = self.layers[layer]
+        if self.repeat == 1:
+            return attend(q.view(-1, 1, self.size), keys, values, self.spread).view(q.shape)
+        queries = q.view(-1, self.repeat, self.heads, self.size).transpose(1, 2).reshape(-1, self.repeat, self.size)
+        z = attend(queries, keys, values, self.spread)
+        return z.view(-1, self.heads, self.repeat, self.size).transpose(1, 2).reshape(q.shape)

@@ -1,0 +1,245 @@
+"""Self-attention of a decoding step: the keys and values so far, and the new token that joins them.
+
+`OneRow` is for one row, where a step costs what its calls cost; `Rows` for any number, with beams or without;
+`FixedRows` for a CUDA graph, which wants the same operations on the same memory at every step. All have room for
+the whole answer from the start. Each step is `advance()`, which says where the new tokens stand, then `add(layer, x)`.
+
+Shapes: G groups (prompts), K members (beams) a group, R = G*K rows, P prompt tokens, C places in the cache, L layers,
+H heads, d head size, D width.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from vqa_scratch.generate.fast.products import adding, attend, linear, linear_into, norm
+from vqa_scratch.nn.cache import DecoderCache
+from vqa_scratch.nn.decoding import FastParts
+
+
+class OneRow:
+    """Self-attention of one prompt with one member: nothing is copied or laid out anew.
+
+    A line of the cache holds q, k and v of one token, in the order in which the fused projection gives them, so the
+    projection writes straight into its line. Padding is left out when the prompt's keys are laid down.
+    """
+
+    members = 1
+
+    def __init__(self, parts: FastParts, cache: DecoderCache, mask: Tensor | None, steps: int) -> None:
+        """`cache` (of one row) and `mask` are those of `prefill`; C = P + steps places, P without padding."""
+        kept = [own.contents for own in cache]
+        if mask is not None:
+            kept = [(k[:, :, mask[0]], v[:, :, mask[0]]) for k, v in kept]
+        k, _ = kept[0]
+        _, heads, self.length, size = k.shape
+        lines = k.new_empty(len(cache), self.length + steps, 3, heads, size)
+        for line, (k, v) in zip(lines, kept, strict=True):
+            line[: self.length, 1], line[: self.length, 2] = k[0].transpose(0, 1), v[0].transpose(0, 1)
+        self.lines = lines.flatten(2)  # (L, C, 3 * H * d)
+        self.queries = lines[:, :, 0].unsqueeze(3)  # (L, C, H, 1, d)
+        self.keys, self.values = lines[:, :, 1].permute(0, 2, 3, 1), lines[:, :, 2].transpose(1, 2)
+        self.positions = torch.arange(self.length + steps, device=k.device).unsqueeze(1)
+        self.distances = None  # (H, 1, C), T5: the bias of the last of all tokens; an earlier one's is its end
+        if parts.bias is not None:
+            self.distances = parts.bias(self.length + steps)[0].to(k.dtype)
+        self.width = heads * size
+        self.blocks = [
+            (norm(b.norm), linear_into(b.attn.qkv), b.attn.scale, adding(b.attn.out.weight, b.attn.out.bias))
+            for b in parts.blocks
+        ]
+
+    def advance(self) -> Tensor:
+        """The position (1,) of the next token, which now has its line."""
+        at, until = self.length, self.length + 1
+        self.length = until
+        self.bias = None if self.distances is None else self.distances[..., -until:]
+        views = (self.lines[:, at:until], self.queries[:, at], self.keys[..., :until], self.values[:, :, :until])
+        self.now = list(zip(*(view.unbind(0) for view in views), strict=True))  # by layer
+        return self.positions[at]
+
+    def add(self, layer: int, x: Tensor) -> None:
+        """x (1, D) += what the token reads of itself and those before it."""
+        before, qkv_into, scale, out = self.blocks[layer]
+        line, q, keys, values = self.now[layer]
+        qkv_into(line, before(x))
+        out(x, attend(q, keys, values, self.bias, scale).reshape(1, self.width))  # of (H, 1, d)
+
+    def reorder(self, parents: Tensor) -> None:
+        """One row goes on from itself."""
+
+    def keep(self, groups: Tensor) -> None:
+        """One row is kept, or decoding is over."""
+
+
+class Rows:
+    """Self-attention of any number of rows.
+
+    All members of a group share the keys of its prompt without a copy. Each writes its keys beside the others', and of
+    these sees only its own ancestors'. So a change of beams moves a mask, not a cache.
+    """
+
+    def __init__(
+        self, parts: FastParts, cache: DecoderCache, mask: Tensor | None, steps: int, members: int, places: int
+    ) -> None:
+        """`cache` (of G rows) and `mask` are those of `prefill`.
+
+        Behind the prompt there is room for `places` keys of all members of a group, none of them more than `steps`
+        tokens away from it: members * steps of them if each member makes `steps` steps.
+        """
+        k, _ = cache[0].contents
+        self.members, self.used = members, 0
+        self.groups, self.heads, self.prompt, self.size = k.shape
+        self.places = self.prompt + places
+        self.cached = k.new_empty(len(cache), 2, self.groups, self.heads, self.places, self.size)
+        # Keys are kept scaled: one product less a step. (L, 2, 1, 1, 1, 1)
+        scales = [[block.attn.scale, 1.0] for block in parts.blocks]
+        exact = torch.promote_types(k.dtype, torch.float32)
+        self.factors = torch.tensor(scales, dtype=exact, device=k.device)[..., None, None, None, None]
+        for own, factors, kept in zip(cache, self.factors, self.cached, strict=True):
+            kept[:, :, :, : self.prompt] = torch.stack(own.contents) * factors
+        length = torch.full((self.groups,), self.prompt, device=k.device) if mask is None else mask.sum(1)
+        self.positions = length.repeat_interleave(members) - 1  # (R,) of the last tokens
+        self.seen = None  # (G, K, C), -inf where a member may not look
+        if mask is not None or members > 1:
+            self.seen = k.new_full((self.groups, members, self.places), -math.inf if members > 1 else 0.0)
+            self.seen[:, :, : self.prompt] = 0.0
+            if mask is not None:
+                self.seen[:, :, : self.prompt].masked_fill_(~mask[:, None], -math.inf)
+        self.distances = None  # (H, P + steps), T5: the bias of the last of all tokens; an earlier one's is its end
+        if parts.bias is not None:
+            self.distances = parts.bias(self.prompt + steps)[0, :, 0].to(k.dtype)
+            self.times = torch.arange(self.places, device=k.device)  # (C,) of the token in each place
+            self.times[self.prompt :] = self.prompt + torch.arange(places, device=k.device) // members
+        self.blocks = [
+            (norm(b.norm), linear(b.attn.qkv), adding(b.attn.out.weight, b.attn.out.bias)) for b in parts.blocks
+        ]
+        self._lay_out()
+
+    def _lay_out(self) -> None:
+        """After a change of groups: views of the cache, and shapes."""
+        groups, members, heads, size = self.groups, self.members, self.heads, self.size
+        self.fused, self.flat = (groups, members, 3, heads, size), (groups * heads, members, size)
+        self.apart, self.joined = (groups, heads, members, size), (groups * members, heads * size)
+        both = self.cached.flatten(2, 3)  # (L, 2, G * H, C, d)
+        self.keys, self.values = both[:, 0].transpose(2, 3), both[:, 1]
+        self.spread = None  # (G * H, K, C): `seen` where it does not change from step to step
+        if self.seen is not None and members == 1:
+            self.spread = self.seen.repeat_interleave(heads, 0)
+
+    def _look(self, start: int, until: int, bias: Tensor | None) -> None:
+        """The coming step reads the places before `until`, and writes to those from `start` on."""
+        self.bias = bias
+        views = (self.keys[..., :until], self.values[:, :, :until], self.cached[:, :, :, :, start:until], self.factors)
+        self.now = list(zip(*(view.unbind(0) for view in views), strict=True))  # by layer
+
+    def _bias(self, until: int, times: Tensor | None = None) -> Tensor | None:
+        """What is added to the scores of the places before `until`, broadcastable to (G * H, K, until).
+
+        `times` (K,) are those of the members' tokens behind the prompt; None: of all the same, the next one.
+        """
+        if self.distances is None:
+            if self.seen is None:
+                return None
+            if self.spread is not None:
+                return self.spread[:, :, :until]
+            return self.seen[:, :, :until].repeat_interleave(self.heads, 0)
+        now = self.times.new_tensor([self.used]) if times is None else times
+        first = self.distances.shape[1] - 1 - self.prompt - now  # (K or 1,) the bias of place 0
+        # (H, K or 1, until); what lies after a member is out of its sight, whatever its bias
+        bias = self.distances[:, (self.times[:until] + first[:, None]).clamp(max=self.distances.shape[1] - 1)]
+        if self.seen is not None:
+            return (bias + self.seen[:, None, :, :until]).flatten(0, 1)
+        return bias if self.groups == 1 else bias.repeat(self.groups, 1, 1)
+
+    def advance(self) -> Tensor:
+        """The positions (R,) of the next token of each row, which now have their places."""
+        start = self.prompt + self.members * self.used
+        until = start + self.members
+        if self.members > 1:  # a member sees its own token
+            self.seen[:, :, start:until].diagonal(dim1=1, dim2=2).zero_()
+        self._look(start, until, self._bias(until))
+        self.used += 1
+        self.positions += 1
+        return self.positions
+
+    def branch(self, depths: Tensor, above: Tensor) -> Tensor:
+        """In place of all steps: each member is a node of one tree. Returns positions (R,).
+
+        depths (K,) from 0; above (K, K) bool, True where the second node is the first or one above it.
+        """
+        until = self.prompt + self.members
+        if self.members > 1:
+            self.seen[:, :, self.prompt :].masked_fill_(above, 0.0)
+        if self.distances is not None:
+            self.times[self.prompt :] = self.prompt + depths
+        self._look(self.prompt, until, self._bias(until, depths))
+        return self.positions + 1 + depths.repeat(self.groups)
+
+    def add(self, layer: int, x: Tensor) -> None:
+        """x (R, D) += what each token reads of itself and those before it."""
+        before, qkv, out = self.blocks[layer]
+        keys, values, place, factors = self.now[layer]
+        q, keys_and_values = qkv(before(x)).view(self.fused).permute(2, 0, 3, 1, 4).split((1, 2))  # (3, G, H, K, d)
+        self._write(place, keys_and_values, factors)
+        z = attend(q.reshape(self.flat), keys, values, self.bias)
+        if self.members > 1:
+            z = z.view(self.apart).transpose(1, 2)
+        out(x, z.reshape(self.joined))
+
+    def _write(self, place: Tensor, keys_and_values: Tensor, factors: Tensor) -> None:
+        """Put those of this step (2, G, H, K, d) in their places."""
+        torch.mul(keys_and_values, factors, out=place)
+
+    def reorder(self, parents: Tensor) -> None:
+        """Row r goes on from what row `parents[r]` was; the members of a group all stand at the same position."""
+        self.seen = self.seen.flatten(0, 1).index_select(0, parents).view(self.seen.shape)
+
+    def _filled(self) -> int:
+        """How many places of the cache hold something that a later step reads."""
+        return self.prompt + self.members * self.used
+
+    def keep(self, groups: Tensor) -> None:
+        """Keep these groups (G',) only, in this order."""
+        layers, both, _, *rest = self.cached.shape
+        kept, until = self.cached.new_empty(layers, both, len(groups), *rest), self._filled()
+        kept[:, :, :, :, :until] = self.cached[:, :, :, :, :until].index_select(2, groups)
+        self.cached = kept
+        self.positions = self.positions.view(self.groups, self.members)[groups].flatten()
+        self.groups = len(groups)
+        if self.seen is not None:
+            self.seen = self.seen.index_select(0, groups)
+        self._lay_out()
+
+
+class FixedRows(Rows):
+    """`Rows` whose steps depend on no number that the host knows.
+
+    All places are read, those to come masked out, and the place of the next token is in a tensor. For one member a
+    group and decoders without a relative bias.
+    """
+
+    def __init__(self, parts: FastParts, cache: DecoderCache, mask: Tensor | None, steps: int, members: int) -> None:
+        if members != 1 or parts.bias is not None:
+            raise ValueError("steps of fixed shape serve neither beams nor a relative bias")
+        everything = torch.ones(len(cache[0].contents[0]), cache.length, dtype=torch.bool, device=cache.device)
+        super().__init__(parts, cache, everything if mask is None else mask, steps, 1, steps)
+        self.cached[:, :, :, :, self.prompt :] = 0.0  # read with weight 0 before it is written: it must be a number
+        self.seen[:, :, self.prompt :] = -math.inf
+        self.place = torch.tensor([self.prompt - 1], device=cache.device)  # (1,) of the last token
+        self._lay_out()
+
+    def _filled(self) -> int:
+        return self.places
+
+    def advance(self) -> Tensor:
+        self.place += 1
+        self.positions += 1
+        for mask in (self.seen, self.spread):
+            mask.index_fill_(2, self.place, 0.0)
+        self._look(0, self.places, self.spread)
+        return self.positions
+
+    def _write(self, place: Tensor, keys_and_values: Tensor, factors: Tensor) -> None:
+        place.index_copy_(3, self.place, (keys_and_values * factors).to(place.dtype))

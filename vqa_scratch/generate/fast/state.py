@@ -1,0 +1,120 @@
+"""The fast state: one token a row through a decoder's parts, and the same replayed as a CUDA graph.
+
+Shapes: G groups (prompts), K members (beams) a group, R = G*K rows, D width, E width of the head, V vocabulary.
+"""
+
+import torch
+from torch import Tensor
+
+from vqa_scratch.generate.fast.cross_attention import CrossAttention, cross_attention, select
+from vqa_scratch.generate.fast.products import feed_forward, norm, product
+from vqa_scratch.generate.fast.self_attention import FixedRows, OneRow, Rows
+from vqa_scratch.generate.state import member_rows
+from vqa_scratch.nn.cache import DecoderCache
+from vqa_scratch.nn.decoding import FastParts
+
+
+def read_memory(parts: FastParts, cache: DecoderCache, members: int) -> CrossAttention | None:
+    """Cross-attention of `members` rows a group to the memory that `cache` holds; None if it holds none."""
+    if cache[0].cross is None:
+        return None
+    memory = [own.cross for own in cache]
+    if members > 1:
+        rows = torch.arange(memory[0][0].readers.rows, device=memory[0][0].k.device).repeat_interleave(members)
+        memory = select(memory, rows)
+    return cross_attention(parts.blocks, memory)
+
+
+class FastState:
+    """A `State` over a decoder's parts: each sublayer adds to x what it has to say."""
+
+    def __init__(self, parts: FastParts, own: OneRow | Rows, memory: CrossAttention | None) -> None:
+        """`own` are the tokens so far; `memory` is what is read besides."""
+        self.parts, self.own, self.memory = parts, own, memory
+        self.mlps = [feed_forward(block) for block in parts.blocks]
+        self.norm, self.head = norm(parts.norm), product(parts.head, None)
+
+    @classmethod
+    def after(
+        cls, parts: FastParts, cache: DecoderCache, mask: Tensor | None, steps: int, members: int = 1
+    ) -> "FastState":
+        """The state behind the prompts that `cache` and `mask` hold, as `prefill` gives them."""
+        one = members == len(cache[0].contents[0]) == 1
+        own = OneRow(parts, cache, mask, steps) if one else Rows(parts, cache, mask, steps, members, members * steps)
+        return cls(parts, own, read_memory(parts, cache, members))
+
+    def _pass(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """One token a row (R,) through all blocks, (R, E)."""
+        x = self.parts.embed(tokens, positions)  # (R, D)
+        for layer, add_mlp in enumerate(self.mlps):
+            self.own.add(layer, x)
+            if self.memory is not None:
+                self.memory.add(layer, x)
+            add_mlp(x)
+        return self.norm(x)
+
+    def step(self, tokens: Tensor) -> Tensor:
+        """The next token of each row (R,) -> scores of the one after it (R, V)."""
+        return self.head(self._pass(tokens, self.own.advance()))
+
+    def reorder(self, parents: Tensor) -> None:
+        """Row r goes on from what row `parents[r]` was, a member of the same group."""
+        self.own.reorder(parents)
+
+    def keep(self, groups: Tensor) -> None:
+        """Keep these groups (G',) only, in this order."""
+        self.own.keep(groups)
+        if self.memory is not None:
+            self.memory.keep(member_rows(groups, self.own.members))
+
+
+def tree_states(
+    parts: FastParts, cache: DecoderCache, mask: Tensor | None, tokens: Tensor, depths: Tensor, above: Tensor
+) -> Tensor:
+    """All nodes of one tree behind each prompt in one pass: tokens (K,) -> states under the head (G, K, E).
+
+    depths (K,) from 0; above (K, K) bool, True where the second node is the first or one above it. `cache` and `mask`
+    are those of `prefill`, and stay as they are.
+    """
+    nodes = len(tokens)
+    own = Rows(parts, cache, mask, int(depths.max()) + 1, nodes, nodes)
+    state = FastState(parts, own, read_memory(parts, cache, nodes))
+    states = state._pass(tokens.repeat(own.groups), own.branch(depths, above))
+    return states.unflatten(0, (own.groups, nodes))
+
+
+class GraphState(FastState):
+    """Steps of fixed shape, replayed: the host launches one graph a token instead of some thirty kernels a layer.
+
+    The first step after a change of rows runs as it is, the second is captured. Tested on the CPU for what a graph asks
+    for; not run on a GPU yet.
+    """
+
+    def __init__(self, parts: FastParts, cache: DecoderCache, mask: Tensor | None, steps: int, members: int) -> None:
+        if cache.device.type != "cuda":
+            raise ValueError("a CUDA graph needs a decoder on a GPU")
+        if torch.is_autocast_enabled("cuda"):
+            raise ValueError("a CUDA graph keeps no weights that autocast casts: give the decoder the type itself")
+        own = FixedRows(parts, cache, mask, steps, members)
+        super().__init__(parts, own, read_memory(parts, cache, members))
+        self._forget()
+
+    def _forget(self) -> None:
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.warm = False
+
+    def step(self, tokens: Tensor) -> Tensor:
+        if not self.warm:  # libraries set themselves up in the first call, which a capture does not allow
+            self.warm = True
+            return super().step(tokens)
+        if self.graph is None:
+            self.tokens, self.graph = tokens.clone(), torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):  # records, and does not run
+                self.scores = super().step(self.tokens)
+        self.tokens.copy_(tokens)
+        self.graph.replay()
+        return self.scores
+
+    def keep(self, groups: Tensor) -> None:
+        super().keep(groups)
+        self._forget()

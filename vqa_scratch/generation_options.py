@@ -1,0 +1,83 @@
+"""What to ask of a decoder: one dataclass, checked as a whole, so that an option without effect is an error.
+
+It lies outside of `generate/`, whose modules import torch: `ask --help` shows these options without it.
+"""
+
+from dataclasses import MISSING, dataclass
+
+from vqa_scratch.errors import UserError
+from vqa_scratch.options import check, option
+
+DECODING, SAMPLING, BEAMS = "Decoding", "Sampling", "Beams"
+
+
+def _refuse(wrong: bool, line: str) -> None:
+    if wrong:
+        raise UserError(line)
+
+
+@dataclass(frozen=True)
+class GenerationOptions:
+    """Greedy decoding unless `do_sample` or `num_beams` say otherwise.
+
+    None means "not asked for". `eos_id` is the end token; with None nothing ends a row but the limit. Raises UserError,
+    one line, on values out of range and on options that contradict each other. Names and meanings are those of
+    `transformers.GenerationConfig`.
+    """
+
+    max_new_tokens: int = option(MISSING, "Tokens at most; without it, as many as in training.", DECODING, minimum=1)
+    eos_id: int | None = None  # no flag: the model knows it
+    min_new_tokens: int = option(0, "The end token is barred before this many tokens.", DECODING, minimum=0)
+    do_sample: bool = option(False, "Draw tokens at random instead of the likeliest.", SAMPLING)
+    temperature: float | None = option(
+        None, "Divides the scores: below 1 the likely becomes likelier.", SAMPLING, above=0
+    )
+    top_k: int | None = option(None, "Draw from this many of the likeliest tokens.", SAMPLING, minimum=1)
+    top_p: float | None = option(
+        None, "Draw from the fewest tokens that have this much probability together.", SAMPLING, above=0, maximum=1
+    )
+    seed: int | None = option(None, "Seed of the sampling.", SAMPLING)
+    num_beams: int = option(1, "Follow this many beginnings at once and take the best answer.", BEAMS, minimum=1)
+    # score of a beam: sum of log-probabilities / length**penalty
+    length_penalty: float | None = option(
+        None, "Above 1 favours long answers, below 1 short ones; 1 without it.", BEAMS
+    )
+    # True: stop at num_beams finished; "never" (no flag): go on while any may still win
+    early_stopping: bool | str | None = option(None, "Stop as soon as there are as many answers as beams.", BEAMS)
+    no_repeat_ngram_size: int = option(
+        0, "Bar the repetition of n-grams of this length, prompt included; 0 allows it.", DECODING, minimum=0
+    )
+    # Keskar et al. 2019 (1909.05858), section 4.1
+    repetition_penalty: float = option(
+        1.0, "Above 1 makes the tokens of prompt and answer less likely to come again.", DECODING, above=0
+    )
+
+    def __post_init__(self) -> None:
+        check(self, shown=str)
+        _refuse(
+            self.min_new_tokens > self.max_new_tokens,
+            f"min_new_tokens {self.min_new_tokens} is above max_new_tokens {self.max_new_tokens}",
+        )
+        _refuse(self.min_new_tokens > 0 and self.eos_id is None, "min_new_tokens bars the end token; give eos_id")
+        _refuse(self.do_sample and self.num_beams > 1, "beams and sampling exclude each other; choose one")
+        for name in ("temperature", "top_k", "top_p", "seed"):
+            given = getattr(self, name) is not None
+            _refuse(given and not self.do_sample, f"{name} has an effect on sampling only; sample, or leave it out")
+        for name in ("length_penalty", "early_stopping"):
+            given = getattr(self, name) is not None
+            _refuse(given and self.num_beams == 1, f"{name} has an effect on beams only; give num_beams above 1")
+        _refuse(
+            self.early_stopping not in (None, True, False, "never"),
+            f"early_stopping must be true, false or 'never', not {self.early_stopping!r}",
+        )
+
+    def check_vocabulary(self, size: int) -> None:
+        """Raises UserError where what is chosen from, or the end token, does not fit a vocabulary of `size` tokens.
+
+        (Beams are checked before their cache is made, in `start.begin`.)
+        """
+        _refuse((self.top_k or 0) > size, f"top_k {self.top_k}, but the vocabulary has {size} tokens")
+        _refuse(
+            self.eos_id is not None and self.eos_id >= size,
+            f"the end token is {self.eos_id}, but the vocabulary has {size} tokens",
+        )

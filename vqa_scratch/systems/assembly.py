@@ -1,0 +1,69 @@
+"""A model of encoder, connector and decoder from what a run's config.json says of it, and back."""
+
+import math
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vqa_scratch.connectors import connect, connector_sizes
+from vqa_scratch.models.bert import Bert, BertConfig
+from vqa_scratch.models.gpt2 import GPT2, GPT2Config
+from vqa_scratch.models.resnet import NORMS, ResNet, ResNetConfig
+from vqa_scratch.models.vit import ConvStem, ViT, ViTConfig
+from vqa_scratch.models.vqa import VQAModel
+from vqa_scratch.systems.older import todays_sizes
+
+
+def vit(config: ViTConfig, stem: str) -> ViT:
+    """Random weights; `stem` says how pixels become tokens: by convolutions ("conv") or one linear map ("linear")."""
+    return ViT(config, ConvStem(config.channels, config.dim, config.patch_size) if stem == "conv" else None)
+
+
+def image_encoder(sizes: dict[str, Any]) -> nn.Module:
+    """An image encoder of random weights; the inverse of `image_sizes`."""
+    if sizes["model_type"] == "resnet":
+        fields = {name: value for name, value in sizes.items() if name not in ("model_type", "norm")}
+        fields = {name: tuple(v) if isinstance(v, list) else v for name, v in fields.items()}
+        return ResNet(ResNetConfig(**fields), NORMS[sizes["norm"]])
+    return vit(ViTConfig.from_hf(sizes), sizes.get("stem", "linear"))
+
+
+def image_sizes(image: nn.Module) -> dict[str, Any]:
+    """What config.json says of an image encoder."""
+    if isinstance(image, ResNet):
+        (norm,) = (name for name, make in NORMS.items() if type(make(16)) is type(image.norm1))
+        return {"model_type": "resnet", **asdict(image.config), "norm": norm}
+    return image.config.to_hf() | {"stem": "conv" if isinstance(image.patch_embed, ConvStem) else "linear"}
+
+
+def assemble(sizes: dict[str, Any]) -> VQAModel:
+    """A model of random weights; the inverse of `sizes_of`. Takes what older versions wrote, too."""
+    sizes = todays_sizes(sizes)
+    image, decoder = image_encoder(sizes["image"]), GPT2(GPT2Config.from_hf(sizes["decoder"]))
+    text = None if sizes["text"] is None else Bert(BertConfig.from_hf(sizes["text"]))
+    return VQAModel(image, text, connect(sizes["connector"], image, text, decoder), decoder)
+
+
+def sizes_of(model: VQAModel) -> dict[str, Any]:
+    """The "model" of a run's config.json."""
+    return {
+        "image": image_sizes(model.image),
+        "text": None if model.text is None else model.text.config.to_hf(),
+        "connector": connector_sizes(model.connector),
+        "decoder": model.decoder.config.to_hf(),
+    }
+
+
+def grid_positions(grid: tuple[int, int], dim: int) -> Tensor:
+    """(rows * columns, D) sines and cosines of column and row, a quarter of the channels each.
+
+    A position table that starts this way knows left from right before training (as in MAE, He et al. 2022, which keeps
+    it fixed; ours goes on learning). Wavelengths run from 2 patches to 4 grids: with the usual 10,000 most channels
+    would be constant over so small a grid, and the longest one here falls steadily from one side to the other.
+    """
+    wavelengths = torch.logspace(1.0, math.log2(4 * max(grid)), dim // 4, base=2.0)
+    rows, columns = torch.meshgrid(*(torch.arange(side) for side in grid), indexing="ij")
+    angles = [axis.flatten()[:, None] * (2 * math.pi / wavelengths) for axis in (columns, rows)]  # (N, D/4)
+    return torch.cat([wave for a in angles for wave in (a.sin(), a.cos())], 1)

@@ -1,0 +1,54 @@
+"""Runs that were made before there were connectors: their weights, sizes and checkpoints, in today's terms.
+
+What is a connector now were parts of the model itself: projections, a modality embedding and a table of places.
+"""
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from vqa_scratch.training.optimizers import split_parameters
+
+MOVED = ("image_projection.", "text_projection.", "modality", "places")
+
+
+def todays_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Weights under the names of today; those of today's runs as they are."""
+    return {f"connector.{name}" if name.startswith(MOVED) else name: tensor for name, tensor in state.items()}
+
+
+def todays_sizes(sizes: dict[str, Any]) -> dict[str, Any]:
+    """The "model" of config.json; runs used to say `fusion` and `stem`, captioners `norm` and `grid`."""
+    if "connector" in sizes:
+        return sizes
+    image = dict(sizes["image"])
+    if "fusion" not in sizes:
+        image |= {"model_type": "resnet", "norm": sizes["norm"]}
+        connector = {"kind": "tokens", "grid": [sizes["grid"]] * 2}
+        return {"image": image, "text": None, "connector": connector, "decoder": sizes["decoder"]}
+    side, connector = image["image_size"] // image["patch_size"], {"kind": sizes["fusion"]}
+    if sizes["fusion"] == "tokens":
+        connector["grid"] = [side, side]
+    image["stem"] = sizes["stem"]
+    return {"image": image, "text": sizes["text"], "connector": connector, "decoder": sizes["decoder"]}
+
+
+def todays_moments(states: list[dict[str, Any]], model: nn.Module, weights: dict[str, Tensor]) -> list[dict[str, Any]]:
+    """The optimizers' states of a checkpoint, whose parameters are numbered, in today's order of the parameters.
+
+    `weights` are those of the checkpoint, in the order that the model had then.
+    """
+    if not any(name.startswith(MOVED) for name in weights):
+        return states
+    then = {name: place for place, name in enumerate(todays_names(weights))}
+    names = {id(p): name for name, p in model.named_parameters()}
+    result = []
+    groups = [[names[id(p)] for p in group] for group in split_parameters(model)]
+    hidden, wide, rest = groups
+    of_optimizers = [[hidden], [wide, rest]] if len(states) == 2 else [[hidden + wide, rest]]
+    for saved, own in zip(states, of_optimizers, strict=True):
+        now = [name for group in own for name in group]
+        before = [name for group in own for name in sorted(group, key=then.__getitem__)]
+        number = {name: place for place, name in enumerate(now)}
+        result.append(saved | {"state": {number[before[i]]: moments for i, moments in saved["state"].items()}})
+    return result

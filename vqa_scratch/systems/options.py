@@ -1,0 +1,315 @@
+"""Every option of `train.py`. A field is a flag: `val_split` is `--val-split`.
+
+`RunOptions` holds what every system takes, `QuestionOptions` what those that answer questions take; a system's own
+class adds the rest. So a flag that means nothing for a system is no flag of it, and giving it is an error. Nothing here
+imports torch.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from vqa_scratch.command_line import first_rank_speaks, parse
+from vqa_scratch.errors import UserError
+from vqa_scratch.options import Options, choices_of, option
+from vqa_scratch.systems.presets import NEEDS_DATA, PRESETS
+
+RUN, DATA, MODEL, TRAINING = "Run", "Data", "Model", "Training"
+LIMITS, LOGGING, AUGMENTATION = "Batches and lengths", "Evaluation, logs and checkpoints", "Augmentation"
+CONNECTORS = ("tokens", "mean", "prefix", "qformer")
+STEMS = ("conv", "linear")
+
+
+@dataclass(frozen=True)
+class RunOptions(Options):
+    """What every system takes. A subclass repeats `preset` with its own default and its own presets as choices."""
+
+    preset: str = option("", "Which system to train, and with which defaults.", RUN)
+    out: Path = option(Path("runs/run"), "Folder of the run.", RUN, may_change=True)
+    resume: bool = option(False, "Go on from the last checkpoint of --out.", RUN, may_change=True)
+    minutes: float | None = option(
+        None, "Wall-clock budget, up to 45 seconds of it for the final figures; 10 without --steps.", RUN, above=0
+    )
+    steps: int | None = option(None, "Optimizer steps of the whole run, instead of --minutes.", RUN, minimum=1)
+    device: str = option("auto", "Where to compute.", RUN, ("auto", "cpu", "cuda", "mps"), may_change=True)
+    precision: str = option(
+        "auto",
+        "Arithmetic of matrix products; auto takes bf16 where the device is measurably faster at it, else fp32.",
+        RUN,
+        ("auto", "fp32", "bf16", "fp16"),
+    )
+    compile: bool = option(False, "Run the model through torch.compile.", RUN)
+    parallel: str = option(
+        "ddp",
+        "Under torchrun: the whole model on every rank, or a part of every tensor.",
+        RUN,
+        ("ddp", "fsdp"),
+        may_change=True,
+    )
+    seed: int = option(
+        0, "Seed of the initial weights, the order of the data and the built-in data set.", RUN, minimum=0, below=2**32
+    )
+
+    data: Path | None = option(
+        None, "Folder with the data files; without it the built-in data set is drawn.", DATA, may_change=True
+    )
+    cache: Path = option(Path("cache"), "Folder for the built-in data set and decoded images.", DATA, may_change=True)
+    train_split: str = option("train", "Split to train on.", DATA)
+    val_split: str = option(
+        "val", "Split that picks the best checkpoint; 'auto' holds out images of the train split.", DATA
+    )
+    test_split: str = option("test", "Split of the final figures; 'val' to report on the val split.", DATA)
+    test_images: int | None = option(
+        None, "At most so many images of the test split in the final figures.", DATA, minimum=1, may_change=True
+    )
+    val_fraction: float = option(
+        0.05, "Share of the images that is held out.", DATA, above=0, below=1, only={"val_split": "auto"}
+    )
+    image_cache: bool = option(True, "Keep resized images as bytes in a file mapped into memory.", DATA)
+
+    accumulate: int = option(1, "Parts in which the samples of a step go through the model.", TRAINING, minimum=1)
+    optimizer: str = option(
+        "muon", "Muon for hidden matrices with AdamW for the rest, or AdamW for all.", TRAINING, ("muon", "adamw")
+    )
+    learning_rate: float = option(2e-3, "Peak learning rate of AdamW.", TRAINING, above=0, may_change=True)
+    matrix_learning_rate: float = option(
+        0.02, "Peak learning rate of Muon.", TRAINING, above=0, only={"optimizer": "muon"}, may_change=True
+    )
+    weight_decay: float = option(0.1, "Decoupled weight decay of all matrices.", TRAINING, minimum=0)
+    warmup_steps: int = option(50, "Steps over which the learning rate rises.", TRAINING, minimum=0)
+    decay_from: float = option(
+        0.4, "Share of the run after which the learning rate falls linearly to zero.", TRAINING, minimum=0, below=1
+    )
+    max_grad_norm: float = option(
+        1.0, "Gradients are scaled down to this norm; inf: never.", TRAINING, above=0, maximum=math.inf, may_change=True
+    )
+
+    log_every: int = option(20, "Steps between two lines of metrics.jsonl.", LOGGING, minimum=1)
+    eval_every: int = option(200, "Steps between two evaluations.", LOGGING, minimum=1)
+    save_every: int = option(200, "Steps between two checkpoints.", LOGGING, minimum=1)
+    samples: int = option(48, "Samples shown in samples.html.", LOGGING, minimum=0)
+
+    def __post_init__(self) -> None:
+        if self.minutes is not None and self.steps is not None:
+            raise UserError("give --minutes or --steps, not both")
+        if self.minutes is None and self.steps is None:
+            object.__setattr__(self, "minutes", 10.0)
+        super().__post_init__()
+        if self.parallel == "fsdp" and self.compile:
+            raise UserError("--parallel fsdp does not go with --compile; leave one out")
+        if self.preset in NEEDS_DATA and self.data is None and not self.resume:
+            raise UserError(f"--preset {self.preset} needs --data, the folder with {NEEDS_DATA[self.preset]}")
+
+
+@dataclass(frozen=True)
+class QuestionOptions(RunOptions):
+    """What the systems take that answer questions about images."""
+
+    start_at: int = option(0, "First question of the file to look at.", DATA, minimum=0)
+    end_at: int | None = option(None, "Question of the file to stop before.", DATA, minimum=0)
+    max_images: int | None = option(None, "At most so many images.", DATA, minimum=1)
+    max_questions: int | None = option(None, "At most so many questions.", DATA, minimum=1)
+    min_agreement: float = option(
+        0.0, "Leave out questions on which a smaller share of the annotators agree.", DATA, minimum=0, maximum=1
+    )
+    verify_images: bool = option(
+        False, "Decode every image first, and leave out and count those that cannot be read.", DATA
+    )
+    max_question_tokens: int = option(
+        32, "Longer questions are cut to this many tokens, and counted.", LIMITS, minimum=1
+    )
+    questions_per_step: int = option(512, "Questions in one optimizer step.", LIMITS, minimum=1)
+    questions_per_image: int = option(8, "At most so many questions of an image in a batch.", LIMITS, minimum=1)
+    eval_questions: int = option(
+        2_000, "Questions of the val split scored at each evaluation while training.", LOGGING, minimum=1
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.questions_per_step % self.accumulate:
+            raise UserError(
+                f"--questions-per-step {self.questions_per_step} does not divide into --accumulate {self.accumulate}"
+            )
+
+
+SHAPES, RELEASED = {"preset": "shapes"}, {"preset": "book", "init": "pretrained"}
+
+
+@dataclass(frozen=True)
+class VQAOptions(QuestionOptions):
+    """The system of two encoders and a decoder, which writes the answer."""
+
+    preset: str = option("shapes", "Which system to train, and with which defaults.", RUN, ("shapes", "book"))
+    out: Path = option(Path("runs/vqa"), "Folder of the run.", RUN, may_change=True)
+
+    init: str = option("random", "Towers from checkpoints, or random ones.", MODEL, ("random", "pretrained"))
+    image_model: str | None = option(None, "ViT checkpoint: folder or Hub id.", MODEL, only=RELEASED)
+    text_model: str | None = option(None, "BERT, DistilBERT or RoBERTa checkpoint.", MODEL, only=RELEASED)
+    decoder_model: str | None = option(None, "GPT-2 checkpoint.", MODEL, only=RELEASED)
+    connector: str = option(
+        "tokens",
+        "How the decoder gets image and question: every token is a key of cross-attention, one mean is, projected "
+        "tokens stand in its own sequence, or what learned queries read of them does.",
+        MODEL,
+        CONNECTORS,
+        was="fusion",
+    )
+    queries: int = option(16, "Learned queries of the connector.", MODEL, minimum=1, only={"connector": "qformer"})
+    question_prompt: bool = option(False, "Give the question to the decoder as a prompt too, before the answer.", MODEL)
+    freeze: str = option(
+        "nothing",
+        "Part whose weights stay; a decoder's cross-attention always trains.",
+        MODEL,
+        ("nothing", "encoders", "text_encoder", "image_encoder", "decoder", "all"),
+    )
+    feature_cache: bool = option(
+        False,
+        "Compute what frozen encoders make of their inputs once, into --cache.",
+        MODEL,
+        only={"freeze": ("encoders", "text_encoder", "image_encoder", "all")},
+        may_change=True,
+    )
+    width: int = option(128, "Width of all three towers.", MODEL, minimum=1, only=SHAPES)
+    heads: int = option(4, "Attention heads.", MODEL, minimum=1, only=SHAPES)
+    image_layers: int = option(3, "Layers of the image tower.", MODEL, minimum=1, only=SHAPES)
+    text_layers: int = option(1, "Layers of the text tower.", MODEL, minimum=1, only=SHAPES)
+    decoder_layers: int = option(4, "Layers of the decoder.", MODEL, minimum=1, only=SHAPES)
+    patch_size: int = option(8, "Pixels a side of a patch.", MODEL, minimum=1, only=SHAPES)
+    stem: str = option(
+        "conv", "How pixels become patch tokens: by convolutions, or by one linear map.", MODEL, STEMS, only=SHAPES
+    )
+    max_answer_tokens: int = option(
+        8, "Longer answers are cut to this many tokens, end token included.", LIMITS, minimum=1
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.preset == "shapes" and self.init == "pretrained":
+            raise UserError("--init pretrained means nothing with --preset shapes: it goes with --preset book")
+        if self.feature_cache and self.parallel == "fsdp":
+            raise UserError("--parallel fsdp does not go with --feature-cache; leave one out")
+
+
+OWN_SIZES = {"model": None}
+
+
+@dataclass(frozen=True)
+class ViLTOptions(QuestionOptions):
+    """The single-stream system that chooses its answer from a list: a small one of its own, or a released ViLT."""
+
+    preset: str = option("vilt", "Which system to train, and with which defaults.", RUN, ("vilt", "vilt-b32"))
+    out: Path = option(Path("runs/vilt"), "Folder of the run.", RUN, may_change=True)
+    min_answer_count: int = option(
+        9, "An answer is in the list if it is the majority's to so many questions.", DATA, minimum=1
+    )
+
+    model: str | None = option(
+        None, "ViLT checkpoint to start from: folder or Hub id; without it, random weights.", MODEL
+    )
+    image_size: int = option(64, "Pixels a side that images are resized to.", MODEL, minimum=1, only=OWN_SIZES)
+    patch_size: int = option(16, "Pixels a side of a patch.", MODEL, minimum=1, only=OWN_SIZES)
+    width: int = option(128, "Width.", MODEL, minimum=1, only=OWN_SIZES)
+    heads: int = option(4, "Attention heads.", MODEL, minimum=1, only=OWN_SIZES)
+    layers: int = option(4, "Layers.", MODEL, minimum=1, only=OWN_SIZES)
+    stem: str = option(
+        "conv", "How pixels become patch tokens: by convolutions, or by one linear map.", MODEL, STEMS, only=OWN_SIZES
+    )
+
+
+SMALL, PRETRAINED = {"preset": "caption", "init": "random"}, {"init": "pretrained"}
+
+
+@dataclass(frozen=True)
+class CaptionOptions(RunOptions):
+    """The captioner, which answers questions too: a ResNet whose map of features a GPT-2 reads."""
+
+    preset: str = option("caption", "Which system to train, and with which defaults.", RUN, ("caption", "coco"))
+    out: Path = option(Path("runs/caption"), "Folder of the run.", RUN, may_change=True)
+    max_images: int | None = option(None, "At most so many images to train on.", DATA, minimum=1)
+
+    init: str = option("random", "Towers from checkpoints, or random ones.", MODEL, ("random", "pretrained"))
+    image_model: Path | None = option(
+        None, "File with torchvision's ResNet weights, .safetensors or .pth.", MODEL, only=PRETRAINED
+    )
+    decoder_model: str | None = option(None, "GPT-2 checkpoint: folder or Hub id.", MODEL, only=PRETRAINED)
+    freeze: str = option(
+        "nothing",
+        "Part whose weights stay; a decoder's cross-attention always trains.",
+        MODEL,
+        ("nothing", "image_encoder", "decoder", "all"),
+    )
+    width: int = option(128, "Width of the decoder.", MODEL, minimum=1, only=SMALL)
+    heads: int = option(4, "Attention heads.", MODEL, minimum=1, only=SMALL)
+    decoder_layers: int = option(4, "Layers of the decoder.", MODEL, minimum=1, only=SMALL)
+    image_width: int = option(64, "Channels of the first of the two stages.", MODEL, minimum=1, only=SMALL)
+    image_blocks: int = option(1, "Residual blocks of each stage.", MODEL, minimum=1, only=SMALL)
+    vocabulary: int = option(
+        512, "Tokens at most of the decoder's own vocabulary.", MODEL, minimum=1, only={"init": "random"}
+    )
+
+    max_caption_tokens: int = option(
+        64, "Longer captions are cut to this many tokens, end token included.", LIMITS, minimum=1
+    )
+    max_question_tokens: int = option(32, "Longer questions are cut to this many tokens.", LIMITS, minimum=1)
+    captions_per_step: int = option(256, "Captions in one optimizer step.", LIMITS, minimum=1)
+    captions_per_image: int = option(
+        5, "At most so many captions of an image in a batch; it is encoded once.", LIMITS, minimum=1
+    )
+    question_share: float = option(
+        0.0, "Share of the steps that train on the questions of the same data folder.", TRAINING, minimum=0, below=1
+    )
+    questions_per_step: int = option(512, "Questions in a step that trains on them.", LIMITS, minimum=1)
+    questions_per_image: int = option(8, "At most so many questions of an image in a batch.", LIMITS, minimum=1)
+    eval_captions: int = option(
+        250, "Images of the val split described at each evaluation while training.", LOGGING, minimum=1
+    )
+    eval_questions: int = option(
+        1_000, "Questions of the val split answered at each evaluation while training.", LOGGING, minimum=1
+    )
+
+    flip: float = option(
+        0.5,
+        "Chance that a training image is mirrored, where no text of it says left or right.",
+        AUGMENTATION,
+        minimum=0,
+        maximum=1,
+    )
+    rotate: float = option(
+        5.0,
+        "Training images are turned by up to so many degrees; above 5, places go wrong.",
+        AUGMENTATION,
+        minimum=0,
+        maximum=180,
+    )
+    brightness: float = option(
+        0.1, "Largest relative change of a training image's brightness.", AUGMENTATION, minimum=0, maximum=1
+    )
+    contrast: float = option(
+        0.1, "Largest relative change of a training image's contrast.", AUGMENTATION, minimum=0, maximum=1
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.init == "pretrained" and not (self.image_model and self.decoder_model) and not self.resume:
+            raise UserError("--init pretrained needs --image-model, a file of ResNet weights, and --decoder-model")
+
+
+CLASSES = (VQAOptions, ViLTOptions, CaptionOptions)
+BY_PRESET = {preset: options for options in CLASSES for preset in choices_of(options, "preset")}
+
+
+def read_command_line(argv: Sequence[str]) -> RunOptions:
+    """The options that the flags ask for: those of the system which --preset names, whose flags they must be.
+
+    `--help` prints them and exits. Raises UserError, one line, on a flag or value that cannot be.
+    """
+    with first_rank_speaks():
+        return parse(
+            CLASSES,
+            PRESETS,
+            argv,
+            program="train.py",
+            about="Train a model that looks at images: to answer questions about them, or to describe them.",
+            example="python train.py --preset book --data vqa2/ --out runs/book",
+        )

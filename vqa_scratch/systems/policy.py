@@ -1,0 +1,80 @@
+"""A run that writes answers, as the policy of `rlhf.py`: its training questions are the prompts, those of its test
+split are held out, and the reward is the official VQA accuracy."""
+
+import copy
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from vqa_scratch import systems
+from vqa_scratch.data.vqa_v2 import VQASample
+from vqa_scratch.errors import UserError
+from vqa_scratch.rl.options import RLHFOptions
+from vqa_scratch.rl.policy import SamplingRules, freeze
+from vqa_scratch.rl.rewards import RewardPart, RewardSum, length_penalty
+from vqa_scratch.rl.tasks import Task
+from vqa_scratch.rl.vqa_policy import VQAPolicy, official_accuracy, prompts_from
+from vqa_scratch.systems.base import System
+from vqa_scratch.systems.run_folder import WEIGHTS, save_weights
+from vqa_scratch.systems.writing import check_room
+
+
+def vqa_task(options: RLHFOptions, device: torch.device, dtype: torch.dtype) -> Task:
+    """The task of the run of `train.py` in the folder `--policy`, whichever system that is."""
+    return systems.load(Path(options.policy), device).policy(options, dtype)
+
+
+def answering_task(
+    system: System,
+    options: RLHFOptions,
+    dtype: torch.dtype,
+    train: list[VQASample],
+    test: list[VQASample],
+) -> Task:
+    """The policy with a frozen copy of itself as reference, whose linear layers are stored in `dtype`."""
+    tokenizers, decoder, device = system.tokenizers, system.model.decoder, system.precision.device
+    held_out = random.Random(options.seed).sample(test, min(options.eval_prompts, len(test)))
+    for what, samples in (("train", train), ("test", held_out)):
+        for sample in samples:
+            if not sample.answers:
+                where = f"question {sample.question_id} of the {what} split"
+                raise UserError(f"{where} has no answers: the reward is the VQA accuracy")
+    questions = {sample.question for sample in (*train, *held_out)}
+    longest = max(len(tokenizers.prompt(question)) for question in questions) + 1  # with the start token
+    check_room(decoder, longest, options.max_new_tokens)
+    policy = VQAPolicy(system.model, tokenizers, system.processor)
+    parts = [RewardPart("accuracy", 1.0, official_accuracy)]
+    if options.length_weight:
+        parts.append(RewardPart("shortness", options.length_weight, length_penalty))
+    words = tokenizers.decoder
+    barred = torch.arange(len(decoder.head), device=device) >= len(words)
+    barred[[i for i in (words.pad_id, words.bos_id) if i is not None and i != policy.eos_id]] = True
+
+    def save(folder: Path) -> None:
+        system.save(folder)
+        save_weights(folder / WEIGHTS, system.model)
+
+    return Task(
+        policy,
+        freeze(copy.deepcopy(policy), dtype),
+        RewardSum(parts),
+        prompts_from(train, tokenizers),
+        prompts_from(held_out, tokenizers),
+        SamplingRules(
+            policy.eos_id,
+            options.max_new_tokens,
+            options.min_new_tokens,
+            options.temperature,
+            barred,
+            options.no_repeat_ngram_size,
+        ),
+        lambda ids: words.decode(ids).strip(),
+        save,
+    )
+
+
+def run_options(system: System, options: RLHFOptions) -> RLHFOptions:
+    """The options of the run, with the data of `--data` if that is given."""
+    return replace(system.options, data=options.data) if options.data else system.options

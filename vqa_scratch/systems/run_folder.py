@@ -1,0 +1,97 @@
+"""A run folder of `train.py`: what lies in it, and how it is written, opened and gone on with.
+
+config.json            {"program", "train": the options, "model": the sizes of the model}
+text_tokenizer/        tokenizer.json of the text encoder;  decoder_tokenizer/  that of the decoder
+preprocessor_config.json
+model.safetensors      the best weights so far
+checkpoints/last.pt    everything needed to go on
+metrics.jsonl, curves.png, samples.html, summary.json
+"""
+
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+
+from vqa_scratch.errors import UserError
+from vqa_scratch.options import changeable, from_json, to_json
+from vqa_scratch.storage import check_writable, read_json, remove_unfinished, write_json
+from vqa_scratch.systems.options import PRESETS, RunOptions
+from vqa_scratch.training.checkpoint import load_checkpoint
+from vqa_scratch.training.ranks import ALONE, World, for_main
+from vqa_scratch.weights.files import write_safetensors
+
+PROGRAM = "train.py"
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+
+
+def write_run_config(folder: Path, options: RunOptions, sizes: dict[str, Any]) -> None:
+    """config.json: the options of the run, and `sizes`, which is what its model is built from."""
+    write_json(folder / CONFIG, {"program": PROGRAM, "train": to_json(options), "model": sizes})
+
+
+def read_run_config(folder: Path) -> dict[str, Any]:
+    """config.json of a run of either program. Raises UserError if the folder is no run."""
+    path = folder / CONFIG
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file; a run is a folder, as train.py leaves it below runs/")
+    if not folder.exists():
+        raise UserError(f"no run folder {folder}; train one with: python train.py --out {folder}")
+    if not path.is_file():
+        raise UserError(f"{folder} is not a run folder: it has no config.json")
+    values = read_json(path)
+    if not isinstance(values, dict) or "program" not in values:
+        raise UserError(f"{path} is not the config of a run: it does not say which program wrote it")
+    if values["program"] == PROGRAM and not all(isinstance(values.get(key), dict) for key in ("train", "model")):
+        raise UserError(f"{path} is not the config of a run: it lacks the options or the sizes of the model")
+    return values
+
+
+def save_weights(path: Path, model: nn.Module, world: World = ALONE) -> None:
+    """All parameters as safetensors, atomically; called by all ranks, written by the main one."""
+    tensors = for_main(model.state_dict(), world)
+    if world.main:
+        write_safetensors(path, {name: p.detach().cpu().contiguous() for name, p in tensors.items()})
+
+
+def read_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """The best weights of a run. Raises UserError if there are none yet, or if the file is cut short."""
+    path = folder / WEIGHTS
+    if not path.is_file():
+        raise UserError(f"{folder} has no model.safetensors yet: the run has not reached its first checkpoint")
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is not a whole safetensors file ({error})") from None
+
+
+def begin_or_go_on(options: RunOptions) -> tuple[RunOptions, dict[str, Any] | None]:
+    """With --resume, the options of the run and its last checkpoint (None if it was stopped before the first).
+
+    Raises UserError where a run would be overwritten, or would go on with other options than it was begun with.
+    """
+    path = options.out / "checkpoints" / "last.pt"
+    check_writable(options.out)
+    if not options.resume:
+        if path.exists():
+            raise UserError(f"{options.out} holds a run already; add --resume to go on with it, or give another --out")
+        return options, None
+    values = read_run_config(options.out)
+    if values["program"] != PROGRAM or values["train"]["preset"] != options.preset:
+        preset = values.get("train", {}).get("preset", values["program"])
+        raise UserError(f"{options.out} is a run of preset {preset}, not {options.preset}; give another --out")
+    saved = from_json(type(options), values["train"], str(options.out / CONFIG))
+    plain = {f.name: f.default for f in fields(options)} | {"minutes": 10.0}
+    given = {k: v for k, v in vars(options).items() if v != plain[k] and v != PRESETS[options.preset].get(k)}
+    may_change = changeable(type(options))
+    other = {k: v for k, v in given.items() if k not in may_change and v != getattr(saved, k)}
+    if other:
+        what = ", ".join(f"--{k.replace('_', '-')} {getattr(saved, k)}, not {v}" for k, v in other.items())
+        raise UserError(f"{options.out} was begun with {what}; a run goes on with the options it was begun with")
+    remove_unfinished(options.out)
+    changes = {k: v for k, v in given.items() if k in may_change} | {"out": options.out, "resume": False}
+    return replace(saved, **changes), load_checkpoint(path) if path.exists() else None

@@ -1,0 +1,92 @@
+"""Scoring answers officially, and the blind baselines that a system must beat."""
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from vqa_scratch.data.answers import Answer
+from vqa_scratch.data.vqa_v2 import VQASample
+from vqa_scratch.metrics import accuracy_by
+
+
+def common_answers(samples: Sequence[VQASample], limit: int | None = None) -> list[str]:
+    """The annotators' majority answers, the most frequent first, equally frequent ones in the order of the alphabet."""
+    counts = Counter(sample.answer for sample in samples)
+    return sorted(counts, key=lambda answer: (-counts[answer], answer))[:limit]
+
+
+def other_images(count: int) -> np.ndarray:
+    """A permutation of `count` images that leaves none in its place (with one image there is no other)."""
+    return np.roll(np.arange(count), count // 2 if count > 1 else 0)
+
+
+class TypePrior:
+    """Answers with the most common training answer of the question's type; of all types if the type is new."""
+
+    def __init__(self, samples: Sequence[VQASample]) -> None:
+        by_type: dict[str, Counter[str]] = defaultdict(Counter)
+        for sample in samples:
+            by_type[sample.question_type][sample.answer] += 1
+        self.best = {kind: counts.most_common(1)[0][0] for kind, counts in by_type.items()}
+        self.fallback = sum(by_type.values(), Counter()).most_common(1)[0][0]
+
+    def __call__(self, sample: VQASample) -> str:
+        return self.best.get(sample.question_type, self.fallback)
+
+
+class QuestionOnly:
+    """Answers from the question's words alone: the most common training answer of its longest known beginning.
+
+    A beginning is known if at least `support` training questions start with it. On template questions this is as good
+    as a blind model can be; on free ones it is a strong one.
+    """
+
+    def __init__(self, samples: Sequence[VQASample], support: int = 5) -> None:
+        self.support = support
+        self.beginnings: dict[tuple[str, ...], Counter[str]] = defaultdict(Counter)
+        for sample in samples:
+            words = self._words(sample.question)
+            for length in range(len(words) + 1):
+                self.beginnings[words[:length]][sample.answer] += 1
+
+    @staticmethod
+    def _words(question: str) -> tuple[str, ...]:
+        return (*question.lower().replace("?", " ").split(), "?")
+
+    def __call__(self, sample: VQASample) -> str:
+        words = self._words(sample.question)
+        for length in range(len(words), -1, -1):
+            counts = self.beginnings.get(words[:length])
+            if counts is not None and (counts.total() >= self.support or length == 0):
+                return counts.most_common(1)[0][0]
+        raise AssertionError("the empty beginning is always known")
+
+
+@dataclass(frozen=True)
+class Report:
+    """Official accuracy of one split, and the answers behind it."""
+
+    accuracy: float
+    by_family: dict[str, float]
+    counts: dict[str, int]
+    answers: dict[int, Answer]
+
+
+def score(samples: Sequence[VQASample], answers: dict[int, Answer], family: Callable[[VQASample], str]) -> Report:
+    """Official accuracy, overall and by family, over the samples that have an answer."""
+    scored = [s for s in samples if s.question_id in answers]
+    result = accuracy_by(scored, {i: a.text for i, a in answers.items()}, family)
+    groups = dict(sorted(result.groups.items()))
+    return Report(
+        result.overall.accuracy,
+        {name: group.accuracy for name, group in groups.items()},
+        {name: group.count for name, group in groups.items()},
+        answers,
+    )
+
+
+def blind(samples: Sequence[VQASample], predictor: Callable[[VQASample], str]) -> float:
+    """Official accuracy of a predictor that sees the sample's question only."""
+    return accuracy_by(samples, {s.question_id: predictor(s) for s in samples}).overall.accuracy
