@@ -109,15 +109,15 @@ def test_memories_under_autocast(order):
 @pytest.mark.parametrize("order", INDICES)
 def test_rows_fold_into_their_entry_and_back(order):
     index = torch.tensor(INDICES[order])
-    readers = Memory(torch.randn(3, 3, 8), index=index).readers
-    assert (readers is None) == (order == "too uneven to share")  # 15 places for 6 rows: more than half empty
-    if readers is None:
+    sharing = Memory(torch.randn(3, 3, 8), index=index).sharing
+    assert (sharing is None) == (order == "too uneven to share")  # 15 places for 6 rows: more than half empty
+    if sharing is None:
         return
-    assert readers.rows == 6 and torch.equal(readers.index(index.device), index)
+    assert sharing.rows == 6 and torch.equal(sharing.index(index.device), index)
     x = torch.randn(6, 2, 5, 8)
-    folded = readers.fold(x)
-    assert folded.shape == (3, 2, 5 * readers.repeat, 8)
-    assert torch.equal(readers.unfold(folded), x)
+    folded = sharing.fold(x)
+    assert folded.shape == (3, 2, 5 * sharing.repeat, 8)
+    assert torch.equal(sharing.unfold(folded), x)
     for entry in range(3):
         expected = x[index == entry].transpose(0, 1).flatten(1, 2)
         assert torch.equal(folded[entry, :, : expected.shape[1]], expected)
@@ -125,16 +125,16 @@ def test_rows_fold_into_their_entry_and_back(order):
 
 
 def test_uneven_rows_share_entries_where_it_pays():
-    readers = Memory(torch.randn(3, 2, 8), index=torch.tensor([2, 0, 0, 1, 1])).readers
-    assert readers == (3, 2, readers.slot) and readers.slot.tolist() == [4, 0, 1, 2, 3]
+    sharing = Memory(torch.randn(3, 2, 8), index=torch.tensor([2, 0, 0, 1, 1])).sharing
+    assert sharing == (3, 2, sharing.slot) and sharing.slot.tolist() == [4, 0, 1, 2, 3]
     x = torch.randn(5, 1, 4, 6)
-    assert readers.fold(x).shape == (3, 1, 8, 6) and torch.equal(readers.unfold(readers.fold(x)), x)
+    assert sharing.fold(x).shape == (3, 1, 8, 6) and torch.equal(sharing.unfold(sharing.fold(x)), x)
     assert Memory(torch.randn(2, 3, 8), repeat=3).rows == 6
 
 
 def test_index_in_order_becomes_a_repeat():
     memory = Memory(torch.randn(2, 3, 8), index=torch.tensor([0, 0, 1, 1]))
-    assert memory.index is None and memory.repeat == 2 and memory.readers.slot is None
+    assert memory.index is None and memory.repeat == 2 and memory.sharing.slot is None
     assert Memory(torch.randn(2, 3, 8), index=torch.tensor([0, 1, 0, 1])).index is not None
 
 
@@ -193,10 +193,10 @@ def test_selecting_rows_of_shared_keys():
         if trial % 10 == 0:
             now = part
         expected = now.per_row()
-        rows = torch.randint(0, now.readers.rows, (int(torch.randint(1, 16, ())),))
+        rows = torch.randint(0, now.sharing.rows, (int(torch.randint(1, 16, ())),))
         rows = rows.sort().values if trial % 2 else rows
         now = now.select(rows)
-        assert now.readers.rows == len(rows)
+        assert now.sharing.rows == len(rows)
         for got, wanted in zip(now.per_row()[:3], expected[:3], strict=True):
             assert torch.equal(got, wanted[rows])
         assert len(now.k) <= len(rows)

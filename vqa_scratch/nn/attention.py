@@ -100,23 +100,23 @@ def attention_over_parts(
     Where Triton runs, each part is read by itself and the results are merged by their log-sum-exps.
     """
     if len(parts) == 1:
-        k, v, mask, readers = parts[0]
-        return readers.unfold(attention(readers.fold(q), k, v, key_mask=mask, scale=scale, dropout=dropout))
+        k, v, mask, sharing = parts[0]
+        return sharing.unfold(attention(sharing.fold(q), k, v, key_mask=mask, scale=scale, dropout=dropout))
     if choose(q, kernel=True, dropout=dropout) == "kernel":
         return kernels.merge([_read_part(q, part, scale) for part in parts])[0]
     scores = torch.cat(
-        [p.readers.unfold(attention_scores(p.readers.fold(q), p.k, key_mask=p.mask, scale=scale)) for p in parts], -1
+        [p.sharing.unfold(attention_scores(p.sharing.fold(q), p.k, key_mask=p.mask, scale=scale)) for p in parts], -1
     )  # (B, H, T, N1 + N2 + ...)
     never_empty = any(part.mask is None for part in parts)
     pattern = F.dropout(torch.softmax(scores, -1) if never_empty else masked_softmax(scores), dropout)
     pieces = pattern.split([part.k.shape[2] for part in parts], -1)
-    reads = [part.readers.unfold(part.readers.fold(piece) @ part.v) for piece, part in zip(pieces, parts, strict=True)]
+    reads = [part.sharing.unfold(part.sharing.fold(piece) @ part.v) for piece, part in zip(pieces, parts, strict=True)]
     return sum(reads[1:], start=reads[0])
 
 
 def _read_part(q: Tensor, part: KeyValue, scale: float | None) -> tuple[Tensor, Tensor]:
     """What q (B, H, T, d) reads from one part, (B, H, T, d), and the log-sum-exp of its scores, (B, H, T)."""
-    fold, unfold = part.readers.fold, part.readers.unfold
+    fold, unfold = part.sharing.fold, part.sharing.unfold
     z, lse = kernels.flash_attention(fold(q), part.k, part.v, key_mask=part.mask, scale=scale)
     return unfold(z), unfold(lse.unsqueeze(-1)).squeeze(-1)
 

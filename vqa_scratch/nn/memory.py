@@ -1,10 +1,10 @@
 """What cross-attention reads: states that several rows may share, and the keys and values projected from them.
 
-Many questions ask about one image. The rows that read an entry become more queries of that entry, so its keys are
+Many questions ask about one image. The rows that share an entry become more queries of that entry, so its keys are
 projected once and never copied.
 
-Shapes: B rows, M memory entries, R places an entry has for rows, H heads, N memory tokens, T query tokens, D width,
-d head size.
+Shapes: B rows, M memory entries, R rows an entry at most, H heads, N memory tokens, T query tokens, D width, d head
+size.
 """
 
 from collections.abc import Sequence
@@ -15,15 +15,15 @@ import torch
 from torch import Tensor
 
 
-class Readers(NamedTuple):
-    """Which of the M entries each of the B rows reads: row b sits in place `slot[b]` of M*R, R places an entry."""
+class Sharing(NamedTuple):
+    """How B rows share M entries. Each entry has R places for rows, M*R in all; row b takes place `slot[b]`."""
 
     entries: int  # M
     repeat: int = 1  # R
     slot: Tensor | None = None  # (B,) long; None: the rows fill all places in order
 
     @classmethod
-    def from_index(cls, index: Tensor, entries: int) -> "Readers | None":
+    def from_index(cls, index: Tensor, entries: int) -> "Sharing | None":
         """Row b reads entry `index[b]`. None if more than half of the places would stay empty."""
         counts = torch.bincount(index, minlength=entries)
         repeat = int(counts.max())
@@ -63,49 +63,44 @@ class Readers(NamedTuple):
 
 
 class KeyValue(NamedTuple):
-    """Projected keys and values of one memory part, and who reads them."""
+    """Projected keys and values of one memory, and how rows share its entries."""
 
     k: Tensor  # (M, H, N, d)
     v: Tensor  # (M, H, N, d)
     mask: Tensor | None  # (M, N)
-    readers: Readers
+    sharing: Sharing
 
     def take(self, index: Tensor) -> "KeyValue":
-        """A part whose entry i is entry `index[i]` of this one, read by row i alone."""
+        """Entry i is entry `index[i]` of this one, and belongs to row i alone."""
         mask = None if self.mask is None else self.mask[index]
-        return KeyValue(self.k[index], self.v[index], mask, Readers(len(index)))
+        return KeyValue(self.k[index], self.v[index], mask, Sharing(len(index)))
 
-    def read_by(self, index: Tensor) -> "KeyValue":
-        """Row i reads entry `index[i]`; entries without a reader go, and nothing is copied if all have one."""
-        return self.keep(*reading(index, len(self.k)))
-
-    def keep(self, entries: Tensor | None, readers: Readers) -> "KeyValue":
-        """These entries (None: all) with these readers, as `reading` makes them."""
-        return (self if entries is None else self.take(entries))._replace(readers=readers)
+    def keep(self, entries: Tensor | None, sharing: Sharing) -> "KeyValue":
+        """These entries (None: all), shared like this: what `share` returns."""
+        return (self if entries is None else self.take(entries))._replace(sharing=sharing)
 
     def select(self, rows: Tensor) -> "KeyValue":
-        """Row i becomes what row `rows[i]` was."""
-        return self.read_by(self.readers.index(self.k.device)[rows])
+        """Row i becomes what row `rows[i]` was. Entries that no row reads go."""
+        return self.keep(*share(self.sharing.index(self.k.device)[rows], len(self.k)))
 
     def per_row(self) -> "KeyValue":
         """The same with each row its own entry (B, H, N, d)."""
-        own = self.readers.repeat == 1 and self.readers.slot is None
-        return self if own else self.take(self.readers.index(self.k.device))
+        own = self.sharing.repeat == 1 and self.sharing.slot is None
+        return self if own else self.take(self.sharing.index(self.k.device))
 
 
 @dataclass(frozen=True, eq=False)
 class Memory:
-    """What cross-attention reads: M entries of N states. Keys and values are projected once an entry, not a row.
+    """What cross-attention reads: M entries of N states. Keys and values are projected once an entry, not once a row.
 
-    Row b reads entry `index[b]`; without an index it reads entry b // `repeat`. An index that says the same as a repeat
-    becomes one.
+    Row b reads entry `index[b]`, or without an index entry b // `repeat`. An index in that order becomes a repeat.
     """
 
     states: Tensor  # (M, N, D)
     mask: Tensor | None = None  # (M, N), True = may attend
     index: Tensor | None = None  # (B,) long
     repeat: int = field(default=1, kw_only=True)
-    readers: Readers | None = field(init=False, repr=False)  # None: rows are too unevenly spread to share
+    sharing: Sharing | None = field(init=False, repr=False)  # None: rows are spread too unevenly to share
 
     def __post_init__(self) -> None:
         if self.mask is not None and self.mask.shape != self.states.shape[:2]:
@@ -113,13 +108,13 @@ class Memory:
         if self.index is not None and self.repeat != 1:
             raise ValueError("a memory takes an index or a repeat, not both")
         entries = len(self.states)
-        readers = Readers(entries, self.repeat) if self.index is None else Readers.from_index(self.index, entries)
-        if readers is not None and readers.slot is not None:  # an index on the CPU is worked out there, without a sync
-            readers = readers._replace(slot=readers.slot.to(self.states.device))
-        object.__setattr__(self, "readers", readers)
-        if readers is not None and readers.slot is None:
+        sharing = Sharing(entries, self.repeat) if self.index is None else Sharing.from_index(self.index, entries)
+        if sharing is not None and sharing.slot is not None:  # an index on the CPU is worked out there, without a sync
+            sharing = sharing._replace(slot=sharing.slot.to(self.states.device))
+        object.__setattr__(self, "sharing", sharing)
+        if sharing is not None and sharing.slot is None:
             object.__setattr__(self, "index", None)
-            object.__setattr__(self, "repeat", readers.repeat)
+            object.__setattr__(self, "repeat", sharing.repeat)
 
     @property
     def rows(self) -> int:
@@ -131,30 +126,30 @@ class Memory:
         return self.states.repeat_interleave(self.repeat, 0) if self.index is None else self.states[self.index]
 
     def project(self, k: Tensor, v: Tensor) -> KeyValue:
-        """Bind the keys and values (M, H, N, d) projected from the states to their readers."""
-        if self.readers is not None:
-            return KeyValue(k, v, self.mask, self.readers)
-        return KeyValue(k, v, self.mask, Readers(len(k))).take(self.index)
+        """The keys and values (M, H, N, d) projected from the states, with how rows share them."""
+        if self.sharing is not None:
+            return KeyValue(k, v, self.mask, self.sharing)
+        return KeyValue(k, v, self.mask, Sharing(len(k))).take(self.index)
 
 
-def reading(index: Tensor, entries: int) -> tuple[Tensor | None, Readers]:
-    """For rows that read entries `index` (B,) of `entries`: which to keep (None: all as they are), and the readers."""
+def share(index: Tensor, entries: int) -> tuple[Tensor | None, Sharing]:
+    """For rows that read entries `index` (B,) of `entries`: which entries to keep (None: all), and how rows share them."""
     used, index = torch.unique(index, return_inverse=True)
-    readers = Readers.from_index(index, len(used))
-    if readers is None or readers.repeat == 1:  # too uneven, or one row an entry: each row its own entry
-        return used[index], Readers(len(index))
-    return (None if len(used) == entries else used), readers
+    sharing = Sharing.from_index(index, len(used))
+    if sharing is None or sharing.repeat == 1:  # too uneven, or one row an entry: each row its own entry
+        return used[index], Sharing(len(index))
+    return (None if len(used) == entries else used), sharing
 
 
 def check_rows(parts: Sequence[KeyValue], rows: int) -> None:
-    """Raise ValueError unless every part serves that many rows."""
+    """Raise ValueError unless every part is for that many rows."""
     for part in parts:
-        if part.readers.rows != rows:
-            raise ValueError(f"{rows} rows, but the memory serves {part.readers.rows}")
+        if part.sharing.rows != rows:
+            raise ValueError(f"{rows} rows, but the memory serves {part.sharing.rows}")
 
 
 def concatenate(parts: Sequence[KeyValue]) -> KeyValue:
-    """All parts as one, an entry a row: what a trace reads."""
+    """All parts as one, with an entry for each row: what a trace shows."""
     parts = [part.per_row() for part in parts]
     if len(parts) == 1:
         return parts[0]
@@ -163,4 +158,4 @@ def concatenate(parts: Sequence[KeyValue]) -> KeyValue:
         full = [part.k.new_ones(part.k.shape[0], part.k.shape[2], dtype=torch.bool) for part in parts]
         mask = torch.cat([f if p.mask is None else p.mask.bool() for p, f in zip(parts, full, strict=True)], -1)
     k, v = torch.cat([part.k for part in parts], 2), torch.cat([part.v for part in parts], 2)
-    return KeyValue(k, v, mask, parts[0].readers)
+    return KeyValue(k, v, mask, parts[0].sharing)

@@ -15,14 +15,14 @@ from torch import Tensor
 from vqa_scratch.generate.fast.products import adding, attend, linear, norm, product
 from vqa_scratch.nn.attention import attention_over_parts
 from vqa_scratch.nn.decoding import FastBlock
-from vqa_scratch.nn.memory import KeyValue, Readers, concatenate, reading
+from vqa_scratch.nn.memory import KeyValue, Sharing, concatenate, share
 
 # What joining parts may copy for rows that share entries, bytes a layer. A copy is read anew at every step; keeping
 # parts apart costs some ten small operations, which is what reading about a megabyte costs.
 JOIN_BYTES = 1 << 20
 ABSORB_BYTES = 1 << 18  # what a layer may read more for the five operations that absorbing its projections saves
 
-Layers = list[list[KeyValue]]  # parts by layer; the readers of a part are the same in all layers
+Layers = list[list[KeyValue]]  # parts by layer; how rows share a part is the same in all layers
 
 
 class CrossAttention(Protocol):
@@ -40,7 +40,7 @@ def cross_attention(blocks: list[FastBlock], memory: Layers) -> CrossAttention:
     first = memory[0]
     if len(first) == 1 and first[0].k.shape[2] == 1:
         return Constant(blocks, memory)
-    if first[0].readers.rows == 1:
+    if first[0].sharing.rows == 1:
         whole = [_visible(concatenate(parts)) for parts in memory]
         if Absorbed.pays(blocks, whole):
             return Absorbed(blocks, whole)
@@ -49,7 +49,7 @@ def cross_attention(blocks: list[FastBlock], memory: Layers) -> CrossAttention:
 
 def select(layers: Layers, rows: Tensor) -> Layers:
     """Row i becomes what row `rows[i]` was, in all layers; who reads what is worked out once."""
-    kept = [reading(part.readers.index(part.k.device)[rows], part.readers.entries) for part in layers[0]]
+    kept = [share(part.sharing.index(part.k.device)[rows], part.sharing.entries) for part in layers[0]]
     return [[part.keep(*how) for part, how in zip(parts, kept, strict=True)] for parts in layers]
 
 
@@ -62,7 +62,7 @@ class Constant:
             z = part.v.flatten(1)  # (E, H * d)
             if part.mask is not None:
                 z = z.masked_fill(~part.mask.bool(), 0.0)
-            self.read.append(linear(block.cross.out)(z)[part.readers.index(z.device)])
+            self.read.append(linear(block.cross.out)(z)[part.sharing.index(z.device)])
 
     def add(self, layer: int, x: Tensor) -> None:
         x.add_(self.read[layer])
@@ -135,9 +135,9 @@ class Projected:
         self._lay_out(memory)
 
     def _lay_out(self, memory: Layers) -> None:
-        if len(memory[0]) > 1 or memory[0][0].readers.slot is not None:
+        if len(memory[0]) > 1 or memory[0][0].sharing.slot is not None:
             memory = _joined(memory)
-        whole = len(memory[0]) == 1 and memory[0][0].readers.slot is None
+        whole = len(memory[0]) == 1 and memory[0][0].sharing.slot is None
         self.keys = _Keys([part for (part,) in memory], self.scales) if whole else None
         # Where each row has its own entry the rows are dropped from what was laid out.
         self.memory = None if whole and self.keys.repeat == 1 else memory
@@ -148,7 +148,7 @@ class Projected:
         out(x, self._apart(layer, queries) if self.keys is None else self.keys.read(layer, queries))
 
     def _apart(self, layer: int, q: Tensor) -> Tensor:
-        """Queries (R, H * d) -> what they read (R, H * d), each part with readers of its own."""
+        """Queries (R, H * d) -> what they read (R, H * d), each part shared in its own way."""
         parts = self.memory[layer]
         heads, size = parts[0].k.shape[1], parts[0].k.shape[3]
         queries = q.view(len(q), heads, size).unsqueeze(2)
@@ -164,17 +164,17 @@ class Projected:
 def _joined(layers: Layers) -> Layers:
     """The parts of each layer as one, at the finest sharing that serves all of them; as they are if that costs much."""
     first = layers[0]
-    rows = first[0].readers.rows
-    shared = all(part.readers.slot is None for part in first)
-    repeat = math.gcd(*(part.readers.repeat for part in first)) if shared else 1
+    rows = first[0].sharing.rows
+    shared = all(part.sharing.slot is None for part in first)
+    repeat = math.gcd(*(part.sharing.repeat for part in first)) if shared else 1
     extra = sum((rows // repeat - len(part.k)) * part.k[0].nbytes * 2 for part in first)
     if extra > JOIN_BYTES:
         return layers
     chosen = torch.arange(0, rows, repeat, device=first[0].k.device)
-    own = [part.readers.index(chosen.device)[chosen] for part in first]  # (E,) of each part: the entry behind entry e
-    whole = Readers(len(chosen), repeat)
+    own = [part.sharing.index(chosen.device)[chosen] for part in first]  # (E,) of each part: the entry behind entry e
+    whole = Sharing(len(chosen), repeat)
     return [
-        [concatenate([part.take(index) for part, index in zip(parts, own, strict=True)])._replace(readers=whole)]
+        [concatenate([part.take(index) for part, index in zip(parts, own, strict=True)])._replace(sharing=whole)]
         for parts in layers
     ]
 
@@ -185,7 +185,7 @@ class _Keys:
     def __init__(self, parts: list[KeyValue], scales: list[float]) -> None:
         """`parts` by layer, without slots; `scales` multiply the scores."""
         first = parts[0]
-        (entries, self.heads, tokens, self.size), self.repeat = first.k.shape, first.readers.repeat
+        (entries, self.heads, tokens, self.size), self.repeat = first.k.shape, first.sharing.repeat
         self.kept = first.k.new_empty(2, len(parts), entries, self.heads, tokens, self.size)
         for part, scale, keys, values in zip(parts, scales, *self.kept, strict=True):
             torch.mul(part.k, scale, out=keys)
@@ -193,7 +193,7 @@ class _Keys:
         self.bias = None  # (E, H, 1, N)
         if first.mask is not None and not bool(first.mask.all()):
             may = first.mask.bool()
-            empty = ~may.any(1)  # (E,) entries with nothing to read: their readers get zeros
+            empty = ~may.any(1)  # (E,) entries with nothing to read: their rows get zeros
             bias = torch.zeros_like(may, dtype=first.k.dtype).masked_fill_(~may & ~empty[:, None], -math.inf)
             self.bias = bias[:, None, None].repeat(1, self.heads, 1, 1)
             self.kept[1].masked_fill_(empty[:, None, None, None], 0.0)

@@ -20,7 +20,7 @@ def read_memory(parts: FastParts, cache: DecoderCache, members: int) -> CrossAtt
         return None
     memory = [own.cross for own in cache]
     if members > 1:
-        rows = torch.arange(memory[0][0].readers.rows, device=memory[0][0].k.device).repeat_interleave(members)
+        rows = torch.arange(memory[0][0].sharing.rows, device=memory[0][0].k.device).repeat_interleave(members)
         memory = select(memory, rows)
     return cross_attention(parts.blocks, memory)
 
