@@ -15,15 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from vqa_scratch.training.loop import train_step
 
 from bench import results, timing
-from bench.sides import ONE_STEP
+from train import train_step
 from vqa_scratch.data.shapes import ShapesSpec, ensure_shapes
 from vqa_scratch.errors import UserError
 from vqa_scratch.systems.options import PRESETS, VQAOptions
-from vqa_scratch.systems.questions import read_splits
-from vqa_scratch.systems.vqa import VQATask, build_system
+from vqa_scratch.systems.vqa import VQASystem
 from vqa_scratch.training.allocator import keep_freed_memory
 from vqa_scratch.training.optimizers import Optimizers
 from vqa_scratch.training.precision import Precision, pick_device
@@ -53,7 +51,7 @@ def cases(case: Case) -> list[Case]:
 
 
 class Sides:
-    """One model, and a task with and one without the cache."""
+    """One model in two systems, one of them with the cache."""
 
     def __init__(self, case: Case, folder: Path, changes: dict[str, Any]) -> None:
         keep_freed_memory()
@@ -70,40 +68,41 @@ class Sides:
             "questions_per_step": case.questions,
             "questions_per_image": case.questions // case.images,
         }
-        config = VQAOptions(**values | changes)
-        splits = read_splits(config)
+        options = VQAOptions(**values | changes)
+        data = VQASystem.read(options)
         self.precision = Precision(case.precision, pick_device(case.device))
-        parts = build_system(config, splits.samples["train"])
-        self.model = parts[0].to(self.precision.device).train()
-        self.tasks = {
-            "recomputed": VQATask(config, *parts, splits, self.precision),
-            "cached": VQATask(replace(config, feature_cache=True), *parts, splits, self.precision),
-        }
-        self.keys = [key for key in self.tasks["cached"].epoch(0) if len(key) == case.questions]
+        plain = VQASystem.build(options, data, self.precision)
+        self.model = plain.model.to(self.precision.device).train()
+        parts = (self.model, plain.tokenizers, plain.processor, self.precision)
+        self.systems = {"recomputed": plain, "cached": VQASystem(replace(options, feature_cache=True), *parts)}
+        for system in self.systems.values():
+            system.train_on(data)
+        self.keys = [key for key in plain.epoch(0) if len(key) == case.questions]
         self.optimizers = Optimizers(
             self.model, kind="adamw", learning_rate=5e-5, matrix_learning_rate=0.0, weight_decay=0.0
         )
-        self.taken = dict.fromkeys(self.tasks, 0)
+        self.taken = dict.fromkeys(self.systems, 0)
 
     @torch.no_grad()
     def losses(self) -> dict[str, float]:
         """The loss of each side on the first batch, at the weights of now, in eval mode (no dropout on either side)."""
         self.model.eval()
         found = {}
-        for name, task in self.tasks.items():
+        for name, system in self.systems.items():
+            batch = system.batch(self.keys[0])
             with self.precision.autocast():
-                loss, _ = task.loss(task.batch(self.keys[0]).to(self.precision.device))
-            found[name] = float(loss) / task.size(task.batch(self.keys[0]))[1]
+                loss, _ = system.loss(batch.to(self.precision.device))
+            found[name] = float(loss) / batch.counts[1]
         self.model.train()
         return found
 
     def step(self, name: str) -> float:
         """Seconds of one step of that side."""
-        task = self.tasks[name]
+        system = self.systems[name]
         key = self.keys[self.taken[name] % len(self.keys)]
         self.taken[name] += 1
         start = time.perf_counter()
-        train_step(task, task.batch(key).to(self.precision.device), self.optimizers, self.precision, ONE_STEP)
+        train_step(system.loss, system.batch(key).to(self.precision.device), self.optimizers, self.precision)
         if self.precision.device.type == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter() - start
@@ -118,7 +117,7 @@ def compare(case: Case, rounds: int, changes: dict[str, Any]) -> list[str]:
         off = abs(losses["cached"] - losses["recomputed"]) / abs(losses["recomputed"])
         if not off <= TOLERANCE[case.precision]:
             raise UserError(f"the losses differ: {losses['cached']:.7f} cached, {losses['recomputed']:.7f} recomputed")
-        for name in sides.tasks:  # the first step makes the optimizer's state
+        for name in sides.systems:  # the first step makes the optimizer's state
             sides.step(name)
         turns = {name: partial(sides.step, name) for name in ("cached", "recomputed")}
         taken = timing.in_turn(turns, rounds, say)

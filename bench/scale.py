@@ -7,13 +7,14 @@ import io
 import tempfile
 from collections.abc import Callable
 from contextlib import redirect_stdout
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from bench.results import table
+from vqa_scratch.connectors.tokens import TokensConnector
 from vqa_scratch.data.shapes import ShapesSpec, ensure_shapes
 from vqa_scratch.models.bert import Bert, BertConfig
 from vqa_scratch.models.gpt2 import GPT2, GPT2Config
@@ -21,9 +22,9 @@ from vqa_scratch.models.t5 import T5, T5Config
 from vqa_scratch.models.vit import ViT, ViTConfig
 from vqa_scratch.models.vqa import VQAModel
 from vqa_scratch.systems.options import PRESETS, VQAOptions
-from vqa_scratch.systems.questions import read_splits
-from vqa_scratch.systems.vqa import DISTILBERT, build_system
+from vqa_scratch.systems.vqa import DISTILBERT, VQASystem
 from vqa_scratch.training.optimizers import split_parameters
+from vqa_scratch.training.precision import Precision
 
 PAGE = Path(__file__).parent.parent / "docs" / "scale.md"
 RANKS = 8
@@ -39,17 +40,18 @@ T5_SIZES = {
 
 
 def shapes() -> nn.Module:
-    """The embedded towers; their vocabularies are learned from a few scenes, so a little smaller than in a real run."""
+    """The small models; their vocabularies are learned from a few scenes, so a little smaller than in a real run."""
     with tempfile.TemporaryDirectory() as folder:
         data = ensure_shapes(Path(folder), ShapesSpec(train=64, val=2, test=2, holdout=2), progress=False)
-        config = VQAOptions(**{"preset": "shapes", "data": data, "steps": 1} | PRESETS["shapes"])
+        options = VQAOptions(**{"preset": "shapes", "data": data, "steps": 1} | PRESETS["shapes"])
         with redirect_stdout(io.StringIO()):
-            samples = read_splits(config).samples["train"]
-        return build_system(config, samples)[0]
+            samples = VQASystem.read(options)
+        return VQASystem.build(options, samples, Precision("fp32", torch.device("cpu"))).model
 
 
 def book() -> nn.Module:
-    return VQAModel(ViT(ViTConfig()), Bert(DISTILBERT), GPT2(replace(GPT2Config(), add_cross_attention=True)))
+    image, text, decoder = ViT(ViTConfig()), Bert(DISTILBERT), GPT2(GPT2Config(add_cross_attention=True))
+    return VQAModel(image, text, TokensConnector(image, text, decoder, grid=image.config.grid), decoder)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """The two sides of the training-step benchmark: build from one set of files, show gradients, take a step, say memory.
 
 Each side lives in a process of its own, so that its peak memory is its own and only one of them is at work. The side of
-this project goes through `engine.loop.train_step`, the function that training runs.
+this project goes through `train_step` of `train.py`, the function that training runs.
 
 Shapes: I images, B questions, T question tokens, A decoder tokens.
 """
@@ -14,30 +14,19 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from vqa_scratch.models.reader import labelled_loss
-from vqa_scratch.training.loop import Plan, train_step
 
+from train import train_step
+from vqa_scratch.connectors.mean import MeanConnector
 from vqa_scratch.data.batches import Batch
 from vqa_scratch.models.bert import Bert
 from vqa_scratch.models.gpt2 import GPT2
 from vqa_scratch.models.vit import ViT
-from vqa_scratch.models.vqa import VQAModel
+from vqa_scratch.models.vqa import VQAModel, labelled_loss
 from vqa_scratch.training.allocator import keep_freed_memory
 from vqa_scratch.training.optimizers import Optimizers
 from vqa_scratch.training.precision import Precision
 
 MAX_GRAD_NORM = 1.0  # the default of both
-ONE_STEP = Plan(  # what a benchmark that times `train_step` hands to it
-    steps=1,
-    seconds=None,
-    warmup_steps=0,
-    decay_from=0.0,
-    accumulate=1,
-    max_grad_norm=MAX_GRAD_NORM,
-    log_every=1,
-    eval_every=1,
-    save_every=1,
-)
 
 
 @dataclass(frozen=True)
@@ -70,8 +59,8 @@ class Case:
         random = torch.Generator().manual_seed(0)
         answers = torch.randint(decoder_vocabulary, (self.questions, self.answer_tokens + 1), generator=random)
         return Batch(
-            pixels=torch.randn(self.images, 3, image_size, image_size, generator=random),
-            input_ids=torch.randint(text_vocabulary, (self.questions, self.question_tokens), generator=random),
+            images=torch.randn(self.images, 3, image_size, image_size, generator=random),
+            question=torch.randint(text_vocabulary, (self.questions, self.question_tokens), generator=random),
             attention_mask=torch.ones(self.questions, self.question_tokens, dtype=torch.bool),
             decoder_input_ids=answers[:, :-1].contiguous(),
             labels=answers[:, 1:].contiguous(),
@@ -98,14 +87,13 @@ def wait(device: str) -> None:
 
 
 class Ours:
-    """This project's model under mean fusion, its loop and its optimizer, set up as train.py does."""
+    """This project's model with the `mean` connector, its step and its optimizer, set up as train.py does."""
 
     def __init__(self, folder: Path, case: Case) -> None:
         keep_freed_memory()
         towers = {name: kind.from_pretrained(folder / name) for name, kind in TOWERS.items()}
-        self.model = VQAModel(**towers, fusion="mean").train()
-        projections = load_file(folder / "projections.safetensors")
-        self.model.load_state_dict(projections, strict=False)
+        self.model = VQAModel(**towers, connector=MeanConnector(**towers)).train()
+        self.model.connector.load_state_dict(load_file(folder / "projections.safetensors"))
         self.model.to(case.device)
         self.precision = Precision(case.precision, torch.device(case.device))
         self.optimizers = Optimizers(
@@ -119,19 +107,11 @@ class Ours:
         batch = case.batch(towers["image"].config.image_size, *(towers[t].config.vocab_size for t in TEXTS))
         self.case, self.data = case, batch.to(torch.device(case.device))
 
-    def size(self, batch: Batch) -> tuple[int, int]:
-        """What the loop asks of a task."""
-        return len(batch.rows), batch.labels.numel()
-
     def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """What the loop asks of a task."""
-        hidden = self.model.hidden(
-            batch.pixels,
-            batch.input_ids,
-            batch.attention_mask,
-            batch.decoder_input_ids,
-            image_index=batch.image_index,
-        )
+        """The sum over the answer tokens, and how many of them are right, as `System.loss` gives them."""
+        image = self.model.encode_image(batch.images)
+        text = self.model.encode_text(batch.question, batch.attention_mask)
+        hidden = self.model.hidden(image, text, batch.decoder_input_ids, batch.image_index)
         return labelled_loss(hidden, self.model.decoder.head, batch.labels)
 
     def gradients(self, folder: Path, *, fp32: bool = False) -> float:
@@ -142,8 +122,7 @@ class Ours:
         with gradients_as_weights(self.model):
             for name in TOWERS:
                 getattr(self.model, name).save_pretrained(folder / name)
-            state = self.model.state_dict()
-            save_file({k: v for k, v in state.items() if "projection" in k}, folder / "projections.safetensors")
+            save_file(self.model.connector.state_dict(), folder / "projections.safetensors")
         self.optimizers.zero_grad()
         return loss.item()
 
@@ -155,7 +134,7 @@ class Ours:
 
     def step(self) -> None:
         """One step of training."""
-        train_step(self, self.data, self.optimizers, self.precision, ONE_STEP)
+        train_step(self.loss, self.data, self.optimizers, self.precision, max_grad_norm=MAX_GRAD_NORM)
 
 
 class Peer:
@@ -172,8 +151,8 @@ class Peer:
         batch = case.batch(configs["image"].image_size, *(configs[text].vocab_size for text in TEXTS))
         batch = batch.to(torch.device(case.device))
         self.inputs = (
-            batch.pixels[batch.image_index],
-            batch.input_ids,
+            batch.images[batch.image_index],
+            batch.question,
             batch.attention_mask.long(),
             batch.decoder_input_ids,
             batch.labels,

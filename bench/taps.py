@@ -1,4 +1,4 @@
-"""What the taps cost while nobody listens: training steps with them and with both tap functions cut out, in turn."""
+"""What the taps cost with no trace active: training steps with them and with both tap functions cut out, in turn."""
 
 import tempfile
 import time
@@ -8,16 +8,14 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from vqa_scratch.training.loop import train_step
 
 from bench.results import table
-from bench.sides import ONE_STEP
 from bench.timing import Spread, commit, in_turn, machine, peak_memory_gb, speedup
+from train import train_step
+from vqa_scratch import systems
 from vqa_scratch.data.shapes import ShapesSpec, ensure_shapes
 from vqa_scratch.nn import taps
-from vqa_scratch.systems import system_of
 from vqa_scratch.systems.options import read_command_line
-from vqa_scratch.training.loop import train_step
 from vqa_scratch.training.optimizers import Optimizers
 from vqa_scratch.training.precision import Precision, pick_precision
 
@@ -45,18 +43,19 @@ class Steps:
         self.precision = Precision(pick_precision("auto", device)[0], device)
         data = ensure_shapes(folder, SCENES, progress=False)
         flags = ["--data", str(data), "--cache", str(folder), "--steps", "1", "--questions-per-step", str(questions)]
-        system = system_of("shapes")
-        self.job = system.prepare(read_command_line(flags), self.precision)
-        self.precision.suit_attention(self.job.model)
+        options, kind = read_command_line(flags), systems.find("shapes")
+        samples = kind.read(options)
+        self.system = kind.build(options, samples, self.precision)
+        self.system.train_on(samples)
         self.optimizers = Optimizers(
-            self.job.model, kind="muon", learning_rate=0.0, matrix_learning_rate=0.0, weight_decay=0.0
+            self.system.model, kind="muon", learning_rate=0.0, matrix_learning_rate=0.0, weight_decay=0.0
         )
-        self.batch = self.job.batch(self.job.epoch(0)[0])
+        self.batch = self.system.batch(self.system.epoch(0)[0])
 
     def step(self) -> float:
         """Seconds of one step. The learning rate is 0, so every step does the same work."""
         start = time.perf_counter()
-        train_step(self.job, self.batch, self.optimizers, self.precision, ONE_STEP)
+        train_step(self.system.loss, self.batch, self.optimizers, self.precision)
         return time.perf_counter() - start
 
     def step_without(self) -> float:
@@ -65,7 +64,7 @@ class Steps:
 
     def loss(self) -> Tensor:
         with torch.no_grad(), self.precision.autocast():
-            return self.job.loss(self.batch)[0]
+            return self.system.loss(self.batch)[0]
 
 
 def run(rounds: int, questions: int, command: str) -> str:

@@ -6,11 +6,11 @@ Checkpoints index the optimizers' state by this order, so it must not change for
 import pytest
 from torch import nn
 
+from vqa_scratch.connectors import connect
 from vqa_scratch.models import GPT2, Bert, BertConfig, GPT2Config, ViT, ViTConfig
-from vqa_scratch.models.caption import CaptionModel
 from vqa_scratch.models.resnet import ResNet, ResNetConfig
-from vqa_scratch.models.stem import ConvStem
 from vqa_scratch.models.vilt import ViLT, ViLTClassifier, ViLTConfig
+from vqa_scratch.models.vit import ConvStem
 from vqa_scratch.models.vqa import VQAModel
 from vqa_scratch.training.optimizers import split_parameters
 
@@ -29,9 +29,13 @@ def by_words_in_names(model):
     return groups
 
 
-def vqa(layout, fusion, stem=None):
-    text = BertConfig(layout, 20, 12, 2, 2, 10, 16, token_types=0 if layout == "distilbert" else 2)
-    return VQAModel(ViT(IMAGE, stem), Bert(text), GPT2(DECODER), fusion)
+def joined(image, text, **connector):
+    decoder = GPT2(DECODER)
+    return VQAModel(image, text, connect(connector, image, text, decoder), decoder)
+
+
+def text(layout):
+    return Bert(BertConfig(layout, 20, 12, 2, 2, 10, 16, token_types=0 if layout == "distilbert" else 2))
 
 
 def vilt():
@@ -39,10 +43,10 @@ def vilt():
 
 
 MODELS = {
-    "tokens": lambda: vqa("bert", "tokens", ConvStem(3, 12, 8)),
-    "mean": lambda: vqa("distilbert", "mean"),
+    "tokens": lambda: joined(ViT(IMAGE, ConvStem(3, 12, 8)), text("bert"), kind="tokens", grid=(2, 2)),
+    "mean": lambda: joined(ViT(IMAGE), text("distilbert"), kind="mean"),
     "vilt": vilt,
-    "caption": lambda: CaptionModel(ResNet(ResNetConfig()), GPT2(DECODER)),
+    "caption": lambda: joined(ResNet(ResNetConfig()), None, kind="tokens", grid=(7, 7)),
 }
 
 

@@ -133,7 +133,7 @@ class Memory:
 
 
 def share(index: Tensor, entries: int) -> tuple[Tensor | None, Sharing]:
-    """For rows that read entries `index` (B,) of `entries`: which entries to keep (None: all), and how rows share them."""
+    """For rows that read entries `index` (B,): which of all entries to keep (None: all), and how rows share those."""
     used, index = torch.unique(index, return_inverse=True)
     sharing = Sharing.from_index(index, len(used))
     if sharing is None or sharing.repeat == 1:  # too uneven, or one row an entry: each row its own entry
