@@ -21,8 +21,7 @@ from torch import Tensor
 
 import tests.torchvision_shim  # noqa: F401  (lets torchvision import beside a CPU-only torch)
 from bench import results, timing
-from vqa_scratch.data.image_store import Images
-from vqa_scratch.data.images import ImageProcessor
+from vqa_scratch.data.images import ImageProcessor, Images
 from vqa_scratch.errors import UserError
 
 GOAL = 8.0

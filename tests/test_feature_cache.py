@@ -17,7 +17,7 @@ from vqa_scratch.systems.features import keep_features
 import train
 from vqa_scratch.data import feature_store, mapped
 from vqa_scratch.data.feature_store import weights_digest
-from vqa_scratch.data.image_store import Images
+from vqa_scratch.data.images import Images
 from vqa_scratch.data.mapped import mapped_array
 from vqa_scratch.errors import UserError
 from vqa_scratch.storage import append_line

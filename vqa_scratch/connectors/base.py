@@ -56,6 +56,10 @@ class Connector(nn.Module, ABC):
         """What of the image's states is read at all; a feature cache keeps no more."""
         return image
 
+    def kept_tokens(self, prefix_tokens: int, grid: tuple[int, int]) -> int:
+        """How many tokens `kept` leaves of an image with so many prefix tokens and places."""
+        return prefix_tokens + grid[0] * grid[1]
+
     @abstractmethod
     def recipe(self, with_text: bool) -> str:
         """The same written with plain tensors, for the README of an exported run: lines that make `memory` and `mask`,

@@ -46,7 +46,10 @@ class MeanConnector(Connector):
 
     def kept(self, image: States) -> States:
         """The average alone, as one token."""
-        return replace(image, tokens=image.tokens.mean(1, keepdim=True), places=None)
+        return replace(image, tokens=image.tokens.mean(1, keepdim=True))
+
+    def kept_tokens(self, prefix_tokens: int, grid: tuple[int, int]) -> int:
+        return 1
 
     def recipe(self, with_text: bool) -> str:
         return RECIPE_BOTH if with_text else RECIPE_IMAGE

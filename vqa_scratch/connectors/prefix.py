@@ -35,6 +35,9 @@ class PrefixConnector(Connector):
         """The places alone."""
         return States(image.tokens[:, image.prefix_tokens :], places=image.places)
 
+    def kept_tokens(self, prefix_tokens: int, grid: tuple[int, int]) -> int:
+        return grid[0] * grid[1]
+
     def recipe(self, with_text: bool) -> str:
         return (
             "# An MLP maps the places of the image to embeddings before the words.\n"

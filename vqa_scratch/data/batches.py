@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vqa_scratch.data.image_store import Images
+from vqa_scratch.data.images import Images
 from vqa_scratch.data.tokenizers import Tokenizers, encode_unique
 from vqa_scratch.data.vqa_v2 import VQASample
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vqa_scratch.data.answers import AnswerList, SoftTargets
 from vqa_scratch.data.batches import ImageBatch, ImageGroups, Ragged
-from vqa_scratch.data.image_store import Images
+from vqa_scratch.data.images import Images
 from vqa_scratch.data.tokenizers import Tokenizers, encode_unique
 from vqa_scratch.data.vqa_v2 import VQASample
 

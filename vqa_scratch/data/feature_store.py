@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from vqa_scratch.data.batches import Questions
-from vqa_scratch.data.image_store import Images
+from vqa_scratch.data.images import Images
 from vqa_scratch.data.mapped import mapped_array
 
 IMAGES_AT_ONCE, QUESTIONS_AT_ONCE = 32, 256
@@ -100,10 +100,6 @@ class ImageFeatures:
         self.ready()
         first = np.asarray(positions)[:, None] * self.tokens
         return self.table.read(first + np.arange(self.tokens))
-
-    def inputs(self, batch: Tensor) -> Tensor:
-        """What the model takes: the states as they are."""
-        return batch
 
 
 class TextFeatures:

@@ -5,11 +5,12 @@ the centre, scale to [0, 1], subtract a mean and divide by a deviation, computed
 after the crop is a function of one byte and its channel, so it is tabulated once (3 x 256 values) and looked up: a
 batch kept as bytes and normalised on the device equals the full path bit for bit, on any device.
 
-B batch, H image height, W image width, 3 colour channels.
+Shapes: B batch, I images, H image height, W image width, 3 colour channels.
 """
 
-import re
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,69 +19,20 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
 
+from vqa_scratch.data.image_config import HALF, read_fields, write_fields
 from vqa_scratch.data.image_files import load_image, to_rgb
+from vqa_scratch.data.mapped import mapped_array
 from vqa_scratch.errors import UserError
 from vqa_scratch.storage import read_json, write_json
 from vqa_scratch.weights.hub import locate
 
-__all__ = ["ImageProcessor", "load_image", "to_rgb"]
+__all__ = ["ImageProcessor", "Images", "load_image", "to_rgb"]
 
 CONFIG_NAME = "preprocessor_config.json"
 JOINT_CONFIG_NAME = "processor_config.json"  # of a model with several inputs: a part for each
-_CLIP_MEAN, _CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-_HALF = (0.5, 0.5, 0.5)
-_VIT = {"size": {"height": 224, "width": 224}, "resample": Image.BILINEAR, "image_mean": _HALF, "image_std": _HALF}
-_CLIP = {
-    "size": {"shortest_edge": 224},
-    "resample": Image.BICUBIC,
-    "do_center_crop": True,
-    "crop_size": {"height": 224, "width": 224},
-    "image_mean": _CLIP_MEAN,
-    "image_std": _CLIP_STD,
-}
-# What a configuration means by leaving a key out, by processor type; a bare size is the shortest edge where marked so.
-_DEFAULTS: dict[str, dict[str, Any]] = {
-    "ViTImageProcessor": _VIT,
-    "DeiTImageProcessor": _VIT
-    | {
-        "size": {"height": 256, "width": 256},
-        "resample": Image.BICUBIC,
-        "do_center_crop": True,
-        "crop_size": {"height": 224, "width": 224},
-    },
-    "CLIPImageProcessor": _CLIP,
-    "BitImageProcessor": _CLIP,
-    "BlipImageProcessor": _CLIP | {"size": {"height": 384, "width": 384}, "do_center_crop": False},
-    "SiglipImageProcessor": _VIT | {"resample": Image.BICUBIC},
-}
-_BARE_SIZE_IS_SHORTEST_EDGE = {"CLIPImageProcessor", "BitImageProcessor", "SiglipImageProcessor"}
-_STEPS = {"do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_convert_rgb"}
-
-
-def _size(value: Any, key: str, *, square: bool) -> tuple[int, int] | int:
-    """(height, width), or an int for the shortest edge, from the forms that configurations use."""
-    if isinstance(value, int) and not isinstance(value, bool):
-        result: Any = (value, value) if square else value
-    elif isinstance(value, (list, tuple)) and len(value) == 2:
-        result = tuple(value)
-    elif isinstance(value, dict) and {k for k, v in value.items() if v is not None} == {"height", "width"}:
-        result = (value["height"], value["width"])
-    elif isinstance(value, dict) and {k for k, v in value.items() if v is not None} == {"shortest_edge"}:
-        result = value["shortest_edge"]
-    else:
-        raise UserError(f'{key} must be a number, {{"height", "width"}} or {{"shortest_edge"}}, not {value!r}')
-    sides = result if isinstance(result, tuple) else (result,)
-    if not all(isinstance(side, int) and side > 0 for side in sides):
-        raise UserError(f"{key} must hold positive whole numbers, not {value!r}")
-    return result
-
-
-def _channels(value: Any, key: str) -> tuple[float, float, float]:
-    values = (value,) * 3 if isinstance(value, (int, float)) else tuple(value)
-    if len(values) != 3 or not all(isinstance(v, (int, float)) for v in values):
-        raise UserError(f"{key} must be a number or three, not {value!r}")
-    return tuple(map(float, values))
 
 
 @dataclass(frozen=True)
@@ -100,8 +52,8 @@ class ImageProcessor:
     resample: int = Image.BILINEAR
     crop_size: tuple[int, int] | None = None
     rescale_factor: float | None = 1 / 255
-    mean: tuple[float, float, float] | None = _HALF
-    std: tuple[float, float, float] | None = _HALF
+    mean: tuple[float, float, float] | None = HALF
+    std: tuple[float, float, float] | None = HALF
     kind: str = "ViTImageProcessor"
 
     def __post_init__(self) -> None:
@@ -117,53 +69,11 @@ class ImageProcessor:
     @classmethod
     def from_hf(cls, config: dict[str, Any]) -> "ImageProcessor":
         """From the content of a preprocessor_config.json; UserError for an unknown type, step or size."""
-        name = config.get("image_processor_type") or config.get("feature_extractor_type")
-        kind = re.sub(r"(FeatureExtractor|ImageProcessor)(Fast|Pil)?$", "ImageProcessor", str(name))
-        if kind not in _DEFAULTS:
-            raise UserError(f"unknown image processor type {name!r}; known are {', '.join(_DEFAULTS)}")
-        unknown = [k for k, v in config.items() if k.startswith("do_") and v and k not in _STEPS]
-        if unknown:
-            raise UserError(f"{name} asks for {', '.join(unknown)}, which is not supported")
-        given = {key: value for key, value in config.items() if value is not None}
-        values = {"do_resize": True, "do_rescale": True, "do_normalize": True, "rescale_factor": 1 / 255}
-        values |= _DEFAULTS[kind] | given
-        square = kind not in _BARE_SIZE_IS_SHORTEST_EDGE
-        crop = _size(values["crop_size"], "crop_size", square=True) if values.get("do_center_crop") else None
-        if isinstance(crop, int):
-            raise UserError(f'crop_size must be a number or {{"height", "width"}}, not {values["crop_size"]!r}')
-        normalize = values["do_normalize"]
-        return cls(
-            size=_size(values["size"], "size", square=square) if values["do_resize"] else None,
-            resample=values["resample"],
-            crop_size=crop,
-            rescale_factor=values["rescale_factor"] if values["do_rescale"] else None,
-            mean=_channels(values["image_mean"], "image_mean") if normalize else None,
-            std=_channels(values["image_std"], "image_std") if normalize else None,
-            kind=kind,
-        )
+        return cls(**read_fields(config))
 
     def to_hf(self) -> dict[str, Any]:
         """The content of a preprocessor_config.json; `from_hf` reads it back into an equal processor."""
-        config: dict[str, Any] = {
-            "image_processor_type": self.kind,
-            "do_convert_rgb": True,
-            "do_resize": self.size is not None,
-            "do_center_crop": self.crop_size is not None,
-            "do_rescale": self.rescale_factor is not None,
-            "do_normalize": self.mean is not None,
-            "resample": int(self.resample),
-        }
-        if isinstance(self.size, int):
-            config["size"] = {"shortest_edge": self.size}
-        elif self.size is not None:
-            config["size"] = dict(zip(("height", "width"), self.size, strict=True))
-        if self.crop_size is not None:
-            config["crop_size"] = dict(zip(("height", "width"), self.crop_size, strict=True))
-        if self.rescale_factor is not None:
-            config["rescale_factor"] = self.rescale_factor
-        if self.mean is not None:
-            config |= {"image_mean": list(self.mean), "image_std": list(self.std)}
-        return config
+        return write_fields(vars(self))
 
     @classmethod
     def from_pretrained(cls, folder_or_hub_id: str | Path) -> "ImageProcessor":
@@ -258,3 +168,56 @@ class ImageProcessor:
     def __call__(self, image: Image.Image | np.ndarray | Sequence[Image.Image | np.ndarray]) -> torch.Tensor:
         """float32 (3, H, W), or (B, 3, H, W) for a list. Arrays are uint8 (H, W, 3)."""
         return self.normalize(np.array(self.to_uint8(image)))
+
+
+class Images:
+    """Resized images as bytes, by position: decoded when asked for, or read from a file mapped into memory."""
+
+    def __init__(self, paths: Sequence[Path], processor: ImageProcessor, *, workers: int = 4) -> None:
+        if processor.output_size is None:
+            raise UserError("training needs images of one size; this processor's size depends on the image")
+        self.paths, self.processor, self.workers = list(paths), processor, workers
+        self.cached: np.ndarray | None = None
+
+    def read(self, position: int) -> np.ndarray:
+        """(H, W, 3) uint8."""
+        return self.processor.to_uint8(load_image(self.paths[position]))
+
+    def __getitem__(self, positions: Sequence[int]) -> np.ndarray:
+        """(I, H, W, 3) uint8."""
+        return np.stack(self.decoded(positions)) if self.cached is None else self.cached[positions]
+
+    def decoded(self, positions: Sequence[int]) -> list[np.ndarray]:
+        """Each image by itself, (H, W, 3) uint8."""
+        if len(positions) == 1:
+            return [self.read(positions[0])]
+        with ThreadPoolExecutor(self.workers) as pool:  # decoding leaves Python's lock
+            return list(pool.map(self.read, positions))
+
+    def load(self, positions: Sequence[int]) -> tuple[np.ndarray, np.ndarray | None]:
+        """The images, (I, H, W, 3) uint8, and where in them there is one, (I, H, W) bool; None: everywhere."""
+        return self[positions], None
+
+    def batch(self, positions: Sequence[int]) -> Tensor:
+        """What a batch holds of these images: (I, H, W, 3) uint8."""
+        return torch.from_numpy(np.require(self[positions], requirements="W"))
+
+    def digest(self) -> str:
+        """A hash of the preprocessing and of every path with its size and time: changed images have another."""
+        key = hashlib.blake2b(repr(self.processor.to_hf()).encode(), digest_size=12)
+        for path in self.paths:
+            stat = path.stat()
+            key.update(f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}\n".encode())
+        return key.hexdigest()
+
+    def cache_in(self, folder: Path, *, progress: bool = True) -> None:
+        """Write all images once to a file below `folder` and map it; a finished file is found again by its name."""
+
+        def blocks() -> Iterator[np.ndarray]:
+            with ThreadPoolExecutor(self.workers) as pool:
+                images = pool.map(self.read, range(len(self.paths)))
+                yield from tqdm(images, "reading images", len(self.paths), unit="image", disable=not progress)
+
+        shape = (len(self.paths), *self.processor.output_size, 3)
+        path = folder / f"images-{self.digest()}.npy"
+        self.cached = mapped_array(path, shape, np.uint8, blocks, "--no-image-cache")

@@ -16,8 +16,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from vqa_scratch.data.image_store import Images
-from vqa_scratch.data.images import CONFIG_NAME, ImageProcessor
+from vqa_scratch.data.images import CONFIG_NAME, ImageProcessor, Images
 from vqa_scratch.errors import UserError
 from vqa_scratch.storage import read_json
 

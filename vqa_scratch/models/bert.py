@@ -18,36 +18,7 @@ from vqa_scratch.nn import taps
 from vqa_scratch.nn.attention import MultiHeadAttention
 from vqa_scratch.nn.layers import MLP, activation, init_weights
 from vqa_scratch.nn.states import States
-from vqa_scratch.weights import maps
-
-_BERT_FIELDS = {
-    "vocab_size": "vocab_size",
-    "dim": "hidden_size",
-    "layers": "num_hidden_layers",
-    "heads": "num_attention_heads",
-    "hidden": "intermediate_size",
-    "max_positions": "max_position_embeddings",
-    "token_types": "type_vocab_size",
-    "activation": "hidden_act",
-    "norm_eps": "layer_norm_eps",
-    "dropout": "hidden_dropout_prob",
-    "attention_dropout": "attention_probs_dropout_prob",
-    "init_std": "initializer_range",
-    "pad_id": "pad_token_id",
-}
-_DISTILBERT_FIELDS = {
-    "vocab_size": "vocab_size",
-    "dim": "dim",
-    "layers": "n_layers",
-    "heads": "n_heads",
-    "hidden": "hidden_dim",
-    "max_positions": "max_position_embeddings",
-    "activation": "activation",
-    "dropout": "dropout",
-    "attention_dropout": "attention_dropout",
-    "init_std": "initializer_range",
-    "pad_id": "pad_token_id",
-}
+from vqa_scratch.weights import fields, maps
 
 
 def _in_order(input_ids: Tensor, pad_id: int) -> Tensor:
@@ -70,13 +41,13 @@ class BertLayout(Layout):
 
 _ENCODER = {"is_decoder": False, "position_embedding_type": "absolute"}
 LAYOUTS = {
-    "bert": BertLayout("BertModel", _BERT_FIELDS, maps.BERT, fixed=_ENCODER),
+    "bert": BertLayout("BertModel", fields.BERT, maps.BERT, fixed=_ENCODER),
     "distilbert": BertLayout(
-        "DistilBertModel", _DISTILBERT_FIELDS, maps.DISTILBERT, {"layers": 6, "token_types": 0}, _ENCODER
+        "DistilBertModel", fields.DISTILBERT, maps.DISTILBERT, {"layers": 6, "token_types": 0}, _ENCODER
     ),
     "roberta": BertLayout(
         "RobertaModel",
-        _BERT_FIELDS,
+        fields.BERT,
         maps.ROBERTA,
         {"vocab_size": 50265, "pad_id": 1},
         _ENCODER,
@@ -137,18 +108,11 @@ class BertBlock(nn.Module):
         self.norm2 = nn.LayerNorm(config.dim, eps=config.norm_eps)
         self.dropout = nn.Dropout(config.dropout)
 
-    def attend(self, x: Tensor, key_mask: Tensor | None) -> Tensor:
-        """The first half: self-attention."""
+    def forward(self, x: Tensor, key_mask: Tensor | None = None) -> Tensor:
         x = taps.tap(self.tap_prefix, "resid_pre", x)
-        return self.norm1(x + self.dropout(self.attn(x, key_mask=key_mask)))
-
-    def transform(self, x: Tensor) -> Tensor:
-        """The second half: the MLP."""
+        x = self.norm1(x + self.dropout(self.attn(x, key_mask=key_mask)))
         x = taps.tap(self.tap_prefix, "resid_mid", x)
         return taps.tap(self.tap_prefix, "resid_post", self.norm2(x + self.mlp(x)))
-
-    def forward(self, x: Tensor, key_mask: Tensor | None = None) -> Tensor:
-        return self.transform(self.attend(x, key_mask))
 
 
 class Bert(Released, nn.Module):
@@ -158,7 +122,8 @@ class Bert(Released, nn.Module):
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.layout = config, config.family
+        self.longest = config.max_positions - self.layout.first_position(config.pad_id)  # tokens of a text, at most
         self.tokens = nn.Embedding(config.vocab_size, config.dim)
         self.positions = nn.Embedding(config.max_positions, config.dim)
         self.token_types = nn.Embedding(config.token_types, config.dim) if config.token_types else None
@@ -173,22 +138,23 @@ class Bert(Released, nn.Module):
         """D."""
         return self.config.dim
 
-    @property
-    def longest(self) -> int:
-        """The most tokens of a text that the position table serves."""
-        return self.config.max_positions - self.config.family.first_position(self.config.pad_id)
-
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None
     ) -> Tensor:
-        """(B, T) -> (B, T, D). attention_mask (B, T), True = may attend; token_type_ids (B, T) default to 0.
+        """(B, T) -> (B, T, D); arguments as in `states`."""
+        return self.states(input_ids, attention_mask, token_type_ids).tokens
 
-        Raises ValueError on more tokens than positions, or on token types for a model without them.
+    def states(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None
+    ) -> States:
+        """(B, T) -> states (B, T, D), and which of them are real.
+
+        attention_mask (B, T), True = may attend; token_type_ids (B, T) default to 0. Raises ValueError on more tokens
+        than positions, or on token types for a model without them.
         """
-        layout = self.config.family
         if input_ids.shape[1] > self.longest:
             raise ValueError(f"{input_ids.shape[1]} tokens, but the position table serves {self.longest}")
-        x = self.tokens(input_ids) + self.positions(layout.positions(input_ids, self.config.pad_id))
+        x = self.tokens(input_ids) + self.positions(self.layout.positions(input_ids, self.config.pad_id))
         if self.token_types is not None:
             x = x + (self.token_types.weight[0] if token_type_ids is None else self.token_types(token_type_ids))
         elif token_type_ids is not None:
@@ -196,8 +162,4 @@ class Bert(Released, nn.Module):
         x = self.dropout(self.norm(x))
         for block in self.blocks:
             x = block(x, attention_mask)
-        return x
-
-    def states(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> States:
-        """The states of `forward`, and which of them are real."""
-        return States(self(input_ids, attention_mask), None if attention_mask is None else attention_mask.bool())
+        return States(x, None if attention_mask is None else attention_mask.bool())

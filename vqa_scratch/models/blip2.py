@@ -18,14 +18,13 @@ from vqa_scratch.errors import UserError
 from vqa_scratch.models.hf_config import fields_from_hf
 from vqa_scratch.models.opt import OPT, OPTConfig
 from vqa_scratch.models.qformer import QFormer, QFormerConfig
-from vqa_scratch.models.vit import FIELDS, ViT, ViTConfig
+from vqa_scratch.models.vit import ViT, ViTConfig
+from vqa_scratch.weights import fields as names
 from vqa_scratch.weights.convert import load_into, to_hf
 from vqa_scratch.weights.files import read_checkpoint, write_checkpoint
 from vqa_scratch.weights.maps_blip2 import BLIP2
 
 MODEL_TYPE, VISION_TYPE = "blip-2", "blip_2_vision_model"
-_VISION_FIELDS = {name: FIELDS[name] for name in FIELDS if name not in ("channels", "dropout")}
-_VISION_FIELDS["attention_dropout"] = "attention_dropout"
 _VISION = ViTConfig(patch_size=14, dim=1408, layers=39, heads=16, hidden=6144, norm_eps=1e-6)  # ViT-g of EVA-CLIP
 
 
@@ -53,7 +52,7 @@ class Blip2Config:
         vision, qformer, text = (config.get(f"{part}_config") or {} for part in ("vision", "qformer", "text"))
         if text.get("model_type", "opt") != "opt":
             raise UserError(f"the language model of config.json is a {text['model_type']!r}; here it must be an 'opt'")
-        sizes = fields_from_hf({"model_type": VISION_TYPE} | vision, _VISION_FIELDS, VISION_TYPE)
+        sizes = fields_from_hf({"model_type": VISION_TYPE} | vision, names.BLIP2_VISION, VISION_TYPE)
         return cls(
             vision=replace(_VISION, **sizes),
             qformer=QFormerConfig.from_hf({"model_type": "blip_2_qformer"} | qformer),
@@ -63,7 +62,7 @@ class Blip2Config:
 
     def to_hf(self) -> dict[str, Any]:
         """The inverse of `from_hf`."""
-        vision = {theirs: getattr(self.vision, ours) for ours, theirs in _VISION_FIELDS.items()}
+        vision = {theirs: getattr(self.vision, ours) for ours, theirs in names.BLIP2_VISION.items()}
         return {
             "architectures": ["Blip2ForConditionalGeneration"],
             "model_type": MODEL_TYPE,

@@ -22,32 +22,12 @@ from vqa_scratch.nn.cache import DecoderCache, KVCache
 from vqa_scratch.nn.decoding import FastBlock, FastParts
 from vqa_scratch.nn.layers import MLP, activation, decoder_positions, init_weights
 from vqa_scratch.nn.memory import Memory
+from vqa_scratch.weights import fields as names
 from vqa_scratch.weights import maps
 from vqa_scratch.weights.convert import load_into, to_hf
 from vqa_scratch.weights.files import read_checkpoint, write_checkpoint
 
 logger = logging.getLogger(__name__)
-
-_FIELDS = {
-    "vocab_size": "vocab_size",
-    "max_positions": "n_positions",
-    "dim": "n_embd",
-    "layers": "n_layer",
-    "heads": "n_head",
-    "hidden": "n_inner",
-    "activation": "activation_function",
-    "norm_eps": "layer_norm_epsilon",
-    "embedding_dropout": "embd_pdrop",
-    "dropout": "resid_pdrop",
-    "attention_dropout": "attn_pdrop",
-    "init_std": "initializer_range",
-    "add_cross_attention": "add_cross_attention",
-    "scale_scores": "scale_attn_weights",
-    "scale_by_layer": "scale_attn_by_inverse_layer_idx",
-    "bos_id": "bos_token_id",
-    "eos_id": "eos_token_id",
-    "pad_id": "pad_token_id",
-}
 
 
 @dataclass(frozen=True)
@@ -79,11 +59,11 @@ class GPT2Config:
     @classmethod
     def from_hf(cls, config: dict[str, Any]) -> Self:
         """From a config.json of model type "gpt2". Raises UserError on another."""
-        return cls(**fields_from_hf(config, _FIELDS, "gpt2"))
+        return cls(**fields_from_hf(config, names.GPT2, "gpt2"))
 
     def to_hf(self) -> dict[str, Any]:
         """The inverse of `from_hf`."""
-        fields = {theirs: getattr(self, ours) for ours, theirs in _FIELDS.items()}
+        fields = {theirs: getattr(self, ours) for ours, theirs in names.GPT2.items()}
         return {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", **fields}
 
 

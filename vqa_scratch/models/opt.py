@@ -21,28 +21,12 @@ from vqa_scratch.nn.cache import DecoderCache, KVCache
 from vqa_scratch.nn.decoding import FastParts
 from vqa_scratch.nn.layers import decoder_positions, init_weights
 from vqa_scratch.nn.memory import Memory
+from vqa_scratch.weights import fields as names
 from vqa_scratch.weights import maps_blip2
 from vqa_scratch.weights.convert import load_into, to_hf
 from vqa_scratch.weights.files import read_checkpoint, write_checkpoint
 
 OFFSET = 2  # rows of the position table that no token uses: fairseq kept them for padding
-_FIELDS = {
-    "vocab_size": "vocab_size",
-    "max_positions": "max_position_embeddings",
-    "dim": "hidden_size",
-    "layers": "num_hidden_layers",
-    "heads": "num_attention_heads",
-    "hidden": "ffn_dim",
-    "embedding_dim": "word_embed_proj_dim",
-    "norm_first": "do_layer_norm_before",
-    "activation": "activation_function",
-    "dropout": "dropout",
-    "attention_dropout": "attention_dropout",
-    "init_std": "init_std",
-    "bos_id": "bos_token_id",
-    "eos_id": "eos_token_id",
-    "pad_id": "pad_token_id",
-}
 # Options of the layout that no released OPT uses, with the only value this model has.
 _FIXED = {"enable_bias": True, "layer_norm_elementwise_affine": True, "_remove_final_layer_norm": False}
 
@@ -88,7 +72,7 @@ class OPTConfig:
     @classmethod
     def from_hf(cls, config: dict[str, Any]) -> Self:
         """From a config.json of model type "opt". Raises UserError if it asks for something this model is not."""
-        fields = fields_from_hf(config, _FIELDS, "opt")
+        fields = fields_from_hf(config, names.OPT, "opt")
         for name, value in _FIXED.items():
             if config.get(name, value) != value:
                 raise UserError(f"config.json asks for {name} = {config[name]}; this OPT has {value} alone")
@@ -98,7 +82,7 @@ class OPTConfig:
 
     def to_hf(self) -> dict[str, Any]:
         """The inverse of `from_hf`."""
-        fields = {theirs: getattr(self, ours) for ours, theirs in _FIELDS.items()}
+        fields = {theirs: getattr(self, ours) for ours, theirs in names.OPT.items()}
         return {"architectures": ["OPTForCausalLM"], "model_type": "opt", **fields}
 
 

@@ -18,21 +18,9 @@ from vqa_scratch.models.hf_config import check_heads, fields_from_hf
 from vqa_scratch.nn import taps
 from vqa_scratch.nn.attention import MultiHeadAttention
 from vqa_scratch.nn.layers import init_weights
+from vqa_scratch.weights import fields as names
 
 MODEL_TYPE = "blip_2_qformer"
-_FIELDS = {
-    "dim": "hidden_size",
-    "layers": "num_hidden_layers",
-    "heads": "num_attention_heads",
-    "hidden": "intermediate_size",
-    "context_dim": "encoder_hidden_size",
-    "cross_every": "cross_attention_frequency",
-    "activation": "hidden_act",
-    "norm_eps": "layer_norm_eps",
-    "dropout": "hidden_dropout_prob",
-    "attention_dropout": "attention_probs_dropout_prob",
-    "init_std": "initializer_range",
-}
 
 
 @dataclass(frozen=True)
@@ -61,11 +49,11 @@ class QFormerConfig:
         """From the `qformer_config` of a config.json. Raises UserError on one that also reads text."""
         if config.get("use_qformer_text_input"):
             raise UserError("config.json asks for a Q-Former that reads text (image-text retrieval); this one does not")
-        return cls(**fields_from_hf(config, _FIELDS, MODEL_TYPE))
+        return cls(**fields_from_hf(config, names.QFORMER, MODEL_TYPE))
 
     def to_hf(self) -> dict[str, Any]:
         """The inverse of `from_hf`."""
-        return {"model_type": MODEL_TYPE, **{theirs: getattr(self, ours) for ours, theirs in _FIELDS.items()}}
+        return {"model_type": MODEL_TYPE, **{theirs: getattr(self, ours) for ours, theirs in names.QFORMER.items()}}
 
 
 class QFormerBlock(BertBlock):
@@ -79,9 +67,11 @@ class QFormerBlock(BertBlock):
         self.norm_cross = nn.LayerNorm(config.dim, eps=config.norm_eps)
 
     def forward(self, x: Tensor, image: Tensor) -> Tensor:
-        x = self.attend(x, None)
+        x = taps.tap(self.tap_prefix, "resid_pre", x)
+        x = self.norm1(x + self.dropout(self.attn(x)))
         x = self.norm_cross(x + self.dropout(self.cross(x, image)))
-        return self.transform(x)
+        x = taps.tap(self.tap_prefix, "resid_mid", x)
+        return taps.tap(self.tap_prefix, "resid_post", self.norm2(x + self.mlp(x)))
 
 
 class QFormer(nn.Module):

@@ -3,22 +3,7 @@
 from dataclasses import dataclass
 from typing import Any, Self
 
-_HF_NAMES = {
-    "vocab_size": "vocab_size",
-    "dim": "d_model",
-    "head_dim": "d_kv",
-    "hidden": "d_ff",
-    "encoder_layers": "num_layers",
-    "decoder_layers": "num_decoder_layers",
-    "heads": "num_heads",
-    "buckets": "relative_attention_num_buckets",
-    "max_distance": "relative_attention_max_distance",
-    "dropout": "dropout_rate",
-    "norm_eps": "layer_norm_epsilon",
-    "pad_id": "pad_token_id",
-    "eos_id": "eos_token_id",
-    "start_id": "decoder_start_token_id",
-}
+from vqa_scratch.weights import fields as names
 
 
 @dataclass(frozen=True)
@@ -47,7 +32,7 @@ class T5Config:
     @classmethod
     def from_hf(cls, config: dict[str, Any]) -> Self:
         """From a config.json. Whether the head is tied is a fact of the weights, not of this file."""
-        known = {ours: config[theirs] for ours, theirs in _HF_NAMES.items() if config.get(theirs) is not None}
+        known = {ours: config[theirs] for ours, theirs in names.T5.items() if config.get(theirs) is not None}
         feed_forward = config.get("feed_forward_proj", "relu")
         name = feed_forward.removeprefix("gated-")
         return cls(
@@ -65,7 +50,7 @@ class T5Config:
             "architectures": ["T5ForConditionalGeneration"],
             "model_type": "t5",
             "is_encoder_decoder": True,
-            **{theirs: getattr(self, ours) for ours, theirs in _HF_NAMES.items()},
+            **{theirs: getattr(self, ours) for ours, theirs in names.T5.items()},
             "feed_forward_proj": f"gated-{name}" if self.gated else name,
             "tie_word_embeddings": self.scaled,
             "scale_decoder_outputs": self.scaled,

@@ -19,19 +19,14 @@ from torch import Tensor, nn
 from vqa_scratch.errors import UserError
 from vqa_scratch.models.bert import Bert, BertConfig
 from vqa_scratch.models.hf_config import fields_from_hf, labels_from_hf, labels_to_hf
-from vqa_scratch.models.vit import FIELDS, ViT, ViTConfig
+from vqa_scratch.models.vit import ViT, ViTConfig
 from vqa_scratch.nn import taps
 from vqa_scratch.nn.layers import init_weights
+from vqa_scratch.weights import fields as names
 from vqa_scratch.weights import maps_vilt as maps
 from vqa_scratch.weights.convert import load_into, to_hf
 from vqa_scratch.weights.files import read_checkpoint, write_checkpoint
 
-_FIELDS = FIELDS | {
-    "vocab_size": "vocab_size",
-    "max_positions": "max_position_embeddings",
-    "token_types": "type_vocab_size",
-    "modalities": "modality_type_vocab_size",
-}
 WORD, PATCH = 0, 1  # rows of the modality table
 
 
@@ -70,11 +65,11 @@ class ViLTConfig(ViTConfig):
         limit = config.get("max_image_length", -1)
         if limit is not None and limit >= 0:
             raise UserError(f"config.json draws {limit} patches of an image by lot; here all of them are read (-1)")
-        return cls(**fields_from_hf(config, _FIELDS, "vilt"))
+        return cls(**fields_from_hf(config, names.VILT, "vilt"))
 
     def to_hf(self) -> dict[str, Any]:
         """The inverse of `from_hf`."""
-        fields = {theirs: getattr(self, ours) for ours, theirs in _FIELDS.items()}
+        fields = {theirs: getattr(self, ours) for ours, theirs in names.VILT.items()}
         return {"architectures": ["ViltModel"], "model_type": "vilt", "max_image_length": -1, **fields}
 
 

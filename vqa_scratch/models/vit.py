@@ -23,28 +23,8 @@ from vqa_scratch.nn import taps
 from vqa_scratch.nn.attention import MultiHeadAttention
 from vqa_scratch.nn.layers import MLP, activation, init_weights
 from vqa_scratch.nn.states import Places, States
-from vqa_scratch.weights import maps
+from vqa_scratch.weights import fields, maps
 
-FIELDS = {  # ours: a ViT checkpoint's; ViLT and BLIP-2 add to them
-    "image_size": "image_size",
-    "patch_size": "patch_size",
-    "channels": "num_channels",
-    "dim": "hidden_size",
-    "layers": "num_hidden_layers",
-    "heads": "num_attention_heads",
-    "hidden": "intermediate_size",
-    "activation": "hidden_act",
-    "qkv_bias": "qkv_bias",
-    "norm_eps": "layer_norm_eps",
-    "dropout": "hidden_dropout_prob",
-    "attention_dropout": "attention_probs_dropout_prob",
-    "init_std": "initializer_range",
-}
-_DINO_FIELDS = {ours: theirs for ours, theirs in FIELDS.items() if ours != "hidden"} | {
-    "mlp_ratio": "mlp_ratio",
-    "swiglu": "use_swiglu_ffn",
-    "layer_scale": "layerscale_value",
-}
 _DINO_DEFAULTS = {"norm_eps": 1e-6, "mlp_ratio": 4, "layer_scale": 1.0}
 _NO_DROP_PATH = {"drop_path_rate": 0.0}  # stochastic depth, which no released DINOv2 asks for
 
@@ -58,12 +38,12 @@ class ViTLayout(Layout):
 
 
 LAYOUTS = {
-    "vit": ViTLayout("ViTModel", FIELDS, maps.VIT),
-    "deit": ViTLayout("DeiTModel", FIELDS, maps.DEIT, tokens=("cls_token", "distillation_token")),
-    "dinov2": ViTLayout("Dinov2Model", _DINO_FIELDS, maps.DINOV2, _DINO_DEFAULTS | {"patch_size": 14}, _NO_DROP_PATH),
+    "vit": ViTLayout("ViTModel", fields.VIT, maps.VIT),
+    "deit": ViTLayout("DeiTModel", fields.VIT, maps.DEIT, tokens=("cls_token", "distillation_token")),
+    "dinov2": ViTLayout("Dinov2Model", fields.DINOV2, maps.DINOV2, _DINO_DEFAULTS | {"patch_size": 14}, _NO_DROP_PATH),
     "dinov2_with_registers": ViTLayout(
         "Dinov2WithRegistersModel",
-        _DINO_FIELDS | {"registers": "num_register_tokens"},
+        fields.DINOV2_WITH_REGISTERS,
         maps.DINOV2_WITH_REGISTERS,
         _DINO_DEFAULTS | {"registers": 4},
         _NO_DROP_PATH,
@@ -263,16 +243,16 @@ class ViT(Released, nn.Module):
 
     `patch_embed` replaces the linear patching: any module (B, C, H, W) -> (B, N, D) with one token for each
     patch_size x patch_size square in raster order, for example `ConvStem`. Its attribute `first` is the pixel on which
-    the first token is centred, in both directions; only `places` and `states` need it.
+    the first token is centred, in both directions.
     """
 
     config_class = ViTConfig
 
     def __init__(self, config: ViTConfig, patch_embed: nn.Module | None = None) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.layout = config, config.family
         self.patch_embed = PatchEmbed(config) if patch_embed is None else patch_embed
-        tokens = config.family.tokens
+        tokens = self.layout.tokens
         for name in tokens:
             self.register_parameter(name, nn.Parameter(torch.empty(1, 1, config.dim)))
         if config.registers:
@@ -305,9 +285,9 @@ class ViT(Released, nn.Module):
         if pixel_values.ndim != 4:
             raise ValueError(f"pixel_values must be (batch, channels, height, width), got {tuple(pixel_values.shape)}")
         config, size = self.config, self.config.patches(*pixel_values.shape[2:])
-        positions = resize_positions(self.positions, config.grid, size, antialias=config.family.antialias)
+        positions = resize_positions(self.positions, config.grid, size, antialias=self.layout.antialias)
         x = self.patch_embed(pixel_values)
-        prefix = [getattr(self, name).expand(len(x), -1, -1) for name in config.family.tokens]
+        prefix = [getattr(self, name).expand(len(x), -1, -1) for name in self.layout.tokens]
         x = torch.cat([*prefix, x], 1) + positions
         if config.registers:
             before, after = x.tensor_split([len(prefix)], 1)
@@ -316,11 +296,11 @@ class ViT(Released, nn.Module):
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, P + N, D), the class token first. Raises ValueError unless patches fit the image."""
+        return self.states(pixel_values).tokens
+
+    def states(self, pixel_values: Tensor) -> States:
+        """The states of `forward`, with the places that they look at."""
         x = self.embed(pixel_values)
         for block in self.blocks:
             x = block(x)
-        return self.norm(x)
-
-    def states(self, pixel_values: Tensor) -> States:
-        """(B, C, H, W) -> the states of `forward`, with the places that they look at."""
-        return States(self(pixel_values), places=self.places(*pixel_values.shape[2:]))
+        return States(self.norm(x), places=self.places(*pixel_values.shape[2:]))

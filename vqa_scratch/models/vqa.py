@@ -65,15 +65,6 @@ class VQAModel(nn.Module):
             if hasattr(getattr(self, name), "blocks"):
                 taps.name_modules(getattr(self, name), name)
 
-    def encode_image(self, pixel_values: Tensor) -> States:
-        """(I, C, H, W) -> the image's states. Raises ValueError on NaN or infinite pixels."""
-        check_finite("pixel_values", pixel_values)
-        return self.image.states(pixel_values)
-
-    def encode_text(self, input_ids: Tensor | None, attention_mask: Tensor | None) -> States | None:
-        """(B, T) -> the question's states; None without a text encoder."""
-        return None if self.text is None else self.text.states(input_ids, attention_mask)
-
     def hidden(
         self,
         image: States,
@@ -111,7 +102,9 @@ class VQAModel(nn.Module):
         (B,) says which image a row is about. Raises ValueError on NaN or infinite inputs, and on labels that ask for
         nothing.
         """
-        image, text = self.encode_image(pixel_values), self.encode_text(input_ids, attention_mask)
+        check_finite("pixel_values", pixel_values)
+        text = None if self.text is None else self.text.states(input_ids, attention_mask)
+        image = self.image.states(pixel_values)
         hidden = self.hidden(image, text, decoder_input_ids, image_index, decoder_attention_mask)
         output = VQAOutput(hidden, self.decoder.head)
         if labels is not None:

@@ -11,26 +11,23 @@ from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from vqa_scratch.connectors import CONNECTORS, Conditioning, connect
+from vqa_scratch.connectors import Conditioning
 from vqa_scratch.data.answers import Answer
 from vqa_scratch.data.augment import Augment, depends_on_side
 from vqa_scratch.data.batches import Batch, Questions, batches_by_image
-from vqa_scratch.data.image_store import Images
-from vqa_scratch.data.images import ImageProcessor
-from vqa_scratch.data.text import Tokenizer, check_question, train_bpe
-from vqa_scratch.data.tokenizers import Tokenizers
+from vqa_scratch.data.images import ImageProcessor, Images
+from vqa_scratch.data.text import Tokenizer, check_question
 from vqa_scratch.data.vqa_v2 import VQASample
 from vqa_scratch.errors import UserError
-from vqa_scratch.models.gpt2 import GPT2, GPT2Config
-from vqa_scratch.models.resnet import ResNet, ResNetConfig, group_norm
 from vqa_scratch.models.vqa import VQAModel, labelled_loss
 from vqa_scratch.report.gallery import answer_sections
 from vqa_scratch.rl.options import RLHFOptions
 from vqa_scratch.rl.tasks import Task
 from vqa_scratch.systems import assembly
-from vqa_scratch.systems.base import AT_ONCE, System, check_positions, seed_everything
+from vqa_scratch.systems.base import AT_ONCE, System, seed_everything
+from vqa_scratch.systems.caption_models import build_model, tokenizers_for
 from vqa_scratch.systems.captions import (
     CaptionData,
     accuracy_of,
@@ -48,14 +45,9 @@ from vqa_scratch.systems.options import CaptionOptions
 from vqa_scratch.systems.policy import answering_task, run_options
 from vqa_scratch.systems.questions import one_sample
 from vqa_scratch.systems.scoring import QuestionOnly, TypePrior, blind, other_images, score
-from vqa_scratch.systems.vqa import IMAGE_SIZE
 from vqa_scratch.systems.writing import Split, write, writing_figures
 from vqa_scratch.training.precision import Precision
 from vqa_scratch.training.ranks import World
-
-IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
-# torchvision's preprocessing of its first ResNet weights: shortest side 256, centre 224.
-RESNET_PROCESSOR = ImageProcessor(size=256, crop_size=(224, 224), kind="BitImageProcessor", **IMAGENET)
 
 
 class Key(NamedTuple):
@@ -180,13 +172,13 @@ class CaptionSystem(System):
         return batch
 
     def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        image = self.model.encode_image(self.processor.normalize(batch.images))
+        image = self.model.image.states(self.processor.normalize(batch.images))
         hidden = self.model.hidden(image, None, batch.decoder_input_ids, batch.image_index)
         return labelled_loss(hidden, self.model.decoder.head, batch.labels)
 
     def condition(self, batch: Batch) -> Conditioning:
         """What the decoder is given for a batch."""
-        image = self.model.encode_image(self.processor.normalize(batch.images))
+        image = self.model.image.states(self.processor.normalize(batch.images))
         return self.model.connector(image, None, batch.image_index)
 
     def ids(self, rows: list[int]) -> list[int]:
@@ -340,63 +332,3 @@ class CaptionSystem(System):
 
     def export(self, folder: Path) -> list[str]:
         return export_writer(self, folder)
-
-
-# ------------------------------------------------------------------------------------------------ models
-
-
-def tokenizers_for(options: CaptionOptions, decoder: Tokenizer) -> Tokenizers:
-    """There is no text encoder: a question is the decoder's prompt."""
-    return Tokenizers(
-        None,
-        decoder,
-        max_question_tokens=options.max_question_tokens,
-        max_answer_tokens=options.max_caption_tokens,
-        question_prompt=True,
-    )
-
-
-def build_model(options: CaptionOptions, data: CaptionData) -> tuple[VQAModel, Tokenizer, ImageProcessor]:
-    """Model, tokenizer and preprocessing that the options ask for."""
-    kind = CONNECTORS["tokens"]
-    processor = RESNET_PROCESSOR
-    if options.init == "pretrained":
-        decoder = Tokenizer.from_pretrained(options.decoder_model)
-        writer = GPT2.from_pretrained(options.decoder_model, add_cross_attention=True)
-        image: nn.Module = ResNet.from_pretrained(options.image_model)
-    else:
-        train = data.texts["train"]
-        texts = {s.answer for s in (*train.captions, *train.questions)} | {s.question for s in train.questions}
-        decoder = train_bpe([f" {text}" for text in sorted(texts)], options.vocabulary)
-        ids = {"bos_id": decoder.bos_id, "eos_id": decoder.eos_id}
-        if options.preset == "coco":  # of the released sizes, for measuring without a network
-            image, writer = ResNet(ResNetConfig()), GPT2(GPT2Config(add_cross_attention=True, **ids))
-        else:
-            image, writer = small_models(options, len(decoder), ids | {"pad_id": decoder.pad_id})
-            processor = ImageProcessor(size=(IMAGE_SIZE, IMAGE_SIZE))
-    read = [*(["max_question_tokens"] if options.question_share else []), "max_caption_tokens"]
-    check_positions(options, read, writer.config.max_positions, options.decoder_model or "GPT-2")
-    grid = image.places(*processor.output_size).grid
-    connector = connect({"kind": "tokens", **kind.sizes_for(grid, options)}, image, None, writer)
-    if options.preset == "caption":
-        connector.start_from_places(0.5 * assembly.grid_positions(grid, options.width))
-    return VQAModel(image, None, connector, writer), decoder, processor
-
-
-def small_models(options: CaptionOptions, vocabulary: int, ids: dict[str, int]) -> tuple[ResNet, GPT2]:
-    """A small random net: two stages of basic blocks, which leave a map of 8x8 places of a 64-pixel image."""
-    image = ResNetConfig("basic", (options.image_blocks,) * 2, (options.image_width, 2 * options.image_width))
-    decoder = GPT2Config(
-        vocab_size=vocabulary,
-        max_positions=options.max_question_tokens + options.max_caption_tokens + 1,
-        dim=options.width,
-        layers=options.decoder_layers,
-        heads=options.heads,
-        activation="relu",
-        embedding_dropout=0.0,
-        dropout=0.0,
-        attention_dropout=0.0,
-        add_cross_attention=True,
-        **ids,
-    )
-    return ResNet(image, group_norm), GPT2(decoder)

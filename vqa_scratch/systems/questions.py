@@ -126,10 +126,6 @@ class QuestionSystem(System):
         mine = world.share(images)
         return np.concatenate(mine or images[:1]), bool(mine)
 
-    def batch(self, key: np.ndarray) -> Any:
-        train = self.splits["train"]
-        return train.questions.batch(key, train.images)
-
     def ids(self, rows: list[int]) -> list[int]:
         return [self.data.samples["train"][row].question_id for row in rows]
 

@@ -28,7 +28,7 @@ from vqa_scratch.systems.base import check_positions, seed_everything
 from vqa_scratch.systems.export import export_vilt
 from vqa_scratch.systems.options import ViLTOptions
 from vqa_scratch.systems.questions import QuestionData, QuestionSystem
-from vqa_scratch.systems.vqa import VOCABULARY
+from vqa_scratch.systems.vqa_models import VOCABULARY
 from vqa_scratch.systems.writing import Split
 from vqa_scratch.training.precision import Precision
 
@@ -98,6 +98,10 @@ class ViLTSystem(QuestionSystem):
             f"trainable: {parameters:,} parameters",
             f"cut to the token limit: {self.tokenizers.cut['questions']} questions",
         ]
+
+    def batch(self, key: np.ndarray) -> ClassBatch:
+        train = self.splits["train"]
+        return train.questions.batch(key, train.images)
 
     def logits(self, batch: ClassBatch) -> Tensor:
         """(B, L) for a batch on the model's device."""

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from vqa_scratch.connectors import Conditioning
 from vqa_scratch.data.answers import Answer
 from vqa_scratch.data.batches import Batch, ImageGroups, Questions, prefetch
-from vqa_scratch.data.image_store import Images
+from vqa_scratch.data.images import Images
 from vqa_scratch.errors import UserError
 from vqa_scratch.generate import Decoder, GenerationOptions, generate, rank
 from vqa_scratch.systems.base import System

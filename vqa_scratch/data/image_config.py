@@ -1,0 +1,117 @@
+"""The preprocessor_config.json of released vision encoders, and what its keys mean by being absent.
+
+The files are those of ViT, DeiT, DINO, CLIP, BLIP and SigLIP; the rules are those of the processors of `transformers`.
+"""
+
+import re
+from typing import Any
+
+from PIL import Image
+
+from vqa_scratch.errors import UserError
+
+HALF = (0.5, 0.5, 0.5)
+_CLIP_MEAN, _CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+_VIT = {"size": {"height": 224, "width": 224}, "resample": Image.BILINEAR, "image_mean": HALF, "image_std": HALF}
+_CLIP = {
+    "size": {"shortest_edge": 224},
+    "resample": Image.BICUBIC,
+    "do_center_crop": True,
+    "crop_size": {"height": 224, "width": 224},
+    "image_mean": _CLIP_MEAN,
+    "image_std": _CLIP_STD,
+}
+# What a configuration means by leaving a key out, by processor type; a bare size is the shortest edge where marked so.
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "ViTImageProcessor": _VIT,
+    "DeiTImageProcessor": _VIT
+    | {
+        "size": {"height": 256, "width": 256},
+        "resample": Image.BICUBIC,
+        "do_center_crop": True,
+        "crop_size": {"height": 224, "width": 224},
+    },
+    "CLIPImageProcessor": _CLIP,
+    "BitImageProcessor": _CLIP,
+    "BlipImageProcessor": _CLIP | {"size": {"height": 384, "width": 384}, "do_center_crop": False},
+    "SiglipImageProcessor": _VIT | {"resample": Image.BICUBIC},
+}
+_BARE_SIZE_IS_SHORTEST_EDGE = {"CLIPImageProcessor", "BitImageProcessor", "SiglipImageProcessor"}
+_STEPS = {"do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_convert_rgb"}
+
+
+def _size(value: Any, key: str, *, square: bool) -> tuple[int, int] | int:
+    """(height, width), or an int for the shortest edge, from the forms that configurations use."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        result: Any = (value, value) if square else value
+    elif isinstance(value, (list, tuple)) and len(value) == 2:
+        result = tuple(value)
+    elif isinstance(value, dict) and {k for k, v in value.items() if v is not None} == {"height", "width"}:
+        result = (value["height"], value["width"])
+    elif isinstance(value, dict) and {k for k, v in value.items() if v is not None} == {"shortest_edge"}:
+        result = value["shortest_edge"]
+    else:
+        raise UserError(f'{key} must be a number, {{"height", "width"}} or {{"shortest_edge"}}, not {value!r}')
+    sides = result if isinstance(result, tuple) else (result,)
+    if not all(isinstance(side, int) and side > 0 for side in sides):
+        raise UserError(f"{key} must hold positive whole numbers, not {value!r}")
+    return result
+
+
+def _channels(value: Any, key: str) -> tuple[float, float, float]:
+    values = (value,) * 3 if isinstance(value, (int, float)) else tuple(value)
+    if len(values) != 3 or not all(isinstance(v, (int, float)) for v in values):
+        raise UserError(f"{key} must be a number or three, not {value!r}")
+    return tuple(map(float, values))
+
+
+def read_fields(config: dict[str, Any]) -> dict[str, Any]:
+    """The fields of an `ImageProcessor`; UserError for an unknown type, step or size."""
+    name = config.get("image_processor_type") or config.get("feature_extractor_type")
+    kind = re.sub(r"(FeatureExtractor|ImageProcessor)(Fast|Pil)?$", "ImageProcessor", str(name))
+    if kind not in _DEFAULTS:
+        raise UserError(f"unknown image processor type {name!r}; known are {', '.join(_DEFAULTS)}")
+    unknown = [k for k, v in config.items() if k.startswith("do_") and v and k not in _STEPS]
+    if unknown:
+        raise UserError(f"{name} asks for {', '.join(unknown)}, which is not supported")
+    given = {key: value for key, value in config.items() if value is not None}
+    values = {"do_resize": True, "do_rescale": True, "do_normalize": True, "rescale_factor": 1 / 255}
+    values |= _DEFAULTS[kind] | given
+    square = kind not in _BARE_SIZE_IS_SHORTEST_EDGE
+    crop = _size(values["crop_size"], "crop_size", square=True) if values.get("do_center_crop") else None
+    if isinstance(crop, int):
+        raise UserError(f'crop_size must be a number or {{"height", "width"}}, not {values["crop_size"]!r}')
+    normalize = values["do_normalize"]
+    return {
+        "size": _size(values["size"], "size", square=square) if values["do_resize"] else None,
+        "resample": values["resample"],
+        "crop_size": crop,
+        "rescale_factor": values["rescale_factor"] if values["do_rescale"] else None,
+        "mean": _channels(values["image_mean"], "image_mean") if normalize else None,
+        "std": _channels(values["image_std"], "image_std") if normalize else None,
+        "kind": kind,
+    }
+
+
+def write_fields(fields: dict[str, Any]) -> dict[str, Any]:
+    """The inverse of `read_fields`."""
+    config: dict[str, Any] = {
+        "image_processor_type": fields["kind"],
+        "do_convert_rgb": True,
+        "do_resize": fields["size"] is not None,
+        "do_center_crop": fields["crop_size"] is not None,
+        "do_rescale": fields["rescale_factor"] is not None,
+        "do_normalize": fields["mean"] is not None,
+        "resample": int(fields["resample"]),
+    }
+    if isinstance(fields["size"], int):
+        config["size"] = {"shortest_edge": fields["size"]}
+    elif fields["size"] is not None:
+        config["size"] = dict(zip(("height", "width"), fields["size"], strict=True))
+    if fields["crop_size"] is not None:
+        config["crop_size"] = dict(zip(("height", "width"), fields["crop_size"], strict=True))
+    if fields["rescale_factor"] is not None:
+        config["rescale_factor"] = fields["rescale_factor"]
+    if fields["mean"] is not None:
+        config |= {"image_mean": list(fields["mean"]), "image_std": list(fields["std"])}
+    return config

@@ -1,0 +1,65 @@
+"""Frozen encoders: their states are computed once, kept in files, and read in place of running the encoder.
+
+States are those of an encoder in eval mode. They are kept in fp32 under fp32, and under bf16 or fp16 in that type,
+which is what the connector computes in anyway.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vqa_scratch.data.feature_store import ImageFeatures, TextFeatures
+from vqa_scratch.models.vqa import FROZEN_PARTS
+from vqa_scratch.nn.states import States
+from vqa_scratch.systems.writing import Split
+
+
+def cache_features(system: Any) -> list[ImageFeatures | TextFeatures]:
+    """Put a file of states in the place of each frozen encoder of a `VQASystem`: its batches then hold states, and
+    encoding reads them.
+
+    Nothing is computed yet: a file is made by `ready` of what this returns, with the weights then in place.
+    """
+    model, precision, folder = system.model, system.precision, system.options.cache
+    frozen, kept = FROZEN_PARTS[system.options.freeze], []
+
+    def at_rest(part: nn.Module, encode: Callable[..., States]) -> Callable[..., States]:
+        """`encode` with the part in eval mode, on the device, in the precision of the run."""
+
+        @torch.no_grad()
+        def run(*inputs: Tensor) -> States:
+            part.eval()
+            with precision.autocast():
+                return encode(*(x.to(precision.device) for x in inputs))
+
+        return run
+
+    if "image" in frozen:
+        encode = at_rest(model.image, system.encode_image)
+        height, width = system.processor.output_size
+        places = model.image.places(height, width)
+        sizes = model.connector.kept_tokens(model.image.prefix_tokens, places.grid), model.image.dim
+
+        def image_states(images: Tensor) -> Tensor:
+            return model.connector.kept(encode(images)).tokens
+
+        for name, split in system.splits.items():
+            states = ImageFeatures(split.images, model.image, image_states, folder, sizes, precision.dtype)
+            system.splits[name] = Split(split.questions, states)
+            kept.append(states)
+        system.encode_image = partial(States, places=places)
+    if "text" in frozen and model.text is not None:
+        encode_text = at_rest(model.text, system.encode_text)
+
+        def text_states(ids: Tensor, mask: Tensor) -> Tensor:
+            return encode_text(ids, mask).tokens.cpu()
+
+        for split in system.splits.values():
+            states = TextFeatures(split.questions, model.text, text_states, folder, model.text.dim, precision.dtype)
+            split.questions.cached = states.batch
+            kept.append(states)
+        system.encode_text = States
+    return kept

@@ -1,0 +1,113 @@
+"""The models of the VQA system before training: small random ones, or released ones."""
+
+import torch
+from torch import nn
+
+from vqa_scratch.connectors import CONNECTORS, Connector, connect
+from vqa_scratch.data.images import ImageProcessor
+from vqa_scratch.data.text import Tokenizer, train_bpe, train_wordpiece
+from vqa_scratch.data.tokenizers import Tokenizers
+from vqa_scratch.data.vqa_v2 import VQASample
+from vqa_scratch.errors import UserError
+from vqa_scratch.models.bert import Bert, BertConfig
+from vqa_scratch.models.gpt2 import GPT2, GPT2Config
+from vqa_scratch.models.released import image_encoder, text_encoder
+from vqa_scratch.models.vit import ViTConfig
+from vqa_scratch.systems import assembly
+from vqa_scratch.systems.base import check_positions
+from vqa_scratch.systems.options import VQAOptions
+
+IMAGE_SIZE = 64  # pixels a side, of the small models
+VOCABULARY = 512  # tokens at most, of the small models' tokenizers
+DISTILBERT = BertConfig(layout="distilbert", layers=6, token_types=0)  # distilbert-base-uncased
+
+Parts = tuple[nn.Module, Bert | None, Connector, GPT2, Tokenizers, ImageProcessor]
+
+
+def tokenizers_for(options: VQAOptions, text: Tokenizer | None, decoder: Tokenizer) -> Tokenizers:
+    """The tokenizers with the limits of a run."""
+    names = ("max_question_tokens", "max_answer_tokens", "question_prompt")
+    return Tokenizers(text, decoder, **{name: getattr(options, name) for name in names})
+
+
+def own_tokenizers(train: list[VQASample]) -> tuple[Tokenizer, Tokenizer]:
+    """WordPiece for the text encoder and byte-level BPE for the decoder, learned from the training questions."""
+    questions = sorted({s.question for s in train})
+    answers = sorted({a for s in train for a in (*s.answers, s.answer)})
+    return train_wordpiece(questions, VOCABULARY), train_bpe([f" {text}" for text in questions + answers], VOCABULARY)
+
+
+def small_models(options: VQAOptions, train: list[VQASample]) -> Parts:
+    """Small random models of the real classes, with tokenizers learned from the questions."""
+    kind, width = CONNECTORS[options.connector], options.width
+    text, decoder = own_tokenizers(train)
+    shared = {"dim": width, "heads": options.heads, "activation": "relu"}
+    none = {"dropout": 0.0, "attention_dropout": 0.0}
+    image_config = ViTConfig(
+        image_size=IMAGE_SIZE,
+        patch_size=options.patch_size,
+        layers=options.image_layers,
+        hidden=4 * width,
+        **shared,
+    )
+    image = assembly.vit(image_config, options.stem)
+    grid = image.places(IMAGE_SIZE, IMAGE_SIZE).grid
+    sizes = kind.sizes_for(grid, options)
+    text_config = BertConfig(
+        layout="distilbert",
+        vocab_size=len(text),
+        layers=options.text_layers,
+        hidden=4 * width,
+        max_positions=max(64, options.max_question_tokens),
+        token_types=0,
+        pad_id=text.pad_id,
+        **shared,
+        **none,
+    )
+    longest = options.max_question_tokens + options.max_answer_tokens + 1
+    decoder_config = GPT2Config(
+        vocab_size=len(decoder),
+        max_positions=max(64, longest) + kind.prefix_length(grid, sizes),
+        layers=options.decoder_layers,
+        embedding_dropout=0.0,
+        add_cross_attention=kind.uses_memory,
+        bos_id=decoder.bos_id,
+        eos_id=decoder.eos_id,
+        pad_id=decoder.pad_id,
+        **shared,
+        **none,
+    )
+    words, writer = Bert(text_config) if kind.reads_text else None, GPT2(decoder_config)
+    connector = connect({"kind": options.connector, **sizes}, image, words, writer)
+    table = 0.5 * assembly.grid_positions(grid, width)
+    with torch.no_grad():
+        image.positions[0, image.prefix_tokens :] = table
+    connector.start_from_places(table)
+    tokenizers = tokenizers_for(options, text if kind.reads_text else None, decoder)
+    return image, words, connector, writer, tokenizers, ImageProcessor(size=(IMAGE_SIZE, IMAGE_SIZE))
+
+
+def released_models(options: VQAOptions, train: list[VQASample]) -> Parts:
+    """Models, tokenizers and preprocessing from checkpoints; or, with `--init random`, random ones of book size."""
+    kind = CONNECTORS[options.connector]
+    if options.init == "random":
+        text, decoder = own_tokenizers(train)
+        image, words = assembly.vit(ViTConfig(), "linear"), Bert(DISTILBERT)
+        writer, processor = GPT2(GPT2Config(add_cross_attention=kind.uses_memory)), ImageProcessor()
+    else:
+        text = Tokenizer.from_pretrained(options.text_model)
+        decoder = Tokenizer.from_pretrained(options.decoder_model)
+        image, words = image_encoder(options.image_model), text_encoder(options.text_model)
+        writer = GPT2.from_pretrained(options.decoder_model, add_cross_attention=kind.uses_memory)
+        processor = ImageProcessor.from_pretrained(options.image_model)
+    check_positions(options, ["max_question_tokens"], words.longest, options.text_model or "DistilBERT")
+    if processor.output_size is None:
+        raise UserError(f"training needs images of one size; {options.image_model} takes each at a size of its own")
+    grid = image.places(*processor.output_size).grid
+    sizes = kind.sizes_for(grid, options)
+    written = [*(["max_question_tokens"] if options.question_prompt else []), "max_answer_tokens"]
+    room = writer.config.max_positions - kind.prefix_length(grid, sizes)
+    check_positions(options, written, room, options.decoder_model or "GPT-2")
+    words = words if kind.reads_text else None
+    connector = connect({"kind": options.connector, **sizes}, image, words, writer)
+    return image, words, connector, writer, tokenizers_for(options, text if words else None, decoder), processor
