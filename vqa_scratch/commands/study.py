@@ -2,6 +2,7 @@
 
 import sys
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,12 @@ from vqa_scratch.errors import UserError
 from vqa_scratch.options import NearChoice
 from vqa_scratch.run import load_run
 from vqa_scratch.storage import check_writable, write_json, write_text, write_whole
-from vqa_scratch.study.faithfulness import answer_rows, image_source, patch_map
-from vqa_scratch.study.inputs import Opened, is_text_run, open_question, open_text
+from vqa_scratch.study.faithfulness import answer_rows, patch_map
+from vqa_scratch.study.opened import Opened
 from vqa_scratch.study.overlay import overlay, side_by_side
 from vqa_scratch.study.record import Study, summary, take_apart, trace_file
 from vqa_scratch.study.report import page
+from vqa_scratch.study.runs import is_text_run, open_question, open_text, question_subject, score_of
 from vqa_scratch.study.splits import ablation_figures, faithfulness_figures, pointing_figures, pointing_table
 from vqa_scratch.training.precision import pick_device
 
@@ -45,11 +47,11 @@ def read_text(path: Path) -> str:
 def write_overlays(folder: Path, study: Study) -> None:
     """overlay_<method>.png: the plain image, then the map of every word of the answer."""
     subject, image = study.opened.subject, study.opened.image
-    grid = image_source(subject)[0].grid
+    places = subject.image[0].places
     rows = answer_rows(subject, [token.id for token in study.tokens])
     for method, flow in study.flows.items():
         maps = [patch_map(subject, flow, [row]) for row in rows]
-        sheet = side_by_side([overlay(image, values, grid) for values in (0 * maps[0], *maps)])
+        sheet = side_by_side([overlay(image, values, places) for values in (0 * maps[0], *maps)])
         write_whole(folder / f"overlay_{method}.png", lambda path, sheet=sheet: sheet.save(path, format="PNG"))
 
 
@@ -113,16 +115,17 @@ def study(
         print(f"see {out / 'report.html'}")
         return
     opened, figures = load_run(run, pick_device(device)), {"run": str(run), "split": split}
+    subject_of = partial(question_subject, opened)
     if pointing is not None:
-        found = pointing_figures(opened, pointing, split, questions)
+        found = pointing_figures(subject_of, opened.processor, pointing, split, questions)
         figures["pointing"] = {name: asdict(p) | {"ratio": p.ratio} for name, p in found.items()}
         print(pointing_table(found))
     if faithfulness is not None:
-        figures["faithfulness"] = faithfulness_figures(opened, faithfulness, split, questions, out)
+        figures["faithfulness"] = faithfulness_figures(subject_of, faithfulness, split, questions, out)
         for name, c in figures["faithfulness"].items():
             print(f"{name:10s} area under deletion {c['deletion_area']:.3f}, insertion {c['insertion_area']:.3f}")
     if ablation is not None:
-        figures["ablation"] = ablation_figures(opened, ablation, split, questions, heads, out)
+        figures["ablation"] = ablation_figures(opened.model, score_of(opened, ablation, split, questions), heads, out)
         for effect in figures["ablation"]["heads"][:5]:
             print(f"without {effect['name']} head {effect['head']}: {effect['score']:.4f} ({-effect['drop']:+.4f})")
     write_json(out / "figures.json", figures)

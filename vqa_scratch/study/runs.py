@@ -1,57 +1,25 @@
-"""From a run folder and what the user gives to a subject of study, with a readable label for every token."""
+"""From a run folder and what the user gives to what is studied. The rest of `study` knows no runs."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from PIL import Image
 
+from vqa_scratch.data.batches import Images, Questions
 from vqa_scratch.data.images import ImageProcessor, load_image
 from vqa_scratch.data.text import Tokenizer, check_question
+from vqa_scratch.data.vqa_v2 import read_vqa
 from vqa_scratch.errors import UserError
+from vqa_scratch.metrics import vqa_accuracy
 from vqa_scratch.models.t5 import T5
 from vqa_scratch.run import Run, load_run, read_run_config
 from vqa_scratch.storage import read_json
-from vqa_scratch.study.subject import Subject, T5Subject, VQASubject
+from vqa_scratch.study.opened import Opened, special_tokens, text_labels, written
+from vqa_scratch.study.subject import T5Subject, VQASubject
+from vqa_scratch.training.evaluation import answer_questions
 
 POLICY = "policy"  # where a run of rlhf.py keeps its tuned model
-
-
-@dataclass(frozen=True)
-class Opened:
-    """A subject, what it was made from, and how to read its decoder's ids."""
-
-    run: str
-    subject: Subject
-    text: str  # the question or the article
-    image: Image.Image | None  # as the model saw it: resized and cropped
-    tokenizer: Tokenizer  # the decoder's
-    notes: tuple[str, ...] = ()  # what the user should know about how it was read
-
-
-def token_label(tokenizer: Tokenizer, index: int) -> str:
-    """One id as readable text, its leading space kept."""
-    if index >= len(tokenizer):
-        return f"[unused {index}]"  # checkpoints have more rows than their vocabulary
-    token = tokenizer.backend.id_to_token(index)
-    if tokenizer.byte_level and token not in tokenizer.special.values():
-        return tokenizer.decode([index], skip_special_tokens=False)
-    return token.replace("▁", " ")
-
-
-def text_labels(tokenizer: Tokenizer, text: str, ids: list[int]) -> tuple[str, ...]:
-    """A label for each of `ids`, which begin as `text` does: the user's own characters, unknown words included."""
-    encoding = tokenizer.backend.encode(text)
-    labels = []
-    for place, index in enumerate(ids):
-        start, end = encoding.offsets[place] if encoding.ids[place : place + 1] == [index] else (0, 0)
-        labels.append(text[start:end] if end > start else token_label(tokenizer, index))
-    return tuple(labels)
-
-
-def _where(tokenizer: Tokenizer, ids: list[int]) -> tuple[int, ...]:
-    special = {tokenizer.cls_id, tokenizer.sep_id, tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id} - {None}
-    return tuple(place for place, index in enumerate(ids) if index in special)
 
 
 def question_subject(run: Run, image: Image.Image, question: str) -> VQASubject:
@@ -64,7 +32,7 @@ def question_subject(run: Run, image: Image.Image, question: str) -> VQASubject:
         run.processor(image)[None],
         ids,
         text_labels(encoder.text, question, ids),
-        _where(encoder.text, ids),
+        special_tokens(encoder.text, ids),
         prompt,
         encoder.max_answer_tokens,
     )
@@ -80,7 +48,8 @@ def open_question(folder: Path, image_file: Path, question: str, device: str = "
     run = load_run(_vqa_folder(folder), device)
     image, question = load_image(image_file), check_question(question)
     subject, shown = question_subject(run, image, question), shown_image(run.processor, image)
-    return Opened(str(folder), subject, question, shown, run.encoder.decoder, tuple(run.encoder.notes_on(question)))
+    words, notes = written(run.encoder.decoder, subject.prompt), tuple(run.encoder.notes_on(question))
+    return Opened(str(folder), subject, question, shown, **words, notes=notes)
 
 
 def is_text_run(folder: Path) -> bool:
@@ -129,4 +98,19 @@ def open_text(folder: Path, text: str, device: str = "cpu") -> Opened:
     ids = ids[0].tolist()
     notes = (f"the text is longer than {limit} tokens; only its beginning was read",) if tokenizer.truncated else ()
     subject = T5Subject(model, ids, text_labels(tokenizer, text, ids), options.get("max_new_tokens", 32))
-    return Opened(str(folder), subject, text, None, tokenizer, notes)
+    return Opened(str(folder), subject, text, None, **written(tokenizer, subject.prompt), notes=notes)
+
+
+def score_of(run: Run, data: Path, split: str, number: int) -> Callable[[], float]:
+    """A function that answers the first questions of a split and gives their official accuracy."""
+    questions = Questions(read_vqa(data, split).samples, run.encoder)
+    images = Images(questions.image_paths, run.processor)
+    batches = questions.in_order(number, 256)
+    by_id = {sample.question_id: sample for sample in questions.samples}
+
+    def score() -> float:
+        answers = answer_questions(run.model, questions, images, run.precision, batches)
+        scored = [vqa_accuracy(answer.text, by_id[i].answers) for i, answer in answers.items()]
+        return sum(scored) / len(scored)
+
+    return score
