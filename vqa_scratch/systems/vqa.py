@@ -10,6 +10,7 @@ from typing import Any, Self
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from vqa_scratch.connectors import Conditioning
@@ -25,14 +26,16 @@ from vqa_scratch.nn.states import States
 from vqa_scratch.rl.options import RLHFOptions
 from vqa_scratch.rl.tasks import Task
 from vqa_scratch.storage import read_json, write_json
+from vqa_scratch.study.opened import Opened
 from vqa_scratch.systems import assembly
 from vqa_scratch.systems.base import seed_everything
 from vqa_scratch.systems.export import export_writer
 from vqa_scratch.systems.frozen import cache_features
 from vqa_scratch.systems.options import VQAOptions
 from vqa_scratch.systems.policy import answering_task, run_options
-from vqa_scratch.systems.questions import QuestionData, QuestionSystem
+from vqa_scratch.systems.questions import QuestionData, QuestionSystem, needs_question
 from vqa_scratch.systems.scoring import common_answers
+from vqa_scratch.systems.studied import writing_subject
 from vqa_scratch.systems.vqa_models import released_models, small_models, tokenizers_for
 from vqa_scratch.systems.writing import Split, choose, write, writing_figures
 from vqa_scratch.training.precision import Precision
@@ -189,6 +192,9 @@ class VQASystem(QuestionSystem):
         figures, among, over = (summary[f"ranking_{name}"] for name in ("accuracy", "candidates", "questions"))
         line = f"ranking_accuracy     {figures:.4f} (the best of {among} answers, first {over} questions)"
         return [*super().lines(summary), line]
+
+    def subject(self, image: Image.Image, question: str | None) -> Opened:
+        return writing_subject(self, image, needs_question(self, question))
 
     def policy(self, options: RLHFOptions, dtype: torch.dtype) -> Task:
         samples = self.read(run_options(self, options)).samples
