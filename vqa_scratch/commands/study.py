@@ -36,20 +36,9 @@ ONE, SPLIT = "One answer", "Over a split"
             group=SPLIT,
         ),
         Flag(["--ablation"], type=FOLDER, help="Data folder: accuracy with each head silenced.", group=SPLIT),
-        Flag(
-            ["--heads"],
-            default="decoder.*.cross",
-            help="Attentions that --ablation goes through.",
-            group=SPLIT,
-        ),
+        Flag(["--heads"], default="decoder.*.cross", help="Attentions that --ablation goes through.", group=SPLIT),
         Flag(["--split"], default="val", help="Split of the data folder.", group=SPLIT),
-        Flag(
-            ["--questions"],
-            type=click.IntRange(min=1),
-            default=500,
-            help="How many questions of it.",
-            group=SPLIT,
-        ),
+        Flag(["--questions"], type=click.IntRange(min=1), default=500, help="How many questions of it.", group=SPLIT),
         DEVICE,
     ],
 )
