@@ -109,8 +109,10 @@ class Ours:
 
     def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """The sum over the answer tokens, and how many of them are right, as `System.loss` gives them."""
-        image = self.model.encode_image(batch.images)
-        text = self.model.encode_text(batch.question, batch.attention_mask)
+        image, text = (
+            self.model.image.states(batch.images),
+            self.model.text.states(batch.question, batch.attention_mask),
+        )
         hidden = self.model.hidden(image, text, batch.decoder_input_ids, batch.image_index)
         return labelled_loss(hidden, self.model.decoder.head, batch.labels)
 

@@ -70,7 +70,7 @@ def test_fused_adamw_is_the_same_step(weights):
         plain.step()
         fused.fused_step()
     for a, b in zip(plain.model.parameters(), fused.model.parameters(), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=5e-6)  # a tenth of a step: Adam divides noise by its size
 
 
 def test_bf16_stays_within_its_budget(weights, tmp_path):
