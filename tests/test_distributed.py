@@ -14,7 +14,7 @@ import pytest
 import torch
 from ranks import run_ranks
 from test_resume import at_step, die, send
-from vqa_helpers import ROOT, Ended, Started, small_config, small_flags, train_program
+from vqa_helpers import ROOT, Ended, Started, small_options, small_flags, train_program
 
 import train
 from vqa_scratch.errors import UserError
@@ -37,15 +37,15 @@ def flags(data: Path, out: Path, **changes) -> list[str]:
 def in_double() -> None:
     """float64, where sums in another order leave no trace: in float32 Adam makes steps of rounding errors."""
     from vqa_scratch.data.images import ImageProcessor
-    from vqa_scratch.systems import vqa
+    from vqa_scratch.models.vqa import VQAModel
 
-    build_system, normalize = vqa.build_system, ImageProcessor.normalize
+    make, normalize = VQAModel.__init__, ImageProcessor.normalize
 
-    def doubled(*args):
-        model, *others = build_system(*args)
-        return model.double(), *others
+    def doubled(self, *parts):
+        make(self, *parts)
+        self.double()
 
-    vqa.build_system = doubled
+    VQAModel.__init__ = doubled
     ImageProcessor.normalize = lambda self, pixels: normalize(self, pixels).double()
 
 
@@ -207,16 +207,16 @@ def test_a_rank_that_dies_ends_the_run(data, alone, tmp_path):
 
 def breaking_loss(step: int) -> None:
     """The loss of that step is NaN on this rank."""
-    from vqa_scratch.systems.vqa import VQATask
+    from vqa_scratch.systems.vqa import VQASystem
 
-    loss, calls = VQATask.loss, []
+    loss, calls = VQASystem.loss, []
 
     def broken(self, batch):
         calls.append(1)
         value, right = loss(self, batch)
         return (value * math.nan if len(calls) == step else value), right
 
-    VQATask.loss = broken
+    VQASystem.loss = broken
 
 
 def test_a_loss_that_is_no_number_on_one_rank_stops_all(data, tmp_path):
@@ -231,12 +231,12 @@ def test_a_loss_that_is_no_number_on_one_rank_stops_all(data, tmp_path):
 
 
 def broken_image() -> None:
-    from vqa_scratch.systems.vqa import VQATask
+    from vqa_scratch.systems.vqa import VQASystem
 
     def batch(self, key):
         raise UserError("picture.png is no image")
 
-    VQATask.batch = batch
+    VQASystem.batch = batch
 
 
 def test_an_error_of_one_rank_names_it(data, tmp_path):
@@ -258,11 +258,11 @@ def test_an_error_of_all_ranks_is_told_once(data, tmp_path):
 
 def test_what_does_not_go_with_fsdp(data, tmp_path):
     with pytest.raises(UserError, match="--parallel fsdp does not go with --compile"):
-        small_config(data, tmp_path, parallel="fsdp", compile=True)
+        small_options(data, tmp_path, parallel="fsdp", compile=True)
     with pytest.raises(UserError, match="--parallel fsdp does not go with --feature-cache"):
-        small_config(data, tmp_path, parallel="fsdp", feature_cache=True, freeze="encoders")
+        small_options(data, tmp_path, parallel="fsdp", feature_cache=True, freeze="encoders")
     with pytest.raises(UserError, match="--parallel fsdp cuts the model over processes"):
-        train.main(small_config(data, tmp_path / "run", parallel="fsdp"))
+        train.main(small_options(data, tmp_path / "run", parallel="fsdp"))
 
 
 # ------------------------------------------------------------------------------------------------- torchrun
