@@ -138,7 +138,6 @@ class VQASystem(QuestionSystem):
 
         States are those of an encoder in eval mode. They are kept in fp32 under fp32, and under bf16 or fp16 in that
         type, which is what the connector computes in anyway. Nothing is computed yet: a file is made by `precompute`.
-        Raises UserError if the images are not of the size that the image encoder was made for.
         """
         model, folder, dtype = self.model, self.options.cache, self.precision.dtype
         frozen, kept = FROZEN_PARTS[self.options.freeze], []
