@@ -25,7 +25,7 @@ class Rules:
 
     help: str
     group: str
-    choices: tuple[str, ...]
+    choices: Collection[str]
     minimum: float | None
     above: float | None
     maximum: float | None
@@ -55,7 +55,7 @@ def option(
     default: Any,
     help: str,
     group: str,
-    choices: Sequence[str] = (),
+    choices: Collection[str] = (),
     *,
     minimum: float | None = None,
     above: float | None = None,
@@ -68,7 +68,7 @@ def option(
 ) -> Any:
     """A dataclass field with a `help` sentence, which --help shows under the heading `group`.
 
-    choices: the words allowed.
+    choices: the words allowed; a table in which they are the keys may grow.
     minimum, above, maximum, below: bounds of a number, the first and third included. Numbers must be finite;
         `maximum=math.inf` allows infinity.
     only: the option means something only while other options have these values: {"init": "pretrained"}, or a tuple of
@@ -77,9 +77,7 @@ def option(
     may_change: a run may be continued with another value.
     """
     only = {name: values if isinstance(values, tuple) else (values,) for name, values in (only or {}).items()}
-    rules = Rules(
-        help, group, tuple(choices), minimum, above, maximum, below, only, was, dict(renamed or {}), may_change
-    )
+    rules = Rules(help, group, choices, minimum, above, maximum, below, only, was, dict(renamed or {}), may_change)
     return field(default=default, metadata={"rules": rules})
 
 
@@ -105,7 +103,7 @@ def defaults_of(options_class: type) -> dict[str, Any]:
 
 def choices_of(options_class: type, name: str) -> tuple[str, ...]:
     """The words that an option may be."""
-    return rules_of(options_class)[name].choices
+    return tuple(rules_of(options_class)[name].choices)
 
 
 def changeable(options_class: type) -> frozenset[str]:

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from vqa_scratch.connectors import CONNECTORS, Conditioning, connect
+from vqa_scratch.connectors import connect, connector_class
+from vqa_scratch.connectors.base import Conditioning
 from vqa_scratch.data.answers import Answer
 from vqa_scratch.data.augment import Augment, depends_on_side
 from vqa_scratch.data.batches import Batch, Questions, batches_by_image
@@ -358,7 +359,7 @@ def tokenizers_for(options: CaptionOptions, decoder: Tokenizer) -> Tokenizers:
 
 def build_model(options: CaptionOptions, data: CaptionData) -> tuple[VQAModel, Tokenizer, ImageProcessor]:
     """Model, tokenizer and preprocessing that the options ask for."""
-    kind = CONNECTORS["tokens"]
+    kind = connector_class("tokens")
     processor = RESNET_PROCESSOR
     if options.init == "pretrained":
         decoder = Tokenizer.from_pretrained(options.decoder_model)

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from vqa_scratch.connectors import CONNECTORS, Conditioning, Connector, connect
+from vqa_scratch.connectors import connect, connector_class
+from vqa_scratch.connectors.base import Conditioning, Connector
 from vqa_scratch.data.answers import Answer
 from vqa_scratch.data.batches import Batch, Questions
 from vqa_scratch.data.feature_store import ImageFeatures, TextFeatures
@@ -278,7 +279,7 @@ def own_tokenizers(train: list[VQASample]) -> tuple[Tokenizer, Tokenizer]:
 
 def small_models(options: VQAOptions, train: list[VQASample]) -> Parts:
     """Small random models of the real classes, with tokenizers learned from the questions."""
-    kind, width = CONNECTORS[options.connector], options.width
+    kind, width = connector_class(options.connector), options.width
     text, decoder = own_tokenizers(train)
     shared = {"dim": width, "heads": options.heads, "activation": "relu"}
     none = {"dropout": 0.0, "attention_dropout": 0.0}
@@ -328,7 +329,7 @@ def small_models(options: VQAOptions, train: list[VQASample]) -> Parts:
 
 def released_models(options: VQAOptions, train: list[VQASample]) -> Parts:
     """Models, tokenizers and preprocessing from checkpoints; or, with `--init random`, random ones of book size."""
-    kind = CONNECTORS[options.connector]
+    kind = connector_class(options.connector)
     if options.init == "random":
         text, decoder = own_tokenizers(train)
         image, words = assembly.vit(ViTConfig(), "linear"), Bert(DISTILBERT)
