@@ -1,8 +1,8 @@
 """Connectors: how the states of the encoders reach the decoder. One connector, one class, one file, one line here.
 
-To add one: derive from `Connector` (`base.py`), and give it a name in the table, which is what `--connector` takes. No
-system knows which connector it has. A connector's module is imported when it is asked for: the programs read their
-options, and this table with them, without torch.
+To add one: derive from `Connector` (`base.py`), and give it a name in the table, which is what `--connector` takes
+(tests/test_connectors.py does so). No system knows which connector it has. A connector's module is imported when it is
+asked for: the programs read their options, and this table with them, without torch.
 """
 
 import importlib
