@@ -12,7 +12,7 @@ from PIL import Image
 from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
 from transformers.models.deit.image_processing_pil_deit import DeiTImageProcessorPil
 
-from vqa_scratch.connectors import CONNECTORS, connect
+from vqa_scratch.connectors import CONNECTORS, connect, connector_class
 from vqa_scratch.data.images import ImageProcessor
 from vqa_scratch.errors import UserError
 from vqa_scratch.models import GPT2, Bert, BertConfig, ConvStem, GPT2Config, ResNet, ResNetConfig, ViT, ViTConfig
@@ -244,10 +244,10 @@ def test_every_family_feeds_a_vqa_model(tmp_path, name, kind):
     """Through every connector, at the size of its table and at another; and it is built again from its sizes."""
     reference(name, tmp_path)
     image = image_encoder(tmp_path)
-    text = Bert(BertConfig("distilbert", 20, 8, 1, 2, 8, 16, 0)) if CONNECTORS[kind].reads_text else None
-    decoder = GPT2(GPT2Config(20, 64, 16, 1, 2, add_cross_attention=CONNECTORS[kind].uses_memory))
+    text = Bert(BertConfig("distilbert", 20, 8, 1, 2, 8, 16, 0)) if connector_class(kind).reads_text else None
+    decoder = GPT2(GPT2Config(20, 64, 16, 1, 2, add_cross_attention=connector_class(kind).uses_memory))
     grid = image.places(24, 24).grid
-    sizes = CONNECTORS[kind].sizes_for(grid, SimpleNamespace(queries=3, heads=2))
+    sizes = connector_class(kind).sizes_for(grid, SimpleNamespace(queries=3, heads=2))
     model = VQAModel(image, text, connect({"kind": kind, **sizes}, image, text, decoder), decoder).eval()
     ids = torch.tensor([[3, 4, 5]])
     for size in ((24, 24), (12, 30)):

@@ -23,7 +23,6 @@ from vqa_scratch.rl.rewards import RewardPart, RewardSum
 from vqa_scratch.rl.rollout import chances, sample
 from vqa_scratch.rl.types import Samples
 from vqa_scratch.rl.vqa_policy import VQAPolicy, check_answers, official_accuracy, prompts_from
-from vqa_scratch.run import save_weights
 from vqa_scratch.systems.options import VQAOptions
 from vqa_scratch.systems.vqa import embedded_system
 

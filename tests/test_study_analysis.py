@@ -6,7 +6,6 @@ import pytest
 import torch
 from study_helpers import SUBJECTS, TinyLlavaSubject, tiny_blip2_subject, tiny_vilt_subject, tiny_vqa_subject
 
-from vqa_scratch.nn import MultiHeadAttention
 from vqa_scratch.nn.states import Places
 from vqa_scratch.study import trace
 from vqa_scratch.study.analysis import (

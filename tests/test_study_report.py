@@ -12,16 +12,15 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, safe_open
 from study_helpers import SUBJECTS, spread, tiny_t5
+from vqa_scratch.run import save_parts, save_weights
 
 from vqa_scratch.__main__ import PROGRAM
 from vqa_scratch.commands.line import call
 from vqa_scratch.commands.study import write_study
-from vqa_scratch.config import TrainConfig
 from vqa_scratch.data.text import train_wordpiece
 from vqa_scratch.data.vqa_v2 import VQASample
 from vqa_scratch.errors import UserError
 from vqa_scratch.nn.states import Places
-from vqa_scratch.run import save_parts, save_weights
 from vqa_scratch.study.opened import Opened, chosen
 from vqa_scratch.study.overlay import overlay
 from vqa_scratch.study.record import take_apart

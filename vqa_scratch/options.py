@@ -34,7 +34,7 @@ class Rules:
 
     help: str
     group: str
-    choices: tuple[str, ...] = ()
+    choices: Collection[str] = ()
     minimum: float | None = None
     above: float | None = None
     maximum: float | None = None
@@ -60,7 +60,7 @@ def option(
     default: Any,
     help: str,
     group: str,
-    choices: tuple[str, ...] = (),
+    choices: Collection[str] = (),
     only: Mapping[str, Any] | None = None,
     **rules: Any,
 ) -> Any:
@@ -91,7 +91,7 @@ def defaults_of(options_class: type) -> dict[str, Any]:
 
 def choices_of(options_class: type, name: str) -> tuple[str, ...]:
     """The words that an option may be."""
-    return rules_of(options_class)[name].choices
+    return tuple(rules_of(options_class)[name].choices)
 
 
 def changeable(options_class: type) -> frozenset[str]:

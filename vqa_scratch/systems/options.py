@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vqa_scratch.command_line import first_rank_speaks, parse
+from vqa_scratch.connectors import CONNECTORS
 from vqa_scratch.errors import UserError
 from vqa_scratch.options import Options, choices_of, option
 from vqa_scratch.systems.presets import NEEDS_DATA, PRESETS
 
 RUN, DATA, MODEL, TRAINING = "Run", "Data", "Model", "Training"
 LIMITS, LOGGING, AUGMENTATION = "Batches and lengths", "Evaluation, logs and checkpoints", "Augmentation"
-CONNECTORS = ("tokens", "mean", "prefix", "qformer")
 STEMS = ("conv", "linear")
 
 

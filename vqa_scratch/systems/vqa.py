@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from vqa_scratch.connectors import Conditioning
+from vqa_scratch.connectors.base import Conditioning
 from vqa_scratch.data.answers import Answer
 from vqa_scratch.data.batches import Batch, Questions
 from vqa_scratch.data.feature_store import ImageFeatures, TextFeatures
@@ -74,15 +74,13 @@ class VQASystem(QuestionSystem):
         text = None if model.text is None else Tokenizer.from_pretrained(folder / "text_tokenizer")
         tokenizers = tokenizers_for(options, text, Tokenizer.from_pretrained(folder / "decoder_tokenizer"))
         system = cls(options, model, tokenizers, ImageProcessor.from_pretrained(folder), precision, folder)
-        path = folder / CANDIDATES
-        system.candidates = read_json(path) if path.is_file() else []
-        if not isinstance(system.candidates, list) or not all(isinstance(a, str) and a for a in system.candidates):
-            raise UserError(f"{path} is not a list of answers, as train.py writes it")
+        system.candidates = read_candidates(folder / CANDIDATES) if (folder / CANDIDATES).is_file() else []
         return system
 
     def save(self, folder: Path) -> None:
         super().save(folder)
-        write_json(folder / CANDIDATES, self.candidates)
+        if self.candidates:
+            write_json(folder / CANDIDATES, self.candidates)
 
     @property
     def sizes(self) -> dict[str, Any]:
@@ -202,3 +200,11 @@ class VQASystem(QuestionSystem):
 
     def export(self, folder: Path) -> list[str]:
         return export_writer(self, folder)
+
+
+def read_candidates(path: Path) -> list[str]:
+    """The answers of a run. Raises UserError on a file that holds no list of them."""
+    answers = read_json(path)
+    if not isinstance(answers, list) or not answers or not all(isinstance(a, str) and a for a in answers):
+        raise UserError(f"{path} is not a list of answers, as train.py writes it")
+    return answers
