@@ -1,8 +1,11 @@
 """Tiny models and subjects for the tests of `vqa_scratch.study`; weights are spread so that attention is uneven."""
 
-import torch
-from torch import nn
+from functools import partial
+from types import SimpleNamespace
 
+import torch
+
+from vqa_scratch.connectors import CONNECTORS, connect, connector_class
 from vqa_scratch.models import (
     GPT2,
     OPT,
@@ -11,7 +14,6 @@ from vqa_scratch.models import (
     BertConfig,
     Blip2,
     Blip2Config,
-    CaptionModel,
     GPT2Config,
     OPTConfig,
     QFormerConfig,
@@ -26,8 +28,7 @@ from vqa_scratch.models import (
 )
 from vqa_scratch.models.resnet import group_norm
 from vqa_scratch.models.vqa import VQAModel
-from vqa_scratch.study.base import ImageSubject, block_attentions, image_source
-from vqa_scratch.study.subject import Blip2Subject, CaptionSubject, T5Subject, ViLTSubject, VQASubject
+from vqa_scratch.study.subject import Blip2Subject, T5Subject, ViLTSubject, VQASubject
 
 PATCHES = 9
 QUESTION, QUESTION_IDS = ("[CLS]", "what", "is", "it", "[SEP]"), [3, 7, 8, 9, 4]
@@ -41,26 +42,31 @@ def spread(model: torch.nn.Module, std: float = 0.25) -> torch.nn.Module:
     return model.eval()
 
 
-def tiny_vqa(fusion: str = "tokens", heads: int = 4) -> VQAModel:
+def tiny_decoder(heads: int = 4, cross: bool = True) -> GPT2:
+    return GPT2(GPT2Config(30, 32, 16, 2, heads, add_cross_attention=cross, bos_id=1, eos_id=2))
+
+
+def tiny_vqa(kind: str = "tokens", heads: int = 4) -> VQAModel:
+    """A model with the connector of that name."""
+    connector = connector_class(kind)
     image = ViT(ViTConfig(image_size=24, patch_size=8, dim=16, layers=2, heads=heads, hidden=32))
-    text = Bert(BertConfig(layout="distilbert", vocab_size=40, dim=16, layers=2, heads=heads, hidden=32, token_types=0))
-    decoder = GPT2(
-        GPT2Config(
-            vocab_size=30, max_positions=16, dim=16, layers=2, heads=heads, add_cross_attention=True, bos_id=1, eos_id=2
-        )
-    )
-    return spread(VQAModel(image, text, decoder, fusion))
+    sizes = BertConfig(layout="distilbert", vocab_size=40, dim=16, layers=2, heads=heads, hidden=32, token_types=0)
+    text, decoder = Bert(sizes) if connector.reads_text else None, tiny_decoder(heads, connector.uses_memory)
+    more = connector.sizes_for((3, 3), SimpleNamespace(queries=3, heads=heads))
+    return spread(VQAModel(image, text, connect({"kind": kind, **more}, image, text, decoder), decoder))
 
 
-def tiny_vqa_subject(fusion: str = "tokens", model: VQAModel | None = None) -> VQASubject:
-    model = tiny_vqa(fusion) if model is None else model
-    return VQASubject(model, torch.randn(1, 3, 24, 24), QUESTION_IDS, QUESTION, (0, 4), [1])
+def tiny_vqa_subject(kind: str = "tokens", model: VQAModel | None = None) -> VQASubject:
+    model = tiny_vqa(kind) if model is None else model
+    asked = ((), (), ()) if model.text is None else (QUESTION_IDS, QUESTION, (0, 4))
+    return VQASubject(model, torch.randn(1, 3, 24, 24), [1, 5] if model.text is None else [1], *asked)
 
 
-def tiny_caption_subject() -> CaptionSubject:
-    image = ResNet(ResNetConfig("basic", (1, 1), (16, 16)), group_norm)
-    decoder = GPT2(GPT2Config(30, 16, 16, 2, 4, add_cross_attention=True, bos_id=1, eos_id=2))
-    return CaptionSubject(spread(CaptionModel(image, decoder, grid=3), 0.1), torch.randn(1, 3, 24, 24), [1], 8)
+def tiny_caption_subject() -> VQASubject:
+    image, decoder = ResNet(ResNetConfig("basic", (1, 1), (16, 16)), group_norm), tiny_decoder()
+    connector = connect({"kind": "tokens", "grid": [3, 3]}, image, None, decoder)
+    model = spread(VQAModel(image, None, connector, decoder), 0.1)
+    return VQASubject(model, torch.randn(1, 3, 24, 24), [1], max_new_tokens=8)
 
 
 def tiny_vilt(labels: tuple[str, ...] = ("red", "blue", "two")) -> ViLTClassifier:
@@ -91,46 +97,6 @@ def tiny_blip2_subject() -> Blip2Subject:
     return Blip2Subject(spread(Blip2(config)), torch.randn(1, 3, 24, 24), [1, 5], 6)
 
 
-class TinyLlava(nn.Module):
-    """Patches, projected, before the words of an OPT."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.image = ViT(ViTConfig(image_size=24, patch_size=8, dim=16, layers=2, heads=4, hidden=32))
-        self.projection, self.language = nn.Linear(16, 16), tiny_opt()
-
-    def embeddings(self, pixel_values: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-        prefix = self.projection(self.image(pixel_values)[:, self.image.prefix_tokens :])
-        return torch.cat([prefix, self.language.tokens(ids)], 1)
-
-    def forward(self, pixel_values: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-        return self.language.logits(self.language.read(self.embeddings(pixel_values, ids))[:, PATCHES:])
-
-
-class TinyLlavaSubject(ImageSubject):
-    """What a model with a prefix has to say of itself."""
-
-    def __init__(self) -> None:
-        self.model = spread(TinyLlava())
-        self.decoder, self.head, self.end_id = self.model.language, self.model.language.tokens.weight, 2
-        self.pixel_values, self.prompt, self.max_new_tokens = torch.randn(1, 3, 24, 24), [1, 5], 4
-        source = image_source(self.model.image, self.pixel_values, block_attentions("image", self.model.image))
-        self.sources, self.prefix = (source,), PATCHES
-        self.mixing = torch.eye(len(source))[source.first_place :]
-
-    def logits_of(self, images: torch.Tensor, decoder_ids: list[int]) -> torch.Tensor:
-        return self.model(images, torch.tensor([decoder_ids]).expand(len(images), -1))
-
-    @torch.no_grad()
-    def generate(self, max_new_tokens: int | None = None) -> list[int]:
-        language, cache, answer = self.model.language, self.model.language.new_cache(), []
-        new = self.model.embeddings(self.pixel_values, torch.tensor([self.prompt]))
-        while len(answer) < (max_new_tokens or self.max_new_tokens):
-            answer.append(int(language.logits(language.read(new, cache=cache)[:, -1]).argmax()))
-            new = language.tokens(torch.tensor([answer[-1:]]))
-        return answer
-
-
 def tiny_t5(vocab_size: int = 30) -> T5:
     config = T5Config(vocab_size=vocab_size, dim=16, head_dim=4, hidden=24, encoder_layers=2, decoder_layers=2, heads=4)
     return spread(T5(config), 0.1)
@@ -141,11 +107,9 @@ def tiny_t5_subject() -> T5Subject:
 
 
 SUBJECTS = {
-    "tokens": lambda: tiny_vqa_subject("tokens"),
-    "mean": lambda: tiny_vqa_subject("mean"),
+    **{kind: partial(tiny_vqa_subject, kind) for kind in CONNECTORS},
     "t5": tiny_t5_subject,
     "caption": tiny_caption_subject,
     "vilt": tiny_vilt_subject,
     "blip2": tiny_blip2_subject,
-    "llava": TinyLlavaSubject,
 }

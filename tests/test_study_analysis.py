@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from study_helpers import SUBJECTS, TinyLlavaSubject, tiny_blip2_subject, tiny_vilt_subject, tiny_vqa_subject
+from study_helpers import SUBJECTS, tiny_blip2_subject, tiny_vilt_subject, tiny_vqa_subject
 
 from vqa_scratch.nn.states import Places
 from vqa_scratch.study import trace
@@ -129,7 +129,7 @@ def test_relevancy_of_a_single_stream_is_equation_6_alone():
 
 def test_relevancy_through_a_prefix():
     """Rows of the prefix begin with what the image encoder made of the patches, the others with themselves."""
-    subject = TinyLlavaSubject()
+    subject = tiny_vqa_subject("prefix")
     flow = relevancy(subject, [5, 6])
     weighted = explicit_weighted_patterns(subject, [*subject.prompt, 5], 2, 6)
     image = bar(through(weighted, "image.0.self", "image.1.self"))
@@ -208,7 +208,7 @@ def test_rollout_of_a_single_stream_and_of_a_prefix():
     t = traced(subject, [2])
     one, two = (t.pattern(f"encoder.{i}.self")[0].mean(0) / 2 + torch.eye(15) / 2 for i in range(2))
     torch.testing.assert_close(rollout(subject, t).sources, (two @ one)[:1], atol=1e-6, rtol=0)
-    subject = TinyLlavaSubject()
+    subject = tiny_vqa_subject("prefix")
     t = traced(subject, [5])
     one, two = (t.pattern(f"image.{i}.self")[0].mean(0) / 2 + torch.eye(10) / 2 for i in range(2))
     start = torch.block_diag((two @ one)[1:], torch.eye(2))
@@ -232,7 +232,7 @@ def test_the_plain_map_of_each_way_to_read():
     words = torch.stack([t.pattern(f"encoder.{i}.self")[0, :, :5].mean(1) for i in range(2)])  # (L, H, 15)
     torch.testing.assert_close(cross_maps(subject, t)[:, :, 0], words)
     torch.testing.assert_close(plain_map(subject, t).sources[0], words.mean((0, 1)))
-    subject = TinyLlavaSubject()
+    subject = tiny_vqa_subject("prefix")
     t = traced(subject, [5])
     pattern = torch.stack([t.pattern(f"decoder.{i}.self")[0, :, 9:] for i in range(2)])
     torch.testing.assert_close(cross_maps(subject, t)[..., 1:], pattern[..., :9])

@@ -28,10 +28,10 @@ from vqa_scratch.study.faithfulness import (
     pointing,
 )
 from vqa_scratch.study.places import centred_in_box, intervals, share_in_box, token_of_pixel
-from vqa_scratch.study.subject import CaptionSubject
+from vqa_scratch.study.subject import VQASubject
 
 
-@pytest.mark.parametrize("name", ["tokens", "caption", "vilt", "blip2", "llava"])
+@pytest.mark.parametrize("name", ["tokens", "caption", "vilt", "blip2", "prefix", "qformer"])
 def test_curves_begin_and_end_at_the_whole_and_the_empty_image(name):
     subject = SUBJECTS[name]()
     answer, places = subject.generate(2), subject.image[0].places
@@ -123,7 +123,7 @@ def test_the_share_of_a_square_in_a_box_has_a_closed_form():
     torch.testing.assert_close(share_in_box(places, (18, 24), box), torch.outer(*counts).flatten(), atol=1e-2, rtol=0)
 
 
-class OneToken(CaptionSubject):
+class OneToken(VQASubject):
     """A subject that looks at one place alone: `token` has all of every map."""
 
     def __init__(self, token, places):
@@ -168,7 +168,7 @@ def test_pointing_is_measured_in_pixels(monkeypatch):
     assert corner["cross"].mass == pytest.approx(0.5) and corner["cross"].hit == 1
 
 
-@pytest.mark.parametrize("name", ["tokens", "caption", "vilt", "blip2", "llava"])
+@pytest.mark.parametrize("name", ["tokens", "caption", "vilt", "blip2", "prefix", "qformer"])
 def test_pointing_measures_the_share_inside(name):
     subject = SUBJECTS[name]()
     left, right = (0, 0, 10, 24), (10, 0, 24, 24)

@@ -12,11 +12,10 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, safe_open
 from study_helpers import SUBJECTS, spread, tiny_t5
-from vqa_scratch.run import save_parts, save_weights
 
 from vqa_scratch.__main__ import PROGRAM
 from vqa_scratch.commands.line import call
-from vqa_scratch.commands.study import write_study
+from vqa_scratch.commands.study_files import write_study
 from vqa_scratch.data.text import train_wordpiece
 from vqa_scratch.data.vqa_v2 import VQASample
 from vqa_scratch.errors import UserError
@@ -26,7 +25,10 @@ from vqa_scratch.study.overlay import overlay
 from vqa_scratch.study.record import take_apart
 from vqa_scratch.study.report import packed
 from vqa_scratch.systems.options import VQAOptions
-from vqa_scratch.systems.vqa import embedded_system
+from vqa_scratch.systems.questions import QuestionData
+from vqa_scratch.systems.run_folder import WEIGHTS, save_weights
+from vqa_scratch.systems.vqa import VQASystem
+from vqa_scratch.training.precision import Precision
 
 SCRIPT = "<script>alert(1)</script> & {{DATA}}"
 
@@ -38,13 +40,14 @@ def study(*arguments):
 def tiny_run(folder, connector="tokens"):
     words = ("what color is the circle?", "is there a red square?", "how many large objects are there?")
     samples = [VQASample(1, folder, i, q, "what", "other", ("red",) * 10, "red") for i, q in enumerate(words)]
-    config = VQAOptions(
+    options = VQAOptions(
         out=folder, width=16, heads=2, image_layers=2, text_layers=1, decoder_layers=2, patch_size=16,
         max_answer_tokens=3, connector=connector,
     )  # fmt: skip
-    model, encoder, processor = embedded_system(config, samples)
-    save_parts(folder, config, spread(model, 0.15), encoder, processor)
-    save_weights(folder / "model.safetensors", model)
+    data = QuestionData(folder, {"train": samples}, lambda sample: "all")
+    system = VQASystem.build(options, data, Precision("fp32", torch.device("cpu")))
+    system.save(folder)
+    save_weights(folder / WEIGHTS, spread(system.model, 0.15))
 
 
 @pytest.fixture(scope="module")
@@ -324,7 +327,7 @@ def test_inside_the_image_a_patch_can_be_asked(made, window):
 def pages(tmp_path_factory):
     """All files of a study of every subject that has an image."""
     root = tmp_path_factory.mktemp("pages")
-    for name in ("caption", "vilt", "blip2", "llava"):
+    for name in ("caption", "vilt", "blip2", "prefix"):
         torch.manual_seed(1)
         subject = SUBJECTS[name]()
         image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (24, 24, 3), dtype=np.uint8))
@@ -334,7 +337,7 @@ def pages(tmp_path_factory):
     return root
 
 
-@pytest.mark.parametrize("name", ["caption", "vilt", "blip2", "llava"])
+@pytest.mark.parametrize("name", ["caption", "vilt", "blip2", "prefix", "qformer"])
 def test_every_subject_gives_all_files(pages, name):
     summary = json.loads((pages / name / "summary.json").read_text())
     assert summary["certificate"]["output"] <= 1e-5 and summary["certificate"]["rows"] > 0
@@ -342,7 +345,10 @@ def test_every_subject_gives_all_files(pages, name):
     tensors = load_file(pages / name / "trace.safetensors")
     assert {"relevancy.sources", "rollout.decoder", "cross.sources"} <= set(tensors)
     (data,) = data_of((pages / name / "report.html").read_text(encoding="utf-8"))
-    assert data["way"] == {"caption": "cross", "vilt": "stream", "blip2": "prefix", "llava": "prefix"}[name]
+    assert (
+        data["way"]
+        == {"caption": "cross", "vilt": "stream", "blip2": "prefix", "prefix": "prefix", "qformer": "prefix"}[name]
+    )
     assert bool(data["attributions"]) == (name != "vilt")
     picture = next(source for source in data["sources"] if "grid" in source)
     assert (picture["first"], picture["stride"]) == ((0.5, 8) if name == "caption" else (4.0, 8))
@@ -351,7 +357,7 @@ def test_every_subject_gives_all_files(pages, name):
 
 
 @needs_browser
-@pytest.mark.parametrize("name", ["caption", "vilt", "blip2", "llava"])
+@pytest.mark.parametrize("name", ["caption", "vilt", "blip2", "prefix", "qformer"])
 def test_every_subject_has_a_page_that_draws(pages, window, name):
     window.open(pages / name / "report.html")
     for mode in ("rollout", "mean", "layer", "head", "relevancy"):
@@ -382,7 +388,7 @@ def test_every_subject_has_a_page_that_draws(pages, window, name):
 
 
 @needs_browser
-@pytest.mark.parametrize("name", ["caption", "llava"])
+@pytest.mark.parametrize("name", ["caption", "prefix"])
 def test_a_square_is_painted_and_found_where_the_token_looks(pages, window, name):
     """The middle token's square lies around its centre, and pointing into its lower left corner finds it."""
     window.open(pages / name / "report.html")

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from helpers import use_backend
 from study_helpers import SUBJECTS, tiny_vqa, tiny_vqa_subject
 
 from vqa_scratch.errors import UserError
