@@ -14,7 +14,7 @@ from vqa_scratch.generate import processors as ours
 from vqa_scratch.generate.choose import pick
 from vqa_scratch.generate.fast import FastState
 from vqa_scratch.generate.fast.self_attention import FixedRows, Rows
-from vqa_scratch.generate.fast.state import read_memory
+from vqa_scratch.generate.fast.state import of_steps
 from vqa_scratch.generate.ranking import tree_of
 from vqa_scratch.generate.start import prefill
 from vqa_scratch.models import GPT2, T5, GPT2Config, T5Config
@@ -279,8 +279,8 @@ def test_steps_of_fixed_shape(gpt2, padded, monkeypatch):
     with torch.no_grad():
         scores, cache, real = prefill(gpt2, ids, mask, parts(6, 2))
         taken_apart = gpt2.fast_state()
-        own = FixedRows(taken_apart, cache, real, 8, 1)
-        fixed = FastState(taken_apart, own, read_memory(taken_apart, cache, 1))
+        own = FixedRows(taken_apart, cache, real, *of_steps(8, 1, cache.device))
+        fixed = FastState(taken_apart, own, cache)
         plain = FastState.after(taken_apart, cache, real, 8)
         assert type(plain.own) is Rows
         recorded = []

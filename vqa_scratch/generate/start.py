@@ -11,10 +11,10 @@ from torch import Tensor
 
 from vqa_scratch.errors import UserError
 from vqa_scratch.generate.fast import FastState, GraphState
-from vqa_scratch.generate.state import Decoder, ModuleState, State
+from vqa_scratch.generate.state import ModuleState, State
 from vqa_scratch.nn import taps
 from vqa_scratch.nn.cache import DecoderCache
-from vqa_scratch.nn.decoding import FastParts
+from vqa_scratch.nn.decoding import Decoder, FastParts
 from vqa_scratch.nn.memory import Memory, check_rows
 
 

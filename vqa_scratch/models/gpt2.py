@@ -13,14 +13,13 @@ from dataclasses import dataclass, replace
 from os import PathLike
 from typing import ClassVar, Self
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vqa_scratch.models.hf_config import HFConfig, Layout, Released, check_heads
 from vqa_scratch.nn import taps
 from vqa_scratch.nn.attention import MultiHeadAttention
 from vqa_scratch.nn.cache import DecoderCache, KVCache
-from vqa_scratch.nn.decoding import FastBlock, FastParts
+from vqa_scratch.nn.decoding import Decoder, FastBlock, FastParts
 from vqa_scratch.nn.layers import MLP, activation, decoder_positions, init_weights
 from vqa_scratch.nn.memory import Memory
 from vqa_scratch.weights import fields, maps
@@ -96,7 +95,7 @@ class GPT2Block(nn.Module):
         return FastBlock(self.norm1, self.attn, *cross, self.norm2, self.mlp.up, self.mlp.activation, self.mlp.down)
 
 
-class GPT2(Released, nn.Module):
+class GPT2(Released, Decoder):
     """Tokens and positions, pre-LN blocks, a last norm, and a head that is the token embedding."""
 
     config_class = GPT2Config
@@ -116,20 +115,6 @@ class GPT2(Released, nn.Module):
                 nn.init.normal_(parameter, std=config.init_std / math.sqrt(2 * config.layers))
         taps.name_modules(self, "decoder")
 
-    @property
-    def max_positions(self) -> int:
-        """Tokens that the positions serve."""
-        return self.config.max_positions
-
-    @property
-    def head(self) -> Tensor:
-        """(V, D): the token embedding."""
-        return self.tokens.weight
-
-    def embed(self, ids: Tensor) -> Tensor:
-        """(B, T) -> (B, T, D), without positions."""
-        return self.tokens(ids)
-
     def hidden(
         self,
         embeddings: Tensor,
@@ -138,12 +123,11 @@ class GPT2(Released, nn.Module):
         memory: list[Memory] | None = None,
         cache: DecoderCache | None = None,
     ) -> Tensor:
-        """(B, T, D) -> (B, T, D): states under the head, from embeddings that need not be those of tokens.
+        """(B, T, D) -> (B, T, D), the states under the head; see `Decoder.hidden`.
 
-        attention_mask (B, cached + T), True = may attend; positions count attended tokens, so a prompt may be padded on
-        either side. Cross-attention reads the memories; a cache keeps their keys, so that later calls may leave them
-        out. Raises ValueError on more tokens than positions, a mask of another length, or a memory for a model without
-        cross-attention.
+        Positions count the tokens that attention_mask (B, cached + T) leaves. Where a cache holds the memory's keys, it
+        may be left out. Raises ValueError on more tokens than positions, a mask of another length, or a memory for a
+        model without cross-attention.
         """
         if memory is not None and not self.config.add_cross_attention:
             raise ValueError("this GPT-2 has no cross-attention: build it with add_cross_attention=True")
@@ -154,10 +138,6 @@ class GPT2(Released, nn.Module):
         for layer, block in enumerate(self.blocks):
             x = block(x, attention_mask, memory, None if cache is None else cache[layer])
         return self.norm(x)
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """(B, T, D) -> (B, T, V)."""
-        return F.linear(hidden, self.head)
 
     def forward(
         self,
@@ -179,10 +159,6 @@ class GPT2(Released, nn.Module):
                 raise ValueError("give encoder_hidden_states or memory, not both")
             memory = [Memory(encoder_hidden_states, encoder_attention_mask)]
         return self.logits(self.hidden(self.embed(input_ids), attention_mask, memory=memory, cache=cache))
-
-    def new_cache(self) -> DecoderCache:
-        """An empty cache for this model."""
-        return DecoderCache(self.config.layers)
 
     def fast_state(self) -> FastParts:
         """What a fast decoding state is made of."""
