@@ -153,7 +153,7 @@ class Bert(Released, nn.Module):
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.dim = config, config.dim
         self.tokens = nn.Embedding(config.vocab_size, config.dim)
         self.positions = nn.Embedding(config.max_positions, config.dim)
         self.token_types = nn.Embedding(config.token_types, config.dim) if config.token_types else None
@@ -162,11 +162,6 @@ class Bert(Released, nn.Module):
         self.blocks = nn.ModuleList(BertBlock(config) for _ in range(config.layers))
         self.apply(lambda module: init_weights(module, config.init_std))
         taps.name_modules(self, "text")
-
-    @property
-    def dim(self) -> int:
-        """D."""
-        return self.config.dim
 
     @property
     def longest(self) -> int:
