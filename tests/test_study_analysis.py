@@ -1,10 +1,20 @@
 """Rollout, relevancy, head statistics and lenses against autograd, closed forms and invariants."""
 
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
-from study_helpers import SUBJECTS, tiny_blip2_subject, tiny_vilt_subject, tiny_vqa_subject
+from study_helpers import (
+    QUESTION,
+    QUESTION_IDS,
+    SUBJECTS,
+    tiny_blip2_subject,
+    tiny_vilt,
+    tiny_vilt_subject,
+    tiny_vqa_subject,
+)
 
 from vqa_scratch.nn.states import Places
 from vqa_scratch.study import trace
@@ -323,3 +333,14 @@ def test_attributions_sum_to_the_logit(name):
         assert {kind: heads.shape for kind, heads in parts.heads.items()} == dict.fromkeys(kinds, (2, 4))
         expected = float(logits[row, token] - logits[row].mean())
         assert parts.total == pytest.approx(expected, abs=2e-5)
+
+
+def test_the_example_of_the_page_runs():
+    """docs/attention.md, on a single stream."""
+    page = (Path(__file__).parent.parent / "docs" / "attention.md").read_text(encoding="utf-8")
+    (code,) = (block for block in re.findall(r"```python\n(.*?)```", page, re.S) if "ViLTSubject" in block)
+    given = {"model": tiny_vilt(), "pixel_values": torch.randn(1, 3, 24, 24)}
+    names = given | {"question_ids": QUESTION_IDS, "question_labels": QUESTION}
+    exec(compile(code, "attention.md", "exec"), names)
+    assert names["answer"] == names["subject"].generate()
+    assert names["relevancy"](names["subject"], names["answer"]).sources.shape == (1, 15)

@@ -9,6 +9,7 @@ from study_helpers import PATCHES, SUBJECTS, tiny_t5_subject, tiny_vilt_subject,
 
 from vqa_scratch.data.images import ImageProcessor
 from vqa_scratch.data.vilt_images import ViltImageProcessor
+from vqa_scratch.data.vqa_v2 import spread
 from vqa_scratch.errors import UserError
 from vqa_scratch.nn.states import Places
 from vqa_scratch.study import faithfulness as measures
@@ -185,6 +186,11 @@ def test_pointing_measures_the_share_inside(name):
         assert 0 < one[method].mass < 1
     with pytest.raises(ValueError, match="names one object"):
         pointing([])
+
+
+def test_samples_are_spread_over_the_split():
+    assert spread(list(range(10)), 4) == [0, 2, 5, 7]
+    assert spread([1, 2], 5) == [1, 2] and spread([], 5) == []
 
 
 def test_boxes_follow_the_image_into_the_model():

@@ -86,19 +86,16 @@ class ViTConfig(HFConfig):
             object.__setattr__(self, "hidden", int(self.dim * self.mlp_ratio))
         if not isinstance(self.patch_size, int):
             raise UserError(f"patches must be square, got {self.patch_size}")
-        height, width = self._size
-        if height % self.patch_size or width % self.patch_size:
+        sizes = self.image_size if isinstance(self.image_size, tuple) else (self.image_size,)
+        if any(side % self.patch_size for side in sizes):
             raise UserError(f"image size {self.image_size} is not a multiple of the patch size {self.patch_size}")
         self.family  # noqa: B018 (it checks the layout)
 
     @property
-    def _size(self) -> tuple[int, int]:
-        return self.image_size if isinstance(self.image_size, tuple) else (self.image_size, self.image_size)
-
-    @property
     def grid(self) -> tuple[int, int]:
         """(rows, columns) of patches that the position table is made for."""
-        return self.patches(*self._size)
+        size = self.image_size if isinstance(self.image_size, tuple) else (self.image_size, self.image_size)
+        return size[0] // self.patch_size, size[1] // self.patch_size
 
     @property
     def prefix_tokens(self) -> int:
@@ -222,6 +219,7 @@ class ViT(Released, nn.Module):
     def __init__(self, config: ViTConfig, patch_embed: nn.Module | None = None) -> None:
         super().__init__()
         self.config, self.layout = config, config.family
+        self.dim, self.prefix_tokens = config.dim, config.prefix_tokens
         self.patch_embed = PatchEmbed(config) if patch_embed is None else patch_embed
         tokens = self.layout.tokens
         for name in tokens:
@@ -236,16 +234,6 @@ class ViT(Released, nn.Module):
             nn.init.trunc_normal_(table, std=config.init_std)
         self.blocks.apply(lambda module: init_weights(module, config.init_std))
         taps.name_modules(self, "image")
-
-    @property
-    def dim(self) -> int:
-        """D."""
-        return self.config.dim
-
-    @property
-    def prefix_tokens(self) -> int:
-        """P: how many of the tokens are no places."""
-        return self.config.prefix_tokens
 
     def places(self, height: int, width: int) -> Places:
         """Where the tokens of an image of so many pixels look. Raises ValueError unless patches fit."""
