@@ -6,12 +6,14 @@ import subprocess
 import sys
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
+from typing import get_type_hints
 
 import pytest
 from vqa_helpers import ROOT
 
 from vqa_scratch import command_line
 from vqa_scratch.command_line import flag_names, flags, parse, run_program
+from vqa_scratch.connectors import CONNECTORS
 from vqa_scratch.errors import UserError
 from vqa_scratch.generation_options import GenerationOptions
 from vqa_scratch.options import (
@@ -26,8 +28,8 @@ from vqa_scratch.options import (
     types_of,
 )
 from vqa_scratch.rl import options as rl
+from vqa_scratch.systems import find
 from vqa_scratch.systems import options as systems
-from vqa_scratch.systems import system_of
 
 OLD_RUNS = Path(__file__).parent / "old_runs"
 PROGRAMS = ((systems.CLASSES, systems.PRESETS), ((rl.RLHFOptions,), rl.PRESETS))
@@ -358,6 +360,13 @@ def test_presets_obey_the_rules_and_mean_something(classes, presets):
 
 def test_every_preset_has_a_system_with_its_options():
     for preset in systems.PRESETS:
-        assert preset in system_of(preset).presets and system_of(preset).config in systems.CLASSES
+        build, kind = find(preset).build, systems.BY_PRESET[preset]
+        assert kind in systems.CLASSES and preset in choices_of(kind, "preset")
+        assert get_type_hints(build)["options"] is kind
     with pytest.raises(UserError, match="there is no preset shape; there are shapes, book, vilt"):
-        system_of("shape")
+        find("shape")
+
+
+def test_every_connector_is_a_choice():
+    """The table of connectors is not imported where options are read, because it imports torch."""
+    assert tuple(CONNECTORS) == systems.CONNECTORS == choices_of(systems.VQAOptions, "connector")
