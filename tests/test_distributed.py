@@ -14,7 +14,7 @@ import pytest
 import torch
 from ranks import run_ranks
 from test_resume import at_step, die, send
-from vqa_helpers import ROOT, Ended, Started, small_options, small_flags, train_program
+from vqa_helpers import ROOT, Ended, Started, small_flags, small_options, train_program
 
 import train
 from vqa_scratch.errors import UserError
