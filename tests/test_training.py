@@ -1,4 +1,4 @@
-"""The parts of training: optimizers against torch, the schedule in closed form, accumulation, bad losses, saving."""
+"""The parts of training: optimizers against torch, the schedule, accumulation, bad losses, checkpoints."""
 
 import json
 import math
