@@ -293,7 +293,7 @@ def train(options: RunOptions, world: World) -> int | None:
         return stopped
 
     # ---- the final figures, of the best weights
-    load_model_state(system.model, read_weights(options.out), str(weights))
+    load_model_state(system.model, system.renamed(read_weights(options.out)), str(weights))
     figures = ranks.with_whole_model(lambda: system.finish(options.out))
     if not world.main:
         return None
