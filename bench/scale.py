@@ -22,7 +22,8 @@ from vqa_scratch.models.t5 import T5, T5Config
 from vqa_scratch.models.vit import ViT, ViTConfig
 from vqa_scratch.models.vqa import VQAModel
 from vqa_scratch.systems.options import PRESETS, VQAOptions
-from vqa_scratch.systems.vqa import DISTILBERT, VQASystem
+from vqa_scratch.systems.vqa import VQASystem
+from vqa_scratch.systems.vqa_models import DISTILBERT
 from vqa_scratch.training.optimizers import split_parameters
 from vqa_scratch.training.precision import Precision
 
