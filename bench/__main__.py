@@ -28,6 +28,7 @@ from bench.results import command_given, present
 from bench.sides import SIDES, Case
 from vqa_scratch.command_line import NearChoice, run_program
 from vqa_scratch.commands.line import NearGroup, call
+from vqa_scratch.connectors import CONNECTORS
 from vqa_scratch.errors import UserError
 from vqa_scratch.training.precision import pick_device
 
@@ -135,13 +136,13 @@ def decode_command(rounds: int, every: bool, write: bool, lengths: str, **sizes:
 @click.command("cached-features")
 @click.option("--precision", type=NearChoice(("fp32", "bf16")), default="fp32", show_default=True, help="Arithmetic.")
 @click.option(
-    "--fusion", type=NearChoice(("mean", "tokens")), default="mean", show_default=True, help="As in train.py."
+    "--connector", type=NearChoice(tuple(CONNECTORS)), default="mean", show_default=True, help="As in train.py."
 )
 @click.option("--questions", type=click.IntRange(1), default=8, show_default=True, help="Questions of a step.")
 @click.option("--images", type=click.IntRange(1), default=8, show_default=True, help="Images of a step.")
 @click.option("--device", type=NearChoice(("cpu", "cuda")), default="cpu", show_default=True, help="Where to run.")
 @click.option("--rounds", type=click.IntRange(1), default=5, show_default=True, help="Turns of each side.")
-@click.option("--all", "every", is_flag=True, help="Both precisions and fusions, and a part of `book`.")
+@click.option("--all", "every", is_flag=True, help="Both precisions, two connectors, and a part of `book`.")
 @click.option("--write", is_flag=True, help="Put the table into bench/RESULTS.md.")
 def cached_features_command(rounds: int, every: bool, write: bool, **sizes: int | str) -> None:
     """A training step with frozen encoders: cached features against recomputing them."""

@@ -35,19 +35,19 @@ PART = 32  # questions that the preset `book` sends through the model at once: 2
 
 @dataclass(frozen=True)
 class Case:
-    """One comparison: number format, fusion, questions and images of a step, and where it runs."""
+    """One comparison: number format, connector, questions and images of a step, and where it runs."""
 
     precision: str = "fp32"
-    fusion: str = "mean"
+    connector: str = "mean"
     questions: int = 8
     images: int = 8
     device: str = "cpu"
 
 
 def cases(case: Case) -> list[Case]:
-    """Both fusions and precisions, and mean fusion with as many questions, one an image, as a part of `book` has."""
-    kinds = [replace(case, fusion=f, precision=p) for f in ("mean", "tokens") for p in ("fp32", "bf16")]
-    return [*kinds, *(replace(kind, questions=PART, images=PART) for kind in kinds if kind.fusion == "mean")]
+    """Two connectors and both precisions, and `mean` with as many questions, one an image, as a part of `book` has."""
+    kinds = [replace(case, connector=c, precision=p) for c in ("mean", "tokens") for p in ("fp32", "bf16")]
+    return [*kinds, *(replace(kind, questions=PART, images=PART) for kind in kinds if kind.connector == "mean")]
 
 
 class Sides:
@@ -62,7 +62,7 @@ class Sides:
             "cache": folder / "cache",
             "init": "random",
             "freeze": "encoders",
-            "connector": case.fusion,
+            "connector": case.connector,
             "image_cache": True,
             "val_split": "val",
             "questions_per_step": case.questions,
@@ -125,11 +125,11 @@ def compare(case: Case, rounds: int, changes: dict[str, Any]) -> list[str]:
     ratio = timing.speedup(taken["cached"], taken["recomputed"])
     spreads = [timing.Spread.of(taken[name]).text(3) for name in ("cached", "recomputed")]
     ratio_text = f"**{ratio.median:.2f}x** ({ratio.low:.2f} to {ratio.high:.2f})"
-    cells = [case.precision, case.fusion, str(case.questions), str(case.images), *spreads, ratio_text]
-    return [*cells, f"{GOAL:.0f}x" if case.fusion == "mean" else "none", f"{off:.1e}", f"{size / 1e6:.1f}"]
+    cells = [case.precision, case.connector, str(case.questions), str(case.images), *spreads, ratio_text]
+    return [*cells, f"{GOAL:.0f}x" if case.connector == "mean" else "none", f"{off:.1e}", f"{size / 1e6:.1f}"]
 
 
-HEAD = "precision|fusion|questions|images|cached, s|recomputed, s|ratio|goal|losses differ by|cache, MB".split("|")
+HEAD = "precision|connector|questions|images|cached, s|recomputed, s|ratio|goal|losses differ by|cache, MB".split("|")
 
 
 def run(cases: list[Case], rounds: int, command: str, changes: dict[str, Any] | None = None) -> str:

@@ -28,7 +28,7 @@ SIZES = {
     "shapes": {"n_embd": 128, "n_layer": 4, "n_head": 4, "vocab_size": 512, "n_positions": 64},
     "gpt2": {"n_embd": 768, "n_layer": 12, "n_head": 12, "vocab_size": 50257, "n_positions": 1024},
 }
-MEMORY = {"shapes": 81, "gpt2": 1}  # tokens: 64 patches, class and 16 words; the one averaged key of mean fusion
+MEMORY = {"shapes": 81, "gpt2": 1}  # tokens: 64 patches, class and 16 words; the one key of connector `mean`
 # The tokens of 16 answers before their end: most of VQA v2 are one word, a few are three (Antol et al. 2015, section 4
 # counts 89, 7 and 3 % of one, two and three words), and byte-pair encoding cuts the rare ones.
 REAL_LENGTHS = (1, 1, 2, 1, 1, 1, 5, 1, 1, 3, 1, 1, 2, 1, 1, 1)

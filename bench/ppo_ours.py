@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from rlhf import iterate
 from vqa_scratch.data.news import news
 from vqa_scratch.models.bert import BertConfig
 from vqa_scratch.models.classifier import TextClassifier
@@ -93,7 +94,7 @@ def ours(folder: Path, options: dict) -> None:
     print("READY", flush=True)
     for _ in sys.stdin:
         start = time.perf_counter()
-        log = ppo.step()
+        log = iterate(ppo)
         count = config.prompts * config.samples
         result = {
             "seconds": time.perf_counter() - start,

@@ -55,7 +55,10 @@ class Case:
         return 1 if self.device == "cpu" else 10
 
     def batch(self, image_size: int, text_vocabulary: int, decoder_vocabulary: int) -> Batch:
-        """Random pixels and tokens, the same at every call; all tokens real, all answer tokens labelled."""
+        """Random pixels and tokens, the same at every call; all tokens real, all answer tokens labelled.
+
+        `images` are (I, 3, H, W), as the image encoders of both sides take them.
+        """
         random = torch.Generator().manual_seed(0)
         answers = torch.randint(decoder_vocabulary, (self.questions, self.answer_tokens + 1), generator=random)
         return Batch(
@@ -109,10 +112,8 @@ class Ours:
 
     def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """The sum over the answer tokens, and how many of them are right, as `System.loss` gives them."""
-        image, text = (
-            self.model.image.states(batch.images),
-            self.model.text.states(batch.question, batch.attention_mask),
-        )
+        image = self.model.image.states(batch.images)
+        text = self.model.text.states(batch.question, batch.attention_mask)
         hidden = self.model.hidden(image, text, batch.decoder_input_ids, batch.image_index)
         return labelled_loss(hidden, self.model.decoder.head, batch.labels)
 

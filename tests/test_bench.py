@@ -67,10 +67,13 @@ def test_a_step_moves_both_sides_to_the_same_weights(weights, tmp_path):
 def test_fused_adamw_is_the_same_step(weights):
     plain, fused = Peer(weights, CASE), Peer(weights, CASE)
     for _ in range(2):  # the second finds the state that the first made
+        # From the same weights, so that the gradients are the same: that of a key's bias is a rounding error, which
+        # Adam makes as large as any other.
+        fused.model.load_state_dict(plain.model.state_dict())
         plain.step()
         fused.fused_step()
-    for a, b in zip(plain.model.parameters(), fused.model.parameters(), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=5e-6)  # a tenth of a step: Adam divides noise by its size
+        for a, b in zip(plain.model.parameters(), fused.model.parameters(), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
 def test_bf16_stays_within_its_budget(weights, tmp_path):
@@ -172,11 +175,11 @@ def test_the_cost_of_taps_is_a_table():
 TINY = {"preset": "shapes", "width": 32, "heads": 2, "image_layers": 1, "text_layers": 1, "decoder_layers": 1}
 
 
-@pytest.mark.parametrize("fusion", ["mean", "tokens"])
-def test_cached_features_are_compared_before_they_are_timed(fusion, monkeypatch):
-    case = cached_features.Case("fp32", fusion, questions=8, images=4)
+@pytest.mark.parametrize("connector", ["mean", "tokens", "prefix"])
+def test_cached_features_are_compared_before_they_are_timed(connector, monkeypatch):
+    case = cached_features.Case("fp32", connector, questions=8, images=4)
     said = cached_features.run([case], 2, "the command", TINY)
-    assert "| fp32" in said and f"| {fusion}" in said and "`the command`" in said and "MB" in said
+    assert "| fp32" in said and f"| {connector}" in said and "`the command`" in said and "MB" in said
     monkeypatch.setattr(cached_features.Sides, "losses", lambda self: {"cached": 1.0, "recomputed": 1.1})
     with pytest.raises(UserError, match="the losses differ: 1.0000000 cached, 1.1000000 recomputed"):
         cached_features.run([case], 2, "", TINY)
