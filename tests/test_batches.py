@@ -8,14 +8,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from vqa_scratch.data.image_store import Images
 
 from vqa_scratch.data.batches import IGNORE, Batch, Questions, Ragged, batches_by_image, prefetch
-from vqa_scratch.data.images import ImageProcessor
+from vqa_scratch.data.images import ImageProcessor, Images
 from vqa_scratch.data.tokenizers import Tokenizers
 from vqa_scratch.data.vqa_v2 import VQASample, read_vqa
 from vqa_scratch.errors import UserError
-from vqa_scratch.systems.vqa import own_tokenizers
+from vqa_scratch.systems.vqa_models import own_tokenizers
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,8 @@ from vqa_scratch.models.vit import ConvStem, ViT, ViTConfig
 from vqa_scratch.models.vqa import VQAModel
 from vqa_scratch.options import from_json, to_json
 from vqa_scratch.systems.options import PRESETS, VQAOptions
-from vqa_scratch.systems.vqa import VQASystem, released_models
+from vqa_scratch.systems.vqa import VQASystem
+from vqa_scratch.systems.vqa_models import released_models
 from vqa_scratch.training.checkpoint import load_checkpoint
 
 
