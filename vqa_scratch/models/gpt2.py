@@ -115,6 +115,15 @@ class GPT2(Released, Decoder):
                 nn.init.normal_(parameter, std=config.init_std / math.sqrt(2 * config.layers))
         taps.name_modules(self, "decoder")
 
+    @property
+    def head(self) -> Tensor:
+        """(V, D): the token embedding."""
+        return self.tokens.weight
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """(B, T) -> (B, T, D), without positions."""
+        return self.tokens(ids)
+
     def hidden(
         self,
         embeddings: Tensor,
@@ -133,7 +142,7 @@ class GPT2(Released, Decoder):
             raise ValueError("this GPT-2 has no cross-attention: build it with add_cross_attention=True")
         rows, new, _ = embeddings.shape
         past = 0 if cache is None else cache.length
-        position_ids = decoder_positions(rows, past, new, attention_mask, self.max_positions, embeddings.device)
+        position_ids = decoder_positions(rows, past, new, attention_mask, self.config.max_positions, embeddings.device)
         x = self.dropout(embeddings + self.positions(position_ids))
         for layer, block in enumerate(self.blocks):
             x = block(x, attention_mask, memory, None if cache is None else cache[layer])

@@ -112,6 +112,15 @@ class OPT(Decoder):
         self.apply(lambda module: init_weights(module, config.init_std))
         taps.name_modules(self, "decoder")
 
+    @property
+    def head(self) -> Tensor:
+        """(V, E): the token embedding."""
+        return self.tokens.weight
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """(B, T) -> (B, T, E), without positions."""
+        return self.tokens(ids)
+
     def hidden(
         self,
         embeddings: Tensor,
@@ -129,7 +138,7 @@ class OPT(Decoder):
             raise ValueError("OPT has no cross-attention to read a memory with")
         rows, new, _ = embeddings.shape
         past = 0 if cache is None else cache.length
-        position_ids = decoder_positions(rows, past, new, attention_mask, self.max_positions, embeddings.device)
+        position_ids = decoder_positions(rows, past, new, attention_mask, self.config.max_positions, embeddings.device)
         x = self.project_in(embeddings) + self.positions(position_ids + OFFSET)  # (B, T, D)
         for layer, block in enumerate(self.blocks):
             x = block(x, attention_mask, None, None if cache is None else cache[layer])
