@@ -10,7 +10,7 @@ from vqa_helpers import small_flags, small_options
 
 import train
 from vqa_scratch import systems
-from vqa_scratch.connectors import CONNECTORS
+from vqa_scratch.connectors import connector_class
 from vqa_scratch.data.images import ImageProcessor
 from vqa_scratch.data.scenes import FAMILIES
 from vqa_scratch.data.text import train_bpe, train_wordpiece
@@ -174,7 +174,7 @@ def test_options_reach_the_model(data, tmp_path, changes, capsys):
     options = small_options(data, tmp_path / "run", steps=1, eval_questions=8, samples=1, **changes)
     train.main(options)
     model = systems.load(tmp_path / "run").model
-    assert type(model.connector) is CONNECTORS[options.connector]
+    assert type(model.connector) is connector_class(options.connector)
     assert isinstance(model.image.patch_embed, ConvStem) == (options.stem == "conv")
     line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("trainable: "))
     assert ("image 0 of" in line) == (options.freeze == "encoders")

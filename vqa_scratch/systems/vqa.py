@@ -105,6 +105,10 @@ class VQASystem(QuestionSystem):
         limits = f"cut to the token limits: {cut['questions']} questions, {cut['answers']} answers"
         return [self.trainable, limits]
 
+    def precompute(self) -> None:
+        for features in self.kept:
+            features.ready()
+
     def batch(self, key: np.ndarray) -> Batch:
         train = self.splits["train"]
         return train.questions.batch(key, train.images)
