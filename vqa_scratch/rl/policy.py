@@ -32,8 +32,8 @@ class Context:
     states: tuple[Tensor, ...]  # one or more parts, each (E, N, D); E = P unless `entries` says who reads what
     masks: tuple[Tensor | None, ...]  # of each part, (E, N), True = may attend
     samples: int = 1  # K: rows 0 ... K - 1 read prompt 0, and so on
-    prefix: Tensor | None = None  # (P, L) ids before the response, the start token last; None: the start token alone
-    prefix_mask: Tensor | None = None  # (P, L), True = real token; padding on the left
+    prompt_ids: Tensor | None = None  # (P, L) before the response, the start token last; None: the start token alone
+    prompt_mask: Tensor | None = None  # (P, L), True = real token; padding on the left
     entries: tuple[Tensor | None, ...] | None = None  # of each part, (P,): the entry a prompt reads; None: its own
 
     @property
@@ -68,7 +68,7 @@ class Context:
                 chosen, index = torch.unique(entries[prompts], return_inverse=True)
             picked.append((states[chosen], None if mask is None else mask[chosen], index))
         states, masks, entries = zip(*picked, strict=True)
-        return Context(states, masks, self.samples, pick(self.prefix), pick(self.prefix_mask), entries)
+        return Context(states, masks, self.samples, pick(self.prompt_ids), pick(self.prompt_mask), entries)
 
     def memories(self) -> list[Memory]:
         """For cross-attention: keys and values are projected once an entry, not once a prompt or response."""

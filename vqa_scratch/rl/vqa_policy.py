@@ -76,26 +76,26 @@ class VQAPolicy(nn.Module):
 
         before = [[*self.encoder.prompt(p.text), self.start_id] for p in prompts]
         longest = max(map(len, before))
-        prefix = torch.tensor([[self.pad_id] * (longest - len(x)) + x for x in before], device=device)  # (P, L)
+        ids = torch.tensor([[self.pad_id] * (longest - len(x)) + x for x in before], device=device)  # (P, L)
         real = torch.tensor([[False] * (longest - len(x)) + [True] * len(x) for x in before], device=device)
         states, masks = tuple(m.states for m in parts), tuple(m.mask for m in parts)
         read = which.to(device) if len(place) < len(prompts) else None  # by how many prompts an image is shared
         entries = tuple(read if len(x) == len(place) else None for x in states)
-        return Context(states, masks, prefix=prefix, prefix_mask=real, entries=entries)
+        return Context(states, masks, prompt_ids=ids, prompt_mask=real, entries=entries)
 
-    def _prefix(self, context: Context) -> tuple[Tensor, Tensor]:
+    def _prompt(self, context: Context) -> tuple[Tensor, Tensor]:
         """What the decoder reads before each answer (B, L), the start token last, and which of it is real."""
-        return tuple(x.repeat_interleave(context.samples, 0) for x in (context.prefix, context.prefix_mask))
+        return tuple(x.repeat_interleave(context.samples, 0) for x in (context.prompt_ids, context.prompt_mask))
 
     def begin(self, context: Context, steps: int) -> tuple[Tensor, State]:
-        prefix, real = self._prefix(context)
-        return begin(self.model.decoder, prefix, real, context.memories(), steps=steps)
+        prompt, real = self._prompt(context)
+        return begin(self.model.decoder, prompt, real, context.memories(), steps=steps)
 
     def decode_hidden(self, ids: Tensor, context: Context) -> Tensor:
-        prefix, real = self._prefix(context)
+        prompt, real = self._prompt(context)
         answers = ids[:, 1:]  # without the start token
         mask = torch.cat([real, torch.ones_like(answers, dtype=torch.bool)], 1)
-        embeddings = self.model.decoder.embed(torch.cat([prefix, answers], 1))
+        embeddings = self.model.decoder.embed(torch.cat([prompt, answers], 1))
         hidden = self.model.decoder.hidden(embeddings, mask, memory=context.memories())
         return hidden[:, -ids.shape[1] :]
 
