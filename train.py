@@ -17,7 +17,6 @@ if __name__ == "__main__":
     with errors_in_one_line():
         OPTIONS = read_command_line(sys.argv[1:])
 
-import resource
 import shlex
 import time
 from collections.abc import Iterator
@@ -39,7 +38,7 @@ from vqa_scratch.training.checkpoint import load_model_state, restore, save_chec
 from vqa_scratch.training.launch import start
 from vqa_scratch.training.optimizers import Optimizers, schedule
 from vqa_scratch.training.precision import Precision, pick_device, pick_precision
-from vqa_scratch.training.progress import MetricsLog
+from vqa_scratch.training.progress import MetricsLog, peak_memory_gb
 from vqa_scratch.training.ranks import ONE_PROCESS, Alone, World, for_main, whole
 from vqa_scratch.training.sharing import check_sharing, share_model
 from vqa_scratch.training.watch import GracefulStop, LossWatch
@@ -294,7 +293,7 @@ def train(options: RunOptions, world: World) -> int | None:
         return stopped
 
     # ---- the final figures, of the best weights
-    load_model_state(system.model, read_weights(options.out), str(weights))
+    load_model_state(system.model, system.renamed(read_weights(options.out)), str(weights))
     figures = ranks.with_whole_model(lambda: system.finish(options.out))
     if not world.main:
         return None
@@ -317,14 +316,6 @@ def train(options: RunOptions, world: World) -> int | None:
         print(f"{name:20s} {summary[name]}")
     print(f"look at {options.out / 'samples.html'} and {curves}")
     return None
-
-
-def peak_memory_gb(device: torch.device) -> float:
-    """The most memory used so far: of the GPU where there is one, else of this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 1e9
-    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS, in KiB elsewhere
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
 def main(options: RunOptions) -> int | None:

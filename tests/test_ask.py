@@ -115,7 +115,7 @@ def test_ask_ten_thousand_words(run, data, capsys):
 
 def test_ask_in_unknown_characters(run, data, capsys):
     command("ask", run, "--image", picture(data), "--question", "is there a \N{SNOWMAN}?")
-    assert capsys.readouterr().err.startswith("note: the text tower has no tokens for \N{SNOWMAN}, ")
+    assert capsys.readouterr().err.startswith("note: the text encoder has no tokens for \N{SNOWMAN}, ")
 
 
 @pytest.mark.parametrize(

@@ -208,6 +208,9 @@ def test_a_config_that_is_not_whole(run, data, tmp_path, capsys):
     values["train"]["wdith"] = 3
     (out / "config.json").write_text(json.dumps(values))
     assert "unknown fields wdith" in said([*flags(data, out), "--resume"], capsys)
+    values["train"] = {}
+    (out / "config.json").write_text(json.dumps(values))
+    assert "is a run of preset train.py, not shapes" in said([*flags(data, out), "--resume"], capsys)
 
 
 # ------------------------------------------------------------------------------------------------ disks
@@ -238,15 +241,12 @@ def test_a_full_disk(run, data, tmp_path, limit, name):
 
 
 def full_disk_at(step: int, limit: int) -> None:
-    from vqa_scratch.training.evaluation import Report
-
-    import train
-    from vqa_scratch.systems.vqa import VQATask
+    from vqa_scratch.systems.scoring import Report
+    from vqa_scratch.systems.vqa import VQASystem
 
     # Better at every evaluation, so that the weights are written at each of them.
     scores = iter(range(1, 100))
-    VQATask.report = lambda self, split, *_, **__: Report(next(scores) / 100, {}, {}, {})
-    assert train is not None
+    VQASystem.report = lambda self, split, *_, **__: Report(next(scores) / 100, {}, {}, {})
     at_step(step, functools.partial(fill_disk, limit))
 
 

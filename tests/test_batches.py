@@ -8,20 +8,19 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from vqa_helpers import small_config
 
-from vqa_scratch.data.batches import IGNORE, Batch, Encoder, Images, Questions, Ragged, prefetch
-from vqa_scratch.data.images import ImageProcessor
-from vqa_scratch.data.vqa_v2 import VQASample
+from vqa_scratch.data.batches import IGNORE, Batch, Questions, Ragged, batches_by_image, prefetch
+from vqa_scratch.data.images import ImageProcessor, Images
+from vqa_scratch.data.tokenizers import Tokenizers
+from vqa_scratch.data.vqa_v2 import VQASample, read_vqa
 from vqa_scratch.errors import UserError
-from vqa_scratch.systems.questions import read_splits
-from vqa_scratch.systems.vqa import _own_tokenizers
+from vqa_scratch.systems.vqa_models import own_tokenizers
 
 
 @pytest.fixture(scope="module")
 def samples(data) -> list[VQASample]:
-    """Images with 8, 5 and 1 questions, so that hands of several sizes are dealt."""
-    samples = read_splits(small_config(data, data / "run")).samples["train"]
+    """Images with 8, 5 and 1 questions, so that there are pieces of several sizes."""
+    samples = read_vqa(data, "train").samples
     seen: Counter[int] = Counter()
     kept = []
     for sample in samples:
@@ -31,14 +30,14 @@ def samples(data) -> list[VQASample]:
     return kept
 
 
-def encoder(samples: list[VQASample], **changes) -> Encoder:
+def tokenizers(samples: list[VQASample], **changes) -> Tokenizers:
     options = {"max_question_tokens": 32, "max_answer_tokens": 8, "question_prompt": False} | changes
-    return Encoder(*_own_tokenizers(samples, " "), **options)
+    return Tokenizers(*own_tokenizers(samples), **options)
 
 
 @pytest.fixture(scope="module")
 def questions(samples) -> Questions:
-    return Questions(samples, encoder(samples))
+    return Questions(samples, tokenizers(samples))
 
 
 @pytest.fixture(scope="module")
@@ -56,8 +55,22 @@ def test_an_epoch_covers_each_question_once(questions, per_step, per_image):
     for rows in batches:
         assert len(rows) <= max(per_step, per_image)
         runs = np.split(rows, np.flatnonzero(np.diff(questions.image_of[rows])) + 1)
-        hand = math.gcd(*map(len, runs))  # all hands have one size; two of an image may come one after the other
-        assert hand <= per_image and len(rows) % hand == 0
+        piece = math.gcd(*map(len, runs))  # all pieces have one size; two of an image may come one after the other
+        assert piece <= per_image and len(rows) % piece == 0
+
+
+def test_texts_of_about_one_length_come_together():
+    """Each row once, and less padding than without the lengths; the batches themselves are in random order."""
+    lengths = np.random.default_rng(0).integers(1, 40, 400)
+    groups = [range(at, at + 4) for at in range(0, 400, 4)]
+    padding = []
+    for known in (None, lengths):
+        batches = batches_by_image(groups, np.random.default_rng(1), 10, 1, known)
+        assert sorted(np.concatenate(batches)) == list(range(400)) and {len(rows) for rows in batches} == {10}
+        longest = [lengths[rows].max() for rows in batches]
+        padding.append(sum((lengths[rows].max() - lengths[rows]).sum() for rows in batches))
+    assert padding[1] < 0.4 * padding[0]
+    assert sum(a <= b for a, b in zip(longest, longest[1:], strict=False)) < 30
 
 
 def test_an_epoch_is_a_function_of_seed_and_number(questions):
@@ -85,57 +98,57 @@ def test_in_order_takes_whole_images_up_to_the_limit(questions):
 
 def test_a_batch_is_made_of_its_samples(questions, images):
     """Ids, masks, labels and pixels against the samples, one by one."""
-    enc = questions.encoder
+    words = questions.tokenizers
     for rows in questions.epoch(0, 0, 24, 8)[:6]:
         batch = questions.batch(rows, images)
-        assert len(batch.pixels) == len(set(questions.image_of[rows])) or len(batch.pixels) <= len(rows)
+        assert len(batch.images) == len(set(questions.image_of[rows])) or len(batch.images) <= len(rows)
         for i, row in enumerate(rows):
             sample = questions.samples[row]
             length = int(batch.attention_mask[i].sum())
             assert batch.attention_mask[i, :length].all()
-            assert batch.input_ids[i, :length].tolist() == enc.text.encode(sample.question)
+            assert batch.question[i, :length].tolist() == words.text.encode(sample.question)
             asked = batch.labels[i] != IGNORE
-            answer = enc.answer(sample.answer)
-            assert batch.labels[i][asked].tolist() == answer[1:] and answer[-1] == enc.decoder.eos_id
-            assert batch.decoder_input_ids[i][asked].tolist() == answer[:-1] and answer[0] == enc.decoder.bos_id
+            answer = words.answer(sample.answer)
+            assert batch.labels[i][asked].tolist() == answer[1:] and answer[-1] == words.decoder.eos_id
+            assert batch.decoder_input_ids[i][asked].tolist() == answer[:-1] and answer[0] == words.decoder.bos_id
             pixels = images.processor.to_uint8(Image.open(sample.image_path))
-            assert np.array_equal(batch.pixels[batch.image_index[i]].numpy(), pixels)
+            assert np.array_equal(batch.images[batch.image_index[i]].numpy(), pixels)
         assert batch.rows.tolist() == list(rows)
 
 
 def test_the_prompt_is_read_and_not_asked(samples, images):
     """With a prompt the decoder reads the question, BOS, the answer; labels begin where BOS is read."""
-    enc = encoder(samples, question_prompt=True)
-    questions = Questions(samples, enc)
+    words = tokenizers(samples, question_prompt=True)
+    questions = Questions(samples, words)
     rows = questions.epoch(0, 0, 24, 8)[0]
     batch = questions.batch(rows, images)
     prompts, mask = questions.prompt_batch(rows)
     for i, row in enumerate(rows):
-        prompt, answer = enc.prompt(samples[row].question), enc.answer(samples[row].answer)
+        prompt, answer = words.prompt(samples[row].question), words.answer(samples[row].answer)
         read = prompt + answer[:-1]
         assert batch.decoder_input_ids[i, : len(read)].tolist() == read
         asked = (batch.labels[i] != IGNORE).nonzero()[:, 0].tolist()
         assert asked == list(range(len(prompt), len(read))) and batch.labels[i, asked].tolist() == answer[1:]
         assert prompts[i][mask[i]].tolist() == [*prompt, answer[0]], "padding on the left, BOS last"
         assert int(mask[i].sum()) == len(prompt) + 1 and mask[i, -1]
-    assert enc.decoder.decode(enc.prompt("is there a red circle?")).strip() == "is there a red circle?"
+    assert words.decoder.decode(words.prompt("is there a red circle?")).strip() == "is there a red circle?"
 
 
 def test_without_a_prompt_the_decoder_starts_at_bos(questions):
     prompts, mask = questions.prompt_batch(np.arange(3))
-    assert prompts.tolist() == [[questions.encoder.decoder.bos_id]] * 3 and mask.all()
+    assert prompts.tolist() == [[questions.tokenizers.decoder.bos_id]] * 3 and mask.all()
 
 
 def test_another_image_can_be_shown(questions, images):
     rows = questions.in_order(8, 8)[0]
     swap = np.roll(np.arange(len(images.paths)), 1)
-    shown = questions.batch(rows, images, image_map=swap).pixels
+    shown = questions.batch(rows, images, image_map=swap).images
     expected = np.stack([images.read(int(swap[i])) for i in dict.fromkeys(questions.image_of[rows])])
     assert np.array_equal(shown.numpy(), expected)
 
 
 def test_parts_together_are_the_batch(questions, images):
-    """Also where hands of one image came one after the other, so that it has more questions than the rest."""
+    """Also where pieces of one image came one after the other, so that it has more questions than the rest."""
     batches = [questions.batch(rows, images) for rows in questions.epoch(0, 0, 60, 2)]
     batch = next(b for b in batches if len({*b.image_index.bincount().tolist()}) > 1)
     for number in (1, 2, 3, 100):
@@ -143,9 +156,9 @@ def test_parts_together_are_the_batch(questions, images):
         assert len(parts) <= number
         at = 0
         for part in parts:
-            assert torch.equal(part.pixels[part.image_index], batch.pixels[batch.image_index[at : at + len(part.rows)]])
+            assert torch.equal(part.images[part.image_index], batch.images[batch.image_index[at : at + len(part.rows)]])
             at += len(part.rows)
-        for name in ("input_ids", "attention_mask", "labels", "decoder_input_ids", "rows"):
+        for name in ("question", "attention_mask", "labels", "decoder_input_ids", "rows"):
             assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(batch, name))
     assert isinstance(batch.to("cpu"), Batch)
 
@@ -154,34 +167,34 @@ def test_parts_together_are_the_batch(questions, images):
 
 
 def test_long_questions_keep_their_special_tokens(samples):
-    enc = encoder(samples, max_question_tokens=6)
+    words = tokenizers(samples, max_question_tokens=6)
     long = "is there a small red circle? " * 2_000
-    ids = enc.question(long)
-    assert len(ids) == 6 and ids[0] == enc.text.cls_id and ids[-1] == enc.text.sep_id
-    assert ids[1:-1] == enc.text.encode(long, add_special_tokens=False)[:4]
-    assert enc.cut["questions"] == 1
-    assert enc.question("is it") == enc.text.encode("is it") and enc.cut["questions"] == 1
+    ids = words.question(long)
+    assert len(ids) == 6 and ids[0] == words.text.cls_id and ids[-1] == words.text.sep_id
+    assert ids[1:-1] == words.text.encode(long, add_special_tokens=False)[:4]
+    assert words.cut["questions"] == 1
+    assert words.question("is it") == words.text.encode("is it") and words.cut["questions"] == 1
 
 
 def test_notes_on_a_question(samples):
-    """Either reader's cut is told; so is a word that the text tower has no token for, once."""
+    """Either reader's cut is told; so is a word that the text encoder has no token for, once."""
     short, long = "is there a small red circle?", "is there a small red circle? " * 20
-    enc = encoder(samples, max_question_tokens=40, question_prompt=True)
-    assert enc.notes_on(short) == [] and enc.notes_on(" ".join([short, "\N{SNOWMAN} small \N{SNOWMAN}"])) == [
-        "the text tower has no tokens for \N{SNOWMAN}, and reads one and the same token in their place"
+    words = tokenizers(samples, max_question_tokens=40, question_prompt=True)
+    assert words.notes_on(short) == [] and words.notes_on(" ".join([short, "\N{SNOWMAN} small \N{SNOWMAN}"])) == [
+        "the text encoder has no tokens for \N{SNOWMAN}, and reads one and the same token in their place"
     ]
-    assert enc.notes_on(long) == ["the question is longer than 40 tokens; only its beginning was read"]
-    snow = "\N{SNOWMAN}" * 30  # one unknown word for the text tower, 90 bytes for the decoder
-    assert enc.notes_on(snow)[0] == enc.notes_on(long)[0] and "\N{SNOWMAN}..., and reads" in enc.notes_on(snow)[1]
-    assert len(encoder(samples, max_question_tokens=40).notes_on(snow)) == 1
-    assert enc.cut == {"questions": 0, "answers": 0}
+    assert words.notes_on(long) == ["the question is longer than 40 tokens; only its beginning was read"]
+    snow = "\N{SNOWMAN}" * 30  # one unknown word for the text encoder, 90 bytes for the decoder
+    assert words.notes_on(snow)[0] == words.notes_on(long)[0] and "\N{SNOWMAN}..., and reads" in words.notes_on(snow)[1]
+    assert len(tokenizers(samples, max_question_tokens=40).notes_on(snow)) == 1
+    assert words.cut == {"questions": 0, "answers": 0}
 
 
 def test_long_answers_keep_their_end(samples):
-    enc = encoder(samples, max_answer_tokens=3)
-    ids = enc.answer("a very long answer in many words")
-    assert len(ids) == 4 and ids[0] == enc.decoder.bos_id and ids[-1] == enc.decoder.eos_id
-    assert enc.cut["answers"] == 1
+    words = tokenizers(samples, max_answer_tokens=3)
+    ids = words.answer("a very long answer in many words")
+    assert len(ids) == 4 and ids[0] == words.decoder.bos_id and ids[-1] == words.decoder.eos_id
+    assert words.cut["answers"] == 1
 
 
 def test_ragged():
@@ -193,7 +206,7 @@ def test_ragged():
 
 def test_no_samples_are_refused(questions):
     with pytest.raises(ValueError, match="no samples"):
-        Questions([], questions.encoder)
+        Questions([], questions.tokenizers)
 
 
 # ------------------------------------------------------------------------------------------------ images

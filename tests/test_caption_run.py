@@ -2,29 +2,29 @@
 
 import json
 import re
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from run_helpers import command
 from vqa_helpers import CPU
-from vqa_scratch.systems.caption_job import CaptionJob
 
 import train
-from vqa_scratch.__main__ import PROGRAM
-from vqa_scratch.commands.line import call
+from vqa_scratch import systems
+from vqa_scratch.data.answers import Answer
 from vqa_scratch.data.augment import depends_on_side
 from vqa_scratch.data.batches import IGNORE
+from vqa_scratch.data.captions import read_captions
+from vqa_scratch.data.text import train_bpe
+from vqa_scratch.data.vqa_v2 import VQASample
 from vqa_scratch.errors import UserError
 from vqa_scratch.models import GPT2, GPT2Config, ResNet, ResNetConfig
 from vqa_scratch.report.lettering import choose
-from vqa_scratch.systems import open_trained
-from vqa_scratch.systems.caption import prepare
-from vqa_scratch.systems.captions import read_splits
+from vqa_scratch.systems.caption import CaptionSystem
+from vqa_scratch.systems.captions import caption_cards
 from vqa_scratch.systems.options import CaptionOptions
-from vqa_scratch.training.distributed import World
 from vqa_scratch.training.precision import Precision
 from vqa_scratch.training.ranks import World
 
@@ -36,7 +36,7 @@ SMALL = {
 }  # fmt: skip
 
 
-def config(data: Path | None, out: Path, **changes) -> CaptionOptions:
+def small(data: Path | None, out: Path, **changes) -> CaptionOptions:
     values = SMALL | {"data": data, "out": out, "cache": out.parent, "steps": 4} | changes
     return CaptionOptions(**values)
 
@@ -44,13 +44,17 @@ def config(data: Path | None, out: Path, **changes) -> CaptionOptions:
 @pytest.fixture(scope="module")
 def run(data, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "run"
-    assert train.main(config(data, out, steps=8)) is None
+    assert train.main(small(data, out, steps=8)) is None
     return out
 
 
 @pytest.fixture
-def job(data, tmp_path):
-    return prepare(config(data, tmp_path / "run"), Precision("fp32", CPU))
+def system(data, tmp_path) -> CaptionSystem:
+    options = small(data, tmp_path / "run")
+    texts = CaptionSystem.read(options)
+    system = CaptionSystem.build(options, texts, Precision("fp32", CPU))
+    system.train_on(texts)
+    return system
 
 
 def summary_of(run: Path) -> dict:
@@ -61,8 +65,8 @@ def summary_of(run: Path) -> dict:
 
 
 def test_the_final_figures_can_be_those_of_some_images(data, tmp_path):
-    some = read_splits(config(data, tmp_path / "run", test_images=3, question_share=0.5))[1]["test"]
-    whole = read_splits(config(data, tmp_path / "run", question_share=0.5))[1]["test"]
+    some = CaptionSystem.read(small(data, tmp_path / "run", test_images=3)).texts["test"]
+    whole = CaptionSystem.read(small(data, tmp_path / "run")).texts["test"]
     assert some.to_describe == whole.to_describe[:3]
     shown = {s.image_id for s in some.captions}
     assert some.questions == [s for s in whole.questions if s.image_id in shown] and len(some.questions) > 3
@@ -98,123 +102,93 @@ def test_the_page_shows_captions_beside_references(run, data):
     page = (run / "samples.html").read_text()
     assert page.count("data:image/png;base64,") == page.count("<article>") >= 5
     assert "<h2>captions</h2>" in page and page.count("<br>") >= 5 and "http" not in page
-    from vqa_scratch.data.captions import read_captions
-
     assert any(s.answer in page for s in read_captions(data, "test").samples)
 
 
 def test_texts_are_escaped(tmp_path):
-    from vqa_scratch.training.evaluation import Answer
-
-    from vqa_scratch.data.vqa_v2 import VQASample
-    from vqa_scratch.systems.captions import caption_cards
-
     Image.new("RGB", (4, 4)).save(tmp_path / "x.png")
     sample = VQASample(1, tmp_path / "x.png", 1, "", "caption", "caption", ("<b>&", "<i>"), "<b>&")
     (card,) = caption_cards([sample], {1: Answer("<script>", 1.0, 3, True)}, None)
     assert "&lt;script&gt;" in card and "&lt;b&gt;&amp;<br>&lt;i&gt;" in card and "<script>" not in card
 
 
-def test_a_stopped_run_goes_on_bit_for_bit(data, tmp_path, monkeypatch):
-    """Augmentation and the dealing of questions follow the step, not the process."""
-    monkeypatch.setattr("vqa_scratch.systems.caption_job.show", lambda *args: None)
-    monkeypatch.setattr(train, "draw_panels", lambda *args: None)
-    small = {"steps": 4, "save_every": 2, "eval_every": 4, "samples": 1, "max_caption_tokens": 8}
-    whole, halves = (config(data, tmp_path / name, **small) for name in ("whole", "halves"))
-    train.main(whole)
-    real = CaptionJob.loss
-    steps = iter(range(100))
-
-    def breaks(job, batch):
-        if next(steps) == 3:
-            raise ZeroDivisionError
-        return real(job, batch)
-
-    monkeypatch.setattr(CaptionJob, "loss", breaks)
-    with pytest.raises(ZeroDivisionError):
-        train.main(halves)
-    monkeypatch.setattr(CaptionJob, "loss", real)
-    train.main(replace(halves, resume=True))
-    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "halves")]
-    assert weights[0] == weights[1]
-
-
 # ---------------------------------------------------------------------------------------------- batches
 
 
-def test_prompts_and_padding_carry_no_loss(job):
+def test_prompts_and_padding_carry_no_loss(system):
     """A caption starts at once; a question stands before BOS without a label; every text ends with EOS."""
-    bos, eos = job.encoder.decoder.bos_id, job.encoder.decoder.eos_id
+    words, samples = system.tokenizers.decoder, system.training.questions.samples
+    bos, eos = words.bos_id, words.eos_id
     kinds = set()
-    for key in job.epoch(0):
-        batch = job.train.batch(key.rows, job.training_images)
-        assert batch.input_ids is None and batch.reading.keys() == {"image_index"}
+    for key in system.epoch(0):
+        batch = system.training.questions.batch(key.rows, system.training.images)
+        assert batch.question is None and batch.attention_mask is None
         for row, ids, labels in zip(key.rows, batch.decoder_input_ids, batch.labels, strict=True):
-            sample = job.train.samples[row]
+            sample = samples[row]
             start = ids.tolist().index(bos)
-            prompt = job.encoder.decoder.decode(ids[:start]).strip()
+            prompt = words.decode(ids[:start]).strip()
             asked = labels[labels != IGNORE]
             assert prompt == sample.question and (labels[:start] == IGNORE).all() and labels[start] != IGNORE
-            assert job.encoder.decoder.decode(asked).strip() == sample.answer and asked[-1] == eos
+            assert words.decode(asked).strip() == sample.answer and asked[-1] == eos
             kinds.add(bool(sample.question))
     assert kinds == {True, False}
 
 
-def test_a_step_is_of_one_kind_and_every_caption_comes_once(job):
-    captions = len(job.splits["train"].captions)
+def test_a_step_is_of_one_kind_and_every_caption_comes_once(system):
+    captions = len(system.data.texts["train"].captions)
     seen = []
-    for key in job.epoch(3):
+    for key in system.epoch(3):
         kinds = {row < captions for row in key.rows.tolist()}
         assert len(kinds) == 1
         seen += [row for row in key.rows.tolist() if row < captions]
     assert sorted(seen) == list(range(captions))
-    shares = [all(key.rows >= captions) for key in job.epoch(3)]
+    shares = [all(key.rows >= captions) for key in system.epoch(3)]
     assert sum(shares) == round(sum(not s for s in shares) * 0.4 / 0.6)
 
 
-def test_questions_go_on_where_they_stopped(job):
+def test_questions_go_on_where_they_stopped(system):
     """Over consecutive epochs every question comes before any comes again."""
-    captions = len(job.splits["train"].captions)
-    epochs = len(job._questions(0))  # so many epochs are a whole number of turns through the questions
-    rows = np.concatenate([key.rows for n in range(epochs) for key in job.epoch(n) if key.rows[0] >= captions])
+    captions = len(system.data.texts["train"].captions)
+    epochs = len(system._question_batches(0))  # so many epochs are a whole number of turns through the questions
+    rows = np.concatenate([key.rows for n in range(epochs) for key in system.epoch(n) if key.rows[0] >= captions])
     counts = np.bincount(rows - captions)
     assert counts.min() == counts.max() == len(rows) / len(counts) > 1
 
 
-def test_training_images_change_and_others_do_not(job):
-    key = job.epoch(0)[0]
-    plain = job.train.batch(key.rows, job.training_images).pixels
-    changed = job.batch(key).pixels
+def test_training_images_change_and_others_do_not(system):
+    key = system.epoch(0)[0]
+    plain = system.training.questions.batch(key.rows, system.training.images).images
+    changed = system.batch(key).images
     assert changed.dtype == torch.uint8 and not torch.equal(plain, changed)
-    assert torch.equal(changed, job.batch(key).pixels), "a function of the key"
+    assert torch.equal(changed, system.batch(key).images), "a function of the key"
     seen = []
-    job.augment = lambda *args: seen.append(args)
-    job.evaluate()
+    system.augment = lambda *args: seen.append(args)
+    system.evaluate()
     assert not seen, "evaluation never augments"
 
 
-def test_ranks_share_the_images_of_a_batch(job):
+def test_ranks_share_the_images_of_a_batch(system):
     """Put together, the shares of three ranks are the batch, changed images included; ranks too many weigh nothing."""
-    key = job.epoch(0)[0]
-    whole = job.batch(key)
-    shares = [job.share(key, World(rank, 3)) for rank in range(3)]
+    key = system.epoch(0)[0]
+    whole = system.batch(key)
+    shares = [system.share(key, World(rank, 3)) for rank in range(3)]
     assert all(real for _, real in shares)
-    parts = [job.batch(share) for share, _ in shares]
-    assert torch.equal(torch.cat([p.pixels for p in parts]), whole.pixels)
+    parts = [system.batch(share) for share, _ in shares]
+    assert torch.equal(torch.cat([p.images for p in parts]), whole.images)
     assert torch.equal(torch.cat([p.rows for p in parts]), whole.rows)
-    many = [job.share(key, World(rank, 99)) for rank in range(99)]
-    assert sum(real for _, real in many) == len(whole.pixels)
-    assert all(len(job.batch(share).pixels) == 1 for share, _ in many)
+    many = [system.share(key, World(rank, 99)) for rank in range(99)]
+    assert sum(real for _, real in many) == len(whole.images)
+    assert all(len(system.batch(share).images) == 1 for share, _ in many)
 
 
-def test_images_with_a_side_word_are_never_mirrored(job):
-    asked = []
-    job.augment = lambda pixels, may_flip, chance: asked.append(may_flip) or pixels
+def test_images_with_a_side_word_are_never_mirrored(system):
+    asked, samples = [], system.training.questions.samples
+    system.augment = lambda pixels, may_flip, chance: asked.append(may_flip) or pixels
     both = set()
-    for key in job.epoch(0):
-        batch = job.batch(key)
+    for key in system.epoch(0):
+        batch = system.batch(key)
         for image, may in enumerate(asked[-1].tolist()):
-            texts = [job.train.samples[row] for row in key.rows[(batch.image_index == image).numpy()]]
+            texts = [samples[row] for row in key.rows[(batch.image_index == image).numpy()]]
             assert may == (not any(depends_on_side(f"{s.question} {s.answer}") for s in texts))
             both.add(may)
     assert both == {True, False}
@@ -223,51 +197,47 @@ def test_images_with_a_side_word_are_never_mirrored(job):
 # ---------------------------------------------------------------------------------------------- commands
 
 
-def command(*argv: str) -> None:
-    call(PROGRAM, argv, "test")
-
-
 def test_ask_describes_or_answers(run, data, capsys):
     image = next((data / "val2014").glob("*.png"))
-    command("ask", str(run), "--image", str(image), "--device", "cpu")
-    command("ask", str(run), "--image", str(image), "--question", "is there a red circle?", "--device", "cpu")
+    command("ask", run, "--image", image, "--device", "cpu")
+    command("ask", run, "--image", image, "--question", "is there a red circle?", "--device", "cpu")
     assert capsys.readouterr().out.count("(probability ") == 2
     with pytest.raises(UserError, match="leave out --top"):
-        command("ask", str(run), "--image", str(image), "--top", "3", "--device", "cpu")
+        command("ask", run, "--image", image, "--top", "3", "--device", "cpu")
     with pytest.raises(UserError, match="not found"):
-        command("ask", str(run), "--image", str(image) + "x", "--device", "cpu")
+        command("ask", run, "--image", f"{image}x", "--device", "cpu")
 
 
 @pytest.mark.parametrize("size", [(1, 40), (50, 1), (1, 1)])
 def test_thin_images_are_described(run, tmp_path, size):
     Image.new("RGB", size).save(tmp_path / "thin.png")
-    said, notes = open_trained(run, CPU).ask(tmp_path / "thin.png", None, None)
+    said, notes = systems.load(run, CPU).ask(tmp_path / "thin.png", None)
     assert len(said) == 1 and notes == []
 
 
 def test_evaluate_gives_the_figures_of_the_run(run, data, capsys):
     """The same split scored again from the folder: the same figures, key by key."""
-    command("evaluate", str(run), "--data", str(data), "--split", "test", "--captions", "--device", "cpu")
+    command("evaluate", run, "--data", data, "--split", "test", "--captions", "--device", "cpu")
     again, summary = json.loads((run / "evaluation.json").read_text()), summary_of(run)
     assert again["images"] == 6
     for name in ("accuracy", "object_precision", "object_recall", "bleu", "baselines", "eos_rate"):
         assert again[name] == pytest.approx(summary[name]) if name != "baselines" else again[name] == summary[name]
     assert "object recall" in capsys.readouterr().out
-    command("evaluate", str(run), "--data", str(data), "--split", "test", "--device", "cpu")
+    command("evaluate", run, "--data", data, "--split", "test", "--device", "cpu")
     answers = json.loads((run / "evaluation.json").read_text())
     assert answers["accuracy"] == pytest.approx(summary["answers"]["accuracy"])
 
 
 def test_the_exported_folder_says_what_the_run_says(run, data, tmp_path, capsys, monkeypatch):
     """Its README's program, run as it stands (with the decoder of `transformers`), gives the caption of `ask`."""
-    command("export", str(run), str(tmp_path / "out"))
+    command("export", run, tmp_path / "out")
     image = next((data / "val2014").glob("*.png"))
     monkeypatch.chdir(tmp_path / "out")
     Image.open(image).save("picture.png")
     capsys.readouterr()
     program = re.search(r"```python\n(.*?)```", Path("README.md").read_text(), re.S)[1]
     exec(compile(program, "README.md", "exec"), {"__name__": "readme"})
-    assert capsys.readouterr().out.strip() == open_trained(run, CPU).ask(image, None, None)[0][0].text
+    assert capsys.readouterr().out.strip() == systems.load(run, CPU).ask(image, None)[0][0].text
 
 
 # ---------------------------------------------------------------------------------------------- other data, bad input
@@ -290,7 +260,7 @@ def coco(folder: Path, captions: tuple[str, ...] = ("a cat $5", "一只猫在桌
 def test_a_captions_file_trains_too(tmp_path, capsys):
     """No scenes: BLEU picks the checkpoint; characters without a font are said, not drawn as boxes."""
     changes = {"test_split": "val", "val_split": "auto", "val_fraction": 0.3, "question_share": 0.0}
-    train.main(config(coco(tmp_path / "coco"), tmp_path / "run", **changes))
+    train.main(small(coco(tmp_path / "coco"), tmp_path / "run", **changes))
     summary = summary_of(tmp_path / "run")
     assert "object_recall" not in summary and summary["accuracy"] == summary["bleu"] / 100
     assert "tok:zh" in summary["bleu_signature"] and summary["holdout"] is None and summary["answers"] is None
@@ -303,8 +273,6 @@ def test_released_towers_train(tmp_path):
     from torchvision.models.resnet import BasicBlock
     from torchvision.models.resnet import ResNet as Theirs
 
-    from vqa_scratch.data.text import train_bpe
-
     folder, weights = tmp_path / "gpt2", tmp_path / "resnet.pth"
     tokenizer = train_bpe([" a cat"], 300)
     ids = {"bos_id": tokenizer.bos_id, "eos_id": tokenizer.eos_id}
@@ -316,14 +284,14 @@ def test_released_towers_train(tmp_path):
     rest = {"val_split": "auto", "val_fraction": 0.3, "test_split": "val", "question_share": 0.0, "samples": 1}
     size = {"captions_per_step": 4, "captions_per_image": 2, "max_caption_tokens": 4, "eval_captions": 2}
     out = tmp_path / "run"
-    train.main(config(coco(tmp_path / "coco"), out, preset="coco", **towers, **rest, **size))
+    train.main(small(coco(tmp_path / "coco"), out, preset="coco", **towers, **rest, **size))
     with pytest.raises(UserError, match="--max-caption-tokens 65 is more than the 64 positions of"):
         train.main(
-            config(tmp_path / "coco", out / "2", preset="coco", **towers, **rest | size | {"max_caption_tokens": 65})
+            small(tmp_path / "coco", out / "2", preset="coco", **towers, **rest | size | {"max_caption_tokens": 65})
         )
-    model = open_trained(out, CPU).model
-    assert model.grid == 7 and torch.equal(model.image.norm1.running_var, state["bn1.running_var"])
-    command("export", str(out), str(tmp_path / "out"))
+    model = systems.load(out, CPU).model
+    assert model.connector.grid == (7, 7) and torch.equal(model.image.norm1.running_var, state["bn1.running_var"])
+    command("export", out, tmp_path / "out")
     assert isinstance(ResNet.from_pretrained(tmp_path / "out" / "image" / "model.safetensors").config, ResNetConfig)
 
 
@@ -340,14 +308,14 @@ def test_released_towers_train(tmp_path):
 )
 def test_options_that_cannot_be_are_one_line(data, tmp_path, flags, message):
     with pytest.raises(UserError, match=message):
-        config(None if flags.get("preset") == "coco" else data, tmp_path, **flags)
+        small(None if flags.get("preset") == "coco" else data, tmp_path, **flags)
 
 
 def test_other_systems_say_what_they_are_not(run, data, tmp_path):
     """Questions without training on them, and a flag of another system."""
-    train.main(config(data, tmp_path / "run", question_share=0.0, steps=1, eval_every=1, samples=1))
-    opened = open_trained(tmp_path / "run", CPU)
+    train.main(small(data, tmp_path / "run", question_share=0.0, steps=1, eval_every=1, samples=1))
+    opened = systems.load(tmp_path / "run", CPU)
     with pytest.raises(UserError, match="was trained to describe images alone"):
-        opened.ask(next((data / "val2014").glob("*.png")), "what color is it?", None)
+        opened.ask(next((data / "val2014").glob("*.png")), "what color is it?")
     with pytest.raises(UserError, match="--connector means nothing here: it is a flag of --preset shapes"):
         train.read_command_line(["--preset", "caption", "--connector", "mean"])

@@ -6,7 +6,6 @@ from collections import Counter
 
 import pytest
 from PIL import Image
-from vqa_scratch.training.captioning import corpus_bleu, score_objects
 
 from vqa_scratch.data.captions import CAPTION, read_captions
 from vqa_scratch.data.descriptions import FORMS, Named, describe, describe_all, objects_named, places_named
@@ -14,6 +13,7 @@ from vqa_scratch.data.scenes import MIN_OFFSET, Object, draw_scene
 from vqa_scratch.data.shapes import ShapesSpec, ensure_shapes
 from vqa_scratch.data.vqa_v2 import split_by_image
 from vqa_scratch.errors import UserError
+from vqa_scratch.systems.caption_scores import corpus_bleu, score_objects
 
 SCENES = {i: draw_scene(random.Random(i)) for i in range(1, 300)}
 

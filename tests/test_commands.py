@@ -12,17 +12,16 @@ import torch
 from run_helpers import by_hand, command, make_run, picture
 from safetensors.torch import load_file, save_file
 from vqa_helpers import ROOT
-from vqa_scratch.run import load_run
-from vqa_scratch.training.evaluation import QuestionOnly, TypePrior, blind
 
+from vqa_scratch import systems
 from vqa_scratch.command_line import run_program
+from vqa_scratch.connectors import CONNECTORS, connector_class
 from vqa_scratch.data.submission import read_submission
 from vqa_scratch.data.vqa_files import annotations_name, questions_name
 from vqa_scratch.data.vqa_v2 import read_vqa
 from vqa_scratch.errors import UserError
 from vqa_scratch.metrics import accuracy_by
-from vqa_scratch.run import load_run
-from vqa_scratch.training.evaluation import QuestionOnly, TypePrior, blind
+from vqa_scratch.systems.scoring import QuestionOnly, TypePrior, blind
 
 
 @pytest.fixture(scope="module")
@@ -105,29 +104,33 @@ def test_an_incomplete_submission_is_refused(run, data, tmp_path):
 # ------------------------------------------------------------------------------------------------ export
 
 
-@pytest.mark.parametrize("connector", ["tokens", "mean"])
 @pytest.mark.parametrize("stem", ["linear", "conv"])
+@pytest.mark.parametrize("connector", CONNECTORS)
 def test_export(data, tmp_path, connector, stem, capsys, monkeypatch):
     """The towers load in transformers without a missing key, and the page's own program gives the run's answer."""
     import transformers as hf
 
-    run = make_run(data, tmp_path / "run", connector=connector, stem=stem)
+    reads_text = connector_class(connector).reads_text
+    run = make_run(data, tmp_path / "run", connector=connector, stem=stem, question_prompt=not reads_text)
     out = tmp_path / "export"
     command("export", run, out)
     printed = capsys.readouterr()
-    encoder = load_run(run).encoder
-    wanted = [(hf.DistilBertModel, "text", {}), (hf.GPT2LMHeadModel, "decoder", {})]
+    tokenizers = systems.load(run).tokenizers
+    parts = {"text": tokenizers.text, "decoder": tokenizers.decoder}
+    parts = {name: tokenizer for name, tokenizer in parts.items() if tokenizer is not None}
+    wanted = [(hf.GPT2LMHeadModel, "decoder", {}), *[(hf.DistilBertModel, "text", {})] * ("text" in parts)]
+    assert ("text" in parts) == (out / "text").exists() == reads_text
     if stem == "linear":
         wanted.append((hf.ViTModel, "image", {"add_pooling_layer": False}))
         assert printed.err == ""
     else:
-        assert printed.err.count("note: the image tower has a convolutional stem") == 1
+        assert printed.err.count("note: the image encoder has a convolutional stem") == 1
         assert not (out / "image" / "config.json").exists(), "nothing that transformers would take for a plain ViT"
     for kind, name, options in wanted:
         _, report = kind.from_pretrained(out / name, output_loading_info=True, **options)
         problems = {k: v for k, v in report.items() if v and k != "error_msgs"}
         assert problems == {}, (name, problems)
-    for name, tokenizer in (("text", encoder.text), ("decoder", encoder.decoder)):
+    for name, tokenizer in parts.items():
         theirs = hf.AutoTokenizer.from_pretrained(out / name)
         assert theirs(" is there a red circle?")["input_ids"] == tokenizer.encode(" is there a red circle?")
     hf.AutoImageProcessor.from_pretrained(out / "image")
@@ -217,7 +220,7 @@ def test_a_file_of_another_model_is_told_shortly(run, tmp_path):
     other = Path(shutil.copytree(run, tmp_path / "run"))
     save_file({"x": torch.zeros(1)}, other / "model.safetensors")
     with pytest.raises(UserError, match="does not fit the model: missing .*; and [0-9]+ more$") as caught:
-        load_run(other)
+        systems.load(other)
     assert len(str(caught.value)) < 500
 
 
@@ -240,7 +243,7 @@ def test_a_broken_run_is_one_line(run, tmp_path, breaking, message):
     shutil.copytree(run, broken)
     breaking(broken)
     with pytest.raises(UserError, match=message) as caught:
-        load_run(broken)
+        systems.load(broken)
     assert "\n" not in str(caught.value)
 
 

@@ -124,5 +124,8 @@ def test_a_row_that_never_ends_and_one_that_ends_at_once():
         loop.decode(scores, Stays(), choose, max_new_tokens=4, eos_id=1)
     all_along = loop.decode(scores, Stays(), choose, max_new_tokens=4, eos_id=1, fill=7, compact_below=0.0)
     assert all(torch.equal(*pair) for pair in zip(all_along, made, strict=True))
+    quiet = lambda scores, live, made: (scores.argmax(-1), None)  # noqa: E731
+    silent = loop.decode(scores, Fixed(), quiet, max_new_tokens=4, eos_id=1, fill=7)
+    assert silent.log_probs is None and torch.equal(silent.ids, made.ids) and torch.equal(silent.lengths, made.lengths)
     endless = loop.decode(scores, Fixed(), choose, max_new_tokens=3, eos_id=None)
     assert endless.ids.tolist() == [[1, 1, 1], [2, 2, 2]] and endless.lengths.tolist() == [3, 3]

@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 import torch
 from ranks import run_ranks
-from vqa_helpers import CPU, small_config, small_flags, small_task, train_program
-from vqa_scratch.systems.features import keep_features
+from vqa_helpers import CPU, small_flags, small_options, small_system, train_program
 
 import train
 from vqa_scratch.data import feature_store, mapped
@@ -22,8 +21,7 @@ from vqa_scratch.data.mapped import mapped_array
 from vqa_scratch.errors import UserError
 from vqa_scratch.storage import append_line
 from vqa_scratch.systems import questions as system_questions
-from vqa_scratch.systems.questions import read_splits
-from vqa_scratch.systems.vqa import VQATask
+from vqa_scratch.systems.vqa import VQASystem
 from vqa_scratch.training.precision import Precision
 
 # Batches of another size sum in another order: some roundings of 2**-24 in states of size 1, through one small decoder.
@@ -31,14 +29,14 @@ TOLERANCE = 1e-5
 
 
 @pytest.fixture(scope="module")
-def splits(data, tmp_path_factory):
-    return read_splits(small_config(data, tmp_path_factory.mktemp("run") / "run"))
+def samples(data):
+    return VQASystem.read(small_options(data, data / "run"))
 
 
 @pytest.fixture
-def task(data, splits, tmp_path):
-    """Makes tasks of one data set and one cache folder, `tmp_path` / cache."""
-    return lambda **changes: small_task(small_config(data, tmp_path / "run", **changes), splits)
+def make(data, samples, tmp_path):
+    """Makes systems of one data set and one cache folder, `tmp_path` / cache."""
+    return lambda **changes: small_system(small_options(data, tmp_path / "run", **changes), samples)
 
 
 @pytest.fixture(autouse=True)
@@ -52,25 +50,33 @@ def files(tmp_path: Path) -> set[str]:
     return {path.name for path in (tmp_path / "cache").glob("*")}
 
 
-def outcome(job: VQATask) -> tuple[list[float], dict[str, torch.Tensor], dict]:
+def outcome(system: VQASystem) -> tuple[list[float], dict[str, torch.Tensor], dict]:
     """The losses of the first batches, the gradients of all of them, and the answers on the validation split."""
-    job.model.train()
+    system.model.train()
     losses = []
-    for key in job.epoch(0)[:2]:
-        with job.precision.autocast():
-            loss, _ = job.loss(job.batch(key))
+    for key in system.epoch(0)[:2]:
+        with system.precision.autocast():
+            loss, _ = system.loss(system.batch(key))
         loss.backward()
         losses.append(loss.item())
-    gradients = {name: p.grad for name, p in job.model.named_parameters() if p.grad is not None}
-    return losses, gradients, job.report("val").answers
+    gradients = {name: p.grad for name, p in system.model.named_parameters() if p.grad is not None}
+    return losses, gradients, system.report("val").answers
 
 
-@pytest.mark.parametrize("connector", ["tokens", "mean"])
-@pytest.mark.parametrize("freeze", ["encoders", "image_encoder", "text_encoder", "all"])
-def test_losses_gradients_and_answers_are_those_of_recomputing(task, tmp_path, freeze, connector):
-    plain = task(freeze=freeze, connector=connector)
+TEXT = ("text_encoder", "encoders", "all")
+
+
+@pytest.mark.parametrize(
+    ("connector", "freeze"),
+    [
+        *((connector, freeze) for connector in ("tokens", "mean") for freeze in ("image_encoder", *TEXT)),
+        *((connector, "image_encoder") for connector in ("prefix", "qformer")),
+    ],
+)
+def test_losses_gradients_and_answers_are_those_of_recomputing(make, tmp_path, connector, freeze):
+    plain = make(freeze=freeze, connector=connector)
     losses, gradients, answers = outcome(plain)
-    kept = task(freeze=freeze, connector=connector, feature_cache=True)
+    kept = make(freeze=freeze, connector=connector, feature_cache=True)
     kept_losses, kept_gradients, kept_answers = outcome(kept)
     assert kept_losses == pytest.approx(losses, rel=TOLERANCE)
     assert kept_gradients.keys() == gradients.keys()
@@ -82,120 +88,120 @@ def test_losses_gradients_and_answers_are_those_of_recomputing(task, tmp_path, f
     assert {name.split("-")[1] for name in files(tmp_path)} == kinds
 
 
-def test_a_tower_runs_once(task, tmp_path, monkeypatch):
+def test_an_encoder_runs_once(make, tmp_path, monkeypatch):
     """Neither a second epoch nor a second run calls it; each split has its own file."""
-    job = task(freeze="encoders", feature_cache=True)
-    first = outcome(job)[0]
+    system = make(freeze="encoders", feature_cache=True)
+    first = outcome(system)[0]
     assert len(files(tmp_path)) == 4  # of images and of questions: train and val
-    again = task(freeze="encoders", feature_cache=True)
+    again = make(freeze="encoders", feature_cache=True)
     again.batch(again.epoch(0)[0]), again.report("val")  # finds the files by a hash of the weights, once
-    monkeypatch.setattr(feature_store, "weights_digest", lambda tower: pytest.fail("the weights were hashed again"))
-    for tower in (job.model.image, job.model.text, again.model.image, again.model.text):
-        monkeypatch.setattr(tower, "forward", lambda *args: pytest.fail("a frozen tower ran again"))
-    assert outcome(job)[0] == outcome(again)[0] == first
+    monkeypatch.setattr(feature_store, "weights_digest", lambda encoder: pytest.fail("the weights were hashed again"))
+    for encoder in (system.model.image, system.model.text, again.model.image, again.model.text):
+        monkeypatch.setattr(encoder, "states", lambda *args: pytest.fail("a frozen encoder ran again"))
+    assert outcome(system)[0] == outcome(again)[0] == first
 
 
-def test_an_average_is_kept_where_an_average_is_read(task):
-    job = task(freeze="image_encoder", connector="mean", feature_cache=True)
-    assert job.batch(job.epoch(0)[0]).pixels.shape[1:] == (1, 32)
+def test_an_average_is_kept_where_an_average_is_read(make):
+    system = make(freeze="image_encoder", connector="mean", feature_cache=True)
+    assert system.batch(system.epoch(0)[0]).images.shape[1:] == (1, 32)
 
 
-def test_dropout_of_a_frozen_tower_is_left_out(task):
+def test_dropout_of_a_frozen_encoder_is_left_out(make):
     """Features are those of eval mode, and computing them leaves the generators alone."""
-    job = task(freeze="text_encoder", feature_cache=True)
-    job.model.text.dropout.p = 0.5
-    job.model.train()
+    system = make(freeze="text_encoder", feature_cache=True)
+    system.model.text.dropout.p = 0.5
+    system.model.train()
     state = torch.get_rng_state()
-    states, mask = job.questions["train"].states(np.arange(8))
+    states, mask = system.splits["train"].questions.cached(np.arange(8))
     assert torch.equal(torch.get_rng_state(), state)
-    ids, lengths = job.questions["train"].ids.padded(np.arange(8), 0)
-    wanted = job.model.eval().text(torch.from_numpy(ids), mask)
+    ids, lengths = system.splits["train"].questions.ids.padded(np.arange(8), 0)
+    wanted = system.model.eval().text(torch.from_numpy(ids), mask)
     assert mask.sum(1).tolist() == lengths.tolist()
     assert (states - wanted)[mask].abs().max() < TOLERANCE and not states[~mask].any()
 
 
-def test_dropout_of_a_frozen_image_tower_is_left_out(task):
-    job = task(freeze="image_encoder", feature_cache=True)
-    for module in job.model.image.modules():
+def test_dropout_of_a_frozen_image_encoder_is_left_out(make):
+    system = make(freeze="image_encoder", feature_cache=True)
+    for module in system.model.image.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.5
-    job.model.train()
-    states = job.images["train"].batch(range(6))
-    pixels = job.processor.normalize(job.images["train"].images.batch(range(6)))
-    assert (states - job.model.eval().image(pixels)).abs().max() < TOLERANCE
+    system.model.train()
+    states = system.splits["train"].images.batch(range(6))
+    pixels = system.processor.normalize(system.splits["train"].images.images.batch(range(6)))
+    assert (states - system.model.eval().image(pixels)).abs().max() < TOLERANCE
 
 
-def test_the_hash_of_a_tower_is_of_all_that_it_holds():
+def test_the_hash_of_an_encoder_is_of_all_that_it_holds():
     torch.manual_seed(0)
-    tower = torch.nn.Sequential(torch.nn.Linear(2, 3, bias=False), torch.nn.BatchNorm1d(3))
-    seen = [weights_digest(tower)]
-    assert weights_digest(tower) == seen[0]
+    encoder = torch.nn.Sequential(torch.nn.Linear(2, 3, bias=False), torch.nn.BatchNorm1d(3))
+    seen = [weights_digest(encoder)]
+    assert weights_digest(encoder) == seen[0]
     turned = torch.nn.Sequential(torch.nn.Linear(3, 2, bias=False), torch.nn.BatchNorm1d(3))
-    turned.load_state_dict(tower.state_dict() | {"0.weight": tower[0].weight.detach().view(2, 3)})
+    turned.load_state_dict(encoder.state_dict() | {"0.weight": encoder[0].weight.detach().view(2, 3)})
     seen.append(weights_digest(turned))  # the same bytes in another shape
-    tower[1].running_mean += 1
-    seen.append(weights_digest(tower))
-    seen.append(weights_digest(tower.to(torch.bfloat16)))
+    encoder[1].running_mean += 1
+    seen.append(weights_digest(encoder))
+    seen.append(weights_digest(encoder.to(torch.bfloat16)))
     assert len(set(seen)) == 4
 
 
-def test_the_hash_of_images_is_of_their_order(task, tmp_path):
+def test_the_hash_of_images_is_of_their_order(make, tmp_path):
     paths = [tmp_path / name for name in ("a.png", "b.png")]
     for path in paths:
         path.write_bytes(b"123")
         os.utime(path, ns=(1, 1))
-    processor = task().processor
+    processor = make().processor
     assert Images(paths, processor).digest() != Images(paths[::-1], processor).digest()
 
 
-def test_the_name_follows_weights_preprocessing_images_and_format(task, tmp_path):
-    """Whatever changes what a tower says, or to what, makes another file; nothing else does."""
+def test_the_name_follows_weights_preprocessing_images_and_format(make, tmp_path):
+    """Whatever changes what an encoder says, or to what, makes another file; nothing else does."""
 
-    def made(change=lambda job: None, **options) -> list[str]:
+    def made(change=lambda system: None, **options) -> list[str]:
         """The kinds of files made for the first training batch."""
-        job = task(freeze="encoders", **options)
-        change(job)
-        keep_features(job)
+        system = make(freeze="encoders", **options)
+        change(system)
+        system.cache_features()
         before = files(tmp_path)
-        job.batch(job.epoch(0)[0])
+        system.batch(system.epoch(0)[0])
         return sorted(name.split("-")[1] for name in files(tmp_path) - before)
 
-    def weight(tower):
-        def change(job):
+    def weight(encoder):
+        def change(system):
             with torch.no_grad():
-                next(getattr(job.model, tower).parameters()).view(-1)[0] += 1e-3
+                next(getattr(system.model, encoder).parameters()).view(-1)[0] += 1e-3
 
         return change
 
-    def preprocessing(job):
-        images = job.images["train"]
+    def preprocessing(system):
+        images = system.splits["train"].images
         images.processor = replace(images.processor, mean=(0.4, 0.5, 0.5))
 
-    def question(job):
-        job.questions["train"].ids.flat[1] += 1  # another word at its place
+    def question(system):
+        system.splits["train"].questions.ids.flat[1] += 1  # another word at its place
 
     assert made() == ["image", "text"]
     assert made() == made(weight("decoder")) == []
     assert made(weight("image")) == made(preprocessing) == made(connector="mean") == ["image"]
     assert made(weight("text")) == made(question) == ["text"]
-    assert made(lambda job: setattr(job, "precision", Precision("bf16", CPU))) == ["image", "text"]
-    path = task().questions["train"].image_paths[0]
+    assert made(lambda system: setattr(system, "precision", Precision("bf16", CPU))) == ["image", "text"]
+    path = make().splits["train"].questions.image_paths[0]
     os.utime(path, ns=(1, 1))
     assert made() == ["image"]
 
 
-def test_half_precision_keeps_what_the_projection_reads(task, tmp_path):
+def test_half_precision_keeps_what_the_projection_reads(make, tmp_path):
     """Under bf16 the projection rounds to bf16 anyway, so keeping 16 bits loses nothing."""
 
-    def job() -> VQATask:
-        made = task(freeze="encoders")
+    def system() -> VQASystem:
+        made = make(freeze="encoders")
         made.precision = Precision("bf16", CPU)
         return made
 
-    plain, kept = job(), job()
-    keep_features(kept)
+    plain, kept = system(), system()
+    kept.cache_features()
     assert outcome(kept)[0] == pytest.approx(outcome(plain)[0], rel=2**-9)
-    assert kept.batch(kept.epoch(0)[0]).pixels.dtype == torch.bfloat16
+    assert kept.batch(kept.epoch(0)[0]).images.dtype == torch.bfloat16
     sizes = [path.stat().st_size for path in (tmp_path / "cache").glob("features-image-*")]
     assert max(sizes) == pytest.approx(24 * 65 * 32 * 2, rel=0.01)  # images, tokens, width, bytes
 
@@ -257,11 +263,22 @@ def test_the_flag_needs_a_frozen_encoder(data, tmp_path, freeze):
         train.read_command_line([*small_flags(data, tmp_path / "run", freeze=freeze), "--feature-cache"])
 
 
-def test_images_of_another_size_than_the_towers(task):
-    job = task(freeze="image_encoder")
-    job.processor = replace(job.processor, size=(32, 64))
-    with pytest.raises(UserError, match=r"needs images of the tower's own size, 64 x 64, not \(32, 64\)"):
-        keep_features(job)
+def test_images_of_another_size_than_the_encoder_has(make):
+    """Its table of places is resized, and the connector is told the grid of the kept states."""
+
+    def system() -> VQASystem:
+        made = make(freeze="image_encoder")
+        made.processor = replace(made.processor, size=(32, 64))
+        made.train_on(made.data)
+        return made
+
+    plain, kept = system(), system()
+    kept.cache_features()
+    assert kept.batch(kept.epoch(0)[0]).images.shape[1:] == (1 + 4 * 8, 32)
+    losses, gradients, answers = outcome(plain)
+    kept_losses, kept_gradients, kept_answers = outcome(kept)
+    assert kept_losses == pytest.approx(losses, rel=TOLERANCE) and kept_gradients.keys() == gradients.keys()
+    assert {i: a.text for i, a in kept_answers.items()} == {i: a.text for i, a in answers.items()}
 
 
 def count_writes(log: Path) -> None:

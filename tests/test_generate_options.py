@@ -14,7 +14,7 @@ from vqa_scratch.generate import processors as ours
 from vqa_scratch.generate.choose import pick
 from vqa_scratch.generate.fast import FastState
 from vqa_scratch.generate.fast.self_attention import FixedRows, Rows
-from vqa_scratch.generate.fast.state import read_memory
+from vqa_scratch.generate.fast.state import of_steps
 from vqa_scratch.generate.ranking import tree_of
 from vqa_scratch.generate.start import prefill
 from vqa_scratch.models import GPT2, T5, GPT2Config, T5Config
@@ -161,6 +161,23 @@ def test_padding_counts_for_nothing():
     assert ours.bar_repeated_ngrams(scores, ids, real, 2)[0, 3] == -math.inf  # 2 3 was there, and 2 stands last
 
 
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+def test_repeated_ngrams_against_a_plain_loop(size):
+    """At the end of a padded row and in the middle of one; padding holds tokens that are said as well."""
+    generator = torch.Generator().manual_seed(6)
+    ids = torch.randint(0, 3, (60, 9), generator=generator)
+    real = torch.arange(9) >= torch.randint(0, 9, (60, 1), generator=generator)
+    ends = torch.randint(0, 10, (60,), generator=generator)
+    for padding in (real, None):
+        found = ours.repeating(ids, padding, ends, size)
+        for row, end in enumerate(ends.tolist()):
+            start = 0 if padding is None else int(9 - real[row].sum())
+            past = ids[row, start:end].tolist()
+            recent = past[len(past) + 1 - size :]
+            at = [i for i in range(len(past) - size + 1) if len(past) >= size and past[i : i + size - 1] == recent]
+            assert found[row].nonzero().flatten().tolist() == [start + i + size - 1 for i in at]
+
+
 # --------------------------------------------------------------------------------------------- sampling
 
 
@@ -262,8 +279,8 @@ def test_steps_of_fixed_shape(gpt2, padded, monkeypatch):
     with torch.no_grad():
         scores, cache, real = prefill(gpt2, ids, mask, parts(6, 2))
         taken_apart = gpt2.fast_state()
-        own = FixedRows(taken_apart, cache, real, 8, 1)
-        fixed = FastState(taken_apart, own, read_memory(taken_apart, cache, 1))
+        own = FixedRows(taken_apart, cache, real, *of_steps(8, 1, cache.device))
+        fixed = FastState(taken_apart, own, cache)
         plain = FastState.after(taken_apart, cache, real, 8)
         assert type(plain.own) is Rows
         recorded = []

@@ -1,6 +1,7 @@
 """Image encoders by model type: parity with the references through saved files, and where their tokens look."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from PIL import Image
 from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
 from transformers.models.deit.image_processing_pil_deit import DeiTImageProcessorPil
 
+from vqa_scratch.connectors import CONNECTORS, connect, connector_class
 from vqa_scratch.data.images import ImageProcessor
 from vqa_scratch.errors import UserError
 from vqa_scratch.models import GPT2, Bert, BertConfig, ConvStem, GPT2Config, ResNet, ResNetConfig, ViT, ViTConfig
@@ -18,6 +20,7 @@ from vqa_scratch.models.released import image_encoder, text_encoder
 from vqa_scratch.models.vit import resize_positions
 from vqa_scratch.models.vqa import VQAModel
 from vqa_scratch.nn.states import Places
+from vqa_scratch.systems.assembly import assemble, sizes_of
 from vqa_scratch.weights.files import write_safetensors
 
 no_grad = torch.no_grad()
@@ -236,23 +239,24 @@ def test_released_preprocessing(tmp_path, name):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-@pytest.mark.parametrize("fusion", ["tokens", "mean"])
-def test_every_family_feeds_a_vqa_model(tmp_path, name, fusion):
+@pytest.mark.parametrize("kind", CONNECTORS)
+def test_every_family_feeds_a_vqa_model(tmp_path, name, kind):
+    """Through every connector, at the size of its table and at another; and it is built again from its sizes."""
     reference(name, tmp_path)
     image = image_encoder(tmp_path)
-    text = Bert(BertConfig("distilbert", 20, 8, 1, 2, 8, 16, 0))
-    decoder = GPT2(GPT2Config(20, 16, 16, 1, 2, add_cross_attention=True))
-    model = VQAModel(image, text, decoder, fusion).eval()
+    text = Bert(BertConfig("distilbert", 20, 8, 1, 2, 8, 16, 0)) if connector_class(kind).reads_text else None
+    decoder = GPT2(GPT2Config(20, 64, 16, 1, 2, add_cross_attention=connector_class(kind).uses_memory))
+    grid = image.places(24, 24).grid
+    sizes = connector_class(kind).sizes_for(grid, SimpleNamespace(queries=3, heads=2))
+    model = VQAModel(image, text, connect({"kind": kind, **sizes}, image, text, decoder), decoder).eval()
     ids = torch.tensor([[3, 4, 5]])
     for size in ((24, 24), (12, 30)):
         pixels = torch.randn(1, 3, *size)
         out = model(pixels, ids, None, torch.tensor([[1, 7]]), torch.tensor([[7, 2]]))
         out.loss.backward()
         assert torch.isfinite(out.logits).all() and image.positions.grad.abs().max() > 0
-        memory = model.memory(pixels, ids, None)
-        tokens = image.prefix_tokens + image.places(*size).grid[0] * image.places(*size).grid[1]
-        assert memory[0].states.shape == (1, tokens if fusion == "tokens" else 1, 16)
-    assert VQAModel.from_config(model.config).state_dict().keys() == model.state_dict().keys()
+    again = assemble(sizes_of(model))
+    assert {k: v.shape for k, v in again.state_dict().items()} == {k: v.shape for k, v in model.state_dict().items()}
 
 
 # --- where a token looks ----------------------------------------------------------------------------------------------

@@ -1,25 +1,25 @@
 """Devices and number formats: what is picked, what autocast is told, and loss scaling."""
 
-import dataclasses
 import warnings
 
 import pytest
 import torch
-from test_engine import PLAN, optimizers
-from vqa_helpers import CPU, small_config, small_data, small_task
-from vqa_scratch.training.loop import train_step
+from test_training import optimizers
+from vqa_helpers import CPU, small_options, small_system
 
+from train import train_step
 from vqa_scratch.errors import UserError
-from vqa_scratch.systems.questions import read_splits
+from vqa_scratch.systems.vqa import VQASystem
 from vqa_scratch.training import precision as precision_module
 from vqa_scratch.training.precision import Precision, pick_device, pick_precision
 
 
 @pytest.fixture(scope="module")
-def splits(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data")
-    config = small_config(small_data(folder), folder / "run")
-    return config, read_splits(config)
+def make(data, tmp_path_factory):
+    """A function that builds a small system, ready to train."""
+    options = small_options(data, tmp_path_factory.mktemp("run") / "run")
+    questions = VQASystem.read(options)
+    return lambda: small_system(options, questions)
 
 
 def test_devices_and_formats():
@@ -58,33 +58,29 @@ def test_precision_on_a_gpu(monkeypatch):
         assert precision.autocast().fast_dtype == torch.bfloat16 and not precision.scaler.is_enabled()
 
 
-def test_bf16_keeps_weights_in_fp32(splits):
-    config, parts = splits
-    task = small_task(config, parts)
-    fp32 = task.loss(task.batch(task.epoch(0)[0]))[0]
-    task.precision = Precision("bf16", CPU)
-    made = optimizers(task.model)
-    batch = task.batch(task.epoch(0)[0])
-    loss, _, _ = train_step(task, batch, made, task.precision, PLAN)
-    _, tokens = task.size(batch)
+def test_bf16_keeps_weights_in_fp32(make):
+    system = make()
+    batch = system.batch(system.epoch(0)[0])
+    fp32 = system.loss(batch)[0]
+    system.precision = Precision("bf16", CPU)
+    loss, _, _ = train_step(system.loss, batch, optimizers(system.model), system.precision)
+    _, tokens = batch.counts
     assert loss == pytest.approx(fp32.item() / tokens, rel=0.02) and loss != fp32 / tokens
-    assert all(p.dtype == torch.float32 for p in task.model.parameters())
+    assert all(p.dtype == torch.float32 for p in system.model.parameters())
 
 
-def test_loss_scaling_changes_nothing_but_steps_it_leaves_out(splits):
+def test_loss_scaling_changes_nothing_but_steps_it_leaves_out(make):
     """Scaled gradients are clipped at their true size, as without scaling; infinite ones are not stepped with."""
-    config, parts = splits
     found = []
     for scale in (None, 2.0**10, 2.0**127):
-        torch.manual_seed(0)
-        task = small_task(config, parts)
-        before = [p.detach().clone() for p in task.model.parameters()]
+        system = make()
+        before = [p.detach().clone() for p in system.model.parameters()]
         if scale is not None:
-            task.precision.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
-        plan = dataclasses.replace(PLAN, max_grad_norm=0.01)
-        _, _, norm = train_step(task, task.batch(task.epoch(0)[0]), optimizers(task.model), task.precision, plan)
-        found.append([norm, *(p.detach().clone() for p in task.model.parameters())])
+            system.precision.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        batch = system.batch(system.epoch(0)[0])
+        _, _, norm = train_step(system.loss, batch, optimizers(system.model), system.precision, max_grad_norm=0.01)
+        found.append([norm, *(p.detach().clone() for p in system.model.parameters())])
     for plain, scaled in zip(*found[:2], strict=True):
         torch.testing.assert_close(scaled, plain, rtol=1e-5, atol=1e-6)  # powers of two: only tiny numbers may round
-    assert not found[2][0].isfinite() and task.precision.scaler.get_scale() == 2.0**126
+    assert not found[2][0].isfinite() and system.precision.scaler.get_scale() == 2.0**126
     assert all(torch.equal(a, b) for a, b in zip(found[2][1:], before, strict=True))

@@ -112,18 +112,18 @@ MOMENTS = {
 
 def with_dropout(prepare=None) -> None:
     """Small models are trained without; with it every step draws random numbers, which a resumed run must draw too."""
-    from vqa_scratch.systems import vqa
+    from vqa_scratch.models.vqa import VQAModel
 
-    build_system = vqa.build_system
+    make = VQAModel.__init__
 
-    def dropping(*args):
-        system = build_system(*args)
-        for module in system[0].modules():
-            if isinstance(module, torch.nn.Dropout):
-                module.p = 0.1
-        return system
+    def dropping(self, *parts):
+        make(self, *parts)
+        dropouts = [module for module in self.modules() if isinstance(module, torch.nn.Dropout)]
+        assert dropouts
+        for module in dropouts:
+            module.p = 0.1
 
-    vqa.build_system = dropping
+    VQAModel.__init__ = dropping
     if prepare is not None:
         prepare()
 
@@ -229,6 +229,6 @@ def test_interrupted_before_training(data, tmp_path):
 
 
 def interrupt_reading() -> None:
-    from vqa_scratch.systems import vqa
+    from vqa_scratch.systems.vqa import VQASystem
 
-    vqa.read_splits = lambda config: send(signal.SIGINT)
+    VQASystem.read = lambda options: send(signal.SIGINT)

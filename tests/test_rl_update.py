@@ -67,6 +67,16 @@ def test_the_policy_has_a_warm_up_of_its_own():
     assert resumed.update.policy_steps == 6
 
 
+def test_a_checkpoint_from_before_the_head_had_its_new_name():
+    ppo, other = tiny_ppo(), tiny_ppo(policy=tiny(seed=4))
+    state = ppo.state_dict()
+    state["actor"] = {name.replace("lm_head", "head"): value for name, value in state["actor"].items()}
+    assert "backbone.model.head.weight" in state["actor"]
+    other.load_state_dict(state)
+    saved, loaded = ppo.actor.state_dict(), other.actor.state_dict()
+    assert all(torch.equal(saved[name], loaded[name]) for name in saved)
+
+
 @pytest.mark.parametrize("options", ALL_RULES)
 def test_first_ratio_is_one_and_kl_starts_at_zero(options):
     ppo = tiny_ppo(sampling=rules(**options), epochs=1)

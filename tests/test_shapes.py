@@ -1,4 +1,4 @@
-"""The embedded data set: every answer derived again from the scene files, nothing to guess, nothing held out shown."""
+"""The built-in data set: every answer derived again from the scene files, nothing to guess, nothing held out shown."""
 
 import json
 import os
@@ -11,13 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from vqa_scratch.training.evaluation import QuestionOnly, TypePrior, blind
 
 from vqa_scratch.data.scenes import COLORS, FAMILIES, FAMILY_OF_TYPE, HELD_OUT, SHAPES, SIZES, annotate
 from vqa_scratch.data.shapes import ShapesSpec, ensure_shapes, scenes_of
 from vqa_scratch.data.vqa_v2 import VQASample, read_pairs, read_vqa
 from vqa_scratch.errors import UserError
 from vqa_scratch.metrics import accuracy_by
+from vqa_scratch.systems.scoring import QuestionOnly, TypePrior, blind
 
 SPEC = ShapesSpec(train=60, val=20, test=20, holdout=40, questions_per_scene=16)
 SPLITS = tuple(SPEC.splits())
@@ -96,7 +96,7 @@ def test_an_interrupted_writing_leaves_nothing(tmp_path, monkeypatch):
 
 def test_a_cache_that_cannot_be_written_is_one_line(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot write the embedded data set below .*file.cache"):
+    with pytest.raises(UserError, match="cannot write the built-in data set below .*file.cache"):
         ensure_shapes(tmp_path / "file" / "cache", SPEC, progress=False)
 
 

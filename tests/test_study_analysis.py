@@ -1,11 +1,22 @@
 """Rollout, relevancy, head statistics and lenses against autograd, closed forms and invariants."""
 
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
-from study_helpers import tiny_t5_subject, tiny_vqa_subject
+from study_helpers import (
+    QUESTION,
+    QUESTION_IDS,
+    SUBJECTS,
+    tiny_blip2_subject,
+    tiny_vilt,
+    tiny_vilt_subject,
+    tiny_vqa_subject,
+)
 
+from vqa_scratch.nn.states import Places
 from vqa_scratch.study import trace
 from vqa_scratch.study.analysis import (
     HeadStatistics,
@@ -15,23 +26,30 @@ from vqa_scratch.study.analysis import (
     head_statistics,
     mean_distance,
     normalised_entropy,
+    plain_map,
     relevancy,
     rollout,
     weighted_patterns,
 )
-from vqa_scratch.study.lens import ATTRIBUTION_TAPS, logit_attribution, logit_lens
-from vqa_scratch.study.subject import Source
-
-SUBJECTS = {
-    "tokens": lambda: tiny_vqa_subject("tokens"),
-    "mean": lambda: tiny_vqa_subject("mean"),
-    "t5": tiny_t5_subject,
-}
+from vqa_scratch.study.base import Source
+from vqa_scratch.study.lens import lens_taps, logit_attribution, logit_lens
+from vqa_scratch.study.subject import ViLTSubject
 
 
 @pytest.fixture(params=SUBJECTS)
 def subject(request):
     return SUBJECTS[request.param]()
+
+
+@pytest.fixture(params=["tokens", "mean", "t5", "caption"])
+def reader(request):
+    """A subject whose decoder reads its sources by cross-attention."""
+    return SUBJECTS[request.param]()
+
+
+def answer_of(subject, length=3):
+    """Some answer: ids of the decoder, or one label."""
+    return [2] if isinstance(subject, ViLTSubject) else [5, 6, 7][:length]
 
 
 def traced(subject, answer, *patterns):
@@ -58,24 +76,33 @@ def explicit_weighted_patterns(subject, ids, row, token):
     return weighted
 
 
+def bar(relevancy):
+    """Equations 8 and 9."""
+    added = relevancy - torch.eye(len(relevancy))
+    total = added.sum(-1, keepdim=True)
+    return torch.where(total > 0, added / total, added) + torch.eye(len(relevancy))
+
+
+def through(weighted, *names):
+    """Equation 6 over self-attentions, from the identity."""
+    r = torch.eye(len(weighted[names[0]]))
+    for name in names:
+        r = r + weighted[name] @ r
+    return r
+
+
 def chefer(subject, weighted):
-    """The rules once more, tower by tower and without the helper functions of the package."""
-
-    def bar(relevancy):
-        added = relevancy - torch.eye(len(relevancy))
-        total = added.sum(-1, keepdim=True)
-        return torch.where(total > 0, added / total, added) + torch.eye(len(relevancy))
-
+    """The rules once more, encoder by encoder and without the helper functions of the package."""
     order = attention_names(subject)
     encoders = []
     for source in subject.sources:
         r = torch.eye(len(source))
-        for name in order[source.tower]:
+        for name in order[source.name]:
             r = r + weighted[name] @ r
         encoders.append(bar(r))
     decoder = torch.eye(len(weighted["decoder.0.self"]))
     sources = [torch.zeros(len(decoder), len(source)) for source in subject.sources]
-    for i in range(subject.layers("decoder")):
+    for i in range(subject.layers):
         own, cross = weighted[f"decoder.{i}.self"], weighted[f"decoder.{i}.cross"]
         sources = [s + own @ s for s in sources]
         decoder = decoder + own @ decoder
@@ -87,46 +114,90 @@ def chefer(subject, weighted):
     return torch.cat(sources, 1), decoder
 
 
-def test_relevancy_is_that_of_autograd_on_the_explicit_path(subject):
+def test_relevancy_is_that_of_autograd_on_the_explicit_path(reader):
     answer = [5, 6, 7]
-    flow = relevancy(subject, answer)
-    ids = subject.prompt + answer
+    flow = relevancy(reader, answer)
+    ids = reader.prompt + answer
     for row in range(3):
-        weighted = explicit_weighted_patterns(subject, ids[:-1], row, ids[row + 1])
-        sources, decoder = chefer(subject, weighted)
+        weighted = explicit_weighted_patterns(reader, ids[:-1], row, ids[row + 1])
+        sources, decoder = chefer(reader, weighted)
         # Sums of a few products of fp32 numbers of size 1.
         torch.testing.assert_close(flow.sources[row], sources[row], atol=1e-5, rtol=1e-4)
         torch.testing.assert_close(flow.decoder[row], decoder[row], atol=1e-5, rtol=1e-4)
     assert flow.sources.min() >= 0 and flow.sources.max() > 1e-3
 
 
+def test_relevancy_of_a_single_stream_is_equation_6_alone():
+    subject = tiny_vilt_subject()
+    flow = relevancy(subject, [2])
+    weighted = explicit_weighted_patterns(subject, subject.prompt, 0, 2)
+    expected = through(weighted, "encoder.0.self", "encoder.1.self")
+    torch.testing.assert_close(flow.sources, expected[:1], atol=1e-5, rtol=1e-4)
+    assert flow.decoder.shape == (1, 0) and flow.sources[0, 0] > 1  # it starts from the identity
+    assert flow.sources[0, 6:].max() > 1e-3
+
+
+def test_relevancy_through_a_prefix():
+    """Rows of the prefix begin with what the image encoder made of the patches, the others with themselves."""
+    subject = tiny_vqa_subject("prefix")
+    flow = relevancy(subject, [5, 6])
+    weighted = explicit_weighted_patterns(subject, [*subject.prompt, 5], 2, 6)
+    image = bar(through(weighted, "image.0.self", "image.1.self"))
+    start = torch.zeros(9 + 3, 10 + 3)
+    start[:9, :10], start[9:, 10:] = image[1:], torch.eye(3)
+    expected = through(weighted, "decoder.0.self", "decoder.1.self") @ start
+    torch.testing.assert_close(flow.sources[2], expected[-1, :10], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(flow.decoder[2], expected[-1, 10:], atol=1e-5, rtol=1e-4)
+    assert flow.sources[2].max() > 1e-3 and flow.sources[0].max() == 0  # the prompt's first token predicts nothing
+
+
+def test_relevancy_through_queries():
+    """Equation 10 from the queries to the image; their own tokens are sources too."""
+    subject = tiny_blip2_subject()
+    flow = relevancy(subject, [5, 6])
+    weighted = explicit_weighted_patterns(subject, [*subject.prompt, 5], 2, 6)
+    image = bar(through(weighted, "image.0.self", "image.1.self"))
+    first = torch.eye(3) + weighted["query.0.self"]
+    from_image = bar(first).T @ weighted["query.0.cross"] @ image
+    second = torch.eye(3) + weighted["query.1.self"]
+    made = torch.cat([second @ from_image, second @ first - torch.eye(3)], 1)
+    made = made / made.sum(-1, keepdim=True) + torch.cat([torch.zeros(3, 10), torch.eye(3)], 1)
+    start = torch.zeros(3 + 3, 13 + 3)
+    start[:3, :13], start[3:, 13:] = made, torch.eye(3)
+    expected = through(weighted, "decoder.0.self", "decoder.1.self") @ start
+    torch.testing.assert_close(flow.sources[2], expected[-1, :13], atol=1e-5, rtol=1e-4)
+    assert flow.sources[2, :10].max() > 1e-4
+
+
 def test_each_weighted_pattern_is_that_of_autograd(subject):
-    ids = subject.prompt + [5]
+    ids, token = subject.prompt + [5], answer_of(subject)[-1]
     with trace(subject.model, grad=True) as t:
         logits = subject.logits(ids)
-    ours = weighted_patterns(subject, t, logits[1, 7])
-    theirs = explicit_weighted_patterns(subject, ids, 1, 7)
+    row = len(logits) - 1
+    ours = weighted_patterns(subject, t, logits[row, token])
+    theirs = explicit_weighted_patterns(subject, ids, row, token)
     assert ours.keys() == theirs.keys()
     for name in ours:
         torch.testing.assert_close(ours[name], theirs[name], atol=1e-6, rtol=1e-4)
 
 
 def test_relevancy_leaves_no_gradients_and_works_under_no_grad(subject):
+    answer = answer_of(subject, 2)
     with torch.no_grad():
-        flow = relevancy(subject, [5, 6], rows=[1])
+        flow = relevancy(subject, answer, rows=[len(answer) - 1])
     assert all(parameter.grad is None for parameter in subject.model.parameters())
-    assert flow.sources[0].abs().max() == 0 and flow.sources[1].max() > 0
+    assert flow.sources[-1].max() > 0 and (flow.sources[:-1] == 0).all()
 
 
 # ---------------------------------------------------------------------------------------------- rollout
 
 
 def test_rollout_shares_sum_to_one_and_look_back_only(subject):
-    t = traced(subject, [5, 6, 7])
+    t = traced(subject, answer_of(subject))
     flow = rollout(subject, t)
     total = flow.sources.sum(-1) + flow.decoder.sum(-1)
-    torch.testing.assert_close(total, torch.ones(3), atol=1e-5, rtol=0)
-    assert flow.decoder.triu(1).abs().max() == 0
+    torch.testing.assert_close(total, torch.ones(len(subject.prompt) + len(answer_of(subject)) - 1), atol=1e-5, rtol=0)
+    assert not flow.decoder.triu(1).any()
     assert flow.sources.min() >= 0
 
 
@@ -140,6 +211,49 @@ def test_rollout_is_the_product_of_half_residual_matrices():
     # One decoder token: its self-attention is 1, so what came in with a cross-attention is halved by each later one.
     expected = (one / 4 + two / 2) @ image
     torch.testing.assert_close(rollout(subject, t).sources[:, :10], expected, atol=1e-6, rtol=0)
+
+
+def test_rollout_of_a_single_stream_and_of_a_prefix():
+    subject = tiny_vilt_subject()
+    t = traced(subject, [2])
+    one, two = (t.pattern(f"encoder.{i}.self")[0].mean(0) / 2 + torch.eye(15) / 2 for i in range(2))
+    torch.testing.assert_close(rollout(subject, t).sources, (two @ one)[:1], atol=1e-6, rtol=0)
+    subject = tiny_vqa_subject("prefix")
+    t = traced(subject, [5])
+    one, two = (t.pattern(f"image.{i}.self")[0].mean(0) / 2 + torch.eye(10) / 2 for i in range(2))
+    start = torch.block_diag((two @ one)[1:], torch.eye(2))
+    one, two = (t.pattern(f"decoder.{i}.self")[0].mean(0) / 2 + torch.eye(11) / 2 for i in range(2))
+    flow = rollout(subject, t)
+    torch.testing.assert_close(torch.cat([flow.sources, flow.decoder], 1), (two @ one @ start)[9:], atol=1e-6, rtol=0)
+
+
+def test_nothing_mixes_in_an_encoder_without_attention():
+    """Through a ResNet the rollout is the identity: what reaches the answer is cross-attention alone."""
+    subject = SUBJECTS["caption"]()
+    t = traced(subject, [5])
+    one, two = (t.pattern(f"decoder.{i}.cross")[0].mean(0) for i in range(2))
+    torch.testing.assert_close(rollout(subject, t).sources, one / 4 + two / 2, atol=1e-6, rtol=0)
+    assert attention_names(subject)["image"] == []
+
+
+def test_the_plain_map_of_each_way_to_read():
+    subject = tiny_vilt_subject()
+    t = traced(subject, [2])
+    words = torch.stack([t.pattern(f"encoder.{i}.self")[0, :, :5].mean(1) for i in range(2)])  # (L, H, 15)
+    torch.testing.assert_close(cross_maps(subject, t)[:, :, 0], words)
+    torch.testing.assert_close(plain_map(subject, t).sources[0], words.mean((0, 1)))
+    subject = tiny_vqa_subject("prefix")
+    t = traced(subject, [5])
+    pattern = torch.stack([t.pattern(f"decoder.{i}.self")[0, :, 9:] for i in range(2)])
+    torch.testing.assert_close(cross_maps(subject, t)[..., 1:], pattern[..., :9])
+    flow = plain_map(subject, t)
+    torch.testing.assert_close(flow.decoder, pattern.mean((0, 1))[:, 9:])
+    torch.testing.assert_close(flow.sources.sum(1) + flow.decoder.sum(1), torch.ones(2))
+    subject = tiny_blip2_subject()  # queries stand for what they read
+    t = traced(subject, [5])
+    expected = t.pattern("decoder.1.self")[0, 2, 3:, :3] @ t.pattern("query.0.cross")[0].mean(0)
+    torch.testing.assert_close(cross_maps(subject, t)[1, 2, :, :10], expected)
+    assert cross_maps(subject, t)[..., 10:].abs().max() == 0
 
 
 def test_cross_maps_are_the_patterns_spread_over_what_keys_are_made_of():
@@ -162,7 +276,7 @@ def test_entropy_and_distance_have_their_closed_forms():
     half = torch.tensor([0.5, 0.5, 0.0, 0.0])
     assert float(normalised_entropy(half, visible)) == pytest.approx(0.5)
     assert float(normalised_entropy(half, half > 0)) == pytest.approx(1)
-    image = Source("image", ("",) * 5, sinks=(0,), grid=(2, 2))
+    image = Source("image", ("",) * 5, sinks=(0,), places=Places((2, 2), 4.0, 8))
     ahead = torch.zeros(1, 5, 5)
     ahead[0, :, 4] = 1.0  # every token reads the patch in the lower right corner
     expected = (math.sqrt(2) + 1 + 1 + 0) / 4
@@ -172,7 +286,7 @@ def test_entropy_and_distance_have_their_closed_forms():
 
 
 def test_statistics_cover_every_head_and_their_masses_sum_to_one(subject):
-    t = traced(subject, [5, 6, 7])
+    t = traced(subject, answer_of(subject))
     statistics = head_statistics(subject, t)
     assert len(statistics) == 4 * len(every_attention(subject))
     for s in statistics:
@@ -180,7 +294,14 @@ def test_statistics_cover_every_head_and_their_masses_sum_to_one(subject):
         assert s.image + s.text + s.sink == pytest.approx(1, abs=1e-5)
         assert 0 <= s.entropy <= 1 + 1e-5
         assert (s.distance is None) == s.name.endswith("cross")
-    if subject.sources[0].tower == "image" and len(subject.mixing) > 1:
+    if isinstance(subject, ViLTSubject):
+        own = next(s for s in statistics if s.name == "encoder.1.self" and s.head == 3)
+        pattern = t.pattern("encoder.1.self")[0, 3]
+        assert own.image == pytest.approx(float(pattern.mean(0)[6:].sum()), abs=1e-6)
+        assert own.text == pytest.approx(float(pattern.mean(0)[1:4].sum()), abs=1e-6)
+        patches = Source("image", ("",) * 9, places=Places((3, 3), 4.0, 8))
+        assert own.distance == pytest.approx(float(mean_distance(pattern[None, 6:, 6:], patches)), abs=1e-6)
+    if len(subject.mixing) == 15 and not subject.prefix:
         cross = next(s for s in statistics if s.name == "decoder.0.cross" and s.head == 2)
         pattern = t.pattern("decoder.0.cross")[0, 2].mean(0)
         assert cross.image == pytest.approx(float(pattern[1:10].sum()), abs=1e-6)
@@ -192,19 +313,34 @@ def test_statistics_cover_every_head_and_their_masses_sum_to_one(subject):
 
 
 def test_the_last_lens_is_the_model(subject):
-    t = traced(subject, [5, 6], *ATTRIBUTION_TAPS)
-    expected = subject.logits(subject.prompt + [5]).log_softmax(-1)
+    answer = answer_of(subject, 2)
+    t = traced(subject, answer, *lens_taps(subject))
+    expected = subject.log_probabilities(subject.logits(subject.prompt + answer[:-1]))
     lens = logit_lens(subject, t)
-    assert len(lens) == subject.layers("decoder") + 1
+    assert len(lens) == subject.layers + 1
     torch.testing.assert_close(lens[-1], expected.detach(), atol=1e-5, rtol=0)
     assert (lens[0] - expected).abs().max() > 0.1
 
 
-def test_attributions_sum_to_the_logit(subject):
-    t = traced(subject, [5, 6, 7], *ATTRIBUTION_TAPS)
+@pytest.mark.parametrize("name", [name for name in SUBJECTS if name != "vilt"])  # whose head is not linear
+def test_attributions_sum_to_the_logit(name):
+    subject = SUBJECTS[name]()
+    t = traced(subject, [5, 6, 7], *lens_taps(subject))
     logits = subject.logits(subject.prompt + [5, 6]).detach()
+    kinds = ("self",) if subject.prefix else ("self", "cross")
     for row, token in [(0, 5), (2, 7)]:
         parts = logit_attribution(subject, t, row, token)
-        assert parts.cross_heads.shape == parts.self_heads.shape == (2, 4)
+        assert {kind: heads.shape for kind, heads in parts.heads.items()} == dict.fromkeys(kinds, (2, 4))
         expected = float(logits[row, token] - logits[row].mean())
         assert parts.total == pytest.approx(expected, abs=2e-5)
+
+
+def test_the_example_of_the_page_runs():
+    """docs/attention.md, on a single stream."""
+    page = (Path(__file__).parent.parent / "docs" / "attention.md").read_text(encoding="utf-8")
+    (code,) = (block for block in re.findall(r"```python\n(.*?)```", page, re.S) if "ViLTSubject" in block)
+    given = {"model": tiny_vilt(), "pixel_values": torch.randn(1, 3, 24, 24)}
+    names = given | {"question_ids": QUESTION_IDS, "question_labels": QUESTION}
+    exec(compile(code, "attention.md", "exec"), names)
+    assert names["answer"] == names["subject"].generate()
+    assert names["relevancy"](names["subject"], names["answer"]).sources.shape == (1, 15)

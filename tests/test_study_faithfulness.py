@@ -1,11 +1,21 @@
 """Deletion, insertion, pointing and head ablation on tiny models, against what follows from their definitions."""
 
+import contextlib
+
+import numpy as np
 import pytest
 import torch
-from study_helpers import PATCHES, tiny_t5_subject, tiny_vqa, tiny_vqa_subject
+from study_helpers import PATCHES, SUBJECTS, tiny_t5_subject, tiny_vilt_subject, tiny_vqa, tiny_vqa_subject
 
+from vqa_scratch.data.images import ImageProcessor
+from vqa_scratch.data.vilt_images import ViltImageProcessor
+from vqa_scratch.data.vqa_v2 import spread
 from vqa_scratch.errors import UserError
+from vqa_scratch.nn.states import Places
+from vqa_scratch.study import faithfulness as measures
 from vqa_scratch.study import trace
+from vqa_scratch.study.analysis import Flow
+from vqa_scratch.study.base import Source
 from vqa_scratch.study.faithfulness import (
     METHODS,
     Curves,
@@ -15,16 +25,17 @@ from vqa_scratch.study.faithfulness import (
     faithfulness,
     flows,
     head_ablation,
-    image_source,
     patch_map,
-    patches_of_box,
     pointing,
 )
+from vqa_scratch.study.places import centred_in_box, intervals, share_in_box, token_of_pixel
+from vqa_scratch.study.subject import VQASubject
 
 
-def test_curves_begin_and_end_at_the_whole_and_the_empty_image():
-    subject = tiny_vqa_subject()
-    answer = subject.generate(2)
+@pytest.mark.parametrize("name", ["tokens", "caption", "vilt", "blip2", "prefix", "qformer"])
+def test_curves_begin_and_end_at_the_whole_and_the_empty_image(name):
+    subject = SUBJECTS[name]()
+    answer, places = subject.generate(2), subject.image[0].places
     order = torch.randperm(PATCHES)
     curves = deletion_insertion(subject, answer, order, steps=3)
     pixels = subject.pixel_values
@@ -33,10 +44,14 @@ def test_curves_begin_and_end_at_the_whole_and_the_empty_image():
     assert curves.fractions == pytest.approx([0, 1 / 3, 2 / 3, 1])
     assert curves.deletion[0] == curves.insertion[-1] == pytest.approx(whole)
     assert curves.deletion[-1] == curves.insertion[0] == pytest.approx(empty)
-    third = pixels.clone()  # the first three patches of the order are gone
-    for patch in order[:3].tolist():
-        row, column = divmod(patch, 3)
-        third[..., row * 8 : row * 8 + 8, column * 8 : column * 8 + 8] = blank[..., :8, :8]
+    third = pixels.clone()  # the squares of the first three tokens of the order are gone
+    for token in order[:3].tolist():
+        (top, left), half = places.centre(*divmod(token, 3)), 4
+        rows, columns = (
+            slice(max(round(x - half - 0.01), 0), None if i == 2 else round(x + half - 0.01))
+            for x, i in zip((top, left), divmod(token, 3), strict=True)
+        )
+        third[..., rows, columns] = blank[..., rows, columns]
     assert curves.deletion[1] == pytest.approx(float(answer_probability(subject, third, answer)))
 
 
@@ -62,30 +77,138 @@ def test_faithfulness_covers_every_method_and_random_order():
         faithfulness([])
 
 
-def test_a_box_touches_the_patches_it_overlaps():
-    grid = patches_of_box((8, 0, 17, 8), (24, 24), (3, 3)).view(3, 3)
-    assert grid.tolist() == [[False, True, True], [False, False, False], [False, False, False]]
-    assert patches_of_box((0, 0, 24, 24), (24, 24), (3, 3)).all()
-    exact = patches_of_box((8, 8, 16, 16), (24, 24), (3, 3)).nonzero().flatten()
-    assert exact.tolist() == [4]  # a shared edge is no overlap
+def test_a_label_has_a_probability_of_its_own():
+    subject = tiny_vilt_subject()
+    expected = float(subject.logits([3]).detach()[0, 1].sigmoid())
+    assert float(answer_probability(subject, subject.pixel_values, [1])) == pytest.approx(expected, rel=1e-5)
 
 
-def test_pointing_measures_the_share_inside():
-    subject = tiny_vqa_subject()
-    inside = torch.zeros(PATCHES, dtype=torch.bool)
-    inside[4:6] = True
-    found = pointing([(subject, inside), (subject, ~inside)])
+def test_a_token_is_drawn_around_its_centre():
+    """Patches have their own squares; a token that looks at its patch's corner has half of them shifted out."""
+    patches, corners = Places((3, 3), 4.0, 8), Places((3, 3), 0.5, 8)
+    assert intervals(patches, 0, 24).tolist() == [[0, 8], [8, 16], [16, 24]]
+    assert intervals(corners, 1, 24).tolist() == [[0, 4.5], [4.5, 12.5], [12.5, 20.5]]
+    rows = torch.arange(24) // 8
+    assert torch.equal(token_of_pixel(patches, (24, 24)), rows[:, None] * 3 + rows)
+    assert token_of_pixel(corners, (24, 24))[:, 0].unique(return_counts=True)[1].tolist() == [
+        4,
+        8,
+        12,
+    ]  # the rest: last
+    wide = Places((1, 4), 3.0, 6)
+    assert token_of_pixel(wide, (6, 24))[5].tolist() == [i // 6 for i in range(24)]
+
+
+def test_the_share_of_a_square_in_a_box_has_a_closed_form():
+    patches, corners = Places((3, 3), 4.0, 8), Places((3, 3), 0.5, 8)
+    half = share_in_box(
+        patches, (24, 24), (4, 8, 20, 16)
+    )  # half of the left token, all of the middle, half of the right
+    assert half.view(3, 3).tolist() == [[0, 0, 0], [0.5, 1, 0.5], [0, 0, 0]]
+    assert share_in_box(patches, (24, 24), (0, 0, 24, 24)).tolist() == [1] * 9
+    assert share_in_box(patches, (24, 24), (8, 8, 16, 16)).nonzero().tolist() == [[4]]  # a shared edge is no overlap
+    clipped = share_in_box(corners, (24, 24), (0, 0, 2.25, 24)).view(
+        3, 3
+    )  # 2.25 of the 4.5 pixels that are in the image
+    assert clipped[0].tolist() == pytest.approx([0.5, 0, 0]) and clipped[2].tolist() == pytest.approx([0.5, 0, 0])
+    # The box of an object of 10 x 10 pixels around a token's centre holds the whole square of that token.
+    assert float(share_in_box(corners, (24, 24), (3.5, 3.5, 13.5, 13.5))[4]) == 1
+    assert centred_in_box(corners, (0, 0, 9, 1)).view(3, 3).tolist() == [[True, True, False], [False] * 3, [False] * 3]
+    # Brute force: a fine raster of points in each square.
+    box, places = (3.3, 5.1, 17.9, 13.7), Places((3, 4), 1.5, 6)
+    points = (torch.arange(2400) + 0.5) / 100
+    token = [((points - 1.5) / 6 + 0.5).floor().long() for _ in range(2)]
+    y, x = ((box[i] <= points) & (points < box[i + 2]) for i in (1, 0))
+    counts = [torch.stack([(inside & (at == i)).sum() / ((at == i) & (points < size)).sum() for i in range(n)])
+              for inside, at, n, size in zip((y, x), token, (3, 4), (18, 24), strict=True)]  # fmt: skip
+    torch.testing.assert_close(share_in_box(places, (18, 24), box), torch.outer(*counts).flatten(), atol=1e-2, rtol=0)
+
+
+class OneToken(VQASubject):
+    """A subject that looks at one place alone: `token` has all of every map."""
+
+    def __init__(self, token, places):
+        source = Source("image", ("[class]", *map(str, range(9))), (0,), places)
+        self.sources, self.prompt, self.end_id = (source,), [1], 2
+        self.pixel_values, self.token = torch.zeros(1, 3, 24, 24), token
+
+
+def test_pointing_is_measured_in_pixels(monkeypatch):
+    """A map of one token whose square half overlaps the box: half its mass, whatever the grid."""
+
+    def alone(subject, *more, **options):
+        weights = torch.zeros(1, 10)
+        weights[0, 1 + subject.token] = 1
+        return Flow(weights, torch.zeros(1, 1))
+
+    for name in ("rollout", "relevancy"):
+        monkeypatch.setattr(measures, name, alone)
+    monkeypatch.setattr(measures, "cross_maps", lambda subject, t: alone(subject).sources.expand(1, 2, 1, 10))
+    monkeypatch.setattr(measures, "trace", lambda model: contextlib.nullcontext())
+    monkeypatch.setattr(OneToken, "generate", lambda subject: [5])
+    monkeypatch.setattr(OneToken, "logits", lambda subject, ids: None)
+    monkeypatch.setattr(OneToken, "model", None, raising=False)
+    for places, box, mass, hit in (
+        (
+            Places((3, 3), 4.0, 8),
+            (12, 8, 24, 16),
+            0.5,
+            1,
+        ),  # the middle token: right half of its square, centre included
+        (Places((3, 3), 4.0, 8), (13, 8, 24, 16), 3 / 8, 0),
+        (Places((3, 3), 0.5, 8), (8.5, 0, 24, 24), 0.5, 1),
+        (Places((3, 3), 0.5, 8), (0, 0, 8.5, 8.5), 0.25, 0),
+    ):
+        found = pointing([(OneToken(4, places), box)])
+        assert set(found) == {*METHODS, "cross layer 0", "best head, layer 0 head 0"}
+        area = (box[2] - box[0]) * (box[3] - box[1]) / 24**2
+        for one in found.values():
+            assert (one.mass, one.area, one.hit) == pytest.approx((mass, area, hit)) and one.questions == 1
+            assert one.ratio == pytest.approx(mass / area)
+    corner = pointing([(OneToken(0, Places((3, 3), 0.5, 8)), (0, 0, 2.25, 24))])  # its square is clipped at the image
+    assert corner["cross"].mass == pytest.approx(0.5) and corner["cross"].hit == 1
+
+
+@pytest.mark.parametrize("name", ["tokens", "caption", "vilt", "blip2", "prefix", "qformer"])
+def test_pointing_measures_the_share_inside(name):
+    subject = SUBJECTS[name]()
+    left, right = (0, 0, 10, 24), (10, 0, 24, 24)
+    found = pointing([(subject, left), (subject, right)])
     assert all(p.questions == 2 and p.area == pytest.approx(0.5) for p in found.values())
-    # Over a set and its complement the shares sum to 1, whatever the map.
+    # Over a box and the rest of the image the shares sum to 1, whatever the map.
     assert all(p.mass == pytest.approx(0.5, abs=1e-5) and p.ratio == pytest.approx(1, abs=1e-4) for p in found.values())
     assert sum(name.startswith("best head, layer ") for name in found) == 1
-    one = pointing([(subject, inside)])
-    answer = subject.generate()
-    for name, flow in flows(subject, answer).items():
+    one, answer = pointing([(subject, left)]), subject.generate()
+    inside = share_in_box(subject.image[0].places, (24, 24), left)
+    for method, flow in flows(subject, answer).items():
         values = patch_map(subject, flow, answer_rows(subject, answer))
-        assert one[name].mass == pytest.approx(float(values[inside].sum() / values.sum()), rel=1e-4)
+        assert one[method].mass == pytest.approx(float((values * inside).sum() / values.sum()), rel=1e-4)
+        assert 0 < one[method].mass < 1
     with pytest.raises(ValueError, match="names one object"):
         pointing([])
+
+
+def test_samples_are_spread_over_the_split():
+    assert spread(list(range(10)), 4) == [0, 2, 5, 7]
+    assert spread([1, 2], 5) == [1, 2] and spread([], 5) == []
+
+
+def test_boxes_follow_the_image_into_the_model():
+    """Resized, cropped and padded as the pixels are: the box of a red square still holds the red pixels."""
+    pixels = np.zeros((60, 100, 3), np.uint8)
+    pixels[20:40, 30:60] = (255, 0, 0)
+    box = (30, 20, 60, 40)
+    for processor in (
+        ImageProcessor(size=(30, 50)),
+        ImageProcessor(size=48, crop_size=(40, 32)),
+        ImageProcessor(size=None, crop_size=(81, 101)),
+        ViltImageProcessor(size=32, divisor=8),
+    ):
+        seen = processor.to_uint8(pixels)[..., 0] > 127
+        rows, columns = seen.any(1).nonzero()[0], seen.any(0).nonzero()[0]
+        found = (columns[0], rows[0], columns[-1] + 1, rows[-1] + 1)
+        assert processor.box(box, 60, 100) == pytest.approx(found, abs=1)
+    assert ImageProcessor(size=None, crop_size=(10, 10)).box((0, 0, 5, 5), 60, 100) == (0, 0, 0, 0)  # cropped away
 
 
 def test_the_end_token_and_the_prompt_are_no_words_of_the_answer():
@@ -94,9 +217,10 @@ def test_the_end_token_and_the_prompt_are_no_words_of_the_answer():
     assert answer_rows(subject, [2]) == [0]
     subject.prompt = [7, 8, 1]
     assert answer_rows(subject, [5, 2]) == [2]
-    assert image_source(subject)[1] == slice(1, 10)
+    assert subject.image[1] == slice(1, 10)
     with pytest.raises(ValueError, match="no image"):
-        image_source(tiny_t5_subject())
+        tiny_t5_subject().image  # noqa: B018
+    assert answer_rows(tiny_vilt_subject(), [2]) == [0] and tiny_vilt_subject().image[1] == slice(6, 15)
 
 
 def test_head_ablation_finds_the_head_that_matters():

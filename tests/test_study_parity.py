@@ -8,8 +8,10 @@ import torch
 import transformers
 from helpers import STD, saved
 
-from vqa_scratch.models import GPT2, T5, Bert, ViT
+from vqa_scratch.models import GPT2, T5, Bert, ViLTClassifier, ViT
+from vqa_scratch.models.released import image_encoder
 from vqa_scratch.study import trace
+from vqa_scratch.study.subject import ViLTSubject
 
 EAGER = {"attn_implementation": "eager", "initializer_range": STD}
 
@@ -95,3 +97,39 @@ def test_t5(tmp_path, feed_forward):
     check(t, "encoder", expected.encoder_attentions)
     check(t, "decoder", expected.decoder_attentions)
     check(t, "decoder", expected.cross_attentions, "cross")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("size", [(24, 24), (16, 40)])
+def test_vilt(tmp_path, monkeypatch, size):
+    """The reference draws the order of the patches by lot; here the lot is their own order."""
+    config = transformers.ViltConfig(
+        vocab_size=50, max_position_embeddings=12, hidden_size=24, num_hidden_layers=3, num_attention_heads=4,
+        intermediate_size=40, image_size=24, patch_size=8, **EAGER,
+    )  # fmt: skip
+    theirs = saved(transformers.ViltForQuestionAnswering(config), tmp_path)
+    monkeypatch.setattr(torch, "multinomial", lambda weights, number, **more: torch.arange(int(number)))
+    pixels, ids = torch.randn(1, 3, *size), torch.randint(1, 50, (1, 7))
+    expected = theirs(input_ids=ids, pixel_values=pixels, output_attentions=True)
+    model = ViLTClassifier.from_pretrained(tmp_path)
+    subject = ViLTSubject(model, pixels, ids[0].tolist(), [str(i) for i in range(7)], (0,))
+    with trace(model, "encoder.*.self") as t:
+        answer = subject.generate()
+    check(t, "encoder", expected.attentions)
+    assert answer == [int(expected.logits.argmax())]
+    assert subject.image[0].places.grid == (size[0] // 8, size[1] // 8)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("registers", [False, True])
+def test_dinov2(tmp_path, registers):
+    kind = transformers.Dinov2WithRegistersModel if registers else transformers.Dinov2Model
+    config = kind.config_class(
+        image_size=32, patch_size=8, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, mlp_ratio=2, **EAGER
+    )
+    theirs = saved(kind(config), tmp_path)
+    pixels = torch.randn(2, 3, 24, 40)
+    model = image_encoder(tmp_path)
+    with trace(model, "image.*.self") as t:
+        model(pixels)
+    check(t, "image", theirs(pixels, output_attentions=True).attentions)

@@ -11,18 +11,24 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, safe_open
-from study_helpers import spread, tiny_t5
-from vqa_scratch.run import save_parts, save_weights
+from study_helpers import SUBJECTS, spread, tiny_t5
 
 from vqa_scratch.__main__ import PROGRAM
 from vqa_scratch.commands.line import call
+from vqa_scratch.commands.study_files import write_study
 from vqa_scratch.data.text import train_wordpiece
 from vqa_scratch.data.vqa_v2 import VQASample
 from vqa_scratch.errors import UserError
+from vqa_scratch.nn.states import Places
+from vqa_scratch.study.opened import Opened, chosen
 from vqa_scratch.study.overlay import overlay
+from vqa_scratch.study.record import take_apart
 from vqa_scratch.study.report import packed
 from vqa_scratch.systems.options import VQAOptions
-from vqa_scratch.systems.vqa import embedded_system
+from vqa_scratch.systems.questions import QuestionData
+from vqa_scratch.systems.run_folder import WEIGHTS, save_weights
+from vqa_scratch.systems.vqa import VQASystem
+from vqa_scratch.training.precision import Precision
 
 SCRIPT = "<script>alert(1)</script> & {{DATA}}"
 
@@ -34,13 +40,14 @@ def study(*arguments):
 def tiny_run(folder, connector="tokens"):
     words = ("what color is the circle?", "is there a red square?", "how many large objects are there?")
     samples = [VQASample(1, folder, i, q, "what", "other", ("red",) * 10, "red") for i, q in enumerate(words)]
-    config = VQAOptions(
+    options = VQAOptions(
         out=folder, width=16, heads=2, image_layers=2, text_layers=1, decoder_layers=2, patch_size=16,
         max_answer_tokens=3, connector=connector,
     )  # fmt: skip
-    model, encoder, processor = embedded_system(config, samples)
-    save_parts(folder, config, spread(model, 0.15), encoder, processor)
-    save_weights(folder / "model.safetensors", model)
+    data = QuestionData(folder, {"train": samples}, lambda sample: "all")
+    system = VQASystem.build(options, data, Precision("fp32", torch.device("cpu")))
+    system.save(folder)
+    save_weights(folder / WEIGHTS, spread(system.model, 0.15))
 
 
 @pytest.fixture(scope="module")
@@ -128,11 +135,26 @@ def test_overlays_are_pictures_of_every_word(made):
 
 def test_an_overlay_colours_the_patch_it_means():
     image = Image.new("RGB", (32, 32), (255, 255, 255))
-    drawn = np.asarray(overlay(image, torch.tensor([0.0, 1.0, 0.0, 0.0]), (2, 2), size=64))
+    drawn = np.asarray(overlay(image, torch.tensor([0.0, 1.0, 0.0, 0.0]), Places((2, 2), 8.0, 16), size=64))
     assert (drawn[:32, :32] == 255).all() and (drawn[32:] == 255).all()
     assert drawn[5, 60, 1] < 80  # full colour is a deep red
-    even = np.asarray(overlay(image, torch.ones(4), (2, 2), size=64))
+    even = np.asarray(overlay(image, torch.ones(4), Places((2, 2), 8.0, 16), size=64))
     assert even[5, 5, 1] > 150  # an even map is pale, not all at full colour
+
+
+def test_an_overlay_is_drawn_around_the_centres():
+    """Tokens of a convolutional stem look at the corners of their patches: squares move by half a patch."""
+    image = Image.new("RGB", (32, 32), (255, 255, 255))
+    values = torch.tensor([0.0, 0.0, 0.0, 1.0])
+    drawn = np.asarray(overlay(image, values, Places((2, 2), 0.5, 16), size=64))
+    coloured = (drawn != 255).any(2)
+    # The token in row 1, column 1 is centred on pixel 16.5: its square goes from 8.5 to 24.5, twice as large here.
+    assert coloured[17:49, 17:49].all() and coloured.sum() == 32 * 32
+    plain = np.asarray(overlay(image, values, Places((2, 2), 8.0, 16), size=64))
+    assert (plain != 255).any(2)[32:, 32:].all()
+    long = Image.new("RGB", (96, 32), (255, 255, 255))
+    drawn = np.asarray(overlay(long, torch.eye(6)[4], Places((1, 6), 8.0, 16), size=96))
+    assert drawn.shape == (32, 96, 3) and (drawn != 255).any(2)[:16, 64:80].all() and (drawn[:, :64] == 255).all()
 
 
 def test_packing_keeps_what_it_promises():
@@ -160,7 +182,7 @@ def test_packing_keeps_what_it_promises():
         (["{root}/rlhf", "--out", "{root}/x", "--image", "{root}/scene.png", "--question", "b"], "give it --text FILE"),
         (["{root}/rlhf", "--out", "{root}/x", "--text", "{root}/none.txt"], "No such file"),
         (["{root}/rlhf", "--out", "{root}/x", "--text", "{root}/scene.png"], "it is not UTF-8"),
-        (["{root}/run", "--out", "{root}/x", "--pointing", "{root}"], "only the embedded data set"),
+        (["{root}/run", "--out", "{root}/x", "--pointing", "{root}"], "only the built-in data set"),
         (
             ["{root}/run", "--out", "{root}/x", "--pointing", "{root}", "--question", "b"],
             "--pointing goes over a split",
@@ -296,3 +318,99 @@ def test_inside_the_image_a_patch_can_be_asked(made, window):
     window.click(".words .word:nth-child(3)")
     assert window.script("return document.querySelector('.word.query').textContent") == "color"
     assert window.log() == []
+
+
+# ---------------------------------------------------------------------------------------------- every kind of subject
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory):
+    """All files of a study of every subject that has an image."""
+    root = tmp_path_factory.mktemp("pages")
+    for name in ("caption", "vilt", "blip2", "prefix"):
+        torch.manual_seed(1)
+        subject = SUBJECTS[name]()
+        image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (24, 24, 3), dtype=np.uint8))
+        labels = ("red", "blue", "two") if name == "vilt" else tuple(f" word{i}" for i in range(30))
+        words = chosen(labels, "[CLS]") | {"prompt": tuple(f"<{i}>" for i in subject.prompt)}
+        write_study(root / name, [take_apart(Opened(name, subject, f"about {name}", image, **words))])
+    return root
+
+
+@pytest.mark.parametrize("name", ["caption", "vilt", "blip2", "prefix", "qformer"])
+def test_every_subject_gives_all_files(pages, name):
+    summary = json.loads((pages / name / "summary.json").read_text())
+    assert summary["certificate"]["output"] <= 1e-5 and summary["certificate"]["rows"] > 0
+    assert 0 < summary["probability"] <= 1 and summary["tokens"][0]["label"].strip()
+    tensors = load_file(pages / name / "trace.safetensors")
+    assert {"relevancy.sources", "rollout.decoder", "cross.sources"} <= set(tensors)
+    (data,) = data_of((pages / name / "report.html").read_text(encoding="utf-8"))
+    assert (
+        data["way"]
+        == {"caption": "cross", "vilt": "stream", "blip2": "prefix", "prefix": "prefix", "qformer": "prefix"}[name]
+    )
+    assert bool(data["attributions"]) == (name != "vilt")
+    picture = next(source for source in data["sources"] if "grid" in source)
+    assert (picture["first"], picture["stride"]) == ((0.5, 8) if name == "caption" else (4.0, 8))
+    with Image.open(pages / name / "overlay_relevancy.png") as sheet:
+        assert sheet.height == 448
+
+
+@needs_browser
+@pytest.mark.parametrize("name", ["caption", "vilt", "blip2", "prefix", "qformer"])
+def test_every_subject_has_a_page_that_draws(pages, window, name):
+    window.open(pages / name / "report.html")
+    for mode in ("rollout", "mean", "layer", "head", "relevancy"):
+        window.click(f'button[data-value="{mode}"]')
+        assert len(window.script(PAINTED)) > 500
+    window.click('.thumb[data-layer="1"][data-head="2"]')
+    title = window.script("return document.querySelector('.stepwise h2').textContent")
+    assert title.endswith("layer 1, head 2, step by step")
+    check = window.script("return document.querySelector('.check').textContent")
+    assert "sum to 1.000000" in check and float(re.search(r"by at most ([\d.]+e[-+]\d+)", check)[1]) < 1e-2
+    kinds = window.script("return [...document.querySelectorAll('.bar .segmented button')].map(b => b.dataset.value)")
+    inside = {"caption": ["cross", "decoder"], "vilt": ["cross", "stream"]}
+    assert kinds == inside.get(name, ["cross", "image"])
+    text = window.script("return document.querySelector('main').textContent")
+    assert "[object" not in text and "undefined" not in text and "NaN" not in text
+    rows = window.script("return document.querySelectorAll('table.parts tbody tr').length")
+    assert rows == {"vilt": 0, "caption": 6}.get(name, 3)  # a header and two layers for each kind of attention
+    window.click(f'button[data-value="{kinds[1]}"]')
+    before = window.script(PAINTED)
+    if name != "caption":
+        window.click(".picture canvas")
+        assert re.search(r"Read by patch \d,\d", window.script("return document.querySelector('.explain').textContent"))
+        assert window.script(PAINTED) != before
+    if name == "vilt":
+        window.click(".words .word:nth-child(3)")
+        assert "outlined word" in window.script("return document.querySelector('.explain').textContent")
+    assert window.log() == []
+
+
+@needs_browser
+@pytest.mark.parametrize("name", ["caption", "prefix"])
+def test_a_square_is_painted_and_found_where_the_token_looks(pages, window, name):
+    """The middle token's square lies around its centre, and pointing into its lower left corner finds it."""
+    window.open(pages / name / "report.html")
+    first, zoom = 0.5 if name == "caption" else 4.0, round(512 / 24)
+    painted = window.script(
+        """
+        const context = document.querySelector('.picture canvas').getContext('2d'), drawn = [];
+        context.fillRect = (...square) => drawn.push(square);
+        document.querySelector('button[data-value="mean"]').click();
+        return drawn;
+        """
+    )
+    low, high = ((first + 8 + side) * zoom for side in (-4, 4))
+    assert painted[4] == pytest.approx([low, low, high - low, high - low], abs=0.51)
+    assert painted[0] == pytest.approx([0, 0, (first + 4) * zoom, (first + 4) * zoom], abs=0.51)
+    note = window.script(
+        f"""
+        const map = document.querySelector('.picture canvas'), box = map.getBoundingClientRect();
+        map.dispatchEvent(new PointerEvent('pointermove', {{
+          clientX: box.left + box.width * {(first + 8 - 3) / 24}, clientY: box.top + box.height * {(first + 8 + 3) / 24}
+        }}));
+        return document.querySelector('.note').textContent;
+        """
+    )
+    assert note.startswith("patch in row 2, column 2:")

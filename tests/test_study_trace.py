@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from helpers import use_backend
-from study_helpers import tiny_t5_subject, tiny_vqa, tiny_vqa_subject
+from study_helpers import SUBJECTS, tiny_vqa, tiny_vqa_subject
 
 from vqa_scratch.errors import UserError
 from vqa_scratch.models import ViT, ViTConfig
@@ -13,12 +13,6 @@ from vqa_scratch.nn import taps
 from vqa_scratch.study import trace
 from vqa_scratch.study.analysis import every_attention
 from vqa_scratch.study.certificate import rebuilt_pattern, row_lse
-
-SUBJECTS = {
-    "tokens": lambda: tiny_vqa_subject("tokens"),
-    "mean": lambda: tiny_vqa_subject("mean"),
-    "t5": tiny_t5_subject,
-}
 
 
 @pytest.fixture(params=SUBJECTS)
@@ -58,16 +52,16 @@ def test_certificate_of_every_attention_of_a_cached_generation(subject, backend,
     certificate = t.certificate()
     assert certificate.attentions == len(every_attention(subject))
     assert certificate.worst <= 1e-5, certificate
-    assert certificate.rows > 100
+    assert certificate.rows == sum(t.pattern(name).shape[:3].numel() for name in every_attention(subject)) > 90
 
 
 def test_certificate_finds_wrong_weights(subject):
     with trace(subject.model) as t:
         subject.generate(3)
-    name = "decoder.1.self"
-    t._calls[f"{name}.q"][1] = t._calls[f"{name}.q"][1] + 0.1
+    first, last = subject.self_attentions
+    t._calls[f"{last}.q"][-1] = t._calls[f"{last}.q"][-1] + 0.1
     assert t.certificate().output > 1e-4
-    assert t.certificate("decoder.0.self").worst <= 1e-5
+    assert t.certificate(first).worst <= 1e-5
 
 
 def test_patterns_of_a_cached_generation_are_those_of_one_pass(subject):
@@ -142,7 +136,7 @@ def test_entering_again_starts_afresh():
 @pytest.mark.parametrize("head", [0, 3, None])
 def test_ablating_a_head_is_zeroing_its_slice_of_the_output_projection(subject, head):
     ids = subject.prompt + [5, 6]
-    name = "decoder.1.cross" if subject.sources[0].tower == "image" else "encoder.1.self"
+    name = "encoder.1.self" if subject.sources[0].name == "encoder" else subject.reading[1]
     with trace(subject.model, record=False) as t, torch.no_grad():
         t.ablate(name, head=head)
         ablated = subject.logits(ids)

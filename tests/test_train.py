@@ -6,12 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from vqa_helpers import small_config, small_flags
-from vqa_scratch.run import load_run
-from vqa_scratch.training.evaluation import rank_answers
+from vqa_helpers import small_flags, small_options
 
 import train
-from vqa_scratch.data.batches import Images, Questions
+from vqa_scratch import systems
+from vqa_scratch.connectors import CONNECTORS
 from vqa_scratch.data.images import ImageProcessor
 from vqa_scratch.data.scenes import FAMILIES
 from vqa_scratch.data.text import train_bpe, train_wordpiece
@@ -20,14 +19,13 @@ from vqa_scratch.errors import UserError
 from vqa_scratch.metrics import vqa_accuracy
 from vqa_scratch.models.bert import Bert, BertConfig
 from vqa_scratch.models.gpt2 import GPT2, GPT2Config
-from vqa_scratch.models.vit import ViT, ViTConfig
+from vqa_scratch.models.vit import ConvStem, ViT, ViTConfig
+from vqa_scratch.models.vqa import VQAModel
 from vqa_scratch.options import from_json, to_json
-from vqa_scratch.run import load_run
 from vqa_scratch.systems.options import PRESETS, VQAOptions
-from vqa_scratch.systems.questions import read_splits
-from vqa_scratch.systems.vqa import released_system
+from vqa_scratch.systems.vqa import VQASystem
+from vqa_scratch.systems.vqa_models import released_models
 from vqa_scratch.training.checkpoint import load_checkpoint
-from vqa_scratch.training.precision import Precision
 
 
 @pytest.fixture(scope="module")
@@ -49,22 +47,22 @@ def test_the_loss_falls(run):
     assert 5 < losses[0] < 7 and losses[-1] < 0.7 * losses[0]
 
 
-def test_token_limits_that_released_towers_have_no_positions_for(tmp_path):
-    """Said when the towers are opened, not in the middle of training by the first long question."""
+def test_token_limits_that_released_models_have_no_positions_for(tmp_path):
+    """Said when the models are opened, not in the middle of training by the first long question."""
     text, decoder = train_wordpiece(["what is it"], 60), train_bpe([" what is it"], 300)
     sizes = {"dim": 16, "heads": 2, "layers": 1}
-    towers = {
+    parts = {
         "image_model": (ViT(ViTConfig(hidden=16, image_size=32, **sizes)), ImageProcessor(size=(32, 32))),
         "text_model": (Bert(BertConfig(layout="roberta", max_positions=22, pad_id=1, hidden=16, **sizes)), text),
         "decoder_model": (GPT2(GPT2Config(vocab_size=len(decoder), max_positions=30, **sizes)), decoder),
     }
-    for name, (model, beside) in towers.items():
+    for name, (model, beside) in parts.items():
         model.save_pretrained(tmp_path / name)
         (beside.save_pretrained if name == "image_model" else beside.save)(tmp_path / name)
-    paths = {name: str(tmp_path / name) for name in towers}
+    paths = {name: str(tmp_path / name) for name in parts}
 
     def opened(**limits: int | bool):
-        return released_system(VQAOptions(preset="book", init="pretrained", data=tmp_path, **paths, **limits), [])
+        return released_models(VQAOptions(preset="book", init="pretrained", data=tmp_path, **paths, **limits), [])
 
     with pytest.raises(UserError, match="^--max-question-tokens 21 is more than the 20 positions of .*text_model$"):
         opened(max_question_tokens=21)  # a RoBERTa's first two rows are no positions
@@ -74,11 +72,15 @@ def test_token_limits_that_released_towers_have_no_positions_for(tmp_path):
     with pytest.raises(UserError, match=both):
         opened(max_question_tokens=20, max_answer_tokens=11, question_prompt=True)
     opened(max_question_tokens=20, max_answer_tokens=30)
-    model, encoder, _ = opened(max_question_tokens=20, max_answer_tokens=10, question_prompt=True)
+    image, words, connector, writer, tokenizers, _ = opened(
+        max_question_tokens=20, max_answer_tokens=10, question_prompt=True
+    )
+    model = VQAModel(image, words, connector, writer)
     question, answer = "what is it " * 20, "it " * 20
-    read = torch.tensor([encoder.prompt(question) + encoder.answer(answer)[:-1]])
-    assert read.shape == (1, 30) and len(encoder.question(question)) == 20
-    model(torch.zeros(1, 3, 32, 32), torch.tensor([encoder.question(question)]), None, read)  # the longest there are
+    read = torch.tensor([tokenizers.prompt(question) + tokenizers.answer(answer)[:-1]])
+    asked = torch.tensor([tokenizers.question(question)])
+    assert read.shape == (1, 30) and asked.shape == (1, 20)
+    model(torch.zeros(1, 3, 32, 32), asked, None, read)  # the longest there are
 
 
 def test_metrics_tell_what_happened(run):
@@ -111,19 +113,17 @@ def test_every_file_of_the_run_folder_is_there(run):
 
 
 def test_ranking_stands_beside_generation(run, data):
-    """Over the same questions, by hand: the candidate with the greatest log-probability, scored officially."""
-    summary, opened = json.loads((run / "summary.json").read_text()), load_run(run)
+    """Over the same questions: what the opened run chooses among the training answers, scored officially."""
+    summary = json.loads((run / "summary.json").read_text())
+    opened = systems.load(run, precision=summary["precision"])
     assert summary["generation_accuracy"] == summary["accuracy"]
     candidates = json.loads((run / "answers.json").read_text())
-    assert summary["ranking_candidates"] == len(candidates)
+    assert summary["ranking_candidates"] == len(candidates) and opened.candidates == candidates
     samples = read_vqa(data, "test").samples
-    questions = Questions(samples, opened.encoder)
-    images = Images(questions.image_paths, opened.processor)
-    batches = questions.in_order(len(samples), 64)
-    precision = Precision(summary["precision"], torch.device("cpu"))
-    ranked = rank_answers(opened.model, questions, images, precision, batches, candidates)
-    total = sum(vqa_accuracy(ranked[s.question_id][0].text, s.answers) for s in samples) / len(samples)
     assert summary["ranking_questions"] == len(samples)
+    ranked = opened.answer(samples, ranked=True)
+    assert {answer.text for answer in ranked.values()} <= set(candidates)
+    total = sum(vqa_accuracy(ranked[s.question_id].text, s.answers) for s in samples) / len(samples)
     assert summary["ranking_accuracy"] == pytest.approx(total, abs=0.02)  # batches of another size round differently
 
 
@@ -137,7 +137,7 @@ def test_the_gallery_shows_what_was_answered(run):
 
 def test_the_best_weights_answer_as_the_summary_says(run, data):
     """The folder alone gives the model back: its test accuracy is the one reported."""
-    opened = load_run(run)
+    opened = systems.load(run)
     saved = load_checkpoint(run / "checkpoints" / "last.pt")
     best = [row for row in rows(run) if "val" in row]
     summary = json.loads((run / "summary.json").read_text())
@@ -152,36 +152,38 @@ def test_two_runs_are_equal(data, tmp_path):
     """The same seed gives the same weights; another seed gives others."""
     weights = []
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        config = small_config(data, tmp_path / name, seed=seed, steps=2, eval_questions=8, samples=1)
-        train.main(config)
+        options = small_options(data, tmp_path / name, seed=seed, steps=2, eval_questions=8, samples=1)
+        train.main(options)
         weights.append((tmp_path / name / "model.safetensors").read_bytes())
     assert weights[0] == weights[1] != weights[2]
 
 
 def test_a_time_budget_is_kept(data, tmp_path):
     """With --minutes the run ends in time, and its learning rate has fallen to about nothing by then."""
-    config = small_config(data, tmp_path / "run", steps=None, minutes=0.1, eval_questions=8, samples=1)
-    train.main(config)
+    options = small_options(data, tmp_path / "run", steps=None, minutes=0.1, eval_questions=8, samples=1)
+    train.main(options)
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     training = [row for row in rows(tmp_path / "run") if "loss" in row]
-    assert training[0]["lr_factor"] > training[-1]["lr_factor"]
+    factors = [row["lr_factor"] for row in training]
+    assert factors[0] > factors[-1] and factors[4:] == sorted(factors[4:], reverse=True), "behind the warm-up"
     assert summary["steps"] >= 1
 
 
 @pytest.mark.parametrize("changes", [{"connector": "mean", "stem": "linear", "accumulate": 4}, {"freeze": "encoders"}])
 def test_options_reach_the_model(data, tmp_path, changes, capsys):
-    config = small_config(data, tmp_path / "run", steps=1, eval_questions=8, samples=1, **changes)
-    train.main(config)
-    model = load_run(tmp_path / "run").model
-    assert model.fusion == config.connector and model.config.stem == config.stem
+    options = small_options(data, tmp_path / "run", steps=1, eval_questions=8, samples=1, **changes)
+    train.main(options)
+    model = systems.load(tmp_path / "run").model
+    assert type(model.connector) is CONNECTORS[options.connector]
+    assert isinstance(model.image.patch_embed, ConvStem) == (options.stem == "conv")
     line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("trainable: "))
-    assert ("image 0 of" in line) == (config.freeze == "encoders")
+    assert ("image 0 of" in line) == (options.freeze == "encoders")
 
 
 def test_val_split_auto_holds_out_images(data, tmp_path):
     """Training questions and validation questions share no image; the figures can come from the val split."""
-    config = small_config(data, tmp_path / "run", val_split="auto", val_fraction=0.3, test_split="val")
-    parts = read_splits(config).samples
+    options = small_options(data, tmp_path / "run", val_split="auto", val_fraction=0.3, test_split="val")
+    parts = VQASystem.read(options).samples
     images = {name: {s.image_id for s in samples} for name, samples in parts.items()}
     assert not images["train"] & images["val"] and images["val"] and images["train"]
     assert not images["test"] & (images["train"] | images["val"]), "the val split of the files is the test set"
@@ -194,7 +196,7 @@ def test_val_split_auto_holds_out_images(data, tmp_path):
 def test_the_final_figures_can_be_those_of_some_images(data, tmp_path, same):
     """The first ones, with all their questions; also where the test split is the val split, which stays whole."""
     split = "val" if same else "test"
-    samples = read_splits(small_config(data, tmp_path / "run", test_images=3, test_split=split)).samples
+    samples = VQASystem.read(small_options(data, tmp_path / "run", test_images=3, test_split=split)).samples
     whole = read_vqa(data, split).samples
     first = list(dict.fromkeys(s.image_id for s in whole))[:3]
     assert samples["test"] == [s for s in whole if s.image_id in first] != whole
@@ -202,8 +204,8 @@ def test_the_final_figures_can_be_those_of_some_images(data, tmp_path, same):
 
 
 def test_flags_win_over_the_preset_and_the_preset_over_defaults():
-    config = train.read_command_line(["--preset", "book", "--data", "x", "--questions-per-step", "10", "--no-compile"])
-    assert (config.questions_per_step, config.optimizer, config.minutes) == (10, PRESETS["book"]["optimizer"], 10.0)
+    options = train.read_command_line(["--preset", "book", "--data", "x", "--questions-per-step", "10", "--no-compile"])
+    assert (options.questions_per_step, options.optimizer, options.minutes) == (10, PRESETS["book"]["optimizer"], 10.0)
     assert train.read_command_line([]).optimizer == "muon"
     assert train.read_command_line(["--steps", "5"]).minutes is None
 
@@ -308,6 +310,6 @@ def test_a_near_preset_is_named():
         train.read_command_line(["--out", "x", "--preset", "boko"])
 
 
-def test_config_round_trip(tmp_path):
-    config = VQAOptions(data=tmp_path, steps=3, connector="mean")
-    assert from_json(VQAOptions, json.loads(json.dumps(to_json(config))), "here") == config
+def test_options_round_trip(tmp_path):
+    options = VQAOptions(data=tmp_path, steps=3, connector="mean")
+    assert from_json(VQAOptions, json.loads(json.dumps(to_json(options))), "here") == options

@@ -1,6 +1,7 @@
 """`train.py --preset vilt` from its first line to summary.json, and the commands on what it leaves."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -8,23 +9,17 @@ import pytest
 import torch
 import transformers as hf
 from PIL import Image
+from run_helpers import command
+from vqa_helpers import CPU
 
 import train
-from vqa_scratch.__main__ import PROGRAM
-from vqa_scratch.commands.line import call
+from vqa_scratch import systems
 from vqa_scratch.data.scenes import FAMILIES
 from vqa_scratch.data.text import train_wordpiece
 from vqa_scratch.errors import UserError
-from vqa_scratch.systems import open_trained
-from vqa_scratch.training.checkpoint import load_checkpoint
 
-CPU = torch.device("cpu")
 SIZES = "--width 32 --heads 2 --layers 1 --warmup-steps 4 --eval-questions 40 --log-every 1 --samples 8 --device cpu"
 SIZES += " --precision fp32 --questions-per-step 32 --min-answer-count 2"
-
-
-def command(*argv) -> None:
-    call(PROGRAM, [str(a) for a in argv], "vqa_scratch")
 
 
 def flags(data: Path, out: Path, *more: str, preset: str = "vilt", sizes: str = SIZES) -> list[str]:
@@ -61,37 +56,9 @@ def test_the_labels_are_sorted_and_saved(run, data):
     names = json.loads((run / "config.json").read_text())["model"]["id2label"]
     labels = [names[str(i)] for i in range(len(names))]
     assert labels == sorted(set(labels)) and {"yes", "no", "2"} <= set(labels)
-    assert open_trained(run, CPU).model.labels == tuple(labels)
+    assert systems.load(run, CPU).model.labels == tuple(labels)
     assert (run / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert (run / "samples.html").read_text().count("<article>") == len(FAMILIES)
-
-
-def test_a_run_resumes_bit_for_bit(run, data, tmp_path):
-    """Stopped after half of the steps and gone on with: the weights of the run that was never stopped."""
-    import shutil
-
-    class Enough(Exception):
-        pass
-
-    from vqa_scratch.systems.vilt import ViLTJob
-
-    out, evaluate = tmp_path / "run", ViLTJob.evaluate
-    asked = []
-
-    def evaluate_once(job):
-        if asked:
-            raise Enough
-        asked.append(job)
-        return evaluate(job)
-
-    argv = flags(data, out, "--steps", "60", "--eval-every", "30", "--save-every", "30")
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Enough):
-        patch.setattr(ViLTJob, "evaluate", evaluate_once)
-        train.main(train.read_command_line(argv))
-    assert train.main(train.read_command_line([*argv, "--resume"])) is None
-    ours, theirs = (load_checkpoint(folder / "checkpoints" / "last.pt")["model"] for folder in (out, run))
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-    shutil.rmtree(out)
 
 
 def test_ask_gives_the_best_answers_with_scores(run, data, capsys):
@@ -110,8 +77,6 @@ def test_ask_refuses(run, data):
         command("ask", run, "--image", picture(data), "--question", " ")
     with pytest.raises(UserError, match="--top 9999 is more than the"):
         command("ask", run, "--image", picture(data), "--question", "what?", "--top", "9999")
-    with pytest.raises(UserError, match="is a run of preset vilt; this needs one of preset shapes or book"):
-        command("study", run, "--image", picture(data), "--question", "what?", "--out", "x")
 
 
 @pytest.mark.parametrize("size", [(1, 64), (64, 1), (10, 500), (1, 1)])
@@ -137,10 +102,10 @@ def test_export_a_linear_stem(data, tmp_path, capsys):
     command("export", out, tmp_path / "out")
     assert "note" not in capsys.readouterr().err
     theirs = hf.ViltForQuestionAnswering.from_pretrained(tmp_path / "out").eval()
-    ours = open_trained(out, CPU)
+    ours = systems.load(out, CPU)
     assert tuple(theirs.config.id2label[i] for i in range(len(ours.model.labels))) == ours.model.labels
     pixels = torch.rand(2, 3, 64, 64)
-    ids = torch.tensor(ours.encoder.question("is there a red circle?"))[None].repeat(2, 1)
+    ids = torch.tensor(ours.tokenizers.question("is there a red circle?"))[None].repeat(2, 1)
     with torch.no_grad():
         wanted = theirs(input_ids=ids, pixel_values=pixels).logits
         torch.testing.assert_close(ours.model(pixels, ids), wanted, atol=1e-5, rtol=0)
@@ -192,8 +157,6 @@ B32 += " --min-answer-count 2 --steps 2 --test-split test --val-split val"
 
 def test_a_checkpoint_is_tuned_on_images_of_many_sizes(data, checkpoint, tmp_path, capsys):
     """Its own preprocessing, padded batches, accumulation; the run folder opens and exports in the released layout."""
-    import shutil
-
     shutil.copytree(data, tmp_path / "data")
     for i, path in enumerate(sorted((tmp_path / "data").rglob("*.png"))):
         Image.open(path).resize([(64, 64), (120, 64), (60, 100)][i % 3]).save(path)
@@ -203,7 +166,7 @@ def test_a_checkpoint_is_tuned_on_images_of_many_sizes(data, checkpoint, tmp_pat
     command("ask", out, "--image", picture(tmp_path / "data"), "--question", "is there a red circle?", "--top", "2")
     command("export", out, tmp_path / "out")
     theirs = hf.ViltForQuestionAnswering.from_pretrained(tmp_path / "out")
-    assert len(theirs.config.id2label) == len(open_trained(out, CPU).model.labels)
+    assert len(theirs.config.id2label) == len(systems.load(out, CPU).model.labels)
     before = hf.ViltForMaskedLM.from_pretrained(checkpoint).vilt.embeddings.text_embeddings.word_embeddings.weight
     after = theirs.vilt.embeddings.text_embeddings.word_embeddings.weight
     assert 0 < (before - after).abs().max() < 1e-3, "it begins at the checkpoint's weights"

@@ -1,16 +1,19 @@
 """The joined model: sharing images and padding change nothing, pixels change something, freezing freezes."""
 
+import json
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
-from study_helpers import tiny_vqa
+from model_helpers import SIZES, decoder, joined, tiny_model
 
-from vqa_scratch.models import GPT2, Bert, BertConfig, GPT2Config, ViT, ViTConfig
-from vqa_scratch.models.reader import IGNORE, labelled_loss
-from vqa_scratch.models.vit import ConvStem
-from vqa_scratch.models.vqa import FROZEN_PARTS, FUSIONS, VQAConfig, VQAModel, masked_average
+from vqa_scratch.connectors import CONNECTORS
+from vqa_scratch.errors import UserError
+from vqa_scratch.models import Bert, BertConfig, ConvStem, ViT, ViTConfig
+from vqa_scratch.models.vqa import FROZEN_PARTS, IGNORE, VQAModel, labelled_loss
+from vqa_scratch.systems import assembly
+from vqa_scratch.systems.options import VQAOptions
 
 # Sums in another order differ by a few units in the last place of float64, about 1e-16, times the size of the sums.
 EXACT = 1e-10
@@ -43,9 +46,15 @@ def largest_difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tens
     return max((one[name] - other[name]).abs().max().item() for name in one)
 
 
-@pytest.fixture(params=FUSIONS)
+@pytest.fixture(params=CONNECTORS)
 def model(request) -> VQAModel:
-    return tiny_vqa(request.param).double()
+    return tiny_model(request.param).double()
+
+
+@pytest.fixture(params=["tokens", "mean"])
+def reader(request) -> VQAModel:
+    """A model with a text encoder."""
+    return tiny_model(request.param).double()
 
 
 @pytest.mark.parametrize("order", ["even", "uneven"])
@@ -68,7 +77,7 @@ def test_an_image_is_encoded_once_for_all_its_questions(model, order):
     assert (logits - logits_apart).abs().max() < EXACT and abs(loss - loss_apart) < EXACT
     assert len(grads) == len(list(model.parameters()))
     assert largest_difference(grads, grads_apart) < EXACT
-    if model.fusion == "tokens":  # a softmax over one key has no gradient
+    if assembly.sizes_of(model)["connector"]["kind"] != "mean":  # a softmax over one key has no gradient
         assert all(g.abs().max() > 0 for g in grads.values())
 
 
@@ -96,15 +105,15 @@ def test_an_answer_does_not_depend_on_its_batch_mates(model):
         assert (alone - together[row]).abs().max() < EXACT
 
 
-def test_padding_may_hold_anything(model):
+def test_padding_may_hold_anything(reader):
     batch = inputs(6, 3)
     other = batch["input_ids"].clone()
     other[~batch["attention_mask"]] = 39
     assert (other != batch["input_ids"]).any()
-    assert torch.equal(model(**batch).logits, model(**batch | {"input_ids": other}).logits)
+    assert torch.equal(reader(**batch).logits, reader(**batch | {"input_ids": other}).logits)
     changed = batch["input_ids"].clone()
     changed[:, 1] = (changed[:, 1] + 1) % 40  # position 1 is never padding
-    assert ((model(**batch).logits - model(**batch | {"input_ids": changed}).logits).abs().amax((1, 2)) > 1e-6).all()
+    assert ((reader(**batch).logits - reader(**batch | {"input_ids": changed}).logits).abs().amax((1, 2)) > 1e-6).all()
 
 
 def test_another_image_gives_other_logits(model):
@@ -123,34 +132,6 @@ def test_decoder_tokens_see_only_what_is_before_them(model):
     ids[:, 3] = (ids[:, 3] + 1) % 30
     moved = (model(**batch).logits - model(**batch | {"decoder_input_ids": ids}).logits).abs().amax(2)
     assert (moved[:, :3] == 0).all() and (moved[:, 3] > 0).all()
-
-
-def test_mean_fusion_is_the_average_of_two_masked_means():
-    model = tiny_vqa("mean").double()
-    batch = inputs(4, 2)
-    image, text = model.encode_image(batch["pixel_values"]), model.encode_text(*(batch[k] for k in TEXT))
-    (memory,) = model.fuse(image, text, batch["attention_mask"], batch["image_index"])
-    for row in range(4):
-        words = text[row, : int(batch["attention_mask"][row].sum())].mean(0)
-        expected = (image[batch["image_index"][row]].mean(0) + words) / 2
-        assert (memory.states[row, 0] - expected).abs().max() < EXACT
-
-
-TEXT = ("input_ids", "attention_mask")
-
-
-def test_masked_average_of_nothing_is_zero():
-    x = torch.randn(2, 3, 4)
-    assert torch.equal(masked_average(x, torch.zeros(2, 3, dtype=torch.bool)), torch.zeros(2, 4))
-    assert torch.allclose(masked_average(x, None), x.mean(1))
-
-
-def test_tokens_fusion_offers_every_token():
-    model = tiny_vqa("tokens").double()
-    batch = inputs(4, 2)
-    parts = model.memory(batch["pixel_values"], *(batch[k] for k in TEXT), batch["image_index"])
-    assert [part.states.shape for part in parts] == [(2, 10, 16), (4, 7, 16)]
-    assert torch.equal(parts[1].mask, batch["attention_mask"])
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
@@ -184,15 +165,15 @@ def test_labels_that_ask_for_nothing_are_refused(model):
 
 @pytest.mark.parametrize("what", FROZEN_PARTS)
 def test_freeze(what):
-    """What is named stays; projections, modality and the decoder's cross-attention always train."""
-    model = tiny_vqa("tokens")
+    """What is named stays; the connector and the decoder's cross-attention always train."""
+    model = tiny_model("tokens")
     line = model.freeze(what)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     output = model(**{k: v.float() if v.is_floating_point() else v for k, v in inputs(6, 3).items()})
     output.loss.backward()
     torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1).step()
     moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
-    new = {name for name in before if ".cross." in name or ".norm_cross." in name or "_projection" in name}
+    new = {name for name in before if ".cross." in name or ".norm_cross." in name or name.startswith("connector.")}
     for part in ("image", "text", "decoder"):
         inside = {name for name in before if name.startswith(f"{part}.")}
         if part in FROZEN_PARTS[what]:
@@ -200,11 +181,12 @@ def test_freeze(what):
             assert f"{part} {sum(before[n].numel() for n in inside & new):,} of" in line
         else:
             assert moved & inside == inside, part
-    assert new | {"modality", "places"} <= moved
+    assert new <= moved
+    assert {"connector.modality", "connector.places"} <= new
 
 
 def test_freeze_can_be_undone():
-    model = tiny_vqa("tokens")
+    model = tiny_model("tokens")
     model.freeze("all")
     model.freeze("nothing")
     assert all(p.requires_grad for p in model.parameters())
@@ -212,32 +194,33 @@ def test_freeze_can_be_undone():
 
 def test_an_unknown_part_is_refused():
     with pytest.raises(ValueError, match="freeze must be one of nothing, encoders.*got 'encoder'"):
-        tiny_vqa().freeze("encoder")
+        tiny_model().freeze("encoder")
 
 
 # ------------------------------------------------------------------------------------------------ building
 
 
-def test_config_round_trip():
-    """A model rebuilt from its JSON takes the state dict of the first; so does one with a convolutional stem."""
-    image = ViTConfig(image_size=16, patch_size=4, dim=16, layers=1, heads=2, hidden=32, activation="relu")
-    text = BertConfig(layout="roberta", vocab_size=20, dim=24, layers=1, heads=2, hidden=32, pad_id=1)
-    decoder = GPT2Config(vocab_size=30, max_positions=9, dim=16, layers=2, heads=4, add_cross_attention=True)
-    for stem, fusion in ((None, "mean"), (ConvStem(3, 16, 4), "tokens")):
-        model = VQAModel(ViT(image, patch_embed=stem), Bert(text), GPT2(decoder), fusion).eval()
-        values = model.config.to_json()
-        again = VQAModel.from_config(VQAConfig.from_json(values)).eval()
-        again.load_state_dict(model.state_dict())
-        arguments = torch.randn(1, 3, 16, 16), torch.tensor([[0, 5, 2]]), None, torch.tensor([[1, 2]])
-        assert again.config == model.config
-        assert torch.equal(model(*arguments).logits, again(*arguments).logits)
+@pytest.mark.parametrize("stem", ["conv", "linear"])
+@pytest.mark.parametrize("kind", CONNECTORS)
+def test_sizes_round_trip(kind, stem):
+    """A model assembled from its JSON takes the state dict of the first; so does one with a convolutional stem."""
+    config = ViTConfig(image_size=24, patch_size=8, dim=16, layers=1, heads=2, hidden=32, activation="relu")
+    image = ViT(config, ConvStem(3, 16, 8) if stem == "conv" else None)
+    text = Bert(BertConfig(layout="roberta", vocab_size=20, dim=24, layers=1, heads=2, hidden=32, pad_id=1))
+    words, writer = (text, decoder(True)) if kind in ("tokens", "mean") else (None, decoder(False))
+    model = joined(kind, image, words, writer, **SIZES.get(kind, {}))
+    sizes = json.loads(json.dumps(assembly.sizes_of(model)))
+    again = assembly.assemble(sizes).eval()
+    again.load_state_dict(model.state_dict())
+    arguments = torch.randn(1, 3, 24, 24), torch.tensor([[0, 5, 2]]), None, torch.tensor([[1, 2]])
+    assert json.loads(json.dumps(assembly.sizes_of(again))) == sizes
+    assert sizes["image"]["stem"] == stem and (sizes["text"] is None) == (words is None)
+    assert torch.equal(model(*arguments).logits, again(*arguments).logits)
 
 
 def test_wrong_parts_are_refused():
-    image, text = ViT(ViTConfig(dim=16, layers=1, heads=2)), Bert(BertConfig(vocab_size=9, dim=16, layers=1, heads=2))
-    plain = GPT2(GPT2Config(vocab_size=9, dim=16, layers=1, heads=2))
+    model = tiny_model("mean")
     with pytest.raises(ValueError, match="needs cross-attention"):
-        VQAModel(image, text, plain)
-    crossed = GPT2(GPT2Config(vocab_size=9, dim=16, layers=1, heads=2, add_cross_attention=True))
-    with pytest.raises(ValueError, match="fusion must be one of tokens, mean, got 'sum'"):
-        VQAModel(image, text, crossed, "sum")
+        VQAModel(model.image, model.text, model.connector, decoder(False))
+    with pytest.raises(UserError, match="--connector must be tokens, mean, prefix or qformer, not 'sum'"):
+        VQAOptions(connector="sum")

@@ -63,6 +63,20 @@ def test_load_joins_turns_and_drops_and_export_is_its_inverse():
     assert len(storages) == len(exported)
 
 
+def test_heads_of_any_layout_are_read_past_but_for_ones_own():
+    """`classifier.0` is this model's, and in the table of heads that others carry."""
+    heads = {key: torch.randn(2) for key in maps.HEADS if not key.startswith("classifier.0")}
+    source, model = toy_file(), Toy()
+    assert len(heads) > 30 and load_into(model, source | heads, TOY) == []
+    assert torch.equal(model.head.weight, source["classifier.0.weight"])
+    del source["classifier.0.weight"]
+    with pytest.raises(UserError, match="missing: classifier.0.weight; unexpected: head.weight"):
+        load_into(model, source | heads | {"head.weight": torch.randn(2)}, TOY)
+    for name, key_map in vars(maps).items():
+        if isinstance(key_map, maps.KeyMap):
+            assert not set(key_map.dropped) & set(maps.HEADS), f"{name} repeats a head"
+
+
 def test_prefix_may_be_absent_and_old_endings_are_understood():
     source = {key.removeprefix("toy."): tensor for key, tensor in toy_file().items()}
     source["layer.1.up.beta"] = source.pop("layer.1.up.bias")

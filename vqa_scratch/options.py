@@ -21,19 +21,28 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Rules:
-    """What is known of an option beside its name, type and default; see `option`."""
+    """What is known of an option beside its name, type and default.
+
+    help, group: the sentence that --help shows, and the heading above it.
+    choices: the words allowed.
+    minimum, above, maximum, below: bounds of a number, the first and third included. Numbers must be finite;
+        `maximum=math.inf` allows infinity.
+    only: the option means something only while other options have these values: {"init": ("pretrained",)}.
+    was, renamed: the old name of the option, and old names of choices {old: new}; both still work, with a note.
+    may_change: a run may be continued with another value.
+    """
 
     help: str
     group: str
-    choices: tuple[str, ...]
-    minimum: float | None
-    above: float | None
-    maximum: float | None
-    below: float | None
-    only: Mapping[str, tuple[Any, ...]]
-    was: str | None
-    renamed: Mapping[str, str]
-    may_change: bool
+    choices: Collection[str] = ()
+    minimum: float | None = None
+    above: float | None = None
+    maximum: float | None = None
+    below: float | None = None
+    only: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    was: str | None = None
+    renamed: Mapping[str, str] = field(default_factory=dict)
+    may_change: bool = False
 
     @property
     def range(self) -> str:
@@ -43,44 +52,21 @@ class Rules:
 
     def allow(self, value: float) -> bool:
         """Whether a number is within the bounds."""
-        return (
-            (self.minimum is None or value >= self.minimum)
-            and (self.above is None or value > self.above)
-            and (self.maximum is None or value <= self.maximum)
-            and (self.below is None or value < self.below)
-        )
+        low = (self.minimum is None or value >= self.minimum) and (self.above is None or value > self.above)
+        return low and (self.maximum is None or value <= self.maximum) and (self.below is None or value < self.below)
 
 
 def option(
     default: Any,
     help: str,
     group: str,
-    choices: Sequence[str] = (),
-    *,
-    minimum: float | None = None,
-    above: float | None = None,
-    maximum: float | None = None,
-    below: float | None = None,
+    choices: Collection[str] = (),
     only: Mapping[str, Any] | None = None,
-    was: str | None = None,
-    renamed: Mapping[str, str] | None = None,
-    may_change: bool = False,
+    **rules: Any,
 ) -> Any:
-    """A dataclass field with a `help` sentence, which --help shows under the heading `group`.
-
-    choices: the words allowed.
-    minimum, above, maximum, below: bounds of a number, the first and third included. Numbers must be finite;
-        `maximum=math.inf` allows infinity.
-    only: the option means something only while other options have these values: {"init": "pretrained"}, or a tuple of
-        several values. To give it otherwise is an error.
-    was, renamed: the old name of the option, and old names of choices {old: new}; both still work, with a note.
-    may_change: a run may be continued with another value.
-    """
+    """A dataclass field with these `Rules`; in `only` a value may stand for a tuple of one."""
     only = {name: values if isinstance(values, tuple) else (values,) for name, values in (only or {}).items()}
-    rules = Rules(
-        help, group, tuple(choices), minimum, above, maximum, below, only, was, dict(renamed or {}), may_change
-    )
-    return field(default=default, metadata={"rules": rules})
+    return field(default=default, metadata={"rules": Rules(help, group, choices, only=only, **rules)})
 
 
 @dataclass(frozen=True)
@@ -105,7 +91,7 @@ def defaults_of(options_class: type) -> dict[str, Any]:
 
 def choices_of(options_class: type, name: str) -> tuple[str, ...]:
     """The words that an option may be."""
-    return rules_of(options_class)[name].choices
+    return tuple(rules_of(options_class)[name].choices)
 
 
 def changeable(options_class: type) -> frozenset[str]:

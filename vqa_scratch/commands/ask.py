@@ -21,7 +21,7 @@ from vqa_scratch.options import flag
         Flag(["--model"], help="Instead of RUN: a released BLIP-2 checkpoint, a folder or Hub id, used as it is."),
         Flag(["--image"], type=FOLDER, required=True, help="Image file of any size that Pillow reads."),
         Flag(["--question"], help="What to ask."),
-        Flag(["--top"], type=click.IntRange(min=1), help="So many answers, where the system scores a list of them."),
+        Flag(["--top"], type=click.IntRange(min=1), help="This many answers, where the system scores a list of them."),
         *flags(GenerationOptions),
         DEVICE,
         PRECISION,

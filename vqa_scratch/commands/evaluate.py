@@ -17,7 +17,7 @@ from vqa_scratch.errors import UserError
         Flag(["--data"], type=FOLDER, required=True, help="Folder with VQA v2 files."),
         Flag(["--split"], default="val", help="Split to answer."),
         Flag(["--submission"], type=FOLDER, help="Also write the answers as the evaluation server takes them."),
-        Flag(["--limit"], type=click.IntRange(min=1), help="Answer about so many questions, in whole images."),
+        Flag(["--limit"], type=click.IntRange(min=1), help="Answer about this many questions, in whole images."),
         Flag(["--captions"], is_flag=True, help="Score captions of a captions file or of drawn scenes, not answers."),
         DEVICE,
         PRECISION,

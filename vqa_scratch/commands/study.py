@@ -3,6 +3,7 @@
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -36,20 +37,9 @@ ONE, SPLIT = "One answer", "Over a split"
             group=SPLIT,
         ),
         Flag(["--ablation"], type=FOLDER, help="Data folder: accuracy with each head silenced.", group=SPLIT),
-        Flag(
-            ["--heads"],
-            default="decoder.*.cross",
-            help="Attentions that --ablation goes through.",
-            group=SPLIT,
-        ),
+        Flag(["--heads"], default="decoder.*.cross", help="Attentions that --ablation goes through.", group=SPLIT),
         Flag(["--split"], default="val", help="Split of the data folder.", group=SPLIT),
-        Flag(
-            ["--questions"],
-            type=click.IntRange(min=1),
-            default=500,
-            help="How many questions of it.",
-            group=SPLIT,
-        ),
+        Flag(["--questions"], type=click.IntRange(min=1), default=500, help="How many questions of it.", group=SPLIT),
         DEVICE,
     ],
 )
@@ -74,11 +64,12 @@ def study(
     Example:
       python -m vqa_scratch study runs/vqa --image photo.jpg --question "what color is the dog?" --out study/
     """
-    from vqa_scratch.commands.study_files import open_input, write_study
-    from vqa_scratch.run import load_run
+    from vqa_scratch import systems
+    from vqa_scratch.commands.study_files import open_input, run_folder, write_study
     from vqa_scratch.storage import check_writable, write_json
     from vqa_scratch.study.record import take_apart
     from vqa_scratch.study.splits import ablation_figures, faithfulness_figures, pointing_figures, pointing_table
+    from vqa_scratch.systems.studied import score_of
     from vqa_scratch.training.precision import pick_device
 
     check_writable(out)
@@ -97,17 +88,21 @@ def study(
             print(f"certificate: {done.certificate}")
         print(f"see {out / 'report.html'}")
         return
-    opened, figures = load_run(run, pick_device(device)), {"run": str(run), "split": split}
+    system, figures = systems.load(run_folder(run), pick_device(device)), {"run": str(run), "split": split}
+
+    def subject_of(image: Any, question: str) -> Any:
+        return system.subject(image, question).subject
+
     if pointing is not None:
-        found = pointing_figures(opened, pointing, split, questions)
+        found = pointing_figures(subject_of, system.processor, pointing, split, questions)
         figures["pointing"] = {name: asdict(p) | {"ratio": p.ratio} for name, p in found.items()}
         print(pointing_table(found))
     if faithfulness is not None:
-        figures["faithfulness"] = faithfulness_figures(opened, faithfulness, split, questions, out)
+        figures["faithfulness"] = faithfulness_figures(subject_of, faithfulness, split, questions, out)
         for name, c in figures["faithfulness"].items():
             print(f"{name:10s} area under deletion {c['deletion_area']:.3f}, insertion {c['insertion_area']:.3f}")
     if ablation is not None:
-        figures["ablation"] = ablation_figures(opened, ablation, split, questions, heads, out)
+        figures["ablation"] = ablation_figures(system.model, score_of(system, ablation, split, questions), heads, out)
         for effect in figures["ablation"]["heads"][:5]:
             print(f"without {effect['name']} head {effect['head']}: {effect['score']:.4f} ({-effect['drop']:+.4f})")
     write_json(out / "figures.json", figures)

@@ -3,24 +3,40 @@
 from pathlib import Path
 from typing import Any
 
+from vqa_scratch import systems
+from vqa_scratch.data.images import load_image
 from vqa_scratch.errors import UserError
 from vqa_scratch.storage import write_json, write_text, write_whole
-from vqa_scratch.study.faithfulness import answer_rows, image_source, patch_map
-from vqa_scratch.study.inputs import Opened, is_text_run, open_question, open_text
+from vqa_scratch.study.faithfulness import answer_rows, patch_map
+from vqa_scratch.study.opened import Opened
 from vqa_scratch.study.overlay import overlay, side_by_side
 from vqa_scratch.study.record import Study, summary, trace_file
 from vqa_scratch.study.report import page
+from vqa_scratch.study.texts import POLICY, config_of, open_text, t5_folder
+
+
+def run_folder(folder: Path) -> Path:
+    """The run of train.py that the folder is, or that a run of rlhf.py has tuned. Raises UserError for no run."""
+    tuned = folder / POLICY
+    if "program" in config_of(tuned):
+        return tuned
+    if (folder / "config.json").is_file() and "program" not in config_of(folder):
+        raise UserError(
+            f"{folder} has no model to study: neither model.safetensors of train.py nor {POLICY}/ of rlhf.py"
+        )
+    return folder
 
 
 def open_input(run: Path, image: Path | None, question: str | None, text: Path | None, device: str) -> Opened:
     """A run on one input: an image with a question, or a text. Raises UserError if the input does not suit the run."""
-    if is_text_run(run):
+    if t5_folder(run) is not None:
         if text is None or image is not None or question is not None:
             raise UserError(f"{run} reads texts: give it --text FILE, and neither --image nor --question")
         return open_text(run, read_text(text), device)
-    if text is not None or image is None or question is None:
-        raise UserError(f'{run} answers questions about images: give it --image FILE --question "..."')
-    return open_question(run, image, question, device)
+    system = systems.load(run_folder(run), device)
+    if text is not None or image is None:
+        raise UserError(f'{run} looks at images: give it --image FILE and a --question "...", and no --text')
+    return system.subject(load_image(image), question)
 
 
 def read_text(path: Path) -> str:
@@ -36,11 +52,11 @@ def read_text(path: Path) -> str:
 def write_overlays(folder: Path, study: Study) -> None:
     """overlay_<method>.png: the plain image, then the map of every word of the answer."""
     subject, image = study.opened.subject, study.opened.image
-    grid = image_source(subject)[0].grid
+    places = subject.image[0].places
     rows = answer_rows(subject, [token.id for token in study.tokens])
     for method, flow in study.flows.items():
         maps = [patch_map(subject, flow, [row]) for row in rows]
-        sheet = side_by_side([overlay(image, values, grid) for values in (0 * maps[0], *maps)])
+        sheet = side_by_side([overlay(image, values, places) for values in (0 * maps[0], *maps)])
         write_whole(folder / f"overlay_{method}.png", lambda path, sheet=sheet: sheet.save(path, format="PNG"))
 
 

@@ -1,36 +1,42 @@
 """Connectors: how the states of the encoders reach the decoder. One connector, one class, one file, one line here.
 
-To add one: derive from `Connector`, and give it a name in the table. No system knows which connector it has.
+To add one: derive from `Connector` (`base.py`), and give it a name in the table, which is what `--connector` takes
+(tests/test_connectors.py does so). No system knows which connector it has. A connector's module is imported when it is
+asked for: the programs read their options, and this table with them, without torch.
 """
 
-from typing import Any
+import importlib
+from typing import TYPE_CHECKING, Any
 
-from torch import nn
+if TYPE_CHECKING:
+    from torch import nn
 
-from vqa_scratch.connectors.base import Conditioning, Connector
-from vqa_scratch.connectors.mean import MeanConnector
-from vqa_scratch.connectors.prefix import PrefixConnector
-from vqa_scratch.connectors.qformer import QFormerConnector
-from vqa_scratch.connectors.tokens import TokensConnector
+    from vqa_scratch.connectors.base import Connector
 
-__all__ = ["CONNECTORS", "Conditioning", "Connector", "connect", "connector_sizes"]
+__all__ = ["CONNECTORS", "connect", "connector_class", "connector_sizes"]
 
-CONNECTORS: dict[str, type[Connector]] = {
-    "tokens": TokensConnector,
-    "mean": MeanConnector,
-    "prefix": PrefixConnector,
-    "qformer": QFormerConnector,
+CONNECTORS = {  # by name: module and class
+    "tokens": ("tokens", "TokensConnector"),
+    "mean": ("mean", "MeanConnector"),
+    "prefix": ("prefix", "PrefixConnector"),
+    "qformer": ("qformer", "QFormerConnector"),
 }
 
 
-def connect(sizes: dict[str, Any], image: nn.Module, text: nn.Module | None, decoder: nn.Module) -> Connector:
+def connector_class(kind: str) -> "type[Connector]":
+    """The class of a name in the table."""
+    module, name = CONNECTORS[kind]
+    return getattr(importlib.import_module(f"vqa_scratch.connectors.{module}"), name)
+
+
+def connect(sizes: dict[str, Any], image: "nn.Module", text: "nn.Module | None", decoder: "nn.Module") -> "Connector":
     """A connector of random weights between these models; `sizes` name its kind and what else it takes."""
-    kind = CONNECTORS[sizes["kind"]]
+    kind = connector_class(sizes["kind"])
     rest = {name: value for name, value in sizes.items() if name != "kind"}
     return kind(image, text if kind.reads_text else None, decoder, **rest)
 
 
-def connector_sizes(connector: Connector) -> dict[str, Any]:
+def connector_sizes(connector: "Connector") -> dict[str, Any]:
     """The inverse of `connect`: what config.json says of a connector."""
-    (kind,) = (name for name, known in CONNECTORS.items() if type(connector) is known)
+    (kind,) = (name for name in CONNECTORS if type(connector) is connector_class(name))
     return {"kind": kind, **connector.sizes}

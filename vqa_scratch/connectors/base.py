@@ -60,6 +60,16 @@ class Connector(nn.Module, ABC):
         """How many tokens `kept` leaves of an image with so many prefix tokens and places."""
         return prefix_tokens + grid[0] * grid[1]
 
+    @property
+    def queries(self) -> nn.Module | None:
+        """Learned queries whose states are the prefix, if it has any: a module with `blocks` that read the image."""
+        return None
+
+    @abstractmethod
+    def mixing(self, image: int, text: int) -> Tensor:
+        """(K, S): which of the S = N + Q + T tokens of image, queries and text each of the K keys (or tokens of the
+        prefix) is made of; rows sum to 1. For the tools that study a model."""
+
     @abstractmethod
     def recipe(self, with_text: bool) -> str:
         """The same written with plain tensors, for the README of an exported run: lines that make `memory` and `mask`,

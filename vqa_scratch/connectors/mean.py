@@ -51,6 +51,10 @@ class MeanConnector(Connector):
     def kept_tokens(self, prefix_tokens: int, grid: tuple[int, int]) -> int:
         return 1
 
+    def mixing(self, image: int, text: int) -> Tensor:
+        sides = [n for n in (image, text) if n]
+        return torch.cat([torch.full((1, n), 1 / (len(sides) * n)) for n in sides], 1)
+
     def recipe(self, with_text: bool) -> str:
         return RECIPE_BOTH if with_text else RECIPE_IMAGE
 

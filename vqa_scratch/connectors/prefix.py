@@ -8,6 +8,7 @@ Shapes: I images, B rows, N image tokens, Q of them that are places, D width of 
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -37,6 +38,9 @@ class PrefixConnector(Connector):
 
     def kept_tokens(self, prefix_tokens: int, grid: tuple[int, int]) -> int:
         return grid[0] * grid[1]
+
+    def mixing(self, image: int, text: int) -> Tensor:
+        return torch.eye(image)[self.skipped :]
 
     def recipe(self, with_text: bool) -> str:
         return (

@@ -7,6 +7,7 @@ Shapes: I images, B rows, N image tokens, Q queries, D width of the decoder.
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from vqa_scratch.connectors.base import Conditioning, Connector
@@ -59,6 +60,13 @@ class QFormerConnector(Connector):
     def sizes(self) -> dict[str, Any]:
         config = self.qformer.config
         return {"queries": self.qformer.queries.shape[1], "layers": config.layers, "heads": config.heads}
+
+    @property
+    def queries(self) -> nn.Module:
+        return self.qformer
+
+    def mixing(self, image: int, text: int) -> Tensor:
+        return torch.eye(image + self.qformer.queries.shape[1])[image:]
 
     def recipe(self, with_text: bool) -> str:
         return RECIPE.format(config=self.qformer.config, queries=self.qformer.queries.shape[1])

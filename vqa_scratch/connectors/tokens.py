@@ -57,6 +57,9 @@ class TokensConnector(Connector):
     def start_from_places(self, table: Tensor) -> None:
         self.places[0, self.prefix_tokens :] = table
 
+    def mixing(self, image: int, text: int) -> Tensor:
+        return torch.eye(image + text)
+
     def recipe(self, with_text: bool) -> str:
         return RECIPE_BOTH if with_text else RECIPE_IMAGE
 

@@ -38,7 +38,7 @@ class CaptionReport(Skips):
 
 
 @dataclass(frozen=True)
-class CaptionData:
+class CaptionSplit:
     """The samples in the order of the file, and the report on them."""
 
     samples: list[VQASample]
@@ -106,7 +106,7 @@ def _with_references(rows: Iterable[tuple[int, Path, int, str]]) -> list[VQASamp
     ]
 
 
-def read_coco_captions(path: Path, folder: Path, split: str, max_images: int | None = None) -> CaptionData:
+def read_coco_captions(path: Path, folder: Path, split: str, max_images: int | None = None) -> CaptionSplit:
     """Read one captions file; its images lie below `folder`.
 
     Captions of images that are not there, empty captions and second entries of one id are left out and counted.
@@ -146,14 +146,14 @@ def read_coco_captions(path: Path, folder: Path, split: str, max_images: int | N
     return _finished(_with_references(rows), report, "caption")
 
 
-def _finished(samples: list[VQASample], report: CaptionReport, what: str) -> CaptionData:
+def _finished(samples: list[VQASample], report: CaptionReport, what: str) -> CaptionSplit:
     report.kept, report.images = len(samples), len({s.image_id for s in samples})
     if not samples:
         raise UserError(f"no {what} of {report.source} is left: {report.reasons() or 'it holds none'}")
-    return CaptionData(samples, report)
+    return CaptionSplit(samples, report)
 
 
-def read_described_scenes(folder: Path, split: str, seed: int = 0, max_images: int | None = None) -> CaptionData:
+def read_described_scenes(folder: Path, split: str, seed: int = 0, max_images: int | None = None) -> CaptionSplit:
     """The drawn scenes of a split with their generated descriptions, which are a function of (seed, image id)."""
     path = scenes_file(folder, split)
     texts = describe_all(read_scenes(path), seed)
@@ -172,7 +172,7 @@ def read_described_scenes(folder: Path, split: str, seed: int = 0, max_images: i
 
 def read_captions(
     folder: str | Path, split: str = "train", *, seed: int = 0, max_images: int | None = None
-) -> CaptionData:
+) -> CaptionSplit:
     """One split of a folder: its captions file if there is one, else the descriptions of its drawn scenes.
 
     `max_images`: at most so many images. Raises UserError if the folder has neither, or if no caption is left.

@@ -35,6 +35,14 @@ CONFIG_NAME = "preprocessor_config.json"
 JOINT_CONFIG_NAME = "processor_config.json"  # of a model with several inputs: a part for each
 
 
+def _crop_start(length: int, wanted: int) -> int:
+    """Where a centre crop begins; below 0 where it is the longer of the two.
+
+    An odd difference is split as the reference does: the extra row goes to the start when padding.
+    """
+    return (length - wanted) // 2  # rounds down, so away from 0 when padding
+
+
 @dataclass(frozen=True)
 class ImageProcessor:
     """Preprocessing of one vision tower; a step whose field is None is left out.
@@ -114,26 +122,37 @@ class ImageProcessor:
         mean, std = (np.asarray(v, dtype=np.float32)[:, None] for v in (self.mean, self.std))
         return torch.from_numpy((values - mean) / std)
 
-    def _resized(self, image: Image.Image) -> Image.Image:
+    def target(self, width: int, height: int) -> tuple[int, int]:
+        """(width, height) in pixels after resizing, before the crop."""
         if self.size is None:
-            return image
+            return width, height
         if isinstance(self.size, tuple):
-            height, width = self.size
-        else:
-            short, long = sorted(image.size)
-            longer = int(self.size * long / short)
-            width, height = (self.size, longer) if image.width <= image.height else (longer, self.size)
-        return image.resize((width, height), resample=self.resample)
+            return self.size[1], self.size[0]
+        longer = int(self.size * max(width, height) / min(width, height))
+        return (self.size, longer) if width <= height else (longer, self.size)
+
+    def box(self, box: Sequence[float], height: int, width: int) -> tuple[float, float, float, float]:
+        """Where a box (left, top, right, bottom) of an image of that size lies in the result; the part that is left."""
+        edges = []
+        for axis, length in enumerate((width, height)):
+            resized = self.target(width, height)[axis]
+            wanted = resized if self.crop_size is None else self.crop_size[1 - axis]
+            shift = _crop_start(resized, wanted)
+            edges.append([min(max(box[i] * resized / length - shift, 0), wanted) for i in (axis, axis + 2)])
+        (left, right), (top, bottom) = edges
+        return left, top, right, bottom
+
+    def _resized(self, image: Image.Image) -> Image.Image:
+        return image if self.size is None else image.resize(self.target(*image.size), resample=self.resample)
 
     def _cropped(self, pixels: np.ndarray) -> np.ndarray:
         if self.crop_size is None:
             return pixels
         for axis, wanted in enumerate(self.crop_size):
-            # An odd difference is split as the reference does: the extra row goes to the start when padding.
-            short = max(wanted - pixels.shape[axis], 0)
+            start = _crop_start(pixels.shape[axis], wanted)
             padding = [(0, 0)] * 3
-            padding[axis] = (short - short // 2, short // 2)
-            start = (pixels.shape[axis] - wanted) // 2 if not short else 0
+            padding[axis] = (max(-start, 0), max(start + wanted - pixels.shape[axis], 0))
+            start = max(start, 0)
             pixels = np.pad(pixels, padding).take(range(start, start + wanted), axis=axis)
         return pixels
 

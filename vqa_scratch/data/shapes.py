@@ -1,4 +1,4 @@
-"""The embedded data set: drawn scenes with questions (`data/scenes.py`), written as VQA v2 files.
+"""The built-in data set: drawn scenes with questions (`data/scenes.py`), written as VQA v2 files.
 
 Three colour-shape pairs never occur in `train`, `val` and `test`, neither drawn nor asked about; the `holdout` split
 asks about nothing else (a compositional hold-out as in CLEVR-CoGenT, Johnson et al. 2017).
@@ -129,7 +129,7 @@ def ensure_shapes(cache: Path, spec: ShapesSpec, progress: bool = True) -> Path:
         cache.mkdir(parents=True, exist_ok=True)
         unfinished = Path(tempfile.mkdtemp(prefix=".shapes-", dir=cache))
     except OSError as error:
-        raise UserError(f"cannot write the embedded data set below {cache}: {error.strerror}") from error
+        raise UserError(f"cannot write the built-in data set below {cache}: {error.strerror}") from error
     try:
         with tqdm(total=sum(spec.splits().values()), desc="drawing scenes", unit="scene", disable=not progress) as bar:
             for split in spec.splits():
@@ -138,7 +138,7 @@ def ensure_shapes(cache: Path, spec: ShapesSpec, progress: bool = True) -> Path:
         if not folder.is_dir():  # another process may have been faster
             os.replace(unfinished, folder)
     except OSError as error:
-        raise UserError(f"cannot write the embedded data set to {folder}: {error.strerror}") from error
+        raise UserError(f"cannot write the built-in data set to {folder}: {error.strerror}") from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     return folder

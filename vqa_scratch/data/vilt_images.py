@@ -66,9 +66,6 @@ class ViltImageProcessor(ImageProcessor):
             sides = [longest / max(sides) * side for side in sides]
         return tuple(max(int(side + 0.5) // self.divisor, 1) * self.divisor for side in sides)
 
-    def _resized(self, image: Image.Image) -> Image.Image:
-        return image.resize(self.target(*image.size), resample=self.resample)
-
     def padded(self, images: Sequence[Image.Image | np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
         """uint8 (B, H, W, 3), each image in its top left corner, and where it is, (B, H, W) bool."""
         return pad([self._bytes(image) for image in images])

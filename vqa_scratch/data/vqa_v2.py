@@ -42,6 +42,7 @@ __all__ = [
     "read_pairs",
     "read_vqa",
     "split_by_image",
+    "spread",
     "write_vqa",
 ]
 
@@ -240,6 +241,12 @@ def read_vqa(
     if not samples:
         raise UserError(f"no question of {files.questions} is left: {report.reasons() or 'it holds none'}")
     return VQAData(samples, report)
+
+
+def spread(samples: Sequence[VQASample], number: int) -> list[VQASample]:
+    """At most `number` of the samples, evenly spaced from the first on."""
+    number = min(number, len(samples))
+    return [samples[i * len(samples) // number] for i in range(number)]
 
 
 def split_by_image(

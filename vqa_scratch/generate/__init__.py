@@ -12,9 +12,10 @@ from vqa_scratch.generate.choose import chooser
 from vqa_scratch.generate.loop import COMPACT_BELOW, Generated, decode
 from vqa_scratch.generate.ranking import rank
 from vqa_scratch.generate.start import begin, without_gradients
-from vqa_scratch.generate.state import Decoder, State
+from vqa_scratch.generate.state import State
 from vqa_scratch.generation_options import GenerationOptions
 from vqa_scratch.nn.attention import masked_safely
+from vqa_scratch.nn.decoding import Decoder
 from vqa_scratch.nn.memory import Memory
 
 __all__ = ["Decoder", "Generated", "GenerationOptions", "State", "begin", "decode", "generate", "greedy", "rank"]

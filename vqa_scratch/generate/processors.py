@@ -40,12 +40,10 @@ def repeating(ids: Tensor, real: Tensor | None, ends: Tensor, size: int) -> Tens
     at padding, which stands on the left; None: there is none.
     """
     place, first = torch.arange(ids.shape[1], device=ids.device), size - 1
-    match = (place >= first) & (place < ends[:, None]) & (ends[:, None] >= first)  # the last of `size` tokens is here
+    match = (place >= first) & (place < ends[:, None])  # here `size` tokens end
     for back in range(1, size):  # its token `back` before the last equals the one `back` before the end
         match &= ids.roll(back, dims=1) == ids.gather(1, (ends - back).clamp(min=0)[:, None])
-    if real is not None:  # the first token of both
-        match &= real.roll(first, dims=1) & (real.gather(1, (ends - first).clamp(min=0)[:, None]) if first else True)
-    return match
+    return match if real is None else match & real.roll(first, dims=1)  # all are real if the first of them is
 
 
 def bar_repeated_ngrams(scores: Tensor, ids: Tensor, real: Tensor, size: int) -> Tensor:

@@ -16,10 +16,9 @@ from torch import Tensor
 
 from vqa_scratch.generate.fast import tree_states
 from vqa_scratch.generate.start import check_length, fast_parts, prefill, without_gradients
-from vqa_scratch.generate.state import Decoder
 from vqa_scratch.nn.attention import masked_safely
 from vqa_scratch.nn.cache import DecoderCache
-from vqa_scratch.nn.decoding import FastParts
+from vqa_scratch.nn.decoding import Decoder, FastParts
 from vqa_scratch.nn.memory import Memory
 
 NODES = 256  # of one pass: its attention is K x (P + K) scores a head and row

@@ -1,47 +1,16 @@
-"""What decoding asks of a model, what the loops ask of a state, and the state that any model has.
+"""What the loops ask of a state of decoding, and the state that any decoder has.
 
-Shapes: B rows, T tokens, G groups (prompts), K members (beams) a group, R = G*K rows, D width, E width of the
-embedding, V vocabulary.
+Shapes: G groups (prompts), K members (beams) a group, R = G*K rows, V vocabulary.
 """
 
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from vqa_scratch.nn.cache import DecoderCache
-from vqa_scratch.nn.decoding import FastParts
-
-
-class Decoder(Protocol):
-    """What decoding asks of a model (an `nn.Module`)."""
-
-    training: bool
-
-    @property
-    def max_positions(self) -> int | None:
-        """Tokens that its positions serve, prompt included; None: any number."""
-
-    @property
-    def head(self) -> Tensor:
-        """(V, D): logits are hidden @ head^T."""
-
-    def embed(self, ids: Tensor) -> Tensor:
-        """(B, T) -> (B, T, E)."""
-
-    def hidden(
-        self, embeddings: Tensor, attention_mask: Tensor | None = None, *, memory: Any = None, cache: Any = None
-    ) -> Tensor:
-        """(B, T, E) -> (B, T, D): states under the head of the new tokens; attention_mask (B, cached + T)."""
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """(..., D) -> (..., V)."""
-
-    def new_cache(self) -> DecoderCache:
-        """An empty cache."""
-
-    def fast_state(self) -> FastParts | None:
-        """What a fast state is made of; None: decoding goes through the modules."""
+from vqa_scratch.nn.decoding import Decoder
+from vqa_scratch.nn.memory import Memory
 
 
 class State(Protocol):
@@ -68,7 +37,9 @@ def member_rows(groups: Tensor, members: int) -> Tensor:
 class ModuleState:
     """Steps through the decoder's modules: for a trace, for training mode, and for a decoder without fast parts."""
 
-    def __init__(self, decoder: Decoder, cache: DecoderCache, mask: Tensor, memory: Any, members: int) -> None:
+    def __init__(
+        self, decoder: Decoder, cache: DecoderCache, mask: Tensor, memory: list[Memory] | None, members: int
+    ) -> None:
         """mask (G, tokens so far), True = may attend; `cache` holds G rows."""
         self.decoder, self.cache, self.mask, self.memory, self.members = decoder, cache, mask, memory, members
         if members > 1:

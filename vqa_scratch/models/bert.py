@@ -122,7 +122,7 @@ class Bert(Released, nn.Module):
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
-        self.config, self.layout = config, config.family
+        self.config, self.layout, self.dim = config, config.family, config.dim
         self.longest = config.max_positions - self.layout.first_position(config.pad_id)  # tokens of a text, at most
         self.tokens = nn.Embedding(config.vocab_size, config.dim)
         self.positions = nn.Embedding(config.max_positions, config.dim)
@@ -132,11 +132,6 @@ class Bert(Released, nn.Module):
         self.blocks = nn.ModuleList(BertBlock(config) for _ in range(config.layers))
         self.apply(lambda module: init_weights(module, config.init_std))
         taps.name_modules(self, "text")
-
-    @property
-    def dim(self) -> int:
-        """D."""
-        return self.config.dim
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None

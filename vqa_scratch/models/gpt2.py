@@ -8,31 +8,32 @@ Shapes: B rows, T tokens, N memory tokens, D width, V vocabulary.
 
 import logging
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from os import PathLike
-from typing import Any, Self
+from typing import ClassVar, Self
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vqa_scratch.models.hf_config import check_heads, fields_from_hf
+from vqa_scratch.models.hf_config import HFConfig, Layout, Released, check_heads
 from vqa_scratch.nn import taps
 from vqa_scratch.nn.attention import MultiHeadAttention
 from vqa_scratch.nn.cache import DecoderCache, KVCache
-from vqa_scratch.nn.decoding import FastBlock, FastParts
+from vqa_scratch.nn.decoding import Decoder, FastBlock, FastParts
 from vqa_scratch.nn.layers import MLP, activation, decoder_positions, init_weights
 from vqa_scratch.nn.memory import Memory
-from vqa_scratch.weights import fields as names
-from vqa_scratch.weights import maps
-from vqa_scratch.weights.convert import load_into, to_hf
-from vqa_scratch.weights.files import read_checkpoint, write_checkpoint
+from vqa_scratch.weights import fields, maps
+from vqa_scratch.weights.convert import load_into
+from vqa_scratch.weights.files import read_checkpoint
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class GPT2Config:
+class GPT2Config(HFConfig):
     """Sizes of a GPT-2. The defaults are the 124M model."""
+
+    LAYOUTS: ClassVar[Mapping[str, Layout]] = {"gpt2": Layout("GPT2LMHeadModel", fields.GPT2, maps.GPT2)}
 
     vocab_size: int = 50257
     max_positions: int = 1024
@@ -53,18 +54,10 @@ class GPT2Config:
     eos_id: int = 50256
     pad_id: int | None = None  # GPT-2 was trained without padding
 
+    layout: str = "gpt2"
+
     def __post_init__(self) -> None:
         check_heads(self.dim, self.heads)
-
-    @classmethod
-    def from_hf(cls, config: dict[str, Any]) -> Self:
-        """From a config.json of model type "gpt2". Raises UserError on another."""
-        return cls(**fields_from_hf(config, names.GPT2, "gpt2"))
-
-    def to_hf(self) -> dict[str, Any]:
-        """The inverse of `from_hf`."""
-        fields = {theirs: getattr(self, ours) for ours, theirs in names.GPT2.items()}
-        return {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", **fields}
 
 
 class GPT2Block(nn.Module):
@@ -102,8 +95,10 @@ class GPT2Block(nn.Module):
         return FastBlock(self.norm1, self.attn, *cross, self.norm2, self.mlp.up, self.mlp.activation, self.mlp.down)
 
 
-class GPT2(nn.Module):
+class GPT2(Released, Decoder):
     """Tokens and positions, pre-LN blocks, a last norm, and a head that is the token embedding."""
+
+    config_class = GPT2Config
 
     def __init__(self, config: GPT2Config) -> None:
         super().__init__()
@@ -119,11 +114,6 @@ class GPT2(nn.Module):
             if name.endswith(("attn.out.weight", "cross.out.weight", "mlp.down.weight")):
                 nn.init.normal_(parameter, std=config.init_std / math.sqrt(2 * config.layers))
         taps.name_modules(self, "decoder")
-
-    @property
-    def max_positions(self) -> int:
-        """Tokens that the positions serve."""
-        return self.config.max_positions
 
     @property
     def head(self) -> Tensor:
@@ -142,26 +132,21 @@ class GPT2(nn.Module):
         memory: list[Memory] | None = None,
         cache: DecoderCache | None = None,
     ) -> Tensor:
-        """(B, T, D) -> (B, T, D): states under the head, from embeddings that need not be those of tokens.
+        """(B, T, D) -> (B, T, D), the states under the head; see `Decoder.hidden`.
 
-        attention_mask (B, cached + T), True = may attend; positions count attended tokens, so a prompt may be padded on
-        either side. Cross-attention reads the memories; a cache keeps their keys, so that later calls may leave them
-        out. Raises ValueError on more tokens than positions, a mask of another length, or a memory for a model without
-        cross-attention.
+        Positions count the tokens that attention_mask (B, cached + T) leaves. Where a cache holds the memory's keys, it
+        may be left out. Raises ValueError on more tokens than positions, a mask of another length, or a memory for a
+        model without cross-attention.
         """
         if memory is not None and not self.config.add_cross_attention:
             raise ValueError("this GPT-2 has no cross-attention: build it with add_cross_attention=True")
         rows, new, _ = embeddings.shape
         past = 0 if cache is None else cache.length
-        position_ids = decoder_positions(rows, past, new, attention_mask, self.max_positions, embeddings.device)
+        position_ids = decoder_positions(rows, past, new, attention_mask, self.config.max_positions, embeddings.device)
         x = self.dropout(embeddings + self.positions(position_ids))
         for layer, block in enumerate(self.blocks):
             x = block(x, attention_mask, memory, None if cache is None else cache[layer])
         return self.norm(x)
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """(B, T, D) -> (B, T, V)."""
-        return F.linear(hidden, self.head)
 
     def forward(
         self,
@@ -183,10 +168,6 @@ class GPT2(nn.Module):
                 raise ValueError("give encoder_hidden_states or memory, not both")
             memory = [Memory(encoder_hidden_states, encoder_attention_mask)]
         return self.logits(self.hidden(self.embed(input_ids), attention_mask, memory=memory, cache=cache))
-
-    def new_cache(self) -> DecoderCache:
-        """An empty cache for this model."""
-        return DecoderCache(self.config.layers)
 
     def fast_state(self) -> FastParts:
         """What a fast decoding state is made of."""
@@ -213,7 +194,3 @@ class GPT2(nn.Module):
         if fresh:
             logger.warning("%s has no cross-attention: %d of its parameters start at random", source, len(fresh))
         return model.eval()
-
-    def save_pretrained(self, folder: str | PathLike[str]) -> None:
-        """config.json and model.safetensors that `from_pretrained` and `transformers` read."""
-        write_checkpoint(folder, self.config.to_hf(), to_hf(self, maps.GPT2))

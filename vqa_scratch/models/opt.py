@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from os import PathLike
 from typing import Any, Self
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vqa_scratch.errors import UserError
@@ -18,7 +17,7 @@ from vqa_scratch.models.gpt2 import GPT2Block, GPT2Config
 from vqa_scratch.models.hf_config import check_heads, fields_from_hf
 from vqa_scratch.nn import taps
 from vqa_scratch.nn.cache import DecoderCache, KVCache
-from vqa_scratch.nn.decoding import FastParts
+from vqa_scratch.nn.decoding import Decoder, FastParts
 from vqa_scratch.nn.layers import decoder_positions, init_weights
 from vqa_scratch.nn.memory import Memory
 from vqa_scratch.weights import fields as names
@@ -96,7 +95,7 @@ class PostNormBlock(GPT2Block):
         return taps.tap(self.tap_prefix, "resid_post", self.norm2(x + self.mlp(x)))
 
 
-class OPT(nn.Module):
+class OPT(Decoder):
     """Tokens and positions, blocks, a last norm, and a head that is the token embedding."""
 
     def __init__(self, config: OPTConfig) -> None:
@@ -112,11 +111,6 @@ class OPT(nn.Module):
         self.project_out = nn.Linear(config.dim, config.embedding_dim, bias=False) if narrow else nn.Identity()
         self.apply(lambda module: init_weights(module, config.init_std))
         taps.name_modules(self, "decoder")
-
-    @property
-    def max_positions(self) -> int:
-        """Tokens that the positions serve."""
-        return self.config.max_positions
 
     @property
     def head(self) -> Tensor:
@@ -135,34 +129,26 @@ class OPT(nn.Module):
         memory: None = None,
         cache: DecoderCache | None = None,
     ) -> Tensor:
-        """(B, T, E) -> (B, T, E): states under the head, from embeddings that need not be those of tokens.
+        """(B, T, E) -> (B, T, E), the states under the head; see `Decoder.hidden`.
 
-        attention_mask (B, cached + T), True = may attend; positions count attended tokens, so rows may be padded on
-        either side. Raises ValueError on more tokens than positions, a mask of another length, or a memory.
+        Positions count the tokens that attention_mask (B, cached + T) leaves. Raises ValueError on more tokens than
+        positions, a mask of another length, or a memory.
         """
         if memory is not None:
             raise ValueError("OPT has no cross-attention to read a memory with")
         rows, new, _ = embeddings.shape
         past = 0 if cache is None else cache.length
-        position_ids = decoder_positions(rows, past, new, attention_mask, self.max_positions, embeddings.device)
+        position_ids = decoder_positions(rows, past, new, attention_mask, self.config.max_positions, embeddings.device)
         x = self.project_in(embeddings) + self.positions(position_ids + OFFSET)  # (B, T, D)
         for layer, block in enumerate(self.blocks):
             x = block(x, attention_mask, None, None if cache is None else cache[layer])
         return self.project_out(self.norm(x))
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """(B, T, E) -> (B, T, V)."""
-        return F.linear(hidden, self.head)
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, *, cache: DecoderCache | None = None
     ) -> Tensor:
         """(B, T) -> logits (B, T, V). Arguments as in `hidden`."""
         return self.logits(self.hidden(self.embed(input_ids), attention_mask, cache=cache))
-
-    def new_cache(self) -> DecoderCache:
-        """An empty cache for this model."""
-        return DecoderCache(self.config.layers)
 
     def fast_state(self) -> FastParts | None:
         """What a fast decoding state is made of; None for post-LN, the 350M model."""

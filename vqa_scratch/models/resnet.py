@@ -181,7 +181,7 @@ class ResNet(nn.Module):
 
     def __init__(self, config: ResNetConfig, norm: Norm = FrozenBatchNorm) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.dim = config, config.dim
         narrow = config.widths[0]
         self.conv1, self.norm1 = conv(config.channels, narrow, 7, 2), norm(narrow)
         self.stages = []
@@ -206,11 +206,6 @@ class ResNet(nn.Module):
         for stage in self.stages:
             x = getattr(self, stage)(x)
         return x
-
-    @property
-    def dim(self) -> int:
-        """Channels of the map."""
-        return self.config.dim
 
     def places(self, height: int, width: int) -> Places:
         """Where the places of the map look, for an image of so many pixels.

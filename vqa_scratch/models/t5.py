@@ -20,7 +20,7 @@ from vqa_scratch.models.t5_config import T5Config
 from vqa_scratch.nn import taps
 from vqa_scratch.nn.attention import MultiHeadAttention
 from vqa_scratch.nn.cache import DecoderCache, KVCache
-from vqa_scratch.nn.decoding import FastBlock, FastParts
+from vqa_scratch.nn.decoding import Decoder, FastBlock, FastParts
 from vqa_scratch.nn.gated import gated_mlp
 from vqa_scratch.nn.layers import MLP, Activation, activation
 from vqa_scratch.nn.memory import Memory
@@ -129,7 +129,7 @@ class T5Tower(nn.Module):
         return self.dropout(self.norm(x))
 
 
-class T5(nn.Module):
+class T5(Decoder):
     """Encoder, decoder and language-model head."""
 
     def __init__(self, config: T5Config) -> None:
@@ -181,17 +181,15 @@ class T5(nn.Module):
 
     @property
     def max_positions(self) -> None:
-        """Relative positions serve any number of tokens."""
-        return None
+        return None  # relative positions serve any number of tokens
 
     @property
     def head(self) -> Tensor:
-        """(V, D): logits are hidden @ head^T. The embedding or a weight of its own, scaled where the release scales."""
+        """(V, D): the embedding or a weight of its own, scaled where the release scales its states."""
         weight = self.embedding.weight if self.lm_head is None else self.lm_head.weight
         return weight * self.config.dim**-0.5 if self.config.scaled else weight
 
     def embed(self, ids: Tensor) -> Tensor:
-        """(B, T) -> (B, T, D)."""
         return self.embedding(ids)
 
     def hidden(
@@ -202,11 +200,7 @@ class T5(nn.Module):
         memory: list[Memory],
         cache: DecoderCache | None = None,
     ) -> Tensor:
-        """(B, T, D) -> (B, T, D): states of the decoder under the head.
-
-        `memory` holds one part, the encoder's states. With a cache `embeddings` are those of the new tokens, and
-        attention_mask (B, cached + T) is about all of them.
-        """
+        """(B, T, D) -> (B, T, D), the decoder's states; `memory` holds one part, those of the encoder."""
         (encoder_states,) = memory
         return self.decoder(embeddings, attention_mask, encoder_states, cache)
 
@@ -230,7 +224,6 @@ class T5(nn.Module):
         return self.logits(self.hidden(self.embed(decoder_input_ids), decoder_attention_mask, memory=memory))
 
     def new_cache(self) -> DecoderCache:
-        """An empty cache for the decoder."""
         return DecoderCache(self.config.decoder_layers)
 
     def fast_state(self) -> FastParts:

@@ -21,6 +21,7 @@ from vqa_scratch.errors import UserError
 from vqa_scratch.models.hf_config import HFConfig, Layout, Released, check_heads
 from vqa_scratch.nn import taps
 from vqa_scratch.nn.attention import MultiHeadAttention
+from vqa_scratch.nn.dino import LayerScale, SwiGLU
 from vqa_scratch.nn.layers import MLP, activation, init_weights
 from vqa_scratch.nn.states import Places, States
 from vqa_scratch.weights import fields, maps
@@ -85,19 +86,16 @@ class ViTConfig(HFConfig):
             object.__setattr__(self, "hidden", int(self.dim * self.mlp_ratio))
         if not isinstance(self.patch_size, int):
             raise UserError(f"patches must be square, got {self.patch_size}")
-        height, width = self._size
-        if height % self.patch_size or width % self.patch_size:
+        sizes = self.image_size if isinstance(self.image_size, tuple) else (self.image_size,)
+        if any(side % self.patch_size for side in sizes):
             raise UserError(f"image size {self.image_size} is not a multiple of the patch size {self.patch_size}")
         self.family  # noqa: B018 (it checks the layout)
 
     @property
-    def _size(self) -> tuple[int, int]:
-        return self.image_size if isinstance(self.image_size, tuple) else (self.image_size, self.image_size)
-
-    @property
     def grid(self) -> tuple[int, int]:
         """(rows, columns) of patches that the position table is made for."""
-        return self.patches(*self._size)
+        size = self.image_size if isinstance(self.image_size, tuple) else (self.image_size, self.image_size)
+        return size[0] // self.patch_size, size[1] // self.patch_size
 
     @property
     def prefix_tokens(self) -> int:
@@ -176,36 +174,6 @@ class ConvStem(nn.Module):
         return self.layers(pixel_values).flatten(2).transpose(1, 2)  # (B, D, h, w) -> (B, N, D)
 
 
-class SwiGLU(nn.Module):
-    """`out(silu(gate) * up)` (Shazeer 2020, 2002.05202), gate and up from one product: DINOv2's giant.
-
-    The inner width is two thirds of `hidden`, so that the layer costs what a plain MLP does, in steps of 8.
-    """
-
-    tap_prefix: str | None = None
-
-    def __init__(self, dim: int, hidden: int) -> None:
-        super().__init__()
-        inner = -(-int(hidden * 2 / 3) // 8) * 8
-        self.gate_up, self.out = nn.Linear(dim, 2 * inner), nn.Linear(inner, dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up(x).chunk(2, -1)
-        hidden = F.silu(taps.tap(self.tap_prefix, "pre", gate)) * up
-        return taps.tap(self.tap_prefix, "out", self.out(taps.tap(self.tap_prefix, "post", hidden)))
-
-
-class LayerScale(nn.Module):
-    """One learned factor a channel (Touvron et al. 2021, "Going deeper with Image Transformers", 2103.17239)."""
-
-    def __init__(self, dim: int, start: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.full((dim,), start))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * self.weight
-
-
 class ViTBlock(nn.Module):
     """Pre-LN: x + attention(norm(x)), then x + MLP(norm(x)); each sum may be scaled before it is added."""
 
@@ -251,6 +219,7 @@ class ViT(Released, nn.Module):
     def __init__(self, config: ViTConfig, patch_embed: nn.Module | None = None) -> None:
         super().__init__()
         self.config, self.layout = config, config.family
+        self.dim, self.prefix_tokens = config.dim, config.prefix_tokens
         self.patch_embed = PatchEmbed(config) if patch_embed is None else patch_embed
         tokens = self.layout.tokens
         for name in tokens:
@@ -265,16 +234,6 @@ class ViT(Released, nn.Module):
             nn.init.trunc_normal_(table, std=config.init_std)
         self.blocks.apply(lambda module: init_weights(module, config.init_std))
         taps.name_modules(self, "image")
-
-    @property
-    def dim(self) -> int:
-        """D."""
-        return self.config.dim
-
-    @property
-    def prefix_tokens(self) -> int:
-        """P: how many of the tokens are no places."""
-        return self.config.prefix_tokens
 
     def places(self, height: int, width: int) -> Places:
         """Where the tokens of an image of so many pixels look. Raises ValueError unless patches fit."""

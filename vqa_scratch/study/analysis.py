@@ -1,36 +1,41 @@
-"""What the weights add up to: raw cross-attention, rollout, gradient-weighted relevancy, statistics of each head.
+"""What the weights add up to: the plain map, rollout, gradient-weighted relevancy, statistics of each head.
 
 Rollout: Abnar and Zuidema 2020 (2005.00928). Relevancy: Chefer, Gur and Wolf 2021, "Generic Attention-model
-Explainability" (2103.15679); their equation numbers stand below. Both are carried through the decoder into the towers
-it reads, so every generated token gets a share for each image patch and each question token.
+Explainability" (2103.15679); their equation numbers stand below. Both are carried through the encoders into the writer,
+so every row of the answer gets a share for each image token and each word.
 
-Shapes: H heads, T decoder tokens, K cross-attention keys, S source tokens of all towers, N tokens of one tower.
+Shapes: H heads, X tokens of the writer's own sequence, T of them rows of the answer, K cross-attention keys or tokens
+of a prefix, S source tokens, N tokens of one source.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from vqa_scratch.study.base import Source, Subject
 from vqa_scratch.study.certificate import rebuilt_pattern
-from vqa_scratch.study.subject import Source, Subject
 from vqa_scratch.study.trace import Trace, trace
+
+# (flow so far (N, S), weights (N, keys), flow of what cross-attention reads (keys, S) or None, own columns) -> flow
+Step = Callable[[Tensor, Tensor, Tensor | None, slice], Tensor]
 
 
 @dataclass(frozen=True)
 class Flow:
-    """For the decoder's token i, in row i: how much each source token and each decoder token matters."""
+    """For the writer's row i: how much each source token and each token of its own matters."""
 
     sources: Tensor  # (T, S)
-    decoder: Tensor  # (T, T)
+    decoder: Tensor  # (T, X - prefix)
 
 
 def attention_names(subject: Subject) -> dict[str, list[str]]:
     """The attentions in the order they run: {"image": ["image.0.self", ...], ..., "decoder": [self, cross, ...]}."""
-    towers = {s.tower: [f"{s.tower}.{i}.self" for i in range(subject.layers(s.tower))] for s in subject.sources}
-    kinds = ("self", "cross")
-    return towers | {"decoder": [f"decoder.{i}.{kind}" for i in range(subject.layers("decoder")) for kind in kinds]}
+    both = zip(subject.self_attentions, subject.reading, strict=True)
+    writer = subject.self_attentions if subject.prefix else [name for pair in both for name in pair]
+    return {source.name: list(source.attentions) for source in subject.sources} | {subject.writer: writer}
 
 
 def every_attention(subject: Subject) -> list[str]:
@@ -38,10 +43,59 @@ def every_attention(subject: Subject) -> list[str]:
     return [name for names in attention_names(subject).values() for name in names]
 
 
+def key_sources(subject: Subject, t: Trace) -> Tensor:
+    """(K, S): `mixing`, where learned queries stand for what their own cross-attention reads on average."""
+    made = subject.mixing.clone()
+    for source, where in subject.slices():
+        if source.reads is not None:
+            reads = [_mean_pattern(t, name) for name in source.attentions if name.endswith(".cross")]
+            made[:, subject.where(source.reads)] += made[:, where] @ torch.stack(reads).mean(0)
+            made[:, where] = 0
+    return made
+
+
+def _reading(subject: Subject, t: Trace) -> Tensor:
+    """(layers, H, T, K + own): the weights of the attentions that read the sources."""
+    return torch.stack([subject.readers(t.pattern(name)[0].cpu()) for name in subject.reading])
+
+
 def cross_maps(subject: Subject, t: Trace) -> Tensor:
-    """(layers, H, T, S): cross-attention of each head, spread over the source tokens that its keys are made of."""
-    layers = range(subject.layers("decoder"))
-    return torch.stack([t.pattern(f"decoder.{i}.cross")[0].cpu() @ subject.mixing for i in layers])
+    """(layers, H, T, S): the weights with which the writer reads the sources, head by head."""
+    made = key_sources(subject, t)
+    return _reading(subject, t)[..., : len(made)] @ made
+
+
+def plain_map(subject: Subject, t: Trace) -> Flow:
+    """`cross_maps`, averaged over layers and heads; with a prefix also the weights on the writer's own tokens."""
+    made, weights = key_sources(subject, t), _reading(subject, t).mean((0, 1))  # (K, S), (T, K + own)
+    own = weights[:, len(made) :] if subject.prefix else torch.zeros(len(weights), len(weights))
+    return Flow(weights[:, : len(made)] @ made, own)
+
+
+def carry(subject: Subject, weights: dict[str, Tensor], step: Step, finish: Callable[[Tensor, Tensor], Tensor]) -> Flow:
+    """Follow the weights (queries, keys) of every attention through the sources and then through the writer.
+
+    `step` is the rule for one attention; `finish` turns what a source's blocks made, (N, S), given what it began with,
+    into what others read of it.
+    """
+    names, total = attention_names(subject), subject.mixing.shape[1]
+    known = torch.zeros(total, total)  # in row s: what source token s is made of
+
+    def through(flow: Tensor, stream: str, read: Tensor | None, own: slice) -> Tensor:
+        for name in names[stream]:
+            flow = step(flow, weights[name], read if name.endswith(".cross") else None, own)
+        return flow
+
+    for source, where in subject.slices():
+        start = torch.eye(total)[where]
+        read = None if source.reads is None else known[subject.where(source.reads)]
+        known[where] = finish(through(start, source.name, read, where), start)
+    given = subject.mixing @ known  # (K, S)
+    own = len(weights[subject.self_attentions[0]]) - subject.prefix
+    before = torch.cat([given, torch.zeros(len(given), own)], 1)  # (K, S + own)
+    start = torch.cat([before[: subject.prefix], torch.eye(total + own)[total:]])
+    flow = subject.rows(through(start, subject.writer, before, slice(total, None)))
+    return Flow(flow[:, :total], flow[:, total:])
 
 
 def rollout(subject: Subject, t: Trace) -> Flow:
@@ -49,23 +103,12 @@ def rollout(subject: Subject, t: Trace) -> Flow:
 
     `t` must hold every attention, of a generation or of a teacher-forced pass.
     """
-    order = attention_names(subject)
-    towers = []
-    for source in subject.sources:
-        flow = torch.eye(len(source))
-        for name in order[source.tower]:
-            flow = (_mean_pattern(t, name) @ flow + flow) / 2
-        towers.append(flow)
-    keys = subject.mixing @ torch.block_diag(*towers)  # (K, S)
-    tokens = _mean_pattern(t, "decoder.0.self").shape[0]
-    sources, decoder = torch.zeros(tokens, keys.shape[1]), torch.eye(tokens)
-    for name in order["decoder"]:
-        pattern = _mean_pattern(t, name)
-        if name.endswith(".self"):
-            sources, decoder = (pattern @ sources + sources) / 2, (pattern @ decoder + decoder) / 2
-        else:
-            sources, decoder = (pattern @ keys + sources) / 2, decoder / 2
-    return Flow(sources, decoder)
+    weights = {name: _mean_pattern(t, name) for name in every_attention(subject)}
+    return carry(subject, weights, _rollout_step, lambda flow, start: flow)
+
+
+def _rollout_step(flow: Tensor, weights: Tensor, read: Tensor | None, own: slice) -> Tensor:
+    return (weights @ (flow if read is None else read) + flow) / 2
 
 
 def _mean_pattern(t: Trace, name: str) -> Tensor:
@@ -97,49 +140,41 @@ def weighted_patterns(subject: Subject, t: Trace, target: Tensor) -> dict[str, T
 
 def relevancy_from(subject: Subject, weighted: dict[str, Tensor]) -> Flow:
     """Chefer's rules over the weighted patterns of one target."""
-    order = attention_names(subject)
-    towers = []
-    for source in subject.sources:
-        relevancy = torch.eye(len(source))
-        for name in order[source.tower]:
-            relevancy = relevancy + weighted[name] @ relevancy  # equation 6
-        towers.append(_normalised(relevancy))
-    keys = subject.mixing @ torch.block_diag(*towers)  # (K, S)
-    tokens = len(weighted["decoder.0.self"])
-    sources, decoder = torch.zeros(tokens, keys.shape[1]), torch.eye(tokens)
-    for name in order["decoder"]:
-        if name.endswith(".self"):  # equations 6 and 7
-            sources, decoder = sources + weighted[name] @ sources, decoder + weighted[name] @ decoder
-        else:  # equation 10
-            sources = sources + _normalised(decoder).T @ (weighted[name] @ keys)
-    return Flow(sources, decoder)
+    return carry(subject, weighted, _relevancy_step, _normalised)
 
 
-def _normalised(relevancy: Tensor) -> Tensor:
-    """Equations 8 and 9: the part that attention added, rows scaled to sum 1, and the identity again."""
-    eye = torch.eye(len(relevancy))
-    added = relevancy - eye
-    return added / added.sum(-1, keepdim=True).clamp(min=1e-12) + eye
+def _relevancy_step(flow: Tensor, weights: Tensor, read: Tensor | None, own: slice) -> Tensor:
+    if read is None:  # equations 6 and 7; for a single stream there is no other
+        return flow + weights @ flow
+    return flow + _normalised(flow[:, own], torch.eye(len(flow))).T @ (weights @ read)  # equation 10
+
+
+def _normalised(relevancy: Tensor, start: Tensor) -> Tensor:
+    """Equations 8 and 9: the part that attention added to `start`, rows scaled to sum 1, and `start` again."""
+    added = relevancy - start
+    return added / added.sum(-1, keepdim=True).clamp(min=1e-12) + start
 
 
 @torch.enable_grad()
 def relevancy(subject: Subject, answer: list[int], rows: list[int] | None = None) -> Flow:
     """For each generated token, what made its logit: rows as in `rollout`, each from a backward pass of its own.
 
-    `answer` are the generated ids. Row i is about the token that follows decoder token i; rows that predict nothing of
-    the answer (the prompt's, but for its last) are 0, as are those left out by `rows`, a choice among the answer's.
+    `answer` are the generated ids. Row i is about the token that follows the writer's token i; rows that predict
+    nothing of the answer (the prompt's, but for its last) are 0, as are those left out by `rows`, a choice among the
+    answer's.
     """
     ids = subject.prompt + answer
     first = len(subject.prompt) - 1
-    tokens = len(ids) - 1
-    flow = Flow(torch.zeros(tokens, subject.mixing.shape[1]), torch.zeros(tokens, tokens))
     with trace(subject.model, *every_attention(subject), grad=True) as t:
         logits = subject.logits(ids[:-1])
+    found = {}
     for i in range(len(answer)) if rows is None else rows:
         row = first + i
         of_token = relevancy_from(subject, weighted_patterns(subject, t, logits[row, ids[row + 1]]))
-        flow.sources[row], flow.decoder[row] = of_token.sources[row], of_token.decoder[row]
-    return flow
+        found[row] = torch.cat([of_token.sources[row], of_token.decoder[row]])  # (S + own)
+    table = torch.stack([found.get(row, torch.zeros_like(found[max(found)])) for row in range(len(ids) - 1)])
+    total = subject.mixing.shape[1]
+    return Flow(table[:, :total], table[:, total:])
 
 
 # ---------------------------------------------------------------------------------------------- heads
@@ -152,10 +187,10 @@ class HeadStatistics:
     name: str  # decoder.3.cross
     head: int
     entropy: float  # of a row of weights, as a share of that of a uniform row: 0 one key, 1 all alike
-    image: float  # weight on image patches
+    image: float  # weight on tokens of the image
     text: float  # weight on question, article or answer tokens
-    sink: float  # weight on tokens without content: class token, separators, the decoder's first
-    distance: float | None  # mean distance to the keys, in patches or tokens; None for cross-attention
+    sink: float  # weight on tokens without content: class token, separators, the writer's first
+    distance: float | None  # mean distance to the keys of the same kind, in patches or tokens; None for cross-attention
 
 
 def normalised_entropy(pattern: Tensor, visible: Tensor) -> Tensor:
@@ -167,10 +202,9 @@ def normalised_entropy(pattern: Tensor, visible: Tensor) -> Tensor:
 
 def _positions(source: Source | None, tokens: int) -> Tensor:
     """(tokens, 1 or 2): where each token stands, in tokens or in patches; NaN for one that stands nowhere."""
-    if source is None or source.grid is None:
+    if source is None or source.places is None:
         return torch.arange(tokens, dtype=torch.float32)[:, None]
-    rows, columns = source.grid
-    places = torch.cartesian_prod(torch.arange(rows), torch.arange(columns)).float()
+    places = torch.cartesian_prod(*map(torch.arange, source.places.grid)).float()
     return torch.cat([places.new_full((tokens - len(places), 2), math.nan), places])
 
 
@@ -189,37 +223,39 @@ def mean_distance(pattern: Tensor, source: Source | None) -> Tensor:
 
 def head_statistics(subject: Subject, t: Trace) -> list[HeadStatistics]:
     """Every head that `t` recorded, in the order of the model."""
-    by_tower = {source.tower: source for source in subject.sources}
     result = []
     for name in t.attentions():
-        tower, _, kind = name.split(".")
-        pattern = t.pattern(name)[0].cpu()  # (H, T, K)
+        pattern = t.pattern(name)[0].cpu()  # (H, queries, keys)
         visible = (t[f"{name}.scores"][0] > -math.inf).cpu()
         entropy = normalised_entropy(pattern, visible).mean(-1)
-        distance = None
-        if kind == "cross":
-            shares = (pattern @ subject.mixing).mean(1)  # (H, S)
-            image, text, sink = _masses(shares, subject.slices())
-        else:
-            source = by_tower.get(tower)
-            distance = mean_distance(pattern, source)
-            source = source or Source(tower, ("",) * pattern.shape[-1], sinks=(0,))
-            image, text, sink = _masses(pattern.mean(1), [(source, slice(0, len(source)))])
+        shares = subject.shares(name, pattern).mean(1)  # (H, S, or S + own)
+        image, text, sink = (shares @ kind for kind in _kinds(subject, shares.shape[1]))
+        distance = _distance(subject, name, pattern)
         for head in range(len(pattern)):
             values = (float(x[head]) for x in (entropy, image, text, sink))
             result.append(HeadStatistics(name, head, *values, None if distance is None else float(distance[head])))
     return result
 
 
-def _masses(shares: Tensor, slices: list[tuple[Source, slice]]) -> tuple[Tensor, Tensor, Tensor]:
-    """(H, S) -> image, text and sink mass, each (H,)."""
-    image, text, sink = (shares.new_zeros(len(shares)) for _ in range(3))
-    for source, where in slices:
-        part = shares[:, where]
-        of_sinks = part[:, list(source.sinks)].sum(-1)
-        sink = sink + of_sinks
-        if source.grid is not None:
-            image = image + part.sum(-1) - of_sinks
-        else:
-            text = text + part.sum(-1) - of_sinks
-    return image, text, sink
+def _kinds(subject: Subject, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
+    """1 for each of the source tokens, and then the writer's own, that is of an image, of a text, a sink."""
+    image, sink = torch.zeros(tokens), torch.zeros(tokens)
+    for source, where in subject.slices():
+        sink[[where.start + i for i in source.sinks]] = 1
+        image[where] = float(source.of_image)
+    sink[subject.mixing.shape[1] :][:1] = 1  # the writer's first token
+    return image * (1 - sink), (1 - image) * (1 - sink), sink
+
+
+def _distance(subject: Subject, name: str, pattern: Tensor) -> Tensor | None:
+    """(H,): `mean_distance` among the tokens of one kind; None for cross-attention."""
+    tower, _, kind = name.split(".")
+    if kind == "cross":
+        return None
+    if tower != subject.writer:
+        return mean_distance(pattern, next(source for source in subject.sources if source.name == tower))
+    if subject.prefix < pattern.shape[-1]:
+        own = slice(subject.prefix, None)
+        return mean_distance(pattern[:, own, own], None)
+    image, where = subject.image
+    return mean_distance(pattern[:, where, where], image)

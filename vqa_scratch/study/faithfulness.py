@@ -1,10 +1,10 @@
 """Do the maps say what the model uses? Remove what they point at and see.
 
-Deletion and insertion curves: Petsiuk, Das and Saenko 2018, "RISE" (1806.07421), section 3.3, by whole patches.
-Pointing: the share of a map inside the object a question is about. Head ablation: accuracy with one head silenced at a
-time (Michel, Levy and Neubig 2019, 1905.10650).
+Deletion and insertion curves: Petsiuk, Das and Saenko 2018, "RISE" (1806.07421), section 3.3, by the squares of whole
+tokens (`places.py`). Pointing: the share of a map inside the object a question is about. Head ablation: accuracy with
+one head silenced at a time (Michel, Levy and Neubig 2019, 1905.10650).
 
-Shapes: N patches, S source tokens, T decoder tokens; images (n, C, H, W).
+Shapes: N places, S source tokens, T rows of the answer; images (n, C, H, W).
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -14,32 +14,20 @@ import torch
 from torch import Tensor
 
 from vqa_scratch.nn.attention import MultiHeadAttention
-from vqa_scratch.study.analysis import Flow, cross_maps, relevancy, rollout
+from vqa_scratch.study.analysis import Flow, cross_maps, plain_map, relevancy, rollout
+from vqa_scratch.study.base import ImageSubject, Subject
 from vqa_scratch.study.names import matches
-from vqa_scratch.study.subject import Source, Subject, VQASubject
+from vqa_scratch.study.places import centred_in_box, share_in_box, token_of_pixel
 from vqa_scratch.study.trace import trace
 
 METHODS = ("cross", "rollout", "relevancy")
 
 
 def flows(subject: Subject, answer: list[int]) -> dict[str, Flow]:
-    """The three kinds of map for every decoder token of `prompt` + `answer`, by a teacher-forced pass."""
+    """The three kinds of map for every row of `prompt` + `answer`, by a teacher-forced pass."""
     with trace(subject.model) as t, torch.no_grad():
         subject.logits(subject.prompt + answer[:-1])
-    own = t.pattern("decoder.0.self")[0].mean(0).cpu()
-    return {
-        "cross": Flow(cross_maps(subject, t).mean((0, 1)), own),
-        "rollout": rollout(subject, t),
-        "relevancy": relevancy(subject, answer),
-    }
-
-
-def image_source(subject: Subject) -> tuple[Source, slice]:
-    """The source with patches, and where its patches sit among the source tokens."""
-    for source, where in subject.slices():
-        if source.grid is not None:
-            return source, slice(where.stop - source.grid[0] * source.grid[1], where.stop)
-    raise ValueError("there is no image here: nothing to delete, insert or point at")
+    return {"cross": plain_map(subject, t), "rollout": rollout(subject, t), "relevancy": relevancy(subject, answer)}
 
 
 def answer_rows(subject: Subject, answer: list[int]) -> list[int]:
@@ -50,8 +38,8 @@ def answer_rows(subject: Subject, answer: list[int]) -> list[int]:
 
 
 def patch_map(subject: Subject, flow: Flow, rows: Sequence[int]) -> Tensor:
-    """(N,): the map over patches, averaged over the given rows."""
-    return flow.sources[list(rows)][:, image_source(subject)[1]].mean(0)
+    """(N,): the map over the places of the image, averaged over the given rows."""
+    return flow.sources[list(rows)][:, subject.image[1]].mean(0)
 
 
 # ---------------------------------------------------------------------------------------------- deletion, insertion
@@ -59,9 +47,9 @@ def patch_map(subject: Subject, flow: Flow, rows: Sequence[int]) -> Tensor:
 
 @dataclass(frozen=True)
 class Curves:
-    """Probability of the answer while patches go (deletion, lower is better) or come (insertion, higher is better)."""
+    """Probability of the answer while tokens go (deletion, lower is better) or come (insertion, higher is better)."""
 
-    fractions: list[float]  # share of the patches touched, 0 to 1
+    fractions: list[float]  # share of the tokens touched, 0 to 1
     deletion: list[float]
     insertion: list[float]
 
@@ -72,40 +60,34 @@ class Curves:
 
 
 @torch.no_grad()
-def answer_probability(subject: VQASubject, images: Tensor, answer: list[int]) -> Tensor:
+def answer_probability(subject: ImageSubject, images: Tensor, answer: list[int]) -> Tensor:
     """(n,): probability of the whole answer for each of n images, the same question to each."""
-    ids = torch.tensor([subject.prompt + answer[:-1]], device=subject.device).expand(len(images), -1)
-    question = subject.input_ids.expand(len(images), -1)
-    logits = subject.model(images, question, subject.mask.expand(len(images), -1), ids).logits
-    wanted = torch.tensor(answer, device=subject.device)
-    logprobs = logits[:, len(subject.prompt) - 1 :].float().log_softmax(-1)
-    return logprobs[:, torch.arange(len(answer)), wanted].sum(-1).exp()
+    logits = subject.logits_of(images, subject.prompt + answer[:-1])[:, len(subject.prompt) - 1 :]
+    return subject.log_probabilities(logits)[:, torch.arange(len(answer)), answer].sum(-1).exp()
 
 
-def _with_patches(subject: VQASubject, keep: Tensor) -> Tensor:
-    """(n, C, H, W): the image where `keep` (n, N) says so, its mean colour elsewhere."""
+def _with_tokens(subject: ImageSubject, keep: Tensor) -> Tensor:
+    """(n, C, H, W): the image in the squares of the tokens that `keep` (n, N) names, its mean colour elsewhere."""
     image = subject.pixel_values
-    rows, columns = image_source(subject)[0].grid
-    pixels = subject.model.image.config.patch_size
-    mask = keep.view(-1, 1, rows, columns).repeat_interleave(pixels, 2).repeat_interleave(pixels, 3)
+    mask = keep[:, token_of_pixel(subject.image[0].places, tuple(image.shape[2:]))][:, None]  # (n, 1, H, W)
     return torch.where(mask.to(image.device), image, image.mean((2, 3), keepdim=True))
 
 
-def deletion_insertion(subject: VQASubject, answer: list[int], order: Tensor, steps: int = 16) -> Curves:
-    """Take the patches out, and put them in, in `order` (N,), most important first; `steps` points after the start."""
-    patches = len(order)
-    counts = [round(i * patches / steps) for i in range(steps + 1)]
+def deletion_insertion(subject: ImageSubject, answer: list[int], order: Tensor, steps: int = 16) -> Curves:
+    """Take the tokens' squares out, and put them in, in `order` (N,), most important first; in `steps` steps."""
+    tokens = len(order)
+    counts = [round(i * tokens / steps) for i in range(steps + 1)]
     rank = torch.empty_like(order)
-    rank[order] = torch.arange(patches)
+    rank[order] = torch.arange(tokens)
     touched = rank[None, :] < torch.tensor(counts)[:, None]  # (steps + 1, N)
-    images = _with_patches(subject, torch.cat([~touched, touched]))
+    images = _with_tokens(subject, torch.cat([~touched, touched]))
     probability = answer_probability(subject, images, answer).tolist()
-    return Curves([c / patches for c in counts], probability[: steps + 1], probability[steps + 1 :])
+    return Curves([c / tokens for c in counts], probability[: steps + 1], probability[steps + 1 :])
 
 
 @torch.no_grad()
 def faithfulness(
-    subjects: Iterable[VQASubject], *, steps: int = 16, random_orders: int = 3, seed: int = 0
+    subjects: Iterable[ImageSubject], *, steps: int = 16, random_orders: int = 3, seed: int = 0
 ) -> dict[str, Curves]:
     """Mean curves over questions for each method of METHODS and for random order, on the model's own answers."""
     generator = torch.Generator().manual_seed(seed)
@@ -118,8 +100,8 @@ def faithfulness(
             (name, patch_map(subject, flow, rows).argsort(descending=True))
             for name, flow in flows(subject, answer).items()
         ]
-        patches = len(orders[0][1])
-        orders += [("random", torch.randperm(patches, generator=generator)) for _ in range(random_orders)]
+        tokens = len(orders[0][1])
+        orders += [("random", torch.randperm(tokens, generator=generator)) for _ in range(random_orders)]
         for name, order in orders:
             curves = deletion_insertion(subject, answer, order, steps)
             fractions = curves.fractions
@@ -133,23 +115,13 @@ def faithfulness(
 # ---------------------------------------------------------------------------------------------- pointing
 
 
-def patches_of_box(box: Sequence[float], image_size: tuple[int, int], grid: tuple[int, int]) -> Tensor:
-    """(N,) bool: the patches that a box (left, top, right, bottom; in pixels of (height, width)) touches."""
-    left, top, right, bottom = box
-    rows, columns = grid
-    height, width = image_size[0] / rows, image_size[1] / columns
-    row, column = torch.arange(rows)[:, None], torch.arange(columns)[None, :]
-    inside = (row * height < bottom) & ((row + 1) * height > top)
-    return (inside & (column * width < right) & ((column + 1) * width > left)).flatten()
-
-
 @dataclass(frozen=True)
 class Pointing:
     """How much of a map lies on the object asked about, over `questions` questions."""
 
-    mass: float  # mean share of the map inside the object's patches
-    area: float  # mean share of the patches that are the object's
-    hit: float  # how often the map's largest patch is the object's
+    mass: float  # mean share of the map inside the object's box, each token spread evenly over its square
+    area: float  # mean share of the pixels that are in the box
+    hit: float  # how often the largest token of the map is centred in the box
     questions: int
 
     @property
@@ -158,16 +130,19 @@ class Pointing:
         return self.mass / self.area
 
 
-def pointing(examples: Iterable[tuple[VQASubject, Tensor]]) -> dict[str, Pointing]:
-    """For each method, over (subject, its object's patches (N,) bool), on the model's own answers.
+def pointing(examples: Iterable[tuple[ImageSubject, Sequence[float]]]) -> dict[str, Pointing]:
+    """For each method, over (subject, its object's box in pixels of the image), on the model's own answers.
 
     Besides METHODS there is each layer's cross-attention ("cross layer 2"), and "best head, layer 2 head 0", the head
     of all layers that points best over these questions. Raises ValueError without an example.
     """
     found: dict[str, list[tuple[float, float, float]]] = {}
-    for subject, inside in examples:
-        answer = subject.generate()
-        rows, where = answer_rows(subject, answer), image_source(subject)[1]
+    for subject, box in examples:
+        answer, (image, where) = subject.generate(), subject.image
+        rows, size = answer_rows(subject, answer), tuple(subject.pixel_values.shape[2:])
+        inside, centred = share_in_box(image.places, size, box), centred_in_box(image.places, box)
+        left, top, right, bottom = box
+        area = (right - left) * (bottom - top) / (size[0] * size[1])
         with trace(subject.model) as t, torch.no_grad():
             subject.logits(subject.prompt + answer[:-1])
         cross = cross_maps(subject, t)[:, :, rows][..., where].mean(2)  # (layers, H, N)
@@ -179,16 +154,15 @@ def pointing(examples: Iterable[tuple[VQASubject, Tensor]]) -> dict[str, Pointin
         maps |= {f"cross layer {i}": layer.mean(0) for i, layer in enumerate(cross)}
         maps |= {f"layer {i} head {h}": head for i, layer in enumerate(cross) for h, head in enumerate(layer)}
         for name, values in maps.items():
-            mass = float(values[inside].sum() / values.sum().clamp(min=1e-12))
-            hit = float(inside[values.argmax()])
-            found.setdefault(name, []).append((mass, float(inside.float().mean()), hit))
+            mass = float((values * inside).sum() / values.sum().clamp(min=1e-12))
+            found.setdefault(name, []).append((mass, area, float(centred[values.argmax()])))
     if not found:
         raise ValueError("no question that names one object")
     result = {}
     for name, values in found.items():
         mass, area, hit = torch.tensor(values).mean(0).tolist()
         result[name] = Pointing(mass, area, hit, len(values))
-    heads = {name for name in result if name.startswith("layer ")}
+    heads = [name for name in result if name.startswith("layer ")]
     best = max(heads, key=lambda name: result[name].mass)
     return {name: p for name, p in result.items() if name not in heads} | {f"best head, {best}": result[best]}
 

@@ -1,10 +1,10 @@
-"""Read the decoder's states before they are finished: logit lens by layer, and what each head adds to a logit.
+"""Read the writer's states before they are finished: logit lens by layer, and what each head adds to a logit.
 
 Logit lens: nostalgebraist 2020, "interpreting GPT: the logit lens". By head: the direct logit attribution of Elhage et
 al. 2021, "A Mathematical Framework for Transformer Circuits": the last norm is frozen at the scale it had, which makes
 the way from each addend of the residual stream to the logit linear, so the parts sum to the logit exactly.
 
-Shapes: L layers, H heads, T decoder tokens, D width, V vocabulary.
+Shapes: L layers, H heads, T rows of the answer, D width, V vocabulary.
 """
 
 from collections.abc import Callable
@@ -13,23 +13,26 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from vqa_scratch.study.subject import Subject
+from vqa_scratch.study.base import Subject
 from vqa_scratch.study.trace import Trace
 
-LENS_TAPS = ("decoder.*.resid_pre", "decoder.*.resid_post")
-ATTRIBUTION_TAPS = ("decoder.*.self.z", "decoder.*.cross.z", "decoder.*.mlp.out", *LENS_TAPS)
+
+def lens_taps(subject: Subject) -> list[str]:
+    """What a trace must hold for both: the states between the writer's blocks, and what its parts add to them."""
+    heads = dict.fromkeys((*subject.self_attentions, *subject.reading))
+    states = ("mlp.out", "resid_pre", "resid_post")
+    return [*(f"{name}.z" for name in heads), *(f"{subject.writer}.*.{tap}" for tap in states)]
 
 
 @torch.no_grad()
 def logit_lens(subject: Subject, t: Trace) -> Tensor:
-    """(L + 1, T, V): log-probabilities if the decoder stopped before its first layer, after it, ..., after the last.
+    """(L + 1, T, V): log-probabilities if the writer stopped before its first layer, after it, ..., after the last.
 
-    `t` must hold LENS_TAPS.
+    `t` must hold `lens_taps`.
     """
-    layers = range(subject.layers("decoder"))
-    states = [t["decoder.0.resid_pre"], *(t[f"decoder.{i}.resid_post"] for i in layers)]
-    normed = subject.decoder.norm(torch.cat(states).float())  # (L + 1, T, D)
-    return (normed @ subject.head.float().T).log_softmax(-1)
+    states = [t[f"{subject.writer}.0.resid_pre"]]
+    states += [t[f"{subject.writer}.{i}.resid_post"] for i in range(subject.layers)]
+    return subject.log_probabilities(subject.readout(torch.cat([subject.rows(x) for x in states]).float()))
 
 
 def frozen_norm(norm: nn.Module, x: Tensor) -> Callable[[Tensor], Tensor]:
@@ -48,42 +51,37 @@ def frozen_norm(norm: nn.Module, x: Tensor) -> Callable[[Tensor], Tensor]:
 class Attribution:
     """What each addend gives to one token's logit above the mean logit of the vocabulary; their sum is that logit."""
 
-    self_heads: Tensor  # (L, H)
-    cross_heads: Tensor  # (L, H)
+    heads: dict[str, Tensor]  # "self", "cross" where there is one: (L, H)
     mlps: Tensor  # (L,)
     embedding: float
     biases: float  # of all output projections and of the last norm
 
     @property
     def total(self) -> float:
-        return float(self.self_heads.sum() + self.cross_heads.sum() + self.mlps.sum() + self.embedding + self.biases)
+        return float(sum(x.sum() for x in self.heads.values()) + self.mlps.sum() + self.embedding + self.biases)
 
 
 @torch.no_grad()
 def logit_attribution(subject: Subject, t: Trace, row: int, token: int) -> Attribution:
-    """The parts of `token`'s logit at decoder token `row`. `t` must hold ATTRIBUTION_TAPS."""
-    layers = subject.layers("decoder")
-    norm = subject.decoder.norm
-    linear = frozen_norm(norm, t[f"decoder.{layers - 1}.resid_post"][0, row].float())
+    """The parts of `token`'s logit at row `row` of the answer. `t` must hold `lens_taps`, and the subject a `head`."""
+    writer, norm, row = subject.writer, subject.decoder.norm, subject.prefix + row
+    linear = frozen_norm(norm, t[f"{writer}.{subject.layers - 1}.resid_post"][0, row].float())
     direction = subject.head.float()[token] - subject.head.float().mean(0)  # (D,)
 
     def logit(part: Tensor) -> Tensor:
         return linear(part.float()) @ direction
 
-    heads = {"self": [], "cross": []}
+    heads: dict[str, list[Tensor]] = {}
     biases = torch.zeros((), device=direction.device)
-    for layer in range(layers):
-        for kind, found in heads.items():
-            name = f"decoder.{layer}.{kind}"
-            found.append(logit(t[f"{name}.head_out"][0, :, row]))  # (H,)
-            bias = t.modules[name].out.bias
-            biases = biases if bias is None else biases + logit(bias)
+    for name in dict.fromkeys((*subject.self_attentions, *subject.reading)):
+        heads.setdefault(name.rpartition(".")[2], []).append(logit(t[f"{name}.head_out"][0, :, row]))  # (H,)
+        bias = t.modules[name].out.bias
+        biases = biases if bias is None else biases + logit(bias)
     if getattr(norm, "bias", None) is not None:
         biases = biases + norm.bias @ direction
     return Attribution(
-        self_heads=torch.stack(heads["self"]).cpu(),
-        cross_heads=torch.stack(heads["cross"]).cpu(),
-        mlps=torch.stack([logit(t[f"decoder.{i}.mlp.out"][0, row]) for i in range(layers)]).cpu(),
-        embedding=float(logit(t["decoder.0.resid_pre"][0, row])),
+        heads={kind: torch.stack(values).cpu() for kind, values in heads.items()},
+        mlps=torch.stack([logit(t[f"{writer}.{i}.mlp.out"][0, row]) for i in range(subject.layers)]).cpu(),
+        embedding=float(logit(t[f"{writer}.0.resid_pre"][0, row])),
         biases=float(biases),
     )

@@ -1,11 +1,15 @@
 """Maps laid over images, as pictures.
 
-Shapes: N patches, of `grid` = (rows, columns).
+Shapes: N places in raster order.
 """
 
 import numpy as np
+import torch
 from PIL import Image
 from torch import Tensor
+
+from vqa_scratch.nn.states import Places
+from vqa_scratch.study.places import index_at
 
 # Weight as a share of the largest -> red, green, blue, opacity; straight lines between. The report draws the same.
 RAMP = (
@@ -22,22 +26,24 @@ def ramp(shares: np.ndarray) -> np.ndarray:
     return np.stack([np.interp(shares, stops, [color[i] for _, color in RAMP]) for i in range(4)], -1)
 
 
-def overlay(image: Image.Image, patches: Tensor, grid: tuple[int, int], size: int = 448) -> Image.Image:
-    """The image with a map (N,) over it; the longer side is `size` pixels.
+def overlay(image: Image.Image, values: Tensor, places: Places, size: int = 448) -> Image.Image:
+    """The image with a map (N,) over it, each token in the square around its centre; the longer side is `size` pixels.
 
-    The largest patch has full colour, or three times the mean if that is more, so that an even map looks even. Small
-    images grow pixel by pixel, and patches keep hard edges: nothing is shown that the model does not have.
+    The largest token has full colour, or three times the mean if that is more, so that an even map looks even. Small
+    images grow pixel by pixel, and squares keep hard edges: nothing is shown that the model does not have.
     """
     scale = size / max(image.size)
     sides = tuple(max(1, round(side * scale)) for side in image.size)
     method = Image.NEAREST if scale > 2 else Image.LANCZOS
     picture = np.asarray(image.convert("RGB").resize(sides, method), dtype=np.float64)
-    shares = patches.detach().float().cpu().numpy().reshape(grid)
+    shares = values.detach().float().cpu().numpy().reshape(places.grid)
     shares = shares / max(float(shares.max()), 3 * float(shares.mean()), 1e-12)
-    colors = ramp(shares)
-    rows = np.arange(sides[1]) * grid[0] // sides[1]
-    columns = np.arange(sides[0]) * grid[1] // sides[0]
-    colors = colors[rows][:, columns]  # (height, width, 4)
+    colors = np.pad(ramp(shares), ((1, 1), (1, 1), (0, 0)))  # no colour where no square reaches
+    rows, columns = (
+        index_at(places, axis, (torch.arange(side) + 0.5) * (image.size[1 - axis] / side)).clamp(-1, places.grid[axis])
+        for axis, side in enumerate(reversed(sides))
+    )
+    colors = colors[rows + 1][:, columns + 1]  # (height, width, 4)
     opacity = colors[..., 3:]
     return Image.fromarray((picture * (1 - opacity) + colors[..., :3] * opacity).round().astype(np.uint8))
 

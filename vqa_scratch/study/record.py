@@ -1,6 +1,6 @@
 """Everything there is to know about one answer, measured once: what the report, the files and the summary show.
 
-Shapes: L layers, H heads, T decoder tokens, S source tokens, V vocabulary.
+Shapes: L layers, H heads, T rows of the answer, S source tokens, V vocabulary.
 """
 
 from dataclasses import asdict, dataclass
@@ -14,15 +14,15 @@ from vqa_scratch.nn.attention import MultiHeadAttention
 from vqa_scratch.study.analysis import (
     Flow,
     HeadStatistics,
-    cross_maps,
     every_attention,
     head_statistics,
+    plain_map,
     relevancy,
     rollout,
 )
 from vqa_scratch.study.certificate import Certificate
-from vqa_scratch.study.inputs import Opened, token_label
-from vqa_scratch.study.lens import ATTRIBUTION_TAPS, Attribution, logit_attribution, logit_lens
+from vqa_scratch.study.lens import Attribution, lens_taps, logit_attribution, logit_lens
+from vqa_scratch.study.opened import Opened
 from vqa_scratch.study.trace import Trace, trace
 
 TOP = 5  # tokens shown at each layer of the lens
@@ -30,7 +30,7 @@ TOP = 5  # tokens shown at each layer of the lens
 
 @dataclass(frozen=True)
 class AnswerToken:
-    """One generated token. `row` is the decoder token that wrote it."""
+    """One token of the answer. `row` is the row of a map that is about it."""
 
     id: int
     label: str
@@ -46,11 +46,11 @@ class Study:
     trace: Trace  # of the cached generation
     answer: str
     tokens: tuple[AnswerToken, ...]
-    read: tuple[str, ...]  # labels of the T tokens that the decoder read: prompt, then answer but for its last
+    read: tuple[str, ...]  # labels of the T tokens that have a row: prompt, then answer but for its last
     flows: dict[str, Flow]  # cross, rollout, relevancy
     heads: list[HeadStatistics]
     lens: list[list[list[tuple[str, float]]]]  # [L + 1][answer token][TOP] of (label, probability)
-    attributions: list[Attribution]  # one an answer token
+    attributions: list[Attribution]  # one an answer token; none where no linear head reads the states
     certificate: Certificate
 
     @property
@@ -60,39 +60,37 @@ class Study:
 
 
 def take_apart(opened: Opened) -> Study:
-    """Answer, through the cache, and measure. Raises UserError on a model without cross-attention maps."""
-    subject, tokenizer = opened.subject, opened.tokenizer
-    with trace(subject.model, *every_attention(subject), *ATTRIBUTION_TAPS) as t:
+    """Answer, through the cache where there is one, and measure."""
+    subject, label = opened.subject, opened.label
+    with trace(subject.model, *every_attention(subject), *lens_taps(subject)) as t:
         ids = subject.generate()
     first = len(subject.prompt) - 1
     rows = [first + i for i in range(len(ids))]
     lens = logit_lens(subject, t)  # (L + 1, T, V)
     probabilities = lens[-1, rows, ids].exp().tolist()
     tokens = tuple(
-        AnswerToken(index, token_label(tokenizer, index), p, row)
-        for index, p, row in zip(ids, probabilities, rows, strict=True)
+        AnswerToken(index, label(index), p, row) for index, p, row in zip(ids, probabilities, rows, strict=True)
     )
-    best = lens[:, rows].topk(TOP)
+    best = lens[:, rows].topk(min(TOP, lens.shape[-1]))
     return Study(
         opened=opened,
         trace=t,
-        answer=tokenizer.decode(ids).strip(),
+        answer=opened.decode(ids),
         tokens=tokens,
-        read=tuple(token_label(tokenizer, index) for index in (subject.prompt + ids)[:-1]),
+        read=(*opened.prompt, *map(label, ids[:-1])),
         flows={
-            "cross": Flow(cross_maps(subject, t).mean((0, 1)), t.pattern("decoder.0.self")[0].mean(0).cpu()),
+            "cross": plain_map(subject, t),
             "rollout": rollout(subject, t),
             "relevancy": relevancy(subject, ids),
         },
         heads=head_statistics(subject, t),
         lens=[
-            [
-                [(token_label(tokenizer, i), p) for i, p in zip(ids, ps, strict=True)]
-                for ids, ps in zip(layer_ids, layer_ps, strict=True)
-            ]
+            [[(label(i), p) for i, p in zip(ids, ps, strict=True)] for ids, ps in zip(layer_ids, layer_ps, strict=True)]
             for layer_ids, layer_ps in zip(best.indices.tolist(), best.values.exp().tolist(), strict=True)
         ],
-        attributions=[logit_attribution(subject, t, token.row, token.id) for token in tokens],
+        attributions=[
+            logit_attribution(subject, t, token.row, token.id) for token in tokens if subject.head is not None
+        ],
         certificate=t.certificate(),
     )
 
@@ -124,14 +122,14 @@ def trace_file(study: Study) -> bytes:
         metadata[f"{name}.scale"] = repr(float(module.scale))
         for label in ("q", "k", "v", "z"):
             tensors[f"{name}.{label}"] = _plain(t[f"{name}.{label}"])
-        tensors[f"{name}.mask"] = _plain(_rows_of_mask(t, name))
+        tensors[f"{name}.mask"] = _plain(rows_of_mask(t, name))
         tensors[f"{name}.lse"] = _plain(t.lse(name))
     for source, flow in study.flows.items():
         tensors[f"{source}.sources"], tensors[f"{source}.decoder"] = _plain(flow.sources), _plain(flow.decoder)
     return save(tensors, metadata)
 
 
-def _rows_of_mask(t: Trace, name: str) -> Tensor:
+def rows_of_mask(t: Trace, name: str) -> Tensor:
     """The additive mask of every step, (1, 1 or H, T, K): keys that a step had not reached yet are -inf."""
     masks = t.calls(f"{name}.mask")
     width = masks[-1].shape[-1]

@@ -122,25 +122,34 @@
     return h("canvas", { width, height, ...attributes });
   }
 
-  /** Cells of a canvas by share of `top`, `columns` a row, from (left, upper). */
-  function cells(context, values, columns, size, stops, top, left = 0, upper = 0) {
+  /** Where token `i` is drawn: [left, upper, width, height] of its square, clipped at the image, `scale` times as large. */
+  function square({ grid, first, stride }, size, i, scale) {
+    const [left, right, upper, lower] = [[i % grid[1], size[0]], [Math.floor(i / grid[1]), size[1]]].flatMap(([at, length]) =>
+      [-0.5, 0.5].map((side) => Math.round(Math.max(0, Math.min(length, first + (at + side) * stride)) * scale)));
+    return [left, upper, right - left, lower - upper];
+  }
+
+  /** The tokens of an image on a canvas, each in its square, by share of `top`. */
+  function squares(context, values, source, size, scale, stops, top) {
     values.forEach((value, i) => {
       context.fillStyle = css(color(stops, value / (top || 1)));
-      context.fillRect(left + (i % columns) * size, upper + Math.floor(i / columns) * size, size, size);
+      context.fillRect(...square(source, size, i, scale));
     });
   }
 
   const METHODS = {
-    relevancy: "Relevancy: attention weighted by what it did for this token's logit (Chefer et al. 2021), carried from the decoder back through both towers.",
+    relevancy: "Relevancy: attention weighted by what it did for this token's logit (Chefer et al. 2021), carried from the answer back through the encoders.",
     rollout: "Rollout: attention multiplied through all layers, half of every state being its residual (Abnar and Zuidema 2020). Says where information could come from.",
-    mean: "Mean: plain cross-attention, averaged over all layers and heads. What the decoder looked at, whether it used it or not.",
-    layer: "Layer: cross-attention of one layer, averaged over its heads.",
+    mean: "Mean: plain weights, averaged over all layers and heads. What was looked at, whether it was used or not.",
+    layer: "Layer: the weights of one layer, averaged over its heads.",
     head: "Head: the weights of a single head, exactly as they ran.",
   };
-  const KINDS = { cross: "Cross-attention", image: "Inside the image", text: "Inside the question", encoder: "Inside the article", decoder: "Inside the answer" };
+  const KINDS = { image: "Inside the image", text: "Inside the question", encoder: "Inside the article", decoder: "Inside the answer", stream: "Inside the stream" };
+  // The attention that reads the image and the words, by the way in which the model does it.
+  const WAYS = { cross: "Cross-attention", prefix: "Self-attention to the prefix", stream: "Self-attention of the first token" };
 
   // What is shown; shared by both studies of a comparison.
-  const state = { mode: "relevancy", kind: "cross", layer: 0, head: 0, token: 0, place: { image: 0, text: 0, encoder: 0 }, opacity: 0.9, all: false, detail: 0 };
+  const state = { mode: "relevancy", kind: "cross", layer: 0, head: 0, token: 0, place: { image: 0, text: 0, encoder: 0, stream: 0 }, opacity: 0.9, all: false, detail: 0 };
   const studies = [];
   const refresh = () => studies.forEach((study) => study.draw());
   function set(changes) { Object.assign(state, changes); refresh(); }
@@ -162,6 +171,8 @@
       let start = 0;
       for (const source of data.sources) { this.slices.push({ ...source, start, stop: start + source.labels.length }); start += source.labels.length; }
       this.picture = this.slices.find((s) => s.grid) || null;
+      // How many tokens of the picture stand before its patches: class token, registers.
+      this.before = this.picture ? this.picture.labels.length - this.picture.grid[0] * this.picture.grid[1] : 0;
       this.element = h("div", { class: "study" });
       this.build();
     }
@@ -193,24 +204,39 @@
     /** Shares of the tokens of every source (and of the answer so far) for what is chosen. */
     shares(kind = this.kind, mode = state.mode, layer = this.layer, head = this.head) {
       const total = this.slices.at(-1).stop;
-      if (kind === "cross" && (mode === "relevancy" || mode === "rollout")) {
-        const flow = this.flows[mode];
-        return { sources: row(flow.sources, this.row), own: row(flow.decoder, this.row) };
+      const flow = this.flows[mode === "mean" ? "cross" : mode];
+      if (kind === "cross" && flow) {
+        const sources = Float32Array.from(row(flow.sources, this.row));
+        if (mode === "relevancy" && this.data.way === "stream") sources[0] -= 1; // the rules start from the identity
+        return { sources, own: row(flow.decoder, this.row) };
       }
       const values = this.weights(kind, mode, layer, head);
       if (kind === "decoder") return { sources: new Float32Array(total), own: values };
-      const sources = new Float32Array(total);
-      if (kind !== "cross") sources.set(values, this.slices.find((s) => s.tower === kind).start);
-      else if (this.mixing) values.forEach((w, k) => row(this.mixing, k).forEach((m, s) => { sources[s] += w * m; }));
-      else sources.set(values);
-      return { sources, own: new Float32Array(0) };
+      const sources = new Float32Array(total), { keys } = this.data;
+      if (kind === "stream") sources.set(values);
+      else if (kind !== "cross") sources.set(values, this.slices.find((s) => s.tower === kind).start);
+      else if (this.mixing) range(this.mixing.shape[0]).forEach((k) => row(this.mixing, k).forEach((m, s) => { sources[s] += values[k] * m; }));
+      else keys.forEach((s, k) => { sources[s] += values[k]; });
+      return { sources, own: kind === "cross" && keys ? values.subarray(keys.length) : new Float32Array(0) };
+    }
+
+    /** Which patch is asked inside the image or the stream; below 0 for none. */
+    get asked() {
+      if (this.kind !== "image" && this.kind !== "stream") return -1;
+      const from = this.kind === "stream" ? this.picture.start : 0;
+      return clamp(state.place[this.kind], from + this.picture.labels.length) - from - this.before;
+    }
+
+    ask(patch) {
+      if (this.kind !== "image" && this.kind !== "stream") return;
+      const from = this.kind === "stream" ? this.picture.start : 0;
+      set({ place: { ...state.place, [this.kind]: from + this.before + patch } });
     }
 
     of(source, shares) { return shares.sources.subarray(source.start, source.stop); }
 
     patches(shares) {
-      const [rows, columns] = this.picture.grid;
-      return this.of(this.picture, shares).subarray(this.picture.labels.length - rows * columns);
+      return this.of(this.picture, shares).subarray(this.before);
     }
 
     /** The share that gets full colour: the largest among tokens with content of their own, 3 times the mean at least. */
@@ -225,10 +251,10 @@
     masses(shares) {
       const groups = { image: 0, text: 0, sink: 0, own: 0 };
       for (const source of this.slices) {
-        this.of(source, shares).forEach((v, i) => { groups[source.sinks.includes(i) ? "sink" : source.grid ? "image" : "text"] += v; });
+        this.of(source, shares).forEach((v, i) => { groups[source.sinks.includes(i) ? "sink" : source.image ? "image" : "text"] += v; });
       }
       groups.own = sum(shares.own);
-      if (state.mode === "relevancy" && this.kind === "cross") groups.own = Math.max(0, groups.own - 1); // the rules start from the identity
+      if (state.mode === "relevancy" && this.kind === "cross") groups.own = Math.max(0, groups.own - 1); // as in shares()
       const total = sum(Object.values(groups)) || 1;
       for (const name of Object.keys(groups)) groups[name] /= total;
       return groups;
@@ -248,11 +274,11 @@
       const { data } = this;
       const left = h("div");
       if (this.picture) {
-        const [rows, columns] = this.picture.grid;
-        this.map = canvas(columns * 16, rows * 16, { tabindex: 0, role: "img" });
+        this.zoom = Math.max(1, Math.round(512 / Math.max(...data.size)));
+        this.map = canvas(data.size[0] * this.zoom, data.size[1] * this.zoom, { tabindex: 0, role: "img" });
         this.map.addEventListener("pointermove", (e) => this.point(e));
         this.map.addEventListener("pointerleave", () => { this.note.textContent = ""; });
-        this.map.addEventListener("click", (e) => { this.point(e); if (this.kind === "image") set({ place: { ...state.place, image: this.pointed + 1 } }); });
+        this.map.addEventListener("click", (e) => { this.point(e); this.ask(this.pointed); });
         this.map.addEventListener("keydown", (e) => this.walk(e));
         this.image = h("img", { src: data.image, alt: "", class: data.pixelated ? "pixels" : null, onload: () => this.drawGrid() });
         left.append(h("div", { class: "picture" }, this.image, this.map));
@@ -265,16 +291,19 @@
         left.append(this.note);
       }
       const right = h("div");
-      this.words = this.slices.filter((s) => !s.grid).map((source) => {
+      this.words = this.slices.filter((s) => !s.image).map((source) => {
         const long = source.labels.length > 40;
         const words = source.labels.map((label, i) => h("button", {
           type: "button", class: `word${source.sinks.includes(i) ? " sink" : ""}`,
-          onclick: () => { if (this.kind === source.tower) set({ place: { ...state.place, [source.tower]: i } }); },
+          onclick: () => {
+            if (this.kind === source.tower) set({ place: { ...state.place, [source.tower]: i } });
+            if (this.kind === "stream") set({ place: { ...state.place, stream: source.start + i } });
+          },
         }, label.trim() || label));
         source.labels.forEach((label, i) => words[i].classList.toggle("starts", label.startsWith(" ")));
         const box = h("div", { class: `words${long ? " flowing" : ""}` }, words);
         roving(box, words);
-        right.append(h("div", { class: "block" }, h("h3", {}, source.tower === "text" ? "Question, as the text tower reads it" : "Text, as the encoder reads it"), box));
+        right.append(h("div", { class: "block" }, h("h3", {}, source.tower === "text" ? "Question, as the model reads it" : "Text, as the encoder reads it"), box));
         return { source, words };
       });
       this.answerButtons = data.tokens.map((token, i) => {
@@ -313,7 +342,7 @@
     }
 
     buildHeads() {
-      this.kinds = choice("which attention", Object.keys(this.attentions).map((kind) => [kind, KINDS[kind]]), (kind) => set({ kind, mode: kind === "cross" ? state.mode : state.mode === "head" ? "head" : "mean" }));
+      this.kinds = choice("which attention", Object.keys(this.attentions).map((kind) => [kind, this.name(kind)]), (kind) => set({ kind, mode: kind === "cross" ? state.mode : state.mode === "head" ? "head" : "mean" }));
       this.gridBox = h("div", { class: "scroll" });
       this.gridLead = h("p", { class: "lead" });
       this.statistics = h("details", {}, h("summary", {}, "All heads in numbers"), h("div", { class: "scroll" }, this.table()));
@@ -329,7 +358,7 @@
     buildLens() {
       this.lensBox = h("div", { class: "split" });
       return h("section", { "aria-label": "lenses" }, h("h2", {}, "How the answer grows"),
-        h("p", { class: "lead" }, "Left: what the decoder would say if it stopped after a layer (logit lens). Right: what each head adds to the token's logit, above the mean logit of the vocabulary; the parts sum to the logit exactly."), this.lensBox);
+        h("p", { class: "lead" }, "Left: what the model would say if it stopped after a layer (logit lens). Right: what each head adds to the token's logit, above the mean logit of the vocabulary; the parts sum to the logit exactly."), this.lensBox);
     }
 
     buildCertificate() {
@@ -372,17 +401,17 @@
     }
 
     drawPicture(shares) {
-      const [rows, columns] = this.picture.grid, context = this.map.getContext("2d"), cell = 16;
+      const context = this.map.getContext("2d"), { size } = this.data;
       const values = this.patches(shares), top = this.top(this.picture, shares) / this.presence(values, shares), sumAll = sum(shares.sources);
       context.clearRect(0, 0, this.map.width, this.map.height);
       this.map.style.opacity = 1;
       context.globalAlpha = state.opacity / 0.9 > 1 ? 1 : state.opacity / 0.9;
-      if (sumAll > 1e-9 && sum(values) > 1e-9) cells(context, values, columns, cell, OVER_IMAGE, top);
+      if (sumAll > 1e-9 && sum(values) > 1e-9) squares(context, values, this.picture, size, this.zoom, OVER_IMAGE, top);
       context.globalAlpha = 1;
-      if (this.kind === "image" && state.place.image > 0) {
-        const at = clamp(state.place.image - 1, rows * columns);
-        context.strokeStyle = "#1d1d1b"; context.lineWidth = 2;
-        context.strokeRect((at % columns) * cell + 1, Math.floor(at / columns) * cell + 1, cell - 2, cell - 2);
+      if (this.asked >= 0) {
+        const [left, upper, width, height] = square(this.picture, size, this.asked, this.zoom), line = Math.max(2, this.zoom);
+        context.strokeStyle = "#1d1d1b"; context.lineWidth = line;
+        context.strokeRect(left + line / 2, upper + line / 2, width - line, height - line);
       }
       const bar = this.scale.getContext("2d");
       range(64).forEach((i) => { bar.fillStyle = css(color(ON_LIGHT, i / 63)); bar.fillRect(i, 0, 1, 1); });
@@ -398,7 +427,8 @@
           shade(word, sum(values) > 1e-9 ? values[i] / top : 0);
           if (values[i] / top < 0.02) word.style.color = "";
           word.title = `${percent(values[i])}`;
-          word.classList.toggle("query", this.kind === source.tower && i === clamp(state.place[source.tower], words.length));
+          const asked = this.kind === "stream" ? state.place.stream - source.start : clamp(state.place[source.tower] || 0, words.length);
+          word.classList.toggle("query", (this.kind === source.tower || this.kind === "stream") && i === asked);
         });
         tabTo(words, clamp(state.place[source.tower] || 0, words.length));
       }
@@ -422,12 +452,13 @@
       this.layerPicker.value = this.layer;
       this.headPicker.value = this.head;
       let text = METHODS[state.mode];
-      if (this.kind !== "cross") text = `${KINDS[this.kind]}: ${state.mode === "head" ? "one head" : state.mode === "layer" ? "one layer, averaged over heads" : "averaged over layers and heads"}. ${this.whose()}`;
-      else if (this.mixing && state.mode !== "relevancy" && state.mode !== "rollout") text += " This run’s decoder reads one averaged key, so its cross-attention is the same everywhere by construction.";
+      if (this.kind !== "cross") text = `${this.name(this.kind)}: ${state.mode === "head" ? "one head" : state.mode === "layer" ? "one layer, averaged over heads" : "averaged over layers and heads"}. ${this.whose()}`;
+      else if (this.data.way === "stream" && state.mode === "mean") text += " Here it is the words of the question that look, on average.";
+      else if (!this.data.keys && state.mode !== "relevancy" && state.mode !== "rollout") text += " This run’s decoder reads one averaged key, so its cross-attention is the same everywhere by construction.";
       this.explain.textContent = text;
       const masses = this.masses(shares);
       const names = { image: "image", text: this.picture ? "question" : "article", sink: "sinks (class token, separators)", own: "the decoder’s own tokens" };
-      const seen = Object.keys(names).filter((name) => masses[name] > 0.0005 || (name === "text") || (name === "image" && this.picture));
+      const seen = Object.keys(names).filter((name) => masses[name] > 0.0005 || (name === "text" && this.words.length) || (name === "image" && this.picture));
       this.bar.replaceChildren(...seen.map((name) => { const i = h("i"); i.style.cssText = `width:${100 * masses[name]}%;background:var(--${name})`; return i; }));
       this.barKeys.replaceChildren(...seen.map((name) => { const dot = h("i"); dot.style.background = `var(--${name})`; return h("span", {}, dot, `${names[name]} ${percent(masses[name])}`); }));
       this.live.textContent = this.inWords(shares);
@@ -446,17 +477,24 @@
         const best = range(values.length).sort((a, b) => values[b] - values[a]).slice(0, 3);
         parts.push("strongest words " + best.map((i) => `${source.labels[i].trim()} (${percent(values[i] / total)})`).join(", "));
       }
-      const what = this.kind === "cross" ? `${state.mode} for token ${this.data.tokens[this.token].label.trim()}` : KINDS[this.kind];
+      const what = this.kind === "cross" ? `${state.mode} for token ${this.data.tokens[this.token].label.trim()}` : this.name(this.kind);
       const which = state.mode === "head" ? `, layer ${this.layer} head ${this.head}` : state.mode === "layer" ? `, layer ${this.layer}` : "";
       return `${what}${which}: ${parts.join("; ")}`;
     }
 
+    /** What a kind of attention is called. */
+    name(kind) { return kind === "cross" ? WAYS[this.data.way] : KINDS[kind]; }
+
     whose() {
       const reduced = this.attentions[this.kind].rows;
       if (this.kind === "decoder") return "Read by the chosen token, from the tokens before it.";
+      if (this.kind === "stream") {
+        if (reduced) return state.place.stream === 0 ? "Read by the first token; choose a word or a patch for the mean over all tokens." : "Mean over all tokens; single ones are in trace.safetensors.";
+        return this.asked >= 0 ? `Read by patch ${this.picture.labels[this.before + this.asked].slice(6)} (row, column). Choose a word or another patch.` : "Read by the outlined word. Choose another, or a patch.";
+      }
       if (this.kind === "image") {
         if (reduced) return state.place.image === 0 ? "Read by the class token; click any patch for the mean over all patches." : "Mean over all patches; single patches are in trace.safetensors.";
-        return state.place.image === 0 ? "Read by the class token. Click a patch to ask it instead." : `Read by patch ${this.picture.labels[clamp(state.place.image, this.picture.labels.length)].slice(6)} (row, column). Escape goes back to the class token.`;
+        return this.asked < 0 ? "Read by the class token. Click a patch to ask it instead." : `Read by patch ${this.picture.labels[this.before + this.asked].slice(6)} (row, column). Escape goes back to the class token.`;
       }
       if (reduced) return state.place[this.kind] === 0 ? "Read by the first token; choose another word for the mean over all." : "Mean over all tokens; single ones are in trace.safetensors.";
       return "Read by the outlined word; choose another.";
@@ -468,7 +506,7 @@
       if (this.gridOf !== signature) {
         this.gridOf = signature;
         this.thumbs = [];
-        const grid = h("div", { class: "grid", role: "group", "aria-label": `${KINDS[kind]}: layers by heads` });
+        const grid = h("div", { class: "grid", role: "group", "aria-label": `${this.name(kind)}: layers by heads` });
         const size = this.thumbSize(kind), wide = Math.max(44, Math.min(size.wide, Math.floor((this.compared ? 600 : 1080) / heads)));
         grid.style.gridTemplateColumns = `auto repeat(${heads}, ${wide}px)`;
         grid.append(h("span"), ...range(heads).map((i) => h("span", { class: "axis" }, `head ${i}`)));
@@ -483,8 +521,8 @@
         }
         roving(grid, this.thumbs.map((t) => t.button), heads);
         this.gridBox.replaceChildren(grid);
-        const whole = { cross: this.picture ? "Each picture is one head of the decoder for the chosen token: patches above, question words below." : "Each picture is one head of the decoder: answer tokens downwards, text tokens across; the chosen token is outlined.",
-          image: "Each picture is one head of the image tower for the chosen patch.", text: "Each picture is one head of the text tower: reader downwards, read across.", encoder: "Each picture is one head of the encoder.", decoder: "Each picture is one head of the decoder’s self-attention: reader downwards, read across." };
+        const whole = { cross: this.data.way === "stream" ? "Each picture is one head, as the first token reads: patches above, question words below." : this.picture ? `Each picture is one head of the decoder for the chosen token${this.words.length ? ": patches above, question words below" : ""}.` : "Each picture is one head of the decoder: answer tokens downwards, text tokens across; the chosen token is outlined.",
+          image: "Each picture is one head of the image tower for the chosen patch.", text: "Each picture is one head of the text tower: reader downwards, read across.", encoder: "Each picture is one head of the encoder.", decoder: "Each picture is one head of the decoder’s self-attention: reader downwards, read across.", stream: "Each picture is one head for the chosen word or patch: patches above, question words below." };
         this.gridLead.textContent = `${whole[kind]} Choose one to see it large${kind === "cross" ? " and open it below" : ""}.`;
       }
       const stats = new Map(this.data.heads.map((s) => [`${s[0]}.${s[1]}`, s]));
@@ -500,14 +538,14 @@
       tabTo(this.thumbs.map((t) => t.button), Math.max(0, this.thumbs.findIndex((t) => t.layer === this.layer && t.head === this.head)));
     }
 
-    asMap(kind) { return this.picture && (kind === "image" || (kind === "cross")); }
+    asMap(kind) { return this.picture && (kind === "image" || kind === "cross" || kind === "stream"); }
 
     thumbSize(kind) {
       const { pattern } = this.attentions[kind], rows = pattern.shape[2], keys = pattern.shape[3];
       if (this.asMap(kind)) {
-        const [r, c] = this.picture.grid, words = kind === "cross" ? this.wordCount() : 0, cell = Math.max(4, Math.floor(128 / c));
-        const strip = words ? Math.max(8, Math.round(r * cell * 0.13)) + 3 : 0;
-        return { width: c * cell, height: r * cell + strip, cell, strip, wide: 150 };
+        const [width, height] = this.data.size, words = kind === "image" ? 0 : this.wordCount(), scale = 128 / width;
+        const tall = Math.round(height * scale), strip = words ? Math.max(8, Math.round(tall * 0.13)) + 3 : 0;
+        return { width: 128, height: tall + strip, tall, scale, strip, wide: 150 };
       }
       const cell = Math.max(1, Math.floor(180 / keys));
       const tall = Math.max(1, Math.min(16, Math.floor(96 / rows)));
@@ -524,11 +562,11 @@
         if (this.image.complete) {
           context.globalAlpha = isDark() ? 0.28 : 0.4;
           context.imageSmoothingEnabled = !this.data.pixelated;
-          context.drawImage(this.image, 0, 0, picture.width, this.picture.grid[0] * size.cell);
+          context.drawImage(this.image, 0, 0, picture.width, size.tall);
           context.globalAlpha = 1;
         }
         const patches = this.patches(shares);
-        cells(context, patches, this.picture.grid[1], size.cell, stops, this.top(this.picture, shares) / this.presence(patches, shares));
+        squares(context, patches, this.picture, this.data.size, size.scale, stops, this.top(this.picture, shares) / this.presence(patches, shares));
         if (!size.strip) return;
         let left = 0;
         for (const { source } of this.words) {
@@ -555,16 +593,16 @@
     // -------------------------------------------------------------------------------------------- one head, step by step
 
     keyName(k) {
-      if (this.mixing) return { text: "the one averaged key" };
-      const source = this.slices.find((s) => k < s.stop), i = k - source.start;
-      if (source.grid && i >= source.labels.length - source.grid[0] * source.grid[1]) return { text: source.labels[i], patch: i - (source.labels.length - source.grid[0] * source.grid[1]) };
-      return { text: source.labels[i].trim() };
+      if (!this.data.keys) return { text: "the one averaged key" };
+      if (k >= this.data.keys.length) return { text: this.data.read[k - this.data.keys.length].trim() || "␣" };
+      const at = this.data.keys[k], source = this.slices.find((s) => at < s.stop), i = at - source.start;
+      return source === this.picture && i >= this.before ? { text: source.labels[i], patch: i - this.before } : { text: source.labels[i].trim() };
     }
 
     drawSteps() {
       const layer = clamp(state.layer, this.attentions.cross.pattern.shape[0]), head = clamp(state.head, this.attentions.cross.pattern.shape[1]);
       const opened = this.opened.get(`${layer}.${head}`);
-      this.stepTitle.textContent = `Cross-attention layer ${layer}, head ${head}, step by step`;
+      this.stepTitle.textContent = `${this.name("cross")}${this.data.way === "cross" ? " " : ", "}layer ${layer}, head ${head}, step by step`;
       if (!opened) {
         const others = [...this.opened.values()].slice(0, 12).map((o) => h("button", { class: "plain", type: "button", onclick: () => set({ mode: "head", kind: "cross", layer: o.layer, head: o.head }) }, `layer ${o.layer} head ${o.head}`));
         this.stepBox.className = "steps";
@@ -572,7 +610,7 @@
         return;
       }
       const a = this.numbers(opened), t = this.token, width = a.q.shape[1];
-      const dots = row(a.dots, t), mask = row(a.mask), lse = a.lse.values[t];
+      const dots = row(a.dots, t), mask = row(a.mask, t), lse = a.lse.values[t];
       const scores = dots.map((d, i) => (mask[i] < -1e29 ? -Infinity : d * opened.scale + mask[i]));
       const weights = scores.map((s) => Math.exp(s - lse));
       const q = row(a.q, t), z = row(a.z, t), read = new Float32Array(width);
@@ -592,11 +630,11 @@
       const table = h("table", {}, h("caption", { class: "hidden" }, `keys read by layer ${layer} head ${head}`), h("thead", {}, h("tr", {}, names.map((n) => h("th", { scope: "col" }, n)))), h("tbody", {}, body));
       const more = h("button", { class: "plain", type: "button", onclick: () => set({ all: !state.all }) }, state.all ? "Only the strongest 8" : `All ${order.length} keys`);
       const best = order[0];
-      const strips = h("div", {}, this.strip(`q of “${token}”`, q), this.strip("k, strongest key", row(a.k, best)), this.strip("v, strongest key", row(a.v, best)), this.strip("z = Σ weight · v", read), this.strip("z that ran", z));
+      const strips = h("div", {}, this.strip(this.data.way === "stream" ? "q of the first token" : `q of “${token}”`, q), this.strip("k, strongest key", row(a.k, best)), this.strip("v, strongest key", row(a.v, best)), this.strip("z = Σ weight · v", read), this.strip("z that ran", z));
       const check = h("p", { class: "explain check" }, `Worked out here, in your browser: the ${weights.length} weights sum to ${sum(weights).toFixed(6)}, and z differs from the one that ran by at most ${off.toExponential(1)} (v travels in half precision).`);
       this.stepBox.className = "steps open";
       this.stepBox.replaceChildren(
-        h("div", { class: "full" }, h("p", { class: "lead" }, `What this head did when the decoder wrote “${token}”, strongest keys first${this.picture && !this.mixing ? "; a patch by its row and column" : ""}.`), formula),
+        h("div", { class: "full" }, h("p", { class: "lead" }, `What this head did when ${this.data.way === "stream" ? `“${token}” was read off the first token` : `the decoder wrote “${token}”`}, strongest keys first${this.picture && this.data.keys ? "; a patch by its row and column" : ""}.`), formula),
         h("div", {}, h("div", { class: "scroll" }, table), order.length > 8 ? h("div", { class: "pickers" }, more) : null),
         h("div", {}, strips, check));
     }
@@ -617,8 +655,10 @@
     }
 
     patchImage(patch) {
-      const [rows, columns] = this.picture.grid, box = h("span", { class: "patch" });
-      box.style.cssText = `display:inline-block;vertical-align:middle;background-image:url("${this.data.image}");background-size:${columns * 100}% ${rows * 100}%;background-position:${columns > 1 ? ((patch % columns) / (columns - 1)) * 100 : 0}% ${rows > 1 ? (Math.floor(patch / columns) / (rows - 1)) * 100 : 0}%`;
+      const { first, stride, grid } = this.picture, { size, image } = this.data, box = h("span", { class: "patch" });
+      const corner = [patch % grid[1], Math.floor(patch / grid[1])].map((at) => first + (at - 0.5) * stride);
+      const place = corner.map((x, axis) => (size[axis] > stride ? (100 * x) / (size[axis] - stride) : 0));
+      box.style.cssText = `display:inline-block;vertical-align:middle;background:url("${image}") ${place[0]}% ${place[1]}% / ${(100 * size[0]) / stride}% ${(100 * size[1]) / stride}% no-repeat`;
       return box;
     }
 
@@ -633,22 +673,28 @@
         return h("td", {}, guess);
       })));
       const left = h("div", {}, h("h3", {}, `What each layer would say for “${final.trim()}”`), h("div", { class: "scroll" }, h("table", { class: "lens" }, h("caption", { class: "hidden" }, "logit lens"), h("tbody", {}, lines))));
-      const a = attributions[i], heads = a.cross[0].length;
-      const all = [...a.cross.flat(), ...a.self.flat(), ...a.mlps, a.embedding, a.biases], largest = Math.max(...all.map(Math.abs));
+      const a = attributions[i];
+      if (!a) {
+        this.lensBox.replaceChildren(left, h("p", { class: "note" }, "What each head adds to the logit is not shown: the layers over the answers are not linear, so there is no one number for it."));
+        return;
+      }
+      const kinds = Object.keys(a.heads).sort(), heads = a.heads[kinds[0]][0].length; // cross before self
+      const all = [...Object.values(a.heads).flat(2), ...a.mlps, a.embedding, a.biases], largest = Math.max(...all.map(Math.abs));
       const cell = (value, name) => { const c = h("span", { class: "cell", title: name }, number(value, 2)); diverging(c, value, largest); return h("td", {}, c); };
-      const block = (kind, title) => [h("tr", {}, h("th", { scope: "col" }, title), range(heads).map((n) => h("th", { scope: "col" }, `head ${n}`)), kind === "cross" ? h("th", { scope: "col" }, "MLP") : null),
-        ...a[kind].map((values, l) => h("tr", {}, h("td", {}, `layer ${l}`), values.map((v, n) => cell(v, `${kind} layer ${l} head ${n}`)), kind === "cross" ? cell(a.mlps[l], `MLP of layer ${l}`) : null))];
+      const block = (kind, title) => [h("tr", {}, h("th", { scope: "col" }, title), range(heads).map((n) => h("th", { scope: "col" }, `head ${n}`)), kind === kinds[0] ? h("th", { scope: "col" }, "MLP") : null),
+        ...a.heads[kind].map((values, l) => h("tr", {}, h("td", {}, `layer ${l}`), values.map((v, n) => cell(v, `${kind} layer ${l} head ${n}`)), kind === kinds[0] ? cell(a.mlps[l], `MLP of layer ${l}`) : null))];
       const total = sum(all);
-      const right = h("div", {}, h("h3", {}, `What wrote “${final.trim()}”: logit ${number(total, 2)} above the mean`), h("div", { class: "scroll" }, h("table", { class: "parts" }, h("caption", { class: "hidden" }, "direct logit attribution"), h("tbody", {}, block("cross", "cross"), block("self", "self")))), h("p", { class: "note" }, `embedding ${number(a.embedding, 2)}, biases ${number(a.biases, 2)}`));
+      const right = h("div", {}, h("h3", {}, `What wrote “${final.trim()}”: logit ${number(total, 2)} above the mean`), h("div", { class: "scroll" }, h("table", { class: "parts" }, h("caption", { class: "hidden" }, "direct logit attribution"), h("tbody", {}, kinds.flatMap((kind) => block(kind, kind))))), h("p", { class: "note" }, `embedding ${number(a.embedding, 2)}, biases ${number(a.biases, 2)}`));
       this.lensBox.replaceChildren(left, right);
     }
 
     // -------------------------------------------------------------------------------------------- pointing at patches
 
     point(event) {
-      const box = this.map.getBoundingClientRect(), [rows, columns] = this.picture.grid;
-      const column = clamp(Math.floor(((event.clientX - box.left) / box.width) * columns), columns);
-      const line = clamp(Math.floor(((event.clientY - box.top) / box.height) * rows), rows);
+      const box = this.map.getBoundingClientRect(), { grid: [rows, columns], first, stride } = this.picture, { size } = this.data;
+      const at = (share, length, count) => clamp(Math.floor((share * length - first) / stride + 0.5), count);
+      const column = at((event.clientX - box.left) / box.width, size[0], columns);
+      const line = at((event.clientY - box.top) / box.height, size[1], rows);
       this.say(line * columns + column);
     }
 
@@ -661,12 +707,12 @@
     walk(event) {
       const columns = this.picture.grid[1], count = columns * this.picture.grid[0];
       const step = { ArrowRight: 1, ArrowLeft: -1, ArrowDown: columns, ArrowUp: -columns }[event.key];
-      if (event.key === "Escape") { set({ place: { ...state.place, image: 0 } }); return; }
+      if (event.key === "Escape") { set({ place: { ...state.place, image: 0, stream: 0 } }); return; }
       if (step === undefined) return;
       event.preventDefault();
       const next = clamp((this.pointed ?? 0) + step, count);
       this.say(next);
-      if (this.kind === "image") set({ place: { ...state.place, image: next + 1 } });
+      this.ask(next);
     }
   }
 
@@ -679,15 +725,12 @@
   theme(preference.matches);
   preference.addEventListener("change", (e) => theme(e.matches));
 
-  const compared = data.length > 1, text = data[0].text;
+  const compared = data.length > 1, text = data[0].text || "Describe the image";
   main.classList.toggle("two", compared);
   const eyebrow = compared ? "Two runs, one input" : `${data[0].run} answered “${data[0].answer.text || "(nothing)"}”, probability ${percent(data[0].answer.probability)}`;
   const title = text.length > 140 ? `${text.slice(0, 140)}…` : text;
   main.append(h("header", { class: "top" }, h("div", {}, h("p", { class: "eyebrow" }, eyebrow), h("h1", { class: text.length > 90 ? "long" : null }, title)), toggle));
-  // Begin with the head that did most for the first token.
-  const first = data[0].attributions[0].cross, flat = first.flat().map(Math.abs), best = flat.indexOf(Math.max(...flat));
-  state.layer = Math.floor(best / first[0].length);
-  state.head = best % first[0].length;
+  [state.layer, state.head] = data[0].best; // the head that did most for the answer
   studies.push(...data.map((d) => new Study(d, compared)));
   main.append(h("div", { class: "columns" }, studies.map((s) => s.element)));
   refresh();

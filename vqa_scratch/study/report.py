@@ -4,7 +4,7 @@ The page is report.html with report.css, report.js and the data as JSON in it. A
 byte each with a scale for every row, what is shown in numbers as half or single precision. JSON inside <script> is
 escaped so that no text can end it, and the page sets every text by `textContent`, so a question is never markup.
 
-Shapes: L layers, H heads, T decoder tokens, A answer tokens, K keys, S source tokens, d head size.
+Shapes: L layers, H heads, A answer tokens, K keys, d head size.
 """
 
 import base64
@@ -21,8 +21,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from vqa_scratch.study.analysis import attention_names
-from vqa_scratch.study.record import Study
+from vqa_scratch.study.analysis import attention_names, key_sources
+from vqa_scratch.study.base import Source
+from vqa_scratch.study.record import Study, rows_of_mask
 
 # Bytes of patterns and of opened heads in one study, before base64: the page stays at a few hundred kB.
 OWN_BUDGET, OPENED_BUDGET = 110_000, 170_000
@@ -60,33 +61,45 @@ def _image_url(image: Image.Image) -> str:
 def _attention(study: Study, names: list[str], kind: str) -> dict[str, Any]:
     """Patterns (L, H, rows, K) of one kind of attention; of large ones only the first row and the mean row.
 
-    Cross-attention has one row an answer token, in whatever size.
+    Of the attention that reads the sources, "cross", there is one row an answer token, in whatever size.
     """
     patterns = torch.stack([study.trace.pattern(name)[0].cpu() for name in names])
     rows: list[int] | None = None
     if kind == "cross":
-        patterns = patterns[:, :, [token.row for token in study.tokens]]
+        patterns = study.opened.subject.rows(patterns)[:, :, [token.row for token in study.tokens]]
     elif patterns.numel() > OWN_BUDGET:
         patterns = torch.cat([patterns[:, :, :1], patterns.mean(2, keepdim=True)], 2)
         rows = [0, -1]  # -1: the mean over all
     return {"kind": kind, "names": names, "rows": rows, "pattern": packed(patterns, "u8")}
 
 
+def _heads_in_order(study: Study) -> list[tuple[int, int]]:
+    """(layer, head) of the attentions that read the sources, first those that give the answer most.
+
+    Where no linear head says what that is, those that read the image most.
+    """
+    names = study.opened.subject.reading
+    kind = names[0].rpartition(".")[2]
+    if study.attributions:
+        effect = torch.stack([a.heads[kind] for a in study.attributions]).abs().amax(0)  # (L, H)
+    else:
+        effect = torch.tensor([[h.image for h in study.heads if h.name == name] for name in names])
+    return [divmod(i, effect.shape[1]) for i in effect.flatten().argsort(descending=True, stable=True).tolist()]
+
+
 def _opened_heads(study: Study, names: list[str]) -> list[dict[str, Any]]:
-    """The numbers behind cross-attention heads, as many as the budget holds, those that give the answer most first."""
-    effect = torch.stack([a.cross_heads for a in study.attributions]).abs().amax(0)  # (L, H)
-    order = [divmod(i, effect.shape[1]) for i in effect.flatten().argsort(descending=True).tolist()]
-    result, spent = [], 0
-    for layer, head in order:
+    """The numbers behind heads that read the sources, as many as the budget holds, in order."""
+    result, spent, subject = [], 0, study.opened.subject
+    for layer, head in _heads_in_order(study):
         name, t = names[layer], study.trace
-        q, k, v, z, mask = (t[f"{name}.{label}"].float().cpu() for label in ("q", "k", "v", "z", "mask"))
+        q, k, v, z = (t[f"{name}.{label}"][0].float().cpu() for label in ("q", "k", "v", "z"))
+        mask = rows_of_mask(t, name)[0].float().cpu().expand(len(q), -1, -1)
         rows = [token.row for token in study.tokens]
-        q, k, v, z = q[0, head, rows], k[0, head], v[0, head], z[0, head, rows]  # (A, d), (K, d), (K, d), (A, d)
-        spent += 2 * (q.numel() + k.numel() + v.numel() + z.numel()) + 4 * len(q) * len(k)
+        q, z, mask = (subject.rows(x)[head, rows] for x in (q, z, mask))  # (A, d), (A, d), (A, K)
+        k, v, lse = k[head], v[head], subject.rows(t.lse(name)[0].cpu()[..., None])[head, rows, 0]
+        spent += 2 * (q.numel() + k.numel() + v.numel() + z.numel()) + 8 * len(q) * len(k)
         if result and spent > OPENED_BUDGET:
             break
-        mask = mask.expand(1, effect.shape[1], 1, -1)[0, head, 0]
-        blocked = mask == -math.inf
         result.append(
             {
                 "layer": layer,
@@ -97,30 +110,54 @@ def _opened_heads(study: Study, names: list[str]) -> list[dict[str, Any]]:
                 "v": packed(v, "f16"),
                 "z": packed(z, "f32"),
                 "dots": packed(q @ k.T, "f32"),
-                "mask": packed(mask.masked_fill(blocked, -1e30), "f32"),
-                "lse": packed(t.lse(name)[0, head, rows], "f32"),
+                "mask": packed(mask.masked_fill(mask == -math.inf, -1e30), "f32"),
+                "lse": packed(lse, "f32"),
             }
         )
     return result
 
 
+def _attentions(study: Study) -> dict[str, Any]:
+    """What the page can show: "cross", which reads the sources; what goes on inside a source; the writer's own."""
+    subject, names = study.opened.subject, attention_names(study.opened.subject)
+    result = {"cross": _attention(study, subject.reading, "cross")}
+    for source in subject.sources:
+        if source.attentions and source.reads is None:
+            result[source.name] = _attention(study, names[source.name], source.name)
+    if not subject.prefix:
+        result["decoder"] = _attention(study, subject.self_attentions, "decoder")
+    elif _way(study) == "stream":
+        result["stream"] = _attention(study, subject.self_attentions, "stream")
+    return result
+
+
+def _way(study: Study) -> str:
+    """How the writer reads the sources: "cross", "prefix", or "stream" where they are all of its sequence."""
+    if not study.opened.subject.prefix:
+        return "cross"
+    return "prefix" if study.flows["cross"].decoder.numel() else "stream"
+
+
+def _source(source: Source) -> dict[str, Any]:
+    places = {} if source.places is None else source.places._asdict()
+    return {"tower": source.name, "labels": source.labels, "sinks": source.sinks, "image": source.of_image, **places}
+
+
 def study_data(study: Study) -> dict[str, Any]:
     """One study as the page reads it."""
     opened, subject = study.opened, study.opened.subject
-    names = attention_names(subject)
-    decoder = {kind: [n for n in names["decoder"] if n.endswith(kind)] for kind in ("self", "cross")}
-    attentions = {"cross": _attention(study, decoder["cross"], "cross")}
-    for source in subject.sources:
-        attentions[source.tower] = _attention(study, names[source.tower], source.tower)
-    attentions["decoder"] = _attention(study, decoder["self"], "decoder")
-    plain = torch.equal(subject.mixing, torch.eye(len(subject.mixing)))
+    made = key_sources(subject, study.trace)
+    whole = bool((subject.mixing.amax(1) == 1).all())  # every key is one source token, which gives it its name
     return {
         "run": opened.run,
         "text": opened.text,
         "image": None if opened.image is None else _image_url(opened.image),
+        "size": None if opened.image is None else opened.image.size,  # (width, height) in the pixels of places
         "pixelated": opened.image is not None and max(opened.image.size) <= 128,
-        "sources": [{"tower": s.tower, "labels": s.labels, "sinks": s.sinks, "grid": s.grid} for s in subject.sources],
-        "mixing": None if plain else packed(subject.mixing, "f32"),
+        "sources": [_source(source) for source in subject.sources],
+        "way": _way(study),
+        "keys": subject.mixing.argmax(1).tolist() if whole else None,
+        "mixing": None if whole and torch.equal(made, subject.mixing) else packed(made, "f32"),
         "read": study.read,
         "answer": {"text": study.answer, "probability": study.probability, "end": subject.end_id},
         "tokens": [
@@ -131,17 +168,13 @@ def study_data(study: Study) -> dict[str, Any]:
             name: {"sources": packed(flow.sources, "f32"), "decoder": packed(flow.decoder, "f32")}
             for name, flow in study.flows.items()
         },
-        "attentions": attentions,
-        "opened": _opened_heads(study, decoder["cross"]),
+        "attentions": _attentions(study),
+        "best": _heads_in_order(study)[0],
+        "opened": _opened_heads(study, subject.reading),
         "lens": study.lens,
         "attributions": [
-            {
-                "self": a.self_heads.tolist(),
-                "cross": a.cross_heads.tolist(),
-                "mlps": a.mlps.tolist(),
-                "embedding": a.embedding,
-                "biases": a.biases,
-            }
+            {"heads": {k: v.tolist() for k, v in a.heads.items()}, "mlps": a.mlps.tolist()}
+            | {"embedding": a.embedding, "biases": a.biases}
             for a in study.attributions
         ],
         "heads": [[h.name, h.head, h.entropy, h.image, h.text, h.sink, h.distance] for h in study.heads],

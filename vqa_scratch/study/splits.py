@@ -1,78 +1,67 @@
 """The study of a whole split: where maps point, how faithful they are, which heads matter; figures, plots and tables.
 
-Pointing needs to know where objects are: the scenes_<split>.json of the embedded data set.
+Pointing needs to know where objects are: the scenes_<split>.json of the built-in data set.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
-from torch import Tensor
+from PIL import Image
+from torch import nn
 
-from vqa_scratch.data.batches import Images, Questions
-from vqa_scratch.data.images import load_image
-from vqa_scratch.data.vqa_v2 import VQASample, read_vqa
+from vqa_scratch.data.images import ImageProcessor, load_image
+from vqa_scratch.data.vqa_v2 import VQASample, read_vqa, spread
 from vqa_scratch.errors import UserError
-from vqa_scratch.metrics import vqa_accuracy
-from vqa_scratch.run import Run
 from vqa_scratch.storage import read_json, write_text, write_whole
+from vqa_scratch.study.base import ImageSubject
 from vqa_scratch.study.faithfulness import (
     Curves,
     HeadEffect,
     Pointing,
     faithfulness,
     head_ablation,
-    image_source,
-    patches_of_box,
     pointing,
 )
-from vqa_scratch.study.inputs import question_subject
-from vqa_scratch.study.subject import VQASubject
-from vqa_scratch.training.evaluation import answer_questions
 
+SubjectOf = Callable[[Image.Image, str], ImageSubject]  # an image and a question -> what is studied
 COLORS = {"cross": "#7a6a9e", "rollout": "#2b8a7e", "relevancy": "#b4155a", "random": "#9a9a94"}
-
-
-def spread_out(items: list, number: int) -> list:
-    """At most `number` of the items, evenly spaced from the first on."""
-    number = min(number, len(items))
-    return [items[i * len(items) // number] for i in range(number)]
-
-
-def subjects(run: Run, samples: list[VQASample]) -> Iterator[VQASubject]:
-    """One after the other."""
-    for sample in samples:
-        yield question_subject(run, load_image(sample.image_path), sample.question)
 
 
 # ---------------------------------------------------------------------------------------------- pointing
 
 
-def pointing_examples(run: Run, data: Path, split: str, number: int) -> Iterator[tuple[VQASubject, Tensor]]:
-    """Questions that name exactly one object, with that object's patches. Raises UserError without scenes."""
+def pointing_examples(
+    subject_of: SubjectOf, processor: ImageProcessor, data: Path, split: str, number: int
+) -> Iterator[tuple[ImageSubject, tuple[float, float, float, float]]]:
+    """Questions that name exactly one object, with its box in pixels of the image that the model sees.
+
+    Raises UserError without scenes.
+    """
     path = data / f"scenes_{split}.json"
     if not path.is_file():
-        raise UserError(f"{path} not found: only the embedded data set says where its objects are")
+        raise UserError(f"{path} not found: only the built-in data set says where its objects are")
     scenes = read_json(path)
 
     def named(sample: VQASample) -> list[int]:
         return scenes[str(sample.image_id)]["about"][str(sample.question_id)]
 
     one = [sample for sample in read_vqa(data, split).samples if len(named(sample)) == 1]
-    for sample in spread_out(one, number):
+    for sample in spread(one, number):
         image = load_image(sample.image_path)
-        subject = question_subject(run, image, sample.question)
         (index,) = named(sample)
-        box = scenes[str(sample.image_id)]["objects"][index]["box"]
-        grid = image_source(subject)[0].grid
-        yield subject, patches_of_box(box, (image.height, image.width), grid)
+        box = processor.box(scenes[str(sample.image_id)]["objects"][index]["box"], image.height, image.width)
+        if box[0] < box[2] and box[1] < box[3]:  # else it was cropped away
+            yield subject_of(image, sample.question), box
 
 
-def pointing_figures(run: Run, data: Path, split: str, number: int) -> dict[str, Pointing]:
-    """`faithfulness.pointing` over a split of the embedded data set, best method first."""
-    found = pointing(pointing_examples(run, data, split, number))
+def pointing_figures(
+    subject_of: SubjectOf, processor: ImageProcessor, data: Path, split: str, number: int
+) -> dict[str, Pointing]:
+    """`faithfulness.pointing` over a split of the built-in data set, best method first."""
+    found = pointing(pointing_examples(subject_of, processor, data, split, number))
     return dict(sorted(found.items(), key=lambda item: -item[1].ratio))
 
 
@@ -86,10 +75,10 @@ def pointing_table(found: dict[str, Pointing]) -> str:
 # ---------------------------------------------------------------------------------------------- faithfulness
 
 
-def faithfulness_figures(run: Run, data: Path, split: str, number: int, out: Path) -> dict[str, Any]:
+def faithfulness_figures(subject_of: SubjectOf, data: Path, split: str, number: int, out: Path) -> dict[str, Any]:
     """Mean deletion and insertion curves over questions; faithfulness.png, and the areas under the curves."""
-    samples = spread_out(read_vqa(data, split).samples, number)
-    curves = faithfulness(subjects(run, samples))
+    samples = spread(read_vqa(data, split).samples, number)
+    curves = faithfulness(subject_of(load_image(sample.image_path), sample.question) for sample in samples)
     write_whole(out / "faithfulness.png", lambda path: _curves_plot(curves, len(samples), path))
     return {
         name: {"deletion_area": Curves.area(c.deletion), "insertion_area": Curves.area(c.insertion), **asdict(c)}
@@ -107,30 +96,20 @@ def _curves_plot(curves: dict[str, Curves], questions: int, path: Path) -> None:
             label = f"{name} ({Curves.area(values):.3f})"
             axes.plot(c.fractions, values, label=label, color=COLORS[name], lw=2, ls="--" if name == "random" else "-")
         axes.set_title(f"{kind} ({better} is better)", fontsize=11, loc="left")
-        axes.set_xlabel("share of patches")
+        axes.set_xlabel("share of image tokens")
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False, fontsize=9)
     figure.axes[0].set_ylabel("probability of the answer")
-    figure.suptitle(f"Patches by importance, {questions} questions", fontsize=11, x=0.01, ha="left")
+    figure.suptitle(f"Image tokens by importance, {questions} questions", fontsize=11, x=0.01, ha="left")
     figure.savefig(path, dpi=130, format="png")
 
 
 # ---------------------------------------------------------------------------------------------- head ablation
 
 
-def ablation_figures(run: Run, data: Path, split: str, number: int, pattern: str, out: Path) -> dict[str, Any]:
-    """Official accuracy without each head that `pattern` means; ablation.png and ablation.md."""
-    questions = Questions(read_vqa(data, split).samples, run.encoder)
-    images = Images(questions.image_paths, run.processor)
-    batches = questions.in_order(number, 256)
-    by_id = {sample.question_id: sample for sample in questions.samples}
-
-    def score() -> float:
-        answers = answer_questions(run.model, questions, images, run.precision, batches)
-        scored = [vqa_accuracy(answer.text, by_id[i].answers) for i, answer in answers.items()]
-        return sum(scored) / len(scored)
-
-    base, effects = head_ablation(run.model, score, pattern)
+def ablation_figures(model: nn.Module, score: Callable[[], float], pattern: str, out: Path) -> dict[str, Any]:
+    """Official accuracy, which `score` gives, without each head that `pattern` means; ablation.png and ablation.md."""
+    base, effects = head_ablation(model, score, pattern)
     write_whole(out / "ablation.png", lambda path: _ablation_plot(base, effects, path))
     write_text(out / "ablation.md", ablation_table(base, effects))
     return {"accuracy": base, "heads": [asdict(effect) for effect in effects]}

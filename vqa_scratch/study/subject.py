@@ -1,139 +1,161 @@
-"""What is studied: one input of one model, and how its decoder reads the towers before it.
+"""The subjects: how each kind of model is run and read. Every class takes the model and its inputs directly.
 
-Everything else in `study` works on a `Subject`, so that a VQA model (image and question read by a GPT-2) and a T5
-(article read by its decoder) take the same path.
-
-Shapes: T decoder tokens, K cross-attention keys, S source tokens (all towers, one after the other), D width,
-V vocabulary. One row (B = 1) throughout.
+Shapes: n images, C channels, H x W pixels, S source tokens, T rows of the writer, V vocabulary or labels.
 """
 
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vqa_scratch.generate import greedy
+from vqa_scratch.models.blip2 import Blip2
 from vqa_scratch.models.t5 import T5
+from vqa_scratch.models.vilt import ViLTClassifier
 from vqa_scratch.models.vqa import VQAModel
 from vqa_scratch.nn.memory import Memory
+from vqa_scratch.study.base import ImageSubject, Source, Subject, block_attentions, image_source
 
 
-@dataclass(frozen=True)
-class Source:
-    """One tower whose tokens the decoder reads. Patches, where there are any, are the last tokens, in raster order."""
-
-    tower: str  # its taps' first segment: image, text or encoder
-    labels: tuple[str, ...]  # a name for each token
-    sinks: tuple[int, ...] = ()  # tokens without content of their own: class token, separators
-    grid: tuple[int, int] | None = None  # (rows, columns) of the patches
-
-    def __len__(self) -> int:
-        return len(self.labels)
+def question_source(encoder: nn.Module | None, labels: Sequence[str], special: Sequence[int]) -> Source:
+    """The tokens of a question, named by `labels`; `special` are the places of separators among them."""
+    return Source("text", tuple(labels), tuple(special), attentions=block_attentions("text", encoder))
 
 
-class Subject(ABC):
-    """One input, ready to run. `mixing` (K, S) says which source tokens each cross-attention key is made of."""
-
-    model: nn.Module
-    decoder: nn.Module  # has `blocks` and `norm`
-    sources: tuple[Source, ...]
-    mixing: Tensor
-    prompt: list[int]  # what the decoder starts from
-    max_new_tokens: int
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.model.parameters()).device
-
-    @property
-    def head(self) -> Tensor:
-        """(V, D): logits = head @ normed state."""
-        raise NotImplementedError
-
-    @abstractmethod
-    def logits(self, decoder_ids: list[int]) -> Tensor:
-        """(T, V): the whole model, teacher-forced and without a cache, so that gradients reach every tower."""
-
-    @abstractmethod
-    def generate(self, max_new_tokens: int | None = None) -> list[int]:
-        """Greedy decoding through the cache; the new tokens, the end token included if it came.
-
-        At most `max_new_tokens`, or the subject's own limit.
-        """
-
-    @property
-    @abstractmethod
-    def end_id(self) -> int: ...
-
-    def layers(self, tower: str) -> int:
-        """How many blocks a tower has."""
-        return len(getattr(self.model, tower).blocks)
-
-    def slices(self) -> list[tuple[Source, slice]]:
-        """Where each source sits among the S source tokens."""
-        start, result = 0, []
-        for source in self.sources:
-            result.append((source, slice(start, start + len(source))))
-            start += len(source)
-        return result
+def _written(
+    subject: Subject, decoder: nn.Module, memory: list[Memory] | None, prefix: Tensor | None, limit: int | None
+) -> list[int]:
+    """The new tokens after the subject's prompt."""
+    prompt = torch.tensor([subject.prompt], device=subject.device)
+    limit = limit or subject.max_new_tokens
+    made = greedy(decoder, prompt, None, memory, prefix=prefix, max_new_tokens=limit, eos_id=subject.end_id)
+    return made.ids[0, : int(made.lengths[0])].tolist()
 
 
-class VQASubject(Subject):
-    """A question about an image. pixel_values (1, C, H, W); question_ids as the text tower reads them, unpadded.
+def query_source(queries: nn.Module) -> Source:
+    """Learned queries that read the image, as one more source."""
+    labels = tuple(f"query {i + 1}" for i in range(queries.queries.shape[1]))
+    return Source("query", labels, (), None, block_attentions("query", queries), "image")
 
-    `question_labels` name the question's tokens; `special` are the places of separators among them; `prompt` is what
-    the decoder starts from, BOS at least.
+
+class VQASubject(ImageSubject):
+    """An image, and a question if the model has a text encoder, before a model of encoder, connector and decoder.
+
+    pixel_values (1, C, H, W); `prompt` is what the decoder starts from, BOS at least; question_ids as the text encoder
+    reads them, unpadded; `question_labels` name them; `special` are the places of separators among them.
     """
 
     def __init__(
         self,
         model: VQAModel,
         pixel_values: Tensor,
-        question_ids: list[int],
-        question_labels: Sequence[str],
-        special: Sequence[int],
         prompt: list[int],
+        question_ids: Sequence[int] = (),
+        question_labels: Sequence[str] = (),
+        special: Sequence[int] = (),
         max_new_tokens: int = 8,
     ) -> None:
         assert len(pixel_values) == 1 and len(question_ids) == len(question_labels)
         self.model, self.decoder, self.prompt, self.max_new_tokens = model, model.decoder, prompt, max_new_tokens
         self.pixel_values = pixel_values.to(self.device)
-        self.input_ids = torch.tensor([question_ids], device=self.device)
-        self.mask = torch.ones_like(self.input_ids, dtype=torch.bool)
-        patch = model.image.config.patch_size
-        rows, columns = (side // patch for side in pixel_values.shape[2:])
-        patches = [f"patch {r + 1},{c + 1}" for r in range(rows) for c in range(columns)]
-        self.sources = (
-            Source("image", ("[class]", *patches), sinks=(0,), grid=(rows, columns)),
-            Source("text", tuple(question_labels), sinks=tuple(special)),
-        )
-        image, text = (len(source) for source in self.sources)
-        if model.fusion == "mean":
-            self.mixing = torch.cat([torch.full((1, n), 0.5 / n) for n in (image, text)], 1)  # (1, S)
-        else:
-            self.mixing = torch.eye(image + text)
+        self.head, self.end_id = model.decoder.head, model.decoder.config.eos_id
+        image = image_source(model.image, pixel_values, block_attentions("image", model.image))
+        queries = model.connector.queries
+        self.sources = (image, *((query_source(queries),) if queries is not None else ()))
+        self.input_ids = None
+        if model.text is not None:
+            self.input_ids = torch.tensor([list(question_ids)], device=self.device)
+            self.sources += (question_source(model.text, question_labels, special),)
+        self.mixing = model.connector.mixing(len(image), len(question_ids) if model.text is not None else 0)
+        self.prefix = 0 if model.connector.uses_memory else len(self.mixing)
 
-    @property
-    def head(self) -> Tensor:
-        return self.decoder.head
+    def reads(self, images: Tensor) -> tuple[Tensor | None, ...]:
+        """What the encoders take for n images: pixels, ids and their mask."""
+        ids = None if self.input_ids is None else self.input_ids.expand(len(images), -1)
+        return images, ids, None if ids is None else torch.ones_like(ids, dtype=torch.bool)
 
-    @property
-    def end_id(self) -> int:
-        return self.model.decoder.config.eos_id
-
-    def logits(self, decoder_ids: list[int]) -> Tensor:
-        ids = torch.tensor([decoder_ids], device=self.device)
-        return self.model(self.pixel_values, self.input_ids, self.mask, ids).logits[0]
+    def logits_of(self, images: Tensor, decoder_ids: list[int]) -> Tensor:
+        ids = torch.tensor([decoder_ids], device=self.device).expand(len(images), -1)
+        return self.model(*self.reads(images), ids).logits
 
     @torch.no_grad()
     def generate(self, max_new_tokens: int | None = None) -> list[int]:
-        memory = self.model.memory(self.pixel_values, self.input_ids, self.mask)
-        prompt = torch.tensor([self.prompt], device=self.device)
-        limit = max_new_tokens or self.max_new_tokens
-        made = greedy(self.decoder, prompt, None, memory, max_new_tokens=limit, eos_id=self.end_id)
-        return made.ids[0, : int(made.lengths[0])].tolist()
+        pixels, ids, mask = self.reads(self.pixel_values)
+        text = None if ids is None else self.model.text.states(ids, mask)
+        given = self.model.connector(self.model.image.states(pixels), text)
+        return _written(self, self.decoder, given.memory, given.prefix, max_new_tokens)
+
+
+class Blip2Subject(ImageSubject):
+    """An image and words before a BLIP-2: the states of its queries are the prefix of the language model.
+
+    `prompt` are the words that the language model starts from, its start token at least.
+    """
+
+    def __init__(self, model: Blip2, pixel_values: Tensor, prompt: list[int], max_new_tokens: int = 32) -> None:
+        assert len(pixel_values) == 1
+        self.model, self.decoder, self.prompt, self.max_new_tokens = model, model.language, prompt, max_new_tokens
+        self.pixel_values = pixel_values.to(self.device)
+        self.head, self.end_id = model.language.head, model.language.config.eos_id
+        self.prefix = model.config.queries
+        image = image_source(model.vision, pixel_values, block_attentions("image", model.vision))
+        self.sources = (image, query_source(model.qformer))
+        self.mixing = torch.eye(len(image) + self.prefix)[len(image) :]
+
+    def logits_of(self, images: Tensor, decoder_ids: list[int]) -> Tensor:
+        ids = torch.tensor([decoder_ids], device=self.device).expand(len(images), -1)
+        return self.model(images, ids)[:, self.prefix :]
+
+    @torch.no_grad()
+    def generate(self, max_new_tokens: int | None = None) -> list[int]:
+        return _written(self, self.decoder, None, self.model.encode_image(self.pixel_values), max_new_tokens)
+
+
+class ViLTSubject(ImageSubject):
+    """A question about an image in one stream: words, class token and patches, and the answer off the first word.
+
+    Arguments as for `VQASubject`; an answer is the index of a label. Its maps have one row, that of the first token,
+    but for the plain map of weights: there it is the mean over the question's tokens.
+    """
+
+    writer = "encoder"
+
+    def __init__(
+        self,
+        model: ViLTClassifier,
+        pixel_values: Tensor,
+        question_ids: list[int],
+        question_labels: Sequence[str],
+        special: Sequence[int],
+    ) -> None:
+        assert len(pixel_values) == 1 and len(question_ids) == len(question_labels)
+        self.model, self.decoder, self.prompt, self.max_new_tokens = model, model.vilt.tower, question_ids[:1], 1
+        self.pixel_values = pixel_values.to(self.device)
+        self.input_ids = torch.tensor([question_ids], device=self.device)
+        self.sources = (question_source(None, question_labels, special), image_source(model.vilt.tower, pixel_values))
+        self.prefix = sum(map(len, self.sources))
+        self.mixing = torch.eye(self.prefix)
+
+    def rows(self, x: Tensor) -> Tensor:
+        return x[..., :1, :]
+
+    def readers(self, pattern: Tensor) -> Tensor:
+        return pattern[..., self.where("text"), :].mean(-2, keepdim=True)
+
+    def logits_of(self, images: Tensor, decoder_ids: list[int]) -> Tensor:
+        return self.model(images, self.input_ids.expand(len(images), -1))[:, None]
+
+    @torch.no_grad()
+    def generate(self, max_new_tokens: int | None = None) -> list[int]:
+        return [int(self.logits(self.prompt)[0].argmax())]
+
+    def readout(self, states: Tensor) -> Tensor:
+        pooled = torch.tanh(self.model.vilt.pooler(self.decoder.norm(states)))
+        return self.model.out(F.gelu(self.model.norm(self.model.up(pooled))))
+
+    def log_probabilities(self, logits: Tensor) -> Tensor:
+        return F.logsigmoid(logits.float())  # each label has a probability of its own
 
 
 class T5Subject(Subject):
@@ -143,27 +165,16 @@ class T5Subject(Subject):
         assert len(input_ids) == len(labels)
         self.model, self.decoder, self.max_new_tokens = model, model.decoder, max_new_tokens
         self.input_ids = torch.tensor([input_ids], device=self.device)
-        special = (model.config.eos_id, model.config.pad_id)
-        sinks = tuple(i for i, token in enumerate(input_ids) if token in special)
-        self.sources = (Source("encoder", tuple(labels), sinks=sinks),)
+        config = model.config
+        sinks = tuple(i for i, token in enumerate(input_ids) if token in (config.eos_id, config.pad_id))
+        self.sources = (Source("encoder", tuple(labels), sinks, attentions=block_attentions("encoder", model.encoder)),)
         self.mixing = torch.eye(len(input_ids))
-        self.prompt = [model.config.start_id]
-
-    @property
-    def head(self) -> Tensor:
-        return self.model.head
-
-    @property
-    def end_id(self) -> int:
-        return self.model.config.eos_id
+        self.prompt, self.end_id = [config.start_id], config.eos_id
+        self.head = model.head.detach()
 
     def logits(self, decoder_ids: list[int]) -> Tensor:
         return self.model(self.input_ids, None, torch.tensor([decoder_ids], device=self.device))[0]
 
     @torch.no_grad()
     def generate(self, max_new_tokens: int | None = None) -> list[int]:
-        memory = [Memory(self.model.encode(self.input_ids))]
-        prompt = torch.tensor([self.prompt], device=self.device)
-        limit = max_new_tokens or self.max_new_tokens
-        made = greedy(self.model, prompt, None, memory, max_new_tokens=limit, eos_id=self.end_id)
-        return made.ids[0].tolist()
+        return _written(self, self.model, [Memory(self.model.encode(self.input_ids))], None, max_new_tokens)

@@ -23,6 +23,7 @@ from typing import Any, ClassVar, NoReturn, Self
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from vqa_scratch.data.answers import Answer
@@ -201,8 +202,11 @@ class System(ABC):
         """Figures of the captions of a split, or of about its first `limit` images, `baselines` among them."""
         self.lacks("describes no images")
 
-    def subject(self, image: Path, question: str | None) -> Any:
-        """What `study` looks at: one input of the model, an object of `vqa_scratch.study.subject`."""
+    def subject(self, image: Image.Image, question: str | None) -> Any:
+        """What `study` looks at: the model on one input, as a `vqa_scratch.study.opened.Opened`.
+
+        Raises UserError for a question missing or not wanted.
+        """
         self.lacks("has nothing to study")
 
     def policy(self, options: Any, dtype: torch.dtype) -> Any:

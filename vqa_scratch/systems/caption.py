@@ -11,9 +11,10 @@ from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
-from vqa_scratch.connectors import Conditioning
+from vqa_scratch.connectors.base import Conditioning
 from vqa_scratch.data.answers import Answer
 from vqa_scratch.data.augment import Augment, depends_on_side
 from vqa_scratch.data.batches import Batch, Questions, batches_by_image
@@ -25,6 +26,7 @@ from vqa_scratch.models.vqa import VQAModel, labelled_loss
 from vqa_scratch.report.gallery import answer_sections
 from vqa_scratch.rl.options import RLHFOptions
 from vqa_scratch.rl.tasks import Task
+from vqa_scratch.study.opened import Opened
 from vqa_scratch.systems import assembly
 from vqa_scratch.systems.base import AT_ONCE, System, seed_everything
 from vqa_scratch.systems.caption_models import build_model, tokenizers_for
@@ -45,6 +47,7 @@ from vqa_scratch.systems.options import CaptionOptions
 from vqa_scratch.systems.policy import answering_task, run_options
 from vqa_scratch.systems.questions import one_sample
 from vqa_scratch.systems.scoring import QuestionOnly, TypePrior, blind, other_images, score
+from vqa_scratch.systems.studied import writing_subject
 from vqa_scratch.systems.writing import Split, write, writing_figures
 from vqa_scratch.training.precision import Precision
 from vqa_scratch.training.ranks import World
@@ -323,6 +326,13 @@ class CaptionSystem(System):
         swap = other_images(len(split.images.paths)) if shuffled else None
         chosen = split.questions.in_order(limit or len(samples), AT_ONCE)
         return write(self, self.condition, split, chosen, image_map=swap, progress=progress)
+
+    def subject(self, image: Image.Image, question: str | None) -> Opened:
+        """Its caption of the image, or with a question its answer."""
+        if question is not None:
+            self.check_answers_questions()
+            question = check_question(question)
+        return writing_subject(self, image, question or "")
 
     def policy(self, options: RLHFOptions, dtype: torch.dtype) -> Task:
         """A run that answers questions too is tuned on those."""

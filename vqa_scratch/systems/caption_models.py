@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from vqa_scratch.connectors import CONNECTORS, connect
+from vqa_scratch.connectors import connect, connector_class
 from vqa_scratch.data.images import ImageProcessor
 from vqa_scratch.data.text import Tokenizer, train_bpe
 from vqa_scratch.data.tokenizers import Tokenizers
@@ -33,7 +33,7 @@ def tokenizers_for(options: CaptionOptions, decoder: Tokenizer) -> Tokenizers:
 
 def build_model(options: CaptionOptions, data: CaptionData) -> tuple[VQAModel, Tokenizer, ImageProcessor]:
     """Model, tokenizer and preprocessing that the options ask for."""
-    kind = CONNECTORS["tokens"]
+    kind = connector_class("tokens")
     processor = RESNET_PROCESSOR
     if options.init == "pretrained":
         decoder = Tokenizer.from_pretrained(options.decoder_model)

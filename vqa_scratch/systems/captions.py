@@ -14,7 +14,7 @@ from vqa_scratch.data.descriptions import objects_named, objects_of, read_scenes
 from vqa_scratch.data.image_files import load_image
 from vqa_scratch.data.scenes import Scene
 from vqa_scratch.data.shapes import ShapesSpec, ensure_shapes
-from vqa_scratch.data.vqa_v2 import VQASample, read_vqa, split_by_image
+from vqa_scratch.data.vqa_v2 import VQASample, read_vqa, split_by_image, spread
 from vqa_scratch.report.curves import moving_average
 from vqa_scratch.report.gallery import card, write_page
 from vqa_scratch.report.table import draw_table
@@ -150,11 +150,6 @@ def report(
 
 
 # ------------------------------------------------------------------------------------------------ pictures
-
-
-def spread(samples: Sequence[VQASample], number: int) -> list[VQASample]:
-    """About `number` of the samples, from all over."""
-    return list(samples[:: max(1, len(samples) // number)][:number])
 
 
 def caption_cards(

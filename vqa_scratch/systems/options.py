@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vqa_scratch.command_line import first_rank_speaks, parse
+from vqa_scratch.connectors import CONNECTORS
 from vqa_scratch.errors import UserError
 from vqa_scratch.options import Options, choices_of, option
 from vqa_scratch.systems.presets import NEEDS_DATA, PRESETS
 
 RUN, DATA, MODEL, TRAINING = "Run", "Data", "Model", "Training"
 LIMITS, LOGGING, AUGMENTATION = "Batches and lengths", "Evaluation, logs and checkpoints", "Augmentation"
-CONNECTORS = ("tokens", "mean", "prefix", "qformer")
 STEMS = ("conv", "linear")
 
 
@@ -61,7 +61,7 @@ class RunOptions(Options):
     )
     test_split: str = option("test", "Split of the final figures; 'val' to report on the val split.", DATA)
     test_images: int | None = option(
-        None, "At most so many images of the test split in the final figures.", DATA, minimum=1, may_change=True
+        None, "At most this many images of the test split in the final figures.", DATA, minimum=1, may_change=True
     )
     val_fraction: float = option(
         0.05, "Share of the images that is held out.", DATA, above=0, below=1, only={"val_split": "auto"}
@@ -108,8 +108,8 @@ class QuestionOptions(RunOptions):
 
     start_at: int = option(0, "First question of the file to look at.", DATA, minimum=0)
     end_at: int | None = option(None, "Question of the file to stop before.", DATA, minimum=0)
-    max_images: int | None = option(None, "At most so many images.", DATA, minimum=1)
-    max_questions: int | None = option(None, "At most so many questions.", DATA, minimum=1)
+    max_images: int | None = option(None, "At most this many images.", DATA, minimum=1)
+    max_questions: int | None = option(None, "At most this many questions.", DATA, minimum=1)
     min_agreement: float = option(
         0.0, "Leave out questions on which a smaller share of the annotators agree.", DATA, minimum=0, maximum=1
     )
@@ -120,7 +120,7 @@ class QuestionOptions(RunOptions):
         32, "Longer questions are cut to this many tokens, and counted.", LIMITS, minimum=1
     )
     questions_per_step: int = option(512, "Questions in one optimizer step.", LIMITS, minimum=1)
-    questions_per_image: int = option(8, "At most so many questions of an image in a batch.", LIMITS, minimum=1)
+    questions_per_image: int = option(8, "At most this many questions of an image in a batch.", LIMITS, minimum=1)
     eval_questions: int = option(
         2_000, "Questions of the val split scored at each evaluation while training.", LOGGING, minimum=1
     )
@@ -201,7 +201,7 @@ class ViLTOptions(QuestionOptions):
     preset: str = option("vilt", "Which system to train, and with which defaults.", RUN, ("vilt", "vilt-b32"))
     out: Path = option(Path("runs/vilt"), "Folder of the run.", RUN, may_change=True)
     min_answer_count: int = option(
-        9, "An answer is in the list if it is the majority's to so many questions.", DATA, minimum=1
+        9, "An answer is in the list if it is the majority answer to at least this many questions.", DATA, minimum=1
     )
 
     model: str | None = option(
@@ -226,7 +226,7 @@ class CaptionOptions(RunOptions):
 
     preset: str = option("caption", "Which system to train, and with which defaults.", RUN, ("caption", "coco"))
     out: Path = option(Path("runs/caption"), "Folder of the run.", RUN, may_change=True)
-    max_images: int | None = option(None, "At most so many images to train on.", DATA, minimum=1)
+    max_images: int | None = option(None, "At most this many images to train on.", DATA, minimum=1)
 
     init: str = option("random", "Towers from checkpoints, or random ones.", MODEL, ("random", "pretrained"))
     image_model: Path | None = option(
@@ -254,13 +254,13 @@ class CaptionOptions(RunOptions):
     max_question_tokens: int = option(32, "Longer questions are cut to this many tokens.", LIMITS, minimum=1)
     captions_per_step: int = option(256, "Captions in one optimizer step.", LIMITS, minimum=1)
     captions_per_image: int = option(
-        5, "At most so many captions of an image in a batch; it is encoded once.", LIMITS, minimum=1
+        5, "At most this many captions of an image in a batch; it is encoded once.", LIMITS, minimum=1
     )
     question_share: float = option(
         0.0, "Share of the steps that train on the questions of the same data folder.", TRAINING, minimum=0, below=1
     )
     questions_per_step: int = option(512, "Questions in a step that trains on them.", LIMITS, minimum=1)
-    questions_per_image: int = option(8, "At most so many questions of an image in a batch.", LIMITS, minimum=1)
+    questions_per_image: int = option(8, "At most this many questions of an image in a batch.", LIMITS, minimum=1)
     eval_captions: int = option(
         250, "Images of the val split described at each evaluation while training.", LOGGING, minimum=1
     )
@@ -277,7 +277,7 @@ class CaptionOptions(RunOptions):
     )
     rotate: float = option(
         5.0,
-        "Training images are turned by up to so many degrees; above 5, places go wrong.",
+        "Training images are turned by up to this many degrees; above 5, places go wrong.",
         AUGMENTATION,
         minimum=0,
         maximum=180,

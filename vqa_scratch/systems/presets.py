@@ -4,11 +4,7 @@ from pathlib import Path
 from typing import Any
 
 # Presets that train on files of the user's, and which these are; the others draw a data set of their own.
-NEEDS_DATA = {
-    "book": "the VQA v2 files",
-    "vilt-b32": "the VQA v2 files",
-    "coco": "the captions files and images",
-}
+NEEDS_DATA = {"book": "the VQA v2 files", "vilt-b32": "the VQA v2 files", "coco": "the captions files and images"}
 
 PRESETS: dict[str, dict[str, Any]] = {
     "shapes": {"question_prompt": True},

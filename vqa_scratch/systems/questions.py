@@ -226,12 +226,17 @@ class QuestionSystem(System):
     def ask(
         self, image: Path, question: str | None, top: int | None = None, decoding: dict[str, Any] | None = None
     ) -> tuple[list[Answer], list[str]]:
-        if question is None:
-            raise UserError(f"{self.folder} answers questions: give it --question")
-        question = check_question(question)
+        question = needs_question(self, question)
         split = self.split([one_sample(image, question)])
         how = {"ranked": top is not None, "top": top or 1, "decoding": decoding}
         return self.answers(split, [np.array([0])], **how)[0], self.tokenizers.notes_on(question)
+
+
+def needs_question(system: System, question: str | None) -> str:
+    """The question, checked. Raises UserError if there is none."""
+    if question is None:
+        raise UserError(f"{system.folder} answers questions: give it --question")
+    return check_question(question)
 
 
 def one_sample(image: Path, question: str) -> VQASample:

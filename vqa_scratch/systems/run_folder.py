@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from vqa_scratch.errors import UserError
-from vqa_scratch.options import changeable, from_json, to_json
+from vqa_scratch.options import changeable, check_dependencies, from_json, to_json
 from vqa_scratch.storage import check_writable, read_json, remove_unfinished, write_json
 from vqa_scratch.systems.options import PRESETS, RunOptions
 from vqa_scratch.training.checkpoint import load_checkpoint
@@ -81,7 +81,7 @@ def begin_or_go_on(options: RunOptions) -> tuple[RunOptions, dict[str, Any] | No
             raise UserError(f"{options.out} holds a run already; add --resume to go on with it, or give another --out")
         return options, None
     values = read_run_config(options.out)
-    if values["program"] != PROGRAM or values["train"]["preset"] != options.preset:
+    if values["program"] != PROGRAM or values["train"].get("preset") != options.preset:
         preset = values.get("train", {}).get("preset", values["program"])
         raise UserError(f"{options.out} is a run of preset {preset}, not {options.preset}; give another --out")
     saved = from_json(type(options), values["train"], str(options.out / CONFIG))
@@ -92,6 +92,8 @@ def begin_or_go_on(options: RunOptions) -> tuple[RunOptions, dict[str, Any] | No
     if other:
         what = ", ".join(f"--{k.replace('_', '-')} {getattr(saved, k)}, not {v}" for k, v in other.items())
         raise UserError(f"{options.out} was begun with {what}; a run goes on with the options it was begun with")
-    remove_unfinished(options.out)
     changes = {k: v for k, v in given.items() if k in may_change} | {"out": options.out, "resume": False}
-    return replace(saved, **changes), load_checkpoint(path) if path.exists() else None
+    merged = replace(saved, **changes)
+    check_dependencies(merged, changes)  # the command line could not know the run's other options
+    remove_unfinished(options.out)
+    return merged, load_checkpoint(path) if path.exists() else None

@@ -10,6 +10,7 @@ from typing import Any, Self
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from vqa_scratch.data.answers import Answer, AnswerList, SoftTargets
@@ -23,11 +24,13 @@ from vqa_scratch.errors import UserError
 from vqa_scratch.models.hf_config import labels_from_hf
 from vqa_scratch.models.vilt import ViLT, ViLTClassifier, ViLTConfig, answer_loss
 from vqa_scratch.models.vit import ConvStem
+from vqa_scratch.study.opened import Opened
 from vqa_scratch.systems.assembly import grid_positions
 from vqa_scratch.systems.base import check_positions, seed_everything
 from vqa_scratch.systems.export import export_vilt
 from vqa_scratch.systems.options import ViLTOptions
-from vqa_scratch.systems.questions import QuestionData, QuestionSystem
+from vqa_scratch.systems.questions import QuestionData, QuestionSystem, needs_question
+from vqa_scratch.systems.studied import choosing_subject
 from vqa_scratch.systems.vqa_models import VOCABULARY
 from vqa_scratch.systems.writing import Split
 from vqa_scratch.training.precision import Precision
@@ -155,6 +158,9 @@ class ViLTSystem(QuestionSystem):
     def finish(self, folder: Path) -> dict[str, Any]:
         figures = super().finish(folder)
         return figures | {"classification_accuracy": figures["accuracy"], "answers": len(self.model.labels)}
+
+    def subject(self, image: Image.Image, question: str | None) -> Opened:
+        return choosing_subject(self, image, needs_question(self, question))
 
     def export(self, folder: Path) -> list[str]:
         return export_vilt(self, folder)

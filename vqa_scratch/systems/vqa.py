@@ -10,9 +10,10 @@ from typing import Any, Self
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
-from vqa_scratch.connectors import Conditioning
+from vqa_scratch.connectors.base import Conditioning
 from vqa_scratch.data.answers import Answer
 from vqa_scratch.data.batches import Batch, Questions
 from vqa_scratch.data.feature_store import ImageFeatures, TextFeatures
@@ -25,14 +26,16 @@ from vqa_scratch.nn.states import States
 from vqa_scratch.rl.options import RLHFOptions
 from vqa_scratch.rl.tasks import Task
 from vqa_scratch.storage import read_json, write_json
+from vqa_scratch.study.opened import Opened
 from vqa_scratch.systems import assembly
 from vqa_scratch.systems.base import seed_everything
 from vqa_scratch.systems.export import export_writer
 from vqa_scratch.systems.frozen import cache_features
 from vqa_scratch.systems.options import VQAOptions
 from vqa_scratch.systems.policy import answering_task, run_options
-from vqa_scratch.systems.questions import QuestionData, QuestionSystem
+from vqa_scratch.systems.questions import QuestionData, QuestionSystem, needs_question
 from vqa_scratch.systems.scoring import common_answers
+from vqa_scratch.systems.studied import writing_subject
 from vqa_scratch.systems.vqa_models import released_models, small_models, tokenizers_for
 from vqa_scratch.systems.writing import Split, choose, write, writing_figures
 from vqa_scratch.training.precision import Precision
@@ -71,15 +74,13 @@ class VQASystem(QuestionSystem):
         text = None if model.text is None else Tokenizer.from_pretrained(folder / "text_tokenizer")
         tokenizers = tokenizers_for(options, text, Tokenizer.from_pretrained(folder / "decoder_tokenizer"))
         system = cls(options, model, tokenizers, ImageProcessor.from_pretrained(folder), precision, folder)
-        path = folder / CANDIDATES
-        system.candidates = read_json(path) if path.is_file() else []
-        if not isinstance(system.candidates, list) or not all(isinstance(a, str) and a for a in system.candidates):
-            raise UserError(f"{path} is not a list of answers, as train.py writes it")
+        system.candidates = read_candidates(folder / CANDIDATES) if (folder / CANDIDATES).is_file() else []
         return system
 
     def save(self, folder: Path) -> None:
         super().save(folder)
-        write_json(folder / CANDIDATES, self.candidates)
+        if self.candidates:
+            write_json(folder / CANDIDATES, self.candidates)
 
     @property
     def sizes(self) -> dict[str, Any]:
@@ -190,9 +191,20 @@ class VQASystem(QuestionSystem):
         line = f"ranking_accuracy     {figures:.4f} (the best of {among} answers, first {over} questions)"
         return [*super().lines(summary), line]
 
+    def subject(self, image: Image.Image, question: str | None) -> Opened:
+        return writing_subject(self, image, needs_question(self, question))
+
     def policy(self, options: RLHFOptions, dtype: torch.dtype) -> Task:
         samples = self.read(run_options(self, options)).samples
         return answering_task(self, options, dtype, samples["train"], samples["test"])
 
     def export(self, folder: Path) -> list[str]:
         return export_writer(self, folder)
+
+
+def read_candidates(path: Path) -> list[str]:
+    """The answers of a run. Raises UserError on a file that holds no list of them."""
+    answers = read_json(path)
+    if not isinstance(answers, list) or not answers or not all(isinstance(a, str) and a for a in answers):
+        raise UserError(f"{path} is not a list of answers, as train.py writes it")
+    return answers

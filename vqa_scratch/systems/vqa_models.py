@@ -3,7 +3,8 @@
 import torch
 from torch import nn
 
-from vqa_scratch.connectors import CONNECTORS, Connector, connect
+from vqa_scratch.connectors import connect, connector_class
+from vqa_scratch.connectors.base import Connector
 from vqa_scratch.data.images import ImageProcessor
 from vqa_scratch.data.text import Tokenizer, train_bpe, train_wordpiece
 from vqa_scratch.data.tokenizers import Tokenizers
@@ -39,7 +40,7 @@ def own_tokenizers(train: list[VQASample]) -> tuple[Tokenizer, Tokenizer]:
 
 def small_models(options: VQAOptions, train: list[VQASample]) -> Parts:
     """Small random models of the real classes, with tokenizers learned from the questions."""
-    kind, width = CONNECTORS[options.connector], options.width
+    kind, width = connector_class(options.connector), options.width
     text, decoder = own_tokenizers(train)
     shared = {"dim": width, "heads": options.heads, "activation": "relu"}
     none = {"dropout": 0.0, "attention_dropout": 0.0}
@@ -89,7 +90,7 @@ def small_models(options: VQAOptions, train: list[VQASample]) -> Parts:
 
 def released_models(options: VQAOptions, train: list[VQASample]) -> Parts:
     """Models, tokenizers and preprocessing from checkpoints; or, with `--init random`, random ones of book size."""
-    kind = CONNECTORS[options.connector]
+    kind = connector_class(options.connector)
     if options.init == "random":
         text, decoder = own_tokenizers(train)
         image, words = assembly.vit(ViTConfig(), "linear"), Bert(DISTILBERT)

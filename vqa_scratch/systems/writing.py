@@ -11,7 +11,7 @@ import numpy as np
 from torch import Tensor
 from tqdm import tqdm
 
-from vqa_scratch.connectors import Conditioning
+from vqa_scratch.connectors.base import Conditioning
 from vqa_scratch.data.answers import Answer
 from vqa_scratch.data.batches import Batch, ImageGroups, Questions, prefetch
 from vqa_scratch.data.images import Images

@@ -1,8 +1,12 @@
-"""metrics.jsonl: the figures of a run, a JSON object a line."""
+"""metrics.jsonl: the figures of a run, a JSON object a line; and how much memory the run took."""
 
 import json
+import resource
+import sys
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from vqa_scratch.storage import append_line, write_text
 
@@ -36,3 +40,11 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
             except ValueError:
                 break
     return rows
+
+
+def peak_memory_gb(device: torch.device) -> float:
+    """The most memory used so far: of the GPU where there is one, else of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS, in KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9

@@ -80,7 +80,7 @@ def load_into(
     missing = [key for name, keys in absent.items() if name not in left for key in keys]
 
     used = {key for keys in wanted.values() for key in keys}
-    superfluous = _matcher(key_map.dropped)
+    superfluous = _matcher(key_map.ignored)
     unexpected = [key for bare, key in by_key.items() if bare not in used and bare not in key_map.tied]
     unexpected = [key for key in unexpected if not superfluous.fullmatch(key_map.bare(key))]
 

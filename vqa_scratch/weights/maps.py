@@ -24,9 +24,14 @@ class KeyMap:
     prefix: str = ""  # "bert." and the like: present when the file was saved with a head on top
     write_prefix: bool = False  # whether an export carries it
     head: tuple[Entry, ...] = ()  # keys that never carry the prefix
-    dropped: tuple[str, ...] = ()  # known keys, prefix removed, that the model has no use for
+    dropped: tuple[str, ...] = ()  # known buffers and the like, prefix removed, that the model has no use for
     tied: dict[str, str] = field(default_factory=dict)  # key -> the key it must equal: the model shares that tensor
     older: dict[str, str] = field(default_factory=dict)  # endings of keys in old files -> the endings they have now
+
+    @property
+    def ignored(self) -> tuple[str, ...]:
+        """Keys, prefix removed, that a file may hold beside those of the model."""
+        return (*HEADS, *self.dropped)
 
     def bare(self, key: str) -> str:
         """A file's key without prefix and in today's spelling."""
@@ -50,10 +55,22 @@ def linear(ours: str, *theirs: str, transposed: bool = False) -> tuple[Entry, ..
     )
 
 
-def dropped(*modules: str) -> tuple[str, ...]:
-    """Weight and bias of modules that are read past."""
-    return tuple(f"{module}.{part}" for module in modules for part in ("weight", "bias"))
-
+# Heads that released files carry on top of these models. They are known, and ignored, in every layout; a model that has
+# one of them as a part of its own reads it all the same.
+_HEADS = {
+    "ViT, DeiT, DINOv2": "classifier cls_classifier distillation_classifier pooler.dense",
+    "BERT": """qa_outputs cls.seq_relationship cls.predictions.decoder
+        cls.predictions.transform.dense cls.predictions.transform.LayerNorm""",
+    "DistilBERT": "vocab_transform vocab_layer_norm vocab_projector pre_classifier",
+    "RoBERTa": "classifier.dense classifier.out_proj lm_head.dense lm_head.layer_norm lm_head.decoder",
+    "ViLT": """classifier.0 classifier.1 classifier.3 rank_output mlm_score.decoder
+        mlm_score.transform.dense mlm_score.transform.LayerNorm""",
+    "ResNet": "fc",
+}
+HEADS = (
+    *(f"{module}.{part}" for names in _HEADS.values() for module in names.split() for part in ("weight", "bias")),
+    *("cls.predictions.bias", "lm_head.bias", "mlm_score.bias"),
+)
 
 _VIT_LAYER = "encoder.layer.{}"
 _VIT_SHARED = (  # by all of its relatives
@@ -73,12 +90,10 @@ VIT = KeyMap(
         *linear("blocks.{}.mlp.up", f"{_VIT_LAYER}.intermediate.dense"),
         *linear("blocks.{}.mlp.down", f"{_VIT_LAYER}.output.dense"),
     ),
-    dropped=dropped("pooler.dense", "classifier"),
 )
 DEIT = KeyMap(
     prefix="deit.",
     body=(*VIT.body, Entry("distillation_token", ("embeddings.distillation_token",))),
-    dropped=(*VIT.dropped, *dropped("cls_classifier", "distillation_classifier")),
 )
 DINOV2 = KeyMap(
     prefix="dinov2.",
@@ -98,7 +113,7 @@ DINOV2 = KeyMap(
         *linear("blocks.{}.mlp.gate_up", f"{_VIT_LAYER}.mlp.weights_in"),
         *linear("blocks.{}.mlp.out", f"{_VIT_LAYER}.mlp.weights_out"),
     ),
-    dropped=("embeddings.mask_token", *dropped("classifier")),
+    dropped=("embeddings.mask_token",),
 )
 DINOV2_WITH_REGISTERS = replace(DINOV2, prefix="dinov2_with_registers.")
 
@@ -118,30 +133,20 @@ _BERT_BODY = (
 BERT = KeyMap(
     prefix="bert.",
     body=_BERT_BODY,
-    dropped=(
-        "embeddings.position_ids",
-        *dropped("pooler.dense", "classifier", "qa_outputs", "cls.seq_relationship"),
-        *dropped("cls.predictions.transform.dense", "cls.predictions.transform.LayerNorm", "cls.predictions.decoder"),
-        "cls.predictions.bias",
-    ),
+    dropped=("embeddings.position_ids",),
     older={"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"},
 )
 ROBERTA = KeyMap(
     prefix="roberta.",
     body=_BERT_BODY,
-    dropped=(
-        "embeddings.position_ids",
-        *dropped("pooler.dense", "classifier.dense", "classifier.out_proj", "classifier", "qa_outputs"),
-        *dropped("lm_head.dense", "lm_head.layer_norm", "lm_head.decoder"),
-        "lm_head.bias",
-    ),
+    dropped=("embeddings.position_ids",),
 )
 ROBERTA_CLASSIFIER = KeyMap(
     prefix="roberta.",
     write_prefix=True,
     body=tuple(Entry(f"encoder.{entry.ours}", *entry[1:]) for entry in _BERT_BODY),
     head=(*linear("dense", "classifier.dense"), *linear("out", "classifier.out_proj")),
-    dropped=("embeddings.position_ids", *dropped("pooler.dense")),
+    dropped=("embeddings.position_ids",),
 )
 
 _DISTILBERT_LAYER = "transformer.layer.{}"
@@ -158,11 +163,7 @@ DISTILBERT = KeyMap(
         *linear("blocks.{}.mlp.down", f"{_DISTILBERT_LAYER}.ffn.lin2"),
         *linear("blocks.{}.norm2", f"{_DISTILBERT_LAYER}.output_layer_norm"),
     ),
-    dropped=(
-        "embeddings.position_ids",
-        *dropped("vocab_transform", "vocab_layer_norm", "vocab_projector"),
-        *dropped("pre_classifier", "classifier", "qa_outputs"),
-    ),
+    dropped=("embeddings.position_ids",),
 )
 
 GPT2_CROSS = (
@@ -272,7 +273,6 @@ RESNET = KeyMap(
         ),
     ),
     dropped=(
-        *dropped("fc"),
         "bn1.num_batches_tracked",
         *(f"{stage}.bn{i}.num_batches_tracked" for stage in _RESNET_STAGES for i in (1, 2, 3)),
         *(f"{stage}.downsample.1.num_batches_tracked" for stage in _RESNET_STAGES),

@@ -1,6 +1,6 @@
 """Key maps of ViLT checkpoints; see `maps.py`."""
 
-from vqa_scratch.weights.maps import BERT, VIT, Entry, KeyMap, dropped, linear, weight
+from vqa_scratch.weights.maps import BERT, VIT, Entry, KeyMap, linear, weight
 
 # ViLT's words are embedded by BERT's names, all else goes by ViT's.
 _VILT_BODY = (
@@ -20,12 +20,7 @@ _VILT_BUFFERS = ("embeddings.text_embeddings.position_ids", "embeddings.text_emb
 VILT = KeyMap(
     prefix="vilt.",
     body=_VILT_BODY,
-    dropped=(
-        *_VILT_BUFFERS,
-        *dropped("classifier.0", "classifier.1", "classifier.3", "rank_output"),
-        *dropped("mlm_score.transform.dense", "mlm_score.transform.LayerNorm", "mlm_score.decoder"),
-        "mlm_score.bias",
-    ),
+    dropped=_VILT_BUFFERS,
 )
 VILT_CLASSIFIER = KeyMap(
     prefix="vilt.",

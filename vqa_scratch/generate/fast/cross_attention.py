@@ -1,13 +1,13 @@
 """Cross-attention of a decoding step: the memory laid out once, in the form that takes the least work a step.
 
 `Constant` is for a memory of one token, `Absorbed` for a small memory of one row, `Projected` for any other. Each has
-`add(layer, x)`, a step's x += what it reads of the memory, and `keep(rows)`.
+`add(layer, x)`: x (R, D) += what it reads of the memory, norm and projections included; and `keep(rows)`: these rows
+(R',) only, in this order.
 
 Shapes: R rows, E entries, N memory tokens, L layers, H heads, d head size, D width, F = R / E rows that read an entry.
 """
 
 import math
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -25,17 +25,7 @@ ABSORB_BYTES = 1 << 18  # what a layer may read more for the five operations tha
 Layers = list[list[KeyValue]]  # parts by layer; how rows share a part is the same in all layers
 
 
-class CrossAttention(Protocol):
-    """What a fast state asks of the memory."""
-
-    def add(self, layer: int, x: Tensor) -> None:
-        """x (R, D) += what it reads of the memory, norm and projections included."""
-
-    def keep(self, rows: Tensor) -> None:
-        """Rows (R',) only, in this order."""
-
-
-def cross_attention(blocks: list[FastBlock], memory: Layers) -> CrossAttention:
+def cross_attention(blocks: list[FastBlock], memory: Layers) -> "Constant | Absorbed | Projected":
     """Cross-attention of all layers to a memory, in the form that suits the memory."""
     first = memory[0]
     if len(first) == 1 and first[0].k.shape[2] == 1:

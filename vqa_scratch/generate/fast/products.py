@@ -46,16 +46,18 @@ def one_row_bf16(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return (torch.mv(weight, x[0]) if bias is None else torch.addmv(bias, weight, x[0]))[None]
 
 
-def _by_vector(weight: Tensor) -> bool:
-    return weight.dtype == torch.bfloat16 and weight.device.type == "cpu"
+def _by_matrix(weight: Tensor) -> bool:
+    """Whether torch's own product of matrices is the way through this weight."""
+    autocast = torch.is_autocast_enabled(weight.device.type)  # it keeps its copy of a weight, not of a view of it
+    return not autocast and not (weight.dtype == torch.bfloat16 and weight.device.type == "cpu")
 
 
 def product(weight: Tensor, bias: Tensor | None) -> Function:
     """x (R, D) -> x weight^T + bias, (R, D')."""
-    if torch.is_autocast_enabled(weight.device.type):  # which keeps its copy of a weight, not of a view of it
+    if torch.is_autocast_enabled(weight.device.type):
         return lambda x: F.linear(x, weight, bias)
     weight, bias = weight.detach(), None if bias is None else bias.detach()
-    if _by_vector(weight):
+    if not _by_matrix(weight):
         return lambda x: one_row_bf16(x, weight, bias)
     turned = weight.t()
     plain = (lambda x: torch.mm(x, turned)) if bias is None else (lambda x: torch.addmm(bias, x, turned))
@@ -71,27 +73,23 @@ def linear(module: nn.Linear) -> Function:
 
 def linear_into(module: nn.Linear) -> Addition:
     """(place, x): the same for one row x (1, D), written to a place (1, D')."""
-    weight, bias = module.weight.detach(), None if module.bias is None else module.bias.detach()
-    if torch.is_autocast_enabled(weight.device.type) or _by_vector(weight):
+    if not _by_matrix(module.weight):
         apply = linear(module)
         return lambda place, x: place.copy_(apply(x))
-    turned = weight.t()
-    if bias is None:
+    turned = module.weight.detach().t()
+    if module.bias is None:
         return lambda place, x: torch.mm(x, turned, out=place)
+    bias = module.bias.detach()
     return lambda place, x: torch.addmm(bias, x, turned, out=place)
 
 
 def adding(weight: Tensor, bias: Tensor | None) -> Addition:
-    """A residual connection: x (R, D') += z (R, D) weight^T + bias, with no tensor in between."""
-    if torch.is_autocast_enabled(weight.device.type) or _by_vector(weight):
-        apply = product(weight, bias)
-        return lambda x, z: x.add_(apply(z))
-    weight, bias = weight.detach(), None if bias is None else bias.detach()
-    turned = weight.t()
-    plain = (lambda x, z: x.addmm_(z, turned)) if bias is None else (lambda x, z: x.addmm_(z, turned).add_(bias))
-    if not suits_one_dnn(weight):
-        return plain
-    return lambda x, z: x.add_(one_dnn(z, weight, bias)) if len(x) in FEW_ROWS else plain(x, z)
+    """A residual connection: x (R, D') += z (R, D) weight^T + bias."""
+    if bias is None and _by_matrix(weight) and not suits_one_dnn(weight):
+        turned = weight.detach().t()
+        return lambda x, z: x.addmm_(z, turned)
+    apply = product(weight, bias)
+    return lambda x, z: x.add_(apply(z))
 
 
 def norm(module: Callable[[Tensor], Tensor]) -> Function:

@@ -80,38 +80,35 @@ class Rows:
     these sees only its own ancestors'. So a change of beams moves a mask, not a cache.
     """
 
-    def __init__(
-        self, parts: FastParts, cache: DecoderCache, mask: Tensor | None, steps: int, members: int, places: int
-    ) -> None:
+    def __init__(self, parts: FastParts, cache: DecoderCache, mask: Tensor | None, times: Tensor, sees: Tensor) -> None:
         """`cache` (of G rows) and `mask` are those of `prefill`.
 
-        Behind the prompt there is room for `places` keys of all members of a group, none of them more than `steps`
-        tokens away from it: members * steps of them if each member makes `steps` steps.
+        times (C - P,): of the token in each place behind the prompt, K places a step; 0 follows the prompt. sees (K, K)
+        bool, True where the first member sees the second one's token of the same step.
         """
         k, _ = cache[0].contents
-        self.members, self.used = members, 0
+        self.times, self.sees, self.members, self.used = times, sees, len(sees), 0
         self.groups, self.heads, self.prompt, self.size = k.shape
-        self.places = self.prompt + places
-        self.cached = k.new_empty(len(cache), 2, self.groups, self.heads, self.places, self.size)
+        places = self.prompt + len(times)
+        self.cached = k.new_empty(len(cache), 2, self.groups, self.heads, places, self.size)
         # Keys are kept scaled: one product less a step. (L, 2, 1, 1, 1, 1)
         scales = [[block.attn.scale, 1.0] for block in parts.blocks]
         exact = torch.promote_types(k.dtype, torch.float32)
         self.factors = torch.tensor(scales, dtype=exact, device=k.device)[..., None, None, None, None]
         for own, factors, kept in zip(cache, self.factors, self.cached, strict=True):
             kept[:, :, :, : self.prompt] = torch.stack(own.contents) * factors
-        length = torch.full((self.groups,), self.prompt, device=k.device) if mask is None else mask.sum(1)
-        self.positions = length.repeat_interleave(members) - 1  # (R,) of the last tokens
+        # (G, 1), the position behind the prompt
+        self.next = k.new_full((self.groups, 1), self.prompt, dtype=torch.long) if mask is None else mask.sum(1, True)
         self.seen = None  # (G, K, C), -inf where a member may not look
-        if mask is not None or members > 1:
-            self.seen = k.new_full((self.groups, members, self.places), -math.inf if members > 1 else 0.0)
+        if mask is not None or self.members > 1:
+            self.seen = k.new_full((self.groups, self.members, places), -math.inf if self.members > 1 else 0.0)
             self.seen[:, :, : self.prompt] = 0.0
             if mask is not None:
                 self.seen[:, :, : self.prompt].masked_fill_(~mask[:, None], -math.inf)
-        self.distances = None  # (H, P + steps), T5: the bias of the last of all tokens; an earlier one's is its end
+        self.distances = None  # (H, tokens), T5: the bias of the last of all tokens; an earlier one's is its end
         if parts.bias is not None:
-            self.distances = parts.bias(self.prompt + steps)[0, :, 0].to(k.dtype)
-            self.times = torch.arange(self.places, device=k.device)  # (C,) of the token in each place
-            self.times[self.prompt :] = self.prompt + torch.arange(places, device=k.device) // members
+            self.distances = parts.bias(self.prompt + int(times.max()) + 1)[0, :, 0].to(k.dtype)
+            self.all_times = torch.cat([torch.arange(-self.prompt, 0, device=k.device), times])  # (C,)
         self.blocks = [
             (norm(b.norm), linear(b.attn.qkv), adding(b.attn.out.weight, b.attn.out.bias)) for b in parts.blocks
         ]
@@ -134,48 +131,29 @@ class Rows:
         views = (self.keys[..., :until], self.values[:, :, :until], self.cached[:, :, :, :, start:until], self.factors)
         self.now = list(zip(*(view.unbind(0) for view in views), strict=True))  # by layer
 
-    def _bias(self, until: int, times: Tensor | None = None) -> Tensor | None:
-        """What is added to the scores of the places before `until`, broadcastable to (G * H, K, until).
-
-        `times` (K,) are those of the members' tokens behind the prompt; None: of all the same, the next one.
-        """
+    def _bias(self, until: int, times: Tensor) -> Tensor | None:
+        """What is added to the scores of the places before `until`, broadcastable to (G * H, K, until); times (K,)."""
         if self.distances is None:
             if self.seen is None:
                 return None
             if self.spread is not None:
                 return self.spread[:, :, :until]
             return self.seen[:, :, :until].repeat_interleave(self.heads, 0)
-        now = self.times.new_tensor([self.used]) if times is None else times
-        first = self.distances.shape[1] - 1 - self.prompt - now  # (K or 1,) the bias of place 0
-        # (H, K or 1, until); what lies after a member is out of its sight, whatever its bias
-        bias = self.distances[:, (self.times[:until] + first[:, None]).clamp(max=self.distances.shape[1] - 1)]
+        last = self.distances.shape[1] - 1  # distance 0; what lies after a member is out of its sight
+        bias = self.distances[:, (last + self.all_times[:until] - times[:, None]).clamp(max=last)]  # (H, K, until)
         if self.seen is not None:
             return (bias + self.seen[:, None, :, :until]).flatten(0, 1)
         return bias if self.groups == 1 else bias.repeat(self.groups, 1, 1)
 
     def advance(self) -> Tensor:
         """The positions (R,) of the next token of each row, which now have their places."""
-        start = self.prompt + self.members * self.used
-        until = start + self.members
-        if self.members > 1:  # a member sees its own token
-            self.seen[:, :, start:until].diagonal(dim1=1, dim2=2).zero_()
-        self._look(start, until, self._bias(until))
-        self.used += 1
-        self.positions += 1
-        return self.positions
-
-    def branch(self, depths: Tensor, above: Tensor) -> Tensor:
-        """In place of all steps: each member is a node of one tree. Returns positions (R,).
-
-        depths (K,) from 0; above (K, K) bool, True where the second node is the first or one above it.
-        """
-        until = self.prompt + self.members
+        start, until = self._filled(), self._filled() + self.members
+        times = self.times[self.members * self.used :][: self.members]
         if self.members > 1:
-            self.seen[:, :, self.prompt :].masked_fill_(above, 0.0)
-        if self.distances is not None:
-            self.times[self.prompt :] = self.prompt + depths
-        self._look(self.prompt, until, self._bias(until, depths))
-        return self.positions + 1 + depths.repeat(self.groups)
+            self.seen[:, :, start:until].masked_fill_(self.sees, 0.0)
+        self._look(start, until, self._bias(until, times))
+        self.used += 1
+        return (self.next + times).flatten()
 
     def add(self, layer: int, x: Tensor) -> None:
         """x (R, D) += what each token reads of itself and those before it."""
@@ -205,9 +183,7 @@ class Rows:
         layers, both, _, *rest = self.cached.shape
         kept, until = self.cached.new_empty(layers, both, len(groups), *rest), self._filled()
         kept[:, :, :, :, :until] = self.cached[:, :, :, :, :until].index_select(2, groups)
-        self.cached = kept
-        self.positions = self.positions.view(self.groups, self.members)[groups].flatten()
-        self.groups = len(groups)
+        self.cached, self.groups, self.next = kept, len(groups), self.next.index_select(0, groups)
         if self.seen is not None:
             self.seen = self.seen.index_select(0, groups)
         self._lay_out()
@@ -220,26 +196,27 @@ class FixedRows(Rows):
     group and decoders without a relative bias.
     """
 
-    def __init__(self, parts: FastParts, cache: DecoderCache, mask: Tensor | None, steps: int, members: int) -> None:
-        if members != 1 or parts.bias is not None:
+    def __init__(self, parts: FastParts, cache: DecoderCache, mask: Tensor | None, times: Tensor, sees: Tensor) -> None:
+        if len(sees) != 1 or parts.bias is not None:
             raise ValueError("steps of fixed shape serve neither beams nor a relative bias")
         everything = torch.ones(len(cache[0].contents[0]), cache.length, dtype=torch.bool, device=cache.device)
-        super().__init__(parts, cache, everything if mask is None else mask, steps, 1, steps)
+        super().__init__(parts, cache, everything if mask is None else mask, times, sees)
         self.cached[:, :, :, :, self.prompt :] = 0.0  # read with weight 0 before it is written: it must be a number
         self.seen[:, :, self.prompt :] = -math.inf
         self.place = torch.tensor([self.prompt - 1], device=cache.device)  # (1,) of the last token
+        self.next -= 1  # and its position
         self._lay_out()
 
     def _filled(self) -> int:
-        return self.places
+        return self.cached.shape[4]
 
     def advance(self) -> Tensor:
         self.place += 1
-        self.positions += 1
+        self.next += 1
         for mask in (self.seen, self.spread):
             mask.index_fill_(2, self.place, 0.0)
-        self._look(0, self.places, self.spread)
-        return self.positions
+        self._look(0, self._filled(), self.spread)
+        return self.next.flatten()
 
     def _write(self, place: Tensor, keys_and_values: Tensor, factors: Tensor) -> None:
         place.index_copy_(3, self.place, (keys_and_values * factors).to(place.dtype))

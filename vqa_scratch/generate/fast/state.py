@@ -6,7 +6,7 @@ Shapes: G groups (prompts), K members (beams) a group, R = G*K rows, D width, E 
 import torch
 from torch import Tensor
 
-from vqa_scratch.generate.fast.cross_attention import CrossAttention, cross_attention, select
+from vqa_scratch.generate.fast.cross_attention import Absorbed, Constant, Projected, cross_attention, select
 from vqa_scratch.generate.fast.products import feed_forward, norm, product
 from vqa_scratch.generate.fast.self_attention import FixedRows, OneRow, Rows
 from vqa_scratch.generate.state import member_rows
@@ -14,7 +14,12 @@ from vqa_scratch.nn.cache import DecoderCache
 from vqa_scratch.nn.decoding import FastParts
 
 
-def read_memory(parts: FastParts, cache: DecoderCache, members: int) -> CrossAttention | None:
+def of_steps(steps: int, members: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """What `Rows` takes for steps one after the other: of its own step a member sees its own token."""
+    return torch.arange(steps, device=device).repeat_interleave(members), torch.eye(members, dtype=bool, device=device)
+
+
+def read_memory(parts: FastParts, cache: DecoderCache, members: int) -> Constant | Absorbed | Projected | None:
     """Cross-attention of `members` rows a group to the memory that `cache` holds; None if it holds none."""
     if cache[0].cross is None:
         return None
@@ -28,9 +33,9 @@ def read_memory(parts: FastParts, cache: DecoderCache, members: int) -> CrossAtt
 class FastState:
     """A `State` over a decoder's parts: each sublayer adds to x what it has to say."""
 
-    def __init__(self, parts: FastParts, own: OneRow | Rows, memory: CrossAttention | None) -> None:
-        """`own` are the tokens so far; `memory` is what is read besides."""
-        self.parts, self.own, self.memory = parts, own, memory
+    def __init__(self, parts: FastParts, own: OneRow | Rows, cache: DecoderCache) -> None:
+        """`own` are the tokens so far; `cache` holds the memory that is read besides, if there is one."""
+        self.parts, self.own, self.memory = parts, own, read_memory(parts, cache, own.members)
         self.mlps = [feed_forward(block) for block in parts.blocks]
         self.norm, self.head = norm(parts.norm), product(parts.head, None)
 
@@ -39,13 +44,13 @@ class FastState:
         cls, parts: FastParts, cache: DecoderCache, mask: Tensor | None, steps: int, members: int = 1
     ) -> "FastState":
         """The state behind the prompts that `cache` and `mask` hold, as `prefill` gives them."""
-        one = members == len(cache[0].contents[0]) == 1
-        own = OneRow(parts, cache, mask, steps) if one else Rows(parts, cache, mask, steps, members, members * steps)
-        return cls(parts, own, read_memory(parts, cache, members))
+        if members == len(cache[0].contents[0]) == 1:
+            return cls(parts, OneRow(parts, cache, mask, steps), cache)
+        return cls(parts, Rows(parts, cache, mask, *of_steps(steps, members, cache.device)), cache)
 
-    def _pass(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        """One token a row (R,) through all blocks, (R, E)."""
-        x = self.parts.embed(tokens, positions)  # (R, D)
+    def run(self, tokens: Tensor) -> Tensor:
+        """The next token of each row (R,) -> states under the head (R, E)."""
+        x = self.parts.embed(tokens, self.own.advance())  # (R, D)
         for layer, add_mlp in enumerate(self.mlps):
             self.own.add(layer, x)
             if self.memory is not None:
@@ -54,15 +59,12 @@ class FastState:
         return self.norm(x)
 
     def step(self, tokens: Tensor) -> Tensor:
-        """The next token of each row (R,) -> scores of the one after it (R, V)."""
-        return self.head(self._pass(tokens, self.own.advance()))
+        return self.head(self.run(tokens))
 
     def reorder(self, parents: Tensor) -> None:
-        """Row r goes on from what row `parents[r]` was, a member of the same group."""
         self.own.reorder(parents)
 
     def keep(self, groups: Tensor) -> None:
-        """Keep these groups (G',) only, in this order."""
         self.own.keep(groups)
         if self.memory is not None:
             self.memory.keep(member_rows(groups, self.own.members))
@@ -76,11 +78,9 @@ def tree_states(
     depths (K,) from 0; above (K, K) bool, True where the second node is the first or one above it. `cache` and `mask`
     are those of `prefill`, and stay as they are.
     """
-    nodes = len(tokens)
-    own = Rows(parts, cache, mask, int(depths.max()) + 1, nodes, nodes)
-    state = FastState(parts, own, read_memory(parts, cache, nodes))
-    states = state._pass(tokens.repeat(own.groups), own.branch(depths, above))
-    return states.unflatten(0, (own.groups, nodes))
+    own = Rows(parts, cache, mask, depths, above)
+    states = FastState(parts, own, cache).run(tokens.repeat(own.groups))
+    return states.unflatten(0, (own.groups, len(tokens)))
 
 
 class GraphState(FastState):
@@ -95,8 +95,7 @@ class GraphState(FastState):
             raise ValueError("a CUDA graph needs a decoder on a GPU")
         if torch.is_autocast_enabled("cuda"):
             raise ValueError("a CUDA graph keeps no weights that autocast casts: give the decoder the type itself")
-        own = FixedRows(parts, cache, mask, steps, members)
-        super().__init__(parts, own, read_memory(parts, cache, members))
+        super().__init__(parts, FixedRows(parts, cache, mask, *of_steps(steps, members, cache.device)), cache)
         self._forget()
 
     def _forget(self) -> None:

@@ -1,0 +1,338 @@
+"""Connectors against their arithmetic written out, prefixes against GPT-2 of `transformers`, and a connector that
+somebody else adds."""
+
+import json
+import sys
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import assert_close, brute_force_attention
+from model_helpers import GRID, SIDE, tiny_model
+from torch import Tensor, nn
+from transformers import GPT2LMHeadModel
+from vqa_helpers import CPU, small_flags
+
+from train import train_step
+from vqa_scratch import systems
+from vqa_scratch.connectors import CONNECTORS, connect, connector_class, connector_sizes
+from vqa_scratch.connectors.base import Conditioning, Connector
+from vqa_scratch.connectors.mean import masked_average
+from vqa_scratch.generate import greedy
+from vqa_scratch.models import VQAModel
+from vqa_scratch.nn.states import States
+from vqa_scratch.systems.options import read_command_line
+from vqa_scratch.systems.run_folder import save_weights
+from vqa_scratch.systems.vqa import VQASystem
+from vqa_scratch.training.optimizers import Optimizers
+from vqa_scratch.training.precision import Precision
+
+EXACT = 1e-10  # of sums in float64 in another order
+INDEX = torch.tensor([1, 0, 1, 1, 0])  # five rows about two images, in no order
+LENGTHS = torch.tensor([6, 2, 4, 1, 6])  # of their questions
+MASK = torch.arange(6) < LENGTHS[:, None]
+PREFIXES = [kind for kind in CONNECTORS if not connector_class(kind).uses_memory]
+
+
+@pytest.fixture(autouse=True)
+def no_gradients():
+    """Every test here compares values; the one that trains asks for gradients itself."""
+    with torch.no_grad():
+        yield
+
+
+def states(model: VQAModel, height: int = SIDE, width: int = SIDE) -> tuple[States, States | None]:
+    """Two images and five questions of different lengths, encoded."""
+    g = torch.Generator().manual_seed(0)
+    pixels = torch.randn(2, 3, height, width, generator=g, dtype=torch.float64)
+    ids = torch.randint(40, MASK.shape, generator=g)
+    return model.image.states(pixels), None if model.text is None else model.text.states(ids, MASK)
+
+
+def linear(layer: nn.Linear, x: Tensor) -> Tensor:
+    return torch.einsum("oi,...i->...o", layer.weight, x) + layer.bias
+
+
+def same(ours: Tensor, theirs: Tensor) -> None:
+    assert ours.shape == theirs.shape and theirs.abs().max() > 0.1
+    assert (ours - theirs).abs().max() < EXACT
+
+
+# ------------------------------------------------------------------------------------------------ by hand
+
+
+@pytest.mark.parametrize("texts", [True, False])
+@pytest.mark.parametrize("size", [(SIDE, SIDE), (SIDE, 2 * SIDE)])
+def test_tokens(texts, size):
+    """Every token is a key; image tokens get their place once more, and with a text both sides their modality."""
+    model = tiny_model("tokens", texts=texts).double()
+    image, text = states(model, *size)
+    own, parts = model.connector, model.connector(image, text, INDEX).memory
+    table = own.places[0]
+    if size != (SIDE, SIDE):  # the table of 3x3 places, made as wide as the image
+        places = table[1:].T.reshape(1, -1, *GRID)
+        places = F.interpolate(places, size=(3, 6), mode="bicubic", align_corners=False)
+        table = torch.cat([table[:1], places.flatten(2)[0].T])
+    modality = own.modality if texts else torch.zeros(2, 16)
+    for row, entry in enumerate(INDEX):
+        keys = linear(own.image_projection, image.tokens[entry]) + table + modality[0]
+        same(parts[0].per_row()[row], keys)
+        if texts:
+            same(parts[1].per_row()[row], linear(own.text_projection, text.tokens[row]) + modality[1])
+    assert parts[0].mask is None, "no image token is padding"
+    assert len(parts[0].states) == 2, "the keys of an image are not copied"
+    assert len(parts) == 1 + texts and all(torch.equal(part.mask, MASK) for part in parts[1:])
+
+
+@pytest.mark.parametrize("texts", [True, False])
+def test_mean(texts):
+    """One key: the average of two averages, each over real tokens alone."""
+    model = tiny_model("mean", texts=texts).double()
+    image, text = states(model)
+    own, (memory,) = model.connector, model.connector(image, text, INDEX).memory
+    assert memory.states.shape == (5, 1, 16) and memory.mask is None
+    for row, entry in enumerate(INDEX):
+        key = linear(own.image_projection, image.tokens[entry]).mean(0)
+        if texts:
+            words = linear(own.text_projection, text.tokens[row, : LENGTHS[row]])
+            key = (key + words.mean(0)) / 2
+        same(memory.states[row, 0], key)
+
+
+def test_masked_average_of_nothing_is_zero():
+    x = torch.randn(2, 3, 4)
+    assert torch.equal(masked_average(x, torch.zeros(2, 3, dtype=torch.bool)), torch.zeros(2, 4))
+    assert torch.allclose(masked_average(x, None), x.mean(1))
+
+
+def test_prefix():
+    """Linear, GELU, linear on every place; the class token is none."""
+    model = tiny_model("prefix").double()
+    image, text = states(model)
+    own, prefix = model.connector, model.connector(image, text, INDEX).prefix
+    hidden = linear(own.up, image.tokens[:, 1:])
+    expected = linear(own.down, hidden * (1 + torch.erf(hidden / 2**0.5)) / 2)
+    same(prefix, expected[INDEX])
+    assert text is None and prefix.shape == (5, 9, 16)
+
+
+def test_qformer():
+    """Blocks of self-attention, attention to the image, and MLP, each sum normed; attention from its definition."""
+    model = tiny_model("qformer").double()
+    image, _ = states(model)
+    own = model.connector
+    former, x = own.qformer, own.qformer.norm(own.qformer.queries).expand(2, -1, -1)
+
+    def attention(layer: nn.Module, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (part.unflatten(2, (4, -1)).transpose(1, 2) for part in (q, k, v))
+        allowed = torch.ones(2, 4, q.shape[2], k.shape[2], dtype=torch.bool)
+        read = brute_force_attention(q, k, v, allowed, None, q.shape[-1] ** -0.5)
+        return linear(layer.out, read.transpose(1, 2).flatten(2))
+
+    assert len(former.blocks) == 2
+    for block in former.blocks:
+        x = block.norm1(x + attention(block.attn, *linear(block.attn.qkv, x).chunk(3, -1)))
+        asked = linear(block.cross.q, x), *linear(block.cross.kv, image.tokens).chunk(2, -1)
+        x = block.norm_cross(x + attention(block.cross, *asked))
+        hidden = linear(block.mlp.up, x)
+        x = block.norm2(x + linear(block.mlp.down, hidden * (1 + torch.erf(hidden / 2**0.5)) / 2))
+    same(own(image, None, INDEX).prefix, linear(own.projection, x)[INDEX])
+
+
+# ------------------------------------------------------------------------------------------------ all of them
+
+
+@pytest.fixture(params=CONNECTORS)
+def kind(request) -> str:
+    return request.param
+
+
+def rows_of(given: Conditioning) -> list[Tensor]:
+    """What each row of the decoder is given: keys of every part, or a prefix."""
+    return [part.per_row() for part in given.memory] if given.prefix is None else [given.prefix]
+
+
+def test_questions_of_an_image_share_it(kind):
+    """An index says the same as the image once for each of its questions, and None the same as their order."""
+    model = tiny_model(kind).double()
+    image, text = states(model)
+    apart = States(image.tokens[INDEX], places=image.places)
+    wanted = rows_of(model.connector(apart, text, torch.arange(5)))
+    for given in (model.connector(image, text, INDEX), model.connector(apart, text)):
+        for ours, theirs in zip(rows_of(given), wanted, strict=True):
+            same(ours, theirs)
+
+
+def test_what_is_kept_is_all_that_is_read(kind):
+    """A cache of features keeps `kept`, and the connector takes it for the image."""
+    model = tiny_model(kind).double()
+    image, text = states(model)
+    kept = model.connector.kept(image)
+    assert kept.tokens.shape[1] == {"mean": 1, "prefix": 9}.get(kind, 10)
+    whole, part = (rows_of(model.connector(some, text, INDEX)) for some in (image, kept))
+    for ours, theirs in zip(part, whole, strict=True):
+        same(ours, theirs)
+
+
+def test_sizes_build_it_again(kind):
+    """From the words in config.json, and in the length that the decoder's positions are counted by."""
+    model = tiny_model(kind).double()
+    sizes = json.loads(json.dumps(connector_sizes(model.connector)))
+    assert sizes["kind"] == kind and type(model.connector) is connector_class(kind)
+    again = connect(sizes, model.image, model.text, model.decoder).double()
+    assert connector_sizes(again) == sizes
+    again.load_state_dict(model.connector.state_dict())
+    given = model.connector(*states(model), INDEX)
+    for ours, theirs in zip(rows_of(again.eval()(*states(model), INDEX)), rows_of(given), strict=True):
+        assert torch.equal(ours, theirs)
+    length = connector_class(kind).prefix_length(GRID, {name: v for name, v in sizes.items() if name != "kind"})
+    assert length == (0 if given.prefix is None else given.prefix.shape[1])
+
+
+def test_a_table_of_places_can_start_from_another(kind):
+    """The class token has no place; a connector without a table has nothing to change."""
+    model = tiny_model(kind)
+    before = {name: tensor.clone() for name, tensor in model.connector.state_dict().items()}
+    model.connector.start_from_places(table := torch.randn(9, 16))
+    changed = {name: t for name, t in model.connector.state_dict().items() if not torch.equal(t, before[name])}
+    assert changed.keys() == ({"places"} if kind == "tokens" else set())
+    if changed:
+        same(changed["places"][0, 1:].double(), table.double())
+        assert torch.equal(changed["places"][0, 0], before["places"][0, 0])
+
+
+def test_padding_of_prompts_never_reaches_the_image(kind):
+    """Rows whose prompts are padded on the left say what they say alone, whatever the padding holds, and none of it
+    hides the image: another one changes every row."""
+    model = tiny_model(kind).double()
+    image, text = states(model)
+    ids = torch.randint(30, MASK.shape)
+    mask = MASK.flip(1)  # padded on the left
+    other = ids.masked_fill(~mask, 7)
+    ours, filled = (model.hidden(image, text, some, INDEX, mask) for some in (ids, other))
+    assert torch.equal(ours[mask], filled[mask])
+    turned = States(-image.tokens, image.mask, image.places)
+    moved = (model.hidden(turned, text, ids, INDEX, mask) - ours).abs().amax(2)
+    assert (moved[mask] > 1e-6).all()
+    for row in range(5):
+        one = slice(row, row + 1)
+        question = None if text is None else States(text.tokens[one], text.mask[one])
+        alone = model.hidden(image, question, ids[one, 6 - LENGTHS[row] :], INDEX[one])
+        same(ours[row, 6 - LENGTHS[row] :], alone[0])
+
+
+# ------------------------------------------------------------------------------------------------ prefixes
+
+
+@pytest.mark.parametrize("kind", PREFIXES)
+def test_a_prefix_is_read_as_the_reference_reads_it(kind, tmp_path):
+    """GPT2LMHeadModel on the same embeddings, with prompts padded on the left."""
+    model = tiny_model(kind)
+    model.decoder.save_pretrained(tmp_path)
+    theirs = GPT2LMHeadModel.from_pretrained(tmp_path).eval()
+    image, _ = states(model.double())
+    model.float()
+    image = States(image.tokens.float(), places=image.places)
+    ids, mask = torch.randint(30, MASK.shape), MASK.flip(1)
+    prefix = model.connector(image, None, INDEX).prefix
+    whole = torch.cat([torch.ones(prefix.shape[:2]), mask], 1)
+    asked = {
+        "inputs_embeds": torch.cat([prefix, theirs.transformer.wte(ids)], 1),
+        "attention_mask": whole.long(),
+        "position_ids": (whole.cumsum(1) - 1).clamp(min=0).long(),
+    }
+    wanted = theirs(**asked).logits[:, prefix.shape[1] :]
+    ours = model.decoder.logits(model.hidden(image, None, ids, INDEX, mask))
+    assert_close(ours, wanted, where=mask)
+
+
+@pytest.mark.parametrize("kind", CONNECTORS)
+def test_greedy_decoding_is_the_model_without_a_cache(kind):
+    """Prompts of different lengths; the same tokens and log-probabilities as running the whole model for each token."""
+    model = tiny_model(kind).double()
+    image, text = states(model)
+    given, ids, mask = model.connector(image, text, INDEX), torch.randint(3, 30, MASK.shape), MASK.flip(1)
+    made = greedy(model.decoder, ids, mask, given.memory, max_new_tokens=7, eos_id=2, prefix=given.prefix)
+    for row in range(5):
+        one, length = slice(row, row + 1), int(made.lengths[row])
+        question = None if text is None else States(text.tokens[one], text.mask[one])
+        said = ids[one, 6 - LENGTHS[row] :]
+        for step in range(length):
+            logits = model.decoder.logits(model.hidden(image, question, said, INDEX[one]))[0, -1]
+            score, token = logits.float().log_softmax(-1).max(-1)  # decoding keeps them in float32
+            assert int(token) == int(made.ids[row, step])
+            assert float(score) == pytest.approx(float(made.log_probs[row, step]), abs=1e-5)
+            said = torch.cat([said, token[None, None]], 1)
+        assert length == 7 or int(token) == 2
+    assert len({tuple(ids) for ids in made.ids.tolist()}) > 1, "every row says the same: the test says little"
+
+
+def test_prefixes_need_room():
+    """The decoder's positions serve prefix and words together."""
+    model = tiny_model("prefix").double()
+    image, _ = states(model)
+    assert model.hidden(image, None, torch.ones(2, 23, dtype=torch.long)).shape == (2, 23, 16)
+    with pytest.raises(ValueError, match="33 tokens, but the position table serves 32"):
+        model.hidden(image, None, torch.ones(2, 24, dtype=torch.long))
+
+
+# ------------------------------------------------------------------------------------------------ another connector
+
+
+class RowsConnector(Connector):
+    """A prefix with one embedding for each row of places: their average, mapped linearly."""
+
+    reads_text = False
+    uses_memory = False
+
+    def __init__(self, image: nn.Module, text: None, decoder: nn.Module, *, rows: int) -> None:
+        super().__init__()
+        self.rows = rows
+        self.map = nn.Linear(image.dim, decoder.config.dim)
+
+    @classmethod
+    def sizes_for(cls, grid: tuple[int, int], options: Any) -> dict[str, Any]:
+        return {"rows": grid[0]}
+
+    @classmethod
+    def prefix_length(cls, grid: tuple[int, int], sizes: dict[str, Any]) -> int:
+        return sizes["rows"]
+
+    @property
+    def sizes(self) -> dict[str, Any]:
+        return {"rows": self.rows}
+
+    def recipe(self, with_text: bool) -> str:
+        return f'prefix = linear("map", image_states[:, -{self.rows**2}:].unflatten(1, ({self.rows}, -1)).mean(2))'
+
+    def forward(self, image: States, text: None, image_index: Tensor | None = None) -> Conditioning:
+        places = image.tokens[:, image.prefix_tokens :].unflatten(1, image.places.grid)  # (I, rows, columns, D)
+        prefix = self.map(places.mean(2))
+        return Conditioning(prefix=prefix if image_index is None else prefix[image_index])
+
+
+@torch.enable_grad()
+def test_a_new_connector_is_one_file_and_a_line(data, tmp_path, monkeypatch):
+    """What the table in `vqa_scratch/connectors/__init__.py` promises: a class in a file of that folder, and a line in
+    the table. It has its word on the command line, trains, and is saved, opened and asked like any other."""
+    monkeypatch.setitem(sys.modules, "vqa_scratch.connectors.rows", sys.modules[__name__])  # the file
+    monkeypatch.setitem(CONNECTORS, "rows", ("rows", "RowsConnector"))  # the line
+    options = read_command_line([*small_flags(data, tmp_path / "run", connector="rows"), "--question-prompt"])
+    samples = VQASystem.read(options)
+    system = VQASystem.build(options, samples, Precision("fp32", CPU))
+    system.train_on(samples)
+    assert type(system.model.connector) is RowsConnector and system.model.text is None
+    before = system.model.connector.map.weight.detach().clone()
+    rates = {"kind": "adamw", "learning_rate": 1e-2, "matrix_learning_rate": 0.0, "weight_decay": 0.0}
+    batch, optimizers = system.batch(system.epoch(0)[0]), Optimizers(system.model, **rates)
+    losses = [float(train_step(system.loss, batch, optimizers, system.precision)[0]) for _ in range(2)]
+    assert losses[1] < losses[0] and not torch.equal(system.model.connector.map.weight, before)
+    system.save(options.out)
+    save_weights(options.out / "model.safetensors", system.model)
+    opened = systems.load(options.out)
+    assert opened.sizes["connector"] == {"kind": "rows", "rows": 8}
+    sample = samples.samples["val"][0]
+    (answer,), _ = opened.ask(sample.image_path, sample.question)
+    assert answer.text == system.answer([sample])[sample.question_id].text
+    assert opened.export(tmp_path / "out") and "connector `rows`" in (tmp_path / "out" / "README.md").read_text()

@@ -1,0 +1,176 @@
+"""What is studied: one input of one model. Sources are the tokens it is made of; a writer reads them and answers.
+
+Everything else in `study` works on a `Subject`, whatever the model:
+
+* a decoder whose cross-attention reads sources: a VQA model, a captioner, a T5;
+* a decoder with an image at the beginning of its own sequence, the prefix: BLIP-2, LLaVA;
+* a single stream whose own sequence is all sources: a ViLT, which reads its answer off the first token.
+
+`subject.py` has one class for each model. Shapes: S source tokens, X tokens of the writer's own sequence, T of them
+rows that a map is made for, K keys of cross-attention or tokens of the prefix, D width, V vocabulary. One input (B = 1)
+throughout.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from vqa_scratch.nn.states import Places
+
+
+@dataclass(frozen=True)
+class Source:
+    """Tokens of the input. Those that are places of an image come last, in raster order."""
+
+    name: str  # image, text, encoder, query: the first segment of its taps, if it has blocks of its own
+    labels: tuple[str, ...]  # one for each token
+    sinks: tuple[int, ...] = ()  # tokens without content of their own: class token, separators
+    places: Places | None = None
+    attentions: tuple[str, ...] = ()  # those of its own blocks, in the order they run
+    reads: str | None = None  # the source that its cross-attention reads: learned queries read the image
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def of_image(self) -> bool:
+        """Whether its tokens are about the image."""
+        return self.places is not None or self.reads is not None
+
+    @property
+    def first_place(self) -> int:
+        """Where the places begin among its tokens."""
+        return len(self) if self.places is None else len(self) - self.places.grid[0] * self.places.grid[1]
+
+
+class Subject(ABC):
+    """One input, ready to run.
+
+    `mixing` (K, S) says which source tokens each key of cross-attention is made of or, with a `prefix`, each token of
+    the prefix.
+    """
+
+    model: nn.Module
+    decoder: nn.Module  # the writer: has `blocks` and `norm`
+    writer: str = "decoder"  # the first segment of its taps
+    sources: tuple[Source, ...]
+    mixing: Tensor
+    prefix: int = 0  # K if that many tokens made of sources begin the writer's own sequence; 0: cross-attention
+    prompt: list[int]  # what the writer starts from
+    max_new_tokens: int
+    head: Tensor | None = None  # (V, D), where logits = head @ normed state
+    end_id: int | None = None
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @property
+    def layers(self) -> int:
+        """How many blocks the writer has."""
+        return len(self.decoder.blocks)
+
+    @property
+    def self_attentions(self) -> list[str]:
+        """The writer's, in order."""
+        return [f"{self.writer}.{i}.self" for i in range(self.layers)]
+
+    @property
+    def reading(self) -> list[str]:
+        """The writer's attentions that read sources, in order."""
+        return self.self_attentions if self.prefix else [f"{self.writer}.{i}.cross" for i in range(self.layers)]
+
+    # ------------------------------------------------------------------------------------------ running it
+
+    @abstractmethod
+    def logits(self, decoder_ids: list[int]) -> Tensor:
+        """(T, V): the whole model, teacher-forced and without a cache, so that gradients reach every encoder."""
+
+    @abstractmethod
+    def generate(self, max_new_tokens: int | None = None) -> list[int]:
+        """The answer, greedily and through the cache; the end token included if it came.
+
+        At most `max_new_tokens`, or the subject's own limit.
+        """
+
+    def readout(self, states: Tensor) -> Tensor:
+        """(..., T, D) -> (..., T, V): the logits if these states were the last ones."""
+        return self.decoder.norm(states.float()) @ self.head.float().T
+
+    def log_probabilities(self, logits: Tensor) -> Tensor:
+        """(..., V) -> (..., V)."""
+        return logits.float().log_softmax(-1)
+
+    # ------------------------------------------------------------------------------------------ finding one's way
+
+    def slices(self) -> list[tuple[Source, slice]]:
+        """Where each source sits among the S source tokens."""
+        start, result = 0, []
+        for source in self.sources:
+            result.append((source, slice(start, start + len(source))))
+            start += len(source)
+        return result
+
+    def where(self, name: str) -> slice:
+        """The tokens of one source among the S."""
+        return next(where for source, where in self.slices() if source.name == name)
+
+    @property
+    def image(self) -> tuple[Source, slice]:
+        """The source with places, and where they sit among the S. Raises ValueError if there is none."""
+        for source, where in self.slices():
+            if source.places is not None:
+                return source, slice(where.start + source.first_place, where.stop)
+        raise ValueError("there is no image here: nothing to delete, insert or point at")
+
+    def rows(self, x: Tensor) -> Tensor:
+        """(..., X, _) -> (..., T, _): the tokens of the writer that a map has a row for."""
+        return x[..., self.prefix :, :]
+
+    def readers(self, pattern: Tensor) -> Tensor:
+        """(..., X, keys) -> (..., T, keys): what a row of the plain map of weights is taken from."""
+        return self.rows(pattern)
+
+    def shares(self, name: str, weights: Tensor) -> Tensor:
+        """Weights (..., keys) of one attention as shares of the S source tokens and of the writer's own after them.
+
+        The latter are left out where the attention cannot see them.
+        """
+        tower, _, kind = name.split(".")
+        if tower == self.writer:
+            given = len(self.mixing) if kind == "cross" else self.prefix
+            return torch.cat([weights[..., :given] @ self.mixing[:given], weights[..., given:]], -1)
+        source = next(source for source in self.sources if source.name == tower)
+        result = weights.new_zeros(*weights.shape[:-1], self.mixing.shape[1])
+        result[..., self.where(source.reads if kind == "cross" else tower)] = weights
+        return result
+
+
+class ImageSubject(Subject):
+    """A subject whose image can be replaced by others of its size. `pixel_values` (1, C, H, W)."""
+
+    pixel_values: Tensor
+
+    @abstractmethod
+    def logits_of(self, images: Tensor, decoder_ids: list[int]) -> Tensor:
+        """(n, C, H, W) -> (n, T, V): as `logits`, for each of n images."""
+
+    def logits(self, decoder_ids: list[int]) -> Tensor:
+        return self.logits_of(self.pixel_values, decoder_ids)[0]
+
+
+def image_source(encoder: nn.Module, pixel_values: Tensor, attentions: tuple[str, ...] = ()) -> Source:
+    """The tokens that an image encoder (see `nn/states.py`) makes of `pixel_values` (1, C, H, W)."""
+    places = encoder.places(*pixel_values.shape[2:])
+    prefix = ["[class]", *(f"[token {i}]" for i in range(2, encoder.prefix_tokens + 1))][: encoder.prefix_tokens]
+    patches = [f"patch {r + 1},{c + 1}" for r in range(places.grid[0]) for c in range(places.grid[1])]
+    return Source("image", (*prefix, *patches), tuple(range(len(prefix))), places, attentions)
+
+
+def block_attentions(name: str, encoder: nn.Module) -> tuple[str, ...]:
+    """The attentions of an encoder's blocks in the order they run; none for one without blocks, as a ResNet."""
+    kinds = (("self", "attn"), ("cross", "cross"))
+    blocks = enumerate(getattr(encoder, "blocks", ()))
+    return tuple(f"{name}.{i}.{kind}" for i, block in blocks for kind, child in kinds if hasattr(block, child))

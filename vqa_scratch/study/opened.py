@@ -1,0 +1,64 @@
+"""One input that is ready for study, and readable labels for its tokens."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from PIL import Image
+
+from vqa_scratch.data.text import Tokenizer
+from vqa_scratch.study.base import Subject
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A subject, what it was made from, and how to read the ids of its answer."""
+
+    run: str
+    subject: Subject
+    text: str  # the question or the article; "" for a caption
+    image: Image.Image | None  # as the model saw it: resized and cropped
+    prompt: tuple[str, ...]  # labels of what the writer starts from
+    label: Callable[[int], str]  # of one id of the answer, its leading space kept
+    decode: Callable[[list[int]], str]  # of a whole answer
+    notes: tuple[str, ...] = ()  # what the user should know about how it was read
+
+
+def token_label(tokenizer: Tokenizer, index: int) -> str:
+    """One id as readable text, its leading space kept."""
+    if index >= len(tokenizer):
+        return f"[unused {index}]"  # checkpoints have more rows than their vocabulary
+    token = tokenizer.backend.id_to_token(index)
+    if tokenizer.byte_level and token not in tokenizer.special.values():
+        return tokenizer.decode([index], skip_special_tokens=False)
+    return token.replace("▁", " ")
+
+
+def text_labels(tokenizer: Tokenizer, text: str, ids: list[int]) -> tuple[str, ...]:
+    """A label for each of `ids`, which begin as `text` does: the user's own characters, unknown words included."""
+    encoding = tokenizer.backend.encode(text)
+    labels = []
+    for place, index in enumerate(ids):
+        start, end = encoding.offsets[place] if encoding.ids[place : place + 1] == [index] else (0, 0)
+        labels.append(text[start:end] if end > start else token_label(tokenizer, index))
+    return tuple(labels)
+
+
+def special_tokens(tokenizer: Tokenizer, ids: list[int]) -> tuple[int, ...]:
+    """Where among `ids` the separators and other tokens without content stand."""
+    special = {tokenizer.cls_id, tokenizer.sep_id, tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id} - {None}
+    return tuple(place for place, index in enumerate(ids) if index in special)
+
+
+def written(tokenizer: Tokenizer, prompt: list[int]) -> dict[str, Any]:
+    """The last fields of an `Opened` whose answer is written with `tokenizer`, after these ids."""
+    return {
+        "prompt": tuple(token_label(tokenizer, index) for index in prompt),
+        "label": lambda index: token_label(tokenizer, index),
+        "decode": lambda ids: tokenizer.decode(ids).strip(),
+    }
+
+
+def chosen(labels: Sequence[str], first: str) -> dict[str, Any]:
+    """The last fields of an `Opened` whose answer is one of `labels`, read off the token that is called `first`."""
+    return {"prompt": (first,), "label": lambda index: labels[index], "decode": lambda ids: labels[ids[0]]}
