@@ -36,7 +36,7 @@ from vqa_scratch.systems.policy import answering_task, run_options
 from vqa_scratch.systems.questions import QuestionData, QuestionSystem, needs_question
 from vqa_scratch.systems.scoring import common_answers
 from vqa_scratch.systems.studied import writing_subject
-from vqa_scratch.systems.vqa_models import released_models, small_models, tokenizers_for
+from vqa_scratch.systems.vqa_models import check_question, released_models, small_models, tokenizers_for
 from vqa_scratch.systems.writing import Split, choose, write, writing_figures
 from vqa_scratch.training.precision import Precision
 
@@ -60,6 +60,7 @@ class VQASystem(QuestionSystem):
 
     @classmethod
     def build(cls, options: VQAOptions, data: QuestionData, precision: Precision) -> Self:
+        check_question(options)
         seed_everything(options.seed)
         make = small_models if options.preset == "shapes" else released_models
         image, text, connector, decoder, tokenizers, processor = make(options, data.samples["train"])

@@ -38,6 +38,21 @@ def own_tokenizers(train: list[VQASample]) -> tuple[Tokenizer, Tokenizer]:
     return train_wordpiece(questions, VOCABULARY), train_bpe([f" {text}" for text in questions + answers], VOCABULARY)
 
 
+def check_question(options: VQAOptions) -> None:
+    """Raise UserError unless the question reaches the decoder, and what is frozen is there."""
+    if connector_class(options.connector).reads_text:
+        return
+    if not options.question_prompt:
+        raise UserError(
+            f"--connector {options.connector} gives the decoder the image alone: add --question-prompt, so that it "
+            "reads the question"
+        )
+    if options.freeze == "text_encoder":
+        raise UserError(
+            f"--freeze text_encoder means nothing with --connector {options.connector}, which has no text encoder"
+        )
+
+
 def small_models(options: VQAOptions, train: list[VQASample]) -> Parts:
     """Small random models of the real classes, with tokenizers learned from the questions."""
     kind, width = connector_class(options.connector), options.width
@@ -93,15 +108,17 @@ def released_models(options: VQAOptions, train: list[VQASample]) -> Parts:
     kind = connector_class(options.connector)
     if options.init == "random":
         text, decoder = own_tokenizers(train)
-        image, words = assembly.vit(ViTConfig(), "linear"), Bert(DISTILBERT)
+        image, words = assembly.vit(ViTConfig(), "linear"), Bert(DISTILBERT) if kind.reads_text else None
         writer, processor = GPT2(GPT2Config(add_cross_attention=kind.uses_memory)), ImageProcessor()
     else:
-        text = Tokenizer.from_pretrained(options.text_model)
+        text = Tokenizer.from_pretrained(options.text_model) if kind.reads_text else None
         decoder = Tokenizer.from_pretrained(options.decoder_model)
-        image, words = image_encoder(options.image_model), text_encoder(options.text_model)
+        image = image_encoder(options.image_model)
+        words = text_encoder(options.text_model) if kind.reads_text else None
         writer = GPT2.from_pretrained(options.decoder_model, add_cross_attention=kind.uses_memory)
         processor = ImageProcessor.from_pretrained(options.image_model)
-    check_positions(options, ["max_question_tokens"], words.longest, options.text_model or "DistilBERT")
+    if words is not None:
+        check_positions(options, ["max_question_tokens"], words.longest, options.text_model or "DistilBERT")
     if processor.output_size is None:
         raise UserError(f"training needs images of one size; {options.image_model} takes each at a size of its own")
     grid = image.places(*processor.output_size).grid
@@ -109,6 +126,5 @@ def released_models(options: VQAOptions, train: list[VQASample]) -> Parts:
     written = [*(["max_question_tokens"] if options.question_prompt else []), "max_answer_tokens"]
     room = writer.config.max_positions - kind.prefix_length(grid, sizes)
     check_positions(options, written, room, options.decoder_model or "GPT-2")
-    words = words if kind.reads_text else None
     connector = connect({"kind": options.connector, **sizes}, image, words, writer)
     return image, words, connector, writer, tokenizers_for(options, text if words else None, decoder), processor
