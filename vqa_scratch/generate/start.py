@@ -74,9 +74,8 @@ def prefill(
 def _only_memory(parts: FastParts, cache: DecoderCache, memory: list[Memory], rows: int) -> DecoderCache:
     """The empty cache with the keys and values of the memory, and of no token yet."""
     for block, own in zip(parts.blocks, cache, strict=True):
-        read = block.cross.project(memory)
+        read = block.cross.project(memory, cache=own)
         check_rows(read, rows)
-        own.fill_cross(read)
         nothing = read[0].k.new_empty(rows, block.attn.heads, 0, block.attn.head_dim)
         own.append(nothing, nothing)
     return cache
