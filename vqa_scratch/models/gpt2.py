@@ -115,6 +115,13 @@ class GPT2(Released, Decoder):
                 nn.init.normal_(parameter, std=config.init_std / math.sqrt(2 * config.layers))
         taps.name_modules(self, "decoder")
 
+    @property
+    def head(self) -> Tensor:
+        return self.tokens.weight
+
+    def embed(self, ids: Tensor) -> Tensor:
+        return self.tokens(ids)
+
     def hidden(
         self,
         embeddings: Tensor,

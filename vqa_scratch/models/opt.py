@@ -82,6 +82,13 @@ class OPT(Released, Decoder):
         self.apply(lambda module: init_weights(module, config.init_std))
         taps.name_modules(self, "decoder")
 
+    @property
+    def head(self) -> Tensor:
+        return self.tokens.weight
+
+    def embed(self, ids: Tensor) -> Tensor:
+        return self.tokens(ids)
+
     def hidden(
         self,
         embeddings: Tensor,

@@ -48,10 +48,9 @@ class FastParts(NamedTuple):
 
 
 class Decoder(nn.Module, ABC):
-    """A model that predicts the next token. Its head is the token embedding, unless it overrides `head`."""
+    """A model that predicts the next token."""
 
     config: Any  # has `layers` and `max_positions`
-    tokens: nn.Embedding
 
     @property
     def max_positions(self) -> int | None:
@@ -59,13 +58,13 @@ class Decoder(nn.Module, ABC):
         return self.config.max_positions
 
     @property
+    @abstractmethod
     def head(self) -> Tensor:
         """(V, E): logits are hidden @ head^T."""
-        return self.tokens.weight
 
+    @abstractmethod
     def embed(self, ids: Tensor) -> Tensor:
         """(B, T) -> (B, T, E), without positions."""
-        return self.tokens(ids)
 
     @abstractmethod
     def hidden(
