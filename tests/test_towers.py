@@ -68,7 +68,7 @@ def test_vit_from_a_classifier_and_back(tmp_path):
 
 def test_vit_takes_another_patch_embedding(tmp_path):
     class Stem(torch.nn.Module):
-        first = 0.0
+        first = 0.5  # the pixel of the first token
 
         def __init__(self):
             super().__init__()
