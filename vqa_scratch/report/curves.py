@@ -1,4 +1,4 @@
-"""curves.png: the panels of a run, side by side in one picture."""
+"""Draws curves.png: the panels of a run in one picture."""
 
 from collections.abc import Sequence
 from pathlib import Path
