@@ -1,4 +1,4 @@
-"""Writes samples.html: images with questions, the model's answers and their probabilities, and the annotators' answers."""
+"""Writes samples.html: images with questions, the model's answers and probabilities, and the annotators' answers."""
 
 import base64
 import io

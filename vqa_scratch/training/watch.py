@@ -48,7 +48,7 @@ class NotFinite(UserError):
 
 
 class LossWatch:
-    """Collects losses and gradient norms on the device and checks many at once: checking each step would wait for a GPU.
+    """Collects losses and gradient norms on the device and checks many at once: each check waits for the GPU.
 
     The values are those of all ranks, so all ranks raise together. `ids` gives the sample ids of a batch's `rows`.
     """
