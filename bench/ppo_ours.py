@@ -1,4 +1,4 @@
-"""Our side of `bench/ppo.py`: one PPO iteration, repeated whenever a line arrives on stdin; and what both sides load.
+"""Our side of `bench/ppo.py`: one PPO iteration, repeated for every line on stdin; and the models of both sides.
 
 python -m bench.ppo_ours FOLDER '{"precision": "bf16", "micro": 4}'
 """

@@ -1,6 +1,6 @@
-"""Makes batches of images with questions. The questions about an image stay together, so that it is loaded and encoded
-once for all of them; a thread makes batches ahead of time.
+"""Makes batches of images with questions, ahead of time in a thread.
 
+The questions about an image stay together, so that it is loaded and encoded once for all of them.
 `data/groups.py` chooses the rows of each batch from (seed, epoch) alone, so a run resumes by counting steps. Every
 image of a batch has the same number of questions, so that the decoder can share an image's keys without a copy.
 

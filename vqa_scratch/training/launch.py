@@ -83,13 +83,13 @@ class _Errors:
         if not self.world.main and self._noted(same, GRACE):
             return False
         with suppress(RuntimeError):
-            self.store.set(same, "told")
-            self.store.set("told", "yes")
+            self.store.set(same, "reported")
+            self.store.set("reported", "yes")
         return True
 
     def loss(self) -> bool:
         """Whether this rank reports that another is gone: only if that one printed nothing and no rank did so."""
-        if self._noted("told", 2 * GRACE):
+        if self._noted("reported", 2 * GRACE):
             return False
         try:
             return self.store.add("gone", 1) == 1
