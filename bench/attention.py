@@ -1,10 +1,10 @@
 """Attention on a GPU: ours against the best backend of scaled_dot_product_attention and against FlexAttention.
 
-Forward and backward are timed apart by CUDA events, medians of many calls; the backward pass is with respect to q, k, v
-and, where there is one, T5's relative bias. FlexAttention looks it up in the same buckets; SDPA gets it as a dense
-tensor, whose making, and the summing of whose gradient into buckets, are not counted against it. Before a time is taken
-every side must give the output of the fp32 definition to the tolerance of its number format. TFLOP/s count two products
-forward and five backward, no more for what a side computes twice.
+Forward and backward are timed separately by CUDA events, medians of many calls; gradients are those of q, k, v and, if
+there is one, of T5's relative bias. FlexAttention looks the bias up in the same buckets. SDPA gets it as a dense
+tensor; making that tensor and summing its gradient into buckets is not timed. Before a time is taken, every side must
+match the output of the fp32 definition to the tolerance of its number format. TFLOP/s count two products forward and
+five backward, no more for what a side computes twice.
 
 Shapes: B batch, H heads, T tokens, d head size.
 """
@@ -187,16 +187,16 @@ def all_rows(cases: list[Case], seconds: float) -> list[list[str]]:
     end, found, lines = time.monotonic() + seconds, {}, {}
     for case in cases:
         made = results.or_reason(case.name, 6, lambda c=case: rows(c, found.setdefault(c, try_ways(c, [OURS, *SDPA]))))
-        lines[case] = told(made)
+        lines[case] = printed(made)
     for case, figures in found.items():
         late = time.monotonic() > end
         figures |= {FLEX: "no time left"} if late else try_ways(case, [FLEX])
         lines[case] = rows(case, figures)
-        told(lines[case][-1:])
+        printed(lines[case][-1:])
     return [line for case in cases for line in lines[case]]
 
 
-def told(lines: list[list[str]]) -> list[list[str]]:
+def printed(lines: list[list[str]]) -> list[list[str]]:
     """The same lines, also said at once: a run that is cut short has not been for nothing."""
     print("\n".join(" | ".join(line) for line in lines), file=sys.stderr, flush=True)
     return lines

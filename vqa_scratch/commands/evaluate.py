@@ -40,8 +40,8 @@ def evaluate(
       python -m vqa_scratch evaluate runs/vqa --data vqa2/ --split val --limit 5000
     """
     from vqa_scratch.commands import scores
-    from vqa_scratch.data.submission import write_submission
     from vqa_scratch.data.vqa_v2 import read_vqa
+    from vqa_scratch.data.vqa_write import write_submission
     from vqa_scratch.storage import check_writable, write_json
 
     if submission is not None and limit is not None:
@@ -62,7 +62,7 @@ def evaluate(
     read = read_vqa(data, split)
     print(read.report)
     expected = scores.check_complete(read) if submission is not None else set()
-    if read.report.files.annotations is None:
+    if read.report.files["annotations"] is None:
         if submission is None:
             raise UserError(f"split {split} of {data} has no annotations to score by; give --submission FILE")
         answers = opened.answer(read.samples, None, progress="answering")

@@ -100,7 +100,7 @@ def caption_table(figures: dict[str, Any]) -> str:
 
 def check_complete(data: VQAData) -> set[int]:
     """The ids that a submission must answer. Raises UserError if the reader left one of them out."""
-    path = data.report.files.questions
+    path = data.report.files["questions"]
     expected = {question["question_id"] for question in read_json(path)["questions"]}
     left_out = expected - {sample.question_id for sample in data.samples}
     if left_out:

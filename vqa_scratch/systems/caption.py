@@ -17,7 +17,8 @@ from torch import Tensor
 from vqa_scratch.connectors.base import Conditioning
 from vqa_scratch.data.answers import Answer
 from vqa_scratch.data.augment import Augment, depends_on_side
-from vqa_scratch.data.batches import Batch, Questions, batches_by_image
+from vqa_scratch.data.batches import Batch, Questions
+from vqa_scratch.data.groups import batches_by_image
 from vqa_scratch.data.images import ImageProcessor, Images
 from vqa_scratch.data.text import Tokenizer, check_question
 from vqa_scratch.data.vqa_v2 import VQASample

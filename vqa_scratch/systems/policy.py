@@ -77,7 +77,7 @@ def answering_task(
         ),
         lambda ids: words.decode(ids).strip(),
         save,
-        todays=partial(todays_checkpoint, reference=reference),
+        upgrade=partial(todays_checkpoint, reference=reference),
     )
 
 

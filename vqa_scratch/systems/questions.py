@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from vqa_scratch.data.answers import Answer
-from vqa_scratch.data.shapes import FAMILY_OF_TYPE, ShapesSpec, ensure_shapes
+from vqa_scratch.data.scenes import FAMILY_OF_TYPE
+from vqa_scratch.data.shapes import ShapesSpec, ensure_shapes
 from vqa_scratch.data.text import check_question
 from vqa_scratch.data.vqa_v2 import VQASample, read_vqa, split_by_image
 from vqa_scratch.errors import UserError
