@@ -193,6 +193,7 @@ def work(options: RLHFOptions, world: World) -> dict[str, float] | int:
         task = TASKS[options.preset](options, device, precision.dtype)
     for note in task.notes:
         print(note)
+    saved = task.todays(saved) if saved else None
     if options.algorithm == "ppo" and options.iterations <= options.critic_warmup:
         print(f"the policy does not learn: --critic-warmup {options.critic_warmup} leaves it no iteration")
     about = {"config": to_json(options), "precision": kind, "reference": fingerprint(task.reference)}

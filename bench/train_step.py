@@ -1,7 +1,8 @@
 """One training step of the multimodal model at the book's sizes: this project's against `transformers`' parts.
 
-ViT-B/16 at 224 pixels, DistilBERT, GPT-2 (124M) with cross-attention, random weights, `mean`, 16 question tokens
-and 8 answer tokens. Both sides load the same files, must agree on the loss and on every gradient, and then take turns.
+ViT-B/16 at 224 pixels, DistilBERT, GPT-2 (124M) with cross-attention, random weights, connector `mean`, 16 question
+tokens and 8 answer tokens. Both sides load the same files, must agree on the loss and on every gradient, and then take
+turns.
 
 Shapes: I images, B questions, N image tokens, T question tokens, A decoder tokens, D width, V vocabulary.
 """

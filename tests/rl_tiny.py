@@ -35,14 +35,39 @@ def rules(**options):
 
 
 def tiny_ppo(policy=None, sampling=None, autocast=nullcontext, **options):
-    config = RLHFOptions(
+    options = RLHFOptions(
         **{"prompts": 8, "samples": 2, "micro_prompts": 8, "max_new_tokens": 9, "iterations": 10, "critic_warmup": 0}
         | {"scale_reward": False, "learning_rate": 1e-2, "warmup_steps": 0}
         | options
     )
     reward = RewardSum([RewardPart("sevens", 1.0, lambda s: torch.tensor([float(x.count(7)) for x in s.ids]))])
     actor = ActorCritic(policy or tiny())
-    return PPO(config, actor, freeze(tiny()), reward, ragged_prompts(), sampling or rules(), str, autocast)
+    return PPO(options, actor, freeze(tiny()), reward, ragged_prompts(), sampling or rules(), str, autocast)
+
+
+def rolled_out(ppo):
+    """One rollout as the update gets it: (its prompts, trajectory, context)."""
+    prompts = ppo.stream.next()
+    rollout = ppo.rollout(prompts)
+    return prompts, ppo.advantages(rollout), rollout.context
+
+
+def add_gradients(ppo, prompts, trajectory, context):
+    """The gradients of all eight prompts as one minibatch, without a step; returns the figures of it."""
+    ppo.update.begin(ppo.iteration)
+    ppo.update.add_gradients(list(range(8)), prompts, trajectory, context)
+    return ppo.update.stats.minibatches[0]
+
+
+def before_the_update(ppo, then):
+    """Call `then` in every iteration, between its rollout and its update."""
+    begin = ppo.update.begin
+
+    def watched(iteration):
+        then()
+        begin(iteration)
+
+    ppo.update.begin = watched
 
 
 ALL_RULES = [

@@ -98,9 +98,9 @@ def optimum(reference, rewards, beta):
 
 
 def toy_ppo(seed=0, iterations=300, kl_coef=0.5, **options):
-    """A PPO run on the toy, ready to step."""
+    """A PPO run on the toy, ready to iterate."""
     reference, rewards = tables()
-    config = RLHFOptions(
+    options = RLHFOptions(
         **{
             "seed": seed,
             "iterations": iterations,
@@ -126,13 +126,13 @@ def toy_ppo(seed=0, iterations=300, kl_coef=0.5, **options):
         ends = [(*ids, EOS) if done else tuple(ids) for ids, done in zip(samples.ids, samples.finished, strict=True)]
         return torch.tensor([rewards[end] for end in ends])
 
-    rules = SamplingRules(EOS, LONGEST, config.min_new_tokens, config.temperature)
+    rules = SamplingRules(EOS, LONGEST, options.min_new_tokens, options.temperature)
     return PPO(
-        config,
+        options,
         ActorCritic(Table(reference)),
         freeze(Table(reference)),
         RewardSum([RewardPart("table", 1.0, reward)]),
-        [Prompt("nothing")] * config.prompts,
+        [Prompt("nothing")] * options.prompts,
         rules,
         decode=lambda ids: " ".join(map(str, ids)),
     )

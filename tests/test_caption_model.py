@@ -22,7 +22,7 @@ def model() -> VQAModel:
 
 def given(model: VQAModel, image: torch.Tensor) -> Conditioning:
     """What the decoder is given for some images."""
-    return model.connector(model.encode_image(image), None)
+    return model.connector(model.image.states(image), None)
 
 
 def run(model: VQAModel, image: torch.Tensor, *ids: torch.Tensor, **more) -> VQAOutput:

@@ -47,7 +47,7 @@ def states(model: VQAModel, height: int = SIDE, width: int = SIDE) -> tuple[Stat
     g = torch.Generator().manual_seed(0)
     pixels = torch.randn(2, 3, height, width, generator=g, dtype=torch.float64)
     ids = torch.randint(40, MASK.shape, generator=g)
-    return model.encode_image(pixels), model.encode_text(ids, MASK)
+    return model.image.states(pixels), None if model.text is None else model.text.states(ids, MASK)
 
 
 def linear(layer: nn.Linear, x: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from vqa_scratch.data.mapped import mapped_array
 from vqa_scratch.errors import UserError
 from vqa_scratch.storage import append_line
 from vqa_scratch.systems import questions as system_questions
+from vqa_scratch.systems.frozen import cache_features
 from vqa_scratch.systems.vqa import VQASystem
 from vqa_scratch.training.precision import Precision
 
@@ -161,7 +162,7 @@ def test_the_name_follows_weights_preprocessing_images_and_format(make, tmp_path
         """The kinds of files made for the first training batch."""
         system = make(freeze="encoders", **options)
         change(system)
-        system.cache_features()
+        cache_features(system)
         before = files(tmp_path)
         system.batch(system.epoch(0)[0])
         return sorted(name.split("-")[1] for name in files(tmp_path) - before)
@@ -199,7 +200,7 @@ def test_half_precision_keeps_what_the_projection_reads(make, tmp_path):
         return made
 
     plain, kept = system(), system()
-    kept.cache_features()
+    cache_features(kept)
     assert outcome(kept)[0] == pytest.approx(outcome(plain)[0], rel=2**-9)
     assert kept.batch(kept.epoch(0)[0]).images.dtype == torch.bfloat16
     sizes = [path.stat().st_size for path in (tmp_path / "cache").glob("features-image-*")]
@@ -273,7 +274,7 @@ def test_images_of_another_size_than_the_encoder_has(make):
         return made
 
     plain, kept = system(), system()
-    kept.cache_features()
+    cache_features(kept)
     assert kept.batch(kept.epoch(0)[0]).images.shape[1:] == (1 + 4 * 8, 32)
     losses, gradients, answers = outcome(plain)
     kept_losses, kept_gradients, kept_answers = outcome(kept)

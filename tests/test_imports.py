@@ -48,11 +48,8 @@ LEAVES = {
     "vqa_scratch.generation_options",
     "vqa_scratch.metrics",
     "vqa_scratch.weights",
-    "vqa_scratch.rl.options",
     "vqa_scratch.rl.types",
     "vqa_scratch.rl.functional",
-    "vqa_scratch.systems.options",
-    "vqa_scratch.systems.presets",
 }
 # Pairs that rank alone would allow.
 FORBIDDEN = {(f"vqa_scratch.{high}", "vqa_scratch.data") for high in ("models", "connectors", "generate")}

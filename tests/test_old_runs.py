@@ -7,6 +7,7 @@ trained on the data set that `vqa_helpers.small_data` draws.
 
 import json
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,8 @@ from vqa_scratch.models import VQAModel
 from vqa_scratch.systems.older import MOVED, todays_names
 from vqa_scratch.systems.options import read_command_line
 from vqa_scratch.systems.run_folder import save_weights
-from vqa_scratch.training.checkpoint import load_checkpoint
+from vqa_scratch.training.checkpoint import load_checkpoint, load_model_state
+from vqa_scratch.training.optimizers import Optimizers
 
 OLD = Path(__file__).parent / "old_runs"
 SCENE = OLD / "scene.png"
@@ -119,6 +121,39 @@ def test_it_goes_on_as_it_was_begun(data, tmp_path):
     ended = Started(train_program, resumed(data, out, "--fusion", "tokens")).end()
     assert ended.code == 0 and "note: --fusion is now called --connector" in ended.err
     assert read_command_line(["--fusion", "mean"]).connector == "mean"
+
+
+def old_order(names: Iterable[str]) -> tuple[list[str], list[str], list[str]]:
+    """How the older version sorted parameters: hidden matrices, other weights, the rest, each in the model's order."""
+    hidden, wide, rest = [], [], []
+    for name in names:
+        table = any(word in name for word in ("position", "token", "modality", "places"))
+        matrix = name.endswith("weight") and "norm" not in name
+        (hidden if ".blocks." in name and matrix else wide if matrix and not table else rest).append(name)
+    return hidden, wide, rest
+
+
+@pytest.mark.parametrize("frozen", ["nothing", "encoders"])
+@pytest.mark.parametrize("kind", ["muon", "adamw"])
+def test_moments_find_their_parameters(kind, frozen):
+    """An optimizer numbers its parameters, and their order has changed. Here the moment of each is its own weights."""
+    system, weights = systems.load(OLD / "vqa"), load_checkpoint(OLD / "vqa" / "checkpoints" / "last.pt")["model"]
+    load_model_state(system.model, system.renamed(weights), "the checkpoint")
+    system.model.freeze(frozen)
+    optimizers = Optimizers(system.model, kind=kind, learning_rate=1.0, matrix_learning_rate=1.0, weight_decay=0.0)
+    free = {name for name, parameter in system.model.named_parameters() if parameter.requires_grad}
+    hidden, wide, rest = old_order(name for name in weights if todays_names({name: None}).keys() <= free)
+    numbered = [hidden, wide + rest] if kind == "muon" else [hidden + wide + rest]
+    states = optimizers.state_dict()
+    for state, names in zip(states, numbered, strict=True):
+        assert len(names) == sum(len(group["params"]) for group in state["param_groups"])
+        state["state"] = {
+            number: {"moment": weights[name], "step": torch.ones(())} for number, name in enumerate(names)
+        }
+    optimizers.load_state_dict(system.moments(states, weights))
+    found = [pair for optimizer in optimizers.optimizers for pair in optimizer.state.items()]
+    assert len(found) == len(free) > 20
+    assert all(torch.equal(state["moment"], parameter) for parameter, state in found)
 
 
 # ------------------------------------------------------------------------------------------------ commands

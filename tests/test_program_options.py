@@ -12,7 +12,6 @@ from test_options import page_of
 from vqa_helpers import ROOT
 
 from vqa_scratch.command_line import flag_names, flags
-from vqa_scratch.connectors import CONNECTORS
 from vqa_scratch.errors import UserError
 from vqa_scratch.generation_options import GenerationOptions
 from vqa_scratch.options import (
@@ -179,8 +178,3 @@ def test_every_preset_has_a_system_with_its_options():
         assert get_type_hints(build)["options"] is kind
     with pytest.raises(UserError, match="there is no preset shape; there are shapes, book, vilt"):
         find("shape")
-
-
-def test_every_connector_is_a_choice():
-    """A new line in the table of connectors is a new choice of the flag."""
-    assert tuple(CONNECTORS) == choices_of(systems.VQAOptions, "connector")

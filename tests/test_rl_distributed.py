@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from ranks import run_ranks
+from safetensors.torch import load_file
 from vqa_helpers import Ended, Started
-from vqa_scratch.run import load_file_state
 
 from vqa_scratch.errors import UserError
 from vqa_scratch.training.checkpoint import load_checkpoint
@@ -37,14 +37,14 @@ def at_iteration(rank: int, number: int, then) -> None:
     """On that rank, call `then` in the middle of the iteration: after its rollout, before its update."""
     from vqa_scratch.rl.update import Update
 
-    update = Update.run
+    begin = Update.begin
 
-    def watched(self, prompts, trajectory, context, iteration):
+    def watched(self, iteration):
         if iteration + 1 == number and self.ranks.world.rank == rank:
             then()
-        return update(self, prompts, trajectory, context, iteration)
+        begin(self, iteration)
 
-    Update.run = watched
+    Update.begin = watched
 
 
 def send(number: int) -> None:
@@ -108,7 +108,7 @@ def test_two_ranks_are_one_process(cache, alone, tmp_path, parallel):
     assert (main.code, other.code) == (0, 0), main.err + other.err
     assert f"2 ranks, {parallel}" in main.out and "Warning" not in main.err
     assert_same_run(out, alone)
-    ours, theirs = (load_file_state(folder / "policy" / "model.safetensors") for folder in (out, alone))
+    ours, theirs = (load_file(folder / "policy" / "model.safetensors") for folder in (out, alone))
     assert ours.keys() == theirs.keys() and all((ours[k] - theirs[k]).abs().max() < 1e-4 for k in theirs)
     ours, theirs = (json.loads((folder / "summary.json").read_text()) for folder in (out, alone))
     assert ours["reward_after"] == pytest.approx(theirs["reward_after"], abs=1e-3)
@@ -180,4 +180,4 @@ def test_more_ranks_than_prompts_are_refused():
 
     ppo = toy_ppo(prompts=2, minibatches=1)
     with pytest.raises(UserError, match="--prompts 2 leave some of 3 ranks without one"):
-        PPO(ppo.config, ppo.actor, ppo.reference, ppo.reward, [], ppo.rules, ppo.decode, ranks=Alone(World(0, 3)))
+        PPO(ppo.options, ppo.actor, ppo.reference, ppo.reward, [], ppo.rules, ppo.decode, ranks=Alone(World(0, 3)))

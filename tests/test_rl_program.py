@@ -17,10 +17,10 @@ import rlhf
 import train
 from vqa_scratch.errors import UserError
 from vqa_scratch.models.t5 import T5
-from vqa_scratch.rl import evaluate, metrics, mini_news, report, tasks
+from vqa_scratch.rl import mini_news, tasks
 from vqa_scratch.rl.options import PRESETS, read_command_line
 from vqa_scratch.rl.resume import last_checkpoint
-from vqa_scratch.rl.types import Samples
+from vqa_scratch.systems.options import PRESETS as PRESETS_OF_TRAIN
 from vqa_scratch.training import precision
 
 ROOT = Path(__file__).parent.parent
@@ -119,8 +119,8 @@ def test_every_preset_has_a_folder_of_its_own():
     """So that a run of one is not in the way of another, of train.py's least of all: vqa reads one of those."""
     made = [read_command_line(["--preset", name]) for name in PRESETS]
     assert [str(config.out) for config in made] == [f"runs/rlhf-{name}" for name in PRESETS]
-    of_train = {train.read_command_line(["--preset", name, "--data", "x", "--resume"]).out for name in train.PRESETS}
-    assert len(of_train) == len(train.PRESETS) and not of_train & {config.out for config in made}
+    of_train = {train.read_command_line(["--preset", name, "--data", "x", "--resume"]).out for name in PRESETS_OF_TRAIN}
+    assert len(of_train) == len(PRESETS_OF_TRAIN) and not of_train & {config.out for config in made}
 
 
 def test_runs_are_not_mixed_up(finished, cache, tmp_path):
@@ -327,54 +327,3 @@ def test_empty_article_is_refused_by_name():
     with pytest.raises(UserError, match="article 1 is empty"):
         tokenizer, _ = mini_news.tokenizers_for(mini_news.news.news(20, 0))
         tasks.encode_articles(["fine", "  "], ["", ""], tokenizer, "", 20)
-
-
-# ----------------------------------------------------------------------------------------------------- reports
-
-
-def test_overlap_by_hand():
-    assert metrics.overlap("The cat sat.", "the cat sat") == 1.0
-    assert metrics.overlap("a b c d", "a b x") == pytest.approx(2 * 2 / 7)
-    assert metrics.overlap("a a a", "a") == pytest.approx(2 / 4)
-    assert metrics.overlap("", "a") == 0.0
-
-
-def test_best_of_n_reward_against_all_subsets():
-    import itertools
-
-    rewards = torch.randn(3, 7)
-    for n in (1, 2, 4, 7):
-        by_hand = sum(max(s) for row in rewards.tolist() for s in itertools.combinations(row, n))
-        assert evaluate.best_of_n_reward(rewards, n) == pytest.approx(by_hand / 3 / math.comb(7, n), rel=1e-5)
-
-
-def test_frontier_rises_from_the_reference_to_the_best_sample():
-    rewards = torch.randn(50, 64)
-    curve = evaluate.frontier_of(rewards)
-    assert curve.kl[0] == 0 and curve.reward[0] == pytest.approx(float(rewards.mean()), abs=1e-6)
-    assert all(a <= b + 1e-9 for a, b in zip(curve.reward, curve.reward[1:], strict=False))
-    assert curve.at(99.0) == pytest.approx(float(rewards.max(1).values.mean()), abs=0.01)
-    assert curve.share(1.0, curve.reward[0], curve.at(1.0)) == pytest.approx(1.0)
-    for n, kl, reward in curve.best_of_n:  # best-of-n is near the frontier, never above
-        assert 0.9 * curve.at(kl) < reward <= curve.at(kl) + 1e-6, n
-
-
-def test_samples_page_escapes_and_marks():
-    evil = "<script>alert(1)</script>"
-    prompt = mini_news_prompt(evil)
-    before = figures(prompt, f"the mad mayor {evil} left")
-    after = figures(prompt, f"the mayor {evil} left now")
-    page = report.samples_page(before, after, 1)
-    assert evil not in page and page.count("&lt;script&gt;") == 4
-    assert "<del>mad</del>" in page and "<ins>now</ins>" in page
-
-
-def mini_news_prompt(text):
-    from vqa_scratch.rl.types import Prompt
-
-    return Prompt(text, (), text)
-
-
-def figures(prompt, text):
-    value = torch.tensor([1.0])
-    return evaluate.Figures(value, {"<b>": value}, Samples([prompt], [[1]], [text], [False]), 0.5, {})

@@ -4,11 +4,13 @@ import dataclasses
 
 import pytest
 import torch
-from rl_tiny import ALL_RULES, EOS, VOCAB, ragged_prompts, rules, tiny, tiny_ppo
+from rl_tiny import ALL_RULES, EOS, VOCAB, ragged_prompts, rolled_out, rules, tiny, tiny_ppo
 
+from rlhf import iterate
 from vqa_scratch.errors import UserError
 from vqa_scratch.kernels import chosen_logprobs
 from vqa_scratch.rl.functional import kl_estimates
+from vqa_scratch.rl.metrics import rollout_metrics
 from vqa_scratch.rl.policy import BARRED, Context, SamplingRules, freeze, policy_logits, token_logits, token_states
 from vqa_scratch.rl.rollout import PromptStream, chances, pick, sample, score
 from vqa_scratch.rl.types import Prompt
@@ -155,7 +157,7 @@ def test_shared_encoding_equals_one_encoding_a_response():
 def test_responses_of_one_token():
     ppo = tiny_ppo(sampling=rules(max_new_tokens=1), max_new_tokens=1)
     for _ in range(2):
-        log = ppo.step()
+        log = iterate(ppo)
     assert log["tokens/responses_len_mean"] == 1 and log["ppo/policy/first_ratio_error"] <= 1e-5
 
 
@@ -200,7 +202,7 @@ def test_low_precision_reference_agrees_with_autocast():
 
 def test_trajectory_checks_its_shape_table():
     ppo = tiny_ppo()
-    trajectory, _, _ = ppo.rollout(ppo.stream.next())
+    _, trajectory, _ = rolled_out(ppo)
     with pytest.raises(AssertionError, match="values has shape"):
         dataclasses.replace(trajectory, values=trajectory.values[:, :1])
     part = trajectory.rows(torch.tensor([3, 1]))
@@ -216,8 +218,9 @@ def test_trajectory_checks_its_shape_table():
 def test_kl_in_the_log_is_the_mean_of_sums_over_responses(whiten):
     ppo = tiny_ppo(whiten_rewards=whiten)  # whitening changes the advantages, not what the log says of rewards
     ppo.reference = freeze(tiny(seed=1))
-    prompts = ppo.stream.next()
-    t, _, log = ppo.rollout(prompts)
+    rollout = ppo.rollout(ppo.stream.next())
+    t = ppo.advantages(rollout)
+    log = rollout_metrics(t, rollout.samples, rollout.raw, rollout.parts)
     by_hand = sum(float((t.logprobs[b] - t.ref_logprobs[b])[t.mask[b]].sum()) for b in range(16)) / 16
     assert log["objective/kl"] == pytest.approx(by_hand, rel=1e-5)
     k3 = kl_estimates(t.logprobs, t.ref_logprobs).k3

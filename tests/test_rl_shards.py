@@ -7,19 +7,19 @@ import pytest
 import torch
 from ranks import run_ranks
 from rl_tiny import ragged_prompts, rules, tiny
-from test_rl_vqa import rules_for
-from vqa_helpers import small_config
+from test_rl_vqa import policy_of, rules_for
+from vqa_helpers import small_options
 
+from rlhf import iterate
 from vqa_scratch.rl.options import RLHFOptions
 from vqa_scratch.rl.policy import ActorCritic, freeze
 from vqa_scratch.rl.ppo import PPO
 from vqa_scratch.rl.ranks import Copies
 from vqa_scratch.rl.rewards import RewardPart, RewardSum
-from vqa_scratch.rl.vqa_policy import VQAPolicy, prompts_from
-from vqa_scratch.systems.questions import read_splits
-from vqa_scratch.systems.vqa import embedded_system
+from vqa_scratch.rl.vqa_policy import prompts_from
+from vqa_scratch.systems.vqa import VQASystem
 from vqa_scratch.training.launch import start
-from vqa_scratch.training.precision import DTYPES, Precision
+from vqa_scratch.training.precision import Precision
 from vqa_scratch.training.ranks import Alone, World
 from vqa_scratch.training.sharing import share_model
 
@@ -47,29 +47,28 @@ def sevens(samples) -> torch.Tensor:
 
 
 def ppo_of(case: str, data: Path, world: World, kind: str = "ddp") -> PPO:
-    config = RLHFOptions(**PLAIN | CASES[case])
+    options = RLHFOptions(**PLAIN | CASES[case])
     precision = Precision("bf16" if case == "bf16" else "fp32", torch.device("cpu"))
-    if config.preset == "vqa":
-        options = small_config(data, data / "run", question_prompt=True)
-        samples = read_splits(options).samples["train"]
+    if options.preset == "vqa":
         made = []
         for seed in (0, 1):
-            torch.manual_seed(seed)
-            made.append(VQAPolicy(*embedded_system(options, samples)))
-        prompts = prompts_from(samples[: config.prompts + 3], made[0].encoder)
+            asked = small_options(data, data / "run", question_prompt=True, seed=seed)
+            questions = VQASystem.read(asked)
+            made.append(policy_of(VQASystem.build(asked, questions, precision)))
+        prompts = prompts_from(questions.samples["train"][: options.prompts + 3], made[0].tokenizers)
         sampling = rules_for(made[0], max_new_tokens=9)
     else:
         # Another seed than the policy's, as with --reference; not where the encoder is the reference's too.
-        made = [tiny(), tiny(0 if config.freeze == "encoder" else 1)]
+        made = [tiny(), tiny(0 if options.freeze == "encoder" else 1)]
         prompts, sampling = ragged_prompts(), rules()
-    actor, reference = ActorCritic(made[0]), freeze(made[1], DTYPES[precision.kind])
+    actor, reference = ActorCritic(made[0]), freeze(made[1], precision.dtype)
     ranks = share_model(kind, actor, world, precision, Copies, [reference]) if world.size > 1 else Alone(world)
     reward = RewardSum([RewardPart("sevens", 1.0, sevens)])
-    return PPO(config, actor, reference, reward, prompts, sampling, str, precision.autocast, ranks)
+    return PPO(options, actor, reference, reward, prompts, sampling, str, precision.autocast, ranks)
 
 
 def run(ppo: PPO, steps: int) -> list[dict[str, float]]:
-    logs = [ppo.step() for _ in range(steps)]
+    logs = [iterate(ppo) for _ in range(steps)]
     return [{k: v for k, v in log.items() if "time/" not in k and "per_second" not in k} for log in logs]
 
 

@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from rl_tiny import before_the_update
 from rl_toy import EOS, LONGEST, PREFIXES, SEQUENCES, Table, objective, optimum, share_of_gain, tables, toy_ppo
 
+from rlhf import iterate
 from vqa_scratch.rl import ppo as ppo_module
 from vqa_scratch.rl.policy import SamplingRules
 from vqa_scratch.rl.rollout import Responses, sample
@@ -18,8 +20,8 @@ def test_the_toy_is_the_published_one():
 
 def test_ppo_reaches_the_optimum():
     ppo = toy_ppo()
-    for _ in range(ppo.config.iterations):
-        log = ppo.step()
+    for _ in range(ppo.options.iterations):
+        log = iterate(ppo)
         assert log["ppo/policy/first_ratio_error"] <= 1e-5
         assert log["objective/kl_exact"] >= 0 and log["objective/kl_k3"] >= 0
     share, kl = share_of_gain(ppo)
@@ -51,8 +53,8 @@ def bar_eos_in_the_sampler_alone(backbone, context, rules, chance):
 def test_classic_mistakes_fall_short(mistake, monkeypatch):
     monkeypatch.setattr(ppo_module, "sample", mistake)
     ppo = toy_ppo(iterations=200)
-    for _ in range(ppo.config.iterations):
-        ppo.step()
+    for _ in range(ppo.options.iterations):
+        iterate(ppo)
     share, _ = share_of_gain(ppo)
     assert 0.5 < share < 0.95
 
@@ -61,7 +63,7 @@ def test_min_length_in_the_rules_is_fine_because_all_share_it():
     """The same restriction, in the policy itself: the KL is that of the restricted policies and cannot be negative."""
     ppo = toy_ppo(iterations=20, min_new_tokens=2, learning_rate=0.1)
     for _ in range(20):
-        log = ppo.step()
+        log = iterate(ppo)
         assert log["objective/kl_exact"] >= 0
         assert log["tokens/responses_len_mean"] >= 2
         assert log["ppo/policy/first_ratio_error"] <= 1e-5
@@ -72,14 +74,14 @@ def test_min_length_in_the_rules_is_fine_because_all_share_it():
 def test_group_algorithms_share_the_loop(algorithm, floor):
     """RLOO is unbiased and gets there; GRPO divides by the spread of each group, which bends the objective a little."""
     ppo = toy_ppo(algorithm=algorithm, prompts=32, samples=4, iterations=200)
-    for _ in range(ppo.config.iterations):
-        ppo.step()
+    for _ in range(ppo.options.iterations):
+        iterate(ppo)
     assert share_of_gain(ppo)[0] >= floor
 
 
 def test_best_of_n_imitates_the_best():
     ppo = toy_ppo(algorithm="best-of-n", prompts=32, samples=4, iterations=30, kl_coef=0.0)
-    logs = [ppo.step() for _ in range(30)]
+    logs = [iterate(ppo) for _ in range(30)]
     assert logs[-1]["env/reward_mean"] > logs[0]["env/reward_mean"] + 1
 
 
@@ -96,7 +98,7 @@ def test_bandit_of_one_token_responses(beta=1.0):
 
     object.__setattr__(ppo.reward.parts[0], "function", reward)
     for _ in range(250):
-        ppo.step()
+        iterate(ppo)
     policy = ppo.actor.backbone.table[0].detach().double().log_softmax(-1)
     best = beta * torch.logsumexp(rewards.double() / beta + torch.tensor(0.25).log(), 0)
     reached = (policy.exp() * (rewards - beta * (policy - torch.tensor(0.25).log()))).sum()
@@ -106,16 +108,16 @@ def test_bandit_of_one_token_responses(beta=1.0):
 def test_early_stop_comes_before_the_step():
     """A learning rate far too large: the first step is taken, the k3 it causes bars the second."""
     ppo = toy_ppo(iterations=5, learning_rate=3.0, early_stop_kl=0.01)
-    log = ppo.step()
+    log = iterate(ppo)
     assert log["ppo/steps"] == 1 and log["ppo/stopped_early"] == 1
     before = ppo.actor.backbone.table.detach().clone()
-    ppo.config.__dict__["early_stop_kl"] = 1e-12  # now bars even what follows a tiny change
+    ppo.options.__dict__["early_stop_kl"] = 1e-12  # now bars even what follows a tiny change
     ppo.actor.backbone.table.data += 1e-3 * torch.randn(13, 4)
     moved = ppo.actor.backbone.table.detach().clone()
-    trajectory, context, _ = ppo.rollout(ppo.stream.next())
-    ppo.actor.backbone.table.data.copy_(before)  # the policy is no longer the one that sampled
-    stats = ppo.update.run([*ppo.stream.prompts], trajectory, context, ppo.iteration)
-    assert stats["ppo/steps"] == 0 and stats["ppo/stopped_early"] == 1
+    # The policy is then no longer the one that sampled.
+    before_the_update(ppo, lambda: ppo.actor.backbone.table.data.copy_(before))
+    log = iterate(ppo)
+    assert log["ppo/steps"] == 0 and log["ppo/stopped_early"] == 1
     assert torch.equal(ppo.actor.backbone.table, before) and not torch.equal(before, moved)
     assert ppo.actor.backbone.table.grad is None
 
@@ -123,11 +125,11 @@ def test_early_stop_comes_before_the_step():
 def test_adaptive_price_moves_towards_the_target():
     cheap = toy_ppo(iterations=60, kl_coef=0.05, kl_target=0.2)
     for _ in range(60):
-        cheap.step()
+        iterate(cheap)
     assert cheap.kl.coef > 0.05
     fixed = toy_ppo(iterations=3)
     for _ in range(3):
-        assert fixed.step()["objective/kl_coef"] == 0.5
+        assert iterate(fixed)["objective/kl_coef"] == 0.5
 
 
 def test_table_reads_the_prefix():

@@ -4,11 +4,11 @@ import dataclasses
 
 import pytest
 import torch
-from rl_tiny import ALL_RULES, EOS, VOCAB, rules, tiny, tiny_ppo
+from rl_tiny import ALL_RULES, EOS, VOCAB, add_gradients, before_the_update, rolled_out, rules, tiny, tiny_ppo
 
+from rlhf import iterate
 from vqa_scratch.errors import UserError
 from vqa_scratch.models.t5 import T5, T5Config
-from vqa_scratch.rl.metrics import UpdateStats
 from vqa_scratch.rl.policy import T5Policy, freeze
 from vqa_scratch.rl.rollout import PromptStream
 from vqa_scratch.rl.types import Prompt
@@ -19,14 +19,11 @@ def test_value_clip_is_in_units_of_the_spread_of_returns():
     shares = []
     for factor in (1.0, 100.0):
         ppo = tiny_ppo(value_clip=0.2)
-        prompts = ppo.stream.next()
-        t, context, _ = ppo.rollout(prompts)
+        prompts, t, context = rolled_out(ppo)
         larger = dataclasses.replace(t, returns=t.returns * factor, values=t.values * factor)
         with torch.no_grad():
             ppo.actor.value_head.weight.copy_(factor * torch.linspace(-0.2, 0.2, 16))
-        stats = UpdateStats()
-        ppo.update.accumulate(list(range(8)), prompts, larger, context, stats)
-        shares.append(float(stats.minibatches[0]["value_clipped"]))
+        shares.append(float(add_gradients(ppo, prompts, larger, context)["value_clipped"]))
     assert 0 < shares[0] < 1 and shares[0] == pytest.approx(shares[1], abs=1e-6)
 
 
@@ -49,7 +46,7 @@ def test_the_policy_has_a_warm_up_of_its_own():
         ppo = tiny_ppo(**options)
 
         def note(*_):
-            fall = ppo.config.learning_rate * (1 - ppo.iteration / ppo.config.iterations)
+            fall = ppo.options.learning_rate * (1 - ppo.iteration / ppo.options.iterations)
             rates.append([group["lr"] / fall for group in ppo.update.optimizer.param_groups])
 
         ppo.update.optimizer.register_step_pre_hook(note)
@@ -57,11 +54,11 @@ def test_the_policy_has_a_warm_up_of_its_own():
 
     ppo = watched()
     for _ in range(3):
-        log = ppo.step()
+        log = iterate(ppo)
     assert log["ppo/learning_rate"] == pytest.approx(0.01 * 0.75 * 0.8)  # of the policy's third step
     resumed = watched()
     resumed.load_state_dict(ppo.state_dict())
-    resumed.step()
+    iterate(resumed)
     head, body = zip(*rates, strict=True)
     assert head == pytest.approx([0.75, 1.5, 2.25, 3, 3, 3, 3, 3])
     assert body[4:] == pytest.approx([0.25, 0.5, 0.75, 1])
@@ -70,13 +67,23 @@ def test_the_policy_has_a_warm_up_of_its_own():
     assert resumed.update.policy_steps == 6
 
 
+def test_a_checkpoint_from_before_the_head_had_its_new_name():
+    ppo, other = tiny_ppo(), tiny_ppo(policy=tiny(seed=4))
+    state = ppo.state_dict()
+    state["actor"] = {name.replace("lm_head", "head"): value for name, value in state["actor"].items()}
+    assert "backbone.model.head.weight" in state["actor"]
+    other.load_state_dict(state)
+    saved, loaded = ppo.actor.state_dict(), other.actor.state_dict()
+    assert all(torch.equal(saved[name], loaded[name]) for name in saved)
+
+
 @pytest.mark.parametrize("options", ALL_RULES)
 def test_first_ratio_is_one_and_kl_starts_at_zero(options):
     ppo = tiny_ppo(sampling=rules(**options), epochs=1)
-    log = ppo.step()
+    log = iterate(ppo)
     assert log["ppo/policy/first_ratio_error"] <= 1e-5
     assert log["objective/kl_exact"] <= 1e-6 and abs(log["objective/kl"]) <= 1e-5
-    log = ppo.step()  # the policy has moved
+    log = iterate(ppo)  # the policy has moved
     assert log["ppo/policy/first_ratio_error"] <= 1e-5
     assert log["objective/kl_exact"] > 0 and log["objective/kl_k3"] > 0
 
@@ -91,7 +98,7 @@ def test_first_ratio_is_one_in_bf16(micro, frozen):
     ppo.reference = freeze(wide())
     ppo.stream = PromptStream(long_prompts(8), 8, seed=0)
     for i in range(2):
-        log = ppo.step()
+        log = iterate(ppo)
         assert log["ppo/policy/first_ratio_error"] <= 1e-6
         assert (log["objective/kl_exact"] == 0) is (i == 0), "the reference reads the same padding"
 
@@ -112,7 +119,7 @@ def long_prompts(count):
 
 def test_dropout_stays_off_while_training():
     ppo = tiny_ppo()
-    ppo.step()
+    iterate(ppo)
     assert not any(module.training for module in ppo.actor.modules())
 
 
@@ -124,14 +131,13 @@ def test_gradients_do_not_depend_on_the_micro_batch(algorithm, monkeypatch):
     for micro, large in ((1, 1), (2, 1), (4, 10**9), (4, 1), (8, 10**9)):
         monkeypatch.setattr("vqa_scratch.rl.large_tables.LARGE_TABLE", large)
         ppo = tiny_ppo(micro_prompts=micro, algorithm=algorithm, entropy_coef=0.01)
-        prompts = ppo.stream.next()
-        trajectory, context, _ = ppo.rollout(prompts)
+        prompts, trajectory, context = rolled_out(ppo)
         torch.manual_seed(9)
         with torch.no_grad():  # a policy that has moved: ratios and clips are at work
             for parameter in ppo.actor.parameters():
                 parameter += 0.05 * torch.randn_like(parameter)
         assert [ppo.actor.backbone.model.embedding.sparse] == [large == 1]
-        ppo.update.accumulate(list(range(8)), prompts, trajectory, context, UpdateStats())
+        add_gradients(ppo, prompts, trajectory, context)
         gradients.append(torch.cat([p.grad.flatten() for p in ppo.update.parameters if p.grad is not None]))
     scale = gradients[-1].abs().max()
     assert scale > 1e-3
@@ -141,17 +147,16 @@ def test_gradients_do_not_depend_on_the_micro_batch(algorithm, monkeypatch):
 
 def test_each_minibatch_is_a_step():
     ppo = tiny_ppo(minibatches=4, epochs=2, early_stop_kl=0.0)
-    assert ppo.step()["ppo/steps"] == 8
+    assert iterate(ppo)["ppo/steps"] == 8
 
 
 def test_value_loss_can_be_kept_out_of_the_policy():
     for critic, moved in (("shared", True), ("detached", False)):
         ppo = tiny_ppo(critic=critic)
-        prompts = ppo.stream.next()
-        trajectory, context, _ = ppo.rollout(prompts)
+        prompts, trajectory, context = rolled_out(ppo)
         torch.nn.init.normal_(ppo.actor.value_head.weight)
         flat = dataclasses.replace(trajectory, advantages=torch.zeros_like(trajectory.advantages))
-        ppo.update.accumulate(list(range(8)), prompts, flat, context, UpdateStats())
+        add_gradients(ppo, prompts, flat, context)
         touched = ppo.actor.backbone.model.embedding.weight.grad
         assert (touched is not None and bool(touched.any())) is moved
         assert ppo.actor.value_head.weight.grad.abs().sum() > 0
@@ -160,10 +165,10 @@ def test_value_loss_can_be_kept_out_of_the_policy():
 def test_critic_warm_up_leaves_the_policy_alone():
     ppo = tiny_ppo(critic_warmup=1)
     before = [p.detach().clone() for p in ppo.actor.backbone.parameters()]
-    ppo.step()
+    iterate(ppo)
     assert all(torch.equal(a, b) for a, b in zip(before, ppo.actor.backbone.parameters(), strict=True))
     assert ppo.actor.value_head.weight.abs().sum() > 0
-    ppo.step()
+    iterate(ppo)
     assert not all(torch.equal(a, b) for a, b in zip(before, ppo.actor.backbone.parameters(), strict=True))
 
 
@@ -172,7 +177,7 @@ def test_frozen_encoder_gives_the_same_and_stays():
     logs, ppos = [], []
     for freeze_what in ("nothing", "encoder"):
         ppos.append(tiny_ppo(freeze=freeze_what))
-        logs.append(ppos[-1].step())
+        logs.append(iterate(ppos[-1]))
     for name in ("objective/kl_exact", "env/reward_mean", "ppo/val/mean", "objective/entropy"):
         assert logs[0][name] == pytest.approx(logs[1][name], abs=1e-6)
     fixed = ppos[1]
@@ -205,7 +210,7 @@ def test_batches_that_all_end_at_once_or_never(eos_logit):
     ppo = tiny_ppo(policy=forced(eos_logit))
     ppo.reference = freeze(forced(eos_logit))
     for _ in range(2):
-        log = ppo.step()
+        log = iterate(ppo)
         assert all(torch.isfinite(torch.tensor(value)) for value in log.values()), log
     at_once = eos_logit > 0
     assert log["finish"] == (1.0 if at_once else 0.0)
@@ -216,35 +221,31 @@ def test_batches_that_all_end_at_once_or_never(eos_logit):
 
 def test_a_policy_that_breaks_down_stops_the_run():
     ppo = tiny_ppo()
-    prompts = ppo.stream.next()
-    trajectory, context, _ = ppo.rollout(prompts)
-    with torch.no_grad():
-        ppo.actor.backbone.model.decoder.norm.weight.fill_(float("nan"))
-    with pytest.raises(UserError, match="became nan in iteration 1: lower --learning-rate"):
-        ppo.update.run(prompts, trajectory, context, ppo.iteration)
+    norm = ppo.actor.backbone.model.decoder.norm.weight
+    before_the_update(ppo, lambda: norm.data.fill_(float("nan")))
+    with pytest.raises(UserError, match="log-probabilities became nan in iteration 1: lower --learning-rate"):
+        iterate(ppo)
 
 
 def test_a_gradient_that_is_no_number_is_not_stepped_with():
     """The weights, and with them the next checkpoint, stay what they were."""
     ppo = tiny_ppo()
-    prompts = ppo.stream.next()
-    trajectory, context, _ = ppo.rollout(prompts)
     before = [p.detach().clone() for p in ppo.update.parameters]
     ppo.update.parameters[-1].register_hook(lambda gradient: gradient * float("inf"))
     with pytest.raises(UserError, match="the gradient became (inf|nan) in iteration 1: lower --learning-rate"):
-        ppo.update.run(prompts, trajectory, context, ppo.iteration)
+        iterate(ppo)
     assert all(torch.equal(a, b) for a, b in zip(before, ppo.update.parameters, strict=True))
 
 
 @pytest.mark.parametrize("algorithm", ["ppo", "rloo"])
 def test_losses_and_weights_of_samples_in_the_log(algorithm):
     """The total is what the gradient is of; the effective sample size is 1 while all ratios are."""
-    log = tiny_ppo(algorithm=algorithm, epochs=1, value_coef=0.25, entropy_coef=0.5).step()
+    log = iterate(tiny_ppo(algorithm=algorithm, epochs=1, value_coef=0.25, entropy_coef=0.5))
     value = 0.25 * log["ppo/loss/value"] if algorithm == "ppo" else 0.0
     bonus = 0.5 * log["ppo/policy/entropy"]
     assert log["ppo/loss/total"] == pytest.approx(log["ppo/loss/policy"] + value - bonus, abs=1e-6)
     assert log["ppo/loss/value"] > 0 and log["ppo/policy/ess"] == pytest.approx(1.0, abs=1e-5)
-    moved = tiny_ppo(algorithm=algorithm, epochs=4, early_stop_kl=0.0).step()
+    moved = iterate(tiny_ppo(algorithm=algorithm, epochs=4, early_stop_kl=0.0))
     assert 0 < moved["ppo/policy/ess"] < 1
 
 
@@ -256,11 +257,11 @@ def test_resume_is_bit_equal():
     for i in range(6):
         if i == 3:
             saved = {k: v for k, v in torch.load(_through_disk(whole.state_dict()), weights_only=True).items()}
-        logs.append(whole.step())
+        logs.append(iterate(whole))
     again = tiny_ppo(**options)
     again.load_state_dict(saved)
     for i in range(3, 6):
-        log = again.step()
+        log = iterate(again)
         for name, value in log.items():
             if "time/" not in name and "per_second" not in name:
                 assert value == logs[i][name], (i, name)

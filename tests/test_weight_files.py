@@ -176,7 +176,7 @@ def test_folders_that_are_not_checkpoints(folder, tmp_path):
 
 
 def test_wrong_kind_of_checkpoint(folder):
-    with pytest.raises(UserError, match="config.json describes a model of type 'bert', expected vit, deit, dinov2, "):
+    with pytest.raises(UserError, match="a model of type 'bert', expected vit, deit, dinov2, dinov2_with_registers"):
         ViT.from_pretrained(folder)
 
 

@@ -35,14 +35,13 @@ def fast_parts(decoder: Decoder) -> FastParts | None:
     return None if taps.active() or decoder.training else decoder.fast_state()
 
 
-def _embeddings(
-    decoder: Decoder, prompt_ids: Tensor, prompt_mask: Tensor | None, prefix: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
-    """What stands before the first new token (G, Q + P, E), padding first, and its mask; None: nothing is padded."""
-    mask = None if prompt_mask is None or bool(prompt_mask.all()) else prompt_mask.bool()
-    embeddings = decoder.embed(prompt_ids)
-    if prefix is None:
-        return embeddings, mask
+def padding(prompt_mask: Tensor | None) -> Tensor | None:
+    """The mask as bool; None if nothing is padded."""
+    return None if prompt_mask is None or bool(prompt_mask.all()) else prompt_mask.bool()
+
+
+def _before(embeddings: Tensor, mask: Tensor | None, prefix: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Prefix and prompt (G, Q + P, E) with their mask, padding first."""
     if prefix.ndim != 3 or prefix.shape[::2] != embeddings.shape[::2]:
         rows, _, width = embeddings.shape
         raise ValueError(f"prefix must be ({rows}, any number, {width}), got {tuple(prefix.shape)}")
@@ -65,8 +64,9 @@ def prefill(
 
     Arguments as in `begin`.
     """
-    embeddings, mask = _embeddings(decoder, prompt_ids, prompt_mask, prefix)
-    cache = decoder.new_cache()
+    embeddings, mask, cache = decoder.embed(prompt_ids), padding(prompt_mask), decoder.new_cache()
+    if prefix is not None:
+        embeddings, mask = _before(embeddings, mask, prefix)
     hidden = decoder.hidden(embeddings, mask, memory=memory, cache=cache)[:, -1]
     return decoder.logits(hidden), cache, mask
 
@@ -105,11 +105,9 @@ def begin(
     parts, (rows, length) = fast_parts(decoder), prompt_ids.shape
     if graph and parts is None:
         raise ValueError("a CUDA graph needs a decoder with a fast state, in eval mode and without a trace")
-    if prompt_mask is not None and bool(prompt_mask.all()):
-        prompt_mask = None
     # A prompt of one token is a step like any other, if there is a memory that says what a cache looks like.
-    step_like = length == members == 1 and prompt_mask is None and prefix is None and memory is not None and not graph
-    if step_like and parts is not None and parts.blocks[0].cross is not None:
+    reads = parts is not None and memory is not None and parts.blocks[0].cross is not None and prefix is None
+    if length == members == 1 and reads and not graph and padding(prompt_mask) is None:
         cache = _only_memory(parts, decoder.new_cache(), memory, rows)
         state = FastState.after(parts, cache, None, 1 + steps)
         return state.step(prompt_ids[:, 0]), state

@@ -31,7 +31,7 @@ class Context:
     states: tuple[Tensor, ...]  # one or more parts, each (E, N, D); E = P unless `entries` says who reads what
     masks: tuple[Tensor | None, ...]  # of each part, (E, N), True = may attend
     samples: int = 1  # K: rows 0 ... K - 1 read prompt 0, and so on
-    prompt: Tensor | None = None  # (P, L) ids before the response, the start token last; None: the start token alone
+    prompt_ids: Tensor | None = None  # (P, L) before the response, the start token last; None: the start token alone
     prompt_mask: Tensor | None = None  # (P, L), True = real token; padding on the left
     entries: tuple[Tensor | None, ...] | None = None  # of each part, (P,): the entry a prompt reads; None: its own
     prefix: Tensor | None = None  # (P, Q, D) embeddings before the ids
@@ -44,7 +44,7 @@ class Context:
     @property
     def prompts(self) -> int:
         if not self.states:
-            return len(self.prompt)
+            return len(self.prompt_ids)
         states, _, entries = self.parts[0]
         return len(states if entries is None else entries)
 
@@ -70,7 +70,7 @@ class Context:
                 chosen, index = torch.unique(entries[prompts], return_inverse=True)
             picked.append((states[chosen], None if mask is None else mask[chosen], index))
         states, masks, entries = zip(*picked, strict=True) if picked else ((), (), ())
-        before = (pick(self.prompt), pick(self.prompt_mask), entries, pick(self.prefix))
+        before = (pick(self.prompt_ids), pick(self.prompt_mask), entries, pick(self.prefix))
         return Context(states, masks, self.samples, *before)
 
     def memories(self) -> list[Memory]:

@@ -1,6 +1,7 @@
 """Going on with a run: which checkpoint it is, and whether options and reference are still those it began with."""
 
 import hashlib
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -14,11 +15,14 @@ from vqa_scratch.storage import check_writable, read_json
 from vqa_scratch.training.checkpoint import load_checkpoint, set_rng_state
 
 
-def fingerprint(model: nn.Module) -> str:
-    """A hash of all weights: the reference of a resumed run must be the one it began with."""
-    digest = hashlib.sha256()
-    for tensor in model.state_dict().values():
-        digest.update(tensor.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
+def fingerprint(model: nn.Module, order: Iterable[str] | None = None) -> str:
+    """A hash of all weights: the reference of a resumed run must be the one it began with.
+
+    `order` names them in the order to go through, where that is not the model's own.
+    """
+    digest, weights = hashlib.sha256(), model.state_dict()
+    for name in weights if order is None else order:
+        digest.update(weights[name].detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 

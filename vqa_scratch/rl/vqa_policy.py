@@ -85,7 +85,7 @@ class VQAPolicy(nn.Module):
         return Context(
             tuple(part.states for part in parts),
             tuple(part.mask for part in parts),
-            prompt=ids,
+            prompt_ids=ids,
             prompt_mask=real,
             entries=tuple(read if len(part.states) == len(place) else None for part in parts),
             prefix=given.prefix,
@@ -94,7 +94,7 @@ class VQAPolicy(nn.Module):
     def _before(self, context: Context) -> tuple[Tensor, Tensor, Tensor | None]:
         """What stands before each answer: ids (B, L), the start token last, which of them are real, and embeddings
         (B, Q, D) before those, if the connector makes any."""
-        parts = (context.prompt, context.prompt_mask, context.prefix)
+        parts = (context.prompt_ids, context.prompt_mask, context.prefix)
         return tuple(None if x is None else x.repeat_interleave(context.samples, 0) for x in parts)
 
     def begin(self, context: Context, steps: int) -> tuple[Tensor, State]:

@@ -44,7 +44,7 @@ def todays_moments(states: list[dict[str, Any]], model: nn.Module, weights: dict
     names = {id(p): name for name, p in model.named_parameters()}
     result = []
     hidden, wide, rest = ([names[id(p)] for p in group] for group in split_parameters(model))
-    of_optimizers = [[hidden], [wide, rest]] if len(states) == 2 else [[hidden + wide, rest]]
+    of_optimizers = [[hidden], [wide, rest]] if len(states) == 2 else [[hidden, wide, rest]]
     for saved, own in zip(states, of_optimizers, strict=True):
         now = [name for group in own for name in group]
         before = [name for group in own for name in sorted(group, key=then.__getitem__)]

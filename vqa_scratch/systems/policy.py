@@ -7,7 +7,9 @@ accuracy.
 import copy
 import random
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -16,10 +18,12 @@ from vqa_scratch.data.vqa_v2 import VQASample
 from vqa_scratch.errors import UserError
 from vqa_scratch.rl.options import RLHFOptions
 from vqa_scratch.rl.policy import SamplingRules, freeze
+from vqa_scratch.rl.resume import fingerprint
 from vqa_scratch.rl.rewards import RewardPart, RewardSum, length_penalty
 from vqa_scratch.rl.tasks import Task
 from vqa_scratch.rl.vqa_policy import VQAPolicy, official_accuracy, prompts_from
 from vqa_scratch.systems.base import System
+from vqa_scratch.systems.older import todays_names
 from vqa_scratch.systems.run_folder import WEIGHTS, save_weights
 from vqa_scratch.systems.writing import check_room
 
@@ -58,9 +62,10 @@ def answering_task(
         system.save(folder)
         save_weights(folder / WEIGHTS, system.model)
 
+    reference = freeze(copy.deepcopy(policy), dtype)
     return Task(
         policy,
-        freeze(copy.deepcopy(policy), dtype),
+        reference,
         RewardSum(parts),
         prompts_from(train, tokenizers),
         prompts_from(held_out, tokenizers),
@@ -74,9 +79,41 @@ def answering_task(
         ),
         lambda ids: words.decode(ids).strip(),
         save,
+        todays=partial(todays_checkpoint, reference=reference),
     )
 
 
 def run_options(system: System, options: RLHFOptions) -> RLHFOptions:
     """The options of the run, with the data of `--data` if given."""
     return replace(system.options, data=options.data) if options.data else system.options
+
+
+OF_ACTOR = "backbone.model."  # before the names of the model's weights in a checkpoint of rlhf.py
+
+
+def todays_checkpoint(saved: dict[str, Any], reference: VQAPolicy) -> dict[str, Any]:
+    """A checkpoint of rlhf.py in today's terms, also one from before there were connectors.
+
+    The weights had other names then, and another order: it numbers the moments, and the reference is hashed in it.
+    """
+    ppo = saved["ppo"]
+    weights = {name.removeprefix(OF_ACTOR): x for name, x in ppo["actor"].items() if name.startswith(OF_ACTOR)}
+    renamed, today = todays_names(weights), reference.model.state_dict()
+    if renamed.keys() == weights.keys() or renamed.keys() != today.keys():
+        return saved
+    if saved["reference"] == fingerprint(reference, [f"model.{name}" for name in renamed]):
+        saved = saved | {"reference": fingerprint(reference)}
+
+    trained = [name for name, _ in reference.model.named_parameters()]
+    if saved["config"]["freeze"] == "encoder":
+        trained = [name for name in trained if name.startswith("decoder.")]
+    groups, state = ppo["optimizer"]["param_groups"], ppo["optimizer"]["state"]
+    head, body = (group["params"] for group in groups)
+    number = dict(zip([name for name in renamed if name in set(trained)], body, strict=True))
+    before = [*head, *(number[name] for name in trained)]
+    moments = {now: state[then] for now, then in zip([*head, *body], before, strict=True) if then in state}
+
+    actor = {name: x for name, x in ppo["actor"].items() if not name.startswith(OF_ACTOR)}
+    actor |= {OF_ACTOR + name: x for name, x in renamed.items()}
+    optimizer = {"param_groups": groups, "state": moments}
+    return saved | {"ppo": ppo | {"actor": actor, "optimizer": optimizer}}

@@ -82,6 +82,10 @@ class VQASystem(WritingSystem, QuestionSystem):
         cut = self.tokenizers.cut
         return [self.trainable, f"cut to the token limits: {cut['questions']} questions, {cut['answers']} answers"]
 
+    def precompute(self) -> None:
+        for features in self.kept:
+            features.ready()
+
     # ---------------------------------------------------------------------------------------------------- answers
 
     def answers(

@@ -59,15 +59,12 @@ class FastState:
         return self.norm(x)
 
     def step(self, tokens: Tensor) -> Tensor:
-        """The next token of each row (R,) -> scores of the one after it (R, V)."""
         return self.head(self.run(tokens))
 
     def reorder(self, parents: Tensor) -> None:
-        """Row r goes on from what row `parents[r]` was, a member of the same group."""
         self.own.reorder(parents)
 
     def keep(self, groups: Tensor) -> None:
-        """Keep these groups (G',) only, in this order."""
         self.own.keep(groups)
         if self.memory is not None:
             self.memory.keep(member_rows(groups, self.own.members))
