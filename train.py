@@ -166,7 +166,7 @@ def train(options: RunOptions, world: World) -> int | None:
     progress = Progress()
     if checkpoint:
         progress = Progress(**restore(checkpoint, system, optimizers, precision, str(options.out), world))
-        print(f"going on after step {progress.step}")
+        print(f"resuming after step {progress.step}")
     else:
         separate_streams(world)
         if world.main:
@@ -288,7 +288,7 @@ def train(options: RunOptions, world: World) -> int | None:
             bar.update(100 - bar.n)
     if stopped is not None:
         again = f"python train.py --preset {options.preset} --out {shlex.quote(str(options.out))} --resume"
-        print(f"stopped by signal {stopped} after step {progress.step}; go on with: {again}")
+        print(f"stopped by signal {stopped} after step {progress.step}; resume with: {again}")
         return stopped
 
     # ---- the final figures, with the best weights

@@ -10,10 +10,10 @@ from vqa_scratch.errors import UserError
 from vqa_scratch.metrics import accuracy_by
 from vqa_scratch.storage import read_json
 from vqa_scratch.systems.base import System
-from vqa_scratch.systems.scoring import QuestionOnly, TypePrior, blind
+from vqa_scratch.systems.scoring import blind_baselines
 
 
-def blind_baselines(data: Path, samples: list[VQASample]) -> dict[str, float | None]:
+def baselines_of(data: Path, samples: list[VQASample]) -> dict[str, float | None]:
     """Accuracy of `TypePrior` and `QuestionOnly`, learned from the train split of `data`.
 
     If that split cannot be read, None for both and a note on stderr.
@@ -23,7 +23,7 @@ def blind_baselines(data: Path, samples: list[VQASample]) -> dict[str, float | N
     except UserError as error:
         print(f"note: no prior and question-only baselines, since there is no train split ({error})", file=sys.stderr)
         return {"prior": None, "question_only": None}
-    return {"prior": blind(samples, TypePrior(train)), "question_only": blind(samples, QuestionOnly(train))}
+    return blind_baselines(samples, train)
 
 
 def evaluation(run: System, data: Path, split: str, samples: list[VQASample], limit: int | None) -> tuple[dict, dict]:
@@ -34,7 +34,7 @@ def evaluation(run: System, data: Path, split: str, samples: list[VQASample], li
     texts = {i: a.text for i, a in answers.items()}
     breakdowns = {key: accuracy_by(scored, texts, key) for key in ("answer_type", "question_type")}
     counts = {key: {name: score.count for name, score in b.groups.items()} for key, b in breakdowns.items()}
-    baselines = blind_baselines(data, scored)
+    baselines = baselines_of(data, scored)
     baselines["shuffled_images"] = accuracy_by(scored, {i: a.text for i, a in shuffled.items()}).overall.accuracy
     figures = {
         "data": str(data),

@@ -38,11 +38,6 @@ class Source:
         """Whether its tokens are about the image."""
         return self.places is not None or self.reads is not None
 
-    @property
-    def first_place(self) -> int:
-        """Where the places begin among its tokens."""
-        return len(self) if self.places is None else len(self) - self.places.grid[0] * self.places.grid[1]
-
 
 class Subject(ABC):
     """One input, ready to run.
@@ -121,7 +116,7 @@ class Subject(ABC):
         """The source with places, and where they are among the S. Raises ValueError if there is none."""
         for source, where in self.slices():
             if source.places is not None:
-                return source, slice(where.start + source.first_place, where.stop)
+                return source, slice(where.stop - source.places.grid[0] * source.places.grid[1], where.stop)
         raise ValueError("there is no image here: nothing to delete, insert or point at")
 
     def rows(self, x: Tensor) -> Tensor:

@@ -40,7 +40,7 @@ from vqa_scratch.systems.captions import (
 from vqa_scratch.systems.options import CaptionOptions
 from vqa_scratch.systems.policy import answering_task, run_options
 from vqa_scratch.systems.questions import one_sample
-from vqa_scratch.systems.scoring import QuestionOnly, TypePrior, blind, score
+from vqa_scratch.systems.scoring import blind_baselines, score
 from vqa_scratch.systems.studied import writing_subject
 from vqa_scratch.systems.writer import WritingSystem
 from vqa_scratch.training.precision import Precision
@@ -208,11 +208,8 @@ class CaptionSystem(WritingSystem):
         samples, trained_on = self.data.texts["test"].questions, self.data.texts["train"].questions
         scored = score(samples, self.say("test questions", progress="questions"), self.data.family)
         shuffled = self.say("test questions", shuffled=True, progress="shuffled images")
-        baselines = {
-            "prior": blind(samples, TypePrior(trained_on)),
-            "question_only": blind(samples, QuestionOnly(trained_on)),
-            "shuffled_images": score(samples, shuffled, self.data.family).accuracy,
-        }
+        baselines = blind_baselines(samples, trained_on)
+        baselines["shuffled_images"] = score(samples, shuffled, self.data.family).accuracy
         figures = {"accuracy": scored.accuracy, "accuracy_by_family": scored.by_family, "baselines": baselines}
         return figures, answer_sections(samples, scored.answers, self.data.family, self.options.samples)
 

@@ -16,7 +16,7 @@ from vqa_scratch.report.curves import moving_average
 from vqa_scratch.report.gallery import write_gallery
 from vqa_scratch.systems.base import System
 from vqa_scratch.systems.options import QuestionOptions
-from vqa_scratch.systems.scoring import QuestionOnly, Report, TypePrior, blind, score
+from vqa_scratch.systems.scoring import Report, blind_baselines, score
 from vqa_scratch.systems.splits import SplitSystem
 from vqa_scratch.training.ranks import World
 
@@ -83,8 +83,7 @@ class QuestionSystem(SplitSystem):
     def train_on(self, data: QuestionData) -> None:
         self.data = data
         self.make_splits(data.samples)
-        test, train = data.samples["test"], data.samples["train"]
-        self.baselines = {"prior": blind(test, TypePrior(train)), "question_only": blind(test, QuestionOnly(train))}
+        self.baselines = blind_baselines(data.samples["test"], data.samples["train"])
 
     def epoch(self, number: int) -> list[np.ndarray]:
         options = self.options

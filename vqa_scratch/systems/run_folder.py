@@ -78,7 +78,7 @@ def begin_or_go_on(options: RunOptions) -> tuple[RunOptions, dict[str, Any] | No
     check_writable(options.out)
     if not options.resume:
         if path.exists():
-            raise UserError(f"{options.out} holds a run already; add --resume to go on with it, or give another --out")
+            raise UserError(f"{options.out} already holds a run; add --resume to continue it, or give another --out")
         return options, None
     values = read_run_config(options.out)
     if values["program"] != PROGRAM or values["train"].get("preset") != options.preset:
@@ -91,7 +91,7 @@ def begin_or_go_on(options: RunOptions) -> tuple[RunOptions, dict[str, Any] | No
     other = {k: v for k, v in given.items() if k not in may_change and v != getattr(saved, k)}
     if other:
         what = ", ".join(f"--{k.replace('_', '-')} {getattr(saved, k)}, not {v}" for k, v in other.items())
-        raise UserError(f"{options.out} was begun with {what}; a run goes on with the options it was begun with")
+        raise UserError(f"{options.out} was started with {what}; a resumed run keeps the options it was started with")
     changes = {k: v for k, v in given.items() if k in may_change} | {"out": options.out, "resume": False}
     merged = replace(saved, **changes)
     check_dependencies(merged, changes)  # the command line could not know the run's other options

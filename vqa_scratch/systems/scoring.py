@@ -84,3 +84,8 @@ def score(samples: Sequence[VQASample], answers: dict[int, Answer], family: Call
 def blind(samples: Sequence[VQASample], predictor: Callable[[VQASample], str]) -> float:
     """Official accuracy of a predictor that sees only the question."""
     return accuracy_by(samples, {s.question_id: predictor(s) for s in samples}).overall.accuracy
+
+
+def blind_baselines(samples: Sequence[VQASample], train: Sequence[VQASample]) -> dict[str, float]:
+    """Official accuracy of the two predictors that see only the question, learned from `train`."""
+    return {"prior": blind(samples, TypePrior(train)), "question_only": blind(samples, QuestionOnly(train))}
