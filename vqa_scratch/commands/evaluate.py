@@ -1,4 +1,4 @@
-"""`evaluate`: official scores of a run on a VQA v2 folder, blind baselines beside them, and a submission file."""
+"""`evaluate`: official scores of a run on a VQA v2 folder with blind baselines, and a submission file."""
 
 from pathlib import Path
 
@@ -16,9 +16,9 @@ from vqa_scratch.errors import UserError
         click.Argument(["run"], type=FOLDER),
         Flag(["--data"], type=FOLDER, required=True, help="Folder with VQA v2 files."),
         Flag(["--split"], default="val", help="Split to answer."),
-        Flag(["--submission"], type=FOLDER, help="Also write the answers as the evaluation server takes them."),
+        Flag(["--submission"], type=FOLDER, help="Also write the answers to this file, for the evaluation server."),
         Flag(["--limit"], type=click.IntRange(min=1), help="Answer about this many questions, in whole images."),
-        Flag(["--captions"], is_flag=True, help="Score captions of a captions file or of drawn scenes, not answers."),
+        Flag(["--captions"], is_flag=True, help="Score captions instead of answers."),
         DEVICE,
         PRECISION,
     ],
@@ -47,7 +47,7 @@ def evaluate(
     if submission is not None and limit is not None:
         raise UserError("a submission answers every question of its split: leave out --limit or --submission")
     opened = open_run(run, device, precision)
-    check_writable(run)  # now, not when everything is answered
+    check_writable(run)  # before the work, not after
     if submission is not None:
         check_writable(submission.parent)
         if submission.is_dir():
