@@ -24,13 +24,13 @@ class KVCache:
         start, self.length = self.length, self.length + k.shape[2]
         if self._k is None or self.length > self._k.shape[2]:
             capacity = max(16, 2 * self.length)  # doubling keeps the copying linear in the final length
-            old, (self._k, self._v) = (
-                (self._k, self._v),
-                (x.new_empty(*x.shape[:2], capacity, x.shape[3]) for x in (k, v)),
-            )
-            if old[0] is not None:
-                self._k[:, :, :start], self._v[:, :, :start] = (x[:, :, :start] for x in old)
-        self._k[:, :, start : self.length], self._v[:, :, start : self.length] = k, v
+            old_k, old_v = self._k, self._v
+            self._k, self._v = (x.new_empty(*x.shape[:2], capacity, x.shape[3]) for x in (k, v))
+            if old_k is not None:
+                self._k[:, :, :start] = old_k[:, :, :start]
+                self._v[:, :, :start] = old_v[:, :, :start]
+        self._k[:, :, start : self.length] = k
+        self._v[:, :, start : self.length] = v
         return self.contents
 
     @property
