@@ -14,13 +14,12 @@ import pytest
 import torch
 
 import rlhf
-import train
 from vqa_scratch.errors import UserError
 from vqa_scratch.models.t5 import T5
 from vqa_scratch.rl import mini_news, tasks
 from vqa_scratch.rl.options import PRESETS, read_command_line
 from vqa_scratch.rl.resume import last_checkpoint
-from vqa_scratch.systems.options import PRESETS as PRESETS_OF_TRAIN
+from vqa_scratch.systems import options as trained
 from vqa_scratch.training import precision
 
 ROOT = Path(__file__).parent.parent
@@ -119,8 +118,10 @@ def test_every_preset_has_a_folder_of_its_own():
     """So that a run of one is not in the way of another, of train.py's least of all: vqa reads one of those."""
     made = [read_command_line(["--preset", name]) for name in PRESETS]
     assert [str(options.out) for options in made] == [f"runs/rlhf-{name}" for name in PRESETS]
-    of_train = {train.read_command_line(["--preset", name, "--data", "x", "--resume"]).out for name in PRESETS_OF_TRAIN}
-    assert len(of_train) == len(PRESETS_OF_TRAIN) and not of_train & {options.out for options in made}
+    of_train = {
+        trained.read_command_line(["--preset", name, "--data", "x", "--resume"]).out for name in trained.PRESETS
+    }
+    assert len(of_train) == len(trained.PRESETS) and not of_train & {options.out for options in made}
 
 
 def test_runs_are_not_mixed_up(finished, cache, tmp_path):
