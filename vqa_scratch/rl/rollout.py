@@ -111,7 +111,7 @@ def score(
 
 
 class PromptStream:
-    """Batches of prompts, a fresh shuffle each time all were seen. Its whole state is how many were handed out."""
+    """Batches of prompts, a fresh shuffle each time all were seen. Its whole state is how many were drawn."""
 
     def __init__(self, prompts: list[Prompt], batch: int, seed: int) -> None:
         if len(prompts) < batch:
