@@ -45,7 +45,6 @@ class System(ABC):
     name: ClassVar[str]
     unit: ClassVar[str] = "questions"  # what a sample is, in the plural
     writes: ClassVar[bool] = False  # whether it writes its answers token by token
-    sums_over_parts: ClassVar[bool] = True  # False: the loss of a batch is not the sum of the losses of its parts
 
     def __init__(
         self,
