@@ -1,4 +1,4 @@
-"""Compare with what one would run otherwise:  python -m bench train-step [--all --write]  or  python -m bench all"""
+"""Compare with the usual alternatives:  python -m bench train-step [--all --write]  or  python -m bench all"""
 
 import math
 import sys

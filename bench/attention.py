@@ -187,16 +187,16 @@ def all_rows(cases: list[Case], seconds: float) -> list[list[str]]:
     end, found, lines = time.monotonic() + seconds, {}, {}
     for case in cases:
         made = results.or_reason(case.name, 6, lambda c=case: rows(c, found.setdefault(c, try_ways(c, [OURS, *SDPA]))))
-        lines[case] = told(made)
+        lines[case] = printed(made)
     for case, figures in found.items():
         late = time.monotonic() > end
         figures |= {FLEX: "no time left"} if late else try_ways(case, [FLEX])
         lines[case] = rows(case, figures)
-        told(lines[case][-1:])
+        printed(lines[case][-1:])
     return [line for case in cases for line in lines[case]]
 
 
-def told(lines: list[list[str]]) -> list[list[str]]:
+def printed(lines: list[list[str]]) -> list[list[str]]:
     """The same lines, also said at once: a run that is cut short has not been for nothing."""
     print("\n".join(" | ".join(line) for line in lines), file=sys.stderr, flush=True)
     return lines

@@ -39,7 +39,7 @@ ERROR_BUDGET = 1.5
 GOALS = {("fp32", False): 1.15, ("bf16", False): 1.6, ("fp32", True): 3.5, ("bf16", True): 3.5}
 GPU_GOAL = 1.3  # against the peer compiled
 CASES = [Case(precision, questions) for questions in (8, 40) for precision in ("fp32", "bf16")]
-ROUNDS = {8: 5, 40: 3}  # by questions, unless told
+ROUNDS = {8: 5, 40: 3}  # by questions, without --rounds
 
 
 def step_operations(image: Any, text: Any, decoder: Any, case: Case) -> float:

@@ -1,7 +1,7 @@
 """Triton kernels beside their plain-torch definitions: attention, linear + cross-entropy, log-probability + entropy.
 
 On a GPU of capability 8.0 or newer, with Triton installed, the kernels run; everywhere else torch does, with the same
-answers. What a kernel does not take runs in torch and is said once. `backend()` says which ran.
+answers. What a kernel does not support runs in torch, with one warning. `backend()` says which ran.
 """
 
 from vqa_scratch.kernels.attention import flash_attention, takes_attention

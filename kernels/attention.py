@@ -1,6 +1,6 @@
 """Attention that returns (O, LSE) and never holds its weights: FlashAttention-2 in Triton, with every gradient.
 
-The gradient of LSE is taken too, so that parts of a set of keys can be attended to apart and merged (`merge`), and the
+The gradient of LSE is taken too, so that parts of a set of keys can be read one by one and merged (`merge`), and the
 gradient of T5's relative bias is summed straight into buckets x heads.
 
 Shapes: B batch, H heads, Tq queries, Tk keys, d head size.
@@ -183,15 +183,15 @@ def triton_attention(
 
 
 def takes_attention(q: Tensor, *, dropout: float = 0.0) -> bool:
-    """Whether `flash_attention` runs in Triton for queries like q (B, H, Tq, d); if not for a CUDA tensor, says why.
+    """Whether `flash_attention` runs in Triton for queries like q (B, H, Tq, d); warns if not, for a CUDA tensor.
 
-    For those who have another way besides: where weights are to be dropped, they must take it.
+    Asked by callers that have another way: the kernel drops no weights, so with `dropout` they must take that.
     """
     return choice.takes("attention", q, "the kernel drops no weights" if dropout else _problem(q))
 
 
 def _problem(q: Tensor) -> str | None:
-    """What the kernels do not take, in words."""
+    """What the kernels do not support, in words; None if there is nothing."""
     if q.shape[-1] > LARGEST_HEAD:
         return f"head size {q.shape[-1]} is above {LARGEST_HEAD}"
     return "there is no query" if 0 in q.shape else None

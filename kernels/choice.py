@@ -1,4 +1,4 @@
-"""Which implementation runs: Triton on a GPU that is new enough, torch everywhere else, and never in silence."""
+"""Which implementation runs: Triton on a GPU that is new enough, torch everywhere else; on a GPU with a warning."""
 
 import functools
 import importlib.util
@@ -50,7 +50,8 @@ def say_once(line: str) -> None:
 def takes(name: str, tensor: Tensor, problem: str | None = None) -> bool:
     """Whether the Triton kernel `name` takes `tensor` and what comes with it.
 
-    `problem` says in words what the kernel cannot take. A CUDA tensor that Triton does not take is said once a reason.
+    `problem` says in words what the kernel does not support. For a CUDA tensor that Triton does not take there is one
+    warning for each reason.
     """
     if tensor.device.type not in DEVICES:
         return False
@@ -63,7 +64,7 @@ def takes(name: str, tensor: Tensor, problem: str | None = None) -> bool:
 
 
 def triton_runs(name: str, tensor: Tensor, problem: str | None = None) -> bool:
-    """`takes`, asked by what is about to run; remembers the answer for `backend()`."""
+    """`takes`, for what runs next; the answer is kept for `backend()`."""
     global last
     runs = takes(name, tensor, problem)
     last = "triton" if runs else "torch"

@@ -1,6 +1,6 @@
 """Linear map and cross-entropy in one: a chunk of logits at a time, whose gradient takes its place before the next.
 
-The loss is a sum of rows, so its gradient is known but for one factor when the logits are: both gradients are made in
+The loss is a sum over rows, so its gradient is known from the logits but for one factor: both gradients are made in
 the forward pass (Hsu et al. 2024, 2410.10989, "Liger") and the backward pass only multiplies them.
 
 Shapes: N rows, D width, V vocabulary.
@@ -128,10 +128,10 @@ class LinearCrossEntropy(torch.autograd.Function):
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """(sum of the cross-entropy in nats, how many labels are the argmax), both scalars, over rows with label >= 0.
 
-    hidden (N, D), weight (V, D), labels (N,). Rows with a negative label meet no product, and no more than a chunk of
-    logits exists at a time: where the weight is large, half as many numbers as it has. Products are in the dtype of the
-    inputs, or of autocast; sums in fp32. The gradients can be asked for once. Raises ValueError on shapes, dtypes or
-    labels that do not fit.
+    hidden (N, D), weight (V, D), labels (N,). Rows with a negative label are left out, and one chunk of logits exists
+    at a time: where the weight is large, half as many numbers as it has. Products are in the dtype of the inputs, or of
+    autocast; sums in fp32. The gradients can be taken once. Raises ValueError on shapes, dtypes or labels that do not
+    fit.
     """
     if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1] or labels.shape != hidden.shape[:1]:
         shapes = ", ".join(str(tuple(x.shape)) for x in (hidden, weight, labels))

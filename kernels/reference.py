@@ -1,4 +1,4 @@
-"""What the kernels compute, in plain torch: the definition that every kernel is held to, and what runs without one.
+"""What the kernels compute, in plain torch: what every kernel is tested against, and what runs without one.
 
 Attention is equation 1 of Vaswani et al. 2017 with the log-sum-exp of each row beside the output (Dao et al. 2022,
 2205.14135); its relative bias is that of T5 (Raffel et al. 2020, 1910.10683, section 2.1).
@@ -83,7 +83,7 @@ def attention(
 
     S = scale * q k^T + bias, q (B, H, Tq, d), k and v (B, H, Tk, d). key_mask (B, Tk), True = may attend; causal is
     aligned to the end of the keys: query i sees keys 0 ... Tk - Tq + i; scale defaults to d**-0.5. A query without a
-    key has O = 0 and LSE = -inf, and no gradient. Of several dtypes the one that holds all is computed in.
+    key has O = 0 and LSE = -inf, and no gradient. Mixed dtypes are computed in the one that holds all.
     """
     queries, keys = q.shape[-2], k.shape[-2]
     kind = functools.reduce(torch.promote_types, (q.dtype, k.dtype, v.dtype))

@@ -1,8 +1,8 @@
 """The gated feed-forward layer (Shazeer 2020, 2002.05202) with its backward pass written out: for training.
 
 Left to autograd, `down(activation(gate(x)) * up(x))` keeps four tensors of the inner width: gate(x), up(x), the
-activation and the product. Here the first two are kept and the others computed again, which takes two elementwise steps
-beside nine products of matrices.
+activation and the product. Here the first two are kept and the others are computed again, which costs two elementwise
+steps beside nine matrix products.
 
 Shapes: N rows (tokens), D width, hidden the inner width.
 """

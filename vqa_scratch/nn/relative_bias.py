@@ -39,7 +39,7 @@ class PassBias:
     def __init__(
         self, bias: RelativeBias, queries: int, keys: int, *, causal: bool, key_mask: Tensor | None = None
     ) -> None:
-        """key_mask (B or 1, Tk), True = may attend."""
+        """key_mask (B or 1, Tk), True = may look."""
         self.bias, self.queries, self.keys, self.causal, self.key_mask = bias, queries, keys, causal, key_mask
         self._written: tuple[Tensor, Tensor | None] | None = None
 
@@ -50,9 +50,9 @@ class PassBias:
         return kernels.flash_attention(q, k, v, **options, bias=self.bias.lookup())[0]
 
     def written_out(self) -> tuple[Tensor, Tensor | None]:
-        """(bias, key_mask) for the scores: (1 or B, H, Tq, Tk), -inf where a query may not look, and what is not in it.
+        """(bias, key_mask): (1 or B, H, Tq, Tk), -inf where a query may not look, and the mask that is not in the bias.
 
-        The padding is left out of a bias that is learned: each row would have a bias of its own, and gradients of it.
+        The padding stays a mask while the bias is learned: written into it, each row would need a bias of its own.
         """
         if self._written is None:
             bias, rest, sizes = self.bias(self.queries, self.keys), self.key_mask, (self.queries, self.keys)

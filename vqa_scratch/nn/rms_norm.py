@@ -34,7 +34,7 @@ class _Normalize(torch.autograd.Function):
 class RMSNorm(nn.Module):
     """`x / rms(x) * weight`, computed in fp32; (..., D) -> (..., D) in fp32, or under autocast in its number format.
 
-    What reads it are linear layers, which would cast it anyway, each once more.
+    The linear layers behind it would cast it anyway, each for itself.
     """
 
     def __init__(self, dim: int, eps: float) -> None:

@@ -37,7 +37,7 @@ class _Linear(torch.autograd.Function):
 
 
 class SummingLinear(nn.Linear):
-    """`nn.Linear` without a bias, for `loss.backward()`: `torch.autograd.grad` is not told what goes to `.grad`."""
+    """`nn.Linear` without a bias, for `loss.backward()`: `torch.autograd.grad` does not see what goes to `.grad`."""
 
     def forward(self, x: Tensor) -> Tensor:
         device, cast = x.device.type, self.weight.detach()

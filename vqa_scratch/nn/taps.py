@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 
 class Handler(Protocol):
-    """What a trace must offer."""
+    """What a trace must implement."""
 
     def wants(self, name: str) -> bool: ...
 
@@ -26,7 +26,7 @@ _handler: Handler | None = None
 
 
 def tap(prefix: str | None, label: str, tensor: Tensor) -> Tensor:
-    """Hand `tensor` to the active trace under `prefix.label` and return what it gives back; `tensor` with no trace."""
+    """Pass `tensor` to the active trace as `prefix.label` and return the trace's answer; with no trace, `tensor`."""
     if _handler is None:
         return tensor
     name = f"{prefix}.{label}"

@@ -1,4 +1,4 @@
-"""What the parts of the RL program hand to each other.
+"""What the parts of the RL program pass to each other.
 
 Shapes: P prompts, K samples a prompt, B = P * K responses (row b answers prompt b // K), R response tokens.
 """

@@ -1,4 +1,4 @@
-"""One setting of the C library that training on a CPU profits from."""
+"""One setting of the C library that makes training on a CPU faster."""
 
 import ctypes
 import os
@@ -10,17 +10,16 @@ PAGE = 2 * 2**20  # bytes of a huge page
 
 
 def keep_freed_memory() -> bool:
-    """Tell glibc to keep freed blocks instead of handing them back to the kernel, and the kernel to map the heap in
-    huge pages; returns whether both could be done.
+    """Let glibc keep freed memory, and let the kernel map the heap in huge pages; returns whether both could be done.
 
-    A step frees and asks for the same big tensors again. By default each of them is mapped anew and its pages fault in
-    one by one: 18,000 faults a step of the `shapes` preset, and at the book's sizes 140,000; with this, 30. Elsewhere
-    than on Linux with glibc nothing happens. Call it before the first tensor is made.
+    Every step frees big tensors and allocates the same sizes again. By default each is mapped anew, and its pages fault
+    in one by one: 18,000 page faults in a step of the `shapes` preset, 140,000 at the book's sizes; with this, 30. Does
+    nothing elsewhere than on Linux with glibc. Call it before the first tensor is made.
 
-    Big blocks also get the alignment of a page, not torch's 64 bytes. `posix_memalign` asks for the size and the
-    alignment, and gives the cuttings back; cuttings as small as 64 bytes make lead a life of their own in the cache of
-    small blocks, do not come back to their block when it is freed, and then it is too small for the next request of
-    the same size. A step of PPO at the book's sizes took 15 % longer by that, in memory never used before.
+    Big blocks are aligned to a page as well, instead of to torch's 64 bytes. `posix_memalign` allocates more than it
+    needs and frees the rest. Rests as small as 64 bytes stay in the cache of small blocks and do not join their
+    neighbour when that is freed, which is then too small for the next request of the same size. In new memory a step of
+    PPO at the book's sizes took 15 % longer because of that.
     """
     if not sys.platform.startswith("linux"):
         return False

@@ -3,7 +3,7 @@
 Muon (Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural networks") moves a hidden matrix along the
 nearest semi-orthogonal matrix to its momentum. `torch.optim.Muon` computes that one matrix at a time; here matrices of
 one shape go through the Newton-Schulz iteration together, which on small models is several times faster and gives the
-same steps (a test holds the two together).
+same steps (a test compares the two).
 """
 
 import math
@@ -104,7 +104,7 @@ def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Para
 
 
 def load_whole_state(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
-    """`load_state_dict` of a state with whole tensors; what belongs to a sharded parameter is cut as that is."""
+    """`load_state_dict` of a state with whole tensors; for a sharded parameter they are cut like the parameter."""
     params = [p for group in optimizer.param_groups for p in group["params"]]
     cut = {
         i: {k: like(params[i], v) if getattr(v, "shape", ()) == params[i].shape else v for k, v in s.items()}
