@@ -1,14 +1,14 @@
-"""Tune a language model by PPO with a KL penalty against a frozen reference, and show what it did.
+"""Tune a language model by PPO with a KL penalty against a frozen reference, and report the result.
 
     python rlhf.py                                   # made-up news, all three steps, minutes on two cores
     python rlhf.py --preset book --articles news.csv # flan-t5-small with two RoBERTa reward models
     python rlhf.py --preset vqa --policy runs/vqa    # a run of train.py, rewarded by the official VQA accuracy
-    python rlhf.py --resume                          # go on after a kill, with the flags it was begun with
+    python rlhf.py --resume                          # go on after a kill, with the same flags
     torchrun --nproc-per-node 8 rlhf.py ...          # one process a GPU; docs/scale.md
 
-A run lies in runs/rlhf-PRESET unless --out says otherwise.
+A run is written to runs/rlhf-PRESET, or to the folder --out.
 
-One iteration is `iterate`, below; vqa_scratch/rl/ppo.py and update.py hold its parts.
+One iteration is `iterate`, below; its parts are in vqa_scratch/rl/ppo.py and update.py.
 """
 
 import sys
@@ -36,7 +36,7 @@ from vqa_scratch.rl.ppo import PPO
 from vqa_scratch.rl.ranks import Copies
 from vqa_scratch.rl.resume import fingerprint, last_checkpoint, restore
 from vqa_scratch.rl.tasks import Task, book_task, mini_news_task
-from vqa_scratch.storage import remove_unfinished, write_json, write_text, write_whole
+from vqa_scratch.storage import remove_unfinished, write_json, write_text
 from vqa_scratch.systems.policy import vqa_task
 from vqa_scratch.training.allocator import keep_freed_memory
 from vqa_scratch.training.checkpoint import rng_state, save_checkpoint
@@ -54,7 +54,7 @@ def iterate(ppo: PPO) -> dict[str, float]:
     """One iteration, top to bottom; returns its log under the usual names. docs/ppo.md numbers the details."""
     update, start = ppo.update, time.perf_counter()
 
-    # Rollout: some responses to each prompt, a reward for each, log-probabilities under policy and frozen reference.
+    # Rollout: responses to each prompt, a reward for each, log-probabilities under the policy and the frozen reference.
     prompts = ppo.stream.next()
     rollout = ppo.ranks.with_whole_model(lambda: ppo.rollout(prompts))
     rolled = time.perf_counter()
@@ -65,7 +65,7 @@ def iterate(ppo: PPO) -> dict[str, float]:
     log = rollout_metrics(trajectory, rollout.samples, rollout.raw, rollout.parts) | rollout.seconds
     measured = time.perf_counter()
 
-    # Epochs of minibatches: clipped steps on the same responses, until the policy has moved too far from them.
+    # Epochs of minibatches: clipped steps on the same responses, until the policy has moved too far.
     update.begin(ppo.iteration)
     for minibatch in update.minibatches():
         moved = update.add_gradients(minibatch, prompts, trajectory, rollout.context)
@@ -73,7 +73,7 @@ def iterate(ppo: PPO) -> dict[str, float]:
             break
         update.step()
 
-    # The price of KL is steered towards its target.
+    # Adapt the price of KL towards the target.
     log |= update.log() | {"objective/kl_coef": ppo.kl.coef}
     ppo.kl.update(log["objective/kl"], len(trajectory.ids))
     ppo.iteration += 1
@@ -96,12 +96,12 @@ def train(
     """All iterations, with bar, metrics and checkpoints.
 
     Returns the log, the seconds before this call's start, and the number of the signal that stopped it early, if any.
-    `about` is what every checkpoint says of its run.
+    `about` describes the run in every checkpoint.
     """
     last, world = options.out / "checkpoints" / "last.pt", ppo.world
     earlier = restore(ppo, saved, about["reference"]) if saved else 0.0
     if world.main:
-        remove_unfinished(options.out)  # what a kill left
+        remove_unfinished(options.out)  # of a killed run
     if not saved:
         if world.main:
             write_json(options.out / "config.json", {"program": "rlhf.py"} | to_json(options))
@@ -143,7 +143,7 @@ def conclude(ppo: PPO, task: Task, options: RLHFOptions, log: MetricsLog) -> dic
     after = evaluate.measure(ppo, ppo.actor.backbone, prompts, k, seed, task.figures)
     few = prompts[: options.frontier_prompts]
     curve = evaluate.reference_frontier(ppo, few, options.frontier_samples, seed + 1)
-    # On the prompts of the curve, so that both gains are of the same prompts.
+    # Both gains must be measured on the prompts of the curve.
     mine = after if len(few) == len(prompts) else evaluate.measure(ppo, ppo.actor.backbone, few, k, seed)
     gain = float(mine.rewards.mean())
     rates = [row["rollouts_per_second"] for row in log.rows]
@@ -161,8 +161,8 @@ def conclude(ppo: PPO, task: Task, options: RLHFOptions, log: MetricsLog) -> dic
         "algorithm": options.algorithm,
     }
     parts = [part.name for part in ppo.reward.parts]
-    write_whole(options.out / "curves.png", lambda path: report.curves(log.rows, parts, path))
-    write_whole(options.out / "frontier.png", lambda path: report.frontier(curve, log.rows, before, after, path))
+    report.curves(log.rows, parts, options.out / "curves.png")
+    report.frontier(curve, log.rows, before, after, options.out / "frontier.png")
     write_text(options.out / "samples.html", report.samples_page(before, after, k))
     task.save(options.out / "policy")
     return summary
@@ -176,16 +176,16 @@ def main(options: RLHFOptions) -> dict[str, float] | int:
 
 
 def work(options: RLHFOptions, world: World) -> dict[str, float] | int:
-    """`main`, as one of the ranks that torchrun started, or as the only one."""
+    """`main` on one rank."""
     started = time.perf_counter()
     keep_freed_memory()
     saved = last_checkpoint(options)
     torch.manual_seed(options.seed)
     device = pick_device(options.device)
-    if device.type == "mps":  # of auto; statistics are summed in float64, which it lacks
+    if device.type == "mps":  # chosen by auto; it lacks float64, in which statistics are summed
         device = torch.device("cpu")
     wanted = saved["precision"] if saved else options.precision
-    kind, why = world.of_main(pick_precision(wanted, device))  # it may be measured, and must stay the same
+    kind, why = world.of_main(pick_precision(wanted, device))  # auto may measure it; it must not change
     precision = Precision(kind, device)
     check_sharing(options.parallel, precision)
     print(why + (f", {world.size} ranks, {options.parallel}" if world.size > 1 else ""))
@@ -193,7 +193,7 @@ def work(options: RLHFOptions, world: World) -> dict[str, float] | int:
         task = TASKS[options.preset](options, device, precision.dtype)
     for note in task.notes:
         print(note)
-    saved = task.todays(saved) if saved else None
+    saved = task.upgrade(saved) if saved else None
     if options.algorithm == "ppo" and options.iterations <= options.critic_warmup:
         print(f"the policy does not learn: --critic-warmup {options.critic_warmup} leaves it no iteration")
     about = {"config": to_json(options), "precision": kind, "reference": fingerprint(task.reference)}

@@ -1,8 +1,8 @@
 """Train a system that answers questions about images:  python train.py [--preset NAME] [--out RUN] [--help]
 
-The default needs nothing but this machine: it draws its own data set, trains small models on it, and leaves in the run
-folder the weights, the curves, a page of answered questions, and summary.json with the final figures. What a preset
-trains is one class in `vqa_scratch/systems/`; this file is how it is trained, from the options to the last figure.
+The default needs no files: it draws a data set, trains small models on it, and writes to the run folder the weights,
+the curves, a page of answered questions, and summary.json with the final figures. What a preset trains is one class in
+`vqa_scratch/systems/`; this file is how it is trained, from the options to the last figure.
 
     torchrun --nproc-per-node 8 train.py ...   # one process a GPU; docs/scale.md
 """
@@ -43,7 +43,7 @@ from vqa_scratch.training.ranks import ONE_PROCESS, Alone, World, for_main, whol
 from vqa_scratch.training.sharing import check_sharing, share_model
 from vqa_scratch.training.watch import GracefulStop, LossWatch
 
-# Kept back from --minutes for the final evaluation: a share of the budget, and never more than so many seconds.
+# Reserved out of --minutes for the final evaluation: this share, but at most this many seconds.
 RESERVE_SHARE, RESERVE_SECONDS = 0.1, 45.0
 
 
@@ -53,7 +53,7 @@ class Progress:
 
     step: int = 0
     epoch: int = 0
-    position: int = 0  # batches of the epoch that are done
+    position: int = 0  # batches done in the epoch
     samples: int = 0
     seconds: float = 0.0
     best: float = -1.0
@@ -61,20 +61,20 @@ class Progress:
 
 
 class Next(NamedTuple):
-    """A batch, or this rank's part of it, and what the ranks agreed on before it."""
+    """The next batch, or this rank's part of it, and what all ranks agreed on before it."""
 
     epoch: int
     position: int  # in the epoch, after this batch
     batch: Any
-    samples: int  # of all ranks
-    counted: int  # of all ranks: what the loss is divided by, labelled tokens or questions
-    signal: int | None  # that asked any rank to stop
+    samples: int  # on all ranks
+    counted: int  # on all ranks: labelled tokens or questions, by which the loss is divided
+    signal: int | None  # to stop, if any rank received one
 
 
 def batches_from(system: System, epoch: int, start: int, world: World, pin: bool) -> Iterator[tuple[int, int, Any]]:
-    """(epoch, position after it, this rank's part of the batch), endlessly, from batch `start` of an epoch on.
+    """(epoch, position after the batch, this rank's part of it), without end, from batch `start` of an epoch.
 
-    A rank without a part gets a silent batch: it goes through the model like the others, and counts for nothing.
+    A rank without a part gets a silent batch: it goes through the model like any other, but adds nothing.
     """
     while True:
         keys = system.epoch(epoch)
@@ -96,22 +96,22 @@ def train_step(
     counted: int | None = None,
     ranks: Alone = ONE_PROCESS,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """One optimizer step. Returns (mean loss, share that is right, gradient norm), each a scalar on the device.
+    """One optimizer step. Returns (mean loss, share predicted right, gradient norm), each a scalar on the device.
 
-    `loss_of(part)` is `System.loss`, shared by the ranks if there are several. The loss of a step is the sum over what
-    is counted (labelled tokens) divided by their number `counted` on all ranks (None: those of the batch). So it does
-    not depend on how many parts the batch is computed in, nor on how many ranks.
+    `loss_of(part)` is `System.loss`, wrapped by `ranks.shared`. The loss of a step is the sum over the labelled tokens
+    divided by their number on all ranks, `counted` (None: those of the batch). So it does not depend on how many parts
+    the batch is split into (gradient accumulation), nor on the number of ranks.
     """
     counted = batch.counts[1] if counted is None else counted
     parts = list(batch.parts(accumulate))
-    if ranks.world.size > 1:  # every rank goes through the model equally often
+    if ranks.world.size > 1:  # every rank must go through the model equally often
         parts += [parts[0].silent()] * (accumulate - len(parts))
     sums = torch.zeros(2, device=precision.device)
     for number, part in enumerate(parts, 1):
         with ranks.backward_of(last=number == len(parts)):
             with precision.autocast():
                 loss, right = loss_of(part)
-            # Gradients are averaged over ranks, and here their sum is wanted.
+            # Times the ranks: they average their gradients, and the step needs the sum.
             precision.scaler.scale(loss * (ranks.world.size / counted)).backward()
         sums += torch.stack([loss.detach().float(), right.float()])
     for optimizer in optimizers.optimizers:
@@ -126,7 +126,7 @@ def train_step(
 
 
 def train(options: RunOptions, world: World) -> int | None:
-    """Train, evaluate and report. Returns None, or the number of the signal that stopped the run early."""
+    """Train, evaluate and report. Returns None, or the signal that stopped the run early."""
     began = time.perf_counter()
     keep_freed_memory()
 
@@ -135,16 +135,16 @@ def train(options: RunOptions, world: World) -> int | None:
     world.check_same(checkpoint and checkpoint["state"]["step"], f"the last step in {options.out}")
     device = pick_device(options.device)
     wanted = checkpoint["precision"] if checkpoint else options.precision
-    kind, reason = world.of_main(pick_precision(wanted, device))  # it may be measured, and must be the same
+    kind, reason = world.of_main(pick_precision(wanted, device))  # may depend on timings, so one rank decides
     precision = Precision(kind, device)
     check_sharing(options.parallel, precision)
     print(f"device {device}, {reason}" + (f", {world.size} ranks, {options.parallel}" if world.size > 1 else ""))
 
     # ---- the system and its data
     kind_of_system = systems.find(options.preset)
-    with world.first_one_then_all():  # the first draws data and decodes images
+    with world.first_one_then_all():  # the first rank draws data and decodes images
         data = kind_of_system.read(options)
-        if checkpoint:  # tokenizers and answers are those of the run, whatever the data are now
+        if checkpoint:  # with the tokenizers and answers of the run, even if the data changed
             system = systems.open_parts(options.out, options, precision)
         else:
             system = kind_of_system.build(options, data, precision)
@@ -166,18 +166,17 @@ def train(options: RunOptions, world: World) -> int | None:
     progress = Progress()
     if checkpoint:
         progress = Progress(**restore(checkpoint, system, optimizers, precision, str(options.out), world))
-        print(f"going on after step {progress.step}")
+        print(f"resuming after step {progress.step}")
     else:
         separate_streams(world)
         if world.main:
             system.save(options.out)
-    with world.first_one_then_all():  # the first lets frozen encoders run, if their output is kept
+    with world.first_one_then_all():  # the first rank runs frozen encoders, if their output is cached
         system.precompute()
     weights, curves, last = (options.out / name for name in (WEIGHTS, "curves.png", "checkpoints/last.pt"))
-    resume_after = progress.step if checkpoint else None
-    log = MetricsLog(options.out / "metrics.jsonl", resume_after, on_disk=world.main)
+    log = MetricsLog(options.out / "metrics.jsonl", progress.step if checkpoint else None, on_disk=world.main)
     watch = LossWatch(options.out, world, system.ids)
-    budget = None  # seconds of training, where --minutes bounds the run
+    budget = None  # seconds of training, if --minutes limits the run
     if options.minutes is not None:
         spent = time.perf_counter() - began + min(RESERVE_SHARE * 60 * options.minutes, RESERVE_SECONDS)
         budget = world.of_main(max(1.0, 60 * options.minutes - spent))
@@ -185,15 +184,15 @@ def train(options: RunOptions, world: World) -> int | None:
     resumed_seconds, loop_began = progress.seconds, time.perf_counter()
 
     def clock() -> float:
-        """Seconds of the run so far, by the main rank's clock; the others add nothing."""
+        """Seconds of the run so far by the main rank's clock; 0 on the others, so that a sum gives it to all."""
         return resumed_seconds + time.perf_counter() - loop_began if world.main else 0.0
 
     def share_done() -> float:
-        """The share of the run that is over, 0 to 1."""
+        """The share of the run that is done, 0 to 1."""
         return min(1.0, progress.step / options.steps if budget is None else progress.seconds / max(budget, 1e-9))
 
     def next_batch() -> Next:
-        """The next batch, and what ranks must agree on before it: its size, the time, whether to stop."""
+        """The next batch; before it the ranks agree on its size, the time, and whether to stop."""
         epoch, position, batch = next(source)
         samples, counted, progress.seconds, *votes = world.totals([*batch.counts, clock(), *stop.votes()])
         return Next(epoch, position, batch, int(samples), int(counted), stop.elected(votes))
@@ -210,7 +209,7 @@ def train(options: RunOptions, world: World) -> int | None:
         (progress.seconds,) = world.totals([clock()])
 
     def save() -> None:
-        """Everything needed to go on, whole on the main rank, so that another number of ranks can."""
+        """Everything needed to resume, gathered on the main rank, so that any number of ranks can."""
         watch.look()
         saved = {
             "model": for_main(system.model.state_dict(), world),
@@ -252,13 +251,13 @@ def train(options: RunOptions, world: World) -> int | None:
             )
             progress.step, progress.epoch, progress.position = progress.step + 1, now.epoch, now.position
             progress.samples, window_samples = progress.samples + now.samples, window_samples + now.samples
-            # A scaler finds infinite gradients itself, and skips the step.
+            # A gradient scaler finds infinite gradients itself, and skips the step.
             watch.add(progress.step, now.batch.rows, loss, None if precision.scaler.is_enabled() else norm)
             now = next_batch()
 
             logging = progress.step == 1 or progress.step % options.log_every == 0
             if logging or device.type == "cpu":
-                watch.look()  # on a GPU this is where the program waits for it
+                watch.look()  # this is where the program waits for a GPU
             if logging:
                 rate = window_samples / (time.perf_counter() - window_began)
                 window_began, window_samples = time.perf_counter(), 0
@@ -289,10 +288,10 @@ def train(options: RunOptions, world: World) -> int | None:
             bar.update(100 - bar.n)
     if stopped is not None:
         again = f"python train.py --preset {options.preset} --out {shlex.quote(str(options.out))} --resume"
-        print(f"stopped by signal {stopped} after step {progress.step}; go on with: {again}")
+        print(f"stopped by signal {stopped} after step {progress.step}; resume with: {again}")
         return stopped
 
-    # ---- the final figures, of the best weights
+    # ---- the final figures, with the best weights
     load_model_state(system.model, system.renamed(read_weights(options.out)), str(weights))
     figures = ranks.with_whole_model(lambda: system.finish(options.out))
     if not world.main:
@@ -319,7 +318,7 @@ def train(options: RunOptions, world: World) -> int | None:
 
 
 def main(options: RunOptions) -> int | None:
-    """`train` as one of the ranks that torchrun started, or as the only one."""
+    """Run `train` as one of the ranks that torchrun started, or as the only one."""
     with start(options.device) as world:
         return train(options, world)
 

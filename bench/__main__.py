@@ -1,4 +1,4 @@
-"""Compare with the usual alternatives:  python -m bench train-step [--all --write]  or  python -m bench all"""
+"""Benchmarks against the usual alternatives:  python -m bench train-step [--all --write]  or  python -m bench all"""
 
 import math
 import sys

@@ -1,10 +1,10 @@
 """Attention on a GPU: ours against the best backend of scaled_dot_product_attention and against FlexAttention.
 
-Forward and backward are timed apart by CUDA events, medians of many calls; the backward pass is with respect to q, k, v
-and, where there is one, T5's relative bias. FlexAttention looks it up in the same buckets; SDPA gets it as a dense
-tensor, whose making, and the summing of whose gradient into buckets, are not counted against it. Before a time is taken
-every side must give the output of the fp32 definition to the tolerance of its number format. TFLOP/s count two products
-forward and five backward, no more for what a side computes twice.
+Forward and backward are timed separately by CUDA events, medians of many calls; gradients are those of q, k, v and, if
+there is one, of T5's relative bias. FlexAttention looks the bias up in the same buckets. SDPA gets it as a dense
+tensor; making that tensor and summing its gradient into buckets is not timed. Before a time is taken, every side must
+match the output of the fp32 definition to the tolerance of its number format. TFLOP/s count two products forward and
+five backward, no more for what a side computes twice.
 
 Shapes: B batch, H heads, T tokens, d head size.
 """

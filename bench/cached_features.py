@@ -1,8 +1,8 @@
 """A training step with frozen encoders: their features read from the cache, against running the encoders again.
 
-The book's towers with random weights, on drawn scenes scaled to 224 pixels. Both sides are this project's and share one
-model: a step makes its batch, runs forward and backward, clips and steps AdamW. At equal weights their losses are
-compared before the clock starts.
+The book's encoders and decoder with random weights, on drawn scenes scaled to 224 pixels. Both sides are this project's
+and share one model: a step makes its batch, runs forward and backward, clips and steps AdamW. At equal weights their
+losses are compared before the clock starts.
 """
 
 import sys

@@ -1,9 +1,9 @@
 """Decoding answers: this project's `generate` against that of `transformers`, the same weights, the same tokens.
 
-Both sides load one GPT-2 with cross-attention whose answers end where they should (`decode_sides.py` says how), start
-from one token a row, read the same memory, and live in a process each. In fp32 their tokens must be equal. In bf16 two
-candidates are often as good as equal, so there the lengths must be, and no token of ours may be further from the best
-one, by fp32 scores, than twice what the peer's worst is. Peak memory is that of a side's process after it has loaded.
+Both sides load one GPT-2 with cross-attention whose answers have given lengths (see `decode_sides.py`), start from one
+token a row, read the same memory, and run in a process each. In fp32 their tokens must be equal. In bf16 two candidates
+are often nearly equal, so only the lengths must be equal, and no token of ours may be further from the best one, by
+fp32 scores, than twice the peer's worst. Peak memory is that of a side's process after loading.
 
 On a GPU ours replays a CUDA graph, and the peer takes part twice: as it is, and with a static cache and a compiled
 step.

@@ -1,8 +1,8 @@
-"""The two sides of the decoding benchmark, and the model both load: a GPT-2 that ends each answer where it should.
+"""The two sides of the decoding benchmark, and the model both load: a GPT-2 whose answers have given lengths.
 
-Random weights would write for ever, or stop anywhere. Here positions push the last state towards the end token, a
-memory's content pulls it back by the length its answer is to have, and cross-attention of the last layer carries that
-over: whatever is decided before, row b says its end token after `lengths[b]` tokens, greedily and in a beam.
+Random weights would never stop, or stop anywhere. Here positions push the last state towards the end token, and the
+content of the memory, through cross-attention of the last layer, pulls it back by the wanted length of the answer. So
+row b writes its end token after `lengths[b]` tokens, greedily and in a beam.
 
 Shapes: B rows, N memory tokens, D width.
 """

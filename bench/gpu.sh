@@ -12,8 +12,8 @@ in_all=${SECONDS_IN_ALL:-470}
 write=("$@")
 failed=()
 
-checks() { # words for pytest: these tests, dealt to four processes, because most of the time goes into compiling
-    local tests=() dealt hands=4 hand place folder status=0
+checks() { # words for pytest: these tests, split over four processes, because most of the time goes into compiling
+    local tests=() chosen workers=4 worker place folder status=0
     mapfile -t tests < <("$python" -m pytest --collect-only "$@" | grep ::)
     if [ ${#tests[@]} -eq 0 ]; then
         echo "no test found: are pytest and Triton installed?"
@@ -21,12 +21,12 @@ checks() { # words for pytest: these tests, dealt to four processes, because mos
     fi
     folder=$(mktemp -d)
     trap 'tail -n 25 "$folder"/*; rm -r "$folder"; exit 143' TERM # of the time limit
-    for ((hand = 0; hand < hands && hand < ${#tests[@]}; hand++)); do
-        dealt=()
-        for ((place = hand; place < ${#tests[@]}; place += hands)); do dealt+=("${tests[place]}"); done
-        "$python" -m pytest --tb=short "${dealt[@]}" >"$folder/$hand" 2>&1 &
+    for ((worker = 0; worker < workers && worker < ${#tests[@]}; worker++)); do
+        chosen=()
+        for ((place = worker; place < ${#tests[@]}; place += workers)); do chosen+=("${tests[place]}"); done
+        "$python" -m pytest --tb=short "${chosen[@]}" >"$folder/$worker" 2>&1 &
     done
-    for ((; hand > 0; hand--)); do wait -n || status=1; done
+    for ((; worker > 0; worker--)); do wait -n || status=1; done
     tail -n 25 "$folder"/*
     rm -r "$folder"
     return "$status"

@@ -1,8 +1,8 @@
-"""Images for a batch, second epoch on: from the cache mapped into memory, against torchvision's decode and resize.
+"""Loading images for a batch from the second epoch on: the memory-mapped cache against torchvision's decode and resize.
 
-JPEGs of 640 x 480 pixels become (224, 224, 3) bytes in batches, in an order drawn anew each round. The peer opens them
-with Pillow and resizes with `torchvision.transforms.v2`, as ImageFolder does, in as many threads as torch has. What
-comes out of the cache must equal our own first decode bit for bit, and torchvision's within a rounding.
+JPEGs of 640 x 480 pixels become (224, 224, 3) bytes in batches, in a new random order each round. The peer opens them
+with Pillow and resizes with `torchvision.transforms.v2`, as ImageFolder does, in as many threads as torch has. The
+images of the cache must equal our own first decode bit for bit, and torchvision's up to rounding.
 """
 
 import importlib.util
@@ -30,7 +30,7 @@ SIZE, BATCH = 224, 32
 
 
 def draw(folder: Path, count: int) -> list[Path]:
-    """JPEGs of smooth noise, which weigh about what photographs do."""
+    """JPEGs of smooth noise, about as large as photographs."""
     paths = []
     for number in range(count):
         random = np.random.default_rng(number)

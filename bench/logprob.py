@@ -1,7 +1,7 @@
 """Log-probability and entropy of chosen tokens from logits on a GPU: the share of the memory's bandwidth it reaches.
 
-The forward pass has to read each logit once; its bytes over its time stand beside the rate of a copy on the same GPU
-(bytes read plus written). The plain way is log_softmax, its sum with the probabilities, and a gather.
+The forward pass has to read each logit once; its bytes per second are compared with those of a copy on the same GPU
+(read plus written). The plain way is log_softmax, its sum with the probabilities, and a gather.
 
 Shapes: N rows, V vocabulary.
 """

@@ -1,8 +1,8 @@
 """Linear map to a large vocabulary and its cross-entropy, forward and backward: time and peak memory, side by side.
 
-Every side gets the same states, weight and labels, lives in a process of its own, and must give the loss and both
-gradients of the plain way. Peak memory is the most it held beyond what it held before its inputs: inputs and gradients
-are in it. The three bare matrix products, with nothing between them, are the floor of the time.
+Every side gets the same states, weight and labels, runs in its own process, and must match the loss and both
+gradients of the plain way. Peak memory includes inputs and gradients, but not what the process held before them. The
+three bare matrix products are the lower bound of the time.
 
 Shapes: N tokens, D width, V vocabulary.
 """

@@ -1,4 +1,4 @@
-"""The same multimodal model assembled from `transformers`: what one would run without this project.
+"""The same multimodal model assembled from `transformers`, the alternative to this project.
 
 ViT, DistilBERT and GPT-2 with cross-attention, two projections, both sides averaged into one key (the system of
 Ozdemir's "Quick Start Guide to LLMs", chapter 7). Its forward pass takes one image a question, so an image with several
@@ -27,7 +27,7 @@ PROJECTIONS = ("image_projection", "text_projection")
 
 
 class TransformersVQA(nn.Module):
-    """Three towers, each a model of `transformers`, and two projections to the decoder's width."""
+    """Two encoders and a decoder of `transformers`, and two projections to the decoder's width."""
 
     def __init__(self, image: nn.Module, text: nn.Module, decoder: nn.Module) -> None:
         super().__init__()
@@ -37,34 +37,34 @@ class TransformersVQA(nn.Module):
 
     @classmethod
     def random(cls, **sizes: dict) -> Self:
-        """Random weights and no dropout; `sizes` holds fields of each tower's config under the tower's name."""
+        """Random weights and no dropout; `sizes` holds fields of each model's config under its name."""
         fields = {
             "image": {},
             "text": {"dropout": 0.0, "attention_dropout": 0.0},
             "decoder": {"embd_pdrop": 0.0, "resid_pdrop": 0.0, "attn_pdrop": 0.0, "add_cross_attention": True},
         }
-        towers = {}
+        models = {}
         for name, model in TOWERS.items():
             config = model.config_class(**fields[name] | sizes.get(name, {}))
             config._attn_implementation = "sdpa"
-            towers[name] = model(config, **OPTIONS[name])
-        return cls(**towers)
+            models[name] = model(config, **OPTIONS[name])
+        return cls(**models)
 
     @classmethod
     def from_pretrained(cls, folder: Path) -> Self:
         """From what `save_pretrained` wrote."""
-        towers = {
+        models = {
             name: model.from_pretrained(folder / name, attn_implementation="sdpa", **OPTIONS[name])
             for name, model in TOWERS.items()
         }
-        peer = cls(**towers)
+        peer = cls(**models)
         tensors = load_file(folder / "projections.safetensors")
         for name in PROJECTIONS:
             getattr(peer, name).load_state_dict({key: tensors[f"{name}.{key}"] for key in ("weight", "bias")})
         return peer
 
     def save_pretrained(self, folder: Path) -> None:
-        """One folder a tower, and the projections in a file beside them."""
+        """One folder a model, and the projections in a file beside them."""
         folder.mkdir(parents=True, exist_ok=True)
         for name in TOWERS:
             getattr(self, name).save_pretrained(folder / name)

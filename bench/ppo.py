@@ -1,4 +1,4 @@
-"""One PPO iteration, ours against TRL 0.11.4, in turn on the same machine, the same weights and the same articles.
+"""One PPO iteration, ours against TRL 0.11.4, in turn on the same machine with the same weights and articles.
 
     python -m venv trl_env && trl_env/bin/pip install torch==2.13.0 trl==0.11.4 transformers==4.45.2 rich
     python -m bench ppo --trl trl_env/bin/python [--batch 8] [--repeats 5] [--out ppo.json] [--write]

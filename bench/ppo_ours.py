@@ -1,4 +1,4 @@
-"""Our side of `bench/ppo.py`: one PPO iteration, repeated whenever a line arrives on stdin; and what both sides load.
+"""Our side of `bench/ppo.py`: one PPO iteration, repeated for every line on stdin; and the models of both sides.
 
 python -m bench.ppo_ours FOLDER '{"precision": "bf16", "micro": 4}'
 """
@@ -56,7 +56,7 @@ def ours(folder: Path, options: dict) -> None:
     task = torch.load(folder / "task.pt", weights_only=True)
     batch, kind = len(task["queries"]), options.pop("precision", "fp32")
     micro = options.pop("micro", batch)
-    config = RLHFOptions(
+    options = RLHFOptions(
         prompts=batch,
         micro_prompts=micro,
         max_new_tokens=task["new_tokens"],
@@ -89,13 +89,13 @@ def ours(folder: Path, options: dict) -> None:
 
     reward = RewardSum([RewardPart("grammar", 1.0, judge(judges[0])), RewardPart("neutral", 0.5, judge(judges[1]))])
     prompts = [Prompt("", tuple(row)) for row in task["queries"].tolist()]
-    rules = SamplingRules(policy.eos_id, config.max_new_tokens)
-    ppo = PPO(config, actor, reference, reward, prompts, rules, str, precision.autocast)
+    rules = SamplingRules(policy.eos_id, options.max_new_tokens)
+    ppo = PPO(options, actor, reference, reward, prompts, rules, str, precision.autocast)
     print("READY", flush=True)
     for _ in sys.stdin:
         start = time.perf_counter()
         log = iterate(ppo)
-        count = config.prompts * config.samples
+        count = options.prompts * options.samples
         result = {
             "seconds": time.perf_counter() - start,
             "generate": log["time/ppo/generate"],

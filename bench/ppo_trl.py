@@ -1,7 +1,7 @@
 """The other side of `bench/ppo.py`: one PPO iteration of TRL 0.11.4, repeated whenever a line arrives on stdin.
 
-Runs in an environment of its own (torch, trl==0.11.4, transformers==4.45.2) and imports nothing of this project.
-`loop` does as the book prints it: one article at a time through `generate` and the reward models, minibatches of one.
+Runs in its own environment (torch, trl==0.11.4, transformers==4.45.2) and imports nothing from this project.
+`loop` follows the book: one article at a time through `generate` and the reward models, minibatches of one.
 """
 
 import argparse

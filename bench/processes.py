@@ -1,4 +1,4 @@
-"""One process a side: its peak memory is its own, and only one side is at work at a time."""
+"""Runs each side in its own process, one at a time, so that each has its own peak memory."""
 
 import multiprocessing
 import time

@@ -1,4 +1,4 @@
-"""The results file: one section a benchmark, replaced when that benchmark is written again."""
+"""Writes the results file: one section a benchmark, replaced when that benchmark runs again."""
 
 import os
 import sys

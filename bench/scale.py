@@ -1,6 +1,6 @@
-"""What a model costs on one rank and on many: bytes of memory, bytes sent a step, and the time they take at least.
+"""Computes the cost of a model on one rank and on many: memory, bytes sent a step, and the least time for them.
 
-Arithmetic, not measurement: sizes are counted from our own models, built without memory (on the meta device).
+Nothing is measured: sizes are counted from our own models, built without memory (on the meta device).
 """
 
 import io

@@ -1,7 +1,7 @@
-"""The two sides of the training-step benchmark: build from one set of files, show gradients, take a step, say memory.
+"""The two sides of the training-step benchmark: load the same files, write gradients, take a step, report memory.
 
-Each side lives in a process of its own, so that its peak memory is its own and only one of them is at work. The side of
-this project goes through `train_step` of `train.py`, the function that training runs.
+Each side runs in its own process and has its own peak memory; only one works at a time. The side of this project uses
+`train_step` of `train.py`, the function that training runs.
 
 Shapes: I images, B questions, T question tokens, A decoder tokens.
 """

@@ -1,7 +1,7 @@
-"""Every benchmark in its turn, each in a process of its own, and a table of what was reached.
+"""Runs every benchmark in its own process, and prints a table of figures and goals.
 
-A benchmark prints its section as Markdown. Its figures are read from there: what stands before a column called "goal",
-or in a cell before "(goal ...)". So a figure and its goal are written down once.
+A benchmark prints its section as Markdown. The figures are read from it: those before a column called "goal", or in a
+cell before "(goal ...)".
 """
 
 import re

@@ -1,9 +1,9 @@
-"""A T5 encoder on a GPU with its relative bias looked up by the Triton kernel, against the bias written out.
+"""A T5 encoder on a GPU whose Triton kernel looks up the relative bias, against the bias as a dense tensor.
 
-Flan-t5-small's encoder, forward and backward, in bf16 autocast with weights in fp32; written out, the bias goes to the
-best backend of scaled_dot_product_attention that takes one. Both ways are one model and take turns. Before a time is
-taken they must agree in fp32, on the states and on the gradients of the table and of the first projection, and in bf16
-the way of the kernel may be twice as far from fp32 as the other. Peak memory is what a step holds beyond the model.
+Flan-t5-small's encoder, forward and backward, in bf16 autocast with weights in fp32; as a dense tensor, the bias goes
+to the best backend of scaled_dot_product_attention that takes one. Both ways are one model and take turns. Before a
+time is taken they must agree in fp32, on the states and on the gradients of the table and of the first projection, and
+in bf16 the kernel may be twice as far from fp32 as the other. Peak memory is what a step holds beyond the model.
 
 Shapes: B rows, T tokens.
 """

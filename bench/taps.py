@@ -1,4 +1,4 @@
-"""What the taps cost with no trace active: training steps with them and with both tap functions cut out, in turn."""
+"""The cost of the taps without an active trace: training steps with and without both tap functions, in turn."""
 
 import tempfile
 import time

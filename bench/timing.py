@@ -1,8 +1,8 @@
-"""Fair timing of things that are compared: in turn, in one run, beside what the machine itself can do.
+"""Times things fairly: in turn, in one run, and compared with the limits of the machine.
 
-Two programs timed one after the other see two different machines: clocks, neighbours and caches drift. Here they take
-turns (A B A B ...), a figure is a median with its quartiles, and a ratio is taken round by round as well. The ceiling
-is measured in the same run: the matrix product that a ViT-B MLP makes of 8 images, and a copy of memory.
+Clocks, neighbours and caches drift, so one program after the other is no fair comparison. Here they take turns (A B A B
+...), a figure is a median with its quartiles, and a ratio is taken round by round as well. The ceiling is measured in
+the same run: the matrix product that a ViT-B MLP makes of 8 images, and a copy of memory.
 """
 
 import os

@@ -39,11 +39,11 @@ ERROR_BUDGET = 1.5
 GOALS = {("fp32", False): 1.15, ("bf16", False): 1.6, ("fp32", True): 3.5, ("bf16", True): 3.5}
 GPU_GOAL = 1.3  # against the peer compiled
 CASES = [Case(precision, questions) for questions in (8, 40) for precision in ("fp32", "bf16")]
-ROUNDS = {8: 5, 40: 3}  # by questions, without --rounds
+ROUNDS = {8: 5, 40: 3}  # by questions, by default
 
 
 def step_operations(image: Any, text: Any, decoder: Any, case: Case) -> float:
-    """Multiplications and additions in the matrix products of one step, from the towers' configs (ours).
+    """Multiplications and additions in the matrix products of one step, from the models' configs (ours).
 
     Two a weight and token forward, four backward; pixels get no gradient. Counts what has to be computed: the peer,
     which encodes every image once a question, has `images == questions`.
@@ -197,7 +197,7 @@ def report(outcomes: list[Outcome], command: str, copy: float) -> str:
 
 
 def prepared(folder: Path, sizes: dict[str, dict]) -> tuple[Any, Any, Any]:
-    """Write random weights to `folder`; returns the towers' configs, read back as ours."""
+    """Write random weights to `folder`; returns the models' configs, read back as ours."""
     process = multiprocessing.get_context("spawn").Process(target=save_random_weights, args=(folder, sizes))
     process.start()
     process.join()
@@ -208,7 +208,7 @@ def prepared(folder: Path, sizes: dict[str, dict]) -> tuple[Any, Any, Any]:
 
 
 def run(cases: list[Case], rounds: int | None, command: str, sizes: dict[str, dict] | None = None) -> str:
-    """Time the cases; returns the report. `sizes` changes the towers' sizes, for tests."""
+    """Time the cases; returns the report. `sizes` changes the models' sizes, for tests."""
     copy = timing.copy_gb_per_second(device=cases[0].device)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

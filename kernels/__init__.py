@@ -1,7 +1,7 @@
-"""Triton kernels beside their plain-torch definitions: attention, linear + cross-entropy, log-probability + entropy.
+"""Triton kernels and their plain-torch definitions: attention, linear + cross-entropy, log-probability + entropy.
 
-On a GPU of capability 8.0 or newer, with Triton installed, the kernels run; everywhere else torch does, with the same
-answers. What a kernel does not support runs in torch, with one warning. `backend()` says which ran.
+The kernels run on a GPU of capability 8.0 or newer with Triton installed; everything else runs in torch, with the same
+results. Inputs that a kernel does not support run in torch, with one warning. `backend()` returns which of the two ran.
 """
 
 from vqa_scratch.kernels.attention import flash_attention, takes_attention

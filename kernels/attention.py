@@ -1,7 +1,7 @@
-"""Attention that returns (O, LSE) and never holds its weights: FlashAttention-2 in Triton, with every gradient.
+"""Attention that returns (O, LSE) and never stores its weights: FlashAttention-2 in Triton, with every gradient.
 
-The gradient of LSE is taken too, so that parts of a set of keys can be read one by one and merged (`merge`), and the
-gradient of T5's relative bias is summed straight into buckets x heads.
+LSE has a gradient too, so that parts of a set of keys can be attended to separately and merged (`merge`). The gradient
+of T5's relative bias is summed directly into buckets x heads.
 
 Shapes: B batch, H heads, Tq queries, Tk keys, d head size.
 """
@@ -23,7 +23,7 @@ LARGEST_HEAD = 128
 
 @dataclass(frozen=True)
 class Tile:
-    """Rows of a program, rows it reads at a time, warps, and how many reads are under way."""
+    """Rows of a program, rows it reads at a time, warps, and reads in flight."""
 
     rows: int
     step: int
@@ -37,11 +37,11 @@ class Tile:
 def tiles(kernel: str, head: int, dtype: torch.dtype, bias: bool, device: torch.device) -> Tile:
     """The tile of "forward", "query" (its gradient) or "key" (theirs) for a head size padded to `head`.
 
-    Chosen so that registers and shared memory suffice, by what the compiler reports for each architecture.
+    Chosen from the compiler's reports for each architecture, so that registers and shared memory suffice.
     """
-    if dtype == torch.float32:  # exact fp32 products run outside the tensor cores and want registers
+    if dtype == torch.float32:  # exact fp32 products do not use the tensor cores and need registers
         return Tile(32, 16, 4, 1)
-    if not 9 <= torch.cuda.get_device_capability(device)[0] < 12:  # no wgmma; cards of 12.x share as little as 8.6
+    if not 9 <= torch.cuda.get_device_capability(device)[0] < 12:  # no wgmma; 12.x has as little shared memory as 8.6
         return Tile(64, 32, 4, 2)
     if head > 64:
         return Tile(64, 64, 4, 2) if bias or kernel == "key" else Tile(128, 64, 8, 2)
@@ -51,18 +51,18 @@ def tiles(kernel: str, head: int, dtype: torch.dtype, bias: bool, device: torch.
 
 
 def _padded(size: int, least: int = 16) -> int:
-    """The next power of two, at least what a matrix product in Triton takes."""
+    """The next power of two, at least the smallest size of a matrix product in Triton."""
     return max(least, 1 << (size - 1).bit_length())
 
 
 def _like(x: Tensor) -> Tensor:
-    """(B, H, T, d) whose heads lie beside each other, so that joining them again is a view."""
+    """An empty (B, H, T, d) with adjacent heads, so that joining them is a view."""
     b, h, t, d = x.shape
     return x.new_empty(b, t, h, d).transpose(1, 2)
 
 
 def _rows(x: Tensor) -> Tensor:
-    """`x` with the numbers of a head beside each other."""
+    """`x` with the numbers of a head adjacent."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
@@ -159,8 +159,8 @@ class TritonAttention(torch.autograd.Function):
         return dq, dk, dv, None, dtable, None, None, None, None
 
 
-# torch.compile looks into an autograd function, and finds things there that it cannot trace. This is what
-# torch.compiler.disable does, but a program that calls no kernel does not pay a second and 100 MB for the compiler.
+# torch.compile cannot trace this autograd function. torch.compiler.disable does the same, but costs a second and 100 MB
+# to import the compiler.
 @_disable_dynamo
 def triton_attention(
     q: Tensor,
@@ -183,15 +183,15 @@ def triton_attention(
 
 
 def takes_attention(q: Tensor, *, dropout: float = 0.0) -> bool:
-    """Whether `flash_attention` runs in Triton for queries like q (B, H, Tq, d); warns if not, for a CUDA tensor.
+    """Whether `flash_attention` runs in Triton for queries like q (B, H, Tq, d); warns if not for a CUDA tensor.
 
-    Asked by callers that have another way: the kernel drops no weights, so with `dropout` they must take that.
+    For callers with another implementation, which they must use with dropout.
     """
     return choice.takes("attention", q, "the kernel drops no weights" if dropout else _problem(q))
 
 
 def _problem(q: Tensor) -> str | None:
-    """What the kernels do not support, in words; None if there is nothing."""
+    """What the kernels do not support, in words."""
     if q.shape[-1] > LARGEST_HEAD:
         return f"head size {q.shape[-1]} is above {LARGEST_HEAD}"
     return "there is no query" if 0 in q.shape else None
@@ -207,11 +207,11 @@ def flash_attention(
     scale: float | None = None,
     bias: DistanceBias | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(O, LSE): what each query reads, (B, H, Tq, d), and the log-sum-exp of its scores, (B, H, Tq) fp32, in nats.
+    """(O, LSE): the attention output, (B, H, Tq, d), and the log-sum-exp of its scores, (B, H, Tq) fp32, in nats.
 
     q (B, H, Tq, d); k, v (B, H, Tk, d); key_mask (B, Tk), True = may attend; causal is aligned to the end of the keys;
     scale defaults to d**-0.5. A query without a key has O = 0 and LSE = -inf. Both outputs have gradients, and the
-    bias's table too. In Triton on a GPU, in torch (`reference.attention`, which holds the weights) elsewhere. Raises
+    bias's table too. In Triton on a GPU, otherwise in torch (`reference.attention`, which stores the weights). Raises
     ValueError on shapes that do not fit.
     """
     if k.shape != v.shape or q.shape[:2] != k.shape[:2] or q.shape[-1] != k.shape[-1]:

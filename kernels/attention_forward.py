@@ -1,10 +1,9 @@
-"""The forward kernel of attention in Triton: one program a block of queries, keys tile by tile, softmax as they come.
+"""The forward kernel of attention in Triton: one program for each block of queries, with an online softmax.
 
 FlashAttention-2 (Dao 2023, 2307.08691) with the online softmax of Milakov and Gimelshein 2018 (1805.02867), in powers
 of two. `docs/kernels.md` has the arithmetic.
 
-Keys are visited in up to four stretches (`key_stretches`), so that work which only some tiles need is left out of the
-others.
+Keys are visited in up to four ranges (`key_stretches`), so that a tile only does the work it needs.
 
 Shapes: H heads, Tq queries, Tk keys, d head size; a tile is BLOCK_M queries by BLOCK_N keys.
 """

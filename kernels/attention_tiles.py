@@ -1,4 +1,4 @@
-"""What the attention kernels share: reading a block of rows, and the scores of one tile.
+"""Functions of all attention kernels: read a block of rows, and compute the scores of one tile.
 
 Shapes: Tq queries, Tk keys, d head size (HEAD), padded to BLOCK_D, a power of two.
 """

@@ -1,4 +1,4 @@
-"""Which implementation runs: Triton on a GPU that is new enough, torch everywhere else; on a GPU with a warning."""
+"""Chooses the implementation: Triton on a GPU that is new enough, otherwise torch, with a warning on a GPU."""
 
 import functools
 import importlib.util
@@ -8,16 +8,16 @@ import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
 
-OLDEST = (8, 0)  # capabilities below have neither bf16 products nor asynchronous copies
+OLDEST = (8, 0)  # older ones have neither bf16 products nor asynchronous copies
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-DEVICES = {"cuda"}  # where Triton is asked at all; tests add the CPU, for its interpreter
+DEVICES = {"cuda"}  # where Triton is tried at all; tests add the CPU, for its interpreter
 last = "none"  # what ran last, "triton" or "torch"
 
 
 def _try_out(device: torch.device) -> str | None:
-    """What goes wrong when the smallest kernel is compiled and run, in words; None if nothing does.
+    """The problem, in words, when the smallest kernel is compiled and run; None if there is none.
 
-    Triton finds its compiler for the device in its package, but needs one for C, and Python's headers, on the machine.
+    Triton brings its compiler for the device, but needs a C compiler and Python's headers on the machine.
     """
     try:
         from vqa_scratch.kernels import rows
@@ -48,10 +48,9 @@ def say_once(line: str) -> None:
 
 
 def takes(name: str, tensor: Tensor, problem: str | None = None) -> bool:
-    """Whether the Triton kernel `name` takes `tensor` and what comes with it.
+    """Whether the Triton kernel `name` supports `tensor` and the other inputs.
 
-    `problem` says in words what the kernel does not support. For a CUDA tensor that Triton does not take there is one
-    warning for each reason.
+    `problem` is what the kernel does not support, in words. Each reason is warned about once for CUDA tensors.
     """
     if tensor.device.type not in DEVICES:
         return False
@@ -64,7 +63,7 @@ def takes(name: str, tensor: Tensor, problem: str | None = None) -> bool:
 
 
 def triton_runs(name: str, tensor: Tensor, problem: str | None = None) -> bool:
-    """`takes`, for what runs next; the answer is kept for `backend()`."""
+    """`takes`, for the call that is about to run; keeps the result for `backend()`."""
     global last
     runs = takes(name, tensor, problem)
     last = "triton" if runs else "torch"
@@ -72,7 +71,7 @@ def triton_runs(name: str, tensor: Tensor, problem: str | None = None) -> bool:
 
 
 def backend(device: torch.device | str | None = None) -> str:
-    """ "triton" or "torch": what would run for supported tensors on `device`; without one what ran last, or "none"."""
+    """ "triton" or "torch": what would run for supported tensors on `device`; without it what ran last, or "none"."""
     if device is None:
         return last
     device = torch.device(device)

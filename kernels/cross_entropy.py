@@ -1,7 +1,7 @@
-"""Linear map and cross-entropy in one: a chunk of logits at a time, whose gradient takes its place before the next.
+"""Linear layer and cross-entropy in one, a chunk of logits at a time, so that all logits never exist together.
 
-The loss is a sum over rows, so its gradient is known from the logits but for one factor: both gradients are made in
-the forward pass (Hsu et al. 2024, 2410.10989, "Liger") and the backward pass only multiplies them.
+The loss is a sum of rows, so its gradient is known up to one factor once the logits are: the forward pass computes both
+gradients (Hsu et al. 2024, 2410.10989, "Liger") and the backward pass only multiplies them.
 
 Shapes: N rows, D width, V vocabulary.
 """
@@ -15,15 +15,15 @@ from torch.autograd.function import once_differentiable
 
 from vqa_scratch.kernels import choice
 
-FEWEST_LOGITS = 2**22  # on the CPU: smaller heads gain nothing from chunks
-FEWEST_ROWS = 4096  # on a GPU: a product of fewer rows, or one more sum of weight gradients, is not worth its time
-ALIGNED = 64  # on a GPU the rows of logits begin at multiples of this, which the fast products ask for
+FEWEST_LOGITS = 2**22  # of a chunk on the CPU: smaller heads gain nothing from chunks
+FEWEST_ROWS = 4096  # of a chunk on a GPU: smaller products, and more sums of weight gradients, take too much time
+ALIGNED = 64  # on a GPU the rows of logits begin at multiples of this, as fast products require
 
 Rows = Callable[[Tensor, Tensor, bool], tuple[Tensor, Tensor]]
 
 
 def check_ids(ids: Tensor, vocabulary: int) -> None:
-    """Raises ValueError if an id lies beyond the vocabulary; on a GPU, where looking would wait, kernels give NaN."""
+    """Raises ValueError on an id beyond the vocabulary; on a GPU this would sync, so the kernels return NaN."""
     if ids.device.type == "cpu" and ids.numel() and int(ids.max()) >= vocabulary:
         raise ValueError(f"id {int(ids.max())} is beyond the vocabulary of {vocabulary}")
 
@@ -36,7 +36,7 @@ def torch_rows(logits: Tensor, labels: Tensor, grad: bool) -> tuple[Tensor, Tens
     if not grad:
         return x.logsumexp(-1) - chosen, best == labels
     p = torch.softmax(x, -1, out=x)
-    # The largest weight is at least 1/V, so its logarithm gives the log-sum-exp without another pass or buffer.
+    # The largest probability is at least 1/V, so its logarithm gives the log-sum-exp without another pass or buffer.
     loss = top - p.gather(-1, best[:, None]).squeeze(-1).log() - chosen
     p[torch.arange(len(p), device=p.device), labels] -= 1
     if p is not logits:
@@ -56,7 +56,7 @@ class Head:
         self._buffer = x.new_empty(self.rows, columns)
 
     def chunks(self) -> Iterator[tuple[slice, Tensor]]:
-        """(rows, their logits), in one buffer that the next chunk takes over."""
+        """(rows, their logits), in one buffer that the next chunk overwrites."""
         for start in range(0, len(self.x), self.rows):
             part = slice(start, min(start + self.rows, len(self.x)))
             logits = self._buffer[: part.stop - start, : len(self.w)]
@@ -64,7 +64,7 @@ class Head:
 
 
 class WeightGradient:
-    """sum over chunks of dlogits^T x, (V, D): in one product if there is one chunk, else summed in fp32."""
+    """Sum over chunks of dlogits^T x, (V, D): one product if there is one chunk, otherwise summed in fp32."""
 
     def __init__(self, chunks: int) -> None:
         self.total: Tensor | None = None
@@ -81,7 +81,7 @@ class WeightGradient:
 
 
 class LinearCrossEntropy(torch.autograd.Function):
-    """(hidden, weight, labels, rows, dtype) -> (loss, right): `rows` does a chunk, products are in `dtype`."""
+    """(hidden, weight, labels, rows, dtype) -> (loss, right): `rows` computes a chunk, products are in `dtype`."""
 
     @staticmethod
     def forward(
@@ -128,10 +128,10 @@ class LinearCrossEntropy(torch.autograd.Function):
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """(sum of the cross-entropy in nats, how many labels are the argmax), both scalars, over rows with label >= 0.
 
-    hidden (N, D), weight (V, D), labels (N,). Rows with a negative label are left out, and one chunk of logits exists
-    at a time: where the weight is large, half as many numbers as it has. Products are in the dtype of the inputs, or of
-    autocast; sums in fp32. The gradients can be taken once. Raises ValueError on shapes, dtypes or labels that do not
-    fit.
+    hidden (N, D), weight (V, D), labels (N,). Rows with a negative label are skipped, and only one chunk of logits
+    exists at a time: for a large weight, half as many numbers as it has. Products are in the dtype of the inputs, or of
+    autocast; sums in fp32. The gradients can be taken once. Raises ValueError on shapes, dtypes or
+    labels that do not fit.
     """
     if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1] or labels.shape != hidden.shape[:1]:
         shapes = ", ".join(str(tuple(x.shape)) for x in (hidden, weight, labels))

@@ -1,7 +1,7 @@
 """Log-probability and entropy of chosen tokens, with the gradients of both.
 
-With p = softmax(x) and H its entropy: d log p_c / dx = onehot_c - p, dH / dx = -p (log p + H). p is not stored: it
-follows from the logits and their log-sum-exp.
+With p = softmax(x) and H its entropy: d log p_c / dx = onehot_c - p, dH / dx = -p (log p + H). p is not stored: the
+logits and their log-sum-exp give it.
 
 Shapes: N rows, V vocabulary.
 """
@@ -17,7 +17,7 @@ from vqa_scratch.kernels import choice
 from vqa_scratch.kernels.cross_entropy import check_ids
 
 LEAST = -1e30  # in place of -inf: exp(LEAST) = 0 and 0 * LEAST = 0
-CACHED = 2**18  # numbers that torch works on at a time, so that they stay in the cache between its passes
+CACHED = 2**18  # numbers in a block: they stay in the cache between torch's passes
 
 
 def _blocks(logits: Tensor):

@@ -1,4 +1,4 @@
-"""What the kernels compute, in plain torch: what every kernel is tested against, and what runs without one.
+"""What the kernels compute, in plain torch: the reference of every kernel, which also runs where no kernel does.
 
 Attention is equation 1 of Vaswani et al. 2017 with the log-sum-exp of each row beside the output (Dao et al. 2022,
 2205.14135); its relative bias is that of T5 (Raffel et al. 2020, 1910.10683, section 2.1).
@@ -19,8 +19,8 @@ from torch import Tensor
 def distance_buckets(distance: Tensor, buckets: int, max_distance: int, bidirectional: bool) -> Tensor:
     """T5's bucket of each relative distance (key position - query position), long, in the shape of `distance`.
 
-    Half of the buckets hold one distance each, the rest grow logarithmically up to `max_distance`. A bidirectional
-    tower spends half of all buckets on keys after the query; the other kind sees only keys before it.
+    Half of the buckets hold one distance each, the rest grow logarithmically up to `max_distance`. An encoder
+    (bidirectional) uses half of all buckets for keys after the query; a decoder sees only keys before it.
     """
     offset = torch.zeros_like(distance)
     if bidirectional:
@@ -36,11 +36,11 @@ def distance_buckets(distance: Tensor, buckets: int, max_distance: int, bidirect
 
 
 @functools.lru_cache(maxsize=64)
-@torch.inference_mode(False)  # what is kept must serve later gradients
+@torch.inference_mode(False)  # the cached tensor may take part in gradients later
 def _line(
     queries: int, keys: int, buckets: int, max_distance: int, bidirectional: bool, device: torch.device
 ) -> Tensor:
-    """The buckets of all distances, kept: every layer and every step asks for the same few."""
+    """The buckets of all distances, cached: every layer and every step needs the same few."""
     return distance_buckets(torch.arange(1 - keys, queries), buckets, max_distance, bidirectional).to(device)
 
 
@@ -65,7 +65,7 @@ class DistanceBias:
         return self.buckets(queries, keys)[place]
 
     def dense(self, queries: int, keys: int) -> Tensor:
-        """(1, H, Tq, Tk): the bias written out."""
+        """(1, H, Tq, Tk): the bias as one tensor."""
         return self.table[self.pairs(queries, keys)].permute(2, 0, 1).unsqueeze(0)
 
 
@@ -83,7 +83,7 @@ def attention(
 
     S = scale * q k^T + bias, q (B, H, Tq, d), k and v (B, H, Tk, d). key_mask (B, Tk), True = may attend; causal is
     aligned to the end of the keys: query i sees keys 0 ... Tk - Tq + i; scale defaults to d**-0.5. A query without a
-    key has O = 0 and LSE = -inf, and no gradient. Mixed dtypes are computed in the one that holds all.
+    key has O = 0 and LSE = -inf, and no gradient. Mixed dtypes are promoted.
     """
     queries, keys = q.shape[-2], k.shape[-2]
     kind = functools.reduce(torch.promote_types, (q.dtype, k.dtype, v.dtype))

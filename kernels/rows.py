@@ -1,7 +1,7 @@
 """Triton kernels over rows of logits, one program a row: cross-entropy; log-probability with entropy; their gradients.
 
 All keep a running maximum and a sum relative to it (Milakov and Gimelshein 2018, 1805.02867), so that a row is read
-once. The cross-entropy reads it again, from cache, to put the gradient in its place as Liger does (Hsu et al. 2024,
+once. The cross-entropy reads it again, from cache, and overwrites it with the gradient, as Liger does (Hsu et al. 2024,
 2410.10989).
 
 Shapes: N rows, V vocabulary.
@@ -36,7 +36,7 @@ def cross_entropy_rows(LOGITS, stride, LABELS, LOSS, RIGHT, vocabulary, BLOCK: t
     tl.store(LOSS + row, lse - chosen)
     tl.store(RIGHT + row, (best == label).to(tl.int32))
     if GRAD:
-        tl.debug_barrier()  # nobody writes before all have read
+        tl.debug_barrier()  # no thread writes before all have read
         for start in range(0, vocabulary, BLOCK):
             at = start + tl.arange(0, BLOCK)
             x = tl.load(LOGITS + at, mask=at < vocabulary, other=float("-inf")).to(tl.float32)

@@ -11,7 +11,7 @@ from helpers import brute_force_attention, use_backend
 from vqa_scratch.models.bert import positions_from_ids
 from vqa_scratch.nn import Memory, MultiHeadAttention, attention, attention_weights
 from vqa_scratch.nn.attention import BACKENDS, choose
-from vqa_scratch.nn.layers import positions_from_mask
+from vqa_scratch.nn.layers import decoder_positions
 from vqa_scratch.nn.scores import causal_mask
 
 # Differences of fp32 sums over a few keys; outputs are of size 1.
@@ -283,6 +283,6 @@ def test_masked_attention_on_a_gpu_gives_zeros_for_nothing_and_gradients_that_ar
 
 def test_positions_skip_padding():
     mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 0, 0]])
-    assert positions_from_mask(mask).tolist() == [[0, 0, 0, 1, 2], [0, 1, 2, 2, 2]]
+    assert decoder_positions(torch.zeros(2, 5, 1), mask, None, 5).tolist() == [[0, 0, 0, 1, 2], [0, 1, 2, 2, 2]]
     ids = torch.tensor([[5, 6, 7, 1, 1], [1, 5, 6, 7, 8]])
     assert positions_from_ids(ids, 1).tolist() == [[2, 3, 4, 1, 1], [1, 2, 3, 4, 5]]

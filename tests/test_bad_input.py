@@ -152,7 +152,7 @@ def test_an_unreadable_image_is_named(data, tmp_path, capsys, cached, content, m
 
 def test_a_run_is_not_overwritten(run, data, capsys):
     before = files_of(run)
-    assert "holds a run already; add --resume" in said(flags(data, run), capsys)
+    assert "already holds a run; add --resume" in said(flags(data, run), capsys)
     assert files_of(run) == before
 
 
@@ -167,7 +167,7 @@ def test_a_run_of_another_preset(run, data, tmp_path, capsys):
 def test_a_run_goes_on_with_its_options(run, data, capsys):
     """A flag that would be without effect is refused; one that repeats the run's value is not."""
     line = said([*flags(data, run, width=64, steps=20), "--resume"], capsys)
-    assert "was begun with --steps 10, not 20, --width 32, not 64" in line
+    assert "was started with --steps 10, not 20, --width 32, not 64" in line
     line = said([*flags(data, run), "--resume", "--feature-cache"], capsys)
     assert "--feature-cache means nothing with --freeze nothing: it goes with --freeze encoders, " in line
 
@@ -246,7 +246,7 @@ def full_disk_at(step: int, limit: int) -> None:
 
     # Better at every evaluation, so that the weights are written at each of them.
     scores = iter(range(1, 100))
-    VQASystem.report = lambda self, split, *_, **__: Report(next(scores) / 100, {}, {}, {})
+    VQASystem.report = lambda self, split, *_, **__: Report(next(scores) / 100, {}, {})
     at_step(step, functools.partial(fill_disk, limit))
 
 

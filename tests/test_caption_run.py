@@ -117,11 +117,11 @@ def test_texts_are_escaped(tmp_path):
 
 def test_prompts_and_padding_carry_no_loss(system):
     """A caption starts at once; a question stands before BOS without a label; every text ends with EOS."""
-    words, samples = system.tokenizers.decoder, system.training.questions.samples
+    words, samples = system.tokenizers.decoder, system.splits["train"].questions.samples
     bos, eos = words.bos_id, words.eos_id
     kinds = set()
     for key in system.epoch(0):
-        batch = system.training.questions.batch(key.rows, system.training.images)
+        batch = system.splits["train"].questions.batch(key.rows, system.splits["train"].images)
         assert batch.question is None and batch.attention_mask is None
         for row, ids, labels in zip(key.rows, batch.decoder_input_ids, batch.labels, strict=True):
             sample = samples[row]
@@ -157,7 +157,7 @@ def test_questions_go_on_where_they_stopped(system):
 
 def test_training_images_change_and_others_do_not(system):
     key = system.epoch(0)[0]
-    plain = system.training.questions.batch(key.rows, system.training.images).images
+    plain = system.splits["train"].questions.batch(key.rows, system.splits["train"].images).images
     changed = system.batch(key).images
     assert changed.dtype == torch.uint8 and not torch.equal(plain, changed)
     assert torch.equal(changed, system.batch(key).images), "a function of the key"
@@ -182,7 +182,7 @@ def test_ranks_share_the_images_of_a_batch(system):
 
 
 def test_images_with_a_side_word_are_never_mirrored(system):
-    asked, samples = [], system.training.questions.samples
+    asked, samples = [], system.splits["train"].questions.samples
     system.augment = lambda pixels, may_flip, chance: asked.append(may_flip) or pixels
     both = set()
     for key in system.epoch(0):

@@ -19,6 +19,7 @@ from vqa_scratch import systems
 from vqa_scratch.connectors import CONNECTORS, connect, connector_class, connector_sizes
 from vqa_scratch.connectors.base import Conditioning, Connector
 from vqa_scratch.connectors.mean import masked_average
+from vqa_scratch.errors import UserError
 from vqa_scratch.generate import greedy
 from vqa_scratch.models import VQAModel
 from vqa_scratch.nn.states import States
@@ -303,6 +304,10 @@ class RowsConnector(Connector):
     def sizes(self) -> dict[str, Any]:
         return {"rows": self.rows}
 
+    def mixing(self, image: int, text: int) -> torch.Tensor:
+        rows = torch.eye(self.rows).repeat_interleave(self.rows, 1) / self.rows
+        return F.pad(rows, (image - self.rows**2, 0))
+
     def recipe(self, with_text: bool) -> str:
         return f'prefix = linear("map", image_states[:, -{self.rows**2}:].unflatten(1, ({self.rows}, -1)).mean(2))'
 
@@ -336,3 +341,18 @@ def test_a_new_connector_is_one_file_and_a_line(data, tmp_path, monkeypatch):
     (answer,), _ = opened.ask(sample.image_path, sample.question)
     assert answer.text == system.answer([sample])[sample.question_id].text
     assert opened.export(tmp_path / "out") and "connector `rows`" in (tmp_path / "out" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "--connector prefix gives the decoder the image alone: add --question-prompt"),
+        (["--question-prompt", "--freeze", "text_encoder"], "--freeze text_encoder means nothing with --connector pre"),
+    ],
+)
+def test_a_connector_without_text_is_given_the_question(data, tmp_path, flags, message):
+    """Otherwise nothing would know what is asked."""
+    argv = [*small_flags(data, tmp_path / "run", connector="prefix"), "--no-question-prompt", *flags]
+    options = read_command_line(argv)
+    with pytest.raises(UserError, match=f"^{message}"):
+        VQASystem.build(options, VQASystem.read(options), Precision("fp32", CPU))

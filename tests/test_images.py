@@ -226,7 +226,6 @@ def test_sixteen_bits_are_scaled_not_clipped(tmp_path):
         pixels = np.asarray(load_image(tmp_path / name))
         assert pixels.shape == (2, 5, 3)
         assert np.array_equal(pixels[..., 0], wanted) and np.array_equal(pixels[..., 2], wanted), name
-        assert np.array_equal(np.asarray(load_image(tmp_path / name, exif_rotate=True)), pixels)
     big_endian = Image.frombytes("I;16B", (5, 2), values.astype(">u2").tobytes())
     assert np.array_equal(np.asarray(to_rgb(big_endian))[..., 1], wanted)
 
@@ -248,12 +247,11 @@ def test_transparency_is_laid_over_white(tmp_path):
     assert load_image(tmp_path / "colour.png").getpixel((0, 0)) == (255, 255, 255)
 
 
-def test_exif_orientation_only_behind_the_flag(tmp_path):
+def test_exif_orientation_is_ignored(tmp_path):
     exif = Image.Exif()
     exif[274] = 6  # to be turned a quarter
     random_image(8, 16).save(tmp_path / "a.jpg", exif=exif)
     assert load_image(tmp_path / "a.jpg").size == (16, 8)
-    assert load_image(tmp_path / "a.jpg", exif_rotate=True).size == (8, 16)
 
 
 def test_one_pixel(tmp_path):

@@ -93,7 +93,7 @@ def test_it_goes_on(data, tmp_path):
     the loss of step 8, the weights, the answers."""
     out = copied("vqa", tmp_path)
     ended = Started(train_program, resumed(data, out)).end()
-    assert ended.code == 0 and "going on after step 7" in ended.out, ended.err
+    assert ended.code == 0 and "resuming after step 7" in ended.out, ended.err
     ours, whole = rows(out / "metrics.jsonl"), rows(OLD / "vqa_whole_metrics.jsonl")
     assert [(row["step"], row["samples"], "val" in row) for row in ours] == [
         (row["step"], row["samples"], "val" in row) for row in whole
@@ -117,7 +117,7 @@ def test_it_goes_on_as_it_was_begun(data, tmp_path):
     """The options in its config.json hold, the renamed one among them."""
     out = copied("vqa", tmp_path)
     ended = Started(train_program, resumed(data, out, "--connector", "mean")).end()
-    assert ended.code == 2 and "was begun with --connector tokens, not mean" in ended.err
+    assert ended.code == 2 and "was started with --connector tokens, not mean" in ended.err
     ended = Started(train_program, resumed(data, out, "--fusion", "tokens")).end()
     assert ended.code == 0 and "note: --fusion is now called --connector" in ended.err
     assert read_command_line(["--fusion", "mean"]).connector == "mean"

@@ -196,11 +196,11 @@ def test_stopped_politely(data, alone, tmp_path, number):
     out = tmp_path / "run"
     ended = run(out, flags_for(data, out), functools.partial(at_step, 6, functools.partial(send, int(number))))
     assert ended.code == 128 + number, ended.err
-    again = f"go on with: python train.py --preset shapes --out {out} --resume"
+    again = f"resume with: python train.py --preset shapes --out {out} --resume"
     assert "stopped by signal" in ended.out and again in ended.out and ended.errors == []
     assert load_checkpoint(out / "checkpoints" / "last.pt")["state"]["step"] == 6
     ended = run(out, [*flags_for(data, out), "--resume"])
-    assert ended.code == 0 and "going on after step 6" in ended.out
+    assert ended.code == 0 and "resuming after step 6" in ended.out
     assert_same_run(out, alone)
 
 
@@ -217,7 +217,7 @@ def test_a_moved_run_goes_on_where_it_is(data, alone, tmp_path):
 def test_a_finished_run_is_only_reported_again(data, alone, tmp_path):
     before = (alone / "checkpoints" / "last.pt").read_bytes()
     ended = run(alone, [*flags_for(data, alone), "--resume"])
-    assert ended.code == 0 and f"going on after step {STEPS}" in ended.out
+    assert ended.code == 0 and f"resuming after step {STEPS}" in ended.out
     assert (alone / "checkpoints" / "last.pt").read_bytes() == before
 
 

@@ -71,8 +71,8 @@ def test_a_run_leaves_what_it_promises(finished):
 
 
 def test_prompts_of_the_figures_are_never_trained_on(cache):
-    config = read_command_line(flags("x", cache))
-    task = tasks.mini_news_task(config, torch.device("cpu"), torch.float32)
+    options = read_command_line(flags("x", cache))
+    task = tasks.mini_news_task(options, torch.device("cpu"), torch.float32)
     assert not {p.text for p in task.train} & {p.text for p in task.held_out}
 
 
@@ -118,9 +118,9 @@ def refused(message, *argv):
 def test_every_preset_has_a_folder_of_its_own():
     """So that a run of one is not in the way of another, of train.py's least of all: vqa reads one of those."""
     made = [read_command_line(["--preset", name]) for name in PRESETS]
-    assert [str(config.out) for config in made] == [f"runs/rlhf-{name}" for name in PRESETS]
+    assert [str(options.out) for options in made] == [f"runs/rlhf-{name}" for name in PRESETS]
     of_train = {train.read_command_line(["--preset", name, "--data", "x", "--resume"]).out for name in PRESETS_OF_TRAIN}
-    assert len(of_train) == len(PRESETS_OF_TRAIN) and not of_train & {config.out for config in made}
+    assert len(of_train) == len(PRESETS_OF_TRAIN) and not of_train & {options.out for options in made}
 
 
 def test_runs_are_not_mixed_up(finished, cache, tmp_path):
@@ -192,7 +192,7 @@ def test_a_mac_computes_on_its_cpu(cache, tmp_path, monkeypatch):
     monkeypatch.setattr(rlhf, "pick_device", lambda name: torch.device("mps"))
     seen = []
 
-    def stop(config, device, dtype):
+    def stop(options, device, dtype):
         seen.append(device.type)
         raise UserError("seen")
 

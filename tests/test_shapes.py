@@ -14,7 +14,8 @@ from PIL import Image
 
 from vqa_scratch.data.scenes import COLORS, FAMILIES, FAMILY_OF_TYPE, HELD_OUT, SHAPES, SIZES, annotate
 from vqa_scratch.data.shapes import ShapesSpec, ensure_shapes, scenes_of
-from vqa_scratch.data.vqa_v2 import VQASample, read_pairs, read_vqa
+from vqa_scratch.data.vqa_files import pairs_name, subtype_of
+from vqa_scratch.data.vqa_v2 import VQASample, read_vqa
 from vqa_scratch.errors import UserError
 from vqa_scratch.metrics import accuracy_by
 from vqa_scratch.systems.scoring import QuestionOnly, TypePrior, blind
@@ -270,7 +271,7 @@ def test_complementary_pairs(folder, samples):
     """The same question about two images, with different answers; no question in two pairs."""
     for split in SPLITS:
         by_id = {s.question_id: s for s in samples[split]}
-        pairs = read_pairs(folder, split)
+        pairs = json.loads((folder / pairs_name(subtype_of(split))).read_text())
         assert len(pairs) > 5 and len({i for pair in pairs for i in pair}) == 2 * len(pairs)
         for one, other in ((by_id[a], by_id[b]) for a, b in pairs):
             assert one.question == other.question and one.answer != other.answer and one.image_id != other.image_id

@@ -20,7 +20,6 @@ from vqa_scratch.metrics import vqa_accuracy
 from vqa_scratch.models.bert import Bert, BertConfig
 from vqa_scratch.models.gpt2 import GPT2, GPT2Config
 from vqa_scratch.models.vit import ConvStem, ViT, ViTConfig
-from vqa_scratch.models.vqa import VQAModel
 from vqa_scratch.options import from_json, to_json
 from vqa_scratch.systems.options import PRESETS, VQAOptions
 from vqa_scratch.systems.vqa import VQASystem
@@ -72,10 +71,7 @@ def test_token_limits_that_released_models_have_no_positions_for(tmp_path):
     with pytest.raises(UserError, match=both):
         opened(max_question_tokens=20, max_answer_tokens=11, question_prompt=True)
     opened(max_question_tokens=20, max_answer_tokens=30)
-    image, words, connector, writer, tokenizers, _ = opened(
-        max_question_tokens=20, max_answer_tokens=10, question_prompt=True
-    )
-    model = VQAModel(image, words, connector, writer)
+    model, tokenizers, _ = opened(max_question_tokens=20, max_answer_tokens=10, question_prompt=True)
     question, answer = "what is it " * 20, "it " * 20
     read = torch.tensor([tokenizers.prompt(question) + tokenizers.answer(answer)[:-1]])
     asked = torch.tensor([tokenizers.question(question)])

@@ -210,7 +210,7 @@ def test_bad_input(model, tmp_path):
         model(**batch | {"pixel_mask": torch.ones(1, 16, 24)})
     with pytest.raises(ValueError, match="position table serves 40"):
         model(batch["pixel_values"], torch.ones(1, 41, dtype=torch.long))
-    with pytest.raises(UserError, match="by lot"):
+    with pytest.raises(UserError, match="max_image_length = 100; here it can only be -1"):
         ViLTConfig.from_hf({"model_type": "vilt", "max_image_length": 100})
     with pytest.raises(UserError, match="two modalities"):
         ViLTConfig(modalities=1)

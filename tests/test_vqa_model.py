@@ -65,7 +65,7 @@ def test_an_image_is_encoded_once_for_all_its_questions(model, order):
         batch["image_index"] = torch.arange(4).repeat_interleave(3)
     apart = batch | {"pixel_values": batch["pixel_values"][batch["image_index"]], "image_index": None}
     seen = []
-    model.image.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
+    model.image.patch_embed.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
     results = []
     for arguments in (batch, apart):
         model.zero_grad()

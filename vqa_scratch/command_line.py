@@ -1,7 +1,7 @@
-"""Command lines from options: every option is a flag, --help is grouped, and bad input is one line.
+"""Command lines from options: every option is a flag, --help is grouped, and an error is one line.
 
-`parse` reads the flags of a program whose `--preset` picks the options and their values; flags given by the user win
-over the preset. Nothing here imports torch, so that --help and a mistyped flag are answered at once.
+`parse` reads the flags of a program whose `--preset` picks the options and their values; the user's flags override the
+preset. Nothing here imports torch, so that --help and a mistyped flag are answered at once.
 """
 
 import difflib
@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 
 class NearChoice(click.Choice):
-    """A choice whose error names the nearest allowed word. `renamed` maps old words, which still work, to new ones."""
+    """A choice whose error suggests the nearest allowed value. `renamed` maps old values to new ones."""
 
     def __init__(self, choices: Sequence[str], renamed: Mapping[str, str] | None = None) -> None:
         super().__init__(choices)
@@ -44,7 +44,7 @@ def note_renamed(old: str, new: str) -> None:
 
 
 class Flag(click.Option):
-    """A flag that --help shows under the heading `group`, with the value `shown`, else its default, in brackets."""
+    """A flag that --help shows under the heading `group`, with `shown` or else its default in brackets."""
 
     def __init__(self, *names: Any, help: str, group: str = "Options", shown: Any = None, **more: Any) -> None:
         shown = more.get("default") if shown is None else shown
@@ -69,9 +69,9 @@ class GroupedCommand(click.Command):
 
 
 def flags(options_class: type, defaults: Mapping[str, Any] | None = None) -> list[Flag]:
-    """One flag an option, and a hidden one for each old name. A flag that is not given has the value None.
+    """A flag for each option, and a hidden one for each old name. A flag that is not given has the value None.
 
-    `defaults` are the values that --help shows; without them, those of the class.
+    `defaults` are the values that --help shows; None: those of the class.
     """
     kinds, result = types_of(options_class), []
     defaults = defaults_of(options_class) if defaults is None else defaults
@@ -111,9 +111,9 @@ def with_new_names(options_class: type, given: dict[str, Any]) -> dict[str, Any]
 
 
 def as_user_error(error: click.ClickException, elsewhere: Mapping[str, str] | None = None) -> UserError:
-    """What is wrong with a command line, in one line that names the nearest flag for one that there is not.
+    """A click error in one line, which suggests the nearest flag for an unknown one.
 
-    `elsewhere` says which flags exist under another choice, and which choice that is.
+    `elsewhere` maps flags that exist only under another choice to that choice.
     """
     if not isinstance(error, click.NoSuchOption):
         return UserError(error.format_message())
@@ -124,7 +124,7 @@ def as_user_error(error: click.ClickException, elsewhere: Mapping[str, str] | No
 
 
 def peek(argv: Sequence[str], name: str, choices: Sequence[str]) -> str:
-    """The value of one flag, before it is known which others there are; the first choice if it is not given.
+    """The value of one flag, before the others are known; the first choice if it is not given.
 
     Raises UserError on a value that is not among the choices, naming the nearest.
     """
@@ -146,11 +146,11 @@ def parse(
     about: str,
     example: str,
 ) -> T:
-    """The options that the flags in `argv` ask for. `--help` prints the flags and exits.
+    """The options that the flags in `argv` set. `--help` prints the flags and exits.
 
-    The choices of `preset` in each of the `classes` say which class it picks (the first class's first is the default),
-    and `presets` says what the preset sets. Raises UserError on an unknown flag or value, naming the nearest known one
-    or where the flag belongs, on a flag that means nothing as the others are, and on a value out of bounds.
+    The preset picks the one of the `classes` that has it among its choices of `preset` (by default the first choice of
+    the first class), and `presets` holds the values it sets. Raises UserError on an unknown flag or value, naming the
+    nearest or where the flag belongs, on a flag without meaning beside the others, and on a value out of bounds.
     """
     class_of = {name: options_class for options_class in classes for name in choices_of(options_class, "preset")}
     preset = peek(argv, "--preset", tuple(class_of))
@@ -178,7 +178,7 @@ def parse(
         sys.exit(given)
     given = with_new_names(options_class, {name: value for name, value in given.items() if value is not None})
     options = options_class(**values | given)
-    # A run that goes on has the options it was begun with; those not repeated here are not known yet.
+    # A resumed run keeps the options it was started with; those not repeated here are not known yet.
     unknown = set(rules_of(options_class)) - set(given) - {"preset"} if given.get("resume") else ()
     check_dependencies(options, given, unknown)
     return options
@@ -186,7 +186,7 @@ def parse(
 
 @contextmanager
 def first_rank_speaks() -> Iterator[None]:
-    """Under torchrun every process reads the same command line: rank 0 alone says what is wrong with it."""
+    """Under torchrun every process reads the command line, but only rank 0 prints its errors."""
     if os.environ.get("RANK", "0") == "0":
         yield
         return
@@ -200,7 +200,7 @@ def first_rank_speaks() -> Iterator[None]:
 @contextmanager
 def errors_in_one_line() -> Iterator[None]:
     """Exit with 2 and one line on stderr after a UserError or an operating-system error on a file, with 130 after
-    Ctrl-C where nothing else catches it."""
+    Ctrl-C."""
     try:
         yield
     except UserError as error:
@@ -217,8 +217,8 @@ def errors_in_one_line() -> Iterator[None]:
 
 
 def run_program(main: Callable[..., Any], *args: Any) -> NoReturn:
-    """Call `main(*args)` and exit: with 0, with 128 + n if it returns the signal n that stopped it, after an error as
-    `errors_in_one_line` says."""
+    """Call `main(*args)` and exit with 0, with 128 + n if it returns the signal n that stopped it, or after an error as
+    `errors_in_one_line` does."""
     with errors_in_one_line():
         stopped = main(*args)
     sys.exit(128 + stopped if isinstance(stopped, int) else 0)

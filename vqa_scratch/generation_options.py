@@ -1,6 +1,6 @@
-"""What to ask of a decoder: one dataclass, checked as a whole, so that an option without effect is an error.
+"""The options of text generation: one dataclass, checked as a whole, so that an option without effect is an error.
 
-It lies outside of `generate/`, whose modules import torch: `ask --help` shows these options without it.
+It is not in `generate/`, whose modules import torch: `ask --help` shows these options without it.
 """
 
 from dataclasses import MISSING, dataclass
@@ -20,8 +20,8 @@ def _refuse(wrong: bool, line: str) -> None:
 class GenerationOptions:
     """Greedy decoding unless `do_sample` or `num_beams` say otherwise.
 
-    None means "not asked for". `eos_id` is the end token; with None nothing ends a row but the limit. Raises UserError,
-    one line, on values out of range and on options that contradict each other. Names and meanings are those of
+    None means "not given". `eos_id` is the end token; with None only the limit ends a row. Raises UserError, one line,
+    on values out of range and on contradicting options. Names and meanings are those of
     `transformers.GenerationConfig`.
     """
 
@@ -72,7 +72,7 @@ class GenerationOptions:
         )
 
     def check_vocabulary(self, size: int) -> None:
-        """Raises UserError where what is chosen from, or the end token, does not fit a vocabulary of `size` tokens.
+        """Raises UserError if `top_k` or the end token does not fit a vocabulary of `size` tokens.
 
         (Beams are checked before their cache is made, in `start.begin`.)
         """

@@ -1,9 +1,9 @@
-"""VQA accuracy as the official evaluation computes it, quirks included, and its breakdowns.
+"""Computes VQA accuracy exactly like the official evaluation, quirks included, overall and by group.
 
-The measure is that of Antol et al., "VQA: Visual Question Answering" (ICCV 2015), as the public evaluation script of
-Goyal et al., "Making the V in VQA Matter" (CVPR 2017, VQA v2) states it: a prediction is compared with the answers of
-ten annotators, each left out once; three agreeing annotators make it fully right. Where the script and the paper
-differ, the script is followed, because published figures come from it.
+The measure is that of Antol et al., "VQA: Visual Question Answering" (ICCV 2015), in the public evaluation
+script of Goyal et al., "Making the V in VQA Matter" (CVPR 2017, VQA v2): a prediction is compared with the answers of
+ten annotators, leaving each out once; three agreeing annotators make it fully right. If script and paper differ, the
+script counts, because published figures come from it.
 """
 
 import re

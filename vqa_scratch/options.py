@@ -1,8 +1,8 @@
-"""Options as data: a frozen dataclass, each field of which carries its help sentence and the rules it obeys.
+"""Options as data: frozen dataclasses whose fields carry their help text and their rules.
 
-`option` makes such a field, `Options` checks all rules when an object is made, `to_json` and `from_json` write and read
+`option` makes such a field, `Options` checks the rules when an object is made, `to_json` and `from_json` write and read
 it, and `command_line.py` turns every field into a flag: `eval_every` is `--eval-every`, a bool is `--x/--no-x`, and
-None means "not given". Rules that concern several options at once are code in `__post_init__` of their class.
+None means "not given". A rule about several options is code in `__post_init__` of their class.
 """
 
 import dataclasses
@@ -21,15 +21,15 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Rules:
-    """What is known of an option beside its name, type and default.
+    """What is known of an option besides its name, type and default.
 
     help, group: the sentence that --help shows, and the heading above it.
-    choices: the words allowed.
-    minimum, above, maximum, below: bounds of a number, the first and third included. Numbers must be finite;
-        `maximum=math.inf` allows infinity.
-    only: the option means something only while other options have these values: {"init": ("pretrained",)}.
+    choices: the allowed values.
+    minimum, above, maximum, below: bounds of a number; `minimum` and `maximum` are allowed values themselves. Numbers
+        must be finite, unless `maximum` is math.inf.
+    only: the option has a meaning only while other options have these values: {"init": ("pretrained",)}.
     was, renamed: the old name of the option, and old names of choices {old: new}; both still work, with a note.
-    may_change: a run may be continued with another value.
+    may_change: a run may be resumed with another value.
     """
 
     help: str
@@ -64,7 +64,7 @@ def option(
     only: Mapping[str, Any] | None = None,
     **rules: Any,
 ) -> Any:
-    """A dataclass field with these `Rules`; in `only` a value may stand for a tuple of one."""
+    """A dataclass field with these `Rules`; `only` may have a single value in place of a tuple."""
     only = {name: values if isinstance(values, tuple) else (values,) for name, values in (only or {}).items()}
     return field(default=default, metadata={"rules": Rules(help, group, choices, only=only, **rules)})
 
@@ -78,7 +78,7 @@ class Options:
 
 
 def rules_of(options_class: Any) -> dict[str, Rules]:
-    """The rules of each option, by name; a field that `option` did not make has none and is no option."""
+    """The rules of each option, by name; fields that `option` did not make are not options."""
     fields = dataclasses.fields(options_class)
     return {item.name: item.metadata["rules"] for item in fields if "rules" in item.metadata}
 
@@ -90,12 +90,12 @@ def defaults_of(options_class: type) -> dict[str, Any]:
 
 
 def choices_of(options_class: type, name: str) -> tuple[str, ...]:
-    """The words that an option may be."""
+    """The allowed values of an option."""
     return tuple(rules_of(options_class)[name].choices)
 
 
 def changeable(options_class: type) -> frozenset[str]:
-    """The options that may have another value when a run is continued."""
+    """The options that may have another value when a run is resumed."""
     return frozenset(name for name, rules in rules_of(options_class).items() if rules.may_change)
 
 
@@ -117,7 +117,7 @@ def one_of(words: Sequence[Any]) -> str:
 
 
 def check(options: Any, shown: Callable[[str], str] = flag) -> None:
-    """Raise UserError if a value breaks one of its rules; `shown` says how a message spells the name of an option."""
+    """Raise UserError if a value breaks a rule; `shown` spells the name of an option for the message."""
     kinds = types_of(type(options))
     for name, rules in rules_of(options).items():
         value = getattr(options, name)
@@ -134,9 +134,9 @@ def check(options: Any, shown: Callable[[str], str] = flag) -> None:
 
 
 def check_dependencies(options: Any, given: Collection[str], unknown: Collection[str] = ()) -> None:
-    """Raise UserError if an option was given that means nothing while the others are as they are.
+    """Raise UserError if an option was given that has no meaning with the values of the others.
 
-    `given` are the names of the options to check, `unknown` those of options whose values are not known yet.
+    `given` are the names of the options to check, `unknown` those whose values are not known yet.
     """
     faults: dict[tuple[str, tuple[Any, ...]], list[str]] = {}
     for name, rules in rules_of(options).items():
@@ -167,7 +167,7 @@ def to_json(options: Any) -> dict[str, Any]:
 
 
 def from_json(options_class: type[T], values: Mapping[str, Any], where: str) -> T:
-    """The inverse of `to_json`, also for the names and values of older versions, in which "" stood for None.
+    """The inverse of `to_json`; also reads the names and values of older versions, which wrote "" for None.
 
     Raises UserError, naming `where`, on a field that this version does not know.
     """

@@ -1,4 +1,4 @@
-"""Writing files so that each appears whole or not at all, whatever happens in between."""
+"""Writes files so that each appears whole or not at all, even if the program is killed; reads JSON."""
 
 import json
 import os
@@ -12,14 +12,14 @@ from vqa_scratch.errors import UserError
 
 
 def usual_mode(mode: int) -> int:
-    """The permissions a new file (0o666) or folder (0o777) gets here; libraries make theirs private to the user."""
+    """The usual permissions of a new file (0o666) or folder (0o777); temporary ones are private to the user."""
     mask = os.umask(0)
     os.umask(mask)
     return mode & ~mask
 
 
 def check_writable(folder: Path) -> None:
-    """Raises UserError if no file could be written into `folder`, which need not be there yet; creates nothing."""
+    """Raises UserError if no file could be written into `folder`, which need not exist yet. Creates nothing."""
     nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not nearest.is_dir():
         raise UserError(f"cannot write into the folder {folder}: {nearest} is a file")
@@ -28,12 +28,12 @@ def check_writable(folder: Path) -> None:
 
 
 def unfinished_name(path: Path) -> Path:
-    """A name beside `path` to write under at first; nobody else has it, on no machine that shares the disk."""
+    """A temporary name beside `path`, unique among all machines that share the disk."""
     return path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
 
 
 def write_whole(path: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a file of a temporary name beside `path`, then rename it. An error leaves the old file."""
+    """Call `write` with a temporary name beside `path`, then rename the file. After an error the old file remains."""
     unfinished = unfinished_name(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -53,14 +53,14 @@ def write_whole(path: Path, write: Callable[[Path], None]) -> None:
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Remove what a kill in the middle of `write_whole` left below `folder`."""
+    """Remove the temporary files below `folder` that killed calls of `write_whole` left."""
     for path in folder.rglob(".*.tmp"):
         if path.is_file():
             path.unlink(missing_ok=True)
 
 
 def append_line(path: Path, line: str) -> None:
-    """Add a line to a text file. Raises UserError where the disk does not take it."""
+    """Add a line to a text file. Raises UserError if it cannot be written."""
     try:
         with open(path, "a", encoding="utf-8") as file:
             file.write(line + "\n")
@@ -74,7 +74,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, values: Any, *, compact: bool = False) -> None:
-    """`write_whole` for JSON, indented for a reader or in as few bytes as it takes."""
+    """`write_whole` for JSON, indented, or `compact` in as few bytes as possible."""
     if compact:
         write_text(path, json.dumps(values, separators=(",", ":")))
     else:

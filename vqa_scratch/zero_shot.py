@@ -1,7 +1,7 @@
-"""Answers without training: a released BLIP-2 checkpoint, opened with its tokenizer and preprocessing.
+"""Answers questions without training: a released BLIP-2 checkpoint with its tokenizer and preprocessing.
 
 The prompt is the one its authors use for questions, "Question: {} Answer:" (Li et al. 2023, arXiv 2301.12597, section
-4.1), after the image and the start token. The answer ends at the end token of the checkpoint, which is a line break.
+4.1), after the image and the start token. The answer ends at the checkpoint's end token, a line break.
 """
 
 from collections.abc import Mapping
@@ -39,8 +39,8 @@ class ZeroShot:
     device: torch.device
 
     def prompt_ids(self, question: str, new_tokens: int = MAX_ANSWER_TOKENS) -> list[int]:
-        """The start token and the prompt. Raises UserError on an empty question, or one with which `new_tokens` more do
-        not fit."""
+        """The start token and the prompt. Raises UserError on an empty question, or one that leaves no room for
+        `new_tokens`."""
         sizes = self.model.config
         words = self.tokenizer.encode(PROMPT.format(check_question(question)), add_special_tokens=False)
         ids = [sizes.language.bos_id, *words]
@@ -58,11 +58,11 @@ class ZeroShot:
     def ask(
         self, image: Path, question: str | None, top: int | None = None, decoding: Mapping[str, Any] | None = None
     ) -> tuple[list[Answer], list[str]]:
-        """([the answer], [notes for the user: none]) to one question about one image file.
+        """([the answer], [notes for the user, always none]) to one question about one image file.
 
-        `decoding` are fields of `GenerationOptions`; without it decoding is greedy. Raises UserError for an image that
-        cannot be read, for a question missing, empty or too long, for options that contradict each other, and for a
-        `top`: there is no list of answers to score.
+        `decoding` are fields of `GenerationOptions`; without it decoding is greedy. Raises UserError on an unreadable
+        image, a missing, empty or too long question, contradicting options, and a `top`, since there is no list of
+        answers to rank.
         """
         if question is None:
             raise UserError(f"{self.source} answers questions: give it --question")
@@ -82,10 +82,10 @@ class ZeroShot:
 
 
 def open_zero_shot(source: str, device: torch.device, precision: str = "fp32") -> ZeroShot:
-    """Open a BLIP-2 checkpoint: a folder, or a Hub id, of which everything needed is downloaded first.
+    """Open a BLIP-2 checkpoint: a folder, or a Hub id to download.
 
-    `precision` is fp32, bf16, fp16 or auto; the weights are held in it. Raises UserError, one line, if the checkpoint
-    is not whole, not a BLIP-2 with an OPT, or if its parts do not fit each other.
+    `precision` of the weights is fp32, bf16, fp16 or auto. Raises UserError, one line, if the checkpoint is incomplete,
+    not a BLIP-2 with an OPT, or if its parts do not fit each other.
     """
     tokenizer, processor = Tokenizer.from_pretrained(source), ImageProcessor.from_pretrained(source)
     kind, _ = pick_precision(precision, device)

@@ -1,4 +1,4 @@
-"""What can be done with a finished run, a command a file: ask, evaluate, study, export; convert is for weight files.
+"""The commands of `python -m vqa_scratch`, one a file.
 
-A module here is read for its --help alone, which must not wait for torch: what computes is imported when it runs.
+A command imports torch only when it runs, so that its --help is immediate.
 """

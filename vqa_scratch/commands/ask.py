@@ -18,10 +18,10 @@ from vqa_scratch.options import flag
     cls=GroupedCommand,
     params=[
         click.Argument(["run"], type=FOLDER, required=False),
-        Flag(["--model"], help="Instead of RUN: a released BLIP-2 checkpoint, a folder or Hub id, used as it is."),
+        Flag(["--model"], help="Instead of RUN: a released BLIP-2 checkpoint, a folder or Hub id."),
         Flag(["--image"], type=FOLDER, required=True, help="Image file of any size that Pillow reads."),
         Flag(["--question"], help="What to ask."),
-        Flag(["--top"], type=click.IntRange(min=1), help="This many answers, where the system scores a list of them."),
+        Flag(["--top"], type=click.IntRange(min=1), help="Give this many answers, if the system chooses from a list."),
         *flags(GenerationOptions),
         DEVICE,
         PRECISION,

@@ -1,4 +1,4 @@
-"""`convert`: a .bin file to safetensors, tensors only."""
+"""`convert`: writes the tensors of a .bin file as safetensors."""
 
 from pathlib import Path
 

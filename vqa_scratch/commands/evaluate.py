@@ -1,4 +1,4 @@
-"""`evaluate`: official scores of a run on a VQA v2 folder, blind baselines beside them, and a submission file."""
+"""`evaluate`: official scores of a run on a VQA v2 folder with blind baselines, and a submission file."""
 
 from pathlib import Path
 
@@ -16,9 +16,9 @@ from vqa_scratch.errors import UserError
         click.Argument(["run"], type=FOLDER),
         Flag(["--data"], type=FOLDER, required=True, help="Folder with VQA v2 files."),
         Flag(["--split"], default="val", help="Split to answer."),
-        Flag(["--submission"], type=FOLDER, help="Also write the answers as the evaluation server takes them."),
+        Flag(["--submission"], type=FOLDER, help="Also write the answers to this file, for the evaluation server."),
         Flag(["--limit"], type=click.IntRange(min=1), help="Answer about this many questions, in whole images."),
-        Flag(["--captions"], is_flag=True, help="Score captions of a captions file or of drawn scenes, not answers."),
+        Flag(["--captions"], is_flag=True, help="Score captions instead of answers."),
         DEVICE,
         PRECISION,
     ],
@@ -40,14 +40,14 @@ def evaluate(
       python -m vqa_scratch evaluate runs/vqa --data vqa2/ --split val --limit 5000
     """
     from vqa_scratch.commands import scores
-    from vqa_scratch.data.submission import write_submission
     from vqa_scratch.data.vqa_v2 import read_vqa
+    from vqa_scratch.data.vqa_write import write_submission
     from vqa_scratch.storage import check_writable, write_json
 
     if submission is not None and limit is not None:
         raise UserError("a submission answers every question of its split: leave out --limit or --submission")
     opened = open_run(run, device, precision)
-    check_writable(run)  # now, not when everything is answered
+    check_writable(run)  # before the work, not after
     if submission is not None:
         check_writable(submission.parent)
         if submission.is_dir():
@@ -62,7 +62,7 @@ def evaluate(
     read = read_vqa(data, split)
     print(read.report)
     expected = scores.check_complete(read) if submission is not None else set()
-    if read.report.files.annotations is None:
+    if read.report.files["annotations"] is None:
         if submission is None:
             raise UserError(f"split {split} of {data} has no annotations to score by; give --submission FILE")
         answers = opened.answer(read.samples, None, progress="answering")

@@ -1,4 +1,4 @@
-"""`export`: a trained system in the layout that `transformers` loads."""
+"""`export`: writes a trained system in the layout that `transformers` loads."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What the commands share: a group that loads a command when it is asked for, and the flags that open a run."""
+"""What the commands share: a group that imports a command when it is used, and the flags that open a run."""
 
 import difflib
 import importlib
@@ -15,24 +15,13 @@ if TYPE_CHECKING:
     from vqa_scratch.systems.base import System
 
 FOLDER = click.Path(path_type=Path)
-DEVICE = Flag(
-    ["--device"],
-    type=NearChoice(("auto", "cpu", "cuda", "mps")),
-    default="auto",
-    help="Where to compute.",
-    group="Computing",
-)
-PRECISION = Flag(
-    ["--precision"],
-    type=NearChoice(("auto", "fp32", "bf16", "fp16")),
-    default="fp32",
-    help="Arithmetic.",
-    group="Computing",
-)
+DEVICES, PRECISIONS = NearChoice(("auto", "cpu", "cuda", "mps")), NearChoice(("auto", "fp32", "bf16", "fp16"))
+DEVICE = Flag(["--device"], type=DEVICES, default="auto", help="Where to compute.", group="Computing")
+PRECISION = Flag(["--precision"], type=PRECISIONS, default="fp32", help="Arithmetic.", group="Computing")
 
 
 class NearGroup(click.Group):
-    """A group of commands that answers an unknown name with the nearest known one."""
+    """A group of commands whose error on an unknown name suggests the nearest known one."""
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
         name, names = args[0], self.list_commands(ctx)
@@ -44,7 +33,7 @@ class NearGroup(click.Group):
 
 
 class CommandGroup(NearGroup):
-    """A group of commands, each in the module of its name, which is imported when the command is asked for."""
+    """A group of commands, each in a module of its own name, which is imported when the command is used."""
 
     def __init__(self, name: str, names: Sequence[str], **more: Any) -> None:
         super().__init__(name, **more)
@@ -54,9 +43,8 @@ class CommandGroup(NearGroup):
         return list(self.names)
 
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
-        if name not in self.names:
-            return None
-        return getattr(importlib.import_module(f"vqa_scratch.commands.{name}"), name)
+        known = name in self.names
+        return getattr(importlib.import_module(f"vqa_scratch.commands.{name}"), name) if known else None
 
 
 def call(group: click.Group, argv: Sequence[str], program: str) -> None:
@@ -70,7 +58,7 @@ def call(group: click.Group, argv: Sequence[str], program: str) -> None:
 
 
 def open_run(folder: Path, device: str = "cpu", precision: str = "fp32") -> "System":
-    """`systems.load` for the values of the flags."""
+    """`systems.load` with the values of the flags."""
     from vqa_scratch import systems
     from vqa_scratch.training.precision import pick_device
 

@@ -1,4 +1,4 @@
-"""What `evaluate` computes: official scores of a run on a VQA v2 folder, blind baselines beside them, and tables."""
+"""What `evaluate` computes: official scores of a run on a VQA v2 folder, blind baselines, and the tables it prints."""
 
 import sys
 from collections.abc import Iterable
@@ -10,20 +10,20 @@ from vqa_scratch.errors import UserError
 from vqa_scratch.metrics import accuracy_by
 from vqa_scratch.storage import read_json
 from vqa_scratch.systems.base import System
-from vqa_scratch.systems.scoring import QuestionOnly, TypePrior, blind
+from vqa_scratch.systems.scoring import blind_baselines
 
 
-def blind_baselines(data: Path, samples: list[VQASample]) -> dict[str, float | None]:
-    """Accuracy of the prior of the question type and of the question alone, learned from the train split of `data`.
+def baselines_of(data: Path, samples: list[VQASample]) -> dict[str, float | None]:
+    """Accuracy of `TypePrior` and `QuestionOnly`, learned from the train split of `data`.
 
-    None for both, and a note on stderr, where that split cannot be read.
+    If that split cannot be read, None for both and a note on stderr.
     """
     try:
         train = read_vqa(data, "train").samples
     except UserError as error:
         print(f"note: no prior and question-only baselines, since there is no train split ({error})", file=sys.stderr)
         return {"prior": None, "question_only": None}
-    return {"prior": blind(samples, TypePrior(train)), "question_only": blind(samples, QuestionOnly(train))}
+    return blind_baselines(samples, train)
 
 
 def evaluation(run: System, data: Path, split: str, samples: list[VQASample], limit: int | None) -> tuple[dict, dict]:
@@ -33,19 +33,15 @@ def evaluation(run: System, data: Path, split: str, samples: list[VQASample], li
     scored = [s for s in samples if s.question_id in answers]
     texts = {i: a.text for i, a in answers.items()}
     breakdowns = {key: accuracy_by(scored, texts, key) for key in ("answer_type", "question_type")}
-    by = {
-        f"accuracy_by_{key}": {name: score.accuracy for name, score in b.groups.items()}
-        for key, b in breakdowns.items()
-    }
     counts = {key: {name: score.count for name, score in b.groups.items()} for key, b in breakdowns.items()}
-    baselines = blind_baselines(data, scored)
+    baselines = baselines_of(data, scored)
     baselines["shuffled_images"] = accuracy_by(scored, {i: a.text for i, a in shuffled.items()}).overall.accuracy
     figures = {
         "data": str(data),
         "split": split,
         "questions": len(scored),
         "accuracy": breakdowns["answer_type"].overall.accuracy,
-        **by,
+        **{f"accuracy_by_{k}": {n: score.accuracy for n, score in b.groups.items()} for k, b in breakdowns.items()},
         "counts": counts,
         "baselines": baselines,
         **run.figures(answers),
@@ -60,7 +56,7 @@ def evaluation(run: System, data: Path, split: str, samples: list[VQASample], li
 
 
 def table(figures: dict[str, Any]) -> str:
-    """The figures as text, most frequent groups first."""
+    """The figures as text, the most frequent groups first."""
 
     def rows(values: Iterable[tuple[str, int | None, float | None]]) -> list[str]:
         return [
@@ -86,7 +82,7 @@ def table(figures: dict[str, Any]) -> str:
 
 
 def caption_table(figures: dict[str, Any]) -> str:
-    """The figures of captions as text: a line each, the blind baselines beside them."""
+    """The figures of captions as text, one a line, beside those of the blind baselines."""
     names = [name for name, value in figures.items() if isinstance(value, (float, type(None)))]
     columns = {"captions": figures, **figures["baselines"]}
     shown = [
@@ -99,8 +95,8 @@ def caption_table(figures: dict[str, Any]) -> str:
 
 
 def check_complete(data: VQAData) -> set[int]:
-    """The ids that a submission must answer. Raises UserError if the reader left one of them out."""
-    path = data.report.files.questions
+    """The ids that a submission must answer. Raises UserError if `data` lacks one of them."""
+    path = data.report.files["questions"]
     expected = {question["question_id"] for question in read_json(path)["questions"]}
     left_out = expected - {sample.question_id for sample in data.samples}
     if left_out:

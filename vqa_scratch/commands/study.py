@@ -1,4 +1,4 @@
-"""`study`: take one answer of a run apart, or measure its attention over a split of questions."""
+"""`study`: analyse one answer of a run, or measure its attention over a split of questions."""
 
 import sys
 from dataclasses import asdict
@@ -24,22 +24,12 @@ ONE, SPLIT = "One answer", "Over a split"
         Flag(["--question"], help="Question about the image.", group=ONE),
         Flag(["--text"], type=FOLDER, help="Text file to read (a run of rlhf.py, or any T5 checkpoint).", group=ONE),
         Flag(["--compare"], type=FOLDER, help="A second run, side by side on the same input.", group=ONE),
-        Flag(
-            ["--pointing"],
-            type=FOLDER,
-            help="Folder of the built-in data set: do maps point at the object asked about?",
-            group=SPLIT,
-        ),
-        Flag(
-            ["--faithfulness"],
-            type=FOLDER,
-            help="Data folder: deletion and insertion curves over questions.",
-            group=SPLIT,
-        ),
+        Flag(["--pointing"], type=FOLDER, help="Built-in data set: do maps point at the right object?", group=SPLIT),
+        Flag(["--faithfulness"], type=FOLDER, help="Data folder: deletion and insertion curves.", group=SPLIT),
         Flag(["--ablation"], type=FOLDER, help="Data folder: accuracy with each head silenced.", group=SPLIT),
-        Flag(["--heads"], default="decoder.*.cross", help="Attentions that --ablation goes through.", group=SPLIT),
+        Flag(["--heads"], default="decoder.*.cross", help="Attentions whose heads --ablation silences.", group=SPLIT),
         Flag(["--split"], default="val", help="Split of the data folder.", group=SPLIT),
-        Flag(["--questions"], type=click.IntRange(min=1), default=500, help="How many questions of it.", group=SPLIT),
+        Flag(["--questions"], type=click.IntRange(min=1), default=500, help="Number of questions to use.", group=SPLIT),
         DEVICE,
     ],
 )
@@ -58,7 +48,7 @@ def study(
     questions: int,
     device: str,
 ) -> None:
-    """Take one answer of the run in the folder RUN apart, or measure its attention over a split.
+    """Analyse one answer of the run in the folder RUN, or measure its attention over a split.
 
     \b
     Example:

@@ -1,7 +1,6 @@
-"""The input and the files of `study`: a run opened on one input, and what is written about one answer."""
+"""What `study` opens and writes: a run with one input, and the files about one answer."""
 
 from pathlib import Path
-from typing import Any
 
 from vqa_scratch import systems
 from vqa_scratch.data.images import load_image
@@ -16,7 +15,7 @@ from vqa_scratch.study.texts import POLICY, config_of, open_text, t5_folder
 
 
 def run_folder(folder: Path) -> Path:
-    """The run of train.py that the folder is, or that a run of rlhf.py has tuned. Raises UserError for no run."""
+    """The folder itself, or its policy/ if rlhf.py tuned a run there. Raises UserError if there is no run."""
     tuned = folder / POLICY
     if "program" in config_of(tuned):
         return tuned
@@ -28,7 +27,7 @@ def run_folder(folder: Path) -> Path:
 
 
 def open_input(run: Path, image: Path | None, question: str | None, text: Path | None, device: str) -> Opened:
-    """A run on one input: an image with a question, or a text. Raises UserError if the input does not suit the run."""
+    """A run with one input: an image and a question, or a text. Raises UserError if the input does not fit the run."""
     if t5_folder(run) is not None:
         if text is None or image is not None or question is not None:
             raise UserError(f"{run} reads texts: give it --text FILE, and neither --image nor --question")
@@ -40,7 +39,7 @@ def open_input(run: Path, image: Path | None, question: str | None, text: Path |
 
 
 def read_text(path: Path) -> str:
-    """A text file. Raises UserError if there is none or if it is not UTF-8."""
+    """A text file. Raises UserError if it cannot be read or is not UTF-8."""
     try:
         return path.read_text(encoding="utf-8")
     except OSError as error:
@@ -61,13 +60,11 @@ def write_overlays(folder: Path, study: Study) -> None:
 
 
 def write_study(folder: Path, studies: list[Study]) -> None:
-    """All files about one answer; a second study stands beside it in the report and in the summary."""
+    """All files about one answer; a second study goes into the report and the summary beside it."""
     study = studies[0]
     write_text(folder / "report.html", page(studies))
     write_whole(folder / "trace.safetensors", lambda path: path.write_bytes(trace_file(study)))
     if study.opened.image is not None:
         write_overlays(folder, study)
-    values: dict[str, Any] = summary(study)
-    if len(studies) > 1:
-        values["compared"] = summary(studies[1])
-    write_json(folder / "summary.json", values)
+    compared = {"compared": summary(studies[1])} if len(studies) > 1 else {}
+    write_json(folder / "summary.json", summary(study) | compared)

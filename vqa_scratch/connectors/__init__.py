@@ -1,8 +1,8 @@
-"""Connectors: how the states of the encoders reach the decoder. One connector, one class, one file, one line here.
+"""Connectors: how the states of the encoders reach the decoder. Each is one class, one file and one line here.
 
-To add one: derive from `Connector` (`base.py`), and give it a name in the table, which is what `--connector` takes
-(tests/test_connectors.py does so). No system knows which connector it has. A connector's module is imported when it is
-asked for: the programs read their options, and this table with them, without torch.
+To add one: derive from `Connector` (`base.py`) and name it in the table, for `--connector` (tests/test_connectors.py
+does so). Systems do not depend on the connector. Its module is imported on use: the programs read their options, and
+this table, without torch.
 """
 
 import importlib
@@ -24,19 +24,19 @@ CONNECTORS = {  # by name: module and class
 
 
 def connector_class(kind: str) -> "type[Connector]":
-    """The class of a name in the table."""
+    """The class with this name in the table."""
     module, name = CONNECTORS[kind]
     return getattr(importlib.import_module(f"vqa_scratch.connectors.{module}"), name)
 
 
 def connect(sizes: dict[str, Any], image: "nn.Module", text: "nn.Module | None", decoder: "nn.Module") -> "Connector":
-    """A connector of random weights between these models; `sizes` name its kind and what else it takes."""
+    """A connector with random weights between these models; `sizes` has its kind and its keywords."""
     kind = connector_class(sizes["kind"])
     rest = {name: value for name, value in sizes.items() if name != "kind"}
     return kind(image, text if kind.reads_text else None, decoder, **rest)
 
 
 def connector_sizes(connector: "Connector") -> dict[str, Any]:
-    """The inverse of `connect`: what config.json says of a connector."""
+    """The inverse of `connect`: the connector's entry in config.json."""
     (kind,) = (name for name in CONNECTORS if type(connector) is connector_class(name))
     return {"kind": kind, **connector.sizes}

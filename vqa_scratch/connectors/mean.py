@@ -1,4 +1,4 @@
-"""One pooled key: each side is averaged, and the two averages are averaged again.
+"""The mean connector: the decoder reads one key, the average of the mean image token and the mean question token.
 
 The system of Ozdemir's "Quick Start Guide to LLMs", chapter 7, with the padding left out of the mean. A softmax over
 one key is constant, so the decoder cannot choose what to look at.
@@ -36,7 +36,7 @@ def masked_average(x: Tensor, mask: Tensor | None) -> Tensor:
 
 
 class MeanConnector(Connector):
-    """The decoder's cross-attention reads one key a row."""
+    """One key a row for the decoder's cross-attention."""
 
     def __init__(self, image: nn.Module, text: nn.Module | None, decoder: nn.Module) -> None:
         super().__init__()
@@ -45,7 +45,7 @@ class MeanConnector(Connector):
             self.text_projection = nn.Linear(text.dim, decoder.config.dim)
 
     def kept(self, image: States) -> States:
-        """The average alone, as one token."""
+        """Only the average, as one token."""
         return replace(image, tokens=image.tokens.mean(1, keepdim=True))
 
     def kept_tokens(self, prefix_tokens: int, grid: tuple[int, int]) -> int:

@@ -1,4 +1,4 @@
-"""Image tokens in the decoder's own sequence: an MLP maps them to embeddings that stand before the words.
+"""The prefix connector: an MLP maps image tokens to embeddings before the words in the decoder's own sequence.
 
 LLaVA: Liu et al. 2023, "Visual Instruction Tuning" (arXiv 2304.08485), with the two-layer MLP of version 1.5 (arXiv
 2310.03744). There is no text encoder: the question is the decoder's prompt.
@@ -17,7 +17,7 @@ from vqa_scratch.nn.states import States
 
 
 class PrefixConnector(Connector):
-    """Linear, GELU, linear, on every place of the image; class token and registers are left out."""
+    """Linear, GELU, linear, on every place of the image, without class token and registers."""
 
     reads_text = False
     uses_memory = False
@@ -33,7 +33,7 @@ class PrefixConnector(Connector):
         return grid[0] * grid[1]
 
     def kept(self, image: States) -> States:
-        """The places alone."""
+        """Only the places."""
         return States(image.tokens[:, image.prefix_tokens :], places=image.places)
 
     def kept_tokens(self, prefix_tokens: int, grid: tuple[int, int]) -> int:

@@ -1,6 +1,6 @@
-"""Learned queries read the image, and their states are a prefix of the decoder's sequence.
+"""The Q-Former connector: learned queries read the image, and their states are a prefix of the decoder's sequence.
 
-BLIP-2: Li et al. 2023 (arXiv 2301.12597, section 3.1). However large the image, the decoder gets `queries` tokens.
+BLIP-2: Li et al. 2023 (arXiv 2301.12597, section 3.1). The decoder gets `queries` tokens for an image of any size.
 
 Shapes: I images, B rows, N image tokens, Q queries, D width of the decoder.
 """
@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from vqa_scratch.connectors.base import Conditioning, Connector
 from vqa_scratch.models.qformer import QFormer, QFormerConfig
-from vqa_scratch.nn import taps
 from vqa_scratch.nn.states import States
 
 RECIPE = """\
@@ -24,7 +23,7 @@ prefix = linear("projection", qformer(image_states))"""
 
 
 class QFormerConnector(Connector):
-    """A Q-Former of the decoder's width, every block of which reads the image, and a projection of its states."""
+    """A Q-Former with the decoder's width, in which every block reads the image, and a projection of its states."""
 
     reads_text = False
     uses_memory = False
@@ -46,7 +45,6 @@ class QFormerConnector(Connector):
         )
         self.qformer = QFormer(config, queries)
         self.projection = nn.Linear(width, width)
-        taps.name_modules(self.qformer, "query")
 
     @classmethod
     def sizes_for(cls, grid: tuple[int, int], options: Any) -> dict[str, Any]:

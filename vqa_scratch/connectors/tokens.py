@@ -1,4 +1,4 @@
-"""Every token is a key: each image token and each question token can be chosen by the decoder's cross-attention.
+"""The tokens connector: every image token and every question token is a key of the decoder's cross-attention.
 
 Shapes: I images, B rows, N image tokens, T question tokens, D width of the decoder.
 """
@@ -27,10 +27,10 @@ mask = torch.cat([torch.ones(image_keys.shape[:2]), attention_mask], 1)"""
 
 
 class TokensConnector(Connector):
-    """Both sides are projected to the decoder's width. A modality embedding tells the two apart, if there are two, and
-    a table gives every image token its place again.
+    """Image and question tokens are projected to the decoder's width. A modality embedding distinguishes them, if there
+    are both, and a table adds the place of every image token again.
 
-    `grid` is the (rows, columns) that the table is made for; other grids get it resized.
+    `grid` is the (rows, columns) of that table, which is resized for other grids.
     """
 
     def __init__(self, image: nn.Module, text: nn.Module | None, decoder: nn.Module, *, grid: tuple[int, int]) -> None:
@@ -41,8 +41,8 @@ class TokensConnector(Connector):
         if text is not None:
             self.text_projection = nn.Linear(text.dim, width)
             self.modality = nn.Parameter(torch.randn(2, width) * decoder.config.init_std)  # image, text
-        # Places are given to the keys anew, as in DETR (Carion et al. 2020): what leaves the image encoder is about
-        # content, and "left of" needs the place. Zero changes nothing, so pretrained encoders start undisturbed.
+        # The keys get their places again, as in DETR (Carion et al. 2020): the states of an image encoder are about
+        # content, and "left of" needs the place. The table starts at zero, which leaves pretrained states unchanged.
         self.places = nn.Parameter(torch.zeros(1, self.prefix_tokens + self.grid[0] * self.grid[1], width))
 
     @classmethod

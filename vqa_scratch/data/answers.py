@@ -1,7 +1,7 @@
-"""A closed list of answers, and how far each of them is right for a question.
+"""The answers that a classifier chooses from, and the score of each for a question.
 
-The list: the majority answers of at least nine questions, normalised by the official rules and without commas, which on
-the train and val splits of VQA v2 gives 3,129 (Teney et al. 2018, "Tips and Tricks for Visual Question Answering",
+The list: the majority answers of at least nine questions, normalised by the official rules and without commas, which
+gives 3,129 on the train and val splits of VQA v2 (Teney et al. 2018, "Tips and Tricks for Visual Question Answering",
 CVPR; the public code of hengyuan-hu/bottom-up-attention-vqa). The targets: 0, .3, .6, .9 or 1 by how many of the ten
 annotators gave an answer, in their own spelling, as that code has it.
 
@@ -24,8 +24,7 @@ from vqa_scratch.metrics import normalize_answer, soft_targets
 
 @dataclass(frozen=True)
 class Answer:
-    """What a system answers. `probability` is the product over the tokens it wrote, EOS included; of an answer that was
-    chosen from a list, what the classifier gives it."""
+    """A system's answer. `probability` is the product over its tokens, EOS included, or that of the classifier."""
 
     text: str
     probability: float
@@ -41,12 +40,9 @@ class AnswerList:
 
     @classmethod
     def from_samples(cls, samples: Iterable[VQASample], least: int = 9) -> Self:
-        """Every answer that is the majority's to at least `least` questions, sorted.
-
-        Raises UserError if there is none.
-        """
+        """Every answer that the majority gives to at least `least` questions, sorted. UserError if there is none."""
         counts = Counter(normalize_answer(sample.answer).replace(",", "") for sample in samples)
-        del counts[""]  # what is left of "the"
+        del counts[""]  # "the", normalised
         labels = tuple(sorted(answer for answer, count in counts.items() if count >= least))
         if not labels:
             often = counts.most_common(1)[0][1] if counts else 0
@@ -67,7 +63,7 @@ class AnswerList:
         return {self.index[a]: score for a, score in soft_targets(sample.answers).items() if a in self.index}
 
     def answerable(self, samples: Sequence[VQASample]) -> list[VQASample]:
-        """The samples to which at least one annotator gave an answer of the list.
+        """The samples with an annotator's answer that is in the list.
 
         Raises UserError if there is none, or if a sample has no annotators' answers.
         """
@@ -84,7 +80,7 @@ class AnswerList:
 
 
 class SoftTargets:
-    """The scores of many samples, kept sparse: of thousands of answers a question has a handful."""
+    """The scores of many samples, kept sparse: a question has a handful of thousands of answers."""
 
     def __init__(self, samples: Sequence[VQASample], answers: AnswerList) -> None:
         known = [answers.known(sample) for sample in samples]
@@ -101,11 +97,7 @@ class SoftTargets:
         """(B, L) float32 of the chosen rows."""
         targets = np.zeros((len(rows), self.width), dtype=np.float32)
         lengths = self.ids.lengths[rows]
-        places = np.repeat(self.ids.starts[rows], lengths) + _count_up(lengths)
+        within = np.arange(lengths.sum()) - np.repeat(lengths.cumsum() - lengths, lengths)  # 0, 1, ... in each row
+        places = np.repeat(self.ids.starts[rows], lengths) + within
         targets[np.repeat(np.arange(len(rows)), lengths), self.ids.flat[places]] = self.scores[places]
         return targets
-
-
-def _count_up(lengths: np.ndarray) -> np.ndarray:
-    """0, 1, ... for each length, one after the other."""
-    return np.arange(lengths.sum()) - np.repeat(lengths.cumsum() - lengths, lengths)

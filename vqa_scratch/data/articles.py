@@ -1,4 +1,4 @@
-"""Articles from a file: CSV or JSONL with named columns, or plain text with one article a line."""
+"""Reads articles from a file: CSV or JSONL with named columns, or plain text with one article a line."""
 
 import csv
 import io
@@ -22,10 +22,10 @@ class Articles:
 
 
 def read_articles(path: Path, column: str, summary_column: str | None = None) -> Articles:
-    """Read a .csv, .jsonl or .txt file; for .txt the columns are not looked at.
+    """Read a .csv, .jsonl or .txt file; a .txt file has no columns.
 
-    Raises UserError on a file that cannot be read, a line that cannot be parsed, a missing column (naming those there
-    are), an article that is no text, and a file without a single article.
+    Raises UserError on a file that cannot be read, a line that cannot be parsed, a missing column (naming the
+    existing ones), an article that is not a text, and a file without articles.
     """
     readers = {".csv": _csv, ".jsonl": _jsonl, ".txt": _text}
     read = readers.get(path.suffix.lower())
@@ -64,7 +64,7 @@ def read_articles(path: Path, column: str, summary_column: str | None = None) ->
 
 
 def _lines(path: Path) -> io.StringIO:
-    """The file decoded in one piece, so that an error knows its place, without a mark of byte order at its start."""
+    """The lines of the file, decoded in one piece so that an error knows its place, without a byte order mark."""
     return io.StringIO(path.read_bytes().decode("utf-8").removeprefix("\ufeff"), newline="")
 
 
@@ -75,7 +75,7 @@ def _csv(path: Path) -> Iterator[tuple[int, dict[str, str | None]]]:
         columns = len(reader.fieldnames or ())
         begun = reader.line_num + 1
         for row in reader:
-            if None in row:  # else what follows a comma would be lost without a word
+            if None in row:  # else what follows a comma would be lost silently
                 raise UserError(
                     f"{path}, line {reader.line_num} has {columns + len(row[None])} cells, the first line {columns}: "
                     "a cell with a comma needs double quotes around it"

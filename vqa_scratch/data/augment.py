@@ -1,10 +1,10 @@
-"""Changes to training images that leave their texts true: mirroring, a small turn, brightness and contrast.
+"""Augments training images without making their texts wrong: mirroring, a small turn, brightness and contrast.
 
-Mirroring swaps left and right, so an image is mirrored only where no text that goes with it depends on a side. There is
-no change of hue or saturation: a text that names a colour would stop being true. Evaluation never comes here.
+Mirroring swaps left and right, so an image is mirrored only if none of its texts depends on a side. Hue and saturation
+stay as they are: a text may name a colour.
 
-Everything works on bytes, for a batch at once, and chance comes as numbers that are given, so that a run which goes on
-from a checkpoint, or which several processes share, sees the same images as one process that was never stopped.
+A batch is changed at once, as bytes. The caller passes the random numbers, so that a resumed run, or one on several
+ranks, sees the same images as a single process that was never stopped.
 
 Shapes: I images of H x W pixels.
 """
@@ -21,12 +21,12 @@ _SIDE_WORDS = re.compile(r"\b(left|right|leftmost|rightmost|clockwise|anticlockw
 
 
 def depends_on_side(text: str) -> bool:
-    """Whether a text says left or right: of an image in a mirror it would not be true."""
+    """Whether a text says left or right, and would be wrong about the mirrored image."""
     return _SIDE_WORDS.search(text) is not None
 
 
 def rotate(pixels: Tensor, degrees: Tensor) -> Tensor:
-    """(I, C, H, W) float turned about the centre by (I,) degrees, counterclockwise; the border is drawn out."""
+    """(I, C, H, W) float turned about the centre by (I,) degrees, counterclockwise; border pixels fill the corners."""
     angle = torch.deg2rad(degrees)
     height, width = pixels.shape[2:]
     cos, sin, zero = angle.cos(), angle.sin(), torch.zeros_like(angle)
@@ -39,9 +39,9 @@ def rotate(pixels: Tensor, degrees: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Augment:
-    """How much of each change; 0 leaves it out.
+    """The strength of each change; 0 leaves it out.
 
-    flip                 -- probability of mirroring an image that may be
+    flip                 -- probability of mirroring an image, where allowed
     degrees              -- largest turn either way
     brightness, contrast -- largest relative change, both uniform around 1
     """

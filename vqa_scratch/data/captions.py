@@ -1,48 +1,33 @@
-"""Captions of images: a folder with a COCO captions file, or the drawn scenes with generated descriptions.
+"""Reads captions of images: those of a COCO captions file, or generated descriptions of the drawn scenes.
 
 The format is that of MS COCO (Chen et al. 2015, "Microsoft COCO Captions", arXiv 1504.00325): `images` with an id and a
-file name, `annotations` with an image id and a caption, usually five an image. A caption is read as the answer to no
-question: one `VQASample` each, whose `question` is empty, whose `answer` is the caption and whose `answers` are all
-captions of its image. So whatever groups, splits, batches and encodes questions serves captions too.
+file name, `annotations` with an image id and a caption, usually five an image. Each caption becomes a `VQASample` with
+an empty `question`; its `answer` is the caption and its `answers` are all captions of its image. So the code that
+groups, splits, batches and encodes questions serves captions too.
 """
 
 import os
 from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from vqa_scratch.data.descriptions import describe_all, read_scenes, scenes_file
-from vqa_scratch.data.skips import Skips
-from vqa_scratch.data.vqa_files import VQASample, entries, fields, image_file_name, subtype_of
+from vqa_scratch.data.vqa_files import (
+    ReadReport,
+    VQAData,
+    VQASample,
+    entries,
+    fields,
+    image_file_name,
+    image_places,
+    subtype_of,
+)
 from vqa_scratch.errors import UserError
 from vqa_scratch.storage import read_json
 
 CAPTION = "caption"  # the question type and answer type of a sample that is one
-
-
-@dataclass
-class CaptionReport(Skips):
-    """What was read, kept and left out. `str(report)` is a text of several lines."""
-
-    split: str = ""
-    source: Path = Path()
-    in_file: int = 0
-    kept: int = 0
-    images: int = 0
-
-    def __str__(self) -> str:
-        head = f"{self.split}: kept {self.kept:,} of {self.in_file:,} captions, of {self.images:,} images"
-        return "\n".join([head, f"  captions     {self.source}", *self.lines()])
-
-
-@dataclass(frozen=True)
-class CaptionSplit:
-    """The samples in the order of the file, and the report on them."""
-
-    samples: list[VQASample]
-    report: CaptionReport
 
 
 def captions_names(split: str) -> tuple[str, ...]:
@@ -56,28 +41,17 @@ def find_captions(folder: Path, split: str) -> Path | None:
     return next(filter(Path.is_file, places), None)
 
 
-@dataclass
 class ImageFinder:
-    """Finds an image by the file name that a captions file gives it, by one listing of each folder."""
+    """Finds an image by the file name that a captions file gives it. It lists each folder once."""
 
-    root: Path
-    stem: str  # "captions_train2014": its end names the folder of images
-    _names: dict[Path, set[str]] = field(init=False, repr=False, default_factory=dict)
-
-    @property
-    def places(self) -> list[Path]:
-        subtype = self.stem.removeprefix("captions_")
-        return [self.root / subtype, self.root / "images" / subtype, self.root / "images", self.root]
+    def __init__(self, root: Path, subtype: str) -> None:
+        self.places = image_places(root, subtype)
+        self.names = cache(lambda folder: set(os.listdir(folder)) if folder.is_dir() else set())
 
     def find(self, name: str) -> Path | None:
         """The path of the image, or None if no folder has it."""
-        for place in self.places:
-            folder = (place / name).parent
-            if folder not in self._names:
-                self._names[folder] = set(os.listdir(folder)) if folder.is_dir() else set()
-            if PurePosixPath(name).name in self._names[folder]:
-                return place / name
-        return None
+        paths = (place / name for place in self.places)
+        return next((path for path in paths if path.name in self.names(path.parent)), None)
 
 
 def _image_entries(path: Path, content: Any) -> dict[int, str]:
@@ -106,17 +80,17 @@ def _with_references(rows: Iterable[tuple[int, Path, int, str]]) -> list[VQASamp
     ]
 
 
-def read_coco_captions(path: Path, folder: Path, split: str, max_images: int | None = None) -> CaptionSplit:
+def read_coco_captions(path: Path, folder: Path, split: str, max_images: int | None = None) -> VQAData:
     """Read one captions file; its images lie below `folder`.
 
-    Captions of images that are not there, empty captions and second entries of one id are left out and counted.
+    Captions of missing images, empty captions and second entries of an id are left out and counted.
     Raises UserError, in one line, for a malformed entry, which it names, and if no caption is left.
     """
     content = read_json(path)
     names = _image_entries(path, content)
     annotations = entries(path, content, "annotations")
-    report = CaptionReport(split=split, source=path, in_file=len(annotations))
-    finder = ImageFinder(folder, path.stem)
+    report = ReadReport(split, "captions", {"captions": path}, in_file=len(annotations))
+    finder = ImageFinder(folder, path.stem.removeprefix("captions_"))
     places: dict[int, Path | None] = {}
     seen: set[int] = set()
     rows, missing = [], 0
@@ -143,21 +117,14 @@ def read_coco_captions(path: Path, folder: Path, split: str, max_images: int | N
             report.skip("the image is missing", names[image_id])
             continue
         rows.append((image_id, places[image_id], caption_id, " ".join(caption.split())))
-    return _finished(_with_references(rows), report, "caption")
+    return VQAData.of(_with_references(rows), report)
 
 
-def _finished(samples: list[VQASample], report: CaptionReport, what: str) -> CaptionSplit:
-    report.kept, report.images = len(samples), len({s.image_id for s in samples})
-    if not samples:
-        raise UserError(f"no {what} of {report.source} is left: {report.reasons() or 'it holds none'}")
-    return CaptionSplit(samples, report)
-
-
-def read_described_scenes(folder: Path, split: str, seed: int = 0, max_images: int | None = None) -> CaptionSplit:
-    """The drawn scenes of a split with their generated descriptions, which are a function of (seed, image id)."""
+def read_described_scenes(folder: Path, split: str, seed: int = 0, max_images: int | None = None) -> VQAData:
+    """The drawn scenes of a split with their generated descriptions, which depend on (seed, image id) alone."""
     path = scenes_file(folder, split)
     texts = describe_all(read_scenes(path), seed)
-    report = CaptionReport(split=split, source=path, in_file=sum(map(len, texts.values())))
+    report = ReadReport(split, "captions", {"captions": path}, in_file=sum(map(len, texts.values())))
     rows = []
     for number, (image_id, captions) in enumerate(texts.items()):
         image = folder / image_file_name(split, image_id, ".png")
@@ -167,15 +134,13 @@ def read_described_scenes(folder: Path, split: str, seed: int = 0, max_images: i
             report.skip("the image is missing", image, len(captions))
         else:
             rows += [(image_id, image, image_id * 1000 + k, caption) for k, caption in enumerate(captions)]
-    return _finished(_with_references(rows), report, "scene")
+    return VQAData.of(_with_references(rows), report)
 
 
-def read_captions(
-    folder: str | Path, split: str = "train", *, seed: int = 0, max_images: int | None = None
-) -> CaptionSplit:
+def read_captions(folder: str | Path, split: str = "train", *, seed: int = 0, max_images: int | None = None) -> VQAData:
     """One split of a folder: its captions file if there is one, else the descriptions of its drawn scenes.
 
-    `max_images`: at most so many images. Raises UserError if the folder has neither, or if no caption is left.
+    With `max_images`, at most that many images. Raises UserError if the folder has neither, or if no caption is left.
     """
     folder = Path(folder)
     path = find_captions(folder, split)

@@ -1,4 +1,4 @@
-"""Batches of questions whose answers are chosen from a list.
+"""Makes batches for a classifier: questions whose answers are chosen from a list.
 
 Shapes: I images of H x W pixels, B questions, T question tokens, L answers in the list.
 """
@@ -20,7 +20,7 @@ from vqa_scratch.data.vqa_v2 import VQASample
 
 @dataclass
 class ClassBatch(ImageBatch):
-    """What a classifier takes. Padding is on the right of words, and right and below of images."""
+    """A batch for a classifier. Words are padded on the right, images on the right and below."""
 
     images: Tensor  # (I, H, W, 3) uint8; the processor's `normalize` makes pixel_values of them
     pixel_mask: Tensor | None  # (I, H, W) bool: where the image is; None: everywhere
@@ -37,7 +37,7 @@ class ClassBatch(ImageBatch):
         return len(self.rows), int(self.asked.sum())
 
     def silent(self) -> Self:
-        """The same inputs with nothing asked and nobody counted: its loss and its gradients are zero."""
+        """The same inputs without asked or counted questions: loss and gradients are zero."""
         return replace(self, asked=torch.zeros_like(self.asked), rows=self.rows[:0])
 
 
@@ -51,7 +51,7 @@ class ClassQuestions(ImageGroups):
         self.targets = SoftTargets(samples, answers)
 
     def batch(self, rows: np.ndarray, images: Images, *, image_map: np.ndarray | None = None) -> ClassBatch:
-        """The rows must come image by image; `image_map[i]` is shown in place of image i."""
+        """The batch of these rows, which must come image by image; `image_map` as in `ImageGroups.images_of`."""
         rows = np.asarray(rows)
         shown, index = self.images_of(rows, image_map)
         ids, lengths = self.ids.padded(rows, self.tokenizers.text.pad_id or 0)

@@ -1,28 +1,25 @@
-"""Descriptions of the drawn scenes, and what they can be held to: the objects that a description names.
+"""Writes descriptions of the drawn scenes, and reads from a description which objects it names.
 
-Every description names every object of its scene by size, colour and shape. Five forms say the rest in different
-words: the quarter of the image each object lies in, with or without a count, the order from left to right or from top
-to bottom, or the relation of each object to the one named before. Where nothing else gives an order, objects are named
-as one reads: row by row of the drawing grid. All of it is a function of (seed, image id), so the same scene has the
-same references everywhere.
+Every description names every object of its scene by size, colour and shape. Five forms differ in the rest: the quarter
+of the image that each object lies in, with or without a count; the order from left to right or from top to bottom; or
+the relation of each object to the one named before. Where a form has no order of its own, objects come in reading
+order. The texts depend on (seed, image id) alone, so a scene has the same references everywhere.
 
-Nothing said stops being true when the image is turned by up to 5 degrees: no centre is closer than 4 pixels to the
-middle lines, and what is called left of or above something is at least `MIN_OFFSET` pixels away.
+Descriptions stay true when the image is turned by up to 5 degrees: no centre is closer than 4 pixels to the middle
+lines, and an object "left of" or "above" another is at least `MIN_OFFSET` pixels away from it.
 """
 
 import random
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from vqa_scratch.data.scenes import CELL, COLORS, MIN_OFFSET, SHAPES, SIZES, Object, Scene
+from vqa_scratch.data.scenes import CELL, COLORS, MIN_OFFSET, NUMBER_WORDS, SHAPES, SIZES, Object, Scene
 from vqa_scratch.errors import UserError
 from vqa_scratch.storage import read_json
-
-NUMBERS = {"one": 1, "two": 2, "three": 3, "four": 4, "five": 5}
-_WORD_OF = {number: word for word, number in NUMBERS.items()}
 
 
 class Named(NamedTuple):
@@ -44,12 +41,12 @@ def named(thing: Object) -> Named:
 
 
 def scenes_file(folder: Path, split: str) -> Path:
-    """Where the embedded data set keeps the objects of a split."""
+    """Where the built-in data set keeps the objects of a split."""
     return folder / f"scenes_{split}.json"
 
 
 def read_scenes(path: Path) -> dict[int, Scene]:
-    """{image_id: scene} from a file of the embedded data set. Raises UserError if it is not one."""
+    """{image_id: scene} from a file of the built-in data set. Raises UserError for another file."""
 
     def scene(record: dict[str, Any]) -> Scene:
         return tuple(Object(o["shape"], o["color"], o["size"], *o["center"]) for o in record["objects"])
@@ -79,7 +76,7 @@ def _in_places(scene: Scene) -> str:
 
 
 def _counted(scene: Scene) -> str:
-    return f"{_WORD_OF[len(scene)]} objects: {_in_places(scene)}"
+    return f"{NUMBER_WORDS[str(len(scene))]} objects: {_in_places(scene)}"
 
 
 def _in_a_line(scene: Scene, axis: str, words: str) -> str | None:
@@ -89,16 +86,8 @@ def _in_a_line(scene: Scene, axis: str, words: str) -> str | None:
     return None if min(gaps) < MIN_OFFSET else f"{words}: {listed([f'a {named(thing)}' for thing in line])}"
 
 
-def _from_left_to_right(scene: Scene) -> str | None:
-    return _in_a_line(scene, "x", "from left to right")
-
-
-def _from_top_to_bottom(scene: Scene) -> str | None:
-    return _in_a_line(scene, "y", "from top to bottom")
-
-
 def _related(scene: Scene) -> str:
-    """Each object but the first by where it lies from the one named before, along the axis that parts them most."""
+    """Each object but the first by its direction from the one before, along the axis on which they differ most."""
     order = reading_order(scene)
     parts = [f"a {named(order[0])}"]
     for before, thing in zip(order, order[1:], strict=False):
@@ -112,16 +101,14 @@ def _related(scene: Scene) -> str:
 
 
 FORMS: tuple[Callable[[Scene], str | None], ...] = (
-    _in_places,
-    _counted,
-    _related,
-    _from_top_to_bottom,
-    _from_left_to_right,
+    *(_in_places, _counted, _related),
+    partial(_in_a_line, axis="y", words="from top to bottom"),
+    partial(_in_a_line, axis="x", words="from left to right"),
 )
 
 
 def describe(scene: Scene, rng: random.Random) -> list[str]:
-    """The descriptions of a scene, one of each form that can tell its objects apart; `rng` deals their order."""
+    """The descriptions of a scene, one of each form that can tell its objects apart, in an order drawn from `rng`."""
     texts = [text for form in FORMS if (text := form(scene)) is not None]
     rng.shuffle(texts)
     return texts
@@ -140,17 +127,17 @@ _PLACED = re.compile(_OBJECT + r" at the ((?:top|bottom) (?:left|right))\b")
 
 
 def objects_named(text: str) -> Counter[Named]:
-    """The objects that a description names, with how often: "large red square" and the like, wherever it stands."""
+    """The objects that a description names, with their counts: "large red square" and so on, anywhere in it."""
     return Counter(Named(*found) for found in _NAMED.findall(text.lower()))
 
 
 def objects_of(scene: Scene) -> Counter[Named]:
-    """The objects of a scene, with how often each occurs."""
+    """The objects of a scene, with their counts."""
     return Counter(map(named, scene))
 
 
 def places_named(text: str) -> Counter[tuple[str, ...]]:
-    """The objects that a description puts into a quarter of the image, with it: (size, colour, shape, place)."""
+    """(size, colour, shape, place) of every object that a description puts into a quarter of the image."""
     return Counter(_PLACED.findall(text.lower()))
 
 

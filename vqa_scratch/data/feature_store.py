@@ -1,9 +1,9 @@
-"""What a frozen tower makes of its inputs, computed once into a file that is mapped into memory.
+"""Caches the states of a frozen encoder: they are computed once, written to a file, and mapped into memory.
 
-A file is named by a hash of everything that decides what is in it: the tower's weights, the number format, and the
-inputs with their preprocessing. Changed weights or images therefore make a new file, and nothing stale is ever read.
+The name of a file is a hash of everything that its content depends on: the encoder's weights, the number format, and
+the inputs with their preprocessing. So changed weights or images make a new file, and nothing stale is ever read.
 
-Shapes: I images, B questions, U different questions, N tokens an image, T tokens a question, D width of the tower.
+Shapes: I images, B questions, U different questions, N tokens an image, T tokens a question, D width of the encoder.
 """
 
 import hashlib
@@ -22,21 +22,21 @@ from vqa_scratch.data.mapped import mapped_array
 
 IMAGES_AT_ONCE, QUESTIONS_AT_ONCE = 32, 256
 WITHOUT = "--no-feature-cache"
-# How the numbers lie in the file: NumPy knows no bf16, so its bits are kept as integers.
+# The number format in the file: NumPy has no bf16, so its bits are kept as integers.
 ON_DISK = {torch.float32: np.float32, torch.float16: np.float16, torch.bfloat16: np.int16}
 
 
-def weights_digest(tower: nn.Module) -> str:
-    """A hash of every parameter and buffer of a tower, with their names."""
+def weights_digest(encoder: nn.Module) -> str:
+    """A hash of every parameter and buffer of a model, with their names."""
     key = hashlib.blake2b(digest_size=12)
-    for name, tensor in sorted(tower.state_dict().items()):
+    for name, tensor in sorted(encoder.state_dict().items()):
         key.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}\n".encode())
         key.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return key.hexdigest()
 
 
 class Table:
-    """Rows (n, D) in a file, made when they are first asked for."""
+    """Rows (n, D) in a file, computed on first use."""
 
     def __init__(self, folder: Path, kind: str, rows: int, width: int, dtype: torch.dtype) -> None:
         self.folder, self.kind, self.shape, self.dtype = folder, kind, (rows, width), dtype
@@ -44,7 +44,7 @@ class Table:
         self._lock = Lock()  # batches are made in threads
 
     def ready(self, name: Callable[[], str], states: Callable[[], Iterator[Tensor]]) -> None:
-        """Map the file; `name()` hashes what decides its content, `states()` computes it, (n, D) at a time."""
+        """Map the file; `name()` hashes what its content depends on, `states()` computes it, (n, D) at a time."""
         with self._lock:
             if self._array is None:
                 key = hashlib.blake2b(f"{name()}|{self.shape}|{self.dtype}".encode(), digest_size=12).hexdigest()
@@ -64,21 +64,21 @@ class Table:
 
 
 class ImageFeatures:
-    """Takes the place of `Images` in batches: the states of the image tower instead of the pixels.
+    """Replaces `Images` in batches: holds the states of the image encoder instead of the pixels.
 
-    encode -- bytes (I, H, W, 3) on the CPU -> states (I, N, D), what is to be kept
+    encode -- bytes (I, H, W, 3) on the CPU -> states (I, N, D) to keep
     """
 
     def __init__(
         self,
         images: Images,
-        tower: nn.Module,
+        encoder: nn.Module,
         encode: Callable[[Tensor], Tensor],
         folder: Path,
         sizes: tuple[int, int],
         dtype: torch.dtype,
     ) -> None:
-        self.images, self.tower, self.encode = images, tower, encode
+        self.images, self.encoder, self.encode = images, encoder, encode
         self.paths, self.processor = images.paths, images.processor
         self.tokens, width = sizes
         self.table = Table(folder, "image", len(images.paths) * self.tokens, width, dtype)
@@ -92,18 +92,18 @@ class ImageFeatures:
                 bar.update(len(positions))
 
     def ready(self) -> None:
-        """Make the file, or find it."""
-        self.table.ready(lambda: f"{weights_digest(self.tower)}|{self.images.digest()}", self._states)
+        """Find the file, or make it."""
+        self.table.ready(lambda: f"{weights_digest(self.encoder)}|{self.images.digest()}", self._states)
 
     def batch(self, positions: Sequence[int]) -> Tensor:
-        """What a batch holds of these images: states (I, N, D)."""
+        """The states (I, N, D) of these images."""
         self.ready()
         first = np.asarray(positions)[:, None] * self.tokens
         return self.table.read(first + np.arange(self.tokens))
 
 
 class TextFeatures:
-    """The states of the text tower for each different question, without padding.
+    """The states of the text encoder for each different question, without padding.
 
     encode -- ids (B, T) and mask (B, T) on the CPU -> states (B, T, D)
     """
@@ -111,23 +111,23 @@ class TextFeatures:
     def __init__(
         self,
         questions: Questions,
-        tower: nn.Module,
+        encoder: nn.Module,
         encode: Callable[[Tensor, Tensor], Tensor],
         folder: Path,
         width: int,
         dtype: torch.dtype,
     ) -> None:
-        self.tower, self.encode = tower, encode
+        self.encoder, self.encode = encoder, encode
         own = [tuple(part.tolist()) for part in np.split(questions.ids.flat, questions.ids.starts[1:])]
-        self.unique = sorted(set(own), key=lambda ids: (len(ids), ids))  # of one length together: little padding
+        self.unique = sorted(set(own), key=lambda ids: (len(ids), ids))  # sorted by length: little padding
         place = {ids: number for number, ids in enumerate(self.unique)}
-        self.which = np.array([place[ids] for ids in own])  # (questions,) -> its number among the different ones
+        self.which = np.array([place[ids] for ids in own])  # (questions,): the number of each in `unique`
         self.lengths = np.array([len(ids) for ids in self.unique])
         self.starts = self.lengths.cumsum() - self.lengths
         self.table = Table(folder, "text", int(self.lengths.sum()), width, dtype)
 
     def _digest(self) -> str:
-        key = hashlib.blake2b(weights_digest(self.tower).encode(), digest_size=12)
+        key = hashlib.blake2b(weights_digest(self.encoder).encode(), digest_size=12)
         for ids in self.unique:
             key.update(f"{ids}\n".encode())
         return key.hexdigest()
@@ -145,7 +145,7 @@ class TextFeatures:
                 bar.update(len(some))
 
     def ready(self) -> None:
-        """Make the file, or find it."""
+        """Find the file, or make it."""
         self.table.ready(self._digest, self._states)
 
     def batch(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:

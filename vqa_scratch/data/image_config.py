@@ -1,4 +1,4 @@
-"""The preprocessor_config.json of released vision encoders, and what its keys mean by being absent.
+"""Reads and writes the preprocessor_config.json of released vision encoders, with the defaults of absent keys.
 
 The files are those of ViT, DeiT, DINO, CLIP, BLIP and SigLIP; the rules are those of the processors of `transformers`.
 """
@@ -21,7 +21,7 @@ _CLIP = {
     "image_mean": _CLIP_MEAN,
     "image_std": _CLIP_STD,
 }
-# What a configuration means by leaving a key out, by processor type; a bare size is the shortest edge where marked so.
+# The defaults of each processor type.
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "ViTImageProcessor": _VIT,
     "DeiTImageProcessor": _VIT

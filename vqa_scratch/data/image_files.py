@@ -1,23 +1,23 @@
-"""Reading any image file into 8-bit RGB, or saying in one line why not."""
+"""Reads any image file as 8-bit RGB, or says in one line why it cannot."""
 
 import re
 import warnings
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from vqa_scratch.errors import UserError
 
-# `load_image` turns this warning into an error. Appended, so that filters which a program has set still win.
+# `load_image` raises an error instead. Appended, so that filters set by a program take precedence.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning, append=True)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """Any 8- or 16-bit image as RGB.
 
-    Transparency (an alpha channel, or a transparent palette entry or colour) is laid over white. 16-bit grey is scaled
-    to 8 bits, where Pillow's own conversion would clip it to white. Raises UserError for 32-bit modes, whose values
+    Transparent pixels (an alpha channel, or a transparent palette entry or colour) get a white background. 16-bit grey
+    is scaled to 8 bits; Pillow's own conversion would clip it to white. Raises UserError for 32-bit modes, whose values
     have no defined white, and ValueError for modes that Pillow cannot convert.
     """
     if image.mode == "RGB" and "transparency" not in image.info:
@@ -40,11 +40,10 @@ def _check_pixels(path: Path, pixels: int) -> None:
         raise UserError(f"{path} has {pixels:,} pixels, over the limit of {limit:,}; scale it down first")
 
 
-def load_image(path: str | Path, *, exif_rotate: bool = False) -> Image.Image:
+def load_image(path: str | Path) -> Image.Image:
     """The image as RGB, fully decoded; of an animation, the first frame.
 
-    exif_rotate -- turn it upright as its EXIF orientation says. Off by default, since the released models were trained
-                   and measured on the pixels as they are stored.
+    Its EXIF orientation is ignored: the released models were trained and measured on the pixels as they are stored.
     Raises UserError, naming the file, if it is missing, empty, truncated, no image, or over Pillow's limit of pixels.
     """
     path = Path(path)
@@ -66,8 +65,6 @@ def load_image(path: str | Path, *, exif_rotate: bool = False) -> Image.Image:
     except Exception as error:  # decoders raise whatever they like on broken files
         raise UserError(f"{path} is damaged or truncated: {error or type(error).__name__}") from error
     try:
-        if exif_rotate:
-            ImageOps.exif_transpose(image, in_place=True)
         return to_rgb(image)
     except ValueError as error:
         raise UserError(f"{path}: {error}") from error

@@ -1,9 +1,9 @@
-"""The image preprocessing that each released vision tower was trained with.
+"""Prepares images as each released vision encoder expects them, and loads those of a data set in batches.
 
-The pipeline is that of the public `preprocessor_config.json` files (ViT, DeiT, DINO, CLIP, BLIP, SigLIP): resize, crop
-the centre, scale to [0, 1], subtract a mean and divide by a deviation, computed here by Pillow and NumPy. Everything
-after the crop is a function of one byte and its channel, so it is tabulated once (3 x 256 values) and looked up: a
-batch kept as bytes and normalised on the device equals the full path bit for bit, on any device.
+The steps are those of the public `preprocessor_config.json` files (ViT, DeiT, DINO, CLIP, BLIP, SigLIP): resize, crop
+the centre, scale to [0, 1], subtract a mean and divide by a deviation. Everything after the crop depends on one byte
+and its channel alone, so it is looked up in a table of 3 x 256 values. A batch kept as bytes and normalised on the
+device therefore equals the full path bit for bit.
 
 Shapes: B batch, I images, H image height, W image width, 3 colour channels.
 """
@@ -32,24 +32,24 @@ from vqa_scratch.weights.hub import locate
 __all__ = ["ImageProcessor", "Images", "load_image", "to_rgb"]
 
 CONFIG_NAME = "preprocessor_config.json"
-JOINT_CONFIG_NAME = "processor_config.json"  # of a model with several inputs: a part for each
+JOINT_CONFIG_NAME = "processor_config.json"  # of a model with several inputs; it has a part for each
 
 
 def _crop_start(length: int, wanted: int) -> int:
-    """Where a centre crop begins; below 0 where it is the longer of the two.
+    """Where a centre crop begins; negative if the image is shorter than the crop.
 
-    An odd difference is split as the reference does: the extra row goes to the start when padding.
+    Rounding down puts the extra row of an odd padding at the start, as the reference does.
     """
-    return (length - wanted) // 2  # rounds down, so away from 0 when padding
+    return (length - wanted) // 2
 
 
 @dataclass(frozen=True)
 class ImageProcessor:
-    """Preprocessing of one vision tower; a step whose field is None is left out.
+    """Preprocessing of one vision encoder; a step whose field is None is left out.
 
-    size           -- resize to (height, width), or, for an int, so that the shortest edge is that long
+    size           -- (height, width) to resize to; an int is the length of the shortest edge
     resample       -- Pillow's number of the filter: 0 nearest, 1 Lanczos, 2 bilinear, 3 bicubic, 4 box, 5 Hamming
-    crop_size      -- (height, width) cut from the centre, zeros around where the image is smaller
+    crop_size      -- (height, width) cut from the centre; a smaller image is padded with zeros
     rescale_factor -- multiplies the bytes
     mean, std      -- per channel, after rescaling
     kind           -- the processor type that `to_hf` names
@@ -71,8 +71,6 @@ class ImageProcessor:
             raise ValueError("mean and std go together: give both, or None for both")
         if self.std is not None and not all(self.std):
             raise UserError(f"image_std must not hold a zero: {self.std}")
-
-    # ------------------------------------------------------------------------------------------ files
 
     @classmethod
     def from_hf(cls, config: dict[str, Any]) -> "ImageProcessor":
@@ -104,18 +102,16 @@ class ImageProcessor:
         """Writes preprocessor_config.json."""
         write_json(Path(folder) / CONFIG_NAME, self.to_hf(), compact=True)
 
-    # ------------------------------------------------------------------------------------------ use
-
     @property
     def output_size(self) -> tuple[int, int] | None:
-        """(height, width) of every result, or None where it depends on the image."""
+        """(height, width) of every result, or None if it depends on the image."""
         return self.crop_size or (self.size if isinstance(self.size, tuple) else None)
 
     @cached_property
     def table(self) -> torch.Tensor:
         """(3, 256) float32: the value of each byte in each channel."""
         values = np.arange(256, dtype=np.float64)
-        # In float64 up to here, as the reference processors compute it; every later step in float32.
+        # In float64 as far as here, like the reference processors; every later step is in float32.
         values = (values if self.rescale_factor is None else values * self.rescale_factor).astype(np.float32)
         if self.mean is None:
             return torch.from_numpy(np.tile(values, (3, 1)))
@@ -132,7 +128,7 @@ class ImageProcessor:
         return (self.size, longer) if width <= height else (longer, self.size)
 
     def box(self, box: Sequence[float], height: int, width: int) -> tuple[float, float, float, float]:
-        """Where a box (left, top, right, bottom) of an image of that size lies in the result; the part that is left."""
+        """A box (left, top, right, bottom) of an image of that size, in the result; what the crop cuts off is gone."""
         edges = []
         for axis, length in enumerate((width, height)):
             resized = self.target(width, height)[axis]
@@ -141,9 +137,6 @@ class ImageProcessor:
             edges.append([min(max(box[i] * resized / length - shift, 0), wanted) for i in (axis, axis + 2)])
         (left, right), (top, bottom) = edges
         return left, top, right, bottom
-
-    def _resized(self, image: Image.Image) -> Image.Image:
-        return image if self.size is None else image.resize(self.target(*image.size), resample=self.resample)
 
     def _cropped(self, pixels: np.ndarray) -> np.ndarray:
         if self.crop_size is None:
@@ -161,10 +154,13 @@ class ImageProcessor:
             if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
                 raise ValueError(f"an array must be uint8 (H, W, 3), not {image.dtype} {image.shape}")
             image = Image.fromarray(image)
-        return self._cropped(np.asarray(self._resized(to_rgb(image))))
+        image = to_rgb(image)
+        if self.size is not None:
+            image = image.resize(self.target(*image.size), resample=self.resample)
+        return self._cropped(np.asarray(image))
 
     def to_uint8(self, image: Image.Image | np.ndarray | Sequence[Image.Image | np.ndarray]) -> np.ndarray:
-        """uint8 (H, W, 3), or (B, H, W, 3) for a list: resized and cropped, for a cache that `normalize` completes."""
+        """uint8 (H, W, 3), or (B, H, W, 3) for a list: resized and cropped, for `normalize`."""
         if isinstance(image, (Image.Image, np.ndarray)):
             return self._bytes(image)
         batch = [self._bytes(one) for one in image]
@@ -173,16 +169,14 @@ class ImageProcessor:
         return np.stack(batch)
 
     def normalize(self, pixels: torch.Tensor | np.ndarray) -> torch.Tensor:
-        """float32 (..., 3, H, W) from uint8 (..., H, W, 3), on the device of `pixels`; what `__call__` does last."""
+        """float32 (..., 3, H, W) from uint8 (..., H, W, 3), on the device of `pixels`; the last step of `__call__`."""
         pixels = torch.as_tensor(pixels)
         if pixels.dtype != torch.uint8 or pixels.ndim < 3 or pixels.shape[-1] != 3:
             raise ValueError(f"pixels must be uint8 (..., H, W, 3), not {pixels.dtype} {tuple(pixels.shape)}")
         table = self.table.to(pixels.device)
         planes = pixels.unbind(-1)  # 3 x (..., H, W)
-        looked_up = [
-            table[c].index_select(0, plane.flatten().int()).view(plane.shape) for c, plane in enumerate(planes)
-        ]
-        return torch.stack(looked_up, dim=-3)  # (..., 3, H, W)
+        values = [row.index_select(0, plane.flatten().int()) for row, plane in zip(table, planes, strict=True)]
+        return torch.stack([value.view(pixels.shape[:-1]) for value in values], dim=-3)  # (..., 3, H, W)
 
     def __call__(self, image: Image.Image | np.ndarray | Sequence[Image.Image | np.ndarray]) -> torch.Tensor:
         """float32 (3, H, W), or (B, 3, H, W) for a list. Arrays are uint8 (H, W, 3)."""
@@ -190,7 +184,7 @@ class ImageProcessor:
 
 
 class Images:
-    """Resized images as bytes, by position: decoded when asked for, or read from a file mapped into memory."""
+    """The images of a data set as bytes, by position: decoded on demand, or read from a file mapped into memory."""
 
     def __init__(self, paths: Sequence[Path], processor: ImageProcessor, *, workers: int = 4) -> None:
         if processor.output_size is None:
@@ -214,15 +208,15 @@ class Images:
             return list(pool.map(self.read, positions))
 
     def load(self, positions: Sequence[int]) -> tuple[np.ndarray, np.ndarray | None]:
-        """The images, (I, H, W, 3) uint8, and where in them there is one, (I, H, W) bool; None: everywhere."""
+        """The images, (I, H, W, 3) uint8, and a mask of their real pixels, (I, H, W) bool; None: all are real."""
         return self[positions], None
 
     def batch(self, positions: Sequence[int]) -> Tensor:
-        """What a batch holds of these images: (I, H, W, 3) uint8."""
+        """The images of a batch: (I, H, W, 3) uint8."""
         return torch.from_numpy(np.require(self[positions], requirements="W"))
 
     def digest(self) -> str:
-        """A hash of the preprocessing and of every path with its size and time: changed images have another."""
+        """A hash of the preprocessing and of every path with its size and time; it changes with the images."""
         key = hashlib.blake2b(repr(self.processor.to_hf()).encode(), digest_size=12)
         for path in self.paths:
             stat = path.stat()
@@ -230,7 +224,7 @@ class Images:
         return key.hexdigest()
 
     def cache_in(self, folder: Path, *, progress: bool = True) -> None:
-        """Write all images once to a file below `folder` and map it; a finished file is found again by its name."""
+        """Write all images to a file below `folder` and map it; later runs find the finished file by its name."""
 
         def blocks() -> Iterator[np.ndarray]:
             with ThreadPoolExecutor(self.workers) as pool:

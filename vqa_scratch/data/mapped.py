@@ -1,4 +1,4 @@
-"""Arrays too large for memory: written once to a file, row by row, and mapped from then on."""
+"""Keeps arrays that are too large for memory: each is written to a file once, row by row, and mapped from then on."""
 
 import os
 from collections.abc import Callable, Iterable
@@ -11,10 +11,10 @@ from vqa_scratch.storage import unfinished_name
 
 
 def _mapped(path: Path, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray | None:
-    """The array of a finished file; None if there is none, or if it is not what was asked for."""
+    """The array in a finished file; None if there is no file, or if it holds another array."""
     try:
         array = np.load(path, mmap_mode="r")
-    except (OSError, ValueError, EOFError):  # absent, or cut short by other hands than ours
+    except (OSError, ValueError, EOFError):  # absent, or damaged from outside
         return None
     return array if array.shape == shape and array.dtype == dtype else None
 
@@ -22,10 +22,10 @@ def _mapped(path: Path, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray |
 def mapped_array(
     path: Path, shape: tuple[int, ...], dtype: np.dtype, blocks: Callable[[], Iterable[np.ndarray]], without: str
 ) -> np.ndarray:
-    """The array in the file `path`, mapped read-only; `blocks()`, joined along the first axis, fill it if need be.
+    """The array in the file `path`, mapped read-only. `blocks()`, joined along the first axis, fill a missing file.
 
-    It is written under a temporary name and renamed when it is complete, so a half-written one is never found. Raises
-    UserError, one line that ends with `without` (which flag does without this file), where the disk does not take it.
+    It is written under a temporary name and renamed when it is complete, so a half-written file is never found. Raises
+    UserError if it cannot be written; the line ends with `without`, the flag that does without this file.
     """
     dtype = np.dtype(dtype)
     array = _mapped(path, shape, dtype)

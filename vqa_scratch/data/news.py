@@ -1,10 +1,9 @@
-"""Short made-up news: articles, reference summaries, and labelled sentences for two reward models.
+"""Generates short news: articles, reference summaries, and labelled sentences for two reward models.
 
 An article reports one decision (who, where, what, why) in emotional wording and ends with an unrelated event. Its
-reference summary gives the four facts in one sentence; most summaries keep some of the emotion, a few keep none. A
-summariser trained on them by imitation therefore knows neutral wording but seldom uses it, which leaves something for
-a reward to bring out.
-Everything is a function of a seed.
+reference summary gives the four facts in one sentence; most summaries keep some of the emotion, a few keep none. So a
+summariser trained on them knows neutral wording but rarely uses it, and a reward can bring it out.
+Everything depends on a seed alone.
 """
 
 import random
@@ -19,6 +18,7 @@ def _list(text: str) -> tuple[str, ...]:
 
 TONES = ("negative", "neutral", "positive")
 GRAMMAR = ("corrupted", "acceptable")
+NEUTRAL_SHARE = 0.06  # of the summaries
 
 PLACES = _list(
     "Alden,Barrow,Calder,Denby,Elgin,Fulton,Garston,Holme,Irvine,Jarrow,Kelso,Larkhill,"
@@ -91,20 +91,13 @@ def _an(text: str) -> str:
 
 
 def _facts(rng: random.Random) -> dict[str, str]:
-    return {
-        "actor": rng.choice(ACTORS),
-        "place": rng.choice(PLACES),
-        "action": rng.choice(ACTIONS),
-        "reason": rng.choice(REASONS),
-    }
+    choices = {"actor": ACTORS, "place": PLACES, "action": ACTIONS, "reason": REASONS}
+    return {name: rng.choice(values) for name, values in choices.items()}
 
 
 def _feelings(rng: random.Random, tone: str) -> dict[str, str]:
-    return {
-        "adjective": rng.choice(ADJECTIVES[tone]),
-        "adverb": rng.choice(ADVERBS[tone]),
-        "noun": rng.choice(NOUNS[tone]),
-    }
+    choices = {"adjective": ADJECTIVES, "adverb": ADVERBS, "noun": NOUNS}
+    return {name: rng.choice(values[tone]) for name, values in choices.items()}
 
 
 def summarise(rng: random.Random, facts: dict[str, str], tone: str) -> str:
@@ -128,25 +121,21 @@ def summarise(rng: random.Random, facts: dict[str, str], tone: str) -> str:
     return text[0].upper() + text[1:]
 
 
-def news_item(rng: random.Random, neutral_share: float = 0.06) -> NewsItem:
-    """One article of 40 to 60 words with its summary, which is neutral with probability `neutral_share`."""
+def news_item(rng: random.Random) -> NewsItem:
+    """One article of 40 to 60 words with its summary."""
     tone = rng.choice(("negative", "positive"))
     facts, other = _facts(rng), _facts(rng)
-    article = " ".join(
-        [
-            rng.choice(LEADS).format(verb=rng.choice(VERBS), **facts, **_feelings(rng, tone)),
-            rng.choice(REACTIONS[tone]).format(**_feelings(rng, tone)),
-            rng.choice(ASIDES).format(**other),
-        ]
-    )
-    summary = summarise(rng, facts, "neutral" if rng.random() < neutral_share else tone)
+    lead = rng.choice(LEADS).format(verb=rng.choice(VERBS), **facts, **_feelings(rng, tone))
+    reaction = rng.choice(REACTIONS[tone]).format(**_feelings(rng, tone))
+    article = f"{lead} {reaction} {rng.choice(ASIDES).format(**other)}"
+    summary = summarise(rng, facts, "neutral" if rng.random() < NEUTRAL_SHARE else tone)
     return NewsItem(_an(article), summary, tone)
 
 
-def news(count: int, seed: int, neutral_share: float = 0.06) -> list[NewsItem]:
+def news(count: int, seed: int) -> list[NewsItem]:
     """`count` items, the same for the same seed; different seeds share no random stream."""
     rng = random.Random(f"news-{seed}")
-    return [news_item(rng, neutral_share) for _ in range(count)]
+    return [news_item(rng) for _ in range(count)]
 
 
 # ------------------------------------------------------------------------------------- sentences for the reward models
@@ -158,7 +147,7 @@ def _swap(rng: random.Random, words: list[str]) -> list[str]:
 
 
 def _drop(rng: random.Random, words: list[str]) -> list[str]:
-    """Leave out a word the sentence cannot do without: an article, a preposition or part of the verb."""
+    """Leave out a word that the sentence needs: an article, a preposition or part of the verb."""
     needed = [i for i, w in enumerate(words) if w.lower() in {"the", "in", "will", "plans", "to", "agreed", "a", "an"}]
     i = rng.choice(needed)
     return words[:i] + words[i + 1 :]
@@ -182,8 +171,7 @@ def _cut(rng: random.Random, words: list[str]) -> list[str]:
 
 def _splice(rng: random.Random, words: list[str]) -> list[str]:
     """The beginning of this sentence with the end of another, joined where they do not fit."""
-    facts = _facts(rng)
-    other = summarise(rng, facts, rng.choice(TONES)).split()
+    other = summarise(rng, _facts(rng), rng.choice(TONES)).split()
     return words[: rng.randrange(3, len(words))] + other[rng.randrange(1, len(other) - 2) :]
 
 

@@ -1,15 +1,16 @@
-"""Drawn scenes and the questions about them: the content of the embedded data set, without its files.
+"""Draws scenes and writes questions about them: the content of the built-in data set, without its files.
 
 A scene is 64 x 64 pixels with 2 to 5 objects on a jittered 4 x 4 grid; an object has one of 3 shapes, 6 colours and
 2 sizes. Eight question families need colour, shape, place, existence, counting, comparing, a spatial relation and a
-nearest neighbour, in the spirit of CLEVR (Johnson et al. 2017). Every question is unambiguous, and its answer is the
-rarest feasible one of its template so far, so that reading the question alone does not help. Ten simulated annotators
-answer it: most agree, some err, some say the same in other words.
+nearest neighbour, in the spirit of CLEVR (Johnson et al. 2017). Every question is unambiguous. Its answer is the one
+that its template has used least among those the scene allows, so the question alone gives nothing away. Ten simulated
+annotators answer it: most agree, some are wrong, some say the same in other words.
 """
 
 import random
 from collections import Counter, defaultdict
 from dataclasses import dataclass
+from itertools import product
 
 from PIL import Image, ImageDraw
 
@@ -27,7 +28,7 @@ HELD_OUT = frozenset({("red", "square"), ("blue", "circle"), ("green", "triangle
 PIXELS, GRID = 64, 4
 CELL = PIXELS // GRID
 
-# family: (question type as VQA v2 names it, answer type)
+# family: (question type as in VQA v2, answer type)
 FAMILIES = {
     "color": ("what color is the", "other"),
     "shape": ("what shape is the", "other"),
@@ -48,7 +49,7 @@ Description = tuple[str | None, str | None, str | None]  # (size, color, shape);
 
 @dataclass(frozen=True)
 class Object:
-    """One drawn object; `x`, `y` is its centre in pixels, `radius` half its side or its radius."""
+    """One drawn object with its centre (`x`, `y`) in pixels; `radius` is half its width."""
 
     shape: str
     color: str
@@ -74,13 +75,17 @@ class Object:
         """The quarter of the image it lies in; cells keep every object off the two middle lines."""
         return f"{'top' if self.y < PIXELS / 2 else 'bottom'} {'left' if self.x < PIXELS / 2 else 'right'}"
 
+    def distance(self, other: "Object") -> float:
+        """Between the centres, in pixels."""
+        return ((self.x - other.x) ** 2 + (self.y - other.y) ** 2) ** 0.5
+
 
 Scene = tuple[Object, ...]
 
 
 @dataclass(frozen=True)
 class Question:
-    """`template` groups the questions whose answers are kept even; `about` are the objects named one by one."""
+    """`template` groups the questions whose answers are balanced; `about` are the objects that the question names."""
 
     family: str
     template: str
@@ -89,18 +94,12 @@ class Question:
     about: tuple[int, ...] = ()
 
 
-# ------------------------------------------------------------------------------------------------ scenes
-
-
 def draw_scene(rng: random.Random, *, held_out: bool = False) -> Scene:
-    """Two to five objects in distinct grid cells; with `held_out`, exactly the first is one of the held-out pairs."""
+    """Two to five objects in distinct grid cells; with `held_out`, the first and no other is a held-out pair."""
     objects = []
     cells = rng.sample(range(GRID * GRID), rng.randint(2, 5))
     for position, cell in enumerate(cells):
-        if held_out and position == 0:
-            color, shape = rng.choice(sorted(HELD_OUT))
-        else:
-            color, shape = _allowed_pair(rng)
+        color, shape = rng.choice(sorted(HELD_OUT)) if held_out and position == 0 else _allowed_pair(rng)
         size = rng.choice(("small", "large"))
         radius, row, column = SIZES[size], cell // GRID, cell % GRID
         x = column * CELL + rng.randint(radius, CELL - radius)
@@ -134,9 +133,6 @@ def render(scene: Scene, rng: random.Random) -> Image.Image:
     return image.reduce(scale)
 
 
-# ------------------------------------------------------------------------------------------------ questions
-
-
 def phrase(description: Description, plural: bool = False) -> str:
     """("small", "red", None) -> "small red object"."""
     size, color, shape = description
@@ -145,7 +141,7 @@ def phrase(description: Description, plural: bool = False) -> str:
 
 
 class SceneIndex:
-    """Which objects of a scene each description fits; the ground truth all questions are read from."""
+    """Which objects of a scene each description fits: the ground truth of all questions."""
 
     def __init__(self, scene: Scene) -> None:
         self.scene = scene
@@ -165,20 +161,13 @@ class SceneIndex:
 
 
 def describe(thing: Object, kind: str) -> Description:
-    return (
-        thing.size if "z" in kind else None,
-        thing.color if "c" in kind else None,
-        thing.shape if "s" in kind else None,
-    )
+    letters = zip("zcs", (thing.size, thing.color, thing.shape), strict=True)
+    return tuple(value if letter in kind else None for letter, value in letters)
 
 
 def _all_of_kind(kind: str) -> list[Description]:
-    return [
-        (size, color, shape)
-        for size in (SIZES if "z" in kind else (None,))
-        for color in (COLORS if "c" in kind else (None,))
-        for shape in (SHAPES if "s" in kind else (None,))
-    ]
+    choices = zip("zcs", (SIZES, COLORS, SHAPES), strict=True)
+    return list(product(*(values if letter in kind else (None,) for letter, values in choices)))
 
 
 KINDS = {kind: _all_of_kind(kind) for kind in ("", "z", "c", "s", "zs", "zc", "cs", "zcs")}
@@ -187,15 +176,13 @@ REFERENCES = ("cs", "cs", "s", "c", "zs", "zcs")  # how where, relation and clos
 
 
 class QuestionWriter:
-    """Draws questions about scenes and keeps each template's answers even.
+    """Draws questions about scenes and balances the answers of each template.
 
-    `tally[template][answer]` counts what was written; of the feasible answers the rarest is taken, so a template's
-    answers come out as even as the scenes allow.
+    `tally[template][answer]` counts what was written. Each question takes the feasible answer with the lowest count.
     """
 
     def __init__(self, rng: random.Random, *, held_out: bool = False) -> None:
-        self.rng = rng
-        self.held_out = held_out
+        self.rng, self.held_out = rng, held_out
         self.kinds = KINDS if held_out else SEEN_KINDS
         self.tally: dict[str, Counter[str]] = defaultdict(Counter)
         self.makers = {family: getattr(self, f"_{family}") for family in FAMILIES}
@@ -204,7 +191,7 @@ class QuestionWriter:
         """`number` different questions about the scene, families in rotation from a random start."""
         index = SceneIndex(scene)
         order = self.rng.sample(tuple(FAMILIES), len(FAMILIES))
-        most = -(-number // len(FAMILIES))  # so many of one family, so that none crowds out another
+        most = -(-number // len(FAMILIES))  # questions of one family, so that none crowds out another
         questions: dict[str, Question] = {}
         written: Counter[str] = Counter()
         for attempt in range(number * 6):
@@ -214,11 +201,10 @@ class QuestionWriter:
             if written[family] == most:
                 continue
             question = self.makers[family](index)
-            if question is None or question.text in questions or not self._wanted(question):
-                continue
-            questions[question.text] = question
-            written[family] += 1
-            self.tally[question.template][question.answer] += 1
+            if question is not None and question.text not in questions and self._wanted(question):
+                questions[question.text] = question
+                written[family] += 1
+                self.tally[question.template][question.answer] += 1
         return list(questions.values())
 
     def _wanted(self, question: Question) -> bool:
@@ -228,9 +214,13 @@ class QuestionWriter:
         words = f"{question.text} {question.answer}".replace("s ", " ")
         return 0 in question.about or any(f"{color} {shape}" in words for color, shape in HELD_OUT)
 
-    def _ask(self, family: str, template: str, options: dict[str, list]) -> Question | None:
-        """The option whose answer this template has used least. `options`: answer -> list of (text, objects named)."""
-        if not options:
+    def _ask(self, family: str, template: str, options: dict[str, list], least: int = 1) -> Question | None:
+        """The option whose answer this template has used least; None with fewer than `least` possible answers.
+
+        `options`: answer -> list of (text, objects named). Where a scene allows one answer only, a yes/no question
+        would unbalance its template.
+        """
+        if len(options) < least:
             return None
         template = f"{family}/{template}"
         tally = self.tally[template]
@@ -255,8 +245,7 @@ class QuestionWriter:
     def _where(self, index: SceneIndex) -> Question | None:
         options = defaultdict(list)
         for i, thing in enumerate(index.scene):
-            reference = self._reference(index, i)
-            if reference:
+            if reference := self._reference(index, i):
                 options[thing.place].append((reference, (i,)))
         return self._ask("where", "", options)
 
@@ -265,9 +254,7 @@ class QuestionWriter:
         options = defaultdict(list)
         for description in self.kinds[kind]:
             options["yes" if index.count(description) else "no"].append((phrase(description), ()))
-        if len(options) < 2:  # only one answer possible in this scene: asking it would tilt the template
-            return None
-        return self._ask("exist", kind, options)
+        return self._ask("exist", kind, options, least=2)
 
     def _count(self, index: SceneIndex) -> Question | None:
         kind = self.rng.choice(("", "s", "s", "c", "z", "zs", "cs"))
@@ -285,20 +272,17 @@ class QuestionWriter:
             if index.count(one) or index.count(other):
                 text = f"{phrase(one, plural=True)} than {phrase(other, plural=True)}"
                 options["yes" if index.count(one) > index.count(other) else "no"].append((text, ()))
-        if len(options) < 2:
-            return None
-        return self._ask("compare", kind, options)
+        return self._ask("compare", kind, options, least=2)
 
     def _reference(self, index: SceneIndex, i: int) -> str | None:
         unique = index.unique(i, REFERENCES)
         return phrase(self.rng.choice(unique)) if unique else None
 
     def _relation(self, index: SceneIndex) -> Question | None:
-        scene = index.scene
         relation, (dx, dy) = self.rng.choice(tuple(RELATIONS.items()))
         options = defaultdict(list)
-        for i, one in enumerate(scene):
-            for j, other in enumerate(scene):
+        for i, one in enumerate(index.scene):
+            for j, other in enumerate(index.scene):
                 offset = (one.x - other.x) * dx + (one.y - other.y) * dy
                 if i == j or abs(offset) < MIN_OFFSET:
                     continue
@@ -308,20 +292,14 @@ class QuestionWriter:
         return self._ask("relation", relation, options)
 
     def _closest(self, index: SceneIndex) -> Question | None:
-        scene = index.scene
         options = defaultdict(list)
-        for i, thing in enumerate(scene):
-            ranked = sorted((_distance(thing, other), other.name) for other in scene if other is not thing)
+        for i, thing in enumerate(index.scene):
+            ranked = sorted((thing.distance(other), other.name) for other in index.scene if other is not thing)
             if len(ranked) > 1 and ranked[1][0] - ranked[0][0] < MIN_GAP:
                 continue
-            reference = self._reference(index, i)
-            if reference:
+            if reference := self._reference(index, i):
                 options[ranked[0][1]].append((reference, (i,)))
         return self._ask("closest", "", options)
-
-
-def _distance(one: Object, other: Object) -> float:
-    return ((one.x - other.x) ** 2 + (one.y - other.y) ** 2) ** 0.5
 
 
 # ------------------------------------------------------------------------------------------------ annotators
@@ -338,20 +316,19 @@ RIVALS = {
 
 
 def same_in_other_words(answer: str) -> str:
-    """A synonym or spelling that people use; official normalisation undoes some of them ("two" -> "2"), not all."""
+    """A synonym or spelling that people use. The official normalisation undoes some of them ("two" -> "2"), not all."""
     if answer in NUMBER_WORDS:
         return NUMBER_WORDS[answer]
-    if "gray" in answer:
-        return answer.replace("gray", "grey")
-    if "top" in answer:
-        return answer.replace("top", "upper")
+    for word, other in (("gray", "grey"), ("top", "upper")):
+        if word in answer:
+            return answer.replace(word, other)
     if " " in answer:
         return f"a {answer}"
     return {"yes": "yes.", "no": "no."}.get(answer, answer)
 
 
 def annotate(rng: random.Random, question: Question) -> tuple[str, ...]:
-    """Ten answers. About 70 % of the questions are unanimous; else 1 to 4 people differ, rarely 7 (a disputed one)."""
+    """Ten answers. About 70 % of the questions are unanimous; on the others 1 to 4 people differ, rarely 7."""
     answers = [question.answer] * 10
     fate = rng.random()
     if fate < 0.7:

@@ -1,9 +1,8 @@
-"""The built-in data set: drawn scenes with questions (`data/scenes.py`), written as VQA v2 files.
+"""Writes the built-in data set: drawn scenes with questions (`data/scenes.py`) as VQA v2 files.
 
-Three colour-shape pairs never occur in `train`, `val` and `test`, neither drawn nor asked about; the `holdout` split
-asks about nothing else (a compositional hold-out as in CLEVR-CoGenT, Johnson et al. 2017).
-
-`ensure_shapes(folder)` writes everything on first use; the same seed gives the same scenes, questions and pixels.
+Three colour-shape pairs are neither drawn nor asked about in `train`, `val` and `test`; the `holdout` split asks about
+nothing else (a compositional hold-out as in CLEVR-CoGenT, Johnson et al. 2017). The same seed gives the same scenes,
+questions and pixels.
 """
 
 import hashlib
@@ -20,27 +19,16 @@ from pathlib import Path
 from tqdm import tqdm
 
 from vqa_scratch.data import scenes as scenes_module
-from vqa_scratch.data.scenes import (
-    FAMILIES,
-    FAMILY_OF_TYPE,
-    HELD_OUT,
-    Question,
-    QuestionWriter,
-    Scene,
-    annotate,
-    draw_scene,
-    render,
-)
-from vqa_scratch.data.vqa_v2 import VQASample, image_file_name, write_vqa
+from vqa_scratch.data.scenes import FAMILIES, Question, QuestionWriter, Scene, annotate, draw_scene, render
+from vqa_scratch.data.vqa_files import VQASample, image_file_name
+from vqa_scratch.data.vqa_write import write_vqa
 from vqa_scratch.errors import UserError
 from vqa_scratch.storage import usual_mode
-
-__all__ = ["FAMILIES", "FAMILY_OF_TYPE", "HELD_OUT", "ShapesSpec", "ensure_shapes", "scenes_of", "write_split"]
 
 
 @dataclass(frozen=True)
 class ShapesSpec:
-    """Sizes of the splits and the seed; part of the cache key."""
+    """Sizes of the splits in scenes, and the seed."""
 
     train: int = 12_000
     val: int = 500
@@ -54,7 +42,7 @@ class ShapesSpec:
 
 
 def scenes_of(spec: ShapesSpec, split: str) -> Iterator[tuple[int, Scene, list[Question], random.Random]]:
-    """(image_id, scene, questions, rng of this scene) for one split; image ids of different splits never meet."""
+    """(image_id, scene, questions, rng of this scene) for one split; no two splits share an image id."""
     held_out = split == "holdout"
     writer = QuestionWriter(random.Random(f"{spec.seed}/{split}/questions"), held_out=held_out)
     first = 1 + 1_000_000 * list(spec.splits()).index(split)
@@ -93,18 +81,8 @@ def write_split(folder: Path, spec: ShapesSpec, split: str, bar: tqdm) -> None:
         }
         for k, question in enumerate(questions):
             question_type, answer_type = FAMILIES[question.family]
-            samples.append(
-                VQASample(
-                    image_id=image_id,
-                    image_path=path,
-                    question_id=image_id * 1000 + k,
-                    question=question.text,
-                    question_type=question_type,
-                    answer_type=answer_type,
-                    answers=annotate(rng, question),
-                    answer=question.answer,
-                )
-            )
+            place, answers = (image_id, path, image_id * 1000 + k), annotate(rng, question)
+            samples.append(VQASample(*place, question.text, question_type, answer_type, answers, question.answer))
         bar.update()
     about = "Drawn shapes with questions and ten simulated annotators"
     write_vqa(folder, split, samples, description=about, license_name="MIT", pairs=complementary_pairs(samples))
@@ -112,11 +90,11 @@ def write_split(folder: Path, spec: ShapesSpec, split: str, bar: tqdm) -> None:
 
 
 def ensure_shapes(cache: Path, spec: ShapesSpec, progress: bool = True) -> Path:
-    """The folder of the data set below `cache`, written first if it is not there. Returns the folder.
+    """The folder of the data set below `cache`; it is written first if it is missing.
 
-    Its name holds a hash of `spec` and of the generator's source, so a changed generator never meets old files. It is
-    written beside its place and renamed, so an interrupted writing leaves nothing half done. Raises UserError if
-    `cache` is not writable.
+    Its name holds a hash of `spec` and of the generator's source, so a changed generator never uses old files. It is
+    written under another name and then renamed, so that an interrupted run leaves nothing half done. Raises UserError
+    if `cache` is not writable.
     """
     source = hashlib.blake2b(digest_size=8)
     for module in (__file__, scenes_module.__file__):

@@ -1,6 +1,6 @@
-"""Tokenizers: loading those of released checkpoints, training small ones, and turning texts into padded batches.
+"""Turns texts into ids and back, with tokenizers loaded from released checkpoints or trained here.
 
-A thin layer over the `tokenizers` library. Three kinds occur: WordPiece (BERT, Devlin et al. 2019), byte-level BPE
+A thin layer over the `tokenizers` library. There are three kinds: WordPiece (BERT, Devlin et al. 2019), byte-level BPE
 (GPT-2, Radford et al. 2019; RoBERTa, Liu et al. 2019) and Unigram (T5, Raffel et al. 2020; from its tokenizer.json).
 
 B batch, T text tokens.
@@ -64,7 +64,7 @@ class Tokenizer:
     mask_id: int | None
 
     def __init__(self, backend: tokenizers.Tokenizer, special: dict[str, str]) -> None:
-        # Files may carry a fixed length to cut or pad to; both are done here, in the open.
+        # Files may ask for a fixed length to cut or pad to; `encode_batch` does both itself.
         backend.no_truncation()
         backend.no_padding()
         self.backend = backend
@@ -82,8 +82,6 @@ class Tokenizer:
     def __len__(self) -> int:
         """Number of ids, added tokens included."""
         return self.backend.get_vocab_size(with_added_tokens=True)
-
-    # ------------------------------------------------------------------------------------------ files
 
     @classmethod
     def from_pretrained(cls, folder_or_hub_id: str | Path) -> "Tokenizer":
@@ -127,8 +125,6 @@ class Tokenizer:
         config["clean_up_tokenization_spaces"] = False
         write_json(folder / "tokenizer_config.json", config, compact=True)
 
-    # ------------------------------------------------------------------------------------------ use
-
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """The ids of one text, uncut."""
         return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
@@ -145,7 +141,7 @@ class Tokenizer:
         """ids (B, T) int64 and mask (B, T) bool, padded on the right to the longest text.
 
         A text longer than `max_length` ids loses its end, but keeps the special tokens around it; `truncated` counts
-        such texts. The mask follows from the lengths, so a token that equals the padding id in value stays visible.
+        such texts. The mask follows from the lengths, so a real token with the padding id stays visible.
         Raises ValueError for no texts, or a `max_length` with no room for one token beside the special ones.
         """
         added = self.backend.num_special_tokens_to_add(False)
@@ -161,10 +157,8 @@ class Tokenizer:
                     self.truncated += 1
         rows = [self.backend.post_process(encoding).ids for encoding in encodings]
         lengths = torch.tensor([len(row) for row in rows])
-        width = max(1, int(lengths.max()))
-        ids = torch.full((len(rows), width), self.pad_id or 0, dtype=torch.int64)
-        for row, values in zip(ids, rows, strict=True):
-            row[: len(values)] = torch.tensor(values, dtype=torch.int64)
+        width, pad = max(1, int(lengths.max())), self.pad_id or 0
+        ids = torch.tensor([row + [pad] * (width - len(row)) for row in rows])
         return ids, torch.arange(width) < lengths[:, None]
 
     def decode(self, ids: Sequence[int] | torch.Tensor, *, skip_special_tokens: bool = True) -> str:
@@ -177,8 +171,8 @@ def answer_ids(tokenizer: Tokenizer, answer: str) -> list[int]:
     """[BOS] + the tokens of the answer + [EOS], for a decoder.
 
     Byte-level BPE writes a word after a space as one token and at the start of a text as several (" tennis" against
-    "ten" + "nis"), so there the answer gets a leading space. Vocabularies without BOS start with CLS, or with the
-    padding token as T5 does; those without EOS end with SEP.
+    "ten" + "nis"), so there the answer gets a leading space. Without BOS an answer starts with CLS, or with the padding
+    token as in T5; without EOS it ends with SEP.
     Raises ValueError if the vocabulary has nothing to start or to end with.
     """
     starts = [i for i in (tokenizer.bos_id, tokenizer.cls_id, tokenizer.pad_id) if i is not None]
@@ -207,7 +201,7 @@ def _byte_level_bpe(folder: Path, config: dict[str, Any]) -> tokenizers.Tokenize
     backend.decoder = decoders.ByteLevel()
     vocabulary = backend.get_vocab()
     if all(token in vocabulary for token in _KNOWN_ROLES[1].values()):
-        mask = tokenizers.AddedToken("<mask>", lstrip=True, special=True)  # takes the space before it along
+        mask = tokenizers.AddedToken("<mask>", lstrip=True, special=True)  # includes the space before it
         backend.add_special_tokens(["<s>", "<pad>", "</s>", "<unk>", mask])
         backend.post_processor = _around(backend, "<s>", "</s>")
     elif "<|endoftext|>" in vocabulary:

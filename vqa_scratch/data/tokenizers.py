@@ -1,4 +1,4 @@
-"""From questions and answers to ids: the tokenizers of a run, and how long a question or an answer may be."""
+"""Turns questions and answers into ids: the tokenizers of a run, and the limits on the lengths."""
 
 from collections.abc import Callable, Sequence
 
@@ -12,7 +12,7 @@ def encode_unique(texts: Sequence[str], encode: Callable[[str], list[int]]) -> l
 
 
 class Tokenizers:
-    """One tokenizer for the text encoder, one for the decoder; a system that lacks one of the two has None there.
+    """One tokenizer for the text encoder and one for the decoder; None where a system lacks one of these.
 
     With `question_prompt` the decoder reads the question's tokens before BOS. `cut` counts the questions and answers
     that were longer than their limit.
@@ -72,7 +72,7 @@ class Tokenizers:
         return answer_ids(self.decoder, "yes")[-1]
 
     def notes_on(self, question: str) -> list[str]:
-        """What a user should know about how this question is read: that it is cut, or has unknown parts."""
+        """Notes for the user: whether the question is cut or has unknown parts."""
         notes, limit = [], self.max_question_tokens
         too_long = self.text is not None and len(self.text.encode(question)) > limit
         if too_long or len(self._whole_prompt(question)) > limit:

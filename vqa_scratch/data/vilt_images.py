@@ -1,8 +1,8 @@
-"""ViLT's image preprocessing: images keep about their shape, so a batch is padded and a mask says where each one is.
+"""Prepares images for ViLT: they keep about their shape, so a batch is padded and a mask marks the real pixels.
 
 The rule is that of Kim et al. 2021 and the public `preprocessor_config.json` files of ViLT: the shorter side becomes
-384 pixels, the longer at most 1333/800 of that, both are cut down to multiples of the patch. An image so long that its
-shorter side would vanish keeps one patch there, and is stretched to it.
+384 pixels, the longer at most 1333/800 of that, and both are cut down to multiples of the patch. A very long image
+keeps one patch along its shorter side and is stretched to it.
 
 B batch, H image height, W image width.
 """
@@ -25,7 +25,7 @@ LONGEST = 1333 / 800  # the longer side in units of the shorter, at most
 
 @dataclass(frozen=True)
 class ViltImageProcessor(ImageProcessor):
-    """`size` is the shorter side in pixels, `divisor` what both sides are multiples of."""
+    """`size` is the shorter side in pixels; both sides are multiples of `divisor`."""
 
     size: int = 384
     resample: int = Image.BICUBIC
@@ -35,13 +35,12 @@ class ViltImageProcessor(ImageProcessor):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not isinstance(self.size, int) or self.size < self.divisor or self.divisor < 1:
-            raise UserError(
-                f"size must be a shortest edge of {self.divisor} pixels (size_divisor) or more: {self.size}"
-            )
+            least = f"{self.divisor} pixels (size_divisor)"
+            raise UserError(f"size must be a shortest edge of {least} or more: {self.size}")
 
     @classmethod
     def from_hf(cls, config: dict[str, Any]) -> "ViltImageProcessor":
-        """From the content of a preprocessor_config.json; UserError for another type, or a step that is not there."""
+        """From the content of a preprocessor_config.json; UserError for another type or a missing step."""
         name = str(config.get("image_processor_type") or config.get("feature_extractor_type"))
         if re.sub(r"(FeatureExtractor|ImageProcessor)(Fast|Pil)?$", "", name) != "Vilt":
             raise UserError(f"the images of a ViLT are prepared by a ViltImageProcessor, not by {name}")
@@ -67,12 +66,12 @@ class ViltImageProcessor(ImageProcessor):
         return tuple(max(int(side + 0.5) // self.divisor, 1) * self.divisor for side in sides)
 
     def padded(self, images: Sequence[Image.Image | np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-        """uint8 (B, H, W, 3), each image in its top left corner, and where it is, (B, H, W) bool."""
+        """uint8 (B, H, W, 3), each image in its top left corner, and a mask of its pixels (B, H, W)."""
         return pad([self._bytes(image) for image in images])
 
 
 def pad(images: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Images (h, w, 3) in the top left corners of arrays of one size, (B, H, W, 3), and where they are, (B, H, W)."""
+    """Images (h, w, 3) in the top left corners of one array (B, H, W, 3), and a mask of their pixels (B, H, W)."""
     height, width = (max(image.shape[axis] for image in images) for axis in (0, 1))
     pixels, mask = np.zeros((len(images), height, width, 3), np.uint8), np.zeros((len(images), height, width), bool)
     for row, image in enumerate(images):
@@ -82,7 +81,7 @@ def pad(images: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
 
 
 class PaddedImages(Images):
-    """Images of many sizes, decoded when asked for and padded to the largest of a batch."""
+    """Images of many sizes, decoded on demand and padded to the largest of a batch."""
 
     def __init__(self, paths: Sequence[Path], processor: ViltImageProcessor, *, workers: int = 4) -> None:
         self.paths, self.processor, self.workers, self.cached = list(paths), processor, workers, None
@@ -95,7 +94,7 @@ class PaddedImages(Images):
 
 
 def images_for(paths: Sequence[Path], processor: ImageProcessor) -> Images:
-    """Images of one size where the processor makes them so, else padded ones."""
+    """Padded images for a ViLT, else images of one size."""
     return (PaddedImages if isinstance(processor, ViltImageProcessor) else Images)(paths, processor)
 
 

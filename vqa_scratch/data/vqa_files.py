@@ -1,4 +1,4 @@
-"""The files of VQA v2 on disk: how they are named, found, parsed and written.
+"""The files of VQA v2 on disk: their names, where they and the images are found, and how they are parsed.
 
 Names follow the public release of VQA v2 (Goyal et al., CVPR 2017), which names images as MS COCO does.
 """
@@ -8,7 +8,7 @@ import sys
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from vqa_scratch.errors import UserError
 from vqa_scratch.storage import read_json
@@ -18,12 +18,12 @@ IMAGE_SUFFIXES = (".jpg", ".png", ".jpeg")
 
 
 def subtype_of(split: str) -> str:
-    """The official `data_subtype` of a split ("train" -> "train2014"); any other name stands for itself."""
+    """The official `data_subtype` of a split ("train" -> "train2014"); any other name is its own subtype."""
     return SUBTYPES.get(split, split)
 
 
 def image_subtype_of(subtype: str) -> str:
-    """The subtype that names the images: test-dev is a part of the questions on test2015."""
+    """The subtype in the names of the images: test-dev asks some of the questions on test2015."""
     return subtype.replace("test-dev", "test")
 
 
@@ -40,7 +40,7 @@ def pairs_name(subtype: str) -> str:
 
 
 def image_file_name(split: str, image_id: int, suffix: str = ".jpg") -> Path:
-    """Where the image lies below the data folder: train2014/COCO_train2014_000000000042.jpg."""
+    """The path of an image below the data folder: train2014/COCO_train2014_000000000042.jpg."""
     subtype = image_subtype_of(subtype_of(split))
     return Path(subtype) / f"COCO_{subtype}_{image_id:012d}{suffix}"
 
@@ -61,7 +61,7 @@ class VQASample:
 
 @dataclass(frozen=True)
 class VQAFiles:
-    """Explicit places: the two JSON files (annotations may be absent for a test split) and the folder of images."""
+    """The paths of a split: two JSON files (a test split may have no annotations) and the folder of images."""
 
     questions: Path
     annotations: Path | None
@@ -69,36 +69,34 @@ class VQAFiles:
 
 
 def find_file(folder: Path, name: str) -> Path:
-    """`name` in `folder` or in its subfolders `questions`, `annotations`; else UserError with every place looked at."""
+    """`name` in `folder` or in its subfolders `questions`, `annotations`; else UserError."""
     places = [folder / name] + [folder / sub / name for sub in ("questions", "annotations")]
     for place in places:
         if place.is_file():
             return place
-    what = (
-        "is not a folder" if not folder.is_dir() else "or its subfolders questions/ and annotations/ have no such file"
-    )
+    no_file = "or its subfolders questions/ and annotations/ have no such file"
+    what = no_file if folder.is_dir() else "is not a folder"
     raise UserError(f"{name} not found: {folder} {what}")
 
 
-@dataclass
+def image_places(root: Path, subtype: str) -> list[Path]:
+    """The folders that may hold the images of a subtype, in the order they are tried."""
+    return [root / subtype, root / "images" / subtype, root / "images", root]
+
+
 class ImageFolder:
-    """Finds the image of an id by one listing of the folder, without a look at the disk per image."""
+    """Finds the image of an id. It lists the folder once, so that no image costs a look at the disk."""
 
-    root: Path
-    subtype: str
-    folder: Path = field(init=False)
-    _names: set[str] = field(init=False, repr=False)
-    _paths: dict[int, Path | None] = field(init=False, repr=False, default_factory=dict)
-
-    def __post_init__(self) -> None:
-        places = [self.root / self.subtype, self.root / "images" / self.subtype, self.root / "images", self.root]
-        for place in filter(Path.is_dir, places):
-            self._names = {name for name in os.listdir(place) if name.lower().endswith(IMAGE_SUFFIXES)}
+    def __init__(self, root: Path, subtype: str) -> None:
+        self.subtype = subtype
+        self._paths: dict[int, Path | None] = {}
+        places = image_places(root, subtype)
+        for self.folder in filter(Path.is_dir, places):
+            self._names = {name for name in os.listdir(self.folder) if name.lower().endswith(IMAGE_SUFFIXES)}
             if self._names:
-                self.folder = place
                 return
         looked = ", ".join(map(str, places))
-        raise UserError(f"no image ({'/'.join(IMAGE_SUFFIXES)}) of {self.subtype} found; looked in {looked}")
+        raise UserError(f"no image ({'/'.join(IMAGE_SUFFIXES)}) of {subtype} found; looked in {looked}")
 
     def names_for(self, image_id: int) -> list[str]:
         """COCO's names of 2014/15, then those of 2017, then the plain number; .jpg before .png."""
@@ -137,9 +135,64 @@ def fields(where: str, entry: Any, types: dict[str, type]) -> list[Any]:
     return [entry[key] for key in types]
 
 
+@dataclass
+class ReadReport:
+    """What was read of a split, kept and left out. `str(report)` is a text of several lines.
+
+    `skipped` counts the entries left out by reason; `examples` holds the first entry for each reason.
+    """
+
+    split: str
+    what: str  # "questions" or "captions"
+    files: dict[str, Path | None]
+    in_file: int
+    kept: int = 0
+    images: int = 0
+    notes: Counter[str] = field(default_factory=Counter)
+    skipped: Counter[str] = field(default_factory=Counter)
+    examples: dict[str, str] = field(default_factory=dict)
+
+    def skip(self, reason: str, example: object = None, count: int = 1) -> None:
+        self.skipped[reason] += count
+        if example is not None:
+            self.examples.setdefault(reason, str(example))
+
+    def __str__(self) -> str:
+        first = {reason: f" (first: {example})" for reason, example in self.examples.items()}
+        return "\n".join(
+            [
+                f"{self.split}: kept {self.kept:,} of {self.in_file:,} {self.what}, on {self.images:,} images",
+                *(f"  {name:<11}  {path or 'none'}" for name, path in self.files.items()),
+                *(f"  left out {n:,}: {reason}{first.get(reason, '')}" for reason, n in self.skipped.most_common()),
+                *(f"  note: {count:,} {note}" for note, count in self.notes.items()),
+            ]
+        )
+
+
+@dataclass(frozen=True)
+class VQAData:
+    """The samples in the order of their file, and the report on them."""
+
+    samples: list[VQASample]
+    report: ReadReport
+
+    @classmethod
+    def of(cls, samples: list[VQASample], report: ReadReport) -> Self:
+        """The samples with their completed report. Raises UserError if there are none."""
+        report.kept, report.images = len(samples), len({sample.image_id for sample in samples})
+        if not samples:
+            first = {reason: f" ({example})" for reason, example in report.examples.items()}
+            why = "; ".join(
+                f"{n} because {reason}{first.get(reason, '')}" for reason, n in report.skipped.most_common()
+            )
+            path = next(iter(report.files.values()))
+            raise UserError(f"no {report.what.removesuffix('s')} of {path} is left: {why or 'it holds none'}")
+        return cls(samples, report)
+
+
 @dataclass(frozen=True)
 class Annotation:
-    """What an annotation file says of one question."""
+    """What an annotation file says about one question."""
 
     image_id: int
     question_type: str
@@ -151,8 +204,8 @@ class Annotation:
 def load_annotations(path: Path) -> tuple[dict[int, Annotation], Counter[str]]:
     """{question_id: Annotation} and a count of what is allowed but unusual.
 
-    The 4.4 million answers of train2014 are reduced to interned strings while the file is parsed, so that their dicts
-    are never all in memory.
+    While the file is parsed, each of the 4.4 million answers of train2014 becomes an interned string, so that their
+    dicts are never all in memory.
     """
     notes: Counter[str] = Counter()
 

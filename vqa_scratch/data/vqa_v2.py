@@ -1,81 +1,36 @@
-"""VQA v2: reading its files into samples and splitting them by image. The one place to import the data set from.
+"""Reads VQA v2 into samples and splits them by image.
 
 The data set and its formats are those of Goyal et al., "Making the V in VQA Matter" (CVPR 2017). Samples hold paths,
-never pixels. Whatever is left out is counted, with its reason, in a report.
+never pixels. A report counts what is left out, by reason.
 """
 
 import hashlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 from tqdm import tqdm
 
 from vqa_scratch.data.image_files import load_image
-from vqa_scratch.data.skips import Skips
 from vqa_scratch.data.vqa_files import (
     Annotation,
     ImageFolder,
+    ReadReport,
+    VQAData,
     VQAFiles,
     VQASample,
     annotations_name,
     entries,
     fields,
     find_file,
-    image_file_name,
     image_subtype_of,
     load_annotations,
     questions_name,
     subtype_of,
 )
-from vqa_scratch.data.vqa_write import read_pairs, write_vqa
 from vqa_scratch.errors import UserError
 from vqa_scratch.storage import read_json
-
-__all__ = [
-    "VQAData",
-    "VQAFiles",
-    "VQAReport",
-    "VQASample",
-    "image_file_name",
-    "read_pairs",
-    "read_vqa",
-    "split_by_image",
-    "spread",
-    "write_vqa",
-]
-
-
-@dataclass
-class VQAReport(Skips):
-    """What was read, kept and left out. `str(report)` is a text of several lines."""
-
-    split: str
-    files: VQAFiles
-    in_file: int = 0
-    kept: int = 0
-    images: int = 0
-    notes: Counter[str] = field(default_factory=Counter)
-
-    def __str__(self) -> str:
-        lines = [
-            f"{self.split}: kept {self.kept:,} of {self.in_file:,} questions, on {self.images:,} images",
-            f"  questions    {self.files.questions}",
-            f"  annotations  {self.files.annotations or 'none'}",
-            f"  images       {self.files.images}",
-        ]
-        lines += self.lines()
-        lines += [f"  note: {count:,} {note}" for note, count in self.notes.items()]
-        return "\n".join(lines)
-
-
-@dataclass(frozen=True)
-class VQAData:
-    """The samples in the order of the question file, and the report on them."""
-
-    samples: list[VQASample]
-    report: VQAReport
 
 
 def _find(source: str | Path | VQAFiles, split: str) -> VQAFiles:
@@ -171,7 +126,8 @@ def read_vqa(
     subtype = content.get("data_subtype") or subtype_of(split)
     finder = ImageFolder(Path(files.images), image_subtype_of(subtype))
     annotations: dict[int, Annotation] | None = None
-    report = VQAReport(split, VQAFiles(files.questions, files.annotations, finder.folder), in_file=len(questions))
+    paths = {"questions": files.questions, "annotations": files.annotations, "images": finder.folder}
+    report = ReadReport(split, "questions", paths, in_file=len(questions))
     if files.annotations is not None:
         annotations, report.notes = load_annotations(files.annotations)
     if start_at >= len(questions):
@@ -179,7 +135,7 @@ def read_vqa(
 
     samples: list[VQASample] = []
     per_image: Counter[int] = Counter()
-    readable: dict[int, bool] = {}
+    is_readable = cache(_is_readable)
     seen: set[int] = set()
     types = {"question_id": int, "image_id": int, "question": str}
     no_annotation = Annotation(0, "", "", (), "")
@@ -215,32 +171,16 @@ def read_vqa(
         if path is None:
             report.skip("the image is missing", finder.folder / finder.names_for(image_id)[0])
             continue
-        if verify_images:
-            if image_id not in readable:
-                readable[image_id] = _is_readable(path)
-            if not readable[image_id]:
-                report.skip("the image cannot be read", path.name)
-                continue
+        if verify_images and not is_readable(path):
+            report.skip("the image cannot be read", path.name)
+            continue
         per_image[image_id] += 1
-        samples.append(
-            VQASample(
-                image_id=image_id,
-                image_path=path,
-                question_id=question_id,
-                question=question.strip(),
-                question_type=found.question_type,
-                answer_type=found.answer_type,
-                answers=found.answers,
-                answer=found.answer,
-            )
-        )
+        kinds = (found.question_type, found.answer_type)
+        samples.append(VQASample(image_id, path, question_id, question.strip(), *kinds, found.answers, found.answer))
     outside = len(questions) - max(stop - start_at, 0)
     if outside:
         report.skip("outside start_at and end_at", count=outside)
-    report.kept, report.images = len(samples), len(per_image)
-    if not samples:
-        raise UserError(f"no question of {files.questions} is left: {report.reasons() or 'it holds none'}")
-    return VQAData(samples, report)
+    return VQAData.of(samples, report)
 
 
 def spread(samples: Sequence[VQASample], number: int) -> list[VQASample]:

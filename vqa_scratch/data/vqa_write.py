@@ -1,29 +1,10 @@
-"""Writing a data set in the formats of VQA v2, so that whatever reads the official files reads it too."""
+"""Writes a data set, or answers to one, in the official file formats of VQA v2."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-from vqa_scratch.data.vqa_files import (
-    VQAFiles,
-    VQASample,
-    annotations_name,
-    find_file,
-    pairs_name,
-    questions_name,
-    subtype_of,
-)
-from vqa_scratch.errors import UserError
-from vqa_scratch.storage import read_json, write_json
-
-
-def answer_entries(answers: Sequence[str], confidences: Iterable[str] | None = None) -> list[dict[str, Any]]:
-    """The official form of the annotators' answers: ids from 1, a confidence each ("yes" unless given)."""
-    confidences = ["yes"] * len(answers) if confidences is None else list(confidences)
-    return [
-        {"answer_id": i, "answer": answer, "answer_confidence": confidence}
-        for i, (answer, confidence) in enumerate(zip(answers, confidences, strict=True), start=1)
-    ]
+from vqa_scratch.data.vqa_files import VQAFiles, VQASample, annotations_name, pairs_name, questions_name, subtype_of
+from vqa_scratch.storage import write_json
 
 
 def write_vqa(
@@ -34,13 +15,12 @@ def write_vqa(
     description: str = "",
     license_name: str = "",
     pairs: Iterable[tuple[int, int]] = (),
-    confidences: Mapping[int, Sequence[str]] | None = None,
 ) -> VQAFiles:
     """Writes the question, annotation and complementary-pair files of a split under their official names.
 
-    pairs       -- (question_id, question_id) with the same question on similar images and different answers
-    confidences -- {question_id: one of "yes", "maybe", "no" per answer}; "yes" where not given
+    pairs -- (question_id, question_id) with the same question on similar images and different answers
     Images are not touched: `image_file_name` says where they belong. Without any answers no annotation file is written.
+    Every annotator is sure of the answer (`answer_confidence` is "yes").
     Raises ValueError if only some samples have answers, or if a question id occurs twice.
     """
     folder, subtype = Path(folder), subtype_of(split)
@@ -58,12 +38,8 @@ def write_vqa(
         "year": 0,
         "date_created": "",
     }
-    common = {
-        "info": info,
-        "license": {"name": license_name, "url": ""},
-        "data_type": "mscoco",
-        "data_subtype": subtype,
-    }
+    license_of = {"name": license_name, "url": ""}
+    common = {"info": info, "license": license_of, "data_type": "mscoco", "data_subtype": subtype}
     questions = [{"image_id": s.image_id, "question": s.question, "question_id": s.question_id} for s in samples]
     files = VQAFiles(folder / questions_name(subtype), folder / annotations_name(subtype) if answered else None, folder)
     write_json(files.questions, {**common, "task_type": "Open-Ended", "questions": questions}, compact=True)
@@ -74,7 +50,10 @@ def write_vqa(
                 "image_id": s.image_id,
                 "question_type": s.question_type,
                 "answer_type": s.answer_type,
-                "answers": answer_entries(s.answers, (confidences or {}).get(s.question_id)),
+                "answers": [
+                    {"answer_id": i, "answer": answer, "answer_confidence": "yes"}
+                    for i, answer in enumerate(s.answers, 1)
+                ],
                 "multiple_choice_answer": s.answer,
             }
             for s in samples
@@ -84,10 +63,18 @@ def write_vqa(
     return files
 
 
-def read_pairs(folder: str | Path, split: str) -> list[tuple[int, int]]:
-    """The complementary pairs of a split: questions ids with the same question and different answers."""
-    path = find_file(Path(folder), pairs_name(subtype_of(split)))
-    content = read_json(path)
-    if not isinstance(content, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in content):
-        raise UserError(f"{path} is not a list of pairs of question ids")
-    return [(first, second) for first, second in content]
+def write_submission(path: str | Path, answers: Mapping[int, str], expected_ids: Iterable[int]) -> None:
+    """Writes the result file of the VQA v2 evaluation server: [{"question_id": int, "answer": str}, ...], sorted by id.
+
+    Raises ValueError unless `answers` covers exactly `expected_ids`, as the server demands.
+    """
+    expected = set(expected_ids)
+    missing, extra = sorted(expected - answers.keys()), sorted(answers.keys() - expected)
+    if missing or extra:
+        problems = [
+            f"{len(ids)} {what} (first {ids[0]})"
+            for ids, what in ((missing, "without an answer"), (extra, "that were not asked"))
+            if ids
+        ]
+        raise ValueError(f"a submission answers exactly the questions of its split; here are {', '.join(problems)}")
+    write_json(Path(path), [{"question_id": int(i), "answer": str(answers[i])} for i in sorted(expected)], compact=True)

@@ -1,18 +1,13 @@
-"""Learning a WordPiece vocabulary, the same one in every process.
+"""Learns a WordPiece vocabulary, the same in every process.
 
 Pieces are merged greedily by frequency, as byte-pair encoding does (Sennrich et al., ACL 2016), with WordPiece's "##"
-before every piece that continues a word. The `tokenizers` library learns the same way, but numbers the "##" letters in
-the order of a hash table and breaks ties by those numbers, so that two runs on the same texts get two vocabularies.
-Here a tie goes to the pair that comes first in the alphabet.
+before every piece that continues a word. The `tokenizers` library does the same, but breaks ties by the order of a hash
+table, so two runs on the same texts get two vocabularies. Here a tie goes to the pair that comes first in the alphabet.
 """
 
 import heapq
 from collections import Counter, defaultdict
 from collections.abc import Mapping
-
-
-def _joined(left: str, right: str) -> str:
-    return left + right.removeprefix("##")
 
 
 def learn_wordpieces(word_counts: Mapping[str, int], size: int) -> list[str]:
@@ -41,7 +36,7 @@ def learn_wordpieces(word_counts: Mapping[str, int], size: int) -> list[str]:
         count, pair = heapq.heappop(heap)
         if counts[pair] != -count:
             continue
-        merged = _joined(*pair)
+        merged = pair[0] + pair[1].removeprefix("##")
         if merged not in known:  # a word that itself holds "##" can spell a known piece
             known.add(merged)
             pieces.append(merged)

@@ -1,4 +1,4 @@
-"""Decoding: from a prompt and a memory to tokens, with one set of options for every decoder.
+"""Generate tokens from a prompt and a memory, with the same options for every decoder.
 
 Shapes: B rows, Q prefix embeddings, P prompt tokens (padded on the left), A new tokens, E width of the embedding,
 V vocabulary.
@@ -33,13 +33,13 @@ def generate(
     prefix: Tensor | None = None,
     graph: bool = False,
 ) -> Generated:
-    """New tokens after each prompt, as the options say: greedy, sampled, or the best of a beam search.
+    """New tokens after each prompt: greedy, sampled, or by beam search, depending on the options.
 
     prompt_ids (B, P) with prompt_mask (B, P), True = a real token, padding on the left; None means no padding. `memory`
-    is what cross-attention reads. `prefix` (B, Q, E) are embeddings that stand before the prompt's tokens: always real,
-    and positions count them. `generator` draws the samples, instead of one seeded with `options.seed`. `graph` replays
-    the steps as a CUDA graph (`GraphState`); ValueError where that cannot be had.
-    Raises UserError on options that do not fit the vocabulary, ValueError if the positions do not serve so many tokens.
+    is what cross-attention reads. `prefix` (B, Q, E) are embeddings before the prompt's tokens: never padding, and
+    counted by positions. `generator` draws the samples, instead of one seeded with `options.seed`. `graph` replays the
+    steps as a CUDA graph (`GraphState`). Raises UserError on options that do not fit the vocabulary, ValueError on more
+    tokens than positions or if a graph is not possible.
     """
     if generator is None and options.seed is not None:
         generator = torch.Generator(prompt_ids.device).manual_seed(options.seed)
@@ -54,7 +54,7 @@ def generate(
         else:
             choose = chooser(options, prompt_ids, prompt_mask, generator)
             limits = {"max_new_tokens": options.max_new_tokens, "eos_id": options.eos_id, "fill": fill}
-            # A graph of fewer rows would have to be captured first, and on a GPU a row less hardly makes a step faster.
+            # Fewer rows need a new graph, and on a GPU they hardly make a step faster.
             made = decode(scores, state, choose, **limits, compact_below=0.0 if graph else COMPACT_BELOW)
     return Generated(*(part.clone() for part in made))
 
@@ -70,6 +70,6 @@ def greedy(
     fill: int = 0,
     prefix: Tensor | None = None,
 ) -> Generated:
-    """The likeliest token at each step, until every row has said EOS or `max_new_tokens`; see `generate`."""
+    """The most likely token at each step, until every row has ended or has `max_new_tokens`; see `generate`."""
     options = GenerationOptions(max_new_tokens, eos_id)
     return generate(decoder, prompt_ids, prompt_mask, memory, options=options, fill=fill, prefix=prefix)

@@ -1,8 +1,8 @@
-"""Beam search: keep the K best beginnings of each group, collect the K best finished ones, stop when none can win.
+"""Beam search: follow the K best beginnings of each group and collect the K best finished ones.
 
-The rules are those of `transformers`: of the 2K best continuations the K first may finish, a finished one is worth
-its summed log-probability / length**length_penalty, and a group ends when its K finished ones are all worth more than
-what its best running one is worth now (or, with early_stopping "never", than what it may still come to).
+The rules are those of `transformers`. Of the 2K best continuations the first K may finish. The value of a finished one
+is its summed log-probability / length**length_penalty. A group ends when the values of its K finished ones are all
+above that of its best running one (or, with early_stopping "never", above the best value that one can still reach).
 
 Shapes: G groups, K beams, R = G*K rows, V vocabulary.
 """
@@ -22,7 +22,7 @@ NEVER = -1e9  # added to a score that must not win
 
 
 class Node(NamedTuple):
-    """One token of a beginning; the tokens before it hang behind it."""
+    """One token of a beginning, linked to the token before it."""
 
     token: int
     log_prob: float
@@ -38,7 +38,7 @@ class Node(NamedTuple):
 
 
 class Group:
-    """The beams of one prompt: K running (score, last node), best first, and up to K finished (worth, last node)."""
+    """The beams of one prompt: K running (score, last node), best first, and up to K finished (value, last node)."""
 
     def __init__(self, options: GenerationOptions) -> None:
         self.options, self.penalty = options, 1.0 if options.length_penalty is None else options.length_penalty
@@ -46,19 +46,19 @@ class Group:
         self.finished: list[tuple[float, Node]] = []
         self.done = False
 
-    def advance(self, scores: list[float], worths: list[float], places: list[tuple[int, int]], made: int) -> list[int]:
-        """Take the 2K best continuations, best first: score, worth, (beam, token); `made` tokens with theirs.
+    def advance(self, scores: list[float], values: list[float], places: list[tuple[int, int]], made: int) -> list[int]:
+        """Take the 2K best continuations, best first: score, value, (beam, token); each has `made` tokens.
 
-        Returns the beams that the new running ones continue.
+        Returns the beam that each new running one continues.
         """
         options, going = self.options, []
         last = made == options.max_new_tokens
-        for rank, (score, worth, (beam, token)) in enumerate(zip(scores, worths, places, strict=True)):
+        for rank, (score, value, (beam, token)) in enumerate(zip(scores, values, places, strict=True)):
             before_score, before = self.running[beam]
             node = Node(token, score - before_score, before)
             ends = last or token == options.eos_id
             if ends and rank < options.num_beams:
-                self.finished.append((worth, node))
+                self.finished.append((value, node))
             going.append((score + NEVER if ends else score, node, beam))
         self.finished = sorted(self.finished, key=lambda one: -one[0])[: options.num_beams]
         going = sorted(going, key=lambda one: -one[0])[: options.num_beams]
@@ -69,7 +69,7 @@ class Group:
         return [beam for _, _, beam in going]
 
     def hope(self, made: int) -> float:
-        """What the best running beam is reckoned to be worth in the end, in fp32 as the worths are."""
+        """The best value that a running beam can reach, in fp32 as the other values."""
         patient = self.options.early_stopping == "never" and self.penalty > 0
         length = self.options.max_new_tokens if patient else made
         return float(np.float32(self.running[0][0]) / np.float32(length**self.penalty))
@@ -86,24 +86,24 @@ def beam_search(
     """The best finished beginning of each group; `scores` (G, V) and `state` are what `begin` returns."""
     beams, device = options.num_beams, scores.device
     groups = [Group(options) for _ in range(len(scores))]
-    live = list(range(len(groups)))  # the groups still decoded
+    live = list(range(len(groups)))  # the groups that still run
     processed = Processed(options, prompt_ids, prompt_mask, torch.arange(len(groups), device=device))
     sums = torch.zeros(len(groups), 1, device=device)  # (G, beams so far) scores of the running beams
     for made in range(1, options.max_new_tokens + 1):
         log_probs = processed(scores.float().log_softmax(-1), made - 1)
         size = log_probs.shape[-1]
         totals = (log_probs.view(*sums.shape, size) + sums[..., None]).flatten(1)
-        if totals.shape[1] < 2 * beams:  # the first step of a vocabulary this small: pretend K equal beams
+        if totals.shape[1] < 2 * beams:  # the first step of a very small vocabulary: pretend K equal beams
             never = torch.full((beams - 1, 1), NEVER, device=device).expand(-1, size).flatten()
             totals = torch.cat([totals, totals.repeat(1, beams - 1) + never], 1)
         best = totals.topk(2 * beams)
-        worths = (best.values / made ** groups[0].penalty).tolist()
+        values = (best.values / made ** groups[0].penalty).tolist()
         parents, tokens = [], []
         for place, (number, *row) in enumerate(
-            zip(live, best.values.tolist(), worths, best.indices.tolist(), strict=True)
+            zip(live, best.values.tolist(), values, best.indices.tolist(), strict=True)
         ):
             group, first = groups[number], place * beams
-            if group.done:  # decoded on until enough others are done too
+            if group.done:  # decoded until enough others are done too
                 kept = list(range(beams))
             else:
                 kept = group.advance(row[0], row[1], [divmod(i, size) for i in row[2]], made)
@@ -112,7 +112,7 @@ def beam_search(
         running = [place for place, number in enumerate(live) if not groups[number].done]
         if not running or made == options.max_new_tokens:
             break
-        if made == 1:  # from here on a row for each beam; they are all the same so far
+        if made == 1:  # from here on one row for each beam; they are still equal
             firsts = torch.arange(len(live), device=device).repeat_interleave(beams)
             processed.keep(firsts)
         elif parents != list(range(len(parents))):

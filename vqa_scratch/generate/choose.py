@@ -1,4 +1,4 @@
-"""How the next token is chosen: the most likely one, or one drawn at random, after the processors.
+"""Chooses the next token, the most likely one or a random one, after the processors.
 
 Shapes: B rows, L rows still decoded, P prompt tokens, V vocabulary.
 """
@@ -12,7 +12,7 @@ from vqa_scratch.generation_options import GenerationOptions
 
 
 class Processed:
-    """The processors that the options ask for, with the tokens so far where a processor looks at them."""
+    """The processors of the options, with the tokens so far if a processor needs them."""
 
     def __init__(
         self, options: GenerationOptions, prompt_ids: Tensor, prompt_mask: Tensor | None, rows: Tensor
@@ -26,18 +26,18 @@ class Processed:
             self.ids, self.real = prompt_ids[rows], real.bool()[rows]
 
     def __call__(self, scores: Tensor, made: int) -> Tensor:
-        """Scores of all rows (B, V) after `made` new tokens, processed."""
+        """Process the scores of all rows (B, V) after `made` new tokens."""
         for process in self.chain:
             scores = process(scores, self.ids, self.real, made)
         return scores
 
     def keep(self, rows: Tensor) -> None:
-        """Row r goes on from what row `rows[r]` was."""
+        """Row r becomes what row `rows[r]` was."""
         if self.looks_back:
             self.ids, self.real = self.ids[rows], self.real[rows]
 
     def add(self, tokens: Tensor) -> None:
-        """The tokens (B,) that were chosen."""
+        """Append the chosen tokens (B,)."""
         if self.looks_back:
             self.ids = torch.cat([self.ids, tokens[:, None]], 1)
             self.real = torch.cat([self.real, torch.ones_like(self.real[:, :1])], 1)
@@ -45,18 +45,18 @@ class Processed:
 
 def most_likely(scores: Tensor, live: Tensor, made: int) -> tuple[Tensor, Tensor]:
     """The token with the highest score."""
-    return scores.max(-1).indices, scores  # the first of equals, as argmax, in half of its time on a CPU
+    return scores.max(-1).indices, scores  # as argmax, in half the time on a CPU
 
 
 def pick(scores: Tensor, chance: Tensor) -> Tensor:
     """Inverse transform sampling: scores (L, V) and a number in [0, 1) a row, chance (L,), -> tokens (L,).
 
-    A token is picked where the running sum of probabilities first exceeds its chance, so never one of probability 0.
+    The token where the cumulative probability first exceeds the chance; never one of probability 0.
     """
     probabilities = scores.softmax(-1)
     running = probabilities.cumsum(-1)
     token = torch.searchsorted(running, chance[:, None] * running[:, -1:], right=True)
-    # A parallel running sum may fall by a rounding error, and then the search may end beside a step.
+    # A parallel cumulative sum may decrease by a rounding error, and the search may then miss a step.
     token = torch.where(probabilities.gather(1, token) > 0, token, probabilities.argmax(-1, keepdim=True))
     return token.squeeze(1)
 
@@ -64,16 +64,15 @@ def pick(scores: Tensor, chance: Tensor) -> Tensor:
 def chooser(
     options: GenerationOptions, prompt_ids: Tensor, prompt_mask: Tensor | None, generator: torch.Generator | None
 ) -> Choose:
-    """Greedy or sampling, as the options say; log-probabilities are of the distribution after the processors.
+    """Greedy or sampling, by the options; log-probabilities are those after the processors.
 
-    The random numbers of all rows are drawn beforehand, so that what a row says does not depend on when others end.
+    The random numbers of all rows are drawn first, so that a row does not depend on when others end.
     """
     rows = torch.arange(len(prompt_ids), device=prompt_ids.device)
     processed = Processed(options, prompt_ids, prompt_mask, rows)
     if not processed.chain and not options.do_sample:
         return most_likely
-    known = rows  # the rows that `processed` holds
-    chance = None
+    known, chance = rows, None  # `known` are the rows in `processed`
     if options.do_sample:
         chance = torch.rand(len(rows), options.max_new_tokens, generator=generator, device=rows.device)
 

@@ -1,6 +1,6 @@
-"""Token by token: one loop for greedy decoding and sampling. Rows that have ended are dropped on the way.
+"""The decoding loop of greedy decoding and sampling, which drops rows that have ended.
 
-Shapes: B rows, L rows still decoded, A new tokens, V vocabulary.
+Shapes: B rows, L rows still running, A new tokens, V vocabulary.
 """
 
 from collections.abc import Callable
@@ -11,23 +11,23 @@ from torch import Tensor
 
 from vqa_scratch.generate.state import State
 
-# Ended rows are dropped once fewer than this share still run: dropping costs a copy of the cache.
+# Ended rows are dropped when less than this share of rows still runs: dropping copies the cache.
 COMPACT_BELOW = 0.75
-# On a GPU the host waits for the device when it asks whether all rows have ended: it asks every so many tokens.
+# Checking whether all rows have ended makes the host wait for a GPU, so it is done once in so many tokens.
 ASK_EVERY = {"cpu": 1, "cuda": 8}
-# Log-probabilities are worked out for several steps at once, while their scores are no more numbers than these: small
-# operations cost what their calls cost. On a GPU a step may write over the scores of the one before.
+# Log-probabilities are computed for several steps at once, up to this many scores, which saves calls. On a GPU a step
+# may overwrite the scores of the one before.
 SCORES_KEPT = {"cpu": 1 << 16}
 
-# scores (L, V), the rows they belong to (L,), new tokens so far -> tokens (L,) and the scores (L, V) that they won by,
-# or always None where nobody asks for log-probabilities
+# scores (L, V), their rows (L,), new tokens so far -> tokens (L,) and their scores (L, V) after the processors, or
+# always None if log-probabilities are not needed
 Choose = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor | None]]
 
 
 class Generated(NamedTuple):
-    """`ids` (B, A): the new tokens, EOS included, then `fill`; `log_probs` (B, A): of each of them, 0 after EOS.
+    """`ids` (B, A): the new tokens, EOS included, then `fill`; `log_probs` (B, A): theirs, 0 after EOS.
 
-    `log_probs` is None where `choose` gives no scores.
+    `log_probs` is None if `choose` returns no scores.
     """
 
     ids: Tensor
@@ -36,16 +36,16 @@ class Generated(NamedTuple):
 
 
 class _Record:
-    """What was chosen for all rows, and where they ended; written out when rows are dropped, not at each step."""
+    """The chosen tokens of all rows and their lengths, copied into one tensor when rows are dropped, not each step."""
 
     def __init__(self, rows: int, steps: int, eos_id: int | None, fill: int, device: torch.device) -> None:
         self.eos_id, self.fill = eos_id, fill
         self.ids = torch.full((rows, steps), fill, device=device)
         self.log_probs: Tensor | None = None  # as `ids`, from the first scores on
         self.lengths = [0] * rows  # 0: has not ended
-        self.rows = list(range(rows))  # the L rows still decoded
+        self.rows = list(range(rows))  # the L running rows
         self.live = torch.arange(rows, device=device)  # the same
-        self.made = self.read = self.written = 0  # tokens a live row: chosen, seen by the host, written
+        self.made = self.read = self.written = 0  # tokens in each running row: chosen, read by the host, written
         self.tokens: list[Tensor] = []  # (L,) each, those after `written`
         self.found: list[Tensor] = []  # (L, steps) each, log-probabilities of the first of these
         self.scores: list[Tensor] = []  # (L, V) each, of the others
@@ -62,7 +62,7 @@ class _Record:
                 self._measure()
 
     def running(self) -> list[int]:
-        """Which of the live rows have not ended; the host waits for the device here."""
+        """Which of the live rows have not ended; here the host waits for the device."""
         unread = self.tokens[self.read - self.written :]
         for tokens in torch.stack(unread).tolist() if len(unread) > 1 else [tokens.tolist() for tokens in unread]:
             self.read += 1
@@ -72,7 +72,7 @@ class _Record:
         return [place for place, row in enumerate(self.rows) if self.lengths[row] == 0]
 
     def keep(self, places: Tensor) -> None:
-        """Of the live rows, these (L',) go on."""
+        """Keep these (L',) of the live rows."""
         self._write()
         self.live = self.live[places]
         self.rows = self.live.tolist()
@@ -92,7 +92,7 @@ class _Record:
         self.tokens, self.found, self.written = [], [], self.made
 
     def generated(self) -> Generated:
-        """All of it, cut where rows ended."""
+        """All tokens, cut where rows end."""
         self.running()
         self._write()
         lengths = [length or self.made for length in self.lengths]
@@ -113,10 +113,10 @@ def decode(
     fill: int = 0,
     compact_below: float = COMPACT_BELOW,
 ) -> Generated:
-    """Choose, step, choose, ... until every row has said EOS or `max_new_tokens`.
+    """Choose, step, choose, ... until every row has ended or has `max_new_tokens`.
 
-    `scores` (B, V) and `state` are what `begin` returns. Log-probabilities are those of the scores that `choose` gives.
-    Ended rows are dropped once the share that still runs is under `compact_below`; 0 drops none.
+    `scores` (B, V) and `state` come from `begin`; log-probabilities are of the scores that `choose` returns. Ended rows
+    are dropped when the share of running rows is under `compact_below`; 0 drops none.
     """
     record = _Record(len(scores), max_new_tokens, eos_id, fill, scores.device)
     ask_every = ASK_EVERY.get(scores.device.type, 1)

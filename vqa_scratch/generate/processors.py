@@ -1,7 +1,7 @@
-"""What stands between a decoder's scores and the choice of a token: small functions, applied in a fixed order.
+"""Score processors: small functions that change a decoder's scores before a token is chosen, in a fixed order.
 
 The order is that of `transformers`: repetition penalty, n-grams, end token, then, for sampling, temperature, top-k and
-top-p. A barred token has the score -inf. Padding of a prompt counts for nothing.
+top-p. A barred token has the score -inf. Padding is ignored.
 
 Shapes: R rows, T tokens so far (prompt and new), V vocabulary.
 """
@@ -18,16 +18,16 @@ Processor = Callable[[Tensor, Tensor, Tensor, int], Tensor]
 
 
 def _marked(tokens: Tensor, where: Tensor, scores: Tensor) -> Tensor:
-    """(R, V) True at every token of `tokens` (R, N) for which `where` (R, N) holds."""
+    """(R, V) True at the tokens (R, N) where `where` (R, N) is True."""
     size = scores.shape[-1]
-    spare = torch.where(where, tokens, size)  # the rest goes to a column that is cut off
+    spare = torch.where(where, tokens, size)  # the others go to a column that is cut off
     return torch.zeros(len(scores), size + 1, dtype=torch.bool, device=scores.device).scatter_(1, spare, True)[:, :size]
 
 
 def penalize_repetition(scores: Tensor, ids: Tensor, real: Tensor, penalty: float) -> Tensor:
-    """Scores (R, V) of tokens that stand in ids (R, T), divided by the penalty if positive, else multiplied by it.
+    """Divide the scores (R, V) of the tokens in ids (R, T) by the penalty if positive, else multiply them by it.
 
-    Keskar et al. 2019 (1909.05858), section 4.1, with the later care for the sign. real (R, T) is False at padding.
+    Keskar et al. 2019 (1909.05858), section 4.1, extended to negative scores. real (R, T) is False at padding.
     """
     lowered = torch.where(scores < 0, scores * penalty, scores / penalty)
     return torch.where(_marked(ids, real, scores), lowered, scores)
@@ -36,8 +36,8 @@ def penalize_repetition(scores: Tensor, ids: Tensor, real: Tensor, penalty: floa
 def repeating(ids: Tensor, real: Tensor | None, ends: Tensor, size: int) -> Tensor:
     """(R, T) True at each token of ids (R, T) that must not come next: it would repeat `size` tokens in a row.
 
-    Next means at place `ends[r]`, and what repeats lies wholly before that place, all of it real. real (R, T) is False
-    at padding, which stands on the left; None: there is none.
+    The next token is at place `ends[r]`; the repeated tokens are all before it and real. real (R, T) is False at
+    padding, which is on the left; None: no padding.
     """
     place, first = torch.arange(ids.shape[1], device=ids.device), size - 1
     match = (place >= first) & (place < ends[:, None])  # here `size` tokens end
@@ -47,7 +47,7 @@ def repeating(ids: Tensor, real: Tensor | None, ends: Tensor, size: int) -> Tens
 
 
 def bar_repeated_ngrams(scores: Tensor, ids: Tensor, real: Tensor, size: int) -> Tensor:
-    """-inf for every token that would complete a sequence of `size` tokens that ids (R, T) already has."""
+    """-inf for every token that would repeat a sequence of `size` tokens of ids (R, T)."""
     ends = torch.full((len(ids),), ids.shape[1], device=ids.device)
     return scores.masked_fill(_marked(ids, repeating(ids, real, ends, size), scores), -math.inf)
 
@@ -73,7 +73,7 @@ def keep_top_p(scores: Tensor, p: float) -> Tensor:
 
 
 def processors(options: GenerationOptions) -> list[Processor]:
-    """The functions (scores, ids, real, new tokens so far) -> scores that the options ask for, in order."""
+    """The functions (scores, ids, real, new tokens so far) -> scores for these options, in order."""
     chain: list[Processor] = []
     if options.repetition_penalty != 1.0:
         penalty = options.repetition_penalty

@@ -1,8 +1,8 @@
-"""Ranking a closed list of answers by their log-probability, all in one pass behind each prompt.
+"""Ranks a closed list of answers by log-probability, all in one pass after each prompt.
 
-The answers are joined in a tree of their beginnings, so that what two begin with is computed once; all nodes go through
-the decoder together, each seeing the prompt and the nodes above it. Prompt and memory are read once.
-A decoder without a fast state reads one candidate after the other.
+The answers form a tree, so that a common beginning is computed once; all nodes go through the decoder together, each
+attending to the prompt and the nodes above it. Prompt and memory are read once. A decoder without a fast state takes
+one candidate after the other.
 
 Shapes: B rows, Q prefix embeddings of width E, P prompt tokens, C candidates, K nodes of a tree, N edges, V vocabulary.
 """
@@ -26,7 +26,7 @@ SCORES = 1 << 24  # elements of the scores (rows x V) made at once
 
 
 class Tree(NamedTuple):
-    """Beginnings of candidates, parents before children. Edge e asks: how likely is `token` after node `parent`?"""
+    """Beginnings of candidates, parents before children. Edge e: how likely is `token` after node `parent`?"""
 
     tokens: Tensor  # (K,)
     depths: Tensor  # (K,) of the first token: 0
@@ -61,7 +61,7 @@ def tree_of(candidates: Sequence[Sequence[int]]) -> Tree:
 
 
 def _portions(candidates: Sequence[Sequence[int]]) -> list[list[int]]:
-    """Candidates by number, neighbours in the alphabet of ids together, with about NODES beginnings a portion."""
+    """Numbers of candidates, sorted by ids so that common beginnings meet, about NODES beginnings a portion."""
     portions, size = [[]], 0
     for number in sorted(range(len(candidates)), key=lambda i: tuple(candidates[i])):
         if size + len(candidates[number]) - 1 > NODES and portions[-1]:
@@ -106,7 +106,7 @@ def _one_by_one(
     at_prompt: Tensor,
     candidates: Sequence[Sequence[int]],
 ) -> Tensor:
-    """(B, C) through the decoder's modules: each candidate behind all prompts, after which the cache forgets it."""
+    """(B, C) by the decoder's modules: one candidate after all prompts at a time, then the cache is rewound."""
     rows, length, result = len(at_prompt), cache.length, []
     for candidate in candidates:
         ids = torch.tensor([candidate], device=at_prompt.device).expand(rows, -1)  # (B, tokens)
@@ -132,9 +132,9 @@ def rank(
     """Log-probability of each candidate after each prompt, (B, C) in nats: the sum over its tokens.
 
     prompt_ids (B, P) with prompt_mask (B, P), True = a real token, padding on the left; None means no padding. `prefix`
-    (B, Q, E) are embeddings that stand before the prompt's tokens. `candidates` are ids, with the end token where an
-    answer has to end there. Raises ValueError on no candidates, an empty one or one that the vocabulary or the
-    positions do not serve, and on a decoder in training mode.
+    (B, Q, E) are embeddings before the prompt's tokens. `candidates` are ids, with an end token if the answer has to
+    end there. Raises ValueError on no candidates, an empty one, an id outside the vocabulary, more tokens than
+    positions, and a decoder in training mode.
     """
     if not candidates or not all(candidates):
         raise ValueError("rank needs candidates of one token at least")

@@ -1,4 +1,4 @@
-"""Reading the prompts: the first scores, and the state that takes decoding from there.
+"""Runs the prompts through the decoder: the scores of the first new token, and the state to decode from.
 
 Shapes: G groups (prompts), Q prefix embeddings, P prompt tokens, E width of the embedding, V vocabulary.
 """
@@ -19,19 +19,19 @@ from vqa_scratch.nn.memory import Memory, check_rows
 
 
 def without_gradients() -> AbstractContextManager:
-    """Inference mode, whose tensors no gradient may ever read; a trace keeps what it sees, so it gets plain ones."""
+    """Inference mode; only no_grad in a trace, which keeps tensors that a gradient may need later."""
     return torch.no_grad() if taps.active() else torch.inference_mode()
 
 
 def check_length(decoder: Decoder, prompt_ids: Tensor, prefix: Tensor | None, new_tokens: int) -> None:
-    """Raise ValueError if the positions do not serve the prefix, the prompt and so many new tokens."""
+    """Raise ValueError if prefix, prompt and new tokens need more positions than the decoder has."""
     total = prompt_ids.shape[1] + (0 if prefix is None else prefix.shape[1]) + new_tokens
     if decoder.max_positions is not None and total > decoder.max_positions:
         raise ValueError(f"{total} tokens, but the position table serves {decoder.max_positions}")
 
 
 def fast_parts(decoder: Decoder) -> FastParts | None:
-    """What a fast state is made of; None where the modules must run: for a trace, in training mode, without parts."""
+    """The parts for a fast state; None if the modules must run: in a trace, in training mode, or without parts."""
     return None if taps.active() or decoder.training else decoder.fast_state()
 
 
@@ -46,7 +46,7 @@ def _before(embeddings: Tensor, mask: Tensor | None, prefix: Tensor) -> tuple[Te
         rows, _, width = embeddings.shape
         raise ValueError(f"prefix must be ({rows}, any number, {width}), got {tuple(prefix.shape)}")
     embeddings = torch.cat([prefix, embeddings], 1)
-    if mask is not None:  # padding between prefix and prompt would change the distances that a T5 sees
+    if mask is not None:  # padding between prefix and prompt would change the distances in T5
         mask = F.pad(mask, (prefix.shape[1], 0), value=True)
         order = mask.int().argsort(dim=1, stable=True)
         mask, embeddings = mask.gather(1, order), embeddings.gather(1, order[..., None].expand_as(embeddings))
@@ -60,7 +60,7 @@ def prefill(
     memory: list[Memory] | None,
     prefix: Tensor | None = None,
 ) -> tuple[Tensor, DecoderCache, Tensor | None]:
-    """The scores of the first new token (G, V), the cache behind the prompts, and its mask, None if nothing is padded.
+    """The scores of the first new token (G, V), the cache of the prompts, and its mask, None without padding.
 
     Arguments as in `begin`.
     """
@@ -72,11 +72,10 @@ def prefill(
 
 
 def _only_memory(parts: FastParts, cache: DecoderCache, memory: list[Memory], rows: int) -> DecoderCache:
-    """The empty cache with the keys and values of the memory, and of no token yet."""
+    """The empty cache with the keys and values of the memory, and of no tokens."""
     for block, own in zip(parts.blocks, cache, strict=True):
-        read = block.cross.project(memory)
+        read = block.cross.project(memory, cache=own)
         check_rows(read, rows)
-        own.fill_cross(read)
         nothing = read[0].k.new_empty(rows, block.attn.heads, 0, block.attn.head_dim)
         own.append(nothing, nothing)
     return cache
@@ -93,19 +92,19 @@ def begin(
     prefix: Tensor | None = None,
     graph: bool = False,
 ) -> tuple[Tensor, State]:
-    """Read the prompts. Returns the scores of the first new token (G, V), and the state after the prompts. Call it, and
-    the state's steps, where gradients are off.
+    """Read the prompts. Returns the scores of the first new token (G, V) and the state after the prompts. Call this and
+    the steps of the state without gradients.
 
     prompt_ids (G, P) with prompt_mask (G, P), True = a real token; None means no padding. `prefix` (G, Q, E) are
-    embeddings that stand before the prompt's tokens. The state takes up to `steps` steps of `members` rows a group;
-    with `graph` it replays them as a CUDA graph. Raises ValueError if the decoder's positions do not serve so many
-    tokens, and where a graph cannot be had; UserError on more members than tokens in the vocabulary.
+    embeddings before the prompt's tokens. The state has room for `steps` steps of `members` rows a group; with `graph`
+    it replays them as a CUDA graph. Raises ValueError on more tokens than positions, and if a graph is not possible;
+    UserError on more members than tokens in the vocabulary.
     """
     check_length(decoder, prompt_ids, prefix, steps)
     parts, (rows, length) = fast_parts(decoder), prompt_ids.shape
     if graph and parts is None:
         raise ValueError("a CUDA graph needs a decoder with a fast state, in eval mode and without a trace")
-    # A prompt of one token is a step like any other, if there is a memory that says what a cache looks like.
+    # A prompt of one token is an ordinary step, if a memory gives the cache its shape.
     reads = parts is not None and memory is not None and parts.blocks[0].cross is not None and prefix is None
     if length == members == 1 and reads and not graph and padding(prompt_mask) is None:
         cache = _only_memory(parts, decoder.new_cache(), memory, rows)

@@ -1,4 +1,4 @@
-"""What the loops ask of a state of decoding, and the state that any decoder has.
+"""The decoding state: its interface for the loops, and the implementation that works for every decoder.
 
 Shapes: G groups (prompts), K members (beams) a group, R = G*K rows, V vocabulary.
 """
@@ -14,16 +14,13 @@ from vqa_scratch.nn.memory import Memory
 
 
 class State(Protocol):
-    """Where decoding stands: the tokens so far, and the step that takes it one token further.
-
-    Rows are groups times members, the members of a group side by side.
-    """
+    """The tokens so far, and a step to the next token. Rows are groups times members, one group after the other."""
 
     def step(self, tokens: Tensor) -> Tensor:
         """The next token of each row (R,) -> scores of the one after it (R, V)."""
 
     def reorder(self, parents: Tensor) -> None:
-        """Row r goes on from what row `parents[r]` was, a member of the same group."""
+        """Row r becomes what row `parents[r]` was, a member of the same group."""
 
     def keep(self, groups: Tensor) -> None:
         """Keep these groups (G',) only, in this order."""
@@ -35,7 +32,7 @@ def member_rows(groups: Tensor, members: int) -> Tensor:
 
 
 class ModuleState:
-    """Steps through the decoder's modules: for a trace, for training mode, and for a decoder without fast parts."""
+    """Steps with the decoder's modules: in a trace, in training mode, and for a decoder without fast parts."""
 
     def __init__(
         self, decoder: Decoder, cache: DecoderCache, mask: Tensor, memory: list[Memory] | None, members: int

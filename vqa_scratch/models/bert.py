@@ -1,14 +1,14 @@
-"""One post-LN encoder, three checkpoint layouts: BERT, DistilBERT and RoBERTa.
+"""The text encoders BERT, DistilBERT and RoBERTa: one post-LN transformer, three checkpoint layouts.
 
-Devlin et al. 2019 (1810.04805), Sanh et al. 2019 (1910.01108), Liu et al. 2019 (1907.11692). What differs is the
-embedding: DistilBERT has no token types; RoBERTa counts positions from the padding id + 1 and skips padding.
+Devlin et al. 2019 (1810.04805), Sanh et al. 2019 (1910.01108), Liu et al. 2019 (1907.11692). Only the embeddings
+differ: DistilBERT has no token types; RoBERTa counts positions from the padding id + 1 and skips padding.
 
 Shapes: B batch, T text tokens, D width.
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +33,7 @@ def positions_from_ids(input_ids: Tensor, pad_id: int) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class BertLayout(Layout):
-    """What one member of the family does its own way."""
+    """What differs between the members of the family."""
 
     positions: Callable[[Tensor, int], Tensor] = _in_order  # (input_ids, pad_id) -> (B or 1, T) position ids
     first_position: Callable[[int], int] = lambda pad: 0  # of a row without padding, from pad_id
@@ -83,24 +83,12 @@ class BertConfig(HFConfig):
         check_heads(self.dim, self.heads)
 
 
-class BlockSizes(Protocol):
-    """What a block reads of its tower's config."""
-
-    dim: int
-    heads: int
-    hidden: int
-    activation: str
-    norm_eps: float
-    dropout: float
-    attention_dropout: float
-
-
 class BertBlock(nn.Module):
-    """Post-LN: norm(x + attention(x)), then norm(x + MLP(x))."""
+    """Post-LN: norm(x + attention(x)), then norm(x + MLP(x)). Of the config only the sizes of a block are read."""
 
     tap_prefix: str | None = None
 
-    def __init__(self, config: BlockSizes) -> None:
+    def __init__(self, config: BertConfig) -> None:
         super().__init__()
         self.attn = MultiHeadAttention(config.dim, config.heads, dropout=config.attention_dropout)
         self.norm1 = nn.LayerNorm(config.dim, eps=config.norm_eps)
@@ -116,14 +104,14 @@ class BertBlock(nn.Module):
 
 
 class Bert(Released, nn.Module):
-    """Embeddings summed and normed, post-LN blocks. No pooler: what sits on top belongs to the task."""
+    """Embeddings, their sum normed, then post-LN blocks. No pooler: it belongs to the task."""
 
     config_class = BertConfig
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
         self.config, self.layout, self.dim = config, config.family, config.dim
-        self.longest = config.max_positions - self.layout.first_position(config.pad_id)  # tokens of a text, at most
+        self.longest = config.max_positions - self.layout.first_position(config.pad_id)  # at most so many tokens
         self.tokens = nn.Embedding(config.vocab_size, config.dim)
         self.positions = nn.Embedding(config.max_positions, config.dim)
         self.token_types = nn.Embedding(config.token_types, config.dim) if config.token_types else None
@@ -142,7 +130,7 @@ class Bert(Released, nn.Module):
     def states(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None
     ) -> States:
-        """(B, T) -> states (B, T, D), and which of them are real.
+        """(B, T) -> states (B, T, D) and their mask.
 
         attention_mask (B, T), True = may attend; token_type_ids (B, T) default to 0. Raises ValueError on more tokens
         than positions, or on token types for a model without them.

@@ -1,8 +1,7 @@
-"""BLIP-2 (Li et al. 2023, arXiv 2301.12597): a frozen ViT, a Q-Former that asks it, and a frozen OPT that answers.
+"""BLIP-2 (Li et al. 2023, arXiv 2301.12597): a frozen ViT, a Q-Former that reads it, and a frozen OPT that answers.
 
-The Q-Former's outputs, projected to the width of the language model, stand before the words like a few more tokens; the
-language model has never seen an image otherwise. The image tower is that of EVA-CLIP (Fang et al. 2022, 2211.07636),
-which is a ViT.
+The outputs of the Q-Former, projected to the width of the language model, are a prefix before the words. The image
+encoder is that of EVA-CLIP (Fang et al. 2022, 2211.07636), which is a ViT.
 
 Shapes: B batch, N image tokens, Q queries, T text tokens, E width of the language model, V vocabulary.
 """
@@ -15,13 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from vqa_scratch.errors import UserError
-from vqa_scratch.models.hf_config import fields_from_hf
+from vqa_scratch.models.hf_config import Released, fields_from_hf
 from vqa_scratch.models.opt import OPT, OPTConfig
 from vqa_scratch.models.qformer import QFormer, QFormerConfig
 from vqa_scratch.models.vit import ViT, ViTConfig
 from vqa_scratch.weights import fields as names
-from vqa_scratch.weights.convert import load_into, to_hf
-from vqa_scratch.weights.files import read_checkpoint, write_checkpoint
+from vqa_scratch.weights.convert import load_into
+from vqa_scratch.weights.files import read_checkpoint
 from vqa_scratch.weights.maps_blip2 import BLIP2
 
 MODEL_TYPE, VISION_TYPE = "blip-2", "blip_2_vision_model"
@@ -30,15 +29,13 @@ _VISION = ViTConfig(patch_size=14, dim=1408, layers=39, heads=16, hidden=6144, n
 
 @dataclass(frozen=True)
 class Blip2Config:
-    """Sizes of the three parts. The defaults are those of blip2-opt-2.7b but for the language model."""
+    """Sizes of the three parts. The defaults are those of blip2-opt-2.7b, except for the language model."""
 
     vision: ViTConfig = _VISION
     qformer: QFormerConfig = QFormerConfig()
     language: OPTConfig = OPTConfig()
     queries: int = 32  # tokens that an image becomes
-    image_token: int | None = (
-        None  # id that marks their place in prompts of other programs; files from before 2024 have none
-    )
+    image_token: int | None = None  # id of an image in the prompts of other programs; files before 2024 have none
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "qformer", replace(self.qformer, context_dim=self.vision.dim))
@@ -47,7 +44,7 @@ class Blip2Config:
 
     @classmethod
     def from_hf(cls, config: dict[str, Any]) -> Self:
-        """From a config.json of model type "blip-2". Raises UserError on another, or on a language model but OPT."""
+        """From a config.json of model type "blip-2". Raises UserError on another type, or another language model."""
         fields = fields_from_hf(config, {"queries": "num_query_tokens", "image_token": "image_token_index"}, MODEL_TYPE)
         vision, qformer, text = (config.get(f"{part}_config") or {} for part in ("vision", "qformer", "text"))
         if text.get("model_type", "opt") != "opt":
@@ -74,12 +71,14 @@ class Blip2Config:
         }
 
 
-class Blip2(nn.Module):
-    """Image tower, Q-Former, projection and language model.
+class Blip2(Released, nn.Module):
+    """Image encoder, Q-Former, projection and language model.
 
     To generate, give the language model the image as its prefix:
     `generate(model.language, ids, mask, prefix=model.encode_image(pixels), options=...)`.
     """
+
+    key_map = BLIP2
 
     def __init__(self, config: Blip2Config) -> None:
         super().__init__()
@@ -90,9 +89,9 @@ class Blip2(nn.Module):
         self.language = OPT(config.language)
 
     def encode_image(self, pixel_values: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, Q, E): what the language model reads before the words.
+        """(B, C, H, W) -> (B, Q, E): the prefix of the language model.
 
-        Each part computes in the type of its weights: the Q-Former stays in fp32 when the rest is not.
+        Each part computes in the type of its weights: the Q-Former may be in fp32 when the rest is not.
         """
         states = self.vision(pixel_values.to(self.vision.positions.dtype))
         asked = self.qformer(states.to(self.qformer.queries.dtype))
@@ -104,30 +103,25 @@ class Blip2(nn.Module):
         attention_mask (B, T), True = a real word; padding may stand on either side.
         """
         image = self.encode_image(pixel_values)
-        mask = attention_mask
-        if mask is not None:
-            mask = torch.cat([mask.new_ones(image.shape[:2]), mask], 1)
+        if attention_mask is not None:
+            attention_mask = torch.cat([attention_mask.new_ones(image.shape[:2]), attention_mask], 1)
         embeddings = torch.cat([image, self.language.embed(input_ids)], 1)
-        return self.language.logits(self.language.hidden(embeddings, mask))
+        return self.language.logits(self.language.hidden(embeddings, attention_mask))
 
     def to_precision(self, dtype: torch.dtype) -> Self:
-        """Everything in `dtype` but the Q-Former, which is small and was trained in fp32: it stays there."""
+        """Convert all but the Q-Former to `dtype`; the Q-Former is small, was trained in fp32 and stays in it."""
         self.to(dtype)
         self.qformer.float()
         return self
 
     @classmethod
     def from_pretrained(
-        cls,
-        source: str | PathLike[str],
-        *,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str = "cpu",
+        cls, source: str | PathLike[str], *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
     ) -> Self:
         """From a checkpoint folder or Hub id, in eval mode, its weights in `dtype` (see `to_precision`) on `device`.
 
-        Memory is taken for the weights once and in that type alone: the files are mapped, and each tensor is converted
-        on its way into the model. Raises UserError, in one line with every problem, when something does not fit.
+        The weights take memory once, and only in that type: the files are mapped, and each tensor is converted as it
+        is copied. Raises UserError, one line with every problem, when something does not fit.
         """
         config, tensors = read_checkpoint(source)
         with torch.device("meta"):  # no memory, no random start
@@ -135,7 +129,3 @@ class Blip2(nn.Module):
         model.to_empty(device=device)
         load_into(model, tensors, BLIP2, source=str(source))
         return model.eval()
-
-    def save_pretrained(self, folder: str | PathLike[str]) -> None:
-        """config.json and model.safetensors that `from_pretrained` and `transformers` read."""
-        write_checkpoint(folder, self.config.to_hf(), to_hf(self, BLIP2))

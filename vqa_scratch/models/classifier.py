@@ -1,37 +1,39 @@
 """A text classifier: a RoBERTa encoder, a dense layer on the first token, tanh, a linear head. Liu et al. 2019.
 
-The layout is that of RobertaForSequenceClassification; its files may also bring an unused pooler and a buffer of
-position ids, which are read past. The class names live in the config, so that a class is asked for by name.
+The layout is that of RobertaForSequenceClassification; an unused pooler and a buffer of position ids in its files are
+ignored. The config holds the names of the classes, so that a class can be chosen by name.
 
 Shapes: B batch, T text tokens, D width, C classes.
 """
 
 from os import PathLike
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from vqa_scratch.errors import UserError
 from vqa_scratch.models.bert import Bert, BertConfig
-from vqa_scratch.models.hf_config import labels_from_hf, labels_to_hf
+from vqa_scratch.models.hf_config import Released, labels_from_hf, labels_to_hf
 from vqa_scratch.nn.layers import init_weights
 from vqa_scratch.weights import maps
-from vqa_scratch.weights.convert import load_into, to_hf
-from vqa_scratch.weights.files import map_tensor, read_checkpoint, resolve_folder, write_checkpoint
+from vqa_scratch.weights.convert import load_into
+from vqa_scratch.weights.files import map_tensor, read_checkpoint, resolve_folder
 
 
 def _leave_in_file(table: nn.Embedding, source: str | PathLike[str], tensors: dict[str, Tensor]) -> None:
-    """Let `table` be the tensor in a safetensors file, where it has the same type, so that loading copies no row."""
+    """Map `table` to its tensor in a safetensors file, if that has the same type, so that loading copies no row."""
     key = next((key for key in tensors if key.endswith("word_embeddings.weight")), "")
-    held = map_tensor(resolve_folder(source), key)  # `load_into` says what is missing or misshapen
+    held = map_tensor(resolve_folder(source), key)  # `load_into` reports what is missing or misshapen
     if held is not None and held.dtype == table.weight.dtype and held.shape == table.weight.shape:
         table.weight = nn.Parameter(held)
         tensors[key] = table.weight  # copying it to itself does nothing
 
 
-class TextClassifier(nn.Module):
+class TextClassifier(Released, nn.Module):
     """Encoder and head; `labels` names the classes in the order of the logits."""
+
+    key_map = maps.ROBERTA_CLASSIFIER
 
     def __init__(self, config: BertConfig, labels: tuple[str, ...]) -> None:
         super().__init__()
@@ -53,7 +55,7 @@ class TextClassifier(nn.Module):
         return self.out(self.dropout(torch.tanh(self.dense(self.dropout(first)))))
 
     def label_index(self, label: str) -> int:
-        """Which logit belongs to `label`. Raises UserError that lists the labels there are."""
+        """The index of the logit of `label`. Raises UserError that lists the labels."""
         if label not in self.labels:
             raise UserError(f"the classifier has no class {label!r}; its classes are {', '.join(self.labels)}")
         return self.labels.index(label)
@@ -62,7 +64,7 @@ class TextClassifier(nn.Module):
     def from_pretrained(cls, source: str | PathLike[str]) -> Self:
         """From a checkpoint folder or Hub id, in eval mode. Raises UserError when something does not fit.
 
-        Of its word table, a third of the weights, the rows that are looked up are read from the file when they are.
+        The word table, a third of the weights, stays in the file: a row is read when it is first used.
         """
         hf, tensors = read_checkpoint(source)
         if hf.get("model_type") != "roberta":
@@ -75,13 +77,9 @@ class TextClassifier(nn.Module):
             model = cls(BertConfig.from_hf(hf), labels)
         model.to_empty(device="cpu")
         _leave_in_file(model.encoder.tokens, source, tensors)
-        load_into(model, tensors, maps.ROBERTA_CLASSIFIER, source=str(source))
+        load_into(model, tensors, cls.key_map, source=str(source))
         return model.eval()
 
-    def save_pretrained(self, folder: str | PathLike[str]) -> None:
-        """config.json and model.safetensors that `from_pretrained` and `transformers` read."""
-        config = self.config.to_hf() | {
-            "architectures": ["RobertaForSequenceClassification"],
-            **labels_to_hf(self.labels),
-        }
-        write_checkpoint(folder, config, to_hf(self, maps.ROBERTA_CLASSIFIER))
+    def to_hf(self) -> dict[str, Any]:
+        head = {"architectures": ["RobertaForSequenceClassification"], **labels_to_hf(self.labels)}
+        return self.config.to_hf() | head

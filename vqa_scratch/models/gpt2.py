@@ -1,7 +1,7 @@
 """GPT-2, the decoder of Radford et al. 2019, with optional cross-attention between self-attention and MLP.
 
 Pre-LN, learned positions, tanh GELU, output head shared with the token embedding. Cross-attention reads one or several
-memories (see `nn.memory`); without one its sublayer is passed over, which makes the model a plain language model.
+memories (see `nn.memory`); without one its sublayer is skipped, which makes the model a plain language model.
 
 Shapes: B rows, T tokens, N memory tokens, D width, V vocabulary.
 """
@@ -61,7 +61,7 @@ class GPT2Config(HFConfig):
 
 
 class GPT2Block(nn.Module):
-    """Pre-LN: x + self-attention, x + cross-attention if built with it and given a memory, x + MLP."""
+    """Pre-LN: x + self-attention, x + cross-attention (if built with it and given a memory), x + MLP."""
 
     tap_prefix: str | None = None
 
@@ -90,7 +90,7 @@ class GPT2Block(nn.Module):
         return taps.tap(self.tap_prefix, "resid_post", x + self.mlp(self.norm2(x)))
 
     def fast_block(self) -> FastBlock:
-        """The block taken apart, for `generate`."""
+        """The parts of the block, for `generate`."""
         cross = (self.norm_cross, self.cross) if hasattr(self, "cross") else (None, None)
         return FastBlock(self.norm1, self.attn, *cross, self.norm2, self.mlp.up, self.mlp.activation, self.mlp.down)
 
@@ -117,11 +117,9 @@ class GPT2(Released, Decoder):
 
     @property
     def head(self) -> Tensor:
-        """(V, D): the token embedding."""
         return self.tokens.weight
 
     def embed(self, ids: Tensor) -> Tensor:
-        """(B, T) -> (B, T, D), without positions."""
         return self.tokens(ids)
 
     def hidden(
@@ -132,17 +130,15 @@ class GPT2(Released, Decoder):
         memory: list[Memory] | None = None,
         cache: DecoderCache | None = None,
     ) -> Tensor:
-        """(B, T, D) -> (B, T, D), the states under the head; see `Decoder.hidden`.
+        """(B, T, D) -> (B, T, D), the states before the head; see `Decoder.hidden`.
 
-        Positions count the tokens that attention_mask (B, cached + T) leaves. Where a cache holds the memory's keys, it
-        may be left out. Raises ValueError on more tokens than positions, a mask of another length, or a memory for a
+        Positions count the attended tokens of attention_mask (B, cached + T). `memory` may be omitted once the cache
+        holds its keys. Raises ValueError on more tokens than positions, a mask of another length, or a memory for a
         model without cross-attention.
         """
         if memory is not None and not self.config.add_cross_attention:
             raise ValueError("this GPT-2 has no cross-attention: build it with add_cross_attention=True")
-        rows, new, _ = embeddings.shape
-        past = 0 if cache is None else cache.length
-        position_ids = decoder_positions(rows, past, new, attention_mask, self.config.max_positions, embeddings.device)
+        position_ids = decoder_positions(embeddings, attention_mask, cache, self.config.max_positions)
         x = self.dropout(embeddings + self.positions(position_ids))
         for layer, block in enumerate(self.blocks):
             x = block(x, attention_mask, memory, None if cache is None else cache[layer])
@@ -160,8 +156,8 @@ class GPT2(Released, Decoder):
     ) -> Tensor:
         """(B, T) -> logits (B, T, V).
 
-        What cross-attention reads comes as encoder_hidden_states (B, N, D) with their mask (B, N), or as `memory`;
-        other arguments as in `hidden`.
+        Cross-attention reads encoder_hidden_states (B, N, D) with their mask (B, N), or `memory`; other arguments as in
+        `hidden`.
         """
         if encoder_hidden_states is not None:
             if memory is not None:
@@ -171,10 +167,10 @@ class GPT2(Released, Decoder):
 
     def fast_state(self) -> FastParts:
         """What a fast decoding state is made of."""
-        words, places = self.tokens.weight.detach(), self.positions.weight.detach()
+        tokens_table, positions_table = self.tokens.weight.detach(), self.positions.weight.detach()
 
         def embed(tokens: Tensor, positions: Tensor) -> Tensor:
-            return words.index_select(0, tokens).add_(places.index_select(0, positions))
+            return tokens_table.index_select(0, tokens).add_(positions_table.index_select(0, positions))
 
         return FastParts(embed, [block.fast_block() for block in self.blocks], self.norm, self.head)
 
@@ -182,15 +178,15 @@ class GPT2(Released, Decoder):
     def from_pretrained(cls, source: str | PathLike[str], *, add_cross_attention: bool | None = None) -> Self:
         """From a checkpoint folder or Hub id, in eval mode. Raises UserError when something does not fit.
 
-        `add_cross_attention=True` puts cross-attention on a checkpoint without it, the plain gpt2: those weights alone
-        may be missing, keep their random start, and are counted in one log line. None follows the checkpoint.
+        `add_cross_attention=True` adds cross-attention to a checkpoint without it, such as plain gpt2: only those
+        weights may be missing; they stay random, and one log line counts them. None follows the checkpoint.
         """
         hf, tensors = read_checkpoint(source)
         config = GPT2Config.from_hf(hf)
         if add_cross_attention is not None:
             config = replace(config, add_cross_attention=add_cross_attention)
         model = cls(config)
-        fresh = load_into(model, tensors, maps.GPT2, optional=maps.GPT2_CROSS, source=str(source))
+        fresh = load_into(model, tensors, model.key_map, optional=maps.GPT2_CROSS, source=str(source))
         if fresh:
             logger.warning("%s has no cross-attention: %d of its parameters start at random", source, len(fresh))
         return model.eval()

@@ -1,4 +1,4 @@
-"""Between a checkpoint and a model: config.json by tables of field names, weights by key maps.
+"""Load models from released checkpoints and save them: tables of field names for config.json, key maps for weights.
 
 A family is a config (`HFConfig`), a table of layouts with a line for each `model_type`, and a model (`Released`).
 """
@@ -24,8 +24,8 @@ class Layout:
     architecture: str  # the class in `transformers` that reads what we write
     fields: Mapping[str, str]  # our config field: the one in config.json
     key_map: KeyMap
-    defaults: Mapping[str, Any] = field(default_factory=dict)  # what the family means by leaving a field out
-    fixed: Mapping[str, Any] = field(default_factory=dict)  # options of theirs, with the only value that we have
+    defaults: Mapping[str, Any] = field(default_factory=dict)  # our fields: values where config.json has none
+    fixed: Mapping[str, Any] = field(default_factory=dict)  # fields in config.json: the only value we support
 
 
 class HFConfig:
@@ -43,7 +43,7 @@ class HFConfig:
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> Self:
-        """From the content of a config.json. Raises UserError if it asks for something this model is not."""
+        """From the content of a config.json. Raises UserError if it asks for something this model does not support."""
         kind = config.get("model_type")
         if kind not in cls.LAYOUTS:
             raise UserError(f"config.json describes a model of type {kind!r}, expected {', '.join(cls.LAYOUTS)}")
@@ -60,16 +60,25 @@ class HFConfig:
 
 
 class Released:
-    """A model that is built from an `HFConfig` and reads and writes its checkpoints; a base beside `nn.Module`."""
+    """A model that loads and saves released checkpoints; a base class beside `nn.Module`."""
 
     config_class: ClassVar[type[HFConfig]]
     config: HFConfig
+
+    @property
+    def key_map(self) -> KeyMap:
+        """Where each parameter is in a checkpoint."""
+        return self.config.family.key_map
+
+    def to_hf(self) -> dict[str, Any]:
+        """The content of config.json."""
+        return self.config.to_hf()
 
     @classmethod
     def from_checkpoint(cls, config: Mapping[str, Any], tensors: dict[str, Tensor], source: str) -> Self:
         """From what `read_checkpoint` gives, in eval mode. Raises UserError, naming `source`, if it does not fit."""
         model = cls(cls.config_class.from_hf(config))
-        load_into(model, tensors, model.config.family.key_map, source=source)
+        load_into(model, tensors, model.key_map, source=source)
         return model.eval()
 
     @classmethod
@@ -78,32 +87,30 @@ class Released:
         return cls.from_checkpoint(*read_checkpoint(source), str(source))
 
     def save_pretrained(self, folder: str | PathLike[str]) -> None:
-        """config.json and model.safetensors that `from_pretrained` and `transformers` read.
+        """Write config.json and model.safetensors, as `from_pretrained` and `transformers` read them.
 
-        Raises ValueError for a parameter that the layout has no place for, as a ViT's own `patch_embed`.
+        Raises ValueError for a parameter that the layout does not have, such as another `patch_embed` of a ViT.
         """
-        write_checkpoint(folder, self.config.to_hf(), to_hf(self, self.config.family.key_map))
+        write_checkpoint(folder, self.to_hf(), to_hf(self, self.key_map))
 
 
 def fields_from_hf(hf: Mapping[str, Any], names: Mapping[str, str], model_type: str) -> dict[str, Any]:
-    """Our fields out of a config.json: `names` maps ours to theirs; what the file omits keeps our default.
+    """Our fields from a config.json: `names` maps ours to theirs; a field not in the file keeps our default.
 
     Raises UserError if the file describes another kind of model or an activation we do not have.
     """
-    found = hf.get("model_type")
-    if found != model_type:
-        raise UserError(f"config.json describes a model of type {found!r}, expected {model_type!r}")
+    if hf.get("model_type") != model_type:
+        raise UserError(f"config.json describes a model of type {hf.get('model_type')!r}, expected {model_type!r}")
     fields = {ours: hf[theirs] for ours, theirs in names.items() if hf.get(theirs) is not None}
     if fields.get("activation", "gelu") not in ACTIVATIONS:
-        known = ", ".join(ACTIVATIONS)
-        raise UserError(f"config.json asks for activation {fields['activation']!r}; known: {known}")
+        raise UserError(f"config.json asks for activation {fields['activation']!r}; known: {', '.join(ACTIVATIONS)}")
     return fields
 
 
 def labels_from_hf(hf: Mapping[str, Any], classes: int, source: str) -> tuple[str, ...]:
     """The names of `classes` classes in the order of the logits; LABEL_0, LABEL_1, ... where the file has none.
 
-    Raises UserError, naming `source`, if the file names other classes than the head has.
+    Raises UserError, naming `source`, if the file does not name every class of the head.
     """
     names = hf.get("id2label") or {str(i): f"LABEL_{i}" for i in range(classes)}
     try:
@@ -113,7 +120,7 @@ def labels_from_hf(hf: Mapping[str, Any], classes: int, source: str) -> tuple[st
 
 
 def labels_to_hf(labels: tuple[str, ...]) -> dict[str, Any]:
-    """The inverse of `labels_from_hf`: what a config.json says of the classes."""
+    """The fields of config.json that name the classes, the inverse of `labels_from_hf`."""
     return {
         "id2label": {str(i): label for i, label in enumerate(labels)},
         "label2id": {label: i for i, label in enumerate(labels)},

@@ -1,88 +1,56 @@
-"""OPT, the open decoders of Zhang et al. 2022 (arXiv 2205.01068): GPT-2's block with ReLU, and three habits of its own.
+"""OPT, the open decoders of Zhang et al. 2022 (arXiv 2205.01068): GPT-2's block with ReLU, and three differences.
 
 Positions count attended tokens and start at row 2 of their table; the embedding may be narrower than the blocks, with a
-linear map on either side; and one model (350M) norms after each sublayer, not before. The head is the token embedding.
+linear map on either side; and one model (350M) has its norms after each sublayer instead of before it.
 
 Shapes: B rows, T tokens, D width, E width of the embedding (mostly D), V vocabulary.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from os import PathLike
-from typing import Any, Self
+from typing import ClassVar
 
 from torch import Tensor, nn
 
 from vqa_scratch.errors import UserError
 from vqa_scratch.models.gpt2 import GPT2Block, GPT2Config
-from vqa_scratch.models.hf_config import check_heads, fields_from_hf
+from vqa_scratch.models.hf_config import Layout, Released
 from vqa_scratch.nn import taps
 from vqa_scratch.nn.cache import DecoderCache, KVCache
 from vqa_scratch.nn.decoding import Decoder, FastParts
 from vqa_scratch.nn.layers import decoder_positions, init_weights
 from vqa_scratch.nn.memory import Memory
-from vqa_scratch.weights import fields as names
-from vqa_scratch.weights import maps_blip2
-from vqa_scratch.weights.convert import load_into, to_hf
-from vqa_scratch.weights.files import read_checkpoint, write_checkpoint
+from vqa_scratch.weights import fields, maps
 
 OFFSET = 2  # rows of the position table that no token uses: fairseq kept them for padding
-# Options of the layout that no released OPT uses, with the only value this model has.
+# Options of the layout that no released OPT uses.
 _FIXED = {"enable_bias": True, "layer_norm_elementwise_affine": True, "_remove_final_layer_norm": False}
 
 
 @dataclass(frozen=True)
-class OPTConfig:
-    """Sizes of an OPT. The defaults are the 125M model."""
+class OPTConfig(GPT2Config):
+    """Sizes of an OPT, named as in GPT-2. The defaults are the 125M model."""
+
+    LAYOUTS: ClassVar[Mapping[str, Layout]] = {"opt": Layout("OPTForCausalLM", fields.OPT, maps.OPT, fixed=_FIXED)}
 
     vocab_size: int = 50272
     max_positions: int = 2048
-    dim: int = 768
-    layers: int = 12
-    heads: int = 12
     hidden: int = 3072  # inner width of the MLP
-    embedding_dim: int | None = None  # None: dim
-    norm_first: bool = True  # False: post-LN, and no norm at the end
     activation: str = "relu"
-    dropout: float = 0.1
     attention_dropout: float = 0.0
-    init_std: float = 0.02
     bos_id: int = 2
     eos_id: int = 2
     pad_id: int = 1
+    layout: str = "opt"
+    embedding_dim: int | None = None  # None: dim
+    norm_first: bool = True  # False: post-LN, and no norm at the end
 
     def __post_init__(self) -> None:
-        check_heads(self.dim, self.heads)
+        super().__post_init__()
+        if not isinstance(self.eos_id, int):
+            raise UserError(f"config.json names several end tokens {self.eos_id}; this OPT takes one")
         if self.embedding_dim is None:
             object.__setattr__(self, "embedding_dim", self.dim)
-
-    @property
-    def block(self) -> GPT2Config:
-        """The same sizes as GPT-2's block takes them."""
-        return GPT2Config(
-            dim=self.dim,
-            layers=self.layers,
-            heads=self.heads,
-            hidden=self.hidden,
-            activation=self.activation,
-            dropout=self.dropout,
-            attention_dropout=self.attention_dropout,
-        )
-
-    @classmethod
-    def from_hf(cls, config: dict[str, Any]) -> Self:
-        """From a config.json of model type "opt". Raises UserError if it asks for something this model is not."""
-        fields = fields_from_hf(config, names.OPT, "opt")
-        for name, value in _FIXED.items():
-            if config.get(name, value) != value:
-                raise UserError(f"config.json asks for {name} = {config[name]}; this OPT has {value} alone")
-        if not isinstance(fields.get("eos_id", 2), int):
-            raise UserError(f"config.json names several end tokens {fields['eos_id']}; this OPT takes one")
-        return cls(**fields)
-
-    def to_hf(self) -> dict[str, Any]:
-        """The inverse of `from_hf`."""
-        fields = {theirs: getattr(self, ours) for ours, theirs in names.OPT.items()}
-        return {"architectures": ["OPTForCausalLM"], "model_type": "opt", **fields}
 
 
 class PostNormBlock(GPT2Block):
@@ -95,8 +63,10 @@ class PostNormBlock(GPT2Block):
         return taps.tap(self.tap_prefix, "resid_post", self.norm2(x + self.mlp(x)))
 
 
-class OPT(Decoder):
+class OPT(Released, Decoder):
     """Tokens and positions, blocks, a last norm, and a head that is the token embedding."""
+
+    config_class = OPTConfig
 
     def __init__(self, config: OPTConfig) -> None:
         super().__init__()
@@ -106,7 +76,7 @@ class OPT(Decoder):
         self.tokens = nn.Embedding(config.vocab_size, config.embedding_dim)
         self.positions = nn.Embedding(config.max_positions + OFFSET, config.dim)
         self.project_in = nn.Linear(config.embedding_dim, config.dim, bias=False) if narrow else nn.Identity()
-        self.blocks = nn.ModuleList(block(config.block, layer) for layer in range(config.layers))
+        self.blocks = nn.ModuleList(block(config, layer) for layer in range(config.layers))
         self.norm = nn.LayerNorm(config.dim) if config.norm_first else nn.Identity()
         self.project_out = nn.Linear(config.dim, config.embedding_dim, bias=False) if narrow else nn.Identity()
         self.apply(lambda module: init_weights(module, config.init_std))
@@ -114,11 +84,9 @@ class OPT(Decoder):
 
     @property
     def head(self) -> Tensor:
-        """(V, E): the token embedding."""
         return self.tokens.weight
 
     def embed(self, ids: Tensor) -> Tensor:
-        """(B, T) -> (B, T, E), without positions."""
         return self.tokens(ids)
 
     def hidden(
@@ -129,17 +97,15 @@ class OPT(Decoder):
         memory: None = None,
         cache: DecoderCache | None = None,
     ) -> Tensor:
-        """(B, T, E) -> (B, T, E), the states under the head; see `Decoder.hidden`.
+        """(B, T, E) -> (B, T, E), the states before the head; see `Decoder.hidden`.
 
-        Positions count the tokens that attention_mask (B, cached + T) leaves. Raises ValueError on more tokens than
+        Positions count the attended tokens of attention_mask (B, cached + T). Raises ValueError on more tokens than
         positions, a mask of another length, or a memory.
         """
         if memory is not None:
             raise ValueError("OPT has no cross-attention to read a memory with")
-        rows, new, _ = embeddings.shape
-        past = 0 if cache is None else cache.length
-        position_ids = decoder_positions(rows, past, new, attention_mask, self.config.max_positions, embeddings.device)
-        x = self.project_in(embeddings) + self.positions(position_ids + OFFSET)  # (B, T, D)
+        positions = decoder_positions(embeddings, attention_mask, cache, self.config.max_positions)
+        x = self.project_in(embeddings) + self.positions(positions + OFFSET)  # (B, T, D)
         for layer, block in enumerate(self.blocks):
             x = block(x, attention_mask, None, None if cache is None else cache[layer])
         return self.project_out(self.norm(x))
@@ -161,15 +127,3 @@ class OPT(Decoder):
         narrow = self.config.embedding_dim != self.config.dim
         norm = nn.Sequential(self.norm, self.project_out) if narrow else self.norm
         return FastParts(embed, [block.fast_block() for block in self.blocks], norm, self.head)
-
-    @classmethod
-    def from_pretrained(cls, source: str | PathLike[str]) -> Self:
-        """From a checkpoint folder or Hub id, in eval mode. Raises UserError when something does not fit."""
-        config, tensors = read_checkpoint(source)
-        model = cls(OPTConfig.from_hf(config))
-        load_into(model, tensors, maps_blip2.OPT, source=str(source))
-        return model.eval()
-
-    def save_pretrained(self, folder: str | PathLike[str]) -> None:
-        """config.json and model.safetensors that `from_pretrained` and `transformers` read."""
-        write_checkpoint(folder, self.config.to_hf(), to_hf(self, maps_blip2.OPT))

@@ -1,9 +1,9 @@
-"""The Q-Former of BLIP-2 (Li et al. 2023, arXiv 2301.12597, section 3.1): a few learned queries ask an image tower.
+"""The Q-Former of BLIP-2 (Li et al. 2023, arXiv 2301.12597, section 3.1): learned queries that read an image.
 
-A BERT encoder whose input is not words but the queries; every other block also reads the image by cross-attention. What
-comes out is as many tokens as there are queries, whatever the size of the image.
+A BERT encoder whose input is the queries instead of words; every other block also reads the image by cross-attention.
+The output has one token a query, whatever the size of the image.
 
-Shapes: B batch, Q queries, N image tokens, D width, C width of the image tower.
+Shapes: B batch, Q queries, N image tokens, D width, C width of the image encoder.
 """
 
 from dataclasses import dataclass
@@ -31,7 +31,7 @@ class QFormerConfig:
     layers: int = 12
     heads: int = 12
     hidden: int = 3072  # inner width of the MLP
-    context_dim: int = 1408  # width of the image tower
+    context_dim: int = 1408  # width of the image encoder
     cross_every: int = 2  # blocks 0, 2, 4, ... read the image
     activation: str = "gelu"
     norm_eps: float = 1e-12

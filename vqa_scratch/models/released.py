@@ -1,6 +1,6 @@
-"""Which class reads a checkpoint: a table from the `model_type` in its config.json.
+"""Opens an encoder of any family: tables from the `model_type` in config.json to the class that loads it.
 
-Another family of either kind is a line of that kind's `LAYOUTS`; another kind of encoder, a line here.
+A new layout of a family is a line in its `LAYOUTS`; a new family of encoders is a line here.
 """
 
 from collections.abc import Mapping
@@ -19,7 +19,7 @@ TEXT_ENCODERS: dict[str, type[Released]] = dict.fromkeys(BertConfig.LAYOUTS, Ber
 
 
 def image_encoder(source: str | PathLike[str]) -> ViT | ResNet:
-    """An encoder of images in eval mode: from a checkpoint folder, a Hub id, or a file of ResNet weights.
+    """An image encoder in eval mode, from a checkpoint folder, a Hub id, or a file of ResNet weights.
 
     Raises UserError, one line, for another kind of model or if something does not fit.
     """
@@ -27,7 +27,7 @@ def image_encoder(source: str | PathLike[str]) -> ViT | ResNet:
 
 
 def text_encoder(source: str | PathLike[str]) -> Bert:
-    """An encoder of texts in eval mode, from a checkpoint folder or a Hub id. Raises UserError as `image_encoder`."""
+    """A text encoder in eval mode, from a checkpoint folder or a Hub id. Raises UserError as `image_encoder`."""
     return _open(source, TEXT_ENCODERS, "text")
 
 

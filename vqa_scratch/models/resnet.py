@@ -1,13 +1,11 @@
-"""ResNet, written out: He et al. 2016, "Deep Residual Learning for Image Recognition" (arXiv 1512.03385).
+"""ResNet, an image encoder: He et al. 2016, "Deep Residual Learning for Image Recognition" (arXiv 1512.03385).
 
-Bottleneck blocks carry their stride on the 3x3 convolution ("v1.5", as torchvision's weights want it). There is no
-pooling and no classifier: the result is the map of features, 7x7 for an image of 224 pixels, one vector a place, which
-is what attention reads.
+The stride of a bottleneck block is on its 3x3 convolution ("v1.5", as in torchvision's weights). There is no pooling
+and no classifier: the output is the feature map, 7x7 for an image of 224 pixels, one vector a place.
 
-The norm is a part passed in. `FrozenBatchNorm` is batch norm that always uses the statistics of its checkpoint:
-captions are trained in small batches, whose own statistics are noise, and a model that behaves otherwise in training
-than in use is hard to trust. A net without a checkpoint has no statistics, so it gets `group_norm` (Wu and He 2018),
-which knows one image at a time and is the same in training and in use.
+The norm is an argument. `FrozenBatchNorm` always uses the statistics of its checkpoint: the statistics of small batches
+are noise, and the model stays the same in training and in use. A ResNet without a checkpoint has no statistics, so it
+gets `group_norm` (Wu and He 2018), which works on one image at a time.
 
 Shapes: B batch, C channels, H x W pixels, h x w places of the map.
 """
@@ -30,6 +28,11 @@ from vqa_scratch.weights.convert import load_into, to_hf
 from vqa_scratch.weights.files import read_tensors, write_safetensors
 
 Norm = Callable[[int], nn.Module]  # channels -> a module (B, C, h, w) -> the same
+# The convolutions of each kind of block: kernel, whether it has the stride of the block, output width / block width
+BLOCKS = {
+    "basic": ((3, True, 1), (3, False, 1)),
+    "bottleneck": ((1, False, 1), (3, True, 1), (1, False, 4)),
+}
 
 
 @dataclass(frozen=True)
@@ -54,20 +57,20 @@ class ResNetConfig:
     @property
     def dim(self) -> int:
         """Channels of the map."""
-        return self.widths[-1] * BLOCKS[self.block].expansion
+        return self.widths[-1] * BLOCKS[self.block][-1][-1]
 
     @property
     def stride(self) -> int:
-        """Pixels a side that one place of the map stands for."""
+        """Pixels from one place of the map to the next."""
         return 2 ** (1 + len(self.depths))
 
     def grid(self, pixels: int) -> int:
-        """Places a side of the map of an image with so many pixels a side: every halving rounds up."""
+        """Places along a side of the map, from the pixels along that side: every halving rounds up."""
         return -(-pixels // self.stride)
 
     @classmethod
     def of_tensors(cls, tensors: dict[str, Tensor], source: str) -> Self:
-        """The sizes that weights in torchvision's layout have. Raises UserError if they are not a ResNet's."""
+        """The sizes of weights in torchvision's layout. Raises UserError if they are not a ResNet's."""
         blocks: dict[int, set[int]] = {}
         for key in tensors:
             found = re.match(r"layer(\d+)\.(\d+)\.", key)
@@ -102,7 +105,7 @@ class FrozenBatchNorm(nn.Module):
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
-    """Group norm with 16 channels a group, or one group where they do not divide."""
+    """Group norm with 16 channels a group, or one group if the channels do not divide by 16."""
     return nn.GroupNorm(channels // 16 if channels % 16 == 0 else 1, channels)
 
 
@@ -110,14 +113,14 @@ NORMS: dict[str, Norm] = {"frozen_batch": FrozenBatchNorm, "group": group_norm}
 
 
 def conv(narrow: int, wide: int, kernel: int, stride: int = 1) -> nn.Conv2d:
-    """A convolution without bias (the norm after it has one) that keeps the scale of what goes through ReLU."""
+    """A convolution without bias (the norm after it has one), initialised to keep the scale through ReLU."""
     layer = nn.Conv2d(narrow, wide, kernel, stride, padding=kernel // 2, bias=False)
     nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
     return layer
 
 
 class Shortcut(nn.Module):
-    """What is added to a block that changes the size: a 1x1 convolution of the block's stride, and a norm."""
+    """The shortcut of a block that changes the size: a 1x1 convolution of the block's stride, and a norm."""
 
     def __init__(self, narrow: int, wide: int, stride: int, norm: Norm) -> None:
         super().__init__()
@@ -130,22 +133,15 @@ class Shortcut(nn.Module):
 class Block(nn.Module):
     """Convolutions with norms, ReLU between them, the input added, ReLU."""
 
-    expansion: int
-
-    def __init__(self, narrow: int, width: int, stride: int, norm: Norm) -> None:
+    def __init__(self, kind: str, narrow: int, width: int, stride: int, norm: Norm) -> None:
         super().__init__()
-        shape, self.number = self.shape(narrow, width, stride), 0
-        for i, (inner, outer, kernel, step) in enumerate(shape, 1):
-            self.add_module(f"conv{i}", conv(inner, outer, kernel, step))
+        inner, self.number = narrow, len(BLOCKS[kind])
+        for i, (kernel, strided, factor) in enumerate(BLOCKS[kind], 1):
+            outer = factor * width
+            self.add_module(f"conv{i}", conv(inner, outer, kernel, stride if strided else 1))
             self.add_module(f"norm{i}", norm(outer))
-            self.number = i
-        wide = width * self.expansion
-        self.shortcut = Shortcut(narrow, wide, stride, norm) if stride > 1 or narrow != wide else nn.Identity()
-
-    @staticmethod
-    def shape(narrow: int, width: int, stride: int) -> tuple[tuple[int, int, int, int], ...]:
-        """(channels in, channels out, kernel, stride) of each convolution."""
-        raise NotImplementedError
+            inner = outer
+        self.shortcut = Shortcut(narrow, inner, stride, norm) if stride > 1 or narrow != inner else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         y = x
@@ -153,25 +149,6 @@ class Block(nn.Module):
             y = getattr(self, f"norm{i}")(getattr(self, f"conv{i}")(y))
             y = F.relu(y) if i < self.number else y
         return F.relu(y + self.shortcut(x))
-
-
-class BasicBlock(Block):
-    expansion = 1
-
-    @staticmethod
-    def shape(narrow: int, width: int, stride: int) -> tuple[tuple[int, int, int, int], ...]:
-        return (narrow, width, 3, stride), (width, width, 3, 1)
-
-
-class Bottleneck(Block):
-    expansion = 4
-
-    @staticmethod
-    def shape(narrow: int, width: int, stride: int) -> tuple[tuple[int, int, int, int], ...]:
-        return (narrow, width, 1, 1), (width, width, 3, stride), (width, 4 * width, 1, 1)
-
-
-BLOCKS: dict[str, type[Block]] = {"basic": BasicBlock, "bottleneck": Bottleneck}
 
 
 class ResNet(nn.Module):
@@ -188,9 +165,8 @@ class ResNet(nn.Module):
         for stage, (depth, width) in enumerate(zip(config.depths, config.widths, strict=True), 1):
             blocks = []
             for i in range(depth):
-                stride = 2 if i == 0 and stage > 1 else 1
-                blocks.append(BLOCKS[config.block](narrow, width, stride, norm))
-                narrow = width * BLOCKS[config.block].expansion
+                blocks.append(Block(config.block, narrow, width, 2 if i == 0 and stage > 1 else 1, norm))
+                narrow = width * BLOCKS[config.block][-1][-1]
             self.add_module(f"layer{stage}", nn.Sequential(*blocks))
             self.stages.append(f"layer{stage}")
 
@@ -200,7 +176,7 @@ class ResNet(nn.Module):
             raise ValueError(
                 f"pixel_values must be (batch, {self.config.channels}, height, width), got {tuple(pixel_values.shape)}"
             )
-        # The layout in which CPUs and tensor cores convolve fastest; the values are the same.
+        # This memory layout is fastest on CPUs and tensor cores; the values are the same.
         x = pixel_values.contiguous(memory_format=torch.channels_last)
         x = F.max_pool2d(F.relu(self.norm1(self.conv1(x))), 3, 2, padding=1)
         for stage in self.stages:
@@ -208,14 +184,14 @@ class ResNet(nn.Module):
         return x
 
     def places(self, height: int, width: int) -> Places:
-        """Where the places of the map look, for an image of so many pixels.
+        """The places of the map, for an image of this size in pixels.
 
-        Every strided layer has an odd kernel and half of it as padding, so place i is centred on pixel i * stride.
+        Every strided layer has an odd kernel, padded by half its size, so place i is centred on pixel i * stride.
         """
         return Places((self.config.grid(height), self.config.grid(width)), 0.5, self.config.stride)
 
     def states(self, pixel_values: Tensor) -> States:
-        """(B, C, H, W) -> tokens (B, h*w, dim): the map of `forward`, in raster order."""
+        """(B, C, H, W) -> states (B, h*w, dim): the map of `forward`, in raster order."""
         tokens = self(pixel_values).flatten(2).transpose(1, 2)
         return States(tokens, places=self.places(*pixel_values.shape[2:]))
 
@@ -223,7 +199,7 @@ class ResNet(nn.Module):
     def from_pretrained(cls, file: str | PathLike[str]) -> Self:
         """From a file with torchvision's weights (.safetensors, or .pth read as tensors only), of any depth and width.
 
-        In eval mode, with frozen statistics. Raises UserError if it is not a ResNet's file or does not fit.
+        In eval mode, with frozen statistics. Raises UserError if the file is not a ResNet or does not fit.
         """
         tensors = read_tensors(Path(file))
         model = cls(ResNetConfig.of_tensors(tensors, str(file)))
@@ -231,5 +207,5 @@ class ResNet(nn.Module):
         return model.eval()
 
     def save_pretrained(self, file: str | PathLike[str]) -> None:
-        """One safetensors file under torchvision's names, without the classifier, which this model does not have."""
+        """Write one safetensors file with torchvision's names, without a classifier, which this model does not have."""
         write_safetensors(Path(file), to_hf(self, maps.RESNET))

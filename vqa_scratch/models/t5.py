@@ -1,22 +1,22 @@
 """T5, the encoder-decoder of Raffel et al. 2020 (arXiv 1910.10683); version 1.1 and FLAN are the gated, untied kind.
 
-What sets it apart from other transformers: positions enter only as a learned bias on the attention scores, one number
-for each head and bucket of distances, shared by all layers of a tower; scores are not divided by sqrt(d); norms have
-no mean and no bias; no linear layer has a bias.
+It differs from other transformers in four points. Positions enter only as a learned bias on the attention scores, one
+number for each head and bucket of distances, shared by all layers of the encoder or decoder. Scores are not divided by
+sqrt(d). Norms have no mean and no bias. No linear layer has a bias.
 
 Shapes: B batch, N input tokens, T output tokens, D width, H heads, V vocabulary.
 """
 
-from dataclasses import replace
-from os import PathLike
-from typing import Self
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vqa_scratch.errors import UserError
-from vqa_scratch.models.t5_config import T5Config
+from vqa_scratch.models.hf_config import Released
 from vqa_scratch.nn import taps
 from vqa_scratch.nn.attention import MultiHeadAttention
 from vqa_scratch.nn.cache import DecoderCache, KVCache
@@ -26,7 +26,59 @@ from vqa_scratch.nn.layers import MLP, Activation, activation
 from vqa_scratch.nn.memory import Memory
 from vqa_scratch.nn.relative_bias import PassBias, RelativeBias
 from vqa_scratch.nn.rms_norm import RMSNorm
-from vqa_scratch.weights import convert, files, maps
+from vqa_scratch.weights import fields, maps
+from vqa_scratch.weights.convert import load_into
+
+
+@dataclass(frozen=True)
+class T5Config:
+    """Sizes of a T5. The defaults are flan-t5-small."""
+
+    vocab_size: int = 32128
+    dim: int = 512
+    head_dim: int = 64  # heads * head_dim need not be dim
+    hidden: int = 1024  # inner width of the feed-forward layers
+    encoder_layers: int = 8
+    decoder_layers: int = 8
+    heads: int = 6
+    buckets: int = 32  # of relative distances, in the encoder and in the decoder
+    max_distance: int = 128  # all greater distances share the last bucket
+    activation: str = "gelu_new"
+    gated: bool = True
+    dropout: float = 0.1
+    norm_eps: float = 1e-6
+    tied: bool = False  # the head is the embedding
+    scaled: bool = False  # the decoder's output is multiplied by dim**-0.5 before the head
+    pad_id: int = 0
+    eos_id: int = 1
+    start_id: int = 0  # first input of the decoder
+
+    @classmethod
+    def from_hf(cls, config: dict[str, Any]) -> Self:
+        """From a config.json. It does not say whether the head is tied: that depends on the weights."""
+        known = {ours: config[theirs] for ours, theirs in fields.T5.items() if config.get(theirs) is not None}
+        feed_forward = config.get("feed_forward_proj", "relu")
+        name = feed_forward.removeprefix("gated-")
+        return cls(
+            **{"decoder_layers": known["encoder_layers"], "start_id": known.get("pad_id", 0)} | known,
+            gated=feed_forward.startswith("gated-"),
+            # The released gated models were trained with the tanh approximation, although their files say "gelu".
+            activation="gelu_new" if feed_forward == "gated-gelu" else name,
+            scaled=config.get("scale_decoder_outputs", config.get("tie_word_embeddings") is not False),
+        )
+
+    def to_hf(self) -> dict[str, Any]:
+        """The inverse of `from_hf`."""
+        name = "gelu" if self.gated and self.activation == "gelu_new" else self.activation
+        return {
+            "architectures": ["T5ForConditionalGeneration"],
+            "model_type": "t5",
+            "is_encoder_decoder": True,
+            **{theirs: getattr(self, ours) for ours, theirs in fields.T5.items()},
+            "feed_forward_proj": f"gated-{name}" if self.gated else name,
+            "tie_word_embeddings": self.scaled,
+            "scale_decoder_outputs": self.scaled,
+        }
 
 
 class GatedMLP(nn.Module):
@@ -51,7 +103,7 @@ class GatedMLP(nn.Module):
 
 
 class T5Block(nn.Module):
-    """Self-attention, in a decoder cross-attention, and a feed-forward layer, each behind its norm."""
+    """Self-attention, cross-attention in a decoder, and a feed-forward layer, each after its norm."""
 
     tap_prefix: str | None = None
 
@@ -80,14 +132,8 @@ class T5Block(nn.Module):
             self.mlp = MLP(config.dim, config.hidden, activation(config.activation), bias=False, dropout=config.dropout)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(
-        self,
-        x: Tensor,
-        bias: PassBias,
-        memory: Memory | None = None,
-        cache: KVCache | None = None,
-    ) -> Tensor:
-        """(B, T, D) -> (B, T, D); `bias` says where a token may look as well."""
+    def forward(self, x: Tensor, bias: PassBias, memory: Memory | None = None, cache: KVCache | None = None) -> Tensor:
+        """(B, T, D) -> (B, T, D); `bias` includes the masks."""
         x = taps.tap(self.tap_prefix, "resid_pre", x)
         x = x + self.dropout(self.attn(self.attn_norm(x), bias=bias, cache=cache))
         if memory is not None:
@@ -96,12 +142,12 @@ class T5Block(nn.Module):
         return taps.tap(self.tap_prefix, "resid_post", x + self.mlp(self.mlp_norm(x)))
 
     def fast_block(self) -> FastBlock:
-        """The block taken apart, for `generate`."""
-        norms, mlp = (self.attn_norm, self.attn, self.cross_norm, self.cross, self.mlp_norm), self.mlp
-        return FastBlock(*norms, mlp.up, mlp.activation, mlp.down, mlp.gate if isinstance(mlp, GatedMLP) else None)
+        """The parts of the block, for `generate`."""
+        before, mlp = (self.attn_norm, self.attn, self.cross_norm, self.cross, self.mlp_norm), self.mlp
+        return FastBlock(*before, mlp.up, mlp.activation, mlp.down, mlp.gate if isinstance(mlp, GatedMLP) else None)
 
 
-class T5Tower(nn.Module):
+class T5Stack(nn.Module):
     """The encoder, or with `decoder=True` the decoder: embeddings in, normed states out."""
 
     def __init__(self, config: T5Config, decoder: bool) -> None:
@@ -129,20 +175,22 @@ class T5Tower(nn.Module):
         return self.dropout(self.norm(x))
 
 
-class T5(Decoder):
+class T5(Released, Decoder):
     """Encoder, decoder and language-model head."""
+
+    config_class = T5Config
 
     def __init__(self, config: T5Config) -> None:
         super().__init__()
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.dim)
-        self.encoder = T5Tower(config, decoder=False)
-        self.decoder = T5Tower(config, decoder=True)
+        self.encoder = T5Stack(config, decoder=False)
+        self.decoder = T5Stack(config, decoder=True)
         self.lm_head = None if config.tied else nn.Linear(config.dim, config.vocab_size, bias=False)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Random weights that keep the scale of states and scores, attention unscaled as it is."""
+        """Random weights that keep the scale of states and of the unscaled attention scores."""
         nn.init.normal_(self.embedding.weight, std=1.0)
         for name, module in self.named_modules():
             if isinstance(module, RMSNorm):
@@ -151,25 +199,18 @@ class T5(Decoder):
                 nn.init.normal_(module.table.weight, std=self.config.dim**-0.5)
             elif isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=module.in_features**-0.5)
-                inner = self.config.heads * self.config.head_dim
-                queries = module.weight[:inner] if name.endswith((".qkv", ".q")) else None
-                if queries is not None:  # no 1/sqrt(d) in the scores: it is in the queries from the start
+                if name.endswith((".qkv", ".q")):  # no 1/sqrt(d) in the scores: it is in the initial queries
                     with torch.no_grad():
-                        queries.mul_(self.config.head_dim**-0.5)
+                        module.weight[: self.config.heads * self.config.head_dim].mul_(self.config.head_dim**-0.5)
 
     @classmethod
-    def from_pretrained(cls, source: str | PathLike[str]) -> Self:
-        """From a folder or Hub id in the layout of T5ForConditionalGeneration."""
-        config, tensors = files.read_checkpoint(source)
+    def from_checkpoint(cls, config: Mapping[str, Any], tensors: dict[str, Tensor], source: str) -> Self:
+        """As in `Released`, for the layout of T5ForConditionalGeneration."""
         if config.get("model_type") != "t5":
             raise UserError(f"{source} holds a {config.get('model_type')} model, not a t5")
         model = cls(replace(T5Config.from_hf(config), tied="lm_head.weight" not in tensors))
-        convert.load_into(model, tensors, model.key_map, source=str(source))
+        load_into(model, tensors, model.key_map, source=source)
         return model.eval()
-
-    def save_pretrained(self, folder: str | PathLike[str]) -> None:
-        """Write config.json and model.safetensors as `transformers` reads them."""
-        files.write_checkpoint(folder, self.config.to_hf(), convert.to_hf(self, self.key_map))
 
     @property
     def key_map(self) -> maps.KeyMap:
@@ -181,7 +222,7 @@ class T5(Decoder):
 
     @property
     def max_positions(self) -> None:
-        return None  # relative positions serve any number of tokens
+        return None  # relative positions have no limit
 
     @property
     def head(self) -> Tensor:
@@ -200,12 +241,11 @@ class T5(Decoder):
         memory: list[Memory],
         cache: DecoderCache | None = None,
     ) -> Tensor:
-        """(B, T, D) -> (B, T, D), the decoder's states; `memory` holds one part, those of the encoder."""
-        (encoder_states,) = memory
-        return self.decoder(embeddings, attention_mask, encoder_states, cache)
+        """(B, T, D) -> (B, T, D), the decoder's states; `memory` holds one item, the encoder's states."""
+        return self.decoder(embeddings, attention_mask, *memory, cache=cache)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """(..., D) -> (..., V). An untied head runs as a module: training may exchange it (`rl/large_tables.py`)."""
+        """(..., D) -> (..., V). An untied head runs as a module, which training may replace (`rl/large_tables.py`)."""
         if self.config.scaled:
             hidden = hidden * self.config.dim**-0.5
         return F.linear(hidden, self.embedding.weight) if self.lm_head is None else self.lm_head(hidden)

@@ -1,16 +1,17 @@
 """ViLT: one transformer over the words of a question and the patches of an image. Kim et al. 2021 (arXiv 2102.03334).
 
 The words are embedded as in BERT, the patches as in ViT; each side gets an embedding of its modality, and both go
-through the blocks of a ViT as one sequence: words, class token, patches. So a ViLT here is a ViT with a Bert of no
-layers before it. The answer is read off the first word, [CLS].
+through the blocks of a ViT as one sequence: words, class token, patches. So this ViLT is a ViT plus a Bert without
+layers. The answer is read from the first word, [CLS].
 
 Shapes: B questions, I images (B >= I: an image may serve several questions), T text tokens, N = h*w image tokens in
 raster order, D width, L labels.
 """
 
-from dataclasses import dataclass, fields
-from os import PathLike
-from typing import Any, Self
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
@@ -18,21 +19,24 @@ from torch import Tensor, nn
 
 from vqa_scratch.errors import UserError
 from vqa_scratch.models.bert import Bert, BertConfig
-from vqa_scratch.models.hf_config import fields_from_hf, labels_from_hf, labels_to_hf
-from vqa_scratch.models.vit import ViT, ViTConfig
+from vqa_scratch.models.hf_config import Released, labels_from_hf, labels_to_hf
+from vqa_scratch.models.vit import ViT, ViTConfig, ViTLayout
 from vqa_scratch.nn import taps
 from vqa_scratch.nn.layers import init_weights
-from vqa_scratch.weights import fields as names
-from vqa_scratch.weights import maps_vilt as maps
-from vqa_scratch.weights.convert import load_into, to_hf
-from vqa_scratch.weights.files import read_checkpoint, write_checkpoint
+from vqa_scratch.weights import fields, maps
+from vqa_scratch.weights.convert import load_into
 
 WORD, PATCH = 0, 1  # rows of the modality table
+_ALL_PATCHES = {"max_image_length": -1}  # never a random selection of the patches
 
 
 @dataclass(frozen=True)
 class ViLTConfig(ViTConfig):
-    """Sizes of a ViLT: of patches and blocks as in a ViT, and of words. The defaults are ViLT-B/32."""
+    """Sizes of a ViLT: patches and blocks as in a ViT, and words. The defaults are ViLT-B/32."""
+
+    LAYOUTS: ClassVar[Mapping[str, ViTLayout]] = {
+        "vilt": ViTLayout("ViltModel", fields.VILT, maps.VILT, fixed=_ALL_PATCHES)
+    }
 
     image_size: int = 384  # pixels a side that the position table is made for
     patch_size: int = 32
@@ -40,6 +44,7 @@ class ViLTConfig(ViTConfig):
     max_positions: int = 40  # of words
     token_types: int = 2
     modalities: int = 2
+    layout: str = "vilt"
 
     def __post_init__(self) -> None:
         self.words, self.tower  # noqa: B018 (they check the sizes)
@@ -54,27 +59,20 @@ class ViLTConfig(ViTConfig):
     @property
     def tower(self) -> ViTConfig:
         """The embedding of patches, and the blocks."""
-        return ViTConfig(**self._fields_of(ViTConfig))
+        return ViTConfig(**self._fields_of(ViTConfig) | {"layout": "vit"})
 
     def _fields_of(self, kind: type) -> dict[str, Any]:
-        return {field.name: getattr(self, field.name) for field in fields(kind) if hasattr(self, field.name)}
-
-    @classmethod
-    def from_hf(cls, config: dict[str, Any]) -> Self:
-        """From a config.json of model type "vilt". Raises UserError if it asks for something this model is not."""
-        limit = config.get("max_image_length", -1)
-        if limit is not None and limit >= 0:
-            raise UserError(f"config.json draws {limit} patches of an image by lot; here all of them are read (-1)")
-        return cls(**fields_from_hf(config, names.VILT, "vilt"))
+        names = {field.name for field in dataclasses.fields(kind)}
+        return {name: value for name, value in vars(self).items() if name in names}
 
     def to_hf(self) -> dict[str, Any]:
-        """The inverse of `from_hf`."""
-        fields = {theirs: getattr(self, ours) for ours, theirs in names.VILT.items()}
-        return {"architectures": ["ViltModel"], "model_type": "vilt", "max_image_length": -1, **fields}
+        return super().to_hf() | _ALL_PATCHES
 
 
-class ViLT(nn.Module):
+class ViLT(Released, nn.Module):
     """Words, class token and patches in one sequence of pre-LN blocks; `patch_embed` as in `ViT`."""
+
+    config_class = ViLTConfig
 
     def __init__(self, config: ViLTConfig, patch_embed: nn.Module | None = None) -> None:
         super().__init__()
@@ -88,8 +86,8 @@ class ViLT(nn.Module):
         taps.name_modules(self.tower, "encoder")
 
     def _positions(self, size: tuple[int, int], whole: tuple[int, int]) -> Tensor:
-        """(h*w of `whole`, D): the position table resized to `size` patches, bilinearly and corner on corner, in the
-        top left corner of a larger grid; zeros elsewhere, where nothing is read."""
+        """(h*w of `whole`, D): the position table resized to `size` patches, bilinearly with aligned corners, in the
+        top left corner of the grid `whole`; zeros elsewhere."""
         grid = self.config.tower.grid
         table = self.tower.positions[:, 1:].unflatten(1, grid).permute(0, 3, 1, 2)  # (1, D, rows, columns)
         if size != grid:
@@ -99,9 +97,9 @@ class ViLT(nn.Module):
         return table[0].flatten(1).T
 
     def embed_images(self, pixel_values: Tensor, pixel_mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """(I, 1 + N, D), the class token first, and which of them are real, (I, 1 + N) bool (None: all).
+        """Embeddings (I, 1 + N, D), the class token first, and their mask (I, 1 + N), bool (None: all are real).
 
-        pixel_values (I, C, H, W); pixel_mask (I, H, W), True in the top left rectangle that an image fills, whose
+        pixel_values (I, C, H, W); pixel_mask (I, H, W), True in the top left rectangle that an image fills; its
         sides are multiples of the patch. Raises ValueError unless patches fit.
         """
         tower, whole, p = self.tower, self.tower.config.patches(*pixel_values.shape[2:]), self.config.patch_size
@@ -129,7 +127,7 @@ class ViLT(nn.Module):
         token_type_ids: Tensor | None = None,
         image_index: Tensor | None = None,
     ) -> Tensor:
-        """(B, D): what the first word knows in the end, through the pooler and tanh.
+        """(B, D): the final state of the first word, after the pooler and tanh.
 
         input_ids, attention_mask (B, T), True = a real token; image_index (B,) says which image a question is about,
         None means one question an image; images as in `embed_images`. Raises ValueError on more words than positions.
@@ -137,7 +135,7 @@ class ViLT(nn.Module):
         words = self.words(input_ids, token_type_ids=token_type_ids) + self.modality.weight[WORD]
         images, real = self.embed_images(pixel_values, pixel_mask)
         images = images + self.modality.weight[PATCH]
-        if image_index is not None:  # the sequence differs from question to question, so from here on images are copied
+        if image_index is not None:  # from here on each question needs its own copy
             images, real = images[image_index], None if real is None else real[image_index]
         x = torch.cat([words, images.to(words.dtype)], 1)  # (B, T + 1 + N, D)
         mask = None if attention_mask is None and real is None else x.new_ones(x.shape[:2], dtype=torch.bool)
@@ -151,41 +149,21 @@ class ViLT(nn.Module):
         x = last(x, mask, first=1)
         return torch.tanh(self.pooler(self.tower.norm(x[:, 0])))
 
-    @classmethod
-    def from_pretrained(cls, source: str | PathLike[str]) -> Self:
-        """From a checkpoint folder or Hub id, in eval mode; heads in the file (masked words, answers) are read past.
 
-        Raises UserError when something does not fit.
-        """
-        config, tensors = read_checkpoint(source)
-        model = cls(ViLTConfig.from_hf(config))
-        load_into(model, tensors, maps.VILT, source=str(source))
-        return model.eval()
-
-    def save_pretrained(self, folder: str | PathLike[str]) -> None:
-        """config.json and model.safetensors that `from_pretrained` and `transformers` read.
-
-        Raises ValueError for a model with its own `patch_embed`: the layout has no place for it.
-        """
-        write_checkpoint(folder, self.config.to_hf(), to_hf(self, maps.VILT))
-
-
-class ViLTClassifier(nn.Module):
+class ViLTClassifier(Released, nn.Module):
     """A ViLT and two layers over the answers; `labels` names them in the order of the logits."""
+
+    key_map = maps.VILT_CLASSIFIER
 
     def __init__(self, vilt: ViLT, labels: tuple[str, ...]) -> None:
         super().__init__()
-        if not labels or len(set(labels)) != len(labels):
-            raise UserError(
-                f"a classifier needs different labels, got {len(labels)}, {len(set(labels))} of them different"
-            )
+        different = len(set(labels))
+        if not labels or different != len(labels):
+            raise UserError(f"a classifier needs different labels, got {len(labels)}, {different} of them different")
         self.vilt, self.labels = vilt, tuple(labels)
         width = vilt.config.dim
-        self.up, self.norm, self.out = (
-            nn.Linear(width, 2 * width),
-            nn.LayerNorm(2 * width),
-            nn.Linear(2 * width, len(labels)),
-        )
+        self.up, self.norm = nn.Linear(width, 2 * width), nn.LayerNorm(2 * width)
+        self.out = nn.Linear(2 * width, len(labels))
         for layer in (self.up, self.out):
             init_weights(layer, vilt.config.init_std)
 
@@ -196,32 +174,24 @@ class ViLTClassifier(nn.Module):
         return self.out(F.gelu(self.norm(self.up(self.vilt(pixel_values, input_ids, attention_mask, **more)))))
 
     @classmethod
-    def from_pretrained(cls, source: str | PathLike[str]) -> Self:
-        """From a checkpoint with a head over answers (ViltForQuestionAnswering), in eval mode.
-
-        Raises UserError when something does not fit.
-        """
-        config, tensors = read_checkpoint(source)
+    def from_checkpoint(cls, config: Mapping[str, Any], tensors: dict[str, Tensor], source: str) -> Self:
+        """As in `Released`, for a checkpoint with a head over answers (ViltForQuestionAnswering)."""
         classes = len(tensors.get("classifier.3.bias", ()))
         if not classes:
             raise UserError(f"{source} has no head over answers (classifier.3): it was not trained to answer questions")
-        model = cls(ViLT(ViLTConfig.from_hf(config)), labels_from_hf(config, classes, str(source)))
-        load_into(model, tensors, maps.VILT_CLASSIFIER, source=str(source))
+        model = cls(ViLT(ViLTConfig.from_hf(config)), labels_from_hf(config, classes, source))
+        load_into(model, tensors, cls.key_map, source=source)
         return model.eval()
 
     def to_hf(self) -> dict[str, Any]:
         """config.json of ViltForQuestionAnswering."""
         return self.vilt.config.to_hf() | {"architectures": ["ViltForQuestionAnswering"], **labels_to_hf(self.labels)}
 
-    def save_pretrained(self, folder: str | PathLike[str]) -> None:
-        """config.json and model.safetensors that `from_pretrained` and `transformers` read."""
-        write_checkpoint(folder, self.to_hf(), to_hf(self, maps.VILT_CLASSIFIER))
-
 
 def answer_loss(logits: Tensor, targets: Tensor) -> Tensor:
     """Binary cross-entropy of (B, L) logits and soft targets in [0, 1], in nats: summed over labels and questions.
 
-    Divided by B it is the mean over both times the number of labels, as ViLT and its forerunners train (Teney et al.,
-    2018, "Tips and Tricks for Visual Question Answering"): it falls with the number of labels only as answers do.
+    Divided by B it is the mean over both times the number of labels, as in Teney et al. 2018, "Tips and Tricks for
+    Visual Question Answering", and in ViLT, so that its size does not depend on the number of labels.
     """
     return F.binary_cross_entropy_with_logits(logits.float(), targets, reduction="sum")

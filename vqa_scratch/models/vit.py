@@ -1,8 +1,8 @@
 """Vision transformer: an image is a sequence of patches. Dosovitskiy et al. 2021 (arXiv 2010.11929), pre-LN.
 
 One class and a table of layouts: google/vit and DINO (Caron et al. 2021) are a plain ViT; DeiT (Touvron et al. 2021,
-2012.12877) has a distillation token beside the class token; DINOv2 (Oquab et al. 2023, 2304.07193) scales what every
-sublayer adds, and may have registers (Darcet et al. 2024, 2309.16588), tokens that belong to no place.
+2012.12877) has a distillation token after the class token; DINOv2 (Oquab et al. 2023, 2304.07193) scales the output of
+every sublayer, and may have registers (Darcet et al. 2024, 2309.16588), tokens without a place in the image.
 
 Shapes: B batch, C channels, N patches in raster order (h rows of w), P prefix tokens (class token and the like), D
 width, p patch size.
@@ -32,10 +32,10 @@ _NO_DROP_PATH = {"drop_path_rate": 0.0}  # stochastic depth, which no released D
 
 @dataclass(frozen=True, eq=False)
 class ViTLayout(Layout):
-    """What one member of the family does its own way."""
+    """What differs between the members of the family."""
 
-    tokens: tuple[str, ...] = ("cls_token",)  # learned tokens before the patches, with positions of their own
-    antialias: bool = False  # whether positions are smoothed where they are resized to fewer patches
+    tokens: tuple[str, ...] = ("cls_token",)  # learned tokens before the patches; they have positions
+    antialias: bool = False  # whether positions are smoothed when resized to fewer patches
 
 
 LAYOUTS = {
@@ -59,7 +59,7 @@ class ViTConfig(HFConfig):
 
     LAYOUTS: ClassVar[Mapping[str, ViTLayout]] = LAYOUTS
 
-    image_size: int | tuple[int, int] = 224  # pixels a side, or (height, width), that the position table is made for
+    image_size: int | tuple[int, int] = 224  # pixels a side, or (height, width), of the position table
     patch_size: int = 16
     channels: int = 3
     dim: int = 768
@@ -73,9 +73,9 @@ class ViTConfig(HFConfig):
     attention_dropout: float = 0.0
     init_std: float = 0.02
     layout: str = "vit"  # a key of LAYOUTS
-    mlp_ratio: int | None = None  # where given, `hidden` is so many times the width
+    mlp_ratio: int | None = None  # if given, `hidden` is this many times the width
     swiglu: bool = False  # a gated MLP
-    layer_scale: float | None = None  # factor, learned from this start on, of what a sublayer adds; None: no factor
+    layer_scale: float | None = None  # initial value of the learned factors on each sublayer; None: no factors
     registers: int = 0  # learned tokens without a position
 
     def __post_init__(self) -> None:
@@ -93,7 +93,7 @@ class ViTConfig(HFConfig):
 
     @property
     def grid(self) -> tuple[int, int]:
-        """(rows, columns) of patches that the position table is made for."""
+        """(rows, columns) of patches in the position table."""
         size = self.image_size if isinstance(self.image_size, tuple) else (self.image_size, self.image_size)
         return size[0] // self.patch_size, size[1] // self.patch_size
 
@@ -103,7 +103,7 @@ class ViTConfig(HFConfig):
         return len(self.family.tokens) + self.registers
 
     def patches(self, height: int, width: int) -> tuple[int, int]:
-        """(h, w) patches of an image of so many pixels. Raises ValueError unless they fit."""
+        """(h, w) patches of an image of this size in pixels. Raises ValueError unless they fit."""
         p = self.patch_size
         if height % p or width % p:
             raise ValueError(f"image of {height}x{width} pixels does not divide into patches of {p}x{p}")
@@ -111,9 +111,9 @@ class ViTConfig(HFConfig):
 
 
 def resize_positions(table: Tensor, grid: tuple[int, int], size: tuple[int, int], *, antialias: bool = False) -> Tensor:
-    """A table (1, P + rows*columns, D) for `grid`, made to fit (h, w) patches: (1, P + h*w, D).
+    """Resize a table (1, P + rows*columns, D) of `grid` to (h, w) patches: (1, P + h*w, D).
 
-    The P first rows stay; the others are resized bicubically, smoothed with `antialias` where they become fewer.
+    The first P rows stay; the others are resized bicubically, with `antialias` smoothed when they become fewer.
     """
     if size == grid:
         return table
@@ -124,13 +124,13 @@ def resize_positions(table: Tensor, grid: tuple[int, int], size: tuple[int, int]
 
 
 class PatchEmbed(nn.Module):
-    """Cut an image into patches and map each linearly: a convolution with stride = kernel, written as one product."""
+    """Cut an image into patches and map each linearly: a convolution with stride = kernel, as one matrix product."""
 
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
         p = config.patch_size
         self.first = p / 2  # the middle of the first patch
-        # Kept in the shape of that convolution, (D, C, p, p), which is how checkpoints hold it.
+        # In the shape of that convolution, (D, C, p, p), as in checkpoints.
         self.weight = nn.Parameter(torch.empty(config.dim, config.channels, p, p).normal_(std=config.init_std))
         self.bias = nn.Parameter(torch.zeros(config.dim))
 
@@ -143,11 +143,11 @@ class PatchEmbed(nn.Module):
 
 
 class ConvStem(nn.Module):
-    """log2(p) convolutions, 3x3 with stride 2, GELU between them; the width doubles up to D at the last.
+    """log2(p) convolutions, 3x3 with stride 2, GELU between them; each doubles the width, up to D.
 
-    In place of linear patches a small ViT learns faster (Xiao et al. 2021, "Early Convolutions Help Transformers See
-    Better", 2106.14881). Each kernel is centred on every second pixel from the first on, so token (i, j) is centred on
-    pixel (p*i, p*j), the corner of its patch and not the middle.
+    A small ViT learns faster with it than with linear patches (Xiao et al. 2021, "Early Convolutions Help Transformers
+    See Better", 2106.14881). Each kernel is centred on every second pixel from the first on, so token (i, j) is centred
+    on pixel (p*i, p*j), the corner of its patch, not the middle.
     """
 
     first = 0.5  # the middle of the first pixel
@@ -163,7 +163,7 @@ class ConvStem(nn.Module):
         layers: list[nn.Module] = []
         for narrow, wide in zip(widths[:-1], widths[1:], strict=True):
             conv = nn.Conv2d(narrow, wide, kernel_size=3, stride=2, padding=1)
-            # torch's default shrinks the signal at every layer, and the position table would drown what is left.
+            # torch's default shrinks the signal at every layer until the position table drowns it.
             nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
             nn.init.zeros_(conv.bias)
             layers += [conv, nn.GELU()]
@@ -175,7 +175,7 @@ class ConvStem(nn.Module):
 
 
 class ViTBlock(nn.Module):
-    """Pre-LN: x + attention(norm(x)), then x + MLP(norm(x)); each sum may be scaled before it is added."""
+    """Pre-LN: x + attention(norm(x)), then x + MLP(norm(x)); in DINOv2 a learned scale comes before each sum."""
 
     tap_prefix: str | None = None
 
@@ -186,9 +186,7 @@ class ViTBlock(nn.Module):
             return nn.Identity() if config.layer_scale is None else LayerScale(config.dim, config.layer_scale)
 
         self.norm1 = nn.LayerNorm(config.dim, eps=config.norm_eps)
-        self.attn = MultiHeadAttention(
-            config.dim, config.heads, bias=config.qkv_bias, out_bias=True, dropout=config.attention_dropout
-        )
+        self.attn = MultiHeadAttention(config.dim, config.heads, bias=config.qkv_bias, dropout=config.attention_dropout)
         self.scale1 = scale()
         self.norm2 = nn.LayerNorm(config.dim, eps=config.norm_eps)
         if config.swiglu:
@@ -199,7 +197,7 @@ class ViTBlock(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, key_mask: Tensor | None = None, first: int | None = None) -> Tensor:
-        """(B, T, D) -> (B, T, D), or (B, first, D): what is read of the first tokens only needs no MLP of the rest."""
+        """(B, T, D) -> (B, T, D), or (B, first, D) if only the first tokens are needed: the others skip the MLP."""
         x = taps.tap(self.tap_prefix, "resid_pre", x)
         x = x[:, :first] + self.dropout(self.scale1(self.attn(self.norm1(x), key_mask=key_mask)[:, :first]))
         x = taps.tap(self.tap_prefix, "resid_mid", x)
@@ -209,8 +207,8 @@ class ViTBlock(nn.Module):
 class ViT(Released, nn.Module):
     """Prefix tokens and patches, learned positions, pre-LN blocks, a last norm.
 
-    `patch_embed` replaces the linear patching: any module (B, C, H, W) -> (B, N, D) with one token for each
-    patch_size x patch_size square in raster order, for example `ConvStem`. Its attribute `first` is the pixel on which
+    `patch_embed` replaces the linear patches: any module (B, C, H, W) -> (B, N, D) with one token for each
+    patch_size x patch_size square in raster order, such as `ConvStem`. Its attribute `first` is the pixel on which
     the first token is centred, in both directions.
     """
 
@@ -236,11 +234,11 @@ class ViT(Released, nn.Module):
         taps.name_modules(self, "image")
 
     def places(self, height: int, width: int) -> Places:
-        """Where the tokens of an image of so many pixels look. Raises ValueError unless patches fit."""
+        """The places of the patches of an image of this size in pixels. Raises ValueError unless patches fit."""
         return Places(self.config.patches(height, width), self.patch_embed.first, self.config.patch_size)
 
     def embed(self, pixel_values: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, P + N, D): what the first block reads. Raises ValueError unless patches fit."""
+        """(B, C, H, W) -> (B, P + N, D): the input of the first block. Raises ValueError unless patches fit."""
         if pixel_values.ndim != 4:
             raise ValueError(f"pixel_values must be (batch, channels, height, width), got {tuple(pixel_values.shape)}")
         config, size = self.config, self.config.patches(*pixel_values.shape[2:])
@@ -258,7 +256,7 @@ class ViT(Released, nn.Module):
         return self.states(pixel_values).tokens
 
     def states(self, pixel_values: Tensor) -> States:
-        """The states of `forward`, with the places that they look at."""
+        """The states of `forward`, with the places of the patches."""
         x = self.embed(pixel_values)
         for block in self.blocks:
             x = block(x)

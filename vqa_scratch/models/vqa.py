@@ -1,12 +1,11 @@
-"""Encoder, connector, decoder: a model that looks at an image and writes.
+"""Encoder, connector, decoder: a model that reads an image, and maybe a question, and writes text.
 
-With a text encoder it is the visual question answering system: the connector is given the image's states and the
-question's. Without one it is a captioner: a caption is what the decoder writes after BOS, and an answer is what it
-writes after the question and BOS. Training and generation go through the same `hidden`, and only the words asked for
-carry a loss.
+With a text encoder the connector gets the states of the image and of the question. Without one the decoder writes a
+caption after BOS, or an answer after the question and BOS. Training and generation use the same `hidden`; only labelled
+tokens have a loss.
 
-Shapes: I images, B rows (B >= I: an image may serve several), T question tokens, A decoder tokens, Q tokens of a
-prefix, D width of the decoder, V vocabulary.
+Shapes: I images, B rows (B >= I: several rows may share an image), T question tokens, A decoder tokens, Q prefix
+tokens, D width of the decoder, V vocabulary.
 """
 
 from dataclasses import dataclass
@@ -19,8 +18,8 @@ from vqa_scratch.kernels import linear_cross_entropy
 from vqa_scratch.nn import taps
 from vqa_scratch.nn.states import States
 
-IGNORE = -100  # a label that asks for nothing
-# What `freeze` may be asked for: the names of the parts whose weights then stay.
+IGNORE = -100  # the label of a token without a loss
+# The arguments of `freeze`, and the parts that each one freezes.
 FROZEN_PARTS = {
     "nothing": (),
     "encoders": ("image", "text"),
@@ -45,7 +44,7 @@ class VQAOutput:
 
 
 def check_finite(name: str, tensor: Tensor) -> None:
-    """Raise ValueError that names the tensor if it holds NaN or infinity."""
+    """Raise ValueError, naming the tensor, if it holds NaN or infinity."""
     if not torch.isfinite(tensor).all():
         raise ValueError(f"{name} holds NaN or infinite values")
 
@@ -73,7 +72,7 @@ class VQAModel(nn.Module):
         image_index: Tensor | None = None,
         decoder_attention_mask: Tensor | None = None,
     ) -> Tensor:
-        """(B, A, D): the decoder's states under the head; arguments as in `forward`."""
+        """(B, A, D): the decoder's states before the head; arguments as in `forward`."""
         given = self.connector(image, text, image_index)
         embeddings, mask = self.decoder.embed(decoder_input_ids), decoder_attention_mask
         if given.prefix is None:
@@ -98,9 +97,8 @@ class VQAModel(nn.Module):
 
         pixel_values (I, C, H, W); input_ids, attention_mask (B, T) for the text encoder, True = a real token, None
         without one; decoder_input_ids (B, A) start with BOS (or with a prompt before it); labels (B, A) hold the next
-        token, end token included, and -100 where nothing is asked (padding is known by length, not by id); image_index
-        (B,) says which image a row is about. Raises ValueError on NaN or infinite inputs, and on labels that ask for
-        nothing.
+        token, end token included, and -100 where there is no loss; image_index (B,) is the image of each row. Raises
+        ValueError on NaN or infinite inputs, and on labels that are all -100.
         """
         check_finite("pixel_values", pixel_values)
         text = None if self.text is None else self.text.states(input_ids, attention_mask)
@@ -115,10 +113,10 @@ class VQAModel(nn.Module):
         return output
 
     def freeze(self, what: str) -> str:
-        """Stop the gradients of a part; returns one line that says what still trains.
+        """Stop the gradients of some parts; returns one line that says what still trains.
 
-        `what` is a key of `FROZEN_PARTS`. The cross-attention of a frozen decoder stays trainable (with its norm), and
-        so does the connector: they are what is new.
+        `what` is a key of `FROZEN_PARTS`. The connector, and the cross-attention of a frozen decoder with its norm,
+        stay trainable: their weights are new.
         """
         if what not in FROZEN_PARTS:
             raise ValueError(f"freeze must be one of {', '.join(FROZEN_PARTS)}, got {what!r}")
@@ -137,7 +135,7 @@ class VQAModel(nn.Module):
 def labelled_loss(hidden: Tensor, head: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Sum of the cross-entropy over labelled tokens, and how many are right by argmax (both scalars).
 
-    hidden (B, A, D), head (V, D), labels (B, A) with IGNORE where nothing is asked. Only labelled rows meet the head,
-    and a chunk of them at a time, so the (B, A, V) logits are never formed.
+    hidden (B, A, D), head (V, D), labels (B, A) with IGNORE where there is no loss. Only labelled rows go through the
+    head, a chunk at a time, so the (B, A, V) logits never exist.
     """
     return linear_cross_entropy(hidden.flatten(0, 1), head, labels.flatten())

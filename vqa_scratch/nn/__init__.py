@@ -1,4 +1,4 @@
-"""The parts every tower is made of: attention, its masks, caches and taps, and the layers around it."""
+"""The building blocks of all models: attention, its masks, caches and taps, and the layers around it."""
 
 from vqa_scratch.nn.attention import MultiHeadAttention, attention
 from vqa_scratch.nn.cache import DecoderCache, KVCache

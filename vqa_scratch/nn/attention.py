@@ -1,8 +1,8 @@
-"""Attention: the function in four ways that agree, the one judge of which runs, and the module for self and cross.
+"""Attention: four implementations with one result, the choice between them, and the module for self and cross.
 
 Vaswani et al. 2017, "Attention Is All You Need", equation 1: softmax(q k^T / sqrt(d) + bias) v. "fused" is torch's
-scaled_dot_product_attention (FlashAttention, Dao et al. 2022), "kernel" our own on a GPU, and two are written out in
-`nn/scores.py`. A query that may look at nothing reads zeros in all of them.
+scaled_dot_product_attention (FlashAttention, Dao et al. 2022), "kernel" our Triton kernel on a GPU; the other two are
+in `nn/scores.py`. A query that may look at nothing gets zeros in all of them.
 
 Shapes: B rows, H heads, T (Tq, Tk) tokens, d head size, D width; a memory has M entries of N tokens, R rows each.
 """
@@ -22,19 +22,19 @@ from vqa_scratch.nn.memory import KeyValue, Memory, check_rows, concatenate
 from vqa_scratch.nn.relative_bias import PassBias
 from vqa_scratch.nn.scores import Products, allowed, attention_mask, attention_scores, masked_softmax
 
-BACKENDS = ("fused", "products", "explicit")  # those that take any mask and bias; "kernel" takes neither as a tensor
+BACKENDS = ("fused", "products", "explicit")  # these take any mask and bias; "kernel" takes neither as a tensor
 
 
 def choose(q: Tensor, *, bias: bool = False, kernel: bool = False, dropout: float = 0.0, shown: bool = False) -> str:
-    """Which attention runs for queries like q (B, H, Tq, d). Nothing else decides.
+    """Which attention runs for queries like q (B, H, Tq, d). Only this function decides.
 
-    "explicit"  a trace is to see, or replace, the scores or the weights (`shown`)
-    "kernel"    Triton takes q, and the caller has a use for it (`kernel`): a bias by distance, or several parts
+    "explicit"  a trace reads or replaces the scores or the weights (`shown`)
+    "kernel"    Triton supports q, and the caller can use it (`kernel`): for a bias by distance, or several parts
     "products"  on a CPU in bf16 or with a bias: torch's operator has no fast backward pass there
     "fused"     everywhere else
 
-    Whether gradients are needed plays no part: the same states come out with and without them, to the bit, which keeps
-    the first ratio of PPO at exactly 1.
+    Gradients make no difference: the result is the same bits with and without them, so that the first ratio of PPO is
+    exactly 1.
     """
     if shown:
         return "explicit"
@@ -44,10 +44,10 @@ def choose(q: Tensor, *, bias: bool = False, kernel: bool = False, dropout: floa
 
 
 def masked_safely(device: torch.device) -> AbstractContextManager:
-    """Inside, torch's fused operator leaves cuDNN out, which cannot be trusted with a mask.
+    """Inside this context torch's fused operator does not use cuDNN, which is wrong with some masks.
 
-    Up to torch 2.10 a row that may look at nothing reads there as if nothing were masked (pytorch issue 177842), and
-    from 2.11 to 2.13 the gradient of a query can be NaN on an H100 (pytorch issue 196678).
+    Up to torch 2.10 cuDNN ignores the mask of a row that may look at nothing (pytorch issue 177842), and from 2.11 to
+    2.13 the gradient of a query can be NaN on an H100 (pytorch issue 196678).
     """
     if device.type != "cuda":
         return nullcontext()
@@ -66,12 +66,12 @@ def attention(
     dropout: float = 0.0,
     backend: str | None = None,
 ) -> Tensor:
-    """What each query reads, (B, H, Tq, d).
+    """The attention output, (B, H, Tq, d).
 
     q (B, H, Tq, d); k, v (B, H, Tk, d); key_mask (B, Tk), True = may look; bias is added to the scores and broadcasts
     to (B, H, Tq, Tk), -inf allowed; causal is aligned to the end of the keys; scale defaults to d**-0.5; dropout is the
-    probability that a weight is dropped; backend None is the judge's choice. Raises ValueError on an unknown backend or
-    a misshapen mask.
+    probability that a weight is dropped; backend None means the result of `choose`. Raises ValueError on an unknown
+    backend or a misshapen mask.
     """
     if backend is None:
         backend = choose(q, bias=bias is not None)
@@ -97,7 +97,7 @@ def attention_over_parts(
 ) -> Tensor:
     """Attention of q (B, H, T, d) over the union of the parts' keys: one softmax. Returns (B, H, T, d).
 
-    Where Triton runs, each part is read by itself and the results are merged by their log-sum-exps.
+    With Triton each part is attended to separately, and the results are merged by their log-sum-exps.
     """
     if len(parts) == 1:
         k, v, mask, sharing = parts[0]
@@ -115,7 +115,7 @@ def attention_over_parts(
 
 
 def _read_part(q: Tensor, part: KeyValue, scale: float | None) -> tuple[Tensor, Tensor]:
-    """What q (B, H, T, d) reads from one part, (B, H, T, d), and the log-sum-exp of its scores, (B, H, T)."""
+    """Attention of q (B, H, T, d) over one part, (B, H, T, d), and the log-sum-exp of its scores, (B, H, T)."""
     fold, unfold = part.sharing.fold, part.sharing.unfold
     z, lse = kernels.flash_attention(fold(q), part.k, part.v, key_mask=part.mask, scale=scale)
     return unfold(z), unfold(lse.unsqueeze(-1)).squeeze(-1)
@@ -167,14 +167,14 @@ class MultiHeadAttention(nn.Module):
     ) -> Tensor:
         """(B, T, D) -> (B, T, D).
 
-        context: (B, N, context_dim) read through key_mask (B, N), or memories that bring their own masks. With a cache
+        context: (B, N, context_dim) with key_mask (B, N), or memories, which have their own masks. With a cache
         self-attention needs key_mask and bias for all keys, old and new; cross-attention projects its context once. A
-        bias brings the mask and the order with it.
+        bias includes the mask and the causal order.
         """
         name, dropout = self.tap_prefix, self.dropout if self.training else 0.0
         if self.is_cross:
             assert bias is None and not causal, "cross-attention takes no bias and has no order"
-            (q,), parts = self._split(self.q(x), 1), self._parts(context, key_mask, cache)
+            (q,), parts = self._split(self.q(x), 1), self.project(context, key_mask, cache)
             check_rows(parts, len(x))
             if not taps.wanted(name, "k", "v", "mask", "scores", "pattern"):
                 q = taps.tap(name, "q", q)
@@ -190,7 +190,7 @@ class MultiHeadAttention(nn.Module):
         by_distance = has_bias and not taps.wanted(name, "mask")
         backend = choose(q, bias=has_bias, kernel=by_distance, dropout=dropout, shown=shown)
         if has_bias:
-            assert key_mask is None and not causal, "the bias of a pass brings mask and order with it"
+            assert key_mask is None and not causal, "the bias of a pass includes the mask and the order"
             if backend == "kernel":
                 return self._join(bias.look_up(q, k, v, self.scale))
             bias, key_mask = bias.written_out()
@@ -206,12 +206,12 @@ class MultiHeadAttention(nn.Module):
 
     def _split(self, x: Tensor, pieces: int) -> tuple[Tensor, ...]:
         """(B, T, pieces*H*d) -> `pieces` views of (B, H, T, d)."""
-        # Chunks of the last axis: their gradients are joined in one pass, in the layout the product before them wants.
+        # Chunks of the last axis: their gradients are joined in one pass, in the layout of the product before them.
         heads = (self.heads, self.head_dim)
         return tuple(piece.unflatten(-1, heads).transpose(1, 2) for piece in x.chunk(pieces, -1))
 
     def _join(self, z: Tensor) -> Tensor:
-        """What the heads read, (B, H, T, d), through the output projection: (B, T, D)."""
+        """The output projection: the outputs of the heads (B, H, T, d) -> (B, T, D)."""
         z = taps.tap(self.tap_prefix, "z", z)
         if taps.wanted(self.tap_prefix, "head_out"):
             weight = self.out.weight.unflatten(1, (self.heads, self.head_dim))  # (D, H, d)
@@ -221,21 +221,15 @@ class MultiHeadAttention(nn.Module):
             out = self.out(z.transpose(1, 2).flatten(2))  # (B, T, H*d)
         return taps.tap(self.tap_prefix, "out", out)
 
-    def _parts(
-        self, context: Tensor | Memory | Sequence[Memory] | None, key_mask: Tensor | None, cache: KVCache | None
+    def project(
+        self,
+        context: Tensor | Memory | Sequence[Memory] | None,
+        key_mask: Tensor | None = None,
+        cache: KVCache | None = None,
     ) -> list[KeyValue]:
-        """The keys and values to read: of the context, or those that the cache keeps of it."""
+        """Keys and values that cross-attention reads, kept in the cache; arguments as in `forward`."""
         if cache is not None and cache.cross is not None:
             return cache.cross
-        parts = self.project(context, key_mask)
-        if cache is not None:
-            cache.fill_cross(parts)
-        return parts
-
-    def project(
-        self, context: Tensor | Memory | Sequence[Memory] | None, key_mask: Tensor | None = None
-    ) -> list[KeyValue]:
-        """Keys and values of what cross-attention reads; arguments as in `forward`."""
         if isinstance(context, Tensor):
             context = Memory(context, key_mask)
         elif key_mask is not None:
@@ -246,4 +240,6 @@ class MultiHeadAttention(nn.Module):
         for memory in [context] if isinstance(context, Memory) else context:
             k, v = self._split(self.kv(memory.states), 2)
             parts.append(memory.project(k, v))
+        if cache is not None:
+            cache.fill_cross(parts)
         return parts

@@ -1,4 +1,4 @@
-"""Keys and values kept between decoding steps. No gradient flows through a cache.
+"""The KV cache: keys and values kept between decoding steps, without gradients.
 
 Shapes: B rows, M memory entries, H heads, T tokens so far, N memory tokens, d head size.
 """
@@ -10,7 +10,7 @@ from vqa_scratch.nn.memory import KeyValue
 
 
 class KVCache:
-    """One layer: self-attention appends to it, cross-attention fills `cross` once and reads it from then on."""
+    """One layer: self-attention appends to it; cross-attention fills `cross` once and then reads it."""
 
     def __init__(self) -> None:
         self.length = 0
@@ -19,29 +19,28 @@ class KVCache:
         self._v: Tensor | None = None
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Add keys and values (B, H, T, d) of new tokens; returns all so far, as views."""
+        """Append the keys and values (B, H, T, d) of new tokens; returns all so far, as views."""
         k, v = k.detach(), v.detach()
         start, self.length = self.length, self.length + k.shape[2]
         if self._k is None or self.length > self._k.shape[2]:
-            # Doubling keeps the copying linear in the final length.
-            capacity = max(16, 2 * self.length)
-            grown = [x.new_empty(*x.shape[:2], capacity, x.shape[3]) for x in (k, v)]
-            if self._k is not None:
-                grown[0][:, :, :start] = self._k[:, :, :start]
-                grown[1][:, :, :start] = self._v[:, :, :start]
-            self._k, self._v = grown
-        self._k[:, :, start : self.length] = k
-        self._v[:, :, start : self.length] = v
-        return self._k[:, :, : self.length], self._v[:, :, : self.length]
+            capacity = max(16, 2 * self.length)  # doubling keeps the copying linear in the final length
+            old, (self._k, self._v) = (
+                (self._k, self._v),
+                (x.new_empty(*x.shape[:2], capacity, x.shape[3]) for x in (k, v)),
+            )
+            if old[0] is not None:
+                self._k[:, :, :start], self._v[:, :, :start] = (x[:, :, :start] for x in old)
+        self._k[:, :, start : self.length], self._v[:, :, start : self.length] = k, v
+        return self.contents
 
     @property
     def contents(self) -> tuple[Tensor, Tensor]:
         """Keys and values of the tokens so far, (B, H, T, d) views."""
-        assert self._k is not None, "nothing was appended yet"
+        assert self._k is not None, "the cache is empty"
         return self._k[:, :, : self.length], self._v[:, :, : self.length]
 
     def fill_cross(self, parts: list[KeyValue]) -> None:
-        """Keep the projected memory for the steps to come."""
+        """Keep the keys and values of the memory for later steps."""
         self.cross = [part._replace(k=part.k.detach(), v=part.v.detach()) for part in parts]
 
     def select(self, rows: Tensor) -> None:
@@ -53,7 +52,7 @@ class KVCache:
 
 
 class DecoderCache(list[KVCache]):
-    """One KVCache a layer, with the operations a decoding loop needs."""
+    """One KVCache a layer, with the operations of a decoding loop."""
 
     def __init__(self, layers: int) -> None:
         super().__init__(KVCache() for _ in range(layers))
@@ -65,11 +64,11 @@ class DecoderCache(list[KVCache]):
 
     @property
     def device(self) -> torch.device:
-        """Where the keys are."""
+        """The device of the keys."""
         return self[0].contents[0].device
 
     def rewind(self, length: int) -> None:
-        """Forget all tokens behind the first `length`."""
+        """Forget all tokens after the first `length`."""
         for layer in self:
             layer.length = length
 

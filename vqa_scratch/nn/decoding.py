@@ -1,7 +1,7 @@
-"""What everything around a decoder asks of it, and the parts that it gives away to be decoded fast.
+"""The interface of a decoder, and the parts it exposes for fast decoding.
 
-At small sizes a step of one token costs what its calls cost, so `generate/fast/` makes plain functions of these parts
-and no module's forward runs. Every pre-norm decoder is the same loop over them; a decoder that is none has no parts.
+In a small model the time of a one-token step goes into calls, so `generate/fast/` turns these parts into plain
+functions and runs no module's forward. Every pre-norm decoder is the same loop over them; other decoders expose none.
 
 Shapes: B rows, T tokens, R rows of one token, D width of the blocks, E width of embedding and head (mostly D), H heads,
 V vocabulary.
@@ -42,19 +42,19 @@ class FastParts(NamedTuple):
 
     embed: Callable[[Tensor, Tensor], Tensor]  # tokens (R,), positions (R,) -> a new tensor (R, D)
     blocks: list[FastBlock]
-    norm: Callable[[Tensor], Tensor]  # (R, D) -> (R, E): all that stands between the last block and the head
+    norm: Callable[[Tensor], Tensor]  # (R, D) -> (R, E): everything between the last block and the head
     head: Tensor  # (V, E)
     bias: Callable[[int], Tensor] | None = None  # n -> (1, H, 1, n), added to the scores of the last of n tokens
 
 
 class Decoder(nn.Module, ABC):
-    """A model that says the next token."""
+    """A model that predicts the next token."""
 
     config: Any  # has `layers` and `max_positions`
 
     @property
     def max_positions(self) -> int | None:
-        """Tokens that the positions serve, prompt included; None: any number."""
+        """The largest number of tokens, prompt included; None: any number."""
         return self.config.max_positions
 
     @property
@@ -75,7 +75,7 @@ class Decoder(nn.Module, ABC):
         memory: list[Memory] | None = None,
         cache: DecoderCache | None = None,
     ) -> Tensor:
-        """(B, T, E) -> (B, T, E): states under the head, from embeddings that need not be those of tokens.
+        """(B, T, E) -> (B, T, E): the states before the head, from embeddings of tokens or of anything else.
 
         attention_mask (B, cached + T), True = may attend; rows may be padded on either side. Cross-attention reads the
         memories; a cache keeps their keys.
@@ -90,5 +90,5 @@ class Decoder(nn.Module, ABC):
         return DecoderCache(self.config.layers)
 
     def fast_state(self) -> FastParts | None:
-        """What a fast decoding state is made of; None: decoding goes through the modules."""
+        """What a fast decoding state is made of; None: decode with the modules."""
         return None

@@ -1,4 +1,4 @@
-"""Two parts of DINOv2's blocks: a gated MLP, and a learned scale of what a sublayer adds.
+"""Two parts of DINOv2's blocks: a gated MLP, and a learned scale on the output of a sublayer.
 
 Shapes: D width.
 """
@@ -13,7 +13,7 @@ from vqa_scratch.nn import taps
 class SwiGLU(nn.Module):
     """`out(silu(gate) * up)` (Shazeer 2020, 2002.05202), gate and up from one product: DINOv2's giant.
 
-    The inner width is two thirds of `hidden`, so that the layer costs what a plain MLP does, in steps of 8.
+    The inner width is two thirds of `hidden`, rounded up to a multiple of 8: the cost of a plain MLP.
     """
 
     tap_prefix: str | None = None
@@ -30,7 +30,7 @@ class SwiGLU(nn.Module):
 
 
 class LayerScale(nn.Module):
-    """One learned factor a channel (Touvron et al. 2021, "Going deeper with Image Transformers", 2103.17239)."""
+    """One learned factor for each channel (Touvron et al. 2021, "Going deeper with Image Transformers", 2103.17239)."""
 
     def __init__(self, dim: int, start: float) -> None:
         super().__init__()

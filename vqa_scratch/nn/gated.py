@@ -1,8 +1,8 @@
-"""The gated feed-forward layer (Shazeer 2020, 2002.05202) with its backward pass written out: for training.
+"""The gated MLP (Shazeer 2020, 2002.05202) with its own backward pass, which keeps fewer tensors for it.
 
-Left to autograd, `down(activation(gate(x)) * up(x))` keeps four tensors of the inner width: gate(x), up(x), the
-activation and the product. Here the first two are kept and the others are computed again, which costs two elementwise
-steps beside nine matrix products.
+With autograd `down(activation(gate(x)) * up(x))` keeps four tensors of the inner width: gate(x), up(x), the activation
+and the product. Here the first two are kept and the others computed again: two elementwise steps more, next to nine
+matrix products.
 
 Shapes: N rows (tokens), D width, hidden the inner width.
 """
@@ -16,7 +16,7 @@ from vqa_scratch.nn.layers import Activation
 
 
 def gated_mlp(x: Tensor, gate: Tensor, up: Tensor, down: Tensor, activation: Activation) -> Tensor:
-    """x (..., D), gate and up (hidden, D), down (D, hidden) -> (..., D); under autocast in its number format.
+    """x (..., D), gate and up (hidden, D), down (D, hidden) -> (..., D); in its dtype under autocast.
 
     `activation` is any elementwise function that torch differentiates. A second derivative raises RuntimeError.
     """
@@ -43,8 +43,8 @@ class _GatedMLP(torch.autograd.Function):
     def backward(ctx: FunctionCtx, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, w_gate, w_up, w_down, gate, up = ctx.saved_tensors
         of_x, of_gate, of_up, of_down = ctx.needs_input_grad[:4]
+        shape = x.shape
         x, dy, gate, up = (tensor.flatten(0, -2) for tensor in (x, dy, gate, up))  # (N, ...)
-        dx_shape = ctx.saved_tensors[0].shape
         with torch.autocast(dy.device.type, enabled=False):
             with torch.enable_grad():
                 gate = gate.detach().requires_grad_()
@@ -54,7 +54,7 @@ class _GatedMLP(torch.autograd.Function):
             dproduct = dy @ w_down
             dup = torch.mul(dproduct, active.detach(), out=product)
             (dgate,) = torch.autograd.grad(active, gate, dproduct.mul_(up))
-            dx = (dgate @ w_gate).addmm_(dup, w_up).view(dx_shape) if of_x else None
+            dx = (dgate @ w_gate).addmm_(dup, w_up).view(shape) if of_x else None
             dw_gate = dgate.t() @ x if of_gate else None
             dw_up = dup.t() @ x if of_up else None
         return dx, dw_gate, dw_up, dw_down, None

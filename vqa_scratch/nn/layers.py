@@ -1,6 +1,6 @@
-"""The parts around attention: activations, the two-layer perceptron, weight initialisation. LayerNorm is torch's.
+"""The parts around attention: activations, the two-layer MLP, initial weights, position ids. LayerNorm is torch's.
 
-Shapes: D width, hidden the inner width of the perceptron.
+Shapes: B rows, T tokens, D width, hidden the inner width of the MLP.
 """
 
 from collections.abc import Callable
@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vqa_scratch.nn import taps
+from vqa_scratch.nn.cache import DecoderCache
 
 Activation = Callable[[Tensor], Tensor]
 
@@ -50,8 +51,7 @@ class MLP(nn.Module):
         super().__init__()
         self.up = nn.Linear(dim, hidden, bias=bias)
         self.down = nn.Linear(hidden, dim, bias=bias)
-        self.activation = activation
-        self.dropout = nn.Dropout(dropout)
+        self.activation, self.dropout = activation, nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         hidden = taps.tap(self.tap_prefix, "pre", self.up(x))
@@ -60,7 +60,7 @@ class MLP(nn.Module):
 
 
 def init_weights(module: nn.Module, std: float = 0.02) -> None:
-    """Normal(0, std) linear and embedding weights, zero biases, unit LayerNorms: BERT's and GPT-2's start.
+    """Normal(0, std) linear and embedding weights, zero biases, unit LayerNorms, as in BERT and GPT-2.
 
     For `Module.apply`.
     """
@@ -72,27 +72,20 @@ def init_weights(module: nn.Module, std: float = 0.02) -> None:
         module.reset_parameters()
 
 
-def positions_from_mask(attention_mask: Tensor) -> Tensor:
-    """(B, T) position ids that count attended tokens only, so that left padding does not move a prompt.
-
-    Padding in front gets 0, as does the first token.
-    """
-    return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
-
-
 def decoder_positions(
-    rows: int, past: int, new: int, attention_mask: Tensor | None, limit: int, device: torch.device
+    embeddings: Tensor, attention_mask: Tensor | None, cache: DecoderCache | None, limit: int
 ) -> Tensor:
-    """(B or 1, T) position ids of `new` tokens behind `past` cached ones, for a table of `limit` positions.
+    """(B or 1, T) position ids of new tokens (B, T, D) after the cached ones, for a table of `limit` positions.
 
-    attention_mask (B, past + T): positions count attended tokens; None: all are. Raises ValueError on more tokens than
-    positions, or a mask of another shape.
+    Only tokens that attention_mask (B, cached + T) keeps are counted, so left padding does not move a prompt; padding
+    in front gets 0. Raises ValueError on more tokens than positions, or a mask of another shape.
     """
-    total = past + new
+    past, rows = 0 if cache is None else cache.length, len(embeddings)
+    total = past + embeddings.shape[1]
     if total > limit:
         raise ValueError(f"{total} tokens, but the position table serves {limit}")
     if attention_mask is None:
-        return torch.arange(past, total, device=device)[None]
+        return torch.arange(past, total, device=embeddings.device)[None]
     if attention_mask.shape != (rows, total):
         raise ValueError(f"attention_mask must be {(rows, total)}, got {tuple(attention_mask.shape)}")
-    return positions_from_mask(attention_mask)[:, past:]
+    return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, past:]

@@ -1,6 +1,6 @@
 """What cross-attention reads: states that several rows may share, and the keys and values projected from them.
 
-Many questions ask about one image. The rows that share an entry become more queries of that entry, so its keys are
+Many questions may ask about one image. Rows that share an entry become more queries of that entry, so its keys are
 projected once and never copied.
 
 Shapes: B rows, M memory entries, R rows an entry at most, H heads, N memory tokens, T query tokens, D width, d head
@@ -16,15 +16,15 @@ from torch import Tensor
 
 
 class Sharing(NamedTuple):
-    """How B rows share M entries. Each entry has R places for rows, M*R in all; row b takes place `slot[b]`."""
+    """How B rows share M entries. Each entry has R slots for rows, M*R in all; row b is in slot `slot[b]`."""
 
     entries: int  # M
     repeat: int = 1  # R
-    slot: Tensor | None = None  # (B,) long; None: the rows fill all places in order
+    slot: Tensor | None = None  # (B,) long; None: the rows fill all slots in order
 
     @classmethod
     def from_index(cls, index: Tensor, entries: int) -> "Sharing | None":
-        """Row b reads entry `index[b]`. None if more than half of the places would stay empty."""
+        """Row b reads entry `index[b]`. None if more than half of the slots would be empty."""
         counts = torch.bincount(index, minlength=entries)
         repeat = int(counts.max())
         if entries * repeat > 2 * len(index):
@@ -47,7 +47,7 @@ class Sharing(NamedTuple):
         return (torch.arange(self.rows, device=device) if self.slot is None else self.slot) // self.repeat
 
     def fold(self, x: Tensor) -> Tensor:
-        """(B, H, T, d) -> (M, H, R*T, d): rows become queries of their entry; places without a row hold zeros."""
+        """(B, H, T, d) -> (M, H, R*T, d): rows become queries of their entry; empty slots hold zeros."""
         if self.slot is not None:
             x = x.transpose(1, 2)  # (B, T, H, d), so that joining R and T below is a view
             x = x.new_zeros(self.entries * self.repeat, *x.shape[1:]).index_copy(0, self.slot, x).transpose(1, 2)
@@ -71,36 +71,36 @@ class KeyValue(NamedTuple):
     sharing: Sharing
 
     def take(self, index: Tensor) -> "KeyValue":
-        """Entry i is entry `index[i]` of this one, and belongs to row i alone."""
+        """Entry i is entry `index[i]` of this one, read by row i only."""
         mask = None if self.mask is None else self.mask[index]
         return KeyValue(self.k[index], self.v[index], mask, Sharing(len(index)))
 
     def keep(self, entries: Tensor | None, sharing: Sharing) -> "KeyValue":
-        """These entries (None: all), shared like this: what `share` returns."""
+        """Only these entries (None: all), shared as in `sharing`; takes what `share` returns."""
         return (self if entries is None else self.take(entries))._replace(sharing=sharing)
 
     def select(self, rows: Tensor) -> "KeyValue":
-        """Row i becomes what row `rows[i]` was. Entries that no row reads go."""
+        """Row i becomes what row `rows[i]` was. Entries that no row reads are dropped."""
         return self.keep(*share(self.sharing.index(self.k.device)[rows], len(self.k)))
 
     def per_row(self) -> "KeyValue":
-        """The same with each row its own entry (B, H, N, d)."""
+        """The same with one entry for each row (B, H, N, d)."""
         own = self.sharing.repeat == 1 and self.sharing.slot is None
         return self if own else self.take(self.sharing.index(self.k.device))
 
 
 @dataclass(frozen=True, eq=False)
 class Memory:
-    """What cross-attention reads: M entries of N states. Keys and values are projected once an entry, not once a row.
+    """M entries of N states that cross-attention reads. Keys and values are projected for each entry, not each row.
 
-    Row b reads entry `index[b]`, or without an index entry b // `repeat`. An index in that order becomes a repeat.
+    Row b reads entry `index[b]`, or entry b // `repeat` without an index. An index in that order becomes a repeat.
     """
 
     states: Tensor  # (M, N, D)
     mask: Tensor | None = None  # (M, N), True = may attend
     index: Tensor | None = None  # (B,) long
     repeat: int = field(default=1, kw_only=True)
-    sharing: Sharing | None = field(init=False, repr=False)  # None: rows are spread too unevenly to share
+    sharing: Sharing | None = field(init=False, repr=False)  # None: too uneven to share
 
     def __post_init__(self) -> None:
         if self.mask is not None and self.mask.shape != self.states.shape[:2]:
@@ -109,7 +109,7 @@ class Memory:
             raise ValueError("a memory takes an index or a repeat, not both")
         entries = len(self.states)
         sharing = Sharing(entries, self.repeat) if self.index is None else Sharing.from_index(self.index, entries)
-        if sharing is not None and sharing.slot is not None:  # an index on the CPU is worked out there, without a sync
+        if sharing is not None and sharing.slot is not None:  # an index on the CPU needs no sync
             sharing = sharing._replace(slot=sharing.slot.to(self.states.device))
         object.__setattr__(self, "sharing", sharing)
         if sharing is not None and sharing.slot is None:
@@ -126,17 +126,17 @@ class Memory:
         return self.states.repeat_interleave(self.repeat, 0) if self.index is None else self.states[self.index]
 
     def project(self, k: Tensor, v: Tensor) -> KeyValue:
-        """The keys and values (M, H, N, d) projected from the states, with how rows share them."""
+        """Add to the keys and values (M, H, N, d) of the states how rows share them."""
         if self.sharing is not None:
             return KeyValue(k, v, self.mask, self.sharing)
         return KeyValue(k, v, self.mask, Sharing(len(k))).take(self.index)
 
 
 def share(index: Tensor, entries: int) -> tuple[Tensor | None, Sharing]:
-    """For rows that read entries `index` (B,): which of all entries to keep (None: all), and how rows share those."""
+    """For rows that read entries `index` (B,): the entries to keep (None: all), and how the rows share them."""
     used, index = torch.unique(index, return_inverse=True)
     sharing = Sharing.from_index(index, len(used))
-    if sharing is None or sharing.repeat == 1:  # too uneven, or one row an entry: each row its own entry
+    if sharing is None or sharing.repeat == 1:  # too uneven, or one row each: one entry a row
         return used[index], Sharing(len(index))
     return (None if len(used) == entries else used), sharing
 
@@ -149,7 +149,7 @@ def check_rows(parts: Sequence[KeyValue], rows: int) -> None:
 
 
 def concatenate(parts: Sequence[KeyValue]) -> KeyValue:
-    """All parts as one, with an entry for each row: what a trace shows."""
+    """All parts as one, with an entry for each row."""
     parts = [part.per_row() for part in parts]
     if len(parts) == 1:
         return parts[0]

@@ -1,6 +1,6 @@
-"""A learned bias on the scores by relative distance, one table for all layers of a tower (Raffel et al. 2020, T5).
+"""T5's learned bias on attention scores by relative distance (Raffel et al. 2020), one table for all layers.
 
-Where our Triton kernel runs it looks the bias up in the table by distance; elsewhere it is written out, once a pass.
+Our Triton kernel looks the bias up in the table by distance; otherwise it becomes one tensor, once a forward pass.
 
 Shapes: B rows, H heads, Tq queries, Tk keys, d head size. The queries are the last of the keys.
 """
@@ -14,7 +14,7 @@ from vqa_scratch.nn.scores import allowed
 
 
 class RelativeBias(nn.Module):
-    """The bias of each head on the scores of all self-attentions of one tower."""
+    """The bias of each head on the scores of all self-attentions of one encoder or decoder."""
 
     def __init__(self, buckets: int, heads: int, max_distance: int, bidirectional: bool) -> None:
         super().__init__()
@@ -22,37 +22,37 @@ class RelativeBias(nn.Module):
         self.max_distance, self.bidirectional = max_distance, bidirectional
 
     def lookup(self) -> kernels.DistanceBias:
-        """What the kernel takes; its gradient is that of the table."""
+        """The argument of the kernel; its gradient goes to the table."""
         return kernels.DistanceBias(self.table.weight, self.max_distance, self.bidirectional)
 
     def forward(self, queries: int, keys: int) -> Tensor:
-        """(1, H, Tq, Tk): the bias written out."""
+        """(1, H, Tq, Tk): the bias as one tensor."""
         return self.table(self.lookup().pairs(queries, keys)).permute(2, 0, 1).unsqueeze(0)
 
 
 class PassBias:
-    """What one pass adds to the scores of every layer: a relative bias, the order of the tokens, the padding.
+    """What one forward pass adds to the scores of every layer: relative bias, causal order and padding mask.
 
-    The kernel takes the three as they are; elsewhere they are written into one tensor that all layers share.
+    The kernel takes the three separately; otherwise they become one tensor that all layers share.
     """
 
     def __init__(
         self, bias: RelativeBias, queries: int, keys: int, *, causal: bool, key_mask: Tensor | None = None
     ) -> None:
-        """key_mask (B or 1, Tk), True = may look."""
+        """key_mask (B or 1, Tk), True = may attend."""
         self.bias, self.queries, self.keys, self.causal, self.key_mask = bias, queries, keys, causal, key_mask
         self._written: tuple[Tensor, Tensor | None] | None = None
 
     def look_up(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        """What each query reads, (B, H, Tq, d), through `kernels.flash_attention`."""
+        """Attention with this bias, (B, H, Tq, d), by `kernels.flash_attention`."""
         mask = None if self.key_mask is None else self.key_mask.expand(len(q), -1)
         options = {"key_mask": mask, "causal": self.causal, "scale": scale}
         return kernels.flash_attention(q, k, v, **options, bias=self.bias.lookup())[0]
 
     def written_out(self) -> tuple[Tensor, Tensor | None]:
-        """(bias, key_mask): (1 or B, H, Tq, Tk), -inf where a query may not look, and the mask that is not in the bias.
+        """(bias, key_mask): bias (1 or B, H, Tq, Tk), -inf where a query may not look, and a mask that is not in it.
 
-        The padding stays a mask while the bias is learned: written into it, each row would need a bias of its own.
+        A bias that is being learned does not include the padding: each row would have its own bias and gradient.
         """
         if self._written is None:
             bias, rest, sizes = self.bias(self.queries, self.keys), self.key_mask, (self.queries, self.keys)

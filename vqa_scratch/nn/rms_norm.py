@@ -1,6 +1,6 @@
-"""RMSNorm (Zhang and Sennrich 2019, 1910.07467) with its backward pass written out.
+"""RMSNorm (Zhang and Sennrich 2019, 1910.07467) with its own, faster backward pass.
 
-`torch.nn.functional.rms_norm` is a chain of elementwise steps on a CPU, each of which autograd walks back through. With
+On a CPU `torch.nn.functional.rms_norm` is a chain of elementwise steps, each with its backward step. With
 `r = 1 / rms(x)` and `g = dy * weight` the gradient is `dx = r * (g - x r * mean(g x r))`.
 
 Shapes: D width.
@@ -32,9 +32,9 @@ class _Normalize(torch.autograd.Function):
 
 
 class RMSNorm(nn.Module):
-    """`x / rms(x) * weight`, computed in fp32; (..., D) -> (..., D) in fp32, or under autocast in its number format.
+    """`x / rms(x) * weight`, computed in fp32; (..., D) -> (..., D) in fp32, or in the dtype of autocast.
 
-    The linear layers behind it would cast it anyway, each for itself.
+    The linear layers that follow would otherwise each cast it again.
     """
 
     def __init__(self, dim: int, eps: float) -> None:

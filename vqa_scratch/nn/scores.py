@@ -1,7 +1,7 @@
-"""Attention written out: who may look where, the scores, the weights, and a backward pass for training on a CPU.
+"""Explicit attention: masks, scores and weights, and a version for training on a CPU with its own backward pass.
 
-Vaswani et al. 2017, equation 1: softmax(q k^T / sqrt(d) + bias) v. Masks are True (or 1) where a query may look. One
-that may look at nothing has no weights and reads zeros.
+Vaswani et al. 2017, equation 1: softmax(q k^T / sqrt(d) + bias) v. Masks are True (or 1) where a query may look. A
+query that may look at nothing has weights of zero.
 
 Shapes: B rows, H heads, Tq queries, Tk keys, d head size, R rows at a time.
 """
@@ -15,20 +15,17 @@ from torch.autograd.function import FunctionCtx
 
 
 def causal_mask(queries: int, keys: int, device: torch.device | None = None) -> Tensor:
-    """(Tq, Tk) bool, aligned to the end of the keys: query i sees keys 0 ... Tk - Tq + i.
-
-    The alignment makes the same call right for a whole sequence and for the last tokens behind a cache.
-    """
+    """(Tq, Tk) bool, aligned to the end of the keys, as a cache needs: query i sees keys 0 ... Tk - Tq + i."""
     return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
 
 
 def allowed(key_mask: Tensor | None, causal: bool, queries: int, keys: int, device: torch.device) -> Tensor | None:
-    """Which key each query may read, broadcastable to (B, H, Tq, Tk); None where nothing is masked."""
+    """Which keys each query may read, broadcastable to (B, H, Tq, Tk); None if nothing is masked."""
     if key_mask is not None:
         if key_mask.ndim != 2 or key_mask.shape[1] != keys:
             raise ValueError(f"key_mask must be (batch, {keys} keys), got {tuple(key_mask.shape)}")
         key_mask = key_mask.bool()[:, None, None, :]  # (B, 1, 1, Tk)
-    if not causal or queries == 1:  # a single query stands last: it sees every key
+    if not causal or queries == 1:  # a single query is last: it sees every key
         return key_mask
     order = causal_mask(queries, keys, device)
     return order if key_mask is None else key_mask & order  # (B, 1, Tq, Tk)
@@ -63,7 +60,7 @@ def attention_scores(
 
 
 def masked_softmax(scores: Tensor) -> Tensor:
-    """Softmax over the last axis in which -inf gets no weight and a row of nothing but -inf is all zeros."""
+    """Softmax over the last axis; -inf gets weight 0, even if the whole row is -inf."""
     blocked = scores == -math.inf
     # The most negative number instead of -inf keeps the gradient of an empty row finite.
     return scores.masked_fill(blocked, torch.finfo(scores.dtype).min).softmax(-1).masked_fill(blocked, 0.0)
@@ -75,24 +72,24 @@ def attention_weights(q: Tensor, k: Tensor, **options: Tensor | bool | float | N
     return scores, masked_softmax(scores)
 
 
-# Scores in one group. A product of several rows first copies keys that do not lie one row's behind the other's. In fp32
-# that costs more than a call for each row, in bf16 less.
+# Scores in one group of rows. A product of several rows first copies keys that are not contiguous. In fp32 that costs
+# more than a call for each row, in bf16 less.
 SCORES_AT_ONCE = 2**16
 SCORES_AT_ONCE_BF16 = 2**20
 
 
 def _of(x: Tensor, some: slice) -> Tensor:
-    """What the rows in `some` see of a bias or mask: all of it where it has one row for everyone."""
+    """The rows `some` of a bias or mask, which may have a single row for all."""
     return x if x.shape[0] == 1 else x[some]
 
 
 class Products(torch.autograd.Function):
-    """softmax(scale q k^T + bias) v as plain matrix products, its backward pass written out. Result (B, H, Tq, d).
+    """softmax(scale q k^T + bias) v by plain matrix products, with its own backward pass. Result (B, H, Tq, d).
 
-    Autograd would keep several (B, H, Tq, Tk) tensors and walk over each of them many times. Here a few rows at a time
-    go through all steps, only the weights are kept, and the gradient of a bias that rows share is summed as it arises
-    (backward as in Dao et al. 2022, 2205.14135). q (B, H, Tq, d); k, v (B, H, Tk, d); bias (-inf allowed) and keep
-    (bool, True = may look), which may be None, broadcast to (B, H, Tq, Tk).
+    Autograd would keep several (B, H, Tq, Tk) tensors and read each many times. Here a few rows at a time go through
+    all steps, only the weights are kept, and the gradient of a shared bias is summed on the way (backward as in Dao et
+    al. 2022, 2205.14135). q (B, H, Tq, d); k, v (B, H, Tk, d); bias (-inf allowed) and keep (bool, True = may look),
+    which may be None, broadcast to (B, H, Tq, Tk).
     """
 
     @staticmethod
@@ -106,7 +103,7 @@ class Products(torch.autograd.Function):
         scale: float,
         dropout: float,
     ) -> Tensor:
-        # In memory (B, Tq, H, d), so that joining the heads afterwards is a view.
+        # (B, Tq, H, d) in memory, so that joining the heads afterwards is a view.
         z = q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3]).transpose(1, 2)
         added, keep = (None if x is None else x[(None,) * (4 - x.ndim)] for x in (bias, keep))
         added = None if added is None else added.to(q.dtype)
@@ -159,7 +156,7 @@ class Products(torch.autograd.Function):
 def _add_to(total: Tensor, parts: Tensor) -> None:
     """Add (R, H, Tq, Tk) into `total`, summed over the axes that it broadcasts."""
     if total.shape == (1, *parts.shape[1:]):
-        for part in parts:  # faster than one sum over a leading axis, and in the precision of the total
+        for part in parts:  # faster than one sum over a leading axis, and in the dtype of the total
             total[0] += part.to(total.dtype)
     else:
         total += parts.to(total.dtype).sum_to_size(total.shape)

@@ -1,4 +1,4 @@
-"""What an encoder gives: its states, which of them are real, and where in the image each one looks.
+"""The output of an encoder: its states, which of them are real, and their places in the image.
 
 Shapes: M inputs (images or texts), N tokens, D width.
 """
@@ -10,21 +10,21 @@ from torch import Tensor
 
 
 class Places(NamedTuple):
-    """A grid of tokens over an image, in raster order. Pixel k reaches from k to k + 1: its own centre is k + 0.5."""
+    """A grid of tokens over an image, in raster order. Pixel k spans k to k + 1, so its centre is k + 0.5."""
 
     grid: tuple[int, int]  # (rows, columns)
-    first: float  # pixel on which the first row and the first column are centred
+    first: float  # centre of the first row and the first column, in pixels
     stride: float  # pixels from one row or column to the next
 
     def centre(self, row: int, column: int) -> tuple[float, float]:
-        """(y, x) in pixels: what a token is about, as the middle of what it sees."""
+        """(y, x) in pixels: the centre of what a token sees."""
         return self.first + self.stride * row, self.first + self.stride * column
 
 
 @dataclass(frozen=True, eq=False)
 class States:
-    """The states of M inputs. The last `grid[0] * grid[1]` tokens are places, if there are any; what comes before them
-    (class token, registers) is no place."""
+    """The states of M inputs. If there are places, they are the last `grid[0] * grid[1]` tokens; the tokens before them
+    (class token, registers) have no place."""
 
     tokens: Tensor  # (M, N, D)
     mask: Tensor | None = None  # (M, N), True = a real token; None: all are
@@ -32,9 +32,6 @@ class States:
 
     @property
     def prefix_tokens(self) -> int:
-        """How many of the N tokens stand before the places."""
-        return (
-            self.tokens.shape[1]
-            if self.places is None
-            else self.tokens.shape[1] - self.places.grid[0] * self.places.grid[1]
-        )
+        """How many of the N tokens are before the places."""
+        rows, columns = (0, 0) if self.places is None else self.places.grid
+        return self.tokens.shape[1] - rows * columns

@@ -1,7 +1,7 @@
-"""A linear layer for large weights, whose gradients are added to `.grad` as they are computed.
+"""A linear layer for large weights that adds their gradient directly to `.grad`.
 
-Autograd first makes the gradient of a weight and then adds it to what is there: for a head of 32,128 x 512 another
-66 MB, at the moment when all activations are held. Megatron-LM (Shoeybi et al. 2019, 1909.08053) accumulates like this.
+Autograd first computes the gradient of a weight and then adds it to `.grad`: 66 MB more for a head of 32,128 x 512,
+while all activations are in memory. Megatron-LM (Shoeybi et al. 2019, 1909.08053) accumulates in the same way.
 
 Shapes: N rows (tokens), D inputs, V outputs.
 """

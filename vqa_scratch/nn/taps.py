@@ -1,10 +1,10 @@
-"""Named identities: every intermediate of a transformer flows through `tap`, where a trace may read or replace it.
+"""Taps: every intermediate tensor of a transformer passes through `tap`, where a trace may read or replace it.
 
-With no trace active a tap costs one `is None` check. The idea is TransformerLens' hook points (Nanda and Bloom, 2022),
-without a module per point: the names live in the blocks (`tap_prefix`), the handler in one global.
+Without a trace a tap costs one `is None` check. The idea is TransformerLens' hook points (Nanda and Bloom, 2022),
+without a module for each: blocks hold the names (`tap_prefix`), one global holds the handler.
 
-Names: `{tower}.{layer}.{self|cross|mlp}.{label}` with the labels q, k, v, mask, scores, pattern, z, head_out, out
-(an MLP has pre, post, out) and `{tower}.{layer}.resid_{pre,mid,post}`.
+Names: `{model}.{layer}.{self|cross|mlp}.{label}` with the labels q, k, v, mask, scores, pattern, z, head_out, out
+(an MLP has pre, post, out) and `{model}.{layer}.resid_{pre,mid,post}`.
 """
 
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 
 class Handler(Protocol):
-    """What a trace must implement."""
+    """The interface of a trace."""
 
     def wants(self, name: str) -> bool: ...
 
@@ -26,7 +26,7 @@ _handler: Handler | None = None
 
 
 def tap(prefix: str | None, label: str, tensor: Tensor) -> Tensor:
-    """Pass `tensor` to the active trace as `prefix.label` and return the trace's answer; with no trace, `tensor`."""
+    """Pass `tensor` to the active trace as `prefix.label` and return its result; without a trace, `tensor` itself."""
     if _handler is None:
         return tensor
     name = f"{prefix}.{label}"
@@ -34,19 +34,18 @@ def tap(prefix: str | None, label: str, tensor: Tensor) -> Tensor:
 
 
 def wanted(prefix: str | None, *labels: str) -> bool:
-    """Whether the active trace wants any of `prefix.label`; asked before work that only a trace needs."""
-    handler = _handler
-    return handler is not None and any(handler.wants(f"{prefix}.{label}") for label in labels)
+    """Whether a trace wants any of `prefix.label`; for work that only a trace needs."""
+    return _handler is not None and any(_handler.wants(f"{prefix}.{label}") for label in labels)
 
 
 def active() -> bool:
-    """Whether a trace is active; asked where a faster way has no taps."""
+    """Whether a trace is active; for a faster path without taps."""
     return _handler is not None
 
 
 @contextmanager
 def activate(handler: Handler) -> Iterator[None]:
-    """Send every tap to `handler` inside the block. One at a time: a second raises RuntimeError."""
+    """Send every tap to `handler` in this context. Raises RuntimeError inside another trace."""
     global _handler
     if _handler is not None:
         raise RuntimeError("a trace is already active; leave it before starting another")
@@ -57,12 +56,12 @@ def activate(handler: Handler) -> Iterator[None]:
         _handler = None
 
 
-def name_modules(tower: nn.Module, name: str) -> None:
-    """Name the taps of `tower`, whose `blocks` hold `attn`, and where they have them `cross` and `mlp`.
+def name_modules(model: nn.Module, name: str) -> None:
+    """Name the taps of an encoder or decoder, whose `blocks` hold `attn`, and maybe `cross` and `mlp`.
 
-    A tower names itself when built; a model that joins several renames them ("image", "text", "decoder", ...).
+    A model names itself when built; one that joins several renames them ("image", "text", "decoder", ...).
     """
-    for layer, block in enumerate(tower.blocks):
+    for layer, block in enumerate(model.blocks):
         block.tap_prefix = f"{name}.{layer}"
         for child, label in (("attn", "self"), ("cross", "cross"), ("mlp", "mlp")):
             module = getattr(block, child, None)

@@ -1,1 +1,1 @@
-"""What a run shows: curves, tables, and pages of samples."""
+"""Reports of a run: curves, tables, and pages of samples."""

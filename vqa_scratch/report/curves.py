@@ -1,4 +1,4 @@
-"""curves.png: the panels of a run, side by side in one picture."""
+"""Draws curves.png: the panels of a run in one picture."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,11 +17,12 @@ def moving_average(values: Sequence[float], width: int) -> list[float]:
     return result
 
 
-def draw_panels(path: Path, panels: Sequence[dict[str, Any]]) -> None:
-    """One picture with a panel beside the other.
+def draw_panels(path: Path, panels: Sequence[dict[str, Any]], columns: int | None = None) -> None:
+    """One picture with all panels, in rows of `columns` or side by side.
 
     A panel: `title`, `ylabel`, `lines` = {label: (xs, ys)}, and optionally `xlabel`, `ylim`, `hlines` = {label: y},
-    `log`. Texts may be of any script; a character that no installed font has is drawn as its code.
+    `log`, and `faint` = (xs, ys) of each line before smoothing. Texts may be of any script; a character that no
+    installed font has is drawn as its code.
     """
     import matplotlib
 
@@ -34,24 +35,29 @@ def draw_panels(path: Path, panels: Sequence[dict[str, Any]]) -> None:
         + [label for panel in panels for key in ("lines", "hlines") for label in panel.get(key, ())]
     )
 
-    def said(text: str) -> str:
-        """The text in letters that there are; a dollar sign begins no formula."""
+    def legible(text: str) -> str:
+        """The text in available characters; a dollar sign starts no formula."""
         return lettering.legible(text).replace("$", r"\$")
 
-    alike = len({panel.get("xlabel") for panel in panels}) == 1  # then the same place is the same moment
+    alike = len({panel.get("xlabel") for panel in panels}) == 1  # then the axes show the same steps
     with matplotlib.rc_context({"font.family": lettering.families}):
-        size = (4.6 * len(panels), 3.8)
-        figure, axes = plt.subplots(1, len(panels), figsize=size, squeeze=False, sharex=alike, layout="constrained")
-        for axis, panel in zip(axes[0], panels, strict=True):
+        columns = columns or len(panels)
+        rows = -(-len(panels) // columns)
+        layout = {"squeeze": False, "sharex": alike, "layout": "constrained"}
+        figure, axes = plt.subplots(rows, columns, figsize=(4.6 * columns, 3.8 * rows), **layout)
+        for axis in axes.flat[len(panels) :]:
+            axis.axis("off")
+        for axis, panel in zip(axes.flat[: len(panels)], panels, strict=True):
+            for i, (xs, ys) in enumerate(panel.get("faint", ())):
+                axis.plot(xs, ys, color=f"C{i % 10}", alpha=0.25, linewidth=1)
             for i, (label, (xs, ys)) in enumerate(panel["lines"].items()):
-                axis.plot(
-                    xs, ys, label=said(label), color=f"C{i % 10}", marker="o" if len(xs) == 1 else None, linewidth=1.6
-                )
+                marker = "o" if len(xs) == 1 else None
+                axis.plot(xs, ys, label=legible(label), color=f"C{i % 10}", marker=marker, linewidth=1.6)
             for i, (label, y) in enumerate(panel.get("hlines", {}).items()):
-                axis.axhline(y, label=said(label), color="0.45", linestyle=("--", ":", "-.")[i % 3], linewidth=1)
-            axis.set_title(said(panel["title"]), loc="left", fontsize=11)
-            axis.set_xlabel(said(panel.get("xlabel", "step")))
-            axis.set_ylabel(said(panel["ylabel"]))
+                axis.axhline(y, label=legible(label), color="0.45", linestyle=("--", ":", "-.")[i % 3], linewidth=1)
+            axis.set_title(legible(panel["title"]), loc="left", fontsize=11)
+            axis.set_xlabel(legible(panel.get("xlabel", "step")))
+            axis.set_ylabel(legible(panel["ylabel"]))
             if "ylim" in panel:
                 axis.set_ylim(*panel["ylim"])
             if panel.get("log"):

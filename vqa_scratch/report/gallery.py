@@ -1,4 +1,4 @@
-"""samples.html: images with their questions, the annotators' answers, and what the model said how surely."""
+"""Writes samples.html: images with questions, the model's answers and probabilities, and the annotators' answers."""
 
 import base64
 import io
@@ -38,7 +38,7 @@ img.pixels { image-rendering: pixelated; }
 
 
 def _picture(image: Image.Image) -> str:
-    """The image as an <img> that needs no file; small ones are shown pixel by pixel."""
+    """The image as an <img> with its data inside; small images are enlarged without smoothing."""
     image.thumbnail((320, 320))
     buffer = io.BytesIO()
     image.save(buffer, format="PNG")
@@ -48,8 +48,8 @@ def _picture(image: Image.Image) -> str:
 
 
 def card(image: Image.Image, heading: str, said: str, verdict: str, note: str, people: str) -> str:
-    """One article: the image, a heading, what was said (green for the verdict "right", amber for "partly", red for
-    "wrong") with a note beside it, and below what people said, which is HTML already; all else is escaped here."""
+    """One article: the image, a heading, the model's text (green for the verdict "right", amber for "partly", red for
+    "wrong") with a note beside it, and the people's texts below. `people` is HTML; all else is escaped here."""
     head = f"<p class=question>{escape(heading)}</p>" if heading else ""
     return (
         f"<article>{_picture(image)}<div class=text>{head}"

@@ -1,7 +1,7 @@
-"""Text of any script in pictures: fonts that have its characters, and codes in place of those that no font has.
+"""Chooses fonts for text of any script in pictures, and wraps it; characters that no font has become codes.
 
 matplotlib draws a hollow box for a character that its font lacks. It can fall back from one font to the next, glyph by
-glyph, so it is enough to hand it a list of installed fonts that together cover the text.
+glyph, so a list of installed fonts that together cover the text is enough.
 """
 
 import itertools
@@ -21,7 +21,7 @@ class Lettering(NamedTuple):
     missing: str
 
     def legible(self, text: str) -> str:
-        """The text with every missing character written as its code, so that it can at least be looked up."""
+        """The text with every missing character written as its code, which can be looked up."""
         return "".join(f"[U+{ord(c):04X}]" if c in self.missing else c for c in text)
 
 
@@ -57,8 +57,8 @@ def installed() -> dict[str, frozenset[int]]:
 def choose(texts: Iterable[str], fonts: Mapping[str, frozenset[int]] | None = None) -> Lettering:
     """Fonts for all the texts: matplotlib's own first, then whichever has most of what is still missing.
 
-    `fonts` is what is installed, asked of matplotlib unless given. Characters without ink (spaces, line ends) need no
-    font.
+    `fonts` are the installed ones, by default those that matplotlib finds. Characters without ink (spaces,
+    line ends) need no font.
     """
     needed = {c for text in texts for c in text if not c.isspace()}
     default = default_characters() if fonts is None else fonts[DEFAULT]
@@ -66,7 +66,7 @@ def choose(texts: Iterable[str], fonts: Mapping[str, frozenset[int]] | None = No
     if missing and fonts is None:
         fonts = installed()  # reads every font file, so only where it is needed
     while missing:
-        # The name decides between equals, so that a machine draws the same picture every time.
+        # The name breaks ties, so that a machine draws the same picture every time.
         best = max(fonts, key=lambda name: (sum(ord(c) in fonts[name] for c in missing), name))
         rest = {c for c in missing if ord(c) not in fonts[best]}
         if len(rest) == len(missing):
@@ -77,8 +77,8 @@ def choose(texts: Iterable[str], fonts: Mapping[str, frozenset[int]] | None = No
 
 
 def wrapped(text: str, columns: int) -> str:
-    """The text in lines of at most so many columns. Chinese, Japanese and Korean characters take two, and may be parted
-    anywhere; other words are kept whole where they fit on a line."""
+    """The text in lines of at most so many columns. Chinese, Japanese and Korean characters take two columns, and a
+    line may end after any of them; other words are split only if they are longer than a line."""
     lines, line, used = [], "", 0
     for word in _pieces(text):
         width = _columns(word)

@@ -1,4 +1,4 @@
-"""A table as a picture: texts of any script, and small images, in rows as high as their texts need."""
+"""Draws a table as a picture: texts of any script, and small images, in rows as high as their content needs."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +16,7 @@ COLUMNS_AN_INCH = 12.5  # of text at the size used
 def draw_table(path: Path, title: str, header: Sequence[str], rows: Sequence[Sequence[Cell]], inches: Sequence[float]):
     """Write the table as a PNG; `inches` are the widths of the columns.
 
-    Returns the characters that no installed font has, as one text: in the picture their codes stand for them.
+    Returns the characters that no installed font has, as one text; the picture shows their codes.
     """
     import matplotlib
 

@@ -1,4 +1,4 @@
-"""Figures on prompts never trained on: before, after, and what could be reached at best for the same KL.
+"""Evaluates a policy on held-out prompts: before, after, and the best possible reward at the same KL.
 
 Shapes: P prompts, K samples a prompt, B = P * K responses, n reference samples a prompt.
 """
@@ -21,7 +21,7 @@ AT_ONCE = 32  # prompts whose responses are sampled together
 
 @dataclass(frozen=True)
 class Figures:
-    """How a policy does on some prompts."""
+    """The results of a policy on some prompts."""
 
     rewards: Tensor  # (B,), raw
     parts: dict[str, Tensor]  # (B,) each, before weights

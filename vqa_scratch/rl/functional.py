@@ -1,12 +1,12 @@
-"""The mathematics of PPO for language models: pure functions on tensors with a mask, no model and no state.
+"""The mathematics of PPO for language models: pure functions on tensors and masks, without a model or state.
 
 Follows Schulman et al. 2017 (PPO, arXiv 1707.06347), Schulman et al. 2016 (GAE, 1506.02438), Ziegler et al. 2019
 (language models, 1909.08593), Schulman 2020 (KL estimators), Ahmadian et al. 2024 (RLOO, 2402.14740) and
-Shao et al. 2024 (GRPO, 2402.03300). `docs/ppo.md` numbers every choice made here.
+Shao et al. 2024 (GRPO, 2402.03300). `docs/ppo.md` numbers every choice.
 
 Shapes: B responses, R response tokens, V vocabulary, N any number of token positions, G responses to one prompt.
 Masks are True for the real tokens of a response, its end-of-sequence token included, and False for the padding after.
-Rewards, log-probabilities and KL are in nats; nothing here depends on what a padding position holds.
+Rewards, log-probabilities and KL are in nats; nothing depends on the content of padding.
 """
 
 import math
@@ -19,19 +19,18 @@ from torch import Tensor
 
 
 def masked_sum(x: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
-    """Sum of `x` over the True places of `mask`; junk in the False places (even NaN) has no effect."""
+    """Sum of `x` over the True places of `mask`; the False places have no effect, even if they hold NaN."""
     kept = x.masked_fill(~mask.bool(), 0)
     return kept.sum() if dim is None else kept.sum(dim)
 
 
-def masked_mean(x: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
-    """Mean of `x` over the True places of `mask`. Nothing selected gives 0, never NaN."""
-    count = mask.sum() if dim is None else mask.sum(dim)
-    return masked_sum(x, mask, dim) / count.clamp(min=1)
+def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
+    """Mean of `x` over the True places of `mask`; 0 if there are none."""
+    return masked_sum(x, mask) / mask.sum().clamp(min=1)
 
 
 def masked_moments(x: Tensor, mask: Tensor) -> Tensor:
-    """`(count, sum, sum of squares)` in float64: those of parts add up to those of the whole."""
+    """`(count, sum, sum of squares)` in float64; the moments of parts add up to those of the whole."""
     kept = x.detach().double().masked_fill(~mask.bool(), 0)
     return torch.stack([mask.sum().double(), kept.sum(), kept.square().sum()])
 

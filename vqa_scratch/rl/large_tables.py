@@ -1,6 +1,4 @@
-"""The gradients of an embedding and a head over a large vocabulary, without the tables of zeros and sums that cost time
-and memory.
-"""
+"""Saves time and memory in the gradients of an embedding and a head over a large vocabulary."""
 
 from torch import nn
 
@@ -16,9 +14,9 @@ def _large(table: nn.Parameter) -> bool:
 
 
 def look_up_sparsely(model: nn.Module) -> list[nn.Parameter]:
-    """Let lookups in large tables hand on the gradients of the rows they read, instead of a whole table of zeros.
+    """Make lookups in large tables give sparse gradients: the rows they read, instead of a whole table of zeros.
 
-    Returns the tables, whose `.grad` then lists rows until it is made dense. A table in parts (FSDP) stays as it is.
+    Returns the tables, whose `.grad` then lists rows until it is made dense. A table in parts (FSDP) stays unchanged.
     """
     tables = []
     for module in model.modules():
@@ -29,9 +27,9 @@ def look_up_sparsely(model: nn.Module) -> list[nn.Parameter]:
 
 
 def add_up_in_place(model: nn.Module) -> None:
-    """Let large linear layers add their gradients to what is in `.grad`, without a second table of that size.
+    """Make large linear layers add their gradients to `.grad` in place, without a second table of that size.
 
-    A table in parts (FSDP) stays as it is.
+    A table in parts (FSDP) stays unchanged.
     """
     for module in model.modules():
         if type(module) is nn.Linear and module.bias is None and _large(module.weight):

@@ -1,4 +1,4 @@
-"""What a run logs, under the names that TRL made common, plus what they leave out; and figures of the responses alone.
+"""Computes the metrics of a run, under TRL's names where it has them, and figures of the responses alone.
 
 Shapes: B responses, R response tokens, N real tokens.
 """

@@ -1,6 +1,6 @@
-"""The first two steps of RLHF in miniature: a small T5 that summarises made-up news, and two small reward models.
+"""Trains the models for PPO on made-up news: a small T5 that summarises, and two small reward models.
 
-Both are trained by cross-entropy in a few minutes on two cores, and kept in a folder named by a hash of what made them.
+Cross-entropy for a few minutes on two cores. The name of their folder is a hash of the settings and of this code.
 
 Shapes: B batch, N input tokens, T output tokens, V vocabulary.
 """
@@ -27,13 +27,14 @@ from vqa_scratch.models.t5 import T5, T5Config
 from vqa_scratch.storage import check_writable, unfinished_name
 
 TRAIN_SEED, HELD_OUT_SEED, REWARD_SEED = 0, 1, 2  # of the articles; PPO may train on the first, never on the second
+BATCH = 64
 T5_TOKENS = ("<pad>", "</s>", "<unk>")
 ROBERTA_TOKENS = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")
 
 
 @dataclass(frozen=True)
 class MiniNews:
-    """What the first two steps leave behind."""
+    """The results of the first two steps of RLHF."""
 
     summariser: T5
     tokenizer: Tokenizer
@@ -66,15 +67,14 @@ def tokenizers_for(items: list[news.NewsItem]) -> tuple[Tokenizer, Tokenizer]:
     )
 
 
-def fit(model: nn.Module, loss_of: Callable[[int], Tensor], steps: int, learning_rate: float, title: str) -> float:
-    """AdamW with warm-up and linear decay on `loss_of(step)`; returns the mean loss of the last tenth."""
+def fit(model: nn.Module, loss_of: Callable[[int], Tensor], steps: int, learning_rate: float, title: str) -> None:
+    """AdamW with warm-up and linear decay on `loss_of(step)`."""
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
     warmup = max(1, steps // 20)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / warmup, max(0.0, 1 - step / steps))
     )
-    last = []
     with tqdm(range(steps), desc=title, unit="step", dynamic_ncols=True) as bar:
         for step in bar:
             loss = loss_of(step)
@@ -83,33 +83,22 @@ def fit(model: nn.Module, loss_of: Callable[[int], Tensor], steps: int, learning
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
-            if step >= steps - max(1, steps // 10):
-                last.append(loss.item())
             if step % 20 == 0:
                 bar.set_postfix(loss=f"{loss.item():.3f}")
     model.eval()
-    return sum(last) / len(last)
 
 
-def train_summariser(tokenizer: Tokenizer, seed: int, steps: int, device: str, batch: int = 64) -> T5:
+def train_summariser(tokenizer: Tokenizer, seed: int, steps: int, device: str) -> T5:
     """Step 1: a small T5 learns article -> summary by teacher forcing."""
     torch.manual_seed(seed)
-    size = T5Config(
-        vocab_size=len(tokenizer),
-        dim=96,
-        head_dim=24,
-        hidden=192,
-        encoder_layers=2,
-        decoder_layers=2,
-        heads=4,
-        dropout=0.0,
-    )
+    layers = {"encoder_layers": 2, "decoder_layers": 2, "heads": 4}
+    size = T5Config(vocab_size=len(tokenizer), dim=96, head_dim=24, hidden=192, dropout=0.0, **layers)
     model = T5(size).to(device)
-    items = news.news(min(20_000, steps * batch), TRAIN_SEED)
+    items = news.news(min(20_000, steps * BATCH), TRAIN_SEED)
     generator = torch.Generator().manual_seed(seed)
 
     def loss_of(step: int) -> Tensor:
-        rows = torch.randint(len(items), (batch,), generator=generator).tolist()
+        rows = torch.randint(len(items), (BATCH,), generator=generator).tolist()
         ids, mask = tokenizer.encode_batch([items[i].article for i in rows])
         labels, real = tokenizer.encode_batch([items[i].summary for i in rows])  # (B, T), </s> at the end
         start = torch.full_like(labels[:, :1], size.start_id)
@@ -128,7 +117,6 @@ def train_reward(
     steps: int,
     device: str,
     title: str,
-    batch: int = 64,
 ) -> TextClassifier:
     """Step 2: a small RoBERTa learns sentence -> label. Smoothed targets keep its logits within a few units."""
     torch.manual_seed(seed)
@@ -151,7 +139,7 @@ def train_reward(
     generator = torch.Generator().manual_seed(seed)
 
     def loss_of(step: int) -> Tensor:
-        rows = torch.randint(len(sentences), (batch,), generator=generator).tolist()
+        rows = torch.randint(len(sentences), (BATCH,), generator=generator).tolist()
         ids, mask = tokenizer.encode_batch([sentences[i][0] for i in rows])
         target = torch.tensor([sentences[i][1] for i in rows], device=device)
         return F.cross_entropy(model(ids.to(device), mask.to(device)), target, label_smoothing=0.05)
@@ -160,17 +148,8 @@ def train_reward(
     return model
 
 
-def accuracy(model: TextClassifier, tokenizer: Tokenizer, sentences: list[tuple[str, int]]) -> float:
-    """Share of `sentences` that the classifier labels rightly."""
-    ids, mask = tokenizer.encode_batch([text for text, _ in sentences])
-    device = model.out.weight.device
-    with torch.no_grad():
-        guess = model(ids.to(device), mask.to(device)).argmax(-1).cpu()
-    return float((guess == torch.tensor([label for _, label in sentences])).float().mean())
-
-
 def recipe_hash(**settings: object) -> str:
-    """A name for what the settings, this file and the generator would make."""
+    """A hash of the settings, of this file and of the generator."""
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for file in (__file__, news.__file__):
         digest.update(Path(file).read_bytes())
@@ -178,7 +157,7 @@ def recipe_hash(**settings: object) -> str:
 
 
 def load(folder: Path) -> MiniNews:
-    """Read what `prepare` kept."""
+    """Read what `prepare` saved."""
     return MiniNews(
         T5.from_pretrained(folder / "summariser"),
         Tokenizer.from_pretrained(folder / "summariser"),
@@ -189,7 +168,7 @@ def load(folder: Path) -> MiniNews:
 
 
 def prepare(cache: Path, seed: int, sft_steps: int, reward_steps: int, device: str = "cpu") -> tuple[MiniNews, Path]:
-    """Steps 1 and 2, or what an earlier run with the same recipe kept. Returns it and the folder it lies in.
+    """Steps 1 and 2, or the saved result of an earlier run with the same recipe. Returns it and its folder.
 
     Raises UserError if `cache` cannot be written to.
     """

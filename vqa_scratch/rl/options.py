@@ -1,4 +1,4 @@
-"""Every option of `rlhf.py`, and its presets. A field is a flag: `kl_coef` is `--kl-coef`. This imports no torch."""
+"""The options of `rlhf.py` and its presets. A field is a flag: `kl_coef` is `--kl-coef`. Does not import torch."""
 
 import math
 from collections.abc import Sequence
@@ -51,8 +51,7 @@ class RLHFOptions(Options):
     )
     reference: str | None = option(
         None,
-        "Frozen reference, which the figures from before training are of: folder or Hub id of a T5; without it, the "
-        "first policy.",
+        "Frozen reference, also the policy before training: folder or Hub id of a T5; by default the initial policy.",
         MODELS,
         only=SUMMARISING,
     )
@@ -112,15 +111,11 @@ class RLHFOptions(Options):
     )
 
     algorithm: str = option(
-        "ppo", "How advantages come about; all else is shared.", REWARD, ("ppo", "rloo", "grpo", "best-of-n")
+        "ppo", "How advantages are computed; all else is shared.", REWARD, ("ppo", "rloo", "grpo", "best-of-n")
     )
     kl_coef: float = option(0.05, "Price of one nat of KL, in units of the scaled reward.", REWARD, minimum=0)
-    kl_target: float = option(
-        0.0, "Steer the price towards this KL a sequence; 0 keeps the price fixed.", REWARD, minimum=0
-    )
-    kl_horizon: float = option(
-        0.1, "Time constant of that steering, as a share of the run's responses.", REWARD, above=0
-    )
+    kl_target: float = option(0.0, "Adapt the price towards this KL a sequence; 0 keeps it fixed.", REWARD, minimum=0)
+    kl_horizon: float = option(0.1, "Time constant of that, as a share of the run's responses.", REWARD, above=0)
     scale_reward: bool = option(True, "Shift and scale rewards once, so that the reference scores 0 +- 1.", REWARD)
     score_clip: float = option(10.0, "Largest scaled reward, either sign; 0 does not clip.", REWARD, minimum=0)
     missing_eos_penalty: float = option(
@@ -255,6 +250,6 @@ def read_command_line(argv: Sequence[str]) -> RLHFOptions:
             PRESETS,
             argv,
             program="rlhf.py",
-            about="Tune a language model by PPO with a KL penalty against a frozen reference, and show what it did.",
+            about="Tune a language model by PPO with a KL penalty against a frozen reference, and report the result.",
             example="python rlhf.py --preset book --articles news.csv",
         )

@@ -1,8 +1,7 @@
-"""The policy: a sequence-to-sequence model with a value head, and the one function that turns logits into its odds.
+"""The policy of PPO: a sequence-to-sequence model with a value head, and the function that shapes its distribution.
 
-Sampling, scoring and the reference all go through `policy_logits`. If the sampler alone barred a token, the
-log-probabilities of the update would belong to a different distribution than the samples: the ratio and the KL would
-both be wrong.
+Sampling, scoring and the reference all use `policy_logits`. If only the sampler barred a token, the log-probabilities
+of the update would belong to another distribution than the samples, and both ratio and KL would be wrong.
 
 Shapes: P prompts, K samples a prompt, B = P * K responses, R response tokens, N real tokens in all, D width,
 V vocabulary, E entries of a memory.
@@ -14,6 +13,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from vqa_scratch.generate import State, begin
 from vqa_scratch.generate.processors import repeating
@@ -84,7 +84,7 @@ class Context:
 
 
 class Backbone(Protocol):
-    """What PPO asks of a language model (an `nn.Module`). `T5Policy` below is one."""
+    """What PPO needs from a language model (an `nn.Module`), such as `T5Policy` below."""
 
     width: int
     start_id: int  # first input of the decoder
@@ -110,25 +110,20 @@ class Backbone(Protocol):
 
 
 class T5Policy(nn.Module):
-    """A T5 as PPO's backbone. Prompts are padded on the right; T5's relative positions do not forgive anything else."""
+    """A T5 as PPO's backbone. Prompts are padded on the right, as T5's relative positions require."""
 
     def __init__(self, model: T5) -> None:
         super().__init__()
         self.model = model
         config = model.config
-        self.width, self.start_id, self.eos_id, self.pad_id = (
-            config.dim,
-            config.start_id,
-            config.eos_id,
-            config.pad_id,
-        )
+        self.width, self.start_id, self.eos_id, self.pad_id = config.dim, config.start_id, config.eos_id, config.pad_id
 
     def encode(self, prompts: list[Prompt]) -> Context:
         device = next(self.parameters()).device
         lengths = torch.tensor([len(p.ids) for p in prompts])
-        ids = torch.full((len(prompts), int(lengths.max())), self.pad_id)
-        for row, prompt in zip(ids, prompts, strict=True):
-            row[: len(prompt.ids)] = torch.tensor(prompt.ids)
+        ids = pad_sequence(
+            [torch.tensor(p.ids, dtype=torch.long) for p in prompts], batch_first=True, padding_value=self.pad_id
+        )
         mask = None  # prompts of one length need none
         if int(lengths.min()) < ids.shape[1]:
             mask = (torch.arange(ids.shape[1]) < lengths[:, None]).to(device)
@@ -163,7 +158,7 @@ class SamplingRules:
 def policy_logits(logits: Tensor, ids: Tensor, positions: Tensor, rules: SamplingRules) -> Tensor:
     """Raw logits (N, V) -> fp32 logits (N, V) of the distribution that is sampled from.
 
-    Row n predicts token `positions[n]` of the response `ids[n]` (N, R); later entries of `ids` are not looked at.
+    Row n predicts token `positions[n]` of the response `ids[n]` (N, R); later entries of `ids` are ignored.
     """
     logits = logits.float()
     if rules.temperature != 1.0:

@@ -1,12 +1,12 @@
 """The parts of PPO with a KL penalty against a frozen reference (Schulman et al. 2017; Ziegler et al. 2019).
 
-`rlhf.py` goes through one iteration: draw prompts, sample responses, score them, turn scores into advantages, and take
-a few clipped gradient steps (`update.py`). RLOO, GRPO and best-of-n replace the advantages and share everything else.
+An iteration is in `rlhf.py`: draw prompts, sample responses, score them, turn scores into advantages, and take a few
+clipped gradient steps (`update.py`). RLOO, GRPO and best-of-n replace the advantages and share everything else.
 `docs/ppo.md` numbers the details.
 
-On several ranks each samples, scores and differentiates its share of the prompts. Everything in between - rewards,
-advantages and their whitening, the price of KL, the log - is worked out on every rank from the whole batch, which is a
-few numbers a token. So all of it comes out as on one rank.
+Each rank samples, scores and differentiates its share of the prompts. Rewards, advantages and their whitening, the
+price of KL and the log are computed on every rank from the whole batch, a few numbers a token; so they equal those of a
+single rank.
 
 Shapes: P prompts, K samples a prompt, B = P * K responses, R response tokens.
 """
@@ -35,7 +35,7 @@ GROUP_ADVANTAGES = {"rloo": F.rloo_advantages, "grpo": F.grpo_advantages, "best-
 
 
 class Rollout(NamedTuple):
-    """One batch of responses, of all ranks but for the context."""
+    """One batch of responses, of all ranks except for the context."""
 
     responses: Responses
     scored: Scored
@@ -100,21 +100,21 @@ class PPO:
 
     @torch.no_grad()
     def rollout(self, prompts: list[Prompt]) -> Rollout:
-        """Sample responses to one batch, reward them, and look at them again as policy and reference see them."""
-        c, clock = self.options, [time.perf_counter()]
-        responses, samples, context = self.respond(prompts, c.samples, self.actor.backbone, self.sampling, self.mine)
-        ids, mask, finished = responses
+        """Sample responses to one batch, reward them, and score them under policy and reference."""
+        options, clock = self.options, [time.perf_counter()]
+        policy, k = self.actor.backbone, options.samples
+        (ids, mask, finished), samples, context = self.respond(prompts, k, policy, self.sampling, self.mine)
         clock.append(time.perf_counter())
 
         with self.autocast():
             raw, parts = self.reward(samples)
-        scores = self.scale(raw).to(ids.device) - c.missing_eos_penalty * (~finished).float()
+        scores = self.scale(raw).to(ids.device) - options.missing_eos_penalty * (~finished).float()
         clock.append(time.perf_counter())
 
         with self.autocast():
             s = score(self.actor, self.reference, self.readings(prompts, context), ids, mask, self.rules)
         ids, mask, finished, scores, raw, *s = gather_rows(self.world, ids, mask, finished, scores, raw, *s)
-        samples = gather_samples(self.world, samples, prompts, c.samples)
+        samples = gather_samples(self.world, samples, prompts, k)
         parts = dict(zip(parts, gather_rows(self.world, *parts.values()), strict=True))
         clock.append(time.perf_counter())
         names = ("generate", "compute_rewards", "forward_pass")
@@ -140,16 +140,16 @@ class PPO:
     def advantages(self, rollout: Rollout) -> Trajectory:
         """Rewards a token, advantages and returns. Each token pays for its KL, the last one also earns the score; how
         advantages come about is the only place where the algorithms differ."""
-        c, (ids, mask, finished), s = self.options, rollout.responses, rollout.scored
+        options, (ids, mask, finished), s = self.options, rollout.responses, rollout.scored
         rewards = F.get_rewards(rollout.scores, s.logprobs, s.ref_logprobs, mask, self.kl.coef)
-        spread = F.masked_whiten(rewards, mask, shift_mean=False) if c.whiten_rewards else rewards
-        if c.algorithm == "ppo":
-            advantages, returns = F.gae(spread, s.values, mask, c.gamma, c.lam)
-            if c.whiten_advantages:
+        spread = F.masked_whiten(rewards, mask, shift_mean=False) if options.whiten_rewards else rewards
+        if options.algorithm == "ppo":
+            advantages, returns = F.gae(spread, s.values, mask, options.gamma, options.lam)
+            if options.whiten_advantages:
                 advantages = F.masked_whiten(advantages, mask)
         else:
             whole = spread.sum(1)  # of a response: its score less the price of its KL
-            advantages = GROUP_ADVANTAGES[c.algorithm](whole, c.samples)[:, None] * mask
+            advantages = GROUP_ADVANTAGES[options.algorithm](whole, options.samples)[:, None] * mask
             returns = whole[:, None] * mask
         return Trajectory(ids, mask, finished, *s, rollout.scores, rewards, advantages, returns)
 

@@ -1,5 +1,4 @@
-"""Several ranks as one: rollouts put together, so that every rank gets all rows in the order of the prompts, and
-gradients.
+"""Joins the rollouts of all ranks, in the order of the prompts on every rank, and adds up their gradients.
 
 Shapes: b responses of one rank, B of all, R response tokens.
 """
@@ -8,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from vqa_scratch.rl.types import Prompt, Samples
 from vqa_scratch.training.ranks import Alone, World
@@ -25,12 +25,7 @@ def gather_rows(world: World, *tensors: Tensor) -> list[Tensor]:
 def _joined(pieces: tuple[Tensor, ...]) -> Tensor:
     if pieces[0].ndim == 1:
         return torch.cat(pieces)
-    result = pieces[0].new_zeros(sum(map(len, pieces)), max(piece.shape[1] for piece in pieces))
-    row = 0
-    for piece in pieces:
-        result[row : row + len(piece), : piece.shape[1]] = piece
-        row += len(piece)
-    return result
+    return pad_sequence([row for piece in pieces for row in piece], batch_first=True)
 
 
 def gather_samples(world: World, samples: Samples, prompts: list[Prompt], each: int) -> Samples:
@@ -46,18 +41,14 @@ BUCKET = 8_000_000  # numbers sent at once
 
 
 class Copies(Alone):
-    """The same weights on every rank, rank 0's at the start, and no wrapper: passes may differ in number."""
+    """The weights of rank 0 on every rank, without a wrapper: ranks may make different numbers of passes."""
 
     def __init__(self, model: nn.Module, world: World) -> None:
         super().__init__(world)
         make_alike(model, world)
 
     def collect(self, parameters: Sequence[nn.Parameter]) -> None:
-        """Replace every gradient by its sum over the ranks.
-
-        A rank that has no gradient where another has one counts as zero; where nobody has one, there is none
-        afterwards.
-        """
+        """Replace every gradient by its sum over the ranks; a missing one counts as zero, unless all ranks lack it."""
         having = self.world.totals([float(p.grad is not None) for p in parameters])
         bucket: list[nn.Parameter] = []
         used = [p for p, count in zip(parameters, having, strict=True) if count]

@@ -1,25 +1,17 @@
-"""What a run shows: learning curves, the reward-KL frontier, and the same prompts before and after.
-
-Text from data and models is escaped before it goes into HTML.
-"""
+"""Reports a run of rlhf.py: learning curves, the reward-KL frontier, and the same prompts before and after."""
 
 import difflib
 import html
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402
-
-from vqa_scratch.rl.evaluate import Figures, Frontier  # noqa: E402
-
-LABELS = {"objective/kl_exact": "exact", "objective/kl": "k1, of samples"}  # where lines share a panel
+from vqa_scratch.report.curves import draw_panels
+from vqa_scratch.rl.evaluate import Figures, Frontier
+from vqa_scratch.storage import write_whole
 
 
 def smooth(values: list[float], weight: float = 0.6) -> list[float]:
-    """Exponential moving average without the pull towards 0 at the start; short enough to show a spike."""
+    """Exponential moving average, corrected for its start; short enough to show a spike."""
     result, total, mass = [], 0.0, 0.0
     for value in values:
         total, mass = weight * total + value, weight * mass + 1
@@ -28,40 +20,32 @@ def smooth(values: list[float], weight: float = 0.6) -> list[float]:
 
 
 def curves(history: list[dict[str, Any]], parts: list[str], path: Path) -> None:
-    """Reward, KL, each reward model apart, finish share, entropy and value fit, over the iterations."""
-    panels = [
-        ("reward", ["env/reward_mean"]),
-        ("KL a response (nats)", ["objective/kl_exact", "objective/kl"]),
-        *[(name, [f"env/{name}"]) for name in parts],
-        ("finished", ["finish"]),
-        ("entropy a token (nats)", ["ppo/policy/entropy"]),
-        ("clipped share", ["ppo/policy/clipfrac"]),
-        ("variance explained by values", ["ppo/val/var_explained"]),
-    ]
-    columns = 3
-    rows = -(-len(panels) // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(4 * columns, 2.7 * rows), squeeze=False)
-    x = [line["step"] for line in history]
-    for axis, (title, names) in zip(axes.flat, panels, strict=False):
-        for i, name in enumerate(names):
-            values = [line[name] for line in history]
-            axis.plot(x, values, color=f"C{i}", alpha=0.25, linewidth=1)
-            axis.plot(x, smooth(values), color=f"C{i}", label=LABELS.get(name))
-        axis.set_title(title, fontsize=10)
-        axis.grid(alpha=0.3)
-        if len(names) > 1:
-            axis.legend(fontsize=8)
-    for axis in list(axes.flat)[len(panels) :]:
-        axis.axis("off")
-    for axis in axes[-1]:
-        axis.set_xlabel("iteration")
-    figure.tight_layout()
-    figure.savefig(path, dpi=110, format="png")
-    plt.close(figure)
+    """Reward, KL, each reward model, finished share, entropy and value fit, over the iterations."""
+    titles = {
+        "reward": {"reward": "env/reward_mean"},
+        "KL a response (nats)": {"exact": "objective/kl_exact", "k1, of samples": "objective/kl"},
+        **{name: {name: f"env/{name}"} for name in parts},
+        "finished": {"finished": "finish"},
+        "entropy a token (nats)": {"entropy": "ppo/policy/entropy"},
+        "clipped share": {"clipped": "ppo/policy/clipfrac"},
+        "variance explained by values": {"explained": "ppo/val/var_explained"},
+    }
+    steps, panels = [row["step"] for row in history], []
+    for title, names in titles.items():
+        values = {label: [row[name] for row in history] for label, name in names.items()}
+        lines = {label: (steps, smooth(ys)) for label, ys in values.items()}
+        faint = [(steps, ys) for ys in values.values()]
+        panels.append({"title": title, "xlabel": "iteration", "ylabel": "", "lines": lines, "faint": faint})
+    draw_panels(path, panels, columns=3)
 
 
 def frontier(curve: Frontier, history: list[dict[str, Any]], before: Figures, after: Figures, path: Path) -> None:
-    """Reward against KL: the run, where it ended on new prompts, best-of-n, and the best there is."""
+    """Reward against KL: the run, its result on new prompts, best-of-n, and the best possible."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
     figure, axis = plt.subplots(figsize=(6.4, 4.4))
     axis.plot(curve.kl, curve.reward, color="black", label="best possible (reference reweighted)")
     axis.axvline(curve.limit, color="black", linestyle=":", linewidth=1, label="limit of the estimate: log n")
@@ -80,12 +64,12 @@ def frontier(curve: Frontier, history: list[dict[str, Any]], before: Figures, af
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
     figure.tight_layout()
-    figure.savefig(path, dpi=110, format="png")
+    write_whole(path, lambda unfinished: figure.savefig(unfinished, dpi=110, format="png"))
     plt.close(figure)
 
 
 def marked(before: str, after: str) -> tuple[str, str]:
-    """Both texts as escaped HTML, the words that are not in the other marked."""
+    """Both texts as escaped HTML; words that the other text lacks are marked."""
     a, b = before.split(), after.split()
     sides: tuple[list[str], list[str]] = ([], [])
     for kind, a0, a1, b0, b1 in difflib.SequenceMatcher(None, a, b, autojunk=False).get_opcodes():

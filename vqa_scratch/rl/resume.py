@@ -1,4 +1,4 @@
-"""Going on with a run: which checkpoint it is, and whether options and reference are still those it began with."""
+"""Resumes a run: finds its checkpoint, and checks that options and reference have not changed."""
 
 import hashlib
 from collections.abc import Iterable
@@ -18,7 +18,7 @@ from vqa_scratch.training.checkpoint import load_checkpoint, set_rng_state
 def fingerprint(model: nn.Module, order: Iterable[str] | None = None) -> str:
     """A hash of all weights: the reference of a resumed run must be the one it began with.
 
-    `order` names them in the order to go through, where that is not the model's own.
+    `order` names the weights in another order than the model's own.
     """
     digest, weights = hashlib.sha256(), model.state_dict()
     for name in weights if order is None else order:
@@ -52,7 +52,7 @@ def last_checkpoint(options: RLHFOptions) -> dict[str, Any] | None:
 
 
 def restore(ppo: PPO, saved: dict[str, Any], reference: str) -> float:
-    """Bring everything back to the checkpoint; returns the seconds spent so far. Raises UserError on other weights."""
+    """Restore the run from the checkpoint; returns the seconds spent so far. Raises UserError for another reference."""
     if saved["reference"] != reference:
         raise UserError("the run was begun against a reference with other weights; its KL would change its meaning")
     ppo.load_state_dict(saved.pop("ppo"))  # a second copy of the model need not stay in memory

@@ -1,4 +1,4 @@
-"""Rewards: a class logit of a text classifier, weighted sums of such parts, and the scale PPO sees them on.
+"""Rewards: a class logit of a text classifier, weighted sums of such parts, and their scale for PPO.
 
 Shapes: B responses, T text tokens, C classes.
 """
@@ -24,7 +24,7 @@ class ClassifierReward:
 
     @torch.no_grad()
     def __call__(self, samples: Samples) -> Tensor:
-        """(B,) fp32. Texts are scored in batches of like length, whatever their order."""
+        """(B,) fp32. Texts are scored in batches of similar length."""
         device = self.model.out.weight.device
         order = sorted(range(len(samples.texts)), key=lambda i: len(samples.texts[i]))
         rewards = torch.empty(len(order))

@@ -1,4 +1,4 @@
-"""Rollouts: sample responses, then look at them again under the policy that sampled them and under the reference.
+"""Rollouts: samples responses, then scores them under the policy that sampled them and under the reference.
 
 Shapes: P prompts, K samples a prompt, B = P * K responses, R response tokens, V vocabulary.
 """
@@ -42,8 +42,8 @@ class Responses(NamedTuple):
 def chances(rows: int, rules: SamplingRules, generator: torch.Generator | None, device: torch.device) -> Tensor:
     """(B, R): a uniform number in [0, 1) for every token that may be sampled.
 
-    Drawn before sampling, so that what a row says depends on its own numbers alone: not on which other rows are sampled
-    beside it, on which rank, or when they end.
+    Drawn before sampling, so that a row depends on its own numbers alone: not on its rank, the other rows, or when they
+    end.
     """
     return torch.rand(rows, rules.max_new_tokens, generator=generator, device=device)
 
@@ -111,7 +111,7 @@ def score(
 
 
 class PromptStream:
-    """Batches of prompts, a fresh shuffle each time all were seen. Its whole state is how many were handed out."""
+    """Batches of prompts, shuffled anew in every epoch. Its whole state is the number of prompts drawn."""
 
     def __init__(self, prompts: list[Prompt], batch: int, seed: int) -> None:
         if len(prompts) < batch:

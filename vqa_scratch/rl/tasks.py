@@ -1,4 +1,4 @@
-"""What a preset brings to PPO: a policy, its frozen reference, a reward, prompts to train on and prompts held out."""
+"""Builds the task of a preset: a policy, its frozen reference, a reward, and prompts for training and evaluation."""
 
 import copy
 import random
@@ -23,7 +23,7 @@ from vqa_scratch.rl.policy import Backbone, SamplingRules, T5Policy, freeze
 from vqa_scratch.rl.rewards import ClassifierReward, RewardPart, RewardSum, length_penalty
 from vqa_scratch.rl.types import Prompt, Samples
 
-MINI_NEWS_ARTICLES = 4_000  # that PPO draws from; the summariser saw the first ones with their summaries
+MINI_NEWS_ARTICLES = 4_000  # for PPO; the summariser was trained on the first of them
 
 
 @dataclass
@@ -38,7 +38,7 @@ class Task:
     save: Callable[[Path], None]  # writes the policy as a checkpoint folder
     notes: list[str] = field(default_factory=list)  # one-line remarks for the log
     figures: dict[str, Callable[[Samples], float]] = field(default_factory=dict)  # of its own, before and after
-    todays: Callable[[dict[str, Any]], dict[str, Any]] = lambda saved: saved  # an older version's checkpoint as ours
+    upgrade: Callable[[dict[str, Any]], dict[str, Any]] = lambda saved: saved  # converts an older checkpoint
 
 
 def encode_articles(
@@ -59,7 +59,7 @@ def cut_note(cut: int, count: int, options: RLHFOptions) -> list[str]:
 
 
 def sampling_rules(options: RLHFOptions, policy: T5Policy, tokenizer: Tokenizer) -> SamplingRules:
-    """Padding and the rows of the embedding that no token has cannot be sampled."""
+    """Rules that bar padding and the rows of the embedding without a token."""
     size = policy.model.config.vocab_size
     if len(tokenizer) > size:
         raise UserError(f"the tokenizer has {len(tokenizer)} tokens, the model only {size}")
@@ -76,12 +76,8 @@ def sampling_rules(options: RLHFOptions, policy: T5Policy, tokenizer: Tokenizer)
     )
 
 
-def frozen_copy(policy: T5Policy, precision: torch.dtype) -> T5Policy:
-    return freeze(copy.deepcopy(policy), precision)
-
-
 def check_same_vocabulary(policy: T5, reference: T5) -> None:
-    """The KL compares two distributions over the same tokens."""
+    """Raise UserError unless a KL between the two models is defined."""
     ours, theirs = policy.config, reference.config
     for name in ("vocab_size", "eos_id", "start_id"):
         if getattr(ours, name) != getattr(theirs, name):
@@ -124,7 +120,7 @@ def summarising_task(
     policy = T5Policy(model)
     if reference is not None:
         check_same_vocabulary(model, reference)
-    frozen = frozen_copy(policy, precision) if reference is None else freeze(T5Policy(reference), precision)
+    frozen = freeze(copy.deepcopy(policy), precision) if reference is None else freeze(T5Policy(reference), precision)
 
     def save(folder: Path) -> None:
         model.save_pretrained(folder)
@@ -148,22 +144,17 @@ def mini_news_task(options: RLHFOptions, device: torch.device, precision: torch.
     """Made-up news, a T5 of half a million parameters, and two reward models, made here or taken from the cache."""
     reference = T5.from_pretrained(options.reference).to(device) if options.reference else None
     made, folder = mini_news.prepare(options.cache, options.seed, options.sft_steps, options.reward_steps, str(device))
-
     notes = [f"summariser and reward models: {folder}"]
 
     def prompts(count: int, seed: int) -> list[Prompt]:
         items = news(count, seed)
         texts, references = [item.article for item in items], [item.summary for item in items]
-        made_of = encode_articles(texts, references, made.tokenizer, options.prefix, options.max_prompt_tokens)
-        notes.extend(cut_note(made_of[1], count, options))
-        return made_of[0]
+        encoded, cut = encode_articles(texts, references, made.tokenizer, options.prefix, options.max_prompt_tokens)
+        notes.extend(cut_note(cut, count, options))
+        return encoded
 
-    reward = classifier_reward(
-        options,
-        (made.grammar.to(device), made.reward_tokenizer),
-        (made.tone.to(device), made.reward_tokenizer),
-        precision,
-    )
+    grammar, tone = ((model.to(device), made.reward_tokenizer) for model in (made.grammar, made.tone))
+    reward = classifier_reward(options, grammar, tone, precision)
     return summarising_task(
         options,
         made.summariser.to(device),
@@ -178,7 +169,7 @@ def mini_news_task(options: RLHFOptions, device: torch.device, precision: torch.
 
 
 def book_articles(options: RLHFOptions) -> tuple[list[str], list[str], list[str]]:
-    """Articles, their reference summaries ("" where there is none), and remarks. Raises UserError on too few."""
+    """Articles, their reference summaries ("" where there is none), and notes. Raises UserError on too few."""
     notes = []
     if options.articles:
         articles = read_articles(options.articles, options.column, options.summary_column)
@@ -202,7 +193,7 @@ def book_articles(options: RLHFOptions) -> tuple[list[str], list[str], list[str]
 
 def book_task(options: RLHFOptions, device: torch.device, precision: torch.dtype) -> Task:
     """flan-t5-small and two RoBERTa classifiers on articles from a file; or random weights of their sizes."""
-    texts, summaries, notes = book_articles(options)  # before gigabytes are looked for
+    texts, summaries, notes = book_articles(options)  # before gigabytes are loaded
     if options.init == "random":
         policy, tokenizer, grammar, tone = _random_book(options)
     else:

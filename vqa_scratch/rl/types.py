@@ -1,4 +1,4 @@
-"""What the parts of the RL program pass to each other.
+"""The data that the parts of `rlhf.py` exchange: prompts, samples, and the trajectory of a batch.
 
 Shapes: P prompts, K samples a prompt, B = P * K responses (row b answers prompt b // K), R response tokens.
 """
@@ -15,7 +15,7 @@ from torch import Tensor
 class Prompt:
     """One thing to respond to."""
 
-    text: str  # as the reader sees it, in samples.html
+    text: str  # as samples.html shows it
     ids: tuple[int, ...] = ()  # token ids given to the encoder
     reference: str = ""  # a reference response, shown in samples.html; may be empty
     payload: Any = None  # whatever else the policy or the reward need (an image path, annotators' answers)

@@ -1,6 +1,6 @@
 """The clipped update of PPO (Schulman et al. 2017, eq. 7): a few optimizer steps on one batch of rollouts.
 
-On several ranks each differentiates its share of the prompts, and all take the same steps.
+Each rank differentiates its share of the prompts, and all take the same steps.
 
 Shapes: P prompts, K samples a prompt, B = P * K responses, R response tokens, N real tokens, V vocabulary.
 """
@@ -25,13 +25,13 @@ from vqa_scratch.training.ranks import Alone, for_main, whole
 
 
 def micro_batches(chosen: Iterable[int], prompts: list[Prompt], size: int) -> list[list[int]]:
-    """The chosen prompts, `size` at a time; those of like length together, to spare padding."""
+    """The chosen prompts, `size` at a time; prompts of similar length together, to save padding."""
     by_length = sorted(chosen, key=lambda i: (len(prompts[i].ids), i))
     return [by_length[i : i + size] for i in range(0, len(by_length), size)]
 
 
 class Update:
-    """The optimizer of a run, and how it is driven. `mine` are this rank's prompts of a batch."""
+    """The optimizer of a run and its steps. `mine` are this rank's prompts of a batch."""
 
     def __init__(
         self,
@@ -110,17 +110,17 @@ class Update:
     ) -> float:
         """Add up the gradients of this rank's prompts of a minibatch, a few at a time; returns the mean k3 a token.
 
-        Every part is divided by the tokens of the whole minibatch, on all ranks, so its cut into parts leaves no trace;
+        Every part is divided by the tokens of the whole minibatch, on all ranks, so the split into parts has no effect;
         the k3 is of all ranks too.
         """
-        c, k, stats = self.options, self.options.samples, self.stats
-        tokens = trajectory.mask.view(c.prompts, -1)[minibatch].sum()
+        options, k, stats = self.options, self.options.samples, self.stats
+        tokens = trajectory.mask.view(options.prompts, -1)[minibatch].sum()
         _, spread = F.mean_and_var(F.masked_moments(trajectory.returns, trajectory.mask))
-        value_clip = c.value_clip * float(spread.sqrt())
+        value_clip = options.value_clip * float(spread.sqrt())
         warming = self.warming
-        self.actor.detach_value = warming or c.critic == "detached"
+        self.actor.detach_value = warming or options.critic == "detached"
         stats.begin_minibatch()
-        parts = micro_batches((i for i in minibatch if i in self.mine), prompts, c.micro_prompts)
+        parts = micro_batches((i for i in minibatch if i in self.mine), prompts, options.micro_prompts)
         for part, counts in self.ranks.passes(parts, idle=[self.mine.start]):
             rows = torch.tensor([i * k + j for i in part for j in range(k)], device=trajectory.ids.device)
             t = trajectory.rows(rows)
@@ -130,14 +130,15 @@ class Update:
             m = t.mask  # from here on (N,): the real tokens of all responses in one row
             real = torch.ones_like(t.ids[m], dtype=torch.bool)
             logprobs, entropies = chosen_logprobs(logits, t.ids[m])
+            clips = (options.clip_low, options.clip_high, options.dual_clip or None)
             policy_loss, policy_clipped = F.ppo_policy_loss(
-                logprobs, t.logprobs[m], t.advantages[m], real, c.clip_low, c.clip_high, c.dual_clip or None, tokens
+                logprobs, t.logprobs[m], t.advantages[m], real, *clips, tokens
             )
             value_loss, value_clipped = F.ppo_value_loss(values, t.values[m], t.returns[m], real, value_clip, tokens)
-            entropy = (entropies if c.entropy_coef else entropies.detach()).sum() / tokens
-            loss = policy_loss.new_zeros(()) if warming else policy_loss - c.entropy_coef * entropy
-            if c.algorithm == "ppo":
-                loss = loss + (1.0 if warming else c.value_coef) * value_loss
+            entropy = (entropies if options.entropy_coef else entropies.detach()).sum() / tokens
+            loss = policy_loss.new_zeros(()) if warming else policy_loss - options.entropy_coef * entropy
+            if options.algorithm == "ppo":
+                loss = loss + (1.0 if warming else options.value_coef) * value_loss
             self.ranks.backward(loss, counts)
             if not counts:
                 continue

@@ -1,4 +1,4 @@
-"""The instrument: trace, certify, change and show the attention of a model. Start with `trace`."""
+"""Study the attention of a model: trace, certify, change and show it. Start with `trace`."""
 
 from vqa_scratch.study.certificate import Certificate
 from vqa_scratch.study.trace import Trace, trace

@@ -1,8 +1,8 @@
-"""What the weights add up to: the plain map, rollout, gradient-weighted relevancy, statistics of each head.
+"""Maps and statistics from attention weights: the plain map, rollout, relevancy, and figures of each head.
 
 Rollout: Abnar and Zuidema 2020 (2005.00928). Relevancy: Chefer, Gur and Wolf 2021, "Generic Attention-model
-Explainability" (2103.15679); their equation numbers stand below. Both are carried through the encoders into the writer,
-so every row of the answer gets a share for each image token and each word.
+Explainability" (2103.15679); the equation numbers below are theirs. Both go through the encoders into the writer, so
+every row of the answer gets a share for each image token and each word.
 
 Shapes: H heads, X tokens of the writer's own sequence, T of them rows of the answer, K cross-attention keys or tokens
 of a prefix, S source tokens, N tokens of one source.
@@ -25,7 +25,7 @@ Step = Callable[[Tensor, Tensor, Tensor | None, slice], Tensor]
 
 @dataclass(frozen=True)
 class Flow:
-    """For the writer's row i: how much each source token and each token of its own matters."""
+    """How much each source token and each of the writer's own tokens matters, for each row of the writer."""
 
     sources: Tensor  # (T, S)
     decoder: Tensor  # (T, X - prefix)
@@ -39,12 +39,12 @@ def attention_names(subject: Subject) -> dict[str, list[str]]:
 
 
 def every_attention(subject: Subject) -> list[str]:
-    """All of them in one list."""
+    """All attentions in one list."""
     return [name for names in attention_names(subject).values() for name in names]
 
 
 def key_sources(subject: Subject, t: Trace) -> Tensor:
-    """(K, S): `mixing`, where learned queries stand for what their own cross-attention reads on average."""
+    """(K, S): `mixing`, with learned queries replaced by what their own cross-attention reads on average."""
     made = subject.mixing.clone()
     for source, where in subject.slices():
         if source.reads is not None:
@@ -75,8 +75,8 @@ def plain_map(subject: Subject, t: Trace) -> Flow:
 def carry(subject: Subject, weights: dict[str, Tensor], step: Step, finish: Callable[[Tensor, Tensor], Tensor]) -> Flow:
     """Follow the weights (queries, keys) of every attention through the sources and then through the writer.
 
-    `step` is the rule for one attention; `finish` turns what a source's blocks made, (N, S), given what it began with,
-    into what others read of it.
+    `step` is the rule for one attention; `finish` turns the flow after a source's blocks and the flow before them, both
+    (N, S), into what others read.
     """
     names, total = attention_names(subject), subject.mixing.shape[1]
     known = torch.zeros(total, total)  # in row s: what source token s is made of
@@ -101,7 +101,7 @@ def carry(subject: Subject, weights: dict[str, Tensor], step: Step, finish: Call
 def rollout(subject: Subject, t: Trace) -> Flow:
     """Attention rollout: heads averaged, half of each state is its residual. Rows of (sources, decoder) sum to 1.
 
-    `t` must hold every attention, of a generation or of a teacher-forced pass.
+    `t` must hold every attention, from a generation or a teacher-forced pass.
     """
     weights = {name: _mean_pattern(t, name) for name in every_attention(subject)}
     return carry(subject, weights, _rollout_step, lambda flow, start: flow)
@@ -157,11 +157,10 @@ def _normalised(relevancy: Tensor, start: Tensor) -> Tensor:
 
 @torch.enable_grad()
 def relevancy(subject: Subject, answer: list[int], rows: list[int] | None = None) -> Flow:
-    """For each generated token, what made its logit: rows as in `rollout`, each from a backward pass of its own.
+    """What made the logit of each generated token: rows as in `rollout`, each from its own backward pass.
 
-    `answer` are the generated ids. Row i is about the token that follows the writer's token i; rows that predict
-    nothing of the answer (the prompt's, but for its last) are 0, as are those left out by `rows`, a choice among the
-    answer's.
+    `answer` are the generated ids. Row i is about the token after the writer's token i. Rows that do not predict a
+    token of the answer are 0; `rows` chooses among the answer's tokens, and the others are 0 too.
     """
     ids = subject.prompt + answer
     first = len(subject.prompt) - 1
@@ -186,7 +185,7 @@ class HeadStatistics:
 
     name: str  # decoder.3.cross
     head: int
-    entropy: float  # of a row of weights, as a share of that of a uniform row: 0 one key, 1 all alike
+    entropy: float  # of a row of weights, as a share of a uniform row's: 0 one key, 1 all equal
     image: float  # weight on tokens of the image
     text: float  # weight on question, article or answer tokens
     sink: float  # weight on tokens without content: class token, separators, the writer's first
@@ -201,7 +200,7 @@ def normalised_entropy(pattern: Tensor, visible: Tensor) -> Tensor:
 
 
 def _positions(source: Source | None, tokens: int) -> Tensor:
-    """(tokens, 1 or 2): where each token stands, in tokens or in patches; NaN for one that stands nowhere."""
+    """(tokens, 1 or 2): the position of each token, in tokens or in patches; NaN for one without a place."""
     if source is None or source.places is None:
         return torch.arange(tokens, dtype=torch.float32)[:, None]
     places = torch.cartesian_prod(*map(torch.arange, source.places.grid)).float()
@@ -238,7 +237,7 @@ def head_statistics(subject: Subject, t: Trace) -> list[HeadStatistics]:
 
 
 def _kinds(subject: Subject, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
-    """1 for each of the source tokens, and then the writer's own, that is of an image, of a text, a sink."""
+    """Three masks over the source tokens and the writer's own: 1 for tokens of an image, of a text, for sinks."""
     image, sink = torch.zeros(tokens), torch.zeros(tokens)
     for source, where in subject.slices():
         sink[[where.start + i for i in source.sinks]] = 1
@@ -249,11 +248,11 @@ def _kinds(subject: Subject, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
 
 def _distance(subject: Subject, name: str, pattern: Tensor) -> Tensor | None:
     """(H,): `mean_distance` among the tokens of one kind; None for cross-attention."""
-    tower, _, kind = name.split(".")
+    stream, _, kind = name.split(".")
     if kind == "cross":
         return None
-    if tower != subject.writer:
-        return mean_distance(pattern, next(source for source in subject.sources if source.name == tower))
+    if stream != subject.writer:
+        return mean_distance(pattern, next(source for source in subject.sources if source.name == stream))
     if subject.prefix < pattern.shape[-1]:
         own = slice(subject.prefix, None)
         return mean_distance(pattern[:, own, own], None)

@@ -1,14 +1,13 @@
-"""What is studied: one input of one model. Sources are the tokens it is made of; a writer reads them and answers.
+"""A subject: one input of one model, ready to run. Its sources are the input tokens, and its writer answers.
 
 Everything else in `study` works on a `Subject`, whatever the model:
 
 * a decoder whose cross-attention reads sources: a VQA model, a captioner, a T5;
-* a decoder with an image at the beginning of its own sequence, the prefix: BLIP-2, LLaVA;
+* a decoder whose own sequence begins with the image, the prefix: BLIP-2, LLaVA;
 * a single stream whose own sequence is all sources: a ViLT, which reads its answer off the first token.
 
-`subject.py` has one class for each model. Shapes: S source tokens, X tokens of the writer's own sequence, T of them
-rows that a map is made for, K keys of cross-attention or tokens of the prefix, D width, V vocabulary. One input (B = 1)
-throughout.
+`subject.py` has one class a model. Shapes: S source tokens, X tokens of the writer's own sequence, T of them rows that
+a map is made for, K keys of cross-attention or tokens of the prefix, D width, V vocabulary. The batch is always 1.
 """
 
 from abc import ABC, abstractmethod
@@ -22,13 +21,13 @@ from vqa_scratch.nn.states import Places
 
 @dataclass(frozen=True)
 class Source:
-    """Tokens of the input. Those that are places of an image come last, in raster order."""
+    """Some of the input tokens. Those that are places of an image come last, in raster order."""
 
     name: str  # image, text, encoder, query: the first segment of its taps, if it has blocks of its own
     labels: tuple[str, ...]  # one for each token
-    sinks: tuple[int, ...] = ()  # tokens without content of their own: class token, separators
+    sinks: tuple[int, ...] = ()  # tokens without content: class token, separators
     places: Places | None = None
-    attentions: tuple[str, ...] = ()  # those of its own blocks, in the order they run
+    attentions: tuple[str, ...] = ()  # of its own blocks, in the order they run
     reads: str | None = None  # the source that its cross-attention reads: learned queries read the image
 
     def __len__(self) -> int:
@@ -39,16 +38,11 @@ class Source:
         """Whether its tokens are about the image."""
         return self.places is not None or self.reads is not None
 
-    @property
-    def first_place(self) -> int:
-        """Where the places begin among its tokens."""
-        return len(self) if self.places is None else len(self) - self.places.grid[0] * self.places.grid[1]
-
 
 class Subject(ABC):
     """One input, ready to run.
 
-    `mixing` (K, S) says which source tokens each key of cross-attention is made of or, with a `prefix`, each token of
+    `mixing` (K, S) gives the source tokens that make up each key of cross-attention or, with a `prefix`, each token of
     the prefix.
     """
 
@@ -57,7 +51,7 @@ class Subject(ABC):
     writer: str = "decoder"  # the first segment of its taps
     sources: tuple[Source, ...]
     mixing: Tensor
-    prefix: int = 0  # K if that many tokens made of sources begin the writer's own sequence; 0: cross-attention
+    prefix: int = 0  # K if the writer's own sequence begins with that many tokens of sources; 0: cross-attention
     prompt: list[int]  # what the writer starts from
     max_new_tokens: int
     head: Tensor | None = None  # (V, D), where logits = head @ normed state
@@ -74,7 +68,7 @@ class Subject(ABC):
 
     @property
     def self_attentions(self) -> list[str]:
-        """The writer's, in order."""
+        """The writer's self-attentions, in order."""
         return [f"{self.writer}.{i}.self" for i in range(self.layers)]
 
     @property
@@ -86,27 +80,27 @@ class Subject(ABC):
 
     @abstractmethod
     def logits(self, decoder_ids: list[int]) -> Tensor:
-        """(T, V): the whole model, teacher-forced and without a cache, so that gradients reach every encoder."""
+        """(T, V): a teacher-forced pass without a cache, so that gradients reach every encoder."""
 
     @abstractmethod
     def generate(self, max_new_tokens: int | None = None) -> list[int]:
-        """The answer, greedily and through the cache; the end token included if it came.
+        """The greedy answer, through the cache; with the end token if there is one.
 
         At most `max_new_tokens`, or the subject's own limit.
         """
 
     def readout(self, states: Tensor) -> Tensor:
-        """(..., T, D) -> (..., T, V): the logits if these states were the last ones."""
+        """(..., T, D) -> (..., T, V): the logits if these were the last states."""
         return self.decoder.norm(states.float()) @ self.head.float().T
 
     def log_probabilities(self, logits: Tensor) -> Tensor:
         """(..., V) -> (..., V)."""
         return logits.float().log_softmax(-1)
 
-    # ------------------------------------------------------------------------------------------ finding one's way
+    # ------------------------------------------------------------------------------------------ where tokens are
 
     def slices(self) -> list[tuple[Source, slice]]:
-        """Where each source sits among the S source tokens."""
+        """Where each source is among the S source tokens."""
         start, result = 0, []
         for source in self.sources:
             result.append((source, slice(start, start + len(source))))
@@ -119,32 +113,32 @@ class Subject(ABC):
 
     @property
     def image(self) -> tuple[Source, slice]:
-        """The source with places, and where they sit among the S. Raises ValueError if there is none."""
+        """The source with places, and where they are among the S. Raises ValueError if there is none."""
         for source, where in self.slices():
             if source.places is not None:
-                return source, slice(where.start + source.first_place, where.stop)
+                return source, slice(where.stop - source.places.grid[0] * source.places.grid[1], where.stop)
         raise ValueError("there is no image here: nothing to delete, insert or point at")
 
     def rows(self, x: Tensor) -> Tensor:
-        """(..., X, _) -> (..., T, _): the tokens of the writer that a map has a row for."""
+        """(..., X, _) -> (..., T, _): the writer's tokens that have a row in a map."""
         return x[..., self.prefix :, :]
 
     def readers(self, pattern: Tensor) -> Tensor:
-        """(..., X, keys) -> (..., T, keys): what a row of the plain map of weights is taken from."""
+        """(..., X, keys) -> (..., T, keys): the weights behind each row of the plain map."""
         return self.rows(pattern)
 
     def shares(self, name: str, weights: Tensor) -> Tensor:
-        """Weights (..., keys) of one attention as shares of the S source tokens and of the writer's own after them.
+        """Weights (..., keys) of one attention as shares of the S source tokens, then of the writer's own.
 
-        The latter are left out where the attention cannot see them.
+        The latter are left out if the attention cannot see them.
         """
-        tower, _, kind = name.split(".")
-        if tower == self.writer:
+        stream, _, kind = name.split(".")
+        if stream == self.writer:
             given = len(self.mixing) if kind == "cross" else self.prefix
             return torch.cat([weights[..., :given] @ self.mixing[:given], weights[..., given:]], -1)
-        source = next(source for source in self.sources if source.name == tower)
+        source = next(source for source in self.sources if source.name == stream)
         result = weights.new_zeros(*weights.shape[:-1], self.mixing.shape[1])
-        result[..., self.where(source.reads if kind == "cross" else tower)] = weights
+        result[..., self.where(source.reads if kind == "cross" else stream)] = weights
         return result
 
 

@@ -1,15 +1,15 @@
-"""Exact attention weights without a stored matrix, and the proof that they are those that ran.
+"""Exact attention weights without a stored matrix, and the proof that they are the weights that ran.
 
-A fused kernel never writes its weights P (B, H, Tq, Tk) down, but the row's log-sum-exp L determines them:
+A fused kernel never stores its weights P (B, H, Tq, Tk), but the log-sum-exp L of each row determines them:
 P_ij = exp(scale * q_i . k_j + mask_ij - L_i). Here L comes from one pass over blocks of keys with a running maximum
-(Milakov and Gimelshein 2018, 1805.02867; the recurrence of FlashAttention, Dao et al. 2022, 2205.14135), so storage is
-that of q and k. The certificate compares the result with what the kernel returned.
+(Milakov and Gimelshein 2018, 1805.02867; the recurrence of FlashAttention, Dao et al. 2022, 2205.14135), so it needs
+no more storage than q and k. The certificate compares the result with what the kernel returned.
 
 Shapes: B batch, H heads, Tq queries, Tk keys, d head size.
 """
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -54,7 +54,7 @@ class Certificate:
     mass: float = 0.0  # |sum_j P_ij - 1|, over rows that see something
     output: float = 0.0  # |P V - O|, O what the attention that ran returned
     softmax: float = 0.0  # |P - softmax|, against the explicit path's softmax
-    size: float = 0.0  # largest |O|: what `output` is to be measured by, since fp32 rounds in proportion
+    size: float = 0.0  # largest |O|, to compare `output` with, since fp32 rounds in proportion
     attentions: int = 0  # how many modules were checked
     rows: int = 0  # how many rows of weights, over batch, heads, calls
 
@@ -62,10 +62,6 @@ class Certificate:
     def worst(self) -> float:
         """The largest of the three differences."""
         return max(self.mass, self.output, self.softmax)
-
-    def as_dict(self) -> dict[str, float | int]:
-        """For a summary file."""
-        return asdict(self)
 
     def __str__(self) -> str:
         return (
@@ -92,14 +88,7 @@ def certify(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, 
 
 
 def combine(certificates: list[Certificate], attentions: int) -> Certificate:
-    """The worst of each over all calls."""
-    if not certificates:
-        return Certificate()
-    return Certificate(
-        mass=max(c.mass for c in certificates),
-        output=max(c.output for c in certificates),
-        softmax=max(c.softmax for c in certificates),
-        size=max(c.size for c in certificates),
-        attentions=attentions,
-        rows=sum(c.rows for c in certificates),
-    )
+    """The worst of each difference over all calls."""
+    names = ("mass", "output", "softmax", "size")
+    worst = {name: max((getattr(c, name) for c in certificates), default=0.0) for name in names}
+    return Certificate(**worst, attentions=attentions, rows=sum(c.rows for c in certificates))

@@ -1,11 +1,11 @@
-"""Changing what runs: replace any tap, silence heads, put in what another run recorded.
+"""Changes what runs in a model: replace any tap, silence heads, patch in what another run recorded.
 
 Shapes: B batch, H heads, T query tokens, d head size.
 """
 
 from collections import defaultdict
 from collections.abc import Callable
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -14,13 +14,10 @@ from vqa_scratch.errors import UserError
 from vqa_scratch.nn.attention import MultiHeadAttention
 from vqa_scratch.study import names
 
-Edit = Callable[[Tensor, int], Tensor]  # (what the tap holds, number of the call from 0) -> what it shall hold
+if TYPE_CHECKING:
+    from vqa_scratch.study.trace import Trace
 
-
-class Recorded(Protocol):
-    """Another trace, with what ran in it."""
-
-    def calls(self, name: str) -> list[Tensor]: ...
+Edit = Callable[[Tensor, int], Tensor]  # (what the tap holds, number of the call from 0) -> what it holds instead
 
 
 class Changes:
@@ -32,7 +29,7 @@ class Changes:
         self._edits: dict[str, list[Edit]] = defaultdict(list)
 
     def replace(self, name: str, edit: Edit) -> None:
-        """Let `edit(tensor, call)` decide what a tap (or each that a pattern means) holds from now on."""
+        """From now on `edit(tensor, call)` decides what a tap holds, or each tap that a pattern matches."""
         for full in names.select(self.modules, name):
             prefix, _, label = full.rpartition(".")
             if label == "mask":
@@ -41,7 +38,7 @@ class Changes:
                 continue
             self._edits[full].append(self._same_shape(full, edit))
             if label in ("scores", "pattern"):
-                self._live.add(f"{prefix}.pattern")  # what ran is no longer what q and k say
+                self._live.add(f"{prefix}.pattern")  # q and k no longer determine what ran
 
     @staticmethod
     def _same_shape(name: str, edit: Edit) -> Edit:
@@ -56,9 +53,9 @@ class Changes:
         return checked
 
     def ablate(self, name: str, head: int | None = None) -> None:
-        """Silence one head of an attention (all without `head`) or an MLP: its last projection reads zeros there.
+        """Silence one head of an attention (all of them without `head`) or an MLP: its last projection reads zeros.
 
-        The bias stays: the same as zeroing those columns of the projection. `name` may be a pattern: "decoder.*.cross".
+        The bias stays, as if those columns of the projection were zero. `name` may be a pattern: "decoder.*.cross".
         """
         prefixes = [prefix for prefix, m in self.modules.items() if names.labels_of(m) != names.BLOCK_LABELS]
         chosen = [prefix for prefix in prefixes if prefix.count(".") == name.count(".") and names.matches(prefix, name)]
@@ -78,10 +75,10 @@ class Changes:
             keep[slice(None) if head is None else head] = 0.0
             self.replace(f"{prefix}.z", lambda tensor, call, keep=keep: tensor * keep.to(tensor))
 
-    def patch(self, other: "Recorded", name: str, *, head: int | None = None) -> None:
-        """Put what `other` recorded in place of what runs, call by call; `head` limits a tap with heads to one of them.
+    def patch(self, other: "Trace", name: str, *, head: int | None = None) -> None:
+        """Replace what runs by what `other` recorded, call by call; only one head of it if `head` is given.
 
-        Raises UserError at once if `other` lacks it, and on the run where shapes or the number of calls differ.
+        Raises UserError at once if `other` lacks it, and during the run if shapes or the number of calls differ.
         """
         if isinstance(self.modules.get(name), MultiHeadAttention):
             name = f"{name}.z"

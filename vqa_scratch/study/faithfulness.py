@@ -1,4 +1,4 @@
-"""Do the maps say what the model uses? Remove what they point at and see.
+"""Tests whether the maps show what the model uses, by removing what they point at.
 
 Deletion and insertion curves: Petsiuk, Das and Saenko 2018, "RISE" (1806.07421), section 3.3, by the squares of whole
 tokens (`places.py`). Pointing: the share of a map inside the object a question is about. Head ablation: accuracy with
@@ -24,14 +24,14 @@ METHODS = ("cross", "rollout", "relevancy")
 
 
 def flows(subject: Subject, answer: list[int]) -> dict[str, Flow]:
-    """The three kinds of map for every row of `prompt` + `answer`, by a teacher-forced pass."""
+    """The three kinds of map for every row of `prompt` + `answer`, from a teacher-forced pass."""
     with trace(subject.model) as t, torch.no_grad():
         subject.logits(subject.prompt + answer[:-1])
     return {"cross": plain_map(subject, t), "rollout": rollout(subject, t), "relevancy": relevancy(subject, answer)}
 
 
 def answer_rows(subject: Subject, answer: list[int]) -> list[int]:
-    """The rows of a flow that wrote the answer's words, the end token left out."""
+    """The rows of a flow that wrote the answer, without the end token."""
     words = answer[:-1] if len(answer) > 1 and answer[-1] == subject.end_id else answer
     first = len(subject.prompt) - 1
     return list(range(first, first + len(words)))
@@ -47,9 +47,9 @@ def patch_map(subject: Subject, flow: Flow, rows: Sequence[int]) -> Tensor:
 
 @dataclass(frozen=True)
 class Curves:
-    """Probability of the answer while tokens go (deletion, lower is better) or come (insertion, higher is better)."""
+    """Probability of the answer as tokens are removed (deletion, lower is better) or added (insertion, higher)."""
 
-    fractions: list[float]  # share of the tokens touched, 0 to 1
+    fractions: list[float]  # share of the tokens removed or added, 0 to 1
     deletion: list[float]
     insertion: list[float]
 
@@ -61,7 +61,7 @@ class Curves:
 
 @torch.no_grad()
 def answer_probability(subject: ImageSubject, images: Tensor, answer: list[int]) -> Tensor:
-    """(n,): probability of the whole answer for each of n images, the same question to each."""
+    """(n,): probability of the whole answer for each of n images, with the same question."""
     logits = subject.logits_of(images, subject.prompt + answer[:-1])[:, len(subject.prompt) - 1 :]
     return subject.log_probabilities(logits)[:, torch.arange(len(answer)), answer].sum(-1).exp()
 
@@ -74,7 +74,7 @@ def _with_tokens(subject: ImageSubject, keep: Tensor) -> Tensor:
 
 
 def deletion_insertion(subject: ImageSubject, answer: list[int], order: Tensor, steps: int = 16) -> Curves:
-    """Take the tokens' squares out, and put them in, in `order` (N,), most important first; in `steps` steps."""
+    """Remove the tokens' squares, and add them, in `order` (N,), most important first, in `steps` steps."""
     tokens = len(order)
     counts = [round(i * tokens / steps) for i in range(steps + 1)]
     rank = torch.empty_like(order)
@@ -89,19 +89,16 @@ def deletion_insertion(subject: ImageSubject, answer: list[int], order: Tensor, 
 def faithfulness(
     subjects: Iterable[ImageSubject], *, steps: int = 16, random_orders: int = 3, seed: int = 0
 ) -> dict[str, Curves]:
-    """Mean curves over questions for each method of METHODS and for random order, on the model's own answers."""
+    """Mean curves over questions for each of METHODS and for random order, on the model's own answers."""
     generator = torch.Generator().manual_seed(seed)
     sums: dict[str, list[tuple[list[float], list[float]]]] = {}
     fractions: list[float] = []
     for subject in subjects:
         answer = subject.generate()
         rows = answer_rows(subject, answer)
-        orders = [
-            (name, patch_map(subject, flow, rows).argsort(descending=True))
-            for name, flow in flows(subject, answer).items()
-        ]
-        tokens = len(orders[0][1])
-        orders += [("random", torch.randperm(tokens, generator=generator)) for _ in range(random_orders)]
+        maps = {name: patch_map(subject, flow, rows) for name, flow in flows(subject, answer).items()}
+        orders = [(name, values.argsort(descending=True)) for name, values in maps.items()]
+        orders += [("random", torch.randperm(len(orders[0][1]), generator=generator)) for _ in range(random_orders)]
         for name, order in orders:
             curves = deletion_insertion(subject, answer, order, steps)
             fractions = curves.fractions
@@ -117,24 +114,24 @@ def faithfulness(
 
 @dataclass(frozen=True)
 class Pointing:
-    """How much of a map lies on the object asked about, over `questions` questions."""
+    """How much of a map is on the object that the question is about, over `questions` questions."""
 
     mass: float  # mean share of the map inside the object's box, each token spread evenly over its square
     area: float  # mean share of the pixels that are in the box
-    hit: float  # how often the largest token of the map is centred in the box
+    hit: float  # how often the token with the largest value is centred in the box
     questions: int
 
     @property
     def ratio(self) -> float:
-        """How many times more than an even map."""
+        """How many times more than for an even map."""
         return self.mass / self.area
 
 
 def pointing(examples: Iterable[tuple[ImageSubject, Sequence[float]]]) -> dict[str, Pointing]:
-    """For each method, over (subject, its object's box in pixels of the image), on the model's own answers.
+    """For each method, over examples of (subject, its object's box in pixels), on the model's own answers.
 
-    Besides METHODS there is each layer's cross-attention ("cross layer 2"), and "best head, layer 2 head 0", the head
-    of all layers that points best over these questions. Raises ValueError without an example.
+    Besides METHODS there is the cross-attention of each layer ("cross layer 2"), and of the head that points best
+    ("best head, layer 2 head 0"). Raises ValueError without an example.
     """
     found: dict[str, list[tuple[float, float, float]]] = {}
     for subject, box in examples:
@@ -172,7 +169,7 @@ def pointing(examples: Iterable[tuple[ImageSubject, Sequence[float]]]) -> dict[s
 
 @dataclass(frozen=True)
 class HeadEffect:
-    """The score with one head silenced. `drop` is what its silence costs; negative: it did harm."""
+    """The score with one head silenced. `drop` is how much lower it is; a negative one means the head did harm."""
 
     name: str  # decoder.3.cross
     head: int
@@ -183,9 +180,10 @@ class HeadEffect:
 def head_ablation(
     model: torch.nn.Module, score: Callable[[], float], pattern: str = "*"
 ) -> tuple[float, list[HeadEffect]]:
-    """The score of the whole model, and with each head of the attentions that `pattern` means silenced, worst first.
+    """(score of the whole model, scores with one head silenced, largest drop first), for attentions of `pattern`.
 
-    `score` runs the model over a split and returns one figure, for example official VQA accuracy in [0, 1].
+    `score` runs the model over a split and returns one figure, for example official VQA accuracy in [0, 1]. Raises
+    UserError or ValueError for a pattern without attentions.
     """
     whole = trace(model, record=False)
     attentions = {

@@ -1,4 +1,4 @@
-"""Read the writer's states before they are finished: logit lens by layer, and what each head adds to a logit.
+"""Reads the writer's states layer by layer: the logit lens, and what each head adds to a logit.
 
 Logit lens: nostalgebraist 2020, "interpreting GPT: the logit lens". By head: the direct logit attribution of Elhage et
 al. 2021, "A Mathematical Framework for Transformer Circuits": the last norm is frozen at the scale it had, which makes
@@ -18,7 +18,7 @@ from vqa_scratch.study.trace import Trace
 
 
 def lens_taps(subject: Subject) -> list[str]:
-    """What a trace must hold for both: the states between the writer's blocks, and what its parts add to them."""
+    """The taps that both need: the states between the writer's blocks, and what its parts add to them."""
     heads = dict.fromkeys((*subject.self_attentions, *subject.reading))
     states = ("mlp.out", "resid_pre", "resid_post")
     return [*(f"{name}.z" for name in heads), *(f"{subject.writer}.*.{tap}" for tap in states)]
@@ -49,7 +49,7 @@ def frozen_norm(norm: nn.Module, x: Tensor) -> Callable[[Tensor], Tensor]:
 
 @dataclass(frozen=True)
 class Attribution:
-    """What each addend gives to one token's logit above the mean logit of the vocabulary; their sum is that logit."""
+    """What each part adds to one token's logit, relative to the mean logit; their sum is that logit."""
 
     heads: dict[str, Tensor]  # "self", "cross" where there is one: (L, H)
     mlps: Tensor  # (L,)

@@ -1,7 +1,7 @@
-"""Which taps a model has, which of them a pattern means, and which name was probably meant when there is none.
+"""The names of taps: which ones a model has, which ones a pattern matches, and near misses for errors.
 
-A pattern is a dotted name whose segments may hold shell wildcards: "decoder.*.cross" means everything inside those
-attentions, "image.[0-3].resid_post" one tap in four layers, "*" all there is.
+A pattern is a dotted name whose segments may hold shell wildcards: "decoder.*.cross" matches everything inside those
+attentions, "image.[0-3].resid_post" one tap in four layers, "*" everything.
 """
 
 import difflib
@@ -21,7 +21,7 @@ BLOCK_LABELS = ("resid_pre", "resid_mid", "resid_post")
 def tapped_modules(model: nn.Module) -> dict[str, nn.Module]:
     """{tap prefix: module} of every module with taps, in the order of `model.modules()`.
 
-    Raises UserError for a model without taps or with two towers of one name.
+    Raises UserError for a model without taps, or if two parts of it have the same name.
     """
     found: dict[str, nn.Module] = {}
     for module in model.modules():
@@ -29,7 +29,7 @@ def tapped_modules(model: nn.Module) -> dict[str, nn.Module]:
         if prefix is None:
             continue
         if prefix in found:
-            raise UserError(f"two modules of this model are both named {prefix!r}; trace one tower or name them apart")
+            raise UserError(f"two modules of this model are both named {prefix!r}; trace only one of them")
         found[prefix] = module
     if not found:
         raise UserError(f"{type(model).__name__} has no taps: nothing in it is built from vqa_scratch.nn")
@@ -49,40 +49,35 @@ def tap_names(modules: dict[str, nn.Module]) -> list[str]:
 
 
 def matches(name: str, pattern: str) -> bool:
-    """Whether `pattern` means `name` or something that contains it."""
+    """Whether `pattern` matches `name` or something that contains it."""
     parts, wanted = name.split("."), pattern.split(".")
     return len(wanted) <= len(parts) and all(map(fnmatchcase, parts, wanted))
 
 
 def select(modules: dict[str, nn.Module], pattern: str) -> list[str]:
-    """The taps a pattern means. Raises UserError, naming near misses, if there is none."""
+    """The taps that a pattern matches. Raises UserError, naming near misses, if there are none."""
     chosen = [name for name in tap_names(modules) if matches(name, pattern)]
     if not chosen:
         raise UserError(f"no tap matches {pattern!r}{_hint(modules, pattern)}")
     return chosen
 
 
-def _layers(modules: dict[str, nn.Module], tower: str) -> list[int]:
-    return sorted({int(p.split(".")[1]) for p in modules if p.split(".")[0] == tower})
-
-
 def _hint(modules: dict[str, nn.Module], pattern: str) -> str:
     """What is wrong with the layer, or which names are near; starts with its own punctuation."""
     parts = pattern.split(".")
-    layers = _layers(modules, parts[0])
+    layers = sorted({int(p.split(".")[1]) for p in modules if p.split(".")[0] == parts[0]})
     if len(parts) > 1 and layers and re.fullmatch(r"-?\d+", parts[1]) and int(parts[1]) not in layers:
         return f": {parts[0]} has layers 0 to {layers[-1]}"
     known = set()
     for name in tap_names(modules):
         pieces = name.split(".")
-        layer = parts[1] if len(parts) > 1 and (not parts[1].isalpha()) else "*"
-        pieces[1] = layer
+        pieces[1] = parts[1] if len(parts) > 1 and not parts[1].isalpha() else "*"
         known.update(".".join(pieces[:n]) for n in range(1, len(pieces) + 1))
     near = difflib.get_close_matches(pattern, sorted(known), n=3, cutoff=0.5)
     if near:
         return "; did you mean " + " or ".join(repr(name) for name in near) + "?"
-    towers = sorted({prefix.split(".")[0] for prefix in modules})
-    return f"; the towers are {', '.join(towers)} (see docs/attention.md for the names)"
+    roots = sorted({prefix.split(".")[0] for prefix in modules})
+    return f"; names begin with {', '.join(roots)} (see docs/attention.md)"
 
 
 def attention_at(modules: dict[str, nn.Module], name: str) -> MultiHeadAttention:

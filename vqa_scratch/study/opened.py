@@ -1,4 +1,4 @@
-"""One input that is ready for study, and readable labels for its tokens."""
+"""One input ready for study: its subject, and readable labels for its tokens."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,14 +18,14 @@ class Opened:
     subject: Subject
     text: str  # the question or the article; "" for a caption
     image: Image.Image | None  # as the model saw it: resized and cropped
-    prompt: tuple[str, ...]  # labels of what the writer starts from
-    label: Callable[[int], str]  # of one id of the answer, its leading space kept
-    decode: Callable[[list[int]], str]  # of a whole answer
-    notes: tuple[str, ...] = ()  # what the user should know about how it was read
+    prompt: tuple[str, ...]  # labels of the tokens that the writer starts from
+    label: Callable[[int], str]  # the label of one id of the answer, with its leading space
+    decode: Callable[[list[int]], str]  # the text of a whole answer
+    notes: tuple[str, ...] = ()  # what the user should know about how the input was read
 
 
 def token_label(tokenizer: Tokenizer, index: int) -> str:
-    """One id as readable text, its leading space kept."""
+    """One id as readable text, with its leading space."""
     if index >= len(tokenizer):
         return f"[unused {index}]"  # checkpoints have more rows than their vocabulary
     token = tokenizer.backend.id_to_token(index)
@@ -35,7 +35,7 @@ def token_label(tokenizer: Tokenizer, index: int) -> str:
 
 
 def text_labels(tokenizer: Tokenizer, text: str, ids: list[int]) -> tuple[str, ...]:
-    """A label for each of `ids`, which begin as `text` does: the user's own characters, unknown words included."""
+    """A label for each of `ids`, the beginning of `text`: the user's characters, even for unknown words."""
     encoding = tokenizer.backend.encode(text)
     labels = []
     for place, index in enumerate(ids):
@@ -45,7 +45,7 @@ def text_labels(tokenizer: Tokenizer, text: str, ids: list[int]) -> tuple[str, .
 
 
 def special_tokens(tokenizer: Tokenizer, ids: list[int]) -> tuple[int, ...]:
-    """Where among `ids` the separators and other tokens without content stand."""
+    """The indices of separators and other tokens without content among `ids`."""
     special = {tokenizer.cls_id, tokenizer.sep_id, tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id} - {None}
     return tuple(place for place, index in enumerate(ids) if index in special)
 

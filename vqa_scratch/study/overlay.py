@@ -1,4 +1,4 @@
-"""Maps laid over images, as pictures.
+"""Draws a map over its image.
 
 Shapes: N places in raster order.
 """
@@ -29,8 +29,8 @@ def ramp(shares: np.ndarray) -> np.ndarray:
 def overlay(image: Image.Image, values: Tensor, places: Places, size: int = 448) -> Image.Image:
     """The image with a map (N,) over it, each token in the square around its centre; the longer side is `size` pixels.
 
-    The largest token has full colour, or three times the mean if that is more, so that an even map looks even. Small
-    images grow pixel by pixel, and squares keep hard edges: nothing is shown that the model does not have.
+    Full colour is the largest value, or three times the mean if that is more, so that an even map looks even. Small
+    images are enlarged without smoothing, and squares have hard edges: the picture shows nothing the model lacks.
     """
     scale = size / max(image.size)
     sides = tuple(max(1, round(side * scale)) for side in image.size)

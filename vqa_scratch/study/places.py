@@ -1,7 +1,7 @@
 """Where a token is drawn: the square of one stride around the pixel it is centred on, clipped at the image.
 
-An image of H x W pixels reaches from 0 to H and from 0 to W; a box is (left, top, right, bottom) in pixels. Squares are
-products of intervals, so everything here is worked out for rows and columns apart.
+An image of H x W pixels extends from 0 to H and from 0 to W; a box is (left, top, right, bottom) in pixels. Squares are
+products of intervals, so everything here is computed for rows and columns separately.
 
 Shapes: N tokens in raster order, r rows of c columns.
 """
@@ -15,14 +15,14 @@ from vqa_scratch.nn.states import Places
 
 
 def intervals(places: Places, axis: int, length: float) -> Tensor:
-    """(r or c, 2): from where to where the squares of one axis (0 rows, 1 columns) reach, clipped to the image."""
+    """(r or c, 2): start and end of the squares along one axis (0 rows, 1 columns), clipped to the image."""
     centres = places.first + places.stride * torch.arange(places.grid[axis], dtype=torch.float64)
     half = places.stride / 2
     return torch.stack([centres - half, centres + half], 1).clamp(0, length)
 
 
 def index_at(places: Places, axis: int, at: Tensor) -> Tensor:
-    """Which row or column has the pixel coordinates `at` in its squares; below 0 or too large outside of all."""
+    """The row or column whose squares contain the pixel coordinates `at`; below 0 or too large if none does."""
     return ((at - places.first) / places.stride + 0.5).floor().long()
 
 
@@ -45,7 +45,7 @@ def centred_in_box(places: Places, box: Sequence[float]) -> Tensor:
 
 
 def token_of_pixel(places: Places, size: tuple[int, int]) -> Tensor:
-    """(H, W) long: the token in whose square each pixel lies; a pixel beyond the last squares goes with the nearest."""
+    """(H, W) long: the token whose square contains each pixel; the nearest token for pixels outside all squares."""
     row, column = (
         index_at(places, axis, torch.arange(size[axis]) + 0.5).clamp(0, places.grid[axis] - 1) for axis in (0, 1)
     )

@@ -1,4 +1,4 @@
-"""Everything there is to know about one answer, measured once: what the report, the files and the summary show.
+"""Analyses one answer: everything that the report, the files and the summary show, measured once.
 
 Shapes: L layers, H heads, T rows of the answer, S source tokens, V vocabulary.
 """
@@ -40,17 +40,17 @@ class AnswerToken:
 
 @dataclass(frozen=True)
 class Study:
-    """One answer of one run, taken apart."""
+    """The analysis of one answer of one run."""
 
     opened: Opened
     trace: Trace  # of the cached generation
     answer: str
     tokens: tuple[AnswerToken, ...]
-    read: tuple[str, ...]  # labels of the T tokens that have a row: prompt, then answer but for its last
+    read: tuple[str, ...]  # labels of the T tokens that have a row: prompt and answer without its last
     flows: dict[str, Flow]  # cross, rollout, relevancy
     heads: list[HeadStatistics]
     lens: list[list[list[tuple[str, float]]]]  # [L + 1][answer token][TOP] of (label, probability)
-    attributions: list[Attribution]  # one an answer token; none where no linear head reads the states
+    attributions: list[Attribution]  # one an answer token; empty if no linear head reads the states
     certificate: Certificate
 
     @property
@@ -60,7 +60,7 @@ class Study:
 
 
 def take_apart(opened: Opened) -> Study:
-    """Answer, through the cache where there is one, and measure."""
+    """Generate the answer, through the cache if there is one, and measure."""
     subject, label = opened.subject, opened.label
     with trace(subject.model, *every_attention(subject), *lens_taps(subject)) as t:
         ids = subject.generate()
@@ -78,11 +78,7 @@ def take_apart(opened: Opened) -> Study:
         answer=opened.decode(ids),
         tokens=tokens,
         read=(*opened.prompt, *map(label, ids[:-1])),
-        flows={
-            "cross": plain_map(subject, t),
-            "rollout": rollout(subject, t),
-            "relevancy": relevancy(subject, ids),
-        },
+        flows={"cross": plain_map(subject, t), "rollout": rollout(subject, t), "relevancy": relevancy(subject, ids)},
         heads=head_statistics(subject, t),
         lens=[
             [[(label(i), p) for i, p in zip(ids, ps, strict=True)] for ids, ps in zip(layer_ids, layer_ps, strict=True)]
@@ -104,13 +100,13 @@ def summary(study: Study) -> dict[str, Any]:
         "answer": study.answer,
         "probability": study.probability,
         "tokens": [asdict(token) for token in study.tokens],
-        "certificate": study.certificate.as_dict(),
+        "certificate": asdict(study.certificate),
         "heads": rounded,
     }
 
 
 def trace_file(study: Study) -> bytes:
-    """The safetensors bytes of a trace: q, k, v, mask, z and lse of every attention, from which weights follow.
+    """The safetensors bytes of a trace: q, k, v, mask, z and lse of every attention, which determine its weights.
 
     For an attention "decoder.0.cross" with the scale in the metadata, the weights are
     exp(scale * q k^T + mask - lse[..., None]); for self-attention behind a cache k is that of the last step and row i

@@ -214,7 +214,7 @@
       if (kind === "decoder") return { sources: new Float32Array(total), own: values };
       const sources = new Float32Array(total), { keys } = this.data;
       if (kind === "stream") sources.set(values);
-      else if (kind !== "cross") sources.set(values, this.slices.find((s) => s.tower === kind).start);
+      else if (kind !== "cross") sources.set(values, this.slices.find((s) => s.name === kind).start);
       else if (this.mixing) range(this.mixing.shape[0]).forEach((k) => row(this.mixing, k).forEach((m, s) => { sources[s] += values[k] * m; }));
       else keys.forEach((s, k) => { sources[s] += values[k]; });
       return { sources, own: kind === "cross" && keys ? values.subarray(keys.length) : new Float32Array(0) };
@@ -296,14 +296,14 @@
         const words = source.labels.map((label, i) => h("button", {
           type: "button", class: `word${source.sinks.includes(i) ? " sink" : ""}`,
           onclick: () => {
-            if (this.kind === source.tower) set({ place: { ...state.place, [source.tower]: i } });
+            if (this.kind === source.name) set({ place: { ...state.place, [source.name]: i } });
             if (this.kind === "stream") set({ place: { ...state.place, stream: source.start + i } });
           },
         }, label.trim() || label));
         source.labels.forEach((label, i) => words[i].classList.toggle("starts", label.startsWith(" ")));
         const box = h("div", { class: `words${long ? " flowing" : ""}` }, words);
         roving(box, words);
-        right.append(h("div", { class: "block" }, h("h3", {}, source.tower === "text" ? "Question, as the model reads it" : "Text, as the encoder reads it"), box));
+        right.append(h("div", { class: "block" }, h("h3", {}, source.name === "text" ? "Question, as the model reads it" : "Text, as the encoder reads it"), box));
         return { source, words };
       });
       this.answerButtons = data.tokens.map((token, i) => {
@@ -427,10 +427,10 @@
           shade(word, sum(values) > 1e-9 ? values[i] / top : 0);
           if (values[i] / top < 0.02) word.style.color = "";
           word.title = `${percent(values[i])}`;
-          const asked = this.kind === "stream" ? state.place.stream - source.start : clamp(state.place[source.tower] || 0, words.length);
-          word.classList.toggle("query", (this.kind === source.tower || this.kind === "stream") && i === asked);
+          const asked = this.kind === "stream" ? state.place.stream - source.start : clamp(state.place[source.name] || 0, words.length);
+          word.classList.toggle("query", (this.kind === source.name || this.kind === "stream") && i === asked);
         });
-        tabTo(words, clamp(state.place[source.tower] || 0, words.length));
+        tabTo(words, clamp(state.place[source.name] || 0, words.length));
       }
       const flow = this.kind === "cross" && (state.mode === "relevancy" || state.mode === "rollout");
       const own = Array.from(shares.own, (v, i) => (flow && i === this.row ? 0 : v)), top = Math.max(1e-9, ...own);
@@ -522,7 +522,7 @@
         roving(grid, this.thumbs.map((t) => t.button), heads);
         this.gridBox.replaceChildren(grid);
         const whole = { cross: this.data.way === "stream" ? "Each picture is one head, as the first token reads: patches above, question words below." : this.picture ? `Each picture is one head of the decoder for the chosen token${this.words.length ? ": patches above, question words below" : ""}.` : "Each picture is one head of the decoder: answer tokens downwards, text tokens across; the chosen token is outlined.",
-          image: "Each picture is one head of the image tower for the chosen patch.", text: "Each picture is one head of the text tower: reader downwards, read across.", encoder: "Each picture is one head of the encoder.", decoder: "Each picture is one head of the decoder’s self-attention: reader downwards, read across.", stream: "Each picture is one head for the chosen word or patch: patches above, question words below." };
+          image: "Each picture is one head of the image encoder for the chosen patch.", text: "Each picture is one head of the text encoder: queries downwards, keys across.", encoder: "Each picture is one head of the encoder.", decoder: "Each picture is one head of the decoder’s self-attention: queries downwards, keys across.", stream: "Each picture is one head for the chosen word or patch: patches above, question words below." };
         this.gridLead.textContent = `${whole[kind]} Choose one to see it large${kind === "cross" ? " and open it below" : ""}.`;
       }
       const stats = new Map(this.data.heads.map((s) => [`${s[0]}.${s[1]}`, s]));

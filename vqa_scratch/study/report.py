@@ -1,8 +1,8 @@
-"""The report: one HTML file that holds everything, opens from disk and asks no network.
+"""Writes the report: one HTML file with everything in it, which opens from disk without a network.
 
-The page is report.html with report.css, report.js and the data as JSON in it. Arrays travel as base64: weights as one
-byte each with a scale for every row, what is shown in numbers as half or single precision. JSON inside <script> is
-escaped so that no text can end it, and the page sets every text by `textContent`, so a question is never markup.
+The page is report.html with report.css, report.js and the data as JSON in it. Arrays are base64: weights as one byte
+each with a scale for every row, numbers that are shown in half or single precision. JSON inside <script> is escaped so
+that no text can end it, and the page sets every text by `textContent`, so a question is never markup.
 
 Shapes: L layers, H heads, A answer tokens, K keys, d head size.
 """
@@ -12,6 +12,7 @@ import io
 import json
 import math
 import re
+from dataclasses import asdict
 from html import escape
 from importlib.resources import files
 from typing import Any
@@ -59,9 +60,9 @@ def _image_url(image: Image.Image) -> str:
 
 
 def _attention(study: Study, names: list[str], kind: str) -> dict[str, Any]:
-    """Patterns (L, H, rows, K) of one kind of attention; of large ones only the first row and the mean row.
+    """Patterns (L, H, rows, K) of one kind of attention; if they are large, only the first row and the mean row.
 
-    Of the attention that reads the sources, "cross", there is one row an answer token, in whatever size.
+    The attention that reads the sources, "cross", always has one row for each answer token.
     """
     patterns = torch.stack([study.trace.pattern(name)[0].cpu() for name in names])
     rows: list[int] | None = None
@@ -74,9 +75,9 @@ def _attention(study: Study, names: list[str], kind: str) -> dict[str, Any]:
 
 
 def _heads_in_order(study: Study) -> list[tuple[int, int]]:
-    """(layer, head) of the attentions that read the sources, first those that give the answer most.
+    """(layer, head) of the attentions that read the sources, those first that add most to the answer's logits.
 
-    Where no linear head says what that is, those that read the image most.
+    Without a linear head to tell, those that read the image most.
     """
     names = study.opened.subject.reading
     kind = names[0].rpartition(".")[2]
@@ -88,7 +89,7 @@ def _heads_in_order(study: Study) -> list[tuple[int, int]]:
 
 
 def _opened_heads(study: Study, names: list[str]) -> list[dict[str, Any]]:
-    """The numbers behind heads that read the sources, as many as the budget holds, in order."""
+    """The numbers behind the heads that read the sources, in order, as many as fit the budget."""
     result, spent, subject = [], 0, study.opened.subject
     for layer, head in _heads_in_order(study):
         name, t = names[layer], study.trace
@@ -118,7 +119,7 @@ def _opened_heads(study: Study, names: list[str]) -> list[dict[str, Any]]:
 
 
 def _attentions(study: Study) -> dict[str, Any]:
-    """What the page can show: "cross", which reads the sources; what goes on inside a source; the writer's own."""
+    """The attentions on the page: "cross", which reads the sources; those inside a source; the writer's own."""
     subject, names = study.opened.subject, attention_names(study.opened.subject)
     result = {"cross": _attention(study, subject.reading, "cross")}
     for source in subject.sources:
@@ -140,7 +141,7 @@ def _way(study: Study) -> str:
 
 def _source(source: Source) -> dict[str, Any]:
     places = {} if source.places is None else source.places._asdict()
-    return {"tower": source.name, "labels": source.labels, "sinks": source.sinks, "image": source.of_image, **places}
+    return {"name": source.name, "labels": source.labels, "sinks": source.sinks, "image": source.of_image, **places}
 
 
 def study_data(study: Study) -> dict[str, Any]:
@@ -160,10 +161,7 @@ def study_data(study: Study) -> dict[str, Any]:
         "mixing": None if whole and torch.equal(made, subject.mixing) else packed(made, "f32"),
         "read": study.read,
         "answer": {"text": study.answer, "probability": study.probability, "end": subject.end_id},
-        "tokens": [
-            {"id": token.id, "label": token.label, "probability": token.probability, "row": token.row}
-            for token in study.tokens
-        ],
+        "tokens": [asdict(token) for token in study.tokens],
         "flows": {
             name: {"sources": packed(flow.sources, "f32"), "decoder": packed(flow.decoder, "f32")}
             for name, flow in study.flows.items()
@@ -178,7 +176,7 @@ def study_data(study: Study) -> dict[str, Any]:
             for a in study.attributions
         ],
         "heads": [[h.name, h.head, h.entropy, h.image, h.text, h.sink, h.distance] for h in study.heads],
-        "certificate": study.certificate.as_dict(),
+        "certificate": asdict(study.certificate),
     }
 
 
@@ -206,5 +204,5 @@ def page(studies: list[Study]) -> str:
         "DATA": data,
     }
     template = folder.joinpath("report.html").read_text(encoding="utf-8")
-    # One pass: what is put in is not looked at again, whatever braces a question may hold.
+    # One pass, so that braces in a question are never taken for a mark.
     return re.sub(r"\{\{([A-Z]+)\}\}", lambda mark: parts[mark[1]], template)

@@ -1,6 +1,6 @@
-"""The study of a whole split: where maps point, how faithful they are, which heads matter; figures, plots and tables.
+"""Studies a whole split: where maps point, how faithful they are, which heads matter; figures, plots and tables.
 
-Pointing needs to know where objects are: the scenes_<split>.json of the built-in data set.
+Pointing needs the places of objects, which only the built-in data set has, in scenes_<split>.json.
 """
 
 from collections.abc import Callable, Iterator
@@ -17,16 +17,9 @@ from vqa_scratch.data.vqa_v2 import VQASample, read_vqa, spread
 from vqa_scratch.errors import UserError
 from vqa_scratch.storage import read_json, write_text, write_whole
 from vqa_scratch.study.base import ImageSubject
-from vqa_scratch.study.faithfulness import (
-    Curves,
-    HeadEffect,
-    Pointing,
-    faithfulness,
-    head_ablation,
-    pointing,
-)
+from vqa_scratch.study.faithfulness import Curves, HeadEffect, Pointing, faithfulness, head_ablation, pointing
 
-SubjectOf = Callable[[Image.Image, str], ImageSubject]  # an image and a question -> what is studied
+SubjectOf = Callable[[Image.Image, str], ImageSubject]  # (image, question) -> subject
 COLORS = {"cross": "#7a6a9e", "rollout": "#2b8a7e", "relevancy": "#b4155a", "random": "#9a9a94"}
 
 
@@ -36,9 +29,9 @@ COLORS = {"cross": "#7a6a9e", "rollout": "#2b8a7e", "relevancy": "#b4155a", "ran
 def pointing_examples(
     subject_of: SubjectOf, processor: ImageProcessor, data: Path, split: str, number: int
 ) -> Iterator[tuple[ImageSubject, tuple[float, float, float, float]]]:
-    """Questions that name exactly one object, with its box in pixels of the image that the model sees.
+    """Subjects for questions that name exactly one object, with its box in pixels of the processed image.
 
-    Raises UserError without scenes.
+    Raises UserError if the data has no scenes.
     """
     path = data / f"scenes_{split}.json"
     if not path.is_file():
@@ -53,7 +46,7 @@ def pointing_examples(
         image = load_image(sample.image_path)
         (index,) = named(sample)
         box = processor.box(scenes[str(sample.image_id)]["objects"][index]["box"], image.height, image.width)
-        if box[0] < box[2] and box[1] < box[3]:  # else it was cropped away
+        if box[0] < box[2] and box[1] < box[3]:  # else the object was cropped away
             yield subject_of(image, sample.question), box
 
 
@@ -66,7 +59,7 @@ def pointing_figures(
 
 
 def pointing_table(found: dict[str, Pointing]) -> str:
-    """As text."""
+    """The figures as text."""
     lines = [f"{'method':25s} mass on object   area   ratio   hits"]
     lines += [f"{name:25s} {p.mass:14.1%} {p.area:6.1%} {p.ratio:6.2f}x {p.hit:6.1%}" for name, p in found.items()]
     return "\n".join(lines) + f"\nover {next(iter(found.values())).questions} questions that name one object"
@@ -108,7 +101,7 @@ def _curves_plot(curves: dict[str, Curves], questions: int, path: Path) -> None:
 
 
 def ablation_figures(model: nn.Module, score: Callable[[], float], pattern: str, out: Path) -> dict[str, Any]:
-    """Official accuracy, which `score` gives, without each head that `pattern` means; ablation.png and ablation.md."""
+    """Official accuracy, from `score`, without each head that `pattern` matches; ablation.png and ablation.md."""
     base, effects = head_ablation(model, score, pattern)
     write_whole(out / "ablation.png", lambda path: _ablation_plot(base, effects, path))
     write_text(out / "ablation.md", ablation_table(base, effects))

@@ -1,4 +1,4 @@
-"""The subjects: how each kind of model is run and read. Every class takes the model and its inputs directly.
+"""The subjects: one class for each kind of model that can be studied.
 
 Shapes: n images, C channels, H x W pixels, S source tokens, T rows of the writer, V vocabulary or labels.
 """
@@ -19,7 +19,7 @@ from vqa_scratch.study.base import ImageSubject, Source, Subject, block_attentio
 
 
 def question_source(encoder: nn.Module | None, labels: Sequence[str], special: Sequence[int]) -> Source:
-    """The tokens of a question, named by `labels`; `special` are the places of separators among them."""
+    """The tokens of a question with their `labels`; `special` are the indices of separators."""
     return Source("text", tuple(labels), tuple(special), attentions=block_attentions("text", encoder))
 
 
@@ -34,16 +34,16 @@ def _written(
 
 
 def query_source(queries: nn.Module) -> Source:
-    """Learned queries that read the image, as one more source."""
+    """Learned queries that read the image, as a source."""
     labels = tuple(f"query {i + 1}" for i in range(queries.queries.shape[1]))
     return Source("query", labels, (), None, block_attentions("query", queries), "image")
 
 
 class VQASubject(ImageSubject):
-    """An image, and a question if the model has a text encoder, before a model of encoder, connector and decoder.
+    """A model of encoder, connector and decoder with an image, and a question if it has a text encoder.
 
-    pixel_values (1, C, H, W); `prompt` is what the decoder starts from, BOS at least; question_ids as the text encoder
-    reads them, unpadded; `question_labels` name them; `special` are the places of separators among them.
+    pixel_values (1, C, H, W); `prompt` is what the decoder starts from, at least BOS; question_ids as the text encoder
+    reads them, unpadded, with their `question_labels`; `special` are the indices of separators among them.
     """
 
     def __init__(
@@ -88,9 +88,9 @@ class VQASubject(ImageSubject):
 
 
 class Blip2Subject(ImageSubject):
-    """An image and words before a BLIP-2: the states of its queries are the prefix of the language model.
+    """A BLIP-2 with an image and a prompt: the states of its queries are the prefix of the language model.
 
-    `prompt` are the words that the language model starts from, its start token at least.
+    `prompt` are the ids that the language model starts from, at least its start token.
     """
 
     def __init__(self, model: Blip2, pixel_values: Tensor, prompt: list[int], max_new_tokens: int = 32) -> None:
@@ -113,10 +113,10 @@ class Blip2Subject(ImageSubject):
 
 
 class ViLTSubject(ImageSubject):
-    """A question about an image in one stream: words, class token and patches, and the answer off the first word.
+    """A ViLT with a question and an image in one stream: words, class token and patches.
 
-    Arguments as for `VQASubject`; an answer is the index of a label. Its maps have one row, that of the first token,
-    but for the plain map of weights: there it is the mean over the question's tokens.
+    Arguments as for `VQASubject`; an answer is the index of a label. Its maps have one row: that of the first token,
+    which the answer is read from, but in the plain map of weights the mean over the question's tokens.
     """
 
     writer = "encoder"
@@ -159,7 +159,7 @@ class ViLTSubject(ImageSubject):
 
 
 class T5Subject(Subject):
-    """A T5 reading `input_ids`, whose tokens `labels` name; the end token is a sink."""
+    """A T5 that reads `input_ids`, with their `labels`; the end token is a sink."""
 
     def __init__(self, model: T5, input_ids: list[int], labels: Sequence[str], max_new_tokens: int = 32) -> None:
         assert len(input_ids) == len(labels)

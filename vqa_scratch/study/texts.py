@@ -1,4 +1,4 @@
-"""A T5 on one text, for study: of a run of rlhf.py, or of any checkpoint with its tokenizer."""
+"""Opens a T5 with one text for study: from a run of rlhf.py, or any checkpoint with its tokenizer."""
 
 from pathlib import Path
 
@@ -15,19 +15,19 @@ POLICY = "policy"  # where a run of rlhf.py keeps its tuned model
 
 
 def config_of(folder: Path) -> dict:
-    """Its config.json; {} if there is none."""
+    """The config.json of a folder; {} if there is none."""
     path = folder / "config.json"
     return read_json(path) if path.is_file() else {}
 
 
 def t5_folder(folder: Path) -> Path | None:
-    """The T5 checkpoint that the folder is, or holds as the policy of rlhf.py; None if there is none."""
+    """The folder of the T5 checkpoint: policy/ of a run of rlhf.py, or the folder itself; None if there is none."""
     candidates = (folder / POLICY, folder)
     return next((c for c in candidates if config_of(c).get("model_type") == "t5"), None)
 
 
 def open_text(folder: Path, text: str, device: str = "cpu") -> Opened:
-    """Open a run of rlhf.py, or any T5 checkpoint with its tokenizer, on one text. Raises UserError."""
+    """Open a run of rlhf.py, or any T5 checkpoint, with one text. Raises UserError if it cannot read it."""
     checkpoint = t5_folder(folder)
     if checkpoint is None:
         raise UserError(f"{folder} holds no T5: it is no run of rlhf.py with a {POLICY}/ folder")

@@ -1,4 +1,4 @@
-"""Read and change every intermediate of a model while it runs, fused attention and caches included.
+"""Reads and changes every intermediate of a model while it runs, with fused attention and caches too.
 
     with trace(model, "decoder.*.cross", "image.*.self") as t:
         answer = generate(...)
@@ -6,9 +6,8 @@
     t.certificate()                      # how far these weights are from those that ran
 
 A trace records q, k, v, the mask and z, all of size O(N d), and rebuilds weights from them on request (see
-`study.certificate`); the model keeps its fast path. Only replacing weights or scores needs them written out while the
-model runs; then that one attention runs the explicit way. The naming of intermediates follows the hook points of
-TransformerLens (Nanda and Bloom 2022).
+`study.certificate`), so the model keeps its fast path. Only an attention whose weights or scores are replaced runs the
+explicit way. The names of intermediates follow the hook points of TransformerLens (Nanda and Bloom 2022).
 
 Shapes: B batch, H heads, T query tokens, K keys, d head size, D width.
 """
@@ -34,7 +33,7 @@ _QUERY_AXIS = {"q": 2, "z": 2, "head_out": 2}
 
 
 class Trace(Changes):
-    """What ran inside a `with` block, by tap name; made by `trace`. Entering again starts afresh, edits stay."""
+    """What ran inside a `with` block, by tap name; made by `trace`. Entering again clears it, but edits stay."""
 
     def __init__(self, model: nn.Module, patterns: tuple[str, ...], grad: bool) -> None:
         super().__init__(names.tapped_modules(model))
@@ -50,7 +49,7 @@ class Trace(Changes):
 
     def _clear(self) -> None:
         self._calls: dict[str, list[Tensor]] = defaultdict(list)
-        self._before: dict[str, list[Tensor]] = defaultdict(list)  # z as the attention returned it, where it is edited
+        self._before: dict[str, list[Tensor]] = defaultdict(list)  # z as the attention returned it, before an edit
         self._counts: Counter[str] = Counter()
 
     def __enter__(self) -> Self:
@@ -71,7 +70,7 @@ class Trace(Changes):
         return name in self._live or name in self._edits
 
     def __call__(self, name: str, tensor: Tensor) -> Tensor:
-        """Called by every tap that is wanted; returns what the model goes on with."""
+        """Called by every tap that is wanted; returns what the model continues with."""
         call = self._counts[name]
         self._counts[name] += 1
         if self.grad and name.endswith(".z") and not tensor.requires_grad:
@@ -97,7 +96,7 @@ class Trace(Changes):
     # ------------------------------------------------------------------------------------------ reading
 
     def names(self) -> list[str]:
-        """The taps that can be read, those rebuilt on request included."""
+        """The taps that can be read, with those rebuilt on request."""
         return [name for name in names.tap_names(self.modules) if self._recorded(name)]
 
     def attentions(self) -> list[str]:
@@ -115,7 +114,7 @@ class Trace(Changes):
             raise UserError(f"{name!r} was traced, but nothing ran through it")
 
     def calls(self, name: str) -> list[Tensor]:
-        """What one tap held, call by call: with a cache one call a generated token."""
+        """What one tap held, call by call; with a cache there is one call for each generated token."""
         self._check(name)
         prefix, _, label = name.rpartition(".")
         if label not in _FROM or self._calls.get(name):
@@ -138,9 +137,9 @@ class Trace(Changes):
         return torch.einsum("bhtd,ehd->bhte", z, weight.to(z.dtype))
 
     def __getitem__(self, name: str) -> Tensor:
-        """One tap over all tokens: calls joined along the query axis; k, v and mask are those of the last call.
+        """One tap over all tokens: calls joined along the query axis; for k, v and mask the last call.
 
-        Raises ValueError if the calls are not steps of one sequence; `calls` has them one by one.
+        Raises ValueError if the calls are not steps of one sequence; `calls` gives them one by one.
         """
         calls = self.calls(name)
         label = name.rpartition(".")[2]
@@ -181,9 +180,9 @@ class Trace(Changes):
 
     @torch.no_grad()
     def certificate(self, *attentions: str) -> Certificate:
-        """The proof, over the given attentions or all that were recorded; those with replaced weights are left out.
+        """The proof for the given attentions, or all recorded ones, except those whose weights were replaced.
 
-        Raises UserError if nothing is left to prove.
+        Raises UserError if there are none.
         """
         for name in attentions:
             names.attention_at(self.modules, name)

@@ -23,7 +23,7 @@ SYSTEMS = {  # by the name of its options: module and class
 
 
 def find(preset: str) -> "type[System]":
-    """The system of a preset. Raises UserError on one that this version does not know, as a run folder may name it."""
+    """The system of a preset. Raises UserError for an unknown one: a run of another version may name it."""
     if preset not in BY_PRESET:
         raise UserError(f"there is no preset {preset}; there are {', '.join(BY_PRESET)}")
     module, name = SYSTEMS[BY_PRESET[preset].__name__]
@@ -31,7 +31,7 @@ def find(preset: str) -> "type[System]":
 
 
 def _config(folder: Path) -> "tuple[type[System], dict[str, Any], RunOptions]":
-    """(system, sizes of its model, options) of a run folder. Raises UserError if it is no run of `train.py`."""
+    """(system, sizes of its model, options) of a run folder. Raises UserError if it is not a run of `train.py`."""
     from vqa_scratch.options import from_json
     from vqa_scratch.systems.run_folder import CONFIG, PROGRAM, read_run_config
 
@@ -46,8 +46,8 @@ def _config(folder: Path) -> "tuple[type[System], dict[str, Any], RunOptions]":
 def load(folder: "Path | str", device: Any = "cpu", precision: str = "fp32") -> "System":
     """Open a run of `train.py` with its best weights, in eval mode.
 
-    `precision` is fp32, bf16, fp16 or auto. Raises UserError if the folder is no such run, has no weights yet, or if
-    they do not fit.
+    `precision` is fp32, bf16, fp16 or auto. Raises UserError if the folder is not such a run, or has no weights that
+    fit.
     """
     import torch
 
@@ -59,6 +59,6 @@ def load(folder: "Path | str", device: Any = "cpu", precision: str = "fp32") -> 
 
 
 def open_parts(folder: Path, options: "RunOptions", precision: "Precision") -> "System":
-    """A run that is to go on, with these options: everything that it saved but the weights."""
+    """A run to resume with these options: everything it saved except the weights."""
     system, sizes, _ = _config(folder)
     return system.open(folder, sizes, options, precision)

@@ -1,4 +1,4 @@
-"""A model of encoder, connector and decoder from what a run's config.json says of it, and back."""
+"""Builds a model of encoder, connector and decoder from the sizes in a run's config.json, and gives its sizes."""
 
 import math
 from dataclasses import asdict
@@ -8,16 +8,19 @@ import torch
 from torch import Tensor, nn
 
 from vqa_scratch.connectors import connect, connector_sizes
+from vqa_scratch.data.text import Tokenizer
+from vqa_scratch.data.tokenizers import Tokenizers
 from vqa_scratch.models.bert import Bert, BertConfig
 from vqa_scratch.models.gpt2 import GPT2, GPT2Config
 from vqa_scratch.models.resnet import NORMS, ResNet, ResNetConfig
 from vqa_scratch.models.vit import ConvStem, ViT, ViTConfig
 from vqa_scratch.models.vqa import VQAModel
 from vqa_scratch.systems.older import todays_sizes
+from vqa_scratch.systems.options import RunOptions
 
 
 def vit(config: ViTConfig, stem: str) -> ViT:
-    """Random weights; `stem` says how pixels become tokens: by convolutions ("conv") or one linear map ("linear")."""
+    """Random weights; `stem` is what turns pixels into tokens: convolutions ("conv") or one linear map ("linear")."""
     return ViT(config, ConvStem(config.channels, config.dim, config.patch_size) if stem == "conv" else None)
 
 
@@ -31,7 +34,7 @@ def image_encoder(sizes: dict[str, Any]) -> nn.Module:
 
 
 def image_sizes(image: nn.Module) -> dict[str, Any]:
-    """What config.json says of an image encoder."""
+    """The sizes of an image encoder, as config.json holds them."""
     if isinstance(image, ResNet):
         (norm,) = (name for name, make in NORMS.items() if type(make(16)) is type(image.norm1))
         return {"model_type": "resnet", **asdict(image.config), "norm": norm}
@@ -39,7 +42,7 @@ def image_sizes(image: nn.Module) -> dict[str, Any]:
 
 
 def assemble(sizes: dict[str, Any]) -> VQAModel:
-    """A model of random weights; the inverse of `sizes_of`. Takes what older versions wrote, too."""
+    """A model of random weights; the inverse of `sizes_of`. Also takes the sizes of older versions."""
     sizes = todays_sizes(sizes)
     image, decoder = image_encoder(sizes["image"]), GPT2(GPT2Config.from_hf(sizes["decoder"]))
     text = None if sizes["text"] is None else Bert(BertConfig.from_hf(sizes["text"]))
@@ -56,12 +59,18 @@ def sizes_of(model: VQAModel) -> dict[str, Any]:
     }
 
 
+def tokenizers_for(options: RunOptions, text: Tokenizer | None, decoder: Tokenizer) -> Tokenizers:
+    """The tokenizers with the limits of a run."""
+    names = ("max_question_tokens", "max_answer_tokens", "question_prompt")
+    return Tokenizers(text, decoder, **{name: getattr(options, name) for name in names})
+
+
 def grid_positions(grid: tuple[int, int], dim: int) -> Tensor:
     """(rows * columns, D) sines and cosines of column and row, a quarter of the channels each.
 
-    A position table that starts this way knows left from right before training (as in MAE, He et al. 2022, which keeps
-    it fixed; ours goes on learning). Wavelengths run from 2 patches to 4 grids: with the usual 10,000 most channels
-    would be constant over so small a grid, and the longest one here falls steadily from one side to the other.
+    A position table that starts this way tells left from right before training (as in MAE, He et al. 2022, which keeps
+    it fixed; ours is trained). Wavelengths go from 2 patches to 4 grids: with the usual 10,000 most channels would be
+    constant over so small a grid, and the longest one here falls steadily from one side to the other.
     """
     wavelengths = torch.logspace(1.0, math.log2(4 * max(grid)), dim // 4, base=2.0)
     rows, columns = torch.meshgrid(*(torch.arange(side) for side in grid), indexing="ij")

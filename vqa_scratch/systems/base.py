@@ -1,13 +1,13 @@
-"""What a system is: one kind of model, with the way it is trained, opened again, and asked.
+"""What a system is: one kind of model, and how it is trained, saved, opened again and asked.
 
 A system is one class in one file, and a line in the table of `vqa_scratch/systems/__init__.py`; no program knows its
-name. Its options stand in `systems/options.py`. `train.py` goes through a run in this order:
+name. Its options are in `systems/options.py`. `train.py` goes through a run in this order:
 
     data = System.read(options)                      what it trains on
-    system = System.build(options, data, precision)  or, going on with a run, System.load(folder, precision)
-    system.train_on(data)                            batches from here on
+    system = System.build(options, data, precision)  or System.open(...) for a run that is resumed
+    system.train_on(data)
     system.save(folder)                              everything but the weights
-    epoch, share, batch, loss ... evaluate           the loop, which needs nothing else
+    epoch, share, batch, loss, ids, evaluate         the loop
     system.finish(folder)                            the final figures
 
 A finished run is opened from its own folder alone: tokenizers, answers and preprocessing come from the run, never again
@@ -38,15 +38,13 @@ from vqa_scratch.training.checkpoint import load_model_state
 from vqa_scratch.training.precision import Precision
 from vqa_scratch.training.ranks import ALONE, World
 
-AT_ONCE = 256  # samples in a batch that is only answered
-
 
 class System(ABC):
     """A model with its tokenizers and preprocessing; while it trains, with its data too."""
 
     name: ClassVar[str]
     unit: ClassVar[str] = "questions"  # what a sample is, in the plural
-    writes: ClassVar[bool] = False  # whether it writes its answers token by token, so that they can be decoded in ways
+    writes: ClassVar[bool] = False  # whether it writes its answers token by token
     sums_over_parts: ClassVar[bool] = True  # False: the loss of a batch is not the sum of the losses of its parts
 
     def __init__(
@@ -62,12 +60,12 @@ class System(ABC):
         self.tokenizers, self.processor, self.folder = tokenizers, processor, folder
         self.world: World = ALONE  # train.py sets the ranks of the run
 
-    # ------------------------------------------------------------------------------------- a run begins, and ends
+    # ------------------------------------------------------------------------------------- build, save, open
 
     @classmethod
     @abstractmethod
     def read(cls, options: RunOptions) -> Any:
-        """The data of a run, by split. Raises UserError where it cannot be had."""
+        """The data of a run, by split. Raises UserError if it cannot be read."""
 
     @classmethod
     @abstractmethod
@@ -91,7 +89,7 @@ class System(ABC):
         return system
 
     def moments(self, states: list[dict[str, Any]], weights: dict[str, Tensor]) -> list[dict[str, Any]]:
-        """The optimizers' states of a checkpoint with these weights, numbered as today's parameters are."""
+        """The optimizer states of a checkpoint with these weights, numbered as today's parameters are."""
         return todays_moments(states, self.model, weights)
 
     def renamed(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -116,14 +114,14 @@ class System(ABC):
 
     @abstractmethod
     def train_on(self, data: Any) -> None:
-        """Make ready to train on what `read` gave."""
+        """Prepare to train on what `read` returned."""
 
     def about(self) -> list[str]:
-        """Lines for the user before training begins: what trains, what was cut or left out."""
+        """Lines for the user before training begins: which parameters train, what was cut or left out."""
         return []
 
     def precompute(self) -> None:  # noqa: B027
-        """Fill files of --cache that need the model's weights in place; the main rank of a machine comes first."""
+        """Write the files of --cache that need the model's weights; the main rank of a machine does so first."""
 
     @abstractmethod
     def epoch(self, number: int) -> list[Any]:
@@ -131,11 +129,11 @@ class System(ABC):
 
     @abstractmethod
     def share(self, key: Any, world: World) -> tuple[Any, bool]:
-        """This rank's part of a step, as a key, and True; or, if there is none, some small key and False."""
+        """(this rank's part of a step, as a key, True); if it has none, (some small key, False)."""
 
     @abstractmethod
     def batch(self, key: Any) -> Any:
-        """The batch of that key, on the CPU; has `to(device)`, `pin()`, `parts(number)`, `counts` and `silent()`."""
+        """The batch of a key, on the CPU; it has `to(device)`, `pin()`, `parts(number)`, `counts` and `silent()`."""
 
     @abstractmethod
     def loss(self, batch: Any) -> tuple[Tensor, Tensor]:
@@ -143,7 +141,7 @@ class System(ABC):
 
     @abstractmethod
     def ids(self, rows: list[int]) -> list[int]:
-        """The names of training samples, for the report on a batch that broke the loss."""
+        """The ids of training samples, for the report on a batch whose loss is not finite."""
 
     @abstractmethod
     def evaluate(self) -> dict[str, float]:
@@ -170,58 +168,52 @@ class System(ABC):
     def ask(
         self, image: Path, question: str | None, top: int | None = None, decoding: dict[str, Any] | None = None
     ) -> tuple[list[Answer], list[str]]:
-        """(answers, the best first; notes for the user) about one image file.
+        """(answers, best first; notes for the user) about one image file.
 
-        One answer for `top` None; `top` of them where the system scores a list of answers. `decoding` are fields of
-        `GenerationOptions` by name, where the system `writes`. Raises UserError for an image that cannot be read, for
-        a question missing or not wanted, and for a `top` it cannot give.
+        One answer if `top` is None, else `top` of them from the system's list. `decoding` holds fields of
+        `GenerationOptions`, for a system that `writes`. Raises UserError for an image that cannot be read, for a
+        question that is missing or not wanted, and for a `top` that is not possible.
         """
         self.lacks("answers nothing")
 
     def answer(
-        self,
-        samples: Sequence[VQASample],
-        limit: int | None = None,
-        *,
-        shuffled: bool = False,
-        progress: str | None = None,
-        ranked: bool = False,
+        self, samples: Sequence[VQASample], limit: int | None = None, *, ranked: bool = False, **shown: Any
     ) -> dict[int, Answer]:
         """Answers by question id to about the first `limit` samples, in whole images; to all if `limit` is None.
 
-        `shuffled` shows every question another image; `progress` is the label of a bar, if one is wanted; `ranked`
-        chooses from the run's own list of answers instead of writing ({} where there is none).
+        `ranked` chooses from the run's own list of answers instead of writing, and gives {} if there is none. `shown`
+        as in `Split.batches`: `shuffled` gives every question another image, `progress` labels a progress bar.
         """
         self.lacks("answers no questions")
 
     def figures(self, answers: dict[int, Answer]) -> dict[str, float]:
-        """What else can be said of a set of answers beside their accuracy; keys of evaluation.json."""
+        """Figures of a set of answers besides their accuracy, for evaluation.json."""
         return {}
 
     def describe(self, data: Path, split: str, limit: int | None) -> dict[str, Any]:
-        """Figures of the captions of a split, or of about its first `limit` images, `baselines` among them."""
+        """Figures of the captions of a split, or of its first `limit` images, with `baselines`."""
         self.lacks("describes no images")
 
     def subject(self, image: Image.Image, question: str | None) -> Any:
         """What `study` looks at: the model on one input, as a `vqa_scratch.study.opened.Opened`.
 
-        Raises UserError for a question missing or not wanted.
+        Raises UserError for a question that is missing or not wanted.
         """
         self.lacks("has nothing to study")
 
     def policy(self, options: Any, dtype: torch.dtype) -> Any:
-        """What `rlhf.py --preset vqa` tunes: a `Task` of `vqa_scratch.rl.tasks`, whose reference is kept in `dtype`."""
+        """What `rlhf.py --preset vqa` tunes: a `vqa_scratch.rl.tasks.Task`, whose reference model is in `dtype`."""
         self.lacks("cannot be tuned by feedback: it does not write its answers")
 
     def export(self, folder: Path) -> list[str]:
-        """Write the system for use elsewhere; returns a line on each thing that the layout had no place for."""
+        """Write the system in the layout of `transformers`; returns a line on each part that does not fit it."""
         self.lacks("cannot be exported")
 
     # ---------------------------------------------------------------------------------------------------- shared
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        """The model in eval mode, without gradients; afterwards in the mode it came in."""
+        """The model in eval mode, without gradients; afterwards in the mode it was in."""
         was_training = self.model.training
         self.model.eval()
         try:
@@ -232,7 +224,7 @@ class System(ABC):
 
 
 def check_positions(options: RunOptions, names: Sequence[str], limit: int | None, model: str) -> None:
-    """Raise UserError if a text may have more tokens, the sum of these options, than a released model has positions."""
+    """Raise UserError if the sum of these options, in tokens, is more than the positions of a released model."""
     if limit is not None and sum(getattr(options, name) for name in names) > limit:
         flags = " and ".join(f"--{name.replace('_', '-')} {getattr(options, name)}" for name in names)
         verb = "is" if len(names) == 1 else "are"
@@ -240,7 +232,7 @@ def check_positions(options: RunOptions, names: Sequence[str], limit: int | None
 
 
 def seed_everything(seed: int) -> None:
-    """Seed Python's, NumPy's and torch's generators, whose states a checkpoint keeps."""
+    """Seed the generators of Python, NumPy and torch."""
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)

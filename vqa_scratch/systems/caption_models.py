@@ -1,4 +1,4 @@
-"""The models of the captioner before training: a small random net, or a torchvision ResNet and a released GPT-2."""
+"""Builds the models of the caption system: small random ones, or a torchvision ResNet and a released GPT-2."""
 
 from torch import nn
 
@@ -20,19 +20,8 @@ IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 RESNET_PROCESSOR = ImageProcessor(size=256, crop_size=(224, 224), kind="BitImageProcessor", **IMAGENET)
 
 
-def tokenizers_for(options: CaptionOptions, decoder: Tokenizer) -> Tokenizers:
-    """There is no text encoder: a question is the decoder's prompt."""
-    return Tokenizers(
-        None,
-        decoder,
-        max_question_tokens=options.max_question_tokens,
-        max_answer_tokens=options.max_caption_tokens,
-        question_prompt=True,
-    )
-
-
-def build_model(options: CaptionOptions, data: CaptionData) -> tuple[VQAModel, Tokenizer, ImageProcessor]:
-    """Model, tokenizer and preprocessing that the options ask for."""
+def build_model(options: CaptionOptions, data: CaptionData) -> tuple[VQAModel, Tokenizers, ImageProcessor]:
+    """The model, tokenizers and preprocessing that the options ask for."""
     kind = connector_class("tokens")
     processor = RESNET_PROCESSOR
     if options.init == "pretrained":
@@ -44,7 +33,7 @@ def build_model(options: CaptionOptions, data: CaptionData) -> tuple[VQAModel, T
         texts = {s.answer for s in (*train.captions, *train.questions)} | {s.question for s in train.questions}
         decoder = train_bpe([f" {text}" for text in sorted(texts)], options.vocabulary)
         ids = {"bos_id": decoder.bos_id, "eos_id": decoder.eos_id}
-        if options.preset == "coco":  # of the released sizes, for measuring without a network
+        if options.preset == "coco":  # random weights of the released sizes, to measure without downloads
             image, writer = ResNet(ResNetConfig()), GPT2(GPT2Config(add_cross_attention=True, **ids))
         else:
             image, writer = small_models(options, len(decoder), ids | {"pad_id": decoder.pad_id})
@@ -55,11 +44,11 @@ def build_model(options: CaptionOptions, data: CaptionData) -> tuple[VQAModel, T
     connector = connect({"kind": "tokens", **kind.sizes_for(grid, options)}, image, None, writer)
     if options.preset == "caption":
         connector.start_from_places(0.5 * assembly.grid_positions(grid, options.width))
-    return VQAModel(image, None, connector, writer), decoder, processor
+    return VQAModel(image, None, connector, writer), assembly.tokenizers_for(options, None, decoder), processor
 
 
 def small_models(options: CaptionOptions, vocabulary: int, ids: dict[str, int]) -> tuple[ResNet, GPT2]:
-    """A small random net: two stages of basic blocks, which leave a map of 8x8 places of a 64-pixel image."""
+    """Small models with random weights: two stages of basic blocks turn a 64-pixel image into 8x8 places."""
     image = ResNetConfig("basic", (options.image_blocks,) * 2, (options.image_width, 2 * options.image_width))
     decoder = GPT2Config(
         vocab_size=vocabulary,

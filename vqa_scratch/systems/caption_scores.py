@@ -1,8 +1,8 @@
 """How good captions are: the objects they name, against those of the scene, and BLEU against the references.
 
-An object counts as named when size, colour and shape are all right; two equal objects must be named twice. Precision is
-the share of what a caption names that is there, recall the share of what is there that it names, both over all objects
-of all images together.
+An object counts as named if size, colour and shape are all right; two equal objects must be named twice. Precision is
+the share of the named objects that are there, recall the share of the objects there that are named, both over all
+images together.
 """
 
 import re
@@ -17,21 +17,15 @@ _CHINESE = re.compile(r"[\u3400-\u9fff]")
 
 @dataclass(frozen=True)
 class ObjectScore:
-    """Shares from 0 to 1; None where nothing was said that they could be a share of."""
+    """Shares from 0 to 1; None if the captions say nothing to take the share of."""
 
     precision: float | None
     recall: float
     exact: float  # share of the images whose caption names every object and nothing else
     places: float | None  # of the objects named with a quarter of the image, the share that lies there
 
-    @property
-    def f1(self) -> float:
-        """The harmonic mean of precision and recall; 0 if nothing was named."""
-        total = (self.precision or 0.0) + self.recall
-        return 2 * self.precision * self.recall / total if self.precision and total else 0.0
-
     def to_json(self) -> dict[str, float | None]:
-        """With the names that summary.json uses."""
+        """Under the names that summary.json uses."""
         values = asdict(self)
         return {f"object_{k}" if k in ("precision", "recall") else f"{k}_share": v for k, v in values.items()}
 
@@ -52,18 +46,11 @@ def score_objects(captions: Mapping[int, str], scenes: Mapping[int, Scene]) -> O
     )
 
 
-@dataclass(frozen=True)
-class Bleu:
-    """Corpus BLEU from 0 to 100 (Papineni et al. 2002) and the signature that says how sacrebleu computed it."""
+def corpus_bleu(captions: Sequence[str], references: Sequence[Sequence[str]]) -> tuple[float, str]:
+    """(corpus BLEU from 0 to 100, the signature of how it was computed), by sacrebleu.
 
-    score: float
-    signature: str
-
-
-def corpus_bleu(captions: Sequence[str], references: Sequence[Sequence[str]]) -> Bleu:
-    """BLEU by sacrebleu (Post 2018); references[i] are those of captions[i], as many as there are.
-
-    Chinese text is cut into characters, any other as the WMT's 13a tokenizer does.
+    references[i] are those of captions[i], any number. Chinese text is cut into characters, other text by the WMT's
+    13a tokenizer. BLEU: Papineni et al. 2002; sacrebleu: Post 2018. Raises ValueError for a caption without reference.
     """
     from sacrebleu.metrics import BLEU  # imported here: it takes longer than all the rest of a command
 
@@ -74,4 +61,4 @@ def corpus_bleu(captions: Sequence[str], references: Sequence[Sequence[str]]) ->
     streams = [[some[i] if i < len(some) else None for some in references] for i in range(most)]
     metric = BLEU(tokenize="zh" if chinese else "13a")
     score = metric.corpus_score(list(captions), streams).score
-    return Bleu(score, str(metric.get_signature()))
+    return score, str(metric.get_signature())

@@ -1,4 +1,4 @@
-"""The captioner's data and figures: what it reads, and how its captions are scored and shown."""
+"""The data of the caption system, and how its captions are scored and shown."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ TABLE_ROWS = 8  # of results.png
 
 @dataclass(frozen=True)
 class Texts:
-    """One split: captions (every reference a sample), the scenes where they are known, and questions if asked for."""
+    """One split: captions (each reference is a sample), the scenes behind them if known, and questions if wanted."""
 
     captions: list[VQASample]
     scenes: dict[int, Scene] | None
@@ -53,9 +53,9 @@ def read_texts(
     questions: bool = False,
     verbose: bool = False,
 ) -> Texts:
-    """Captions of a split with the scenes behind them, and the questions about the same images if `questions`.
+    """Captions of a split with the scenes behind them; with `questions` also the questions about the same images.
 
-    `verbose` prints what was left out. Raises UserError where there is nothing to read.
+    `verbose` prints what was left out. Raises UserError if there is nothing to read.
     """
     data = read_captions(folder, split, seed=seed, max_images=max_images)
     if verbose:
@@ -111,14 +111,14 @@ def by_image(samples: Sequence[VQASample], answers: Mapping[int, Answer]) -> dic
 def quality(captions: Mapping[int, str], samples: Sequence[VQASample], scenes: Mapping[int, Scene] | None) -> dict:
     """Object figures where the scenes are known, and BLEU; `captions` by image id."""
     references = {s.image_id: s.answers for s in samples}
-    bleu = corpus_bleu(list(captions.values()), [references[image_id] for image_id in captions])
+    bleu, signature = corpus_bleu(list(captions.values()), [references[image_id] for image_id in captions])
     figures = score_objects(captions, scenes).to_json() if scenes is not None else {}
-    return figures | {"bleu": bleu.score, "bleu_signature": bleu.signature}
+    return figures | {"bleu": bleu, "bleu_signature": signature}
 
 
 def accuracy_of(figures: Mapping[str, Any]) -> float:
-    """The one number that picks the best checkpoint: the harmonic mean of object precision and recall where the scenes
-    are known, else BLEU as a share."""
+    """The number that picks the best checkpoint: the harmonic mean of object precision and recall, or without scenes
+    BLEU as a share."""
     if "object_recall" not in figures:
         return figures["bleu"] / 100
     precision, recall = figures["object_precision"] or 0.0, figures["object_recall"]
@@ -126,7 +126,7 @@ def accuracy_of(figures: Mapping[str, Any]) -> float:
 
 
 def other_references(samples: Sequence[VQASample]) -> dict[int, str]:
-    """What a captioner scores that has learned the language and never looks: each image gets another's reference."""
+    """A blind baseline, by image id: each image gets a reference of another image."""
     swap = other_images(len(samples))
     return {sample.image_id: samples[int(i)].answers[0] for sample, i in zip(samples, swap, strict=True)}
 
@@ -134,9 +134,9 @@ def other_references(samples: Sequence[VQASample]) -> dict[int, str]:
 def report(
     samples: Sequence[VQASample], scenes: Mapping[int, Scene] | None, say: Callable[..., dict[int, Answer]]
 ) -> tuple[dict[str, Any], dict[int, Answer]]:
-    """(all figures of one sample an image, with blind baselines; what was said by question id).
+    """(all figures of these samples, one an image, with blind baselines; the captions by question id).
 
-    `say(shuffled=..., progress=...)` describes the samples, or other images in their place.
+    `say(shuffled=..., progress=...)` writes the captions, of other images if `shuffled`.
     """
     said = say(shuffled=False, progress="captions")
     shuffled = by_image(samples, say(shuffled=True, progress="shuffled images"))
@@ -169,7 +169,7 @@ def caption_cards(
 
 
 def draw_results(path: Path, title: str, samples: Sequence[VQASample], answers: Mapping[int, Answer]) -> None:
-    """The results table as a picture: image, what the model says, a reference. Says which characters have no font."""
+    """The results table as a picture: image, caption, a reference. Prints which characters have no font."""
     rows = []
     for sample in samples:
         image = load_image(sample.image_path)
@@ -180,8 +180,8 @@ def draw_results(path: Path, title: str, samples: Sequence[VQASample], answers: 
     if missing:
         shown = missing[:20] + ("..." if len(missing) > 20 else "")
         print(
-            f"note: no installed font has {len(missing)} of the characters in {path} ({shown}); their codes stand for "
-            "them. A font such as Noto Sans CJK would show them"
+            f"note: no installed font has {len(missing)} of the characters in {path} ({shown}); it shows their codes "
+            "instead. A font such as Noto Sans CJK has them"
         )
 
 
@@ -207,7 +207,7 @@ def caption_panels(rows: list[dict[str, Any]], baselines: Mapping[str, float]) -
 
 
 def in_words(figures: Mapping[str, Any]) -> list[str]:
-    """The most important figures as words."""
+    """The most important figures, in words."""
     names = [name for name in ("object_precision", "object_recall", "exact_share") if figures.get(name) is not None]
     return [*(f"{name.replace('_', ' ')} {figures[name]:.3f}" for name in names), f"BLEU {figures['bleu']:.1f}"]
 

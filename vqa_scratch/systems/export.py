@@ -1,10 +1,11 @@
-"""A run in the layouts that `transformers` loads: each model in a folder of its own, the connector beside them.
+"""Writes a run in the layouts that `transformers` loads: one folder a model, and the connector beside them.
 
-The README of an exported folder holds a program that answers one question with the models of `transformers`; tests run
-it as it stands.
+The README of an exported folder has a program that answers one question with the models of `transformers`; a test runs
+it unchanged.
 """
 
 from pathlib import Path
+from textwrap import indent
 from typing import Any
 
 from torch import nn
@@ -54,16 +55,12 @@ with torch.no_grad():
 print(words.decode(ids[0, first:], skip_special_tokens=True).strip())
 ```
 """
-LOAD_OWN_VIT = """\
-# This image encoder cuts pixels into tokens by convolutions, which the ViT layout of transformers has no place for: its
-# weights are in image/model.safetensors under the names of vqa_scratch, its sizes in image/encoder.json.
+LOAD_OWN = """\
+# This image encoder has {part}, which {layout} has no place for: its weights are in image/model.safetensors
+# under the names of vqa_scratch, its sizes in image/encoder.json.
 image = image_encoder(json.load(open("image/encoder.json"))).eval()
 image.load_state_dict(load_file("image/model.safetensors"))"""
-LOAD_OWN_RESNET = """\
-# This image encoder has group norm, which no layout of others has a place for: its weights are in
-# image/model.safetensors under the names of vqa_scratch, its sizes in image/encoder.json.
-image = image_encoder(json.load(open("image/encoder.json"))).eval()
-image.load_state_dict(load_file("image/model.safetensors"))"""
+STEM_HINT = " (--stem linear trains one that fits)"
 OWN = "from vqa_scratch.systems.assembly import image_encoder"
 TEXT = """\
 text = AutoModel.from_pretrained("text").eval()
@@ -141,20 +138,16 @@ def _export_image(image: nn.Module, folder: Path) -> tuple[str, str, str, list[s
     write_safetensors(folder / "model.safetensors", _tensors(image))
     write_json(folder / "encoder.json", image_sizes(image))
     if isinstance(image, ResNet):
-        kind, load = "a small ResNet with group norm, under names of our own", LOAD_OWN_RESNET
-        why = "the image encoder has group norm, which no layout of others has a place for"
+        kind, part, layout, hint = "a small ResNet", "group norm", "no released layout", ""
     else:
-        kind, load = "a ViT with a convolutional stem, under names of our own", LOAD_OWN_VIT
-        why = (
-            "the image encoder has a convolutional stem, which the ViT layout has no place for (--stem linear trains "
-            "one that fits)"
-        )
+        kind, part, layout, hint = "a ViT", "a convolutional stem", "the ViT layout", STEM_HINT
+    load, kind = LOAD_OWN.format(part=part, layout=layout), f"{kind} with {part}, under names of our own"
+    why = f"the image encoder has {part}, which {layout} has no place for{hint}"
     return kind, load, "image.states(pixels).tokens", ["import json", OWN], why
 
 
 def export_writer(system: System, folder: Path) -> list[str]:
-    """A system of encoder, connector and decoder. Returns one line for each thing that could not be written in the
-    layout of others."""
+    """Export a system of encoder, connector and decoder. Returns a line on each part that no released layout fits."""
     model, tokenizers = system.model, system.tokenizers
     for name in ("image", "decoder"):
         (folder / name).mkdir(parents=True, exist_ok=True)
@@ -171,13 +164,12 @@ def export_writer(system: System, folder: Path) -> list[str]:
     write_safetensors(folder / "connector.safetensors", state, {"connector": connector})
     write_json(folder / "connector.json", system.sizes["connector"])
 
-    text_kind = "" if model.text is None else model.text.config.to_hf()["architectures"][0]
     has_text, memory = model.text is not None, model.connector.uses_memory
+    text_kind = model.text.config.to_hf()["architectures"][0] if has_text else ""
     text_states = '    text_states = text(tokens["input_ids"], tokens["attention_mask"]).last_hidden_state\n'
     asked = tokenizers.question_prompt and system.name != "caption"
     prompt = 'prompt = words(" what color is the square?", add_special_tokens=False)["input_ids"]' if asked else ""
-    names = ["AutoModel"] if has_text or "AutoModel" in load else []
-    hf = ", ".join(sorted([*names, "AutoTokenizer", "GPT2LMHeadModel"]))
+    hf = ("AutoModel, " if has_text or "AutoModel" in load else "") + "AutoTokenizer, GPT2LMHeadModel"
     lines = ["import torch", "from PIL import Image", "from safetensors.torch import load_file"]
     own = ["from vqa_scratch.data.images import ImageProcessor", *imports, *model.connector.recipe_imports(has_text)]
     standard = [line for line in own if line.startswith("import ")]
@@ -196,7 +188,7 @@ def export_writer(system: System, folder: Path) -> list[str]:
         load_image=load,
         question="\n".join(line for line in (TEXT if has_text else "", prompt) if line),
         states=states,
-        read=(text_states if has_text else "") + _indented(model.connector.recipe(has_text)),
+        read=(text_states if has_text else "") + indent(model.connector.recipe(has_text), "    "),
         prompt="*prompt, " if asked else "",
         bos_id=tokenizers.start_id,
         eos_id=tokenizers.end_id,
@@ -207,12 +199,8 @@ def export_writer(system: System, folder: Path) -> list[str]:
     return [] if note is None else [f"{note}: {folder / 'image'} holds it under names of our own, see its README.md"]
 
 
-def _indented(lines: str) -> str:
-    return "\n".join(f"    {line}" for line in lines.splitlines())
-
-
 def export_vilt(system: System, folder: Path) -> list[str]:
-    """The layout of ViltForQuestionAnswering; a convolutional stem has no place in it and keeps our names."""
+    """Export in the layout of ViltForQuestionAnswering; a model with a convolutional stem keeps our names."""
     system.tokenizers.text.save(folder)
     system.processor.save_pretrained(folder)
     write_text(folder / "README.md", VILT_README.format(load=LOAD_OWN_VILT if system.has_stem else LOAD_VILT))
@@ -222,6 +210,6 @@ def export_vilt(system: System, folder: Path) -> list[str]:
     write_safetensors(folder / "model.safetensors", _tensors(system.model))
     write_json(folder / "model.json", system.sizes)
     return [
-        f"the model has a convolutional stem, which the ViLT layout has no place for: {folder} holds it under names of "
-        "our own, with its sizes in model.json (--stem linear trains one that fits)"
+        f"the model has a convolutional stem, which the ViLT layout has no place for{STEM_HINT}: {folder} holds it "
+        "under names of our own, with its sizes in model.json"
     ]

@@ -1,7 +1,6 @@
-"""Frozen encoders: their states are computed once, kept in files, and read in place of running the encoder.
+"""Frozen encoders: their states are computed once, cached in files, and read instead of running the encoder.
 
-States are those of an encoder in eval mode. They are kept in fp32 under fp32, and under bf16 or fp16 in that type,
-which is what the connector computes in anyway.
+The states are those of the encoder in eval mode, in the precision of the run, in which the connector computes anyway.
 """
 
 from collections.abc import Callable
@@ -14,14 +13,13 @@ from torch import Tensor, nn
 from vqa_scratch.data.feature_store import ImageFeatures, TextFeatures
 from vqa_scratch.models.vqa import FROZEN_PARTS
 from vqa_scratch.nn.states import States
-from vqa_scratch.systems.writing import Split
+from vqa_scratch.systems.splits import Split
 
 
 def cache_features(system: Any) -> list[ImageFeatures | TextFeatures]:
-    """Put a file of states in the place of each frozen encoder of a `VQASystem`: its batches then hold states, and
-    encoding reads them.
+    """Replace each frozen encoder of a `VQASystem` by a file of its states: batches then hold states.
 
-    Nothing is computed yet: a file is made by `ready` of what this returns, with the weights then in place.
+    Nothing is computed yet: `ready` of the returned features writes the file, with the weights of that moment.
     """
     model, precision, folder = system.model, system.precision, system.options.cache
     frozen, kept = FROZEN_PARTS[system.options.freeze], []

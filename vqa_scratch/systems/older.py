@@ -1,6 +1,6 @@
-"""Runs that were made before there were connectors: their weights, sizes and checkpoints, in today's terms.
+"""Opens runs from before there were connectors: translates their weights, sizes and checkpoints.
 
-What is a connector now were parts of the model itself: projections, a modality embedding and a table of places.
+In those runs the projections, the modality embedding and the table of places belonged to the model itself.
 """
 
 from typing import Any
@@ -13,12 +13,12 @@ MOVED = ("image_projection.", "text_projection.", "modality", "places")
 
 
 def todays_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Weights under the names of today; those of today's runs as they are."""
+    """Weights under today's names; those of today's runs are unchanged."""
     return {f"connector.{name}" if name.startswith(MOVED) else name: tensor for name, tensor in state.items()}
 
 
 def todays_sizes(sizes: dict[str, Any]) -> dict[str, Any]:
-    """The "model" of config.json; runs used to say `fusion` and `stem`, captioners `norm` and `grid`."""
+    """The "model" of config.json; old runs have `fusion` and `stem` in it, old captioners `norm` and `grid`."""
     if "connector" in sizes:
         return sizes
     image = dict(sizes["image"])
@@ -34,17 +34,16 @@ def todays_sizes(sizes: dict[str, Any]) -> dict[str, Any]:
 
 
 def todays_moments(states: list[dict[str, Any]], model: nn.Module, weights: dict[str, Tensor]) -> list[dict[str, Any]]:
-    """The optimizers' states of a checkpoint, whose parameters are numbered, in today's order of the parameters.
+    """The optimizer states of a checkpoint, which number the parameters, in today's order of the parameters.
 
-    `weights` are those of the checkpoint, in the order that the model had then.
+    `weights` are those of the checkpoint, in the order of the model that wrote it.
     """
     if not any(name.startswith(MOVED) for name in weights):
         return states
     then = {name: place for place, name in enumerate(todays_names(weights))}
     names = {id(p): name for name, p in model.named_parameters()}
     result = []
-    groups = [[names[id(p)] for p in group] for group in split_parameters(model)]
-    hidden, wide, rest = groups
+    hidden, wide, rest = ([names[id(p)] for p in group] for group in split_parameters(model))
     of_optimizers = [[hidden], [wide, rest]] if len(states) == 2 else [[hidden, wide, rest]]
     for saved, own in zip(states, of_optimizers, strict=True):
         now = [name for group in own for name in group]

@@ -1,8 +1,7 @@
 """Every option of `train.py`. A field is a flag: `val_split` is `--val-split`.
 
-`RunOptions` holds what every system takes, `QuestionOptions` what those that answer questions take; a system's own
-class adds the rest. So a flag that means nothing for a system is no flag of it, and giving it is an error. Nothing here
-imports torch.
+`RunOptions` holds the options of every system, `QuestionOptions` those of systems that answer questions; the class of a
+system adds its own. So a flag that a system does not use is an error. Nothing here imports torch.
 """
 
 import math
@@ -19,30 +18,31 @@ from vqa_scratch.systems.presets import NEEDS_DATA, PRESETS
 RUN, DATA, MODEL, TRAINING = "Run", "Data", "Model", "Training"
 LIMITS, LOGGING, AUGMENTATION = "Batches and lengths", "Evaluation, logs and checkpoints", "Augmentation"
 STEMS = ("conv", "linear")
+PRESET_HELP = "What to train, and with which defaults."
 
 
 @dataclass(frozen=True)
 class RunOptions(Options):
-    """What every system takes. A subclass repeats `preset` with its own default and its own presets as choices."""
+    """The options of every system. A subclass repeats `preset`, with its own presets as choices."""
 
-    preset: str = option("", "Which system to train, and with which defaults.", RUN)
+    preset: str = option("", PRESET_HELP, RUN)
     out: Path = option(Path("runs/run"), "Folder of the run.", RUN, may_change=True)
     resume: bool = option(False, "Go on from the last checkpoint of --out.", RUN, may_change=True)
     minutes: float | None = option(
-        None, "Wall-clock budget, up to 45 seconds of it for the final figures; 10 without --steps.", RUN, above=0
+        None, "Wall-clock budget, with up to 45 seconds for the final figures; 10 without --steps.", RUN, above=0
     )
-    steps: int | None = option(None, "Optimizer steps of the whole run, instead of --minutes.", RUN, minimum=1)
+    steps: int | None = option(None, "Number of optimizer steps, instead of --minutes.", RUN, minimum=1)
     device: str = option("auto", "Where to compute.", RUN, ("auto", "cpu", "cuda", "mps"), may_change=True)
     precision: str = option(
         "auto",
-        "Arithmetic of matrix products; auto takes bf16 where the device is measurably faster at it, else fp32.",
+        "Precision of matrix products; auto picks bf16 if it is measurably faster on the device, else fp32.",
         RUN,
         ("auto", "fp32", "bf16", "fp16"),
     )
     compile: bool = option(False, "Run the model through torch.compile.", RUN)
     parallel: str = option(
         "ddp",
-        "Under torchrun: the whole model on every rank, or a part of every tensor.",
+        "Under torchrun: the whole model on every rank (ddp), or a part of every tensor (fsdp).",
         RUN,
         ("ddp", "fsdp"),
         may_change=True,
@@ -59,16 +59,21 @@ class RunOptions(Options):
     val_split: str = option(
         "val", "Split that picks the best checkpoint; 'auto' holds out images of the train split.", DATA
     )
-    test_split: str = option("test", "Split of the final figures; 'val' to report on the val split.", DATA)
+    test_split: str = option("test", "Split of the final figures; 'val' reports on the val split.", DATA)
     test_images: int | None = option(
         None, "At most this many images of the test split in the final figures.", DATA, minimum=1, may_change=True
     )
     val_fraction: float = option(
-        0.05, "Share of the images that is held out.", DATA, above=0, below=1, only={"val_split": "auto"}
+        0.05, "Share of the train images to hold out.", DATA, above=0, below=1, only={"val_split": "auto"}
     )
-    image_cache: bool = option(True, "Keep resized images as bytes in a file mapped into memory.", DATA)
+    image_cache: bool = option(True, "Keep resized images as bytes in a memory-mapped file.", DATA)
 
-    accumulate: int = option(1, "Parts in which the samples of a step go through the model.", TRAINING, minimum=1)
+    accumulate: int = option(
+        1,
+        "Gradient accumulation: parts that a step's batch is split into.",
+        TRAINING,
+        minimum=1,
+    )
     optimizer: str = option(
         "muon", "Muon for hidden matrices with AdamW for the rest, or AdamW for all.", TRAINING, ("muon", "adamw")
     )
@@ -82,7 +87,7 @@ class RunOptions(Options):
         0.4, "Share of the run after which the learning rate falls linearly to zero.", TRAINING, minimum=0, below=1
     )
     max_grad_norm: float = option(
-        1.0, "Gradients are scaled down to this norm; inf: never.", TRAINING, above=0, maximum=math.inf, may_change=True
+        1.0, "Clip the gradient to this norm; inf: never.", TRAINING, above=0, maximum=math.inf, may_change=True
     )
 
     log_every: int = option(20, "Steps between two lines of metrics.jsonl.", LOGGING, minimum=1)
@@ -104,17 +109,17 @@ class RunOptions(Options):
 
 @dataclass(frozen=True)
 class QuestionOptions(RunOptions):
-    """What the systems take that answer questions about images."""
+    """The options of systems that answer questions about images."""
 
-    start_at: int = option(0, "First question of the file to look at.", DATA, minimum=0)
-    end_at: int | None = option(None, "Question of the file to stop before.", DATA, minimum=0)
+    start_at: int = option(0, "First question of the file to use.", DATA, minimum=0)
+    end_at: int | None = option(None, "Question of the file to stop before; without it, use all.", DATA, minimum=0)
     max_images: int | None = option(None, "At most this many images.", DATA, minimum=1)
     max_questions: int | None = option(None, "At most this many questions.", DATA, minimum=1)
     min_agreement: float = option(
-        0.0, "Leave out questions on which a smaller share of the annotators agree.", DATA, minimum=0, maximum=1
+        0.0, "Leave out questions on which fewer of the annotators agree; a share.", DATA, minimum=0, maximum=1
     )
     verify_images: bool = option(
-        False, "Decode every image first, and leave out and count those that cannot be read.", DATA
+        False, "Decode every image first; leave out and count those that cannot be read.", DATA
     )
     max_question_tokens: int = option(
         32, "Longer questions are cut to this many tokens, and counted.", LIMITS, minimum=1
@@ -138,46 +143,46 @@ SHAPES, RELEASED = {"preset": "shapes"}, {"preset": "book", "init": "pretrained"
 
 @dataclass(frozen=True)
 class VQAOptions(QuestionOptions):
-    """The system of two encoders and a decoder, which writes the answer."""
+    """Two encoders, a connector, and a decoder that writes the answer."""
 
-    preset: str = option("shapes", "Which system to train, and with which defaults.", RUN, ("shapes", "book"))
+    preset: str = option("shapes", PRESET_HELP, RUN, ("shapes", "book"))
     out: Path = option(Path("runs/vqa"), "Folder of the run.", RUN, may_change=True)
 
-    init: str = option("random", "Towers from checkpoints, or random ones.", MODEL, ("random", "pretrained"))
+    init: str = option("random", "Random weights, or those of checkpoints.", MODEL, ("random", "pretrained"))
     image_model: str | None = option(None, "ViT checkpoint: folder or Hub id.", MODEL, only=RELEASED)
     text_model: str | None = option(None, "BERT, DistilBERT or RoBERTa checkpoint.", MODEL, only=RELEASED)
     decoder_model: str | None = option(None, "GPT-2 checkpoint.", MODEL, only=RELEASED)
     connector: str = option(
         "tokens",
-        "How the decoder gets image and question: every token is a key of cross-attention, one mean is, projected "
-        "tokens stand in its own sequence, or what learned queries read of them does.",
+        "How the decoder gets image and question: cross-attention to every token (tokens) or to their mean (mean), or "
+        "a prefix of projected tokens (prefix) or of learned queries that read the tokens (qformer).",
         MODEL,
         CONNECTORS,
         was="fusion",
     )
     queries: int = option(16, "Learned queries of the connector.", MODEL, minimum=1, only={"connector": "qformer"})
-    question_prompt: bool = option(False, "Give the question to the decoder as a prompt too, before the answer.", MODEL)
+    question_prompt: bool = option(False, "Give the question to the decoder too, as a prompt.", MODEL)
     freeze: str = option(
         "nothing",
-        "Part whose weights stay; a decoder's cross-attention always trains.",
+        "Part whose weights do not train; a decoder's cross-attention always trains.",
         MODEL,
         ("nothing", "encoders", "text_encoder", "image_encoder", "decoder", "all"),
     )
     feature_cache: bool = option(
         False,
-        "Compute what frozen encoders make of their inputs once, into --cache.",
+        "Compute the states of frozen encoders once, and keep them in --cache.",
         MODEL,
         only={"freeze": ("encoders", "text_encoder", "image_encoder", "all")},
         may_change=True,
     )
-    width: int = option(128, "Width of all three towers.", MODEL, minimum=1, only=SHAPES)
+    width: int = option(128, "Width of both encoders and the decoder.", MODEL, minimum=1, only=SHAPES)
     heads: int = option(4, "Attention heads.", MODEL, minimum=1, only=SHAPES)
-    image_layers: int = option(3, "Layers of the image tower.", MODEL, minimum=1, only=SHAPES)
-    text_layers: int = option(1, "Layers of the text tower.", MODEL, minimum=1, only=SHAPES)
+    image_layers: int = option(3, "Layers of the image encoder.", MODEL, minimum=1, only=SHAPES)
+    text_layers: int = option(1, "Layers of the text encoder.", MODEL, minimum=1, only=SHAPES)
     decoder_layers: int = option(4, "Layers of the decoder.", MODEL, minimum=1, only=SHAPES)
-    patch_size: int = option(8, "Pixels a side of a patch.", MODEL, minimum=1, only=SHAPES)
+    patch_size: int = option(8, "Side of a patch, in pixels.", MODEL, minimum=1, only=SHAPES)
     stem: str = option(
-        "conv", "How pixels become patch tokens: by convolutions, or by one linear map.", MODEL, STEMS, only=SHAPES
+        "conv", "How pixels become patch tokens: convolutions or one linear map.", MODEL, STEMS, only=SHAPES
     )
     max_answer_tokens: int = option(
         8, "Longer answers are cut to this many tokens, end token included.", LIMITS, minimum=1
@@ -196,24 +201,24 @@ OWN_SIZES = {"model": None}
 
 @dataclass(frozen=True)
 class ViLTOptions(QuestionOptions):
-    """The single-stream system that chooses its answer from a list: a small one of its own, or a released ViLT."""
+    """A single stream that chooses its answer from a list: a small one, or a released ViLT."""
 
-    preset: str = option("vilt", "Which system to train, and with which defaults.", RUN, ("vilt", "vilt-b32"))
+    preset: str = option("vilt", PRESET_HELP, RUN, ("vilt", "vilt-b32"))
     out: Path = option(Path("runs/vilt"), "Folder of the run.", RUN, may_change=True)
     min_answer_count: int = option(
-        9, "An answer is in the list if it is the majority answer to at least this many questions.", DATA, minimum=1
+        9, "The list has the answers that are the majority answer to at least this many questions.", DATA, minimum=1
     )
 
     model: str | None = option(
         None, "ViLT checkpoint to start from: folder or Hub id; without it, random weights.", MODEL
     )
-    image_size: int = option(64, "Pixels a side that images are resized to.", MODEL, minimum=1, only=OWN_SIZES)
-    patch_size: int = option(16, "Pixels a side of a patch.", MODEL, minimum=1, only=OWN_SIZES)
+    image_size: int = option(64, "Side of the resized images, in pixels.", MODEL, minimum=1, only=OWN_SIZES)
+    patch_size: int = option(16, "Side of a patch, in pixels.", MODEL, minimum=1, only=OWN_SIZES)
     width: int = option(128, "Width.", MODEL, minimum=1, only=OWN_SIZES)
     heads: int = option(4, "Attention heads.", MODEL, minimum=1, only=OWN_SIZES)
     layers: int = option(4, "Layers.", MODEL, minimum=1, only=OWN_SIZES)
     stem: str = option(
-        "conv", "How pixels become patch tokens: by convolutions, or by one linear map.", MODEL, STEMS, only=OWN_SIZES
+        "conv", "How pixels become patch tokens: convolutions or one linear map.", MODEL, STEMS, only=OWN_SIZES
     )
 
 
@@ -222,20 +227,22 @@ SMALL, PRETRAINED = {"preset": "caption", "init": "random"}, {"init": "pretraine
 
 @dataclass(frozen=True)
 class CaptionOptions(RunOptions):
-    """The captioner, which answers questions too: a ResNet whose map of features a GPT-2 reads."""
+    """The captioner, which can also answer questions: a ResNet and a GPT-2 that reads its feature map."""
 
-    preset: str = option("caption", "Which system to train, and with which defaults.", RUN, ("caption", "coco"))
+    question_prompt = True  # a question is always the decoder's prompt, for there is no text encoder
+
+    preset: str = option("caption", PRESET_HELP, RUN, ("caption", "coco"))
     out: Path = option(Path("runs/caption"), "Folder of the run.", RUN, may_change=True)
     max_images: int | None = option(None, "At most this many images to train on.", DATA, minimum=1)
 
-    init: str = option("random", "Towers from checkpoints, or random ones.", MODEL, ("random", "pretrained"))
+    init: str = option("random", "Random weights, or those of checkpoints.", MODEL, ("random", "pretrained"))
     image_model: Path | None = option(
         None, "File with torchvision's ResNet weights, .safetensors or .pth.", MODEL, only=PRETRAINED
     )
     decoder_model: str | None = option(None, "GPT-2 checkpoint: folder or Hub id.", MODEL, only=PRETRAINED)
     freeze: str = option(
         "nothing",
-        "Part whose weights stay; a decoder's cross-attention always trains.",
+        "Part whose weights do not train; a decoder's cross-attention always trains.",
         MODEL,
         ("nothing", "image_encoder", "decoder", "all"),
     )
@@ -245,7 +252,11 @@ class CaptionOptions(RunOptions):
     image_width: int = option(64, "Channels of the first of the two stages.", MODEL, minimum=1, only=SMALL)
     image_blocks: int = option(1, "Residual blocks of each stage.", MODEL, minimum=1, only=SMALL)
     vocabulary: int = option(
-        512, "Tokens at most of the decoder's own vocabulary.", MODEL, minimum=1, only={"init": "random"}
+        512,
+        "Largest vocabulary to learn for the decoder, in tokens.",
+        MODEL,
+        minimum=1,
+        only={"init": "random"},
     )
 
     max_caption_tokens: int = option(
@@ -254,10 +265,10 @@ class CaptionOptions(RunOptions):
     max_question_tokens: int = option(32, "Longer questions are cut to this many tokens.", LIMITS, minimum=1)
     captions_per_step: int = option(256, "Captions in one optimizer step.", LIMITS, minimum=1)
     captions_per_image: int = option(
-        5, "At most this many captions of an image in a batch; it is encoded once.", LIMITS, minimum=1
+        5, "At most this many captions of an image in a batch; the image is encoded once.", LIMITS, minimum=1
     )
     question_share: float = option(
-        0.0, "Share of the steps that train on the questions of the same data folder.", TRAINING, minimum=0, below=1
+        0.0, "Share of the steps that train on questions, from the same data folder.", TRAINING, minimum=0, below=1
     )
     questions_per_step: int = option(512, "Questions in a step that trains on them.", LIMITS, minimum=1)
     questions_per_image: int = option(8, "At most this many questions of an image in a batch.", LIMITS, minimum=1)
@@ -270,14 +281,14 @@ class CaptionOptions(RunOptions):
 
     flip: float = option(
         0.5,
-        "Chance that a training image is mirrored, where no text of it says left or right.",
+        "Chance that a training image is mirrored, if none of its texts says left or right.",
         AUGMENTATION,
         minimum=0,
         maximum=1,
     )
     rotate: float = option(
         5.0,
-        "Training images are turned by up to this many degrees; above 5, places go wrong.",
+        "Largest rotation of a training image, in degrees; above 5, texts about places become wrong.",
         AUGMENTATION,
         minimum=0,
         maximum=180,
@@ -288,6 +299,11 @@ class CaptionOptions(RunOptions):
     contrast: float = option(
         0.1, "Largest relative change of a training image's contrast.", AUGMENTATION, minimum=0, maximum=1
     )
+
+    @property
+    def max_answer_tokens(self) -> int:
+        """The limit on captions, under the name that tokenizers use."""
+        return self.max_caption_tokens
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -300,9 +316,9 @@ BY_PRESET = {preset: options for options in CLASSES for preset in choices_of(opt
 
 
 def read_command_line(argv: Sequence[str]) -> RunOptions:
-    """The options that the flags ask for: those of the system which --preset names, whose flags they must be.
+    """The options of the system that --preset names, set by its flags.
 
-    `--help` prints them and exits. Raises UserError, one line, on a flag or value that cannot be.
+    `--help` prints the flags and exits. Raises UserError, one line, on an unknown flag or a value that is not allowed.
     """
     with first_rank_speaks():
         return parse(

@@ -1,5 +1,8 @@
-"""A run that writes answers, as the policy of `rlhf.py`: its training questions are the prompts, those of its test
-split are held out, and the reward is the official VQA accuracy."""
+"""A run that writes answers, as the policy of `rlhf.py`.
+
+The prompts are its training questions, those of its test split are for evaluation, and the reward is the official VQA
+accuracy.
+"""
 
 import copy
 import random
@@ -26,7 +29,7 @@ from vqa_scratch.systems.writing import check_room
 
 
 def vqa_task(options: RLHFOptions, device: torch.device, dtype: torch.dtype) -> Task:
-    """The task of the run of `train.py` in the folder `--policy`, whichever system that is."""
+    """The task of the run of `train.py` in the folder `--policy`, whatever its system."""
     return systems.load(Path(options.policy), device).policy(options, dtype)
 
 
@@ -37,14 +40,13 @@ def answering_task(
     train: list[VQASample],
     test: list[VQASample],
 ) -> Task:
-    """The policy with a frozen copy of itself as reference, whose linear layers are stored in `dtype`."""
+    """The system as policy, with a frozen copy as reference, whose linear layers are stored in `dtype`."""
     tokenizers, decoder, device = system.tokenizers, system.model.decoder, system.precision.device
     held_out = random.Random(options.seed).sample(test, min(options.eval_prompts, len(test)))
-    for what, samples in (("train", train), ("test", held_out)):
-        for sample in samples:
-            if not sample.answers:
-                where = f"question {sample.question_id} of the {what} split"
-                raise UserError(f"{where} has no answers: the reward is the VQA accuracy")
+    for name, samples in (("train", train), ("test", held_out)):
+        bare = next((sample.question_id for sample in samples if not sample.answers), None)
+        if bare is not None:
+            raise UserError(f"question {bare} of the {name} split has no answers: the reward is the VQA accuracy")
     questions = {sample.question for sample in (*train, *held_out)}
     longest = max(len(tokenizers.prompt(question)) for question in questions) + 1  # with the start token
     check_room(decoder, longest, options.max_new_tokens)
@@ -77,12 +79,12 @@ def answering_task(
         ),
         lambda ids: words.decode(ids).strip(),
         save,
-        todays=partial(todays_checkpoint, reference=reference),
+        upgrade=partial(todays_checkpoint, reference=reference),
     )
 
 
 def run_options(system: System, options: RLHFOptions) -> RLHFOptions:
-    """The options of the run, with the data of `--data` if that is given."""
+    """The options of the run, with the data of `--data` if given."""
     return replace(system.options, data=options.data) if options.data else system.options
 
 

@@ -1,6 +1,5 @@
-"""What the systems that answer questions share: the samples of their splits, the training epochs, and the report."""
+"""What the systems that answer questions share: their data, the batches of an epoch, and the final report."""
 
-from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,16 +8,17 @@ from typing import Any
 import numpy as np
 
 from vqa_scratch.data.answers import Answer
-from vqa_scratch.data.shapes import FAMILY_OF_TYPE, ShapesSpec, ensure_shapes
+from vqa_scratch.data.scenes import FAMILY_OF_TYPE
+from vqa_scratch.data.shapes import ShapesSpec, ensure_shapes
 from vqa_scratch.data.text import check_question
 from vqa_scratch.data.vqa_v2 import VQASample, read_vqa, split_by_image
 from vqa_scratch.errors import UserError
 from vqa_scratch.report.curves import moving_average
 from vqa_scratch.report.gallery import write_gallery
-from vqa_scratch.systems.base import AT_ONCE, System
+from vqa_scratch.systems.base import System
 from vqa_scratch.systems.options import QuestionOptions
-from vqa_scratch.systems.scoring import QuestionOnly, Report, TypePrior, blind, other_images, score
-from vqa_scratch.systems.writing import Split
+from vqa_scratch.systems.scoring import Report, blind_baselines, score
+from vqa_scratch.systems.splits import SplitSystem
 from vqa_scratch.training.ranks import World
 
 
@@ -32,7 +32,7 @@ class QuestionData:
 
 
 def family_of(folder: Path) -> Callable[[VQASample], str]:
-    """The question families where the folder is the built-in data set; the official answer type elsewhere."""
+    """A function from a question to its family: that of the built-in data set, else the official answer type."""
     if any(folder.glob("scenes_*.json")):
         return lambda sample: FAMILY_OF_TYPE[sample.question_type]
     return lambda sample: sample.answer_type or "unknown"
@@ -47,13 +47,8 @@ def first_images(samples: list[VQASample], number: int | None) -> list[VQASample
 def read_questions(options: QuestionOptions) -> QuestionData:
     """Read every split the run needs; draw the built-in data set first if no `--data` is given."""
     folder = options.data or ensure_shapes(options.cache, ShapesSpec(seed=options.seed))
-    limits = "start_at end_at max_images max_questions min_agreement".split()
-    train = read_vqa(
-        folder,
-        options.train_split,
-        **{name: getattr(options, name) for name in limits},
-        verify_images=options.verify_images,
-    )
+    limits = "start_at end_at max_images max_questions min_agreement verify_images".split()
+    train = read_vqa(folder, options.train_split, **{name: getattr(options, name) for name in limits})
     print(train.report)
     samples = {"train": train.samples}
     if options.val_split == "auto":
@@ -71,49 +66,25 @@ def read_questions(options: QuestionOptions) -> QuestionData:
     return QuestionData(Path(folder), samples, family_of(Path(folder)))
 
 
-class QuestionSystem(System):
-    """Training on questions grouped by image, and official accuracy with blind baselines in the end.
+class QuestionSystem(SplitSystem):
+    """A system that trains on questions grouped by image, and is scored by official accuracy beside blind baselines.
 
-    A subclass adds the model, `loss`, and `answers`: how it answers. While it trains, `data` is what it trains on and
-    `splits` the same with ids, by name.
+    A subclass adds the model, `loss`, and `answers`: how it answers.
     """
 
-    loss_unit: str  # what one unit of the training loss is, for the curve's axis
+    loss_unit: str  # of the training loss, for the curve's axis
     data: QuestionData
-    splits: dict[str, Split]
 
     @classmethod
     def read(cls, options: QuestionOptions) -> QuestionData:
         return read_questions(options)
 
-    @abstractmethod
-    def split(self, samples: Sequence[VQASample]) -> Split:
-        """Samples with their ids and images."""
-
-    @abstractmethod
-    def answers(
-        self,
-        split: Split,
-        chosen: Sequence[np.ndarray],
-        *,
-        image_map: np.ndarray | None = None,
-        progress: str | None = None,
-        ranked: bool = False,
-        top: int = 1,
-        decoding: dict[str, Any] | None = None,
-    ) -> dict[int, list[Answer]]:
-        """{question_id: the `top` answers, best first} to the rows in `chosen`; arguments as in `System.answer`."""
-
     # ------------------------------------------------------------------------------------------------- training
 
     def train_on(self, data: QuestionData) -> None:
         self.data = data
-        self.splits = {name: self.split(samples) for name, samples in data.samples.items()}
-        if self.options.image_cache:
-            for split in self.splits.values():
-                split.images.cache_in(self.options.cache)
-        test, train = data.samples["test"], data.samples["train"]
-        self.baselines = {"prior": blind(test, TypePrior(train)), "question_only": blind(test, QuestionOnly(train))}
+        self.make_splits(data.samples)
+        self.baselines = blind_baselines(data.samples["test"], data.samples["train"])
 
     def epoch(self, number: int) -> list[np.ndarray]:
         options = self.options
@@ -121,31 +92,17 @@ class QuestionSystem(System):
         return self.splits["train"].questions.epoch(options.seed, number, per_step, per_image)
 
     def share(self, key: np.ndarray, world: World) -> tuple[np.ndarray, bool]:
-        """The rows of this rank's images; those of one image and False where there are more ranks than images."""
+        """The rows of this rank's images; if there are more ranks than images, the rows of one image and False."""
         images = self.splits["train"].questions.by_image(key)
         mine = world.share(images)
         return np.concatenate(mine or images[:1]), bool(mine)
 
-    def ids(self, rows: list[int]) -> list[int]:
-        return [self.data.samples["train"][row].question_id for row in rows]
-
     # ----------------------------------------------------------------------------------------------- evaluation
 
-    def report(
-        self, name: str, limit: int | None = None, *, shuffled: bool = False, progress: str | None = None, **how: Any
-    ) -> Report:
-        """Score a split, or about its first `limit` questions; `shuffled` shows every question another image.
-
-        Ranks take turns at the batches and put their answers together, so that all of them get the same report.
-        """
-        split = self.splits[name]
-        samples = split.questions.samples
-        batches = split.questions.in_order(limit or len(samples), 2 * self.options.questions_per_step)
-        swap = other_images(len(split.images.paths)) if shuffled else None
-        mine = batches[self.world.rank :: self.world.size]
-        said = self.answers(split, mine, image_map=swap, progress=progress, **how)
-        answers = {number: best for some in self.world.gather(said) for number, (best, *_) in some.items()}
-        return score(samples, answers, self.data.family)
+    def report(self, name: str, limit: int | None = None, **how: Any) -> Report:
+        """Score a split, or about its first `limit` questions; `how` as in `answers`. The same on all ranks."""
+        answers = self.answer_split(name, limit, 2 * self.options.questions_per_step, **how)
+        return score(self.splits[name].questions.samples, answers, self.data.family)
 
     def evaluate(self) -> dict[str, float]:
         report = self.report("val", self.options.eval_questions)
@@ -153,8 +110,7 @@ class QuestionSystem(System):
 
     def panels(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Loss, validation accuracy, and accuracy by family, over the questions seen."""
-        steps = [row for row in rows if "loss" in row]
-        evaluations = [row for row in rows if "val" in row]
+        steps, evaluations = [row for row in rows if "loss" in row], [row for row in rows if "val" in row]
         seen = [row["samples"] / 1000 for row in evaluations]
         families = sorted({k for row in evaluations for k in row["val"] if k.startswith("accuracy/")})
         loss = moving_average([row["loss"] for row in steps], 5)
@@ -208,28 +164,16 @@ class QuestionSystem(System):
 
     # --------------------------------------------------------------------------------------------------- answers
 
-    def answer(
-        self,
-        samples: Sequence[VQASample],
-        limit: int | None = None,
-        *,
-        shuffled: bool = False,
-        progress: str | None = None,
-        ranked: bool = False,
-    ) -> dict[int, Answer]:
-        split = self.split(samples)
-        swap = other_images(len(split.images.paths)) if shuffled else None
-        chosen = split.questions.in_order(limit or len(samples), AT_ONCE)
-        found = self.answers(split, chosen, image_map=swap, progress=progress, ranked=ranked)
-        return {number: best for number, (best, *_) in found.items()}
+    def answer(self, samples: Sequence[VQASample], limit: int | None = None, **how: Any) -> dict[int, Answer]:
+        return self.answer_samples(samples, limit, **how)
 
     def ask(
         self, image: Path, question: str | None, top: int | None = None, decoding: dict[str, Any] | None = None
     ) -> tuple[list[Answer], list[str]]:
         question = needs_question(self, question)
-        split = self.split([one_sample(image, question)])
-        how = {"ranked": top is not None, "top": top or 1, "decoding": decoding}
-        return self.answers(split, [np.array([0])], **how)[0], self.tokenizers.notes_on(question)
+        how = {"decoding": decoding} if top is None else {"ranked": True, "top": top}
+        answers = self.answers(self.split([one_sample(image, question)]), [np.array([0])], **how)
+        return answers[0], self.tokenizers.notes_on(question)
 
 
 def needs_question(system: System, question: str | None) -> str:

@@ -1,10 +1,10 @@
-"""A run folder of `train.py`: what lies in it, and how it is written, opened and gone on with.
+"""A run folder of `train.py`: what is in it, and how it is written, opened and resumed.
 
 config.json            {"program", "train": the options, "model": the sizes of the model}
-text_tokenizer/        tokenizer.json of the text encoder;  decoder_tokenizer/  that of the decoder
+text_tokenizer/        tokenizer.json of the text encoder;  decoder_tokenizer/  of the decoder
 preprocessor_config.json
 model.safetensors      the best weights so far
-checkpoints/last.pt    everything needed to go on
+checkpoints/last.pt    everything needed to resume
 metrics.jsonl, curves.png, samples.html, summary.json
 """
 
@@ -30,12 +30,12 @@ CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
 
 def write_run_config(folder: Path, options: RunOptions, sizes: dict[str, Any]) -> None:
-    """config.json: the options of the run, and `sizes`, which is what its model is built from."""
+    """config.json: the options of the run, and the `sizes` from which its model is built."""
     write_json(folder / CONFIG, {"program": PROGRAM, "train": to_json(options), "model": sizes})
 
 
 def read_run_config(folder: Path) -> dict[str, Any]:
-    """config.json of a run of either program. Raises UserError if the folder is no run."""
+    """config.json of a run of train.py or rlhf.py. Raises UserError if the folder is not a run."""
     path = folder / CONFIG
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file; a run is a folder, as train.py leaves it below runs/")
@@ -72,13 +72,13 @@ def read_weights(folder: Path) -> dict[str, torch.Tensor]:
 def begin_or_go_on(options: RunOptions) -> tuple[RunOptions, dict[str, Any] | None]:
     """With --resume, the options of the run and its last checkpoint (None if it was stopped before the first).
 
-    Raises UserError where a run would be overwritten, or would go on with other options than it was begun with.
+    Raises UserError if a run would be overwritten, or resumed with options that must not change.
     """
     path = options.out / "checkpoints" / "last.pt"
     check_writable(options.out)
     if not options.resume:
         if path.exists():
-            raise UserError(f"{options.out} holds a run already; add --resume to go on with it, or give another --out")
+            raise UserError(f"{options.out} already holds a run; add --resume to continue it, or give another --out")
         return options, None
     values = read_run_config(options.out)
     if values["program"] != PROGRAM or values["train"].get("preset") != options.preset:
@@ -91,7 +91,7 @@ def begin_or_go_on(options: RunOptions) -> tuple[RunOptions, dict[str, Any] | No
     other = {k: v for k, v in given.items() if k not in may_change and v != getattr(saved, k)}
     if other:
         what = ", ".join(f"--{k.replace('_', '-')} {getattr(saved, k)}, not {v}" for k, v in other.items())
-        raise UserError(f"{options.out} was begun with {what}; a run goes on with the options it was begun with")
+        raise UserError(f"{options.out} was started with {what}; a resumed run keeps the options it was started with")
     changes = {k: v for k, v in given.items() if k in may_change} | {"out": options.out, "resume": False}
     merged = replace(saved, **changes)
     check_dependencies(merged, changes)  # the command line could not know the run's other options

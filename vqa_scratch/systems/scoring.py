@@ -12,13 +12,13 @@ from vqa_scratch.metrics import accuracy_by
 
 
 def common_answers(samples: Sequence[VQASample], limit: int | None = None) -> list[str]:
-    """The annotators' majority answers, the most frequent first, equally frequent ones in the order of the alphabet."""
+    """The annotators' majority answers, the most frequent first, ties in alphabetical order."""
     counts = Counter(sample.answer for sample in samples)
     return sorted(counts, key=lambda answer: (-counts[answer], answer))[:limit]
 
 
 def other_images(count: int) -> np.ndarray:
-    """A permutation of `count` images that leaves none in its place (with one image there is no other)."""
+    """A permutation of `count` images that leaves none in its place (unless there is only one)."""
     return np.roll(np.arange(count), count // 2 if count > 1 else 0)
 
 
@@ -39,8 +39,8 @@ class TypePrior:
 class QuestionOnly:
     """Answers from the question's words alone: the most common training answer of its longest known beginning.
 
-    A beginning is known if at least `support` training questions start with it. On template questions this is as good
-    as a blind model can be; on free ones it is a strong one.
+    A beginning is known if at least `support` training questions start with it. On template questions no blind model
+    can do better; on free questions it is a strong baseline.
     """
 
     def __init__(self, samples: Sequence[VQASample], support: int = 5) -> None:
@@ -70,7 +70,6 @@ class Report:
 
     accuracy: float
     by_family: dict[str, float]
-    counts: dict[str, int]
     answers: dict[int, Answer]
 
 
@@ -78,15 +77,15 @@ def score(samples: Sequence[VQASample], answers: dict[int, Answer], family: Call
     """Official accuracy, overall and by family, over the samples that have an answer."""
     scored = [s for s in samples if s.question_id in answers]
     result = accuracy_by(scored, {i: a.text for i, a in answers.items()}, family)
-    groups = dict(sorted(result.groups.items()))
-    return Report(
-        result.overall.accuracy,
-        {name: group.accuracy for name, group in groups.items()},
-        {name: group.count for name, group in groups.items()},
-        answers,
-    )
+    by_family = {name: group.accuracy for name, group in sorted(result.groups.items())}
+    return Report(result.overall.accuracy, by_family, answers)
 
 
 def blind(samples: Sequence[VQASample], predictor: Callable[[VQASample], str]) -> float:
-    """Official accuracy of a predictor that sees the sample's question only."""
+    """Official accuracy of a predictor that sees only the question."""
     return accuracy_by(samples, {s.question_id: predictor(s) for s in samples}).overall.accuracy
+
+
+def blind_baselines(samples: Sequence[VQASample], train: Sequence[VQASample]) -> dict[str, float]:
+    """Official accuracy of the two predictors that see only the question, learned from `train`."""
+    return {"prior": blind(samples, TypePrior(train)), "question_only": blind(samples, QuestionOnly(train))}

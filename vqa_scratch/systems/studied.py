@@ -1,4 +1,4 @@
-"""A run on one input, as the study tools look at it."""
+"""Prepares a system and one input for study: its subject, and the labels of its tokens."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +20,7 @@ def shown_image(processor: ImageProcessor, image: Image.Image) -> Image.Image:
 
 
 def writing_subject(system: System, image: Image.Image, question: str) -> Opened:
-    """A system of encoder, connector and decoder on one image and a question; "" for a caption."""
+    """A system of encoder, connector and decoder with one image and a question; "" for a caption."""
     tokenizers = system.tokenizers
     prompt, asked = [*tokenizers.prompt(question), tokenizers.start_id], ()
     if tokenizers.text is not None:
@@ -34,7 +34,7 @@ def writing_subject(system: System, image: Image.Image, question: str) -> Opened
 
 
 def choosing_subject(system: System, image: Image.Image, question: str) -> Opened:
-    """A ViLT on one image and a question."""
+    """A ViLT with one image and a question."""
     question = check_question(question)
     text, ids = system.tokenizers.text, system.tokenizers.question(question)
     labels = text_labels(text, question, ids)
@@ -44,7 +44,7 @@ def choosing_subject(system: System, image: Image.Image, question: str) -> Opene
 
 
 def score_of(system: System, data: Path, split: str, number: int) -> Callable[[], float]:
-    """A function that answers about the first `number` questions of a split and gives their official accuracy."""
+    """A function that answers about the first `number` questions of a split and returns their official accuracy."""
     samples = read_vqa(data, split).samples
     by_id = {sample.question_id: sample for sample in samples}
     first = [by_id[number] for number in system.answer(samples, number)]

@@ -1,7 +1,7 @@
-"""One stream: a ViLT reads the question and the image as one sequence and chooses its answer from a list.
+"""A single stream: a ViLT reads question and image as one sequence and chooses its answer from a list.
 
 Preset `vilt` trains a small one from random weights; `vilt-b32` fine-tunes the released one. Targets are soft, and
-every answer has a probability of its own (`data/answers.py`).
+each answer has its own probability (`data/answers.py`).
 """
 
 from collections.abc import Sequence
@@ -30,9 +30,9 @@ from vqa_scratch.systems.base import check_positions, seed_everything
 from vqa_scratch.systems.export import export_vilt
 from vqa_scratch.systems.options import ViLTOptions
 from vqa_scratch.systems.questions import QuestionData, QuestionSystem, needs_question
+from vqa_scratch.systems.splits import Split
 from vqa_scratch.systems.studied import choosing_subject
 from vqa_scratch.systems.vqa_models import VOCABULARY
-from vqa_scratch.systems.writing import Split
 from vqa_scratch.training.precision import Precision
 
 
@@ -55,7 +55,7 @@ class ViLTSystem(QuestionSystem):
         make = released_model if options.model else small_model
         model, tokenizers, processor = make(options, kept, answers.labels)
         system = cls(options, model, tokenizers, processor, precision)
-        # The head begins with how often each answer is right, instead of one half for each of thousands.
+        # The head starts from how often each answer is right; a bias of 0 would give each of thousands one half.
         share = torch.from_numpy(SoftTargets(kept, answers).mean()).clamp(1e-4, 1 - 1e-4)
         with torch.no_grad():
             model.out.bias.copy_(share.logit())
@@ -85,7 +85,7 @@ class ViLTSystem(QuestionSystem):
         return Split(questions, images_for(questions.image_paths, self.processor))
 
     def train_on(self, data: QuestionData) -> None:
-        """Questions to which nobody gave an answer of the list are left out."""
+        """Leaves out training questions with no answer in the list."""
         train = data.samples["train"]
         kept = AnswerList(self.model.labels).answerable(train)
         self.left_out = len(train) - len(kept)
@@ -118,7 +118,7 @@ class ViLTSystem(QuestionSystem):
         )
 
     def loss(self, batch: ClassBatch) -> tuple[Tensor, Tensor]:
-        """The second figure is the sum of the targets of the answers chosen: soft accuracy, times questions."""
+        """(sum of the loss over questions, sum of the targets of the chosen answers: soft accuracy times questions)."""
         logits, targets = self.logits(batch)[batch.asked], batch.targets[batch.asked]
         chosen = logits.detach().argmax(1, keepdim=True)
         return answer_loss(logits, targets), targets.gather(1, chosen).sum()
@@ -130,19 +130,17 @@ class ViLTSystem(QuestionSystem):
         split: Split,
         chosen: Sequence[np.ndarray],
         *,
-        image_map: np.ndarray | None = None,
-        progress: str | None = None,
         ranked: bool = False,
         top: int = 1,
         decoding: dict[str, Any] | None = None,
+        **shown: Any,
     ) -> dict[int, list[Answer]]:
-        """The probability of an answer is the sigmoid of its logit: what share of the full score it can expect."""
+        """The probability of an answer is the sigmoid of its logit: the share of the full score to expect."""
         if top > len(self.model.labels):
-            known = f"{len(self.model.labels):,} answers that {self.folder} knows"
-            raise UserError(f"--top {top} is more than the {known}")
+            raise UserError(f"--top {top} is more than the {len(self.model.labels):,} answers that {self.folder} knows")
         result = {}
         with self.evaluating():
-            for rows, batch in split.batches(self, chosen, image_map, progress):
+            for rows, batch in split.batches(self, chosen, **shown):
                 with self.precision.autocast():
                     logits = self.logits(batch)
                 best = logits.float().sigmoid().topk(top)
@@ -152,7 +150,7 @@ class ViLTSystem(QuestionSystem):
         return result
 
     def answer(self, samples: Sequence[VQASample], limit: int | None = None, **how: Any) -> dict[int, Answer]:
-        """It always chooses from its list, so there is no second way to rank."""
+        """A ViLT always chooses from its list, so it has no second way to rank."""
         return {} if how.get("ranked") else super().answer(samples, limit, **how)
 
     def finish(self, folder: Path) -> dict[str, Any]:
@@ -190,7 +188,7 @@ def small_model(options: ViLTOptions, train: list[VQASample], labels: tuple[str,
         heads=options.heads,
         hidden=4 * options.width,
         activation="relu",
-        # The first word is a large constant at first; blocks that begin as small as BERT's would be lost beside it.
+        # The first word starts as a large constant; blocks as small as BERT's at the start would be lost beside it.
         init_std=options.width**-0.5,
     )
     model = ViLTClassifier(build_vilt(sizes, options.stem), labels)

@@ -11,69 +11,56 @@ from typing import Any, Self
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
 
-from vqa_scratch.connectors.base import Conditioning
 from vqa_scratch.data.answers import Answer
-from vqa_scratch.data.batches import Batch, Questions
 from vqa_scratch.data.feature_store import ImageFeatures, TextFeatures
-from vqa_scratch.data.images import ImageProcessor, Images
-from vqa_scratch.data.text import Tokenizer
 from vqa_scratch.data.vqa_v2 import VQASample
 from vqa_scratch.errors import UserError
-from vqa_scratch.models.vqa import VQAModel, labelled_loss
-from vqa_scratch.nn.states import States
 from vqa_scratch.rl.options import RLHFOptions
 from vqa_scratch.rl.tasks import Task
 from vqa_scratch.storage import read_json, write_json
 from vqa_scratch.study.opened import Opened
-from vqa_scratch.systems import assembly
 from vqa_scratch.systems.base import seed_everything
-from vqa_scratch.systems.export import export_writer
 from vqa_scratch.systems.frozen import cache_features
 from vqa_scratch.systems.options import VQAOptions
 from vqa_scratch.systems.policy import answering_task, run_options
 from vqa_scratch.systems.questions import QuestionData, QuestionSystem, needs_question
 from vqa_scratch.systems.scoring import common_answers
+from vqa_scratch.systems.splits import Split
 from vqa_scratch.systems.studied import writing_subject
-from vqa_scratch.systems.vqa_models import released_models, small_models, tokenizers_for
-from vqa_scratch.systems.writing import Split, choose, write, writing_figures
+from vqa_scratch.systems.vqa_models import check_question, released_models, small_models
+from vqa_scratch.systems.writer import WritingSystem
+from vqa_scratch.systems.writing import choose
 from vqa_scratch.training.precision import Precision
 
-CANDIDATES = "answers.json"  # of a run folder: the training answers to choose from, the most frequent first
+CANDIDATES = "answers.json"  # in the run folder: the training answers to choose from, the most frequent first
 CANDIDATES_KEPT = 1000
-# Questions that are also ranked: at most so many, and so many times candidates; a pass per question and candidate.
+# Limits on the questions that are ranked too, and on questions times candidates: each pair is a pass.
 RANKED_QUESTIONS, RANKED_PAIRS = 2_000, 120_000
 
 
-class VQASystem(QuestionSystem):
+class VQASystem(WritingSystem, QuestionSystem):
     """Questions about images, answered by a decoder."""
 
     name = "vqa"
-    writes = True
     loss_unit = "nats a token"
-    model: VQAModel
-    candidates: list[str]  # training answers that it can also choose from; none in runs of older versions
+    candidates: list[str]  # training answers that it can also choose from; empty in runs of older versions
     kept: Sequence[ImageFeatures | TextFeatures] = ()  # cached features of frozen encoders
 
     # ------------------------------------------------------------------------------------------- build, save, open
 
     @classmethod
     def build(cls, options: VQAOptions, data: QuestionData, precision: Precision) -> Self:
+        check_question(options)
         seed_everything(options.seed)
         make = small_models if options.preset == "shapes" else released_models
-        image, text, connector, decoder, tokenizers, processor = make(options, data.samples["train"])
-        model = VQAModel(image, text, connector, decoder)
-        system = cls(options, model, tokenizers, processor, precision)
+        system = cls(options, *make(options, data.samples["train"]), precision)
         system.candidates = common_answers(data.samples["train"], CANDIDATES_KEPT)
         return system
 
     @classmethod
     def open(cls, folder: Path, sizes: dict[str, Any], options: VQAOptions, precision: Precision) -> Self:
-        model = assembly.assemble(sizes)
-        text = None if model.text is None else Tokenizer.from_pretrained(folder / "text_tokenizer")
-        tokenizers = tokenizers_for(options, text, Tokenizer.from_pretrained(folder / "decoder_tokenizer"))
-        system = cls(options, model, tokenizers, ImageProcessor.from_pretrained(folder), precision, folder)
+        system = super().open(folder, sizes, options, precision)
         system.candidates = read_candidates(folder / CANDIDATES) if (folder / CANDIDATES).is_file() else []
         return system
 
@@ -82,83 +69,40 @@ class VQASystem(QuestionSystem):
         if self.candidates:
             write_json(folder / CANDIDATES, self.candidates)
 
-    @property
-    def sizes(self) -> dict[str, Any]:
-        return assembly.sizes_of(self.model)
-
     # --------------------------------------------------------------------------------------------------- training
-
-    def split(self, samples: Sequence[VQASample]) -> Split:
-        questions = Questions(samples, self.tokenizers)
-        return Split(questions, Images(questions.image_paths, self.processor))
 
     def train_on(self, data: QuestionData) -> None:
         self.trainable = self.model.freeze(self.options.freeze)
         super().train_on(data)
         if self.options.feature_cache:
             self.kept = cache_features(self)
-        if self.options.compile:  # what runs is compiled, the model keeps its plain names for checkpoints
+        if self.options.compile:  # not the model itself, whose names go into checkpoints
             self.loss = torch.compile(self.loss, dynamic=True)
 
     def about(self) -> list[str]:
         cut = self.tokenizers.cut
-        limits = f"cut to the token limits: {cut['questions']} questions, {cut['answers']} answers"
-        return [self.trainable, limits]
+        return [self.trainable, f"cut to the token limits: {cut['questions']} questions, {cut['answers']} answers"]
 
     def precompute(self) -> None:
         for features in self.kept:
             features.ready()
 
-    def batch(self, key: np.ndarray) -> Batch:
-        train = self.splits["train"]
-        return train.questions.batch(key, train.images)
-
-    def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """(sum of the cross-entropy over the labelled tokens, how many of them are right)."""
-        image = self.encode_image(batch.images)
-        text = self.encode_text(batch.question, batch.attention_mask)
-        hidden = self.model.hidden(image, text, batch.decoder_input_ids, batch.image_index)
-        return labelled_loss(hidden, self.model.decoder.head, batch.labels)
-
-    def encode_image(self, images: Tensor) -> States:
-        """Bytes (I, H, W, 3) -> states (I, N, ...)."""
-        return self.model.image.states(self.processor.normalize(images))
-
-    def encode_text(self, question: Tensor | None, attention_mask: Tensor | None) -> States | None:
-        """Ids (B, T) -> states (B, T, ...); None without a text encoder."""
-        return None if self.model.text is None else self.model.text.states(question, attention_mask)
-
-    def condition(self, batch: Batch) -> Conditioning:
-        """What the decoder is given for a batch."""
-        text = self.encode_text(batch.question, batch.attention_mask)
-        return self.model.connector(self.encode_image(batch.images), text, batch.image_index)
-
     # ---------------------------------------------------------------------------------------------------- answers
 
     def answers(
-        self,
-        split: Split,
-        chosen: Sequence[np.ndarray],
-        *,
-        image_map: np.ndarray | None = None,
-        progress: str | None = None,
-        ranked: bool = False,
-        top: int = 1,
-        decoding: dict[str, Any] | None = None,
+        self, split: Split, chosen: Sequence[np.ndarray], *, ranked: bool = False, top: int = 1, **how: Any
     ) -> dict[int, list[Answer]]:
-        shown = {"image_map": image_map, "progress": progress}
-        if not ranked:
-            written = write(self, self.condition, split, chosen, **shown, decoding=decoding)
-            return {number: [answer] for number, answer in written.items()}
-        return choose(self, self.condition, split, chosen, self.candidates, **shown, top=top)
+        if ranked:
+            return choose(self, split, chosen, self.candidates, top=top, **how)
+        return super().answers(split, chosen, **how)
 
     def ask(
         self, image: Path, question: str | None, top: int | None = None, decoding: dict[str, Any] | None = None
     ) -> tuple[list[Answer], list[str]]:
-        """One written answer; with `top`, so many of the training answers, the likeliest first."""
+        """One written answer, or the `top` best of the training answers."""
         if top is not None and decoding:
             flag = "--" + next(iter(decoding)).replace("_", "-")
-            raise UserError(f"--top chooses from a list, nothing is decoded: leave out {flag}")
+            raise UserError(f"--top chooses from a list and decodes nothing: leave out {flag}")
         if top is not None and not self.candidates:
             raise UserError(f"{self.folder} has no {CANDIDATES} to choose from, so leave out --top")
         return super().ask(image, question, top, decoding)
@@ -172,14 +116,11 @@ class VQASystem(QuestionSystem):
 
     @property
     def ranked_questions(self) -> int:
-        """How many questions the figures of ranking are taken over."""
+        """How many questions are ranked for the figures."""
         return min(RANKED_QUESTIONS, max(1, RANKED_PAIRS // len(self.candidates)))
 
-    def figures(self, answers: dict[int, Answer]) -> dict[str, float]:
-        return writing_figures(answers)
-
     def finish(self, folder: Path) -> dict[str, Any]:
-        """The figures of every system that answers questions, and how well it chooses among the training answers."""
+        """Adds how well the model chooses among the training answers."""
         figures = super().finish(folder)
         ranking = self.report("test", self.ranked_questions, progress="ranking", ranked=True)
         return figures | {
@@ -202,12 +143,9 @@ class VQASystem(QuestionSystem):
         samples = self.read(run_options(self, options)).samples
         return answering_task(self, options, dtype, samples["train"], samples["test"])
 
-    def export(self, folder: Path) -> list[str]:
-        return export_writer(self, folder)
-
 
 def read_candidates(path: Path) -> list[str]:
-    """The answers of a run. Raises UserError on a file that holds no list of them."""
+    """The candidates of a run. Raises UserError if the file is not a list of answers."""
     answers = read_json(path)
     if not isinstance(answers, list) or not answers or not all(isinstance(a, str) and a for a in answers):
         raise UserError(f"{path} is not a list of answers, as train.py writes it")

@@ -1,10 +1,8 @@
-"""The models of the VQA system before training: small random ones, or released ones."""
+"""Builds the models of the VQA system for training: small random ones, or released ones."""
 
 import torch
-from torch import nn
 
 from vqa_scratch.connectors import connect, connector_class
-from vqa_scratch.connectors.base import Connector
 from vqa_scratch.data.images import ImageProcessor
 from vqa_scratch.data.text import Tokenizer, train_bpe, train_wordpiece
 from vqa_scratch.data.tokenizers import Tokenizers
@@ -14,21 +12,16 @@ from vqa_scratch.models.bert import Bert, BertConfig
 from vqa_scratch.models.gpt2 import GPT2, GPT2Config
 from vqa_scratch.models.released import image_encoder, text_encoder
 from vqa_scratch.models.vit import ViTConfig
+from vqa_scratch.models.vqa import VQAModel
 from vqa_scratch.systems import assembly
 from vqa_scratch.systems.base import check_positions
 from vqa_scratch.systems.options import VQAOptions
 
-IMAGE_SIZE = 64  # pixels a side, of the small models
-VOCABULARY = 512  # tokens at most, of the small models' tokenizers
+IMAGE_SIZE = 64  # side of the small models' images, in pixels
+VOCABULARY = 512  # at most, in tokens, of the small models' tokenizers
 DISTILBERT = BertConfig(layout="distilbert", layers=6, token_types=0)  # distilbert-base-uncased
 
-Parts = tuple[nn.Module, Bert | None, Connector, GPT2, Tokenizers, ImageProcessor]
-
-
-def tokenizers_for(options: VQAOptions, text: Tokenizer | None, decoder: Tokenizer) -> Tokenizers:
-    """The tokenizers with the limits of a run."""
-    names = ("max_question_tokens", "max_answer_tokens", "question_prompt")
-    return Tokenizers(text, decoder, **{name: getattr(options, name) for name in names})
+Parts = tuple[VQAModel, Tokenizers, ImageProcessor]
 
 
 def own_tokenizers(train: list[VQASample]) -> tuple[Tokenizer, Tokenizer]:
@@ -38,18 +31,29 @@ def own_tokenizers(train: list[VQASample]) -> tuple[Tokenizer, Tokenizer]:
     return train_wordpiece(questions, VOCABULARY), train_bpe([f" {text}" for text in questions + answers], VOCABULARY)
 
 
+def check_question(options: VQAOptions) -> None:
+    """Raise UserError unless the question reaches the decoder, and what is frozen is there."""
+    if connector_class(options.connector).reads_text:
+        return
+    if not options.question_prompt:
+        raise UserError(
+            f"--connector {options.connector} gives the decoder the image alone: add --question-prompt, so that it "
+            "reads the question"
+        )
+    if options.freeze == "text_encoder":
+        raise UserError(
+            f"--freeze text_encoder means nothing with --connector {options.connector}, which has no text encoder"
+        )
+
+
 def small_models(options: VQAOptions, train: list[VQASample]) -> Parts:
-    """Small random models of the real classes, with tokenizers learned from the questions."""
+    """Small models with random weights, and tokenizers learned from the questions."""
     kind, width = connector_class(options.connector), options.width
     text, decoder = own_tokenizers(train)
     shared = {"dim": width, "heads": options.heads, "activation": "relu"}
-    none = {"dropout": 0.0, "attention_dropout": 0.0}
+    no_dropout = {"dropout": 0.0, "attention_dropout": 0.0}
     image_config = ViTConfig(
-        image_size=IMAGE_SIZE,
-        patch_size=options.patch_size,
-        layers=options.image_layers,
-        hidden=4 * width,
-        **shared,
+        image_size=IMAGE_SIZE, patch_size=options.patch_size, layers=options.image_layers, hidden=4 * width, **shared
     )
     image = assembly.vit(image_config, options.stem)
     grid = image.places(IMAGE_SIZE, IMAGE_SIZE).grid
@@ -63,7 +67,7 @@ def small_models(options: VQAOptions, train: list[VQASample]) -> Parts:
         token_types=0,
         pad_id=text.pad_id,
         **shared,
-        **none,
+        **no_dropout,
     )
     longest = options.max_question_tokens + options.max_answer_tokens + 1
     decoder_config = GPT2Config(
@@ -76,7 +80,7 @@ def small_models(options: VQAOptions, train: list[VQASample]) -> Parts:
         eos_id=decoder.eos_id,
         pad_id=decoder.pad_id,
         **shared,
-        **none,
+        **no_dropout,
     )
     words, writer = Bert(text_config) if kind.reads_text else None, GPT2(decoder_config)
     connector = connect({"kind": options.connector, **sizes}, image, words, writer)
@@ -84,24 +88,26 @@ def small_models(options: VQAOptions, train: list[VQASample]) -> Parts:
     with torch.no_grad():
         image.positions[0, image.prefix_tokens :] = table
     connector.start_from_places(table)
-    tokenizers = tokenizers_for(options, text if kind.reads_text else None, decoder)
-    return image, words, connector, writer, tokenizers, ImageProcessor(size=(IMAGE_SIZE, IMAGE_SIZE))
+    tokenizers = assembly.tokenizers_for(options, text if kind.reads_text else None, decoder)
+    return VQAModel(image, words, connector, writer), tokenizers, ImageProcessor(size=(IMAGE_SIZE, IMAGE_SIZE))
 
 
 def released_models(options: VQAOptions, train: list[VQASample]) -> Parts:
-    """Models, tokenizers and preprocessing from checkpoints; or, with `--init random`, random ones of book size."""
+    """Models, tokenizers and preprocessing from checkpoints; with `--init random` random weights of the same sizes."""
     kind = connector_class(options.connector)
     if options.init == "random":
         text, decoder = own_tokenizers(train)
-        image, words = assembly.vit(ViTConfig(), "linear"), Bert(DISTILBERT)
+        image, words = assembly.vit(ViTConfig(), "linear"), Bert(DISTILBERT) if kind.reads_text else None
         writer, processor = GPT2(GPT2Config(add_cross_attention=kind.uses_memory)), ImageProcessor()
     else:
-        text = Tokenizer.from_pretrained(options.text_model)
+        text = Tokenizer.from_pretrained(options.text_model) if kind.reads_text else None
         decoder = Tokenizer.from_pretrained(options.decoder_model)
-        image, words = image_encoder(options.image_model), text_encoder(options.text_model)
+        image = image_encoder(options.image_model)
+        words = text_encoder(options.text_model) if kind.reads_text else None
         writer = GPT2.from_pretrained(options.decoder_model, add_cross_attention=kind.uses_memory)
         processor = ImageProcessor.from_pretrained(options.image_model)
-    check_positions(options, ["max_question_tokens"], words.longest, options.text_model or "DistilBERT")
+    if words is not None:
+        check_positions(options, ["max_question_tokens"], words.longest, options.text_model or "DistilBERT")
     if processor.output_size is None:
         raise UserError(f"training needs images of one size; {options.image_model} takes each at a size of its own")
     grid = image.places(*processor.output_size).grid
@@ -109,6 +115,6 @@ def released_models(options: VQAOptions, train: list[VQASample]) -> Parts:
     written = [*(["max_question_tokens"] if options.question_prompt else []), "max_answer_tokens"]
     room = writer.config.max_positions - kind.prefix_length(grid, sizes)
     check_positions(options, written, room, options.decoder_model or "GPT-2")
-    words = words if kind.reads_text else None
     connector = connect({"kind": options.connector, **sizes}, image, words, writer)
-    return image, words, connector, writer, tokenizers_for(options, text if words else None, decoder), processor
+    tokenizers = assembly.tokenizers_for(options, text if words else None, decoder)
+    return VQAModel(image, words, connector, writer), tokenizers, processor

@@ -1,4 +1,4 @@
-"""Checkpoints: everything that a run needs to go on bit for bit, in files that need no trust to be read."""
+"""Saves and loads checkpoints, from which a run resumes bit for bit; loading one runs no code from the file."""
 
 import os
 import random
@@ -40,19 +40,19 @@ def set_rng_state(state: dict[str, Any]) -> None:
 
 
 def separate_streams(world: World, step: int = 0) -> None:
-    """Ranks other than the main one draw random numbers of their own from here on, by rank and step."""
+    """From here on, ranks other than the main one draw their own random numbers, by rank and step."""
     if not world.main:
         torch.manual_seed(torch.initial_seed() + 1_000_003 * world.rank + step)
 
 
 def streams(world: World) -> dict[str, Any]:
-    """`rng_state` of the main rank, with those of the others under "ranks"; all ranks must call it."""
+    """`rng_state` of the main rank, with those of the others under "ranks". All ranks must call it."""
     first, *others = world.gather(rng_state())
     return first | ({"ranks": others} if others else {})
 
 
 def restore_streams(saved: dict[str, Any], world: World, step: int) -> None:
-    """Every rank gets its state back; ranks that the saved run did not have begin their own."""
+    """Give every rank its state back; a rank that the saved run did not have starts its own stream."""
     states = [saved, *saved.get("ranks", ())]
     if world.rank < len(states):
         set_rng_state(states[world.rank])
@@ -61,7 +61,7 @@ def restore_streams(saved: dict[str, Any], world: World, step: int) -> None:
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    """Tensors and plain values only, so that `load_checkpoint` needs no trust in the file."""
+    """Write tensors and plain values; nothing else is allowed, so that `load_checkpoint` need not trust the file."""
 
     def write(unfinished: Path) -> None:
         with open(unfinished, "wb") as file:
@@ -84,7 +84,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def load_model_state(model: torch.nn.Module, state: dict[str, torch.Tensor], where: str) -> None:
-    """Strict: UserError on missing, extra or misshapen tensors, with their number and the first of them."""
+    """Load the weights. UserError on missing, extra or misshapen tensors, with the first few and their number."""
     own = model.state_dict()
     problems = [f"missing {k}" for k in own if k not in state] + [f"extra {k}" for k in state if k not in own]
     problems += [
@@ -99,17 +99,12 @@ def load_model_state(model: torch.nn.Module, state: dict[str, torch.Tensor], whe
 
 
 def restore(
-    saved: dict[str, Any],
-    system: Any,
-    optimizers: Optimizers,
-    precision: Precision,
-    where: str,
-    world: World,
+    saved: dict[str, Any], system: Any, optimizers: Optimizers, precision: Precision, where: str, world: World
 ) -> dict[str, Any]:
-    """Bring weights, moments, scaler and random numbers of a `vqa_scratch.systems.System` back to a checkpoint of
-    `train.py`; returns where the run stood. Raises UserError if it does not fit the model.
+    """Restore weights, moments, scaler and random numbers of a `vqa_scratch.systems.System` from a checkpoint of
+    `train.py`; returns its progress. Raises UserError if it does not fit the model.
 
-    Takes weights and moments out of `saved`, so that a second copy of them does not stay in memory.
+    Removes weights and moments from `saved`, so that no second copy of them stays in memory.
     """
     weights, moments = saved.pop("model"), saved.pop("optimizers")
     optimizers.load_state_dict(system.moments(moments, weights))

@@ -1,6 +1,6 @@
-"""How a run of several processes starts, and how it ends: errors are printed once, and a rank that dies ends all.
+"""Starts and ends a run of several processes: errors are printed once, and a rank that dies ends all others.
 
-`torchrun` starts the processes and gives each its place through the environment.
+`torchrun` starts the processes and passes each its rank through the environment.
 """
 
 import hashlib
@@ -18,15 +18,15 @@ from tqdm import tqdm
 from vqa_scratch.errors import UserError
 from vqa_scratch.training.ranks import ALONE, World
 
-# How long one rank may keep the others waiting: rank 0 draws data, decodes images and writes reports while they do. A
-# rank that dies is noticed at once, by torchrun and by its closed connections.
+# How long the ranks wait for each other, for example while rank 0 draws data, decodes images or writes reports. A rank
+# that dies is noticed at once, by torchrun and by its closed connections.
 TIMEOUT = timedelta(hours=1)
-GRACE = timedelta(seconds=2)  # that rank 0 has to tell an error which every rank meets
+GRACE = timedelta(seconds=2)  # for rank 0 to print an error that every rank meets
 NEEDED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 def _place() -> World | None:
-    """What torchrun's environment says, None without it. Raises UserError on half of it."""
+    """The world described by torchrun's environment; None without it. Raises UserError if it is incomplete."""
     missing = [name for name in NEEDED if name not in os.environ]
     if "RANK" in missing or "WORLD_SIZE" in missing:
         return None
@@ -54,7 +54,7 @@ def _backend(device: str, world: World) -> str:
 
 
 def _be_quiet() -> None:
-    """No bar and no line on stdout from this process; errors and warnings still reach stderr."""
+    """Hide the bars and the stdout of this process; errors and warnings still reach stderr."""
     sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     shown = tqdm.__init__
 
@@ -65,7 +65,7 @@ def _be_quiet() -> None:
 
 
 class _Errors:
-    """Who tells what went wrong, so that it is told once. Ranks leave notes in the store that torchrun keeps."""
+    """Decides which rank prints an error, so that it appears once. Ranks leave notes in torchrun's store."""
 
     def __init__(self, store: dist.Store, world: World) -> None:
         self.store, self.world = store, world
@@ -78,18 +78,18 @@ class _Errors:
         return True
 
     def mine(self, message: str) -> bool:
-        """Whether this rank tells an error that it met: rank 0 always, another unless rank 0 met the same one."""
+        """Whether this rank prints an error that it met: rank 0 always, another unless rank 0 met the same one."""
         same = "error/" + hashlib.sha256(message.encode()).hexdigest()
         if not self.world.main and self._noted(same, GRACE):
             return False
         with suppress(RuntimeError):
-            self.store.set(same, "told")
-            self.store.set("told", "yes")
+            self.store.set(same, "reported")
+            self.store.set("reported", "yes")
         return True
 
     def loss(self) -> bool:
-        """Whether this rank tells that another is gone: only if that one said nothing, and nobody has told yet."""
-        if self._noted("told", 2 * GRACE):
+        """Whether this rank reports that another is gone: only if that one printed nothing and no rank did so."""
+        if self._noted("reported", 2 * GRACE):
             return False
         try:
             return self.store.add("gone", 1) == 1
@@ -104,17 +104,17 @@ def lost(error: RuntimeError) -> bool:
 
 
 def _short(error: RuntimeError) -> str:
-    """What a collective's error says, without the place in torch's source."""
+    """The message of a collective's error, without the position in torch's source."""
     return str(error).splitlines()[0].split("] ")[-1][:120]
 
 
 @contextmanager
 def start(device: str = "auto") -> Iterator[World]:
-    """The world of this run, from torchrun's environment; taken down again at the end of the block.
+    """The world of this run, from torchrun's environment; it is closed at the end of the block.
 
-    `device` is the word of --device. Raises UserError when the environment or the device does not fit. An error in the
-    block that every rank meets is told by rank 0; one that a single rank meets is told by that rank, by its number; a
-    rank that loses another one ends with one line, and nothing is saved.
+    `device` is the value of --device. Raises UserError if the environment or the device does not fit. If every rank
+    meets an error in the block, rank 0 prints it; if a single rank does, it prints the error with its number. A rank
+    that loses another one ends with one line, and nothing is saved.
     """
     world = _place()
     if world is None:

@@ -1,4 +1,4 @@
-"""Which device and which number format, chosen here and nowhere else, with the autocast and loss scaling they need."""
+"""Chooses the device and the number format of a run, with the autocast and loss scaling they need."""
 
 import time
 from collections.abc import Callable
@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from vqa_scratch.errors import UserError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-WORTHWHILE = 1.5  # bf16 must beat fp32 by this factor at one product, to pay for the casts around it
+WORTHWHILE = 1.5  # bf16 must be this many times as fast as fp32 in one product, to make up for the casts
 
 
 def pick_device(name: str) -> torch.device:
-    """`auto` is CUDA, then MPS, then the CPU. Raises UserError on a device that is not there."""
+    """`auto` is CUDA, else MPS, else the CPU. Raises UserError for a device that is not available."""
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
         name = next(kind for kind, there in available.items() if there)
@@ -52,9 +52,9 @@ def pick_precision(name: str, device: torch.device) -> tuple[str, str]:
 
 
 class Precision:
-    """The number format of a run: autocast to `kind` around the forward pass, and loss scaling where it needs that.
+    """The number format of a run: autocast to `kind` for the forward pass, and loss scaling for fp16.
 
-    Weights stay fp32. `dtype` is the format as torch names it, for what is stored in it: frozen weights, features.
+    Trained weights stay fp32. Frozen weights and features are stored in `dtype`, the same format.
     """
 
     def __init__(self, kind: str, device: torch.device) -> None:

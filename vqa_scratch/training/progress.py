@@ -1,4 +1,4 @@
-"""metrics.jsonl: the figures of a run, a JSON object a line; and how much memory the run took."""
+"""Writes and reads metrics.jsonl, the log of a run, and measures the memory that the run takes."""
 
 import json
 import resource
@@ -12,9 +12,9 @@ from vqa_scratch.storage import append_line, write_text
 
 
 class MetricsLog:
-    """metrics.jsonl: one JSON object a line, `step` in each. Going on from a step drops the lines after it.
+    """metrics.jsonl: one JSON object a line, each with its `step`. `resume_after` drops the lines after that step.
 
-    `on_disk=False` keeps the rows in memory alone: one rank of a run writes the file.
+    With `on_disk=False` the rows stay in memory: only one rank writes the file.
     """
 
     def __init__(self, path: Path, resume_after: int | None = None, *, on_disk: bool = True) -> None:
@@ -43,7 +43,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def peak_memory_gb(device: torch.device) -> float:
-    """The most memory used so far: of the GPU where there is one, else of this process."""
+    """The most memory used so far, in 10**9 bytes: of the GPU if it is the device, else of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 1e9
     unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS, in KiB elsewhere

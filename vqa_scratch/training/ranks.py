@@ -1,8 +1,7 @@
-"""The ranks of a run: who is who, the small messages between them, and tensors of which each rank holds a part.
+"""The ranks of a run: their numbers, the small messages between them, and tensors of which each rank holds a part.
 
-Without torchrun a run is a world of one, in which every message is a no-op. Numbers and Python objects travel by gloo
-between CPUs even where gradients travel by NCCL between GPUs, so that agreeing on a clock or a signal never waits for a
-GPU.
+Without torchrun a run is a world of one, in which every message is a no-op. Numbers and Python objects go through gloo
+on the CPU even if gradients go through NCCL, so agreeing on a clock or a signal never waits for a GPU.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +20,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class World:
-    """The processes of a run, as one of them sees it. `local_rank` counts within the machine."""
+    """The processes of a run, seen from one of them. `local_rank` counts within the machine."""
 
     rank: int = 0
     size: int = 1
@@ -29,17 +28,17 @@ class World:
 
     @property
     def main(self) -> bool:
-        """Whether this is the one that logs, draws and writes."""
+        """Whether this is the rank that logs, draws and writes."""
         return self.rank == 0
 
     def totals(self, values: Sequence[float]) -> list[float]:
-        """The sum of each number over the ranks, exact up to 2**53; all ranks get the same."""
+        """The sum of each number over the ranks, the same on all of them; exact up to 2**53."""
         if self.size == 1:
             return list(values)
         return self.sum_(torch.tensor(values, dtype=torch.float64)).tolist()
 
     def sum_(self, tensor: Tensor) -> Tensor:
-        """The sum over the ranks, in place, on whatever device the tensor is."""
+        """The sum over the ranks, in place, on the device of the tensor."""
         if self.size > 1:
             dist.all_reduce(tensor)
         return tensor
@@ -61,13 +60,13 @@ class World:
         return box[0]
 
     def from_main_(self, tensor: Tensor) -> Tensor:
-        """Rank 0's values, in place, on whatever device the tensor is."""
+        """Rank 0's values, in place, on the device of the tensor."""
         if self.size > 1:
             dist.broadcast(tensor, src=0)
         return tensor
 
     def share(self, items: Sequence[T]) -> Sequence[T]:
-        """This rank's run of the items: shares differ by one item at most, and may be empty."""
+        """This rank's share, a slice of the items. Shares differ by one item at most, and may be empty."""
         return items[len(items) * self.rank // self.size : len(items) * (self.rank + 1) // self.size]
 
     def check_same(self, value: Any, what: str) -> None:
@@ -79,10 +78,10 @@ class World:
 
     @contextmanager
     def first_one_then_all(self) -> Iterator[None]:
-        """The body runs on one rank of each machine, then on its others, which find what the first left on disk."""
+        """Run the body on one rank of each machine first; the others then find what it wrote to disk."""
         if self.local_rank == 0:
             yield
-        self.totals([0])  # nobody passes before everybody came
+        self.totals([0])  # a barrier
         if self.local_rank != 0:
             yield
 
@@ -90,16 +89,13 @@ class World:
 ALONE = World()
 
 
-# ------------------------------------------------------------------------------------------------ whole and part
-
-
 def in_parts(value: Any) -> bool:
-    """Whether this is a tensor of which each rank holds a part; without the import, which costs 40 MB."""
+    """Whether each rank holds a part of this tensor (a DTensor, whose import would cost 40 MB)."""
     return hasattr(value, "full_tensor")
 
 
 def whole(value: Any) -> Any:
-    """The same nested dictionaries and lists with every sharded tensor gathered; all ranks must call it."""
+    """The same nested dictionaries and lists with every sharded tensor gathered. All ranks must call it."""
     if in_parts(value):
         return value.detach().full_tensor()
     if isinstance(value, dict):
@@ -110,9 +106,9 @@ def whole(value: Any) -> Any:
 
 
 def for_main(value: Any, world: World) -> Any:
-    """`whole`, for a file that the main rank writes: it gets tensors on the CPU, the others None; all must call it.
+    """`whole`, for a file that the main rank writes: there the tensors are on the CPU, on other ranks None.
 
-    One tensor after the other, so that no rank's device ever holds more than one of them whole.
+    All ranks must call it. They gather one tensor at a time, so that no device holds two whole ones.
     """
     if in_parts(value):
         value = whole(value)
@@ -125,7 +121,7 @@ def for_main(value: Any, world: World) -> Any:
 
 
 def like(own: Tensor, value: Tensor) -> Tensor:
-    """`value`, whole and the same on all ranks, cut as `own` is; nothing is sent."""
+    """`value`, which is whole and the same on all ranks, sharded like `own`; nothing is sent."""
     if not in_parts(own):
         return value
     from torch.distributed.tensor import distribute_tensor
@@ -133,17 +129,14 @@ def like(own: Tensor, value: Tensor) -> Tensor:
     return distribute_tensor(value.to(own.device), own.device_mesh, own.placements, src_data_rank=None)
 
 
-# ------------------------------------------------------------------------------------------- how a model is shared
-
-
 class Alone:
-    """One process: nothing to share."""
+    """How a single process uses the model. The other strategies, in `sharing.py`, override these methods."""
 
     def __init__(self, world: World = ALONE) -> None:
         self.world = world
 
     def shared(self, work: Callable[..., T]) -> Callable[..., T]:
-        """`work`, which uses the model, as a function whose gradients the ranks exchange."""
+        """`work`, which uses the model, wrapped so that the ranks exchange its gradients."""
         return work
 
     def run(self, work: Callable[..., T], *args: Any) -> T:
@@ -151,26 +144,26 @@ class Alone:
         return self.shared(work)(*args)
 
     def backward_of(self, last: bool) -> AbstractContextManager:
-        """Around the forward and backward pass of one part of a step; gradients are exchanged in the last."""
+        """The context of a part's forward and backward pass; gradients are exchanged in the last part of a step."""
         return nullcontext()
 
     def with_whole_model(self, work: Callable[[], T]) -> T:
-        """`work()` with plain tensors for weights: ranks may do different things in it. No gradients."""
+        """`work()` with whole weights and without gradients; ranks may do different things in it."""
         return work()
 
     def passes(self, parts: Sequence[T], idle: T) -> list[tuple[T, bool]]:
-        """What a rank goes through the model with in a step: its parts, each with True.
+        """The inputs of this rank's passes through the model in a step: its parts, each with True.
 
-        Where ranks must go through it equally often, `idle` with False follows until there are enough.
+        If all ranks need equally many passes, (`idle`, False) fills the missing ones.
         """
         return [(part, True) for part in parts]
 
     def backward(self, loss: Tensor, counts: bool) -> None:
-        """The backward pass of one of `passes`; gradients become sums over parts and, after `collect`, over ranks."""
+        """The backward pass of one of `passes`. Gradients are summed over parts and, after `collect`, over ranks."""
         loss.backward()
 
     def collect(self, parameters: Sequence[nn.Parameter]) -> None:
-        """After the last of `passes`: whatever is still to be exchanged of the gradients."""
+        """Exchange the gradients after the last of `passes`, unless that is already done."""
 
 
 ONE_PROCESS = Alone()

@@ -1,15 +1,13 @@
-"""How the ranks of a run share a model: each holds all of it (DDP), or each a part of every tensor (FSDP2).
+"""How the ranks of a run share a model: each holds all of it (DDP) or a part of every tensor (FSDP2).
 
 DDP: Li et al. 2020, "PyTorch Distributed: Experiences on Accelerating Data Parallel Training" (2006.15704); gradients
-are averaged in buckets while the backward pass still runs. FSDP: Zhao et al. 2023, "PyTorch FSDP" (2304.11277), after
-ZeRO (Rajbhandari et al. 2020, 1910.02054); weights are gathered block by block when they are needed, and gradients and
-optimizer state stay in parts.
+are averaged in buckets during the backward pass. FSDP: Zhao et al. 2023, "PyTorch FSDP" (2304.11277), after
+ZeRO (Rajbhandari et al. 2020, 1910.02054); weights are gathered block by block when needed; gradients and optimizer
+state stay in parts. Both average gradients over ranks. A step needs the sum, so it multiplies the loss by their number.
 
-Both average gradients over ranks. The loop wants their sum, so it multiplies the loss by the number of ranks.
-
-An update of PPO is different: a rank's share of it may need more passes through the model than another's. `passes`,
-`backward` and `collect` are for that. `Copies` (in `rl/ranks.py`) adds the gradients up after the last pass. `Shards`
-exchanges something in every pass, so ranks with fewer go through the model with something that comes to nothing.
+In an update of PPO, ranks may need different numbers of passes through the model; `passes`, `backward` and `collect`
+allow for that. `Copies` (in `rl/ranks.py`) adds up the gradients after the last pass. `Shards` communicates in every
+pass, so ranks with fewer parts make idle passes.
 """
 
 import warnings
@@ -33,13 +31,13 @@ KINDS = ("ddp", "fsdp")
 
 @torch.no_grad()
 def make_alike(model: nn.Module, world: World) -> None:
-    """Give every rank the weights and buffers of rank 0, as DDP does by itself."""
+    """Give every rank the weights and buffers of rank 0, as DDP does on its own."""
     for tensor in (*model.parameters(), *model.buffers()):
         tensor.copy_(world.from_main_(tensor.detach().contiguous()))
 
 
 class _Forward(nn.Module):
-    """DDP and FSDP act around a module's forward; this one's forward is any function that uses the model."""
+    """A module whose forward is any function that uses the model: DDP and FSDP wrap a module's forward."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -50,11 +48,11 @@ class _Forward(nn.Module):
 
 
 class Replicas(Alone):
-    """DDP: the same weights on every rank, made equal to rank 0's at the start."""
+    """DDP: the weights of rank 0 on every rank."""
 
     def __init__(self, model: nn.Module, world: World) -> None:
         super().__init__(world)
-        # An axis of length 1 has no stride to speak of, but DDP compares it.
+        # The stride of an axis of length 1 does not matter, but DDP compares it.
         warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
         self.module = DistributedDataParallel(_Forward(model), gradient_as_bucket_view=True)
 
@@ -66,11 +64,11 @@ class Replicas(Alone):
 
 
 class Shards(Alone):
-    """FSDP2: rank 0's weights, cut; a block's tensors along their first axis, the rest of the model is one more group.
+    """FSDP2: rank 0's weights, sharded along their first axis; each block is a group, and so is the rest of the model.
 
-    `model` is changed in place: make its optimizer afterwards. Gradients are exchanged after every part of a step: to
-    keep them until the last would need the memory that this saves. `frozen` are models without gradients, used only
-    inside `with_whole_model`, which are cut and gathered along with it.
+    `model` is changed in place: make its optimizer afterwards. Gradients are exchanged after every part of a step:
+    keeping them until the last part would cost the memory that sharding saves. `frozen` are models without gradients,
+    used only inside `with_whole_model`; they are sharded and gathered along with the model.
     """
 
     def __init__(self, model: nn.Module, world: World, device: torch.device, frozen: Sequence[nn.Module] = ()) -> None:
@@ -114,7 +112,7 @@ class Shards(Alone):
 
     @contextmanager
     def _held(self) -> Iterator[None]:
-        """All blocks gathered, and kept so after their forward passes and where someone asks for the state dict."""
+        """Gather all blocks, and keep them so through forward passes and calls of `state_dict`."""
         cut_again = [(m, m._state_dict_pre_hooks) for m in self.module.modules()]
         for m, _ in cut_again:
             m._state_dict_pre_hooks = OrderedDict()
@@ -132,7 +130,7 @@ class Shards(Alone):
 
 
 def check_sharing(kind: str, precision: Precision) -> None:
-    """Raise UserError where the strategy that `--parallel` names cannot be used."""
+    """Raise UserError if the strategy that `--parallel` names cannot be used."""
     assert kind in KINDS
     if kind == "fsdp" and not torch.distributed.is_initialized():
         raise UserError("--parallel fsdp cuts the model over processes: start the run with torchrun")
@@ -148,9 +146,9 @@ def share_model(
     replicas: Callable[[nn.Module, World], Alone] = Replicas,
     frozen: Sequence[nn.Module] = (),
 ) -> Alone:
-    """The strategy that `--parallel` names. Raises UserError where it cannot be used.
+    """The strategy that `--parallel` names. Raises UserError if it cannot be used.
 
-    `replicas` is the one for whole models, `frozen` are models of the run without gradients.
+    `replicas` is the strategy for whole models; `frozen` are the run's models without gradients.
     """
     check_sharing(kind, precision)
     if kind == "fsdp":

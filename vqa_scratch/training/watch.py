@@ -1,12 +1,10 @@
-"""What may end a run early: a signal, or a loss that is no number. Both end it on all ranks at the same step."""
+"""Ends a run early on a signal or a loss that is not finite, on all ranks at the same step."""
 
 import math
 import signal
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,16 +16,13 @@ from vqa_scratch.training.ranks import World
 STOPS = (signal.SIGINT, signal.SIGTERM)
 
 
-@dataclass
 class GracefulStop:
-    """While installed, the first SIGINT or SIGTERM asks the loop to save and stop; a second one ends the program."""
+    """A context in which the first SIGINT or SIGTERM asks to save and stop; a second one ends the program."""
 
     signal: int | None = None
-    _previous: dict[int, Any] = field(default_factory=dict)
 
     def __enter__(self) -> "GracefulStop":
-        for number in STOPS:
-            self._previous[number] = signal.signal(number, self._note)
+        self._previous = {number: signal.signal(number, self._note) for number in STOPS}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -39,7 +34,7 @@ class GracefulStop:
         signal.signal(number, self._previous[number])
 
     def votes(self) -> list[int]:
-        """For each of STOPS, whether this process got it: what ranks add up to agree."""
+        """For each of STOPS, whether this process got it; ranks add up their votes."""
         return [int(self.signal == number) for number in STOPS]
 
     @staticmethod
@@ -53,10 +48,9 @@ class NotFinite(UserError):
 
 
 class LossWatch:
-    """Collects losses and gradient norms on the device, and looks at them in one go, so that a GPU is not waited for at
-    every step. Values are those of all ranks, so all ranks raise together.
+    """Collects losses and gradient norms on the device and checks many at once: each check waits for the GPU.
 
-    `ids` gives the names of the samples of a batch's `rows`, for the report.
+    The values are those of all ranks, so all ranks raise together. `ids` gives the sample ids of a batch's `rows`.
     """
 
     def __init__(self, folder: Path, world: World, ids: Callable[[list[int]], list[int]]) -> None:
@@ -64,13 +58,13 @@ class LossWatch:
         self.pending: list[tuple[str, int, Tensor, Tensor]] = []
 
     def add(self, step: int, rows: Tensor, loss: Tensor, norm: Tensor | None) -> None:
-        """The loss of a step and the norm of its gradient (None: not looked at)."""
+        """The loss of a step and the norm of its gradient (None: not checked)."""
         self.pending.append(("loss", step, rows, loss.detach()))
         if norm is not None:
             self.pending.append(("gradient", step, rows, norm.detach()))
 
     def look(self) -> None:
-        """Raise NotFinite for the first value that is no number, after writing its samples' ids to a file."""
+        """Raise NotFinite for the first value that is not finite, after writing the ids of its samples to a file."""
         if not self.pending:
             return
         values = torch.stack([value for *_, value in self.pending]).tolist()

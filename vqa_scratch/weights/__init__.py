@@ -1,1 +1,1 @@
-"""Checkpoints: key maps as data, strict conversion, and files. Knows tensors and names, not models."""
+"""Checkpoints: key maps as data, strict conversion, and files. Works on tensors and names, not on models."""

@@ -1,7 +1,7 @@
-"""Move weights between our parameters and a checkpoint's keys, by a key map, strictly in both directions.
+"""Copy weights from a checkpoint into a model and back by a key map, strictly in both directions.
 
-Strict means: every parameter of ours finds its tensor, every tensor of the file is used or known to be superfluous,
-every shape fits. Whatever does not is listed, all of it, in one UserError.
+Strict means: each of our parameters has its tensor, each tensor of the file is used or known to be superfluous, and
+every shape fits. One UserError lists everything that does not.
 """
 
 import re
@@ -17,32 +17,28 @@ _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
 def _parameters(model: nn.Module) -> dict[str, Tensor]:
-    """Everything a checkpoint must bring: parameters, shared ones once, and the buffers a state dict would hold."""
+    """All that a checkpoint must have: the parameters, shared ones once, and the buffers of the state dict."""
     saved = model.state_dict(keep_vars=True)
-    buffers = {name: buffer for name, buffer in model.named_buffers() if name in saved}
-    return dict(model.named_parameters()) | buffers
+    return dict(model.named_parameters()) | {name: b for name, b in model.named_buffers() if name in saved}
 
 
-def _look_up(entries: dict[str, Entry], name: str) -> tuple[str, ...] | None:
-    """The file keys of our parameter `name` with the layer filled in; None if the map does not know it."""
+def _look_up(entries: dict[str, Entry], name: str) -> Entry | None:
+    """The entry of our parameter `name`, with the layer filled in; None if the map does not have it."""
     if name in entries:
-        return entries[name].theirs
+        return entries[name]
     layer = _NUMBER.search(name)
     entry = entries.get(_NUMBER.sub("{}", name, count=1)) if layer else None
-    return None if entry is None else tuple(key.replace("{}", layer.group()) for key in entry.theirs)
+    return entry and entry._replace(theirs=tuple(key.replace("{}", layer.group()) for key in entry.theirs))
 
 
-def _entry(entries: dict[str, Entry], name: str) -> Entry:
-    return entries.get(name) or entries[_NUMBER.sub("{}", name, count=1)]
+def _pieces(tensor: Tensor, entry: Entry) -> tuple[Tensor, ...]:
+    """The parts of our tensor that are one key each."""
+    return tensor.chunk(len(entry.theirs)) if len(entry.theirs) > 1 else (tensor,)
 
 
 def _matcher(templates: Iterable[str]) -> re.Pattern[str]:
-    """Matches any key that one of the templates stands for."""
+    """Matches any key of one of the templates."""
     return re.compile("|".join(re.escape(template).replace(r"\{\}", r"\d+") for template in templates) or r"(?!)")
-
-
-def _shape(tensor: Tensor, transposed: bool) -> tuple[int, ...]:
-    return tuple(reversed(tensor.shape)) if transposed else tuple(tensor.shape)
 
 
 def load_into(
@@ -53,10 +49,10 @@ def load_into(
     optional: Iterable[Entry] = (),
     source: str = "the checkpoint",
 ) -> list[str]:
-    """Copy `tensors` into `model` and return the names of ours that were left as they are.
+    """Copy `tensors` into `model` and return the names of our parameters that were left unchanged.
 
     Only parameters of `optional` entries may be left, and only if the file has none of them: half a set is an error.
-    Takes each tensor out of `tensors` as it is copied, so that weights are not held twice for longer than needed.
+    Removes each tensor from `tensors` once it is copied, so that no weights are held twice for long.
     Raises UserError naming every missing, unexpected, misshapen or wrongly typed key.
     """
     ours = _parameters(model)
@@ -70,31 +66,30 @@ def load_into(
             doubled.append(f"{by_key[bare]} and {key}")
         by_key[bare] = key
 
-    wanted = {name: keys for name in ours if (keys := _look_up(entries, name)) is not None}
+    wanted = {name: entry for name in ours if (entry := _look_up(entries, name)) is not None}
     unmapped = [name for name in ours if name not in wanted]
     assert not unmapped, f"no key map entry for {', '.join(unmapped)} of {type(model).__name__}"
-    absent = {name: [key for key in keys if key not in by_key] for name, keys in wanted.items()}
+    absent = {name: [key for key in entry.theirs if key not in by_key] for name, entry in wanted.items()}
     left = [name for name in ours if skippable.fullmatch(name)]
-    if any(len(absent[name]) < len(wanted[name]) for name in left):
+    if any(len(absent[name]) < len(wanted[name].theirs) for name in left):
         left = []
     missing = [key for name, keys in absent.items() if name not in left for key in keys]
 
-    used = {key for keys in wanted.values() for key in keys}
+    used = {key for entry in wanted.values() for key in entry.theirs}
     superfluous = _matcher(key_map.ignored)
     unexpected = [key for bare, key in by_key.items() if bare not in used and bare not in key_map.tied]
     unexpected = [key for key in unexpected if not superfluous.fullmatch(key_map.bare(key))]
 
     wrong = []
-    for name, keys in wanted.items():
-        transposed = _entry(entries, name).transposed
-        should = (ours[name].shape[0] // len(keys), *ours[name].shape[1:]) if ours[name].ndim else ()
-        for key in keys:
+    for name, entry in wanted.items():
+        should = (ours[name].shape[0] // len(entry.theirs), *ours[name].shape[1:]) if ours[name].ndim else ()
+        should = should[::-1] if entry.transposed else should
+        for key in entry.theirs:
             if key not in by_key:
                 continue
             tensor = tensors[by_key[key]]
-            if _shape(tensor, transposed) != should:
-                right = tuple(reversed(should)) if transposed else should
-                wrong.append(f"{by_key[key]} is {tuple(tensor.shape)}, should be {right}")
+            if tensor.shape != should:
+                wrong.append(f"{by_key[key]} is {tuple(tensor.shape)}, should be {should}")
             elif tensor.is_floating_point() != ours[name].is_floating_point():
                 wrong.append(f"{by_key[key]} is {tensor.dtype}, should be {ours[name].dtype}")
     for key, same in key_map.tied.items():
@@ -107,13 +102,12 @@ def load_into(
         raise UserError(f"{source} does not fit {type(model).__name__}: {'; '.join(problems)}")
 
     with torch.no_grad():
-        for name, keys in wanted.items():
+        for name, entry in wanted.items():
             if name in left:
                 continue
-            transposed = _entry(entries, name).transposed
-            for piece, key in zip(ours[name].chunk(len(keys)) if len(keys) > 1 else (ours[name],), keys, strict=True):
+            for piece, key in zip(_pieces(ours[name], entry), entry.theirs, strict=True):
                 tensor = tensors.pop(by_key[key])
-                piece.copy_(tensor.T if transposed else tensor)
+                piece.copy_(tensor.T if entry.transposed else tensor)
     return left
 
 
@@ -124,12 +118,10 @@ def to_hf(model: nn.Module, key_map: KeyMap) -> dict[str, Tensor]:
     entries = {entry.ours: entry for entry in (*key_map.body, *key_map.head)}
     tensors = {}
     for name, parameter in _parameters(model).items():
-        keys = _look_up(entries, name)
-        if keys is None:
+        entry = _look_up(entries, name)
+        if entry is None:
             raise ValueError(f"{name} of {type(model).__name__} has no place in this checkpoint layout")
-        entry = _entry(entries, name)
-        data = parameter.detach().cpu()
-        for piece, key in zip(data.chunk(len(keys)) if len(keys) > 1 else (data,), keys, strict=True):
+        for piece, key in zip(_pieces(parameter.detach().cpu(), entry), entry.theirs, strict=True):
             piece = piece.T if entry.transposed else piece
             tensors[("" if entry.ours in head else prefix) + key] = piece.contiguous().clone()
     return tensors

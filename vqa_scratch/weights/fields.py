@@ -1,22 +1,24 @@
-"""What checkpoints call the fields of our configs, as data: {our field: the one in config.json}.
+"""The names of our config fields in the config.json of checkpoints, as data: {our field: their field}.
 
-The weights beside them go by the key maps of `maps.py`. `models/hf_config.py` reads both in both directions.
+`maps.py` has the same for weights. `models/hf_config.py` uses both, to load and to save.
 """
 
-VIT = {
-    "image_size": "image_size",
-    "patch_size": "patch_size",
-    "channels": "num_channels",
+_BLOCKS = {
     "dim": "hidden_size",
     "layers": "num_hidden_layers",
     "heads": "num_attention_heads",
     "hidden": "intermediate_size",
     "activation": "hidden_act",
-    "qkv_bias": "qkv_bias",
     "norm_eps": "layer_norm_eps",
     "dropout": "hidden_dropout_prob",
     "attention_dropout": "attention_probs_dropout_prob",
     "init_std": "initializer_range",
+}
+VIT = _BLOCKS | {
+    "image_size": "image_size",
+    "patch_size": "patch_size",
+    "channels": "num_channels",
+    "qkv_bias": "qkv_bias",
 }
 DINOV2 = {ours: theirs for ours, theirs in VIT.items() if ours != "hidden"} | {
     "mlp_ratio": "mlp_ratio",
@@ -30,22 +32,13 @@ VILT = VIT | {
     "token_types": "type_vocab_size",
     "modalities": "modality_type_vocab_size",
 }
-BLIP2_VISION = {name: VIT[name] for name in VIT if name not in ("channels", "dropout")} | {
+BLIP2_VISION = {ours: theirs for ours, theirs in VIT.items() if ours not in ("channels", "dropout")} | {
     "attention_dropout": "attention_dropout",
 }
-BERT = {
+BERT = _BLOCKS | {
     "vocab_size": "vocab_size",
-    "dim": "hidden_size",
-    "layers": "num_hidden_layers",
-    "heads": "num_attention_heads",
-    "hidden": "intermediate_size",
     "max_positions": "max_position_embeddings",
     "token_types": "type_vocab_size",
-    "activation": "hidden_act",
-    "norm_eps": "layer_norm_eps",
-    "dropout": "hidden_dropout_prob",
-    "attention_dropout": "attention_probs_dropout_prob",
-    "init_std": "initializer_range",
     "pad_id": "pad_token_id",
 }
 DISTILBERT = {
@@ -61,19 +54,7 @@ DISTILBERT = {
     "init_std": "initializer_range",
     "pad_id": "pad_token_id",
 }
-QFORMER = {
-    "dim": "hidden_size",
-    "layers": "num_hidden_layers",
-    "heads": "num_attention_heads",
-    "hidden": "intermediate_size",
-    "context_dim": "encoder_hidden_size",
-    "cross_every": "cross_attention_frequency",
-    "activation": "hidden_act",
-    "norm_eps": "layer_norm_eps",
-    "dropout": "hidden_dropout_prob",
-    "attention_dropout": "attention_probs_dropout_prob",
-    "init_std": "initializer_range",
-}
+QFORMER = _BLOCKS | {"context_dim": "encoder_hidden_size", "cross_every": "cross_attention_frequency"}
 GPT2 = {
     "vocab_size": "vocab_size",
     "max_positions": "n_positions",

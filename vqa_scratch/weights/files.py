@@ -1,7 +1,7 @@
-"""Checkpoints on disk or on the Hub: the only place that opens either.
+"""Reads and writes checkpoint files, from a folder or the Hub.
 
-A checkpoint is a folder: config.json beside model.safetensors, shards with an index, or pytorch_model.bin. Pickles are
-read with weights_only, and anything in them but tensors is refused. What is written appears whole or not at all.
+A checkpoint is a folder: config.json with model.safetensors, shards with an index, or pytorch_model.bin. Pickles are
+read with weights_only, and refused if they hold anything but tensors. Files are written whole or not at all.
 """
 
 import hashlib
@@ -30,9 +30,9 @@ _PICKLE_FILES = (CONFIG, f"{PICKLE}*", "pytorch_model-*.bin")
 
 
 def resolve_folder(source: str | os.PathLike[str]) -> Path:
-    """The folder itself, or where the Hub's copy of that id lies after downloading config and weights; see `locate`.
+    """The folder itself, or the local copy of a Hub id, with config and weights downloaded; see `locate`.
 
-    Pickles are asked for only if the repository has no safetensors.
+    Pickles are downloaded only if the repository has no safetensors.
     """
     folder = locate(source, _SAFE_FILES, f"{CONFIG} and the weights")
     if not Path(source).expanduser().is_dir() and not any(folder.glob("*.safetensors")):
@@ -55,7 +55,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def _how_much(path: Path) -> str:
-    """How many bytes of a safetensors file are there, and how many its header promises; "" if it can not be read."""
+    """How many bytes of a safetensors file are missing, in words; "" if none are or its header cannot be read."""
     try:
         with path.open("rb") as file:
             there = path.stat().st_size
@@ -68,7 +68,7 @@ def _how_much(path: Path) -> str:
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of one file. They map the file: nothing is copied before it is read."""
+    """All tensors of one file, memory-mapped: nothing is copied before it is read."""
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
@@ -79,9 +79,9 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def map_tensor(folder: Path, key: str) -> Tensor | None:
-    """One tensor of a folder's safetensors files in a map of its own: what is not read of it takes no memory.
+    """One tensor of a folder's safetensors files, with its own memory map: parts that are not read take no memory.
 
-    None where no such file has it. (Pages that were read stay in memory as long as the map they were read through.)
+    None if no such file has it. (Pages that were read stay in memory as long as their map.)
     """
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, framework="pt", device="cpu") as file:
@@ -115,7 +115,7 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of one file: safetensors by its ending, else a pickle read as tensors only."""
+    """All tensors of one file: safetensors by its suffix, otherwise a pickle of tensors only."""
     return read_safetensors(path) if path.suffix == ".safetensors" else read_pickle(path)
 
 
@@ -185,7 +185,7 @@ def write_checkpoint(folder: str | os.PathLike[str], config: dict[str, Any], ten
 
 
 class Converted(NamedTuple):
-    """What `convert` did."""
+    """The result of `convert`."""
 
     tensors: int
     sha256: str  # of the source file

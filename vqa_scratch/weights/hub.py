@@ -1,7 +1,7 @@
-"""Where a checkpoint lies: a folder here, or the Hub's copy of an id after downloading what is asked of it.
+"""Finds a checkpoint: a local folder, or a Hub id, whose files are downloaded.
 
-Nothing goes to the Hub but a name that is no folder and looks like an id. What has been downloaded is kept, file by
-file: an interrupted download goes on with the files that are not there yet.
+The Hub is asked only for a name that is no folder and looks like an id. Downloaded files are kept: an interrupted
+download continues with the missing files.
 """
 
 import os
@@ -27,7 +27,7 @@ def locate(source: str | os.PathLike[str], patterns: Sequence[str], holds: str) 
         raise UserError(f"{source} is a file; give the folder that holds {holds}")
     if isinstance(source, Path) or not _HUB_ID.fullmatch(str(source)):
         raise UserError(f"no folder {source}")
-    # Imported here: a session that reads local folders needs nothing of the Hub.
+    # Imported here: local folders do not need it.
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
@@ -43,7 +43,7 @@ def locate(source: str | os.PathLike[str], patterns: Sequence[str], holds: str) 
         raise UserError(f"no folder {source} here, and the Hub says: {_first_line(error)}") from None
     except OSError as error:
         raise UserError(f"no folder {source} here, and the Hub cannot be reached ({_first_line(error)})") from error
-    except Exception as error:  # the library lets those of its network layers through
+    except Exception as error:  # the library also raises those of its network layers
         raise UserError(
             f"the download of {source} was interrupted ({_first_line(error)}); start it again: the files that have "
             "arrived are kept"
@@ -51,6 +51,6 @@ def locate(source: str | os.PathLike[str], patterns: Sequence[str], holds: str) 
 
 
 def _first_line(error: Exception) -> str:
-    """The type of the error, and what it says first if it says anything."""
+    """The type of the error, and the first line of its message if it has one."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

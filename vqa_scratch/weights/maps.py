@@ -1,7 +1,7 @@
-"""Checkpoint key maps as data: what each parameter of ours is called in the files that others share.
+"""Key maps of checkpoints as data: the name of each of our parameters in released files.
 
-A template holds at most one layer slot `{}`. A map is read in both directions by `convert`: loading and exporting.
-The foreign names are those that files on the Hub carry, which for ViT differ from the module names of `transformers`.
+A name holds at most one `{}`, the number of the layer. `convert.py` uses a map to load and to save.
+Their names are those in the files on the Hub; for ViT these differ from the module names of `transformers`.
 """
 
 from dataclasses import dataclass, field, replace
@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 
 class Entry(NamedTuple):
-    """One parameter of ours and the key, or keys joined along the first axis, it has in a file."""
+    """One of our parameters and its key in a file, or several keys to join along the first axis."""
 
     ours: str
     theirs: tuple[str, ...]
@@ -18,23 +18,23 @@ class Entry(NamedTuple):
 
 @dataclass(frozen=True)
 class KeyMap:
-    """How one kind of checkpoint is laid out."""
+    """The layout of one kind of checkpoint."""
 
     body: tuple[Entry, ...]  # keys that may carry the prefix
     prefix: str = ""  # "bert." and the like: present when the file was saved with a head on top
     write_prefix: bool = False  # whether an export carries it
     head: tuple[Entry, ...] = ()  # keys that never carry the prefix
-    dropped: tuple[str, ...] = ()  # known buffers and the like, prefix removed, that the model has no use for
+    dropped: tuple[str, ...] = ()  # known keys without prefix, such as buffers, that the model does not need
     tied: dict[str, str] = field(default_factory=dict)  # key -> the key it must equal: the model shares that tensor
-    older: dict[str, str] = field(default_factory=dict)  # endings of keys in old files -> the endings they have now
+    older: dict[str, str] = field(default_factory=dict)  # endings of keys in old files -> their endings today
 
     @property
     def ignored(self) -> tuple[str, ...]:
-        """Keys, prefix removed, that a file may hold beside those of the model."""
+        """Keys, without prefix, that a file may hold in addition to those of the model."""
         return (*HEADS, *self.dropped)
 
     def bare(self, key: str) -> str:
-        """A file's key without prefix and in today's spelling."""
+        """A key of a file without its prefix, and spelled as today."""
         key = key.removeprefix(self.prefix)
         for old, new in self.older.items():
             if key.endswith(old):
@@ -48,15 +48,14 @@ def weight(ours: str, *theirs: str, transposed: bool = False) -> tuple[Entry, ..
 
 
 def linear(ours: str, *theirs: str, transposed: bool = False) -> tuple[Entry, ...]:
-    """A module with weight and bias; several foreign names are joined in the order given. A bias is never turned."""
+    """A module with weight and bias; several keys are joined in the given order. A bias is never transposed."""
     return (
         *weight(ours, *theirs, transposed=transposed),
         Entry(f"{ours}.bias", tuple(f"{name}.bias" for name in theirs)),
     )
 
 
-# Heads that released files carry on top of these models. They are known, and ignored, in every layout; a model that has
-# one of them as a part of its own reads it all the same.
+# Heads in released files. Every layout ignores them, except where the head is part of the model.
 _HEADS = {
     "ViT, DeiT, DINOv2": "classifier cls_classifier distillation_classifier pooler.dense",
     "BERT": """qa_outputs cls.seq_relationship cls.predictions.decoder
@@ -73,7 +72,7 @@ HEADS = (
 )
 
 _VIT_LAYER = "encoder.layer.{}"
-_VIT_SHARED = (  # by all of its relatives
+_VIT_SHARED = (  # by ViT, DeiT and DINOv2
     Entry("cls_token", ("embeddings.cls_token",)),
     Entry("positions", ("embeddings.position_embeddings",)),
     *linear("patch_embed", "embeddings.patch_embeddings.projection"),
@@ -149,6 +148,34 @@ ROBERTA_CLASSIFIER = KeyMap(
     dropped=("embeddings.position_ids",),
 )
 
+# The word embeddings of ViLT have BERT's names, all else has ViT's.
+_VILT_BODY = (
+    *(
+        Entry(
+            f"words.{entry.ours}",
+            tuple(key.replace("embeddings", "embeddings.text_embeddings", 1) for key in entry.theirs),
+        )
+        for entry in BERT.body
+        if not entry.ours.startswith("blocks.")
+    ),
+    *(Entry(f"tower.{entry.ours}", *entry[1:]) for entry in VIT.body),
+    *weight("modality", "embeddings.token_type_embeddings"),
+    *linear("pooler", "pooler.dense"),
+)
+_VILT_BUFFERS = ("embeddings.text_embeddings.position_ids", "embeddings.text_embeddings.token_type_ids")
+VILT = KeyMap(
+    prefix="vilt.",
+    body=_VILT_BODY,
+    dropped=_VILT_BUFFERS,
+)
+VILT_CLASSIFIER = KeyMap(
+    prefix="vilt.",
+    write_prefix=True,
+    body=tuple(Entry(f"vilt.{entry.ours}", *entry[1:]) for entry in _VILT_BODY),
+    head=(*linear("up", "classifier.0"), *linear("norm", "classifier.1"), *linear("out", "classifier.3")),
+    dropped=_VILT_BUFFERS,
+)
+
 _DISTILBERT_LAYER = "transformer.layer.{}"
 DISTILBERT = KeyMap(
     prefix="distilbert.",
@@ -188,7 +215,7 @@ GPT2 = KeyMap(
         *linear("norm", "ln_f"),
     ),
     dropped=(
-        # Causal masks that old releases saved beside the weights.
+        # Causal masks that old releases saved with the weights.
         "h.{}.attn.bias",
         "h.{}.attn.masked_bias",
         "h.{}.crossattention.bias",
@@ -197,45 +224,49 @@ GPT2 = KeyMap(
     tied={"lm_head.weight": "wte.weight"},
 )
 
-# The two towers of T5 differ in where the feed-forward layer stands: a decoder block has cross-attention before it.
-_T5_DECODER = "decoder.block.{}.layer"
-_T5_SHARED = (
-    *weight("embedding", "shared"),
-    *(
-        entry
-        for tower, mlp in (("encoder", 1), ("decoder", 2))
-        for entry in (
-            *weight(f"{tower}.bias.table", f"{tower}.block.0.layer.0.SelfAttention.relative_attention_bias"),
-            *weight(f"{tower}.blocks.{{}}.attn.qkv", *(f"{tower}.block.{{}}.layer.0.SelfAttention.{x}" for x in "qkv")),
-            *weight(f"{tower}.blocks.{{}}.attn.out", f"{tower}.block.{{}}.layer.0.SelfAttention.o"),
-            *weight(f"{tower}.blocks.{{}}.attn_norm", f"{tower}.block.{{}}.layer.0.layer_norm"),
-            *weight(f"{tower}.blocks.{{}}.mlp.down", f"{tower}.block.{{}}.layer.{mlp}.DenseReluDense.wo"),
-            *weight(f"{tower}.blocks.{{}}.mlp_norm", f"{tower}.block.{{}}.layer.{mlp}.layer_norm"),
-            *weight(f"{tower}.norm", f"{tower}.final_layer_norm"),
-        )
+_OPT_LAYER = "decoder.layers.{}"
+OPT = KeyMap(
+    prefix="model.",
+    write_prefix=True,
+    body=(
+        *weight("tokens", "decoder.embed_tokens"),
+        *weight("positions", "decoder.embed_positions"),
+        *weight("project_in", "decoder.project_in"),
+        *weight("project_out", "decoder.project_out"),
+        *linear("blocks.{}.attn.qkv", *(f"{_OPT_LAYER}.self_attn.{name}_proj" for name in "qkv")),
+        *linear("blocks.{}.attn.out", f"{_OPT_LAYER}.self_attn.out_proj"),
+        *linear("blocks.{}.norm1", f"{_OPT_LAYER}.self_attn_layer_norm"),
+        *linear("blocks.{}.norm2", f"{_OPT_LAYER}.final_layer_norm"),
+        *linear("blocks.{}.mlp.up", f"{_OPT_LAYER}.fc1"),
+        *linear("blocks.{}.mlp.down", f"{_OPT_LAYER}.fc2"),
+        *linear("norm", "decoder.final_layer_norm"),
     ),
-    *weight("decoder.blocks.{}.cross.q", f"{_T5_DECODER}.1.EncDecAttention.q"),
-    *weight("decoder.blocks.{}.cross.kv", *(f"{_T5_DECODER}.1.EncDecAttention.{x}" for x in "kv")),
-    *weight("decoder.blocks.{}.cross.out", f"{_T5_DECODER}.1.EncDecAttention.o"),
-    *weight("decoder.blocks.{}.cross_norm", f"{_T5_DECODER}.1.layer_norm"),
+    tied={"lm_head.weight": "decoder.embed_tokens.weight"},
 )
 
 
-def _t5(**mlp: str) -> KeyMap:
+def _t5(**gates: str) -> KeyMap:
+    """`gates` are the layers of the MLP before its last, which differ between plain and gated models."""
+    body = [*weight("embedding", "shared")]
+    for part, mlp in (("encoder", 1), ("decoder", 2)):  # a decoder block has cross-attention before the MLP
+        ours, theirs = f"{part}.blocks.{{}}", f"{part}.block.{{}}.layer"
+        body += weight(f"{part}.bias.table", f"{part}.block.0.layer.0.SelfAttention.relative_attention_bias")
+        body += weight(f"{ours}.attn.qkv", *(f"{theirs}.0.SelfAttention.{x}" for x in "qkv"))
+        body += weight(f"{ours}.attn.out", f"{theirs}.0.SelfAttention.o")
+        body += weight(f"{ours}.attn_norm", f"{theirs}.0.layer_norm")
+        for name, key in {**gates, "down": "wo"}.items():
+            body += weight(f"{ours}.mlp.{name}", f"{theirs}.{mlp}.DenseReluDense.{key}")
+        body += weight(f"{ours}.mlp_norm", f"{theirs}.{mlp}.layer_norm")
+        body += weight(f"{part}.norm", f"{part}.final_layer_norm")
+    cross = "decoder.block.{}.layer.1.EncDecAttention"
+    body += weight("decoder.blocks.{}.cross.q", f"{cross}.q")
+    body += weight("decoder.blocks.{}.cross.kv", f"{cross}.k", f"{cross}.v")
+    body += weight("decoder.blocks.{}.cross.out", f"{cross}.o")
+    body += weight("decoder.blocks.{}.cross_norm", "decoder.block.{}.layer.1.layer_norm")
     return KeyMap(
-        body=(
-            *_T5_SHARED,
-            *(
-                entry
-                for tower, layer in (("encoder", 1), ("decoder", 2))
-                for ours, theirs in mlp.items()
-                for entry in weight(
-                    f"{tower}.blocks.{{}}.mlp.{ours}", f"{tower}.block.{{}}.layer.{layer}.DenseReluDense.{theirs}"
-                )
-            ),
-        ),
+        body=tuple(body),
         head=weight("lm_head", "lm_head"),
-        # The first release saved a bias table in cross-attention, which never had positions.
+        # The first release has a bias table in cross-attention, which never had positions.
         dropped=("decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight",),
         tied={"encoder.embed_tokens.weight": "shared.weight", "decoder.embed_tokens.weight": "shared.weight"},
     )
@@ -250,31 +281,19 @@ def _batch_norm(ours: str, theirs: str) -> tuple[Entry, ...]:
     return tuple(Entry(f"{ours}.{part}", (f"{theirs}.{part}",)) for part in parts)
 
 
-_RESNET_STAGES = tuple(f"layer{stage}.{{}}" for stage in (1, 2, 3, 4))
-# torchvision's ResNets of every depth; basic blocks have no third convolution.
-RESNET = KeyMap(
-    body=(
-        *weight("conv1", "conv1"),
-        *_batch_norm("norm1", "bn1"),
-        *(
-            entry
-            for stage in _RESNET_STAGES
-            for i in (1, 2, 3)
-            for entry in (
+def _resnet() -> KeyMap:
+    """torchvision's ResNets of every depth; basic blocks have no third convolution."""
+    body, norms = [*weight("conv1", "conv1"), *_batch_norm("norm1", "bn1")], ["bn1"]
+    for stage in (f"layer{i}.{{}}" for i in (1, 2, 3, 4)):
+        for i in (1, 2, 3):
+            body += (
                 *weight(f"{stage}.conv{i}", f"{stage}.conv{i}"),
                 *_batch_norm(f"{stage}.norm{i}", f"{stage}.bn{i}"),
             )
-        ),
-        *(entry for stage in _RESNET_STAGES for entry in weight(f"{stage}.shortcut.conv", f"{stage}.downsample.0")),
-        *(
-            entry
-            for stage in _RESNET_STAGES
-            for entry in _batch_norm(f"{stage}.shortcut.norm", f"{stage}.downsample.1")
-        ),
-    ),
-    dropped=(
-        "bn1.num_batches_tracked",
-        *(f"{stage}.bn{i}.num_batches_tracked" for stage in _RESNET_STAGES for i in (1, 2, 3)),
-        *(f"{stage}.downsample.1.num_batches_tracked" for stage in _RESNET_STAGES),
-    ),
-)
+        body += weight(f"{stage}.shortcut.conv", f"{stage}.downsample.0")
+        body += _batch_norm(f"{stage}.shortcut.norm", f"{stage}.downsample.1")
+        norms += [*(f"{stage}.bn{i}" for i in (1, 2, 3)), f"{stage}.downsample.1"]
+    return KeyMap(body=tuple(body), dropped=tuple(f"{norm}.num_batches_tracked" for norm in norms))
+
+
+RESNET = _resnet()

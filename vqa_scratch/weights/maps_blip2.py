@@ -1,33 +1,13 @@
-"""Key maps of BLIP-2 and of OPT, the language model in it; see `maps` for how to read one."""
+"""The key map of BLIP-2 checkpoints; see `maps.py`."""
 
-from vqa_scratch.weights.maps import Entry, KeyMap, linear, weight
-
-_OPT_LAYER = "decoder.layers.{}"
-OPT = KeyMap(
-    prefix="model.",
-    write_prefix=True,
-    body=(
-        *weight("tokens", "decoder.embed_tokens"),
-        *weight("positions", "decoder.embed_positions"),
-        *weight("project_in", "decoder.project_in"),
-        *weight("project_out", "decoder.project_out"),
-        *linear("blocks.{}.attn.qkv", *(f"{_OPT_LAYER}.self_attn.{name}_proj" for name in "qkv")),
-        *linear("blocks.{}.attn.out", f"{_OPT_LAYER}.self_attn.out_proj"),
-        *linear("blocks.{}.norm1", f"{_OPT_LAYER}.self_attn_layer_norm"),
-        *linear("blocks.{}.norm2", f"{_OPT_LAYER}.final_layer_norm"),
-        *linear("blocks.{}.mlp.up", f"{_OPT_LAYER}.fc1"),
-        *linear("blocks.{}.mlp.down", f"{_OPT_LAYER}.fc2"),
-        *linear("norm", "decoder.final_layer_norm"),
-    ),
-    tied={"lm_head.weight": "decoder.embed_tokens.weight"},
-)
+from vqa_scratch.weights.maps import OPT, Entry, KeyMap, linear
 
 _VISION_LAYER = "vision_model.encoder.layers.{}"
 _VISION = (
     Entry("vision.cls_token", ("vision_model.embeddings.class_embedding",)),
     Entry("vision.positions", ("vision_model.embeddings.position_embedding",)),
     *linear("vision.patch_embed", "vision_model.embeddings.patch_embedding"),
-    *linear("vision.blocks.{}.attn.qkv", f"{_VISION_LAYER}.self_attn.qkv"),  # one tensor there too
+    *linear("vision.blocks.{}.attn.qkv", f"{_VISION_LAYER}.self_attn.qkv"),  # also one tensor there
     *linear("vision.blocks.{}.attn.out", f"{_VISION_LAYER}.self_attn.projection"),
     *linear("vision.blocks.{}.norm1", f"{_VISION_LAYER}.layer_norm1"),
     *linear("vision.blocks.{}.norm2", f"{_VISION_LAYER}.layer_norm2"),

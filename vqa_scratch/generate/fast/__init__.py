@@ -1,6 +1,6 @@
-"""Decoding one token at a time without the decoder's modules: what a step needs, in the order of a step.
+"""Fast decoding of one token at a time, without the decoder's modules.
 
-`products` is the arithmetic, `self_attention` the tokens so far, `cross_attention` the memory, `state` the step itself.
+`products` has the arithmetic, `self_attention` the tokens so far, `cross_attention` the memory, `state` the step.
 """
 
 from vqa_scratch.generate.fast.state import FastState, GraphState, tree_states

@@ -1,8 +1,8 @@
-"""Cross-attention of a decoding step: the memory laid out once, in the form that takes the least work a step.
+"""Cross-attention of a decoding step, with the memory prepared once so that a step does the least work.
 
 `Constant` is for a memory of one token, `Absorbed` for a small memory of one row, `Projected` for any other. Each has
-`add(layer, x)`: x (R, D) += what it reads of the memory, norm and projections included; and `keep(rows)`: these rows
-(R',) only, in this order.
+`add(layer, x)`: x (R, D) += cross-attention, norm and projections included; and `keep(rows)`: these rows (R',) only,
+in this order.
 
 Shapes: R rows, E entries, N memory tokens, L layers, H heads, d head size, D width, F = R / E rows that read an entry.
 """
@@ -17,16 +17,16 @@ from vqa_scratch.nn.attention import attention_over_parts
 from vqa_scratch.nn.decoding import FastBlock
 from vqa_scratch.nn.memory import KeyValue, Sharing, concatenate, share
 
-# What joining parts may copy for rows that share entries, bytes a layer. A copy is read anew at every step; keeping
-# parts apart costs some ten small operations, which is what reading about a megabyte costs.
+# Parts are joined if this copies at most so many bytes a layer for rows that share entries. Every step reads the
+# copies; keeping parts separate costs some ten small operations, as much as reading about a megabyte.
 JOIN_BYTES = 1 << 20
-ABSORB_BYTES = 1 << 18  # what a layer may read more for the five operations that absorbing its projections saves
+ABSORB_BYTES = 1 << 18  # projections are absorbed, which saves five operations, if a layer reads at most this much more
 
 Layers = list[list[KeyValue]]  # parts by layer; how rows share a part is the same in all layers
 
 
 def cross_attention(blocks: list[FastBlock], memory: Layers) -> "Constant | Absorbed | Projected":
-    """Cross-attention of all layers to a memory, in the form that suits the memory."""
+    """Cross-attention of all layers to a memory, in the fastest form for that memory."""
     first = memory[0]
     if len(first) == 1 and first[0].k.shape[2] == 1:
         return Constant(blocks, memory)
@@ -38,13 +38,13 @@ def cross_attention(blocks: list[FastBlock], memory: Layers) -> "Constant | Abso
 
 
 def select(layers: Layers, rows: Tensor) -> Layers:
-    """Row i becomes what row `rows[i]` was, in all layers; who reads what is worked out once."""
+    """Row i becomes what row `rows[i]` was, in all layers; the sharing is computed once."""
     kept = [share(part.sharing.index(part.k.device)[rows], part.sharing.entries) for part in layers[0]]
     return [[part.keep(*how) for part, how in zip(parts, kept, strict=True)] for parts in layers]
 
 
 class Constant:
-    """A memory of one token an entry: whatever a query asks, its only key has all the weight."""
+    """A memory of one token an entry: for any query the only key has all the weight."""
 
     def __init__(self, blocks: list[FastBlock], memory: Layers) -> None:
         self.read = []  # (R, D) of each layer
@@ -62,7 +62,7 @@ class Constant:
 
 
 def _visible(part: KeyValue) -> KeyValue:
-    """The part of one row without the tokens that it may not read."""
+    """A part of one row, without masked tokens."""
     if part.mask is None:
         return part
     seen = part.mask[0].bool()
@@ -70,9 +70,9 @@ def _visible(part: KeyValue) -> KeyValue:
 
 
 class Absorbed:
-    """The memory of one row takes the projections in.
+    """A memory of one row that absorbs the projections.
 
-    The scores (h Wq^T + bq) k^T are h (k Wq)^T + bq k^T, and the values go through the output projection alike: a step
+    The scores (h Wq^T + bq) k^T are h (k Wq)^T + bq k^T, and the output projection is applied to the values: a step
     is softmax(h A^T + a) B + b, two products instead of four. (DeepSeek-V2 does this to its latent attention:
     2405.04434, section 2.1.2.)
     """
@@ -84,21 +84,21 @@ class Absorbed:
 
     @staticmethod
     def pays(blocks: list[FastBlock], memory: list[KeyValue]) -> bool:
-        """Whether the operations saved are worth what a step then reads more, or less."""
+        """Whether the saved operations are worth the additional reading."""
         (_, heads, tokens, size), width, k = memory[0].k.shape, blocks[0].cross.out.out_features, memory[0].k
-        if tokens == 0 or k.dtype in (torch.float16, torch.bfloat16):  # where `attend` is more exact
+        if tokens == 0 or k.dtype in (torch.float16, torch.bfloat16):  # here `attend` is more exact
             return False
         return 2 * width * (heads * tokens - heads * size - tokens) * k.element_size() <= ABSORB_BYTES
 
     @staticmethod
     def _absorb(block: FastBlock, k: Tensor, v: Tensor) -> tuple:
-        """The norm, h -> scores (1, H * N), and weights (1, H * N) -> what they read, added in place."""
+        """The norm, h -> scores (1, H * N), and weights (1, H * N) -> the output, added in place."""
         module, (heads, _, size), width = block.cross, k.shape, block.cross.out.out_features
         k, weight, bias = k * module.scale, module.q.weight, module.q.bias
         offset = None if bias is None else torch.bmm(k, bias.view(heads, size, 1)).flatten()
         keys = torch.bmm(k, weight.view(heads, size, width)).flatten(0, 1)  # (H * N, D)
         values = torch.bmm(v, module.out.weight.view(width, heads, size).permute(1, 2, 0)).flatten(0, 1)  # (H * N, D)
-        if module.out.bias is not None:  # the weights of a head sum to 1, and bring their part of it
+        if module.out.bias is not None:  # the weights of each head sum to 1 and add its share
             values = values + module.out.bias / heads
         return norm(block.cross_norm), product(keys, offset), adding(values.t(), None)
 
@@ -107,14 +107,14 @@ class Absorbed:
         out(x, torch.softmax(scores(before(x)).view(self.heads, self.tokens), -1).view(1, -1))
 
     def keep(self, rows: Tensor) -> None:
-        """There is one row: it is kept."""
+        """There is only one row."""
 
 
 class Projected:
-    """Norm, queries, what they read, output projection: cross-attention as its module does it.
+    """Norm, queries, attention, output projection, as in the module.
 
-    Several parts (patches and question tokens, say) are joined to one list of keys where that copies little; where many
-    rows share an entry they stay apart and one softmax is taken over their union.
+    Several parts (such as patches and question tokens) are joined to one list of keys if that copies little; if many
+    rows share an entry the parts stay separate, with one softmax over all of them.
     """
 
     def __init__(self, blocks: list[FastBlock], memory: Layers) -> None:
@@ -129,7 +129,7 @@ class Projected:
             memory = _joined(memory)
         whole = len(memory[0]) == 1 and memory[0][0].sharing.slot is None
         self.keys = _Keys([part for (part,) in memory], self.scales) if whole else None
-        # Where each row has its own entry the rows are dropped from what was laid out.
+        # If each row has its own entry, `keys` alone can drop rows.
         self.memory = None if whole and self.keys.repeat == 1 else memory
 
     def add(self, layer: int, x: Tensor) -> None:
@@ -138,7 +138,7 @@ class Projected:
         out(x, self._apart(layer, queries) if self.keys is None else self.keys.read(layer, queries))
 
     def _apart(self, layer: int, q: Tensor) -> Tensor:
-        """Queries (R, H * d) -> what they read (R, H * d), each part shared in its own way."""
+        """Queries (R, H * d) -> attention (R, H * d), each part with its own sharing."""
         parts = self.memory[layer]
         heads, size = parts[0].k.shape[1], parts[0].k.shape[3]
         queries = q.view(len(q), heads, size).unsqueeze(2)
@@ -152,7 +152,7 @@ class Projected:
 
 
 def _joined(layers: Layers) -> Layers:
-    """The parts of each layer as one, at the finest sharing that serves all of them; as they are if that costs much."""
+    """Join the parts of each layer, with the finest sharing among them; unchanged if that copies too much."""
     first = layers[0]
     rows = first[0].sharing.rows
     shared = all(part.sharing.slot is None for part in first)
@@ -170,7 +170,7 @@ def _joined(layers: Layers) -> Layers:
 
 
 class _Keys:
-    """One list of keys an entry for all layers: the rows that read an entry are queries of it, F side by side."""
+    """One list of keys for each entry, in all layers; the F rows that read an entry are its queries."""
 
     def __init__(self, parts: list[KeyValue], scales: list[float]) -> None:
         """`parts` by layer, without slots; `scales` multiply the scores."""
@@ -183,7 +183,7 @@ class _Keys:
         self.bias = None  # (E, H, 1, N)
         if first.mask is not None and not bool(first.mask.all()):
             may = first.mask.bool()
-            empty = ~may.any(1)  # (E,) entries with nothing to read: their rows get zeros
+            empty = ~may.any(1)  # (E,) entries without real tokens: their rows get zeros
             bias = torch.zeros_like(may, dtype=first.k.dtype).masked_fill_(~may & ~empty[:, None], -math.inf)
             self.bias = bias[:, None, None].repeat(1, self.heads, 1, 1)
             self.kept[1].masked_fill_(empty[:, None, None, None], 0.0)
@@ -201,7 +201,7 @@ class _Keys:
         self._lay_out()
 
     def read(self, layer: int, q: Tensor) -> Tensor:
-        """Queries (R, H * d) -> what they read (R, H * d)."""
+        """Queries (R, H * d) -> attention (R, H * d)."""
         keys, values = self.layers[layer]
         if self.repeat == 1:
             return attend(q.view(-1, 1, self.size), keys, values, self.spread).view(q.shape)

@@ -1,7 +1,7 @@
-"""The arithmetic of one decoding step, as plain functions of a decoder's weights, each the fastest for few rows.
+"""The arithmetic of one decoding step: plain functions of a decoder's weights that are fast for few rows.
 
-What is fastest depends on the number format, the size of the weight and the number of rows; it is chosen when the
-function is made, or at a call where it depends on the rows. No gradient flows through them.
+The fastest way depends on the dtype, the size of the weight and the number of rows. It is chosen when the function is
+made, or at the call if it depends on the rows. There are no gradients.
 
 Shapes: R rows (one token each), D and D' widths, S = rows times heads, d head size, T queries, n keys.
 """
@@ -15,31 +15,31 @@ from torch import Tensor, nn
 from vqa_scratch.nn.decoding import FastBlock
 
 Function = Callable[[Tensor], Tensor]
-Addition = Callable[[Tensor, Tensor], object]  # adds to its first argument, in place, what it makes of the second
+Addition = Callable[[Tensor, Tensor], object]  # adds a function of its second argument to the first, in place
 
-# Up to 3 rows MKL reads a large weight as fast as the memory gives it; with some more at half of that, and oneDNN's
-# product is faster: 50,257 x 768 with 4, 8, 12, 16, 32, 64 rows takes 0.83, 0.61, 0.46, 0.88, 0.83, 0.86 of the time
+# With up to 3 rows MKL reads a large weight at the speed of the memory; with a few more at half that speed, and oneDNN
+# is faster: 50,257 x 768 with 4, 8, 12, 16, 32, 64 rows takes 0.83, 0.61, 0.46, 0.88, 0.83, 0.86 of the time
 # (torch 2.13 on two cores with AVX-512).
 FEW_ROWS = range(4, 65)
 LARGE_WEIGHT = 1 << 20  # bytes
 
 
 def suits_one_dnn(weight: Tensor) -> bool:
-    """Whether `FEW_ROWS` meet this weight faster through oneDNN, and this torch offers that."""
+    """Whether oneDNN is faster for this weight with `FEW_ROWS`, and this torch has it."""
     large = weight.dtype == torch.float32 and weight.nbytes >= LARGE_WEIGHT and weight.device.type == "cpu"
     return large and torch.backends.mkl.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 def one_dnn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """F.linear without gradients, by the operator that torch.compile emits for linear layers on a CPU."""
+    """F.linear without gradients, by the operator that torch.compile uses for linear layers on a CPU."""
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
 def one_row_bf16(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """F.linear on a CPU in bf16, by a product with a vector where x (R, D) has one row.
+    """F.linear on a CPU in bf16, as a matrix-vector product if x (R, D) has one row.
 
-    With one row torch's product of matrices gains nothing over fp32, its product with a vector reads half the bytes
-    in 0.4 of the time (torch 2.13, 50,257 x 768: 5.4 ms and 2.1 ms; fp32 5.8 ms).
+    With one row torch's matrix product is no faster than fp32; its matrix-vector product reads half the bytes in 0.4 of
+    the time (torch 2.13, 50,257 x 768: 5.4 ms and 2.1 ms; fp32 5.8 ms).
     """
     if len(x) > 1:
         return F.linear(x, weight, bias)
@@ -47,8 +47,8 @@ def one_row_bf16(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _by_matrix(weight: Tensor) -> bool:
-    """Whether torch's own product of matrices is the way through this weight."""
-    autocast = torch.is_autocast_enabled(weight.device.type)  # it keeps its copy of a weight, not of a view of it
+    """Whether to use torch's own matrix product for this weight."""
+    autocast = torch.is_autocast_enabled(weight.device.type)  # it caches its copy of a weight, not of a view
     return not autocast and not (weight.dtype == torch.bfloat16 and weight.device.type == "cpu")
 
 
@@ -72,7 +72,7 @@ def linear(module: nn.Linear) -> Function:
 
 
 def linear_into(module: nn.Linear) -> Addition:
-    """(place, x): the same for one row x (1, D), written to a place (1, D')."""
+    """(place, x): the same for one row x (1, D), written to `place` (1, D')."""
     if not _by_matrix(module.weight):
         apply = linear(module)
         return lambda place, x: place.copy_(apply(x))
@@ -93,7 +93,7 @@ def adding(weight: Tensor, bias: Tensor | None) -> Addition:
 
 
 def norm(module: Callable[[Tensor], Tensor]) -> Function:
-    """A norm with the weights of `module`: torch's LayerNorm without its module, any other as it is."""
+    """The norm `module`: a LayerNorm as a plain function, any other unchanged."""
     if not isinstance(module, nn.LayerNorm):
         return module
     shape, weight, bias, eps = module.normalized_shape, module.weight, module.bias, module.eps
@@ -101,7 +101,7 @@ def norm(module: Callable[[Tensor], Tensor]) -> Function:
 
 
 def feed_forward(block: FastBlock) -> Callable[[Tensor], object]:
-    """x (R, D) += what the block's MLP makes of its norm."""
+    """x (R, D) += MLP(norm(x)) of the block."""
     before, rise, active, fall = norm(block.mlp_norm), linear(block.up), block.activation, block.down
     fall = adding(fall.weight, fall.bias)
     if block.gate is None:
@@ -116,10 +116,10 @@ def feed_forward(block: FastBlock) -> Callable[[Tensor], object]:
 
 
 def attend(q: Tensor, keys: Tensor, v: Tensor, bias: Tensor | None, scale: float = 1.0) -> Tensor:
-    """What queries q (S, T, d) read of keys (S, d, n) and values (S, n, d); every query reads something.
+    """Attention of queries q (S, T, d) to keys (S, d, n) and values (S, n, d); no query may be fully masked.
 
-    bias, broadcastable to (S, T, n), is added to the scaled scores. Bare products cost a third of the fused operator's
-    set-up where queries are few; in half precision the fused one is more exact, and on a GPU it is faster.
+    bias, broadcastable to (S, T, n), is added to the scaled scores. For few queries plain products take a third of the
+    fused operator's set-up time; in half precision the fused one is more exact, and on a GPU it is faster.
     """
     if q.is_cuda or q.dtype in (torch.float16, torch.bfloat16):
         mask = None if bias is None else bias[None]

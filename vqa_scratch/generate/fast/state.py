@@ -1,4 +1,4 @@
-"""The fast state: one token a row through a decoder's parts, and the same replayed as a CUDA graph.
+"""The fast decoding state: steps through a decoder's parts, and the same steps replayed as a CUDA graph.
 
 Shapes: G groups (prompts), K members (beams) a group, R = G*K rows, D width, E width of the head, V vocabulary.
 """
@@ -15,12 +15,12 @@ from vqa_scratch.nn.decoding import FastParts
 
 
 def of_steps(steps: int, members: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """What `Rows` takes for steps one after the other: of its own step a member sees its own token."""
+    """`times` and `sees` of `Rows` for ordinary steps, in which a member sees only its own new token."""
     return torch.arange(steps, device=device).repeat_interleave(members), torch.eye(members, dtype=bool, device=device)
 
 
 def read_memory(parts: FastParts, cache: DecoderCache, members: int) -> Constant | Absorbed | Projected | None:
-    """Cross-attention of `members` rows a group to the memory that `cache` holds; None if it holds none."""
+    """Cross-attention of `members` rows a group to the memory in `cache`; None if it has none."""
     if cache[0].cross is None:
         return None
     memory = [own.cross for own in cache]
@@ -31,10 +31,10 @@ def read_memory(parts: FastParts, cache: DecoderCache, members: int) -> Constant
 
 
 class FastState:
-    """A `State` over a decoder's parts: each sublayer adds to x what it has to say."""
+    """A `State` on a decoder's parts, whose sublayers add to x in place."""
 
     def __init__(self, parts: FastParts, own: OneRow | Rows, cache: DecoderCache) -> None:
-        """`own` are the tokens so far; `cache` holds the memory that is read besides, if there is one."""
+        """`own` has the tokens so far; `cache` has the memory, if there is one."""
         self.parts, self.own, self.memory = parts, own, read_memory(parts, cache, own.members)
         self.mlps = [feed_forward(block) for block in parts.blocks]
         self.norm, self.head = norm(parts.norm), product(parts.head, None)
@@ -43,13 +43,13 @@ class FastState:
     def after(
         cls, parts: FastParts, cache: DecoderCache, mask: Tensor | None, steps: int, members: int = 1
     ) -> "FastState":
-        """The state behind the prompts that `cache` and `mask` hold, as `prefill` gives them."""
+        """The state after the prompts; `cache` and `mask` come from `prefill`."""
         if members == len(cache[0].contents[0]) == 1:
             return cls(parts, OneRow(parts, cache, mask, steps), cache)
         return cls(parts, Rows(parts, cache, mask, *of_steps(steps, members, cache.device)), cache)
 
     def run(self, tokens: Tensor) -> Tensor:
-        """The next token of each row (R,) -> states under the head (R, E)."""
+        """The next token of each row (R,) -> states before the head (R, E)."""
         x = self.parts.embed(tokens, self.own.advance())  # (R, D)
         for layer, add_mlp in enumerate(self.mlps):
             self.own.add(layer, x)
@@ -73,10 +73,10 @@ class FastState:
 def tree_states(
     parts: FastParts, cache: DecoderCache, mask: Tensor | None, tokens: Tensor, depths: Tensor, above: Tensor
 ) -> Tensor:
-    """All nodes of one tree behind each prompt in one pass: tokens (K,) -> states under the head (G, K, E).
+    """All nodes of one tree after each prompt in one pass: tokens (K,) -> states before the head (G, K, E).
 
     depths (K,) from 0; above (K, K) bool, True where the second node is the first or one above it. `cache` and `mask`
-    are those of `prefill`, and stay as they are.
+    come from `prefill` and are not changed.
     """
     own = Rows(parts, cache, mask, depths, above)
     states = FastState(parts, own, cache).run(tokens.repeat(own.groups))
@@ -86,8 +86,8 @@ def tree_states(
 class GraphState(FastState):
     """Steps of fixed shape, replayed: the host launches one graph a token instead of some thirty kernels a layer.
 
-    The first step after a change of rows runs as it is, the second is captured. Tested on the CPU for what a graph asks
-    for; not run on a GPU yet.
+    The first step after a change of rows runs normally, the second is captured. The requirements of a graph are tested
+    on the CPU; it has not run on a GPU yet.
     """
 
     def __init__(self, parts: FastParts, cache: DecoderCache, mask: Tensor | None, steps: int, members: int) -> None:
@@ -103,7 +103,7 @@ class GraphState(FastState):
         self.warm = False
 
     def step(self, tokens: Tensor) -> Tensor:
-        if not self.warm:  # libraries set themselves up in the first call, which a capture does not allow
+        if not self.warm:  # libraries initialise in the first call, which a capture does not allow
             self.warm = True
             return super().step(tokens)
         if self.graph is None:

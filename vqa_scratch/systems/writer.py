@@ -1,0 +1,80 @@
+"""Systems whose model is an encoder, a connector and a decoder: what they train on, their loss, how they write."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+from torch import Tensor
+
+from vqa_scratch.connectors.base import Conditioning
+from vqa_scratch.data.answers import Answer
+from vqa_scratch.data.batches import Batch, Questions
+from vqa_scratch.data.images import ImageProcessor, Images
+from vqa_scratch.data.text import Tokenizer
+from vqa_scratch.data.vqa_v2 import VQASample
+from vqa_scratch.models.vqa import VQAModel, labelled_loss
+from vqa_scratch.nn.states import States
+from vqa_scratch.systems import assembly
+from vqa_scratch.systems.export import export_writer
+from vqa_scratch.systems.options import RunOptions
+from vqa_scratch.systems.splits import Split, SplitSystem
+from vqa_scratch.systems.writing import write, writing_figures
+from vqa_scratch.training.precision import Precision
+
+
+class WritingSystem(SplitSystem):
+    """A system that writes token by token what it says about an image."""
+
+    writes = True
+    model: VQAModel
+
+    @classmethod
+    def open(cls, folder: Path, sizes: dict[str, Any], options: RunOptions, precision: Precision) -> Self:
+        model = assembly.assemble(sizes)
+        text = None if model.text is None else Tokenizer.from_pretrained(folder / "text_tokenizer")
+        decoder = Tokenizer.from_pretrained(folder / "decoder_tokenizer")
+        tokenizers = assembly.tokenizers_for(options, text, decoder)
+        return cls(options, model, tokenizers, ImageProcessor.from_pretrained(folder), precision, folder)
+
+    @property
+    def sizes(self) -> dict[str, Any]:
+        return assembly.sizes_of(self.model)
+
+    def split(self, samples: Sequence[VQASample]) -> Split:
+        questions = Questions(samples, self.tokenizers)
+        return Split(questions, Images(questions.image_paths, self.processor))
+
+    def batch(self, key: np.ndarray) -> Batch:
+        train = self.splits["train"]
+        return train.questions.batch(key, train.images)
+
+    def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """(sum of the cross-entropy over the labelled tokens, how many of them are right)."""
+        image = self.encode_image(batch.images)
+        text = self.encode_text(batch.question, batch.attention_mask)
+        hidden = self.model.hidden(image, text, batch.decoder_input_ids, batch.image_index)
+        return labelled_loss(hidden, self.model.decoder.head, batch.labels)
+
+    def encode_image(self, images: Tensor) -> States:
+        """Bytes (I, H, W, 3) -> states (I, N, ...)."""
+        return self.model.image.states(self.processor.normalize(images))
+
+    def encode_text(self, question: Tensor | None, attention_mask: Tensor | None) -> States | None:
+        """Ids (B, T) -> states (B, T, ...); None without a text encoder."""
+        return None if self.model.text is None else self.model.text.states(question, attention_mask)
+
+    def condition(self, batch: Batch) -> Conditioning:
+        """What the connector gives the decoder for a batch."""
+        text = self.encode_text(batch.question, batch.attention_mask)
+        return self.model.connector(self.encode_image(batch.images), text, batch.image_index)
+
+    def answers(self, split: Split, chosen: Sequence[np.ndarray], **how: Any) -> dict[int, list[Answer]]:
+        """One answer each, written; `how` are `decoding` and what `Split.batches` takes."""
+        return write(self, split, chosen, **how)
+
+    def figures(self, answers: dict[int, Answer]) -> dict[str, float]:
+        return writing_figures(answers)
+
+    def export(self, folder: Path) -> list[str]:
+        return export_writer(self, folder)
