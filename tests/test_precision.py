@@ -1,11 +1,12 @@
 """Devices and number formats: what is picked, what autocast is told, and loss scaling."""
 
+import ast
 import warnings
 
 import pytest
 import torch
 from test_training import optimizers
-from vqa_helpers import CPU, small_options, small_system
+from vqa_helpers import CPU, ROOT, small_options, small_system
 
 from train import train_step
 from vqa_scratch.errors import UserError
@@ -84,3 +85,24 @@ def test_loss_scaling_changes_nothing_but_steps_it_leaves_out(make):
         torch.testing.assert_close(scaled, plain, rtol=1e-5, atol=1e-6)  # powers of two: only tiny numbers may round
     assert not found[2][0].isfinite() and system.precision.scaler.get_scale() == 2.0**126
     assert all(torch.equal(a, b) for a, b in zip(found[2][1:], before, strict=True))
+
+
+def test_the_names_of_number_formats_are_in_one_table():
+    """Nobody else says which dtype "bf16" is, in the package or in the benchmarks."""
+    tables = []
+    for folder in ("vqa_scratch", "kernels", "bench"):
+        for path in (ROOT / folder).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.Dict) and "'bf16': torch.bfloat16" in ast.unparse(node):
+                    tables.append(path.name)
+    assert tables == ["precision.py"]
+
+
+@pytest.mark.parametrize("kind", ["fp32", "bf16"])
+def test_a_precision_holds_its_autocast_ready_made(kind):
+    precision = Precision(kind, CPU)
+    for _ in range(2):  # a new context each time
+        with precision.autocast():
+            assert (torch.randn(2, 3) @ torch.randn(3, 2)).dtype == precision.dtype
+            assert torch.is_autocast_enabled("cpu") is (kind == "bf16")
+    assert not torch.is_autocast_enabled("cpu")
