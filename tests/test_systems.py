@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 from ranks import run_ranks
+from run_helpers import command
 from safetensors.torch import load_file
 from test_resume import at_step, die, send
 from vqa_helpers import CPU, Started, small_data, train_program
@@ -209,6 +210,17 @@ def test_what_it_cannot_do_is_one_line(finished, data, name):
     if not system.writes:
         with pytest.raises(UserError, match=f"is a run of preset {preset}, which .* does not write its answers"):
             system.policy(None, torch.float32)
+
+
+def test_study_shows_the_weights_that_ran(finished, data, tmp_path, name):
+    """On the page and in its files, whatever the system reads the image with."""
+    asked = [] if name == "caption" else ["--question", QUESTION]
+    command("study", finished(name), "--image", picture(data), *asked, "--out", tmp_path / "out")
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    (answer, *_), _ = systems.load(finished(name)).ask(picture(data), QUESTION if asked else None)
+    assert summary["answer"].strip() == answer.text
+    assert max(summary["certificate"][k] for k in ("mass", "output", "softmax")) <= 1e-5
+    assert summary["certificate"]["rows"] > 0 and (tmp_path / "out" / "report.html").stat().st_size > 10_000
 
 
 def test_the_exported_readme_says_what_the_run_says(finished, data, tmp_path, capsys, monkeypatch, name):

@@ -26,7 +26,7 @@ class PrefixConnector(Connector):
         super().__init__()
         self.skipped = image.prefix_tokens
         self.up = nn.Linear(image.dim, decoder.config.dim)
-        self.down = nn.Linear(decoder.config.dim, decoder.config.dim)
+        self.down = nn.Linear(decoder.config.dim, decoder.head.shape[1])
 
     @classmethod
     def prefix_length(cls, grid: tuple[int, int], sizes: dict[str, Any]) -> int:

@@ -44,7 +44,7 @@ class QFormerConnector(Connector):
             attention_dropout=0.0,
         )
         self.qformer = QFormer(config, queries)
-        self.projection = nn.Linear(width, width)
+        self.projection = nn.Linear(width, decoder.head.shape[1])
 
     @classmethod
     def sizes_for(cls, grid: tuple[int, int], options: Any) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from os import PathLike
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 from torch import Tensor, nn
 
@@ -181,12 +181,23 @@ class GPT2(Released, Decoder):
         `add_cross_attention=True` adds cross-attention to a checkpoint without it, such as plain gpt2: only those
         weights may be missing; they stay random, and one log line counts them. None follows the checkpoint.
         """
-        hf, tensors = read_checkpoint(source)
-        config = GPT2Config.from_hf(hf)
+        return cls.from_checkpoint(*read_checkpoint(source), str(source), add_cross_attention=add_cross_attention)
+
+    @classmethod
+    def from_checkpoint(
+        cls,
+        config: Mapping[str, Any],
+        tensors: dict[str, Tensor],
+        source: str,
+        *,
+        add_cross_attention: bool | None = None,
+    ) -> Self:
+        """From what `read_checkpoint` gives; as `from_pretrained`."""
+        sizes = GPT2Config.from_hf(config)
         if add_cross_attention is not None:
-            config = replace(config, add_cross_attention=add_cross_attention)
-        model = cls(config)
-        fresh = load_into(model, tensors, model.key_map, optional=maps.GPT2_CROSS, source=str(source))
+            sizes = replace(sizes, add_cross_attention=add_cross_attention)
+        model = cls(sizes)
+        fresh = load_into(model, tensors, model.key_map, optional=maps.GPT2_CROSS, source=source)
         if fresh:
             logger.warning("%s has no cross-attention: %d of its parameters start at random", source, len(fresh))
         return model.eval()

@@ -1,21 +1,25 @@
-"""Opens an encoder of any family: tables from the `model_type` in config.json to the class that loads it.
+"""Opens an encoder or a decoder of any family: tables from the `model_type` in config.json to the class that loads it.
 
-A new layout of a family is a line in its `LAYOUTS`; a new family of encoders is a line here.
+A new layout of a family is a line in its `LAYOUTS`; a new family is a line here.
 """
 
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 from vqa_scratch.errors import UserError
 from vqa_scratch.models.bert import Bert, BertConfig
+from vqa_scratch.models.gpt2 import GPT2
 from vqa_scratch.models.hf_config import Released
+from vqa_scratch.models.opt import OPT
 from vqa_scratch.models.resnet import ResNet
 from vqa_scratch.models.vit import ViT, ViTConfig
 from vqa_scratch.weights.files import read_checkpoint
 
 IMAGE_ENCODERS: dict[str, type[Released]] = dict.fromkeys(ViTConfig.LAYOUTS, ViT)
 TEXT_ENCODERS: dict[str, type[Released]] = dict.fromkeys(BertConfig.LAYOUTS, Bert)
+DECODERS: dict[str, type[Released]] = {"gpt2": GPT2, "opt": OPT}
 
 
 def image_encoder(source: str | PathLike[str]) -> ViT | ResNet:
@@ -23,17 +27,33 @@ def image_encoder(source: str | PathLike[str]) -> ViT | ResNet:
 
     Raises UserError, one line, for another kind of model or if something does not fit.
     """
-    return ResNet.from_pretrained(source) if Path(source).is_file() else _open(source, IMAGE_ENCODERS, "image")
+    if Path(source).is_file():
+        return ResNet.from_pretrained(source)
+    return _open(source, IMAGE_ENCODERS, "image encoders")
 
 
 def text_encoder(source: str | PathLike[str]) -> Bert:
     """A text encoder in eval mode, from a checkpoint folder or a Hub id. Raises UserError as `image_encoder`."""
-    return _open(source, TEXT_ENCODERS, "text")
+    return _open(source, TEXT_ENCODERS, "text encoders")
 
 
-def _open(source: str | PathLike[str], table: Mapping[str, type[Released]], kind: str) -> Released:
+def decoder(source: str | PathLike[str], *, cross_attention: bool) -> GPT2 | OPT:
+    """A decoder in eval mode, from a checkpoint folder or a Hub id. Cross-attention can be had with GPT-2 only; it is
+    random where the checkpoint has none. Raises UserError as `image_encoder`."""
+    if cross_attention:
+        return _open(source, {"gpt2": GPT2}, "decoders with cross-attention", add_cross_attention=True)
+    return _open(source, DECODERS, "decoders")
+
+
+def decoder_of(sizes: Mapping[str, Any]) -> GPT2 | OPT:
+    """A decoder of random weights, from the content of a config.json."""
+    kind = DECODERS[sizes["model_type"]]
+    return kind(kind.config_class.from_hf(sizes))
+
+
+def _open(source: str | PathLike[str], table: Mapping[str, type[Released]], kinds: str, **options: Any) -> Released:
     config, tensors = read_checkpoint(source)
     found = config.get("model_type")
     if found not in table:
-        raise UserError(f"{source} holds a model of type {found!r}; {kind} encoders are {', '.join(table)}")
-    return table[found].from_checkpoint(config, tensors, str(source))
+        raise UserError(f"{source} holds a model of type {found!r}; {kinds} are {', '.join(table)}")
+    return table[found].from_checkpoint(config, tensors, str(source), **options)

@@ -11,7 +11,7 @@ from vqa_scratch.connectors import connect, connector_sizes
 from vqa_scratch.data.text import Tokenizer
 from vqa_scratch.data.tokenizers import Tokenizers
 from vqa_scratch.models.bert import Bert, BertConfig
-from vqa_scratch.models.gpt2 import GPT2, GPT2Config
+from vqa_scratch.models.released import decoder_of
 from vqa_scratch.models.resnet import NORMS, ResNet, ResNetConfig
 from vqa_scratch.models.vit import ConvStem, ViT, ViTConfig
 from vqa_scratch.models.vqa import VQAModel
@@ -44,7 +44,7 @@ def image_sizes(image: nn.Module) -> dict[str, Any]:
 def assemble(sizes: dict[str, Any]) -> VQAModel:
     """A model of random weights; the inverse of `sizes_of`. Also takes the sizes of older versions."""
     sizes = todays_sizes(sizes)
-    image, decoder = image_encoder(sizes["image"]), GPT2(GPT2Config.from_hf(sizes["decoder"]))
+    image, decoder = image_encoder(sizes["image"]), decoder_of(sizes["decoder"])
     text = None if sizes["text"] is None else Bert(BertConfig.from_hf(sizes["text"]))
     return VQAModel(image, text, connect(sizes["connector"], image, text, decoder), decoder)
 

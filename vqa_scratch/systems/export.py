@@ -21,7 +21,7 @@ README = """\
 # {title}
 
 - `image/`  {image_kind}; `preprocessor_config.json` says how an image becomes pixels
-{text_line}- `decoder/`  GPT2LMHeadModel{with_cross} with its tokenizer
+{text_line}- `decoder/`  {decoder_kind}{with_cross} with its tokenizer
 - `connector.safetensors`  what joins them (connector `{connector}`): {tensors}
 
 Run this in the folder to ask about one image. What the decoder writes starts after the token {bos} and ends at the
@@ -31,7 +31,7 @@ token {eos}.
 {imports}
 
 {load_image}
-decoder = GPT2LMHeadModel.from_pretrained("decoder").eval()
+decoder = {decoder_kind}.from_pretrained("decoder").eval()
 connector = load_file("connector.safetensors")
 words = AutoTokenizer.from_pretrained("decoder")
 
@@ -67,7 +67,7 @@ text = AutoModel.from_pretrained("text").eval()
 tokens = AutoTokenizer.from_pretrained("text")("what color is the square?", return_tensors="pt")
 attention_mask = tokens["attention_mask"].float()"""
 MEMORY = "logits = decoder(ids, encoder_hidden_states=memory, encoder_attention_mask=mask).logits"
-PREFIX = "logits = decoder(inputs_embeds=torch.cat([prefix, decoder.transformer.wte(ids)], 1)).logits"
+PREFIX = "logits = decoder(inputs_embeds=torch.cat([prefix, decoder.get_input_embeddings()(ids)], 1)).logits"
 VILT_README = """\
 # A ViLT that chooses its answer from a list
 
@@ -169,7 +169,8 @@ def export_writer(system: System, folder: Path) -> list[str]:
     text_states = '    text_states = text(tokens["input_ids"], tokens["attention_mask"]).last_hidden_state\n'
     asked = tokenizers.question_prompt and system.name != "caption"
     prompt = 'prompt = words(" what color is the square?", add_special_tokens=False)["input_ids"]' if asked else ""
-    hf = ("AutoModel, " if has_text or "AutoModel" in load else "") + "AutoTokenizer, GPT2LMHeadModel"
+    decoder_kind = model.decoder.config.family.architecture
+    hf = ("AutoModel, " if has_text or "AutoModel" in load else "") + f"AutoTokenizer, {decoder_kind}"
     lines = ["import torch", "from PIL import Image", "from safetensors.torch import load_file"]
     own = ["from vqa_scratch.data.images import ImageProcessor", *imports, *model.connector.recipe_imports(has_text)]
     standard = [line for line in own if line.startswith("import ")]
@@ -179,6 +180,7 @@ def export_writer(system: System, folder: Path) -> list[str]:
         title="A visual question answering system in parts" if has_text or asked else "A captioner in parts",
         image_kind=kind,
         text_line=f"- `text/`  {text_kind} with its tokenizer\n" if has_text else "",
+        decoder_kind=decoder_kind,
         with_cross=" with cross-attention" if memory else "",
         connector=connector,
         tensors=", ".join(f"`{name}`" for name in state) if len(state) < 10 else f"{len(state)} tensors",

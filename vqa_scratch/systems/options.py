@@ -151,7 +151,9 @@ class VQAOptions(QuestionOptions):
     init: str = option("random", "Random weights, or those of checkpoints.", MODEL, ("random", "pretrained"))
     image_model: str | None = option(None, "ViT checkpoint: folder or Hub id.", MODEL, only=RELEASED)
     text_model: str | None = option(None, "BERT, DistilBERT or RoBERTa checkpoint.", MODEL, only=RELEASED)
-    decoder_model: str | None = option(None, "GPT-2 checkpoint.", MODEL, only=RELEASED)
+    decoder_model: str | None = option(
+        None, "GPT-2 checkpoint; or an OPT, with a connector that makes a prefix.", MODEL, only=RELEASED
+    )
     connector: str = option(
         "tokens",
         "How the decoder gets image and question: cross-attention to every token (tokens) or to their mean (mean), or "

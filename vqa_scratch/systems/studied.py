@@ -4,10 +4,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 from PIL import Image
+from torch import nn
 
 from vqa_scratch.data.images import ImageProcessor
 from vqa_scratch.data.text import check_question
 from vqa_scratch.data.vqa_v2 import read_vqa
+from vqa_scratch.errors import UserError
 from vqa_scratch.metrics import vqa_accuracy
 from vqa_scratch.study.opened import Opened, chosen, special_tokens, text_labels, written
 from vqa_scratch.study.subject import ViLTSubject, VQASubject
@@ -20,8 +22,13 @@ def shown_image(processor: ImageProcessor, image: Image.Image) -> Image.Image:
 
 
 def writing_subject(system: System, image: Image.Image, question: str) -> Opened:
-    """A system of encoder, connector and decoder with one image and a question; "" for a caption."""
-    tokenizers = system.tokenizers
+    """A system of encoder, connector and decoder with one image and a question; "" for a caption.
+
+    Raises UserError for a decoder without a last norm before its head, such as OPT-350M: `study` reads it as a lens.
+    """
+    decoder, tokenizers = system.model.decoder, system.tokenizers
+    if not isinstance(decoder.norm, nn.LayerNorm) or decoder.head.shape[1] != decoder.config.dim:
+        raise UserError(f"study needs a decoder whose head reads its last norm; that of {system.folder} has none")
     prompt, asked = [*tokenizers.prompt(question), tokenizers.start_id], ()
     if tokenizers.text is not None:
         ids = tokenizers.question(question)

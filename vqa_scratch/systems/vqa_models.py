@@ -8,9 +8,9 @@ from vqa_scratch.data.text import Tokenizer, train_bpe, train_wordpiece
 from vqa_scratch.data.tokenizers import Tokenizers
 from vqa_scratch.data.vqa_v2 import VQASample
 from vqa_scratch.errors import UserError
+from vqa_scratch.models import released
 from vqa_scratch.models.bert import Bert, BertConfig
 from vqa_scratch.models.gpt2 import GPT2, GPT2Config
-from vqa_scratch.models.released import image_encoder, text_encoder
 from vqa_scratch.models.vit import ViTConfig
 from vqa_scratch.models.vqa import VQAModel
 from vqa_scratch.systems import assembly
@@ -102,9 +102,9 @@ def released_models(options: VQAOptions, train: list[VQASample]) -> Parts:
     else:
         text = Tokenizer.from_pretrained(options.text_model) if kind.reads_text else None
         decoder = Tokenizer.from_pretrained(options.decoder_model)
-        image = image_encoder(options.image_model)
-        words = text_encoder(options.text_model) if kind.reads_text else None
-        writer = GPT2.from_pretrained(options.decoder_model, add_cross_attention=kind.uses_memory)
+        image = released.image_encoder(options.image_model)
+        words = released.text_encoder(options.text_model) if kind.reads_text else None
+        writer = released.decoder(options.decoder_model, cross_attention=kind.uses_memory)
         processor = ImageProcessor.from_pretrained(options.image_model)
     if words is not None:
         check_positions(options, ["max_question_tokens"], words.longest, options.text_model or "DistilBERT")

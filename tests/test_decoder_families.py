@@ -1,0 +1,86 @@
+"""A decoder of another family in the VQA system: what another class of `models/` and its line in `released` give."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from run_helpers import command, picture
+from vqa_helpers import CPU
+
+from train import train_step
+from vqa_scratch import systems
+from vqa_scratch.data.images import ImageProcessor
+from vqa_scratch.data.text import train_bpe
+from vqa_scratch.errors import UserError
+from vqa_scratch.models import released
+from vqa_scratch.models.opt import OPT, OPTConfig
+from vqa_scratch.models.vit import ViT, ViTConfig
+from vqa_scratch.systems.options import read_command_line
+from vqa_scratch.systems.run_folder import save_weights
+from vqa_scratch.systems.vqa import VQASystem
+from vqa_scratch.training.optimizers import Optimizers
+from vqa_scratch.training.precision import Precision
+
+QUESTION = "what color is the square?"
+SIZES = {"dim": 16, "heads": 2, "layers": 2, "hidden": 32}
+
+
+def checkpoints(folder: Path, **sizes) -> list[str]:
+    """The flags of a small ViT and a small OPT in the layouts of released ones."""
+    words = train_bpe([f" {QUESTION}", " red blue two circle"], 300)
+    ids = {"bos_id": words.bos_id, "eos_id": words.eos_id, "pad_id": words.pad_id}
+    decoder = OPT(OPTConfig(vocab_size=len(words), max_positions=64, **ids, **SIZES, **sizes))
+    image = ViT(ViTConfig(image_size=32, patch_size=16, **SIZES))
+    decoder.save_pretrained(folder / "opt"), words.save(folder / "opt")
+    image.save_pretrained(folder / "vit"), ImageProcessor(size=(32, 32)).save_pretrained(folder / "vit")
+    return ["--image-model", str(folder / "vit"), "--decoder-model", str(folder / "opt")]
+
+
+def options(data: Path, folder: Path, connector: str, *flags: str):
+    values = ["--preset", "book", "--init", "pretrained", "--connector", connector, "--question-prompt", *flags]
+    return read_command_line([*values, "--data", str(data), "--out", str(folder / "run"), "--questions-per-step", "32"])
+
+
+@torch.enable_grad()
+@pytest.mark.parametrize("connector", ["prefix", "qformer"])
+@pytest.mark.parametrize("sizes", [{}, {"embedding_dim": 8, "norm_first": False}], ids=["125M", "350M"])
+def test_an_opt_answers(data, tmp_path, capsys, monkeypatch, connector, sizes):
+    """It trains, is saved, opened, asked, studied and exported as a GPT-2 is; the 350M model has a narrow embedding."""
+    chosen = options(data, tmp_path, connector, *checkpoints(tmp_path, **sizes))
+    samples = VQASystem.read(chosen)
+    system = VQASystem.build(chosen, samples, Precision("fp32", CPU))
+    system.train_on(samples)
+    rates = {"kind": "adamw", "learning_rate": 3e-3, "matrix_learning_rate": 0.0, "weight_decay": 0.0}
+    batch, optimizers = system.batch(system.epoch(0)[0]), Optimizers(system.model, **rates)
+    losses = [float(train_step(system.loss, batch, optimizers, system.precision)[0]) for _ in range(3)]
+    assert losses[2] < losses[0]
+    system.save(chosen.out)
+    save_weights(chosen.out / "model.safetensors", system.model)
+
+    opened = systems.load(chosen.out)
+    assert isinstance(opened.model.decoder, OPT) and opened.model.decoder.config == system.model.decoder.config
+    (answer,), _ = opened.ask(picture(data), QUESTION)
+    study = ("study", chosen.out, "--image", picture(data), "--question", QUESTION, "--out", tmp_path / "study")
+    if sizes:
+        with pytest.raises(UserError, match="^study needs a decoder whose head reads its last norm; that of .*run has"):
+            command(*study)
+    else:
+        command(*study)
+        certificate = json.loads((tmp_path / "study" / "summary.json").read_text())["certificate"]
+        assert max(certificate[k] for k in ("mass", "output", "softmax")) <= 1e-5 and certificate["rows"] > 0
+    opened.export(tmp_path / "out")
+    monkeypatch.chdir(tmp_path / "out")
+    Image.open(picture(data)).save("picture.png")
+    program = re.search(r"```python\n(.*?)```", Path("README.md").read_text(), re.S)[1]
+    capsys.readouterr()
+    exec(compile(program, "README.md", "exec"), {"__name__": "readme"})
+    assert capsys.readouterr().out.strip() == answer.text
+
+
+def test_an_opt_has_no_cross_attention(tmp_path):
+    *_, folder = checkpoints(tmp_path)
+    with pytest.raises(UserError, match="'opt'; decoders with cross-attention are gpt2$"):
+        released.decoder(folder, cross_attention=True)
