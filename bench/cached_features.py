@@ -18,6 +18,7 @@ import torch
 
 from bench import results, timing
 from train import train_step
+from vqa_scratch.connectors import connector_class
 from vqa_scratch.data.shapes import ShapesSpec, ensure_shapes
 from vqa_scratch.errors import UserError
 from vqa_scratch.systems.options import PRESETS, VQAOptions
@@ -63,6 +64,7 @@ class Sides:
             "init": "random",
             "freeze": "encoders",
             "connector": case.connector,
+            "question_prompt": not connector_class(case.connector).reads_text,
             "image_cache": True,
             "val_split": "val",
             "questions_per_step": case.questions,
