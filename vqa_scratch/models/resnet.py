@@ -120,14 +120,18 @@ def conv(narrow: int, wide: int, kernel: int, stride: int = 1) -> nn.Conv2d:
 
 
 class Shortcut(nn.Module):
-    """The shortcut of a block that changes the size: a 1x1 convolution of the block's stride, and a norm."""
+    """The shortcut of a block that changes the size: a 1x1 convolution of the block's stride, and a norm.
+
+    Only the pixels that the stride leaves are given to the convolution. With the stride in the convolution, oneDNN 3.12
+    (torch 2.13, AVX-512) writes out of bounds in its backward pass, for up to 16 channels on two or more threads.
+    """
 
     def __init__(self, narrow: int, wide: int, stride: int, norm: Norm) -> None:
         super().__init__()
-        self.conv, self.norm = conv(narrow, wide, 1, stride), norm(wide)
+        self.stride, self.conv, self.norm = stride, conv(narrow, wide, 1, 1), norm(wide)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.norm(self.conv(x))
+        return self.norm(self.conv(x[..., :: self.stride, :: self.stride]))
 
 
 class Block(nn.Module):
