@@ -14,7 +14,7 @@ from transformers.models.deit.image_processing_pil_deit import DeiTImageProcesso
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
-from vqa_scratch.data.images import ImageProcessor, load_image, to_rgb
+from vqa_scratch.data.images import ImageProcessor, Images, load_image, to_rgb
 from vqa_scratch.errors import UserError
 
 REFERENCES = [
@@ -247,11 +247,14 @@ def test_transparency_is_laid_over_white(tmp_path):
     assert load_image(tmp_path / "colour.png").getpixel((0, 0)) == (255, 255, 255)
 
 
-def test_exif_orientation_is_ignored(tmp_path):
+def test_photos_are_turned_upright_unless_they_are_read_as_stored(tmp_path):
     exif = Image.Exif()
     exif[274] = 6  # to be turned a quarter
     random_image(8, 16).save(tmp_path / "a.jpg", exif=exif)
-    assert load_image(tmp_path / "a.jpg").size == (16, 8)
+    assert load_image(tmp_path / "a.jpg").size == (8, 16)
+    assert load_image(tmp_path / "a.jpg", upright=False).size == (16, 8)
+    paths, processor = [tmp_path / "a.jpg"], ImageProcessor(size=(4, 4))
+    assert Images(paths, processor).digest() != Images(paths, processor, upright=False).digest()
 
 
 def test_one_pixel(tmp_path):

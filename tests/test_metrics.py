@@ -106,7 +106,7 @@ def test_accuracy_equals_a_literal_restatement():
     words += ["u.s.a.", "none", "0", "dont", "don't", "red, blue", "red/blue", " yes ", "\tno\n", "", "5 - 6", "..."]
     for _ in range(3000):
         pool = rng.sample(words, rng.randint(1, 4))
-        answers = [rng.choice(pool) for _ in range(rng.choice([1, 2, 3, 9, 10, 10, 10, 11]))]
+        answers = [rng.choice(pool) for _ in range(rng.choice([4, 5, 8, 9, 10, 10, 10, 11]))]
         prediction = rng.choice(pool + words)
         # one rounding of the division separates a float from the exact fraction
         assert vqa_accuracy(prediction, answers) == float(official(prediction, answers)), (prediction, answers)
@@ -120,9 +120,11 @@ def test_counts_of_ten_give_the_soft_targets_exactly(count, score):
 
 
 def test_few_annotators():
-    assert vqa_accuracy("yes", ["yes"]) == 0.0
-    assert vqa_accuracy("yes", ["yes"] * 3) == pytest.approx(2 / 3, abs=1e-15)
+    """One to three are alternatives; from four on the official rule can be met."""
+    assert [vqa_accuracy("The Yes", ["yes"] * count) for count in (1, 2, 3)] == [1.0] * 3
+    assert [vqa_accuracy("no", ["yes"] * count) for count in (1, 2, 3, 4)] == [0.0] * 4
     assert vqa_accuracy("yes", ["yes"] * 4) == 1.0
+    assert vqa_accuracy("yes", ["yes", "no", "no", "no"]) == pytest.approx(0.25, abs=1e-15)
 
 
 def test_unanimous_answers_are_compared_raw():

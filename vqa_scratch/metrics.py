@@ -22,6 +22,8 @@ _PERIOD = re.compile(r"\.(?![0-9])")
 # Quirk: re.UNICODE (32) is passed where `count` belongs, so at most 32 periods of one text are removed.
 _MAX_PERIODS = int(re.UNICODE)
 
+ALTERNATIVES = 3  # up to so many answers are alternatives; more are annotators, of whom three must agree
+
 _NUMBER_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 _NUMBERS = {word: str(number) for number, word in enumerate(_NUMBER_WORDS)} | {"none": "0"}
 _ARTICLES = {"a", "an", "the"}
@@ -91,6 +93,13 @@ def _left_out_score(matches: int, annotators: int) -> float:
     return thirds / (3 * annotators)
 
 
+def rule(answers: int) -> str:
+    """The name of the rule by which `vqa_accuracy` scores a question with so many answers."""
+    if answers > ALTERNATIVES:
+        return "official VQA accuracy" + ("" if answers == 10 else f", its rule on {answers} answers")
+    return "exact match after normalisation" + ("" if answers == 1 else f" with any of {answers} answers")
+
+
 def vqa_accuracy(prediction: str, answers: Sequence[str | Mapping[str, Any]], *, lenient: bool = False) -> float:
     """Official accuracy of one prediction, in [0, 1].
 
@@ -99,6 +108,9 @@ def vqa_accuracy(prediction: str, answers: Sequence[str | Mapping[str, Any]], *,
     lenient    -- normalise both sides always. The official rule normalises only where the annotators disagree; where
                   they are unanimous it compares raw strings, so that "Yes" against ten "yes" scores 0.
 
+    With one to three answers, which the official rule cannot score, they are taken as alternatives: 1 if the prediction
+    equals any of them, both sides normalised, else 0.
+
     Every position of `answers` counts as one annotator. The official script leaves an annotator out by comparing whole
     dicts, so in files without a unique `answer_id` it leaves out all equal answers at once and scores lower than this
     function (ten "yes" would score 0).
@@ -106,9 +118,12 @@ def vqa_accuracy(prediction: str, answers: Sequence[str | Mapping[str, Any]], *,
     """
     given = _texts(answers)
     predicted = _clean(prediction)
-    if lenient or len(set(given)) > 1:
+    few = len(given) <= ALTERNATIVES
+    if lenient or few or len(set(given)) > 1:
         predicted = normalize_answer(predicted)
         given = [normalize_answer(answer) for answer in given]
+    if few:
+        return float(predicted in given)
     return _left_out_score(given.count(predicted), len(given))
 
 
@@ -120,6 +135,8 @@ def soft_targets(answers: Sequence[str | Mapping[str, Any]]) -> dict[str, float]
     """
     counts = Counter(_texts(answers))
     annotators = counts.total()
+    if annotators <= ALTERNATIVES:
+        return dict.fromkeys(counts, 1.0)
     return {answer: _left_out_score(count, annotators) for answer, count in counts.items()}
 
 

@@ -114,6 +114,7 @@ class ImageGroups:
         if not samples:
             raise ValueError("no samples")
         self.samples = list(samples)
+        self.upright = samples[0].upright  # the same for all samples of a source
         paths: dict[int, Path] = {}
         for sample in samples:
             paths.setdefault(sample.image_id, sample.image_path)

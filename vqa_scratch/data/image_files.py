@@ -5,7 +5,7 @@ import warnings
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 
 from vqa_scratch.errors import UserError
 
@@ -40,10 +40,11 @@ def _check_pixels(path: Path, pixels: int) -> None:
         raise UserError(f"{path} has {pixels:,} pixels, over the limit of {limit:,}; scale it down first")
 
 
-def load_image(path: str | Path) -> Image.Image:
+def load_image(path: str | Path, *, upright: bool = True) -> Image.Image:
     """The image as RGB, fully decoded; of an animation, the first frame.
 
-    Its EXIF orientation is ignored: the released models were trained and measured on the pixels as they are stored.
+    `upright` turns a photo as its EXIF orientation says. The official files of VQA v2 and COCO are read as they are
+    stored: models were trained and measured on those pixels.
     Raises UserError, naming the file, if it is missing, empty, truncated, no image, or over Pillow's limit of pixels.
     """
     path = Path(path)
@@ -55,6 +56,8 @@ def load_image(path: str | Path) -> Image.Image:
         with Image.open(path) as image:
             _check_pixels(path, image.width * image.height)
             image.load()
+            if upright and image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+                image = ImageOps.exif_transpose(image)
     except (UserError, MemoryError):
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:  # from open(), before our check

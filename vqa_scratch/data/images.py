@@ -186,15 +186,17 @@ class ImageProcessor:
 class Images:
     """The images of a data set as bytes, by position: decoded on demand, or read from a file mapped into memory."""
 
-    def __init__(self, paths: Sequence[Path], processor: ImageProcessor, *, workers: int = 4) -> None:
+    def __init__(
+        self, paths: Sequence[Path], processor: ImageProcessor, *, workers: int = 4, upright: bool = True
+    ) -> None:
         if processor.output_size is None:
             raise UserError("training needs images of one size; this processor's size depends on the image")
-        self.paths, self.processor, self.workers = list(paths), processor, workers
+        self.paths, self.processor, self.workers, self.upright = list(paths), processor, workers, upright
         self.cached: np.ndarray | None = None
 
     def read(self, position: int) -> np.ndarray:
         """(H, W, 3) uint8."""
-        return self.processor.to_uint8(load_image(self.paths[position]))
+        return self.processor.to_uint8(load_image(self.paths[position], upright=self.upright))
 
     def __getitem__(self, positions: Sequence[int]) -> np.ndarray:
         """(I, H, W, 3) uint8."""
@@ -218,6 +220,8 @@ class Images:
     def digest(self) -> str:
         """A hash of the preprocessing and of every path with its size and time; it changes with the images."""
         key = hashlib.blake2b(repr(self.processor.to_hf()).encode(), digest_size=12)
+        if self.upright:  # without it the name is that of earlier versions, whose files stay good
+            key.update(b"upright\n")
         for path in self.paths:
             stat = path.stat()
             key.update(f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}\n".encode())

@@ -83,8 +83,11 @@ def pad(images: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
 class PaddedImages(Images):
     """Images of many sizes, decoded on demand and padded to the largest of a batch."""
 
-    def __init__(self, paths: Sequence[Path], processor: ViltImageProcessor, *, workers: int = 4) -> None:
-        self.paths, self.processor, self.workers, self.cached = list(paths), processor, workers, None
+    def __init__(
+        self, paths: Sequence[Path], processor: ViltImageProcessor, *, workers: int = 4, upright: bool = True
+    ) -> None:
+        self.paths, self.processor, self.workers, self.upright = list(paths), processor, workers, upright
+        self.cached = None
 
     def load(self, positions: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
         return pad(self.decoded(positions))
@@ -93,9 +96,9 @@ class PaddedImages(Images):
         raise UserError("images of many sizes are not kept as bytes in one file: give --no-image-cache")
 
 
-def images_for(paths: Sequence[Path], processor: ImageProcessor) -> Images:
+def images_for(paths: Sequence[Path], processor: ImageProcessor, *, upright: bool = True) -> Images:
     """Padded images for a ViLT, else images of one size."""
-    return (PaddedImages if isinstance(processor, ViltImageProcessor) else Images)(paths, processor)
+    return (PaddedImages if isinstance(processor, ViltImageProcessor) else Images)(paths, processor, upright=upright)
 
 
 def read_processor(folder: Path) -> ImageProcessor:

@@ -4,13 +4,15 @@ Names follow the public release of VQA v2 (Goyal et al., CVPR 2017), which names
 """
 
 import os
+import re
 import sys
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
-from vqa_scratch.errors import UserError
+from vqa_scratch.errors import UserError, some
 from vqa_scratch.storage import read_json
 
 SUBTYPES = {"train": "train2014", "val": "val2014", "test": "test2015", "test-dev": "test-dev2015"}
@@ -20,6 +22,12 @@ IMAGE_SUFFIXES = (".jpg", ".png", ".jpeg")
 def subtype_of(split: str) -> str:
     """The official `data_subtype` of a split ("train" -> "train2014"); any other name is its own subtype."""
     return SUBTYPES.get(split, split)
+
+
+def subtype_in(name: str) -> str | None:
+    """The subtype that a file name has in it ("vqa_train2017_questions.json" -> "train2017"), if any."""
+    found = re.search(r"(train|val|test|test-dev)20[0-9]{2}", name)
+    return found[0] if found else None
 
 
 def image_subtype_of(subtype: str) -> str:
@@ -49,14 +57,16 @@ def image_file_name(split: str, image_id: int, suffix: str = ".jpg") -> Path:
 class VQASample:
     """One question on one image. On a test split without annotations the types and `answer` are "", `answers` is ()."""
 
-    image_id: int
+    image_id: int | str
     image_path: Path
-    question_id: int
+    question_id: int | str
     question: str
     question_type: str
     answer_type: str
     answers: tuple[str, ...]
     answer: str
+    # Whether the image is turned as its EXIF orientation says; the official files are read as they are stored.
+    upright: bool = field(default=True, compare=False)
 
 
 @dataclass(frozen=True)
@@ -68,15 +78,51 @@ class VQAFiles:
     images: Path
 
 
-def find_file(folder: Path, name: str) -> Path:
-    """`name` in `folder` or in its subfolders `questions`, `annotations`; else UserError."""
-    places = [folder / name] + [folder / sub / name for sub in ("questions", "annotations")]
+class Entry(NamedTuple):
+    """A question as a source has it, before anything is left out."""
+
+    question_id: int | str
+    image_id: int | str
+    image: Path | None  # None: there is no such file
+    image_name: str  # for messages
+    question: str
+    question_type: str
+    answer_type: str
+    answers: tuple[str, ...]
+    answer: str
+    problem: str | None = None  # why the question cannot be used
+
+
+@dataclass(frozen=True)
+class Source:
+    """A split of a data set, opened: its questions are parsed one at a time.
+
+    upright -- whether photos are turned as their EXIF orientation says; the official files are read as they are stored
+    """
+
+    files: dict[str, Path | None]
+    count: int
+    entry: Callable[[int], Entry]
+    annotated: bool
+    notes: Counter[str]
+    upright: bool
+
+
+def find_file(folder: Path, name: str, what: str, split: str) -> Path | None:
+    """`name` in `folder` or in its subfolders `questions`, `annotations`; None if there is no such file.
+
+    Without it, the one JSON file there whose name has the words `what` ("question", "annotation") and `split`. Raises
+    UserError if there are several.
+    """
+    places = [folder, folder / "questions", folder / "annotations"]
     for place in places:
-        if place.is_file():
-            return place
-    no_file = "or its subfolders questions/ and annotations/ have no such file"
-    what = no_file if folder.is_dir() else "is not a folder"
-    raise UserError(f"{name} not found: {folder} {what}")
+        if (place / name).is_file():
+            return place / name
+    names = (path for place in places for path in sorted(place.glob("*.json")) if what in path.name.lower())
+    found = [path for path in names if split in re.split("[^a-z-]+", path.name.lower())]
+    if len(found) > 1:
+        raise UserError(f"{folder} has several files of {what}s of split {split}: {some(p.name for p in found)}")
+    return found[0] if found else None
 
 
 def image_places(root: Path, subtype: str) -> list[Path]:
@@ -89,7 +135,7 @@ class ImageFolder:
 
     def __init__(self, root: Path, subtype: str) -> None:
         self.subtype = subtype
-        self._paths: dict[int, Path | None] = {}
+        self._paths: dict[int | str, Path | None] = {}
         places = image_places(root, subtype)
         for self.folder in filter(Path.is_dir, places):
             self._names = {name for name in os.listdir(self.folder) if name.lower().endswith(IMAGE_SUFFIXES)}
@@ -98,12 +144,13 @@ class ImageFolder:
         looked = ", ".join(map(str, places))
         raise UserError(f"no image ({'/'.join(IMAGE_SUFFIXES)}) of {subtype} found; looked in {looked}")
 
-    def names_for(self, image_id: int) -> list[str]:
-        """COCO's names of 2014/15, then those of 2017, then the plain number; .jpg before .png."""
-        stems = (f"COCO_{self.subtype}_{image_id:012d}", f"{image_id:012d}", str(image_id))
+    def names_for(self, image_id: int | str) -> list[str]:
+        """COCO's names of 2014/15, then those of 2017, then the plain id; .jpg before .png."""
+        padded = f"{image_id:0>12}"
+        stems = (f"COCO_{self.subtype}_{padded}", padded, str(image_id))
         return [stem + suffix for stem in stems for suffix in IMAGE_SUFFIXES]
 
-    def find(self, image_id: int) -> Path | None:
+    def find(self, image_id: int | str) -> Path | None:
         """The path of the image, the same object at every call, or None if there is none."""
         if image_id not in self._paths:
             name = next((name for name in self.names_for(image_id) if name in self._names), None)
@@ -121,7 +168,7 @@ def entries(path: Path, content: Any, key: str) -> list[Any]:
     return content[key]
 
 
-def fields(where: str, entry: Any, types: dict[str, type]) -> list[Any]:
+def fields(where: str, entry: Any, types: dict[str, Any]) -> list[Any]:
     """The values of the named keys of `entry`, each of the given type; else UserError that names the key."""
     if not isinstance(entry, dict):
         raise UserError(f"{where} is a {type(entry).__name__}, not an object")
@@ -131,7 +178,8 @@ def fields(where: str, entry: Any, types: dict[str, type]) -> list[Any]:
     for key, wanted in types.items():
         # bool is a kind of int in Python, but not an id
         if not isinstance(entry[key], wanted) or isinstance(entry[key], bool):
-            raise UserError(f"{where}: {key!r} is {entry[key]!r}, not {wanted.__name__}")
+            name = getattr(wanted, "__name__", wanted)
+            raise UserError(f"{where}: {key!r} is {entry[key]!r}, not {name}")
     return [entry[key] for key in types]
 
 
@@ -194,14 +242,14 @@ class VQAData:
 class Annotation:
     """What an annotation file says about one question."""
 
-    image_id: int
+    image_id: int | str
     question_type: str
     answer_type: str
     answers: tuple[str, ...]
     answer: str
 
 
-def load_annotations(path: Path) -> tuple[dict[int, Annotation], Counter[str]]:
+def load_annotations(path: Path) -> tuple[dict[int | str, Annotation], Counter[str]]:
     """{question_id: Annotation} and a count of what is allowed but unusual.
 
     While the file is parsed, each of the 4.4 million answers of train2014 becomes an interned string, so that their
@@ -216,8 +264,9 @@ def load_annotations(path: Path) -> tuple[dict[int, Annotation], Counter[str]]:
             return sys.intern(entry["answer"])
         return entry
 
-    types = {"question_id": int, "image_id": int, "question_type": str, "answer_type": str, "answers": list}
-    result: dict[int, Annotation] = {}
+    ids = {"question_id": int | str, "image_id": int | str}
+    types = ids | {"question_type": str, "answer_type": str, "answers": list}
+    result: dict[int | str, Annotation] = {}
     raw = entries(path, read_json(path, reduce), "annotations")
     raw.reverse()  # popped from the end: each entry is freed as soon as it is read
     total = len(raw)

@@ -4,19 +4,23 @@ The data set and its formats are those of Goyal et al., "Making the V in VQA Mat
 never pixels. A report counts what is left out, by reason.
 """
 
+import functools
 import hashlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from functools import cache
 from pathlib import Path
 
 from tqdm import tqdm
 
 from vqa_scratch.data.image_files import load_image
+from vqa_scratch.data.own import only_table, open_own, own_files
+from vqa_scratch.data.tables import TABLES
 from vqa_scratch.data.vqa_files import (
     Annotation,
+    Entry,
     ImageFolder,
     ReadReport,
+    Source,
     VQAData,
     VQAFiles,
     VQASample,
@@ -27,27 +31,88 @@ from vqa_scratch.data.vqa_files import (
     image_subtype_of,
     load_annotations,
     questions_name,
+    subtype_in,
     subtype_of,
 )
 from vqa_scratch.errors import UserError
 from vqa_scratch.storage import read_json
 
 
-def _find(source: str | Path | VQAFiles, split: str) -> VQAFiles:
+def open_source(source: str | Path | VQAFiles, split: str, cache: Path = Path("cache")) -> Source:
+    """A split of a folder with VQA v2 files, of a table, or of a folder with tables (`data/own.py`).
+
+    A split that is itself the name of a table is that table. Raises UserError if there is no such split.
+    """
     if isinstance(source, VQAFiles):
         for path in filter(None, (source.questions, source.annotations)):
             if not Path(path).is_file():
                 raise UserError(f"{path} not found: there is no such file")
-        return source
-    folder, subtype = Path(source), subtype_of(split)
-    questions = find_file(folder, questions_name(subtype))
-    try:
-        annotations = find_file(folder, annotations_name(subtype))
-    except UserError:
-        if not subtype.startswith("test"):  # the official test splits come without answers
-            raise
-        annotations = None
+        return open_official(source, split)
+    folder = Path(source)
+    if Path(split).suffix.lower() in TABLES:
+        return open_own([Path(split)], "all", cache)
+    if folder.is_file():
+        return open_own([folder], split, cache)
+    files = official_files(folder, split)
+    if files is not None:
+        return open_official(files, split)
+    if tables := own_files(folder, split):
+        return open_own(tables, "all", cache)
+    if table := only_table(folder):
+        return open_own([table], split, cache)
+    raise UserError(nothing_of(folder, split))
+
+
+def nothing_of(folder: Path, split: str) -> str:
+    """The message that a folder holds no such split."""
+    if not folder.is_dir():
+        return f"{folder} is not a folder" + ("" if folder.exists() else ": there is no such file or folder")
+    return (
+        f"{folder} holds no questions of split {split}: neither {questions_name(subtype_of(split))} (there or in "
+        f"questions/) nor a table {split}.csv, .tsv, .jsonl, .json or .parquet"
+    )
+
+
+def official_files(folder: Path, split: str) -> VQAFiles | None:
+    """The files of a split under their official names, else under others that say what they hold; None without any.
+
+    Raises UserError if there are questions without annotations, unless the split is a test split.
+    """
+    subtype = subtype_of(split)
+    questions = find_file(folder, questions_name(subtype), "question", split)
+    if questions is None:
+        return None
+    annotations = find_file(folder, annotations_name(subtype), "annotation", split)
+    if annotations is None and not subtype.startswith("test"):  # the official test splits come without answers
+        raise UserError(f"{annotations_name(subtype)} not found beside {questions}")
     return VQAFiles(questions, annotations, folder)
+
+
+def open_official(files: VQAFiles, split: str) -> Source:
+    """A split in the format of VQA v2. Raises UserError if its files are broken or the folder of images is missing."""
+    content = read_json(files.questions)
+    questions = entries(files.questions, content, "questions")
+    subtype = content.get("data_subtype") or subtype_in(files.questions.name) or subtype_of(split)
+    finder = ImageFolder(Path(files.images), image_subtype_of(subtype))
+    paths = {"questions": files.questions, "annotations": files.annotations, "images": finder.folder}
+    annotations, notes = load_annotations(files.annotations) if files.annotations else (None, Counter())
+    types = {"question_id": int | str, "image_id": int | str, "question": str}
+
+    def entry(position: int) -> Entry:
+        where = f"{files.questions}: questions[{position}]"
+        question_id, image_id, question = fields(where, questions[position], types)
+        found, problem = Annotation(image_id, "", "", (), ""), None
+        if annotations is not None:
+            problem = "the question has no annotation" if question_id not in annotations else None
+            found = annotations.get(question_id, found)
+            if found.image_id != image_id:
+                problem = "the annotation is about another image"
+        name = str(finder.folder / finder.names_for(image_id)[0])
+        kinds = (found.question_type, found.answer_type)
+        place = (question_id, image_id, finder.find(image_id), name)
+        return Entry(*place, question, *kinds, found.answers, found.answer, problem)
+
+    return Source(paths, len(questions), entry, annotations is not None, notes, upright=False)
 
 
 def _check_limits(split: str, annotated: bool, min_agreement: float, **counts: int | None) -> None:
@@ -69,17 +134,9 @@ def _is_readable(path: Path) -> bool:
     return True
 
 
-def _problem(annotation: Annotation | None, image_id: int, min_agreement: float) -> str | None:
-    """Why the annotation rules its question out."""
-    if annotation is None:
-        return "the question has no annotation"
-    if annotation.image_id != image_id:
-        return "the annotation is about another image"
-    if min_agreement > 0:
-        most_common = max(map(annotation.answers.count, set(annotation.answers)))
-        if most_common / len(annotation.answers) < min_agreement - 1e-9:
-            return "the annotators agree less than min_agreement"
-    return None
+def _disagree(answers: tuple[str, ...], min_agreement: float) -> bool:
+    """Whether the annotators agree less than that."""
+    return max(map(answers.count, set(answers))) / len(answers) < min_agreement - 1e-9
 
 
 def read_vqa(
@@ -93,27 +150,29 @@ def read_vqa(
     max_questions_per_image: int | None = None,
     min_agreement: float = 0.0,
     verify_images: bool = False,
+    cache: Path = Path("cache"),
 ) -> VQAData:
-    """Reads one split of a folder that holds the official files.
+    """Reads one split of a data set: the files of VQA v2, or a table of one's own (see `open_source`).
 
-    source                  -- the folder, or a VQAFiles with the place of each file
-    split                   -- "train", "val", "test", "test-dev", an official subtype ("train2014"), or any name that
-                               files were written under
+    source                  -- the folder or table, or a VQAFiles with the place of each file
+    split                   -- "train", "val", "test", "test-dev", an official subtype ("train2014"), any name that
+                               files were written under, "all" of a table, or the name of a table
     start_at, end_at        -- the slice [start_at, end_at) of the question list that is looked at
     max_images              -- at most so many distinct images: questions on further ones are left out
     max_questions           -- at most so many questions in all
     max_questions_per_image -- at most so many questions on one image
     min_agreement           -- least share of the annotators, 0 to 1, who gave the most common answer, word for word
     verify_images           -- decode each image once and leave out those that cannot be read (slow on large sets)
+    cache                   -- the folder for pictures that come inside a table
 
     Annotations are required except for splits whose name starts with "test".
     Raises UserError, in one line: a missing file or folder of images, broken JSON, a missing key, a question
     annotated with no answers, an option out of range, or no question left.
     """
-    files = _find(source, split)
+    opened = open_source(source, split, cache)
     _check_limits(
         split,
-        files.annotations is not None,
+        opened.annotated,
         min_agreement,
         start_at=start_at,
         end_at=end_at,
@@ -121,63 +180,46 @@ def read_vqa(
         max_questions=max_questions,
         max_questions_per_image=max_questions_per_image,
     )
-    content = read_json(files.questions)
-    questions = entries(files.questions, content, "questions")
-    subtype = content.get("data_subtype") or subtype_of(split)
-    finder = ImageFolder(Path(files.images), image_subtype_of(subtype))
-    annotations: dict[int, Annotation] | None = None
-    paths = {"questions": files.questions, "annotations": files.annotations, "images": finder.folder}
-    report = ReadReport(split, "questions", paths, in_file=len(questions))
-    if files.annotations is not None:
-        annotations, report.notes = load_annotations(files.annotations)
-    if start_at >= len(questions):
-        raise UserError(f"start_at={start_at} is past the end: {files.questions} has {len(questions)} questions")
+    report = ReadReport(split, "questions", opened.files, in_file=opened.count, notes=opened.notes)
+    if start_at >= opened.count:
+        path = next(iter(opened.files.values()))
+        raise UserError(f"start_at={start_at} is past the end: {path} has {opened.count} questions")
 
     samples: list[VQASample] = []
-    per_image: Counter[int] = Counter()
-    is_readable = cache(_is_readable)
-    seen: set[int] = set()
-    types = {"question_id": int, "image_id": int, "question": str}
-    no_annotation = Annotation(0, "", "", (), "")
-    stop = len(questions) if end_at is None else min(end_at, len(questions))
+    per_image: Counter[int | str] = Counter()
+    is_readable = functools.cache(_is_readable)
+    seen: set[int | str] = set()
+    stop = opened.count if end_at is None else min(end_at, opened.count)
     bar = tqdm(range(start_at, stop), "verifying images", unit="question", disable=not verify_images)
     for position in bar:
         if max_questions is not None and len(samples) == max_questions:
             report.skip("over max_questions", count=stop - position)
             break
-        where = f"{files.questions}: questions[{position}]"
-        question_id, image_id, question = fields(where, questions[position], types)
-        if question_id in seen:
-            report.skip("the question id occurred before", question_id)
+        entry = opened.entry(position)
+        if entry.question_id in seen:
+            report.skip("the question id occurred before", entry.question_id)
             continue
-        seen.add(question_id)
-        if not question.strip():
-            report.skip("the question is empty", question_id)
-            continue
-        found = no_annotation
-        if annotations is not None:
-            found = annotations.get(question_id)
-            problem = _problem(found, image_id, min_agreement)
-            if problem:
-                report.skip(problem, question_id)
-                continue
-        if max_questions_per_image is not None and per_image[image_id] >= max_questions_per_image:
+        seen.add(entry.question_id)
+        if not entry.question.strip():
+            report.skip("the question is empty", entry.question_id)
+        elif entry.problem:
+            report.skip(entry.problem, entry.question_id)
+        elif min_agreement > 0 and _disagree(entry.answers, min_agreement):
+            report.skip("the annotators agree less than min_agreement", entry.question_id)
+        elif max_questions_per_image is not None and per_image[entry.image_id] >= max_questions_per_image:
             report.skip("over max_questions_per_image")
-            continue
-        if max_images is not None and image_id not in per_image and len(per_image) == max_images:
+        elif max_images is not None and entry.image_id not in per_image and len(per_image) == max_images:
             report.skip("over max_images")
-            continue
-        path = finder.find(image_id)
-        if path is None:
-            report.skip("the image is missing", finder.folder / finder.names_for(image_id)[0])
-            continue
-        if verify_images and not is_readable(path):
-            report.skip("the image cannot be read", path.name)
-            continue
-        per_image[image_id] += 1
-        kinds = (found.question_type, found.answer_type)
-        samples.append(VQASample(image_id, path, question_id, question.strip(), *kinds, found.answers, found.answer))
-    outside = len(questions) - max(stop - start_at, 0)
+        elif entry.image is None:
+            report.skip("the image is missing", entry.image_name)
+        elif verify_images and not is_readable(entry.image):
+            report.skip("the image cannot be read", entry.image.name)
+        else:
+            per_image[entry.image_id] += 1
+            kinds = (entry.question_type, entry.answer_type)
+            about = (entry.image_id, entry.image, entry.question_id, entry.question.strip())
+            samples.append(VQASample(*about, *kinds, entry.answers, entry.answer, opened.upright))
+    outside = opened.count - max(stop - start_at, 0)
     if outside:
         report.skip("outside start_at and end_at", count=outside)
     return VQAData.of(samples, report)

@@ -82,7 +82,7 @@ class ViLTSystem(QuestionSystem):
 
     def split(self, samples: Sequence[VQASample]) -> Split:
         questions = ClassQuestions(samples, self.tokenizers, AnswerList(self.model.labels))
-        return Split(questions, images_for(questions.image_paths, self.processor))
+        return Split(questions, images_for(questions.image_paths, self.processor, upright=questions.upright))
 
     def train_on(self, data: QuestionData) -> None:
         """Leaves out training questions with no answer in the list."""

@@ -43,7 +43,7 @@ class WritingSystem(SplitSystem):
 
     def split(self, samples: Sequence[VQASample]) -> Split:
         questions = Questions(samples, self.tokenizers)
-        return Split(questions, Images(questions.image_paths, self.processor))
+        return Split(questions, Images(questions.image_paths, self.processor, upright=questions.upright))
 
     def batch(self, key: np.ndarray) -> Batch:
         train = self.splits["train"]

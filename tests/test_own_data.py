@@ -1,0 +1,195 @@
+"""A user's own data: tables of every kind, images found by any name, splits, scoring with few answers."""
+
+import json
+
+import pytest
+from PIL import Image
+
+from vqa_scratch.data.own import find_image
+from vqa_scratch.data.vqa_v2 import read_vqa
+from vqa_scratch.errors import UserError
+from vqa_scratch.metrics import rule, soft_targets, vqa_accuracy
+
+
+def picture(path, colour="red"):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (8, 8), colour).save(path, format="PNG")
+    return path
+
+
+@pytest.fixture
+def photos(tmp_path):
+    for number in range(10):
+        picture(tmp_path / f"{number}.png", (20 * number, 0, 0))
+    return tmp_path
+
+
+def table(folder, text, name="qa.csv", encoding="utf-8"):
+    path = folder / name
+    path.write_text(text, encoding=encoding)
+    return path
+
+
+HEAD = "image,question,answer\n"
+
+
+def samples(path, split="all"):
+    return read_vqa(path, split).samples
+
+
+def test_a_csv_with_marks_commas_and_line_breaks(photos):
+    text = '\ufeffimage,question,answer\n0.png,"what, then,\nis ""this""?",a red thing\n1.png,and this?,"yes, it is"\n'
+    first, second = samples(table(photos, text))
+    assert (first.question, first.answer) == ('what, then,\nis "this"?', "a red thing")
+    assert (second.question, second.answers) == ("and this?", ("yes, it is",))
+    assert first.image_path == photos / "0.png"
+
+
+@pytest.mark.parametrize("name", ["qa.tsv", "qa.jsonl", "qa.json", "list.json"])
+def test_the_same_rows_from_every_format(photos, name):
+    rows = [{"Image Path": "0.png", "query": "what?", "label": "x"}, {"Image Path": "1.png", "query": "who?", "label": 3}]
+    if name == "qa.tsv":
+        text = "\n".join("\t".join(map(str, line)) for line in (rows[0], *(r.values() for r in rows)))
+    elif name == "qa.jsonl":
+        text = "\n\n".join(map(json.dumps, rows))
+    else:
+        text = json.dumps(rows if name == "list.json" else {"version": 1, "data": rows})
+    read = samples(table(photos, text, name))
+    assert [(s.question, s.answers) for s in read] == [("what?", ("x",)), ("who?", ("3",))]
+
+
+def test_parquet_with_pictures_inside(photos, tmp_path, monkeypatch):
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    data = (photos / "3.png").read_bytes()
+    column = [{"bytes": data, "path": "x.png"}, {"bytes": None, "path": "1.png"}]
+    made = arrow.table({"image": column, "question": ["a?", "b?"], "answers": [["x", "y"], ["z"]]})
+    folder = tmp_path / "set"
+    (folder / "data").mkdir(parents=True)
+    picture(folder / "data" / "1.png")
+    parquet.write_table(made, folder / "data" / "train-00000-of-00001.parquet")
+    first, second = read_vqa(folder, "train", cache=tmp_path / "cache").samples
+    assert first.image_path.read_bytes() == data and first.image_path.parent == tmp_path / "cache" / "pictures"
+    assert first.answers == ("x", "y") and second.image_path == folder / "data" / "1.png"
+
+
+def test_several_answers_in_every_notation(photos):
+    rows = [
+        {"image": "0.png", "question": "a?", "answer": ["red", "dark red"]},
+        {"image": "1.png", "question": "b?", "answer": "red|dark red"},
+        {"image": "2.png", "question": "c?", "answer": '["red", "dark red"]'},
+        {"image": "3.png", "question": "d?", "answer": [{"answer": "red"}, {"answer": "dark red"}]},
+    ]
+    read = samples(table(photos, json.dumps(rows), "qa.json"))
+    assert {s.answers for s in read} == {("red", "dark red")}
+    numbered = table(photos, "image,question,answer_1,answer_2\n0.png,a?,red,dark red\n", "numbered.csv")
+    assert samples(numbered)[0].answers == ("red", "dark red")
+
+
+@pytest.mark.parametrize("name", ["Ä b.JPG", "deep/er/x.webp", "42", "back\\slash.png"])
+def test_images_are_found_by_any_name(tmp_path, name):
+    spelled = {"42": "images/42.png", "back\\slash.png": "back/slash.png"}.get(name, name)
+    made = picture(tmp_path / spelled)
+    assert find_image(tmp_path, name) == made
+    assert find_image(tmp_path, str(made)) == made
+
+
+def test_umlauts_composed_or_not_are_the_same_name(tmp_path):
+    made = picture(tmp_path / "a\u0308.png")
+    assert find_image(tmp_path, "\u00e4.png") == made
+
+
+@pytest.mark.parametrize("name", ["no.png", "x\0y.png", "x" * 5000])
+def test_a_missing_image_is_counted(photos, name):
+    read = read_vqa(table(photos, f'{HEAD}0.png,a?,x\n"{name}",b?,y\n'), "all")
+    assert len(read.samples) == 1 and read.report.skipped["the image is missing"] == 1
+
+
+def test_string_ids_go_through(photos):
+    path = table(photos, "qid,image,question,answer\nq-7,0.png,a?,x\nq-8,0.png,b?,y\n")
+    assert [s.question_id for s in samples(path)] == ["q-7", "q-8"]
+
+
+def test_splits_by_a_column(photos):
+    rows = "".join(f"{n}.png,q{n}?,x,{split}\n" for n, split in enumerate(["Train", "training", "dev", "test"]))
+    path = table(photos, "image,question,answer,split\n" + rows)
+    assert [len(samples(path, name)) for name in ("train", "val", "validation", "test", "all")] == [2, 1, 1, 1, 4]
+    with pytest.raises(UserError, match="no rows of split holdout; it has test, train, val"):
+        read_vqa(path, "holdout")
+
+
+def test_splits_by_share_keep_images_apart_and_do_not_depend_on_the_order(photos):
+    rows = [f"{n}.png,q{n} {k}?,x\n" for n in range(10) for k in range(3)]
+    path, turned = table(photos, HEAD + "".join(rows)), table(photos, HEAD + "".join(rows[::-1]), "turned.csv")
+    parts = {name: {s.image_id for s in samples(path, name)} for name in ("train", "val", "test")}
+    assert [len(parts[name]) for name in ("train", "val", "test")] == [8, 1, 1]
+    assert set.union(*parts.values()) == {f"{n}.png" for n in range(10)}
+    assert parts == {name: {s.image_id for s in samples(turned, name)} for name in parts}
+
+
+def test_a_folder_with_a_table_a_split(photos):
+    for name in ("train", "validation"):
+        table(photos, HEAD + f"0.png,{name}?,x\n", f"{name}.csv")
+    assert samples(photos, "train")[0].question == "train?"
+    assert samples(photos, "val")[0].question == "validation?"
+    assert samples(photos, str(photos / "train.csv"))[0].question == "train?"
+    with pytest.raises(UserError, match="holds no questions of split test"):
+        read_vqa(photos, "test")
+
+
+def test_the_layout_of_easy_vqa(tmp_path):
+    for split in ("train", "test"):
+        picture(tmp_path / split / "images" / "0.png")
+        (tmp_path / split / "questions.json").write_text(json.dumps([["is it red?", "yes", 0]]))
+    (sample,) = samples(tmp_path, "test")
+    assert (sample.question, sample.answer) == ("is it red?", "yes")
+    assert sample.image_path == tmp_path / "test" / "images" / "0.png"
+
+
+def test_vqa_v2_under_other_names(tmp_path):
+    question = {"question_id": "a", "image_id": 5, "question": "is it red?"}
+    answer = {"question_id": "a", "image_id": 5, "question_type": "is", "answer_type": "yes/no", "answers": [{"answer": "yes"}]}
+    (tmp_path / "vqa_train2017_questions.json").write_text(json.dumps({"questions": [question]}))
+    (tmp_path / "vqa_train2017_annotations.json").write_text(json.dumps({"annotations": [answer]}))
+    made = picture(tmp_path / "train2017" / "000000000005.png")
+    (sample,) = samples(tmp_path, "train")
+    assert sample.image_path == made and sample.question_id == "a" and not sample.upright
+
+
+BAD = {
+    "image,answer\n0.png,x\n": "no column for the question: call one question or query or prompt (its columns are image, answer)",
+    "image,question,answer\n": "holds no rows",
+    "image,question,answer\nhttps://a.b/c.png,a?,x\n": "line 2: the image is an address, https://a.b/c.png; download",
+    "image,question,answer\n,a?,x\n": "line 2 has no image",
+    "image,question,answer\n0.png,a?,x,y\n": "line 2 has 4 cells, the first line 3",
+    'image,question,answer\n0.png,"a?,x\n': "is a double quote missing?",
+    "image,image,question\n0.png,1.png,a?\n": "two columns are called 'image'",
+    "image,question,answer\nno.png,a?,x\n": "1 because the image is missing (no.png)",
+}
+
+
+@pytest.mark.parametrize("text", BAD)
+def test_bad_tables_are_one_line(photos, text):
+    with pytest.raises(UserError) as error:
+        read_vqa(table(photos, text), "all")
+    assert BAD[text] in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("value", [None, True, {"a": 1}, [1], "\ud800"])
+def test_a_question_of_another_kind_is_one_line(photos, value):
+    path = table(photos, json.dumps([{"image": "0.png", "question": value, "answer": "x"}]), "qa.json")
+    with pytest.raises(UserError) as error:
+        read_vqa(path, "all")
+    assert "\n" not in str(error.value) and len(str(error.value)) < 300
+
+
+def test_two_images_cannot_make_three_splits(photos):
+    with pytest.raises(UserError, match="has 2 images; train, val and test need one each"):
+        read_vqa(table(photos, HEAD + "0.png,a?,x\n1.png,b?,y\n"), "train")
+
+
+def test_few_answers_are_alternatives():
+    assert vqa_accuracy("The Red", ["red"]) == 1.0 and vqa_accuracy("blue", ["red"]) == 0.0
+    assert vqa_accuracy("two", ["2", "a pair"]) == vqa_accuracy("pair", ["2", "a pair"]) == 1.0
+    assert vqa_accuracy("yes", ["yes", "yes", "no"]) == 1.0
+    assert soft_targets(["yes"]) == {"yes": 1.0} and soft_targets(["a", "b"]) == {"a": 1.0, "b": 1.0}
+    assert rule(10) == "official VQA accuracy" and rule(1) == "exact match after normalisation"

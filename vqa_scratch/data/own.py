@@ -1,0 +1,253 @@
+"""Reads a user's own questions about images: a table with columns for image, question and answer.
+
+A source is a file (CSV, TSV, JSON Lines, JSON, Parquet) or a folder with one file a split: `train.csv`; `train-*.parquet`
+as Hugging Face `datasets` writes them; `train/questions.json` with `train/images/`, the layout of easy-VQA. Columns may
+have any of the names in `COLUMNS`. A table without a column of splits is split by image.
+"""
+
+import hashlib
+import json
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from vqa_scratch.data.tables import TABLES, Row, read_rows
+from vqa_scratch.data.vqa_files import IMAGE_SUFFIXES, Entry, Source
+from vqa_scratch.errors import UserError, some
+from vqa_scratch.metrics import normalize_answer
+from vqa_scratch.storage import read_json, write_whole
+
+COLUMNS = {
+    "image": "image image_path image_file image_name file_name filename file path img img_path picture photo image_id",
+    "question": "question query prompt",
+    "answer": "answer answers label labels response target multiple_choice_answer ground_truth",
+    "split": "split subset partition",
+    "id": "question_id id qid uid",
+    "kind": "question_type type category answer_type",
+}
+SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation", "dev"), "test": ("test", "testing")}
+SHARES = {"val": 0.1, "test": 0.1}  # of the images, at least one each; the rest is for training
+NUMBERED = re.compile(r"answer_?[0-9]+")
+URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
+
+
+def names_of(split: str) -> tuple[str, ...]:
+    """What a split may be called, the usual name first."""
+    return next((names for names in SPLITS.values() if split in names), (split,))
+
+
+def own_files(folder: Path, split: str) -> list[Path]:
+    """The tables of a folder that hold a split and nothing else."""
+    for name in names_of(split):
+        for suffix in TABLES:
+            if (folder / f"{name}{suffix}").is_file():
+                return [folder / f"{name}{suffix}"]
+        for place in (folder, folder / "data"):
+            if parts := sorted(place.glob(f"{name}-*.parquet")):
+                return parts
+        if (folder / name / "questions.json").is_file():
+            return [folder / name / "questions.json"]
+    return []
+
+
+def only_table(folder: Path) -> Path | None:
+    """The table of a folder that has one, whatever its name."""
+    tables = [path for path in sorted(folder.glob("*")) if path.suffix.lower() in TABLES and path.is_file()]
+    return tables[0] if len(tables) == 1 else None
+
+
+def open_own(paths: list[Path], split: str, cache: Path) -> Source:
+    """The questions of a split in the tables `paths`; pictures inside Parquet files are written below `cache`.
+
+    Raises UserError, in one line, for a table without the columns, a cell that cannot be what its column says, or a
+    split that the table does not have.
+    """
+    rows = [(path, *row) for path in paths for row in _rows(path)]
+    where = str(paths[0]) if len(paths) == 1 else f"{paths[0]} and {len(paths) - 1} more"
+    if not rows:
+        raise UserError(f"{where} holds no rows")
+    columns = _columns(paths[0], list(rows[0][2]))
+    entries = [_entry(path.parent, *row, columns, number, cache) for number, (path, *row) in enumerate(rows)]
+    if "split" in columns:
+        entries = _of_column(where, entries, [row.get(columns["split"]) for _, _, row in rows], split)
+    elif split != "all":
+        entries = _of_share(where, entries, split)
+    annotated = any(entry.answers for entry in entries)
+    if annotated:
+        entries = [entry if entry.answers else entry._replace(problem="the answer is empty") for entry in entries]
+    return Source({"table": paths[0]}, len(entries), entries.__getitem__, annotated, Counter(), upright=True)
+
+
+def splits_of(paths: list[Path]) -> set[str]:
+    """The splits that a table names in a column; none if it has no such column."""
+    rows = [row for path in paths for _, row in _rows(path)]
+    column = _columns(paths[0], list(rows[0])).get("split") if rows else None
+    return {_split_name(row.get(column)) for row in rows} if column else set()
+
+
+def _rows(path: Path) -> Iterator[tuple[str, Row]]:
+    """The rows of a table; easy-VQA's lists of [question, answer, image] become rows too."""
+    if path.name == "questions.json" and (path.parent / "images").is_dir():
+        content = read_json(path)
+        if isinstance(content, list) and all(isinstance(row, list) and len(row) == 3 for row in content):
+            for number, (question, answer, image) in enumerate(content):
+                yield f"{path}, entry {number}", {"question": question, "answer": answer, "image": image}
+            return
+    yield from read_rows(path)
+
+
+def _columns(path: Path, names: list[str]) -> dict[str, Any]:
+    """{part: the column that has it}; "answer" has a list of columns."""
+    plain = {re.sub(r"[\s-]+", "_", str(name).strip().lower()): name for name in names}
+    found: dict[str, Any] = {}
+    for part, known in COLUMNS.items():
+        name = next((name for name in known.split() if name in plain), None)
+        if name is not None:
+            found[part] = plain[name]
+    found["answer"] = [found["answer"]] if "answer" in found else [n for p, n in plain.items() if NUMBERED.fullmatch(p)]
+    for part in ("image", "question"):
+        if part not in found:
+            raise UserError(
+                f"{path} has no column for the {part}: call one {' or '.join(COLUMNS[part].split()[:3])} "
+                f"(its columns are {some(map(str, names)) or 'none'})"
+            )
+    return found
+
+
+def _entry(folder: Path, where: str, row: Row, columns: dict[str, Any], number: int, cache: Path) -> Entry:
+    name, image = _image(folder, where, row.get(columns["image"]), cache)
+    answers = tuple(answer for column in columns["answer"] for answer in _answers(where, row.get(column)))
+    question = _text(where, columns["question"], row.get(columns["question"]))
+    majority = Counter(answers).most_common(1)[0][0] if answers else ""
+    kind = _text(where, columns["kind"], row.get(columns["kind"])) if "kind" in columns else ""
+    number_of = row.get(columns["id"]) if "id" in columns else None
+    if number_of in (None, ""):
+        number_of = number
+    elif isinstance(number_of, bool) or not isinstance(number_of, int | str):
+        raise UserError(f"{where}: {columns['id']!r} is {number_of!r}, neither a number nor a text")
+    return Entry(
+        question_id=number_of,
+        image_id=name,
+        image=image,
+        image_name=name,
+        question=question,
+        question_type=kind or " ".join(question.lower().split()[:2]),
+        answer_type=kind or answer_type(majority),
+        answers=answers,
+        answer=majority,
+    )
+
+
+def answer_type(answer: str) -> str:
+    """As the official files name it: "yes/no", "number" or "other"; "" of no answer."""
+    plain = normalize_answer(answer)
+    if plain in ("yes", "no"):
+        return "yes/no"
+    return "number" if plain.replace(".", "", 1).isdigit() else "other" if answer else ""
+
+
+def _text(where: str, column: str, value: Any) -> str:
+    """A cell as text, without space around it. Raises UserError for a list, and for text that no file can hold."""
+    if value is None:
+        return ""
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise UserError(f"{where}: {column!r} is {str(value)[:40]!r}, not a text")
+    text = str(value).strip()
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise UserError(f"{where}: {column!r} is not valid text: character {error.start} cannot be encoded") from None
+    return text
+
+
+def _answers(where: str, value: Any) -> list[str]:
+    """The answers of a cell: one, a list, or a text with a JSON list or with bars between them."""
+    if isinstance(value, str) and value.strip().startswith("["):
+        try:
+            value = json.loads(value)
+        except ValueError:
+            pass
+    if isinstance(value, str):
+        value = value.split("|")
+    parts = value if isinstance(value, list) else [value]
+    texts = [_text(where, "answer", part.get("answer") if isinstance(part, dict) else part) for part in parts]
+    return [text for text in texts if text]
+
+
+def _image(folder: Path, where: str, value: Any, cache: Path) -> tuple[str, Path | None]:
+    """(the name that the table gives the image, its file); None if there is no such file."""
+    if isinstance(value, dict):  # as Hugging Face `datasets` stores pictures
+        if isinstance(value.get("bytes"), bytes):
+            return _stored(value["bytes"], cache)
+        value = value.get("path")
+    name = _text(where, "image", value)
+    if not name:
+        raise UserError(f"{where} has no image")
+    if URL.match(name):
+        raise UserError(f"{where}: the image is an address, {name[:60]}; download the images and give their file names")
+    return name, find_image(folder, name)
+
+
+def _stored(data: bytes, cache: Path) -> tuple[str, Path]:
+    """A picture that came as bytes, in a file named by their hash."""
+    path = cache / "pictures" / hashlib.blake2b(data, digest_size=16).hexdigest()
+    if not path.is_file():
+        write_whole(path, lambda unfinished: unfinished.write_bytes(data))
+    return path.name, path
+
+
+def find_image(folder: Path, name: str) -> Path | None:
+    """The file of an image that a table in `folder` names; None if there is none.
+
+    The name is absolute or relative to the folder or its subfolder `images`, with / or \\ between folders, its umlauts
+    composed or not; a plain number may lack its ending.
+    """
+    spelled = dict.fromkeys([name, name.replace("\\", "/")])
+    spelled = dict.fromkeys(unicodedata.normalize(form, text) for text in spelled for form in ("NFC", "NFD"))
+    endings = ("", *IMAGE_SUFFIXES) if name.isdigit() else ("",)
+    for place in (folder, folder / "images"):
+        for text in spelled:
+            for ending in endings:
+                try:
+                    if (path := place / (text + ending)).is_file():
+                        return path
+                except OSError:  # a name that is too long
+                    pass
+    return None
+
+
+def _split_name(value: Any) -> str:
+    name = str(value or "").strip().lower()
+    return names_of(name)[0]
+
+
+def _of_column(where: str, entries: list[Entry], values: list[Any], split: str) -> list[Entry]:
+    """The entries of a split that the table names."""
+    names = [_split_name(value) for value in values]
+    if split == "all":
+        return entries
+    chosen = [entry for entry, name in zip(entries, names, strict=True) if name == names_of(split)[0]]
+    if not chosen:
+        raise UserError(f"{where} has no rows of split {split}; it has {some(sorted(set(names)))}")
+    return chosen
+
+
+def _of_share(where: str, entries: list[Entry], split: str) -> list[Entry]:
+    """The entries of a split of a table that names none: all questions of an image are in the same split.
+
+    The order of the images is that of a hash of their names, so it does not depend on the order of the table.
+    """
+    order = partial(hashlib.blake2b, digest_size=8)
+    images = sorted({e.image_id for e in entries}, key=lambda name: order(str(name).encode("utf-8", "replace")).digest())
+    if split not in SPLITS:
+        raise UserError(f"{where} has no column of splits, so it has train, val and test, but no {split}")
+    if len(images) < 3:
+        raise UserError(f"{where} has {len(images)} images; train, val and test need one each, so at least 3")
+    val, test = (max(1, round(SHARES[name] * len(images))) for name in ("val", "test"))
+    bounds = {"val": (0, val), "test": (val, val + test), "train": (val + test, len(images))}
+    chosen = set(images[slice(*bounds[split])])
+    return [entry for entry in entries if entry.image_id in chosen]
