@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from vqa_scratch.command_line import Flag, GroupedCommand
+from vqa_scratch.command_line import Flag, GroupedCommand, NearChoice
 from vqa_scratch.commands.line import FOLDER
 from vqa_scratch.errors import UserError
 
@@ -14,25 +14,30 @@ from vqa_scratch.errors import UserError
     cls=GroupedCommand,
     params=[
         click.Argument(["source"], type=FOLDER),
+        Flag(["--fetch"], type=NearChoice(["easy-vqa"]), help="Download a public data set into SOURCE first."),
         Flag(["--split"], multiple=True, help="Split to look at; may be given several times; by default all there are."),
         Flag(["--out"], type=FOLDER, help="Also write a page of samples to this file."),
         Flag(["--cache"], type=FOLDER, default=Path("cache"), help="Folder for pictures that come inside a table."),
     ],
 )
-def data(source: Path, split: tuple[str, ...], out: Path | None, cache: Path) -> None:
+def data(source: Path, fetch: str | None, split: tuple[str, ...], out: Path | None, cache: Path) -> None:
     """Say what SOURCE holds, a table of your own or a folder: questions, answers, images, likely mistakes.
 
     \b
     Example:
       python -m vqa_scratch data photos/questions.csv --out look.html
+      python -m vqa_scratch data easy-vqa --fetch easy-vqa
     """
     from vqa_scratch.commands import data_report
+    from vqa_scratch.data.fetch import fetch as download
     from vqa_scratch.storage import check_writable
 
     if out is not None:
         check_writable(out.parent)
         if out.is_dir() or out == source:
             raise UserError(f"--out {out} is {'a folder' if out.is_dir() else 'the source itself'}; give a new file")
+    if fetch is not None:
+        download(fetch, source)
     read = data_report.read_splits(source, split, cache)
     for line in data_report.lines(source, read):
         print(line)

@@ -76,7 +76,7 @@ def lines(source: Path, read: dict[str, VQAData]) -> Iterator[str]:
 
 def summary(samples: list[VQASample]) -> str:
     """One line: how many images, questions and answers."""
-    images, answers = {s.image_id for s in samples}, {s.answer for s in samples if s.answers}
+    images, answers = {s.image_path for s in samples}, {s.answer for s in samples if s.answers}
     return f"{len(images):,} images, {len(samples):,} questions, {len(answers):,} different answers"
 
 
@@ -115,7 +115,7 @@ def likely_mistakes(samples: list[VQASample]) -> Iterator[str]:
     asked = defaultdict(set)
     for sample in samples:
         if sample.answers:
-            asked[sample.image_id, sample.question.lower()].add(normalize_answer(sample.answer))
+            asked[sample.image_path, sample.question.lower()].add(normalize_answer(sample.answer))
     both = [f"{q!r}: {' and '.join(sorted(a)[:2])}" for (_, q), a in asked.items() if len(a) > 1]
     if both:
         yield f"{len(both):,} questions asked twice of an image with different answers: {some(both, 3)}"
