@@ -176,7 +176,7 @@ def test_convert_takes_tensors_only(tmp_path, content):
     ("argv", "message"),
     [
         (["aks"], "no such command: aks; did you mean ask?"),
-        (["frobnicate"], "no such command: frobnicate; there are ask, convert, evaluate, export"),
+        (["frobnicate"], "no such command: frobnicate; there are ask, convert, data, evaluate, export"),
         (["ask", "x", "--imag", "y"], "no such flag: --imag; did you mean --image?"),
         (["evaluate", "x", "--data", "y", "--precision", "fp23"], "did you mean 'fp32'?"),
         (["evaluate", "x", "--data", "y", "--limit", "0"], "--limit"),

@@ -47,7 +47,10 @@ def test_a_csv_with_marks_commas_and_line_breaks(photos):
 
 @pytest.mark.parametrize("name", ["qa.tsv", "qa.jsonl", "qa.json", "list.json"])
 def test_the_same_rows_from_every_format(photos, name):
-    rows = [{"Image Path": "0.png", "query": "what?", "label": "x"}, {"Image Path": "1.png", "query": "who?", "label": 3}]
+    rows = [
+        {"Image Path": "0.png", "query": "what?", "label": "x"},
+        {"Image Path": "1.png", "query": "who?", "label": 3},
+    ]
     if name == "qa.tsv":
         text = "\n".join("\t".join(map(str, line)) for line in (rows[0], *(r.values() for r in rows)))
     elif name == "qa.jsonl":
@@ -147,7 +150,13 @@ def test_the_layout_of_easy_vqa(tmp_path):
 
 def test_vqa_v2_under_other_names(tmp_path):
     question = {"question_id": "a", "image_id": 5, "question": "is it red?"}
-    answer = {"question_id": "a", "image_id": 5, "question_type": "is", "answer_type": "yes/no", "answers": [{"answer": "yes"}]}
+    answer = {
+        "question_id": "a",
+        "image_id": 5,
+        "question_type": "is",
+        "answer_type": "yes/no",
+        "answers": [{"answer": "yes"}],
+    }
     (tmp_path / "vqa_train2017_questions.json").write_text(json.dumps({"questions": [question]}))
     (tmp_path / "vqa_train2017_annotations.json").write_text(json.dumps({"annotations": [answer]}))
     made = picture(tmp_path / "train2017" / "000000000005.png")

@@ -218,7 +218,9 @@ def message(call, *args, **kwargs):
 
 def test_missing_files_name_what_was_looked_for(data, tmp_path):
     folder, _ = data
-    assert "no questions of split val: neither v2_OpenEnded_mscoco_val2014_questions.json" in message(read_vqa, folder, "val")
+    assert "no questions of split val: neither v2_OpenEnded_mscoco_val2014_questions.json" in message(
+        read_vqa, folder, "val"
+    )
     assert f"{tmp_path / 'nowhere'} is not a folder" in message(read_vqa, tmp_path / "nowhere", "val")
     assert "v2_OpenEnded_mscoco_trian_questions.json" in message(read_vqa, folder, "trian")
     (folder / ANNOTATIONS).unlink()

@@ -1,12 +1,14 @@
 """Writes files so that each appears whole or not at all, even if the program is killed; reads JSON."""
 
+import errno
+import fcntl
 import json
 import os
 import secrets
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from vqa_scratch.errors import UserError
 
@@ -57,6 +59,22 @@ def remove_unfinished(folder: Path) -> None:
     for path in folder.rglob(".*.tmp"):
         if path.is_file():
             path.unlink(missing_ok=True)
+
+
+def hold(folder: Path) -> IO[str]:
+    """Lock a folder until the returned file is closed or the process ends, however it ends.
+
+    Raises UserError if another process has the lock. On a disk that knows no locks it has no effect.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    file = open(folder / ".lock", "w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+            file.close()
+            raise UserError(f"another process is writing into {folder}: wait for it, or give another --out") from None
+    return file
 
 
 def append_line(path: Path, line: str) -> None:

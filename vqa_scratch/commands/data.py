@@ -15,7 +15,9 @@ from vqa_scratch.errors import UserError
     params=[
         click.Argument(["source"], type=FOLDER),
         Flag(["--fetch"], type=NearChoice(["easy-vqa"]), help="Download a public data set into SOURCE first."),
-        Flag(["--split"], multiple=True, help="Split to look at; may be given several times; by default all there are."),
+        Flag(
+            ["--split"], multiple=True, help="Split to look at; may be given several times; by default all there are."
+        ),
         Flag(["--out"], type=FOLDER, help="Also write a page of samples to this file."),
         Flag(["--cache"], type=FOLDER, default=Path("cache"), help="Folder for pictures that come inside a table."),
     ],

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from vqa_scratch.data.tables import TABLES, Row, read_rows
-from vqa_scratch.data.vqa_files import IMAGE_SUFFIXES, Entry, Source
+from vqa_scratch.data.vqa_files import IMAGE_SUFFIXES, AskedQuestion, OpenedSplit
 from vqa_scratch.errors import UserError, some
 from vqa_scratch.metrics import normalize_answer
 from vqa_scratch.storage import read_json, write_whole
@@ -60,7 +60,7 @@ def only_table(folder: Path) -> Path | None:
     return tables[0] if len(tables) == 1 else None
 
 
-def open_own(paths: list[Path], split: str, cache: Path) -> Source:
+def open_own(paths: list[Path], split: str, cache: Path) -> OpenedSplit:
     """The questions of a split in the tables `paths`; pictures inside Parquet files are written below `cache`.
 
     Raises UserError, in one line, for a table without the columns, a cell that cannot be what its column says, or a
@@ -79,7 +79,7 @@ def open_own(paths: list[Path], split: str, cache: Path) -> Source:
     annotated = any(entry.answers for entry in entries)
     if annotated:
         entries = [entry if entry.answers else entry._replace(problem="the answer is empty") for entry in entries]
-    return Source({"table": paths[0]}, len(entries), entries.__getitem__, annotated, Counter(), upright=True)
+    return OpenedSplit({"table": paths[0]}, len(entries), entries.__getitem__, annotated, Counter(), upright=True)
 
 
 def splits_of(paths: list[Path]) -> set[str]:
@@ -118,7 +118,7 @@ def _columns(path: Path, names: list[str]) -> dict[str, Any]:
     return found
 
 
-def _entry(folder: Path, where: str, row: Row, columns: dict[str, Any], number: int, cache: Path) -> Entry:
+def _entry(folder: Path, where: str, row: Row, columns: dict[str, Any], number: int, cache: Path) -> AskedQuestion:
     name, image = _image(folder, where, row.get(columns["image"]), cache)
     answers = tuple(answer for column in columns["answer"] for answer in _answers(where, row.get(column)))
     question = _text(where, columns["question"], row.get(columns["question"]))
@@ -129,7 +129,7 @@ def _entry(folder: Path, where: str, row: Row, columns: dict[str, Any], number: 
         number_of = number
     elif isinstance(number_of, bool) or not isinstance(number_of, int | str):
         raise UserError(f"{where}: {columns['id']!r} is {number_of!r}, neither a number nor a text")
-    return Entry(
+    return AskedQuestion(
         question_id=number_of,
         image_id=name,
         image=image,
@@ -225,7 +225,7 @@ def _split_name(value: Any) -> str:
     return names_of(name)[0]
 
 
-def _of_column(where: str, entries: list[Entry], values: list[Any], split: str) -> list[Entry]:
+def _of_column(where: str, entries: list[AskedQuestion], values: list[Any], split: str) -> list[AskedQuestion]:
     """The entries of a split that the table names."""
     names = [_split_name(value) for value in values]
     if split == "all":
@@ -236,13 +236,15 @@ def _of_column(where: str, entries: list[Entry], values: list[Any], split: str) 
     return chosen
 
 
-def _of_share(where: str, entries: list[Entry], split: str) -> list[Entry]:
+def _of_share(where: str, entries: list[AskedQuestion], split: str) -> list[AskedQuestion]:
     """The entries of a split of a table that names none: all questions of an image are in the same split.
 
     The order of the images is that of a hash of their names, so it does not depend on the order of the table.
     """
     order = partial(hashlib.blake2b, digest_size=8)
-    images = sorted({e.image_id for e in entries}, key=lambda name: order(str(name).encode("utf-8", "replace")).digest())
+    images = sorted(
+        {e.image_id for e in entries}, key=lambda name: order(str(name).encode("utf-8", "replace")).digest()
+    )
     if split not in SPLITS:
         raise UserError(f"{where} has no column of splits, so it has train, val and test, but no {split}")
     if len(images) < 3:

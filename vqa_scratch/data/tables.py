@@ -63,7 +63,9 @@ def _csv(path: Path) -> Iterator[tuple[str, Row]]:
                 )
             yield where, row
     except csv.Error as error:
-        raise UserError(f"{path}, in the row that begins at line {begun}: {error}; is a double quote missing?") from None
+        raise UserError(
+            f"{path}, in the row that begins at line {begun}: {error}; is a double quote missing?"
+        ) from None
 
 
 def _object(where: str, row: Any) -> tuple[str, Row]:

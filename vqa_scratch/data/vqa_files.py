@@ -78,7 +78,7 @@ class VQAFiles:
     images: Path
 
 
-class Entry(NamedTuple):
+class AskedQuestion(NamedTuple):
     """A question as a source has it, before anything is left out."""
 
     question_id: int | str
@@ -94,7 +94,7 @@ class Entry(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Source:
+class OpenedSplit:
     """A split of a data set, opened: its questions are parsed one at a time.
 
     upright -- whether photos are turned as their EXIF orientation says; the official files are read as they are stored
@@ -102,7 +102,7 @@ class Source:
 
     files: dict[str, Path | None]
     count: int
-    entry: Callable[[int], Entry]
+    entry: Callable[[int], AskedQuestion]
     annotated: bool
     notes: Counter[str]
     upright: bool

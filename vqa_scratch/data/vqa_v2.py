@@ -17,10 +17,10 @@ from vqa_scratch.data.own import only_table, open_own, own_files
 from vqa_scratch.data.tables import TABLES
 from vqa_scratch.data.vqa_files import (
     Annotation,
-    Entry,
+    AskedQuestion,
     ImageFolder,
+    OpenedSplit,
     ReadReport,
-    Source,
     VQAData,
     VQAFiles,
     VQASample,
@@ -38,7 +38,7 @@ from vqa_scratch.errors import UserError
 from vqa_scratch.storage import read_json
 
 
-def open_source(source: str | Path | VQAFiles, split: str, cache: Path = Path("cache")) -> Source:
+def open_source(source: str | Path | VQAFiles, split: str, cache: Path = Path("cache")) -> OpenedSplit:
     """A split of a folder with VQA v2 files, of a table, or of a folder with tables (`data/own.py`).
 
     A split that is itself the name of a table is that table. Raises UserError if there is no such split.
@@ -88,7 +88,7 @@ def official_files(folder: Path, split: str) -> VQAFiles | None:
     return VQAFiles(questions, annotations, folder)
 
 
-def open_official(files: VQAFiles, split: str) -> Source:
+def open_official(files: VQAFiles, split: str) -> OpenedSplit:
     """A split in the format of VQA v2. Raises UserError if its files are broken or the folder of images is missing."""
     content = read_json(files.questions)
     questions = entries(files.questions, content, "questions")
@@ -98,7 +98,7 @@ def open_official(files: VQAFiles, split: str) -> Source:
     annotations, notes = load_annotations(files.annotations) if files.annotations else (None, Counter())
     types = {"question_id": int | str, "image_id": int | str, "question": str}
 
-    def entry(position: int) -> Entry:
+    def entry(position: int) -> AskedQuestion:
         where = f"{files.questions}: questions[{position}]"
         question_id, image_id, question = fields(where, questions[position], types)
         found, problem = Annotation(image_id, "", "", (), ""), None
@@ -110,9 +110,9 @@ def open_official(files: VQAFiles, split: str) -> Source:
         name = str(finder.folder / finder.names_for(image_id)[0])
         kinds = (found.question_type, found.answer_type)
         place = (question_id, image_id, finder.find(image_id), name)
-        return Entry(*place, question, *kinds, found.answers, found.answer, problem)
+        return AskedQuestion(*place, question, *kinds, found.answers, found.answer, problem)
 
-    return Source(paths, len(questions), entry, annotations is not None, notes, upright=False)
+    return OpenedSplit(paths, len(questions), entry, annotations is not None, notes, upright=False)
 
 
 def _check_limits(split: str, annotated: bool, min_agreement: float, **counts: int | None) -> None:

@@ -2,6 +2,7 @@
 
 import os
 import random
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -73,11 +74,20 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Raises UserError on a file that is missing, cut short, or holds more than tensors and plain values."""
+    """Raises UserError on a file that is missing, cut short, changed, or holds more than tensors and plain values.
+
+    The file is a zip archive with a checksum of each of its parts, which `torch.load` does not look at.
+    """
     try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+        if damaged is not None:
+            raise UserError(f"{path} is damaged: its part {damaged} does not match its checksum")
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path} not found: there is no checkpoint to go on from") from None
+    except UserError:
+        raise
     except Exception as error:  # the pickle and zip readers raise many kinds on broken files
         reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
         raise UserError(f"{path} is not a whole checkpoint ({reason})") from None

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from vqa_scratch.errors import UserError
 from vqa_scratch.storage import append_line, write_text
 
 
@@ -31,14 +32,25 @@ class MetricsLog:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl; a last line cut short by a kill is left out."""
+    """The rows of a metrics.jsonl; a last line cut short by a kill is left out.
+
+    Raises UserError for any other line that is no row, rather than lose those after it.
+    """
+    lines = path.read_bytes().split(b"\n") if path.exists() else []
     rows = []
-    if path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                rows.append(json.loads(line))
-            except ValueError:
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line) if line else None
+            if line and not (isinstance(row, dict) and isinstance(row.get("step"), int)):
+                raise ValueError
+        except ValueError:
+            if number == len(lines):  # no line break after it: a kill cut it
                 break
+            raise UserError(
+                f"{path}, line {number} is no row of a log; mend or remove it, or move the file away"
+            ) from None
+        if row is not None:
+            rows.append(row)
     return rows
 
 
