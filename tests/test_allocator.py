@@ -33,7 +33,7 @@ def test_freed_blocks_are_used_again_without_page_faults():
     kept, faults = run(keep=True)
     if kept != "True":
         pytest.skip("not glibc, or huge pages are off")
-    # 4 x 64 MiB are 65,536 pages of 4 KiB. A block that finds no room where an earlier one was costs 32 huge pages. That
-    # depends on where the kernel put the heap, so up to four of them are no failure.
+    # 4 x 64 MiB are 65,536 pages of 4 KiB. A block that finds no room where an earlier one was costs 32 huge pages.
+    # That depends on where the kernel put the heap, so up to four of them are no failure.
     assert faults <= 4 * 32
     assert run(keep=False)[1] >= 10 * 4 * 32

@@ -165,7 +165,7 @@ def test_vqa_v2_under_other_names(tmp_path):
 
 
 BAD = {
-    "image,answer\n0.png,x\n": "no column for the question: call one question or query or prompt (its columns are image, answer)",
+    "image,answer\n0.png,x\n": "call one question or query or prompt (its columns are image, answer)",
     "image,question,answer\n": "holds no rows",
     "image,question,answer\nhttps://a.b/c.png,a?,x\n": "line 2: the image is an address, https://a.b/c.png; download",
     "image,question,answer\n,a?,x\n": "line 2 has no image",

@@ -67,7 +67,7 @@ def hold(folder: Path) -> IO[str]:
     Raises UserError if another process has the lock. On a disk that knows no locks it has no effect.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    file = open(folder / ".lock", "w")
+    file = open(folder / ".lock", "w")  # noqa: SIM115 -- it stays open as long as the lock is held
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:

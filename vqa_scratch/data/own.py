@@ -1,8 +1,8 @@
 """Reads a user's own questions about images: a table with columns for image, question and answer.
 
-A source is a file (CSV, TSV, JSON Lines, JSON, Parquet) or a folder with one file a split: `train.csv`; `train-*.parquet`
-as Hugging Face `datasets` writes them; `train/questions.json` with `train/images/`, the layout of easy-VQA. Columns may
-have any of the names in `COLUMNS`. A table without a column of splits is split by image.
+A source is a file (CSV, TSV, JSON Lines, JSON, Parquet) or a folder with one file a split: `train.csv`;
+`train-*.parquet` as Hugging Face `datasets` writes them; `train/questions.json` with `train/images/`, the layout of
+easy-VQA. Columns may have any of the names in `COLUMNS`. A table without a column of splits is split by image.
 """
 
 import hashlib
@@ -11,7 +11,7 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterator
-from functools import partial
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -167,10 +167,8 @@ def _text(where: str, column: str, value: Any) -> str:
 def _answers(where: str, value: Any) -> list[str]:
     """The answers of a cell: one, a list, or a text with a JSON list or with bars between them."""
     if isinstance(value, str) and value.strip().startswith("["):
-        try:
+        with suppress(ValueError):
             value = json.loads(value)
-        except ValueError:
-            pass
     if isinstance(value, str):
         value = value.split("|")
     parts = value if isinstance(value, list) else [value]
@@ -241,10 +239,7 @@ def _of_share(where: str, entries: list[AskedQuestion], split: str) -> list[Aske
 
     The order of the images is that of a hash of their names, so it does not depend on the order of the table.
     """
-    order = partial(hashlib.blake2b, digest_size=8)
-    images = sorted(
-        {e.image_id for e in entries}, key=lambda name: order(str(name).encode("utf-8", "replace")).digest()
-    )
+    images = sorted({entry.image_id for entry in entries}, key=lambda name: hashlib.blake2b(name.encode()).digest())
     if split not in SPLITS:
         raise UserError(f"{where} has no column of splits, so it has train, val and test, but no {split}")
     if len(images) < 3:
