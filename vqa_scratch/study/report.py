@@ -11,10 +11,10 @@ import base64
 import io
 import json
 import math
-import re
 from dataclasses import asdict
 from html import escape
 from importlib.resources import files
+from string import Template
 from typing import Any
 
 import numpy as np
@@ -180,18 +180,12 @@ def study_data(study: Study) -> dict[str, Any]:
     }
 
 
-def _rounded(value: Any) -> Any:
-    """Floats at eight significant digits, all that fp32 has: what a page of a few hundred kB can afford."""
-    if isinstance(value, float):
-        return float(f"{value:.8g}")
-    if isinstance(value, dict):
-        return {key: _rounded(item) for key, item in value.items()}
-    return [_rounded(item) for item in value] if isinstance(value, (list, tuple)) else value
-
-
 def page(studies: list[Study]) -> str:
     """The whole HTML page for one study, or for two side by side."""
-    data = json.dumps(_rounded([study_data(study) for study in studies]), separators=(",", ":"), ensure_ascii=True)
+    exact = json.dumps([study_data(study) for study in studies])
+    # Eight significant digits are all that fp32 has.
+    rounded = json.loads(exact, parse_float=lambda digits: float(f"{float(digits):.8g}"))
+    data = json.dumps(rounded, separators=(",", ":"))
     for character in "<>&":  # so that no text can close the <script> or open another
         data = data.replace(character, f"\\u{ord(character):04x}")
     folder = files("vqa_scratch.study")
@@ -203,6 +197,4 @@ def page(studies: list[Study]) -> str:
         "TEXT": escape(studies[0].opened.text),
         "DATA": data,
     }
-    template = folder.joinpath("report.html").read_text(encoding="utf-8")
-    # One pass, so that braces in a question are never taken for a mark.
-    return re.sub(r"\{\{([A-Z]+)\}\}", lambda mark: parts[mark[1]], template)
+    return Template(folder.joinpath("report.html").read_text(encoding="utf-8")).substitute(parts)

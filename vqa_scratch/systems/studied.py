@@ -4,16 +4,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 from PIL import Image
-from torch import nn
 
 from vqa_scratch.data.images import ImageProcessor
 from vqa_scratch.data.text import check_question
 from vqa_scratch.data.vqa_v2 import read_vqa
-from vqa_scratch.errors import UserError
-from vqa_scratch.metrics import vqa_accuracy
 from vqa_scratch.study.opened import Opened, chosen, special_tokens, text_labels, written
 from vqa_scratch.study.subject import ViLTSubject, VQASubject
 from vqa_scratch.systems.base import System
+from vqa_scratch.systems.scoring import score
 
 
 def shown_image(processor: ImageProcessor, image: Image.Image) -> Image.Image:
@@ -22,13 +20,8 @@ def shown_image(processor: ImageProcessor, image: Image.Image) -> Image.Image:
 
 
 def writing_subject(system: System, image: Image.Image, question: str) -> Opened:
-    """A system of encoder, connector and decoder with one image and a question; "" for a caption.
-
-    Raises UserError for a decoder without a last norm before its head, such as OPT-350M: `study` reads it as a lens.
-    """
-    decoder, tokenizers = system.model.decoder, system.tokenizers
-    if not isinstance(decoder.norm, nn.LayerNorm) or decoder.head.shape[1] != decoder.config.dim:
-        raise UserError(f"study needs a decoder whose head reads its last norm; that of {system.folder} has none")
+    """A system of encoder, connector and decoder with one image and a question; "" for a caption."""
+    tokenizers = system.tokenizers
     prompt, asked = [*tokenizers.prompt(question), tokenizers.start_id], ()
     if tokenizers.text is not None:
         ids = tokenizers.question(question)
@@ -53,12 +46,6 @@ def choosing_subject(system: System, image: Image.Image, question: str) -> Opene
 def score_of(system: System, data: Path, split: str, number: int) -> Callable[[], float]:
     """A function that answers about the first `number` questions of a split and returns their official accuracy."""
     samples = read_vqa(data, split).samples
-    by_id = {sample.question_id: sample for sample in samples}
-    first = [by_id[number] for number in system.answer(samples, number)]
-
-    def score() -> float:
-        answers = system.answer(first)
-        scored = [vqa_accuracy(answer.text, by_id[i].answers) for i, answer in answers.items()]
-        return sum(scored) / len(scored)
-
-    return score
+    answered = system.answer(samples, number)
+    first = [sample for sample in samples if sample.question_id in answered]
+    return lambda: score(first, system.answer(first)).accuracy
