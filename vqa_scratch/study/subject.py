@@ -82,7 +82,7 @@ class VQASubject(WritingSubject, ImageSubject):
         if model.text is not None:
             self.input_ids = torch.tensor([list(question_ids)], device=self.device)
             self.sources += (question_source(model.text, question_labels, special),)
-        self.mixing = model.connector.mixing(len(image), len(question_ids) if model.text is not None else 0)
+        self.mixing = model.connector.mixing(len(image), len(question_ids))
         self.prefix = 0 if model.connector.uses_memory else len(self.mixing)
 
     def reads(self, images: Tensor) -> tuple[Tensor | None, ...]:
