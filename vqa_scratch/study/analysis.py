@@ -195,25 +195,16 @@ def normalised_entropy(pattern: Tensor, visible: Tensor) -> Tensor:
     return torch.special.entr(pattern).sum(-1) / visible.sum(-1).clamp(min=2).log()
 
 
-def _positions(source: Source | None, tokens: int) -> Tensor:
-    """(tokens, 1 or 2): the position of each token, in tokens or in patches; NaN for one without a place."""
-    if source is None or source.places is None:
-        return torch.arange(tokens, dtype=torch.float32)[:, None]
-    places = torch.cartesian_prod(*map(torch.arange, source.places.grid)).float()
-    return torch.cat([places.new_full((tokens - len(places), 2), math.nan), places])
-
-
 def mean_distance(pattern: Tensor, source: Source | None) -> Tensor:
-    """(H, N, N) -> (H,): expected distance of the keys read, over tokens that have a place.
+    """(H, N, N) -> (H,): expected distance of the keys read, over tokens that have a place: of an image the last ones.
 
     For an image this is the mean attention distance of Dosovitskiy et al. 2021, section 4.5, in patches.
     """
-    places = _positions(source, pattern.shape[-1])
-    keep = places.isfinite().all(-1)
-    distance = torch.cdist(places[keep], places[keep])
-    inner = pattern[:, keep][:, :, keep]
+    grid = (pattern.shape[-1],) if source is None or source.places is None else source.places.grid
+    places = torch.cartesian_prod(*map(torch.arange, grid)).float().view(-1, len(grid))
+    inner = pattern[:, -len(places) :, -len(places) :]
     weight = inner.sum(-1)
-    return ((inner * distance).sum(-1) / weight.clamp(min=1e-12)).mean(-1)
+    return ((inner * torch.cdist(places, places)).sum(-1) / weight.clamp(min=1e-12)).mean(-1)
 
 
 def head_statistics(subject: Subject, t: Trace) -> list[HeadStatistics]:
