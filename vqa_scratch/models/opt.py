@@ -110,6 +110,13 @@ class OPT(Released, Decoder):
             x = block(x, attention_mask, None, None if cache is None else cache[layer])
         return self.project_out(self.norm(x))
 
+    def readout(self, states: Tensor) -> Tensor:
+        return self.logits(self.project_out(self.norm(states)))
+
+    @property
+    def direct_head(self) -> Tensor | None:
+        return self.head if self.config.norm_first and self.config.embedding_dim == self.config.dim else None
+
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, *, cache: DecoderCache | None = None
     ) -> Tensor:

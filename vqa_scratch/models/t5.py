@@ -250,6 +250,9 @@ class T5(Released, Decoder):
             hidden = hidden * self.config.dim**-0.5
         return F.linear(hidden, self.embedding.weight) if self.lm_head is None else self.lm_head(hidden)
 
+    def readout(self, states: Tensor) -> Tensor:
+        return self.logits(self.decoder.norm(states))
+
     def forward(
         self,
         input_ids: Tensor,
