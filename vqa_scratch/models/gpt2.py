@@ -186,7 +186,6 @@ class GPT2(PositionTableDecoder):
         return self.norm(x)
 
     def fast_state(self) -> FastParts:
-        """What a fast decoding state is made of."""
         tokens_table, positions_table = self.tokens.weight.detach(), self.positions.weight.detach()
 
         def embed(tokens: Tensor, positions: Tensor) -> Tensor:

@@ -89,8 +89,7 @@ class OPT(PositionTableDecoder):
         return self.project_out(self.norm(x))
 
     def fast_state(self) -> FastParts | None:
-        """What a fast decoding state is made of; None for post-LN, the 350M model."""
-        if not self.config.norm_first:
+        if not self.config.norm_first:  # the loop over `FastBlock`s is pre-LN
             return None
 
         def embed(tokens: Tensor, positions: Tensor) -> Tensor:

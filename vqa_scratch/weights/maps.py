@@ -120,7 +120,7 @@ _BERT_EMBEDDINGS = (
 )
 
 
-def bert_block(attention: str, mlp: str) -> tuple[Entry, ...]:
+def _bert_block(attention: str, mlp: str) -> tuple[Entry, ...]:
     """A block of BERT or of a Q-Former, which differ in a name in their attention and in their MLP."""
     layer = "encoder.layer.{}"
     return (
@@ -135,7 +135,7 @@ def bert_block(attention: str, mlp: str) -> tuple[Entry, ...]:
 
 BERT = KeyMap(
     prefix="bert.",
-    body=(*nested("", _BERT_EMBEDDINGS, "embeddings."), *bert_block("self", "")),
+    body=(*nested("", _BERT_EMBEDDINGS, "embeddings."), *_bert_block("self", "")),
     dropped=("embeddings.position_ids",),
     older={"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"},
 )
@@ -231,6 +231,43 @@ OPT = KeyMap(
         *linear("norm", "decoder.final_layer_norm"),
     ),
     tied={"lm_head.weight": "decoder.embed_tokens.weight"},
+)
+
+
+# BLIP-2: the ViT of EVA-CLIP, a Q-Former, an OPT.
+_EVA_LAYER = "encoder.layers.{}"
+_EVA_VIT = (
+    Entry("cls_token", ("embeddings.class_embedding",)),
+    Entry("positions", ("embeddings.position_embedding",)),
+    *linear("patch_embed", "embeddings.patch_embedding"),
+    *linear("blocks.{}.attn.qkv", f"{_EVA_LAYER}.self_attn.qkv"),  # also one tensor there
+    *linear("blocks.{}.attn.out", f"{_EVA_LAYER}.self_attn.projection"),
+    *linear("blocks.{}.norm1", f"{_EVA_LAYER}.layer_norm1"),
+    *linear("blocks.{}.norm2", f"{_EVA_LAYER}.layer_norm2"),
+    *linear("blocks.{}.mlp.up", f"{_EVA_LAYER}.mlp.fc1"),
+    *linear("blocks.{}.mlp.down", f"{_EVA_LAYER}.mlp.fc2"),
+    *linear("norm", "post_layernorm"),
+)
+
+_QFORMER_CROSS = "encoder.layer.{}.crossattention"
+_QFORMER = (
+    *linear("norm", "layernorm"),
+    *_bert_block("attention", "_query"),
+    *linear("blocks.{}.cross.q", f"{_QFORMER_CROSS}.attention.query"),
+    *linear("blocks.{}.cross.kv", f"{_QFORMER_CROSS}.attention.key", f"{_QFORMER_CROSS}.attention.value"),
+    *linear("blocks.{}.cross.out", f"{_QFORMER_CROSS}.output.dense"),
+    *linear("blocks.{}.norm_cross", f"{_QFORMER_CROSS}.output.LayerNorm"),
+)
+
+BLIP2 = KeyMap(
+    body=(
+        *nested("vision.", _EVA_VIT, "vision_model."),
+        Entry("qformer.queries", ("query_tokens",)),
+        *nested("qformer.", _QFORMER, "qformer."),
+        *linear("projection", "language_projection"),
+        *nested("language.", OPT.body, "language_model.model."),
+    ),
+    tied={f"language_model.{key}": f"language_model.model.{same}" for key, same in OPT.tied.items()},
 )
 
 
