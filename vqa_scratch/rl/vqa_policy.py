@@ -68,25 +68,20 @@ class VQAPolicy(nn.Module):
         pixels = torch.stack([self._pixels(path) for path in place]).to(device)  # (I, H, W, 3)
         text = None
         if model.text is not None:
-            ids, lengths = Ragged([p.ids for p in prompts]).padded(
-                range(len(prompts)), self.tokenizers.text.pad_id or 0
-            )
-            mask = torch.arange(ids.shape[1]) < torch.from_numpy(lengths)[:, None]
-            text = model.text.states(torch.from_numpy(ids).to(device), mask.to(device))
+            ids, mask = Ragged(p.ids for p in prompts).padded(range(len(prompts)), self.tokenizers.text.pad_id or 0)
+            text = model.text.states(ids.to(device), mask.to(device))
         image = model.image.states(self.processor.normalize(pixels))
         given = model.connector(image, text, which.to(device))
 
-        before = [[*self.tokenizers.prompt(p.text), self.start_id] for p in prompts]
-        longest = max(map(len, before))
-        ids = torch.tensor([[self.pad_id] * (longest - len(x)) + x for x in before], device=device)  # (P, L)
-        real = torch.tensor([[False] * (longest - len(x)) + [True] * len(x) for x in before], device=device)
+        before = Ragged([*self.tokenizers.prompt(p.text), self.start_id] for p in prompts)
+        ids, real = before.padded(range(len(prompts)), self.pad_id, left=True)  # (P, L)
         parts = given.memory or []
         read = which.to(device) if len(place) < len(prompts) else None  # by how many prompts an image is shared
         return Context(
             tuple(part.states for part in parts),
             tuple(part.mask for part in parts),
-            prompt_ids=ids,
-            prompt_mask=real,
+            prompt_ids=ids.to(device),
+            prompt_mask=real.to(device),
             entries=tuple(read if len(part.states) == len(place) else None for part in parts),
             prefix=given.prefix,
         )

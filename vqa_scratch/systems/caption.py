@@ -15,8 +15,7 @@ from PIL import Image
 
 from vqa_scratch.data.answers import Answer
 from vqa_scratch.data.augment import Augment, depends_on_side
-from vqa_scratch.data.batches import Batch
-from vqa_scratch.data.groups import batches_by_image
+from vqa_scratch.data.batches import Batch, batches_by_image
 from vqa_scratch.data.text import check_question
 from vqa_scratch.data.vqa_v2 import VQASample
 from vqa_scratch.errors import UserError
@@ -119,7 +118,7 @@ class CaptionSystem(WritingSystem):
         """
         options = self.options
         rng = np.random.default_rng([options.seed, number, 0])
-        lengths = self.splits["train"].questions.answers.lengths
+        lengths = self.splits["train"].questions.decoder_ids.lengths
         batches = batches_by_image(self.groups[0], rng, options.captions_per_step, options.captions_per_image, lengths)
         share = options.question_share
         if share:

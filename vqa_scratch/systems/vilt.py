@@ -15,10 +15,10 @@ from torch import Tensor
 
 from vqa_scratch.data.answers import Answer, AnswerList, SoftTargets
 from vqa_scratch.data.classes import ClassBatch, ClassQuestions
-from vqa_scratch.data.images import ImageProcessor
+from vqa_scratch.data.images import ImageProcessor, Images
 from vqa_scratch.data.text import Tokenizer, train_wordpiece
 from vqa_scratch.data.tokenizers import Tokenizers
-from vqa_scratch.data.vilt_images import ViltImageProcessor, images_for, read_processor
+from vqa_scratch.data.vilt_images import ViltImageProcessor, read_processor
 from vqa_scratch.data.vqa_v2 import VQASample
 from vqa_scratch.errors import UserError
 from vqa_scratch.models.hf_config import labels_from_hf
@@ -82,7 +82,7 @@ class ViLTSystem(QuestionSystem):
 
     def split(self, samples: Sequence[VQASample]) -> Split:
         questions = ClassQuestions(samples, self.tokenizers, AnswerList(self.model.labels))
-        return Split(questions, images_for(questions.image_paths, self.processor))
+        return Split(questions, Images(questions.image_paths, self.processor))
 
     def train_on(self, data: QuestionData) -> None:
         """Leaves out training questions with no answer in the list."""

@@ -48,7 +48,7 @@ def write(
     tokenizers, decoder, result = system.tokenizers, system.model.decoder, {}
     limits = {"max_new_tokens": tokenizers.max_answer_tokens, "eos_id": tokenizers.end_id}
     options = GenerationOptions(**limits | dict(decoding or {}))
-    check_room(decoder, int(split.questions.prompts.lengths.max()) + 1, options.max_new_tokens)
+    check_room(decoder, int(split.questions.prompts.lengths.max()), options.max_new_tokens)
     with system.evaluating():
         for rows, batch in split.batches(system, chosen, **shown):
             prompt, mask = _prompts(split.questions, rows, system)
