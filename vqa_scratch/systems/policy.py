@@ -49,7 +49,7 @@ def answering_task(
             raise UserError(f"question {bare} of the {name} split has no answers: the reward is the VQA accuracy")
     questions = {sample.question for sample in (*train, *held_out)}
     longest = max(len(tokenizers.prompt(question)) for question in questions) + 1  # with the start token
-    check_room(decoder, longest, options.max_new_tokens)
+    check_room(system, longest, options.max_new_tokens)
     policy = VQAPolicy(system.model, tokenizers, system.processor)
     parts = [RewardPart("accuracy", 1.0, official_accuracy)]
     if options.length_weight:
