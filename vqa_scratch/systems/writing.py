@@ -18,8 +18,8 @@ from vqa_scratch.systems.splits import Split
 
 
 def check_room(system: System, prompt: int, new_tokens: int) -> None:
-    """Raise UserError if the decoder has too few positions for `new_tokens` after the connector's prefix and a prompt of
-    `prompt` tokens."""
+    """Raise UserError if the decoder has too few positions for `new_tokens` after a prompt of `prompt` tokens and the
+    connector's prefix before it."""
     connector, positions = system.model.connector, system.model.decoder.max_positions
     grid = system.model.image.places(*system.processor.output_size).grid
     prefix = connector.prefix_length(grid, connector.sizes)
