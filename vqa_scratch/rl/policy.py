@@ -19,6 +19,7 @@ from vqa_scratch.generate import State, begin
 from vqa_scratch.generate.processors import repeating
 from vqa_scratch.models.t5 import T5
 from vqa_scratch.nn.memory import Memory
+from vqa_scratch.rl.options import RLHFOptions
 from vqa_scratch.rl.types import Prompt
 
 BARRED = -1e9  # the logit of a token that cannot be sampled; finite, so that 0 * log 0 stays 0 in KL and entropy
@@ -109,6 +110,18 @@ class Backbone(Protocol):
         """All parameters that `encode` depends on."""
 
 
+def padded(
+    rows: Sequence[Sequence[int]], pad_id: int, device: torch.device, side: str = "right"
+) -> tuple[Tensor, Tensor]:
+    """Rows of ids, padded on that side to the longest (N, L), and which of them are real (N, L)."""
+    ids = [torch.tensor(row, dtype=torch.long) for row in rows]
+    real = [torch.ones(len(row), dtype=torch.bool) for row in rows]
+    return (
+        pad_sequence(ids, batch_first=True, padding_value=pad_id, padding_side=side).to(device),
+        pad_sequence(real, batch_first=True, padding_side=side).to(device),
+    )
+
+
 class T5Policy(nn.Module):
     """A T5 as PPO's backbone. Prompts are padded on the right, as T5's relative positions require."""
 
@@ -119,15 +132,10 @@ class T5Policy(nn.Module):
         self.width, self.start_id, self.eos_id, self.pad_id = config.dim, config.start_id, config.eos_id, config.pad_id
 
     def encode(self, prompts: list[Prompt]) -> Context:
-        device = next(self.parameters()).device
-        lengths = torch.tensor([len(p.ids) for p in prompts])
-        ids = pad_sequence(
-            [torch.tensor(p.ids, dtype=torch.long) for p in prompts], batch_first=True, padding_value=self.pad_id
-        )
-        mask = None  # prompts of one length need none
-        if int(lengths.min()) < ids.shape[1]:
-            mask = (torch.arange(ids.shape[1]) < lengths[:, None]).to(device)
-        return Context((self.model.encode(ids.to(device), mask),), (mask,))
+        ids, mask = padded([p.ids for p in prompts], self.pad_id, next(self.parameters()).device)
+        if len({len(p.ids) for p in prompts}) == 1:
+            mask = None  # prompts of one length need none
+        return Context((self.model.encode(ids, mask),), (mask,))
 
     def begin(self, context: Context, steps: int) -> tuple[Tensor, State]:
         start = torch.full((context.rows, 1), self.start_id, device=context.states[0].device)
@@ -153,6 +161,16 @@ class SamplingRules:
     temperature: float = 1.0
     barred: Tensor | None = None  # (V,) bool, True = never sampled: padding, ids beyond the tokenizer's
     no_repeat_ngram: int = 0  # bar tokens that would complete an n-gram the response already has; 0 allows all
+
+
+def sampling_rules(
+    options: RLHFOptions, eos_id: int, table: Tensor, tokens: int, never: Sequence[int]
+) -> SamplingRules:
+    """The rules of a run, which bar the ids in `never` and rows of the embedding `table` beyond the tokenizer's `tokens`."""
+    barred = torch.arange(len(table), device=table.device) >= tokens
+    barred[list(never)] = True
+    lengths = (options.max_new_tokens, options.min_new_tokens)
+    return SamplingRules(eos_id, *lengths, options.temperature, barred, options.no_repeat_ngram_size)
 
 
 def policy_logits(logits: Tensor, ids: Tensor, positions: Tensor, rules: SamplingRules) -> Tensor:

@@ -61,7 +61,6 @@ class Update:
     def begin(self, iteration: int) -> None:
         """A new batch of rollouts; `iteration` counts from 0."""
         self.iteration, self.stats, self.stopped = iteration, UpdateStats(), False
-        self.set_learning_rate()
 
     def minibatches(self) -> Iterator[list[int]]:
         """The prompts of each minibatch, by number: `epochs` passes, each in an order of its own."""
@@ -87,11 +86,11 @@ class Update:
         norm = whole(torch.nn.utils.clip_grad_norm_(self.parameters, self.options.max_grad_norm))
         self.check_finite("gradient", float(norm))
         self.stats.norms.append(norm)
+        self.set_learning_rate()
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.optimizer_steps += 1
         self.policy_steps += not self.warming
-        self.set_learning_rate()
 
     def log(self) -> dict[str, float]:
         """The figures of all steps on this batch."""
