@@ -62,8 +62,9 @@ def measure(
     `own` are figures that the task adds, by name.
     """
     generator = torch.Generator(ppo.device).manual_seed(seed)
-    actor, rewards, parts, kls = ActorCritic(policy).to(ppo.device), [], [], []
-    gathered = Samples([], [], [], [])
+    with torch.device(ppo.device):  # not `to`, with which FSDP would cut the policy up again
+        actor = ActorCritic(policy)  # its values are not looked at
+    rewards, parts, kls, gathered = [], [], [], Samples([], [], [], [])
     for start in range(0, len(prompts), AT_ONCE):
         batch = prompts[start : start + AT_ONCE]
         (ids, mask, _), seen, context = ppo.respond(batch, samples, policy, generator)

@@ -166,7 +166,7 @@ class SamplingRules:
 def sampling_rules(
     options: RLHFOptions, eos_id: int, table: Tensor, tokens: int, never: Sequence[int]
 ) -> SamplingRules:
-    """The rules of a run, which bar the ids in `never` and rows of the embedding `table` beyond the tokenizer's `tokens`."""
+    """The rules of a run, which bar the ids in `never` and rows of the `table` of embeddings that no token has."""
     barred = torch.arange(len(table), device=table.device) >= tokens
     barred[list(never)] = True
     lengths = (options.max_new_tokens, options.min_new_tokens)
