@@ -141,7 +141,7 @@ def test_an_image_is_encoded_once_for_all_its_prompts(system, samples):
         some = together.of(chosen)
         assert some.prompts == 3
         if shared:  # an image's keys are projected once
-            assert [len(x) for x in (together.states[0], some.states[0])] == [3, 2]
+            assert [len(x.parts[0].states) for x in (together, some)] == [3, 2]
         for context, asking in ((together, prompts), (some, [prompts[i] for i in chosen])):
             ids = torch.randint(3, 40, (2 * len(asking), 4))
             ids[:, 0] = policy.start_id

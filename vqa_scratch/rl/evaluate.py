@@ -31,16 +31,12 @@ class Figures:
     kl: float  # mean exact KL of a response from the reference, nats
     own: dict[str, float]  # the task's own figures
 
-    @property
-    def finish(self) -> float:
-        return sum(self.samples.finished) / len(self.samples.finished)
-
     def summary(self, when: str) -> dict[str, float]:
         """The figures under the keys of summary.json."""
         result = {
             f"reward_{when}": float(self.rewards.mean()),
             f"reward_std_{when}": float(self.rewards.std()) if len(self.rewards) > 1 else 0.0,
-            f"finish_{when}": self.finish,
+            f"finish_{when}": sum(self.samples.finished) / len(self.samples.finished),
             f"distinct_2_{when}": distinct_2(self.samples.ids),
             f"length_{when}": sum(map(len, self.samples.ids)) / len(self.samples.ids),
         }

@@ -87,22 +87,16 @@ class UpdateStats:
         self.norms: list[Tensor] = []  # of the gradient, of each step
 
     def add(
-        self,
-        logprobs: Tensor,
-        values: Tensor,
-        old_logprobs: Tensor,
-        returns: Tensor,
-        tokens: Tensor,
-        sums: dict[str, Tensor],
+        self, logprobs: Tensor, values: Tensor, old_logprobs: Tensor, returns: Tensor, tokens: Tensor, **sums: Tensor
     ) -> None:
         """Figures of a part of the minibatch; all tensors (N,), `sums` already divided by the minibatch's tokens."""
         with torch.no_grad():
-            d = old_logprobs - logprobs
-            ratio = (-d).exp()
-            sums = sums | {
-                "ppo/policy/k3": (torch.expm1(-d) + d).sum() / tokens,
-                "ppo/policy/approxkl": 0.5 * d.square().sum() / tokens,
-                "ppo/policy/policykl": d.sum() / tokens,
+            kl = kl_estimates(old_logprobs, logprobs)
+            ratio = (-kl.k1).exp()
+            sums |= {
+                "ppo/policy/k3": kl.k3.sum() / tokens,
+                "ppo/policy/approxkl": kl.k2.sum() / tokens,
+                "ppo/policy/policykl": kl.k1.sum() / tokens,
                 "ppo/policy/ratio": ratio.sum() / tokens,
                 "ratio_square": ratio.square().sum() / tokens,
                 "ppo/val/vpred": values.sum() / tokens,

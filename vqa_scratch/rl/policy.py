@@ -9,7 +9,7 @@ V vocabulary, E entries of a memory.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -25,26 +25,33 @@ from vqa_scratch.rl.types import Prompt
 BARRED = -1e9  # the logit of a token that cannot be sampled; finite, so that 0 * log 0 stays 0 in KL and entropy
 
 
+class Part(NamedTuple):
+    """A part of what cross-attention reads."""
+
+    states: Tensor  # (E, N, D); E = P unless `entries` says who reads what
+    mask: Tensor | None = None  # (E, N), True = may attend
+    entries: Tensor | None = None  # (P,): the entry a prompt reads; None: its own
+
+    def of(self, prompts: Sequence[int]) -> "Part":
+        chosen, entries = prompts, None
+        if self.entries is not None:
+            chosen, entries = torch.unique(self.entries[prompts], return_inverse=True)
+        return Part(self.states[chosen], None if self.mask is None else self.mask[chosen], entries)
+
+
 @dataclass(frozen=True)
 class Context:
     """What the decoder reads for P prompts: made once, shared by all responses to a prompt."""
 
-    states: tuple[Tensor, ...]  # one or more parts, each (E, N, D); E = P unless `entries` says who reads what
-    masks: tuple[Tensor | None, ...]  # of each part, (E, N), True = may attend
+    parts: tuple[Part, ...]
     samples: int = 1  # K: rows 0 ... K - 1 read prompt 0, and so on
     prompt_ids: Tensor | None = None  # (P, L) before the response, the start token last; None: the start token alone
     prompt_mask: Tensor | None = None  # (P, L), True = real token; padding on the left
-    entries: tuple[Tensor | None, ...] | None = None  # of each part, (P,): the entry a prompt reads; None: its own
     prefix: Tensor | None = None  # (P, Q, D) embeddings before the ids
 
     @property
-    def parts(self) -> list[tuple[Tensor, Tensor | None, Tensor | None]]:
-        """States, mask and entries of each part."""
-        return list(zip(self.states, self.masks, self.entries or [None] * len(self.states), strict=True))
-
-    @property
     def prompts(self) -> int:
-        if not self.states:
+        if not self.parts:
             return len(self.prompt_ids)
         states, _, entries = self.parts[0]
         return len(states if entries is None else entries)
@@ -58,21 +65,11 @@ class Context:
         """The same prompts, `samples` responses each."""
         return replace(self, samples=samples)
 
-    def of(self, prompts: slice | Sequence[int]) -> "Context":
+    def of(self, prompts: Sequence[int]) -> "Context":
         """Some of the prompts."""
-
-        def pick(x: Tensor | None) -> Tensor | None:
-            return None if x is None else x[prompts]
-
-        picked = []
-        for states, mask, entries in self.parts:
-            chosen, index = prompts, None
-            if entries is not None:
-                chosen, index = torch.unique(entries[prompts], return_inverse=True)
-            picked.append((states[chosen], None if mask is None else mask[chosen], index))
-        states, masks, entries = zip(*picked, strict=True) if picked else ((), (), ())
-        before = (pick(self.prompt_ids), pick(self.prompt_mask), entries, pick(self.prefix))
-        return Context(states, masks, self.samples, *before)
+        before = (self.prompt_ids, self.prompt_mask, self.prefix)
+        picked = (None if x is None else x[prompts] for x in before)
+        return Context(tuple(part.of(prompts) for part in self.parts), self.samples, *picked)
 
     def memories(self) -> list[Memory]:
         """For cross-attention: keys and values are projected once an entry, not once a prompt or response."""
@@ -135,10 +132,10 @@ class T5Policy(nn.Module):
         ids, mask = padded([p.ids for p in prompts], self.pad_id, next(self.parameters()).device)
         if len({len(p.ids) for p in prompts}) == 1:
             mask = None  # prompts of one length need none
-        return Context((self.model.encode(ids, mask),), (mask,))
+        return Context((Part(self.model.encode(ids, mask), mask),))
 
     def begin(self, context: Context, steps: int) -> tuple[Tensor, State]:
-        start = torch.full((context.rows, 1), self.start_id, device=context.states[0].device)
+        start = torch.full((context.rows, 1), self.start_id, device=context.parts[0].states.device)
         return begin(self.model, start, None, context.memories(), steps=steps)
 
     def decode_hidden(self, ids: Tensor, context: Context) -> Tensor:

@@ -131,7 +131,7 @@ class PPO:
         parts, k = micro_batches(self.mine, prompts, self.options.micro_prompts), context.samples
         frozen = self.options.freeze == "encoder"
         ragged = len({len(prompts[i].ids) for i in self.mine}) > 1 and len(parts) > 1
-        again = ragged and torch.is_autocast_enabled(context.states[0].device.type) and not frozen
+        again = ragged and torch.is_autocast_enabled(self.device.type) and not frozen
         for part in parts:
             here, some = [i - self.mine.start for i in part], [prompts[i] for i in part]
             own = self.actor.backbone.encode(some).shared_by(k) if again else context.of(here)

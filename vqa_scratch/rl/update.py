@@ -147,7 +147,7 @@ class Update:
                 "ppo/val/clipfrac": value_clipped,
             }
             if counts:
-                self.stats.add(logprobs, values, t.logprobs[m], t.returns[m], tokens, figures)
+                self.stats.add(logprobs, values, t.logprobs[m], t.returns[m], tokens, **figures)
         for table in self.tables:
             if table.grad is not None:
                 table.grad = table.grad.to_dense()

@@ -21,7 +21,7 @@ from vqa_scratch.data.vqa_v2 import VQASample
 from vqa_scratch.generate import State, begin
 from vqa_scratch.metrics import vqa_accuracy
 from vqa_scratch.models.vqa import VQAModel
-from vqa_scratch.rl.policy import Context, padded
+from vqa_scratch.rl.policy import Context, Part, padded
 from vqa_scratch.rl.types import Prompt, Samples
 
 IMAGES_KEPT = 4096  # decoded images held in memory
@@ -66,16 +66,12 @@ class VQAPolicy(nn.Module):
 
         before = [[*self.tokenizers.prompt(p.text), self.start_id] for p in prompts]
         ids, real = padded(before, self.pad_id, device, "left")  # (P, L)
-        parts = given.memory or []
         read = which.to(device) if len(place) < len(prompts) else None  # by how many prompts an image is shared
-        return Context(
-            tuple(part.states for part in parts),
-            tuple(part.mask for part in parts),
-            prompt_ids=ids,
-            prompt_mask=real,
-            entries=tuple(read if len(part.states) == len(place) else None for part in parts),
-            prefix=given.prefix,
+        parts = (
+            Part(memory.states, memory.mask, read if len(memory.states) == len(place) else None)
+            for memory in given.memory or ()
         )
+        return Context(tuple(parts), prompt_ids=ids, prompt_mask=real, prefix=given.prefix)
 
     def _before(self, context: Context) -> tuple[Tensor, Tensor, Tensor | None]:
         """What stands before each answer: ids (B, L), the start token last, which of them are real, and embeddings

@@ -34,11 +34,7 @@ def vqa_task(options: RLHFOptions, device: torch.device, dtype: torch.dtype) -> 
 
 
 def answering_task(
-    system: System,
-    options: RLHFOptions,
-    dtype: torch.dtype,
-    train: list[VQASample],
-    test: list[VQASample],
+    system: System, options: RLHFOptions, dtype: torch.dtype, train: list[VQASample], test: list[VQASample]
 ) -> Task:
     """The system as policy, with a frozen copy as reference, whose linear layers are stored in `dtype`."""
     tokenizers = system.tokenizers
