@@ -19,9 +19,9 @@ from torch import nn
 
 from vqa_scratch.errors import UserError
 from vqa_scratch.options import changeable, check_dependencies, from_json, to_json
-from vqa_scratch.storage import check_writable, read_json, remove_unfinished, write_json
+from vqa_scratch.storage import read_json, remove_unfinished, write_json
 from vqa_scratch.systems.options import PRESETS, RunOptions
-from vqa_scratch.training.checkpoint import load_checkpoint
+from vqa_scratch.training.checkpoint import check_unchanged, checkpoint_path, load_checkpoint
 from vqa_scratch.training.ranks import ALONE, World, for_main
 from vqa_scratch.weights.files import write_safetensors
 
@@ -74,11 +74,8 @@ def begin_or_go_on(options: RunOptions) -> tuple[RunOptions, dict[str, Any] | No
 
     Raises UserError if a run would be overwritten, or resumed with options that must not change.
     """
-    path = options.out / "checkpoints" / "last.pt"
-    check_writable(options.out)
+    path = checkpoint_path(options.out, options.resume)
     if not options.resume:
-        if path.exists():
-            raise UserError(f"{options.out} already holds a run; add --resume to continue it, or give another --out")
         return options, None
     values = read_run_config(options.out)
     if values["program"] != PROGRAM or values["train"].get("preset") != options.preset:
@@ -87,12 +84,9 @@ def begin_or_go_on(options: RunOptions) -> tuple[RunOptions, dict[str, Any] | No
     saved = from_json(type(options), values["train"], str(options.out / CONFIG))
     plain = {f.name: f.default for f in fields(options)} | {"minutes": 10.0}
     given = {k: v for k, v in vars(options).items() if v != plain[k] and v != PRESETS[options.preset].get(k)}
-    may_change = changeable(type(options))
-    other = {k: v for k, v in given.items() if k not in may_change and v != getattr(saved, k)}
-    if other:
-        what = ", ".join(f"--{k.replace('_', '-')} {getattr(saved, k)}, not {v}" for k, v in other.items())
-        raise UserError(f"{options.out} was started with {what}; a resumed run keeps the options it was started with")
-    changes = {k: v for k, v in given.items() if k in may_change} | {"out": options.out, "resume": False}
+    check_unchanged(saved, given, options.out)
+    changes = {k: v for k, v in given.items() if k in changeable(type(options))}
+    changes |= {"out": options.out, "resume": False}
     merged = replace(saved, **changes)
     check_dependencies(merged, changes)  # the command line could not know the run's other options
     remove_unfinished(options.out)

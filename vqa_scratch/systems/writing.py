@@ -12,18 +12,22 @@ from torch import Tensor
 from vqa_scratch.data.answers import Answer
 from vqa_scratch.data.batches import Questions
 from vqa_scratch.errors import UserError
-from vqa_scratch.generate import Decoder, GenerationOptions, generate, rank
+from vqa_scratch.generate import GenerationOptions, generate, rank
 from vqa_scratch.systems.base import System
 from vqa_scratch.systems.splits import Split
 
 
-def check_room(decoder: Decoder, prompt: int, new_tokens: int) -> None:
-    """Raise UserError if the decoder has too few positions for `new_tokens` after a prompt of `prompt` tokens."""
-    positions = decoder.max_positions
-    if positions is not None and prompt + new_tokens - 1 > positions:
+def check_room(system: System, prompt: int, new_tokens: int) -> None:
+    """Raise UserError if the decoder has too few positions for `new_tokens` after a prompt of `prompt` tokens and the
+    connector's prefix before it."""
+    connector, positions = system.model.connector, system.model.decoder.max_positions
+    grid = system.model.image.places(*system.processor.output_size).grid
+    prefix = connector.prefix_length(grid, connector.sizes)
+    if positions is not None and prefix + prompt + new_tokens - 1 > positions:
         raise UserError(
             f"max_new_tokens {new_tokens} is too much: the decoder has {positions} positions, which leaves "
-            f"{positions - prompt + 1} behind a prompt of {prompt}"
+            f"{positions - prefix - prompt + 1} behind a prompt of {prompt}"
+            + (f" and the connector's prefix of {prefix}" if prefix else "")
         )
 
 
@@ -48,7 +52,7 @@ def write(
     tokenizers, decoder, result = system.tokenizers, system.model.decoder, {}
     limits = {"max_new_tokens": tokenizers.max_answer_tokens, "eos_id": tokenizers.end_id}
     options = GenerationOptions(**limits | dict(decoding or {}))
-    check_room(decoder, int(split.questions.prompts.lengths.max()), options.max_new_tokens)
+    check_room(system, int(split.questions.prompts.lengths.max()), options.max_new_tokens)
     with system.evaluating():
         for rows, batch in split.batches(system, chosen, **shown):
             prompt, mask = _prompts(split.questions, rows, system)
