@@ -12,7 +12,6 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
@@ -20,8 +19,16 @@ from torch import nn
 from vqa_scratch.errors import UserError
 from vqa_scratch.options import changeable, check_dependencies, from_json, to_json
 from vqa_scratch.storage import read_json, remove_unfinished, write_json
+from vqa_scratch.systems.older import todays_moments, todays_names
 from vqa_scratch.systems.options import PRESETS, RunOptions
-from vqa_scratch.training.checkpoint import check_unchanged, checkpoint_path, load_checkpoint
+from vqa_scratch.training.checkpoint import (
+    check_unchanged,
+    checkpoint_path,
+    load_checkpoint,
+    load_model_state,
+    restore_streams,
+)
+from vqa_scratch.training.optimizers import Optimizers
 from vqa_scratch.training.ranks import ALONE, World, for_main
 from vqa_scratch.weights.files import write_safetensors
 
@@ -58,15 +65,30 @@ def save_weights(path: Path, model: nn.Module, world: World = ALONE) -> None:
         write_safetensors(path, {name: p.detach().cpu().contiguous() for name, p in tensors.items()})
 
 
-def read_weights(folder: Path) -> dict[str, torch.Tensor]:
-    """The best weights of a run. Raises UserError if there are none yet, or if the file is cut short."""
+def load_weights(model: nn.Module, folder: Path) -> None:
+    """Load the best weights of a run. Raises UserError if there are none yet, the file is cut short or does not fit."""
     path = folder / WEIGHTS
     if not path.is_file():
         raise UserError(f"{folder} has no model.safetensors yet: the run has not reached its first checkpoint")
     try:
-        return load_file(path)
+        weights = load_file(path)
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} is not a whole safetensors file ({error})") from None
+    load_model_state(model, todays_names(weights), str(path))
+
+
+def restore(saved: dict[str, Any], system: Any, optimizers: Optimizers) -> dict[str, Any]:
+    """Restore weights, moments, scaler and random numbers of a `System` from a checkpoint; returns its progress.
+
+    Removes weights and moments from `saved`, so that no second copy of them stays in memory. Raises UserError if it
+    does not fit the model.
+    """
+    weights, moments = saved.pop("model"), saved.pop("optimizers")
+    optimizers.load_state_dict(todays_moments(moments, system.model, weights))
+    load_model_state(system.model, todays_names(weights), str(system.options.out))
+    system.precision.scaler.load_state_dict(saved["scaler"])
+    restore_streams(saved["rng"], system.world, saved["state"]["step"])
+    return saved["state"]
 
 
 def begin_or_go_on(options: RunOptions) -> tuple[RunOptions, dict[str, Any] | None]:

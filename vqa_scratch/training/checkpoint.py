@@ -12,8 +12,6 @@ import torch
 from vqa_scratch.errors import UserError
 from vqa_scratch.options import Options, changeable, flag
 from vqa_scratch.storage import check_writable, write_whole
-from vqa_scratch.training.optimizers import Optimizers
-from vqa_scratch.training.precision import Precision
 from vqa_scratch.training.ranks import World, like
 
 
@@ -119,19 +117,3 @@ def load_model_state(model: torch.nn.Module, state: dict[str, torch.Tensor], whe
         more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise UserError(f"{where} does not fit the model: " + "; ".join(problems[:5]) + more)
     model.load_state_dict({k: like(v, state[k]) for k, v in own.items()})
-
-
-def restore(
-    saved: dict[str, Any], system: Any, optimizers: Optimizers, precision: Precision, where: str, world: World
-) -> dict[str, Any]:
-    """Restore weights, moments, scaler and random numbers of a `vqa_scratch.systems.System` from a checkpoint of
-    `train.py`; returns its progress. Raises UserError if it does not fit the model.
-
-    Removes weights and moments from `saved`, so that no second copy of them stays in memory.
-    """
-    weights, moments = saved.pop("model"), saved.pop("optimizers")
-    optimizers.load_state_dict(system.moments(moments, weights))
-    load_model_state(system.model, system.renamed(weights), where)
-    precision.scaler.load_state_dict(saved["scaler"])
-    restore_streams(saved["rng"], world, saved["state"]["step"])
-    return saved["state"]
