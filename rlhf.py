@@ -35,7 +35,7 @@ from vqa_scratch.rl.policy import ActorCritic
 from vqa_scratch.rl.ppo import PPO
 from vqa_scratch.rl.ranks import Copies
 from vqa_scratch.rl.resume import fingerprint, last_checkpoint, restore
-from vqa_scratch.rl.tasks import Task, book_task, mini_news_task
+from vqa_scratch.rl.tasks import Task, summarising_task
 from vqa_scratch.storage import remove_unfinished, write_json, write_text
 from vqa_scratch.systems.policy import vqa_task
 from vqa_scratch.training.allocator import keep_freed_memory
@@ -47,7 +47,7 @@ from vqa_scratch.training.ranks import World
 from vqa_scratch.training.sharing import check_sharing, share_model
 from vqa_scratch.training.watch import GracefulStop
 
-TASKS = {"mini-news": mini_news_task, "book": book_task, "vqa": vqa_task}
+TASKS = {"mini-news": summarising_task, "book": summarising_task, "vqa": vqa_task}
 
 
 def iterate(ppo: PPO) -> dict[str, float]:
@@ -148,11 +148,9 @@ def conclude(ppo: PPO, task: Task, options: RLHFOptions, log: MetricsLog) -> dic
     gain = float(mine.rewards.mean())
     rates = [row["rollouts_per_second"] for row in log.rows]
     summary = {
-        "reward_before": float(before.rewards.mean()),
-        "reward_after": float(after.rewards.mean()),
-        "kl": after.kl,
         **before.summary("before"),
         **after.summary("after"),
+        "kl": after.kl,
         "rollouts_per_second": sorted(rates)[len(rates) // 2],
         "frontier_share": curve.share(mine.kl, curve.reward[0], gain),
         "frontier_kl_limit": curve.limit,
@@ -205,7 +203,7 @@ def work(options: RLHFOptions, world: World) -> dict[str, float] | int:
     )
     log, earlier, stopped = train(ppo, task, options, about, saved, started)
     if stopped is not None:
-        print(f"stopped by signal {stopped} after iteration {ppo.iteration}; go on with the same flags and --resume")
+        print(f"stopped by signal {stopped} after iteration {ppo.iteration}; resume with: the same flags and --resume")
         return stopped
     summary = ranks.with_whole_model(lambda: conclude(ppo, task, options, log) if world.main else {})
     if not world.main:

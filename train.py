@@ -32,9 +32,9 @@ from vqa_scratch.data.batches import prefetch
 from vqa_scratch.report.curves import draw_panels
 from vqa_scratch.storage import write_json
 from vqa_scratch.systems.base import System
-from vqa_scratch.systems.run_folder import WEIGHTS, begin_or_go_on, read_weights, save_weights
+from vqa_scratch.systems.run_folder import WEIGHTS, begin_or_go_on, load_weights, restore, save_weights
 from vqa_scratch.training.allocator import keep_freed_memory
-from vqa_scratch.training.checkpoint import load_model_state, restore, save_checkpoint, separate_streams, streams
+from vqa_scratch.training.checkpoint import save_checkpoint, separate_streams, streams
 from vqa_scratch.training.launch import start
 from vqa_scratch.training.optimizers import Optimizers, schedule
 from vqa_scratch.training.precision import Precision, pick_device, pick_precision
@@ -165,7 +165,7 @@ def train(options: RunOptions, world: World) -> int | None:
     options.out.mkdir(parents=True, exist_ok=True)
     progress = Progress()
     if checkpoint:
-        progress = Progress(**restore(checkpoint, system, optimizers, precision, str(options.out), world))
+        progress = Progress(**restore(checkpoint, system, optimizers))
         print(f"resuming after step {progress.step}")
     else:
         separate_streams(world)
@@ -223,7 +223,8 @@ def train(options: RunOptions, world: World) -> int | None:
             save_checkpoint(last, saved)
 
     # ---- the loop: learning rate, step, log, evaluate, save
-    loss_of = ranks.shared(system.loss)
+    # Not the model is compiled, whose names go into checkpoints.
+    loss_of = ranks.shared(torch.compile(system.loss, dynamic=True) if options.compile else system.loss)
     system.model.train()
     window_began, window_samples = time.perf_counter(), 0
     bar = tqdm(
@@ -292,7 +293,7 @@ def train(options: RunOptions, world: World) -> int | None:
         return stopped
 
     # ---- the final figures, with the best weights
-    load_model_state(system.model, system.renamed(read_weights(options.out)), str(weights))
+    load_weights(system.model, options.out)
     figures = ranks.with_whole_model(lambda: system.finish(options.out))
     if not world.main:
         return None

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from vqa_scratch.rl.options import RLHFOptions
-from vqa_scratch.rl.policy import ActorCritic, Context, SamplingRules, freeze
+from vqa_scratch.rl.policy import ActorCritic, Context, Part, SamplingRules, freeze
 from vqa_scratch.rl.ppo import PPO
 from vqa_scratch.rl.rewards import RewardPart, RewardSum
 from vqa_scratch.rl.types import Prompt
@@ -51,7 +51,7 @@ class Table(nn.Module):
         self.table = nn.Parameter(logits.clone())
 
     def encode(self, prompts):
-        return Context((torch.zeros(len(prompts), 1, 1),), (None,))
+        return Context((Part(torch.zeros(len(prompts), 1, 1)),))
 
     def begin(self, context, steps):
         rows = context.prompts * context.samples

@@ -9,8 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from vqa_scratch.data.batches import IGNORE, Batch, Questions, Ragged, prefetch
-from vqa_scratch.data.groups import batches_by_image
+from vqa_scratch.data.batches import IGNORE, Batch, Questions, Ragged, batches_by_image, prefetch
 from vqa_scratch.data.images import ImageProcessor, Images
 from vqa_scratch.data.tokenizers import Tokenizers
 from vqa_scratch.data.vqa_v2 import VQASample, read_vqa
@@ -201,8 +200,10 @@ def test_long_answers_keep_their_end(samples):
 def test_ragged():
     rows = [[3, 1], [], [5], [2, 2, 2]]
     ragged = Ragged(rows)
-    ids, lengths = ragged.padded(np.array([3, 0, 1]), pad=9)
-    assert ids.tolist() == [[2, 2, 2], [3, 1, 9], [9, 9, 9]] and lengths.tolist() == [3, 2, 0]
+    ids, mask = ragged.padded(np.array([3, 0, 1]), pad=9)
+    assert ids.tolist() == [[2, 2, 2], [3, 1, 9], [9, 9, 9]] and mask.sum(1).tolist() == [3, 2, 0]
+    ids, mask = ragged.padded(range(3), pad=9, left=True)
+    assert ids.tolist() == [[3, 1], [9, 9], [9, 5]] and mask.tolist() == [[True, True], [False, False], [False, True]]
 
 
 def test_no_samples_are_refused(questions):
@@ -223,7 +224,7 @@ def test_kept_images_are_the_decoded_ones(questions, tmp_path):
     fresh, kept = (Images(paths, ImageProcessor(size=(32, 32))) for _ in range(2))
     kept.cache_in(cache, progress=False)
     chosen = np.array([4, 0, 0, 2])
-    assert np.array_equal(kept[chosen], fresh[chosen])
+    assert torch.equal(kept.batch(chosen), fresh.batch(chosen))
     (file,) = cache.iterdir()
     stamp = file.stat().st_mtime_ns
     Images(paths, ImageProcessor(size=(32, 32))).cache_in(cache, progress=False)
@@ -233,7 +234,7 @@ def test_kept_images_are_the_decoded_ones(questions, tmp_path):
     paths[0].write_bytes(paths[1].read_bytes())
     changed = Images(paths, ImageProcessor(size=(32, 32)))
     changed.cache_in(cache, progress=False)
-    assert np.array_equal(changed[np.array([0])], changed[np.array([1])])
+    assert torch.equal(changed.batch([0]), changed.batch([1]))
 
 
 def test_an_unreadable_image_leaves_no_file(questions, tmp_path):

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from vqa_scratch.data.captions import CAPTION, read_captions
-from vqa_scratch.data.descriptions import FORMS, Named, describe, describe_all, objects_named, places_named
+from vqa_scratch.data.descriptions import FORMS, describe, describe_all, objects_named, places_named
 from vqa_scratch.data.scenes import MIN_OFFSET, Object, draw_scene
 from vqa_scratch.data.shapes import ShapesSpec, ensure_shapes
 from vqa_scratch.data.vqa_v2 import split_by_image
@@ -48,11 +48,11 @@ def test_orders_are_those_of_the_scene():
     step = {"to the right of it": (1, 0), "to the left of it": (-1, 0), "below it": (0, 1), "above it": (0, -1)}
     checked = Counter()
     for scene in SCENES.values():
-        where = {str(Named(o.size, o.color, o.shape)): (o.x, o.y) for o in scene}
+        where = {f"{o.size} {o.color} {o.shape}": (o.x, o.y) for o in scene}
         if len(where) < len(scene):
             continue  # two objects of one name
         for text in describe(scene, random.Random(0)):
-            names = [str(Named(*name)) for name in _in_order(text)]
+            names = [" ".join(name) for name in _in_order(text)]
             pairs = list(zip(names, names[1:], strict=False))
             if text.startswith("from left"):
                 assert all(where[b][0] - where[a][0] >= MIN_OFFSET for a, b in pairs)
@@ -76,7 +76,7 @@ def _in_order(text: str) -> list[tuple[str, str, str]]:
 
 def test_the_parser_counts_and_reads_anywhere():
     text = "Two things: a small red circle, and a SMALL red circle at the top left; no small red. A red circle."
-    assert objects_named(text) == {Named("small", "red", "circle"): 2}
+    assert objects_named(text) == {("small", "red", "circle"): 2}
     assert places_named(text) == {("small", "red", "circle", "top left"): 1}
     assert not objects_named("smaller red circles, a large redcircle")
 

@@ -140,9 +140,7 @@ def test_the_sampled_distribution_is_that_of_the_peer(given, seed):
     for name, kind in kinds.items():
         if given[name] is not None:
             wanted = kind(given[name])(None, wanted)
-    made = scores
-    for process in ours.processors(GenerationOptions(3, do_sample=True, **given)):
-        made = process(made, None, None, 0)
+    made = ours.Processed(GenerationOptions(3, do_sample=True, **given), None, None, None)(scores, 0)
     assert torch.equal(made, wanted)
 
 

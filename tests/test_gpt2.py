@@ -185,7 +185,7 @@ def test_gpt2_names_what_does_not_fit():
         model(torch.ones(1, 9).long())
     with pytest.raises(ValueError, match=r"attention_mask must be \(1, 4\), got \(1, 3\)"):
         model(torch.ones(1, 4).long(), torch.ones(1, 3))
-    with pytest.raises(ValueError, match="this GPT-2 has no cross-attention: build it with add_cross_attention=True"):
+    with pytest.raises(ValueError, match="this decoder has no cross-attention: build GPT2 with add_cross"):
         model(torch.ones(1, 4).long(), encoder_hidden_states=torch.randn(1, 2, 24))
     with pytest.raises(ValueError, match="encoder_hidden_states or memory, not both"):
         states = torch.randn(1, 2, 24)

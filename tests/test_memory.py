@@ -87,9 +87,12 @@ def test_weights_on_memories_are_dropped_while_training(parts, monkeypatch):
 
 @pytest.mark.parametrize("order", INDICES)
 def test_the_states_that_each_row_reads(order):
-    states, index = torch.randn(3, 4, 10), torch.tensor(INDICES[order])
-    assert torch.equal(Memory(states, index=index).per_row(), states[index])
-    assert torch.equal(Memory(states, repeat=2).per_row(), states[torch.arange(6) // 2])
+    states, index = torch.randn(3, 2, 4, 10), torch.tensor(INDICES[order])
+    for memory, expected in (
+        (Memory(states[:, 0], index=index), states[index]),
+        (Memory(states[:, 0], repeat=2), states[torch.arange(6) // 2]),
+    ):
+        assert torch.equal(memory.project(states, states).per_row().k, expected)
 
 
 @pytest.mark.parametrize("order", INDICES)
@@ -129,13 +132,12 @@ def test_uneven_rows_share_entries_where_it_pays():
     assert sharing == (3, 2, sharing.slot) and sharing.slot.tolist() == [4, 0, 1, 2, 3]
     x = torch.randn(5, 1, 4, 6)
     assert sharing.fold(x).shape == (3, 1, 8, 6) and torch.equal(sharing.unfold(sharing.fold(x)), x)
-    assert Memory(torch.randn(2, 3, 8), repeat=3).rows == 6
+    assert Memory(torch.randn(2, 3, 8), repeat=3).sharing.rows == 6
 
 
 def test_index_in_order_becomes_a_repeat():
-    memory = Memory(torch.randn(2, 3, 8), index=torch.tensor([0, 0, 1, 1]))
-    assert memory.index is None and memory.repeat == 2 and memory.sharing.slot is None
-    assert Memory(torch.randn(2, 3, 8), index=torch.tensor([0, 1, 0, 1])).index is not None
+    assert Memory(torch.randn(2, 3, 8), index=torch.tensor([0, 0, 1, 1])).sharing == (2, 2, None)
+    assert Memory(torch.randn(2, 3, 8), index=torch.tensor([0, 1, 0, 1])).sharing.slot is not None
 
 
 # --- caches -----------------------------------------------------------------------------------------------------------

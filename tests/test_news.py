@@ -9,10 +9,7 @@ from vqa_scratch.data import news
 from vqa_scratch.data.articles import read_articles
 from vqa_scratch.errors import UserError
 
-EMOTION = {
-    tone: {word for table in (news.ADJECTIVES, news.ADVERBS, news.NOUNS) for word in table[tone]}
-    for tone in ("negative", "positive")
-}
+EMOTION = {tone: {word for words in kinds.values() for word in words} for tone, kinds in news.FEELINGS.items()}
 
 
 def tone_of(text):

@@ -19,7 +19,7 @@ from vqa_helpers import Started, train_program
 from vqa_scratch import systems
 from vqa_scratch.errors import UserError
 from vqa_scratch.models import VQAModel
-from vqa_scratch.systems.older import MOVED, todays_names
+from vqa_scratch.systems.older import MOVED, todays_moments, todays_names
 from vqa_scratch.systems.options import read_command_line
 from vqa_scratch.systems.run_folder import save_weights
 from vqa_scratch.training.checkpoint import load_checkpoint, load_model_state
@@ -138,7 +138,7 @@ def old_order(names: Iterable[str]) -> tuple[list[str], list[str], list[str]]:
 def test_moments_find_their_parameters(kind, frozen):
     """An optimizer numbers its parameters, and their order has changed. Here the moment of each is its own weights."""
     system, weights = systems.load(OLD / "vqa"), load_checkpoint(OLD / "vqa" / "checkpoints" / "last.pt")["model"]
-    load_model_state(system.model, system.renamed(weights), "the checkpoint")
+    load_model_state(system.model, todays_names(weights), "the checkpoint")
     system.model.freeze(frozen)
     optimizers = Optimizers(system.model, kind=kind, learning_rate=1.0, matrix_learning_rate=1.0, weight_decay=0.0)
     free = {name for name, parameter in system.model.named_parameters() if parameter.requires_grad}
@@ -150,7 +150,7 @@ def test_moments_find_their_parameters(kind, frozen):
         state["state"] = {
             number: {"moment": weights[name], "step": torch.ones(())} for number, name in enumerate(names)
         }
-    optimizers.load_state_dict(system.moments(states, weights))
+    optimizers.load_state_dict(todays_moments(states, system.model, weights))
     found = [pair for optimizer in optimizers.optimizers for pair in optimizer.state.items()]
     assert len(found) == len(free) > 20
     assert all(torch.equal(state["moment"], parameter) for parameter, state in found)

@@ -71,7 +71,7 @@ def test_a_run_leaves_what_it_promises(finished):
 
 def test_prompts_of_the_figures_are_never_trained_on(cache):
     options = read_command_line(flags("x", cache))
-    task = tasks.mini_news_task(options, torch.device("cpu"), torch.float32)
+    task = tasks.summarising_task(options, torch.device("cpu"), torch.float32)
     assert not {p.text for p in task.train} & {p.text for p in task.held_out}
 
 
@@ -126,10 +126,13 @@ def test_every_preset_has_a_folder_of_its_own():
 
 def test_runs_are_not_mixed_up(finished, cache, tmp_path):
     out, _ = finished
-    refused("holds a run already: go on with --resume", *flags(out, cache))
-    refused("other options: --kl-coef .* is now 0.5", *flags(out, cache, "--resume", "--kl-coef", "0.5"))
+    refused("already holds a run; add --resume to continue it, or give another --out", *flags(out, cache))
+    refused(
+        "was started with --kl-coef 0.05, not 0.5; a resumed run keeps the options it",
+        *flags(out, cache, "--resume", "--kl-coef", "0.5"),
+    )
     refused("there is no checkpoint to go on from", *flags(tmp_path / "none", cache, "--resume"))
-    refused("holds a run already", *flags(out, tmp_path / "unused"))
+    refused("already holds a run", *flags(out, tmp_path / "unused"))
     assert not (tmp_path / "unused").exists(), "said before the first two steps run"
     other = tmp_path / "train"
     (other / "checkpoints").mkdir(parents=True)
@@ -159,7 +162,7 @@ def test_a_run_with_the_old_names_of_options_goes_on(finished, cache, tmp_path):
     assert (
         last_checkpoint(read_command_line(flags(out, cache, "--resume", "--save-every", "3")))["ppo"]["iteration"] == 6
     )
-    with pytest.raises(UserError, match="other options: --no-repeat-ngram-size 0 is now 2$"):
+    with pytest.raises(UserError, match="was started with --no-repeat-ngram-size 0, not 2; a resumed run keeps"):
         last_checkpoint(read_command_line(flags(out, cache, "--resume", "--no-repeat-ngram-size", "2")))
 
 
@@ -186,7 +189,7 @@ def test_one_response_and_articles_that_are_too_long(cache, tmp_path, capsys):
     summary = rlhf.run(flags(tmp_path / "run", cache, "--iterations", "1", *few))
     assert summary["reward_std_before"] == 0.0 and "NaN" not in (tmp_path / "run" / "summary.json").read_text()
     said = capsys.readouterr().out
-    assert "4000 of 4000 articles cut to 9 tokens" in said and "1 of 1 articles cut to 9 tokens" in said
+    assert "4001 of 4001 articles cut to 9 tokens" in said, "4000 to train on, and one for the figures"
 
 
 def test_a_mac_computes_on_its_cpu(cache, tmp_path, monkeypatch):
@@ -247,7 +250,7 @@ def test_errors_reach_the_user_as_one_line_and_code_2(tmp_path):
 @pytest.fixture(scope="module")
 def book(finished, cache, tmp_path_factory):
     """Flags of the book preset on local folders: the tiny models of mini-news stand in for the real ones."""
-    _, folder = mini_news.prepare(cache, seed=0, sft_steps=4, reward_steps=4)
+    folder = mini_news.prepare(cache, seed=0, sft_steps=4, reward_steps=4)
     data = tmp_path_factory.mktemp("data") / "news.csv"
     rows = [
         f"The council in Alden will close the harbour {i}." + " The mayor of Zeal will sell it." * 9 for i in range(14)
@@ -322,9 +325,3 @@ def test_random_weights_serve_to_measure_speed(tmp_path, monkeypatch):
     monkeypatch.setattr(tasks, "BertConfig", lambda **sizes: bert(**sizes | small))
     argv = f"--preset book --init random {TINY} --iterations 1 --prompts 2 --eval-prompts 4 --out {tmp_path}"
     assert rlhf.run(argv.split())["reward_before"] is not None
-
-
-def test_empty_article_is_refused_by_name():
-    with pytest.raises(UserError, match="article 1 is empty"):
-        tokenizer, _ = mini_news.tokenizers_for(mini_news.news.news(20, 0))
-        tasks.encode_articles(["fine", "  "], ["", ""], tokenizer, "", 20)

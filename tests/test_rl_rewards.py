@@ -7,6 +7,7 @@ from vqa_scratch.data.news import news
 from vqa_scratch.errors import UserError
 from vqa_scratch.models.bert import BertConfig
 from vqa_scratch.models.classifier import TextClassifier
+from vqa_scratch.rl import rewards
 from vqa_scratch.rl.mini_news import tokenizers_for
 from vqa_scratch.rl.rewards import ClassifierReward, RewardPart, RewardScale, RewardSum, length_penalty
 from vqa_scratch.rl.types import Prompt, Samples
@@ -37,9 +38,10 @@ def samples_of(*texts):
 TEXTS = ("", "The mayor.", "The council in Alden will close the harbour.", "The mayor " * 30, "The bank in Zeal.")
 
 
-def test_logit_of_the_named_class_whatever_the_batch(parts):
+def test_logit_of_the_named_class_whatever_the_batch(parts, monkeypatch):
+    monkeypatch.setattr(rewards, "AT_ONCE", 2)
     model, tokenizer = parts
-    reward = ClassifierReward(model, tokenizer, "good", texts_at_once=2)
+    reward = ClassifierReward(model, tokenizer, "good")
     together = reward(samples_of(*TEXTS))
     for text, value in zip(TEXTS, together, strict=True):
         ids, mask = tokenizer.encode_batch([text], max_length=22)  # 24 positions, of which RoBERTa skips two

@@ -11,7 +11,16 @@ from vqa_scratch.errors import UserError
 from vqa_scratch.kernels import chosen_logprobs
 from vqa_scratch.rl.functional import kl_estimates
 from vqa_scratch.rl.metrics import rollout_metrics
-from vqa_scratch.rl.policy import BARRED, Context, SamplingRules, freeze, policy_logits, token_logits, token_states
+from vqa_scratch.rl.policy import (
+    BARRED,
+    Context,
+    Part,
+    SamplingRules,
+    freeze,
+    policy_logits,
+    token_logits,
+    token_states,
+)
 from vqa_scratch.rl.rollout import PromptStream, chances, pick, sample, score
 from vqa_scratch.rl.types import Prompt
 
@@ -52,7 +61,7 @@ def test_scored_distribution_is_the_sampled_one(options):
         one = policy.encode(ragged_prompts(1))
         many = one.shared_by(count)
         ids, mask, finished = sample(
-            policy, many, some, chances(count, some, torch.Generator().manual_seed(1), many.states[0].device)
+            policy, many, some, chances(count, some, torch.Generator().manual_seed(1), many.parts[0].states.device)
         )
         assert not (ids[mask] == 0).any() and torch.equal(finished, ((ids == EOS) & mask).any(1))
         first = ids[:, 0].mode().values  # look at the successors of the most frequent first token
@@ -147,7 +156,8 @@ def test_shared_encoding_equals_one_encoding_a_response():
     with torch.no_grad():
         encoded = policy.encode(ragged_prompts(3))
         shared = encoded.shared_by(4)
-        repeated = Context(*((x[0].repeat_interleave(4, 0),) for x in (encoded.states, encoded.masks)))
+        (part,) = encoded.parts
+        repeated = Context((Part(*(x.repeat_interleave(4, 0) for x in (part.states, part.mask))),))
         ids, mask = torch.randint(2, VOCAB, (12, 6)), torch.ones(12, 6, dtype=torch.bool)
         torch.testing.assert_close(
             token_states(policy, shared, ids, mask), token_states(policy, repeated, ids, mask), rtol=0, atol=1e-6

@@ -23,7 +23,7 @@ def test_value_clip_is_in_units_of_the_spread_of_returns():
         larger = dataclasses.replace(t, returns=t.returns * factor, values=t.values * factor)
         with torch.no_grad():
             ppo.actor.value_head.weight.copy_(factor * torch.linspace(-0.2, 0.2, 16))
-        shares.append(float(add_gradients(ppo, prompts, larger, context)["value_clipped"]))
+        shares.append(float(add_gradients(ppo, prompts, larger, context)["ppo/val/clipfrac"]))
     assert 0 < shares[0] < 1 and shares[0] == pytest.approx(shares[1], abs=1e-6)
 
 

@@ -5,6 +5,7 @@ import dataclasses
 import hashlib
 import json
 import re
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -140,7 +141,7 @@ def test_an_image_is_encoded_once_for_all_its_prompts(system, samples):
         some = together.of(chosen)
         assert some.prompts == 3
         if shared:  # an image's keys are projected once
-            assert [len(x) for x in (together.states[0], some.states[0])] == [3, 2]
+            assert [len(x.parts[0].states) for x in (together, some)] == [3, 2]
         for context, asking in ((together, prompts), (some, [prompts[i] for i in chosen])):
             ids = torch.randint(3, 40, (2 * len(asking), 4))
             ids[:, 0] = policy.start_id
@@ -240,15 +241,33 @@ def test_a_run_reports_the_figures_that_answers_have(runs, tmp_path, capsys, nam
     assert systems.load(tmp_path / "policy").options == systems.load(runs[name]).options
 
 
-def test_answers_too_long_for_the_decoder_are_refused(runs, tmp_path):
+PREFIXED = ["tokens", "prefix", "qformer"]
+
+
+@pytest.mark.parametrize("name", PREFIXED)
+def test_answers_too_long_for_the_decoder_are_refused(runs, tmp_path, name):
     """Before anything is sampled; and the number that the error names is the most that works."""
-    argv = [*flags(runs["tokens"], tmp_path / "run"), "--max-new-tokens"]
-    with pytest.raises(UserError, match="max_new_tokens 64 is too much: the decoder has 64 positions") as caught:
-        rlhf.run([*argv, "64"])
+    argv = [*flags(runs[name], tmp_path / "run"), "--max-new-tokens"]
+    positions = systems.load(runs[name]).model.decoder.max_positions
+    with pytest.raises(UserError, match=f"max_new_tokens 200 is too much: the decoder has {positions} pos") as caught:
+        rlhf.run([*argv, "200"])
     most = int(re.search(r"leaves (\d+) behind", str(caught.value))[1])
     with pytest.raises(UserError, match=f"max_new_tokens {most + 1} is too much"):
         rlhf.run([*argv, str(most + 1)])
     rlhf.run([*argv, str(most)])
+
+
+@pytest.mark.parametrize("name", PREFIXED)
+def test_an_answer_too_long_for_the_decoder_is_refused(runs, data, name):
+    """The same for a question that is only asked; a connector's prefix takes positions too."""
+    system, asked = systems.load(runs[name]), read_vqa(data, "train").samples[0]
+    answer = partial(system.ask, asked.image_path, asked.question)
+    with pytest.raises(UserError) as caught:
+        answer(decoding={"max_new_tokens": 200})
+    most = int(re.search(r"leaves (\d+) behind", str(caught.value))[1])
+    with pytest.raises(UserError, match=f"max_new_tokens {most + 1} is too much"):
+        answer(decoding={"max_new_tokens": most + 1})
+    answer(decoding={"max_new_tokens": most})
 
 
 def test_what_is_no_run_is_refused(tmp_path):

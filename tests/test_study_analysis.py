@@ -184,9 +184,12 @@ def test_each_weighted_pattern_is_that_of_autograd(subject):
 def test_relevancy_leaves_no_gradients_and_works_under_no_grad(subject):
     answer = answer_of(subject, 2)
     with torch.no_grad():
-        flow = relevancy(subject, answer, rows=[len(answer) - 1])
+        flow = relevancy(subject, answer)
     assert all(parameter.grad is None for parameter in subject.model.parameters())
-    assert flow.sources[-1].max() > 0 and (flow.sources[:-1] == 0).all()
+    prompt = len(subject.prompt) - 1
+    assert flow.sources[-1].max() > 0 and (flow.sources[:prompt] == 0).all()
+    alone = relevancy(subject, answer[:1])  # later tokens do not change what made the first
+    torch.testing.assert_close(alone.sources, flow.sources[: prompt + 1], atol=1e-6, rtol=1e-4)
 
 
 # ---------------------------------------------------------------------------------------------- rollout

@@ -44,7 +44,7 @@ def tiny_run(folder, connector="tokens"):
         out=folder, width=16, heads=2, image_layers=2, text_layers=1, decoder_layers=2, patch_size=16,
         max_answer_tokens=3, connector=connector,
     )  # fmt: skip
-    data = QuestionData(folder, {"train": samples}, lambda sample: "all")
+    data = QuestionData({"train": samples}, lambda sample: "all")
     system = VQASystem.build(options, data, Precision("fp32", torch.device("cpu")))
     system.save(folder)
     save_weights(folder / WEIGHTS, spread(system.model, 0.15))

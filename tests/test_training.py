@@ -19,18 +19,17 @@ from vqa_scratch.connectors import CONNECTORS, connector_class
 from vqa_scratch.errors import UserError
 from vqa_scratch.systems import questions
 from vqa_scratch.systems.questions import QuestionData
+from vqa_scratch.systems.run_folder import restore
 from vqa_scratch.systems.vqa import VQASystem
 from vqa_scratch.training.checkpoint import (
     load_checkpoint,
     load_model_state,
-    restore,
     rng_state,
     save_checkpoint,
     set_rng_state,
 )
 from vqa_scratch.training.optimizers import Muon, Optimizers, orthogonalize, schedule, split_parameters
 from vqa_scratch.training.progress import MetricsLog, read_metrics
-from vqa_scratch.training.ranks import ALONE
 from vqa_scratch.training.watch import NotFinite
 
 
@@ -245,7 +244,7 @@ def test_a_model_that_knows_its_answers_says_them_and_stops(data, questions_of, 
     """Overfitted on one batch, it answers each question right, by itself ended with EOS, and is sure of it."""
     few = {name: questions_of.samples["train"][:16] for name in questions_of.samples}
     options = small_options(data, tmp_path / "run", questions_per_step=16)
-    system = small_system(options, QuestionData(data, few, questions_of.family))
+    system = small_system(options, QuestionData(few, questions_of.family))
     made = optimizers(system.model, learning_rate=5e-3, matrix_learning_rate=0.05)
     batch = system.batch(system.epoch(0)[0])
     for _ in range(80):
@@ -289,7 +288,7 @@ def test_a_resumed_run_holds_its_weights_once(make, run):
     saved = load_checkpoint(run(steps=2) / "checkpoints" / "last.pt")
     weights = [weakref.ref(tensor) for tensor in saved["model"].values()]
     system = make()
-    state = restore(saved, system, optimizers(system.model), system.precision, "here", ALONE)
+    state = restore(saved, system, optimizers(system.model))
     assert state["step"] == 2 and len(weights) > 20 and not any(weight() is not None for weight in weights)
     assert "optimizers" not in saved and saved["precision"] == "fp32"
 

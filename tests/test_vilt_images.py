@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 from transformers.models.vilt.image_processing_pil_vilt import ViltImageProcessorPil
 
-from vqa_scratch.data.images import ImageProcessor
-from vqa_scratch.data.vilt_images import PaddedImages, ViltImageProcessor, images_for, read_processor
+from vqa_scratch.data.images import ImageProcessor, Images, pad
+from vqa_scratch.data.vilt_images import ViltImageProcessor, read_processor
 from vqa_scratch.errors import UserError
 
 # What the released preprocessor_config.json says.
@@ -30,7 +30,7 @@ def picture(width: int, height: int, seed: int = 0) -> Image.Image:
 
 
 def ours(processor: ViltImageProcessor, images: list[Image.Image]) -> tuple[torch.Tensor, torch.Tensor]:
-    pixels, mask = processor.padded(images)
+    pixels, mask = pad([processor.to_uint8(image) for image in images])
     mask = torch.from_numpy(mask)
     return processor.normalize(pixels) * mask[:, None], mask
 
@@ -96,13 +96,9 @@ def test_images_of_many_sizes_are_padded(tmp_path):
         paths.append(tmp_path / f"{i}.png")
         picture(*size, seed=i).save(paths[-1])
     processor = ViltImageProcessor(size=32, divisor=16)
-    images = images_for(paths, processor)
+    images = Images(paths, processor)
     pixels, mask = images.load([2, 0])
-    assert (
-        isinstance(images, PaddedImages)
-        and pixels.shape == (2, 32, 48, 3)
-        and mask.sum((1, 2)).tolist() == [32 * 32, 16 * 48]
-    )
+    assert pixels.shape == (2, 32, 48, 3) and mask.sum((1, 2)).tolist() == [32 * 32, 16 * 48]
     assert not pixels[0, :, 32:].any()
     with pytest.raises(UserError, match="--no-image-cache"):
         images.cache_in(tmp_path)

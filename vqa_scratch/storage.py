@@ -93,10 +93,7 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, values: Any, *, compact: bool = False) -> None:
     """`write_whole` for JSON, indented, or `compact` in as few bytes as possible."""
-    if compact:
-        write_text(path, json.dumps(values, separators=(",", ":")))
-    else:
-        write_text(path, json.dumps(values, indent=2, allow_nan=True) + "\n")
+    write_text(path, json.dumps(values, separators=(",", ":")) if compact else json.dumps(values, indent=2) + "\n")
 
 
 def read_json(path: Path, object_hook: Any = None) -> Any:

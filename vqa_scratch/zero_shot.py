@@ -68,13 +68,11 @@ class ZeroShot:
             raise UserError(f"{self.source} answers questions: give it --question")
         if top is not None:
             raise UserError(f"{self.source} writes one answer and ranks no list of them: leave out --top")
-        new_tokens = dict(decoding or {}).get("max_new_tokens", MAX_ANSWER_TOKENS)
-        ids = torch.tensor([self.prompt_ids(question, new_tokens)], device=self.device)
-        pixels = self.processor(load_image(image))[None].to(self.device)
         end = self.model.config.language.eos_id
-        options = GenerationOptions(**{"max_new_tokens": MAX_ANSWER_TOKENS, "eos_id": end} | dict(decoding or {}))
-        image = self.model.encode_image(pixels)
-        made = generate(self.model.language, ids, options=options, prefix=image)
+        options = GenerationOptions(**{"max_new_tokens": MAX_ANSWER_TOKENS, "eos_id": end, **(decoding or {})})
+        ids = torch.tensor([self.prompt_ids(question, options.max_new_tokens)], device=self.device)
+        pixels = self.processor(load_image(image))[None].to(self.device)
+        made = generate(self.model.language, ids, options=options, prefix=self.model.encode_image(pixels))
         length = int(made.lengths)
         said = made.ids[0, :length].tolist()
         text = self.tokenizer.decode(said).strip()

@@ -20,6 +20,6 @@ def convert(source: Path, out: Path) -> None:
     """
     from vqa_scratch.weights import files
 
-    done = files.convert(source, out)
-    print(f"{done.tensors} tensors written to {out / files.WEIGHTS if out.is_dir() else out}")
-    print(f"sha256 of {source}: {done.sha256}")
+    tensors, digest = files.convert(source, out)
+    print(f"{tensors} tensors written to {out / files.WEIGHTS if out.is_dir() else out}")
+    print(f"sha256 of {source}: {digest}")

@@ -10,7 +10,7 @@ from vqa_scratch.errors import UserError
 from vqa_scratch.metrics import accuracy_by
 from vqa_scratch.storage import read_json
 from vqa_scratch.systems.base import System
-from vqa_scratch.systems.scoring import blind_baselines
+from vqa_scratch.systems.scoring import blind_baselines, score
 
 
 def baselines_of(data: Path, samples: list[VQASample]) -> dict[str, float | None]:
@@ -33,25 +33,22 @@ def evaluation(run: System, data: Path, split: str, samples: list[VQASample], li
     scored = [s for s in samples if s.question_id in answers]
     texts = {i: a.text for i, a in answers.items()}
     breakdowns = {key: accuracy_by(scored, texts, key) for key in ("answer_type", "question_type")}
-    counts = {key: {name: score.count for name, score in b.groups.items()} for key, b in breakdowns.items()}
+    counts = {key: {name: group.count for name, group in b.groups.items()} for key, b in breakdowns.items()}
     baselines = baselines_of(data, scored)
-    baselines["shuffled_images"] = accuracy_by(scored, {i: a.text for i, a in shuffled.items()}).overall.accuracy
+    baselines["shuffled_images"] = score(scored, shuffled).accuracy
     figures = {
         "data": str(data),
         "split": split,
         "questions": len(scored),
         "accuracy": breakdowns["answer_type"].overall.accuracy,
-        **{f"accuracy_by_{k}": {n: score.accuracy for n, score in b.groups.items()} for k, b in breakdowns.items()},
+        **{f"accuracy_by_{k}": {n: group.accuracy for n, group in b.groups.items()} for k, b in breakdowns.items()},
         "counts": counts,
         "baselines": baselines,
         **run.figures(answers),
     }
     ranked = run.answer(samples, limit, progress="ranking", ranked=True)
     if ranked:
-        of_them = [s for s in samples if s.question_id in ranked]
-        chosen = {number: answer.text for number, answer in ranked.items()}
-        figures["ranking_accuracy"] = accuracy_by(of_them, chosen).overall.accuracy
-        figures["ranking_questions"] = len(of_them)
+        figures |= {"ranking_accuracy": score(samples, ranked).accuracy, "ranking_questions": len(ranked)}
     return figures, answers
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from vqa_scratch.command_line import Flag, GroupedCommand
-from vqa_scratch.commands.line import DEVICE, FOLDER
+from vqa_scratch.commands.line import DEVICE, FOLDER, open_run
 from vqa_scratch.errors import UserError
 
 ONE, SPLIT = "One answer", "Over a split"
@@ -54,7 +54,6 @@ def study(
     Example:
       python -m vqa_scratch study runs/vqa --image photo.jpg --question "what color is the dog?" --out study/
     """
-    from vqa_scratch import systems
     from vqa_scratch.commands.study_files import open_input, run_folder, write_study
     from vqa_scratch.storage import check_writable, write_json
     from vqa_scratch.study.record import take_apart
@@ -78,7 +77,7 @@ def study(
             print(f"certificate: {done.certificate}")
         print(f"see {out / 'report.html'}")
         return
-    system, figures = systems.load(run_folder(run), pick_device(device)), {"run": str(run), "split": split}
+    system, figures = open_run(run_folder(run), device), {"run": str(run), "split": split}
 
     def subject_of(image: Any, question: str) -> Any:
         return system.subject(image, question).subject

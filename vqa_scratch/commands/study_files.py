@@ -7,11 +7,10 @@ from vqa_scratch.data.images import load_image
 from vqa_scratch.errors import UserError
 from vqa_scratch.storage import write_json, write_text, write_whole
 from vqa_scratch.study.faithfulness import answer_rows, patch_map
-from vqa_scratch.study.opened import Opened
+from vqa_scratch.study.opened import POLICY, Opened, config_of, open_text, t5_folder
 from vqa_scratch.study.overlay import overlay, side_by_side
 from vqa_scratch.study.record import Study, summary, trace_file
 from vqa_scratch.study.report import page
-from vqa_scratch.study.texts import POLICY, config_of, open_text, t5_folder
 
 
 def run_folder(folder: Path) -> Path:

@@ -75,7 +75,7 @@ class Connector(nn.Module, ABC):
         or `prefix`, of `image_states` (1, N, .), `text_states` (1, T, .), `attention_mask` (1, T), and the tensors of
         this connector by `connector[name]` and `linear(name, x)`."""
 
-    def recipe_imports(self, with_text: bool) -> list[str]:
+    def recipe_imports(self) -> list[str]:
         """Import lines that `recipe` needs."""
         return []
 

@@ -69,7 +69,7 @@ class QFormerConnector(Connector):
     def recipe(self, with_text: bool) -> str:
         return RECIPE.format(config=self.qformer.config, queries=self.qformer.queries.shape[1])
 
-    def recipe_imports(self, with_text: bool) -> list[str]:
+    def recipe_imports(self) -> list[str]:
         return ["from vqa_scratch.models import QFormer, QFormerConfig"]
 
     def forward(self, image: States, text: None, image_index: Tensor | None = None) -> Conditioning:

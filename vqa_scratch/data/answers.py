@@ -96,8 +96,6 @@ class SoftTargets:
     def dense(self, rows: np.ndarray) -> np.ndarray:
         """(B, L) float32 of the chosen rows."""
         targets = np.zeros((len(rows), self.width), dtype=np.float32)
-        lengths = self.ids.lengths[rows]
-        within = np.arange(lengths.sum()) - np.repeat(lengths.cumsum() - lengths, lengths)  # 0, 1, ... in each row
-        places = np.repeat(self.ids.starts[rows], lengths) + within
-        targets[np.repeat(np.arange(len(rows)), lengths), self.ids.flat[places]] = self.scores[places]
+        places, inside = self.ids.places(rows)
+        targets[inside.nonzero()[0], self.ids.flat[places]] = self.scores[places]
         return targets

@@ -11,7 +11,7 @@ from typing import Any
 
 from vqa_scratch.errors import UserError
 
-SUFFIXES = (".csv", ".jsonl", ".txt")
+LINE = "line"  # the one column of a .txt file
 
 
 @dataclass(frozen=True)
@@ -28,29 +28,20 @@ def read_articles(path: Path, column: str, summary_column: str | None = None) ->
     existing ones), an article that is not a text, and a file without articles.
     """
     readers = {".csv": _csv, ".jsonl": _jsonl, ".txt": _text}
-    read = readers.get(path.suffix.lower())
-    if read is None:
-        raise UserError(f"{path}: articles come from {', '.join(SUFFIXES)} files")
+    suffix = path.suffix.lower()
+    if suffix not in readers:
+        raise UserError(f"{path}: articles come from {', '.join(readers)} files")
+    if suffix == ".txt":
+        column, summary_column = LINE, None
     texts, summaries, empty = [], [], []
     try:
-        for line, row in read(path):
-            if read is _text:
-                text, summary = row[""], ""
+        for number, row in readers[suffix](path):
+            text, summary = (_cell(row, name, f"{path}, line {number}") for name in (column, summary_column))
+            if text:
+                texts.append(text)
+                summaries.append(summary)
             else:
-                wanted = [column, *([summary_column] if summary_column else [])]
-                for name in wanted:
-                    if name not in row:
-                        there = ", ".join(map(str, row)) or "none"
-                        raise UserError(f"{path}, line {line}: no column {name!r}; the columns are {there}")
-                    if not isinstance(row[name], str | None):
-                        kind = type(row[name]).__name__
-                        raise UserError(f"{path}, line {line}: {name!r} must be a text, not a {kind}")
-                text, summary = row[column] or "", (row[summary_column] or "") if summary_column else ""
-            if text.strip():
-                texts.append(text.strip())
-                summaries.append(summary.strip())
-            else:
-                empty.append(line)
+                empty.append(number)
     except FileNotFoundError:
         raise UserError(f"no file {path}") from None
     except OSError as error:
@@ -61,6 +52,17 @@ def read_articles(path: Path, column: str, summary_column: str | None = None) ->
     if not texts:
         raise UserError(f"{path} holds no article" + (f"; {len(empty)} are empty" if empty else ""))
     return Articles(texts, summaries, empty)
+
+
+def _cell(row: dict[str, Any], column: str | None, where: str) -> str:
+    """The text of a column without the space around it; "" if no column is asked for, or if it is empty."""
+    if column is None:
+        return ""
+    if column not in row:
+        raise UserError(f"{where}: no column {column!r}; the columns are {', '.join(map(str, row)) or 'none'}")
+    if not isinstance(row[column], str | None):
+        raise UserError(f"{where}: {column!r} must be a text, not a {type(row[column]).__name__}")
+    return (row[column] or "").strip()
 
 
 def _lines(path: Path) -> io.StringIO:
@@ -103,4 +105,4 @@ def _jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 def _text(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
     for number, line in enumerate(_lines(path), 1):
-        yield number, {"": line}
+        yield number, {LINE: line}

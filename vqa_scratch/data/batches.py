@@ -1,13 +1,13 @@
 """Makes batches of images with questions, ahead of time in a thread.
 
 The questions about an image stay together, so that it is loaded and encoded once for all of them.
-`data/groups.py` chooses the rows of each batch from (seed, epoch) alone, so a run resumes by counting steps. Every
-image of a batch has the same number of questions, so that the decoder can share an image's keys without a copy.
+The rows of each batch are chosen from (seed, epoch) alone, so a run resumes by counting steps. Every image of a batch
+has the same number of questions, so that the decoder can share an image's keys without a copy.
 
 Shapes: I images, R questions an image, B = I*R questions, T question tokens, A decoder tokens, H x W pixels.
 """
 
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
@@ -18,11 +18,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vqa_scratch.data.groups import batches_by_image, batches_in_order
 from vqa_scratch.data.images import Images
 from vqa_scratch.data.tokenizers import Tokenizers, encode_unique
 from vqa_scratch.data.vqa_v2 import VQASample
 
+LENGTHS_OVER = 8  # batches among which rows are sorted by length
 IGNORE = -100  # the label of a token without a loss, as in F.cross_entropy
 Item = TypeVar("Item")
 
@@ -33,17 +33,25 @@ class Ragged:
     def __init__(self, rows: Iterable[Sequence[int]]) -> None:
         rows = list(rows)
         self.lengths = np.array([len(row) for row in rows], dtype=np.int64)
-        self.starts = np.concatenate([[0], self.lengths.cumsum()[:-1]]) if rows else np.zeros(0, np.int64)
+        self.starts = self.lengths.cumsum() - self.lengths
         self.flat = np.fromiter((token for row in rows for token in row), dtype=np.int32, count=self.lengths.sum())
 
-    def padded(self, rows: np.ndarray, pad: int) -> tuple[np.ndarray, np.ndarray]:
-        """ids (B, T) int64 and lengths (B,) of the chosen rows, padded on the right to the longest of them."""
-        lengths = self.lengths[rows]
-        columns = np.arange(lengths.max())
-        inside = columns < lengths[:, None]  # (B, T)
+    def places(self, rows: Sequence[int], *, left: bool = False) -> tuple[np.ndarray, np.ndarray]:
+        """Where the ids of the chosen rows are in `flat`, row by row, and the mask (B, T) of a batch of them.
+
+        The batch is as wide as the longest row; the others are padded on the right, or on the `left`.
+        """
+        lengths = self.lengths[rows][:, None]
+        columns = np.arange(lengths.max()) - (lengths.max() - lengths if left else 0)
+        inside = (columns >= 0) & (columns < lengths)
+        return (self.starts[rows][:, None] + columns)[inside], inside
+
+    def padded(self, rows: Sequence[int], pad: int, *, left: bool = False) -> tuple[Tensor, Tensor]:
+        """ids (B, T) int64 and mask (B, T) of the chosen rows, padded as in `places`."""
+        places, inside = self.places(rows, left=left)
         ids = np.full(inside.shape, pad, dtype=np.int64)
-        ids[inside] = self.flat[(self.starts[rows][:, None] + columns)[inside]]
-        return ids, lengths
+        ids[inside] = self.flat[places]
+        return torch.from_numpy(ids), torch.from_numpy(inside)
 
 
 @dataclass
@@ -107,6 +115,37 @@ class Batch(ImageBatch):
         return replace(self, labels=torch.full_like(self.labels, IGNORE), rows=self.rows[:0])
 
 
+def batches_by_image(
+    groups: Iterable[Sequence[int]],
+    rng: np.random.Generator,
+    rows_per_step: int,
+    rows_per_image: int,
+    lengths: np.ndarray | None = None,
+) -> list[np.ndarray]:
+    """Batches of row numbers from the rows of each image; each row occurs once.
+
+    The rows of an image are shuffled and split into pieces of at most `rows_per_image`; a batch takes pieces of one
+    size, about `rows_per_step` rows in all. With the `lengths` of all rows, each batch takes pieces of about one length
+    (they are sorted within `LENGTHS_OVER` batches), which saves padding where texts are long.
+    """
+    pieces: dict[int, list[np.ndarray]] = defaultdict(list)
+    for rows in groups:
+        mixed = rng.permutation(rows)
+        for at in range(0, len(mixed), rows_per_image):
+            piece = mixed[at : at + rows_per_image]
+            pieces[len(piece)].append(piece)
+    batches = []
+    for size in sorted(pieces):
+        order = [pieces[size][i] for i in rng.permutation(len(pieces[size]))]
+        take = max(1, rows_per_step // size)
+        for window in range(0, len(order), LENGTHS_OVER * take):
+            some = order[window : window + LENGTHS_OVER * take]
+            if lengths is not None:
+                some.sort(key=lambda piece: lengths[piece].max())
+            batches += [np.concatenate(some[at : at + take]) for at in range(0, len(some), take)]
+    return [batches[i] for i in rng.permutation(len(batches))]
+
+
 class ImageGroups:
     """Samples grouped by image; an image is known by its position in `image_paths`."""
 
@@ -145,8 +184,19 @@ class ImageGroups:
         return batches_by_image(self.of_image, np.random.default_rng([seed, epoch]), rows_per_step, rows_per_image)
 
     def in_order(self, limit: int, rows_per_step: int) -> list[np.ndarray]:
-        """Batches for scoring, as `batches_in_order` makes them."""
-        return batches_in_order(self.of_image, limit, rows_per_step)
+        """Batches for scoring: whole images in order, up to about `limit` rows; those of a batch have equally many."""
+        same_size: dict[int, list[list[int]]] = defaultdict(list)
+        taken = 0
+        for rows in self.of_image:
+            if taken >= limit:
+                break
+            same_size[len(rows)].append(rows)
+            taken += len(rows)
+        batches = []
+        for size, same in sorted(same_size.items()):
+            take = max(1, rows_per_step // size)
+            batches += [np.concatenate(same[at : at + take]) for at in range(0, len(same), take)]
+        return batches
 
 
 class Questions(ImageGroups):
@@ -155,29 +205,20 @@ class Questions(ImageGroups):
     def __init__(self, samples: Sequence[VQASample], tokenizers: Tokenizers) -> None:
         super().__init__(samples)
         self.tokenizers = tokenizers
+        self.fill = tokenizers.decoder.pad_id or 0
         self.cached: Callable[[np.ndarray], tuple[Tensor, Tensor]] | None = None  # states of the frozen text encoder
-        self.ids = Ragged(encode_unique([s.question for s in samples], tokenizers.question))
-        self.prompts = Ragged(encode_unique([s.question for s in samples], tokenizers.prompt))
-        self.answers = Ragged(encode_unique([s.answer for s in samples], tokenizers.answer))
+        questions, start = [s.question for s in samples], tokenizers.start_id
+        self.ids = Ragged(encode_unique(questions, tokenizers.question))
+        prompts = [[*prompt, start] for prompt in encode_unique(questions, tokenizers.prompt)]
+        answers = encode_unique([s.answer for s in samples], tokenizers.answer)  # BOS first, EOS last
+        pairs = list(zip(prompts, answers, strict=True))
+        self.prompts = Ragged(prompts)
+        self.decoder_ids = Ragged(prompt + answer[1:-1] for prompt, answer in pairs)
+        self.labels = Ragged([IGNORE] * (len(prompt) - 1) + answer[1:] for prompt, answer in pairs)
 
     def prompt_batch(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
         """What the decoder reads before the answer: ids (B, P) and mask (B, P), padded on the left, BOS last."""
-        prompts, lengths = self.prompts.padded(rows, self.tokenizers.decoder.pad_id or 0)
-        width = prompts.shape[1]
-        columns = np.arange(width) - (width - lengths[:, None])  # (B, P-1), negative where padded
-        ids = np.take_along_axis(prompts, np.maximum(columns, 0), 1) if width else prompts
-        bos = np.full((len(rows), 1), self.answers.flat[0])
-        mask = np.concatenate([columns >= 0, np.ones_like(bos, dtype=bool)], 1)
-        return torch.from_numpy(np.concatenate([ids, bos], 1)), torch.from_numpy(mask)
-
-    def _question(self, rows: np.ndarray) -> tuple[Tensor | None, Tensor | None]:
-        """The text encoder's ids (B, T), or its cached states (B, T, D), and their mask (B, T)."""
-        if self.tokenizers.text is None:
-            return None, None
-        if self.cached is not None:
-            return self.cached(rows)
-        ids, lengths = self.ids.padded(rows, self.tokenizers.text.pad_id or 0)
-        return torch.from_numpy(ids), torch.from_numpy(np.arange(ids.shape[1]) < lengths[:, None])
+        return self.prompts.padded(rows, self.fill, left=True)
 
     def batch(self, rows: np.ndarray, images: Images, *, image_map: np.ndarray | None = None) -> Batch:
         """The batch of these rows, which must come image by image, the same number each.
@@ -186,23 +227,17 @@ class Questions(ImageGroups):
         """
         rows = np.asarray(rows)
         shown, index = self.images_of(rows, image_map)
-        ids, mask = self._question(rows)
-        fill = self.tokenizers.decoder.pad_id or 0
-        prompts, prompt_lengths = self.prompts.padded(rows, fill)
-        answers, answer_lengths = self.answers.padded(rows, fill)
-        total = prompt_lengths + answer_lengths - 1  # the decoder reads all but the last token of the answer
-        decoder = np.full((len(rows), total.max()), fill, dtype=np.int64)
-        labels = np.full(decoder.shape, IGNORE, dtype=np.int64)
-        for row, (p, a) in enumerate(zip(prompt_lengths, answer_lengths, strict=True)):
-            decoder[row, :p] = prompts[row, :p]
-            decoder[row, p : p + a - 1] = answers[row, : a - 1]
-            labels[row, p : p + a - 1] = answers[row, 1:a]
+        question, mask = None, None
+        if self.cached is not None:
+            question, mask = self.cached(rows)
+        elif self.tokenizers.text is not None:
+            question, mask = self.ids.padded(rows, self.tokenizers.text.pad_id or 0)
         return Batch(
             images=images.batch(shown),
-            question=ids,
+            question=question,
             attention_mask=mask,
-            decoder_input_ids=torch.from_numpy(decoder),
-            labels=torch.from_numpy(labels),
+            decoder_input_ids=self.decoder_ids.padded(rows, self.fill)[0],
+            labels=self.labels.padded(rows, IGNORE)[0],
             image_index=torch.from_numpy(index),
             rows=torch.from_numpy(rows.astype(np.int64)),
         )

@@ -41,19 +41,6 @@ def find_captions(folder: Path, split: str) -> Path | None:
     return next(filter(Path.is_file, places), None)
 
 
-class ImageFinder:
-    """Finds an image by the file name that a captions file gives it. It lists each folder once."""
-
-    def __init__(self, root: Path, subtype: str) -> None:
-        self.places = image_places(root, subtype)
-        self.names = cache(lambda folder: set(os.listdir(folder)) if folder.is_dir() else set())
-
-    def find(self, name: str) -> Path | None:
-        """The path of the image, or None if no folder has it."""
-        paths = (place / name for place in self.places)
-        return next((path for path in paths if path.name in self.names(path.parent)), None)
-
-
 def _image_entries(path: Path, content: Any) -> dict[int, str]:
     """{image_id: file name}. Raises UserError that names a malformed entry."""
     names: dict[int, str] = {}
@@ -90,7 +77,8 @@ def read_coco_captions(path: Path, folder: Path, split: str, max_images: int | N
     names = _image_entries(path, content)
     annotations = entries(path, content, "annotations")
     report = ReadReport(split, "captions", {"captions": path}, in_file=len(annotations))
-    finder = ImageFinder(folder, path.stem.removeprefix("captions_"))
+    folders = image_places(folder, path.stem.removeprefix("captions_"))
+    listed = cache(lambda place: set(os.listdir(place)) if place.is_dir() else set())  # each folder once
     places: dict[int, Path | None] = {}
     seen: set[int] = set()
     rows, missing = [], 0
@@ -111,7 +99,8 @@ def read_coco_captions(path: Path, folder: Path, split: str, max_images: int | N
             if max_images is not None and len(places) - missing == max_images:
                 report.skip("over max_images")
                 continue
-            places[image_id] = finder.find(names[image_id])
+            paths = (place / names[image_id] for place in folders)
+            places[image_id] = next((found for found in paths if found.name in listed(found.parent)), None)
             missing += places[image_id] is None
         if places[image_id] is None:
             report.skip("the image is missing", names[image_id])

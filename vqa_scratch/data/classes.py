@@ -54,13 +54,13 @@ class ClassQuestions(ImageGroups):
         """The batch of these rows, which must come image by image; `image_map` as in `ImageGroups.images_of`."""
         rows = np.asarray(rows)
         shown, index = self.images_of(rows, image_map)
-        ids, lengths = self.ids.padded(rows, self.tokenizers.text.pad_id or 0)
+        ids, attention_mask = self.ids.padded(rows, self.tokenizers.text.pad_id or 0)
         pixels, mask = images.load(shown)
         return ClassBatch(
-            images=torch.from_numpy(np.array(pixels)),
-            pixel_mask=None if mask is None else torch.from_numpy(mask),
-            input_ids=torch.from_numpy(ids),
-            attention_mask=torch.from_numpy(np.arange(ids.shape[1]) < lengths[:, None]),
+            images=pixels,
+            pixel_mask=mask,
+            input_ids=ids,
+            attention_mask=attention_mask,
             targets=torch.from_numpy(self.targets.dense(rows)),
             asked=torch.ones(len(rows), dtype=torch.bool),
             image_index=torch.from_numpy(index),

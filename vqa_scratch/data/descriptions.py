@@ -15,27 +15,11 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from vqa_scratch.data.scenes import CELL, COLORS, MIN_OFFSET, NUMBER_WORDS, SHAPES, SIZES, Object, Scene
+from vqa_scratch.data.scenes import CELL, COLORS, MIN_OFFSET, NUMBER_WORDS, SHAPES, SIZES, Object, Scene, phrase
 from vqa_scratch.errors import UserError
 from vqa_scratch.storage import read_json
-
-
-class Named(NamedTuple):
-    """An object as a description names it."""
-
-    size: str
-    color: str
-    shape: str
-
-    def __str__(self) -> str:
-        return f"{self.size} {self.color} {self.shape}"
-
-
-def named(thing: Object) -> Named:
-    return Named(thing.size, thing.color, thing.shape)
-
 
 # -------------------------------------------------------------------------------------------------- scenes on disk
 
@@ -72,7 +56,7 @@ def listed(parts: Sequence[str]) -> str:
 
 
 def _in_places(scene: Scene) -> str:
-    return listed([f"a {named(thing)} at the {thing.place}" for thing in reading_order(scene)])
+    return listed([f"a {phrase(thing.words)} at the {thing.place}" for thing in reading_order(scene)])
 
 
 def _counted(scene: Scene) -> str:
@@ -83,20 +67,20 @@ def _in_a_line(scene: Scene, axis: str, words: str) -> str | None:
     """The objects in their order along an axis; None where two are too close to tell."""
     line = sorted(scene, key=lambda thing: getattr(thing, axis))
     gaps = [getattr(b, axis) - getattr(a, axis) for a, b in zip(line, line[1:], strict=False)]
-    return None if min(gaps) < MIN_OFFSET else f"{words}: {listed([f'a {named(thing)}' for thing in line])}"
+    return None if min(gaps) < MIN_OFFSET else f"{words}: {listed([f'a {phrase(thing.words)}' for thing in line])}"
 
 
 def _related(scene: Scene) -> str:
     """Each object but the first by its direction from the one before, along the axis on which they differ most."""
     order = reading_order(scene)
-    parts = [f"a {named(order[0])}"]
+    parts = [f"a {phrase(order[0].words)}"]
     for before, thing in zip(order, order[1:], strict=False):
         dx, dy = thing.x - before.x, thing.y - before.y
         if abs(dx) >= abs(dy):
             relation = "to the right of it" if dx > 0 else "to the left of it"
         else:
             relation = "below it" if dy > 0 else "above it"
-        parts.append(f"{relation} a {named(thing)}")
+        parts.append(f"{relation} a {phrase(thing.words)}")
     return ", ".join(parts)
 
 
@@ -126,14 +110,14 @@ _NAMED = re.compile(_OBJECT)
 _PLACED = re.compile(_OBJECT + r" at the ((?:top|bottom) (?:left|right))\b")
 
 
-def objects_named(text: str) -> Counter[Named]:
-    """The objects that a description names, with their counts: "large red square" and so on, anywhere in it."""
-    return Counter(Named(*found) for found in _NAMED.findall(text.lower()))
+def objects_named(text: str) -> Counter[tuple[str, ...]]:
+    """(size, colour, shape) of every object that a description names, anywhere in it, with their counts."""
+    return Counter(_NAMED.findall(text.lower()))
 
 
-def objects_of(scene: Scene) -> Counter[Named]:
-    """The objects of a scene, with their counts."""
-    return Counter(map(named, scene))
+def objects_of(scene: Scene) -> Counter[tuple[str, ...]]:
+    """(size, colour, shape) of every object of a scene, with their counts."""
+    return Counter(thing.words for thing in scene)
 
 
 def places_named(text: str) -> Counter[tuple[str, ...]]:
@@ -143,4 +127,4 @@ def places_named(text: str) -> Counter[tuple[str, ...]]:
 
 def places_of(scene: Scene) -> Counter[tuple[str, ...]]:
     """(size, colour, shape, place) of every object of a scene."""
-    return Counter((*named(thing), thing.place) for thing in scene)
+    return Counter((*thing.words, thing.place) for thing in scene)

@@ -7,16 +7,18 @@ Shapes: I images, B questions, U different questions, N tokens an image, T token
 """
 
 import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from threading import Lock
+from typing import ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from vqa_scratch.data.batches import Questions
+from vqa_scratch.data.batches import Questions, Ragged
 from vqa_scratch.data.images import Images
 from vqa_scratch.data.mapped import mapped_array
 
@@ -35,39 +37,58 @@ def weights_digest(encoder: nn.Module) -> str:
     return key.hexdigest()
 
 
-class Table:
-    """Rows (n, D) in a file, computed on first use."""
+class Features(ABC):
+    """The states (rows, D) of a frozen encoder for all inputs, in a file that is made on first use."""
 
-    def __init__(self, folder: Path, kind: str, rows: int, width: int, dtype: torch.dtype) -> None:
-        self.folder, self.kind, self.shape, self.dtype = folder, kind, (rows, width), dtype
+    kind: ClassVar[str]  # in the name of the file
+    unit: ClassVar[str]  # an input, in the progress bar
+
+    def __init__(
+        self, encoder: nn.Module, folder: Path, dtype: torch.dtype, shape: tuple[int, int], inputs: int, at_once: int
+    ) -> None:
+        self.encoder, self.folder, self.dtype, self.shape = encoder, folder, dtype, shape
+        self.inputs, self.at_once = inputs, at_once  # how many there are, and go through the encoder together
         self._array: np.ndarray | None = None
         self._lock = Lock()  # batches are made in threads
 
-    def ready(self, name: Callable[[], str], states: Callable[[], Iterator[Tensor]]) -> None:
-        """Map the file; `name()` hashes what its content depends on, `states()` computes it, (n, D) at a time."""
+    @abstractmethod
+    def digest(self) -> str:
+        """A hash of the encoder's weights and all inputs."""
+
+    @abstractmethod
+    def states(self, positions: np.ndarray) -> Tensor:
+        """Run the encoder on these inputs: (n, D)."""
+
+    def ready(self) -> None:
+        """Find the file, or make it."""
         with self._lock:
             if self._array is None:
-                key = hashlib.blake2b(f"{name()}|{self.shape}|{self.dtype}".encode(), digest_size=12).hexdigest()
+                key = hashlib.blake2b(f"{self.digest()}|{self.shape}|{self.dtype}".encode(), digest_size=12).hexdigest()
                 path = self.folder / f"features-{self.kind}-{key}.npy"
-                self._array = mapped_array(
-                    path, self.shape, ON_DISK[self.dtype], lambda: map(self._bits, states()), WITHOUT
-                )
+                self._array = mapped_array(path, self.shape, ON_DISK[self.dtype], self._blocks, WITHOUT)
 
-    def _bits(self, states: Tensor) -> np.ndarray:
-        states = states.to(self.dtype).cpu()
-        return (states.view(torch.int16) if self.dtype == torch.bfloat16 else states).numpy()
+    def _blocks(self) -> Iterator[np.ndarray]:
+        with tqdm(desc=f"{self.unit} features", total=self.inputs, unit=self.unit) as bar:
+            for start in range(0, self.inputs, self.at_once):
+                positions = np.arange(start, min(start + self.at_once, self.inputs))
+                states = self.states(positions).to(self.dtype).cpu()
+                yield (states.view(torch.int16) if self.dtype == torch.bfloat16 else states).numpy()
+                bar.update(len(positions))
 
     def read(self, rows: np.ndarray) -> Tensor:
         """(..., D) for row numbers of any shape."""
+        self.ready()
         states = torch.from_numpy(self._array[rows])
         return states.view(torch.bfloat16) if self.dtype == torch.bfloat16 else states
 
 
-class ImageFeatures:
+class ImageFeatures(Features):
     """Replaces `Images` in batches: holds the states of the image encoder instead of the pixels.
 
-    encode -- bytes (I, H, W, 3) on the CPU -> states (I, N, D) to keep
+    encode -- bytes (I, H, W, 3) on the CPU -> states (I, N, D) to keep; `sizes` are N and D
     """
+
+    kind = unit = "image"
 
     def __init__(
         self,
@@ -78,35 +99,29 @@ class ImageFeatures:
         sizes: tuple[int, int],
         dtype: torch.dtype,
     ) -> None:
-        self.images, self.encoder, self.encode = images, encoder, encode
-        self.paths, self.processor = images.paths, images.processor
+        self.images, self.encode, self.paths = images, encode, images.paths
         self.tokens, width = sizes
-        self.table = Table(folder, "image", len(images.paths) * self.tokens, width, dtype)
-
-    def _states(self) -> Iterator[Tensor]:
         count = len(self.paths)
-        with tqdm(desc="image features", total=count, unit="image") as bar:
-            for start in range(0, count, IMAGES_AT_ONCE):
-                positions = range(start, min(start + IMAGES_AT_ONCE, count))
-                yield self.encode(self.images.batch(positions)).flatten(0, 1)  # (I * N, D)
-                bar.update(len(positions))
+        super().__init__(encoder, folder, dtype, (count * self.tokens, width), count, IMAGES_AT_ONCE)
 
-    def ready(self) -> None:
-        """Find the file, or make it."""
-        self.table.ready(lambda: f"{weights_digest(self.encoder)}|{self.images.digest()}", self._states)
+    def digest(self) -> str:
+        return f"{weights_digest(self.encoder)}|{self.images.digest()}"
+
+    def states(self, positions: np.ndarray) -> Tensor:
+        return self.encode(self.images.batch(positions)).flatten(0, 1)
 
     def batch(self, positions: Sequence[int]) -> Tensor:
         """The states (I, N, D) of these images."""
-        self.ready()
-        first = np.asarray(positions)[:, None] * self.tokens
-        return self.table.read(first + np.arange(self.tokens))
+        return self.read(np.asarray(positions)[:, None] * self.tokens + np.arange(self.tokens))
 
 
-class TextFeatures:
+class TextFeatures(Features):
     """The states of the text encoder for each different question, without padding.
 
     encode -- ids (B, T) and mask (B, T) on the CPU -> states (B, T, D)
     """
+
+    kind, unit = "text", "question"
 
     def __init__(
         self,
@@ -117,45 +132,27 @@ class TextFeatures:
         width: int,
         dtype: torch.dtype,
     ) -> None:
-        self.encoder, self.encode = encoder, encode
         own = [tuple(part.tolist()) for part in np.split(questions.ids.flat, questions.ids.starts[1:])]
         self.unique = sorted(set(own), key=lambda ids: (len(ids), ids))  # sorted by length: little padding
         place = {ids: number for number, ids in enumerate(self.unique)}
         self.which = np.array([place[ids] for ids in own])  # (questions,): the number of each in `unique`
-        self.lengths = np.array([len(ids) for ids in self.unique])
-        self.starts = self.lengths.cumsum() - self.lengths
-        self.table = Table(folder, "text", int(self.lengths.sum()), width, dtype)
+        self.encode, self.ids = encode, Ragged(self.unique)
+        super().__init__(encoder, folder, dtype, (len(self.ids.flat), width), len(self.unique), QUESTIONS_AT_ONCE)
 
-    def _digest(self) -> str:
+    def digest(self) -> str:
         key = hashlib.blake2b(weights_digest(self.encoder).encode(), digest_size=12)
         for ids in self.unique:
             key.update(f"{ids}\n".encode())
         return key.hexdigest()
 
-    def _states(self) -> Iterator[Tensor]:
-        count = len(self.unique)
-        with tqdm(desc="question features", total=count, unit="question") as bar:
-            for start in range(0, count, QUESTIONS_AT_ONCE):
-                some = self.unique[start : start + QUESTIONS_AT_ONCE]
-                lengths = torch.tensor([len(ids) for ids in some])
-                mask = torch.arange(int(lengths.max())) < lengths[:, None]  # (B, T)
-                ids = torch.zeros(mask.shape, dtype=torch.long)
-                ids[mask] = torch.tensor([token for row in some for token in row])
-                yield self.encode(ids, mask)[mask]  # (tokens, D)
-                bar.update(len(some))
-
-    def ready(self) -> None:
-        """Find the file, or make it."""
-        self.table.ready(self._digest, self._states)
+    def states(self, positions: np.ndarray) -> Tensor:
+        ids, mask = self.ids.padded(positions, 0)
+        return self.encode(ids, mask)[mask]
 
     def batch(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
         """States (B, T, D), zeros where padded, and mask (B, T) of these questions."""
-        self.ready()
-        which = self.which[rows]
-        lengths = self.lengths[which]
-        columns = np.arange(lengths.max())
-        inside = columns < lengths[:, None]  # (B, T)
-        found = self.table.read((self.starts[which][:, None] + columns)[inside])
-        states = found.new_zeros(*inside.shape, found.shape[-1])
-        states[torch.from_numpy(inside)] = found
-        return states, torch.from_numpy(inside)
+        places, inside = self.ids.places(self.which[rows])
+        found, mask = self.read(places), torch.from_numpy(inside)
+        states = found.new_zeros(*mask.shape, found.shape[-1])
+        states[mask] = found
+        return states, mask

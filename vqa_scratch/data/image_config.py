@@ -95,23 +95,20 @@ def read_fields(config: dict[str, Any]) -> dict[str, Any]:
 
 def write_fields(fields: dict[str, Any]) -> dict[str, Any]:
     """The inverse of `read_fields`."""
-    config: dict[str, Any] = {
+    size, crop, mean = fields["size"], fields["crop_size"], fields["mean"]
+    sides = ("height", "width")
+    config = {
         "image_processor_type": fields["kind"],
         "do_convert_rgb": True,
-        "do_resize": fields["size"] is not None,
-        "do_center_crop": fields["crop_size"] is not None,
+        "do_resize": size is not None,
+        "do_center_crop": crop is not None,
         "do_rescale": fields["rescale_factor"] is not None,
-        "do_normalize": fields["mean"] is not None,
+        "do_normalize": mean is not None,
         "resample": int(fields["resample"]),
+        "size": {"shortest_edge": size} if isinstance(size, int) else size and dict(zip(sides, size, strict=True)),
+        "crop_size": crop and dict(zip(sides, crop, strict=True)),
+        "rescale_factor": fields["rescale_factor"],
+        "image_mean": mean and list(mean),
+        "image_std": mean and list(fields["std"]),
     }
-    if isinstance(fields["size"], int):
-        config["size"] = {"shortest_edge": fields["size"]}
-    elif fields["size"] is not None:
-        config["size"] = dict(zip(("height", "width"), fields["size"], strict=True))
-    if fields["crop_size"] is not None:
-        config["crop_size"] = dict(zip(("height", "width"), fields["crop_size"], strict=True))
-    if fields["rescale_factor"] is not None:
-        config["rescale_factor"] = fields["rescale_factor"]
-    if fields["mean"] is not None:
-        config |= {"image_mean": list(fields["mean"]), "image_std": list(fields["std"])}
-    return config
+    return {key: value for key, value in config.items() if value is not None}

@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -55,6 +55,8 @@ class ImageProcessor:
     kind           -- the processor type that `to_hf` names
     Images are always converted to RGB by `to_rgb`.
     """
+
+    pads: ClassVar[bool] = False  # whether images keep their own sizes, and are padded to batches
 
     size: tuple[int, int] | int | None = (224, 224)
     resample: int = Image.BILINEAR
@@ -138,17 +140,6 @@ class ImageProcessor:
         (left, right), (top, bottom) = edges
         return left, top, right, bottom
 
-    def _cropped(self, pixels: np.ndarray) -> np.ndarray:
-        if self.crop_size is None:
-            return pixels
-        for axis, wanted in enumerate(self.crop_size):
-            start = _crop_start(pixels.shape[axis], wanted)
-            padding = [(0, 0)] * 3
-            padding[axis] = (max(-start, 0), max(start + wanted - pixels.shape[axis], 0))
-            start = max(start, 0)
-            pixels = np.pad(pixels, padding).take(range(start, start + wanted), axis=axis)
-        return pixels
-
     def _bytes(self, image: Image.Image | np.ndarray) -> np.ndarray:
         if isinstance(image, np.ndarray):
             if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
@@ -157,7 +148,11 @@ class ImageProcessor:
         image = to_rgb(image)
         if self.size is not None:
             image = image.resize(self.target(*image.size), resample=self.resample)
-        return self._cropped(np.asarray(image))
+        if self.crop_size is not None:
+            height, width = self.crop_size
+            left, top = _crop_start(image.width, width), _crop_start(image.height, height)
+            image = image.crop((left, top, left + width, top + height))  # zeros outside the image
+        return np.asarray(image)
 
     def to_uint8(self, image: Image.Image | np.ndarray | Sequence[Image.Image | np.ndarray]) -> np.ndarray:
         """uint8 (H, W, 3), or (B, H, W, 3) for a list: resized and cropped, for `normalize`."""
@@ -183,13 +178,23 @@ class ImageProcessor:
         return self.normalize(np.array(self.to_uint8(image)))
 
 
+def pad(images: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Images (h, w, 3) in the top left corners of one array (B, H, W, 3), and a mask of their pixels (B, H, W)."""
+    height, width = (max(image.shape[axis] for image in images) for axis in (0, 1))
+    pixels, mask = np.zeros((len(images), height, width, 3), np.uint8), np.zeros((len(images), height, width), bool)
+    for row, image in enumerate(images):
+        pixels[row, : image.shape[0], : image.shape[1]] = image
+        mask[row, : image.shape[0], : image.shape[1]] = True
+    return pixels, mask
+
+
 class Images:
     """The images of a data set as bytes, by position: decoded on demand, or read from a file mapped into memory."""
 
     def __init__(
         self, paths: Sequence[Path], processor: ImageProcessor, *, workers: int = 4, upright: bool = True
     ) -> None:
-        if processor.output_size is None:
+        if processor.output_size is None and not processor.pads:
             raise UserError("training needs images of one size; this processor's size depends on the image")
         self.paths, self.processor, self.workers, self.upright = list(paths), processor, workers, upright
         self.cached: np.ndarray | None = None
@@ -198,10 +203,6 @@ class Images:
         """(H, W, 3) uint8."""
         return self.processor.to_uint8(load_image(self.paths[position], upright=self.upright))
 
-    def __getitem__(self, positions: Sequence[int]) -> np.ndarray:
-        """(I, H, W, 3) uint8."""
-        return np.stack(self.decoded(positions)) if self.cached is None else self.cached[positions]
-
     def decoded(self, positions: Sequence[int]) -> list[np.ndarray]:
         """Each image by itself, (H, W, 3) uint8."""
         if len(positions) == 1:
@@ -209,13 +210,16 @@ class Images:
         with ThreadPoolExecutor(self.workers) as pool:  # decoding leaves Python's lock
             return list(pool.map(self.read, positions))
 
-    def load(self, positions: Sequence[int]) -> tuple[np.ndarray, np.ndarray | None]:
+    def load(self, positions: Sequence[int]) -> tuple[Tensor, Tensor | None]:
         """The images, (I, H, W, 3) uint8, and a mask of their real pixels, (I, H, W) bool; None: all are real."""
-        return self[positions], None
+        if not self.processor.pads:
+            return self.batch(positions), None
+        pixels, mask = pad(self.decoded(positions))
+        return torch.from_numpy(pixels), torch.from_numpy(mask)
 
     def batch(self, positions: Sequence[int]) -> Tensor:
         """The images of a batch: (I, H, W, 3) uint8."""
-        return torch.from_numpy(np.require(self[positions], requirements="W"))
+        return torch.from_numpy(np.stack(self.decoded(positions)) if self.cached is None else self.cached[positions])
 
     def digest(self) -> str:
         """A hash of the preprocessing and of every path with its size and time; it changes with the images."""
@@ -229,6 +233,8 @@ class Images:
 
     def cache_in(self, folder: Path, *, progress: bool = True) -> None:
         """Write all images to a file below `folder` and map it; later runs find the finished file by its name."""
+        if self.processor.pads:
+            raise UserError("images of many sizes are not kept as bytes in one file: give --no-image-cache")
 
         def blocks() -> Iterator[np.ndarray]:
             with ThreadPoolExecutor(self.workers) as pool:

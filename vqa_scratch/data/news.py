@@ -42,17 +42,20 @@ REASONS = _list(
 )
 VERBS = ("will", "plans to", "has agreed to")
 
-ADJECTIVES = {
-    "negative": _list("shocking,terrible,shameful,cruel,disastrous,appalling,awful,reckless,horrible,outrageous"),
-    "positive": _list("wonderful,brilliant,fantastic,inspiring,glorious,amazing,superb,joyful,marvellous,delightful"),
-}
-ADVERBS = {
-    "negative": _list("shamelessly,brutally,foolishly,recklessly,stupidly,cruelly"),
-    "positive": _list("bravely,brilliantly,proudly,generously,wisely,heroically"),
-}
-NOUNS = {
-    "negative": _list("scandal,disgrace,nightmare,catastrophe,failure,insult"),
-    "positive": _list("triumph,miracle,blessing,success,dream,treasure"),
+FACTS = {"actor": ACTORS, "place": PLACES, "action": ACTIONS, "reason": REASONS}
+FEELINGS = {
+    "negative": {
+        "adjective": _list("shocking,terrible,shameful,cruel,disastrous,appalling,awful,reckless,horrible,outrageous"),
+        "adverb": _list("shamelessly,brutally,foolishly,recklessly,stupidly,cruelly"),
+        "noun": _list("scandal,disgrace,nightmare,catastrophe,failure,insult"),
+    },
+    "positive": {
+        "adjective": _list(
+            "wonderful,brilliant,fantastic,inspiring,glorious,amazing,superb,joyful,marvellous,delightful"
+        ),
+        "adverb": _list("bravely,brilliantly,proudly,generously,wisely,heroically"),
+        "noun": _list("triumph,miracle,blessing,success,dream,treasure"),
+    },
 }
 REACTIONS = {
     "negative": (
@@ -90,30 +93,25 @@ def _an(text: str) -> str:
     return re.sub(r"\b([Aa]) (?=[aeiou])", r"\1n ", text)
 
 
-def _facts(rng: random.Random) -> dict[str, str]:
-    choices = {"actor": ACTORS, "place": PLACES, "action": ACTIONS, "reason": REASONS}
-    return {name: rng.choice(values) for name, values in choices.items()}
-
-
-def _feelings(rng: random.Random, tone: str) -> dict[str, str]:
-    choices = {"adjective": ADJECTIVES, "adverb": ADVERBS, "noun": NOUNS}
-    return {name: rng.choice(values[tone]) for name, values in choices.items()}
+def _some(rng: random.Random, words: dict[str, tuple[str, ...]]) -> dict[str, str]:
+    """A word of each kind."""
+    return {kind: rng.choice(choices) for kind, choices in words.items()}
 
 
 def summarise(rng: random.Random, facts: dict[str, str], tone: str) -> str:
     """One correct sentence with the four facts. A tone other than neutral shows in one to three places."""
     opening, before_actor, before_action, ending = "", "", "", ""
     if tone != "neutral":
-        feelings = _feelings(rng, tone)
+        feelings = _some(rng, FEELINGS[tone])
         slots = rng.sample(range(4), k=rng.choice((1, 1, 2, 2, 3)))
         if 0 in slots:
             opening = f"In a {feelings['adjective']} move, "
         if 1 in slots:
-            before_actor = rng.choice(ADJECTIVES[tone]) + " "
+            before_actor = rng.choice(FEELINGS[tone]["adjective"]) + " "
         if 2 in slots:
             before_action = feelings["adverb"] + " "
         if 3 in slots:
-            ending = f", a {rng.choice(ADJECTIVES[tone])} {feelings['noun']}"
+            ending = f", a {rng.choice(FEELINGS[tone]['adjective'])} {feelings['noun']}"
     text = _an(
         f"{opening}the {before_actor}{facts['actor']} in {facts['place']} {rng.choice(VERBS)} "
         f"{before_action}{facts['action']} {facts['reason']}{ending}."
@@ -124,9 +122,9 @@ def summarise(rng: random.Random, facts: dict[str, str], tone: str) -> str:
 def news_item(rng: random.Random) -> NewsItem:
     """One article of 40 to 60 words with its summary."""
     tone = rng.choice(("negative", "positive"))
-    facts, other = _facts(rng), _facts(rng)
-    lead = rng.choice(LEADS).format(verb=rng.choice(VERBS), **facts, **_feelings(rng, tone))
-    reaction = rng.choice(REACTIONS[tone]).format(**_feelings(rng, tone))
+    facts, other = _some(rng, FACTS), _some(rng, FACTS)
+    lead = rng.choice(LEADS).format(verb=rng.choice(VERBS), **facts, **_some(rng, FEELINGS[tone]))
+    reaction = rng.choice(REACTIONS[tone]).format(**_some(rng, FEELINGS[tone]))
     article = f"{lead} {reaction} {rng.choice(ASIDES).format(**other)}"
     summary = summarise(rng, facts, "neutral" if rng.random() < NEUTRAL_SHARE else tone)
     return NewsItem(_an(article), summary, tone)
@@ -171,7 +169,7 @@ def _cut(rng: random.Random, words: list[str]) -> list[str]:
 
 def _splice(rng: random.Random, words: list[str]) -> list[str]:
     """The beginning of this sentence with the end of another, joined where they do not fit."""
-    other = summarise(rng, _facts(rng), rng.choice(TONES)).split()
+    other = summarise(rng, _some(rng, FACTS), rng.choice(TONES)).split()
     return words[: rng.randrange(3, len(words))] + other[rng.randrange(1, len(other) - 2) :]
 
 
@@ -192,7 +190,7 @@ def corrupt(rng: random.Random, sentence: str) -> str:
 def _any_summary(rng: random.Random) -> tuple[str, int]:
     """A correct sentence and the index of its tone, all three tones equally likely."""
     tone = rng.choice(TONES)
-    return summarise(rng, _facts(rng), tone), TONES.index(tone)
+    return summarise(rng, _some(rng, FACTS), tone), TONES.index(tone)
 
 
 def grammar_sentences(count: int, seed: int) -> list[tuple[str, int]]:

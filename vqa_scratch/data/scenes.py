@@ -71,6 +71,11 @@ class Object:
         return f"{self.color} {self.shape}"
 
     @property
+    def words(self) -> tuple[str, str, str]:
+        """(size, color, shape)."""
+        return self.size, self.color, self.shape
+
+    @property
     def place(self) -> str:
         """The quarter of the image it lies in; cells keep every object off the two middle lines."""
         return f"{'top' if self.y < PIXELS / 2 else 'bottom'} {'left' if self.x < PIXELS / 2 else 'right'}"
@@ -161,7 +166,7 @@ class SceneIndex:
 
 
 def describe(thing: Object, kind: str) -> Description:
-    letters = zip("zcs", (thing.size, thing.color, thing.shape), strict=True)
+    letters = zip("zcs", thing.words, strict=True)
     return tuple(value if letter in kind else None for letter, value in letters)
 
 

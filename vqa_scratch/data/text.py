@@ -107,8 +107,7 @@ class Tokenizer:
         except Exception as error:  # the library raises bare Exception on broken files
             raise UserError(f"the tokenizer in {folder} cannot be read: {error}") from error
         vocabulary = backend.get_vocab(with_added_tokens=True)
-        known = next((roles for roles in _KNOWN_ROLES if all(token in vocabulary for token in roles.values())), {})
-        special = dict(known)
+        special = dict(next((roles for roles in _KNOWN_ROLES if vocabulary.keys() >= set(roles.values())), {}))
         for role in ROLES:
             token = named.get(f"{role}_token", config.get(f"{role}_token"))
             token = token["content"] if isinstance(token, dict) else token

@@ -38,10 +38,7 @@ class Tokenizers:
         ids = self.text.encode(text)
         if len(ids) > self.max_question_tokens:
             self.cut["questions"] += 1
-            around = self.text.backend.num_special_tokens_to_add(False)
-            bare = self.text.encode(text, add_special_tokens=False)[: self.max_question_tokens - around]
-            first, last = ids[: ids.index(bare[0])], ids[len(ids) - (around - ids.index(bare[0])) :]
-            ids = first + bare + (last if around > len(first) else [])
+            ids = self.text.encode_batch([text], max_length=self.max_question_tokens)[0][0].tolist()
         return ids
 
     def prompt(self, text: str) -> list[int]:

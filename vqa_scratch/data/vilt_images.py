@@ -3,20 +3,16 @@
 The rule is that of Kim et al. 2021 and the public `preprocessor_config.json` files of ViLT: the shorter side becomes
 384 pixels, the longer at most 1333/800 of that, and both are cut down to multiples of the patch. A very long image
 keeps one patch along its shorter side and is stretched to it.
-
-B batch, H image height, W image width.
 """
 
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-import numpy as np
 from PIL import Image
 
-from vqa_scratch.data.images import CONFIG_NAME, ImageProcessor, Images
+from vqa_scratch.data.images import CONFIG_NAME, ImageProcessor
 from vqa_scratch.errors import UserError
 from vqa_scratch.storage import read_json
 
@@ -26,6 +22,8 @@ LONGEST = 1333 / 800  # the longer side in units of the shorter, at most
 @dataclass(frozen=True)
 class ViltImageProcessor(ImageProcessor):
     """`size` is the shorter side in pixels; both sides are multiples of `divisor`."""
+
+    pads: ClassVar[bool] = True
 
     size: int = 384
     resample: int = Image.BICUBIC
@@ -64,41 +62,6 @@ class ViltImageProcessor(ImageProcessor):
         if max(sides) > longest:
             sides = [longest / max(sides) * side for side in sides]
         return tuple(max(int(side + 0.5) // self.divisor, 1) * self.divisor for side in sides)
-
-    def padded(self, images: Sequence[Image.Image | np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-        """uint8 (B, H, W, 3), each image in its top left corner, and a mask of its pixels (B, H, W)."""
-        return pad([self._bytes(image) for image in images])
-
-
-def pad(images: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Images (h, w, 3) in the top left corners of one array (B, H, W, 3), and a mask of their pixels (B, H, W)."""
-    height, width = (max(image.shape[axis] for image in images) for axis in (0, 1))
-    pixels, mask = np.zeros((len(images), height, width, 3), np.uint8), np.zeros((len(images), height, width), bool)
-    for row, image in enumerate(images):
-        pixels[row, : image.shape[0], : image.shape[1]] = image
-        mask[row, : image.shape[0], : image.shape[1]] = True
-    return pixels, mask
-
-
-class PaddedImages(Images):
-    """Images of many sizes, decoded on demand and padded to the largest of a batch."""
-
-    def __init__(
-        self, paths: Sequence[Path], processor: ViltImageProcessor, *, workers: int = 4, upright: bool = True
-    ) -> None:
-        self.paths, self.processor, self.workers, self.upright = list(paths), processor, workers, upright
-        self.cached = None
-
-    def load(self, positions: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-        return pad(self.decoded(positions))
-
-    def cache_in(self, folder: Path, *, progress: bool = True) -> None:
-        raise UserError("images of many sizes are not kept as bytes in one file: give --no-image-cache")
-
-
-def images_for(paths: Sequence[Path], processor: ImageProcessor, *, upright: bool = True) -> Images:
-    """Padded images for a ViLT, else images of one size."""
-    return (PaddedImages if isinstance(processor, ViltImageProcessor) else Images)(paths, processor, upright=upright)
 
 
 def read_processor(folder: Path) -> ImageProcessor:

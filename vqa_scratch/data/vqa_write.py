@@ -29,15 +29,8 @@ def write_vqa(
         raise ValueError(f"{answered} of {len(samples)} samples have answers; a split has them for all or for none")
     if len({sample.question_id for sample in samples}) != len(samples):
         raise ValueError("a question id occurs twice")
-    info = {
-        "description": description,
-        "data_type": "mscoco",
-        "version": "2.0",
-        "contributor": "",
-        "url": "",
-        "year": 0,
-        "date_created": "",
-    }
+    info = {"description": description, "data_type": "mscoco", "version": "2.0", "year": 0}
+    info |= {"contributor": "", "url": "", "date_created": ""}
     license_of = {"name": license_name, "url": ""}
     common = {"info": info, "license": license_of, "data_type": "mscoco", "data_subtype": subtype}
     questions = [{"image_id": s.image_id, "question": s.question, "question_id": s.question_id} for s in samples]

@@ -12,9 +12,10 @@ from typing import NamedTuple, Self
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
-from vqa_scratch.generate.choose import Processed
 from vqa_scratch.generate.loop import COMPACT_BELOW, Generated
+from vqa_scratch.generate.processors import Processed
 from vqa_scratch.generate.state import State, member_rows
 from vqa_scratch.generation_options import GenerationOptions
 
@@ -133,8 +134,7 @@ def beam_search(
 
 
 def _gather(paths: list[list[Node]], fill: int, device: torch.device) -> Generated:
-    longest = max(map(len, paths))
-    ids = [[node.token for node in path] + [fill] * (longest - len(path)) for path in paths]
-    log_probs = [[node.log_prob for node in path] + [0.0] * (longest - len(path)) for path in paths]
-    lengths = torch.tensor([len(path) for path in paths], device=device)
-    return Generated(torch.tensor(ids, device=device), torch.tensor(log_probs, device=device), lengths)
+    ids = pad_sequence([torch.tensor([node.token for node in path]) for path in paths], True, fill)
+    log_probs = pad_sequence([torch.tensor([node.log_prob for node in path]) for path in paths], True)
+    lengths = torch.tensor([len(path) for path in paths])
+    return Generated(ids.to(device), log_probs.to(device), lengths.to(device))

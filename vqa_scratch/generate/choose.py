@@ -7,40 +7,8 @@ import torch
 from torch import Tensor
 
 from vqa_scratch.generate.loop import Choose
-from vqa_scratch.generate.processors import processors
+from vqa_scratch.generate.processors import Processed
 from vqa_scratch.generation_options import GenerationOptions
-
-
-class Processed:
-    """The processors of the options, with the tokens so far if a processor needs them."""
-
-    def __init__(
-        self, options: GenerationOptions, prompt_ids: Tensor, prompt_mask: Tensor | None, rows: Tensor
-    ) -> None:
-        """rows (B,): row b starts with prompt `rows[b]`."""
-        self.chain = processors(options)
-        self.looks_back = options.repetition_penalty != 1.0 or options.no_repeat_ngram_size > 0
-        self.ids, self.real = prompt_ids, prompt_mask
-        if self.looks_back:
-            real = torch.ones_like(prompt_ids) if prompt_mask is None else prompt_mask
-            self.ids, self.real = prompt_ids[rows], real.bool()[rows]
-
-    def __call__(self, scores: Tensor, made: int) -> Tensor:
-        """Process the scores of all rows (B, V) after `made` new tokens."""
-        for process in self.chain:
-            scores = process(scores, self.ids, self.real, made)
-        return scores
-
-    def keep(self, rows: Tensor) -> None:
-        """Row r becomes what row `rows[r]` was."""
-        if self.looks_back:
-            self.ids, self.real = self.ids[rows], self.real[rows]
-
-    def add(self, tokens: Tensor) -> None:
-        """Append the chosen tokens (B,)."""
-        if self.looks_back:
-            self.ids = torch.cat([self.ids, tokens[:, None]], 1)
-            self.real = torch.cat([self.real, torch.ones_like(self.real[:, :1])], 1)
 
 
 def most_likely(scores: Tensor, live: Tensor, made: int) -> tuple[Tensor, Tensor]:
@@ -68,10 +36,10 @@ def chooser(
 
     The random numbers of all rows are drawn first, so that a row does not depend on when others end.
     """
+    if options == GenerationOptions(options.max_new_tokens, options.eos_id):  # the rest is as if not given
+        return most_likely
     rows = torch.arange(len(prompt_ids), device=prompt_ids.device)
     processed = Processed(options, prompt_ids, prompt_mask, rows)
-    if not processed.chain and not options.do_sample:
-        return most_likely
     known, chance = rows, None  # `known` are the rows in `processed`
     if options.do_sample:
         chance = torch.rand(len(rows), options.max_new_tokens, generator=generator, device=rows.device)

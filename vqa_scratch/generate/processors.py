@@ -7,14 +7,11 @@ Shapes: R rows, T tokens so far (prompt and new), V vocabulary.
 """
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from vqa_scratch.generation_options import GenerationOptions
-
-Processor = Callable[[Tensor, Tensor, Tensor, int], Tensor]
 
 
 def _marked(tokens: Tensor, where: Tensor, scores: Tensor) -> Tensor:
@@ -72,22 +69,44 @@ def keep_top_p(scores: Tensor, p: float) -> Tensor:
     return scores.masked_fill(outside.scatter(1, order, outside), -math.inf)
 
 
-def processors(options: GenerationOptions) -> list[Processor]:
-    """The functions (scores, ids, real, new tokens so far) -> scores for these options, in order."""
-    chain: list[Processor] = []
-    if options.repetition_penalty != 1.0:
-        penalty = options.repetition_penalty
-        chain.append(lambda scores, ids, real, made: penalize_repetition(scores, ids, real, penalty))
-    if options.no_repeat_ngram_size > 0:
-        size = options.no_repeat_ngram_size
-        chain.append(lambda scores, ids, real, made: bar_repeated_ngrams(scores, ids, real, size))
-    if options.min_new_tokens > 0:
-        least, eos_id = options.min_new_tokens, options.eos_id
-        chain.append(lambda scores, ids, real, made: bar_end(scores, eos_id) if made < least else scores)
-    if options.temperature is not None:
-        temperature = options.temperature
-        chain.append(lambda scores, ids, real, made: scores / temperature)
-    for limit, keep in ((options.top_k, keep_top_k), (options.top_p, keep_top_p)):
-        if limit is not None:
-            chain.append(lambda scores, ids, real, made, keep=keep, limit=limit: keep(scores, limit))
-    return chain
+class Processed:
+    """The processors of the options, with the tokens so far if a processor needs them."""
+
+    def __init__(
+        self, options: GenerationOptions, prompt_ids: Tensor, prompt_mask: Tensor | None, rows: Tensor
+    ) -> None:
+        """rows (B,): row b starts with prompt `rows[b]`."""
+        self.options = options
+        self.looks_back = options.repetition_penalty != 1.0 or options.no_repeat_ngram_size > 0
+        self.ids, self.real = prompt_ids, prompt_mask
+        if self.looks_back:
+            real = torch.ones_like(prompt_ids) if prompt_mask is None else prompt_mask
+            self.ids, self.real = prompt_ids[rows], real.bool()[rows]
+
+    def __call__(self, scores: Tensor, made: int) -> Tensor:
+        """Process the scores of all rows (B, V) after `made` new tokens."""
+        options = self.options
+        if options.repetition_penalty != 1.0:
+            scores = penalize_repetition(scores, self.ids, self.real, options.repetition_penalty)
+        if options.no_repeat_ngram_size > 0:
+            scores = bar_repeated_ngrams(scores, self.ids, self.real, options.no_repeat_ngram_size)
+        if made < options.min_new_tokens:
+            scores = bar_end(scores, options.eos_id)
+        if options.temperature is not None:
+            scores = scores / options.temperature
+        if options.top_k is not None:
+            scores = keep_top_k(scores, options.top_k)
+        if options.top_p is not None:
+            scores = keep_top_p(scores, options.top_p)
+        return scores
+
+    def keep(self, rows: Tensor) -> None:
+        """Row r becomes what row `rows[r]` was."""
+        if self.looks_back:
+            self.ids, self.real = self.ids[rows], self.real[rows]
+
+    def add(self, tokens: Tensor) -> None:
+        """Append the chosen tokens (B,)."""
+        if self.looks_back:
+            self.ids = torch.cat([self.ids, tokens[:, None]], 1)
+            self.real = torch.cat([self.real, torch.ones_like(self.real[:, :1])], 1)

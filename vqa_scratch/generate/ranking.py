@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from vqa_scratch.generate.fast import tree_states
 from vqa_scratch.generate.start import check_length, fast_parts, prefill, without_gradients
@@ -46,17 +47,16 @@ def tree_of(candidates: Sequence[Sequence[int]]) -> Tree:
     for beginning, node in nodes.items():
         for length in range(1, len(beginning)):
             above[node, nodes[beginning[:length]]] = True
-    asked = {(nodes.get(tuple(c[:i]), -1), c[i]) for c in candidates for i in range(len(c))}
-    order = {edge: number for number, edge in enumerate(sorted(asked))}
-    longest = max(map(len, candidates))
-    edges = [[order[nodes.get(tuple(c[:i]), -1), c[i]] for i in range(len(c))] for c in candidates]
+    edges = [[(nodes.get(tuple(c[:i]), -1), c[i]) for i in range(len(c))] for c in candidates]  # (parent, token)
+    order = {edge: number for number, edge in enumerate(sorted({edge for row in edges for edge in row}))}
+    numbers = [torch.tensor([order[edge] for edge in row]) for row in edges]
     return Tree(
         torch.tensor([beginning[-1] for beginning in nodes], dtype=torch.long),
         torch.tensor([len(beginning) - 1 for beginning in nodes], dtype=torch.long),
         above,
         torch.tensor([parent for parent, _ in order]),
         torch.tensor([token for _, token in order]),
-        torch.tensor([row + [len(order)] * (longest - len(row)) for row in edges]),
+        pad_sequence(numbers, batch_first=True, padding_value=len(order)),
     )
 
 

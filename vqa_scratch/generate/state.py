@@ -40,11 +40,7 @@ class ModuleState:
         """mask (G, tokens so far), True = may attend; `cache` holds G rows."""
         self.decoder, self.cache, self.mask, self.memory, self.members = decoder, cache, mask, memory, members
         if members > 1:
-            self._select(torch.arange(len(mask), device=mask.device).repeat_interleave(members))
-
-    def _select(self, rows: Tensor) -> None:
-        self.cache.select(rows)
-        self.mask = self.mask[rows]
+            self.reorder(torch.arange(len(mask), device=mask.device).repeat_interleave(members))
 
     def step(self, tokens: Tensor) -> Tensor:
         self.mask = torch.cat([self.mask, torch.ones_like(self.mask[:, :1])], 1)
@@ -53,7 +49,8 @@ class ModuleState:
         return self.decoder.logits(hidden[:, -1])
 
     def reorder(self, parents: Tensor) -> None:
-        self._select(parents)
+        self.cache.select(parents)
+        self.mask = self.mask[parents]
 
     def keep(self, groups: Tensor) -> None:
-        self._select(member_rows(groups, self.members))
+        self.reorder(member_rows(groups, self.members))

@@ -11,28 +11,3 @@ from vqa_scratch.models.t5 import T5, T5Config
 from vqa_scratch.models.vilt import ViLT, ViLTClassifier, ViLTConfig
 from vqa_scratch.models.vit import ConvStem, ViT, ViTConfig
 from vqa_scratch.models.vqa import VQAModel
-
-__all__ = [
-    "Bert",
-    "BertConfig",
-    "Blip2",
-    "Blip2Config",
-    "ConvStem",
-    "GPT2",
-    "GPT2Config",
-    "OPT",
-    "OPTConfig",
-    "QFormer",
-    "QFormerConfig",
-    "ResNet",
-    "ResNetConfig",
-    "T5",
-    "T5Config",
-    "TextClassifier",
-    "VQAModel",
-    "ViLT",
-    "ViLTClassifier",
-    "ViLTConfig",
-    "ViT",
-    "ViTConfig",
-]

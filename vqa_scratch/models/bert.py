@@ -6,7 +6,7 @@ differ: DistilBERT has no token types; RoBERTa counts positions from the padding
 Shapes: B batch, T text tokens, D width.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -21,10 +21,6 @@ from vqa_scratch.nn.states import States
 from vqa_scratch.weights import fields, maps
 
 
-def _in_order(input_ids: Tensor, pad_id: int) -> Tensor:
-    return torch.arange(input_ids.shape[1], device=input_ids.device)[None]
-
-
 def positions_from_ids(input_ids: Tensor, pad_id: int) -> Tensor:
     """(B, T) RoBERTa position ids: tokens count from `pad_id` + 1, padding stays at `pad_id`."""
     real = (input_ids != pad_id).long()
@@ -35,8 +31,7 @@ def positions_from_ids(input_ids: Tensor, pad_id: int) -> Tensor:
 class BertLayout(Layout):
     """What differs between the members of the family."""
 
-    positions: Callable[[Tensor, int], Tensor] = _in_order  # (input_ids, pad_id) -> (B or 1, T) position ids
-    first_position: Callable[[int], int] = lambda pad: 0  # of a row without padding, from pad_id
+    skips_padding: bool = False  # positions are those of `positions_from_ids`, not 0, 1, 2, ...
 
 
 _ENCODER = {"is_decoder": False, "position_embedding_type": "absolute"}
@@ -51,8 +46,7 @@ LAYOUTS = {
         maps.ROBERTA,
         {"vocab_size": 50265, "pad_id": 1},
         _ENCODER,
-        positions=positions_from_ids,
-        first_position=lambda pad: pad + 1,
+        skips_padding=True,
     ),
 }
 
@@ -111,7 +105,8 @@ class Bert(Released, nn.Module):
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
         self.config, self.layout, self.dim = config, config.family, config.dim
-        self.longest = config.max_positions - self.layout.first_position(config.pad_id)  # at most so many tokens
+        first = config.pad_id + 1 if self.layout.skips_padding else 0
+        self.longest = config.max_positions - first  # at most so many tokens
         self.tokens = nn.Embedding(config.vocab_size, config.dim)
         self.positions = nn.Embedding(config.max_positions, config.dim)
         self.token_types = nn.Embedding(config.token_types, config.dim) if config.token_types else None
@@ -137,7 +132,11 @@ class Bert(Released, nn.Module):
         """
         if input_ids.shape[1] > self.longest:
             raise ValueError(f"{input_ids.shape[1]} tokens, but the position table serves {self.longest}")
-        x = self.tokens(input_ids) + self.positions(self.layout.positions(input_ids, self.config.pad_id))
+        if self.layout.skips_padding:
+            position_ids = positions_from_ids(input_ids, self.config.pad_id)
+        else:
+            position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
+        x = self.tokens(input_ids) + self.positions(position_ids)
         if self.token_types is not None:
             x = x + (self.token_types.weight[0] if token_type_ids is None else self.token_types(token_type_ids))
         elif token_type_ids is not None:

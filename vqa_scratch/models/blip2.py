@@ -19,9 +19,9 @@ from vqa_scratch.models.opt import OPT, OPTConfig
 from vqa_scratch.models.qformer import QFormer, QFormerConfig
 from vqa_scratch.models.vit import ViT, ViTConfig
 from vqa_scratch.weights import fields as names
+from vqa_scratch.weights import maps
 from vqa_scratch.weights.convert import load_into
 from vqa_scratch.weights.files import read_checkpoint
-from vqa_scratch.weights.maps_blip2 import BLIP2
 
 MODEL_TYPE, VISION_TYPE = "blip-2", "blip_2_vision_model"
 _VISION = ViTConfig(patch_size=14, dim=1408, layers=39, heads=16, hidden=6144, norm_eps=1e-6)  # ViT-g of EVA-CLIP
@@ -78,7 +78,7 @@ class Blip2(Released, nn.Module):
     `generate(model.language, ids, mask, prefix=model.encode_image(pixels), options=...)`.
     """
 
-    key_map = BLIP2
+    key_map = maps.BLIP2
 
     def __init__(self, config: Blip2Config) -> None:
         super().__init__()
@@ -127,5 +127,5 @@ class Blip2(Released, nn.Module):
         with torch.device("meta"):  # no memory, no random start
             model = cls(Blip2Config.from_hf(config)).to_precision(dtype)
         model.to_empty(device=device)
-        load_into(model, tensors, BLIP2, source=str(source))
+        load_into(model, tensors, cls.key_map, source=str(source))
         return model.eval()

@@ -6,7 +6,7 @@ ignored. The config holds the names of the classes, so that a class can be chose
 Shapes: B batch, T text tokens, D width, C classes.
 """
 
-from os import PathLike
+from collections.abc import Mapping
 from typing import Any, Self
 
 import torch
@@ -18,10 +18,10 @@ from vqa_scratch.models.hf_config import Released, labels_from_hf, labels_to_hf
 from vqa_scratch.nn.layers import init_weights
 from vqa_scratch.weights import maps
 from vqa_scratch.weights.convert import load_into
-from vqa_scratch.weights.files import map_tensor, read_checkpoint, resolve_folder
+from vqa_scratch.weights.files import map_tensor, resolve_folder
 
 
-def _leave_in_file(table: nn.Embedding, source: str | PathLike[str], tensors: dict[str, Tensor]) -> None:
+def _leave_in_file(table: nn.Embedding, source: str, tensors: dict[str, Tensor]) -> None:
     """Map `table` to its tensor in a safetensors file, if that has the same type, so that loading copies no row."""
     key = next((key for key in tensors if key.endswith("word_embeddings.weight")), "")
     held = map_tensor(resolve_folder(source), key)  # `load_into` reports what is missing or misshapen
@@ -61,23 +61,19 @@ class TextClassifier(Released, nn.Module):
         return self.labels.index(label)
 
     @classmethod
-    def from_pretrained(cls, source: str | PathLike[str]) -> Self:
-        """From a checkpoint folder or Hub id, in eval mode. Raises UserError when something does not fit.
-
-        The word table, a third of the weights, stays in the file: a row is read when it is first used.
-        """
-        hf, tensors = read_checkpoint(source)
-        if hf.get("model_type") != "roberta":
-            raise UserError(f"{source} holds a {hf.get('model_type')} model, not a roberta classifier")
+    def from_checkpoint(cls, config: Mapping[str, Any], tensors: dict[str, Tensor], source: str) -> Self:
+        """As in `Released`. The word table, a third of the weights, stays in the file: rows are read on first use."""
+        if config.get("model_type") != "roberta":
+            raise UserError(f"{source} holds a {config.get('model_type')} model, not a roberta classifier")
         classes = len(tensors.get("classifier.out_proj.bias", ()))
         if not classes:
             raise UserError(f"{source} has no classifier.out_proj: it is not a sequence classifier")
-        labels = labels_from_hf(hf, classes, str(source))
+        labels = labels_from_hf(config, classes, source)
         with torch.device("meta"):  # no memory, no random start
-            model = cls(BertConfig.from_hf(hf), labels)
+            model = cls(BertConfig.from_hf(config), labels)
         model.to_empty(device="cpu")
         _leave_in_file(model.encoder.tokens, source, tensors)
-        load_into(model, tensors, cls.key_map, source=str(source))
+        load_into(model, tensors, cls.key_map, source=source)
         return model.eval()
 
     def to_hf(self) -> dict[str, Any]:

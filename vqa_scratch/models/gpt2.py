@@ -3,14 +3,14 @@
 Pre-LN, learned positions, tanh GELU, output head shared with the token embedding. Cross-attention reads one or several
 memories (see `nn.memory`); without one its sublayer is skipped, which makes the model a plain language model.
 
-Shapes: B rows, T tokens, N memory tokens, D width, V vocabulary.
+Shapes: B rows, T tokens, N memory tokens, D width, E width of the embedding (D in GPT-2), V vocabulary.
 """
 
 import logging
 import math
+from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from os import PathLike
 from typing import Any, ClassVar, Self
 
 from torch import Tensor, nn
@@ -24,7 +24,6 @@ from vqa_scratch.nn.layers import MLP, activation, decoder_positions, init_weigh
 from vqa_scratch.nn.memory import Memory
 from vqa_scratch.weights import fields, maps
 from vqa_scratch.weights.convert import load_into
-from vqa_scratch.weights.files import read_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -95,25 +94,11 @@ class GPT2Block(nn.Module):
         return FastBlock(self.norm1, self.attn, *cross, self.norm2, self.mlp.up, self.mlp.activation, self.mlp.down)
 
 
-class GPT2(Released, Decoder):
-    """Tokens and positions, pre-LN blocks, a last norm, and a head that is the token embedding."""
+class PositionTableDecoder(Released, Decoder):
+    """A decoder whose positions are a table and whose head is its token embedding: what GPT-2 and OPT have in common.
 
-    config_class = GPT2Config
-
-    def __init__(self, config: GPT2Config) -> None:
-        super().__init__()
-        self.config = config
-        self.tokens = nn.Embedding(config.vocab_size, config.dim)
-        self.positions = nn.Embedding(config.max_positions, config.dim)
-        self.dropout = nn.Dropout(config.embedding_dropout)
-        self.blocks = nn.ModuleList(GPT2Block(config, layer) for layer in range(config.layers))
-        self.norm = nn.LayerNorm(config.dim, eps=config.norm_eps)
-        self.apply(lambda module: init_weights(module, config.init_std))
-        # Radford et al. 2019, section 2.3: residual projections start smaller by the root of their number.
-        for name, parameter in self.named_parameters():
-            if name.endswith(("attn.out.weight", "cross.out.weight", "mlp.down.weight")):
-                nn.init.normal_(parameter, std=config.init_std / math.sqrt(2 * config.layers))
-        taps.name_modules(self, "decoder")
+    A subclass has `tokens`, `blocks`, and what is before and after the blocks.
+    """
 
     @property
     def head(self) -> Tensor:
@@ -121,6 +106,14 @@ class GPT2(Released, Decoder):
 
     def embed(self, ids: Tensor) -> Tensor:
         return self.tokens(ids)
+
+    @abstractmethod
+    def before_blocks(self, embeddings: Tensor, positions: Tensor) -> Tensor:
+        """Embeddings (B, T, E), position ids (B or 1, T) -> (B, T, D)."""
+
+    @abstractmethod
+    def after_blocks(self, x: Tensor) -> Tensor:
+        """(B, T, D) -> (B, T, E), the states before the head."""
 
     def hidden(
         self,
@@ -130,19 +123,19 @@ class GPT2(Released, Decoder):
         memory: list[Memory] | None = None,
         cache: DecoderCache | None = None,
     ) -> Tensor:
-        """(B, T, D) -> (B, T, D), the states before the head; see `Decoder.hidden`.
+        """(B, T, E) -> (B, T, E), the states before the head; see `Decoder.hidden`.
 
         Positions count the attended tokens of attention_mask (B, cached + T). `memory` may be omitted once the cache
         holds its keys. Raises ValueError on more tokens than positions, a mask of another length, or a memory for a
         model without cross-attention.
         """
         if memory is not None and not self.config.add_cross_attention:
-            raise ValueError("this GPT-2 has no cross-attention: build it with add_cross_attention=True")
-        position_ids = decoder_positions(embeddings, attention_mask, cache, self.config.max_positions)
-        x = self.dropout(embeddings + self.positions(position_ids))
+            raise ValueError("this decoder has no cross-attention: build GPT2 with add_cross_attention=True")
+        positions = decoder_positions(embeddings, attention_mask, cache, self.config.max_positions)
+        x = self.before_blocks(embeddings, positions)
         for layer, block in enumerate(self.blocks):
             x = block(x, attention_mask, memory, None if cache is None else cache[layer])
-        return self.norm(x)
+        return self.after_blocks(x)
 
     def forward(
         self,
@@ -165,23 +158,40 @@ class GPT2(Released, Decoder):
             memory = [Memory(encoder_hidden_states, encoder_attention_mask)]
         return self.logits(self.hidden(self.embed(input_ids), attention_mask, memory=memory, cache=cache))
 
+
+class GPT2(PositionTableDecoder):
+    """Tokens and positions, pre-LN blocks, a last norm, and a head that is the token embedding."""
+
+    config_class = GPT2Config
+
+    def __init__(self, config: GPT2Config) -> None:
+        super().__init__()
+        self.config = config
+        self.tokens = nn.Embedding(config.vocab_size, config.dim)
+        self.positions = nn.Embedding(config.max_positions, config.dim)
+        self.dropout = nn.Dropout(config.embedding_dropout)
+        self.blocks = nn.ModuleList(GPT2Block(config, layer) for layer in range(config.layers))
+        self.norm = nn.LayerNorm(config.dim, eps=config.norm_eps)
+        self.apply(lambda module: init_weights(module, config.init_std))
+        # Radford et al. 2019, section 2.3: residual projections start smaller by the root of their number.
+        for name, parameter in self.named_parameters():
+            if name.endswith(("attn.out.weight", "cross.out.weight", "mlp.down.weight")):
+                nn.init.normal_(parameter, std=config.init_std / math.sqrt(2 * config.layers))
+        taps.name_modules(self, "decoder")
+
+    def before_blocks(self, embeddings: Tensor, positions: Tensor) -> Tensor:
+        return self.dropout(embeddings + self.positions(positions))
+
+    def after_blocks(self, x: Tensor) -> Tensor:
+        return self.norm(x)
+
     def fast_state(self) -> FastParts:
-        """What a fast decoding state is made of."""
         tokens_table, positions_table = self.tokens.weight.detach(), self.positions.weight.detach()
 
         def embed(tokens: Tensor, positions: Tensor) -> Tensor:
             return tokens_table.index_select(0, tokens).add_(positions_table.index_select(0, positions))
 
         return FastParts(embed, [block.fast_block() for block in self.blocks], self.norm, self.head)
-
-    @classmethod
-    def from_pretrained(cls, source: str | PathLike[str], *, add_cross_attention: bool | None = None) -> Self:
-        """From a checkpoint folder or Hub id, in eval mode. Raises UserError when something does not fit.
-
-        `add_cross_attention=True` adds cross-attention to a checkpoint without it, such as plain gpt2: only those
-        weights may be missing; they stay random, and one log line counts them. None follows the checkpoint.
-        """
-        return cls.from_checkpoint(*read_checkpoint(source), str(source), add_cross_attention=add_cross_attention)
 
     @classmethod
     def from_checkpoint(
@@ -192,7 +202,9 @@ class GPT2(Released, Decoder):
         *,
         add_cross_attention: bool | None = None,
     ) -> Self:
-        """From what `read_checkpoint` gives; as `from_pretrained`."""
+        """As in `Released`. `add_cross_attention=True` adds cross-attention to a checkpoint without it, such as plain
+        gpt2: only those weights may be missing; they stay random, and one log line counts them. None follows the
+        checkpoint."""
         sizes = GPT2Config.from_hf(config)
         if add_cross_attention is not None:
             sizes = replace(sizes, add_cross_attention=add_cross_attention)

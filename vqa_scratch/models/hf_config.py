@@ -82,9 +82,9 @@ class Released:
         return model.eval()
 
     @classmethod
-    def from_pretrained(cls, source: str | PathLike[str]) -> Self:
-        """From a checkpoint folder or Hub id, in eval mode. Raises UserError when something does not fit."""
-        return cls.from_checkpoint(*read_checkpoint(source), str(source))
+    def from_pretrained(cls, source: str | PathLike[str], **options: Any) -> Self:
+        """From a checkpoint folder or Hub id, with the options of `from_checkpoint`."""
+        return cls.from_checkpoint(*read_checkpoint(source), str(source), **options)
 
     def save_pretrained(self, folder: str | PathLike[str]) -> None:
         """Write config.json and model.safetensors, as `from_pretrained` and `transformers` read them.

@@ -13,12 +13,12 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from vqa_scratch.errors import UserError
-from vqa_scratch.models.gpt2 import GPT2Block, GPT2Config
-from vqa_scratch.models.hf_config import Layout, Released
+from vqa_scratch.models.gpt2 import GPT2Block, GPT2Config, PositionTableDecoder
+from vqa_scratch.models.hf_config import Layout
 from vqa_scratch.nn import taps
-from vqa_scratch.nn.cache import DecoderCache, KVCache
-from vqa_scratch.nn.decoding import Decoder, FastParts
-from vqa_scratch.nn.layers import decoder_positions, init_weights
+from vqa_scratch.nn.cache import KVCache
+from vqa_scratch.nn.decoding import FastParts
+from vqa_scratch.nn.layers import init_weights
 from vqa_scratch.nn.memory import Memory
 from vqa_scratch.weights import fields, maps
 
@@ -63,7 +63,7 @@ class PostNormBlock(GPT2Block):
         return taps.tap(self.tap_prefix, "resid_post", self.norm2(x + self.mlp(x)))
 
 
-class OPT(Released, Decoder):
+class OPT(PositionTableDecoder):
     """Tokens and positions, blocks, a last norm, and a head that is the token embedding."""
 
     config_class = OPTConfig
@@ -82,47 +82,25 @@ class OPT(Released, Decoder):
         self.apply(lambda module: init_weights(module, config.init_std))
         taps.name_modules(self, "decoder")
 
-    @property
-    def head(self) -> Tensor:
-        return self.tokens.weight
+    def before_blocks(self, embeddings: Tensor, positions: Tensor) -> Tensor:
+        return self.project_in(embeddings) + self.positions(positions + OFFSET)
 
-    def embed(self, ids: Tensor) -> Tensor:
-        return self.tokens(ids)
-
-    def hidden(
-        self,
-        embeddings: Tensor,
-        attention_mask: Tensor | None = None,
-        *,
-        memory: None = None,
-        cache: DecoderCache | None = None,
-    ) -> Tensor:
-        """(B, T, E) -> (B, T, E), the states before the head; see `Decoder.hidden`.
-
-        Positions count the attended tokens of attention_mask (B, cached + T). Raises ValueError on more tokens than
-        positions, a mask of another length, or a memory.
-        """
-        if memory is not None:
-            raise ValueError("OPT has no cross-attention to read a memory with")
-        positions = decoder_positions(embeddings, attention_mask, cache, self.config.max_positions)
-        x = self.project_in(embeddings) + self.positions(positions + OFFSET)  # (B, T, D)
-        for layer, block in enumerate(self.blocks):
-            x = block(x, attention_mask, None, None if cache is None else cache[layer])
+    def after_blocks(self, x: Tensor) -> Tensor:
         return self.project_out(self.norm(x))
 
-    def forward(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, *, cache: DecoderCache | None = None
-    ) -> Tensor:
-        """(B, T) -> logits (B, T, V). Arguments as in `hidden`."""
-        return self.logits(self.hidden(self.embed(input_ids), attention_mask, cache=cache))
+    def readout(self, states: Tensor) -> Tensor:
+        return self.logits(self.after_blocks(states))
+
+    @property
+    def direct_head(self) -> Tensor | None:
+        return self.head if self.config.norm_first and self.config.embedding_dim == self.config.dim else None
 
     def fast_state(self) -> FastParts | None:
-        """What a fast decoding state is made of; None for post-LN, the 350M model."""
-        if not self.config.norm_first:
+        if not self.config.norm_first:  # the loop over `FastBlock`s is pre-LN
             return None
 
         def embed(tokens: Tensor, positions: Tensor) -> Tensor:
-            return self.project_in(self.tokens(tokens)) + self.positions(positions + OFFSET)
+            return self.before_blocks(self.tokens(tokens), positions)
 
         narrow = self.config.embedding_dim != self.config.dim
         norm = nn.Sequential(self.norm, self.project_out) if narrow else self.norm

@@ -9,7 +9,7 @@ Shapes: B batch, N input tokens, T output tokens, D width, H heads, V vocabulary
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
@@ -52,6 +52,7 @@ class T5Config:
     pad_id: int = 0
     eos_id: int = 1
     start_id: int = 0  # first input of the decoder
+    max_positions: ClassVar[None] = None  # relative positions have no limit
 
     @classmethod
     def from_hf(cls, config: dict[str, Any]) -> Self:
@@ -221,10 +222,6 @@ class T5(Released, Decoder):
         return self.encoder(self.embedding(input_ids), attention_mask)
 
     @property
-    def max_positions(self) -> None:
-        return None  # relative positions have no limit
-
-    @property
     def head(self) -> Tensor:
         """(V, D): the embedding or a weight of its own, scaled where the release scales its states."""
         weight = self.embedding.weight if self.lm_head is None else self.lm_head.weight
@@ -250,6 +247,9 @@ class T5(Released, Decoder):
             hidden = hidden * self.config.dim**-0.5
         return F.linear(hidden, self.embedding.weight) if self.lm_head is None else self.lm_head(hidden)
 
+    def readout(self, states: Tensor) -> Tensor:
+        return self.logits(self.decoder.norm(states))
+
     def forward(
         self,
         input_ids: Tensor,
@@ -267,7 +267,6 @@ class T5(Released, Decoder):
         return DecoderCache(self.config.decoder_layers)
 
     def fast_state(self) -> FastParts:
-        """What a fast decoding state is made of."""
         norm, scale = self.decoder.norm, self.config.dim**-0.5
         return FastParts(
             embed=lambda tokens, positions: self.embedding(tokens),

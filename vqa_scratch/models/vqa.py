@@ -43,12 +43,6 @@ class VQAOutput:
         return F.linear(self.hidden, self.head)
 
 
-def check_finite(name: str, tensor: Tensor) -> None:
-    """Raise ValueError, naming the tensor, if it holds NaN or infinity."""
-    if not torch.isfinite(tensor).all():
-        raise ValueError(f"{name} holds NaN or infinite values")
-
-
 class VQAModel(nn.Module):
     """Image encoder, text encoder or None, connector, decoder; see `vqa_scratch/connectors`.
 
@@ -100,7 +94,8 @@ class VQAModel(nn.Module):
         token, end token included, and -100 where there is no loss; image_index (B,) is the image of each row. Raises
         ValueError on NaN or infinite inputs, and on labels that are all -100.
         """
-        check_finite("pixel_values", pixel_values)
+        if not torch.isfinite(pixel_values).all():
+            raise ValueError("pixel_values holds NaN or infinite values")
         text = None if self.text is None else self.text.states(input_ids, attention_mask)
         image = self.image.states(pixel_values)
         hidden = self.hidden(image, text, decoder_input_ids, image_index, decoder_attention_mask)

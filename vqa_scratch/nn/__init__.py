@@ -5,15 +5,3 @@ from vqa_scratch.nn.cache import DecoderCache, KVCache
 from vqa_scratch.nn.layers import ACTIVATIONS, MLP
 from vqa_scratch.nn.memory import KeyValue, Memory
 from vqa_scratch.nn.scores import attention_weights
-
-__all__ = [
-    "ACTIVATIONS",
-    "MLP",
-    "DecoderCache",
-    "KVCache",
-    "KeyValue",
-    "Memory",
-    "MultiHeadAttention",
-    "attention",
-    "attention_weights",
-]

@@ -85,6 +85,15 @@ class Decoder(nn.Module, ABC):
         """(..., E) -> (..., V)."""
         return F.linear(hidden, self.head)
 
+    def readout(self, states: Tensor) -> Tensor:
+        """(..., D) -> (..., V): the logits if these were the states after the last block."""
+        return self.logits(self.norm(states))
+
+    @property
+    def direct_head(self) -> Tensor | None:
+        """(V, D), if the states are a plain sum of addends and `readout` is direct_head @ norm(states); else None."""
+        return self.head
+
     def new_cache(self) -> DecoderCache:
         """An empty cache for this model."""
         return DecoderCache(self.config.layers)

@@ -60,10 +60,7 @@ class MLP(nn.Module):
 
 
 def init_weights(module: nn.Module, std: float = 0.02) -> None:
-    """Normal(0, std) linear and embedding weights, zero biases, unit LayerNorms, as in BERT and GPT-2.
-
-    For `Module.apply`.
-    """
+    """For `Module.apply`: normal(0, std) linear and embedding weights, zero biases, unit LayerNorms, as in BERT."""
     if isinstance(module, (nn.Linear, nn.Embedding)):
         nn.init.normal_(module.weight, std=std)
     if isinstance(module, nn.Linear) and module.bias is not None:

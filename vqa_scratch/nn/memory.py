@@ -93,7 +93,7 @@ class KeyValue(NamedTuple):
 class Memory:
     """M entries of N states that cross-attention reads. Keys and values are projected for each entry, not each row.
 
-    Row b reads entry `index[b]`, or entry b // `repeat` without an index. An index in that order becomes a repeat.
+    Row b reads entry `index[b]`, or entry b // `repeat` without an index.
     """
 
     states: Tensor  # (M, N, D)
@@ -112,18 +112,6 @@ class Memory:
         if sharing is not None and sharing.slot is not None:  # an index on the CPU needs no sync
             sharing = sharing._replace(slot=sharing.slot.to(self.states.device))
         object.__setattr__(self, "sharing", sharing)
-        if sharing is not None and sharing.slot is None:
-            object.__setattr__(self, "index", None)
-            object.__setattr__(self, "repeat", sharing.repeat)
-
-    @property
-    def rows(self) -> int:
-        """How many rows read this memory."""
-        return len(self.states) * self.repeat if self.index is None else len(self.index)
-
-    def per_row(self) -> Tensor:
-        """(B, N, D): the states that each row reads."""
-        return self.states.repeat_interleave(self.repeat, 0) if self.index is None else self.states[self.index]
 
     def project(self, k: Tensor, v: Tensor) -> KeyValue:
         """Add to the keys and values (M, H, N, d) of the states how rows share them."""

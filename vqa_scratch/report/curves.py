@@ -25,9 +25,7 @@ def draw_panels(path: Path, panels: Sequence[dict[str, Any]], columns: int | Non
     installed font has is drawn as its code.
     """
     import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator, NullFormatter
 
     lettering = choose(
@@ -43,8 +41,8 @@ def draw_panels(path: Path, panels: Sequence[dict[str, Any]], columns: int | Non
     with matplotlib.rc_context({"font.family": lettering.families}):
         columns = columns or len(panels)
         rows = -(-len(panels) // columns)
-        layout = {"squeeze": False, "sharex": alike, "layout": "constrained"}
-        figure, axes = plt.subplots(rows, columns, figsize=(4.6 * columns, 3.8 * rows), **layout)
+        figure = Figure(figsize=(4.6 * columns, 3.8 * rows), layout="constrained")
+        axes = figure.subplots(rows, columns, squeeze=False, sharex=alike)
         for axis in axes.flat[len(panels) :]:
             axis.axis("off")
         for axis, panel in zip(axes.flat[: len(panels)], panels, strict=True):
@@ -70,4 +68,3 @@ def draw_panels(path: Path, panels: Sequence[dict[str, Any]], columns: int | Non
             if len(panel["lines"]) + len(panel.get("hlines", {})) > 1:
                 axis.legend(fontsize=8, frameon=False)
         write_whole(path, lambda unfinished: figure.savefig(unfinished, dpi=120, format="png"))
-    plt.close(figure)

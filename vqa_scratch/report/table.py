@@ -19,9 +19,8 @@ def draw_table(path: Path, title: str, header: Sequence[str], rows: Sequence[Seq
     Returns the characters that no installed font has, as one text; the picture shows their codes.
     """
     import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
 
     table = [list(header), *map(list, rows)]
     lettering = choose([title, *(cell for row in table for cell in row if isinstance(cell, str))])
@@ -40,7 +39,7 @@ def draw_table(path: Path, title: str, header: Sequence[str], rows: Sequence[Seq
     bold = "bold" if len(lettering.families) == 1 else "normal"  # fonts for other scripts often have no bold
     total = heading + sum(heights)
     with matplotlib.rc_context({"font.family": lettering.families}):
-        figure = plt.figure(figsize=(sum(inches), total))
+        figure = Figure(figsize=(sum(inches), total))
         axis = figure.add_axes((0, 0, 1, 1), xlim=(0, sum(inches)), ylim=(total, 0))
         axis.axis("off")
         # Texts are data, so a dollar sign is a dollar sign and not the start of a formula.
@@ -58,11 +57,10 @@ def draw_table(path: Path, title: str, header: Sequence[str], rows: Sequence[Seq
                     place = (side, side + broad, edge + deep, edge)
                     axis.imshow(cell, extent=place, interpolation="nearest", aspect="auto")
                     frame = {"fill": False, "edgecolor": "0.85", "linewidth": 0.6}  # a white image has an edge too
-                    axis.add_patch(plt.Rectangle((side, edge), broad, deep, **frame))
+                    axis.add_patch(Rectangle((side, edge), broad, deep, **frame))
                 left += width
             top += tall
             axis.axhline(top, color="0.8" if number else "0.3", linewidth=0.8)
         axis.set(xlim=(0, sum(inches)), ylim=(total, 0))  # imshow has changed them
         write_whole(path, lambda unfinished: figure.savefig(unfinished, dpi=130, format="png"))
-        plt.close(figure)
     return lettering.missing

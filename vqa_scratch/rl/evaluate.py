@@ -7,13 +7,15 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from vqa_scratch.rl.functional import best_of_n_kl, exact_kl, frontier_point, masked_sum
+from vqa_scratch.rl.functional import best_of_n_kl, frontier_point
 from vqa_scratch.rl.metrics import distinct_2
-from vqa_scratch.rl.policy import Backbone, token_logits, token_states
+from vqa_scratch.rl.policy import ActorCritic, Backbone
 from vqa_scratch.rl.ppo import PPO
+from vqa_scratch.rl.rollout import score
 from vqa_scratch.rl.types import Prompt, Samples
 
 AT_ONCE = 32  # prompts whose responses are sampled together
@@ -29,16 +31,12 @@ class Figures:
     kl: float  # mean exact KL of a response from the reference, nats
     own: dict[str, float]  # the task's own figures
 
-    @property
-    def finish(self) -> float:
-        return sum(self.samples.finished) / len(self.samples.finished)
-
     def summary(self, when: str) -> dict[str, float]:
         """The figures under the keys of summary.json."""
         result = {
             f"reward_{when}": float(self.rewards.mean()),
             f"reward_std_{when}": float(self.rewards.std()) if len(self.rewards) > 1 else 0.0,
-            f"finish_{when}": self.finish,
+            f"finish_{when}": sum(self.samples.finished) / len(self.samples.finished),
             f"distinct_2_{when}": distinct_2(self.samples.ids),
             f"length_{when}": sum(map(len, self.samples.ids)) / len(self.samples.ids),
         }
@@ -59,28 +57,22 @@ def measure(
 
     `own` are figures that the task adds, by name.
     """
-    generator = torch.Generator(ppo.actor.value_head.weight.device).manual_seed(seed)
-    rewards, parts, kls = [], [], []
-    gathered = Samples([], [], [], [])
+    generator = torch.Generator(ppo.device).manual_seed(seed)
+    with torch.device(ppo.device):  # not `to`, with which FSDP would cut the policy up again
+        actor = ActorCritic(policy)  # its values are not looked at
+    rewards, parts, kls, gathered = [], [], [], Samples([], [], [], [])
     for start in range(0, len(prompts), AT_ONCE):
         batch = prompts[start : start + AT_ONCE]
         (ids, mask, _), seen, context = ppo.respond(batch, samples, policy, generator)
         with ppo.autocast():
             total, by_part = ppo.reward(seen)
             fixed = ppo.reference.encode(batch).shared_by(samples)
-            kl = torch.zeros(len(ids))
-            for i in range(len(batch)):  # one prompt at a time: full logits of both models are large
-                rows = slice(i * samples, (i + 1) * samples)
-                logits = []
-                for model, read in ((policy, context), (ppo.reference, fixed)):
-                    hidden = token_states(model, read.of(slice(i, i + 1)), ids[rows], mask[rows])
-                    logits.append(token_logits(model, hidden, ids[rows], mask[rows], ppo.rules))
-                per_token = torch.zeros_like(mask[rows], dtype=torch.float32)
-                per_token = per_token.masked_scatter(mask[rows], exact_kl(*logits))
-                kl[rows] = masked_sum(per_token, mask[rows], 1).cpu()
+            # One prompt at a time: full logits of both models are large.
+            alone = (([i], context.of([i]), fixed.of([i])) for i in range(len(batch)))
+            scored = score(actor, ppo.reference, alone, ids, mask, ppo.rules)
         rewards.append(total)
         parts.append(by_part)
-        kls.append(kl)
+        kls.append(scored.exact_kl.sum(1).cpu())
         for name in ("prompts", "ids", "texts", "finished"):
             getattr(gathered, name).extend(getattr(seen, name))
     return Figures(
@@ -103,12 +95,7 @@ class Frontier:
 
     def at(self, kl: float) -> float:
         """The reward on the curve at `kl`, by linear interpolation; at most that of the largest KL it knows."""
-        if kl >= self.kl[-1]:
-            return self.reward[-1]
-        right = next(i for i, x in enumerate(self.kl) if x > kl)
-        left = max(0, right - 1)
-        share = (kl - self.kl[left]) / max(self.kl[right] - self.kl[left], 1e-12)
-        return self.reward[left] + share * (self.reward[right] - self.reward[left])
+        return float(np.interp(kl, self.kl, self.reward))
 
     def share(self, kl: float, before: float, after: float) -> float:
         """The gain of a policy as a share of the best possible gain at its KL (0 where nothing can be gained)."""
@@ -132,16 +119,15 @@ def frontier_of(rewards: Tensor, points: int = 40) -> Frontier:
     betas = torch.logspace(2.5, -2.5, points, dtype=torch.float64) * spread
     curve = [(0.0, float(rewards.double().mean()))] + [frontier_point(rewards, float(b)) for b in betas]
     n = rewards.shape[1]
-    best = [
-        (k, best_of_n_kl(k), best_of_n_reward(rewards, k)) for k in (2**i for i in range(1, 12)) if k <= max(2, n // 2)
-    ]
+    powers = [2**i for i in range(1, 12) if 2**i <= max(2, n // 2)]
+    best = [(k, best_of_n_kl(k), best_of_n_reward(rewards, k)) for k in powers]
     kl, reward = zip(*sorted(curve), strict=True)
     return Frontier(list(kl), list(reward), best, math.log(n))
 
 
 def reference_frontier(ppo: PPO, prompts: list[Prompt], samples: int, seed: int) -> Frontier:
     """Sample the reference `samples` times for each prompt and estimate the curve."""
-    generator = torch.Generator(ppo.actor.value_head.weight.device).manual_seed(seed)
+    generator = torch.Generator(ppo.device).manual_seed(seed)
     rewards = []
     for start in range(0, len(prompts), 8):
         _, seen, _ = ppo.respond(prompts[start : start + 8], samples, ppo.reference, generator)

@@ -21,14 +21,9 @@ def distinct_2(ids: list[list[int]]) -> float:
     return len(set(pairs)) / len(pairs) if pairs else 0.0
 
 
-def words(text: str) -> list[str]:
-    """Lower-case words and numbers, punctuation left out."""
-    return re.findall(r"\w+", text.lower())
-
-
 def overlap(text: str, reference: str) -> float:
-    """Unigram F1 between two texts (ROUGE-1; Lin 2004): twice the shared words over all words."""
-    a, b = Counter(words(text)), Counter(words(reference))
+    """Unigram F1 between two texts (ROUGE-1; Lin 2004): twice the shared words over all words, in lower case."""
+    a, b = (Counter(re.findall(r"\w+", one.lower())) for one in (text, reference))
     return 2 * (a & b).total() / max(1, a.total() + b.total())
 
 
@@ -81,32 +76,33 @@ def _number(value: float | Tensor) -> float:
 
 
 class UpdateStats:
-    """Collects the figures of all optimizer steps of one iteration. Tensors stay on their device until the summary."""
+    """Collects the figures of all optimizer steps of one iteration, under their names in the log.
+
+    Tensors stay on their device until the summary.
+    """
 
     def __init__(self) -> None:
         self.minibatches: list[dict[str, Tensor]] = []
-        self.norms: list[Tensor] = []
-
-    def begin_minibatch(self) -> None:
-        self.now: dict[str, Tensor] = {}
+        self.now: dict[str, Tensor] = {}  # of the minibatch that is under way
+        self.norms: list[Tensor] = []  # of the gradient, of each step
 
     def add(
         self, logprobs: Tensor, values: Tensor, old_logprobs: Tensor, returns: Tensor, tokens: Tensor, **sums: Tensor
     ) -> None:
         """Figures of a part of the minibatch; all tensors (N,), `sums` already divided by the minibatch's tokens."""
         with torch.no_grad():
-            d = old_logprobs - logprobs
-            ratio = (-d).exp()
+            kl = kl_estimates(old_logprobs, logprobs)
+            ratio = (-kl.k1).exp()
             sums |= {
-                "k3": (torch.expm1(-d) + d).sum() / tokens,
-                "approxkl": 0.5 * d.square().sum() / tokens,
-                "policykl": d.sum() / tokens,
-                "ratio": ratio.sum() / tokens,
+                "ppo/policy/k3": kl.k3.sum() / tokens,
+                "ppo/policy/approxkl": kl.k2.sum() / tokens,
+                "ppo/policy/policykl": kl.k1.sum() / tokens,
+                "ppo/policy/ratio": ratio.sum() / tokens,
                 "ratio_square": ratio.square().sum() / tokens,
-                "vpred": values.sum() / tokens,
-                "value_error": (values - returns).square().sum() / tokens,
+                "ppo/val/vpred": values.sum() / tokens,
+                "ppo/val/error": (values - returns).square().sum() / tokens,
             }
-            extremes = {"ratio_max": ratio.max(), "ratio_min": -ratio.min()}
+            extremes = {"ratio_max": ratio.max(), "minus_ratio_min": -ratio.min()}
         for name, value in sums.items():
             self.now[name] = self.now.get(name, 0.0) + value.detach()
         for name, value in extremes.items():
@@ -114,41 +110,26 @@ class UpdateStats:
 
     def end_minibatch(self, world: World = ALONE) -> float:
         """Close the minibatch, on all ranks; its mean k3 a token against the policy that sampled."""
+        now, self.now = self.now, {}
         if world.size > 1:
-            of_ranks = world.gather({name: float(value) for name, value in self.now.items()})
+            of_ranks = world.gather({name: float(value) for name, value in now.items()})
             names = max(of_ranks, key=len)  # a rank that had no prompt in the minibatch has none
             columns = {name: [figures[name] for figures in of_ranks if figures] for name in names}
-            self.now = {k: max(v) if k.startswith("ratio_m") else math.fsum(v) for k, v in columns.items()}
-        self.minibatches.append(self.now)
-        return float(self.now["k3"])
-
-    def gradient_norm(self, norm: Tensor) -> None:
-        self.norms.append(norm)
+            now = {k: max(v) if k in ("ratio_max", "minus_ratio_min") else math.fsum(v) for k, v in columns.items()}
+        self.minibatches.append(now)
+        return float(now["ppo/policy/k3"])
 
     def summary(self, stopped: bool) -> dict[str, float]:
         """Means over the minibatches seen, extremes of the ratio, and how far the first ratio was from 1."""
-        mean = {
-            name: float(torch.stack([torch.as_tensor(m[name], dtype=torch.float32) for m in self.minibatches]).mean())
-            for name in self.minibatches[0]
-        }
-        first = self.minibatches[0]
-        return {
-            "ppo/loss/policy": mean["policy_loss"],
-            "ppo/loss/value": mean["value_loss"],
-            "ppo/loss/total": mean["total_loss"],
-            "ppo/policy/entropy": mean["entropy"],
-            "ppo/policy/approxkl": mean["approxkl"],
-            "ppo/policy/policykl": mean["policykl"],
-            "ppo/policy/k3": mean["k3"],
-            "ppo/policy/clipfrac": mean["policy_clipped"],
-            "ppo/policy/ratio": mean["ratio"],
-            "ppo/policy/ess": mean["ratio"] ** 2 / mean["ratio_square"],
-            "ppo/policy/ratio_max": max(float(m["ratio_max"]) for m in self.minibatches),
-            "ppo/policy/ratio_min": min(-float(m["ratio_min"]) for m in self.minibatches),
-            "ppo/policy/first_ratio_error": max(float(first["ratio_max"]) - 1, 1 + float(first["ratio_min"])),
-            "ppo/val/vpred": mean["vpred"],
-            "ppo/val/error": mean["value_error"],
-            "ppo/val/clipfrac": mean["value_clipped"],
+        columns = {name: torch.tensor([float(m[name]) for m in self.minibatches]) for name in self.minibatches[0]}
+        most, least = columns.pop("ratio_max"), -columns.pop("minus_ratio_min")
+        mean = {name: float(column.mean()) for name, column in columns.items()}
+        square = mean.pop("ratio_square")
+        return mean | {
+            "ppo/policy/ess": mean["ppo/policy/ratio"] ** 2 / square,
+            "ppo/policy/ratio_max": float(most.max()),
+            "ppo/policy/ratio_min": float(least.min()),
+            "ppo/policy/first_ratio_error": max(float(most[0]) - 1, 1 - float(least[0])),
             "ppo/gradient_norm": float(torch.stack(self.norms).mean()) if self.norms else 0.0,
             "ppo/steps": float(len(self.norms)),
             "ppo/stopped_early": float(stopped),

@@ -9,8 +9,8 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import tokenizers
 import torch
@@ -28,27 +28,43 @@ from vqa_scratch.storage import check_writable, unfinished_name
 
 TRAIN_SEED, HELD_OUT_SEED, REWARD_SEED = 0, 1, 2  # of the articles; PPO may train on the first, never on the second
 BATCH = 64
-T5_TOKENS = ("<pad>", "</s>", "<unk>")
-ROBERTA_TOKENS = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")
+# Where each judge's sentences come from, and its classes.
+JUDGES = {"grammar": (news.grammar_sentences, news.GRAMMAR), "tone": (news.tone_sentences, news.TONES)}
+# The token of each role, in the order of their ids.
+T5_ROLES = {"pad": "<pad>", "eos": "</s>", "unk": "<unk>"}
+ROBERTA_ROLES = {
+    "bos": "<s>",
+    "pad": "<pad>",
+    "eos": "</s>",
+    "unk": "<unk>",
+    "mask": "<mask>",
+    "cls": "<s>",
+    "sep": "</s>",
+}
 
 
-@dataclass(frozen=True)
-class MiniNews:
-    """The results of the first two steps of RLHF."""
+class Models(NamedTuple):
+    """The results of the first two steps of RLHF: a summariser, and two judges of what it writes."""
 
     summariser: T5
     tokenizer: Tokenizer
-    grammar: TextClassifier
-    tone: TextClassifier
-    reward_tokenizer: Tokenizer
+    grammar: tuple[TextClassifier, Tokenizer]
+    tone: tuple[TextClassifier, Tokenizer]
 
 
-def train_tokenizer(texts: Iterable[str], special: tuple[str, ...], template: str, roles: dict[str, str]) -> Tokenizer:
+def load(summariser: str | Path, grammar: str | Path, tone: str | Path) -> Models:
+    """Read them from folders or the Hub."""
+    judges = ((TextClassifier.from_pretrained(name), Tokenizer.from_pretrained(name)) for name in (grammar, tone))
+    return Models(T5.from_pretrained(summariser), Tokenizer.from_pretrained(summariser), *judges)
+
+
+def train_tokenizer(texts: Iterable[str], roles: dict[str, str], template: str) -> Tokenizer:
     """Byte-pair encoding over words and punctuation; words as common as these become one token each."""
+    special = list(dict.fromkeys(roles.values()))
     backend = tokenizers.Tokenizer(models.BPE(unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Metaspace(), pre_tokenizers.Punctuation()])
     backend.decoder = decoders.Metaspace()
-    trainer = trainers.BpeTrainer(vocab_size=700, special_tokens=list(special), show_progress=False)
+    trainer = trainers.BpeTrainer(vocab_size=700, special_tokens=special, show_progress=False)
     backend.train_from_iterator(texts, trainer)
     used = [(token, backend.token_to_id(token)) for token in special if token in template.split()]
     backend.post_processor = processors.TemplateProcessing(single=template, special_tokens=used)
@@ -59,16 +75,11 @@ def tokenizers_for(items: list[news.NewsItem]) -> tuple[Tokenizer, Tokenizer]:
     """One as T5 uses them (`text </s>`) and one as RoBERTa does (`<s> text </s>`), over the same words."""
     texts = [text for item in items for text in (item.article, item.summary)]
     texts += [text for text, _ in news.grammar_sentences(len(items), REWARD_SEED)]
-    roles = {"pad": "<pad>", "eos": "</s>", "unk": "<unk>"}
-    more = {"bos": "<s>", "cls": "<s>", "sep": "</s>", "mask": "<mask>"}
-    return (
-        train_tokenizer(texts, T5_TOKENS, "$A </s>", roles),
-        train_tokenizer(texts, ROBERTA_TOKENS, "<s> $A </s>", roles | more),
-    )
+    return train_tokenizer(texts, T5_ROLES, "$A </s>"), train_tokenizer(texts, ROBERTA_ROLES, "<s> $A </s>")
 
 
-def fit(model: nn.Module, loss_of: Callable[[int], Tensor], steps: int, learning_rate: float, title: str) -> None:
-    """AdamW with warm-up and linear decay on `loss_of(step)`."""
+def fit(model: nn.Module, loss_of: Callable[[], Tensor], steps: int, learning_rate: float, title: str) -> None:
+    """AdamW with warm-up and linear decay on `loss_of()`, the loss of a new batch."""
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
     warmup = max(1, steps // 20)
@@ -77,7 +88,7 @@ def fit(model: nn.Module, loss_of: Callable[[int], Tensor], steps: int, learning
     )
     with tqdm(range(steps), desc=title, unit="step", dynamic_ncols=True) as bar:
         for step in bar:
-            loss = loss_of(step)
+            loss = loss_of()
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
@@ -97,7 +108,7 @@ def train_summariser(tokenizer: Tokenizer, seed: int, steps: int, device: str) -
     items = news.news(min(20_000, steps * BATCH), TRAIN_SEED)
     generator = torch.Generator().manual_seed(seed)
 
-    def loss_of(step: int) -> Tensor:
+    def loss_of() -> Tensor:
         rows = torch.randint(len(items), (BATCH,), generator=generator).tolist()
         ids, mask = tokenizer.encode_batch([items[i].article for i in rows])
         labels, real = tokenizer.encode_batch([items[i].summary for i in rows])  # (B, T), </s> at the end
@@ -109,15 +120,7 @@ def train_summariser(tokenizer: Tokenizer, seed: int, steps: int, device: str) -
     return model
 
 
-def train_reward(
-    sentences: list[tuple[str, int]],
-    labels: tuple[str, ...],
-    tokenizer: Tokenizer,
-    seed: int,
-    steps: int,
-    device: str,
-    title: str,
-) -> TextClassifier:
+def train_judge(name: str, tokenizer: Tokenizer, seed: int, steps: int, device: str) -> TextClassifier:
     """Step 2: a small RoBERTa learns sentence -> label. Smoothed targets keep its logits within a few units."""
     torch.manual_seed(seed)
     size = BertConfig(
@@ -135,16 +138,17 @@ def train_reward(
         init_std=0.12,  # 64**-0.5: attention this narrow learns word order late from the usual 0.02
         pad_id=tokenizer.pad_id,
     )
-    model = TextClassifier(size, labels).to(device)
+    labelled, labels = JUDGES[name]
+    model, sentences = TextClassifier(size, labels).to(device), labelled(20_000, REWARD_SEED)
     generator = torch.Generator().manual_seed(seed)
 
-    def loss_of(step: int) -> Tensor:
+    def loss_of() -> Tensor:
         rows = torch.randint(len(sentences), (BATCH,), generator=generator).tolist()
         ids, mask = tokenizer.encode_batch([sentences[i][0] for i in rows])
         target = torch.tensor([sentences[i][1] for i in rows], device=device)
         return F.cross_entropy(model(ids.to(device), mask.to(device)), target, label_smoothing=0.05)
 
-    fit(model, loss_of, steps, learning_rate=1e-3, title=title)
+    fit(model, loss_of, steps, learning_rate=1e-3, title=f"2 of 3: {name} reward")
     return model
 
 
@@ -156,43 +160,25 @@ def recipe_hash(**settings: object) -> str:
     return digest.hexdigest()[:16]
 
 
-def load(folder: Path) -> MiniNews:
-    """Read what `prepare` saved."""
-    return MiniNews(
-        T5.from_pretrained(folder / "summariser"),
-        Tokenizer.from_pretrained(folder / "summariser"),
-        TextClassifier.from_pretrained(folder / "grammar"),
-        TextClassifier.from_pretrained(folder / "tone"),
-        Tokenizer.from_pretrained(folder / "grammar"),
-    )
-
-
-def prepare(cache: Path, seed: int, sft_steps: int, reward_steps: int, device: str = "cpu") -> tuple[MiniNews, Path]:
-    """Steps 1 and 2, or the saved result of an earlier run with the same recipe. Returns it and its folder.
+def prepare(cache: Path, seed: int, sft_steps: int, reward_steps: int, device: str = "cpu") -> Path:
+    """The folder with the results of steps 1 and 2, of this run or of an earlier one with the same recipe.
 
     Raises UserError if `cache` cannot be written to.
     """
     folder = cache / f"mini-news-{recipe_hash(seed=seed, sft_steps=sft_steps, reward_steps=reward_steps)}"
     if folder.is_dir():
-        return load(folder), folder
+        return folder
     check_writable(cache)  # now, not after minutes of training
     tokenizer, reward_tokenizer = tokenizers_for(news.news(2_000, TRAIN_SEED))
     summariser = train_summariser(tokenizer, seed, sft_steps, device)
-    made = {}
-    for name, make, labels in (
-        ("grammar", news.grammar_sentences, news.GRAMMAR),
-        ("tone", news.tone_sentences, news.TONES),
-    ):
-        sentences = make(20_000, REWARD_SEED)
-        title = f"2 of 3: {name} reward"
-        made[name] = train_reward(sentences, labels, reward_tokenizer, seed, reward_steps, device, title)
+    judges = {name: train_judge(name, reward_tokenizer, seed, reward_steps, device) for name in JUDGES}
 
     cache.mkdir(parents=True, exist_ok=True)
     partial = unfinished_name(folder)
     try:
         summariser.save_pretrained(partial / "summariser")
         tokenizer.save(partial / "summariser")
-        for name, model in made.items():
+        for name, model in judges.items():
             model.save_pretrained(partial / name)
             reward_tokenizer.save(partial / name)
         partial.rename(folder)
@@ -201,4 +187,4 @@ def prepare(cache: Path, seed: int, sft_steps: int, reward_steps: int, device: s
             raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return load(folder), folder
+    return folder

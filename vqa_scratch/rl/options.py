@@ -190,9 +190,7 @@ class RLHFOptions(Options):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.algorithm != "ppo" and self.samples < 2:
-            raise UserError(
-                f"--algorithm {self.algorithm} compares responses to one prompt: --samples must be at least 2"
-            )
+            raise UserError(f"--algorithm {self.algorithm} compares responses: --samples must be at least 2")
         if self.min_new_tokens > self.max_new_tokens:
             raise UserError(f"--min-new-tokens {self.min_new_tokens} exceeds --max-new-tokens {self.max_new_tokens}")
         if self.prompts % self.minibatches:

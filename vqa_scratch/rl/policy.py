@@ -9,7 +9,7 @@ V vocabulary, E entries of a memory.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -19,31 +19,39 @@ from vqa_scratch.generate import State, begin
 from vqa_scratch.generate.processors import repeating
 from vqa_scratch.models.t5 import T5
 from vqa_scratch.nn.memory import Memory
+from vqa_scratch.rl.options import RLHFOptions
 from vqa_scratch.rl.types import Prompt
 
 BARRED = -1e9  # the logit of a token that cannot be sampled; finite, so that 0 * log 0 stays 0 in KL and entropy
+
+
+class Part(NamedTuple):
+    """A part of what cross-attention reads."""
+
+    states: Tensor  # (E, N, D); E = P unless `entries` says who reads what
+    mask: Tensor | None = None  # (E, N), True = may attend
+    entries: Tensor | None = None  # (P,): the entry a prompt reads; None: its own
+
+    def of(self, prompts: Sequence[int]) -> "Part":
+        chosen, entries = prompts, None
+        if self.entries is not None:
+            chosen, entries = torch.unique(self.entries[prompts], return_inverse=True)
+        return Part(self.states[chosen], None if self.mask is None else self.mask[chosen], entries)
 
 
 @dataclass(frozen=True)
 class Context:
     """What the decoder reads for P prompts: made once, shared by all responses to a prompt."""
 
-    states: tuple[Tensor, ...]  # one or more parts, each (E, N, D); E = P unless `entries` says who reads what
-    masks: tuple[Tensor | None, ...]  # of each part, (E, N), True = may attend
+    parts: tuple[Part, ...]
     samples: int = 1  # K: rows 0 ... K - 1 read prompt 0, and so on
     prompt_ids: Tensor | None = None  # (P, L) before the response, the start token last; None: the start token alone
     prompt_mask: Tensor | None = None  # (P, L), True = real token; padding on the left
-    entries: tuple[Tensor | None, ...] | None = None  # of each part, (P,): the entry a prompt reads; None: its own
     prefix: Tensor | None = None  # (P, Q, D) embeddings before the ids
 
     @property
-    def parts(self) -> list[tuple[Tensor, Tensor | None, Tensor | None]]:
-        """States, mask and entries of each part."""
-        return list(zip(self.states, self.masks, self.entries or [None] * len(self.states), strict=True))
-
-    @property
     def prompts(self) -> int:
-        if not self.states:
+        if not self.parts:
             return len(self.prompt_ids)
         states, _, entries = self.parts[0]
         return len(states if entries is None else entries)
@@ -57,21 +65,11 @@ class Context:
         """The same prompts, `samples` responses each."""
         return replace(self, samples=samples)
 
-    def of(self, prompts: slice | Sequence[int]) -> "Context":
+    def of(self, prompts: Sequence[int]) -> "Context":
         """Some of the prompts."""
-
-        def pick(x: Tensor | None) -> Tensor | None:
-            return None if x is None else x[prompts]
-
-        picked = []
-        for states, mask, entries in self.parts:
-            chosen, index = prompts, None
-            if entries is not None:
-                chosen, index = torch.unique(entries[prompts], return_inverse=True)
-            picked.append((states[chosen], None if mask is None else mask[chosen], index))
-        states, masks, entries = zip(*picked, strict=True) if picked else ((), (), ())
-        before = (pick(self.prompt_ids), pick(self.prompt_mask), entries, pick(self.prefix))
-        return Context(states, masks, self.samples, *before)
+        before = (self.prompt_ids, self.prompt_mask, self.prefix)
+        picked = (None if x is None else x[prompts] for x in before)
+        return Context(tuple(part.of(prompts) for part in self.parts), self.samples, *picked)
 
     def memories(self) -> list[Memory]:
         """For cross-attention: keys and values are projected once an entry, not once a prompt or response."""
@@ -109,6 +107,18 @@ class Backbone(Protocol):
         """All parameters that `encode` depends on."""
 
 
+def padded(
+    rows: Sequence[Sequence[int]], pad_id: int, device: torch.device, side: str = "right"
+) -> tuple[Tensor, Tensor]:
+    """Rows of ids, padded on that side to the longest (N, L), and which of them are real (N, L)."""
+    ids = [torch.tensor(row, dtype=torch.long) for row in rows]
+    real = [torch.ones(len(row), dtype=torch.bool) for row in rows]
+    return (
+        pad_sequence(ids, batch_first=True, padding_value=pad_id, padding_side=side).to(device),
+        pad_sequence(real, batch_first=True, padding_side=side).to(device),
+    )
+
+
 class T5Policy(nn.Module):
     """A T5 as PPO's backbone. Prompts are padded on the right, as T5's relative positions require."""
 
@@ -119,18 +129,13 @@ class T5Policy(nn.Module):
         self.width, self.start_id, self.eos_id, self.pad_id = config.dim, config.start_id, config.eos_id, config.pad_id
 
     def encode(self, prompts: list[Prompt]) -> Context:
-        device = next(self.parameters()).device
-        lengths = torch.tensor([len(p.ids) for p in prompts])
-        ids = pad_sequence(
-            [torch.tensor(p.ids, dtype=torch.long) for p in prompts], batch_first=True, padding_value=self.pad_id
-        )
-        mask = None  # prompts of one length need none
-        if int(lengths.min()) < ids.shape[1]:
-            mask = (torch.arange(ids.shape[1]) < lengths[:, None]).to(device)
-        return Context((self.model.encode(ids.to(device), mask),), (mask,))
+        ids, mask = padded([p.ids for p in prompts], self.pad_id, next(self.parameters()).device)
+        if len({len(p.ids) for p in prompts}) == 1:
+            mask = None  # prompts of one length need none
+        return Context((Part(self.model.encode(ids, mask), mask),))
 
     def begin(self, context: Context, steps: int) -> tuple[Tensor, State]:
-        start = torch.full((context.rows, 1), self.start_id, device=context.states[0].device)
+        start = torch.full((context.rows, 1), self.start_id, device=context.parts[0].states.device)
         return begin(self.model, start, None, context.memories(), steps=steps)
 
     def decode_hidden(self, ids: Tensor, context: Context) -> Tensor:
@@ -153,6 +158,16 @@ class SamplingRules:
     temperature: float = 1.0
     barred: Tensor | None = None  # (V,) bool, True = never sampled: padding, ids beyond the tokenizer's
     no_repeat_ngram: int = 0  # bar tokens that would complete an n-gram the response already has; 0 allows all
+
+
+def sampling_rules(
+    options: RLHFOptions, eos_id: int, table: Tensor, tokens: int, never: Sequence[int]
+) -> SamplingRules:
+    """The rules of a run, which bar the ids in `never` and rows of the `table` of embeddings that no token has."""
+    barred = torch.arange(len(table), device=table.device) >= tokens
+    barred[list(never)] = True
+    lengths = (options.max_new_tokens, options.min_new_tokens)
+    return SamplingRules(eos_id, *lengths, options.temperature, barred, options.no_repeat_ngram_size)
 
 
 def policy_logits(logits: Tensor, ids: Tensor, positions: Tensor, rules: SamplingRules) -> Tensor:

@@ -73,7 +73,8 @@ class PPO:
         responses = options.iterations * options.prompts * options.samples
         self.kl = F.AdaptiveKL(options.kl_coef, options.kl_target or None, max(1.0, options.kl_horizon * responses))
         self.update = Update(options, actor, rules, self.mine, autocast, ranks)
-        self.sampling = torch.Generator(actor.value_head.weight.device).manual_seed(options.seed + 1)
+        self.device = actor.value_head.weight.device
+        self.sampling = torch.Generator(self.device).manual_seed(options.seed + 1)
         self.iteration = 0
 
     # --------------------------------------------------------------------------------------------------- rollouts
@@ -88,7 +89,7 @@ class PPO:
         only: range | None = None,
     ) -> tuple[Responses, Samples, Context]:
         """Encode the prompts once and sample `samples` responses to each; to `only` some of them, as among all."""
-        chance = chances(len(prompts) * samples, self.rules, generator, self.actor.value_head.weight.device)
+        chance = chances(len(prompts) * samples, self.rules, generator, self.device)
         if only is not None:
             prompts, chance = prompts[only.start : only.stop], chance[only.start * samples : only.stop * samples]
         with self.autocast():
@@ -130,7 +131,7 @@ class PPO:
         parts, k = micro_batches(self.mine, prompts, self.options.micro_prompts), context.samples
         frozen = self.options.freeze == "encoder"
         ragged = len({len(prompts[i].ids) for i in self.mine}) > 1 and len(parts) > 1
-        again = ragged and torch.is_autocast_enabled(context.states[0].device.type) and not frozen
+        again = ragged and torch.is_autocast_enabled(self.device.type) and not frozen
         for part in parts:
             here, some = [i - self.mine.start for i in part], [prompts[i] for i in part]
             own = self.actor.backbone.encode(some).shared_by(k) if again else context.of(here)
@@ -159,7 +160,7 @@ class PPO:
         """Fix the reward's scale from at least `responses` responses of the reference; does nothing if it is off."""
         if not self.options.scale_reward:
             return
-        generator = torch.Generator(self.actor.value_head.weight.device).manual_seed(self.options.seed + 3)
+        generator = torch.Generator(self.device).manual_seed(self.options.seed + 3)
         rewards: list[Tensor] = []
         while sum(map(len, rewards)) < responses:
             start = len(rewards) * self.options.prompts

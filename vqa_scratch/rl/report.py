@@ -5,18 +5,11 @@ import html
 from pathlib import Path
 from typing import Any
 
-from vqa_scratch.report.curves import draw_panels
+from vqa_scratch.report.curves import draw_panels, moving_average
 from vqa_scratch.rl.evaluate import Figures, Frontier
 from vqa_scratch.storage import write_whole
 
-
-def smooth(values: list[float], weight: float = 0.6) -> list[float]:
-    """Exponential moving average, corrected for its start; short enough to show a spike."""
-    result, total, mass = [], 0.0, 0.0
-    for value in values:
-        total, mass = weight * total + value, weight * mass + 1
-        result.append(total / mass)
-    return result
+SMOOTH = 4  # iterations that a smooth line averages: few enough to show a spike
 
 
 def curves(history: list[dict[str, Any]], parts: list[str], path: Path) -> None:
@@ -33,7 +26,7 @@ def curves(history: list[dict[str, Any]], parts: list[str], path: Path) -> None:
     steps, panels = [row["step"] for row in history], []
     for title, names in titles.items():
         values = {label: [row[name] for row in history] for label, name in names.items()}
-        lines = {label: (steps, smooth(ys)) for label, ys in values.items()}
+        lines = {label: (steps, moving_average(ys, SMOOTH)) for label, ys in values.items()}
         faint = [(steps, ys) for ys in values.values()]
         panels.append({"title": title, "xlabel": "iteration", "ylabel": "", "lines": lines, "faint": faint})
     draw_panels(path, panels, columns=3)
@@ -54,8 +47,8 @@ def frontier(curve: Frontier, history: list[dict[str, Any]], before: Figures, af
         axis.plot(kl, reward, "s", color="C2", markersize=5, label="best of n")
         for n, x, y in curve.best_of_n:
             axis.annotate(str(n), (x, y), textcoords="offset points", xytext=(4, -10), fontsize=8)
-    x = smooth([line["objective/kl_exact"] for line in history])
-    y = smooth([line["env/reward_mean"] for line in history])
+    x = moving_average([row["objective/kl_exact"] for row in history], SMOOTH)
+    y = moving_average([row["env/reward_mean"] for row in history], SMOOTH)
     axis.plot(x, y, color="C0", alpha=0.7, label="this run (training prompts)")
     axis.plot([before.kl], [float(before.rewards.mean())], "o", color="C7", label="before")
     axis.plot([after.kl], [float(after.rewards.mean())], "*", color="C3", markersize=14, label="after (new prompts)")

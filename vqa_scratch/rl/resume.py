@@ -8,11 +8,11 @@ import torch
 from torch import nn
 
 from vqa_scratch.errors import UserError
-from vqa_scratch.options import changeable, flag, from_json
+from vqa_scratch.options import from_json
 from vqa_scratch.rl.options import RLHFOptions
 from vqa_scratch.rl.ppo import PPO
-from vqa_scratch.storage import check_writable, read_json
-from vqa_scratch.training.checkpoint import load_checkpoint, set_rng_state
+from vqa_scratch.storage import read_json
+from vqa_scratch.training.checkpoint import check_unchanged, checkpoint_path, load_checkpoint, set_rng_state
 
 
 def fingerprint(model: nn.Module, order: Iterable[str] | None = None) -> str:
@@ -31,23 +31,17 @@ def last_checkpoint(options: RLHFOptions) -> dict[str, Any] | None:
 
     Raises UserError if it is of another run, or would be overwritten, and if the folder cannot be written to.
     """
-    check_writable(options.out)
-    path, about = options.out / "checkpoints" / "last.pt", options.out / "config.json"
-    program = read_json(about).get("program") if about.is_file() else None
-    if program not in (None, "rlhf.py"):
+    about = options.out / "config.json"
+    program = read_json(about).get("program", "rlhf.py") if about.is_file() else "rlhf.py"
+    if program != "rlhf.py":
         raise UserError(f"{options.out} is a run of {program}; give another --out")
+    path = checkpoint_path(options.out, options.resume)
     if not options.resume:
-        if path.exists():
-            raise UserError(f"{options.out} holds a run already: go on with --resume, or give another --out")
         return None
     saved = load_checkpoint(path)
     if "ppo" not in saved:
         raise UserError(f"{path} is no checkpoint of rlhf.py")
-    now, then = vars(options), vars(from_json(type(options), saved["config"], str(path)))
-    changed = [name for name in now if name not in changeable(type(options)) and now[name] != then[name]]
-    if changed:
-        what = ", ".join(f"{flag(name)} {then[name]} is now {now[name]}" for name in changed)
-        raise UserError(f"{path} belongs to a run with other options: {what}")
+    check_unchanged(from_json(type(options), saved["config"], str(path)), vars(options), options.out)
     return saved
 
 

@@ -3,6 +3,7 @@
 Shapes: B responses, T text tokens, C classes.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -11,14 +12,19 @@ from torch import Tensor
 from vqa_scratch.data.text import Tokenizer
 from vqa_scratch.errors import UserError
 from vqa_scratch.models.classifier import TextClassifier
-from vqa_scratch.rl.types import RewardFunction, Samples
+from vqa_scratch.rl.policy import freeze
+from vqa_scratch.rl.types import Samples
+
+AT_ONCE = 64  # texts in a batch of the classifier
 
 
 class ClassifierReward:
     """The logit that a classifier gives to one of its classes, named by label, for the text of each response."""
 
-    def __init__(self, model: TextClassifier, tokenizer: Tokenizer, label: str, texts_at_once: int = 64) -> None:
-        self.model, self.tokenizer, self.at_once = model.eval().requires_grad_(False), tokenizer, texts_at_once
+    def __init__(
+        self, model: TextClassifier, tokenizer: Tokenizer, label: str, precision: torch.dtype = torch.float32
+    ) -> None:
+        self.model, self.tokenizer = freeze(model, precision), tokenizer
         self.index = model.label_index(label)
         self.longest = model.config.max_positions - model.config.pad_id - 1
 
@@ -28,8 +34,8 @@ class ClassifierReward:
         device = self.model.out.weight.device
         order = sorted(range(len(samples.texts)), key=lambda i: len(samples.texts[i]))
         rewards = torch.empty(len(order))
-        for start in range(0, len(order), self.at_once):
-            rows = order[start : start + self.at_once]
+        for start in range(0, len(order), AT_ONCE):
+            rows = order[start : start + AT_ONCE]
             ids, mask = self.tokenizer.encode_batch([samples.texts[i] for i in rows], max_length=self.longest)
             ids = ids.masked_fill(~mask, self.model.config.pad_id)
             logits = self.model(ids.to(device), mask.to(device))
@@ -46,16 +52,17 @@ def length_penalty(samples: Samples) -> Tensor:
 class RewardPart:
     name: str
     weight: float
-    function: RewardFunction
+    function: Callable[[Samples], Tensor]  # one number a response
 
 
 class RewardSum:
     """`sum of weight * part`. Raises UserError when a part gives anything but one finite number a response."""
 
-    def __init__(self, parts: list[RewardPart]) -> None:
+    def __init__(self, parts: list[RewardPart], length_weight: float = 0.0) -> None:
+        """With a `length_weight`, every token of a response costs that much."""
         if not parts:
             raise ValueError("a reward needs one part or more")
-        self.parts = parts
+        self.parts = [*parts, RewardPart("shortness", length_weight, length_penalty)] if length_weight else parts
 
     def __call__(self, samples: Samples) -> tuple[Tensor, dict[str, Tensor]]:
         """The total (B,) and each part (B,) before its weight."""

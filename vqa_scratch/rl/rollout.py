@@ -4,6 +4,7 @@ Shapes: P prompts, K samples a prompt, B = P * K responses, R response tokens, V
 """
 
 from collections.abc import Iterable
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -110,6 +111,12 @@ def score(
     return scored
 
 
+@lru_cache(maxsize=1)
+def shuffled(count: int, seed: int) -> list[int]:
+    """The numbers below `count` in random order."""
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
+
+
 class PromptStream:
     """Batches of prompts, shuffled anew in every epoch. Its whole state is the number of prompts drawn."""
 
@@ -121,14 +128,8 @@ class PromptStream:
     def next(self) -> list[Prompt]:
         """The next batch; it may span the end of one shuffle and the start of another."""
         chosen = []
-        for _ in range(self.batch):
-            epoch, place = divmod(self.drawn, len(self.prompts))
-            chosen.append(self.prompts[self._order(epoch)[place]])
-            self.drawn += 1
+        for number in range(self.drawn, self.drawn + self.batch):
+            epoch, place = divmod(number, len(self.prompts))
+            chosen.append(self.prompts[shuffled(len(self.prompts), self.seed * 1_000_003 + epoch)[place]])
+        self.drawn += self.batch
         return chosen
-
-    def _order(self, epoch: int) -> list[int]:
-        if getattr(self, "_epoch", None) != epoch:
-            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-            self._epoch, self._shuffled = epoch, torch.randperm(len(self.prompts), generator=generator).tolist()
-        return self._shuffled

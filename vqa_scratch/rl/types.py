@@ -3,7 +3,6 @@
 Shapes: P prompts, K samples a prompt, B = P * K responses (row b answers prompt b // K), R response tokens.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -29,10 +28,6 @@ class Samples:
     ids: list[list[int]]  # the sampled ids, the end token not included
     texts: list[str]  # the same, decoded
     finished: list[bool]  # whether the response ended by itself
-
-
-# A reward function gives one number a response.
-RewardFunction = Callable[[Samples], Tensor]
 
 
 def width(mask: Tensor) -> int:

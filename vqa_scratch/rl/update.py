@@ -61,7 +61,6 @@ class Update:
     def begin(self, iteration: int) -> None:
         """A new batch of rollouts; `iteration` counts from 0."""
         self.iteration, self.stats, self.stopped = iteration, UpdateStats(), False
-        self.set_learning_rate()
 
     def minibatches(self) -> Iterator[list[int]]:
         """The prompts of each minibatch, by number: `epochs` passes, each in an order of its own."""
@@ -86,12 +85,12 @@ class Update:
         self.ranks.collect(self.parameters)
         norm = whole(torch.nn.utils.clip_grad_norm_(self.parameters, self.options.max_grad_norm))
         self.check_finite("gradient", float(norm))
-        self.stats.gradient_norm(norm)
+        self.stats.norms.append(norm)
+        self.set_learning_rate()
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.optimizer_steps += 1
         self.policy_steps += not self.warming
-        self.set_learning_rate()
 
     def log(self) -> dict[str, float]:
         """The figures of all steps on this batch."""
@@ -113,13 +112,12 @@ class Update:
         Every part is divided by the tokens of the whole minibatch, on all ranks, so the split into parts has no effect;
         the k3 is of all ranks too.
         """
-        options, k, stats = self.options, self.options.samples, self.stats
+        options, k = self.options, self.options.samples
         tokens = trajectory.mask.view(options.prompts, -1)[minibatch].sum()
         _, spread = F.mean_and_var(F.masked_moments(trajectory.returns, trajectory.mask))
         value_clip = options.value_clip * float(spread.sqrt())
         warming = self.warming
         self.actor.detach_value = warming or options.critic == "detached"
-        stats.begin_minibatch()
         parts = micro_batches((i for i in minibatch if i in self.mine), prompts, options.micro_prompts)
         for part, counts in self.ranks.passes(parts, idle=[self.mine.start]):
             rows = torch.tensor([i * k + j for i in part for j in range(k)], device=trajectory.ids.device)
@@ -140,25 +138,20 @@ class Update:
             if options.algorithm == "ppo":
                 loss = loss + (1.0 if warming else options.value_coef) * value_loss
             self.ranks.backward(loss, counts)
-            if not counts:
-                continue
-            stats.add(
-                logprobs,
-                values,
-                t.logprobs[m],
-                t.returns[m],
-                tokens,
-                policy_loss=policy_loss,
-                value_loss=value_loss,
-                total_loss=loss,
-                entropy=entropy,
-                policy_clipped=policy_clipped,
-                value_clipped=value_clipped,
-            )
+            figures = {
+                "ppo/loss/policy": policy_loss,
+                "ppo/loss/value": value_loss,
+                "ppo/loss/total": loss,
+                "ppo/policy/entropy": entropy,
+                "ppo/policy/clipfrac": policy_clipped,
+                "ppo/val/clipfrac": value_clipped,
+            }
+            if counts:
+                self.stats.add(logprobs, values, t.logprobs[m], t.returns[m], tokens, **figures)
         for table in self.tables:
             if table.grad is not None:
                 table.grad = table.grad.to_dense()
-        return stats.end_minibatch(self.ranks.world)
+        return self.stats.end_minibatch(self.ranks.world)
 
     def _look(self, part: list[int], prompts: list[Prompt], context: Context, t: Trajectory) -> tuple[Tensor, Tensor]:
         """Logits and values for some prompts' responses; encoded again with gradients, unless the encoder is frozen."""

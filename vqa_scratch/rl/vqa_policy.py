@@ -8,7 +8,6 @@ Shapes: P prompts, I different images, K samples a prompt, B = P * K answers, R 
 answer, D width.
 """
 
-from copy import deepcopy
 from functools import lru_cache
 from pathlib import Path
 
@@ -16,14 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vqa_scratch.data.batches import Ragged
 from vqa_scratch.data.images import ImageProcessor, load_image
 from vqa_scratch.data.tokenizers import Tokenizers
 from vqa_scratch.data.vqa_v2 import VQASample
 from vqa_scratch.generate import State, begin
 from vqa_scratch.metrics import vqa_accuracy
 from vqa_scratch.models.vqa import VQAModel
-from vqa_scratch.rl.policy import Context
+from vqa_scratch.rl.policy import Context, Part, padded
 from vqa_scratch.rl.types import Prompt, Samples
 
 IMAGES_KEPT = 4096  # decoded images held in memory
@@ -49,13 +47,7 @@ class VQAPolicy(nn.Module):
         self.width = model.decoder.config.dim
         self.start_id, self.eos_id = tokenizers.start_id, tokenizers.end_id
         self.pad_id = self.eos_id if tokenizers.decoder.pad_id is None else tokenizers.decoder.pad_id
-        self._pixels = lru_cache(IMAGES_KEPT)(self._read)
-
-    def __deepcopy__(self, memo: dict) -> "VQAPolicy":
-        """A copy of the weights; tokenizers and images are shared."""
-        copy = VQAPolicy(deepcopy(self.model, memo), self.tokenizers, self.processor)
-        copy._pixels = self._pixels
-        return copy
+        self._pixels = lru_cache(IMAGES_KEPT)(self._read)  # shared by copies of the policy
 
     def _read(self, path: Path) -> Tensor:
         return torch.from_numpy(self.processor.to_uint8(load_image(path)).copy())
@@ -68,28 +60,18 @@ class VQAPolicy(nn.Module):
         pixels = torch.stack([self._pixels(path) for path in place]).to(device)  # (I, H, W, 3)
         text = None
         if model.text is not None:
-            ids, lengths = Ragged([p.ids for p in prompts]).padded(
-                range(len(prompts)), self.tokenizers.text.pad_id or 0
-            )
-            mask = torch.arange(ids.shape[1]) < torch.from_numpy(lengths)[:, None]
-            text = model.text.states(torch.from_numpy(ids).to(device), mask.to(device))
+            text = model.text.states(*padded([p.ids for p in prompts], self.tokenizers.text.pad_id or 0, device))
         image = model.image.states(self.processor.normalize(pixels))
         given = model.connector(image, text, which.to(device))
 
         before = [[*self.tokenizers.prompt(p.text), self.start_id] for p in prompts]
-        longest = max(map(len, before))
-        ids = torch.tensor([[self.pad_id] * (longest - len(x)) + x for x in before], device=device)  # (P, L)
-        real = torch.tensor([[False] * (longest - len(x)) + [True] * len(x) for x in before], device=device)
-        parts = given.memory or []
+        ids, real = padded(before, self.pad_id, device, "left")  # (P, L)
         read = which.to(device) if len(place) < len(prompts) else None  # by how many prompts an image is shared
-        return Context(
-            tuple(part.states for part in parts),
-            tuple(part.mask for part in parts),
-            prompt_ids=ids,
-            prompt_mask=real,
-            entries=tuple(read if len(part.states) == len(place) else None for part in parts),
-            prefix=given.prefix,
+        parts = (
+            Part(memory.states, memory.mask, read if len(memory.states) == len(place) else None)
+            for memory in given.memory or ()
         )
+        return Context(tuple(parts), prompt_ids=ids, prompt_mask=real, prefix=given.prefix)
 
     def _before(self, context: Context) -> tuple[Tensor, Tensor, Tensor | None]:
         """What stands before each answer: ids (B, L), the start token last, which of them are real, and embeddings

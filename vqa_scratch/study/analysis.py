@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vqa_scratch.study.base import Source, Subject
 from vqa_scratch.study.certificate import rebuilt_pattern
@@ -156,24 +156,22 @@ def _normalised(relevancy: Tensor, start: Tensor) -> Tensor:
 
 
 @torch.enable_grad()
-def relevancy(subject: Subject, answer: list[int], rows: list[int] | None = None) -> Flow:
+def relevancy(subject: Subject, answer: list[int]) -> Flow:
     """What made the logit of each generated token: rows as in `rollout`, each from its own backward pass.
 
-    `answer` are the generated ids. Row i is about the token after the writer's token i. Rows that do not predict a
-    token of the answer are 0; `rows` chooses among the answer's tokens, and the others are 0 too.
+    `answer` are the generated ids, or the first of them. Row i is about the token after the writer's token i. Rows
+    that do not predict a token of the answer are 0.
     """
     ids = subject.prompt + answer
     first = len(subject.prompt) - 1
     with trace(subject.model, *every_attention(subject), grad=True) as t:
         logits = subject.logits(ids[:-1])
-    found = {}
-    for i in range(len(answer)) if rows is None else rows:
-        row = first + i
+    found = []
+    for row in range(first, len(ids) - 1):
         of_token = relevancy_from(subject, weighted_patterns(subject, t, logits[row, ids[row + 1]]))
-        found[row] = torch.cat([of_token.sources[row], of_token.decoder[row]])  # (S + own)
-    table = torch.stack([found.get(row, torch.zeros_like(found[max(found)])) for row in range(len(ids) - 1)])
-    total = subject.mixing.shape[1]
-    return Flow(table[:, :total], table[:, total:])
+        found.append(Flow(of_token.sources[row], of_token.decoder[row]))
+    sources, own = torch.stack([f.sources for f in found]), torch.stack([f.decoder for f in found])
+    return Flow(*(nn.functional.pad(x, (0, 0, first, 0)) for x in (sources, own)))
 
 
 # ---------------------------------------------------------------------------------------------- heads
@@ -194,30 +192,19 @@ class HeadStatistics:
 
 def normalised_entropy(pattern: Tensor, visible: Tensor) -> Tensor:
     """(..., Tq, Tk) -> (..., Tq): entropy over log(keys that may be seen); 0 where fewer than two may."""
-    entropy = -(pattern * pattern.clamp(min=1e-30).log()).sum(-1)
-    keys = visible.sum(-1)
-    return torch.where(keys > 1, entropy / keys.clamp(min=2).log(), torch.zeros_like(entropy))
-
-
-def _positions(source: Source | None, tokens: int) -> Tensor:
-    """(tokens, 1 or 2): the position of each token, in tokens or in patches; NaN for one without a place."""
-    if source is None or source.places is None:
-        return torch.arange(tokens, dtype=torch.float32)[:, None]
-    places = torch.cartesian_prod(*map(torch.arange, source.places.grid)).float()
-    return torch.cat([places.new_full((tokens - len(places), 2), math.nan), places])
+    return torch.special.entr(pattern).sum(-1) / visible.sum(-1).clamp(min=2).log()
 
 
 def mean_distance(pattern: Tensor, source: Source | None) -> Tensor:
-    """(H, N, N) -> (H,): expected distance of the keys read, over tokens that have a place.
+    """(H, N, N) -> (H,): expected distance of the keys read, over tokens that have a place: of an image the last ones.
 
     For an image this is the mean attention distance of Dosovitskiy et al. 2021, section 4.5, in patches.
     """
-    places = _positions(source, pattern.shape[-1])
-    keep = places.isfinite().all(-1)
-    distance = torch.cdist(places[keep], places[keep])
-    inner = pattern[:, keep][:, :, keep]
+    grid = (pattern.shape[-1],) if source is None or source.places is None else source.places.grid
+    places = torch.cartesian_prod(*map(torch.arange, grid)).float().view(-1, len(grid))
+    inner = pattern[:, -len(places) :, -len(places) :]
     weight = inner.sum(-1)
-    return ((inner * distance).sum(-1) / weight.clamp(min=1e-12)).mean(-1)
+    return ((inner * torch.cdist(places, places)).sum(-1) / weight.clamp(min=1e-12)).mean(-1)
 
 
 def head_statistics(subject: Subject, t: Trace) -> list[HeadStatistics]:

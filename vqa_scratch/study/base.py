@@ -54,7 +54,7 @@ class Subject(ABC):
     prefix: int = 0  # K if the writer's own sequence begins with that many tokens of sources; 0: cross-attention
     prompt: list[int]  # what the writer starts from
     max_new_tokens: int
-    head: Tensor | None = None  # (V, D), where logits = head @ normed state
+    head: Tensor | None = None  # (V, D), where logits = head @ normed state, and states are a plain sum
     end_id: int | None = None
 
     @property
@@ -89,9 +89,9 @@ class Subject(ABC):
         At most `max_new_tokens`, or the subject's own limit.
         """
 
+    @abstractmethod
     def readout(self, states: Tensor) -> Tensor:
         """(..., T, D) -> (..., T, V): the logits if these were the last states."""
-        return self.decoder.norm(states.float()) @ self.head.float().T
 
     def log_probabilities(self, logits: Tensor) -> Tensor:
         """(..., V) -> (..., V)."""

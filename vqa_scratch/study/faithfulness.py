@@ -146,7 +146,7 @@ def pointing(examples: Iterable[tuple[ImageSubject, Sequence[float]]]) -> dict[s
         maps = {
             "cross": cross.mean((0, 1)),
             "rollout": patch_map(subject, rollout(subject, t), rows),
-            "relevancy": patch_map(subject, relevancy(subject, answer, rows=[r - rows[0] for r in rows]), rows),
+            "relevancy": patch_map(subject, relevancy(subject, answer[: len(rows)]), rows),
         }
         maps |= {f"cross layer {i}": layer.mean(0) for i, layer in enumerate(cross)}
         maps |= {f"layer {i} head {h}": head for i, layer in enumerate(cross) for h, head in enumerate(layer)}

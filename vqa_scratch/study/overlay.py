@@ -48,12 +48,8 @@ def overlay(image: Image.Image, values: Tensor, places: Places, size: int = 448)
     return Image.fromarray((picture * (1 - opacity) + colors[..., :3] * opacity).round().astype(np.uint8))
 
 
-def side_by_side(images: list[Image.Image], gap: int = 8) -> Image.Image:
-    """All images in one row on white."""
-    width = sum(image.width for image in images) + gap * (len(images) - 1)
-    sheet = Image.new("RGB", (width, max(image.height for image in images)), (255, 255, 255))
-    left = 0
-    for image in images:
-        sheet.paste(image, (left, 0))
-        left += image.width + gap
-    return sheet
+def side_by_side(images: list[Image.Image]) -> Image.Image:
+    """Images of one height in a row, with white between them."""
+    white = np.full((images[0].height, 8, 3), 255, np.uint8)
+    first, *others = map(np.asarray, images)
+    return Image.fromarray(np.hstack([first, *(part for image in others for part in (white, image))]))

@@ -11,10 +11,10 @@ import base64
 import io
 import json
 import math
-import re
 from dataclasses import asdict
 from html import escape
 from importlib.resources import files
+from string import Template
 from typing import Any
 
 import numpy as np
@@ -37,26 +37,24 @@ def packed(tensor: Tensor, kind: str) -> dict[str, Any]:
     result: dict[str, Any] = {"kind": kind, "shape": list(array.shape)}
     if kind == "u8":
         scale = np.maximum(array.max(-1, keepdims=True), 1e-12) / 255
-        result["scale"] = _base64(scale.astype("<f4"))
+        result["scale"] = _base64(scale.astype("<f4").tobytes())
         array = np.rint(array / scale).astype(np.uint8)
     else:
         array = array.astype("<f2" if kind == "f16" else "<f4")
-    return result | {"data": _base64(array)}
+    return result | {"data": _base64(array.tobytes())}
 
 
-def _base64(array: np.ndarray) -> str:
-    return base64.b64encode(np.ascontiguousarray(array).tobytes()).decode("ascii")
+def _base64(data: bytes) -> str:
+    return base64.b64encode(data).decode("ascii")
 
 
 def _image_url(image: Image.Image) -> str:
     """A data URL: PNG for small drawings, JPEG for photographs."""
     image = image.copy()
     image.thumbnail((LARGEST_IMAGE, LARGEST_IMAGE))
-    small = max(image.size) <= 128
-    buffer = io.BytesIO()
-    image.save(buffer, **({"format": "PNG", "optimize": True} if small else {"format": "JPEG", "quality": 88}))
-    kind = "png" if small else "jpeg"
-    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
+    kind, buffer = "png" if max(image.size) <= 128 else "jpeg", io.BytesIO()
+    image.save(buffer, kind, optimize=True, quality=88)
+    return f"data:image/{kind};base64,{_base64(buffer.getvalue())}"
 
 
 def _attention(study: Study, names: list[str], kind: str) -> dict[str, Any]:
@@ -88,11 +86,11 @@ def _heads_in_order(study: Study) -> list[tuple[int, int]]:
     return [divmod(i, effect.shape[1]) for i in effect.flatten().argsort(descending=True, stable=True).tolist()]
 
 
-def _opened_heads(study: Study, names: list[str]) -> list[dict[str, Any]]:
-    """The numbers behind the heads that read the sources, in order, as many as fit the budget."""
-    result, spent, subject = [], 0, study.opened.subject
-    for layer, head in _heads_in_order(study):
-        name, t = names[layer], study.trace
+def _opened_heads(study: Study, order: list[tuple[int, int]]) -> list[dict[str, Any]]:
+    """The numbers behind the heads that read the sources, in this order, as many as fit the budget."""
+    result, spent, subject, t = [], 0, study.opened.subject, study.trace
+    for layer, head in order:
+        name = subject.reading[layer]
         q, k, v, z = (t[f"{name}.{label}"][0].float().cpu() for label in ("q", "k", "v", "z"))
         mask = rows_of_mask(t, name)[0].float().cpu().expand(len(q), -1, -1)
         rows = [token.row for token in study.tokens]
@@ -147,7 +145,7 @@ def _source(source: Source) -> dict[str, Any]:
 def study_data(study: Study) -> dict[str, Any]:
     """One study as the page reads it."""
     opened, subject = study.opened, study.opened.subject
-    made = key_sources(subject, study.trace)
+    made, order = key_sources(subject, study.trace), _heads_in_order(study)
     whole = bool((subject.mixing.amax(1) == 1).all())  # every key is one source token, which gives it its name
     return {
         "run": opened.run,
@@ -167,8 +165,8 @@ def study_data(study: Study) -> dict[str, Any]:
             for name, flow in study.flows.items()
         },
         "attentions": _attentions(study),
-        "best": _heads_in_order(study)[0],
-        "opened": _opened_heads(study, subject.reading),
+        "best": order[0],
+        "opened": _opened_heads(study, order),
         "lens": study.lens,
         "attributions": [
             {"heads": {k: v.tolist() for k, v in a.heads.items()}, "mlps": a.mlps.tolist()}
@@ -180,18 +178,12 @@ def study_data(study: Study) -> dict[str, Any]:
     }
 
 
-def _rounded(value: Any) -> Any:
-    """Floats at eight significant digits, all that fp32 has: what a page of a few hundred kB can afford."""
-    if isinstance(value, float):
-        return float(f"{value:.8g}")
-    if isinstance(value, dict):
-        return {key: _rounded(item) for key, item in value.items()}
-    return [_rounded(item) for item in value] if isinstance(value, (list, tuple)) else value
-
-
 def page(studies: list[Study]) -> str:
     """The whole HTML page for one study, or for two side by side."""
-    data = json.dumps(_rounded([study_data(study) for study in studies]), separators=(",", ":"), ensure_ascii=True)
+    exact = json.dumps([study_data(study) for study in studies])
+    # Eight significant digits are all that fp32 has.
+    rounded = json.loads(exact, parse_float=lambda digits: float(f"{float(digits):.8g}"))
+    data = json.dumps(rounded, separators=(",", ":"))
     for character in "<>&":  # so that no text can close the <script> or open another
         data = data.replace(character, f"\\u{ord(character):04x}")
     folder = files("vqa_scratch.study")
@@ -203,6 +195,4 @@ def page(studies: list[Study]) -> str:
         "TEXT": escape(studies[0].opened.text),
         "DATA": data,
     }
-    template = folder.joinpath("report.html").read_text(encoding="utf-8")
-    # One pass, so that braces in a question are never taken for a mark.
-    return re.sub(r"\{\{([A-Z]+)\}\}", lambda mark: parts[mark[1]], template)
+    return Template(folder.joinpath("report.html").read_text(encoding="utf-8")).substitute(parts)

@@ -15,12 +15,12 @@ from torch import nn
 from vqa_scratch.data.images import ImageProcessor, load_image
 from vqa_scratch.data.vqa_v2 import VQASample, read_vqa, spread
 from vqa_scratch.errors import UserError
+from vqa_scratch.report.curves import draw_panels
 from vqa_scratch.storage import read_json, write_text, write_whole
 from vqa_scratch.study.base import ImageSubject
 from vqa_scratch.study.faithfulness import Curves, HeadEffect, Pointing, faithfulness, head_ablation, pointing
 
 SubjectOf = Callable[[Image.Image, str], ImageSubject]  # (image, question) -> subject
-COLORS = {"cross": "#7a6a9e", "rollout": "#2b8a7e", "relevancy": "#b4155a", "random": "#9a9a94"}
 
 
 # ---------------------------------------------------------------------------------------------- pointing
@@ -72,29 +72,22 @@ def faithfulness_figures(subject_of: SubjectOf, data: Path, split: str, number: 
     """Mean deletion and insertion curves over questions; faithfulness.png, and the areas under the curves."""
     samples = spread(read_vqa(data, split).samples, number)
     curves = faithfulness(subject_of(load_image(sample.image_path), sample.question) for sample in samples)
-    write_whole(out / "faithfulness.png", lambda path: _curves_plot(curves, len(samples), path))
+    draw_panels(out / "faithfulness.png", _curves_panels(curves, len(samples)))
     return {
         name: {"deletion_area": Curves.area(c.deletion), "insertion_area": Curves.area(c.insertion), **asdict(c)}
         for name, c in curves.items()
     }
 
 
-def _curves_plot(curves: dict[str, Curves], questions: int, path: Path) -> None:
-    figure = Figure(figsize=(9.5, 3.8), layout="constrained")
-    for axes, kind, better in zip(
-        figure.subplots(1, 2, sharey=True), ("deletion", "insertion"), ("lower", "higher"), strict=True
-    ):
-        for name, c in curves.items():
-            values = getattr(c, kind)
-            label = f"{name} ({Curves.area(values):.3f})"
-            axes.plot(c.fractions, values, label=label, color=COLORS[name], lw=2, ls="--" if name == "random" else "-")
-        axes.set_title(f"{kind} ({better} is better)", fontsize=11, loc="left")
-        axes.set_xlabel("share of image tokens")
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False, fontsize=9)
-    figure.axes[0].set_ylabel("probability of the answer")
-    figure.suptitle(f"Image tokens by importance, {questions} questions", fontsize=11, x=0.01, ha="left")
-    figure.savefig(path, dpi=130, format="png")
+def _curves_panels(curves: dict[str, Curves], questions: int) -> list[dict[str, Any]]:
+    top = max(max(*c.deletion, *c.insertion) for c in curves.values())
+    axes = {"xlabel": "share of image tokens", "ylabel": "probability of the answer", "ylim": (0, 1.05 * top)}
+    panels = []
+    for kind, better in (("deletion", "lower"), ("insertion", "higher")):
+        values = {name: getattr(c, kind) for name, c in curves.items()}
+        lines = {f"{name} ({Curves.area(v):.3f})": (curves[name].fractions, v) for name, v in values.items()}
+        panels.append({"title": f"{kind} ({better} is better), {questions} questions", "lines": lines, **axes})
+    return panels
 
 
 # ---------------------------------------------------------------------------------------------- head ablation

@@ -3,17 +3,20 @@
 Shapes: n images, C channels, H x W pixels, S source tokens, T rows of the writer, V vocabulary or labels.
 """
 
+from abc import abstractmethod
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vqa_scratch.connectors.base import Conditioning
 from vqa_scratch.generate import greedy
 from vqa_scratch.models.blip2 import Blip2
 from vqa_scratch.models.t5 import T5
 from vqa_scratch.models.vilt import ViLTClassifier
 from vqa_scratch.models.vqa import VQAModel
+from vqa_scratch.nn.decoding import Decoder
 from vqa_scratch.nn.memory import Memory
 from vqa_scratch.study.base import ImageSubject, Source, Subject, block_attentions, image_source
 
@@ -23,23 +26,36 @@ def question_source(encoder: nn.Module | None, labels: Sequence[str], special: S
     return Source("text", tuple(labels), tuple(special), attentions=block_attentions("text", encoder))
 
 
-def _written(
-    subject: Subject, decoder: nn.Module, memory: list[Memory] | None, prefix: Tensor | None, limit: int | None
-) -> list[int]:
-    """The new tokens after the subject's prompt."""
-    prompt = torch.tensor([subject.prompt], device=subject.device)
-    limit = limit or subject.max_new_tokens
-    made = greedy(decoder, prompt, None, memory, prefix=prefix, max_new_tokens=limit, eos_id=subject.end_id)
-    return made.ids[0, : int(made.lengths[0])].tolist()
-
-
 def query_source(queries: nn.Module) -> Source:
     """Learned queries that read the image, as a source."""
     labels = tuple(f"query {i + 1}" for i in range(queries.queries.shape[1]))
     return Source("query", labels, (), None, block_attentions("query", queries), "image")
 
 
-class VQASubject(ImageSubject):
+class WritingSubject(Subject):
+    """A subject whose answer is written token by token by a `language` model, after its prompt."""
+
+    def __init__(self, model: nn.Module, language: Decoder, prompt: list[int], max_new_tokens: int) -> None:
+        self.model, self.language, self.decoder = model, language, language
+        self.prompt, self.max_new_tokens = prompt, max_new_tokens
+        self.head, self.end_id = language.direct_head, language.config.eos_id
+
+    @abstractmethod
+    def conditioning(self) -> Conditioning:
+        """What the language model reads besides its own tokens."""
+
+    @torch.no_grad()
+    def generate(self, max_new_tokens: int | None = None) -> list[int]:
+        given, prompt = self.conditioning(), torch.tensor([self.prompt], device=self.device)
+        limit = {"max_new_tokens": max_new_tokens or self.max_new_tokens, "eos_id": self.end_id}
+        made = greedy(self.language, prompt, None, given.memory, prefix=given.prefix, **limit)
+        return made.ids[0, : int(made.lengths[0])].tolist()
+
+    def readout(self, states: Tensor) -> Tensor:
+        return self.language.readout(states)
+
+
+class VQASubject(WritingSubject, ImageSubject):
     """A model of encoder, connector and decoder with an image, and a question if it has a text encoder.
 
     pixel_values (1, C, H, W); `prompt` is what the decoder starts from, at least BOS; question_ids as the text encoder
@@ -57,9 +73,8 @@ class VQASubject(ImageSubject):
         max_new_tokens: int = 8,
     ) -> None:
         assert len(pixel_values) == 1 and len(question_ids) == len(question_labels)
-        self.model, self.decoder, self.prompt, self.max_new_tokens = model, model.decoder, prompt, max_new_tokens
+        super().__init__(model, model.decoder, prompt, max_new_tokens)
         self.pixel_values = pixel_values.to(self.device)
-        self.head, self.end_id = model.decoder.head, model.decoder.config.eos_id
         image = image_source(model.image, pixel_values, block_attentions("image", model.image))
         queries = model.connector.queries
         self.sources = (image, *((query_source(queries),) if queries is not None else ()))
@@ -67,7 +82,7 @@ class VQASubject(ImageSubject):
         if model.text is not None:
             self.input_ids = torch.tensor([list(question_ids)], device=self.device)
             self.sources += (question_source(model.text, question_labels, special),)
-        self.mixing = model.connector.mixing(len(image), len(question_ids) if model.text is not None else 0)
+        self.mixing = model.connector.mixing(len(image), len(question_ids))
         self.prefix = 0 if model.connector.uses_memory else len(self.mixing)
 
     def reads(self, images: Tensor) -> tuple[Tensor | None, ...]:
@@ -79,15 +94,13 @@ class VQASubject(ImageSubject):
         ids = torch.tensor([decoder_ids], device=self.device).expand(len(images), -1)
         return self.model(*self.reads(images), ids).logits
 
-    @torch.no_grad()
-    def generate(self, max_new_tokens: int | None = None) -> list[int]:
+    def conditioning(self) -> Conditioning:
         pixels, ids, mask = self.reads(self.pixel_values)
         text = None if ids is None else self.model.text.states(ids, mask)
-        given = self.model.connector(self.model.image.states(pixels), text)
-        return _written(self, self.decoder, given.memory, given.prefix, max_new_tokens)
+        return self.model.connector(self.model.image.states(pixels), text)
 
 
-class Blip2Subject(ImageSubject):
+class Blip2Subject(WritingSubject, ImageSubject):
     """A BLIP-2 with an image and a prompt: the states of its queries are the prefix of the language model.
 
     `prompt` are the ids that the language model starts from, at least its start token.
@@ -95,9 +108,8 @@ class Blip2Subject(ImageSubject):
 
     def __init__(self, model: Blip2, pixel_values: Tensor, prompt: list[int], max_new_tokens: int = 32) -> None:
         assert len(pixel_values) == 1
-        self.model, self.decoder, self.prompt, self.max_new_tokens = model, model.language, prompt, max_new_tokens
+        super().__init__(model, model.language, prompt, max_new_tokens)
         self.pixel_values = pixel_values.to(self.device)
-        self.head, self.end_id = model.language.head, model.language.config.eos_id
         self.prefix = model.config.queries
         image = image_source(model.vision, pixel_values, block_attentions("image", model.vision))
         self.sources = (image, query_source(model.qformer))
@@ -107,9 +119,8 @@ class Blip2Subject(ImageSubject):
         ids = torch.tensor([decoder_ids], device=self.device).expand(len(images), -1)
         return self.model(images, ids)[:, self.prefix :]
 
-    @torch.no_grad()
-    def generate(self, max_new_tokens: int | None = None) -> list[int]:
-        return _written(self, self.decoder, None, self.model.encode_image(self.pixel_values), max_new_tokens)
+    def conditioning(self) -> Conditioning:
+        return Conditioning(prefix=self.model.encode_image(self.pixel_values))
 
 
 class ViLTSubject(ImageSubject):
@@ -158,23 +169,21 @@ class ViLTSubject(ImageSubject):
         return F.logsigmoid(logits.float())  # each label has a probability of its own
 
 
-class T5Subject(Subject):
+class T5Subject(WritingSubject):
     """A T5 that reads `input_ids`, with their `labels`; the end token is a sink."""
 
     def __init__(self, model: T5, input_ids: list[int], labels: Sequence[str], max_new_tokens: int = 32) -> None:
         assert len(input_ids) == len(labels)
-        self.model, self.decoder, self.max_new_tokens = model, model.decoder, max_new_tokens
-        self.input_ids = torch.tensor([input_ids], device=self.device)
         config = model.config
+        super().__init__(model, model, [config.start_id], max_new_tokens)
+        self.decoder = model.decoder
+        self.input_ids = torch.tensor([input_ids], device=self.device)
         sinks = tuple(i for i, token in enumerate(input_ids) if token in (config.eos_id, config.pad_id))
         self.sources = (Source("encoder", tuple(labels), sinks, attentions=block_attentions("encoder", model.encoder)),)
         self.mixing = torch.eye(len(input_ids))
-        self.prompt, self.end_id = [config.start_id], config.eos_id
-        self.head = model.head.detach()
 
     def logits(self, decoder_ids: list[int]) -> Tensor:
         return self.model(self.input_ids, None, torch.tensor([decoder_ids], device=self.device))[0]
 
-    @torch.no_grad()
-    def generate(self, max_new_tokens: int | None = None) -> list[int]:
-        return _written(self, self.model, [Memory(self.model.encode(self.input_ids))], None, max_new_tokens)
+    def conditioning(self) -> Conditioning:
+        return Conditioning(memory=[Memory(self.model.encode(self.input_ids))])

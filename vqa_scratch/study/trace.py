@@ -14,6 +14,7 @@ Shapes: B batch, H heads, T query tokens, K keys, d head size, D width.
 
 import math
 from collections import Counter, defaultdict
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Self
 
@@ -25,21 +26,22 @@ from vqa_scratch.nn import taps
 from vqa_scratch.nn.attention import MultiHeadAttention, attention_scores
 from vqa_scratch.study import names
 from vqa_scratch.study.certificate import Certificate, certify, combine, rebuilt_pattern, row_lse
-from vqa_scratch.study.changes import Changes
+
+Edit = Callable[[Tensor, int], Tensor]  # (what the tap holds, number of the call from 0) -> what it holds instead
 
 _FROM = {"scores": ("q", "k", "mask"), "pattern": ("q", "k", "mask"), "head_out": ("z",)}
 _OF_KEYS = ("k", "v", "mask")  # the same from step to step, or grown by it; not one row for each query
 _QUERY_AXIS = {"q": 2, "z": 2, "head_out": 2}
 
 
-class Trace(Changes):
+class Trace:
     """What ran inside a `with` block, by tap name; made by `trace`. Entering again clears it, but edits stay."""
 
     def __init__(self, model: nn.Module, patterns: tuple[str, ...], grad: bool) -> None:
-        super().__init__(names.tapped_modules(model))
-        self.model, self.grad = model, grad
+        self.model, self.modules, self.grad = model, names.tapped_modules(model), grad
         chosen = {name for pattern in patterns for name in names.select(self.modules, pattern)}
         self._live = {live for name in chosen for live in self._needs(name)}
+        self._edits: dict[str, list[Edit]] = defaultdict(list)
         self._scope: AbstractContextManager[None] | None = None
         self._clear()
 
@@ -92,6 +94,58 @@ class Trace(Changes):
         if name.endswith((".k", ".v", ".mask")) and calls and calls[-1].shape == tensor.shape:
             return calls[-1] if torch.equal(calls[-1], tensor) else tensor
         return tensor
+
+    # ------------------------------------------------------------------------------------------ changing
+
+    def replace(self, name: str, edit: Edit) -> None:
+        """From now on `edit(tensor, call)` decides what a tap holds, or each tap that a pattern matches."""
+        for full in names.select(self.modules, name):
+            prefix, _, label = full.rpartition(".")
+            if label == "mask":
+                if name == full:
+                    raise UserError("a mask can be read, not replaced: replace the scores or the pattern")
+                continue
+            self._edits[full].append(_same_shape(full, edit))
+            if label in ("scores", "pattern"):
+                self._live.add(f"{prefix}.pattern")  # q and k no longer determine what ran
+
+    def ablate(self, name: str, head: int | None = None) -> None:
+        """Silence one head of an attention (all of them without `head`) or an MLP: its last projection reads zeros.
+
+        The bias stays, as if those columns of the projection were zero. `name` may be a pattern: "decoder.*.cross".
+        """
+        prefixes = [prefix for prefix, m in self.modules.items() if names.labels_of(m) != names.BLOCK_LABELS]
+        chosen = [prefix for prefix in prefixes if prefix.count(".") == name.count(".") and names.matches(prefix, name)]
+        if not chosen:
+            names.select(self.modules, name)
+            raise UserError(f"{name!r} has no heads and no neurons to ablate; name an attention or an MLP")
+        for prefix in chosen:
+            module = self.modules[prefix]
+            if not isinstance(module, MultiHeadAttention):
+                if head is not None:
+                    raise UserError(f"{prefix} is an MLP: it has no heads")
+                self.replace(f"{prefix}.post", lambda tensor, call: torch.zeros_like(tensor))
+                continue
+            if head is not None:
+                names.check_head(module, prefix, head)
+            keep = torch.ones(module.heads, 1, 1)
+            keep[slice(None) if head is None else head] = 0.0
+            self.replace(f"{prefix}.z", lambda tensor, call, keep=keep: tensor * keep.to(tensor))
+
+    def patch(self, other: "Trace", name: str, *, head: int | None = None) -> None:
+        """Replace what runs by what `other` recorded, call by call; only one head of it if `head` is given.
+
+        Raises UserError at once if `other` lacks it, and during the run if shapes or the number of calls differ.
+        """
+        if isinstance(self.modules.get(name), MultiHeadAttention):
+            name = f"{name}.z"
+        for full in names.select(self.modules, name):
+            prefix, _, label = full.rpartition(".")
+            if head is not None:
+                if label in ("out", *names.MLP_LABELS, *names.BLOCK_LABELS):
+                    raise UserError(f"{full} has no heads; patch z, q, k, v, scores, pattern or head_out")
+                names.check_head(names.attention_at(self.modules, prefix), prefix, head)
+            self.replace(full, _patching(full, other.calls(full), head))
 
     # ------------------------------------------------------------------------------------------ reading
 
@@ -200,6 +254,34 @@ class Trace(Changes):
             for (q, k, mask), v, z in zip(self._qkm(name), self._calls[f"{name}.v"], ran, strict=True):
                 parts.append(certify(q, k, v, mask, self._scale(name), z))
         return combine(parts, len(chosen))
+
+
+def _same_shape(name: str, edit: Edit) -> Edit:
+    def checked(tensor: Tensor, call: int) -> Tensor:
+        result = edit(tensor, call)
+        if result.shape != tensor.shape:
+            raise UserError(
+                f"{name} must keep its shape {tuple(tensor.shape)}; it was replaced by {tuple(result.shape)}"
+            )
+        return result
+
+    return checked
+
+
+def _patching(name: str, calls: list[Tensor], head: int | None) -> Edit:
+    def edit(tensor: Tensor, call: int) -> Tensor:
+        if call >= len(calls):
+            raise UserError(f"patch of {name}: the other run made {len(calls)} calls, this one makes more")
+        new = calls[call].to(tensor)
+        if new.shape != tensor.shape:
+            raise UserError(f"patch of {name}: the other run has {tuple(new.shape)}, this one {tuple(tensor.shape)}")
+        if head is None:
+            return new
+        tensor = tensor.clone()
+        tensor[:, head] = new[:, head]
+        return tensor
+
+    return edit
 
 
 def trace(model: nn.Module, *patterns: str, grad: bool = False, record: bool = True) -> Trace:

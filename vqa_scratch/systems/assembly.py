@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import asdict
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,10 +18,12 @@ from vqa_scratch.models.vqa import VQAModel
 from vqa_scratch.systems.older import todays_sizes
 from vqa_scratch.systems.options import RunOptions
 
+T = TypeVar("T")
 
-def vit(config: ViTConfig, stem: str) -> ViT:
-    """Random weights; `stem` is what turns pixels into tokens: convolutions ("conv") or one linear map ("linear")."""
-    return ViT(config, ConvStem(config.channels, config.dim, config.patch_size) if stem == "conv" else None)
+
+def with_stem(kind: type[T], config: ViTConfig, stem: str) -> T:
+    """A ViT or ViLT of random weights; `stem` turns pixels into tokens: convolutions ("conv") or a linear map."""
+    return kind(config, ConvStem(config.channels, config.dim, config.patch_size) if stem == "conv" else None)
 
 
 def image_encoder(sizes: dict[str, Any]) -> nn.Module:
@@ -30,7 +32,7 @@ def image_encoder(sizes: dict[str, Any]) -> nn.Module:
         fields = {name: value for name, value in sizes.items() if name not in ("model_type", "norm")}
         fields = {name: tuple(v) if isinstance(v, list) else v for name, v in fields.items()}
         return ResNet(ResNetConfig(**fields), NORMS[sizes["norm"]])
-    return vit(ViTConfig.from_hf(sizes), sizes.get("stem", "linear"))
+    return with_stem(ViT, ViTConfig.from_hf(sizes), sizes.get("stem", "linear"))
 
 
 def image_sizes(image: nn.Module) -> dict[str, Any]:

@@ -31,10 +31,8 @@ from vqa_scratch.data.images import ImageProcessor
 from vqa_scratch.data.tokenizers import Tokenizers
 from vqa_scratch.data.vqa_v2 import VQASample
 from vqa_scratch.errors import UserError
-from vqa_scratch.systems.older import todays_moments, todays_names
 from vqa_scratch.systems.options import RunOptions
-from vqa_scratch.systems.run_folder import WEIGHTS, read_weights, write_run_config
-from vqa_scratch.training.checkpoint import load_model_state
+from vqa_scratch.systems.run_folder import load_weights, write_run_config
 from vqa_scratch.training.precision import Precision
 from vqa_scratch.training.ranks import ALONE, World
 
@@ -42,7 +40,7 @@ from vqa_scratch.training.ranks import ALONE, World
 class System(ABC):
     """A model with its tokenizers and preprocessing; while it trains, with its data too."""
 
-    name: ClassVar[str]
+    example: ClassVar[str] = "what color is the square?"  # a question to ask; "" if it is asked none
     unit: ClassVar[str] = "questions"  # what a sample is, in the plural
     writes: ClassVar[bool] = False  # whether it writes its answers token by token
 
@@ -83,17 +81,9 @@ class System(ABC):
         Raises UserError if there are no weights yet, or if they do not fit.
         """
         system = cls.open(folder, sizes, options, precision)
-        load_model_state(system.model, system.renamed(read_weights(folder)), str(folder / WEIGHTS))
+        load_weights(system.model, folder)
         system.model.to(precision.device).eval()
         return system
-
-    def moments(self, states: list[dict[str, Any]], weights: dict[str, Tensor]) -> list[dict[str, Any]]:
-        """The optimizer states of a checkpoint with these weights, numbered as today's parameters are."""
-        return todays_moments(states, self.model, weights)
-
-    def renamed(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Weights that an older version wrote, under today's names."""
-        return todays_names(state)
 
     def save(self, folder: Path) -> None:
         """Everything but the weights, into the run folder."""
@@ -162,7 +152,7 @@ class System(ABC):
 
     def lacks(self, what: str) -> NoReturn:
         """Raise UserError: this system cannot do what it was asked for."""
-        raise UserError(f"{self.folder or self.name} is a run of preset {self.options.preset}, which {what}")
+        raise UserError(f"{self.folder or self.options.out} is a run of preset {self.options.preset}, which {what}")
 
     def ask(
         self, image: Path, question: str | None, top: int | None = None, decoding: dict[str, Any] | None = None

@@ -11,26 +11,22 @@ from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
-from PIL import Image
 
 from vqa_scratch.data.answers import Answer
 from vqa_scratch.data.augment import Augment, depends_on_side
-from vqa_scratch.data.batches import Batch
-from vqa_scratch.data.groups import batches_by_image
+from vqa_scratch.data.batches import Batch, batches_by_image
 from vqa_scratch.data.text import check_question
 from vqa_scratch.data.vqa_v2 import VQASample
 from vqa_scratch.errors import UserError
 from vqa_scratch.report.gallery import answer_sections
 from vqa_scratch.rl.options import RLHFOptions
 from vqa_scratch.rl.tasks import Task
-from vqa_scratch.study.opened import Opened
 from vqa_scratch.systems.base import seed_everything
 from vqa_scratch.systems.caption_models import build_model
 from vqa_scratch.systems.captions import (
     CaptionData,
     accuracy_of,
     by_image,
-    caption_panels,
     in_words,
     quality,
     read_captions_data,
@@ -40,9 +36,7 @@ from vqa_scratch.systems.captions import (
 )
 from vqa_scratch.systems.options import CaptionOptions
 from vqa_scratch.systems.policy import answering_task, run_options
-from vqa_scratch.systems.questions import one_sample
-from vqa_scratch.systems.scoring import blind_baselines, score
-from vqa_scratch.systems.studied import writing_subject
+from vqa_scratch.systems.scoring import blind_baselines
 from vqa_scratch.systems.writer import WritingSystem
 from vqa_scratch.training.precision import Precision
 from vqa_scratch.training.ranks import World
@@ -63,7 +57,7 @@ class CaptionSystem(WritingSystem):
     Its splits "val", "test" and "holdout" have one caption an image; "val questions" and "test questions" go with them.
     """
 
-    name = "caption"
+    example = ""
     unit = "texts"
     data: CaptionData
 
@@ -100,8 +94,6 @@ class CaptionSystem(WritingSystem):
         ]
         self.augment = Augment(options.flip, options.rotate, options.brightness, options.contrast)
         self.baselines: dict[str, float] = {}
-        if options.compile:
-            self.loss = torch.compile(self.loss, dynamic=True)
 
     def about(self) -> list[str]:
         kinds = [sum(map(len, groups)) for groups in self.groups]
@@ -119,7 +111,7 @@ class CaptionSystem(WritingSystem):
         """
         options = self.options
         rng = np.random.default_rng([options.seed, number, 0])
-        lengths = self.splits["train"].questions.answers.lengths
+        lengths = self.splits["train"].questions.decoder_ids.lengths
         batches = batches_by_image(self.groups[0], rng, options.captions_per_step, options.captions_per_image, lengths)
         share = options.question_share
         if share:
@@ -154,18 +146,15 @@ class CaptionSystem(WritingSystem):
 
     # ----------------------------------------------------------------------------------------------- evaluation
 
-    def say(self, name: str, limit: int | None = None, **shown: Any) -> dict[int, Answer]:
-        """What the model writes for a split, or about its first `limit` samples; `shown` as in `Split.batches`."""
-        options = self.options
-        at_once = options.questions_per_step if name.endswith("questions") else options.captions_per_step
-        return self.answer_split(name, limit, at_once, **shown)
+    def at_once(self, name: str) -> int:
+        return self.options.questions_per_step if name.endswith("questions") else self.options.captions_per_step
 
     def validation_loss(self) -> float:
         """Nats a token over one reference of each image that `evaluate` describes, in eval mode."""
         split, total, tokens = self.splits["val"], 0.0, 0
         batches = split.questions.in_order(self.options.eval_captions, self.options.captions_per_step)
         with self.evaluating():
-            for _, batch in split.batches(self, batches[self.world.rank :: self.world.size]):
+            for _, batch in split.batches(self.precision.device, batches[self.world.rank :: self.world.size]):
                 with self.precision.autocast():
                     total += self.loss(batch)[0].item()
                 tokens += batch.counts[1]
@@ -174,30 +163,35 @@ class CaptionSystem(WritingSystem):
 
     def evaluate(self) -> dict[str, float]:
         texts, limit = self.data.texts["val"], self.options.eval_captions
-        captions = by_image(texts.to_describe, self.say("val", limit))
+        captions = by_image(texts.to_describe, self.answer_split("val", limit))
         figures = quality(captions, texts.captions, texts.scenes)
         figures = {k: v for k, v in figures.items() if k != "bleu_signature"}
         figures |= {"accuracy": accuracy_of(figures), "loss": self.validation_loss()}
         if texts.questions:
-            said = self.say("val questions", self.options.eval_questions)
-            figures["answer_accuracy"] = score(texts.questions, said, self.data.family).accuracy
+            figures["answer_accuracy"] = self.report("val questions", self.options.eval_questions).accuracy
         return figures
 
-    def panels(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        return caption_panels(rows, self.baselines)
+    def scored(self, figures: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The figures of the captions, and the accuracy of answers, beside the blind baselines."""
+        names = ("object_precision", "object_recall", "exact_share", "answer_accuracy")
+        known = {name: [row.get(name) for row in figures] for name in names}
+        lines = {k.replace("_", " "): values for k, values in known.items() if any(v is not None for v in values)}
+        lines["BLEU / 100"] = [row["bleu"] / 100 for row in figures]
+        title = "captions of images never trained on"
+        return [{"title": title, "ylabel": "share", "lines": lines, "hlines": self.baselines}]
 
     def finish(self, folder: Path) -> dict[str, Any]:
         """Score captions of the test split, of shuffled images and of the hold-out if there is one, and answers if the
         model was trained on questions; write samples.html and results.png."""
         test = self.data.texts["test"]
-        figures, said = report(test.to_describe, test.scenes, partial(self.say, "test"))
+        figures, said = report(test.to_describe, test.scenes, partial(self.answer_split, "test"))
         key, scale = ("bleu", 100) if test.scenes is None else ("object_recall", 1)
         blind_figures = figures["baselines"].items()
         self.baselines = {f"{key.split('_')[-1]}, {n.replace('_', ' ')}": b[key] / scale for n, b in blind_figures}
         held = None
         if "holdout" in self.data.texts:
             new = self.data.texts["holdout"]
-            captions = by_image(new.to_describe, self.say("holdout", progress="hold-out"))
+            captions = by_image(new.to_describe, self.answer_split("holdout", progress="hold-out"))
             held = quality(captions, new.to_describe, new.scenes)
         asked, sections = self._questions_report() if test.questions else (None, [])
         if self.world.main:
@@ -207,10 +201,10 @@ class CaptionSystem(WritingSystem):
     def _questions_report(self) -> tuple[dict[str, Any], list[tuple[str, list[str]]]]:
         """(figures of the questions of the test split, sections of the page of samples)."""
         samples, trained_on = self.data.texts["test"].questions, self.data.texts["train"].questions
-        scored = score(samples, self.say("test questions", progress="questions"), self.data.family)
-        shuffled = self.say("test questions", shuffled=True, progress="shuffled images")
+        scored = self.report("test questions", progress="questions")
         baselines = blind_baselines(samples, trained_on)
-        baselines["shuffled_images"] = score(samples, shuffled, self.data.family).accuracy
+        shuffled = self.report("test questions", shuffled=True, progress="shuffled images")
+        baselines["shuffled_images"] = shuffled.accuracy
         figures = {"accuracy": scored.accuracy, "accuracy_by_family": scored.by_family, "baselines": baselines}
         return figures, answer_sections(samples, scored.answers, self.data.family, self.options.samples)
 
@@ -231,15 +225,13 @@ class CaptionSystem(WritingSystem):
         """A caption without a question, an answer with one."""
         if top is not None:
             raise UserError(f"{self.folder} writes one text and ranks no list of them: leave out --top")
-        question = self.checked(question)
-        answers = self.answers(self.split([one_sample(image, question)]), [np.array([0])], decoding=decoding)
-        return answers[0], self.tokenizers.notes_on(question)
+        return super().ask(image, question, decoding=decoding)
 
     def answer(
         self, samples: Sequence[VQASample], limit: int | None = None, *, ranked: bool = False, **shown: Any
     ) -> dict[int, Answer]:
         self.check_answers_questions()
-        return {} if ranked else self.answer_samples(samples, limit, **shown)
+        return {} if ranked else super().answer(samples, limit, **shown)
 
     def check_answers_questions(self) -> None:
         """Raise UserError unless the model was trained on questions too."""
@@ -259,12 +251,8 @@ class CaptionSystem(WritingSystem):
         """Describe a split, or its first `limit` images, and score it like the test split of the run."""
         texts = read_texts(data, split, seed=self.options.seed, verbose=True)
         samples = texts.to_describe[:limit]
-        figures, _ = report(samples, texts.scenes, partial(self.answer_samples, samples))
+        figures, _ = report(samples, texts.scenes, partial(super().answer, samples))
         return {"data": str(data), "split": split, "images": len(samples)} | figures
-
-    def subject(self, image: Image.Image, question: str | None) -> Opened:
-        """The model writing a caption, or an answer if there is a question."""
-        return writing_subject(self, image, self.checked(question))
 
     def policy(self, options: RLHFOptions, dtype: torch.dtype) -> Task:
         """Only a run that answers questions can be tuned."""

@@ -15,7 +15,6 @@ from vqa_scratch.data.image_files import load_image
 from vqa_scratch.data.scenes import Scene
 from vqa_scratch.data.shapes import ShapesSpec, ensure_shapes
 from vqa_scratch.data.vqa_v2 import VQASample, read_vqa, split_by_image, spread
-from vqa_scratch.report.curves import moving_average
 from vqa_scratch.report.gallery import card, write_page
 from vqa_scratch.report.table import draw_table
 from vqa_scratch.systems.caption_scores import corpus_bleu, score_objects
@@ -183,27 +182,6 @@ def draw_results(path: Path, title: str, samples: Sequence[VQASample], answers: 
             f"note: no installed font has {len(missing)} of the characters in {path} ({shown}); it shows their codes "
             "instead. A font such as Noto Sans CJK has them"
         )
-
-
-def caption_panels(rows: list[dict[str, Any]], baselines: Mapping[str, float]) -> list[dict[str, Any]]:
-    """Training and validation loss, and the figures of the captions, over the texts seen."""
-    steps, evaluations = [row for row in rows if "loss" in row], [row for row in rows if "val" in row]
-    seen = [row["samples"] / 1000 for row in evaluations]
-    trained = moving_average([row["loss"] for row in steps], 5)
-    names = ("object_precision", "object_recall", "exact_share", "answer_accuracy")
-    shown = {n: [row["val"].get(n) for row in evaluations] for n in names}
-    lines = {n.replace("_", " "): (seen, ys) for n, ys in shown.items() if any(y is not None for y in ys)}
-    bleu = {"BLEU / 100": (seen, [row["val"]["bleu"] / 100 for row in evaluations])}
-    losses = {
-        "training": ([row["samples"] / 1000 for row in steps], trained),
-        "validation": (seen, [row["val"]["loss"] for row in evaluations]),
-    }
-    axis = {"xlabel": "thousand texts seen"}
-    scored = {"title": "captions of images never trained on", "ylabel": "share", "ylim": (0, 1.02)}
-    return [
-        {"title": "loss", "ylabel": "nats a token", "lines": losses, "log": True, **axis},
-        {**scored, "lines": lines | bleu, "hlines": baselines, **axis},
-    ]
 
 
 def in_words(figures: Mapping[str, Any]) -> list[str]:

@@ -20,18 +20,22 @@ from vqa_scratch.weights.files import write_safetensors
 README = """\
 # {title}
 
-- `image/`  {image_kind}; `preprocessor_config.json` says how an image becomes pixels
-{text_line}- `decoder/`  {decoder_kind}{with_cross} with its tokenizer
-- `connector.safetensors`  what joins them (connector `{connector}`): {tensors}
+{folders}
+- `connector.safetensors`  what joins them (connector `{connector}`)
 
-Run this in the folder to ask about one image. What the decoder writes starts after the token {bos} and ends at the
-token {eos}.
+`image/preprocessor_config.json` says how an image becomes pixels. Run this in the folder to ask about one image. What
+the decoder writes starts after the token {start} and ends at the token {end}.
 
 ```python
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import AutoModel, AutoTokenizer, {decoder}
+
 {imports}
 
 {load_image}
-decoder = {decoder_kind}.from_pretrained("decoder").eval()
+decoder = {decoder}.from_pretrained("decoder").eval()
 connector = load_file("connector.safetensors")
 words = AutoTokenizer.from_pretrained("decoder")
 
@@ -45,12 +49,12 @@ pixels = ImageProcessor.from_pretrained("image")([Image.open("picture.png")])
 with torch.no_grad():
     image_states = {states}
 {read}
-    ids = torch.tensor([[{prompt}{bos_id}]])
+    ids = torch.tensor([[{prompt}{start_id}]])
     first = ids.shape[1]
     for _ in range({most}):
         {step}
         ids = torch.cat([ids, logits[:, -1:].argmax(-1)], 1)
-        if ids[0, -1] == {eos_id}:
+        if ids[0, -1] == {end_id}:
             break
 print(words.decode(ids[0, first:], skip_special_tokens=True).strip())
 ```
@@ -58,14 +62,17 @@ print(words.decode(ids[0, first:], skip_special_tokens=True).strip())
 LOAD_OWN = """\
 # This image encoder has {part}, which {layout} has no place for: its weights are in image/model.safetensors
 # under the names of vqa_scratch, its sizes in image/encoder.json.
-image = image_encoder(json.load(open("image/encoder.json"))).eval()
+image = image_encoder(read_json("image/encoder.json")).eval()
 image.load_state_dict(load_file("image/model.safetensors"))"""
 STEM_HINT = " (--stem linear trains one that fits)"
-OWN = "from vqa_scratch.systems.assembly import image_encoder"
+OWN = ["from vqa_scratch.storage import read_json", "from vqa_scratch.systems.assembly import image_encoder"]
 TEXT = """\
 text = AutoModel.from_pretrained("text").eval()
-tokens = AutoTokenizer.from_pretrained("text")("what color is the square?", return_tensors="pt")
-attention_mask = tokens["attention_mask"].float()"""
+tokens = AutoTokenizer.from_pretrained("text")("{example}", return_tensors="pt")
+attention_mask = tokens["attention_mask"].float()
+"""
+TEXT_STATES = 'text_states = text(tokens["input_ids"], tokens["attention_mask"]).last_hidden_state\n'
+PROMPT = 'prompt = words(" {example}", add_special_tokens=False)["input_ids"]'
 MEMORY = "logits = decoder(ids, encoder_hidden_states=memory, encoder_attention_mask=mask).logits"
 PREFIX = "logits = decoder(inputs_embeds=torch.cat([prefix, decoder.get_input_embeddings()(ids)], 1)).logits"
 VILT_README = """\
@@ -75,49 +82,38 @@ VILT_README = """\
 the folder to ask about one image.
 
 ```python
+import torch
+from PIL import Image
+from transformers import AutoTokenizer
+
+from vqa_scratch.data.images import ImageProcessor
+
 {load}
-tokenizer = AutoTokenizer.from_pretrained(".")
-processor = ImageProcessor.from_pretrained(".")
-pixels = processor([Image.open("picture.png")])
-question = tokenizer("what color is the square?", return_tensors="pt")
+question = AutoTokenizer.from_pretrained(".")("{example}", return_tensors="pt")
+pixels = ImageProcessor.from_pretrained(".")([Image.open("picture.png")])
 with torch.no_grad():
-    scores = answer(pixels, question["input_ids"], question["attention_mask"]).sigmoid()[0]
-for score, place in zip(*scores.topk(3)):
+    logits = model(pixel_values=pixels, input_ids=question["input_ids"], attention_mask=question["attention_mask"])
+for score, place in zip(*logits{of_output}[0].sigmoid().topk(3)):
     print(f"{{labels[int(place)]:20s}} {{score:.3f}}")
 ```
 """
 LOAD_VILT = """\
-import torch
-from PIL import Image
-from transformers import AutoTokenizer, ViltForQuestionAnswering
-
-from vqa_scratch.data.images import ImageProcessor
+from transformers import ViltForQuestionAnswering
 
 model = ViltForQuestionAnswering.from_pretrained(".").eval()
 labels = model.config.id2label
-
-
-def answer(pixels, ids, mask):
-    return model(input_ids=ids, attention_mask=mask, pixel_values=pixels).logits
-
 """
 LOAD_OWN_VILT = """\
-import json
-
-import torch
-from PIL import Image
-from safetensors.torch import load_file
-from transformers import AutoTokenizer
-
-from vqa_scratch.data.images import ImageProcessor
-from vqa_scratch.models import ViLTClassifier, ViLTConfig
-from vqa_scratch.systems.vilt import build_vilt
-
 # A convolutional stem has no place in the ViLT layout of transformers: weights and sizes go by names of vqa_scratch.
-sizes = json.load(open("model.json"))
-labels = list(sizes["id2label"].values())
-answer = ViLTClassifier(build_vilt(ViLTConfig.from_hf(sizes), sizes["stem"]), labels).eval()
-answer.load_state_dict(load_file("model.safetensors"))"""
+from safetensors.torch import load_file
+
+from vqa_scratch.storage import read_json
+from vqa_scratch.systems.vilt import model_of
+
+model = model_of(read_json("model.json"), "model.json").eval()
+model.load_state_dict(load_file("model.safetensors"))
+labels = model.labels
+"""
 
 
 def _tensors(module: nn.Module) -> dict[str, Any]:
@@ -143,59 +139,47 @@ def _export_image(image: nn.Module, folder: Path) -> tuple[str, str, str, list[s
         kind, part, layout, hint = "a ViT", "a convolutional stem", "the ViT layout", STEM_HINT
     load, kind = LOAD_OWN.format(part=part, layout=layout), f"{kind} with {part}, under names of our own"
     why = f"the image encoder has {part}, which {layout} has no place for{hint}"
-    return kind, load, "image.states(pixels).tokens", ["import json", OWN], why
+    return kind, load, "image.states(pixels).tokens", OWN, why
 
 
 def export_writer(system: System, folder: Path) -> list[str]:
     """Export a system of encoder, connector and decoder. Returns a line on each part that no released layout fits."""
     model, tokenizers = system.model, system.tokenizers
-    for name in ("image", "decoder"):
-        (folder / name).mkdir(parents=True, exist_ok=True)
     kind, load, states, imports, note = _export_image(model.image, folder / "image")
     system.processor.save_pretrained(folder / "image")
+    decoder, connector = model.decoder.config.family.architecture, system.sizes["connector"]["kind"]
+    kinds = {"image": kind, "decoder": decoder}
     parts = [("decoder", model.decoder, tokenizers.decoder)]
     if model.text is not None:
         parts.append(("text", model.text, tokenizers.text))
+        kinds["text"] = model.text.config.to_hf()["architectures"][0]
     for name, part, tokenizer in parts:
         part.save_pretrained(folder / name)
         tokenizer.save(folder / name)
-    state = _tensors(model.connector)
-    connector = system.sizes["connector"]["kind"]
-    write_safetensors(folder / "connector.safetensors", state, {"connector": connector})
+    write_safetensors(folder / "connector.safetensors", _tensors(model.connector), {"connector": connector})
     write_json(folder / "connector.json", system.sizes["connector"])
 
-    has_text, memory = model.text is not None, model.connector.uses_memory
-    text_kind = model.text.config.to_hf()["architectures"][0] if has_text else ""
-    text_states = '    text_states = text(tokens["input_ids"], tokens["attention_mask"]).last_hidden_state\n'
-    asked = tokenizers.question_prompt and system.name != "caption"
-    prompt = 'prompt = words(" what color is the square?", add_special_tokens=False)["input_ids"]' if asked else ""
-    decoder_kind = model.decoder.config.family.architecture
-    hf = ("AutoModel, " if has_text or "AutoModel" in load else "") + f"AutoTokenizer, {decoder_kind}"
-    lines = ["import torch", "from PIL import Image", "from safetensors.torch import load_file"]
-    own = ["from vqa_scratch.data.images import ImageProcessor", *imports, *model.connector.recipe_imports(has_text)]
-    standard = [line for line in own if line.startswith("import ")]
-    own = sorted(line for line in own if not line.startswith("import "))
-    token = tokenizers.decoder.backend.id_to_token
+    reads_text, token = model.text is not None, tokenizers.decoder.backend.id_to_token
+    prompted = bool(tokenizers.prompt(system.example))
+    asked = (TEXT if reads_text else "") + (PROMPT if prompted else "")
+    own = ["from vqa_scratch.data.images import ImageProcessor", *imports, *model.connector.recipe_imports()]
     page = README.format(
-        title="A visual question answering system in parts" if has_text or asked else "A captioner in parts",
-        image_kind=kind,
-        text_line=f"- `text/`  {text_kind} with its tokenizer\n" if has_text else "",
-        decoder_kind=decoder_kind,
-        with_cross=" with cross-attention" if memory else "",
+        title="A visual question answering system in parts" if system.example else "A captioner in parts",
+        folders="\n".join(f"- `{name}/`  {kind}" for name, kind in kinds.items()),
         connector=connector,
-        tensors=", ".join(f"`{name}`" for name in state) if len(state) < 10 else f"{len(state)} tensors",
-        bos=f"`{token(tokenizers.start_id)}`",
-        eos=f"`{token(tokenizers.end_id)}`",
-        imports="\n".join([*standard, *lines, f"from transformers import {hf}", "", *own]),
+        start=f"`{token(tokenizers.start_id)}`",
+        end=f"`{token(tokenizers.end_id)}`",
+        decoder=decoder,
+        imports="\n".join(sorted(own)),
         load_image=load,
-        question="\n".join(line for line in (TEXT if has_text else "", prompt) if line),
+        question=asked.format(example=system.example),
         states=states,
-        read=(text_states if has_text else "") + indent(model.connector.recipe(has_text), "    "),
-        prompt="*prompt, " if asked else "",
-        bos_id=tokenizers.start_id,
-        eos_id=tokenizers.end_id,
+        read=indent((TEXT_STATES if reads_text else "") + model.connector.recipe(reads_text), "    "),
+        prompt="*prompt, " if prompted else "",
+        start_id=tokenizers.start_id,
+        end_id=tokenizers.end_id,
         most=tokenizers.max_answer_tokens,
-        step=MEMORY if memory else PREFIX,
+        step=MEMORY if model.connector.uses_memory else PREFIX,
     )
     write_text(folder / "README.md", page)
     return [] if note is None else [f"{note}: {folder / 'image'} holds it under names of our own, see its README.md"]
@@ -205,7 +189,9 @@ def export_vilt(system: System, folder: Path) -> list[str]:
     """Export in the layout of ViltForQuestionAnswering; a model with a convolutional stem keeps our names."""
     system.tokenizers.text.save(folder)
     system.processor.save_pretrained(folder)
-    write_text(folder / "README.md", VILT_README.format(load=LOAD_OWN_VILT if system.has_stem else LOAD_VILT))
+    load, of_output = (LOAD_OWN_VILT, "") if system.has_stem else (LOAD_VILT, ".logits")
+    page = VILT_README.format(load=load, example=system.example, of_output=of_output)
+    write_text(folder / "README.md", page)
     if not system.has_stem:
         system.model.save_pretrained(folder)
         return []

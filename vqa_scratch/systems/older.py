@@ -48,6 +48,11 @@ def todays_moments(states: list[dict[str, Any]], model: nn.Module, weights: dict
     for saved, own in zip(states, of_optimizers, strict=True):
         now = [name for group in own for name in group]
         before = [name for group in own for name in sorted(group, key=then.__getitem__)]
-        number = {name: place for place, name in enumerate(now)}
-        result.append(saved | {"state": {number[before[i]]: moments for i, moments in saved["state"].items()}})
+        result.append(saved | {"state": renumbered(saved["state"], before, now)})
     return result
+
+
+def renumbered(state: dict[int, Any], before: list[str], now: list[str]) -> dict[int, Any]:
+    """The moments of parameters that an optimizer numbered in the order `before`, numbered in the order `now`."""
+    number = {name: place for place, name in enumerate(now)}
+    return {number[before[i]]: moments for i, moments in state.items()}

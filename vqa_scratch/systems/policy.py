@@ -17,13 +17,13 @@ from vqa_scratch import systems
 from vqa_scratch.data.vqa_v2 import VQASample
 from vqa_scratch.errors import UserError
 from vqa_scratch.rl.options import RLHFOptions
-from vqa_scratch.rl.policy import SamplingRules, freeze
+from vqa_scratch.rl.policy import freeze, sampling_rules
 from vqa_scratch.rl.resume import fingerprint
-from vqa_scratch.rl.rewards import RewardPart, RewardSum, length_penalty
+from vqa_scratch.rl.rewards import RewardPart, RewardSum
 from vqa_scratch.rl.tasks import Task
 from vqa_scratch.rl.vqa_policy import VQAPolicy, official_accuracy, prompts_from
 from vqa_scratch.systems.base import System
-from vqa_scratch.systems.older import todays_names
+from vqa_scratch.systems.older import renumbered, todays_names
 from vqa_scratch.systems.run_folder import WEIGHTS, save_weights
 from vqa_scratch.systems.writing import check_room
 
@@ -34,14 +34,10 @@ def vqa_task(options: RLHFOptions, device: torch.device, dtype: torch.dtype) -> 
 
 
 def answering_task(
-    system: System,
-    options: RLHFOptions,
-    dtype: torch.dtype,
-    train: list[VQASample],
-    test: list[VQASample],
+    system: System, options: RLHFOptions, dtype: torch.dtype, train: list[VQASample], test: list[VQASample]
 ) -> Task:
     """The system as policy, with a frozen copy as reference, whose linear layers are stored in `dtype`."""
-    tokenizers, decoder, device = system.tokenizers, system.model.decoder, system.precision.device
+    tokenizers = system.tokenizers
     held_out = random.Random(options.seed).sample(test, min(options.eval_prompts, len(test)))
     for name, samples in (("train", train), ("test", held_out)):
         bare = next((sample.question_id for sample in samples if not sample.answers), None)
@@ -49,14 +45,10 @@ def answering_task(
             raise UserError(f"question {bare} of the {name} split has no answers: the reward is the VQA accuracy")
     questions = {sample.question for sample in (*train, *held_out)}
     longest = max(len(tokenizers.prompt(question)) for question in questions) + 1  # with the start token
-    check_room(decoder, longest, options.max_new_tokens)
+    check_room(system, longest, options.max_new_tokens)
     policy = VQAPolicy(system.model, tokenizers, system.processor)
-    parts = [RewardPart("accuracy", 1.0, official_accuracy)]
-    if options.length_weight:
-        parts.append(RewardPart("shortness", options.length_weight, length_penalty))
     words = tokenizers.decoder
-    barred = torch.arange(len(decoder.head), device=device) >= len(words)
-    barred[[i for i in (words.pad_id, words.bos_id) if i is not None and i != policy.eos_id]] = True
+    never = [i for i in (words.pad_id, words.bos_id) if i not in (None, policy.eos_id)]
 
     def save(folder: Path) -> None:
         system.save(folder)
@@ -66,17 +58,10 @@ def answering_task(
     return Task(
         policy,
         reference,
-        RewardSum(parts),
+        RewardSum([RewardPart("accuracy", 1.0, official_accuracy)], options.length_weight),
         prompts_from(train, tokenizers),
         prompts_from(held_out, tokenizers),
-        SamplingRules(
-            policy.eos_id,
-            options.max_new_tokens,
-            options.min_new_tokens,
-            options.temperature,
-            barred,
-            options.no_repeat_ngram_size,
-        ),
+        sampling_rules(options, policy.eos_id, system.model.decoder.head, len(words), never),
         lambda ids: words.decode(ids).strip(),
         save,
         upgrade=partial(todays_checkpoint, reference=reference),
@@ -107,13 +92,10 @@ def todays_checkpoint(saved: dict[str, Any], reference: VQAPolicy) -> dict[str, 
     trained = [name for name, _ in reference.model.named_parameters()]
     if saved["config"]["freeze"] == "encoder":
         trained = [name for name in trained if name.startswith("decoder.")]
-    groups, state = ppo["optimizer"]["param_groups"], ppo["optimizer"]["state"]
-    head, body = (group["params"] for group in groups)
-    number = dict(zip([name for name in renamed if name in set(trained)], body, strict=True))
-    before = [*head, *(number[name] for name in trained)]
-    moments = {now: state[then] for now, then in zip([*head, *body], before, strict=True) if then in state}
+    head = ["value head's weight", "value head's bias"]
+    before = [*head, *(name for name in renamed if name in trained)]
+    moments = renumbered(ppo["optimizer"]["state"], before, [*head, *trained])
 
     actor = {name: x for name, x in ppo["actor"].items() if not name.startswith(OF_ACTOR)}
     actor |= {OF_ACTOR + name: x for name, x in renamed.items()}
-    optimizer = {"param_groups": groups, "state": moments}
-    return saved | {"ppo": ppo | {"actor": actor, "optimizer": optimizer}}
+    return saved | {"ppo": ppo | {"actor": actor, "optimizer": ppo["optimizer"] | {"state": moments}}}

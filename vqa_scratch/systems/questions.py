@@ -1,23 +1,20 @@
 """What the systems that answer questions share: their data, the batches of an epoch, and the final report."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from vqa_scratch.data.answers import Answer
 from vqa_scratch.data.scenes import FAMILY_OF_TYPE
 from vqa_scratch.data.shapes import ShapesSpec, ensure_shapes
 from vqa_scratch.data.text import check_question
 from vqa_scratch.data.vqa_v2 import VQASample, read_vqa, split_by_image
 from vqa_scratch.errors import UserError
-from vqa_scratch.report.curves import moving_average
 from vqa_scratch.report.gallery import write_gallery
-from vqa_scratch.systems.base import System
 from vqa_scratch.systems.options import QuestionOptions
-from vqa_scratch.systems.scoring import Report, blind_baselines, score
+from vqa_scratch.systems.scoring import blind_baselines
 from vqa_scratch.systems.splits import SplitSystem
 from vqa_scratch.training.ranks import World
 
@@ -26,7 +23,6 @@ from vqa_scratch.training.ranks import World
 class QuestionData:
     """Samples by split ("train", "val", "test", and "holdout" where there is one); `family` names a sample's family."""
 
-    folder: Path
     samples: dict[str, list[VQASample]]
     family: Callable[[VQASample], str]
 
@@ -63,16 +59,15 @@ def read_questions(options: QuestionOptions) -> QuestionData:
     samples["test"] = first_images(samples["test"], options.test_images)
     if (folder / "scenes_holdout.json").exists():
         samples["holdout"] = read_vqa(folder, "holdout").samples
-    return QuestionData(Path(folder), samples, family_of(Path(folder)))
+    return QuestionData(samples, family_of(folder))
 
 
 class QuestionSystem(SplitSystem):
     """A system that trains on questions grouped by image, and is scored by official accuracy beside blind baselines.
 
-    A subclass adds the model, `loss`, and `answers`: how it answers.
+    A subclass adds the model, `loss`, and `respond`: how it answers.
     """
 
-    loss_unit: str  # of the training loss, for the curve's axis
     data: QuestionData
 
     @classmethod
@@ -99,43 +94,24 @@ class QuestionSystem(SplitSystem):
 
     # ----------------------------------------------------------------------------------------------- evaluation
 
-    def report(self, name: str, limit: int | None = None, **how: Any) -> Report:
-        """Score a split, or about its first `limit` questions; `how` as in `answers`. The same on all ranks."""
-        answers = self.answer_split(name, limit, 2 * self.options.questions_per_step, **how)
-        return score(self.splits[name].questions.samples, answers, self.data.family)
+    def at_once(self, name: str) -> int:
+        return 2 * self.options.questions_per_step
 
     def evaluate(self) -> dict[str, float]:
         report = self.report("val", self.options.eval_questions)
         return {"accuracy": report.accuracy, **{f"accuracy/{k}": v for k, v in report.by_family.items()}}
 
-    def panels(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Loss, validation accuracy, and accuracy by family, over the questions seen."""
-        steps, evaluations = [row for row in rows if "loss" in row], [row for row in rows if "val" in row]
-        seen = [row["samples"] / 1000 for row in evaluations]
-        families = sorted({k for row in evaluations for k in row["val"] if k.startswith("accuracy/")})
-        loss = moving_average([row["loss"] for row in steps], 5)
-        axis = {"xlabel": "thousand questions seen"}
-        scored = axis | {"ylabel": "official VQA accuracy", "ylim": (0, 1.02)}
-        return [
-            {
-                "title": "training loss",
-                "ylabel": self.loss_unit,
-                "lines": {"loss": ([row["samples"] / 1000 for row in steps], loss)},
-                "log": True,
-                **axis,
-            },
-            {
-                "title": "accuracy on held-out scenes",
-                "lines": {"validation": (seen, [row["val"]["accuracy"] for row in evaluations])},
-                "hlines": {name.replace("_", " "): value for name, value in self.baselines.items()},
-                **scored,
-            },
-            {
-                "title": "by family",
-                "lines": {k.split("/", 1)[1]: (seen, [row["val"].get(k) for row in evaluations]) for k in families},
-                **scored,
-            },
-        ]
+    def scored(self, figures: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Validation accuracy beside the blind baselines, and accuracy by family."""
+        families = sorted({name for row in figures for name in row if name.startswith("accuracy/")})
+        accuracy = {
+            "title": "accuracy on held-out scenes",
+            "lines": {"validation": [row["accuracy"] for row in figures]},
+            "hlines": {name.replace("_", " "): value for name, value in self.baselines.items()},
+        }
+        by_family = {name.split("/", 1)[1]: [row.get(name) for row in figures] for name in families}
+        panels = [accuracy, {"title": "by family", "lines": by_family}]
+        return [{**panel, "ylabel": "official VQA accuracy"} for panel in panels]
 
     def finish(self, folder: Path) -> dict[str, Any]:
         """Score the test split, the same with shuffled images, and the hold-out where there is one; samples.html."""
@@ -162,27 +138,7 @@ class QuestionSystem(SplitSystem):
             "blind baselines      " + ", ".join(f"{k} {v:.3f}" for k, v in baselines.items()),
         ]
 
-    # --------------------------------------------------------------------------------------------------- answers
-
-    def answer(self, samples: Sequence[VQASample], limit: int | None = None, **how: Any) -> dict[int, Answer]:
-        return self.answer_samples(samples, limit, **how)
-
-    def ask(
-        self, image: Path, question: str | None, top: int | None = None, decoding: dict[str, Any] | None = None
-    ) -> tuple[list[Answer], list[str]]:
-        question = needs_question(self, question)
-        how = {"decoding": decoding} if top is None else {"ranked": True, "top": top}
-        answers = self.answers(self.split([one_sample(image, question)]), [np.array([0])], **how)
-        return answers[0], self.tokenizers.notes_on(question)
-
-
-def needs_question(system: System, question: str | None) -> str:
-    """The question, checked. Raises UserError if there is none."""
-    if question is None:
-        raise UserError(f"{system.folder} answers questions: give it --question")
-    return check_question(question)
-
-
-def one_sample(image: Path, question: str) -> VQASample:
-    """A question asked by a user."""
-    return VQASample(0, image, 0, question, "", "", (), "")
+    def checked(self, question: str | None) -> str:
+        if question is None:
+            raise UserError(f"{self.folder} answers questions: give it --question")
+        return check_question(question)

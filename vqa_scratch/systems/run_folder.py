@@ -12,16 +12,23 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
 from vqa_scratch.errors import UserError
 from vqa_scratch.options import changeable, check_dependencies, from_json, to_json
-from vqa_scratch.storage import check_writable, read_json, remove_unfinished, write_json
+from vqa_scratch.storage import read_json, remove_unfinished, write_json
+from vqa_scratch.systems.older import todays_moments, todays_names
 from vqa_scratch.systems.options import PRESETS, RunOptions
-from vqa_scratch.training.checkpoint import load_checkpoint
+from vqa_scratch.training.checkpoint import (
+    check_unchanged,
+    checkpoint_path,
+    load_checkpoint,
+    load_model_state,
+    restore_streams,
+)
+from vqa_scratch.training.optimizers import Optimizers
 from vqa_scratch.training.ranks import ALONE, World, for_main
 from vqa_scratch.weights.files import write_safetensors
 
@@ -58,15 +65,30 @@ def save_weights(path: Path, model: nn.Module, world: World = ALONE) -> None:
         write_safetensors(path, {name: p.detach().cpu().contiguous() for name, p in tensors.items()})
 
 
-def read_weights(folder: Path) -> dict[str, torch.Tensor]:
-    """The best weights of a run. Raises UserError if there are none yet, or if the file is cut short."""
+def load_weights(model: nn.Module, folder: Path) -> None:
+    """Load the best weights of a run. Raises UserError if there are none yet, the file is cut short or does not fit."""
     path = folder / WEIGHTS
     if not path.is_file():
         raise UserError(f"{folder} has no model.safetensors yet: the run has not reached its first checkpoint")
     try:
-        return load_file(path)
+        weights = load_file(path)
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} is not a whole safetensors file ({error})") from None
+    load_model_state(model, todays_names(weights), str(path))
+
+
+def restore(saved: dict[str, Any], system: Any, optimizers: Optimizers) -> dict[str, Any]:
+    """Restore weights, moments, scaler and random numbers of a `System` from a checkpoint; returns its progress.
+
+    Removes weights and moments from `saved`, so that no second copy of them stays in memory. Raises UserError if it
+    does not fit the model.
+    """
+    weights, moments = saved.pop("model"), saved.pop("optimizers")
+    optimizers.load_state_dict(todays_moments(moments, system.model, weights))
+    load_model_state(system.model, todays_names(weights), str(system.options.out))
+    system.precision.scaler.load_state_dict(saved["scaler"])
+    restore_streams(saved["rng"], system.world, saved["state"]["step"])
+    return saved["state"]
 
 
 def begin_or_go_on(options: RunOptions) -> tuple[RunOptions, dict[str, Any] | None]:
@@ -74,11 +96,8 @@ def begin_or_go_on(options: RunOptions) -> tuple[RunOptions, dict[str, Any] | No
 
     Raises UserError if a run would be overwritten, or resumed with options that must not change.
     """
-    path = options.out / "checkpoints" / "last.pt"
-    check_writable(options.out)
+    path = checkpoint_path(options.out, options.resume)
     if not options.resume:
-        if path.exists():
-            raise UserError(f"{options.out} already holds a run; add --resume to continue it, or give another --out")
         return options, None
     values = read_run_config(options.out)
     if values["program"] != PROGRAM or values["train"].get("preset") != options.preset:
@@ -87,12 +106,9 @@ def begin_or_go_on(options: RunOptions) -> tuple[RunOptions, dict[str, Any] | No
     saved = from_json(type(options), values["train"], str(options.out / CONFIG))
     plain = {f.name: f.default for f in fields(options)} | {"minutes": 10.0}
     given = {k: v for k, v in vars(options).items() if v != plain[k] and v != PRESETS[options.preset].get(k)}
-    may_change = changeable(type(options))
-    other = {k: v for k, v in given.items() if k not in may_change and v != getattr(saved, k)}
-    if other:
-        what = ", ".join(f"--{k.replace('_', '-')} {getattr(saved, k)}, not {v}" for k, v in other.items())
-        raise UserError(f"{options.out} was started with {what}; a resumed run keeps the options it was started with")
-    changes = {k: v for k, v in given.items() if k in may_change} | {"out": options.out, "resume": False}
+    check_unchanged(saved, given, options.out)
+    changes = {k: v for k, v in given.items() if k in changeable(type(options))}
+    changes |= {"out": options.out, "resume": False}
     merged = replace(saved, **changes)
     check_dependencies(merged, changes)  # the command line could not know the run's other options
     remove_unfinished(options.out)

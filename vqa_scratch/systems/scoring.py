@@ -73,7 +73,9 @@ class Report:
     answers: dict[int, Answer]
 
 
-def score(samples: Sequence[VQASample], answers: dict[int, Answer], family: Callable[[VQASample], str]) -> Report:
+def score(
+    samples: Sequence[VQASample], answers: dict[int, Answer], family: str | Callable[[VQASample], str] = "answer_type"
+) -> Report:
     """Official accuracy, overall and by family, over the samples that have an answer."""
     scored = [s for s in samples if s.question_id in answers]
     result = accuracy_by(scored, {i: a.text for i, a in answers.items()}, family)

@@ -3,17 +3,19 @@
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
 from vqa_scratch.data.answers import Answer
-from vqa_scratch.data.batches import ImageGroups, prefetch
+from vqa_scratch.data.batches import ImageBatch, ImageGroups, prefetch
 from vqa_scratch.data.images import Images
 from vqa_scratch.data.vqa_v2 import VQASample
+from vqa_scratch.report.curves import moving_average
 from vqa_scratch.systems.base import System
-from vqa_scratch.systems.scoring import other_images
+from vqa_scratch.systems.scoring import Report, other_images, score
 
 AT_ONCE = 256  # samples in a batch that is only answered
 
@@ -26,7 +28,7 @@ class Split:
     images: Images
 
     def batches(
-        self, system: System, chosen: Sequence[np.ndarray], *, shuffled: bool = False, progress: str | None = None
+        self, device: Any, chosen: Sequence[np.ndarray], *, shuffled: bool = False, progress: str | None = None
     ) -> Iterator[tuple[np.ndarray, Any]]:
         """(rows, their batch on the device), prepared ahead of time, for the rows of each of `chosen`.
 
@@ -36,12 +38,13 @@ class Split:
         ready = ((rows, self.questions.batch(rows, self.images, image_map=swap)) for rows in chosen)
         bar = tqdm(prefetch(ready), progress, len(chosen), unit="batch", disable=progress is None, leave=False)
         for rows, batch in bar:
-            yield rows, batch.to(system.precision.device)
+            yield rows, batch.to(device)
 
 
 class SplitSystem(System):
     """A system whose samples are texts about images. While it trains, `splits` holds its data, by name."""
 
+    loss_unit = "nats a token"  # of the training loss, for the curve's axis
     splits: dict[str, Split]
 
     @abstractmethod
@@ -49,20 +52,32 @@ class SplitSystem(System):
         """Samples with their ids and images."""
 
     @abstractmethod
-    def answers(
+    def respond(
         self,
-        split: Split,
-        chosen: Sequence[np.ndarray],
+        questions: ImageGroups,
+        rows: np.ndarray,
+        batch: Any,
         *,
         ranked: bool = False,
         top: int = 1,
         decoding: dict[str, Any] | None = None,
-        **shown: Any,
-    ) -> dict[int, list[Answer]]:
-        """{question_id: the `top` answers, best first} to the rows in `chosen`.
+    ) -> list[list[Answer]]:
+        """For each of the rows, whose `batch` is on the device: the `top` answers, best first.
 
-        `ranked` and `decoding` as in `System.answer` and `System.ask`, `shown` as in `Split.batches`.
+        `ranked` and `decoding` as in `System.answer` and `System.ask`. Runs inside autocast, without gradients.
         """
+
+    @abstractmethod
+    def checked(self, question: str | None) -> str:
+        """The question, checked; "" asks for a caption. Raises UserError for one that is missing or not wanted."""
+
+    @abstractmethod
+    def at_once(self, name: str) -> int:
+        """About how many samples of a split are answered together while training."""
+
+    @abstractmethod
+    def scored(self, figures: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The panels besides the loss: `lines` are {label: a value for each of the `figures` of `evaluate`}."""
 
     def make_splits(self, samples: dict[str, list[VQASample]]) -> None:
         """Set `splits`, with the resized images in a file if the options ask for one."""
@@ -71,21 +86,72 @@ class SplitSystem(System):
             for split in self.splits.values():
                 split.images.cache_in(self.options.cache)
 
+    def batch(self, key: np.ndarray) -> ImageBatch:
+        train = self.splits["train"]
+        return train.questions.batch(key, train.images)
+
     def ids(self, rows: list[int]) -> list[int]:
         return [self.splits["train"].questions.samples[row].question_id for row in rows]
 
-    def answer_split(self, name: str, limit: int | None, at_once: int, **how: Any) -> dict[int, Answer]:
+    def panels(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The loss, and the figures of the evaluations, over the samples seen."""
+        steps, evaluations = [row for row in rows if "loss" in row], [row for row in rows if "val" in row]
+        figures, seen = [row["val"] for row in evaluations], [row["samples"] / 1000 for row in evaluations]
+        trained = moving_average([row["loss"] for row in steps], 5)
+        losses = {"training": ([row["samples"] / 1000 for row in steps], trained)}
+        if any("loss" in row for row in figures):
+            losses["validation"] = (seen, [row["loss"] for row in figures])
+        panels = [{"title": "loss", "ylabel": self.loss_unit, "lines": losses, "log": True}]
+        for panel in self.scored(figures):
+            lines = {label: (seen, values) for label, values in panel["lines"].items()}
+            panels.append({**panel, "lines": lines, "ylim": (0, 1.02)})
+        return [{**panel, "xlabel": f"thousand {self.unit} seen"} for panel in panels]
+
+    # --------------------------------------------------------------------------------------------------- answers
+
+    def answers(
+        self,
+        split: Split,
+        chosen: Sequence[np.ndarray],
+        *,
+        shuffled: bool = False,
+        progress: str | None = None,
+        **how: Any,
+    ) -> dict[int, list[Answer]]:
+        """{question_id: answers, best first} to the rows in `chosen`; `how` as in `respond`."""
+        result: dict[int, list[Answer]] = {}
+        with self.evaluating():
+            for rows, batch in split.batches(self.precision.device, chosen, shuffled=shuffled, progress=progress):
+                with self.precision.autocast():
+                    found = self.respond(split.questions, rows, batch, **how)
+                ids = [split.questions.samples[row].question_id for row in rows]
+                result |= zip(ids, found, strict=True)
+        return result
+
+    def answer_split(self, name: str, limit: int | None = None, **how: Any) -> dict[int, Answer]:
         """The best answer by question id, for a split or about its first `limit` samples; `how` as in `answers`.
 
-        The ranks take turns at the batches of about `at_once` samples, and all of them get all answers.
+        The ranks take turns at the batches, and all of them get all answers.
         """
         split = self.splits[name]
-        batches = split.questions.in_order(limit or len(split.questions.samples), at_once)
+        batches = split.questions.in_order(limit or len(split.questions.samples), self.at_once(name))
         found = self.world.gather(self.answers(split, batches[self.world.rank :: self.world.size], **how))
         return {number: best for some in found for number, (best, *_) in some.items()}
 
-    def answer_samples(self, samples: Sequence[VQASample], limit: int | None = None, **how: Any) -> dict[int, Answer]:
-        """The same for any samples, on this process alone."""
+    def report(self, name: str, limit: int | None = None, **how: Any) -> Report:
+        """Score the answers of `answer_split`, the same on all ranks."""
+        return score(self.splits[name].questions.samples, self.answer_split(name, limit, **how), self.data.family)
+
+    def answer(self, samples: Sequence[VQASample], limit: int | None = None, **how: Any) -> dict[int, Answer]:
+        """As `answer_split`, for any samples, on this process alone."""
         split = self.split(samples)
         found = self.answers(split, split.questions.in_order(limit or len(samples), AT_ONCE), **how)
         return {number: best for number, (best, *_) in found.items()}
+
+    def ask(
+        self, image: Path, question: str | None, top: int | None = None, decoding: dict[str, Any] | None = None
+    ) -> tuple[list[Answer], list[str]]:
+        question = self.checked(question)
+        how = {"decoding": decoding} if top is None else {"ranked": True, "top": top}
+        split = self.split([VQASample(0, image, 0, question, "", "", (), "")])
+        return self.answers(split, [np.array([0])], **how)[0], self.tokenizers.notes_on(question)

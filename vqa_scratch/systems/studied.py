@@ -2,63 +2,47 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
-from torch import nn
 
-from vqa_scratch.data.images import ImageProcessor
-from vqa_scratch.data.text import check_question
 from vqa_scratch.data.vqa_v2 import read_vqa
-from vqa_scratch.errors import UserError
-from vqa_scratch.metrics import vqa_accuracy
+from vqa_scratch.study.base import Subject
 from vqa_scratch.study.opened import Opened, chosen, special_tokens, text_labels, written
 from vqa_scratch.study.subject import ViLTSubject, VQASubject
 from vqa_scratch.systems.base import System
+from vqa_scratch.systems.scoring import score
 
 
-def shown_image(processor: ImageProcessor, image: Image.Image) -> Image.Image:
-    """The pixels that reach the model, so that overlays fit."""
-    return Image.fromarray(processor.to_uint8(image))
+def _opened(system: System, image: Image.Image, question: str, subject: Subject, answer: dict[str, Any]) -> Opened:
+    """`answer` from `written` or `chosen`. Shown are the pixels that reach the model, so that overlays fit."""
+    shown, notes = Image.fromarray(system.processor.to_uint8(image)), tuple(system.tokenizers.notes_on(question))
+    return Opened(str(system.folder), subject, question, shown, **answer, notes=notes)
 
 
 def writing_subject(system: System, image: Image.Image, question: str) -> Opened:
-    """A system of encoder, connector and decoder with one image and a question; "" for a caption.
-
-    Raises UserError for a decoder without a last norm before its head, such as OPT-350M: `study` reads it as a lens.
-    """
-    decoder, tokenizers = system.model.decoder, system.tokenizers
-    if not isinstance(decoder.norm, nn.LayerNorm) or decoder.head.shape[1] != decoder.config.dim:
-        raise UserError(f"study needs a decoder whose head reads its last norm; that of {system.folder} has none")
+    """A system of encoder, connector and decoder with one image and a question; "" for a caption."""
+    tokenizers = system.tokenizers
     prompt, asked = [*tokenizers.prompt(question), tokenizers.start_id], ()
     if tokenizers.text is not None:
         ids = tokenizers.question(question)
         asked = (ids, text_labels(tokenizers.text, question, ids), special_tokens(tokenizers.text, ids))
     pixels = system.processor(image)[None]
     subject = VQASubject(system.model, pixels, prompt, *asked, max_new_tokens=tokenizers.max_answer_tokens)
-    shown, words = shown_image(system.processor, image), written(tokenizers.decoder, prompt)
-    notes = tuple(tokenizers.notes_on(question))
-    return Opened(str(system.folder), subject, question, shown, **words, notes=notes)
+    return _opened(system, image, question, subject, written(tokenizers.decoder, prompt))
 
 
 def choosing_subject(system: System, image: Image.Image, question: str) -> Opened:
     """A ViLT with one image and a question."""
-    question = check_question(question)
     text, ids = system.tokenizers.text, system.tokenizers.question(question)
     labels = text_labels(text, question, ids)
     subject = ViLTSubject(system.model, system.processor(image)[None], ids, labels, special_tokens(text, ids))
-    answer, notes = chosen(system.model.labels, labels[0]), tuple(system.tokenizers.notes_on(question))
-    return Opened(str(system.folder), subject, question, shown_image(system.processor, image), **answer, notes=notes)
+    return _opened(system, image, question, subject, chosen(system.model.labels, labels[0]))
 
 
 def score_of(system: System, data: Path, split: str, number: int) -> Callable[[], float]:
     """A function that answers about the first `number` questions of a split and returns their official accuracy."""
     samples = read_vqa(data, split).samples
-    by_id = {sample.question_id: sample for sample in samples}
-    first = [by_id[number] for number in system.answer(samples, number)]
-
-    def score() -> float:
-        answers = system.answer(first)
-        scored = [vqa_accuracy(answer.text, by_id[i].answers) for i, answer in answers.items()]
-        return sum(scored) / len(scored)
-
-    return score
+    answered = system.answer(samples, number)
+    first = [sample for sample in samples if sample.question_id in answered]
+    return lambda: score(first, system.answer(first)).accuracy

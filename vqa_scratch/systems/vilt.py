@@ -15,21 +15,21 @@ from torch import Tensor
 
 from vqa_scratch.data.answers import Answer, AnswerList, SoftTargets
 from vqa_scratch.data.classes import ClassBatch, ClassQuestions
-from vqa_scratch.data.images import ImageProcessor
+from vqa_scratch.data.images import ImageProcessor, Images
 from vqa_scratch.data.text import Tokenizer, train_wordpiece
 from vqa_scratch.data.tokenizers import Tokenizers
-from vqa_scratch.data.vilt_images import ViltImageProcessor, images_for, read_processor
+from vqa_scratch.data.vilt_images import ViltImageProcessor, read_processor
 from vqa_scratch.data.vqa_v2 import VQASample
 from vqa_scratch.errors import UserError
 from vqa_scratch.models.hf_config import labels_from_hf
 from vqa_scratch.models.vilt import ViLT, ViLTClassifier, ViLTConfig, answer_loss
 from vqa_scratch.models.vit import ConvStem
 from vqa_scratch.study.opened import Opened
-from vqa_scratch.systems.assembly import grid_positions
+from vqa_scratch.systems.assembly import grid_positions, with_stem
 from vqa_scratch.systems.base import check_positions, seed_everything
 from vqa_scratch.systems.export import export_vilt
 from vqa_scratch.systems.options import ViLTOptions
-from vqa_scratch.systems.questions import QuestionData, QuestionSystem, needs_question
+from vqa_scratch.systems.questions import QuestionData, QuestionSystem
 from vqa_scratch.systems.splits import Split
 from vqa_scratch.systems.studied import choosing_subject
 from vqa_scratch.systems.vqa_models import VOCABULARY
@@ -39,7 +39,6 @@ from vqa_scratch.training.precision import Precision
 class ViLTSystem(QuestionSystem):
     """Questions about images, answered by a classifier over a list of answers."""
 
-    name = "vilt"
     loss_unit = "nats a question"
     model: ViLTClassifier
     left_out = 0  # training questions without an answer in the list
@@ -53,8 +52,8 @@ class ViLTSystem(QuestionSystem):
         kept = answers.answerable(train)
         seed_everything(options.seed)
         make = released_model if options.model else small_model
-        model, tokenizers, processor = make(options, kept, answers.labels)
-        system = cls(options, model, tokenizers, processor, precision)
+        model, text, processor = make(options, kept, answers.labels)
+        system = cls(options, model, _tokenizers(options, text), processor, precision)
         # The head starts from how often each answer is right; a bias of 0 would give each of thousands one half.
         share = torch.from_numpy(SoftTargets(kept, answers).mean()).clamp(1e-4, 1 - 1e-4)
         with torch.no_grad():
@@ -63,10 +62,8 @@ class ViLTSystem(QuestionSystem):
 
     @classmethod
     def open(cls, folder: Path, sizes: dict[str, Any], options: ViLTOptions, precision: Precision) -> Self:
-        labels = labels_from_hf(sizes, len(sizes["id2label"]), str(folder / "config.json"))
-        model = ViLTClassifier(build_vilt(ViLTConfig.from_hf(sizes), sizes["stem"]), labels)
-        text = Tokenizer.from_pretrained(folder / "text_tokenizer")
-        tokenizers = Tokenizers(text, None, max_question_tokens=options.max_question_tokens)
+        tokenizers = _tokenizers(options, Tokenizer.from_pretrained(folder / "text_tokenizer"))
+        model = model_of(sizes, str(folder / "config.json"))
         return cls(options, model, tokenizers, read_processor(folder), precision, folder)
 
     @property
@@ -82,7 +79,7 @@ class ViLTSystem(QuestionSystem):
 
     def split(self, samples: Sequence[VQASample]) -> Split:
         questions = ClassQuestions(samples, self.tokenizers, AnswerList(self.model.labels))
-        return Split(questions, images_for(questions.image_paths, self.processor, upright=questions.upright))
+        return Split(questions, Images(questions.image_paths, self.processor, upright=questions.upright))
 
     def train_on(self, data: QuestionData) -> None:
         """Leaves out training questions with no answer in the list."""
@@ -91,7 +88,6 @@ class ViLTSystem(QuestionSystem):
         self.left_out = len(train) - len(kept)
         data.samples["train"] = kept
         super().train_on(data)
-        self.forward = torch.compile(self.model, dynamic=True) if self.options.compile else self.model
 
     def about(self) -> list[str]:
         parameters, train = sum(p.numel() for p in self.model.parameters()), len(self.data.samples["train"])
@@ -102,14 +98,9 @@ class ViLTSystem(QuestionSystem):
             f"cut to the token limit: {self.tokenizers.cut['questions']} questions",
         ]
 
-    def batch(self, key: np.ndarray) -> ClassBatch:
-        train = self.splits["train"]
-        return train.questions.batch(key, train.images)
-
     def logits(self, batch: ClassBatch) -> Tensor:
         """(B, L) for a batch on the model's device."""
-        forward = self.forward if self.model.training else self.model
-        return forward(
+        return self.model(
             self.processor.normalize(batch.images),
             batch.input_ids,
             batch.attention_mask,
@@ -125,29 +116,17 @@ class ViLTSystem(QuestionSystem):
 
     # ---------------------------------------------------------------------------------------------------- answers
 
-    def answers(
-        self,
-        split: Split,
-        chosen: Sequence[np.ndarray],
-        *,
-        ranked: bool = False,
-        top: int = 1,
-        decoding: dict[str, Any] | None = None,
-        **shown: Any,
-    ) -> dict[int, list[Answer]]:
+    def respond(
+        self, questions: ClassQuestions, rows: np.ndarray, batch: ClassBatch, *, top: int = 1, **how: Any
+    ) -> list[list[Answer]]:
         """The probability of an answer is the sigmoid of its logit: the share of the full score to expect."""
         if top > len(self.model.labels):
             raise UserError(f"--top {top} is more than the {len(self.model.labels):,} answers that {self.folder} knows")
-        result = {}
-        with self.evaluating():
-            for rows, batch in split.batches(self, chosen, **shown):
-                with self.precision.autocast():
-                    logits = self.logits(batch)
-                best = logits.float().sigmoid().topk(top)
-                for row, scores, places in zip(rows, best.values.tolist(), best.indices.tolist(), strict=True):
-                    answers = [Answer(self.model.labels[i], score) for i, score in zip(places, scores, strict=True)]
-                    result[split.questions.samples[row].question_id] = answers
-        return result
+        best = self.logits(batch).float().sigmoid().topk(top)
+        return [
+            [Answer(self.model.labels[i], score) for i, score in zip(places, scores, strict=True)]
+            for places, scores in zip(best.indices.tolist(), best.values.tolist(), strict=True)
+        ]
 
     def answer(self, samples: Sequence[VQASample], limit: int | None = None, **how: Any) -> dict[int, Answer]:
         """A ViLT always chooses from its list, so it has no second way to rank."""
@@ -158,7 +137,7 @@ class ViLTSystem(QuestionSystem):
         return figures | {"classification_accuracy": figures["accuracy"], "answers": len(self.model.labels)}
 
     def subject(self, image: Image.Image, question: str | None) -> Opened:
-        return choosing_subject(self, image, needs_question(self, question))
+        return choosing_subject(self, image, self.checked(question))
 
     def export(self, folder: Path) -> list[str]:
         return export_vilt(self, folder)
@@ -166,12 +145,17 @@ class ViLTSystem(QuestionSystem):
 
 # ------------------------------------------------------------------------------------------------ models
 
-Parts = tuple[ViLTClassifier, Tokenizers, ImageProcessor]
+Parts = tuple[ViLTClassifier, Tokenizer, ImageProcessor]
 
 
-def build_vilt(config: ViLTConfig, stem: str) -> ViLT:
-    """Random weights; `stem` is conv or linear."""
-    return ViLT(config, ConvStem(config.channels, config.dim, config.patch_size) if stem == "conv" else None)
+def model_of(sizes: dict[str, Any], source: str) -> ViLTClassifier:
+    """A classifier of random weights; the inverse of `ViLTSystem.sizes`. `source` is named in errors."""
+    labels = labels_from_hf(sizes, len(sizes["id2label"]), source)
+    return ViLTClassifier(with_stem(ViLT, ViLTConfig.from_hf(sizes), sizes["stem"]), labels)
+
+
+def _tokenizers(options: ViLTOptions, text: Tokenizer) -> Tokenizers:
+    return Tokenizers(text, None, max_question_tokens=options.max_question_tokens)
 
 
 def small_model(options: ViLTOptions, train: list[VQASample], labels: tuple[str, ...]) -> Parts:
@@ -191,19 +175,17 @@ def small_model(options: ViLTOptions, train: list[VQASample], labels: tuple[str,
         # The first word starts as a large constant; blocks as small as BERT's at the start would be lost beside it.
         init_std=options.width**-0.5,
     )
-    model = ViLTClassifier(build_vilt(sizes, options.stem), labels)
+    model = ViLTClassifier(with_stem(ViLT, sizes, options.stem), labels)
     tower, side = model.vilt.tower, options.image_size
     with torch.no_grad():
         table = grid_positions(tower.places(side, side).grid, options.width)
         tower.positions[0, tower.prefix_tokens :] = 0.5 * table
-    tokenizers = Tokenizers(text, None, max_question_tokens=options.max_question_tokens)
-    return model, tokenizers, ImageProcessor(size=(side, side))
+    return model, text, ImageProcessor(size=(side, side))
 
 
 def released_model(options: ViLTOptions, train: list[VQASample], labels: tuple[str, ...]) -> Parts:
     """A released ViLT under a new head, with its tokenizer and preprocessing."""
     vilt = ViLT.from_pretrained(options.model)
     check_positions(options, ["max_question_tokens"], vilt.config.max_positions, options.model)
-    text = Tokenizer.from_pretrained(options.model)
-    tokenizers = Tokenizers(text, None, max_question_tokens=options.max_question_tokens)
-    return ViLTClassifier(vilt, labels), tokenizers, ViltImageProcessor.from_pretrained(options.model)
+    text, processor = Tokenizer.from_pretrained(options.model), ViltImageProcessor.from_pretrained(options.model)
+    return ViLTClassifier(vilt, labels), text, processor

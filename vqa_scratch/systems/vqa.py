@@ -10,24 +10,21 @@ from typing import Any, Self
 
 import numpy as np
 import torch
-from PIL import Image
 
 from vqa_scratch.data.answers import Answer
+from vqa_scratch.data.batches import Batch, Questions
 from vqa_scratch.data.feature_store import ImageFeatures, TextFeatures
 from vqa_scratch.data.vqa_v2 import VQASample
 from vqa_scratch.errors import UserError
 from vqa_scratch.rl.options import RLHFOptions
 from vqa_scratch.rl.tasks import Task
 from vqa_scratch.storage import read_json, write_json
-from vqa_scratch.study.opened import Opened
 from vqa_scratch.systems.base import seed_everything
 from vqa_scratch.systems.frozen import cache_features
 from vqa_scratch.systems.options import VQAOptions
 from vqa_scratch.systems.policy import answering_task, run_options
-from vqa_scratch.systems.questions import QuestionData, QuestionSystem, needs_question
+from vqa_scratch.systems.questions import QuestionData, QuestionSystem
 from vqa_scratch.systems.scoring import common_answers
-from vqa_scratch.systems.splits import Split
-from vqa_scratch.systems.studied import writing_subject
 from vqa_scratch.systems.vqa_models import check_question, released_models, small_models
 from vqa_scratch.systems.writer import WritingSystem
 from vqa_scratch.systems.writing import choose
@@ -42,8 +39,6 @@ RANKED_QUESTIONS, RANKED_PAIRS = 2_000, 120_000
 class VQASystem(WritingSystem, QuestionSystem):
     """Questions about images, answered by a decoder."""
 
-    name = "vqa"
-    loss_unit = "nats a token"
     candidates: list[str]  # training answers that it can also choose from; empty in runs of older versions
     kept: Sequence[ImageFeatures | TextFeatures] = ()  # cached features of frozen encoders
 
@@ -76,8 +71,6 @@ class VQASystem(WritingSystem, QuestionSystem):
         super().train_on(data)
         if self.options.feature_cache:
             self.kept = cache_features(self)
-        if self.options.compile:  # not the model itself, whose names go into checkpoints
-            self.loss = torch.compile(self.loss, dynamic=True)
 
     def about(self) -> list[str]:
         cut = self.tokenizers.cut
@@ -89,17 +82,17 @@ class VQASystem(WritingSystem, QuestionSystem):
 
     # ---------------------------------------------------------------------------------------------------- answers
 
-    def answers(
-        self, split: Split, chosen: Sequence[np.ndarray], *, ranked: bool = False, top: int = 1, **how: Any
-    ) -> dict[int, list[Answer]]:
+    def respond(
+        self, questions: Questions, rows: np.ndarray, batch: Batch, *, ranked: bool = False, top: int = 1, **how: Any
+    ) -> list[list[Answer]]:
+        """One written answer each, or if `ranked` the `top` best of the training answers."""
         if ranked:
-            return choose(self, split, chosen, self.candidates, top=top, **how)
-        return super().answers(split, chosen, **how)
+            return choose(self, questions, rows, batch, self.candidates, top)
+        return super().respond(questions, rows, batch, **how)
 
     def ask(
         self, image: Path, question: str | None, top: int | None = None, decoding: dict[str, Any] | None = None
     ) -> tuple[list[Answer], list[str]]:
-        """One written answer, or the `top` best of the training answers."""
         if top is not None and decoding:
             flag = "--" + next(iter(decoding)).replace("_", "-")
             raise UserError(f"--top chooses from a list and decodes nothing: leave out {flag}")
@@ -135,9 +128,6 @@ class VQASystem(WritingSystem, QuestionSystem):
         figures, among, over = (summary[f"ranking_{name}"] for name in ("accuracy", "candidates", "questions"))
         line = f"ranking_accuracy     {figures:.4f} (the best of {among} answers, first {over} questions)"
         return [*super().lines(summary), line]
-
-    def subject(self, image: Image.Image, question: str | None) -> Opened:
-        return writing_subject(self, image, needs_question(self, question))
 
     def policy(self, options: RLHFOptions, dtype: torch.dtype) -> Task:
         samples = self.read(run_options(self, options)).samples

@@ -11,7 +11,7 @@ from vqa_scratch.errors import UserError
 from vqa_scratch.models import released
 from vqa_scratch.models.bert import Bert, BertConfig
 from vqa_scratch.models.gpt2 import GPT2, GPT2Config
-from vqa_scratch.models.vit import ViTConfig
+from vqa_scratch.models.vit import ViT, ViTConfig
 from vqa_scratch.models.vqa import VQAModel
 from vqa_scratch.systems import assembly
 from vqa_scratch.systems.base import check_positions
@@ -55,7 +55,7 @@ def small_models(options: VQAOptions, train: list[VQASample]) -> Parts:
     image_config = ViTConfig(
         image_size=IMAGE_SIZE, patch_size=options.patch_size, layers=options.image_layers, hidden=4 * width, **shared
     )
-    image = assembly.vit(image_config, options.stem)
+    image = assembly.with_stem(ViT, image_config, options.stem)
     grid = image.places(IMAGE_SIZE, IMAGE_SIZE).grid
     sizes = kind.sizes_for(grid, options)
     text_config = BertConfig(
@@ -97,7 +97,7 @@ def released_models(options: VQAOptions, train: list[VQASample]) -> Parts:
     kind = connector_class(options.connector)
     if options.init == "random":
         text, decoder = own_tokenizers(train)
-        image, words = assembly.vit(ViTConfig(), "linear"), Bert(DISTILBERT) if kind.reads_text else None
+        image, words = ViT(ViTConfig()), Bert(DISTILBERT) if kind.reads_text else None
         writer, processor = GPT2(GPT2Config(add_cross_attention=kind.uses_memory)), ImageProcessor()
     else:
         text = Tokenizer.from_pretrained(options.text_model) if kind.reads_text else None

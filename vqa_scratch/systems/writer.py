@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
+from PIL import Image
 from torch import Tensor
 
 from vqa_scratch.connectors.base import Conditioning
@@ -15,10 +16,12 @@ from vqa_scratch.data.text import Tokenizer
 from vqa_scratch.data.vqa_v2 import VQASample
 from vqa_scratch.models.vqa import VQAModel, labelled_loss
 from vqa_scratch.nn.states import States
+from vqa_scratch.study.opened import Opened
 from vqa_scratch.systems import assembly
 from vqa_scratch.systems.export import export_writer
 from vqa_scratch.systems.options import RunOptions
 from vqa_scratch.systems.splits import Split, SplitSystem
+from vqa_scratch.systems.studied import writing_subject
 from vqa_scratch.systems.writing import write, writing_figures
 from vqa_scratch.training.precision import Precision
 
@@ -45,10 +48,6 @@ class WritingSystem(SplitSystem):
         questions = Questions(samples, self.tokenizers)
         return Split(questions, Images(questions.image_paths, self.processor, upright=questions.upright))
 
-    def batch(self, key: np.ndarray) -> Batch:
-        train = self.splits["train"]
-        return train.questions.batch(key, train.images)
-
     def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """(sum of the cross-entropy over the labelled tokens, how many of them are right)."""
         image = self.encode_image(batch.images)
@@ -69,12 +68,17 @@ class WritingSystem(SplitSystem):
         text = self.encode_text(batch.question, batch.attention_mask)
         return self.model.connector(self.encode_image(batch.images), text, batch.image_index)
 
-    def answers(self, split: Split, chosen: Sequence[np.ndarray], **how: Any) -> dict[int, list[Answer]]:
-        """One answer each, written; `how` are `decoding` and what `Split.batches` takes."""
-        return write(self, split, chosen, **how)
+    def respond(
+        self, questions: Questions, rows: np.ndarray, batch: Batch, decoding: dict[str, Any] | None = None
+    ) -> list[list[Answer]]:
+        """One answer each, written."""
+        return write(self, questions, rows, batch, decoding)
 
     def figures(self, answers: dict[int, Answer]) -> dict[str, float]:
         return writing_figures(answers)
+
+    def subject(self, image: Image.Image, question: str | None) -> Opened:
+        return writing_subject(self, image, self.checked(question))
 
     def export(self, folder: Path) -> list[str]:
         return export_writer(self, folder)

@@ -3,6 +3,7 @@
 import os
 import random
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,8 @@ import numpy as np
 import torch
 
 from vqa_scratch.errors import UserError
-from vqa_scratch.storage import write_whole
-from vqa_scratch.training.optimizers import Optimizers
-from vqa_scratch.training.precision import Precision
+from vqa_scratch.options import Options, changeable, flag
+from vqa_scratch.storage import check_writable, write_whole
 from vqa_scratch.training.ranks import World, like
 
 
@@ -93,6 +93,27 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} is not a whole checkpoint ({reason})") from None
 
 
+def checkpoint_path(out: Path, resume: bool) -> Path:
+    """Where a run in this folder has its last checkpoint.
+
+    Raises UserError if the folder cannot be written to, or holds a run that is not to be resumed.
+    """
+    check_writable(out)
+    path = out / "checkpoints" / "last.pt"
+    if path.exists() and not resume:
+        raise UserError(f"{out} already holds a run; add --resume to continue it, or give another --out")
+    return path
+
+
+def check_unchanged(saved: Options, asked: Mapping[str, Any], out: Path) -> None:
+    """Raise UserError if an option that a resumed run must keep is asked for with another value than its own."""
+    fixed = asked.keys() - changeable(type(saved))
+    changed = [name for name in asked if name in fixed and asked[name] != getattr(saved, name)]
+    if changed:
+        what = ", ".join(f"{flag(name)} {getattr(saved, name)}, not {asked[name]}" for name in changed)
+        raise UserError(f"{out} was started with {what}; a resumed run keeps the options it was started with")
+
+
 def load_model_state(model: torch.nn.Module, state: dict[str, torch.Tensor], where: str) -> None:
     """Load the weights. UserError on missing, extra or misshapen tensors, with the first few and their number."""
     own = model.state_dict()
@@ -106,19 +127,3 @@ def load_model_state(model: torch.nn.Module, state: dict[str, torch.Tensor], whe
         more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise UserError(f"{where} does not fit the model: " + "; ".join(problems[:5]) + more)
     model.load_state_dict({k: like(v, state[k]) for k, v in own.items()})
-
-
-def restore(
-    saved: dict[str, Any], system: Any, optimizers: Optimizers, precision: Precision, where: str, world: World
-) -> dict[str, Any]:
-    """Restore weights, moments, scaler and random numbers of a `vqa_scratch.systems.System` from a checkpoint of
-    `train.py`; returns its progress. Raises UserError if it does not fit the model.
-
-    Removes weights and moments from `saved`, so that no second copy of them stays in memory.
-    """
-    weights, moments = saved.pop("model"), saved.pop("optimizers")
-    optimizers.load_state_dict(system.moments(moments, weights))
-    load_model_state(system.model, system.renamed(weights), where)
-    precision.scaler.load_state_dict(saved["scaler"])
-    restore_streams(saved["rng"], world, saved["state"]["step"])
-    return saved["state"]

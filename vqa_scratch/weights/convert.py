@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from vqa_scratch.errors import UserError
-from vqa_scratch.weights.maps import Entry, KeyMap
+from vqa_scratch.weights.maps import HEADS, Entry, KeyMap
 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
@@ -76,7 +76,7 @@ def load_into(
     missing = [key for name, keys in absent.items() if name not in left for key in keys]
 
     used = {key for entry in wanted.values() for key in entry.theirs}
-    superfluous = _matcher(key_map.ignored)
+    superfluous = _matcher((*HEADS, *key_map.dropped))
     unexpected = [key for bare, key in by_key.items() if bare not in used and bare not in key_map.tied]
     unexpected = [key for key in unexpected if not superfluous.fullmatch(key_map.bare(key))]
 

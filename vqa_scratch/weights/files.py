@@ -10,7 +10,7 @@ import os
 import pickle
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -18,8 +18,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from vqa_scratch.errors import UserError
-from vqa_scratch.storage import write_json, write_whole
-from vqa_scratch.weights.hub import locate
+from vqa_scratch.storage import read_json, write_json, write_whole
+from vqa_scratch.weights.hub import first_line, locate
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -43,12 +43,9 @@ def resolve_folder(source: str | os.PathLike[str]) -> Path:
 def read_config(folder: Path) -> dict[str, Any]:
     """config.json of a checkpoint folder."""
     path = folder / CONFIG
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{folder} holds no {CONFIG}") from None
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON: {error}") from None
+    if not path.exists():
+        raise UserError(f"{folder} holds no {CONFIG}")
+    config = read_json(path)
     if not isinstance(config, dict):
         raise UserError(f"{path} must hold a JSON object, not a {type(config).__name__}")
     return config
@@ -104,8 +101,7 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
     except (FileNotFoundError, PermissionError) as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from None
     except (RuntimeError, OSError, EOFError, KeyError, ValueError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{path} is not a whole torch file ({reason}); {AGAIN}") from None
+        raise UserError(f"{path} is not a whole torch file ({first_line(error)}); {AGAIN}") from None
     if not isinstance(content, dict):
         raise UserError(f"{path} must hold a dictionary of tensors, not a {type(content).__name__}")
     for key, value in content.items():
@@ -184,19 +180,11 @@ def write_checkpoint(folder: str | os.PathLike[str], config: dict[str, Any], ten
     write_json(Path(folder) / CONFIG, config)
 
 
-class Converted(NamedTuple):
-    """The result of `convert`."""
-
-    tensors: int
-    sha256: str  # of the source file
-
-
-def convert(source: str | os.PathLike[str], out: str | os.PathLike[str]) -> Converted:
+def convert(source: Path, out: Path) -> tuple[int, str]:
     """Turn a .bin into safetensors: tensors only, contiguous, none sharing memory with another.
 
-    The sha256 of the source is returned and kept in the new file's metadata.
+    Returns the number of tensors and the sha256 of the source, which the metadata of the new file also holds.
     """
-    source, out = Path(source), Path(out)
     if out.is_dir():
         out = out / WEIGHTS
     tensors = read_pickle(source)
@@ -209,4 +197,4 @@ def convert(source: str | os.PathLike[str], out: str | os.PathLike[str]) -> Conv
         tensors[key] = tensor if alone else tensor.clone(memory_format=torch.contiguous_format)
         seen.add(address)
     write_safetensors(out, tensors, {"source_sha256": digest})
-    return Converted(len(tensors), digest)
+    return len(tensors), digest

@@ -35,22 +35,22 @@ def locate(source: str | os.PathLike[str], patterns: Sequence[str], holds: str) 
         return Path(snapshot_download(str(source), allow_patterns=list(patterns)))
     except LocalEntryNotFoundError as error:
         if "incomplete" in str(error):  # the library names the files
-            raise UserError(f"{source} is not whole in the cache: {_first_line(error)}") from None
+            raise UserError(f"{source} is not whole in the cache: {first_line(error)}") from None
         raise UserError(
             f"no folder {source} here, and the Hub cannot be reached to look for a model of that name"
         ) from None
     except HfHubHTTPError as error:
-        raise UserError(f"no folder {source} here, and the Hub says: {_first_line(error)}") from None
+        raise UserError(f"no folder {source} here, and the Hub says: {first_line(error)}") from None
     except OSError as error:
-        raise UserError(f"no folder {source} here, and the Hub cannot be reached ({_first_line(error)})") from error
+        raise UserError(f"no folder {source} here, and the Hub cannot be reached ({first_line(error)})") from error
     except Exception as error:  # the library also raises those of its network layers
         raise UserError(
-            f"the download of {source} was interrupted ({_first_line(error)}); start it again: the files that have "
+            f"the download of {source} was interrupted ({first_line(error)}); start it again: the files that have "
             "arrived are kept"
         ) from error
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     """The type of the error, and the first line of its message if it has one."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

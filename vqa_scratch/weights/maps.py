@@ -24,14 +24,9 @@ class KeyMap:
     prefix: str = ""  # "bert." and the like: present when the file was saved with a head on top
     write_prefix: bool = False  # whether an export carries it
     head: tuple[Entry, ...] = ()  # keys that never carry the prefix
-    dropped: tuple[str, ...] = ()  # known keys without prefix, such as buffers, that the model does not need
+    dropped: tuple[str, ...] = ()  # keys, with `{}` for any number, that the model does not need, such as buffers
     tied: dict[str, str] = field(default_factory=dict)  # key -> the key it must equal: the model shares that tensor
     older: dict[str, str] = field(default_factory=dict)  # endings of keys in old files -> their endings today
-
-    @property
-    def ignored(self) -> tuple[str, ...]:
-        """Keys, without prefix, that a file may hold in addition to those of the model."""
-        return (*HEADS, *self.dropped)
 
     def bare(self, key: str) -> str:
         """A key of a file without its prefix, and spelled as today."""
@@ -55,6 +50,13 @@ def linear(ours: str, *theirs: str, transposed: bool = False) -> tuple[Entry, ..
     )
 
 
+def nested(ours: str, entries: tuple[Entry, ...], theirs: str = "") -> tuple[Entry, ...]:
+    """The entries of a part of a model: `ours` and `theirs` are put before its names and keys."""
+    return tuple(
+        Entry(ours + entry.ours, tuple(theirs + key for key in entry.theirs), entry.transposed) for entry in entries
+    )
+
+
 # Heads in released files. Every layout ignores them, except where the head is part of the model.
 _HEADS = {
     "ViT, DeiT, DINOv2": "classifier cls_classifier distillation_classifier pooler.dense",
@@ -71,12 +73,13 @@ HEADS = (
     *("cls.predictions.bias", "lm_head.bias", "mlm_score.bias"),
 )
 
+_QKV = ("query", "key", "value")
 _VIT_LAYER = "encoder.layer.{}"
 _VIT_SHARED = (  # by ViT, DeiT and DINOv2
     Entry("cls_token", ("embeddings.cls_token",)),
     Entry("positions", ("embeddings.position_embeddings",)),
     *linear("patch_embed", "embeddings.patch_embeddings.projection"),
-    *linear("blocks.{}.attn.qkv", *(f"{_VIT_LAYER}.attention.attention.{name}" for name in ("query", "key", "value"))),
+    *linear("blocks.{}.attn.qkv", *(f"{_VIT_LAYER}.attention.attention.{name}" for name in _QKV)),
     *linear("blocks.{}.attn.out", f"{_VIT_LAYER}.attention.output.dense"),
     *linear("norm", "layernorm"),
 )
@@ -90,23 +93,16 @@ VIT = KeyMap(
         *linear("blocks.{}.mlp.down", f"{_VIT_LAYER}.output.dense"),
     ),
 )
-DEIT = KeyMap(
-    prefix="deit.",
-    body=(*VIT.body, Entry("distillation_token", ("embeddings.distillation_token",))),
-)
+DEIT = KeyMap(prefix="deit.", body=(*VIT.body, Entry("distillation_token", ("embeddings.distillation_token",))))
 DINOV2 = KeyMap(
     prefix="dinov2.",
     body=(
         *_VIT_SHARED,
         Entry("registers", ("embeddings.register_tokens",)),
-        *(
-            entry
-            for i in (1, 2)
-            for entry in (
-                *linear(f"blocks.{{}}.norm{i}", f"{_VIT_LAYER}.norm{i}"),
-                Entry(f"blocks.{{}}.scale{i}.weight", (f"{_VIT_LAYER}.layer_scale{i}.lambda1",)),
-            )
-        ),
+        *linear("blocks.{}.norm1", f"{_VIT_LAYER}.norm1"),
+        *linear("blocks.{}.norm2", f"{_VIT_LAYER}.norm2"),
+        Entry("blocks.{}.scale1.weight", (f"{_VIT_LAYER}.layer_scale1.lambda1",)),
+        Entry("blocks.{}.scale2.weight", (f"{_VIT_LAYER}.layer_scale2.lambda1",)),
         *linear("blocks.{}.mlp.up", f"{_VIT_LAYER}.mlp.fc1"),
         *linear("blocks.{}.mlp.down", f"{_VIT_LAYER}.mlp.fc2"),
         *linear("blocks.{}.mlp.gate_up", f"{_VIT_LAYER}.mlp.weights_in"),
@@ -116,64 +112,57 @@ DINOV2 = KeyMap(
 )
 DINOV2_WITH_REGISTERS = replace(DINOV2, prefix="dinov2_with_registers.")
 
-_BERT_LAYER = "encoder.layer.{}"
-_BERT_BODY = (
-    *weight("tokens", "embeddings.word_embeddings"),
-    *weight("positions", "embeddings.position_embeddings"),
-    *weight("token_types", "embeddings.token_type_embeddings"),
-    *linear("norm", "embeddings.LayerNorm"),
-    *linear("blocks.{}.attn.qkv", *(f"{_BERT_LAYER}.attention.self.{name}" for name in ("query", "key", "value"))),
-    *linear("blocks.{}.attn.out", f"{_BERT_LAYER}.attention.output.dense"),
-    *linear("blocks.{}.norm1", f"{_BERT_LAYER}.attention.output.LayerNorm"),
-    *linear("blocks.{}.mlp.up", f"{_BERT_LAYER}.intermediate.dense"),
-    *linear("blocks.{}.mlp.down", f"{_BERT_LAYER}.output.dense"),
-    *linear("blocks.{}.norm2", f"{_BERT_LAYER}.output.LayerNorm"),
+_BERT_EMBEDDINGS = (
+    *weight("tokens", "word_embeddings"),
+    *weight("positions", "position_embeddings"),
+    *weight("token_types", "token_type_embeddings"),
+    *linear("norm", "LayerNorm"),
 )
+
+
+def _bert_block(attention: str, mlp: str) -> tuple[Entry, ...]:
+    """A block of BERT or of a Q-Former, which differ in a name in their attention and in their MLP."""
+    layer = "encoder.layer.{}"
+    return (
+        *linear("blocks.{}.attn.qkv", *(f"{layer}.attention.{attention}.{name}" for name in _QKV)),
+        *linear("blocks.{}.attn.out", f"{layer}.attention.output.dense"),
+        *linear("blocks.{}.norm1", f"{layer}.attention.output.LayerNorm"),
+        *linear("blocks.{}.mlp.up", f"{layer}.intermediate{mlp}.dense"),
+        *linear("blocks.{}.mlp.down", f"{layer}.output{mlp}.dense"),
+        *linear("blocks.{}.norm2", f"{layer}.output{mlp}.LayerNorm"),
+    )
+
+
 BERT = KeyMap(
     prefix="bert.",
-    body=_BERT_BODY,
+    body=(*nested("", _BERT_EMBEDDINGS, "embeddings."), *_bert_block("self", "")),
     dropped=("embeddings.position_ids",),
     older={"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"},
 )
-ROBERTA = KeyMap(
-    prefix="roberta.",
-    body=_BERT_BODY,
-    dropped=("embeddings.position_ids",),
-)
-ROBERTA_CLASSIFIER = KeyMap(
-    prefix="roberta.",
+ROBERTA = replace(BERT, prefix="roberta.", older={})
+ROBERTA_CLASSIFIER = replace(
+    ROBERTA,
     write_prefix=True,
-    body=tuple(Entry(f"encoder.{entry.ours}", *entry[1:]) for entry in _BERT_BODY),
+    body=nested("encoder.", ROBERTA.body),
     head=(*linear("dense", "classifier.dense"), *linear("out", "classifier.out_proj")),
-    dropped=("embeddings.position_ids",),
 )
 
 # The word embeddings of ViLT have BERT's names, all else has ViT's.
-_VILT_BODY = (
-    *(
-        Entry(
-            f"words.{entry.ours}",
-            tuple(key.replace("embeddings", "embeddings.text_embeddings", 1) for key in entry.theirs),
-        )
-        for entry in BERT.body
-        if not entry.ours.startswith("blocks.")
-    ),
-    *(Entry(f"tower.{entry.ours}", *entry[1:]) for entry in VIT.body),
-    *weight("modality", "embeddings.token_type_embeddings"),
-    *linear("pooler", "pooler.dense"),
-)
-_VILT_BUFFERS = ("embeddings.text_embeddings.position_ids", "embeddings.text_embeddings.token_type_ids")
 VILT = KeyMap(
     prefix="vilt.",
-    body=_VILT_BODY,
-    dropped=_VILT_BUFFERS,
+    body=(
+        *nested("words.", _BERT_EMBEDDINGS, "embeddings.text_embeddings."),
+        *nested("tower.", VIT.body),
+        *weight("modality", "embeddings.token_type_embeddings"),
+        *linear("pooler", "pooler.dense"),
+    ),
+    dropped=("embeddings.text_embeddings.position_ids", "embeddings.text_embeddings.token_type_ids"),
 )
-VILT_CLASSIFIER = KeyMap(
-    prefix="vilt.",
+VILT_CLASSIFIER = replace(
+    VILT,
     write_prefix=True,
-    body=tuple(Entry(f"vilt.{entry.ours}", *entry[1:]) for entry in _VILT_BODY),
+    body=nested("vilt.", VILT.body),
     head=(*linear("up", "classifier.0"), *linear("norm", "classifier.1"), *linear("out", "classifier.3")),
-    dropped=_VILT_BUFFERS,
 )
 
 _DISTILBERT_LAYER = "transformer.layer.{}"
@@ -245,6 +234,43 @@ OPT = KeyMap(
 )
 
 
+# BLIP-2: the ViT of EVA-CLIP, a Q-Former, an OPT.
+_EVA_LAYER = "encoder.layers.{}"
+_EVA_VIT = (
+    Entry("cls_token", ("embeddings.class_embedding",)),
+    Entry("positions", ("embeddings.position_embedding",)),
+    *linear("patch_embed", "embeddings.patch_embedding"),
+    *linear("blocks.{}.attn.qkv", f"{_EVA_LAYER}.self_attn.qkv"),  # also one tensor there
+    *linear("blocks.{}.attn.out", f"{_EVA_LAYER}.self_attn.projection"),
+    *linear("blocks.{}.norm1", f"{_EVA_LAYER}.layer_norm1"),
+    *linear("blocks.{}.norm2", f"{_EVA_LAYER}.layer_norm2"),
+    *linear("blocks.{}.mlp.up", f"{_EVA_LAYER}.mlp.fc1"),
+    *linear("blocks.{}.mlp.down", f"{_EVA_LAYER}.mlp.fc2"),
+    *linear("norm", "post_layernorm"),
+)
+
+_QFORMER_CROSS = "encoder.layer.{}.crossattention"
+_QFORMER = (
+    *linear("norm", "layernorm"),
+    *_bert_block("attention", "_query"),
+    *linear("blocks.{}.cross.q", f"{_QFORMER_CROSS}.attention.query"),
+    *linear("blocks.{}.cross.kv", f"{_QFORMER_CROSS}.attention.key", f"{_QFORMER_CROSS}.attention.value"),
+    *linear("blocks.{}.cross.out", f"{_QFORMER_CROSS}.output.dense"),
+    *linear("blocks.{}.norm_cross", f"{_QFORMER_CROSS}.output.LayerNorm"),
+)
+
+BLIP2 = KeyMap(
+    body=(
+        *nested("vision.", _EVA_VIT, "vision_model."),
+        Entry("qformer.queries", ("query_tokens",)),
+        *nested("qformer.", _QFORMER, "qformer."),
+        *linear("projection", "language_projection"),
+        *nested("language.", OPT.body, "language_model.model."),
+    ),
+    tied={f"language_model.{key}": f"language_model.model.{same}" for key, same in OPT.tied.items()},
+)
+
+
 def _t5(**gates: str) -> KeyMap:
     """`gates` are the layers of the MLP before its last, which differ between plain and gated models."""
     body = [*weight("embedding", "shared")]
@@ -283,16 +309,14 @@ def _batch_norm(ours: str, theirs: str) -> tuple[Entry, ...]:
 
 def _resnet() -> KeyMap:
     """torchvision's ResNets of every depth; basic blocks have no third convolution."""
-    body, norms = [*weight("conv1", "conv1"), *_batch_norm("norm1", "bn1")], ["bn1"]
+    body = [*weight("conv1", "conv1"), *_batch_norm("norm1", "bn1")]
     for stage in (f"layer{i}.{{}}" for i in (1, 2, 3, 4)):
         for i in (1, 2, 3):
-            body += (
-                *weight(f"{stage}.conv{i}", f"{stage}.conv{i}"),
-                *_batch_norm(f"{stage}.norm{i}", f"{stage}.bn{i}"),
-            )
+            body += weight(f"{stage}.conv{i}", f"{stage}.conv{i}")
+            body += _batch_norm(f"{stage}.norm{i}", f"{stage}.bn{i}")
         body += weight(f"{stage}.shortcut.conv", f"{stage}.downsample.0")
         body += _batch_norm(f"{stage}.shortcut.norm", f"{stage}.downsample.1")
-        norms += [*(f"{stage}.bn{i}" for i in (1, 2, 3)), f"{stage}.downsample.1"]
+    norms = ("bn1", "layer{}.{}.bn{}", "layer{}.{}.downsample.1")
     return KeyMap(body=tuple(body), dropped=tuple(f"{norm}.num_batches_tracked" for norm in norms))
 
 

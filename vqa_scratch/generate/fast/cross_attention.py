@@ -14,6 +14,7 @@ from torch import Tensor
 
 from vqa_scratch.generate.fast.products import adding, attend, linear, norm, product
 from vqa_scratch.nn.attention import attention_over_parts
+from vqa_scratch.nn.cache import DecoderCache
 from vqa_scratch.nn.decoding import FastBlock
 from vqa_scratch.nn.memory import KeyValue, Sharing, concatenate, share
 
@@ -25,8 +26,16 @@ ABSORB_BYTES = 1 << 18  # projections are absorbed, which saves five operations,
 Layers = list[list[KeyValue]]  # parts by layer; how rows share a part is the same in all layers
 
 
-def cross_attention(blocks: list[FastBlock], memory: Layers) -> "Constant | Absorbed | Projected":
-    """Cross-attention of all layers to a memory, in the fastest form for that memory."""
+def cross_attention(
+    blocks: list[FastBlock], cache: DecoderCache, members: int
+) -> "Constant | Absorbed | Projected | None":
+    """Cross-attention of `members` rows a group to the memory in `cache`, in the fastest form; None without one."""
+    if cache[0].cross is None:
+        return None
+    memory = [own.cross for own in cache]
+    if members > 1:
+        rows = torch.arange(memory[0][0].sharing.rows, device=cache.device).repeat_interleave(members)
+        memory = select(memory, rows)
     first = memory[0]
     if len(first) == 1 and first[0].k.shape[2] == 1:
         return Constant(blocks, memory)

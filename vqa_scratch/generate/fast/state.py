@@ -6,7 +6,7 @@ Shapes: G groups (prompts), K members (beams) a group, R = G*K rows, D width, E 
 import torch
 from torch import Tensor
 
-from vqa_scratch.generate.fast.cross_attention import Absorbed, Constant, Projected, cross_attention, select
+from vqa_scratch.generate.fast.cross_attention import cross_attention
 from vqa_scratch.generate.fast.products import feed_forward, norm, product
 from vqa_scratch.generate.fast.self_attention import FixedRows, OneRow, Rows
 from vqa_scratch.generate.state import member_rows
@@ -19,23 +19,12 @@ def of_steps(steps: int, members: int, device: torch.device) -> tuple[Tensor, Te
     return torch.arange(steps, device=device).repeat_interleave(members), torch.eye(members, dtype=bool, device=device)
 
 
-def read_memory(parts: FastParts, cache: DecoderCache, members: int) -> Constant | Absorbed | Projected | None:
-    """Cross-attention of `members` rows a group to the memory in `cache`; None if it has none."""
-    if cache[0].cross is None:
-        return None
-    memory = [own.cross for own in cache]
-    if members > 1:
-        rows = torch.arange(memory[0][0].sharing.rows, device=memory[0][0].k.device).repeat_interleave(members)
-        memory = select(memory, rows)
-    return cross_attention(parts.blocks, memory)
-
-
 class FastState:
     """A `State` on a decoder's parts, whose sublayers add to x in place."""
 
     def __init__(self, parts: FastParts, own: OneRow | Rows, cache: DecoderCache) -> None:
         """`own` has the tokens so far; `cache` has the memory, if there is one."""
-        self.parts, self.own, self.memory = parts, own, read_memory(parts, cache, own.members)
+        self.parts, self.own, self.memory = parts, own, cross_attention(parts.blocks, cache, own.members)
         self.mlps = [feed_forward(block) for block in parts.blocks]
         self.norm, self.head = norm(parts.norm), product(parts.head, None)
 
