@@ -4,11 +4,15 @@ import json
 
 import pytest
 from PIL import Image
+from run_helpers import command
 
+import train
+from vqa_scratch.data.captions import read_captions
 from vqa_scratch.data.own import find_image
 from vqa_scratch.data.vqa_v2 import read_vqa
 from vqa_scratch.errors import UserError
 from vqa_scratch.metrics import rule, soft_targets, vqa_accuracy
+from vqa_scratch.systems.options import read_command_line
 
 
 def picture(path, colour="red"):
@@ -202,3 +206,104 @@ def test_few_answers_are_alternatives():
     assert vqa_accuracy("yes", ["yes", "yes", "no"]) == 1.0
     assert soft_targets(["yes"]) == {"yes": 1.0} and soft_targets(["a", "b"]) == {"a": 1.0, "b": 1.0}
     assert rule(10) == "official VQA accuracy" and rule(1) == "exact match after normalisation"
+
+
+# ------------------------------------------------------------------------------------------------ training on it
+
+COLOURS = ["red", "green", "blue", "white"]
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory):
+    """24 pictures of one colour each, two questions a picture with one answer each."""
+    folder = tmp_path_factory.mktemp("own")
+    rows = []
+    for number in range(24):
+        colour = COLOURS[number % 4]
+        picture(folder / "pictures" / f"{number}.PNG", colour)
+        rows += [
+            f"pictures/{number}.PNG,what color is it?,{colour}",
+            f"pictures/{number}.PNG,is it red?,{colour == 'red'}",
+        ]
+    (folder / "qa.csv").write_text(HEAD + "\n".join(rows) + "\n")
+    return folder
+
+
+def train_on(data, out, *flags):
+    small = (
+        "--width 32 --heads 2 --image-layers 1 --text-layers 1 --decoder-layers 1 --questions-per-step 16 --device cpu"
+    )
+    train.main(
+        read_command_line(
+            [
+                *small.split(),
+                "--precision",
+                "fp32",
+                "--data",
+                str(data),
+                "--out",
+                str(out),
+                "--cache",
+                str(out.parent / "c"),
+            ]
+            + ["--warmup-steps", "2", "--samples", "2", *flags]
+        )
+    )
+    return json.loads((out / "summary.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def trained(own, tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "own"
+    return out, train_on(own / "qa.csv", out, "--steps", "60", "--learning-rate", "5e-3")
+
+
+def test_a_table_is_learned_and_scored_by_exact_match(trained):
+    _, summary = trained
+    assert summary["scored_by"] == "exact match after normalisation" and summary["scored_split"] == "test"
+    assert summary["accuracy"] > 0.9 and summary["accuracy_lenient"] == summary["accuracy"]
+
+
+def test_evaluate_and_ask_take_the_same_table(own, trained, capsys):
+    run, summary = trained
+    command("evaluate", run, "--data", own / "qa.csv", "--split", "test")
+    assert json.loads((run / "evaluation.json").read_text())["accuracy"] == summary["accuracy"]
+    command("data", own, "--out", run.parent / "look.html")
+    said = capsys.readouterr().out
+    assert "24 images, 48 questions, 6 different answers" in said and "scored by     exact match" in said
+    assert "what color is it?" in (run.parent / "look.html").read_text()
+
+
+def test_a_run_starts_from_another(own, trained, tmp_path):
+    """One step at a tiny learning rate: what it knows comes from the first run, sizes and tokenizers too."""
+    first, _ = trained
+    flags = ["--steps", "1", "--learning-rate", "1e-9", "--matrix-learning-rate", "1e-9", "--weight-decay", "0"]
+    start = ["--data", str(own / "qa.csv"), "--device", "cpu", "--precision", "fp32", "--cache", str(tmp_path / "c")]
+    options = [*start, "--start-from", str(first), "--out", str(tmp_path / "second"), "--samples", "1", *flags]
+    train.main(read_command_line(options))
+    assert json.loads((tmp_path / "second" / "summary.json").read_text())["accuracy"] > 0.9
+    assert (tmp_path / "second" / "text_tokenizer" / "tokenizer.json").read_bytes() == (
+        first / "text_tokenizer" / "tokenizer.json"
+    ).read_bytes()
+    with pytest.raises(UserError, match="--width"):
+        read_command_line([*options, "--width", "64"])
+    with pytest.raises(UserError, match="is a run of shapes; it should be one of --preset book"):
+        train.main(read_command_line(["--preset", "book", *options]))
+
+
+def test_a_test_table_without_answers_is_answered(own, tmp_path):
+    (own / "unknown.csv").write_text("id,image,question\nx-1,pictures/0.PNG,what color is it?\n")
+    summary = train_on(own / "qa.csv", tmp_path / "run", "--steps", "1", "--test-split", str(own / "unknown.csv"))
+    (answer,) = json.loads((tmp_path / "run" / "submission.json").read_text())
+    assert answer["question_id"] == "x-1" and summary["scored_split"] == "val"
+    (own / "unknown.csv").unlink()
+
+
+def test_captions_in_one_file_are_shared_out(tmp_path):
+    images = [{"id": n, "file_name": f"{n}.png"} for n in range(10)]
+    texts = [{"id": n, "image_id": n, "caption": f"number {n}"} for n in range(10)]
+    (tmp_path / "mine.json").write_text(json.dumps({"images": images, "annotations": texts}))
+    for n in range(10):
+        picture(tmp_path / f"{n}.png")
+    parts = [read_captions(tmp_path / "mine.json", name).samples for name in ("train", "val", "test")]
+    assert [len(part) for part in parts] == [8, 1, 1] and len({s.image_id for part in parts for s in part}) == 10

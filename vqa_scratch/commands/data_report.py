@@ -11,11 +11,11 @@ import numpy as np
 from tqdm import tqdm
 
 from vqa_scratch.data.images import load_image
-from vqa_scratch.data.vqa_v2 import VQAData, VQASample, read_vqa, spread
+from vqa_scratch.data.vqa_v2 import VQAData, VQASample, read_vqa, spread, summary
 from vqa_scratch.errors import UserError, some
-from vqa_scratch.metrics import normalize_answer, rule
+from vqa_scratch.metrics import normalize_answer
 from vqa_scratch.report.gallery import card, write_page
-from vqa_scratch.systems.scoring import blind_baselines
+from vqa_scratch.systems.scoring import blind_baselines, rules_of
 from vqa_scratch.systems.vqa_models import own_tokenizers
 
 SHOWN = 24  # samples on the page
@@ -50,7 +50,7 @@ def lines(source: Path, read: dict[str, VQAData]) -> Iterator[str]:
     if answers:
         frequent = (f"{text} {n:,} ({n / answers.total():.0%})" for text, n in answers.most_common())
         yield f"answers       {some(frequent, 10)}"
-        yield f"scored by     {some(sorted({rule(len(s.answers)) for s in samples if s.answers}))}"
+        yield f"scored by     {rules_of([sample for sample in samples if sample.answers])}"
     question, answer = own_tokenizers(samples)
     for what, texts, tokenizer in (
         ("questions", [s.question for s in samples], question),
@@ -62,7 +62,7 @@ def lines(source: Path, read: dict[str, VQAData]) -> Iterator[str]:
                 f"{what:13s} {np.median(lengths):.0f} tokens, 95 % have at most {np.percentile(lengths, 95):.0f}, "
                 f"the longest {lengths.max()}"
             )
-    if "train" in read and "test" in read and read["test"].samples[0].answers:
+    if "train" in read and "test" in read and read["test"].annotated:
         blind = blind_baselines(read["test"].samples, read["train"].samples)
         yield f"without the image a guess reaches {max(blind.values()):.3f} on the test split"
     yield from (f"look at       {note}" for note in (*same_pictures(read), *likely_mistakes(samples)))
@@ -72,12 +72,6 @@ def lines(source: Path, read: dict[str, VQAData]) -> Iterator[str]:
             new = {s.answer for s in read[name].samples if s.answers and normalize_answer(s.answer) not in known}
             if new:
                 yield f"look at       {len(new)} answers of {name} that never occur in train: {some(sorted(new))}"
-
-
-def summary(samples: list[VQASample]) -> str:
-    """One line: how many images, questions and answers."""
-    images, answers = {s.image_path for s in samples}, {s.answer for s in samples if s.answers}
-    return f"{len(images):,} images, {len(samples):,} questions, {len(answers):,} different answers"
 
 
 def same_pictures(read: dict[str, VQAData]) -> Iterator[str]:

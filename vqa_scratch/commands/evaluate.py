@@ -1,4 +1,4 @@
-"""`evaluate`: official scores of a run on a VQA v2 folder with blind baselines, and a submission file."""
+"""`evaluate`: scores of a run on a data set with blind baselines, and a submission file."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from vqa_scratch.errors import UserError
     cls=GroupedCommand,
     params=[
         click.Argument(["run"], type=FOLDER),
-        Flag(["--data"], type=FOLDER, required=True, help="Folder with VQA v2 files."),
+        Flag(["--data"], type=FOLDER, required=True, help="Table or folder: docs/own-data.md."),
         Flag(["--split"], default="val", help="Split to answer."),
         Flag(["--submission"], type=FOLDER, help="Also write the answers to this file, for the evaluation server."),
         Flag(["--limit"], type=click.IntRange(min=1), help="Answer about this many questions, in whole images."),
@@ -62,11 +62,11 @@ def evaluate(
     read = read_vqa(data, split)
     print(read.report)
     expected = scores.check_complete(read) if submission is not None else set()
-    if read.report.files["annotations"] is None:
+    if not read.annotated:
         if submission is None:
-            raise UserError(f"split {split} of {data} has no annotations to score by; give --submission FILE")
+            raise UserError(f"split {split} of {data} has no answers to score by; give --submission FILE")
         answers = opened.answer(read.samples, None, progress="answering")
-        print(f"split {split} has no annotations: nothing is scored")
+        print(f"split {split} has no answers: nothing is scored")
     else:
         figures, answers = scores.evaluation(opened, data, split, read.samples, limit)
         write_json(run / "evaluation.json", figures)

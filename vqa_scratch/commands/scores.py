@@ -1,4 +1,4 @@
-"""What `evaluate` computes: official scores of a run on a VQA v2 folder, blind baselines, and the tables it prints."""
+"""What `evaluate` computes: scores of a run on a data set, blind baselines, and the tables it prints."""
 
 import sys
 from collections.abc import Iterable
@@ -8,9 +8,8 @@ from typing import Any
 from vqa_scratch.data.vqa_v2 import VQAData, VQASample, read_vqa
 from vqa_scratch.errors import UserError
 from vqa_scratch.metrics import accuracy_by
-from vqa_scratch.storage import read_json
 from vqa_scratch.systems.base import System
-from vqa_scratch.systems.scoring import blind_baselines, score
+from vqa_scratch.systems.scoring import blind_baselines, rules_of, score
 
 
 def baselines_of(data: Path, samples: list[VQASample]) -> dict[str, float | None]:
@@ -41,6 +40,8 @@ def evaluation(run: System, data: Path, split: str, samples: list[VQASample], li
         "split": split,
         "questions": len(scored),
         "accuracy": breakdowns["answer_type"].overall.accuracy,
+        "accuracy_lenient": accuracy_by(scored, texts, lenient=True).overall.accuracy,
+        "scored_by": rules_of(scored),
         **{f"accuracy_by_{k}": {n: group.accuracy for n, group in b.groups.items()} for k, b in breakdowns.items()},
         "counts": counts,
         "baselines": baselines,
@@ -63,6 +64,7 @@ def table(figures: dict[str, Any]) -> str:
         ]
 
     lines = [f"{'':40s} questions   accuracy", *rows([("all", figures["questions"], figures["accuracy"])])]
+    lines += rows([("all, both sides normalised", None, figures["accuracy_lenient"])])
     for key, title in (("answer_type", "answer type"), ("question_type", "question type")):
         groups = figures[f"accuracy_by_{key}"].items()
         lines += [f"by {title}", *rows((name or "(none)", figures["counts"][key][name], a) for name, a in groups)]
@@ -91,10 +93,10 @@ def caption_table(figures: dict[str, Any]) -> str:
     return "\n".join([head, *shown, f"BLEU is {figures['bleu_signature']}"])
 
 
-def check_complete(data: VQAData) -> set[int]:
+def check_complete(data: VQAData) -> set[int | str]:
     """The ids that a submission must answer. Raises UserError if `data` lacks one of them."""
-    path = data.report.files["questions"]
-    expected = {question["question_id"] for question in read_json(path)["questions"]}
+    path = next(iter(data.report.files.values()))
+    expected = set(data.ids)
     left_out = expected - {sample.question_id for sample in data.samples}
     if left_out:
         reasons = "; ".join(f"{count:,}: {reason}" for reason, count in data.report.skipped.most_common())

@@ -14,12 +14,14 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from vqa_scratch.data.descriptions import describe_all, read_scenes, scenes_file
+from vqa_scratch.data.own import images_of
 from vqa_scratch.data.vqa_files import (
     ReadReport,
     VQAData,
     VQASample,
     entries,
     fields,
+    first_images,
     image_file_name,
     image_places,
     subtype_of,
@@ -39,6 +41,11 @@ def find_captions(folder: Path, split: str) -> Path | None:
     """The captions file of a split in the folder or in its subfolder `annotations`; None if there is none."""
     places = (place / name for name in captions_names(split) for place in (folder, folder / "annotations"))
     return next(filter(Path.is_file, places), None)
+
+
+def images_beside(path: Path) -> Path:
+    """The folder in which the images of a captions file are looked for."""
+    return path.parent.parent if path.parent.name == "annotations" else path.parent
 
 
 def _image_entries(path: Path, content: Any) -> dict[int, str]:
@@ -129,9 +136,18 @@ def read_described_scenes(folder: Path, split: str, seed: int = 0, max_images: i
 def read_captions(folder: str | Path, split: str = "train", *, seed: int = 0, max_images: int | None = None) -> VQAData:
     """One split of a folder: its captions file if there is one, else the descriptions of its drawn scenes.
 
-    With `max_images`, at most that many images. Raises UserError if the folder has neither, or if no caption is left.
+    `folder` may be a captions file, whose images are shared out among train, val and test, and so may `split`. With
+    `max_images`, at most that many images. Raises UserError if there is neither, or if no caption is left.
     """
     folder = Path(folder)
+    if Path(split).suffix == ".json":
+        return read_coco_captions(Path(split), images_beside(Path(split)), "all", max_images)
+    if folder.is_file():
+        data = read_coco_captions(folder, images_beside(folder), split)
+        chosen = images_of(split, (sample.image_id for sample in data.samples), str(folder))
+        kept = first_images([sample for sample in data.samples if sample.image_id in chosen], max_images)
+        data.report.skip("of another split, or over max_images", count=len(data.samples) - len(kept))
+        return VQAData.of(kept, data.report)
     path = find_captions(folder, split)
     if path is not None:
         return read_coco_captions(path, folder, split, max_images)

@@ -10,7 +10,7 @@ import json
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -55,9 +55,10 @@ def own_files(folder: Path, split: str) -> list[Path]:
 
 
 def only_table(folder: Path) -> Path | None:
-    """The table of a folder that has one, whatever its name."""
+    """The table of a folder that has one, whatever its name, unless that is the name of a split."""
     tables = [path for path in sorted(folder.glob("*")) if path.suffix.lower() in TABLES and path.is_file()]
-    return tables[0] if len(tables) == 1 else None
+    named = {name for names in SPLITS.values() for name in names}
+    return tables[0] if len(tables) == 1 and tables[0].stem.split("-")[0] not in named else None
 
 
 def open_own(paths: list[Path], split: str, cache: Path) -> OpenedSplit:
@@ -75,7 +76,8 @@ def open_own(paths: list[Path], split: str, cache: Path) -> OpenedSplit:
     if "split" in columns:
         entries = _of_column(where, entries, [row.get(columns["split"]) for _, _, row in rows], split)
     elif split != "all":
-        entries = _of_share(where, entries, split)
+        chosen = images_of(split, (entry.image_id for entry in entries), where)
+        entries = [entry for entry in entries if entry.image_id in chosen]
     annotated = any(entry.answers for entry in entries)
     if annotated:
         entries = [entry if entry.answers else entry._replace(problem="the answer is empty") for entry in entries]
@@ -234,17 +236,17 @@ def _of_column(where: str, entries: list[AskedQuestion], values: list[Any], spli
     return chosen
 
 
-def _of_share(where: str, entries: list[AskedQuestion], split: str) -> list[AskedQuestion]:
-    """The entries of a split of a table that names none: all questions of an image are in the same split.
+def images_of(split: str, names: Iterable[Any], where: str) -> set[Any]:
+    """The images of a split of a data set that names no splits: a tenth for val, a tenth for test, the rest for train.
 
-    The order of the images is that of a hash of their names, so it does not depend on the order of the table.
+    Their order is that of a hash of their names, so it does not depend on the order of the file. Raises UserError for
+    another split, and for fewer than three images.
     """
-    images = sorted({entry.image_id for entry in entries}, key=lambda name: hashlib.blake2b(name.encode()).digest())
+    images = sorted(set(names), key=lambda name: hashlib.blake2b(str(name).encode()).digest())
     if split not in SPLITS:
         raise UserError(f"{where} has no column of splits, so it has train, val and test, but no {split}")
     if len(images) < 3:
         raise UserError(f"{where} has {len(images)} images; train, val and test need one each, so at least 3")
     val, test = (max(1, round(SHARES[name] * len(images))) for name in ("val", "test"))
     bounds = {"val": (0, val), "test": (val, val + test), "train": (val + test, len(images))}
-    chosen = set(images[slice(*bounds[split])])
-    return [entry for entry in entries if entry.image_id in chosen]
+    return set(images[slice(*bounds[split])])

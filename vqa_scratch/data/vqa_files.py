@@ -7,7 +7,7 @@ import os
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -219,13 +219,14 @@ class ReadReport:
 
 @dataclass(frozen=True)
 class VQAData:
-    """The samples in the order of their file, and the report on them."""
+    """The samples in the order of their file, the report on them, and the ids of all questions of the file."""
 
     samples: list[VQASample]
     report: ReadReport
+    ids: Collection[int | str] = ()
 
     @classmethod
-    def of(cls, samples: list[VQASample], report: ReadReport) -> Self:
+    def of(cls, samples: list[VQASample], report: ReadReport, ids: Collection[int | str] = ()) -> Self:
         """The samples with their completed report. Raises UserError if there are none."""
         report.kept, report.images = len(samples), len({sample.image_id for sample in samples})
         if not samples:
@@ -235,7 +236,18 @@ class VQAData:
             )
             path = next(iter(report.files.values()))
             raise UserError(f"no {report.what.removesuffix('s')} of {path} is left: {why or 'it holds none'}")
-        return cls(samples, report)
+        return cls(samples, report, ids)
+
+    @property
+    def annotated(self) -> bool:
+        """Whether the split has answers; a test split may have none."""
+        return bool(self.samples[0].answers)
+
+
+def first_images(samples: list[VQASample], number: int | None) -> list[VQASample]:
+    """The samples of the first `number` images, all of them if it is None."""
+    kept = set(list(dict.fromkeys(sample.image_id for sample in samples))[:number])
+    return [sample for sample in samples if sample.image_id in kept]
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from vqa_scratch.data.image_files import load_image
-from vqa_scratch.data.own import only_table, open_own, own_files
+from vqa_scratch.data.own import SPLITS, names_of, only_table, open_own, own_files, splits_of
 from vqa_scratch.data.tables import TABLES
 from vqa_scratch.data.vqa_files import (
     Annotation,
@@ -61,6 +61,22 @@ def open_source(source: str | Path | VQAFiles, split: str, cache: Path = Path("c
     if table := only_table(folder):
         return open_own([table], split, cache)
     raise UserError(nothing_of(folder, split))
+
+
+def has_split(source: Path, split: str) -> bool:
+    """Whether a source has a split. A table without a column of splits has train, val and test."""
+    if source.is_dir() and (official_files(source, split) or own_files(source, split)):
+        return True
+    table = source if source.is_file() else only_table(source)
+    if table is None:
+        return False
+    return names_of(split)[0] in (splits_of([table]) or SPLITS)
+
+
+def is_shared_out(source: Path) -> bool:
+    """Whether the splits of a source are shares of one table that names none."""
+    table = source if source.is_file() else only_table(source)
+    return table is not None and not splits_of([table])
 
 
 def nothing_of(folder: Path, split: str) -> str:
@@ -222,7 +238,13 @@ def read_vqa(
     outside = opened.count - max(stop - start_at, 0)
     if outside:
         report.skip("outside start_at and end_at", count=outside)
-    return VQAData.of(samples, report)
+    return VQAData.of(samples, report, seen)
+
+
+def summary(samples: Sequence[VQASample]) -> str:
+    """One line: how many images, questions and answers."""
+    images, answers = {s.image_path for s in samples}, {s.answer for s in samples if s.answers}
+    return f"{len(images):,} images, {len(samples):,} questions, {len(answers):,} different answers"
 
 
 def spread(samples: Sequence[VQASample], number: int) -> list[VQASample]:

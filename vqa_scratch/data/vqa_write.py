@@ -56,13 +56,14 @@ def write_vqa(
     return files
 
 
-def write_submission(path: str | Path, answers: Mapping[int, str], expected_ids: Iterable[int]) -> None:
+def write_submission(path: str | Path, answers: Mapping[int | str, str], expected_ids: Iterable[int | str]) -> None:
     """Writes the result file of the VQA v2 evaluation server: [{"question_id": int, "answer": str}, ...], sorted by id.
 
-    Raises ValueError unless `answers` covers exactly `expected_ids`, as the server demands.
+    The ids of one's own data may be texts. Raises ValueError unless `answers` covers exactly `expected_ids`, as the
+    server demands.
     """
     expected = set(expected_ids)
-    missing, extra = sorted(expected - answers.keys()), sorted(answers.keys() - expected)
+    missing, extra = _in_order(expected - answers.keys()), _in_order(answers.keys() - expected)
     if missing or extra:
         problems = [
             f"{len(ids)} {what} (first {ids[0]})"
@@ -70,4 +71,9 @@ def write_submission(path: str | Path, answers: Mapping[int, str], expected_ids:
             if ids
         ]
         raise ValueError(f"a submission answers exactly the questions of its split; here are {', '.join(problems)}")
-    write_json(Path(path), [{"question_id": int(i), "answer": str(answers[i])} for i in sorted(expected)], compact=True)
+    write_json(Path(path), [{"question_id": i, "answer": answers[i]} for i in _in_order(expected)], compact=True)
+
+
+def _in_order(ids: Iterable[int | str]) -> list[int | str]:
+    """Numbers first, then texts."""
+    return sorted(ids, key=lambda number: (isinstance(number, str), number))

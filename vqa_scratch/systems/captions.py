@@ -14,12 +14,13 @@ from vqa_scratch.data.descriptions import objects_named, objects_of, read_scenes
 from vqa_scratch.data.image_files import load_image
 from vqa_scratch.data.scenes import Scene
 from vqa_scratch.data.shapes import ShapesSpec, ensure_shapes
+from vqa_scratch.data.vqa_files import first_images
 from vqa_scratch.data.vqa_v2 import VQASample, read_vqa, split_by_image, spread
 from vqa_scratch.report.gallery import card, write_page
 from vqa_scratch.report.table import draw_table
 from vqa_scratch.systems.caption_scores import corpus_bleu, score_objects
 from vqa_scratch.systems.options import CaptionOptions
-from vqa_scratch.systems.questions import family_of, first_images
+from vqa_scratch.systems.questions import family_of
 from vqa_scratch.systems.scoring import other_images
 from vqa_scratch.systems.writing import writing_figures
 

@@ -52,7 +52,10 @@ class RunOptions(Options):
     )
 
     data: Path | None = option(
-        None, "Folder with the data files; without it the built-in data set is drawn.", DATA, may_change=True
+        None,
+        "Table or folder with the data (docs/own-data.md); without it, drawn scenes.",
+        DATA,
+        may_change=True,
     )
     cache: Path = option(Path("cache"), "Folder for the built-in data set and decoded images.", DATA, may_change=True)
     train_split: str = option("train", "Split to train on.", DATA)
@@ -138,7 +141,8 @@ class QuestionOptions(RunOptions):
             )
 
 
-SHAPES, RELEASED = {"preset": "shapes"}, {"preset": "book", "init": "pretrained"}
+NEW = {"start_from": None}
+SHAPES, RELEASED = NEW | {"preset": "shapes"}, NEW | {"preset": "book", "init": "pretrained"}
 
 
 @dataclass(frozen=True)
@@ -148,7 +152,10 @@ class VQAOptions(QuestionOptions):
     preset: str = option("shapes", PRESET_HELP, RUN, ("shapes", "book"))
     out: Path = option(Path("runs/vqa"), "Folder of the run.", RUN, may_change=True)
 
-    init: str = option("random", "Random weights, or those of checkpoints.", MODEL, ("random", "pretrained"))
+    start_from: Path | None = option(
+        None, "Finished run whose weights, sizes, connector and tokenizers to start from.", MODEL
+    )
+    init: str = option("random", "Random weights, or those of checkpoints.", MODEL, ("random", "pretrained"), only=NEW)
     image_model: str | None = option(None, "ViT checkpoint: folder or Hub id.", MODEL, only=RELEASED)
     text_model: str | None = option(None, "BERT, DistilBERT or RoBERTa checkpoint.", MODEL, only=RELEASED)
     decoder_model: str | None = option(
@@ -160,6 +167,7 @@ class VQAOptions(QuestionOptions):
         "a prefix of projected tokens (prefix) or of learned queries that read the tokens (qformer).",
         MODEL,
         CONNECTORS,
+        only=NEW,
         was="fusion",
     )
     queries: int = option(16, "Learned queries of the connector.", MODEL, minimum=1, only={"connector": "qformer"})

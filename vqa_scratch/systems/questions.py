@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +10,15 @@ import numpy as np
 
 from vqa_scratch.data.scenes import FAMILY_OF_TYPE
 from vqa_scratch.data.shapes import ShapesSpec, ensure_shapes
+from vqa_scratch.data.tables import TABLES
 from vqa_scratch.data.text import check_question
-from vqa_scratch.data.vqa_v2 import VQASample, read_vqa, split_by_image
+from vqa_scratch.data.vqa_files import first_images
+from vqa_scratch.data.vqa_v2 import VQASample, has_split, is_shared_out, read_vqa, split_by_image, summary
+from vqa_scratch.data.vqa_write import write_submission
 from vqa_scratch.errors import UserError
 from vqa_scratch.report.gallery import write_gallery
 from vqa_scratch.systems.options import QuestionOptions
-from vqa_scratch.systems.scoring import blind_baselines
+from vqa_scratch.systems.scoring import blind_baselines, rules_of
 from vqa_scratch.systems.splits import SplitSystem
 from vqa_scratch.training.ranks import World
 
@@ -34,32 +38,55 @@ def family_of(folder: Path) -> Callable[[VQASample], str]:
     return lambda sample: sample.answer_type or "unknown"
 
 
-def first_images(samples: list[VQASample], number: int | None) -> list[VQASample]:
-    """The samples of the first `number` images, all of them if it is None."""
-    kept = set(list(dict.fromkeys(sample.image_id for sample in samples))[:number])
-    return [sample for sample in samples if sample.image_id in kept]
+def split_names(source: Path, options: QuestionOptions) -> tuple[str, str, str]:
+    """The splits to train on, to choose the best weights by, and to test on; with a line on each that the source lacks.
+
+    A source without validation gives some of its training images to it; one without a test is judged on validation.
+    """
+    train, val, test = options.train_split, options.val_split, options.test_split
+    tables = [Path(name).suffix.lower() in TABLES for name in (val, test)]
+    if any(tables) and train == "train" and is_shared_out(source):
+        train, val = "all", val if tables[0] else "auto"
+    if val == "val" and not has_split(source, val):
+        print(f"no val split: {options.val_fraction:.0%} of the training images are held out for it")
+        val = "auto"
+    if test == "test" and not has_split(source, test):
+        print("no test split: the final figures are those of the val split")
+        test = val
+    return train, val, test
 
 
 def read_questions(options: QuestionOptions) -> QuestionData:
     """Read every split the run needs; draw the built-in data set first if no `--data` is given."""
-    folder = options.data or ensure_shapes(options.cache, ShapesSpec(seed=options.seed))
-    limits = "start_at end_at max_images max_questions min_agreement verify_images".split()
-    train = read_vqa(folder, options.train_split, **{name: getattr(options, name) for name in limits})
+    source = options.data or ensure_shapes(options.cache, ShapesSpec(seed=options.seed))
+    read = partial(read_vqa, source, verify_images=options.verify_images, cache=options.cache)
+    limits = "start_at end_at max_images max_questions min_agreement".split()
+    train_split, val_split, test_split = split_names(source, options)
+    train = read(train_split, **{name: getattr(options, name) for name in limits})
     print(train.report)
     samples = {"train": train.samples}
-    if options.val_split == "auto":
-        shares = (1 - options.val_fraction, options.val_fraction)
-        samples["train"], samples["val"] = split_by_image(train.samples, shares, options.seed)
+    if val_split == "auto":
+        samples["train"], samples["val"] = hold_out(train.samples, options.val_fraction, options.seed)
     else:
-        samples["val"] = read_vqa(folder, options.val_split, verify_images=options.verify_images).samples
-    if options.test_split == options.val_split:
-        samples["test"] = samples["val"]
-    else:
-        samples["test"] = read_vqa(folder, options.test_split, verify_images=options.verify_images).samples
+        samples["val"] = read(val_split).samples
+    samples["test"] = samples["val"] if test_split == val_split else read(test_split).samples
     samples["test"] = first_images(samples["test"], options.test_images)
-    if (folder / "scenes_holdout.json").exists():
-        samples["holdout"] = read_vqa(folder, "holdout").samples
-    return QuestionData(samples, family_of(folder))
+    print(f"data: {summary([sample for split in samples.values() for sample in split])}")
+    if (source / "scenes_holdout.json").exists():
+        samples["holdout"] = read("holdout").samples
+    return QuestionData(samples, family_of(source))
+
+
+def hold_out(samples: list[VQASample], fraction: float, seed: int) -> tuple[list[VQASample], list[VQASample]]:
+    """(the samples to train on, those on about that share of the images). Raises UserError on a single image."""
+    train, held = split_by_image(samples, (1 - fraction, fraction), seed)
+    images = dict.fromkeys(sample.image_id for sample in samples)
+    if len(images) < 2:
+        raise UserError("one image is too few to train and to validate on: give more, or a --val-split")
+    if not train or not held:  # so few images that chance left out one side
+        first = next(iter(images))
+        train, held = ([s for s in samples if (s.image_id == first) == wanted] for wanted in (False, True))
+    return train, held
 
 
 class QuestionSystem(SplitSystem):
@@ -79,7 +106,8 @@ class QuestionSystem(SplitSystem):
     def train_on(self, data: QuestionData) -> None:
         self.data = data
         self.make_splits(data.samples)
-        self.baselines = blind_baselines(data.samples["test"], data.samples["train"])
+        self.judged = "test" if data.samples["test"][0].answers else "val"  # the split of the final figures
+        self.baselines = blind_baselines(data.samples[self.judged], data.samples["train"])
 
     def epoch(self, number: int) -> list[np.ndarray]:
         options = self.options
@@ -105,7 +133,7 @@ class QuestionSystem(SplitSystem):
         """Validation accuracy beside the blind baselines, and accuracy by family."""
         families = sorted({name for row in figures for name in row if name.startswith("accuracy/")})
         accuracy = {
-            "title": "accuracy on held-out scenes",
+            "title": "accuracy on held-out images",
             "lines": {"validation": [row["accuracy"] for row in figures]},
             "hlines": {name.replace("_", " "): value for name, value in self.baselines.items()},
         }
@@ -114,16 +142,28 @@ class QuestionSystem(SplitSystem):
         return [{**panel, "ylabel": "official VQA accuracy"} for panel in panels]
 
     def finish(self, folder: Path) -> dict[str, Any]:
-        """Score the test split, the same with shuffled images, and the hold-out where there is one; samples.html."""
-        test = self.report("test", progress="test")
+        """Score the test split, the same with shuffled images, and the hold-out where there is one; samples.html.
+
+        A test split without answers is answered, into submission.json, and the validation split is scored instead.
+        """
+        samples, number = self.data.samples[self.judged], self.options.samples
+        if self.judged != "test":
+            said = self.answer_split("test", progress="test, without answers")
+            if self.world.main:
+                texts = {number: answer.text for number, answer in said.items()}
+                write_submission(folder / "submission.json", texts, texts)
+        test = self.report(self.judged, progress=self.judged)
         if self.world.main:
             title = f"What the model answers ({self.options.preset}, accuracy {test.accuracy:.3f})"
-            samples, number = self.data.samples["test"], self.options.samples
             write_gallery(folder / "samples.html", samples, test.answers, self.data.family, number, title)
-        self.baselines["shuffled_images"] = self.report("test", shuffled=True, progress="shuffled images").accuracy
+        shuffled = self.report(self.judged, shuffled=True, progress="shuffled images")
+        self.baselines["shuffled_images"] = shuffled.accuracy
         holdout = self.report("holdout", progress="hold-out") if "holdout" in self.splits else None
         return {
             "accuracy": test.accuracy,
+            "accuracy_lenient": test.lenient,
+            "scored_by": rules_of(samples),
+            "scored_split": self.judged,
             "accuracy_by_family": test.by_family,
             "holdout_accuracy": holdout.accuracy if holdout else None,
             "holdout_accuracy_by_family": holdout.by_family if holdout else None,
@@ -132,8 +172,11 @@ class QuestionSystem(SplitSystem):
 
     def lines(self, summary: dict[str, Any]) -> list[str]:
         by_family, baselines = summary["accuracy_by_family"], summary["baselines"]
+        unscored = "the test split has no answers: it is answered in submission.json; these are the figures of val"
         return [
+            *([unscored] if summary["scored_split"] != "test" else []),
             *(f"{n:20s} {summary[n]:.4f}" for n in ("accuracy", "holdout_accuracy") if summary[n] is not None),
+            f"scored by            {summary['scored_by']}",
             "by family            " + ", ".join(f"{k} {v:.3f}" for k, v in by_family.items()),
             "blind baselines      " + ", ".join(f"{k} {v:.3f}" for k, v in baselines.items()),
         ]

@@ -8,7 +8,7 @@ import numpy as np
 
 from vqa_scratch.data.answers import Answer
 from vqa_scratch.data.vqa_v2 import VQASample
-from vqa_scratch.metrics import accuracy_by
+from vqa_scratch.metrics import accuracy_by, rule
 
 
 def common_answers(samples: Sequence[VQASample], limit: int | None = None) -> list[str]:
@@ -66,9 +66,10 @@ class QuestionOnly:
 
 @dataclass(frozen=True)
 class Report:
-    """Official accuracy of one split, and the answers behind it."""
+    """Accuracy of one split by the rule for its number of answers, and the answers behind it."""
 
     accuracy: float
+    lenient: float  # both sides always normalised
     by_family: dict[str, float]
     answers: dict[int, Answer]
 
@@ -78,9 +79,16 @@ def score(
 ) -> Report:
     """Official accuracy, overall and by family, over the samples that have an answer."""
     scored = [s for s in samples if s.question_id in answers]
-    result = accuracy_by(scored, {i: a.text for i, a in answers.items()}, family)
+    texts = {i: a.text for i, a in answers.items()}
+    result = accuracy_by(scored, texts, family)
     by_family = {name: group.accuracy for name, group in sorted(result.groups.items())}
-    return Report(result.overall.accuracy, by_family, answers)
+    lenient = accuracy_by(scored, texts, lenient=True).overall.accuracy
+    return Report(result.overall.accuracy, lenient, by_family, answers)
+
+
+def rules_of(samples: Sequence[VQASample]) -> str:
+    """The rules by which the samples are scored; it depends on how many answers a question has."""
+    return "; ".join(sorted({rule(len(sample.answers)) for sample in samples}))
 
 
 def blind(samples: Sequence[VQASample], predictor: Callable[[VQASample], str]) -> float:

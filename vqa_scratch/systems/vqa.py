@@ -5,6 +5,7 @@ Preset `shapes` trains small random models on the built-in data set; `book` star
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -16,14 +17,16 @@ from vqa_scratch.data.batches import Batch, Questions
 from vqa_scratch.data.feature_store import ImageFeatures, TextFeatures
 from vqa_scratch.data.vqa_v2 import VQASample
 from vqa_scratch.errors import UserError
+from vqa_scratch.options import from_json, rules_of
 from vqa_scratch.rl.options import RLHFOptions
 from vqa_scratch.rl.tasks import Task
 from vqa_scratch.storage import read_json, write_json
-from vqa_scratch.systems.base import seed_everything
+from vqa_scratch.systems.base import check_positions, seed_everything
 from vqa_scratch.systems.frozen import cache_features
 from vqa_scratch.systems.options import VQAOptions
 from vqa_scratch.systems.policy import answering_task, run_options
 from vqa_scratch.systems.questions import QuestionData, QuestionSystem
+from vqa_scratch.systems.run_folder import CONFIG, PROGRAM, read_run_config
 from vqa_scratch.systems.scoring import common_answers
 from vqa_scratch.systems.vqa_models import check_question, released_models, small_models
 from vqa_scratch.systems.writer import WritingSystem
@@ -46,11 +49,40 @@ class VQASystem(WritingSystem, QuestionSystem):
 
     @classmethod
     def build(cls, options: VQAOptions, data: QuestionData, precision: Precision) -> Self:
-        check_question(options)
         seed_everything(options.seed)
-        make = small_models if options.preset == "shapes" else released_models
-        system = cls(options, *make(options, data.samples["train"]), precision)
+        if options.start_from is not None:
+            system = cls.continued(options, precision)
+        else:
+            check_question(options)
+            make = small_models if options.preset == "shapes" else released_models
+            system = cls(options, *make(options, data.samples["train"]), precision)
         system.candidates = common_answers(data.samples["train"], CANDIDATES_KEPT)
+        return system
+
+    @classmethod
+    def continued(cls, options: VQAOptions, precision: Precision) -> Self:
+        """The system of the finished run `options.start_from`, with its sizes and tokenizers, to train on other data.
+
+        Raises UserError if it is a run of another preset, or if its model has too few positions for the options.
+        """
+        folder = options.start_from
+        config = read_run_config(folder)
+        kind = config["train"].get("preset") if config["program"] == PROGRAM else config["program"]
+        if kind != options.preset:
+            raise UserError(f"--start-from {folder} is a run of {kind}; it should be one of --preset {options.preset}")
+        theirs = from_json(VQAOptions, config["train"], str(folder / CONFIG))
+        kept = [name for name, rules in rules_of(VQAOptions).items() if "start_from" in rules.only]
+        prompt = options.question_prompt or theirs.question_prompt
+        options = replace(options, **{name: getattr(theirs, name) for name in kept}, question_prompt=prompt)
+        system = cls.load(folder, config["model"], options, precision)
+        model = system.model
+        prefix = model.connector.prefix_length(
+            model.image.places(*system.processor.output_size).grid, model.connector.sizes
+        )
+        written = ["max_question_tokens", "max_answer_tokens"] if prompt else ["max_answer_tokens"]
+        check_positions(options, written, model.decoder.max_positions - prefix, str(folder))
+        if model.text is not None:
+            check_positions(options, ["max_question_tokens"], model.text.longest, str(folder))
         return system
 
     @classmethod
@@ -115,7 +147,7 @@ class VQASystem(WritingSystem, QuestionSystem):
     def finish(self, folder: Path) -> dict[str, Any]:
         """Adds how well the model chooses among the training answers."""
         figures = super().finish(folder)
-        ranking = self.report("test", self.ranked_questions, progress="ranking", ranked=True)
+        ranking = self.report(self.judged, self.ranked_questions, progress="ranking", ranked=True)
         return figures | {
             "generation_accuracy": figures["accuracy"],
             "ranking_accuracy": ranking.accuracy,
