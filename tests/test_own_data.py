@@ -288,7 +288,8 @@ def test_a_run_starts_from_another(own, trained, tmp_path):
     with pytest.raises(UserError, match="--width"):
         read_command_line([*options, "--width", "64"])
     with pytest.raises(UserError, match="is a run of shapes; it should be one of --preset book"):
-        train.main(read_command_line(["--preset", "book", *options]))
+        book = ["--preset", "book", *start, "--start-from", str(first), "--out", str(tmp_path / "third")]
+        train.main(read_command_line(book))
 
 
 def test_a_test_table_without_answers_is_answered(own, tmp_path):
