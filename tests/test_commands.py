@@ -80,7 +80,7 @@ def test_evaluate_without_annotations(run, data, tmp_path, capsys):
     """Only the submission is written, and it has to be asked for."""
     folder = without(data, tmp_path / "data", annotations_name("test2015"))
     (run / "evaluation.json").unlink(missing_ok=True)
-    with pytest.raises(UserError, match="has no annotations to score by; give --submission FILE"):
+    with pytest.raises(UserError, match="has no answers to score by; give --submission FILE"):
         command("evaluate", run, "--data", folder, "--split", "test")
     command("evaluate", run, "--data", folder, "--split", "test", "--submission", tmp_path / "answers.json")
     assert len(json.loads((tmp_path / "answers.json").read_text())) == len(read_vqa(data, "test").samples)

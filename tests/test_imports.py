@@ -110,6 +110,8 @@ def violations(sources: dict[str, str]) -> list[str]:
             there_leaf, there = unit(target, LEAVES), unit(target, RANKS)
             if there_leaf is not None and (own is None or not own.startswith("vqa_scratch.kernels")):
                 continue
+            if module == "vqa_scratch":  # `open_run` imports what it needs when it is called
+                continue
             if leaf is not None:
                 wrong.append(f"{module} is a leaf but imports {target}")
             elif there_leaf is not None:
