@@ -9,7 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from vqa_scratch.data.batches import IGNORE, Batch, Questions, Ragged, batches_by_image, prefetch
+from vqa_scratch.data.batches import IGNORE, Batch, Questions, Ragged, prefetch
+from vqa_scratch.data.groups import batches_by_image
 from vqa_scratch.data.images import ImageProcessor, Images
 from vqa_scratch.data.tokenizers import Tokenizers
 from vqa_scratch.data.vqa_v2 import VQASample, read_vqa

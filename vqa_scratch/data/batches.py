@@ -1,13 +1,13 @@
 """Makes batches of images with questions, ahead of time in a thread.
 
 The questions about an image stay together, so that it is loaded and encoded once for all of them.
-The rows of each batch are chosen from (seed, epoch) alone, so a run resumes by counting steps. Every image of a batch
-has the same number of questions, so that the decoder can share an image's keys without a copy.
+`data/groups.py` chooses the rows of each batch from (seed, epoch) alone, so a run resumes by counting steps. Every
+image of a batch has the same number of questions, so that the decoder can share an image's keys without a copy.
 
 Shapes: I images, R questions an image, B = I*R questions, T question tokens, A decoder tokens, H x W pixels.
 """
 
-from collections import defaultdict, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
@@ -18,11 +18,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vqa_scratch.data.groups import batches_by_image, batches_in_order
 from vqa_scratch.data.images import Images
 from vqa_scratch.data.tokenizers import Tokenizers, encode_unique
 from vqa_scratch.data.vqa_v2 import VQASample
 
-LENGTHS_OVER = 8  # batches among which rows are sorted by length
 IGNORE = -100  # the label of a token without a loss, as in F.cross_entropy
 Item = TypeVar("Item")
 
@@ -115,37 +115,6 @@ class Batch(ImageBatch):
         return replace(self, labels=torch.full_like(self.labels, IGNORE), rows=self.rows[:0])
 
 
-def batches_by_image(
-    groups: Iterable[Sequence[int]],
-    rng: np.random.Generator,
-    rows_per_step: int,
-    rows_per_image: int,
-    lengths: np.ndarray | None = None,
-) -> list[np.ndarray]:
-    """Batches of row numbers from the rows of each image; each row occurs once.
-
-    The rows of an image are shuffled and split into pieces of at most `rows_per_image`; a batch takes pieces of one
-    size, about `rows_per_step` rows in all. With the `lengths` of all rows, each batch takes pieces of about one length
-    (they are sorted within `LENGTHS_OVER` batches), which saves padding where texts are long.
-    """
-    pieces: dict[int, list[np.ndarray]] = defaultdict(list)
-    for rows in groups:
-        mixed = rng.permutation(rows)
-        for at in range(0, len(mixed), rows_per_image):
-            piece = mixed[at : at + rows_per_image]
-            pieces[len(piece)].append(piece)
-    batches = []
-    for size in sorted(pieces):
-        order = [pieces[size][i] for i in rng.permutation(len(pieces[size]))]
-        take = max(1, rows_per_step // size)
-        for window in range(0, len(order), LENGTHS_OVER * take):
-            some = order[window : window + LENGTHS_OVER * take]
-            if lengths is not None:
-                some.sort(key=lambda piece: lengths[piece].max())
-            batches += [np.concatenate(some[at : at + take]) for at in range(0, len(some), take)]
-    return [batches[i] for i in rng.permutation(len(batches))]
-
-
 class ImageGroups:
     """Samples grouped by image; an image is known by its position in `image_paths`."""
 
@@ -184,19 +153,8 @@ class ImageGroups:
         return batches_by_image(self.of_image, np.random.default_rng([seed, epoch]), rows_per_step, rows_per_image)
 
     def in_order(self, limit: int, rows_per_step: int) -> list[np.ndarray]:
-        """Batches for scoring: whole images in order, up to about `limit` rows; those of a batch have equally many."""
-        same_size: dict[int, list[list[int]]] = defaultdict(list)
-        taken = 0
-        for rows in self.of_image:
-            if taken >= limit:
-                break
-            same_size[len(rows)].append(rows)
-            taken += len(rows)
-        batches = []
-        for size, same in sorted(same_size.items()):
-            take = max(1, rows_per_step // size)
-            batches += [np.concatenate(same[at : at + take]) for at in range(0, len(same), take)]
-        return batches
+        """Batches for scoring, as `batches_in_order` makes them."""
+        return batches_in_order(self.of_image, limit, rows_per_step)
 
 
 class Questions(ImageGroups):

@@ -21,6 +21,7 @@ from vqa_scratch.errors import UserError
 from vqa_scratch.models.hf_config import HFConfig, Layout, Released, check_heads
 from vqa_scratch.nn import taps
 from vqa_scratch.nn.attention import MultiHeadAttention
+from vqa_scratch.nn.dino import LayerScale, SwiGLU
 from vqa_scratch.nn.layers import MLP, activation, init_weights
 from vqa_scratch.nn.states import Places, States
 from vqa_scratch.weights import fields, maps
@@ -171,36 +172,6 @@ class ConvStem(nn.Module):
     def forward(self, pixel_values: Tensor) -> Tensor:
         """(B, C, h*p, w*p) -> (B, N, D)."""
         return self.layers(pixel_values).flatten(2).transpose(1, 2)  # (B, D, h, w) -> (B, N, D)
-
-
-class SwiGLU(nn.Module):
-    """`out(silu(gate) * up)` (Shazeer 2020, 2002.05202), gate and up from one product: DINOv2's giant.
-
-    The inner width is two thirds of `hidden`, rounded up to a multiple of 8: the cost of a plain MLP.
-    """
-
-    tap_prefix: str | None = None
-
-    def __init__(self, dim: int, hidden: int) -> None:
-        super().__init__()
-        inner = -(-int(hidden * 2 / 3) // 8) * 8
-        self.gate_up, self.out = nn.Linear(dim, 2 * inner), nn.Linear(inner, dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up(x).chunk(2, -1)
-        hidden = F.silu(taps.tap(self.tap_prefix, "pre", gate)) * up
-        return taps.tap(self.tap_prefix, "out", self.out(taps.tap(self.tap_prefix, "post", hidden)))
-
-
-class LayerScale(nn.Module):
-    """One learned factor for each channel (Touvron et al. 2021, "Going deeper with Image Transformers", 2103.17239)."""
-
-    def __init__(self, dim: int, start: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.full((dim,), start))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * self.weight
 
 
 class ViTBlock(nn.Module):

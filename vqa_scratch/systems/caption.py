@@ -14,7 +14,8 @@ import torch
 
 from vqa_scratch.data.answers import Answer
 from vqa_scratch.data.augment import Augment, depends_on_side
-from vqa_scratch.data.batches import Batch, batches_by_image
+from vqa_scratch.data.batches import Batch
+from vqa_scratch.data.groups import batches_by_image
 from vqa_scratch.data.text import check_question
 from vqa_scratch.data.vqa_v2 import VQASample
 from vqa_scratch.errors import UserError

@@ -10,7 +10,7 @@ import numpy as np
 from tqdm import tqdm
 
 from vqa_scratch.data.answers import Answer
-from vqa_scratch.data.batches import ImageBatch, ImageGroups, prefetch
+from vqa_scratch.data.batches import ImageGroups, prefetch
 from vqa_scratch.data.images import Images
 from vqa_scratch.data.vqa_v2 import VQASample
 from vqa_scratch.report.curves import moving_average
@@ -85,10 +85,6 @@ class SplitSystem(System):
         if self.options.image_cache:
             for split in self.splits.values():
                 split.images.cache_in(self.options.cache)
-
-    def batch(self, key: np.ndarray) -> ImageBatch:
-        train = self.splits["train"]
-        return train.questions.batch(key, train.images)
 
     def ids(self, rows: list[int]) -> list[int]:
         return [self.splits["train"].questions.samples[row].question_id for row in rows]

@@ -108,6 +108,10 @@ class ViLTSystem(QuestionSystem):
             image_index=batch.image_index,
         )
 
+    def batch(self, key: np.ndarray) -> ClassBatch:
+        train = self.splits["train"]
+        return train.questions.batch(key, train.images)
+
     def loss(self, batch: ClassBatch) -> tuple[Tensor, Tensor]:
         """(sum of the loss over questions, sum of the targets of the chosen answers: soft accuracy times questions)."""
         logits, targets = self.logits(batch)[batch.asked], batch.targets[batch.asked]
