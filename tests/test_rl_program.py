@@ -275,8 +275,27 @@ def test_book_names_what_is_wrong_with_its_input(book, tmp_path):
     refused("no column 'body'; the columns are text", *argv, *out, "--column", "body")
     refused("14 articles are too few", *argv, *out, "--prompts", "12")
     refused("no file", *argv, *out, "--articles", str(tmp_path / "none.csv"))
-    refused("not a roberta classifier", *argv, *out, "--tone-model", f"{folder}/summariser")
+    refused("a classifier is one of bert, distilbert, roberta", *argv, *out, "--tone-model", f"{folder}/summariser")
     refused("not a t5", *argv, *out, "--policy", f"{folder}/tone")
+
+
+def test_an_own_reward_takes_the_place_of_the_judges(book, tmp_path, capsys):
+    """A Python function, and a class of a classifier's folder."""
+    argv, data, folder = book
+    base = f"--preset book --policy {folder}/summariser --articles {data} {TINY} --iterations 1".split()
+    code = tmp_path / "mine.py"
+    code.write_text("def words(samples):\n    return [-len(text.split()) for text in samples.texts]\nnumber = 3\n")
+    summary = rlhf.run([*base, "--out", str(tmp_path / "a"), "--reward", f"{code}:words"])
+    row = json.loads((tmp_path / "a" / "metrics.jsonl").read_text().splitlines()[0])
+    assert summary["reward_before"] < 0 and row["env/words"] == pytest.approx(row["env/reward_mean"])
+    label = ["--reward", f"{folder}/tone", "--reward-label", "neutral"]
+    rlhf.run([*base, "--out", str(tmp_path / "b"), *label])
+    out = ["--out", str(tmp_path / "c")]
+    refused("has no function 'number'", *base, *out, "--reward", f"{code}:number")
+    refused("there is no file", *base, *out, "--reward", "none.py:words")
+    refused("name one with --reward-label", *base, *out, "--reward", f"{folder}/tone")
+    refused("--reward-label names a class", *base, *out, "--reward-label", "neutral")
+    refused("--tone-label", *base, *out, *label, "--tone-label", "neutral")
 
 
 def test_what_is_cheap_to_check_is_checked_first(book, tmp_path):

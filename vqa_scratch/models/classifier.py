@@ -1,13 +1,14 @@
-"""A text classifier: a RoBERTa encoder, a dense layer on the first token, tanh, a linear head. Liu et al. 2019.
+"""A text classifier: an encoder of the BERT family, a dense layer on the first token, tanh or ReLU, a linear head.
 
-The layout is that of RobertaForSequenceClassification; an unused pooler and a buffer of position ids in its files are
-ignored. The config holds the names of the classes, so that a class can be chosen by name.
+The layouts are those of RobertaForSequenceClassification (Liu et al. 2019) and its BERT and DistilBERT relatives; an
+unused pooler and a buffer of position ids in their files are ignored. A reward model has one output. The config holds
+the names of the classes, so that a class can be chosen by name.
 
 Shapes: B batch, T text tokens, D width, C classes.
 """
 
-from collections.abc import Mapping
-from typing import Any, Self
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -30,17 +31,29 @@ def _leave_in_file(table: nn.Embedding, source: str, tensors: dict[str, Tensor])
         tensors[key] = table.weight  # copying it to itself does nothing
 
 
+class Head(NamedTuple):
+    """What differs between the layouts of classifiers."""
+
+    key_map: maps.KeyMap
+    activation: Callable[[Tensor], Tensor]  # between the dense layer and the last
+    architecture: str
+
+
+LAYOUTS = {
+    "bert": Head(maps.BERT_CLASSIFIER, torch.tanh, "BertForSequenceClassification"),
+    "distilbert": Head(maps.DISTILBERT_CLASSIFIER, torch.relu, "DistilBertForSequenceClassification"),
+    "roberta": Head(maps.ROBERTA_CLASSIFIER, torch.tanh, "RobertaForSequenceClassification"),
+}
+
+
 class TextClassifier(Released, nn.Module):
     """Encoder and head; `labels` names the classes in the order of the logits."""
 
-    key_map = maps.ROBERTA_CLASSIFIER
-
     def __init__(self, config: BertConfig, labels: tuple[str, ...]) -> None:
         super().__init__()
-        if config.layout != "roberta":
-            raise UserError(f"a text classifier is a roberta, not a {config.layout}")
-        if len(labels) < 2 or len(set(labels)) != len(labels):
-            raise UserError(f"a classifier needs two or more different labels, not {', '.join(labels) or 'none'}")
+        if not labels or len(set(labels)) != len(labels):
+            raise UserError(f"a classifier needs different labels, not {', '.join(labels) or 'none'}")
+        self.layout = LAYOUTS[config.layout]
         self.config, self.labels = config, tuple(labels)
         self.encoder = Bert(config)
         self.dense = nn.Linear(config.dim, config.dim)
@@ -50,9 +63,14 @@ class TextClassifier(Released, nn.Module):
             init_weights(layer, config.init_std)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """(B, T) -> logits (B, C). attention_mask (B, T), True = may attend; the first token is `<s>`."""
+        """(B, T) -> logits (B, C). attention_mask (B, T), True = may attend; the first token is `<s>` or `[CLS]`."""
         first = self.encoder(input_ids, attention_mask)[:, 0]  # (B, D)
-        return self.out(self.dropout(torch.tanh(self.dense(self.dropout(first)))))
+        return self.out(self.dropout(self.layout.activation(self.dense(self.dropout(first)))))
+
+    @property
+    def key_map(self) -> maps.KeyMap:
+        """Where each parameter is in a checkpoint."""
+        return self.layout.key_map
 
     def label_index(self, label: str) -> int:
         """The index of the logit of `label`. Raises UserError that lists the labels."""
@@ -63,19 +81,22 @@ class TextClassifier(Released, nn.Module):
     @classmethod
     def from_checkpoint(cls, config: Mapping[str, Any], tensors: dict[str, Tensor], source: str) -> Self:
         """As in `Released`. The word table, a third of the weights, stays in the file: rows are read on first use."""
-        if config.get("model_type") != "roberta":
-            raise UserError(f"{source} holds a {config.get('model_type')} model, not a roberta classifier")
-        classes = len(tensors.get("classifier.out_proj.bias", ()))
+        layout = LAYOUTS.get(config.get("model_type"))
+        if layout is None:
+            kinds = ", ".join(LAYOUTS)
+            raise UserError(f"{source} holds a {config.get('model_type')} model; a classifier is one of {kinds}")
+        (head,) = (key for entry in layout.key_map.head if entry.ours == "out.bias" for key in entry.theirs)
+        classes = len(tensors.get(head, ()))
         if not classes:
-            raise UserError(f"{source} has no classifier.out_proj: it is not a sequence classifier")
+            raise UserError(f"{source} has no {head}: it is not a sequence classifier")
         labels = labels_from_hf(config, classes, source)
         with torch.device("meta"):  # no memory, no random start
             model = cls(BertConfig.from_hf(config), labels)
         model.to_empty(device="cpu")
         _leave_in_file(model.encoder.tokens, source, tensors)
-        load_into(model, tensors, cls.key_map, source=source)
+        load_into(model, tensors, model.key_map, source=source)
         return model.eval()
 
     def to_hf(self) -> dict[str, Any]:
-        head = {"architectures": ["RobertaForSequenceClassification"], **labels_to_hf(self.labels)}
+        head = {"architectures": [self.layout.architecture], **labels_to_hf(self.labels)}
         return self.config.to_hf() | head

@@ -8,7 +8,7 @@ Shapes: B batch, N input tokens, T output tokens, V vocabulary.
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -44,18 +44,17 @@ ROBERTA_ROLES = {
 
 
 class Models(NamedTuple):
-    """The results of the first two steps of RLHF: a summariser, and two judges of what it writes."""
+    """The results of the first two steps of RLHF: a summariser, and judges of what it writes, by name."""
 
     summariser: T5
     tokenizer: Tokenizer
-    grammar: tuple[TextClassifier, Tokenizer]
-    tone: tuple[TextClassifier, Tokenizer]
+    judges: dict[str, tuple[TextClassifier, Tokenizer]]
 
 
-def load(summariser: str | Path, grammar: str | Path, tone: str | Path) -> Models:
+def load(summariser: str | Path, judges: Mapping[str, str | Path]) -> Models:
     """Read them from folders or the Hub."""
-    judges = ((TextClassifier.from_pretrained(name), Tokenizer.from_pretrained(name)) for name in (grammar, tone))
-    return Models(T5.from_pretrained(summariser), Tokenizer.from_pretrained(summariser), *judges)
+    made = {n: (TextClassifier.from_pretrained(at), Tokenizer.from_pretrained(at)) for n, at in judges.items()}
+    return Models(T5.from_pretrained(summariser), Tokenizer.from_pretrained(summariser), made)
 
 
 def train_tokenizer(texts: Iterable[str], roles: dict[str, str], template: str) -> Tokenizer:

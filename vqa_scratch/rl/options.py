@@ -14,6 +14,7 @@ RUN, MODELS, ROLLOUTS = "Run", "Models and data", "Rollouts"
 REWARD, UPDATE, LOGGING = "Reward and advantages", "Update", "Evaluation and checkpoints"
 BOOK, MINI_NEWS, PPO = {"preset": "book"}, {"preset": "mini-news"}, {"algorithm": "ppo"}
 SUMMARISING = {"preset": ("mini-news", "book")}
+JUDGED = {"reward": None}
 
 
 @dataclass(frozen=True)
@@ -55,14 +56,24 @@ class RLHFOptions(Options):
         MODELS,
         only=SUMMARISING,
     )
-    grammar_model: str = option("textattack/roberta-base-CoLA", "Classifier that judges grammar.", MODELS, only=BOOK)
-    grammar_label: str = option("LABEL_1", "Its class for good grammar.", MODELS, only=SUMMARISING)
-    grammar_weight: float = option(1.0, "Weight of that class's logit in the reward.", MODELS, only=SUMMARISING)
-    tone_model: str = option(
-        "cardiffnlp/twitter-roberta-base-sentiment", "Classifier that judges the tone.", MODELS, only=BOOK
+    reward: str | None = option(
+        None,
+        "Own reward in place of the two classifiers': FILE.py:FUNCTION, which takes `Samples` and returns a number a "
+        "response (docs/library.md), or a text classifier, a folder or Hub id.",
+        MODELS,
+        only=SUMMARISING,
     )
-    tone_label: str = option("LABEL_1", "Its class for a neutral tone.", MODELS, only=SUMMARISING)
-    tone_weight: float = option(0.5, "Weight of that class's logit in the reward.", MODELS, only=SUMMARISING)
+    reward_label: str | None = option(
+        None, "Class of the classifier --reward whose logit counts; not needed if it has one output.", MODELS
+    )
+    grammar_model: str = option("textattack/roberta-base-CoLA", "Judge of grammar.", MODELS, only=BOOK | JUDGED)
+    grammar_label: str = option("LABEL_1", "Its class for good grammar.", MODELS, only=SUMMARISING | JUDGED)
+    grammar_weight: float = option(1.0, "Weight of its logit in the reward.", MODELS, only=SUMMARISING | JUDGED)
+    tone_model: str = option(
+        "cardiffnlp/twitter-roberta-base-sentiment", "Judge of the tone.", MODELS, only=BOOK | JUDGED
+    )
+    tone_label: str = option("LABEL_1", "Its class for a neutral tone.", MODELS, only=SUMMARISING | JUDGED)
+    tone_weight: float = option(0.5, "Weight of its logit in the reward.", MODELS, only=SUMMARISING | JUDGED)
     length_weight: float = option(0.0, "Reward lost for each token of a response.", MODELS)
     articles: Path | None = option(None, "CSV, JSONL or text file with the articles.", MODELS, only=BOOK)
     column: str = option("text", "Column or key that holds the article.", MODELS, only=BOOK)
@@ -189,6 +200,8 @@ class RLHFOptions(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.reward_label is not None and self.reward is None:
+            raise UserError("--reward-label names a class of the classifier --reward, which is not given")
         if self.algorithm != "ppo" and self.samples < 2:
             raise UserError(f"--algorithm {self.algorithm} compares responses: --samples must be at least 2")
         if self.min_new_tokens > self.max_new_tokens:

@@ -26,7 +26,7 @@ class ClassifierReward:
     ) -> None:
         self.model, self.tokenizer = freeze(model, precision), tokenizer
         self.index = model.label_index(label)
-        self.longest = model.config.max_positions - model.config.pad_id - 1
+        self.longest = model.encoder.longest
 
     @torch.no_grad()
     def __call__(self, samples: Samples) -> Tensor:

@@ -2,6 +2,7 @@
 
 import copy
 import random
+import runpy
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +12,8 @@ import torch
 
 from vqa_scratch.data.articles import read_articles
 from vqa_scratch.data.news import news
-from vqa_scratch.errors import UserError
+from vqa_scratch.data.text import Tokenizer
+from vqa_scratch.errors import UserError, some
 from vqa_scratch.models.bert import BertConfig
 from vqa_scratch.models.classifier import TextClassifier
 from vqa_scratch.models.t5 import T5, T5Config
@@ -23,6 +25,7 @@ from vqa_scratch.rl.policy import Backbone, SamplingRules, T5Policy, freeze, sam
 from vqa_scratch.rl.rewards import ClassifierReward, RewardPart, RewardSum
 from vqa_scratch.rl.types import Prompt, Samples
 
+JUDGED = {"grammar": "grammar", "tone": "neutral"}  # what each judge rewards
 MINI_NEWS_ARTICLES = 4_000  # for PPO; the summariser was trained on the first of them
 
 
@@ -89,18 +92,39 @@ def random_models(options: RLHFOptions) -> Models:
     roberta = BertConfig(layout="roberta", vocab_size=50265, max_positions=514, token_types=1, norm_eps=1e-5, pad_id=1)
     policy = T5(T5Config())
     made = [TextClassifier(roberta, tuple(f"LABEL_{i}" for i in range(n))) for n in (2, 3)]
-    return Models(policy, tokenizer, *((model, reward_tokenizer) for model in made))
+    return Models(policy, tokenizer, {n: (model, reward_tokenizer) for n, model in zip(JUDGED, made, strict=True)})
 
 
 def models_for(options: RLHFOptions, device: torch.device) -> tuple[Models, list[str]]:
     """The models of a preset, on the CPU: trained here or taken from the cache, read, or random; and notes."""
     if options.preset == "mini-news":
         folder = mini_news.prepare(options.cache, options.seed, options.sft_steps, options.reward_steps, str(device))
-        made = mini_news.load(*(folder / name for name in ("summariser", "grammar", "tone")))
+        judges = {} if options.reward else {name: folder / name for name in JUDGED}
+        made = mini_news.load(folder / "summariser", judges)
         return made, [f"summariser and reward models: {folder}"]
     if options.init == "random":
         return random_models(options), []
-    return mini_news.load(options.policy, options.grammar_model, options.tone_model), []
+    judges = {} if options.reward else {"grammar": options.grammar_model, "tone": options.tone_model}
+    return mini_news.load(options.policy, judges), []
+
+
+def own_reward(what: str, label: str | None, device: torch.device, precision: torch.dtype) -> list[RewardPart]:
+    """The reward of `--reward`: a function FILE.py:NAME, or the logit of a class of a text classifier.
+
+    Raises UserError if there is no such function, or if the classifier has several classes and none is named.
+    """
+    path, _, name = what.rpartition(":")
+    if path.endswith(".py"):
+        if not Path(path).is_file():
+            raise UserError(f"--reward {what}: there is no file {path}")
+        function = runpy.run_path(path).get(name)  # the user's own code, as if it were imported
+        if not callable(function):
+            raise UserError(f"--reward {what}: {path} has no function {name!r}")
+        return [RewardPart(name, 1.0, function)]
+    model, tokenizer = TextClassifier.from_pretrained(what).to(device), Tokenizer.from_pretrained(what)
+    if label is None and len(model.labels) > 1:
+        raise UserError(f"--reward {what} has the classes {some(model.labels)}: name one with --reward-label")
+    return [RewardPart("reward", 1.0, ClassifierReward(model, tokenizer, label or model.labels[0], precision))]
 
 
 def summarising_task(options: RLHFOptions, device: torch.device, precision: torch.dtype) -> Task:
@@ -115,14 +139,11 @@ def summarising_task(options: RLHFOptions, device: torch.device, precision: torc
     if len(tokenizer) > model.config.vocab_size:
         raise UserError(f"the tokenizer has {len(tokenizer)} tokens, the model only {model.config.vocab_size}")
 
-    for judge, _ in (models.grammar, models.tone):
-        judge.to(device)
-    parts = [
-        RewardPart(
-            "grammar", options.grammar_weight, ClassifierReward(*models.grammar, options.grammar_label, precision)
-        ),
-        RewardPart("neutral", options.tone_weight, ClassifierReward(*models.tone, options.tone_label, precision)),
-    ]
+    parts = own_reward(options.reward, options.reward_label, device, precision) if options.reward else []
+    for name, judge in models.judges.items():
+        weight, label = (getattr(options, f"{name}_{what}") for what in ("weight", "label"))
+        judge[0].to(device)
+        parts.append(RewardPart(JUDGED[name], weight, ClassifierReward(*judge, label, precision)))
     policy = T5Policy(model).to(device)
     fixed = copy.deepcopy(policy) if reference is None else T5Policy(reference).to(device)
 

@@ -146,6 +146,12 @@ ROBERTA_CLASSIFIER = replace(
     body=nested("encoder.", ROBERTA.body),
     head=(*linear("dense", "classifier.dense"), *linear("out", "classifier.out_proj")),
 )
+BERT_CLASSIFIER = replace(
+    BERT,
+    write_prefix=True,
+    body=(*nested("encoder.", BERT.body), *linear("dense", "pooler.dense")),
+    head=linear("out", "classifier"),
+)
 
 # The word embeddings of ViLT have BERT's names, all else has ViT's.
 VILT = KeyMap(
@@ -180,6 +186,12 @@ DISTILBERT = KeyMap(
         *linear("blocks.{}.norm2", f"{_DISTILBERT_LAYER}.output_layer_norm"),
     ),
     dropped=("embeddings.position_ids",),
+)
+DISTILBERT_CLASSIFIER = replace(
+    DISTILBERT,
+    write_prefix=True,
+    body=nested("encoder.", DISTILBERT.body),
+    head=(*linear("dense", "pre_classifier"), *linear("out", "classifier")),
 )
 
 GPT2_CROSS = (
