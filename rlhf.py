@@ -108,7 +108,7 @@ def train(
         ppo.ranks.with_whole_model(lambda: ppo.fit_reward_scale(task.train))
     world.check_same(ppo.iteration, f"the last iteration in {options.out}")
     resume_after = ppo.iteration if saved else None
-    log = MetricsLog(options.out / "metrics.jsonl", resume_after, on_disk=world.main)
+    log = MetricsLog(options.out / "metrics.jsonl", resume_after, on_disk=world.main, also=options.log_to)
 
     def save() -> None:
         seconds = earlier + time.perf_counter() - started

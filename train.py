@@ -174,7 +174,9 @@ def train(options: RunOptions, world: World) -> int | None:
     with world.first_one_then_all():  # the first rank runs frozen encoders, if their output is cached
         system.precompute()
     weights, curves, last = (options.out / name for name in (WEIGHTS, "curves.png", "checkpoints/last.pt"))
-    log = MetricsLog(options.out / "metrics.jsonl", progress.step if checkpoint else None, on_disk=world.main)
+    log = MetricsLog(
+        options.out / "metrics.jsonl", progress.step if checkpoint else None, on_disk=world.main, also=options.log_to
+    )
     watch = LossWatch(options.out, world, system.ids)
     budget = None  # seconds of training, if --minutes limits the run
     if options.minutes is not None:

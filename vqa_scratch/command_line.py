@@ -7,6 +7,7 @@ preset. Nothing here imports torch, so that --help and a mistyped flag are answe
 import difflib
 import os
 import sys
+import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
@@ -137,6 +138,37 @@ def peek(argv: Sequence[str], name: str, choices: Sequence[str]) -> str:
         raise as_user_error(error) from None
 
 
+def with_config(argv: Sequence[str]) -> list[str]:
+    """The command line with the flags of its `--config FILE` in front, so that those given directly win.
+
+    The file is TOML, a line an option: `learning_rate = 1e-3`, `compile = true`. Raises UserError if it cannot be read.
+    """
+    config = click.Option(["--config", "path"], type=click.Path(path_type=Path))
+    rest = {"ignore_unknown_options": True, "allow_extra_args": True, "allow_interspersed_args": True}
+    command = click.Command("config", params=[config], add_help_option=False, context_settings=rest)
+    try:
+        path = command.make_context("config", list(argv)).params["path"]
+    except click.ClickException as error:
+        raise as_user_error(error) from None
+    if path is None:
+        return list(argv)
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"--config {path} cannot be read: {error.strerror}") from None
+    except ValueError as error:  # tomllib's, and text that is not UTF-8
+        raise UserError(f"--config {path} is not TOML: {error}") from None
+    given: list[str] = []
+    for name, value in values.items():
+        if isinstance(value, bool):
+            given.append(flag(name if value else f"no_{name}"))
+        elif isinstance(value, str | int | float):
+            given += [flag(name), str(value)]
+        else:
+            raise UserError(f"--config {path}: {name} is a {type(value).__name__}; an option is a text, number or bool")
+    return given + list(argv)
+
+
 def parse(
     classes: Sequence[type[T]],
     presets: Mapping[str, Mapping[str, Any]],
@@ -152,13 +184,17 @@ def parse(
     the first class), and `presets` holds the values it sets. Raises UserError on an unknown flag or value, naming the
     nearest or where the flag belongs, on a flag without meaning beside the others, and on a value out of bounds.
     """
+    argv = with_config(argv)
     class_of = {name: options_class for options_class in classes for name in choices_of(options_class, "preset")}
     preset = peek(argv, "--preset", tuple(class_of))
     options_class, values = class_of[preset], {"preset": preset} | dict(presets[preset])
     others = ", ".join(name for name in class_of if name != preset)
+    config = Flag(
+        ["--config"], type=click.Path(), expose_value=False, group="Run", help="TOML file of options; flags win."
+    )
     command = GroupedCommand(
         program,
-        params=flags(options_class, defaults_of(options_class) | values),
+        params=[*flags(options_class, defaults_of(options_class) | values), config],
         callback=lambda **given: given,
         help=f"{about}\n\n\b\nExample:\n  {example}\n\nIn brackets: the defaults of preset {preset}. "
         f"Other presets, with defaults of their own (--preset NAME --help): {others}.",

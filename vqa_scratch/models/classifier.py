@@ -31,7 +31,7 @@ def _leave_in_file(table: nn.Embedding, source: str, tensors: dict[str, Tensor])
         tensors[key] = table.weight  # copying it to itself does nothing
 
 
-class Head(NamedTuple):
+class ClassifierLayout(NamedTuple):
     """What differs between the layouts of classifiers."""
 
     key_map: maps.KeyMap
@@ -40,9 +40,9 @@ class Head(NamedTuple):
 
 
 LAYOUTS = {
-    "bert": Head(maps.BERT_CLASSIFIER, torch.tanh, "BertForSequenceClassification"),
-    "distilbert": Head(maps.DISTILBERT_CLASSIFIER, torch.relu, "DistilBertForSequenceClassification"),
-    "roberta": Head(maps.ROBERTA_CLASSIFIER, torch.tanh, "RobertaForSequenceClassification"),
+    "bert": ClassifierLayout(maps.BERT_CLASSIFIER, torch.tanh, "BertForSequenceClassification"),
+    "distilbert": ClassifierLayout(maps.DISTILBERT_CLASSIFIER, torch.relu, "DistilBertForSequenceClassification"),
+    "roberta": ClassifierLayout(maps.ROBERTA_CLASSIFIER, torch.tanh, "RobertaForSequenceClassification"),
 }
 
 

@@ -186,6 +186,9 @@ class RLHFOptions(Options):
         2, "Iterations at the start in which only the value head learns.", UPDATE, minimum=0, only=PPO
     )
 
+    log_to: str | None = option(
+        None, "Log to this too, besides metrics.jsonl.", LOGGING, ("tensorboard", "wandb"), may_change=True
+    )
     eval_prompts: int = option(128, "Prompts, never trained on, for the figures before and after.", LOGGING, minimum=1)
     eval_samples: int = option(4, "Responses to each of them.", LOGGING, minimum=1)
     frontier_prompts: int = option(

@@ -93,6 +93,9 @@ class RunOptions(Options):
         1.0, "Clip the gradient to this norm; inf: never.", TRAINING, above=0, maximum=math.inf, may_change=True
     )
 
+    log_to: str | None = option(
+        None, "Log to this too, besides metrics.jsonl.", LOGGING, ("tensorboard", "wandb"), may_change=True
+    )
     log_every: int = option(20, "Steps between two lines of metrics.jsonl.", LOGGING, minimum=1)
     eval_every: int = option(200, "Steps between two evaluations.", LOGGING, minimum=1)
     save_every: int = option(200, "Steps between two checkpoints.", LOGGING, minimum=1)

@@ -3,6 +3,7 @@
 import json
 import resource
 import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,15 @@ from vqa_scratch.storage import append_line, write_text
 class MetricsLog:
     """metrics.jsonl: one JSON object a line, each with its `step`. `resume_after` drops the lines after that step.
 
-    With `on_disk=False` the rows stay in memory: only one rank writes the file.
+    With `on_disk=False` the rows stay in memory: only one rank writes the file. `also` sends them to "tensorboard"
+    (event files beside the log) or "wandb" too.
     """
 
-    def __init__(self, path: Path, resume_after: int | None = None, *, on_disk: bool = True) -> None:
+    def __init__(
+        self, path: Path, resume_after: int | None = None, *, on_disk: bool = True, also: str | None = None
+    ) -> None:
         self.path, self.on_disk = path, on_disk
+        self.send = SENDERS[also](path.parent) if also and on_disk else lambda step, values: None
         self.rows = [] if resume_after is None else [r for r in read_metrics(path) if r["step"] <= resume_after]
         if on_disk:
             write_text(path, "".join(json.dumps(row) + "\n" for row in self.rows))
@@ -29,6 +34,47 @@ class MetricsLog:
         self.rows.append(row)
         if self.on_disk:
             append_line(self.path, json.dumps(row))
+        self.send(step, plain_numbers(values))
+
+
+def plain_numbers(values: Mapping[str, Any], before: str = "") -> dict[str, float]:
+    """The numbers among `values` and inside its dicts, by name: "val/accuracy"."""
+    numbers: dict[str, float] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            numbers |= plain_numbers(value, f"{before}{name}/")
+        elif isinstance(value, int | float):
+            numbers[before + name] = value
+    return numbers
+
+
+def to_tensorboard(folder: Path) -> Callable[[int, dict[str, float]], None]:
+    """A function that writes the numbers of a step for TensorBoard. Raises UserError if it is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise UserError("--log-to tensorboard needs it: pip install 'vqa-scratch[log]'") from None
+    writer = SummaryWriter(folder)
+
+    def send(step: int, values: dict[str, float]) -> None:
+        for name, value in values.items():
+            writer.add_scalar(name, value, step)
+        writer.flush()
+
+    return send
+
+
+def to_wandb(folder: Path) -> Callable[[int, dict[str, float]], None]:
+    """A function that sends the numbers of a step to Weights & Biases. Raises UserError if it is not installed."""
+    try:
+        import wandb
+    except ImportError:
+        raise UserError("--log-to wandb needs it: pip install 'vqa-scratch[log]'") from None
+    run = wandb.init(dir=folder, name=folder.name, id=folder.name, resume="allow")
+    return lambda step, values: run.log(values, step=step)
+
+
+SENDERS = {"tensorboard": to_tensorboard, "wandb": to_wandb}
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
