@@ -40,6 +40,7 @@ from vqa_scratch.training.optimizers import Optimizers, schedule
 from vqa_scratch.training.precision import Precision, pick_device, pick_precision
 from vqa_scratch.training.progress import MetricsLog, peak_memory_gb
 from vqa_scratch.training.ranks import ONE_PROCESS, Alone, World, for_main, whole
+from vqa_scratch.training.resume import held
 from vqa_scratch.training.sharing import check_sharing, share_model
 from vqa_scratch.training.watch import GracefulStop, LossWatch
 
@@ -320,7 +321,7 @@ def train(options: RunOptions, world: World) -> int | None:
 
 def main(options: RunOptions) -> int | None:
     """Run `train` as one of the ranks that torchrun started, or as the only one."""
-    with start(options.device) as world:
+    with start(options.device) as world, held(options.out, options.resume, world):
         return train(options, world)
 
 

@@ -12,6 +12,8 @@ from typing import IO, Any
 
 from vqa_scratch.errors import UserError
 
+LOCK = ".lock"  # the file in a folder by which a process keeps others out of it
+
 
 def usual_mode(mode: int) -> int:
     """The usual permissions of a new file (0o666) or folder (0o777); temporary ones are private to the user."""
@@ -67,13 +69,24 @@ def hold(folder: Path) -> IO[str]:
     Raises UserError if another process has the lock. On a disk that knows no locks it has no effect.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    file = open(folder / ".lock", "w")  # noqa: SIM115 -- it stays open as long as the lock is held
+    file = lock(folder / LOCK)
+    if file is None:
+        raise UserError(f"another process is writing into {folder}: wait for it, or give another --out")
+    return file
+
+
+def lock(path: Path) -> IO[str] | None:
+    """The file, open and locked until it is closed or the process ends; None if another process has the lock."""
+    file = open(path, "a")  # noqa: SIM115 -- it stays open as long as the lock is held
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
             file.close()
-            raise UserError(f"another process is writing into {folder}: wait for it, or give another --out") from None
+            return None
+    if not path.exists() or not os.path.samestat(path.stat(), os.fstat(file.fileno())):
+        file.close()  # its holder removed it in the meantime
+        return lock(path)
     return file
 
 

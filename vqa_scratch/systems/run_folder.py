@@ -8,7 +8,7 @@ checkpoints/last.pt    everything needed to resume
 metrics.jsonl, curves.png, samples.html, summary.json
 """
 
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +17,14 @@ from safetensors.torch import load_file
 from torch import nn
 
 from vqa_scratch.errors import UserError
-from vqa_scratch.options import changeable, check_dependencies, from_json, to_json
-from vqa_scratch.storage import read_json, remove_unfinished, write_json
+from vqa_scratch.options import to_json
+from vqa_scratch.storage import read_json, write_json
 from vqa_scratch.systems.older import todays_moments, todays_names
 from vqa_scratch.systems.options import PRESETS, RunOptions
-from vqa_scratch.training.checkpoint import (
-    check_unchanged,
-    checkpoint_path,
-    load_checkpoint,
-    load_model_state,
-    restore_streams,
-)
+from vqa_scratch.training.checkpoint import load_checkpoint, load_model_state, restore_streams
 from vqa_scratch.training.optimizers import Optimizers
 from vqa_scratch.training.ranks import ALONE, World, for_main
+from vqa_scratch.training.resume import checkpoint_path, go_on, is_new
 from vqa_scratch.weights.files import write_safetensors
 
 PROGRAM = "train.py"
@@ -96,20 +91,11 @@ def begin_or_go_on(options: RunOptions) -> tuple[RunOptions, dict[str, Any] | No
 
     Raises UserError if a run would be overwritten, or resumed with options that must not change.
     """
-    path = checkpoint_path(options.out, options.resume)
-    if not options.resume:
-        return options, None
+    if is_new(options.out, options.resume):
+        return replace(options, resume=False), None
     values = read_run_config(options.out)
     if values["program"] != PROGRAM or values["train"].get("preset") != options.preset:
         preset = values.get("train", {}).get("preset", values["program"])
         raise UserError(f"{options.out} is a run of preset {preset}, not {options.preset}; give another --out")
-    saved = from_json(type(options), values["train"], str(options.out / CONFIG))
-    plain = {f.name: f.default for f in fields(options)} | {"minutes": 10.0}
-    given = {k: v for k, v in vars(options).items() if v != plain[k] and v != PRESETS[options.preset].get(k)}
-    check_unchanged(saved, given, options.out)
-    changes = {k: v for k, v in given.items() if k in changeable(type(options))}
-    changes |= {"out": options.out, "resume": False}
-    merged = replace(saved, **changes)
-    check_dependencies(merged, changes)  # the command line could not know the run's other options
-    remove_unfinished(options.out)
+    merged, path = go_on(options, values["train"], PRESETS, options.out / CONFIG), checkpoint_path(options.out)
     return merged, load_checkpoint(path) if path.exists() else None
