@@ -35,7 +35,7 @@ from vqa_scratch.rl.metrics import rollout_metrics
 from vqa_scratch.rl.policy import ActorCritic
 from vqa_scratch.rl.ppo import PPO
 from vqa_scratch.rl.ranks import Copies
-from vqa_scratch.rl.resume import PROGRAM, begin_or_go_on, fingerprint, restore
+from vqa_scratch.rl.resume import PROGRAM, begin_or_go_on, fingerprint, prompt_hashes, restore
 from vqa_scratch.rl.tasks import Task, summarising_task
 from vqa_scratch.storage import write_json, write_text
 from vqa_scratch.systems.policy import vqa_task
@@ -101,7 +101,7 @@ def train(
     `about` describes the run in every checkpoint.
     """
     last, world = options.out / "checkpoints" / "last.pt", ppo.world
-    earlier = restore(ppo, saved, about["reference"]) if saved else 0.0
+    earlier = restore(ppo, saved, about) if saved else 0.0
     if not saved:
         if world.main:
             write_json(options.out / "config.json", {"program": PROGRAM} | to_json(options))
@@ -169,7 +169,7 @@ def conclude(ppo: PPO, task: Task, options: RLHFOptions, log: MetricsLog) -> dic
 def main(options: RLHFOptions) -> dict[str, float] | int:
     """Run it all; returns what summary.json holds (nothing on ranks other than the main one), or the number of the
     signal that stopped it early."""
-    with start(options.device) as world, held(options.out, options.resume, world):
+    with start(options.device) as world, held(options.out, options.resume, PROGRAM, world):
         return work(options, world)
 
 
@@ -195,6 +195,7 @@ def work(options: RLHFOptions, world: World) -> dict[str, float] | int:
     if options.algorithm == "ppo" and options.iterations <= options.critic_warmup:
         print(f"the policy does not learn: --critic-warmup {options.critic_warmup} leaves it no iteration")
     about = {"config": to_json(options), "precision": kind, "reference": fingerprint(task.reference)}
+    about["prompts"] = prompt_hashes(task)
     world.check_same(about["reference"], "the hash of the reference model")
     actor = ActorCritic(task.policy).to(device)
     ranks = share_model(options.parallel, actor, world, precision, Copies, frozen=[task.reference])

@@ -140,6 +140,15 @@ def test_one_process_in_a_folder(finished, cache, tmp_path):
         refused("another process is writing into", *flags(tmp_path, cache))
 
 
+def test_a_run_keeps_to_its_prompts(finished, cache, tmp_path):
+    out = Path(shutil.copytree(finished[0], tmp_path / "run"))
+    last = out / "checkpoints" / "last.pt"
+    saved = torch.load(last, weights_only=True)
+    saved["prompts"]["held_out"]["samples"] = 7
+    torch.save(saved, last)
+    refused("was made with: held_out had 7 samples, now 6. A resumed run", *flags(out, cache, "--resume"))
+
+
 def refused(message, *argv):
     with pytest.raises(UserError, match=message):
         rlhf.run(list(argv))

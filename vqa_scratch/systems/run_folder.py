@@ -1,6 +1,6 @@
 """A run folder of `train.py`: what is in it, and how it is written, opened and resumed.
 
-config.json            {"program", "train": the options, "model": the sizes of the model}
+config.json            {"program", "train": the options, "model": the sizes of the model, "data": hashes of the splits}
 text_tokenizer/        tokenizer.json of the text encoder;  decoder_tokenizer/  of the decoder
 preprocessor_config.json
 model.safetensors      the best weights so far
@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
+from vqa_scratch.data.hashes import Hashes, check_same
 from vqa_scratch.errors import UserError
 from vqa_scratch.options import to_json
 from vqa_scratch.storage import read_json, write_json
@@ -31,9 +32,17 @@ PROGRAM = "train.py"
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
 
-def write_run_config(folder: Path, options: RunOptions, sizes: dict[str, Any]) -> None:
-    """config.json: the options of the run, and the `sizes` from which its model is built."""
-    write_json(folder / CONFIG, {"program": PROGRAM, "train": to_json(options), "model": sizes})
+def write_run_config(folder: Path, options: RunOptions, sizes: dict[str, Any], data: Hashes | None = None) -> None:
+    """config.json: the options of the run, the `sizes` from which its model is built, and hashes of its data."""
+    values = {"program": PROGRAM, "train": to_json(options), "model": sizes}
+    write_json(folder / CONFIG, values | ({"data": data} if data else {}))
+
+
+def check_same_data(options: RunOptions, found: Hashes) -> None:
+    """Raise UserError if a run that is resumed would go on with other data; --test-images may cut the test split."""
+    values, where = read_run_config(options.out), options.out / CONFIG
+    cut = values["train"].get("test_images") != options.test_images
+    check_same(values.get("data"), found, where, but="test" if cut else None)
 
 
 def read_run_config(folder: Path) -> dict[str, Any]:
@@ -91,7 +100,7 @@ def begin_or_go_on(options: RunOptions) -> tuple[RunOptions, dict[str, Any] | No
 
     Raises UserError if a run would be overwritten, or resumed with options that must not change.
     """
-    if is_new(options.out, options.resume):
+    if is_new(options.out, options.resume, PROGRAM):
         return replace(options, resume=False), None
     values = read_run_config(options.out)
     if values["program"] != PROGRAM or values["train"].get("preset") != options.preset:

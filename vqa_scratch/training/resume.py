@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from vqa_scratch.errors import UserError
 from vqa_scratch.options import Options, changeable, check_dependencies, flag, from_json
-from vqa_scratch.storage import LOCK, check_writable, hold, remove_unfinished
+from vqa_scratch.storage import LOCK, check_writable, hold, read_json, remove_unfinished
 from vqa_scratch.training.ranks import World
 
 T = TypeVar("T", bound=Options)
@@ -16,14 +16,14 @@ BEGUN = "a run was begun here\n"  # in the file of the lock; one that --resume m
 
 
 @contextmanager
-def held(out: Path, resume: bool, world: World) -> Iterator[None]:
+def held(out: Path, resume: bool, program: str, world: World) -> Iterator[None]:
     """Keep other processes out of the folder of a run during the block, and remove what a killed one left half written.
 
     The main rank does so. A new folder in which nothing was written is removed again, and none is made to --resume in.
     Raises UserError if another process holds the folder, if it cannot be written to, and as `is_new`.
     """
     check_writable(out)
-    is_new(out, resume)  # if it is refused, nothing is touched; asked again behind the lock
+    is_new(out, resume, program)  # if it is refused, nothing is touched; asked again behind the lock
     if not world.main or (resume and not out.is_dir()):
         yield
         return
@@ -42,16 +42,23 @@ def held(out: Path, resume: bool, world: World) -> Iterator[None]:
                     out.rmdir()
 
 
-def is_new(out: Path, resume: bool) -> bool:
+def is_new(out: Path, resume: bool, program: str) -> bool:
     """Whether a run begins in this folder: without --resume, or because it was killed before it wrote anything.
 
-    A kill leaves the file of the lock, though not the lock. Raises UserError if the folder holds a run that is not to
-    be resumed.
+    A kill leaves the file of the lock, though not the lock. Raises UserError if the folder holds a run of another
+    program, one that is not to be resumed, or a config.json that is no run's and would be lost.
     """
+    config, lock = out / "config.json", out / LOCK
+    values = read_json(config) if config.is_file() else {}
+    if not isinstance(values, dict):
+        raise UserError(f"{config} is not the config of a run, but a {type(values).__name__}")
+    if values.get("program", program) != program:
+        raise UserError(f"{out} is a run of {values['program']}; give another --out")
     if not resume and checkpoint_path(out).exists():
         raise UserError(f"{out} already holds a run; add --resume to continue it, or give another --out")
-    lock = out / LOCK
-    return not resume or (not (out / "config.json").exists() and lock.is_file() and lock.read_text() != "")
+    if not resume and config.exists() and "program" not in values:
+        raise UserError(f"{config} is not of a run, as the folder of a released model has one; give another --out")
+    return not resume or (not config.exists() and lock.is_file() and lock.read_text() != "")
 
 
 def checkpoint_path(out: Path) -> Path:
