@@ -30,14 +30,13 @@ def held(out: Path, resume: bool, program: str, world: World) -> Iterator[None]:
     new = not out.exists()
     with hold(out) as lock:
         if not resume:
-            lock.write(BEGUN)
-            lock.flush()
+            lock.write_text(BEGUN)
         remove_unfinished(out)
         try:
             yield
         finally:
             with suppress(OSError):
-                (out / LOCK).unlink()
+                lock.unlink()
                 if new:
                     out.rmdir()
 
