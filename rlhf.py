@@ -3,7 +3,7 @@
     python rlhf.py                                   # made-up news, all three steps, minutes on two cores
     python rlhf.py --preset book --articles news.csv # flan-t5-small with two RoBERTa reward models
     python rlhf.py --preset vqa --policy runs/vqa    # a run of train.py, rewarded by the official VQA accuracy
-    python rlhf.py --resume                          # go on after a kill, with the same flags
+    python rlhf.py --resume                          # go on after a kill
     torchrun --nproc-per-node 8 rlhf.py ...          # one process a GPU; docs/scale.md
 
 A run is written to runs/rlhf-PRESET, or to the folder --out.
@@ -21,6 +21,7 @@ if __name__ == "__main__":
     with errors_in_one_line():
         OPTIONS = read_command_line(sys.argv[1:])
 
+import shlex
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -34,9 +35,9 @@ from vqa_scratch.rl.metrics import rollout_metrics
 from vqa_scratch.rl.policy import ActorCritic
 from vqa_scratch.rl.ppo import PPO
 from vqa_scratch.rl.ranks import Copies
-from vqa_scratch.rl.resume import fingerprint, last_checkpoint, restore
+from vqa_scratch.rl.resume import PROGRAM, begin_or_go_on, fingerprint, prompt_hashes, restore
 from vqa_scratch.rl.tasks import Task, summarising_task
-from vqa_scratch.storage import remove_unfinished, write_json, write_text
+from vqa_scratch.storage import write_json, write_text
 from vqa_scratch.systems.policy import vqa_task
 from vqa_scratch.training.allocator import keep_freed_memory
 from vqa_scratch.training.checkpoint import rng_state, save_checkpoint
@@ -44,6 +45,7 @@ from vqa_scratch.training.launch import start
 from vqa_scratch.training.precision import Precision, pick_device, pick_precision
 from vqa_scratch.training.progress import MetricsLog
 from vqa_scratch.training.ranks import World
+from vqa_scratch.training.resume import held
 from vqa_scratch.training.sharing import check_sharing, share_model
 from vqa_scratch.training.watch import GracefulStop
 
@@ -99,12 +101,10 @@ def train(
     `about` describes the run in every checkpoint.
     """
     last, world = options.out / "checkpoints" / "last.pt", ppo.world
-    earlier = restore(ppo, saved, about["reference"]) if saved else 0.0
-    if world.main:
-        remove_unfinished(options.out)  # of a killed run
+    earlier = restore(ppo, saved, about) if saved else 0.0
     if not saved:
         if world.main:
-            write_json(options.out / "config.json", {"program": "rlhf.py"} | to_json(options))
+            write_json(options.out / "config.json", {"program": PROGRAM} | to_json(options))
         ppo.ranks.with_whole_model(lambda: ppo.fit_reward_scale(task.train))
     world.check_same(ppo.iteration, f"the last iteration in {options.out}")
     resume_after = ppo.iteration if saved else None
@@ -169,7 +169,7 @@ def conclude(ppo: PPO, task: Task, options: RLHFOptions, log: MetricsLog) -> dic
 def main(options: RLHFOptions) -> dict[str, float] | int:
     """Run it all; returns what summary.json holds (nothing on ranks other than the main one), or the number of the
     signal that stopped it early."""
-    with start(options.device) as world:
+    with start(options.device) as world, held(options.out, options.resume, PROGRAM, world):
         return work(options, world)
 
 
@@ -177,7 +177,7 @@ def work(options: RLHFOptions, world: World) -> dict[str, float] | int:
     """`main` on one rank."""
     started = time.perf_counter()
     keep_freed_memory()
-    saved = last_checkpoint(options)
+    options, saved = begin_or_go_on(options)
     torch.manual_seed(options.seed)
     device = pick_device(options.device)
     if device.type == "mps":  # chosen by auto; it lacks float64, in which statistics are summed
@@ -195,6 +195,7 @@ def work(options: RLHFOptions, world: World) -> dict[str, float] | int:
     if options.algorithm == "ppo" and options.iterations <= options.critic_warmup:
         print(f"the policy does not learn: --critic-warmup {options.critic_warmup} leaves it no iteration")
     about = {"config": to_json(options), "precision": kind, "reference": fingerprint(task.reference)}
+    about["prompts"] = prompt_hashes(task)
     world.check_same(about["reference"], "the hash of the reference model")
     actor = ActorCritic(task.policy).to(device)
     ranks = share_model(options.parallel, actor, world, precision, Copies, frozen=[task.reference])
@@ -203,7 +204,8 @@ def work(options: RLHFOptions, world: World) -> dict[str, float] | int:
     )
     log, earlier, stopped = train(ppo, task, options, about, saved, started)
     if stopped is not None:
-        print(f"stopped by signal {stopped} after iteration {ppo.iteration}; resume with: the same flags and --resume")
+        again = f"python rlhf.py --preset {options.preset} --out {shlex.quote(str(options.out))} --resume"
+        print(f"stopped by signal {stopped} after iteration {ppo.iteration}; resume with: {again}")
         return stopped
     summary = ranks.with_whole_model(lambda: conclude(ppo, task, options, log) if world.main else {})
     if not world.main:

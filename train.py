@@ -29,10 +29,19 @@ from tqdm import tqdm
 
 from vqa_scratch import systems
 from vqa_scratch.data.batches import prefetch
+from vqa_scratch.data.hashes import facts, hashes_of
 from vqa_scratch.report.curves import draw_panels
 from vqa_scratch.storage import write_json
 from vqa_scratch.systems.base import System
-from vqa_scratch.systems.run_folder import WEIGHTS, begin_or_go_on, load_weights, restore, save_weights
+from vqa_scratch.systems.run_folder import (
+    PROGRAM,
+    WEIGHTS,
+    begin_or_go_on,
+    check_same_data,
+    load_weights,
+    restore,
+    save_weights,
+)
 from vqa_scratch.training.allocator import keep_freed_memory
 from vqa_scratch.training.checkpoint import save_checkpoint, separate_streams, streams
 from vqa_scratch.training.launch import start
@@ -40,6 +49,7 @@ from vqa_scratch.training.optimizers import Optimizers, schedule
 from vqa_scratch.training.precision import Precision, pick_device, pick_precision
 from vqa_scratch.training.progress import MetricsLog, peak_memory_gb
 from vqa_scratch.training.ranks import ONE_PROCESS, Alone, World, for_main, whole
+from vqa_scratch.training.resume import held
 from vqa_scratch.training.sharing import check_sharing, share_model
 from vqa_scratch.training.watch import GracefulStop, LossWatch
 
@@ -144,11 +154,13 @@ def train(options: RunOptions, world: World) -> int | None:
     kind_of_system = systems.find(options.preset)
     with world.first_one_then_all():  # the first rank draws data and decodes images
         data = kind_of_system.read(options)
-        if checkpoint:  # with the tokenizers and answers of the run, even if the data changed
+        hashes = hashes_of({name: facts(some) for name, some in kind_of_system.samples_of(data).items()})
+        if checkpoint:  # with the tokenizers and answers of the run
+            check_same_data(options, hashes)
             system = systems.open_parts(options.out, options, precision)
         else:
             system = kind_of_system.build(options, data, precision)
-        system.world = world
+        system.world, system.data_hashes = world, hashes
         system.train_on(data)
     system.model.to(device)
     print(*system.about(), sep="\n")
@@ -322,7 +334,7 @@ def train(options: RunOptions, world: World) -> int | None:
 
 def main(options: RunOptions) -> int | None:
     """Run `train` as one of the ranks that torchrun started, or as the only one."""
-    with start(options.device) as world:
+    with start(options.device) as world, held(options.out, options.resume, PROGRAM, world):
         return train(options, world)
 
 

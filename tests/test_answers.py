@@ -46,6 +46,26 @@ def test_soft_targets(count, target):
     assert vqa_accuracy("down", row.answers) == pytest.approx(target)
 
 
+@pytest.mark.parametrize(
+    ("label", "spellings"),
+    [
+        ("yes", ["Yes", "yes.", " YES "]),
+        ("dog", ["the dog", "a dog", "Dog!"]),
+        ("2", ["two", "Two", "2"]),
+        ("1000", ["1,000", "1000"]),
+        ("t shirt", ["t-shirt", "T-Shirt"]),
+        ("don't know", ["dont know", "don't know"]),
+        ("No", ["no", "NO"]),  # a released model may have labels in capitals
+    ],
+)
+def test_every_spelling_of_a_label_counts_for_it(label, spellings):
+    answers = AnswerList(("first", label))
+    assert answers.known(sample(0, ["other"] * 9 + [spellings[0]])) == {1: 0.3}
+    assert answers.known(sample(0, [spellings[0]] * 5 + [spellings[-1]] * 5)) == {1: 1.0}
+    assert answers.known(sample(0, spellings[:1])) == {1: 1.0}
+    assert answers.answerable([sample(0, [spelling]) for spelling in spellings])
+
+
 def test_sparse_targets_are_the_dense_ones():
     """Against a loop over the definition, for rows in any order and rows with nothing in them."""
     rng = np.random.default_rng(0)

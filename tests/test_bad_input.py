@@ -156,6 +156,12 @@ def test_a_run_is_not_overwritten(run, data, capsys):
     assert files_of(run) == before
 
 
+def test_a_released_model_is_not_overwritten(data, tmp_path, capsys):
+    (tmp_path / "config.json").write_text('{"model_type": "vit"}')
+    assert "is not of a run, as the folder of a released model" in said(flags(data, tmp_path), capsys)
+    assert files_of(tmp_path) == {tmp_path / "config.json": b'{"model_type": "vit"}'}
+
+
 def test_a_run_of_another_preset(run, data, tmp_path, capsys):
     argv = ["--preset", "book", "--data", str(data), "--out", str(run), "--resume"]
     assert "is a run of preset shapes, not book" in said(argv, capsys)

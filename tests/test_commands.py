@@ -145,6 +145,8 @@ def test_export(data, tmp_path, connector, stem, capsys, monkeypatch):
 
 def test_export_over_the_run_is_refused(run):
     with pytest.raises(UserError, match="DIR must be another folder than RUN"):
+        command("export", run, run / "decoder_tokenizer" / ".." / "text_tokenizer")
+    with pytest.raises(UserError, match="DIR must be another folder than RUN"):
         command("export", run, run)
 
 
@@ -249,3 +251,26 @@ def test_a_broken_run_is_one_line(run, tmp_path, breaking, message):
 def other_shapes(run: Path) -> None:
     tensors = load_file(run / "model.safetensors")
     save_file(tensors | {"decoder.norm.weight": torch.zeros(3)}, run / "model.safetensors")
+
+
+def test_no_command_writes_over_what_it_reads(run, data, tmp_path):
+    """Every one says so before it works, and leaves the file as it was."""
+    folder, other = Path(shutil.copytree(data, tmp_path / "data")), Path(shutil.copytree(run, tmp_path / "other"))
+    weights, question = tmp_path / "w.bin", folder / questions_name("val2014")
+    torch.save({"w": torch.ones(2)}, weights)
+    (tmp_path / "same.bin").symlink_to(weights)
+    asked = ("--image", picture(data), "--question", "what color is the square?", "--out")
+    lost, before = "would be lost", {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    for argv in (
+        ("convert", weights, weights),
+        ("convert", weights, tmp_path / "same.bin"),
+        ("evaluate", run, "--data", folder, "--submission", question),
+        ("evaluate", run, "--data", folder, "--submission", folder / questions_name("train2014")),
+        ("evaluate", run, "--data", folder, "--submission", other / "answers.json"),
+        ("export", run, other),
+        ("study", other, *asked, other),
+        ("data", folder, "--out", question),
+    ):
+        with pytest.raises(UserError, match=lost):
+            command(*argv)
+    assert before == {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}

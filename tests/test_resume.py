@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 from vqa_helpers import Ended, Started, small_flags, train_program
 
+from vqa_scratch.storage import LOCK, hold
 from vqa_scratch.training.checkpoint import load_checkpoint
 
 # Checkpoints after steps 4, 8 and 10, evaluations after 3, 6, 9 and 10: so that they do not coincide.
@@ -95,7 +96,14 @@ def within_a_metrics_line() -> None:
     MetricsLog.write = cut
 
 
+def while_data_is_read() -> None:
+    from vqa_scratch.systems.vqa import VQASystem
+
+    VQASystem.read = lambda options: die()
+
+
 MOMENTS = {
+    "before anything is written": while_data_is_read,
     "before the first checkpoint": functools.partial(at_step, 3),
     "while model.safetensors is written": within_weights,
     "before model.safetensors' renaming": functools.partial(around_rename, "model.safetensors", False),
@@ -219,6 +227,33 @@ def test_a_finished_run_is_only_reported_again(data, alone, tmp_path):
     ended = run(alone, [*flags_for(data, alone), "--resume"])
     assert ended.code == 0 and f"resuming after step {STEPS}" in ended.out
     assert (alone / "checkpoints" / "last.pt").read_bytes() == before
+
+
+def test_one_process_in_a_folder(data, alone, tmp_path):
+    """A second one is refused before it changes anything, whether it begins a run or goes on with one."""
+    new, busy = tmp_path / "new", "another process is writing into"
+    new.mkdir()
+    for out, more in ((new, []), (alone, ["--resume"])):
+        with hold(out):
+            half = out / ".summary.json.1.tmp"  # which the process that holds the folder is writing
+            half.touch()
+            before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+            ended = run(out, [*flags_for(data, out), *more])
+            assert ended.code == 2 and ended.errors[0].startswith(f"error: {busy} {out}"), ended.err
+            assert before == {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+            half.unlink()
+        (out / LOCK).unlink()
+
+
+def test_a_run_that_cannot_begin_leaves_no_folder(data, tmp_path):
+    out = tmp_path / "run"
+    ended = run(out, [*flags_for(data, out), "--train-split", "nowhere"])
+    assert ended.code == 2 and not out.exists()
+
+
+def test_a_flag_with_another_value_than_the_runs_is_refused_even_if_it_is_the_default(data, alone):
+    ended = run(alone, ["--preset", "shapes", "--out", str(alone), "--resume", "--width", "128"])
+    assert ended.code == 2 and "was started with --width 32, not 128; a resumed run keeps" in ended.err
 
 
 def test_interrupted_before_training(data, tmp_path):

@@ -18,7 +18,8 @@ from vqa_scratch.errors import UserError
 from vqa_scratch.models.t5 import T5
 from vqa_scratch.rl import mini_news, tasks
 from vqa_scratch.rl.options import PRESETS, read_command_line
-from vqa_scratch.rl.resume import last_checkpoint
+from vqa_scratch.rl.resume import begin_or_go_on
+from vqa_scratch.storage import LOCK, hold
 from vqa_scratch.systems import options as trained
 from vqa_scratch.training import precision
 
@@ -109,6 +110,45 @@ def test_killed_and_resumed_equals_uninterrupted(finished, cache, tmp_path):
     assert all(torch.equal(a[name], b[name]) for name in b)
 
 
+@pytest.mark.parametrize("moment", ["before anything is written", "before the first checkpoint"])
+def test_killed_before_the_first_checkpoint(finished, cache, tmp_path, monkeypatch, moment):
+    """The run begins again with its own options, as train.py's does, or with those given if it had written none."""
+    whole, out = finished[0], tmp_path / "run"
+
+    def killed(*args):
+        raise KeyboardInterrupt
+
+    def left(path, *args, **kwargs):
+        return None if path.name == LOCK else unlink(path, *args, **kwargs)
+
+    unlink = Path.unlink
+    first = moment == "before anything is written"
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(rlhf, "ActorCritic" if first else "iterate", killed)
+        patched.setattr(Path, "unlink", left)  # a killed process leaves the file of its lock
+        rlhf.run(flags(out, cache))
+    assert (out / LOCK).exists() and (out / "config.json").exists() != first
+    rlhf.run([*(flags(out, cache) if first else ["--out", str(out)]), "--resume"])
+    assert logged(out) == logged(whole)
+
+
+def test_one_process_in_a_folder(finished, cache, tmp_path):
+    out, _ = finished
+    with hold(out):
+        refused("another process is writing into", *flags(out, cache, "--resume"))
+    with hold(tmp_path):
+        refused("another process is writing into", *flags(tmp_path, cache))
+
+
+def test_a_run_keeps_to_its_prompts(finished, cache, tmp_path):
+    out = Path(shutil.copytree(finished[0], tmp_path / "run"))
+    last = out / "checkpoints" / "last.pt"
+    saved = torch.load(last, weights_only=True)
+    saved["prompts"]["held_out"]["samples"] = 7
+    torch.save(saved, last)
+    refused("was made with: held_out had 7 samples, now 6. A resumed run", *flags(out, cache, "--resume"))
+
+
 def refused(message, *argv):
     with pytest.raises(UserError, match=message):
         rlhf.run(list(argv))
@@ -131,7 +171,8 @@ def test_runs_are_not_mixed_up(finished, cache, tmp_path):
         "was started with --kl-coef 0.05, not 0.5; a resumed run keeps the options it",
         *flags(out, cache, "--resume", "--kl-coef", "0.5"),
     )
-    refused("there is no checkpoint to go on from", *flags(tmp_path / "none", cache, "--resume"))
+    refused("holds no run to go on with; begin one without --resume", *flags(tmp_path / "none", cache, "--resume"))
+    assert not (tmp_path / "none").exists()
     refused("already holds a run", *flags(out, tmp_path / "unused"))
     assert not (tmp_path / "unused").exists(), "said before the first two steps run"
     other = tmp_path / "train"
@@ -159,11 +200,10 @@ def test_a_run_with_the_old_names_of_options_goes_on(finished, cache, tmp_path):
     ):
         config[old] = config.pop(new)
     torch.save(saved | {"config": config | {"data_dir": "", "reference": "", "articles": "", "freeze": "none"}}, last)
-    assert (
-        last_checkpoint(read_command_line(flags(out, cache, "--resume", "--save-every", "3")))["ppo"]["iteration"] == 6
-    )
+    options, found = begin_or_go_on(read_command_line(flags(out, cache, "--resume", "--save-every", "3")))
+    assert found["ppo"]["iteration"] == 6 and options.save_every == 3
     with pytest.raises(UserError, match="was started with --no-repeat-ngram-size 0, not 2; a resumed run keeps"):
-        last_checkpoint(read_command_line(flags(out, cache, "--resume", "--no-repeat-ngram-size", "2")))
+        begin_or_go_on(read_command_line(flags(out, cache, "--resume", "--no-repeat-ngram-size", "2")))
 
 
 def test_going_on_keeps_the_precision_and_tidies_up(cache, tmp_path, monkeypatch, capsys):

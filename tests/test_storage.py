@@ -1,15 +1,19 @@
 """Files appear whole or not at all, and others may read them as far as the user's mask allows."""
 
+import multiprocessing
 import os
 import stat
+import time
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 
+from vqa_scratch.data.mapped import mapped_array
 from vqa_scratch.data.shapes import ShapesSpec, ensure_shapes
 from vqa_scratch.errors import UserError
-from vqa_scratch.storage import write_text, write_whole
+from vqa_scratch.storage import remove_unfinished, write_text, write_whole
 
 
 def mode(path) -> int:
@@ -55,3 +59,51 @@ def test_two_writers_of_one_file(tmp_path):
 
     write_whole(path, slow)
     assert path.read_text() == "the first half, the second half" and list(tmp_path.iterdir()) == [path]
+
+
+def slow_array(path) -> None:
+    """A writer that is killed, or waits until it is told to go on, in the middle of its array."""
+
+    def blocks():
+        yield np.zeros((1, 2), np.uint8)
+        (path.parent / "in the middle").touch()
+        while not (path.parent / "go on").exists():
+            time.sleep(0.01)
+        yield np.ones((1, 2), np.uint8)
+
+    mapped_array(path, (2, 2), np.uint8, blocks, "--no-image-cache")
+
+
+def begun(context, path):
+    process = context.Process(target=slow_array, args=(path,))
+    process.start()
+    while not (path.parent / "in the middle").exists():
+        time.sleep(0.01)
+    (path.parent / "in the middle").unlink()
+    return process
+
+
+def test_what_a_killed_writer_left_is_removed_and_what_a_living_one_writes_is_not(tmp_path):
+    context, path = multiprocessing.get_context("spawn"), tmp_path / "images-1 [2].npy"
+    killed = begun(context, path)
+    killed.kill()
+    killed.join()
+    (left,) = tmp_path.glob(".*.tmp")
+    living = begun(context, path)
+    (own,) = tmp_path.glob(".*.tmp")
+    assert own != left, "the next writer of the same file tidies up"
+    mapped_array(path, (2, 2), np.uint8, lambda: [np.full((2, 2), 7, np.uint8)], "")
+    remove_unfinished(tmp_path)
+    assert own.exists()
+    (tmp_path / "go on").touch()
+    living.join()
+    assert living.exitcode == 0 and np.load(path).tolist() == [[0, 0], [1, 1]]
+    assert not list(tmp_path.glob(".*.tmp"))
+
+
+def test_half_a_data_set_is_removed_by_the_next(tmp_path):
+    spec = ShapesSpec(train=1, val=1, test=1, holdout=1)
+    folder = ensure_shapes(tmp_path, spec, progress=False)
+    left = tmp_path / f".{folder.name}.0123456789ab.tmp"
+    folder.rename(left)
+    assert ensure_shapes(tmp_path, spec, progress=False) == folder and not left.exists()

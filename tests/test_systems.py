@@ -4,6 +4,7 @@ exported, and the same on two ranks as on one. A new system gets these tests by 
 import functools
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from vqa_helpers import CPU, Started, small_data, train_program
 
 from train import train_step
 from vqa_scratch import systems
+from vqa_scratch.data.vqa_files import annotations_name
 from vqa_scratch.data.vqa_v2 import read_vqa
 from vqa_scratch.errors import UserError
 from vqa_scratch.systems.options import BY_PRESET, read_command_line
@@ -248,3 +250,36 @@ def test_two_ranks_are_one(finished, data, tmp_path, name):
     (first, *_), (alone, *_) = ([row["loss"] for row in log if "loss" in row] for log in logs)
     assert first == pytest.approx(alone, rel=1e-5)
     assert [row["samples"] for row in logs[0]] == [row["samples"] for row in logs[1]]
+
+
+@pytest.mark.parametrize("name", ["tokens", "vilt", "caption"])
+def test_a_run_keeps_to_its_data(name, data, finished, tmp_path):
+    """They may be moved, not changed: neither one answer nor the name of one image."""
+    out, moved = finished(name), Path(shutil.copytree(data, tmp_path / "moved"))
+    resumed = [*flags(name, moved, out), "--resume"]
+    kept = json.loads((out / "config.json").read_text())["data"]
+    assert {split: hashes["samples"] > 0 for split, hashes in kept.items()} == dict.fromkeys(kept, True)
+    run(resumed)
+    answers = moved / annotations_name("train2014")
+    content = json.loads(answers.read_text())
+    for answer in content["annotations"][0]["answers"]:
+        answer["answer"] = "nothing"
+    answers.write_text(json.dumps(content))
+    said = Started(train_program, resumed).end()
+    assert said.code == 2 and "made with: train has other samples. A resumed run needs the same" in said.err, said.err
+    content["annotations"].pop()
+    answers.write_text(json.dumps(content))
+    samples = kept["train"]["samples"]
+    said = Started(train_program, resumed).end()
+    assert said.code == 2 and f"train had {samples:,} samples, now {samples - 1:,}" in said.err, said.err
+    assert len(said.err.splitlines()[-1]) < 300
+
+    config = json.loads((out / "config.json").read_text())
+    older = Path(shutil.copytree(out, tmp_path / "older"))
+    (older / "config.json").write_text(json.dumps({key: value for key, value in config.items() if key != "data"}))
+    run([*flags(name, moved, older), "--resume"])
+
+
+def test_the_final_figures_of_a_resumed_run_may_be_on_fewer_images(data, finished):
+    out = finished("tokens")
+    run([*flags("tokens", data, out, test_images=3), "--resume"])

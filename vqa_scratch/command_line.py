@@ -214,6 +214,7 @@ def parse(
         sys.exit(given)
     given = with_new_names(options_class, {name: value for name, value in given.items() if value is not None})
     options = options_class(**values | given)
+    object.__setattr__(options, "given", given)  # no field: it is not part of a run
     # A resumed run keeps the options it was started with; those not repeated here are not known yet.
     unknown = set(rules_of(options_class)) - set(given) - {"preset"} if given.get("resume") else ()
     check_dependencies(options, given, unknown)

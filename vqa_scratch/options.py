@@ -12,7 +12,7 @@ import typing
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from vqa_scratch.errors import UserError
 
@@ -71,7 +71,12 @@ def option(
 
 @dataclass(frozen=True)
 class Options:
-    """Options whose rules hold. A subclass with rules of its own calls `super().__post_init__()` first."""
+    """Options whose rules hold. A subclass with rules of its own calls `super().__post_init__()` first.
+
+    `given` has the values that a command line set, by name; None of options that no command line made.
+    """
+
+    given: ClassVar[Mapping[str, Any] | None] = None
 
     def __post_init__(self) -> None:
         check(self)

@@ -1,16 +1,19 @@
 """Writes files so that each appears whole or not at all, even if the program is killed; reads JSON."""
 
-import errno
 import fcntl
+import glob
 import json
 import os
 import secrets
-from collections.abc import Callable
-from contextlib import suppress
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from vqa_scratch.errors import UserError
+
+LOCK = ".lock"  # the file in a folder by which a process keeps others out of it
 
 
 def usual_mode(mode: int) -> int:
@@ -29,19 +32,40 @@ def check_writable(folder: Path) -> None:
         raise UserError(f"cannot write into the folder {folder}: Permission denied")
 
 
-def unfinished_name(path: Path) -> Path:
-    """A temporary name beside `path`, unique among all machines that share the disk."""
-    return path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
+@contextmanager
+def unfinished(path: Path, *, folder: bool = False, tidy: bool = False) -> Iterator[Path]:
+    """A new empty file or folder of a temporary name beside `path`, to be filled and renamed in the block.
+
+    The name is unique among all machines that share the disk, and a lock says that it is in use until the block ends,
+    when it is removed if it is still there. `tidy` first removes those that killed writers of the same `path` left.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if tidy:
+        for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+            remove_left(left)
+    held = None
+    while held is None:  # once, unless another process tidies up just now
+        own = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
+        own.mkdir() if folder else own.touch()
+        with suppress(FileNotFoundError):
+            held = lock(own)
+    try:
+        yield own
+    finally:
+        os.close(held)
+        if own.is_dir():
+            shutil.rmtree(own, ignore_errors=True)
+        with suppress(OSError):
+            own.unlink(missing_ok=True)
 
 
 def write_whole(path: Path, write: Callable[[Path], None]) -> None:
     """Call `write` with a temporary name beside `path`, then rename the file. After an error the old file remains."""
-    unfinished = unfinished_name(path)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write(unfinished)
-        unfinished.chmod(usual_mode(0o666))
-        os.replace(unfinished, path)
+        with unfinished(path) as own:
+            write(own)
+            own.chmod(usual_mode(0o666))
+            os.replace(own, path)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}; what was there before is kept") from error
     except RuntimeError as error:  # torch's zip writer reports a full disk this way
@@ -49,32 +73,61 @@ def write_whole(path: Path, write: Callable[[Path], None]) -> None:
         if not own_words and not isinstance(error.__context__, OSError):
             raise
         raise UserError(f"cannot write {path}: is the disk full? what was there before is kept") from error
-    finally:
-        with suppress(OSError):
-            unfinished.unlink()
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Remove the temporary files below `folder` that killed calls of `write_whole` left."""
+    """Remove the temporary files below `folder` that killed processes left."""
     for path in folder.rglob(".*.tmp"):
         if path.is_file():
-            path.unlink(missing_ok=True)
+            remove_left(path)
 
 
-def hold(folder: Path) -> IO[str]:
-    """Lock a folder until the returned file is closed or the process ends, however it ends.
+def remove_left(path: Path) -> None:
+    """Remove a temporary file or folder, unless a process is writing it or the disk knows no locks to tell by."""
+    with suppress(OSError):
+        held = lock(path, or_none=True)
+        if held is not None:
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+            os.close(held)
 
-    Raises UserError if another process has the lock. On a disk that knows no locks it has no effect.
+
+def lock(path: Path, *, or_none: bool = False) -> int | None:
+    """A descriptor of a file or folder that is locked until it is closed or the process ends, however it ends.
+
+    None if another process has the lock, or has just removed the file. On a disk that knows no locks there is none, and
+    the descriptor has no effect; `or_none` gives None there too.
+    """
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.path.samestat(os.stat(path), os.fstat(descriptor)):
+            return descriptor
+    except (BlockingIOError, PermissionError, FileNotFoundError):
+        pass
+    except OSError:
+        if not or_none:
+            return descriptor
+    os.close(descriptor)
+    return None
+
+
+@contextmanager
+def hold(folder: Path) -> Iterator[Path]:
+    """Keep other processes out of a folder during the block. Yields the file that stands for the lock.
+
+    Raises UserError if another process is in it.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    file = open(folder / ".lock", "w")  # noqa: SIM115 -- it stays open as long as the lock is held
+    file, held = folder / LOCK, None
+    open(file, "a").close()
+    with suppress(FileNotFoundError):
+        held = lock(file)
+    if held is None:
+        raise UserError(f"another process is writing into {folder}: wait for it, or give another --out")
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-            file.close()
-            raise UserError(f"another process is writing into {folder}: wait for it, or give another --out") from None
-    return file
+        yield file
+    finally:
+        os.close(held)
 
 
 def append_line(path: Path, line: str) -> None:

@@ -36,8 +36,9 @@ def data(source: Path, fetch: str | None, split: tuple[str, ...], out: Path | No
 
     if out is not None:
         check_writable(out.parent)
-        if out.is_dir() or out == source:
-            raise UserError(f"--out {out} is {'a folder' if out.is_dir() else 'the source itself'}; give a new file")
+        if out.is_dir() or (out.exists() and out.suffix.lower() not in (".html", ".htm")):
+            what = "a folder" if out.is_dir() else "another file, which would be lost"
+            raise UserError(f"--out {out} is {what}; give a new file")
     if fetch is not None:
         download(fetch, source)
     read = data_report.read_splits(source, split, cache)

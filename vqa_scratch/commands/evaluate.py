@@ -46,15 +46,17 @@ def evaluate(
 
     if submission is not None and limit is not None:
         raise UserError("a submission answers every question of its split: leave out --limit or --submission")
-    opened = open_run(run, device, precision)
     check_writable(run)  # before the work, not after
     if submission is not None:
         check_writable(submission.parent)
         if submission.is_dir():
             raise UserError(f"--submission {submission} is a folder; give a file")
+        if submission.exists() and not scores.is_submission(submission):
+            raise UserError(f"--submission {submission} is another file, which would be lost; give a new one")
+    if captions and submission is not None:
+        raise UserError("a submission holds answers: leave out --captions or --submission")
+    opened = open_run(run, device, precision)
     if captions:
-        if submission is not None:
-            raise UserError("a submission holds answers: leave out --captions or --submission")
         figures = opened.describe(data, split, limit)
         write_json(run / "evaluation.json", figures)
         print(scores.caption_table(figures))

@@ -6,7 +6,7 @@ from pathlib import Path
 import click
 
 from vqa_scratch.command_line import GroupedCommand
-from vqa_scratch.commands.line import FOLDER, open_run
+from vqa_scratch.commands.line import FOLDER, check_no_run, open_run
 from vqa_scratch.errors import UserError
 from vqa_scratch.storage import check_writable
 
@@ -22,9 +22,11 @@ def export(run: Path, folder: Path) -> None:
       python -m vqa_scratch export runs/vqa exported/
     """
     check_writable(folder)
+    inside = [run.resolve(), *(run.resolve() / f"{name}_tokenizer" for name in ("text", "decoder"))]
+    if folder.resolve() in inside:
+        raise UserError(f"DIR must be another folder than RUN, whose files would be lost; not {folder}")
+    check_no_run(folder, "DIR")
     opened = open_run(run)
-    if folder.resolve() == run.resolve():
-        raise UserError("DIR must be another folder than RUN")
     for note in opened.export(folder):
         print(f"note: {note}", file=sys.stderr)
     print(f"written to {folder}; {folder / 'README.md'} says how to load it")

@@ -10,6 +10,7 @@ import click
 
 from vqa_scratch.command_line import Flag, NearChoice, as_user_error
 from vqa_scratch.errors import UserError
+from vqa_scratch.storage import read_json
 
 if TYPE_CHECKING:
     from vqa_scratch.systems.base import System
@@ -55,6 +56,12 @@ def call(group: click.Group, argv: Sequence[str], program: str) -> None:
         raise as_user_error(error) from None
     except click.Abort:
         raise KeyboardInterrupt from None
+
+
+def check_no_run(folder: Path, flag: str) -> None:
+    """Raise UserError if files written into this folder could take the place of a run's."""
+    if (folder / "config.json").is_file() and "program" in read_json(folder / "config.json"):
+        raise UserError(f"{flag} {folder} is the folder of a run, whose files would be lost; give another folder")
 
 
 def open_run(folder: Path, device: str = "cpu", precision: str = "fp32") -> "System":

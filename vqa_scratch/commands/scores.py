@@ -1,5 +1,6 @@
 """What `evaluate` computes: scores of a run on a data set, blind baselines, and the tables it prints."""
 
+import json
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -91,6 +92,17 @@ def caption_table(figures: dict[str, Any]) -> str:
     ]
     head = f"{figures['images']:,} images".ljust(22) + "".join(f"{c.replace('_', ' '):>20s}" for c in columns)
     return "\n".join([head, *shown, f"BLEU is {figures['bleu_signature']}"])
+
+
+def is_submission(path: Path) -> bool:
+    """Whether a file may be overwritten by a submission: it is one itself, or empty."""
+    try:
+        content = json.loads(path.read_bytes() or b"[]")
+    except ValueError:
+        return False
+    return isinstance(content, list) and all(
+        isinstance(entry, dict) and entry.keys() == {"question_id", "answer"} for entry in content
+    )
 
 
 def check_complete(data: VQAData) -> set[int | str]:

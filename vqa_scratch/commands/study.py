@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from vqa_scratch.command_line import Flag, GroupedCommand
-from vqa_scratch.commands.line import DEVICE, FOLDER, open_run
+from vqa_scratch.commands.line import DEVICE, FOLDER, check_no_run, open_run
 from vqa_scratch.errors import UserError
 
 ONE, SPLIT = "One answer", "Over a split"
@@ -62,6 +62,7 @@ def study(
     from vqa_scratch.training.precision import pick_device
 
     check_writable(out)
+    check_no_run(out, "--out")
     over_split = {"--pointing": pointing, "--faithfulness": faithfulness, "--ablation": ablation}
     asked = [flag for flag, folder in over_split.items() if folder is not None]
     if asked and any(given is not None for given in (image, question, text, compare)):

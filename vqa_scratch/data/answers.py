@@ -3,7 +3,8 @@
 The list: the majority answers of at least nine questions, normalised by the official rules and without commas, which
 gives 3,129 on the train and val splits of VQA v2 (Teney et al. 2018, "Tips and Tricks for Visual Question Answering",
 CVPR; the public code of hengyuan-hu/bottom-up-attention-vqa). The targets: 0, .3, .6, .9 or 1 by how many of the ten
-annotators gave an answer, in their own spelling, as that code has it.
+annotators gave an answer. Answers and labels are compared by the same normalisation, so that "Yes", "two" and "the dog"
+teach "yes", "2" and "dog" (that code compares the annotators' own spelling).
 
 Shapes: B questions, L answers in the list.
 """
@@ -11,7 +12,7 @@ Shapes: B questions, L answers in the list.
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Self
 
 import numpy as np
@@ -32,6 +33,12 @@ class Answer:
     ended: bool = True  # by EOS, not by the limit on tokens
 
 
+@cache
+def plain(answer: str) -> str:
+    """An answer as the list has it: by the official normalisation, and without commas."""
+    return normalize_answer(answer).replace(",", "")
+
+
 @dataclass(frozen=True)
 class AnswerList:
     """The answers in the order of a classifier's logits."""
@@ -41,7 +48,7 @@ class AnswerList:
     @classmethod
     def from_samples(cls, samples: Iterable[VQASample], least: int = 9) -> Self:
         """Every answer that the majority gives to at least `least` questions, sorted. UserError if there is none."""
-        counts = Counter(normalize_answer(sample.answer).replace(",", "") for sample in samples)
+        counts = Counter(plain(sample.answer) for sample in samples)
         del counts[""]  # "the", normalised
         labels = tuple(sorted(answer for answer, count in counts.items() if count >= least))
         if not labels:
@@ -54,13 +61,15 @@ class AnswerList:
 
     @cached_property
     def index(self) -> dict[str, int]:
-        return {label: i for i, label in enumerate(self.labels)}
+        """{normalised label: its place}, the first of labels that are the same."""
+        return {plain(label): i for i, label in reversed(list(enumerate(self.labels)))}
 
     def known(self, sample: VQASample) -> dict[int, float]:
         """{index of a label: its score} for the annotators' answers that are in the list; {} without annotators."""
         if not sample.answers:
             return {}
-        return {self.index[a]: score for a, score in soft_targets(sample.answers).items() if a in self.index}
+        scores = soft_targets([plain(answer) for answer in sample.answers])
+        return {self.index[a]: score for a, score in scores.items() if a in self.index}
 
     def answerable(self, samples: Sequence[VQASample]) -> list[VQASample]:
         """The samples with an annotator's answer that is in the list.

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from vqa_scratch.errors import UserError
-from vqa_scratch.storage import unfinished_name
+from vqa_scratch.storage import unfinished
 
 
 def _mapped(path: Path, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray | None:
@@ -31,19 +31,16 @@ def mapped_array(
     array = _mapped(path, shape, dtype)
     if array is not None:
         return array
-    unfinished = unfinished_name(path)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(unfinished, "wb") as file:
+        with unfinished(path, tidy=True) as own, open(own, "wb") as file:
             header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
             np.lib.format.write_array_header_1_0(file, header)
             for block in blocks():
                 file.write(np.ascontiguousarray(block, dtype).data)
-        os.replace(unfinished, path)
+            file.flush()
+            os.replace(own, path)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}; {without} does without it") from error
-    finally:
-        unfinished.unlink(missing_ok=True)
     array = _mapped(path, shape, dtype)
     assert array is not None, f"the blocks do not make an array of {shape}"
     return array

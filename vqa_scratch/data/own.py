@@ -5,6 +5,7 @@ A source is a file (CSV, TSV, JSON Lines, JSON, Parquet) or a folder with one fi
 easy-VQA. Columns may have any of the names in `COLUMNS`. A table without a column of splits is split by image.
 """
 
+import functools
 import hashlib
 import json
 import re
@@ -19,7 +20,7 @@ from vqa_scratch.data.tables import TABLES, Row, read_rows
 from vqa_scratch.data.vqa_files import IMAGE_SUFFIXES, AskedQuestion, OpenedSplit
 from vqa_scratch.errors import UserError, some
 from vqa_scratch.metrics import normalize_answer
-from vqa_scratch.storage import read_json, write_whole
+from vqa_scratch.storage import read_json, remove_unfinished, write_whole
 
 COLUMNS = {
     "image": "image image_path image_file image_name file_name filename file path img img_path picture photo image_id",
@@ -194,10 +195,17 @@ def _image(folder: Path, where: str, value: Any, cache: Path) -> tuple[str, Path
 
 def _stored(data: bytes, cache: Path) -> tuple[str, Path]:
     """A picture that came as bytes, in a file named by their hash."""
+    remove_left_in(cache / "pictures")
     path = cache / "pictures" / hashlib.blake2b(data, digest_size=16).hexdigest()
     if not path.is_file():
         write_whole(path, lambda unfinished: unfinished.write_bytes(data))
     return path.name, path
+
+
+@functools.cache
+def remove_left_in(folder: Path) -> None:
+    """Remove what killed processes left there, once."""
+    remove_unfinished(folder)
 
 
 def find_image(folder: Path, name: str) -> Path | None:

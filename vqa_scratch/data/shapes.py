@@ -9,8 +9,6 @@ import hashlib
 import json
 import os
 import random
-import shutil
-import tempfile
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -23,7 +21,7 @@ from vqa_scratch.data.scenes import FAMILIES, Question, QuestionWriter, Scene, a
 from vqa_scratch.data.vqa_files import VQASample, image_file_name
 from vqa_scratch.data.vqa_write import write_vqa
 from vqa_scratch.errors import UserError
-from vqa_scratch.storage import usual_mode
+from vqa_scratch.storage import unfinished
 
 
 @dataclass(frozen=True)
@@ -103,20 +101,14 @@ def ensure_shapes(cache: Path, spec: ShapesSpec, progress: bool = True) -> Path:
     folder = cache / f"shapes-{source.hexdigest()}"
     if folder.is_dir():
         return folder
+    total = sum(spec.splits().values())
     try:
-        cache.mkdir(parents=True, exist_ok=True)
-        unfinished = Path(tempfile.mkdtemp(prefix=".shapes-", dir=cache))
+        with unfinished(folder, folder=True, tidy=True) as own:
+            with tqdm(total=total, desc="drawing scenes", unit="scene", disable=not progress) as bar:
+                for split in spec.splits():
+                    write_split(own, spec, split, bar)
+            if not folder.is_dir():  # another process may have been faster
+                os.replace(own, folder)
     except OSError as error:
         raise UserError(f"cannot write the built-in data set below {cache}: {error.strerror}") from error
-    try:
-        with tqdm(total=sum(spec.splits().values()), desc="drawing scenes", unit="scene", disable=not progress) as bar:
-            for split in spec.splits():
-                write_split(unfinished, spec, split, bar)
-        unfinished.chmod(usual_mode(0o777))
-        if not folder.is_dir():  # another process may have been faster
-            os.replace(unfinished, folder)
-    except OSError as error:
-        raise UserError(f"cannot write the built-in data set to {folder}: {error.strerror}") from error
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
     return folder

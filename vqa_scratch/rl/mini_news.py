@@ -7,7 +7,6 @@ Shapes: B batch, N input tokens, T output tokens, V vocabulary.
 
 import hashlib
 import json
-import shutil
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -24,7 +23,7 @@ from vqa_scratch.data.text import Tokenizer
 from vqa_scratch.models.bert import BertConfig
 from vqa_scratch.models.classifier import TextClassifier
 from vqa_scratch.models.t5 import T5, T5Config
-from vqa_scratch.storage import check_writable, unfinished_name
+from vqa_scratch.storage import check_writable, unfinished
 
 TRAIN_SEED, HELD_OUT_SEED, REWARD_SEED = 0, 1, 2  # of the articles; PPO may train on the first, never on the second
 BATCH = 64
@@ -172,18 +171,12 @@ def prepare(cache: Path, seed: int, sft_steps: int, reward_steps: int, device: s
     summariser = train_summariser(tokenizer, seed, sft_steps, device)
     judges = {name: train_judge(name, reward_tokenizer, seed, reward_steps, device) for name in JUDGES}
 
-    cache.mkdir(parents=True, exist_ok=True)
-    partial = unfinished_name(folder)
-    try:
-        summariser.save_pretrained(partial / "summariser")
-        tokenizer.save(partial / "summariser")
+    with unfinished(folder, folder=True, tidy=True) as own:
+        summariser.save_pretrained(own / "summariser")
+        tokenizer.save(own / "summariser")
         for name, model in judges.items():
-            model.save_pretrained(partial / name)
-            reward_tokenizer.save(partial / name)
-        partial.rename(folder)
-    except OSError:
-        if not folder.is_dir():  # or else another process was first
-            raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+            model.save_pretrained(own / name)
+            reward_tokenizer.save(own / name)
+        if not folder.is_dir():  # another process may have been faster
+            own.rename(folder)
     return folder

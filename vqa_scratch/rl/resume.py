@@ -1,18 +1,23 @@
-"""Resumes a run: finds its checkpoint, and checks that options and reference have not changed."""
+"""Resumes a run: finds its checkpoint, and checks that options, reference and prompts have not changed."""
 
 import hashlib
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
+from vqa_scratch.data.hashes import Hashes, check_same, facts, hashes_of
 from vqa_scratch.errors import UserError
-from vqa_scratch.options import from_json
-from vqa_scratch.rl.options import RLHFOptions
+from vqa_scratch.rl.options import PRESETS, RLHFOptions
 from vqa_scratch.rl.ppo import PPO
+from vqa_scratch.rl.tasks import Task
 from vqa_scratch.storage import read_json
-from vqa_scratch.training.checkpoint import check_unchanged, checkpoint_path, load_checkpoint, set_rng_state
+from vqa_scratch.training.checkpoint import load_checkpoint, set_rng_state
+from vqa_scratch.training.resume import checkpoint_path, go_on, is_new
+
+PROGRAM = "rlhf.py"
 
 
 def fingerprint(model: nn.Module, order: Iterable[str] | None = None) -> str:
@@ -26,29 +31,43 @@ def fingerprint(model: nn.Module, order: Iterable[str] | None = None) -> str:
     return digest.hexdigest()
 
 
-def last_checkpoint(options: RLHFOptions) -> dict[str, Any] | None:
-    """With --resume, the run's last checkpoint.
+def begin_or_go_on(options: RLHFOptions) -> tuple[RLHFOptions, dict[str, Any] | None]:
+    """With --resume, the options of the run and its last checkpoint (None if it was stopped before the first).
 
-    Raises UserError if it is of another run, or would be overwritten, and if the folder cannot be written to.
+    Raises UserError if a run would be overwritten, or resumed with options that must not change.
     """
-    about = options.out / "config.json"
-    program = read_json(about).get("program", "rlhf.py") if about.is_file() else "rlhf.py"
-    if program != "rlhf.py":
-        raise UserError(f"{options.out} is a run of {program}; give another --out")
-    path = checkpoint_path(options.out, options.resume)
-    if not options.resume:
-        return None
-    saved = load_checkpoint(path)
-    if "ppo" not in saved:
+    if is_new(options.out, options.resume, PROGRAM):
+        return replace(options, resume=False), None
+    config, path = options.out / "config.json", checkpoint_path(options.out)
+    values = read_json(config) if config.is_file() else {}
+    if not values and not path.exists():
+        raise UserError(f"{options.out} holds no run to go on with; begin one without --resume")
+    saved = load_checkpoint(path) if path.exists() else None
+    if saved and "ppo" not in saved:
         raise UserError(f"{path} is no checkpoint of rlhf.py")
-    check_unchanged(from_json(type(options), saved["config"], str(path)), vars(options), options.out)
-    return saved
+    values = saved["config"] if saved else {name: value for name, value in values.items() if name != "program"}
+    if values.get("preset") != options.preset:
+        preset = values.get("preset")
+        raise UserError(f"{options.out} is a run of preset {preset}, not {options.preset}; give another --out")
+    return go_on(options, values, PRESETS, path if saved else config), saved
 
 
-def restore(ppo: PPO, saved: dict[str, Any], reference: str) -> float:
-    """Restore the run from the checkpoint; returns the seconds spent so far. Raises UserError for another reference."""
-    if saved["reference"] != reference:
+def prompt_hashes(task: Task) -> Hashes:
+    """Hashes of the prompts that the task trains and is measured on; a prompt about an image has a `VQASample`."""
+    splits = {"train": task.train, "held_out": task.held_out}
+    plain = {name: ((p.text, p.reference) for p in prompts if p.payload is None) for name, prompts in splits.items()}
+    asked = {name: facts([p.payload for p in prompts if p.payload is not None]) for name, prompts in splits.items()}
+    return hashes_of({name: [*plain[name], *asked[name]] for name in splits})
+
+
+def restore(ppo: PPO, saved: dict[str, Any], about: dict[str, Any]) -> float:
+    """Restore the run from the checkpoint; returns the seconds spent so far.
+
+    Raises UserError for another reference or other prompts than those of the run, which `about` describes as it is now.
+    """
+    if saved["reference"] != about["reference"]:
         raise UserError("the run was begun against a reference with other weights; its KL would change its meaning")
+    check_same(saved.get("prompts"), about["prompts"], ppo.options.out)
     ppo.load_state_dict(saved.pop("ppo"))  # a second copy of the model need not stay in memory
     set_rng_state(saved["rng"])
     return saved["seconds"]

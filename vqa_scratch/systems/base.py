@@ -27,6 +27,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from vqa_scratch.data.answers import Answer
+from vqa_scratch.data.hashes import Hashes
 from vqa_scratch.data.images import ImageProcessor
 from vqa_scratch.data.tokenizers import Tokenizers
 from vqa_scratch.data.vqa_v2 import VQASample
@@ -56,6 +57,7 @@ class System(ABC):
         self.options, self.model, self.precision = options, model, precision
         self.tokenizers, self.processor, self.folder = tokenizers, processor, folder
         self.world: World = ALONE  # train.py sets the ranks of the run
+        self.data_hashes: Hashes | None = None  # and those of its data, which config.json keeps
 
     # ------------------------------------------------------------------------------------- build, save, open
 
@@ -63,6 +65,11 @@ class System(ABC):
     @abstractmethod
     def read(cls, options: RunOptions) -> Any:
         """The data of a run, by split. Raises UserError if it cannot be read."""
+
+    @classmethod
+    @abstractmethod
+    def samples_of(cls, data: Any) -> dict[str, list[VQASample]]:
+        """All samples of what `read` returned, by split."""
 
     @classmethod
     @abstractmethod
@@ -87,7 +94,7 @@ class System(ABC):
 
     def save(self, folder: Path) -> None:
         """Everything but the weights, into the run folder."""
-        write_run_config(folder, self.options, self.sizes)
+        write_run_config(folder, self.options, self.sizes, self.data_hashes)
         for name in ("text", "decoder"):
             tokenizer = getattr(self.tokenizers, name)
             if tokenizer is not None:

@@ -69,6 +69,10 @@ class CaptionSystem(WritingSystem):
         return read_captions_data(options)
 
     @classmethod
+    def samples_of(cls, data: CaptionData) -> dict[str, list[VQASample]]:
+        return {name: [*texts.captions, *texts.questions] for name, texts in data.texts.items()}
+
+    @classmethod
     def build(cls, options: CaptionOptions, data: CaptionData, precision: Precision) -> Self:
         seed_everything(options.seed)
         return cls(options, *build_model(options, data), precision)

@@ -101,6 +101,10 @@ class QuestionSystem(SplitSystem):
     def read(cls, options: QuestionOptions) -> QuestionData:
         return read_questions(options)
 
+    @classmethod
+    def samples_of(cls, data: QuestionData) -> dict[str, list[VQASample]]:
+        return data.samples
+
     # ------------------------------------------------------------------------------------------------- training
 
     def train_on(self, data: QuestionData) -> None:

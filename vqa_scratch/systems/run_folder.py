@@ -1,6 +1,6 @@
 """A run folder of `train.py`: what is in it, and how it is written, opened and resumed.
 
-config.json            {"program", "train": the options, "model": the sizes of the model}
+config.json            {"program", "train": the options, "model": the sizes of the model, "data": hashes of the splits}
 text_tokenizer/        tokenizer.json of the text encoder;  decoder_tokenizer/  of the decoder
 preprocessor_config.json
 model.safetensors      the best weights so far
@@ -8,7 +8,7 @@ checkpoints/last.pt    everything needed to resume
 metrics.jsonl, curves.png, samples.html, summary.json
 """
 
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,29 +16,33 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
+from vqa_scratch.data.hashes import Hashes, check_same
 from vqa_scratch.errors import UserError
-from vqa_scratch.options import changeable, check_dependencies, from_json, to_json
-from vqa_scratch.storage import read_json, remove_unfinished, write_json
+from vqa_scratch.options import to_json
+from vqa_scratch.storage import read_json, write_json
 from vqa_scratch.systems.older import todays_moments, todays_names
 from vqa_scratch.systems.options import PRESETS, RunOptions
-from vqa_scratch.training.checkpoint import (
-    check_unchanged,
-    checkpoint_path,
-    load_checkpoint,
-    load_model_state,
-    restore_streams,
-)
+from vqa_scratch.training.checkpoint import load_checkpoint, load_model_state, restore_streams
 from vqa_scratch.training.optimizers import Optimizers
 from vqa_scratch.training.ranks import ALONE, World, for_main
+from vqa_scratch.training.resume import checkpoint_path, go_on, is_new
 from vqa_scratch.weights.files import write_safetensors
 
 PROGRAM = "train.py"
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
 
-def write_run_config(folder: Path, options: RunOptions, sizes: dict[str, Any]) -> None:
-    """config.json: the options of the run, and the `sizes` from which its model is built."""
-    write_json(folder / CONFIG, {"program": PROGRAM, "train": to_json(options), "model": sizes})
+def write_run_config(folder: Path, options: RunOptions, sizes: dict[str, Any], data: Hashes | None = None) -> None:
+    """config.json: the options of the run, the `sizes` from which its model is built, and hashes of its data."""
+    values = {"program": PROGRAM, "train": to_json(options), "model": sizes}
+    write_json(folder / CONFIG, values | ({"data": data} if data else {}))
+
+
+def check_same_data(options: RunOptions, found: Hashes) -> None:
+    """Raise UserError if a run that is resumed would go on with other data; --test-images may cut the test split."""
+    values, where = read_run_config(options.out), options.out / CONFIG
+    cut = values["train"].get("test_images") != options.test_images
+    check_same(values.get("data"), found, where, but="test" if cut else None)
 
 
 def read_run_config(folder: Path) -> dict[str, Any]:
@@ -96,20 +100,11 @@ def begin_or_go_on(options: RunOptions) -> tuple[RunOptions, dict[str, Any] | No
 
     Raises UserError if a run would be overwritten, or resumed with options that must not change.
     """
-    path = checkpoint_path(options.out, options.resume)
-    if not options.resume:
-        return options, None
+    if is_new(options.out, options.resume, PROGRAM):
+        return replace(options, resume=False), None
     values = read_run_config(options.out)
     if values["program"] != PROGRAM or values["train"].get("preset") != options.preset:
         preset = values.get("train", {}).get("preset", values["program"])
         raise UserError(f"{options.out} is a run of preset {preset}, not {options.preset}; give another --out")
-    saved = from_json(type(options), values["train"], str(options.out / CONFIG))
-    plain = {f.name: f.default for f in fields(options)} | {"minutes": 10.0}
-    given = {k: v for k, v in vars(options).items() if v != plain[k] and v != PRESETS[options.preset].get(k)}
-    check_unchanged(saved, given, options.out)
-    changes = {k: v for k, v in given.items() if k in changeable(type(options))}
-    changes |= {"out": options.out, "resume": False}
-    merged = replace(saved, **changes)
-    check_dependencies(merged, changes)  # the command line could not know the run's other options
-    remove_unfinished(options.out)
+    merged, path = go_on(options, values["train"], PRESETS, options.out / CONFIG), checkpoint_path(options.out)
     return merged, load_checkpoint(path) if path.exists() else None

@@ -3,7 +3,6 @@
 import os
 import random
 import zipfile
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +10,7 @@ import numpy as np
 import torch
 
 from vqa_scratch.errors import UserError
-from vqa_scratch.options import Options, changeable, flag
-from vqa_scratch.storage import check_writable, write_whole
+from vqa_scratch.storage import write_whole
 from vqa_scratch.training.ranks import World, like
 
 
@@ -91,27 +89,6 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     except Exception as error:  # the pickle and zip readers raise many kinds on broken files
         reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
         raise UserError(f"{path} is not a whole checkpoint ({reason})") from None
-
-
-def checkpoint_path(out: Path, resume: bool) -> Path:
-    """Where a run in this folder has its last checkpoint.
-
-    Raises UserError if the folder cannot be written to, or holds a run that is not to be resumed.
-    """
-    check_writable(out)
-    path = out / "checkpoints" / "last.pt"
-    if path.exists() and not resume:
-        raise UserError(f"{out} already holds a run; add --resume to continue it, or give another --out")
-    return path
-
-
-def check_unchanged(saved: Options, asked: Mapping[str, Any], out: Path) -> None:
-    """Raise UserError if an option that a resumed run must keep is asked for with another value than its own."""
-    fixed = asked.keys() - changeable(type(saved))
-    changed = [name for name in asked if name in fixed and asked[name] != getattr(saved, name)]
-    if changed:
-        what = ", ".join(f"{flag(name)} {getattr(saved, name)}, not {asked[name]}" for name in changed)
-        raise UserError(f"{out} was started with {what}; a resumed run keeps the options it was started with")
 
 
 def load_model_state(model: torch.nn.Module, state: dict[str, torch.Tensor], where: str) -> None:

@@ -187,6 +187,8 @@ def convert(source: Path, out: Path) -> tuple[int, str]:
     """
     if out.is_dir():
         out = out / WEIGHTS
+    if out.exists() and source.exists() and out.samefile(source):
+        raise UserError(f"{out} is the file to convert itself, which would be lost; give another OUT")
     tensors = read_pickle(source)
     with source.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
