@@ -155,9 +155,9 @@ class System(ABC):
         raise UserError(f"{self.folder or self.options.out} is a run of preset {self.options.preset}, which {what}")
 
     def ask(
-        self, image: Path, question: str | None, top: int | None = None, decoding: dict[str, Any] | None = None
+        self, image: str | Path, question: str | None, top: int | None = None, decoding: dict[str, Any] | None = None
     ) -> tuple[list[Answer], list[str]]:
-        """(answers, best first; notes for the user) about one image file.
+        """(answers, best first; notes for the user) about one image file, given as a path.
 
         One answer if `top` is None, else `top` of them from the system's list. `decoding` holds fields of
         `GenerationOptions`, for a system that `writes`. Raises UserError for an image that cannot be read, for a

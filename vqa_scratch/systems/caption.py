@@ -220,7 +220,7 @@ class CaptionSystem(WritingSystem):
     # --------------------------------------------------------------------------------------------------- answers
 
     def ask(
-        self, image: Path, question: str | None, top: int | None = None, decoding: dict[str, Any] | None = None
+        self, image: str | Path, question: str | None, top: int | None = None, decoding: dict[str, Any] | None = None
     ) -> tuple[list[Answer], list[str]]:
         """A caption without a question, an answer with one."""
         if top is not None:

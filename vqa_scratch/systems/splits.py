@@ -149,9 +149,9 @@ class SplitSystem(System):
         return {number: best for number, (best, *_) in found.items()}
 
     def ask(
-        self, image: Path, question: str | None, top: int | None = None, decoding: dict[str, Any] | None = None
+        self, image: str | Path, question: str | None, top: int | None = None, decoding: dict[str, Any] | None = None
     ) -> tuple[list[Answer], list[str]]:
         question = self.checked(question)
         how = {"decoding": decoding} if top is None else {"ranked": True, "top": top}
-        split = self.split([VQASample(0, image, 0, question, "", "", (), "")])
+        split = self.split([VQASample(0, Path(image), 0, question, "", "", (), "")])
         return self.answers(split, [np.array([0])], **how)[0], self.tokenizers.notes_on(question)

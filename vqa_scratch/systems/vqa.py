@@ -91,7 +91,7 @@ class VQASystem(WritingSystem, QuestionSystem):
         return super().respond(questions, rows, batch, **how)
 
     def ask(
-        self, image: Path, question: str | None, top: int | None = None, decoding: dict[str, Any] | None = None
+        self, image: str | Path, question: str | None, top: int | None = None, decoding: dict[str, Any] | None = None
     ) -> tuple[list[Answer], list[str]]:
         if top is not None and decoding:
             flag = "--" + next(iter(decoding)).replace("_", "-")
