@@ -13,6 +13,7 @@ from vqa_scratch.data.text import check_question
 from vqa_scratch.data.vqa_v2 import VQASample, read_vqa, split_by_image
 from vqa_scratch.errors import UserError
 from vqa_scratch.report.gallery import write_gallery
+from vqa_scratch.systems.finals import Pass, cut_short
 from vqa_scratch.systems.options import QuestionOptions
 from vqa_scratch.systems.scoring import blind_baselines
 from vqa_scratch.systems.splits import SplitSystem
@@ -113,6 +114,12 @@ class QuestionSystem(SplitSystem):
         panels = [accuracy, {"title": "by family", "lines": by_family}]
         return [{**panel, "ylabel": "official VQA accuracy"} for panel in panels]
 
+    def passes(self) -> list[Pass]:
+        size = {name: len(split.questions.samples) for name, split in self.splits.items()}
+        final = {"test": "test", "shuffled images": "test", "hold-out": "holdout"}
+        known = [Pass(label, name, size[name]) for label, name in final.items() if name in size]
+        return [Pass("", "val", min(size["val"], self.options.eval_questions)), *known]
+
     def finish(self, folder: Path) -> dict[str, Any]:
         """Score the test split, the same with shuffled images, and the hold-out where there is one; samples.html."""
         test = self.report("test", progress="test")
@@ -128,6 +135,7 @@ class QuestionSystem(SplitSystem):
             "holdout_accuracy": holdout.accuracy if holdout else None,
             "holdout_accuracy_by_family": holdout.by_family if holdout else None,
             "baselines": self.baselines,
+            "cut_short": self.pace.cut,
         }
 
     def lines(self, summary: dict[str, Any]) -> list[str]:
@@ -136,6 +144,7 @@ class QuestionSystem(SplitSystem):
             *(f"{n:20s} {summary[n]:.4f}" for n in ("accuracy", "holdout_accuracy") if summary[n] is not None),
             "by family            " + ", ".join(f"{k} {v:.3f}" for k, v in by_family.items()),
             "blind baselines      " + ", ".join(f"{k} {v:.3f}" for k, v in baselines.items()),
+            *cut_short(summary),
         ]
 
     def checked(self, question: str | None) -> str:
