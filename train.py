@@ -330,7 +330,7 @@ def train(options: RunOptions, world: World, began: float) -> int | None:
     print(*system.lines(figures), sep="\n")
     for name in ("seconds", "samples_per_second"):
         print(f"{name:20s} {summary[name]}")
-    print(f"look at {options.out / 'samples.html'} and {curves}")
+    print(f"look at {options.out / 'samples.html'} and {curves}", *system.what_next(options.out), sep="\n")
     return None
 
 

@@ -2,11 +2,13 @@
 
 import json
 import re
+import shlex
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from run_helpers import command
 from vqa_helpers import small_flags, small_options
 
 import train
@@ -22,7 +24,7 @@ from vqa_scratch.models.bert import Bert, BertConfig
 from vqa_scratch.models.gpt2 import GPT2, GPT2Config
 from vqa_scratch.models.vit import ConvStem, ViT, ViTConfig
 from vqa_scratch.options import from_json, to_json
-from vqa_scratch.systems.finals import MARGIN, Pace, Pass
+from vqa_scratch.systems.finals import MARGIN, Pace, Pass, beats_blind
 from vqa_scratch.systems.options import PRESETS, VQAOptions
 from vqa_scratch.systems.vqa import VQASystem
 from vqa_scratch.systems.vqa_models import released_models
@@ -187,6 +189,29 @@ def test_minutes_include_the_final_figures(data, tmp_path, monkeypatch, capsys):
     assert 1 <= some < wanted == len(VQASystem.read(options).samples["test"])
     assert set(summary["cut_short"]) == {"test", "shuffled images", "hold-out", "ranking"}
     assert f"test {some} of {wanted}" in capsys.readouterr().out
+
+
+def test_the_last_lines_say_what_to_do_next(data, tmp_path, capsys):
+    """Their commands run as they stand, and a run that learned nothing says that a blind guess is as good."""
+    out = tmp_path / "a run"
+    train.main(small_options(data, out, steps=1, eval_questions=8, samples=1))
+    lines = capsys.readouterr().out.splitlines()
+    blind = next(line for line in lines if line.startswith("no better than blind"))
+    assert "do not need the image" in blind and len(blind) < 300
+    assert json.loads((out / "summary.json").read_text())["better_than_blind"] is False
+    at = lines.index("next:")
+    assert [shlex.split(line)[3] for line in lines[at + 1 :]] == ["ask", "study"]
+    for line in lines[at + 1 :]:
+        assert shlex.split(line)[:3] == ["python", "-m", "vqa_scratch"]
+        command(*shlex.split(line)[3:])
+    said = capsys.readouterr().out
+    assert said.count("(probability ") == 2 and (out / "study" / "report.html").is_file()
+
+
+def test_better_than_blind_is_more_than_luck():
+    assert beats_blind(0.6, {"prior": 0.5, "shuffled_images": 0.55}, 10_000)
+    assert not beats_blind(0.6, {"prior": 0.5, "shuffled_images": 0.55}, 100), "two standard errors are 0.1"
+    assert not beats_blind(0.5, {"prior": 0.5}, 10**9)
 
 
 def test_the_pace_of_each_kind_of_pass_is_measured():

@@ -158,6 +158,10 @@ class System(ABC):
     def lines(self, summary: dict[str, Any]) -> list[str]:
         """The figures of `finish` that the terminal shows, one a line."""
 
+    def what_next(self, folder: Path) -> list[str]:
+        """Lines after those: what to do with the finished run in `folder`."""
+        return []
+
     # ------------------------------------------------------------------------------------------ what it can be asked
 
     def lacks(self, what: str) -> NoReturn:

@@ -34,7 +34,7 @@ from vqa_scratch.systems.captions import (
     report,
     show,
 )
-from vqa_scratch.systems.finals import Pass, cut_short
+from vqa_scratch.systems.finals import Pass, beats_blind, cut_short, no_better_than_blind
 from vqa_scratch.systems.options import CaptionOptions
 from vqa_scratch.systems.policy import answering_task, run_options
 from vqa_scratch.systems.scoring import blind_baselines
@@ -197,6 +197,9 @@ class CaptionSystem(WritingSystem):
         key, scale = ("bleu", 100) if test.scenes is None else ("object_recall", 1)
         blind_figures = figures["baselines"].items()
         self.baselines = {f"{key.split('_')[-1]}, {n.replace('_', ' ')}": b[key] / scale for n, b in blind_figures}
+        share = figures[key] / scale
+        better = beats_blind(share, self.baselines, len(said))
+        self.blind = [] if better else [no_better_than_blind(key.replace("_", " "), share, self.baselines)]
         held = None
         if "holdout" in self.data.texts:
             new = self.data.texts["holdout"]
@@ -205,7 +208,7 @@ class CaptionSystem(WritingSystem):
         asked, sections = self._questions_report() if test.questions else (None, [])
         if self.world.main:
             show(folder, figures, test, said, self.options.samples, sections)
-        return figures | {"holdout": held, "answers": asked, "cut_short": self.pace.cut}
+        return figures | {"holdout": held, "answers": asked, "better_than_blind": better, "cut_short": self.pace.cut}
 
     def _questions_report(self) -> tuple[dict[str, Any], list[tuple[str, list[str]]]]:
         """(figures of the questions of the test split, sections of the page of samples)."""
@@ -224,7 +227,7 @@ class CaptionSystem(WritingSystem):
         if summary["answers"]:
             families = ", ".join(f"{k} {v:.3f}" for k, v in summary["answers"]["accuracy_by_family"].items())
             lines.append(f"{'answers':20s} {summary['answers']['accuracy']:.3f} ({families})")
-        return [*lines, *cut_short(summary)]
+        return [*lines, *cut_short(summary), *self.blind]
 
     # --------------------------------------------------------------------------------------------------- answers
 

@@ -1,9 +1,17 @@
-"""The final figures of a run within its time: how long they will take, by what was measured, and where they stop."""
+"""The end of a run: its final figures within the time, whether they beat a blind guess, and what to do next.
 
+How long the figures will take is measured, and a pass over a split stops where its time ends.
+"""
+
+import math
+import shlex
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import NamedTuple
+
+from vqa_scratch.data.vqa_v2 import VQASample
 
 MARGIN = 1.25  # the machine may be busier at the end than when it was measured
 
@@ -59,3 +67,30 @@ def cut_short(summary: dict) -> list[str]:
     """A line on the final passes that had no time for all samples, if there are any."""
     cut = ", ".join(f"{label} {share}" for label, share in summary["cut_short"].items())
     return [f"no time for all:     {cut}; more --minutes, or fewer --test-images, score them all"] if cut else []
+
+
+def beats_blind(share: float, baselines: Mapping[str, float], samples: int) -> bool:
+    """Whether a share of right answers is above every blind baseline by more than two standard errors."""
+    error = math.sqrt(share * (1 - share) / max(1, samples)) if 0 <= share <= 1 else 0.0
+    return all(share > blind + 2 * error for blind in baselines.values())
+
+
+def no_better_than_blind(what: str, share: float, baselines: Mapping[str, float]) -> str:
+    """The line on a run that does not beat its blind baselines."""
+    name, best = max(baselines.items(), key=lambda item: item[1])
+    return (
+        f"no better than blind: {what} {share:.3f}, without seeing the image {best:.3f} ({name.replace('_', ' ')}); "
+        "either it saw too few questions or minutes, or the answers do not need the image, as samples.html may show"
+    )
+
+
+def what_next(folder: Path, sample: VQASample) -> list[str]:
+    """The commands, ready for a shell, that ask a finished run about a sample and look inside while it answers."""
+    about = ["--image", str(sample.image_path), *(["--question", sample.question] if sample.question else [])]
+    return [
+        "next:",
+        *(
+            "  " + shlex.join(["python", "-m", "vqa_scratch", name, str(folder), *about, *more])
+            for name, more in {"ask": [], "study": ["--out", str(folder / "study")]}.items()
+        ),
+    ]

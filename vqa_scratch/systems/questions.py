@@ -13,7 +13,7 @@ from vqa_scratch.data.text import check_question
 from vqa_scratch.data.vqa_v2 import VQASample, read_vqa, split_by_image
 from vqa_scratch.errors import UserError
 from vqa_scratch.report.gallery import write_gallery
-from vqa_scratch.systems.finals import Pass, cut_short
+from vqa_scratch.systems.finals import Pass, beats_blind, cut_short, no_better_than_blind
 from vqa_scratch.systems.options import QuestionOptions
 from vqa_scratch.systems.scoring import blind_baselines
 from vqa_scratch.systems.splits import SplitSystem
@@ -135,16 +135,19 @@ class QuestionSystem(SplitSystem):
             "holdout_accuracy": holdout.accuracy if holdout else None,
             "holdout_accuracy_by_family": holdout.by_family if holdout else None,
             "baselines": self.baselines,
+            "better_than_blind": beats_blind(test.accuracy, self.baselines, len(test.answers)),
             "cut_short": self.pace.cut,
         }
 
     def lines(self, summary: dict[str, Any]) -> list[str]:
         by_family, baselines = summary["accuracy_by_family"], summary["baselines"]
+        blind = no_better_than_blind("accuracy", summary["accuracy"], baselines)
         return [
             *(f"{n:20s} {summary[n]:.4f}" for n in ("accuracy", "holdout_accuracy") if summary[n] is not None),
             "by family            " + ", ".join(f"{k} {v:.3f}" for k, v in by_family.items()),
             "blind baselines      " + ", ".join(f"{k} {v:.3f}" for k, v in baselines.items()),
             *cut_short(summary),
+            *([] if summary["better_than_blind"] else [blind]),
         ]
 
     def checked(self, question: str | None) -> str:

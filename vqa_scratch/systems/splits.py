@@ -16,7 +16,7 @@ from vqa_scratch.data.images import Images
 from vqa_scratch.data.vqa_v2 import VQASample
 from vqa_scratch.report.curves import moving_average
 from vqa_scratch.systems.base import System
-from vqa_scratch.systems.finals import Pace, Pass
+from vqa_scratch.systems.finals import Pace, Pass, what_next
 from vqa_scratch.systems.scoring import Report, other_images, score
 
 AT_ONCE = 256  # samples in a batch that is only answered
@@ -113,6 +113,9 @@ class SplitSystem(System):
             lines = {label: (seen, values) for label, values in panel["lines"].items()}
             panels.append({**panel, "lines": lines, "ylim": (0, 1.02)})
         return [{**panel, "xlabel": f"thousand {self.unit} seen"} for panel in panels]
+
+    def what_next(self, folder: Path) -> list[str]:
+        return what_next(folder, self.splits["test"].questions.samples[0])
 
     # --------------------------------------------------------------------------------------------------- answers
 
