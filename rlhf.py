@@ -24,11 +24,13 @@ if __name__ == "__main__":
 import shlex
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
+from vqa_scratch.data.vqa_v2 import VQASample
 from vqa_scratch.options import to_json
 from vqa_scratch.rl import evaluate, report
 from vqa_scratch.rl.metrics import rollout_metrics
@@ -37,7 +39,9 @@ from vqa_scratch.rl.ppo import PPO
 from vqa_scratch.rl.ranks import Copies
 from vqa_scratch.rl.resume import PROGRAM, begin_or_go_on, fingerprint, prompt_hashes, restore
 from vqa_scratch.rl.tasks import Task, summarising_task
+from vqa_scratch.rl.types import Prompt
 from vqa_scratch.storage import write_json, write_text
+from vqa_scratch.systems.finals import what_next
 from vqa_scratch.systems.policy import vqa_task
 from vqa_scratch.training.allocator import keep_freed_memory
 from vqa_scratch.training.checkpoint import rng_state, save_checkpoint
@@ -213,7 +217,17 @@ def work(options: RLHFOptions, world: World) -> dict[str, float] | int:
     summary["seconds"] = earlier + time.perf_counter() - started
     write_json(options.out / "summary.json", summary)
     show(summary, options)
+    print(*what_next_for(task.held_out[0], options.out), sep="\n")
     return summary
+
+
+def what_next_for(prompt: Prompt, folder: Path) -> list[str]:
+    """What to do with a finished run, for a held-out prompt: a question, or an article, which goes into a file."""
+    if isinstance(prompt.payload, VQASample):
+        return what_next(folder / "policy", prompt.payload)
+    write_text(folder / "article.txt", prompt.text + "\n")
+    command = ["study", str(folder), "--text", str(folder / "article.txt"), "--out", str(folder / "study")]
+    return ["next:", "  " + shlex.join(["python", "-m", "vqa_scratch", *command])]
 
 
 def show(s: dict[str, float], options: RLHFOptions) -> None:
@@ -225,6 +239,10 @@ def show(s: dict[str, float], options: RLHFOptions) -> None:
     if "overlap_before" in s:
         print(f"; overlap with the reference summaries {s['overlap_before']:.3f} -> {s['overlap_after']:.3f}", end="")
     print(f"\n{s['seconds']:.0f} s, {s['rollouts_per_second']:.0f} rollouts/s; see {options.out}/samples.html")
+    if rise <= 0:
+        print(
+            "the reward did not rise: more --iterations, or a lower price of KL (--kl-coef), give the policy more room"
+        )
 
 
 def run(argv: Sequence[str]) -> dict[str, float] | int:

@@ -8,24 +8,24 @@ the curves, a page of answered questions, and summary.json with the final figure
 """
 
 import sys
+import time
 
 from vqa_scratch.command_line import errors_in_one_line, run_program
 from vqa_scratch.systems.options import RunOptions, read_command_line
 
 # ruff: noqa: E402 -- the command line is read before torch is imported, so that --help and a wrong flag answer at once
 if __name__ == "__main__":
+    BEGAN = time.perf_counter()
     with errors_in_one_line():
         OPTIONS = read_command_line(sys.argv[1:])
 
 import shlex
-import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from vqa_scratch import systems
 from vqa_scratch.data.batches import prefetch
@@ -51,10 +51,9 @@ from vqa_scratch.training.progress import MetricsLog, peak_memory_gb
 from vqa_scratch.training.ranks import ONE_PROCESS, Alone, World, for_main, whole
 from vqa_scratch.training.resume import held
 from vqa_scratch.training.sharing import check_sharing, share_model
-from vqa_scratch.training.watch import GracefulStop, LossWatch
+from vqa_scratch.training.watch import Bar, GracefulStop, LossWatch
 
-# Reserved out of --minutes for the final evaluation: this share, but at most this many seconds.
-RESERVE_SHARE, RESERVE_SECONDS = 0.1, 45.0
+FINAL_SHARE = 0.25  # of --minutes: what the final figures take at most; then they are of fewer samples
 
 
 @dataclass
@@ -135,9 +134,11 @@ def train_step(
     return mean_loss, share_right, norm
 
 
-def train(options: RunOptions, world: World) -> int | None:
-    """Train, evaluate and report. Returns None, or the signal that stopped the run early."""
-    began = time.perf_counter()
+def train(options: RunOptions, world: World, began: float) -> int | None:
+    """Train, evaluate and report; the run began at the time `began`, from which --minutes count.
+
+    Returns None, or the signal that stopped the run early.
+    """
     keep_freed_memory()
 
     # ---- the machine
@@ -190,10 +191,18 @@ def train(options: RunOptions, world: World) -> int | None:
         options.out / "metrics.jsonl", progress.step if checkpoint else None, on_disk=world.main, also=options.log_to
     )
     watch = LossWatch(options.out, world, system.ids)
-    budget = None  # seconds of training, if --minutes limits the run
+    reporting, saving, reserve = 0.0, 0.0, 0.0  # seconds that drawing, saving and the final figures take, as measured
+
+    def keep_back() -> None:
+        """Measure how much of --minutes is kept back for the final figures."""
+        nonlocal reserve
+        seconds = ranks.with_whole_model(system.seconds_to_finish) + 2 * reporting + saving
+        reserve = world.of_main(min(seconds, FINAL_SHARE * 60 * options.minutes))
+
+    budget = None  # seconds of training and final figures, if --minutes limits the run
     if options.minutes is not None:
-        spent = time.perf_counter() - began + min(RESERVE_SHARE * 60 * options.minutes, RESERVE_SECONDS)
-        budget = world.of_main(max(1.0, 60 * options.minutes - spent))
+        keep_back()
+        budget = world.of_main(60 * options.minutes - (time.perf_counter() - began))
 
     resumed_seconds, loop_began = progress.seconds, time.perf_counter()
 
@@ -201,9 +210,17 @@ def train(options: RunOptions, world: World) -> int | None:
         """Seconds of the run so far by the main rank's clock; 0 on the others, so that a sum gives it to all."""
         return resumed_seconds + time.perf_counter() - loop_began if world.main else 0.0
 
-    def share_done() -> float:
-        """The share of the run that is done, 0 to 1."""
-        return min(1.0, progress.step / options.steps if budget is None else progress.seconds / max(budget, 1e-9))
+    def share_done(seconds: float | None = None) -> float:
+        """The share of the training that is done, 0 to 1, after these seconds; by default as the ranks last agreed."""
+        if budget is None:
+            return min(1.0, progress.step / options.steps)
+        return min(1.0, (progress.seconds if seconds is None else seconds) / max(budget - reserve, 1.0))
+
+    def shown() -> str:
+        """What the bar says besides speed and time; nothing of the first step, which stands for no other."""
+        row = next((row for row in reversed(log.rows) if "loss" in row), {"step": 0})
+        loss = f", loss {row['loss']:.3f}, tokens right {row['token_accuracy']:.2f}" if row["step"] > 1 else ""
+        return f"step {progress.step}{loss}" + (f", val {progress.best:.3f}" if progress.best >= 0 else "")
 
     def next_batch() -> Next:
         """The next batch; before it the ranks agree on its size, the time, and whether to stop."""
@@ -212,19 +229,26 @@ def train(options: RunOptions, world: World) -> int | None:
         return Next(epoch, position, batch, int(samples), int(counted), stop.elected(votes))
 
     def evaluate() -> None:
+        nonlocal reporting
         watch.look()
         figures = ranks.with_whole_model(system.evaluate)
+        answered = time.perf_counter()
         log.write(progress.step, samples=progress.samples, seconds=round(progress.seconds, 2), val=figures)
         if figures["accuracy"] > progress.best:
             progress.best, progress.best_step = figures["accuracy"], progress.step
             save_weights(weights, system.model, world)
         if world.main:
             draw_panels(curves, system.panels(log.rows))
+        reporting = time.perf_counter() - answered
+        if budget is not None:
+            keep_back()
         (progress.seconds,) = world.totals([clock()])
 
     def save() -> None:
         """Everything needed to resume, gathered on the main rank, so that any number of ranks can."""
+        nonlocal saving
         watch.look()
+        save_began = time.perf_counter()
         saved = {
             "model": for_main(system.model.state_dict(), world),
             "optimizers": for_main(optimizers.state_dict(), world),
@@ -235,18 +259,14 @@ def train(options: RunOptions, world: World) -> int | None:
         }
         if world.main:
             save_checkpoint(last, saved)
+        saving = time.perf_counter() - save_began
 
     # ---- the loop: learning rate, step, log, evaluate, save
     # Not the model is compiled, whose names go into checkpoints.
     loss_of = ranks.shared(torch.compile(system.loss, dynamic=True) if options.compile else system.loss)
     system.model.train()
     window_began, window_samples = time.perf_counter(), 0
-    bar = tqdm(
-        total=100.0,
-        initial=round(100 * share_done(), 2),
-        desc="training",
-        bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}",
-    )
+    bar = Bar(lambda: share_done(clock()), lambda: progress.samples, system.unit, shown)
     with GracefulStop() as stop, bar:
         source = prefetch(batches_from(system, progress.epoch, progress.position, world, pin=device.type == "cuda"))
         over = share_done() >= 1
@@ -286,11 +306,6 @@ def train(options: RunOptions, world: World) -> int | None:
                     token_accuracy=right.item(),
                     grad_norm=norm.item(),
                 )
-                bar.set_postfix_str(
-                    f"step {progress.step}, loss {loss.item():.3f}, tokens right {right.item():.2f}, "
-                    f"{rate:.0f} samples/s" + (f", val {progress.best:.3f}" if progress.best >= 0 else "")
-                )
-                bar.update(round(100 * share_done(), 2) - bar.n)
             over = share_done() >= 1
             if progress.step % options.eval_every == 0 or over:
                 evaluate()
@@ -299,8 +314,6 @@ def train(options: RunOptions, world: World) -> int | None:
                 save()
         source.close()
         stopped = stop.elected(world.totals(stop.votes()))
-        if stopped is None:
-            bar.update(100 - bar.n)
     if stopped is not None:
         again = f"python train.py --preset {options.preset} --out {shlex.quote(str(options.out))} --resume"
         print(f"stopped by signal {stopped} after step {progress.step}; resume with: {again}")
@@ -308,6 +321,9 @@ def train(options: RunOptions, world: World) -> int | None:
 
     # ---- the final figures, with the best weights
     load_weights(system.model, options.out)
+    if budget is not None:  # a run that was resumed after its time has as much as it would have kept back
+        ends = loop_began + budget - resumed_seconds - reporting
+        system.pace.ends = max(ends, time.perf_counter() + reserve) if resumed_seconds else ends
     figures = ranks.with_whole_model(lambda: system.finish(options.out))
     if not world.main:
         return None
@@ -328,15 +344,16 @@ def train(options: RunOptions, world: World) -> int | None:
     print(*system.lines(figures), sep="\n")
     for name in ("seconds", "samples_per_second"):
         print(f"{name:20s} {summary[name]}")
-    print(f"look at {options.out / 'samples.html'} and {curves}")
+    print(f"look at {options.out / 'samples.html'} and {curves}", *system.what_next(options.out), sep="\n")
     return None
 
 
-def main(options: RunOptions) -> int | None:
-    """Run `train` as one of the ranks that torchrun started, or as the only one."""
+def main(options: RunOptions, began: float | None = None) -> int | None:
+    """Run `train` as one of the ranks that torchrun started, or as the only one; `began`: when, if not now."""
+    began = time.perf_counter() if began is None else began
     with start(options.device) as world, held(options.out, options.resume, PROGRAM, world):
-        return train(options, world)
+        return train(options, world, began)
 
 
 if __name__ == "__main__":
-    run_program(main, OPTIONS)
+    run_program(main, OPTIONS, BEGAN)

@@ -1,7 +1,14 @@
 """`ask` on a run folder: answers, decoding, candidates, and what it refuses."""
 
+import contextlib
+import io
 import json
+import os
+import pty
 import re
+import select
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +16,7 @@ import pytest
 from PIL import Image
 from run_helpers import by_hand, command, make_run, picture
 
+from vqa_scratch import systems
 from vqa_scratch.errors import UserError
 
 
@@ -43,9 +51,61 @@ def test_ask_nothing(run, data, question):
         command("ask", run, "--image", picture(data), "--question", question)
 
 
-def test_ask_no_question(run, data):
-    with pytest.raises(UserError, match="give it --question"):
+def answers_of(capsys) -> tuple[list[str], str]:
+    printed = capsys.readouterr()
+    return printed.out.splitlines(), printed.err
+
+
+def test_a_prompt_from_a_pipe(run, data, tmp_path, capsys, monkeypatch):
+    """One answer a line, as for --question; a bad line is said and skipped; `image` changes the image."""
+    other = tmp_path / "an other.png"
+    Image.new("RGB", (64, 64), (200, 30, 30)).save(other)
+    first, second = "what color is the square?", "how many objects are there?"
+    expected = []
+    for image, question in ((picture(data), first), (picture(data), second), (other, first)):
+        command("ask", run, "--image", image, "--question", question)
+        expected += answers_of(capsys)[0]
+    lines = [first, f"image {tmp_path}/none.png", second, f"image '{other}'", first, "", "never read"]
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines) + "\n"))
+    command("ask", run, "--image", picture(data))
+    said, errors = answers_of(capsys)
+    assert said == expected
+    assert errors.count("\n") == 1 and "none.png not found" in errors
+
+
+def test_a_prompt_ends_with_its_input(run, data, capsys, monkeypatch):
+    for text in ("", "\n"):
+        monkeypatch.setattr("sys.stdin", io.StringIO(text))
         command("ask", run, "--image", picture(data))
+        assert answers_of(capsys) == ([], "")
+
+
+def test_a_prompt_needs_an_image_to_begin_with(run, tmp_path):
+    with pytest.raises(UserError, match="none.png not found"):
+        command("ask", run, "--image", tmp_path / "none.png")
+
+
+def test_a_prompt_at_a_terminal(run, data):
+    """A greeting that names the file by its base name, an answer, and an end by an empty line."""
+    program = [sys.executable, "-m", "vqa_scratch", "ask", str(run), "--image", str(picture(data))]
+    ours, theirs = pty.openpty()
+    with subprocess.Popen(program, stdin=theirs, stdout=theirs, stderr=theirs, close_fds=True) as process:
+        os.close(theirs)
+        os.write(ours, b"is there a circle?\n\n")
+        shown = b""
+        with contextlib.suppress(OSError):  # how Linux tells the end of a terminal
+            while select.select([ours], [], [], 60)[0] and (part := os.read(ours, 1000)):
+                shown += part
+        assert process.wait(60) == 0
+    os.close(ours)
+    shown = shown.decode()
+    assert f"about {picture(data).name}" in shown and str(picture(data).parent) not in shown
+    assert shown.count("(probability ") == 1
+
+
+def test_a_run_takes_text_or_a_path(run, data):
+    opened = systems.load(run)
+    assert opened.ask(str(picture(data)), "is there a circle?") == opened.ask(picture(data), "is there a circle?")
 
 
 def test_ask_for_the_best_of_the_training_answers(run, data, capsys):

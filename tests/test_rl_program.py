@@ -66,6 +66,7 @@ def test_a_run_leaves_what_it_promises(finished):
     for picture in ("curves.png", "frontier.png"):
         assert (out / picture).read_bytes().startswith(b"\x89PNG")
     assert (out / "samples.html").read_text().count("<table>") == 6
+    assert (out / "article.txt").read_text().strip()
     assert T5.from_pretrained(out / "policy").config.vocab_size > 100
     assert not [p for p in out.rglob("*.tmp")]
 

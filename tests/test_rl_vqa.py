@@ -5,6 +5,7 @@ import dataclasses
 import hashlib
 import json
 import re
+import shlex
 from functools import partial
 from pathlib import Path
 
@@ -232,7 +233,10 @@ def test_a_run_reports_the_figures_that_answers_have(runs, tmp_path, capsys, nam
     summary = rlhf.run(flags(runs[name], tmp_path, "--critic-warmup", "0", "--warmup-steps", "0"))
     names = {name.removesuffix("_before") for name in summary if name.endswith("_before")}
     assert names == set("reward reward_std finish distinct_2 length accuracy shortness".split())
-    assert "overlap" not in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "overlap" not in said
+    ask, study = (shlex.split(line) for line in said.splitlines()[-2:])
+    assert ask[3:5] == ["ask", str(tmp_path / "policy")] and study[3] == "study" and "--question" in study
     assert "<td>reference text</td>" in (tmp_path / "samples.html").read_text()
     (row,) = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
     assert row["ppo/policy/first_ratio_error"] == 0 and row["ppo/steps"] > 0

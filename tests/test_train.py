@@ -2,10 +2,13 @@
 
 import json
 import re
+import shlex
+import time
 from pathlib import Path
 
 import pytest
 import torch
+from run_helpers import command
 from vqa_helpers import small_flags, small_options
 
 import train
@@ -21,10 +24,12 @@ from vqa_scratch.models.bert import Bert, BertConfig
 from vqa_scratch.models.gpt2 import GPT2, GPT2Config
 from vqa_scratch.models.vit import ConvStem, ViT, ViTConfig
 from vqa_scratch.options import from_json, to_json
+from vqa_scratch.systems.finals import MARGIN, Pace, Pass, beats_blind
 from vqa_scratch.systems.options import PRESETS, VQAOptions
 from vqa_scratch.systems.vqa import VQASystem
 from vqa_scratch.systems.vqa_models import released_models
 from vqa_scratch.training.checkpoint import load_checkpoint
+from vqa_scratch.training.watch import Bar
 
 
 @pytest.fixture(scope="module")
@@ -163,6 +168,79 @@ def test_a_time_budget_is_kept(data, tmp_path):
     factors = [row["lr_factor"] for row in training]
     assert factors[0] > factors[-1] and factors[4:] == sorted(factors[4:], reverse=True), "behind the warm-up"
     assert summary["steps"] >= 1
+
+
+def test_minutes_include_the_final_figures(data, tmp_path, monkeypatch, capsys):
+    """Where answering is slow, the final figures take fewer questions, in time, and say how many."""
+    quick = VQASystem.respond
+
+    def slow(*args, **how):
+        time.sleep(0.25)
+        return quick(*args, **how)
+
+    monkeypatch.setattr(VQASystem, "respond", slow)
+    options = small_options(data, tmp_path / "run", steps=None, minutes=0.15, eval_questions=8, questions_per_step=2)
+    began = time.perf_counter()
+    train.main(options)
+    assert time.perf_counter() - began < 9 + 2
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert 6 < summary["seconds"] < 11
+    some, wanted = map(int, summary["cut_short"]["test"].split(" of "))
+    assert 1 <= some < wanted == len(VQASystem.read(options).samples["test"])
+    assert set(summary["cut_short"]) == {"test", "shuffled images", "hold-out", "ranking"}
+    assert f"test {some} of {wanted}" in capsys.readouterr().out
+
+
+def test_the_last_lines_say_what_to_do_next(data, tmp_path, capsys):
+    """Their commands run as they stand, and a run that learned nothing says that a blind guess is as good."""
+    out = tmp_path / "a run"
+    train.main(small_options(data, out, steps=1, eval_questions=8, samples=1))
+    lines = capsys.readouterr().out.splitlines()
+    blind = next(line for line in lines if line.startswith("no better than blind"))
+    assert "do not need the image" in blind and len(blind) < 300
+    assert json.loads((out / "summary.json").read_text())["better_than_blind"] is False
+    at = lines.index("next:")
+    assert [shlex.split(line)[3] for line in lines[at + 1 :]] == ["ask", "study"]
+    for line in lines[at + 1 :]:
+        assert shlex.split(line)[:3] == ["python", "-m", "vqa_scratch"]
+        command(*shlex.split(line)[3:])
+    said = capsys.readouterr().out
+    assert said.count("(probability ") == 2 and (out / "study" / "report.html").is_file()
+
+
+def test_better_than_blind_is_more_than_luck():
+    assert beats_blind(0.6, {"prior": 0.5, "shuffled_images": 0.55}, 10_000)
+    assert not beats_blind(0.6, {"prior": 0.5, "shuffled_images": 0.55}, 100), "two standard errors are 0.1"
+    assert not beats_blind(0.5, {"prior": 0.5}, 10**9)
+
+
+def test_the_pace_of_each_kind_of_pass_is_measured():
+    """Each final pass gets its share of the time, by what its kind takes a sample; what one leaves goes to the rest."""
+    passes = [Pass("", "val", 10), Pass("test", "test", 100), Pass("ranking", "test", 10, ranked=True)]
+    pace = Pace(seconds={("", False): 0.1, ("", True): 3.0}, left=passes[1:])
+    assert pace.needed(passes) == pytest.approx(MARGIN * (1 + 10 + 30))
+    now = time.perf_counter()
+    pace.ends = now + 80
+    assert pace.begin("test") - now == pytest.approx(80 / 4, abs=0.1)
+    pace.end(passes[1], now - 20, answered=40)
+    assert pace.seconds["", False] == pytest.approx(0.5, abs=0.01) and pace.cut == {"test": "40 of 100"}
+    assert pace.begin("ranking") - now == pytest.approx(80, abs=0.1) and pace.left == []
+
+
+def test_the_bar_moves_every_second_and_says_nothing_of_the_first_step(capsys):
+    """Its speed is that of the last seconds, from the end of the first step on."""
+    steps = iter([(0.5, 0), (1.5, 64), (2.5, 64), (3.5, 192), (20.5, 192), (21.5, 256)])
+    now = [0, 0]
+    bar = Bar(lambda: 0.5, lambda: now[1], "questions", lambda: "step 1")
+    bar.first, speeds = 0, []
+    for now[0], now[1] in steps:
+        speeds.append(bar.speed(now[0]))
+    assert speeds == [None, None, None, 64.0, 64.0, pytest.approx(64 / 18)]
+    with Bar(lambda: 0.5, lambda: 0, "questions", lambda: "waiting"):
+        time.sleep(2.5)
+    shown = capsys.readouterr().err.split("\r")
+    assert [f"00:0{second}<" in "".join(shown) for second in (0, 1, 2)] == [True] * 3
+    assert "50.0%" in shown[-1] and "waiting" in shown[-1] and "/s" not in "".join(shown)
 
 
 @pytest.mark.parametrize("changes", [{"connector": "mean", "stem": "linear", "accumulate": 4}, {"freeze": "encoders"}])

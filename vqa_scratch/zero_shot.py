@@ -31,6 +31,7 @@ class ZeroShot:
     """A BLIP-2, ready to answer: the model in eval mode on `device`, its tokenizer and its image preprocessing."""
 
     writes: ClassVar[bool] = True
+    example: ClassVar[str] = "what is in the picture?"
 
     source: str
     model: Blip2
@@ -56,7 +57,7 @@ class ZeroShot:
 
     @torch.no_grad()
     def ask(
-        self, image: Path, question: str | None, top: int | None = None, decoding: Mapping[str, Any] | None = None
+        self, image: str | Path, question: str | None, top: int | None = None, decoding: Mapping[str, Any] | None = None
     ) -> tuple[list[Answer], list[str]]:
         """([the answer], [notes for the user, always none]) to one question about one image file.
 

@@ -1,5 +1,6 @@
-"""`ask`: one question about one image file."""
+"""`ask`: one question about one image file, or a prompt that takes one after the other."""
 
+import contextlib
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from vqa_scratch.options import flag
         click.Argument(["run"], type=FOLDER, required=False),
         Flag(["--model"], help="Instead of RUN: a released BLIP-2 checkpoint, a folder or Hub id."),
         Flag(["--image"], type=FOLDER, required=True, help="Image file of any size that Pillow reads."),
-        Flag(["--question"], help="What to ask."),
+        Flag(["--question"], help="What to ask; without it, a prompt for many questions."),
         Flag(["--top"], type=click.IntRange(min=1), help="Give this many answers, if the system chooses from a list."),
         *flags(GenerationOptions),
         DEVICE,
@@ -42,6 +43,7 @@ def ask(
     \b
     Example:
       python -m vqa_scratch ask runs/vqa --image photo.jpg --question "how many dogs are there?"
+    Without --question the system stays loaded and takes one question a line, from the keyboard or a pipe.
     """
     if (run is None) == (model is None):
         raise UserError("give RUN, the folder of a trained system, or --model, a BLIP-2 checkpoint: one of the two")
@@ -55,8 +57,44 @@ def ask(
     decoding = {name: value for name, value in decoding.items() if value is not None}
     if decoding and not system.writes:
         raise UserError(f"{run or model} does not take {flag(next(iter(decoding)))}: leave it out")
+    if question is None and system.example:  # it answers questions
+        prompt(system, image, top, decoding)
+    else:
+        show(system, image, question, top, decoding)
+
+
+def show(system: Any, image: Path, question: str | None, top: int | None, decoding: dict[str, Any]) -> None:
+    """Print the answers to one question, and notes on stderr. Raises UserError as `System.ask` does."""
     answers, notes = system.ask(image, question, top, decoding)
     for note in notes:
         print(f"note: {note}", file=sys.stderr)
     for said in answers:
-        print(f"{said.text or '(nothing)'}  (probability {said.probability:.3f})")
+        print(f"{said.text or '(nothing)'}  (probability {said.probability:.3f})", flush=True)
+
+
+def prompt(system: Any, image: Path, top: int | None, decoding: dict[str, Any]) -> None:
+    """Answer each line of stdin until an empty one or its end; `image PATH` changes the image.
+
+    What cannot be answered is said in a line on stderr, and the next line is read.
+    Raises UserError if the image to begin with cannot be read.
+    """
+    from vqa_scratch.data.image_files import load_image
+
+    load_image(image)
+    by_hand = sys.stdin.isatty()
+    if by_hand:
+        with contextlib.suppress(ImportError):  # not on Windows
+            import readline  # noqa: F401 -- its import gives input() arrow keys and a history
+        print(f"A question about {image.name}, like {system.example!r}; `image PATH` changes it, Enter or Ctrl-D ends.")
+    with contextlib.suppress(EOFError):
+        while line := (input("> ") if by_hand else sys.stdin.readline()).strip():
+            try:
+                command, _, rest = line.partition(" ")
+                if command == "image":
+                    path = Path(rest.strip().strip("'\"")).expanduser()
+                    load_image(path)
+                    image = path
+                else:
+                    show(system, image, line, top, decoding)
+            except UserError as error:
+                print(error, file=sys.stderr, flush=True)

@@ -8,7 +8,7 @@ name. Its options are in `systems/options.py`. `train.py` goes through a run in 
     system.train_on(data)
     system.save(folder)                              everything but the weights
     epoch, share, batch, loss, ids, evaluate         the loop
-    system.finish(folder)                            the final figures
+    seconds_to_finish, finish(folder)                the final figures
 
 A finished run is opened from its own folder alone: tokenizers, answers and preprocessing come from the run, never again
 from the data.
@@ -148,12 +148,26 @@ class System(ABC):
         """The panels of curves.png (see `report/curves.py`) from the rows of metrics.jsonl so far."""
 
     @abstractmethod
+    def seconds_to_finish(self) -> float:
+        """How long another evaluation and `finish` will take, by the speed that was measured; on all ranks.
+
+        A kind of answering that has not been measured yet is tried on a few samples first.
+        """
+
+    @abstractmethod
     def finish(self, folder: Path) -> dict[str, Any]:
-        """The final figures for summary.json, `accuracy` among them; writes samples.html and other pictures."""
+        """The final figures for summary.json, `accuracy` among them; writes samples.html and other pictures.
+
+        They are done by the time `pace.ends`, if it is set: then of fewer samples, and "cut_short" says of how many.
+        """
 
     @abstractmethod
     def lines(self, summary: dict[str, Any]) -> list[str]:
         """The figures of `finish` that the terminal shows, one a line."""
+
+    def what_next(self, folder: Path) -> list[str]:
+        """Lines after those: what to do with the finished run in `folder`."""
+        return []
 
     # ------------------------------------------------------------------------------------------ what it can be asked
 
@@ -162,9 +176,9 @@ class System(ABC):
         raise UserError(f"{self.folder or self.options.out} is a run of preset {self.options.preset}, which {what}")
 
     def ask(
-        self, image: Path, question: str | None, top: int | None = None, decoding: dict[str, Any] | None = None
+        self, image: str | Path, question: str | None, top: int | None = None, decoding: dict[str, Any] | None = None
     ) -> tuple[list[Answer], list[str]]:
-        """(answers, best first; notes for the user) about one image file.
+        """(answers, best first; notes for the user) about one image file, given as a path.
 
         One answer if `top` is None, else `top` of them from the system's list. `decoding` holds fields of
         `GenerationOptions`, for a system that `writes`. Raises UserError for an image that cannot be read, for a

@@ -35,6 +35,7 @@ from vqa_scratch.systems.captions import (
     report,
     show,
 )
+from vqa_scratch.systems.finals import Pass, beats_blind, cut_short, no_better_than_blind
 from vqa_scratch.systems.options import CaptionOptions
 from vqa_scratch.systems.policy import answering_task, run_options
 from vqa_scratch.systems.scoring import blind_baselines
@@ -185,6 +186,14 @@ class CaptionSystem(WritingSystem):
         title = "captions of images never trained on"
         return [{"title": title, "ylabel": "share", "lines": lines, "hlines": self.baselines}]
 
+    def passes(self) -> list[Pass]:
+        options, size = self.options, {name: len(split.questions.samples) for name, split in self.splits.items()}
+        labels = {"captions": "test", "shuffled images": "test", "hold-out": "holdout"}
+        labels |= {"questions": "test questions", "questions, shuffled images": "test questions"}
+        most = {"val": options.eval_captions, "val questions": options.eval_questions}
+        evaluated = [Pass("", name, min(size[name], limit)) for name, limit in most.items() if name in size]
+        return [*evaluated, *(Pass(label, name, size[name]) for label, name in labels.items() if name in size)]
+
     def finish(self, folder: Path) -> dict[str, Any]:
         """Score captions of the test split, of shuffled images and of the hold-out if there is one, and answers if the
         model was trained on questions; write samples.html and results.png."""
@@ -193,6 +202,9 @@ class CaptionSystem(WritingSystem):
         key, scale = ("bleu", 100) if test.scenes is None else ("object_recall", 1)
         blind_figures = figures["baselines"].items()
         self.baselines = {f"{key.split('_')[-1]}, {n.replace('_', ' ')}": b[key] / scale for n, b in blind_figures}
+        share = figures[key] / scale
+        better = beats_blind(share, self.baselines, len(said))
+        self.blind = [] if better else [no_better_than_blind(key.replace("_", " "), share, self.baselines)]
         held = None
         if "holdout" in self.data.texts:
             new = self.data.texts["holdout"]
@@ -201,14 +213,14 @@ class CaptionSystem(WritingSystem):
         asked, sections = self._questions_report() if test.questions else (None, [])
         if self.world.main:
             show(folder, figures, test, said, self.options.samples, sections)
-        return figures | {"holdout": held, "answers": asked}
+        return figures | {"holdout": held, "answers": asked, "better_than_blind": better, "cut_short": self.pace.cut}
 
     def _questions_report(self) -> tuple[dict[str, Any], list[tuple[str, list[str]]]]:
         """(figures of the questions of the test split, sections of the page of samples)."""
         samples, trained_on = self.data.texts["test"].questions, self.data.texts["train"].questions
         scored = self.report("test questions", progress="questions")
         baselines = blind_baselines(samples, trained_on)
-        shuffled = self.report("test questions", shuffled=True, progress="shuffled images")
+        shuffled = self.report("test questions", shuffled=True, progress="questions, shuffled images")
         baselines["shuffled_images"] = shuffled.accuracy
         figures = {"accuracy": scored.accuracy, "accuracy_by_family": scored.by_family, "baselines": baselines}
         return figures, answer_sections(samples, scored.answers, self.data.family, self.options.samples)
@@ -220,12 +232,12 @@ class CaptionSystem(WritingSystem):
         if summary["answers"]:
             families = ", ".join(f"{k} {v:.3f}" for k, v in summary["answers"]["accuracy_by_family"].items())
             lines.append(f"{'answers':20s} {summary['answers']['accuracy']:.3f} ({families})")
-        return lines
+        return [*lines, *cut_short(summary), *self.blind]
 
     # --------------------------------------------------------------------------------------------------- answers
 
     def ask(
-        self, image: Path, question: str | None, top: int | None = None, decoding: dict[str, Any] | None = None
+        self, image: str | Path, question: str | None, top: int | None = None, decoding: dict[str, Any] | None = None
     ) -> tuple[list[Answer], list[str]]:
         """A caption without a question, an answer with one."""
         if top is not None:

@@ -200,7 +200,8 @@ def show(
     answered: Sequence[tuple[str, list[str]]],
 ) -> None:
     """samples.html with `number` captions and the sections of `answered` questions, and results.png."""
-    some, what = spread(texts.to_describe, number), ", ".join(in_words(figures))
+    described = [sample for sample in texts.to_describe if sample.question_id in said]
+    some, what = spread(described, number), ", ".join(in_words(figures))
     lead = (
         "Images the model was not trained on, with its caption and the references below. Green: every object is "
         "named and nothing else; amber: some; red: none. Questions are coloured by how many annotators agree."

@@ -29,7 +29,7 @@ class RunOptions(Options):
     out: Path = option(Path("runs/run"), "Folder of the run.", RUN, may_change=True)
     resume: bool = option(False, "Go on from the last checkpoint of --out.", RUN, may_change=True)
     minutes: float | None = option(
-        None, "Wall-clock budget, with up to 45 seconds for the final figures; 10 without --steps.", RUN, above=0
+        None, "Wall-clock budget of the run, final figures included; 10 without --steps.", RUN, above=0
     )
     steps: int | None = option(None, "Number of optimizer steps, instead of --minutes.", RUN, minimum=1)
     device: str = option("auto", "Where to compute.", RUN, ("auto", "cpu", "cuda", "mps"), may_change=True)

@@ -17,6 +17,7 @@ from vqa_scratch.data.vqa_v2 import VQASample, has_split, is_shared_out, read_vq
 from vqa_scratch.data.vqa_write import write_submission
 from vqa_scratch.errors import UserError
 from vqa_scratch.report.gallery import write_gallery
+from vqa_scratch.systems.finals import Pass, beats_blind, cut_short, no_better_than_blind
 from vqa_scratch.systems.options import QuestionOptions
 from vqa_scratch.systems.scoring import blind_baselines, rules_of
 from vqa_scratch.systems.splits import SplitSystem
@@ -145,6 +146,12 @@ class QuestionSystem(SplitSystem):
         panels = [accuracy, {"title": "by family", "lines": by_family}]
         return [{**panel, "ylabel": "official VQA accuracy"} for panel in panels]
 
+    def passes(self) -> list[Pass]:
+        size = {name: len(split.questions.samples) for name, split in self.splits.items()}
+        final = {self.judged: self.judged, "shuffled images": self.judged, "hold-out": "holdout"}
+        known = [Pass(label, name, size[name]) for label, name in final.items() if name in size]
+        return [Pass("", "val", min(size["val"], self.options.eval_questions)), *known]
+
     def finish(self, folder: Path) -> dict[str, Any]:
         """Score the test split, the same with shuffled images, and the hold-out where there is one; samples.html.
 
@@ -152,7 +159,7 @@ class QuestionSystem(SplitSystem):
         """
         samples, number = self.data.samples[self.judged], self.options.samples
         if self.judged != "test":
-            said = self.answer_split("test", progress="test, without answers")
+            said = self.answer_split("test")  # all of it, however long that takes
             if self.world.main:
                 texts = {number: answer.text for number, answer in said.items()}
                 write_submission(folder / "submission.json", texts, texts)
@@ -172,17 +179,22 @@ class QuestionSystem(SplitSystem):
             "holdout_accuracy": holdout.accuracy if holdout else None,
             "holdout_accuracy_by_family": holdout.by_family if holdout else None,
             "baselines": self.baselines,
+            "better_than_blind": beats_blind(test.accuracy, self.baselines, len(test.answers)),
+            "cut_short": self.pace.cut,
         }
 
     def lines(self, summary: dict[str, Any]) -> list[str]:
         by_family, baselines = summary["accuracy_by_family"], summary["baselines"]
         unscored = "the test split has no answers: it is answered in submission.json; these are the figures of val"
+        blind = no_better_than_blind("accuracy", summary["accuracy"], baselines)
         return [
             *([unscored] if summary["scored_split"] != "test" else []),
             *(f"{n:20s} {summary[n]:.4f}" for n in ("accuracy", "holdout_accuracy") if summary[n] is not None),
             f"scored by            {summary['scored_by']}",
             "by family            " + ", ".join(f"{k} {v:.3f}" for k, v in by_family.items()),
             "blind baselines      " + ", ".join(f"{k} {v:.3f}" for k, v in baselines.items()),
+            *cut_short(summary),
+            *([] if summary["better_than_blind"] else [blind]),
         ]
 
     def checked(self, question: str | None) -> str:

@@ -1,5 +1,6 @@
 """The splits of a data set, and what every system shares that is trained and scored on texts about images."""
 
+import time
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -15,9 +16,11 @@ from vqa_scratch.data.images import Images
 from vqa_scratch.data.vqa_v2 import VQASample
 from vqa_scratch.report.curves import moving_average
 from vqa_scratch.systems.base import System
+from vqa_scratch.systems.finals import Pace, Pass, what_next
 from vqa_scratch.systems.scoring import Report, other_images, score
 
 AT_ONCE = 256  # samples in a batch that is only answered
+TIMED = 128  # samples by which a kind of pass is timed that has not run yet
 
 
 @dataclass(frozen=True)
@@ -76,12 +79,16 @@ class SplitSystem(System):
         """About how many samples of a split are answered together while training."""
 
     @abstractmethod
+    def passes(self) -> list[Pass]:
+        """The passes of `finish` in order, after those of one more evaluation, whose label is ""."""
+
+    @abstractmethod
     def scored(self, figures: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """The panels besides the loss: `lines` are {label: a value for each of the `figures` of `evaluate`}."""
 
     def make_splits(self, samples: dict[str, list[VQASample]]) -> None:
         """Set `splits`, with the resized images in a file if the options ask for one."""
-        self.splits = {name: self.split(some) for name, some in samples.items()}
+        self.splits, self.pace = {name: self.split(some) for name, some in samples.items()}, Pace()
         if self.options.image_cache:
             for split in self.splits.values():
                 split.images.cache_in(self.options.cache)
@@ -103,6 +110,9 @@ class SplitSystem(System):
             panels.append({**panel, "lines": lines, "ylim": (0, 1.02)})
         return [{**panel, "xlabel": f"thousand {self.unit} seen"} for panel in panels]
 
+    def what_next(self, folder: Path) -> list[str]:
+        return what_next(folder, self.splits["test"].questions.samples[0])
+
     # --------------------------------------------------------------------------------------------------- answers
 
     def answers(
@@ -112,27 +122,54 @@ class SplitSystem(System):
         *,
         shuffled: bool = False,
         progress: str | None = None,
+        until: float | None = None,
         **how: Any,
     ) -> dict[int, list[Answer]]:
-        """{question_id: answers, best first} to the rows in `chosen`; `how` as in `respond`."""
+        """{question_id: answers, best first} to the rows in `chosen`; `how` as in `respond`.
+
+        After the first batch it stops when another one would not be done `until` a time of `time.perf_counter`.
+        """
         result: dict[int, list[Answer]] = {}
+        began = time.perf_counter()
         with self.evaluating():
             for rows, batch in split.batches(self.precision.device, chosen, shuffled=shuffled, progress=progress):
                 with self.precision.autocast():
                     found = self.respond(split.questions, rows, batch, **how)
                 ids = [split.questions.samples[row].question_id for row in rows]
                 result |= zip(ids, found, strict=True)
+                now = time.perf_counter()
+                if until is not None and now + (now - began) > until:
+                    break
+                began = now
         return result
 
-    def answer_split(self, name: str, limit: int | None = None, **how: Any) -> dict[int, Answer]:
+    def answer_split(
+        self, name: str, limit: int | None = None, *, progress: str | None = None, **how: Any
+    ) -> dict[int, Answer]:
         """The best answer by question id, for a split or about its first `limit` samples; `how` as in `answers`.
 
-        The ranks take turns at the batches, and all of them get all answers.
+        The ranks take turns at the batches, and all of them get all answers. With a label of `progress` it is one of
+        the final `passes`, and answers as many samples as its time allows, of any part of the split.
         """
         split = self.splits[name]
         batches = split.questions.in_order(limit or len(split.questions.samples), self.at_once(name))
-        found = self.world.gather(self.answers(split, batches[self.world.rank :: self.world.size], **how))
-        return {number: best for some in found for number, (best, *_) in some.items()}
+        one = Pass(progress or "", name, sum(map(len, batches)), how.get("ranked", False))
+        began, until = time.perf_counter(), self.pace.begin(progress) if progress else None
+        if until is not None:  # they are sorted by size, and the first ones should be a fair sample
+            batches = [batches[i] for i in np.random.default_rng(0).permutation(len(batches))]
+        mine = batches[self.world.rank :: self.world.size]
+        found = self.world.gather(self.answers(split, mine, progress=progress, until=until, **how))
+        best = {number: best for some in found for number, (best, *_) in some.items()}
+        self.pace.end(one, began, len(best))
+        return best
+
+    def seconds_to_finish(self) -> float:
+        passes = self.passes()
+        for one in passes:
+            if one.kind not in self.pace.seconds:
+                self.answer_split(one.split, TIMED, **({"ranked": True} if one.ranked else {}))
+        self.pace.left = [one for one in passes if one.label]
+        return self.pace.needed(passes)
 
     def report(self, name: str, limit: int | None = None, **how: Any) -> Report:
         """Score the answers of `answer_split`, the same on all ranks."""
@@ -145,9 +182,9 @@ class SplitSystem(System):
         return {number: best for number, (best, *_) in found.items()}
 
     def ask(
-        self, image: Path, question: str | None, top: int | None = None, decoding: dict[str, Any] | None = None
+        self, image: str | Path, question: str | None, top: int | None = None, decoding: dict[str, Any] | None = None
     ) -> tuple[list[Answer], list[str]]:
         question = self.checked(question)
         how = {"decoding": decoding} if top is None else {"ranked": True, "top": top}
-        split = self.split([VQASample(0, image, 0, question, "", "", (), "")])
+        split = self.split([VQASample(0, Path(image), 0, question, "", "", (), "")])
         return self.answers(split, [np.array([0])], **how)[0], self.tokenizers.notes_on(question)

@@ -22,6 +22,7 @@ from vqa_scratch.rl.options import RLHFOptions
 from vqa_scratch.rl.tasks import Task
 from vqa_scratch.storage import read_json, write_json
 from vqa_scratch.systems.base import check_positions, seed_everything
+from vqa_scratch.systems.finals import Pass
 from vqa_scratch.systems.frozen import cache_features
 from vqa_scratch.systems.options import VQAOptions
 from vqa_scratch.systems.policy import answering_task, run_options
@@ -123,7 +124,7 @@ class VQASystem(WritingSystem, QuestionSystem):
         return super().respond(questions, rows, batch, **how)
 
     def ask(
-        self, image: Path, question: str | None, top: int | None = None, decoding: dict[str, Any] | None = None
+        self, image: str | Path, question: str | None, top: int | None = None, decoding: dict[str, Any] | None = None
     ) -> tuple[list[Answer], list[str]]:
         if top is not None and decoding:
             flag = "--" + next(iter(decoding)).replace("_", "-")
@@ -144,6 +145,9 @@ class VQASystem(WritingSystem, QuestionSystem):
         """How many questions are ranked for the figures."""
         return min(RANKED_QUESTIONS, max(1, RANKED_PAIRS // len(self.candidates)))
 
+    def passes(self) -> list[Pass]:
+        return [*super().passes(), Pass("ranking", self.judged, self.ranked_questions, ranked=True)]
+
     def finish(self, folder: Path) -> dict[str, Any]:
         """Adds how well the model chooses among the training answers."""
         figures = super().finish(folder)
@@ -154,6 +158,7 @@ class VQASystem(WritingSystem, QuestionSystem):
             "ranking_questions": len(ranking.answers),
             "ranking_candidates": len(self.candidates),
             "connector": self.options.connector,
+            "cut_short": self.pace.cut,
         }
 
     def lines(self, summary: dict[str, Any]) -> list[str]:
