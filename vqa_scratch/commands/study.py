@@ -56,6 +56,7 @@ def study(
     """
     from vqa_scratch.commands.study_files import open_input, run_folder, write_study
     from vqa_scratch.storage import check_writable, write_json
+    from vqa_scratch.study.opened import run_name
     from vqa_scratch.study.record import take_apart
     from vqa_scratch.study.splits import ablation_figures, faithfulness_figures, pointing_figures, pointing_table
     from vqa_scratch.systems.studied import score_of
@@ -78,7 +79,7 @@ def study(
             print(f"certificate: {done.certificate}")
         print(f"see {out / 'report.html'}")
         return
-    system, figures = open_run(run_folder(run), device), {"run": str(run), "split": split}
+    system, figures = open_run(run_folder(run), device), {"run": run_name(run), "split": split}
 
     def subject_of(image: Any, question: str) -> Any:
         return system.subject(image, question).subject

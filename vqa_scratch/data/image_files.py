@@ -1,5 +1,7 @@
 """Reads any image file as 8-bit RGB, or says in one line why it cannot."""
 
+import base64
+import io
 import re
 import warnings
 from pathlib import Path
@@ -71,3 +73,17 @@ def load_image(path: str | Path, *, upright: bool = True) -> Image.Image:
         return to_rgb(image)
     except ValueError as error:
         raise UserError(f"{path}: {error}") from error
+
+
+def data_url(image: Image.Image, largest: int) -> str:
+    """The image as text for a page, at most `largest` pixels a side: PNG if it is a small drawing, else JPEG."""
+    kind, buffer = "png" if is_small(image) else "jpeg", io.BytesIO()
+    image = image.convert("RGB")
+    image.thumbnail((largest, largest))
+    image.save(buffer, kind, optimize=True, quality=88)
+    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
+
+
+def is_small(image: Image.Image) -> bool:
+    """Whether an image is so small that a page enlarges it, pixel by pixel."""
+    return max(image.size) <= 128

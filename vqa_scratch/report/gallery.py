@@ -1,7 +1,5 @@
 """Writes samples.html: images with questions, the model's answers and probabilities, and the annotators' answers."""
 
-import base64
-import io
 from collections import Counter
 from collections.abc import Callable, Sequence
 from html import escape
@@ -10,62 +8,101 @@ from pathlib import Path
 from PIL import Image
 
 from vqa_scratch.data.answers import Answer
+from vqa_scratch.data.image_files import data_url, is_small
 from vqa_scratch.data.images import load_image
 from vqa_scratch.data.vqa_v2 import VQASample
 from vqa_scratch.metrics import vqa_accuracy
 from vqa_scratch.storage import write_text
 
 STYLE = """
-:root { color-scheme: light dark; --paper: #fafaf7; --ink: #1d1d1b; --soft: #6b6b66; --card: #fff; --line: #e4e3dd;
-        --right: #1a7f4b; --partly: #9a6700; --wrong: #b42318; }
-@media (prefers-color-scheme: dark) { :root { --paper: #171716; --ink: #ecebe6; --soft: #a3a29b; --card: #21211f;
-        --line: #363632; --right: #4cc38a; --partly: #e2b203; --wrong: #ff8a7a; } }
+:root { color-scheme: light dark; --paper: #fafaf7; --ink: #1d1d1b; --soft: #64645e; --card: #fff; --line: #e4e3dd;
+        --right: #1a7f4b; --partly: #8a5a00; --wrong: #b42318; }
+@media screen and (prefers-color-scheme: dark) { :root { --paper: #171716; --ink: #ecebe6; --soft: #a3a29b;
+        --card: #21211f; --line: #363632; --right: #4cc38a; --partly: #e2b203; --wrong: #ff8a7a; } }
 body { margin: 2rem auto; max-width: 76rem; padding: 0 1.25rem; background: var(--paper); color: var(--ink);
        font: 16px/1.45 system-ui, sans-serif; }
-h1 { font-size: 1.5rem; margin: 0 0 .25rem; } h2 { font-size: 1.05rem; margin: 2.2rem 0 .8rem; }
+h1 { font-size: 1.5rem; margin: 0 0 .25rem; overflow-wrap: anywhere; }
 p.lead { color: var(--soft); margin: 0; max-width: 46rem; }
-.grid { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(17rem, 1fr)); }
+form { display: flex; flex-wrap: wrap; align-items: center; gap: .5rem 1.5rem; margin: 1.2rem 0 0; }
+form[hidden] { display: none; } select, input { font: inherit; accent-color: var(--ink); }
+output { color: var(--soft); }
+:focus-visible { outline: 2.5px solid var(--right); outline-offset: 2px; }
+details { margin-top: 1.6rem; } summary { cursor: pointer; margin-bottom: .8rem; }
+h2 { display: inline; font-size: 1.05rem; margin: 0 .5rem 0 0; }
+summary span { color: var(--soft); font-size: .875rem; }
+.grid { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(min(15rem, 100%), 1fr)); }
 article { background: var(--card); border: 1px solid var(--line); border-radius: .6rem; overflow: hidden; }
-article img { display: block; width: 100%; max-height: 15rem; object-fit: contain; background: #fff; }
+article img { display: block; width: 100%; height: 12rem; object-fit: contain; background: var(--paper); }
 img.pixels { image-rendering: pixelated; }
 .text { padding: .8rem 1rem 1rem; } .question { font-weight: 600; margin: 0 0 .5rem; overflow-wrap: anywhere; }
 .answer { display: flex; flex-wrap: wrap; align-items: baseline; justify-content: space-between; gap: 0 1rem;
           margin: 0 0 .4rem; }
-.answer b { font-size: 1.15rem; overflow-wrap: break-word; } .right b { color: var(--right); }
+.answer b { font-size: 1.15rem; overflow-wrap: anywhere; } .right b { color: var(--right); }
 .partly b { color: var(--partly); } .wrong b { color: var(--wrong); }
 .probability, .people { color: var(--soft); font-size: .875rem; } .people { margin: 0; overflow-wrap: anywhere; }
+@media print { form { display: none; } article { break-inside: avoid; } summary { break-after: avoid; }
+               body { margin: 0; max-width: none; } .grid { grid-template-columns: repeat(4, 1fr); gap: .5rem; }
+               article img { height: 8rem; } }
 """
 
+SCRIPT = """
+"use strict";
+const form = document.querySelector("form"), [wrong, family] = form.querySelectorAll("input, select");
+const groups = [...document.querySelectorAll("details")], cards = [...document.querySelectorAll("article")];
+const hides = (group, card) => (family.value && group.dataset.name !== family.value) ||
+  (wrong.checked && !card.querySelector(".wrong"));
+function filter() {
+  for (const group of groups) {
+    const here = [...group.querySelectorAll("article")];
+    for (const card of here) card.hidden = hides(group, card);
+    group.hidden = here.every((card) => card.hidden);
+  }
+  const shown = cards.filter((card) => !card.hidden).length;
+  form.querySelector("output").textContent = `${shown} of ${cards.length} shown`;
+}
+form.addEventListener("input", filter);
+addEventListener("beforeprint", () => groups.forEach((group) => { group.open = true; }));
+form.hidden = false;
+filter();
+"""
 
-def _picture(image: Image.Image) -> str:
-    """The image as an <img> with its data inside; small images are enlarged without smoothing."""
-    image.thumbnail((320, 320))
-    buffer = io.BytesIO()
-    image.save(buffer, format="PNG")
-    data = base64.b64encode(buffer.getvalue()).decode("ascii")
-    kind = ' class="pixels"' if max(image.size) <= 128 else ""
-    return f'<img{kind} alt="" src="data:image/png;base64,{data}">'
+VERDICTS = ("right", "partly", "wrong")
+THUMBNAIL = 320  # pixels a side at most
 
 
 def card(image: Image.Image, heading: str, said: str, verdict: str, note: str, people: str) -> str:
     """One article: the image, a heading, the model's text (green for the verdict "right", amber for "partly", red for
     "wrong") with a note beside it, and the people's texts below. `people` is HTML; all else is escaped here."""
-    head = f"<p class=question>{escape(heading)}</p>" if heading else ""
+    head, said = f"<p class=question>{escape(heading)}</p>" if heading else "", said or "(nothing)"
+    kind, spoken = ' class="pixels"' if is_small(image) else "", f"{heading} Answer: {said}" if heading else said
     return (
-        f"<article>{_picture(image)}<div class=text>{head}"
-        f'<p class="answer {verdict}"><b>{escape(said) or "(nothing)"}</b>'
+        f'<article><img{kind} alt="{escape(spoken)}" src="{data_url(image, THUMBNAIL)}"><div class=text>{head}'
+        f'<p class="answer {verdict}"><b>{escape(said)}</b>'
         f"<span class=probability>{escape(note)}</span></p>"
         f"<p class=people>{people}</p></div></article>"
     )
 
 
+def _section(name: str, cards: Sequence[str]) -> str:
+    """A group that folds, with how many of its cards are right if any was judged."""
+    judged = {verdict: sum(f'class="answer {verdict}"' in one for one in cards) for verdict in VERDICTS}
+    count = f"{judged['right']} of {len(cards)} right" if any(judged.values()) else f"{len(cards)}"
+    return (
+        f'<details open data-name="{escape(name)}"><summary><h2>{escape(name)}</h2><span>{count}</span></summary>'
+        f"<div class=grid>{''.join(cards)}</div></details>"
+    )
+
+
 def write_page(path: Path, title: str, lead: str, sections: Sequence[tuple[str, Sequence[str]]]) -> None:
-    """A page that needs no network: sections of (heading, cards)."""
-    parts = [f"<h2>{escape(name)}</h2><div class=grid>{''.join(cards)}</div>" for name, cards in sections]
+    """A page that needs no network: sections of (heading, cards), with filters by verdict and section."""
+    names = "".join(f'<option value="{escape(name)}">{escape(name)}' for name, _ in sections)
     page = (
         f'<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content="width=device-width">'
-        f"<title>{escape(title)}</title><style>{STYLE}</style><h1>{escape(title)}</h1>"
-        f"<p class=lead>{escape(lead)}</p>" + "".join(parts)
+        f"<title>{escape(title)}</title><style>{STYLE}</style><h1>{escape(title)}</h1><p class=lead>{escape(lead)}</p>"
+        "<form hidden><label><input type=checkbox> wrong only</label>"
+        f'<label>show <select><option value="">everything{names}</select></label><output></output></form>'
+        + "".join(_section(name, cards) for name, cards in sections)
+        + f"<script>{SCRIPT}</script>"
     )
     write_text(path, page)
 

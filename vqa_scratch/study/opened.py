@@ -35,6 +35,12 @@ class Opened:
     notes: tuple[str, ...] = ()  # what the user should know about how the input was read
 
 
+def run_name(folder: Path) -> str:
+    """What a page calls a run: the name of its folder, not where it lies; of a tuned policy, the run's name first."""
+    folder = folder.absolute()
+    return f"{folder.parent.name}/{folder.name}" if folder.name == POLICY else folder.name
+
+
 def token_label(tokenizer: Tokenizer, index: int) -> str:
     """One id as readable text, with its leading space."""
     if index >= len(tokenizer):
@@ -105,4 +111,4 @@ def open_text(folder: Path, text: str, device: str = "cpu") -> Opened:
     ids = ids[0].tolist()
     notes = (f"the text is longer than {limit} tokens; only its beginning was read",) if tokenizer.truncated else ()
     subject = T5Subject(model, ids, text_labels(tokenizer, text, ids), options.get("max_new_tokens", 32))
-    return Opened(str(folder), subject, text, None, **written(tokenizer, subject.prompt), notes=notes)
+    return Opened(run_name(folder), subject, text, None, **written(tokenizer, subject.prompt), notes=notes)

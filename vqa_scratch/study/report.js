@@ -63,24 +63,79 @@
   }
   const css = ([r, g, b, a]) => `rgb(${Math.round(r)} ${Math.round(g)} ${Math.round(b)} / ${a.toFixed(3)})`;
 
-  /** Background by share, and ink that can be read on it. */
-  function shade(element, share) {
-    const c = color(onPage(), share), card = isDark() ? [31, 31, 29] : [255, 255, 255];
-    const mixed = [0, 1, 2].map((i) => c[i] * c[3] + card[i] * (1 - c[3]));
-    const luminance = (0.299 * mixed[0] + 0.587 * mixed[1] + 0.114 * mixed[2]) / 255;
-    element.style.background = css(c);
-    element.style.color = luminance > 0.52 ? "#1d1d1b" : "#ffffff";
+  const CARD = { light: [255, 255, 255], dark: [31, 31, 29] }, SUNK = { light: [243, 242, 236], dark: [25, 25, 24] };
+
+  /** Relative luminance of an opaque colour, as WCAG 2 defines it. */
+  function luminance(rgb) {
+    const [r, g, b] = rgb.map((v) => { const c = v / 255; return c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4; });
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b;
   }
+
+  /** A colour over the card or another ground, and black or white ink on it, whichever has more contrast (4.5 at least). */
+  function paint(element, c, ground) {
+    const below = ground[isDark() ? "dark" : "light"];
+    element.style.background = css(c);
+    element.style.color = luminance([0, 1, 2].map((i) => c[i] * c[3] + below[i] * (1 - c[3]))) > 0.179 ? "#000000" : "#ffffff";
+  }
+
+  /** Background by share. */
+  const shade = (element, share) => paint(element, color(onPage(), share), CARD);
 
   /** Blue below zero, orange above. */
   function diverging(element, value, largest) {
     const share = Math.min(1, Math.abs(value) / (largest || 1));
     const base = value >= 0 ? (isDark() ? [255, 154, 92] : [214, 90, 24]) : (isDark() ? [127, 176, 255] : [43, 99, 184]);
-    element.style.background = css([...base, 0.75 * share]);
-    element.style.color = share > 0.75 && !isDark() ? "#ffffff" : isDark() && share > 0.75 ? "#161615" : "";
+    paint(element, [...base, 0.75 * share], SUNK);
   }
 
   // ---------------------------------------------------------------------------------------------- small parts
+
+  // What a word of the trade means; shown where it stands, when the mouse rests on it.
+  const GLOSSARY = {
+    attention: "How much a token takes from each other token: weights that sum to 1.",
+    "cross-attention": "Attention from the text that is written to the image and the question.",
+    "self-attention": "Attention among the tokens of one sequence.",
+    certificate: "The measured difference between the weights shown here and those that ran.",
+    decoder: "The part of the model that writes the answer, token by token.",
+    distance: "How far from the asking token the attention lies on average, in tokens.",
+    embedding: "The vector that a token starts as, before any layer.",
+    entropy: "How widely attention is spread, in nats: 0 if it is all on one token.",
+    head: "One of the parallel parts of an attention, each with its own weights.",
+    heads: "The parallel parts of an attention, each with its own weights.",
+    key: "What a token offers to be found by; a query that fits it reads that token.",
+    keys: "What tokens offer to be found by; a query that fits one reads that token.",
+    layer: "One step of the model; each reads the states that the one before left.",
+    logit: "The score of a word before the softmax makes probabilities of all scores.",
+    "logit lens": "The model's last step, applied to the states of an earlier layer.",
+    "log-sum-exp": "The logarithm of the sum of exponentials: what softmax divides by.",
+    lse: "Log-sum-exp: the logarithm of the sum of exp(score) over all keys, what softmax divides by.",
+    mask: "Minus infinity where a token must not be read, else 0.",
+    mlp: "The part of a layer that works on each token alone.",
+    patch: "A square of the image, one token to the model.",
+    patches: "Squares of the image, each one token to the model.",
+    "q·k": "The product of query and key: how well they fit.",
+    relevancy: "Attention weighted by what it did for the answer.",
+    rollout: "Attention multiplied through all layers.",
+    scale: "1 over the square root of a head's size; it keeps scores small.",
+    sinks: "Tokens without content that take attention: class token, separators, first token.",
+    softmax: "Turns scores into shares that sum to 1.",
+    token: "A piece of text, or of an image, that the model handles as one.",
+    tokens: "Pieces of text, or of an image, that the model handles one by one.",
+    vocabulary: "All tokens that the model can write.",
+  };
+  const TERMS = new RegExp(`(?<![\\w-])(${Object.keys(GLOSSARY).sort((a, b) => b.length - a.length).join("|")})(?![\\w-])`, "i");
+
+  /** A text in parts, with each word of the glossary explained where it first stands. */
+  function gloss(text, known = new Set()) {
+    const [before, term, ...rest] = text.split(TERMS);
+    if (term === undefined) return [text];
+    const meaning = known.has(term.toLowerCase()) ? null : GLOSSARY[term.toLowerCase()];
+    known.add(term.toLowerCase());
+    const after = text.slice(before.length + term.length);
+    return [before, meaning ? h("abbr", { title: meaning }, term) : term, ...gloss(after, known)];
+  }
+  const explain = (element, text) => element.replaceChildren(...gloss(text));
+  const GLOSSED = /^(h2|h3|th|summary|p lead|p explain.*)$/;
 
   /** An element: h("button", {class: "plain", onclick: f}, "text", child, ...). */
   function h(tag, attributes = {}, ...children) {
@@ -90,7 +145,9 @@
       else if (value === true) element.setAttribute(key, "");
       else if (value !== false && value !== null && value !== undefined) element.setAttribute(key, value);
     }
-    element.append(...children.flat().filter((child) => child !== null && child !== undefined));
+    const glossed = GLOSSED.test(attributes.class && tag === "p" ? `p ${attributes.class}` : tag);
+    const shown = children.flat().filter((child) => child !== null && child !== undefined);
+    element.append(...shown.flatMap((child) => (glossed && typeof child === "string" ? gloss(child) : child)));
     return element;
   }
 
@@ -108,7 +165,7 @@
   const tabTo = (buttons, chosen) => buttons.forEach((b, i) => { b.tabIndex = i === chosen ? 0 : -1; });
 
   function choice(label, options, choose) {
-    const buttons = options.map(([value, text]) => h("button", { role: "radio", type: "button", "data-value": value, onclick: () => choose(value) }, text));
+    const buttons = options.map(([value, text]) => h("button", { role: "radio", type: "button", "data-value": value, title: METHODS[value], onclick: () => choose(value) }, text));
     const element = h("div", { class: "segmented", role: "radiogroup", "aria-label": label }, buttons);
     roving(element, buttons);
     element.choose = (value) => {
@@ -281,6 +338,10 @@
         this.map.addEventListener("click", (e) => { this.point(e); this.ask(this.pointed); });
         this.map.addEventListener("keydown", (e) => this.walk(e));
         this.image = h("img", { src: data.image, alt: "", class: data.pixelated ? "pixels" : null, onload: () => this.drawGrid() });
+        const [width, height] = data.size, seen = `The image as the model saw it, ${width} by ${height} pixels`;
+        const asked = `${data.text ? `“${data.text}” was answered` : "It was described as"} “${data.answer.text || "(nothing)"}”.`;
+        left.append(h("figure", { class: "untouched" },
+          h("img", { src: data.image, alt: `${seen}. ${asked}`, class: data.pixelated ? "pixels" : null }), h("figcaption", {}, seen)));
         left.append(h("div", { class: "picture" }, this.image, this.map));
         this.slider = h("input", { type: "range", min: 0, max: 100, value: 90, id: `opacity-${studies.length}`, oninput: (e) => set({ opacity: e.target.value / 100 }) });
         this.scale = canvas(64, 1);
@@ -384,7 +445,7 @@
         body.replaceChildren(...rows.map(([name, head, entropy, image, text, sink, distance]) => h("tr", {}, h("td", {}, name), h("td", {}, head),
           h("td", {}, number(entropy, 2)), h("td", {}, percent(image)), h("td", {}, percent(text)), h("td", {}, percent(sink)), h("td", {}, distance === null ? "–" : number(distance, 1)))));
       };
-      const heads = columns.map((name, i) => h("th", { scope: "col" }, h("button", { type: "button", onclick: () => { down = order === i ? !down : i > 1; order = i; fill(); } }, name)));
+      const heads = columns.map((name, i) => h("th", { scope: "col" }, h("button", { type: "button", title: GLOSSARY[name], onclick: () => { down = order === i ? !down : i > 1; order = i; fill(); } }, name)));
       fill();
       return h("table", {}, h("caption", { class: "hidden" }, "statistics of every head"), h("thead", {}, h("tr", {}, heads)), body);
     }
@@ -455,7 +516,7 @@
       if (this.kind !== "cross") text = `${this.name(this.kind)}: ${state.mode === "head" ? "one head" : state.mode === "layer" ? "one layer, averaged over heads" : "averaged over layers and heads"}. ${this.whose()}`;
       else if (this.data.way === "stream" && state.mode === "mean") text += " Here it is the words of the question that look, on average.";
       else if (!this.data.keys && state.mode !== "relevancy" && state.mode !== "rollout") text += " This run’s decoder reads one averaged key, so its cross-attention is the same everywhere by construction.";
-      this.explain.textContent = text;
+      explain(this.explain, text);
       const masses = this.masses(shares);
       const names = { image: "image", text: this.picture ? "question" : "article", sink: "sinks (class token, separators)", own: "the decoder’s own tokens" };
       const seen = Object.keys(names).filter((name) => masses[name] > 0.0005 || (name === "text" && this.words.length) || (name === "image" && this.picture));
@@ -523,7 +584,7 @@
         this.gridBox.replaceChildren(grid);
         const whole = { cross: this.data.way === "stream" ? "Each picture is one head, as the first token reads: patches above, question words below." : this.picture ? `Each picture is one head of the decoder for the chosen token${this.words.length ? ": patches above, question words below" : ""}.` : "Each picture is one head of the decoder: answer tokens downwards, text tokens across; the chosen token is outlined.",
           image: "Each picture is one head of the image encoder for the chosen patch.", text: "Each picture is one head of the text encoder: queries downwards, keys across.", encoder: "Each picture is one head of the encoder.", decoder: "Each picture is one head of the decoder’s self-attention: queries downwards, keys across.", stream: "Each picture is one head for the chosen word or patch: patches above, question words below." };
-        this.gridLead.textContent = `${whole[kind]} Choose one to see it large${kind === "cross" ? " and open it below" : ""}.`;
+        explain(this.gridLead, `${whole[kind]} Choose one to see it large${kind === "cross" ? " and open it below" : ""}.`);
       }
       const stats = new Map(this.data.heads.map((s) => [`${s[0]}.${s[1]}`, s]));
       for (const { layer, head, picture, button } of this.thumbs) {
@@ -602,7 +663,7 @@
     drawSteps() {
       const layer = clamp(state.layer, this.attentions.cross.pattern.shape[0]), head = clamp(state.head, this.attentions.cross.pattern.shape[1]);
       const opened = this.opened.get(`${layer}.${head}`);
-      this.stepTitle.textContent = `${this.name("cross")}${this.data.way === "cross" ? " " : ", "}layer ${layer}, head ${head}, step by step`;
+      explain(this.stepTitle, `${this.name("cross")}${this.data.way === "cross" ? " " : ", "}layer ${layer}, head ${head}, step by step`);
       if (!opened) {
         const others = [...this.opened.values()].slice(0, 12).map((o) => h("button", { class: "plain", type: "button", onclick: () => set({ mode: "head", kind: "cross", layer: o.layer, head: o.head }) }, `layer ${o.layer} head ${o.head}`));
         this.stepBox.className = "steps";
@@ -724,6 +785,9 @@
   const toggle = h("button", { class: "plain", type: "button", "aria-label": "switch between light and dark", onclick: () => theme(!isDark()) });
   theme(preference.matches);
   preference.addEventListener("change", (e) => theme(e.matches));
+  let before = false; // whether it was dark before it was printed; paper is light
+  addEventListener("beforeprint", () => { before = isDark(); theme(false); });
+  addEventListener("afterprint", () => theme(before));
 
   const compared = data.length > 1, text = data[0].text || "Describe the image";
   main.classList.toggle("two", compared);

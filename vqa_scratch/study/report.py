@@ -8,7 +8,6 @@ Shapes: L layers, H heads, A answer tokens, K keys, d head size.
 """
 
 import base64
-import io
 import json
 import math
 from dataclasses import asdict
@@ -19,9 +18,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
+from vqa_scratch.data.image_files import data_url, is_small
 from vqa_scratch.study.analysis import attention_names, key_sources
 from vqa_scratch.study.base import Source
 from vqa_scratch.study.record import Study, rows_of_mask
@@ -46,15 +45,6 @@ def packed(tensor: Tensor, kind: str) -> dict[str, Any]:
 
 def _base64(data: bytes) -> str:
     return base64.b64encode(data).decode("ascii")
-
-
-def _image_url(image: Image.Image) -> str:
-    """A data URL: PNG for small drawings, JPEG for photographs."""
-    image = image.copy()
-    image.thumbnail((LARGEST_IMAGE, LARGEST_IMAGE))
-    kind, buffer = "png" if max(image.size) <= 128 else "jpeg", io.BytesIO()
-    image.save(buffer, kind, optimize=True, quality=88)
-    return f"data:image/{kind};base64,{_base64(buffer.getvalue())}"
 
 
 def _attention(study: Study, names: list[str], kind: str) -> dict[str, Any]:
@@ -150,9 +140,9 @@ def study_data(study: Study) -> dict[str, Any]:
     return {
         "run": opened.run,
         "text": opened.text,
-        "image": None if opened.image is None else _image_url(opened.image),
+        "image": None if opened.image is None else data_url(opened.image, LARGEST_IMAGE),
         "size": None if opened.image is None else opened.image.size,  # (width, height) in the pixels of places
-        "pixelated": opened.image is not None and max(opened.image.size) <= 128,
+        "pixelated": opened.image is not None and is_small(opened.image),
         "sources": [_source(source) for source in subject.sources],
         "way": _way(study),
         "keys": subject.mixing.argmax(1).tolist() if whole else None,

@@ -8,7 +8,7 @@ from PIL import Image
 
 from vqa_scratch.data.vqa_v2 import read_vqa
 from vqa_scratch.study.base import Subject
-from vqa_scratch.study.opened import Opened, chosen, special_tokens, text_labels, written
+from vqa_scratch.study.opened import Opened, chosen, run_name, special_tokens, text_labels, written
 from vqa_scratch.study.subject import ViLTSubject, VQASubject
 from vqa_scratch.systems.base import System
 from vqa_scratch.systems.scoring import score
@@ -17,7 +17,7 @@ from vqa_scratch.systems.scoring import score
 def _opened(system: System, image: Image.Image, question: str, subject: Subject, answer: dict[str, Any]) -> Opened:
     """`answer` from `written` or `chosen`. Shown are the pixels that reach the model, so that overlays fit."""
     shown, notes = Image.fromarray(system.processor.to_uint8(image)), tuple(system.tokenizers.notes_on(question))
-    return Opened(str(system.folder), subject, question, shown, **answer, notes=notes)
+    return Opened(run_name(system.folder), subject, question, shown, **answer, notes=notes)
 
 
 def writing_subject(system: System, image: Image.Image, question: str) -> Opened:
