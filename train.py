@@ -47,11 +47,11 @@ from vqa_scratch.training.checkpoint import save_checkpoint, separate_streams, s
 from vqa_scratch.training.launch import start
 from vqa_scratch.training.optimizers import Optimizers, schedule
 from vqa_scratch.training.precision import Precision, pick_device, pick_precision
-from vqa_scratch.training.progress import MetricsLog, peak_memory_gb
+from vqa_scratch.training.progress import Bar, MetricsLog, peak_memory_gb
 from vqa_scratch.training.ranks import ONE_PROCESS, Alone, World, for_main, whole
 from vqa_scratch.training.resume import held
 from vqa_scratch.training.sharing import check_sharing, share_model
-from vqa_scratch.training.watch import Bar, GracefulStop, LossWatch
+from vqa_scratch.training.watch import GracefulStop, LossWatch
 
 FINAL_SHARE = 0.25  # of --minutes: what the final figures take at most; then they are of fewer samples
 
@@ -187,16 +187,15 @@ def train(options: RunOptions, world: World, began: float) -> int | None:
     with world.first_one_then_all():  # the first rank runs frozen encoders, if their output is cached
         system.precompute()
     weights, curves, last = (options.out / name for name in (WEIGHTS, "curves.png", "checkpoints/last.pt"))
-    log = MetricsLog(
-        options.out / "metrics.jsonl", progress.step if checkpoint else None, on_disk=world.main, also=options.log_to
-    )
+    after = progress.step if checkpoint else None
+    log = MetricsLog(options.out / "metrics.jsonl", after, on_disk=world.main, also=options.log_to)
     watch = LossWatch(options.out, world, system.ids)
-    reporting, saving, reserve = 0.0, 0.0, 0.0  # seconds that drawing, saving and the final figures take, as measured
+    reporting, reserve = 0.0, 0.0  # seconds that weights and curves take, and those kept back for the end, as measured
 
     def keep_back() -> None:
         """Measure how much of --minutes is kept back for the final figures."""
         nonlocal reserve
-        seconds = ranks.with_whole_model(system.seconds_to_finish) + 2 * reporting + saving
+        seconds = ranks.with_whole_model(system.seconds_to_finish) + 3 * reporting  # the last checkpoint, the pages
         reserve = world.of_main(min(seconds, FINAL_SHARE * 60 * options.minutes))
 
     budget = None  # seconds of training and final figures, if --minutes limits the run
@@ -215,12 +214,6 @@ def train(options: RunOptions, world: World, began: float) -> int | None:
         if budget is None:
             return min(1.0, progress.step / options.steps)
         return min(1.0, (progress.seconds if seconds is None else seconds) / max(budget - reserve, 1.0))
-
-    def shown() -> str:
-        """What the bar says besides speed and time; nothing of the first step, which stands for no other."""
-        row = next((row for row in reversed(log.rows) if "loss" in row), {"step": 0})
-        loss = f", loss {row['loss']:.3f}, tokens right {row['token_accuracy']:.2f}" if row["step"] > 1 else ""
-        return f"step {progress.step}{loss}" + (f", val {progress.best:.3f}" if progress.best >= 0 else "")
 
     def next_batch() -> Next:
         """The next batch; before it the ranks agree on its size, the time, and whether to stop."""
@@ -246,9 +239,7 @@ def train(options: RunOptions, world: World, began: float) -> int | None:
 
     def save() -> None:
         """Everything needed to resume, gathered on the main rank, so that any number of ranks can."""
-        nonlocal saving
         watch.look()
-        save_began = time.perf_counter()
         saved = {
             "model": for_main(system.model.state_dict(), world),
             "optimizers": for_main(optimizers.state_dict(), world),
@@ -259,14 +250,13 @@ def train(options: RunOptions, world: World, began: float) -> int | None:
         }
         if world.main:
             save_checkpoint(last, saved)
-        saving = time.perf_counter() - save_began
 
     # ---- the loop: learning rate, step, log, evaluate, save
     # Not the model is compiled, whose names go into checkpoints.
     loss_of = ranks.shared(torch.compile(system.loss, dynamic=True) if options.compile else system.loss)
     system.model.train()
     window_began, window_samples = time.perf_counter(), 0
-    bar = Bar(lambda: share_done(clock()), lambda: progress.samples, system.unit, shown)
+    bar = Bar(lambda: share_done(clock()), progress, log.rows, system.unit)
     with GracefulStop() as stop, bar:
         source = prefetch(batches_from(system, progress.epoch, progress.position, world, pin=device.type == "cuda"))
         over = share_done() >= 1
@@ -341,9 +331,8 @@ def train(options: RunOptions, world: World, began: float) -> int | None:
         "precision": kind,
     }
     write_json(options.out / "summary.json", summary)
-    print(*system.lines(figures), sep="\n")
-    for name in ("seconds", "samples_per_second"):
-        print(f"{name:20s} {summary[name]}")
+    speed = [f"{name:20s} {summary[name]}" for name in ("seconds", "samples_per_second")]
+    print(*system.lines(figures), *speed, sep="\n")
     print(f"look at {options.out / 'samples.html'} and {curves}", *system.what_next(options.out), sep="\n")
     return None
 

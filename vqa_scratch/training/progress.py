@@ -1,16 +1,22 @@
-"""Writes and reads metrics.jsonl, the log of a run, and measures the memory that the run takes."""
+"""The log of a run, metrics.jsonl, its progress bar, and the memory that it takes."""
 
 import json
 import resource
 import sys
+import threading
+import time
+from collections import deque
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from vqa_scratch.errors import UserError
 from vqa_scratch.storage import append_line, write_text
+
+RECENT = 10.0  # seconds that the speed on the bar is measured over
 
 
 class MetricsLog:
@@ -98,6 +104,58 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         if row is not None:
             rows.append(row)
     return rows
+
+
+class Bar:
+    """A context in which a thread draws a progress bar every second, so that the training loop knows nothing of it.
+
+    `share()` is the share of the run that is done. `progress` has its `step`, its `samples`, whose unit is `unit`, and
+    the `best` validation so far; `rows` are those of its log. The speed is that of the last seconds; nothing is said of
+    the first step, which is slow.
+    """
+
+    def __init__(self, share: Callable[[], float], progress: Any, rows: list[dict[str, Any]], unit: str) -> None:
+        self.share, self.progress, self.rows, self.unit = share, progress, rows, unit
+        self.seen: deque[tuple[float, int]] = deque()  # (time, samples) where the number of samples had changed
+        self.over = threading.Event()
+
+    def __enter__(self) -> "Bar":
+        shape = "{desc} {percentage:5.1f}%|{bar}| {elapsed}<{remaining}{postfix}"
+        self.first = self.progress.samples
+        self.bar = tqdm(total=100.0, initial=round(100 * self.share(), 2), desc="training", bar_format=shape)
+        self.thread = threading.Thread(target=self._every_second, daemon=True)
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.over.set()
+        self.thread.join()
+        self._draw()
+        self.bar.close()
+
+    def _every_second(self) -> None:
+        while not self.over.wait(1.0):
+            self._draw()
+
+    def speed(self, now: float) -> float | None:
+        """Samples a second over the last seconds, from the end of the first step on; None before the second one."""
+        samples = self.progress.samples
+        if samples > (self.seen[-1][1] if self.seen else self.first):
+            self.seen.append((now, samples))
+        while len(self.seen) > 2 and self.seen[1][0] < now - RECENT:
+            self.seen.popleft()
+        if len(self.seen) < 2:
+            return None
+        return (self.seen[-1][1] - self.seen[0][1]) / (self.seen[-1][0] - self.seen[0][0])
+
+    def _draw(self) -> None:
+        speed = self.speed(time.perf_counter())
+        self.bar.n = round(100 * self.share(), 2)
+        rate = "" if speed is None else f", {speed:.0f} {self.unit}/s"
+        row = next((row for row in reversed(self.rows) if "loss" in row), {"step": 0})
+        loss = f", loss {row['loss']:.3f}, tokens right {row['token_accuracy']:.2f}" if row["step"] > 1 else ""
+        best = f", val {self.progress.best:.3f}" if self.progress.best >= 0 else ""
+        self.bar.set_postfix_str(f"step {self.progress.step}{loss}{best}{rate}")
 
 
 def peak_memory_gb(device: torch.device) -> float:
