@@ -38,10 +38,10 @@ from vqa_scratch.training.checkpoint import save_checkpoint, separate_streams, s
 from vqa_scratch.training.launch import start
 from vqa_scratch.training.optimizers import Optimizers, schedule
 from vqa_scratch.training.precision import Precision, pick_device, pick_precision
-from vqa_scratch.training.progress import MetricsLog, peak_memory_gb
+from vqa_scratch.training.progress import Bar, MetricsLog, peak_memory_gb
 from vqa_scratch.training.ranks import ONE_PROCESS, Alone, World, for_main, whole
 from vqa_scratch.training.sharing import check_sharing, share_model
-from vqa_scratch.training.watch import Bar, GracefulStop, LossWatch
+from vqa_scratch.training.watch import GracefulStop, LossWatch
 
 FINAL_SHARE = 0.25  # of --minutes: what the final figures take at most; then they are of fewer samples
 

@@ -29,7 +29,7 @@ from vqa_scratch.systems.options import PRESETS, VQAOptions
 from vqa_scratch.systems.vqa import VQASystem
 from vqa_scratch.systems.vqa_models import released_models
 from vqa_scratch.training.checkpoint import load_checkpoint
-from vqa_scratch.training.watch import Bar
+from vqa_scratch.training.progress import Bar
 
 
 @pytest.fixture(scope="module")

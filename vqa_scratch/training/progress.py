@@ -1,15 +1,72 @@
-"""Writes and reads metrics.jsonl, the log of a run, and measures the memory that the run takes."""
+"""How far a run is: its bar, metrics.jsonl with its log, and the memory that it takes."""
 
 import json
 import resource
 import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from vqa_scratch.errors import UserError
 from vqa_scratch.storage import append_line, write_text
+
+RECENT = 10.0  # seconds that the speed on the bar is measured over
+
+
+class Bar:
+    """A context in which a thread draws a progress bar every second, so that the training loop knows nothing of it.
+
+    `share()` is the share of the run that is done, `samples()` the samples seen so far, whose unit is `unit`, and
+    `text()` what else to show. The speed is that of the last seconds; nothing is said of the first step, which is slow.
+    """
+
+    def __init__(
+        self, share: Callable[[], float], samples: Callable[[], int], unit: str, text: Callable[[], str]
+    ) -> None:
+        self.share, self.samples, self.unit, self.text = share, samples, unit, text
+        self.seen: deque[tuple[float, int]] = deque()  # (time, samples) where the number of samples had changed
+        self.over = threading.Event()
+
+    def __enter__(self) -> "Bar":
+        shape = "{desc} {percentage:5.1f}%|{bar}| {elapsed}<{remaining}{postfix}"
+        self.first = self.samples()
+        self.bar = tqdm(total=100.0, initial=round(100 * self.share(), 2), desc="training", bar_format=shape)
+        self.thread = threading.Thread(target=self._every_second, daemon=True)
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.over.set()
+        self.thread.join()
+        self._draw()
+        self.bar.close()
+
+    def _every_second(self) -> None:
+        while not self.over.wait(1.0):
+            self._draw()
+
+    def speed(self, now: float) -> float | None:
+        """Samples a second over the last seconds, from the end of the first step on; None before the second one."""
+        samples = self.samples()
+        if samples > (self.seen[-1][1] if self.seen else self.first):
+            self.seen.append((now, samples))
+        while len(self.seen) > 2 and self.seen[1][0] < now - RECENT:
+            self.seen.popleft()
+        if len(self.seen) < 2:
+            return None
+        return (self.seen[-1][1] - self.seen[0][1]) / (self.seen[-1][0] - self.seen[0][0])
+
+    def _draw(self) -> None:
+        speed = self.speed(time.perf_counter())
+        self.bar.n = round(100 * self.share(), 2)
+        rate = "" if speed is None else f", {speed:.0f} {self.unit}/s"
+        self.bar.set_postfix_str(self.text() + rate)
 
 
 class MetricsLog:
