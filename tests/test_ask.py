@@ -73,11 +73,21 @@ def test_a_prompt_from_a_pipe(run, data, tmp_path, capsys, monkeypatch):
     assert errors.count("\n") == 1 and "none.png not found" in errors
 
 
-def test_a_prompt_ends_with_its_input(run, data, capsys, monkeypatch):
-    for text in ("", "\n"):
-        monkeypatch.setattr("sys.stdin", io.StringIO(text))
+@pytest.mark.parametrize("text", ["", "\n"])
+def test_a_pipe_without_a_question(run, data, text, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO(text))
+    with pytest.raises(UserError, match="give --question, or one a line on stdin"):
         command("ask", run, "--image", picture(data))
-        assert answers_of(capsys) == ([], "")
+
+
+def test_a_prompt_of_bytes_that_are_no_text(run, data, monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"is there \xff?\n"), "utf-8"))
+    with pytest.raises(UserError, match="the questions on stdin are not utf-8 text"):
+        command("ask", run, "--image", picture(data))
+    monkeypatch.setattr("sys.stdin", io.StringIO("image ~nobody/x.png\nimage\nimage a\0b\n"))
+    command("ask", run, "--image", picture(data))
+    said, errors = answers_of(capsys)
+    assert said == [] and errors.count("\n") == 3 and all(len(line) < 300 for line in errors.splitlines())
 
 
 def test_a_prompt_needs_an_image_to_begin_with(run, tmp_path):

@@ -13,7 +13,7 @@ from vqa_scratch.commands.study_files import write_study
 from vqa_scratch.data.answers import Answer
 from vqa_scratch.data.image_files import data_url
 from vqa_scratch.data.vqa_v2 import VQASample
-from vqa_scratch.report.gallery import STYLE, write_gallery
+from vqa_scratch.report.gallery import STYLE, card, write_gallery, write_page
 from vqa_scratch.study import report
 from vqa_scratch.study.opened import Opened, chosen, run_name
 from vqa_scratch.study.record import take_apart
@@ -147,6 +147,14 @@ def test_samples_are_filtered_and_folded_by_keyboard(pages, window):
     window.script("dispatchEvent(new Event('beforeprint'))")
     assert shown(window) == 1, "paper shows what is folded"
     assert window.log() == []
+
+
+def test_a_page_has_only_filters_that_do_something(tmp_path):
+    for number, verdict in ((1, ""), (1, "wrong"), (2, "")):
+        cards = [card(Image.new("RGB", (8, 8)), "what?", "red", verdict, "", "")]
+        write_page(tmp_path / "page.html", "title", "lead", [(str(i), cards) for i in range(number)])
+        page = (tmp_path / "page.html").read_text(encoding="utf-8")
+        assert ("<label><input" in page) == bool(verdict) and ("<label>show" in page) == (number > 1)
 
 
 @needs_browser

@@ -70,7 +70,8 @@ def test_ask_gives_the_best_answers_with_scores(run, data, capsys):
     assert capsys.readouterr().out.splitlines() == lines[:1]
 
 
-def test_ask_refuses(run, data):
+def test_ask_refuses(run, data, monkeypatch):
+    monkeypatch.setattr("sys.stdin", None)  # closed: no prompt
     with pytest.raises(UserError, match="give it --question"):
         command("ask", run, "--image", picture(data))
     with pytest.raises(UserError, match="the question is empty"):

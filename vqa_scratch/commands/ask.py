@@ -1,6 +1,7 @@
 """`ask`: one question about one image file, or a prompt that takes one after the other."""
 
 import contextlib
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -57,7 +58,9 @@ def ask(
     decoding = {name: value for name, value in decoding.items() if value is not None}
     if decoding and not system.writes:
         raise UserError(f"{run or model} does not take {flag(next(iter(decoding)))}: leave it out")
-    if question is None and system.example:  # it answers questions
+    if (
+        question is None and system.example and sys.stdin is not None
+    ):  # it answers questions, and there is a place for them
         prompt(system, image, top, decoding)
     else:
         show(system, image, question, top, decoding)
@@ -76,7 +79,7 @@ def prompt(system: Any, image: Path, top: int | None, decoding: dict[str, Any]) 
     """Answer each line of stdin until an empty one or its end; `image PATH` changes the image.
 
     What cannot be answered is said in a line on stderr, and the next line is read.
-    Raises UserError if the image to begin with cannot be read.
+    Raises UserError if the image to begin with cannot be read, or if a pipe holds no question.
     """
     from vqa_scratch.data.image_files import load_image
 
@@ -86,15 +89,26 @@ def prompt(system: Any, image: Path, top: int | None, decoding: dict[str, Any]) 
         with contextlib.suppress(ImportError):  # not on Windows
             import readline  # noqa: F401 -- its import gives input() arrow keys and a history
         print(f"A question about {image.name}, like {system.example!r}; `image PATH` changes it, Enter or Ctrl-D ends.")
+
+    def next_line() -> str:
+        try:
+            return (input("> ") if by_hand else sys.stdin.readline()).strip()
+        except UnicodeDecodeError as error:
+            raise UserError(f"the questions on stdin are not {error.encoding} text: byte {error.start}") from None
+
+    asked = by_hand
     with contextlib.suppress(EOFError):
-        while line := (input("> ") if by_hand else sys.stdin.readline()).strip():
+        while line := next_line():
+            asked = True
             try:
                 command, _, rest = line.partition(" ")
                 if command == "image":
-                    path = Path(rest.strip().strip("'\"")).expanduser()
+                    path = Path(os.path.expanduser(rest.strip().strip("'\"")))  # Path's raises for ~nobody
                     load_image(path)
                     image = path
                 else:
                     show(system, image, line, top, decoding)
             except UserError as error:
                 print(error, file=sys.stderr, flush=True)
+    if not asked:
+        raise UserError("there is no question: give --question, or one a line on stdin")

@@ -95,12 +95,14 @@ def _section(name: str, cards: Sequence[str]) -> str:
 
 def write_page(path: Path, title: str, lead: str, sections: Sequence[tuple[str, Sequence[str]]]) -> None:
     """A page that needs no network: sections of (heading, cards), with filters by verdict and section."""
+    judged = any(f'class="answer {verdict}"' in one for _, cards in sections for one in cards for verdict in VERDICTS)
     names = "".join(f'<option value="{escape(name)}">{escape(name)}' for name, _ in sections)
     page = (
         f'<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content="width=device-width">'
         f"<title>{escape(title)}</title><style>{STYLE}</style><h1>{escape(title)}</h1><p class=lead>{escape(lead)}</p>"
-        "<form hidden><label><input type=checkbox> wrong only</label>"
-        f'<label>show <select><option value="">everything{names}</select></label><output></output></form>'
+        f"<form hidden><label{'' if judged else ' hidden'}><input type=checkbox> wrong only</label>"
+        f"<label{'' if len(sections) > 1 else ' hidden'}>show "
+        f'<select><option value="">everything{names}</select></label><output></output></form>'
         + "".join(_section(name, cards) for name, cards in sections)
         + f"<script>{SCRIPT}</script>"
     )
