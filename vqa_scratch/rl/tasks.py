@@ -115,6 +115,10 @@ def summarising_task(options: RLHFOptions, device: torch.device, precision: torc
     if len(tokenizer) > model.config.vocab_size:
         raise UserError(f"the tokenizer has {len(tokenizer)} tokens, the model only {model.config.vocab_size}")
 
+    if tokenizer.eos_id not in (None, model.config.eos_id):
+        ends = model.config.eos_id
+        more.append(f"the tokenizer ends a text with id {tokenizer.eos_id}, but responses end with the model's, {ends}")
+
     for judge, _ in (models.grammar, models.tone):
         judge.to(device)
     parts = [
