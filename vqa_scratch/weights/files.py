@@ -6,9 +6,10 @@ read with weights_only, and refused if they hold anything but tensors. Files are
 
 import hashlib
 import json
+import math
 import os
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from vqa_scratch.errors import UserError, note
+from vqa_scratch.errors import UserError, note, some
 from vqa_scratch.storage import read_json, write_json, write_whole
 from vqa_scratch.weights.hub import first_line, locate
 
@@ -109,6 +110,22 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
         if not isinstance(key, str) or not isinstance(value, Tensor):
             raise UserError(f"{path} must hold tensors only, but {key!r} is a {type(value).__name__}")
     return dict(content)
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether no value is NaN or infinite; takes no memory."""
+    if not tensor.is_floating_point() or not tensor.numel():
+        return True
+    return all(math.isfinite(end) for end in torch.stack(torch.aminmax(tensor.detach())).tolist())
+
+
+def check_finite(tensors: Mapping[str, Tensor], where: str | Path) -> None:
+    """Raise UserError, naming the first few tensors, if weights hold NaN or infinities."""
+    bad = [name for name, tensor in tensors.items() if not is_finite(tensor)]
+    if bad:
+        raise UserError(
+            f"{where} holds values that are NaN or infinite, in {some(bad, 3)}: such weights answer nothing"
+        )
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -213,6 +230,7 @@ def convert(source: Path, out: Path) -> tuple[int, str]:
     if out.exists() and source.exists() and out.samefile(source):
         raise UserError(f"{out} is the file to convert itself, which would be lost; give another OUT")
     tensors = read_pickle(source)
+    check_finite(tensors, source)
     with source.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     seen: set[int] = set()
