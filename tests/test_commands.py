@@ -16,10 +16,12 @@ from vqa_helpers import ROOT
 from vqa_scratch import systems
 from vqa_scratch.command_line import run_program
 from vqa_scratch.connectors import CONNECTORS, connector_class
+from vqa_scratch.data.image_files import load_image
 from vqa_scratch.data.vqa_files import annotations_name, questions_name
 from vqa_scratch.data.vqa_v2 import read_vqa
-from vqa_scratch.errors import UserError
+from vqa_scratch.errors import UserError, note
 from vqa_scratch.metrics import accuracy_by
+from vqa_scratch.study.record import take_apart
 from vqa_scratch.systems.scoring import QuestionOnly, TypePrior, blind
 
 
@@ -104,13 +106,16 @@ def test_an_incomplete_submission_is_refused(run, data, tmp_path):
 
 
 @pytest.mark.parametrize("stem", ["linear", "conv"])
+@pytest.mark.parametrize("question_prompt", [True, False])
 @pytest.mark.parametrize("connector", CONNECTORS)
-def test_export(data, tmp_path, connector, stem, capsys, monkeypatch):
+def test_export(data, tmp_path, connector, question_prompt, stem, capsys, monkeypatch):
     """The towers load in transformers without a missing key, and the page's own program gives the run's answer."""
     import transformers as hf
 
     reads_text = connector_class(connector).reads_text
-    run = make_run(data, tmp_path / "run", connector=connector, stem=stem, question_prompt=not reads_text)
+    if not reads_text and not question_prompt:
+        pytest.skip("it would read no question")
+    run = make_run(data, tmp_path / "run", connector=connector, stem=stem, question_prompt=question_prompt)
     out = tmp_path / "export"
     command("export", run, out)
     printed = capsys.readouterr()
@@ -140,7 +145,9 @@ def test_export(data, tmp_path, connector, stem, capsys, monkeypatch):
     monkeypatch.chdir(out)
     (out / "picture.png").write_bytes(image.read_bytes())
     exec(compile(program, "README.md", "exec"), {"__name__": "readme"})
-    assert capsys.readouterr().out.strip() == by_hand(run, image, question)[0]
+    said = capsys.readouterr().out.strip()
+    command("ask", run, "--image", image, "--question", question)
+    assert said == capsys.readouterr().out.split("  (probability")[0] == by_hand(run, image, question)[0] != ""
 
 
 def test_export_over_the_run_is_refused(run):
@@ -274,3 +281,55 @@ def test_no_command_writes_over_what_it_reads(run, data, tmp_path):
         with pytest.raises(UserError, match=lost):
             command(*argv)
     assert before == {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_weights_that_are_no_numbers(run, data, tmp_path, value):
+    """Every command that opens them says so, and converts none."""
+    out = Path(shutil.copytree(run, tmp_path / "run"))
+    weights = load_file(out / "model.safetensors")
+    name = next(name for name in weights if name.startswith("decoder.") and weights[name].ndim == 2)
+    weights[name][1, 2] = value
+    save_file(weights, out / "model.safetensors")
+    torch.save({"w": torch.tensor([0.0, value])}, tmp_path / "w.bin")
+    asked = ("--image", picture(data), "--question", "what color is the square?")
+    for argv in (
+        ("ask", out, *asked),
+        ("evaluate", out, "--data", data),
+        ("study", out, *asked, "--out", tmp_path / "study"),
+        ("export", out, tmp_path / "out"),
+        ("convert", tmp_path / "w.bin", tmp_path / "w.safetensors"),
+    ):
+        with pytest.raises(UserError, match="holds values that are NaN or infinite, in ") as error:
+            command(*argv)
+        assert name in str(error.value) or argv[0] == "convert"
+    assert not (tmp_path / "w.safetensors").exists()
+
+
+def test_probabilities_that_are_no_numbers(run, data, monkeypatch, tmp_path):
+    """Of weights that are finite, but whose states overflow."""
+    system = systems.load(run)
+    with torch.no_grad():
+        for parameter in system.model.image.parameters():
+            parameter.mul_(1e30)
+    sample = read_vqa(data, "val").samples[0]
+    said = "gives its answer the probability nan"
+    with pytest.raises(UserError, match=said):
+        system.ask(sample.image_path, sample.question)
+    with pytest.raises(UserError, match=said):
+        system.ask(sample.image_path, sample.question, top=2)
+    with pytest.raises(UserError, match=said):
+        system.answer([sample])
+    with pytest.raises(UserError, match="a probability that is no number"):
+        take_apart(system.subject(load_image(sample.image_path), sample.question))
+
+
+def test_questions_that_are_cut_are_counted(run, data, tmp_path, capsys):
+    folder = Path(shutil.copytree(data, tmp_path / "data"))
+    path = folder / questions_name("val2014")
+    content = json.loads(path.read_text())
+    content["questions"][0]["question"] = "is there a red circle " * 30
+    path.write_text(json.dumps(content))
+    note.cache_clear()
+    command("evaluate", run, "--data", folder, "--limit", "8")
+    assert "note: 1 questions are longer than " in capsys.readouterr().err

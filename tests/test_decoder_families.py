@@ -76,7 +76,7 @@ def test_an_opt_answers(data, tmp_path, capsys, monkeypatch, connector, sizes):
     program = re.search(r"```python\n(.*?)```", Path("README.md").read_text(), re.S)[1]
     capsys.readouterr()
     exec(compile(program, "README.md", "exec"), {"__name__": "readme"})
-    assert capsys.readouterr().out.strip() == answer.text
+    assert capsys.readouterr().out.strip() == (answer.text or "(nothing)")
 
 
 def test_an_opt_has_no_cross_attention(tmp_path):

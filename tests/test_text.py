@@ -16,7 +16,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from vqa_scratch.data.text import Tokenizer, answer_ids, check_question, train_bpe, train_wordpiece
 from vqa_scratch.data.wordpiece import learn_wordpieces
-from vqa_scratch.errors import UserError
+from vqa_scratch.errors import UserError, note
 
 QUESTIONS = [
     "What color is the square?",
@@ -357,3 +357,57 @@ def test_check_question():
             check_question(empty)
     with pytest.raises(UserError, match="not valid text: character 5"):
         check_question("what \udcff?")
+
+
+ROLES = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+
+
+@pytest.mark.parametrize("listed", [False, True])
+@pytest.mark.parametrize(
+    ("config", "named"),
+    [
+        (ROLES, {}),
+        ({}, ROLES),
+        (ROLES, {"eos_token": "<pad>"}),
+        (ROLES | {"eos_token": {"content": "<s>", "__type": "AddedToken"}}, ROLES),
+        ({"eos_token": "</s>"}, {"bos_token": {"content": "<s>", "lstrip": False}, "eos_token": "<s>"}),
+    ],
+)
+def test_the_files_that_name_special_tokens_have_the_references_precedence(
+    bpe, tmp_path, capsys, config, named, listed
+):
+    bpe.save(tmp_path)
+    config = {"tokenizer_class": "PreTrainedTokenizerFast"} | config
+    if listed:
+        config["added_tokens_decoder"] = {"0": {"content": "<pad>", "special": True}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps(named))
+    note.cache_clear()
+    ours, theirs = Tokenizer.from_pretrained(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)
+    said = capsys.readouterr().err
+    for role in ("bos", "eos"):
+        wanted = getattr(theirs, f"{role}_token_id")
+        if wanted is not None:  # where no file names it, the known vocabularies do
+            assert getattr(ours, f"{role}_id") == wanted, role
+    text = {name: v["content"] if isinstance(v, dict) else v for name, v in {"x": 0, **config}.items() if name in ROLES}
+    plain = {name: v["content"] if isinstance(v, dict) else v for name, v in named.items()}
+    differ = {name for name in text.keys() & plain.keys() if text[name] != plain[name]}
+    assert len(said.splitlines()) == len(differ) and ("eos token" in said) == ("eos_token" in differ)
+
+
+@pytest.mark.parametrize("older", [True, False])
+def test_added_tokens_that_the_vocabulary_lacks(bpe, tmp_path, capsys, older):
+    """They get the next ids, as in the reference; an id that is listed otherwise is said."""
+    bpe.save(tmp_path)
+    size = len(bpe)
+    config, extra = json.loads((tmp_path / "tokenizer_config.json").read_text()), {"<image>": size, "<box>": size + 5}
+    if older:
+        (tmp_path / "added_tokens.json").write_text(json.dumps(extra))
+    else:
+        config["added_tokens_decoder"] = {str(i): {"content": t, "special": True} for t, i in extra.items()}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    note.cache_clear()
+    ours, theirs = Tokenizer.from_pretrained(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)
+    for text in ("<image> two <box>", "a<image>b"):
+        assert ours.encode(text) == theirs(text)["input_ids"]
+    assert f"'<box>' in {tmp_path} has id {size + 5} by" in (said := capsys.readouterr().err) and "<image>" not in said

@@ -11,8 +11,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from vqa_scratch.errors import UserError
-from vqa_scratch.models import GPT2, Bert, BertConfig, GPT2Config, ViT, ViTConfig
+from vqa_scratch.errors import UserError, note
+from vqa_scratch.models import GPT2, T5, Bert, BertConfig, GPT2Config, T5Config, ViT, ViTConfig
 from vqa_scratch.weights import files
 
 CONFIG = BertConfig("bert", 20, 8, 2, 2, 12, 16)
@@ -193,11 +193,12 @@ def test_the_hub_is_asked_only_for_ids_and_only_for_what_is_needed(folder, monke
     Bert.from_pretrained(folder)
     assert not asked
     Bert.from_pretrained("someone/bert-tiny.v2")
-    assert asked == [("someone/bert-tiny.v2", ["config.json", "*.safetensors", "*.safetensors.index.json"])]
+    always = ["config.json", "generation_config.json"]
+    assert asked == [("someone/bert-tiny.v2", [*always, "*.safetensors", "*.safetensors.index.json"])]
     as_pickle(folder, load_file(folder / "model.safetensors"))
     Bert.from_pretrained("bert")
     assert asked[1:] == [
-        ("bert", ["config.json", "*.safetensors", "*.safetensors.index.json"]),
+        ("bert", [*always, "*.safetensors", "*.safetensors.index.json"]),
         ("bert", ["config.json", "pytorch_model.bin*", "pytorch_model-*.bin"]),
     ]
 
@@ -282,3 +283,23 @@ def test_convert_keeps_tensors_and_separates_them(tmp_path):
         files.convert(source, tmp_path / "out")
     with pytest.raises(UserError, match="cannot read .*absent.bin: No such file"):
         files.convert(tmp_path / "absent.bin", tmp_path / "out")
+
+
+def test_generation_config_comes_before_config_as_in_the_reference(tmp_path, capsys):
+    from transformers import T5ForConditionalGeneration
+
+    T5(
+        T5Config(vocab_size=20, dim=8, head_dim=4, hidden=8, heads=2, encoder_layers=1, decoder_layers=1)
+    ).save_pretrained(tmp_path)
+    wanted = {"eos_token_id": 7, "decoder_start_token_id": 3, "pad_token_id": 0}
+    (tmp_path / "generation_config.json").write_text(json.dumps(wanted))
+    note.cache_clear()
+    ours, theirs = T5.from_pretrained(tmp_path), T5ForConditionalGeneration.from_pretrained(tmp_path).generation_config
+    assert (ours.config.eos_id, ours.config.start_id) == (theirs.eos_token_id, theirs.decoder_start_token_id) == (7, 3)
+    said = capsys.readouterr().err
+    assert f"note: eos_token_id is 1 in {tmp_path / 'config.json'}, 7 in generation_config.json, which counts" in said
+    assert "pad_token_id" not in said
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [4, 1]}')
+    assert (
+        T5.from_pretrained(tmp_path).config.eos_id == 1 and "names several of eos_token_id" in capsys.readouterr().err
+    )

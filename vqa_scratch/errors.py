@@ -1,6 +1,8 @@
-"""The one exception that programs turn into a single line and exit code 2."""
+"""The one exception that programs turn into a single line and exit code 2, and notes of one line."""
 
+import sys
 from collections.abc import Iterable
+from functools import cache
 
 
 def some(names: Iterable[str], shown: int = 5) -> str:
@@ -8,6 +10,12 @@ def some(names: Iterable[str], shown: int = 5) -> str:
     names = list(names)
     more = len(names) - shown
     return ", ".join(names[:shown]) + (f" and {more:,} more" if more > 0 else "")
+
+
+@cache
+def note(line: str) -> None:
+    """Say something on stderr that the user should know, once a process."""
+    print(f"note: {line}", file=sys.stderr)
 
 
 class UserError(ValueError):

@@ -125,7 +125,7 @@ def write_samples(path: Path, source: Path, read: dict[str, VQAData]) -> None:
         some_of_it = spread(data.samples, SHOWN // len(read))
         cards = [
             card(
-                load_image(s.image_path),
+                load_image(s.image_path, upright=s.upright),
                 s.question,
                 s.answer,
                 "",

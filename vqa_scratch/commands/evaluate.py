@@ -6,7 +6,7 @@ import click
 
 from vqa_scratch.command_line import Flag, GroupedCommand
 from vqa_scratch.commands.line import DEVICE, FOLDER, PRECISION, open_run
-from vqa_scratch.errors import UserError
+from vqa_scratch.errors import UserError, note
 
 
 @click.command(
@@ -63,6 +63,8 @@ def evaluate(
         return
     read = read_vqa(data, split)
     print(read.report)
+    for line in opened.tokenizers.notes_on_all(sample.question for sample in read.samples):
+        note(line)
     expected = scores.check_complete(read) if submission is not None else set()
     if not read.annotated:
         if submission is None:

@@ -9,6 +9,7 @@ teach "yes", "2" and "dog" (that code compares the annotators' own spelling).
 Shapes: B questions, L answers in the list.
 """
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -25,12 +26,22 @@ from vqa_scratch.metrics import normalize_answer, soft_targets
 
 @dataclass(frozen=True)
 class Answer:
-    """A system's answer. `probability` is the product over its tokens, EOS included, or that of the classifier."""
+    """A system's answer. `probability` is the product over its tokens, EOS included, or that of the classifier.
+
+    Raises UserError if that is no number.
+    """
 
     text: str
     probability: float
     tokens: int = 0  # EOS included; 0 of an answer chosen from a list
     ended: bool = True  # by EOS, not by the limit on tokens
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.probability):
+            raise UserError(
+                f"the model gives its answer the probability {self.probability}: its weights are damaged, or too large "
+                "for --precision fp16"
+            )
 
 
 @cache

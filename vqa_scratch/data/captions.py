@@ -24,6 +24,7 @@ from vqa_scratch.data.vqa_files import (
     first_images,
     image_file_name,
     image_places,
+    subtype_in,
     subtype_of,
 )
 from vqa_scratch.errors import UserError
@@ -62,14 +63,14 @@ def _image_entries(path: Path, content: Any) -> dict[int, str]:
     return names
 
 
-def _with_references(rows: Iterable[tuple[int, Path, int, str]]) -> list[VQASample]:
+def _with_references(rows: Iterable[tuple[int, Path, int, str]], upright: bool) -> list[VQASample]:
     """Samples from (image_id, path, caption id, caption): each knows all captions of its image."""
     rows, references = list(rows), defaultdict(list)
     for image_id, _, _, caption in rows:
         references[image_id].append(caption)
     shared = {image_id: tuple(captions) for image_id, captions in references.items()}
     return [
-        VQASample(image_id, path, caption_id, "", CAPTION, CAPTION, shared[image_id], caption)
+        VQASample(image_id, path, caption_id, "", CAPTION, CAPTION, shared[image_id], caption, upright)
         for image_id, path, caption_id, caption in rows
     ]
 
@@ -84,6 +85,7 @@ def read_coco_captions(path: Path, folder: Path, split: str, max_images: int | N
     names = _image_entries(path, content)
     annotations = entries(path, content, "annotations")
     report = ReadReport(split, "captions", {"captions": path}, in_file=len(annotations))
+    report.upright = subtype_in(path.name) is None  # the official files, of 2014 and 2017, are read as they are stored
     folders = image_places(folder, path.stem.removeprefix("captions_"))
     listed = cache(lambda place: set(os.listdir(place)) if place.is_dir() else set())  # each folder once
     places: dict[int, Path | None] = {}
@@ -113,7 +115,7 @@ def read_coco_captions(path: Path, folder: Path, split: str, max_images: int | N
             report.skip("the image is missing", names[image_id])
             continue
         rows.append((image_id, places[image_id], caption_id, " ".join(caption.split())))
-    return VQAData.of(_with_references(rows), report)
+    return VQAData.of(_with_references(rows, report.upright), report)
 
 
 def read_described_scenes(folder: Path, split: str, seed: int = 0, max_images: int | None = None) -> VQAData:
@@ -130,7 +132,7 @@ def read_described_scenes(folder: Path, split: str, seed: int = 0, max_images: i
             report.skip("the image is missing", image, len(captions))
         else:
             rows += [(image_id, image, image_id * 1000 + k, caption) for k, caption in enumerate(captions)]
-    return VQAData.of(_with_references(rows), report)
+    return VQAData.of(_with_references(rows, report.upright), report)
 
 
 def read_captions(folder: str | Path, split: str = "train", *, seed: int = 0, max_images: int | None = None) -> VQAData:

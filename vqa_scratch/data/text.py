@@ -17,11 +17,12 @@ import torch
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from vqa_scratch.data.wordpiece import learn_wordpieces
-from vqa_scratch.errors import UserError
+from vqa_scratch.errors import UserError, note
 from vqa_scratch.storage import read_json, write_json
 from vqa_scratch.weights.hub import locate
 
-FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt", "vocab.txt")
+FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+FILES += ("vocab.json", "merges.txt", "vocab.txt")
 ROLES = ("bos", "eos", "pad", "unk", "cls", "sep", "mask")
 
 # The special tokens of the released vocabularies, for checkpoints whose files do not name them.
@@ -106,14 +107,13 @@ class Tokenizer:
             raise
         except Exception as error:  # the library raises bare Exception on broken files
             raise UserError(f"the tokenizer in {folder} cannot be read: {error}") from error
+        named = _roles_named(folder, config, named)
+        extra = read_json(folder / "added_tokens.json") if has["added_tokens.json"] else {}
+        _add_missing(folder, backend, config, extra, set(named.values()))
         vocabulary = backend.get_vocab(with_added_tokens=True)
         special = dict(next((roles for roles in _KNOWN_ROLES if vocabulary.keys() >= set(roles.values())), {}))
-        for role in ROLES:
-            token = named.get(f"{role}_token", config.get(f"{role}_token"))
-            token = token["content"] if isinstance(token, dict) else token
-            if token in vocabulary:  # configurations also name tokens that their vocabulary lacks
-                special[role] = token
-        return cls(backend, special)
+        # configurations also name tokens that their vocabulary lacks
+        return cls(backend, special | {role: token for role, token in named.items() if token in vocabulary})
 
     def save(self, folder: str | Path) -> None:
         """Writes tokenizer.json and tokenizer_config.json, which `transformers` loads as a fast tokenizer."""
@@ -180,6 +180,53 @@ def answer_ids(tokenizer: Tokenizer, answer: str) -> list[int]:
         raise ValueError(f"the vocabulary has no token to start or end an answer with: {tokenizer.special}")
     text = " " + answer.strip() if tokenizer.byte_level else answer.strip()
     return [starts[0], *tokenizer.encode(text, add_special_tokens=False), ends[0]]
+
+
+# ---------------------------------------------------------------------------------------------- reading
+
+
+def _roles_named(folder: Path, config: dict[str, Any], named: dict[str, Any]) -> dict[str, str]:
+    """{role: token} by tokenizer_config.json and special_tokens_map.json, with a note where they disagree.
+
+    As in `transformers`, the map is that of older tokenizers: it counts unless the config lists added tokens itself.
+    """
+    first, second = ("tokenizer_config.json", config), ("special_tokens_map.json", named)
+    order = [first] if "added_tokens_decoder" in config else [second, first]
+    result: dict[str, str] = {}
+    for role in ROLES:
+        found = {}
+        for name, values in (first, second):
+            token = values.get(f"{role}_token")
+            token = token.get("content") if isinstance(token, dict) else token
+            if isinstance(token, str):
+                found[name] = token
+        counts = next((name for name, _ in order if name in found), None)
+        if counts is not None:
+            result[role] = found[counts]
+        if len(set(found.values())) > 1:
+            tokens = " and ".join(f"{token!r} by {name}" for name, token in found.items())
+            note(f"the {role} token in {folder} is {tokens}; {counts} counts")
+    return result
+
+
+def _add_missing(
+    folder: Path, backend: tokenizers.Tokenizer, config: dict[str, Any], extra: dict[str, Any], special: set[str]
+) -> None:
+    """Add the tokens that tokenizer_config.json lists, or else the older added_tokens.json, and the vocabulary lacks.
+
+    As in `transformers` they get the next ids, and tokens that it has keep theirs; a note says where others are listed.
+    """
+    name, listed = "added_tokens.json", [(int(index), {"content": token}) for token, index in extra.items()]
+    if "added_tokens_decoder" in config:
+        name, listed = "tokenizer_config.json", [(int(i), t) for i, t in config["added_tokens_decoder"].items()]
+    for index, entry in sorted(listed, key=lambda item: item[0]):
+        token = entry["content"]
+        if backend.token_to_id(token) is None:
+            kind = {key: entry[key] for key in ("lstrip", "rstrip", "single_word", "normalized") if key in entry}
+            backend.add_tokens([tokenizers.AddedToken(token, special=entry.get("special", token in special), **kind)])
+        if backend.token_to_id(token) != index:
+            own = backend.token_to_id(token)
+            note(f"{token!r} in {folder} has id {index} by {name}, {own} by the vocabulary, which counts")
 
 
 # ---------------------------------------------------------------------------------------------- building

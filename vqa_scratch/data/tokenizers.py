@@ -1,6 +1,6 @@
 """Turns questions and answers into ids: the tokenizers of a run, and the limits on the lengths."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from vqa_scratch.data.text import Tokenizer, answer_ids
 
@@ -43,7 +43,10 @@ class Tokenizers:
 
     def prompt(self, text: str) -> list[int]:
         """Ids that the decoder reads before BOS: the question, or nothing."""
-        return self._whole_prompt(text)[: self.max_question_tokens]
+        ids = self._whole_prompt(text)
+        if self.text is None and len(ids) > self.max_question_tokens:
+            self.cut["questions"] += 1
+        return ids[: self.max_question_tokens]
 
     def _whole_prompt(self, text: str) -> list[int]:
         if not self.question_prompt or not text:
@@ -68,11 +71,23 @@ class Tokenizers:
         """The token that ends an answer, EOS."""
         return answer_ids(self.decoder, "yes")[-1]
 
+    def cuts(self, question: str) -> bool:
+        """Whether the limit cuts this question."""
+        limit = self.max_question_tokens
+        too_long = self.text is not None and len(self.text.encode(question)) > limit
+        return too_long or len(self._whole_prompt(question)) > limit
+
+    def notes_on_all(self, questions: Iterable[str]) -> list[str]:
+        """The same for many questions: how many are cut."""
+        cut = sum(map(self.cuts, questions))
+        limit = self.max_question_tokens
+        return [f"{cut:,} questions are longer than {limit} tokens; only their beginning is read"] if cut else []
+
     def notes_on(self, question: str) -> list[str]:
         """Notes for the user: whether the question is cut or has unknown parts."""
-        notes, limit = [], self.max_question_tokens
-        too_long = self.text is not None and len(self.text.encode(question)) > limit
-        if too_long or len(self._whole_prompt(question)) > limit:
+        notes = []
+        if self.cuts(question):
+            limit = self.max_question_tokens
             notes.append(f"the question is longer than {limit} tokens; only its beginning was read")
         unknown = [] if self.text is None else list(dict.fromkeys(self.text.unknown(question)))
         if unknown:

@@ -199,6 +199,7 @@ class ReadReport:
     notes: Counter[str] = field(default_factory=Counter)
     skipped: Counter[str] = field(default_factory=Counter)
     examples: dict[str, str] = field(default_factory=dict)
+    upright: bool = True  # whether photos are turned
 
     def skip(self, reason: str, example: object = None, count: int = 1) -> None:
         self.skipped[reason] += count
@@ -207,9 +208,13 @@ class ReadReport:
 
     def __str__(self) -> str:
         first = {reason: f" (first: {example})" for reason, example in self.examples.items()}
+        images = "images, " + (
+            "turned as their EXIF says" if self.upright else "read as they are stored (no EXIF turn)"
+        )
         return "\n".join(
             [
-                f"{self.split}: kept {self.kept:,} of {self.in_file:,} {self.what}, on {self.images:,} images",
+                f"{self.split}: kept {self.kept:,} of {self.in_file:,} {self.what}, "
+                f"on {self.images:,} images, {turned}",
                 *(f"  {name:<11}  {path or 'none'}" for name, path in self.files.items()),
                 *(f"  left out {n:,}: {reason}{first.get(reason, '')}" for reason, n in self.skipped.most_common()),
                 *(f"  note: {count:,} {note}" for note, count in self.notes.items()),
@@ -291,6 +296,8 @@ def load_annotations(path: Path) -> tuple[dict[int | str, Annotation], Counter[s
         bad = next((answer for answer in answers if not isinstance(answer, str)), None)
         if bad is not None:
             raise UserError(f"{where} (question {question_id}) has an answer without a text: {bad!r}")
+        if question_id in result:
+            notes["second annotations of a question (of two, the later counts)"] += 1
         if len(answers) != 10:
             notes["questions with other than ten answers"] += 1
         majority = entry.get("multiple_choice_answer")

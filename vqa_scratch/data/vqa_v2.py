@@ -197,6 +197,7 @@ def read_vqa(
         max_questions_per_image=max_questions_per_image,
     )
     report = ReadReport(split, "questions", opened.files, in_file=opened.count, notes=opened.notes)
+    report.upright = opened.upright
     if start_at >= opened.count:
         path = next(iter(opened.files.values()))
         raise UserError(f"start_at={start_at} is past the end: {path} has {opened.count} questions")

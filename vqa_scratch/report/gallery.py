@@ -115,7 +115,9 @@ def _card(sample: VQASample, answer: Answer) -> str:
     shown = "not scored" if accuracy is None else f"accuracy {accuracy:.2f}"
     people = ", ".join(f"{n}&times; {escape(text)}" for text, n in Counter(sample.answers).most_common())
     note = f"{100 * answer.probability:.0f} % sure, {shown}"
-    return card(load_image(sample.image_path), sample.question, answer.text, verdict, note, people)
+    return card(
+        load_image(sample.image_path, upright=sample.upright), sample.question, answer.text, verdict, note, people
+    )
 
 
 def answer_sections(

@@ -139,6 +139,10 @@ def summarising_task(options: RLHFOptions, device: torch.device, precision: torc
     if len(tokenizer) > model.config.vocab_size:
         raise UserError(f"the tokenizer has {len(tokenizer)} tokens, the model only {model.config.vocab_size}")
 
+    if tokenizer.eos_id not in (None, model.config.eos_id):
+        ends = model.config.eos_id
+        more.append(f"the tokenizer ends a text with id {tokenizer.eos_id}, but responses end with the model's, {ends}")
+
     parts = own_reward(options.reward, options.reward_label, device, precision) if options.reward else []
     for name, judge in models.judges.items():
         weight, label = (getattr(options, f"{name}_{what}") for what in ("weight", "label"))

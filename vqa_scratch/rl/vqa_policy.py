@@ -49,15 +49,15 @@ class VQAPolicy(nn.Module):
         self.pad_id = self.eos_id if tokenizers.decoder.pad_id is None else tokenizers.decoder.pad_id
         self._pixels = lru_cache(IMAGES_KEPT)(self._read)  # shared by copies of the policy
 
-    def _read(self, path: Path) -> Tensor:
-        return torch.from_numpy(self.processor.to_uint8(load_image(path)).copy())
+    def _read(self, path: Path, upright: bool) -> Tensor:
+        return torch.from_numpy(self.processor.to_uint8(load_image(path, upright=upright)).copy())
 
     def encode(self, prompts: list[Prompt]) -> Context:
         model, device = self.model, self.model.decoder.head.device
-        paths = [p.payload.image_path for p in prompts]
+        paths = [(p.payload.image_path, p.payload.upright) for p in prompts]
         place = {path: number for number, path in enumerate(dict.fromkeys(paths))}
         which = torch.tensor([place[path] for path in paths])  # (P,)
-        pixels = torch.stack([self._pixels(path) for path in place]).to(device)  # (I, H, W, 3)
+        pixels = torch.stack([self._pixels(*path) for path in place]).to(device)  # (I, H, W, 3)
         text = None
         if model.text is not None:
             text = model.text.states(*padded([p.ids for p in prompts], self.tokenizers.text.pad_id or 0, device))

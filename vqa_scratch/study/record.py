@@ -3,6 +3,7 @@
 Shapes: L layers, H heads, T rows of the answer, S source tokens, V vocabulary.
 """
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
+from vqa_scratch.errors import UserError
 from vqa_scratch.nn.attention import MultiHeadAttention
 from vqa_scratch.study.analysis import (
     Flow,
@@ -71,6 +73,8 @@ def take_apart(opened: Opened) -> Study:
     tokens = tuple(
         AnswerToken(index, label(index), p, row) for index, p, row in zip(ids, probabilities, rows, strict=True)
     )
+    if not all(map(math.isfinite, probabilities)):
+        raise UserError(f"{opened.run} gives its answer a probability that is no number: its weights are damaged")
     best = lens[:, rows].topk(min(TOP, lens.shape[-1]))
     return Study(
         opened=opened,

@@ -43,7 +43,7 @@ def pointing_examples(
 
     one = [sample for sample in read_vqa(data, split).samples if len(named(sample)) == 1]
     for sample in spread(one, number):
-        image = load_image(sample.image_path)
+        image = load_image(sample.image_path, upright=sample.upright)
         (index,) = named(sample)
         box = processor.box(scenes[str(sample.image_id)]["objects"][index]["box"], image.height, image.width)
         if box[0] < box[2] and box[1] < box[3]:  # else the object was cropped away
@@ -71,7 +71,9 @@ def pointing_table(found: dict[str, Pointing]) -> str:
 def faithfulness_figures(subject_of: SubjectOf, data: Path, split: str, number: int, out: Path) -> dict[str, Any]:
     """Mean deletion and insertion curves over questions; faithfulness.png, and the areas under the curves."""
     samples = spread(read_vqa(data, split).samples, number)
-    curves = faithfulness(subject_of(load_image(sample.image_path), sample.question) for sample in samples)
+    curves = faithfulness(
+        subject_of(load_image(sample.image_path, upright=sample.upright), sample.question) for sample in samples
+    )
     draw_panels(out / "faithfulness.png", _curves_panels(curves, len(samples)))
     return {
         name: {"deletion_area": Curves.area(c.deletion), "insertion_area": Curves.area(c.insertion), **asdict(c)}

@@ -102,12 +102,12 @@ class CaptionSystem(WritingSystem):
         self.baselines: dict[str, float] = {}
 
     def about(self) -> list[str]:
-        kinds = [sum(map(len, groups)) for groups in self.groups]
+        kinds, cut = [sum(map(len, groups)) for groups in self.groups], self.tokenizers.cut
         return [
             self.trainable,
             f"training on {kinds[0]:,} captions and {kinds[1]:,} questions; "
             f"{(~self.names_side).mean():.0%} of them name no side, so their images may be mirrored",
-            f"cut to the token limits: {self.tokenizers.cut['answers']} captions or answers",
+            f"cut to the token limits: {cut['answers']} captions or answers, {cut['questions']} questions",
         ]
 
     def epoch(self, number: int) -> list[Key]:

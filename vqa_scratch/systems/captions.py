@@ -164,7 +164,7 @@ def caption_cards(
             verdict = "right" if named == there else "partly" if named & there else "wrong"
             note = f"{(named & there).total()} of {there.total()} objects, {(named - there).total()} that are not there"
         people = "<br>".join(escape(reference) for reference in sample.answers)
-        cards.append(card(load_image(sample.image_path), "", said.text, verdict, note, people))
+        cards.append(card(load_image(sample.image_path, upright=sample.upright), "", said.text, verdict, note, people))
     return cards
 
 
@@ -172,7 +172,7 @@ def draw_results(path: Path, title: str, samples: Sequence[VQASample], answers: 
     """The results table as a picture: image, caption, a reference. Prints which characters have no font."""
     rows = []
     for sample in samples:
-        image = load_image(sample.image_path)
+        image = load_image(sample.image_path, upright=sample.upright)
         image.thumbnail((128, 128))
         said = answers[sample.question_id].text or "(nothing)"
         rows.append([np.asarray(image), said, sample.answers[0]])

@@ -28,7 +28,6 @@ the decoder writes starts after the token {start} and ends at the token {end}.
 
 ```python
 import torch
-from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoTokenizer, {decoder}
 
@@ -44,7 +43,8 @@ def linear(name, x):
     return x @ connector[name + ".weight"].T + connector[name + ".bias"]
 
 
-pixels = ImageProcessor.from_pretrained("image")([Image.open("picture.png")])
+pixels = ImageProcessor.from_pretrained("image")([load_image("picture.png")])
+question = "{example}"{hint}
 {question}
 with torch.no_grad():
     image_states = {states}
@@ -56,7 +56,7 @@ with torch.no_grad():
         ids = torch.cat([ids, logits[:, -1:].argmax(-1)], 1)
         if ids[0, -1] == {end_id}:
             break
-print(words.decode(ids[0, first:], skip_special_tokens=True).strip())
+print(words.decode(ids[0, first:], skip_special_tokens=True).strip() or "(nothing)")
 ```
 """
 LOAD_OWN = """\
@@ -68,11 +68,12 @@ STEM_HINT = " (--stem linear trains one that fits)"
 OWN = ["from vqa_scratch.storage import read_json", "from vqa_scratch.systems.assembly import image_encoder"]
 TEXT = """\
 text = AutoModel.from_pretrained("text").eval()
-tokens = AutoTokenizer.from_pretrained("text")("{example}", return_tensors="pt")
+cut = {{"truncation": True, "max_length": {limit}, "return_tensors": "pt"}}
+tokens = AutoTokenizer.from_pretrained("text")(question, **cut)
 attention_mask = tokens["attention_mask"].float()
 """
 TEXT_STATES = 'text_states = text(tokens["input_ids"], tokens["attention_mask"]).last_hidden_state\n'
-PROMPT = 'prompt = words(" {example}", add_special_tokens=False)["input_ids"]'
+PROMPT = 'prompt = words({space}question, add_special_tokens=False)["input_ids"][:{limit}]'
 MEMORY = "logits = decoder(ids, encoder_hidden_states=memory, encoder_attention_mask=mask).logits"
 PREFIX = "logits = decoder(inputs_embeds=torch.cat([prefix, decoder.get_input_embeddings()(ids)], 1)).logits"
 VILT_README = """\
@@ -83,16 +84,17 @@ the folder to ask about one image.
 
 ```python
 import torch
-from PIL import Image
 from transformers import AutoTokenizer
 
-from vqa_scratch.data.images import ImageProcessor
+from vqa_scratch.data.images import ImageProcessor, load_image
 
 {load}
-question = AutoTokenizer.from_pretrained(".")("{example}", return_tensors="pt")
-pixels = ImageProcessor.from_pretrained(".")([Image.open("picture.png")])
+question = "{example}"
+cut = {{"truncation": True, "max_length": {limit}, "return_tensors": "pt"}}
+words = AutoTokenizer.from_pretrained(".")(question, **cut)
+pixels = ImageProcessor.from_pretrained(".")([load_image("picture.png")])
 with torch.no_grad():
-    logits = model(pixel_values=pixels, input_ids=question["input_ids"], attention_mask=question["attention_mask"])
+    logits = model(pixel_values=pixels, input_ids=words["input_ids"], attention_mask=words["attention_mask"])
 for score, place in zip(*logits{of_output}[0].sigmoid().topk(3)):
     print(f"{{labels[int(place)]:20s}} {{score:.3f}}")
 ```
@@ -160,9 +162,16 @@ def export_writer(system: System, folder: Path) -> list[str]:
     write_json(folder / "connector.json", system.sizes["connector"])
 
     reads_text, token = model.text is not None, tokenizers.decoder.backend.id_to_token
-    prompted = bool(tokenizers.prompt(system.example))
+    prompted = bool(tokenizers.prompt("a question"))
     asked = (TEXT if reads_text else "") + (PROMPT if prompted else "")
-    own = ["from vqa_scratch.data.images import ImageProcessor", *imports, *model.connector.recipe_imports()]
+    space = '" " + ' if tokenizers.decoder.byte_level else ""
+    if prompted and not system.example:
+        asked += " if question else []"
+    own = [
+        "from vqa_scratch.data.images import ImageProcessor, load_image",
+        *imports,
+        *model.connector.recipe_imports(),
+    ]
     page = README.format(
         title="A visual question answering system in parts" if system.example else "A captioner in parts",
         folders="\n".join(f"- `{name}/`  {kind}" for name, kind in kinds.items()),
@@ -172,7 +181,9 @@ def export_writer(system: System, folder: Path) -> list[str]:
         decoder=decoder,
         imports="\n".join(sorted(own)),
         load_image=load,
-        question=asked.format(example=system.example),
+        example=system.example,
+        hint="" if system.example else "  # a caption; a question if the run was trained on them too",
+        question=asked.format(space=space, limit=tokenizers.max_question_tokens),
         states=states,
         read=indent((TEXT_STATES if reads_text else "") + model.connector.recipe(reads_text), "    "),
         prompt="*prompt, " if prompted else "",
@@ -190,7 +201,8 @@ def export_vilt(system: System, folder: Path) -> list[str]:
     system.tokenizers.text.save(folder)
     system.processor.save_pretrained(folder)
     load, of_output = (LOAD_OWN_VILT, "") if system.has_stem else (LOAD_VILT, ".logits")
-    page = VILT_README.format(load=load, example=system.example, of_output=of_output)
+    limit = system.tokenizers.max_question_tokens
+    page = VILT_README.format(load=load, example=system.example, of_output=of_output, limit=limit)
     write_text(folder / "README.md", page)
     if not system.has_stem:
         system.model.save_pretrained(folder)

@@ -64,6 +64,7 @@ def answering_task(
         sampling_rules(options, policy.eos_id, system.model.decoder.head, len(words), never),
         lambda ids: words.decode(ids).strip(),
         save,
+        tokenizers.notes_on_all(sample.question for sample in (*train, *held_out)),
         upgrade=partial(todays_checkpoint, reference=reference),
     )
 

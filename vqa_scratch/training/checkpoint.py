@@ -12,6 +12,7 @@ import torch
 from vqa_scratch.errors import UserError
 from vqa_scratch.storage import write_whole
 from vqa_scratch.training.ranks import World, like
+from vqa_scratch.weights.files import check_finite
 
 
 def rng_state() -> dict[str, Any]:
@@ -92,7 +93,8 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def load_model_state(model: torch.nn.Module, state: dict[str, torch.Tensor], where: str) -> None:
-    """Load the weights. UserError on missing, extra or misshapen tensors, with the first few and their number."""
+    """Load the weights. UserError on missing, extra or misshapen tensors, with the first few and their number, and on
+    values that are NaN or infinite."""
     own = model.state_dict()
     problems = [f"missing {k}" for k in own if k not in state] + [f"extra {k}" for k in state if k not in own]
     problems += [
@@ -103,4 +105,5 @@ def load_model_state(model: torch.nn.Module, state: dict[str, torch.Tensor], whe
     if problems:
         more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise UserError(f"{where} does not fit the model: " + "; ".join(problems[:5]) + more)
+    check_finite(state, where)
     model.load_state_dict({k: like(v, state[k]) for k, v in own.items()})

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from vqa_scratch.errors import UserError
+from vqa_scratch.weights.files import check_finite
 from vqa_scratch.weights.maps import HEADS, Entry, KeyMap
 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
@@ -101,6 +102,9 @@ def load_into(
     if problems:
         raise UserError(f"{source} does not fit {type(model).__name__}: {'; '.join(problems)}")
 
+    # A table that a model leaves in the file is not read here.
+    copied = {by_key[key]: name for name, e in wanted.items() if name not in left for key in e.theirs}
+    check_finite({key: tensors[key] for key, name in copied.items() if tensors[key] is not ours[name]}, source)
     with torch.no_grad():
         for name, entry in wanted.items():
             if name in left:

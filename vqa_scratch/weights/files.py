@@ -6,9 +6,10 @@ read with weights_only, and refused if they hold anything but tensors. Files are
 
 import hashlib
 import json
+import math
 import os
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from vqa_scratch.errors import UserError
+from vqa_scratch.errors import UserError, note, some
 from vqa_scratch.storage import read_json, write_json, write_whole
 from vqa_scratch.weights.hub import first_line, locate
 
@@ -25,7 +26,8 @@ CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 PICKLE = "pytorch_model.bin"
 AGAIN = "copy or download it again"
-_SAFE_FILES = (CONFIG, "*.safetensors", "*.safetensors.index.json")
+GENERATION = "generation_config.json"
+_SAFE_FILES = (CONFIG, GENERATION, "*.safetensors", "*.safetensors.index.json")
 _PICKLE_FILES = (CONFIG, f"{PICKLE}*", "pytorch_model-*.bin")
 
 
@@ -110,6 +112,22 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
     return dict(content)
 
 
+def is_finite(tensor: Tensor) -> bool:
+    """Whether no value is NaN or infinite; takes no memory."""
+    if not tensor.is_floating_point() or not tensor.numel():
+        return True
+    return all(math.isfinite(end) for end in torch.stack(torch.aminmax(tensor.detach())).tolist())
+
+
+def check_finite(tensors: Mapping[str, Tensor], where: str | Path) -> None:
+    """Raise UserError, naming the first few tensors, if weights hold NaN or infinities."""
+    bad = [name for name, tensor in tensors.items() if not is_finite(tensor)]
+    if bad:
+        raise UserError(
+            f"{where} holds values that are NaN or infinite, in {some(bad, 3)}: such weights answer nothing"
+        )
+
+
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """All tensors of one file: safetensors by its suffix, otherwise a pickle of tensors only."""
     return read_safetensors(path) if path.suffix == ".safetensors" else read_pickle(path)
@@ -140,13 +158,35 @@ def _read_sharded(index: Path, read: Callable[[Path], dict[str, Tensor]]) -> dic
     return tensors
 
 
+def with_generation_ids(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """The config with the special tokens of generation_config.json if there is one, which come first in `transformers`.
+
+    A note says where the two disagree. Of several end tokens, that of config.json if it is among them, else the first.
+    """
+    path = folder / GENERATION
+    ids = read_json(path) if path.is_file() else {}
+    if not isinstance(ids, dict):
+        raise UserError(f"{path} must hold a JSON object, not a {type(ids).__name__}")
+    result = dict(config)
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id"):
+        own, value = config.get(name), ids.get(name)
+        if isinstance(value, list) and value:
+            value = own if own in value else value[0]
+            note(f"{path} names several of {name}; only {value} counts")
+        if name in config and value is not None:
+            result[name] = value
+            if own not in (None, value):
+                note(f"{name} is {own} in {folder / CONFIG}, {value} in {GENERATION}, which counts")
+    return result
+
+
 def read_checkpoint(source: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """(config, tensors) of a checkpoint folder or Hub id; safetensors first, then shards, then .bin.
 
     Raises UserError in one line when something is absent, cut short, not allowed or out of reach.
     """
     folder = resolve_folder(source)
-    config = read_config(folder)
+    config = with_generation_ids(folder, read_config(folder))
     readers = (
         (WEIGHTS, read_safetensors),
         (f"{WEIGHTS}.index.json", lambda path: _read_sharded(path, read_safetensors)),
@@ -190,6 +230,7 @@ def convert(source: Path, out: Path) -> tuple[int, str]:
     if out.exists() and source.exists() and out.samefile(source):
         raise UserError(f"{out} is the file to convert itself, which would be lost; give another OUT")
     tensors = read_pickle(source)
+    check_finite(tensors, source)
     with source.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     seen: set[int] = set()
