@@ -187,8 +187,7 @@ def train(options: RunOptions, world: World, began: float) -> int | None:
     with world.first_one_then_all():  # the first rank runs frozen encoders, if their output is cached
         system.precompute()
     weights, curves, last = (options.out / name for name in (WEIGHTS, "curves.png", "checkpoints/last.pt"))
-    after = progress.step if checkpoint else None
-    log = MetricsLog(options.out / "metrics.jsonl", after, on_disk=world.main, also=options.log_to)
+    log = MetricsLog(options.out / "metrics.jsonl", progress.step if checkpoint else None, world.main, options.log_to)
     watch = LossWatch(options.out, world, system.ids)
     reporting, reserve = 0.0, 0.0  # seconds that weights and curves take, and those kept back for the end, as measured
 
@@ -252,7 +251,6 @@ def train(options: RunOptions, world: World, began: float) -> int | None:
             save_checkpoint(last, saved)
 
     # ---- the loop: learning rate, step, log, evaluate, save
-    # Not the model is compiled, whose names go into checkpoints.
     loss_of = ranks.shared(torch.compile(system.loss, dynamic=True) if options.compile else system.loss)
     system.model.train()
     window_began, window_samples = time.perf_counter(), 0

@@ -27,7 +27,7 @@ class MetricsLog:
     """
 
     def __init__(
-        self, path: Path, resume_after: int | None = None, *, on_disk: bool = True, also: str | None = None
+        self, path: Path, resume_after: int | None = None, on_disk: bool = True, also: str | None = None
     ) -> None:
         self.path, self.on_disk = path, on_disk
         self.send = SENDERS[also](path.parent) if also and on_disk else lambda step, values: None
