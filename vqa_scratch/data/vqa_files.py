@@ -208,9 +208,7 @@ class ReadReport:
 
     def __str__(self) -> str:
         first = {reason: f" (first: {example})" for reason, example in self.examples.items()}
-        images = "images, " + (
-            "turned as their EXIF says" if self.upright else "read as they are stored (no EXIF turn)"
-        )
+        turned = "turned as their EXIF says" if self.upright else "read as they are stored (no EXIF turn)"
         return "\n".join(
             [
                 f"{self.split}: kept {self.kept:,} of {self.in_file:,} {self.what}, "

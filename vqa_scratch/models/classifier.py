@@ -6,7 +6,7 @@ ignored. The config holds the names of the classes, so that a class can be chose
 Shapes: B batch, T text tokens, D width, C classes.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
 import torch
@@ -28,6 +28,12 @@ def _leave_in_file(table: nn.Embedding, source: str, tensors: dict[str, Tensor])
     if held is not None and held.dtype == table.weight.dtype and held.shape == table.weight.shape:
         table.weight = nn.Parameter(held)
         tensors[key] = table.weight  # copying it to itself does nothing
+
+
+def check_label(labels: Sequence[str], label: str) -> None:
+    """Raise UserError, listing the labels, unless `label` is one of them."""
+    if label not in labels:
+        raise UserError(f"the classifier has no class {label!r}; its classes are {', '.join(labels)}")
 
 
 class TextClassifier(Released, nn.Module):
@@ -56,8 +62,7 @@ class TextClassifier(Released, nn.Module):
 
     def label_index(self, label: str) -> int:
         """The index of the logit of `label`. Raises UserError that lists the labels."""
-        if label not in self.labels:
-            raise UserError(f"the classifier has no class {label!r}; its classes are {', '.join(self.labels)}")
+        check_label(self.labels, label)
         return self.labels.index(label)
 
     @classmethod

@@ -9,11 +9,13 @@ import numpy as np
 
 from vqa_scratch.data.scenes import FAMILY_OF_TYPE
 from vqa_scratch.data.shapes import ShapesSpec, ensure_shapes
+from vqa_scratch.data.tables import TABLES
 from vqa_scratch.data.text import check_question
-from vqa_scratch.data.vqa_v2 import VQASample, read_vqa, split_by_image
+from vqa_scratch.data.vqa_files import subtype_of
+from vqa_scratch.data.vqa_v2 import VQASample, check_splits, read_vqa, split_by_image
 from vqa_scratch.errors import UserError
 from vqa_scratch.report.gallery import write_gallery
-from vqa_scratch.systems.options import QuestionOptions
+from vqa_scratch.systems.options import QuestionOptions, RunOptions
 from vqa_scratch.systems.scoring import blind_baselines
 from vqa_scratch.systems.splits import SplitSystem
 from vqa_scratch.training.ranks import World
@@ -40,9 +42,19 @@ def first_images(samples: list[VQASample], number: int | None) -> list[VQASample
     return [sample for sample in samples if sample.image_id in kept]
 
 
+def built_in(options: RunOptions) -> Path:
+    """The folder of the built-in data set, which is drawn if it is missing. Raises UserError for a split it lacks."""
+    known = [name for split in ShapesSpec().splits() for name in (split, subtype_of(split))]
+    strange = [split for split in options.splits if split not in known and Path(split).suffix.lower() not in TABLES]
+    if strange:
+        raise UserError(f"the built-in data set has no split {', '.join(strange)}; give --data, the folder that has it")
+    return ensure_shapes(options.cache, ShapesSpec(seed=options.seed))
+
+
 def read_questions(options: QuestionOptions) -> QuestionData:
     """Read every split the run needs; draw the built-in data set first if no `--data` is given."""
-    folder = options.data or ensure_shapes(options.cache, ShapesSpec(seed=options.seed))
+    folder = options.data or built_in(options)
+    check_splits(folder, options.splits)
     limits = "start_at end_at max_images max_questions min_agreement verify_images".split()
     train = read_vqa(folder, options.train_split, **{name: getattr(options, name) for name in limits})
     print(train.report)

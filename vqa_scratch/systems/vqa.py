@@ -19,7 +19,7 @@ from vqa_scratch.errors import UserError
 from vqa_scratch.rl.options import RLHFOptions
 from vqa_scratch.rl.tasks import Task
 from vqa_scratch.storage import read_json, write_json
-from vqa_scratch.systems.base import seed_everything
+from vqa_scratch.systems.base import ANY_SAMPLE, seed_everything
 from vqa_scratch.systems.frozen import cache_features
 from vqa_scratch.systems.options import VQAOptions
 from vqa_scratch.systems.policy import answering_task, run_options
@@ -43,6 +43,13 @@ class VQASystem(WritingSystem, QuestionSystem):
     kept: Sequence[ImageFeatures | TextFeatures] = ()  # cached features of frozen encoders
 
     # ------------------------------------------------------------------------------------------- build, save, open
+
+    @classmethod
+    def check(cls, options: VQAOptions) -> None:
+        check_question(options)
+        if options.preset == "shapes":
+            with torch.device("meta"):
+                small_models(options, [ANY_SAMPLE])
 
     @classmethod
     def build(cls, options: VQAOptions, data: QuestionData, precision: Precision) -> Self:
