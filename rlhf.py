@@ -35,7 +35,7 @@ from vqa_scratch.options import to_json
 from vqa_scratch.rl import evaluate, report
 from vqa_scratch.rl.metrics import rollout_metrics
 from vqa_scratch.rl.policy import ActorCritic
-from vqa_scratch.rl.ppo import PPO
+from vqa_scratch.rl.ppo import PPO, check_ranks
 from vqa_scratch.rl.ranks import Copies
 from vqa_scratch.rl.resume import PROGRAM, begin_or_go_on, fingerprint, prompt_hashes, restore
 from vqa_scratch.rl.tasks import Task, summarising_task
@@ -182,6 +182,9 @@ def work(options: RLHFOptions, world: World) -> dict[str, float] | int:
     started = time.perf_counter()
     keep_freed_memory()
     options, saved = begin_or_go_on(options)
+    if options.algorithm == "ppo" and options.iterations <= options.critic_warmup:
+        print(f"the policy does not learn: --critic-warmup {options.critic_warmup} leaves it no iteration")
+    check_ranks(options, world)
     torch.manual_seed(options.seed)
     device = pick_device(options.device)
     if device.type == "mps":  # chosen by auto; it lacks float64, in which statistics are summed
@@ -196,8 +199,6 @@ def work(options: RLHFOptions, world: World) -> dict[str, float] | int:
     for note in task.notes:
         print(note)
     saved = task.upgrade(saved) if saved else None
-    if options.algorithm == "ppo" and options.iterations <= options.critic_warmup:
-        print(f"the policy does not learn: --critic-warmup {options.critic_warmup} leaves it no iteration")
     about = {"config": to_json(options), "precision": kind, "reference": fingerprint(task.reference)}
     about["prompts"] = prompt_hashes(task)
     world.check_same(about["reference"], "the hash of the reference model")

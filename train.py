@@ -153,6 +153,8 @@ def train(options: RunOptions, world: World, began: float) -> int | None:
 
     # ---- the system and its data
     kind_of_system = systems.find(options.preset)
+    if not checkpoint:
+        kind_of_system.check(options)
     with world.first_one_then_all():  # the first rank draws data and decodes images
         data = kind_of_system.read(options)
         hashes = hashes_of({name: facts(some) for name, some in kind_of_system.samples_of(data).items()})

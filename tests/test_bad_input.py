@@ -292,3 +292,43 @@ def test_a_run_folder_at_or_below_a_file(tmp_path, place, capsys):
     """Known before the data are read: there are none here."""
     (tmp_path / "file").write_text("")
     assert f"{tmp_path / 'file'} is a file" in said(flags(tmp_path / "nowhere", tmp_path / place), capsys)
+
+
+# ------------------------------------------------------------------------------------------------ before the work
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--width 100 --heads 3", "width 100 does not divide into 3 heads"),
+        ("--patch-size 7", "image size 64 is not a multiple of the patch size 7"),
+        ("--connector prefix --no-question-prompt", "gives the decoder the image alone"),
+        ("--max-question-tokens 2", "--max-question-tokens must be at least 3, not 2"),
+        ("--train-split nowhere --test-split elsewhere", "the built-in data set has no split nowhere, elsewhere; give"),
+        ("--preset vilt --patch-size 16 --image-size 8", "image size 8 is not a multiple of the patch size 16"),
+        ("--preset caption --width 30 --heads 2", "--width 30 is not divisible by 4"),
+        ("--preset caption --vocabulary 100", "--vocabulary must be at least 259, not 100"),
+        ("--preset caption --test-split elsewhere", "the built-in data set has no split elsewhere"),
+    ],
+)
+def test_what_the_options_can_tell_is_said_before_anything_is_drawn(tmp_path, capsys, flags, message):
+    argv = [*flags.split(), "--out", str(tmp_path / "run"), "--cache", str(tmp_path / "cache")]
+    assert message in said(argv, capsys)
+    assert not list(tmp_path.iterdir()), "nothing was drawn"
+
+
+@pytest.mark.parametrize("preset", ["shapes", "vilt", "caption"])
+def test_all_missing_split_files_are_named_at_once(data, tmp_path, capsys, preset):
+    folder = Path(shutil.copytree(data, tmp_path / "data"))
+    lost = [annotations_name("train2014"), questions_name("val2014"), questions_name("test2015")]
+    more = ["--question-share", "0.5"] if preset == "caption" else []
+    for name in lost:
+        (folder / name).unlink()
+    argv = ["--preset", preset, "--data", str(folder), "--out", str(tmp_path / "run"), "--steps", "1", *more]
+    line = said(argv, capsys)
+    assert all(name in line for name in lost) and "lacks the files of 3 splits" in line
+    if preset == "caption":
+        for path in folder.glob("scenes_*.json"):
+            path.unlink()
+        line = said(argv, capsys)
+        assert "no captions of 3 splits" in line and all(f"captions_{s}.json" in line for s in ("train", "val", "test"))

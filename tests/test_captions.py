@@ -230,3 +230,12 @@ def test_missing_and_broken_files(tmp_path):
     (tmp_path / "scenes_test.json").write_text('{"1": {"objects": [{"shape": "circle"}]}}')
     with pytest.raises(UserError, match="is not a file of drawn scenes"):
         read_captions(tmp_path, "test")
+
+
+def test_images_of_the_official_files_are_read_as_they_are_stored(tmp_path):
+    """Those of one's own captions are turned as a phone stored them."""
+    official, _ = coco(tmp_path, images=1)
+    assert not read_captions(tmp_path, "train").samples[0].upright
+    official.rename(official.with_name("captions_train.json"))
+    (tmp_path / "train2014").rename(tmp_path / "train")
+    assert read_captions(tmp_path, "train").samples[0].upright

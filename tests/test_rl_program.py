@@ -155,6 +155,19 @@ def refused(message, *argv):
         rlhf.run(list(argv))
 
 
+def test_what_the_options_can_tell_is_said_before_anything_is_trained(tmp_path, monkeypatch, capsys):
+    def train(*args, **options):
+        raise AssertionError("trained")
+
+    monkeypatch.setattr(mini_news, "prepare", train)
+    with pytest.raises(AssertionError, match="trained"):
+        rlhf.run(flags(tmp_path / "run", tmp_path, "--critic-warmup", "6"))
+    assert "the policy does not learn: --critic-warmup 6 leaves it no iteration" in capsys.readouterr().out
+    said = "has no class 'rude'; its classes are"
+    refused(said, *flags(tmp_path / "run", tmp_path, "--tone-label", "rude"))
+    refused(said, *flags(tmp_path / "run", tmp_path, "--grammar-label", "rude"))
+
+
 def test_every_preset_has_a_folder_of_its_own():
     """So that a run of one is not in the way of another, of train.py's least of all: vqa reads one of those."""
     made = [read_command_line(["--preset", name]) for name in PRESETS]

@@ -358,3 +358,22 @@ def test_submission_covers_exactly_the_split(tmp_path):
     with pytest.raises(ValueError, match=r"1 without an answer \(first 2\), 1 that were not asked \(first 5\)"):
         write_submission(path, {1: "x", 5: "y"}, [1, 2])
     assert not path.exists()
+
+
+def test_two_annotations_of_a_question_are_counted(data):
+    folder, samples = data
+
+    def twice(content):
+        content["annotations"].append(json.loads(json.dumps(content["annotations"][0])))
+        content["annotations"][-1]["multiple_choice_answer"] = "later"
+
+    edit(folder / ANNOTATIONS, twice)
+    read = read_vqa(folder)
+    assert read.samples[0].answer == "later"
+    assert "note: 1 second annotations of a question (of two, the later counts)" in str(read.report)
+
+
+def test_the_report_says_whether_images_are_turned(data, tmp_path):
+    assert "on 4 images, read as they are stored (no EXIF turn)" in str(read_vqa(data[0]).report)
+    (tmp_path / "own.csv").write_text(f"image,question,answer\n{data[1][0].image_path},what?,this\n")
+    assert "on 1 images, turned as their EXIF says" in str(read_vqa(tmp_path / "own.csv", "all").report)

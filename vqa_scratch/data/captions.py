@@ -135,6 +135,22 @@ def read_described_scenes(folder: Path, split: str, seed: int = 0, max_images: i
     return VQAData.of(_with_references(rows, report.upright), report)
 
 
+def nothing_of(folder: Path, splits: list[str]) -> str:
+    """The message that a folder holds no captions of these splits."""
+    if not folder.is_dir():
+        return f"{folder} is not a folder" + ("" if folder.exists() else " (there is no such path)")
+    wanted = ", ".join(" or ".join(captions_names(split)) for split in splits)
+    which = f"split {splits[0]}" if len(splits) == 1 else f"{len(splits)} splits"
+    return f"no captions of {which}: {folder} and its subfolder annotations/ have no {wanted}"
+
+
+def check_captions(folder: Path, splits: Iterable[str]) -> None:
+    """Raise one UserError that names the files of all splits that a folder lacks, before any of them is read."""
+    missing = [s for s in dict.fromkeys(splits) if not (find_captions(folder, s) or scenes_file(folder, s).is_file())]
+    if missing:
+        raise UserError(nothing_of(folder, missing))
+
+
 def read_captions(folder: str | Path, split: str = "train", *, seed: int = 0, max_images: int | None = None) -> VQAData:
     """One split of a folder: its captions file if there is one, else the descriptions of its drawn scenes.
 
@@ -155,7 +171,4 @@ def read_captions(folder: str | Path, split: str = "train", *, seed: int = 0, ma
         return read_coco_captions(path, folder, split, max_images)
     if scenes_file(folder, split).is_file():
         return read_described_scenes(folder, split, seed, max_images)
-    if not folder.is_dir():
-        raise UserError(f"{folder} is not a folder" + ("" if folder.exists() else " (there is no such path)"))
-    wanted = " or ".join(captions_names(split))
-    raise UserError(f"no captions of split {split}: {folder} and its subfolder annotations/ have no {wanted}")
+    raise UserError(nothing_of(folder, [split]))

@@ -84,9 +84,30 @@ def nothing_of(folder: Path, split: str) -> str:
     if not folder.is_dir():
         return f"{folder} is not a folder" + ("" if folder.exists() else ": there is no such file or folder")
     return (
-        f"{folder} holds no questions of split {split}: neither {questions_name(subtype_of(split))} (there or in "
-        f"questions/) nor a table {split}.csv, .tsv, .jsonl, .json or .parquet"
+        f"{folder} holds no questions of split {split}: {questions_name(subtype_of(split))} not found there or in "
+        f"questions/, nor a table {split}.csv, .tsv, .jsonl, .json or .parquet"
     )
+
+
+def check_splits(source: Path, splits: Iterable[str]) -> None:
+    """Raise one UserError that names the files of all splits that a folder lacks, before any of them is read."""
+    missing: dict[str, str] = {}
+    for split in dict.fromkeys(splits):
+        if source.is_file() or Path(split).suffix.lower() in TABLES:
+            continue
+        try:
+            found = official_files(source, split) or own_files(source, split) or only_table(source)
+        except UserError as error:
+            missing[annotations_name(subtype_of(split))] = str(error)
+        else:
+            if not found:
+                missing[questions_name(subtype_of(split))] = nothing_of(source, split)
+    if len(missing) > 1 and source.is_dir():
+        raise UserError(
+            f"{source} lacks the files of {len(missing)} splits: {', '.join(missing)} not found, nor tables"
+        )
+    for message in missing.values():
+        raise UserError(message)
 
 
 def official_files(folder: Path, split: str) -> VQAFiles | None:

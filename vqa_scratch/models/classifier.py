@@ -7,7 +7,7 @@ the names of the classes, so that a class can be chosen by name.
 Shapes: B batch, T text tokens, D width, C classes.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -46,6 +46,12 @@ LAYOUTS = {
 }
 
 
+def check_label(labels: Sequence[str], label: str) -> None:
+    """Raise UserError, listing the labels, unless `label` is one of them."""
+    if label not in labels:
+        raise UserError(f"the classifier has no class {label!r}; its classes are {', '.join(labels)}")
+
+
 class TextClassifier(Released, nn.Module):
     """Encoder and head; `labels` names the classes in the order of the logits."""
 
@@ -74,8 +80,7 @@ class TextClassifier(Released, nn.Module):
 
     def label_index(self, label: str) -> int:
         """The index of the logit of `label`. Raises UserError that lists the labels."""
-        if label not in self.labels:
-            raise UserError(f"the classifier has no class {label!r}; its classes are {', '.join(self.labels)}")
+        check_label(self.labels, label)
         return self.labels.index(label)
 
     @classmethod

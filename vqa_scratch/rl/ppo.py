@@ -29,7 +29,7 @@ from vqa_scratch.rl.rollout import PromptStream, Responses, Scored, chances, sam
 from vqa_scratch.rl.types import Prompt, Samples, Trajectory
 from vqa_scratch.rl.update import Update, micro_batches
 from vqa_scratch.training.checkpoint import load_model_state
-from vqa_scratch.training.ranks import ONE_PROCESS, Alone, for_main
+from vqa_scratch.training.ranks import ONE_PROCESS, Alone, World, for_main
 
 GROUP_ADVANTAGES = {"rloo": F.rloo_advantages, "grpo": F.grpo_advantages, "best-of-n": F.best_of_n_advantages}
 
@@ -45,6 +45,12 @@ class Rollout(NamedTuple):
     samples: Samples
     context: Context  # what the policy's encoder made of this rank's prompts
     seconds: dict[str, float]  # time of each stage, by its name in the log
+
+
+def check_ranks(options: RLHFOptions, world: World) -> None:
+    """Raise UserError unless every rank has a prompt of each batch."""
+    if options.prompts < world.size:
+        raise UserError(f"--prompts {options.prompts} leave some of {world.size} ranks without one")
 
 
 class PPO:
@@ -63,8 +69,7 @@ class PPO:
         ranks: Alone = ONE_PROCESS,
     ) -> None:
         self.ranks, world = ranks, ranks.world
-        if options.prompts < world.size:
-            raise UserError(f"--prompts {options.prompts} leave some of {world.size} ranks without one")
+        check_ranks(options, world)
         self.world, self.mine = world, world.share(range(options.prompts))  # this rank's prompts of a batch
         self.options, self.actor, self.reference, self.reward = options, actor.eval(), reference, reward
         self.rules, self.decode, self.autocast = rules, decode, autocast

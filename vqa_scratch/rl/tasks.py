@@ -15,7 +15,7 @@ from vqa_scratch.data.news import news
 from vqa_scratch.data.text import Tokenizer
 from vqa_scratch.errors import UserError, some
 from vqa_scratch.models.bert import BertConfig
-from vqa_scratch.models.classifier import TextClassifier
+from vqa_scratch.models.classifier import TextClassifier, check_label
 from vqa_scratch.models.t5 import T5, T5Config
 from vqa_scratch.rl import mini_news
 from vqa_scratch.rl.metrics import mean_overlap
@@ -98,6 +98,8 @@ def random_models(options: RLHFOptions) -> Models:
 def models_for(options: RLHFOptions, device: torch.device) -> tuple[Models, list[str]]:
     """The models of a preset, on the CPU: trained here or taken from the cache, read, or random; and notes."""
     if options.preset == "mini-news":
+        for name, label in (("grammar", options.grammar_label), ("tone", options.tone_label)):
+            check_label(mini_news.JUDGES[name][1], label)  # now, not after minutes of training
         folder = mini_news.prepare(options.cache, options.seed, options.sft_steps, options.reward_steps, str(device))
         judges = {} if options.reward else {name: folder / name for name in JUDGED}
         made = mini_news.load(folder / "summariser", judges)

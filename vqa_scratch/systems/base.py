@@ -3,6 +3,7 @@
 A system is one class in one file, and a line in the table of `vqa_scratch/systems/__init__.py`; no program knows its
 name. Its options are in `systems/options.py`. `train.py` goes through a run in this order:
 
+    System.check(options)                            what the options alone can tell
     data = System.read(options)                      what it trains on
     system = System.build(options, data, precision)  or System.open(...) for a run that is resumed
     system.train_on(data)
@@ -60,6 +61,14 @@ class System(ABC):
         self.data_hashes: Hashes | None = None  # and those of its data, which config.json keeps
 
     # ------------------------------------------------------------------------------------- build, save, open
+
+    @classmethod
+    @abstractmethod
+    def check(cls, options: RunOptions) -> None:
+        """Raise UserError for what is wrong with the options of a new run, before any data are read or drawn.
+
+        A model of random weights is built without memory (`torch.device("meta")`), so that its own rules speak.
+        """
 
     @classmethod
     @abstractmethod
@@ -231,6 +240,10 @@ class System(ABC):
                 yield
         finally:
             self.model.train(was_training)
+
+
+# A sample to build a model for, where only the options count.
+ANY_SAMPLE = VQASample(0, Path("any.png"), 0, System.example, "", "", ("red",), "red")
 
 
 def check_positions(options: RunOptions, names: Sequence[str], limit: int | None, model: str) -> None:

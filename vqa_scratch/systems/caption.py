@@ -22,10 +22,11 @@ from vqa_scratch.errors import UserError
 from vqa_scratch.report.gallery import answer_sections
 from vqa_scratch.rl.options import RLHFOptions
 from vqa_scratch.rl.tasks import Task
-from vqa_scratch.systems.base import seed_everything
+from vqa_scratch.systems.base import ANY_SAMPLE, seed_everything
 from vqa_scratch.systems.caption_models import build_model
 from vqa_scratch.systems.captions import (
     CaptionData,
+    Texts,
     accuracy_of,
     by_image,
     in_words,
@@ -72,6 +73,13 @@ class CaptionSystem(WritingSystem):
     @classmethod
     def samples_of(cls, data: CaptionData) -> dict[str, list[VQASample]]:
         return {name: [*texts.captions, *texts.questions] for name, texts in data.texts.items()}
+
+    @classmethod
+    def check(cls, options: CaptionOptions) -> None:
+        if options.init == "random":
+            texts = Texts([ANY_SAMPLE], None, [])
+            with torch.device("meta"):
+                build_model(options, CaptionData({"train": texts}, str))
 
     @classmethod
     def build(cls, options: CaptionOptions, data: CaptionData, precision: Precision) -> Self:

@@ -9,18 +9,17 @@ from typing import Any
 import numpy as np
 
 from vqa_scratch.data.answers import Answer
-from vqa_scratch.data.captions import read_captions
+from vqa_scratch.data.captions import check_captions, read_captions
 from vqa_scratch.data.descriptions import objects_named, objects_of, read_scenes, scenes_file
 from vqa_scratch.data.image_files import load_image
 from vqa_scratch.data.scenes import Scene
-from vqa_scratch.data.shapes import ShapesSpec, ensure_shapes
 from vqa_scratch.data.vqa_files import first_images
-from vqa_scratch.data.vqa_v2 import VQASample, read_vqa, split_by_image, spread
+from vqa_scratch.data.vqa_v2 import VQASample, check_splits, read_vqa, split_by_image, spread
 from vqa_scratch.report.gallery import card, write_page
 from vqa_scratch.report.table import draw_table
 from vqa_scratch.systems.caption_scores import corpus_bleu, score_objects
 from vqa_scratch.systems.options import CaptionOptions
-from vqa_scratch.systems.questions import family_of
+from vqa_scratch.systems.questions import built_in, family_of
 from vqa_scratch.systems.scoring import other_images
 from vqa_scratch.systems.writing import writing_figures
 
@@ -81,7 +80,10 @@ class CaptionData:
 
 def read_captions_data(options: CaptionOptions) -> CaptionData:
     """Read every split the run needs; draw the built-in data set first if no `--data` is given."""
-    folder = options.data or ensure_shapes(options.cache, ShapesSpec(seed=options.seed))
+    folder = options.data or built_in(options)
+    check_captions(folder, options.splits)
+    if options.question_share:
+        check_splits(folder, options.splits)
     how = {"seed": options.seed, "questions": options.question_share > 0}
     train = read_texts(folder, options.train_split, max_images=options.max_images, verbose=True, **how)
     if options.val_split == "auto":

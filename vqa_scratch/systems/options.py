@@ -101,6 +101,11 @@ class RunOptions(Options):
     save_every: int = option(200, "Steps between two checkpoints.", LOGGING, minimum=1)
     samples: int = option(48, "Samples shown in samples.html.", LOGGING, minimum=0)
 
+    @property
+    def splits(self) -> list[str]:
+        """The splits that the run reads from the data."""
+        return [self.train_split, *([] if self.val_split == "auto" else [self.val_split]), self.test_split]
+
     def __post_init__(self) -> None:
         if self.minutes is not None and self.steps is not None:
             raise UserError("give --minutes or --steps, not both")
@@ -128,7 +133,7 @@ class QuestionOptions(RunOptions):
         False, "Decode every image first; leave out and count those that cannot be read.", DATA
     )
     max_question_tokens: int = option(
-        32, "Longer questions are cut to this many tokens, and counted.", LIMITS, minimum=1
+        32, "Longer questions are cut to this many tokens, and counted.", LIMITS, minimum=3
     )
     questions_per_step: int = option(512, "Questions in one optimizer step.", LIMITS, minimum=1)
     questions_per_image: int = option(8, "At most this many questions of an image in a batch.", LIMITS, minimum=1)
@@ -266,9 +271,9 @@ class CaptionOptions(RunOptions):
     image_blocks: int = option(1, "Residual blocks of each stage.", MODEL, minimum=1, only=SMALL)
     vocabulary: int = option(
         512,
-        "Largest vocabulary to learn for the decoder, in tokens.",
+        "Largest vocabulary to learn for the decoder, in tokens; 256 bytes and three special ones are in it.",
         MODEL,
-        minimum=1,
+        minimum=259,
         only={"init": "random"},
     )
 

@@ -12,13 +12,13 @@ from vqa_scratch.data.scenes import FAMILY_OF_TYPE
 from vqa_scratch.data.shapes import ShapesSpec, ensure_shapes
 from vqa_scratch.data.tables import TABLES
 from vqa_scratch.data.text import check_question
-from vqa_scratch.data.vqa_files import first_images
-from vqa_scratch.data.vqa_v2 import VQASample, has_split, is_shared_out, read_vqa, split_by_image, summary
+from vqa_scratch.data.vqa_files import first_images, subtype_of
+from vqa_scratch.data.vqa_v2 import VQASample, check_splits, has_split, is_shared_out, read_vqa, split_by_image, summary
 from vqa_scratch.data.vqa_write import write_submission
 from vqa_scratch.errors import UserError
 from vqa_scratch.report.gallery import write_gallery
 from vqa_scratch.systems.finals import Pass, beats_blind, cut_short, no_better_than_blind
-from vqa_scratch.systems.options import QuestionOptions
+from vqa_scratch.systems.options import QuestionOptions, RunOptions
 from vqa_scratch.systems.scoring import blind_baselines, rules_of
 from vqa_scratch.systems.splits import SplitSystem
 from vqa_scratch.training.ranks import World
@@ -48,6 +48,8 @@ def split_names(source: Path, options: QuestionOptions) -> tuple[str, str, str]:
     tables = [Path(name).suffix.lower() in TABLES for name in (val, test)]
     if any(tables) and train == "train" and is_shared_out(source):
         train, val = "all", val if tables[0] else "auto"
+    if not source.exists() or not has_split(source, train):
+        return train, val, test  # nothing can be read, and the reader says why
     if val == "val" and not has_split(source, val):
         print(f"no val split: {options.val_fraction:.0%} of the training images are held out for it")
         val = "auto"
@@ -57,12 +59,22 @@ def split_names(source: Path, options: QuestionOptions) -> tuple[str, str, str]:
     return train, val, test
 
 
+def built_in(options: RunOptions) -> Path:
+    """The folder of the built-in data set, which is drawn if it is missing. Raises UserError for a split it lacks."""
+    known = [name for split in ShapesSpec().splits() for name in (split, subtype_of(split))]
+    strange = [split for split in options.splits if split not in known and Path(split).suffix.lower() not in TABLES]
+    if strange:
+        raise UserError(f"the built-in data set has no split {', '.join(strange)}; give --data, the folder that has it")
+    return ensure_shapes(options.cache, ShapesSpec(seed=options.seed))
+
+
 def read_questions(options: QuestionOptions) -> QuestionData:
     """Read every split the run needs; draw the built-in data set first if no `--data` is given."""
-    source = options.data or ensure_shapes(options.cache, ShapesSpec(seed=options.seed))
+    source = options.data or built_in(options)
     read = partial(read_vqa, source, verify_images=options.verify_images, cache=options.cache)
     limits = "start_at end_at max_images max_questions min_agreement".split()
     train_split, val_split, test_split = split_names(source, options)
+    check_splits(source, {train_split, val_split, test_split} - {"auto", "all"})
     train = read(train_split, **{name: getattr(options, name) for name in limits})
     print(train.report)
     samples = {"train": train.samples}

@@ -26,7 +26,7 @@ from vqa_scratch.models.vilt import ViLT, ViLTClassifier, ViLTConfig, answer_los
 from vqa_scratch.models.vit import ConvStem
 from vqa_scratch.study.opened import Opened
 from vqa_scratch.systems.assembly import grid_positions, with_stem
-from vqa_scratch.systems.base import check_positions, seed_everything
+from vqa_scratch.systems.base import ANY_SAMPLE, check_positions, seed_everything
 from vqa_scratch.systems.export import export_vilt
 from vqa_scratch.systems.options import ViLTOptions
 from vqa_scratch.systems.questions import QuestionData, QuestionSystem
@@ -44,6 +44,12 @@ class ViLTSystem(QuestionSystem):
     left_out = 0  # training questions without an answer in the list
 
     # ------------------------------------------------------------------------------------------- build, save, open
+
+    @classmethod
+    def check(cls, options: ViLTOptions) -> None:
+        if not options.model:
+            with torch.device("meta"):
+                small_model(options, [ANY_SAMPLE], ANY_SAMPLE.answers)
 
     @classmethod
     def build(cls, options: ViLTOptions, data: QuestionData, precision: Precision) -> Self:

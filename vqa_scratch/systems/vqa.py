@@ -21,7 +21,7 @@ from vqa_scratch.options import from_json, rules_of
 from vqa_scratch.rl.options import RLHFOptions
 from vqa_scratch.rl.tasks import Task
 from vqa_scratch.storage import read_json, write_json
-from vqa_scratch.systems.base import check_positions, seed_everything
+from vqa_scratch.systems.base import ANY_SAMPLE, check_positions, seed_everything
 from vqa_scratch.systems.finals import Pass
 from vqa_scratch.systems.frozen import cache_features
 from vqa_scratch.systems.options import VQAOptions
@@ -49,12 +49,20 @@ class VQASystem(WritingSystem, QuestionSystem):
     # ------------------------------------------------------------------------------------------- build, save, open
 
     @classmethod
+    def check(cls, options: VQAOptions) -> None:
+        if options.start_from is not None:
+            return
+        check_question(options)
+        if options.preset == "shapes":
+            with torch.device("meta"):
+                small_models(options, [ANY_SAMPLE])
+
+    @classmethod
     def build(cls, options: VQAOptions, data: QuestionData, precision: Precision) -> Self:
         seed_everything(options.seed)
         if options.start_from is not None:
             system = cls.continued(options, precision)
         else:
-            check_question(options)
             make = small_models if options.preset == "shapes" else released_models
             system = cls(options, *make(options, data.samples["train"]), precision)
         system.candidates = common_answers(data.samples["train"], CANDIDATES_KEPT)
