@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -14,11 +15,14 @@ import pytest
 import torch
 
 import rlhf
+from vqa_scratch.__main__ import PROGRAM
+from vqa_scratch.commands.line import call
 from vqa_scratch.errors import UserError
 from vqa_scratch.models.t5 import T5
 from vqa_scratch.rl import mini_news, tasks
 from vqa_scratch.rl.options import PRESETS, read_command_line
 from vqa_scratch.rl.resume import begin_or_go_on
+from vqa_scratch.rl.types import Prompt
 from vqa_scratch.storage import LOCK, hold
 from vqa_scratch.systems import options as trained
 from vqa_scratch.training import precision
@@ -66,9 +70,18 @@ def test_a_run_leaves_what_it_promises(finished):
     for picture in ("curves.png", "frontier.png"):
         assert (out / picture).read_bytes().startswith(b"\x89PNG")
     assert (out / "samples.html").read_text().count("<table>") == 6
-    assert (out / "article.txt").read_text().strip()
     assert T5.from_pretrained(out / "policy").config.vocab_size > 100
     assert not [p for p in out.rglob("*.tmp")]
+
+
+def test_the_last_line_looks_inside_a_finished_run(finished, tmp_path, capsys):
+    """Its command runs as it stands, on a held-out article that the run has left in a file."""
+    out = finished[0]
+    title, line = rlhf.what_next_for(Prompt((out / "article.txt").read_text().strip()), out)
+    asked = shlex.split(line)[3:]
+    assert title == "next:" and asked[-1] == str(out / "study")
+    call(PROGRAM, [*asked[:-1], str(tmp_path / "study")], "python -m vqa_scratch")
+    assert (tmp_path / "study" / "report.html").is_file() and "certificate" in capsys.readouterr().out
 
 
 def test_prompts_of_the_figures_are_never_trained_on(cache):

@@ -13,7 +13,16 @@ from vqa_scratch.data.shapes import ShapesSpec, ensure_shapes
 from vqa_scratch.data.tables import TABLES
 from vqa_scratch.data.text import check_question
 from vqa_scratch.data.vqa_files import first_images, subtype_of
-from vqa_scratch.data.vqa_v2 import VQASample, check_splits, has_split, is_shared_out, read_vqa, split_by_image, summary
+from vqa_scratch.data.vqa_v2 import (
+    VQASample,
+    check_splits,
+    has_split,
+    is_shared_out,
+    official_files,
+    read_vqa,
+    split_by_image,
+    summary,
+)
 from vqa_scratch.data.vqa_write import write_submission
 from vqa_scratch.errors import UserError
 from vqa_scratch.report.gallery import write_gallery
@@ -42,14 +51,16 @@ def family_of(folder: Path) -> Callable[[VQASample], str]:
 def split_names(source: Path, options: QuestionOptions) -> tuple[str, str, str]:
     """The splits to train on, to choose the best weights by, and to test on; with a line on each that the source lacks.
 
-    A source without validation gives some of its training images to it; one without a test is judged on validation.
+    A table without validation gives some of its training images to it; one without a test is judged on validation. The
+    files of VQA v2 have all splits, or are incomplete.
     """
     train, val, test = options.train_split, options.val_split, options.test_split
+    if not source.exists() or (source.is_dir() and official_files(source, train)):
+        return train, val, test
     tables = [Path(name).suffix.lower() in TABLES for name in (val, test)]
-    if any(tables) and train == "train" and is_shared_out(source):
-        train, val = "all", val if tables[0] else "auto"
-    if not source.exists() or not has_split(source, train):
-        return train, val, test  # nothing can be read, and the reader says why
+    if is_shared_out(source) and (train == "all" or any(tables)):
+        val = val if tables[0] else "auto"
+        return "all", val, test if tables[1] else val
     if val == "val" and not has_split(source, val):
         print(f"no val split: {options.val_fraction:.0%} of the training images are held out for it")
         val = "auto"
