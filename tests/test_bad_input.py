@@ -252,7 +252,7 @@ def full_disk_at(step: int, limit: int) -> None:
 
     # Better at every evaluation, so that the weights are written at each of them.
     scores = iter(range(1, 100))
-    VQASystem.report = lambda self, split, *_, **__: Report(next(scores) / 100, {}, {})
+    VQASystem.report = lambda self, split, *_, **__: Report(next(scores) / 100, 0.0, {}, {})
     at_step(step, functools.partial(fill_disk, limit))
 
 

@@ -110,6 +110,13 @@ def check_splits(source: Path, splits: Iterable[str]) -> None:
         raise UserError(message)
 
 
+def is_official(source: Path, splits: Iterable[str]) -> bool:
+    """Whether a source is a folder with files of VQA v2 for any of the splits, complete or not."""
+    names = [(what, split) for what in (questions_name, annotations_name) for split in splits]
+    words = {questions_name: "question", annotations_name: "annotation"}
+    return source.is_dir() and any(find_file(source, what(subtype_of(s)), words[what], s) for what, s in names)
+
+
 def official_files(folder: Path, split: str) -> VQAFiles | None:
     """The files of a split under their official names, else under others that say what they hold; None without any.
 

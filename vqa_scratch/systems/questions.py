@@ -17,8 +17,8 @@ from vqa_scratch.data.vqa_v2 import (
     VQASample,
     check_splits,
     has_split,
+    is_official,
     is_shared_out,
-    official_files,
     read_vqa,
     split_by_image,
     summary,
@@ -55,7 +55,7 @@ def split_names(source: Path, options: QuestionOptions) -> tuple[str, str, str]:
     files of VQA v2 have all splits, or are incomplete.
     """
     train, val, test = options.train_split, options.val_split, options.test_split
-    if not source.exists() or (source.is_dir() and official_files(source, train)):
+    if not source.exists() or is_official(source, (train, val, test)):
         return train, val, test
     tables = [Path(name).suffix.lower() in TABLES for name in (val, test)]
     if is_shared_out(source) and (train == "all" or any(tables)):
