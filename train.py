@@ -29,12 +29,13 @@ from tqdm import tqdm
 
 from vqa_scratch import systems
 from vqa_scratch.data.batches import prefetch
+from vqa_scratch.options import from_json
 from vqa_scratch.report.curves import draw_panels
 from vqa_scratch.storage import write_json
 from vqa_scratch.systems.base import System
-from vqa_scratch.systems.run_folder import WEIGHTS, begin_or_go_on, load_weights, restore, save_weights
+from vqa_scratch.systems.run_folder import LAST, WEIGHTS, begin_or_go_on, load_weights, restore, save_weights
 from vqa_scratch.training.allocator import keep_freed_memory
-from vqa_scratch.training.checkpoint import save_checkpoint, separate_streams, streams
+from vqa_scratch.training.checkpoint import fitting, save_checkpoint, separate_streams, streams
 from vqa_scratch.training.launch import start
 from vqa_scratch.training.optimizers import Optimizers, schedule
 from vqa_scratch.training.precision import Precision, pick_device, pick_precision
@@ -165,7 +166,7 @@ def train(options: RunOptions, world: World) -> int | None:
     options.out.mkdir(parents=True, exist_ok=True)
     progress = Progress()
     if checkpoint:
-        progress = Progress(**restore(checkpoint, system, optimizers))
+        progress = from_json(Progress, restore(checkpoint, system, optimizers), str(options.out / LAST))
         print(f"resuming after step {progress.step}")
     else:
         separate_streams(world)
@@ -173,10 +174,12 @@ def train(options: RunOptions, world: World) -> int | None:
             system.save(options.out)
     with world.first_one_then_all():  # the first rank runs frozen encoders, if their output is cached
         system.precompute()
-    weights, curves, last = (options.out / name for name in (WEIGHTS, "curves.png", "checkpoints/last.pt"))
+    weights, curves, last = (options.out / name for name in (WEIGHTS, "curves.png", LAST))
     log = MetricsLog(
         options.out / "metrics.jsonl", progress.step if checkpoint else None, on_disk=world.main, also=options.log_to
     )
+    with fitting(log.path):  # what is wrong with the rows of a resumed run shows now, not when curves are drawn
+        system.panels(log.rows)
     watch = LossWatch(options.out, world, system.ids)
     budget = None  # seconds of training, if --minutes limits the run
     if options.minutes is not None:
@@ -307,7 +310,7 @@ def train(options: RunOptions, world: World) -> int | None:
         f"{system.unit}_seen": progress.samples,
         "steps": progress.step,
         "seconds": round(time.perf_counter() - began + (checkpoint["state"]["seconds"] if checkpoint else 0.0), 1),
-        "samples_per_second": rates[len(rates) // 2],
+        "samples_per_second": rates[len(rates) // 2] if rates else None,
         "peak_memory_gb": round(peak_memory_gb(device), 2),
         "device": str(device),
         "precision": kind,

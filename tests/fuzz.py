@@ -83,23 +83,26 @@ def where_from(error: BaseException) -> str:
     return f"{last.filename.split('/vqa_scratch/')[-1].split('/tests/')[-1]}:{last.lineno} {last.name}"
 
 
-def attempt(place: Place, sandbox: Path, rng: random.Random, out: TextIO, show: bool) -> tuple[str, str] | None:
-    """(kind, detail) of the fault, or None; what the program prints goes to `out`."""
+def attempt(place: Place, sandbox: Path, rng: random.Random, out: TextIO, show: bool) -> tuple[str, str]:
+    """(kind of the fault or "", detail); what the program prints goes to `out`.
+
+    Without a fault the detail is the line that the program ended with, or "" if it succeeded.
+    """
     errors = io.StringIO()
     try:
         signal.alarm(SECONDS)
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(errors), errors_in_one_line():
             place.use(sandbox, rng)
-        return None
+        return "", ""
     except SystemExit as stop:
         line = errors.getvalue().rpartition("error: ")[2].removesuffix("\n") if stop.code == 2 else ""
         if show:
             print(f"exit {stop.code}: {line!r}")
         if not line:
-            return None if stop.code == 0 else (f"exit {stop.code}", errors.getvalue()[-200:])
+            return "" if stop.code == 0 else f"exit {stop.code}", errors.getvalue()[-200:]
         if len(line.splitlines()) > 1 or any(ord(letter) < 32 for letter in line):
             return "a message of several lines", line[:400]
-        return ("a message that is too long", line[:400]) if len(line) > CHARACTERS else None
+        return "a message that is too long" if len(line) > CHARACTERS else "", line[:400]
     except TooLong as error:
         return f"over {SECONDS} s in {where_from(error)}", ""
     except BaseException as error:
@@ -119,11 +122,8 @@ def one_input(
     shutil.copytree(place.folder, sandbox)
     change = ""
     if place.changed:
-        pattern = rng.choice(place.changed)
-        found = sorted(path for path in sandbox.glob(pattern) if path.is_file())
-        if not found:
-            found = sorted(path for path in sandbox.rglob("*") if path.is_file())
-        path = rng.choice(found)
+        found = [sorted(path for path in sandbox.glob(pattern) if path.is_file()) for pattern in place.changed]
+        path = rng.choice(rng.choice([paths for paths in found if paths]))
         change = f"{path.relative_to(sandbox)}: {change_file(path, rng)}"
     os.chdir(sandbox)
     out = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")  # as strict as a terminal is
@@ -131,14 +131,16 @@ def one_input(
         print(f"{place.name}: {change}\n{sandbox}")
     try:
         torch.manual_seed(number)
-        fault = attempt(place, sandbox, rng, out, show)
+        kind, detail = attempt(place, sandbox, rng, out, show)
     finally:
         os.chdir(sandbox.parent)
         if not show:
             shutil.rmtree(sandbox, ignore_errors=True)
     out.flush()
     change = change or repr(out.buffer.getvalue().partition(b"\n")[0].decode()[-150:])
-    return place.name, fault and Fault(number, place.name, change, *fault)
+    if not kind and not detail and change.endswith((": not a number", ": infinite")):
+        kind = "weights that are no numbers are accepted"
+    return place.name, Fault(number, place.name, change, kind, detail) if kind else None
 
 
 def run(inputs: int, seed: int = 0, only: int | None = None, root: Path | None = None) -> tuple[Counter, list[Fault]]:

@@ -243,6 +243,7 @@ CHANGES = {
     ".json": change_json,
     ".jsonl": change_line,
     ".csv": change_line,
+    ".tsv": change_line,
     ".txt": change_line,
     ".safetensors": change_safetensors,
     ".pt": change_pickle,

@@ -25,13 +25,10 @@ from vqa_scratch.data.vqa_v2 import read_vqa
 from vqa_scratch.models.classifier import TextClassifier
 from vqa_scratch.rl import options as rl_options
 from vqa_scratch.rl.rewards import ClassifierReward
-from vqa_scratch.rl.tasks import book_task
+from vqa_scratch.rl.tasks import summarising_task
 from vqa_scratch.rl.types import Samples
 from vqa_scratch.study.record import take_apart
 from vqa_scratch.study.splits import pointing_figures
-from vqa_scratch.systems import vilt as vilt_system
-from vqa_scratch.systems import vqa_models
-from vqa_scratch.systems.caption_models import build_model
 from vqa_scratch.systems.options import CaptionOptions, VQAOptions
 from vqa_scratch.zero_shot import open_zero_shot
 
@@ -47,7 +44,7 @@ class Place:
     weight: float = 1.0
 
 
-def no_pictures(*_: Any) -> None:
+def no_pictures(*_: Any, **__: Any) -> None:
     """In place of what draws curves, which says nothing about inputs and takes half a second."""
 
 
@@ -63,7 +60,7 @@ class Places(Valid):
     def ask(self, folder: Path, rng: random.Random) -> None:
         """A run is opened and asked; now and then also studied or exported."""
         system = systems.load(folder)
-        top = rng.choice((None, None, 2)) if system.name != "caption" else None
+        top = rng.choice((None, None, 2)) if system.options.preset != "caption" else None
         system.ask(self.picture, QUESTION, top)
         if rng.random() < 0.15:
             take_apart(open_input(folder, self.picture, QUESTION, None, "cpu"))
@@ -83,25 +80,27 @@ class Places(Valid):
     def learn(self, folder: Path, rng: random.Random) -> None:
         """A data folder is read, a system built on it, and its first batch and its evaluation done."""
         name = rng.choice(("vqa", "vilt", "caption"))
-        options = train.read_command_line(self.flags(name, folder / "run", folder))
-        kind = systems.find(options.preset)
-        data = kind.read(options)
-        system = kind.build(options, data, FP32)
+        system, data = built(train.read_command_line(self.flags(name, folder / "run", folder)))
         system.train_on(data)
         system.loss(system.batch(system.epoch(0)[0]))
         system.evaluate()
 
     def score(self, folder: Path, rng: random.Random) -> None:
-        """What `evaluate` does with a data folder, for answers or captions, or what `study --pointing` does."""
-        system = self.opened[rng.choice(("vqa", "vilt", "caption"))]
-        kind = rng.random()
-        if kind < 0.3 and system.name == "caption":
-            print(scores.caption_table(system.describe(folder, "val", None)))
-        elif kind < 0.2 and system.name == "vqa":
-            pointing_figures(lambda i, q: system.subject(i, q).subject, system.processor, folder, "val", 2)
-        else:
-            figures, _ = scores.evaluation(system, folder, "val", read_vqa(folder, "val").samples, 4)
-            print(scores.table(figures))
+        """What `evaluate` does with a data folder."""
+        figures, _ = scores.evaluation(
+            self.opened[rng.choice(("vqa", "vilt", "caption"))], folder, "val", read_vqa(folder, "val").samples, 4
+        )
+        print(scores.table(figures))
+
+    def own(self, name: str) -> Callable[[Path, random.Random], None]:
+        """A table of the user's own: what `data` says of it, and answers to it."""
+
+        def use(folder: Path, rng: random.Random) -> None:
+            command("data", folder / name)
+            samples = read_vqa(folder / name, "all").samples
+            self.opened[rng.choice(("vqa", "vilt"))].answer(samples[:4])
+
+        return use
 
     def describe(self, folder: Path, _: random.Random) -> None:
         print(scores.caption_table(self.opened["caption"].describe(folder, "val", None)))
@@ -125,10 +124,8 @@ class Places(Valid):
                 preset="book", init="pretrained", data=self.data, steps=1, max_answer_tokens=4, out=folder / "run",
                 connector="prefix" if kind == "opt" else "tokens", question_prompt=kind == "opt", **towers,
             )  # fmt: skip
-            samples = read_vqa(self.data, "val").samples
-            model = vqa_models.released_models(options, samples)
-            system = systems.find("book")(options, *model, FP32)
-            system.answer(samples[:2])
+            system, data = built(options)
+            system.answer(data.samples["val"][:2])
 
         return use
 
@@ -139,7 +136,7 @@ class Places(Valid):
 
     def summarise(self, folder: Path, _: random.Random) -> None:
         options = rl_options.read_command_line(self.book_flags(self.articles / "news.csv", folder / "x", policy=folder))
-        task = book_task(options, CPU, torch.float32)
+        task = summarising_task(options, CPU, torch.float32)
         prompts = task.train[:2]
         task.policy.encode(prompts)
         take_apart(open_input(folder, None, None, self.articles / "news.txt", "cpu"))
@@ -149,30 +146,30 @@ class Places(Valid):
 
         def use(folder: Path, _: random.Random) -> None:
             options = rl_options.read_command_line(self.book_flags(folder / name, folder / "x"))
-            book_task(options, CPU, torch.float32)
+            summarising_task(options, CPU, torch.float32)
 
         return use
 
     def choose(self, folder: Path, _: random.Random) -> None:
         """`--preset vilt-b32 --model`: a released ViLT under a new head."""
         flags = ["--preset", "vilt-b32", "--data", str(self.data), "--model", str(folder), "--max-question-tokens", "9"]
-        options = train.read_command_line([*flags, "--steps", "1", "--min-answer-count", "1"])
-        samples = read_vqa(self.data, "val").samples
-        parts = vilt_system.released_model(options, samples, ("yes", "no"))
-        vilt_system.ViLTSystem(options, *parts, FP32).answer(samples[:2])
+        system, data = built(train.read_command_line([*flags, "--steps", "1", "--min-answer-count", "1"]))
+        system.answer(data.samples["val"][:2])
 
     def zero_shot(self, folder: Path, _: random.Random) -> None:
         open_zero_shot(str(folder), CPU).ask(self.picture, "what is it?")
 
-    def caption_from(self, folder: Path, rng: random.Random) -> None:
+    def caption_from(self, name: str) -> Callable[[Path, random.Random], None]:
         """`--preset coco`: a file of ResNet weights, as safetensors or as a pickle, under a released GPT-2."""
-        options = CaptionOptions(
-            preset="coco", init="pretrained", data=self.captioned, steps=1, max_caption_tokens=8,
-            image_model=rng.choice(sorted(folder.glob("resnet.*"))), decoder_model=str(self.checkpoints["gpt2"]),
-        )  # fmt: skip
-        data = systems.find("coco").read(options)
-        system = systems.find("coco")(options, *build_model(options, data), FP32)
-        system.ask(self.picture, None)
+
+        def use(folder: Path, _: random.Random) -> None:
+            options = CaptionOptions(
+                preset="coco", init="pretrained", data=self.captioned, steps=1, max_caption_tokens=8,
+                image_model=folder / name, decoder_model=str(self.checkpoints["gpt2"]),
+            )  # fmt: skip
+            built(options)[0].ask(self.picture, None)
+
+        return use
 
     def cut_words(self, folder: Path, _: random.Random) -> None:
         tokenizer = texts.Tokenizer.from_pretrained(folder)
@@ -208,17 +205,27 @@ class Places(Valid):
             Place("released: vilt", released["vilt"], folder, self.choose),
             Place("released: blip2", released["blip2"], folder, self.zero_shot, 1.5),
             Place("released: classifier", released["classifier"], folder, self.classify),
-            Place("released: resnet", released["resnet"], ("resnet.*",), self.caption_from),
+            *(Place(f"released: {name}", released["resnet"], (name,), self.caption_from(name), 0.5)
+              for name in ("resnet.safetensors", "resnet.bin")),
             Place("tokenizer: vocab.txt", released["wordpiece"], ("*",), self.cut_words),
             Place("tokenizer: merges.txt", released["bytes"], ("*",), self.cut_words),
             *(Place(f"articles: {path.suffix}", self.alone(path), ("*",), self.read_articles(path.name), 0.7)
               for path in sorted(self.articles.iterdir())),
+            *(Place(f"own data: {path.suffix}", self.tables, (path.name,), self.own(path.name), 0.5)
+              for path in sorted(self.tables.glob("table.*"))),
             *(Place(f"image: {path.suffix}", self.alone(path), ("*",), self.look(path.name), 0.6) for path in images),
             Place("convert", released["resnet"], ("resnet.bin",), self.convert, 0.7),
         ]  # fmt: skip
 
 
+def built(options: Any) -> tuple[Any, Any]:
+    """(a new system with these options, the data it was made for)."""
+    kind = systems.find(options.preset)
+    data = kind.read(options)
+    return kind.build(options, data, FP32), data
+
+
 def without_pictures() -> None:
     """Leave out what takes long and reads nothing."""
     train.draw_panels = no_pictures
-    rlhf.report.curves = rlhf.report.frontier = no_pictures
+    rlhf.draw_panels = rlhf.report.frontier = no_pictures

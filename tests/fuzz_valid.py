@@ -70,6 +70,7 @@ class Valid:
         self.checkpoints = self._checkpoints(root / "released")
         self.articles = root / "articles"
         self._articles()
+        self.tables = self._tables(root / "tables")
         self.tuned = self._tuned(root / "tuned")
 
     # ------------------------------------------------------------------------------------------------ valid files
@@ -166,6 +167,20 @@ class Valid:
         lines = [json.dumps({"text": row, "summary": "The harbour closes."}) for row in rows]
         (self.articles / "news.jsonl").write_text("\n".join(lines) + "\n")
         (self.articles / "news.txt").write_text("\n".join(rows) + "\n")
+
+    def _tables(self, folder: Path) -> Path:
+        """Three images, and questions about them in tables of every kind."""
+        folder.mkdir()
+        pictures = [
+            shutil.copy(path, folder / f"photo {i}.png") for i, path in enumerate(self.data.glob("train2014/*.png"))
+        ]
+        rows = [{"image": p.name, "question": question, "answer": "red"} for p in pictures for question in WORDS[:2]]
+        (folder / "table.json").write_text(json.dumps(rows))
+        (folder / "table.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+        for suffix, between in ((".csv", ","), (".tsv", "\t")):
+            lines = [between.join(row.values()) for row in [{name: name for name in rows[0]}, *rows]]
+            (folder / f"table{suffix}").write_text("\n".join(lines) + "\n")
+        return folder
 
     def book_flags(self, articles: Path, out: Path, **folders: Path) -> list[str]:
         where = {"policy": "t5", "grammar_model": "classifier", "tone_model": "classifier"}

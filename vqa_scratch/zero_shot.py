@@ -89,8 +89,9 @@ def open_zero_shot(source: str, device: torch.device, precision: str = "fp32") -
     kind, _ = pick_precision(precision, device)
     model = Blip2.from_pretrained(source, dtype=DTYPES[kind], device=device)
     sizes = model.config
-    if len(tokenizer) > sizes.language.vocab_size:
-        raise UserError(f"the tokenizer of {source} has {len(tokenizer)} ids, its model {sizes.language.vocab_size}")
+    tokenizer.check_fits(sizes.language.vocab_size, source)
+    if sizes.language.bos_id >= sizes.language.vocab_size or sizes.vision.channels != 3:
+        raise UserError(f"{source} has a start token beyond its vocabulary, or does not read colours")
     patch = sizes.vision.patch_size
     if processor.output_size is None or any(side % patch for side in processor.output_size):
         raise UserError(f"the images of {source} do not divide into patches of {patch}: size {processor.size}")

@@ -8,6 +8,7 @@ annotators gave an answer, in their own spelling, as that code has it.
 Shapes: B questions, L answers in the list.
 """
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -30,6 +31,13 @@ class Answer:
     probability: float
     tokens: int = 0  # EOS included; 0 of an answer chosen from a list
     ended: bool = True  # by EOS, not by the limit on tokens
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.probability):
+            raise UserError(
+                f"the model gives an answer the probability {self.probability}: its weights are damaged, or too large "
+                "for this precision"
+            )
 
 
 @dataclass(frozen=True)

@@ -20,14 +20,13 @@ from vqa_scratch.data.vqa_files import (
     VQAData,
     VQASample,
     entries,
-    fields,
     first_images,
     image_file_name,
     image_places,
     subtype_of,
 )
 from vqa_scratch.errors import UserError
-from vqa_scratch.storage import read_json
+from vqa_scratch.storage import read_json, typed
 
 CAPTION = "caption"  # the question type and answer type of a sample that is one
 
@@ -53,7 +52,7 @@ def _image_entries(path: Path, content: Any) -> dict[int, str]:
     names: dict[int, str] = {}
     for position, entry in enumerate(entries(path, content, "images")):
         where = f"{path}: images[{position}]"
-        image_id, name = fields(where, entry, {"id": int, "file_name": str})
+        image_id, name = typed(where, entry, {"id": int, "file_name": str})
         parts = PurePosixPath(name.replace("\\", "/"))
         if not name or parts.is_absolute() or ".." in parts.parts:
             raise UserError(f"{where}: 'file_name' is {name!r}, not the name of a file below the folder of images")
@@ -91,7 +90,7 @@ def read_coco_captions(path: Path, folder: Path, split: str, max_images: int | N
     rows, missing = [], 0
     for position, entry in enumerate(annotations):
         where = f"{path}: annotations[{position}]"
-        caption_id, image_id, caption = fields(where, entry, {"id": int, "image_id": int, "caption": str})
+        caption_id, image_id, caption = typed(where, entry, {"id": int, "image_id": int, "caption": str})
         if caption_id in seen:
             report.skip("the caption id occurred before", caption_id)
             continue

@@ -11,8 +11,11 @@ from vqa_scratch.errors import UserError
 from vqa_scratch.options import from_json
 from vqa_scratch.rl.options import RLHFOptions
 from vqa_scratch.rl.ppo import PPO
-from vqa_scratch.storage import read_json
-from vqa_scratch.training.checkpoint import check_unchanged, checkpoint_path, load_checkpoint, set_rng_state
+from vqa_scratch.storage import read_object, typed
+from vqa_scratch.training.checkpoint import check_unchanged, checkpoint_path, fitting, load_checkpoint, set_rng_state
+
+# Of a checkpoint of rlhf.py.
+PARTS = {"ppo": dict, "rng": dict, "seconds": float, "config": dict, "precision": str, "reference": str}
 
 
 def fingerprint(model: nn.Module, order: Iterable[str] | None = None) -> str:
@@ -32,7 +35,7 @@ def last_checkpoint(options: RLHFOptions) -> dict[str, Any] | None:
     Raises UserError if it is of another run, or would be overwritten, and if the folder cannot be written to.
     """
     about = options.out / "config.json"
-    program = read_json(about).get("program", "rlhf.py") if about.is_file() else "rlhf.py"
+    program = read_object(about).get("program", "rlhf.py") if about.is_file() else "rlhf.py"
     if program != "rlhf.py":
         raise UserError(f"{options.out} is a run of {program}; give another --out")
     path = checkpoint_path(options.out, options.resume)
@@ -41,6 +44,7 @@ def last_checkpoint(options: RLHFOptions) -> dict[str, Any] | None:
     saved = load_checkpoint(path)
     if "ppo" not in saved:
         raise UserError(f"{path} is no checkpoint of rlhf.py")
+    typed(path, saved, PARTS)
     check_unchanged(from_json(type(options), saved["config"], str(path)), vars(options), options.out)
     return saved
 
@@ -49,6 +53,7 @@ def restore(ppo: PPO, saved: dict[str, Any], reference: str) -> float:
     """Restore the run from the checkpoint; returns the seconds spent so far. Raises UserError for another reference."""
     if saved["reference"] != reference:
         raise UserError("the run was begun against a reference with other weights; its KL would change its meaning")
-    ppo.load_state_dict(saved.pop("ppo"))  # a second copy of the model need not stay in memory
-    set_rng_state(saved["rng"])
+    with fitting(ppo.options.out):
+        ppo.load_state_dict(saved.pop("ppo"))  # a second copy of the model need not stay in memory
+        set_rng_state(saved["rng"])
     return saved["seconds"]

@@ -136,8 +136,7 @@ def summarising_task(options: RLHFOptions, device: torch.device, precision: torc
     model, tokenizer = models.summariser, models.tokenizer
     if reference is not None:
         check_same_vocabulary(model, reference)
-    if len(tokenizer) > model.config.vocab_size:
-        raise UserError(f"the tokenizer has {len(tokenizer)} tokens, the model only {model.config.vocab_size}")
+    tokenizer.check_fits(model.config.vocab_size, "the T5")
 
     parts = own_reward(options.reward, options.reward_label, device, precision) if options.reward else []
     for name, judge in models.judges.items():
