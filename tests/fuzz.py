@@ -2,7 +2,8 @@
 
 A fault is anything but success or one clear line: an exception that the programs do not turn into a line, a line of
 more than 300 characters, or more than 10 seconds. Input number n of a seed is always the same; `--only n` runs it
-alone and shows its traceback or its line. `tests/test_fuzz.py` runs 300 inputs in the suite, and 2,000 with the slow tests.
+alone and shows its traceback or its line. `tests/test_fuzz.py` runs 300 of them in the suite, 2,000 if asked for slow
+tests.
 """
 
 import argparse

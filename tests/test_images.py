@@ -231,6 +231,16 @@ def test_sixteen_bits_are_scaled_not_clipped(tmp_path):
     assert np.array_equal(np.asarray(to_rgb(big_endian))[..., 1], wanted)
 
 
+def test_what_the_system_refuses_is_not_called_damage(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise PermissionError(13, "Permission denied", "a.png")
+
+    (tmp_path / "a.png").write_bytes(b"x")
+    monkeypatch.setattr(Image, "open", refuse)
+    with pytest.raises(UserError, match="a.png cannot be read: Permission denied$"):
+        load_image(tmp_path / "a.png")
+
+
 def test_transparency_is_laid_over_white(tmp_path):
     Image.new("RGBA", (2, 2), (255, 0, 0, 0)).save(tmp_path / "clear.png")
     Image.new("RGBA", (2, 2), (255, 0, 0, 255)).save(tmp_path / "opaque.png")
