@@ -225,7 +225,8 @@ def show(s: dict[str, float], options: RLHFOptions) -> None:
     print(f"finished {s['finish_before']:.0%} -> {s['finish_after']:.0%}", end="")
     if "overlap_before" in s:
         print(f"; overlap with the reference summaries {s['overlap_before']:.3f} -> {s['overlap_after']:.3f}", end="")
-    print(f"\n{s['seconds']:.0f} s, {s['rollouts_per_second']:.0f} rollouts/s; see {options.out}/samples.html")
+    rate = s["rollouts_per_second"]  # None if the log of a resumed run is lost
+    print(f"\n{s['seconds']:.0f} s{'' if rate is None else f', {rate:.0f} rollouts/s'}; see {options.out}/samples.html")
 
 
 def run(argv: Sequence[str]) -> dict[str, float] | int:

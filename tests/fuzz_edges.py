@@ -148,8 +148,16 @@ def edges(places: Places) -> list[Place]:
                 argv.append(rng.choice((*FEW[:7], *TEXTS)))
         command(*argv)
 
+    def file_of_options(folder: Path, rng: random.Random) -> None:
+        """`--config FILE` of either program."""
+        read = rng.choice((train.read_command_line, rlhf.read_command_line))
+        read(said(["--config", str(folder / "options.toml")]))
+
     nothing = places.root / "nothing"
     nothing.mkdir(exist_ok=True)
+    filed = places.root / "filed"
+    filed.mkdir(exist_ok=True)
+    (filed / "options.toml").write_text('seed = 3\nout = "runs/a"\nweight_decay = 0.1\ndevice = "cpu"\n')
     uses: tuple[tuple[str, Callable[[Path, random.Random], Any], float], ...] = (
         ("options: read", parse, 3),
         ("options: run", run, 0.6),
@@ -157,7 +165,8 @@ def edges(places: Places) -> list[Place]:
         ("commands: arguments", commands, 2),
         ("commands: options", flags_of_commands, 1.5),
     )
-    return [Place(name, nothing, (), use, weight) for name, use, weight in uses]
+    written = Place("options: file", filed, ("*.toml",), file_of_options, 0.7)
+    return [written, *(Place(name, nothing, (), use, weight) for name, use, weight in uses)]
 
 
 def path(folder: Path, rng: random.Random) -> str:

@@ -245,6 +245,7 @@ CHANGES = {
     ".csv": change_line,
     ".tsv": change_line,
     ".txt": change_line,
+    ".toml": change_line,
     ".safetensors": change_safetensors,
     ".pt": change_pickle,
     ".bin": change_pickle,
