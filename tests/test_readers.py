@@ -9,11 +9,19 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from vqa_scratch.command_line import errors_in_one_line
+from vqa_scratch.data.answers import Answer
+from vqa_scratch.data.images import ImageProcessor
+from vqa_scratch.data.text import train_wordpiece
 from vqa_scratch.errors import UserError, naming, some
 from vqa_scratch.models import GPT2, OPT, T5, Bert, BertConfig, GPT2Config, OPTConfig, ResNet, T5Config, ViT, ViTConfig
 from vqa_scratch.models.released import image_encoder
 from vqa_scratch.models.resnet import ResNetConfig
+from vqa_scratch.options import from_json
 from vqa_scratch.storage import parse_json, read_json, read_object, typed
+from vqa_scratch.systems.options import VQAOptions, read_command_line
+from vqa_scratch.training.checkpoint import fitting, load_checkpoint
+from vqa_scratch.training.progress import read_metrics
 from vqa_scratch.weights import files
 
 ROOT = Path(__file__).parent.parent
@@ -253,3 +261,107 @@ def test_every_field_of_a_config_is_checked(model, value):
             type(made).from_pretrained(folder)
         except UserError as error:
             assert str(folder) in str(error)
+
+
+# ------------------------------------------------------------------------------------------------ options, sizes, texts
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"steps": "many"}, "'steps' is 'many', not of type int"),
+        ({"steps": True}, "'steps' is True, not of type int"),
+        ({"steps": 10**30}, "'steps' is 1000000000000000000000000000000, not of type int"),
+        ({"data": ["a"]}, r"'data' is \['a'\], not of type PosixPath|not of type Path"),
+        ({"data": "a\0b"}, r"'data' is 'a\\x00b': a path has no NUL"),
+        ({"compile": 1}, "'compile' is 1, not of type bool"),
+        ({"learning_rate": "fast"}, "'learning_rate' is 'fast', not of type float"),
+        ({"preset": "shapes", "width": 0}, "config.json: --width must be at least 1, not 0"),
+    ],
+)
+def test_options_of_a_file(values, message):
+    with pytest.raises(UserError, match=message):
+        from_json(VQAOptions, values, "runs/a/config.json")
+    assert from_json(VQAOptions, {"learning_rate": 1, "steps": 3}, "x").learning_rate == 1.0
+
+
+def test_numbers_and_texts_that_no_option_takes():
+    with pytest.raises(UserError, match="--eval-questions must be below 9007199254740992, not"):
+        read_command_line(["--eval-questions", str(2**63)])
+    with pytest.raises(UserError, match=r"--val-split must be text in UTF-8, not 'caf\\udce9'"):
+        read_command_line(["--val-split", "caf\udce9"])
+    with pytest.raises(UserError, match="holds a NUL"):
+        read_command_line(["--data", "a\0b"])
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (MemoryError(), "error: not enough memory: make the batch, "),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0"), "memory (2.00 GiB at once)"),
+        (RuntimeError("CPU: can't allocate memory: you tried to allocate 99 bytes."), "memory (99 bytes at once)"),
+        (PermissionError(13, "Permission denied", "a\nb"), r"error: a\nb: Permission denied"),
+    ],
+)  # fmt: skip
+def test_what_a_machine_lacks_is_one_line(error, line, capsys):
+    with pytest.raises(SystemExit) as stop, errors_in_one_line():
+        raise error
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and line in said and said.count("\n") == 1
+    with pytest.raises(RuntimeError, match="a mistake"), errors_in_one_line():
+        raise RuntimeError("a mistake of this project")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"size": 10**6}, "size must hold whole numbers from 1 to 8,192, not 1000000"),
+        ({"size": True}, "size must be a number, "),
+        ({"do_center_crop": True}, "crop_size must be a number"),
+        ({"image_mean": [0.5, "x", 0.5]}, "image_mean must be a usual number, not 'x'"),
+        ({"image_std": [1, 2]}, r"image_std must be a number or three, not \[1, 2\]"),
+        ({"rescale_factor": float("nan")}, "rescale_factor must be a usual number, not nan"),
+        ({"resample": {}}, "resample must be one of Pillow's filters 0 to 5, not {}"),
+    ],
+)
+def test_preprocessing_that_cannot_be_followed(tmp_path, changes, message):
+    (tmp_path / "preprocessor_config.json").write_text(
+        json.dumps({"image_processor_type": "ViTImageProcessor"} | changes)
+    )
+    with pytest.raises(UserError, match=message) as error:
+        ImageProcessor.from_pretrained(tmp_path)
+    assert "preprocessor_config.json" in str(error.value)
+
+
+def test_vocabularies():
+    chinese = [chr(0x4E00 + i) for i in range(700)]
+    words = train_wordpiece(chinese, 512)
+    assert len(words) == 5 + 2 * 700 and not words.unknown("".join(chinese[::50]))
+    with pytest.raises(UserError, match="the tokenizer has 1405 tokens, the decoder has rows for 512"):
+        words.check_fits(512, "the decoder")
+
+
+def test_an_answer_has_a_probability():
+    for value in (float("nan"), float("inf")):
+        with pytest.raises(UserError, match=f"the probability {value}: its weights are damaged"):
+            Answer("red", value)
+
+
+def test_metrics_that_no_curve_can_show(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    for row in ({"step": 1, "loss": "x"}, {"step": 1, "val": {"accuracy": []}}, {"step": None}, [1], {"loss": 1.0}):
+        path.write_text(json.dumps({"step": 0, "loss": 1.0}) + "\n" + json.dumps(row) + "\n" + '{"step": 2}\n')
+        with pytest.raises(UserError, match="metrics.jsonl, line 2 is no row of a log"):
+            read_metrics(path)
+
+
+def test_a_checkpoint_of_another_kind(tmp_path):
+    path = tmp_path / "last.pt"
+    torch.save({"model": [], "rng": {}}, path)
+    with pytest.raises(UserError, match="last.pt: 'model' is .*, not dict"):
+        load_checkpoint(path, {"model": dict})
+    torch.save({"model": {"a": [torch.tensor([1.0, float("nan")])]}}, path)
+    with pytest.raises(UserError, match="model.a.0 in .*last.pt holds NaN or infinite numbers"):
+        load_checkpoint(path)
+    with pytest.raises(UserError, match=r"last.pt does not fit this run \(KeyError: 'b'\)"), fitting("last.pt"):
+        raise KeyError("b")

@@ -358,3 +358,14 @@ def test_submission_covers_exactly_the_split(tmp_path):
     with pytest.raises(ValueError, match=r"1 without an answer \(first 2\), 1 that were not asked \(first 5\)"):
         write_submission(path, {1: "x", 5: "y"}, [1, 2])
     assert not path.exists()
+
+
+@pytest.mark.parametrize("images", range(2, 9))
+def test_no_part_of_few_images_is_empty(images):
+    """And with many images the one part of each depends on nothing but itself."""
+    samples = [VQASample(i, None, i, "?", "", "", ("a",), "a") for i in range(images)]
+    for seed in range(20):
+        train, val = split_by_image(samples, (0.95, 0.05), seed)
+        assert train and val and len(train) + len(val) == images
+    alone = split_by_image(samples[:1], (0.95, 0.05))
+    assert sorted(map(len, alone)) == [0, 1]

@@ -261,7 +261,7 @@ def errors_in_one_line() -> Iterator[None]:
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and not re.search("out of memory|can't allocate memory", str(error)):
             raise
-        wanted = re.search(r"tried to allocate ([\d.,]+ \w+)", str(error))
+        wanted = re.search(r"[Tt]ried to allocate ([\d.,]+ \w+)", str(error))
         what = f" ({wanted[1]} at once)" if wanted else ""
         print(f"error: not enough memory{what}: make the batch, the model or the image smaller", file=sys.stderr)
         sys.exit(2)
