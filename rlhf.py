@@ -32,6 +32,7 @@ from tqdm import tqdm
 
 from vqa_scratch.data.vqa_v2 import VQASample
 from vqa_scratch.options import to_json
+from vqa_scratch.report.curves import draw_panels
 from vqa_scratch.rl import evaluate, report
 from vqa_scratch.rl.metrics import rollout_metrics
 from vqa_scratch.rl.policy import ActorCritic
@@ -44,7 +45,7 @@ from vqa_scratch.storage import write_json, write_text
 from vqa_scratch.systems.finals import what_next
 from vqa_scratch.systems.policy import vqa_task
 from vqa_scratch.training.allocator import keep_freed_memory
-from vqa_scratch.training.checkpoint import rng_state, save_checkpoint
+from vqa_scratch.training.checkpoint import fitting, rng_state, save_checkpoint
 from vqa_scratch.training.launch import start
 from vqa_scratch.training.precision import Precision, pick_device, pick_precision
 from vqa_scratch.training.progress import MetricsLog
@@ -113,6 +114,8 @@ def train(
     world.check_same(ppo.iteration, f"the last iteration in {options.out}")
     resume_after = ppo.iteration if saved else None
     log = MetricsLog(options.out / "metrics.jsonl", resume_after, on_disk=world.main, also=options.log_to)
+    with fitting(log.path):  # what is wrong with the rows of a resumed run shows now, not when curves are drawn
+        report.panels(log.rows, [part.name for part in ppo.reward.parts])
 
     def save() -> None:
         seconds = earlier + time.perf_counter() - started
@@ -150,12 +153,12 @@ def conclude(ppo: PPO, task: Task, options: RLHFOptions, log: MetricsLog) -> dic
     # Both gains must be measured on the prompts of the curve.
     mine = after if len(few) == len(prompts) else evaluate.measure(ppo, ppo.actor.backbone, few, k, seed)
     gain = float(mine.rewards.mean())
-    rates = [row["rollouts_per_second"] for row in log.rows]
+    rates = [row["rollouts_per_second"] for row in log.rows if "rollouts_per_second" in row]
     summary = {
         **before.summary("before"),
         **after.summary("after"),
         "kl": after.kl,
-        "rollouts_per_second": sorted(rates)[len(rates) // 2],
+        "rollouts_per_second": sorted(rates)[len(rates) // 2] if rates else None,
         "frontier_share": curve.share(mine.kl, curve.reward[0], gain),
         "frontier_kl_limit": curve.limit,
         "best_of_n": [{"n": n, "kl_bound": kl, "reward": reward} for n, kl, reward in curve.best_of_n],
@@ -163,7 +166,7 @@ def conclude(ppo: PPO, task: Task, options: RLHFOptions, log: MetricsLog) -> dic
         "algorithm": options.algorithm,
     }
     parts = [part.name for part in ppo.reward.parts]
-    report.curves(log.rows, parts, options.out / "curves.png")
+    draw_panels(options.out / "curves.png", report.panels(log.rows, parts), columns=3)
     report.frontier(curve, log.rows, before, after, options.out / "frontier.png")
     write_text(options.out / "samples.html", report.samples_page(before, after, k))
     task.save(options.out / "policy")
@@ -239,7 +242,8 @@ def show(s: dict[str, float], options: RLHFOptions) -> None:
     print(f"finished {s['finish_before']:.0%} -> {s['finish_after']:.0%}", end="")
     if "overlap_before" in s:
         print(f"; overlap with the reference summaries {s['overlap_before']:.3f} -> {s['overlap_after']:.3f}", end="")
-    print(f"\n{s['seconds']:.0f} s, {s['rollouts_per_second']:.0f} rollouts/s; see {options.out}/samples.html")
+    rate = s["rollouts_per_second"]  # None if the log of a resumed run is lost
+    print(f"\n{s['seconds']:.0f} s{'' if rate is None else f', {rate:.0f} rollouts/s'}; see {options.out}/samples.html")
     if rise <= 0:
         print(
             "the reward did not rise: more --iterations, or a lower price of KL (--kl-coef), give the policy more room"

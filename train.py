@@ -30,20 +30,13 @@ from torch import Tensor, nn
 from vqa_scratch import systems
 from vqa_scratch.data.batches import prefetch
 from vqa_scratch.data.hashes import facts, hashes_of
+from vqa_scratch.options import from_json
 from vqa_scratch.report.curves import draw_panels
 from vqa_scratch.storage import write_json
 from vqa_scratch.systems.base import System
-from vqa_scratch.systems.run_folder import (
-    PROGRAM,
-    WEIGHTS,
-    begin_or_go_on,
-    check_same_data,
-    load_weights,
-    restore,
-    save_weights,
-)
+from vqa_scratch.systems.run_folder import WEIGHTS, begin_or_go_on, check_same_data, load_weights, restore, save_weights
 from vqa_scratch.training.allocator import keep_freed_memory
-from vqa_scratch.training.checkpoint import save_checkpoint, separate_streams, streams
+from vqa_scratch.training.checkpoint import fitting, save_checkpoint, separate_streams, streams
 from vqa_scratch.training.launch import start
 from vqa_scratch.training.optimizers import Optimizers, schedule
 from vqa_scratch.training.precision import Precision, pick_device, pick_precision
@@ -178,9 +171,10 @@ def train(options: RunOptions, world: World, began: float) -> int | None:
 
     # ---- where the run stands
     options.out.mkdir(parents=True, exist_ok=True)
+    weights, curves, last = (options.out / name for name in (WEIGHTS, "curves.png", "checkpoints/last.pt"))
     progress = Progress()
     if checkpoint:
-        progress = Progress(**restore(checkpoint, system, optimizers))
+        progress = from_json(Progress, restore(checkpoint, system, optimizers), str(last))
         print(f"resuming after step {progress.step}")
     else:
         separate_streams(world)
@@ -188,8 +182,9 @@ def train(options: RunOptions, world: World, began: float) -> int | None:
             system.save(options.out)
     with world.first_one_then_all():  # the first rank runs frozen encoders, if their output is cached
         system.precompute()
-    weights, curves, last = (options.out / name for name in (WEIGHTS, "curves.png", "checkpoints/last.pt"))
     log = MetricsLog(options.out / "metrics.jsonl", progress.step if checkpoint else None, world.main, options.log_to)
+    with fitting(log.path):  # what is wrong with the rows of a resumed run shows now, not when curves are drawn
+        system.panels(log.rows)
     watch = LossWatch(options.out, world, system.ids)
     reporting, reserve = 0.0, 0.0  # seconds that weights and curves take, and those kept back for the end, as measured
 
@@ -325,7 +320,7 @@ def train(options: RunOptions, world: World, began: float) -> int | None:
         f"{system.unit}_seen": progress.samples,
         "steps": progress.step,
         "seconds": round(time.perf_counter() - began + (checkpoint["state"]["seconds"] if checkpoint else 0.0), 1),
-        "samples_per_second": rates[len(rates) // 2],
+        "samples_per_second": rates[len(rates) // 2] if rates else None,
         "peak_memory_gb": round(peak_memory_gb(device), 2),
         "device": str(device),
         "precision": kind,
@@ -340,7 +335,7 @@ def train(options: RunOptions, world: World, began: float) -> int | None:
 def main(options: RunOptions, began: float | None = None) -> int | None:
     """Run `train` as one of the ranks that torchrun started, or as the only one; `began`: when, if not now."""
     began = time.perf_counter() if began is None else began
-    with start(options.device) as world, held(options.out, options.resume, PROGRAM, world):
+    with start(options.device) as world, held(options.out, options.resume, "train.py", world):
         return train(options, world, began)
 
 

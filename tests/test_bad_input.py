@@ -198,7 +198,7 @@ def test_a_damaged_checkpoint(run, data, tmp_path, capsys, damage):
         torch.save(state, last)
     line = said([*flags(data, out), "--resume"], capsys)
     expected = {
-        "cut": "is not a whole checkpoint",
+        "cut": "is not a whole torch file",
         "another shape": "decoder.norm.weight is (7,), the model has (32,)",
         "no tensors": "missing image.cls_token",
     }

@@ -227,8 +227,8 @@ def test_missing_and_broken_files(tmp_path):
     (tmp_path / "captions_val2014.json").write_text('{"images": [')
     with pytest.raises(UserError, match="is not valid JSON"):
         read_captions(tmp_path, "val")
-    (tmp_path / "scenes_test.json").write_text('{"1": {"objects": [{"shape": "circle"}]}}')
-    with pytest.raises(UserError, match="is not a file of drawn scenes"):
+    (tmp_path / "scenes_test.json").write_text('{"1": {"objects": [{"shape": "circle"}], "about": {}}}')
+    with pytest.raises(UserError, match="scene '1', object 0 has no 'color' and no 'size'"):
         read_captions(tmp_path, "test")
 
 

@@ -227,9 +227,9 @@ def test_a_broken_list_of_answers_is_one_line(run, data, tmp_path, content):
 def test_a_file_of_another_model_is_told_shortly(run, tmp_path):
     other = Path(shutil.copytree(run, tmp_path / "run"))
     save_file({"x": torch.zeros(1)}, other / "model.safetensors")
-    with pytest.raises(UserError, match="does not fit the model: missing .*; and [0-9]+ more$") as caught:
+    with pytest.raises(UserError, match="does not fit the model: missing .* and [0-9]+ more$") as caught:
         systems.load(other)
-    assert len(str(caught.value)) < 500
+    assert len(str(caught.value)) <= 300
 
 
 @pytest.mark.parametrize(
@@ -237,7 +237,7 @@ def test_a_file_of_another_model_is_told_shortly(run, tmp_path):
     [
         (lambda run: (run / "config.json").unlink(), "is not a run folder: it has no config.json"),
         (lambda run: (run / "config.json").write_text('{"program": "tr'), "config.json is not valid JSON"),
-        (lambda run: (run / "config.json").write_text("[]"), "is not the config of a run"),
+        (lambda run: (run / "config.json").write_text("[]"), "config.json must hold a JSON object, not a list"),
         (lambda run: (run / "config.json").write_text('{"program": "train.py"}'), "config.json"),
         (lambda run: (run / "model.safetensors").unlink(), "has no model.safetensors yet"),
         (lambda run: (run / "model.safetensors").write_bytes(b"1234"), "is not a whole safetensors file"),

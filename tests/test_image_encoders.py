@@ -180,7 +180,7 @@ def test_files_and_configs_that_do_not_fit_are_named(tmp_path):
         ViTConfig(layout="swin")
     with pytest.raises(UserError, match=r"image size \(24, 25\) is not a multiple of the patch size 6"):
         ViTConfig.from_hf(config | {"image_size": [24, 25]})
-    with pytest.raises(UserError, match=r"patches must be square, got \[6, 3\]"):
+    with pytest.raises(UserError, match=r"patch_size must be a whole number from 1 to .*, not \[6, 3\]"):
         ViTConfig.from_hf(config | {"patch_size": [6, 3]})
     write_safetensors(tmp_path / "model.safetensors", {"embeddings.register_tokens": torch.zeros(1, 4, 36)})
     with pytest.raises(

@@ -158,7 +158,10 @@ def test_normalizing_on_the_device_changes_no_bit():
         ({"size": 224}, "unknown image processor type None"),
         ({"image_processor_type": "ViTImageProcessor", "do_pad": True}, "asks for do_pad, which is not supported"),
         ({"image_processor_type": "ViTImageProcessor", "size": {"longest_edge": 9}}, "size must be"),
-        ({"image_processor_type": "ViTImageProcessor", "size": {"height": 9, "width": 0}}, "positive whole numbers"),
+        (
+            {"image_processor_type": "ViTImageProcessor", "size": {"height": 9, "width": 0}},
+            "whole numbers from 1 to 8,192",
+        ),
         ({"image_processor_type": "ViTImageProcessor", "size": "big"}, "size must be"),
         ({"image_processor_type": "ViTImageProcessor", "image_mean": [1, 2]}, "image_mean must be a number or three"),
         ({"image_processor_type": "ViTImageProcessor", "image_std": [1, 0, 1]}, "must not hold a zero"),
@@ -180,9 +183,7 @@ def test_missing_configuration(tmp_path):
     with pytest.raises(UserError, match="has no preprocessor_config.json"):
         ImageProcessor.from_pretrained(tmp_path)
     (tmp_path / "preprocessor_config.json").write_text("[]")
-    with pytest.raises(
-        UserError, match="preprocessor_config.json describes no image processing: it holds a list, not an object"
-    ):
+    with pytest.raises(UserError, match="preprocessor_config.json must hold a JSON object, not a list"):
         ImageProcessor.from_pretrained(tmp_path)
     with pytest.raises(UserError, match="no folder .*absent$"):
         ImageProcessor.from_pretrained(tmp_path / "absent")
@@ -228,6 +229,16 @@ def test_sixteen_bits_are_scaled_not_clipped(tmp_path):
         assert np.array_equal(pixels[..., 0], wanted) and np.array_equal(pixels[..., 2], wanted), name
     big_endian = Image.frombytes("I;16B", (5, 2), values.astype(">u2").tobytes())
     assert np.array_equal(np.asarray(to_rgb(big_endian))[..., 1], wanted)
+
+
+def test_what_the_system_refuses_is_not_called_damage(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise PermissionError(13, "Permission denied", "a.png")
+
+    (tmp_path / "a.png").write_bytes(b"x")
+    monkeypatch.setattr(Image, "open", refuse)
+    with pytest.raises(UserError, match="a.png cannot be read: Permission denied$"):
+        load_image(tmp_path / "a.png")
 
 
 def test_transparency_is_laid_over_white(tmp_path):

@@ -211,7 +211,7 @@ def test_runs_are_not_mixed_up(finished, cache, tmp_path):
     broken = tmp_path / "broken" / "checkpoints"
     broken.mkdir(parents=True)
     (broken / "last.pt").write_bytes((out / "checkpoints" / "last.pt").read_bytes()[:1000])
-    refused("not a whole checkpoint", *flags(broken.parent, cache, "--resume"))
+    refused("not a whole torch file", *flags(broken.parent, cache, "--resume"))
 
 
 def test_a_run_with_the_old_names_of_options_goes_on(finished, cache, tmp_path):

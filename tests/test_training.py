@@ -278,7 +278,7 @@ def test_a_broken_checkpoint_is_one_line(tmp_path, content):
         save_checkpoint(path, {"model": torch.zeros(1000)})
         content = path.read_bytes()[:2000]
     path.write_bytes(content)
-    with pytest.raises(UserError, match="last.pt is not a whole checkpoint") as caught:
+    with pytest.raises(UserError, match="last.pt (is not a whole torch file|holds more than tensors)") as caught:
         load_checkpoint(path)
     assert "\n" not in str(caught.value)
 
@@ -308,7 +308,7 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path):
             return Path.touch, (tmp_path / "ran",)
 
     torch.save({"model": Evil()}, tmp_path / "last.pt")
-    with pytest.raises(UserError, match="is not a whole checkpoint"):
+    with pytest.raises(UserError, match="refused, since it could run code"):
         load_checkpoint(tmp_path / "last.pt")
     assert not (tmp_path / "ran").exists()
 

@@ -377,3 +377,14 @@ def test_the_report_says_whether_images_are_turned(data, tmp_path):
     assert "on 4 images, read as they are stored (no EXIF turn)" in str(read_vqa(data[0]).report)
     (tmp_path / "own.csv").write_text(f"image,question,answer\n{data[1][0].image_path},what?,this\n")
     assert "on 1 images, turned as their EXIF says" in str(read_vqa(tmp_path / "own.csv", "all").report)
+
+
+@pytest.mark.parametrize("images", range(2, 9))
+def test_no_part_of_few_images_is_empty(images):
+    """And with many images the one part of each depends on nothing but itself."""
+    samples = [VQASample(i, None, i, "?", "", "", ("a",), "a") for i in range(images)]
+    for seed in range(20):
+        train, val = split_by_image(samples, (0.95, 0.05), seed)
+        assert train and val and len(train) + len(val) == images
+    alone = split_by_image(samples[:1], (0.95, 0.05))
+    assert sorted(map(len, alone)) == [0, 1]

@@ -6,10 +6,11 @@ preset. Nothing here imports torch, so that --help and a mistyped flag are answe
 
 import difflib
 import os
+import re
 import sys
 import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -124,6 +125,13 @@ def as_user_error(error: click.ClickException, elsewhere: Mapping[str, str] | No
     return UserError(f"no such flag: {error.option_name}" + (f"; did you mean {near[0]}?" if near else ""))
 
 
+def check_arguments(argv: Sequence[str]) -> None:
+    """Raise UserError for what no shell can pass, but a caller of the library can."""
+    for argument in argv:
+        if "\0" in argument:
+            raise UserError(f"the argument {argument!r} holds a NUL, which neither a name nor a text may have")
+
+
 def peek(argv: Sequence[str], name: str, choices: Sequence[str]) -> str:
     """The value of one flag, before the others are known; the first choice if it is not given.
 
@@ -185,6 +193,7 @@ def parse(
     nearest or where the flag belongs, on a flag without meaning beside the others, and on a value out of bounds.
     """
     argv = with_config(argv)
+    check_arguments(argv)
     class_of = {name: options_class for options_class in classes for name in choices_of(options_class, "preset")}
     preset = peek(argv, "--preset", tuple(class_of))
     options_class, values = class_of[preset], {"preset": preset} | dict(presets[preset])
@@ -236,8 +245,10 @@ def first_rank_speaks() -> Iterator[None]:
 
 @contextmanager
 def errors_in_one_line() -> Iterator[None]:
-    """Exit with 2 and one line on stderr after a UserError or an operating-system error on a file, with 130 after
-    Ctrl-C."""
+    """Exit with 2 and one line on stderr after a UserError, an operating-system error on a file, or for want of memory;
+    with 130 after Ctrl-C."""
+    with suppress(AttributeError):  # names of files may hold bytes that are no text
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         yield
     except UserError as error:
@@ -246,7 +257,14 @@ def errors_in_one_line() -> Iterator[None]:
     except OSError as error:
         if error.errno is None or error.filename is None:
             raise
-        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+        print(f"error: {UserError(f'{error.filename}: {error.strerror}')}", file=sys.stderr)
+        sys.exit(2)
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and not re.search("out of memory|can't allocate memory", str(error)):
+            raise
+        wanted = re.search(r"[Tt]ried to allocate ([\d.,]+ \w+)", str(error))
+        what = f" ({wanted[1]} at once)" if wanted else ""
+        print(f"error: not enough memory{what}: make the batch, the model or the image smaller", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -14,9 +14,11 @@ from dataclasses import MISSING, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
-from vqa_scratch.errors import UserError
+from vqa_scratch.errors import UserError, naming
+from vqa_scratch.storage import is_text
 
 T = TypeVar("T")
+LARGEST = 2**53  # of any number that an option may be; further ones are not exact as floats
 
 
 @dataclass(frozen=True)
@@ -132,10 +134,14 @@ def check(options: Any, shown: Callable[[str], str] = flag) -> None:
             raise UserError(f"{shown(name)} must be {one_of(rules.choices)}, not {value!r}")
         if value == "" and type(None) in kinds[name]:
             raise UserError(f"{shown(name)} must not be empty; leave it out")
+        if isinstance(value, str) and not is_text(value):
+            raise UserError(f"{shown(name)} must be text in UTF-8, not {value!a}")
         if isinstance(value, float) and not math.isfinite(value) and value != rules.maximum:
             raise UserError(f"{shown(name)} must be a finite number, not {value}")
         if rules.range and not rules.allow(value):
             raise UserError(f"{shown(name)} must be {rules.range}, not {value}")
+        if isinstance(value, int) and abs(value) >= LARGEST:
+            raise UserError(f"{shown(name)} must be below {LARGEST}, not {value}")
 
 
 def check_dependencies(options: Any, given: Collection[str], unknown: Collection[str] = ()) -> None:
@@ -189,6 +195,24 @@ def from_json(options_class: type[T], values: Mapping[str, Any], where: str) -> 
                 value = rules[name].renamed.get(value, value)
             if value == "" and type(None) in kinds[name]:
                 value = None
-            yield name, Path(value) if Path in kinds[name] and value is not None else value
+            yield name, of_type(value, kinds[name], f"{where}: {name!r}")
 
-    return options_class(**dict(read()))
+    with naming(where):
+        return options_class(**dict(read()))
+
+
+def of_type(value: Any, kinds: Collection[Any], name: str) -> Any:
+    """A JSON value as one of `kinds`, the types of a field. Raises UserError, which begins with `name`."""
+    if value is None and type(None) in kinds:
+        return None
+    if Path in kinds and isinstance(value, str):
+        if "\0" in value:
+            raise UserError(f"{name} is {value!r}: a path has no NUL in it")
+        return Path(value)
+    if float in kinds and isinstance(value, int) and not isinstance(value, bool) and abs(value) < LARGEST:
+        return float(value)
+    usual = not isinstance(value, int) or abs(value) < LARGEST
+    if isinstance(value, bool) and bool not in kinds or not isinstance(value, tuple(kinds)) or not usual:
+        words = one_of([kind.__name__ for kind in kinds if kind is not type(None)])
+        raise UserError(f"{name} is {value!r}, not of type {words}")
+    return value

@@ -4,9 +4,11 @@ import fcntl
 import glob
 import json
 import os
+import re
 import secrets
 import shutil
-from collections.abc import Callable, Iterator
+import typing
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from typing import Any
 from vqa_scratch.errors import UserError
 
 LOCK = ".lock"  # the file in a folder by which a process keeps others out of it
+_HALF = re.compile(r"\\u[dD][89a-fA-F]")  # the escape of half a letter: two of them make one
 
 
 def usual_mode(mode: int) -> int:
@@ -149,17 +152,65 @@ def write_json(path: Path, values: Any, *, compact: bool = False) -> None:
     write_text(path, json.dumps(values, separators=(",", ":")) if compact else json.dumps(values, indent=2) + "\n")
 
 
-def read_json(path: Path, object_hook: Any = None) -> Any:
-    """The parsed file. Raises UserError that says where it stops being JSON."""
+def read_text(path: str | Path) -> str:
+    """A UTF-8 text file. Raises UserError if it cannot be read or is something else."""
     try:
-        with open(path, encoding="utf-8") as file:
-            return json.load(file, object_hook=object_hook)
-    except json.JSONDecodeError as error:
-        where = f"line {error.lineno}, column {error.colno} (character {error.pos} of {len(error.doc)})"
-        raise UserError(f"{path} is not valid JSON at {where}: {error.msg}; is the file complete?") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text (byte {error.start}); is it really the JSON file?") from error
-    except RecursionError as error:
-        raise UserError(f"{path} is nested too deeply to be a file of this project") from error
+        return Path(path).read_text(encoding="utf-8")
     except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text (byte {error.start}); is it the right file?") from error
+
+
+def is_text(value: str) -> bool:
+    """Whether a file can hold it: half a letter (a lone surrogate), as a command line or JSON may have, is no text."""
+    return value.encode("utf-8", "ignore").decode() == value
+
+
+def parse_json(text: str, where: object, object_hook: Any = None) -> Any:
+    """The value of a JSON text. Raises UserError that names `where` and says where it stops being JSON, or holds text
+    that is none."""
+    try:
+        value = json.loads(text, object_hook=object_hook)
+        if _HALF.search(text):
+            json.dumps(value, ensure_ascii=False).encode()
+        return value
+    except json.JSONDecodeError as error:
+        place = f"line {error.lineno}, column {error.colno} (character {error.pos} of {len(error.doc)})"
+        raise UserError(f"{where} is not valid JSON at {place}: {error.msg}; is the file complete?") from error
+    except UnicodeEncodeError as error:
+        raise UserError(f"{where} holds {error.object[error.start]!a}, half of a letter: it is not text") from error
+    except RecursionError as error:
+        raise UserError(f"{where} is nested too deeply to be a file of this project") from error
+    except ValueError as error:  # a number of thousands of digits
+        raise UserError(f"{where} is not valid JSON: {error}") from error
+
+
+def read_json(path: str | Path, object_hook: Any = None) -> Any:
+    """The parsed file. Raises UserError as `read_text` and `parse_json` do."""
+    return parse_json(read_text(path), path, object_hook)
+
+
+def read_object(path: str | Path) -> dict[str, Any]:
+    """`read_json` of a file that must hold an object; UserError if it does not."""
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise UserError(f"{path} must hold a JSON object, not a {type(value).__name__}")
+    return value
+
+
+def typed(where: object, entry: Any, types: Mapping[str, Any]) -> list[Any]:
+    """The values of the named keys of `entry`, each of the given type; else UserError that names `where` and the key.
+
+    A type may be a union; with None in it, the key may be missing. A bool is no int here: it is neither id nor size.
+    """
+    if not isinstance(entry, dict):
+        raise UserError(f"{where} is a {type(entry).__name__}, not an object")
+    missing = [key for key, wanted in types.items() if key not in entry and not isinstance(None, wanted)]
+    if missing:
+        raise UserError(f"{where} has no {' and no '.join(map(repr, missing))}")
+    for key, wanted in types.items():
+        value, kinds = entry.get(key), typing.get_args(wanted) or (wanted,)
+        if not isinstance(value, wanted) or (isinstance(value, bool) and bool not in kinds):
+            raise UserError(f"{where}: {key!r} is {value!r}, not {getattr(wanted, '__name__', wanted)}")
+    return [entry.get(key) for key in types]

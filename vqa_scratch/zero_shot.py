@@ -18,7 +18,7 @@ from vqa_scratch.data.text import Tokenizer, check_question
 from vqa_scratch.errors import UserError
 from vqa_scratch.generate import GenerationOptions, generate
 from vqa_scratch.models.blip2 import Blip2
-from vqa_scratch.storage import read_json
+from vqa_scratch.storage import read_object
 from vqa_scratch.training.precision import DTYPES, pick_precision
 from vqa_scratch.weights.files import resolve_folder
 
@@ -90,13 +90,14 @@ def open_zero_shot(source: str, device: torch.device, precision: str = "fp32") -
     kind, _ = pick_precision(precision, device)
     model = Blip2.from_pretrained(source, dtype=DTYPES[kind], device=device)
     sizes = model.config
-    if len(tokenizer) > sizes.language.vocab_size:
-        raise UserError(f"the tokenizer of {source} has {len(tokenizer)} ids, its model {sizes.language.vocab_size}")
+    tokenizer.check_fits(sizes.language.vocab_size, source)
+    if sizes.language.bos_id >= sizes.language.vocab_size or sizes.vision.channels != 3:
+        raise UserError(f"{source} has a start token beyond its vocabulary, or does not read colours")
     patch = sizes.vision.patch_size
     if processor.output_size is None or any(side % patch for side in processor.output_size):
         raise UserError(f"the images of {source} do not divide into patches of {patch}: size {processor.size}")
     joint = resolve_folder(source) / JOINT_CONFIG_NAME
-    places = read_json(joint).get("num_query_tokens") if joint.is_file() else None  # absent in older files
+    places = read_object(joint).get("num_query_tokens") if joint.is_file() else None  # absent in older files
     if places not in (None, sizes.queries):
         raise UserError(f"{joint} gives an image {places} tokens, the model of {source} {sizes.queries}")
     return ZeroShot(source, model, tokenizer, processor, device)

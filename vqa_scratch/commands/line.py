@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from vqa_scratch.command_line import Flag, NearChoice, as_user_error
+from vqa_scratch.command_line import Flag, NearChoice, as_user_error, check_arguments
 from vqa_scratch.errors import UserError
 from vqa_scratch.storage import read_json
 
@@ -50,6 +50,7 @@ class CommandGroup(NearGroup):
 
 def call(group: click.Group, argv: Sequence[str], program: str) -> None:
     """Run the command that `argv` names. Raises UserError on an unknown command, flag or value."""
+    check_arguments(argv)
     try:
         group.main(list(argv), prog_name=program, standalone_mode=False)
     except click.ClickException as error:

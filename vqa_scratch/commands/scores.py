@@ -1,6 +1,5 @@
 """What `evaluate` computes: scores of a run on a data set, blind baselines, and the tables it prints."""
 
-import json
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 from vqa_scratch.data.vqa_v2 import VQAData, VQASample, read_vqa
 from vqa_scratch.errors import UserError
 from vqa_scratch.metrics import accuracy_by
+from vqa_scratch.storage import read_json
 from vqa_scratch.systems.base import System
 from vqa_scratch.systems.scoring import blind_baselines, rules_of, score
 
@@ -97,8 +97,8 @@ def caption_table(figures: dict[str, Any]) -> str:
 def is_submission(path: Path) -> bool:
     """Whether a file may be overwritten by a submission: it is one itself, or empty."""
     try:
-        content = json.loads(path.read_bytes() or b"[]")
-    except ValueError:
+        content = read_json(path) if path.stat().st_size else []
+    except UserError:
         return False
     return isinstance(content, list) and all(
         isinstance(entry, dict) and entry.keys() == {"question_id", "answer"} for entry in content

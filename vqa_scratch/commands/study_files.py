@@ -5,7 +5,7 @@ from pathlib import Path
 from vqa_scratch import systems
 from vqa_scratch.data.images import load_image
 from vqa_scratch.errors import UserError
-from vqa_scratch.storage import write_json, write_text, write_whole
+from vqa_scratch.storage import read_text, write_json, write_text, write_whole
 from vqa_scratch.study.faithfulness import answer_rows, patch_map
 from vqa_scratch.study.opened import POLICY, Opened, config_of, open_text, t5_folder
 from vqa_scratch.study.overlay import overlay, side_by_side
@@ -35,16 +35,6 @@ def open_input(run: Path, image: Path | None, question: str | None, text: Path |
     if text is not None or image is None:
         raise UserError(f'{run} looks at images: give it --image FILE and a --question "...", and no --text')
     return system.subject(load_image(image), question)
-
-
-def read_text(path: Path) -> str:
-    """A text file. Raises UserError if it cannot be read or is not UTF-8."""
-    try:
-        return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"cannot read the text {path}: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise UserError(f"cannot read the text {path}: it is not UTF-8") from None
 
 
 def write_overlays(folder: Path, study: Study) -> None:

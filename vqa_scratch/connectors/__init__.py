@@ -6,7 +6,11 @@ this table, without torch.
 """
 
 import importlib
+import inspect
 from typing import TYPE_CHECKING, Any
+
+from vqa_scratch.errors import UserError
+from vqa_scratch.storage import typed
 
 if TYPE_CHECKING:
     from torch import nn
@@ -24,15 +28,29 @@ CONNECTORS = {  # by name: module and class
 
 
 def connector_class(kind: str) -> "type[Connector]":
-    """The class with this name in the table."""
+    """The class with this name in the table. Raises UserError for another name."""
+    if kind not in CONNECTORS:
+        raise UserError(f"there is no connector {kind!r}; there are {', '.join(CONNECTORS)}")
     module, name = CONNECTORS[kind]
     return getattr(importlib.import_module(f"vqa_scratch.connectors.{module}"), name)
 
 
 def connect(sizes: dict[str, Any], image: "nn.Module", text: "nn.Module | None", decoder: "nn.Module") -> "Connector":
-    """A connector with random weights between these models; `sizes` has its kind and its keywords."""
-    kind = connector_class(sizes["kind"])
-    rest = {name: value for name, value in sizes.items() if name != "kind"}
+    """A connector with random weights between these models; `sizes` has its kind and its keywords.
+
+    Raises UserError if they are those of no connector.
+    """
+    (name,) = typed("the connector", sizes, {"kind": str})
+    kind, rest = connector_class(name), {name: value for name, value in sizes.items() if name != "kind"}
+    try:
+        inspect.signature(kind).bind(image, text, decoder, **rest)
+    except TypeError as error:
+        raise UserError(f"a connector {name} has other sizes than {', '.join(rest) or 'none'}: {error}") from None
+    for size, value in rest.items():
+        sides = value if isinstance(value, list | tuple) else [value]
+        usual = all(type(side) is int and 0 < side < 10_000 for side in sides)
+        if len(sides) != (2 if size == "grid" else 1) or not usual:
+            raise UserError(f"a connector {name} cannot have a {size} of {value!r}")
     return kind(image, text if kind.reads_text else None, decoder, **rest)
 
 

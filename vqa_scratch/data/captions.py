@@ -20,7 +20,6 @@ from vqa_scratch.data.vqa_files import (
     VQAData,
     VQASample,
     entries,
-    fields,
     first_images,
     image_file_name,
     image_places,
@@ -28,7 +27,7 @@ from vqa_scratch.data.vqa_files import (
     subtype_of,
 )
 from vqa_scratch.errors import UserError
-from vqa_scratch.storage import read_json
+from vqa_scratch.storage import read_json, typed
 
 CAPTION = "caption"  # the question type and answer type of a sample that is one
 
@@ -54,7 +53,7 @@ def _image_entries(path: Path, content: Any) -> dict[int, str]:
     names: dict[int, str] = {}
     for position, entry in enumerate(entries(path, content, "images")):
         where = f"{path}: images[{position}]"
-        image_id, name = fields(where, entry, {"id": int, "file_name": str})
+        image_id, name = typed(where, entry, {"id": int, "file_name": str})
         parts = PurePosixPath(name.replace("\\", "/"))
         if not name or parts.is_absolute() or ".." in parts.parts:
             raise UserError(f"{where}: 'file_name' is {name!r}, not the name of a file below the folder of images")
@@ -93,7 +92,7 @@ def read_coco_captions(path: Path, folder: Path, split: str, max_images: int | N
     rows, missing = [], 0
     for position, entry in enumerate(annotations):
         where = f"{path}: annotations[{position}]"
-        caption_id, image_id, caption = fields(where, entry, {"id": int, "image_id": int, "caption": str})
+        caption_id, image_id, caption = typed(where, entry, {"id": int, "image_id": int, "caption": str})
         if caption_id in seen:
             report.skip("the caption id occurred before", caption_id)
             continue

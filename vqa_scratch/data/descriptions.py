@@ -17,9 +17,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from vqa_scratch.data.scenes import CELL, COLORS, MIN_OFFSET, NUMBER_WORDS, SHAPES, SIZES, Object, Scene, phrase
+from vqa_scratch.data.scenes import CELL, COLORS, MIN_OFFSET, NUMBER_WORDS, PIXELS, SHAPES, SIZES, Object, Scene, phrase
 from vqa_scratch.errors import UserError
-from vqa_scratch.storage import read_json
+from vqa_scratch.storage import read_object, typed
+
+MOST_OBJECTS = len(NUMBER_WORDS) - 1  # of a scene
 
 # -------------------------------------------------------------------------------------------------- scenes on disk
 
@@ -29,17 +31,37 @@ def scenes_file(folder: Path, split: str) -> Path:
     return folder / f"scenes_{split}.json"
 
 
+About = dict[int, list[int]]  # {question_id: the objects it names, as places in its scene}
+
+
+def read_drawn(path: Path) -> dict[int, tuple[Scene, About]]:
+    """{image_id: (scene, what its questions name)} from a file of the built-in data set. Raises UserError for another
+    file."""
+    drawn = {}
+    for image_id, record in read_object(path).items():
+        where = f"{path}: scene {image_id!r}"
+        objects, about = typed(where, record, {"objects": list, "about": dict})
+        scene = tuple(_object(f"{where}, object {place}", thing) for place, thing in enumerate(objects))
+        numbers = [image_id, *about]
+        if not all(map(str.isdecimal, numbers)) or not 0 < len(scene) <= MOST_OBJECTS:
+            raise UserError(f"{where} has {len(scene)} objects, or an id that is no number: it is no drawn scene")
+        if not all(isinstance(named, list) and all(n in range(len(scene)) for n in named) for named in about.values()):
+            raise UserError(f"{where} has questions about objects that it does not have")
+        drawn[int(image_id)] = scene, {int(question_id): named for question_id, named in about.items()}
+    return drawn
+
+
+def _object(where: str, thing: Any) -> Object:
+    shape, color, size, center = typed(where, thing, {"shape": str, "color": str, "size": str, "center": list})
+    known = shape in SHAPES and color in COLORS and size in SIZES
+    if not known or len(center) != 2 or not all(isinstance(side, int) and 0 <= side < PIXELS for side in center):
+        raise UserError(f"{where} is none that is drawn: a {size} {color} {shape} at {center}")
+    return Object(shape, color, size, *center)
+
+
 def read_scenes(path: Path) -> dict[int, Scene]:
-    """{image_id: scene} from a file of the built-in data set. Raises UserError for another file."""
-
-    def scene(record: dict[str, Any]) -> Scene:
-        return tuple(Object(o["shape"], o["color"], o["size"], *o["center"]) for o in record["objects"])
-
-    content = read_json(path)
-    try:
-        return {int(image_id): scene(record) for image_id, record in content.items()}
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path} is not a file of drawn scenes ({type(error).__name__}: {error})") from error
+    """{image_id: scene}, as `read_drawn`."""
+    return {image_id: scene for image_id, (scene, _) in read_drawn(path).items()}
 
 
 # -------------------------------------------------------------------------------------------------- writing

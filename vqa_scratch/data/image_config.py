@@ -8,8 +8,9 @@ from typing import Any
 
 from PIL import Image
 
-from vqa_scratch.errors import UserError
+from vqa_scratch.errors import UserError, some
 
+LARGEST_SIDE = 8_192  # pixels; more is a mistake, and would take hours
 HALF = (0.5, 0.5, 0.5)
 _CLIP_MEAN, _CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 _VIT = {"size": {"height": 224, "width": 224}, "resample": Image.BILINEAR, "image_mean": HALF, "image_std": HALF}
@@ -53,16 +54,23 @@ def _size(value: Any, key: str, *, square: bool) -> tuple[int, int] | int:
     else:
         raise UserError(f'{key} must be a number, {{"height", "width"}} or {{"shortest_edge"}}, not {value!r}')
     sides = result if isinstance(result, tuple) else (result,)
-    if not all(isinstance(side, int) and side > 0 for side in sides):
-        raise UserError(f"{key} must hold positive whole numbers, not {value!r}")
+    if not all(isinstance(side, int) and not isinstance(side, bool) and 0 < side <= LARGEST_SIDE for side in sides):
+        raise UserError(f"{key} must hold whole numbers from 1 to {LARGEST_SIDE:,}, not {value!r}")
     return result
 
 
+def _number(value: Any, key: str) -> float:
+    usual = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e6  # NaN is not
+    if not usual:
+        raise UserError(f"{key} must be a usual number, not {value!r}")
+    return float(value)
+
+
 def _channels(value: Any, key: str) -> tuple[float, float, float]:
-    values = (value,) * 3 if isinstance(value, (int, float)) else tuple(value)
-    if len(values) != 3 or not all(isinstance(v, (int, float)) for v in values):
+    values = value if isinstance(value, (list, tuple)) else (value,) * 3
+    if len(values) != 3:
         raise UserError(f"{key} must be a number or three, not {value!r}")
-    return tuple(map(float, values))
+    return tuple(_number(part, key) for part in values)
 
 
 def read_fields(config: dict[str, Any]) -> dict[str, Any]:
@@ -73,20 +81,20 @@ def read_fields(config: dict[str, Any]) -> dict[str, Any]:
         raise UserError(f"unknown image processor type {name!r}; known are {', '.join(_DEFAULTS)}")
     unknown = [k for k, v in config.items() if k.startswith("do_") and v and k not in _STEPS]
     if unknown:
-        raise UserError(f"{name} asks for {', '.join(unknown)}, which is not supported")
+        raise UserError(f"{name} asks for {some(unknown)}, which is not supported")
     given = {key: value for key, value in config.items() if value is not None}
     values = {"do_resize": True, "do_rescale": True, "do_normalize": True, "rescale_factor": 1 / 255}
     values |= _DEFAULTS[kind] | given
     square = kind not in _BARE_SIZE_IS_SHORTEST_EDGE
-    crop = _size(values["crop_size"], "crop_size", square=True) if values.get("do_center_crop") else None
+    crop = _size(values.get("crop_size"), "crop_size", square=True) if values.get("do_center_crop") else None
     if isinstance(crop, int):
         raise UserError(f'crop_size must be a number or {{"height", "width"}}, not {values["crop_size"]!r}')
-    normalize = values["do_normalize"]
+    normalize, rescale = values["do_normalize"], values["do_rescale"]
     return {
         "size": _size(values["size"], "size", square=square) if values["do_resize"] else None,
         "resample": values["resample"],
         "crop_size": crop,
-        "rescale_factor": values["rescale_factor"] if values["do_rescale"] else None,
+        "rescale_factor": _number(values["rescale_factor"], "rescale_factor") if rescale else None,
         "mean": _channels(values["image_mean"], "image_mean") if normalize else None,
         "std": _channels(values["image_std"], "image_std") if normalize else None,
         "kind": kind,

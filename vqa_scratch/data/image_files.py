@@ -68,6 +68,8 @@ def load_image(path: str | Path, *, upright: bool = True) -> Image.Image:
     except Image.UnidentifiedImageError as error:
         raise UserError(f"{path} is not an image in a format that Pillow reads") from error
     except Exception as error:  # decoders raise whatever they like on broken files
+        if isinstance(error, OSError) and error.strerror:  # of the system, not of a decoder
+            raise UserError(f"{path} cannot be read: {error.strerror}") from error
         raise UserError(f"{path} is damaged or truncated: {error or type(error).__name__}") from error
     try:
         return to_rgb(image)

@@ -25,8 +25,8 @@ from tqdm import tqdm
 from vqa_scratch.data.image_config import HALF, read_fields, write_fields
 from vqa_scratch.data.image_files import load_image, to_rgb
 from vqa_scratch.data.mapped import mapped_array
-from vqa_scratch.errors import UserError
-from vqa_scratch.storage import read_json, write_json
+from vqa_scratch.errors import UserError, naming
+from vqa_scratch.storage import read_object, typed, write_json
 from vqa_scratch.weights.hub import locate
 
 __all__ = ["ImageProcessor", "Images", "load_image", "to_rgb"]
@@ -67,7 +67,7 @@ class ImageProcessor:
     kind: str = "ViTImageProcessor"
 
     def __post_init__(self) -> None:
-        if self.resample not in range(6):
+        if not isinstance(self.resample, int) or self.resample not in range(6):
             raise UserError(f"resample must be one of Pillow's filters 0 to 5, not {self.resample!r}")
         if (self.mean is None) != (self.std is None):
             raise ValueError("mean and std go together: give both, or None for both")
@@ -93,12 +93,11 @@ class ImageProcessor:
         path = next((folder / name for name in (CONFIG_NAME, JOINT_CONFIG_NAME) if (folder / name).is_file()), None)
         if path is None:
             raise UserError(f"{folder} has no {CONFIG_NAME}")
-        config = read_json(path)
-        if path.name == JOINT_CONFIG_NAME and isinstance(config, dict):
-            config = config.get("image_processor")
-        if not isinstance(config, dict):
-            raise UserError(f"{path} describes no image processing: it holds a {type(config).__name__}, not an object")
-        return cls.from_hf(config)
+        config = read_object(path)
+        if path.name == JOINT_CONFIG_NAME:
+            (config,) = typed(path, config, {"image_processor": dict})
+        with naming(path):
+            return cls.from_hf(config)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes preprocessor_config.json."""

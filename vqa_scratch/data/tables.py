@@ -2,14 +2,13 @@
 
 import csv
 import io
-import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from vqa_scratch.errors import UserError
-from vqa_scratch.storage import read_json
+from vqa_scratch.storage import parse_json, read_json
 
 TABLES = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
 Row = dict[str, Any]
@@ -78,11 +77,7 @@ def _jsonl(path: Path) -> Iterator[tuple[str, Row]]:
     for number, line in enumerate(lines_of(path), 1):
         if line.strip():
             where = f"{path}, line {number}"
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise UserError(f"{where} is not JSON: {error}") from None
-            yield _object(where, row)
+            yield _object(where, parse_json(line, where))
 
 
 def _json(path: Path) -> Iterator[tuple[str, Row]]:

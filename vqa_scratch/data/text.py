@@ -18,7 +18,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from vqa_scratch.data.wordpiece import learn_wordpieces
 from vqa_scratch.errors import UserError, note
-from vqa_scratch.storage import read_json, write_json
+from vqa_scratch.storage import read_object, write_json
 from vqa_scratch.weights.hub import locate
 
 FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
@@ -92,8 +92,8 @@ class Tokenizer:
         """
         folder = locate(folder_or_hub_id, FILES, "the tokenizer")
         has = {name: (folder / name).is_file() for name in FILES}
-        config = read_json(folder / "tokenizer_config.json") if has["tokenizer_config.json"] else {}
-        named = read_json(folder / "special_tokens_map.json") if has["special_tokens_map.json"] else {}
+        config = read_object(folder / "tokenizer_config.json") if has["tokenizer_config.json"] else {}
+        named = read_object(folder / "special_tokens_map.json") if has["special_tokens_map.json"] else {}
         try:
             if has["tokenizer.json"]:
                 backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
@@ -108,7 +108,7 @@ class Tokenizer:
         except Exception as error:  # the library raises bare Exception on broken files
             raise UserError(f"the tokenizer in {folder} cannot be read: {error}") from error
         named = _roles_named(folder, config, named)
-        extra = read_json(folder / "added_tokens.json") if has["added_tokens.json"] else {}
+        extra = read_object(folder / "added_tokens.json") if has["added_tokens.json"] else {}
         _add_missing(folder, backend, config, extra, set(named.values()))
         vocabulary = backend.get_vocab(with_added_tokens=True)
         special = dict(next((roles for roles in _KNOWN_ROLES if vocabulary.keys() >= set(roles.values())), {}))
@@ -123,6 +123,11 @@ class Tokenizer:
         config |= {f"{role}_token": token for role, token in self.special.items()}
         config["clean_up_tokenization_spaces"] = False
         write_json(folder / "tokenizer_config.json", config, compact=True)
+
+    def check_fits(self, rows: int, model: object) -> None:
+        """Raise UserError if there are more tokens than the `rows` of an embedding table of `model`."""
+        if len(self) > rows:
+            raise UserError(f"the tokenizer has {len(self)} tokens, {model} has rows for {rows}")
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """The ids of one text, uncut."""
@@ -141,13 +146,13 @@ class Tokenizer:
 
         A text longer than `max_length` ids loses its end, but keeps the special tokens around it; `truncated` counts
         such texts. The mask follows from the lengths, so a real token with the padding id stays visible.
-        Raises ValueError for no texts, or a `max_length` with no room for one token beside the special ones.
+        Raises ValueError for no texts, UserError for a `max_length` with no room for a token beside the special ones.
         """
         added = self.backend.num_special_tokens_to_add(False)
         if isinstance(texts, str) or not texts:
             raise ValueError("texts must be a non-empty sequence of strings")
         if max_length is not None and max_length <= added:
-            raise ValueError(f"max_length={max_length} leaves no room beside {added} special tokens")
+            raise UserError(f"max_length={max_length} leaves no room beside {added} special tokens")
         encodings = self.backend.encode_batch(list(texts), add_special_tokens=False)
         if max_length is not None:
             for encoding in encodings:
@@ -172,12 +177,12 @@ def answer_ids(tokenizer: Tokenizer, answer: str) -> list[int]:
     Byte-level BPE writes a word after a space as one token and at the start of a text as several (" tennis" against
     "ten" + "nis"), so there the answer gets a leading space. Without BOS an answer starts with CLS, or with the padding
     token as in T5; without EOS it ends with SEP.
-    Raises ValueError if the vocabulary has nothing to start or to end with.
+    Raises UserError if the vocabulary has nothing to start or to end with.
     """
     starts = [i for i in (tokenizer.bos_id, tokenizer.cls_id, tokenizer.pad_id) if i is not None]
     ends = [i for i in (tokenizer.eos_id, tokenizer.sep_id) if i is not None]
     if not starts or not ends:
-        raise ValueError(f"the vocabulary has no token to start or end an answer with: {tokenizer.special}")
+        raise UserError(f"the vocabulary has no token to start or end an answer with: {tokenizer.special}")
     text = " " + answer.strip() if tokenizer.byte_level else answer.strip()
     return [starts[0], *tokenizer.encode(text, add_special_tokens=False), ends[0]]
 
@@ -282,9 +287,10 @@ def _bert_wordpiece(folder: Path, config: dict[str, Any]) -> tokenizers.Tokenize
 
 
 def train_wordpiece(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """A lower-case WordPiece vocabulary of at most `vocab_size` tokens learned from texts, used as BERT's is.
+    """A lower-case WordPiece vocabulary of about `vocab_size` tokens learned from texts, used as BERT's is.
 
-    Raises ValueError if the letters of the texts, in their two forms each, do not fit.
+    It has fewer if the texts have no more to learn, and more if their letters alone, in two forms each, are more: those
+    of Chinese are thousands.
     """
     special = _KNOWN_ROLES[0]
     order = [special[role] for role in ("pad", "unk", "cls", "sep", "mask")]

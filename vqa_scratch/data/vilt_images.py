@@ -14,7 +14,7 @@ from PIL import Image
 
 from vqa_scratch.data.images import CONFIG_NAME, ImageProcessor
 from vqa_scratch.errors import UserError
-from vqa_scratch.storage import read_json
+from vqa_scratch.storage import read_object, typed
 
 LONGEST = 1333 / 800  # the longer side in units of the shorter, at most
 
@@ -49,7 +49,8 @@ class ViltImageProcessor(ImageProcessor):
         # All other steps are those of SigLIP: bicubic, to [-1, 1], a bare size is the shortest edge.
         base = ImageProcessor.from_hf(rest | {"image_processor_type": "SiglipImageProcessor"})
         shared = ("size", "resample", "crop_size", "rescale_factor", "mean", "std")
-        return cls(**{field: getattr(base, field) for field in shared}, divisor=config.get("size_divisor") or 32)
+        (divisor,) = typed(name, config, {"size_divisor": int | None})
+        return cls(**{field: getattr(base, field) for field in shared}, divisor=divisor or 32)
 
     def to_hf(self) -> dict[str, Any]:
         return super().to_hf() | {"size_divisor": self.divisor, "do_pad": True}
@@ -66,5 +67,5 @@ class ViltImageProcessor(ImageProcessor):
 
 def read_processor(folder: Path) -> ImageProcessor:
     """The preprocessing of a run, of either kind."""
-    kind = read_json(folder / CONFIG_NAME).get("image_processor_type")
+    kind = read_object(folder / CONFIG_NAME).get("image_processor_type")
     return (ViltImageProcessor if kind == ViltImageProcessor.kind else ImageProcessor).from_pretrained(folder)

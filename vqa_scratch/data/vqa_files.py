@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 from vqa_scratch.errors import UserError, some
-from vqa_scratch.storage import read_json
+from vqa_scratch.storage import read_json, typed
 
 SUBTYPES = {"train": "train2014", "val": "val2014", "test": "test2015", "test-dev": "test-dev2015"}
 IMAGE_SUFFIXES = (".jpg", ".png", ".jpeg")
@@ -168,21 +168,6 @@ def entries(path: Path, content: Any, key: str) -> list[Any]:
     return content[key]
 
 
-def fields(where: str, entry: Any, types: dict[str, Any]) -> list[Any]:
-    """The values of the named keys of `entry`, each of the given type; else UserError that names the key."""
-    if not isinstance(entry, dict):
-        raise UserError(f"{where} is a {type(entry).__name__}, not an object")
-    missing = [key for key in types if key not in entry]
-    if missing:
-        raise UserError(f"{where} has no {' and no '.join(map(repr, missing))}")
-    for key, wanted in types.items():
-        # bool is a kind of int in Python, but not an id
-        if not isinstance(entry[key], wanted) or isinstance(entry[key], bool):
-            name = getattr(wanted, "__name__", wanted)
-            raise UserError(f"{where}: {key!r} is {entry[key]!r}, not {name}")
-    return [entry[key] for key in types]
-
-
 @dataclass
 class ReadReport:
     """What was read of a split, kept and left out. `str(report)` is a text of several lines.
@@ -288,7 +273,7 @@ def load_annotations(path: Path) -> tuple[dict[int | str, Annotation], Counter[s
     while raw:
         entry = raw.pop()
         where = f"{path}: annotations[{total - len(raw) - 1}]"
-        question_id, image_id, question_type, answer_type, answers = fields(where, entry, types)
+        question_id, image_id, question_type, answer_type, answers = typed(where, entry, types)
         if not answers:
             raise UserError(f"{where} (question {question_id}) has no answers")
         bad = next((answer for answer in answers if not isinstance(answer, str)), None)

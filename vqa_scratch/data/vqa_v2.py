@@ -8,6 +8,7 @@ import functools
 import hashlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from functools import cache
 from pathlib import Path
 
 from tqdm import tqdm
@@ -26,7 +27,6 @@ from vqa_scratch.data.vqa_files import (
     VQASample,
     annotations_name,
     entries,
-    fields,
     find_file,
     image_subtype_of,
     load_annotations,
@@ -35,7 +35,7 @@ from vqa_scratch.data.vqa_files import (
     subtype_of,
 )
 from vqa_scratch.errors import UserError
-from vqa_scratch.storage import read_json
+from vqa_scratch.storage import read_json, typed
 
 
 def open_source(source: str | Path | VQAFiles, split: str, cache: Path = Path("cache")) -> OpenedSplit:
@@ -136,7 +136,8 @@ def open_official(files: VQAFiles, split: str) -> OpenedSplit:
     """A split in the format of VQA v2. Raises UserError if its files are broken or the folder of images is missing."""
     content = read_json(files.questions)
     questions = entries(files.questions, content, "questions")
-    subtype = content.get("data_subtype") or subtype_in(files.questions.name) or subtype_of(split)
+    (named,) = typed(files.questions, content, {"data_subtype": str | None})
+    subtype = named or subtype_in(files.questions.name) or subtype_of(split)
     finder = ImageFolder(Path(files.images), image_subtype_of(subtype))
     paths = {"questions": files.questions, "annotations": files.annotations, "images": finder.folder}
     annotations, notes = load_annotations(files.annotations) if files.annotations else (None, Counter())
@@ -144,7 +145,7 @@ def open_official(files: VQAFiles, split: str) -> OpenedSplit:
 
     def entry(position: int) -> AskedQuestion:
         where = f"{files.questions}: questions[{position}]"
-        question_id, image_id, question = fields(where, questions[position], types)
+        question_id, image_id, question = typed(where, questions[position], types)
         found, problem = Annotation(image_id, "", "", (), ""), None
         if annotations is not None:
             problem = "the question has no annotation" if question_id not in annotations else None
@@ -288,14 +289,27 @@ def split_by_image(
     """Splits samples so that all questions on one image fall into the same part, one part per fraction.
 
     The part of an image depends only on its id and the seed (BLAKE2), not on the other images or on their order; so
-    parts have the wanted sizes only on average. Raises ValueError unless the fractions are positive and sum to 1.
+    parts have the wanted sizes only on average. Only a part that would be empty, of few images, gets the nearest one
+    of another. Raises ValueError unless the fractions are positive and sum to 1.
     """
     if any(fraction <= 0 for fraction in fractions) or abs(sum(fractions) - 1) > 1e-6:
         raise ValueError(f"fractions must be positive and sum to 1, not {tuple(fractions)}")
     bounds = [sum(fractions[: i + 1]) for i in range(len(fractions) - 1)]
+    samples = list(samples)
+
+    @cache
+    def position(image_id: int | str) -> float:
+        digest = hashlib.blake2b(f"{seed}:{image_id}".encode(), digest_size=8).digest()
+        return int.from_bytes(digest, "big") / 2**64
+
+    part_of = {s.image_id: sum(position(s.image_id) >= bound for bound in bounds) for s in samples}
+    for part in range(len(fractions)):
+        count = Counter(part_of.values())
+        spare = [image_id for image_id, own in part_of.items() if count[own] > 1]
+        if not count[part] and spare:
+            middle = sum(fractions[:part]) + fractions[part] / 2
+            part_of[min(spare, key=lambda image_id: abs(position(image_id) - middle))] = part
     parts: tuple[list[VQASample], ...] = tuple([] for _ in fractions)
     for sample in samples:
-        digest = hashlib.blake2b(f"{seed}:{sample.image_id}".encode(), digest_size=8).digest()
-        position = int.from_bytes(digest, "big") / 2**64
-        parts[sum(position >= bound for bound in bounds)].append(sample)
+        parts[part_of[sample.image_id]].append(sample)
     return parts

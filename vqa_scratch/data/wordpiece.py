@@ -11,15 +11,12 @@ from collections.abc import Mapping
 
 
 def learn_wordpieces(word_counts: Mapping[str, int], size: int) -> list[str]:
-    """At most `size` pieces: every letter in both forms (at the start of a word and inside), then merges by frequency.
+    """Every letter in both forms (at the start of a word and inside), however many they are, then merges by frequency.
 
-    Merging goes on until the vocabulary is full or every word is one piece. Raises ValueError if `size` does not hold
-    the letters.
+    Merging goes on until there are `size` pieces or every word is one piece.
     """
     letters = sorted({letter for word in word_counts for letter in word})
     pieces = letters + ["##" + letter for letter in letters]
-    if len(pieces) > size:
-        raise ValueError(f"{size} pieces do not hold the {len(letters)} letters in their two forms each")
     known = set(pieces)
     words = [[word[0], *("##" + letter for letter in word[1:])] for word in word_counts]
     weights = list(word_counts.values())

@@ -13,6 +13,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from vqa_scratch.errors import UserError
 from vqa_scratch.models.hf_config import HFConfig, Layout, Released, check_heads
 from vqa_scratch.nn import taps
 from vqa_scratch.nn.attention import MultiHeadAttention
@@ -73,8 +74,11 @@ class BertConfig(HFConfig):
     pad_id: int = 0
 
     def __post_init__(self) -> None:
-        self.family  # noqa: B018 (it checks the layout)
         check_heads(self.dim, self.heads)
+        if self.pad_id >= self.vocab_size:
+            raise UserError(f"padding token {self.pad_id} is not among the {self.vocab_size} tokens of the vocabulary")
+        if self.family.skips_padding and self.pad_id + 1 >= self.max_positions:
+            raise UserError(f"positions begin after padding token {self.pad_id}: {self.max_positions} are too few")
 
 
 class BertBlock(nn.Module):

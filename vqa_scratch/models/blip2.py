@@ -13,11 +13,12 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from vqa_scratch.errors import UserError
+from vqa_scratch.errors import UserError, naming
 from vqa_scratch.models.hf_config import Released, fields_from_hf
 from vqa_scratch.models.opt import OPT, OPTConfig
 from vqa_scratch.models.qformer import QFormer, QFormerConfig
 from vqa_scratch.models.vit import ViT, ViTConfig
+from vqa_scratch.storage import typed
 from vqa_scratch.weights import fields as names
 from vqa_scratch.weights import maps
 from vqa_scratch.weights.convert import load_into
@@ -45,11 +46,14 @@ class Blip2Config:
     @classmethod
     def from_hf(cls, config: dict[str, Any]) -> Self:
         """From a config.json of model type "blip-2". Raises UserError on another type, or another language model."""
-        fields = fields_from_hf(config, {"queries": "num_query_tokens", "image_token": "image_token_index"}, MODEL_TYPE)
-        vision, qformer, text = (config.get(f"{part}_config") or {} for part in ("vision", "qformer", "text"))
+        if (kind := config.get("model_type")) != MODEL_TYPE:
+            raise UserError(f"config.json describes a model of type {kind!r}, expected {MODEL_TYPE!r}")
+        fields = fields_from_hf(config, {"queries": "num_query_tokens", "image_token": "image_token_index"}, cls)
+        parts = typed("config.json", config, {f"{part}_config": dict | None for part in ("vision", "qformer", "text")})
+        vision, qformer, text = (part or {} for part in parts)
         if text.get("model_type", "opt") != "opt":
             raise UserError(f"the language model of config.json is a {text['model_type']!r}; here it must be an 'opt'")
-        sizes = fields_from_hf({"model_type": VISION_TYPE} | vision, names.BLIP2_VISION, VISION_TYPE)
+        sizes = fields_from_hf(vision, names.BLIP2_VISION, ViTConfig)
         return cls(
             vision=replace(_VISION, **sizes),
             qformer=QFormerConfig.from_hf({"model_type": "blip_2_qformer"} | qformer),
@@ -124,7 +128,7 @@ class Blip2(Released, nn.Module):
         is copied. Raises UserError, one line with every problem, when something does not fit.
         """
         config, tensors = read_checkpoint(source)
-        with torch.device("meta"):  # no memory, no random start
+        with naming(source), torch.device("meta"):  # no memory, no random start
             model = cls(Blip2Config.from_hf(config)).to_precision(dtype)
         model.to_empty(device=device)
         load_into(model, tensors, cls.key_map, source=str(source))

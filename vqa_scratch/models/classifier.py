@@ -17,8 +17,9 @@ from vqa_scratch.errors import UserError
 from vqa_scratch.models.bert import Bert, BertConfig
 from vqa_scratch.models.hf_config import Released, labels_from_hf, labels_to_hf
 from vqa_scratch.nn.layers import init_weights
+from vqa_scratch.storage import typed
 from vqa_scratch.weights import maps
-from vqa_scratch.weights.convert import load_into
+from vqa_scratch.weights.convert import find, load_into
 from vqa_scratch.weights.files import map_tensor, resolve_folder
 
 
@@ -86,15 +87,15 @@ class TextClassifier(Released, nn.Module):
     @classmethod
     def from_checkpoint(cls, config: Mapping[str, Any], tensors: dict[str, Tensor], source: str) -> Self:
         """As in `Released`. The word table, a third of the weights, stays in the file: rows are read on first use."""
-        layout = LAYOUTS.get(config.get("model_type"))
+        layout = LAYOUTS.get(typed(source, config, {"model_type": str | None})[0])
         if layout is None:
             kinds = ", ".join(LAYOUTS)
             raise UserError(f"{source} holds a {config.get('model_type')} model; a classifier is one of {kinds}")
         (head,) = (key for entry in layout.key_map.head if entry.ours == "out.bias" for key in entry.theirs)
-        classes = len(tensors.get(head, ()))
-        if not classes:
+        bias = find(tensors, head)
+        if bias is None:
             raise UserError(f"{source} has no {head}: it is not a sequence classifier")
-        labels = labels_from_hf(config, classes, source)
+        labels = labels_from_hf(config, bias.numel(), source)
         with torch.device("meta"):  # no memory, no random start
             model = cls(BertConfig.from_hf(config), labels)
         model.to_empty(device="cpu")

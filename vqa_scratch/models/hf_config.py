@@ -3,6 +3,9 @@
 A family is a config (`HFConfig`), a table of layouts with a line for each `model_type`, and a model (`Released`).
 """
 
+import dataclasses
+import math
+import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from os import PathLike
@@ -10,11 +13,15 @@ from typing import Any, ClassVar, Self
 
 from torch import Tensor
 
-from vqa_scratch.errors import UserError
+from vqa_scratch.errors import UserError, naming
 from vqa_scratch.nn.layers import ACTIVATIONS
+from vqa_scratch.options import types_of
+from vqa_scratch.storage import typed
 from vqa_scratch.weights.convert import load_into, to_hf
 from vqa_scratch.weights.files import read_checkpoint, write_checkpoint
 from vqa_scratch.weights.maps import KeyMap
+
+MOST_LAYERS, LARGEST = 1_000, 2**24  # of any layers, size or id that a config.json may ask for
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,14 +51,14 @@ class HFConfig:
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> Self:
         """From the content of a config.json. Raises UserError if it asks for something this model does not support."""
-        kind = config.get("model_type")
+        (kind,) = typed("config.json", config, {"model_type": str | None})
         if kind not in cls.LAYOUTS:
             raise UserError(f"config.json describes a model of type {kind!r}, expected {', '.join(cls.LAYOUTS)}")
         layout = cls.LAYOUTS[kind]
         for name, value in layout.fixed.items():
             if config.get(name) not in (None, value):
                 raise UserError(f"config.json asks for {name} = {config[name]!r}; here it can only be {value!r}")
-        return cls(layout=kind, **{**layout.defaults, **fields_from_hf(config, layout.fields, kind)})
+        return cls(layout=kind, **{**layout.defaults, **fields_from_hf(config, layout.fields, cls)})
 
     def to_hf(self) -> dict[str, Any]:
         """The inverse of `from_hf`."""
@@ -84,7 +91,8 @@ class Released:
     @classmethod
     def from_pretrained(cls, source: str | PathLike[str], **options: Any) -> Self:
         """From a checkpoint folder or Hub id, with the options of `from_checkpoint`."""
-        return cls.from_checkpoint(*read_checkpoint(source), str(source), **options)
+        with naming(source):
+            return cls.from_checkpoint(*read_checkpoint(source), str(source), **options)
 
     def save_pretrained(self, folder: str | PathLike[str]) -> None:
         """Write config.json and model.safetensors, as `from_pretrained` and `transformers` read them.
@@ -94,17 +102,48 @@ class Released:
         write_checkpoint(folder, self.to_hf(), to_hf(self, self.key_map))
 
 
-def fields_from_hf(hf: Mapping[str, Any], names: Mapping[str, str], model_type: str) -> dict[str, Any]:
-    """Our fields from a config.json: `names` maps ours to theirs; a field not in the file keeps our default.
+def fields_from_hf(hf: Mapping[str, Any], names: Mapping[str, str], config_class: type) -> dict[str, Any]:
+    """Fields of `config_class` from a config.json: `names` maps ours to theirs; a field not in the file keeps our
+    default.
 
-    Raises UserError if the file describes another kind of model or an activation we do not have.
+    Raises UserError for a value that has not the type of our field or cannot be one, and for an activation we do not
+    have.
     """
-    if hf.get("model_type") != model_type:
-        raise UserError(f"config.json describes a model of type {hf.get('model_type')!r}, expected {model_type!r}")
-    fields = {ours: hf[theirs] for ours, theirs in names.items() if hf.get(theirs) is not None}
+    kinds = types_of(config_class)
+    defaults = {item.name: item.default for item in dataclasses.fields(config_class)}
+    given = {ours: theirs for ours, theirs in names.items() if hf.get(theirs) is not None}
+    fields = {
+        ours: _checked(f"config.json: {theirs}", hf[theirs], ours, kinds[ours], defaults[ours])
+        for ours, theirs in given.items()
+    }
     if fields.get("activation", "gelu") not in ACTIVATIONS:
         raise UserError(f"config.json asks for activation {fields['activation']!r}; known: {', '.join(ACTIVATIONS)}")
     return fields
+
+
+def _checked(where: str, value: Any, ours: str, kinds: tuple[Any, ...], default: Any) -> Any:
+    """The value of our field `ours`, whose types are `kinds`; UserError unless it has one of them and a usual size."""
+    if bool in kinds or str in kinds:
+        (kind,) = {bool, str} & set(kinds)
+        if not isinstance(value, kind):
+            raise UserError(f"{where} must be {'true or false' if kind is bool else 'a text'}, not {value!r}")
+        return value
+    if float in kinds:
+        most = 1 if "dropout" in ours else 10_000
+        if not _is_number(value) or not 0 <= value < most:
+            raise UserError(f"{where} must be a number from 0 to below {most:,}, not {value!r}")
+        return float(value)
+    pairs = any(typing.get_origin(kind) is tuple for kind in kinds)
+    sides = value if pairs and isinstance(value, (list, tuple)) and len(value) == 2 else [value]
+    least = 0 if default == 0 or ours.endswith("_id") else 1
+    most = MOST_LAYERS if ours.endswith("layers") else LARGEST
+    if not all(_is_number(side) and side == int(side) and least <= side <= most for side in sides):
+        raise UserError(f"{where} must be a whole number from {least} to {most:,}, not {value!r}")
+    return int(value) if sides == [value] else tuple(value)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def labels_from_hf(hf: Mapping[str, Any], classes: int, source: str) -> tuple[str, ...]:
@@ -112,7 +151,8 @@ def labels_from_hf(hf: Mapping[str, Any], classes: int, source: str) -> tuple[st
 
     Raises UserError, naming `source`, if the file does not name every class of the head.
     """
-    names = hf.get("id2label") or {str(i): f"LABEL_{i}" for i in range(classes)}
+    (named,) = typed(source, hf, {"id2label": dict | None})
+    names = named or {str(i): f"LABEL_{i}" for i in range(classes)}
     try:
         return tuple(str(names[str(i)]) for i in range(classes))
     except KeyError as error:

@@ -41,15 +41,13 @@ class QFormerConfig:
 
     def __post_init__(self) -> None:
         check_heads(self.dim, self.heads)
-        if self.cross_every < 1:
-            raise UserError(f"cross_attention_frequency must be 1 or more, not {self.cross_every}")
 
     @classmethod
     def from_hf(cls, config: dict[str, Any]) -> Self:
         """From the `qformer_config` of a config.json. Raises UserError on one that also reads text."""
         if config.get("use_qformer_text_input"):
             raise UserError("config.json asks for a Q-Former that reads text (image-text retrieval); this one does not")
-        return cls(**fields_from_hf(config, names.QFORMER, MODEL_TYPE))
+        return cls(**fields_from_hf(config, names.QFORMER, cls))
 
     def to_hf(self) -> dict[str, Any]:
         """The inverse of `from_hf`."""

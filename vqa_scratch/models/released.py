@@ -8,13 +8,14 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from vqa_scratch.errors import UserError
+from vqa_scratch.errors import UserError, naming
 from vqa_scratch.models.bert import Bert, BertConfig
 from vqa_scratch.models.gpt2 import GPT2
 from vqa_scratch.models.hf_config import Released
 from vqa_scratch.models.opt import OPT
 from vqa_scratch.models.resnet import ResNet
 from vqa_scratch.models.vit import ViT, ViTConfig
+from vqa_scratch.storage import typed
 from vqa_scratch.weights.files import read_checkpoint
 
 IMAGE_ENCODERS: dict[str, type[Released]] = dict.fromkeys(ViTConfig.LAYOUTS, ViT)
@@ -47,13 +48,17 @@ def decoder(source: str | PathLike[str], *, cross_attention: bool) -> GPT2 | OPT
 
 def decoder_of(sizes: Mapping[str, Any]) -> GPT2 | OPT:
     """A decoder of random weights, from the content of a config.json."""
-    kind = DECODERS[sizes["model_type"]]
+    (found,) = typed("the decoder", sizes, {"model_type": str})
+    if found not in DECODERS:
+        raise UserError(f"the decoder is of type {found!r}; decoders are {', '.join(DECODERS)}")
+    kind = DECODERS[found]
     return kind(kind.config_class.from_hf(sizes))
 
 
 def _open(source: str | PathLike[str], table: Mapping[str, type[Released]], kinds: str, **options: Any) -> Released:
     config, tensors = read_checkpoint(source)
-    found = config.get("model_type")
+    (found,) = typed(f"{source}: config.json", config, {"model_type": str | None})
     if found not in table:
         raise UserError(f"{source} holds a model of type {found!r}; {kinds} are {', '.join(table)}")
-    return table[found].from_checkpoint(config, tensors, str(source), **options)
+    with naming(source):
+        return table[found].from_checkpoint(config, tensors, str(source), **options)

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from vqa_scratch.errors import UserError
 from vqa_scratch.nn.states import Places, States
 from vqa_scratch.weights import maps
-from vqa_scratch.weights.convert import load_into, to_hf
+from vqa_scratch.weights.convert import load_into, to_hf, unwrapped
 from vqa_scratch.weights.files import read_tensors, write_safetensors
 
 Norm = Callable[[int], nn.Module]  # channels -> a module (B, C, h, w) -> the same
@@ -50,9 +50,12 @@ class ResNetConfig:
 
     def __post_init__(self) -> None:
         if self.block not in BLOCKS:
-            raise ValueError(f"block must be one of {', '.join(BLOCKS)}, got {self.block!r}")
-        if len(self.depths) != len(self.widths) or not self.depths or min(self.depths + self.widths) < 1:
-            raise ValueError(f"depths and widths must be positive and as many, got {self.depths} and {self.widths}")
+            raise UserError(f"block must be one of {', '.join(BLOCKS)}, got {self.block!r}")
+        sizes = (*self.depths, *self.widths, self.channels)
+        if not all(type(size) is int and 0 < size < 100_000 for size in sizes) or max(self.depths, default=0) > 1_000:
+            raise UserError(f"depths, widths and channels must be usual numbers, got {sizes}")
+        if len(self.depths) != len(self.widths) or not self.depths:
+            raise UserError(f"depths and widths must be as many, got {self.depths} and {self.widths}")
 
     @property
     def dim(self) -> int:
@@ -205,7 +208,7 @@ class ResNet(nn.Module):
 
         In eval mode, with frozen statistics. Raises UserError if the file is not a ResNet or does not fit.
         """
-        tensors = read_tensors(Path(file))
+        tensors = {unwrapped(key): tensor for key, tensor in read_tensors(Path(file)).items()}
         model = cls(ResNetConfig.of_tensors(tensors, str(file)))
         load_into(model, tensors, maps.RESNET, source=str(file))
         return model.eval()

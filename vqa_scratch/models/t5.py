@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vqa_scratch.errors import UserError
-from vqa_scratch.models.hf_config import Released
+from vqa_scratch.models.hf_config import Released, fields_from_hf
 from vqa_scratch.nn import taps
 from vqa_scratch.nn.attention import MultiHeadAttention
 from vqa_scratch.nn.cache import DecoderCache, KVCache
@@ -26,8 +26,9 @@ from vqa_scratch.nn.layers import MLP, Activation, activation
 from vqa_scratch.nn.memory import Memory
 from vqa_scratch.nn.relative_bias import PassBias, RelativeBias
 from vqa_scratch.nn.rms_norm import RMSNorm
+from vqa_scratch.storage import typed
 from vqa_scratch.weights import fields, maps
-from vqa_scratch.weights.convert import load_into
+from vqa_scratch.weights.convert import find, load_into
 
 
 @dataclass(frozen=True)
@@ -54,14 +55,22 @@ class T5Config:
     start_id: int = 0  # first input of the decoder
     max_positions: ClassVar[None] = None  # relative positions have no limit
 
+    def __post_init__(self) -> None:
+        if self.buckets < 4 or self.max_distance <= self.buckets // 2:
+            raise UserError(f"{self.buckets} buckets do not divide distances up to {self.max_distance}")
+        if max(self.pad_id, self.eos_id, self.start_id) >= self.vocab_size:
+            raise UserError(f"a special token is not among the {self.vocab_size} of the vocabulary")
+
     @classmethod
     def from_hf(cls, config: dict[str, Any]) -> Self:
         """From a config.json. It does not say whether the head is tied: that depends on the weights."""
-        known = {ours: config[theirs] for ours, theirs in fields.T5.items() if config.get(theirs) is not None}
-        feed_forward = config.get("feed_forward_proj", "relu")
+        known = fields_from_hf(config, fields.T5, cls)
+        (feed_forward,) = typed("config.json", config, {"feed_forward_proj": str | None})
+        feed_forward = feed_forward or "relu"
         name = feed_forward.removeprefix("gated-")
         return cls(
-            **{"decoder_layers": known["encoder_layers"], "start_id": known.get("pad_id", 0)} | known,
+            **{"decoder_layers": known.get("encoder_layers", cls.encoder_layers), "start_id": known.get("pad_id", 0)}
+            | known,
             gated=feed_forward.startswith("gated-"),
             # The released gated models were trained with the tanh approximation, although their files say "gelu".
             activation="gelu_new" if feed_forward == "gated-gelu" else name,
@@ -209,7 +218,7 @@ class T5(Released, Decoder):
         """As in `Released`, for the layout of T5ForConditionalGeneration."""
         if config.get("model_type") != "t5":
             raise UserError(f"{source} holds a {config.get('model_type')} model, not a t5")
-        model = cls(replace(T5Config.from_hf(config), tied="lm_head.weight" not in tensors))
+        model = cls(replace(T5Config.from_hf(config), tied=find(tensors, "lm_head.weight") is None))
         load_into(model, tensors, model.key_map, source=source)
         return model.eval()
 

@@ -24,7 +24,7 @@ from vqa_scratch.models.vit import ViT, ViTConfig, ViTLayout
 from vqa_scratch.nn import taps
 from vqa_scratch.nn.layers import init_weights
 from vqa_scratch.weights import fields, maps
-from vqa_scratch.weights.convert import load_into
+from vqa_scratch.weights.convert import find, load_into
 
 WORD, PATCH = 0, 1  # rows of the modality table
 _ALL_PATCHES = {"max_image_length": -1}  # never a random selection of the patches
@@ -176,10 +176,10 @@ class ViLTClassifier(Released, nn.Module):
     @classmethod
     def from_checkpoint(cls, config: Mapping[str, Any], tensors: dict[str, Tensor], source: str) -> Self:
         """As in `Released`, for a checkpoint with a head over answers (ViltForQuestionAnswering)."""
-        classes = len(tensors.get("classifier.3.bias", ()))
-        if not classes:
+        bias = find(tensors, "classifier.3.bias")
+        if bias is None:
             raise UserError(f"{source} has no head over answers (classifier.3): it was not trained to answer questions")
-        model = cls(ViLT(ViLTConfig.from_hf(config)), labels_from_hf(config, classes, source))
+        model = cls(ViLT(ViLTConfig.from_hf(config)), labels_from_hf(config, bias.numel(), source))
         load_into(model, tensors, cls.key_map, source=source)
         return model.eval()
 

@@ -84,8 +84,6 @@ class ViTConfig(HFConfig):
             object.__setattr__(self, "image_size", tuple(self.image_size))
         if self.mlp_ratio is not None:
             object.__setattr__(self, "hidden", int(self.dim * self.mlp_ratio))
-        if not isinstance(self.patch_size, int):
-            raise UserError(f"patches must be square, got {self.patch_size}")
         sizes = self.image_size if isinstance(self.image_size, tuple) else (self.image_size,)
         if any(side % self.patch_size for side in sizes):
             raise UserError(f"image size {self.image_size} is not a multiple of the patch size {self.patch_size}")
@@ -106,7 +104,7 @@ class ViTConfig(HFConfig):
         """(h, w) patches of an image of this size in pixels. Raises ValueError unless they fit."""
         p = self.patch_size
         if height % p or width % p:
-            raise ValueError(f"image of {height}x{width} pixels does not divide into patches of {p}x{p}")
+            raise UserError(f"image of {height}x{width} pixels does not divide into patches of {p}x{p}")
         return height // p, width // p
 
 

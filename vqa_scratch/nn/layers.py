@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vqa_scratch.errors import UserError
 from vqa_scratch.nn import taps
 from vqa_scratch.nn.cache import DecoderCache
 
@@ -36,9 +37,9 @@ ACTIVATIONS: dict[str, Activation] = {
 
 
 def activation(name: str) -> Activation:
-    """The activation a config calls `name`. Raises ValueError naming the known ones."""
+    """The activation a config calls `name`. Raises UserError naming the known ones."""
     if name not in ACTIVATIONS:
-        raise ValueError(f"unknown activation {name!r}; known: {', '.join(ACTIVATIONS)}")
+        raise UserError(f"unknown activation {name!r}; known: {', '.join(ACTIVATIONS)}")
     return ACTIVATIONS[name]
 
 

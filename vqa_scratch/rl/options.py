@@ -24,7 +24,7 @@ class RLHFOptions(Options):
     preset: str = option("mini-news", "Which task to run, and with which defaults.", RUN, ("mini-news", "book", "vqa"))
     out: Path = option(Path("runs/rlhf-mini-news"), "Folder of the run.", RUN, may_change=True)
     resume: bool = option(False, "Go on from the last checkpoint of --out.", RUN, may_change=True)
-    seed: int = option(0, "Seed of data, initial weights and sampling.", RUN)
+    seed: int = option(0, "Seed of data, initial weights and sampling.", RUN, minimum=0, below=2**32)
     device: str = option("auto", "Where to compute.", RUN, ("auto", "cpu", "cuda"), may_change=True)
     precision: str = option(
         "auto", "Arithmetic; auto is bf16 where it is clearly faster.", RUN, ("auto", "fp32", "bf16")

@@ -5,15 +5,15 @@ import html
 from pathlib import Path
 from typing import Any
 
-from vqa_scratch.report.curves import draw_panels, moving_average
+from vqa_scratch.report.curves import moving_average
 from vqa_scratch.rl.evaluate import Figures, Frontier
 from vqa_scratch.storage import write_whole
 
 SMOOTH = 4  # iterations that a smooth line averages: few enough to show a spike
 
 
-def curves(history: list[dict[str, Any]], parts: list[str], path: Path) -> None:
-    """Reward, KL, each reward model, finished share, entropy and value fit, over the iterations."""
+def panels(history: list[dict[str, Any]], parts: list[str]) -> list[dict[str, Any]]:
+    """For curves.png: reward, KL, each reward model, finished share, entropy and value fit, over the iterations."""
     titles = {
         "reward": {"reward": "env/reward_mean"},
         "KL a response (nats)": {"exact": "objective/kl_exact", "k1, of samples": "objective/kl"},
@@ -23,13 +23,13 @@ def curves(history: list[dict[str, Any]], parts: list[str], path: Path) -> None:
         "clipped share": {"clipped": "ppo/policy/clipfrac"},
         "variance explained by values": {"explained": "ppo/val/var_explained"},
     }
-    steps, panels = [row["step"] for row in history], []
+    steps, result = [row["step"] for row in history], []
     for title, names in titles.items():
         values = {label: [row[name] for row in history] for label, name in names.items()}
         lines = {label: (steps, moving_average(ys, SMOOTH)) for label, ys in values.items()}
         faint = [(steps, ys) for ys in values.values()]
-        panels.append({"title": title, "xlabel": "iteration", "ylabel": "", "lines": lines, "faint": faint})
-    draw_panels(path, panels, columns=3)
+        result.append({"title": title, "xlabel": "iteration", "ylabel": "", "lines": lines, "faint": faint})
+    return result
 
 
 def frontier(curve: Frontier, history: list[dict[str, Any]], before: Figures, after: Figures, path: Path) -> None:

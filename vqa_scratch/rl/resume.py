@@ -13,11 +13,13 @@ from vqa_scratch.errors import UserError
 from vqa_scratch.rl.options import PRESETS, RLHFOptions
 from vqa_scratch.rl.ppo import PPO
 from vqa_scratch.rl.tasks import Task
-from vqa_scratch.storage import read_json
-from vqa_scratch.training.checkpoint import load_checkpoint, set_rng_state
+from vqa_scratch.storage import read_object, typed
+from vqa_scratch.training.checkpoint import fitting, load_checkpoint, set_rng_state
 from vqa_scratch.training.resume import checkpoint_path, go_on, is_new
 
 PROGRAM = "rlhf.py"
+# Of a checkpoint of rlhf.py.
+PARTS = {"ppo": dict, "rng": dict, "seconds": float, "config": dict, "precision": str, "reference": str}
 
 
 def fingerprint(model: nn.Module, order: Iterable[str] | None = None) -> str:
@@ -39,12 +41,14 @@ def begin_or_go_on(options: RLHFOptions) -> tuple[RLHFOptions, dict[str, Any] | 
     if is_new(options.out, options.resume, PROGRAM):
         return replace(options, resume=False), None
     config, path = options.out / "config.json", checkpoint_path(options.out)
-    values = read_json(config) if config.is_file() else {}
+    values = read_object(config) if config.is_file() else {}
     if not values and not path.exists():
         raise UserError(f"{options.out} holds no run to go on with; begin one without --resume")
     saved = load_checkpoint(path) if path.exists() else None
     if saved and "ppo" not in saved:
         raise UserError(f"{path} is no checkpoint of rlhf.py")
+    if saved:
+        typed(path, saved, PARTS)
     values = saved["config"] if saved else {name: value for name, value in values.items() if name != "program"}
     if values.get("preset") != options.preset:
         preset = values.get("preset")
@@ -68,6 +72,7 @@ def restore(ppo: PPO, saved: dict[str, Any], about: dict[str, Any]) -> float:
     if saved["reference"] != about["reference"]:
         raise UserError("the run was begun against a reference with other weights; its KL would change its meaning")
     check_same(saved.get("prompts"), about["prompts"], ppo.options.out)
-    ppo.load_state_dict(saved.pop("ppo"))  # a second copy of the model need not stay in memory
-    set_rng_state(saved["rng"])
+    with fitting(ppo.options.out):
+        ppo.load_state_dict(saved.pop("ppo"))  # a second copy of the model need not stay in memory
+        set_rng_state(saved["rng"])
     return saved["seconds"]

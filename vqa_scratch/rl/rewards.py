@@ -26,6 +26,7 @@ class ClassifierReward:
     ) -> None:
         self.model, self.tokenizer = freeze(model, precision), tokenizer
         self.index = model.label_index(label)
+        tokenizer.check_fits(model.config.vocab_size, "the classifier")
         self.longest = model.encoder.longest
 
     @torch.no_grad()

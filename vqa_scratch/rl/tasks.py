@@ -138,8 +138,7 @@ def summarising_task(options: RLHFOptions, device: torch.device, precision: torc
     model, tokenizer = models.summariser, models.tokenizer
     if reference is not None:
         check_same_vocabulary(model, reference)
-    if len(tokenizer) > model.config.vocab_size:
-        raise UserError(f"the tokenizer has {len(tokenizer)} tokens, the model only {model.config.vocab_size}")
+    tokenizer.check_fits(model.config.vocab_size, "the T5")
 
     if tokenizer.eos_id not in (None, model.config.eos_id):
         ends = model.config.eos_id

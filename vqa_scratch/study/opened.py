@@ -14,7 +14,7 @@ from PIL import Image
 from vqa_scratch.data.text import Tokenizer
 from vqa_scratch.errors import UserError
 from vqa_scratch.models.t5 import T5
-from vqa_scratch.storage import read_json
+from vqa_scratch.storage import read_object, typed
 from vqa_scratch.study.base import Subject
 from vqa_scratch.study.subject import T5Subject
 
@@ -84,7 +84,7 @@ def chosen(labels: Sequence[str], first: str) -> dict[str, Any]:
 def config_of(folder: Path) -> dict:
     """The config.json of a folder; {} if there is none."""
     path = folder / "config.json"
-    return read_json(path) if path.is_file() else {}
+    return read_object(path) if path.is_file() else {}
 
 
 def t5_folder(folder: Path) -> Path | None:
@@ -103,12 +103,12 @@ def open_text(folder: Path, text: str, device: str = "cpu") -> Opened:
     options = config_of(folder) if checkpoint != folder else {}
     tokenizer = Tokenizer.from_pretrained(checkpoint)
     model = T5.from_pretrained(checkpoint).to(torch.device(device))
-    if len(tokenizer) > model.config.vocab_size:
-        raise UserError(f"the tokenizer has {len(tokenizer)} tokens, the model only {model.config.vocab_size}")
-    text = options.get("prefix", "") + text.strip()
-    limit = options.get("max_prompt_tokens", 512)
+    tokenizer.check_fits(model.config.vocab_size, "the T5")
+    types = {"prefix": str | None, "max_prompt_tokens": int | None, "max_new_tokens": int | None}
+    prefix, limit, longest = typed(folder / "config.json", options, types)
+    text, limit = (prefix or "") + text.strip(), limit or 512
     ids, _ = tokenizer.encode_batch([text], max_length=limit)
     ids = ids[0].tolist()
     notes = (f"the text is longer than {limit} tokens; only its beginning was read",) if tokenizer.truncated else ()
-    subject = T5Subject(model, ids, text_labels(tokenizer, text, ids), options.get("max_new_tokens", 32))
+    subject = T5Subject(model, ids, text_labels(tokenizer, text, ids), longest or 32)
     return Opened(run_name(folder), subject, text, None, **written(tokenizer, subject.prompt), notes=notes)

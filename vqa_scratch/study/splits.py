@@ -12,11 +12,12 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import nn
 
+from vqa_scratch.data.descriptions import read_drawn, scenes_file
 from vqa_scratch.data.images import ImageProcessor, load_image
 from vqa_scratch.data.vqa_v2 import VQASample, read_vqa, spread
 from vqa_scratch.errors import UserError
 from vqa_scratch.report.curves import draw_panels
-from vqa_scratch.storage import read_json, write_text, write_whole
+from vqa_scratch.storage import write_text, write_whole
 from vqa_scratch.study.base import ImageSubject
 from vqa_scratch.study.faithfulness import Curves, HeadEffect, Pointing, faithfulness, head_ablation, pointing
 
@@ -33,19 +34,22 @@ def pointing_examples(
 
     Raises UserError if the data has no scenes.
     """
-    path = data / f"scenes_{split}.json"
+    path = scenes_file(data, split)
     if not path.is_file():
         raise UserError(f"{path} not found: only the built-in data set says where its objects are")
-    scenes = read_json(path)
+    drawn = read_drawn(path)
 
     def named(sample: VQASample) -> list[int]:
-        return scenes[str(sample.image_id)]["about"][str(sample.question_id)]
+        _, about = drawn.get(sample.image_id, ((), {}))
+        if sample.question_id not in about:
+            raise UserError(f"{path} says nothing of question {sample.question_id}: it is of another data set")
+        return about[sample.question_id]
 
     one = [sample for sample in read_vqa(data, split).samples if len(named(sample)) == 1]
     for sample in spread(one, number):
         image = load_image(sample.image_path, upright=sample.upright)
         (index,) = named(sample)
-        box = processor.box(scenes[str(sample.image_id)]["objects"][index]["box"], image.height, image.width)
+        box = processor.box(drawn[sample.image_id][0][index].box, image.height, image.width)
         if box[0] < box[2] and box[1] < box[3]:  # else the object was cropped away
             yield subject_of(image, sample.question), box
 

@@ -7,7 +7,7 @@ import importlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vqa_scratch.errors import UserError
+from vqa_scratch.errors import UserError, naming
 from vqa_scratch.systems.options import BY_PRESET
 
 if TYPE_CHECKING:
@@ -55,10 +55,12 @@ def load(folder: "Path | str", device: Any = "cpu", precision: str = "fp32") -> 
 
     folder, device = Path(folder), torch.device(device)
     system, sizes, options = _config(folder)
-    return system.load(folder, sizes, options, Precision(pick_precision(precision, device)[0], device))
+    with naming(folder):
+        return system.load(folder, sizes, options, Precision(pick_precision(precision, device)[0], device))
 
 
 def open_parts(folder: Path, options: "RunOptions", precision: "Precision") -> "System":
     """A run to resume with these options: everything it saved except the weights."""
     system, sizes, _ = _config(folder)
-    return system.open(folder, sizes, options, precision)
+    with naming(folder):
+        return system.open(folder, sizes, options, precision)

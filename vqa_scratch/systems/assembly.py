@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from vqa_scratch.connectors import connect, connector_sizes
+from vqa_scratch.data.images import ImageProcessor
 from vqa_scratch.data.text import Tokenizer
 from vqa_scratch.data.tokenizers import Tokenizers
 from vqa_scratch.errors import UserError
@@ -16,6 +17,7 @@ from vqa_scratch.models.released import decoder_of
 from vqa_scratch.models.resnet import NORMS, ResNet, ResNetConfig
 from vqa_scratch.models.vit import ConvStem, ViT, ViTConfig
 from vqa_scratch.models.vqa import VQAModel
+from vqa_scratch.storage import typed
 from vqa_scratch.systems.older import todays_sizes
 from vqa_scratch.systems.options import RunOptions
 
@@ -28,12 +30,15 @@ def with_stem(kind: type[T], config: ViTConfig, stem: str) -> T:
 
 
 def image_encoder(sizes: dict[str, Any]) -> nn.Module:
-    """An image encoder of random weights; the inverse of `image_sizes`."""
-    if sizes["model_type"] == "resnet":
-        fields = {name: value for name, value in sizes.items() if name not in ("model_type", "norm")}
-        fields = {name: tuple(v) if isinstance(v, list) else v for name, v in fields.items()}
-        return ResNet(ResNetConfig(**fields), NORMS[sizes["norm"]])
-    return with_stem(ViT, ViTConfig.from_hf(sizes), sizes.get("stem", "linear"))
+    """An image encoder of random weights; the inverse of `image_sizes`. Raises UserError if there is none of them."""
+    if sizes.get("model_type") == "resnet":
+        types = {"block": str, "depths": list, "widths": list, "channels": int, "norm": str}
+        block, depths, widths, channels, norm = typed("the image encoder", sizes, types)
+        if norm not in NORMS:
+            raise UserError(f"there is no norm {norm!r}; there are {', '.join(NORMS)}")
+        return ResNet(ResNetConfig(block, tuple(depths), tuple(widths), channels), NORMS[norm])
+    (stem,) = typed("the image encoder", sizes, {"stem": str | None})
+    return with_stem(ViT, ViTConfig.from_hf(sizes), stem or "linear")
 
 
 def image_sizes(image: nn.Module) -> dict[str, Any]:
@@ -46,10 +51,11 @@ def image_sizes(image: nn.Module) -> dict[str, Any]:
 
 def assemble(sizes: dict[str, Any]) -> VQAModel:
     """A model of random weights; the inverse of `sizes_of`. Also takes the sizes of older versions."""
-    sizes = todays_sizes(sizes)
-    image, decoder = image_encoder(sizes["image"]), decoder_of(sizes["decoder"])
-    text = None if sizes["text"] is None else Bert(BertConfig.from_hf(sizes["text"]))
-    return VQAModel(image, text, connect(sizes["connector"], image, text, decoder), decoder)
+    types = {"image": dict, "text": dict | None, "connector": dict, "decoder": dict}
+    image_is, text_is, connector_is, decoder_is = typed("the model", todays_sizes(sizes), types)
+    image, decoder = image_encoder(image_is), decoder_of(decoder_is)
+    text = None if text_is is None else Bert(BertConfig.from_hf(text_is))
+    return VQAModel(image, text, connect(connector_is, image, text, decoder), decoder)
 
 
 def sizes_of(model: VQAModel) -> dict[str, Any]:
@@ -66,6 +72,14 @@ def tokenizers_for(options: RunOptions, text: Tokenizer | None, decoder: Tokeniz
     """The tokenizers with the limits of a run."""
     names = ("max_question_tokens", "max_answer_tokens", "question_prompt")
     return Tokenizers(text, decoder, **{name: getattr(options, name) for name in names})
+
+
+def check_images(image: nn.Module, processor: ImageProcessor) -> None:
+    """Raise UserError unless an image encoder can read what the processor makes: colours, in a size that it divides."""
+    if image.config.channels != 3:
+        raise UserError(f"the image encoder reads {image.config.channels} channels; images have 3")
+    if processor.output_size is not None:
+        image.places(*processor.output_size)
 
 
 def grid_positions(grid: tuple[int, int], dim: int) -> Tensor:

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from vqa_scratch.storage import typed
 from vqa_scratch.training.optimizers import split_parameters
 
 MOVED = ("image_projection.", "text_projection.", "modality", "places")
@@ -21,16 +22,17 @@ def todays_sizes(sizes: dict[str, Any]) -> dict[str, Any]:
     """The "model" of config.json; old runs have `fusion` and `stem` in it, old captioners `norm` and `grid`."""
     if "connector" in sizes:
         return sizes
-    image = dict(sizes["image"])
+    image, decoder = typed("the model", sizes, {"image": dict, "decoder": dict})
     if "fusion" not in sizes:
-        image |= {"model_type": "resnet", "norm": sizes["norm"]}
-        connector = {"kind": "tokens", "grid": [sizes["grid"]] * 2}
-        return {"image": image, "text": None, "connector": connector, "decoder": sizes["decoder"]}
-    side, connector = image["image_size"] // image["patch_size"], {"kind": sizes["fusion"]}
-    if sizes["fusion"] == "tokens":
+        norm, side = typed("the model", sizes, {"norm": str, "grid": int})
+        image, text, connector = image | {"model_type": "resnet", "norm": norm}, None, {"kind": "tokens"}
+    else:
+        kind, stem, text = typed("the model", sizes, {"fusion": str, "stem": str, "text": dict | None})
+        pixels, patch = typed("the image encoder", image, {"image_size": int, "patch_size": int})
+        image, connector, side = image | {"stem": stem}, {"kind": kind}, pixels // max(patch, 1)
+    if connector["kind"] == "tokens":
         connector["grid"] = [side, side]
-    image["stem"] = sizes["stem"]
-    return {"image": image, "text": sizes["text"], "connector": connector, "decoder": sizes["decoder"]}
+    return {"image": image, "text": text, "connector": connector, "decoder": decoder}
 
 
 def todays_moments(states: list[dict[str, Any]], model: nn.Module, weights: dict[str, Tensor]) -> list[dict[str, Any]]:

@@ -12,24 +12,23 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import nn
 
 from vqa_scratch.data.hashes import Hashes, check_same
 from vqa_scratch.errors import UserError
 from vqa_scratch.options import to_json
-from vqa_scratch.storage import read_json, write_json
+from vqa_scratch.storage import read_object, typed, write_json
 from vqa_scratch.systems.older import todays_moments, todays_names
 from vqa_scratch.systems.options import PRESETS, RunOptions
-from vqa_scratch.training.checkpoint import load_checkpoint, load_model_state, restore_streams
+from vqa_scratch.training.checkpoint import fitting, load_checkpoint, load_model_state, restore_streams
 from vqa_scratch.training.optimizers import Optimizers
 from vqa_scratch.training.ranks import ALONE, World, for_main
 from vqa_scratch.training.resume import checkpoint_path, go_on, is_new
-from vqa_scratch.weights.files import write_safetensors
+from vqa_scratch.weights.files import read_safetensors, write_safetensors
 
 PROGRAM = "train.py"
-CONFIG, WEIGHTS = "config.json", "model.safetensors"
+CONFIG, WEIGHTS, LAST = "config.json", "model.safetensors", "checkpoints/last.pt"
+PARTS = {"model": dict, "optimizers": list, "scaler": dict, "state": dict, "rng": dict, "precision": str}  # of LAST
 
 
 def write_run_config(folder: Path, options: RunOptions, sizes: dict[str, Any], data: Hashes | None = None) -> None:
@@ -54,11 +53,12 @@ def read_run_config(folder: Path) -> dict[str, Any]:
         raise UserError(f"no run folder {folder}; train one with: python train.py --out {folder}")
     if not path.is_file():
         raise UserError(f"{folder} is not a run folder: it has no config.json")
-    values = read_json(path)
-    if not isinstance(values, dict) or "program" not in values:
+    values = read_object(path)
+    if "program" not in values:
         raise UserError(f"{path} is not the config of a run: it does not say which program wrote it")
-    if values["program"] == PROGRAM and not all(isinstance(values.get(key), dict) for key in ("train", "model")):
-        raise UserError(f"{path} is not the config of a run: it lacks the options or the sizes of the model")
+    if values["program"] == PROGRAM:
+        typed(path, values, {"train": dict, "model": dict})
+        typed(f"{path}: 'train'", values["train"], {"preset": str | None})
     return values
 
 
@@ -74,11 +74,7 @@ def load_weights(model: nn.Module, folder: Path) -> None:
     path = folder / WEIGHTS
     if not path.is_file():
         raise UserError(f"{folder} has no model.safetensors yet: the run has not reached its first checkpoint")
-    try:
-        weights = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} is not a whole safetensors file ({error})") from None
-    load_model_state(model, todays_names(weights), str(path))
+    load_model_state(model, todays_names(read_safetensors(path)), str(path))
 
 
 def restore(saved: dict[str, Any], system: Any, optimizers: Optimizers) -> dict[str, Any]:
@@ -88,10 +84,11 @@ def restore(saved: dict[str, Any], system: Any, optimizers: Optimizers) -> dict[
     does not fit the model.
     """
     weights, moments = saved.pop("model"), saved.pop("optimizers")
-    optimizers.load_state_dict(todays_moments(moments, system.model, weights))
-    load_model_state(system.model, todays_names(weights), str(system.options.out))
-    system.precision.scaler.load_state_dict(saved["scaler"])
-    restore_streams(saved["rng"], system.world, saved["state"]["step"])
+    with fitting(system.options.out / LAST):
+        optimizers.load_state_dict(todays_moments(moments, system.model, weights))
+        load_model_state(system.model, todays_names(weights), str(system.options.out))
+        system.precision.scaler.load_state_dict(saved["scaler"])
+        restore_streams(saved["rng"], system.world, saved["state"]["step"])
     return saved["state"]
 
 
@@ -103,8 +100,9 @@ def begin_or_go_on(options: RunOptions) -> tuple[RunOptions, dict[str, Any] | No
     if is_new(options.out, options.resume, PROGRAM):
         return replace(options, resume=False), None
     values = read_run_config(options.out)
-    if values["program"] != PROGRAM or values["train"].get("preset") != options.preset:
-        preset = values.get("train", {}).get("preset", values["program"])
+    preset = values["train"].get("preset") if values["program"] == PROGRAM else None
+    if preset != options.preset:
+        preset = preset or values["program"]
         raise UserError(f"{options.out} is a run of preset {preset}, not {options.preset}; give another --out")
     merged, path = go_on(options, values["train"], PRESETS, options.out / CONFIG), checkpoint_path(options.out)
-    return merged, load_checkpoint(path) if path.exists() else None
+    return merged, load_checkpoint(path, PARTS) if path.exists() else None

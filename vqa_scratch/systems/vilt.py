@@ -24,8 +24,9 @@ from vqa_scratch.errors import UserError
 from vqa_scratch.models.hf_config import labels_from_hf
 from vqa_scratch.models.vilt import ViLT, ViLTClassifier, ViLTConfig, answer_loss
 from vqa_scratch.models.vit import ConvStem
+from vqa_scratch.storage import typed
 from vqa_scratch.study.opened import Opened
-from vqa_scratch.systems.assembly import grid_positions, with_stem
+from vqa_scratch.systems.assembly import check_images, grid_positions, with_stem
 from vqa_scratch.systems.base import ANY_SAMPLE, check_positions, seed_everything
 from vqa_scratch.systems.export import export_vilt
 from vqa_scratch.systems.options import ViLTOptions
@@ -42,6 +43,11 @@ class ViLTSystem(QuestionSystem):
     loss_unit = "nats a question"
     model: ViLTClassifier
     left_out = 0  # training questions without an answer in the list
+
+    def __init__(self, options: ViLTOptions, model: ViLTClassifier, tokenizers: Tokenizers, *more: Any) -> None:
+        super().__init__(options, model, tokenizers, *more)
+        check_images(model.vilt.tower, self.processor)
+        tokenizers.text.check_fits(model.vilt.config.vocab_size, "the ViLT")
 
     # ------------------------------------------------------------------------------------------- build, save, open
 
@@ -160,8 +166,9 @@ Parts = tuple[ViLTClassifier, Tokenizer, ImageProcessor]
 
 def model_of(sizes: dict[str, Any], source: str) -> ViLTClassifier:
     """A classifier of random weights; the inverse of `ViLTSystem.sizes`. `source` is named in errors."""
-    labels = labels_from_hf(sizes, len(sizes["id2label"]), source)
-    return ViLTClassifier(with_stem(ViLT, ViLTConfig.from_hf(sizes), sizes["stem"]), labels)
+    names, stem = typed(source, sizes, {"id2label": dict, "stem": str})
+    labels = labels_from_hf(sizes, len(names), source)
+    return ViLTClassifier(with_stem(ViLT, ViLTConfig.from_hf(sizes), stem), labels)
 
 
 def _tokenizers(options: ViLTOptions, text: Tokenizer) -> Tokenizers:

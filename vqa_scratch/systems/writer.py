@@ -13,6 +13,7 @@ from vqa_scratch.data.answers import Answer
 from vqa_scratch.data.batches import Batch, Questions
 from vqa_scratch.data.images import ImageProcessor, Images
 from vqa_scratch.data.text import Tokenizer
+from vqa_scratch.data.tokenizers import Tokenizers
 from vqa_scratch.data.vqa_v2 import VQASample
 from vqa_scratch.models.vqa import VQAModel, labelled_loss
 from vqa_scratch.nn.states import States
@@ -31,6 +32,13 @@ class WritingSystem(SplitSystem):
 
     writes = True
     model: VQAModel
+
+    def __init__(self, options: RunOptions, model: VQAModel, tokenizers: Tokenizers, *more: Any) -> None:
+        super().__init__(options, model, tokenizers, *more)
+        assembly.check_images(model.image, self.processor)
+        tokenizers.decoder.check_fits(len(model.decoder.head), "the decoder")
+        if model.text is not None:
+            tokenizers.text.check_fits(model.text.config.vocab_size, "the text encoder")
 
     @classmethod
     def open(cls, folder: Path, sizes: dict[str, Any], options: RunOptions, precision: Precision) -> Self:

@@ -2,17 +2,19 @@
 
 import os
 import random
-import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from vqa_scratch.errors import UserError
-from vqa_scratch.storage import write_whole
+from vqa_scratch.errors import UserError, some
+from vqa_scratch.storage import typed, write_whole
 from vqa_scratch.training.ranks import World, like
-from vqa_scratch.weights.files import check_finite
+from vqa_scratch.weights.files import check_finite, load_plain
+from vqa_scratch.weights.hub import first_line
 
 
 def rng_state() -> dict[str, Any]:
@@ -72,24 +74,39 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     write_whole(path, write)
 
 
-def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Raises UserError on a file that is missing, cut short, changed, or holds more than tensors and plain values.
+def load_checkpoint(path: Path, types: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """What `save_checkpoint` wrote, with values of the given types.
 
-    The file is a zip archive with a checksum of each of its parts, which `torch.load` does not look at.
+    Raises UserError on a file that is missing, damaged or something else, and on numbers that are not finite.
     """
+    if not path.exists():
+        raise UserError(f"{path} not found: there is no checkpoint to go on from")
+    saved = load_plain(path)
+    typed(path, saved, types or {})
+    for name, tensor in _tensors(saved):
+        check_finite(name, tensor, path)
+    return saved
+
+
+def _tensors(tree: Any, name: str = "") -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, tensor) of every tensor in dictionaries and lists."""
+    if isinstance(tree, torch.Tensor):
+        yield name, tree
+    elif isinstance(tree, dict | list | tuple):
+        for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
+            yield from _tensors(value, f"{name}.{key}" if name else str(key))
+
+
+@contextmanager
+def fitting(where: object) -> Iterator[None]:
+    """Within it, what is read from `where`, a file that other versions of a run may have written, is taken apart: an
+    error that its shape leads to becomes a UserError."""
     try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-        if damaged is not None:
-            raise UserError(f"{path} is damaged: its part {damaged} does not match its checksum")
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"{path} not found: there is no checkpoint to go on from") from None
-    except UserError:
+        yield
+    except (UserError, torch.OutOfMemoryError):
         raise
-    except Exception as error:  # the pickle and zip readers raise many kinds on broken files
-        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
-        raise UserError(f"{path} is not a whole checkpoint ({reason})") from None
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise UserError(f"{where} does not fit this run ({first_line(error)})") from error
 
 
 def load_model_state(model: torch.nn.Module, state: dict[str, torch.Tensor], where: str) -> None:
@@ -103,7 +120,7 @@ def load_model_state(model: torch.nn.Module, state: dict[str, torch.Tensor], whe
         if k in state and state[k].shape != v.shape
     ]
     if problems:
-        more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise UserError(f"{where} does not fit the model: " + "; ".join(problems[:5]) + more)
-    check_finite(state, where)
+        raise UserError(f"{where} does not fit the model: {some(problems, between='; ')}")
+    for name, tensor in state.items():
+        check_finite(name, tensor, where)
     model.load_state_dict({k: like(v, state[k]) for k, v in own.items()})

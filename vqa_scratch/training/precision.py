@@ -40,6 +40,8 @@ def pick_precision(name: str, device: torch.device) -> tuple[str, str]:
     if name == "fp16" and device.type != "cuda":
         raise UserError(f"--precision fp16 needs a CUDA device, not {device.type}; use bf16 or fp32")
     if name != "auto":
+        if name not in DTYPES:
+            raise UserError(f"there is no precision {name!r}; there are {', '.join(DTYPES)}")
         return name, f"precision {name}, as asked"
     if device.type == "cuda":
         fast = torch.cuda.is_bf16_supported(including_emulation=False)

@@ -14,7 +14,7 @@ import torch
 from tqdm import tqdm
 
 from vqa_scratch.errors import UserError
-from vqa_scratch.storage import append_line, write_text
+from vqa_scratch.storage import append_line, parse_json, write_text
 
 RECENT = 10.0  # seconds that the speed on the bar is measured over
 
@@ -83,6 +83,13 @@ def to_wandb(folder: Path) -> Callable[[int, dict[str, float]], None]:
 SENDERS = {"tensorboard": to_tensorboard, "wandb": to_wandb}
 
 
+def _drawn(value: Any) -> bool:
+    """Whether a value of a row can be drawn: a number, or several by name, of which some may be missing."""
+    if isinstance(value, dict):
+        return all(part is None or isinstance(part, int | float) for part in value.values())
+    return isinstance(value, int | float)
+
+
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The rows of a metrics.jsonl; a last line cut short by a kill is left out.
 
@@ -92,8 +99,10 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     rows = []
     for number, line in enumerate(lines, 1):
         try:
-            row = json.loads(line) if line else None
-            if line and not (isinstance(row, dict) and isinstance(row.get("step"), int)):
+            row = parse_json(line.decode(), path) if line else None
+            if line and not (
+                isinstance(row, dict) and isinstance(row.get("step"), int) and all(map(_drawn, row.values()))
+            ):
                 raise ValueError
         except ValueError:
             if number == len(lines):  # no line break after it: a kill cut it

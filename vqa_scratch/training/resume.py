@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from vqa_scratch.errors import UserError
 from vqa_scratch.options import Options, changeable, check_dependencies, flag, from_json
-from vqa_scratch.storage import LOCK, check_writable, hold, read_json, remove_unfinished
+from vqa_scratch.storage import LOCK, check_writable, hold, read_object, remove_unfinished
 from vqa_scratch.training.ranks import World
 
 T = TypeVar("T", bound=Options)
@@ -48,9 +48,7 @@ def is_new(out: Path, resume: bool, program: str) -> bool:
     program, one that is not to be resumed, or a config.json that is no run's and would be lost.
     """
     config, lock = out / "config.json", out / LOCK
-    values = read_json(config) if config.is_file() else {}
-    if not isinstance(values, dict):
-        raise UserError(f"{config} is not the config of a run, but a {type(values).__name__}")
+    values = read_object(config) if config.is_file() else {}
     if values.get("program", program) != program:
         raise UserError(f"{out} is a run of {values['program']}; give another --out")
     if not resume and checkpoint_path(out).exists():

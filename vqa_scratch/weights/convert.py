@@ -4,16 +4,21 @@ Strict means: each of our parameters has its tensor, each tensor of the file is 
 every shape fits. One UserError lists everything that does not.
 """
 
+import logging
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 
-from vqa_scratch.errors import UserError
+from vqa_scratch.errors import UserError, some
 from vqa_scratch.weights.files import check_finite
 from vqa_scratch.weights.maps import HEADS, Entry, KeyMap
 
+logger = logging.getLogger(__name__)
+
+# What programs put around a model before they save it: DataParallel, torch.compile, a module of their own.
+WRAPPERS = ("module.", "_orig_mod.", "model.")
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
@@ -42,6 +47,26 @@ def _matcher(templates: Iterable[str]) -> re.Pattern[str]:
     return re.compile("|".join(re.escape(template).replace(r"\{\}", r"\d+") for template in templates) or r"(?!)")
 
 
+def unwrapped(key: str) -> str:
+    """A key without all `WRAPPERS`, for a layout of whose own names none begins with one."""
+    while (wrapper := next((name for name in WRAPPERS if key.startswith(name)), None)) is not None:
+        key = key.removeprefix(wrapper)
+    return key
+
+
+def _spellings(key: str, key_map: KeyMap) -> Iterator[str]:
+    """A key of a file as the map may spell it: as it is, and without one name of `WRAPPERS` after the other."""
+    yield key_map.bare(key)
+    while (wrapper := next((name for name in WRAPPERS if key.startswith(name)), None)) is not None:
+        key = key.removeprefix(wrapper)
+        yield key_map.bare(key)
+
+
+def find(tensors: Mapping[str, Tensor], name: str) -> Tensor | None:
+    """The tensor of that key, whatever stands in front of it; None if there is none."""
+    return next((tensor for key, tensor in tensors.items() if f".{key}".endswith(f".{name}")), None)
+
+
 def load_into(
     model: nn.Module,
     tensors: dict[str, Tensor],
@@ -53,33 +78,41 @@ def load_into(
     """Copy `tensors` into `model` and return the names of our parameters that were left unchanged.
 
     Only parameters of `optional` entries may be left, and only if the file has none of them: half a set is an error.
+    Keys may have the names of older files and those of `WRAPPERS` in front, and a tied tensor any of its names. What
+    only training needed, such as a head, is left out with a line in the log.
     Removes each tensor from `tensors` once it is copied, so that no weights are held twice for long.
-    Raises UserError naming every missing, unexpected, misshapen or wrongly typed key.
+    Raises UserError, with the first few of the missing, unexpected, misshapen or wrongly typed keys, and for weights
+    that are not finite numbers.
     """
     ours = _parameters(model)
     entries = {entry.ours: entry for entry in (*key_map.body, *key_map.head)}
-    skippable = _matcher(entry.ours for entry in optional)
-    by_key: dict[str, str] = {}  # key as the map spells it -> key in the file
-    doubled = []
-    for key in tensors:
-        bare = key_map.bare(key)
-        if bare in by_key:
-            doubled.append(f"{by_key[bare]} and {key}")
-        by_key[bare] = key
-
     wanted = {name: entry for name in ours if (entry := _look_up(entries, name)) is not None}
     unmapped = [name for name in ours if name not in wanted]
     assert not unmapped, f"no key map entry for {', '.join(unmapped)} of {type(model).__name__}"
+    used = {key for entry in wanted.values() for key in entry.theirs}
+    heads, buffers, skippable = _matcher(HEADS), _matcher(key_map.dropped), _matcher(entry.ours for entry in optional)
+
+    by_key: dict[str, str] = {}  # key as the map spells it -> key in the file
+    doubled, ignored, unexpected = [], [], []
+    for key in tensors:
+        bare = next((b for b in _spellings(key, key_map) if b in used or b in key_map.tied), None)
+        if bare in by_key:
+            doubled.append(f"{by_key[bare]} and {key}")
+        elif bare is not None:
+            by_key[bare] = key
+        elif any(heads.fullmatch(b) for b in _spellings(key, key_map)):
+            ignored.append(key)
+        elif not any(buffers.fullmatch(b) for b in _spellings(key, key_map)):
+            unexpected.append(key)
+    for key, same in key_map.tied.items():
+        if key in by_key and same in used and same not in by_key:
+            by_key[same] = by_key.pop(key)
+
     absent = {name: [key for key in entry.theirs if key not in by_key] for name, entry in wanted.items()}
     left = [name for name in ours if skippable.fullmatch(name)]
     if any(len(absent[name]) < len(wanted[name].theirs) for name in left):
         left = []
     missing = [key for name, keys in absent.items() if name not in left for key in keys]
-
-    used = {key for entry in wanted.values() for key in entry.theirs}
-    superfluous = _matcher((*HEADS, *key_map.dropped))
-    unexpected = [key for bare, key in by_key.items() if bare not in used and bare not in key_map.tied]
-    unexpected = [key for key in unexpected if not superfluous.fullmatch(key_map.bare(key))]
 
     wrong = []
     for name, entry in wanted.items():
@@ -98,19 +131,19 @@ def load_into(
             wrong.append(f"{by_key[key]} differs from {by_key[same]}, but this model shares the two")
 
     groups = (("missing", missing), ("unexpected", unexpected), ("present twice", doubled), ("wrong", wrong))
-    problems = [f"{label}: {', '.join(keys)}" for label, keys in groups if keys]
+    problems = [f"{label}: {some(keys)}" for label, keys in groups if keys]
     if problems:
         raise UserError(f"{source} does not fit {type(model).__name__}: {'; '.join(problems)}")
 
-    # A table that a model leaves in the file is not read here.
-    copied = {by_key[key]: name for name, e in wanted.items() if name not in left for key in e.theirs}
-    check_finite({key: tensors[key] for key, name in copied.items() if tensors[key] is not ours[name]}, source)
+    if ignored:
+        logger.warning("%s: left out, since %s has no use for it: %s", source, type(model).__name__, some(ignored))
     with torch.no_grad():
         for name, entry in wanted.items():
             if name in left:
                 continue
             for piece, key in zip(_pieces(ours[name], entry), entry.theirs, strict=True):
                 tensor = tensors.pop(by_key[key])
+                check_finite(by_key[key], tensor, source)
                 piece.copy_(tensor.T if entry.transposed else tensor)
     return left
 

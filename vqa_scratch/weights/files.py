@@ -6,10 +6,11 @@ read with weights_only, and refused if they hold anything but tensors. Files are
 
 import hashlib
 import json
-import math
+import logging
 import os
 import pickle
-from collections.abc import Callable, Mapping
+import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +20,17 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from vqa_scratch.errors import UserError, note, some
-from vqa_scratch.storage import read_json, write_json, write_whole
+from vqa_scratch.storage import is_text, read_json, read_object, typed, write_json, write_whole
 from vqa_scratch.weights.hub import first_line, locate
+
+logger = logging.getLogger(__name__)
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 PICKLE = "pytorch_model.bin"
 AGAIN = "copy or download it again"
 GENERATION = "generation_config.json"
+INNER = ("state_dict", "model_state_dict", "model")  # where training programs keep the weights in what they save
 _SAFE_FILES = (CONFIG, GENERATION, "*.safetensors", "*.safetensors.index.json")
 _PICKLE_FILES = (CONFIG, f"{PICKLE}*", "pytorch_model-*.bin")
 
@@ -44,13 +48,9 @@ def resolve_folder(source: str | os.PathLike[str]) -> Path:
 
 def read_config(folder: Path) -> dict[str, Any]:
     """config.json of a checkpoint folder."""
-    path = folder / CONFIG
-    if not path.exists():
+    if not (folder / CONFIG).exists():
         raise UserError(f"{folder} holds no {CONFIG}")
-    config = read_json(path)
-    if not isinstance(config, dict):
-        raise UserError(f"{path} must hold a JSON object, not a {type(config).__name__}")
-    return config
+    return read_object(folder / CONFIG)
 
 
 def _how_much(path: Path) -> str:
@@ -61,7 +61,7 @@ def _how_much(path: Path) -> str:
             header = json.loads(file.read(min(int.from_bytes(file.read(8), "little"), there)))
             start = file.tell()
         promised = start + max(entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__")
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError):
         return ""
     return f"{there:,} of {promised:,} bytes, as an interrupted download leaves it" if there < promised else ""
 
@@ -73,7 +73,7 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
             return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
     except SafetensorError as error:
         raise UserError(f"{path} is not a whole safetensors file ({_how_much(path) or error}); {AGAIN}") from None
-    except (FileNotFoundError, PermissionError) as error:
+    except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from None
 
 
@@ -89,43 +89,63 @@ def map_tensor(folder: Path, key: str) -> Tensor | None:
     return None
 
 
-def read_pickle(path: Path) -> dict[str, Tensor]:
-    """All tensors of a .bin or .pt file that holds one flat dictionary of tensors and nothing else."""
+def load_plain(path: Path) -> Any:
+    """What `torch.save` wrote to a file, if it is tensors and plain values: no code of the file is run.
+
+    Such a file is a zip archive with a checksum of each of its parts, at which torch does not look. Raises UserError on
+    a file that is missing, cut short, changed, or holds anything else.
+    """
     if torch.__version__ < (2, 6):
         # CVE-2025-32434: before 2.6 a crafted file ran code even with weights_only=True.
         raise UserError(f"reading {path} needs torch 2.6 or later, this is {torch.__version__}")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        if zipfile.is_zipfile(path):  # files of old versions of torch are none
+            with zipfile.ZipFile(path) as archive:
+                damaged = archive.testzip()
+            if damaged is not None:
+                raise UserError(f"{path} is damaged: its part {damaged} does not match its checksum; {AGAIN}")
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except UserError:
+        raise
     except pickle.UnpicklingError:
         raise UserError(
             f"{path} holds more than tensors (or is no torch file); refused, since it could run code"
         ) from None
-    except (FileNotFoundError, PermissionError) as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
-    except (RuntimeError, OSError, EOFError, KeyError, ValueError) as error:
+    except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    except Exception as error:  # the zip and pickle readers raise many kinds on broken files
         raise UserError(f"{path} is not a whole torch file ({first_line(error)}); {AGAIN}") from None
+
+
+def read_pickle(path: Path) -> dict[str, Tensor]:
+    """All tensors of a .bin or .pt file that holds one dictionary of tensors, or has one under a name of `INNER`."""
+    content = load_plain(path)
+    for name in INNER:
+        if isinstance(content, dict) and isinstance(content.get(name), dict):
+            left = some(str(key) for key in content if key != name)
+            if left:
+                logger.warning("%s: %s is read, and not %s", path, name, left)
+            content = content[name]
     if not isinstance(content, dict):
         raise UserError(f"{path} must hold a dictionary of tensors, not a {type(content).__name__}")
     for key, value in content.items():
-        if not isinstance(key, str) or not isinstance(value, Tensor):
+        if not isinstance(key, str) or not is_text(key) or not isinstance(value, Tensor):
             raise UserError(f"{path} must hold tensors only, but {key!r} is a {type(value).__name__}")
     return dict(content)
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Whether no value is NaN or infinite; takes no memory."""
+    """Whether it holds neither NaN nor infinities; makes no copy of its size."""
     if not tensor.is_floating_point() or not tensor.numel():
         return True
-    return all(math.isfinite(end) for end in torch.stack(torch.aminmax(tensor.detach())).tolist())
+    low, high = (tensor.float() if tensor.itemsize == 1 else tensor).aminmax()
+    return bool(low.isfinite() & high.isfinite())
 
 
-def check_finite(tensors: Mapping[str, Tensor], where: str | Path) -> None:
-    """Raise UserError, naming the first few tensors, if weights hold NaN or infinities."""
-    bad = [name for name, tensor in tensors.items() if not is_finite(tensor)]
-    if bad:
-        raise UserError(
-            f"{where} holds values that are NaN or infinite, in {some(bad, 3)}: such weights answer nothing"
-        )
+def check_finite(key: str, tensor: Tensor, source: object) -> None:
+    """Raise UserError, naming `source`, for a tensor that holds NaN or infinities."""
+    if not is_finite(tensor):
+        raise UserError(f"{key} in {source} holds NaN or infinite numbers: the weights are damaged")
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -135,10 +155,9 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 def _read_sharded(index: Path, read: Callable[[Path], dict[str, Tensor]]) -> dict[str, Tensor]:
     """All tensors of the shards that an index file lists. One UserError names every shard that is absent or broken."""
-    try:
-        places: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{index} is not a shard index: it needs an object with a weight_map") from None
+    (places,) = typed(index, read_json(index), {"weight_map": dict})
+    if not all(isinstance(shard, str) for shard in places.values()):
+        raise UserError(f"{index} is not a shard index: its weight_map must name a file for each tensor")
     tensors: dict[str, Tensor] = {}
     problems = []
     for shard in sorted(set(places.values())):
@@ -148,12 +167,12 @@ def _read_sharded(index: Path, read: Callable[[Path], dict[str, Tensor]]) -> dic
         try:
             tensors |= read(index.parent / shard)
         except UserError as error:
-            problems.append(str(error))
+            problems.append(str(error).replace(f"{index.parent}/", ""))
     if problems:
-        raise UserError(f"{index.parent} is not a whole checkpoint: {'; '.join(problems)}")
+        raise UserError(f"{index.parent} is not a whole checkpoint: {some(problems, 2, '; ')}")
     lost = [key for key in places if key not in tensors]
     if lost:
-        where = ", ".join(f"{key} (should be in {places[key]})" for key in lost)
+        where = some(f"{key} (should be in {places[key]})" for key in lost)
         raise UserError(f"{index} promises {where}, but no shard holds them; the files are of different versions")
     return tensors
 
@@ -164,9 +183,7 @@ def with_generation_ids(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
     A note says where the two disagree. Of several end tokens, that of config.json if it is among them, else the first.
     """
     path = folder / GENERATION
-    ids = read_json(path) if path.is_file() else {}
-    if not isinstance(ids, dict):
-        raise UserError(f"{path} must hold a JSON object, not a {type(ids).__name__}")
+    ids = read_object(path) if path.is_file() else {}
     result = dict(config)
     for name in ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id"):
         own, value = config.get(name), ids.get(name)
@@ -230,11 +247,11 @@ def convert(source: Path, out: Path) -> tuple[int, str]:
     if out.exists() and source.exists() and out.samefile(source):
         raise UserError(f"{out} is the file to convert itself, which would be lost; give another OUT")
     tensors = read_pickle(source)
-    check_finite(tensors, source)
     with source.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     seen: set[int] = set()
     for key, tensor in tensors.items():
+        check_finite(key, tensor, source)
         address = tensor.untyped_storage().data_ptr()
         alone = tensor.is_contiguous() and address not in seen and tensor.untyped_storage().nbytes() == tensor.nbytes
         tensors[key] = tensor if alone else tensor.clone(memory_format=torch.contiguous_format)

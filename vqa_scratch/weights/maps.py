@@ -7,6 +7,8 @@ Their names are those in the files on the Hub; for ViT these differ from the mod
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
+OLDER = {"gamma": "weight", "beta": "bias"}  # the parameters of a LayerNorm in files that came from TensorFlow
+
 
 class Entry(NamedTuple):
     """One of our parameters and its key in a file, or several keys to join along the first axis."""
@@ -26,15 +28,11 @@ class KeyMap:
     head: tuple[Entry, ...] = ()  # keys that never carry the prefix
     dropped: tuple[str, ...] = ()  # keys, with `{}` for any number, that the model does not need, such as buffers
     tied: dict[str, str] = field(default_factory=dict)  # key -> the key it must equal: the model shares that tensor
-    older: dict[str, str] = field(default_factory=dict)  # endings of keys in old files -> their endings today
 
     def bare(self, key: str) -> str:
         """A key of a file without its prefix, and spelled as today."""
-        key = key.removeprefix(self.prefix)
-        for old, new in self.older.items():
-            if key.endswith(old):
-                key = key.removesuffix(old) + new
-        return key
+        key, old = key.removeprefix(self.prefix), key.rpartition(".")[2]
+        return key.removesuffix(old) + OLDER[old] if old in OLDER else key
 
 
 def weight(ours: str, *theirs: str, transposed: bool = False) -> tuple[Entry, ...]:
@@ -67,10 +65,12 @@ _HEADS = {
     "ViLT": """classifier.0 classifier.1 classifier.3 rank_output mlm_score.decoder
         mlm_score.transform.dense mlm_score.transform.LayerNorm""",
     "ResNet": "fc",
+    "masked images": "decoder.0",
+    "sequence classifiers, value heads": "score v_head.summary value_head v_head",
 }
 HEADS = (
     *(f"{module}.{part}" for names in _HEADS.values() for module in names.split() for part in ("weight", "bias")),
-    *("cls.predictions.bias", "lm_head.bias", "mlm_score.bias"),
+    *("cls.predictions.bias", "lm_head.bias", "mlm_score.bias", "embeddings.mask_token"),
 )
 
 _QKV = ("query", "key", "value")
@@ -108,7 +108,6 @@ DINOV2 = KeyMap(
         *linear("blocks.{}.mlp.gate_up", f"{_VIT_LAYER}.mlp.weights_in"),
         *linear("blocks.{}.mlp.out", f"{_VIT_LAYER}.mlp.weights_out"),
     ),
-    dropped=("embeddings.mask_token",),
 )
 DINOV2_WITH_REGISTERS = replace(DINOV2, prefix="dinov2_with_registers.")
 
@@ -137,9 +136,8 @@ BERT = KeyMap(
     prefix="bert.",
     body=(*nested("", _BERT_EMBEDDINGS, "embeddings."), *_bert_block("self", "")),
     dropped=("embeddings.position_ids",),
-    older={"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"},
 )
-ROBERTA = replace(BERT, prefix="roberta.", older={})
+ROBERTA = replace(BERT, prefix="roberta.")
 ROBERTA_CLASSIFIER = replace(
     ROBERTA,
     write_prefix=True,
