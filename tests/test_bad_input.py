@@ -307,7 +307,7 @@ def test_a_run_folder_at_or_below_a_file(tmp_path, place, capsys):
         ("--train-split nowhere --test-split elsewhere", "the built-in data set has no split nowhere, elsewhere; give"),
         ("--preset vilt --patch-size 16 --image-size 8", "image size 8 is not a multiple of the patch size 16"),
         ("--preset caption --width 30 --heads 2", "--width 30 is not divisible by 4"),
-        ("--preset caption --vocabulary 100", "--vocabulary must be at least 259, not 100"),
+        ("--preset caption --vocabulary 100", "byte-level BPE has at least 259 tokens, not 100"),
         ("--preset caption --test-split elsewhere", "the built-in data set has no split elsewhere"),
     ],
 )

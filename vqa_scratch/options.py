@@ -12,7 +12,7 @@ import typing
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, TypeVar
 
 from vqa_scratch.errors import UserError, naming
 from vqa_scratch.storage import is_text
@@ -78,7 +78,7 @@ class Options:
     `given` has the values that a command line set, by name; None of options that no command line made.
     """
 
-    given: ClassVar[Mapping[str, Any] | None] = None
+    given = None
 
     def __post_init__(self) -> None:
         check(self)

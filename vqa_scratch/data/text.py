@@ -312,11 +312,11 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """A byte-level BPE vocabulary of at most `vocab_size` tokens learned from texts, used as GPT-2's is.
 
     Every byte is a token (so nothing is unknown), and BOS, EOS and padding are three tokens of their own. Texts that
-    will be used after a space, such as answers, should be given with it. Raises ValueError below 256 + 3 tokens.
+    will be used after a space, such as answers, should be given with it. Raises UserError below 256 + 3 tokens.
     """
     special = {"bos": "<s>", "eos": "</s>", "pad": "<pad>"}
     if vocab_size < 256 + len(special):
-        raise ValueError(f"byte-level BPE needs at least {256 + len(special)} tokens, not {vocab_size}")
+        raise UserError(f"a vocabulary of byte-level BPE has at least {256 + len(special)} tokens, not {vocab_size}")
     backend = tokenizers.Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()

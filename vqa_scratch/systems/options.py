@@ -271,9 +271,9 @@ class CaptionOptions(RunOptions):
     image_blocks: int = option(1, "Residual blocks of each stage.", MODEL, minimum=1, only=SMALL)
     vocabulary: int = option(
         512,
-        "Largest vocabulary to learn for the decoder, in tokens; 256 bytes and three special ones are in it.",
+        "Largest vocabulary to learn for the decoder, in tokens.",
         MODEL,
-        minimum=259,
+        minimum=1,
         only={"init": "random"},
     )
 
