@@ -157,10 +157,10 @@ class System(ABC):
         """The panels of curves.png (see `report/curves.py`) from the rows of metrics.jsonl so far."""
 
     @abstractmethod
-    def seconds_to_finish(self) -> float:
-        """How long another evaluation and `finish` will take, by the speed that was measured; on all ranks.
+    def seconds_to_finish(self, at_most: float) -> float:
+        """How long another evaluation and `finish`, itself `at_most` so long, will take at the speed that was measured.
 
-        A kind of answering that has not been measured yet is tried on a few samples first.
+        A kind of answering that has not been measured yet is tried on a few samples first. Called on all ranks.
         """
 
     @abstractmethod

@@ -51,6 +51,13 @@ class Pace:
         self.left = later
         return None if self.ends is None else now + mine * (self.ends - now)
 
+    def fitting(self, one: Pass, until: float | None, most: int) -> int:
+        """How many samples to answer at once, at `most`, so that a batch is done `until` then."""
+        seconds = self.seconds.get(one.kind)
+        if until is None or not seconds:
+            return most
+        return max(1, min(most, int((until - time.perf_counter()) / (MARGIN * seconds))))
+
     def end(self, one: Pass, began: float, answered: int) -> None:
         """Note how long a pass took that began at `began`, and how many samples it answered."""
         self.seconds[one.kind] = (time.perf_counter() - began) / max(1, answered)

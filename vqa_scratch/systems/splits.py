@@ -20,7 +20,7 @@ from vqa_scratch.systems.finals import Pace, Pass, what_next
 from vqa_scratch.systems.scoring import Report, other_images, score
 
 AT_ONCE = 256  # samples in a batch that is only answered
-TIMED = 128  # samples by which a kind of pass is timed that has not run yet
+TIMED = 64  # samples by which a kind of pass is timed that has not run yet
 
 
 @dataclass(frozen=True)
@@ -152,9 +152,11 @@ class SplitSystem(System):
         the final `passes`, and answers as many samples as its time allows, of any part of the split.
         """
         split = self.splits[name]
-        batches = split.questions.in_order(limit or len(split.questions.samples), self.at_once(name))
-        one = Pass(progress or "", name, sum(map(len, batches)), how.get("ranked", False))
+        limit = limit or len(split.questions.samples)
+        one = Pass(progress or "", name, limit, how.get("ranked", False))
         began, until = time.perf_counter(), self.pace.begin(progress) if progress else None
+        batches = split.questions.in_order(limit, self.pace.fitting(one, until, self.at_once(name)))
+        one = one._replace(samples=sum(map(len, batches)))
         if until is not None:  # they are sorted by size, and the first ones should be a fair sample
             batches = [batches[i] for i in np.random.default_rng(0).permutation(len(batches))]
         mine = batches[self.world.rank :: self.world.size]
@@ -163,13 +165,14 @@ class SplitSystem(System):
         self.pace.end(one, began, len(best))
         return best
 
-    def seconds_to_finish(self) -> float:
+    def seconds_to_finish(self, at_most: float) -> float:
         passes = self.passes()
         for one in passes:
             if one.kind not in self.pace.seconds:
                 self.answer_split(one.split, TIMED, **({"ranked": True} if one.ranked else {}))
         self.pace.left = [one for one in passes if one.label]
-        return self.pace.needed(passes)
+        evaluation = [one for one in passes if not one.label]
+        return self.pace.needed(evaluation) + min(at_most, self.pace.needed(self.pace.left))
 
     def report(self, name: str, limit: int | None = None, **how: Any) -> Report:
         """Score the answers of `answer_split`, the same on all ranks."""
