@@ -3,8 +3,6 @@
 The default needs no files: it draws a data set, trains small models on it, and writes to the run folder the weights,
 the curves, a page of answered questions, and summary.json with the final figures. What a preset trains is one class in
 `vqa_scratch/systems/`; this file is how it is trained, from the options to the last figure.
-
-    torchrun --nproc-per-node 8 train.py ...   # one process a GPU; docs/scale.md
 """
 
 import sys
@@ -329,7 +327,6 @@ def train(options: RunOptions, world: World, began: float) -> int | None:
     speed = [f"{name:20s} {summary[name]}" for name in ("seconds", "samples_per_second")]
     print(*system.lines(figures), *speed, sep="\n")
     print(f"look at {options.out / 'samples.html'} and {curves}", *system.what_next(options.out), sep="\n")
-    return None
 
 
 def main(options: RunOptions, began: float | None = None) -> int | None:

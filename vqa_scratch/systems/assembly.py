@@ -74,6 +74,14 @@ def tokenizers_for(options: RunOptions, text: Tokenizer | None, decoder: Tokeniz
     return Tokenizers(text, decoder, **{name: getattr(options, name) for name in names})
 
 
+def check_parts(model: VQAModel, tokenizers: Tokenizers, processor: ImageProcessor) -> None:
+    """Raise UserError unless images and tokens of a run fit its model."""
+    check_images(model.image, processor)
+    tokenizers.decoder.check_fits(len(model.decoder.head), "the decoder")
+    if model.text is not None:
+        tokenizers.text.check_fits(model.text.config.vocab_size, "the text encoder")
+
+
 def check_images(image: nn.Module, processor: ImageProcessor) -> None:
     """Raise UserError unless an image encoder can read what the processor makes: colours, in a size that it divides."""
     if image.config.channels != 3:

@@ -35,10 +35,7 @@ class WritingSystem(SplitSystem):
 
     def __init__(self, options: RunOptions, model: VQAModel, tokenizers: Tokenizers, *more: Any) -> None:
         super().__init__(options, model, tokenizers, *more)
-        assembly.check_images(model.image, self.processor)
-        tokenizers.decoder.check_fits(len(model.decoder.head), "the decoder")
-        if model.text is not None:
-            tokenizers.text.check_fits(model.text.config.vocab_size, "the text encoder")
+        assembly.check_parts(model, tokenizers, self.processor)
 
     @classmethod
     def open(cls, folder: Path, sizes: dict[str, Any], options: RunOptions, precision: Precision) -> Self:
