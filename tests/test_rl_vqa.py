@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from test_systems import flags as flags_of_train
 
@@ -354,3 +355,15 @@ def test_a_reference_with_other_weights_is_found_out_in_older_checkpoints_too(ru
     torch.save(as_before_connectors(torch.load(last, weights_only=True), other), last)
     with pytest.raises(UserError, match="begun against a reference with other weights"):
         rlhf.run([*argv, "--resume"])
+
+
+def test_images_are_turned_as_in_training(runs, tmp_path):
+    """One's own photos are, those of the official files are not."""
+    system, path, exif = systems.load(runs["tokens"]), tmp_path / "photo.png", Image.Exif()
+    exif[0x0112] = 6
+    picture = Image.new("RGB", (64, 64))
+    picture.paste((255, 0, 0), (0, 0, 64, 20))
+    picture.save(path, exif=exif)
+    policy = VQAPolicy(system.model, system.tokenizers, system.processor)
+    for upright, shown in ((True, picture.rotate(-90)), (False, picture)):
+        assert torch.equal(policy._read(path, upright), torch.from_numpy(system.processor.to_uint8(shown).copy()))

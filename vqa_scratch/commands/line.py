@@ -61,7 +61,9 @@ def call(group: click.Group, argv: Sequence[str], program: str) -> None:
 
 def check_no_run(folder: Path, flag: str) -> None:
     """Raise UserError if files written into this folder could take the place of a run's."""
-    if (folder / "config.json").is_file() and "program" in read_json(folder / "config.json"):
+    path = folder / "config.json"
+    values = read_json(path) if path.is_file() else {}
+    if isinstance(values, dict) and "program" in values:
         raise UserError(f"{flag} {folder} is the folder of a run, whose files would be lost; give another folder")
 
 

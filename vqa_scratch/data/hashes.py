@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from vqa_scratch.data.vqa_v2 import VQASample
-from vqa_scratch.errors import UserError
+from vqa_scratch.errors import UserError, some
 
 Hashes = dict[str, dict[str, Any]]  # {split: {"samples": their number, "hash": of all of them}}
 
@@ -52,6 +52,6 @@ def check_same(kept: Any, found: Hashes, where: Path, but: str | None = None) ->
         changes.append(f"{name} had {before:,} samples, now {now:,}" if before != now else f"{name} has other samples")
     if changes:
         raise UserError(
-            f"the data are not those that {where} was made with: {'; '.join(changes)}. A resumed run needs the same; "
+            f"the data are not those that {where} was made with: {some(changes, 2)}. A resumed run needs the same; "
             "for others, begin a run with another --out"
         )

@@ -103,13 +103,13 @@ class Tokenizer:
                 backend = _bert_wordpiece(folder, config)
             else:
                 raise UserError(f"{folder} has no tokenizer.json, no vocab.json with merges.txt and no vocab.txt")
+            named = _roles_named(folder, config, named)
+            extra = read_object(folder / "added_tokens.json") if has["added_tokens.json"] else {}
+            _add_missing(folder, backend, config, extra, set(named.values()))
         except UserError:
             raise
         except Exception as error:  # the library raises bare Exception on broken files
             raise UserError(f"the tokenizer in {folder} cannot be read: {error}") from error
-        named = _roles_named(folder, config, named)
-        extra = read_object(folder / "added_tokens.json") if has["added_tokens.json"] else {}
-        _add_missing(folder, backend, config, extra, set(named.values()))
         vocabulary = backend.get_vocab(with_added_tokens=True)
         special = dict(next((roles for roles in _KNOWN_ROLES if vocabulary.keys() >= set(roles.values())), {}))
         # configurations also name tokens that their vocabulary lacks

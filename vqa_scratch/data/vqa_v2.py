@@ -84,8 +84,8 @@ def nothing_of(folder: Path, split: str) -> str:
     if not folder.is_dir():
         return f"{folder} is not a folder" + ("" if folder.exists() else ": there is no such file or folder")
     return (
-        f"{folder} holds no questions of split {split}: {questions_name(subtype_of(split))} not found there or in "
-        f"questions/, nor a table {split}.csv, .tsv, .jsonl, .json or .parquet"
+        f"{folder} holds no questions of split {split}: neither {questions_name(subtype_of(split))} (not found there "
+        f"or in questions/) nor a table {split}.csv, .tsv, .jsonl, .json or .parquet"
     )
 
 
