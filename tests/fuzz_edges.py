@@ -65,7 +65,7 @@ SMALL = {
     "rotate brightness contrast",
     "rlhf": "prompts samples max_new_tokens min_new_tokens temperature no_repeat_ngram_size kl_coef kl_target "
     "score_clip max_prompt_tokens eval_prompts eval_samples frontier_prompts frontier_samples seed critic_warmup "
-    "minibatches epochs save_every length_weight gamma lam",
+    "minibatches save_every length_weight gamma lam",
 }
 FEW = ("0", "1", "2", "3", "5", "0.5", "0.01", "33", "1e-9", "-1", "4294967295", str(2**63))
 
