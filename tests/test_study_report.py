@@ -181,7 +181,7 @@ def test_packing_keeps_what_it_promises():
         (["{root}/run", "--out", "{root}/x", "--image", "{root}/none.png", "--question", "b"], "no such image"),
         (["{root}/rlhf", "--out", "{root}/x", "--image", "{root}/scene.png", "--question", "b"], "give it --text FILE"),
         (["{root}/rlhf", "--out", "{root}/x", "--text", "{root}/none.txt"], "No such file"),
-        (["{root}/rlhf", "--out", "{root}/x", "--text", "{root}/scene.png"], "it is not UTF-8"),
+        (["{root}/rlhf", "--out", "{root}/x", "--text", "{root}/scene.png"], "is not UTF-8 text"),
         (["{root}/run", "--out", "{root}/x", "--pointing", "{root}"], "only the built-in data set"),
         (
             ["{root}/run", "--out", "{root}/x", "--pointing", "{root}", "--question", "b"],
