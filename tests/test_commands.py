@@ -300,7 +300,7 @@ def test_weights_that_are_no_numbers(run, data, tmp_path, value):
         ("export", out, tmp_path / "out"),
         ("convert", tmp_path / "w.bin", tmp_path / "w.safetensors"),
     ):
-        with pytest.raises(UserError, match="holds values that are NaN or infinite, in ") as error:
+        with pytest.raises(UserError, match="holds NaN or infinite numbers") as error:
             command(*argv)
         assert name in str(error.value) or argv[0] == "convert"
     assert not (tmp_path / "w.safetensors").exists()

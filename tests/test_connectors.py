@@ -361,4 +361,4 @@ def test_a_connector_without_text_is_given_the_question(data, tmp_path, flags, m
     argv = [*small_flags(data, tmp_path / "run", connector="prefix"), "--no-question-prompt", *flags]
     options = read_command_line(argv)
     with pytest.raises(UserError, match=f"^{message}"):
-        VQASystem.build(options, VQASystem.read(options), Precision("fp32", CPU))
+        VQASystem.check(options)

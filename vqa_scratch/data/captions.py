@@ -26,7 +26,7 @@ from vqa_scratch.data.vqa_files import (
     subtype_in,
     subtype_of,
 )
-from vqa_scratch.errors import UserError
+from vqa_scratch.errors import UserError, some
 from vqa_scratch.storage import read_json, typed
 
 CAPTION = "caption"  # the question type and answer type of a sample that is one
@@ -138,8 +138,10 @@ def nothing_of(folder: Path, splits: list[str]) -> str:
     """The message that a folder holds no captions of these splits."""
     if not folder.is_dir():
         return f"{folder} is not a folder" + ("" if folder.exists() else " (there is no such path)")
-    wanted = ", ".join(" or ".join(captions_names(split)) for split in splits)
-    which = f"split {splits[0]}" if len(splits) == 1 else f"{len(splits)} splits"
+    if len(splits) == 1:
+        which, wanted = f"split {splits[0]}", " or ".join(captions_names(splits[0]))
+    else:
+        which, wanted = f"{len(splits)} splits", some(f"captions_{split}.json" for split in splits)
     return f"no captions of {which}: {folder} and its subfolder annotations/ have no {wanted}"
 
 
