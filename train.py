@@ -126,10 +126,7 @@ def train_step(
 
 
 def train(options: RunOptions, world: World, began: float) -> int | None:
-    """Train, evaluate and report; the run began at the time `began`, from which --minutes count.
-
-    Returns None, or the signal that stopped the run early.
-    """
+    """Train, evaluate and report; --minutes count from `began`. Returns the signal that stopped it early, if any."""
     keep_freed_memory()
 
     # ---- the machine
