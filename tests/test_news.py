@@ -105,7 +105,7 @@ def test_a_huge_article_and_one_of_another_system(tmp_path):
         ("a.jsonl", b'{"text": ["x"]}\n', "line 1: 'text' must be a text, not a list"),
         ("a.csv", b"text\n" + b"fine\n" * 9000 + b"caf\xe9\n", "line 9002 is not UTF-8 text .byte 45008 of the file"),
         ("a.csv", b'text\n"  "\n', "holds no article; 1 are empty"),
-        ("a.jsonl", b'{"text": "x"}\n{"text": \n', "line 2 is not JSON"),
+        ("a.jsonl", b'{"text": "x"}\n{"text": \n', "line 2 is not valid JSON"),
         ("a.jsonl", b"[1]\n", "line 1 must be a JSON object, not a list"),
         ("a.jsonl", b'{"txt": "x"}\n', "line 1: no column 'text'; the columns are txt"),
         ("a.txt", b"caf\xe9\n", "not UTF-8 text"),
