@@ -154,11 +154,10 @@ def run(inputs: int, seed: int = 0, only: int | None = None, root: Path | None =
     with tempfile.TemporaryDirectory(prefix="fuzz-", ignore_cleanup_errors=True) as made, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         folder = Path(root or made)
-        without_pictures()
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             valid = Places(folder)
             places = [*valid.all(), *edges(valid)]
-        with limited():
+        with without_pictures(), limited():
             for number in range(inputs) if only is None else [only]:
                 name, fault = one_input(places, number, seed, folder / f"input{number}", only is not None)
                 tried[name] += 1

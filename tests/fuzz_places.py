@@ -5,10 +5,12 @@ turn into one line.
 """
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from fuzz_valid import FP32, QUESTION, WORDS, Valid
@@ -225,7 +227,10 @@ def built(options: Any) -> tuple[Any, Any]:
     return kind.build(options, data, FP32), data
 
 
-def without_pictures() -> None:
-    """Leave out what takes long and reads nothing."""
-    train.draw_panels = no_pictures
-    rlhf.draw_panels = rlhf.report.frontier = no_pictures
+@contextmanager
+def without_pictures() -> Iterator[None]:
+    """Within it, what takes long and reads nothing is left out."""
+    with ExitStack() as stack:
+        for module, name in ((train, "draw_panels"), (rlhf, "draw_panels"), (rlhf.report, "frontier")):
+            stack.enter_context(mock.patch.object(module, name, no_pictures))
+        yield
