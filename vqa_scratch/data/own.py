@@ -86,10 +86,11 @@ def open_own(paths: list[Path], split: str, cache: Path) -> OpenedSplit:
 
 
 def splits_of(paths: list[Path]) -> set[str]:
-    """The splits that a table names in a column; none if it has no such column."""
-    rows = [row for path in paths for _, row in _rows(path)]
-    column = _columns(paths[0], list(rows[0])).get("split") if rows else None
-    return {_split_name(row.get(column)) for row in rows} if column else set()
+    """The splits that a table names in a column; none if it has no such column, for which its first row is enough."""
+    rows = (row for path in paths for _, row in _rows(path))
+    first = next(rows, None)
+    column = None if first is None else _columns(paths[0], list(first)).get("split")
+    return {_split_name(row.get(column)) for row in (first, *rows)} if column else set()
 
 
 def _rows(path: Path) -> Iterator[tuple[str, Row]]:

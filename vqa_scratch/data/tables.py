@@ -4,6 +4,7 @@ import csv
 import io
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,19 @@ def read_rows(path: Path) -> Iterator[tuple[str, Row]]:
     Cells of CSV and TSV are texts; those of the other formats have their types. A .json file holds a list of objects,
     or an object with one such list. Raises UserError that names the place of whatever cannot be read.
     """
-    readers = {".csv": _csv, ".tsv": _csv, ".jsonl": _jsonl, ".json": _json, ".parquet": _parquet}
+    readers = {".csv": _lines, ".tsv": _lines, ".jsonl": _lines, ".json": _json, ".parquet": _parquet}
     read = readers.get(path.suffix.lower())
     if read is None:
         raise UserError(f"{path} is no table: its name should end in {', '.join(TABLES)}")
-    try:
+    with readable(path):
         yield from read(path)
+
+
+@contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """Within it, a file that is missing, cannot be read or is no UTF-8 text is a UserError that names it."""
+    try:
+        yield
     except FileNotFoundError:
         raise UserError(f"{path} not found: there is no such file") from None
     except OSError as error:
@@ -40,11 +48,11 @@ def lines_of(path: Path) -> io.StringIO:
     return io.StringIO(path.read_bytes().decode("utf-8").removeprefix("\ufeff"), newline="")
 
 
-def _csv(path: Path) -> Iterator[tuple[str, Row]]:
+def csv_rows(path: Path, delimiter: str = ",", **dialect: Any) -> Iterator[tuple[int, Row]]:
+    """(line on which a row ends, its cells by column); `dialect` as for `csv.reader`. Raises UserError for a row of
+    too many cells, two columns of a name, and quotes that do not match."""
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
-    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
-    reader = csv.DictReader(lines_of(path), strict=True, delimiter=delimiter, skipinitialspace=True)
-    begun = 1
+    reader, begun = csv.DictReader(lines_of(path), strict=True, delimiter=delimiter, **dialect), 1
     try:
         names = reader.fieldnames or []
         twice = next((name for name in names if names.count(name) > 1), None)
@@ -52,32 +60,39 @@ def _csv(path: Path) -> Iterator[tuple[str, Row]]:
             raise UserError(f"{path}: two columns are called {twice!r}")
         begun = reader.line_num + 1
         for row in reader:
-            where = f"{path}, line {begun}"
-            begun = reader.line_num + 1
             if None in row:  # else what follows a comma would be lost silently
-                cells = len(names) + len(row[None])
+                cells, mark = len(names) + len(row[None]), "tab" if delimiter == "\t" else "comma"
                 raise UserError(
-                    f"{where} has {cells} cells, the first line {len(names)}: a cell with a "
-                    f"{'tab' if delimiter == chr(9) else 'comma'} needs double quotes around it"
+                    f"{path}, line {reader.line_num} has {cells} cells, the first line {len(names)}: "
+                    f"a cell with a {mark} needs double quotes around it"
                 )
-            yield where, row
+            yield reader.line_num, row
+            begun = reader.line_num + 1
     except csv.Error as error:
         raise UserError(
             f"{path}, in the row that begins at line {begun}: {error}; is a double quote missing?"
         ) from None
 
 
+def jsonl_rows(path: Path) -> Iterator[tuple[int, Row]]:
+    """(line, its object) of every line that is not empty. Raises UserError for one that is no JSON object."""
+    for number, line in enumerate(lines_of(path), 1):
+        if line.strip():
+            where = f"{path}, line {number}"
+            yield number, _object(where, parse_json(line, where))[1]
+
+
+def _lines(path: Path) -> Iterator[tuple[str, Row]]:
+    formats = {".csv": ",", ".tsv": "\t"}
+    suffix = path.suffix.lower()
+    rows = jsonl_rows(path) if suffix == ".jsonl" else csv_rows(path, formats[suffix], skipinitialspace=True)
+    return ((f"{path}, line {number}", row) for number, row in rows)
+
+
 def _object(where: str, row: Any) -> tuple[str, Row]:
     if not isinstance(row, dict):
         raise UserError(f"{where} must be a JSON object, not a {type(row).__name__}")
     return where, row
-
-
-def _jsonl(path: Path) -> Iterator[tuple[str, Row]]:
-    for number, line in enumerate(lines_of(path), 1):
-        if line.strip():
-            where = f"{path}, line {number}"
-            yield _object(where, parse_json(line, where))
 
 
 def _json(path: Path) -> Iterator[tuple[str, Row]]:
