@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from vqa_scratch import __version__
+
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), ROOT / "bench" / "RESULTS.md"])
 
@@ -38,3 +40,8 @@ def test_the_list_of_files_is_whole():
     assert listed.keys() == there.keys()
     for folder, names in there.items():
         assert listed[folder] == sorted(names), f"{folder}/ in the list of docs/architecture.md"
+
+
+def test_the_changelog_ends_at_the_version():
+    released = re.findall(r"^## \[(\d+\.\d+\.\d+)\] - \d{4}-\d\d-\d\d$", (ROOT / "CHANGELOG.md").read_text(), re.M)
+    assert released[0] == __version__  # the workflow holds a pushed tag to it

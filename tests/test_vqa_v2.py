@@ -282,6 +282,8 @@ def test_annotation_without_usable_answers(data):
     assert "annotations[1] (question 1001) has an answer without a text" in message(read_vqa, folder)
     edit(folder / ANNOTATIONS, lambda c: c["annotations"][1].update(answers=[{"answer": 3}]))
     assert "an answer without a text: {'answer': 3}" in message(read_vqa, folder)
+    edit(folder / ANNOTATIONS, lambda c: c["annotations"][1].update(answers=[None]))
+    assert "an answer without a text: None" in message(read_vqa, folder)
     edit(folder / ANNOTATIONS, lambda c: c["annotations"][1].update(answers=[]))
     assert "annotations[1] (question 1001) has no answers" in message(read_vqa, folder)
 

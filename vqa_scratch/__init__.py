@@ -7,7 +7,7 @@ if TYPE_CHECKING:
 
     from vqa_scratch.systems.base import System
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 
 
 def open_run(folder: "Path | str", device: Any = "cpu", precision: str = "fp32") -> "System":

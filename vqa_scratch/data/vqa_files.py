@@ -276,9 +276,9 @@ def load_annotations(path: Path) -> tuple[dict[int | str, Annotation], Counter[s
         question_id, image_id, question_type, answer_type, answers = typed(where, entry, types)
         if not answers:
             raise UserError(f"{where} (question {question_id}) has no answers")
-        bad = next((answer for answer in answers if not isinstance(answer, str)), None)
-        if bad is not None:
-            raise UserError(f"{where} (question {question_id}) has an answer without a text: {bad!r}")
+        bad = [answer for answer in answers if not isinstance(answer, str)]
+        if bad:
+            raise UserError(f"{where} (question {question_id}) has an answer without a text: {bad[0]!r}")
         if question_id in result:
             notes["second annotations of a question (of two, the later counts)"] += 1
         if len(answers) != 10:
