@@ -174,6 +174,11 @@ def relevancy(subject: Subject, answer: list[int]) -> Flow:
     return Flow(*(nn.functional.pad(x, (0, 0, first, 0)) for x in (sources, own)))
 
 
+def flows(subject: Subject, t: Trace, answer: list[int]) -> dict[str, Flow]:
+    """The three kinds of map for every row of `prompt` + `answer`; `t` is a trace of that answer, as for `rollout`."""
+    return {"cross": plain_map(subject, t), "rollout": rollout(subject, t), "relevancy": relevancy(subject, answer)}
+
+
 # ---------------------------------------------------------------------------------------------- heads
 
 
