@@ -145,7 +145,7 @@ def train(options: RunOptions, world: World, began: float) -> int | None:
         kind_of_system.check(options)
     with world.first_one_then_all():  # the first rank draws data and decodes images
         data = kind_of_system.read(options)
-        hashes = hashes_of({name: facts(some) for name, some in kind_of_system.samples_of(data).items()})
+        hashes = hashes_of({name: facts(some) for name, some in data.samples.items()})
         if checkpoint:  # with the tokenizers and answers of the run
             check_same_data(options, hashes)
             system = systems.open_parts(options.out, options, precision)

@@ -23,7 +23,7 @@ from vqa_scratch.errors import UserError
 from vqa_scratch.models import GPT2, GPT2Config, ResNet, ResNetConfig
 from vqa_scratch.report.lettering import choose
 from vqa_scratch.systems.caption import CaptionSystem
-from vqa_scratch.systems.captions import caption_cards
+from vqa_scratch.systems.captions import caption_cards, to_describe
 from vqa_scratch.systems.options import CaptionOptions
 from vqa_scratch.training.precision import Precision
 from vqa_scratch.training.ranks import World
@@ -65,11 +65,12 @@ def summary_of(run: Path) -> dict:
 
 
 def test_the_final_figures_can_be_those_of_some_images(data, tmp_path):
-    some = CaptionSystem.read(small(data, tmp_path / "run", test_images=3)).texts["test"]
-    whole = CaptionSystem.read(small(data, tmp_path / "run")).texts["test"]
-    assert some.to_describe == whole.to_describe[:3]
-    shown = {s.image_id for s in some.captions}
-    assert some.questions == [s for s in whole.questions if s.image_id in shown] and len(some.questions) > 3
+    some = CaptionSystem.read(small(data, tmp_path / "run", test_images=3)).samples["test"]
+    whole = CaptionSystem.read(small(data, tmp_path / "run")).samples["test"]
+    assert to_describe(some) == to_describe(whole)[:3]
+    shown = {s.image_id for s in to_describe(some)}
+    asked = [s for s in some if s.question]
+    assert asked == [s for s in whole if s.question and s.image_id in shown] and len(asked) > 3
 
 
 def test_the_run_folder_is_complete(run):
@@ -135,7 +136,7 @@ def test_prompts_and_padding_carry_no_loss(system):
 
 
 def test_a_step_is_of_one_kind_and_every_caption_comes_once(system):
-    captions = len(system.data.texts["train"].captions)
+    captions = sum(not sample.question for sample in system.data.samples["train"])
     seen = []
     for key in system.epoch(3):
         kinds = {row < captions for row in key.rows.tolist()}
@@ -148,7 +149,7 @@ def test_a_step_is_of_one_kind_and_every_caption_comes_once(system):
 
 def test_questions_go_on_where_they_stopped(system):
     """Over consecutive epochs every question comes before any comes again."""
-    captions = len(system.data.texts["train"].captions)
+    captions = sum(not sample.question for sample in system.data.samples["train"])
     epochs = len(system._question_batches(0))  # so many epochs are a whole number of turns through the questions
     rows = np.concatenate([key.rows for n in range(epochs) for key in system.epoch(n) if key.rows[0] >= captions])
     counts = np.bincount(rows - captions)

@@ -8,13 +8,13 @@ import torch
 from vqa_helpers import small_options, small_system
 
 from vqa_scratch.report.curves import moving_average
-from vqa_scratch.systems.questions import QuestionData
+from vqa_scratch.systems.base import RunData
 from vqa_scratch.systems.scoring import QuestionOnly, TypePrior, other_images
 from vqa_scratch.systems.vqa import VQASystem
 
 
 @pytest.fixture(scope="module")
-def questions_of(data) -> QuestionData:
+def questions_of(data) -> RunData:
     return VQASystem.read(small_options(data, data / "run"))
 
 

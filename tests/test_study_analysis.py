@@ -335,7 +335,8 @@ def test_attributions_sum_to_the_logit(name):
         parts = logit_attribution(subject, t, row, token)
         assert {kind: heads.shape for kind, heads in parts.heads.items()} == dict.fromkeys(kinds, (2, 4))
         expected = float(logits[row, token] - logits[row].mean())
-        assert parts.total == pytest.approx(expected, abs=2e-5)
+        total = sum(x.sum() for x in parts.heads.values()) + parts.mlps.sum() + parts.embedding + parts.biases
+        assert float(total) == pytest.approx(expected, abs=2e-5)
 
 
 def test_the_example_of_the_page_runs():

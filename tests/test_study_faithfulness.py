@@ -14,7 +14,7 @@ from vqa_scratch.errors import UserError
 from vqa_scratch.nn.states import Places
 from vqa_scratch.study import faithfulness as measures
 from vqa_scratch.study import trace
-from vqa_scratch.study.analysis import Flow
+from vqa_scratch.study.analysis import Flow, flows
 from vqa_scratch.study.base import Source
 from vqa_scratch.study.faithfulness import (
     METHODS,
@@ -23,7 +23,7 @@ from vqa_scratch.study.faithfulness import (
     answer_rows,
     deletion_insertion,
     faithfulness,
-    flows,
+    forced,
     head_ablation,
     patch_map,
     pointing,
@@ -180,7 +180,7 @@ def test_pointing_measures_the_share_inside(name):
     assert sum(name.startswith("best head, layer ") for name in found) == 1
     one, answer = pointing([(subject, left)]), subject.generate()
     inside = share_in_box(subject.image[0].places, (24, 24), left)
-    for method, flow in flows(subject, answer).items():
+    for method, flow in flows(subject, forced(subject, answer), answer).items():
         values = patch_map(subject, flow, answer_rows(subject, answer))
         assert one[method].mass == pytest.approx(float((values * inside).sum() / values.sum()), rel=1e-4)
         assert 0 < one[method].mass < 1

@@ -24,8 +24,8 @@ from vqa_scratch.study.opened import Opened, chosen
 from vqa_scratch.study.overlay import overlay
 from vqa_scratch.study.record import take_apart
 from vqa_scratch.study.report import packed
+from vqa_scratch.systems.base import RunData
 from vqa_scratch.systems.options import VQAOptions
-from vqa_scratch.systems.questions import QuestionData
 from vqa_scratch.systems.run_folder import WEIGHTS, save_weights
 from vqa_scratch.systems.vqa import VQASystem
 from vqa_scratch.training.precision import Precision
@@ -44,7 +44,7 @@ def tiny_run(folder, connector="tokens"):
         out=folder, width=16, heads=2, image_layers=2, text_layers=1, decoder_layers=2, patch_size=16,
         max_answer_tokens=3, connector=connector,
     )  # fmt: skip
-    data = QuestionData({"train": samples}, lambda sample: "all")
+    data = RunData({"train": samples}, lambda sample: "all")
     system = VQASystem.build(options, data, Precision("fp32", torch.device("cpu")))
     system.save(folder)
     save_weights(folder / WEIGHTS, spread(system.model, 0.15))

@@ -18,7 +18,7 @@ from train import train_step
 from vqa_scratch.connectors import CONNECTORS, connector_class
 from vqa_scratch.errors import UserError
 from vqa_scratch.systems import questions
-from vqa_scratch.systems.questions import QuestionData
+from vqa_scratch.systems.base import RunData
 from vqa_scratch.systems.run_folder import restore
 from vqa_scratch.systems.vqa import VQASystem
 from vqa_scratch.training.checkpoint import (
@@ -34,7 +34,7 @@ from vqa_scratch.training.watch import NotFinite
 
 
 @pytest.fixture(scope="module")
-def questions_of(data) -> QuestionData:
+def questions_of(data) -> RunData:
     return VQASystem.read(small_options(data, data / "run"))
 
 
@@ -244,7 +244,7 @@ def test_a_model_that_knows_its_answers_says_them_and_stops(data, questions_of, 
     """Overfitted on one batch, it answers each question right, by itself ended with EOS, and is sure of it."""
     few = {name: questions_of.samples["train"][:16] for name in questions_of.samples}
     options = small_options(data, tmp_path / "run", questions_per_step=16)
-    system = small_system(options, QuestionData(few, questions_of.family))
+    system = small_system(options, RunData(few, questions_of.family))
     made = optimizers(system.model, learning_rate=5e-3, matrix_learning_rate=0.05)
     batch = system.batch(system.epoch(0)[0])
     for _ in range(80):

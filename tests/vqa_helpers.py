@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from vqa_scratch.data.shapes import ShapesSpec, ensure_shapes
+from vqa_scratch.systems.base import RunData
 from vqa_scratch.systems.options import VQAOptions
-from vqa_scratch.systems.questions import QuestionData
 from vqa_scratch.systems.vqa import VQASystem
 from vqa_scratch.training.precision import Precision
 
@@ -57,7 +57,7 @@ def small_flags(data: Path, out: Path, **changes: Any) -> list[str]:
     return [*flags, "--no-image-cache"]
 
 
-def small_system(options: VQAOptions, data: QuestionData | None = None) -> VQASystem:
+def small_system(options: VQAOptions, data: RunData | None = None) -> VQASystem:
     """The system that `train.py` would train, ready for its first step."""
     data = data or VQASystem.read(options)
     system = VQASystem.build(options, data, Precision("fp32", CPU))

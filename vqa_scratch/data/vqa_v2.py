@@ -48,29 +48,36 @@ def open_source(source: str | Path | VQAFiles, split: str, cache: Path = Path("c
             if not Path(path).is_file():
                 raise UserError(f"{path} not found: there is no such file")
         return open_official(source, split)
-    folder = Path(source)
+    found = find_split(Path(source), split)
+    if found is None:
+        raise UserError(nothing_of(Path(source), split))
+    return open_official(found, split) if isinstance(found, VQAFiles) else open_own(*found, cache)
+
+
+def find_split(source: Path, split: str) -> VQAFiles | tuple[list[Path], str] | None:
+    """Where a split is: files of VQA v2, or tables and what the split is called in them; None if a folder lacks it.
+
+    Raises UserError as `official_files`.
+    """
     if Path(split).suffix.lower() in TABLES:
-        return open_own([Path(split)], "all", cache)
-    if folder.is_file():
-        return open_own([folder], split, cache)
-    files = official_files(folder, split)
-    if files is not None:
-        return open_official(files, split)
-    if tables := own_files(folder, split):
-        return open_own(tables, "all", cache)
-    if table := only_table(folder):
-        return open_own([table], split, cache)
-    raise UserError(nothing_of(folder, split))
+        return [Path(split)], "all"
+    if source.is_file():
+        return [source], split
+    if files := official_files(source, split):
+        return files
+    if tables := own_files(source, split):
+        return tables, "all"
+    table = only_table(source)
+    return ([table], split) if table else None
 
 
 def has_split(source: Path, split: str) -> bool:
     """Whether a source has a split. A table without a column of splits has train, val and test."""
-    if source.is_dir() and (official_files(source, split) or own_files(source, split)):
-        return True
-    table = source if source.is_file() else only_table(source)
-    if table is None:
-        return False
-    return names_of(split)[0] in (splits_of([table]) or SPLITS)
+    found = find_split(source, split)
+    if found is None or isinstance(found, VQAFiles):
+        return found is not None
+    tables, name = found
+    return name == "all" or names_of(name)[0] in (splits_of(tables) or SPLITS)
 
 
 def is_shared_out(source: Path) -> bool:
@@ -93,15 +100,11 @@ def check_splits(source: Path, splits: Iterable[str]) -> None:
     """Raise one UserError that names the files of all splits that a folder lacks, before any of them is read."""
     missing: dict[str, str] = {}
     for split in dict.fromkeys(splits):
-        if source.is_file() or Path(split).suffix.lower() in TABLES:
-            continue
         try:
-            found = official_files(source, split) or own_files(source, split) or only_table(source)
+            if find_split(source, split) is None:
+                missing[questions_name(subtype_of(split))] = nothing_of(source, split)
         except UserError as error:
             missing[annotations_name(subtype_of(split))] = str(error)
-        else:
-            if not found:
-                missing[questions_name(subtype_of(split))] = nothing_of(source, split)
     if len(missing) > 1 and source.is_dir():
         raise UserError(
             f"{source} lacks the files of {len(missing)} splits: {', '.join(missing)} not found, nor tables"

@@ -34,12 +34,10 @@ def panels(history: list[dict[str, Any]], parts: list[str]) -> list[dict[str, An
 
 def frontier(curve: Frontier, history: list[dict[str, Any]], before: Figures, after: Figures, path: Path) -> None:
     """Reward against KL: the run, its result on new prompts, best-of-n, and the best possible."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axis = plt.subplots(figsize=(6.4, 4.4))
+    figure = Figure(figsize=(6.4, 4.4))
+    axis = figure.subplots()
     axis.plot(curve.kl, curve.reward, color="black", label="best possible (reference reweighted)")
     axis.axvline(curve.limit, color="black", linestyle=":", linewidth=1, label="limit of the estimate: log n")
     if curve.best_of_n:
@@ -58,7 +56,6 @@ def frontier(curve: Frontier, history: list[dict[str, Any]], before: Figures, af
     axis.legend(fontsize=8)
     figure.tight_layout()
     write_whole(path, lambda unfinished: figure.savefig(unfinished, dpi=110, format="png"))
-    plt.close(figure)
 
 
 def marked(before: str, after: str) -> tuple[str, str]:

@@ -138,11 +138,6 @@ def weighted_patterns(subject: Subject, t: Trace, target: Tensor) -> dict[str, T
     return result
 
 
-def relevancy_from(subject: Subject, weighted: dict[str, Tensor]) -> Flow:
-    """Chefer's rules over the weighted patterns of one target."""
-    return carry(subject, weighted, _relevancy_step, _normalised)
-
-
 def _relevancy_step(flow: Tensor, weights: Tensor, read: Tensor | None, own: slice) -> Tensor:
     if read is None:  # equations 6 and 7; for a single stream there is no other
         return flow + weights @ flow
@@ -168,10 +163,16 @@ def relevancy(subject: Subject, answer: list[int]) -> Flow:
         logits = subject.logits(ids[:-1])
     found = []
     for row in range(first, len(ids) - 1):
-        of_token = relevancy_from(subject, weighted_patterns(subject, t, logits[row, ids[row + 1]]))
+        weighted = weighted_patterns(subject, t, logits[row, ids[row + 1]])
+        of_token = carry(subject, weighted, _relevancy_step, _normalised)
         found.append(Flow(of_token.sources[row], of_token.decoder[row]))
     sources, own = torch.stack([f.sources for f in found]), torch.stack([f.decoder for f in found])
     return Flow(*(nn.functional.pad(x, (0, 0, first, 0)) for x in (sources, own)))
+
+
+def flows(subject: Subject, t: Trace, answer: list[int]) -> dict[str, Flow]:
+    """The three kinds of map for every row of `prompt` + `answer`; `t` is a trace of that answer, as for `rollout`."""
+    return {"cross": plain_map(subject, t), "rollout": rollout(subject, t), "relevancy": relevancy(subject, answer)}
 
 
 # ---------------------------------------------------------------------------------------------- heads

@@ -14,20 +14,20 @@ import torch
 from torch import Tensor
 
 from vqa_scratch.nn.attention import MultiHeadAttention
-from vqa_scratch.study.analysis import Flow, cross_maps, plain_map, relevancy, rollout
+from vqa_scratch.study.analysis import Flow, cross_maps, flows, relevancy, rollout
 from vqa_scratch.study.base import ImageSubject, Subject
 from vqa_scratch.study.names import matches
 from vqa_scratch.study.places import centred_in_box, share_in_box, token_of_pixel
-from vqa_scratch.study.trace import trace
+from vqa_scratch.study.trace import Trace, trace
 
 METHODS = ("cross", "rollout", "relevancy")
 
 
-def flows(subject: Subject, answer: list[int]) -> dict[str, Flow]:
-    """The three kinds of map for every row of `prompt` + `answer`, from a teacher-forced pass."""
+def forced(subject: Subject, answer: list[int]) -> Trace:
+    """A teacher-forced pass over `prompt` + `answer`."""
     with trace(subject.model) as t, torch.no_grad():
         subject.logits(subject.prompt + answer[:-1])
-    return {"cross": plain_map(subject, t), "rollout": rollout(subject, t), "relevancy": relevancy(subject, answer)}
+    return t
 
 
 def answer_rows(subject: Subject, answer: list[int]) -> list[int]:
@@ -96,7 +96,8 @@ def faithfulness(
     for subject in subjects:
         answer = subject.generate()
         rows = answer_rows(subject, answer)
-        maps = {name: patch_map(subject, flow, rows) for name, flow in flows(subject, answer).items()}
+        found = flows(subject, forced(subject, answer), answer)
+        maps = {name: patch_map(subject, flow, rows) for name, flow in found.items()}
         orders = [(name, values.argsort(descending=True)) for name, values in maps.items()]
         orders += [("random", torch.randperm(len(orders[0][1]), generator=generator)) for _ in range(random_orders)]
         for name, order in orders:
@@ -140,8 +141,7 @@ def pointing(examples: Iterable[tuple[ImageSubject, Sequence[float]]]) -> dict[s
         inside, centred = share_in_box(image.places, size, box), centred_in_box(image.places, box)
         left, top, right, bottom = box
         area = (right - left) * (bottom - top) / (size[0] * size[1])
-        with trace(subject.model) as t, torch.no_grad():
-            subject.logits(subject.prompt + answer[:-1])
+        t = forced(subject, answer)
         cross = cross_maps(subject, t)[:, :, rows][..., where].mean(2)  # (layers, H, N)
         maps = {
             "cross": cross.mean((0, 1)),

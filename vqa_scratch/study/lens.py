@@ -56,10 +56,6 @@ class Attribution:
     embedding: float
     biases: float  # of all output projections and of the last norm
 
-    @property
-    def total(self) -> float:
-        return float(sum(x.sum() for x in self.heads.values()) + self.mlps.sum() + self.embedding + self.biases)
-
 
 @torch.no_grad()
 def logit_attribution(subject: Subject, t: Trace, row: int, token: int) -> Attribution:

@@ -13,19 +13,11 @@ from torch import Tensor
 
 from vqa_scratch.errors import UserError
 from vqa_scratch.nn.attention import MultiHeadAttention
-from vqa_scratch.study.analysis import (
-    Flow,
-    HeadStatistics,
-    every_attention,
-    head_statistics,
-    plain_map,
-    relevancy,
-    rollout,
-)
+from vqa_scratch.study.analysis import Flow, HeadStatistics, every_attention, flows, head_statistics
 from vqa_scratch.study.certificate import Certificate
 from vqa_scratch.study.lens import Attribution, lens_taps, logit_attribution, logit_lens
 from vqa_scratch.study.opened import Opened
-from vqa_scratch.study.trace import Trace, trace
+from vqa_scratch.study.trace import Trace, joined, trace
 
 TOP = 5  # tokens shown at each layer of the lens
 
@@ -82,7 +74,7 @@ def take_apart(opened: Opened) -> Study:
         answer=opened.decode(ids),
         tokens=tokens,
         read=(*opened.prompt, *map(label, ids[:-1])),
-        flows={"cross": plain_map(subject, t), "rollout": rollout(subject, t), "relevancy": relevancy(subject, ids)},
+        flows=flows(subject, t, ids),
         heads=head_statistics(subject, t),
         lens=[
             [[(label(i), p) for i, p in zip(ids, ps, strict=True)] for ids, ps in zip(layer_ids, layer_ps, strict=True)]
@@ -131,10 +123,7 @@ def trace_file(study: Study) -> bytes:
 
 def rows_of_mask(t: Trace, name: str) -> Tensor:
     """The additive mask of every step, (1, 1 or H, T, K): keys that a step had not reached yet are -inf."""
-    masks = t.calls(f"{name}.mask")
-    width = masks[-1].shape[-1]
-    padded = [torch.nn.functional.pad(m, (0, width - m.shape[-1]), value=-torch.inf) for m in masks]
-    return torch.cat(padded, 2)
+    return joined(t.calls(f"{name}.mask"), -math.inf)
 
 
 def _plain(tensor: Tensor) -> Tensor:

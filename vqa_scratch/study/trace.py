@@ -203,10 +203,7 @@ class Trace:
         if label in _OF_KEYS:
             return calls[-1]
         if label in ("scores", "pattern"):
-            width = max(call.shape[-1] for call in calls)
-            fill = 0.0 if label == "pattern" else -math.inf
-            padded = [nn.functional.pad(call, (0, width - call.shape[-1]), value=fill) for call in calls]
-            return torch.cat(padded, 2)  # (B, H, T, K)
+            return joined(calls, 0.0 if label == "pattern" else -math.inf)
         return torch.cat(calls, _QUERY_AXIS.get(label, 1))
 
     def _check_steps(self, name: str) -> None:
@@ -254,6 +251,12 @@ class Trace:
             for (q, k, mask), v, z in zip(self._qkm(name), self._calls[f"{name}.v"], ran, strict=True):
                 parts.append(certify(q, k, v, mask, self._scale(name), z))
         return combine(parts, len(chosen))
+
+
+def joined(calls: list[Tensor], fill: float) -> Tensor:
+    """Rows of several calls as one (B, H, T, K); `fill` for the keys that a call had not reached yet."""
+    width = max(call.shape[-1] for call in calls)
+    return torch.cat([nn.functional.pad(call, (0, width - call.shape[-1]), value=fill) for call in calls], 2)
 
 
 def _same_shape(name: str, edit: Edit) -> Edit:

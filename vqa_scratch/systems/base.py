@@ -17,8 +17,9 @@ from the data.
 
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn, Self
 
@@ -30,6 +31,7 @@ from torch import Tensor, nn
 from vqa_scratch.data.answers import Answer
 from vqa_scratch.data.hashes import Hashes
 from vqa_scratch.data.images import ImageProcessor
+from vqa_scratch.data.scenes import Scene
 from vqa_scratch.data.tokenizers import Tokenizers
 from vqa_scratch.data.vqa_v2 import VQASample
 from vqa_scratch.errors import UserError
@@ -37,6 +39,15 @@ from vqa_scratch.systems.options import RunOptions
 from vqa_scratch.systems.run_folder import load_weights, write_run_config
 from vqa_scratch.training.precision import Precision
 from vqa_scratch.training.ranks import ALONE, World
+
+
+@dataclass(frozen=True)
+class RunData:
+    """Samples by split: "train", "val", "test", and "holdout" where there is one."""
+
+    samples: dict[str, list[VQASample]]
+    family: Callable[[VQASample], str]  # of a question, by which accuracy is broken down
+    scenes: dict[str, dict[int, Scene]] = field(default_factory=dict)  # of splits that were drawn, by image id
 
 
 class System(ABC):
@@ -72,17 +83,12 @@ class System(ABC):
 
     @classmethod
     @abstractmethod
-    def read(cls, options: RunOptions) -> Any:
-        """The data of a run, by split. Raises UserError if it cannot be read."""
+    def read(cls, options: RunOptions) -> RunData:
+        """The data of a run. Raises UserError if it cannot be read."""
 
     @classmethod
     @abstractmethod
-    def samples_of(cls, data: Any) -> dict[str, list[VQASample]]:
-        """All samples of what `read` returned, by split."""
-
-    @classmethod
-    @abstractmethod
-    def build(cls, options: RunOptions, data: Any, precision: Precision) -> Self:
+    def build(cls, options: RunOptions, data: RunData, precision: Precision) -> Self:
         """A new model, on the CPU, with tokenizers learned from the data or read from checkpoints."""
 
     @classmethod
@@ -118,7 +124,7 @@ class System(ABC):
     # ------------------------------------------------------------------------------------------------- training
 
     @abstractmethod
-    def train_on(self, data: Any) -> None:
+    def train_on(self, data: RunData) -> None:
         """Prepare to train on what `read` returned."""
 
     def about(self) -> list[str]:

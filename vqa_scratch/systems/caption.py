@@ -15,6 +15,7 @@ import torch
 from vqa_scratch.data.answers import Answer
 from vqa_scratch.data.augment import Augment, depends_on_side
 from vqa_scratch.data.batches import Batch
+from vqa_scratch.data.descriptions import read_scenes, scenes_file
 from vqa_scratch.data.groups import batches_by_image
 from vqa_scratch.data.text import check_question
 from vqa_scratch.data.vqa_v2 import VQASample
@@ -22,11 +23,9 @@ from vqa_scratch.errors import UserError
 from vqa_scratch.report.gallery import answer_sections
 from vqa_scratch.rl.options import RLHFOptions
 from vqa_scratch.rl.tasks import Task
-from vqa_scratch.systems.base import ANY_SAMPLE, seed_everything
+from vqa_scratch.systems.base import ANY_SAMPLE, RunData, seed_everything
 from vqa_scratch.systems.caption_models import build_model
 from vqa_scratch.systems.captions import (
-    CaptionData,
-    Texts,
     accuracy_of,
     by_image,
     in_words,
@@ -35,10 +34,11 @@ from vqa_scratch.systems.captions import (
     read_texts,
     report,
     show,
+    to_describe,
 )
 from vqa_scratch.systems.finals import Pass, beats_blind, cut_short, no_better_than_blind
 from vqa_scratch.systems.options import CaptionOptions
-from vqa_scratch.systems.policy import answering_task, run_options
+from vqa_scratch.systems.policy import answering_task
 from vqa_scratch.systems.scoring import blind_baselines
 from vqa_scratch.systems.writer import WritingSystem
 from vqa_scratch.training.precision import Precision
@@ -62,49 +62,44 @@ class CaptionSystem(WritingSystem):
 
     example = ""
     unit = "texts"
-    data: CaptionData
+    data: RunData
 
     # ------------------------------------------------------------------------------------------- build, save, open
 
     @classmethod
-    def read(cls, options: CaptionOptions) -> CaptionData:
+    def read(cls, options: CaptionOptions) -> RunData:
         return read_captions_data(options)
-
-    @classmethod
-    def samples_of(cls, data: CaptionData) -> dict[str, list[VQASample]]:
-        return {name: [*texts.captions, *texts.questions] for name, texts in data.texts.items()}
 
     @classmethod
     def check(cls, options: CaptionOptions) -> None:
         if options.init == "random":
-            texts = Texts([ANY_SAMPLE], None, [])
             with torch.device("meta"):
-                build_model(options, CaptionData({"train": texts}, str))
+                build_model(options, [ANY_SAMPLE])
 
     @classmethod
-    def build(cls, options: CaptionOptions, data: CaptionData, precision: Precision) -> Self:
+    def build(cls, options: CaptionOptions, data: RunData, precision: Precision) -> Self:
         seed_everything(options.seed)
-        return cls(options, *build_model(options, data), precision)
+        return cls(options, *build_model(options, data.samples["train"]), precision)
 
     # --------------------------------------------------------------------------------------------------- training
 
-    def train_on(self, data: CaptionData) -> None:
+    def train_on(self, data: RunData) -> None:
         options = self.options
         self.data, self.trainable = data, self.model.freeze(options.freeze)
-        train = data.texts["train"]
-        samples = {"train": [*train.captions, *train.questions]}
-        for name, texts in data.texts.items():
+        train = data.samples["train"]
+        samples = {"train": train}
+        for name, texts in data.samples.items():
             if name != "train":
-                samples[name] = texts.to_describe
-                if texts.questions:
-                    samples[f"{name} questions"] = texts.questions
+                samples[name] = to_describe(texts)
+                if asked := [sample for sample in texts if sample.question]:
+                    samples[f"{name} questions"] = asked
         self.make_splits(samples)
-        self.names_side = np.array([depends_on_side(f"{s.question} {s.answer}") for s in samples["train"]])
+        self.names_side = np.array([depends_on_side(f"{s.question} {s.answer}") for s in train])
         # The rows of each image, captions and questions apart: a step has one kind only, so that lengths are alike.
-        first, of_image = len(train.captions), self.splits["train"].questions.of_image
+        of_image = self.splits["train"].questions.of_image
         self.groups = [
-            [some for rows in of_image if (some := [r for r in rows if (r < first) == captions])]
-            for captions in (True, False)
+            [some for rows in of_image if (some := [row for row in rows if bool(train[row].question) == asked])]
+            for asked in (False, True)
         ]
         self.augment = Augment(options.flip, options.rotate, options.brightness, options.contrast)
         self.baselines: dict[str, float] = {}
@@ -175,13 +170,16 @@ class CaptionSystem(WritingSystem):
         total, tokens = self.world.totals([total, tokens])
         return total / tokens
 
+    def quality(self, name: str, limit: int | None = None, **how: Any) -> dict[str, Any]:
+        """The figures of the captions of a split, or of about its first `limit` images; `how` as in `answer_split`."""
+        samples = self.splits[name].questions.samples
+        return quality(by_image(samples, self.answer_split(name, limit, **how)), samples, self.data.scenes.get(name))
+
     def evaluate(self) -> dict[str, float]:
-        texts, limit = self.data.texts["val"], self.options.eval_captions
-        captions = by_image(texts.to_describe, self.answer_split("val", limit))
-        figures = quality(captions, texts.captions, texts.scenes)
+        figures = self.quality("val", self.options.eval_captions)
         figures = {k: v for k, v in figures.items() if k != "bleu_signature"}
         figures |= {"accuracy": accuracy_of(figures), "loss": self.validation_loss()}
-        if texts.questions:
+        if "val questions" in self.splits:
             figures["answer_accuracy"] = self.report("val questions", self.options.eval_questions).accuracy
         return figures
 
@@ -205,29 +203,25 @@ class CaptionSystem(WritingSystem):
     def finish(self, folder: Path) -> dict[str, Any]:
         """Score captions of the test split, of shuffled images and of the hold-out if there is one, and answers if the
         model was trained on questions; write samples.html and results.png."""
-        test = self.data.texts["test"]
-        figures, said = report(test.to_describe, test.scenes, partial(self.answer_split, "test"))
-        key, scale = ("bleu", 100) if test.scenes is None else ("object_recall", 1)
+        samples, scenes = self.splits["test"].questions.samples, self.data.scenes.get("test")
+        figures, said = report(samples, scenes, partial(self.answer_split, "test"))
+        key, scale = ("bleu", 100) if scenes is None else ("object_recall", 1)
         blind_figures = figures["baselines"].items()
         self.baselines = {f"{key.split('_')[-1]}, {n.replace('_', ' ')}": b[key] / scale for n, b in blind_figures}
         share = figures[key] / scale
         better = beats_blind(share, self.baselines, len(said))
         self.blind = [] if better else [no_better_than_blind(key.replace("_", " "), share, self.baselines)]
-        held = None
-        if "holdout" in self.data.texts:
-            new = self.data.texts["holdout"]
-            captions = by_image(new.to_describe, self.answer_split("holdout", progress="hold-out"))
-            held = quality(captions, new.to_describe, new.scenes)
-        asked, sections = self._questions_report() if test.questions else (None, [])
+        held = self.quality("holdout", progress="hold-out") if "holdout" in self.splits else None
+        asked, sections = self._questions_report() if "test questions" in self.splits else (None, [])
         if self.world.main:
-            show(folder, figures, test, said, self.options.samples, sections)
+            show(folder, figures, samples, scenes, said, self.options.samples, sections)
         return figures | {"holdout": held, "answers": asked, "better_than_blind": better, "cut_short": self.pace.cut}
 
     def _questions_report(self) -> tuple[dict[str, Any], list[tuple[str, list[str]]]]:
         """(figures of the questions of the test split, sections of the page of samples)."""
-        samples, trained_on = self.data.texts["test"].questions, self.data.texts["train"].questions
+        samples = self.splits["test questions"].questions.samples
         scored = self.report("test questions", progress="questions")
-        baselines = blind_baselines(samples, trained_on)
+        baselines = blind_baselines(samples, [sample for sample in self.data.samples["train"] if sample.question])
         shuffled = self.report("test questions", shuffled=True, progress="questions, shuffled images")
         baselines["shuffled_images"] = shuffled.accuracy
         figures = {"accuracy": scored.accuracy, "accuracy_by_family": scored.by_family, "baselines": baselines}
@@ -274,13 +268,12 @@ class CaptionSystem(WritingSystem):
 
     def describe(self, data: Path, split: str, limit: int | None) -> dict[str, Any]:
         """Describe a split, or its first `limit` images, and score it like the test split of the run."""
-        texts = read_texts(data, split, seed=self.options.seed, verbose=True)
-        samples = texts.to_describe[:limit]
-        figures, _ = report(samples, texts.scenes, partial(super().answer, samples))
+        samples = to_describe(read_texts(data, split, seed=self.options.seed, verbose=True))[:limit]
+        drawn = scenes_file(data, split)
+        figures, _ = report(samples, read_scenes(drawn) if drawn.is_file() else None, partial(super().answer, samples))
         return {"data": str(data), "split": split, "images": len(samples)} | figures
 
     def policy(self, options: RLHFOptions, dtype: torch.dtype) -> Task:
         """Only a run that answers questions can be tuned."""
         self.check_answers_questions()
-        texts = self.read(run_options(self, options)).texts
-        return answering_task(self, options, dtype, texts["train"].questions, texts["test"].questions)
+        return answering_task(self, options, dtype)

@@ -6,12 +6,12 @@ from vqa_scratch.connectors import connect, connector_class
 from vqa_scratch.data.images import ImageProcessor
 from vqa_scratch.data.text import Tokenizer, train_bpe
 from vqa_scratch.data.tokenizers import Tokenizers
+from vqa_scratch.data.vqa_v2 import VQASample
 from vqa_scratch.models.gpt2 import GPT2, GPT2Config
 from vqa_scratch.models.resnet import ResNet, ResNetConfig, group_norm
 from vqa_scratch.models.vqa import VQAModel
 from vqa_scratch.systems import assembly
 from vqa_scratch.systems.base import check_positions
-from vqa_scratch.systems.captions import CaptionData
 from vqa_scratch.systems.options import CaptionOptions
 from vqa_scratch.systems.vqa_models import IMAGE_SIZE
 
@@ -20,7 +20,7 @@ IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 RESNET_PROCESSOR = ImageProcessor(size=256, crop_size=(224, 224), kind="BitImageProcessor", **IMAGENET)
 
 
-def build_model(options: CaptionOptions, data: CaptionData) -> tuple[VQAModel, Tokenizers, ImageProcessor]:
+def build_model(options: CaptionOptions, train: list[VQASample]) -> tuple[VQAModel, Tokenizers, ImageProcessor]:
     """The model, tokenizers and preprocessing that the options ask for."""
     kind = connector_class("tokens")
     processor = RESNET_PROCESSOR
@@ -29,8 +29,7 @@ def build_model(options: CaptionOptions, data: CaptionData) -> tuple[VQAModel, T
         writer = GPT2.from_pretrained(options.decoder_model, add_cross_attention=True)
         image: nn.Module = ResNet.from_pretrained(options.image_model)
     else:
-        train = data.texts["train"]
-        texts = {s.answer for s in (*train.captions, *train.questions)} | {s.question for s in train.questions}
+        texts = {s.answer for s in train} | {s.question for s in train if s.question}
         decoder = train_bpe([f" {text}" for text in sorted(texts)], options.vocabulary)
         ids = {"bos_id": decoder.bos_id, "eos_id": decoder.eos_id}
         if options.preset == "coco":  # random weights of the released sizes, to measure without downloads

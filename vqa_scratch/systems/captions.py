@@ -1,7 +1,7 @@
 """The data of the caption system, and how its captions are scored and shown."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from functools import partial
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -13,34 +13,26 @@ from vqa_scratch.data.captions import check_captions, read_captions
 from vqa_scratch.data.descriptions import objects_named, objects_of, read_scenes, scenes_file
 from vqa_scratch.data.image_files import load_image
 from vqa_scratch.data.scenes import Scene
-from vqa_scratch.data.vqa_files import first_images
-from vqa_scratch.data.vqa_v2 import VQASample, check_splits, read_vqa, split_by_image, spread
+from vqa_scratch.data.vqa_v2 import VQASample, check_splits, read_vqa, spread
 from vqa_scratch.report.gallery import card, write_page
 from vqa_scratch.report.table import draw_table
+from vqa_scratch.systems.base import RunData
 from vqa_scratch.systems.caption_scores import corpus_bleu, score_objects
 from vqa_scratch.systems.options import CaptionOptions
-from vqa_scratch.systems.questions import built_in, family_of
+from vqa_scratch.systems.questions import built_in, family_of, with_scored
 from vqa_scratch.systems.scoring import other_images
 from vqa_scratch.systems.writing import writing_figures
 
 TABLE_ROWS = 8  # of results.png
 
 
-@dataclass(frozen=True)
-class Texts:
-    """One split: captions (each reference is a sample), the scenes behind them if known, and questions if wanted."""
-
-    captions: list[VQASample]
-    scenes: dict[int, Scene] | None
-    questions: list[VQASample]
-
-    @property
-    def to_describe(self) -> list[VQASample]:
-        """One sample an image; its `answers` are all the references."""
-        first: dict[int, VQASample] = {}
-        for sample in self.captions:
+def to_describe(texts: Sequence[VQASample]) -> list[VQASample]:
+    """One caption an image, whose `answers` are all the references; a caption is a sample without a question."""
+    first: dict[int | str, VQASample] = {}
+    for sample in texts:
+        if not sample.question:
             first.setdefault(sample.image_id, sample)
-        return list(first.values())
+    return list(first.values())
 
 
 def read_texts(
@@ -51,55 +43,36 @@ def read_texts(
     max_images: int | None = None,
     questions: bool = False,
     verbose: bool = False,
-) -> Texts:
-    """Captions of a split with the scenes behind them; with `questions` also the questions about the same images.
+) -> list[VQASample]:
+    """Captions of a split, each reference a sample; with `questions` then the questions about the same images.
 
     `verbose` prints what was left out. Raises UserError if there is nothing to read.
     """
-    data = read_captions(folder, split, seed=seed, max_images=max_images)
-    if verbose:
-        print(data.report)
-    path = scenes_file(folder, split)
-    asked: list[VQASample] = []
+    found = [read_captions(folder, split, seed=seed, max_images=max_images)]
     if questions:
-        read = read_vqa(folder, split)
-        if verbose:
-            print(read.report)
-        shown = {sample.image_id for sample in data.samples}
-        asked = [sample for sample in read.samples if sample.image_id in shown]
-    return Texts(data.samples, read_scenes(path) if path.is_file() else None, asked)
+        found.append(read_vqa(folder, split))
+    if verbose:
+        print(*(data.report for data in found), sep="\n")
+    shown = {sample.image_id for sample in found[0].samples}
+    return [sample for data in found for sample in data.samples if sample.image_id in shown]
 
 
-@dataclass(frozen=True)
-class CaptionData:
-    """Texts by split ("train", "val", "test", and "holdout" where there is one); `family` names a question's family."""
-
-    texts: dict[str, Texts]
-    family: Callable[[VQASample], str]
-
-
-def read_captions_data(options: CaptionOptions) -> CaptionData:
+def read_captions_data(options: CaptionOptions) -> RunData:
     """Read every split the run needs; draw the built-in data set first if no `--data` is given."""
-    folder = options.data or built_in(options)
+    folder, asked = options.data or built_in(options), options.question_share > 0
     check_captions(folder, options.splits)
-    if options.question_share:
+    if asked:
         check_splits(folder, options.splits)
-    how = {"seed": options.seed, "questions": options.question_share > 0}
-    train = read_texts(folder, options.train_split, max_images=options.max_images, verbose=True, **how)
-    if options.val_split == "auto":
-        shares = (1 - options.val_fraction, options.val_fraction)
-        parts = [split_by_image(some, shares, options.seed) for some in (train.captions, train.questions)]
-        splits = {name: Texts(c, train.scenes, q) for name, c, q in zip(("train", "val"), *parts, strict=True)}
-    else:
-        splits = {"train": train, "val": read_texts(folder, options.val_split, **how)}
-    same = options.test_split == options.val_split
-    test = splits["val"] if same else read_texts(folder, options.test_split, **how)
-    captions = first_images(test.captions, options.test_images)
-    shown = {sample.image_id for sample in captions}
-    splits["test"] = Texts(captions, test.scenes, [sample for sample in test.questions if sample.image_id in shown])
-    if scenes_file(folder, "holdout").is_file():
-        splits["holdout"] = read_texts(folder, "holdout", **how | {"questions": False})
-    return CaptionData(splits, family_of(folder))
+    read = partial(read_texts, folder, seed=options.seed, questions=asked)
+    train = read(options.train_split, max_images=options.max_images, verbose=True)
+    samples = with_scored(train, (options.val_split, options.test_split), read, options)
+    names = {"val": options.train_split if options.val_split == "auto" else options.val_split}
+    names |= {"test": options.test_split, "holdout": "holdout"}
+    files = {name: scenes_file(folder, split) for name, split in names.items()}
+    if files["holdout"].is_file():
+        samples["holdout"] = read("holdout", questions=False)
+    scenes = {name: read_scenes(path) for name, path in files.items() if path.is_file()}
+    return RunData(samples, family_of(folder), scenes)
 
 
 # ------------------------------------------------------------------------------------------------ figures
@@ -196,18 +169,19 @@ def in_words(figures: Mapping[str, Any]) -> list[str]:
 def show(
     folder: Path,
     figures: Mapping[str, Any],
-    texts: Texts,
+    samples: Sequence[VQASample],
+    scenes: Mapping[int, Scene] | None,
     said: Mapping[int, Answer],
     number: int,
     answered: Sequence[tuple[str, list[str]]],
 ) -> None:
     """samples.html with `number` captions and the sections of `answered` questions, and results.png."""
-    described = [sample for sample in texts.to_describe if sample.question_id in said]
+    described = [sample for sample in samples if sample.question_id in said]
     some, what = spread(described, number), ", ".join(in_words(figures))
     lead = (
         "Images the model was not trained on, with its caption and the references below. Green: every object is "
         "named and nothing else; amber: some; red: none. Questions are coloured by how many annotators agree."
     )
-    sections = [("captions", caption_cards(some, said, texts.scenes)), *answered]
+    sections = [("captions", caption_cards(some, said, scenes)), *answered]
     write_page(folder / "samples.html", f"What the model says ({what})", lead, sections)
     draw_results(folder / "results.png", what, spread(some, TABLE_ROWS), said)

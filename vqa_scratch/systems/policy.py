@@ -14,7 +14,6 @@ from typing import Any
 import torch
 
 from vqa_scratch import systems
-from vqa_scratch.data.vqa_v2 import VQASample
 from vqa_scratch.errors import UserError
 from vqa_scratch.rl.options import RLHFOptions
 from vqa_scratch.rl.policy import freeze, sampling_rules
@@ -33,10 +32,13 @@ def vqa_task(options: RLHFOptions, device: torch.device, dtype: torch.dtype) -> 
     return systems.load(Path(options.policy), device).policy(options, dtype)
 
 
-def answering_task(
-    system: System, options: RLHFOptions, dtype: torch.dtype, train: list[VQASample], test: list[VQASample]
-) -> Task:
-    """The system as policy, with a frozen copy as reference, whose linear layers are stored in `dtype`."""
+def answering_task(system: System, options: RLHFOptions, dtype: torch.dtype) -> Task:
+    """The system as policy, with a frozen copy as reference, whose linear layers are stored in `dtype`.
+
+    The questions are those of `--data`, by default of the run's own data.
+    """
+    samples = system.read(replace(system.options, data=options.data or system.options.data)).samples
+    train, test = ([sample for sample in samples[name] if sample.question] for name in ("train", "test"))
     tokenizers = system.tokenizers
     held_out = random.Random(options.seed).sample(test, min(options.eval_prompts, len(test)))
     for name, samples in (("train", train), ("test", held_out)):
@@ -67,11 +69,6 @@ def answering_task(
         tokenizers.notes_on_all(sample.question for sample in (*train, *held_out)),
         upgrade=partial(todays_checkpoint, reference=reference),
     )
-
-
-def run_options(system: System, options: RLHFOptions) -> RLHFOptions:
-    """The options of the run, with the data of `--data` if given."""
-    return replace(system.options, data=options.data) if options.data else system.options
 
 
 OF_ACTOR = "backbone.model."  # before the names of the model's weights in a checkpoint of rlhf.py

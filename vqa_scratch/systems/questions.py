@@ -1,13 +1,13 @@
 """What the systems that answer questions share: their data, the batches of an epoch, and the final report."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from vqa_scratch.data.descriptions import scenes_file
 from vqa_scratch.data.scenes import FAMILY_OF_TYPE
 from vqa_scratch.data.shapes import ShapesSpec, ensure_shapes
 from vqa_scratch.data.tables import TABLES
@@ -26,19 +26,12 @@ from vqa_scratch.data.vqa_v2 import (
 from vqa_scratch.data.vqa_write import write_submission
 from vqa_scratch.errors import UserError
 from vqa_scratch.report.gallery import write_gallery
+from vqa_scratch.systems.base import RunData
 from vqa_scratch.systems.finals import Pass, beats_blind, cut_short, no_better_than_blind
 from vqa_scratch.systems.options import QuestionOptions, RunOptions
 from vqa_scratch.systems.scoring import blind_baselines, rules_of
 from vqa_scratch.systems.splits import SplitSystem
 from vqa_scratch.training.ranks import World
-
-
-@dataclass(frozen=True)
-class QuestionData:
-    """Samples by split ("train", "val", "test", and "holdout" where there is one); `family` names a sample's family."""
-
-    samples: dict[str, list[VQASample]]
-    family: Callable[[VQASample], str]
 
 
 def family_of(folder: Path) -> Callable[[VQASample], str]:
@@ -79,26 +72,32 @@ def built_in(options: RunOptions) -> Path:
     return ensure_shapes(options.cache, ShapesSpec(seed=options.seed))
 
 
-def read_questions(options: QuestionOptions) -> QuestionData:
+def read_questions(options: QuestionOptions) -> RunData:
     """Read every split the run needs; draw the built-in data set first if no `--data` is given."""
     source = options.data or built_in(options)
     read = partial(read_vqa, source, verify_images=options.verify_images, cache=options.cache)
     limits = "start_at end_at max_images max_questions min_agreement".split()
-    train_split, val_split, test_split = split_names(source, options)
-    check_splits(source, {train_split, val_split, test_split} - {"auto", "all"})
+    train_split, *scored = split_names(source, options)
+    check_splits(source, {train_split, *scored} - {"auto", "all"})
     train = read(train_split, **{name: getattr(options, name) for name in limits})
     print(train.report)
-    samples = {"train": train.samples}
-    if val_split == "auto":
-        samples["train"], samples["val"] = hold_out(train.samples, options.val_fraction, options.seed)
-    else:
-        samples["val"] = read(val_split).samples
-    samples["test"] = samples["val"] if test_split == val_split else read(test_split).samples
-    samples["test"] = first_images(samples["test"], options.test_images)
+    samples = with_scored(train.samples, scored, lambda split: read(split).samples, options)
     print(f"data: {summary([sample for split in samples.values() for sample in split])}")
-    if (source / "scenes_holdout.json").exists():
+    if scenes_file(source, "holdout").is_file():
         samples["holdout"] = read("holdout").samples
-    return QuestionData(samples, family_of(source))
+    return RunData(samples, family_of(source))
+
+
+def with_scored(
+    train: list[VQASample], scored: Sequence[str], read: Callable[[str], list[VQASample]], options: RunOptions
+) -> dict[str, list[VQASample]]:
+    """The samples of train, and those of val and test, which are the splits `scored` of the data; "auto" takes some of
+    train for val."""
+    val, test = scored
+    held_out = hold_out(train, options.val_fraction, options.seed) if val == "auto" else (train, read(val))
+    samples = dict(zip(("train", "val"), held_out, strict=True))
+    samples["test"] = first_images(samples["val"] if test == val else read(test), options.test_images)
+    return samples
 
 
 def hold_out(samples: list[VQASample], fraction: float, seed: int) -> tuple[list[VQASample], list[VQASample]]:
@@ -119,19 +118,15 @@ class QuestionSystem(SplitSystem):
     A subclass adds the model, `loss`, and `respond`: how it answers.
     """
 
-    data: QuestionData
+    data: RunData
 
     @classmethod
-    def read(cls, options: QuestionOptions) -> QuestionData:
+    def read(cls, options: QuestionOptions) -> RunData:
         return read_questions(options)
-
-    @classmethod
-    def samples_of(cls, data: QuestionData) -> dict[str, list[VQASample]]:
-        return data.samples
 
     # ------------------------------------------------------------------------------------------------- training
 
-    def train_on(self, data: QuestionData) -> None:
+    def train_on(self, data: RunData) -> None:
         self.data = data
         self.make_splits(data.samples)
         self.judged = "test" if data.samples["test"][0].answers else "val"  # the split of the final figures

@@ -27,10 +27,10 @@ from vqa_scratch.models.vit import ConvStem
 from vqa_scratch.storage import typed
 from vqa_scratch.study.opened import Opened
 from vqa_scratch.systems.assembly import check_images, grid_positions, with_stem
-from vqa_scratch.systems.base import ANY_SAMPLE, check_positions, seed_everything
+from vqa_scratch.systems.base import ANY_SAMPLE, RunData, check_positions, seed_everything
 from vqa_scratch.systems.export import export_vilt
 from vqa_scratch.systems.options import ViLTOptions
-from vqa_scratch.systems.questions import QuestionData, QuestionSystem
+from vqa_scratch.systems.questions import QuestionSystem
 from vqa_scratch.systems.splits import Split
 from vqa_scratch.systems.studied import choosing_subject
 from vqa_scratch.systems.vqa_models import VOCABULARY
@@ -58,7 +58,7 @@ class ViLTSystem(QuestionSystem):
                 small_model(options, [ANY_SAMPLE], ANY_SAMPLE.answers)
 
     @classmethod
-    def build(cls, options: ViLTOptions, data: QuestionData, precision: Precision) -> Self:
+    def build(cls, options: ViLTOptions, data: RunData, precision: Precision) -> Self:
         train = data.samples["train"]
         answers = AnswerList.from_samples(train + data.samples["val"], options.min_answer_count)
         kept = answers.answerable(train)
@@ -93,7 +93,7 @@ class ViLTSystem(QuestionSystem):
         questions = ClassQuestions(samples, self.tokenizers, AnswerList(self.model.labels))
         return Split(questions, Images(questions.image_paths, self.processor, upright=questions.upright))
 
-    def train_on(self, data: QuestionData) -> None:
+    def train_on(self, data: RunData) -> None:
         """Leaves out training questions with no answer in the list."""
         train = data.samples["train"]
         kept = AnswerList(self.model.labels).answerable(train)

@@ -21,12 +21,12 @@ from vqa_scratch.options import from_json, rules_of
 from vqa_scratch.rl.options import RLHFOptions
 from vqa_scratch.rl.tasks import Task
 from vqa_scratch.storage import read_json, write_json
-from vqa_scratch.systems.base import ANY_SAMPLE, check_positions, seed_everything
+from vqa_scratch.systems.base import ANY_SAMPLE, RunData, check_positions, seed_everything
 from vqa_scratch.systems.finals import Pass
 from vqa_scratch.systems.frozen import cache_features
 from vqa_scratch.systems.options import VQAOptions
-from vqa_scratch.systems.policy import answering_task, run_options
-from vqa_scratch.systems.questions import QuestionData, QuestionSystem
+from vqa_scratch.systems.policy import answering_task
+from vqa_scratch.systems.questions import QuestionSystem
 from vqa_scratch.systems.run_folder import CONFIG, PROGRAM, read_run_config
 from vqa_scratch.systems.scoring import common_answers
 from vqa_scratch.systems.vqa_models import check_question, released_models, small_models
@@ -58,7 +58,7 @@ class VQASystem(WritingSystem, QuestionSystem):
                 small_models(options, [ANY_SAMPLE])
 
     @classmethod
-    def build(cls, options: VQAOptions, data: QuestionData, precision: Precision) -> Self:
+    def build(cls, options: VQAOptions, data: RunData, precision: Precision) -> Self:
         seed_everything(options.seed)
         if options.start_from is not None:
             system = cls.continued(options, precision)
@@ -107,7 +107,7 @@ class VQASystem(WritingSystem, QuestionSystem):
 
     # --------------------------------------------------------------------------------------------------- training
 
-    def train_on(self, data: QuestionData) -> None:
+    def train_on(self, data: RunData) -> None:
         self.trainable = self.model.freeze(self.options.freeze)
         super().train_on(data)
         if self.options.feature_cache:
@@ -175,8 +175,7 @@ class VQASystem(WritingSystem, QuestionSystem):
         return [*super().lines(summary), line]
 
     def policy(self, options: RLHFOptions, dtype: torch.dtype) -> Task:
-        samples = self.read(run_options(self, options)).samples
-        return answering_task(self, options, dtype, samples["train"], samples["test"])
+        return answering_task(self, options, dtype)
 
 
 def read_candidates(path: Path) -> list[str]:
