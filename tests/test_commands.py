@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -333,3 +334,29 @@ def test_questions_that_are_cut_are_counted(run, data, tmp_path, capsys):
     note.cache_clear()
     command("evaluate", run, "--data", folder, "--limit", "8")
     assert "note: 1 questions are longer than " in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------------- completion
+
+
+@pytest.mark.parametrize(
+    "words, expected",
+    [
+        ("vqa-scratch ev", ["plain,evaluate"]),
+        ("vqa-scratch evaluate --dev", ["plain,--device"]),
+        ("vqa-scratch evaluate --device c", ["plain,cpu", "plain,cuda"]),
+        ("vqa-scratch ask --im", ["plain,--image"]),
+        ("vqa-scratch data --fe", ["plain,--fetch"]),
+    ],
+)
+def test_the_shell_completes_commands_and_flags_without_torch(words, expected):
+    """Click's protocol, as the script that `_VQA_SCRATCH_COMPLETE=bash_source vqa-scratch` prints speaks it."""
+    program = (
+        "import atexit, sys; sys.argv = ['vqa-scratch']; from vqa_scratch.__main__ import main\n"
+        "atexit.register(lambda: print('torch' in sys.modules)); main()"
+    )
+    protocol = {"_VQA_SCRATCH_COMPLETE": "bash_complete", "COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}
+    ended = subprocess.run(
+        [sys.executable, "-c", program], env=os.environ | protocol, cwd=ROOT, capture_output=True, text=True
+    )
+    assert ended.stdout.splitlines() == [*expected, "False"] and ended.stderr == ""

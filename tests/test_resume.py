@@ -229,6 +229,34 @@ def test_a_finished_run_is_only_reported_again(data, alone, tmp_path):
     assert (alone / "checkpoints" / "last.pt").read_bytes() == before
 
 
+def test_more_steps_go_on_as_if_the_run_had_been_longer(data, alone, tmp_path):
+    """Bit for bit, as long as the schedule is flat; the new total outlives a kill, after which --resume has no +."""
+    out, flat = tmp_path / "run", {"save_every": SAVE, "eval_every": 1, "warmup_steps": 0, "decay_from": 0.99}
+    ended = run(out, [*small_flags(data, out, steps=4, **flat), "--steps", "+6"])
+    assert ended.code == 2 and "--more-steps means nothing without --resume" in ended.err and not out.exists()
+    assert run(out, small_flags(data, out, steps=4, **flat)).code == 0
+    again = ["--out", str(out), "--resume"]
+    ended = run(out, [*again, "--steps", "+6"], functools.partial(at_step, 10))
+    assert ended.code == -signal.SIGKILL and load_checkpoint(out / "checkpoints" / "last.pt")["state"]["step"] == 8
+    ended = run(out, again)
+    assert ended.code == 0 and "resuming after step 8" in ended.out, ended.err
+    longer = tmp_path / "longer"
+    assert run(longer, small_flags(data, longer, steps=STEPS, **flat)).code == 0
+    ours, theirs = (load_checkpoint(folder / "checkpoints" / "last.pt") for folder in (out, longer))
+    ours["state"].pop("seconds"), theirs["state"].pop("seconds")
+    assert ours["state"] == theirs["state"]
+    ours, theirs = tensors_in(ours), tensors_in(theirs)
+    assert ours.keys() == theirs.keys() and [k for k in theirs if not torch.equal(ours[k], theirs[k])] == []
+    ended = run(out, [*again, "--steps=+1"])
+    assert ended.code == 0 and "11 steps in all; the learning rate" in ended.out
+    assert json.loads((out / "summary.json").read_text())["steps"] == 11
+    ended = run(out, [*again, "--steps", "+0"])
+    assert ended.code == 2 and "--more-steps must be at least 1, not 0" in ended.err
+    empty = tmp_path / "none"
+    ended = run(empty, ["--out", str(empty), "--resume", "--steps", "+2"])
+    assert ended.code == 2 and len(ended.errors) == 1 and not empty.exists()
+
+
 def test_one_process_in_a_folder(data, alone, tmp_path):
     """A second one is refused before it changes anything, whether it begins a run or goes on with one."""
     new, busy = tmp_path / "new", "another process is writing into"

@@ -177,6 +177,19 @@ def with_config(argv: Sequence[str]) -> list[str]:
     return given + list(argv)
 
 
+def with_more(argv: Sequence[str], name: str) -> list[str]:
+    """The command line with `--more-NAME N` in place of `--NAME +N`, in which a number would lose its sign."""
+    result: list[str] = []
+    for argument in argv:
+        if result and result[-1] == name and argument.startswith("+"):
+            result[-1:] = [name.replace("--", "--more-", 1), argument[1:]]
+        elif argument.startswith(f"{name}=+"):
+            result += [name.replace("--", "--more-", 1), argument.removeprefix(f"{name}=+")]
+        else:
+            result.append(argument)
+    return result
+
+
 def parse(
     classes: Sequence[type[T]],
     presets: Mapping[str, Mapping[str, Any]],

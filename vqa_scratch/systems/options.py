@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from vqa_scratch.command_line import first_rank_speaks, parse
+from vqa_scratch.command_line import first_rank_speaks, parse, with_more
 from vqa_scratch.connectors import CONNECTORS
 from vqa_scratch.errors import UserError
 from vqa_scratch.options import Options, choices_of, option
@@ -31,7 +31,17 @@ class RunOptions(Options):
     minutes: float | None = option(
         None, "Wall-clock budget of the run, final figures included; 10 without --steps.", RUN, above=0
     )
-    steps: int | None = option(None, "Number of optimizer steps, instead of --minutes.", RUN, minimum=1)
+    steps: int | None = option(
+        None, "Number of optimizer steps, instead of --minutes; +N with --resume: --more-steps N.", RUN, minimum=1
+    )
+    more_steps: int | None = option(
+        None,
+        "Steps beyond the last checkpoint; the learning rate follows the new total. --minutes takes no +M.",
+        RUN,
+        minimum=1,
+        only={"resume": True},
+        may_change=True,
+    )
     device: str = option("auto", "Where to compute.", RUN, ("auto", "cpu", "cuda", "mps"), may_change=True)
     precision: str = option(
         "auto",
@@ -71,12 +81,7 @@ class RunOptions(Options):
     )
     image_cache: bool = option(True, "Keep resized images as bytes in a memory-mapped file.", DATA)
 
-    accumulate: int = option(
-        1,
-        "Gradient accumulation: parts that a step's batch is split into.",
-        TRAINING,
-        minimum=1,
-    )
+    accumulate: int = option(1, "Gradient accumulation: parts that a step's batch is split into.", TRAINING, minimum=1)
     optimizer: str = option(
         "muon", "Muon for hidden matrices with AdamW for the rest, or AdamW for all.", TRAINING, ("muon", "adamw")
     )
@@ -270,11 +275,7 @@ class CaptionOptions(RunOptions):
     image_width: int = option(64, "Channels of the first of the two stages.", MODEL, minimum=1, only=SMALL)
     image_blocks: int = option(1, "Residual blocks of each stage.", MODEL, minimum=1, only=SMALL)
     vocabulary: int = option(
-        512,
-        "Largest vocabulary to learn for the decoder, in tokens.",
-        MODEL,
-        minimum=1,
-        only={"init": "random"},
+        512, "Largest vocabulary to learn for the decoder, in tokens.", MODEL, minimum=1, only={"init": "random"}
     )
 
     max_caption_tokens: int = option(
@@ -342,7 +343,7 @@ def read_command_line(argv: Sequence[str]) -> RunOptions:
         return parse(
             CLASSES,
             PRESETS,
-            argv,
+            with_more(argv, "--steps"),
             program="train.py",
             about="Train a model that looks at images: to answer questions about them, or to describe them.",
             example="python train.py --preset book --data vqa2/ --out runs/book",

@@ -80,8 +80,8 @@ def load_weights(model: nn.Module, folder: Path) -> None:
 def restore(saved: dict[str, Any], system: Any, optimizers: Optimizers) -> dict[str, Any]:
     """Restore weights, moments, scaler and random numbers of a `System` from a checkpoint; returns its progress.
 
-    Removes weights and moments from `saved`, so that no second copy of them stays in memory. Raises UserError if it
-    does not fit the model.
+    Removes weights and moments from `saved`, so that no second copy of them stays in memory; a new number of steps is
+    now the run's. Raises UserError if it does not fit the model.
     """
     weights, moments = saved.pop("model"), saved.pop("optimizers")
     with fitting(system.options.out / LAST):
@@ -89,6 +89,8 @@ def restore(saved: dict[str, Any], system: Any, optimizers: Optimizers) -> dict[
         load_model_state(system.model, todays_names(weights), str(system.options.out))
         system.precision.scaler.load_state_dict(saved["scaler"])
         restore_streams(saved["rng"], system.world, saved["state"]["step"])
+    if system.world.main:
+        keep_total(system.options)
     return saved["state"]
 
 
@@ -98,6 +100,8 @@ def begin_or_go_on(options: RunOptions) -> tuple[RunOptions, dict[str, Any] | No
     Raises UserError if a run would be overwritten, or resumed with options that must not change.
     """
     if is_new(options.out, options.resume, PROGRAM):
+        if options.more_steps is not None:
+            raise UserError(f"{options.out} has no checkpoint yet, so --steps takes no +; leave it out")
         return replace(options, resume=False), None
     values = read_run_config(options.out)
     preset = values["train"].get("preset") if values["program"] == PROGRAM else None
@@ -105,4 +109,18 @@ def begin_or_go_on(options: RunOptions) -> tuple[RunOptions, dict[str, Any] | No
         preset = preset or values["program"]
         raise UserError(f"{options.out} is a run of preset {preset}, not {options.preset}; give another --out")
     merged, path = go_on(options, values["train"], PRESETS, options.out / CONFIG), checkpoint_path(options.out)
-    return merged, load_checkpoint(path, PARTS) if path.exists() else None
+    checkpoint = load_checkpoint(path, PARTS) if path.exists() else None
+    if options.more_steps is not None:
+        if checkpoint is None:
+            raise UserError(f"{options.out} has no checkpoint yet, so --steps takes no +; leave it out")
+        merged = replace(merged, steps=checkpoint["state"]["step"] + options.more_steps, minutes=None)
+    return merged, checkpoint
+
+
+def keep_total(options: RunOptions) -> None:
+    """Write the new number of steps of a run that goes on for longer to its config.json, for the next --resume."""
+    values = read_run_config(options.out)
+    if values["train"].get("steps") != options.steps:
+        values["train"] |= {"steps": options.steps, "minutes": None}
+        write_json(options.out / CONFIG, values)
+        print(f"{options.steps} steps in all; the learning rate follows its schedule over this new total")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from vqa_scratch.errors import UserError
-from vqa_scratch.options import Options, changeable, check_dependencies, flag, from_json
+from vqa_scratch.options import Options, changeable, check_dependencies, flag, from_json, rules_of
 from vqa_scratch.storage import LOCK, check_writable, hold, read_object, remove_unfinished
 from vqa_scratch.training.ranks import World
 
@@ -77,7 +77,8 @@ def go_on(options: T, values: Mapping[str, Any], presets: Mapping[str, Mapping[s
     if changed:
         what = ", ".join(f"{flag(name)} {getattr(saved, name)}, not {given[name]}" for name in changed)
         raise UserError(f"{options.out} was started with {what}; a resumed run keeps the options it was started with")
-    changes = {name: value for name, value in given.items() if name in may_change}
+    rules = rules_of(type(options))  # what goes with --resume alone is about this call, not about the run
+    changes = {name: value for name, value in given.items() if name in may_change and "resume" not in rules[name].only}
     merged = replace(saved, **changes | {"out": options.out, "resume": False})
     check_dependencies(merged, changes)  # the command line could not know the run's other options
     return merged
