@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from vqa_scratch.data.tables import TABLES, Row, read_rows
-from vqa_scratch.data.vqa_files import IMAGE_SUFFIXES, AskedQuestion, OpenedSplit
+from vqa_scratch.data.vqa_files import IMAGE_SUFFIXES, Entry, OpenedSplit, VQASample
 from vqa_scratch.errors import UserError, some
 from vqa_scratch.metrics import normalize_answer
 from vqa_scratch.storage import read_json, remove_unfinished, write_whole
@@ -77,12 +77,14 @@ def open_own(paths: list[Path], split: str, cache: Path) -> OpenedSplit:
     if "split" in columns:
         entries = _of_column(where, entries, [row.get(columns["split"]) for _, _, row in rows], split)
     elif split != "all":
-        chosen = images_of(split, (entry.image_id for entry in entries), where)
-        entries = [entry for entry in entries if entry.image_id in chosen]
-    annotated = any(entry.answers for entry in entries)
+        chosen = images_of(split, (entry.sample.image_id for entry in entries), where)
+        entries = [entry for entry in entries if entry.sample.image_id in chosen]
+    annotated = any(entry.sample.answers for entry in entries)
     if annotated:
-        entries = [entry if entry.answers else entry._replace(problem="the answer is empty") for entry in entries]
-    return OpenedSplit({"table": paths[0]}, len(entries), entries.__getitem__, annotated, Counter(), upright=True)
+        empty = "the answer is empty"
+        entries = [e if e.sample.answers else e._replace(problem=e.problem or empty) for e in entries]
+    files: dict[str, Path | None] = {"table": paths[0]}
+    return OpenedSplit("questions", files, len(entries), entries.__getitem__, annotated, Counter(), upright=True)
 
 
 def splits_of(paths: list[Path]) -> set[str]:
@@ -122,7 +124,7 @@ def _columns(path: Path, names: list[str]) -> dict[str, Any]:
     return found
 
 
-def _entry(folder: Path, where: str, row: Row, columns: dict[str, Any], number: int, cache: Path) -> AskedQuestion:
+def _entry(folder: Path, where: str, row: Row, columns: dict[str, Any], number: int, cache: Path) -> Entry:
     name, image = _image(folder, where, row.get(columns["image"]), cache)
     answers = tuple(answer for column in columns["answer"] for answer in _answers(where, row.get(column)))
     question = _text(where, columns["question"], row.get(columns["question"]))
@@ -133,17 +135,9 @@ def _entry(folder: Path, where: str, row: Row, columns: dict[str, Any], number: 
         number_of = number
     elif isinstance(number_of, bool) or not isinstance(number_of, int | str):
         raise UserError(f"{where}: {columns['id']!r} is {number_of!r}, neither a number nor a text")
-    return AskedQuestion(
-        question_id=number_of,
-        image_id=name,
-        image=image,
-        image_name=name,
-        question=question,
-        question_type=kind or " ".join(question.lower().split()[:2]),
-        answer_type=kind or answer_type(majority),
-        answers=answers,
-        answer=majority,
-    )
+    kinds = (kind or " ".join(question.lower().split()[:2]), kind or answer_type(majority))
+    sample = VQASample(name, image or Path(name), number_of, question, *kinds, answers, majority)
+    return Entry(sample, image is not None, None if question else "the question is empty")
 
 
 def answer_type(answer: str) -> str:
@@ -234,7 +228,7 @@ def _split_name(value: Any) -> str:
     return names_of(name)[0]
 
 
-def _of_column(where: str, entries: list[AskedQuestion], values: list[Any], split: str) -> list[AskedQuestion]:
+def _of_column(where: str, entries: list[Entry], values: list[Any], split: str) -> list[Entry]:
     """The entries of a split that the table names."""
     names = [_split_name(value) for value in values]
     if split == "all":
