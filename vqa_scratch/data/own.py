@@ -20,7 +20,7 @@ from vqa_scratch.data.tables import TABLES, Row, read_rows
 from vqa_scratch.data.vqa_files import IMAGE_SUFFIXES, Entry, OpenedSplit, VQASample
 from vqa_scratch.errors import UserError, some
 from vqa_scratch.metrics import normalize_answer
-from vqa_scratch.storage import read_json, remove_unfinished, write_whole
+from vqa_scratch.storage import is_text, read_json, remove_unfinished, write_whole
 
 COLUMNS = {
     "image": "image image_path image_file image_name file_name filename file path img img_path picture photo image_id",
@@ -74,9 +74,14 @@ def open_own(paths: list[Path], split: str, cache: Path) -> OpenedSplit:
         raise UserError(f"{where} holds no rows")
     columns = _columns(paths[0], list(rows[0][2]))
     entries = [_entry(path.parent, *row, columns, number, cache) for number, (path, *row) in enumerate(rows)]
-    if "split" in columns:
-        entries = _of_column(where, entries, [row.get(columns["split"]) for _, _, row in rows], split)
-    elif split != "all":
+    if split == "all":
+        pass
+    elif "split" in columns:
+        names = [_split_of(row, columns["split"]) for _, _, row in rows]
+        entries = [entry for entry, name in zip(entries, names, strict=True) if name == names_of(split)[0]]
+        if not entries:
+            raise UserError(f"{where} has no rows of split {split}; it has {some(sorted(set(names)))}")
+    else:
         chosen = images_of(split, (entry.sample.image_id for entry in entries), where)
         entries = [entry for entry in entries if entry.sample.image_id in chosen]
     annotated = any(entry.sample.answers for entry in entries)
@@ -91,8 +96,10 @@ def splits_of(paths: list[Path]) -> set[str]:
     """The splits that a table names in a column; none if it has no such column, for which its first row is enough."""
     rows = (row for path in paths for _, row in _rows(path))
     first = next(rows, None)
-    column = None if first is None else _columns(paths[0], list(first)).get("split")
-    return {_split_name(row.get(column)) for row in (first, *rows)} if column else set()
+    if first is None:
+        return set()
+    column = _columns(paths[0], list(first)).get("split")
+    return {_split_of(row, column) for row in (first, *rows)} if column else set()
 
 
 def _rows(path: Path) -> Iterator[tuple[str, Row]]:
@@ -154,12 +161,9 @@ def _text(where: str, column: str, value: Any) -> str:
         return ""
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         raise UserError(f"{where}: {column!r} is {str(value)[:40]!r}, not a text")
-    text = str(value).strip()
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise UserError(f"{where}: {column!r} is not valid text: character {error.start} cannot be encoded") from None
-    return text
+    if not is_text(str(value)):
+        raise UserError(f"{where}: {column!r} holds half of a letter: it is not text")
+    return str(value).strip()
 
 
 def _answers(where: str, value: Any) -> list[str]:
@@ -223,20 +227,9 @@ def find_image(folder: Path, name: str) -> Path | None:
     return None
 
 
-def _split_name(value: Any) -> str:
-    name = str(value or "").strip().lower()
-    return names_of(name)[0]
-
-
-def _of_column(where: str, entries: list[Entry], values: list[Any], split: str) -> list[Entry]:
-    """The entries of a split that the table names."""
-    names = [_split_name(value) for value in values]
-    if split == "all":
-        return entries
-    chosen = [entry for entry, name in zip(entries, names, strict=True) if name == names_of(split)[0]]
-    if not chosen:
-        raise UserError(f"{where} has no rows of split {split}; it has {some(sorted(set(names)))}")
-    return chosen
+def _split_of(row: Row, column: Any) -> str:
+    """The split of a row, by its usual name."""
+    return names_of(str(row.get(column) or "").strip().lower())[0]
 
 
 def images_of(split: str, names: Iterable[Any], where: str) -> set[Any]:
