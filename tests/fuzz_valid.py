@@ -14,7 +14,7 @@ from vqa_helpers import CPU, SIZES, small_data, small_flags
 import rlhf
 import train
 from vqa_scratch.data import text as texts
-from vqa_scratch.data.captions import read_described_scenes
+from vqa_scratch.data.captions import read_captions
 from vqa_scratch.data.images import ImageProcessor
 from vqa_scratch.models import (
     GPT2,
@@ -80,7 +80,7 @@ class Valid:
         folder = self.root / "captioned"
         shutil.copytree(self.data, folder, ignore=shutil.ignore_patterns("scenes_*"))
         for split in ("train", "val", "test"):
-            samples = read_described_scenes(self.data, split).samples
+            samples = read_captions(self.data, split).samples
             images = {s.image_id: {"id": s.image_id, "file_name": s.image_path.name} for s in samples}
             entries = [{"id": s.question_id, "image_id": s.image_id, "caption": s.answer} for s in samples]
             subtype = "test2015" if split == "test" else f"{split}2014"

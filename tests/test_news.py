@@ -66,28 +66,27 @@ def test_corrupted_sentences_differ_and_every_tone_is_as_often_right_as_wrong():
 def test_articles_from_csv_jsonl_and_text(tmp_path):
     table = tmp_path / "a.csv"
     table.write_text('\ufefftext,summary\n"One, two",short\n"  ",none\n"Three\nfour",\n', encoding="utf-8")
-    found = read_articles(table, "text", "summary")
-    assert found.texts == ["One, two", "Three\nfour"] and found.summaries == ["short", ""] and len(found.empty) == 1
+    articles, empty = read_articles(table, "text", "summary")
+    assert articles == [("One, two", "short"), ("Three\nfour", "")] and empty == [f"{table}, line 3"]
     lines = tmp_path / "a.jsonl"
     lines.write_text(json.dumps({"body": "Five"}) + "\n\n" + json.dumps({"body": "Six"}) + "\n")
-    assert read_articles(lines, "body").texts == ["Five", "Six"]
+    assert read_articles(lines, "body")[0] == [("Five", ""), ("Six", "")]
     plain = tmp_path / "a.txt"
     plain.write_text("Seven\n\nEight\n")
-    found = read_articles(plain, "ignored")
-    assert found.texts == ["Seven", "Eight"] and found.empty == [2] and found.summaries == ["", ""]
+    assert read_articles(plain, "ignored") == ([("Seven", ""), ("Eight", "")], [f"{plain}, line 2"])
 
 
 def test_a_mark_of_byte_order_is_no_part_of_an_article(tmp_path):
     """Spreadsheets and editors put one at the start of what they save as UTF-8."""
     for name, content in (("a.csv", "text\nOne\n"), ("a.jsonl", '{"text": "One"}\n'), ("a.txt", "One\n")):
         (tmp_path / name).write_text(content, encoding="utf-8-sig")
-        assert read_articles(tmp_path / name, "text").texts == ["One"], name
+        assert read_articles(tmp_path / name, "text") == ([("One", "")], []), name
 
 
 def test_a_huge_article_and_one_of_another_system(tmp_path):
     table = tmp_path / "a.csv"
     table.write_bytes(b'text\r\n"One\r\n""two"""\r\n' + b"word " * 200_000 + b"\r\n")
-    one, huge = read_articles(table, "text").texts
+    (one, _), (huge, _) = read_articles(table, "text")[0]
     assert one == 'One\r\n"two"' and len(huge) == 5 * 200_000 - 1
 
 
@@ -116,7 +115,7 @@ def test_unreadable_files_are_named(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=message):
         read_articles(tmp_path / name, "text")
-    with pytest.raises(UserError, match="no file|cannot be read"):
+    with pytest.raises(UserError, match="no such file|cannot be read"):
         read_articles(tmp_path / "none.csv", "text")
 
 

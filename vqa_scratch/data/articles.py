@@ -1,52 +1,43 @@
 """Reads articles from a file: CSV or JSONL with named columns, or plain text with one article a line."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
 
-from vqa_scratch.data.tables import csv_rows, jsonl_rows, lines_of, readable
+from vqa_scratch.data.tables import Row, Rows, csv_rows, jsonl_rows, lines_of, readable
 from vqa_scratch.errors import UserError
 
 LINE = "line"  # the one column of a .txt file
 
 
-@dataclass(frozen=True)
-class Articles:
-    texts: list[str]
-    summaries: list[str]  # "" where there is none
-    empty: list[int]  # line numbers of articles left out because they hold nothing but space
+def read_articles(
+    path: Path, column: str, summary_column: str | None = None
+) -> tuple[list[tuple[str, str]], list[str]]:
+    """(articles, each with its summary, "" where there is none; where articles were left out that hold nothing).
 
-
-def read_articles(path: Path, column: str, summary_column: str | None = None) -> Articles:
-    """Read a .csv, .jsonl or .txt file; a .txt file has no columns.
-
-    Raises UserError on a file that cannot be read, a line that cannot be parsed, a missing column (naming the
-    existing ones), an article that is not a text, and a file without articles.
+    Reads a .csv, .jsonl or .txt file; a .txt file has no columns. Raises UserError on a file that cannot be read, a
+    line that cannot be parsed, a missing column (naming the existing ones), an article that is not a text, and a file
+    without articles.
     """
-    readers = {".csv": csv_rows, ".jsonl": jsonl_rows, ".txt": _text}
+    readers = {".csv": partial(csv_rows, skipinitialspace=False), ".jsonl": jsonl_rows, ".txt": _text}
     suffix = path.suffix.lower()
     if suffix not in readers:
         raise UserError(f"{path}: articles come from {', '.join(readers)} files")
     if suffix == ".txt":
         column, summary_column = LINE, None
-    texts, summaries, empty = [], [], []
-    if not path.exists():
-        raise UserError(f"no file {path}")
+    articles, empty = [], []
     with readable(path):
-        for number, row in readers[suffix](path):
-            text, summary = (_cell(row, name, f"{path}, line {number}") for name in (column, summary_column))
+        for where, row in readers[suffix](path):
+            text, summary = (_cell(row, name, where) for name in (column, summary_column))
             if text:
-                texts.append(text)
-                summaries.append(summary)
+                articles.append((text, summary))
             else:
-                empty.append(number)
-    if not texts:
+                empty.append(where)
+    if not articles:
         raise UserError(f"{path} holds no article" + (f"; {len(empty)} are empty" if empty else ""))
-    return Articles(texts, summaries, empty)
+    return articles, empty
 
 
-def _cell(row: dict[str, Any], column: str | None, where: str) -> str:
+def _cell(row: Row, column: str | None, where: str) -> str:
     """The text of a column without the space around it; "" if no column is asked for, or if it is empty."""
     if column is None:
         return ""
@@ -57,6 +48,6 @@ def _cell(row: dict[str, Any], column: str | None, where: str) -> str:
     return (row[column] or "").strip()
 
 
-def _text(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
+def _text(path: Path) -> Rows:
     for number, line in enumerate(lines_of(path), 1):
-        yield number, {LINE: line}
+        yield f"{path}, line {number}", {LINE: line}

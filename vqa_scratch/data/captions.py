@@ -7,8 +7,9 @@ groups, splits, batches and encodes questions serves captions too.
 """
 
 import os
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -16,7 +17,8 @@ from typing import Any
 from vqa_scratch.data.descriptions import describe_all, read_scenes, scenes_file
 from vqa_scratch.data.own import images_of
 from vqa_scratch.data.vqa_files import (
-    ReadReport,
+    Entry,
+    OpenedSplit,
     VQAData,
     VQASample,
     entries,
@@ -26,6 +28,7 @@ from vqa_scratch.data.vqa_files import (
     subtype_in,
     subtype_of,
 )
+from vqa_scratch.data.vqa_v2 import Limits, read_opened
 from vqa_scratch.errors import UserError, some
 from vqa_scratch.storage import read_json, typed
 
@@ -62,76 +65,59 @@ def _image_entries(path: Path, content: Any) -> dict[int, str]:
     return names
 
 
-def _with_references(rows: Iterable[tuple[int, Path, int, str]], upright: bool) -> list[VQASample]:
-    """Samples from (image_id, path, caption id, caption): each knows all captions of its image."""
-    rows, references = list(rows), defaultdict(list)
-    for image_id, _, _, caption in rows:
-        references[image_id].append(caption)
-    shared = {image_id: tuple(captions) for image_id, captions in references.items()}
-    return [
-        VQASample(image_id, path, caption_id, "", CAPTION, CAPTION, shared[image_id], caption, upright)
-        for image_id, path, caption_id, caption in rows
-    ]
+def _entry(image_id: int, path: Path, caption_id: int, caption: str, upright: bool, *state: Any) -> Entry:
+    return Entry(VQASample(image_id, path, caption_id, "", CAPTION, CAPTION, (caption,), caption, upright), *state)
 
 
-def read_coco_captions(path: Path, folder: Path, split: str, max_images: int | None = None) -> VQAData:
-    """Read one captions file; its images lie below `folder`.
-
-    Captions of missing images, empty captions and second entries of an id are left out and counted.
-    Raises UserError, in one line, for a malformed entry, which it names, and if no caption is left.
-    """
+def open_coco(path: Path, folder: Path) -> OpenedSplit:
+    """One captions file; its images lie below `folder`. Raises UserError that names a malformed entry."""
     content = read_json(path)
     names = _image_entries(path, content)
     annotations = entries(path, content, "annotations")
-    report = ReadReport(split, "captions", {"captions": path}, in_file=len(annotations))
-    report.upright = subtype_in(path.name) is None  # the official files, of 2014 and 2017, are read as they are stored
-    folders = image_places(folder, path.stem.removeprefix("captions_"))
+    upright = subtype_in(path.name) is None  # the official files, of 2014 and 2017, are read as they are stored
+    places = image_places(folder, path.stem.removeprefix("captions_"))
     listed = cache(lambda place: set(os.listdir(place)) if place.is_dir() else set())  # each folder once
-    places: dict[int, Path | None] = {}
-    seen: set[int] = set()
-    rows, missing = [], 0
-    for position, entry in enumerate(annotations):
+
+    @cache
+    def find(name: str) -> Path | None:
+        paths = (place / name for place in places)
+        return next((found for found in paths if found.name in listed(found.parent)), None)
+
+    def entry(position: int) -> Entry:
         where = f"{path}: annotations[{position}]"
-        caption_id, image_id, caption = typed(where, entry, {"id": int, "image_id": int, "caption": str})
-        if caption_id in seen:
-            report.skip("the caption id occurred before", caption_id)
-            continue
-        seen.add(caption_id)
+        caption_id, image_id, caption = typed(
+            where, annotations[position], {"id": int, "image_id": int, "caption": str}
+        )
+        caption = " ".join(caption.split())
+        problem = None if caption else "the caption is empty"
         if image_id not in names:
-            report.skip('the image is not listed under "images"', image_id)
-            continue
-        if not caption.strip():
-            report.skip("the caption is empty", caption_id)
-            continue
-        if image_id not in places:
-            if max_images is not None and len(places) - missing == max_images:
-                report.skip("over max_images")
-                continue
-            paths = (place / names[image_id] for place in folders)
-            places[image_id] = next((found for found in paths if found.name in listed(found.parent)), None)
-            missing += places[image_id] is None
-        if places[image_id] is None:
-            report.skip("the image is missing", names[image_id])
-            continue
-        rows.append((image_id, places[image_id], caption_id, " ".join(caption.split())))
-    return VQAData.of(_with_references(rows, report.upright), report)
+            return _entry(image_id, path, caption_id, caption, upright, False, 'the image is not listed under "images"')
+        image = find(names[image_id])
+        return _entry(
+            image_id, image or Path(names[image_id]), caption_id, caption, upright, image is not None, problem
+        )
+
+    return OpenedSplit("captions", {"captions": path}, len(annotations), entry, True, Counter(), upright)
 
 
-def read_described_scenes(folder: Path, split: str, seed: int = 0, max_images: int | None = None) -> VQAData:
+def open_described_scenes(folder: Path, split: str, seed: int = 0) -> OpenedSplit:
     """The drawn scenes of a split with their generated descriptions, which depend on (seed, image id) alone."""
-    path = scenes_file(folder, split)
-    texts = describe_all(read_scenes(path), seed)
-    report = ReadReport(split, "captions", {"captions": path}, in_file=sum(map(len, texts.values())))
-    rows = []
-    for number, (image_id, captions) in enumerate(texts.items()):
+    path, found = scenes_file(folder, split), []
+    for image_id, captions in describe_all(read_scenes(path), seed).items():
         image = folder / image_file_name(split, image_id, ".png")
-        if max_images is not None and number >= max_images:
-            report.skip("over max_images", count=len(captions))
-        elif not image.is_file():
-            report.skip("the image is missing", image, len(captions))
-        else:
-            rows += [(image_id, image, image_id * 1000 + k, caption) for k, caption in enumerate(captions)]
-    return VQAData.of(_with_references(rows, report.upright), report)
+        there = image.is_file()
+        found += [_entry(image_id, image, image_id * 1000 + k, text, True, there) for k, text in enumerate(captions)]
+    return OpenedSplit("captions", {"captions": path}, len(found), found.__getitem__, True, Counter(), True)
+
+
+def _read(opened: OpenedSplit, split: str, max_images: int | None = None) -> VQAData:
+    """The captions that can be used; the `answers` of each are all of them that its image has."""
+    data = read_opened(opened, split, Limits(max_images=max_images))
+    references = defaultdict(list)
+    for sample in data.samples:
+        references[sample.image_id].append(sample.answer)
+    shared = {image_id: tuple(captions) for image_id, captions in references.items()}
+    return replace(data, samples=[replace(sample, answers=shared[sample.image_id]) for sample in data.samples])
 
 
 def nothing_of(folder: Path, splits: list[str]) -> str:
@@ -160,16 +146,16 @@ def read_captions(folder: str | Path, split: str = "train", *, seed: int = 0, ma
     """
     folder = Path(folder)
     if Path(split).suffix == ".json":
-        return read_coco_captions(Path(split), images_beside(Path(split)), "all", max_images)
+        return _read(open_coco(Path(split), images_beside(Path(split))), "all", max_images)
     if folder.is_file():
-        data = read_coco_captions(folder, images_beside(folder), split)
+        data = _read(open_coco(folder, images_beside(folder)), split)
         chosen = images_of(split, (sample.image_id for sample in data.samples), str(folder))
         kept = first_images([sample for sample in data.samples if sample.image_id in chosen], max_images)
         data.report.skip("of another split, or over max_images", count=len(data.samples) - len(kept))
         return VQAData.of(kept, data.report)
     path = find_captions(folder, split)
     if path is not None:
-        return read_coco_captions(path, folder, split, max_images)
+        return _read(open_coco(path, folder), split, max_images)
     if scenes_file(folder, split).is_file():
-        return read_described_scenes(folder, split, seed, max_images)
+        return _read(open_described_scenes(folder, split, seed), split, max_images)
     raise UserError(nothing_of(folder, [split]))

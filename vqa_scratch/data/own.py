@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from vqa_scratch.data.tables import TABLES, Row, read_rows
-from vqa_scratch.data.vqa_files import IMAGE_SUFFIXES, AskedQuestion, OpenedSplit
+from vqa_scratch.data.vqa_files import IMAGE_SUFFIXES, Entry, OpenedSplit, VQASample
 from vqa_scratch.errors import UserError, some
 from vqa_scratch.metrics import normalize_answer
-from vqa_scratch.storage import read_json, remove_unfinished, write_whole
+from vqa_scratch.storage import is_text, read_json, remove_unfinished, write_whole
 
 COLUMNS = {
     "image": "image image_path image_file image_name file_name filename file path img img_path picture photo image_id",
@@ -74,23 +74,32 @@ def open_own(paths: list[Path], split: str, cache: Path) -> OpenedSplit:
         raise UserError(f"{where} holds no rows")
     columns = _columns(paths[0], list(rows[0][2]))
     entries = [_entry(path.parent, *row, columns, number, cache) for number, (path, *row) in enumerate(rows)]
-    if "split" in columns:
-        entries = _of_column(where, entries, [row.get(columns["split"]) for _, _, row in rows], split)
-    elif split != "all":
-        chosen = images_of(split, (entry.image_id for entry in entries), where)
-        entries = [entry for entry in entries if entry.image_id in chosen]
-    annotated = any(entry.answers for entry in entries)
+    if split == "all":
+        pass
+    elif "split" in columns:
+        names = [_split_of(row, columns["split"]) for _, _, row in rows]
+        entries = [entry for entry, name in zip(entries, names, strict=True) if name == names_of(split)[0]]
+        if not entries:
+            raise UserError(f"{where} has no rows of split {split}; it has {some(sorted(set(names)))}")
+    else:
+        chosen = images_of(split, (entry.sample.image_id for entry in entries), where)
+        entries = [entry for entry in entries if entry.sample.image_id in chosen]
+    annotated = any(entry.sample.answers for entry in entries)
     if annotated:
-        entries = [entry if entry.answers else entry._replace(problem="the answer is empty") for entry in entries]
-    return OpenedSplit({"table": paths[0]}, len(entries), entries.__getitem__, annotated, Counter(), upright=True)
+        empty = "the answer is empty"
+        entries = [e if e.sample.answers else e._replace(problem=e.problem or empty) for e in entries]
+    files: dict[str, Path | None] = {"table": paths[0]}
+    return OpenedSplit("questions", files, len(entries), entries.__getitem__, annotated, Counter(), upright=True)
 
 
 def splits_of(paths: list[Path]) -> set[str]:
     """The splits that a table names in a column; none if it has no such column, for which its first row is enough."""
     rows = (row for path in paths for _, row in _rows(path))
     first = next(rows, None)
-    column = None if first is None else _columns(paths[0], list(first)).get("split")
-    return {_split_name(row.get(column)) for row in (first, *rows)} if column else set()
+    if first is None:
+        return set()
+    column = _columns(paths[0], list(first)).get("split")
+    return {_split_of(row, column) for row in (first, *rows)} if column else set()
 
 
 def _rows(path: Path) -> Iterator[tuple[str, Row]]:
@@ -122,7 +131,7 @@ def _columns(path: Path, names: list[str]) -> dict[str, Any]:
     return found
 
 
-def _entry(folder: Path, where: str, row: Row, columns: dict[str, Any], number: int, cache: Path) -> AskedQuestion:
+def _entry(folder: Path, where: str, row: Row, columns: dict[str, Any], number: int, cache: Path) -> Entry:
     name, image = _image(folder, where, row.get(columns["image"]), cache)
     answers = tuple(answer for column in columns["answer"] for answer in _answers(where, row.get(column)))
     question = _text(where, columns["question"], row.get(columns["question"]))
@@ -133,17 +142,9 @@ def _entry(folder: Path, where: str, row: Row, columns: dict[str, Any], number: 
         number_of = number
     elif isinstance(number_of, bool) or not isinstance(number_of, int | str):
         raise UserError(f"{where}: {columns['id']!r} is {number_of!r}, neither a number nor a text")
-    return AskedQuestion(
-        question_id=number_of,
-        image_id=name,
-        image=image,
-        image_name=name,
-        question=question,
-        question_type=kind or " ".join(question.lower().split()[:2]),
-        answer_type=kind or answer_type(majority),
-        answers=answers,
-        answer=majority,
-    )
+    kinds = (kind or " ".join(question.lower().split()[:2]), kind or answer_type(majority))
+    sample = VQASample(name, image or Path(name), number_of, question, *kinds, answers, majority)
+    return Entry(sample, image is not None, None if question else "the question is empty")
 
 
 def answer_type(answer: str) -> str:
@@ -160,12 +161,9 @@ def _text(where: str, column: str, value: Any) -> str:
         return ""
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         raise UserError(f"{where}: {column!r} is {str(value)[:40]!r}, not a text")
-    text = str(value).strip()
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise UserError(f"{where}: {column!r} is not valid text: character {error.start} cannot be encoded") from None
-    return text
+    if not is_text(str(value)):
+        raise UserError(f"{where}: {column!r} holds half of a letter: it is not text")
+    return str(value).strip()
 
 
 def _answers(where: str, value: Any) -> list[str]:
@@ -229,20 +227,9 @@ def find_image(folder: Path, name: str) -> Path | None:
     return None
 
 
-def _split_name(value: Any) -> str:
-    name = str(value or "").strip().lower()
-    return names_of(name)[0]
-
-
-def _of_column(where: str, entries: list[AskedQuestion], values: list[Any], split: str) -> list[AskedQuestion]:
-    """The entries of a split that the table names."""
-    names = [_split_name(value) for value in values]
-    if split == "all":
-        return entries
-    chosen = [entry for entry, name in zip(entries, names, strict=True) if name == names_of(split)[0]]
-    if not chosen:
-        raise UserError(f"{where} has no rows of split {split}; it has {some(sorted(set(names)))}")
-    return chosen
+def _split_of(row: Row, column: Any) -> str:
+    """The split of a row, by its usual name."""
+    return names_of(str(row.get(column) or "").strip().lower())[0]
 
 
 def images_of(split: str, names: Iterable[Any], where: str) -> set[Any]:

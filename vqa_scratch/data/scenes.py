@@ -9,6 +9,7 @@ annotators answer it: most agree, some are wrong, some say the same in other wor
 
 import random
 from collections import Counter, defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
 
@@ -145,39 +146,34 @@ def phrase(description: Description, plural: bool = False) -> str:
     return " ".join(word for word in (size, color, noun) if word)
 
 
-class SceneIndex:
-    """Which objects of a scene each description fits: the ground truth of all questions."""
-
-    def __init__(self, scene: Scene) -> None:
-        self.scene = scene
-        self.fits: dict[Description, list[int]] = defaultdict(list)
-        for i, thing in enumerate(scene):
-            for size in (None, thing.size):
-                for color in (None, thing.color):
-                    for shape in (None, thing.shape):
-                        self.fits[size, color, shape].append(i)
-
-    def count(self, description: Description) -> int:
-        return len(self.fits.get(description, ()))
-
-    def unique(self, i: int, kinds: tuple[str, ...]) -> list[Description]:
-        """Descriptions of the given kinds ("zs": size and shape, ...) that fit object `i` and nothing else."""
-        return [d for d in (describe(self.scene[i], kind) for kind in kinds) if len(self.fits[d]) == 1]
-
-
 def describe(thing: Object, kind: str) -> Description:
-    letters = zip("zcs", thing.words, strict=True)
-    return tuple(value if letter in kind else None for letter, value in letters)
+    """The words of a kind: "z" for the size, "c" for the color, "s" for the shape, "zs" for size and shape, ..."""
+    size, color, shape = thing.words
+    return size if "z" in kind else None, color if "c" in kind else None, shape if "s" in kind else None
 
 
 def _all_of_kind(kind: str) -> list[Description]:
-    choices = zip("zcs", (SIZES, COLORS, SHAPES), strict=True)
-    return list(product(*(values if letter in kind else (None,) for letter, values in choices)))
+    words = (("z", SIZES), ("c", COLORS), ("s", SHAPES))
+    sizes, colors, shapes = (list(values) if letter in kind else [None] for letter, values in words)
+    return list(product(sizes, colors, shapes))
 
 
 KINDS = {kind: _all_of_kind(kind) for kind in ("", "z", "c", "s", "zs", "zc", "cs", "zcs")}
 SEEN_KINDS = {kind: [d for d in all_ if (d[1], d[2]) not in HELD_OUT] for kind, all_ in KINDS.items()}
 REFERENCES = ("cs", "cs", "s", "c", "zs", "zcs")  # how where, relation and closest questions name their objects
+# What is drawn first for a question of a family: the kind of its descriptions, or the relation.
+CHOICES: dict[str, tuple[str, ...]] = {
+    "color": ("s", "zs", "z"),
+    "shape": ("c", "zc", "z"),
+    "where": (),
+    "exist": ("s", "c", "cs", "zs", "zc", "zcs"),
+    "count": ("", "s", "s", "c", "z", "zs", "cs"),
+    "compare": ("s", "c", "z", "zs", "cs"),
+    "relation": tuple(RELATIONS),
+    "closest": (),
+}
+Fits = Counter[Description]  # how many objects of a scene each description fits: the ground truth of all questions
+Possible = Iterator[tuple[str, str, tuple[int, ...]]]  # (answer, the end of the question, the objects that it names)
 
 
 class QuestionWriter:
@@ -194,7 +190,7 @@ class QuestionWriter:
 
     def write(self, scene: Scene, number: int) -> list[Question]:
         """`number` different questions about the scene, families in rotation from a random start."""
-        index = SceneIndex(scene)
+        fits = Counter(describe(thing, kind) for thing in scene for kind in KINDS)
         order = self.rng.sample(tuple(FAMILIES), len(FAMILIES))
         most = -(-number // len(FAMILIES))  # questions of one family, so that none crowds out another
         questions: dict[str, Question] = {}
@@ -205,7 +201,7 @@ class QuestionWriter:
             family = order[attempt % len(order)]
             if written[family] == most:
                 continue
-            question = self.makers[family](index)
+            question = self._question(family, scene, fits)
             if question is not None and question.text not in questions and self._wanted(question):
                 questions[question.text] = question
                 written[family] += 1
@@ -219,92 +215,74 @@ class QuestionWriter:
         words = f"{question.text} {question.answer}".replace("s ", " ")
         return 0 in question.about or any(f"{color} {shape}" in words for color, shape in HELD_OUT)
 
-    def _ask(self, family: str, template: str, options: dict[str, list], least: int = 1) -> Question | None:
-        """The option whose answer this template has used least; None with fewer than `least` possible answers.
+    def _question(self, family: str, scene: Scene, fits: Fits) -> Question | None:
+        """The question whose answer its template has used least; None with too few possible answers.
 
-        `options`: answer -> list of (text, objects named). Where a scene allows one answer only, a yes/no question
-        would unbalance its template.
+        Where a scene allows one answer only, a yes/no question would unbalance its template.
         """
-        if len(options) < least:
+        kind = self.rng.choice(CHOICES[family]) if CHOICES[family] else ""
+        options: defaultdict[str, list[tuple[str, tuple[int, ...]]]] = defaultdict(list)
+        for answer, text, about in self.makers[family](scene, fits, kind):
+            options[answer].append((text, about))
+        if len(options) < (2 if family in ("exist", "compare") else 1):
             return None
-        template = f"{family}/{template}"
+        template = f"{family}/{kind}"
         tally = self.tally[template]
         answer = min(options, key=lambda a: (tally[a], self.rng.random()))
         text, about = self.rng.choice(options[answer])
         return Question(family, template, f"{FAMILIES[family][0]} {text}?", answer, about)
 
-    def _attribute(self, family: str, index: SceneIndex, kinds: tuple[str, ...]) -> Question | None:
-        kind = self.rng.choice(kinds)
-        options = defaultdict(list)
-        for i, thing in enumerate(index.scene):
-            for description in index.unique(i, (kind,)):
-                options[getattr(thing, family)].append((phrase(description), (i,)))
-        return self._ask(family, kind, options)
+    def _color(self, scene: Scene, fits: Fits, kind: str) -> Possible:
+        for i, thing in enumerate(scene):
+            if fits[description := describe(thing, kind)] == 1:
+                yield thing.color, phrase(description), (i,)
 
-    def _color(self, index: SceneIndex) -> Question | None:
-        return self._attribute("color", index, ("s", "zs", "z"))
+    def _shape(self, scene: Scene, fits: Fits, kind: str) -> Possible:
+        for i, thing in enumerate(scene):
+            if fits[description := describe(thing, kind)] == 1:
+                yield thing.shape, phrase(description), (i,)
 
-    def _shape(self, index: SceneIndex) -> Question | None:
-        return self._attribute("shape", index, ("c", "zc", "z"))
+    def _where(self, scene: Scene, fits: Fits, _: str) -> Possible:
+        for i, thing in enumerate(scene):
+            if reference := self._reference(scene, fits, i):
+                yield thing.place, reference, (i,)
 
-    def _where(self, index: SceneIndex) -> Question | None:
-        options = defaultdict(list)
-        for i, thing in enumerate(index.scene):
-            if reference := self._reference(index, i):
-                options[thing.place].append((reference, (i,)))
-        return self._ask("where", "", options)
-
-    def _exist(self, index: SceneIndex) -> Question | None:
-        kind = self.rng.choice(("s", "c", "cs", "zs", "zc", "zcs"))
-        options = defaultdict(list)
+    def _exist(self, scene: Scene, fits: Fits, kind: str) -> Possible:
         for description in self.kinds[kind]:
-            options["yes" if index.count(description) else "no"].append((phrase(description), ()))
-        return self._ask("exist", kind, options, least=2)
+            yield "yes" if fits[description] else "no", phrase(description), ()
 
-    def _count(self, index: SceneIndex) -> Question | None:
-        kind = self.rng.choice(("", "s", "s", "c", "z", "zs", "cs"))
-        options = defaultdict(list)
+    def _count(self, scene: Scene, fits: Fits, kind: str) -> Possible:
         for description in self.kinds[kind]:
-            text = f"{phrase(description, plural=True)} are there"
-            options[str(index.count(description))].append((text, ()))
-        return self._ask("count", kind, options)
+            yield str(fits[description]), f"{phrase(description, plural=True)} are there", ()
 
-    def _compare(self, index: SceneIndex) -> Question | None:
-        kind = self.rng.choice(("s", "c", "z", "zs", "cs"))
-        options = defaultdict(list)
+    def _compare(self, scene: Scene, fits: Fits, kind: str) -> Possible:
         for _ in range(8):
             one, other = self.rng.sample(self.kinds[kind], 2)
-            if index.count(one) or index.count(other):
-                text = f"{phrase(one, plural=True)} than {phrase(other, plural=True)}"
-                options["yes" if index.count(one) > index.count(other) else "no"].append((text, ()))
-        return self._ask("compare", kind, options, least=2)
+            if fits[one] or fits[other]:
+                more = "yes" if fits[one] > fits[other] else "no"
+                yield more, f"{phrase(one, plural=True)} than {phrase(other, plural=True)}", ()
 
-    def _reference(self, index: SceneIndex, i: int) -> str | None:
-        unique = index.unique(i, REFERENCES)
+    def _reference(self, scene: Scene, fits: Fits, i: int) -> str | None:
+        unique = [d for d in (describe(scene[i], kind) for kind in REFERENCES) if fits[d] == 1]
         return phrase(self.rng.choice(unique)) if unique else None
 
-    def _relation(self, index: SceneIndex) -> Question | None:
-        relation, (dx, dy) = self.rng.choice(tuple(RELATIONS.items()))
-        options = defaultdict(list)
-        for i, one in enumerate(index.scene):
-            for j, other in enumerate(index.scene):
-                offset = (one.x - other.x) * dx + (one.y - other.y) * dy
-                if i == j or abs(offset) < MIN_OFFSET:
-                    continue
-                first, second = self._reference(index, i), self._reference(index, j)
-                if first and second:
-                    options["yes" if offset > 0 else "no"].append((f"{first} {relation} the {second}", (i, j)))
-        return self._ask("relation", relation, options)
+    def _relation(self, scene: Scene, fits: Fits, relation: str) -> Possible:
+        dx, dy = RELATIONS[relation]
+        for (i, one), (j, other) in product(enumerate(scene), repeat=2):
+            offset = (one.x - other.x) * dx + (one.y - other.y) * dy
+            if i == j or abs(offset) < MIN_OFFSET:
+                continue
+            first, second = self._reference(scene, fits, i), self._reference(scene, fits, j)
+            if first and second:
+                yield "yes" if offset > 0 else "no", f"{first} {relation} the {second}", (i, j)
 
-    def _closest(self, index: SceneIndex) -> Question | None:
-        options = defaultdict(list)
-        for i, thing in enumerate(index.scene):
-            ranked = sorted((thing.distance(other), other.name) for other in index.scene if other is not thing)
+    def _closest(self, scene: Scene, fits: Fits, _: str) -> Possible:
+        for i, thing in enumerate(scene):
+            ranked = sorted((thing.distance(other), other.name) for other in scene if other is not thing)
             if len(ranked) > 1 and ranked[1][0] - ranked[0][0] < MIN_GAP:
                 continue
-            if reference := self._reference(index, i):
-                options[ranked[0][1]].append((reference, (i,)))
-        return self._ask("closest", "", options)
+            if reference := self._reference(scene, fits, i):
+                yield ranked[0][1], reference, (i,)
 
 
 # ------------------------------------------------------------------------------------------------ annotators

@@ -13,20 +13,21 @@ from vqa_scratch.storage import parse_json, read_json
 
 TABLES = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
 Row = dict[str, Any]
+Rows = Iterator[tuple[str, Row]]  # (where a row stands, for messages; its values by column)
 
 
-def read_rows(path: Path) -> Iterator[tuple[str, Row]]:
-    """(where the row stands, for messages; its values by column), for every row of the file that is not empty.
+def read_rows(path: Path) -> Rows:
+    """Every row of the file that is not empty, with its place.
 
     Cells of CSV and TSV are texts; those of the other formats have their types. A .json file holds a list of objects,
     or an object with one such list. Raises UserError that names the place of whatever cannot be read.
     """
-    readers = {".csv": _lines, ".tsv": _lines, ".jsonl": _lines, ".json": _json, ".parquet": _parquet}
-    read = readers.get(path.suffix.lower())
-    if read is None:
+    readers = dict(zip(TABLES, (csv_rows, csv_rows, jsonl_rows, _json, _parquet), strict=True))
+    suffix = path.suffix.lower()
+    if suffix not in readers:
         raise UserError(f"{path} is no table: its name should end in {', '.join(TABLES)}")
     with readable(path):
-        yield from read(path)
+        yield from readers[suffix](path)
 
 
 @contextmanager
@@ -48,11 +49,15 @@ def lines_of(path: Path) -> io.StringIO:
     return io.StringIO(path.read_bytes().decode("utf-8").removeprefix("\ufeff"), newline="")
 
 
-def csv_rows(path: Path, delimiter: str = ",", **dialect: Any) -> Iterator[tuple[int, Row]]:
-    """(line on which a row ends, its cells by column); `dialect` as for `csv.reader`. Raises UserError for a row of
-    too many cells, two columns of a name, and quotes that do not match."""
+def csv_rows(path: Path, skipinitialspace: bool = True) -> Rows:
+    """The rows of CSV or TSV, each with the line on which it ends.
+
+    Raises UserError for a row of too many cells, two columns of a name, and quotes that do not match.
+    """
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
-    reader, begun = csv.DictReader(lines_of(path), strict=True, delimiter=delimiter, **dialect), 1
+    delimiter, mark = ("\t", "tab") if path.suffix.lower() == ".tsv" else (",", "comma")
+    lines, begun = lines_of(path), 1
+    reader = csv.DictReader(lines, strict=True, delimiter=delimiter, skipinitialspace=skipinitialspace)
     try:
         names = reader.fieldnames or []
         twice = next((name for name in names if names.count(name) > 1), None)
@@ -61,12 +66,12 @@ def csv_rows(path: Path, delimiter: str = ",", **dialect: Any) -> Iterator[tuple
         begun = reader.line_num + 1
         for row in reader:
             if None in row:  # else what follows a comma would be lost silently
-                cells, mark = len(names) + len(row[None]), "tab" if delimiter == "\t" else "comma"
+                cells = len(names) + len(row[None])
                 raise UserError(
                     f"{path}, line {reader.line_num} has {cells} cells, the first line {len(names)}: "
                     f"a cell with a {mark} needs double quotes around it"
                 )
-            yield reader.line_num, row
+            yield f"{path}, line {reader.line_num}", row
             begun = reader.line_num + 1
     except csv.Error as error:
         raise UserError(
@@ -74,28 +79,21 @@ def csv_rows(path: Path, delimiter: str = ",", **dialect: Any) -> Iterator[tuple
         ) from None
 
 
-def jsonl_rows(path: Path) -> Iterator[tuple[int, Row]]:
-    """(line, its object) of every line that is not empty. Raises UserError for one that is no JSON object."""
+def jsonl_rows(path: Path) -> Rows:
+    """The object of every line that is not empty. Raises UserError for one that is no JSON object."""
     for number, line in enumerate(lines_of(path), 1):
         if line.strip():
             where = f"{path}, line {number}"
-            yield number, _object(where, parse_json(line, where))[1]
+            yield where, _object(where, parse_json(line, where))
 
 
-def _lines(path: Path) -> Iterator[tuple[str, Row]]:
-    formats = {".csv": ",", ".tsv": "\t"}
-    suffix = path.suffix.lower()
-    rows = jsonl_rows(path) if suffix == ".jsonl" else csv_rows(path, formats[suffix], skipinitialspace=True)
-    return ((f"{path}, line {number}", row) for number, row in rows)
-
-
-def _object(where: str, row: Any) -> tuple[str, Row]:
+def _object(where: str, row: Any) -> Row:
     if not isinstance(row, dict):
         raise UserError(f"{where} must be a JSON object, not a {type(row).__name__}")
-    return where, row
+    return row
 
 
-def _json(path: Path) -> Iterator[tuple[str, Row]]:
+def _json(path: Path) -> Rows:
     content = read_json(path)
     if isinstance(content, dict):
         lists = [value for value in content.values() if isinstance(value, list)]
@@ -106,10 +104,11 @@ def _json(path: Path) -> Iterator[tuple[str, Row]]:
     if not isinstance(content, list):
         raise UserError(f"{path} should hold a list of objects, not a {type(content).__name__}")
     for number, row in enumerate(content):
-        yield _object(f"{path}, entry {number}", row)
+        where = f"{path}, entry {number}"
+        yield where, _object(where, row)
 
 
-def _parquet(path: Path) -> Iterator[tuple[str, Row]]:
+def _parquet(path: Path) -> Rows:
     try:
         from pyarrow import ArrowException
         from pyarrow.parquet import ParquetFile

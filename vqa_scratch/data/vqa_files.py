@@ -78,34 +78,25 @@ class VQAFiles:
     images: Path
 
 
-class AskedQuestion(NamedTuple):
-    """A question as a source has it, before anything is left out."""
+class Entry(NamedTuple):
+    """A question or caption as a source has it, before anything is left out."""
 
-    question_id: int | str
-    image_id: int | str
-    image: Path | None  # None: there is no such file
-    image_name: str  # for messages
-    question: str
-    question_type: str
-    answer_type: str
-    answers: tuple[str, ...]
-    answer: str
-    problem: str | None = None  # why the question cannot be used
+    sample: VQASample
+    there: bool  # whether its image is
+    problem: str | None = None  # why it cannot be used
 
 
 @dataclass(frozen=True)
 class OpenedSplit:
-    """A split of a data set, opened: its questions are parsed one at a time.
+    """A split of a data set, opened: its entries are parsed one at a time."""
 
-    upright -- whether photos are turned as their EXIF orientation says; the official files are read as they are stored
-    """
-
+    what: str  # the entries: "questions" or "captions"
     files: dict[str, Path | None]
     count: int
-    entry: Callable[[int], AskedQuestion]
+    entry: Callable[[int], Entry]
     annotated: bool
     notes: Counter[str]
-    upright: bool
+    upright: bool  # whether photos are turned as their EXIF orientation says; the official files are read as stored
 
 
 def find_file(folder: Path, name: str, what: str, split: str) -> Path | None:

@@ -8,8 +8,10 @@ import functools
 import hashlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -18,7 +20,7 @@ from vqa_scratch.data.own import SPLITS, names_of, only_table, open_own, own_fil
 from vqa_scratch.data.tables import TABLES
 from vqa_scratch.data.vqa_files import (
     Annotation,
-    AskedQuestion,
+    Entry,
     ImageFolder,
     OpenedSplit,
     ReadReport,
@@ -146,32 +148,24 @@ def open_official(files: VQAFiles, split: str) -> OpenedSplit:
     annotations, notes = load_annotations(files.annotations) if files.annotations else (None, Counter())
     types = {"question_id": int | str, "image_id": int | str, "question": str}
 
-    def entry(position: int) -> AskedQuestion:
+    def entry(position: int) -> Entry:
         where = f"{files.questions}: questions[{position}]"
         question_id, image_id, question = typed(where, questions[position], types)
         found, problem = Annotation(image_id, "", "", (), ""), None
         if annotations is not None:
             problem = "the question has no annotation" if question_id not in annotations else None
             found = annotations.get(question_id, found)
-            if found.image_id != image_id:
-                problem = "the annotation is about another image"
-        name = str(finder.folder / finder.names_for(image_id)[0])
+        if found.image_id != image_id:
+            problem = "the annotation is about another image"
+        if not question.strip():
+            problem = "the question is empty"
+        image = finder.find(image_id)
+        path = image or finder.folder / finder.names_for(image_id)[0]
         kinds = (found.question_type, found.answer_type)
-        place = (question_id, image_id, finder.find(image_id), name)
-        return AskedQuestion(*place, question, *kinds, found.answers, found.answer, problem)
+        sample = VQASample(image_id, path, question_id, question.strip(), *kinds, found.answers, found.answer, False)
+        return Entry(sample, image is not None, problem)
 
-    return OpenedSplit(paths, len(questions), entry, annotations is not None, notes, upright=False)
-
-
-def _check_limits(split: str, annotated: bool, min_agreement: float, **counts: int | None) -> None:
-    for name, value in counts.items():
-        least = 0 if name in ("start_at", "end_at") else 1
-        if value is not None and value < least:
-            raise UserError(f"{name} must be {least} or more, not {value}")
-    if not 0 <= min_agreement <= 1:
-        raise UserError(f"min_agreement is a share of the annotators, from 0 to 1, not {min_agreement}")
-    if min_agreement > 0 and not annotated:
-        raise UserError(f"min_agreement={min_agreement} needs annotations, and {split} has none")
+    return OpenedSplit("questions", paths, len(questions), entry, annotations is not None, notes, upright=False)
 
 
 def _is_readable(path: Path) -> bool:
@@ -187,88 +181,95 @@ def _disagree(answers: tuple[str, ...], min_agreement: float) -> bool:
     return max(map(answers.count, set(answers))) / len(answers) < min_agreement - 1e-9
 
 
-def read_vqa(
-    source: str | Path | VQAFiles,
-    split: str = "train",
-    *,
-    start_at: int = 0,
-    end_at: int | None = None,
-    max_images: int | None = None,
-    max_questions: int | None = None,
-    max_questions_per_image: int | None = None,
-    min_agreement: float = 0.0,
-    verify_images: bool = False,
-    cache: Path = Path("cache"),
-) -> VQAData:
-    """Reads one split of a data set: the files of VQA v2, or a table of one's own (see `open_source`).
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What of a split is read.
 
-    source                  -- the folder or table, or a VQAFiles with the place of each file
-    split                   -- "train", "val", "test", "test-dev", an official subtype ("train2014"), any name that
-                               files were written under, "all" of a table, or the name of a table
     start_at, end_at        -- the slice [start_at, end_at) of the question list that is looked at
     max_images              -- at most so many distinct images: questions on further ones are left out
     max_questions           -- at most so many questions in all
     max_questions_per_image -- at most so many questions on one image
     min_agreement           -- least share of the annotators, 0 to 1, who gave the most common answer, word for word
     verify_images           -- decode each image once and leave out those that cannot be read (slow on large sets)
-    cache                   -- the folder for pictures that come inside a table
+    """
+
+    start_at: int = 0
+    end_at: int | None = None
+    max_images: int | None = None
+    max_questions: int | None = None
+    max_questions_per_image: int | None = None
+    min_agreement: float = 0.0
+    verify_images: bool = False
+
+    def __post_init__(self) -> None:
+        least = {"start_at": 0, "end_at": 0, "max_images": 1, "max_questions": 1, "max_questions_per_image": 1}
+        for name, smallest in least.items():
+            value = getattr(self, name)
+            if value is not None and value < smallest:
+                raise UserError(f"{name} must be {smallest} or more, not {value}")
+        if not 0 <= self.min_agreement <= 1:
+            raise UserError(f"min_agreement is a share of the annotators, from 0 to 1, not {self.min_agreement}")
+
+
+def read_vqa(
+    source: str | Path | VQAFiles, split: str = "train", *, cache: Path = Path("cache"), **limits: Any
+) -> VQAData:
+    """Reads one split of a data set: the files of VQA v2, or a table of one's own (see `open_source`).
+
+    source -- the folder or table, or a VQAFiles with the place of each file
+    split  -- "train", "val", "test", "test-dev", an official subtype ("train2014"), any name that files were written
+              under, "all" of a table, or the name of a table
+    cache  -- the folder for pictures that come inside a table
+    limits -- the fields of `Limits`
 
     Annotations are required except for splits whose name starts with "test".
     Raises UserError, in one line: a missing file or folder of images, broken JSON, a missing key, a question
-    annotated with no answers, an option out of range, or no question left.
+    annotated with no answers, a limit out of range, or no question left.
     """
-    opened = open_source(source, split, cache)
-    _check_limits(
-        split,
-        opened.annotated,
-        min_agreement,
-        start_at=start_at,
-        end_at=end_at,
-        max_images=max_images,
-        max_questions=max_questions,
-        max_questions_per_image=max_questions_per_image,
-    )
-    report = ReadReport(split, "questions", opened.files, in_file=opened.count, notes=opened.notes)
-    report.upright = opened.upright
-    if start_at >= opened.count:
-        path = next(iter(opened.files.values()))
-        raise UserError(f"start_at={start_at} is past the end: {path} has {opened.count} questions")
+    return read_opened(open_source(source, split, cache), split, Limits(**limits))
 
+
+def read_opened(opened: OpenedSplit, split: str, limits: Limits) -> VQAData:
+    """The entries of a split within the limits that can be used. Raises UserError if there is none."""
+    start, end = limits.start_at, limits.end_at
+    if limits.min_agreement > 0 and not opened.annotated:
+        raise UserError(f"min_agreement={limits.min_agreement} needs annotations, and {split} has none")
+    if start and start >= opened.count:
+        path = next(iter(opened.files.values()))
+        raise UserError(f"start_at={start} is past the end: {path} has {opened.count} {opened.what}")
+    report = ReadReport(split, opened.what, opened.files, opened.count, notes=opened.notes, upright=opened.upright)
     samples: list[VQASample] = []
     per_image: Counter[int | str] = Counter()
     is_readable = functools.cache(_is_readable)
     seen: set[int | str] = set()
-    stop = opened.count if end_at is None else min(end_at, opened.count)
-    bar = tqdm(range(start_at, stop), "verifying images", unit="question", disable=not verify_images)
+    stop = opened.count if end is None else min(end, opened.count)
+    bar = tqdm(range(start, stop), "verifying images", unit="question", disable=not limits.verify_images)
     for position in bar:
-        if max_questions is not None and len(samples) == max_questions:
+        if len(samples) == limits.max_questions:
             report.skip("over max_questions", count=stop - position)
             break
-        entry = opened.entry(position)
-        if entry.question_id in seen:
-            report.skip("the question id occurred before", entry.question_id)
+        sample, there, problem = opened.entry(position)
+        number, image = sample.question_id, sample.image_id
+        if number in seen:
+            report.skip(f"the {opened.what.removesuffix('s')} id occurred before", number)
             continue
-        seen.add(entry.question_id)
-        if not entry.question.strip():
-            report.skip("the question is empty", entry.question_id)
-        elif entry.problem:
-            report.skip(entry.problem, entry.question_id)
-        elif min_agreement > 0 and _disagree(entry.answers, min_agreement):
-            report.skip("the annotators agree less than min_agreement", entry.question_id)
-        elif max_questions_per_image is not None and per_image[entry.image_id] >= max_questions_per_image:
+        seen.add(number)
+        if problem:
+            report.skip(problem, number)
+        elif limits.min_agreement > 0 and _disagree(sample.answers, limits.min_agreement):
+            report.skip("the annotators agree less than min_agreement", number)
+        elif per_image[image] == limits.max_questions_per_image:
             report.skip("over max_questions_per_image")
-        elif max_images is not None and entry.image_id not in per_image and len(per_image) == max_images:
+        elif image not in per_image and len(per_image) == limits.max_images:
             report.skip("over max_images")
-        elif entry.image is None:
-            report.skip("the image is missing", entry.image_name)
-        elif verify_images and not is_readable(entry.image):
-            report.skip("the image cannot be read", entry.image.name)
+        elif not there:
+            report.skip("the image is missing", sample.image_path)
+        elif limits.verify_images and not is_readable(sample.image_path):
+            report.skip("the image cannot be read", sample.image_path.name)
         else:
-            per_image[entry.image_id] += 1
-            kinds = (entry.question_type, entry.answer_type)
-            about = (entry.image_id, entry.image, entry.question_id, entry.question.strip())
-            samples.append(VQASample(*about, *kinds, entry.answers, entry.answer, opened.upright))
-    outside = opened.count - max(stop - start_at, 0)
+            per_image[image] += 1
+            samples.append(sample)
+    outside = opened.count - max(stop - start, 0)
     if outside:
         report.skip("outside start_at and end_at", count=outside)
     return VQAData.of(samples, report, seen)

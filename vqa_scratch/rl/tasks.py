@@ -66,10 +66,10 @@ def articles_for(options: RLHFOptions) -> tuple[list[tuple[str, str]], list[str]
         items += news(max(MINI_NEWS_ARTICLES, options.prompts), mini_news.TRAIN_SEED)
         return [(item.article, item.summary) for item in items], notes
     if options.articles:
-        found = read_articles(options.articles, options.column, options.summary_column)
-        articles = list(zip(found.texts, found.summaries, strict=True))
-        if found.empty:
-            notes.append(f"{len(found.empty)} empty articles left out, the first at line {found.empty[0]}")
+        articles, empty = read_articles(options.articles, options.column, options.summary_column)
+        if empty:
+            first = empty[0].removeprefix(f"{options.articles}, ")
+            notes.append(f"{len(empty)} empty articles left out, the first at {first}")
     elif options.init == "random":
         items = news(8 * (options.eval_prompts + options.prompts), seed=options.seed)
         articles = [(" ".join(item.article for item in items[i : i + 8]), "") for i in range(0, len(items), 8)]

@@ -4,99 +4,60 @@ Most layouts use the same names, so each says which usual fields it has, and whi
 same for weights. `models/hf_config.py` uses both, to load and to save.
 """
 
-_USUAL = {
-    "dim": "hidden_size",
-    "layers": "num_hidden_layers",
-    "heads": "num_attention_heads",
-    "hidden": "intermediate_size",
-    "activation": "hidden_act",
-    "norm_eps": "layer_norm_eps",
-    "dropout": "hidden_dropout_prob",
-    "attention_dropout": "attention_probs_dropout_prob",
-    "init_std": "initializer_range",
-    "image_size": "image_size",
-    "patch_size": "patch_size",
-    "channels": "num_channels",
-    "qkv_bias": "qkv_bias",
-    "vocab_size": "vocab_size",
-    "max_positions": "max_position_embeddings",
-    "token_types": "type_vocab_size",
-    "bos_id": "bos_token_id",
-    "eos_id": "eos_token_id",
-    "pad_id": "pad_token_id",
-}
+
+def _pairs(text: str) -> dict[str, str]:
+    """From "ours=theirs ..."."""
+    return dict(pair.split("=") for pair in text.split())
+
+
+_USUAL = _pairs(
+    """dim=hidden_size layers=num_hidden_layers heads=num_attention_heads hidden=intermediate_size activation=hidden_act
+    norm_eps=layer_norm_eps dropout=hidden_dropout_prob attention_dropout=attention_probs_dropout_prob
+    init_std=initializer_range image_size=image_size patch_size=patch_size channels=num_channels qkv_bias=qkv_bias
+    vocab_size=vocab_size max_positions=max_position_embeddings token_types=type_vocab_size
+    bos_id=bos_token_id eos_id=eos_token_id pad_id=pad_token_id"""
+)
 _BLOCKS = "dim layers heads activation norm_eps attention_dropout init_std"
 
 
-def _names(usual: str, **own: str) -> dict[str, str]:
-    """`usual` lists our fields that have their usual name; `own` are our fields with another one."""
-    return {ours: _USUAL[ours] for ours in usual.split()} | own
+def _names(usual: str, own: str = "") -> dict[str, str]:
+    """`usual` lists our fields that have their usual name; `own` are pairs of our fields and another name."""
+    return {ours: _USUAL[ours] for ours in usual.split()} | _pairs(own)
 
 
 VIT = _names(f"{_BLOCKS} hidden dropout image_size patch_size channels qkv_bias")
 DINOV2 = _names(
     f"{_BLOCKS} dropout image_size patch_size channels qkv_bias",
-    mlp_ratio="mlp_ratio",
-    swiglu="use_swiglu_ffn",
-    layer_scale="layerscale_value",
+    "mlp_ratio=mlp_ratio swiglu=use_swiglu_ffn layer_scale=layerscale_value",
 )
 DINOV2_WITH_REGISTERS = DINOV2 | {"registers": "num_register_tokens"}
-VILT = VIT | _names("vocab_size max_positions token_types", modalities="modality_type_vocab_size")
+VILT = VIT | _names("vocab_size max_positions token_types", "modalities=modality_type_vocab_size")
 BLIP2_VISION = _names(
     "dim layers heads hidden activation norm_eps init_std image_size patch_size qkv_bias",
-    attention_dropout="attention_dropout",
+    "attention_dropout=attention_dropout",
 )
 BERT = _names(f"{_BLOCKS} hidden dropout vocab_size max_positions token_types pad_id")
 DISTILBERT = _names(
     "vocab_size max_positions init_std pad_id",
-    dim="dim",
-    layers="n_layers",
-    heads="n_heads",
-    hidden="hidden_dim",
-    activation="activation",
-    dropout="dropout",
-    attention_dropout="attention_dropout",
+    """dim=dim layers=n_layers heads=n_heads hidden=hidden_dim activation=activation dropout=dropout
+    attention_dropout=attention_dropout""",
 )
-QFORMER = _names(
-    f"{_BLOCKS} hidden dropout", context_dim="encoder_hidden_size", cross_every="cross_attention_frequency"
-)
+QFORMER = _names(f"{_BLOCKS} hidden dropout", "context_dim=encoder_hidden_size cross_every=cross_attention_frequency")
 GPT2 = _names(
     "vocab_size init_std bos_id eos_id pad_id",
-    max_positions="n_positions",
-    dim="n_embd",
-    layers="n_layer",
-    heads="n_head",
-    hidden="n_inner",
-    activation="activation_function",
-    norm_eps="layer_norm_epsilon",
-    embedding_dropout="embd_pdrop",
-    dropout="resid_pdrop",
-    attention_dropout="attn_pdrop",
-    add_cross_attention="add_cross_attention",
-    scale_scores="scale_attn_weights",
-    scale_by_layer="scale_attn_by_inverse_layer_idx",
+    """max_positions=n_positions dim=n_embd layers=n_layer heads=n_head hidden=n_inner activation=activation_function
+    norm_eps=layer_norm_epsilon embedding_dropout=embd_pdrop dropout=resid_pdrop attention_dropout=attn_pdrop
+    add_cross_attention=add_cross_attention scale_scores=scale_attn_weights
+    scale_by_layer=scale_attn_by_inverse_layer_idx""",
 )
 OPT = _names(
     "vocab_size max_positions dim layers heads bos_id eos_id pad_id",
-    hidden="ffn_dim",
-    embedding_dim="word_embed_proj_dim",
-    norm_first="do_layer_norm_before",
-    activation="activation_function",
-    dropout="dropout",
-    attention_dropout="attention_dropout",
-    init_std="init_std",
+    """hidden=ffn_dim embedding_dim=word_embed_proj_dim norm_first=do_layer_norm_before activation=activation_function
+    dropout=dropout attention_dropout=attention_dropout init_std=init_std""",
 )
 T5 = _names(
     "vocab_size eos_id pad_id",
-    dim="d_model",
-    head_dim="d_kv",
-    hidden="d_ff",
-    encoder_layers="num_layers",
-    decoder_layers="num_decoder_layers",
-    heads="num_heads",
-    buckets="relative_attention_num_buckets",
-    max_distance="relative_attention_max_distance",
-    dropout="dropout_rate",
-    norm_eps="layer_norm_epsilon",
-    start_id="decoder_start_token_id",
+    """dim=d_model head_dim=d_kv hidden=d_ff encoder_layers=num_layers decoder_layers=num_decoder_layers heads=num_heads
+    buckets=relative_attention_num_buckets max_distance=relative_attention_max_distance dropout=dropout_rate
+    norm_eps=layer_norm_epsilon start_id=decoder_start_token_id""",
 )
