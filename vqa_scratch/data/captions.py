@@ -17,8 +17,8 @@ from typing import Any
 from vqa_scratch.data.descriptions import describe_all, read_scenes, scenes_file
 from vqa_scratch.data.own import images_of
 from vqa_scratch.data.vqa_files import (
-    Entry,
     OpenedSplit,
+    SplitEntry,
     VQAData,
     VQASample,
     entries,
@@ -65,8 +65,8 @@ def _image_entries(path: Path, content: Any) -> dict[int, str]:
     return names
 
 
-def _entry(image_id: int, path: Path, caption_id: int, caption: str, upright: bool, *state: Any) -> Entry:
-    return Entry(VQASample(image_id, path, caption_id, "", CAPTION, CAPTION, (caption,), caption, upright), *state)
+def _entry(image_id: int, path: Path, caption_id: int, caption: str, upright: bool, *state: Any) -> SplitEntry:
+    return SplitEntry(VQASample(image_id, path, caption_id, "", CAPTION, CAPTION, (caption,), caption, upright), *state)
 
 
 def open_coco(path: Path, folder: Path) -> OpenedSplit:
@@ -83,7 +83,7 @@ def open_coco(path: Path, folder: Path) -> OpenedSplit:
         paths = (place / name for place in places)
         return next((found for found in paths if found.name in listed(found.parent)), None)
 
-    def entry(position: int) -> Entry:
+    def entry(position: int) -> SplitEntry:
         where = f"{path}: annotations[{position}]"
         caption_id, image_id, caption = typed(
             where, annotations[position], {"id": int, "image_id": int, "caption": str}

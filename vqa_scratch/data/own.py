@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from vqa_scratch.data.tables import TABLES, Row, read_rows
-from vqa_scratch.data.vqa_files import IMAGE_SUFFIXES, Entry, OpenedSplit, VQASample
+from vqa_scratch.data.vqa_files import IMAGE_SUFFIXES, OpenedSplit, SplitEntry, VQASample
 from vqa_scratch.errors import UserError, some
 from vqa_scratch.metrics import normalize_answer
 from vqa_scratch.storage import is_text, read_json, remove_unfinished, write_whole
@@ -131,7 +131,7 @@ def _columns(path: Path, names: list[str]) -> dict[str, Any]:
     return found
 
 
-def _entry(folder: Path, where: str, row: Row, columns: dict[str, Any], number: int, cache: Path) -> Entry:
+def _entry(folder: Path, where: str, row: Row, columns: dict[str, Any], number: int, cache: Path) -> SplitEntry:
     name, image = _image(folder, where, row.get(columns["image"]), cache)
     answers = tuple(answer for column in columns["answer"] for answer in _answers(where, row.get(column)))
     question = _text(where, columns["question"], row.get(columns["question"]))
@@ -144,7 +144,7 @@ def _entry(folder: Path, where: str, row: Row, columns: dict[str, Any], number: 
         raise UserError(f"{where}: {columns['id']!r} is {number_of!r}, neither a number nor a text")
     kinds = (kind or " ".join(question.lower().split()[:2]), kind or answer_type(majority))
     sample = VQASample(name, image or Path(name), number_of, question, *kinds, answers, majority)
-    return Entry(sample, image is not None, None if question else "the question is empty")
+    return SplitEntry(sample, image is not None, None if question else "the question is empty")
 
 
 def answer_type(answer: str) -> str:

@@ -78,7 +78,7 @@ class VQAFiles:
     images: Path
 
 
-class Entry(NamedTuple):
+class SplitEntry(NamedTuple):
     """A question or caption as a source has it, before anything is left out."""
 
     sample: VQASample
@@ -93,7 +93,7 @@ class OpenedSplit:
     what: str  # the entries: "questions" or "captions"
     files: dict[str, Path | None]
     count: int
-    entry: Callable[[int], Entry]
+    entry: Callable[[int], SplitEntry]
     annotated: bool
     notes: Counter[str]
     upright: bool  # whether photos are turned as their EXIF orientation says; the official files are read as stored

@@ -20,10 +20,10 @@ from vqa_scratch.data.own import SPLITS, names_of, only_table, open_own, own_fil
 from vqa_scratch.data.tables import TABLES
 from vqa_scratch.data.vqa_files import (
     Annotation,
-    Entry,
     ImageFolder,
     OpenedSplit,
     ReadReport,
+    SplitEntry,
     VQAData,
     VQAFiles,
     VQASample,
@@ -148,7 +148,7 @@ def open_official(files: VQAFiles, split: str) -> OpenedSplit:
     annotations, notes = load_annotations(files.annotations) if files.annotations else (None, Counter())
     types = {"question_id": int | str, "image_id": int | str, "question": str}
 
-    def entry(position: int) -> Entry:
+    def entry(position: int) -> SplitEntry:
         where = f"{files.questions}: questions[{position}]"
         question_id, image_id, question = typed(where, questions[position], types)
         found, problem = Annotation(image_id, "", "", (), ""), None
@@ -163,7 +163,7 @@ def open_official(files: VQAFiles, split: str) -> OpenedSplit:
         path = image or finder.folder / finder.names_for(image_id)[0]
         kinds = (found.question_type, found.answer_type)
         sample = VQASample(image_id, path, question_id, question.strip(), *kinds, found.answers, found.answer, False)
-        return Entry(sample, image is not None, problem)
+        return SplitEntry(sample, image is not None, problem)
 
     return OpenedSplit("questions", paths, len(questions), entry, annotations is not None, notes, upright=False)
 
