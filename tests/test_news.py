@@ -115,7 +115,7 @@ def test_unreadable_files_are_named(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=message):
         read_articles(tmp_path / name, "text")
-    with pytest.raises(UserError, match="no such file|cannot be read"):
+    with pytest.raises(UserError, match="no file|cannot be read"):
         read_articles(tmp_path / "none.csv", "text")
 
 

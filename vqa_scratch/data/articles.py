@@ -24,6 +24,8 @@ def read_articles(
         raise UserError(f"{path}: articles come from {', '.join(readers)} files")
     if suffix == ".txt":
         column, summary_column = LINE, None
+    if not path.exists():
+        raise UserError(f"no file {path}")
     articles, empty = [], []
     with readable(path):
         for where, row in readers[suffix](path):
