@@ -74,14 +74,12 @@ def open_own(paths: list[Path], split: str, cache: Path) -> OpenedSplit:
         raise UserError(f"{where} holds no rows")
     columns = _columns(paths[0], list(rows[0][2]))
     entries = [_entry(path.parent, *row, columns, number, cache) for number, (path, *row) in enumerate(rows)]
-    if split == "all":
-        pass
-    elif "split" in columns:
+    if split != "all" and "split" in columns:
         names = [_split_of(row, columns["split"]) for _, _, row in rows]
         entries = [entry for entry, name in zip(entries, names, strict=True) if name == names_of(split)[0]]
         if not entries:
             raise UserError(f"{where} has no rows of split {split}; it has {some(sorted(set(names)))}")
-    else:
+    elif split != "all":
         chosen = images_of(split, (entry.sample.image_id for entry in entries), where)
         entries = [entry for entry in entries if entry.sample.image_id in chosen]
     annotated = any(entry.sample.answers for entry in entries)

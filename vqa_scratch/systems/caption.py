@@ -62,7 +62,6 @@ class CaptionSystem(WritingSystem):
 
     example = ""
     unit = "texts"
-    data: RunData
 
     # ------------------------------------------------------------------------------------------- build, save, open
 

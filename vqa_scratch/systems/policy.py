@@ -37,8 +37,8 @@ def answering_task(system: System, options: RLHFOptions, dtype: torch.dtype) -> 
 
     The questions are those of `--data`, by default of the run's own data.
     """
-    samples = system.read(replace(system.options, data=options.data or system.options.data)).samples
-    train, test = ([sample for sample in samples[name] if sample.question] for name in ("train", "test"))
+    data = system.read(replace(system.options, data=options.data or system.options.data))
+    train, test = ([sample for sample in data.samples[name] if sample.question] for name in ("train", "test"))
     tokenizers = system.tokenizers
     held_out = random.Random(options.seed).sample(test, min(options.eval_prompts, len(test)))
     for name, samples in (("train", train), ("test", held_out)):

@@ -118,8 +118,6 @@ class QuestionSystem(SplitSystem):
     A subclass adds the model, `loss`, and `respond`: how it answers.
     """
 
-    data: RunData
-
     @classmethod
     def read(cls, options: QuestionOptions) -> RunData:
         return read_questions(options)

@@ -15,7 +15,7 @@ from vqa_scratch.data.batches import ImageGroups, prefetch
 from vqa_scratch.data.images import Images
 from vqa_scratch.data.vqa_v2 import VQASample
 from vqa_scratch.report.curves import moving_average
-from vqa_scratch.systems.base import System
+from vqa_scratch.systems.base import RunData, System
 from vqa_scratch.systems.finals import Pace, Pass, what_next
 from vqa_scratch.systems.scoring import Report, other_images, score
 
@@ -45,9 +45,10 @@ class Split:
 
 
 class SplitSystem(System):
-    """A system whose samples are texts about images. While it trains, `splits` holds its data, by name."""
+    """A system whose samples are texts about images. While it trains, `splits` holds its `data`, by name."""
 
     loss_unit = "nats a token"  # of the training loss, for the curve's axis
+    data: RunData
     splits: dict[str, Split]
 
     @abstractmethod
