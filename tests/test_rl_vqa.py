@@ -200,6 +200,25 @@ def test_reward_is_the_official_accuracy(runs, samples):
     torch.testing.assert_close(official_accuracy(seen), torch.tensor([1.0, 0.6, 0.0]))
 
 
+def test_greedy_accuracy_is_that_of_the_weights_it_is_given(runs, monkeypatch):
+    """Of `evaluate`'s answers: here every third question of both splits is right by construction."""
+    system = systems.load(runs["tokens"])
+    data, expected = system.read(system.options), {}
+    for name, split in (("greedy_accuracy", "test"), ("holdout_accuracy", "holdout")):
+        said, asked = system.answer(data.samples[split]), data.samples[split]
+        right = [number % 3 == 0 and bool(said[one.question_id].text) for number, one in enumerate(asked)]
+        true = [said[one.question_id].text if hit else "no such answer" for one, hit in zip(asked, right, strict=True)]
+        asked[:] = [dataclasses.replace(one, answers=(text,) * 10) for one, text in zip(asked, true, strict=True)]
+        expected[name] = pytest.approx(sum(right) / len(right))
+    monkeypatch.setattr(system, "read", lambda options: data)
+    task = system.policy(RLHFOptions(preset="vqa", eval_prompts=10_000), torch.float32)
+    assert task.figures(task.policy, None) == expected
+    with torch.no_grad():
+        task.policy.model.decoder.head.neg_()
+    assert task.figures(task.policy, None) == {name: 0.0 for name in expected}
+    assert task.figures(task.reference, None) == expected
+
+
 def test_questions_without_answers_are_refused(runs, monkeypatch):
     system = systems.load(runs["tokens"])
     data = system.read(system.options)
@@ -233,9 +252,12 @@ def flags(run: Path, out: Path, *more: str) -> list[str]:
 def test_a_run_reports_the_figures_that_answers_have(runs, tmp_path, capsys, name):
     summary = rlhf.run(flags(runs[name], tmp_path, "--critic-warmup", "0", "--warmup-steps", "0"))
     names = {name.removesuffix("_before") for name in summary if name.endswith("_before")}
-    assert names == set("reward reward_std finish distinct_2 length accuracy shortness".split())
+    held = name != "caption"  # whose hold-out has captions alone
+    figures = "reward reward_std finish distinct_2 length accuracy shortness greedy_accuracy".split()
+    assert names == {*figures, *["holdout_accuracy"] * held}
     said = capsys.readouterr().out
-    assert "overlap" not in said
+    assert "overlap" not in said and "greedy answers to 6 new questions 0.000 -> 0.000" in said
+    assert ("; hold-out 0.000 -> 0.000\n" in said) == held
     ask, study = (shlex.split(line) for line in said.splitlines()[-2:])
     assert ask[3:5] == ["ask", str(tmp_path / "policy")] and study[3] == "study" and "--question" in study
     assert "<td>reference text</td>" in (tmp_path / "samples.html").read_text()
