@@ -241,6 +241,10 @@ def test_sampling_keeps_to_the_rules(system, samples):
 # ---------------------------------------------------------------------------------------------------- the program
 
 
+# An untrained run is always wrong, so no answer is better than the others to its question: the critic alone moves it.
+MOVES = "--algorithm ppo --critic-warmup 0 --freeze nothing".split()
+
+
 def flags(run: Path, out: Path, *more: str) -> list[str]:
     """The command line of one iteration on that run."""
     argv = f"--preset vqa --policy {run} --out {out} --prompts 4 --samples 2 --iterations 1 --eval-prompts 6"
@@ -250,7 +254,7 @@ def flags(run: Path, out: Path, *more: str) -> list[str]:
 
 @pytest.mark.parametrize("name", ["tokens", *NEW])
 def test_a_run_reports_the_figures_that_answers_have(runs, tmp_path, capsys, name):
-    summary = rlhf.run(flags(runs[name], tmp_path, "--critic-warmup", "0", "--warmup-steps", "0"))
+    summary = rlhf.run(flags(runs[name], tmp_path, *MOVES, "--warmup-steps", "0"))
     names = {name.removesuffix("_before") for name in summary if name.endswith("_before")}
     held = name != "caption"  # whose hold-out has captions alone
     figures = "reward reward_std finish distinct_2 length accuracy shortness greedy_accuracy".split()
@@ -349,8 +353,8 @@ def as_before_connectors(saved: dict, reference: torch.nn.Module) -> dict:
 @pytest.mark.parametrize("freeze", ["nothing", "encoder"])
 def test_a_run_from_before_there_were_connectors_goes_on(runs, tmp_path, monkeypatch, freeze):
     """To the same bits as one that was never stopped."""
-    more = f"--iterations 4 --save-every 2 --critic-warmup 1 --learning-rate 0.001 --freeze {freeze}".split()
-    whole, again = ([*flags(runs["tokens"], tmp_path / name), *more] for name in ("whole", "again"))
+    more = f"--iterations 4 --save-every 2 --algorithm ppo --critic-warmup 1 --learning-rate 0.001 --freeze {freeze}"
+    whole, again = ([*flags(runs["tokens"], tmp_path / name), *more.split()] for name in ("whole", "again"))
     saved = []
     with monkeypatch.context() as patched:
         patched.setattr(rlhf, "save_checkpoint", lambda path, state: saved.append(copy.deepcopy(state)))
@@ -369,7 +373,7 @@ def test_a_run_from_before_there_were_connectors_goes_on(runs, tmp_path, monkeyp
 
 
 def test_a_reference_with_other_weights_is_found_out_in_older_checkpoints_too(runs, tmp_path):
-    argv = flags(runs["tokens"], tmp_path / "run", "--critic-warmup", "0")
+    argv = flags(runs["tokens"], tmp_path / "run", *MOVES)
     rlhf.run(argv)
     last, other = tmp_path / "run" / "checkpoints" / "last.pt", systems.load(runs["tokens"]).model
     with torch.no_grad():
