@@ -9,7 +9,7 @@ import dataclasses
 import math
 import types
 import typing
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -117,7 +117,7 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def one_of(words: Sequence[Any]) -> str:
+def one_of(words: Iterable[Any]) -> str:
     """ "a", "a or b", "a, b or c"."""
     *most, last = map(str, words)
     return f"{', '.join(most)} or {last}" if most else last

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vqa_scratch.connectors.base import Conditioning, Connector
 from vqa_scratch.models.vit import resize_positions
+from vqa_scratch.nn.connecting import Conditioning, Connector
+from vqa_scratch.nn.decoding import Decoder
 from vqa_scratch.nn.memory import Memory
-from vqa_scratch.nn.states import States
+from vqa_scratch.nn.states import ImageEncoder, States, TextEncoder
 
 RECIPE_IMAGE = """\
 # Every image token is a key of the decoder's cross-attention, and is given its place once more.
@@ -33,10 +34,12 @@ class TokensConnector(Connector):
     `grid` is the (rows, columns) of that table, which is resized for other grids.
     """
 
-    def __init__(self, image: nn.Module, text: nn.Module | None, decoder: nn.Module, *, grid: tuple[int, int]) -> None:
+    def __init__(
+        self, image: ImageEncoder, text: TextEncoder | None, decoder: Decoder, *, grid: tuple[int, int]
+    ) -> None:
         super().__init__()
         width = decoder.config.dim
-        self.grid, self.prefix_tokens = tuple(grid), image.prefix_tokens
+        self.grid, self.prefix_tokens = (grid[0], grid[1]), image.prefix_tokens
         self.image_projection = nn.Linear(image.dim, width)
         if text is not None:
             self.text_projection = nn.Linear(text.dim, width)
@@ -64,7 +67,7 @@ class TokensConnector(Connector):
         return RECIPE_BOTH if with_text else RECIPE_IMAGE
 
     def forward(self, image: States, text: States | None, image_index: Tensor | None = None) -> Conditioning:
-        places = resize_positions(self.places, self.grid, image.places.grid)
+        places = resize_positions(self.places, self.grid, image.grid)
         keys = self.image_projection(image.tokens) + places  # (I, N, D)
         if text is None:
             return Conditioning([Memory(keys, index=image_index)])

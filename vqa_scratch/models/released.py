@@ -6,7 +6,7 @@ A new layout of a family is a line in its `LAYOUTS`; a new family is a line here
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from vqa_scratch.errors import UserError, naming
 from vqa_scratch.models.bert import Bert, BertConfig
@@ -18,9 +18,10 @@ from vqa_scratch.models.vit import ViT, ViTConfig
 from vqa_scratch.storage import typed
 from vqa_scratch.weights.files import read_checkpoint
 
-IMAGE_ENCODERS: dict[str, type[Released]] = dict.fromkeys(ViTConfig.LAYOUTS, ViT)
-TEXT_ENCODERS: dict[str, type[Released]] = dict.fromkeys(BertConfig.LAYOUTS, Bert)
-DECODERS: dict[str, type[Released]] = {"gpt2": GPT2, "opt": OPT}
+M = TypeVar("M", bound=Released)
+IMAGE_ENCODERS: dict[str, type[ViT]] = dict.fromkeys(ViTConfig.LAYOUTS, ViT)
+TEXT_ENCODERS: dict[str, type[Bert]] = dict.fromkeys(BertConfig.LAYOUTS, Bert)
+DECODERS: dict[str, type[GPT2] | type[OPT]] = {"gpt2": GPT2, "opt": OPT}
 
 
 def image_encoder(source: str | PathLike[str]) -> ViT | ResNet:
@@ -51,11 +52,10 @@ def decoder_of(sizes: Mapping[str, Any]) -> GPT2 | OPT:
     (found,) = typed("the decoder", sizes, {"model_type": str})
     if found not in DECODERS:
         raise UserError(f"the decoder is of type {found!r}; decoders are {', '.join(DECODERS)}")
-    kind = DECODERS[found]
-    return kind(kind.config_class.from_hf(sizes))
+    return DECODERS[found].from_config(sizes)
 
 
-def _open(source: str | PathLike[str], table: Mapping[str, type[Released]], kinds: str, **options: Any) -> Released:
+def _open(source: str | PathLike[str], table: Mapping[str, type[M]], kinds: str, **options: Any) -> M:
     config, tensors = read_checkpoint(source)
     (found,) = typed(f"{source}: config.json", config, {"model_type": str | None})
     if found not in table:

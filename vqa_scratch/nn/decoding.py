@@ -47,6 +47,11 @@ class FastParts(NamedTuple):
     bias: Callable[[int], Tensor] | None = None  # n -> (1, H, 1, n), added to the scores of the last of n tokens
 
 
+def fast_blocks(blocks: nn.ModuleList) -> list[FastBlock]:
+    """The parts of blocks that have a method `fast_block`."""
+    return [block.fast_block() for block in blocks]  # type: ignore[operator]  # the list says only that it has modules
+
+
 class Decoder(nn.Module, ABC):
     """A model that predicts the next token."""
 
@@ -81,13 +86,17 @@ class Decoder(nn.Module, ABC):
         memories; a cache keeps their keys.
         """
 
+    @abstractmethod
+    def after_blocks(self, x: Tensor) -> Tensor:
+        """(B, T, D) -> (B, T, E): from the last block to the states before the head."""
+
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., E) -> (..., V)."""
         return F.linear(hidden, self.head)
 
     def readout(self, states: Tensor) -> Tensor:
         """(..., D) -> (..., V): the logits if these were the states after the last block."""
-        return self.logits(self.norm(states))
+        return self.logits(self.after_blocks(states))
 
     @property
     def direct_head(self) -> Tensor | None:

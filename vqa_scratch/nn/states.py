@@ -1,12 +1,13 @@
-"""The output of an encoder: its states, which of them are real, and their places in the image.
+"""The interface of an encoder, and its output: states, which of them are real, and their places in the image.
 
 Shapes: M inputs (images or texts), N tokens, D width.
 """
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class Places(NamedTuple):
@@ -31,7 +32,37 @@ class States:
     places: Places | None = None
 
     @property
+    def grid(self) -> tuple[int, int]:
+        """(rows, columns) of the places; (0, 0) if there are none."""
+        return (0, 0) if self.places is None else self.places.grid
+
+    @property
     def prefix_tokens(self) -> int:
         """How many of the N tokens are before the places."""
-        rows, columns = (0, 0) if self.places is None else self.places.grid
+        rows, columns = self.grid
         return self.tokens.shape[1] - rows * columns
+
+
+class ImageEncoder(nn.Module, ABC):
+    """Turns images into states."""
+
+    dim: int  # D
+    prefix_tokens: int  # how many of the N tokens are before the places
+
+    @abstractmethod
+    def places(self, height: int, width: int) -> Places:
+        """The places of an image of this size in pixels. Raises ValueError for a size that cannot be."""
+
+    @abstractmethod
+    def states(self, pixel_values: Tensor) -> States:
+        """(M, C, H, W) -> states (M, N, D) with their places."""
+
+
+class TextEncoder(nn.Module, ABC):
+    """Turns texts into states."""
+
+    dim: int  # D
+
+    @abstractmethod
+    def states(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> States:
+        """(M, N) ids, and True at real tokens -> states (M, N, D) with that mask."""

@@ -10,12 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vqa_scratch.connectors.base import Conditioning
 from vqa_scratch.generate import greedy
 from vqa_scratch.models.blip2 import Blip2
 from vqa_scratch.models.t5 import T5
 from vqa_scratch.models.vilt import ViLTClassifier
 from vqa_scratch.models.vqa import VQAModel
+from vqa_scratch.nn.connecting import Conditioning
 from vqa_scratch.nn.decoding import Decoder
 from vqa_scratch.nn.memory import Memory
 from vqa_scratch.study.base import ImageSubject, Source, Subject, block_attentions, image_source

@@ -8,7 +8,6 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from vqa_scratch.connectors.base import Conditioning
 from vqa_scratch.data.answers import Answer
 from vqa_scratch.data.batches import Batch, Questions
 from vqa_scratch.data.images import ImageProcessor, Images
@@ -16,6 +15,7 @@ from vqa_scratch.data.text import Tokenizer
 from vqa_scratch.data.tokenizers import Tokenizers
 from vqa_scratch.data.vqa_v2 import VQASample
 from vqa_scratch.models.vqa import VQAModel, labelled_loss
+from vqa_scratch.nn.connecting import Conditioning
 from vqa_scratch.nn.states import States
 from vqa_scratch.study.opened import Opened
 from vqa_scratch.systems import assembly
