@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from vqa_scratch.nn.connecting import Conditioning, Connector
 from vqa_scratch.nn.decoding import Decoder
-from vqa_scratch.nn.states import ImageEncoder, States, TextEncoder
+from vqa_scratch.nn.states import ImageEncoder, States
 
 
 class PrefixConnector(Connector):
@@ -23,7 +23,7 @@ class PrefixConnector(Connector):
     reads_text = False
     uses_memory = False
 
-    def __init__(self, image: ImageEncoder, text: TextEncoder | None, decoder: Decoder) -> None:
+    def __init__(self, image: ImageEncoder, text: None, decoder: Decoder) -> None:
         super().__init__()
         self.skipped = image.prefix_tokens
         self.up = nn.Linear(image.dim, decoder.config.dim)

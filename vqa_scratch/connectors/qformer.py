@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from vqa_scratch.models.qformer import QFormer, QFormerConfig
 from vqa_scratch.nn.connecting import Conditioning, Connector
 from vqa_scratch.nn.decoding import Decoder
-from vqa_scratch.nn.states import ImageEncoder, States, TextEncoder
+from vqa_scratch.nn.states import ImageEncoder, States
 
 RECIPE = """\
 # Learned queries read the image; their states stand before the words.
@@ -30,14 +30,7 @@ class QFormerConnector(Connector):
     uses_memory = False
 
     def __init__(
-        self,
-        image: ImageEncoder,
-        text: TextEncoder | None,
-        decoder: Decoder,
-        *,
-        queries: int = 16,
-        layers: int = 2,
-        heads: int = 4,
+        self, image: ImageEncoder, text: None, decoder: Decoder, *, queries: int = 16, layers: int = 2, heads: int = 4
     ) -> None:
         super().__init__()
         width = decoder.config.dim

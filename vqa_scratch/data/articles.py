@@ -1,5 +1,6 @@
 """Reads articles from a file: CSV or JSONL with named columns, or plain text with one article a line."""
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -18,7 +19,8 @@ def read_articles(
     line that cannot be parsed, a missing column (naming the existing ones), an article that is not a text, and a file
     without articles.
     """
-    readers = {".csv": partial(csv_rows, skipinitialspace=False), ".jsonl": jsonl_rows, ".txt": _text}
+    readers: dict[str, Callable[[Path], Rows]] = {".jsonl": jsonl_rows, ".txt": _text}
+    readers[".csv"] = partial(csv_rows, skipinitialspace=False)
     suffix = path.suffix.lower()
     if suffix not in readers:
         raise UserError(f"{path}: articles come from {', '.join(readers)} files")

@@ -10,7 +10,8 @@ Shapes: I images, R questions an image, B = I*R questions, T question tokens, A 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import ClassVar, Self, TypeVar
 
@@ -36,7 +37,7 @@ class Ragged:
         self.starts = self.lengths.cumsum() - self.lengths
         self.flat = np.fromiter((token for row in rows for token in row), dtype=np.int32, count=self.lengths.sum())
 
-    def places(self, rows: Sequence[int], *, left: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    def places(self, rows: np.ndarray, *, left: bool = False) -> tuple[np.ndarray, np.ndarray]:
         """Where the ids of the chosen rows are in `flat`, row by row, and the mask (B, T) of a batch of them.
 
         The batch is as wide as the longest row; the others are padded on the right, or on the `left`.
@@ -46,7 +47,7 @@ class Ragged:
         inside = (columns >= 0) & (columns < lengths)
         return (self.starts[rows][:, None] + columns)[inside], inside
 
-    def padded(self, rows: Sequence[int], pad: int, *, left: bool = False) -> tuple[Tensor, Tensor]:
+    def padded(self, rows: np.ndarray, pad: int, *, left: bool = False) -> tuple[Tensor, Tensor]:
         """ids (B, T) int64 and mask (B, T) of the chosen rows, padded as in `places`."""
         places, inside = self.places(rows, left=left)
         ids = np.full(inside.shape, pad, dtype=np.int64)
@@ -54,18 +55,18 @@ class Ragged:
         return torch.from_numpy(ids), torch.from_numpy(inside)
 
 
-@dataclass
 class ImageBatch:
-    """A batch whose fields are tensors (or None). Those in `OF_IMAGES` have a row an image, others a row a question.
-
-    `image_index` says which image a question is about.
+    """A base of dataclasses whose fields are tensors (or None). Those in `OF_IMAGES` have a row an image, others a row
+    a question; `image_index` says which image a question is about.
     """
 
     OF_IMAGES: ClassVar[tuple[str, ...]] = ("images", "pixel_mask")
+    images: Tensor
+    image_index: Tensor
 
     def _each(self, change: Callable[[str, Tensor], Tensor]) -> Self:
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return type(self)(**{name: None if value is None else change(name, value) for name, value in values.items()})
+        values = vars(self).items()
+        return type(self)(**{name: None if value is None else change(name, value) for name, value in values})
 
     def to(self, device: torch.device) -> Self:
         """A copy on the device; pinned memory is copied without waiting."""
@@ -81,13 +82,15 @@ class ImageBatch:
             yield self
             return
         for chosen in torch.arange(len(self.images)).chunk(number):
-            start, stop = int(chosen[0]), int(chosen[-1]) + 1
-            # Not start * (questions an image): two pieces of an image may meet in a batch; then it has twice as many.
-            rows = slice(*torch.searchsorted(self.image_index, self.image_index.new_tensor([start, stop])).tolist())
-            slices = {name: slice(start, stop) if name in self.OF_IMAGES else rows for name in vars(self)}
-            part = self._each(lambda name, tensor, slices=slices: tensor[slices[name]])
-            part.image_index = part.image_index - start
-            yield part
+            yield self._part(slice(int(chosen[0]), int(chosen[-1]) + 1))
+
+    def _part(self, images: slice) -> Self:
+        # Not start * (questions an image): two pieces of an image may meet in a batch; then it has twice as many.
+        ends = self.image_index.new_tensor([images.start, images.stop])
+        rows = slice(*torch.searchsorted(self.image_index, ends).tolist())
+        part = self._each(lambda name, tensor: tensor[images if name in self.OF_IMAGES else rows])
+        part.image_index = part.image_index - images.start
+        return part
 
 
 @dataclass
@@ -123,7 +126,7 @@ class ImageGroups:
             raise ValueError("no samples")
         self.samples = list(samples)
         self.upright = samples[0].upright  # the same for all samples of a source
-        paths: dict[int, Path] = {}
+        paths: dict[int | str, Path] = {}
         for sample in samples:
             paths.setdefault(sample.image_id, sample.image_path)
         positions = {image_id: position for position, image_id in enumerate(paths)}
@@ -189,7 +192,7 @@ class Questions(ImageGroups):
         if self.cached is not None:
             question, mask = self.cached(rows)
         elif self.tokenizers.text is not None:
-            question, mask = self.ids.padded(rows, self.tokenizers.text.pad_id or 0)
+            question, mask = self.ids.padded(rows, self.tokenizers.question_fill)
         return Batch(
             images=images.batch(shown),
             question=question,
@@ -203,12 +206,16 @@ class Questions(ImageGroups):
 
 def prefetch(items: Iterable[Item], ahead: int = 3) -> Iterator[Item]:
     """The same items, made in a thread up to `ahead` items in advance. Its errors are raised here."""
-    iterator, end = iter(items), object()
+    iterator = iter(items)
+
+    def take() -> list[Item]:
+        return list(islice(iterator, 1))
+
     with ThreadPoolExecutor(1) as pool:
-        waiting = deque(pool.submit(next, iterator, end) for _ in range(ahead))
+        waiting = deque(pool.submit(take) for _ in range(ahead))
         try:
-            while (item := waiting.popleft().result()) is not end:
-                waiting.append(pool.submit(next, iterator, end))
-                yield item
+            while found := waiting.popleft().result():
+                waiting.append(pool.submit(take))
+                yield from found
         finally:
             pool.shutdown(wait=False, cancel_futures=True)

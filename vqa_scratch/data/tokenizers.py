@@ -27,9 +27,21 @@ class Tokenizers:
         max_answer_tokens: int = 0,
         question_prompt: bool = False,
     ) -> None:
-        self.text, self.decoder, self.question_prompt = text, decoder, question_prompt
+        self.text, self._decoder, self.question_prompt = text, decoder, question_prompt
         self.max_question_tokens, self.max_answer_tokens = max_question_tokens, max_answer_tokens
         self.cut = {"questions": 0, "answers": 0}
+
+    @property
+    def decoder(self) -> Tokenizer:
+        """The tokenizer of the decoder. Raises ValueError if there is none."""
+        if self._decoder is None:
+            raise ValueError("this system has no decoder, and no tokenizer for one")
+        return self._decoder
+
+    @property
+    def question_fill(self) -> int:
+        """The id that pads questions for the text encoder."""
+        return 0 if self.text is None else self.text.pad_id or 0
 
     def question(self, text: str) -> list[int]:
         """Ids for the text encoder; a question that is cut keeps its special tokens. Empty without a text encoder."""

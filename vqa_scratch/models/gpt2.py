@@ -102,6 +102,7 @@ class PositionTableDecoder(Released[GPT2Config], Decoder):
 
     tokens: nn.Embedding
     blocks: nn.ModuleList
+    norm: nn.Module  # after the last block
 
     @property
     def head(self) -> Tensor:

@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vqa_scratch.kernels import linear_cross_entropy
+from vqa_scratch.models.gpt2 import PositionTableDecoder
 from vqa_scratch.nn import taps
 from vqa_scratch.nn.connecting import Connector
-from vqa_scratch.nn.decoding import Decoder
 from vqa_scratch.nn.states import ImageEncoder, States, TextEncoder
 
 IGNORE = -100  # the label of a token without a loss
@@ -51,9 +51,11 @@ class VQAModel(nn.Module):
     Raises ValueError for a decoder that lacks the cross-attention its connector needs.
     """
 
-    def __init__(self, image: ImageEncoder, text: TextEncoder | None, connector: Connector, decoder: Decoder) -> None:
+    def __init__(
+        self, image: ImageEncoder, text: TextEncoder | None, connector: Connector, decoder: PositionTableDecoder
+    ) -> None:
         super().__init__()
-        if connector.uses_memory and not getattr(decoder.config, "add_cross_attention", False):
+        if connector.uses_memory and not decoder.config.add_cross_attention:
             raise ValueError("the decoder needs cross-attention: build GPT2 with add_cross_attention=True")
         self.image, self.text, self.connector, self.decoder = image, text, connector, decoder
         for name, part in (("image", image), ("text", text), ("decoder", decoder)):

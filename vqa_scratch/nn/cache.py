@@ -23,8 +23,8 @@ class KVCache:
         old = self._kv
         if old is None or self.length > old[0].shape[2]:
             capacity = max(16, 2 * self.length)  # doubling keeps the copying linear in the final length
-            shape = (*k.shape[:2], capacity, k.shape[3])
-            self._kv = k.new_empty(shape), v.new_empty(shape)
+            rows, heads, _, size = k.shape
+            self._kv = k.new_empty(rows, heads, capacity, size), v.new_empty(rows, heads, capacity, size)
             if old is not None:
                 for kept, before in zip(self._kv, old, strict=True):
                     kept[:, :, :start] = before[:, :, :start]

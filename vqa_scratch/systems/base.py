@@ -28,7 +28,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from vqa_scratch.data.answers import Answer
+from vqa_scratch.data.answers import Answer, Answers
 from vqa_scratch.data.hashes import Hashes
 from vqa_scratch.data.images import ImageProcessor
 from vqa_scratch.data.scenes import Scene
@@ -203,7 +203,7 @@ class System(ABC):
 
     def answer(
         self, samples: Sequence[VQASample], limit: int | None = None, *, ranked: bool = False, **shown: Any
-    ) -> dict[int, Answer]:
+    ) -> Answers:
         """Answers by question id to about the first `limit` samples, in whole images; to all if `limit` is None.
 
         `ranked` chooses from the run's own list of answers instead of writing, and gives {} if there is none. `shown`
@@ -211,7 +211,7 @@ class System(ABC):
         """
         self.lacks("answers no questions")
 
-    def figures(self, answers: dict[int, Answer]) -> dict[str, float]:
+    def figures(self, answers: Answers) -> dict[str, float]:
         """Figures of a set of answers besides their accuracy, for evaluation.json."""
         return {}
 

@@ -30,7 +30,7 @@ class ObjectScore:
         return {f"object_{k}" if k in ("precision", "recall") else f"{k}_share": v for k, v in values.items()}
 
 
-def score_objects(captions: Mapping[int, str], scenes: Mapping[int, Scene]) -> ObjectScore:
+def score_objects(captions: Mapping[int | str, str], scenes: Mapping[int | str, Scene]) -> ObjectScore:
     """Captions by image id against the scenes of those images."""
     hits = said = there = exact = placed = right = 0
     for image_id, caption in captions.items():

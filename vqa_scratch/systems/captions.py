@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from vqa_scratch.data.answers import Answer
+from vqa_scratch.data.answers import Answer, Answers
 from vqa_scratch.data.captions import check_captions, read_captions
 from vqa_scratch.data.descriptions import objects_named, objects_of, read_scenes, scenes_file
 from vqa_scratch.data.image_files import load_image
@@ -78,12 +78,14 @@ def read_captions_data(options: CaptionOptions) -> RunData:
 # ------------------------------------------------------------------------------------------------ figures
 
 
-def by_image(samples: Sequence[VQASample], answers: Mapping[int, Answer]) -> dict[int, str]:
+def by_image(samples: Sequence[VQASample], answers: Mapping[int | str, Answer]) -> dict[int, str]:
     """{image_id: caption} of the samples that have one."""
     return {s.image_id: answers[s.question_id].text for s in samples if s.question_id in answers}
 
 
-def quality(captions: Mapping[int, str], samples: Sequence[VQASample], scenes: Mapping[int, Scene] | None) -> dict:
+def quality(
+    captions: Mapping[int | str, str], samples: Sequence[VQASample], scenes: Mapping[int | str, Scene] | None
+) -> dict:
     """Object figures where the scenes are known, and BLEU; `captions` by image id."""
     references = {s.image_id: s.answers for s in samples}
     bleu, signature = corpus_bleu(list(captions.values()), [references[image_id] for image_id in captions])
@@ -107,8 +109,8 @@ def other_references(samples: Sequence[VQASample]) -> dict[int, str]:
 
 
 def report(
-    samples: Sequence[VQASample], scenes: Mapping[int, Scene] | None, say: Callable[..., dict[int, Answer]]
-) -> tuple[dict[str, Any], dict[int, Answer]]:
+    samples: Sequence[VQASample], scenes: Mapping[int | str, Scene] | None, say: Callable[..., Answers]
+) -> tuple[dict[str, Any], Answers]:
     """(all figures of these samples, one an image, with blind baselines; the captions by question id).
 
     `say(shuffled=..., progress=...)` writes the captions, of other images if `shuffled`.
@@ -128,7 +130,7 @@ def report(
 
 
 def caption_cards(
-    samples: Sequence[VQASample], answers: Mapping[int, Answer], scenes: Mapping[int, Scene] | None
+    samples: Sequence[VQASample], answers: Mapping[int | str, Answer], scenes: Mapping[int | str, Scene] | None
 ) -> list[str]:
     """A card for each sample: its image, the model's caption, and the references below it."""
     cards = []
@@ -143,7 +145,7 @@ def caption_cards(
     return cards
 
 
-def draw_results(path: Path, title: str, samples: Sequence[VQASample], answers: Mapping[int, Answer]) -> None:
+def draw_results(path: Path, title: str, samples: Sequence[VQASample], answers: Mapping[int | str, Answer]) -> None:
     """The results table as a picture: image, caption, a reference. Prints which characters have no font."""
     rows = []
     for sample in samples:
@@ -170,8 +172,8 @@ def show(
     folder: Path,
     figures: Mapping[str, Any],
     samples: Sequence[VQASample],
-    scenes: Mapping[int, Scene] | None,
-    said: Mapping[int, Answer],
+    scenes: Mapping[int | str, Scene] | None,
+    said: Mapping[int | str, Answer],
     number: int,
     answered: Sequence[tuple[str, list[str]]],
 ) -> None:

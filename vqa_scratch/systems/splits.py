@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from vqa_scratch.data.answers import Answer
+from vqa_scratch.data.answers import Answer, Answers
 from vqa_scratch.data.batches import ImageGroups, prefetch
 from vqa_scratch.data.images import Images
 from vqa_scratch.data.vqa_v2 import VQASample
@@ -144,9 +144,7 @@ class SplitSystem(System):
                 began = now
         return result
 
-    def answer_split(
-        self, name: str, limit: int | None = None, *, progress: str | None = None, **how: Any
-    ) -> dict[int, Answer]:
+    def answer_split(self, name: str, limit: int | None = None, *, progress: str | None = None, **how: Any) -> Answers:
         """The best answer by question id, for a split or about its first `limit` samples; `how` as in `answers`.
 
         The ranks take turns at the batches, and all of them get all answers. With a label of `progress` it is one of
@@ -179,7 +177,7 @@ class SplitSystem(System):
         """Score the answers of `answer_split`, the same on all ranks."""
         return score(self.splits[name].questions.samples, self.answer_split(name, limit, **how), self.data.family)
 
-    def answer(self, samples: Sequence[VQASample], limit: int | None = None, **how: Any) -> dict[int, Answer]:
+    def answer(self, samples: Sequence[VQASample], limit: int | None = None, **how: Any) -> Answers:
         """As `answer_split`, for any samples, on this process alone."""
         split = self.split(samples)
         found = self.answers(split, split.questions.in_order(limit or len(samples), AT_ONCE), **how)

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from vqa_scratch.data.answers import Answer, AnswerList, SoftTargets
+from vqa_scratch.data.answers import Answer, AnswerList, Answers, SoftTargets
 from vqa_scratch.data.classes import ClassBatch, ClassQuestions
 from vqa_scratch.data.images import ImageProcessor, Images
 from vqa_scratch.data.text import Tokenizer, train_wordpiece
@@ -144,7 +144,7 @@ class ViLTSystem(QuestionSystem):
             for places, scores in zip(best.indices.tolist(), best.values.tolist(), strict=True)
         ]
 
-    def answer(self, samples: Sequence[VQASample], limit: int | None = None, **how: Any) -> dict[int, Answer]:
+    def answer(self, samples: Sequence[VQASample], limit: int | None = None, **how: Any) -> Answers:
         """A ViLT always chooses from its list, so it has no second way to rank."""
         return {} if how.get("ranked") else super().answer(samples, limit, **how)
 

@@ -12,7 +12,7 @@ from typing import Any, Self
 import numpy as np
 import torch
 
-from vqa_scratch.data.answers import Answer
+from vqa_scratch.data.answers import Answer, Answers
 from vqa_scratch.data.batches import Batch, Questions
 from vqa_scratch.data.feature_store import ImageFeatures, TextFeatures
 from vqa_scratch.data.vqa_v2 import VQASample
@@ -141,7 +141,7 @@ class VQASystem(WritingSystem, QuestionSystem):
             raise UserError(f"{self.folder} has no {CANDIDATES} to choose from, so leave out --top")
         return super().ask(image, question, top, decoding)
 
-    def answer(self, samples: Sequence[VQASample], limit: int | None = None, **how: Any) -> dict[int, Answer]:
+    def answer(self, samples: Sequence[VQASample], limit: int | None = None, **how: Any) -> Answers:
         if how.get("ranked"):
             if not self.candidates:
                 return {}

@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from vqa_scratch.data.answers import Answer
+from vqa_scratch.data.answers import Answer, Answers
 from vqa_scratch.data.batches import Batch, Questions
 from vqa_scratch.data.images import ImageProcessor, Images
 from vqa_scratch.data.text import Tokenizer
@@ -83,7 +83,7 @@ class WritingSystem(SplitSystem):
         """One answer each, written."""
         return write(self, questions, rows, batch, decoding)
 
-    def figures(self, answers: dict[int, Answer]) -> dict[str, float]:
+    def figures(self, answers: Answers) -> dict[str, float]:
         return writing_figures(answers)
 
     def subject(self, image: Image.Image, question: str | None) -> Opened:

@@ -67,7 +67,7 @@ def choose(
     ]
 
 
-def writing_figures(answers: Mapping[int, Answer], what: str = "answer") -> dict[str, float]:
+def writing_figures(answers: Mapping[int | str, Answer], what: str = "answer") -> dict[str, float]:
     """How often written texts end before the token limit, and how long they are."""
     return {
         "eos_rate": sum(a.ended for a in answers.values()) / len(answers),

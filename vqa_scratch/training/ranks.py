@@ -7,13 +7,16 @@ on the CPU even if gradients go through NCCL, so agreeing on a clock or a signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from vqa_scratch.errors import UserError
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 T = TypeVar("T")
 
@@ -89,7 +92,7 @@ class World:
 ALONE = World()
 
 
-def in_parts(value: Any) -> bool:
+def in_parts(value: Any) -> "TypeGuard[DTensor]":
     """Whether each rank holds a part of this tensor (a DTensor, whose import would cost 40 MB)."""
     return hasattr(value, "full_tensor")
 
@@ -97,7 +100,7 @@ def in_parts(value: Any) -> bool:
 def whole(value: Any) -> Any:
     """The same nested dictionaries and lists with every sharded tensor gathered. All ranks must call it."""
     if in_parts(value):
-        return value.detach().full_tensor()
+        return value.full_tensor().detach()
     if isinstance(value, dict):
         return {key: whole(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

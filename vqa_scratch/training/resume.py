@@ -1,6 +1,6 @@
 """Begins a run in a folder or goes on with the one that is there: the same for train.py and rlhf.py."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -68,17 +68,18 @@ def go_on(options: T, values: Mapping[str, Any], presets: Mapping[str, Mapping[s
 
     Raises UserError for an option that is asked for with another value than the run's, if it must keep its own.
     """
-    saved, given = from_json(type(options), values, str(where)), options.given
+    kind: Callable[..., T] = type(options)
+    saved, given, own = from_json(type(options), values, str(where)), options.given, vars(options)
     if given is None:  # not from a command line
-        plain = vars(type(options)(preset=options.preset, resume=True, **presets[options.preset]))
-        given = {name: value for name, value in vars(options).items() if value != plain[name]}
+        plain = vars(kind(preset=own["preset"], resume=True, **presets[own["preset"]]))
+        given = {name: value for name, value in own.items() if value != plain[name]}
     may_change = changeable(type(options))
     changed = [name for name in given if name not in may_change and given[name] != getattr(saved, name)]
     if changed:
         what = ", ".join(f"{flag(name)} {getattr(saved, name)}, not {given[name]}" for name in changed)
-        raise UserError(f"{options.out} was started with {what}; a resumed run keeps the options it was started with")
+        raise UserError(f"{own['out']} was started with {what}; a resumed run keeps the options it was started with")
     rules = rules_of(type(options))  # what goes with --resume alone is about this call, not about the run
     changes = {name: value for name, value in given.items() if name in may_change and "resume" not in rules[name].only}
-    merged = replace(saved, **changes | {"out": options.out, "resume": False})
+    merged = replace(saved, **changes | {"out": own["out"], "resume": False})
     check_dependencies(merged, changes)  # the command line could not know the run's other options
     return merged

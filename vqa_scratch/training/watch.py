@@ -22,7 +22,7 @@ class GracefulStop:
     signal: int | None = None
 
     def __enter__(self) -> "GracefulStop":
-        self._previous = {number: signal.signal(number, self._note) for number in STOPS}
+        self._previous = {int(number): signal.signal(number, self._note) for number in STOPS}
         return self
 
     def __exit__(self, *_: object) -> None:
