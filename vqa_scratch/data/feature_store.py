@@ -113,7 +113,7 @@ class ImageFeatures(Features):
 
     def batch(self, positions: np.ndarray) -> Tensor:
         """The states (I, N, D) of these images."""
-        return self.read(positions[:, None] * self.tokens + np.arange(self.tokens))
+        return self.read(np.asarray(positions)[:, None] * self.tokens + np.arange(self.tokens))
 
 
 class TextFeatures(Features):
