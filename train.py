@@ -181,18 +181,19 @@ def train(options: RunOptions, world: World, began: float) -> int | None:
     with fitting(log.path):  # what is wrong with the rows of a resumed run shows now, not when curves are drawn
         system.panels(log.rows)
     watch = LossWatch(options.out, world, system.ids)
+    allowed = 60 * (options.minutes or 0.0)  # seconds
     reporting, reserve = 0.0, 0.0  # seconds that weights and curves take, and those kept back for the end, as measured
 
     def keep_back() -> None:
         """Measure how much of --minutes is kept back for the final figures."""
         nonlocal reserve
-        seconds = ranks.with_whole_model(lambda: system.seconds_to_finish(FINAL_SHARE * 60 * options.minutes))
+        seconds = ranks.with_whole_model(lambda: system.seconds_to_finish(FINAL_SHARE * allowed))
         reserve = world.of_main(seconds + 3 * reporting)  # the last checkpoint and the pages too
 
     budget = None  # seconds of training and final figures, if --minutes limits the run
     if options.minutes is not None:
         keep_back()
-        budget = world.of_main(60 * options.minutes - (time.perf_counter() - began))
+        budget = world.of_main(allowed - (time.perf_counter() - began))
 
     resumed_seconds, loop_began = progress.seconds, time.perf_counter()
 
@@ -203,7 +204,7 @@ def train(options: RunOptions, world: World, began: float) -> int | None:
     def share_done(seconds: float | None = None) -> float:
         """The share of the training that is done, 0 to 1, after these seconds; by default as the ranks last agreed."""
         if budget is None:
-            return min(1.0, progress.step / options.steps)
+            return min(1.0, progress.step / (options.steps or 1))
         return min(1.0, (progress.seconds if seconds is None else seconds) / max(budget - reserve, 1.0))
 
     def next_batch() -> Next:
@@ -251,7 +252,7 @@ def train(options: RunOptions, world: World, began: float) -> int | None:
         source = prefetch(batches_from(system, progress.epoch, progress.position, world, pin=device.type == "cuda"))
         over = share_done() >= 1
         now = None if over else next_batch()
-        while not over and now.signal is None:
+        while now is not None and now.signal is None and not over:
             factor = schedule(progress.step, share_done(), options.warmup_steps, options.decay_from)
             optimizers.set_factor(factor)
             loss, right, norm = train_step(
@@ -324,6 +325,7 @@ def train(options: RunOptions, world: World, began: float) -> int | None:
     speed = [f"{name:20s} {summary[name]}" for name in ("seconds", "samples_per_second")]
     print(*system.lines(figures), *speed, sep="\n")
     print(f"look at {options.out / 'samples.html'} and {curves}", *system.what_next(options.out), sep="\n")
+    return None
 
 
 def main(options: RunOptions, began: float | None = None) -> int | None:

@@ -13,9 +13,10 @@ from vqa_scratch.errors import UserError
 from vqa_scratch.storage import typed
 
 if TYPE_CHECKING:
+    from vqa_scratch.models.bert import Bert
     from vqa_scratch.nn.connecting import Connector
     from vqa_scratch.nn.decoding import Decoder
-    from vqa_scratch.nn.states import ImageEncoder, TextEncoder
+    from vqa_scratch.nn.states import ImageEncoder
 
 __all__ = ["CONNECTORS", "connect", "connector_class", "connector_sizes"]
 
@@ -35,9 +36,7 @@ def connector_class(kind: str) -> "type[Connector]":
     return getattr(importlib.import_module(f"vqa_scratch.connectors.{module}"), name)
 
 
-def connect(
-    sizes: dict[str, Any], image: "ImageEncoder", text: "TextEncoder | None", decoder: "Decoder"
-) -> "Connector":
+def connect(sizes: dict[str, Any], image: "ImageEncoder", text: "Bert | None", decoder: "Decoder") -> "Connector":
     """A connector with random weights between these models; `sizes` has its kind and its keywords.
 
     Raises UserError if they are those of no connector.

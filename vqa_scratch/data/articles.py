@@ -19,8 +19,8 @@ def read_articles(
     line that cannot be parsed, a missing column (naming the existing ones), an article that is not a text, and a file
     without articles.
     """
-    readers: dict[str, Callable[[Path], Rows]] = {".jsonl": jsonl_rows, ".txt": _text}
-    readers[".csv"] = partial(csv_rows, skipinitialspace=False)
+    readers: dict[str, Callable[[Path], Rows]] = {".csv": partial(csv_rows, skipinitialspace=False)}
+    readers |= {".jsonl": jsonl_rows, ".txt": _text}
     suffix = path.suffix.lower()
     if suffix not in readers:
         raise UserError(f"{path}: articles come from {', '.join(readers)} files")

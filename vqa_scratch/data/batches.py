@@ -7,8 +7,9 @@ image of a batch has the same number of questions, so that the decoder can share
 Shapes: I images, R questions an image, B = I*R questions, T question tokens, A decoder tokens, H x W pixels.
 """
 
+from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -118,7 +119,7 @@ class Batch(ImageBatch):
         return replace(self, labels=torch.full_like(self.labels, IGNORE), rows=self.rows[:0])
 
 
-class ImageGroups:
+class ImageGroups(ABC):
     """Samples grouped by image; an image is known by its position in `image_paths`."""
 
     def __init__(self, samples: Sequence[VQASample]) -> None:
@@ -135,6 +136,10 @@ class ImageGroups:
         self.of_image: list[list[int]] = [[] for _ in positions]
         for row, image in enumerate(self.image_of):
             self.of_image[image].append(row)
+
+    @abstractmethod
+    def batch(self, rows: np.ndarray, images: Images, *, image_map: np.ndarray | None = None) -> ImageBatch:
+        """The batch of these rows, which must come image by image; `image_map` as in `images_of`."""
 
     def images_of(self, rows: np.ndarray, image_map: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
         """(the images of a batch (I,), which of them each row is about (B,)); the rows must come image by image.
@@ -204,7 +209,7 @@ class Questions(ImageGroups):
         )
 
 
-def prefetch(items: Iterable[Item], ahead: int = 3) -> Iterator[Item]:
+def prefetch(items: Iterable[Item], ahead: int = 3) -> Generator[Item, None, None]:
     """The same items, made in a thread up to `ahead` items in advance. Its errors are raised here."""
     iterator = iter(items)
 

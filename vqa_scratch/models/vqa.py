@@ -15,10 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vqa_scratch.kernels import linear_cross_entropy
+from vqa_scratch.models.bert import Bert
 from vqa_scratch.models.gpt2 import PositionTableDecoder
 from vqa_scratch.nn import taps
 from vqa_scratch.nn.connecting import Connector
-from vqa_scratch.nn.states import ImageEncoder, States, TextEncoder
+from vqa_scratch.nn.states import ImageEncoder, States
 
 IGNORE = -100  # the label of a token without a loss
 # The arguments of `freeze`, and the parts that each one freezes.
@@ -52,7 +53,7 @@ class VQAModel(nn.Module):
     """
 
     def __init__(
-        self, image: ImageEncoder, text: TextEncoder | None, connector: Connector, decoder: PositionTableDecoder
+        self, image: ImageEncoder, text: Bert | None, connector: Connector, decoder: PositionTableDecoder
     ) -> None:
         super().__init__()
         if connector.uses_memory and not decoder.config.add_cross_attention:

@@ -5,7 +5,7 @@ Shapes: M inputs (images or texts), N tokens, D width.
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -46,6 +46,7 @@ class States:
 class ImageEncoder(nn.Module, ABC):
     """Turns images into states."""
 
+    config: Any  # has `channels`
     dim: int  # D
     prefix_tokens: int  # how many of the N tokens are before the places
 
@@ -56,13 +57,3 @@ class ImageEncoder(nn.Module, ABC):
     @abstractmethod
     def states(self, pixel_values: Tensor) -> States:
         """(M, C, H, W) -> states (M, N, D) with their places."""
-
-
-class TextEncoder(nn.Module, ABC):
-    """Turns texts into states."""
-
-    dim: int  # D
-
-    @abstractmethod
-    def states(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> States:
-        """(M, N) ids, and True at real tokens -> states (M, N, D) with that mask."""

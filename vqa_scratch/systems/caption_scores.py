@@ -60,5 +60,5 @@ def corpus_bleu(captions: Sequence[str], references: Sequence[Sequence[str]]) ->
     most = max(map(len, references))
     streams = [[some[i] if i < len(some) else None for some in references] for i in range(most)]
     metric = BLEU(tokenize="zh" if chinese else "13a")
-    score = metric.corpus_score(list(captions), streams).score
+    score = metric.corpus_score(list(captions), streams).score  # type: ignore[arg-type]  # None: no such reference
     return score, str(metric.get_signature())
