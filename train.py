@@ -181,19 +181,18 @@ def train(options: RunOptions, world: World, began: float) -> int | None:
     with fitting(log.path):  # what is wrong with the rows of a resumed run shows now, not when curves are drawn
         system.panels(log.rows)
     watch = LossWatch(options.out, world, system.ids)
-    allowed = 60 * (options.minutes or 0.0)  # seconds
     reporting, reserve = 0.0, 0.0  # seconds that weights and curves take, and those kept back for the end, as measured
 
     def keep_back() -> None:
         """Measure how much of --minutes is kept back for the final figures."""
         nonlocal reserve
-        seconds = ranks.with_whole_model(lambda: system.seconds_to_finish(FINAL_SHARE * allowed))
+        seconds = ranks.with_whole_model(lambda: system.seconds_to_finish(FINAL_SHARE * 60 * (options.minutes or 0)))
         reserve = world.of_main(seconds + 3 * reporting)  # the last checkpoint and the pages too
 
     budget = None  # seconds of training and final figures, if --minutes limits the run
     if options.minutes is not None:
         keep_back()
-        budget = world.of_main(allowed - (time.perf_counter() - began))
+        budget = world.of_main(60 * options.minutes - (time.perf_counter() - began))
 
     resumed_seconds, loop_began = progress.seconds, time.perf_counter()
 

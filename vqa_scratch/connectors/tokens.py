@@ -66,7 +66,7 @@ class TokensConnector(Connector):
         return RECIPE_BOTH if with_text else RECIPE_IMAGE
 
     def forward(self, image: States, text: States | None, image_index: Tensor | None = None) -> Conditioning:
-        places = resize_positions(self.places, self.grid, image.grid)
+        places = resize_positions(self.places, self.grid, image.places.grid)
         keys = self.image_projection(image.tokens) + places  # (I, N, D)
         if text is None:
             return Conditioning([Memory(keys, index=image_index)])

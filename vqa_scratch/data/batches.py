@@ -83,14 +83,13 @@ class ImageBatch:
             yield self
             return
         for chosen in torch.arange(len(self.images)).chunk(number):
-            yield self._part(slice(int(chosen[0]), int(chosen[-1]) + 1))
+            yield self._part(int(chosen[0]), int(chosen[-1]) + 1)
 
-    def _part(self, images: slice) -> Self:
+    def _part(self, start: int, stop: int) -> Self:
         # Not start * (questions an image): two pieces of an image may meet in a batch; then it has twice as many.
-        ends = self.image_index.new_tensor([images.start, images.stop])
-        rows = slice(*torch.searchsorted(self.image_index, ends).tolist())
-        part = self._each(lambda name, tensor: tensor[images if name in self.OF_IMAGES else rows])
-        part.image_index = part.image_index - images.start
+        rows = slice(*torch.searchsorted(self.image_index, self.image_index.new_tensor([start, stop])).tolist())
+        part = self._each(lambda name, tensor: tensor[slice(start, stop) if name in self.OF_IMAGES else rows])
+        part.image_index = part.image_index - start
         return part
 
 
@@ -187,17 +186,14 @@ class Questions(ImageGroups):
         return self.prompts.padded(rows, self.fill, left=True)
 
     def batch(self, rows: np.ndarray, images: Images, *, image_map: np.ndarray | None = None) -> Batch:
-        """The batch of these rows, which must come image by image, the same number each.
-
-        With `image_map`, image `image_map[i]` is shown in place of image i.
-        """
+        """As in `ImageGroups`; of each image the same number of rows."""
         rows = np.asarray(rows)
         shown, index = self.images_of(rows, image_map)
         question, mask = None, None
         if self.cached is not None:
             question, mask = self.cached(rows)
         elif self.tokenizers.text is not None:
-            question, mask = self.ids.padded(rows, self.tokenizers.question_fill)
+            question, mask = self.ids.padded(rows, self.tokenizers.text.pad_id or 0)
         return Batch(
             images=images.batch(shown),
             question=question,
@@ -212,15 +208,11 @@ class Questions(ImageGroups):
 def prefetch(items: Iterable[Item], ahead: int = 3) -> Generator[Item, None, None]:
     """The same items, made in a thread up to `ahead` items in advance. Its errors are raised here."""
     iterator = iter(items)
-
-    def take() -> list[Item]:
-        return list(islice(iterator, 1))
-
     with ThreadPoolExecutor(1) as pool:
-        waiting = deque(pool.submit(take) for _ in range(ahead))
+        waiting = deque(pool.submit(list, islice(iterator, 1)) for _ in range(ahead))
         try:
             while found := waiting.popleft().result():
-                waiting.append(pool.submit(take))
+                waiting.append(pool.submit(list, islice(iterator, 1)))
                 yield from found
         finally:
             pool.shutdown(wait=False, cancel_futures=True)

@@ -108,13 +108,6 @@ class ImageProcessor:
         """(height, width) of every result, or None if it depends on the image."""
         return self.crop_size or (self.size if isinstance(self.size, tuple) else None)
 
-    @property
-    def one_size(self) -> tuple[int, int]:
-        """`output_size`. Raises UserError if it depends on the image."""
-        if self.output_size is None:
-            raise UserError("this takes images of one size; this processor's size depends on the image")
-        return self.output_size
-
     @cached_property
     def table(self) -> torch.Tensor:
         """(3, 256) float32: the value of each byte in each channel."""
@@ -200,8 +193,8 @@ class Images:
     def __init__(
         self, paths: Sequence[Path], processor: ImageProcessor, *, workers: int = 4, upright: bool = True
     ) -> None:
-        if not processor.pads:
-            processor.one_size  # noqa: B018 (it must have one)
+        if processor.output_size is None and not processor.pads:
+            raise UserError("training needs images of one size; this processor's size depends on the image")
         self.paths, self.processor, self.workers, self.upright = list(paths), processor, workers, upright
         self.cached: np.ndarray | None = None
 
@@ -239,7 +232,7 @@ class Images:
 
     def cache_in(self, folder: Path, *, progress: bool = True) -> None:
         """Write all images to a file below `folder` and map it; later runs find the finished file by its name."""
-        if self.processor.pads:
+        if (size := self.processor.output_size) is None:
             raise UserError("images of many sizes are not kept as bytes in one file: give --no-image-cache")
 
         def blocks() -> Iterator[np.ndarray]:
@@ -247,6 +240,6 @@ class Images:
                 images = pool.map(self.read, range(len(self.paths)))
                 yield from tqdm(images, "reading images", len(self.paths), unit="image", disable=not progress)
 
-        shape = (len(self.paths), *self.processor.one_size, 3)
+        shape = (len(self.paths), *size, 3)
         path = folder / f"images-{self.digest()}.npy"
         self.cached = mapped_array(path, shape, np.uint8, blocks, "--no-image-cache")

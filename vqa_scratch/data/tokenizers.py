@@ -38,11 +38,6 @@ class Tokenizers:
         """The tokenizer of the decoder. Raises KeyError if there is none."""
         return self.by_name["decoder"]
 
-    @property
-    def question_fill(self) -> int:
-        """The id that pads questions for the text encoder."""
-        return 0 if self.text is None else self.text.pad_id or 0
-
     def question(self, text: str) -> list[int]:
         """Ids for the text encoder; a question that is cut keeps its special tokens. Empty without a text encoder."""
         if self.text is None:

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from vqa_scratch.errors import UserError
 from vqa_scratch.generate.fast import FastState, GraphState
-from vqa_scratch.generate.fast.cross_attention import reader_of
 from vqa_scratch.generate.state import ModuleState, State
 from vqa_scratch.nn import taps
 from vqa_scratch.nn.cache import DecoderCache
@@ -75,7 +74,8 @@ def prefill(
 def _only_memory(parts: FastParts, cache: DecoderCache, memory: list[Memory], rows: int) -> DecoderCache:
     """The empty cache with the keys and values of the memory, and of no tokens."""
     for block, own in zip(parts.blocks, cache, strict=True):
-        read = reader_of(block)[1].project(memory, cache=own)
+        assert block.cross is not None, "nothing reads the memory"
+        read = block.cross[1].project(memory, cache=own)
         check_rows(read, rows)
         nothing = read[0].k.new_empty(rows, block.attn.heads, 0, block.attn.head_dim)
         own.append(nothing, nothing)

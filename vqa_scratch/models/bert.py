@@ -42,12 +42,7 @@ LAYOUTS = {
         "DistilBertModel", fields.DISTILBERT, maps.DISTILBERT, {"layers": 6, "token_types": 0}, _ENCODER
     ),
     "roberta": BertLayout(
-        "RobertaModel",
-        fields.BERT,
-        maps.ROBERTA,
-        {"vocab_size": 50265, "pad_id": 1},
-        _ENCODER,
-        skips_padding=True,
+        "RobertaModel", fields.BERT, maps.ROBERTA, {"vocab_size": 50265, "pad_id": 1}, _ENCODER, skips_padding=True
     ),
 }
 

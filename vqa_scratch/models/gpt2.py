@@ -89,9 +89,8 @@ class GPT2Block(taps.Tapped):
 
     def fast_block(self) -> FastBlock:
         """The parts of the block, for `generate`."""
-        cross_norm, cross = (self.norm_cross, self.cross) if hasattr(self, "cross") else (None, None)
-        mlp = self.mlp
-        return FastBlock(self.norm1, self.attn, cross_norm, cross, self.norm2, mlp.up, mlp.activation, mlp.down)
+        cross = (self.norm_cross, self.cross) if hasattr(self, "cross") else None
+        return FastBlock(self.norm1, self.attn, cross, self.norm2, self.mlp.up, self.mlp.activation, self.mlp.down)
 
 
 class PositionTableDecoder(Released[GPT2Config], Decoder):

@@ -105,14 +105,9 @@ class Released(nn.Module, Generic[C]):
         return self.config.to_hf()
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> Self:
-        """With random weights, from the content of config.json."""
-        return cls(cls.config_class.from_hf(config))
-
-    @classmethod
     def from_checkpoint(cls, config: Mapping[str, Any], tensors: dict[str, Tensor], source: str) -> Self:
         """From what `read_checkpoint` gives, in eval mode. Raises UserError, naming `source`, if it does not fit."""
-        model = cls.from_config(config)
+        model = cls(cls.config_class.from_hf(config))
         load_into(model, tensors, model.key_map, source=source)
         return model.eval()
 

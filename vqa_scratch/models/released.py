@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from vqa_scratch.errors import UserError, naming
 from vqa_scratch.models.bert import Bert, BertConfig
-from vqa_scratch.models.gpt2 import GPT2
+from vqa_scratch.models.gpt2 import GPT2, PositionTableDecoder
 from vqa_scratch.models.hf_config import Released
 from vqa_scratch.models.opt import OPT
 from vqa_scratch.models.resnet import ResNet
@@ -21,7 +21,7 @@ from vqa_scratch.weights.files import read_checkpoint
 M = TypeVar("M", bound=Released)
 IMAGE_ENCODERS: dict[str, type[ViT]] = dict.fromkeys(ViTConfig.LAYOUTS, ViT)
 TEXT_ENCODERS: dict[str, type[Bert]] = dict.fromkeys(BertConfig.LAYOUTS, Bert)
-DECODERS: dict[str, type[GPT2] | type[OPT]] = {"gpt2": GPT2, "opt": OPT}
+DECODERS: dict[str, type[PositionTableDecoder]] = {"gpt2": GPT2, "opt": OPT}
 
 
 def image_encoder(source: str | PathLike[str]) -> ViT | ResNet:
@@ -39,7 +39,7 @@ def text_encoder(source: str | PathLike[str]) -> Bert:
     return _open(source, TEXT_ENCODERS, "text encoders")
 
 
-def decoder(source: str | PathLike[str], *, cross_attention: bool) -> GPT2 | OPT:
+def decoder(source: str | PathLike[str], *, cross_attention: bool) -> PositionTableDecoder:
     """A decoder in eval mode, from a checkpoint folder or a Hub id. Cross-attention can be had with GPT-2 only; it is
     random where the checkpoint has none. Raises UserError as `image_encoder`."""
     if cross_attention:
@@ -47,12 +47,13 @@ def decoder(source: str | PathLike[str], *, cross_attention: bool) -> GPT2 | OPT
     return _open(source, DECODERS, "decoders")
 
 
-def decoder_of(sizes: Mapping[str, Any]) -> GPT2 | OPT:
+def decoder_of(sizes: Mapping[str, Any]) -> PositionTableDecoder:
     """A decoder of random weights, from the content of a config.json."""
     (found,) = typed("the decoder", sizes, {"model_type": str})
     if found not in DECODERS:
         raise UserError(f"the decoder is of type {found!r}; decoders are {', '.join(DECODERS)}")
-    return DECODERS[found].from_config(sizes)
+    kind = DECODERS[found]
+    return kind(kind.config_class.from_hf(sizes))
 
 
 def _open(source: str | PathLike[str], table: Mapping[str, type[M]], kinds: str, **options: Any) -> M:

@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from vqa_scratch.errors import UserError
 from vqa_scratch.models.bert import Bert, BertConfig
 from vqa_scratch.models.hf_config import Released, labels_from_hf, labels_to_hf
-from vqa_scratch.models.vit import Stem, ViT, ViTConfig, ViTLayout
+from vqa_scratch.models.vit import ViT, ViTConfig, ViTLayout
 from vqa_scratch.nn import taps
 from vqa_scratch.nn.layers import init_weights
+from vqa_scratch.nn.states import Stem
 from vqa_scratch.weights import fields, maps
 from vqa_scratch.weights.convert import find, load_into
 
@@ -114,7 +115,7 @@ class ViLT(Released[ViLTConfig]):
             places = torch.stack([made[tuple(size)] for size in sizes])  # (I, N, D)
             real = F.pad(patches.flatten(1), (1, 0), value=True)
         x = tower.patch_embed(pixel_values) + places
-        first = (tower.cls_token + tower.positions[:, :1]).expand(len(x), -1, -1)
+        first = (tower.get_parameter("cls_token") + tower.positions[:, :1]).expand(len(x), -1, -1)
         return tower.dropout(torch.cat([first, x], 1)), real
 
     def forward(

@@ -23,7 +23,7 @@ from vqa_scratch.nn import taps
 from vqa_scratch.nn.attention import MultiHeadAttention
 from vqa_scratch.nn.dino import LayerScale, SwiGLU
 from vqa_scratch.nn.layers import MLP, activation, init_weights
-from vqa_scratch.nn.states import ImageEncoder, Places, States
+from vqa_scratch.nn.states import ImageEncoder, Places, States, Stem
 from vqa_scratch.weights import fields, maps
 
 _DINO_DEFAULTS = {"norm_eps": 1e-6, "mlp_ratio": 4, "layer_scale": 1.0}
@@ -121,12 +121,6 @@ def resize_positions(table: Tensor, grid: tuple[int, int], size: tuple[int, int]
     return torch.cat([prefix, places.flatten(2).transpose(1, 2)], 1)
 
 
-class Stem(nn.Module):
-    """(B, C, H, W) -> (B, N, D), one token for each patch_size x patch_size square in raster order."""
-
-    first: float  # the pixel on which the first token is centred, in both directions
-
-
 class PatchEmbed(Stem):
     """Cut an image into patches and map each linearly: a convolution with stride = kernel, as one matrix product."""
 
@@ -213,7 +207,6 @@ class ViT(Released[ViTConfig], ImageEncoder):
     `patch_embed` replaces the linear patches.
     """
 
-    cls_token: nn.Parameter  # (1, 1, D)
     config_class = ViTConfig
 
     def __init__(self, config: ViTConfig, patch_embed: Stem | None = None) -> None:

@@ -101,6 +101,8 @@ class VQAModel(nn.Module):
         """
         if not torch.isfinite(pixel_values).all():
             raise ValueError("pixel_values holds NaN or infinite values")
+        if self.text is not None and input_ids is None:
+            raise ValueError("this model reads questions: give it input_ids")
         text = None if self.text is None or input_ids is None else self.text.states(input_ids, attention_mask)
         image = self.image.states(pixel_values)
         hidden = self.hidden(image, text, decoder_input_ids, image_index, decoder_attention_mask)

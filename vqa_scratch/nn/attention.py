@@ -20,7 +20,7 @@ from vqa_scratch.nn import taps
 from vqa_scratch.nn.cache import KVCache
 from vqa_scratch.nn.memory import KeyValue, Memory, check_rows, concatenate
 from vqa_scratch.nn.relative_bias import PassBias
-from vqa_scratch.nn.scores import Products, Scoring, allowed, attention_scores, hide, masked_softmax
+from vqa_scratch.nn.scores import Products, allowed, attention_scores, hide, masked_softmax
 
 BACKENDS = ("fused", "products", "explicit")  # these take any mask and bias; "kernel" takes neither as a tensor
 
@@ -170,14 +170,14 @@ class MultiHeadAttention(taps.Tapped):
         self-attention needs key_mask and bias for all keys, old and new; cross-attention projects its context once. A
         bias includes the mask and the causal order.
         """
-        name, dropout = self.tap_prefix, self.dropout if self.training else 0.0
+        name, scale, dropout = self.tap_prefix, self.scale, self.dropout if self.training else 0.0
         if self.is_cross:
             assert bias is None and not causal, "cross-attention takes no bias and has no order"
             (q,), parts = self._split(self.q(x), 1), self.project(context, key_mask, cache)
             check_rows(parts, len(x))
             if not taps.wanted(name, "k", "v", "mask", "scores", "pattern"):
                 q = taps.tap(name, "q", q)
-                return self._join(attention_over_parts(q, parts, scale=self.scale, dropout=dropout))
+                return self._join(attention_over_parts(q, parts, scale=scale, dropout=dropout))
             k, v, key_mask, _ = concatenate(parts)
         else:
             assert context is None, "this is self-attention: it was built without context_dim"
@@ -191,17 +191,17 @@ class MultiHeadAttention(taps.Tapped):
         if bias is not None:
             assert key_mask is None and not causal, "the bias of a pass includes the mask and the order"
             if backend == "kernel":
-                return self._join(bias.look_up(q, k, v, self.scale))
+                return self._join(bias.look_up(q, k, v, scale))
             added, key_mask = bias.written_out()
-        options: Scoring = {"key_mask": key_mask, "bias": added, "causal": causal, "scale": self.scale}
         if taps.wanted(name, "mask"):
             size = q.shape[-2], k.shape[-2]
             keep = allowed(key_mask, causal, *size, q.device)
             taps.tap(name, "mask", hide(q.new_zeros(1, 1, *size) if added is None else added.to(q.dtype), keep))
         if not shown:
-            return self._join(attention(q, k, v, **options, dropout=dropout, backend=backend))
-        scores = taps.tap(name, "scores", attention_scores(q, k, **options))
-        pattern = taps.tap(name, "pattern", masked_softmax(scores))
+            masks = {"key_mask": key_mask, "bias": added}
+            return self._join(attention(q, k, v, **masks, causal=causal, scale=scale, dropout=dropout, backend=backend))
+        scores = attention_scores(q, k, key_mask=key_mask, bias=added, causal=causal, scale=scale)
+        pattern = taps.tap(name, "pattern", masked_softmax(taps.tap(name, "scores", scores)))
         return self._join(F.dropout(pattern, dropout).to(v.dtype) @ v)
 
     def _split(self, x: Tensor, pieces: int) -> tuple[Tensor, ...]:

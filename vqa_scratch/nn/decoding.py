@@ -19,17 +19,18 @@ from vqa_scratch.nn.cache import DecoderCache
 from vqa_scratch.nn.layers import Activation
 from vqa_scratch.nn.memory import Memory
 
+Reader = tuple[nn.Module, MultiHeadAttention]  # cross-attention and the norm before it
+
 
 class FastBlock(NamedTuple):
-    """x += attn(norm(x)), x += cross(cross_norm(x)) if there is a memory, x += down(activation(up(mlp_norm(x)))).
+    """x += attn(norm(x)), the same of `cross` if there is a memory, x += down(activation(up(mlp_norm(x)))).
 
     With a `gate` the last is down(activation(gate(h)) * up(h)).
     """
 
     norm: nn.Module
     attn: MultiHeadAttention
-    cross_norm: nn.Module | None
-    cross: MultiHeadAttention | None
+    cross: Reader | None
     mlp_norm: nn.Module
     up: nn.Linear
     activation: Activation

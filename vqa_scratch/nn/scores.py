@@ -7,7 +7,7 @@ Shapes: B rows, H heads, Tq queries, Tk keys, d head size, R rows at a time.
 """
 
 import math
-from typing import Any, TypedDict, Unpack
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -36,15 +36,6 @@ def hide(scores: Tensor, keep: Tensor | None) -> Tensor:
     return scores if keep is None else scores.masked_fill(~keep, -math.inf)
 
 
-class Scoring(TypedDict, total=False):
-    """Keywords of `attention_scores`."""
-
-    key_mask: Tensor | None
-    bias: Tensor | None
-    causal: bool
-    scale: float | None
-
-
 def attention_scores(
     q: Tensor,
     k: Tensor,
@@ -68,7 +59,7 @@ def masked_softmax(scores: Tensor) -> Tensor:
     return scores.masked_fill(blocked, torch.finfo(scores.dtype).min).softmax(-1).masked_fill(blocked, 0.0)
 
 
-def attention_weights(q: Tensor, k: Tensor, **options: Unpack[Scoring]) -> tuple[Tensor, Tensor]:
+def attention_weights(q: Tensor, k: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
     """The scores (-inf where masked) and the weights, both (B, H, Tq, Tk). Arguments as in `attention_scores`."""
     scores = attention_scores(q, k, **options)
     return scores, masked_softmax(scores)

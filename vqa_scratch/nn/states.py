@@ -22,24 +22,22 @@ class Places(NamedTuple):
         return self.first + self.stride * row, self.first + self.stride * column
 
 
+NOWHERE = Places((0, 0), 0.0, 0.0)  # of the tokens of a text
+
+
 @dataclass(frozen=True, eq=False)
 class States:
-    """The states of M inputs. If there are places, they are the last `grid[0] * grid[1]` tokens; the tokens before them
+    """The states of M inputs. The places are of the last `grid[0] * grid[1]` tokens; the tokens before them
     (class token, registers) have no place."""
 
     tokens: Tensor  # (M, N, D)
     mask: Tensor | None = None  # (M, N), True = a real token; None: all are
-    places: Places | None = None
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """(rows, columns) of the places; (0, 0) if there are none."""
-        return (0, 0) if self.places is None else self.places.grid
+    places: Places = NOWHERE
 
     @property
     def prefix_tokens(self) -> int:
         """How many of the N tokens are before the places."""
-        rows, columns = self.grid
+        rows, columns = self.places.grid
         return self.tokens.shape[1] - rows * columns
 
 
@@ -57,3 +55,10 @@ class ImageEncoder(nn.Module, ABC):
     @abstractmethod
     def states(self, pixel_values: Tensor) -> States:
         """(M, C, H, W) -> states (M, N, D) with their places."""
+
+
+class Stem(nn.Module):
+    """Turns the pixels of a ViT into tokens, (M, C, H, W) -> (M, N, D): one for each square of patch_size x patch_size
+    pixels, in raster order."""
+
+    first: float  # the pixel on which the first token is centred, in both directions

@@ -60,7 +60,8 @@ class VQAPolicy(Backbone):
         pixels = torch.stack([self._pixels(*path) for path in place]).to(device)  # (I, H, W, 3)
         text = None
         if model.text is not None:
-            text = model.text.states(*padded([p.ids for p in prompts], self.tokenizers.question_fill, device))
+            fill = self.tokenizers.by_name["text"].pad_id or 0
+            text = model.text.states(*padded([p.ids for p in prompts], fill, device))
         image = model.image.states(self.processor.normalize(pixels))
         given = model.connector(image, text, which.to(device))
 

@@ -16,9 +16,9 @@ from vqa_scratch.errors import UserError
 from vqa_scratch.models.bert import Bert, BertConfig
 from vqa_scratch.models.released import decoder_of
 from vqa_scratch.models.resnet import NORMS, ResNet, ResNetConfig
-from vqa_scratch.models.vit import ConvStem, Stem, ViT, ViTConfig
+from vqa_scratch.models.vit import ConvStem, ViT, ViTConfig
 from vqa_scratch.models.vqa import VQAModel
-from vqa_scratch.nn.states import ImageEncoder
+from vqa_scratch.nn.states import ImageEncoder, Stem
 from vqa_scratch.storage import typed
 from vqa_scratch.systems.older import todays_sizes
 from vqa_scratch.systems.options import RunOptions
@@ -91,6 +91,13 @@ def check_images(image: ImageEncoder, processor: ImageProcessor) -> None:
         raise UserError(f"the image encoder reads {image.config.channels} channels; images have 3")
     if processor.output_size is not None:
         image.places(*processor.output_size)
+
+
+def grid_of(image: ImageEncoder, processor: ImageProcessor) -> tuple[int, int]:
+    """(rows, columns) of the places of an image. Raises UserError if images keep sizes of their own."""
+    if processor.output_size is None:
+        raise UserError("this takes images of one size; here it depends on the image")
+    return image.places(*processor.output_size).grid
 
 
 def grid_positions(grid: tuple[int, int], dim: int) -> Tensor:

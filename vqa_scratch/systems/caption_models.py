@@ -39,7 +39,7 @@ def build_model(options: CaptionOptions, train: list[VQASample]) -> tuple[VQAMod
             processor = ImageProcessor(size=(IMAGE_SIZE, IMAGE_SIZE))
     read = [*(["max_question_tokens"] if options.question_share else []), "max_caption_tokens"]
     check_positions(options, read, writer.config.max_positions, options.decoder_model or "GPT-2")
-    grid = image.places(*processor.one_size).grid
+    grid = assembly.grid_of(image, processor)
     connector = connect({"kind": "tokens", **kind.sizes_for(grid, options)}, image, None, writer)
     if options.preset == "caption":
         connector.start_from_places(0.5 * assembly.grid_positions(grid, options.width))

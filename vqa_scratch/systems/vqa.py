@@ -22,6 +22,7 @@ from vqa_scratch.options import from_json, rules_of
 from vqa_scratch.rl.options import RLHFOptions
 from vqa_scratch.rl.tasks import Task
 from vqa_scratch.storage import read_json, write_json
+from vqa_scratch.systems.assembly import grid_of
 from vqa_scratch.systems.base import ANY_SAMPLE, RunData, check_positions, seed_everything
 from vqa_scratch.systems.finals import Pass
 from vqa_scratch.systems.frozen import cache_features
@@ -88,8 +89,7 @@ class VQASystem(WritingSystem[VQAOptions], QuestionSystem[VQAOptions, VQAModel, 
         options = replace(options, **{name: getattr(theirs, name) for name in kept}, question_prompt=prompt)
         system = cls.load(folder, config["model"], options, precision)
         model = system.model
-        grid = model.image.places(*system.processor.one_size).grid
-        prefix = model.connector.prefix_length(grid, model.connector.sizes)
+        prefix = model.connector.prefix_length(grid_of(model.image, system.processor), model.connector.sizes)
         written = ["max_question_tokens", "max_answer_tokens"] if prompt else ["max_answer_tokens"]
         check_positions(options, written, model.decoder.config.max_positions - prefix, str(folder))
         if model.text is not None:

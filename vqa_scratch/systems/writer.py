@@ -70,7 +70,10 @@ class WritingSystem(SplitSystem[RO, VQAModel, Questions]):
 
     def encode_text(self, question: Tensor | None, attention_mask: Tensor | None) -> States | None:
         """Ids (B, T) -> states (B, T, ...); None without a text encoder."""
-        return None if self.model.text is None or question is None else self.model.text.states(question, attention_mask)
+        if self.model.text is None:
+            return None
+        assert question is not None, "a text encoder reads the question"
+        return self.model.text.states(question, attention_mask)
 
     def condition(self, batch: Batch) -> Conditioning:
         """What the connector gives the decoder for a batch."""

@@ -11,6 +11,7 @@ from vqa_scratch.errors import UserError
 from vqa_scratch.generate import GenerationOptions, generate, rank
 from vqa_scratch.models.vqa import VQAModel
 from vqa_scratch.nn.connecting import Conditioning
+from vqa_scratch.systems.assembly import grid_of
 from vqa_scratch.systems.base import System
 
 Writing = System[Any, VQAModel]  # one whose model is encoder, connector and decoder
@@ -20,8 +21,7 @@ def check_room(system: Writing, prompt: int, new_tokens: int) -> None:
     """Raise UserError if the decoder has too few positions for `new_tokens` after a prompt of `prompt` tokens and the
     connector's prefix before it."""
     connector, positions = system.model.connector, system.model.decoder.max_positions
-    grid = system.model.image.places(*system.processor.one_size).grid
-    prefix = connector.prefix_length(grid, connector.sizes)
+    prefix = connector.prefix_length(grid_of(system.model.image, system.processor), connector.sizes)
     if positions is not None and prefix + prompt + new_tokens - 1 > positions:
         raise UserError(
             f"max_new_tokens {new_tokens} is too much: the decoder has {positions} positions, which leaves "

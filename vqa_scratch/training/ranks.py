@@ -7,16 +7,13 @@ on the CPU even if gradients go through NCCL, so agreeing on a clock or a signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from vqa_scratch.errors import UserError
-
-if TYPE_CHECKING:
-    from torch.distributed.tensor import DTensor
 
 T = TypeVar("T")
 
@@ -92,7 +89,7 @@ class World:
 ALONE = World()
 
 
-def in_parts(value: Any) -> "TypeGuard[DTensor]":
+def in_parts(value: Any) -> bool:
     """Whether each rank holds a part of this tensor (a DTensor, whose import would cost 40 MB)."""
     return hasattr(value, "full_tensor")
 
@@ -100,7 +97,7 @@ def in_parts(value: Any) -> "TypeGuard[DTensor]":
 def whole(value: Any) -> Any:
     """The same nested dictionaries and lists with every sharded tensor gathered. All ranks must call it."""
     if in_parts(value):
-        return value.full_tensor().detach()
+        return value.detach().full_tensor()
     if isinstance(value, dict):
         return {key: whole(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -127,8 +124,9 @@ def like(own: Tensor, value: Tensor) -> Tensor:
     """`value`, which is whole and the same on all ranks, sharded like `own`; nothing is sent."""
     if not in_parts(own):
         return value
-    from torch.distributed.tensor import distribute_tensor
+    from torch.distributed.tensor import DTensor, distribute_tensor
 
+    assert isinstance(own, DTensor)
     return distribute_tensor(value.to(own.device), own.device_mesh, own.placements, src_data_rank=None)
 
 

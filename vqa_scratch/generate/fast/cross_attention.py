@@ -10,12 +10,12 @@ Shapes: R rows, E entries, N memory tokens, L layers, H heads, d head size, D wi
 import math
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vqa_scratch.generate.fast.products import Addition, Function, adding, attend, linear, norm, product
-from vqa_scratch.nn.attention import MultiHeadAttention, attention_over_parts
+from vqa_scratch.nn.attention import attention_over_parts
 from vqa_scratch.nn.cache import DecoderCache
-from vqa_scratch.nn.decoding import FastBlock
+from vqa_scratch.nn.decoding import FastBlock, Reader
 from vqa_scratch.nn.memory import KeyValue, Sharing, concatenate, share
 
 # Parts are joined if this copies at most so many bytes a layer for rows that share entries. Every step reads the
@@ -24,7 +24,6 @@ JOIN_BYTES = 1 << 20
 ABSORB_BYTES = 1 << 18  # projections are absorbed, which saves five operations, if a layer reads at most this much more
 
 Layers = list[list[KeyValue]]  # parts by layer; how rows share a part is the same in all layers
-Reader = tuple[nn.Module, MultiHeadAttention]  # the cross-attention of a block, and the norm before it
 
 
 def cross_attention(
@@ -34,7 +33,7 @@ def cross_attention(
     memory = [own.cross for own in cache if own.cross is not None]
     if not memory:
         return None
-    readers = [reader_of(block) for block in blocks]
+    readers = [block.cross for block in blocks if block.cross is not None]
     if members > 1:
         rows = torch.arange(memory[0][0].sharing.rows, device=cache.device).repeat_interleave(members)
         memory = select(memory, rows)
@@ -46,13 +45,6 @@ def cross_attention(
         if Absorbed.pays(readers, whole):
             return Absorbed(readers, whole)
     return Projected(readers, memory)
-
-
-def reader_of(block: FastBlock) -> Reader:
-    """The cross-attention of a block and its norm. Raises ValueError if it has none."""
-    if block.cross is None or block.cross_norm is None:
-        raise ValueError("there is a memory, but the decoder has no cross-attention")
-    return block.cross_norm, block.cross
 
 
 def select(layers: Layers, rows: Tensor) -> Layers:
@@ -179,8 +171,7 @@ def _joined(layers: Layers) -> Layers:
     if extra > JOIN_BYTES:
         return layers
     chosen = torch.arange(0, rows, repeat, device=first[0].k.device)
-    # (E,) of each part: the entry behind entry e
-    own = [part.sharing.entry_of_row(chosen.device)[chosen] for part in first]
+    own = [p.sharing.entry_of_row(chosen.device)[chosen] for p in first]  # (E,) of each part: the entry behind entry e
     whole = Sharing(len(chosen), repeat)
     return [
         [concatenate([part.take(index) for part, index in zip(parts, own, strict=True)])._replace(sharing=whole)]
