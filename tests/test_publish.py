@@ -90,7 +90,6 @@ def hub(monkeypatch) -> Hub:
     Thread(target=server.serve_forever, daemon=True).start()
     monkeypatch.setattr(constants, "ENDPOINT", server.address)
     monkeypatch.setenv("HF_TOKEN", "hf_mine")
-    monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     yield server
     server.shutdown()
     server.server_close()
