@@ -107,9 +107,9 @@ def train(
     """
     last, world = options.out / "checkpoints" / "last.pt", ppo.world
     earlier = restore(ppo, saved, about) if saved else 0.0
+    if world.main:
+        write_json(options.out / "config.json", {"program": PROGRAM} | to_json(options))
     if not saved:
-        if world.main:
-            write_json(options.out / "config.json", {"program": PROGRAM} | to_json(options))
         ppo.ranks.with_whole_model(lambda: ppo.fit_reward_scale(task.train))
     world.check_same(ppo.iteration, f"the last iteration in {options.out}")
     resume_after = ppo.iteration if saved else None
@@ -163,6 +163,7 @@ def conclude(ppo: PPO, task: Task, options: RLHFOptions, log: MetricsLog) -> dic
         "frontier_kl_limit": curve.limit,
         "best_of_n": [{"n": n, "kl_bound": kl, "reward": reward} for n, kl, reward in curve.best_of_n],
         "prompts_held_out": len(prompts),
+        "iterations": ppo.iteration,
         "algorithm": options.algorithm,
     }
     parts = [part.name for part in ppo.reward.parts]

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from vqa_scratch.command_line import first_rank_speaks, parse, with_more
+from vqa_scratch.command_line import first_rank_speaks, parse
 from vqa_scratch.connectors import CONNECTORS
 from vqa_scratch.errors import UserError
 from vqa_scratch.options import Options, choices_of, option
@@ -29,18 +29,19 @@ class RunOptions(Options):
     out: Path = option(Path("runs/run"), "Folder of the run.", RUN, may_change=True)
     resume: bool = option(False, "Go on from the last checkpoint of --out.", RUN, may_change=True)
     minutes: float | None = option(
-        None, "Wall-clock budget of the run, final figures included; 10 without --steps.", RUN, above=0
+        None,
+        "Wall-clock budget, final figures included; 10 without --steps. With --resume, +M: M more for a finished run.",
+        RUN,
+        above=0,
+        more=True,
+        excludes="steps",
     )
     steps: int | None = option(
-        None, "Number of optimizer steps, instead of --minutes; +N with --resume: --more-steps N.", RUN, minimum=1
-    )
-    more_steps: int | None = option(
         None,
-        "Steps beyond the last checkpoint; the learning rate follows the new total. --minutes takes no +M.",
+        "Number of optimizer steps, instead of --minutes. With --resume, +N: N more for a finished run.",
         RUN,
         minimum=1,
-        only={"resume": True},
-        may_change=True,
+        more=True,
     )
     device: str = option("auto", "Where to compute.", RUN, ("auto", "cpu", "cuda", "mps"), may_change=True)
     precision: str = option(
@@ -112,8 +113,6 @@ class RunOptions(Options):
         return [self.train_split, *([] if self.val_split == "auto" else [self.val_split]), self.test_split]
 
     def __post_init__(self) -> None:
-        if self.minutes is not None and self.steps is not None:
-            raise UserError("give --minutes or --steps, not both")
         if self.minutes is None and self.steps is None:
             object.__setattr__(self, "minutes", 10.0)
         super().__post_init__()
@@ -343,7 +342,7 @@ def read_command_line(argv: Sequence[str]) -> RunOptions:
         return parse(
             CLASSES,
             PRESETS,
-            with_more(argv, "--steps"),
+            argv,
             program="train.py",
             about="Train a model that looks at images: to answer questions about them, or to describe them.",
             example="python train.py --preset book --data vqa2/ --out runs/book",
