@@ -46,10 +46,15 @@ class Augment:
     brightness, contrast -- largest relative change, both uniform around 1
     """
 
-    flip: float = 0.5
-    degrees: float = 5.0
-    brightness: float = 0.1
-    contrast: float = 0.1
+    flip: float = 0.0
+    degrees: float = 0.0
+    brightness: float = 0.0
+    contrast: float = 0.0
+
+    @property
+    def changes(self) -> bool:
+        """Whether it changes any image."""
+        return any(vars(self).values())
 
     def __call__(self, pixels: Tensor, may_flip: Tensor, chance: Tensor) -> Tensor:
         """(I, H, W, 3) uint8 to the same, every image changed on its own.

@@ -53,10 +53,6 @@ class WritingSystem(SplitSystem):
         questions = Questions(samples, self.tokenizers)
         return Split(questions, Images(questions.image_paths, self.processor, upright=questions.upright))
 
-    def batch(self, key: np.ndarray) -> Batch:
-        train = self.splits["train"]
-        return train.questions.batch(key, train.images)
-
     def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """(sum of the cross-entropy over the labelled tokens, how many of them are right)."""
         image = self.encode_image(batch.images)
