@@ -51,11 +51,6 @@ class Augment:
     brightness: float = 0.0
     contrast: float = 0.0
 
-    @property
-    def changes(self) -> bool:
-        """Whether it changes any image."""
-        return any(vars(self).values())
-
     def __call__(self, pixels: Tensor, may_flip: Tensor, chance: Tensor) -> Tensor:
         """(I, H, W, 3) uint8 to the same, every image changed on its own.
 

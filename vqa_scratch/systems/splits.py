@@ -56,9 +56,10 @@ class Key(NamedTuple):
     before: int = 0
 
 
-def augment_of(options: RunOptions) -> Augment:
-    """The augmentation that the options ask for."""
-    return Augment(options.flip, options.rotate, options.brightness, options.contrast)
+def augment_of(options: RunOptions) -> Augment | None:
+    """The augmentation that the options ask for, if any."""
+    strengths = (options.flip, options.rotate, options.brightness, options.contrast)
+    return Augment(*strengths) if any(strengths) else None
 
 
 class SplitSystem(System):
@@ -120,14 +121,12 @@ class SplitSystem(System):
         rows = np.concatenate([images[i] for i in mine or range(1)])
         return Key(rows, key.seed, mine[0] if mine else 0), bool(mine)
 
-    def batch(self, key: Key) -> Any:
-        train = self.splits["train"]
-        batch = train.questions.batch(key.rows, train.images)
-        if self.augment.changes:
-            number = len(batch.images)
-            sides = np.bincount(batch.image_index.numpy(), self.names_side[key.rows], number)
-            chance = np.random.default_rng(key.seed).random((key.before + number, 4))[key.before :]
-            batch.images = self.augment(batch.images, torch.from_numpy(sides == 0), torch.from_numpy(chance).float())
+    def augmented(self, batch: Any, key: Key) -> Any:
+        """The batch of a key with its images changed as the options ask."""
+        number = len(batch.images)
+        sides = np.bincount(batch.image_index.numpy(), self.names_side[key.rows], number)
+        chance = np.random.default_rng(key.seed).random((key.before + number, 4))[key.before :]
+        batch.images = self.augment(batch.images, torch.from_numpy(sides == 0), torch.from_numpy(chance).float())
         return batch
 
     def ids(self, rows: list[int]) -> list[int]:

@@ -52,7 +52,7 @@ class VQASystem(WritingSystem, QuestionSystem):
 
     @classmethod
     def check(cls, options: VQAOptions) -> None:
-        if options.feature_cache and "image" in FROZEN_PARTS[options.freeze] and augment_of(options).changes:
+        if options.feature_cache and "image" in FROZEN_PARTS[options.freeze] and augment_of(options):
             raise UserError("--feature-cache keeps one encoding of each image: leave it out, or the augmentation")
         if options.start_from is not None:
             return
