@@ -48,6 +48,7 @@ from vqa_scratch.training.allocator import keep_freed_memory
 from vqa_scratch.training.checkpoint import fitting, rng_state, save_checkpoint
 from vqa_scratch.training.launch import start
 from vqa_scratch.training.precision import Precision, pick_device, pick_precision
+from vqa_scratch.training.profile import profiling
 from vqa_scratch.training.progress import MetricsLog
 from vqa_scratch.training.ranks import World
 from vqa_scratch.training.resume import held
@@ -125,9 +126,10 @@ def train(
 
     title = "3 of 3: PPO" if options.preset == "mini-news" else options.algorithm
     bar = tqdm(total=options.iterations, initial=ppo.iteration, desc=title, unit="it", dynamic_ncols=True)
-    with bar, GracefulStop() as stop:
+    profiled = profiling(iterate, options.profile, options.out / "trace.json", world.main)
+    with bar, GracefulStop() as stop, profiled as step:
         while ppo.iteration < options.iterations:
-            figures = iterate(ppo)
+            figures = step(ppo)
             log.write(ppo.iteration, **figures)
             bar.update()
             bar.set_postfix_str(

@@ -195,6 +195,14 @@ class RLHFOptions(Options):
     log_to: str | None = option(
         None, "Log to this too, besides metrics.jsonl.", LOGGING, ("tensorboard", "wandb"), may_change=True
     )
+    profile: int | None = option(
+        None,
+        "Profile this many iterations after the first three, into trace.json.",
+        LOGGING,
+        minimum=1,
+        maximum=50,
+        may_change=True,
+    )
     eval_prompts: int = option(128, "Prompts, never trained on, for the figures before and after.", LOGGING, minimum=1)
     eval_samples: int = option(4, "Responses to each of them.", LOGGING, minimum=1)
     frontier_prompts: int = option(

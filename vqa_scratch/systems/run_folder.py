@@ -19,7 +19,8 @@ from vqa_scratch.errors import UserError
 from vqa_scratch.options import to_json
 from vqa_scratch.storage import read_object, typed, write_json
 from vqa_scratch.systems.older import todays_moments, todays_names
-from vqa_scratch.systems.options import PRESETS, RunOptions
+from vqa_scratch.systems.presets import PRESETS
+from vqa_scratch.systems.run_options import RunOptions
 from vqa_scratch.training.checkpoint import fitting, load_checkpoint, load_model_state, restore_streams
 from vqa_scratch.training.optimizers import Optimizers
 from vqa_scratch.training.ranks import ALONE, World, for_main
