@@ -34,6 +34,7 @@ from vqa_scratch.report.curves import draw_panels
 from vqa_scratch.storage import write_json
 from vqa_scratch.systems.base import System
 from vqa_scratch.systems.run_folder import WEIGHTS, begin_or_go_on, check_same_data, load_weights, restore, save_weights
+from vqa_scratch.systems.seeds import run_seeds
 from vqa_scratch.training.allocator import keep_freed_memory
 from vqa_scratch.training.checkpoint import fitting, save_checkpoint, separate_streams, streams
 from vqa_scratch.training.launch import start
@@ -326,6 +327,8 @@ def train(options: RunOptions, world: World, began: float) -> int | None:
 
 def main(options: RunOptions, began: float | None = None) -> int | None:
     """Run `train` as one of the ranks that torchrun started, or as the only one; `began`: when, if not now."""
+    if options.seeds is not None:
+        return run_seeds(options, __file__)
     began = time.perf_counter() if began is None else began
     with start(options.device) as world, held(options.out, options.resume, "train.py", world):
         return train(options, world, began)

@@ -161,8 +161,8 @@ def tensors_in(value, name="") -> dict[str, torch.Tensor]:
     return {k: t for key, inner in pairs for k, t in tensors_in(inner, f"{name}/{key}").items()}
 
 
-def assert_same_run(out: Path, alone: Path) -> None:
-    """Weights, optimizer and generators bit for bit; the same steps, losses and figures, each once."""
+def assert_same_state(out: Path, alone: Path) -> None:
+    """Weights, optimizer and generators bit for bit, at the same place."""
     ours, theirs = (load_file(folder / "model.safetensors") for folder in (out, alone))
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in theirs)
     last, last_alone = (load_checkpoint(folder / "checkpoints" / "last.pt") for folder in (out, alone))
@@ -172,6 +172,11 @@ def assert_same_run(out: Path, alone: Path) -> None:
     for state in (last, last_alone):
         assert state["state"].pop("seconds") > 0
     assert last["state"] == last_alone["state"] and last["rng"]["python"] == last_alone["rng"]["python"]
+
+
+def assert_same_run(out: Path, alone: Path) -> None:
+    """The same state; the same steps, losses and figures, each once."""
+    assert_same_state(out, alone)
     rows = [[json.loads(line) for line in (f / "metrics.jsonl").read_text().splitlines()] for f in (out, alone)]
     for row in rows[0] + rows[1]:
         row.pop("seconds")

@@ -4,6 +4,7 @@
 system adds its own. So a flag that a system does not use is an error. Nothing here imports torch.
 """
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -214,7 +215,7 @@ def read_command_line(argv: Sequence[str]) -> RunOptions:
     `--help` prints the flags and exits. Raises UserError, one line, on an unknown flag or a value that is not allowed.
     """
     with first_rank_speaks():
-        return parse(
+        options = parse(
             CLASSES,
             PRESETS,
             argv,
@@ -222,3 +223,6 @@ def read_command_line(argv: Sequence[str]) -> RunOptions:
             about="Train a model that looks at images: to answer questions about them, or to describe them.",
             example="python train.py --preset book --data vqa2/ --out runs/book",
         )
+        if options.seeds is not None and "RANK" in os.environ:
+            raise UserError("--seeds runs one process after another: leave out torchrun")
+        return options

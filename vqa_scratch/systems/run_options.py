@@ -57,6 +57,14 @@ class RunOptions(Options):
         0, "Seed of the initial weights, the order of the data and the built-in data set.", RUN, minimum=0, below=2**32
     )
 
+    seeds: int | None = option(
+        None,
+        "Whole runs, with this many seeds from --seed on, each in a folder below --out.",
+        RUN,
+        minimum=2,
+        may_change=True,
+    )
+
     data: Path | None = option(
         None,
         "Table or folder with the data (docs/own-data.md); without it, drawn scenes.",
