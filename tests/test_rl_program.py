@@ -128,6 +128,14 @@ def test_killed_and_resumed_equals_uninterrupted(finished, cache, tmp_path):
     assert all(torch.equal(a[name], b[name]) for name in b)
 
 
+def test_a_profiled_run_is_the_same_run(finished, cache, tmp_path, capsys):
+    rlhf.run(flags(tmp_path / "run", cache, "--profile", "1"))
+    assert f"profile of 1 steps: {tmp_path / 'run' / 'trace.json'}" in capsys.readouterr().out
+    trace = json.loads((tmp_path / "run" / "trace.json").read_text())["traceEvents"]
+    assert len([event for event in trace if event.get("name") == "iterate" and event["ph"] == "X"]) == 1
+    assert logged(tmp_path / "run") == logged(finished[0])
+
+
 def test_more_iterations_of_a_finished_run(finished, cache, tmp_path, monkeypatch, capsys):
     """+3 to 6 is 9, undisturbed or killed on the way, bit for bit; asked for again on the way, it is refused."""
     undisturbed, killed = (Path(shutil.copytree(finished[0], tmp_path / name)) for name in ("a", "b"))
