@@ -19,6 +19,7 @@ from vqa_scratch.nn.states import ImageEncoder
 from vqa_scratch.storage import write_json, write_text
 from vqa_scratch.systems.assembly import image_sizes
 from vqa_scratch.systems.base import System
+from vqa_scratch.systems.model_card import metadata
 from vqa_scratch.weights.files import write_safetensors
 
 README = """\
@@ -196,7 +197,7 @@ def export_writer(system: System[Any, VQAModel], folder: Path) -> list[str]:
         most=tokenizers.max_answer_tokens,
         step=MEMORY if model.connector.uses_memory else PREFIX,
     )
-    write_text(folder / "README.md", page)
+    write_text(folder / "README.md", metadata(system, "vqa-scratch") + page)
     return [] if note is None else [f"{note}: {folder / 'image'} holds it under names of our own, see its README.md"]
 
 
@@ -207,8 +208,9 @@ def export_vilt(system: System[Any, ViLTClassifier], folder: Path) -> list[str]:
     load, of_output = (LOAD_OWN_VILT, "") if system.sizes["stem"] == "conv" else (LOAD_VILT, ".logits")
     limit = system.tokenizers.max_question_tokens
     page = VILT_README.format(load=load, example=system.example, of_output=of_output, limit=limit)
-    write_text(folder / "README.md", page)
-    if system.sizes["stem"] != "conv":
+    conv = system.sizes["stem"] == "conv"
+    write_text(folder / "README.md", metadata(system, "vqa-scratch" if conv else "transformers") + page)
+    if not conv:
         system.model.save_pretrained(folder)
         return []
     write_safetensors(folder / "model.safetensors", _tensors(system.model))
