@@ -63,9 +63,7 @@ def test_faithfulness(run, data, tmp_path):
     assert set(found) == {"cross", "rollout", "relevancy", "random"}
     for curves in found.values():
         assert curves["fractions"][0] == 0 and curves["fractions"][-1] == 1
-        assert curves["deletion"][0] == pytest.approx(
-            mean, rel=1e-4, abs=0
-        )  # fp32; answers of 8 random tokens, so 1e-13
+        assert curves["deletion"][0] == pytest.approx(mean, rel=1e-4, abs=0)  # fp32; 8 random tokens: 1e-13
         assert curves["insertion"][-1] == pytest.approx(mean, rel=1e-4, abs=0)
         for kind in ("deletion", "insertion"):
             values = np.array(curves[kind])
