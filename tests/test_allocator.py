@@ -52,6 +52,7 @@ def test_elsewhere_the_memory_is_left_alone(monkeypatch):
         raise AssertionError("memory is taken although the setting did not hold")
 
     refuses = SimpleNamespace(mallopt=refusing, malloc=taken, free=taken, madvise=taken)
+    monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", "1")  # else the test would leave it set
     for system, libc in (("darwin", None), ("linux", SimpleNamespace()), ("linux", refuses)):
         monkeypatch.setattr(allocator.sys, "platform", system)
         monkeypatch.setattr(allocator.ctypes, "CDLL", lambda _, libc=libc: libc)
@@ -59,6 +60,7 @@ def test_elsewhere_the_memory_is_left_alone(monkeypatch):
 
 
 def test_without_address_space_it_gives_up(monkeypatch):
+    monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", "1")
     asked = []
 
     def malloc(size: int) -> None:
