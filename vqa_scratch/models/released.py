@@ -12,6 +12,7 @@ from vqa_scratch.errors import UserError, naming
 from vqa_scratch.models.bert import Bert, BertConfig
 from vqa_scratch.models.gpt2 import GPT2
 from vqa_scratch.models.hf_config import Released
+from vqa_scratch.models.llama import Llama, LlamaConfig
 from vqa_scratch.models.opt import OPT
 from vqa_scratch.models.resnet import ResNet
 from vqa_scratch.models.vit import ViT, ViTConfig
@@ -20,7 +21,7 @@ from vqa_scratch.weights.files import read_checkpoint
 
 IMAGE_ENCODERS: dict[str, type[Released]] = dict.fromkeys(ViTConfig.LAYOUTS, ViT)
 TEXT_ENCODERS: dict[str, type[Released]] = dict.fromkeys(BertConfig.LAYOUTS, Bert)
-DECODERS: dict[str, type[Released]] = {"gpt2": GPT2, "opt": OPT}
+DECODERS: dict[str, type[Released]] = {"gpt2": GPT2, "opt": OPT, **dict.fromkeys(LlamaConfig.LAYOUTS, Llama)}
 
 
 def image_encoder(source: str | PathLike[str]) -> ViT | ResNet:
@@ -38,7 +39,7 @@ def text_encoder(source: str | PathLike[str]) -> Bert:
     return _open(source, TEXT_ENCODERS, "text encoders")
 
 
-def decoder(source: str | PathLike[str], *, cross_attention: bool) -> GPT2 | OPT:
+def decoder(source: str | PathLike[str], *, cross_attention: bool) -> GPT2 | OPT | Llama:
     """A decoder in eval mode, from a checkpoint folder or a Hub id. Cross-attention can be had with GPT-2 only; it is
     random where the checkpoint has none. Raises UserError as `image_encoder`."""
     if cross_attention:
@@ -46,7 +47,7 @@ def decoder(source: str | PathLike[str], *, cross_attention: bool) -> GPT2 | OPT
     return _open(source, DECODERS, "decoders")
 
 
-def decoder_of(sizes: Mapping[str, Any]) -> GPT2 | OPT:
+def decoder_of(sizes: Mapping[str, Any]) -> GPT2 | OPT | Llama:
     """A decoder of random weights, from the content of a config.json."""
     (found,) = typed("the decoder", sizes, {"model_type": str})
     if found not in DECODERS:

@@ -7,7 +7,7 @@ in `nn/scores.py`. A query that may look at nothing gets zeros in all of them.
 Shapes: B rows, H heads, T (Tq, Tk) tokens, d head size, D width; a memory has M entries of N tokens, R rows each.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from vqa_scratch import kernels
 from vqa_scratch.nn import taps
 from vqa_scratch.nn.cache import KVCache
-from vqa_scratch.nn.memory import KeyValue, Memory, check_rows, concatenate
+from vqa_scratch.nn.memory import KeyValue, Memory, Sharing, check_rows, concatenate
 from vqa_scratch.nn.relative_bias import PassBias
 from vqa_scratch.nn.scores import Products, allowed, attention_mask, attention_scores, masked_softmax
 
@@ -73,8 +73,7 @@ def attention(
     probability that a weight is dropped; backend None means the result of `choose`. Raises ValueError on an unknown
     backend or a misshapen mask.
     """
-    if backend is None:
-        backend = choose(q, bias=bias is not None)
+    backend = backend or choose(q, bias=bias is not None)
     if backend == "explicit":
         pattern = masked_softmax(attention_scores(q, k, key_mask=key_mask, bias=bias, causal=causal, scale=scale))
         return F.dropout(pattern, dropout).to(v.dtype) @ v  # a bias in fp32 makes the weights fp32
@@ -103,7 +102,12 @@ def attention_over_parts(
         k, v, mask, sharing = parts[0]
         return sharing.unfold(attention(sharing.fold(q), k, v, key_mask=mask, scale=scale, dropout=dropout))
     if choose(q, kernel=True, dropout=dropout) == "kernel":
-        return kernels.merge([_read_part(q, part, scale) for part in parts])[0]
+
+        def read(k: Tensor, v: Tensor, mask: Tensor | None, sharing: Sharing) -> tuple[Tensor, Tensor]:
+            z, lse = kernels.flash_attention(sharing.fold(q), k, v, key_mask=mask, scale=scale)
+            return sharing.unfold(z), sharing.unfold(lse.unsqueeze(-1)).squeeze(-1)
+
+        return kernels.merge([read(*part) for part in parts])[0]
     scores = torch.cat(
         [p.sharing.unfold(attention_scores(p.sharing.fold(q), p.k, key_mask=p.mask, scale=scale)) for p in parts], -1
     )  # (B, H, T, N1 + N2 + ...)
@@ -114,17 +118,12 @@ def attention_over_parts(
     return sum(reads[1:], start=reads[0])
 
 
-def _read_part(q: Tensor, part: KeyValue, scale: float | None) -> tuple[Tensor, Tensor]:
-    """Attention of q (B, H, T, d) over one part, (B, H, T, d), and the log-sum-exp of its scores, (B, H, T)."""
-    fold, unfold = part.sharing.fold, part.sharing.unfold
-    z, lse = kernels.flash_attention(fold(q), part.k, part.v, key_mask=part.mask, scale=scale)
-    return unfold(z), unfold(lse.unsqueeze(-1)).squeeze(-1)
-
-
 class MultiHeadAttention(nn.Module):
     """Self-attention with one fused `qkv`, or cross-attention (`context_dim` given) with `q` and a fused `kv`.
 
-    `dropout` is the probability of dropping an attention weight while training; `scale` None means head_dim**-0.5.
+    `dropout` is the probability of dropping an attention weight while training; `scale` None means head_dim**-0.5. With
+    fewer `kv_heads` each is read by the next heads / kv_heads queries (Ainslie et al. 2023, 2305.13245); `head_norm`
+    makes norms of q and k from their head size.
     """
 
     tap_prefix: str | None = None
@@ -135,21 +134,24 @@ class MultiHeadAttention(nn.Module):
         heads: int,
         *,
         head_dim: int | None = None,
+        kv_heads: int | None = None,
         context_dim: int | None = None,
         bias: bool = True,
         out_bias: bool = True,
         scale: float | None = None,
         dropout: float = 0.0,
+        head_norm: Callable[[int], nn.Module] = nn.Identity,
     ) -> None:
         super().__init__()
         if head_dim is None and dim % heads:
             raise ValueError(f"width {dim} does not divide into {heads} heads; give head_dim")
-        self.heads, self.head_dim = heads, head_dim or dim // heads
+        self.heads, self.kv_heads, self.head_dim = heads, kv_heads or heads, head_dim or dim // heads
         self.scale = self.head_dim**-0.5 if scale is None else scale
         self.dropout = dropout
         inner = heads * self.head_dim
         if context_dim is None:
-            self.qkv = nn.Linear(dim, 3 * inner, bias=bias)
+            self.qkv = nn.Linear(dim, inner + 2 * self.kv_heads * self.head_dim, bias=bias)
+            self.q_norm, self.k_norm = head_norm(self.head_dim), head_norm(self.head_dim)
         else:
             self.q = nn.Linear(dim, inner, bias=bias)
             self.kv = nn.Linear(context_dim, 2 * inner, bias=bias)
@@ -164,17 +166,18 @@ class MultiHeadAttention(nn.Module):
         bias: PassBias | None = None,
         causal: bool = False,
         cache: KVCache | None = None,
+        rotate: Callable[[Tensor], Tensor] | None = None,
     ) -> Tensor:
         """(B, T, D) -> (B, T, D).
 
         context: (B, N, context_dim) with key_mask (B, N), or memories, which have their own masks. With a cache
         self-attention needs key_mask and bias for all keys, old and new; cross-attention projects its context once. A
-        bias includes the mask and the causal order.
+        bias includes the mask and the causal order. `rotate` changes q and k (B, heads, T, d), which are cached so.
         """
         name, dropout = self.tap_prefix, self.dropout if self.training else 0.0
         if self.is_cross:
             assert bias is None and not causal, "cross-attention takes no bias and has no order"
-            (q,), parts = self._split(self.q(x), 1), self.project(context, key_mask, cache)
+            (q,), parts = self._split(self.q(x), self.heads), self.project(context, key_mask, cache)
             check_rows(parts, len(x))
             if not taps.wanted(name, "k", "v", "mask", "scores", "pattern"):
                 q = taps.tap(name, "q", q)
@@ -182,9 +185,15 @@ class MultiHeadAttention(nn.Module):
             k, v, key_mask, _ = concatenate(parts)
         else:
             assert context is None, "this is self-attention: it was built without context_dim"
-            q, k, v = self._split(self.qkv(x), 3)
+            q, k, v = self._split(self.qkv(x), self.heads, self.kv_heads, self.kv_heads)
+            q, k = self.q_norm(q), self.k_norm(k)
+            if rotate is not None:
+                q, k = rotate(q), rotate(k)
             if cache is not None:
                 k, v = cache.append(k, v)
+            if self.kv_heads < self.heads:
+                each = (-1, -1, self.heads // self.kv_heads, -1, -1)
+                k, v = (x.unsqueeze(2).expand(each).flatten(1, 2) for x in (k, v))
         q, k, v = taps.tap(name, "q", q), taps.tap(name, "k", k), taps.tap(name, "v", v)
         shown, has_bias = taps.wanted(name, "scores", "pattern"), bias is not None
         by_distance = has_bias and not taps.wanted(name, "mask")
@@ -204,11 +213,11 @@ class MultiHeadAttention(nn.Module):
         pattern = taps.tap(name, "pattern", masked_softmax(scores))
         return self._join(F.dropout(pattern, dropout).to(v.dtype) @ v)
 
-    def _split(self, x: Tensor, pieces: int) -> tuple[Tensor, ...]:
-        """(B, T, pieces*H*d) -> `pieces` views of (B, H, T, d)."""
-        # Chunks of the last axis: their gradients are joined in one pass, in the layout of the product before them.
-        heads = (self.heads, self.head_dim)
-        return tuple(piece.unflatten(-1, heads).transpose(1, 2) for piece in x.chunk(pieces, -1))
+    def _split(self, x: Tensor, *heads: int) -> tuple[Tensor, ...]:
+        """(B, T, sum(heads)*d) -> a view (B, H, T, d) for each number of heads."""
+        # Pieces of the last axis: their gradients are joined in one pass, in the layout of the product before them.
+        pieces = x.split([number * self.head_dim for number in heads], -1)
+        return tuple(piece.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for piece in pieces)
 
     def _join(self, z: Tensor) -> Tensor:
         """The output projection: the outputs of the heads (B, H, T, d) -> (B, T, D)."""
@@ -238,7 +247,7 @@ class MultiHeadAttention(nn.Module):
             raise ValueError("cross-attention needs a context")
         parts = []
         for memory in [context] if isinstance(context, Memory) else context:
-            k, v = self._split(self.kv(memory.states), 2)
+            k, v = self._split(self.kv(memory.states), self.heads, self.heads)
             parts.append(memory.project(k, v))
         if cache is not None:
             cache.fill_cross(parts)
