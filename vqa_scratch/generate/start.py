@@ -76,7 +76,7 @@ def _only_memory(parts: FastParts, cache: DecoderCache, memory: list[Memory], ro
     for block, own in zip(parts.blocks, cache, strict=True):
         read = block.cross.project(memory, cache=own)
         check_rows(read, rows)
-        nothing = read[0].k.new_empty(rows, block.attn.heads, 0, block.attn.head_dim)
+        nothing = read[0].k.new_empty(rows, block.attn.kv_heads, 0, block.attn.head_dim)
         own.append(nothing, nothing)
     return cache
 

@@ -3,7 +3,8 @@
 The fastest way depends on the dtype, the size of the weight and the number of rows. It is chosen when the function is
 made, or at the call if it depends on the rows. There are no gradients.
 
-Shapes: R rows (one token each), D and D' widths, S = rows times heads, d head size, T queries, n keys.
+Shapes: R rows (one token each), D and D' widths, H heads, J heads of keys and values, S = rows times
+heads of keys, d head size, T queries, n keys.
 """
 
 from collections.abc import Callable
@@ -12,7 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vqa_scratch.nn.attention import MultiHeadAttention
 from vqa_scratch.nn.decoding import FastBlock
+from vqa_scratch.nn.rms_norm import RMSNorm
+from vqa_scratch.nn.rotary import Rotation
 
 Function = Callable[[Tensor], Tensor]
 Addition = Callable[[Tensor, Tensor], object]  # adds a function of its second argument to the first, in place
@@ -93,11 +97,29 @@ def adding(weight: Tensor, bias: Tensor | None) -> Addition:
 
 
 def norm(module: Callable[[Tensor], Tensor]) -> Function:
-    """The norm `module`: a LayerNorm as a plain function, any other unchanged."""
+    """The norm `module`: a LayerNorm or RMSNorm as a plain function, any other unchanged."""
+    if isinstance(module, RMSNorm) and not torch.is_autocast_enabled(module.weight.device.type):
+        return lambda x: torch.rms_norm(x, module.weight.shape, module.weight, module.eps)
     if not isinstance(module, nn.LayerNorm):
         return module
     shape, weight, bias, eps = module.normalized_shape, module.weight, module.bias, module.eps
     return lambda x: torch.layer_norm(x, shape, weight, bias, eps)
+
+
+def turning(attn: MultiHeadAttention, rotates: bool) -> Callable[[Tensor, Rotation | None], None] | None:
+    """What norms and turns the queries and keys of a step (R, H + J, d) in place; None if nothing is done to them."""
+    if isinstance(attn.q_norm, nn.Identity):
+        return (lambda heads, rotation: rotation.in_place(heads)) if rotates else None
+    q_norm, k_norm = norm(attn.q_norm), norm(attn.k_norm)
+
+    def norm_and_turn(heads: Tensor, rotation: Rotation | None) -> None:
+        q, k = heads.split((attn.heads, attn.kv_heads), 1)
+        q.copy_(q_norm(q))
+        k.copy_(k_norm(k))
+        if rotates:
+            rotation.in_place(heads)
+
+    return norm_and_turn
 
 
 def feed_forward(block: FastBlock) -> Callable[[Tensor], object]:
