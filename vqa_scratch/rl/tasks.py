@@ -68,8 +68,7 @@ def articles_for(options: RLHFOptions) -> tuple[list[tuple[str, str]], list[str]
     if options.articles:
         articles, empty = read_articles(options.articles, options.column, options.summary_column)
         if empty:
-            first = empty[0].removeprefix(f"{options.articles}, ")
-            notes.append(f"{len(empty)} empty articles left out, the first at {first}")
+            notes.append(f"{len(empty)} empty articles left out, the first at {empty[0]}")
     elif options.init == "random":
         items = news(8 * (options.eval_prompts + options.prompts), seed=options.seed)
         articles = [(" ".join(item.article for item in items[i : i + 8]), "") for i in range(0, len(items), 8)]

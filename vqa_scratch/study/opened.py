@@ -43,9 +43,9 @@ def run_name(folder: Path) -> str:
 
 def token_label(tokenizer: Tokenizer, index: int) -> str:
     """One id as readable text, with its leading space."""
-    if index >= len(tokenizer):
-        return f"[unused {index}]"  # checkpoints have more rows than their vocabulary
     token = tokenizer.backend.id_to_token(index)
+    if token is None:
+        return f"[unused {index}]"  # checkpoints have more rows than their vocabulary
     if tokenizer.byte_level and token not in tokenizer.special.values():
         return tokenizer.decode([index], skip_special_tokens=False)
     return token.replace("▁", " ")

@@ -15,6 +15,7 @@ from vqa_scratch.models.vit import ConvStem
 from vqa_scratch.storage import write_json, write_text
 from vqa_scratch.systems.assembly import image_sizes
 from vqa_scratch.systems.base import System
+from vqa_scratch.systems.model_card import metadata
 from vqa_scratch.weights.files import write_safetensors
 
 README = """\
@@ -192,7 +193,7 @@ def export_writer(system: System, folder: Path) -> list[str]:
         most=tokenizers.max_answer_tokens,
         step=MEMORY if model.connector.uses_memory else PREFIX,
     )
-    write_text(folder / "README.md", page)
+    write_text(folder / "README.md", metadata(system, "vqa-scratch") + page)
     return [] if note is None else [f"{note}: {folder / 'image'} holds it under names of our own, see its README.md"]
 
 
@@ -203,7 +204,7 @@ def export_vilt(system: System, folder: Path) -> list[str]:
     load, of_output = (LOAD_OWN_VILT, "") if system.has_stem else (LOAD_VILT, ".logits")
     limit = system.tokenizers.max_question_tokens
     page = VILT_README.format(load=load, example=system.example, of_output=of_output, limit=limit)
-    write_text(folder / "README.md", page)
+    write_text(folder / "README.md", metadata(system, "vqa-scratch" if system.has_stem else "transformers") + page)
     if not system.has_stem:
         system.model.save_pretrained(folder)
         return []
