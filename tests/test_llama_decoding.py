@@ -96,7 +96,9 @@ def test_a_prompt_of_one_token_is_a_step(model, rows, monkeypatch):
     assert torch.equal(said, tokens)
     torch.testing.assert_close(found, wanted, rtol=0, atol=2e-5)
     with torch.autocast("cpu", torch.bfloat16):
-        found, _ = scores_of(*begin(model, ids, None, None, steps=STEPS))
+        first, state = begin(model, ids, None, None, steps=STEPS)
+        found, _ = scores_of(first, state)
+    assert (state.own.lines if rows == 1 else state.own.cached).dtype == torch.bfloat16  # as after a longer prompt
     assert (found[0] - wanted[0]).abs().max() < 0.05 * wanted.abs().max()
 
 
