@@ -1,5 +1,6 @@
 """Reads articles from a file: CSV or JSONL with named columns, or plain text with one article a line."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 from vqa_scratch.data.tables import Row, Rows, csv_rows, jsonl_rows, lines_of, readable
@@ -17,7 +18,7 @@ def read_articles(
     line that cannot be parsed, a missing column (naming the existing ones), an article that is not a text, and a file
     without articles.
     """
-    readers = {".csv": csv_rows, ".jsonl": jsonl_rows, ".txt": _text}
+    readers: dict[str, Callable[[Path], Rows]] = {".csv": csv_rows, ".jsonl": jsonl_rows, ".txt": _text}
     suffix = path.suffix.lower()
     if suffix not in readers:
         raise UserError(f"{path}: articles come from {', '.join(readers)} files")

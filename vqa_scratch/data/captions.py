@@ -117,7 +117,8 @@ def open_coco(path: Path, folder: Path) -> OpenedSplit:
 def open_described_scenes(folder: Path, split: str, seed: int = 0) -> OpenedSplit:
     """The drawn scenes of a split with their generated descriptions, which depend on (seed, image id) alone."""
     path, found = scenes_file(folder, split), []
-    for image_id, captions in describe_all(read_scenes(path), seed).items():
+    for number, captions in describe_all(read_scenes(path), seed).items():
+        image_id = int(number)
         image = folder / image_file_name(split, image_id, ".png")
         there = image.is_file()
         all_of_it = (tuple(captions), True, there)

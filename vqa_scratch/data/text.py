@@ -22,7 +22,7 @@ from vqa_scratch.errors import UserError, note
 from vqa_scratch.storage import read_object, write_json
 from vqa_scratch.weights.hub import locate
 
-FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+FILES: tuple[str, ...] = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 FILES += ("vocab.json", "merges.txt", "vocab.txt")
 ROLES = ("bos", "eos", "pad", "unk", "cls", "sep", "mask")
 

@@ -76,7 +76,8 @@ def _without_tokens(parts: FastParts, cache: DecoderCache, memory: list[Memory] 
     for block, own in zip(parts.blocks, cache, strict=True):
         like = block.attn.qkv.weight
         if memory is not None:
-            read = block.cross.project(memory, cache=own)
+            assert block.cross is not None, "nothing reads the memory"
+            read = block.cross[1].project(memory, cache=own)
             check_rows(read, rows)
             like = read[0].k
         elif torch.is_autocast_enabled(like.device.type):
@@ -110,8 +111,8 @@ def begin(
     if graph and parts is None:
         raise ValueError("a CUDA graph needs a decoder with a fast state, in eval mode and without a trace")
     # A prompt of one token is an ordinary step.
-    fits = parts is not None and prefix is None and (memory is None or parts.blocks[0].cross is not None)
-    if length == members == 1 and fits and not graph and padding(prompt_mask) is None:
+    one_step = length == members == 1 and prefix is None and not graph and padding(prompt_mask) is None
+    if one_step and parts is not None and (memory is None or parts.blocks[0].cross is not None):
         cache = _without_tokens(parts, decoder.new_cache(), memory, rows)
         state = FastState.after(parts, cache, None, 1 + steps)
         return state.step(prompt_ids[:, 0]), state

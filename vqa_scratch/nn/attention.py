@@ -20,7 +20,7 @@ from vqa_scratch.nn import taps
 from vqa_scratch.nn.cache import KVCache
 from vqa_scratch.nn.memory import KeyValue, Memory, check_rows, concatenate
 from vqa_scratch.nn.relative_bias import PassBias
-from vqa_scratch.nn.scores import Products, allowed, attention_mask, attention_scores, masked_softmax
+from vqa_scratch.nn.scores import Products, allowed, attention_scores, hide, masked_softmax
 
 BACKENDS = ("fused", "products", "explicit")  # these take any mask and bias; "kernel" takes neither as a tensor
 
@@ -84,7 +84,8 @@ def attention(
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
     if causal and key_mask is None and bias is None and q.shape[-2] == k.shape[-2]:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, dropout_p=dropout)
-    mask = attention_mask(q, k, key_mask=key_mask, bias=bias, causal=causal)
+    keep = allowed(key_mask, causal, q.shape[-2], k.shape[-2], q.device)
+    mask = keep if bias is None else hide(bias.to(q.dtype), keep)
     with nullcontext() if mask is None else masked_safely(q.device):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, dropout_p=dropout)
 
@@ -100,8 +101,8 @@ def attention_over_parts(
         k, v, mask, sharing = parts[0]
         return sharing.unfold(attention(sharing.fold(q), k, v, key_mask=mask, scale=scale, dropout=dropout))
     if choose(q, kernel=True, dropout=dropout) == "kernel":
-        reads = [kernels.flash_attention(p.sharing.fold(q), p.k, p.v, key_mask=p.mask, scale=scale) for p in parts]
-        apart = [(p.sharing.unfold, z, lse.unsqueeze(-1)) for p, (z, lse) in zip(parts, reads, strict=True)]
+        ran = [kernels.flash_attention(p.sharing.fold(q), p.k, p.v, key_mask=p.mask, scale=scale) for p in parts]
+        apart = [(p.sharing.unfold, z, lse.unsqueeze(-1)) for p, (z, lse) in zip(parts, ran, strict=True)]
         return kernels.merge([(unfold(z), unfold(lse).squeeze(-1)) for unfold, z, lse in apart])[0]
     scores = torch.cat(
         [p.sharing.unfold(attention_scores(p.sharing.fold(q), p.k, key_mask=p.mask, scale=scale)) for p in parts], -1
@@ -113,14 +114,12 @@ def attention_over_parts(
     return sum(reads[1:], start=reads[0])
 
 
-class MultiHeadAttention(nn.Module):
+class MultiHeadAttention(taps.Tapped):
     """Self-attention with one fused `qkv`, or cross-attention (`context_dim` given) with `q` and a fused `kv`.
 
     `dropout` is the probability of dropping a weight while training; `scale` None means head_dim**-0.5; each of fewer
     `kv_heads` serves heads / kv_heads queries (Ainslie et al. 2023, 2305.13245); `head_norm(head_dim)` norms q and k.
     """
-
-    tap_prefix: str | None = None
 
     def __init__(
         self,
@@ -167,15 +166,14 @@ class MultiHeadAttention(nn.Module):
         self-attention needs key_mask and bias for all keys, old and new; cross-attention projects its context once. A
         bias includes the mask and the causal order. `rotate` changes q and k (B, heads, T, d), which are cached so.
         """
-        name, dropout = self.tap_prefix, self.dropout if self.training else 0.0
+        name, scale, dropout = self.tap_prefix, self.scale, self.dropout if self.training else 0.0
         if self.is_cross:
             assert bias is None and not causal, "cross-attention takes no bias and has no order"
             (q,), parts = self._split(self.q(x), self.heads), self.project(context, key_mask, cache)
             check_rows(parts, len(x))
             if not taps.wanted(name, "k", "v", "mask", "scores", "pattern"):
-                return self._join(
-                    attention_over_parts(taps.tap(name, "q", q), parts, scale=self.scale, dropout=dropout)
-                )
+                q = taps.tap(name, "q", q)
+                return self._join(attention_over_parts(q, parts, scale=scale, dropout=dropout))
             k, v, key_mask, _ = concatenate(parts)
         else:
             assert context is None, "this is self-attention: it was built without context_dim"
@@ -188,21 +186,23 @@ class MultiHeadAttention(nn.Module):
             if self.kv_heads < self.heads:
                 k, v = (x[:, :, None].expand(-1, -1, self.heads // self.kv_heads, -1, -1).flatten(1, 2) for x in (k, v))
         q, k, v = taps.tap(name, "q", q), taps.tap(name, "k", k), taps.tap(name, "v", v)
-        shown, asked, has_bias = taps.wanted(name, "scores", "pattern"), taps.wanted(name, "mask"), bias is not None
-        backend = choose(q, bias=has_bias, kernel=has_bias and not asked, dropout=dropout, shown=shown)
-        if has_bias:
+        shown, added = taps.wanted(name, "scores", "pattern"), None
+        by_distance = bias is not None and not taps.wanted(name, "mask")
+        backend = choose(q, bias=bias is not None, kernel=by_distance, dropout=dropout, shown=shown)
+        if bias is not None:
             assert key_mask is None and not causal, "the bias of a pass includes the mask and the order"
             if backend == "kernel":
-                return self._join(bias.look_up(q, k, v, self.scale))
-            bias, key_mask = bias.written_out()
-        options = {"key_mask": key_mask, "bias": bias, "causal": causal}
-        if asked:
-            added = options | {"bias": bias if has_bias else q.new_zeros(1, 1, q.shape[-2], k.shape[-2])}
-            taps.tap(name, "mask", attention_mask(q, k, **added))
+                return self._join(bias.look_up(q, k, v, scale))
+            added, key_mask = bias.written_out()
+        if taps.wanted(name, "mask"):
+            size = q.shape[-2], k.shape[-2]
+            keep = allowed(key_mask, causal, *size, q.device)
+            taps.tap(name, "mask", hide(q.new_zeros(1, 1, *size) if added is None else added.to(q.dtype), keep))
         if not shown:
-            return self._join(attention(q, k, v, **options, scale=self.scale, dropout=dropout, backend=backend))
-        scores = taps.tap(name, "scores", attention_scores(q, k, **options, scale=self.scale))
-        pattern = taps.tap(name, "pattern", masked_softmax(scores))
+            masks = {"key_mask": key_mask, "bias": added}
+            return self._join(attention(q, k, v, **masks, causal=causal, scale=scale, dropout=dropout, backend=backend))
+        scores = attention_scores(q, k, key_mask=key_mask, bias=added, causal=causal, scale=scale)
+        pattern = taps.tap(name, "pattern", masked_softmax(taps.tap(name, "scores", scores)))
         return self._join(F.dropout(pattern, dropout).to(v.dtype) @ v)
 
     def _split(self, x: Tensor, *heads: int) -> tuple[Tensor, ...]:

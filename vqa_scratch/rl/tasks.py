@@ -60,7 +60,7 @@ def articles_for(options: RLHFOptions) -> tuple[list[tuple[str, str]], list[str]
 
     Raises UserError on too few.
     """
-    notes = []
+    notes: list[str] = []
     if options.preset == "mini-news":
         items = news(options.eval_prompts, mini_news.HELD_OUT_SEED)
         items += news(max(MINI_NEWS_ARTICLES, options.prompts), mini_news.TRAIN_SEED)
@@ -100,8 +100,8 @@ def models_for(options: RLHFOptions, device: torch.device) -> tuple[Models, list
         for name, label in (("grammar", options.grammar_label), ("tone", options.tone_label)):
             check_label(mini_news.JUDGES[name][1], label)  # now, not after minutes of training
         folder = mini_news.prepare(options.cache, options.seed, options.sft_steps, options.reward_steps, str(device))
-        judges = {} if options.reward else {name: folder / name for name in JUDGED}
-        made = mini_news.load(folder / "summariser", judges)
+        trained = {} if options.reward else {name: folder / name for name in JUDGED}
+        made = mini_news.load(folder / "summariser", trained)
         return made, [f"summariser and reward models: {folder}"]
     if options.init == "random":
         return random_models(options), []

@@ -121,24 +121,26 @@ def norm(module: Callable[[Tensor], Tensor]) -> Function:
 
 def turning(attn: MultiHeadAttention, rotates: bool) -> Callable[[Tensor, Rotation | None], None] | None:
     """What norms and turns the queries and keys of a step (R, H + J, d) in place; None if nothing is done to them."""
-    if isinstance(attn.q_norm, nn.Identity):
-        return (lambda heads, rotation: rotation.in_place(heads)) if rotates else None
+    normed = not isinstance(attn.q_norm, nn.Identity)
+    if not normed and not rotates:
+        return None
     q_norm, k_norm = norm(attn.q_norm), norm(attn.k_norm)
 
-    def norm_and_turn(heads: Tensor, rotation: Rotation | None) -> None:
-        q, k = heads.split((attn.heads, attn.kv_heads), 1)
-        q.copy_(q_norm(q))
-        k.copy_(k_norm(k))
-        if rotates:
+    def turn(heads: Tensor, rotation: Rotation | None) -> None:
+        if normed:
+            q, k = heads.split((attn.heads, attn.kv_heads), 1)
+            q.copy_(q_norm(q))
+            k.copy_(k_norm(k))
+        if rotation is not None:
             rotation.in_place(heads)
 
-    return norm_and_turn
+    return turn
 
 
 def feed_forward(block: FastBlock) -> Callable[[Tensor], object]:
     """x (R, D) += MLP(norm(x)) of the block."""
-    before, rise, active, fall = norm(block.mlp_norm), linear(block.up), block.activation, block.down
-    fall = adding(fall.weight, fall.bias)
+    before, rise, active = norm(block.mlp_norm), linear(block.up), block.activation
+    fall = adding(block.down.weight, block.down.bias)
     if block.gate is None:
         return lambda x: fall(x, active(rise(before(x))))
     gate = linear(block.gate)
