@@ -15,9 +15,7 @@ from vqa_scratch import systems
 from vqa_scratch.data.images import ImageProcessor
 from vqa_scratch.data.text import train_bpe
 from vqa_scratch.errors import UserError
-from vqa_scratch.models import released
-from vqa_scratch.models.opt import OPT, OPTConfig
-from vqa_scratch.models.vit import ViT, ViTConfig
+from vqa_scratch.models import OPT, Llama, LlamaConfig, OPTConfig, ViT, ViTConfig, released
 from vqa_scratch.systems.options import read_command_line
 from vqa_scratch.systems.run_folder import save_weights
 from vqa_scratch.systems.vqa import VQASystem
@@ -28,15 +26,25 @@ QUESTION = "what color is the square?"
 SIZES = {"dim": 16, "heads": 2, "layers": 2, "hidden": 32}
 
 
-def checkpoints(folder: Path, **sizes) -> list[str]:
-    """The flags of a small ViT and a small OPT in the layouts of released ones."""
+FAMILIES = {
+    "OPT": (OPT, OPTConfig, {}),
+    "OPT-350M": (OPT, OPTConfig, {"embedding_dim": 8, "norm_first": False}),
+    "Llama": (Llama, LlamaConfig, {"kv_heads": 1}),
+    "Persimmon": (Llama, LlamaConfig, {"layout": "persimmon", "norm": "layer", "qk_norm": True, "gated": False}),
+}
+FAMILIES["Persimmon"][2].update(dict.fromkeys(("qkv_bias", "out_bias", "mlp_bias"), True))
+
+
+def checkpoints(folder: Path, family: str) -> list[str]:
+    """The flags of a small ViT and a small decoder in the layouts of released ones."""
     words = train_bpe([f" {QUESTION}", " red blue two circle"], 300)
-    ids = {"bos_id": words.bos_id, "eos_id": words.eos_id, "pad_id": words.pad_id}
-    decoder = OPT(OPTConfig(vocab_size=len(words), max_positions=64, **ids, **SIZES, **sizes))
+    kind, config, sizes = FAMILIES[family]
+    ids = {"bos_id": words.bos_id, "pad_id": words.pad_id}
+    decoder = kind(config(vocab_size=len(words), max_positions=64, **ids, **SIZES, **sizes))
     image = ViT(ViTConfig(image_size=32, patch_size=16, **SIZES))
-    decoder.save_pretrained(folder / "opt"), words.save(folder / "opt")
+    decoder.save_pretrained(folder / "words"), words.save(folder / "words")
     image.save_pretrained(folder / "vit"), ImageProcessor(size=(32, 32)).save_pretrained(folder / "vit")
-    return ["--image-model", str(folder / "vit"), "--decoder-model", str(folder / "opt")]
+    return ["--image-model", str(folder / "vit"), "--decoder-model", str(folder / "words")]
 
 
 def options(data: Path, folder: Path, connector: str, *flags: str):
@@ -46,10 +54,10 @@ def options(data: Path, folder: Path, connector: str, *flags: str):
 
 @torch.enable_grad()
 @pytest.mark.parametrize("connector", ["prefix", "qformer"])
-@pytest.mark.parametrize("sizes", [{}, {"embedding_dim": 8, "norm_first": False}], ids=["125M", "350M"])
-def test_an_opt_answers(data, tmp_path, capsys, monkeypatch, connector, sizes):
-    """It trains, is saved, opened, asked, studied and exported as a GPT-2 is; the 350M model has a narrow embedding."""
-    chosen = options(data, tmp_path, connector, *checkpoints(tmp_path, **sizes))
+@pytest.mark.parametrize("family", FAMILIES)
+def test_it_answers(data, tmp_path, capsys, monkeypatch, connector, family):
+    """It trains, is saved, opened, asked, studied and exported as a GPT-2 is; OPT-350M has a narrow embedding."""
+    chosen = options(data, tmp_path, connector, *checkpoints(tmp_path, family))
     samples = VQASystem.read(chosen)
     system = VQASystem.build(chosen, samples, Precision("fp32", CPU))
     system.train_on(samples)
@@ -61,7 +69,8 @@ def test_an_opt_answers(data, tmp_path, capsys, monkeypatch, connector, sizes):
     save_weights(chosen.out / "model.safetensors", system.model)
 
     opened = systems.load(chosen.out)
-    assert isinstance(opened.model.decoder, OPT) and opened.model.decoder.config == system.model.decoder.config
+    assert type(opened.model.decoder) is FAMILIES[family][0]
+    assert opened.model.decoder.config == system.model.decoder.config
     (answer,), _ = opened.ask(picture(data), QUESTION)
     study = ("study", chosen.out, "--image", picture(data), "--question", QUESTION, "--out", tmp_path / "study")
     command(*study)
@@ -79,7 +88,8 @@ def test_an_opt_answers(data, tmp_path, capsys, monkeypatch, connector, sizes):
     assert capsys.readouterr().out.strip() == (answer.text or "(nothing)")
 
 
-def test_an_opt_has_no_cross_attention(tmp_path):
-    *_, folder = checkpoints(tmp_path)
-    with pytest.raises(UserError, match="'opt'; decoders with cross-attention are gpt2$"):
+@pytest.mark.parametrize("family", ["OPT", "Llama"])
+def test_it_has_no_cross_attention(tmp_path, family):
+    *_, folder = checkpoints(tmp_path, family)
+    with pytest.raises(UserError, match=f"'{family.lower()}'; decoders with cross-attention are gpt2$"):
         released.decoder(folder, cross_attention=True)

@@ -1,7 +1,8 @@
 """Turns texts into ids and back, with tokenizers loaded from released checkpoints or trained here.
 
-A thin layer over the `tokenizers` library. There are three kinds: WordPiece (BERT, Devlin et al. 2019), byte-level BPE
-(GPT-2, Radford et al. 2019; RoBERTa, Liu et al. 2019) and Unigram (T5, Raffel et al. 2020; from its tokenizer.json).
+A thin layer over the `tokenizers` library. There are four kinds: WordPiece (BERT, Devlin et al. 2019), byte-level BPE
+(GPT-2, Radford et al. 2019; RoBERTa, Liu et al. 2019) and, from their tokenizer.json, Unigram (T5, Raffel et al. 2020)
+and BPE of characters whose rare ones are bytes (Llama, Touvron et al. 2023).
 
 B batch, T text tokens.
 """
@@ -21,7 +22,7 @@ from vqa_scratch.errors import UserError, note
 from vqa_scratch.storage import read_object, write_json
 from vqa_scratch.weights.hub import locate
 
-FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+FILES: tuple[str, ...] = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 FILES += ("vocab.json", "merges.txt", "vocab.txt")
 ROLES = ("bos", "eos", "pad", "unk", "cls", "sep", "mask")
 
@@ -75,14 +76,18 @@ class Tokenizer:
             token = self.special.get(role)
             index = None if token is None else backend.token_to_id(token)
             if token is not None and index is None:
-                raise UserError(f"the {role} token {token!r} is not in the vocabulary of {len(self)} tokens")
+                raise UserError(
+                    f"the {role} token {token!r} is not in the vocabulary of {backend.get_vocab_size()} tokens"
+                )
             setattr(self, f"{role}_id", index)
-        parts = json.loads(backend.to_str())["pre_tokenizer"] or {}
-        self.byte_level = any(part["type"] == "ByteLevel" for part in parts.get("pretokenizers", [parts]) if part)
+        # Not of the whole backend: the library writes a line for each id up to the largest, which may be anything.
+        parts = json.loads(backend.pre_tokenizer.__getstate__()) if backend.pre_tokenizer else {}
+        self.byte_level = any(part.get("type") == "ByteLevel" for part in parts.get("pretokenizers", [parts]))
 
     def __len__(self) -> int:
-        """Number of ids, added tokens included."""
-        return self.backend.get_vocab_size(with_added_tokens=True)
+        """How many rows the ids need: one more than the largest, of all tokens and of what is put around a text."""
+        vocabulary = self.backend.get_vocab(with_added_tokens=True)
+        return 1 + max([*vocabulary.values(), *self.backend.encode("").ids], default=-1)
 
     @classmethod
     def from_pretrained(cls, folder_or_hub_id: str | Path) -> "Tokenizer":
@@ -125,9 +130,9 @@ class Tokenizer:
         write_json(folder / "tokenizer_config.json", config, compact=True)
 
     def check_fits(self, rows: int, model: object) -> None:
-        """Raise UserError if there are more tokens than the `rows` of an embedding table of `model`."""
+        """Raise UserError if an embedding table of `model`, of so many rows, has none for the largest id."""
         if len(self) > rows:
-            raise UserError(f"the tokenizer has {len(self)} tokens, {model} has rows for {rows}")
+            raise UserError(f"the tokenizer has ids up to {len(self) - 1}, {model} has rows for {rows}")
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """The ids of one text, uncut."""

@@ -16,6 +16,7 @@ import torch
 from vqa_scratch import systems
 from vqa_scratch.data.vqa_v2 import VQASample
 from vqa_scratch.errors import UserError
+from vqa_scratch.models.vqa import VQAModel
 from vqa_scratch.rl.options import RLHFOptions
 from vqa_scratch.rl.policy import freeze, sampling_rules
 from vqa_scratch.rl.resume import fingerprint
@@ -37,14 +38,16 @@ def vqa_task(options: RLHFOptions, device: torch.device, dtype: torch.dtype) -> 
 NEW = {"greedy_accuracy": "test", "holdout_accuracy": "holdout"}  # figures before and after, and the split they are of
 
 
-def greedy_accuracy(system: System, policy: VQAPolicy, new: dict[str, list[VQASample]]) -> dict[str, float]:
+def greedy_accuracy(
+    system: System[Any, VQAModel], policy: VQAPolicy, new: dict[str, list[VQASample]]
+) -> dict[str, float]:
     """Official accuracy of the answers that the system gives with the policy's weights, by name of the questions."""
     tuned = copy.copy(system)
     tuned.model = policy.model
     return {name: score(samples, tuned.answer(samples)).accuracy for name, samples in new.items()}
 
 
-def answering_task(system: System, options: RLHFOptions, dtype: torch.dtype) -> Task:
+def answering_task(system: System[Any, VQAModel], options: RLHFOptions, dtype: torch.dtype) -> Task:
     """The system as policy, with a frozen copy as reference, whose linear layers are stored in `dtype`.
 
     The questions are those of `--data`, by default of the run's own data.
