@@ -268,7 +268,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         "micro_prompts": 64,
         "iterations": 22,
         "learning_rate": 1e-4,
-        "value_lr_scale": 3.0,
         "eval_prompts": 512,
         "eval_samples": 1,
     },
