@@ -32,7 +32,7 @@ def retrieval(similarity: Tensor, image_of: Sequence[int], first: Sequence[int] 
     `image_of` (B,) says which image each text is about. "text" is the search for a text, by an image.
     """
     belongs = torch.arange(len(similarity))[:, None] == torch.as_tensor(image_of)
-    figures = {}
+    figures: dict[str, float] = {}
     for name, (rows, own) in {"text": (similarity, belongs), "image": (similarity.T, belongs.T)}.items():
         ranks = ranks_of(rows.cpu(), own)
         figures |= {f"{name}_r@{k}": float((ranks <= k).double().mean()) for k in first}
