@@ -20,6 +20,7 @@ from vqa_scratch.nn.rotary import Rotation
 
 Function = Callable[[Tensor], Tensor]
 Addition = Callable[[Tensor, Tensor], object]  # adds a function of its second argument to the first, in place
+Turning = Callable[[Tensor, Rotation | None], None]
 
 # With up to 3 rows MKL reads a large weight at the speed of the memory; with a few more at half that speed, and oneDNN
 # is faster: 50,257 x 768 with 4, 8, 12, 16, 32, 64 rows takes 0.83, 0.61, 0.46, 0.88, 0.83, 0.86 of the time
@@ -119,11 +120,15 @@ def norm(module: Callable[[Tensor], Tensor]) -> Function:
     return lambda x: torch.layer_norm(x, shape, weight, bias, eps)
 
 
-def turning(attn: MultiHeadAttention, rotates: bool) -> Callable[[Tensor, Rotation | None], None] | None:
-    """What norms and turns the queries and keys of a step (R, H + J, d) in place; None if nothing is done to them."""
+def turnings(blocks: list[FastBlock], rotates: bool) -> list[Turning]:
+    """What norms and turns queries and keys in each block; empty if nothing is done to them."""
+    plain = all(isinstance(block.attn.q_norm, nn.Identity) for block in blocks)
+    return [] if plain and not rotates else [turning(block.attn) for block in blocks]
+
+
+def turning(attn: MultiHeadAttention) -> Turning:
+    """What norms and turns the queries and keys of a step (R, H + J, d) in place."""
     normed = not isinstance(attn.q_norm, nn.Identity)
-    if not normed and not rotates:
-        return None
     q_norm, k_norm = norm(attn.q_norm), norm(attn.k_norm)
 
     def turn(heads: Tensor, rotation: Rotation | None) -> None:
