@@ -9,7 +9,7 @@ import random
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -86,7 +86,7 @@ def answering_task(system: System[Any, VQAModel], options: RLHFOptions, dtype: t
         lambda ids: words.decode(ids).strip(),
         save,
         tokenizers.notes_on_all(sample.question for sample in (*train, *held_out)),
-        lambda tuned, _: greedy_accuracy(system, tuned, new),
+        lambda tuned, _: greedy_accuracy(system, cast(VQAPolicy, tuned), new),
         upgrade=partial(todays_checkpoint, reference=reference),
     )
 
