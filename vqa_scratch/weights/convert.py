@@ -117,7 +117,7 @@ def load_into(
     wrong = []
     for name, entry in wanted.items():
         should = (ours[name].shape[0] // len(entry.theirs), *ours[name].shape[1:]) if ours[name].ndim else ()
-        should = should[::-1] if entry.transposed else should
+        should = should[::-1] if entry.transposed else should[entry.axes :]
         for key in entry.theirs:
             if key not in by_key:
                 continue
@@ -159,6 +159,6 @@ def to_hf(model: nn.Module, key_map: KeyMap) -> dict[str, Tensor]:
         if entry is None:
             raise ValueError(f"{name} of {type(model).__name__} has no place in this checkpoint layout")
         for piece, key in zip(_pieces(parameter.detach().cpu(), entry), entry.theirs, strict=True):
-            piece = piece.T if entry.transposed else piece
+            piece = piece.T if entry.transposed else piece.reshape(piece.shape[entry.axes :])
             tensors[("" if entry.ours in head else prefix) + key] = piece.contiguous().clone()
     return tensors

@@ -16,6 +16,7 @@ class Entry(NamedTuple):
     ours: str
     theirs: tuple[str, ...]
     transposed: bool = False  # the file holds (in, out), as GPT-2's Conv1D does
+    axes: int = 0  # so many leading axes of ours, each of length 1, are not in the file
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ def linear(ours: str, *theirs: str, transposed: bool = False) -> tuple[Entry, ..
 def nested(ours: str, entries: tuple[Entry, ...], theirs: str = "") -> tuple[Entry, ...]:
     """The entries of a part of a model: `ours` and `theirs` are put before its names and keys."""
     return tuple(
-        Entry(ours + entry.ours, tuple(theirs + key for key in entry.theirs), entry.transposed) for entry in entries
+        entry._replace(ours=ours + entry.ours, theirs=tuple(theirs + key for key in entry.theirs)) for entry in entries
     )
 
 
