@@ -24,11 +24,12 @@ from vqa_scratch.data.vqa_v2 import (
 from vqa_scratch.data.vqa_write import write_submission
 from vqa_scratch.errors import UserError
 from vqa_scratch.report.gallery import write_gallery
+from vqa_scratch.systems.answering import AnsweringSystem
 from vqa_scratch.systems.base import RunData
 from vqa_scratch.systems.finals import Pass, beats_blind, cut_short, no_better_than_blind
 from vqa_scratch.systems.options import QuestionOptions, RunOptions
 from vqa_scratch.systems.scoring import blind_baselines, rules_of
-from vqa_scratch.systems.splits import Key, SplitSystem
+from vqa_scratch.systems.splits import Key
 
 
 def family_of(folder: Path) -> Callable[[VQASample], str]:
@@ -109,7 +110,7 @@ def hold_out(samples: list[VQASample], fraction: float, seed: int) -> tuple[list
     return train, held
 
 
-class QuestionSystem(SplitSystem):
+class QuestionSystem(AnsweringSystem):
     """A system that trains on questions grouped by image, and is scored by official accuracy beside blind baselines.
 
     A subclass adds the model, `loss`, and `respond`: how it answers.
