@@ -37,6 +37,7 @@ from vqa_scratch.data.vqa_v2 import VQASample
 from vqa_scratch.errors import UserError
 from vqa_scratch.systems.options import RunOptions
 from vqa_scratch.systems.run_folder import load_weights, write_run_config
+from vqa_scratch.training.optimizers import Optimizers
 from vqa_scratch.training.precision import Precision
 from vqa_scratch.training.ranks import ALONE, World
 
@@ -134,6 +135,9 @@ class System(ABC):
     def precompute(self) -> None:  # noqa: B027
         """Write the files of --cache that need the model's weights; the main rank of a machine does so first."""
 
+    def trained_by(self, optimizers: Optimizers) -> None:  # noqa: B027
+        """Hook to the optimizers of the run what is to happen after each of their steps."""
+
     @abstractmethod
     def epoch(self, number: int) -> list[Any]:
         """What `batch` takes for each step of an epoch; a function of `number` alone."""
@@ -218,6 +222,17 @@ class System(ABC):
     def describe(self, data: Path, split: str, limit: int | None) -> dict[str, Any]:
         """Figures of the captions of a split, or of its first `limit` images, with `baselines`."""
         self.lacks("describes no images")
+
+    def embed_images(self, paths: Sequence[Path]) -> Tensor:
+        """(I, P): image files as vectors of length 1, which point the way of the texts that fit them.
+
+        Raises UserError for an image that cannot be read.
+        """
+        self.lacks("has no space that images and texts share")
+
+    def embed_texts(self, texts: Sequence[str]) -> Tensor:
+        """(B, P): texts as vectors of length 1, as `embed_images`. Raises UserError for an empty text."""
+        self.lacks("has no space that images and texts share")
 
     def subject(self, image: Image.Image, question: str | None) -> Any:
         """What `study` looks at: the model on one input, as a `vqa_scratch.study.opened.Opened`.

@@ -56,7 +56,7 @@ class CaptionSystem(WritingSystem):
 
     @classmethod
     def read(cls, options: CaptionOptions) -> RunData:
-        return read_captions_data(options)
+        return read_captions_data(options, questions=options.question_share > 0)
 
     @classmethod
     def check(cls, options: CaptionOptions) -> None:

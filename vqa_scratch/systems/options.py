@@ -326,7 +326,9 @@ class CaptionOptions(RunOptions):
             raise UserError("--init pretrained needs --image-model, a file of ResNet weights, and --decoder-model")
 
 
-CLASSES = (VQAOptions, ViLTOptions, CaptionOptions)
+from vqa_scratch.systems.clip_options import CLIPOptions  # noqa: E402
+
+CLASSES = (VQAOptions, ViLTOptions, CaptionOptions, CLIPOptions)
 BY_PRESET = {preset: options for options in CLASSES for preset in choices_of(options, "preset")}
 
 

@@ -44,6 +44,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "learning_rate": 1e-4,
         "warmup_steps": 2000,
     },
+    "clip": {},
     "caption": {**AUGMENTED, "weight_decay": 0.0},
     "coco": {
         **RELEASED,
