@@ -1,8 +1,8 @@
 """Scenes that differ from a drawn one in one respect, and scenes of a single object: what an image is told apart by.
 
 Descriptions of such a pair have the same words. A model that reads them as a bag of words cannot choose the right one
-(Yuksekgonul et al. 2023, "When and Why Vision-Language Models Behave like Bags-of-Words", 2210.01936; Thrush et al. 2022,
-"Winoground", 2204.03162).
+(Yuksekgonul et al. 2023, "When and Why Vision-Language Models Behave like Bags-of-Words", 2210.01936; Thrush et al.
+2022, "Winoground", 2204.03162).
 """
 
 import random

@@ -1,8 +1,8 @@
 """A contrastive system: two towers give an image and its caption nearly the same vector, so each finds the other.
 
 Preset `clip` trains a small CLIP (Radford et al. 2021, 2103.00020), or with `--loss sigmoid` a SigLIP (Zhai et al.
-2023, 2303.15343), on the built-in data set or on captions of one's own. A step sees each of its images once, with a caption
-drawn anew in every epoch, and tells it from the captions of all others.
+2023, 2303.15343), on the built-in data set or on captions of one's own. A step sees each of its images once, with a
+caption drawn anew in every epoch, and tells it from the captions of all others.
 
 Shapes: I images and as many captions, P width of their common space.
 """

@@ -76,7 +76,7 @@ def show(
     ways = ", ".join(f"{words} {figures[way]['R@1']:.3f}" for way, words in WAYS.items())
     lead = (
         "Images the model was not trained on, and the captions of all of them. First, images with the captions that "
-        "are most similar to them, their own in bold. Then captions, and the images that are most similar to them. Green: "
-        "the right one comes first; amber: among the first four; red: later."
+        "are most similar to them, their own in bold. Then captions, and the images that are most similar to them. "
+        "Green: the right one comes first; amber: among the first four; red: later."
     )
     write_page(folder / "samples.html", f"What finds what (first place: {ways})", lead, sections)
