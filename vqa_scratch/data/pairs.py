@@ -38,26 +38,17 @@ class PairBatch(ImageBatch):
         return replace(self, rows=self.rows[:0])
 
 
-class TextIds:
-    """Texts as ids, padded on the right to `width` tokens; None: to the longest of those that are asked for."""
-
-    def __init__(self, texts: Sequence[str], tokenizers: Tokenizers, width: int | None) -> None:
-        self.pad, self.width = tokenizers.text.pad_id or 0, width
-        self.ids = Ragged(encode_unique(texts, tokenizers.question))
-
-    def batch(self, rows: Sequence[int]) -> Tensor:
-        """(B, T) of the chosen rows."""
-        ids, _ = self.ids.padded(rows, self.pad)
-        return ids if self.width is None else F.pad(ids, (0, self.width - ids.shape[1]), value=self.pad)
-
-
 class Captions(ImageGroups):
-    """Captions with their ids, grouped by image; `width` as in `TextIds`."""
+    """Captions with their ids, grouped by image.
+
+    They are padded on the right to `width` tokens; None: to the longest of a batch.
+    """
 
     def __init__(self, samples: Sequence[VQASample], tokenizers: Tokenizers, width: int | None) -> None:
         super().__init__(samples)
         captions = [sample.answer for sample in samples]
-        self.ids = TextIds(captions, tokenizers, width)
+        self.pad, self.width = tokenizers.text.pad_id or 0, width
+        self.ids = Ragged(encode_unique(captions, tokenizers.question))
         self.texts = np.unique(captions, return_inverse=True)[1]
 
     def epoch(self, seed: int, epoch: int, pairs_per_step: int) -> list[np.ndarray]:
@@ -71,9 +62,10 @@ class Captions(ImageGroups):
         """The batch of these rows, of different images; `image_map` as in `ImageGroups.images_of`."""
         rows = np.asarray(rows)
         shown, index = self.images_of(rows, image_map)
+        ids, _ = self.ids.padded(rows, self.pad)
         return PairBatch(
             images=images.batch(shown),
-            input_ids=self.ids.batch(rows),
+            input_ids=ids if self.width is None else F.pad(ids, (0, self.width - ids.shape[1]), value=self.pad),
             texts=torch.from_numpy(self.texts[rows]),
             image_index=torch.from_numpy(index),
             rows=torch.from_numpy(rows.astype(np.int64)),

@@ -223,15 +223,27 @@ class System(ABC):
         """Figures of the captions of a split, or of its first `limit` images, with `baselines`."""
         self.lacks("describes no images")
 
-    def embed_images(self, paths: Sequence[Path]) -> Tensor:
-        """(I, P): image files as vectors of length 1, which point the way of the texts that fit them.
-
-        Raises UserError for an image that cannot be read.
-        """
+    def embed_images(self, images: Sequence[Image.Image]) -> Tensor:
+        """(I, P), on the CPU: images as vectors of length 1, close to those of the texts that fit them."""
         self.lacks("has no space that images and texts share")
 
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
-        """(B, P): texts as vectors of length 1, as `embed_images`. Raises UserError for an empty text."""
+        """(B, P), on the CPU: texts as vectors of length 1. Raises UserError for an empty text."""
+        self.lacks("has no space that images and texts share")
+
+    def classify(self, image: Image.Image, labels: Sequence[str], templates: Sequence[str]) -> list[float]:
+        """The probability of each label for an image, without having been trained on them.
+
+        A label is put in place of the {} of every template. Raises UserError for labels that are empty or repeat, and
+        for a template without {}.
+        """
+        self.lacks("has no space that images and texts share")
+
+    def texts_and_images(self) -> list[VQASample]:
+        """What is sought by default: the captions of the run's own test split, one an image, and their images.
+
+        Raises UserError if the data are no longer where they were.
+        """
         self.lacks("has no space that images and texts share")
 
     def subject(self, image: Image.Image, question: str | None) -> Any:

@@ -8,21 +8,24 @@ Shapes: I images and as many captions, P width of their common space.
 """
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
-from vqa_scratch.data.contrasts import CONTRASTS
+from vqa_scratch.data.contrasts import CLASSES, CONTRASTS, single_objects
 from vqa_scratch.data.descriptions import in_places
-from vqa_scratch.data.images import ImageProcessor, Images, load_image
-from vqa_scratch.data.pairs import Captions, PairBatch, TextIds
+from vqa_scratch.data.images import ImageProcessor, Images
+from vqa_scratch.data.pairs import Captions, PairBatch
+from vqa_scratch.data.scenes import HELD_OUT, RIVALS
 from vqa_scratch.data.text import Tokenizer, train_wordpiece
 from vqa_scratch.data.tokenizers import Tokenizers
+from vqa_scratch.data.vqa_files import first_images
 from vqa_scratch.data.vqa_v2 import VQASample
 from vqa_scratch.errors import UserError
 from vqa_scratch.models.clip import CLIP, CLIPConfig
@@ -31,10 +34,12 @@ from vqa_scratch.models.vit import ConvStem, ViTConfig
 from vqa_scratch.storage import typed
 from vqa_scratch.systems.assembly import check_images, grid_positions, stem_for
 from vqa_scratch.systems.base import ANY_SAMPLE, RunData, seed_everything
-from vqa_scratch.systems.captions import read_captions_data, to_describe
+from vqa_scratch.systems.captions import read_captions_data, read_texts, to_describe
 from vqa_scratch.systems.clip_options import CLIPOptions
 from vqa_scratch.systems.clip_report import lines_of, show
+from vqa_scratch.systems.clip_texts import classify, embed_labels, embed_texts
 from vqa_scratch.systems.finals import Pass
+from vqa_scratch.systems.questions import built_in
 from vqa_scratch.systems.retrieval import retrieval, share_preferred, told_apart
 from vqa_scratch.systems.splits import TIMED, Key, Split, SplitSystem
 from vqa_scratch.systems.vqa_models import IMAGE_SIZE
@@ -42,7 +47,9 @@ from vqa_scratch.training.contrastive import clamp_scale_, info_nce, sigmoid_los
 from vqa_scratch.training.optimizers import Optimizers
 from vqa_scratch.training.precision import Precision
 
-AT_ONCE = 256  # images or texts that are embedded at once when they are not part of a split
+AT_ONCE = 256  # images that are embedded at once when they are not part of a split
+EACH_CLASS = 10  # drawn images of each class of single objects
+TEMPLATES = tuple(f"a {{}} at the {place}" for place in RIVALS["where"])  # in the words of the drawn scenes
 FINAL = {"retrieval": "test", "hold-out": "holdout"}  # the passes of the final figures, and their splits
 LAYOUTS = {"softmax": "clip", "sigmoid": "siglip"}  # by loss
 
@@ -226,7 +233,7 @@ class CLIPSystem(SplitSystem):
         other = retrieval(test.images.roll(len(captions) // 2, 0), test.texts, captions)
         figures["baselines"] = {"chance": 1 / len(captions), "shuffled_images": other["accuracy"]}
         if "test" in self.data.scenes:
-            figures["contrasts"] = self.contrasts(test, samples)
+            figures |= {"contrasts": self.contrasts(test, samples), "zero_shot": self.zero_shot()}
         held = self.embed_split("holdout", progress="hold-out") if "holdout" in self.splits else None
         figures["holdout"] = held and retrieval(held.images, held.texts, self.captions_of("holdout", held.rows))
         if self.world.main:
@@ -243,32 +250,49 @@ class CLIPSystem(SplitSystem):
             figures[name] = share_preferred(test.images[places], test.texts[places], wrong)
         return figures
 
+    def zero_shot(self) -> dict[str, float]:
+        """The share of drawn objects, alone in an image, that are given their size, color and shape among all classes;
+        apart for pairs of color and shape that training never showed."""
+        drawn = single_objects(EACH_CLASS)
+        images = self.embed_images([image for image, _ in drawn])
+        classes = self.embed_labels([" ".join(words) for words in CLASSES], TEMPLATES).cpu()
+        right = (images @ classes.T).argmax(1) == torch.tensor([number for _, number in drawn])
+        unseen = torch.tensor([CLASSES[number][1:] in HELD_OUT for _, number in drawn])
+        shares = {name: right[of].float().mean().item() for name, of in (("seen", ~unseen), ("held_out", unseen))}
+        return shares | {"chance": 1 / len(CLASSES)}
+
     def lines(self, summary: dict[str, Any]) -> list[str]:
         return lines_of(summary)
 
     # ---------------------------------------------------------------------------------------------------- asking
 
-    def embed_images(self, paths: Sequence[Path]) -> Tensor:
-        return self.embed_pixels([self.processor.to_uint8(load_image(path)) for path in paths])
-
-    def embed_pixels(self, images: Sequence[np.ndarray]) -> Tensor:
-        """(I, P), on the CPU: images (H, W, 3) uint8, as `processor.to_uint8` makes them, as vectors."""
-
-        def embed(rows: range) -> Tensor:
-            pixels = torch.from_numpy(np.stack([images[row] for row in rows])).to(self.precision.device)
-            return self.model.embed_images(self.processor.normalize(pixels))
-
-        return self._embed(len(images), embed)
+    def embed_images(self, images: Sequence[Image.Image]) -> Tensor:
+        parts = []
+        with self.evaluating(), self.precision.autocast():
+            for start in range(0, len(images), AT_ONCE):
+                pixels = self.processor(images[start : start + AT_ONCE]).to(self.precision.device)
+                parts.append(self.model.embed_images(pixels).cpu())
+        return torch.cat(parts)
 
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
-        ids = TextIds([check_text(text) for text in texts], self.tokenizers, self.text_width)
-        return self._embed(len(texts), lambda rows: self.model.embed_texts(ids.batch(rows).to(self.precision.device)))
-
-    def _embed(self, number: int, embed: Callable[[range], Tensor]) -> Tensor:
-        """(number, P): what `embed` makes of all rows, some at a time."""
         with self.evaluating(), self.precision.autocast():
-            starts = range(0, number, AT_ONCE)
-            return torch.cat([embed(range(at, min(at + AT_ONCE, number))).float().cpu() for at in starts])
+            return embed_texts(self.model, self.tokenizers.text, [check_text(text) for text in texts]).cpu()
+
+    def embed_labels(self, labels: Sequence[str], templates: Sequence[str]) -> Tensor:
+        """(L, P), on the model's device: each label in every template, averaged. Raises UserError as `classify`."""
+        with self.evaluating(), self.precision.autocast():
+            return embed_labels(self.model, self.tokenizers.text, labels, templates)
+
+    def classify(self, image: Image.Image, labels: Sequence[str], templates: Sequence[str]) -> list[float]:
+        classes = self.embed_labels(labels, templates)
+        pixels = self.processor(image)[None].to(self.precision.device)
+        with self.evaluating(), self.precision.autocast():
+            return classify(self.model, pixels, classes)[0].tolist()
+
+    def texts_and_images(self) -> list[VQASample]:
+        options = self.options
+        texts = read_texts(options.data or built_in(options), options.test_split, seed=options.seed)
+        return first_images(to_describe(texts), options.test_images)
 
 
 def check_text(text: str) -> str:

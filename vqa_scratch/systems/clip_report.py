@@ -30,6 +30,11 @@ def lines_of(summary: Mapping[str, Any]) -> list[str]:
     if "contrasts" in summary:
         told = ", ".join(f"{name} swapped {share:.3f}" for name, share in summary["contrasts"].items())
         lines.append(f"descriptions told apart, chance 0.5: {told}")
+        classes = summary["zero_shot"]
+        lines.append(
+            f"single objects classified, chance {classes['chance']:.3f}: {classes['seen']:.3f}, "
+            f"never shown in training {classes['held_out']:.3f}"
+        )
     return [*lines, *cut_short(summary)]
 
 
