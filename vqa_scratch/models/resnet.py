@@ -174,7 +174,7 @@ class ResNet(nn.Module):
             for i in range(depth):
                 blocks.append(Block(config.block, narrow, width, 2 if i == 0 and stage > 1 else 1, norm))
                 narrow = width * BLOCKS[config.block][-1][-1]
-            self.add_module(f"layer{stage}", nn.Sequential(*blocks))
+            self.add_module(f"layer{stage}", nn.ModuleList(blocks))
             self.stages.append(f"layer{stage}")
 
     def forward(self, pixel_values: Tensor) -> Tensor:
@@ -187,7 +187,8 @@ class ResNet(nn.Module):
         x = pixel_values.contiguous(memory_format=torch.channels_last)
         x = F.max_pool2d(F.relu(self.norm1(self.conv1(x))), 3, 2, padding=1)
         for stage in self.stages:
-            x = getattr(self, stage)(x)
+            for block in getattr(self, stage):
+                x = block(x)
         return x
 
     def places(self, height: int, width: int) -> Places:

@@ -19,7 +19,7 @@ from vqa_scratch.models.vit import ConvStem, ViT, ViTConfig
 from vqa_scratch.models.vqa import VQAModel
 from vqa_scratch.storage import typed
 from vqa_scratch.systems.older import todays_sizes
-from vqa_scratch.systems.options import RunOptions
+from vqa_scratch.systems.run_options import RunOptions
 
 T = TypeVar("T")
 

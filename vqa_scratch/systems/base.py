@@ -35,8 +35,8 @@ from vqa_scratch.data.scenes import Scene
 from vqa_scratch.data.tokenizers import Tokenizers
 from vqa_scratch.data.vqa_v2 import VQASample
 from vqa_scratch.errors import UserError
-from vqa_scratch.systems.options import RunOptions
 from vqa_scratch.systems.run_folder import load_weights, write_run_config
+from vqa_scratch.systems.run_options import RunOptions
 from vqa_scratch.training.optimizers import Optimizers
 from vqa_scratch.training.precision import Precision
 from vqa_scratch.training.ranks import ALONE, World

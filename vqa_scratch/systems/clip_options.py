@@ -5,7 +5,7 @@ from pathlib import Path
 
 from vqa_scratch.errors import UserError
 from vqa_scratch.options import option
-from vqa_scratch.systems.options import DATA, LIMITS, LOGGING, MODEL, PRESET_HELP, RUN, STEMS, TRAINING, RunOptions
+from vqa_scratch.systems.run_options import DATA, LIMITS, LOGGING, MODEL, PRESET_HELP, RUN, STEMS, TRAINING, RunOptions
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class CLIPOptions(RunOptions):
     heads: int = option(4, "Attention heads.", MODEL, minimum=1)
     image_layers: int = option(4, "Layers of the image tower.", MODEL, minimum=1)
     text_layers: int = option(4, "Layers of the text tower.", MODEL, minimum=1)
-    patch_size: int = option(8, "Side of a patch, in pixels.", MODEL, minimum=1)
+    patch_size: int = option(16, "Side of a patch, in pixels.", MODEL, minimum=1)
     stem: str = option("conv", "How pixels become patch tokens: convolutions or one linear map.", MODEL, STEMS)
     projection: int = option(
         128, "Width of the space that images and texts share.", MODEL, minimum=1, only={"loss": "softmax"}

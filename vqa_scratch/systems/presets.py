@@ -44,7 +44,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         "learning_rate": 1e-4,
         "warmup_steps": 2000,
     },
-    "clip": {},
     "caption": {**AUGMENTED, "weight_decay": 0.0},
     "coco": {
         **RELEASED,
@@ -57,4 +56,5 @@ PRESETS: dict[str, dict[str, Any]] = {
         "warmup_steps": 1000,
         "max_caption_tokens": 40,
     },
+    "clip": {},
 }

@@ -27,7 +27,8 @@ from vqa_scratch.report.gallery import write_gallery
 from vqa_scratch.systems.answering import AnsweringSystem
 from vqa_scratch.systems.base import RunData
 from vqa_scratch.systems.finals import Pass, beats_blind, cut_short, no_better_than_blind
-from vqa_scratch.systems.options import QuestionOptions, RunOptions
+from vqa_scratch.systems.options import QuestionOptions
+from vqa_scratch.systems.run_options import RunOptions
 from vqa_scratch.systems.scoring import blind_baselines, rules_of
 from vqa_scratch.systems.splits import Key
 

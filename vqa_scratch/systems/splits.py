@@ -16,7 +16,7 @@ from vqa_scratch.data.vqa_v2 import VQASample
 from vqa_scratch.report.curves import moving_average
 from vqa_scratch.systems.base import RunData, System
 from vqa_scratch.systems.finals import Pace
-from vqa_scratch.systems.options import RunOptions
+from vqa_scratch.systems.run_options import RunOptions
 from vqa_scratch.systems.scoring import other_images
 from vqa_scratch.training.ranks import World
 

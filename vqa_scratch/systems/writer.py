@@ -21,7 +21,7 @@ from vqa_scratch.study.opened import Opened
 from vqa_scratch.systems import assembly
 from vqa_scratch.systems.answering import AnsweringSystem
 from vqa_scratch.systems.export import export_writer
-from vqa_scratch.systems.options import RunOptions
+from vqa_scratch.systems.run_options import RunOptions
 from vqa_scratch.systems.splits import Key, Split
 from vqa_scratch.systems.studied import writing_subject
 from vqa_scratch.systems.writing import write, writing_figures
