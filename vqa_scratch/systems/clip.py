@@ -23,18 +23,18 @@ from vqa_scratch.data.descriptions import in_places
 from vqa_scratch.data.images import ImageProcessor, Images
 from vqa_scratch.data.pairs import Captions, PairBatch
 from vqa_scratch.data.scenes import HELD_OUT, RIVALS
-from vqa_scratch.data.text import Tokenizer, train_wordpiece
+from vqa_scratch.data.text import Tokenizer
 from vqa_scratch.data.tokenizers import Tokenizers
 from vqa_scratch.data.vqa_files import first_images
 from vqa_scratch.data.vqa_v2 import VQASample
 from vqa_scratch.errors import UserError
-from vqa_scratch.models.clip import CLIP, CLIPConfig
-from vqa_scratch.models.clip_text import CLIPTextConfig
-from vqa_scratch.models.vit import ConvStem, ViTConfig
-from vqa_scratch.storage import typed
-from vqa_scratch.systems.assembly import check_images, grid_positions, stem_for
+from vqa_scratch.models.clip import CLIP
+from vqa_scratch.models.vit import ConvStem
+from vqa_scratch.systems.assembly import check_images
 from vqa_scratch.systems.base import ANY_SAMPLE, RunData, seed_everything
 from vqa_scratch.systems.captions import read_captions_data, read_texts, to_describe
+from vqa_scratch.systems.clip_export import export_clip
+from vqa_scratch.systems.clip_models import model_of, small_model
 from vqa_scratch.systems.clip_options import CLIPOptions
 from vqa_scratch.systems.clip_report import lines_of, show
 from vqa_scratch.systems.clip_texts import classify, embed_labels, embed_texts
@@ -51,7 +51,6 @@ AT_ONCE = 256  # images that are embedded at once when they are not part of a sp
 EACH_CLASS = 10  # drawn images of each class of single objects
 TEMPLATES = tuple(f"a {{}} at the {place}" for place in RIVALS["where"])  # in the words of the drawn scenes
 FINAL = {"retrieval": "test", "hold-out": "holdout"}  # the passes of the final figures, and their splits
-LAYOUTS = {"softmax": "clip", "sigmoid": "siglip"}  # by loss
 
 
 class Embedded(NamedTuple):
@@ -98,9 +97,8 @@ class CLIPSystem(SplitSystem):
 
     @classmethod
     def open(cls, folder: Path, sizes: dict[str, Any], options: CLIPOptions, precision: Precision) -> Self:
-        config, (stem,) = CLIPConfig.from_hf(sizes), typed(str(folder / "config.json"), sizes, {"stem": str})
         tokenizers = _tokenizers(options, Tokenizer.from_pretrained(folder / "text_tokenizer"))
-        model = CLIP(config, stem_for(config.image, stem))
+        model = model_of(sizes, str(folder / "config.json"))
         return cls(options, model, tokenizers, ImageProcessor.from_pretrained(folder), precision, folder)
 
     @property
@@ -137,8 +135,8 @@ class CLIPSystem(SplitSystem):
 
     def trained_by(self, optimizers: Optimizers) -> None:
         """Clamps the scale of the similarities after each step."""
-        for optimizer in optimizers.optimizers:
-            optimizer.register_step_post_hook(lambda *_: clamp_scale_(self.model.logit_scale))
+        adamw = optimizers.optimizers[-1]  # has the scale, whichever has the matrices
+        adamw.register_step_post_hook(lambda *_: clamp_scale_(self.model.logit_scale))
 
     def epoch(self, number: int) -> list[Key]:
         options = self.options
@@ -289,10 +287,17 @@ class CLIPSystem(SplitSystem):
         with self.evaluating(), self.precision.autocast():
             return classify(self.model, pixels, classes)[0].tolist()
 
+    def export(self, folder: Path) -> list[str]:
+        return export_clip(self, folder)
+
     def texts_and_images(self) -> list[VQASample]:
         options = self.options
         texts = read_texts(options.data or built_in(options), options.test_split, seed=options.seed)
         return first_images(to_describe(texts), options.test_images)
+
+
+def _tokenizers(options: CLIPOptions, text: Tokenizer) -> Tokenizers:
+    return Tokenizers(text, None, max_question_tokens=options.max_caption_tokens)
 
 
 def check_text(text: str) -> str:
@@ -300,43 +305,3 @@ def check_text(text: str) -> str:
     if not text.strip():
         raise UserError("the text is empty: describe an image, for example 'a small red circle at the top left'")
     return text.strip()
-
-
-# ------------------------------------------------------------------------------------------------ models
-
-
-def _tokenizers(options: CLIPOptions, text: Tokenizer) -> Tokenizers:
-    return Tokenizers(text, None, max_question_tokens=options.max_caption_tokens)
-
-
-def small_model(options: CLIPOptions, train: Sequence[VQASample]) -> tuple[CLIP, Tokenizer]:
-    """A small model of random weights, with a tokenizer learned from the captions."""
-    text = train_wordpiece(sorted({sample.answer for sample in train}), options.vocabulary)
-    kind, width = LAYOUTS[options.loss], options.width
-    layout = CLIPConfig.LAYOUTS[kind]
-    shared = {"dim": width, "heads": options.heads, "hidden": 4 * width, "activation": "relu", "norm_eps": 1e-5}
-    config = CLIPConfig(
-        image=ViTConfig(
-            image_size=IMAGE_SIZE,
-            patch_size=options.patch_size,
-            layers=options.image_layers,
-            layout=layout.image,
-            **shared,
-        ),
-        text=CLIPTextConfig(
-            vocab_size=len(text),
-            max_positions=options.max_caption_tokens,
-            layers=options.text_layers,
-            eos_id=text.sep_id,
-            layout=layout.text,
-            **shared,
-        ),
-        projection_dim=options.projection if kind == "clip" else width,
-        layout=kind,
-    )
-    model = CLIP(config, stem_for(config.image, options.stem))
-    tower = model.image
-    with torch.no_grad():
-        table = grid_positions(tower.places(IMAGE_SIZE, IMAGE_SIZE).grid, width)
-        tower.positions[0, tower.prefix_tokens :] = 0.5 * table
-    return model, text

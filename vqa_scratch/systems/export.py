@@ -118,7 +118,8 @@ labels = model.labels
 """
 
 
-def _tensors(module: nn.Module) -> dict[str, Any]:
+def tensors_of(module: nn.Module) -> dict[str, Any]:
+    """The parameters of a module by name, for a file."""
     return {name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()}
 
 
@@ -133,7 +134,7 @@ def _export_image(image: nn.Module, folder: Path) -> tuple[str, str, str, list[s
         image.save_pretrained(folder)
         load = 'image = AutoModel.from_pretrained("image").eval()'
         return image.config.to_hf()["architectures"][0], load, "image(pixels).last_hidden_state", [], None
-    write_safetensors(folder / "model.safetensors", _tensors(image))
+    write_safetensors(folder / "model.safetensors", tensors_of(image))
     write_json(folder / "encoder.json", image_sizes(image))
     if isinstance(image, ResNet):
         kind, part, layout, hint = "a small ResNet", "group norm", "no released layout", ""
@@ -158,7 +159,7 @@ def export_writer(system: System, folder: Path) -> list[str]:
     for name, part, tokenizer in parts:
         part.save_pretrained(folder / name)
         tokenizer.save(folder / name)
-    write_safetensors(folder / "connector.safetensors", _tensors(model.connector), {"connector": connector})
+    write_safetensors(folder / "connector.safetensors", tensors_of(model.connector), {"connector": connector})
     write_json(folder / "connector.json", system.sizes["connector"])
 
     reads_text, token = model.text is not None, tokenizers.decoder.backend.id_to_token
@@ -207,7 +208,7 @@ def export_vilt(system: System, folder: Path) -> list[str]:
     if not system.has_stem:
         system.model.save_pretrained(folder)
         return []
-    write_safetensors(folder / "model.safetensors", _tensors(system.model))
+    write_safetensors(folder / "model.safetensors", tensors_of(system.model))
     write_json(folder / "model.json", system.sizes)
     return [
         f"the model has a convolutional stem, which the ViLT layout has no place for{STEM_HINT}: {folder} holds it "

@@ -68,5 +68,8 @@ def told_apart(images: Tensor, texts: Tensor, *, left_out: Tensor, world: World)
     Arguments as in `info_nce`.
     """
     (all_images, all_texts), places = gather_pairs(world, images, texts)
-    ways = [own @ everyone.T for own, everyone in ((images, all_texts), (texts, all_images))]
-    return sum((way.masked_fill(left_out, -2.0).argmax(1) == places).sum() for way in ways) / 2
+    left_out = left_out.clone()
+    left_out[torch.arange(len(places), device=places.device), places] = True
+    own = (images * texts).sum(1, keepdim=True)
+    ways = (images @ all_texts.T, texts @ all_images.T)
+    return sum(((way < own) | left_out).all(1).sum() for way in ways) / 2
