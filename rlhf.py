@@ -145,7 +145,7 @@ def train(
     return log, earlier, None
 
 
-def conclude(ppo: PPO, task: Task, options: RLHFOptions, log: MetricsLog) -> dict[str, float]:
+def conclude(ppo: PPO, task: Task, options: RLHFOptions, log: MetricsLog) -> dict[str, Any]:
     """Measure before and after on held-out prompts and write every report. Returns the summary."""
     prompts, k, seed = task.held_out[: options.eval_prompts], options.eval_samples, options.seed + 10
     before = evaluate.measure(ppo, task.reference, prompts, k, seed, task.figures)
@@ -176,14 +176,14 @@ def conclude(ppo: PPO, task: Task, options: RLHFOptions, log: MetricsLog) -> dic
     return summary
 
 
-def main(options: RLHFOptions) -> dict[str, float] | int:
+def main(options: RLHFOptions) -> dict[str, Any] | int:
     """Run it all; returns what summary.json holds (nothing on ranks other than the main one), or the number of the
     signal that stopped it early."""
     with start(options.device) as world, held(options.out, options.resume, PROGRAM, world):
         return work(options, world)
 
 
-def work(options: RLHFOptions, world: World) -> dict[str, float] | int:
+def work(options: RLHFOptions, world: World) -> dict[str, Any] | int:
     """`main` on one rank."""
     started = time.perf_counter()
     keep_freed_memory()
@@ -253,7 +253,7 @@ def show(s: dict[str, float], options: RLHFOptions) -> None:
         )
 
 
-def run(argv: Sequence[str]) -> dict[str, float] | int:
+def run(argv: Sequence[str]) -> dict[str, Any] | int:
     """`main` for a command line."""
     return main(read_command_line(argv))
 

@@ -193,7 +193,7 @@ def train(options: RunOptions, world: World, began: float) -> int | None:
     def keep_back() -> None:
         """Measure how much of --minutes is kept back for the final figures."""
         nonlocal reserve
-        seconds = ranks.with_whole_model(lambda: system.seconds_to_finish(FINAL_SHARE * 60 * options.minutes))
+        seconds = ranks.with_whole_model(lambda: system.seconds_to_finish(FINAL_SHARE * 60 * (options.minutes or 0)))
         reserve = world.of_main(seconds + 3 * reporting)  # the last checkpoint and the pages too
 
     budget = None  # seconds of training and final figures, if --minutes limits the run
@@ -210,7 +210,7 @@ def train(options: RunOptions, world: World, began: float) -> int | None:
     def share_done(seconds: float | None = None) -> float:
         """The share of the training that is done, 0 to 1, after these seconds; by default as the ranks last agreed."""
         if budget is None:
-            return min(1.0, progress.step / options.steps)
+            return min(1.0, progress.step / (options.steps or 1))
         return min(1.0, (progress.seconds if seconds is None else seconds) / max(budget - reserve, 1.0))
 
     def next_batch() -> Next:
@@ -251,8 +251,8 @@ def train(options: RunOptions, world: World, began: float) -> int | None:
 
     # ---- the loop: learning rate, step, log, evaluate, save
     loss_of = ranks.shared(torch.compile(system.loss, dynamic=True) if options.compile else system.loss)
-    step = partial(train_step, accumulate=options.accumulate, max_grad_norm=options.max_grad_norm, ranks=ranks)
-    profiled = profiling(step, options.profile, options.out / "trace.json", world.main)
+    plain = partial(train_step, accumulate=options.accumulate, max_grad_norm=options.max_grad_norm, ranks=ranks)
+    profiled = profiling(plain, options.profile, options.out / "trace.json", world.main)
     system.model.train()
     window_began, window_samples = time.perf_counter(), 0
     bar = Bar(lambda: share_done(clock()), progress, log.rows, system.unit)
@@ -260,7 +260,7 @@ def train(options: RunOptions, world: World, began: float) -> int | None:
         source = prefetch(batches_from(system, progress.epoch, progress.position, world, pin=device.type == "cuda"))
         over = share_done() >= 1
         now = None if over else next_batch()
-        while not over and now.signal is None:
+        while now is not None and now.signal is None and not over:
             factor = schedule(progress.step, share_done(), options.warmup_steps, options.decay_from)
             optimizers.set_factor(factor)
             loss, right, norm = step(loss_of, now.batch.to(device), optimizers, precision, counted=now.counted)
@@ -324,6 +324,7 @@ def train(options: RunOptions, world: World, began: float) -> int | None:
     speed = [f"{name:20s} {summary[name]}" for name in ("seconds", "samples_per_second")]
     print(*system.lines(figures), *speed, sep="\n")
     print(f"look at {options.out / 'samples.html'} and {curves}", *system.what_next(options.out), sep="\n")
+    return None
 
 
 def main(options: RunOptions, began: float | None = None) -> int | None:

@@ -5,12 +5,13 @@ preset. Nothing here imports torch, so that --help and a mistyped flag are answe
 """
 
 import difflib
+import io
 import os
 import re
 import sys
 import tomllib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -35,7 +36,7 @@ T = TypeVar("T")
 class NearChoice(click.Choice):
     """A choice whose error suggests the nearest allowed value. `renamed` maps old values to new ones."""
 
-    def __init__(self, choices: Sequence[str], renamed: Mapping[str, str] | None = None) -> None:
+    def __init__(self, choices: Iterable[str], renamed: Mapping[str, str] | None = None) -> None:
         super().__init__(choices)
         self.renamed = renamed or {}
 
@@ -80,11 +81,13 @@ class Number(click.ParamType):
 class Flag(click.Option):
     """A flag that --help shows under the heading `group`, with `shown` or else its default in brackets."""
 
-    def __init__(self, *names: Any, help: str, group: str = "Options", shown: Any = None, **more: Any) -> None:
+    def __init__(
+        self, names: Sequence[str], *, help: str, group: str = "Options", shown: Any = None, **more: Any
+    ) -> None:
         shown = more.get("default") if shown is None else shown
         if shown not in (None, ""):
             help += f"  [{shown}]" if not isinstance(shown, bool) else f"  [{'on' if shown else 'off'}]"
-        super().__init__(*names, help=help, **more)
+        super().__init__(names, help=help, **more)
         self.group = group
 
 
@@ -153,7 +156,7 @@ def as_user_error(error: click.ClickException, elsewhere: Mapping[str, str] | No
     """
     if not isinstance(error, click.NoSuchOption):
         return UserError(error.format_message())
-    if error.option_name in (elsewhere or {}):
+    if elsewhere is not None and error.option_name in elsewhere:
         return UserError(f"{error.option_name} means nothing here: it is a flag of {elsewhere[error.option_name]}")
     near = difflib.get_close_matches(error.option_name, error.possibilities or (), 1)
     return UserError(f"no such flag: {error.option_name}" + (f"; did you mean {near[0]}?" if near else ""))
@@ -285,7 +288,7 @@ def first_rank_speaks() -> Iterator[None]:
 def errors_in_one_line() -> Iterator[None]:
     """Exit with 2 and one line on stderr after a UserError, an operating-system error on a file, or for want of memory;
     with 130 after Ctrl-C."""
-    with suppress(AttributeError):  # names of files may hold bytes that are no text
+    if isinstance(sys.stdout, io.TextIOWrapper):  # names of files may hold bytes that are no text
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         yield

@@ -9,11 +9,11 @@ import dataclasses
 import math
 import types
 import typing
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from vqa_scratch.errors import UserError, naming
 from vqa_scratch.storage import is_text
@@ -85,7 +85,7 @@ class Options:
     """
 
     given = None
-    more = MappingProxyType({})
+    more: ClassVar[Mapping[str, float]] = MappingProxyType({})
 
     def __post_init__(self) -> None:
         check(self)
@@ -124,7 +124,7 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def one_of(words: Sequence[Any]) -> str:
+def one_of(words: Iterable[Any]) -> str:
     """ "a", "a or b", "a, b or c"."""
     *most, last = map(str, words)
     return f"{', '.join(most)} or {last}" if most else last

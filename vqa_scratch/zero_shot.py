@@ -77,7 +77,7 @@ class ZeroShot:
         length = int(made.lengths)
         said = made.ids[0, :length].tolist()
         text = self.tokenizer.decode(said).strip()
-        return [Answer(text, float(made.log_probs.sum().exp()), length, said[-1] == end)], []
+        return [Answer(text, float(made.likely()), length, said[-1] == end)], []
 
 
 def open_zero_shot(source: str, device: torch.device, precision: str = "fp32") -> ZeroShot:

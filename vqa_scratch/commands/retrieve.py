@@ -67,7 +67,7 @@ def retrieve(
     system, page = open_run(run, device, precision), out or run / "retrieved.html"
     if text is not None:
         find_images(system, text, images, top, page)
-    else:
+    if image is not None:
         find_texts(system, image, labels, template, top, page)
     print(f"written to {page}")
 

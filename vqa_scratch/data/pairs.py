@@ -47,11 +47,11 @@ class Captions(ImageGroups):
     def __init__(self, samples: Sequence[VQASample], tokenizers: Tokenizers, width: int | None) -> None:
         super().__init__(samples)
         captions = [sample.answer for sample in samples]
-        self.pad, self.width = tokenizers.text.pad_id or 0, width
+        self.pad, self.width = tokenizers.by_name["text"].pad_id or 0, width
         self.ids = Ragged(encode_unique(captions, tokenizers.question))
         self.texts = np.unique(captions, return_inverse=True)[1]
 
-    def epoch(self, seed: int, epoch: int, pairs_per_step: int) -> list[np.ndarray]:
+    def pairs_of(self, seed: int, epoch: int, pairs_per_step: int) -> list[np.ndarray]:
         """The rows of every batch of an epoch: each image once, with one of its captions, about `pairs_per_step` a
         batch; it depends on the arguments alone."""
         rng = np.random.default_rng([seed, epoch])

@@ -53,10 +53,11 @@ def generate(
             made = beam_search(scores, state, options, prompt_ids, prompt_mask, fill)
         else:
             choose = chooser(options, prompt_ids, prompt_mask, generator)
-            limits = {"max_new_tokens": options.max_new_tokens, "eos_id": options.eos_id, "fill": fill}
             # Fewer rows need a new graph, and on a GPU they hardly make a step faster.
-            made = decode(scores, state, choose, **limits, compact_below=0.0 if graph else COMPACT_BELOW)
-    return Generated(*(part.clone() for part in made))
+            most, end, below = options.max_new_tokens, options.eos_id, 0.0 if graph else COMPACT_BELOW
+            made = decode(scores, state, choose, max_new_tokens=most, eos_id=end, fill=fill, compact_below=below)
+    log_probs = None if made.log_probs is None else made.log_probs.clone()
+    return Generated(made.ids.clone(), log_probs, made.lengths.clone())
 
 
 def greedy(

@@ -74,7 +74,8 @@ def prefill(
 def _only_memory(parts: FastParts, cache: DecoderCache, memory: list[Memory], rows: int) -> DecoderCache:
     """The empty cache with the keys and values of the memory, and of no tokens."""
     for block, own in zip(parts.blocks, cache, strict=True):
-        read = block.cross.project(memory, cache=own)
+        assert block.cross is not None, "nothing reads the memory"
+        read = block.cross[1].project(memory, cache=own)
         check_rows(read, rows)
         nothing = read[0].k.new_empty(rows, block.attn.heads, 0, block.attn.head_dim)
         own.append(nothing, nothing)
@@ -105,8 +106,8 @@ def begin(
     if graph and parts is None:
         raise ValueError("a CUDA graph needs a decoder with a fast state, in eval mode and without a trace")
     # A prompt of one token is an ordinary step, if a memory gives the cache its shape.
-    reads = parts is not None and memory is not None and parts.blocks[0].cross is not None and prefix is None
-    if length == members == 1 and reads and not graph and padding(prompt_mask) is None:
+    one_step = length == members == 1 and prefix is None and not graph and padding(prompt_mask) is None
+    if one_step and parts is not None and memory is not None and parts.blocks[0].cross is not None:
         cache = _only_memory(parts, decoder.new_cache(), memory, rows)
         state = FastState.after(parts, cache, None, 1 + steps)
         return state.step(prompt_ids[:, 0]), state

@@ -6,14 +6,14 @@ encoder is that of EVA-CLIP (Fang et al. 2022, 2211.07636), which is a ViT.
 Shapes: B batch, N image tokens, Q queries, T text tokens, E width of the language model, V vocabulary.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from os import PathLike
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
-from vqa_scratch.errors import UserError, naming
+from vqa_scratch.errors import UserError
 from vqa_scratch.models.hf_config import Released, fields_from_hf
 from vqa_scratch.models.opt import OPT, OPTConfig
 from vqa_scratch.models.qformer import QFormer, QFormerConfig
@@ -22,7 +22,6 @@ from vqa_scratch.storage import typed
 from vqa_scratch.weights import fields as names
 from vqa_scratch.weights import maps
 from vqa_scratch.weights.convert import load_into
-from vqa_scratch.weights.files import read_checkpoint
 
 MODEL_TYPE, VISION_TYPE = "blip-2", "blip_2_vision_model"
 _VISION = ViTConfig(patch_size=14, dim=1408, layers=39, heads=16, hidden=6144, norm_eps=1e-6)  # ViT-g of EVA-CLIP
@@ -37,6 +36,7 @@ class Blip2Config:
     language: OPTConfig = OPTConfig()
     queries: int = 32  # tokens that an image becomes
     image_token: int | None = None  # id of an image in the prompts of other programs; files before 2024 have none
+    key_map: ClassVar[maps.KeyMap] = maps.BLIP2
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "qformer", replace(self.qformer, context_dim=self.vision.dim))
@@ -44,7 +44,7 @@ class Blip2Config:
             raise UserError("BLIP-2 needs an OPT whose embedding is as wide as its blocks, with norms before sublayers")
 
     @classmethod
-    def from_hf(cls, config: dict[str, Any]) -> Self:
+    def from_hf(cls, config: Mapping[str, Any]) -> Self:
         """From a config.json of model type "blip-2". Raises UserError on another type, or another language model."""
         if (kind := config.get("model_type")) != MODEL_TYPE:
             raise UserError(f"config.json describes a model of type {kind!r}, expected {MODEL_TYPE!r}")
@@ -75,14 +75,12 @@ class Blip2Config:
         }
 
 
-class Blip2(Released, nn.Module):
+class Blip2(Released[Blip2Config]):
     """Image encoder, Q-Former, projection and language model.
 
     To generate, give the language model the image as its prefix:
     `generate(model.language, ids, mask, prefix=model.encode_image(pixels), options=...)`.
     """
-
-    key_map = maps.BLIP2
 
     def __init__(self, config: Blip2Config) -> None:
         super().__init__()
@@ -119,17 +117,22 @@ class Blip2(Released, nn.Module):
         return self
 
     @classmethod
-    def from_pretrained(
-        cls, source: str | PathLike[str], *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+    def from_checkpoint(
+        cls,
+        config: Mapping[str, Any],
+        tensors: dict[str, Tensor],
+        source: str,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
     ) -> Self:
-        """From a checkpoint folder or Hub id, in eval mode, its weights in `dtype` (see `to_precision`) on `device`.
+        """As in `Released`, the weights in `dtype` (see `to_precision`) on `device`.
 
         The weights take memory once, and only in that type: the files are mapped, and each tensor is converted as it
         is copied. Raises UserError, one line with every problem, when something does not fit.
         """
-        config, tensors = read_checkpoint(source)
-        with naming(source), torch.device("meta"):  # no memory, no random start
+        with torch.device("meta"):  # no memory, no random start
             model = cls(Blip2Config.from_hf(config)).to_precision(dtype)
         model.to_empty(device=device)
-        load_into(model, tensors, cls.key_map, source=str(source))
+        load_into(model, tensors, model.key_map, source=source)
         return model.eval()

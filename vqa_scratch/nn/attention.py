@@ -20,7 +20,7 @@ from vqa_scratch.nn import taps
 from vqa_scratch.nn.cache import KVCache
 from vqa_scratch.nn.memory import KeyValue, Memory, check_rows, concatenate
 from vqa_scratch.nn.relative_bias import PassBias
-from vqa_scratch.nn.scores import Products, allowed, attention_mask, attention_scores, masked_softmax
+from vqa_scratch.nn.scores import Products, allowed, attention_scores, hide, masked_softmax
 
 BACKENDS = ("fused", "products", "explicit")  # these take any mask and bias; "kernel" takes neither as a tensor
 
@@ -85,7 +85,8 @@ def attention(
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
     if causal and key_mask is None and bias is None and q.shape[-2] == k.shape[-2]:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, dropout_p=dropout)
-    mask = attention_mask(q, k, key_mask=key_mask, bias=bias, causal=causal)
+    keep = allowed(key_mask, causal, q.shape[-2], k.shape[-2], q.device)
+    mask = keep if bias is None else hide(bias.to(q.dtype), keep)
     if mask is None:
         return F.scaled_dot_product_attention(q, k, v, scale=scale, dropout_p=dropout)
     with masked_safely(q.device):
@@ -121,13 +122,11 @@ def _read_part(q: Tensor, part: KeyValue, scale: float | None) -> tuple[Tensor, 
     return unfold(z), unfold(lse.unsqueeze(-1)).squeeze(-1)
 
 
-class MultiHeadAttention(nn.Module):
+class MultiHeadAttention(taps.Tapped):
     """Self-attention with one fused `qkv`, or cross-attention (`context_dim` given) with `q` and a fused `kv`.
 
     `dropout` is the probability of dropping an attention weight while training; `scale` None means head_dim**-0.5.
     """
-
-    tap_prefix: str | None = None
 
     def __init__(
         self,
@@ -171,14 +170,14 @@ class MultiHeadAttention(nn.Module):
         self-attention needs key_mask and bias for all keys, old and new; cross-attention projects its context once. A
         bias includes the mask and the causal order.
         """
-        name, dropout = self.tap_prefix, self.dropout if self.training else 0.0
+        name, scale, dropout = self.tap_prefix, self.scale, self.dropout if self.training else 0.0
         if self.is_cross:
             assert bias is None and not causal, "cross-attention takes no bias and has no order"
             (q,), parts = self._split(self.q(x), 1), self.project(context, key_mask, cache)
             check_rows(parts, len(x))
             if not taps.wanted(name, "k", "v", "mask", "scores", "pattern"):
                 q = taps.tap(name, "q", q)
-                return self._join(attention_over_parts(q, parts, scale=self.scale, dropout=dropout))
+                return self._join(attention_over_parts(q, parts, scale=scale, dropout=dropout))
             k, v, key_mask, _ = concatenate(parts)
         else:
             assert context is None, "this is self-attention: it was built without context_dim"
@@ -186,22 +185,23 @@ class MultiHeadAttention(nn.Module):
             if cache is not None:
                 k, v = cache.append(k, v)
         q, k, v = taps.tap(name, "q", q), taps.tap(name, "k", k), taps.tap(name, "v", v)
-        shown, has_bias = taps.wanted(name, "scores", "pattern"), bias is not None
-        by_distance = has_bias and not taps.wanted(name, "mask")
-        backend = choose(q, bias=has_bias, kernel=by_distance, dropout=dropout, shown=shown)
-        if has_bias:
+        shown, added = taps.wanted(name, "scores", "pattern"), None
+        by_distance = bias is not None and not taps.wanted(name, "mask")
+        backend = choose(q, bias=bias is not None, kernel=by_distance, dropout=dropout, shown=shown)
+        if bias is not None:
             assert key_mask is None and not causal, "the bias of a pass includes the mask and the order"
             if backend == "kernel":
-                return self._join(bias.look_up(q, k, v, self.scale))
-            bias, key_mask = bias.written_out()
-        options = {"key_mask": key_mask, "bias": bias, "causal": causal}
+                return self._join(bias.look_up(q, k, v, scale))
+            added, key_mask = bias.written_out()
         if taps.wanted(name, "mask"):
-            added = options | {"bias": bias if has_bias else q.new_zeros(1, 1, q.shape[-2], k.shape[-2])}
-            taps.tap(name, "mask", attention_mask(q, k, **added))
+            size = q.shape[-2], k.shape[-2]
+            keep = allowed(key_mask, causal, *size, q.device)
+            taps.tap(name, "mask", hide(q.new_zeros(1, 1, *size) if added is None else added.to(q.dtype), keep))
         if not shown:
-            return self._join(attention(q, k, v, **options, scale=self.scale, dropout=dropout, backend=backend))
-        scores = taps.tap(name, "scores", attention_scores(q, k, **options, scale=self.scale))
-        pattern = taps.tap(name, "pattern", masked_softmax(scores))
+            masks = {"key_mask": key_mask, "bias": added}
+            return self._join(attention(q, k, v, **masks, causal=causal, scale=scale, dropout=dropout, backend=backend))
+        scores = attention_scores(q, k, key_mask=key_mask, bias=added, causal=causal, scale=scale)
+        pattern = taps.tap(name, "pattern", masked_softmax(taps.tap(name, "scores", scores)))
         return self._join(F.dropout(pattern, dropout).to(v.dtype) @ v)
 
     def _split(self, x: Tensor, pieces: int) -> tuple[Tensor, ...]:

@@ -7,10 +7,12 @@ matrix products.
 Shapes: N rows (tokens), D width, hidden the inner width.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 
 from vqa_scratch.nn.layers import Activation
 
@@ -30,9 +32,7 @@ def gated_mlp(x: Tensor, gate: Tensor, up: Tensor, down: Tensor, activation: Act
 
 class _GatedMLP(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: FunctionCtx, x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor, activation: Activation
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor, activation: Activation) -> Tensor:
         gate, up = F.linear(x, w_gate), F.linear(x, w_up)
         ctx.save_for_backward(x, w_gate, w_up, w_down, gate, up)
         ctx.activation = activation
@@ -40,7 +40,7 @@ class _GatedMLP(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, dy: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, w_gate, w_up, w_down, gate, up = ctx.saved_tensors
         of_x, of_gate, of_up, of_down = ctx.needs_input_grad[:4]
         shape = x.shape

@@ -4,37 +4,36 @@ import time
 from abc import abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, NamedTuple
 
 import numpy as np
 
-from vqa_scratch.data.answers import Answer
-from vqa_scratch.data.batches import ImageGroups
+from vqa_scratch.data.answers import Answer, Answers
 from vqa_scratch.data.vqa_v2 import VQASample
+from vqa_scratch.systems.base import RO, M
 from vqa_scratch.systems.finals import Pass, what_next
 from vqa_scratch.systems.scoring import Report, score
-from vqa_scratch.systems.splits import TIMED, Split, SplitSystem
+from vqa_scratch.systems.splits import TIMED, Q, Split, SplitSystem
 
 AT_ONCE = 256  # samples in a batch that is only answered
 
 
-class AnsweringSystem(SplitSystem):
+class How(NamedTuple):
+    """How to answer: by ranking the run's own list, how many answers, fields of `GenerationOptions`."""
+
+    ranked: bool = False
+    top: int = 1
+    decoding: dict[str, Any] | None = None
+
+
+class AnsweringSystem(SplitSystem[RO, M, Q], Generic[RO, M, Q]):
     """A system that says something about an image: the answer to a question, or a caption."""
 
     @abstractmethod
-    def respond(
-        self,
-        questions: ImageGroups,
-        rows: np.ndarray,
-        batch: Any,
-        *,
-        ranked: bool = False,
-        top: int = 1,
-        decoding: dict[str, Any] | None = None,
-    ) -> list[list[Answer]]:
-        """For each of the rows, whose `batch` is on the device: the `top` answers, best first.
+    def respond(self, questions: Q, rows: np.ndarray, batch: Any, how: How) -> list[list[Answer]]:
+        """For each of the rows, whose `batch` is on the device: the `how.top` answers, best first.
 
-        `ranked` and `decoding` as in `System.answer` and `System.ask`. Runs inside autocast, without gradients.
+        Runs inside autocast, without gradients.
         """
 
     @abstractmethod
@@ -56,24 +55,24 @@ class AnsweringSystem(SplitSystem):
 
     def answers(
         self,
-        split: Split,
+        split: Split[Q],
         chosen: Sequence[np.ndarray],
         *,
         shuffled: bool = False,
         progress: str | None = None,
         until: float | None = None,
         **how: Any,
-    ) -> dict[int, list[Answer]]:
-        """{question_id: answers, best first} to the rows in `chosen`; `how` as in `respond`.
+    ) -> dict[int | str, list[Answer]]:
+        """{question_id: answers, best first} to the rows in `chosen`; `how` are fields of `How`.
 
         After the first batch it stops when another one would not be done `until` a time of `time.perf_counter`.
         """
-        result: dict[int, list[Answer]] = {}
+        result: dict[int | str, list[Answer]] = {}
         began = time.perf_counter()
         with self.evaluating():
             for rows, batch in split.batches(self.precision.device, chosen, shuffled=shuffled, progress=progress):
                 with self.precision.autocast():
-                    found = self.respond(split.questions, rows, batch, **how)
+                    found = self.respond(split.questions, rows, batch, How(**how))
                 ids = [split.questions.samples[row].question_id for row in rows]
                 result |= zip(ids, found, strict=True)
                 now = time.perf_counter()
@@ -82,9 +81,7 @@ class AnsweringSystem(SplitSystem):
                 began = now
         return result
 
-    def answer_split(
-        self, name: str, limit: int | None = None, *, progress: str | None = None, **how: Any
-    ) -> dict[int, Answer]:
+    def answer_split(self, name: str, limit: int | None = None, *, progress: str | None = None, **how: Any) -> Answers:
         """The best answer by question id, for a split or about its first `limit` samples; `how` as in `answers`.
 
         The ranks take turns at the batches, and all of them get all answers. With a label of `progress` it is one of
@@ -108,7 +105,7 @@ class AnsweringSystem(SplitSystem):
         passes = self.passes()
         for one in passes:
             if one.kind not in self.pace.seconds:
-                self.answer_split(one.split, TIMED, **({"ranked": True} if one.ranked else {}))
+                self.answer_split(one.split, TIMED, ranked=one.ranked)
         self.pace.left = [one for one in passes if one.label]
         evaluation = [one for one in passes if not one.label]
         return self.pace.needed(evaluation) + min(at_most, self.pace.needed(self.pace.left))
@@ -117,16 +114,18 @@ class AnsweringSystem(SplitSystem):
         """Score the answers of `answer_split`, the same on all ranks."""
         return score(self.splits[name].questions.samples, self.answer_split(name, limit, **how), self.data.family)
 
-    def answer(self, samples: Sequence[VQASample], limit: int | None = None, **how: Any) -> dict[int, Answer]:
+    def answer(
+        self, samples: Sequence[VQASample], limit: int | None = None, *, ranked: bool = False, **shown: Any
+    ) -> Answers:
         """As `answer_split`, for any samples, on this process alone."""
         split = self.split(samples)
-        found = self.answers(split, split.questions.in_order(limit or len(samples), AT_ONCE), **how)
+        found = self.answers(split, split.questions.in_order(limit or len(samples), AT_ONCE), ranked=ranked, **shown)
         return {number: best for number, (best, *_) in found.items()}
 
     def ask(
         self, image: str | Path, question: str | None, top: int | None = None, decoding: dict[str, Any] | None = None
     ) -> tuple[list[Answer], list[str]]:
         question = self.checked(question)
-        how = {"decoding": decoding} if top is None else {"ranked": True, "top": top}
+        how: dict[str, Any] = {"decoding": decoding} if top is None else {"ranked": True, "top": top}
         split = self.split([VQASample(0, Path(image), 0, question, "", "", (), "")])
         return self.answers(split, [np.array([0])], **how)[0], self.tokenizers.notes_on(question)

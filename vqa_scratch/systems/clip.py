@@ -61,7 +61,7 @@ class Embedded(NamedTuple):
     texts: Tensor  # (I, P)
 
 
-class CLIPSystem(SplitSystem):
+class CLIPSystem(SplitSystem[CLIPOptions, CLIP, Captions]):
     """Pairs of image and caption, each found by the other.
 
     Its splits but "train" have one caption an image; of drawn scenes the one that names places.
@@ -69,13 +69,13 @@ class CLIPSystem(SplitSystem):
 
     example = ""
     unit = "pairs"
+    published_as = ("zero-shot-image-classification", "accuracy")
     loss_unit = "nats a pair"
-    model: CLIP
 
     def __init__(self, options: CLIPOptions, model: CLIP, tokenizers: Tokenizers, *more: Any) -> None:
         super().__init__(options, model, tokenizers, *more)
         check_images(model.image, self.processor)
-        tokenizers.text.check_fits(model.text.config.vocab_size, "the text tower")
+        tokenizers.by_name["text"].check_fits(model.text.config.vocab_size, "the text tower")
 
     # ------------------------------------------------------------------------------------------- build, save, open
 
@@ -113,7 +113,7 @@ class CLIPSystem(SplitSystem):
         """The number of tokens that all texts have, padding included; None: any, as a causal tower reads them."""
         return None if self.model.text.layout.causal else self.model.text.longest
 
-    def split(self, samples: Sequence[VQASample]) -> Split:
+    def split(self, samples: Sequence[VQASample]) -> Split[Captions]:
         captions = Captions(samples, self.tokenizers, self.text_width)
         return Split(captions, Images(captions.image_paths, self.processor, upright=captions.upright))
 
@@ -140,13 +140,13 @@ class CLIPSystem(SplitSystem):
 
     def epoch(self, number: int) -> list[Key]:
         options = self.options
-        batches = self.splits["train"].questions.epoch(options.seed, number, options.pairs_per_step)
+        batches = self.splits["train"].questions.pairs_of(options.seed, number, options.pairs_per_step)
         return [Key(rows, (options.seed, number, 1, place)) for place, rows in enumerate(batches)]
 
     def batch(self, key: Key) -> PairBatch:
         train = self.splits["train"]
         batch = train.questions.batch(key.rows, train.images)
-        return self.augmented(batch, key) if self.augment else batch
+        return self.augmented(self.augment, batch, key) if self.augment else batch
 
     def embed(self, batch: PairBatch) -> tuple[Tensor, Tensor]:
         """(images (I, P), captions (I, P)) of a batch on the model's device."""
@@ -158,7 +158,8 @@ class CLIPSystem(SplitSystem):
         The others are those of all ranks; one with the same caption is left out.
         """
         images, texts = (vectors[: len(batch.rows)] for vectors in self.embed(batch))
-        model, others = self.model, {"left_out": twins(batch.texts[: len(batch.rows)], self.world), "world": self.world}
+        model = self.model
+        others: dict[str, Any] = {"left_out": twins(batch.texts[: len(batch.rows)], self.world), "world": self.world}
         if model.logit_bias is None:
             losses = info_nce(images, texts, model.logit_scale, **others)
         else:
@@ -177,19 +178,20 @@ class CLIPSystem(SplitSystem):
         began, until = time.perf_counter(), self.pace.begin(progress) if progress else None
         at_once = self.pace.fitting(one, until, self.options.pairs_per_step)
         batches = [np.arange(start, min(start + at_once, one.samples)) for start in range(0, one.samples, at_once)]
-        mine, parts, last = batches[self.world.rank :: self.world.size], [], began
+        mine, last = batches[self.world.rank :: self.world.size], began
+        own: list[Embedded] = []
         with self.evaluating():
             for rows, batch in split.batches(self.precision.device, mine, progress=progress):
                 with self.precision.autocast():
-                    parts.append((rows, *(vectors.float().cpu() for vectors in self.embed(batch))))
+                    own.append(Embedded(rows, *(vectors.cpu() for vectors in self.embed(batch))))
                 now = time.perf_counter()
                 if until is not None and now + (now - last) > until:
                     break
                 last = now
-        parts = sorted((part for some in self.world.gather(parts) for part in some), key=lambda part: part[0][0])
-        rows, images, texts = zip(*parts, strict=True)
-        self.pace.end(one, began, sum(map(len, rows)))
-        return Embedded(np.concatenate(rows), torch.cat(images), torch.cat(texts))
+        parts = sorted((part for some in self.world.gather(own) for part in some), key=lambda part: int(part.rows[0]))
+        rows = np.concatenate([part.rows for part in parts])
+        self.pace.end(one, began, len(rows))
+        return Embedded(rows, torch.cat([part.images for part in parts]), torch.cat([part.texts for part in parts]))
 
     def captions_of(self, name: str, rows: Iterable[int]) -> list[str]:
         """The captions of these rows of a split."""
@@ -243,8 +245,8 @@ class CLIPSystem(SplitSystem):
         figures: dict[str, Any] = {}
         for name, change in CONTRASTS.items():
             changed = [change(self.data.scenes["test"][sample.image_id]) for sample in samples]
-            places = [place for place, scene in enumerate(changed) if scene is not None]
-            wrong = self.embed_texts([in_places(changed[place]) for place in places])
+            others = {place: in_places(scene) for place, scene in enumerate(changed) if scene is not None}
+            places, wrong = list(others), self.embed_texts(list(others.values()))
             figures[name] = share_preferred(test.images[places], test.texts[places], wrong)
         return figures
 
@@ -274,12 +276,12 @@ class CLIPSystem(SplitSystem):
 
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
         with self.evaluating(), self.precision.autocast():
-            return embed_texts(self.model, self.tokenizers.text, [check_text(text) for text in texts]).cpu()
+            return embed_texts(self.model, self.tokenizers.by_name["text"], [check_text(text) for text in texts]).cpu()
 
     def embed_labels(self, labels: Sequence[str], templates: Sequence[str]) -> Tensor:
         """(L, P), on the model's device: each label in every template, averaged. Raises UserError as `classify`."""
         with self.evaluating(), self.precision.autocast():
-            return embed_labels(self.model, self.tokenizers.text, labels, templates)
+            return embed_labels(self.model, self.tokenizers.by_name["text"], labels, templates)
 
     def classify(self, image: Image.Image, labels: Sequence[str], templates: Sequence[str]) -> list[float]:
         classes = self.embed_labels(labels, templates)

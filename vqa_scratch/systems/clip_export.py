@@ -4,10 +4,13 @@ A test runs the program of the README unchanged.
 """
 
 from pathlib import Path
+from typing import Any
 
+from vqa_scratch.models.clip import CLIP
 from vqa_scratch.storage import write_json, write_text
 from vqa_scratch.systems.base import System
 from vqa_scratch.systems.export import STEM_HINT, tensors_of
+from vqa_scratch.systems.model_card import metadata
 from vqa_scratch.weights.files import write_safetensors
 
 README = """\
@@ -49,20 +52,20 @@ model.load_state_dict(load_file("model.safetensors"))
 """
 
 
-def export_clip(system: System, folder: Path) -> list[str]:
+def export_clip(system: System[Any, CLIP], folder: Path) -> list[str]:
     """Export a CLIP or SigLIP; one with a convolutional stem keeps our names. Returns a line if it does."""
     model, has_stem = system.model, system.sizes["stem"] == "conv"
-    system.tokenizers.text.save(folder)
+    system.tokenizers.by_name["text"].save(folder)
     system.processor.save_pretrained(folder)
     alone = model.logit_bias is not None  # each text is judged alone, and texts are padded to one length
     page = README.format(
         title=f"A {'SigLIP' if alone else 'CLIP'}, which compares images with texts",
         load=LOAD_OWN if has_stem else LOAD,
         limit=model.text.longest,
-        padding='"max_length"' if system.text_width else True,
+        padding='"max_length"' if alone else True,
         shares="sigmoid()" if alone else "softmax(0)",
     )
-    write_text(folder / "README.md", page)
+    write_text(folder / "README.md", metadata(system, "vqa-scratch" if has_stem else "transformers") + page)
     if not has_stem:
         model.save_pretrained(folder)
         return []

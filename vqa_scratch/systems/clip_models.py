@@ -29,7 +29,13 @@ def small_model(options: CLIPOptions, train: Sequence[VQASample]) -> tuple[CLIP,
     text = train_wordpiece(sorted({sample.answer for sample in train}), options.vocabulary)
     kind, width = LAYOUTS[options.loss], options.width
     layout = CLIPConfig.LAYOUTS[kind]
-    shared = {"dim": width, "heads": options.heads, "hidden": 4 * width, "activation": "relu", "norm_eps": 1e-5}
+    shared: dict[str, Any] = {
+        "dim": width,
+        "heads": options.heads,
+        "hidden": 4 * width,
+        "activation": "relu",
+        "norm_eps": 1e-5,
+    }
     config = CLIPConfig(
         image=ViTConfig(
             image_size=IMAGE_SIZE,
@@ -42,7 +48,7 @@ def small_model(options: CLIPOptions, train: Sequence[VQASample]) -> tuple[CLIP,
             vocab_size=len(text),
             max_positions=options.max_caption_tokens,
             layers=options.text_layers,
-            eos_id=text.sep_id,
+            eos_id=text.encode("")[-1],
             layout=layout.text,
             **shared,
         ),

@@ -16,7 +16,7 @@ SHOWN = 4  # of what is found, for each that is sought
 WAYS = {"image_to_text": "captions for images", "text_to_image": "images for captions"}
 
 
-def lines_of(summary: Mapping[str, Any]) -> list[str]:
+def lines_of(summary: dict[str, Any]) -> list[str]:
     """The final figures, one a line."""
     lines = []
     for label, figures in (("", summary), ("hold-out, ", summary["holdout"])):

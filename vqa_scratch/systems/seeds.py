@@ -4,6 +4,7 @@ seeds.json    {"program", "train": the options, "runs": [the figures of each], "
 seed0/, ...   the runs, named by their seeds;  curves.png  all of them
 """
 
+import math
 import signal
 import statistics
 import subprocess
@@ -41,7 +42,7 @@ def run_seeds(options: RunOptions, program: str) -> int | None:
         try:
             options = begin_or_go_on(options)
             write_json(options.out / RECORD, {"program": PROGRAM, "train": to_json(options)})
-            folders = {seed: options.out / f"seed{seed}" for seed in range(options.seed, options.seed + options.seeds)}
+            folders = {seed: options.out / f"seed{seed}" for seed in seeds_of(options)}
             for number, (seed, folder) in enumerate(folders.items(), 1):
                 print(f"seed {seed}, {number} of {options.seeds}: {folder}", flush=True)
                 if not (folder / "summary.json").is_file():
@@ -66,9 +67,14 @@ def begin_or_go_on(options: RunOptions) -> RunOptions:
         options = go_on(options, typed(record, read_object(record), {"train": dict})[0], PRESETS, record)
     elif any(options.out.glob(f"seed*/{CONFIG}")):
         raise UserError(f"{options.out} already holds runs; add --resume to go on with them, or give another --out")
-    if options.seed + options.seeds > rules_of(type(options))["seed"].below:
+    if seeds_of(options).stop > (rules_of(type(options))["seed"].below or math.inf):
         raise UserError(f"--seed {options.seed} leaves no room for --seeds {options.seeds}: give a smaller one")
     return options
+
+
+def seeds_of(options: RunOptions) -> range:
+    """The seeds of the runs."""
+    return range(options.seed, options.seed + (options.seeds or 1))
 
 
 def flags_of(options: RunOptions, seed: int, folder: Path) -> list[str]:

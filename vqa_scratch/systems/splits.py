@@ -3,7 +3,7 @@
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -14,20 +14,21 @@ from vqa_scratch.data.batches import ImageGroups, prefetch
 from vqa_scratch.data.images import Images
 from vqa_scratch.data.vqa_v2 import VQASample
 from vqa_scratch.report.curves import moving_average
-from vqa_scratch.systems.base import RunData, System
+from vqa_scratch.systems.base import RO, M, RunData, System
 from vqa_scratch.systems.finals import Pace
 from vqa_scratch.systems.run_options import RunOptions
 from vqa_scratch.systems.scoring import other_images
 from vqa_scratch.training.ranks import World
 
+Q = TypeVar("Q", bound=ImageGroups)
 TIMED = 64  # samples by which a kind of pass is timed that has not run yet
 
 
 @dataclass(frozen=True)
-class Split:
+class Split(Generic[Q]):
     """The samples of a split, grouped by image, with their images."""
 
-    questions: ImageGroups
+    questions: Q
     images: Images
 
     def batches(
@@ -58,15 +59,15 @@ def augment_of(options: RunOptions) -> Augment | None:
     return Augment(*strengths) if any(strengths) else None
 
 
-class SplitSystem(System):
+class SplitSystem(System[RO, M], Generic[RO, M, Q]):
     """A system whose samples are texts about images. While it trains, `splits` holds its `data`, by name."""
 
     loss_unit = "nats a token"  # of the training loss, for the curve's axis
     data: RunData
-    splits: dict[str, Split]
+    splits: dict[str, Split[Q]]
 
     @abstractmethod
-    def split(self, samples: Sequence[VQASample]) -> Split:
+    def split(self, samples: Sequence[VQASample]) -> Split[Q]:
         """Samples with their ids and images."""
 
     @abstractmethod
@@ -89,15 +90,15 @@ class SplitSystem(System):
         rows = np.concatenate([images[i] for i in mine or range(1)])
         return Key(rows, key.seed, mine[0] if mine else 0), bool(mine)
 
-    def augmented(self, batch: Any, key: Key) -> Any:
+    def augmented(self, augment: Augment, batch: Any, key: Key) -> Any:
         """The batch of a key with its images changed as the options ask."""
         number = len(batch.images)
         sides = np.bincount(batch.image_index.numpy(), self.names_side[key.rows], number)
         chance = np.random.default_rng(key.seed).random((key.before + number, 4))[key.before :]
-        batch.images = self.augment(batch.images, torch.from_numpy(sides == 0), torch.from_numpy(chance).float())
+        batch.images = augment(batch.images, torch.from_numpy(sides == 0), torch.from_numpy(chance).float())
         return batch
 
-    def ids(self, rows: list[int]) -> list[int]:
+    def ids(self, rows: list[int]) -> list[int | str]:
         return [self.splits["train"].questions.samples[row].question_id for row in rows]
 
     def panels(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -64,4 +64,6 @@ def heaviest(profiler: profile, on_gpu: bool) -> list[str]:
     operators = [e for e in profiler.key_averages() if e.device_type == DeviceType.CPU and not e.is_user_annotation]
     times = {e.key: e.self_device_time_total if on_gpu else e.self_cpu_time_total for e in operators}
     total = max(sum(times.values()), 1)
-    return [f"{name} {times[name] / total:.0%}" for name in sorted(times, key=times.get, reverse=True)[:HEAVIEST]]
+    return [
+        f"{name} {times[name] / total:.0%}" for name in sorted(times, key=times.__getitem__, reverse=True)[:HEAVIEST]
+    ]

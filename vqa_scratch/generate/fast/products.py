@@ -102,8 +102,8 @@ def norm(module: Callable[[Tensor], Tensor]) -> Function:
 
 def feed_forward(block: FastBlock) -> Callable[[Tensor], object]:
     """x (R, D) += MLP(norm(x)) of the block."""
-    before, rise, active, fall = norm(block.mlp_norm), linear(block.up), block.activation, block.down
-    fall = adding(fall.weight, fall.bias)
+    before, rise, active = norm(block.mlp_norm), linear(block.up), block.activation
+    fall = adding(block.down.weight, block.down.bias)
     if block.gate is None:
         return lambda x: fall(x, active(rise(before(x))))
     gate = linear(block.gate)

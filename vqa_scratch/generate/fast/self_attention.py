@@ -149,7 +149,7 @@ class Rows:
         """Make places for the next token of each row; returns their positions (R,)."""
         start, until = self._filled(), self._filled() + self.members
         times = self.times[self.members * self.used :][: self.members]
-        if self.members > 1:
+        if self.seen is not None and self.members > 1:
             self.seen[:, :, start:until].masked_fill_(self.sees, 0.0)
         self._look(start, until, self._bias(until, times))
         self.used += 1
@@ -172,7 +172,8 @@ class Rows:
 
     def reorder(self, parents: Tensor) -> None:
         """Row r becomes what row `parents[r]` was; the members of a group are all at the same position."""
-        self.seen = self.seen.flatten(0, 1).index_select(0, parents).view(self.seen.shape)
+        if self.seen is not None:
+            self.seen = self.seen.flatten(0, 1).index_select(0, parents).view(self.seen.shape)
 
     def _filled(self) -> int:
         """How many places of the cache are in use."""
@@ -202,6 +203,7 @@ class FixedRows(Rows):
         everything = torch.ones(len(cache[0].contents[0]), cache.length, dtype=torch.bool, device=cache.device)
         super().__init__(parts, cache, everything if mask is None else mask, times, sees)
         self.cached[:, :, :, :, self.prompt :] = 0.0  # read with weight 0 before it is written: must be finite
+        assert self.seen is not None  # there is a mask
         self.seen[:, :, self.prompt :] = -math.inf
         self.place = torch.tensor([self.prompt - 1], device=cache.device)  # (1,) of the last token
         self.next -= 1  # and its position
@@ -214,7 +216,8 @@ class FixedRows(Rows):
         self.place += 1
         self.next += 1
         for mask in (self.seen, self.spread):
-            mask.index_fill_(2, self.place, 0.0)
+            if mask is not None:
+                mask.index_fill_(2, self.place, 0.0)
         self._look(0, self._filled(), self.spread)
         return self.next.flatten()
 
