@@ -26,10 +26,9 @@ from vqa_scratch.data.scenes import HELD_OUT, Object
 from vqa_scratch.errors import UserError
 from vqa_scratch.models.released import image_encoder
 from vqa_scratch.systems.options import read_command_line
-from vqa_scratch.systems.retrieval import ceilings, ranks_of, recalls, retrieval, share_preferred, told_apart
+from vqa_scratch.systems.retrieval import ceilings, ranks_of, recalls, retrieval, share_preferred
 from vqa_scratch.training.optimizers import Optimizers
 from vqa_scratch.training.precision import Precision
-from vqa_scratch.training.ranks import ALONE
 
 SIZES = {"width": 16, "heads": 2, "image_layers": 1, "text_layers": 1, "projection": 8, "pairs_per_step": 8}
 
@@ -190,17 +189,6 @@ def test_the_ceiling_is_what_perfect_vectors_reach():
     assert ceilings(captions) == {"image_to_text": 2 / 7, "text_to_image": 4 / 7}
     for way in ("image_to_text", "text_to_image"):
         assert figures[way]["R@1"] == pytest.approx(figures[way]["ceiling"])
-
-
-def test_told_apart_counts_both_ways():
-    vectors = torch.nn.functional.normalize(torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0]]), dim=1)
-    texts = vectors[[0, 0, 2]]
-    nothing = torch.zeros(3, 3, dtype=torch.bool)
-    # Image 2 knows its text, 0 and 1 see two that are equal; texts 0 and 2 know their images.
-    assert told_apart(vectors, texts, left_out=nothing, world=ALONE).item() == 1.5
-    twins = nothing.clone()
-    twins[0, 1] = twins[1, 0] = True
-    assert told_apart(vectors, texts, left_out=twins, world=ALONE).item() == 3
 
 
 def test_preferred_of_two():

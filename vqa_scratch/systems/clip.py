@@ -40,7 +40,7 @@ from vqa_scratch.systems.clip_report import lines_of, show
 from vqa_scratch.systems.clip_texts import classify, embed_labels, embed_texts
 from vqa_scratch.systems.finals import Pass
 from vqa_scratch.systems.questions import built_in
-from vqa_scratch.systems.retrieval import retrieval, share_preferred, told_apart
+from vqa_scratch.systems.retrieval import retrieval, share_preferred
 from vqa_scratch.systems.splits import TIMED, Key, Split, SplitSystem
 from vqa_scratch.systems.vqa_models import IMAGE_SIZE
 from vqa_scratch.training.contrastive import clamp_scale_, info_nce, sigmoid_loss, twins
@@ -153,18 +153,18 @@ class CLIPSystem(SplitSystem[CLIPOptions, CLIP, Captions]):
         return self.model.embed_images(self.processor.normalize(batch.images)), self.model.embed_texts(batch.input_ids)
 
     def loss(self, batch: PairBatch) -> tuple[Tensor, Tensor]:
-        """(sum of the loss over pairs, how many are told from all others, the mean of both ways).
+        """(sum of the loss over pairs, how many images are told their own caption from all others).
 
         The others are those of all ranks; one with the same caption is left out.
         """
         images, texts = (vectors[: len(batch.rows)] for vectors in self.embed(batch))
-        model = self.model
-        others: dict[str, Any] = {"left_out": twins(batch.texts[: len(batch.rows)], self.world), "world": self.world}
+        same, model = twins(batch.texts[: len(batch.rows)], world=self.world), self.model
         if model.logit_bias is None:
-            losses = info_nce(images, texts, model.logit_scale, **others)
+            losses, right = info_nce(images, texts, model.logit_scale, left_out=same, world=self.world)
         else:
-            losses = sigmoid_loss(images, texts, model.logit_scale, model.logit_bias, **others)
-        return losses.sum(), told_apart(images.detach(), texts.detach(), **others)
+            scale, bias = model.logit_scale, model.logit_bias
+            losses, right = sigmoid_loss(images, texts, scale, bias, left_out=same, world=self.world)
+        return losses.sum(), right.sum()
 
     # ----------------------------------------------------------------------------------------------- evaluation
 

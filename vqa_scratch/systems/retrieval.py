@@ -1,5 +1,7 @@
 """How well images and texts find each other: recall at k and median rank, their ceiling, and choices between two.
 
+R@k is the share of searches that find their own among the first k (Karpathy and Fei-Fei 2015, 1412.2306, section 4.2).
+
 Shapes: N pairs, P width of the embeddings, which have length 1.
 """
 
@@ -10,9 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-
-from vqa_scratch.training.contrastive import gather_pairs
-from vqa_scratch.training.ranks import World
 
 ROWS = 1024  # of a matrix of similarities that are in memory at once
 RECALLS = (1, 5, 10)
@@ -60,16 +59,3 @@ def share_preferred(images: Tensor, right: Tensor, wrong: Tensor) -> float:
     """The share of N images that are more similar to the right one of two texts; ties count half."""
     lead = (images * (right - wrong)).sum(1)
     return ((lead > 0).float() + (lead == 0).float() / 2).mean().item()
-
-
-def told_apart(images: Tensor, texts: Tensor, *, left_out: Tensor, world: World) -> Tensor:
-    """How many of a batch's pairs are more similar than either side is to any other, the mean of both ways.
-
-    Arguments as in `info_nce`.
-    """
-    (all_images, all_texts), places = gather_pairs(world, images, texts)
-    left_out = left_out.clone()
-    left_out[torch.arange(len(places), device=places.device), places] = True
-    own = (images * texts).sum(1, keepdim=True)
-    ways = torch.stack([images @ all_texts.T, texts @ all_images.T])
-    return ((ways < own) | left_out).all(2).sum() / 2
