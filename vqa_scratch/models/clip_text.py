@@ -93,7 +93,7 @@ class CLIPText(Released, nn.Module):
         self.positions = nn.Embedding(config.max_positions, config.dim)
         self.blocks = nn.ModuleList(ViTBlock(config.blocks) for _ in range(config.layers))
         self.norm = nn.LayerNorm(config.dim, eps=config.norm_eps)
-        taps.name_modules(self, "text")
+        taps.name_modules(self.blocks, "text")
 
     def states(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> States:
         """(B, T) -> states (B, T, D) and their mask.
