@@ -135,20 +135,21 @@ def test_the_scale_stays_below_a_hundred(data, tmp_path):
         assert system.model.logit_scale.item() == pytest.approx(math.log(100), abs=1e-6)
 
 
-def test_ranks_with_unequal_shares_and_none_are_one_process(data, tmp_path):
-    """Batches of 2 and 3 pairs on three ranks: one of them is silent, or all have one; losses of every step agree."""
-    runs = {}
-    for name, size in {"alone": 1, "three": 3}.items():
-        argv = flags(data, tmp_path / name, pairs_per_step=2, optimizer="adamw", learning_rate=1e-3)
-        for ended in run_ranks(size, train_program, argv) if size > 1 else [Started(train_program, argv).end()]:
-            assert ended.code == 0, ended.err
-        rows = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
-        runs[name] = rows
-    for one, other in zip(*runs.values(), strict=True):
+@pytest.mark.parametrize(("ranks", "parallel"), [(3, "ddp"), (2, "fsdp")])
+def test_ranks_are_one_process(data, tmp_path, ranks, parallel):
+    """Batches of two pairs, so that one of three ranks is silent: losses, gradients and figures of every step agree."""
+    changes = {"pairs_per_step": 2, "optimizer": "adamw", "learning_rate": 1e-3}
+    run(flags(data, tmp_path / "alone", **changes))
+    for ended in run_ranks(ranks, train_program, flags(data, tmp_path / "ranks", parallel=parallel, **changes)):
+        assert ended.code == 0, ended.err
+    alone, together = (
+        [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("alone", "ranks")
+    )
+    for one, other in zip(alone, together, strict=True):
         assert one["samples"] == other["samples"]
-        for key in ("loss", "token_accuracy", "grad_norm"):
-            if key in one:
-                assert one[key] == pytest.approx(other[key], rel=2e-5, abs=1e-6), (one["step"], key)
+        for key in {"loss", "token_accuracy", "grad_norm"} & one.keys():
+            assert one[key] == pytest.approx(other[key], rel=2e-5, abs=1e-6), (one["step"], key)
         if "val" in one:
             assert one["val"] == pytest.approx(other["val"], abs=1e-6)
 
