@@ -52,7 +52,7 @@ LAYOUTS = {
 
 
 @dataclass(frozen=True)
-class CLIPTextConfig(HFConfig):
+class CLIPTextConfig(HFConfig[CLIPTextLayout]):
     """Sizes of a text tower. The defaults are those of CLIP ViT-B/32."""
 
     LAYOUTS: ClassVar[Mapping[str, CLIPTextLayout]] = LAYOUTS
@@ -80,7 +80,7 @@ class CLIPTextConfig(HFConfig):
         return ViTConfig(**{name: getattr(self, name) for name in names})
 
 
-class CLIPText(Released, nn.Module):
+class CLIPText(Released[CLIPTextConfig]):
     """Embeddings of tokens and positions, pre-LN blocks, a last norm."""
 
     config_class = CLIPTextConfig
