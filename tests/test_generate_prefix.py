@@ -14,9 +14,10 @@ from torch import Tensor
 
 from vqa_scratch.generate import GenerationOptions, begin, generate, greedy, rank
 from vqa_scratch.generate.state import ModuleState
-from vqa_scratch.models import GPT2, OPT, T5, GPT2Config, OPTConfig, T5Config
+from vqa_scratch.models import GPT2, OPT, T5, GPT2Config, Llama, LlamaConfig, OPTConfig, T5Config
 from vqa_scratch.nn import taps
 from vqa_scratch.nn.memory import Memory
+from vqa_scratch.nn.rotary import Rotary
 
 QUERIES, WIDTH, END = 3, 16, 5
 no_grad = torch.no_grad()
@@ -35,6 +36,8 @@ def decoders():
     t5 = {"vocab_size": VOCABULARY, "buckets": 8, "max_distance": 10, "dim": WIDTH, "head_dim": 6, "hidden": 24}
     t5 |= {"encoder_layers": 1, "decoder_layers": 2, "heads": 2}
     sizes = {"hidden": 20, "dim": WIDTH, "layers": 2, "heads": 2}
+    grouped = {"hidden": 20, "dim": WIDTH, "layers": 2, "heads": 4, "kv_heads": 2, "head_dim": 8}
+    persimmon = {"norm": "layer", "qk_norm": True, "gated": False, "qkv_bias": True, "rotary": Rotary(share=0.5)}
     return {
         "gpt2": uneven(GPT2(GPT2Config(VOCABULARY, 40, WIDTH, 2, 2))).double(),
         "cross": uneven(GPT2(GPT2Config(VOCABULARY, 40, WIDTH, 2, 2, add_cross_attention=True))).double(),
@@ -42,10 +45,12 @@ def decoders():
         "t5 v1.0": uneven(T5(T5Config(**t5, tied=True, scaled=True, gated=False, activation="relu"))),
         "opt": uneven(OPT(OPTConfig(VOCABULARY, 40, **sizes))).double(),
         "350m": uneven(OPT(OPTConfig(VOCABULARY, 40, **sizes, embedding_dim=10, norm_first=False))).double(),
+        "llama": uneven(Llama(LlamaConfig(VOCABULARY, 40, **grouped))),
+        "persimmon": uneven(Llama(LlamaConfig(VOCABULARY, 40, **grouped, **persimmon))),
     }
 
 
-NAMES = ["gpt2", "cross", "t5", "t5 v1.0", "opt", "350m"]
+NAMES = ["gpt2", "cross", "t5", "t5 v1.0", "opt", "350m", "llama", "persimmon"]
 
 
 def asked(decoder, name: str, rows: int):

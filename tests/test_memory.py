@@ -63,7 +63,10 @@ def test_memory_of_parts_is_one_long_memory(backend, order, parts, monkeypatch, 
         assert one.isfinite().all()
         torch.testing.assert_close(one, other, **GRADIENTS_CLOSE)
 
-    (q,), (k, v) = module._split(module.q(x), 1), module._split(module.kv(states), 2)
+    (q,), (k, v) = (
+        module._split(module.q(x), module.heads),
+        module._split(module.kv(states), module.heads, module.heads),
+    )
     allowed = mask[:, None, None].expand(-1, 2, 5, -1)
     z = brute_force_attention(q, k, v, allowed, None, module.scale)
     torch.testing.assert_close(got, module.out(z.transpose(1, 2).flatten(2).float()), **CLOSE)

@@ -16,11 +16,11 @@ from typing import Any, ClassVar, Self
 
 from torch import Tensor, nn
 
-from vqa_scratch.models.hf_config import HFConfig, Layout, Released, check_heads
+from vqa_scratch.models.hf_config import HFConfig, Layout, ReleasedDecoder, check_heads
 from vqa_scratch.nn import taps
 from vqa_scratch.nn.attention import MultiHeadAttention
 from vqa_scratch.nn.cache import DecoderCache, KVCache
-from vqa_scratch.nn.decoding import Decoder, FastBlock, FastParts, fast_blocks
+from vqa_scratch.nn.decoding import FastBlock, FastParts, fast_blocks
 from vqa_scratch.nn.layers import MLP, activation, decoder_positions, init_weights
 from vqa_scratch.nn.memory import Memory
 from vqa_scratch.weights import fields, maps
@@ -93,15 +93,13 @@ class GPT2Block(taps.Tapped):
         return FastBlock(self.norm1, self.attn, cross, self.norm2, self.mlp.up, self.mlp.activation, self.mlp.down)
 
 
-class PositionTableDecoder(Released[GPT2Config], Decoder):
+class PositionTableDecoder(ReleasedDecoder[GPT2Config]):
     """A decoder whose positions are a table and whose head is its token embedding: what GPT-2 and OPT have in common.
 
     A subclass has what is before and after the blocks.
     """
 
     tokens: nn.Embedding
-    blocks: nn.ModuleList
-    norm: nn.Module  # after the last block
 
     @property
     def head(self) -> Tensor:

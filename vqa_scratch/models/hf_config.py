@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Generic, Protocol, Self, TypeVar
 from torch import Tensor, nn
 
 from vqa_scratch.errors import UserError, naming
+from vqa_scratch.nn.decoding import Decoder
 from vqa_scratch.nn.layers import ACTIVATIONS
 from vqa_scratch.options import types_of
 from vqa_scratch.storage import typed
@@ -30,7 +31,7 @@ class Layout:
 
     architecture: str  # the class in `transformers` that reads what we write
     fields: Mapping[str, str]  # our config field: the one in config.json
-    key_map: KeyMap
+    key_map: KeyMap = KeyMap(())  # empty where it depends on the sizes and the config makes it
     defaults: Mapping[str, Any] = field(default_factory=dict)  # our fields: values where config.json has none
     fixed: Mapping[str, Any] = field(default_factory=dict)  # fields in config.json: the only value we support
 
@@ -72,7 +73,13 @@ class HFConfig(Generic[L]):
         for name, value in layout.fixed.items():
             if config.get(name) not in (None, value):
                 raise UserError(f"config.json asks for {name} = {config[name]!r}; here it can only be {value!r}")
-        return cls(**{"layout": kind, **layout.defaults, **fields_from_hf(config, layout.fields, cls)})
+        found = fields_from_hf(config, layout.fields, cls)
+        return cls(**{"layout": kind, **layout.defaults, **found, **cls.further_fields(config)})
+
+    @classmethod
+    def further_fields(cls, config: Mapping[str, Any]) -> dict[str, Any]:
+        """Our fields that are not copies of one in config.json."""
+        return {}
 
     def to_hf(self) -> dict[str, Any]:
         """The inverse of `from_hf`."""
@@ -131,6 +138,13 @@ class Released(nn.Module, Generic[C]):
         write_checkpoint(folder, self.to_hf(), to_hf(self, self.key_map))
 
 
+class ReleasedDecoder(Released[C], Decoder):
+    """A decoder of released checkpoints, with what else systems and study ask of it."""
+
+    blocks: nn.ModuleList
+    norm: nn.Module  # after the last block
+
+
 def fields_from_hf(hf: Mapping[str, Any], names: Mapping[str, str], config_class: type) -> dict[str, Any]:
     """Fields of `config_class` from a config.json: `names` maps ours to theirs; a field not in the file keeps our
     default.
@@ -159,19 +173,20 @@ def _checked(where: str, value: Any, ours: str, kinds: tuple[Any, ...], default:
         return value
     if float in kinds:
         most = 1 if "dropout" in ours else 10_000
-        if not _is_number(value) or not 0 <= value < most:
+        if not is_number(value) or not 0 <= value < most:
             raise UserError(f"{where} must be a number from 0 to below {most:,}, not {value!r}")
         return float(value)
     pairs = any(typing.get_origin(kind) is tuple for kind in kinds)
     sides = value if pairs and isinstance(value, (list, tuple)) and len(value) == 2 else [value]
     least = 0 if default == 0 or ours.endswith("_id") else 1
     most = MOST_LAYERS if ours.endswith("layers") else LARGEST
-    if not all(_is_number(side) and side == int(side) and least <= side <= most for side in sides):
+    if not all(is_number(side) and side == int(side) and least <= side <= most for side in sides):
         raise UserError(f"{where} must be a whole number from {least} to {most:,}, not {value!r}")
     return int(value) if sides == [value] else tuple(value)
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
+    """Whether a value of a JSON file is a finite number."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 

@@ -11,8 +11,9 @@ from typing import Any, TypeVar
 from vqa_scratch.errors import UserError, naming
 from vqa_scratch.models.bert import Bert, BertConfig
 from vqa_scratch.models.clip import CLIP, CLIPConfig
-from vqa_scratch.models.gpt2 import GPT2, PositionTableDecoder
-from vqa_scratch.models.hf_config import Released
+from vqa_scratch.models.gpt2 import GPT2
+from vqa_scratch.models.hf_config import Released, ReleasedDecoder
+from vqa_scratch.models.llama import Llama, LlamaConfig
 from vqa_scratch.models.opt import OPT
 from vqa_scratch.models.resnet import ResNet
 from vqa_scratch.models.vit import ViT, ViTConfig
@@ -25,7 +26,7 @@ IMAGE_ENCODERS: dict[str, type[ViT] | type[CLIP]] = {
     **dict.fromkeys(CLIPConfig.LAYOUTS, CLIP),
 }
 TEXT_ENCODERS: dict[str, type[Bert]] = dict.fromkeys(BertConfig.LAYOUTS, Bert)
-DECODERS: dict[str, type[PositionTableDecoder]] = {"gpt2": GPT2, "opt": OPT}
+DECODERS: dict[str, type[ReleasedDecoder]] = {"gpt2": GPT2, "opt": OPT, **dict.fromkeys(LlamaConfig.LAYOUTS, Llama)}
 
 
 def image_encoder(source: str | PathLike[str]) -> ViT | ResNet:
@@ -45,7 +46,7 @@ def text_encoder(source: str | PathLike[str]) -> Bert:
     return _open(source, TEXT_ENCODERS, "text encoders")
 
 
-def decoder(source: str | PathLike[str], *, cross_attention: bool) -> PositionTableDecoder:
+def decoder(source: str | PathLike[str], *, cross_attention: bool) -> ReleasedDecoder:
     """A decoder in eval mode, from a checkpoint folder or a Hub id. Cross-attention can be had with GPT-2 only; it is
     random where the checkpoint has none. Raises UserError as `image_encoder`."""
     if cross_attention:
@@ -53,7 +54,7 @@ def decoder(source: str | PathLike[str], *, cross_attention: bool) -> PositionTa
     return _open(source, DECODERS, "decoders")
 
 
-def decoder_of(sizes: Mapping[str, Any]) -> PositionTableDecoder:
+def decoder_of(sizes: Mapping[str, Any]) -> ReleasedDecoder:
     """A decoder of random weights, from the content of a config.json."""
     (found,) = typed("the decoder", sizes, {"model_type": str})
     if found not in DECODERS:

@@ -21,8 +21,8 @@ from vqa_scratch.nn import taps
 from vqa_scratch.nn.attention import MultiHeadAttention
 from vqa_scratch.nn.cache import DecoderCache, KVCache
 from vqa_scratch.nn.decoding import Decoder, FastBlock, FastParts, fast_blocks
-from vqa_scratch.nn.gated import gated_mlp
-from vqa_scratch.nn.layers import MLP, Activation, activation
+from vqa_scratch.nn.gated import GatedMLP
+from vqa_scratch.nn.layers import MLP, activation
 from vqa_scratch.nn.memory import Memory
 from vqa_scratch.nn.relative_bias import PassBias, RelativeBias
 from vqa_scratch.nn.rms_norm import RMSNorm
@@ -96,25 +96,6 @@ class T5Config:
         }
 
 
-class GatedMLP(taps.Tapped):
-    """`down(activation(gate(x)) * up(x))` (Shazeer 2020, 2002.05202). (B, T, D) -> (B, T, D)."""
-
-    def __init__(self, dim: int, hidden: int, activation: Activation, *, dropout: float = 0.0) -> None:
-        super().__init__()
-        self.gate = nn.Linear(dim, hidden, bias=False)
-        self.up = nn.Linear(dim, hidden, bias=False)
-        self.down = nn.Linear(hidden, dim, bias=False)
-        self.activation, self.dropout = activation, nn.Dropout(dropout)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if taps.wanted(self.tap_prefix, "pre", "post"):
-            gate = taps.tap(self.tap_prefix, "pre", self.gate(x))
-            out = self.down(taps.tap(self.tap_prefix, "post", self.activation(gate) * self.up(x)))
-        else:
-            out = gated_mlp(x, self.gate.weight, self.up.weight, self.down.weight, self.activation)
-        return taps.tap(self.tap_prefix, "out", self.dropout(out))
-
-
 class T5Block(taps.Tapped):
     """Self-attention, cross-attention in a decoder, and a feed-forward layer, each after its norm."""
 
@@ -137,12 +118,8 @@ class T5Block(taps.Tapped):
         if decoder:
             self.cross_norm, self.cross = RMSNorm(config.dim, config.norm_eps), attention(config.dim)
         self.mlp_norm = RMSNorm(config.dim, config.norm_eps)
-        if config.gated:
-            self.mlp: GatedMLP | MLP = GatedMLP(
-                config.dim, config.hidden, activation(config.activation), dropout=config.dropout
-            )
-        else:
-            self.mlp = MLP(config.dim, config.hidden, activation(config.activation), bias=False, dropout=config.dropout)
+        kind, own = GatedMLP if config.gated else MLP, activation(config.activation)
+        self.mlp = kind(config.dim, config.hidden, own, bias=False, dropout=config.dropout)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, bias: PassBias, memory: Memory | None = None, cache: KVCache | None = None) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from vqa_scratch.kernels import linear_cross_entropy
 from vqa_scratch.models.bert import Bert
-from vqa_scratch.models.gpt2 import PositionTableDecoder
+from vqa_scratch.models.hf_config import ReleasedDecoder
 from vqa_scratch.nn import taps
 from vqa_scratch.nn.connecting import Connector
 from vqa_scratch.nn.states import ImageEncoder, States
@@ -52,9 +52,7 @@ class VQAModel(nn.Module):
     Raises ValueError for a decoder that lacks the cross-attention its connector needs.
     """
 
-    def __init__(
-        self, image: ImageEncoder, text: Bert | None, connector: Connector, decoder: PositionTableDecoder
-    ) -> None:
+    def __init__(self, image: ImageEncoder, text: Bert | None, connector: Connector, decoder: ReleasedDecoder) -> None:
         super().__init__()
         if connector.uses_memory and not decoder.config.add_cross_attention:
             raise ValueError("the decoder needs cross-attention: build GPT2 with add_cross_attention=True")

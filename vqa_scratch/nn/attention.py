@@ -7,7 +7,7 @@ in `nn/scores.py`. A query that may look at nothing gets zeros in all of them.
 Shapes: B rows, H heads, T (Tq, Tk) tokens, d head size, D width; a memory has M entries of N tokens, R rows each.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -73,8 +73,7 @@ def attention(
     probability that a weight is dropped; backend None means the result of `choose`. Raises ValueError on an unknown
     backend or a misshapen mask.
     """
-    if backend is None:
-        backend = choose(q, bias=bias is not None)
+    backend = backend or choose(q, bias=bias is not None)
     if backend == "explicit":
         pattern = masked_softmax(attention_scores(q, k, key_mask=key_mask, bias=bias, causal=causal, scale=scale))
         return F.dropout(pattern, dropout).to(v.dtype) @ v  # a bias in fp32 makes the weights fp32
@@ -87,9 +86,7 @@ def attention(
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, dropout_p=dropout)
     keep = allowed(key_mask, causal, q.shape[-2], k.shape[-2], q.device)
     mask = keep if bias is None else hide(bias.to(q.dtype), keep)
-    if mask is None:
-        return F.scaled_dot_product_attention(q, k, v, scale=scale, dropout_p=dropout)
-    with masked_safely(q.device):
+    with nullcontext() if mask is None else masked_safely(q.device):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, dropout_p=dropout)
 
 
@@ -104,7 +101,9 @@ def attention_over_parts(
         k, v, mask, sharing = parts[0]
         return sharing.unfold(attention(sharing.fold(q), k, v, key_mask=mask, scale=scale, dropout=dropout))
     if choose(q, kernel=True, dropout=dropout) == "kernel":
-        return kernels.merge([_read_part(q, part, scale) for part in parts])[0]
+        ran = [kernels.flash_attention(p.sharing.fold(q), p.k, p.v, key_mask=p.mask, scale=scale) for p in parts]
+        apart = [(p.sharing.unfold, z, lse.unsqueeze(-1)) for p, (z, lse) in zip(parts, ran, strict=True)]
+        return kernels.merge([(unfold(z), unfold(lse).squeeze(-1)) for unfold, z, lse in apart])[0]
     scores = torch.cat(
         [p.sharing.unfold(attention_scores(p.sharing.fold(q), p.k, key_mask=p.mask, scale=scale)) for p in parts], -1
     )  # (B, H, T, N1 + N2 + ...)
@@ -115,17 +114,11 @@ def attention_over_parts(
     return sum(reads[1:], start=reads[0])
 
 
-def _read_part(q: Tensor, part: KeyValue, scale: float | None) -> tuple[Tensor, Tensor]:
-    """Attention of q (B, H, T, d) over one part, (B, H, T, d), and the log-sum-exp of its scores, (B, H, T)."""
-    fold, unfold = part.sharing.fold, part.sharing.unfold
-    z, lse = kernels.flash_attention(fold(q), part.k, part.v, key_mask=part.mask, scale=scale)
-    return unfold(z), unfold(lse.unsqueeze(-1)).squeeze(-1)
-
-
 class MultiHeadAttention(taps.Tapped):
     """Self-attention with one fused `qkv`, or cross-attention (`context_dim` given) with `q` and a fused `kv`.
 
-    `dropout` is the probability of dropping an attention weight while training; `scale` None means head_dim**-0.5.
+    `dropout` is the probability of dropping a weight while training; `scale` None means head_dim**-0.5; each of fewer
+    `kv_heads` serves heads / kv_heads queries (Ainslie et al. 2023, 2305.13245); `head_norm(head_dim)` norms q and k.
     """
 
     def __init__(
@@ -134,21 +127,23 @@ class MultiHeadAttention(taps.Tapped):
         heads: int,
         *,
         head_dim: int | None = None,
+        kv_heads: int | None = None,
         context_dim: int | None = None,
         bias: bool = True,
         out_bias: bool = True,
         scale: float | None = None,
         dropout: float = 0.0,
+        head_norm: Callable[[int], nn.Module] = nn.Identity,
     ) -> None:
         super().__init__()
         if head_dim is None and dim % heads:
             raise ValueError(f"width {dim} does not divide into {heads} heads; give head_dim")
-        self.heads, self.head_dim = heads, head_dim or dim // heads
-        self.scale = self.head_dim**-0.5 if scale is None else scale
-        self.dropout = dropout
+        self.heads, self.kv_heads, self.head_dim = heads, kv_heads or heads, head_dim or dim // heads
+        self.scale, self.dropout = self.head_dim**-0.5 if scale is None else scale, dropout
         inner = heads * self.head_dim
         if context_dim is None:
-            self.qkv = nn.Linear(dim, 3 * inner, bias=bias)
+            self.qkv = nn.Linear(dim, inner + 2 * self.kv_heads * self.head_dim, bias=bias)
+            self.q_norm, self.k_norm = head_norm(self.head_dim), head_norm(self.head_dim)
         else:
             self.q = nn.Linear(dim, inner, bias=bias)
             self.kv = nn.Linear(context_dim, 2 * inner, bias=bias)
@@ -163,17 +158,18 @@ class MultiHeadAttention(taps.Tapped):
         bias: PassBias | None = None,
         causal: bool = False,
         cache: KVCache | None = None,
+        rotate: Callable[[Tensor], Tensor] | None = None,
     ) -> Tensor:
         """(B, T, D) -> (B, T, D).
 
         context: (B, N, context_dim) with key_mask (B, N), or memories, which have their own masks. With a cache
         self-attention needs key_mask and bias for all keys, old and new; cross-attention projects its context once. A
-        bias includes the mask and the causal order.
+        bias includes the mask and the causal order. `rotate` changes q and k (B, heads, T, d), which are cached so.
         """
         name, scale, dropout = self.tap_prefix, self.scale, self.dropout if self.training else 0.0
         if self.is_cross:
             assert bias is None and not causal, "cross-attention takes no bias and has no order"
-            (q,), parts = self._split(self.q(x), 1), self.project(context, key_mask, cache)
+            (q,), parts = self._split(self.q(x), self.heads), self.project(context, key_mask, cache)
             check_rows(parts, len(x))
             if not taps.wanted(name, "k", "v", "mask", "scores", "pattern"):
                 q = taps.tap(name, "q", q)
@@ -181,9 +177,14 @@ class MultiHeadAttention(taps.Tapped):
             k, v, key_mask, _ = concatenate(parts)
         else:
             assert context is None, "this is self-attention: it was built without context_dim"
-            q, k, v = self._split(self.qkv(x), 3)
+            q, k, v = self._split(self.qkv(x), self.heads, self.kv_heads, self.kv_heads)
+            q, k = self.q_norm(q), self.k_norm(k)
+            if rotate is not None:
+                q, k = rotate(q), rotate(k)
             if cache is not None:
                 k, v = cache.append(k, v)
+            if self.kv_heads < self.heads:
+                k, v = (x[:, :, None].expand(-1, -1, self.heads // self.kv_heads, -1, -1).flatten(1, 2) for x in (k, v))
         q, k, v = taps.tap(name, "q", q), taps.tap(name, "k", k), taps.tap(name, "v", v)
         shown, added = taps.wanted(name, "scores", "pattern"), None
         by_distance = bias is not None and not taps.wanted(name, "mask")
@@ -204,11 +205,11 @@ class MultiHeadAttention(taps.Tapped):
         pattern = taps.tap(name, "pattern", masked_softmax(taps.tap(name, "scores", scores)))
         return self._join(F.dropout(pattern, dropout).to(v.dtype) @ v)
 
-    def _split(self, x: Tensor, pieces: int) -> tuple[Tensor, ...]:
-        """(B, T, pieces*H*d) -> `pieces` views of (B, H, T, d)."""
-        # Chunks of the last axis: their gradients are joined in one pass, in the layout of the product before them.
-        heads = (self.heads, self.head_dim)
-        return tuple(piece.unflatten(-1, heads).transpose(1, 2) for piece in x.chunk(pieces, -1))
+    def _split(self, x: Tensor, *heads: int) -> tuple[Tensor, ...]:
+        """(B, T, sum(heads)*d) -> a view (B, H, T, d) for each number of heads."""
+        # Pieces of the last axis: their gradients are joined in one pass, in the layout of the product before them.
+        pieces = x.split([number * self.head_dim for number in heads], -1)
+        return tuple(piece.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for piece in pieces)
 
     def _join(self, z: Tensor) -> Tensor:
         """The output projection: the outputs of the heads (B, H, T, d) -> (B, T, D)."""
@@ -236,10 +237,8 @@ class MultiHeadAttention(taps.Tapped):
             raise ValueError("key_mask goes with a plain context tensor; a Memory has its own mask")
         if context is None:
             raise ValueError("cross-attention needs a context")
-        parts = []
-        for memory in [context] if isinstance(context, Memory) else context:
-            k, v = self._split(self.kv(memory.states), 2)
-            parts.append(memory.project(k, v))
+        memories = [context] if isinstance(context, Memory) else context
+        parts = [m.project(*self._split(self.kv(m.states), self.heads, self.heads)) for m in memories]
         if cache is not None:
             cache.fill_cross(parts)
         return parts

@@ -18,6 +18,7 @@ from vqa_scratch.nn.attention import MultiHeadAttention
 from vqa_scratch.nn.cache import DecoderCache
 from vqa_scratch.nn.layers import Activation
 from vqa_scratch.nn.memory import Memory
+from vqa_scratch.nn.rotary import Rotation
 
 Reader = tuple[nn.Module, MultiHeadAttention]  # cross-attention and the norm before it
 
@@ -46,6 +47,7 @@ class FastParts(NamedTuple):
     norm: Callable[[Tensor], Tensor]  # (R, D) -> (R, E): everything between the last block and the head
     head: Tensor  # (V, E)
     bias: Callable[[int], Tensor] | None = None  # n -> (1, H, 1, n), added to the scores of the last of n tokens
+    rotation: Callable[[Tensor], Rotation] | None = None  # positions (n,) -> what turns queries and keys there
 
 
 def fast_blocks(blocks: nn.ModuleList) -> list[FastBlock]:

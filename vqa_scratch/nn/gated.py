@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from vqa_scratch.nn import taps
 from vqa_scratch.nn.layers import Activation
 
 
@@ -58,3 +59,22 @@ class _GatedMLP(torch.autograd.Function):
             dw_gate = dgate.t() @ x if of_gate else None
             dw_up = dup.t() @ x if of_up else None
         return dx, dw_gate, dw_up, dw_down, None
+
+
+class GatedMLP(taps.Tapped):
+    """`down(activation(gate(x)) * up(x))` (Shazeer 2020, 2002.05202). (..., D) -> (..., D)."""
+
+    def __init__(self, dim: int, hidden: int, activation: Activation, *, bias: bool = False, dropout: float = 0.0):
+        super().__init__()
+        self.gate = nn.Linear(dim, hidden, bias=bias)
+        self.up = nn.Linear(dim, hidden, bias=bias)
+        self.down = nn.Linear(hidden, dim, bias=bias)
+        self.activation, self.dropout = activation, nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.down.bias is not None or taps.wanted(self.tap_prefix, "pre", "post"):
+            gate = taps.tap(self.tap_prefix, "pre", self.gate(x))
+            out = self.down(taps.tap(self.tap_prefix, "post", self.activation(gate) * self.up(x)))
+        else:
+            out = gated_mlp(x, self.gate.weight, self.up.weight, self.down.weight, self.activation)
+        return taps.tap(self.tap_prefix, "out", self.dropout(out))

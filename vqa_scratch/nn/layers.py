@@ -31,6 +31,7 @@ ACTIVATIONS: dict[str, Activation] = {
     "gelu_pytorch_tanh": gelu_tanh,
     "quick_gelu": quick_gelu,
     "relu": torch.relu,
+    "relu2": lambda x: torch.relu(x).square(),
     "silu": F.silu,
     "tanh": torch.tanh,
 }
@@ -69,7 +70,7 @@ def init_weights(module: nn.Module, std: float = 0.02) -> None:
 
 
 def decoder_positions(
-    embeddings: Tensor, attention_mask: Tensor | None, cache: DecoderCache | None, limit: int
+    embeddings: Tensor, attention_mask: Tensor | None, cache: DecoderCache | None, limit: int | None
 ) -> Tensor:
     """(B or 1, T) position ids of new tokens (B, T, D) after the cached ones, for a table of `limit` positions.
 
@@ -78,7 +79,7 @@ def decoder_positions(
     """
     past, rows = 0 if cache is None else cache.length, len(embeddings)
     total = past + embeddings.shape[1]
-    if total > limit:
+    if limit is not None and total > limit:
         raise ValueError(f"{total} tokens, but the position table serves {limit}")
     if attention_mask is None:
         return torch.arange(past, total, device=embeddings.device)[None]

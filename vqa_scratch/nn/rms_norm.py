@@ -15,10 +15,10 @@ from torch import Tensor, nn
 class _Normalize(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
-        size = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
-        scale = torch.rsqrt(size.square_().div_(x.shape[-1]).add_(eps))  # (..., 1)
+        squares = x * x
+        scale = squares.mean(-1, keepdim=True).add_(eps).rsqrt_()  # (..., 1)
         ctx.save_for_backward(x, weight, scale)
-        return (x * scale).mul_(weight).to(dtype)
+        return torch.mul(x, scale, out=squares).mul_(weight).to(dtype)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
@@ -33,7 +33,7 @@ class _Normalize(torch.autograd.Function):
 
 
 class RMSNorm(nn.Module):
-    """`x / rms(x) * weight`, computed in fp32; (..., D) -> (..., D) in fp32, or in the dtype of autocast.
+    """`x / rms(x) * weight`, computed in fp32; (..., D) -> (..., D) in the dtype of the weight, or of autocast.
 
     The linear layers that follow would otherwise each cast it again.
     """
@@ -44,6 +44,6 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         device = x.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float32
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.weight.dtype
         with torch.autocast(device, enabled=False):
-            return _Normalize.apply(x.float(), self.weight, self.eps, dtype)
+            return _Normalize.apply(x.float(), self.weight.float(), self.eps, dtype)

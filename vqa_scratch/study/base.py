@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from vqa_scratch.models.gpt2 import PositionTableDecoder
+from vqa_scratch.models.hf_config import ReleasedDecoder
 from vqa_scratch.models.t5 import T5Stack
 from vqa_scratch.models.vit import ViT
 from vqa_scratch.nn.states import ImageEncoder, Places
@@ -51,7 +51,7 @@ class Subject(ABC):
     """
 
     model: nn.Module
-    decoder: PositionTableDecoder | T5Stack | ViT  # the writer
+    decoder: ReleasedDecoder | T5Stack | ViT  # the writer
     writer: str = "decoder"  # the first segment of its taps
     sources: tuple[Source, ...]
     mixing: Tensor

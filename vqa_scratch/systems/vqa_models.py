@@ -12,7 +12,8 @@ from vqa_scratch.data.vqa_v2 import VQASample
 from vqa_scratch.errors import UserError
 from vqa_scratch.models import released
 from vqa_scratch.models.bert import Bert, BertConfig
-from vqa_scratch.models.gpt2 import GPT2, GPT2Config, PositionTableDecoder
+from vqa_scratch.models.gpt2 import GPT2, GPT2Config
+from vqa_scratch.models.hf_config import ReleasedDecoder
 from vqa_scratch.models.vit import ViT, ViTConfig
 from vqa_scratch.models.vqa import VQAModel
 from vqa_scratch.nn.states import ImageEncoder
@@ -98,7 +99,7 @@ def released_models(options: VQAOptions, train: list[VQASample]) -> Parts:
     """Models, tokenizers and preprocessing from checkpoints; with `--init random` random weights of the same sizes."""
     kind = connector_class(options.connector)
     image: ImageEncoder
-    writer: PositionTableDecoder
+    writer: ReleasedDecoder
     text: Tokenizer | None
     if options.init == "random":
         text, decoder = own_tokenizers(train)

@@ -41,7 +41,10 @@ def _look_up(entries: dict[str, Entry], name: str) -> Entry | None:
 
 def _pieces(tensor: Tensor, entry: Entry) -> tuple[Tensor, ...]:
     """The parts of our tensor that are one key each."""
-    return tensor.chunk(len(entry.theirs)) if len(entry.theirs) > 1 else (tensor,)
+    if len(entry.theirs) == 1:
+        return (tensor,)
+    shares = entry.shares or (1,) * len(entry.theirs)
+    return tensor.split([len(tensor) // sum(shares) * share for share in shares])
 
 
 def _matcher(templates: Iterable[str]) -> re.Pattern[str]:
@@ -118,12 +121,10 @@ def load_into(
 
     wrong = []
     for name, entry in wanted.items():
-        should = (ours[name].shape[0] // len(entry.theirs), *ours[name].shape[1:]) if ours[name].ndim else ()
-        should = should[::-1] if entry.transposed else should[entry.axes :]
-        for key in entry.theirs:
+        for piece, key in zip(_pieces(ours[name].detach().to("meta"), entry), entry.theirs, strict=True):
             if key not in by_key:
                 continue
-            tensor = tensors[by_key[key]]
+            tensor, should = tensors[by_key[key]], tuple(entry.order.write(piece).shape)
             if tensor.shape != should:
                 wrong.append(f"{by_key[key]} is {tuple(tensor.shape)}, should be {should}")
             elif tensor.is_floating_point() != ours[name].is_floating_point():
@@ -146,7 +147,7 @@ def load_into(
             for piece, key in zip(_pieces(ours[name], entry), entry.theirs, strict=True):
                 tensor = tensors.pop(by_key[key])
                 check_finite(by_key[key], tensor, source)
-                piece.copy_(tensor.T if entry.transposed else tensor)
+                piece.copy_(entry.order.read(tensor))
     return left
 
 
@@ -161,6 +162,5 @@ def to_hf(model: nn.Module, key_map: KeyMap) -> dict[str, Tensor]:
         if entry is None:
             raise ValueError(f"{name} of {type(model).__name__} has no place in this checkpoint layout")
         for piece, key in zip(_pieces(parameter.detach().cpu(), entry), entry.theirs, strict=True):
-            piece = piece.T if entry.transposed else piece.reshape(piece.shape[entry.axes :])
-            tensors[("" if entry.ours in head else prefix) + key] = piece.contiguous().clone()
+            tensors[("" if entry.ours in head else prefix) + key] = entry.order.write(piece).contiguous().clone()
     return tensors

@@ -59,6 +59,16 @@ OPT = _names(
     """hidden=ffn_dim embedding_dim=word_embed_proj_dim norm_first=do_layer_norm_before activation=activation_function
     dropout=dropout attention_dropout=attention_dropout init_std=init_std""",
 )
+QWEN2 = _names(
+    "vocab_size max_positions dim layers heads hidden activation init_std bos_id pad_id",
+    """kv_heads=num_key_value_heads head_dim=head_dim norm_eps=rms_norm_eps attention_dropout=attention_dropout
+    tied=tie_word_embeddings""",
+)
+LLAMA = QWEN2 | _pairs("qkv_bias=attention_bias out_bias=attention_bias mlp_bias=mlp_bias")
+PERSIMMON = _names(
+    "vocab_size max_positions dim layers heads hidden activation norm_eps init_std bos_id pad_id",
+    """dropout=hidden_dropout attention_dropout=attention_dropout qk_norm=qk_layernorm tied=tie_word_embeddings""",
+)
 T5 = _names(
     "vocab_size eos_id pad_id",
     """dim=d_model head_dim=d_kv hidden=d_ff encoder_layers=num_layers decoder_layers=num_decoder_layers heads=num_heads

@@ -187,7 +187,7 @@ def with_generation_ids(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
     result = dict(config)
     for name in ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id"):
         own, value = config.get(name), ids.get(name)
-        if isinstance(value, list) and value:
+        if isinstance(value, list) and value and value != own:
             value = own if own in value else value[0]
             note(f"{path} names several of {name}; only {value} counts")
         if name in config and value is not None:

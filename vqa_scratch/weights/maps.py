@@ -4,10 +4,23 @@ A name holds at most one `{}`, the number of the layer. `convert.py` uses a map 
 Their names are those in the files on the Hub; for ViT these differ from the module names of `transformers`.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
+from torch import Tensor
+
 OLDER = {"gamma": "weight", "beta": "bias"}  # the parameters of a LayerNorm in files that came from TensorFlow
+
+
+class Order(NamedTuple):
+    """How a file lays out a tensor: from theirs to ours, and back."""
+
+    read: Callable[[Tensor], Tensor] = lambda tensor: tensor
+    write: Callable[[Tensor], Tensor] = lambda tensor: tensor
+
+
+TRANSPOSED = Order(Tensor.t, Tensor.t)  # (in, out), as in GPT-2's Conv1D
 
 
 class Entry(NamedTuple):
@@ -15,8 +28,8 @@ class Entry(NamedTuple):
 
     ours: str
     theirs: tuple[str, ...]
-    transposed: bool = False  # the file holds (in, out), as GPT-2's Conv1D does
-    axes: int = 0  # so many leading axes of ours, each of length 1, are not in the file
+    order: Order = Order()
+    shares: tuple[int, ...] = ()  # how several keys divide the rows; (): evenly
 
 
 @dataclass(frozen=True)
@@ -38,7 +51,7 @@ class KeyMap:
 
 def weight(ours: str, *theirs: str, transposed: bool = False) -> tuple[Entry, ...]:
     """A module with a weight only."""
-    return (Entry(f"{ours}.weight", tuple(f"{name}.weight" for name in theirs), transposed),)
+    return (Entry(f"{ours}.weight", tuple(f"{name}.weight" for name in theirs), TRANSPOSED if transposed else Order()),)
 
 
 def linear(ours: str, *theirs: str, transposed: bool = False) -> tuple[Entry, ...]:
@@ -51,9 +64,7 @@ def linear(ours: str, *theirs: str, transposed: bool = False) -> tuple[Entry, ..
 
 def nested(ours: str, entries: tuple[Entry, ...], theirs: str = "") -> tuple[Entry, ...]:
     """The entries of a part of a model: `ours` and `theirs` are put before its names and keys."""
-    return tuple(
-        entry._replace(ours=ours + entry.ours, theirs=tuple(theirs + key for key in entry.theirs)) for entry in entries
-    )
+    return tuple(e._replace(ours=ours + e.ours, theirs=tuple(theirs + key for key in e.theirs)) for e in entries)
 
 
 # Heads in released files. Every layout ignores them, except where the head is part of the model.

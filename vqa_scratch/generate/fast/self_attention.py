@@ -5,7 +5,7 @@
 whole answer from the start. A step is `advance()`, which returns the positions of the new tokens, then `add(layer, x)`.
 
 Shapes: G groups (prompts), K members (beams) a group, R = G*K rows, P prompt tokens, C places in the cache, L layers,
-H heads, d head size, D width.
+H heads, J heads of keys and values, F = H / J heads that read one of these, d head size, D width.
 """
 
 import math
@@ -13,9 +13,17 @@ import math
 import torch
 from torch import Tensor
 
-from vqa_scratch.generate.fast.products import adding, attend, linear, linear_into, norm
+from vqa_scratch.generate.fast.products import adding, attend, linear, linear_into, norm, turnings
 from vqa_scratch.nn.cache import DecoderCache
 from vqa_scratch.nn.decoding import FastParts
+from vqa_scratch.nn.rotary import Rotation
+
+
+def rotations(parts: FastParts, tokens: int, like: Tensor) -> Rotation | None:
+    """Those of the positions 0 ... tokens - 1, in the dtype of the keys; None for a decoder that turns nothing."""
+    if parts.rotation is None:
+        return None
+    return parts.rotation(torch.arange(tokens, device=like.device)).to(like.dtype)
 
 
 class OneRow:
@@ -33,14 +41,17 @@ class OneRow:
         if mask is not None:
             kept = [(k[:, :, mask[0]], v[:, :, mask[0]]) for k, v in kept]
         k, _ = kept[0]
-        _, heads, self.length, size = k.shape
-        lines = k.new_empty(len(cache), self.length + steps, 3, heads, size)
-        for line, (k, v) in zip(lines, kept, strict=True):
-            line[: self.length, 1], line[: self.length, 2] = k[0].transpose(0, 1), v[0].transpose(0, 1)
-        self.lines = lines.flatten(2)  # (L, C, 3 * H * d)
-        self.queries = lines[:, :, 0].unsqueeze(3)  # (L, C, H, 1, d)
-        self.keys, self.values = lines[:, :, 1].permute(0, 2, 3, 1), lines[:, :, 2].transpose(1, 2)
+        (_, kv_heads, self.length, size), heads = k.shape, parts.blocks[0].attn.heads
+        lines = k.new_empty(len(cache), self.length + steps, heads + 2 * kv_heads, size)
+        keys, values = lines[:, :, heads:].split(kv_heads, 2)  # (L, C, J, d)
+        for layer, (k, v) in enumerate(kept):
+            keys[layer, : self.length], values[layer, : self.length] = k[0].transpose(0, 1), v[0].transpose(0, 1)
+        self.lines = lines.flatten(2)  # (L, C, (H + 2 J) * d)
+        self.turned = lines[:, :, : heads + kv_heads]  # q and k
+        self.queries = lines[:, :, :heads].unflatten(2, (kv_heads, -1))  # (L, C, J, F, d)
+        self.keys, self.values = keys.permute(0, 2, 3, 1), values.transpose(1, 2)
         self.positions = torch.arange(self.length + steps, device=k.device).unsqueeze(1)
+        self.rotations = rotations(parts, self.length + steps, k)
         self.distances = None  # (H, 1, C), T5: the bias of the last token; an earlier token's is the end of it
         if parts.bias is not None:
             self.distances = parts.bias(self.length + steps)[0].to(k.dtype)
@@ -49,6 +60,7 @@ class OneRow:
             (norm(b.norm), linear_into(b.attn.qkv), b.attn.scale, adding(b.attn.out.weight, b.attn.out.bias))
             for b in parts.blocks
         ]
+        self.turns = turnings(parts.blocks, self.rotations is not None)
 
     def advance(self) -> Tensor:
         """Make a line for the next token; returns its position (1,)."""
@@ -57,6 +69,9 @@ class OneRow:
         self.bias = None if self.distances is None else self.distances[..., -until:]
         views = (self.lines[:, at:until], self.queries[:, at], self.keys[..., :until], self.values[:, :, :until])
         self.now = list(zip(*(view.unbind(0) for view in views), strict=True))  # by layer
+        if self.turns:
+            self.heads = self.turned[:, at:until].unbind(0)  # (1, H + J, d) of each layer
+            self.rotation = None if self.rotations is None else self.rotations.of(self.positions[at])
         return self.positions[at]
 
     def add(self, layer: int, x: Tensor) -> None:
@@ -64,7 +79,9 @@ class OneRow:
         before, qkv_into, scale, out = self.blocks[layer]
         line, q, keys, values = self.now[layer]
         qkv_into(line, before(x))
-        out(x, attend(q, keys, values, self.bias, scale).reshape(1, self.width))  # of (H, 1, d)
+        if self.turns:
+            self.turns[layer](self.heads[layer], self.rotation)
+        out(x, attend(q, keys, values, self.bias, scale).reshape(1, self.width))  # of (J, F, d)
 
     def reorder(self, parents: Tensor) -> None:
         """There is only one row."""
@@ -88,7 +105,8 @@ class Rows:
         """
         k, _ = cache[0].contents
         self.times, self.sees, self.members, self.used = times, sees, len(sees), 0
-        self.groups, self.heads, self.prompt, self.size = k.shape
+        (self.groups, self.heads, self.prompt, self.size), attn = k.shape, parts.blocks[0].attn
+        self.readers, self.turned = attn.heads // self.heads, attn.heads + self.heads  # F; q and k, H + J
         places = self.prompt + len(times)
         self.cached = k.new_empty(len(cache), 2, self.groups, self.heads, places, self.size)
         # The cache holds scaled keys: one product less a step. (L, 2, 1, 1, 1, 1)
@@ -109,19 +127,23 @@ class Rows:
         if parts.bias is not None:
             self.distances = parts.bias(self.prompt + int(times.max()) + 1)[0, :, 0].to(k.dtype)
             self.all_times = torch.cat([torch.arange(-self.prompt, 0, device=k.device), times])  # (C,)
+        self.rotations = rotations(parts, places, k)
         self.blocks = [
             (norm(b.norm), linear(b.attn.qkv), adding(b.attn.out.weight, b.attn.out.bias)) for b in parts.blocks
         ]
+        self.turns = turnings(parts.blocks, self.rotations is not None)
         self._lay_out()
 
     def _lay_out(self) -> None:
         """Make views of the cache and shapes, after a change of groups."""
-        groups, members, heads, size = self.groups, self.members, self.heads, self.size
-        self.fused, self.flat = (groups, members, 3, heads, size), (groups * heads, members, size)
-        self.apart, self.joined = (groups, heads, members, size), (groups * members, heads * size)
-        both = self.cached.flatten(2, 3)  # (L, 2, G * H, C, d)
+        groups, members, heads, readers, size = self.groups, self.members, self.heads, self.readers, self.size
+        self.pieces = heads * readers * size, 2 * heads * size  # of the fused projection
+        self.queries, self.flat = (groups, members, heads, readers, size), (groups * heads, members * readers, size)
+        self.pairs, self.apart = (groups, members, 2, heads, size), (groups, heads, members, readers, size)
+        self.joined = groups * members, heads * readers * size
+        both = self.cached.flatten(2, 3)  # (L, 2, G * J, C, d)
         self.keys, self.values = both[:, 0].transpose(2, 3), both[:, 1]
-        self.spread = None  # (G * H, K, C): `seen`, if it does not change between steps
+        self.spread = None  # (G * J, 1, C): `seen`, if it does not change between steps
         if self.seen is not None and members == 1:
             self.spread = self.seen.repeat_interleave(heads, 0)
 
@@ -132,13 +154,14 @@ class Rows:
         self.now = list(zip(*(view.unbind(0) for view in views), strict=True))  # by layer
 
     def _bias(self, until: int, times: Tensor) -> Tensor | None:
-        """The bias on the scores of the places before `until`, broadcastable to (G * H, K, until); times (K,)."""
+        """The bias on the scores of the places before `until`, broadcastable to (G * J, K * F, until); times (K,)."""
         if self.distances is None:
             if self.seen is None:
                 return None
             if self.spread is not None:
                 return self.spread[:, :, :until]
-            return self.seen[:, :, :until].repeat_interleave(self.heads, 0)
+            seen = self.seen[:, :, :until].repeat_interleave(self.heads, 0)
+            return seen if self.readers == 1 else seen.repeat_interleave(self.readers, 1)
         last = self.distances.shape[1] - 1  # distance 0; a member cannot see later tokens
         bias = self.distances[:, (last + self.all_times[:until] - times[:, None]).clamp(max=last)]  # (H, K, until)
         if self.seen is not None:
@@ -153,21 +176,31 @@ class Rows:
             self.seen[:, :, start:until].masked_fill_(self.sees, 0.0)
         self._look(start, until, self._bias(until, times))
         self.used += 1
-        return (self.next + times).flatten()
+        return self._at(self.next + times)
+
+    def _at(self, positions: Tensor) -> Tensor:
+        """The new tokens are at these positions (G, K); returns them as (R,)."""
+        positions = positions.flatten()
+        self.rotation = None if self.rotations is None else self.rotations.of(positions)
+        return positions
 
     def add(self, layer: int, x: Tensor) -> None:
         """x (R, D) += self-attention of each token to itself and those before it."""
         before, qkv, out = self.blocks[layer]
         keys, values, place, factors = self.now[layer]
-        q, keys_and_values = qkv(before(x)).view(self.fused).permute(2, 0, 3, 1, 4).split((1, 2))  # (3, G, H, K, d)
-        self._write(place, keys_and_values, factors)
+        fused = qkv(before(x))
+        if self.turns:
+            self.turns[layer](fused.view(len(x), -1, self.size)[:, : self.turned], self.rotation)
+        q, keys_and_values = fused.split(self.pieces, 1)
+        self._write(place, keys_and_values.view(self.pairs).permute(2, 0, 3, 1, 4), factors)  # (2, G, J, K, d)
+        q = q.view(self.queries).transpose(1, 2)  # (G, J, K, F, d)
         z = attend(q.reshape(self.flat), keys, values, self.bias)
         if self.members > 1:
             z = z.view(self.apart).transpose(1, 2)
         out(x, z.reshape(self.joined))
 
     def _write(self, place: Tensor, keys_and_values: Tensor, factors: Tensor) -> None:
-        """Write those of this step (2, G, H, K, d) to their places."""
+        """Write those of this step (2, G, J, K, d) to their places."""
         torch.mul(keys_and_values, factors, out=place)
 
     def reorder(self, parents: Tensor) -> None:
@@ -219,7 +252,7 @@ class FixedRows(Rows):
             if mask is not None:
                 mask.index_fill_(2, self.place, 0.0)
         self._look(0, self._filled(), self.spread)
-        return self.next.flatten()
+        return self._at(self.next)
 
     def _write(self, place: Tensor, keys_and_values: Tensor, factors: Tensor) -> None:
         place.index_copy_(3, self.place, (keys_and_values * factors).to(place.dtype))

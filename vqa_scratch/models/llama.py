@@ -1,0 +1,269 @@
+"""Llama (Touvron et al. 2023, arXiv 2302.13971; Grattafiori et al. 2024, arXiv 2407.21783), Qwen2 and Persimmon.
+
+One block, whose parts the config names: root-mean-square norms or LayerNorms, rotary positions on the whole of each
+head or a share of it, as many or fewer heads of keys and values than of queries, a gated or a plain MLP. Qwen2 (arXiv
+2407.10671) has biases on q, k and v; Persimmon (Adept 2023), the decoder of Fuyu, has LayerNorms, also of q and k.
+
+Shapes: B rows, T tokens, D width, H heads, d head size, V vocabulary.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from vqa_scratch.errors import UserError
+from vqa_scratch.models.hf_config import HFConfig, Layout, ReleasedDecoder, check_heads, is_number
+from vqa_scratch.nn import taps
+from vqa_scratch.nn.attention import MultiHeadAttention
+from vqa_scratch.nn.cache import DecoderCache, KVCache
+from vqa_scratch.nn.decoding import FastBlock, FastParts, fast_blocks
+from vqa_scratch.nn.gated import GatedMLP
+from vqa_scratch.nn.layers import MLP, activation, decoder_positions, init_weights
+from vqa_scratch.nn.memory import Memory
+from vqa_scratch.nn.rms_norm import RMSNorm
+from vqa_scratch.nn.rotary import Rotary, Rotation
+from vqa_scratch.storage import typed
+from vqa_scratch.weights import fields, maps_llama
+from vqa_scratch.weights.maps import KeyMap
+
+# What each kind of rotary positions has in a config.json besides theta: our field and the one there.
+ROTARY_KINDS: dict[str, dict[str, str]] = {
+    "default": {},
+    "linear": {"factor": "factor"},
+    "llama3": {
+        "factor": "factor",
+        "low": "low_freq_factor",
+        "high": "high_freq_factor",
+        "original": "original_max_position_embeddings",
+    },
+}
+NORMS: dict[str, type[RMSNorm] | type[nn.LayerNorm]] = {"rms": RMSNorm, "layer": nn.LayerNorm}
+_PERSIMMON = {"norm": "layer", "qk_norm": True, "gated": False, "qkv_bias": True, "out_bias": True, "mlp_bias": True}
+_PERSIMMON |= {"activation": "relu2", "norm_eps": 1e-5}
+
+
+@dataclass(frozen=True)
+class LlamaConfig(HFConfig):
+    """Sizes and parts of a decoder. The defaults are Llama 7B."""
+
+    LAYOUTS: ClassVar[Mapping[str, Layout]] = {
+        "llama": Layout("LlamaForCausalLM", fields.LLAMA, fixed={"sliding_window": None}),
+        "qwen2": Layout(
+            "Qwen2ForCausalLM", fields.QWEN2, defaults={"qkv_bias": True}, fixed={"use_sliding_window": False}
+        ),
+        "persimmon": Layout("PersimmonForCausalLM", fields.PERSIMMON, defaults=_PERSIMMON),
+    }
+
+    vocab_size: int = 32000
+    max_positions: int = 2048  # of the training; there is no table that ends there
+    dim: int = 4096
+    layers: int = 32
+    heads: int = 32
+    kv_heads: int | None = None  # None: heads
+    head_dim: int | None = None  # None: dim / heads
+    hidden: int = 11008  # inner width of the MLP
+    activation: str = "silu"
+    norm: str = "rms"  # or "layer"
+    norm_eps: float = 1e-6
+    qk_norm: bool = False  # LayerNorms of the queries and keys of each head, before they turn
+    gated: bool = True
+    qkv_bias: bool = False
+    out_bias: bool = False
+    mlp_bias: bool = False
+    dropout: float = 0.0  # of what the MLP adds
+    attention_dropout: float = 0.0
+    init_std: float = 0.02
+    tied: bool = False  # the head is the embedding
+    rotary: Rotary = Rotary()
+    bos_id: int | None = None
+    eos_ids: tuple[int, ...] = ()  # any of them ends a text
+    pad_id: int | None = None
+
+    layout: str = "llama"
+    add_cross_attention: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if self.head_dim is None:
+            check_heads(self.dim, self.heads)
+        size, kv_heads = self.head_dim or self.dim // self.heads, self.kv_heads or self.heads
+        object.__setattr__(self, "head_dim", size)
+        object.__setattr__(self, "kv_heads", kv_heads)
+        if self.heads % kv_heads:
+            raise UserError(f"{kv_heads} heads of keys and values cannot serve {self.heads} of queries evenly")
+        turning = int(size * self.rotary.share)
+        if turning % 2 or not 0 < turning <= size:
+            raise UserError(f"rotary positions turn pairs: not {turning} of the {size} numbers of a head")
+
+    @classmethod
+    def further_fields(cls, config: Mapping[str, Any]) -> dict[str, Any]:
+        """End tokens and rotary positions, these in the spelling of transformers 5 or in the one before."""
+        (layers,), end = typed("config.json", config, {"layer_types": list | None}), config.get("eos_token_id")
+        if any(kind != "full_attention" for kind in layers or []):
+            raise UserError("config.json asks for layers with a sliding window; here every token sees all before it")
+        ends = end if isinstance(end, list) else [] if end is None else [end]
+        if not all(type(one) is int and one >= 0 for one in ends):
+            raise UserError(f"config.json: eos_token_id must be one id or a list of them, not {end!r}")
+        return {"eos_ids": tuple(ends), "rotary": rotary_from_hf(config)}
+
+    @property
+    def key_map(self) -> KeyMap:
+        if self.layout == "persimmon":
+            return maps_llama.persimmon(self.heads, self.tied)
+        return maps_llama.llama(self.heads, self.kv_heads or self.heads, self.tied)
+
+    @property
+    def eos_id(self) -> int | None:
+        """The first of the end tokens."""
+        return self.eos_ids[0] if self.eos_ids else None
+
+    def to_hf(self) -> dict[str, Any]:
+        """The inverse of `from_hf`, in the newer spelling."""
+        ends = list(self.eos_ids) if len(self.eos_ids) > 1 else self.eos_id
+        return super().to_hf() | {"eos_token_id": ends, "rope_parameters": rotary_to_hf(self.rotary)}
+
+
+def rotary_from_hf(config: Mapping[str, Any]) -> Rotary:
+    """The rotary positions of a config.json. Raises UserError for a kind that is not one of `ROTARY_KINDS`, or for a
+    number that is missing or cannot be one."""
+    older, newer = typed("config.json", config, {"rope_scaling": dict | None, "rope_parameters": dict | None})
+    outside = {name: config.get(name) for name in ("rope_theta", "partial_rotary_factor")}
+    given = {name: value for name, value in outside.items() if value is not None}
+    given |= older or newer or {}  # where both are there, transformers reads the older
+    where, kind = f"config.json: rope_{'scaling' if older else 'parameters'}", given.get("rope_type", given.get("type"))
+    kind = "default" if kind is None else kind
+    if not isinstance(kind, str) or kind not in ROTARY_KINDS:
+        raise UserError(f"{where} is of type {kind!r}; here rotary positions are {', '.join(ROTARY_KINDS)}")
+    if any(isinstance(value, dict) for value in given.values()):
+        raise UserError(f"{where} differs between layers; here all layers have the same rotary positions")
+    names = {"theta": "rope_theta", "share": "partial_rotary_factor", **ROTARY_KINDS[kind]}
+    usual: dict[str, Any] = {"theta": Rotary.theta, "share": 0.5 if config.get("model_type") == "persimmon" else 1.0}
+    usual["original"] = config.get("max_position_embeddings")
+    values: dict[str, Any] = {ours: given.get(theirs, usual.get(ours)) for ours, theirs in names.items()}
+    for ours, value in values.items():
+        if not is_number(value) or value <= 0:
+            raise UserError(f"{where}: {names[ours]} must be a number above 0, not {value!r}")
+    if kind == "llama3" and values["low"] >= values["high"]:
+        raise UserError(f"{where}: low_freq_factor must be below high_freq_factor, not {values['low']}")
+    return Rotary(kind=kind, **values)
+
+
+def rotary_to_hf(rotary: Rotary) -> dict[str, Any]:
+    """The inverse of `rotary_from_hf`."""
+    names = {"theta": "rope_theta", **ROTARY_KINDS[rotary.kind]}
+    if rotary.share != 1.0:
+        names["share"] = "partial_rotary_factor"
+    return {"rope_type": rotary.kind} | {theirs: getattr(rotary, ours) for ours, theirs in names.items()}
+
+
+class LlamaBlock(taps.Tapped):
+    """x + self-attention of its norm, then x + MLP of its norm; `mlp` makes the MLP, (B, T, D) -> (B, T, D)."""
+
+    def __init__(self, config: LlamaConfig, mlp: Callable[[], nn.Module]) -> None:
+        super().__init__()
+        norm = NORMS[config.norm]
+        self.norm1 = norm(config.dim, config.norm_eps)
+        self.attn = MultiHeadAttention(
+            config.dim,
+            config.heads,
+            head_dim=config.head_dim,
+            kv_heads=config.kv_heads,
+            bias=config.qkv_bias,
+            out_bias=config.out_bias,
+            dropout=config.attention_dropout,
+            head_norm=partial(nn.LayerNorm, eps=config.norm_eps) if config.qk_norm else nn.Identity,
+        )
+        self.norm2 = norm(config.dim, config.norm_eps)
+        self.mlp = mlp()
+
+    def forward(self, x: Tensor, rotation: Rotation, key_mask: Tensor | None, cache: KVCache | None) -> Tensor:
+        """(B, T, D) -> (B, T, D). The rotation is that of the tokens (B or 1, 1, T, r)."""
+        x = taps.tap(self.tap_prefix, "resid_pre", x)
+        x = x + self.attn(self.norm1(x), key_mask=key_mask, causal=True, cache=cache, rotate=rotation)
+        x = taps.tap(self.tap_prefix, "resid_mid", x)
+        return taps.tap(self.tap_prefix, "resid_post", x + self.mlp(self.norm2(x)))
+
+    def fast_block(self) -> FastBlock:
+        """The parts of the block, for `generate`."""
+        mlp = self.mlp
+        assert isinstance(mlp, (GatedMLP, MLP)), "a fast step is written for these MLPs"
+        gate = mlp.gate if isinstance(mlp, GatedMLP) else None
+        return FastBlock(self.norm1, self.attn, None, self.norm2, mlp.up, mlp.activation, mlp.down, gate)
+
+
+class Llama(ReleasedDecoder[LlamaConfig]):
+    """Token embedding, blocks, a last norm, and a head of its own or one that is the embedding."""
+
+    config: LlamaConfig
+    config_class = LlamaConfig
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.tokens = nn.Embedding(config.vocab_size, config.dim)
+        self.blocks = nn.ModuleList(LlamaBlock(config, self.mlp) for _ in range(config.layers))
+        self.norm = NORMS[config.norm](config.dim, config.norm_eps)
+        self.lm_head = None if config.tied else nn.Linear(config.dim, config.vocab_size, bias=False)
+        self.apply(lambda module: init_weights(module, config.init_std))
+        taps.name_modules(self.blocks, "decoder")
+
+    def mlp(self) -> nn.Module:
+        """A new MLP for a block; a family with experts makes other ones."""
+        kind, sizes = GatedMLP if self.config.gated else MLP, (self.config.dim, self.config.hidden)
+        return kind(*sizes, activation(self.config.activation), bias=self.config.mlp_bias, dropout=self.config.dropout)
+
+    @property
+    def head(self) -> Tensor:
+        return (self.tokens if self.lm_head is None else self.lm_head).weight
+
+    def embed(self, ids: Tensor) -> Tensor:
+        return self.tokens(ids)
+
+    def hidden(
+        self,
+        embeddings: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        memory: list[Memory] | None = None,
+        cache: DecoderCache | None = None,
+    ) -> Tensor:
+        """(B, T, D) -> (B, T, D), the states before the head; see `Decoder.hidden`.
+
+        Positions count the attended tokens of attention_mask (B, cached + T). Raises ValueError on a mask of another
+        length, or on a memory, which nothing here reads.
+        """
+        if memory is not None:
+            raise ValueError("this decoder has no cross-attention: give it a prefix")
+        positions = decoder_positions(embeddings, attention_mask, cache, limit=None)
+        rotation = self.rotation(positions[:, None])
+        x = embeddings
+        for layer, block in enumerate(self.blocks):
+            x = block(x, rotation, attention_mask, None if cache is None else cache[layer])
+        return self.after_blocks(x)
+
+    def after_blocks(self, x: Tensor) -> Tensor:
+        return self.norm(x)
+
+    def rotation(self, positions: Tensor) -> Rotation:
+        """Positions (...) -> what turns queries and keys there."""
+        return self.config.rotary.rotation(positions, self.config.head_dim or self.config.dim // self.config.heads)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(..., D) -> (..., V). A head of its own runs as a module, which training may replace."""
+        return super().logits(hidden) if self.lm_head is None else self.lm_head(hidden)
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, *, cache: DecoderCache | None = None
+    ) -> Tensor:
+        """(B, T) -> logits (B, T, V); other arguments as in `hidden`."""
+        return self.logits(self.hidden(self.embed(input_ids), attention_mask, cache=cache))
+
+    def fast_state(self) -> FastParts:
+        table = self.tokens.weight.detach()
+
+        def embed(tokens: Tensor, positions: Tensor) -> Tensor:
+            return table.index_select(0, tokens)
+
+        return FastParts(embed, fast_blocks(self.blocks), self.norm, self.head, rotation=self.rotation)
