@@ -9,7 +9,7 @@ from typing import Any
 import click
 from fuzz_mutations import LINES, LONG, NUL
 from fuzz_places import Place, Places
-from fuzz_valid import QUESTION
+from fuzz_valid import QUESTION, SYSTEMS
 from run_helpers import command as run_command
 
 import rlhf
@@ -58,16 +58,19 @@ SMALL = {
     "vqa": "samples seed eval_questions max_answer_tokens max_question_tokens questions_per_image questions_per_step "
     "test_images log_every save_every eval_every width heads image_layers patch_size warmup_steps max_images "
     "max_questions start_at end_at accumulate min_agreement val_fraction decay_from max_grad_norm learning_rate "
-    "flip rotate brightness contrast",
+    "flip rotate brightness contrast profile",
     "vilt": "samples seed eval_questions max_question_tokens questions_per_image image_size patch_size width heads "
     "min_answer_count test_images max_images max_questions accumulate",
     "caption": "samples seed eval_captions eval_questions max_caption_tokens captions_per_step captions_per_image "
     "question_share questions_per_step image_width image_blocks vocabulary test_images max_images width heads flip "
     "rotate brightness contrast",
+    "clip": "samples seed eval_images max_caption_tokens pairs_per_step width heads image_layers text_layers "
+    "patch_size projection vocabulary test_images max_images accumulate eval_every flip rotate warmup_steps profile",
     "rlhf": "prompts samples max_new_tokens min_new_tokens temperature no_repeat_ngram_size kl_coef kl_target "
     "score_clip max_prompt_tokens eval_prompts eval_samples frontier_prompts frontier_samples seed critic_warmup "
     "minibatches save_every length_weight gamma lam",
 }
+COMMANDS = ("ask", "ask", "evaluate", "study", "export", "convert", "seek", "seek", "name", "publish")
 FEW = ("0", "1", "2", "3", "5", "0.5", "0.01", "33", "1e-9", "-1", "4294967295", str(2**63))
 
 
@@ -102,12 +105,12 @@ def edges(places: Places) -> list[Place]:
         if kind is RLHFOptions:
             rlhf.read_command_line(said(with_value(tuning, name, value)))
         else:
-            system = {"VQAOptions": "vqa", "ViLTOptions": "vilt", "CaptionOptions": "caption"}[kind.__name__]
+            system = kind.__name__.removesuffix("Options").lower()
             train.read_command_line(said(with_value(places.flags(system, Path("out")), name, value)))
 
     def run(folder: Path, rng: random.Random) -> None:
         """A tiny run with one number at an edge."""
-        system = rng.choice(("vqa", "vilt", "caption", "rlhf"))
+        system = rng.choice((*SYSTEMS, "rlhf"))
         name, value = rng.choice(SMALL[system].split()), rng.choice(FEW)
         if system == "rlhf":
             known = rules_of(RLHFOptions)
@@ -118,7 +121,7 @@ def edges(places: Places) -> list[Place]:
 
     def paths(folder: Path, rng: random.Random) -> None:
         """A path of a tiny run that is something else."""
-        system = rng.choice(("vqa", "vilt", "caption", "rlhf"))
+        system = rng.choice((*SYSTEMS, "rlhf"))
         if system == "rlhf":
             names = ("out", "articles", "policy", "reference", "grammar_model", "tone_model", "column", "prefix")
             given = with_value(places.book_flags(places.articles / "news.csv", folder / "out"), rng.choice(names), "")
@@ -130,7 +133,7 @@ def edges(places: Places) -> list[Place]:
 
     def commands(folder: Path, rng: random.Random) -> None:
         """One argument of a command that is something else."""
-        argv = valid(places, folder)[rng.choice(("ask", "ask", "evaluate", "study", "export", "convert"))]()
+        argv = valid(places, folder)[rng.choice(COMMANDS)]()
         changed = rng.randrange(1, len(argv))
         if str(argv[changed]).startswith("--"):
             changed += 1
@@ -139,10 +142,10 @@ def edges(places: Places) -> list[Place]:
 
     def flags_of_commands(folder: Path, rng: random.Random) -> None:
         """A command with one more option, of any value."""
-        name = rng.choice(("ask", "ask", "evaluate", "study", "export", "convert"))
-        more = [p for p in PROGRAM.get_command(None, name).params if isinstance(p, click.Option)]
-        option = rng.choice(more) if more else None
+        name = rng.choice(COMMANDS)
         argv = valid(places, folder)[name]()
+        more = [p for p in PROGRAM.get_command(None, argv[0]).params if isinstance(p, click.Option)]
+        option = rng.choice(more) if more else None
         if option is not None:
             argv.append(option.opts[0])
             if not option.is_flag:
@@ -178,7 +181,7 @@ def path(folder: Path, rng: random.Random) -> str:
 
 def valid(places: Places, folder: Path) -> dict[str, Callable[[], list[Any]]]:
     """A valid command line of every command."""
-    run, picture = places.plain["vqa"], places.picture
+    run, picture, page = places.plain["vqa"], places.picture, ("--out", folder / "page.html")
 
     def evaluate() -> list[Any]:
         return ["evaluate", own_copy(run, folder), "--data", places.data, "--limit", "4", "--split", "val"]
@@ -188,6 +191,9 @@ def valid(places: Places, folder: Path) -> dict[str, Callable[[], list[Any]]]:
         "evaluate": evaluate,
         "study": lambda: ["study", run, "--image", picture, "--question", QUESTION, "--out", folder / "study"],
         "export": lambda: ["export", run, folder / "exported"],
+        "seek": lambda: ["retrieve", places.plain["clip"], "--text", "a red circle", "--images", picture.parent, *page],
+        "name": lambda: ["retrieve", places.plain["clip"], "--image", picture, "--labels", "a,b", "--top", "1", *page],
+        "publish": lambda: ["export", places.plain["clip"], folder / "exported", "--push", "me/model"],
         "convert": lambda: ["convert", places.checkpoints["resnet"] / "resnet.bin", folder / "out.safetensors"],
     }
 

@@ -13,7 +13,8 @@ from typing import Any
 from unittest import mock
 
 import torch
-from fuzz_valid import FP32, QUESTION, WORDS, Valid
+from fuzz_mutations import LONG
+from fuzz_valid import FP32, QUESTION, SYSTEMS, WORDS, Valid
 from run_helpers import command
 from vqa_helpers import CPU
 
@@ -23,7 +24,10 @@ from vqa_scratch import systems
 from vqa_scratch.commands import scores
 from vqa_scratch.commands.study_files import open_input
 from vqa_scratch.data import text as texts
+from vqa_scratch.data.image_files import load_image
+from vqa_scratch.data.images import ImageProcessor
 from vqa_scratch.data.vqa_v2 import read_vqa
+from vqa_scratch.models import CLIP
 from vqa_scratch.models.classifier import TextClassifier
 from vqa_scratch.rl import options as rl_options
 from vqa_scratch.rl.rewards import ClassifierReward
@@ -31,8 +35,11 @@ from vqa_scratch.rl.tasks import summarising_task
 from vqa_scratch.rl.types import Samples
 from vqa_scratch.study.record import take_apart
 from vqa_scratch.study.splits import pointing_figures
+from vqa_scratch.systems.clip_texts import classify, embed_labels
 from vqa_scratch.systems.options import CaptionOptions, VQAOptions
 from vqa_scratch.zero_shot import open_zero_shot
+
+LABELS = ("--labels", "red circle,blue square,<b>&", "--template", "a {}", "--template", "the {} \U0001f642")
 
 
 @dataclass(frozen=True)
@@ -69,6 +76,13 @@ class Places(Valid):
         if rng.random() < 0.15:
             command("export", folder, folder / "exported")
 
+    def seek(self, folder: Path, rng: random.Random) -> None:
+        """A contrastive run is opened and seeks; now and then it is also exported."""
+        sought = rng.choice((("--text", "a red circle"), ("--image", self.picture), ("--image", self.picture, *LABELS)))
+        command("retrieve", folder, *sought)
+        if rng.random() < 0.15:
+            command("export", folder, folder / "exported")
+
     def go_on(self, name: str) -> Callable[[Path, random.Random], None]:
         """A finished run of `train.py` is resumed, which writes its last figures again."""
         return lambda folder, _: train.main(train.read_command_line([*self.flags(name, folder), "--resume"]))
@@ -81,7 +95,7 @@ class Places(Valid):
 
     def learn(self, folder: Path, rng: random.Random) -> None:
         """A data folder is read, a system built on it, and its first batch and its evaluation done."""
-        name = rng.choice(("vqa", "vilt", "caption"))
+        name = rng.choice(SYSTEMS)
         system, data = built(train.read_command_line(self.flags(name, folder / "run", folder)))
         system.train_on(data)
         system.loss(system.batch(system.epoch(0)[0]))
@@ -117,19 +131,27 @@ class Places(Valid):
 
     def join(self, kind: str) -> Callable[[Path, random.Random], None]:
         """`--preset book`: a system of three released parts, one of which is the changed folder."""
+        part = {"bert": "text_model"} | dict.fromkeys(("gpt2", "opt", "llama"), "decoder_model")
+        prefix = kind in ("opt", "llama")
 
         def use(folder: Path, _: random.Random) -> None:
-            part = {"vit": "image_model", "bert": "text_model", "gpt2": "decoder_model", "opt": "decoder_model"}[kind]
             names = {"image_model": "vit", "text_model": "bert", "decoder_model": "gpt2"}
-            towers = {name: str(self.checkpoints[place]) for name, place in names.items()} | {part: str(folder)}
+            towers = {name: str(self.checkpoints[place]) for name, place in names.items()}
+            towers[part.get(kind, "image_model")] = str(folder)
             options = VQAOptions(
                 preset="book", init="pretrained", data=self.data, steps=1, max_answer_tokens=4, out=folder / "run",
-                connector="prefix" if kind == "opt" else "tokens", question_prompt=kind == "opt", **towers,
+                connector="prefix" if prefix else "tokens", question_prompt=prefix, **towers,
             )  # fmt: skip
             system, data = built(options)
             system.answer(data.samples["val"][:2])
 
         return use
+
+    def compare(self, folder: Path, _: random.Random) -> None:
+        """A released CLIP or SigLIP with its tokenizer and processor: labels for an image."""
+        model, words = CLIP.from_pretrained(folder), texts.Tokenizer.from_pretrained(folder)
+        pixels = ImageProcessor.from_pretrained(folder)(load_image(self.picture))[None]
+        classify(model, pixels, embed_labels(model, words, ["red circle", LONG]))
 
     def classify(self, folder: Path, _: random.Random) -> None:
         model, words = TextClassifier.from_pretrained(folder), texts.Tokenizer.from_pretrained(folder)
@@ -187,6 +209,7 @@ class Places(Valid):
         """Every place, with how often it is tried."""
         images = self.images(self.root / "images")
         json_files = ("v2_*.json",)
+        seeking = ("config.json", "text_tokenizer/*.json", "preprocessor_config.json", "model.safetensors")
         run = ("config.json", "answers.json", "*_tokenizer/*.json", "preprocessor_config.json", "model.safetensors")
         resumed = ("config.json", "metrics.jsonl", "checkpoints/last.pt", "checkpoints/last.pt", "model.safetensors")
         folder = ("*.json", "*.safetensors")
@@ -197,12 +220,15 @@ class Places(Valid):
             Place("data: captions", self.captioned, ("captions_val2014.json",), self.describe, 1.5),
             Place("data: scenes", self.data, ("scenes_val.json",), self.point),
             Place("data: images", self.data, ("*/*.png",), self.score, 0.5),
-            *(Place(f"run: {name}", path, run, self.ask, 2) for name, path in self.plain.items()),
+            *(Place(f"run: {name}", self.plain[name], run, self.ask, 2) for name in ("vqa", "vilt", "caption")),
+            Place("run: clip", self.plain["clip"], seeking, self.seek, 2),
             *(Place(f"resume: {name}", path, resumed, self.go_on(name), 0.5) for name, path in self.plain.items()),
             Place("resume: rlhf", self.tuned, resumed[:-1], self.tune_on, 0.7),
             Place("study: rlhf", self.tuned, ("config.json", "policy/*"), self.study_tuned, 0.5),
             *(Place(f"released: {name}", released[name], folder, self.join(name)) for name in ("vit", "bert", "gpt2")),
-            Place("released: opt", released["opt"], folder, self.join("opt")),
+            *(Place(f"released: {name}", released[name], folder, self.join(name)) for name in ("opt", "llama")),
+            Place("released: clip's images", released["clip"], folder, self.join("clip"), 0.7),
+            *(Place(f"released: {name}", released[name], folder, self.compare) for name in ("clip", "siglip")),
             Place("released: t5", released["t5"], folder, self.summarise),
             Place("released: vilt", released["vilt"], folder, self.choose),
             Place("released: blip2", released["blip2"], folder, self.zero_shot, 1.5),
@@ -211,6 +237,7 @@ class Places(Valid):
               for name in ("resnet.safetensors", "resnet.bin")),
             Place("tokenizer: vocab.txt", released["wordpiece"], ("*",), self.cut_words),
             Place("tokenizer: merges.txt", released["bytes"], ("*",), self.cut_words),
+            Place("tokenizer: CLIP's", released["clip_bytes"], ("*",), self.cut_words),
             *(Place(f"articles: {path.suffix}", self.alone(path), ("*",), self.read_articles(path.name), 0.7)
               for path in sorted(self.articles.iterdir())),
             *(Place(f"own data: {path.suffix}", self.tables, (path.name,), self.own(path.name), 0.5)

@@ -15,8 +15,10 @@ import rlhf
 import train
 from vqa_scratch.data import text as texts
 from vqa_scratch.data.captions import read_captions
+from vqa_scratch.data.clip_bpe import END, START
 from vqa_scratch.data.images import ImageProcessor
 from vqa_scratch.models import (
+    CLIP,
     GPT2,
     OPT,
     T5,
@@ -24,7 +26,11 @@ from vqa_scratch.models import (
     BertConfig,
     Blip2,
     Blip2Config,
+    CLIPConfig,
+    CLIPTextConfig,
     GPT2Config,
+    Llama,
+    LlamaConfig,
     OPTConfig,
     QFormerConfig,
     ResNet,
@@ -36,10 +42,12 @@ from vqa_scratch.models import (
     ViTConfig,
 )
 from vqa_scratch.models.classifier import TextClassifier
+from vqa_scratch.nn.rotary import Rotary
 from vqa_scratch.storage import write_json
 from vqa_scratch.systems import vilt as vilt_system
 from vqa_scratch.training.precision import Precision
 
+SYSTEMS = ("vqa", "vilt", "caption", "clip")
 FP32 = Precision("fp32", CPU)
 QUESTION = "what color is the circle?"
 WORDS = [QUESTION, "is there a red square?", "how many circles are there?", "where is the large blue triangle?"]
@@ -49,6 +57,8 @@ CAPTION = "--preset caption --width 32 --heads 2 --decoder-layers 1 --image-widt
 CAPTION += " --max-caption-tokens 8 --captions-per-image 4 --question-share 0.4 --questions-per-step 16"
 CAPTION += " --eval-captions 4 --eval-questions 8"
 VILT = "--preset vilt --width 32 --heads 2 --layers 1 --questions-per-step 16 --min-answer-count 1 --steps 1"
+CLIP_RUN = "--preset clip --width 16 --heads 2 --image-layers 1 --text-layers 1 --projection 8 --pairs-per-step 4"
+CLIP_RUN += " --stem linear --max-caption-tokens 16 --steps 1"
 SHARED = "--warmup-steps 1 --samples 2 --device cpu --precision fp32 --no-image-cache"
 BOOK = "--preset book --prompts 2 --samples 2 --max-new-tokens 4 --eval-prompts 2 --eval-samples 1 --frontier-prompts 2"
 BOOK += " --frontier-samples 2 --precision fp32 --device cpu --iterations 1 --max-prompt-tokens 16 --critic-warmup 0"
@@ -66,7 +76,7 @@ class Valid:
         shutil.copytree(small_data(root / "drawn", **sizes), self.data)
         self.picture = next((self.data / "val2014").glob("*.png"))
         self.captioned = self._captions()
-        self.plain = {name: self._run(name) for name in ("vqa", "vilt", "caption")}
+        self.plain = {name: self._run(name) for name in SYSTEMS}
         self.checkpoints = self._checkpoints(root / "released")
         self.articles = root / "articles"
         self._articles()
@@ -93,7 +103,7 @@ class Valid:
         if name == "vqa":
             changes = {"steps": 1, "eval_questions": 4, "samples": 2, "questions_per_step": 16, "question_prompt": None}
             return small_flags(data, out, **SIZES | changes)
-        words = VILT if name == "vilt" else CAPTION
+        words = {"vilt": VILT, "caption": CAPTION, "clip": CLIP_RUN}[name]
         return [*words.split(), *SHARED.split(), "--data", str(data), "--cache", str(self.root), "--out", str(out)]
 
     def _run(self, name: str) -> Path:
@@ -113,6 +123,16 @@ class Valid:
             layout="roberta", vocab_size=many, hidden=32, max_positions=40, token_types=1, pad_id=pieces.pad_id, **TINY
         )
         opt = OPTConfig(vocab_size=many, max_positions=80, hidden=32, **TINY, **ends)
+        llama = LlamaConfig(
+            vocab_size=many, max_positions=80, hidden=32, kv_heads=1, bos_id=pieces.bos_id, eos_ids=(pieces.eos_id,),
+            pad_id=pieces.pad_id, rotary=Rotary("llama3", factor=8.0, low=1.0, high=4.0, original=64), **TINY,
+        )  # fmt: skip
+
+        def towers(kind: str) -> dict[str, Any]:
+            image = ViTConfig(image_size=16, patch_size=8, hidden=32, layout=f"{kind}_vision_model", **TINY)
+            ids = {"vocab_size": len(words), "max_positions": 12, "eos_id": words.sep_id}
+            return {"image": image, "text": CLIPTextConfig(hidden=32, layout=f"{kind}_text_model", **ids, **TINY)}
+
         t5 = T5Config(
             vocab_size=many, dim=16, head_dim=8, hidden=24, encoder_layers=1, decoder_layers=1, heads=2,
             pad_id=pieces.pad_id, eos_id=pieces.eos_id, start_id=pieces.pad_id,
@@ -124,6 +144,9 @@ class Valid:
             "bert": Bert(bert),
             "gpt2": GPT2(GPT2Config(vocab_size=many, max_positions=80, **TINY, **ends)),
             "opt": OPT(opt),
+            "llama": Llama(llama),
+            "clip": CLIP(CLIPConfig(**towers("clip"), projection_dim=8)),
+            "siglip": CLIP(CLIPConfig(**towers("siglip"), projection_dim=16, layout="siglip")),
             "t5": T5(t5),
             "vilt": ViLT(vilt),
             "blip2": Blip2(Blip2Config(vision=vit, qformer=qformer, language=opt, queries=2)),
@@ -131,11 +154,11 @@ class Valid:
         }
         for name, model in models.items():
             model.save_pretrained(root / name)
-            if name in ("bert", "vilt"):
+            if name in ("bert", "vilt", "clip", "siglip"):
                 words.save(root / name)
             elif name != "vit":
                 pieces.save(root / name)
-            if name in ("vit", "blip2"):
+            if name in ("vit", "blip2", "clip", "siglip"):
                 ImageProcessor(size=(16, 16)).save_pretrained(root / name)
         vilt_system.ViltImageProcessor(size=64).save_pretrained(root / "vilt")
         resnet = ResNet(ResNetConfig("basic", (1, 1), (8, 16)))
@@ -158,6 +181,12 @@ class Valid:
         (root / "bytes" / "merges.txt").write_text("\n".join(["#version: 0.2", *lines]) + "\n")
         special = {"bos_token": "<|endoftext|>", "eos_token": {"content": "<|endoftext|>"}}
         write_json(root / "bytes" / "special_tokens_map.json", special)
+        letters = [letter for letter in model["vocab"] if len(letter) == 1]
+        tokens = [*letters, *(f"{letter}</w>" for letter in letters), "re", "red</w>", START, END]
+        (root / "clip_bytes").mkdir()
+        write_json(root / "clip_bytes" / "vocab.json", {token: index for index, token in enumerate(tokens)})
+        (root / "clip_bytes" / "merges.txt").write_text("#version: 0.2\nr e\nre d</w>\n")
+        write_json(root / "clip_bytes" / "special_tokens_map.json", {"bos_token": START, "eos_token": END})
 
     def _articles(self) -> None:
         self.articles.mkdir()

@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import math
+import os
 import re
 from collections import Counter
 from pathlib import Path
@@ -23,6 +24,7 @@ from vqa_scratch.data.contrasts import CLASSES, colors_swapped, sides_swapped, s
 from vqa_scratch.data.descriptions import in_places, places_of, read_scenes
 from vqa_scratch.data.image_files import load_image
 from vqa_scratch.data.scenes import HELD_OUT, Object
+from vqa_scratch.data.vqa_v2 import VQASample
 from vqa_scratch.errors import UserError
 from vqa_scratch.models.released import image_encoder
 from vqa_scratch.systems.options import read_command_line
@@ -391,6 +393,8 @@ def test_retrieve_says_in_a_line_what_is_wrong(finished, data, tmp_path):
         "--labels goes with --image": ["--text", "a", "--labels", "a,b"],
         "--template goes with --labels": ["--image", image, "--template", "a {}"],
         "the text is empty": ["--text", " "],
+        r"'\ud800' is not valid text": ["--text", "\ud800"],
+        r"'a \ud800' is not valid text": ["--image", image, "--labels", "a,b", "--template", "{} \ud800"],
         "empty holds no images: none of its 0 files": ["--text", "a", "--images", tmp_path / "empty"],
         "is not a folder: there is no such folder": ["--text", "a", "--images", tmp_path / "none"],
         "none of the 1 images can be read; the first:": ["--text", "a", "--images", tmp_path / "broken"],
@@ -402,6 +406,43 @@ def test_retrieve_says_in_a_line_what_is_wrong(finished, data, tmp_path):
             command("retrieve", run_folder, *argv, "--out", tmp_path / "page.html")
         assert len(str(caught.value)) <= 300
     assert not (tmp_path / "page.html").exists()
+
+
+def test_retrieve_takes_the_place_of_no_other_file(finished, data):
+    folder = finished["clip"]
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    for name, message in {"config.json": "another file, which would be lost", "checkpoints": "a folder"}.items():
+        with pytest.raises(UserError, match=message):
+            command("retrieve", folder, "--text", "a red circle", "--out", folder / name)
+    assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_names_of_files_stand_in_the_page_as_text(finished, data, tmp_path):
+    """Quotes, tags and umlauts; and bytes that are no UTF-8, which Python holds as halves of letters."""
+    picture = sorted((data / "val2014").glob("*.png"))[0].read_bytes()
+    for name in ("a'\"<b>ü&.png".encode(), b"caf\xe9.png"):
+        (tmp_path / os.fsdecode(name)).write_bytes(picture)
+    lines, _ = said("retrieve", finished["clip"], "--text", "<i>&", "--images", tmp_path, "--out", tmp_path / "x.html")
+    page = (tmp_path / "x.html").read_text()
+    assert len(lines) == 3 and r"<b>caf\udce9.png</b>" in page and "<b>a&#x27;&quot;&lt;b&gt;ü&amp;.png</b>" in page
+    assert "<h1>&lt;i&gt;&amp;</h1>" in page
+
+
+def test_retrieve_reads_photos_as_the_run_does(finished, data, tmp_path, monkeypatch):
+    """Those of a split in COCO's layout as they are stored, as in training; those of a folder as their EXIF says."""
+    pixels = np.random.default_rng(0).integers(0, 255, (60, 40, 3), dtype=np.uint8)
+    turn = Image.Exif()
+    turn[0x0112] = 6
+    Image.fromarray(pixels).save(tmp_path / "turned.png", exif=turn)
+    system = systems.load(finished["clip"])
+    stored, turned = system.embed_images([Image.open(tmp_path / "turned.png"), load_image(tmp_path / "turned.png")])
+    text, page = system.embed_texts(["a red circle"])[0], ("--out", tmp_path / "x.html")
+    sample = VQASample(1, tmp_path / "turned.png", 1, "", "", "", ("a",), "a", upright=False)
+    monkeypatch.setattr(type(system), "texts_and_images", lambda _: [sample])
+    for vector, more in ((stored, ()), (turned, ("--images", tmp_path))):
+        lines, _ = said("retrieve", finished["clip"], "--text", "a red circle", *more, *page)
+        assert float(lines[0].split()[0]) == pytest.approx(float(vector @ text), abs=6e-4)
+    assert abs(float((stored - turned) @ text)) > 2e-3
 
 
 def test_other_systems_and_commands_say_what_is_missing(finished, data, tmp_path):

@@ -5,8 +5,7 @@ from pathlib import Path
 import click
 
 from vqa_scratch.command_line import Flag, GroupedCommand, NearChoice
-from vqa_scratch.commands.line import FOLDER
-from vqa_scratch.errors import UserError
+from vqa_scratch.commands.line import FOLDER, check_page
 
 
 @click.command(
@@ -32,13 +31,9 @@ def data(source: Path, fetch: str | None, split: tuple[str, ...], out: Path | No
     """
     from vqa_scratch.commands import data_report
     from vqa_scratch.data.fetch import fetch as download
-    from vqa_scratch.storage import check_writable
 
     if out is not None:
-        check_writable(out.parent)
-        if out.is_dir() or (out.exists() and out.suffix.lower() not in (".html", ".htm")):
-            what = "a folder" if out.is_dir() else "another file, which would be lost"
-            raise UserError(f"--out {out} is {what}; give a new file")
+        check_page(out)
     if fetch is not None:
         download(fetch, source)
     read = data_report.read_splits(source, split, cache)

@@ -10,7 +10,7 @@ import click
 
 from vqa_scratch.command_line import Flag, NearChoice, as_user_error, check_arguments
 from vqa_scratch.errors import UserError
-from vqa_scratch.storage import read_json
+from vqa_scratch.storage import check_writable, read_json
 
 if TYPE_CHECKING:
     from vqa_scratch.systems.base import System
@@ -57,6 +57,14 @@ def call(group: click.Group, argv: Sequence[str], program: str) -> None:
         raise as_user_error(error) from None
     except click.Abort:
         raise KeyboardInterrupt from None
+
+
+def check_page(out: Path) -> None:
+    """Raise UserError if no page can be written to this file, or if it is something that would be lost."""
+    check_writable(out.parent)
+    if out.is_dir() or (out.exists() and out.suffix.lower() not in (".html", ".htm")):
+        what = "a folder" if out.is_dir() else "another file, which would be lost"
+        raise UserError(f"--out {out} is {what}; give a new file")
 
 
 def check_no_run(folder: Path, flag: str) -> None:

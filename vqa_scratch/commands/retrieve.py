@@ -1,17 +1,19 @@
 """`retrieve`: the images that fit a text best, or the texts that fit an image, of a contrastive run."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from vqa_scratch.command_line import Flag, GroupedCommand
-from vqa_scratch.commands.line import DEVICE, FOLDER, PRECISION, open_run
+from vqa_scratch.commands.line import DEVICE, FOLDER, PRECISION, check_page, open_run
 from vqa_scratch.errors import UserError, some
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
     from torch import Tensor
 
     from vqa_scratch.systems.base import System
@@ -65,6 +67,7 @@ def retrieve(
         if given and missing is None:
             raise UserError(f"{flag} goes with {needed}: leave it out, or give {needed}")
     system, page = open_run(run, device, precision), out or run / "retrieved.html"
+    check_page(page)
     if text is not None:
         find_images(system, text, images, top, page)
     if image is not None:
@@ -80,13 +83,15 @@ def find_images(system: "System", text: str, folder: Path | None, top: int, page
     asked = system.embed_texts([text])
     for line in system.tokenizers.notes_on(text, "text"):
         print(f"note: {line}", file=sys.stderr)
-    paths = images_in(folder) if folder else [sample.image_path for sample in system.texts_and_images()]
-    kept, vectors = readable(system, paths)
+    samples = [] if folder else system.texts_and_images()
+    paths = images_in(folder) if folder else [sample.image_path for sample in samples]
+    load = partial(load_image, upright=all(sample.upright for sample in samples))  # as the run reads its split
+    kept, vectors = readable(system, paths, load)
     best = (vectors @ asked[0]).topk(min(top, len(kept)))
     cards = []
     for similar, place in zip(best.values.tolist(), best.indices.tolist(), strict=True):
         print(f"{similar:.3f}  {kept[place]}")
-        cards.append(card(load_image(kept[place]), "", kept[place].name, "", f"similarity {similar:.3f}", ""))
+        cards.append(card(load(kept[place]), "", kept[place].name, "", f"similarity {similar:.3f}", ""))
     lead = f"The {len(cards)} of {len(kept):,} images that fit the text best, the best one first."
     write_page(page, text, lead, [("images", cards)])
 
@@ -132,12 +137,10 @@ def images_in(folder: Path) -> list[Path]:
     return found
 
 
-def readable(system: "System", paths: Sequence[Path]) -> "tuple[list[Path], Tensor]":
+def readable(system: "System", paths: Sequence[Path], load: "Callable[[Path], Image]") -> "tuple[list[Path], Tensor]":
     """(the images that can be read, their vectors (I, P)); a note names the others. UserError if none can be read."""
     import torch
     from tqdm import tqdm
-
-    from vqa_scratch.data.image_files import load_image
 
     kept: list[Path] = []
     unread: dict[str, UserError] = {}
@@ -146,7 +149,7 @@ def readable(system: "System", paths: Sequence[Path]) -> "tuple[list[Path], Tens
         images = []
         for path in paths[start : start + AT_ONCE]:
             try:
-                images.append(load_image(path))
+                images.append(load(path))
                 kept.append(path)
             except UserError as error:
                 unread[path.name] = error

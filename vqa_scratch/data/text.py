@@ -20,7 +20,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 from vqa_scratch.data import clip_bpe
 from vqa_scratch.data.wordpiece import learn_wordpieces
 from vqa_scratch.errors import UserError, note
-from vqa_scratch.storage import read_object, write_json
+from vqa_scratch.storage import is_text, read_object, write_json
 from vqa_scratch.weights.hub import locate
 
 FILES: tuple[str, ...] = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
@@ -154,8 +154,12 @@ class Tokenizer:
 
         A text longer than `max_length` ids loses its end, but keeps the special tokens around it; `truncated` counts
         such texts. The mask follows from the lengths, so a real token with the padding id stays visible.
-        Raises ValueError for no texts, UserError for a `max_length` with no room for a token beside the special ones.
+        Raises ValueError for no texts, UserError for one that is not valid text, or for a `max_length` with no room for
+        a token beside the special ones.
         """
+        broken = [text for text in texts if not is_text(text)]
+        if broken:
+            raise UserError(f"{broken[0]!a} is not valid text: it has half of a letter")
         added = self.backend.num_special_tokens_to_add(False)
         if isinstance(texts, str) or not texts:
             raise ValueError("texts must be a non-empty sequence of strings")
