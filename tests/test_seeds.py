@@ -68,9 +68,10 @@ def test_each_is_the_run_of_its_seed(tmp_path):
 
     for more, message in (
         ((), "already holds runs; add --resume"),
+        (None, f"{out} holds the runs of --seeds; add --seeds to go on"),
         (("--resume", "--width", 48), f"{out} was started with --width 32, not 48"),
     ):
-        code, _, errors = ended("--out", out, "--seed", 3, "--seeds", 2, *more)
+        code, _, errors = ended("--out", out, "--seed", 3, *(() if more is None else ("--seeds", 2, *more)))
         assert code == 2 and errors.startswith("error: ") and message in errors and errors.count("\n") == 1
 
 

@@ -18,8 +18,8 @@ class CLIPOptions(RunOptions):
 
     width: int = option(192, "Width of both towers.", MODEL, minimum=1)
     heads: int = option(4, "Attention heads.", MODEL, minimum=1)
-    image_layers: int = option(4, "Layers of the image tower.", MODEL, minimum=1)
-    text_layers: int = option(4, "Layers of the text tower.", MODEL, minimum=1)
+    image_layers: int = option(4, "Layers of the image tower.", MODEL, minimum=1, maximum=1_000)
+    text_layers: int = option(4, "Layers of the text tower.", MODEL, minimum=1, maximum=1_000)
     patch_size: int = option(16, "Side of a patch, in pixels.", MODEL, minimum=1)
     stem: str = option("conv", "How pixels become patch tokens: convolutions or one linear map.", MODEL, STEMS)
     projection: int = option(

@@ -95,9 +95,9 @@ class VQAOptions(QuestionOptions):
     )
     width: int = option(128, "Width of both encoders and the decoder.", MODEL, minimum=1, only=SHAPES)
     heads: int = option(4, "Attention heads.", MODEL, minimum=1, only=SHAPES)
-    image_layers: int = option(3, "Layers of the image encoder.", MODEL, minimum=1, only=SHAPES)
-    text_layers: int = option(1, "Layers of the text encoder.", MODEL, minimum=1, only=SHAPES)
-    decoder_layers: int = option(4, "Layers of the decoder.", MODEL, minimum=1, only=SHAPES)
+    image_layers: int = option(3, "Layers of the image encoder.", MODEL, minimum=1, maximum=1_000, only=SHAPES)
+    text_layers: int = option(1, "Layers of the text encoder.", MODEL, minimum=1, maximum=1_000, only=SHAPES)
+    decoder_layers: int = option(4, "Layers of the decoder.", MODEL, minimum=1, maximum=1_000, only=SHAPES)
     patch_size: int = option(8, "Side of a patch, in pixels.", MODEL, minimum=1, only=SHAPES)
     stem: str = option(
         "conv", "How pixels become patch tokens: convolutions or one linear map.", MODEL, STEMS, only=SHAPES
@@ -134,7 +134,7 @@ class ViLTOptions(QuestionOptions):
     patch_size: int = option(16, "Side of a patch, in pixels.", MODEL, minimum=1, only=OWN_SIZES)
     width: int = option(128, "Width.", MODEL, minimum=1, only=OWN_SIZES)
     heads: int = option(4, "Attention heads.", MODEL, minimum=1, only=OWN_SIZES)
-    layers: int = option(4, "Layers.", MODEL, minimum=1, only=OWN_SIZES)
+    layers: int = option(4, "Layers.", MODEL, minimum=1, maximum=1_000, only=OWN_SIZES)
     stem: str = option(
         "conv", "How pixels become patch tokens: convolutions or one linear map.", MODEL, STEMS, only=OWN_SIZES
     )
@@ -166,9 +166,9 @@ class CaptionOptions(RunOptions):
     )
     width: int = option(128, "Width of the decoder.", MODEL, minimum=1, only=SMALL)
     heads: int = option(4, "Attention heads.", MODEL, minimum=1, only=SMALL)
-    decoder_layers: int = option(4, "Layers of the decoder.", MODEL, minimum=1, only=SMALL)
+    decoder_layers: int = option(4, "Layers of the decoder.", MODEL, minimum=1, maximum=1_000, only=SMALL)
     image_width: int = option(64, "Channels of the first of the two stages.", MODEL, minimum=1, only=SMALL)
-    image_blocks: int = option(1, "Residual blocks of each stage.", MODEL, minimum=1, only=SMALL)
+    image_blocks: int = option(1, "Residual blocks of each stage.", MODEL, minimum=1, maximum=1_000, only=SMALL)
     vocabulary: int = option(
         512, "Largest vocabulary to learn for the decoder, in tokens.", MODEL, minimum=1, only={"init": "random"}
     )

@@ -21,10 +21,9 @@ from vqa_scratch.systems.presets import PRESETS
 from vqa_scratch.systems.run_folder import CONFIG, PROGRAM
 from vqa_scratch.systems.run_options import RunOptions
 from vqa_scratch.training.progress import plain_numbers, read_metrics
-from vqa_scratch.training.resume import go_on
+from vqa_scratch.training.resume import SEEDS, go_on
 from vqa_scratch.training.watch import STOPS
 
-RECORD = "seeds.json"
 OF_THIS_CALL = ("preset", "seed", "seeds", "out", "resume")  # a run's own, or given to it in any case
 
 
@@ -41,7 +40,7 @@ def run_seeds(options: RunOptions, program: str) -> int | None:
     with hold(options.out) as lock:
         try:
             options = begin_or_go_on(options)
-            write_json(options.out / RECORD, {"program": PROGRAM, "train": to_json(options)})
+            write_json(options.out / SEEDS, {"program": PROGRAM, "train": to_json(options)})
             folders = {seed: options.out / f"seed{seed}" for seed in seeds_of(options)}
             for number, (seed, folder) in enumerate(folders.items(), 1):
                 print(f"seed {seed}, {number} of {options.seeds}: {folder}", flush=True)
@@ -58,7 +57,7 @@ def run_seeds(options: RunOptions, program: str) -> int | None:
 
 def begin_or_go_on(options: RunOptions) -> RunOptions:
     """The options of the runs; with --resume, those that they were begun with."""
-    record = options.out / RECORD
+    record = options.out / SEEDS
     if (options.out / CONFIG).exists():
         raise UserError(f"{options.out} is a run itself; give another --out for the runs of --seeds")
     if options.resume:
@@ -125,13 +124,13 @@ def conclude(options: RunOptions, folders: dict[int, Path]) -> None:
             mean, median = statistics.fmean(values), statistics.median(values)
             figures[name] = {"mean": mean, "std": statistics.stdev(values), "median": median}
     record = {"program": PROGRAM, "train": to_json(options), "runs": runs, "figures": figures}
-    write_json(options.out / RECORD, record)
+    write_json(options.out / SEEDS, record)
     draw_panels(options.out / "curves.png", [curves(folders)])
     print(f"{f'of {len(runs)} seeds':24s} {'mean':>10s} {'std':>10s} {'median':>10s}")
     for name, row in figures.items():
         if "/" not in name:
             print(f"{name:24s} {row['mean']:10.4f} {row['std']:10.4f} {row['median']:10.4f}")
-    print(f"look at {options.out / RECORD} and {options.out / 'curves.png'}")
+    print(f"look at {options.out / SEEDS} and {options.out / 'curves.png'}")
 
 
 def curves(folders: dict[int, Path]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from vqa_scratch.storage import LOCK, check_writable, hold, read_object, remove_
 from vqa_scratch.training.ranks import World
 
 T = TypeVar("T", bound=Options)
+SEEDS = "seeds.json"  # in a folder that holds the runs of --seeds, and is none itself
 BEGUN = "a run was begun here\n"  # in the file of the lock; one that --resume makes is empty
 
 
@@ -45,8 +46,10 @@ def is_new(out: Path, resume: bool, program: str) -> bool:
     """Whether a run begins in this folder: without --resume, or because it was killed before it wrote anything.
 
     A kill leaves the file of the lock, though not the lock. Raises UserError if the folder holds a run of another
-    program, one that is not to be resumed, or a config.json that is no run's and would be lost.
+    program, one that is not to be resumed, the runs of --seeds, or a config.json that is no run's and would be lost.
     """
+    if (out / SEEDS).exists():
+        raise UserError(f"{out} holds the runs of --seeds; add --seeds to go on with them, or give another --out")
     config, lock = out / "config.json", out / LOCK
     values = read_object(config) if config.is_file() else {}
     if values.get("program", program) != program:
