@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 from PIL import Image
 
-from vqa_scratch.data.captions import CAPTION, read_captions
+from vqa_scratch.data.captions import CAPTION, check_captions, read_captions
 from vqa_scratch.data.descriptions import FORMS, describe, describe_all, objects_named, places_named
 from vqa_scratch.data.scenes import MIN_OFFSET, Object, draw_scene
 from vqa_scratch.data.shapes import ShapesSpec, ensure_shapes
@@ -226,6 +226,9 @@ def test_missing_and_broken_files(tmp_path):
         read_captions(tmp_path, "val")
     with pytest.raises(UserError, match="is not a folder"):
         read_captions(tmp_path / "no", "val")
+    (tmp_path / "table.csv").write_text("image,caption\n")
+    with pytest.raises(UserError, match="nor a captions file of COCO's layout"):
+        check_captions(tmp_path / "table.csv", ["train"])
     (tmp_path / "captions_val2014.json").write_text('{"images": [')
     with pytest.raises(UserError, match="is not valid JSON"):
         read_captions(tmp_path, "val")

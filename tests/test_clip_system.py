@@ -7,6 +7,7 @@ import math
 import os
 import re
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -406,6 +407,15 @@ def test_retrieve_says_in_a_line_what_is_wrong(finished, data, tmp_path):
             command("retrieve", run_folder, *argv, "--out", tmp_path / "page.html")
         assert len(str(caught.value)) <= 300
     assert not (tmp_path / "page.html").exists()
+
+
+def test_one_image_or_one_caption_is_nothing_to_learn_from(data, tmp_path):
+    with pytest.raises(UserError, match="here are 1 images and"):
+        system_of(data, tmp_path / "run", max_images=1)
+    system = system_of(data, tmp_path / "run")
+    train = [replace(sample, answer="a red circle") for sample in system.data.samples["train"]]
+    with pytest.raises(UserError, match="here are 24 images and 1 different captions"):
+        system.train_on(replace(system.data, samples=system.data.samples | {"train": train}))
 
 
 def test_retrieve_takes_the_place_of_no_other_file(finished, data):

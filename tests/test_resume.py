@@ -261,6 +261,8 @@ def test_more_steps_go_on_as_if_the_run_had_been_longer(data, alone, tmp_path):
     assert json.loads((out / "summary.json").read_text())["steps"] == 11
     ended = run(out, [*again, "--steps", "+0"])
     assert ended.code == 2 and "error: the N of --steps +N must be at least 1, not 0" in ended.err
+    ended = run(out, [*again, "--steps", "++2"])
+    assert ended.code == 2 and "two plus signs" in ended.err
     empty = tmp_path / "none"
     ended = run(empty, ["--out", str(empty), "--resume", "--steps", "+2"])
     assert ended.code == 2 and len(ended.errors) == 1 and not empty.exists()

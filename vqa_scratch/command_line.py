@@ -75,6 +75,8 @@ class Number(click.ParamType):
             return self.kind.convert(value, param, ctx)
         if not self.more:
             self.fail(f"{value!r} has a plus sign; this option takes the number itself.", param, ctx)
+        if value.startswith("++"):
+            self.fail(f"{value!r} has two plus signs; one means so much more.", param, ctx)
         return More(self.kind.convert(value[1:], param, ctx))
 
 

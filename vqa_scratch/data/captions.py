@@ -129,7 +129,8 @@ def open_described_scenes(folder: Path, split: str, seed: int = 0) -> OpenedSpli
 def nothing_of(folder: Path, splits: list[str]) -> str:
     """The message that a folder holds no captions of these splits."""
     if not folder.is_dir():
-        return f"{folder} is not a folder" + ("" if folder.exists() else " (there is no such path)")
+        there = " with captions, nor a captions file of COCO's layout (.json)"
+        return f"{folder} is not a folder" + (there if folder.exists() else " (there is no such path)")
     if len(splits) == 1:
         which, wanted = f"split {splits[0]}", " or ".join(captions_names(splits[0]))
     else:

@@ -124,6 +124,13 @@ class CLIPSystem(SplitSystem[CLIPOptions, CLIP, Captions]):
             drawn, first = data.scenes.get(name), to_describe(data.samples[name])
             samples[name] = [replace(s, answer=in_places(drawn[s.image_id])) for s in first] if drawn else first
         self.make_splits(samples)
+        train = self.splits["train"].questions
+        images, captions = len(train.image_paths), len(np.unique(train.texts))
+        if min(images, captions) < 2:  # nothing to be told from
+            raise UserError(
+                "a contrastive system tells images apart by their captions, and needs two of each to train on: here "
+                f"are {images:,} images and {captions:,} different captions"
+            )
 
     def about(self) -> list[str]:
         train, parameters = self.splits["train"].questions, sum(p.numel() for p in self.model.parameters())
