@@ -246,8 +246,9 @@ class CLIPSystem(SplitSystem[CLIPOptions, CLIP, Captions]):
         for name, change in CONTRASTS.items():
             changed = [change(self.data.scenes["test"][sample.image_id]) for sample in samples]
             others = {place: in_places(scene) for place, scene in enumerate(changed) if scene is not None}
-            places, wrong = list(others), self.embed_texts(list(others.values()))
-            figures[name] = share_preferred(test.images[places], test.texts[places], wrong)
+            if others:  # few images may have none that differ in this respect
+                places, wrong = list(others), self.embed_texts(list(others.values()))
+                figures[name] = share_preferred(test.images[places], test.texts[places], wrong)
         return figures
 
     def zero_shot(self) -> dict[str, float]:
