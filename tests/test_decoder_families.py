@@ -1,4 +1,4 @@
-"""A decoder of another family in the VQA system: what another class of `models/` and its line in `released` give."""
+"""A decoder or an image encoder of another family in the VQA system: what its line in `models/released.py` gives."""
 
 import json
 import re
@@ -15,7 +15,7 @@ from vqa_scratch import systems
 from vqa_scratch.data.images import ImageProcessor
 from vqa_scratch.data.text import train_bpe
 from vqa_scratch.errors import UserError
-from vqa_scratch.models import released
+from vqa_scratch.models import CLIP, CLIPConfig, CLIPTextConfig, released
 from vqa_scratch.models.opt import OPT, OPTConfig
 from vqa_scratch.models.vit import ViT, ViTConfig
 from vqa_scratch.systems.options import read_command_line
@@ -28,15 +28,25 @@ QUESTION = "what color is the square?"
 SIZES = {"dim": 16, "heads": 2, "layers": 2, "hidden": 32}
 
 
-def checkpoints(folder: Path, **sizes) -> list[str]:
-    """The flags of a small ViT and a small OPT in the layouts of released ones."""
+def image_model(kind: str, folder: Path) -> None:
+    """A small image encoder, or a whole CLIP or SigLIP, in the layout of released ones."""
+    if kind in CLIPConfig.LAYOUTS:
+        tower = ViTConfig(image_size=32, patch_size=16, layout=f"{kind}_vision_model", **SIZES)
+        words = CLIPTextConfig(vocab_size=60, layout=f"{kind}_text_model", **SIZES)
+        model = CLIP(CLIPConfig(tower, words, projection_dim=16, layout=kind))
+    else:
+        model = ViT(ViTConfig(image_size=32, patch_size=16, layout=kind, **SIZES))
+    model.save_pretrained(folder), ImageProcessor(size=(32, 32)).save_pretrained(folder)
+
+
+def checkpoints(folder: Path, image: str = "vit", **sizes) -> list[str]:
+    """The flags of a small image encoder and a small OPT in the layouts of released ones."""
     words = train_bpe([f" {QUESTION}", " red blue two circle"], 300)
     ids = {"bos_id": words.bos_id, "eos_id": words.eos_id, "pad_id": words.pad_id}
     decoder = OPT(OPTConfig(vocab_size=len(words), max_positions=64, **ids, **SIZES, **sizes))
-    image = ViT(ViTConfig(image_size=32, patch_size=16, **SIZES))
     decoder.save_pretrained(folder / "opt"), words.save(folder / "opt")
-    image.save_pretrained(folder / "vit"), ImageProcessor(size=(32, 32)).save_pretrained(folder / "vit")
-    return ["--image-model", str(folder / "vit"), "--decoder-model", str(folder / "opt")]
+    image_model(image, folder / "image")
+    return ["--image-model", str(folder / "image"), "--decoder-model", str(folder / "opt")]
 
 
 def options(data: Path, folder: Path, connector: str, *flags: str):
@@ -49,12 +59,27 @@ def options(data: Path, folder: Path, connector: str, *flags: str):
 @pytest.mark.parametrize("sizes", [{}, {"embedding_dim": 8, "norm_first": False}], ids=["125M", "350M"])
 def test_an_opt_answers(data, tmp_path, capsys, monkeypatch, connector, sizes):
     """It trains, is saved, opened, asked, studied and exported as a GPT-2 is; the 350M model has a narrow embedding."""
+    from_training_to_export(data, tmp_path, capsys, monkeypatch, connector, **sizes)
+
+
+@torch.enable_grad()
+@pytest.mark.parametrize("image", ["clip", "siglip", "clip_vision_model", "siglip_vision_model"])
+def test_the_images_of_a_clip_or_siglip_are_answered_about(data, tmp_path, capsys, monkeypatch, image):
+    """As `--image-model`, whole or its image tower alone."""
+    opened = from_training_to_export(data, tmp_path, capsys, monkeypatch, "prefix", image=image)
+    assert opened.model.image.config.layout == f"{image.split('_')[0]}_vision_model"
+
+
+def from_training_to_export(data, tmp_path, capsys, monkeypatch, connector, **sizes):
     chosen = options(data, tmp_path, connector, *checkpoints(tmp_path, **sizes))
     samples = VQASystem.read(chosen)
     system = VQASystem.build(chosen, samples, Precision("fp32", CPU))
     system.train_on(samples)
     rates = {"kind": "adamw", "learning_rate": 3e-3, "matrix_learning_rate": 0.0, "weight_decay": 0.0}
     batch, optimizers = system.batch(system.epoch(0)[0]), Optimizers(system.model, **rates)
+    system.loss(batch)[0].backward()  # every parameter takes part: ranks wait for the gradient of each
+    assert all(p.grad is not None for p in system.model.parameters())
+    optimizers.zero_grad()
     losses = [float(train_step(system.loss, batch, optimizers, system.precision)[0]) for _ in range(3)]
     assert losses[2] < losses[0]
     system.save(chosen.out)
@@ -77,6 +102,7 @@ def test_an_opt_answers(data, tmp_path, capsys, monkeypatch, connector, sizes):
     capsys.readouterr()
     exec(compile(program, "README.md", "exec"), {"__name__": "readme"})
     assert capsys.readouterr().out.strip() == (answer.text or "(nothing)")
+    return opened
 
 
 def test_an_opt_has_no_cross_attention(tmp_path):

@@ -46,6 +46,8 @@ FAMILIES = {  # name: (model class, config class, more fields, prefix tokens)
         {"num_register_tokens": 3, "use_swiglu_ffn": True, "qkv_bias": False},
         4,
     ),
+    "clip": (hf.CLIPVisionModel, hf.CLIPVisionConfig, {"intermediate_size": 50}, 1),
+    "siglip": (hf.SiglipVisionModel, hf.SiglipVisionConfig, {"intermediate_size": 50}, 0),
 }
 
 
@@ -55,7 +57,7 @@ def reference(name, folder, **changes):
     model = kind(config(**_SIZES | fields | changes))
     with torch.no_grad():
         for key, parameter in model.named_parameters():
-            if "token" in key or "position" in key:
+            if "token" in key or "position" in key or "class_embedding" in key:
                 parameter.normal_(std=0.5)
     return saved(model, folder)
 
@@ -70,11 +72,13 @@ def test_a_family_and_back(tmp_path, name):
     ours.save_pretrained(tmp_path / "ours")
     back, info = type(theirs).from_pretrained(tmp_path / "ours", output_loading_info=True)
     assert not info["unexpected_keys"]
-    assert all(key.startswith("pooler") or key.endswith("mask_token") for key in info["missing_keys"])
+    heads = ("pooler", "post_layernorm", "head.")
+    assert all(key.startswith(heads) or key.endswith("mask_token") for key in info["missing_keys"])
     assert ViT.from_pretrained(tmp_path / "ours").config == ours.config
     for height, width in ((24, 24), (36, 36), (12, 12), (18, 48), (6, 30), (12, 48)):
         pixels = torch.randn(2, 3, height, width)
-        resized = {"interpolate_pos_encoding": (height, width) != (24, 24)} if name == "deit" else {}
+        asked = {} if "dino" in name or "registers" in name else {"interpolate_pos_encoding": True}
+        resized = asked if (height, width) != (24, 24) else {}
         expected = theirs(pixels, **resized).last_hidden_state
         assert_close(ours(pixels), expected)
         states = ours.states(pixels)
@@ -158,7 +162,10 @@ def test_encoders_open_by_their_model_type(tmp_path):
     map_states = image_encoder(tmp_path / "net.safetensors").states(torch.randn(2, 3, 24, 43))
     assert map_states.places == Places((3, 6), 0.5, 8) and map_states.tokens.shape == (2, 18, 16)
     assert map_states.prefix_tokens == net.prefix_tokens == 0 and net.dim == 16
-    with pytest.raises(UserError, match="type 'roberta'; image encoders are vit, deit, dinov2, dinov2_with_registers$"):
+    with pytest.raises(
+        UserError,
+        match="type 'roberta'; image encoders are vit, deit, dinov2, .*, siglip_vision_model, clip, siglip$",
+    ):
         image_encoder(tmp_path / "bert")
     with pytest.raises(UserError, match="type 'vit'; text encoders are bert, distilbert, roberta$"):
         text_encoder(tmp_path / "vit")
@@ -176,7 +183,7 @@ def test_files_and_configs_that_do_not_fit_are_named(tmp_path):
     config = theirs.config.to_dict()
     with pytest.raises(UserError, match="drop_path_rate = 0.1; here it can only be 0.0"):
         ViTConfig.from_hf(config | {"drop_path_rate": 0.1})
-    with pytest.raises(UserError, match="layout must be one of vit, deit, dinov2, dinov2_with_registers, got 'swin'"):
+    with pytest.raises(UserError, match="layout must be one of vit, deit, .*, siglip_vision_model, got 'swin'"):
         ViTConfig(layout="swin")
     with pytest.raises(UserError, match=r"image size \(24, 25\) is not a multiple of the patch size 6"):
         ViTConfig.from_hf(config | {"image_size": [24, 25]})

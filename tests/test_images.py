@@ -81,7 +81,7 @@ def test_equals_the_reference_bit_for_bit(cls, config):
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "LA", "1", "P", "CMYK", "YCbCr", "HSV"])
-@pytest.mark.parametrize("cls", [CLIPImageProcessorPil, BlipImageProcessorPil])
+@pytest.mark.parametrize("cls", [CLIPImageProcessorPil, BlipImageProcessorPil, SiglipImageProcessorPil])
 def test_modes_are_converted_as_the_reference_does(cls, mode):
     image = random_image(45, 70, mode)
     ours = ImageProcessor.from_hf(cls().to_dict())

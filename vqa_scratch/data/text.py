@@ -1,7 +1,8 @@
 """Turns texts into ids and back, with tokenizers loaded from released checkpoints or trained here.
 
 A thin layer over the `tokenizers` library. There are three kinds: WordPiece (BERT, Devlin et al. 2019), byte-level BPE
-(GPT-2, Radford et al. 2019; RoBERTa, Liu et al. 2019) and Unigram (T5, Raffel et al. 2020; from its tokenizer.json).
+(GPT-2, Radford et al. 2019; RoBERTa, Liu et al. 2019; CLIP, see `clip_bpe.py`) and Unigram (T5, Raffel et al. 2020;
+from its tokenizer.json).
 
 B batch, T text tokens.
 """
@@ -16,6 +17,7 @@ import tokenizers
 import torch
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
+from vqa_scratch.data import clip_bpe
 from vqa_scratch.data.wordpiece import learn_wordpieces
 from vqa_scratch.errors import UserError, note
 from vqa_scratch.storage import read_object, write_json
@@ -29,6 +31,7 @@ ROLES = ("bos", "eos", "pad", "unk", "cls", "sep", "mask")
 _KNOWN_ROLES = (
     {"cls": "[CLS]", "sep": "[SEP]", "pad": "[PAD]", "unk": "[UNK]", "mask": "[MASK]"},
     {"bos": "<s>", "eos": "</s>", "pad": "<pad>", "unk": "<unk>", "cls": "<s>", "sep": "</s>", "mask": "<mask>"},
+    clip_bpe.ROLES,
     {"bos": "<|endoftext|>", "eos": "<|endoftext|>", "unk": "<|endoftext|>"},
     {"eos": "</s>", "pad": "<pad>", "unk": "<unk>"},
 )
@@ -103,6 +106,7 @@ class Tokenizer:
                 backend = _bert_wordpiece(folder, config)
             else:
                 raise UserError(f"{folder} has no tokenizer.json, no vocab.json with merges.txt and no vocab.txt")
+            clip_bpe.write_spaces(backend)
             named = _roles_named(folder, config, named)
             extra = read_object(folder / "added_tokens.json") if has["added_tokens.json"] else {}
             _add_missing(folder, backend, config, extra, set(named.values()))
@@ -245,7 +249,9 @@ def _around(backend: tokenizers.Tokenizer, first: str | None, last: str | None) 
 
 
 def _byte_level_bpe(folder: Path, config: dict[str, Any]) -> tokenizers.Tokenizer:
-    """GPT-2's and RoBERTa's tokenizer from vocab.json and merges.txt."""
+    """GPT-2's, RoBERTa's and CLIP's tokenizer from vocab.json and merges.txt."""
+    if clip_bpe.START in read_object(folder / "vocab.json"):
+        return clip_bpe.clip_bpe(folder / "vocab.json", folder / "merges.txt")
     model = models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt"))
     backend = tokenizers.Tokenizer(model)
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=bool(config.get("add_prefix_space", False)))

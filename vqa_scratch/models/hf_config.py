@@ -49,11 +49,17 @@ class HFConfig:
         return self.LAYOUTS[self.layout]
 
     @classmethod
-    def from_hf(cls, config: Mapping[str, Any]) -> Self:
-        """From the content of a config.json. Raises UserError if it asks for something this model does not support."""
+    def layout_in(cls, config: Mapping[str, Any]) -> str:
+        """The layout that a config.json names. Raises UserError if it is none of `LAYOUTS`."""
         (kind,) = typed("config.json", config, {"model_type": str | None})
         if kind not in cls.LAYOUTS:
             raise UserError(f"config.json describes a model of type {kind!r}, expected {', '.join(cls.LAYOUTS)}")
+        return kind
+
+    @classmethod
+    def from_hf(cls, config: Mapping[str, Any]) -> Self:
+        """From the content of a config.json. Raises UserError if it asks for something this model does not support."""
+        kind = cls.layout_in(config)
         layout = cls.LAYOUTS[kind]
         for name, value in layout.fixed.items():
             if config.get(name) not in (None, value):

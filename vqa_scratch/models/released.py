@@ -10,6 +10,7 @@ from typing import Any
 
 from vqa_scratch.errors import UserError, naming
 from vqa_scratch.models.bert import Bert, BertConfig
+from vqa_scratch.models.clip import CLIP, CLIPConfig
 from vqa_scratch.models.gpt2 import GPT2
 from vqa_scratch.models.hf_config import Released
 from vqa_scratch.models.llama import Llama, LlamaConfig
@@ -19,7 +20,9 @@ from vqa_scratch.models.vit import ViT, ViTConfig
 from vqa_scratch.storage import typed
 from vqa_scratch.weights.files import read_checkpoint
 
-IMAGE_ENCODERS: dict[str, type[Released]] = dict.fromkeys(ViTConfig.LAYOUTS, ViT)
+IMAGE_ENCODERS: dict[str, type[Released]] = dict.fromkeys(ViTConfig.LAYOUTS, ViT) | dict.fromkeys(
+    CLIPConfig.LAYOUTS, CLIP
+)
 TEXT_ENCODERS: dict[str, type[Released]] = dict.fromkeys(BertConfig.LAYOUTS, Bert)
 DECODERS: dict[str, type[Released]] = {"gpt2": GPT2, "opt": OPT, **dict.fromkeys(LlamaConfig.LAYOUTS, Llama)}
 
@@ -27,11 +30,13 @@ DECODERS: dict[str, type[Released]] = {"gpt2": GPT2, "opt": OPT, **dict.fromkeys
 def image_encoder(source: str | PathLike[str]) -> ViT | ResNet:
     """An image encoder in eval mode, from a checkpoint folder, a Hub id, or a file of ResNet weights.
 
-    Raises UserError, one line, for another kind of model or if something does not fit.
+    Of a CLIP or SigLIP it is the image tower, without the head. Raises UserError, one line, for another kind of model
+    or if something does not fit.
     """
     if Path(source).is_file():
         return ResNet.from_pretrained(source)
-    return _open(source, IMAGE_ENCODERS, "image encoders")
+    opened = _open(source, IMAGE_ENCODERS, "image encoders")
+    return opened.image if isinstance(opened, CLIP) else opened
 
 
 def text_encoder(source: str | PathLike[str]) -> Bert:

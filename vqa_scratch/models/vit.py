@@ -1,8 +1,10 @@
 """Vision transformer: an image is a sequence of patches. Dosovitskiy et al. 2021 (arXiv 2010.11929), pre-LN.
 
-One class and a table of layouts: google/vit and DINO (Caron et al. 2021) are a plain ViT; DeiT (Touvron et al. 2021,
+One class and a table of layouts. google/vit and DINO (Caron et al. 2021) are a plain ViT; DeiT (Touvron et al. 2021,
 2012.12877) has a distillation token after the class token; DINOv2 (Oquab et al. 2023, 2304.07193) scales the output of
-every sublayer, and may have registers (Darcet et al. 2024, 2309.16588), tokens without a place in the image.
+every sublayer, and may have registers (Darcet et al. 2024, 2309.16588), tokens without a place in the image; CLIP
+(Radford et al. 2021, 2103.00020) norms what its first block reads; SigLIP (Zhai et al. 2023, 2303.15343) has patches
+alone. `vit_layouts.py` is that table.
 
 Shapes: B batch, C channels, N patches in raster order (h rows of w), P prefix tokens (class token and the like), D
 width, p patch size.
@@ -18,39 +20,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vqa_scratch.errors import UserError
-from vqa_scratch.models.hf_config import HFConfig, Layout, Released, check_heads
+from vqa_scratch.models.hf_config import HFConfig, Released, check_heads
+from vqa_scratch.models.vit_layouts import LAYOUTS, ViTLayout
 from vqa_scratch.nn import taps
 from vqa_scratch.nn.attention import MultiHeadAttention
 from vqa_scratch.nn.dino import LayerScale, SwiGLU
 from vqa_scratch.nn.layers import MLP, activation, init_weights
 from vqa_scratch.nn.states import Places, States
-from vqa_scratch.weights import fields, maps
-
-_DINO_DEFAULTS = {"norm_eps": 1e-6, "mlp_ratio": 4, "layer_scale": 1.0}
-_NO_DROP_PATH = {"drop_path_rate": 0.0}  # stochastic depth, which no released DINOv2 asks for
-
-
-@dataclass(frozen=True, eq=False)
-class ViTLayout(Layout):
-    """What differs between the members of the family."""
-
-    tokens: tuple[str, ...] = ("cls_token",)  # learned tokens before the patches; they have positions
-    antialias: bool = False  # whether positions are smoothed when resized to fewer patches
-
-
-LAYOUTS = {
-    "vit": ViTLayout("ViTModel", fields.VIT, maps.VIT),
-    "deit": ViTLayout("DeiTModel", fields.VIT, maps.DEIT, tokens=("cls_token", "distillation_token")),
-    "dinov2": ViTLayout("Dinov2Model", fields.DINOV2, maps.DINOV2, _DINO_DEFAULTS | {"patch_size": 14}, _NO_DROP_PATH),
-    "dinov2_with_registers": ViTLayout(
-        "Dinov2WithRegistersModel",
-        fields.DINOV2_WITH_REGISTERS,
-        maps.DINOV2_WITH_REGISTERS,
-        _DINO_DEFAULTS | {"registers": 4},
-        _NO_DROP_PATH,
-        antialias=True,
-    ),
-}
 
 
 @dataclass(frozen=True)
@@ -130,7 +106,7 @@ class PatchEmbed(nn.Module):
         self.first = p / 2  # the middle of the first patch
         # In the shape of that convolution, (D, C, p, p), as in checkpoints.
         self.weight = nn.Parameter(torch.empty(config.dim, config.channels, p, p).normal_(std=config.init_std))
-        self.bias = nn.Parameter(torch.zeros(config.dim))
+        self.bias = nn.Parameter(torch.zeros(config.dim)) if config.family.patch_bias else None
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """(B, C, h*p, w*p) -> (B, N, D)."""
@@ -194,16 +170,19 @@ class ViTBlock(nn.Module):
         self.scale2 = scale()
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, key_mask: Tensor | None = None, first: int | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, key_mask: Tensor | None = None, first: int | None = None, causal: bool = False
+    ) -> Tensor:
         """(B, T, D) -> (B, T, D), or (B, first, D) if only the first tokens are needed: the others skip the MLP."""
         x = taps.tap(self.tap_prefix, "resid_pre", x)
-        x = x[:, :first] + self.dropout(self.scale1(self.attn(self.norm1(x), key_mask=key_mask)[:, :first]))
+        attended = self.attn(self.norm1(x), key_mask=key_mask, causal=causal)
+        x = x[:, :first] + self.dropout(self.scale1(attended[:, :first]))
         x = taps.tap(self.tap_prefix, "resid_mid", x)
         return taps.tap(self.tap_prefix, "resid_post", x + self.scale2(self.mlp(self.norm2(x))))
 
 
 class ViT(Released, nn.Module):
-    """Prefix tokens and patches, learned positions, pre-LN blocks, a last norm.
+    """Prefix tokens and patches, learned positions, pre-LN blocks, a last norm (in CLIP that is part of its head).
 
     `patch_embed` replaces the linear patches: any module (B, C, H, W) -> (B, N, D) with one token for each
     patch_size x patch_size square in raster order, such as `ConvStem`. Its attribute `first` is the pixel on which
@@ -224,8 +203,10 @@ class ViT(Released, nn.Module):
             self.registers = nn.Parameter(torch.zeros(1, config.registers, config.dim))
         self.positions = nn.Parameter(torch.empty(1, len(tokens) + math.prod(config.grid), config.dim))
         self.dropout = nn.Dropout(config.dropout)
+        norms = [nn.LayerNorm(config.dim, config.norm_eps) if has else nn.Identity() for has in self.layout.norms]
+        self.first_norm = norms[0]
         self.blocks = nn.ModuleList(ViTBlock(config) for _ in range(config.layers))
-        self.norm = nn.LayerNorm(config.dim, eps=config.norm_eps)
+        self.norm = norms[1]
         for table in (*(getattr(self, name) for name in tokens), self.positions):
             nn.init.trunc_normal_(table, std=config.init_std)
         self.blocks.apply(lambda module: init_weights(module, config.init_std))
@@ -247,7 +228,7 @@ class ViT(Released, nn.Module):
         if config.registers:
             before, after = x.tensor_split([len(prefix)], 1)
             x = torch.cat([before, self.registers.expand(len(x), -1, -1), after], 1)
-        return self.dropout(x)
+        return self.first_norm(self.dropout(x))
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, P + N, D), the class token first. Raises ValueError unless patches fit the image."""

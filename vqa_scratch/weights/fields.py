@@ -36,6 +36,10 @@ BLIP2_VISION = _names(
     "dim layers heads hidden activation norm_eps init_std image_size patch_size qkv_bias",
     "attention_dropout=attention_dropout",
 )
+_CLIP_BLOCKS = "dim layers heads hidden activation norm_eps"
+_CLIP_DROPOUT = "attention_dropout=attention_dropout"
+CLIP_VISION = _names(f"{_CLIP_BLOCKS} image_size patch_size channels", _CLIP_DROPOUT)
+CLIP_TEXT = _names(f"{_CLIP_BLOCKS} vocab_size max_positions eos_id", _CLIP_DROPOUT)
 BERT = _names(f"{_BLOCKS} hidden dropout vocab_size max_positions token_types pad_id")
 DISTILBERT = _names(
     "vocab_size max_positions init_std pad_id",

@@ -21,6 +21,8 @@ class Order(NamedTuple):
 
 
 TRANSPOSED = Order(Tensor.t, Tensor.t)  # (in, out), as in GPT-2's Conv1D
+SQUEEZED = Order(lambda tensor: tensor[None], lambda tensor: tensor[0])  # without our first axis, of length 1
+SQUEEZED_TWICE = Order(lambda tensor: tensor[None, None], lambda tensor: tensor[0, 0])
 
 
 class Entry(NamedTuple):
