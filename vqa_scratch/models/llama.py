@@ -98,8 +98,8 @@ class LlamaConfig(HFConfig):
     @classmethod
     def further_fields(cls, config: Mapping[str, Any]) -> dict[str, Any]:
         """End tokens and rotary positions, these in the spelling of transformers 5 or in the one before."""
-        layers, end = config.get("layer_types") or [], config.get("eos_token_id")
-        if any(kind != "full_attention" for kind in layers):
+        (layers,), end = typed("config.json", config, {"layer_types": list | None}), config.get("eos_token_id")
+        if any(kind != "full_attention" for kind in layers or []):
             raise UserError("config.json asks for layers with a sliding window; here every token sees all before it")
         ends = end if isinstance(end, list) else [] if end is None else [end]
         if not all(type(one) is int and one >= 0 for one in ends):
@@ -121,13 +121,15 @@ def rotary_from_hf(config: Mapping[str, Any]) -> Rotary:
     """The rotary positions of a config.json. Raises UserError for a kind that is not one of `ROTARY_KINDS`, or for a
     number that is missing or cannot be one."""
     older, newer = typed("config.json", config, {"rope_scaling": dict | None, "rope_parameters": dict | None})
-    outside = {name: config[name] for name in ("rope_theta", "partial_rotary_factor") if name in config}
-    given = outside | (older or newer or {})  # where both are there, transformers reads the older
-    where, kind = "config.json: rope_scaling" if older else "config.json: rope_parameters", given.get("rope_type")
-    kind = kind or given.get("type") or "default"
-    if any(isinstance(value, dict) for value in given.values()) or kind not in ROTARY_KINDS:
-        wanted = f"of the type {kind!r}" if kind not in ROTARY_KINDS else "that differ between layers"
-        raise UserError(f"{where} asks for positions {wanted}; here they are {', '.join(ROTARY_KINDS)}, for all layers")
+    outside = {name: config.get(name) for name in ("rope_theta", "partial_rotary_factor")}
+    given = {name: value for name, value in outside.items() if value is not None}
+    given |= older or newer or {}  # where both are there, transformers reads the older
+    where, kind = f"config.json: rope_{'scaling' if older else 'parameters'}", given.get("rope_type", given.get("type"))
+    kind = "default" if kind is None else kind
+    if not isinstance(kind, str) or kind not in ROTARY_KINDS:
+        raise UserError(f"{where} is of type {kind!r}; here rotary positions are {', '.join(ROTARY_KINDS)}")
+    if any(isinstance(value, dict) for value in given.values()):
+        raise UserError(f"{where} differs between layers; here all layers have the same rotary positions")
     names = {"theta": "rope_theta", "share": "partial_rotary_factor", **ROTARY_KINDS[kind]}
     usual = {"theta": Rotary.theta, "share": 0.5 if config.get("model_type") == "persimmon" else 1.0}
     usual["original"] = config.get("max_position_embeddings")
