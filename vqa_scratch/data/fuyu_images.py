@@ -30,8 +30,9 @@ class FuyuImageProcessor(ImageProcessor):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.patch_size < 1 or any(side % self.patch_size for side in self.size):
-            raise UserError(f"the largest size {self.size} must divide into patches of {self.patch_size} pixels")
+        pair, patch = isinstance(self.size, tuple), self.patch_size
+        if patch < 1 or not pair or any(side % patch for side in self.size):
+            raise UserError(f"size must be a height and a width of whole patches of {self.patch_size}: {self.size}")
 
     @classmethod
     def from_hf(cls, config: dict[str, Any]) -> "FuyuImageProcessor":
@@ -39,24 +40,26 @@ class FuyuImageProcessor(ImageProcessor):
         name = str(config.get("image_processor_type") or config.get("feature_extractor_type"))
         if re.sub(r"(FeatureExtractor|ImageProcessor)(Fast|Pil)?$", "", name) != "Fuyu":
             raise UserError(f"the images of a Fuyu are prepared by a FuyuImageProcessor, not by {name}")
-        own = ("do_resize", "do_pad", "patch_size", "padding_value", "padding_mode")
-        kinds = {"patch_size": dict | int | None, "padding_value": int | float | None, "padding_mode": str | None}
-        kinds |= {"do_pad": bool | None, "do_resize": bool | None}
-        patch, fill, mode, *steps = typed(name, config, kinds)
-        sides = set(patch.values()) if isinstance(patch, dict) else {30 if patch is None else patch}
-        fill = 1 if fill is None else fill
-        if False in steps or mode not in (None, "constant") or fill not in range(256) or len(sides) != 1:
+        kinds = {"patch_size": dict | None, "padding_value": int | float | None, "padding_mode": str | None}
+        patch, fill, mode, *steps = typed(name, config, kinds | {"do_pad": bool | None, "do_resize": bool | None})
+        patch, fill = patch or {"height": 30, "width": 30}, 1 if fill is None else fill
+        height, width = typed(f"{name}: patch_size", patch, {"height": int, "width": int})
+        if False in steps or mode not in (None, "constant") or fill not in range(256) or height != width:
             raise UserError(f"{name}: images must be resized, padded with one byte, and cut into square patches")
+        own = (*kinds, "do_pad", "do_resize")
         rest = {"size": {"height": 1080, "width": 1920}} | {k: v for k, v in config.items() if k not in own}
         # All other steps are those of ViT: bilinear, to [-1, 1].
         base = ImageProcessor.from_hf(rest | {"image_processor_type": "ViTImageProcessor"})
         shared = ("size", "resample", "crop_size", "rescale_factor", "mean", "std")
-        (side,) = typed(f"{name}: patch_size", {"side": sides.pop()}, {"side": int})
-        return cls(**{field: getattr(base, field) for field in shared}, patch_size=side, fill=int(fill))
+        return cls(**{field: getattr(base, field) for field in shared}, patch_size=height, fill=int(fill))
 
     def to_hf(self) -> dict[str, Any]:
         sides = {"height": self.patch_size, "width": self.patch_size}
         return super().to_hf() | {"patch_size": sides, "do_pad": True, "padding_value": float(self.fill)}
+
+    @property
+    def output_size(self) -> None:
+        """It depends on the image."""
 
     def target(self, width: int, height: int) -> tuple[int, int]:
         """(width, height) in pixels after resizing, before the padding."""
