@@ -20,7 +20,7 @@ from vqa_scratch.options import flag
     cls=GroupedCommand,
     params=[
         click.Argument(["run"], type=FOLDER, required=False),
-        Flag(["--model"], help="Instead of RUN: a released BLIP-2 checkpoint, a folder or Hub id."),
+        Flag(["--model"], help="Instead of RUN: a released BLIP-2, LLaVA or Fuyu, a folder or Hub id."),
         Flag(["--image"], type=FOLDER, required=True, help="Image file of any size that Pillow reads."),
         Flag(["--question"], help="What to ask; without it, a prompt for many questions."),
         Flag(["--top"], type=click.IntRange(min=1), help="Give this many answers, if the system chooses from a list."),
@@ -39,7 +39,7 @@ def ask(
     precision: str,
     **decoding: Any,
 ) -> None:
-    """Ask the trained system in the folder RUN, or a released BLIP-2 (--model), about one image.
+    """Ask the trained system in the folder RUN, or a released model (--model), about one image.
 
     \b
     Example:
@@ -47,7 +47,7 @@ def ask(
     Without --question the system stays loaded and takes one question a line, from the keyboard or a pipe.
     """
     if (run is None) == (model is None):
-        raise UserError("give RUN, the folder of a trained system, or --model, a BLIP-2 checkpoint: one of the two")
+        raise UserError("give RUN, the folder of a trained system, or --model, a released checkpoint: one of the two")
     if model is None:
         system = open_run(run, device, precision)
     else:

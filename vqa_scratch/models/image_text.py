@@ -34,11 +34,14 @@ class ImageTextModel(Released, nn.Module, ABC):
         """Images, or patches in Fuyu -> (..., E), in the order of reading."""
 
     def embed(self, input_ids: Tensor, pixel_values: Tensor | None = None) -> Tensor:
-        """(B, T) -> (B, T, E): the embeddings of tokens, and at each `image_token`, in the order of reading, the next
-        one of the images, which belong to all rows together. Raises UserError unless there are as many of both."""
+        """(B, T) and the images of all rows -> (B, T, E); see `place`."""
+        return self.place(input_ids, None if pixel_values is None else self.encode_image(pixel_values))
+
+    def place(self, input_ids: Tensor, image: Tensor | None) -> Tensor:
+        """(B, T) -> (B, T, E): the embeddings of words, and at each `image_token`, in the order of reading, the next of
+        the image's, (..., E). Raises UserError unless there are as many of both."""
         embeddings, places = self.language.embed(input_ids), input_ids == self.config.image_token
-        image = embeddings[:0] if pixel_values is None else self.encode_image(pixel_values)
-        image = image.flatten(0, -2).to(embeddings.dtype)
+        image = (embeddings[:0] if image is None else image).flatten(0, -2).to(embeddings.dtype)
         if (there := int(places.sum())) != len(image):
             place = f"tokens {self.config.image_token}, each the place of a part of an image"
             raise UserError(f"the prompts have {there} {place}, but the images given have {len(image)} parts")
