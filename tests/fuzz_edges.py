@@ -57,7 +57,8 @@ PATHS = (
 SMALL = {
     "vqa": "samples seed eval_questions max_answer_tokens max_question_tokens questions_per_image questions_per_step "
     "test_images log_every save_every eval_every width heads image_layers patch_size warmup_steps max_images "
-    "max_questions start_at end_at accumulate min_agreement val_fraction decay_from max_grad_norm learning_rate",
+    "max_questions start_at end_at accumulate min_agreement val_fraction decay_from max_grad_norm learning_rate "
+    "flip rotate brightness contrast",
     "vilt": "samples seed eval_questions max_question_tokens questions_per_image image_size patch_size width heads "
     "min_answer_count test_images max_images max_questions accumulate",
     "caption": "samples seed eval_captions eval_questions max_caption_tokens captions_per_step captions_per_image "

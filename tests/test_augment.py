@@ -7,6 +7,9 @@ import torch
 
 from vqa_scratch.data.augment import Augment, depends_on_side, rotate
 from vqa_scratch.data.scenes import CELL, GRID, MIN_OFFSET, PIXELS, SIZES
+from vqa_scratch.systems.presets import AUGMENTED
+
+PRESET = Augment(*AUGMENTED.values())
 
 
 def images(number: int = 3) -> torch.Tensor:
@@ -19,7 +22,7 @@ def chance(number: int) -> torch.Tensor:
 
 def test_nothing_asked_for_changes_nothing():
     x = images()
-    assert torch.equal(Augment(0, 0, 0, 0)(x, torch.ones(3, dtype=torch.bool), chance(3)), x)
+    assert torch.equal(Augment()(x, torch.ones(3, dtype=torch.bool), chance(3)), x)
 
 
 def test_mirroring_is_left_to_right_and_only_where_allowed():
@@ -94,13 +97,13 @@ def test_colors_stay_what_they_are_called():
     x = palette[:, None, None].expand(6, 8, 8, 3).to(torch.uint8).contiguous()
     may = torch.ones(6, dtype=torch.bool)
     for _ in range(50):
-        y = Augment()(x, may, chance(6)).float().mean((1, 2))
+        y = PRESET(x, may, chance(6)).float().mean((1, 2))
         assert torch.cdist(y, palette.float()).argmin(1).tolist() == list(range(6))
 
 
 def test_a_turn_keeps_places_and_relations_of_the_drawn_scenes():
-    """The bound behind the default of 5 degrees, from the drawing grid: see `data/descriptions.py`."""
-    turn = math.radians(Augment().degrees)
+    """The bound behind the captions' 5 degrees, from the drawing grid: see `data/descriptions.py`."""
+    turn = math.radians(PRESET.degrees)
     near, far = min(SIZES.values()), PIXELS / 2 - min(SIZES.values())  # of a centre, from the middle lines
     assert near * math.cos(turn) - far * math.sin(turn) > 0, "a quarter of the image"
     widest = (GRID - 1) * CELL + CELL - 2 * min(SIZES.values())  # between two centres along one axis
@@ -110,6 +113,6 @@ def test_a_turn_keeps_places_and_relations_of_the_drawn_scenes():
 def test_an_image_does_not_depend_on_its_neighbours():
     """The same numbers give the same image, in a batch or alone; others give another."""
     x, may, numbers = images(), torch.ones(3, dtype=torch.bool), chance(3)
-    whole = Augment()(x, may, numbers)
-    assert torch.equal(whole[1:2], Augment()(x[1:2], may[1:2], numbers[1:2]))
-    assert not torch.equal(whole, Augment()(x, may, chance(3)))
+    whole = PRESET(x, may, numbers)
+    assert torch.equal(whole[1:2], PRESET(x[1:2], may[1:2], numbers[1:2]))
+    assert not torch.equal(whole, PRESET(x, may, chance(3)))

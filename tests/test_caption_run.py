@@ -14,7 +14,7 @@ from vqa_helpers import CPU
 import train
 from vqa_scratch import systems
 from vqa_scratch.data.answers import Answer
-from vqa_scratch.data.augment import depends_on_side
+from vqa_scratch.data.augment import Augment, depends_on_side
 from vqa_scratch.data.batches import IGNORE
 from vqa_scratch.data.captions import read_captions
 from vqa_scratch.data.text import train_bpe
@@ -25,6 +25,7 @@ from vqa_scratch.report.lettering import choose
 from vqa_scratch.systems.caption import CaptionSystem
 from vqa_scratch.systems.captions import caption_cards, to_describe
 from vqa_scratch.systems.options import CaptionOptions
+from vqa_scratch.systems.presets import AUGMENTED
 from vqa_scratch.training.precision import Precision
 from vqa_scratch.training.ranks import World
 
@@ -32,7 +33,7 @@ SMALL = {
     "preset": "caption", "width": 32, "heads": 2, "decoder_layers": 1, "image_width": 16, "captions_per_step": 16,
     "captions_per_image": 4, "question_share": 0.4, "questions_per_step": 32, "warmup_steps": 2, "log_every": 1,
     "eval_every": 4, "eval_captions": 6, "eval_questions": 16, "samples": 5, "max_caption_tokens": 48, "device": "cpu",
-    "precision": "fp32", "image_cache": False,
+    "precision": "fp32", "image_cache": False, **AUGMENTED,
 }  # fmt: skip
 
 
@@ -182,9 +183,9 @@ def test_ranks_share_the_images_of_a_batch(system):
     assert all(len(system.batch(share).images) == 1 for share, _ in many)
 
 
-def test_images_with_a_side_word_are_never_mirrored(system):
+def test_images_with_a_side_word_are_never_mirrored(system, monkeypatch):
     asked, samples = [], system.splits["train"].questions.samples
-    system.augment = lambda pixels, may_flip, chance: asked.append(may_flip) or pixels
+    monkeypatch.setattr(Augment, "__call__", lambda _, pixels, may_flip, chance: asked.append(may_flip) or pixels)
     both = set()
     for key in system.epoch(0):
         batch = system.batch(key)

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 import transformers as hf
+from clip_helpers import END, captions, small
 from helpers import STD, assert_close, saved
 from safetensors.torch import load_file, save_file
 
@@ -16,7 +17,6 @@ from vqa_scratch.models.released import image_encoder
 from vqa_scratch.nn.states import Places
 
 no_grad = torch.no_grad()
-END = 58
 _BLOCKS = {"num_hidden_layers": 3, "num_attention_heads": 3, "intermediate_size": 50}
 _IMAGE = _BLOCKS | {"hidden_size": 36, "image_size": 24, "patch_size": 6}
 _TEXT = _BLOCKS | {"hidden_size": 39, "vocab_size": 60, "max_position_embeddings": 20}
@@ -47,15 +47,6 @@ def drawn(model, folder):
 
 def reference(kind, folder, **changes):
     return drawn(_KINDS[kind][0](config_of(kind, **changes)), folder)
-
-
-def captions(lengths=(20, 13, 4, 2), pad=1):
-    """Ids (4, 20) of a start token, words, the end token and padding, and their mask."""
-    ids = torch.full((len(lengths), max(lengths)), pad)
-    for row, length in enumerate(lengths):
-        ids[row, :length] = torch.randint(3, END - 1, (length,))
-        ids[row, 0], ids[row, length - 1] = END - 1, END
-    return ids, torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
 
 
 def compare(ours, theirs, pixels, ids, mask=None):
@@ -270,13 +261,6 @@ def test_what_does_not_fit_is_named(tmp_path):
     save_file({key: x for key, x in tensors.items() if "class_emb" not in key}, tmp_path / "model.safetensors")
     with pytest.raises(UserError, match="does not fit CLIP: missing: vision_model.embeddings.class_embedding"):
         CLIP.from_pretrained(tmp_path)
-
-
-def small(kind="clip", **changes):
-    dim = {"dim": 24, "layers": 2, "heads": 2, "hidden": 48}
-    images = ViTConfig(image_size=12, patch_size=4, layout=f"{kind}_vision_model", **dim)
-    texts = CLIPTextConfig(60, 20, eos_id=END, layout=f"{kind}_text_model", **dim)
-    return CLIP(CLIPConfig(images, texts, changes.pop("projection_dim", 24), kind)).eval()
 
 
 def test_a_zero_vector_is_similar_to_nothing():

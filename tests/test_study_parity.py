@@ -8,7 +8,7 @@ import torch
 import transformers
 from helpers import STD, saved
 
-from vqa_scratch.models import GPT2, T5, Bert, ViLTClassifier, ViT
+from vqa_scratch.models import CLIP, GPT2, T5, Bert, ViLTClassifier, ViT
 from vqa_scratch.models.released import image_encoder
 from vqa_scratch.study import trace
 from vqa_scratch.study.subject import ViLTSubject
@@ -133,3 +133,39 @@ def test_dinov2(tmp_path, registers):
     with trace(model, "image.*.self") as t:
         model(pixels)
     check(t, "image", theirs(pixels, output_attentions=True).attentions)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["clip", "siglip"])
+def test_both_towers_of_a_clip(tmp_path, kind):
+    """With padded texts; and the probe that pools a SigLIP's image."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48}
+    images = sizes | {"image_size": 32, "patch_size": 8, "attn_implementation": "eager"}
+    words = sizes | {
+        "vocab_size": 50,
+        "max_position_embeddings": 14,
+        "attn_implementation": "eager",
+        "eos_token_id": 49,
+    }
+    family = {"clip": transformers.CLIPModel, "siglip": transformers.SiglipModel}[kind]
+    theirs = family(family.config_class(vision_config=images, text_config=words, attn_implementation="eager"))
+    for parameter in theirs.parameters():
+        if parameter.ndim > 1:
+            parameter.normal_(std=STD)
+    theirs = saved(theirs, tmp_path)
+    pixels, ids, mask = torch.randn(2, 3, 32, 32), torch.randint(1, 49, (3, 14)), torch.ones(3, 14, dtype=torch.long)
+    ids[:, -1] = ids[1, 8] = 49
+    mask[1, 9:] = 0
+    model = CLIP.from_pretrained(tmp_path)
+    with trace(model) as t:
+        model(pixels, ids, mask)
+    shown = {"output_attentions": True}
+    image = theirs.vision_model(pixels, **shown)
+    check(t, "image", image.attentions)
+    check(t, "text", theirs.text_model(ids, attention_mask=mask, **shown).attentions)
+    if kind == "siglip":
+        head, states = theirs.vision_model.head, image.last_hidden_state
+        probe = head.probe.expand(2, -1, -1)
+        expected = head.attention(probe, states, states, need_weights=True, average_attn_weights=False)[1]
+        check(t, "probe", [expected], "cross")
+    assert t.certificate().attentions == (7 if kind == "siglip" else 6)

@@ -37,10 +37,11 @@ VQA = {
     "questions_per_step": 32,
     "eval_questions": 16,
 }
+AUGMENTED = {"flip": 0.5, "rotate": 10, "contrast": 0.1}
 SYSTEMS = {
     "tokens": VQA,
     "mean": VQA | {"connector": "mean"},
-    "prefix": VQA | {"connector": "prefix"},
+    "prefix": VQA | {"connector": "prefix"} | AUGMENTED,
     "qformer": VQA | {"connector": "qformer", "queries": 4, "heads": 4},
     "vilt": {
         "preset": "vilt",
@@ -50,6 +51,7 @@ SYSTEMS = {
         "min_answer_count": 2,
         "questions_per_step": 32,
         "eval_questions": 16,
+        **AUGMENTED,
     },
     "caption": {
         "preset": "caption",
@@ -157,6 +159,23 @@ def test_steps_lower_the_loss_of_their_batch(data, tmp_path, name):
     assert losses[-1] < 0.95 * losses[0]
 
 
+def test_training_images_change_only_if_they_should(data, tmp_path, name):
+    """The same images for the same key, others in the next epoch; those that are only answered stay as they are."""
+    options = read_command_line(flags(name, data, tmp_path / "run"))
+    kind = systems.find(options.preset)
+    system = kind.build(options, samples := kind.read(options), Precision("fp32", CPU))
+    system.train_on(samples)
+    key = system.epoch(0)[0]
+    train = system.splits["train"]
+    plain, shown = train.questions.batch(key.rows, train.images).images, system.batch(key).images
+    assert torch.equal(plain, shown) != (name in ("prefix", "vilt", "caption")) and plain.dtype == shown.dtype
+    assert torch.equal(shown, system.batch(key).images)
+    later = system.batch(key._replace(seed=(options.seed, 1, 1, 0))).images
+    assert torch.equal(shown, later) == torch.equal(plain, shown)
+    system.augment = lambda *args: pytest.fail("an image that is only answered was changed")
+    system.evaluate()
+
+
 @pytest.mark.parametrize("step", [2, 4])
 def test_a_killed_run_goes_on_to_the_same_bits(finished, data, tmp_path, name, step):
     """Killed before step 2, when there is no checkpoint yet, and before step 4, behind one."""
@@ -165,6 +184,19 @@ def test_a_killed_run_goes_on_to_the_same_bits(finished, data, tmp_path, name, s
     assert ended.code == -9
     run([*flags(name, data, out), "--resume"])
     same(out, finished(name))
+
+
+def test_augmentation_goes_with_images_that_are_read_each_time(data, tmp_path):
+    flags_of = {
+        "--feature-cache keeps one encoding": ["--freeze", "image_encoder", "--feature-cache", "--rotate", "3"],
+        "a released ViLT pads its images": ["--preset", "vilt-b32", "--data", str(data), "--brightness", "0.1"],
+    }
+    for message, argv in flags_of.items():
+        options = read_command_line([*argv, "--out", str(tmp_path / "run")])
+        with pytest.raises(UserError, match=message):
+            systems.find(options.preset).check(options)
+    only_text = read_command_line(["--freeze", "text_encoder", "--feature-cache", "--rotate", "3"])
+    systems.find(only_text.preset).check(only_text)
 
 
 def test_a_run_goes_on_with_its_own_tokenizers(finished, data, tmp_path, name):

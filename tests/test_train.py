@@ -302,8 +302,8 @@ def test_a_flag_of_another_system_says_whose_it_is():
         train.read_command_line(["--preset", "vilt", "--connector", "mean"])
     with pytest.raises(UserError, match="^--fusion means nothing here: it is a flag of --preset shapes$"):
         train.read_command_line(["--preset", "caption", "--fusion", "mean"])  # its old name
-    with pytest.raises(UserError, match="^--rotate means nothing here: it is a flag of --preset caption$"):
-        train.read_command_line(["--rotate", "3"])
+    with pytest.raises(UserError, match="^--captions-per-image means nothing here: it is a flag of --preset caption$"):
+        train.read_command_line(["--captions-per-image", "3"])
 
 
 BOOK = "--preset book --data x"

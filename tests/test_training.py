@@ -209,7 +209,7 @@ def test_a_loss_that_is_no_number_stops_the_run(make, run, questions_of, tmp_pat
         run()
     out = tmp_path / "run"
     report = json.loads((out / "bad_batch.json").read_text())
-    rows = make().epoch(0)[3]
+    rows = make().epoch(0)[3].rows
     assert report["step"] == 4 and report["ids"] == [questions_of.samples["train"][row].question_id for row in rows]
     saved = load_checkpoint(out / "checkpoints" / "last.pt")
     assert saved["state"]["step"] == 2

@@ -46,10 +46,10 @@ class Augment:
     brightness, contrast -- largest relative change, both uniform around 1
     """
 
-    flip: float = 0.5
-    degrees: float = 5.0
-    brightness: float = 0.1
-    contrast: float = 0.1
+    flip: float = 0.0
+    degrees: float = 0.0
+    brightness: float = 0.0
+    contrast: float = 0.0
 
     def __call__(self, pixels: Tensor, may_flip: Tensor, chance: Tensor) -> Tensor:
         """(I, H, W, 3) uint8 to the same, every image changed on its own.

@@ -36,11 +36,18 @@ class ImageTextOutput(NamedTuple):
 
 
 def logits_of(images: Tensor, texts: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
-    """(I, P) and (B, P), of length 1 -> (I, B): exp(scale) times their similarity, plus a bias; in fp32, since a scale
-    of 100 makes differences of the size of bf16's rounding count."""
+    """(I, P) and (B, P), of length 1 -> (I, B): exp(scale) times their similarity, plus a bias.
+
+    In fp32 at least: at a scale of 100 the rounding of bf16 would be a tenth of a nat and more.
+    """
     with torch.autocast(images.device.type, enabled=False):
-        logits = scale.float().exp() * (images.float() @ texts.float().T)
-    return logits if bias is None else logits + bias.float()
+        logits = precise(scale).exp() * (precise(images) @ precise(texts).T)
+    return logits if bias is None else logits + precise(bias)
+
+
+def precise(x: Tensor) -> Tensor:
+    """x in fp32, or in fp64 if it is."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 class ClassTokenHead(nn.Module):
@@ -188,8 +195,8 @@ class CLIP(Released, nn.Module):
         start_as_released(self)
 
     def embed_images(self, pixel_values: Tensor) -> Tensor:
-        """(I, C, H, W) -> (I, P), of length 1 in fp32. A zero vector stays zero, and is similar to nothing."""
-        return F.normalize(self.image_head(self.image(pixel_values)).float(), dim=-1)
+        """(I, C, H, W) -> (I, P), of length 1 and in fp32 at least. A zero vector stays zero: similar to nothing."""
+        return F.normalize(precise(self.image_head(self.image(pixel_values))), dim=-1)
 
     def embed_texts(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """(B, T) -> (B, P), as `embed_images`.
@@ -198,7 +205,7 @@ class CLIP(Released, nn.Module):
         trained without one, on texts of `self.text.longest` tokens. Raises UserError for a CLIP's text without end
         token, ValueError for one with more tokens than positions.
         """
-        return F.normalize(self.text_head(self.text(input_ids, attention_mask)).float(), dim=-1)
+        return F.normalize(precise(self.text_head(self.text(input_ids, attention_mask))), dim=-1)
 
     def logits(self, images: Tensor, texts: Tensor) -> Tensor:
         """(I, P) and (B, P), of length 1 -> (I, B): their similarity times the scale, plus SigLIP's bias."""

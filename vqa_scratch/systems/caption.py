@@ -7,14 +7,12 @@ ResNet and a released GPT-2. A caption has no prompt, a question is its own prom
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import numpy as np
 import torch
 
 from vqa_scratch.data.answers import Answer
-from vqa_scratch.data.augment import Augment, depends_on_side
-from vqa_scratch.data.batches import Batch
 from vqa_scratch.data.descriptions import read_scenes, scenes_file
 from vqa_scratch.data.groups import batches_by_image
 from vqa_scratch.data.text import check_question
@@ -40,18 +38,9 @@ from vqa_scratch.systems.finals import Pass, beats_blind, cut_short, no_better_t
 from vqa_scratch.systems.options import CaptionOptions
 from vqa_scratch.systems.policy import answering_task
 from vqa_scratch.systems.scoring import blind_baselines
+from vqa_scratch.systems.splits import Key
 from vqa_scratch.systems.writer import WritingSystem
 from vqa_scratch.training.precision import Precision
-from vqa_scratch.training.ranks import World
-
-
-class Key(NamedTuple):
-    """One batch, or one rank's share of it: its rows, the seed of its augmentation, and how many images of the batch
-    come before it."""
-
-    rows: np.ndarray
-    seed: tuple[int, ...]
-    before: int = 0
 
 
 class CaptionSystem(WritingSystem):
@@ -83,8 +72,7 @@ class CaptionSystem(WritingSystem):
     # --------------------------------------------------------------------------------------------------- training
 
     def train_on(self, data: RunData) -> None:
-        options = self.options
-        self.data, self.trainable = data, self.model.freeze(options.freeze)
+        self.data, self.trainable = data, self.model.freeze(self.options.freeze)
         train = data.samples["train"]
         samples = {"train": train}
         for name, texts in data.samples.items():
@@ -93,14 +81,12 @@ class CaptionSystem(WritingSystem):
                 if asked := [sample for sample in texts if sample.question]:
                     samples[f"{name} questions"] = asked
         self.make_splits(samples)
-        self.names_side = np.array([depends_on_side(f"{s.question} {s.answer}") for s in train])
         # The rows of each image, captions and questions apart: a step has one kind only, so that lengths are alike.
         of_image = self.splits["train"].questions.of_image
         self.groups = [
             [some for rows in of_image if (some := [row for row in rows if bool(train[row].question) == asked])]
             for asked in (False, True)
         ]
-        self.augment = Augment(options.flip, options.rotate, options.brightness, options.contrast)
         self.baselines: dict[str, float] = {}
 
     def about(self) -> list[str]:
@@ -136,21 +122,6 @@ class CaptionSystem(WritingSystem):
     def _question_batches(self, turn: int) -> list[np.ndarray]:
         options, rng = self.options, np.random.default_rng([self.options.seed, turn, 2])
         return batches_by_image(self.groups[1], rng, options.questions_per_step, options.questions_per_image)
-
-    def share(self, key: Key, world: World) -> tuple[Key, bool]:
-        """This rank's images of a batch; if there are more ranks than images, one image and False."""
-        images = self.splits["train"].questions.by_image(key.rows)
-        mine = world.share(range(len(images)))
-        rows = np.concatenate([images[i] for i in mine or range(1)])
-        return Key(rows, key.seed, mine[0] if mine else 0), bool(mine)
-
-    def batch(self, key: Key) -> Batch:
-        batch = super().batch(key.rows)
-        number = len(batch.images)
-        sides = np.bincount(batch.image_index.numpy(), self.names_side[key.rows], number)
-        chance = np.random.default_rng(key.seed).random((key.before + number, 4))[key.before :]
-        batch.images = self.augment(batch.images, torch.from_numpy(sides == 0), torch.from_numpy(chance).float())
-        return batch
 
     # ----------------------------------------------------------------------------------------------- evaluation
 

@@ -98,6 +98,23 @@ class RunOptions(Options):
         1.0, "Clip the gradient to this norm; inf: never.", TRAINING, above=0, maximum=math.inf, may_change=True
     )
 
+    flip: float = option(
+        0.0, "Chance to mirror a training image whose texts name no side.", AUGMENTATION, minimum=0, maximum=1
+    )
+    rotate: float = option(
+        0.0,
+        "Largest rotation of a training image, in degrees; above 5, texts about places become wrong.",
+        AUGMENTATION,
+        minimum=0,
+        maximum=180,
+    )
+    brightness: float = option(
+        0.0, "Largest relative change of a training image's brightness.", AUGMENTATION, minimum=0, maximum=1
+    )
+    contrast: float = option(
+        0.0, "Largest relative change of a training image's contrast.", AUGMENTATION, minimum=0, maximum=1
+    )
+
     log_to: str | None = option(
         None, "Log to this too, besides metrics.jsonl.", LOGGING, ("tensorboard", "wandb"), may_change=True
     )
@@ -296,27 +313,6 @@ class CaptionOptions(RunOptions):
     )
     eval_questions: int = option(
         1_000, "Questions of the val split answered at each evaluation while training.", LOGGING, minimum=1
-    )
-
-    flip: float = option(
-        0.5,
-        "Chance that a training image is mirrored, if none of its texts says left or right.",
-        AUGMENTATION,
-        minimum=0,
-        maximum=1,
-    )
-    rotate: float = option(
-        5.0,
-        "Largest rotation of a training image, in degrees; above 5, texts about places become wrong.",
-        AUGMENTATION,
-        minimum=0,
-        maximum=180,
-    )
-    brightness: float = option(
-        0.1, "Largest relative change of a training image's brightness.", AUGMENTATION, minimum=0, maximum=1
-    )
-    contrast: float = option(
-        0.1, "Largest relative change of a training image's contrast.", AUGMENTATION, minimum=0, maximum=1
     )
 
     @property

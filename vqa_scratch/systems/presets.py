@@ -16,6 +16,7 @@ RELEASED = {  # what every preset shares that starts from released models
     "eval_every": 2000,
     "save_every": 2000,
 }
+AUGMENTED = {"flip": 0.5, "rotate": 5.0, "brightness": 0.1, "contrast": 0.1}
 PRESETS: dict[str, dict[str, Any]] = {
     "shapes": {"question_prompt": True},
     "book": {
@@ -43,9 +44,10 @@ PRESETS: dict[str, dict[str, Any]] = {
         "learning_rate": 1e-4,
         "warmup_steps": 2000,
     },
-    "caption": {"weight_decay": 0.0},
+    "caption": {**AUGMENTED, "weight_decay": 0.0},
     "coco": {
         **RELEASED,
+        **AUGMENTED,
         "out": Path("runs/coco"),
         "init": "pretrained",
         "decoder_model": "gpt2",

@@ -5,8 +5,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from vqa_scratch.data.descriptions import scenes_file
 from vqa_scratch.data.scenes import FAMILY_OF_TYPE
 from vqa_scratch.data.shapes import ShapesSpec, ensure_shapes
@@ -30,8 +28,7 @@ from vqa_scratch.systems.base import RunData
 from vqa_scratch.systems.finals import Pass, beats_blind, cut_short, no_better_than_blind
 from vqa_scratch.systems.options import QuestionOptions, RunOptions
 from vqa_scratch.systems.scoring import blind_baselines, rules_of
-from vqa_scratch.systems.splits import SplitSystem
-from vqa_scratch.training.ranks import World
+from vqa_scratch.systems.splits import Key, SplitSystem
 
 
 def family_of(folder: Path) -> Callable[[VQASample], str]:
@@ -130,16 +127,11 @@ class QuestionSystem(SplitSystem):
         self.judged = "test" if data.samples["test"][0].answers else "val"  # the split of the final figures
         self.baselines = blind_baselines(data.samples[self.judged], data.samples["train"])
 
-    def epoch(self, number: int) -> list[np.ndarray]:
+    def epoch(self, number: int) -> list[Key]:
         options = self.options
         per_step, per_image = options.questions_per_step, options.questions_per_image
-        return self.splits["train"].questions.epoch(options.seed, number, per_step, per_image)
-
-    def share(self, key: np.ndarray, world: World) -> tuple[np.ndarray, bool]:
-        """The rows of this rank's images; if there are more ranks than images, the rows of one image and False."""
-        images = self.splits["train"].questions.by_image(key)
-        mine = world.share(images)
-        return np.concatenate(mine or images[:1]), bool(mine)
+        batches = self.splits["train"].questions.epoch(options.seed, number, per_step, per_image)
+        return [Key(rows, (options.seed, number, 1, place)) for place, rows in enumerate(batches)]
 
     # ----------------------------------------------------------------------------------------------- evaluation
 

@@ -5,19 +5,23 @@ from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
 from vqa_scratch.data.answers import Answer
+from vqa_scratch.data.augment import Augment, depends_on_side
 from vqa_scratch.data.batches import ImageGroups, prefetch
 from vqa_scratch.data.images import Images
 from vqa_scratch.data.vqa_v2 import VQASample
 from vqa_scratch.report.curves import moving_average
 from vqa_scratch.systems.base import RunData, System
 from vqa_scratch.systems.finals import Pace, Pass, what_next
+from vqa_scratch.systems.options import RunOptions
 from vqa_scratch.systems.scoring import Report, other_images, score
+from vqa_scratch.training.ranks import World
 
 AT_ONCE = 256  # samples in a batch that is only answered
 TIMED = 64  # samples by which a kind of pass is timed that has not run yet
@@ -42,6 +46,20 @@ class Split:
         bar = tqdm(prefetch(ready), progress, len(chosen), unit="batch", disable=progress is None, leave=False)
         for rows, batch in bar:
             yield rows, batch.to(device)
+
+
+class Key(NamedTuple):
+    """A batch or a rank's share of it: its rows, the seed of its augmentation, how many of its images come before."""
+
+    rows: np.ndarray
+    seed: tuple[int, ...]
+    before: int = 0
+
+
+def augment_of(options: RunOptions) -> Augment | None:
+    """The augmentation that the options ask for, if any."""
+    strengths = (options.flip, options.rotate, options.brightness, options.contrast)
+    return Augment(*strengths) if any(strengths) else None
 
 
 class SplitSystem(System):
@@ -88,11 +106,28 @@ class SplitSystem(System):
         """The panels besides the loss: `lines` are {label: a value for each of the `figures` of `evaluate`}."""
 
     def make_splits(self, samples: dict[str, list[VQASample]]) -> None:
-        """Set `splits`, with the resized images in a file if the options ask for one."""
+        """Set `splits`, with resized images in a file if the options ask for it, and what changes training images."""
         self.splits, self.pace = {name: self.split(some) for name, some in samples.items()}, Pace()
+        self.augment = augment_of(self.options)
+        self.names_side = np.array([depends_on_side(f"{s.question} {s.answer}") for s in samples["train"]])
         if self.options.image_cache:
             for split in self.splits.values():
                 split.images.cache_in(self.options.cache)
+
+    def share(self, key: Key, world: World) -> tuple[Key, bool]:
+        """This rank's images of a batch; if there are more ranks than images, one image and False."""
+        images = self.splits["train"].questions.by_image(key.rows)
+        mine = world.share(range(len(images)))
+        rows = np.concatenate([images[i] for i in mine or range(1)])
+        return Key(rows, key.seed, mine[0] if mine else 0), bool(mine)
+
+    def augmented(self, batch: Any, key: Key) -> Any:
+        """The batch of a key with its images changed as the options ask."""
+        number = len(batch.images)
+        sides = np.bincount(batch.image_index.numpy(), self.names_side[key.rows], number)
+        chance = np.random.default_rng(key.seed).random((key.before + number, 4))[key.before :]
+        batch.images = self.augment(batch.images, torch.from_numpy(sides == 0), torch.from_numpy(chance).float())
+        return batch
 
     def ids(self, rows: list[int]) -> list[int]:
         return [self.splits["train"].questions.samples[row].question_id for row in rows]

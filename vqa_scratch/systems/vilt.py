@@ -31,7 +31,7 @@ from vqa_scratch.systems.base import ANY_SAMPLE, RunData, check_positions, seed_
 from vqa_scratch.systems.export import export_vilt
 from vqa_scratch.systems.options import ViLTOptions
 from vqa_scratch.systems.questions import QuestionSystem
-from vqa_scratch.systems.splits import Split
+from vqa_scratch.systems.splits import Key, Split, augment_of
 from vqa_scratch.systems.studied import choosing_subject
 from vqa_scratch.systems.vqa_models import VOCABULARY
 from vqa_scratch.training.precision import Precision
@@ -53,6 +53,8 @@ class ViLTSystem(QuestionSystem):
 
     @classmethod
     def check(cls, options: ViLTOptions) -> None:
+        if options.model and augment_of(options):
+            raise UserError("a released ViLT pads its images: leave out --flip, --rotate, --brightness and --contrast")
         if not options.model:
             with torch.device("meta"):
                 small_model(options, [ANY_SAMPLE], ANY_SAMPLE.answers)
@@ -120,9 +122,10 @@ class ViLTSystem(QuestionSystem):
             image_index=batch.image_index,
         )
 
-    def batch(self, key: np.ndarray) -> ClassBatch:
+    def batch(self, key: Key) -> ClassBatch:
         train = self.splits["train"]
-        return train.questions.batch(key, train.images)
+        batch = train.questions.batch(key.rows, train.images)
+        return self.augmented(batch, key) if self.augment else batch
 
     def loss(self, batch: ClassBatch) -> tuple[Tensor, Tensor]:
         """(sum of the loss over questions, sum of the targets of the chosen answers: soft accuracy times questions)."""

@@ -17,6 +17,7 @@ from vqa_scratch.data.batches import Batch, Questions
 from vqa_scratch.data.feature_store import ImageFeatures, TextFeatures
 from vqa_scratch.data.vqa_v2 import VQASample
 from vqa_scratch.errors import UserError
+from vqa_scratch.models.vqa import FROZEN_PARTS
 from vqa_scratch.options import from_json, rules_of
 from vqa_scratch.rl.options import RLHFOptions
 from vqa_scratch.rl.tasks import Task
@@ -29,6 +30,7 @@ from vqa_scratch.systems.policy import answering_task
 from vqa_scratch.systems.questions import QuestionSystem
 from vqa_scratch.systems.run_folder import CONFIG, PROGRAM, read_run_config
 from vqa_scratch.systems.scoring import common_answers
+from vqa_scratch.systems.splits import augment_of
 from vqa_scratch.systems.vqa_models import check_question, released_models, small_models
 from vqa_scratch.systems.writer import WritingSystem
 from vqa_scratch.systems.writing import choose
@@ -50,6 +52,8 @@ class VQASystem(WritingSystem, QuestionSystem):
 
     @classmethod
     def check(cls, options: VQAOptions) -> None:
+        if options.feature_cache and "image" in FROZEN_PARTS[options.freeze] and augment_of(options):
+            raise UserError("--feature-cache keeps one encoding of each image: leave it out, or the augmentation")
         if options.start_from is not None:
             return
         check_question(options)

@@ -21,7 +21,7 @@ from vqa_scratch.study.opened import Opened
 from vqa_scratch.systems import assembly
 from vqa_scratch.systems.export import export_writer
 from vqa_scratch.systems.options import RunOptions
-from vqa_scratch.systems.splits import Split, SplitSystem
+from vqa_scratch.systems.splits import Key, Split, SplitSystem
 from vqa_scratch.systems.studied import writing_subject
 from vqa_scratch.systems.writing import write, writing_figures
 from vqa_scratch.training.precision import Precision
@@ -53,9 +53,10 @@ class WritingSystem(SplitSystem):
         questions = Questions(samples, self.tokenizers)
         return Split(questions, Images(questions.image_paths, self.processor, upright=questions.upright))
 
-    def batch(self, key: np.ndarray) -> Batch:
+    def batch(self, key: Key) -> Batch:
         train = self.splits["train"]
-        return train.questions.batch(key, train.images)
+        batch = train.questions.batch(key.rows, train.images)
+        return self.augmented(batch, key) if self.augment else batch
 
     def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """(sum of the cross-entropy over the labelled tokens, how many of them are right)."""
