@@ -1,8 +1,10 @@
-"""The two sides of the decoding benchmark, and the model both load: a GPT-2 whose answers have given lengths.
+"""The two sides of the decoding benchmark, and the model both load: a decoder whose answers have given lengths.
 
-Random weights would never stop, or stop anywhere. Here positions push the last state towards the end token, and the
-content of the memory, through cross-attention of the last layer, pulls it back by the wanted length of the answer. So
-row b writes its end token after `lengths[b]` tokens, greedily and in a beam.
+Random weights would never stop, or stop anywhere. In the GPT-2 positions push the last state towards the end token, and
+the content of the memory, through cross-attention of the last layer, pulls it back by the wanted length of the answer.
+In the Llama, which has neither, the head makes the token before it in the vocabulary follow each token, and the prompt
+is as far from the end token as the answer is long. So row b writes its end token after `lengths[b]` tokens, greedily
+and in a beam.
 
 Shapes: B rows, N memory tokens, D width.
 """
@@ -19,7 +21,7 @@ from torch import Tensor
 import tests.torchvision_shim  # noqa: F401  lets transformers import beside a CPU-only torch
 from bench.timing import forget_peak, peak_memory_gb
 from vqa_scratch.generate import GenerationOptions, generate
-from vqa_scratch.models.gpt2 import GPT2
+from vqa_scratch.models import GPT2, Llama
 from vqa_scratch.nn.memory import Memory
 from vqa_scratch.training.allocator import keep_freed_memory
 from vqa_scratch.training.precision import DTYPES
@@ -27,12 +29,21 @@ from vqa_scratch.training.precision import DTYPES
 SIZES = {
     "shapes": {"n_embd": 128, "n_layer": 4, "n_head": 4, "vocab_size": 512, "n_positions": 64},
     "gpt2": {"n_embd": 768, "n_layer": 12, "n_head": 12, "vocab_size": 50257, "n_positions": 1024},
+    "llama": {
+        "hidden_size": 768,
+        "intermediate_size": 2048,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 4,
+        "vocab_size": 32000,
+    },
 }
+MODELS = {"shapes": GPT2, "gpt2": GPT2, "llama": Llama}
 MEMORY = {"shapes": 81, "gpt2": 1}  # tokens: 64 patches, class and 16 words; the one key of connector `mean`
 # The tokens of 16 answers before their end: most of VQA v2 are one word, a few are three (Antol et al. 2015, section 4
 # counts 89, 7 and 3 % of one, two and three words), and byte-pair encoding cuts the rare ones.
 REAL_LENGTHS = (1, 1, 2, 1, 1, 1, 5, 1, 1, 3, 1, 1, 2, 1, 1, 1)
-PUSH, EOS = 6.0, 1
+PUSH, PULL, EOS = 6.0, 20.0, 1
 LONGEST = 24  # tokens at most
 
 
@@ -61,9 +72,27 @@ class Case:
 
 def make_model(folder: Path, case: Case, sizes: dict[str, int]) -> None:
     """Write the model and its inputs to `folder`. Runs in a process of its own, which gives its memory back."""
+    torch.manual_seed(0)
+    (make_llama if MODELS[case.size] is Llama else make_gpt2)(folder, case, sizes)
+
+
+def make_llama(folder: Path, case: Case, sizes: dict[str, int]) -> None:
+    """Row b's prompt is token EOS + 1 + length, and each token is followed by the one before it in the vocabulary."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    model = LlamaForCausalLM(LlamaConfig(**sizes, bos_token_id=0, eos_token_id=EOS, pad_token_id=EOS)).eval()
+    with torch.no_grad():
+        model.model.embed_tokens.weight.normal_()  # what the blocks add to it is smaller
+        model.lm_head.weight += PULL / sizes["hidden_size"] * model.model.embed_tokens.weight.roll(-1, 0)
+    model.save_pretrained(folder / "model")
+    prompt = torch.tensor(case.tokens())[:, None] + EOS + 1
+    save_file({"prompt": prompt}, folder / "inputs.safetensors")
+
+
+def make_gpt2(folder: Path, case: Case, sizes: dict[str, int]) -> None:
+    """See above; u is the direction of the end token."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    torch.manual_seed(0)
     given = {"bos_token_id": 0, "eos_token_id": EOS, "pad_token_id": EOS, "add_cross_attention": True}
     model = GPT2LMHeadModel(GPT2Config(**sizes, **given)).eval()
     width, core = sizes["n_embd"], model.transformer
@@ -93,7 +122,7 @@ class Side:
         self.case, self.dtype = case, DTYPES[case.precision]
         inputs = load_file(folder / "inputs.safetensors")
         self.prompt = inputs["prompt"].to(case.device)
-        self.states = inputs["states"].to(case.device, self.dtype)
+        self.states = inputs["states"].to(case.device, self.dtype) if "states" in inputs else None
 
     def made(self) -> Tensor:
         """The new tokens (B, A), the end token in place of all that follows it."""
@@ -123,13 +152,13 @@ class Ours(Side):
 
     def __init__(self, folder: Path, case: Case) -> None:
         super().__init__(folder, case)
-        self.model = GPT2.from_pretrained(folder / "model").to(case.device, self.dtype)
+        self.model = MODELS[case.size].from_pretrained(folder / "model").to(case.device, self.dtype)
         self.options = GenerationOptions(LONGEST, EOS, num_beams=case.beams)
         forget_peak()
         keep_freed_memory()
 
     def made(self) -> Tensor:
-        memory = [Memory(self.states)]
+        memory = None if self.states is None else [Memory(self.states)]
         graph = self.case.device != "cpu" and self.case.beams == 1
         return generate(self.model, self.prompt, None, memory, options=self.options, fill=EOS, graph=graph).ids
 
@@ -137,28 +166,33 @@ class Ours(Side):
     def gap(self, rows: list[list[int]]) -> float:
         """How far the score of the worst of these tokens is below the best one's, each after the tokens before it."""
         worst = 0.0
-        for prompt, row, states in zip(self.prompt, rows, self.states, strict=True):
-            ids = torch.tensor(row, device=prompt.device)
-            logits = self.model(torch.cat([prompt, ids[:-1]])[None], memory=[Memory(states[None])])[0]
+        for i, (prompt, row) in enumerate(zip(self.prompt, rows, strict=True)):
+            ids, memory = torch.tensor(row, device=prompt.device), None
+            if self.states is not None:
+                memory = [Memory(self.states[i : i + 1])]
+            read = self.model.embed(torch.cat([prompt, ids[:-1]])[None])
+            logits = self.model.logits(self.model.hidden(read, memory=memory))[0]
             worst = max(worst, float((logits.max(-1).values - logits.gather(1, ids[:, None])[:, 0]).max()))
         return worst
 
 
 class Peer(Side):
-    """`transformers`, its GPT-2 and its `generate`."""
+    """`transformers`, its model and its `generate`."""
 
     def __init__(self, folder: Path, case: Case) -> None:
-        from transformers import GPT2LMHeadModel
+        from transformers import AutoModelForCausalLM
 
         super().__init__(folder, case)
-        self.model = GPT2LMHeadModel.from_pretrained(folder / "model").eval().to(case.device, self.dtype)
+        self.model = AutoModelForCausalLM.from_pretrained(folder / "model").eval().to(case.device, self.dtype)
         options: dict[str, Any] = {"max_new_tokens": LONGEST, "do_sample": False, "num_beams": case.beams}
         self.options = options | {"eos_token_id": EOS, "pad_token_id": EOS}
+        if self.states is not None:
+            self.options["encoder_hidden_states"] = self.states
         forget_peak()
 
     def made(self) -> Tensor:
         mask = torch.ones_like(self.prompt)
-        made = self.model.generate(self.prompt, attention_mask=mask, encoder_hidden_states=self.states, **self.options)
+        made = self.model.generate(self.prompt, attention_mask=mask, **self.options)
         return made[:, 1:]
 
 

@@ -9,12 +9,16 @@ from bench.decode_sides import EOS, LONGEST, Case, CompiledPeer, Ours, Peer, mak
 from bench.suite import figures
 from vqa_scratch.errors import UserError
 
+LLAMA = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+LLAMA |= {"intermediate_size": 20, "vocab_size": 40}
 SIZES = {"n_embd": 16, "n_layer": 2, "n_head": 2, "vocab_size": 40, "n_positions": 32}
 
 
+@pytest.mark.parametrize("size", ["shapes", "llama"])
 @pytest.mark.parametrize("case", [Case(batch=16, lengths="real"), Case(batch=2, beams=3, lengths="7")])
-def test_both_sides_write_the_same_tokens_and_end_in_time(tmp_path, case):
-    make_model(tmp_path, case, SIZES)
+def test_both_sides_write_the_same_tokens_and_end_in_time(tmp_path, case, size):
+    case = replace(case, size=size)
+    make_model(tmp_path, case, LLAMA if size == "llama" else SIZES)
     ours, theirs = Ours(tmp_path, case).tokens(), Peer(tmp_path, case).tokens()
     assert ours == theirs
     if case.beams == 1:  # without a GPU its cache is static, and nothing is compiled

@@ -15,9 +15,18 @@ from vqa_scratch import systems
 from vqa_scratch.data.images import ImageProcessor
 from vqa_scratch.data.text import train_bpe
 from vqa_scratch.errors import UserError
-from vqa_scratch.models import CLIP, CLIPConfig, CLIPTextConfig, released
-from vqa_scratch.models.opt import OPT, OPTConfig
-from vqa_scratch.models.vit import ViT, ViTConfig
+from vqa_scratch.models import (
+    CLIP,
+    OPT,
+    CLIPConfig,
+    CLIPTextConfig,
+    Llama,
+    LlamaConfig,
+    OPTConfig,
+    ViT,
+    ViTConfig,
+    released,
+)
 from vqa_scratch.systems.options import read_command_line
 from vqa_scratch.systems.run_folder import save_weights
 from vqa_scratch.systems.vqa import VQASystem
@@ -39,14 +48,24 @@ def image_model(kind: str, folder: Path) -> None:
     model.save_pretrained(folder), ImageProcessor(size=(32, 32)).save_pretrained(folder)
 
 
-def checkpoints(folder: Path, image: str = "vit", **sizes) -> list[str]:
-    """The flags of a small image encoder and a small OPT in the layouts of released ones."""
+FAMILIES = {
+    "OPT": (OPT, OPTConfig, {}),
+    "OPT-350M": (OPT, OPTConfig, {"embedding_dim": 8, "norm_first": False}),
+    "Llama": (Llama, LlamaConfig, {"kv_heads": 1}),
+    "Persimmon": (Llama, LlamaConfig, {"layout": "persimmon", "norm": "layer", "qk_norm": True, "gated": False}),
+}
+FAMILIES["Persimmon"][2].update(dict.fromkeys(("qkv_bias", "out_bias", "mlp_bias"), True))
+
+
+def checkpoints(folder: Path, family: str, image: str = "vit") -> list[str]:
+    """The flags of a small image encoder and a small decoder in the layouts of released ones."""
     words = train_bpe([f" {QUESTION}", " red blue two circle"], 300)
-    ids = {"bos_id": words.bos_id, "eos_id": words.eos_id, "pad_id": words.pad_id}
-    decoder = OPT(OPTConfig(vocab_size=len(words), max_positions=64, **ids, **SIZES, **sizes))
-    decoder.save_pretrained(folder / "opt"), words.save(folder / "opt")
+    kind, config, sizes = FAMILIES[family]
+    ids = {"bos_id": words.bos_id, "pad_id": words.pad_id}
+    decoder = kind(config(vocab_size=len(words), max_positions=64, **ids, **SIZES, **sizes))
+    decoder.save_pretrained(folder / "words"), words.save(folder / "words")
     image_model(image, folder / "image")
-    return ["--image-model", str(folder / "image"), "--decoder-model", str(folder / "opt")]
+    return ["--image-model", str(folder / "image"), "--decoder-model", str(folder / "words")]
 
 
 def options(data: Path, folder: Path, connector: str, *flags: str):
@@ -56,22 +75,22 @@ def options(data: Path, folder: Path, connector: str, *flags: str):
 
 @torch.enable_grad()
 @pytest.mark.parametrize("connector", ["prefix", "qformer"])
-@pytest.mark.parametrize("sizes", [{}, {"embedding_dim": 8, "norm_first": False}], ids=["125M", "350M"])
-def test_an_opt_answers(data, tmp_path, capsys, monkeypatch, connector, sizes):
-    """It trains, is saved, opened, asked, studied and exported as a GPT-2 is; the 350M model has a narrow embedding."""
-    from_training_to_export(data, tmp_path, capsys, monkeypatch, connector, **sizes)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_it_answers(data, tmp_path, capsys, monkeypatch, connector, family):
+    """It trains, is saved, opened, asked, studied and exported as a GPT-2 is; OPT-350M has a narrow embedding."""
+    from_training_to_export(data, tmp_path, capsys, monkeypatch, connector, family)
 
 
 @torch.enable_grad()
 @pytest.mark.parametrize("image", ["clip", "siglip", "clip_vision_model", "siglip_vision_model"])
 def test_the_images_of_a_clip_or_siglip_are_answered_about(data, tmp_path, capsys, monkeypatch, image):
     """As `--image-model`, whole or its image tower alone."""
-    opened = from_training_to_export(data, tmp_path, capsys, monkeypatch, "prefix", image=image)
+    opened = from_training_to_export(data, tmp_path, capsys, monkeypatch, "prefix", "OPT", image)
     assert opened.model.image.config.layout == f"{image.split('_')[0]}_vision_model"
 
 
-def from_training_to_export(data, tmp_path, capsys, monkeypatch, connector, **sizes):
-    chosen = options(data, tmp_path, connector, *checkpoints(tmp_path, **sizes))
+def from_training_to_export(data, tmp_path, capsys, monkeypatch, connector, family, image="vit"):
+    chosen = options(data, tmp_path, connector, *checkpoints(tmp_path, family, image))
     samples = VQASystem.read(chosen)
     system = VQASystem.build(chosen, samples, Precision("fp32", CPU))
     system.train_on(samples)
@@ -86,7 +105,8 @@ def from_training_to_export(data, tmp_path, capsys, monkeypatch, connector, **si
     save_weights(chosen.out / "model.safetensors", system.model)
 
     opened = systems.load(chosen.out)
-    assert isinstance(opened.model.decoder, OPT) and opened.model.decoder.config == system.model.decoder.config
+    assert type(opened.model.decoder) is FAMILIES[family][0]
+    assert opened.model.decoder.config == system.model.decoder.config
     (answer,), _ = opened.ask(picture(data), QUESTION)
     study = ("study", chosen.out, "--image", picture(data), "--question", QUESTION, "--out", tmp_path / "study")
     command(*study)
@@ -105,7 +125,8 @@ def from_training_to_export(data, tmp_path, capsys, monkeypatch, connector, **si
     return opened
 
 
-def test_an_opt_has_no_cross_attention(tmp_path):
-    *_, folder = checkpoints(tmp_path)
-    with pytest.raises(UserError, match="'opt'; decoders with cross-attention are gpt2$"):
+@pytest.mark.parametrize("family", ["OPT", "Llama"])
+def test_it_has_no_cross_attention(tmp_path, family):
+    *_, folder = checkpoints(tmp_path, family)
+    with pytest.raises(UserError, match=f"'{family.lower()}'; decoders with cross-attention are gpt2$"):
         released.decoder(folder, cross_attention=True)

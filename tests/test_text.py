@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers
 from tokenizers import Tokenizer as Backend
-from tokenizers import decoders, models, pre_tokenizers, trainers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from vqa_scratch.data.text import Tokenizer, answer_ids, check_question, train_bpe, train_wordpiece
 from vqa_scratch.data.wordpiece import learn_wordpieces
@@ -141,6 +141,48 @@ def test_t5_like_tokenizer_json(tmp_path):
         assert ours.encode(text) == reference(text)["input_ids"], text
     assert (ours.pad_id, ours.eos_id, ours.unk_id, ours.bos_id) == (0, 1, 2, None)
     assert answer_ids(ours, "yes") == [0, 4, 1]  # T5 starts decoding from the padding token
+
+
+def llama_like(kind: str) -> Backend:
+    """Llama 2's BPE of characters whose rare ones are bytes, or Llama 3's of bytes; both begin a text with BOS."""
+    special = ["<unk>", "<s>", "</s>"]
+    if kind == "bytes of rare characters":
+        backend = Backend(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+        backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        bytes_ = [f"<0x{byte:02X}>" for byte in range(256)]
+        backend.train_from_iterator(QUESTIONS, trainers.BpeTrainer(special_tokens=special + bytes_, vocab_size=400))
+        state = json.loads(backend.to_str())  # the trainer takes the bytes for special tokens
+        state["added_tokens"] = [token for token in state["added_tokens"] if token["content"] in special]
+        backend = Backend.from_str(json.dumps(state))
+        steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+        backend.decoder = decoders.Sequence(steps)
+    else:
+        backend = Backend(models.BPE())
+        split = pre_tokenizers.Split(" ?[a-zA-Z]+|[0-9]{1,3}|[^a-zA-Z0-9]+", "isolated")
+        backend.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(False, use_regex=False)])
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        trainer = trainers.BpeTrainer(special_tokens=special, initial_alphabet=alphabet, vocab_size=400)
+        backend.train_from_iterator(QUESTIONS, trainer)
+        backend.decoder = decoders.ByteLevel()
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return backend
+
+
+@pytest.mark.parametrize("kind", ["bytes of rare characters", "bytes"])
+def test_llama_like_tokenizer_json(tmp_path, kind):
+    llama_like(kind).save(str(tmp_path / "tokenizer.json"))
+    named = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    named |= {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(named))
+    ours, reference = Tokenizer.from_pretrained(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)
+    for text in [*TRICKY, "▁under", "<unk> <0x41>", "e\u0301 and é", " lead"]:
+        ids = ours.encode(text)
+        assert ids == reference(text)["input_ids"] and ids[0] == ours.bos_id == 1, text
+        assert ids[1:] == ours.encode(text, add_special_tokens=False)
+        assert ours.decode(ids) == reference.decode(ids, skip_special_tokens=True), text
+        assert not ours.unknown(text) or "<unk>" in text  # what it has no token for, it spells in bytes
+    assert ours.byte_level == (kind == "bytes")
+    assert ours.decode(answer_ids(ours, "日本")).strip() == "日本" and answer_ids(ours, "two")[-1] == ours.eos_id
 
 
 def test_folders_without_a_tokenizer(tmp_path):

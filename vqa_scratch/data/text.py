@@ -1,8 +1,8 @@
 """Turns texts into ids and back, with tokenizers loaded from released checkpoints or trained here.
 
-A thin layer over the `tokenizers` library. There are three kinds: WordPiece (BERT, Devlin et al. 2019), byte-level BPE
-(GPT-2, Radford et al. 2019; RoBERTa, Liu et al. 2019; CLIP, see `clip_bpe.py`) and Unigram (T5, Raffel et al. 2020;
-from its tokenizer.json).
+A thin layer over the `tokenizers` library. There are four kinds: WordPiece (BERT, Devlin et al. 2019), byte-level BPE
+(GPT-2, Radford et al. 2019; RoBERTa, Liu et al. 2019; CLIP, see `clip_bpe.py`) and, from their tokenizer.json, Unigram
+(T5, Raffel et al. 2020) and BPE of characters whose rare ones are bytes (Llama, Touvron et al. 2023).
 
 B batch, T text tokens.
 """

@@ -30,8 +30,9 @@ class Rotation(NamedTuple):
 
     def in_place(self, x: Tensor) -> None:
         """The same without gradients, written to x."""
-        turned = x[..., : self.cos.shape[-1]]
-        opposite = turned.roll(turned.shape[-1] // 2, -1)
+        size = self.cos.shape[-1]
+        turned = x if size == x.shape[-1] else x.narrow(-1, 0, size)
+        opposite = turned.roll(size // 2, -1)
         turned.mul_(self.cos).addcmul_(opposite, self.sin)
 
     def of(self, positions: Tensor) -> "Rotation":

@@ -189,7 +189,7 @@ class VQAOptions(QuestionOptions):
     image_model: str | None = option(None, "ViT checkpoint: folder or Hub id.", MODEL, only=RELEASED)
     text_model: str | None = option(None, "BERT, DistilBERT or RoBERTa checkpoint.", MODEL, only=RELEASED)
     decoder_model: str | None = option(
-        None, "GPT-2 checkpoint; or an OPT, with a connector that makes a prefix.", MODEL, only=RELEASED
+        None, "GPT-2 checkpoint; or an OPT or Llama, with a connector that makes a prefix.", MODEL, only=RELEASED
     )
     connector: str = option(
         "tokens",

@@ -29,6 +29,7 @@ def writing_subject(system: System, image: Image.Image, question: str) -> Opened
         asked = (ids, text_labels(tokenizers.text, question, ids), special_tokens(tokenizers.text, ids))
     pixels = system.processor(image)[None]
     subject = VQASubject(system.model, pixels, prompt, *asked, max_new_tokens=tokenizers.max_answer_tokens)
+    subject.end_id = tokenizers.end_id  # the decoder's own config may name none, or several
     return _opened(system, image, question, subject, written(tokenizers.decoder, prompt))
 
 

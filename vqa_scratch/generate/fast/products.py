@@ -96,10 +96,23 @@ def adding(weight: Tensor, bias: Tensor | None) -> Addition:
     return lambda x, z: x.add_(apply(z))
 
 
+def rms_norm(weight: Tensor, eps: float) -> Function:
+    """An RMSNorm in the dtype of its weight by five operations in fp32: torch's own is a dozen on a CPU."""
+    exact, least, share = weight.float(), torch.tensor(eps, device=weight.device), 1 / len(weight)
+
+    def apply(x: Tensor) -> Tensor:
+        x = x.float()
+        size = torch.linalg.vector_norm(x, 2, -1, True)
+        scale = torch.addcmul(least, size, size, value=share).rsqrt_()
+        return torch.mul(x, scale).mul_(exact).to(weight.dtype)
+
+    return apply
+
+
 def norm(module: Callable[[Tensor], Tensor]) -> Function:
     """The norm `module`: a LayerNorm or RMSNorm as a plain function, any other unchanged."""
     if isinstance(module, RMSNorm) and not torch.is_autocast_enabled(module.weight.device.type):
-        return lambda x: torch.rms_norm(x, module.weight.shape, module.weight, module.eps)
+        return rms_norm(module.weight.detach(), module.eps)
     if not isinstance(module, nn.LayerNorm):
         return module
     shape, weight, bias, eps = module.normalized_shape, module.weight, module.bias, module.eps
