@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import numpy as np
 from PIL import Image
 
+from vqa_scratch.data.image_config import read_fields
 from vqa_scratch.data.images import ImageProcessor
 from vqa_scratch.errors import UserError
 from vqa_scratch.storage import typed
@@ -49,9 +50,8 @@ class FuyuImageProcessor(ImageProcessor):
         own = (*kinds, "do_pad", "do_resize")
         rest = {"size": {"height": 1080, "width": 1920}} | {k: v for k, v in config.items() if k not in own}
         # All other steps are those of ViT: bilinear, to [-1, 1].
-        base = ImageProcessor.from_hf(rest | {"image_processor_type": "ViTImageProcessor"})
-        shared = ("size", "resample", "crop_size", "rescale_factor", "mean", "std")
-        return cls(**{field: getattr(base, field) for field in shared}, patch_size=height, fill=int(fill))
+        fields = read_fields(rest | {"image_processor_type": "ViTImageProcessor"}) | {"kind": cls.kind}
+        return cls(**fields, patch_size=height, fill=int(fill))
 
     def to_hf(self) -> dict[str, Any]:
         sides = {"height": self.patch_size, "width": self.patch_size}

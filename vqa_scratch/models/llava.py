@@ -7,7 +7,7 @@ Shapes: I images, N embeddings of an image, E width of the language model.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -30,23 +30,14 @@ _FIELDS = {
 }
 
 
-def _clip(**sizes: Any) -> ViTConfig:
-    return ViTConfig.from_hf({"model_type": TOWERS[0], **sizes})
-
-
 @dataclass(frozen=True)
 class LlavaConfig(HFConfig):
-    """Sizes of the two parts. The defaults are those of LLaVA 1.5 7B: CLIP ViT-L/14 at 336 pixels, and a Vicuna."""
+    """Sizes of the two parts. The defaults of the rest are those of LLaVA 1.5."""
 
     LAYOUTS: ClassVar[Mapping[str, Layout]] = {"llava": Layout("LlavaForConditionalGeneration", _FIELDS)}
 
-    vision: ViTConfig = field(
-        default_factory=lambda: _clip(
-            hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, patch_size=14,
-            image_size=336,
-        )
-    )  # fmt: skip
-    language: LlamaConfig = LlamaConfig(vocab_size=32064)
+    vision: ViTConfig
+    language: LlamaConfig
     image_token: int = 32000  # the place of each embedding of an image
     layer: int = -2  # the states after this many blocks of the encoder are read; -1 are those after the last
     whole: bool = False  # whether the class token is read too
@@ -69,19 +60,17 @@ class LlavaConfig(HFConfig):
     def further_fields(cls, config: Mapping[str, Any]) -> dict[str, Any]:
         if "mm_vision_tower" in config:
             raise UserError("this is the layout of LLaVA's own repository, without the image encoder; convert it first")
-        kinds = {"vision_config": dict | None, "text_config": dict | None, "vision_feature_layer": int | None}
+        kinds = {"vision_config": dict, "text_config": dict, "vision_feature_layer": int | None}
         kinds |= {"vision_feature_select_strategy": str | None, "tie_word_embeddings": bool | None}
         vision, text, layer, strategy, tied = typed("config.json", config, kinds)
         if strategy not in (None, "default", "full"):
             raise UserError(f'vision_feature_select_strategy must be "default" or "full", not {strategy!r}')
-        fields: dict[str, Any] = {"whole": strategy == "full"}
-        if vision is not None:
-            with naming("vision_config"):
-                fields["vision"] = ViTConfig.from_hf({"model_type": TOWERS[0]} | vision)
-        text = {"model_type": "llama"} | (text or {})
+        with naming("vision_config"):
+            vision = ViTConfig.from_hf({"model_type": TOWERS[0]} | vision)
         with naming("text_config"):
-            fields["language"] = LlamaConfig.from_hf(text | ({"tie_word_embeddings": True} if tied else {}))
-        return fields if layer is None else fields | {"layer": layer}
+            text = {"model_type": "llama"} | text | ({"tie_word_embeddings": True} if tied else {})
+            parts = {"vision": vision, "language": LlamaConfig.from_hf(text)}
+        return parts | {"whole": strategy == "full", "layer": cls.layer if layer is None else layer}
 
     def to_hf(self) -> dict[str, Any]:
         """The inverse of `from_hf`."""
