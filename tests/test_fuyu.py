@@ -34,9 +34,10 @@ def prompts(model: Fuyu, sizes=SIZES, lengths=(9, 40, 2)):
 
 @no_grad
 @pytest.mark.parametrize("text", [{}, {"qk_layernorm": False}, {"rope_parameters": ROTARY}], ids=str)
-def test_logits_and_back(tmp_path, text):
+@pytest.mark.parametrize("tied", [False, True])
+def test_logits_and_back(tmp_path, text, tied):
     """Images of three sizes in one batch; and each alone."""
-    theirs = fuyu_reference(tmp_path / "theirs", PATCH, text)
+    theirs = fuyu_reference(tmp_path / "theirs", PATCH, text, tie_word_embeddings=tied)
     ours = Fuyu.from_pretrained(tmp_path / "theirs")
     ids, mask, patches = prompts(ours)
     wanted = theirs(input_ids=ids, attention_mask=mask, pixel_values=patches).logits
@@ -191,7 +192,7 @@ def test_more_and_fewer_places_than_patches(tmp_path):
 # --- pixels -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("shape", [(30, 60), (31, 59), (12, 90), (200, 100), (90, 200), (61, 300), (1, 1)])
+@pytest.mark.parametrize("shape", [(30, 60), (31, 59), (12, 90), (200, 100), (90, 200), (61, 300), (65, 301), (1, 1)])
 def test_pixels_equal_those_of_the_reference(tmp_path, shape):
     """Small images are padded, and larger ones shrunk: the part of the reference's that it would cut into patches."""
     theirs = FuyuImageProcessorPil(size={"height": 60, "width": 120}, patch_size={"height": 30, "width": 30})

@@ -27,6 +27,7 @@ CASES = {
     "the last block, no biases": ("CLIP", "Llama", {"vision_feature_layer": 3, "multimodal_projector_bias": False}),
     "another activation": ("CLIP", "Llama", {"projector_hidden_act": "silu"}),
     "tied": ("CLIP", "Qwen2", {"text_changes": {"tie_word_embeddings": True}}),
+    "tied, as the whole file says": ("CLIP", "Qwen2", {"tie_word_embeddings": True}),
 }  # fmt: skip
 
 
@@ -91,6 +92,19 @@ def test_the_spellings_of_keys(tmp_path, respell):
     llava_reference(tmp_path)
     ours, (ids, mask, pixels) = Llava.from_pretrained(tmp_path), prompts(4)
     assert torch.equal(respelled(tmp_path, respell)(ids, mask, pixels), ours(ids, mask, pixels))
+
+
+@no_grad
+def test_a_tied_head_may_be_in_the_file_as_well(tmp_path):
+    reference(tmp_path, "tied")
+    ours, (ids, mask, pixels) = Llava.from_pretrained(tmp_path), prompts(4)
+    tensors = load_file(tmp_path / "model.safetensors")
+    head = tensors["language_model.model.embed_tokens.weight"].clone()
+    save_file(tensors | {"language_model.lm_head.weight": head}, tmp_path / "model.safetensors")
+    assert torch.equal(Llava.from_pretrained(tmp_path)(ids, mask, pixels), ours(ids, mask, pixels))
+    save_file(tensors | {"lm_head.weight": head + 1}, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match="lm_head.weight differs from .*, but this model shares the two"):
+        Llava.from_pretrained(tmp_path)
 
 
 def test_what_is_written_is_spelled_as_on_the_hub(tmp_path):
