@@ -48,6 +48,7 @@ from vqa_scratch.training.allocator import keep_freed_memory
 from vqa_scratch.training.checkpoint import fitting, rng_state, save_checkpoint
 from vqa_scratch.training.launch import start
 from vqa_scratch.training.precision import Precision, pick_device, pick_precision
+from vqa_scratch.training.profile import profiling
 from vqa_scratch.training.progress import MetricsLog
 from vqa_scratch.training.ranks import World
 from vqa_scratch.training.resume import held
@@ -107,9 +108,9 @@ def train(
     """
     last, world = options.out / "checkpoints" / "last.pt", ppo.world
     earlier = restore(ppo, saved, about) if saved else 0.0
+    if world.main:
+        write_json(options.out / "config.json", {"program": PROGRAM} | to_json(options))
     if not saved:
-        if world.main:
-            write_json(options.out / "config.json", {"program": PROGRAM} | to_json(options))
         ppo.ranks.with_whole_model(lambda: ppo.fit_reward_scale(task.train))
     world.check_same(ppo.iteration, f"the last iteration in {options.out}")
     resume_after = ppo.iteration if saved else None
@@ -125,9 +126,10 @@ def train(
 
     title = "3 of 3: PPO" if options.preset == "mini-news" else options.algorithm
     bar = tqdm(total=options.iterations, initial=ppo.iteration, desc=title, unit="it", dynamic_ncols=True)
-    with bar, GracefulStop() as stop:
+    profiled = profiling(iterate, options.profile, options.out / "trace.json", world.main)
+    with bar, GracefulStop() as stop, profiled as step:
         while ppo.iteration < options.iterations:
-            figures = iterate(ppo)
+            figures = step(ppo)
             log.write(ppo.iteration, **figures)
             bar.update()
             bar.set_postfix_str(
@@ -143,7 +145,7 @@ def train(
     return log, earlier, None
 
 
-def conclude(ppo: PPO, task: Task, options: RLHFOptions, log: MetricsLog) -> dict[str, float]:
+def conclude(ppo: PPO, task: Task, options: RLHFOptions, log: MetricsLog) -> dict[str, Any]:
     """Measure before and after on held-out prompts and write every report. Returns the summary."""
     prompts, k, seed = task.held_out[: options.eval_prompts], options.eval_samples, options.seed + 10
     before = evaluate.measure(ppo, task.reference, prompts, k, seed, task.figures)
@@ -163,6 +165,7 @@ def conclude(ppo: PPO, task: Task, options: RLHFOptions, log: MetricsLog) -> dic
         "frontier_kl_limit": curve.limit,
         "best_of_n": [{"n": n, "kl_bound": kl, "reward": reward} for n, kl, reward in curve.best_of_n],
         "prompts_held_out": len(prompts),
+        "iterations": ppo.iteration,
         "algorithm": options.algorithm,
     }
     parts = [part.name for part in ppo.reward.parts]
@@ -173,14 +176,14 @@ def conclude(ppo: PPO, task: Task, options: RLHFOptions, log: MetricsLog) -> dic
     return summary
 
 
-def main(options: RLHFOptions) -> dict[str, float] | int:
+def main(options: RLHFOptions) -> dict[str, Any] | int:
     """Run it all; returns what summary.json holds (nothing on ranks other than the main one), or the number of the
     signal that stopped it early."""
     with start(options.device) as world, held(options.out, options.resume, PROGRAM, world):
         return work(options, world)
 
 
-def work(options: RLHFOptions, world: World) -> dict[str, float] | int:
+def work(options: RLHFOptions, world: World) -> dict[str, Any] | int:
     """`main` on one rank."""
     started = time.perf_counter()
     keep_freed_memory()
@@ -250,7 +253,7 @@ def show(s: dict[str, float], options: RLHFOptions) -> None:
         )
 
 
-def run(argv: Sequence[str]) -> dict[str, float] | int:
+def run(argv: Sequence[str]) -> dict[str, Any] | int:
     """`main` for a command line."""
     return main(read_command_line(argv))
 

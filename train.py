@@ -20,6 +20,7 @@ if __name__ == "__main__":
 import shlex
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -33,13 +34,16 @@ from vqa_scratch.report.curves import draw_panels
 from vqa_scratch.storage import write_json
 from vqa_scratch.systems.base import System
 from vqa_scratch.systems.run_folder import WEIGHTS, begin_or_go_on, check_same_data, load_weights, restore, save_weights
+from vqa_scratch.systems.seeds import run_seeds
 from vqa_scratch.training.allocator import keep_freed_memory
 from vqa_scratch.training.checkpoint import fitting, save_checkpoint, separate_streams, streams
 from vqa_scratch.training.launch import start
 from vqa_scratch.training.optimizers import Optimizers, schedule
 from vqa_scratch.training.precision import Precision, pick_device, pick_precision
+from vqa_scratch.training.profile import profiling
 from vqa_scratch.training.progress import Bar, MetricsLog, peak_memory_gb
 from vqa_scratch.training.ranks import ONE_PROCESS, Alone, World, for_main, whole
+from vqa_scratch.training.recompute import recompute_blocks
 from vqa_scratch.training.resume import held
 from vqa_scratch.training.sharing import check_sharing, share_model
 from vqa_scratch.training.watch import GracefulStop, LossWatch
@@ -155,6 +159,8 @@ def train(options: RunOptions, world: World, began: float) -> int | None:
         system.train_on(data)
     system.model.to(device)
     print(*system.about(), sep="\n")
+    if options.gradient_checkpointing:
+        recompute_blocks(system.model)
     ranks = share_model(options.parallel, system.model, world, precision)
     optimizers = Optimizers(
         system.model,
@@ -186,7 +192,7 @@ def train(options: RunOptions, world: World, began: float) -> int | None:
     def keep_back() -> None:
         """Measure how much of --minutes is kept back for the final figures."""
         nonlocal reserve
-        seconds = ranks.with_whole_model(lambda: system.seconds_to_finish(FINAL_SHARE * 60 * options.minutes))
+        seconds = ranks.with_whole_model(lambda: system.seconds_to_finish(FINAL_SHARE * 60 * (options.minutes or 0)))
         reserve = world.of_main(seconds + 3 * reporting)  # the last checkpoint and the pages too
 
     budget = None  # seconds of training and final figures, if --minutes limits the run
@@ -203,7 +209,7 @@ def train(options: RunOptions, world: World, began: float) -> int | None:
     def share_done(seconds: float | None = None) -> float:
         """The share of the training that is done, 0 to 1, after these seconds; by default as the ranks last agreed."""
         if budget is None:
-            return min(1.0, progress.step / options.steps)
+            return min(1.0, progress.step / (options.steps or 1))
         return min(1.0, (progress.seconds if seconds is None else seconds) / max(budget - reserve, 1.0))
 
     def next_batch() -> Next:
@@ -244,26 +250,19 @@ def train(options: RunOptions, world: World, began: float) -> int | None:
 
     # ---- the loop: learning rate, step, log, evaluate, save
     loss_of = ranks.shared(torch.compile(system.loss, dynamic=True) if options.compile else system.loss)
+    plain = partial(train_step, accumulate=options.accumulate, max_grad_norm=options.max_grad_norm, ranks=ranks)
+    profiled = profiling(plain, options.profile, options.out / "trace.json", world.main)
     system.model.train()
     window_began, window_samples = time.perf_counter(), 0
     bar = Bar(lambda: share_done(clock()), progress, log.rows, system.unit)
-    with GracefulStop() as stop, bar:
+    with GracefulStop() as stop, bar, profiled as step:
         source = prefetch(batches_from(system, progress.epoch, progress.position, world, pin=device.type == "cuda"))
         over = share_done() >= 1
         now = None if over else next_batch()
-        while not over and now.signal is None:
+        while now is not None and now.signal is None and not over:
             factor = schedule(progress.step, share_done(), options.warmup_steps, options.decay_from)
             optimizers.set_factor(factor)
-            loss, right, norm = train_step(
-                loss_of,
-                now.batch.to(device),
-                optimizers,
-                precision,
-                accumulate=options.accumulate,
-                max_grad_norm=options.max_grad_norm,
-                counted=now.counted,
-                ranks=ranks,
-            )
+            loss, right, norm = step(loss_of, now.batch.to(device), optimizers, precision, counted=now.counted)
             progress.step, progress.epoch, progress.position = progress.step + 1, now.epoch, now.position
             progress.samples, window_samples = progress.samples + now.samples, window_samples + now.samples
             # A gradient scaler finds infinite gradients itself, and skips the step.
@@ -324,10 +323,13 @@ def train(options: RunOptions, world: World, began: float) -> int | None:
     speed = [f"{name:20s} {summary[name]}" for name in ("seconds", "samples_per_second")]
     print(*system.lines(figures), *speed, sep="\n")
     print(f"look at {options.out / 'samples.html'} and {curves}", *system.what_next(options.out), sep="\n")
+    return None
 
 
 def main(options: RunOptions, began: float | None = None) -> int | None:
     """Run `train` as one of the ranks that torchrun started, or as the only one; `began`: when, if not now."""
+    if options.seeds is not None:
+        return run_seeds(options, __file__)
     began = time.perf_counter() if began is None else began
     with start(options.device) as world, held(options.out, options.resume, "train.py", world):
         return train(options, world, began)

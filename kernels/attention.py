@@ -88,7 +88,9 @@ class TritonAttention(torch.autograd.Function):
         from vqa_scratch.kernels.attention_forward import attention_forward
 
         q, k, v = _rows(q), _rows(k), _rows(v)
-        line = None if table is None else (table.float() * LOG2_E)[buckets.long()].T.contiguous()  # (H, Tq + Tk - 1)
+        line = None  # (H, Tq + Tk - 1)
+        if table is not None and buckets is not None:
+            line = (table.float() * LOG2_E)[buckets.long()].T.contiguous()
         ctx.set_materialize_grads(False)
         ctx.causal, ctx.scale, ctx.reach = causal, scale, reach
         (batch, heads, tq, head), tk = q.shape, k.shape[2]

@@ -100,20 +100,19 @@ class LinearCrossEntropy(torch.autograd.Function):
                 loss, right = rows(logits, wanted[part], of_hidden or of_weight)
                 losses.append(loss.sum())
                 rights.append(right.sum())
-                if of_hidden:
+                if gradient is not None:
                     torch.mm(logits, head.w, out=gradient[part])
                 if of_weight:
                     of_w.add(logits, head.x[part])
         total = torch.stack(losses).sum() if losses else hidden.new_zeros((), dtype=torch.float32)
         right = torch.stack(rights).sum() if rights else labels.new_zeros(())
         ctx.mark_non_differentiable(right)
-        if of_hidden:
+        if gradient is not None:
             gradient = gradient.to(hidden.dtype)
             if not everything:
                 gradient = torch.zeros_like(hidden).index_copy_(0, asked, gradient)
-        if of_weight:
-            of_w = torch.zeros_like(weight) if of_w.total is None else of_w.total.to(weight.dtype)
-        ctx.gradients = (gradient, of_w if of_weight else None)
+        dweight = torch.zeros_like(weight) if of_w.total is None else of_w.total.to(weight.dtype)
+        ctx.gradients = (gradient, dweight if of_weight else None)
         return total, right
 
     @staticmethod

@@ -104,10 +104,10 @@ def cross_entropy_(logits: Tensor, labels: Tensor, grad: bool) -> tuple[Tensor, 
 
 def logprobs(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(log-probability of ids, entropy, log-sum-exp), each (N,) fp32."""
-    out = logits.new_empty(3, len(logits), dtype=torch.float32).unbind()
+    chosen, entropy, lse = out = logits.new_empty(3, len(logits), dtype=torch.float32).unbind()
     with torch.cuda.device_of(logits):
         logprob_rows[(len(logits),)](logits, logits.stride(0), ids, *out, logits.shape[1], **_options(logits.shape[1]))
-    return out
+    return chosen, entropy, lse
 
 
 def logprobs_gradient(

@@ -2,8 +2,11 @@
 
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
+
+from vqa_scratch.training import allocator
 
 PROGRAM = """
 import resource, torch
@@ -37,3 +40,33 @@ def test_freed_blocks_are_used_again_without_page_faults():
     # That depends on where the kernel put the heap, so up to four of them are no failure.
     assert faults <= 4 * 32
     assert run(keep=False)[1] >= 10 * 4 * 32
+
+
+def test_elsewhere_the_memory_is_left_alone(monkeypatch):
+    """Another system, a C library without the setting, and one that refuses it: False, and nothing is taken."""
+
+    def refusing(*_: int) -> int:
+        return 0
+
+    def taken(*_: int) -> None:
+        raise AssertionError("memory is taken although the setting did not hold")
+
+    refuses = SimpleNamespace(mallopt=refusing, malloc=taken, free=taken, madvise=taken)
+    monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", "1")  # else the test would leave it set
+    for system, libc in (("darwin", None), ("linux", SimpleNamespace()), ("linux", refuses)):
+        monkeypatch.setattr(allocator.sys, "platform", system)
+        monkeypatch.setattr(allocator.ctypes, "CDLL", lambda _, libc=libc: libc)
+        assert allocator.keep_freed_memory() is False
+
+
+def test_without_address_space_it_gives_up(monkeypatch):
+    monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", "1")
+    asked = []
+
+    def malloc(size: int) -> None:
+        asked.append(size)
+
+    libc = SimpleNamespace(mallopt=lambda *_: 1, malloc=malloc, free=SimpleNamespace(), madvise=SimpleNamespace())
+    monkeypatch.setattr(allocator.sys, "platform", "linux")
+    monkeypatch.setattr(allocator.ctypes, "CDLL", lambda _: libc)
+    assert allocator.keep_freed_memory() is False and len(asked) == 1

@@ -6,11 +6,11 @@ import pytest
 import torch
 from model_helpers import decoder, tiny_captioner
 
-from vqa_scratch.connectors.base import Conditioning
 from vqa_scratch.errors import UserError
 from vqa_scratch.generate import greedy
 from vqa_scratch.models import VQAModel
 from vqa_scratch.models.vqa import IGNORE, VQAOutput
+from vqa_scratch.nn.connecting import Conditioning
 from vqa_scratch.systems import assembly
 from vqa_scratch.systems.options import CaptionOptions
 

@@ -180,7 +180,9 @@ def test_what_is_left_out_is_counted(tmp_path):
         {"id": 99, "image_id": 77, "caption": "no such image"},
     ]
     path.write_text(json.dumps(content))
-    report = read_captions(tmp_path, "train").report
+    data = read_captions(tmp_path, "train")
+    assert {s.answers for s in data.samples if s.image_id == 2} == {("Thing 2 seen 0.", "Thing 2 seen 1.")}
+    report = data.report
     assert report.skipped == {
         "the image is missing": 2,
         "the caption id occurred before": 1,

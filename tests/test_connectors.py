@@ -17,11 +17,11 @@ from vqa_helpers import CPU, small_flags
 from train import train_step
 from vqa_scratch import systems
 from vqa_scratch.connectors import CONNECTORS, connect, connector_class, connector_sizes
-from vqa_scratch.connectors.base import Conditioning, Connector
 from vqa_scratch.connectors.mean import masked_average
 from vqa_scratch.errors import UserError
 from vqa_scratch.generate import greedy
 from vqa_scratch.models import VQAModel
+from vqa_scratch.nn.connecting import Conditioning, Connector
 from vqa_scratch.nn.states import States
 from vqa_scratch.systems.options import read_command_line
 from vqa_scratch.systems.run_folder import save_weights

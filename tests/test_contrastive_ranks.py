@@ -7,7 +7,7 @@ from ranks import run_ranks
 
 from vqa_scratch.training.contrastive import gather_pairs, info_nce, sigmoid_loss, twins
 from vqa_scratch.training.launch import start
-from vqa_scratch.training.ranks import ALONE
+from vqa_scratch.training.ranks import ALONE, World
 from vqa_scratch.training.sharing import Replicas
 
 PAIRS = 7
@@ -28,32 +28,37 @@ def model_of(kind):
 def losses_of(model, pixels, ids, keys, world, rows=slice(None)):
     """As a system will: a rank without pairs goes through the model, and leaves its rows out."""
     images, texts = model.embed_images(pixels)[rows], model.embed_texts(ids)[rows]
-    options = {"left_out": twins(keys[rows], world), "world": world}
+    options = {"left_out": twins(keys[rows], world=world), "world": world}
     if model.logit_bias is None:
         return info_nce(images, texts, model.logit_scale, **options)
     return sigmoid_loss(images, texts, model.logit_scale, model.logit_bias, **options)
 
 
 def one_rank(kind: str, ends: tuple[int, int]) -> None:
-    """The step of a rank under DDP, which averages: gradients and losses equal those of one process."""
     with start("cpu") as world:
-        own = slice(0, ends[0]) if world.main else slice(ends[0], ends[1])
-        model, (pixels, ids) = model_of(kind), inputs()
-        some = own if own.start < PAIRS else slice(0, 2)
-        rows = slice(None) if own.start < PAIRS else slice(0, 0)
-        ranks = Replicas(model, world)
-        losses = ranks.run(losses_of, model, pixels[some], ids[some], KEYS[some], world, rows)
-        (losses.sum() * world.size / PAIRS).backward()
+        compare(kind, ends, world)  # a function: DDP must be gone before its group is
 
-        alone, (pixels, ids) = model_of(kind), inputs()
-        expected = losses_of(alone, pixels, ids, KEYS, ALONE)
-        expected.mean().backward()
-        torch.testing.assert_close(losses, expected[own], rtol=1e-12, atol=1e-12)
-        for (name, mine), theirs in zip(model.named_parameters(), alone.parameters(), strict=True):
-            worst = (mine.grad - theirs.grad).abs().max().item()
-            assert worst <= 1e-12 + 1e-9 * theirs.grad.abs().max().item(), f"{name}: {worst:.2g}"
-        gathered, places = gather_pairs(world, KEYS[own])
-        assert torch.equal(gathered[0], KEYS) and places.tolist() == list(range(PAIRS))[own]
+
+def compare(kind: str, ends: tuple[int, int], world: World) -> None:
+    """The step of a rank under DDP, which averages: gradients and losses equal those of one process."""
+    own = slice(0, ends[0]) if world.main else slice(ends[0], ends[1])
+    model, (pixels, ids) = model_of(kind), inputs()
+    some = own if own.start < PAIRS else slice(0, 2)
+    rows = slice(None) if own.start < PAIRS else slice(0, 0)
+    ranks = Replicas(model, world)
+    losses, right = ranks.run(losses_of, model, pixels[some], ids[some], KEYS[some], world, rows)
+    (losses.sum() * world.size / PAIRS).backward()
+
+    alone, (pixels, ids) = model_of(kind), inputs()
+    expected, first = losses_of(alone, pixels, ids, KEYS, ALONE)
+    expected.mean().backward()
+    torch.testing.assert_close(losses, expected[own], rtol=1e-12, atol=1e-12)
+    assert torch.equal(right, first[own])
+    for (name, mine), theirs in zip(model.named_parameters(), alone.parameters(), strict=True):
+        worst = (mine.grad - theirs.grad).abs().max().item()
+        assert worst <= 1e-12 + 1e-9 * theirs.grad.abs().max().item(), f"{name}: {worst:.2g}"
+    gathered, places = gather_pairs(world, KEYS[own])
+    assert torch.equal(gathered[0], KEYS) and places.tolist() == list(range(PAIRS))[own]
 
 
 @pytest.mark.parametrize("kind", ["clip", "siglip"])

@@ -37,6 +37,15 @@ QUESTION = "what color is the square?"
 SIZES = {"dim": 16, "heads": 2, "layers": 2, "hidden": 32}
 
 
+FAMILIES = {
+    "OPT": (OPT, OPTConfig, {}),
+    "OPT-350M": (OPT, OPTConfig, {"embedding_dim": 8, "norm_first": False}),
+    "Llama": (Llama, LlamaConfig, {"kv_heads": 1}),
+    "Persimmon": (Llama, LlamaConfig, {"layout": "persimmon", "norm": "layer", "qk_norm": True, "gated": False}),
+}
+FAMILIES["Persimmon"][2].update(dict.fromkeys(("qkv_bias", "out_bias", "mlp_bias"), True))
+
+
 def image_model(kind: str, folder: Path) -> None:
     """A small image encoder, or a whole CLIP or SigLIP, in the layout of released ones."""
     if kind in CLIPConfig.LAYOUTS:
@@ -46,15 +55,6 @@ def image_model(kind: str, folder: Path) -> None:
     else:
         model = ViT(ViTConfig(image_size=32, patch_size=16, layout=kind, **SIZES))
     model.save_pretrained(folder), ImageProcessor(size=(32, 32)).save_pretrained(folder)
-
-
-FAMILIES = {
-    "OPT": (OPT, OPTConfig, {}),
-    "OPT-350M": (OPT, OPTConfig, {"embedding_dim": 8, "norm_first": False}),
-    "Llama": (Llama, LlamaConfig, {"kv_heads": 1}),
-    "Persimmon": (Llama, LlamaConfig, {"layout": "persimmon", "norm": "layer", "qk_norm": True, "gated": False}),
-}
-FAMILIES["Persimmon"][2].update(dict.fromkeys(("qkv_bias", "out_bias", "mlp_bias"), True))
 
 
 def checkpoints(folder: Path, family: str, image: str = "vit") -> list[str]:

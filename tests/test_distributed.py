@@ -126,6 +126,15 @@ def test_two_ranks_are_one_process(data, alone, tmp_path, name):
     assert "Warning" not in main.err
 
 
+@pytest.mark.parametrize("parallel", ["fsdp", pytest.param("ddp", marks=pytest.mark.slow)])
+def test_gradient_checkpointing_on_two_ranks(data, alone, tmp_path, parallel):
+    """Blocks that are computed again, in the middle of the exchange of gradients, with accumulation."""
+    out = tmp_path / "run"
+    main, other = two([*flags(data, out, **CASES["muon"] | {"parallel": parallel}), "--gradient-checkpointing"])
+    assert (main.code, other.code) == (0, 0), main.err + other.err
+    assert_same_run(out, alone("muon"))
+
+
 # What tests/test_systems.py does not say: the other systems and connectors with a part of every tensor on each rank.
 OTHERS = {
     "vilt": "--preset vilt --layers 1 --min-answer-count 2 --questions-per-step 32 --eval-questions 40",

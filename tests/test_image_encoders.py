@@ -156,7 +156,7 @@ def test_encoders_open_by_their_model_type(tmp_path):
     ids, mask = torch.tensor([[5, 6, 1]]), torch.tensor([[1, 1, 0]])
     states = words.states(ids, mask)
     assert torch.equal(states.tokens, bert(ids, mask)) and states.mask.tolist() == [[True, True, False]]
-    assert words.states(ids).mask is None and states.places is None and states.prefix_tokens == 3
+    assert words.states(ids).mask is None and states.places.grid == (0, 0) and states.prefix_tokens == 3
     net = ResNet(ResNetConfig("basic", (1, 1), (16, 16)))
     net.save_pretrained(tmp_path / "net.safetensors")
     map_states = image_encoder(tmp_path / "net.safetensors").states(torch.randn(2, 3, 24, 43))

@@ -240,7 +240,7 @@ def test_right_imports_are_not_found():
         "vqa_scratch.weights.files": "from vqa_scratch.errors import UserError\nimport torch",
         "vqa_scratch.nn": "from vqa_scratch.kernels import attention",
         "vqa_scratch.nn.taps": "from vqa_scratch.nn import masks",
-        "vqa_scratch.connectors.base": "from vqa_scratch.models import vit",
+        "vqa_scratch.connectors.mean": "from vqa_scratch.models import vit",
         "vqa_scratch.rl.ppo": "from vqa_scratch.rl.types import A\nfrom vqa_scratch import generate, data, training",
         "vqa_scratch.systems.x": "from vqa_scratch import connectors, report, rl, study",
         "train": "from vqa_scratch.rl import ppo",

@@ -86,6 +86,23 @@ def test_every_state_emits_the_tokens_of_the_modules(model, kind, padded, with_p
 
 
 @no_grad
+@pytest.mark.parametrize("rows", [1, 4])
+def test_a_prompt_of_one_token_is_a_step(model, rows, monkeypatch):
+    ids = prompts(rows, False)[0][:, :1]
+    with taps.activate(Watcher()):
+        wanted, tokens = scores_of(*begin(model, ids, None, None, steps=STEPS))
+    monkeypatch.setattr("vqa_scratch.generate.start.prefill", None)  # not needed for it
+    found, said = scores_of(*begin(model, ids, None, None, steps=STEPS))
+    assert torch.equal(said, tokens)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=2e-5)
+    with torch.autocast("cpu", torch.bfloat16):
+        first, state = begin(model, ids, None, None, steps=STEPS)
+        found, _ = scores_of(first, state)
+    assert (state.own.lines if rows == 1 else state.own.cached).dtype == torch.bfloat16  # as after a longer prompt
+    assert (found[0] - wanted[0]).abs().max() < 0.05 * wanted.abs().max()
+
+
+@no_grad
 @pytest.mark.parametrize("padded", [False, True])
 def test_beams_are_those_of_the_modules(model, padded):
     ids, mask = prompts(3, padded)

@@ -23,6 +23,10 @@ def test_options_come_from_a_file_and_flags_win(tmp_path):
     options = read_train(["--config", path, "--steps", "9"])
     assert (options.preset, options.learning_rate, options.image_cache, options.steps) == ("vilt", 1e-3, False, 9)
     assert read_rlhf(["--config", toml(tmp_path, "iterations = 3\n")]).iterations == 3
+    more = read_rlhf(["--config", toml(tmp_path, 'iterations = "+3"\n'), "--resume"])
+    assert more.more == {"iterations": 3} and "iterations" not in more.given
+    with pytest.raises(UserError, match=r"--iterations \+3 goes with --resume"):
+        read_rlhf(["--config", toml(tmp_path, 'iterations = "+3"\n')])
 
 
 @pytest.mark.parametrize(

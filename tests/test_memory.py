@@ -63,7 +63,10 @@ def test_memory_of_parts_is_one_long_memory(backend, order, parts, monkeypatch, 
         assert one.isfinite().all()
         torch.testing.assert_close(one, other, **GRADIENTS_CLOSE)
 
-    (q,), (k, v) = module._split(module.q(x), 1), module._split(module.kv(states), 2)
+    (q,), (k, v) = (
+        module._split(module.q(x), module.heads),
+        module._split(module.kv(states), module.heads, module.heads),
+    )
     allowed = mask[:, None, None].expand(-1, 2, 5, -1)
     z = brute_force_attention(q, k, v, allowed, None, module.scale)
     torch.testing.assert_close(got, module.out(z.transpose(1, 2).flatten(2).float()), **CLOSE)
@@ -116,7 +119,7 @@ def test_rows_fold_into_their_entry_and_back(order):
     assert (sharing is None) == (order == "too uneven to share")  # 15 places for 6 rows: more than half empty
     if sharing is None:
         return
-    assert sharing.rows == 6 and torch.equal(sharing.index(index.device), index)
+    assert sharing.rows == 6 and torch.equal(sharing.entry_of_row(index.device), index)
     x = torch.randn(6, 2, 5, 8)
     folded = sharing.fold(x)
     assert folded.shape == (3, 2, 5 * sharing.repeat, 8)
@@ -180,9 +183,9 @@ def test_cache_rows_can_be_dropped_reordered_and_repeated():
         for layer in cache:
             copy = KVCache()
             module(x[rows, :5], causal=True, cache=copy)
-            k, v = layer._k[:, :, :5], layer._v[:, :, :5]
-            torch.testing.assert_close(k, copy._k[:, :, :5])
-            torch.testing.assert_close(v, copy._v[:, :, :5])
+            k, v = (kept[:, :, :5] for kept in layer.contents)
+            torch.testing.assert_close(k, copy.contents[0][:, :, :5])
+            torch.testing.assert_close(v, copy.contents[1][:, :, :5])
     after = module(x[rows, 5:], causal=True, cache=cache[1])
     torch.testing.assert_close(after, module(x[rows], causal=True)[:, 5:], **CLOSE)
 

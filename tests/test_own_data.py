@@ -9,7 +9,7 @@ from run_helpers import command
 import train
 from vqa_scratch.data.captions import read_captions
 from vqa_scratch.data.own import find_image
-from vqa_scratch.data.vqa_v2 import read_vqa
+from vqa_scratch.data.vqa_v2 import find_split, is_shared_out, read_vqa
 from vqa_scratch.errors import UserError
 from vqa_scratch.metrics import rule, soft_targets, vqa_accuracy
 from vqa_scratch.systems.options import read_command_line
@@ -298,6 +298,18 @@ def test_a_test_table_without_answers_is_answered(own, tmp_path):
     (answer,) = json.loads((tmp_path / "run" / "submission.json").read_text())
     assert answer["question_id"] == "x-1" and summary["scored_split"] == "val"
     (own / "unknown.csv").unlink()
+
+
+def test_where_a_split_is_has_one_answer(photos):
+    """A stray table beside files of splits shares nothing out: the splits are where they are read from."""
+    table(photos, "".join([HEAD, *(f"{n}.png,what?,a\n" for n in range(10))]), "questions.csv")
+    assert is_shared_out(photos) and is_shared_out(photos / "questions.csv")
+    (photos / "data").mkdir()
+    (photos / "data" / "train-00000-of-00001.parquet").touch()
+    assert find_split(photos, "train") == ([photos / "data" / "train-00000-of-00001.parquet"], "all")
+    assert not is_shared_out(photos)
+    split = table(photos, "image,question,answer,split\n0.png,what?,a,train\n", "split.csv")
+    assert not is_shared_out(split) and not is_shared_out(photos / "data" / "none")
 
 
 def test_captions_in_one_file_are_shared_out(tmp_path):

@@ -3,6 +3,7 @@
 import ast
 import json
 import logging
+import time
 from pathlib import Path
 
 import pytest
@@ -12,13 +13,14 @@ from safetensors.torch import load_file, save_file
 from vqa_scratch.command_line import errors_in_one_line
 from vqa_scratch.data.answers import Answer
 from vqa_scratch.data.images import ImageProcessor
-from vqa_scratch.data.text import train_wordpiece
+from vqa_scratch.data.text import Tokenizer, train_bpe, train_wordpiece
 from vqa_scratch.errors import UserError, naming, some
 from vqa_scratch.models import GPT2, OPT, T5, Bert, BertConfig, GPT2Config, OPTConfig, ResNet, T5Config, ViT, ViTConfig
 from vqa_scratch.models.released import image_encoder
 from vqa_scratch.models.resnet import ResNetConfig
 from vqa_scratch.options import from_json
 from vqa_scratch.storage import parse_json, read_json, read_object, typed
+from vqa_scratch.study.opened import token_label
 from vqa_scratch.systems.options import VQAOptions, read_command_line
 from vqa_scratch.training.checkpoint import fitting, load_checkpoint
 from vqa_scratch.training.progress import read_metrics
@@ -337,8 +339,33 @@ def test_vocabularies():
     chinese = [chr(0x4E00 + i) for i in range(700)]
     words = train_wordpiece(chinese, 512)
     assert len(words) == 5 + 2 * 700 and not words.unknown("".join(chinese[::50]))
-    with pytest.raises(UserError, match="the tokenizer has 1405 tokens, the decoder has rows for 512"):
+    with pytest.raises(UserError, match="the tokenizer has ids up to 1404, the decoder has rows for 512"):
         words.check_fits(512, "the decoder")
+
+
+@pytest.mark.parametrize("where", ["vocabulary", "around"])
+def test_an_id_far_beyond_the_table_is_refused_at_once(tmp_path, where):
+    """The library lists every id up to the largest when it writes a tokenizer: two thousand million here."""
+    train_bpe(["red"], 260).save(tmp_path)
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    own = content["model"]["vocab"]["r"]
+    if where == "vocabulary":
+        content["model"]["vocab"]["r"] = 2**31
+    else:
+        template = {"SpecialToken": {"id": "x", "type_id": 0}}
+        content["post_processor"] = {
+            "type": "TemplateProcessing",
+            "single": [template, {"Sequence": {"id": "A", "type_id": 0}}],
+            "pair": [],
+            "special_tokens": {"x": {"id": "x", "ids": [2**31], "tokens": ["<s>"]}},
+        }
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    began = time.process_time()
+    words = Tokenizer.from_pretrained(tmp_path)
+    with pytest.raises(UserError, match="the tokenizer has ids up to 2147483648, the decoder has rows for 300"):
+        words.check_fits(300, "the decoder")
+    assert time.process_time() - began < 2  # it took a minute and 9 GB
+    assert token_label(words, own) == (f"[unused {own}]" if where == "vocabulary" else "r")
 
 
 def test_an_answer_has_a_probability():

@@ -161,8 +161,8 @@ def tensors_in(value, name="") -> dict[str, torch.Tensor]:
     return {k: t for key, inner in pairs for k, t in tensors_in(inner, f"{name}/{key}").items()}
 
 
-def assert_same_run(out: Path, alone: Path) -> None:
-    """Weights, optimizer and generators bit for bit; the same steps, losses and figures, each once."""
+def assert_same_state(out: Path, alone: Path) -> None:
+    """Weights, optimizer and generators bit for bit, at the same place."""
     ours, theirs = (load_file(folder / "model.safetensors") for folder in (out, alone))
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in theirs)
     last, last_alone = (load_checkpoint(folder / "checkpoints" / "last.pt") for folder in (out, alone))
@@ -172,6 +172,11 @@ def assert_same_run(out: Path, alone: Path) -> None:
     for state in (last, last_alone):
         assert state["state"].pop("seconds") > 0
     assert last["state"] == last_alone["state"] and last["rng"]["python"] == last_alone["rng"]["python"]
+
+
+def assert_same_run(out: Path, alone: Path) -> None:
+    """The same state; the same steps, losses and figures, each once."""
+    assert_same_state(out, alone)
     rows = [[json.loads(line) for line in (f / "metrics.jsonl").read_text().splitlines()] for f in (out, alone)]
     for row in rows[0] + rows[1]:
         row.pop("seconds")
@@ -233,11 +238,15 @@ def test_more_steps_go_on_as_if_the_run_had_been_longer(data, alone, tmp_path):
     """Bit for bit, as long as the schedule is flat; the new total outlives a kill, after which --resume has no +."""
     out, flat = tmp_path / "run", {"save_every": SAVE, "eval_every": 1, "warmup_steps": 0, "decay_from": 0.99}
     ended = run(out, [*small_flags(data, out, steps=4, **flat), "--steps", "+6"])
-    assert ended.code == 2 and "--more-steps means nothing without --resume" in ended.err and not out.exists()
+    assert ended.code == 2 and "error: --steps +6 goes with --resume" in ended.err and not out.exists()
     assert run(out, small_flags(data, out, steps=4, **flat)).code == 0
     again = ["--out", str(out), "--resume"]
+    for moment in (while_data_is_read, functools.partial(at_step, 6)):  # before a checkpoint it is the same total again
+        assert run(out, [*again, "--steps", "+6"], moment).code == -signal.SIGKILL
     ended = run(out, [*again, "--steps", "+6"], functools.partial(at_step, 10))
     assert ended.code == -signal.SIGKILL and load_checkpoint(out / "checkpoints" / "last.pt")["state"]["step"] == 8
+    ended = run(out, [*again, "--steps", "+6"])
+    assert ended.code == 2 and f"error: {out} is not finished: go on with --resume alone" in ended.err
     ended = run(out, again)
     assert ended.code == 0 and "resuming after step 8" in ended.out, ended.err
     longer = tmp_path / "longer"
@@ -251,10 +260,30 @@ def test_more_steps_go_on_as_if_the_run_had_been_longer(data, alone, tmp_path):
     assert ended.code == 0 and "11 steps in all; the learning rate" in ended.out
     assert json.loads((out / "summary.json").read_text())["steps"] == 11
     ended = run(out, [*again, "--steps", "+0"])
-    assert ended.code == 2 and "--more-steps must be at least 1, not 0" in ended.err
+    assert ended.code == 2 and "error: the N of --steps +N must be at least 1, not 0" in ended.err
     empty = tmp_path / "none"
     ended = run(empty, ["--out", str(empty), "--resume", "--steps", "+2"])
     assert ended.code == 2 and len(ended.errors) == 1 and not empty.exists()
+
+
+def test_more_minutes_of_a_run_of_steps_and_back(data, tmp_path):
+    """The total is what the checkpoint has and what is added; the options are in a file, which works the same."""
+    out, file = tmp_path / "run", tmp_path / "more.toml"
+    assert run(out, small_flags(data, out, steps=2)).code == 0
+    file.write_text('minutes = "+0.05"\nresume = true\n')
+    seconds = load_checkpoint(out / "checkpoints" / "last.pt")["state"]["seconds"]
+    began = time.monotonic()
+    ended = run(out, ["--out", str(out), "--config", str(file)])
+    took = time.monotonic() - began
+    assert ended.code == 0 and took < 9, (took, ended.err)  # 3 s, and what a busy machine adds
+    length = json.loads((out / "config.json").read_text())["train"]
+    assert length["minutes"] == pytest.approx(seconds / 60 + 0.05) and length["steps"] is None
+    steps = load_checkpoint(out / "checkpoints" / "last.pt")["state"]["step"]
+    assert steps > 2 and json.loads((out / "summary.json").read_text())["steps"] == steps
+    ended = run(out, ["--out", str(out), "--resume", "--steps", "+1"])
+    assert ended.code == 0 and f"{steps + 1} steps in all" in ended.out, ended.err
+    length = json.loads((out / "config.json").read_text())["train"]
+    assert length["minutes"] is None and length["steps"] == steps + 1
 
 
 def test_one_process_in_a_folder(data, alone, tmp_path):

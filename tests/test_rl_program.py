@@ -105,6 +105,10 @@ def logged(out):
     return [{k: v for k, v in row.items() if "time/" not in k and "per_second" not in k} for row in rows]
 
 
+def tensors(out):
+    return torch.load(out / "checkpoints" / "last.pt", weights_only=True)["ppo"]["actor"]
+
+
 def test_killed_and_resumed_equals_uninterrupted(finished, cache, tmp_path):
     """SIGKILL lands somewhere; every line of the log and every weight come out as in the run that was left alone."""
     whole, _ = finished
@@ -120,8 +124,53 @@ def test_killed_and_resumed_equals_uninterrupted(finished, cache, tmp_path):
     assert (out / "checkpoints" / "last.pt").exists(), process.stdout.read().decode()
     rlhf.run(flags(out, cache, "--resume"))
     assert logged(out) == logged(whole)
-    a, b = (torch.load(x / "checkpoints" / "last.pt", weights_only=True)["ppo"]["actor"] for x in (out, whole))
+    a, b = tensors(out), tensors(whole)
     assert all(torch.equal(a[name], b[name]) for name in b)
+
+
+def test_a_profiled_run_is_the_same_run(finished, cache, tmp_path, capsys):
+    rlhf.run(flags(tmp_path / "run", cache, "--profile", "1"))
+    assert f"profile of 1 steps: {tmp_path / 'run' / 'trace.json'}" in capsys.readouterr().out
+    trace = json.loads((tmp_path / "run" / "trace.json").read_text())["traceEvents"]
+    assert len([event for event in trace if event.get("name") == "iterate" and event["ph"] == "X"]) == 1
+    assert logged(tmp_path / "run") == logged(finished[0])
+
+
+def test_more_iterations_of_a_finished_run(finished, cache, tmp_path, monkeypatch, capsys):
+    """+3 to 6 is 9, undisturbed or killed on the way, bit for bit; asked for again on the way, it is refused."""
+    undisturbed, killed = (Path(shutil.copytree(finished[0], tmp_path / name)) for name in ("a", "b"))
+    more = ["--resume", "--iterations", "+3"]
+    refused("goes with --resume", "--out", str(tmp_path / "new"), "--iterations", "+3")
+    refused("holds no run to go on with", "--out", str(tmp_path / "new"), *more)
+    assert not (tmp_path / "new").exists()
+    capsys.readouterr()
+    summary = rlhf.run(["--out", str(undisturbed), *more])
+    assert "9 iterations in all; the learning rate" in capsys.readouterr().out and summary["iterations"] == 9
+    assert [row["step"] for row in logged(undisturbed)] == list(range(1, 10))
+
+    def until(number):
+        def iterate(ppo):
+            if ppo.iteration == number:
+                raise KeyboardInterrupt
+            return whole(ppo)
+
+        monkeypatch.setattr(rlhf, "iterate", iterate)
+
+    whole = rlhf.iterate
+    for number, argv in ((7, more), (7, []), (8, more), (8, ["--resume"])):  # with checkpoints after 8 and 9
+        until(number)
+        with pytest.raises(KeyboardInterrupt):
+            rlhf.run(["--out", str(killed), *(argv or ["--resume"])])
+    refused("is not finished: go on with --resume alone", "--out", str(killed), *more)
+    until(None)
+    rlhf.run(["--out", str(killed), "--resume"])
+    assert logged(killed) == logged(undisturbed)
+    a, b = (tensors(x) for x in (killed, undisturbed))
+    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in b)
+    refused(
+        r"--iterations 9, not 6; a resumed run .*; --iterations \+N makes a finished one longer",
+        *("--out", str(killed), "--resume", "--iterations", "6"),
+    )
 
 
 @pytest.mark.parametrize("moment", ["before anything is written", "before the first checkpoint"])
@@ -332,7 +381,8 @@ def test_book_runs_from_local_folders_and_counts_what_it_cuts(book, tmp_path, ca
     summary = rlhf.run([*book[0], "--out", str(tmp_path), "--freeze", "encoder", "--iterations", "2"])
     assert summary["kl"] >= 0 and "overlap_before" not in summary  # no reference summaries given
     said = capsys.readouterr().out
-    assert "14 of 14 articles cut to 32 tokens" in said and "1 empty articles left out, the first at line 16" in said
+    assert "14 of 14 articles cut to 32 tokens" in said
+    assert f"1 empty articles left out, the first at {book[1]}, line 16" in said
 
 
 def test_book_names_what_is_wrong_with_its_input(book, tmp_path):
@@ -341,7 +391,7 @@ def test_book_names_what_is_wrong_with_its_input(book, tmp_path):
     refused("no class 'LABEL_1'; its classes are negative, neutral, positive", *argv, *out, "--tone-label", "LABEL_1")
     refused("no column 'body'; the columns are text", *argv, *out, "--column", "body")
     refused("14 articles are too few", *argv, *out, "--prompts", "12")
-    refused("no file", *argv, *out, "--articles", str(tmp_path / "none.csv"))
+    refused("none.csv not found", *argv, *out, "--articles", str(tmp_path / "none.csv"))
     refused("a classifier is one of bert, distilbert, roberta", *argv, *out, "--tone-model", f"{folder}/summariser")
     refused("not a t5", *argv, *out, "--policy", f"{folder}/tone")
 
@@ -369,7 +419,7 @@ def test_what_is_cheap_to_check_is_checked_first(book, tmp_path):
     """A wrong path or a folder that takes no files is told before models are looked for, and before any are trained."""
     argv, data, _ = book
     nowhere = [*argv, "--policy", "/no/such/folder", "--out", str(tmp_path / "run")]
-    wrong = ((tmp_path / "none.csv", "no file"), (tmp_path, "articles come from"), (data, "no folder"))
+    wrong = ((tmp_path / "none.csv", "none.csv not found"), (tmp_path, "articles come from"), (data, "no folder"))
     for articles, message in wrong:
         refused(message, *nowhere, "--articles", str(articles))
     refused("14 articles are too few", *nowhere, "--prompts", "12")

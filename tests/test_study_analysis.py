@@ -283,7 +283,7 @@ def test_entropy_and_distance_have_their_closed_forms():
     ahead = torch.zeros(1, 5, 5)
     ahead[0, :, 4] = 1.0  # every token reads the patch in the lower right corner
     expected = (math.sqrt(2) + 1 + 1 + 0) / 4
-    assert float(mean_distance(ahead, image)) == pytest.approx(expected)
+    assert float(mean_distance(ahead, image.places)) == pytest.approx(expected)
     assert float(mean_distance(torch.eye(3)[None], None)) == pytest.approx(0)
     assert float(mean_distance(torch.eye(3)[None].flip(-1), None)) == pytest.approx(4 / 3)
 
@@ -302,8 +302,8 @@ def test_statistics_cover_every_head_and_their_masses_sum_to_one(subject):
         pattern = t.pattern("encoder.1.self")[0, 3]
         assert own.image == pytest.approx(float(pattern.mean(0)[6:].sum()), abs=1e-6)
         assert own.text == pytest.approx(float(pattern.mean(0)[1:4].sum()), abs=1e-6)
-        patches = Source("image", ("",) * 9, places=Places((3, 3), 4.0, 8))
-        assert own.distance == pytest.approx(float(mean_distance(pattern[None, 6:, 6:], patches)), abs=1e-6)
+        places = Places((3, 3), 4.0, 8)
+        assert own.distance == pytest.approx(float(mean_distance(pattern[None, 6:, 6:], places)), abs=1e-6)
     if len(subject.mixing) == 15 and not subject.prefix:
         cross = next(s for s in statistics if s.name == "decoder.0.cross" and s.head == 2)
         pattern = t.pattern("decoder.0.cross")[0, 2].mean(0)

@@ -35,7 +35,7 @@ from vqa_scratch.study.subject import VQASubject
 @pytest.mark.parametrize("name", ["tokens", "caption", "vilt", "blip2", "prefix", "qformer"])
 def test_curves_begin_and_end_at_the_whole_and_the_empty_image(name):
     subject = SUBJECTS[name]()
-    answer, places = subject.generate(2), subject.image[0].places
+    answer, places = subject.generate(2), subject.image[0]
     order = torch.randperm(PATCHES)
     curves = deletion_insertion(subject, answer, order, steps=3)
     pixels = subject.pixel_values
@@ -179,7 +179,7 @@ def test_pointing_measures_the_share_inside(name):
     assert all(p.mass == pytest.approx(0.5, abs=1e-5) and p.ratio == pytest.approx(1, abs=1e-4) for p in found.values())
     assert sum(name.startswith("best head, layer ") for name in found) == 1
     one, answer = pointing([(subject, left)]), subject.generate()
-    inside = share_in_box(subject.image[0].places, (24, 24), left)
+    inside = share_in_box(subject.image[0], (24, 24), left)
     for method, flow in flows(subject, forced(subject, answer), answer).items():
         values = patch_map(subject, flow, answer_rows(subject, answer))
         assert one[method].mass == pytest.approx(float((values * inside).sum() / values.sum()), rel=1e-4)

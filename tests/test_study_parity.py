@@ -117,7 +117,7 @@ def test_vilt(tmp_path, monkeypatch, size):
         answer = subject.generate()
     check(t, "encoder", expected.attentions)
     assert answer == [int(expected.logits.argmax())]
-    assert subject.image[0].places.grid == (size[0] // 8, size[1] // 8)
+    assert subject.image[0].grid == (size[0] // 8, size[1] // 8)
 
 
 @torch.no_grad()

@@ -220,7 +220,7 @@ def test_a_run_goes_on_with_its_own_tokenizers(finished, data, tmp_path, name):
     assert system.ask(picture(data), None if name == "caption" else QUESTION)[0]
     if system.tokenizers.text is not None:
         assert system.tokenizers.question(QUESTION) == first.tokenizers.question(QUESTION)
-    if system.tokenizers.decoder is not None:
+    if "decoder" in system.tokenizers.by_name:
         assert system.tokenizers.answer("yes") == first.tokenizers.answer("yes")
 
 

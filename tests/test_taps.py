@@ -165,7 +165,7 @@ def test_traces_leave_nothing_behind():
 
 def test_towers_can_be_renamed():
     model = vit()
-    taps.name_modules(model, "eye")
+    taps.name_modules(model.blocks, "eye")
     trace = Recorder(["eye.1.self.pattern", "image.1.self.pattern"])
     with taps.activate(trace):
         RUNS["image"][1](model)

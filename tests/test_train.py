@@ -84,6 +84,13 @@ def test_token_limits_that_released_models_have_no_positions_for(tmp_path):
     model(torch.zeros(1, 3, 32, 32), asked, None, read)  # the longest there are
 
 
+@pytest.mark.parametrize("name", ["image_model", "text_model", "decoder_model"])
+def test_a_checkpoint_that_nobody_names_is_named(tmp_path, name):
+    paths = dict.fromkeys(("image_model", "text_model", "decoder_model"), str(tmp_path)) | {name: None}
+    with pytest.raises(UserError, match=f"^give --{name.replace('_', '-')}, a checkpoint to start from$"):
+        released_models(VQAOptions(preset="book", init="pretrained", data=tmp_path, **paths), [])
+
+
 def test_metrics_tell_what_happened(run):
     training = [row for row in rows(run) if "loss" in row]
     assert [row["step"] for row in training] == [1, 5, 10, 15, 20, 25, 30]

@@ -134,6 +134,11 @@ def test_decoder_tokens_see_only_what_is_before_them(model):
     assert (moved[:, :3] == 0).all() and (moved[:, 3] > 0).all()
 
 
+def test_a_question_that_is_read_must_be_given(reader):
+    with pytest.raises(ValueError, match="^this model reads questions: give it input_ids$"):
+        reader(**inputs(3, 3) | {"input_ids": None, "attention_mask": None})
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_bad_pixels_are_named(model, bad):
     batch = inputs(3, 3)

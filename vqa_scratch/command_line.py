@@ -5,19 +5,30 @@ preset. Nothing here imports torch, so that --help and a mistyped flag are answe
 """
 
 import difflib
+import io
 import os
 import re
 import sys
 import tomllib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import click
 
 from vqa_scratch.errors import UserError
-from vqa_scratch.options import check_dependencies, choices_of, defaults_of, flag, rules_of, types_of, with_values
+from vqa_scratch.options import (
+    check_dependencies,
+    check_more,
+    choices_of,
+    defaults_of,
+    flag,
+    rules_of,
+    types_of,
+    with_values,
+)
 
 T = TypeVar("T")
 
@@ -25,7 +36,7 @@ T = TypeVar("T")
 class NearChoice(click.Choice):
     """A choice whose error suggests the nearest allowed value. `renamed` maps old values to new ones."""
 
-    def __init__(self, choices: Sequence[str], renamed: Mapping[str, str] | None = None) -> None:
+    def __init__(self, choices: Iterable[str], renamed: Mapping[str, str] | None = None) -> None:
         super().__init__(choices)
         self.renamed = renamed or {}
 
@@ -45,14 +56,38 @@ def note_renamed(old: str, new: str) -> None:
     print(f"note: {old} is now called {new}", file=sys.stderr)
 
 
+@dataclass(frozen=True)
+class More:
+    """The value +N of a flag: so much beyond what a finished run has done."""
+
+    amount: float
+
+
+class Number(click.ParamType):
+    """An int or a float. "+N" is `More` if the option has `more`, else an error: it would be read without its sign."""
+
+    def __init__(self, kind: type, more: bool) -> None:
+        self.kind, self.more = click.types.convert_type(kind), more
+        self.name = self.kind.name
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if not isinstance(value, str) or not value.startswith("+"):
+            return self.kind.convert(value, param, ctx)
+        if not self.more:
+            self.fail(f"{value!r} has a plus sign; this option takes the number itself.", param, ctx)
+        return More(self.kind.convert(value[1:], param, ctx))
+
+
 class Flag(click.Option):
     """A flag that --help shows under the heading `group`, with `shown` or else its default in brackets."""
 
-    def __init__(self, *names: Any, help: str, group: str = "Options", shown: Any = None, **more: Any) -> None:
+    def __init__(
+        self, names: Sequence[str], *, help: str, group: str = "Options", shown: Any = None, **more: Any
+    ) -> None:
         shown = more.get("default") if shown is None else shown
         if shown not in (None, ""):
             help += f"  [{shown}]" if not isinstance(shown, bool) else f"  [{'on' if shown else 'off'}]"
-        super().__init__(*names, help=help, **more)
+        super().__init__(names, help=help, **more)
         self.group = group
 
 
@@ -83,6 +118,8 @@ def flags(options_class: type, defaults: Mapping[str, Any] | None = None) -> lis
             kind = NearChoice(rules.choices, rules.renamed)
         elif kind is Path:
             kind = click.Path(path_type=Path)
+        elif kind in (int, float):
+            kind = Number(kind, rules.more)
         needed = " and ".join(with_values(other, values) for other, values in rules.only.items())
         text = f"{rules.help}  ({needed})" if needed else rules.help
         for spelled, hidden in ((name, False), (rules.was, True)):
@@ -119,7 +156,7 @@ def as_user_error(error: click.ClickException, elsewhere: Mapping[str, str] | No
     """
     if not isinstance(error, click.NoSuchOption):
         return UserError(error.format_message())
-    if error.option_name in (elsewhere or {}):
+    if elsewhere is not None and error.option_name in elsewhere:
         return UserError(f"{error.option_name} means nothing here: it is a flag of {elsewhere[error.option_name]}")
     near = difflib.get_close_matches(error.option_name, error.possibilities or (), 1)
     return UserError(f"no such flag: {error.option_name}" + (f"; did you mean {near[0]}?" if near else ""))
@@ -177,19 +214,6 @@ def with_config(argv: Sequence[str]) -> list[str]:
     return given + list(argv)
 
 
-def with_more(argv: Sequence[str], name: str) -> list[str]:
-    """The command line with `--more-NAME N` in place of `--NAME +N`, in which a number would lose its sign."""
-    result: list[str] = []
-    for argument in argv:
-        if result and result[-1] == name and argument.startswith("+"):
-            result[-1:] = [name.replace("--", "--more-", 1), argument[1:]]
-        elif argument.startswith(f"{name}=+"):
-            result += [name.replace("--", "--more-", 1), argument.removeprefix(f"{name}=+")]
-        else:
-            result.append(argument)
-    return result
-
-
 def parse(
     classes: Sequence[type[T]],
     presets: Mapping[str, Mapping[str, Any]],
@@ -235,8 +259,12 @@ def parse(
     if isinstance(given, int):  # --help
         sys.exit(given)
     given = with_new_names(options_class, {name: value for name, value in given.items() if value is not None})
+    more = {name: value.amount for name, value in given.items() if isinstance(value, More)}
+    given = {name: value for name, value in given.items() if name not in more}
+    check_more(options_class, more, given)
     options = options_class(**values | given)
-    object.__setattr__(options, "given", given)  # no field: it is not part of a run
+    for name, known in (("given", given), ("more", more)):
+        object.__setattr__(options, name, known)  # no fields: they are not part of a run
     # A resumed run keeps the options it was started with; those not repeated here are not known yet.
     unknown = set(rules_of(options_class)) - set(given) - {"preset"} if given.get("resume") else ()
     check_dependencies(options, given, unknown)
@@ -260,7 +288,7 @@ def first_rank_speaks() -> Iterator[None]:
 def errors_in_one_line() -> Iterator[None]:
     """Exit with 2 and one line on stderr after a UserError, an operating-system error on a file, or for want of memory;
     with 130 after Ctrl-C."""
-    with suppress(AttributeError):  # names of files may hold bytes that are no text
+    if isinstance(sys.stdout, io.TextIOWrapper):  # names of files may hold bytes that are no text
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         yield

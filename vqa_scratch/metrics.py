@@ -158,7 +158,7 @@ class Breakdown:
 
 def accuracy_by(
     samples: Iterable[Any],
-    predictions: Mapping[int, str],
+    predictions: Mapping[int | str, str],
     key: str | Callable[[Any], str] = "answer_type",
     *,
     lenient: bool = False,

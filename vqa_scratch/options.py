@@ -9,10 +9,11 @@ import dataclasses
 import math
 import types
 import typing
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from types import MappingProxyType
+from typing import Any, ClassVar, TypeVar
 
 from vqa_scratch.errors import UserError, naming
 from vqa_scratch.storage import is_text
@@ -32,6 +33,8 @@ class Rules:
     only: the option has a meaning only while other options have these values: {"init": ("pretrained",)}.
     was, renamed: the old name of the option, and old names of choices {old: new}; both still work, with a note.
     may_change: a run may be resumed with another value.
+    more: a finished run may be resumed with +N, so many beyond what it has done.
+    excludes: another option that must not be given beside this one.
     """
 
     help: str
@@ -45,6 +48,8 @@ class Rules:
     was: str | None = None
     renamed: Mapping[str, str] = field(default_factory=dict)
     may_change: bool = False
+    more: bool = False
+    excludes: str | None = None
 
     @property
     def range(self) -> str:
@@ -75,10 +80,12 @@ def option(
 class Options:
     """Options whose rules hold. A subclass with rules of its own calls `super().__post_init__()` first.
 
-    `given` has the values that a command line set, by name; None of options that no command line made.
+    `given` has the values that a command line set, by name; None of options that no command line made. `more` has what
+    it adds to a finished run: {"steps": 100} for --steps +100.
     """
 
     given = None
+    more: ClassVar[Mapping[str, float]] = MappingProxyType({})
 
     def __post_init__(self) -> None:
         check(self)
@@ -117,7 +124,7 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def one_of(words: Sequence[Any]) -> str:
+def one_of(words: Iterable[Any]) -> str:
     """ "a", "a or b", "a, b or c"."""
     *most, last = map(str, words)
     return f"{', '.join(most)} or {last}" if most else last
@@ -130,18 +137,42 @@ def check(options: Any, shown: Callable[[str], str] = flag) -> None:
         value = getattr(options, name)
         if value is None and type(None) in kinds[name]:
             continue
-        if rules.choices and value not in rules.choices:
-            raise UserError(f"{shown(name)} must be {one_of(rules.choices)}, not {value!r}")
         if value == "" and type(None) in kinds[name]:
             raise UserError(f"{shown(name)} must not be empty; leave it out")
-        if isinstance(value, str) and not is_text(value):
-            raise UserError(f"{shown(name)} must be text in UTF-8, not {value!a}")
-        if isinstance(value, float) and not math.isfinite(value) and value != rules.maximum:
-            raise UserError(f"{shown(name)} must be a finite number, not {value}")
-        if rules.range and not rules.allow(value):
-            raise UserError(f"{shown(name)} must be {rules.range}, not {value}")
-        if isinstance(value, int) and abs(value) >= LARGEST:
-            raise UserError(f"{shown(name)} must be below {LARGEST}, not {value}")
+        if rules.excludes and getattr(options, rules.excludes) is not None:
+            raise UserError(f"give {shown(name)} or {shown(rules.excludes)}, not both")
+        check_value(shown(name), value, rules)
+
+
+def check_value(name: str, value: Any, rules: Rules) -> None:
+    """Raise UserError, which begins with `name`, if a value breaks the rules about itself."""
+    if rules.choices and value not in rules.choices:
+        raise UserError(f"{name} must be {one_of(rules.choices)}, not {value!r}")
+    if isinstance(value, str) and not is_text(value):
+        raise UserError(f"{name} must be text in UTF-8, not {value!a}")
+    if isinstance(value, float) and not math.isfinite(value) and value != rules.maximum:
+        raise UserError(f"{name} must be a finite number, not {value}")
+    if rules.range and not rules.allow(value):
+        raise UserError(f"{name} must be {rules.range}, not {value}")
+    if isinstance(value, int) and abs(value) >= LARGEST:
+        raise UserError(f"{name} must be below {LARGEST}, not {value}")
+
+
+def rivals(options_class: type, name: str) -> list[str]:
+    """The options that must not be given beside this one."""
+    rules = rules_of(options_class)
+    return [other for other in rules if rules[other].excludes == name or rules[name].excludes == other]
+
+
+def check_more(options_class: type, more: Mapping[str, float], given: Mapping[str, Any]) -> None:
+    """Raise UserError if what is added to a run (`Options.more`) cannot be, beside the options that are `given`."""
+    for name, amount in more.items():
+        if not given.get("resume"):
+            raise UserError(f"{flag(name)} +{amount} goes with --resume: it adds to what a finished run has done")
+        check_value(f"the N of {flag(name)} +N", amount, rules_of(options_class)[name])
+        for other in rivals(options_class, name):
+            if other in given or other in more:
+                raise UserError(f"give {flag(name)} or {flag(other)}, not both")
 
 
 def check_dependencies(options: Any, given: Collection[str], unknown: Collection[str] = ()) -> None:

@@ -62,7 +62,7 @@ def unfinished(path: Path, *, folder: bool = False, tidy: bool = False) -> Itera
             own.unlink(missing_ok=True)
 
 
-def write_whole(path: Path, write: Callable[[Path], None]) -> None:
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """Call `write` with a temporary name beside `path`, then rename the file. After an error the old file remains."""
     try:
         with unfinished(path) as own:

@@ -61,7 +61,7 @@ class ZeroShot(ABC):
 
     def check_room(self, prompt: list[int], places: int, new_tokens: int) -> None:
         """Raise UserError if a prompt with `places` for an image leaves no room for `new_tokens`."""
-        room = self.model.language.max_positions - places - new_tokens
+        room = self.model.language.config.max_positions - places - new_tokens
         if room < 1:
             raise UserError(f"max_new_tokens {new_tokens} is too much: it leaves no position for the question")
         if len(prompt) > room:
@@ -100,7 +100,7 @@ class ZeroShot(ABC):
         length = int(made.lengths)
         said = made.ids[0, :length].tolist()
         text = self.tokenizer.decode(said).strip()
-        return [Answer(text, float(made.log_probs.sum().exp()), length, said[-1] == end)], []
+        return [Answer(text, float(made.likely()), length, said[-1] == end)], []
 
 
 class AskedBlip2(ZeroShot):
@@ -173,24 +173,25 @@ class AskedFuyu(ZeroShot):
             cut = f"{self.processor.patch_size} x {self.processor.patch_size} x 3"
             wanted = f"{sizes.patch_size} x {sizes.patch_size} x {sizes.channels}"
             raise UserError(f"the images of {self.source} are cut into patches of {cut}, its model reads {wanted}")
-        names = ("|NEWLINE|", "<s>", "<0x04>")
-        self.newline, self.start, self.answer = found = [self.tokenizer.backend.token_to_id(name) for name in names]
-        missing = [name for name, number in zip(names, found, strict=True) if number is None]
-        if missing:
+        numbers = {name: self.tokenizer.backend.token_to_id(name) for name in ("|NEWLINE|", "<s>", "<0x04>")}
+        if missing := [name for name, number in numbers.items() if number is None]:
             raise UserError(f"the tokenizer of {self.source} has no {', '.join(missing)}, as that of a Fuyu has")
+        self.newline, self.start, self.answer = (number for number in numbers.values() if number is not None)
 
     def prompt(self, question: str) -> list[int]:
         return [self.start, *self.words(f"{question}\n"), self.answer]
 
     def read(self, prompt: list[int], pixels: Tensor) -> tuple[Tensor, Tensor]:
-        ids = torch.tensor([self.model.rows(*pixels.shape[2:], self.newline) + prompt], device=self.device)
+        ids = torch.tensor(
+            [self.model.rows(pixels.shape[2], pixels.shape[3], self.newline) + prompt], device=self.device
+        )
         return ids, self.model.embed(ids, self.model.patches(pixels))
 
 
-FAMILIES = {"blip-2": AskedBlip2, "llava": AskedLlava, "fuyu": AskedFuyu}  # by model_type
+FAMILIES: dict[str, type[ZeroShot]] = {"blip-2": AskedBlip2, "llava": AskedLlava, "fuyu": AskedFuyu}  # by model_type
 
 
-def check_tower(opened: ZeroShot) -> None:
+def check_tower(opened: "AskedBlip2 | AskedLlava") -> None:
     """Raise UserError if the images do not fit an image encoder that is a ViT."""
     sizes, processor = opened.model.vision.config, opened.processor
     if sizes.channels != 3:

@@ -46,15 +46,15 @@ def ask(
       python -m vqa_scratch ask runs/vqa --image photo.jpg --question "how many dogs are there?"
     Without --question the system stays loaded and takes one question a line, from the keyboard or a pipe.
     """
-    if (run is None) == (model is None):
-        raise UserError("give RUN, the folder of a trained system, or --model, a released checkpoint: one of the two")
-    if model is None:
-        system = open_run(run, device, precision)
-    else:
+    if run is not None and model is None:
+        system: Any = open_run(run, device, precision)
+    elif run is None and model is not None:
         from vqa_scratch.training.precision import pick_device
         from vqa_scratch.zero_shot import open_zero_shot
 
         system = open_zero_shot(model, pick_device(device), precision)
+    else:
+        raise UserError("give RUN, the folder of a trained system, or --model, a released checkpoint: one of the two")
     decoding = {name: value for name, value in decoding.items() if value is not None}
     if decoding and not system.writes:
         raise UserError(f"{run or model} does not take {flag(next(iter(decoding)))}: leave it out")

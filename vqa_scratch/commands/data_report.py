@@ -27,7 +27,8 @@ def read_splits(source: Path, splits: tuple[str, ...], cache: Path) -> dict[str,
 
     Raises UserError if a named split cannot be read, or if there is none.
     """
-    read, problem = {}, None
+    read: dict[str, VQAData] = {}
+    problem: UserError | None = None
     for split in splits or ("train", "val", "test"):
         try:
             read[split] = read_vqa(source, split, verify_images=True, cache=cache)
@@ -35,7 +36,7 @@ def read_splits(source: Path, splits: tuple[str, ...], cache: Path) -> dict[str,
             if splits:
                 raise
             problem = problem or error
-    if not read:
+    if problem is not None and not read:
         raise problem
     return read
 

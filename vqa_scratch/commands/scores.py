@@ -23,7 +23,7 @@ def baselines_of(data: Path, samples: list[VQASample]) -> dict[str, float | None
     except UserError as error:
         print(f"note: no prior and question-only baselines, since there is no train split ({error})", file=sys.stderr)
         return {"prior": None, "question_only": None}
-    return blind_baselines(samples, train)
+    return {**blind_baselines(samples, train)}
 
 
 def evaluation(run: System, data: Path, split: str, samples: list[VQASample], limit: int | None) -> tuple[dict, dict]:

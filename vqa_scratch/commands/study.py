@@ -79,7 +79,8 @@ def study(
             print(f"certificate: {done.certificate}")
         print(f"see {out / 'report.html'}")
         return
-    system, figures = open_run(run_folder(run), device), {"run": run_name(run), "split": split}
+    system = open_run(run_folder(run), device)
+    figures: dict[str, Any] = {"run": run_name(run), "split": split}
 
     def subject_of(image: Any, question: str) -> Any:
         return system.subject(image, question).subject

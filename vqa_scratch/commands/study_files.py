@@ -1,6 +1,9 @@
 """What `study` opens and writes: a run with one input, and the files about one answer."""
 
+from functools import partial
 from pathlib import Path
+
+from PIL.Image import Image
 
 from vqa_scratch import systems
 from vqa_scratch.data.images import load_image
@@ -37,15 +40,15 @@ def open_input(run: Path, image: Path | None, question: str | None, text: Path |
     return system.subject(load_image(image), question)
 
 
-def write_overlays(folder: Path, study: Study) -> None:
+def write_overlays(folder: Path, study: Study, image: Image) -> None:
     """overlay_<method>.png: the plain image, then the map of every word of the answer."""
-    subject, image = study.opened.subject, study.opened.image
-    places = subject.image[0].places
+    subject = study.opened.subject
+    places, _ = subject.image
     rows = answer_rows(subject, [token.id for token in study.tokens])
     for method, flow in study.flows.items():
         maps = [patch_map(subject, flow, [row]) for row in rows]
         sheet = side_by_side([overlay(image, values, places) for values in (0 * maps[0], *maps)])
-        write_whole(folder / f"overlay_{method}.png", lambda path, sheet=sheet: sheet.save(path, format="PNG"))
+        write_whole(folder / f"overlay_{method}.png", partial(sheet.save, format="PNG"))
 
 
 def write_study(folder: Path, studies: list[Study]) -> None:
@@ -54,6 +57,6 @@ def write_study(folder: Path, studies: list[Study]) -> None:
     write_text(folder / "report.html", page(studies))
     write_whole(folder / "trace.safetensors", lambda path: path.write_bytes(trace_file(study)))
     if study.opened.image is not None:
-        write_overlays(folder, study)
+        write_overlays(folder, study, study.opened.image)
     compared = {"compared": summary(studies[1])} if len(studies) > 1 else {}
     write_json(folder / "summary.json", summary(study) | compared)

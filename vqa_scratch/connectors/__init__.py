@@ -1,8 +1,8 @@
 """Connectors: how the states of the encoders reach the decoder. Each is one class, one file and one line here.
 
-To add one: derive from `Connector` (`base.py`) and name it in the table, for `--connector` (tests/test_connectors.py
-does so). Systems do not depend on the connector. Its module is imported on use: the programs read their options, and
-this table, without torch.
+To add one: derive from `Connector` (`nn/connecting.py`) and name it in the table, for `--connector`
+(tests/test_connectors.py does so). Systems do not depend on the connector. Its module is imported on use: the programs
+read their options, and this table, without torch.
 """
 
 import importlib
@@ -13,9 +13,10 @@ from vqa_scratch.errors import UserError
 from vqa_scratch.storage import typed
 
 if TYPE_CHECKING:
-    from torch import nn
-
-    from vqa_scratch.connectors.base import Connector
+    from vqa_scratch.models.bert import Bert
+    from vqa_scratch.nn.connecting import Connector
+    from vqa_scratch.nn.decoding import Decoder
+    from vqa_scratch.nn.states import ImageEncoder
 
 __all__ = ["CONNECTORS", "connect", "connector_class", "connector_sizes"]
 
@@ -35,7 +36,7 @@ def connector_class(kind: str) -> "type[Connector]":
     return getattr(importlib.import_module(f"vqa_scratch.connectors.{module}"), name)
 
 
-def connect(sizes: dict[str, Any], image: "nn.Module", text: "nn.Module | None", decoder: "nn.Module") -> "Connector":
+def connect(sizes: dict[str, Any], image: "ImageEncoder", text: "Bert | None", decoder: "Decoder") -> "Connector":
     """A connector with random weights between these models; `sizes` has its kind and its keywords.
 
     Raises UserError if they are those of no connector.

@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vqa_scratch.connectors.base import Conditioning, Connector
-from vqa_scratch.nn.states import States
+from vqa_scratch.nn.connecting import Conditioning, Connector
+from vqa_scratch.nn.decoding import Decoder
+from vqa_scratch.nn.states import ImageEncoder, States
 
 
 class PrefixConnector(Connector):
@@ -22,7 +23,7 @@ class PrefixConnector(Connector):
     reads_text = False
     uses_memory = False
 
-    def __init__(self, image: nn.Module, text: None, decoder: nn.Module) -> None:
+    def __init__(self, image: ImageEncoder, text: None, decoder: Decoder) -> None:
         super().__init__()
         self.skipped = image.prefix_tokens
         self.up = nn.Linear(image.dim, decoder.config.dim)
@@ -49,6 +50,6 @@ class PrefixConnector(Connector):
             'prefix = linear("down", torch.nn.functional.gelu(linear("up", places)))'
         )
 
-    def forward(self, image: States, text: None, image_index: Tensor | None = None) -> Conditioning:
+    def forward(self, image: States, text: States | None, image_index: Tensor | None = None) -> Conditioning:
         prefix = self.down(F.gelu(self.up(image.tokens[:, image.prefix_tokens :])))  # (I, Q, D)
         return Conditioning(prefix=prefix if image_index is None else prefix[image_index])

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vqa_scratch.connectors.base import Conditioning, Connector
 from vqa_scratch.models.qformer import QFormer, QFormerConfig
-from vqa_scratch.nn.states import States
+from vqa_scratch.nn.connecting import Conditioning, Connector
+from vqa_scratch.nn.decoding import Decoder
+from vqa_scratch.nn.states import ImageEncoder, States
 
 RECIPE = """\
 # Learned queries read the image; their states stand before the words.
@@ -29,7 +30,7 @@ class QFormerConnector(Connector):
     uses_memory = False
 
     def __init__(
-        self, image: nn.Module, text: None, decoder: nn.Module, *, queries: int = 16, layers: int = 2, heads: int = 4
+        self, image: ImageEncoder, text: None, decoder: Decoder, *, queries: int = 16, layers: int = 2, heads: int = 4
     ) -> None:
         super().__init__()
         width = decoder.config.dim
@@ -72,6 +73,6 @@ class QFormerConnector(Connector):
     def recipe_imports(self) -> list[str]:
         return ["from vqa_scratch.models import QFormer, QFormerConfig"]
 
-    def forward(self, image: States, text: None, image_index: Tensor | None = None) -> Conditioning:
+    def forward(self, image: States, text: States | None, image_index: Tensor | None = None) -> Conditioning:
         prefix = self.projection(self.qformer(image.tokens))  # (I, Q, D)
         return Conditioning(prefix=prefix if image_index is None else prefix[image_index])

@@ -8,10 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vqa_scratch.connectors.base import Conditioning, Connector
+from vqa_scratch.models.bert import Bert
 from vqa_scratch.models.vit import resize_positions
+from vqa_scratch.nn.connecting import Conditioning, Connector
+from vqa_scratch.nn.decoding import Decoder
 from vqa_scratch.nn.memory import Memory
-from vqa_scratch.nn.states import States
+from vqa_scratch.nn.states import ImageEncoder, States
 
 RECIPE_IMAGE = """\
 # Every image token is a key of the decoder's cross-attention, and is given its place once more.
@@ -33,10 +35,10 @@ class TokensConnector(Connector):
     `grid` is the (rows, columns) of that table, which is resized for other grids.
     """
 
-    def __init__(self, image: nn.Module, text: nn.Module | None, decoder: nn.Module, *, grid: tuple[int, int]) -> None:
+    def __init__(self, image: ImageEncoder, text: Bert | None, decoder: Decoder, *, grid: tuple[int, int]) -> None:
         super().__init__()
         width = decoder.config.dim
-        self.grid, self.prefix_tokens = tuple(grid), image.prefix_tokens
+        self.grid, self.prefix_tokens = (grid[0], grid[1]), image.prefix_tokens
         self.image_projection = nn.Linear(image.dim, width)
         if text is not None:
             self.text_projection = nn.Linear(text.dim, width)

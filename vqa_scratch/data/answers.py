@@ -44,6 +44,9 @@ class Answer:
             )
 
 
+Answers = dict[int | str, Answer]  # by question id
+
+
 @cache
 def plain(answer: str) -> str:
     """An answer as the list has it: by the official normalisation, and without commas."""

@@ -1,6 +1,6 @@
 """Reads articles from a file: CSV or JSONL with named columns, or plain text with one article a line."""
 
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
 
 from vqa_scratch.data.tables import Row, Rows, csv_rows, jsonl_rows, lines_of, readable
@@ -18,14 +18,12 @@ def read_articles(
     line that cannot be parsed, a missing column (naming the existing ones), an article that is not a text, and a file
     without articles.
     """
-    readers = {".csv": partial(csv_rows, skipinitialspace=False), ".jsonl": jsonl_rows, ".txt": _text}
+    readers: dict[str, Callable[[Path], Rows]] = {".csv": csv_rows, ".jsonl": jsonl_rows, ".txt": _text}
     suffix = path.suffix.lower()
     if suffix not in readers:
         raise UserError(f"{path}: articles come from {', '.join(readers)} files")
     if suffix == ".txt":
         column, summary_column = LINE, None
-    if not path.exists():
-        raise UserError(f"no file {path}")
     articles, empty = [], []
     with readable(path):
         for where, row in readers[suffix](path):

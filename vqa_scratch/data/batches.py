@@ -7,10 +7,12 @@ image of a batch has the same number of questions, so that the decoder can share
 Shapes: I images, R questions an image, B = I*R questions, T question tokens, A decoder tokens, H x W pixels.
 """
 
+from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import ClassVar, Self, TypeVar
 
@@ -36,7 +38,7 @@ class Ragged:
         self.starts = self.lengths.cumsum() - self.lengths
         self.flat = np.fromiter((token for row in rows for token in row), dtype=np.int32, count=self.lengths.sum())
 
-    def places(self, rows: Sequence[int], *, left: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    def places(self, rows: np.ndarray, *, left: bool = False) -> tuple[np.ndarray, np.ndarray]:
         """Where the ids of the chosen rows are in `flat`, row by row, and the mask (B, T) of a batch of them.
 
         The batch is as wide as the longest row; the others are padded on the right, or on the `left`.
@@ -46,7 +48,7 @@ class Ragged:
         inside = (columns >= 0) & (columns < lengths)
         return (self.starts[rows][:, None] + columns)[inside], inside
 
-    def padded(self, rows: Sequence[int], pad: int, *, left: bool = False) -> tuple[Tensor, Tensor]:
+    def padded(self, rows: np.ndarray, pad: int, *, left: bool = False) -> tuple[Tensor, Tensor]:
         """ids (B, T) int64 and mask (B, T) of the chosen rows, padded as in `places`."""
         places, inside = self.places(rows, left=left)
         ids = np.full(inside.shape, pad, dtype=np.int64)
@@ -54,18 +56,18 @@ class Ragged:
         return torch.from_numpy(ids), torch.from_numpy(inside)
 
 
-@dataclass
 class ImageBatch:
-    """A batch whose fields are tensors (or None). Those in `OF_IMAGES` have a row an image, others a row a question.
-
-    `image_index` says which image a question is about.
+    """A base of dataclasses whose fields are tensors (or None). Those in `OF_IMAGES` have a row an image, others a row
+    a question; `image_index` says which image a question is about.
     """
 
     OF_IMAGES: ClassVar[tuple[str, ...]] = ("images", "pixel_mask")
+    images: Tensor
+    image_index: Tensor
 
     def _each(self, change: Callable[[str, Tensor], Tensor]) -> Self:
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return type(self)(**{name: None if value is None else change(name, value) for name, value in values.items()})
+        values = vars(self).items()
+        return type(self)(**{name: None if value is None else change(name, value) for name, value in values})
 
     def to(self, device: torch.device) -> Self:
         """A copy on the device; pinned memory is copied without waiting."""
@@ -81,13 +83,14 @@ class ImageBatch:
             yield self
             return
         for chosen in torch.arange(len(self.images)).chunk(number):
-            start, stop = int(chosen[0]), int(chosen[-1]) + 1
-            # Not start * (questions an image): two pieces of an image may meet in a batch; then it has twice as many.
-            rows = slice(*torch.searchsorted(self.image_index, self.image_index.new_tensor([start, stop])).tolist())
-            slices = {name: slice(start, stop) if name in self.OF_IMAGES else rows for name in vars(self)}
-            part = self._each(lambda name, tensor, slices=slices: tensor[slices[name]])
-            part.image_index = part.image_index - start
-            yield part
+            yield self._part(int(chosen[0]), int(chosen[-1]) + 1)
+
+    def _part(self, start: int, stop: int) -> Self:
+        # Not start * (questions an image): two pieces of an image may meet in a batch; then it has twice as many.
+        rows = slice(*torch.searchsorted(self.image_index, self.image_index.new_tensor([start, stop])).tolist())
+        part = self._each(lambda name, tensor: tensor[slice(start, stop) if name in self.OF_IMAGES else rows])
+        part.image_index = part.image_index - start
+        return part
 
 
 @dataclass
@@ -115,7 +118,7 @@ class Batch(ImageBatch):
         return replace(self, labels=torch.full_like(self.labels, IGNORE), rows=self.rows[:0])
 
 
-class ImageGroups:
+class ImageGroups(ABC):
     """Samples grouped by image; an image is known by its position in `image_paths`."""
 
     def __init__(self, samples: Sequence[VQASample]) -> None:
@@ -123,7 +126,7 @@ class ImageGroups:
             raise ValueError("no samples")
         self.samples = list(samples)
         self.upright = samples[0].upright  # the same for all samples of a source
-        paths: dict[int, Path] = {}
+        paths: dict[int | str, Path] = {}
         for sample in samples:
             paths.setdefault(sample.image_id, sample.image_path)
         positions = {image_id: position for position, image_id in enumerate(paths)}
@@ -132,6 +135,10 @@ class ImageGroups:
         self.of_image: list[list[int]] = [[] for _ in positions]
         for row, image in enumerate(self.image_of):
             self.of_image[image].append(row)
+
+    @abstractmethod
+    def batch(self, rows: np.ndarray, images: Images, *, image_map: np.ndarray | None = None) -> ImageBatch:
+        """The batch of these rows, which must come image by image; `image_map` as in `images_of`."""
 
     def images_of(self, rows: np.ndarray, image_map: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
         """(the images of a batch (I,), which of them each row is about (B,)); the rows must come image by image.
@@ -179,10 +186,7 @@ class Questions(ImageGroups):
         return self.prompts.padded(rows, self.fill, left=True)
 
     def batch(self, rows: np.ndarray, images: Images, *, image_map: np.ndarray | None = None) -> Batch:
-        """The batch of these rows, which must come image by image, the same number each.
-
-        With `image_map`, image `image_map[i]` is shown in place of image i.
-        """
+        """As in `ImageGroups`; of each image the same number of rows."""
         rows = np.asarray(rows)
         shown, index = self.images_of(rows, image_map)
         question, mask = None, None
@@ -201,14 +205,14 @@ class Questions(ImageGroups):
         )
 
 
-def prefetch(items: Iterable[Item], ahead: int = 3) -> Iterator[Item]:
+def prefetch(items: Iterable[Item], ahead: int = 3) -> Generator[Item, None, None]:
     """The same items, made in a thread up to `ahead` items in advance. Its errors are raised here."""
-    iterator, end = iter(items), object()
+    iterator = iter(items)
     with ThreadPoolExecutor(1) as pool:
-        waiting = deque(pool.submit(next, iterator, end) for _ in range(ahead))
+        waiting = deque(pool.submit(list, islice(iterator, 1)) for _ in range(ahead))
         try:
-            while (item := waiting.popleft().result()) is not end:
-                waiting.append(pool.submit(next, iterator, end))
-                yield item
+            while found := waiting.popleft().result():
+                waiting.append(pool.submit(list, islice(iterator, 1)))
+                yield from found
         finally:
             pool.shutdown(wait=False, cancel_futures=True)

@@ -9,7 +9,6 @@ groups, splits, batches and encodes questions serves captions too.
 import os
 from collections import Counter, defaultdict
 from collections.abc import Iterable
-from dataclasses import replace
 from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -65,15 +64,34 @@ def _image_entries(path: Path, content: Any) -> dict[int, str]:
     return names
 
 
-def _entry(image_id: int, path: Path, caption_id: int, caption: str, upright: bool, *state: Any) -> SplitEntry:
-    return SplitEntry(VQASample(image_id, path, caption_id, "", CAPTION, CAPTION, (caption,), caption, upright), *state)
+def _entry(
+    image_id: int, path: Path, caption_id: int, caption: str, references: tuple[str, ...], upright: bool, *state: Any
+) -> SplitEntry:
+    return SplitEntry(VQASample(image_id, path, caption_id, "", CAPTION, CAPTION, references, caption, upright), *state)
+
+
+def _annotations(path: Path, content: Any) -> tuple[list[tuple[int, int, str]], dict[int, tuple[str, ...]]]:
+    """(caption id, image id and caption of every annotation; all captions of each image).
+
+    One that is empty, or whose id occurred before, is no reference. Raises UserError that names a malformed entry.
+    """
+    listed, seen, references = [], set(), defaultdict(list)
+    for position, entry in enumerate(entries(path, content, "annotations")):
+        where, types = f"{path}: annotations[{position}]", {"id": int, "image_id": int, "caption": str}
+        caption_id, image_id, caption = typed(where, entry, types)
+        caption = " ".join(caption.split())
+        listed.append((caption_id, image_id, caption))
+        if caption and caption_id not in seen:
+            references[image_id].append(caption)
+        seen.add(caption_id)
+    return listed, {image_id: tuple(captions) for image_id, captions in references.items()}
 
 
 def open_coco(path: Path, folder: Path) -> OpenedSplit:
     """One captions file; its images lie below `folder`. Raises UserError that names a malformed entry."""
     content = read_json(path)
     names = _image_entries(path, content)
-    annotations = entries(path, content, "annotations")
+    annotations, references = _annotations(path, content)
     upright = subtype_in(path.name) is None  # the official files, of 2014 and 2017, are read as they are stored
     places = image_places(folder, path.stem.removeprefix("captions_"))
     listed = cache(lambda place: set(os.listdir(place)) if place.is_dir() else set())  # each folder once
@@ -84,18 +102,14 @@ def open_coco(path: Path, folder: Path) -> OpenedSplit:
         return next((found for found in paths if found.name in listed(found.parent)), None)
 
     def entry(position: int) -> SplitEntry:
-        where = f"{path}: annotations[{position}]"
-        caption_id, image_id, caption = typed(
-            where, annotations[position], {"id": int, "image_id": int, "caption": str}
+        caption_id, image_id, caption = annotations[position]
+        name, texts = names.get(image_id), references.get(image_id, ())
+        image = None if name is None else find(name)
+        problem = (
+            'the image is not listed under "images"' if name is None else None if caption else "the caption is empty"
         )
-        caption = " ".join(caption.split())
-        problem = None if caption else "the caption is empty"
-        if image_id not in names:
-            return _entry(image_id, path, caption_id, caption, upright, False, 'the image is not listed under "images"')
-        image = find(names[image_id])
-        return _entry(
-            image_id, image or Path(names[image_id]), caption_id, caption, upright, image is not None, problem
-        )
+        place = image or Path(name or path)
+        return _entry(image_id, place, caption_id, caption, texts, upright, image is not None, problem)
 
     return OpenedSplit("captions", {"captions": path}, len(annotations), entry, True, Counter(), upright)
 
@@ -103,21 +117,13 @@ def open_coco(path: Path, folder: Path) -> OpenedSplit:
 def open_described_scenes(folder: Path, split: str, seed: int = 0) -> OpenedSplit:
     """The drawn scenes of a split with their generated descriptions, which depend on (seed, image id) alone."""
     path, found = scenes_file(folder, split), []
-    for image_id, captions in describe_all(read_scenes(path), seed).items():
+    for number, captions in describe_all(read_scenes(path), seed).items():
+        image_id = int(number)
         image = folder / image_file_name(split, image_id, ".png")
         there = image.is_file()
-        found += [_entry(image_id, image, image_id * 1000 + k, text, True, there) for k, text in enumerate(captions)]
+        all_of_it = (tuple(captions), True, there)
+        found += [_entry(image_id, image, image_id * 1000 + k, text, *all_of_it) for k, text in enumerate(captions)]
     return OpenedSplit("captions", {"captions": path}, len(found), found.__getitem__, True, Counter(), True)
-
-
-def _read(opened: OpenedSplit, split: str, max_images: int | None = None) -> VQAData:
-    """The captions that can be used; the `answers` of each are all of them that its image has."""
-    data = read_opened(opened, split, Limits(max_images=max_images))
-    references = defaultdict(list)
-    for sample in data.samples:
-        references[sample.image_id].append(sample.answer)
-    shared = {image_id: tuple(captions) for image_id, captions in references.items()}
-    return replace(data, samples=[replace(sample, answers=shared[sample.image_id]) for sample in data.samples])
 
 
 def nothing_of(folder: Path, splits: list[str]) -> str:
@@ -144,18 +150,18 @@ def read_captions(folder: str | Path, split: str = "train", *, seed: int = 0, ma
     `folder` may be a captions file, whose images are shared out among train, val and test, and so may `split`. With
     `max_images`, at most that many images. Raises UserError if there is neither, or if no caption is left.
     """
-    folder = Path(folder)
+    folder, limits = Path(folder), Limits(max_images=max_images)
     if Path(split).suffix == ".json":
-        return _read(open_coco(Path(split), images_beside(Path(split))), "all", max_images)
+        return read_opened(open_coco(Path(split), images_beside(Path(split))), "all", limits)
     if folder.is_file():
-        data = _read(open_coco(folder, images_beside(folder)), split)
+        data = read_opened(open_coco(folder, images_beside(folder)), split, Limits())
         chosen = images_of(split, (sample.image_id for sample in data.samples), str(folder))
         kept = first_images([sample for sample in data.samples if sample.image_id in chosen], max_images)
         data.report.skip("of another split, or over max_images", count=len(data.samples) - len(kept))
         return VQAData.of(kept, data.report)
     path = find_captions(folder, split)
     if path is not None:
-        return _read(open_coco(path, folder), split, max_images)
+        return read_opened(open_coco(path, folder), split, limits)
     if scenes_file(folder, split).is_file():
-        return _read(open_described_scenes(folder, split, seed), split, max_images)
+        return read_opened(open_described_scenes(folder, split, seed), split, limits)
     raise UserError(nothing_of(folder, [split]))

@@ -54,7 +54,7 @@ class ClassQuestions(ImageGroups):
         """The batch of these rows, which must come image by image; `image_map` as in `ImageGroups.images_of`."""
         rows = np.asarray(rows)
         shown, index = self.images_of(rows, image_map)
-        ids, attention_mask = self.ids.padded(rows, self.tokenizers.text.pad_id or 0)
+        ids, attention_mask = self.ids.padded(rows, self.tokenizers.by_name["text"].pad_id or 0)
         pixels, mask = images.load(shown)
         return ClassBatch(
             images=pixels,

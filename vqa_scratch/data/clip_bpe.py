@@ -24,7 +24,8 @@ def clip_bpe(vocabulary: Path, merges: Path) -> tokenizers.Tokenizer:
     backend.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(add_prefix_space=False)])
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens([START, END])
-    start, end = ((token, backend.token_to_id(token)) for token in (START, END))
+    ids = backend.get_vocab()
+    start, end = ((token, ids[token]) for token in (START, END))
     backend.post_processor = processors.RobertaProcessing(end, start, trim_offsets=False, add_prefix_space=False)
     return backend
 

@@ -31,13 +31,13 @@ def scenes_file(folder: Path, split: str) -> Path:
     return folder / f"scenes_{split}.json"
 
 
-About = dict[int, list[int]]  # {question_id: the objects it names, as places in its scene}
+About = dict[int | str, list[int]]  # {question_id: the objects it names, as places in its scene}
 
 
-def read_drawn(path: Path) -> dict[int, tuple[Scene, About]]:
+def read_drawn(path: Path) -> dict[int | str, tuple[Scene, About]]:
     """{image_id: (scene, what its questions name)} from a file of the built-in data set. Raises UserError for another
     file."""
-    drawn = {}
+    drawn: dict[int | str, tuple[Scene, About]] = {}
     for image_id, record in read_object(path).items():
         where = f"{path}: scene {image_id!r}"
         objects, about = typed(where, record, {"objects": list, "about": dict})
@@ -59,7 +59,7 @@ def _object(where: str, thing: Any) -> Object:
     return Object(shape, color, size, *center)
 
 
-def read_scenes(path: Path) -> dict[int, Scene]:
+def read_scenes(path: Path) -> dict[int | str, Scene]:
     """{image_id: scene}, as `read_drawn`."""
     return {image_id: scene for image_id, (scene, _) in read_drawn(path).items()}
 
@@ -120,7 +120,7 @@ def describe(scene: Scene, rng: random.Random) -> list[str]:
     return texts
 
 
-def describe_all(scenes: dict[int, Scene], seed: int) -> dict[int, list[str]]:
+def describe_all(scenes: dict[int | str, Scene], seed: int) -> dict[int | str, list[str]]:
     """{image_id: descriptions}, each a function of (seed, image id) alone."""
     return {image_id: describe(scene, random.Random(f"{seed}/{image_id}")) for image_id, scene in scenes.items()}
 

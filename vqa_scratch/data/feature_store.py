@@ -8,13 +8,14 @@ Shapes: I images, B questions, U different questions, N tokens an image, T token
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from threading import Lock
 from typing import ClassVar
 
 import numpy as np
 import torch
+from numpy.typing import DTypeLike
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -25,7 +26,7 @@ from vqa_scratch.data.mapped import mapped_array
 IMAGES_AT_ONCE, QUESTIONS_AT_ONCE = 32, 256
 WITHOUT = "--no-feature-cache"
 # The number format in the file: NumPy has no bf16, so its bits are kept as integers.
-ON_DISK = {torch.float32: np.float32, torch.float16: np.float16, torch.bfloat16: np.int16}
+ON_DISK: dict[torch.dtype, DTypeLike] = {torch.float32: np.float32, torch.float16: np.float16, torch.bfloat16: np.int16}
 
 
 def weights_digest(encoder: nn.Module) -> str:
@@ -59,13 +60,14 @@ class Features(ABC):
     def states(self, positions: np.ndarray) -> Tensor:
         """Run the encoder on these inputs: (n, D)."""
 
-    def ready(self) -> None:
-        """Find the file, or make it."""
+    def ready(self) -> np.ndarray:
+        """What the file holds; it is made if there is none."""
         with self._lock:
             if self._array is None:
                 key = hashlib.blake2b(f"{self.digest()}|{self.shape}|{self.dtype}".encode(), digest_size=12).hexdigest()
                 path = self.folder / f"features-{self.kind}-{key}.npy"
                 self._array = mapped_array(path, self.shape, ON_DISK[self.dtype], self._blocks, WITHOUT)
+            return self._array
 
     def _blocks(self) -> Iterator[np.ndarray]:
         with tqdm(desc=f"{self.unit} features", total=self.inputs, unit=self.unit) as bar:
@@ -77,8 +79,7 @@ class Features(ABC):
 
     def read(self, rows: np.ndarray) -> Tensor:
         """(..., D) for row numbers of any shape."""
-        self.ready()
-        states = torch.from_numpy(self._array[rows])
+        states = torch.from_numpy(self.ready()[rows])
         return states.view(torch.bfloat16) if self.dtype == torch.bfloat16 else states
 
 
@@ -110,7 +111,7 @@ class ImageFeatures(Features):
     def states(self, positions: np.ndarray) -> Tensor:
         return self.encode(self.images.batch(positions)).flatten(0, 1)
 
-    def batch(self, positions: Sequence[int]) -> Tensor:
+    def batch(self, positions: np.ndarray) -> Tensor:
         """The states (I, N, D) of these images."""
         return self.read(np.asarray(positions)[:, None] * self.tokens + np.arange(self.tokens))
 

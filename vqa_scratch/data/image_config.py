@@ -13,10 +13,11 @@ from vqa_scratch.errors import UserError, some
 LARGEST_SIDE = 8_192  # pixels; more is a mistake, and would take hours
 HALF = (0.5, 0.5, 0.5)
 _CLIP_MEAN, _CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-_VIT = {"size": {"height": 224, "width": 224}, "resample": Image.BILINEAR, "image_mean": HALF, "image_std": HALF}
+_BILINEAR, _BICUBIC = Image.Resampling.BILINEAR.value, Image.Resampling.BICUBIC.value  # Pillow's numbers
+_VIT = {"size": {"height": 224, "width": 224}, "resample": _BILINEAR, "image_mean": HALF, "image_std": HALF}
 _CLIP = {
     "size": {"shortest_edge": 224},
-    "resample": Image.BICUBIC,
+    "resample": _BICUBIC,
     "do_center_crop": True,
     "crop_size": {"height": 224, "width": 224},
     "image_mean": _CLIP_MEAN,
@@ -28,7 +29,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     "DeiTImageProcessor": _VIT
     | {
         "size": {"height": 256, "width": 256},
-        "resample": Image.BICUBIC,
+        "resample": _BICUBIC,
         "do_center_crop": True,
         "crop_size": {"height": 224, "width": 224},
     },
@@ -36,7 +37,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     "LlavaImageProcessor": _CLIP,
     "BitImageProcessor": _CLIP,
     "BlipImageProcessor": _CLIP | {"size": {"height": 384, "width": 384}, "do_center_crop": False},
-    "SiglipImageProcessor": _VIT | {"resample": Image.BICUBIC},
+    "SiglipImageProcessor": _VIT | {"resample": _BICUBIC},
 }
 _BARE_SIZE_IS_SHORTEST_EDGE = {f"{name}ImageProcessor" for name in ("CLIP", "Llava", "Bit", "Siglip")}
 _STEPS = {"do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_convert_rgb"}
@@ -71,7 +72,8 @@ def _channels(value: Any, key: str) -> tuple[float, float, float]:
     values = value if isinstance(value, (list, tuple)) else (value,) * 3
     if len(values) != 3:
         raise UserError(f"{key} must be a number or three, not {value!r}")
-    return tuple(_number(part, key) for part in values)
+    red, green, blue = (_number(part, key) for part in values)
+    return red, green, blue
 
 
 def read_fields(config: dict[str, Any]) -> dict[str, Any]:

@@ -55,15 +55,16 @@ def load_image(path: str | Path, *, upright: bool = True) -> Image.Image:
     if path.stat().st_size == 0:
         raise UserError(f"{path} is empty (0 bytes), not an image")
     try:
-        with Image.open(path) as image:
-            _check_pixels(path, image.width * image.height)
-            image.load()
-            if upright and image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
-                image = ImageOps.exif_transpose(image)
+        with Image.open(path) as file:
+            _check_pixels(path, file.width * file.height)
+            file.load()
+            turned = upright and file.getexif().get(ExifTags.Base.Orientation, 1) != 1
+            image = ImageOps.exif_transpose(file) if turned else file
     except (UserError, MemoryError):
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:  # from open(), before our check
-        _check_pixels(path, int(re.search(r"\d+", str(error))[0]))
+        if found := re.search(r"\d+", str(error)):
+            _check_pixels(path, int(found[0]))
         raise
     except Image.UnidentifiedImageError as error:
         raise UserError(f"{path} is not an image in a format that Pillow reads") from error

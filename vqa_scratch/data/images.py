@@ -59,7 +59,7 @@ class ImageProcessor:
     pads: ClassVar[bool] = False  # whether images keep their own sizes, and are padded to batches
 
     size: tuple[int, int] | int | None = (224, 224)
-    resample: int = Image.BILINEAR
+    resample: int = Image.Resampling.BILINEAR.value
     crop_size: tuple[int, int] | None = None
     rescale_factor: float | None = 1 / 255
     mean: tuple[float, float, float] | None = HALF
@@ -202,21 +202,21 @@ class Images:
         """(H, W, 3) uint8."""
         return self.processor.to_uint8(load_image(self.paths[position], upright=self.upright))
 
-    def decoded(self, positions: Sequence[int]) -> list[np.ndarray]:
+    def decoded(self, positions: np.ndarray) -> list[np.ndarray]:
         """Each image by itself, (H, W, 3) uint8."""
         if len(positions) == 1:
             return [self.read(positions[0])]
         with ThreadPoolExecutor(self.workers) as pool:  # decoding leaves Python's lock
             return list(pool.map(self.read, positions))
 
-    def load(self, positions: Sequence[int]) -> tuple[Tensor, Tensor | None]:
+    def load(self, positions: np.ndarray) -> tuple[Tensor, Tensor | None]:
         """The images, (I, H, W, 3) uint8, and a mask of their real pixels, (I, H, W) bool; None: all are real."""
         if not self.processor.pads:
             return self.batch(positions), None
         pixels, mask = pad(self.decoded(positions))
         return torch.from_numpy(pixels), torch.from_numpy(mask)
 
-    def batch(self, positions: Sequence[int]) -> Tensor:
+    def batch(self, positions: np.ndarray) -> Tensor:
         """The images of a batch: (I, H, W, 3) uint8."""
         return torch.from_numpy(np.stack(self.decoded(positions)) if self.cached is None else self.cached[positions])
 
@@ -232,7 +232,7 @@ class Images:
 
     def cache_in(self, folder: Path, *, progress: bool = True) -> None:
         """Write all images to a file below `folder` and map it; later runs find the finished file by its name."""
-        if self.processor.pads:
+        if (size := self.processor.output_size) is None:
             raise UserError("images of many sizes are not kept as bytes in one file: give --no-image-cache")
 
         def blocks() -> Iterator[np.ndarray]:
@@ -240,6 +240,6 @@ class Images:
                 images = pool.map(self.read, range(len(self.paths)))
                 yield from tqdm(images, "reading images", len(self.paths), unit="image", disable=not progress)
 
-        shape = (len(self.paths), *self.processor.output_size, 3)
+        shape = (len(self.paths), *size, 3)
         path = folder / f"images-{self.digest()}.npy"
         self.cached = mapped_array(path, shape, np.uint8, blocks, "--no-image-cache")

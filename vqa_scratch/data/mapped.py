@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 from vqa_scratch.errors import UserError
 from vqa_scratch.storage import unfinished
@@ -20,14 +21,14 @@ def _mapped(path: Path, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray |
 
 
 def mapped_array(
-    path: Path, shape: tuple[int, ...], dtype: np.dtype, blocks: Callable[[], Iterable[np.ndarray]], without: str
+    path: Path, shape: tuple[int, ...], kind: DTypeLike, blocks: Callable[[], Iterable[np.ndarray]], without: str
 ) -> np.ndarray:
     """The array in the file `path`, mapped read-only. `blocks()`, joined along the first axis, fill a missing file.
 
     It is written under a temporary name and renamed when it is complete, so a half-written file is never found. Raises
     UserError if it cannot be written; the line ends with `without`, the flag that does without this file.
     """
-    dtype = np.dtype(dtype)
+    dtype = np.dtype(kind)
     array = _mapped(path, shape, dtype)
     if array is not None:
         return array

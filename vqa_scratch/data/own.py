@@ -68,12 +68,12 @@ def open_own(paths: list[Path], split: str, cache: Path) -> OpenedSplit:
     Raises UserError, in one line, for a table without the columns, a cell that cannot be what its column says, or a
     split that the table does not have.
     """
-    rows = [(path, *row) for path in paths for row in _rows(path)]
+    rows = [(path, at, row) for path in paths for at, row in _rows(path)]
     where = str(paths[0]) if len(paths) == 1 else f"{paths[0]} and {len(paths) - 1} more"
     if not rows:
         raise UserError(f"{where} holds no rows")
     columns = _columns(paths[0], list(rows[0][2]))
-    entries = [_entry(path.parent, *row, columns, number, cache) for number, (path, *row) in enumerate(rows)]
+    entries = [_entry(path.parent, at, row, columns, number, cache) for number, (path, at, row) in enumerate(rows)]
     if split != "all" and "split" in columns:
         names = [_split_of(row, columns["split"]) for _, _, row in rows]
         entries = [entry for entry, name in zip(entries, names, strict=True) if name == names_of(split)[0]]

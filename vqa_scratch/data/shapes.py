@@ -50,9 +50,9 @@ def scenes_of(spec: ShapesSpec, split: str) -> Iterator[tuple[int, Scene, list[Q
         yield image_id, scene, writer.write(scene, spec.questions_per_scene), rng
 
 
-def complementary_pairs(samples: list[VQASample]) -> list[tuple[int, int]]:
+def complementary_pairs(samples: list[VQASample]) -> list[tuple[int | str, int | str]]:
     """Pairs of question ids with the same question, different scenes and different answers; each id at most once."""
-    waiting: dict[str, dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
+    waiting: dict[str, dict[str, list[int | str]]] = defaultdict(lambda: defaultdict(list))
     pairs = []
     for sample in samples:
         others = waiting[sample.question]

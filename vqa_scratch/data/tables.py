@@ -49,7 +49,7 @@ def lines_of(path: Path) -> io.StringIO:
     return io.StringIO(path.read_bytes().decode("utf-8").removeprefix("\ufeff"), newline="")
 
 
-def csv_rows(path: Path, skipinitialspace: bool = True) -> Rows:
+def csv_rows(path: Path) -> Rows:
     """The rows of CSV or TSV, each with the line on which it ends.
 
     Raises UserError for a row of too many cells, two columns of a name, and quotes that do not match.
@@ -57,7 +57,7 @@ def csv_rows(path: Path, skipinitialspace: bool = True) -> Rows:
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
     delimiter, mark = ("\t", "tab") if path.suffix.lower() == ".tsv" else (",", "comma")
     lines, begun = lines_of(path), 1
-    reader = csv.DictReader(lines, strict=True, delimiter=delimiter, skipinitialspace=skipinitialspace)
+    reader = csv.DictReader(lines, strict=True, delimiter=delimiter, skipinitialspace=True)
     try:
         names = reader.fieldnames or []
         twice = next((name for name in names if names.count(name) > 1), None)

@@ -23,7 +23,7 @@ from vqa_scratch.errors import UserError, note
 from vqa_scratch.storage import read_object, write_json
 from vqa_scratch.weights.hub import locate
 
-FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+FILES: tuple[str, ...] = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 FILES += ("vocab.json", "merges.txt", "vocab.txt")
 ROLES = ("bos", "eos", "pad", "unk", "cls", "sep", "mask")
 
@@ -78,14 +78,18 @@ class Tokenizer:
             token = self.special.get(role)
             index = None if token is None else backend.token_to_id(token)
             if token is not None and index is None:
-                raise UserError(f"the {role} token {token!r} is not in the vocabulary of {len(self)} tokens")
+                raise UserError(
+                    f"the {role} token {token!r} is not in the vocabulary of {backend.get_vocab_size()} tokens"
+                )
             setattr(self, f"{role}_id", index)
-        parts = json.loads(backend.to_str())["pre_tokenizer"] or {}
-        self.byte_level = any(part["type"] == "ByteLevel" for part in parts.get("pretokenizers", [parts]) if part)
+        # Not of the whole backend: the library writes a line for each id up to the largest, which may be anything.
+        parts = json.loads(backend.pre_tokenizer.__getstate__()) if backend.pre_tokenizer else {}
+        self.byte_level = any(part.get("type") == "ByteLevel" for part in parts.get("pretokenizers", [parts]))
 
     def __len__(self) -> int:
-        """Number of ids, added tokens included."""
-        return self.backend.get_vocab_size(with_added_tokens=True)
+        """How many rows the ids need: one more than the largest, of all tokens and of what is put around a text."""
+        vocabulary = self.backend.get_vocab(with_added_tokens=True)
+        return 1 + max([*vocabulary.values(), *self.backend.encode("").ids], default=-1)
 
     @classmethod
     def from_pretrained(cls, folder_or_hub_id: str | Path) -> "Tokenizer":
@@ -129,9 +133,9 @@ class Tokenizer:
         write_json(folder / "tokenizer_config.json", config, compact=True)
 
     def check_fits(self, rows: int, model: object) -> None:
-        """Raise UserError if there are more tokens than the `rows` of an embedding table of `model`."""
+        """Raise UserError if an embedding table of `model`, of so many rows, has none for the largest id."""
         if len(self) > rows:
-            raise UserError(f"the tokenizer has {len(self)} tokens, {model} has rows for {rows}")
+            raise UserError(f"the tokenizer has ids up to {len(self) - 1}, {model} has rows for {rows}")
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """The ids of one text, uncut."""

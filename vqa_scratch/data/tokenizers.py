@@ -27,9 +27,16 @@ class Tokenizers:
         max_answer_tokens: int = 0,
         question_prompt: bool = False,
     ) -> None:
-        self.text, self.decoder, self.question_prompt = text, decoder, question_prompt
+        self.text, self.question_prompt = text, question_prompt
+        both = {"text": text, "decoder": decoder}
+        self.by_name = {name: tokenizer for name, tokenizer in both.items() if tokenizer is not None}
         self.max_question_tokens, self.max_answer_tokens = max_question_tokens, max_answer_tokens
         self.cut = {"questions": 0, "answers": 0}
+
+    @property
+    def decoder(self) -> Tokenizer:
+        """The tokenizer of the decoder. Raises KeyError if there is none."""
+        return self.by_name["decoder"]
 
     def question(self, text: str) -> list[int]:
         """Ids for the text encoder; a question that is cut keeps its special tokens. Empty without a text encoder."""

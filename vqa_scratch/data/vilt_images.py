@@ -27,7 +27,7 @@ class ViltImageProcessor(ImageProcessor):
     pads: ClassVar[bool] = True
 
     size: int = 384
-    resample: int = Image.BICUBIC
+    resample: int = Image.Resampling.BICUBIC.value
     divisor: int = 32
     kind: str = "ViltImageProcessor"
 
@@ -62,7 +62,8 @@ class ViltImageProcessor(ImageProcessor):
         sides = [self.size if side == min(width, height) else scale * side for side in (width, height)]
         if max(sides) > longest:
             sides = [longest / max(sides) * side for side in sides]
-        return tuple(max(int(side + 0.5) // self.divisor, 1) * self.divisor for side in sides)
+        across, down = (max(int(side + 0.5) // self.divisor, 1) * self.divisor for side in sides)
+        return across, down
 
 
 def read_processor(folder: Path) -> ImageProcessor:

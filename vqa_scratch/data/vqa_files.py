@@ -277,6 +277,6 @@ def load_annotations(path: Path) -> tuple[dict[int | str, Annotation], Counter[s
         majority = entry.get("multiple_choice_answer")
         if not isinstance(majority, str):
             majority = Counter(answers).most_common(1)[0][0]
-        texts = map(sys.intern, (question_type, answer_type))
-        result[question_id] = Annotation(image_id, *texts, tuple(answers), sys.intern(majority))
+        question_type, answer_type, majority = map(sys.intern, (question_type, answer_type, majority))
+        result[question_id] = Annotation(image_id, question_type, answer_type, tuple(answers), majority)
     return result, notes

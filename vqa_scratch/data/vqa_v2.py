@@ -84,8 +84,11 @@ def has_split(source: Path, split: str) -> bool:
 
 def is_shared_out(source: Path) -> bool:
     """Whether the splits of a source are shares of one table that names none."""
-    table = source if source.is_file() else only_table(source)
-    return table is not None and not splits_of([table])
+    found = find_split(source, "train")
+    if found is None or isinstance(found, VQAFiles):
+        return False
+    tables, name = found
+    return name != "all" and not splits_of(tables)
 
 
 def nothing_of(folder: Path, split: str) -> str:

@@ -14,7 +14,7 @@ def write_vqa(
     *,
     description: str = "",
     license_name: str = "",
-    pairs: Iterable[tuple[int, int]] = (),
+    pairs: Iterable[tuple[int | str, int | str]] = (),
 ) -> VQAFiles:
     """Writes the question, annotation and complementary-pair files of a split under their official names.
 

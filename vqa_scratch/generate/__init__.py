@@ -47,17 +47,20 @@ def generate(
         generator = torch.Generator(prompt_ids.device).manual_seed(options.seed)
     with without_gradients(), masked_safely(prompt_ids.device):
         steps, beams = options.max_new_tokens - 1, options.num_beams
-        given = {"prefix": prefix, "embeddings": embeddings, "graph": graph}
-        scores, state = begin(decoder, prompt_ids, prompt_mask, memory, steps=steps, members=beams, **given)
+        scores, state = begin(
+            decoder, prompt_ids, prompt_mask, memory, steps=steps, members=beams, prefix=prefix, embeddings=embeddings,
+            graph=graph,
+        )  # fmt: skip
         options.check_vocabulary(scores.shape[-1])
         if beams > 1:
             made = beam_search(scores, state, options, prompt_ids, prompt_mask, fill)
         else:
             choose = chooser(options, prompt_ids, prompt_mask, generator)
-            limits = {"max_new_tokens": options.max_new_tokens, "eos_id": options.eos_id, "fill": fill}
             # Fewer rows need a new graph, and on a GPU they hardly make a step faster.
-            made = decode(scores, state, choose, **limits, compact_below=0.0 if graph else COMPACT_BELOW)
-    return Generated(*(part.clone() for part in made))
+            most, end, below = options.max_new_tokens, options.eos_id, 0.0 if graph else COMPACT_BELOW
+            made = decode(scores, state, choose, max_new_tokens=most, eos_id=end, fill=fill, compact_below=below)
+    log_probs = None if made.log_probs is None else made.log_probs.clone()
+    return Generated(made.ids.clone(), log_probs, made.lengths.clone())
 
 
 def greedy(

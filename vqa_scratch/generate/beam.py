@@ -7,7 +7,7 @@ above that of its best running one (or, with early_stopping "never", above the b
 Shapes: G groups, K beams, R = G*K rows, V vocabulary.
 """
 
-from typing import NamedTuple, Self
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -27,14 +27,13 @@ class Node(NamedTuple):
 
     token: int
     log_prob: float
-    before: Self | None
+    before: "Node | None"
 
     def path(self) -> list["Node"]:
         """From the first token to this one."""
-        nodes, node = [], self
-        while node is not None:
-            nodes.append(node)
-            node = node.before
+        nodes = [self]
+        while (before := nodes[-1].before) is not None:
+            nodes.append(before)
         return nodes[::-1]
 
 
@@ -109,7 +108,7 @@ def beam_search(
             else:
                 kept = group.advance(row[0], row[1], [divmod(i, size) for i in row[2]], made)
             parents += [first + beam for beam in kept]
-            tokens += [node.token for _, node in group.running]
+            tokens += [node.token for _, node in group.running if node is not None]
         running = [place for place, number in enumerate(live) if not groups[number].done]
         if not running or made == options.max_new_tokens:
             break
@@ -123,9 +122,9 @@ def beam_search(
         token = torch.tensor(tokens, device=device)
         processed.add(token)
         if len(running) < COMPACT_BELOW * len(live):
-            kept = torch.tensor(running, device=device)
-            rows = member_rows(kept, beams)
-            state.keep(kept)
+            left = torch.tensor(running, device=device)
+            rows = member_rows(left, beams)
+            state.keep(left)
             processed.keep(rows)
             live, token = [live[place] for place in running], token[rows]
         sums = torch.tensor([[score for score, _ in groups[number].running] for number in live], device=device)

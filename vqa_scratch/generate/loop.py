@@ -34,6 +34,12 @@ class Generated(NamedTuple):
     log_probs: Tensor | None
     lengths: Tensor  # (B,) new tokens a row, EOS included
 
+    def likely(self) -> Tensor:
+        """(B,) the probability of all tokens of a row. Raises ValueError if `choose` returned no scores."""
+        if self.log_probs is None:
+            raise ValueError("without scores there are no probabilities")
+        return self.log_probs.sum(1).exp()
+
 
 class _Record:
     """The chosen tokens of all rows and their lengths, copied into one tensor when rows are dropped, not each step."""

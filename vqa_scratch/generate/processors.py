@@ -9,6 +9,7 @@ Shapes: R rows, T tokens so far (prompt and new), V vocabulary.
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from vqa_scratch.generation_options import GenerationOptions
@@ -77,20 +78,19 @@ class Processed:
     ) -> None:
         """rows (B,): row b starts with prompt `rows[b]`."""
         self.options = options
-        self.looks_back = options.repetition_penalty != 1.0 or options.no_repeat_ngram_size > 0
-        self.ids, self.real = prompt_ids, prompt_mask
-        if self.looks_back:
+        self.so_far: tuple[Tensor, Tensor] | None = None  # (R, T) ids, and False at padding, if a processor needs them
+        if options.repetition_penalty != 1.0 or options.no_repeat_ngram_size > 0:
             real = torch.ones_like(prompt_ids) if prompt_mask is None else prompt_mask
-            self.ids, self.real = prompt_ids[rows], real.bool()[rows]
+            self.so_far = prompt_ids[rows], real.bool()[rows]
 
     def __call__(self, scores: Tensor, made: int) -> Tensor:
         """Process the scores of all rows (B, V) after `made` new tokens."""
         options = self.options
-        if options.repetition_penalty != 1.0:
-            scores = penalize_repetition(scores, self.ids, self.real, options.repetition_penalty)
-        if options.no_repeat_ngram_size > 0:
-            scores = bar_repeated_ngrams(scores, self.ids, self.real, options.no_repeat_ngram_size)
-        if made < options.min_new_tokens:
+        if self.so_far is not None and options.repetition_penalty != 1.0:
+            scores = penalize_repetition(scores, *self.so_far, options.repetition_penalty)
+        if self.so_far is not None and options.no_repeat_ngram_size > 0:
+            scores = bar_repeated_ngrams(scores, *self.so_far, options.no_repeat_ngram_size)
+        if options.eos_id is not None and made < options.min_new_tokens:
             scores = bar_end(scores, options.eos_id)
         if options.temperature is not None:
             scores = scores / options.temperature
@@ -102,11 +102,12 @@ class Processed:
 
     def keep(self, rows: Tensor) -> None:
         """Row r becomes what row `rows[r]` was."""
-        if self.looks_back:
-            self.ids, self.real = self.ids[rows], self.real[rows]
+        if self.so_far is not None:
+            ids, real = self.so_far
+            self.so_far = ids[rows], real[rows]
 
     def add(self, tokens: Tensor) -> None:
         """Append the chosen tokens (B,)."""
-        if self.looks_back:
-            self.ids = torch.cat([self.ids, tokens[:, None]], 1)
-            self.real = torch.cat([self.real, torch.ones_like(self.real[:, :1])], 1)
+        if self.so_far is not None:
+            ids, real = self.so_far
+            self.so_far = torch.cat([ids, tokens[:, None]], 1), F.pad(real, (0, 1), value=True)

@@ -62,7 +62,8 @@ def tree_of(candidates: Sequence[Sequence[int]]) -> Tree:
 
 def _portions(candidates: Sequence[Sequence[int]]) -> list[list[int]]:
     """Numbers of candidates, sorted by ids so that common beginnings meet, about NODES beginnings a portion."""
-    portions, size = [[]], 0
+    portions: list[list[int]] = [[]]
+    size = 0
     for number in sorted(range(len(candidates)), key=lambda i: tuple(candidates[i])):
         if size + len(candidates[number]) - 1 > NODES and portions[-1]:
             portions.append([])

@@ -75,12 +75,18 @@ def prefill(
     return decoder.logits(hidden), cache, mask
 
 
-def _only_memory(parts: FastParts, cache: DecoderCache, memory: list[Memory], rows: int) -> DecoderCache:
-    """The empty cache with the keys and values of the memory, and of no tokens."""
+def _without_tokens(parts: FastParts, cache: DecoderCache, memory: list[Memory] | None, rows: int) -> DecoderCache:
+    """The empty cache, with the keys and values of the memory if there is one, as that of no tokens."""
     for block, own in zip(parts.blocks, cache, strict=True):
-        read = block.cross.project(memory, cache=own)
-        check_rows(read, rows)
-        nothing = read[0].k.new_empty(rows, block.attn.kv_heads, 0, block.attn.head_dim)
+        like = block.attn.qkv.weight
+        if memory is not None:
+            assert block.cross is not None, "nothing reads the memory"
+            read = block.cross[1].project(memory, cache=own)
+            check_rows(read, rows)
+            like = read[0].k
+        elif torch.is_autocast_enabled(like.device.type):
+            like = like.new_empty(0, dtype=torch.get_autocast_dtype(like.device.type))
+        nothing = like.new_empty(rows, block.attn.kv_heads, 0, block.attn.head_dim)
         own.append(nothing, nothing)
     return cache
 
@@ -110,11 +116,11 @@ def begin(
     parts, (rows, length) = fast_parts(decoder), prompt_ids.shape
     if graph and parts is None:
         raise ValueError("a CUDA graph needs a decoder with a fast state, in eval mode and without a trace")
-    # A prompt of one token is an ordinary step, if a memory gives the cache its shape.
-    reads = parts is not None and memory is not None and parts.blocks[0].cross is not None
+    # A prompt of one token is an ordinary step.
     words_only = prefix is None and embeddings is None
-    if length == members == 1 and reads and words_only and not graph and padding(prompt_mask) is None:
-        cache = _only_memory(parts, decoder.new_cache(), memory, rows)
+    one_step = length == members == 1 and words_only and not graph and padding(prompt_mask) is None
+    if one_step and parts is not None and (memory is None or parts.blocks[0].cross is not None):
+        cache = _without_tokens(parts, decoder.new_cache(), memory, rows)
         state = FastState.after(parts, cache, None, 1 + steps)
         return state.step(prompt_ids[:, 0]), state
     scores, cache, mask = prefill(decoder, prompt_ids, prompt_mask, memory, prefix, embeddings)

@@ -42,18 +42,13 @@ LAYOUTS = {
         "DistilBertModel", fields.DISTILBERT, maps.DISTILBERT, {"layers": 6, "token_types": 0}, _ENCODER
     ),
     "roberta": BertLayout(
-        "RobertaModel",
-        fields.BERT,
-        maps.ROBERTA,
-        {"vocab_size": 50265, "pad_id": 1},
-        _ENCODER,
-        skips_padding=True,
+        "RobertaModel", fields.BERT, maps.ROBERTA, {"vocab_size": 50265, "pad_id": 1}, _ENCODER, skips_padding=True
     ),
 }
 
 
 @dataclass(frozen=True)
-class BertConfig(HFConfig):
+class BertConfig(HFConfig[BertLayout]):
     """Sizes of a BERT-like encoder. The defaults are bert-base-uncased."""
 
     LAYOUTS: ClassVar[Mapping[str, BertLayout]] = LAYOUTS
@@ -81,10 +76,8 @@ class BertConfig(HFConfig):
             raise UserError(f"positions begin after padding token {self.pad_id}: {self.max_positions} are too few")
 
 
-class BertBlock(nn.Module):
-    """Post-LN: norm(x + attention(x)), then norm(x + MLP(x)). Of the config only the sizes of a block are read."""
-
-    tap_prefix: str | None = None
+class BertBlock(taps.Tapped):
+    """Post-LN: norm(x + attention(x)), then norm(x + MLP(x))."""
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
@@ -101,7 +94,7 @@ class BertBlock(nn.Module):
         return taps.tap(self.tap_prefix, "resid_post", self.norm2(x + self.mlp(x)))
 
 
-class Bert(Released, nn.Module):
+class Bert(Released[BertConfig]):
     """Embeddings, their sum normed, then post-LN blocks. No pooler: it belongs to the task."""
 
     config_class = BertConfig
@@ -118,7 +111,7 @@ class Bert(Released, nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(BertBlock(config) for _ in range(config.layers))
         self.apply(lambda module: init_weights(module, config.init_std))
-        taps.name_modules(self, "text")
+        taps.name_modules(self.blocks, "text")
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None

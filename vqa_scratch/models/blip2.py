@@ -28,7 +28,7 @@ _FIELDS = {"queries": "num_query_tokens", "image_token": "image_token_index"}
 
 
 @dataclass(frozen=True)
-class Blip2Config(HFConfig):
+class Blip2Config(HFConfig[Layout]):
     """Sizes of the three parts. The defaults are those of blip2-opt-2.7b, except for the language model."""
 
     LAYOUTS: ClassVar[Mapping[str, Layout]] = {
@@ -78,6 +78,7 @@ class Blip2(ImageTextModel):
     """
 
     config_class = Blip2Config
+    config: Blip2Config
 
     def __init__(self, config: Blip2Config) -> None:
         super().__init__()
@@ -96,7 +97,9 @@ class Blip2(ImageTextModel):
         asked = self.qformer(states.to(self.qformer.queries.dtype))
         return self.projection(asked.to(self.projection.weight.dtype))
 
-    def forward(self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+    def forward(  # type: ignore[override]  # its ids have no places
+        self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor | None = None
+    ) -> Tensor:
         """Images (B, C, H, W) and words (B, T), the start token first -> logits (B, Q + T, V).
 
         attention_mask (B, T), True = a real word; padding may stand on either side.

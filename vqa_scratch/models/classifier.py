@@ -53,7 +53,7 @@ def check_label(labels: Sequence[str], label: str) -> None:
         raise UserError(f"the classifier has no class {label!r}; its classes are {', '.join(labels)}")
 
 
-class TextClassifier(Released, nn.Module):
+class TextClassifier(Released[BertConfig]):
     """Encoder and head; `labels` names the classes in the order of the logits."""
 
     def __init__(self, config: BertConfig, labels: tuple[str, ...]) -> None:

@@ -23,6 +23,7 @@ from vqa_scratch.models.hf_config import HFConfig, Layout, Released, fields_from
 from vqa_scratch.models.vit import PatchEmbed, ViT, ViTConfig
 from vqa_scratch.nn.attention import MultiHeadAttention
 from vqa_scratch.nn.layers import MLP, activation
+from vqa_scratch.nn.states import Stem
 from vqa_scratch.storage import typed
 from vqa_scratch.weights import maps_clip
 
@@ -69,11 +70,11 @@ class ProbeAttention(MultiHeadAttention):
         super().__init__(dim, heads)
         self.is_cross = True
 
-    def q(self, x: Tensor) -> Tensor:
+    def q(self, x: Tensor) -> Tensor:  # type: ignore[override]  # there it is a layer, here rows of one
         dim = x.shape[-1]
         return F.linear(x, self.qkv.weight[:dim], self.qkv.bias[:dim])
 
-    def kv(self, x: Tensor) -> Tensor:
+    def kv(self, x: Tensor) -> Tensor:  # type: ignore[override]
         dim = x.shape[-1]
         return F.linear(x, self.qkv.weight[dim:], self.qkv.bias[dim:])
 
@@ -127,7 +128,7 @@ LAYOUTS = {
 
 
 @dataclass(frozen=True)
-class CLIPConfig(HFConfig):
+class CLIPConfig(HFConfig[CLIPLayout]):
     """Sizes of the two towers. The defaults are those of CLIP ViT-B/32."""
 
     LAYOUTS: ClassVar[Mapping[str, CLIPLayout]] = LAYOUTS
@@ -176,7 +177,7 @@ class CLIPConfig(HFConfig):
         return parts | {"text_config": text, "vision_config": vision}
 
 
-class CLIP(Released, nn.Module):
+class CLIP(Released[CLIPConfig]):
     """Two towers, a head for each, and the scale of their similarity; in SigLIP also its bias.
 
     `patch_embed` as in `ViT`.
@@ -184,7 +185,7 @@ class CLIP(Released, nn.Module):
 
     config_class = CLIPConfig
 
-    def __init__(self, config: CLIPConfig, patch_embed: nn.Module | None = None) -> None:
+    def __init__(self, config: CLIPConfig, patch_embed: Stem | None = None) -> None:
         super().__init__()
         self.config, layout = config, config.family
         self.image, self.text = ViT(config.image, patch_embed), CLIPText(config.text)
@@ -229,26 +230,28 @@ def start_as_released(model: CLIP) -> None:
     nn.init.normal_(text.tokens.weight, std=0.02)
     nn.init.normal_(text.positions.weight, std=0.01)
     added = text.dim**-0.5 * (2 * len(text.blocks)) ** -0.5
-    for block in text.blocks:
-        for layer, std in (
-            (block.attn.qkv, text.dim**-0.5),
-            (block.attn.out, added),
-            (block.mlp.up, (2 * text.dim) ** -0.5),
-            (block.mlp.down, added),
-        ):
-            nn.init.normal_(layer.weight, std=std)
+    for part in text.blocks.modules():
+        if isinstance(part, MultiHeadAttention):
+            nn.init.normal_(part.qkv.weight, std=text.dim**-0.5)
+            nn.init.normal_(part.out.weight, std=added)
+        if isinstance(part, MLP):
+            nn.init.normal_(part.up.weight, std=(2 * text.dim) ** -0.5)
+            nn.init.normal_(part.down.weight, std=added)
     for table in (*(getattr(image, name) for name in image.layout.tokens), image.positions):
         nn.init.normal_(table, std=image.dim**-0.5)
     if isinstance(image.patch_embed, PatchEmbed):
         nn.init.kaiming_uniform_(image.patch_embed.weight, math.sqrt(5))
-    for block in image.blocks:
-        block.mlp.up.reset_parameters()
-        block.mlp.down.reset_parameters()
-        block.attn.out.reset_parameters()
-        nn.init.xavier_uniform_(block.attn.qkv.weight)
-    for block in (*image.blocks, *text.blocks):
-        nn.init.zeros_(block.attn.qkv.bias)
-        nn.init.zeros_(block.attn.out.bias)
+    for part in image.blocks.modules():
+        if isinstance(part, MultiHeadAttention):
+            nn.init.xavier_uniform_(part.qkv.weight)
+            part.out.reset_parameters()
+        if isinstance(part, MLP):
+            part.up.reset_parameters()
+            part.down.reset_parameters()
+    for part in (*text.blocks.modules(), *image.blocks.modules()):
+        if isinstance(part, MultiHeadAttention):
+            nn.init.zeros_(part.qkv.bias)
+            nn.init.zeros_(part.out.bias)
     nn.init.normal_(model.text_head.weight, std=text.dim**-0.5)
     if isinstance(model.image_head, ClassTokenHead):
         nn.init.normal_(model.image_head.projection.weight, std=image.dim**-0.5)

@@ -52,7 +52,7 @@ LAYOUTS = {
 
 
 @dataclass(frozen=True)
-class CLIPTextConfig(HFConfig):
+class CLIPTextConfig(HFConfig[CLIPTextLayout]):
     """Sizes of a text tower. The defaults are those of CLIP ViT-B/32."""
 
     LAYOUTS: ClassVar[Mapping[str, CLIPTextLayout]] = LAYOUTS
@@ -80,7 +80,7 @@ class CLIPTextConfig(HFConfig):
         return ViTConfig(**{name: getattr(self, name) for name in names})
 
 
-class CLIPText(Released, nn.Module):
+class CLIPText(Released[CLIPTextConfig]):
     """Embeddings of tokens and positions, pre-LN blocks, a last norm."""
 
     config_class = CLIPTextConfig
@@ -93,7 +93,7 @@ class CLIPText(Released, nn.Module):
         self.positions = nn.Embedding(config.max_positions, config.dim)
         self.blocks = nn.ModuleList(ViTBlock(config.blocks) for _ in range(config.layers))
         self.norm = nn.LayerNorm(config.dim, eps=config.norm_eps)
-        taps.name_modules(self, "text")
+        taps.name_modules(self.blocks, "text")
 
     def states(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> States:
         """(B, T) -> states (B, T, D) and their mask.

@@ -34,7 +34,7 @@ _PERSIMMON_8B = {
 
 
 @dataclass(frozen=True)
-class FuyuConfig(HFConfig):
+class FuyuConfig(HFConfig[Layout]):
     """Sizes. The defaults are those of Fuyu-8B."""
 
     LAYOUTS: ClassVar[Mapping[str, Layout]] = {"fuyu": Layout("FuyuForCausalLM", _FIELDS)}
@@ -49,6 +49,10 @@ class FuyuConfig(HFConfig):
         if self.language.layout != "persimmon":
             raise UserError(f"the language model of a Fuyu is a persimmon, not a {self.language.layout}")
         check_place(self.image_token, self.language.vocab_size)
+
+    @property
+    def key_map(self) -> KeyMap:
+        return maps_joined.fuyu(self.language.key_map)
 
     @classmethod
     def further_fields(cls, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -68,16 +72,13 @@ class Fuyu(ImageTextModel):
     """A linear map of patches and a language model; `pixel_values` are patches, as `patches` cuts them."""
 
     config_class = FuyuConfig
+    config: FuyuConfig
 
     def __init__(self, config: FuyuConfig) -> None:
         super().__init__()
         self.config = config
         self.patch_embed = nn.Linear(config.channels * config.patch_size**2, config.language.dim)
         self.language = Llama(config.language)
-
-    @property
-    def key_map(self) -> KeyMap:
-        return maps_joined.fuyu(self.language.key_map)
 
     def patches(self, images: Tensor) -> Tensor:
         """(I, C, h*p, w*p) -> (I, h*w, p*p*C): row, column, channel. Raises UserError unless patches fit.

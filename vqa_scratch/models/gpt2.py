@@ -11,15 +11,16 @@ import math
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, ClassVar, Self
 
 from torch import Tensor, nn
 
-from vqa_scratch.models.hf_config import HFConfig, Layout, Released, check_heads
+from vqa_scratch.models.hf_config import HFConfig, Layout, ReleasedDecoder, check_heads
 from vqa_scratch.nn import taps
 from vqa_scratch.nn.attention import MultiHeadAttention
 from vqa_scratch.nn.cache import DecoderCache, KVCache
-from vqa_scratch.nn.decoding import Decoder, FastBlock, FastParts
+from vqa_scratch.nn.decoding import FastBlock, FastParts, fast_blocks
 from vqa_scratch.nn.layers import MLP, activation, decoder_positions, init_weights
 from vqa_scratch.nn.memory import Memory
 from vqa_scratch.weights import fields, maps
@@ -29,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class GPT2Config(HFConfig):
+class GPT2Config(HFConfig[Layout]):
     """Sizes of a GPT-2. The defaults are the 124M model."""
 
     LAYOUTS: ClassVar[Mapping[str, Layout]] = {"gpt2": Layout("GPT2LMHeadModel", fields.GPT2, maps.GPT2)}
@@ -59,22 +60,20 @@ class GPT2Config(HFConfig):
         check_heads(self.dim, self.heads)
 
 
-class GPT2Block(nn.Module):
+class GPT2Block(taps.Tapped):
     """Pre-LN: x + self-attention, x + cross-attention (if built with it and given a memory), x + MLP."""
-
-    tap_prefix: str | None = None
 
     def __init__(self, config: GPT2Config, layer: int) -> None:
         super().__init__()
         scale = (config.dim // config.heads) ** -0.5 if config.scale_scores else 1.0
         if config.scale_by_layer:
             scale /= layer + 1
-        options = {"scale": scale, "dropout": config.attention_dropout}
+        attention = partial(MultiHeadAttention, config.dim, config.heads, scale=scale, dropout=config.attention_dropout)
         self.norm1 = nn.LayerNorm(config.dim, eps=config.norm_eps)
-        self.attn = MultiHeadAttention(config.dim, config.heads, **options)
+        self.attn = attention()
         if config.add_cross_attention:
             self.norm_cross = nn.LayerNorm(config.dim, eps=config.norm_eps)
-            self.cross = MultiHeadAttention(config.dim, config.heads, context_dim=config.dim, **options)
+            self.cross = attention(context_dim=config.dim)
         self.norm2 = nn.LayerNorm(config.dim, eps=config.norm_eps)
         hidden = 4 * config.dim if config.hidden is None else config.hidden
         self.mlp = MLP(config.dim, hidden, activation(config.activation), dropout=config.dropout)
@@ -90,15 +89,17 @@ class GPT2Block(nn.Module):
 
     def fast_block(self) -> FastBlock:
         """The parts of the block, for `generate`."""
-        cross = (self.norm_cross, self.cross) if hasattr(self, "cross") else (None, None)
-        return FastBlock(self.norm1, self.attn, *cross, self.norm2, self.mlp.up, self.mlp.activation, self.mlp.down)
+        cross = (self.norm_cross, self.cross) if hasattr(self, "cross") else None
+        return FastBlock(self.norm1, self.attn, cross, self.norm2, self.mlp.up, self.mlp.activation, self.mlp.down)
 
 
-class PositionTableDecoder(Released, Decoder):
+class PositionTableDecoder(ReleasedDecoder[GPT2Config]):
     """A decoder whose positions are a table and whose head is its token embedding: what GPT-2 and OPT have in common.
 
-    A subclass has `tokens`, `blocks`, and what is before and after the blocks.
+    A subclass has what is before and after the blocks.
     """
+
+    tokens: nn.Embedding
 
     @property
     def head(self) -> Tensor:
@@ -110,10 +111,6 @@ class PositionTableDecoder(Released, Decoder):
     @abstractmethod
     def before_blocks(self, embeddings: Tensor, positions: Tensor) -> Tensor:
         """Embeddings (B, T, E), position ids (B or 1, T) -> (B, T, D)."""
-
-    @abstractmethod
-    def after_blocks(self, x: Tensor) -> Tensor:
-        """(B, T, D) -> (B, T, E), the states before the head."""
 
     def hidden(
         self,
@@ -177,7 +174,7 @@ class GPT2(PositionTableDecoder):
         for name, parameter in self.named_parameters():
             if name.endswith(("attn.out.weight", "cross.out.weight", "mlp.down.weight")):
                 nn.init.normal_(parameter, std=config.init_std / math.sqrt(2 * config.layers))
-        taps.name_modules(self, "decoder")
+        taps.name_modules(self.blocks, "decoder")
 
     def before_blocks(self, embeddings: Tensor, positions: Tensor) -> Tensor:
         return self.dropout(embeddings + self.positions(positions))
@@ -191,7 +188,7 @@ class GPT2(PositionTableDecoder):
         def embed(tokens: Tensor, positions: Tensor) -> Tensor:
             return tokens_table.index_select(0, tokens).add_(positions_table.index_select(0, positions))
 
-        return FastParts(embed, [block.fast_block() for block in self.blocks], self.norm, self.head)
+        return FastParts(embed, fast_blocks(self.blocks), self.norm, self.head)
 
     @classmethod
     def from_checkpoint(

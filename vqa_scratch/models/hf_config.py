@@ -9,11 +9,12 @@ import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from os import PathLike
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Generic, Protocol, Self, TypeVar
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from vqa_scratch.errors import UserError, naming
+from vqa_scratch.nn.decoding import Decoder
 from vqa_scratch.nn.layers import ACTIVATIONS
 from vqa_scratch.options import types_of
 from vqa_scratch.storage import typed
@@ -30,23 +31,31 @@ class Layout:
 
     architecture: str  # the class in `transformers` that reads what we write
     fields: Mapping[str, str]  # our config field: the one in config.json
-    key_map: KeyMap | None = None  # None: it depends on the sizes, and the model makes it
+    key_map: KeyMap = KeyMap(())  # empty where it depends on the sizes and the config makes it
     defaults: Mapping[str, Any] = field(default_factory=dict)  # our fields: values where config.json has none
     fixed: Mapping[str, Any] = field(default_factory=dict)  # fields in config.json: the only value we support
 
 
-class HFConfig:
+L = TypeVar("L", bound=Layout)
+
+
+class HFConfig(Generic[L]):
     """A config whose field `layout` is one of `LAYOUTS`; a base of frozen dataclasses."""
 
-    LAYOUTS: ClassVar[Mapping[str, Layout]]
+    LAYOUTS: ClassVar[Mapping[str, Any]]
     layout: str
 
     @property
-    def family(self) -> Layout:
+    def family(self) -> L:
         """How checkpoints of this config are laid out. Raises UserError for an unknown layout."""
         if self.layout not in self.LAYOUTS:
             raise UserError(f"layout must be one of {', '.join(self.LAYOUTS)}, got {self.layout!r}")
         return self.LAYOUTS[self.layout]
+
+    @property
+    def key_map(self) -> KeyMap:
+        """Where each parameter is in a checkpoint."""
+        return self.family.key_map
 
     @classmethod
     def layout_in(cls, config: Mapping[str, Any]) -> str:
@@ -65,7 +74,7 @@ class HFConfig:
             if config.get(name) not in (None, value):
                 raise UserError(f"config.json asks for {name} = {config[name]!r}; here it can only be {value!r}")
         found = fields_from_hf(config, layout.fields, cls)
-        return cls(layout=kind, **{**layout.defaults, **found, **cls.further_fields(config)})
+        return cls(**{"layout": kind, **layout.defaults, **found, **cls.further_fields(config)})
 
     @classmethod
     def further_fields(cls, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -78,16 +87,31 @@ class HFConfig:
         return {"architectures": [self.family.architecture], "model_type": self.layout, **fields}
 
 
-class Released:
-    """A model that loads and saves released checkpoints; a base class beside `nn.Module`."""
+class Config(Protocol):
+    """What a released model asks of its config."""
 
-    config_class: ClassVar[type[HFConfig]]
-    config: HFConfig
+    @property
+    def key_map(self) -> KeyMap: ...
+
+    @classmethod
+    def from_hf(cls, config: Mapping[str, Any]) -> Self: ...
+
+    def to_hf(self) -> dict[str, Any]: ...
+
+
+C = TypeVar("C", bound=Config)
+
+
+class Released(nn.Module, Generic[C]):
+    """A model that loads and saves released checkpoints."""
+
+    config_class: type[C]
+    config: C
 
     @property
     def key_map(self) -> KeyMap:
         """Where each parameter is in a checkpoint."""
-        return self.config.family.key_map
+        return self.config.key_map
 
     def to_hf(self) -> dict[str, Any]:
         """The content of config.json."""
@@ -112,6 +136,13 @@ class Released:
         Raises ValueError for a parameter that the layout does not have, such as another `patch_embed` of a ViT.
         """
         write_checkpoint(folder, self.to_hf(), to_hf(self, self.key_map))
+
+
+class ReleasedDecoder(Released[C], Decoder):
+    """A decoder of released checkpoints, with what else systems and study ask of it."""
+
+    blocks: nn.ModuleList
+    norm: nn.Module  # after the last block
 
 
 def fields_from_hf(hf: Mapping[str, Any], names: Mapping[str, str], config_class: type) -> dict[str, Any]:

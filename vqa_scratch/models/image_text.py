@@ -11,23 +11,22 @@ from collections.abc import Mapping
 from typing import Any, Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vqa_scratch.errors import UserError
-from vqa_scratch.models.hf_config import Released
+from vqa_scratch.models.hf_config import Released, ReleasedDecoder
 from vqa_scratch.nn.cache import DecoderCache
-from vqa_scratch.nn.decoding import Decoder
 from vqa_scratch.weights.convert import load_into
 
 
-class ImageTextModel(Released, nn.Module, ABC):
+class ImageTextModel(Released[Any], ABC):
     """A language model, and what turns images into embeddings of its sequence.
 
     To generate, give the language model those of the prompt:
     `generate(model.language, ids, mask, embeddings=model.embed(ids, pixel_values), options=...)`.
     """
 
-    language: Decoder
+    language: ReleasedDecoder[Any]
 
     @abstractmethod
     def encode_image(self, pixel_values: Tensor) -> Tensor:

@@ -15,11 +15,11 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from vqa_scratch.errors import UserError
-from vqa_scratch.models.hf_config import HFConfig, Layout, Released, check_heads, is_number
+from vqa_scratch.models.hf_config import HFConfig, Layout, ReleasedDecoder, check_heads, is_number
 from vqa_scratch.nn import taps
 from vqa_scratch.nn.attention import MultiHeadAttention
 from vqa_scratch.nn.cache import DecoderCache, KVCache
-from vqa_scratch.nn.decoding import Decoder, FastBlock, FastParts
+from vqa_scratch.nn.decoding import FastBlock, FastParts, fast_blocks
 from vqa_scratch.nn.gated import GatedMLP
 from vqa_scratch.nn.layers import MLP, activation, decoder_positions, init_weights
 from vqa_scratch.nn.memory import Memory
@@ -40,6 +40,7 @@ ROTARY_KINDS: dict[str, dict[str, str]] = {
         "original": "original_max_position_embeddings",
     },
 }
+NORMS: dict[str, type[RMSNorm] | type[nn.LayerNorm]] = {"rms": RMSNorm, "layer": nn.LayerNorm}
 _PERSIMMON = {"norm": "layer", "qk_norm": True, "gated": False, "qkv_bias": True, "out_bias": True, "mlp_bias": True}
 _PERSIMMON |= {"activation": "relu2", "norm_eps": 1e-5}
 
@@ -82,18 +83,19 @@ class LlamaConfig(HFConfig):
     pad_id: int | None = None
 
     layout: str = "llama"
+    add_cross_attention: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if self.head_dim is None:
             check_heads(self.dim, self.heads)
-            object.__setattr__(self, "head_dim", self.dim // self.heads)
-        if self.kv_heads is None:
-            object.__setattr__(self, "kv_heads", self.heads)
-        if self.heads % self.kv_heads:
-            raise UserError(f"{self.kv_heads} heads of keys and values cannot serve {self.heads} of queries evenly")
-        turning = int(self.head_dim * self.rotary.share)
-        if turning % 2 or not 0 < turning <= self.head_dim:
-            raise UserError(f"rotary positions turn pairs: not {turning} of the {self.head_dim} numbers of a head")
+        size, kv_heads = self.head_dim or self.dim // self.heads, self.kv_heads or self.heads
+        object.__setattr__(self, "head_dim", size)
+        object.__setattr__(self, "kv_heads", kv_heads)
+        if self.heads % kv_heads:
+            raise UserError(f"{kv_heads} heads of keys and values cannot serve {self.heads} of queries evenly")
+        turning = int(size * self.rotary.share)
+        if turning % 2 or not 0 < turning <= size:
+            raise UserError(f"rotary positions turn pairs: not {turning} of the {size} numbers of a head")
 
     @classmethod
     def further_fields(cls, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -105,6 +107,12 @@ class LlamaConfig(HFConfig):
         if not all(type(one) is int and one >= 0 for one in ends):
             raise UserError(f"config.json: eos_token_id must be one id or a list of them, not {end!r}")
         return {"eos_ids": tuple(ends), "rotary": rotary_from_hf(config)}
+
+    @property
+    def key_map(self) -> KeyMap:
+        if self.layout == "persimmon":
+            return maps_llama.persimmon(self.heads, self.tied)
+        return maps_llama.llama(self.heads, self.kv_heads or self.heads, self.tied)
 
     @property
     def eos_id(self) -> int | None:
@@ -131,9 +139,9 @@ def rotary_from_hf(config: Mapping[str, Any]) -> Rotary:
     if any(isinstance(value, dict) for value in given.values()):
         raise UserError(f"{where} differs between layers; here all layers have the same rotary positions")
     names = {"theta": "rope_theta", "share": "partial_rotary_factor", **ROTARY_KINDS[kind]}
-    usual = {"theta": Rotary.theta, "share": 0.5 if config.get("model_type") == "persimmon" else 1.0}
+    usual: dict[str, Any] = {"theta": Rotary.theta, "share": 0.5 if config.get("model_type") == "persimmon" else 1.0}
     usual["original"] = config.get("max_position_embeddings")
-    values = {ours: given.get(theirs, usual.get(ours)) for ours, theirs in names.items()}
+    values: dict[str, Any] = {ours: given.get(theirs, usual.get(ours)) for ours, theirs in names.items()}
     for ours, value in values.items():
         if not is_number(value) or value <= 0:
             raise UserError(f"{where}: {names[ours]} must be a number above 0, not {value!r}")
@@ -150,14 +158,12 @@ def rotary_to_hf(rotary: Rotary) -> dict[str, Any]:
     return {"rope_type": rotary.kind} | {theirs: getattr(rotary, ours) for ours, theirs in names.items()}
 
 
-class LlamaBlock(nn.Module):
+class LlamaBlock(taps.Tapped):
     """x + self-attention of its norm, then x + MLP of its norm; `mlp` makes the MLP, (B, T, D) -> (B, T, D)."""
-
-    tap_prefix: str | None = None
 
     def __init__(self, config: LlamaConfig, mlp: Callable[[], nn.Module]) -> None:
         super().__init__()
-        norm = {"rms": RMSNorm, "layer": nn.LayerNorm}[config.norm]
+        norm = NORMS[config.norm]
         self.norm1 = norm(config.dim, config.norm_eps)
         self.attn = MultiHeadAttention(
             config.dim,
@@ -181,13 +187,16 @@ class LlamaBlock(nn.Module):
 
     def fast_block(self) -> FastBlock:
         """The parts of the block, for `generate`."""
-        mlp, gate = self.mlp, getattr(self.mlp, "gate", None)
-        return FastBlock(self.norm1, self.attn, None, None, self.norm2, mlp.up, mlp.activation, mlp.down, gate)
+        mlp = self.mlp
+        assert isinstance(mlp, (GatedMLP, MLP)), "a fast step is written for these MLPs"
+        gate = mlp.gate if isinstance(mlp, GatedMLP) else None
+        return FastBlock(self.norm1, self.attn, None, self.norm2, mlp.up, mlp.activation, mlp.down, gate)
 
 
-class Llama(Released, Decoder):
+class Llama(ReleasedDecoder[LlamaConfig]):
     """Token embedding, blocks, a last norm, and a head of its own or one that is the embedding."""
 
+    config: LlamaConfig
     config_class = LlamaConfig
 
     def __init__(self, config: LlamaConfig) -> None:
@@ -195,21 +204,15 @@ class Llama(Released, Decoder):
         self.config = config
         self.tokens = nn.Embedding(config.vocab_size, config.dim)
         self.blocks = nn.ModuleList(LlamaBlock(config, self.mlp) for _ in range(config.layers))
-        self.norm = type(self.blocks[0].norm1)(config.dim, config.norm_eps)
+        self.norm = NORMS[config.norm](config.dim, config.norm_eps)
         self.lm_head = None if config.tied else nn.Linear(config.dim, config.vocab_size, bias=False)
         self.apply(lambda module: init_weights(module, config.init_std))
-        taps.name_modules(self, "decoder")
+        taps.name_modules(self.blocks, "decoder")
 
     def mlp(self) -> nn.Module:
         """A new MLP for a block; a family with experts makes other ones."""
         kind, sizes = GatedMLP if self.config.gated else MLP, (self.config.dim, self.config.hidden)
         return kind(*sizes, activation(self.config.activation), bias=self.config.mlp_bias, dropout=self.config.dropout)
-
-    @property
-    def key_map(self) -> KeyMap:
-        if self.config.layout == "persimmon":
-            return maps_llama.persimmon(self.config.heads, self.config.tied)
-        return maps_llama.llama(self.config.heads, self.config.kv_heads, self.config.tied)
 
     @property
     def head(self) -> Tensor:
@@ -238,11 +241,14 @@ class Llama(Released, Decoder):
         x = embeddings
         for layer, block in enumerate(self.blocks):
             x = block(x, rotation, attention_mask, None if cache is None else cache[layer])
+        return self.after_blocks(x)
+
+    def after_blocks(self, x: Tensor) -> Tensor:
         return self.norm(x)
 
     def rotation(self, positions: Tensor) -> Rotation:
         """Positions (...) -> what turns queries and keys there."""
-        return self.config.rotary.rotation(positions, self.config.head_dim)
+        return self.config.rotary.rotation(positions, self.config.head_dim or self.config.dim // self.config.heads)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., D) -> (..., V). A head of its own runs as a module, which training may replace."""
@@ -260,5 +266,4 @@ class Llama(Released, Decoder):
         def embed(tokens: Tensor, positions: Tensor) -> Tensor:
             return table.index_select(0, tokens)
 
-        blocks = [block.fast_block() for block in self.blocks]
-        return FastParts(embed, blocks, self.norm, self.head, rotation=self.rotation)
+        return FastParts(embed, fast_blocks(self.blocks), self.norm, self.head, rotation=self.rotation)

@@ -31,7 +31,7 @@ _FIELDS = {
 
 
 @dataclass(frozen=True)
-class LlavaConfig(HFConfig):
+class LlavaConfig(HFConfig[Layout]):
     """Sizes of the two parts. The defaults of the rest are those of LLaVA 1.5."""
 
     LAYOUTS: ClassVar[Mapping[str, Layout]] = {"llava": Layout("LlavaForConditionalGeneration", _FIELDS)}
@@ -56,11 +56,15 @@ class LlavaConfig(HFConfig):
             raise UserError(f'{strategy} leaves out a class token, which a SigLIP does not have: it must be "full"')
         check_place(self.image_token, self.language.vocab_size)
 
+    @property
+    def key_map(self) -> KeyMap:
+        return maps_joined.llava(self.vision.key_map, self.language.key_map)
+
     @classmethod
     def further_fields(cls, config: Mapping[str, Any]) -> dict[str, Any]:
         if "mm_vision_tower" in config:
             raise UserError("this is the layout of LLaVA's own repository, without the image encoder; convert it first")
-        kinds = {"vision_config": dict, "text_config": dict, "vision_feature_layer": int | None}
+        kinds: dict[str, Any] = {"vision_config": dict, "text_config": dict, "vision_feature_layer": int | None}
         kinds |= {"vision_feature_select_strategy": str | None, "tie_word_embeddings": bool | None}
         vision, text, layer, strategy, tied = typed("config.json", config, kinds)
         if strategy not in (None, "default", "full"):
@@ -87,6 +91,7 @@ class Llava(ImageTextModel):
     """Image encoder, projector and language model. Files it saves lack the encoder's last norm, which nothing reads."""
 
     config_class = LlavaConfig
+    config: LlavaConfig
 
     def __init__(self, config: LlavaConfig) -> None:
         super().__init__()
@@ -99,10 +104,6 @@ class Llava(ImageTextModel):
         layers, layer = config.vision.layers, config.layer
         self.blocks_read = layer if layer >= 0 else layers + 1 + layer
         self.skipped = 0 if config.whole else 1
-
-    @property
-    def key_map(self) -> KeyMap:
-        return maps_joined.llava(self.vision.key_map, self.language.key_map)
 
     def encode_image(self, pixel_values: Tensor) -> Tensor:
         """(I, C, H, W) -> (I, N, E). Raises UserError unless patches fit."""

@@ -16,7 +16,7 @@ from vqa_scratch.models.gpt2 import GPT2Block, GPT2Config, PositionTableDecoder
 from vqa_scratch.models.hf_config import Layout
 from vqa_scratch.nn import taps
 from vqa_scratch.nn.cache import KVCache
-from vqa_scratch.nn.decoding import FastParts
+from vqa_scratch.nn.decoding import FastParts, fast_blocks
 from vqa_scratch.nn.layers import init_weights
 from vqa_scratch.nn.memory import Memory
 from vqa_scratch.weights import fields, maps
@@ -63,30 +63,29 @@ class PostNormBlock(GPT2Block):
 class OPT(PositionTableDecoder):
     """Tokens and positions, blocks, a last norm, and a head that is the token embedding."""
 
+    config: OPTConfig
     config_class = OPTConfig
 
     def __init__(self, config: OPTConfig) -> None:
         super().__init__()
         self.config = config
         block = GPT2Block if config.norm_first else PostNormBlock
-        narrow = config.embedding_dim != config.dim
-        self.tokens = nn.Embedding(config.vocab_size, config.embedding_dim)
+        width = config.embedding_dim or config.dim
+        narrow = width != config.dim
+        self.tokens = nn.Embedding(config.vocab_size, width)
         self.positions = nn.Embedding(config.max_positions + OFFSET, config.dim)
-        self.project_in = nn.Linear(config.embedding_dim, config.dim, bias=False) if narrow else nn.Identity()
+        self.project_in = nn.Linear(width, config.dim, bias=False) if narrow else nn.Identity()
         self.blocks = nn.ModuleList(block(config, layer) for layer in range(config.layers))
         self.norm = nn.LayerNorm(config.dim) if config.norm_first else nn.Identity()
-        self.project_out = nn.Linear(config.dim, config.embedding_dim, bias=False) if narrow else nn.Identity()
+        self.project_out = nn.Linear(config.dim, width, bias=False) if narrow else nn.Identity()
         self.apply(lambda module: init_weights(module, config.init_std))
-        taps.name_modules(self, "decoder")
+        taps.name_modules(self.blocks, "decoder")
 
     def before_blocks(self, embeddings: Tensor, positions: Tensor) -> Tensor:
         return self.project_in(embeddings) + self.positions(positions + OFFSET)
 
     def after_blocks(self, x: Tensor) -> Tensor:
         return self.project_out(self.norm(x))
-
-    def readout(self, states: Tensor) -> Tensor:
-        return self.logits(self.after_blocks(states))
 
     @property
     def direct_head(self) -> Tensor | None:
@@ -101,4 +100,4 @@ class OPT(PositionTableDecoder):
 
         narrow = self.config.embedding_dim != self.config.dim
         norm = nn.Sequential(self.norm, self.project_out) if narrow else self.norm
-        return FastParts(embed, [block.fast_block() for block in self.blocks], norm, self.head)
+        return FastParts(embed, fast_blocks(self.blocks), norm, self.head)

@@ -6,6 +6,8 @@ The output has one token a query, whatever the size of the image.
 Shapes: B batch, Q queries, N image tokens, D width, C width of the image encoder.
 """
 
+import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -13,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from vqa_scratch.errors import UserError
-from vqa_scratch.models.bert import BertBlock
+from vqa_scratch.models.bert import BertBlock, BertConfig
 from vqa_scratch.models.hf_config import check_heads, fields_from_hf
 from vqa_scratch.nn import taps
 from vqa_scratch.nn.attention import MultiHeadAttention
@@ -42,8 +44,14 @@ class QFormerConfig:
     def __post_init__(self) -> None:
         check_heads(self.dim, self.heads)
 
+    @property
+    def block(self) -> BertConfig:
+        """The sizes of a block, which is BERT's."""
+        shared = {field.name for field in dataclasses.fields(BertConfig)} & vars(self).keys()
+        return BertConfig(**{name: getattr(self, name) for name in shared})
+
     @classmethod
-    def from_hf(cls, config: dict[str, Any]) -> Self:
+    def from_hf(cls, config: Mapping[str, Any]) -> Self:
         """From the `qformer_config` of a config.json. Raises UserError on one that also reads text."""
         if config.get("use_qformer_text_input"):
             raise UserError("config.json asks for a Q-Former that reads text (image-text retrieval); this one does not")
@@ -55,19 +63,20 @@ class QFormerConfig:
 
 
 class QFormerBlock(BertBlock):
-    """BERT's block with cross-attention to the image between its halves, post-LN like them."""
+    """BERT's block with cross-attention to the image, if one is given, between its halves, post-LN like them."""
 
     def __init__(self, config: QFormerConfig) -> None:
-        super().__init__(config)
+        super().__init__(config.block)
         self.cross = MultiHeadAttention(
             config.dim, config.heads, context_dim=config.context_dim, dropout=config.attention_dropout
         )
         self.norm_cross = nn.LayerNorm(config.dim, eps=config.norm_eps)
 
-    def forward(self, x: Tensor, image: Tensor) -> Tensor:
+    def forward(self, x: Tensor, key_mask: Tensor | None = None, image: Tensor | None = None) -> Tensor:
         x = taps.tap(self.tap_prefix, "resid_pre", x)
-        x = self.norm1(x + self.dropout(self.attn(x)))
-        x = self.norm_cross(x + self.dropout(self.cross(x, image)))
+        x = self.norm1(x + self.dropout(self.attn(x, key_mask=key_mask)))
+        if image is not None:
+            x = self.norm_cross(x + self.dropout(self.cross(x, image)))
         x = taps.tap(self.tap_prefix, "resid_mid", x)
         return taps.tap(self.tap_prefix, "resid_post", self.norm2(x + self.mlp(x)))
 
@@ -82,14 +91,15 @@ class QFormer(nn.Module):
         self.norm = nn.LayerNorm(config.dim, eps=config.norm_eps)
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(
-            BertBlock(config) if layer % config.cross_every else QFormerBlock(config) for layer in range(config.layers)
+            BertBlock(config.block) if layer % config.cross_every else QFormerBlock(config)
+            for layer in range(config.layers)
         )
         self.blocks.apply(lambda module: init_weights(module, config.init_std))
-        taps.name_modules(self, "query")
+        taps.name_modules(self.blocks, "query")
 
     def forward(self, image: Tensor) -> Tensor:
         """(B, N, C) -> (B, Q, D)."""
         x = self.dropout(self.norm(self.queries)).expand(len(image), -1, -1)
         for block in self.blocks:
-            x = block(x, image) if isinstance(block, QFormerBlock) else block(x)
+            x = block(x, image=image) if isinstance(block, QFormerBlock) else block(x)
         return x

@@ -6,13 +6,13 @@ A new layout of a family is a line in its `LAYOUTS`; a new family is a line here
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from vqa_scratch.errors import UserError, naming
 from vqa_scratch.models.bert import Bert, BertConfig
 from vqa_scratch.models.clip import CLIP, CLIPConfig
 from vqa_scratch.models.gpt2 import GPT2
-from vqa_scratch.models.hf_config import Released
+from vqa_scratch.models.hf_config import Released, ReleasedDecoder
 from vqa_scratch.models.llama import Llama, LlamaConfig
 from vqa_scratch.models.opt import OPT
 from vqa_scratch.models.resnet import ResNet
@@ -20,11 +20,13 @@ from vqa_scratch.models.vit import ViT, ViTConfig
 from vqa_scratch.storage import typed
 from vqa_scratch.weights.files import read_checkpoint
 
-IMAGE_ENCODERS: dict[str, type[Released]] = dict.fromkeys(ViTConfig.LAYOUTS, ViT) | dict.fromkeys(
-    CLIPConfig.LAYOUTS, CLIP
-)
-TEXT_ENCODERS: dict[str, type[Released]] = dict.fromkeys(BertConfig.LAYOUTS, Bert)
-DECODERS: dict[str, type[Released]] = {"gpt2": GPT2, "opt": OPT, **dict.fromkeys(LlamaConfig.LAYOUTS, Llama)}
+M = TypeVar("M", bound=Released)
+IMAGE_ENCODERS: dict[str, type[ViT] | type[CLIP]] = {
+    **dict.fromkeys(ViTConfig.LAYOUTS, ViT),
+    **dict.fromkeys(CLIPConfig.LAYOUTS, CLIP),
+}
+TEXT_ENCODERS: dict[str, type[Bert]] = dict.fromkeys(BertConfig.LAYOUTS, Bert)
+DECODERS: dict[str, type[ReleasedDecoder]] = {"gpt2": GPT2, "opt": OPT, **dict.fromkeys(LlamaConfig.LAYOUTS, Llama)}
 
 
 def image_encoder(source: str | PathLike[str]) -> ViT | ResNet:
@@ -44,7 +46,7 @@ def text_encoder(source: str | PathLike[str]) -> Bert:
     return _open(source, TEXT_ENCODERS, "text encoders")
 
 
-def decoder(source: str | PathLike[str], *, cross_attention: bool) -> GPT2 | OPT | Llama:
+def decoder(source: str | PathLike[str], *, cross_attention: bool) -> ReleasedDecoder:
     """A decoder in eval mode, from a checkpoint folder or a Hub id. Cross-attention can be had with GPT-2 only; it is
     random where the checkpoint has none. Raises UserError as `image_encoder`."""
     if cross_attention:
@@ -52,7 +54,7 @@ def decoder(source: str | PathLike[str], *, cross_attention: bool) -> GPT2 | OPT
     return _open(source, DECODERS, "decoders")
 
 
-def decoder_of(sizes: Mapping[str, Any]) -> GPT2 | OPT | Llama:
+def decoder_of(sizes: Mapping[str, Any]) -> ReleasedDecoder:
     """A decoder of random weights, from the content of a config.json."""
     (found,) = typed("the decoder", sizes, {"model_type": str})
     if found not in DECODERS:
@@ -61,7 +63,7 @@ def decoder_of(sizes: Mapping[str, Any]) -> GPT2 | OPT | Llama:
     return kind(kind.config_class.from_hf(sizes))
 
 
-def _open(source: str | PathLike[str], table: Mapping[str, type[Released]], kinds: str, **options: Any) -> Released:
+def _open(source: str | PathLike[str], table: Mapping[str, type[M]], kinds: str, **options: Any) -> M:
     config, tensors = read_checkpoint(source)
     (found,) = typed(f"{source}: config.json", config, {"model_type": str | None})
     if found not in table:

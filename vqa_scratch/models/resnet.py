@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vqa_scratch.errors import UserError
-from vqa_scratch.nn.states import Places, States
+from vqa_scratch.nn.states import ImageEncoder, Places, States
 from vqa_scratch.weights import maps
 from vqa_scratch.weights.convert import load_into, to_hf, unwrapped
 from vqa_scratch.weights.files import read_tensors, write_safetensors
@@ -80,8 +80,9 @@ class ResNetConfig:
             if found:
                 blocks.setdefault(int(found[1]), set()).add(int(found[2]))
         stages = range(1, 1 + len(blocks))
-        firsts = [tensors.get(f"layer{stage}.0.conv2.weight") for stage in stages]
-        if not blocks or "conv1.weight" not in tensors or any(t is None or t.ndim != 4 for t in firsts):
+        keys = (f"layer{stage}.0.conv2.weight" for stage in stages)
+        firsts = [tensors[key] for key in keys if key in tensors and tensors[key].ndim == 4]
+        if not blocks or "conv1.weight" not in tensors or len(firsts) < len(blocks):
             raise UserError(f"{source} is not a ResNet in torchvision's layout: it lacks conv1 or layer1 ... layer4")
         return cls(
             block="bottleneck" if "layer1.0.conv3.weight" in tensors else "basic",
@@ -93,6 +94,9 @@ class ResNetConfig:
 
 class FrozenBatchNorm(nn.Module):
     """Batch norm with the statistics of the checkpoint, in training too; scale and shift still learn."""
+
+    running_mean: Tensor
+    running_var: Tensor
 
     def __init__(self, channels: int, eps: float = 1e-5) -> None:
         super().__init__()
@@ -158,7 +162,7 @@ class Block(nn.Module):
         return F.relu(y + self.shortcut(x))
 
 
-class ResNet(nn.Module):
+class ResNet(ImageEncoder):
     """Stem and stages `layer1`, `layer2`, ..., as torchvision names them."""
 
     prefix_tokens = 0  # every token is a place
@@ -174,7 +178,7 @@ class ResNet(nn.Module):
             for i in range(depth):
                 blocks.append(Block(config.block, narrow, width, 2 if i == 0 and stage > 1 else 1, norm))
                 narrow = width * BLOCKS[config.block][-1][-1]
-            self.add_module(f"layer{stage}", nn.Sequential(*blocks))
+            self.add_module(f"layer{stage}", nn.ModuleList(blocks))
             self.stages.append(f"layer{stage}")
 
     def forward(self, pixel_values: Tensor) -> Tensor:
@@ -187,7 +191,8 @@ class ResNet(nn.Module):
         x = pixel_values.contiguous(memory_format=torch.channels_last)
         x = F.max_pool2d(F.relu(self.norm1(self.conv1(x))), 3, 2, padding=1)
         for stage in self.stages:
-            x = getattr(self, stage)(x)
+            for block in getattr(self, stage):
+                x = block(x)
         return x
 
     def places(self, height: int, width: int) -> Places:

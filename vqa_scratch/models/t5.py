@@ -20,7 +20,7 @@ from vqa_scratch.models.hf_config import Released, fields_from_hf
 from vqa_scratch.nn import taps
 from vqa_scratch.nn.attention import MultiHeadAttention
 from vqa_scratch.nn.cache import DecoderCache, KVCache
-from vqa_scratch.nn.decoding import Decoder, FastBlock, FastParts
+from vqa_scratch.nn.decoding import Decoder, FastBlock, FastParts, fast_blocks
 from vqa_scratch.nn.gated import GatedMLP
 from vqa_scratch.nn.layers import MLP, activation
 from vqa_scratch.nn.memory import Memory
@@ -61,8 +61,13 @@ class T5Config:
         if max(self.pad_id, self.eos_id, self.start_id) >= self.vocab_size:
             raise UserError(f"a special token is not among the {self.vocab_size} of the vocabulary")
 
+    @property
+    def key_map(self) -> maps.KeyMap:
+        """Where each parameter is in a checkpoint."""
+        return maps.T5_GATED if self.gated else maps.T5
+
     @classmethod
-    def from_hf(cls, config: dict[str, Any]) -> Self:
+    def from_hf(cls, config: Mapping[str, Any]) -> Self:
         """From a config.json. It does not say whether the head is tied: that depends on the weights."""
         known = fields_from_hf(config, fields.T5, cls)
         (feed_forward,) = typed("config.json", config, {"feed_forward_proj": str | None})
@@ -91,10 +96,8 @@ class T5Config:
         }
 
 
-class T5Block(nn.Module):
+class T5Block(taps.Tapped):
     """Self-attention, cross-attention in a decoder, and a feed-forward layer, each after its norm."""
-
-    tap_prefix: str | None = None
 
     def __init__(self, config: T5Config, decoder: bool) -> None:
         super().__init__()
@@ -130,8 +133,8 @@ class T5Block(nn.Module):
 
     def fast_block(self) -> FastBlock:
         """The parts of the block, for `generate`."""
-        before, mlp = (self.attn_norm, self.attn, self.cross_norm, self.cross, self.mlp_norm), self.mlp
-        return FastBlock(*before, mlp.up, mlp.activation, mlp.down, getattr(mlp, "gate", None))
+        before, mlp = (self.attn_norm, self.attn, (self.cross_norm, self.cross), self.mlp_norm), self.mlp
+        return FastBlock(*before, mlp.up, mlp.activation, mlp.down, mlp.gate if isinstance(mlp, GatedMLP) else None)
 
 
 class T5Stack(nn.Module):
@@ -143,7 +146,7 @@ class T5Stack(nn.Module):
         layers = config.decoder_layers if decoder else config.encoder_layers
         self.blocks = nn.ModuleList(T5Block(config, decoder) for _ in range(layers))
         self.norm, self.dropout = RMSNorm(config.dim, config.norm_eps), nn.Dropout(config.dropout)
-        taps.name_modules(self, "decoder" if decoder else "encoder")
+        taps.name_modules(self.blocks, "decoder" if decoder else "encoder")
 
     def forward(
         self,
@@ -162,7 +165,7 @@ class T5Stack(nn.Module):
         return self.dropout(self.norm(x))
 
 
-class T5(Released, Decoder):
+class T5(Released[T5Config], Decoder):
     """Encoder, decoder and language-model head."""
 
     config_class = T5Config
@@ -199,10 +202,6 @@ class T5(Released, Decoder):
         load_into(model, tensors, model.key_map, source=source)
         return model.eval()
 
-    @property
-    def key_map(self) -> maps.KeyMap:
-        return maps.T5_GATED if self.config.gated else maps.T5
-
     def encode(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """(B, N) -> (B, N, D). attention_mask (B, N), True = real token."""
         return self.encoder(self.embedding(input_ids), attention_mask)
@@ -221,10 +220,12 @@ class T5(Released, Decoder):
         embeddings: Tensor,
         attention_mask: Tensor | None = None,
         *,
-        memory: list[Memory],
+        memory: list[Memory] | None = None,
         cache: DecoderCache | None = None,
     ) -> Tensor:
         """(B, T, D) -> (B, T, D), the decoder's states; `memory` holds one item, the encoder's states."""
+        if memory is None:
+            raise ValueError("the decoder of a T5 reads a memory: the states of its encoder")
         return self.decoder(embeddings, attention_mask, *memory, cache=cache)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -233,8 +234,8 @@ class T5(Released, Decoder):
             hidden = hidden * self.config.dim**-0.5
         return F.linear(hidden, self.embedding.weight) if self.lm_head is None else self.lm_head(hidden)
 
-    def readout(self, states: Tensor) -> Tensor:
-        return self.logits(self.decoder.norm(states))
+    def after_blocks(self, x: Tensor) -> Tensor:
+        return self.decoder.norm(x)
 
     def forward(
         self,
@@ -256,7 +257,7 @@ class T5(Released, Decoder):
         norm, scale = self.decoder.norm, self.config.dim**-0.5
         return FastParts(
             embed=lambda tokens, positions: self.embedding(tokens),
-            blocks=[block.fast_block() for block in self.decoder.blocks],
+            blocks=fast_blocks(self.decoder.blocks),
             norm=(lambda x: norm(x) * scale) if self.config.scaled else norm,
             head=(self.embedding if self.lm_head is None else self.lm_head).weight,
             bias=lambda keys: self.decoder.bias(1, keys),

@@ -23,6 +23,7 @@ from vqa_scratch.models.hf_config import Released, labels_from_hf, labels_to_hf
 from vqa_scratch.models.vit import ViT, ViTConfig, ViTLayout
 from vqa_scratch.nn import taps
 from vqa_scratch.nn.layers import init_weights
+from vqa_scratch.nn.states import Stem
 from vqa_scratch.weights import fields, maps
 from vqa_scratch.weights.convert import find, load_into
 
@@ -69,12 +70,12 @@ class ViLTConfig(ViTConfig):
         return super().to_hf() | _ALL_PATCHES
 
 
-class ViLT(Released, nn.Module):
+class ViLT(Released[ViLTConfig]):
     """Words, class token and patches in one sequence of pre-LN blocks; `patch_embed` as in `ViT`."""
 
     config_class = ViLTConfig
 
-    def __init__(self, config: ViLTConfig, patch_embed: nn.Module | None = None) -> None:
+    def __init__(self, config: ViLTConfig, patch_embed: Stem | None = None) -> None:
         super().__init__()
         self.config = config
         self.words = Bert(config.words)
@@ -83,7 +84,7 @@ class ViLT(Released, nn.Module):
         self.pooler = nn.Linear(config.dim, config.dim)
         for layer in (self.modality, self.pooler):
             init_weights(layer, config.init_std)
-        taps.name_modules(self.tower, "encoder")
+        taps.name_modules(self.tower.blocks, "encoder")
 
     def _positions(self, size: tuple[int, int], whole: tuple[int, int]) -> Tensor:
         """(h*w of `whole`, D): the position table resized to `size` patches, bilinearly with aligned corners, in the
@@ -114,7 +115,7 @@ class ViLT(Released, nn.Module):
             places = torch.stack([made[tuple(size)] for size in sizes])  # (I, N, D)
             real = F.pad(patches.flatten(1), (1, 0), value=True)
         x = tower.patch_embed(pixel_values) + places
-        first = (tower.cls_token + tower.positions[:, :1]).expand(len(x), -1, -1)
+        first = (tower.get_parameter("cls_token") + tower.positions[:, :1]).expand(len(x), -1, -1)
         return tower.dropout(torch.cat([first, x], 1)), real
 
     def forward(
@@ -138,11 +139,13 @@ class ViLT(Released, nn.Module):
         if image_index is not None:  # from here on each question needs its own copy
             images, real = images[image_index], None if real is None else real[image_index]
         x = torch.cat([words, images.to(words.dtype)], 1)  # (B, T + 1 + N, D)
-        mask = None if attention_mask is None and real is None else x.new_ones(x.shape[:2], dtype=torch.bool)
-        if attention_mask is not None:
-            mask[:, : words.shape[1]] = attention_mask.bool()
-        if real is not None:
-            mask[:, words.shape[1] :] = real
+        mask = None
+        if attention_mask is not None or real is not None:
+            mask = x.new_ones(x.shape[:2], dtype=torch.bool)
+            if attention_mask is not None:
+                mask[:, : words.shape[1]] = attention_mask.bool()
+            if real is not None:
+                mask[:, words.shape[1] :] = real
         *blocks, last = self.tower.blocks
         for block in blocks:
             x = block(x, mask)
@@ -150,7 +153,7 @@ class ViLT(Released, nn.Module):
         return torch.tanh(self.pooler(self.tower.norm(x[:, 0])))
 
 
-class ViLTClassifier(Released, nn.Module):
+class ViLTClassifier(Released[ViLTConfig]):
     """A ViLT and two layers over the answers; `labels` names them in the order of the logits."""
 
     key_map = maps.VILT_CLASSIFIER

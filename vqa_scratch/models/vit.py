@@ -26,11 +26,11 @@ from vqa_scratch.nn import taps
 from vqa_scratch.nn.attention import MultiHeadAttention
 from vqa_scratch.nn.dino import LayerScale, SwiGLU
 from vqa_scratch.nn.layers import MLP, activation, init_weights
-from vqa_scratch.nn.states import Places, States
+from vqa_scratch.nn.states import ImageEncoder, Places, States, Stem
 
 
 @dataclass(frozen=True)
-class ViTConfig(HFConfig):
+class ViTConfig(HFConfig[ViTLayout]):
     """Sizes of a ViT. The defaults are ViT-B/16 at 224 pixels."""
 
     LAYOUTS: ClassVar[Mapping[str, ViTLayout]] = LAYOUTS
@@ -97,7 +97,7 @@ def resize_positions(table: Tensor, grid: tuple[int, int], size: tuple[int, int]
     return torch.cat([prefix, places.flatten(2).transpose(1, 2)], 1)
 
 
-class PatchEmbed(nn.Module):
+class PatchEmbed(Stem):
     """Cut an image into patches and map each linearly: a convolution with stride = kernel, as one matrix product."""
 
     def __init__(self, config: ViTConfig) -> None:
@@ -116,7 +116,7 @@ class PatchEmbed(nn.Module):
         return F.linear(patches, self.weight.flatten(1), self.bias)
 
 
-class ConvStem(nn.Module):
+class ConvStem(Stem):
     """log2(p) convolutions, 3x3 with stride 2, GELU between them; each doubles the width, up to D.
 
     A small ViT learns faster with it than with linear patches (Xiao et al. 2021, "Early Convolutions Help Transformers
@@ -137,9 +137,10 @@ class ConvStem(nn.Module):
         layers: list[nn.Module] = []
         for narrow, wide in zip(widths[:-1], widths[1:], strict=True):
             conv = nn.Conv2d(narrow, wide, kernel_size=3, stride=2, padding=1)
+            weight, bias = conv.parameters()
             # torch's default shrinks the signal at every layer until the position table drowns it.
-            nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
-            nn.init.zeros_(conv.bias)
+            nn.init.kaiming_normal_(weight, nonlinearity="relu")
+            nn.init.zeros_(bias)
             layers += [conv, nn.GELU()]
         self.layers = nn.Sequential(*layers[:-1])
 
@@ -148,10 +149,8 @@ class ConvStem(nn.Module):
         return self.layers(pixel_values).flatten(2).transpose(1, 2)  # (B, D, h, w) -> (B, N, D)
 
 
-class ViTBlock(nn.Module):
+class ViTBlock(taps.Tapped):
     """Pre-LN: x + attention(norm(x)), then x + MLP(norm(x)); in DINOv2 a learned scale comes before each sum."""
-
-    tap_prefix: str | None = None
 
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
@@ -164,7 +163,7 @@ class ViTBlock(nn.Module):
         self.scale1 = scale()
         self.norm2 = nn.LayerNorm(config.dim, eps=config.norm_eps)
         if config.swiglu:
-            self.mlp = SwiGLU(config.dim, config.hidden)
+            self.mlp: SwiGLU | MLP = SwiGLU(config.dim, config.hidden)
         else:
             self.mlp = MLP(config.dim, config.hidden, activation(config.activation), dropout=config.dropout)
         self.scale2 = scale()
@@ -181,17 +180,15 @@ class ViTBlock(nn.Module):
         return taps.tap(self.tap_prefix, "resid_post", x + self.scale2(self.mlp(self.norm2(x))))
 
 
-class ViT(Released, nn.Module):
+class ViT(Released[ViTConfig], ImageEncoder):
     """Prefix tokens and patches, learned positions, pre-LN blocks, a last norm (in CLIP that is part of its head).
 
-    `patch_embed` replaces the linear patches: any module (B, C, H, W) -> (B, N, D) with one token for each
-    patch_size x patch_size square in raster order, such as `ConvStem`. Its attribute `first` is the pixel on which
-    the first token is centred, in both directions.
+    `patch_embed` replaces the linear patches.
     """
 
     config_class = ViTConfig
 
-    def __init__(self, config: ViTConfig, patch_embed: nn.Module | None = None) -> None:
+    def __init__(self, config: ViTConfig, patch_embed: Stem | None = None) -> None:
         super().__init__()
         self.config, self.layout = config, config.family
         self.dim, self.prefix_tokens = config.dim, config.prefix_tokens
@@ -210,7 +207,7 @@ class ViT(Released, nn.Module):
         for table in (*(getattr(self, name) for name in tokens), self.positions):
             nn.init.trunc_normal_(table, std=config.init_std)
         self.blocks.apply(lambda module: init_weights(module, config.init_std))
-        taps.name_modules(self, "image")
+        taps.name_modules(self.blocks, "image")
 
     def places(self, height: int, width: int) -> Places:
         """The places of the patches of an image of this size in pixels. Raises ValueError unless patches fit."""

@@ -15,8 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vqa_scratch.kernels import linear_cross_entropy
+from vqa_scratch.models.bert import Bert
+from vqa_scratch.models.hf_config import ReleasedDecoder
 from vqa_scratch.nn import taps
-from vqa_scratch.nn.states import States
+from vqa_scratch.nn.connecting import Connector
+from vqa_scratch.nn.states import ImageEncoder, States
 
 IGNORE = -100  # the label of a token without a loss
 # The arguments of `freeze`, and the parts that each one freezes.
@@ -49,14 +52,14 @@ class VQAModel(nn.Module):
     Raises ValueError for a decoder that lacks the cross-attention its connector needs.
     """
 
-    def __init__(self, image: nn.Module, text: nn.Module | None, connector: nn.Module, decoder: nn.Module) -> None:
+    def __init__(self, image: ImageEncoder, text: Bert | None, connector: Connector, decoder: ReleasedDecoder) -> None:
         super().__init__()
-        if connector.uses_memory and not getattr(decoder.config, "add_cross_attention", False):
+        if connector.uses_memory and not decoder.config.add_cross_attention:
             raise ValueError("the decoder needs cross-attention: build GPT2 with add_cross_attention=True")
         self.image, self.text, self.connector, self.decoder = image, text, connector, decoder
-        for name in ("image", "text", "decoder"):
-            if hasattr(getattr(self, name), "blocks"):
-                taps.name_modules(getattr(self, name), name)
+        for name, part in (("image", image), ("text", text), ("decoder", decoder)):
+            if (blocks := getattr(part, "blocks", None)) is not None:
+                taps.name_modules(blocks, name)
 
     def hidden(
         self,
@@ -96,7 +99,9 @@ class VQAModel(nn.Module):
         """
         if not torch.isfinite(pixel_values).all():
             raise ValueError("pixel_values holds NaN or infinite values")
-        text = None if self.text is None else self.text.states(input_ids, attention_mask)
+        if self.text is not None and input_ids is None:
+            raise ValueError("this model reads questions: give it input_ids")
+        text = None if self.text is None or input_ids is None else self.text.states(input_ids, attention_mask)
         image = self.image.states(pixel_values)
         hidden = self.hidden(image, text, decoder_input_ids, image_index, decoder_attention_mask)
         output = VQAOutput(hidden, self.decoder.head)
@@ -120,9 +125,9 @@ class VQAModel(nn.Module):
             is_cross = part == "decoder" and (".cross." in name or ".norm_cross." in name)
             parameter.requires_grad_(part not in FROZEN_PARTS[what] or is_cross)
         lines = []
-        for name, part in self.named_children():
-            total = sum(p.numel() for p in part.parameters())
-            free = sum(p.numel() for p in part.parameters() if p.requires_grad)
+        for name, child in self.named_children():
+            total = sum(p.numel() for p in child.parameters())
+            free = sum(p.numel() for p in child.parameters() if p.requires_grad)
             lines.append(f"{name} {free:,}" + (f" of {total:,}" if free < total else ""))
         return "trainable: " + ", ".join(lines)
 

@@ -18,9 +18,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from vqa_scratch import kernels
 from vqa_scratch.nn import taps
 from vqa_scratch.nn.cache import KVCache
-from vqa_scratch.nn.memory import KeyValue, Memory, Sharing, check_rows, concatenate
+from vqa_scratch.nn.memory import KeyValue, Memory, check_rows, concatenate
 from vqa_scratch.nn.relative_bias import PassBias
-from vqa_scratch.nn.scores import Products, allowed, attention_mask, attention_scores, masked_softmax
+from vqa_scratch.nn.scores import Products, allowed, attention_scores, hide, masked_softmax
 
 BACKENDS = ("fused", "products", "explicit")  # these take any mask and bias; "kernel" takes neither as a tensor
 
@@ -84,10 +84,9 @@ def attention(
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
     if causal and key_mask is None and bias is None and q.shape[-2] == k.shape[-2]:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, dropout_p=dropout)
-    mask = attention_mask(q, k, key_mask=key_mask, bias=bias, causal=causal)
-    if mask is None:
-        return F.scaled_dot_product_attention(q, k, v, scale=scale, dropout_p=dropout)
-    with masked_safely(q.device):
+    keep = allowed(key_mask, causal, q.shape[-2], k.shape[-2], q.device)
+    mask = keep if bias is None else hide(bias.to(q.dtype), keep)
+    with nullcontext() if mask is None else masked_safely(q.device):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, dropout_p=dropout)
 
 
@@ -102,12 +101,9 @@ def attention_over_parts(
         k, v, mask, sharing = parts[0]
         return sharing.unfold(attention(sharing.fold(q), k, v, key_mask=mask, scale=scale, dropout=dropout))
     if choose(q, kernel=True, dropout=dropout) == "kernel":
-
-        def read(k: Tensor, v: Tensor, mask: Tensor | None, sharing: Sharing) -> tuple[Tensor, Tensor]:
-            z, lse = kernels.flash_attention(sharing.fold(q), k, v, key_mask=mask, scale=scale)
-            return sharing.unfold(z), sharing.unfold(lse.unsqueeze(-1)).squeeze(-1)
-
-        return kernels.merge([read(*part) for part in parts])[0]
+        ran = [kernels.flash_attention(p.sharing.fold(q), p.k, p.v, key_mask=p.mask, scale=scale) for p in parts]
+        apart = [(p.sharing.unfold, z, lse.unsqueeze(-1)) for p, (z, lse) in zip(parts, ran, strict=True)]
+        return kernels.merge([(unfold(z), unfold(lse).squeeze(-1)) for unfold, z, lse in apart])[0]
     scores = torch.cat(
         [p.sharing.unfold(attention_scores(p.sharing.fold(q), p.k, key_mask=p.mask, scale=scale)) for p in parts], -1
     )  # (B, H, T, N1 + N2 + ...)
@@ -118,15 +114,12 @@ def attention_over_parts(
     return sum(reads[1:], start=reads[0])
 
 
-class MultiHeadAttention(nn.Module):
+class MultiHeadAttention(taps.Tapped):
     """Self-attention with one fused `qkv`, or cross-attention (`context_dim` given) with `q` and a fused `kv`.
 
-    `dropout` is the probability of dropping an attention weight while training; `scale` None means head_dim**-0.5. With
-    fewer `kv_heads` each is read by the next heads / kv_heads queries (Ainslie et al. 2023, 2305.13245); `head_norm`
-    makes norms of q and k from their head size.
+    `dropout` is the probability of dropping a weight while training; `scale` None means head_dim**-0.5; each of fewer
+    `kv_heads` serves heads / kv_heads queries (Ainslie et al. 2023, 2305.13245); `head_norm(head_dim)` norms q and k.
     """
-
-    tap_prefix: str | None = None
 
     def __init__(
         self,
@@ -146,8 +139,7 @@ class MultiHeadAttention(nn.Module):
         if head_dim is None and dim % heads:
             raise ValueError(f"width {dim} does not divide into {heads} heads; give head_dim")
         self.heads, self.kv_heads, self.head_dim = heads, kv_heads or heads, head_dim or dim // heads
-        self.scale = self.head_dim**-0.5 if scale is None else scale
-        self.dropout = dropout
+        self.scale, self.dropout = self.head_dim**-0.5 if scale is None else scale, dropout
         inner = heads * self.head_dim
         if context_dim is None:
             self.qkv = nn.Linear(dim, inner + 2 * self.kv_heads * self.head_dim, bias=bias)
@@ -174,14 +166,14 @@ class MultiHeadAttention(nn.Module):
         self-attention needs key_mask and bias for all keys, old and new; cross-attention projects its context once. A
         bias includes the mask and the causal order. `rotate` changes q and k (B, heads, T, d), which are cached so.
         """
-        name, dropout = self.tap_prefix, self.dropout if self.training else 0.0
+        name, scale, dropout = self.tap_prefix, self.scale, self.dropout if self.training else 0.0
         if self.is_cross:
             assert bias is None and not causal, "cross-attention takes no bias and has no order"
             (q,), parts = self._split(self.q(x), self.heads), self.project(context, key_mask, cache)
             check_rows(parts, len(x))
             if not taps.wanted(name, "k", "v", "mask", "scores", "pattern"):
                 q = taps.tap(name, "q", q)
-                return self._join(attention_over_parts(q, parts, scale=self.scale, dropout=dropout))
+                return self._join(attention_over_parts(q, parts, scale=scale, dropout=dropout))
             k, v, key_mask, _ = concatenate(parts)
         else:
             assert context is None, "this is self-attention: it was built without context_dim"
@@ -192,25 +184,25 @@ class MultiHeadAttention(nn.Module):
             if cache is not None:
                 k, v = cache.append(k, v)
             if self.kv_heads < self.heads:
-                each = (-1, -1, self.heads // self.kv_heads, -1, -1)
-                k, v = (x.unsqueeze(2).expand(each).flatten(1, 2) for x in (k, v))
+                k, v = (x[:, :, None].expand(-1, -1, self.heads // self.kv_heads, -1, -1).flatten(1, 2) for x in (k, v))
         q, k, v = taps.tap(name, "q", q), taps.tap(name, "k", k), taps.tap(name, "v", v)
-        shown, has_bias = taps.wanted(name, "scores", "pattern"), bias is not None
-        by_distance = has_bias and not taps.wanted(name, "mask")
-        backend = choose(q, bias=has_bias, kernel=by_distance, dropout=dropout, shown=shown)
-        if has_bias:
+        shown, added = taps.wanted(name, "scores", "pattern"), None
+        by_distance = bias is not None and not taps.wanted(name, "mask")
+        backend = choose(q, bias=bias is not None, kernel=by_distance, dropout=dropout, shown=shown)
+        if bias is not None:
             assert key_mask is None and not causal, "the bias of a pass includes the mask and the order"
             if backend == "kernel":
-                return self._join(bias.look_up(q, k, v, self.scale))
-            bias, key_mask = bias.written_out()
-        options = {"key_mask": key_mask, "bias": bias, "causal": causal}
+                return self._join(bias.look_up(q, k, v, scale))
+            added, key_mask = bias.written_out()
         if taps.wanted(name, "mask"):
-            added = options | {"bias": bias if has_bias else q.new_zeros(1, 1, q.shape[-2], k.shape[-2])}
-            taps.tap(name, "mask", attention_mask(q, k, **added))
+            size = q.shape[-2], k.shape[-2]
+            keep = allowed(key_mask, causal, *size, q.device)
+            taps.tap(name, "mask", hide(q.new_zeros(1, 1, *size) if added is None else added.to(q.dtype), keep))
         if not shown:
-            return self._join(attention(q, k, v, **options, scale=self.scale, dropout=dropout, backend=backend))
-        scores = taps.tap(name, "scores", attention_scores(q, k, **options, scale=self.scale))
-        pattern = taps.tap(name, "pattern", masked_softmax(scores))
+            masks = {"key_mask": key_mask, "bias": added}
+            return self._join(attention(q, k, v, **masks, causal=causal, scale=scale, dropout=dropout, backend=backend))
+        scores = attention_scores(q, k, key_mask=key_mask, bias=added, causal=causal, scale=scale)
+        pattern = taps.tap(name, "pattern", masked_softmax(taps.tap(name, "scores", scores)))
         return self._join(F.dropout(pattern, dropout).to(v.dtype) @ v)
 
     def _split(self, x: Tensor, *heads: int) -> tuple[Tensor, ...]:
@@ -245,10 +237,8 @@ class MultiHeadAttention(nn.Module):
             raise ValueError("key_mask goes with a plain context tensor; a Memory has its own mask")
         if context is None:
             raise ValueError("cross-attention needs a context")
-        parts = []
-        for memory in [context] if isinstance(context, Memory) else context:
-            k, v = self._split(self.kv(memory.states), self.heads, self.heads)
-            parts.append(memory.project(k, v))
+        memories = [context] if isinstance(context, Memory) else context
+        parts = [m.project(*self._split(self.kv(m.states), self.heads, self.heads)) for m in memories]
         if cache is not None:
             cache.fill_cross(parts)
         return parts

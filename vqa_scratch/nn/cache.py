@@ -15,29 +15,29 @@ class KVCache:
     def __init__(self) -> None:
         self.length = 0
         self.cross: list[KeyValue] | None = None
-        self._k: Tensor | None = None  # (B, H, capacity, d)
-        self._v: Tensor | None = None
+        self._kv: tuple[Tensor, Tensor] | None = None  # (B, H, capacity, d) each
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Append the keys and values (B, H, T, d) of new tokens; returns all so far, as views."""
-        k, v = k.detach(), v.detach()
         start, self.length = self.length, self.length + k.shape[2]
-        if self._k is None or self.length > self._k.shape[2]:
+        old = self._kv
+        if old is None or self.length > old[0].shape[2]:
             capacity = max(16, 2 * self.length)  # doubling keeps the copying linear in the final length
-            old_k, old_v = self._k, self._v
-            self._k, self._v = (x.new_empty(*x.shape[:2], capacity, x.shape[3]) for x in (k, v))
-            if old_k is not None:
-                self._k[:, :, :start] = old_k[:, :, :start]
-                self._v[:, :, :start] = old_v[:, :, :start]
-        self._k[:, :, start : self.length] = k
-        self._v[:, :, start : self.length] = v
+            rows, heads, _, size = k.shape
+            self._kv = k.new_empty(rows, heads, capacity, size), v.new_empty(rows, heads, capacity, size)
+            if old is not None:
+                for kept, before in zip(self._kv, old, strict=True):
+                    kept[:, :, :start] = before[:, :, :start]
+        for kept, new in zip(self.contents, (k, v), strict=True):
+            kept[:, :, start:] = new.detach()
         return self.contents
 
     @property
     def contents(self) -> tuple[Tensor, Tensor]:
         """Keys and values of the tokens so far, (B, H, T, d) views."""
-        assert self._k is not None, "the cache is empty"
-        return self._k[:, :, : self.length], self._v[:, :, : self.length]
+        assert self._kv is not None, "the cache is empty"
+        k, v = self._kv
+        return k[:, :, : self.length], v[:, :, : self.length]
 
     def fill_cross(self, parts: list[KeyValue]) -> None:
         """Keep the keys and values of the memory for later steps."""
@@ -45,8 +45,9 @@ class KVCache:
 
     def select(self, rows: Tensor) -> None:
         """Keep, reorder or repeat rows: row i becomes what row `rows[i]` was. rows (B',) long."""
-        if self._k is not None:
-            self._k, self._v = self._k[rows], self._v[rows]
+        if self._kv is not None:
+            k, v = self._kv
+            self._kv = k[rows], v[rows]
         if self.cross is not None:
             self.cross = [part.select(rows) for part in self.cross]
 

@@ -20,17 +20,18 @@ from vqa_scratch.nn.layers import Activation
 from vqa_scratch.nn.memory import Memory
 from vqa_scratch.nn.rotary import Rotation
 
+Reader = tuple[nn.Module, MultiHeadAttention]  # cross-attention and the norm before it
+
 
 class FastBlock(NamedTuple):
-    """x += attn(norm(x)), x += cross(cross_norm(x)) if there is a memory, x += down(activation(up(mlp_norm(x)))).
+    """x += attn(norm(x)), the same of `cross` if there is a memory, x += down(activation(up(mlp_norm(x)))).
 
     With a `gate` the last is down(activation(gate(h)) * up(h)).
     """
 
     norm: nn.Module
     attn: MultiHeadAttention
-    cross_norm: nn.Module | None
-    cross: MultiHeadAttention | None
+    cross: Reader | None
     mlp_norm: nn.Module
     up: nn.Linear
     activation: Activation
@@ -47,6 +48,11 @@ class FastParts(NamedTuple):
     head: Tensor  # (V, E)
     bias: Callable[[int], Tensor] | None = None  # n -> (1, H, 1, n), added to the scores of the last of n tokens
     rotation: Callable[[Tensor], Rotation] | None = None  # positions (n,) -> what turns queries and keys there
+
+
+def fast_blocks(blocks: nn.ModuleList) -> list[FastBlock]:
+    """The parts of blocks that have a method `fast_block`."""
+    return [block.fast_block() for block in blocks]  # type: ignore[operator]  # the list says only that it has modules
 
 
 class Decoder(nn.Module, ABC):
@@ -83,13 +89,17 @@ class Decoder(nn.Module, ABC):
         memories; a cache keeps their keys.
         """
 
+    @abstractmethod
+    def after_blocks(self, x: Tensor) -> Tensor:
+        """(B, T, D) -> (B, T, E): from the last block to the states before the head."""
+
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., E) -> (..., V)."""
         return F.linear(hidden, self.head)
 
     def readout(self, states: Tensor) -> Tensor:
         """(..., D) -> (..., V): the logits if these were the states after the last block."""
-        return self.logits(self.norm(states))
+        return self.logits(self.after_blocks(states))
 
     @property
     def direct_head(self) -> Tensor | None:

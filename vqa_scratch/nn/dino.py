@@ -10,13 +10,11 @@ from torch import Tensor, nn
 from vqa_scratch.nn import taps
 
 
-class SwiGLU(nn.Module):
+class SwiGLU(taps.Tapped):
     """`out(silu(gate) * up)` (Shazeer 2020, 2002.05202), gate and up from one product: DINOv2's giant.
 
     The inner width is two thirds of `hidden`, rounded up to a multiple of 8: the cost of a plain MLP.
     """
-
-    tap_prefix: str | None = None
 
     def __init__(self, dim: int, hidden: int) -> None:
         super().__init__()

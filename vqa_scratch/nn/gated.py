@@ -7,10 +7,12 @@ matrix products.
 Shapes: N rows (tokens), D width, hidden the inner width.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 
 from vqa_scratch.nn import taps
 from vqa_scratch.nn.layers import Activation
@@ -31,9 +33,7 @@ def gated_mlp(x: Tensor, gate: Tensor, up: Tensor, down: Tensor, activation: Act
 
 class _GatedMLP(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: FunctionCtx, x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor, activation: Activation
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor, activation: Activation) -> Tensor:
         gate, up = F.linear(x, w_gate), F.linear(x, w_up)
         ctx.save_for_backward(x, w_gate, w_up, w_down, gate, up)
         ctx.activation = activation
@@ -41,7 +41,7 @@ class _GatedMLP(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, dy: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, w_gate, w_up, w_down, gate, up = ctx.saved_tensors
         of_x, of_gate, of_up, of_down = ctx.needs_input_grad[:4]
         shape = x.shape
@@ -61,10 +61,8 @@ class _GatedMLP(torch.autograd.Function):
         return dx, dw_gate, dw_up, dw_down, None
 
 
-class GatedMLP(nn.Module):
+class GatedMLP(taps.Tapped):
     """`down(activation(gate(x)) * up(x))` (Shazeer 2020, 2002.05202). (..., D) -> (..., D)."""
-
-    tap_prefix: str | None = None
 
     def __init__(self, dim: int, hidden: int, activation: Activation, *, bias: bool = False, dropout: float = 0.0):
         super().__init__()

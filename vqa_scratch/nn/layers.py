@@ -44,10 +44,8 @@ def activation(name: str) -> Activation:
     return ACTIVATIONS[name]
 
 
-class MLP(nn.Module):
+class MLP(taps.Tapped):
     """Linear, activation, linear, dropout (Vaswani et al. 2017, section 3.3). (..., D) -> (..., D)."""
-
-    tap_prefix: str | None = None
 
     def __init__(self, dim: int, hidden: int, activation: Activation, *, bias: bool = True, dropout: float = 0.0):
         super().__init__()

@@ -42,7 +42,7 @@ class Sharing(NamedTuple):
         """B."""
         return self.entries * self.repeat if self.slot is None else len(self.slot)
 
-    def index(self, device: torch.device) -> Tensor:
+    def entry_of_row(self, device: torch.device) -> Tensor:
         """(B,) the entry that each row reads."""
         return (torch.arange(self.rows, device=device) if self.slot is None else self.slot) // self.repeat
 
@@ -81,12 +81,12 @@ class KeyValue(NamedTuple):
 
     def select(self, rows: Tensor) -> "KeyValue":
         """Row i becomes what row `rows[i]` was. Entries that no row reads are dropped."""
-        return self.keep(*share(self.sharing.index(self.k.device)[rows], len(self.k)))
+        return self.keep(*share(self.sharing.entry_of_row(self.k.device)[rows], len(self.k)))
 
     def per_row(self) -> "KeyValue":
         """The same with one entry for each row (B, H, N, d)."""
         own = self.sharing.repeat == 1 and self.sharing.slot is None
-        return self if own else self.take(self.sharing.index(self.k.device))
+        return self if own else self.take(self.sharing.entry_of_row(self.k.device))
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,6 +117,7 @@ class Memory:
         """Add to the keys and values (M, H, N, d) of the states how rows share them."""
         if self.sharing is not None:
             return KeyValue(k, v, self.mask, self.sharing)
+        assert self.index is not None, "only an index can be too uneven to share"
         return KeyValue(k, v, self.mask, Sharing(len(k))).take(self.index)
 
 

@@ -5,12 +5,10 @@ Our Triton kernel looks the bias up in the table by distance; otherwise it becom
 Shapes: B rows, H heads, Tq queries, Tk keys, d head size. The queries are the last of the keys.
 """
 
-import math
-
 from torch import Tensor, nn
 
 from vqa_scratch import kernels
-from vqa_scratch.nn.scores import allowed
+from vqa_scratch.nn.scores import allowed, hide
 
 
 class RelativeBias(nn.Module):
@@ -46,8 +44,8 @@ class PassBias:
     def look_up(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         """Attention with this bias, (B, H, Tq, d), by `kernels.flash_attention`."""
         mask = None if self.key_mask is None else self.key_mask.expand(len(q), -1)
-        options = {"key_mask": mask, "causal": self.causal, "scale": scale}
-        return kernels.flash_attention(q, k, v, **options, bias=self.bias.lookup())[0]
+        bias = self.bias.lookup()
+        return kernels.flash_attention(q, k, v, key_mask=mask, causal=self.causal, scale=scale, bias=bias)[0]
 
     def written_out(self) -> tuple[Tensor, Tensor | None]:
         """(bias, key_mask): bias (1 or B, H, Tq, Tk), -inf where a query may not look, and a mask that is not in it.
@@ -56,10 +54,8 @@ class PassBias:
         """
         if self._written is None:
             bias, rest, sizes = self.bias(self.queries, self.keys), self.key_mask, (self.queries, self.keys)
-            order = allowed(None, self.causal, *sizes, bias.device)
-            if order is not None:
-                bias = bias.masked_fill(~order, -math.inf)
+            bias = hide(bias, allowed(None, self.causal, *sizes, bias.device))
             if rest is not None and not bias.requires_grad:
-                bias, rest = bias.masked_fill(~allowed(rest, False, *sizes, bias.device), -math.inf), None
+                bias, rest = hide(bias, allowed(rest, False, *sizes, bias.device)), None
             self._written = bias, rest
         return self._written

@@ -6,21 +6,22 @@ On a CPU `torch.nn.functional.rms_norm` is a chain of elementwise steps, each wi
 Shapes: D width.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import FunctionCtx
 
 
 class _Normalize(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
         squares = x * x
         scale = squares.mean(-1, keepdim=True).add_(eps).rsqrt_()  # (..., 1)
         ctx.save_for_backward(x, weight, scale)
         return torch.mul(x, scale, out=squares).mul_(weight).to(dtype)
 
     @staticmethod
-    def backward(ctx: FunctionCtx, dy: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, scale = ctx.saved_tensors
         dy = dy.float()
         normed = x * scale

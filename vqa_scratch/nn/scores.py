@@ -7,11 +7,11 @@ Shapes: B rows, H heads, Tq queries, Tk keys, d head size, R rows at a time.
 """
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 
 
 def causal_mask(queries: int, keys: int, device: torch.device | None = None) -> Tensor:
@@ -31,15 +31,9 @@ def allowed(key_mask: Tensor | None, causal: bool, queries: int, keys: int, devi
     return order if key_mask is None else key_mask & order  # (B, 1, Tq, Tk)
 
 
-def attention_mask(
-    q: Tensor, k: Tensor, *, key_mask: Tensor | None = None, bias: Tensor | None = None, causal: bool = False
-) -> Tensor | None:
-    """All masks as one, broadcastable to the scores: bool, or additive (-inf where masked) when there is a bias."""
-    keep = allowed(key_mask, causal, q.shape[-2], k.shape[-2], q.device)
-    if bias is None:
-        return keep
-    bias = bias.to(q.dtype)
-    return bias if keep is None else bias.masked_fill(~keep, -math.inf)
+def hide(scores: Tensor, keep: Tensor | None) -> Tensor:
+    """The scores, or a bias on them, with -inf where `keep` says that a query may not look (None: nowhere)."""
+    return scores if keep is None else scores.masked_fill(~keep, -math.inf)
 
 
 def attention_scores(
@@ -55,8 +49,7 @@ def attention_scores(
     scores = (q * (q.shape[-1] ** -0.5 if scale is None else scale)) @ k.transpose(-1, -2)
     if bias is not None:
         scores = scores + bias
-    keep = allowed(key_mask, causal, q.shape[-2], k.shape[-2], q.device)
-    return scores if keep is None else scores.masked_fill(~keep, -math.inf)
+    return hide(scores, allowed(key_mask, causal, q.shape[-2], k.shape[-2], q.device))
 
 
 def masked_softmax(scores: Tensor) -> Tensor:
@@ -66,7 +59,7 @@ def masked_softmax(scores: Tensor) -> Tensor:
     return scores.masked_fill(blocked, torch.finfo(scores.dtype).min).softmax(-1).masked_fill(blocked, 0.0)
 
 
-def attention_weights(q: Tensor, k: Tensor, **options: Tensor | bool | float | None) -> tuple[Tensor, Tensor]:
+def attention_weights(q: Tensor, k: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
     """The scores (-inf where masked) and the weights, both (B, H, Tq, Tk). Arguments as in `attention_scores`."""
     scores = attention_scores(q, k, **options)
     return scores, masked_softmax(scores)
@@ -94,7 +87,7 @@ class Products(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx,
+        ctx: Any,
         q: Tensor,
         k: Tensor,
         v: Tensor,
@@ -133,7 +126,7 @@ class Products(torch.autograd.Function):
         return z
 
     @staticmethod
-    def backward(ctx: FunctionCtx, dz: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dz: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, bias, *saved = ctx.saved_tensors
         weights_of, read_of = saved[: len(ctx.groups)], saved[-len(ctx.groups) :]
         dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))

@@ -6,22 +6,24 @@ while all activations are in memory. Megatron-LM (Shoeybi et al. 2019, 1909.0805
 Shapes: N rows (tokens), D inputs, V outputs.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, weight: Tensor, cast: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, cast: Tensor) -> Tensor:
         ctx.save_for_backward(x, cast)
         ctx.weight = weight
         return F.linear(x, cast)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, dy: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         (x, cast), weight, dweight = ctx.saved_tensors, ctx.weight, None
         of_x, of_weight, _ = ctx.needs_input_grad
         with torch.autocast(dy.device.type, enabled=False):

@@ -22,6 +22,12 @@ class Handler(Protocol):
     def __call__(self, name: str, tensor: Tensor) -> Tensor: ...
 
 
+class Tapped(nn.Module):
+    """A module with taps."""
+
+    tap_prefix: str | None = None  # how their names begin
+
+
 _handler: Handler | None = None
 
 
@@ -56,14 +62,13 @@ def activate(handler: Handler) -> Iterator[None]:
         _handler = None
 
 
-def name_modules(model: nn.Module, name: str) -> None:
-    """Name the taps of an encoder or decoder, whose `blocks` hold `attn`, and maybe `cross` and `mlp`.
+def name_modules(blocks: nn.ModuleList, name: str) -> None:
+    """Name the taps of an encoder or decoder by its blocks, which hold `attn`, and maybe `cross` and `mlp`.
 
     A model names itself when built; one that joins several renames them ("image", "text", "decoder", ...).
     """
-    for layer, block in enumerate(model.blocks):
-        block.tap_prefix = f"{name}.{layer}"
-        for child, label in (("attn", "self"), ("cross", "cross"), ("mlp", "mlp")):
-            module = getattr(block, child, None)
-            if module is not None:
-                module.tap_prefix = f"{name}.{layer}.{label}"
+    for layer, block in enumerate(blocks):
+        for child, label in (("", ""), ("attn", ".self"), ("cross", ".cross"), ("mlp", ".mlp")):
+            module = getattr(block, child, None) if child else block
+            if isinstance(module, Tapped):
+                module.tap_prefix = f"{name}.{layer}{label}"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from vqa_scratch.data.answers import Answer
+from vqa_scratch.data.answers import Answer, Answers
 from vqa_scratch.data.image_files import data_url, is_small
 from vqa_scratch.data.images import load_image
 from vqa_scratch.data.vqa_v2 import VQASample
@@ -121,7 +121,7 @@ def _card(sample: VQASample, answer: Answer) -> str:
 
 
 def answer_sections(
-    samples: Sequence[VQASample], answers: dict[int, Answer], family: Callable[[VQASample], str], number: int
+    samples: Sequence[VQASample], answers: Answers, family: Callable[[VQASample], str], number: int
 ) -> list[tuple[str, list[str]]]:
     """Sections with about `number` of the answered samples, the same share of every family."""
     groups: dict[str, list[VQASample]] = {}
@@ -139,7 +139,7 @@ def answer_sections(
 def write_gallery(
     path: Path,
     samples: Sequence[VQASample],
-    answers: dict[int, Answer],
+    answers: Answers,
     family: Callable[[VQASample], str],
     number: int,
     title: str,

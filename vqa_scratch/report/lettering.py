@@ -63,8 +63,8 @@ def choose(texts: Iterable[str], fonts: Mapping[str, frozenset[int]] | None = No
     needed = {c for text in texts for c in text if not c.isspace()}
     default = default_characters() if fonts is None else fonts[DEFAULT]
     families, missing = [DEFAULT], {c for c in needed if ord(c) not in default}
-    if missing and fonts is None:
-        fonts = installed()  # reads every font file, so only where it is needed
+    if fonts is None:
+        fonts = installed() if missing else {}  # reads every font file, so only where it is needed
     while missing:
         # The name breaks ties, so that a machine draws the same picture every time.
         best = max(fonts, key=lambda name: (sum(ord(c) in fonts[name] for c in missing), name))

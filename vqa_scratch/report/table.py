@@ -22,7 +22,7 @@ def draw_table(path: Path, title: str, header: Sequence[str], rows: Sequence[Seq
     from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle
 
-    table = [list(header), *map(list, rows)]
+    table: list[Sequence[Cell]] = [header, *rows]
     lettering = choose([title, *(cell for row in table for cell in row if isinstance(cell, str))])
 
     def fitted(cell: Cell, width: float) -> Cell:
@@ -33,8 +33,8 @@ def draw_table(path: Path, title: str, header: Sequence[str], rows: Sequence[Seq
     def height(cell: Cell) -> float:
         return LINE * (1 + cell.count("\n")) if isinstance(cell, str) else PICTURE
 
-    table = [[fitted(cell, width) for cell, width in zip(row, inches, strict=True)] for row in table]
-    heights = [PADDING + max(map(height, row)) for row in table]
+    fits = [[fitted(cell, width) for cell, width in zip(row, inches, strict=True)] for row in table]
+    heights = [PADDING + max(map(height, row)) for row in fits]
     heading = 0.45
     bold = "bold" if len(lettering.families) == 1 else "normal"  # fonts for other scripts often have no bold
     total = heading + sum(heights)
@@ -45,19 +45,19 @@ def draw_table(path: Path, title: str, header: Sequence[str], rows: Sequence[Seq
         # Texts are data, so a dollar sign is a dollar sign and not the start of a formula.
         axis.text(PADDING / 2, heading / 2, lettering.legible(title), fontsize=12, va="center", parse_math=False)
         top = heading
-        for number, (row, tall) in enumerate(zip(table, heights, strict=True)):
+        for number, (row, tall) in enumerate(zip(fits, heights, strict=True)):
             left = 0.0
             for cell, width in zip(row, inches, strict=True):
                 if isinstance(cell, str):
-                    style = {"fontsize": 9, "va": "top", "linespacing": 1.35, "weight": "normal" if number else bold}
-                    axis.text(left + PADDING / 2, top + PADDING / 2, cell, parse_math=False, **style)
+                    written = axis.text(left + PADDING / 2, top + PADDING / 2, cell, parse_math=False, va="top")
+                    written.set(fontsize=9, linespacing=1.35, weight="normal" if number else bold)
                 else:
                     side, edge = left + PADDING / 2, top + PADDING / 2
                     deep, broad = (PICTURE * pixels / max(cell.shape[:2]) for pixels in cell.shape[:2])
                     place = (side, side + broad, edge + deep, edge)
                     axis.imshow(cell, extent=place, interpolation="nearest", aspect="auto")
-                    frame = {"fill": False, "edgecolor": "0.85", "linewidth": 0.6}  # a white image has an edge too
-                    axis.add_patch(Rectangle((side, edge), broad, deep, **frame))
+                    frame = Rectangle((side, edge), broad, deep, fill=False, edgecolor="0.85", linewidth=0.6)
+                    axis.add_patch(frame)  # a white image has an edge too
                 left += width
             top += tall
             axis.axhline(top, color="0.8" if number else "0.3", linewidth=0.8)

@@ -1,6 +1,6 @@
 """Saves time and memory in the gradients of an embedding and a head over a large vocabulary."""
 
-from torch import nn
+from torch import Tensor, nn
 
 from vqa_scratch.nn.summing_linear import SummingLinear
 from vqa_scratch.training.ranks import in_parts
@@ -8,12 +8,12 @@ from vqa_scratch.training.ranks import in_parts
 LARGE_TABLE = 2**20  # numbers
 
 
-def _large(table: nn.Parameter) -> bool:
+def _large(table: Tensor) -> bool:
     """Whether a gradient of the table's size is worth avoiding."""
     return table.numel() >= LARGE_TABLE and table.requires_grad and not in_parts(table)
 
 
-def look_up_sparsely(model: nn.Module) -> list[nn.Parameter]:
+def look_up_sparsely(model: nn.Module) -> list[Tensor]:
     """Make lookups in large tables give sparse gradients: the rows they read, instead of a whole table of zeros.
 
     Returns the tables, whose `.grad` then lists rows until it is made dense. A table in parts (FSDP) stays unchanged.

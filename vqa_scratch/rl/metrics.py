@@ -6,6 +6,7 @@ Shapes: B responses, R response tokens, N real tokens.
 import math
 import re
 from collections import Counter
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -40,7 +41,7 @@ def rollout_metrics(t: Trajectory, samples: Samples, raw: Tensor, parts: dict[st
     lengths, queries = t.mask.sum(1).float(), torch.tensor([float(len(p.ids)) for p in samples.prompts])
     _, returns_var = mean_and_var(masked_moments(t.returns, t.mask))
     error = masked_mean((t.values - t.returns).square(), t.mask)
-    log = {
+    log: dict[str, float | Tensor] = {
         "objective/kl": masked_sum(kl.k1, t.mask, 1).mean(),
         "objective/kl_k3": masked_sum(kl.k3, t.mask, 1).mean(),
         "objective/kl_exact": masked_sum(t.exact_kl, t.mask, 1).mean(),
@@ -82,7 +83,7 @@ class UpdateStats:
     """
 
     def __init__(self) -> None:
-        self.minibatches: list[dict[str, Tensor]] = []
+        self.minibatches: list[Mapping[str, float | Tensor]] = []
         self.now: dict[str, Tensor] = {}  # of the minibatch that is under way
         self.norms: list[Tensor] = []  # of the gradient, of each step
 
@@ -110,7 +111,8 @@ class UpdateStats:
 
     def end_minibatch(self, world: World = ALONE) -> float:
         """Close the minibatch, on all ranks; its mean k3 a token against the policy that sampled."""
-        now, self.now = self.now, {}
+        now: Mapping[str, float | Tensor] = self.now
+        self.now = {}
         if world.size > 1:
             of_ranks = world.gather({name: float(value) for name, value in now.items()})
             names = max(of_ranks, key=len)  # a rank that had no prompt in the minibatch has none

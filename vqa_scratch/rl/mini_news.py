@@ -8,6 +8,7 @@ Shapes: B batch, N input tokens, T output tokens, V vocabulary.
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -100,8 +101,8 @@ def fit(model: nn.Module, loss_of: Callable[[], Tensor], steps: int, learning_ra
 def train_summariser(tokenizer: Tokenizer, seed: int, steps: int, device: str) -> T5:
     """Step 1: a small T5 learns article -> summary by teacher forcing."""
     torch.manual_seed(seed)
-    layers = {"encoder_layers": 2, "decoder_layers": 2, "heads": 4}
-    size = T5Config(vocab_size=len(tokenizer), dim=96, head_dim=24, hidden=192, dropout=0.0, **layers)
+    small = replace(T5Config(), encoder_layers=2, decoder_layers=2, heads=4, dim=96, head_dim=24, hidden=192)
+    size = replace(small, vocab_size=len(tokenizer), dropout=0.0)
     model = T5(size).to(device)
     items = news.news(min(20_000, steps * BATCH), TRAIN_SEED)
     generator = torch.Generator().manual_seed(seed)
@@ -134,7 +135,7 @@ def train_judge(name: str, tokenizer: Tokenizer, seed: int, steps: int, device: 
         dropout=0.0,
         attention_dropout=0.0,
         init_std=0.12,  # 64**-0.5: attention this narrow learns word order late from the usual 0.02
-        pad_id=tokenizer.pad_id,
+        pad_id=tokenizer.pad_id or 0,
     )
     labelled, labels = JUDGES[name]
     model, sentences = TextClassifier(size, labels).to(device), labelled(20_000, REWARD_SEED)

@@ -105,7 +105,13 @@ class RLHFOptions(Options):
     sft_steps: int = option(500, "Steps of supervised training of the summariser.", MODELS, minimum=1, only=MINI_NEWS)
     reward_steps: int = option(600, "Steps of training of each reward model.", MODELS, minimum=1, only=MINI_NEWS)
 
-    iterations: int = option(100, "Batches of rollouts in the whole run.", ROLLOUTS, minimum=1)
+    iterations: int = option(
+        100,
+        "Batches of rollouts in the whole run. With --resume, +N: N more for a finished run.",
+        ROLLOUTS,
+        minimum=1,
+        more=True,
+    )
     prompts: int = option(32, "Prompts in a batch.", ROLLOUTS, minimum=1)
     samples: int = option(4, "Responses to each prompt, which share its encoding.", ROLLOUTS, minimum=1)
     max_new_tokens: int = option(32, "Longest response, in tokens.", ROLLOUTS, minimum=1)
@@ -188,6 +194,14 @@ class RLHFOptions(Options):
 
     log_to: str | None = option(
         None, "Log to this too, besides metrics.jsonl.", LOGGING, ("tensorboard", "wandb"), may_change=True
+    )
+    profile: int | None = option(
+        None,
+        "Profile this many iterations after the first three, into trace.json.",
+        LOGGING,
+        minimum=1,
+        maximum=50,
+        may_change=True,
     )
     eval_prompts: int = option(128, "Prompts, never trained on, for the figures before and after.", LOGGING, minimum=1)
     eval_samples: int = option(4, "Responses to each of them.", LOGGING, minimum=1)

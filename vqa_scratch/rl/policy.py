@@ -7,9 +7,10 @@ Shapes: P prompts, K samples a prompt, B = P * K responses, R response tokens, N
 V vocabulary, E entries of a memory.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,7 @@ from vqa_scratch.nn.memory import Memory
 from vqa_scratch.rl.options import RLHFOptions
 from vqa_scratch.rl.types import Prompt
 
+M = TypeVar("M", bound=nn.Module)
 BARRED = -1e9  # the logit of a token that cannot be sampled; finite, so that 0 * log 0 stays 0 in KL and entropy
 
 
@@ -51,7 +53,7 @@ class Context:
 
     @property
     def prompts(self) -> int:
-        if not self.parts:
+        if self.prompt_ids is not None:
             return len(self.prompt_ids)
         states, _, entries = self.parts[0]
         return len(states if entries is None else entries)
@@ -81,28 +83,33 @@ class Context:
         ]
 
 
-class Backbone(Protocol):
-    """What PPO needs from a language model (an `nn.Module`), such as `T5Policy` below."""
+class Backbone(nn.Module, ABC):
+    """What PPO needs from a language model, such as `T5Policy` below."""
 
     width: int
     start_id: int  # first input of the decoder
     eos_id: int
     pad_id: int
 
+    @abstractmethod
     def encode(self, prompts: list[Prompt]) -> Context:
         """What the decoder reads, one entry a prompt."""
 
+    @abstractmethod
     def begin(self, context: Context, steps: int) -> tuple[Tensor, State]:
         """Raw logits of the first response token (B, V), and the state that takes up to `steps` more tokens from there;
         its rows are the responses. Without gradients.
         """
 
+    @abstractmethod
     def decode_hidden(self, ids: Tensor, context: Context) -> Tensor:
         """(B, R) -> (B, R, D): final states of all at once; ids begins with the start token."""
 
+    @abstractmethod
     def logits(self, hidden: Tensor) -> Tensor:
         """(N, D) -> (N, V)."""
 
+    @abstractmethod
     def encoder_parameters(self) -> list[nn.Parameter]:
         """All parameters that `encode` depends on."""
 
@@ -119,7 +126,7 @@ def padded(
     )
 
 
-class T5Policy(nn.Module):
+class T5Policy(Backbone):
     """A T5 as PPO's backbone. Prompts are padded on the right, as T5's relative positions require."""
 
     def __init__(self, model: T5) -> None:
@@ -129,9 +136,8 @@ class T5Policy(nn.Module):
         self.width, self.start_id, self.eos_id, self.pad_id = config.dim, config.start_id, config.eos_id, config.pad_id
 
     def encode(self, prompts: list[Prompt]) -> Context:
-        ids, mask = padded([p.ids for p in prompts], self.pad_id, next(self.parameters()).device)
-        if len({len(p.ids) for p in prompts}) == 1:
-            mask = None  # prompts of one length need none
+        ids, real = padded([p.ids for p in prompts], self.pad_id, next(self.parameters()).device)
+        mask = None if len({len(p.ids) for p in prompts}) == 1 else real  # prompts of one length need none
         return Context((Part(self.model.encode(ids, mask), mask),))
 
     def begin(self, context: Context, steps: int) -> tuple[Tensor, State]:
@@ -222,7 +228,7 @@ class ActorCritic(nn.Module):
         return token_logits(self.backbone, states, ids, mask, rules), values
 
 
-def freeze(module: nn.Module, precision: torch.dtype = torch.float32) -> nn.Module:
+def freeze(module: M, precision: torch.dtype = torch.float32) -> M:
     """No gradients, no dropout. Below fp32 the linear layers are stored as autocast would cast them on every call."""
     module.requires_grad_(False).eval()
     if precision != torch.float32:

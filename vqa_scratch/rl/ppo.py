@@ -70,7 +70,9 @@ class PPO:
     ) -> None:
         self.ranks, world = ranks, ranks.world
         check_ranks(options, world)
-        self.world, self.mine = world, world.share(range(options.prompts))  # this rank's prompts of a batch
+        mine = world.share(range(options.prompts))  # this rank's prompts of a batch
+        assert isinstance(mine, range)  # a slice of one
+        self.world, self.mine = world, mine
         self.options, self.actor, self.reference, self.reward = options, actor.eval(), reference, reward
         self.rules, self.decode, self.autocast = rules, decode, autocast
         self.stream = PromptStream(prompts, options.prompts, options.seed)
@@ -119,13 +121,13 @@ class PPO:
 
         with self.autocast():
             s = score(self.actor, self.reference, self.readings(prompts, context), ids, mask, self.rules)
-        ids, mask, finished, scores, raw, *s = gather_rows(self.world, ids, mask, finished, scores, raw, *s)
+        ids, mask, finished, scores, raw, *scored = gather_rows(self.world, ids, mask, finished, scores, raw, *s)
         samples = gather_samples(self.world, samples, prompts, k)
         parts = dict(zip(parts, gather_rows(self.world, *parts.values()), strict=True))
         clock.append(time.perf_counter())
         names = ("generate", "compute_rewards", "forward_pass")
         seconds = {f"time/ppo/{name}": b - a for name, a, b in zip(names, clock[:-1], clock[1:], strict=True)}
-        return Rollout(Responses(ids, mask, finished), Scored(*s), scores, raw, parts, samples, context, seconds)
+        return Rollout(Responses(ids, mask, finished), Scored(*scored), scores, raw, parts, samples, context, seconds)
 
     def readings(self, prompts: list[Prompt], context: Context) -> Iterator[tuple[list[int], Context, Context]]:
         """The parts of this rank's prompts, with what policy and reference read of each: the old log-probabilities.

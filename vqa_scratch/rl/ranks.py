@@ -50,13 +50,13 @@ class Copies(Alone):
     def collect(self, parameters: Sequence[nn.Parameter]) -> None:
         """Replace every gradient by its sum over the ranks; a missing one counts as zero, unless all ranks lack it."""
         having = self.world.totals([float(p.grad is not None) for p in parameters])
-        bucket: list[nn.Parameter] = []
+        bucket: list[Tensor] = []  # gradients
         used = [p for p, count in zip(parameters, having, strict=True) if count]
         for p in used:
-            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-            bucket.append(p)
-            if sum(q.numel() for q in bucket) >= BUCKET or p is used[-1]:
-                flat = self.world.sum_(torch.cat([q.grad.flatten() for q in bucket]))
-                for q, piece in zip(bucket, flat.split([q.numel() for q in bucket]), strict=True):
-                    q.grad.copy_(piece.view_as(q))
+            own = p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+            bucket.append(own)
+            if sum(grad.numel() for grad in bucket) >= BUCKET or p is used[-1]:
+                flat = self.world.sum_(torch.cat([grad.flatten() for grad in bucket]))
+                for grad, piece in zip(bucket, flat.split([grad.numel() for grad in bucket]), strict=True):
+                    grad.copy_(piece.view_as(grad))
                 bucket = []

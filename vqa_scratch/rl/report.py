@@ -43,8 +43,8 @@ def frontier(curve: Frontier, history: list[dict[str, Any]], before: Figures, af
     if curve.best_of_n:
         _, kl, reward = zip(*curve.best_of_n, strict=True)
         axis.plot(kl, reward, "s", color="C2", markersize=5, label="best of n")
-        for n, x, y in curve.best_of_n:
-            axis.annotate(str(n), (x, y), textcoords="offset points", xytext=(4, -10), fontsize=8)
+        for n, *place in curve.best_of_n:
+            axis.annotate(str(n), (place[0], place[1]), textcoords="offset points", xytext=(4, -10), fontsize=8)
     x = moving_average([row["objective/kl_exact"] for row in history], SMOOTH)
     y = moving_average([row["env/reward_mean"] for row in history], SMOOTH)
     axis.plot(x, y, color="C0", alpha=0.7, label="this run (training prompts)")

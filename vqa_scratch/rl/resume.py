@@ -15,7 +15,7 @@ from vqa_scratch.rl.ppo import PPO
 from vqa_scratch.rl.tasks import Task
 from vqa_scratch.storage import read_object, typed
 from vqa_scratch.training.checkpoint import fitting, load_checkpoint, set_rng_state
-from vqa_scratch.training.resume import checkpoint_path, go_on, is_new
+from vqa_scratch.training.resume import checkpoint_path, go_on, is_new, lengthened
 
 PROGRAM = "rlhf.py"
 # Of a checkpoint of rlhf.py.
@@ -39,21 +39,26 @@ def begin_or_go_on(options: RLHFOptions) -> tuple[RLHFOptions, dict[str, Any] | 
     Raises UserError if a run would be overwritten, or resumed with options that must not change.
     """
     if is_new(options.out, options.resume, PROGRAM):
-        return replace(options, resume=False), None
+        return lengthened(replace(options, resume=False), options.more, {}, "iterations"), None
     config, path = options.out / "config.json", checkpoint_path(options.out)
-    values = read_object(config) if config.is_file() else {}
-    if not values and not path.exists():
+    begun = read_object(config) if config.is_file() else {}
+    begun.pop("program", None)
+    if not begun and not path.exists():
         raise UserError(f"{options.out} holds no run to go on with; begin one without --resume")
     saved = load_checkpoint(path) if path.exists() else None
     if saved and "ppo" not in saved:
         raise UserError(f"{path} is no checkpoint of rlhf.py")
     if saved:
         typed(path, saved, PARTS)
-    values = saved["config"] if saved else {name: value for name, value in values.items() if name != "program"}
+    values = saved["config"] if saved else begun
+    if saved and "iterations" in begun:  # --iterations +N is in config.json before it is in a checkpoint
+        values = values | {"iterations": begun["iterations"]}
     if values.get("preset") != options.preset:
         preset = values.get("preset")
         raise UserError(f"{options.out} is a run of preset {preset}, not {options.preset}; give another --out")
-    return go_on(options, values, PRESETS, path if saved else config), saved
+    merged = go_on(options, values, PRESETS, path if saved else config)
+    done = {"iterations": typed(path, saved["ppo"], {"iteration": int})[0]} if saved else {}
+    return lengthened(merged, options.more, done, "iterations"), saved
 
 
 def prompt_hashes(task: Task) -> Hashes:

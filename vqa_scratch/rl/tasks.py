@@ -60,7 +60,7 @@ def articles_for(options: RLHFOptions) -> tuple[list[tuple[str, str]], list[str]
 
     Raises UserError on too few.
     """
-    notes = []
+    notes: list[str] = []
     if options.preset == "mini-news":
         items = news(options.eval_prompts, mini_news.HELD_OUT_SEED)
         items += news(max(MINI_NEWS_ARTICLES, options.prompts), mini_news.TRAIN_SEED)
@@ -68,8 +68,7 @@ def articles_for(options: RLHFOptions) -> tuple[list[tuple[str, str]], list[str]
     if options.articles:
         articles, empty = read_articles(options.articles, options.column, options.summary_column)
         if empty:
-            first = empty[0].removeprefix(f"{options.articles}, ")
-            notes.append(f"{len(empty)} empty articles left out, the first at {first}")
+            notes.append(f"{len(empty)} empty articles left out, the first at {empty[0]}")
     elif options.init == "random":
         items = news(8 * (options.eval_prompts + options.prompts), seed=options.seed)
         articles = [(" ".join(item.article for item in items[i : i + 8]), "") for i in range(0, len(items), 8)]
@@ -101,8 +100,8 @@ def models_for(options: RLHFOptions, device: torch.device) -> tuple[Models, list
         for name, label in (("grammar", options.grammar_label), ("tone", options.tone_label)):
             check_label(mini_news.JUDGES[name][1], label)  # now, not after minutes of training
         folder = mini_news.prepare(options.cache, options.seed, options.sft_steps, options.reward_steps, str(device))
-        judges = {} if options.reward else {name: folder / name for name in JUDGED}
-        made = mini_news.load(folder / "summariser", judges)
+        trained = {} if options.reward else {name: folder / name for name in JUDGED}
+        made = mini_news.load(folder / "summariser", trained)
         return made, [f"summariser and reward models: {folder}"]
     if options.init == "random":
         return random_models(options), []

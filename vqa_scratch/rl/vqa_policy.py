@@ -21,7 +21,7 @@ from vqa_scratch.data.vqa_v2 import VQASample
 from vqa_scratch.generate import State, begin
 from vqa_scratch.metrics import vqa_accuracy
 from vqa_scratch.models.vqa import VQAModel
-from vqa_scratch.rl.policy import Context, Part, padded
+from vqa_scratch.rl.policy import Backbone, Context, Part, padded
 from vqa_scratch.rl.types import Prompt, Samples
 
 IMAGES_KEPT = 4096  # decoded images held in memory
@@ -38,7 +38,7 @@ def official_accuracy(samples: Samples) -> Tensor:
     return torch.tensor([vqa_accuracy(text.strip(), prompt.payload.answers) for text, prompt in pairs])
 
 
-class VQAPolicy(nn.Module):
+class VQAPolicy(Backbone):
     """A `VQAModel` as PPO's backbone."""
 
     def __init__(self, model: VQAModel, tokenizers: Tokenizers, processor: ImageProcessor) -> None:
@@ -60,7 +60,8 @@ class VQAPolicy(nn.Module):
         pixels = torch.stack([self._pixels(*path) for path in place]).to(device)  # (I, H, W, 3)
         text = None
         if model.text is not None:
-            text = model.text.states(*padded([p.ids for p in prompts], self.tokenizers.text.pad_id or 0, device))
+            fill = self.tokenizers.by_name["text"].pad_id or 0
+            text = model.text.states(*padded([p.ids for p in prompts], fill, device))
         image = model.image.states(self.processor.normalize(pixels))
         given = model.connector(image, text, which.to(device))
 
@@ -76,8 +77,9 @@ class VQAPolicy(nn.Module):
     def _before(self, context: Context) -> tuple[Tensor, Tensor, Tensor | None]:
         """What stands before each answer: ids (B, L), the start token last, which of them are real, and embeddings
         (B, Q, D) before those, if the connector makes any."""
-        parts = (context.prompt_ids, context.prompt_mask, context.prefix)
-        return tuple(None if x is None else x.repeat_interleave(context.samples, 0) for x in parts)
+        assert context.prompt_ids is not None and context.prompt_mask is not None  # made by `encode`
+        ids, real = (x.repeat_interleave(context.samples, 0) for x in (context.prompt_ids, context.prompt_mask))
+        return ids, real, None if context.prefix is None else context.prefix.repeat_interleave(context.samples, 0)
 
     def begin(self, context: Context, steps: int) -> tuple[Tensor, State]:
         ids, real, prefix = self._before(context)

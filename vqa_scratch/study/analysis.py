@@ -15,8 +15,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from vqa_scratch.study.base import Source, Subject
+from vqa_scratch.nn.states import Places
+from vqa_scratch.study.base import Subject
 from vqa_scratch.study.certificate import rebuilt_pattern
+from vqa_scratch.study.names import attention_at
 from vqa_scratch.study.trace import Trace, trace
 
 # (flow so far (N, S), weights (N, keys), flow of what cross-attention reads (keys, S) or None, own columns) -> flow
@@ -131,7 +133,7 @@ def weighted_patterns(subject: Subject, t: Trace, target: Tensor) -> dict[str, T
     with torch.no_grad():
         for name, output, gradient in zip(attentions, outputs, gradients, strict=True):
             q, k, v, mask = (t[f"{name}.{label}"] for label in ("q", "k", "v", "mask"))
-            pattern = rebuilt_pattern(q, k, mask, t.modules[name].scale)[0]
+            pattern = rebuilt_pattern(q, k, mask, attention_at(t.modules, name).scale)[0]
             gradient = torch.zeros_like(output) if gradient is None else gradient
             d_pattern = (gradient.float() @ v.float().transpose(-1, -2))[0]
             result[name] = (pattern * d_pattern).clamp(min=0).mean(0).cpu()
@@ -196,12 +198,12 @@ def normalised_entropy(pattern: Tensor, visible: Tensor) -> Tensor:
     return torch.special.entr(pattern).sum(-1) / visible.sum(-1).clamp(min=2).log()
 
 
-def mean_distance(pattern: Tensor, source: Source | None) -> Tensor:
+def mean_distance(pattern: Tensor, image: Places | None) -> Tensor:
     """(H, N, N) -> (H,): expected distance of the keys read, over tokens that have a place: of an image the last ones.
 
     For an image this is the mean attention distance of Dosovitskiy et al. 2021, section 4.5, in patches.
     """
-    grid = (pattern.shape[-1],) if source is None or source.places is None else source.places.grid
+    grid = (pattern.shape[-1],) if image is None else image.grid
     places = torch.cartesian_prod(*map(torch.arange, grid)).float().view(-1, len(grid))
     inner = pattern[:, -len(places) :, -len(places) :]
     weight = inner.sum(-1)
@@ -219,8 +221,9 @@ def head_statistics(subject: Subject, t: Trace) -> list[HeadStatistics]:
         image, text, sink = (shares @ kind for kind in _kinds(subject, shares.shape[1]))
         distance = _distance(subject, name, pattern)
         for head in range(len(pattern)):
-            values = (float(x[head]) for x in (entropy, image, text, sink))
-            result.append(HeadStatistics(name, head, *values, None if distance is None else float(distance[head])))
+            spread, *read = (float(x[head]) for x in (entropy, image, text, sink))
+            far = None if distance is None else float(distance[head])
+            result.append(HeadStatistics(name, head, spread, read[0], read[1], read[2], far))
     return result
 
 
@@ -240,7 +243,7 @@ def _distance(subject: Subject, name: str, pattern: Tensor) -> Tensor | None:
     if kind == "cross":
         return None
     if stream != subject.writer:
-        return mean_distance(pattern, next(source for source in subject.sources if source.name == stream))
+        return mean_distance(pattern, next(source.places for source in subject.sources if source.name == stream))
     if subject.prefix < pattern.shape[-1]:
         own = slice(subject.prefix, None)
         return mean_distance(pattern[:, own, own], None)

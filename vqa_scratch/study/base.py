@@ -10,13 +10,17 @@ Everything else in `study` works on a `Subject`, whatever the model:
 a map is made for, K keys of cross-attention or tokens of the prefix, D width, V vocabulary. The batch is always 1.
 """
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from vqa_scratch.nn.states import Places
+from vqa_scratch.models.hf_config import ReleasedDecoder
+from vqa_scratch.models.t5 import T5Stack
+from vqa_scratch.models.vit import ViT
+from vqa_scratch.nn.states import ImageEncoder, Places
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,7 @@ class Subject(ABC):
     """
 
     model: nn.Module
-    decoder: nn.Module  # the writer: has `blocks` and `norm`
+    decoder: ReleasedDecoder | T5Stack | ViT  # the writer
     writer: str = "decoder"  # the first segment of its taps
     sources: tuple[Source, ...]
     mixing: Tensor
@@ -112,11 +116,11 @@ class Subject(ABC):
         return next(where for source, where in self.slices() if source.name == name)
 
     @property
-    def image(self) -> tuple[Source, slice]:
-        """The source with places, and where they are among the S. Raises ValueError if there is none."""
+    def image(self) -> tuple[Places, slice]:
+        """The places of the source that has some, and where they are among the S. Raises ValueError without one."""
         for source, where in self.slices():
             if source.places is not None:
-                return source, slice(where.stop - source.places.grid[0] * source.places.grid[1], where.stop)
+                return source.places, slice(where.stop - math.prod(source.places.grid), where.stop)
         raise ValueError("there is no image here: nothing to delete, insert or point at")
 
     def rows(self, x: Tensor) -> Tensor:
@@ -138,7 +142,7 @@ class Subject(ABC):
             return torch.cat([weights[..., :given] @ self.mixing[:given], weights[..., given:]], -1)
         source = next(source for source in self.sources if source.name == stream)
         result = weights.new_zeros(*weights.shape[:-1], self.mixing.shape[1])
-        result[..., self.where(source.reads if kind == "cross" else stream)] = weights
+        result[..., self.where(source.reads if kind == "cross" and source.reads else stream)] = weights
         return result
 
 
@@ -155,7 +159,7 @@ class ImageSubject(Subject):
         return self.logits_of(self.pixel_values, decoder_ids)[0]
 
 
-def image_source(encoder: nn.Module, pixel_values: Tensor, attentions: tuple[str, ...] = ()) -> Source:
+def image_source(encoder: ImageEncoder, pixel_values: Tensor, attentions: tuple[str, ...] = ()) -> Source:
     """The tokens that an image encoder (see `nn/states.py`) makes of `pixel_values` (1, C, H, W)."""
     places = encoder.places(*pixel_values.shape[2:])
     prefix = ["[class]", *(f"[token {i}]" for i in range(2, encoder.prefix_tokens + 1))][: encoder.prefix_tokens]
@@ -163,7 +167,7 @@ def image_source(encoder: nn.Module, pixel_values: Tensor, attentions: tuple[str
     return Source("image", (*prefix, *patches), tuple(range(len(prefix))), places, attentions)
 
 
-def block_attentions(name: str, encoder: nn.Module) -> tuple[str, ...]:
+def block_attentions(name: str, encoder: nn.Module | None) -> tuple[str, ...]:
     """The attentions of an encoder's blocks in the order they run; none for one without blocks, as a ResNet."""
     kinds = (("self", "attn"), ("cross", "cross"))
     blocks = enumerate(getattr(encoder, "blocks", ()))

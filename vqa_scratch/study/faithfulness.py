@@ -69,7 +69,7 @@ def answer_probability(subject: ImageSubject, images: Tensor, answer: list[int])
 def _with_tokens(subject: ImageSubject, keep: Tensor) -> Tensor:
     """(n, C, H, W): the image in the squares of the tokens that `keep` (n, N) names, its mean colour elsewhere."""
     image = subject.pixel_values
-    mask = keep[:, token_of_pixel(subject.image[0].places, tuple(image.shape[2:]))][:, None]  # (n, 1, H, W)
+    mask = keep[:, token_of_pixel(subject.image[0], (image.shape[2], image.shape[3]))][:, None]  # (n, 1, H, W)
     return torch.where(mask.to(image.device), image, image.mean((2, 3), keepdim=True))
 
 
@@ -136,9 +136,9 @@ def pointing(examples: Iterable[tuple[ImageSubject, Sequence[float]]]) -> dict[s
     """
     found: dict[str, list[tuple[float, float, float]]] = {}
     for subject, box in examples:
-        answer, (image, where) = subject.generate(), subject.image
-        rows, size = answer_rows(subject, answer), tuple(subject.pixel_values.shape[2:])
-        inside, centred = share_in_box(image.places, size, box), centred_in_box(image.places, box)
+        answer, (places, where) = subject.generate(), subject.image
+        rows, (_, _, *size) = answer_rows(subject, answer), subject.pixel_values.shape
+        inside, centred = share_in_box(places, (size[0], size[1]), box), centred_in_box(places, box)
         left, top, right, bottom = box
         area = (right - left) * (bottom - top) / (size[0] * size[1])
         t = forced(subject, answer)
@@ -156,9 +156,9 @@ def pointing(examples: Iterable[tuple[ImageSubject, Sequence[float]]]) -> dict[s
     if not found:
         raise ValueError("no question that names one object")
     result = {}
-    for name, values in found.items():
-        mass, area, hit = torch.tensor(values).mean(0).tolist()
-        result[name] = Pointing(mass, area, hit, len(values))
+    for name, measured in found.items():
+        mass, area, hit = torch.tensor(measured).mean(0).tolist()
+        result[name] = Pointing(mass, area, hit, len(measured))
     heads = [name for name in result if name.startswith("layer ")]
     best = max(heads, key=lambda name: result[name].mass)
     return {name: p for name, p in result.items() if name not in heads} | {f"best head, {best}": result[best]}

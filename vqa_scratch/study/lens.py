@@ -13,7 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from vqa_scratch.nn.rms_norm import RMSNorm
 from vqa_scratch.study.base import Subject
+from vqa_scratch.study.names import attention_at
 from vqa_scratch.study.trace import Trace
 
 
@@ -35,7 +37,7 @@ def logit_lens(subject: Subject, t: Trace) -> Tensor:
     return subject.log_probabilities(subject.readout(torch.cat([subject.rows(x) for x in states]).float()))
 
 
-def frozen_norm(norm: nn.Module, x: Tensor) -> Callable[[Tensor], Tensor]:
+def frozen_norm(norm: nn.LayerNorm | RMSNorm, x: Tensor) -> Callable[[Tensor], Tensor]:
     """The linear map that a LayerNorm or RMSNorm is at `x` (..., D), its statistics held fixed; without its bias."""
     centred = isinstance(norm, nn.LayerNorm)
     moment = x.var(-1, unbiased=False, keepdim=True) if centred else x.square().mean(-1, keepdim=True)
@@ -61,6 +63,8 @@ class Attribution:
 def logit_attribution(subject: Subject, t: Trace, row: int, token: int) -> Attribution:
     """The parts of `token`'s logit at row `row` of the answer. `t` must hold `lens_taps`, and the subject a `head`."""
     writer, norm, row = subject.writer, subject.decoder.norm, subject.prefix + row
+    if subject.head is None or not isinstance(norm, nn.LayerNorm | RMSNorm):
+        raise ValueError("the logits of this model are no sum over the parts of a state: it has no `head`")
     linear = frozen_norm(norm, t[f"{writer}.{subject.layers - 1}.resid_post"][0, row].float())
     direction = subject.head.float()[token] - subject.head.float().mean(0)  # (D,)
 
@@ -71,9 +75,9 @@ def logit_attribution(subject: Subject, t: Trace, row: int, token: int) -> Attri
     biases = torch.zeros((), device=direction.device)
     for name in dict.fromkeys((*subject.self_attentions, *subject.reading)):
         heads.setdefault(name.rpartition(".")[2], []).append(logit(t[f"{name}.head_out"][0, :, row]))  # (H,)
-        bias = t.modules[name].out.bias
+        bias = attention_at(t.modules, name).out.bias
         biases = biases if bias is None else biases + logit(bias)
-    if getattr(norm, "bias", None) is not None:
+    if isinstance(norm, nn.LayerNorm) and norm.bias is not None:
         biases = biases + norm.bias @ direction
     return Attribution(
         heads={kind: torch.stack(values).cpu() for kind, values in heads.items()},

@@ -6,6 +6,7 @@ attentions, "image.[0-3].resid_post" one tap in four layers, "*" everything.
 
 import difflib
 import re
+from collections.abc import Mapping
 from fnmatch import fnmatchcase
 
 from torch import nn
@@ -43,7 +44,7 @@ def labels_of(module: nn.Module) -> tuple[str, ...]:
     return BLOCK_LABELS if hasattr(module, "attn") else MLP_LABELS
 
 
-def tap_names(modules: dict[str, nn.Module]) -> list[str]:
+def tap_names(modules: Mapping[str, nn.Module]) -> list[str]:
     """Every tap of a model by its full name."""
     return [f"{prefix}.{label}" for prefix, module in modules.items() for label in labels_of(module)]
 
@@ -54,7 +55,7 @@ def matches(name: str, pattern: str) -> bool:
     return len(wanted) <= len(parts) and all(map(fnmatchcase, parts, wanted))
 
 
-def select(modules: dict[str, nn.Module], pattern: str) -> list[str]:
+def select(modules: Mapping[str, nn.Module], pattern: str) -> list[str]:
     """The taps that a pattern matches. Raises UserError, naming near misses, if there are none."""
     chosen = [name for name in tap_names(modules) if matches(name, pattern)]
     if not chosen:
@@ -62,13 +63,13 @@ def select(modules: dict[str, nn.Module], pattern: str) -> list[str]:
     return chosen
 
 
-def _hint(modules: dict[str, nn.Module], pattern: str) -> str:
+def _hint(modules: Mapping[str, nn.Module], pattern: str) -> str:
     """What is wrong with the layer, or which names are near; starts with its own punctuation."""
     parts = pattern.split(".")
     layers = sorted({int(p.split(".")[1]) for p in modules if p.split(".")[0] == parts[0]})
     if len(parts) > 1 and layers and re.fullmatch(r"-?\d+", parts[1]) and int(parts[1]) not in layers:
         return f": {parts[0]} has layers 0 to {layers[-1]}"
-    known = set()
+    known: set[str] = set()
     for name in tap_names(modules):
         pieces = name.split(".")
         pieces[1] = parts[1] if len(parts) > 1 and not parts[1].isalpha() else "*"
@@ -80,7 +81,7 @@ def _hint(modules: dict[str, nn.Module], pattern: str) -> str:
     return f"; names begin with {', '.join(roots)} (see docs/attention.md)"
 
 
-def attention_at(modules: dict[str, nn.Module], name: str) -> MultiHeadAttention:
+def attention_at(modules: Mapping[str, nn.Module], name: str) -> MultiHeadAttention:
     """The attention called `name`, "decoder.3.cross". Raises UserError, naming near misses, for anything else."""
     module = modules.get(name)
     if isinstance(module, MultiHeadAttention):

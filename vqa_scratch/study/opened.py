@@ -43,9 +43,9 @@ def run_name(folder: Path) -> str:
 
 def token_label(tokenizer: Tokenizer, index: int) -> str:
     """One id as readable text, with its leading space."""
-    if index >= len(tokenizer):
-        return f"[unused {index}]"  # checkpoints have more rows than their vocabulary
     token = tokenizer.backend.id_to_token(index)
+    if token is None:
+        return f"[unused {index}]"  # checkpoints have more rows than their vocabulary
     if tokenizer.byte_level and token not in tokenizer.special.values():
         return tokenizer.decode([index], skip_special_tokens=False)
     return token.replace("▁", " ")
@@ -107,8 +107,8 @@ def open_text(folder: Path, text: str, device: str = "cpu") -> Opened:
     types = {"prefix": str | None, "max_prompt_tokens": int | None, "max_new_tokens": int | None}
     prefix, limit, longest = typed(folder / "config.json", options, types)
     text, limit = (prefix or "") + text.strip(), limit or 512
-    ids, _ = tokenizer.encode_batch([text], max_length=limit)
-    ids = ids[0].tolist()
+    rows, _ = tokenizer.encode_batch([text], max_length=limit)
+    ids = rows[0].tolist()
     notes = (f"the text is longer than {limit} tokens; only its beginning was read",) if tokenizer.truncated else ()
     subject = T5Subject(model, ids, text_labels(tokenizer, text, ids), longest or 32)
     return Opened(run_name(folder), subject, text, None, **written(tokenizer, subject.prompt), notes=notes)

@@ -33,8 +33,8 @@ def overlay(image: Image.Image, values: Tensor, places: Places, size: int = 448)
     images are enlarged without smoothing, and squares have hard edges: the picture shows nothing the model lacks.
     """
     scale = size / max(image.size)
-    sides = tuple(max(1, round(side * scale)) for side in image.size)
-    method = Image.NEAREST if scale > 2 else Image.LANCZOS
+    sides = max(1, round(image.width * scale)), max(1, round(image.height * scale))
+    method = Image.Resampling.NEAREST if scale > 2 else Image.Resampling.LANCZOS
     picture = np.asarray(image.convert("RGB").resize(sides, method), dtype=np.float64)
     shares = values.detach().float().cpu().numpy().reshape(places.grid)
     shares = shares / max(float(shares.max()), 3 * float(shares.mean()), 1e-12)

@@ -12,10 +12,10 @@ from safetensors.torch import save
 from torch import Tensor
 
 from vqa_scratch.errors import UserError
-from vqa_scratch.nn.attention import MultiHeadAttention
 from vqa_scratch.study.analysis import Flow, HeadStatistics, every_attention, flows, head_statistics
 from vqa_scratch.study.certificate import Certificate
 from vqa_scratch.study.lens import Attribution, lens_taps, logit_attribution, logit_lens
+from vqa_scratch.study.names import attention_at
 from vqa_scratch.study.opened import Opened
 from vqa_scratch.study.trace import Trace, joined, trace
 
@@ -110,8 +110,7 @@ def trace_file(study: Study) -> bytes:
     """
     t, tensors, metadata = study.trace, {}, {"answer": study.answer}
     for name in t.attentions():
-        module: MultiHeadAttention = t.modules[name]
-        metadata[f"{name}.scale"] = repr(float(module.scale))
+        metadata[f"{name}.scale"] = repr(float(attention_at(t.modules, name).scale))
         for label in ("q", "k", "v", "z"):
             tensors[f"{name}.{label}"] = _plain(t[f"{name}.{label}"])
         tensors[f"{name}.mask"] = _plain(rows_of_mask(t, name))

@@ -78,7 +78,8 @@ def _heads_in_order(study: Study) -> list[tuple[int, int]]:
 
 def _opened_heads(study: Study, order: list[tuple[int, int]]) -> list[dict[str, Any]]:
     """The numbers behind the heads that read the sources, in this order, as many as fit the budget."""
-    result, spent, subject, t = [], 0, study.opened.subject, study.trace
+    result: list[dict[str, Any]] = []
+    spent, subject, t = 0, study.opened.subject, study.trace
     for layer, head in order:
         name = subject.reading[layer]
         q, k, v, z = (t[f"{name}.{label}"][0].float().cpu() for label in ("q", "k", "v", "z"))

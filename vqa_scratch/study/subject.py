@@ -10,12 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vqa_scratch.connectors.base import Conditioning
 from vqa_scratch.generate import greedy
 from vqa_scratch.models.blip2 import Blip2
 from vqa_scratch.models.t5 import T5
 from vqa_scratch.models.vilt import ViLTClassifier
 from vqa_scratch.models.vqa import VQAModel
+from vqa_scratch.nn.connecting import Conditioning
 from vqa_scratch.nn.decoding import Decoder
 from vqa_scratch.nn.memory import Memory
 from vqa_scratch.study.base import ImageSubject, Source, Subject, block_attentions, image_source
@@ -26,17 +26,17 @@ def question_source(encoder: nn.Module | None, labels: Sequence[str], special: S
     return Source("text", tuple(labels), tuple(special), attentions=block_attentions("text", encoder))
 
 
-def query_source(queries: nn.Module) -> Source:
+def query_source(queries: nn.Module, number: int) -> Source:
     """Learned queries that read the image, as a source."""
-    labels = tuple(f"query {i + 1}" for i in range(queries.queries.shape[1]))
+    labels = tuple(f"query {i + 1}" for i in range(number))
     return Source("query", labels, (), None, block_attentions("query", queries), "image")
 
 
 class WritingSubject(Subject):
     """A subject whose answer is written token by token by a `language` model, after its prompt."""
 
-    def __init__(self, model: nn.Module, language: Decoder, prompt: list[int], max_new_tokens: int) -> None:
-        self.model, self.language, self.decoder = model, language, language
+    def __init__(self, language: Decoder, prompt: list[int], max_new_tokens: int) -> None:
+        self.language = language
         self.prompt, self.max_new_tokens = prompt, max_new_tokens
         self.head, self.end_id = language.direct_head, language.config.eos_id
 
@@ -47,8 +47,8 @@ class WritingSubject(Subject):
     @torch.no_grad()
     def generate(self, max_new_tokens: int | None = None) -> list[int]:
         given, prompt = self.conditioning(), torch.tensor([self.prompt], device=self.device)
-        limit = {"max_new_tokens": max_new_tokens or self.max_new_tokens, "eos_id": self.end_id}
-        made = greedy(self.language, prompt, None, given.memory, prefix=given.prefix, **limit)
+        memory, prefix, most = given.memory, given.prefix, max_new_tokens or self.max_new_tokens
+        made = greedy(self.language, prompt, None, memory, max_new_tokens=most, eos_id=self.end_id, prefix=prefix)
         return made.ids[0, : int(made.lengths[0])].tolist()
 
     def readout(self, states: Tensor) -> Tensor:
@@ -73,19 +73,20 @@ class VQASubject(WritingSubject, ImageSubject):
         max_new_tokens: int = 8,
     ) -> None:
         assert len(pixel_values) == 1 and len(question_ids) == len(question_labels)
-        super().__init__(model, model.decoder, prompt, max_new_tokens)
+        super().__init__(model.decoder, prompt, max_new_tokens)
+        self.model: VQAModel = model
+        self.decoder = model.decoder
         self.pixel_values = pixel_values.to(self.device)
         image = image_source(model.image, pixel_values, block_attentions("image", model.image))
-        queries = model.connector.queries
-        self.sources = (image, *((query_source(queries),) if queries is not None else ()))
+        self.mixing, queries = model.connector.mixing(len(image), len(question_ids)), model.connector.queries
+        self.sources = (image, *((query_source(queries, len(self.mixing)),) if queries is not None else ()))
         self.input_ids = None
         if model.text is not None:
             self.input_ids = torch.tensor([list(question_ids)], device=self.device)
             self.sources += (question_source(model.text, question_labels, special),)
-        self.mixing = model.connector.mixing(len(image), len(question_ids))
         self.prefix = 0 if model.connector.uses_memory else len(self.mixing)
 
-    def reads(self, images: Tensor) -> tuple[Tensor | None, ...]:
+    def reads(self, images: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """What the encoders take for n images: pixels, ids and their mask."""
         ids = None if self.input_ids is None else self.input_ids.expand(len(images), -1)
         return images, ids, None if ids is None else torch.ones_like(ids, dtype=torch.bool)
@@ -96,7 +97,7 @@ class VQASubject(WritingSubject, ImageSubject):
 
     def conditioning(self) -> Conditioning:
         pixels, ids, mask = self.reads(self.pixel_values)
-        text = None if ids is None else self.model.text.states(ids, mask)
+        text = None if ids is None or self.model.text is None else self.model.text.states(ids, mask)
         return self.model.connector(self.model.image.states(pixels), text)
 
 
@@ -108,11 +109,13 @@ class Blip2Subject(WritingSubject, ImageSubject):
 
     def __init__(self, model: Blip2, pixel_values: Tensor, prompt: list[int], max_new_tokens: int = 32) -> None:
         assert len(pixel_values) == 1
-        super().__init__(model, model.language, prompt, max_new_tokens)
+        super().__init__(model.language, prompt, max_new_tokens)
+        self.model: Blip2 = model
+        self.decoder = model.language
         self.pixel_values = pixel_values.to(self.device)
         self.prefix = model.config.queries
         image = image_source(model.vision, pixel_values, block_attentions("image", model.vision))
-        self.sources = (image, query_source(model.qformer))
+        self.sources = (image, query_source(model.qformer, self.prefix))
         self.mixing = torch.eye(len(image) + self.prefix)[len(image) :]
 
     def logits_of(self, images: Tensor, decoder_ids: list[int]) -> Tensor:
@@ -141,7 +144,8 @@ class ViLTSubject(ImageSubject):
         special: Sequence[int],
     ) -> None:
         assert len(pixel_values) == 1 and len(question_ids) == len(question_labels)
-        self.model, self.decoder, self.prompt, self.max_new_tokens = model, model.vilt.tower, question_ids[:1], 1
+        self.model: ViLTClassifier = model
+        self.decoder, self.prompt, self.max_new_tokens = model.vilt.tower, question_ids[:1], 1
         self.pixel_values = pixel_values.to(self.device)
         self.input_ids = torch.tensor([question_ids], device=self.device)
         self.sources = (question_source(None, question_labels, special), image_source(model.vilt.tower, pixel_values))
@@ -175,7 +179,8 @@ class T5Subject(WritingSubject):
     def __init__(self, model: T5, input_ids: list[int], labels: Sequence[str], max_new_tokens: int = 32) -> None:
         assert len(input_ids) == len(labels)
         config = model.config
-        super().__init__(model, model, [config.start_id], max_new_tokens)
+        super().__init__(model, [config.start_id], max_new_tokens)
+        self.model: T5 = model
         self.decoder = model.decoder
         self.input_ids = torch.tensor([input_ids], device=self.device)
         sinks = tuple(i for i, token in enumerate(input_ids) if token in (config.eos_id, config.pad_id))

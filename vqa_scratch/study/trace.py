@@ -15,7 +15,7 @@ Shapes: B batch, H heads, T query tokens, K keys, d head size, D width.
 import math
 from collections import Counter, defaultdict
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import ExitStack
 from typing import Self
 
 import torch
@@ -34,6 +34,10 @@ _OF_KEYS = ("k", "v", "mask")  # the same from step to step, or grown by it; not
 _QUERY_AXIS = {"q": 2, "z": 2, "head_out": 2}
 
 
+def _times(factor: Tensor) -> Edit:
+    return lambda tensor, call: tensor * factor.to(tensor)
+
+
 class Trace:
     """What ran inside a `with` block, by tap name; made by `trace`. Entering again clears it, but edits stay."""
 
@@ -42,7 +46,7 @@ class Trace:
         chosen = {name for pattern in patterns for name in names.select(self.modules, pattern)}
         self._live = {live for name in chosen for live in self._needs(name)}
         self._edits: dict[str, list[Edit]] = defaultdict(list)
-        self._scope: AbstractContextManager[None] | None = None
+        self._scope = ExitStack()
         self._clear()
 
     def _needs(self, name: str) -> list[str]:
@@ -56,14 +60,11 @@ class Trace:
 
     def __enter__(self) -> Self:
         self._clear()
-        scope = taps.activate(self)
-        scope.__enter__()
-        self._scope = scope
+        self._scope.enter_context(taps.activate(self))
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._scope.__exit__(*error)
-        self._scope = None
+        self._scope.close()
 
     # ------------------------------------------------------------------------------------------ the tap handler
 
@@ -130,7 +131,7 @@ class Trace:
                 names.check_head(module, prefix, head)
             keep = torch.ones(module.heads, 1, 1)
             keep[slice(None) if head is None else head] = 0.0
-            self.replace(f"{prefix}.z", lambda tensor, call, keep=keep: tensor * keep.to(tensor))
+            self.replace(f"{prefix}.z", _times(keep))
 
     def patch(self, other: "Trace", name: str, *, head: int | None = None) -> None:
         """Replace what runs by what `other` recorded, call by call; only one head of it if `head` is given.
@@ -186,7 +187,7 @@ class Trace:
         return names.attention_at(self.modules, prefix).scale
 
     def _head_out(self, prefix: str, z: Tensor) -> Tensor:
-        module = self.modules[prefix]
+        module = names.attention_at(self.modules, prefix)
         weight = module.out.weight.unflatten(1, (module.heads, module.head_dim))  # (D, H, d)
         return torch.einsum("bhtd,ehd->bhte", z, weight.to(z.dtype))
 

@@ -12,7 +12,7 @@ from vqa_scratch.systems.options import BY_PRESET
 
 if TYPE_CHECKING:
     from vqa_scratch.systems.base import System
-    from vqa_scratch.systems.options import RunOptions
+    from vqa_scratch.systems.run_options import RunOptions
     from vqa_scratch.training.precision import Precision
 
 SYSTEMS = {  # by the name of its options: module and class

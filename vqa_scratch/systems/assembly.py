@@ -1,11 +1,12 @@
 """Builds a model of encoder, connector and decoder from the sizes in a run's config.json, and gives its sizes."""
 
 import math
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vqa_scratch.connectors import connect, connector_sizes
 from vqa_scratch.data.images import ImageProcessor
@@ -17,19 +18,21 @@ from vqa_scratch.models.released import decoder_of
 from vqa_scratch.models.resnet import NORMS, ResNet, ResNetConfig
 from vqa_scratch.models.vit import ConvStem, ViT, ViTConfig
 from vqa_scratch.models.vqa import VQAModel
+from vqa_scratch.nn.states import ImageEncoder, Stem
 from vqa_scratch.storage import typed
 from vqa_scratch.systems.older import todays_sizes
-from vqa_scratch.systems.options import RunOptions
+from vqa_scratch.systems.run_options import RunOptions
 
 T = TypeVar("T")
+C = TypeVar("C", bound=ViTConfig)
 
 
-def with_stem(kind: type[T], config: ViTConfig, stem: str) -> T:
+def with_stem(kind: Callable[[C, Stem | None], T], config: C, stem: str) -> T:
     """A ViT or ViLT of random weights; `stem` turns pixels into tokens: convolutions ("conv") or a linear map."""
     return kind(config, ConvStem(config.channels, config.dim, config.patch_size) if stem == "conv" else None)
 
 
-def image_encoder(sizes: dict[str, Any]) -> nn.Module:
+def image_encoder(sizes: dict[str, Any]) -> ImageEncoder:
     """An image encoder of random weights; the inverse of `image_sizes`. Raises UserError if there is none of them."""
     if sizes.get("model_type") == "resnet":
         types = {"block": str, "depths": list, "widths": list, "channels": int, "norm": str}
@@ -41,7 +44,7 @@ def image_encoder(sizes: dict[str, Any]) -> nn.Module:
     return with_stem(ViT, ViTConfig.from_hf(sizes), stem or "linear")
 
 
-def image_sizes(image: nn.Module) -> dict[str, Any]:
+def image_sizes(image: ImageEncoder) -> dict[str, Any]:
     """The sizes of an image encoder, as config.json holds them."""
     if isinstance(image, ResNet):
         (norm,) = (name for name, make in NORMS.items() if type(make(16)) is type(image.norm1))
@@ -79,15 +82,22 @@ def check_parts(model: VQAModel, tokenizers: Tokenizers, processor: ImageProcess
     check_images(model.image, processor)
     tokenizers.decoder.check_fits(len(model.decoder.head), "the decoder")
     if model.text is not None:
-        tokenizers.text.check_fits(model.text.config.vocab_size, "the text encoder")
+        tokenizers.by_name["text"].check_fits(model.text.config.vocab_size, "the text encoder")
 
 
-def check_images(image: nn.Module, processor: ImageProcessor) -> None:
+def check_images(image: ImageEncoder, processor: ImageProcessor) -> None:
     """Raise UserError unless an image encoder can read what the processor makes: colours, in a size that it divides."""
     if image.config.channels != 3:
         raise UserError(f"the image encoder reads {image.config.channels} channels; images have 3")
     if processor.output_size is not None:
         image.places(*processor.output_size)
+
+
+def grid_of(image: ImageEncoder, processor: ImageProcessor) -> tuple[int, int]:
+    """(rows, columns) of the places of an image. Raises UserError if images keep sizes of their own."""
+    if processor.output_size is None:
+        raise UserError("this takes images of one size; here it depends on the image")
+    return image.places(*processor.output_size).grid
 
 
 def grid_positions(grid: tuple[int, int], dim: int) -> Tensor:

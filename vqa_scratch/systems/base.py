@@ -21,24 +21,29 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, NoReturn, Self
+from typing import Any, ClassVar, Generic, NoReturn, Self, TypeVar
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from vqa_scratch.data.answers import Answer
+from vqa_scratch.data.answers import Answer, Answers
 from vqa_scratch.data.hashes import Hashes
 from vqa_scratch.data.images import ImageProcessor
 from vqa_scratch.data.scenes import Scene
 from vqa_scratch.data.tokenizers import Tokenizers
 from vqa_scratch.data.vqa_v2 import VQASample
 from vqa_scratch.errors import UserError
-from vqa_scratch.systems.options import RunOptions
+from vqa_scratch.options import flag
+from vqa_scratch.systems.finals import Pace
 from vqa_scratch.systems.run_folder import load_weights, write_run_config
+from vqa_scratch.systems.run_options import RunOptions
 from vqa_scratch.training.precision import Precision
 from vqa_scratch.training.ranks import ALONE, World
+
+RO = TypeVar("RO", bound=RunOptions)
+M = TypeVar("M", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -47,20 +52,21 @@ class RunData:
 
     samples: dict[str, list[VQASample]]
     family: Callable[[VQASample], str]  # of a question, by which accuracy is broken down
-    scenes: dict[str, dict[int, Scene]] = field(default_factory=dict)  # of splits that were drawn, by image id
+    scenes: dict[str, dict[int | str, Scene]] = field(default_factory=dict)  # of splits that were drawn, by image id
 
 
-class System(ABC):
+class System(ABC, Generic[RO, M]):
     """A model with its tokenizers and preprocessing; while it trains, with its data too."""
 
     example: ClassVar[str] = "what color is the square?"  # a question to ask; "" if it is asked none
     unit: ClassVar[str] = "questions"  # what a sample is, in the plural
     writes: ClassVar[bool] = False  # whether it writes its answers token by token
+    pace: Pace  # of its final figures
 
     def __init__(
         self,
-        options: RunOptions,
-        model: nn.Module,
+        options: RO,
+        model: M,
         tokenizers: Tokenizers,
         processor: ImageProcessor,
         precision: Precision,
@@ -75,7 +81,7 @@ class System(ABC):
 
     @classmethod
     @abstractmethod
-    def check(cls, options: RunOptions) -> None:
+    def check(cls, options: RO) -> None:
         """Raise UserError for what is wrong with the options of a new run, before any data are read or drawn.
 
         A model of random weights is built without memory (`torch.device("meta")`), so that its own rules speak.
@@ -83,21 +89,21 @@ class System(ABC):
 
     @classmethod
     @abstractmethod
-    def read(cls, options: RunOptions) -> RunData:
+    def read(cls, options: RO) -> RunData:
         """The data of a run. Raises UserError if it cannot be read."""
 
     @classmethod
     @abstractmethod
-    def build(cls, options: RunOptions, data: RunData, precision: Precision) -> Self:
+    def build(cls, options: RO, data: RunData, precision: Precision) -> Self:
         """A new model, on the CPU, with tokenizers learned from the data or read from checkpoints."""
 
     @classmethod
     @abstractmethod
-    def open(cls, folder: Path, sizes: dict[str, Any], options: RunOptions, precision: Precision) -> Self:
+    def open(cls, folder: Path, sizes: dict[str, Any], options: RO, precision: Precision) -> Self:
         """What `save` left in a folder, with random weights; `sizes` are the "model" of config.json."""
 
     @classmethod
-    def load(cls, folder: Path, sizes: dict[str, Any], options: RunOptions, precision: Precision) -> Self:
+    def load(cls, folder: Path, sizes: dict[str, Any], options: RO, precision: Precision) -> Self:
         """A finished run with its best weights, in eval mode on the device; `systems.load` finds class and options.
 
         Raises UserError if there are no weights yet, or if they do not fit.
@@ -110,10 +116,8 @@ class System(ABC):
     def save(self, folder: Path) -> None:
         """Everything but the weights, into the run folder."""
         write_run_config(folder, self.options, self.sizes, self.data_hashes)
-        for name in ("text", "decoder"):
-            tokenizer = getattr(self.tokenizers, name)
-            if tokenizer is not None:
-                tokenizer.save(folder / f"{name}_tokenizer")
+        for name, tokenizer in self.tokenizers.by_name.items():
+            tokenizer.save(folder / f"{name}_tokenizer")
         self.processor.save_pretrained(folder)
 
     @property
@@ -151,7 +155,7 @@ class System(ABC):
         """(sum of the loss over what `counts` counts, how many of them are right); runs inside autocast."""
 
     @abstractmethod
-    def ids(self, rows: list[int]) -> list[int]:
+    def ids(self, rows: list[int]) -> list[int | str]:
         """The ids of training samples, for the report on a batch whose loss is not finite."""
 
     @abstractmethod
@@ -203,7 +207,7 @@ class System(ABC):
 
     def answer(
         self, samples: Sequence[VQASample], limit: int | None = None, *, ranked: bool = False, **shown: Any
-    ) -> dict[int, Answer]:
+    ) -> Answers:
         """Answers by question id to about the first `limit` samples, in whole images; to all if `limit` is None.
 
         `ranked` chooses from the run's own list of answers instead of writing, and gives {} if there is none. `shown`
@@ -211,7 +215,7 @@ class System(ABC):
         """
         self.lacks("answers no questions")
 
-    def figures(self, answers: dict[int, Answer]) -> dict[str, float]:
+    def figures(self, answers: Answers) -> dict[str, float]:
         """Figures of a set of answers besides their accuracy, for evaluation.json."""
         return {}
 
@@ -258,6 +262,14 @@ def check_positions(options: RunOptions, names: Sequence[str], limit: int | None
         flags = " and ".join(f"--{name.replace('_', '-')} {getattr(options, name)}" for name in names)
         verb = "is" if len(names) == 1 else "are"
         raise UserError(f"{flags} {verb} more than the {limit} positions of {model}")
+
+
+def needed(options: RunOptions, name: str) -> str | Path:
+    """The value of an option that names a checkpoint. Raises UserError if it is missing."""
+    value = getattr(options, name)
+    if value is None:
+        raise UserError(f"give {flag(name)}, a checkpoint to start from")
+    return value
 
 
 def seed_everything(seed: int) -> None:

@@ -12,7 +12,7 @@ from typing import Any, Self
 import numpy as np
 import torch
 
-from vqa_scratch.data.answers import Answer
+from vqa_scratch.data.answers import Answer, Answers
 from vqa_scratch.data.descriptions import read_scenes, scenes_file
 from vqa_scratch.data.groups import batches_by_image
 from vqa_scratch.data.text import check_question
@@ -43,7 +43,7 @@ from vqa_scratch.systems.writer import WritingSystem
 from vqa_scratch.training.precision import Precision
 
 
-class CaptionSystem(WritingSystem):
+class CaptionSystem(WritingSystem[CaptionOptions]):
     """A system that trains on captions, and in a share of the steps on questions, and is scored on both.
 
     Its splits "val", "test" and "holdout" have one caption an image; "val questions" and "test questions" go with them.
@@ -137,8 +137,8 @@ class CaptionSystem(WritingSystem):
                 with self.precision.autocast():
                     total += self.loss(batch)[0].item()
                 tokens += batch.counts[1]
-        total, tokens = self.world.totals([total, tokens])
-        return total / tokens
+        nats, number = self.world.totals([total, tokens])
+        return nats / number
 
     def quality(self, name: str, limit: int | None = None, **how: Any) -> dict[str, Any]:
         """The figures of the captions of a split, or of about its first `limit` images; `how` as in `answer_split`."""
@@ -218,7 +218,7 @@ class CaptionSystem(WritingSystem):
 
     def answer(
         self, samples: Sequence[VQASample], limit: int | None = None, *, ranked: bool = False, **shown: Any
-    ) -> dict[int, Answer]:
+    ) -> Answers:
         self.check_answers_questions()
         return {} if ranked else super().answer(samples, limit, **shown)
 

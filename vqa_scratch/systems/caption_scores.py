@@ -30,7 +30,7 @@ class ObjectScore:
         return {f"object_{k}" if k in ("precision", "recall") else f"{k}_share": v for k, v in values.items()}
 
 
-def score_objects(captions: Mapping[int, str], scenes: Mapping[int, Scene]) -> ObjectScore:
+def score_objects(captions: Mapping[int | str, str], scenes: Mapping[int | str, Scene]) -> ObjectScore:
     """Captions by image id against the scenes of those images."""
     hits = said = there = exact = placed = right = 0
     for image_id, caption in captions.items():
@@ -60,5 +60,5 @@ def corpus_bleu(captions: Sequence[str], references: Sequence[Sequence[str]]) ->
     most = max(map(len, references))
     streams = [[some[i] if i < len(some) else None for some in references] for i in range(most)]
     metric = BLEU(tokenize="zh" if chinese else "13a")
-    score = metric.corpus_score(list(captions), streams).score
+    score = metric.corpus_score(list(captions), streams).score  # type: ignore[arg-type]  # None: no such reference
     return score, str(metric.get_signature())

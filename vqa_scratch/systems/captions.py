@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from vqa_scratch.data.answers import Answer
+from vqa_scratch.data.answers import Answer, Answers
 from vqa_scratch.data.captions import check_captions, read_captions
 from vqa_scratch.data.descriptions import objects_named, objects_of, read_scenes, scenes_file
 from vqa_scratch.data.image_files import load_image
@@ -23,6 +23,7 @@ from vqa_scratch.systems.questions import built_in, family_of, with_scored
 from vqa_scratch.systems.scoring import other_images
 from vqa_scratch.systems.writing import writing_figures
 
+Scenes = Mapping[int | str, Scene]  # by image id
 TABLE_ROWS = 8  # of results.png
 
 
@@ -78,12 +79,12 @@ def read_captions_data(options: CaptionOptions) -> RunData:
 # ------------------------------------------------------------------------------------------------ figures
 
 
-def by_image(samples: Sequence[VQASample], answers: Mapping[int, Answer]) -> dict[int, str]:
+def by_image(samples: Sequence[VQASample], answers: Mapping[int | str, Answer]) -> dict[int | str, str]:
     """{image_id: caption} of the samples that have one."""
     return {s.image_id: answers[s.question_id].text for s in samples if s.question_id in answers}
 
 
-def quality(captions: Mapping[int, str], samples: Sequence[VQASample], scenes: Mapping[int, Scene] | None) -> dict:
+def quality(captions: Mapping[int | str, str], samples: Sequence[VQASample], scenes: Scenes | None) -> dict:
     """Object figures where the scenes are known, and BLEU; `captions` by image id."""
     references = {s.image_id: s.answers for s in samples}
     bleu, signature = corpus_bleu(list(captions.values()), [references[image_id] for image_id in captions])
@@ -100,15 +101,15 @@ def accuracy_of(figures: Mapping[str, Any]) -> float:
     return 2 * precision * recall / (precision + recall) if precision + recall else 0.0
 
 
-def other_references(samples: Sequence[VQASample]) -> dict[int, str]:
+def other_references(samples: Sequence[VQASample]) -> dict[int | str, str]:
     """A blind baseline, by image id: each image gets a reference of another image."""
     swap = other_images(len(samples))
     return {sample.image_id: samples[int(i)].answers[0] for sample, i in zip(samples, swap, strict=True)}
 
 
 def report(
-    samples: Sequence[VQASample], scenes: Mapping[int, Scene] | None, say: Callable[..., dict[int, Answer]]
-) -> tuple[dict[str, Any], dict[int, Answer]]:
+    samples: Sequence[VQASample], scenes: Scenes | None, say: Callable[..., Answers]
+) -> tuple[dict[str, Any], Answers]:
     """(all figures of these samples, one an image, with blind baselines; the captions by question id).
 
     `say(shuffled=..., progress=...)` writes the captions, of other images if `shuffled`.
@@ -128,7 +129,7 @@ def report(
 
 
 def caption_cards(
-    samples: Sequence[VQASample], answers: Mapping[int, Answer], scenes: Mapping[int, Scene] | None
+    samples: Sequence[VQASample], answers: Mapping[int | str, Answer], scenes: Scenes | None
 ) -> list[str]:
     """A card for each sample: its image, the model's caption, and the references below it."""
     cards = []
@@ -143,9 +144,9 @@ def caption_cards(
     return cards
 
 
-def draw_results(path: Path, title: str, samples: Sequence[VQASample], answers: Mapping[int, Answer]) -> None:
+def draw_results(path: Path, title: str, samples: Sequence[VQASample], answers: Mapping[int | str, Answer]) -> None:
     """The results table as a picture: image, caption, a reference. Prints which characters have no font."""
-    rows = []
+    rows: list[list[str | np.ndarray]] = []
     for sample in samples:
         image = load_image(sample.image_path, upright=sample.upright)
         image.thumbnail((128, 128))
@@ -170,8 +171,8 @@ def show(
     folder: Path,
     figures: Mapping[str, Any],
     samples: Sequence[VQASample],
-    scenes: Mapping[int, Scene] | None,
-    said: Mapping[int, Answer],
+    scenes: Scenes | None,
+    said: Mapping[int | str, Answer],
     number: int,
     answered: Sequence[tuple[str, list[str]]],
 ) -> None:

@@ -10,11 +10,16 @@ from typing import Any
 
 from torch import nn
 
+from vqa_scratch.models.hf_config import Released
 from vqa_scratch.models.resnet import FrozenBatchNorm, ResNet
-from vqa_scratch.models.vit import ConvStem
+from vqa_scratch.models.vilt import ViLTClassifier
+from vqa_scratch.models.vit import ConvStem, ViT
+from vqa_scratch.models.vqa import VQAModel
+from vqa_scratch.nn.states import ImageEncoder
 from vqa_scratch.storage import write_json, write_text
 from vqa_scratch.systems.assembly import image_sizes
 from vqa_scratch.systems.base import System
+from vqa_scratch.systems.model_card import metadata
 from vqa_scratch.weights.files import write_safetensors
 
 README = """\
@@ -122,14 +127,14 @@ def _tensors(module: nn.Module) -> dict[str, Any]:
     return {name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()}
 
 
-def _export_image(image: nn.Module, folder: Path) -> tuple[str, str, str, list[str], str | None]:
+def _export_image(image: ImageEncoder, folder: Path) -> tuple[str, str, str, list[str], str | None]:
     """Write the image encoder. Returns what it is, how to load it, how to run it, imports, and a note or None."""
     if isinstance(image, ResNet) and isinstance(image.norm1, FrozenBatchNorm):
         image.save_pretrained(folder / "model.safetensors")
         load = 'image = ResNet.from_pretrained("image/model.safetensors")'
         kind, states = "a ResNet in torchvision's layout", "image(pixels).flatten(2).transpose(1, 2)"
         return kind, load, states, ["from vqa_scratch.models import ResNet"], None
-    if not isinstance(image, ResNet) and not isinstance(image.patch_embed, ConvStem):
+    if isinstance(image, ViT) and not isinstance(image.patch_embed, ConvStem):
         image.save_pretrained(folder)
         load = 'image = AutoModel.from_pretrained("image").eval()'
         return image.config.to_hf()["architectures"][0], load, "image(pixels).last_hidden_state", [], None
@@ -144,20 +149,20 @@ def _export_image(image: nn.Module, folder: Path) -> tuple[str, str, str, list[s
     return kind, load, "image.states(pixels).tokens", OWN, why
 
 
-def export_writer(system: System, folder: Path) -> list[str]:
+def export_writer(system: System[Any, VQAModel], folder: Path) -> list[str]:
     """Export a system of encoder, connector and decoder. Returns a line on each part that no released layout fits."""
     model, tokenizers = system.model, system.tokenizers
     kind, load, states, imports, note = _export_image(model.image, folder / "image")
     system.processor.save_pretrained(folder / "image")
     decoder, connector = model.decoder.config.family.architecture, system.sizes["connector"]["kind"]
     kinds = {"image": kind, "decoder": decoder}
-    parts = [("decoder", model.decoder, tokenizers.decoder)]
+    parts: dict[str, Released] = {"decoder": model.decoder}
     if model.text is not None:
-        parts.append(("text", model.text, tokenizers.text))
+        parts["text"] = model.text
         kinds["text"] = model.text.config.to_hf()["architectures"][0]
-    for name, part, tokenizer in parts:
+    for name, part in parts.items():
         part.save_pretrained(folder / name)
-        tokenizer.save(folder / name)
+        tokenizers.by_name[name].save(folder / name)
     write_safetensors(folder / "connector.safetensors", _tensors(model.connector), {"connector": connector})
     write_json(folder / "connector.json", system.sizes["connector"])
 
@@ -192,19 +197,20 @@ def export_writer(system: System, folder: Path) -> list[str]:
         most=tokenizers.max_answer_tokens,
         step=MEMORY if model.connector.uses_memory else PREFIX,
     )
-    write_text(folder / "README.md", page)
+    write_text(folder / "README.md", metadata(system, "vqa-scratch") + page)
     return [] if note is None else [f"{note}: {folder / 'image'} holds it under names of our own, see its README.md"]
 
 
-def export_vilt(system: System, folder: Path) -> list[str]:
+def export_vilt(system: System[Any, ViLTClassifier], folder: Path) -> list[str]:
     """Export in the layout of ViltForQuestionAnswering; a model with a convolutional stem keeps our names."""
-    system.tokenizers.text.save(folder)
+    system.tokenizers.by_name["text"].save(folder)
     system.processor.save_pretrained(folder)
-    load, of_output = (LOAD_OWN_VILT, "") if system.has_stem else (LOAD_VILT, ".logits")
+    load, of_output = (LOAD_OWN_VILT, "") if system.sizes["stem"] == "conv" else (LOAD_VILT, ".logits")
     limit = system.tokenizers.max_question_tokens
     page = VILT_README.format(load=load, example=system.example, of_output=of_output, limit=limit)
-    write_text(folder / "README.md", page)
-    if not system.has_stem:
+    conv = system.sizes["stem"] == "conv"
+    write_text(folder / "README.md", metadata(system, "vqa-scratch" if conv else "transformers") + page)
+    if not conv:
         system.model.save_pretrained(folder)
         return []
     write_safetensors(folder / "model.safetensors", _tensors(system.model))

@@ -4,6 +4,7 @@ The states are those of the encoder in eval mode, in the precision of the run, i
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -13,7 +14,6 @@ from torch import Tensor, nn
 from vqa_scratch.data.feature_store import ImageFeatures, TextFeatures
 from vqa_scratch.models.vqa import FROZEN_PARTS
 from vqa_scratch.nn.states import States
-from vqa_scratch.systems.splits import Split
 
 
 def cache_features(system: Any) -> list[ImageFeatures | TextFeatures]:
@@ -22,7 +22,8 @@ def cache_features(system: Any) -> list[ImageFeatures | TextFeatures]:
     Nothing is computed yet: `ready` of the returned features writes the file, with the weights of that moment.
     """
     model, precision, folder = system.model, system.precision, system.options.cache
-    frozen, kept = FROZEN_PARTS[system.options.freeze], []
+    frozen = FROZEN_PARTS[system.options.freeze]
+    kept: list[ImageFeatures | TextFeatures] = []
 
     def at_rest(part: nn.Module, encode: Callable[..., States]) -> Callable[..., States]:
         """`encode` with the part in eval mode, on the device, in the precision of the run."""
@@ -45,9 +46,9 @@ def cache_features(system: Any) -> list[ImageFeatures | TextFeatures]:
             return model.connector.kept(encode(images)).tokens
 
         for name, split in system.splits.items():
-            states = ImageFeatures(split.images, model.image, image_states, folder, sizes, precision.dtype)
-            system.splits[name] = Split(split.questions, states)
-            kept.append(states)
+            pictures = ImageFeatures(split.images, model.image, image_states, folder, sizes, precision.dtype)
+            system.splits[name] = replace(split, images=pictures)
+            kept.append(pictures)
         system.encode_image = partial(States, places=places)
     if "text" in frozen and model.text is not None:
         encode_text = at_rest(model.text, system.encode_text)
@@ -56,8 +57,8 @@ def cache_features(system: Any) -> list[ImageFeatures | TextFeatures]:
             return encode_text(ids, mask).tokens.cpu()
 
         for split in system.splits.values():
-            states = TextFeatures(split.questions, model.text, text_states, folder, model.text.dim, precision.dtype)
-            split.questions.cached = states.batch
-            kept.append(states)
+            texts = TextFeatures(split.questions, model.text, text_states, folder, model.text.dim, precision.dtype)
+            split.questions.cached = texts.batch
+            kept.append(texts)
         system.encode_text = States
     return kept

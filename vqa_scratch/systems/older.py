@@ -30,9 +30,8 @@ def todays_sizes(sizes: dict[str, Any]) -> dict[str, Any]:
         kind, stem, text = typed("the model", sizes, {"fusion": str, "stem": str, "text": dict | None})
         pixels, patch = typed("the image encoder", image, {"image_size": int, "patch_size": int})
         image, connector, side = image | {"stem": stem}, {"kind": kind}, pixels // max(patch, 1)
-    if connector["kind"] == "tokens":
-        connector["grid"] = [side, side]
-    return {"image": image, "text": text, "connector": connector, "decoder": decoder}
+    grid = {"grid": [side, side]} if connector["kind"] == "tokens" else {}
+    return {"image": image, "text": text, "connector": connector | grid, "decoder": decoder}
 
 
 def todays_moments(states: list[dict[str, Any]], model: nn.Module, weights: dict[str, Tensor]) -> list[dict[str, Any]]:

@@ -15,6 +15,7 @@ import torch
 
 from vqa_scratch import systems
 from vqa_scratch.errors import UserError
+from vqa_scratch.models.vqa import VQAModel
 from vqa_scratch.rl.options import RLHFOptions
 from vqa_scratch.rl.policy import freeze, sampling_rules
 from vqa_scratch.rl.resume import fingerprint
@@ -32,7 +33,7 @@ def vqa_task(options: RLHFOptions, device: torch.device, dtype: torch.dtype) -> 
     return systems.load(Path(options.policy), device).policy(options, dtype)
 
 
-def answering_task(system: System, options: RLHFOptions, dtype: torch.dtype) -> Task:
+def answering_task(system: System[Any, VQAModel], options: RLHFOptions, dtype: torch.dtype) -> Task:
     """The system as policy, with a frozen copy as reference, whose linear layers are stored in `dtype`.
 
     The questions are those of `--data`, by default of the run's own data.

@@ -19,11 +19,12 @@ from vqa_scratch.errors import UserError
 from vqa_scratch.options import to_json
 from vqa_scratch.storage import read_object, typed, write_json
 from vqa_scratch.systems.older import todays_moments, todays_names
-from vqa_scratch.systems.options import PRESETS, RunOptions
+from vqa_scratch.systems.presets import PRESETS
+from vqa_scratch.systems.run_options import RunOptions
 from vqa_scratch.training.checkpoint import fitting, load_checkpoint, load_model_state, restore_streams
 from vqa_scratch.training.optimizers import Optimizers
 from vqa_scratch.training.ranks import ALONE, World, for_main
-from vqa_scratch.training.resume import checkpoint_path, go_on, is_new
+from vqa_scratch.training.resume import checkpoint_path, go_on, is_new, lengthened
 from vqa_scratch.weights.files import read_safetensors, write_safetensors
 
 PROGRAM = "train.py"
@@ -59,6 +60,7 @@ def read_run_config(folder: Path) -> dict[str, Any]:
     if values["program"] == PROGRAM:
         typed(path, values, {"train": dict, "model": dict})
         typed(f"{path}: 'train'", values["train"], {"preset": str | None})
+        values["train"].pop("more_steps", None)  # which 0.3.0 wrote, always as null
     return values
 
 
@@ -80,8 +82,8 @@ def load_weights(model: nn.Module, folder: Path) -> None:
 def restore(saved: dict[str, Any], system: Any, optimizers: Optimizers) -> dict[str, Any]:
     """Restore weights, moments, scaler and random numbers of a `System` from a checkpoint; returns its progress.
 
-    Removes weights and moments from `saved`, so that no second copy of them stays in memory; a new number of steps is
-    now the run's. Raises UserError if it does not fit the model.
+    Removes weights and moments from `saved`, so that no second copy of them stays in memory; what --steps +N made of
+    the run's length is now written down. Raises UserError if it does not fit the model.
     """
     weights, moments = saved.pop("model"), saved.pop("optimizers")
     with fitting(system.options.out / LAST):
@@ -90,7 +92,7 @@ def restore(saved: dict[str, Any], system: Any, optimizers: Optimizers) -> dict[
         system.precision.scaler.load_state_dict(saved["scaler"])
         restore_streams(saved["rng"], system.world, saved["state"]["step"])
     if system.world.main:
-        keep_total(system.options)
+        keep_length(system.options)
     return saved["state"]
 
 
@@ -100,27 +102,24 @@ def begin_or_go_on(options: RunOptions) -> tuple[RunOptions, dict[str, Any] | No
     Raises UserError if a run would be overwritten, or resumed with options that must not change.
     """
     if is_new(options.out, options.resume, PROGRAM):
-        if options.more_steps is not None:
-            raise UserError(f"{options.out} has no checkpoint yet, so --steps takes no +; leave it out")
-        return replace(options, resume=False), None
+        return lengthened(replace(options, resume=False), options.more, {}, "steps"), None
     values = read_run_config(options.out)
     preset = values["train"].get("preset") if values["program"] == PROGRAM else None
     if preset != options.preset:
         preset = preset or values["program"]
         raise UserError(f"{options.out} is a run of preset {preset}, not {options.preset}; give another --out")
     merged, path = go_on(options, values["train"], PRESETS, options.out / CONFIG), checkpoint_path(options.out)
-    checkpoint = load_checkpoint(path, PARTS) if path.exists() else None
-    if options.more_steps is not None:
-        if checkpoint is None:
-            raise UserError(f"{options.out} has no checkpoint yet, so --steps takes no +; leave it out")
-        merged = replace(merged, steps=checkpoint["state"]["step"] + options.more_steps, minutes=None)
-    return merged, checkpoint
+    checkpoint, done = load_checkpoint(path, PARTS) if path.exists() else None, {}
+    if checkpoint:
+        steps, seconds = typed(f"{path}: 'state'", checkpoint["state"], {"step": int, "seconds": float})
+        done = {"steps": steps, "minutes": seconds / 60}
+    return lengthened(merged, options.more, done, "steps"), checkpoint
 
 
-def keep_total(options: RunOptions) -> None:
-    """Write the new number of steps of a run that goes on for longer to its config.json, for the next --resume."""
+def keep_length(options: RunOptions) -> None:
+    """Write to config.json how long a run is that goes on for longer, for the next --resume."""
     values = read_run_config(options.out)
-    if values["train"].get("steps") != options.steps:
-        values["train"] |= {"steps": options.steps, "minutes": None}
+    length = {"steps": options.steps, "minutes": options.minutes}
+    if values["train"] | length != values["train"]:
+        values["train"] |= length
         write_json(options.out / CONFIG, values)
-        print(f"{options.steps} steps in all; the learning rate follows its schedule over this new total")

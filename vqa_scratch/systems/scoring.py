@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from vqa_scratch.data.answers import Answer
+from vqa_scratch.data.answers import Answers
 from vqa_scratch.data.vqa_v2 import VQASample
 from vqa_scratch.metrics import accuracy_by, rule
 
@@ -71,11 +71,11 @@ class Report:
     accuracy: float
     lenient: float  # both sides always normalised
     by_family: dict[str, float]
-    answers: dict[int, Answer]
+    answers: Answers
 
 
 def score(
-    samples: Sequence[VQASample], answers: dict[int, Answer], family: str | Callable[[VQASample], str] = "answer_type"
+    samples: Sequence[VQASample], answers: Answers, family: str | Callable[[VQASample], str] = "answer_type"
 ) -> Report:
     """Official accuracy, overall and by family, over the samples that have an answer."""
     scored = [s for s in samples if s.question_id in answers]

@@ -5,33 +5,42 @@ from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from vqa_scratch.data.answers import Answer
+from vqa_scratch.data.answers import Answer, Answers
 from vqa_scratch.data.augment import Augment, depends_on_side
 from vqa_scratch.data.batches import ImageGroups, prefetch
 from vqa_scratch.data.images import Images
 from vqa_scratch.data.vqa_v2 import VQASample
 from vqa_scratch.report.curves import moving_average
-from vqa_scratch.systems.base import RunData, System
+from vqa_scratch.systems.base import RO, M, RunData, System
 from vqa_scratch.systems.finals import Pace, Pass, what_next
-from vqa_scratch.systems.options import RunOptions
+from vqa_scratch.systems.run_options import RunOptions
 from vqa_scratch.systems.scoring import Report, other_images, score
 from vqa_scratch.training.ranks import World
 
 AT_ONCE = 256  # samples in a batch that is only answered
+Q = TypeVar("Q", bound=ImageGroups)
 TIMED = 64  # samples by which a kind of pass is timed that has not run yet
 
 
+class How(NamedTuple):
+    """How to answer: by ranking the run's own list, how many answers, fields of `GenerationOptions`."""
+
+    ranked: bool = False
+    top: int = 1
+    decoding: dict[str, Any] | None = None
+
+
 @dataclass(frozen=True)
-class Split:
+class Split(Generic[Q]):
     """The samples of a split, grouped by image, with their images."""
 
-    questions: ImageGroups
+    questions: Q
     images: Images
 
     def batches(
@@ -62,31 +71,22 @@ def augment_of(options: RunOptions) -> Augment | None:
     return Augment(*strengths) if any(strengths) else None
 
 
-class SplitSystem(System):
+class SplitSystem(System[RO, M], Generic[RO, M, Q]):
     """A system whose samples are texts about images. While it trains, `splits` holds its `data`, by name."""
 
     loss_unit = "nats a token"  # of the training loss, for the curve's axis
     data: RunData
-    splits: dict[str, Split]
+    splits: dict[str, Split[Q]]
 
     @abstractmethod
-    def split(self, samples: Sequence[VQASample]) -> Split:
+    def split(self, samples: Sequence[VQASample]) -> Split[Q]:
         """Samples with their ids and images."""
 
     @abstractmethod
-    def respond(
-        self,
-        questions: ImageGroups,
-        rows: np.ndarray,
-        batch: Any,
-        *,
-        ranked: bool = False,
-        top: int = 1,
-        decoding: dict[str, Any] | None = None,
-    ) -> list[list[Answer]]:
-        """For each of the rows, whose `batch` is on the device: the `top` answers, best first.
+    def respond(self, questions: Q, rows: np.ndarray, batch: Any, how: How) -> list[list[Answer]]:
+        """For each of the rows, whose `batch` is on the device: the `how.top` answers, best first.
 
-        `ranked` and `decoding` as in `System.answer` and `System.ask`. Runs inside autocast, without gradients.
+        Runs inside autocast, without gradients.
         """
 
     @abstractmethod
@@ -121,15 +121,15 @@ class SplitSystem(System):
         rows = np.concatenate([images[i] for i in mine or range(1)])
         return Key(rows, key.seed, mine[0] if mine else 0), bool(mine)
 
-    def augmented(self, batch: Any, key: Key) -> Any:
+    def augmented(self, augment: Augment, batch: Any, key: Key) -> Any:
         """The batch of a key with its images changed as the options ask."""
         number = len(batch.images)
         sides = np.bincount(batch.image_index.numpy(), self.names_side[key.rows], number)
         chance = np.random.default_rng(key.seed).random((key.before + number, 4))[key.before :]
-        batch.images = self.augment(batch.images, torch.from_numpy(sides == 0), torch.from_numpy(chance).float())
+        batch.images = augment(batch.images, torch.from_numpy(sides == 0), torch.from_numpy(chance).float())
         return batch
 
-    def ids(self, rows: list[int]) -> list[int]:
+    def ids(self, rows: list[int]) -> list[int | str]:
         return [self.splits["train"].questions.samples[row].question_id for row in rows]
 
     def panels(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -153,24 +153,24 @@ class SplitSystem(System):
 
     def answers(
         self,
-        split: Split,
+        split: Split[Q],
         chosen: Sequence[np.ndarray],
         *,
         shuffled: bool = False,
         progress: str | None = None,
         until: float | None = None,
         **how: Any,
-    ) -> dict[int, list[Answer]]:
-        """{question_id: answers, best first} to the rows in `chosen`; `how` as in `respond`.
+    ) -> dict[int | str, list[Answer]]:
+        """{question_id: answers, best first} to the rows in `chosen`; `how` are fields of `How`.
 
         After the first batch it stops when another one would not be done `until` a time of `time.perf_counter`.
         """
-        result: dict[int, list[Answer]] = {}
+        result: dict[int | str, list[Answer]] = {}
         began = time.perf_counter()
         with self.evaluating():
             for rows, batch in split.batches(self.precision.device, chosen, shuffled=shuffled, progress=progress):
                 with self.precision.autocast():
-                    found = self.respond(split.questions, rows, batch, **how)
+                    found = self.respond(split.questions, rows, batch, How(**how))
                 ids = [split.questions.samples[row].question_id for row in rows]
                 result |= zip(ids, found, strict=True)
                 now = time.perf_counter()
@@ -179,9 +179,7 @@ class SplitSystem(System):
                 began = now
         return result
 
-    def answer_split(
-        self, name: str, limit: int | None = None, *, progress: str | None = None, **how: Any
-    ) -> dict[int, Answer]:
+    def answer_split(self, name: str, limit: int | None = None, *, progress: str | None = None, **how: Any) -> Answers:
         """The best answer by question id, for a split or about its first `limit` samples; `how` as in `answers`.
 
         The ranks take turns at the batches, and all of them get all answers. With a label of `progress` it is one of
@@ -205,7 +203,7 @@ class SplitSystem(System):
         passes = self.passes()
         for one in passes:
             if one.kind not in self.pace.seconds:
-                self.answer_split(one.split, TIMED, **({"ranked": True} if one.ranked else {}))
+                self.answer_split(one.split, TIMED, ranked=one.ranked)
         self.pace.left = [one for one in passes if one.label]
         evaluation = [one for one in passes if not one.label]
         return self.pace.needed(evaluation) + min(at_most, self.pace.needed(self.pace.left))
@@ -214,16 +212,18 @@ class SplitSystem(System):
         """Score the answers of `answer_split`, the same on all ranks."""
         return score(self.splits[name].questions.samples, self.answer_split(name, limit, **how), self.data.family)
 
-    def answer(self, samples: Sequence[VQASample], limit: int | None = None, **how: Any) -> dict[int, Answer]:
+    def answer(
+        self, samples: Sequence[VQASample], limit: int | None = None, *, ranked: bool = False, **shown: Any
+    ) -> Answers:
         """As `answer_split`, for any samples, on this process alone."""
         split = self.split(samples)
-        found = self.answers(split, split.questions.in_order(limit or len(samples), AT_ONCE), **how)
+        found = self.answers(split, split.questions.in_order(limit or len(samples), AT_ONCE), ranked=ranked, **shown)
         return {number: best for number, (best, *_) in found.items()}
 
     def ask(
         self, image: str | Path, question: str | None, top: int | None = None, decoding: dict[str, Any] | None = None
     ) -> tuple[list[Answer], list[str]]:
         question = self.checked(question)
-        how = {"decoding": decoding} if top is None else {"ranked": True, "top": top}
+        how: dict[str, Any] = {"decoding": decoding} if top is None else {"ranked": True, "top": top}
         split = self.split([VQASample(0, Path(image), 0, question, "", "", (), "")])
         return self.answers(split, [np.array([0])], **how)[0], self.tokenizers.notes_on(question)

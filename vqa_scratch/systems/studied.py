@@ -7,6 +7,8 @@ from typing import Any
 from PIL import Image
 
 from vqa_scratch.data.vqa_v2 import read_vqa
+from vqa_scratch.models.vilt import ViLTClassifier
+from vqa_scratch.models.vqa import VQAModel
 from vqa_scratch.study.base import Subject
 from vqa_scratch.study.opened import Opened, chosen, run_name, special_tokens, text_labels, written
 from vqa_scratch.study.subject import ViLTSubject, VQASubject
@@ -17,25 +19,27 @@ from vqa_scratch.systems.scoring import score
 def _opened(system: System, image: Image.Image, question: str, subject: Subject, answer: dict[str, Any]) -> Opened:
     """`answer` from `written` or `chosen`. Shown are the pixels that reach the model, so that overlays fit."""
     shown, notes = Image.fromarray(system.processor.to_uint8(image)), tuple(system.tokenizers.notes_on(question))
-    return Opened(run_name(system.folder), subject, question, shown, **answer, notes=notes)
+    return Opened(run_name(system.folder or system.options.out), subject, question, shown, **answer, notes=notes)
 
 
-def writing_subject(system: System, image: Image.Image, question: str) -> Opened:
+def writing_subject(system: System[Any, VQAModel], image: Image.Image, question: str) -> Opened:
     """A system of encoder, connector and decoder with one image and a question; "" for a caption."""
     tokenizers = system.tokenizers
-    prompt, asked = [*tokenizers.prompt(question), tokenizers.start_id], ()
-    if tokenizers.text is not None:
-        ids = tokenizers.question(question)
-        asked = (ids, text_labels(tokenizers.text, question, ids), special_tokens(tokenizers.text, ids))
+    prompt, ids, text = (
+        [*tokenizers.prompt(question), tokenizers.start_id],
+        tokenizers.question(question),
+        tokenizers.text,
+    )
+    labels, special = ((), ()) if text is None else (text_labels(text, question, ids), special_tokens(text, ids))
     pixels = system.processor(image)[None]
-    subject = VQASubject(system.model, pixels, prompt, *asked, max_new_tokens=tokenizers.max_answer_tokens)
+    subject = VQASubject(system.model, pixels, prompt, ids, labels, special, tokenizers.max_answer_tokens)
     subject.end_id = tokenizers.end_id  # the decoder's own config may name none, or several
     return _opened(system, image, question, subject, written(tokenizers.decoder, prompt))
 
 
-def choosing_subject(system: System, image: Image.Image, question: str) -> Opened:
+def choosing_subject(system: System[Any, ViLTClassifier], image: Image.Image, question: str) -> Opened:
     """A ViLT with one image and a question."""
-    text, ids = system.tokenizers.text, system.tokenizers.question(question)
+    text, ids = system.tokenizers.by_name["text"], system.tokenizers.question(question)
     labels = text_labels(text, question, ids)
     subject = ViLTSubject(system.model, system.processor(image)[None], ids, labels, special_tokens(text, ids))
     return _opened(system, image, question, subject, chosen(system.model.labels, labels[0]))

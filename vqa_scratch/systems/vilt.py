@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from vqa_scratch.data.answers import Answer, AnswerList, SoftTargets
+from vqa_scratch.data.answers import Answer, AnswerList, Answers, SoftTargets
 from vqa_scratch.data.classes import ClassBatch, ClassQuestions
 from vqa_scratch.data.images import ImageProcessor, Images
 from vqa_scratch.data.text import Tokenizer, train_wordpiece
@@ -27,27 +27,26 @@ from vqa_scratch.models.vit import ConvStem
 from vqa_scratch.storage import typed
 from vqa_scratch.study.opened import Opened
 from vqa_scratch.systems.assembly import check_images, grid_positions, with_stem
-from vqa_scratch.systems.base import ANY_SAMPLE, RunData, check_positions, seed_everything
+from vqa_scratch.systems.base import ANY_SAMPLE, RunData, check_positions, needed, seed_everything
 from vqa_scratch.systems.export import export_vilt
 from vqa_scratch.systems.options import ViLTOptions
 from vqa_scratch.systems.questions import QuestionSystem
-from vqa_scratch.systems.splits import Key, Split, augment_of
+from vqa_scratch.systems.splits import How, Key, Split, augment_of
 from vqa_scratch.systems.studied import choosing_subject
 from vqa_scratch.systems.vqa_models import VOCABULARY
 from vqa_scratch.training.precision import Precision
 
 
-class ViLTSystem(QuestionSystem):
+class ViLTSystem(QuestionSystem[ViLTOptions, ViLTClassifier, ClassQuestions]):
     """Questions about images, answered by a classifier over a list of answers."""
 
     loss_unit = "nats a question"
-    model: ViLTClassifier
     left_out = 0  # training questions without an answer in the list
 
     def __init__(self, options: ViLTOptions, model: ViLTClassifier, tokenizers: Tokenizers, *more: Any) -> None:
         super().__init__(options, model, tokenizers, *more)
         check_images(model.vilt.tower, self.processor)
-        tokenizers.text.check_fits(model.vilt.config.vocab_size, "the ViLT")
+        tokenizers.by_name["text"].check_fits(model.vilt.config.vocab_size, "the ViLT")
 
     # ------------------------------------------------------------------------------------------- build, save, open
 
@@ -82,16 +81,12 @@ class ViLTSystem(QuestionSystem):
 
     @property
     def sizes(self) -> dict[str, Any]:
-        return self.model.to_hf() | {"stem": "conv" if self.has_stem else "linear"}
-
-    @property
-    def has_stem(self) -> bool:
-        """Whether convolutions make the patch tokens, instead of one linear map."""
-        return isinstance(self.model.vilt.tower.patch_embed, ConvStem)
+        stem = self.model.vilt.tower.patch_embed  # convolutions, or one linear map
+        return self.model.to_hf() | {"stem": "conv" if isinstance(stem, ConvStem) else "linear"}
 
     # --------------------------------------------------------------------------------------------------- training
 
-    def split(self, samples: Sequence[VQASample]) -> Split:
+    def split(self, samples: Sequence[VQASample]) -> Split[ClassQuestions]:
         questions = ClassQuestions(samples, self.tokenizers, AnswerList(self.model.labels))
         return Split(questions, Images(questions.image_paths, self.processor, upright=questions.upright))
 
@@ -125,7 +120,7 @@ class ViLTSystem(QuestionSystem):
     def batch(self, key: Key) -> ClassBatch:
         train = self.splits["train"]
         batch = train.questions.batch(key.rows, train.images)
-        return self.augmented(batch, key) if self.augment else batch
+        return self.augmented(self.augment, batch, key) if self.augment else batch
 
     def loss(self, batch: ClassBatch) -> tuple[Tensor, Tensor]:
         """(sum of the loss over questions, sum of the targets of the chosen answers: soft accuracy times questions)."""
@@ -135,21 +130,21 @@ class ViLTSystem(QuestionSystem):
 
     # ---------------------------------------------------------------------------------------------------- answers
 
-    def respond(
-        self, questions: ClassQuestions, rows: np.ndarray, batch: ClassBatch, *, top: int = 1, **how: Any
-    ) -> list[list[Answer]]:
+    def respond(self, questions: ClassQuestions, rows: np.ndarray, batch: ClassBatch, how: How) -> list[list[Answer]]:
         """The probability of an answer is the sigmoid of its logit: the share of the full score to expect."""
-        if top > len(self.model.labels):
-            raise UserError(f"--top {top} is more than the {len(self.model.labels):,} answers that {self.folder} knows")
-        best = self.logits(batch).float().sigmoid().topk(top)
+        if how.top > len(self.model.labels):
+            raise UserError(f"--top {how.top} is more than the {len(self.model.labels):,} that {self.folder} knows")
+        best = self.logits(batch).float().sigmoid().topk(how.top)
         return [
             [Answer(self.model.labels[i], score) for i, score in zip(places, scores, strict=True)]
             for places, scores in zip(best.indices.tolist(), best.values.tolist(), strict=True)
         ]
 
-    def answer(self, samples: Sequence[VQASample], limit: int | None = None, **how: Any) -> dict[int, Answer]:
+    def answer(
+        self, samples: Sequence[VQASample], limit: int | None = None, *, ranked: bool = False, **shown: Any
+    ) -> Answers:
         """A ViLT always chooses from its list, so it has no second way to rank."""
-        return {} if how.get("ranked") else super().answer(samples, limit, **how)
+        return {} if ranked else super().answer(samples, limit, **shown)
 
     def finish(self, folder: Path) -> dict[str, Any]:
         figures = super().finish(folder)
@@ -205,7 +200,8 @@ def small_model(options: ViLTOptions, train: list[VQASample], labels: tuple[str,
 
 def released_model(options: ViLTOptions, train: list[VQASample], labels: tuple[str, ...]) -> Parts:
     """A released ViLT under a new head, with its tokenizer and preprocessing."""
-    vilt = ViLT.from_pretrained(options.model)
-    check_positions(options, ["max_question_tokens"], vilt.config.max_positions, options.model)
-    text, processor = Tokenizer.from_pretrained(options.model), ViltImageProcessor.from_pretrained(options.model)
+    source = needed(options, "model")
+    vilt = ViLT.from_pretrained(source)
+    check_positions(options, ["max_question_tokens"], vilt.config.max_positions, str(source))
+    text, processor = Tokenizer.from_pretrained(source), ViltImageProcessor.from_pretrained(source)
     return ViLTClassifier(vilt, labels), text, processor

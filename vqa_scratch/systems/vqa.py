@@ -12,16 +12,17 @@ from typing import Any, Self
 import numpy as np
 import torch
 
-from vqa_scratch.data.answers import Answer
+from vqa_scratch.data.answers import Answer, Answers
 from vqa_scratch.data.batches import Batch, Questions
 from vqa_scratch.data.feature_store import ImageFeatures, TextFeatures
 from vqa_scratch.data.vqa_v2 import VQASample
 from vqa_scratch.errors import UserError
-from vqa_scratch.models.vqa import FROZEN_PARTS
+from vqa_scratch.models.vqa import FROZEN_PARTS, VQAModel
 from vqa_scratch.options import from_json, rules_of
 from vqa_scratch.rl.options import RLHFOptions
 from vqa_scratch.rl.tasks import Task
 from vqa_scratch.storage import read_json, write_json
+from vqa_scratch.systems.assembly import grid_of
 from vqa_scratch.systems.base import ANY_SAMPLE, RunData, check_positions, seed_everything
 from vqa_scratch.systems.finals import Pass
 from vqa_scratch.systems.frozen import cache_features
@@ -30,7 +31,7 @@ from vqa_scratch.systems.policy import answering_task
 from vqa_scratch.systems.questions import QuestionSystem
 from vqa_scratch.systems.run_folder import CONFIG, PROGRAM, read_run_config
 from vqa_scratch.systems.scoring import common_answers
-from vqa_scratch.systems.splits import augment_of
+from vqa_scratch.systems.splits import How, augment_of
 from vqa_scratch.systems.vqa_models import check_question, released_models, small_models
 from vqa_scratch.systems.writer import WritingSystem
 from vqa_scratch.systems.writing import choose
@@ -42,7 +43,7 @@ CANDIDATES_KEPT = 1000
 RANKED_QUESTIONS, RANKED_PAIRS = 2_000, 120_000
 
 
-class VQASystem(WritingSystem, QuestionSystem):
+class VQASystem(WritingSystem[VQAOptions], QuestionSystem[VQAOptions, VQAModel, Questions]):
     """Questions about images, answered by a decoder."""
 
     candidates: list[str]  # training answers that it can also choose from; empty in runs of older versions
@@ -65,7 +66,7 @@ class VQASystem(WritingSystem, QuestionSystem):
     def build(cls, options: VQAOptions, data: RunData, precision: Precision) -> Self:
         seed_everything(options.seed)
         if options.start_from is not None:
-            system = cls.continued(options, precision)
+            system = cls.continued(options, options.start_from, precision)
         else:
             make = small_models if options.preset == "shapes" else released_models
             system = cls(options, *make(options, data.samples["train"]), precision)
@@ -73,12 +74,11 @@ class VQASystem(WritingSystem, QuestionSystem):
         return system
 
     @classmethod
-    def continued(cls, options: VQAOptions, precision: Precision) -> Self:
-        """The system of the finished run `options.start_from`, with its sizes and tokenizers, to train on other data.
+    def continued(cls, options: VQAOptions, folder: Path, precision: Precision) -> Self:
+        """The system of the finished run in `folder`, with its sizes and tokenizers, to train on other data.
 
         Raises UserError if it is a run of another preset, or if its model has too few positions for the options.
         """
-        folder = options.start_from
         config = read_run_config(folder)
         kind = config["train"].get("preset") if config["program"] == PROGRAM else config["program"]
         if kind != options.preset:
@@ -89,11 +89,9 @@ class VQASystem(WritingSystem, QuestionSystem):
         options = replace(options, **{name: getattr(theirs, name) for name in kept}, question_prompt=prompt)
         system = cls.load(folder, config["model"], options, precision)
         model = system.model
-        prefix = model.connector.prefix_length(
-            model.image.places(*system.processor.output_size).grid, model.connector.sizes
-        )
+        prefix = model.connector.prefix_length(grid_of(model.image, system.processor), model.connector.sizes)
         written = ["max_question_tokens", "max_answer_tokens"] if prompt else ["max_answer_tokens"]
-        check_positions(options, written, model.decoder.max_positions - prefix, str(folder))
+        check_positions(options, written, model.decoder.config.max_positions - prefix, str(folder))
         if model.text is not None:
             check_positions(options, ["max_question_tokens"], model.text.longest, str(folder))
         return system
@@ -127,13 +125,11 @@ class VQASystem(WritingSystem, QuestionSystem):
 
     # ---------------------------------------------------------------------------------------------------- answers
 
-    def respond(
-        self, questions: Questions, rows: np.ndarray, batch: Batch, *, ranked: bool = False, top: int = 1, **how: Any
-    ) -> list[list[Answer]]:
-        """One written answer each, or if `ranked` the `top` best of the training answers."""
-        if ranked:
-            return choose(self, questions, rows, batch, self.candidates, top)
-        return super().respond(questions, rows, batch, **how)
+    def respond(self, questions: Questions, rows: np.ndarray, batch: Batch, how: How) -> list[list[Answer]]:
+        """One written answer each, or if `how.ranked` the best of the training answers."""
+        if how.ranked:
+            return choose(self, questions, rows, self.condition(batch), self.candidates, how.top)
+        return super().respond(questions, rows, batch, how)
 
     def ask(
         self, image: str | Path, question: str | None, top: int | None = None, decoding: dict[str, Any] | None = None
@@ -145,12 +141,14 @@ class VQASystem(WritingSystem, QuestionSystem):
             raise UserError(f"{self.folder} has no {CANDIDATES} to choose from, so leave out --top")
         return super().ask(image, question, top, decoding)
 
-    def answer(self, samples: Sequence[VQASample], limit: int | None = None, **how: Any) -> dict[int, Answer]:
-        if how.get("ranked"):
+    def answer(
+        self, samples: Sequence[VQASample], limit: int | None = None, *, ranked: bool = False, **shown: Any
+    ) -> Answers:
+        if ranked:
             if not self.candidates:
                 return {}
             limit = min(limit or len(samples), self.ranked_questions)
-        return super().answer(samples, limit, **how)
+        return super().answer(samples, limit, ranked=ranked, **shown)
 
     @property
     def ranked_questions(self) -> int:

@@ -1,5 +1,7 @@
 """Builds the models of the VQA system for training: small random ones, or released ones."""
 
+from typing import Any
+
 import torch
 
 from vqa_scratch.connectors import connect, connector_class
@@ -11,10 +13,12 @@ from vqa_scratch.errors import UserError
 from vqa_scratch.models import released
 from vqa_scratch.models.bert import Bert, BertConfig
 from vqa_scratch.models.gpt2 import GPT2, GPT2Config
+from vqa_scratch.models.hf_config import ReleasedDecoder
 from vqa_scratch.models.vit import ViT, ViTConfig
 from vqa_scratch.models.vqa import VQAModel
+from vqa_scratch.nn.states import ImageEncoder
 from vqa_scratch.systems import assembly
-from vqa_scratch.systems.base import check_positions
+from vqa_scratch.systems.base import check_positions, needed
 from vqa_scratch.systems.options import VQAOptions
 
 IMAGE_SIZE = 64  # side of the small models' images, in pixels
@@ -50,8 +54,8 @@ def small_models(options: VQAOptions, train: list[VQASample]) -> Parts:
     """Small models with random weights, and tokenizers learned from the questions."""
     kind, width = connector_class(options.connector), options.width
     text, decoder = own_tokenizers(train)
-    shared = {"dim": width, "heads": options.heads, "activation": "relu"}
-    no_dropout = {"dropout": 0.0, "attention_dropout": 0.0}
+    shared: dict[str, Any] = {"dim": width, "heads": options.heads, "activation": "relu"}
+    no_dropout: dict[str, Any] = {"dropout": 0.0, "attention_dropout": 0.0}
     image_config = ViTConfig(
         image_size=IMAGE_SIZE, patch_size=options.patch_size, layers=options.image_layers, hidden=4 * width, **shared
     )
@@ -65,20 +69,19 @@ def small_models(options: VQAOptions, train: list[VQASample]) -> Parts:
         hidden=4 * width,
         max_positions=max(64, options.max_question_tokens),
         token_types=0,
-        pad_id=text.pad_id,
+        pad_id=text.pad_id or 0,
         **shared,
         **no_dropout,
     )
     longest = options.max_question_tokens + options.max_answer_tokens + 1
+    special: dict[str, Any] = {"bos_id": decoder.bos_id, "eos_id": decoder.eos_id, "pad_id": decoder.pad_id}
     decoder_config = GPT2Config(
         vocab_size=len(decoder),
         max_positions=max(64, longest) + kind.prefix_length(grid, sizes),
         layers=options.decoder_layers,
         embedding_dropout=0.0,
         add_cross_attention=kind.uses_memory,
-        bos_id=decoder.bos_id,
-        eos_id=decoder.eos_id,
-        pad_id=decoder.pad_id,
+        **special,
         **shared,
         **no_dropout,
     )
@@ -95,17 +98,22 @@ def small_models(options: VQAOptions, train: list[VQASample]) -> Parts:
 def released_models(options: VQAOptions, train: list[VQASample]) -> Parts:
     """Models, tokenizers and preprocessing from checkpoints; with `--init random` random weights of the same sizes."""
     kind = connector_class(options.connector)
+    image: ImageEncoder
+    writer: ReleasedDecoder
+    text: Tokenizer | None
     if options.init == "random":
         text, decoder = own_tokenizers(train)
         image, words = ViT(ViTConfig()), Bert(DISTILBERT) if kind.reads_text else None
         writer, processor = GPT2(GPT2Config(add_cross_attention=kind.uses_memory)), ImageProcessor()
     else:
-        text = Tokenizer.from_pretrained(options.text_model) if kind.reads_text else None
-        decoder = Tokenizer.from_pretrained(options.decoder_model)
-        image = released.image_encoder(options.image_model)
-        words = released.text_encoder(options.text_model) if kind.reads_text else None
-        writer = released.decoder(options.decoder_model, cross_attention=kind.uses_memory)
-        processor = ImageProcessor.from_pretrained(options.image_model)
+        looks, writes = needed(options, "image_model"), needed(options, "decoder_model")
+        reads = needed(options, "text_model") if kind.reads_text else None
+        text = None if reads is None else Tokenizer.from_pretrained(reads)
+        decoder = Tokenizer.from_pretrained(writes)
+        image = released.image_encoder(looks)
+        words = None if reads is None else released.text_encoder(reads)
+        writer = released.decoder(writes, cross_attention=kind.uses_memory)
+        processor = ImageProcessor.from_pretrained(looks)
     if words is not None:
         check_positions(options, ["max_question_tokens"], words.longest, options.text_model or "DistilBERT")
     if processor.output_size is None:

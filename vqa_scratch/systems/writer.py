@@ -8,37 +8,36 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from vqa_scratch.connectors.base import Conditioning
-from vqa_scratch.data.answers import Answer
+from vqa_scratch.data.answers import Answer, Answers
 from vqa_scratch.data.batches import Batch, Questions
 from vqa_scratch.data.images import ImageProcessor, Images
 from vqa_scratch.data.text import Tokenizer
 from vqa_scratch.data.tokenizers import Tokenizers
 from vqa_scratch.data.vqa_v2 import VQASample
 from vqa_scratch.models.vqa import VQAModel, labelled_loss
+from vqa_scratch.nn.connecting import Conditioning
 from vqa_scratch.nn.states import States
 from vqa_scratch.study.opened import Opened
 from vqa_scratch.systems import assembly
+from vqa_scratch.systems.base import RO
 from vqa_scratch.systems.export import export_writer
-from vqa_scratch.systems.options import RunOptions
-from vqa_scratch.systems.splits import Key, Split, SplitSystem
+from vqa_scratch.systems.splits import How, Key, Split, SplitSystem
 from vqa_scratch.systems.studied import writing_subject
 from vqa_scratch.systems.writing import write, writing_figures
 from vqa_scratch.training.precision import Precision
 
 
-class WritingSystem(SplitSystem):
+class WritingSystem(SplitSystem[RO, VQAModel, Questions]):
     """A system that writes token by token what it says about an image."""
 
     writes = True
-    model: VQAModel
 
-    def __init__(self, options: RunOptions, model: VQAModel, tokenizers: Tokenizers, *more: Any) -> None:
+    def __init__(self, options: RO, model: VQAModel, tokenizers: Tokenizers, *more: Any) -> None:
         super().__init__(options, model, tokenizers, *more)
         assembly.check_parts(model, tokenizers, self.processor)
 
     @classmethod
-    def open(cls, folder: Path, sizes: dict[str, Any], options: RunOptions, precision: Precision) -> Self:
+    def open(cls, folder: Path, sizes: dict[str, Any], options: RO, precision: Precision) -> Self:
         model = assembly.assemble(sizes)
         text = None if model.text is None else Tokenizer.from_pretrained(folder / "text_tokenizer")
         decoder = Tokenizer.from_pretrained(folder / "decoder_tokenizer")
@@ -49,14 +48,14 @@ class WritingSystem(SplitSystem):
     def sizes(self) -> dict[str, Any]:
         return assembly.sizes_of(self.model)
 
-    def split(self, samples: Sequence[VQASample]) -> Split:
+    def split(self, samples: Sequence[VQASample]) -> Split[Questions]:
         questions = Questions(samples, self.tokenizers)
         return Split(questions, Images(questions.image_paths, self.processor, upright=questions.upright))
 
     def batch(self, key: Key) -> Batch:
         train = self.splits["train"]
         batch = train.questions.batch(key.rows, train.images)
-        return self.augmented(batch, key) if self.augment else batch
+        return self.augmented(self.augment, batch, key) if self.augment else batch
 
     def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """(sum of the cross-entropy over the labelled tokens, how many of them are right)."""
@@ -71,20 +70,21 @@ class WritingSystem(SplitSystem):
 
     def encode_text(self, question: Tensor | None, attention_mask: Tensor | None) -> States | None:
         """Ids (B, T) -> states (B, T, ...); None without a text encoder."""
-        return None if self.model.text is None else self.model.text.states(question, attention_mask)
+        if self.model.text is None:
+            return None
+        assert question is not None, "a text encoder reads the question"
+        return self.model.text.states(question, attention_mask)
 
     def condition(self, batch: Batch) -> Conditioning:
         """What the connector gives the decoder for a batch."""
         text = self.encode_text(batch.question, batch.attention_mask)
         return self.model.connector(self.encode_image(batch.images), text, batch.image_index)
 
-    def respond(
-        self, questions: Questions, rows: np.ndarray, batch: Batch, decoding: dict[str, Any] | None = None
-    ) -> list[list[Answer]]:
+    def respond(self, questions: Questions, rows: np.ndarray, batch: Batch, how: How) -> list[list[Answer]]:
         """One answer each, written."""
-        return write(self, questions, rows, batch, decoding)
+        return write(self, questions, rows, self.condition(batch), how.decoding)
 
-    def figures(self, answers: dict[int, Answer]) -> dict[str, float]:
+    def figures(self, answers: Answers) -> dict[str, float]:
         return writing_figures(answers)
 
     def subject(self, image: Image.Image, question: str | None) -> Opened:

@@ -6,18 +6,22 @@ from typing import Any
 import numpy as np
 
 from vqa_scratch.data.answers import Answer
-from vqa_scratch.data.batches import Batch, Questions
+from vqa_scratch.data.batches import Questions
 from vqa_scratch.errors import UserError
 from vqa_scratch.generate import GenerationOptions, generate, rank
+from vqa_scratch.models.vqa import VQAModel
+from vqa_scratch.nn.connecting import Conditioning
+from vqa_scratch.systems.assembly import grid_of
 from vqa_scratch.systems.base import System
 
+Writing = System[Any, VQAModel]  # one whose model is encoder, connector and decoder
 
-def check_room(system: System, prompt: int, new_tokens: int) -> None:
+
+def check_room(system: Writing, prompt: int, new_tokens: int) -> None:
     """Raise UserError if the decoder has too few positions for `new_tokens` after a prompt of `prompt` tokens and the
     connector's prefix before it."""
     connector, positions = system.model.connector, system.model.decoder.max_positions
-    grid = system.model.image.places(*system.processor.output_size).grid
-    prefix = connector.prefix_length(grid, connector.sizes)
+    prefix = connector.prefix_length(grid_of(system.model.image, system.processor), connector.sizes)
     if positions is not None and prefix + prompt + new_tokens - 1 > positions:
         raise UserError(
             f"max_new_tokens {new_tokens} is too much: the decoder has {positions} positions, which leaves "
@@ -27,9 +31,9 @@ def check_room(system: System, prompt: int, new_tokens: int) -> None:
 
 
 def write(
-    system: System, questions: Questions, rows: np.ndarray, batch: Batch, decoding: Mapping[str, Any] | None = None
+    system: Writing, questions: Questions, rows: np.ndarray, given: Conditioning, decoding: Mapping[str, Any] | None
 ) -> list[list[Answer]]:
-    """What the decoder writes for each row of a batch; each image is encoded once.
+    """What the decoder writes for each row of a batch, for which it is `given` what the connector made.
 
     `decoding` holds fields of `GenerationOptions` other than the token limit and the end token; without it decoding is
     greedy. Raises UserError on options that contradict each other, and on more tokens than the decoder has positions.
@@ -38,10 +42,9 @@ def write(
     limits = {"max_new_tokens": tokenizers.max_answer_tokens, "eos_id": tokenizers.end_id}
     options = GenerationOptions(**limits | dict(decoding or {}))
     check_room(system, int(questions.prompts.lengths.max()), options.max_new_tokens)
-    prompt, mask = (part.to(batch.rows.device) for part in questions.prompt_batch(rows))
-    given = system.condition(batch)
+    prompt, mask = (part.to(system.precision.device) for part in questions.prompt_batch(rows))
     made = generate(decoder, prompt, mask, given.memory, prefix=given.prefix, options=options)
-    totals = made.log_probs.sum(1).exp().tolist()
+    totals = made.likely().tolist()
     answers = []
     for ids, length, likely in zip(made.ids.tolist(), made.lengths.tolist(), totals, strict=True):
         text = tokenizers.decoder.decode(ids[:length]).strip()
@@ -50,15 +53,14 @@ def write(
 
 
 def choose(
-    system: System, questions: Questions, rows: np.ndarray, batch: Batch, candidates: Sequence[str], top: int
+    system: Writing, questions: Questions, rows: np.ndarray, given: Conditioning, candidates: Sequence[str], top: int
 ) -> list[list[Answer]]:
     """The `top` best of the candidates for each row of a batch, by log-probability.
 
     The probability is that of writing the answer and then ending.
     """
     ids = [system.tokenizers.answer(candidate)[1:] for candidate in candidates]  # without BOS
-    prompt, mask = (part.to(batch.rows.device) for part in questions.prompt_batch(rows))
-    given = system.condition(batch)
+    prompt, mask = (part.to(system.precision.device) for part in questions.prompt_batch(rows))
     scores = rank(system.model.decoder, prompt, mask, given.memory, ids, prefix=given.prefix)
     best = scores.topk(min(top, len(ids)))
     return [
@@ -67,7 +69,7 @@ def choose(
     ]
 
 
-def writing_figures(answers: Mapping[int, Answer], what: str = "answer") -> dict[str, float]:
+def writing_figures(answers: Mapping[int | str, Answer], what: str = "answer") -> dict[str, float]:
     """How often written texts end before the token limit, and how long they are."""
     return {
         "eos_rate": sum(a.ended for a in answers.values()) / len(answers),

@@ -19,10 +19,11 @@ from vqa_scratch.weights.hub import first_line
 
 def rng_state() -> dict[str, Any]:
     """The state of Python's, NumPy's and torch's generators, as tensors and plain values."""
-    kind, keys, position, has_gauss, gauss = np.random.get_state()
+    numpy = np.random.get_state(legacy=False)
+    own, cached = numpy["state"], (numpy["has_gauss"], numpy["gauss"])
     state = {
         "python": random.getstate(),
-        "numpy": (kind, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, gauss),
+        "numpy": (numpy["bit_generator"], torch.from_numpy(own["key"].astype(np.int64)), own["pos"], *cached),
         "torch": torch.get_rng_state(),
     }
     if torch.cuda.is_available():

@@ -46,7 +46,7 @@ class Muon(torch.optim.Optimizer):
                 raise ValueError(f"Muon takes matrices, got a parameter of shape {tuple(p.shape)}")
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # torch's may take a closure
         assert closure is None, "closures are not used here"
         for group in self.param_groups:
             by_shape: dict[tuple, list[Tensor]] = defaultdict(list)
@@ -62,7 +62,7 @@ class Muon(torch.optim.Optimizer):
             if not self.state[p]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
         buffers = [self.state[p]["momentum_buffer"] for p in params]
-        grads = [p.grad for p in params]
+        grads = [p.grad for p in params if p.grad is not None]
         torch._foreach_lerp_(buffers, grads, 1 - momentum)
         ahead = torch._foreach_lerp(grads, buffers, momentum)  # Nesterov
         update = orthogonalize(torch.stack(whole(ahead))).to(params[0].dtype)  # of whole matrices, sharded or not

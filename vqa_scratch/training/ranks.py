@@ -124,8 +124,9 @@ def like(own: Tensor, value: Tensor) -> Tensor:
     """`value`, which is whole and the same on all ranks, sharded like `own`; nothing is sent."""
     if not in_parts(own):
         return value
-    from torch.distributed.tensor import distribute_tensor
+    from torch.distributed.tensor import DTensor, distribute_tensor
 
+    assert isinstance(own, DTensor)
     return distribute_tensor(value.to(own.device), own.device_mesh, own.placements, src_data_rank=None)
 
 

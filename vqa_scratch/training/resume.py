@@ -1,13 +1,13 @@
 """Begins a run in a folder or goes on with the one that is there: the same for train.py and rlhf.py."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from vqa_scratch.errors import UserError
-from vqa_scratch.options import Options, changeable, check_dependencies, flag, from_json, rules_of
+from vqa_scratch.options import Options, changeable, check_dependencies, flag, from_json, rivals, rules_of
 from vqa_scratch.storage import LOCK, check_writable, hold, read_object, remove_unfinished
 from vqa_scratch.training.ranks import World
 
@@ -68,17 +68,42 @@ def go_on(options: T, values: Mapping[str, Any], presets: Mapping[str, Mapping[s
 
     Raises UserError for an option that is asked for with another value than the run's, if it must keep its own.
     """
-    saved, given = from_json(type(options), values, str(where)), options.given
+    kind: Callable[..., T] = type(options)
+    saved, given, own = from_json(type(options), values, str(where)), options.given, vars(options)
     if given is None:  # not from a command line
-        plain = vars(type(options)(preset=options.preset, resume=True, **presets[options.preset]))
-        given = {name: value for name, value in vars(options).items() if value != plain[name]}
+        plain = vars(kind(preset=own["preset"], resume=True, **presets[own["preset"]]))
+        given = {name: value for name, value in own.items() if value != plain[name]}
     may_change = changeable(type(options))
     changed = [name for name in given if name not in may_change and given[name] != getattr(saved, name)]
     if changed:
         what = ", ".join(f"{flag(name)} {getattr(saved, name)}, not {given[name]}" for name in changed)
-        raise UserError(f"{options.out} was started with {what}; a resumed run keeps the options it was started with")
-    rules = rules_of(type(options))  # what goes with --resume alone is about this call, not about the run
-    changes = {name: value for name, value in given.items() if name in may_change and "resume" not in rules[name].only}
-    merged = replace(saved, **changes | {"out": options.out, "resume": False})
+        rules = rules_of(type(options))
+        more = [f"; {flag(name)} +N makes a finished one longer" for name in changed if rules[name].more]
+        raise UserError(
+            f"{own['out']} was started with {what}; a resumed run keeps the options it was started with{''.join(more)}"
+        )
+    changes = {name: value for name, value in given.items() if name in may_change}
+    merged = replace(saved, **changes | {"out": own["out"], "resume": False})
     check_dependencies(merged, changes)  # the command line could not know the run's other options
     return merged
+
+
+def lengthened(run: T, more: Mapping[str, float], done: Mapping[str, float], counted: str) -> T:
+    """The options of a finished run with `more` (--steps +N) beyond what it has `done` by its last checkpoint.
+
+    `counted` is what summary.json says too: it tells whether the run is finished. So +N given again after a kill adds
+    nothing twice: before the next checkpoint it means the same total, and after it the run is not finished. Raises
+    UserError if it is not; `done` is empty without a checkpoint.
+    """
+    out = vars(run)["out"]
+    summary = out / "summary.json"
+    for name, amount in more.items():
+        ended = read_object(summary).get(counted) if summary.is_file() else None
+        if not done or ended != done[counted]:
+            raise UserError(
+                f"{out} is not finished: go on with --resume alone, before {flag(name)} +{amount} makes it longer"
+            )
+        total = done[name] + amount
+        run = replace(run, **{name: total} | dict.fromkeys(rivals(type(run), name)))
+        print(f"{round(total, 2)} {name} in all; the learning rate follows its schedule over this new total")
+    return run

@@ -81,10 +81,10 @@ class Shards(Alone):
         make_alike(model, world)
         self.frozen = [Shards(other, world, device) for other in frozen]
         mesh = init_device_mesh(device.type, (world.size,))
-        self.blocks = [block for m in model.modules() if isinstance(m, nn.ModuleList) for block in m]
-        for block in self.blocks:
-            fully_shard(block, mesh=mesh)
-        self.module = fully_shard(_Forward(model), mesh=mesh)
+        lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+        self.blocks = [fully_shard(block, mesh=mesh) for blocks in lists for block in blocks]
+        self.module = _Forward(model)
+        self.rest = fully_shard(self.module, mesh=mesh)  # the same module
 
     def shared(self, work: Callable[..., T]) -> Callable[..., T]:
         return partial(self.module, work)
@@ -108,7 +108,7 @@ class Shards(Alone):
         try:
             return self.module(unsharded)
         finally:
-            self.module.reshard()
+            self.rest.reshard()
 
     @contextmanager
     def _held(self) -> Iterator[None]:

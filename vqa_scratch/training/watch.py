@@ -22,7 +22,7 @@ class GracefulStop:
     signal: int | None = None
 
     def __enter__(self) -> "GracefulStop":
-        self._previous = {number: signal.signal(number, self._note) for number in STOPS}
+        self._previous = {int(number): signal.signal(number, self._note) for number in STOPS}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -53,7 +53,7 @@ class LossWatch:
     The values are those of all ranks, so all ranks raise together. `ids` gives the sample ids of a batch's `rows`.
     """
 
-    def __init__(self, folder: Path, world: World, ids: Callable[[list[int]], list[int]]) -> None:
+    def __init__(self, folder: Path, world: World, ids: Callable[[list[int]], list[int | str]]) -> None:
         self.folder, self.world, self.ids = folder, world, ids
         self.pending: list[tuple[str, int, Tensor, Tensor]] = []
 

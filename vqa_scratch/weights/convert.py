@@ -33,8 +33,10 @@ def _look_up(entries: dict[str, Entry], name: str) -> Entry | None:
     if name in entries:
         return entries[name]
     layer = _NUMBER.search(name)
-    entry = entries.get(_NUMBER.sub("{}", name, count=1)) if layer else None
-    return entry and entry._replace(theirs=tuple(key.replace("{}", layer.group()) for key in entry.theirs))
+    entry = entries.get(_NUMBER.sub("{}", name, count=1))
+    if layer is None or entry is None:
+        return None
+    return entry._replace(theirs=tuple(key.replace("{}", layer.group()) for key in entry.theirs))
 
 
 def _pieces(tensor: Tensor, entry: Entry) -> tuple[Tensor, ...]:

@@ -95,7 +95,7 @@ def load_plain(path: Path) -> Any:
     Such a file is a zip archive with a checksum of each of its parts, at which torch does not look. Raises UserError on
     a file that is missing, cut short, changed, or holds anything else.
     """
-    if torch.__version__ < (2, 6):
+    if torch.__version__ < "2.6":
         # CVE-2025-32434: before 2.6 a crafted file ran code even with weights_only=True.
         raise UserError(f"reading {path} needs torch 2.6 or later, this is {torch.__version__}")
     try:

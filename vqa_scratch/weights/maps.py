@@ -45,9 +45,7 @@ class KeyMap:
     head: tuple[Entry, ...] = ()  # keys that never carry the prefix
     dropped: tuple[str, ...] = ()  # keys, with `{}` for any number, that the model does not need, such as buffers
     tied: dict[str, str] = field(default_factory=dict)  # key -> the key it must equal: the model shares that tensor
-    spellings: tuple[
-        tuple[str, str], ...
-    ] = ()  # what else keys may begin with, as a pattern, and how it is spelled here
+    spellings: tuple[tuple[str, str], ...] = ()  # how else keys may begin, as patterns, and how here
 
     def bare(self, key: str) -> str:
         """A key of a file without its prefix, and spelled as here."""

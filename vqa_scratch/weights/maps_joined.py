@@ -13,13 +13,13 @@ _TOWER = (r"vision_tower\.(?!vision_model\.)", "vision_tower.vision_model.")
 
 def _joined(*own: Entry, spellings: tuple[tuple[str, str], ...] = (), **parts: tuple[str, KeyMap]) -> KeyMap:
     """A model with entries of its `own`, and of parts: our name, what its keys begin with, and its own map."""
-    body, dropped, tied = own, (), {}
+    body, dropped, tied = list(own), list[str](), dict[str, str]()
     for name, (theirs, part) in parts.items():
         whole = theirs + part.prefix
         body += nested(f"{name}.", part.body, whole) + nested(f"{name}.", part.head, theirs)
-        dropped += tuple(whole + key for key in part.dropped)
+        dropped += [whole + key for key in part.dropped]
         tied |= {theirs + key: whole + same for key, same in part.tied.items()}
-    return KeyMap(body=body, dropped=dropped, tied=tied, spellings=spellings)
+    return KeyMap(body=tuple(body), dropped=tuple(dropped), tied=tied, spellings=spellings)
 
 
 _EVA_LAYER = "encoder.layers.{}"

@@ -12,10 +12,10 @@ import math
 import torch
 from torch import Tensor
 
-from vqa_scratch.generate.fast.products import adding, attend, linear, norm, product
+from vqa_scratch.generate.fast.products import Addition, Function, adding, attend, linear, norm, product
 from vqa_scratch.nn.attention import attention_over_parts
 from vqa_scratch.nn.cache import DecoderCache
-from vqa_scratch.nn.decoding import FastBlock
+from vqa_scratch.nn.decoding import FastBlock, Reader
 from vqa_scratch.nn.memory import KeyValue, Sharing, concatenate, share
 
 # Parts are joined if this copies at most so many bytes a layer for rows that share entries. Every step reads the
@@ -30,38 +30,39 @@ def cross_attention(
     blocks: list[FastBlock], cache: DecoderCache, members: int
 ) -> "Constant | Absorbed | Projected | None":
     """Cross-attention of `members` rows a group to the memory in `cache`, in the fastest form; None without one."""
-    if cache[0].cross is None:
+    memory = [own.cross for own in cache if own.cross is not None]
+    if not memory:
         return None
-    memory = [own.cross for own in cache]
+    readers = [block.cross for block in blocks if block.cross is not None]
     if members > 1:
         rows = torch.arange(memory[0][0].sharing.rows, device=cache.device).repeat_interleave(members)
         memory = select(memory, rows)
     first = memory[0]
     if len(first) == 1 and first[0].k.shape[2] == 1:
-        return Constant(blocks, memory)
+        return Constant(readers, memory)
     if first[0].sharing.rows == 1:
         whole = [_visible(concatenate(parts)) for parts in memory]
-        if Absorbed.pays(blocks, whole):
-            return Absorbed(blocks, whole)
-    return Projected(blocks, memory)
+        if Absorbed.pays(readers, whole):
+            return Absorbed(readers, whole)
+    return Projected(readers, memory)
 
 
 def select(layers: Layers, rows: Tensor) -> Layers:
     """Row i becomes what row `rows[i]` was, in all layers; the sharing is computed once."""
-    kept = [share(part.sharing.index(part.k.device)[rows], part.sharing.entries) for part in layers[0]]
+    kept = [share(part.sharing.entry_of_row(part.k.device)[rows], part.sharing.entries) for part in layers[0]]
     return [[part.keep(*how) for part, how in zip(parts, kept, strict=True)] for parts in layers]
 
 
 class Constant:
     """A memory of one token an entry: for any query the only key has all the weight."""
 
-    def __init__(self, blocks: list[FastBlock], memory: Layers) -> None:
+    def __init__(self, readers: list[Reader], memory: Layers) -> None:
         self.read = []  # (R, D) of each layer
-        for block, (part,) in zip(blocks, memory, strict=True):
+        for (_, cross), (part,) in zip(readers, memory, strict=True):
             z = part.v.flatten(1)  # (E, H * d)
             if part.mask is not None:
                 z = z.masked_fill(~part.mask.bool(), 0.0)
-            self.read.append(linear(block.cross.out)(z)[part.sharing.index(z.device)])
+            self.read.append(linear(cross.out)(z)[part.sharing.entry_of_row(z.device)])
 
     def add(self, layer: int, x: Tensor) -> None:
         x.add_(self.read[layer])
@@ -86,30 +87,30 @@ class Absorbed:
     2405.04434, section 2.1.2.)
     """
 
-    def __init__(self, blocks: list[FastBlock], memory: list[KeyValue]) -> None:
+    def __init__(self, readers: list[Reader], memory: list[KeyValue]) -> None:
         """`memory` by layer, one entry of at least one token, none of them masked."""
         _, self.heads, self.tokens, _ = memory[0].k.shape
-        self.blocks = [self._absorb(block, part.k[0], part.v[0]) for block, part in zip(blocks, memory, strict=True)]
+        self.blocks = [self._absorb(reader, part.k[0], part.v[0]) for reader, part in zip(readers, memory, strict=True)]
 
     @staticmethod
-    def pays(blocks: list[FastBlock], memory: list[KeyValue]) -> bool:
+    def pays(readers: list[Reader], memory: list[KeyValue]) -> bool:
         """Whether the saved operations are worth the additional reading."""
-        (_, heads, tokens, size), width, k = memory[0].k.shape, blocks[0].cross.out.out_features, memory[0].k
+        (_, heads, tokens, size), width, k = memory[0].k.shape, readers[0][1].out.out_features, memory[0].k
         if tokens == 0 or k.dtype in (torch.float16, torch.bfloat16):  # here `attend` is more exact
             return False
         return 2 * width * (heads * tokens - heads * size - tokens) * k.element_size() <= ABSORB_BYTES
 
     @staticmethod
-    def _absorb(block: FastBlock, k: Tensor, v: Tensor) -> tuple:
+    def _absorb(reader: Reader, k: Tensor, v: Tensor) -> tuple[Function, Function, Addition]:
         """The norm, h -> scores (1, H * N), and weights (1, H * N) -> the output, added in place."""
-        module, (heads, _, size), width = block.cross, k.shape, block.cross.out.out_features
+        (before, module), (heads, _, size), width = reader, k.shape, reader[1].out.out_features
         k, weight, bias = k * module.scale, module.q.weight, module.q.bias
         offset = None if bias is None else torch.bmm(k, bias.view(heads, size, 1)).flatten()
         keys = torch.bmm(k, weight.view(heads, size, width)).flatten(0, 1)  # (H * N, D)
         values = torch.bmm(v, module.out.weight.view(width, heads, size).permute(1, 2, 0)).flatten(0, 1)  # (H * N, D)
         if module.out.bias is not None:  # the weights of each head sum to 1 and add its share
             values = values + module.out.bias / heads
-        return norm(block.cross_norm), product(keys, offset), adding(values.t(), None)
+        return norm(before), product(keys, offset), adding(values.t(), None)
 
     def add(self, layer: int, x: Tensor) -> None:
         before, scores, out = self.blocks[layer]
@@ -126,10 +127,10 @@ class Projected:
     rows share an entry the parts stay separate, with one softmax over all of them.
     """
 
-    def __init__(self, blocks: list[FastBlock], memory: Layers) -> None:
-        self.scales = [block.cross.scale for block in blocks]
+    def __init__(self, readers: list[Reader], memory: Layers) -> None:
+        self.scales = [cross.scale for _, cross in readers]
         self.blocks = [
-            (norm(b.cross_norm), linear(b.cross.q), adding(b.cross.out.weight, b.cross.out.bias)) for b in blocks
+            (norm(before), linear(cross.q), adding(cross.out.weight, cross.out.bias)) for before, cross in readers
         ]
         self._lay_out(memory)
 
@@ -137,9 +138,9 @@ class Projected:
         if len(memory[0]) > 1 or memory[0][0].sharing.slot is not None:
             memory = _joined(memory)
         whole = len(memory[0]) == 1 and memory[0][0].sharing.slot is None
-        self.keys = _Keys([part for (part,) in memory], self.scales) if whole else None
-        # If each row has its own entry, `keys` alone can drop rows.
-        self.memory = None if whole and self.keys.repeat == 1 else memory
+        self.memory, self.keys = memory, _Keys([part for (part,) in memory], self.scales) if whole else None
+        if self.keys is not None and self.keys.repeat == 1:  # each row has its own entry: `keys` alone can drop rows
+            self.memory = []
 
     def add(self, layer: int, x: Tensor) -> None:
         before, q, out = self.blocks[layer]
@@ -154,7 +155,7 @@ class Projected:
         return attention_over_parts(queries, parts, scale=self.scales[layer]).flatten(1)  # of (R, H, 1, d)
 
     def keep(self, rows: Tensor) -> None:
-        if self.memory is None:
+        if self.keys is not None and self.keys.repeat == 1:
             self.keys.keep(rows)
         else:
             self._lay_out(select(self.memory, rows))
@@ -170,7 +171,7 @@ def _joined(layers: Layers) -> Layers:
     if extra > JOIN_BYTES:
         return layers
     chosen = torch.arange(0, rows, repeat, device=first[0].k.device)
-    own = [part.sharing.index(chosen.device)[chosen] for part in first]  # (E,) of each part: the entry behind entry e
+    own = [p.sharing.entry_of_row(chosen.device)[chosen] for p in first]  # (E,) of each part: the entry behind entry e
     whole = Sharing(len(chosen), repeat)
     return [
         [concatenate([part.take(index) for part, index in zip(parts, own, strict=True)])._replace(sharing=whole)]

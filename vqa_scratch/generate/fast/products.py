@@ -20,6 +20,7 @@ from vqa_scratch.nn.rotary import Rotation
 
 Function = Callable[[Tensor], Tensor]
 Addition = Callable[[Tensor, Tensor], object]  # adds a function of its second argument to the first, in place
+Turning = Callable[[Tensor, Rotation | None], None]
 
 # With up to 3 rows MKL reads a large weight at the speed of the memory; with a few more at half that speed, and oneDNN
 # is faster: 50,257 x 768 with 4, 8, 12, 16, 32, 64 rows takes 0.83, 0.61, 0.46, 0.88, 0.83, 0.86 of the time
@@ -119,26 +120,32 @@ def norm(module: Callable[[Tensor], Tensor]) -> Function:
     return lambda x: torch.layer_norm(x, shape, weight, bias, eps)
 
 
-def turning(attn: MultiHeadAttention, rotates: bool) -> Callable[[Tensor, Rotation | None], None] | None:
-    """What norms and turns the queries and keys of a step (R, H + J, d) in place; None if nothing is done to them."""
-    if isinstance(attn.q_norm, nn.Identity):
-        return (lambda heads, rotation: rotation.in_place(heads)) if rotates else None
+def turnings(blocks: list[FastBlock], rotates: bool) -> list[Turning]:
+    """What norms and turns queries and keys in each block; empty if nothing is done to them."""
+    plain = all(isinstance(block.attn.q_norm, nn.Identity) for block in blocks)
+    return [] if plain and not rotates else [turning(block.attn) for block in blocks]
+
+
+def turning(attn: MultiHeadAttention) -> Turning:
+    """What norms and turns the queries and keys of a step (R, H + J, d) in place."""
+    normed = not isinstance(attn.q_norm, nn.Identity)
     q_norm, k_norm = norm(attn.q_norm), norm(attn.k_norm)
 
-    def norm_and_turn(heads: Tensor, rotation: Rotation | None) -> None:
-        q, k = heads.split((attn.heads, attn.kv_heads), 1)
-        q.copy_(q_norm(q))
-        k.copy_(k_norm(k))
-        if rotates:
+    def turn(heads: Tensor, rotation: Rotation | None) -> None:
+        if normed:
+            q, k = heads.split((attn.heads, attn.kv_heads), 1)
+            q.copy_(q_norm(q))
+            k.copy_(k_norm(k))
+        if rotation is not None:
             rotation.in_place(heads)
 
-    return norm_and_turn
+    return turn
 
 
 def feed_forward(block: FastBlock) -> Callable[[Tensor], object]:
     """x (R, D) += MLP(norm(x)) of the block."""
-    before, rise, active, fall = norm(block.mlp_norm), linear(block.up), block.activation, block.down
-    fall = adding(fall.weight, fall.bias)
+    before, rise, active = norm(block.mlp_norm), linear(block.up), block.activation
+    fall = adding(block.down.weight, block.down.bias)
     if block.gate is None:
         return lambda x: fall(x, active(rise(before(x))))
     gate = linear(block.gate)

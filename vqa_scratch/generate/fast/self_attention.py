@@ -13,7 +13,7 @@ import math
 import torch
 from torch import Tensor
 
-from vqa_scratch.generate.fast.products import adding, attend, linear, linear_into, norm, turning
+from vqa_scratch.generate.fast.products import adding, attend, linear, linear_into, norm, turnings
 from vqa_scratch.nn.cache import DecoderCache
 from vqa_scratch.nn.decoding import FastParts
 from vqa_scratch.nn.rotary import Rotation
@@ -60,26 +60,27 @@ class OneRow:
             (norm(b.norm), linear_into(b.attn.qkv), b.attn.scale, adding(b.attn.out.weight, b.attn.out.bias))
             for b in parts.blocks
         ]
-        self.turn = [turning(block.attn, self.rotations is not None) for block in parts.blocks]
+        self.turns = turnings(parts.blocks, self.rotations is not None)
 
     def advance(self) -> Tensor:
         """Make a line for the next token; returns its position (1,)."""
         at, until = self.length, self.length + 1
         self.length = until
         self.bias = None if self.distances is None else self.distances[..., -until:]
-        new, so_far = (self.lines[:, at:until], self.turned[:, at:until], self.queries[:, at]), slice(until)
-        views = (*new, self.keys[..., so_far], self.values[:, :, so_far])
+        views = (self.lines[:, at:until], self.queries[:, at], self.keys[..., :until], self.values[:, :, :until])
         self.now = list(zip(*(view.unbind(0) for view in views), strict=True))  # by layer
-        self.rotation = None if self.rotations is None else self.rotations.of(self.positions[at])
+        if self.turns:
+            self.heads = self.turned[:, at:until].unbind(0)  # (1, H + J, d) of each layer
+            self.rotation = None if self.rotations is None else self.rotations.of(self.positions[at])
         return self.positions[at]
 
     def add(self, layer: int, x: Tensor) -> None:
         """x (1, D) += self-attention of the token to itself and those before it."""
         before, qkv_into, scale, out = self.blocks[layer]
-        line, turned, q, keys, values = self.now[layer]
+        line, q, keys, values = self.now[layer]
         qkv_into(line, before(x))
-        if (turn := self.turn[layer]) is not None:
-            turn(turned, self.rotation)
+        if self.turns:
+            self.turns[layer](self.heads[layer], self.rotation)
         out(x, attend(q, keys, values, self.bias, scale).reshape(1, self.width))  # of (J, F, d)
 
     def reorder(self, parents: Tensor) -> None:
@@ -130,7 +131,7 @@ class Rows:
         self.blocks = [
             (norm(b.norm), linear(b.attn.qkv), adding(b.attn.out.weight, b.attn.out.bias)) for b in parts.blocks
         ]
-        self.turn = [turning(block.attn, self.rotations is not None) for block in parts.blocks]
+        self.turns = turnings(parts.blocks, self.rotations is not None)
         self._lay_out()
 
     def _lay_out(self) -> None:
@@ -171,7 +172,7 @@ class Rows:
         """Make places for the next token of each row; returns their positions (R,)."""
         start, until = self._filled(), self._filled() + self.members
         times = self.times[self.members * self.used :][: self.members]
-        if self.members > 1:
+        if self.seen is not None and self.members > 1:
             self.seen[:, :, start:until].masked_fill_(self.sees, 0.0)
         self._look(start, until, self._bias(until, times))
         self.used += 1
@@ -188,8 +189,8 @@ class Rows:
         before, qkv, out = self.blocks[layer]
         keys, values, place, factors = self.now[layer]
         fused = qkv(before(x))
-        if (turn := self.turn[layer]) is not None:
-            turn(fused.view(len(x), -1, self.size)[:, : self.turned], self.rotation)
+        if self.turns:
+            self.turns[layer](fused.view(len(x), -1, self.size)[:, : self.turned], self.rotation)
         q, keys_and_values = fused.split(self.pieces, 1)
         self._write(place, keys_and_values.view(self.pairs).permute(2, 0, 3, 1, 4), factors)  # (2, G, J, K, d)
         q = q.view(self.queries).transpose(1, 2)  # (G, J, K, F, d)
@@ -204,7 +205,8 @@ class Rows:
 
     def reorder(self, parents: Tensor) -> None:
         """Row r becomes what row `parents[r]` was; the members of a group are all at the same position."""
-        self.seen = self.seen.flatten(0, 1).index_select(0, parents).view(self.seen.shape)
+        if self.seen is not None:
+            self.seen = self.seen.flatten(0, 1).index_select(0, parents).view(self.seen.shape)
 
     def _filled(self) -> int:
         """How many places of the cache are in use."""
@@ -234,6 +236,7 @@ class FixedRows(Rows):
         everything = torch.ones(len(cache[0].contents[0]), cache.length, dtype=torch.bool, device=cache.device)
         super().__init__(parts, cache, everything if mask is None else mask, times, sees)
         self.cached[:, :, :, :, self.prompt :] = 0.0  # read with weight 0 before it is written: must be finite
+        assert self.seen is not None  # there is a mask
         self.seen[:, :, self.prompt :] = -math.inf
         self.place = torch.tensor([self.prompt - 1], device=cache.device)  # (1,) of the last token
         self.next -= 1  # and its position
@@ -246,7 +249,8 @@ class FixedRows(Rows):
         self.place += 1
         self.next += 1
         for mask in (self.seen, self.spread):
-            mask.index_fill_(2, self.place, 0.0)
+            if mask is not None:
+                mask.index_fill_(2, self.place, 0.0)
         self._look(0, self._filled(), self.spread)
         return self._at(self.next)
 

@@ -16,7 +16,7 @@ from vqa_scratch.nn.decoding import FastParts
 
 def of_steps(steps: int, members: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """`times` and `sees` of `Rows` for ordinary steps, in which a member sees only its own new token."""
-    return torch.arange(steps, device=device).repeat_interleave(members), torch.eye(members, dtype=bool, device=device)
+    return torch.arange(steps, device=device).repeat_interleave(members), torch.eye(members, device=device).bool()
 
 
 class FastState:
