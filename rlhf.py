@@ -245,6 +245,11 @@ def show(s: dict[str, float], options: RLHFOptions) -> None:
     print(f"finished {s['finish_before']:.0%} -> {s['finish_after']:.0%}", end="")
     if "overlap_before" in s:
         print(f"; overlap with the reference summaries {s['overlap_before']:.3f} -> {s['overlap_after']:.3f}", end="")
+    if "greedy_accuracy_before" in s:
+        print(f"\nofficial accuracy of greedy answers to {s['prompts_held_out']:,} new questions ", end="")
+        print(f"{s['greedy_accuracy_before']:.3f} -> {s['greedy_accuracy_after']:.3f}", end="")
+    if "holdout_accuracy_before" in s:
+        print(f"; hold-out {s['holdout_accuracy_before']:.3f} -> {s['holdout_accuracy_after']:.3f}", end="")
     rate = s["rollouts_per_second"]  # None if the log of a resumed run is lost
     print(f"\n{s['seconds']:.0f} s{'' if rate is None else f', {rate:.0f} rollouts/s'}; see {options.out}/samples.html")
     if rise <= 0:

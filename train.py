@@ -169,6 +169,7 @@ def train(options: RunOptions, world: World, began: float) -> int | None:
         matrix_learning_rate=options.matrix_learning_rate,
         weight_decay=options.weight_decay,
     )
+    system.trained_by(optimizers)
 
     # ---- where the run stands
     options.out.mkdir(parents=True, exist_ok=True)

@@ -10,9 +10,9 @@ from helpers import STD
 from test_clip import config_of
 from torch import nn
 from transformers import CLIPModel, SiglipModel
+from vqa_scratch.systems.retrieval_scores import retrieval
 
 from vqa_scratch.models import CLIP
-from vqa_scratch.systems.retrieval_scores import retrieval
 from vqa_scratch.training.contrastive import clamp_scale_, info_nce, sigmoid_loss, twins
 from vqa_scratch.training.optimizers import split_parameters
 

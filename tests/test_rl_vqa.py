@@ -200,6 +200,25 @@ def test_reward_is_the_official_accuracy(runs, samples):
     torch.testing.assert_close(official_accuracy(seen), torch.tensor([1.0, 0.6, 0.0]))
 
 
+def test_greedy_accuracy_is_that_of_the_weights_it_is_given(runs, monkeypatch):
+    """Of `evaluate`'s answers: here every third question of both splits is right by construction."""
+    system = systems.load(runs["tokens"])
+    data, expected = system.read(system.options), {}
+    for name, split in (("greedy_accuracy", "test"), ("holdout_accuracy", "holdout")):
+        said, asked = system.answer(data.samples[split]), data.samples[split]
+        right = [number % 3 == 0 and bool(said[one.question_id].text) for number, one in enumerate(asked)]
+        true = [said[one.question_id].text if hit else "no such answer" for one, hit in zip(asked, right, strict=True)]
+        asked[:] = [dataclasses.replace(one, answers=(text,) * 10) for one, text in zip(asked, true, strict=True)]
+        expected[name] = pytest.approx(sum(right) / len(right))
+    monkeypatch.setattr(system, "read", lambda options: data)
+    task = system.policy(RLHFOptions(preset="vqa", eval_prompts=10_000), torch.float32)
+    assert task.figures(task.policy, None) == expected
+    with torch.no_grad():
+        task.policy.model.decoder.head.neg_()
+    assert task.figures(task.policy, None) == {name: 0.0 for name in expected}
+    assert task.figures(task.reference, None) == expected
+
+
 def test_questions_without_answers_are_refused(runs, monkeypatch):
     system = systems.load(runs["tokens"])
     data = system.read(system.options)
@@ -222,6 +241,10 @@ def test_sampling_keeps_to_the_rules(system, samples):
 # ---------------------------------------------------------------------------------------------------- the program
 
 
+# An untrained run is always wrong, so no answer is better than the others to its question: the critic alone moves it.
+MOVES = "--algorithm ppo --critic-warmup 0 --freeze nothing".split()
+
+
 def flags(run: Path, out: Path, *more: str) -> list[str]:
     """The command line of one iteration on that run."""
     argv = f"--preset vqa --policy {run} --out {out} --prompts 4 --samples 2 --iterations 1 --eval-prompts 6"
@@ -231,11 +254,14 @@ def flags(run: Path, out: Path, *more: str) -> list[str]:
 
 @pytest.mark.parametrize("name", ["tokens", *NEW])
 def test_a_run_reports_the_figures_that_answers_have(runs, tmp_path, capsys, name):
-    summary = rlhf.run(flags(runs[name], tmp_path, "--critic-warmup", "0", "--warmup-steps", "0"))
+    summary = rlhf.run(flags(runs[name], tmp_path, *MOVES, "--warmup-steps", "0"))
     names = {name.removesuffix("_before") for name in summary if name.endswith("_before")}
-    assert names == set("reward reward_std finish distinct_2 length accuracy shortness".split())
+    held = name != "caption"  # whose hold-out has captions alone
+    figures = "reward reward_std finish distinct_2 length accuracy shortness greedy_accuracy".split()
+    assert names == {*figures, *["holdout_accuracy"] * held}
     said = capsys.readouterr().out
-    assert "overlap" not in said
+    assert "overlap" not in said and "greedy answers to 6 new questions 0.000 -> 0.000" in said
+    assert ("; hold-out 0.000 -> 0.000\n" in said) == held
     ask, study = (shlex.split(line) for line in said.splitlines()[-2:])
     assert ask[3:5] == ["ask", str(tmp_path / "policy")] and study[3] == "study" and "--question" in study
     assert "<td>reference text</td>" in (tmp_path / "samples.html").read_text()
@@ -327,8 +353,8 @@ def as_before_connectors(saved: dict, reference: torch.nn.Module) -> dict:
 @pytest.mark.parametrize("freeze", ["nothing", "encoder"])
 def test_a_run_from_before_there_were_connectors_goes_on(runs, tmp_path, monkeypatch, freeze):
     """To the same bits as one that was never stopped."""
-    more = f"--iterations 4 --save-every 2 --critic-warmup 1 --learning-rate 0.001 --freeze {freeze}".split()
-    whole, again = ([*flags(runs["tokens"], tmp_path / name), *more] for name in ("whole", "again"))
+    more = f"--iterations 4 --save-every 2 --algorithm ppo --critic-warmup 1 --learning-rate 0.001 --freeze {freeze}"
+    whole, again = ([*flags(runs["tokens"], tmp_path / name), *more.split()] for name in ("whole", "again"))
     saved = []
     with monkeypatch.context() as patched:
         patched.setattr(rlhf, "save_checkpoint", lambda path, state: saved.append(copy.deepcopy(state)))
@@ -347,7 +373,7 @@ def test_a_run_from_before_there_were_connectors_goes_on(runs, tmp_path, monkeyp
 
 
 def test_a_reference_with_other_weights_is_found_out_in_older_checkpoints_too(runs, tmp_path):
-    argv = flags(runs["tokens"], tmp_path / "run", "--critic-warmup", "0")
+    argv = flags(runs["tokens"], tmp_path / "run", *MOVES)
     rlhf.run(argv)
     last, other = tmp_path / "run" / "checkpoints" / "last.pt", systems.load(runs["tokens"]).model
     with torch.no_grad():

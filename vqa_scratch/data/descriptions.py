@@ -77,12 +77,13 @@ def listed(parts: Sequence[str]) -> str:
     return " and ".join(filter(None, (", ".join(parts[:-1]), parts[-1])))
 
 
-def _in_places(scene: Scene) -> str:
+def in_places(scene: Scene) -> str:
+    """Each object by the quarter of the image that it lies in."""
     return listed([f"a {phrase(thing.words)} at the {thing.place}" for thing in reading_order(scene)])
 
 
 def _counted(scene: Scene) -> str:
-    return f"{NUMBER_WORDS[str(len(scene))]} objects: {_in_places(scene)}"
+    return f"{NUMBER_WORDS[str(len(scene))]} objects: {in_places(scene)}"
 
 
 def _in_a_line(scene: Scene, axis: str, words: str) -> str | None:
@@ -107,7 +108,7 @@ def _related(scene: Scene) -> str:
 
 
 FORMS: tuple[Callable[[Scene], str | None], ...] = (
-    *(_in_places, _counted, _related),
+    *(in_places, _counted, _related),
     partial(_in_a_line, axis="y", words="from top to bottom"),
     partial(_in_a_line, axis="x", words="from left to right"),
 )

@@ -90,12 +90,12 @@ class Tokenizers:
         limit = self.max_question_tokens
         return [f"{cut:,} questions are longer than {limit} tokens; only their beginning is read"] if cut else []
 
-    def notes_on(self, question: str) -> list[str]:
-        """Notes for the user: whether the question is cut or has unknown parts."""
+    def notes_on(self, question: str, what: str = "question") -> list[str]:
+        """Notes for the user: whether the question, or `what` it is, is cut or has unknown parts."""
         notes = []
         if self.cuts(question):
             limit = self.max_question_tokens
-            notes.append(f"the question is longer than {limit} tokens; only its beginning was read")
+            notes.append(f"the {what} is longer than {limit} tokens; only its beginning was read")
         unknown = [] if self.text is None else list(dict.fromkeys(self.text.unknown(question)))
         if unknown:
             shown = ", ".join(part if len(part) <= 20 else f"{part[:20]}..." for part in unknown[:5])

@@ -4,7 +4,7 @@ Shapes: P prompts, K samples a prompt, B = P * K responses, n reference samples 
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -51,11 +51,11 @@ def measure(
     prompts: list[Prompt],
     samples: int,
     seed: int,
-    own: Mapping[str, Callable[[Samples], float]] | None = None,
+    own: Callable[[Backbone, Samples], dict[str, float]] = lambda policy, samples: {},
 ) -> Figures:
     """Sample from `policy` and judge it; the same seed before and after, so that chance is shared.
 
-    `own` are figures that the task adds, by name.
+    `own` are figures that the task adds, of the policy itself or of its samples.
     """
     generator = torch.Generator(ppo.device).manual_seed(seed)
     with torch.device(ppo.device):  # not `to`, with which FSDP would cut the policy up again
@@ -75,12 +75,14 @@ def measure(
         kls.append(scored.exact_kl.sum(1).cpu())
         for name in ("prompts", "ids", "texts", "finished"):
             getattr(gathered, name).extend(getattr(seen, name))
+    with ppo.autocast():
+        added = own(policy, gathered)
     return Figures(
         torch.cat(rewards),
         {name: torch.cat([p[name] for p in parts]) for name in parts[0]},
         gathered,
         float(torch.cat(kls).mean()),
-        {name: figure(gathered) for name, figure in (own or {}).items()},
+        added,
     )
 
 

@@ -40,7 +40,7 @@ class Task:
     decode: Callable[[list[int]], str]
     save: Callable[[Path], None]  # writes the policy as a checkpoint folder
     notes: list[str] = field(default_factory=list)  # one-line remarks for the log
-    figures: dict[str, Callable[[Samples], float]] = field(default_factory=dict)  # of its own, before and after
+    figures: Callable[[Backbone, Samples], dict[str, float]] = lambda policy, samples: {}  # before and after, its own
     upgrade: Callable[[dict[str, Any]], dict[str, Any]] = lambda saved: saved  # converts an older checkpoint
 
 
@@ -173,5 +173,5 @@ def summarising_task(options: RLHFOptions, device: torch.device, precision: torc
         tokenizer.decode,
         save,
         notes + more,
-        {"overlap": mean_overlap} if any(prompt.reference for prompt in held_out) else {},
+        lambda _, samples: {"overlap": mean_overlap(samples)} if any(p.reference for p in samples.prompts) else {},
     )

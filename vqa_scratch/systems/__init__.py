@@ -19,6 +19,7 @@ SYSTEMS = {  # by the name of its options: module and class
     "VQAOptions": ("vqa", "VQASystem"),
     "ViLTOptions": ("vilt", "ViLTSystem"),
     "CaptionOptions": ("caption", "CaptionSystem"),
+    "CLIPOptions": ("clip", "CLIPSystem"),
 }
 
 

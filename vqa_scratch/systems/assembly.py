@@ -27,9 +27,14 @@ T = TypeVar("T")
 C = TypeVar("C", bound=ViTConfig)
 
 
+def stem_for(config: ViTConfig, stem: str) -> ConvStem | None:
+    """What turns pixels into tokens: convolutions ("conv"), or None for the linear map of the tower itself."""
+    return ConvStem(config.channels, config.dim, config.patch_size) if stem == "conv" else None
+
+
 def with_stem(kind: Callable[[C, Stem | None], T], config: C, stem: str) -> T:
-    """A ViT or ViLT of random weights; `stem` turns pixels into tokens: convolutions ("conv") or a linear map."""
-    return kind(config, ConvStem(config.channels, config.dim, config.patch_size) if stem == "conv" else None)
+    """A ViT or ViLT of random weights with this stem."""
+    return kind(config, stem_for(config, stem))
 
 
 def image_encoder(sizes: dict[str, Any]) -> ImageEncoder:

@@ -39,6 +39,7 @@ from vqa_scratch.options import flag
 from vqa_scratch.systems.finals import Pace
 from vqa_scratch.systems.run_folder import load_weights, write_run_config
 from vqa_scratch.systems.run_options import RunOptions
+from vqa_scratch.training.optimizers import Optimizers
 from vqa_scratch.training.precision import Precision
 from vqa_scratch.training.ranks import ALONE, World
 
@@ -61,6 +62,7 @@ class System(ABC, Generic[RO, M]):
     example: ClassVar[str] = "what color is the square?"  # a question to ask; "" if it is asked none
     unit: ClassVar[str] = "questions"  # what a sample is, in the plural
     writes: ClassVar[bool] = False  # whether it writes its answers token by token
+    published_as: ClassVar[tuple[str, str]] = ("visual-question-answering", "accuracy")  # task and metric, on the Hub
     pace: Pace  # of its final figures
 
     def __init__(
@@ -137,6 +139,9 @@ class System(ABC, Generic[RO, M]):
 
     def precompute(self) -> None:  # noqa: B027
         """Write the files of --cache that need the model's weights; the main rank of a machine does so first."""
+
+    def trained_by(self, optimizers: Optimizers) -> None:  # noqa: B027
+        """Hook to the optimizers of the run what is to happen after each of their steps."""
 
     @abstractmethod
     def epoch(self, number: int) -> list[Any]:
@@ -222,6 +227,29 @@ class System(ABC, Generic[RO, M]):
     def describe(self, data: Path, split: str, limit: int | None) -> dict[str, Any]:
         """Figures of the captions of a split, or of its first `limit` images, with `baselines`."""
         self.lacks("describes no images")
+
+    def embed_images(self, images: Sequence[Image.Image]) -> Tensor:
+        """(I, P), on the CPU: images as vectors of length 1, close to those of the texts that fit them."""
+        self.lacks("has no space that images and texts share")
+
+    def embed_texts(self, texts: Sequence[str]) -> Tensor:
+        """(B, P), on the CPU: texts as vectors of length 1. Raises UserError for an empty text."""
+        self.lacks("has no space that images and texts share")
+
+    def classify(self, image: Image.Image, labels: Sequence[str], templates: Sequence[str]) -> list[float]:
+        """The probability of each label for an image, without having been trained on them.
+
+        A label is put in place of the {} of every template. Raises UserError for labels that are empty or repeat, and
+        for a template without {}.
+        """
+        self.lacks("has no space that images and texts share")
+
+    def texts_and_images(self) -> list[VQASample]:
+        """What is sought by default: the captions of the run's own test split, one an image, and their images.
+
+        Raises UserError if the data are no longer where they were.
+        """
+        self.lacks("has no space that images and texts share")
 
     def subject(self, image: Image.Image, question: str | None) -> Any:
         """What `study` looks at: the model on one input, as a `vqa_scratch.study.opened.Opened`.

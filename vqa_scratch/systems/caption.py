@@ -51,12 +51,13 @@ class CaptionSystem(WritingSystem[CaptionOptions]):
 
     example = ""
     unit = "texts"
+    published_as = ("image-to-text", "bleu")
 
     # ------------------------------------------------------------------------------------------- build, save, open
 
     @classmethod
     def read(cls, options: CaptionOptions) -> RunData:
-        return read_captions_data(options)
+        return read_captions_data(options, questions=options.question_share > 0)
 
     @classmethod
     def check(cls, options: CaptionOptions) -> None:

@@ -18,6 +18,7 @@ from vqa_scratch.report.gallery import card, write_page
 from vqa_scratch.report.table import draw_table
 from vqa_scratch.systems.base import RunData
 from vqa_scratch.systems.caption_scores import corpus_bleu, score_objects
+from vqa_scratch.systems.clip_options import CLIPOptions
 from vqa_scratch.systems.options import CaptionOptions
 from vqa_scratch.systems.questions import built_in, family_of, with_scored
 from vqa_scratch.systems.scoring import other_images
@@ -58,13 +59,14 @@ def read_texts(
     return [sample for data in found for sample in data.samples if sample.image_id in shown]
 
 
-def read_captions_data(options: CaptionOptions) -> RunData:
-    """Read every split the run needs; draw the built-in data set first if no `--data` is given."""
-    folder, asked = options.data or built_in(options), options.question_share > 0
+def read_captions_data(options: CaptionOptions | CLIPOptions, *, questions: bool) -> RunData:
+    """Read every split the run needs, with its questions if they are wanted; draw the built-in data set first if no
+    `--data` is given."""
+    folder = options.data or built_in(options)
     check_captions(folder, options.splits)
-    if asked:
+    if questions:
         check_splits(folder, options.splits)
-    read = partial(read_texts, folder, seed=options.seed, questions=asked)
+    read = partial(read_texts, folder, seed=options.seed, questions=questions)
     train = read(options.train_split, max_images=options.max_images, verbose=True)
     samples = with_scored(train, (options.val_split, options.test_split), read, options)
     names = {"val": options.train_split if options.val_split == "auto" else options.val_split}

@@ -123,7 +123,8 @@ labels = model.labels
 """
 
 
-def _tensors(module: nn.Module) -> dict[str, Any]:
+def tensors_of(module: nn.Module) -> dict[str, Any]:
+    """The parameters of a module by name, for a file."""
     return {name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()}
 
 
@@ -138,7 +139,7 @@ def _export_image(image: ImageEncoder, folder: Path) -> tuple[str, str, str, lis
         image.save_pretrained(folder)
         load = 'image = AutoModel.from_pretrained("image").eval()'
         return image.config.to_hf()["architectures"][0], load, "image(pixels).last_hidden_state", [], None
-    write_safetensors(folder / "model.safetensors", _tensors(image))
+    write_safetensors(folder / "model.safetensors", tensors_of(image))
     write_json(folder / "encoder.json", image_sizes(image))
     if isinstance(image, ResNet):
         kind, part, layout, hint = "a small ResNet", "group norm", "no released layout", ""
@@ -163,7 +164,7 @@ def export_writer(system: System[Any, VQAModel], folder: Path) -> list[str]:
     for name, part in parts.items():
         part.save_pretrained(folder / name)
         tokenizers.by_name[name].save(folder / name)
-    write_safetensors(folder / "connector.safetensors", _tensors(model.connector), {"connector": connector})
+    write_safetensors(folder / "connector.safetensors", tensors_of(model.connector), {"connector": connector})
     write_json(folder / "connector.json", system.sizes["connector"])
 
     reads_text, token = model.text is not None, tokenizers.decoder.backend.id_to_token
@@ -213,7 +214,7 @@ def export_vilt(system: System[Any, ViLTClassifier], folder: Path) -> list[str]:
     if not conv:
         system.model.save_pretrained(folder)
         return []
-    write_safetensors(folder / "model.safetensors", _tensors(system.model))
+    write_safetensors(folder / "model.safetensors", tensors_of(system.model))
     write_json(folder / "model.json", system.sizes)
     return [
         f"the model has a convolutional stem, which the ViLT layout has no place for{STEM_HINT}: {folder} holds it "

@@ -15,7 +15,7 @@ def metadata(system: System, library: str) -> str:
     # Imported here: only an export needs it.
     from huggingface_hub import EvalResult, ModelCardData
 
-    task, metric = ("visual-question-answering", "accuracy") if system.example else ("image-to-text", "bleu")
+    task, metric = system.published_as
     path = (system.folder or system.options.out) / "summary.json"
     kinds = {metric: float | int | None, "scored_by": str | None, "scored_split": str | None}
     value, name, split = typed(path, read_object(path) if path.is_file() else {}, kinds)

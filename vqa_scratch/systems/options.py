@@ -13,10 +13,9 @@ from vqa_scratch.command_line import first_rank_speaks, parse
 from vqa_scratch.connectors import CONNECTORS
 from vqa_scratch.errors import UserError
 from vqa_scratch.options import choices_of, option
+from vqa_scratch.systems.clip_options import CLIPOptions
 from vqa_scratch.systems.presets import PRESETS
-from vqa_scratch.systems.run_options import DATA, LIMITS, LOGGING, MODEL, PRESET_HELP, RUN, TRAINING, RunOptions
-
-STEMS = ("conv", "linear")
+from vqa_scratch.systems.run_options import DATA, LIMITS, LOGGING, MODEL, PRESET_HELP, RUN, STEMS, TRAINING, RunOptions
 
 
 @dataclass(frozen=True)
@@ -205,7 +204,7 @@ class CaptionOptions(RunOptions):
             raise UserError("--init pretrained needs --image-model, a file of ResNet weights, and --decoder-model")
 
 
-CLASSES = (VQAOptions, ViLTOptions, CaptionOptions)
+CLASSES = (VQAOptions, ViLTOptions, CaptionOptions, CLIPOptions)
 BY_PRESET = {preset: options for options in CLASSES for preset in choices_of(options, "preset")}
 
 

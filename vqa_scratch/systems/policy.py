@@ -9,11 +9,12 @@ import random
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from vqa_scratch import systems
+from vqa_scratch.data.vqa_v2 import VQASample
 from vqa_scratch.errors import UserError
 from vqa_scratch.models.vqa import VQAModel
 from vqa_scratch.rl.options import RLHFOptions
@@ -25,6 +26,7 @@ from vqa_scratch.rl.vqa_policy import VQAPolicy, official_accuracy, prompts_from
 from vqa_scratch.systems.base import System
 from vqa_scratch.systems.older import renumbered, todays_names
 from vqa_scratch.systems.run_folder import WEIGHTS, save_weights
+from vqa_scratch.systems.scoring import score
 from vqa_scratch.systems.writing import check_room
 
 
@@ -33,15 +35,31 @@ def vqa_task(options: RLHFOptions, device: torch.device, dtype: torch.dtype) -> 
     return systems.load(Path(options.policy), device).policy(options, dtype)
 
 
+NEW = {"greedy_accuracy": "test", "holdout_accuracy": "holdout"}  # figures before and after, and the split they are of
+
+
+def greedy_accuracy(
+    system: System[Any, VQAModel], policy: VQAPolicy, new: dict[str, list[VQASample]]
+) -> dict[str, float]:
+    """Official accuracy of the answers that the system gives with the policy's weights, by name of the questions."""
+    tuned = copy.copy(system)
+    tuned.model = policy.model
+    return {name: score(samples, tuned.answer(samples)).accuracy for name, samples in new.items()}
+
+
 def answering_task(system: System[Any, VQAModel], options: RLHFOptions, dtype: torch.dtype) -> Task:
     """The system as policy, with a frozen copy as reference, whose linear layers are stored in `dtype`.
 
     The questions are those of `--data`, by default of the run's own data.
     """
     data = system.read(replace(system.options, data=options.data or system.options.data))
-    train, test = ([sample for sample in data.samples[name] if sample.question] for name in ("train", "test"))
-    tokenizers = system.tokenizers
-    held_out = random.Random(options.seed).sample(test, min(options.eval_prompts, len(test)))
+    asked = {name: [sample for sample in samples if sample.question] for name, samples in data.samples.items()}
+    train, tokenizers = asked["train"], system.tokenizers
+    if not asked["test"]:
+        raise UserError("the test split has no questions: --preset vqa measures what it gained on them")
+    new = {name: asked[split] for name, split in NEW.items() if asked.get(split)}
+    new = {name: random.Random(options.seed).sample(x, min(options.eval_prompts, len(x))) for name, x in new.items()}
+    held_out = new["greedy_accuracy"]
     for name, samples in (("train", train), ("test", held_out)):
         bare = next((sample.question_id for sample in samples if not sample.answers), None)
         if bare is not None:
@@ -68,6 +86,7 @@ def answering_task(system: System[Any, VQAModel], options: RLHFOptions, dtype: t
         lambda ids: words.decode(ids).strip(),
         save,
         tokenizers.notes_on_all(sample.question for sample in (*train, *held_out)),
+        lambda tuned, _: greedy_accuracy(system, cast(VQAPolicy, tuned), new),
         upgrade=partial(todays_checkpoint, reference=reference),
     )
 

@@ -56,4 +56,5 @@ PRESETS: dict[str, dict[str, Any]] = {
         "warmup_steps": 1000,
         "max_caption_tokens": 40,
     },
+    "clip": {},
 }

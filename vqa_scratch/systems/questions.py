@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 from vqa_scratch.data.descriptions import scenes_file
 from vqa_scratch.data.scenes import FAMILY_OF_TYPE
@@ -24,12 +24,13 @@ from vqa_scratch.data.vqa_v2 import (
 from vqa_scratch.data.vqa_write import write_submission
 from vqa_scratch.errors import UserError
 from vqa_scratch.report.gallery import write_gallery
+from vqa_scratch.systems.answering import AnsweringSystem
 from vqa_scratch.systems.base import M, RunData
 from vqa_scratch.systems.finals import Pass, beats_blind, cut_short, no_better_than_blind
 from vqa_scratch.systems.options import QuestionOptions
 from vqa_scratch.systems.run_options import RunOptions
 from vqa_scratch.systems.scoring import blind_baselines, rules_of
-from vqa_scratch.systems.splits import Key, Q, SplitSystem
+from vqa_scratch.systems.splits import Key, Q
 
 QO = TypeVar("QO", bound=QuestionOptions)
 
@@ -112,7 +113,7 @@ def hold_out(samples: list[VQASample], fraction: float, seed: int) -> tuple[list
     return train, held
 
 
-class QuestionSystem(SplitSystem[QO, M, Q]):
+class QuestionSystem(AnsweringSystem[QO, M, Q], Generic[QO, M, Q]):
     """A system that trains on questions grouped by image, and is scored by official accuracy beside blind baselines.
 
     A subclass adds the model, `loss`, and `respond`: how it answers.

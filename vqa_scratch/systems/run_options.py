@@ -11,6 +11,7 @@ from vqa_scratch.systems.presets import NEEDS_DATA
 RUN, DATA, MODEL, TRAINING = "Run", "Data", "Model", "Training"
 LIMITS, LOGGING, AUGMENTATION = "Batches and lengths", "Evaluation, logs and checkpoints", "Augmentation"
 PRESET_HELP = "What to train, and with which defaults."
+STEMS = ("conv", "linear")
 
 
 @dataclass(frozen=True)

@@ -26,12 +26,13 @@ from vqa_scratch.models.vilt import ViLT, ViLTClassifier, ViLTConfig, answer_los
 from vqa_scratch.models.vit import ConvStem
 from vqa_scratch.storage import typed
 from vqa_scratch.study.opened import Opened
+from vqa_scratch.systems.answering import How
 from vqa_scratch.systems.assembly import check_images, grid_positions, with_stem
 from vqa_scratch.systems.base import ANY_SAMPLE, RunData, check_positions, needed, seed_everything
 from vqa_scratch.systems.export import export_vilt
 from vqa_scratch.systems.options import ViLTOptions
 from vqa_scratch.systems.questions import QuestionSystem
-from vqa_scratch.systems.splits import How, Key, Split, augment_of
+from vqa_scratch.systems.splits import Key, Split, augment_of
 from vqa_scratch.systems.studied import choosing_subject
 from vqa_scratch.systems.vqa_models import VOCABULARY
 from vqa_scratch.training.precision import Precision

@@ -22,6 +22,7 @@ from vqa_scratch.options import from_json, rules_of
 from vqa_scratch.rl.options import RLHFOptions
 from vqa_scratch.rl.tasks import Task
 from vqa_scratch.storage import read_json, write_json
+from vqa_scratch.systems.answering import How
 from vqa_scratch.systems.assembly import grid_of
 from vqa_scratch.systems.base import ANY_SAMPLE, RunData, check_positions, seed_everything
 from vqa_scratch.systems.finals import Pass
@@ -31,7 +32,7 @@ from vqa_scratch.systems.policy import answering_task
 from vqa_scratch.systems.questions import QuestionSystem
 from vqa_scratch.systems.run_folder import CONFIG, PROGRAM, read_run_config
 from vqa_scratch.systems.scoring import common_answers
-from vqa_scratch.systems.splits import How, augment_of
+from vqa_scratch.systems.splits import augment_of
 from vqa_scratch.systems.vqa_models import check_question, released_models, small_models
 from vqa_scratch.systems.writer import WritingSystem
 from vqa_scratch.systems.writing import choose

@@ -19,15 +19,16 @@ from vqa_scratch.nn.connecting import Conditioning
 from vqa_scratch.nn.states import States
 from vqa_scratch.study.opened import Opened
 from vqa_scratch.systems import assembly
+from vqa_scratch.systems.answering import AnsweringSystem, How
 from vqa_scratch.systems.base import RO
 from vqa_scratch.systems.export import export_writer
-from vqa_scratch.systems.splits import How, Key, Split, SplitSystem
+from vqa_scratch.systems.splits import Key, Split
 from vqa_scratch.systems.studied import writing_subject
 from vqa_scratch.systems.writing import write, writing_figures
 from vqa_scratch.training.precision import Precision
 
 
-class WritingSystem(SplitSystem[RO, VQAModel, Questions]):
+class WritingSystem(AnsweringSystem[RO, VQAModel, Questions]):
     """A system that writes token by token what it says about an image."""
 
     writes = True
