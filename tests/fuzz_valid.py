@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import rlhf
 import train
 from vqa_scratch.data import text as texts
 from vqa_scratch.data.captions import read_captions
+from vqa_scratch.data.fuyu_images import FuyuImageProcessor
 from vqa_scratch.data.images import ImageProcessor
 from vqa_scratch.models import (
     GPT2,
@@ -24,7 +26,12 @@ from vqa_scratch.models import (
     BertConfig,
     Blip2,
     Blip2Config,
+    Fuyu,
+    FuyuConfig,
     GPT2Config,
+    LlamaConfig,
+    Llava,
+    LlavaConfig,
     OPTConfig,
     QFormerConfig,
     ResNet,
@@ -119,6 +126,11 @@ class Valid:
         )  # fmt: skip
         vilt = ViLTConfig(image_size=64, patch_size=32, hidden=32, vocab_size=len(words), max_positions=40, **TINY)
         qformer = QFormerConfig(hidden=32, **TINY)
+        clip, placed = replace(vit, layout="clip_vision_model"), texts.train_bpe([f" {text}" for text in WORDS], 290)
+        placed.backend.add_special_tokens(["|SPEAKER|", "|NEWLINE|", "<0x04>"])
+        place = placed.backend.token_to_id("|SPEAKER|")
+        llama = LlamaConfig(vocab_size=len(placed), max_positions=80, hidden=32, bos_id=placed.bos_id, **TINY)
+        persimmon = LlamaConfig.from_hf(llama.to_hf() | {"model_type": "persimmon"})
         models: dict[str, Any] = {
             "vit": ViT(vit),
             "bert": Bert(bert),
@@ -127,6 +139,8 @@ class Valid:
             "t5": T5(t5),
             "vilt": ViLT(vilt),
             "blip2": Blip2(Blip2Config(vision=vit, qformer=qformer, language=opt, queries=2)),
+            "llava": Llava(LlavaConfig(clip, llama, place)),
+            "fuyu": Fuyu(FuyuConfig(persimmon, patch_size=8, image_token=place)),
             "classifier": TextClassifier(roberta, ("bad", "good")),
         }
         for name, model in models.items():
@@ -135,9 +149,16 @@ class Valid:
                 words.save(root / name)
             elif name != "vit":
                 pieces.save(root / name)
-            if name in ("vit", "blip2"):
+            if name in ("llava", "fuyu"):
+                placed.save(root / name)
+            if name in ("vit", "blip2", "llava"):
                 ImageProcessor(size=(16, 16)).save_pretrained(root / name)
         vilt_system.ViltImageProcessor(size=64).save_pretrained(root / "vilt")
+        FuyuImageProcessor(size=(32, 48), patch_size=8).save_pretrained(root / "fuyu")
+        write_json(
+            root / "llava" / "chat_template.json",
+            {"chat_template": "<s>|SPEAKER|{{ messages[0]['content'][1]['text'] }}"},
+        )
         resnet = ResNet(ResNetConfig("basic", (1, 1), (8, 16)))
         (root / "resnet").mkdir()
         resnet.save_pretrained(root / "resnet" / "resnet.safetensors")

@@ -17,10 +17,11 @@ from vqa_scratch.__main__ import PROGRAM
 from vqa_scratch.commands.line import call
 from vqa_scratch.data.text import train_bpe
 from vqa_scratch.errors import UserError
-from vqa_scratch.zero_shot import MAX_ANSWER_TOKENS, PROMPT, open_zero_shot
+from vqa_scratch.zero_shot import MAX_ANSWER_TOKENS, open_zero_shot
 
 QUESTIONS = ["what is it?", "how many cats are there?", "  is it red?  "]
 CPU = torch.device("cpu")
+PROMPT = "Question: {} Answer:"
 
 
 @pytest.fixture(scope="module")
@@ -147,5 +148,5 @@ def test_parts_that_do_not_fit(folder):
 
 def test_a_checkpoint_of_another_kind(folder):
     change_config(folder, None, model_type="vit")
-    with pytest.raises(UserError, match="a model of type 'vit', expected 'blip-2'"):
+    with pytest.raises(UserError, match="a model of type 'vit', expected blip-2, llava, fuyu"):
         open_zero_shot(str(folder), CPU)
