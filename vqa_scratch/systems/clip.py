@@ -120,7 +120,7 @@ class CLIPSystem(SplitSystem[CLIPOptions, CLIP, Captions]):
     def train_on(self, data: RunData) -> None:
         self.data = data
         samples = {"train": data.samples["train"]}
-        for name in data.samples.keys() - samples.keys():
+        for name in [name for name in data.samples if name != "train"]:
             drawn, first = data.scenes.get(name), to_describe(data.samples[name])
             samples[name] = [replace(s, answer=in_places(drawn[s.image_id])) for s in first] if drawn else first
         self.make_splits(samples)
