@@ -56,6 +56,7 @@ CAPTION = "--preset caption --width 32 --heads 2 --decoder-layers 1 --image-widt
 CAPTION += " --max-caption-tokens 8 --captions-per-image 4 --question-share 0.4 --questions-per-step 16"
 CAPTION += " --eval-captions 4 --eval-questions 8"
 VILT = "--preset vilt --width 32 --heads 2 --layers 1 --questions-per-step 16 --min-answer-count 1 --steps 1"
+CLIP_RUN = "--preset clip --width 32 --heads 2 --image-layers 1 --text-layers 1 --pairs-per-step 16 --steps 1"
 SHARED = "--warmup-steps 1 --samples 2 --device cpu --precision fp32 --no-image-cache"
 BOOK = "--preset book --prompts 2 --samples 2 --max-new-tokens 4 --eval-prompts 2 --eval-samples 1 --frontier-prompts 2"
 BOOK += " --frontier-samples 2 --precision fp32 --device cpu --iterations 1 --max-prompt-tokens 16 --critic-warmup 0"
@@ -100,7 +101,7 @@ class Valid:
         if name == "vqa":
             changes = {"steps": 1, "eval_questions": 4, "samples": 2, "questions_per_step": 16, "question_prompt": None}
             return small_flags(data, out, **SIZES | changes)
-        words = VILT if name == "vilt" else CAPTION
+        words = {"vilt": VILT, "clip": CLIP_RUN, "caption": CAPTION}[name]
         return [*words.split(), *SHARED.split(), "--data", str(data), "--cache", str(self.root), "--out", str(out)]
 
     def _run(self, name: str) -> Path:
