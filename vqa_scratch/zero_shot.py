@@ -17,6 +17,7 @@ from vqa_scratch.data.images import JOINT_CONFIG_NAME, ImageProcessor
 from vqa_scratch.data.text import Tokenizer, check_question
 from vqa_scratch.errors import UserError
 from vqa_scratch.generate import GenerationOptions, generate
+from vqa_scratch.generation_options import end_ids
 from vqa_scratch.models.blip2 import Blip2
 from vqa_scratch.storage import read_object
 from vqa_scratch.training.precision import DTYPES, pick_precision
@@ -69,15 +70,15 @@ class ZeroShot:
             raise UserError(f"{self.source} answers questions: give it --question")
         if top is not None:
             raise UserError(f"{self.source} writes one answer and ranks no list of them: leave out --top")
-        end = self.model.config.language.eos_id
-        options = GenerationOptions(**{"max_new_tokens": MAX_ANSWER_TOKENS, "eos_id": end, **(decoding or {})})
+        limits = {"max_new_tokens": MAX_ANSWER_TOKENS, "eos_id": self.model.config.language.eos_id}
+        options = GenerationOptions(**limits | dict(decoding or {}))
         ids = torch.tensor([self.prompt_ids(question, options.max_new_tokens)], device=self.device)
         pixels = self.processor(load_image(image))[None].to(self.device)
         made = generate(self.model.language, ids, options=options, prefix=self.model.encode_image(pixels))
         length = int(made.lengths)
         said = made.ids[0, :length].tolist()
         text = self.tokenizer.decode(said).strip()
-        return [Answer(text, float(made.likely()), length, said[-1] == end)], []
+        return [Answer(text, float(made.likely()), length, said[-1] in end_ids(options.eos_id))], []
 
 
 def open_zero_shot(source: str, device: torch.device, precision: str = "fp32") -> ZeroShot:
