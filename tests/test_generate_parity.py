@@ -181,9 +181,15 @@ def test_beam_t5(t5, options):
 @pytest.mark.parametrize("beams", [1, 3, 7])
 @pytest.mark.parametrize("ends", [(1, 5), (9, 4, 17, 1), tuple(range(20))], ids=len)
 def test_each_of_several_end_tokens_ends_a_row(gpt2, ends, beams, least):
-    """With twenty of 24 tokens few of the best 2K continuations go on: then more of them have to be looked at."""
     options = {"max_new_tokens": 12, "min_new_tokens": least, "num_beams": beams, "eos_token_id": list(ends)}
     check_gpt2(gpt2, options, 1)
+
+
+def test_beams_go_on_beside_many_that_end(gpt2):
+    """Of the best 2K continuations most end, so more have to be looked at; long answers are worth more."""
+    for seed in range(8):
+        options = {"num_beams": 3, "length_penalty": 3.0, "early_stopping": "never", "max_new_tokens": 12}
+        check_gpt2(gpt2, options | {"eos_token_id": list(range(16))}, seed)
 
 
 @pytest.mark.parametrize("beams", [13, 24])
@@ -216,14 +222,14 @@ def test_a_sampled_row_ends_at_the_first_of_several_end_tokens(gpt2):
     (ids, mask), parts = prompts(0), None
     if ours.config.add_cross_attention:
         parts = [Memory(*memory(0, len(ids)))]
-    sampled = {"max_new_tokens": 14, "do_sample": True, "seed": 4}
+    sampled, ends = {"max_new_tokens": 14, "do_sample": True, "temperature": 4.0, "seed": 4}, tuple(range(3, 24, 3))
     endless = generate(ours, ids, mask, parts, options=GenerationOptions(**sampled)).ids
-    made = generate(ours, ids, mask, parts, options=GenerationOptions(eos_id=(3, 8, 15), **sampled), fill=-1)
+    made = generate(ours, ids, mask, parts, options=GenerationOptions(eos_id=ends, **sampled), fill=-1)
     last = set()
     for row, (said, length) in zip(
         endless.tolist(), zip(made.ids.tolist(), made.lengths.tolist(), strict=True), strict=True
     ):
-        first = next((i + 1 for i, token in enumerate(row) if token in (3, 8, 15)), 14)
+        first = next((i + 1 for i, token in enumerate(row) if token in ends), 14)
         assert length == first and said == row[:first] + [-1] * (len(said) - first)
-        last |= {row[first - 1]} & {3, 8, 15}
+        last |= {row[first - 1]} & set(ends)
     assert len(last) > 1 and not made.log_probs[made.ids == -1].any()

@@ -1,7 +1,7 @@
 """Answers questions without training: a released BLIP-2 checkpoint with its tokenizer and preprocessing.
 
 The prompt is the one its authors use for questions, "Question: {} Answer:" (Li et al. 2023, arXiv 2301.12597, section
-4.1), after the image and the start token. The answer ends at the checkpoint's end token, a line break.
+4.1), after the image and the start token. The answer ends at the checkpoint's end token, a line break, or any of several.
 """
 
 from collections.abc import Mapping
