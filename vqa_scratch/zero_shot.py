@@ -1,7 +1,8 @@
 """Answers questions without training: a released BLIP-2 checkpoint with its tokenizer and preprocessing.
 
 The prompt is the one its authors use for questions, "Question: {} Answer:" (Li et al. 2023, arXiv 2301.12597, section
-4.1), after the image and the start token. The answer ends at the checkpoint's end token, a line break, or any of several.
+4.1), after the image and the start token. The answer ends at an end token of the checkpoint, a line break in the
+released ones.
 """
 
 from collections.abc import Mapping

@@ -44,7 +44,7 @@ class Group:
     def __init__(self, options: GenerationOptions) -> None:
         self.ends = end_ids(options.eos_id)
         self.options, self.penalty = options, 1.0 if options.length_penalty is None else options.length_penalty
-        self.running: list[tuple[float, Node | None]] = [(0.0, None)] + [(NEVER, None)] * (options.num_beams - 1)
+        self.running: list[tuple[float, Node | None]] = [(0.0, None), *[(NEVER, None)] * (options.num_beams - 1)]
         self.finished: list[tuple[float, Node]] = []
         self.done = False
 
