@@ -102,7 +102,7 @@ def edges(places: Places) -> list[Place]:
         if kind is RLHFOptions:
             rlhf.read_command_line(said(with_value(tuning, name, value)))
         else:
-            system = {"VQAOptions": "vqa", "ViLTOptions": "vilt", "CaptionOptions": "caption"}[kind.__name__]
+            system = kind.__name__.removesuffix("Options").lower()
             train.read_command_line(said(with_value(places.flags(system, Path("out")), name, value)))
 
     def run(folder: Path, rng: random.Random) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import rlhf
 import train
 from vqa_scratch.data import text as texts
 from vqa_scratch.data.captions import read_captions
+from vqa_scratch.data.fuyu_images import FuyuImageProcessor
 from vqa_scratch.data.images import ImageProcessor
 from vqa_scratch.models import (
     GPT2,
@@ -24,7 +26,12 @@ from vqa_scratch.models import (
     BertConfig,
     Blip2,
     Blip2Config,
+    Fuyu,
+    FuyuConfig,
     GPT2Config,
+    LlamaConfig,
+    Llava,
+    LlavaConfig,
     OPTConfig,
     QFormerConfig,
     ResNet,
@@ -49,6 +56,7 @@ CAPTION = "--preset caption --width 32 --heads 2 --decoder-layers 1 --image-widt
 CAPTION += " --max-caption-tokens 8 --captions-per-image 4 --question-share 0.4 --questions-per-step 16"
 CAPTION += " --eval-captions 4 --eval-questions 8"
 VILT = "--preset vilt --width 32 --heads 2 --layers 1 --questions-per-step 16 --min-answer-count 1 --steps 1"
+CLIP_RUN = "--preset clip --width 32 --heads 2 --image-layers 1 --text-layers 1 --pairs-per-step 16 --steps 1"
 SHARED = "--warmup-steps 1 --samples 2 --device cpu --precision fp32 --no-image-cache"
 BOOK = "--preset book --prompts 2 --samples 2 --max-new-tokens 4 --eval-prompts 2 --eval-samples 1 --frontier-prompts 2"
 BOOK += " --frontier-samples 2 --precision fp32 --device cpu --iterations 1 --max-prompt-tokens 16 --critic-warmup 0"
@@ -93,7 +101,7 @@ class Valid:
         if name == "vqa":
             changes = {"steps": 1, "eval_questions": 4, "samples": 2, "questions_per_step": 16, "question_prompt": None}
             return small_flags(data, out, **SIZES | changes)
-        words = VILT if name == "vilt" else CAPTION
+        words = {"vilt": VILT, "clip": CLIP_RUN, "caption": CAPTION}[name]
         return [*words.split(), *SHARED.split(), "--data", str(data), "--cache", str(self.root), "--out", str(out)]
 
     def _run(self, name: str) -> Path:
@@ -119,6 +127,11 @@ class Valid:
         )  # fmt: skip
         vilt = ViLTConfig(image_size=64, patch_size=32, hidden=32, vocab_size=len(words), max_positions=40, **TINY)
         qformer = QFormerConfig(hidden=32, **TINY)
+        clip, placed = replace(vit, layout="clip_vision_model"), texts.train_bpe([f" {text}" for text in WORDS], 290)
+        placed.backend.add_special_tokens(["|SPEAKER|", "|NEWLINE|", "<0x04>"])
+        place = placed.backend.token_to_id("|SPEAKER|")
+        llama = LlamaConfig(vocab_size=len(placed), max_positions=80, hidden=32, bos_id=placed.bos_id, **TINY)
+        persimmon = LlamaConfig.from_hf(llama.to_hf() | {"model_type": "persimmon"})
         models: dict[str, Any] = {
             "vit": ViT(vit),
             "bert": Bert(bert),
@@ -127,6 +140,8 @@ class Valid:
             "t5": T5(t5),
             "vilt": ViLT(vilt),
             "blip2": Blip2(Blip2Config(vision=vit, qformer=qformer, language=opt, queries=2)),
+            "llava": Llava(LlavaConfig(clip, llama, place)),
+            "fuyu": Fuyu(FuyuConfig(persimmon, patch_size=8, image_token=place)),
             "classifier": TextClassifier(roberta, ("bad", "good")),
         }
         for name, model in models.items():
@@ -135,9 +150,16 @@ class Valid:
                 words.save(root / name)
             elif name != "vit":
                 pieces.save(root / name)
-            if name in ("vit", "blip2"):
+            if name in ("llava", "fuyu"):
+                placed.save(root / name)
+            if name in ("vit", "blip2", "llava"):
                 ImageProcessor(size=(16, 16)).save_pretrained(root / name)
         vilt_system.ViltImageProcessor(size=64).save_pretrained(root / "vilt")
+        FuyuImageProcessor(size=(32, 48), patch_size=8).save_pretrained(root / "fuyu")
+        write_json(
+            root / "llava" / "chat_template.json",
+            {"chat_template": "<s>|SPEAKER|{{ messages[0]['content'][1]['text'] }}"},
+        )
         resnet = ResNet(ResNetConfig("basic", (1, 1), (8, 16)))
         (root / "resnet").mkdir()
         resnet.save_pretrained(root / "resnet" / "resnet.safetensors")
