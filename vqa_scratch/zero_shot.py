@@ -1,7 +1,7 @@
 """Answers questions without training: a released BLIP-2, LLaVA or Fuyu with its tokenizer and preprocessing.
 
 Each class writes the prompt that its family was trained with or is asked with; the answer is the likeliest token at
-each step, up to the checkpoint's end token. Of BLIP-2 the prompt is that of Li et al. 2023 (arXiv 2301.12597, section
+each step, up to an end token of the checkpoint. Of BLIP-2 the prompt is that of Li et al. 2023 (arXiv 2301.12597, section
 4.1), of LLaVA the checkpoint's chat template, else version 1.5's, of Fuyu the one on the page of its release.
 """
 
@@ -22,6 +22,7 @@ from vqa_scratch.data.images import JOINT_CONFIG_NAME, ImageProcessor
 from vqa_scratch.data.text import Tokenizer, check_question
 from vqa_scratch.errors import UserError
 from vqa_scratch.generate import GenerationOptions, generate
+from vqa_scratch.generation_options import end_ids
 from vqa_scratch.models import Blip2, Fuyu, Llava
 from vqa_scratch.models.image_text import ImageTextModel
 from vqa_scratch.storage import read_object, typed
@@ -100,7 +101,7 @@ class ZeroShot(ABC):
         length = int(made.lengths)
         said = made.ids[0, :length].tolist()
         text = self.tokenizer.decode(said).strip()
-        return [Answer(text, float(made.likely()), length, said[-1] == end)], []
+        return [Answer(text, float(made.likely()), length, said[-1] in end_ids(options.eos_id))], []
 
 
 class AskedBlip2(ZeroShot):

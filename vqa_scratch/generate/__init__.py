@@ -70,7 +70,7 @@ def greedy(
     memory: list[Memory] | None,
     *,
     max_new_tokens: int,
-    eos_id: int | None,
+    eos_id: int | tuple[int, ...] | None,
     fill: int = 0,
     prefix: Tensor | None = None,
 ) -> Generated:
