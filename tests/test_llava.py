@@ -204,6 +204,30 @@ def test_beams_find_those_of_the_reference(tmp_path):
 
 
 @no_grad
+@pytest.mark.parametrize("file", ["config.json", "generation_config.json"])
+def test_end_tokens_of_the_whole_come_before_those_of_the_text(tmp_path, file):
+    """A file of today has them in generation_config.json; each of several ends a text, as in the reference."""
+    theirs = llava_reference(tmp_path)
+    ids, mask, pixels = prompts(4)
+    given = {"attention_mask": mask, "pixel_values": pixels, "do_sample": False, "pad_token_id": 0}
+    said = theirs.generate(ids, **given, max_new_tokens=9, eos_token_id=None)[:, ids.shape[1] :]
+    ends = [int(said[0, 3]), int(said[1, 4]), int(said[2, 2])]
+    change_config(tmp_path, "text_config", eos_token_id=1)
+    (tmp_path / "generation_config.json").unlink()
+    if file == "config.json":
+        change_config(tmp_path, None, eos_token_id=ends)
+    else:
+        (tmp_path / file).write_text(json.dumps({"eos_token_id": ends}))
+    ours, theirs = Llava.from_pretrained(tmp_path), type(theirs).from_pretrained(tmp_path).eval()
+    assert ours.config.language.eos_id == tuple(ends)
+    wanted = theirs.generate(ids, **given, max_new_tokens=9)[:, ids.shape[1] :]
+    options = GenerationOptions(9, ours.config.language.eos_id)
+    assert torch.equal(
+        generate(ours.language, ids, mask, embeddings=ours.embed(ids, pixels), options=options).ids, wanted
+    )
+
+
+@no_grad
 def test_in_bf16_and_from_shards(tmp_path):
     theirs = llava_reference(tmp_path)
     (tmp_path / "model.safetensors").unlink()

@@ -1,8 +1,8 @@
 """Answers questions without training: a released BLIP-2, LLaVA or Fuyu with its tokenizer and preprocessing.
 
 Each class writes the prompt that its family was trained with or is asked with; the answer is the likeliest token at
-each step, up to an end token of the checkpoint. Of BLIP-2 the prompt is that of Li et al. 2023 (arXiv 2301.12597, section
-4.1), of LLaVA the checkpoint's chat template, else version 1.5's, of Fuyu the one on the page of its release.
+each step, up to an end token of the checkpoint. Of BLIP-2 the prompt is that of Li et al. 2023 (arXiv 2301.12597,
+section 4.1), of LLaVA the checkpoint's chat template, else version 1.5's, of Fuyu the one on the page of its release.
 """
 
 from abc import ABC, abstractmethod

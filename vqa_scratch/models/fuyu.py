@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from vqa_scratch.errors import UserError, naming
 from vqa_scratch.models.hf_config import HFConfig, Layout
-from vqa_scratch.models.image_text import ImageTextModel, check_place
+from vqa_scratch.models.image_text import ImageTextModel, check_place, end_tokens
 from vqa_scratch.models.llama import Llama, LlamaConfig
 from vqa_scratch.storage import typed
 from vqa_scratch.weights import maps_joined
@@ -61,7 +61,7 @@ class FuyuConfig(HFConfig[Layout]):
         flat = {name: value for name, value in config.items() if name != "model_type"}
         with naming("config.json" if text is None else "text_config"):
             sizes = _PERSIMMON_8B | (flat if text is None else text) | {"tie_word_embeddings": tied}
-            return {"language": LlamaConfig.from_hf(sizes)}
+            return {"language": LlamaConfig.from_hf(sizes | end_tokens(config))}
 
     def to_hf(self) -> dict[str, Any]:
         """The inverse of `from_hf`."""

@@ -94,3 +94,8 @@ def check_place(token: int, vocabulary: int) -> None:
     """Raises UserError unless the token of an image's places is one of the vocabulary."""
     if token >= vocabulary:
         raise UserError(f"the token of an image's places is {token}, but the vocabulary ends at {vocabulary - 1}")
+
+
+def end_tokens(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The end tokens that the file itself names, if any: they come before those of its text_config."""
+    return {} if config.get("eos_token_id") is None else {"eos_token_id": config["eos_token_id"]}

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from vqa_scratch.errors import UserError, naming
 from vqa_scratch.models.hf_config import HFConfig, Layout
-from vqa_scratch.models.image_text import ImageTextModel, check_place
+from vqa_scratch.models.image_text import ImageTextModel, check_place, end_tokens
 from vqa_scratch.models.llama import Llama, LlamaConfig
 from vqa_scratch.models.vit import ViT, ViTConfig
 from vqa_scratch.nn.layers import activation
@@ -73,7 +73,7 @@ class LlavaConfig(HFConfig[Layout]):
             vision = ViTConfig.from_hf({"model_type": TOWERS[0]} | vision)
         with naming("text_config"):
             text = {"model_type": "llama"} | text | ({"tie_word_embeddings": True} if tied else {})
-            parts = {"vision": vision, "language": LlamaConfig.from_hf(text)}
+            parts = {"vision": vision, "language": LlamaConfig.from_hf(text | end_tokens(config))}
         return parts | {"whole": strategy == "full", "layer": cls.layer if layer is None else layer}
 
     def to_hf(self) -> dict[str, Any]:

@@ -187,7 +187,7 @@ def with_generation_ids(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
     result = dict(config)
     for name in ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id"):
         own, value = config.get(name), ids.get(name)
-        if name in config and value is not None:
+        if value is not None:
             result[name] = value
             if own not in (None, value):
                 note(f"{name} is {own} in {folder / CONFIG}, {value} in {GENERATION}, which counts")
