@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import train
 from vqa_scratch.data import text as texts
 from vqa_scratch.data.captions import read_captions
 from vqa_scratch.data.clip_bpe import END, START
+from vqa_scratch.data.fuyu_images import FuyuImageProcessor
 from vqa_scratch.data.images import ImageProcessor
 from vqa_scratch.models import (
     CLIP,
@@ -28,9 +30,13 @@ from vqa_scratch.models import (
     Blip2Config,
     CLIPConfig,
     CLIPTextConfig,
+    Fuyu,
+    FuyuConfig,
     GPT2Config,
     Llama,
     LlamaConfig,
+    Llava,
+    LlavaConfig,
     OPTConfig,
     QFormerConfig,
     ResNet,
@@ -123,7 +129,7 @@ class Valid:
             layout="roberta", vocab_size=many, hidden=32, max_positions=40, token_types=1, pad_id=pieces.pad_id, **TINY
         )
         opt = OPTConfig(vocab_size=many, max_positions=80, hidden=32, **TINY, **ends)
-        llama = LlamaConfig(
+        grouped = LlamaConfig(
             vocab_size=many, max_positions=80, hidden=32, kv_heads=1, bos_id=pieces.bos_id, eos_ids=(pieces.eos_id,),
             pad_id=pieces.pad_id, rotary=Rotary("llama3", factor=8.0, low=1.0, high=4.0, original=64), **TINY,
         )  # fmt: skip
@@ -139,17 +145,24 @@ class Valid:
         )  # fmt: skip
         vilt = ViLTConfig(image_size=64, patch_size=32, hidden=32, vocab_size=len(words), max_positions=40, **TINY)
         qformer = QFormerConfig(hidden=32, **TINY)
+        clip, placed = replace(vit, layout="clip_vision_model"), texts.train_bpe([f" {text}" for text in WORDS], 290)
+        placed.backend.add_special_tokens(["|SPEAKER|", "|NEWLINE|", "<0x04>"])
+        place = placed.backend.token_to_id("|SPEAKER|")
+        llama = LlamaConfig(vocab_size=len(placed), max_positions=80, hidden=32, bos_id=placed.bos_id, **TINY)
+        persimmon = LlamaConfig.from_hf(llama.to_hf() | {"model_type": "persimmon"})
         models: dict[str, Any] = {
             "vit": ViT(vit),
             "bert": Bert(bert),
             "gpt2": GPT2(GPT2Config(vocab_size=many, max_positions=80, **TINY, **ends)),
             "opt": OPT(opt),
-            "llama": Llama(llama),
+            "llama": Llama(grouped),
             "clip": CLIP(CLIPConfig(**towers("clip"), projection_dim=8)),
             "siglip": CLIP(CLIPConfig(**towers("siglip"), projection_dim=16, layout="siglip")),
             "t5": T5(t5),
             "vilt": ViLT(vilt),
             "blip2": Blip2(Blip2Config(vision=vit, qformer=qformer, language=opt, queries=2)),
+            "llava": Llava(LlavaConfig(clip, llama, place)),
+            "fuyu": Fuyu(FuyuConfig(persimmon, patch_size=8, image_token=place)),
             "classifier": TextClassifier(roberta, ("bad", "good")),
         }
         for name, model in models.items():
@@ -158,9 +171,16 @@ class Valid:
                 words.save(root / name)
             elif name != "vit":
                 pieces.save(root / name)
-            if name in ("vit", "blip2", "clip", "siglip"):
+            if name in ("llava", "fuyu"):
+                placed.save(root / name)
+            if name in ("vit", "blip2", "clip", "siglip", "llava"):
                 ImageProcessor(size=(16, 16)).save_pretrained(root / name)
         vilt_system.ViltImageProcessor(size=64).save_pretrained(root / "vilt")
+        FuyuImageProcessor(size=(32, 48), patch_size=8).save_pretrained(root / "fuyu")
+        write_json(
+            root / "llava" / "chat_template.json",
+            {"chat_template": "<s>|SPEAKER|{{ messages[0]['content'][1]['text'] }}"},
+        )
         resnet = ResNet(ResNetConfig("basic", (1, 1), (8, 16)))
         (root / "resnet").mkdir()
         resnet.save_pretrained(root / "resnet" / "resnet.safetensors")

@@ -168,10 +168,10 @@ def test_what_is_saved_is_read_by_both(tmp_path):
 @pytest.mark.parametrize(
     ("part", "values", "message"),
     [
-        (None, {"model_type": "blip"}, "a model of type 'blip', expected 'blip-2'"),
+        (None, {"model_type": "blip"}, "a model of type 'blip', expected blip-2"),
         ("text_config", {"model_type": "t5"}, "the language model of config.json is a 't5'; here it must be an 'opt'"),
         ("text_config", {"enable_bias": False}, "asks for enable_bias = False; here it can only be True"),
-        ("text_config", {"eos_token_id": [2, 3]}, r"eos_token_id must be a whole number from 0 .*, not \[2, 3\]"),
+        ("text_config", {"eos_token_id": [2, -3]}, r"eos_token_id must be a whole number .*, not \[2, -3\]"),
         ("text_config", {"word_embed_proj_dim": 8}, "whose embedding is as wide as its blocks"),
         ("text_config", {"do_layer_norm_before": False}, "with norms before sublayers"),
         ("qformer_config", {"use_qformer_text_input": True}, "a Q-Former that reads text"),

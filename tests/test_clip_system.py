@@ -21,7 +21,7 @@ from vqa_helpers import CPU, Started, small_data, train_program
 
 from train import train_step
 from vqa_scratch import systems
-from vqa_scratch.data.contrasts import CLASSES, colors_swapped, sides_swapped, single_objects
+from vqa_scratch.data.contrasts import CLASSES, CONTRASTS, single_objects
 from vqa_scratch.data.descriptions import in_places, places_of, read_scenes
 from vqa_scratch.data.image_files import load_image
 from vqa_scratch.data.scenes import HELD_OUT, Object
@@ -205,7 +205,7 @@ def test_contrasts_say_the_same_words_of_another_scene(data):
     scenes = read_scenes(data / "scenes_test.json")
     found = 0
     for scene in scenes.values():
-        for change in (colors_swapped, sides_swapped):
+        for name, change in CONTRASTS.items():
             other = change(scene)
             if other is None:
                 continue
@@ -213,14 +213,14 @@ def test_contrasts_say_the_same_words_of_another_scene(data):
             assert places_of(other) != places_of(scene) and in_places(other) != in_places(scene)
             assert not {(thing.color, thing.shape) for thing in other} & HELD_OUT
             words = [Counter(re.findall(r"\w+", in_places(one))) for one in (scene, other)]
-            if change is colors_swapped:
+            if name != "sides":
                 assert words[0] == words[1]
             else:
                 swapped = {"left": "right", "right": "left"}
                 assert words[0] == Counter({swapped.get(w, w): n for w, n in words[1].items()})
     assert found > len(scenes)
     one = (Object("circle", "red", "small", 8, 8), Object("circle", "red", "small", 56, 8))
-    assert colors_swapped(one) is None and sides_swapped(one) is None
+    assert all(change(one) is None for change in CONTRASTS.values())
 
 
 def test_single_objects_are_one_of_every_class():
@@ -246,7 +246,7 @@ def test_a_run_reports_what_its_folder_says(finished, data):
     figures = retrieval(images, system.embed_texts(captions), captions)
     assert summary["image_to_text"] == pytest.approx(figures["image_to_text"])
     assert summary["accuracy"] == pytest.approx(figures["accuracy"])
-    assert summary["baselines"]["chance"] == 1 / 6 and set(summary["contrasts"]) == {"colors", "sides"}
+    assert summary["baselines"]["chance"] == 1 / 6 and set(summary["contrasts"]) == {"colors", "shapes", "sides"}
     assert summary["holdout"]["images"] == 6 and 0 <= summary["zero_shot"]["held_out"] <= 1
     page = (folder / "samples.html").read_text()
     assert page.count("<article>") == 6 + 4 * 2 and "its own caption is number" in page

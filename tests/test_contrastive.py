@@ -10,9 +10,9 @@ from helpers import STD
 from test_clip import config_of
 from torch import nn
 from transformers import CLIPModel, SiglipModel
-from vqa_scratch.systems.retrieval_scores import retrieval
 
 from vqa_scratch.models import CLIP
+from vqa_scratch.systems.retrieval import retrieval
 from vqa_scratch.training.contrastive import clamp_scale_, info_nce, sigmoid_loss, twins
 from vqa_scratch.training.optimizers import split_parameters
 
@@ -153,5 +153,6 @@ def test_it_learns_pairs_by_heart(kind):
         losses.append(each.mean().item())
     assert right.all() and losses[-1] < 0.1 * losses[0] and model.logit_scale.exp() <= 100.001
     with torch.no_grad():
-        figures = retrieval(model(pixels, ids).logits_per_image, range(16))
-    assert figures["text_r@1"] == figures["image_r@1"] == figures["text_median_rank"] == 1
+        images, texts, _ = model(pixels, ids)
+    figures = retrieval(images, texts, [str(number) for number in range(16)])
+    assert figures["accuracy"] == figures["image_to_text"]["median_rank"] == 1

@@ -77,6 +77,7 @@ def parts(rows: int, shared: int = 1, dtype=torch.float64) -> list[Memory]:
         ({"num_beams": 2, "early_stopping": "soon"}, "early_stopping must be true, false or 'never'"),
         ({"min_new_tokens": 9}, "min_new_tokens 9 is above max_new_tokens 8"),
         ({"min_new_tokens": -1}, "min_new_tokens must be at least 0, not -1"),
+        ({"eos_id": [1, 2]}, r"eos_id must be one id or a tuple of ids, not \[1, 2\]"),
         ({"min_new_tokens": 2, "eos_id": None}, "min_new_tokens bars the end token; give eos_id"),
         ({"max_new_tokens": 0}, "max_new_tokens must be at least 1"),
         ({"do_sample": True, "temperature": 0.0}, "temperature must be above 0"),
@@ -100,6 +101,7 @@ def test_contradictions_are_one_clear_line(given, said):
         ({"num_beams": 15}, "15 beams, but the vocabulary has 14 tokens"),
         ({"do_sample": True, "top_k": 15}, "top_k 15, but the vocabulary has 14"),
         ({"eos_id": 14}, "the end token is 14, but the vocabulary has 14"),
+        ({"eos_id": (1, 15)}, "the end token is 15, but the vocabulary has 14"),
     ],
 )
 def test_options_must_fit_the_vocabulary(gpt2, given, said):

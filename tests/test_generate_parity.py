@@ -123,6 +123,12 @@ def peer_options(options: dict) -> dict:
     return {"do_sample": False, "eos_token_id": EOS, "pad_token_id": PAD, **options}
 
 
+def our_options(options: dict) -> GenerationOptions:
+    given = dict(options)
+    ends = given.pop("eos_token_id", EOS)
+    return GenerationOptions(eos_id=ends if ends == EOS else tuple(ends), **given)
+
+
 def check_gpt2(models, options: dict, seed: int) -> None:
     peer, ours = models
     ids, mask = prompts(seed)
@@ -132,7 +138,7 @@ def check_gpt2(models, options: dict, seed: int) -> None:
         extra = {"encoder_hidden_states": states, "encoder_attention_mask": states_mask.long()}
         parts = [Memory(states, states_mask)]
     theirs = peer.generate(ids, attention_mask=mask.long(), **extra, **peer_options(options))
-    made = generate(ours, ids, mask, parts, options=GenerationOptions(eos_id=EOS, **options), fill=PAD)
+    made = generate(ours, ids, mask, parts, options=our_options(options), fill=PAD)
     assert_equal(made, theirs, ids.shape[1])
 
 
@@ -143,8 +149,7 @@ def check_t5(models, options: dict, seed: int) -> None:
     encoded = BaseModelOutput(last_hidden_state=states)
     theirs = peer.generate(encoder_outputs=encoded, attention_mask=mask.long(), **peer_options(options))
     start = torch.full((len(states), 1), START)
-    options = GenerationOptions(eos_id=EOS, **options)
-    made = generate(ours, start, None, [Memory(states, mask)], options=options, fill=PAD)
+    made = generate(ours, start, None, [Memory(states, mask)], options=our_options(options), fill=PAD)
     assert_equal(made, theirs, 1)
 
 
@@ -167,3 +172,64 @@ def test_beam_gpt2(gpt2, options):
 @pytest.mark.parametrize("options", BEAM, ids=name)
 def test_beam_t5(t5, options):
     check_t5(t5, options, 4)
+
+
+# ------------------------------------------------------------------------------------- several end tokens
+
+
+@pytest.mark.parametrize("least", [0, 5])
+@pytest.mark.parametrize("beams", [1, 3, 7])
+@pytest.mark.parametrize("ends", [(1, 5), (9, 4, 17, 1), tuple(range(20))], ids=len)
+def test_each_of_several_end_tokens_ends_a_row(gpt2, ends, beams, least):
+    options = {"max_new_tokens": 12, "min_new_tokens": least, "num_beams": beams, "eos_token_id": list(ends)}
+    check_gpt2(gpt2, options, 1)
+
+
+def test_beams_go_on_beside_many_that_end(gpt2):
+    """Of the best 2K continuations most end, so more have to be looked at; long answers are worth more."""
+    for seed in range(8):
+        options = {"num_beams": 3, "length_penalty": 3.0, "early_stopping": "never", "max_new_tokens": 12}
+        check_gpt2(gpt2, options | {"eos_token_id": list(range(16))}, seed)
+
+
+@pytest.mark.parametrize("beams", [13, 24])
+def test_more_beams_than_half_of_the_vocabulary(gpt2, beams):
+    """The first token alone cannot give twice as many beginnings."""
+    check_gpt2(gpt2, {"max_new_tokens": 8, "num_beams": beams}, 3)
+
+
+def test_where_every_token_ends_a_row_it_has_one(gpt2):
+    _, ours = gpt2
+    (ids, mask), parts = prompts(0), None
+    if ours.config.add_cross_attention:
+        parts = [Memory(*memory(0, len(ids)))]
+    ends = tuple(range(VOCABULARY))
+    first = generate(ours, ids, mask, parts, options=GenerationOptions(1)).ids
+    for beams in (1, 4):
+        made = generate(ours, ids, mask, parts, options=GenerationOptions(9, ends, num_beams=beams))
+        assert torch.equal(made.ids[:, :1], first) or beams > 1
+        assert made.lengths.tolist() == [1] * len(ids)
+
+
+def test_several_end_tokens_of_t5(t5):
+    for beams in (1, 3):
+        check_t5(t5, {"max_new_tokens": 12, "num_beams": beams, "eos_token_id": [3, 8, 1]}, 2)
+
+
+def test_a_sampled_row_ends_at_the_first_of_several_end_tokens(gpt2):
+    """Not a token before or after it, and what was sampled before it stays what it was."""
+    _, ours = gpt2
+    (ids, mask), parts = prompts(0), None
+    if ours.config.add_cross_attention:
+        parts = [Memory(*memory(0, len(ids)))]
+    sampled, ends = {"max_new_tokens": 14, "do_sample": True, "temperature": 4.0, "seed": 4}, tuple(range(3, 24, 3))
+    endless = generate(ours, ids, mask, parts, options=GenerationOptions(**sampled)).ids
+    made = generate(ours, ids, mask, parts, options=GenerationOptions(eos_id=ends, **sampled), fill=-1)
+    last = set()
+    for row, (said, length) in zip(
+        endless.tolist(), zip(made.ids.tolist(), made.lengths.tolist(), strict=True), strict=True
+    ):
+        first = next((i + 1 for i, token in enumerate(row) if token in ends), 14)
+        assert length == first and said == row[:first] + [-1] * (len(said) - first)
+        last |= {row[first - 1]} & set(ends)
+    assert len(last) > 1 and not made.log_probs[made.ids == -1].any()

@@ -227,3 +227,20 @@ def test_a_prefix_that_does_not_fit(decoders):
     with pytest.raises(ValueError, match="41 tokens, but the position table serves 40"):
         rank(decoder, ids, None, None, [[3] * 34], prefix=prefix)
     assert generate(decoder, ids, options=GenerationOptions(33), prefix=prefix).ids.shape == (2, 33)
+
+
+@no_grad
+@pytest.mark.parametrize("name", ["cross", "llama", "350m", "t5"])
+@pytest.mark.parametrize("length", [1, 4])
+def test_embeddings_instead_of_a_prompts_words(decoders, name, length):
+    """They are read, and not the ids: the same as giving the words they are of. Also in front of them, a prefix."""
+    decoder = decoders[name]
+    ids, mask, prefix, memory = asked(decoder, name, 3)
+    ids, mask, other = ids[:, -length:], mask[:, -length:], ids.flip(1)[:, :length]
+    for before in (None, prefix):
+        wanted = generate(decoder, ids, mask, memory, options=GenerationOptions(6), prefix=before)
+        given = {"embeddings": decoder.embed(ids), "prefix": before}
+        made = generate(decoder, other, mask, memory, options=GenerationOptions(6), **given)
+        assert torch.equal(made.ids, wanted.ids)
+    with pytest.raises(ValueError, match="embeddings must be"):
+        generate(decoder, ids, mask, memory, options=GenerationOptions(6), embeddings=prefix[:, :0])

@@ -215,8 +215,12 @@ def test_files_in_bf16(tmp_path):
 def test_end_tokens_are_kept(tmp_path):
     reference(tmp_path / "theirs", "Qwen2")
     model = Llama.from_pretrained(tmp_path / "theirs")
-    assert model.config.eos_ids == (7, 9) and model.config.eos_id == 7
-    assert model.to_hf()["eos_token_id"] == [7, 9]
+    model.save_pretrained(tmp_path / "ours")
+    for folder in ("theirs", "ours"):
+        assert Llama.from_pretrained(tmp_path / folder).config.eos_id == (7, 9)
+    assert hf.AutoConfig.from_pretrained(tmp_path / "ours").eos_token_id == [7, 9]
+    assert LlamaConfig.from_hf(model.to_hf() | {"eos_token_id": [7, 9, 4]}).eos_id == (7, 9, 4)
+    assert LlamaConfig.from_hf(model.to_hf() | {"eos_token_id": [7]}).eos_id == 7
     assert LlamaConfig.from_hf(model.to_hf() | {"eos_token_id": 3}).to_hf()["eos_token_id"] == 3
     assert LlamaConfig.from_hf(model.to_hf() | {"eos_token_id": None}).eos_id is None
 
@@ -259,8 +263,12 @@ def rope(**changes) -> dict:
         ({"rope_parameters": [1]}, "'rope_parameters' is"),
         ({"num_key_value_heads": 3}, "3 heads of keys and values cannot serve 4 of queries evenly"),
         ({"hidden_size": 33, "head_dim": None}, "width 33 does not divide into 4 heads"),
-        ({"eos_token_id": "end"}, "eos_token_id must be one id or a list of them, not 'end'"),
-        ({"eos_token_id": [2, None]}, "eos_token_id must be one id or a list of them"),
+        (
+            {"eos_token_id": "end"},
+            r"eos_token_id must be a whole number from 0 to [\d,]*, or a list of such, not 'end'",
+        ),
+        ({"eos_token_id": [2, None]}, r"eos_token_id must be .*, not \[2, None\]"),
+        ({"eos_token_id": []}, r"eos_token_id must be .*, not \[\]"),
         ({"layer_types": "full_attention"}, "'layer_types' is"),
         ({"model_type": "mixtral"}, "describes a model of type 'mixtral', expected llama, qwen2, persimmon"),
         ({"hidden_act": "swish"}, "asks for activation 'swish'"),

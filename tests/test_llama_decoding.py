@@ -160,3 +160,26 @@ def test_tokens_equal_those_of_the_reference(tmp_path, name, beams):
         assert torch.equal(made.ids, theirs.generate(ids, **given, do_sample=False)[:, 5:])
         lengths |= set(made.lengths.tolist())
     assert len(lengths) > 1, "some answers should end by themselves"
+
+
+@no_grad
+@pytest.mark.parametrize("beams", [1, 3])
+def test_each_end_token_of_the_files_ends_a_text(tmp_path, beams):
+    """Those of generation_config.json where it is there, as in the reference; its own defaults say what ends."""
+    config, build, changes = PEERS["llama"]
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 20}
+    sizes |= {"vocab_size": VOCABULARY, "max_position_embeddings": 40, "initializer_range": 0.4, "eos_token_id": 1}
+    torch.manual_seed(3)
+    peer, (ids, mask) = build(config(**sizes, **changes)).eval(), prompts(4, True)
+    given = {"attention_mask": mask.long(), "max_new_tokens": 10, "num_beams": beams, "pad_token_id": 2}
+    ends = [13, 5, 1]  # not sorted, and not that of config.json first
+    peer.generation_config.eos_token_id = ends
+    theirs = saved(peer, tmp_path)
+    wanted = type(theirs).from_pretrained(tmp_path).eval().generate(ids, **given, do_sample=False)[:, 5:]
+    ours = Llama.from_pretrained(tmp_path)
+    assert ours.config.eos_id == tuple(ends)
+    options = GenerationOptions(10, ours.config.eos_id, num_beams=beams)
+    made = generate(ours, ids, mask, options=options, fill=2)
+    assert torch.equal(made.ids, wanted)
+    last = made.ids.gather(1, made.lengths[:, None] - 1)[made.lengths < 10]
+    assert len(last.unique()) > 1, "one end token would do"

@@ -129,7 +129,7 @@ class OneToken(VQASubject):
 
     def __init__(self, token, places):
         source = Source("image", ("[class]", *map(str, range(9))), (0,), places)
-        self.sources, self.prompt, self.end_id = (source,), [1], 2
+        self.sources, self.prompt, self.end_ids = (source,), [1], (2,)
         self.pixel_values, self.token = torch.zeros(1, 3, 24, 24), token
 
 

@@ -300,6 +300,9 @@ def test_generation_config_comes_before_config_as_in_the_reference(tmp_path, cap
     assert f"note: eos_token_id is 1 in {tmp_path / 'config.json'}, 7 in generation_config.json, which counts" in said
     assert "pad_token_id" not in said
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [4, 1]}')
-    assert (
-        T5.from_pretrained(tmp_path).config.eos_id == 1 and "names several of eos_token_id" in capsys.readouterr().err
-    )
+    theirs = T5ForConditionalGeneration.from_pretrained(tmp_path).generation_config
+    assert T5.from_pretrained(tmp_path).config.eos_id == tuple(theirs.eos_token_id) == (4, 1)
+    assert "eos_token_id is 1 in" in capsys.readouterr().err
+    (tmp_path / "generation_config.json").write_text('{"pad_token_id": [4, 1]}')
+    with pytest.raises(UserError, match=r"pad_token_id must be a whole number .*, not \[4, 1\]"):
+        T5.from_pretrained(tmp_path)

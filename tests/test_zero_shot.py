@@ -17,10 +17,11 @@ from vqa_scratch.__main__ import PROGRAM
 from vqa_scratch.commands.line import call
 from vqa_scratch.data.text import train_bpe
 from vqa_scratch.errors import UserError
-from vqa_scratch.zero_shot import MAX_ANSWER_TOKENS, PROMPT, open_zero_shot
+from vqa_scratch.zero_shot import MAX_ANSWER_TOKENS, open_zero_shot
 
 QUESTIONS = ["what is it?", "how many cats are there?", "  is it red?  "]
 CPU = torch.device("cpu")
+PROMPT = "Question: {} Answer:"
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +83,22 @@ def test_older_files_mean_the_same(theirs, images, folder):
     change_config(folder, None, image_token_index=None)
     new, old = open_zero_shot(str(theirs[0]), CPU), open_zero_shot(str(folder), CPU)
     assert old.ask(images[0], QUESTIONS[0]) == new.ask(images[0], QUESTIONS[0])
+
+
+def test_each_of_several_end_tokens_ends_an_answer(theirs, images, folder):
+    """Those with which the answers of the images begin, after one that is not said."""
+    first = {}
+    for image in images:
+        inputs = theirs[2](images=Image.open(image), text="Question: what is it? Answer:", return_tensors="pt")
+        made = theirs[1].generate(**inputs, max_new_tokens=1)
+        first.setdefault(int(made[0, -1]), (image, inputs))
+    unsaid = next(token for token in range(300) if token not in first)
+    change_config(folder, "text_config", eos_token_id=[unsaid, *first])
+    opened, peer = open_zero_shot(str(folder), CPU), hf.Blip2ForConditionalGeneration.from_pretrained(folder).eval()
+    for image, inputs in first.values():
+        (answer,), _ = opened.ask(image, "what is it?")
+        assert (answer.tokens, answer.ended) == (1, True)
+        assert peer.generate(**inputs, max_new_tokens=9).shape[1] == inputs["input_ids"].shape[1] + 1
 
 
 def command(*argv: object) -> None:
@@ -147,5 +164,5 @@ def test_parts_that_do_not_fit(folder):
 
 def test_a_checkpoint_of_another_kind(folder):
     change_config(folder, None, model_type="vit")
-    with pytest.raises(UserError, match="a model of type 'vit', expected 'blip-2'"):
+    with pytest.raises(UserError, match="a model of type 'vit', expected blip-2, llava, fuyu"):
         open_zero_shot(str(folder), CPU)

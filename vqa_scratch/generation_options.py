@@ -16,17 +16,22 @@ def _refuse(wrong: bool, line: str) -> None:
         raise UserError(line)
 
 
+def end_ids(eos_id: int | tuple[int, ...] | None) -> tuple[int, ...]:
+    """The end tokens, each of which ends a text: of one id, of several, or none."""
+    return eos_id if isinstance(eos_id, tuple) else () if eos_id is None else (eos_id,)
+
+
 @dataclass(frozen=True)
 class GenerationOptions:
     """Greedy decoding unless `do_sample` or `num_beams` say otherwise.
 
-    None means "not given". `eos_id` is the end token; with None only the limit ends a row. Raises UserError, one line,
-    on values out of range and on contradicting options. Names and meanings are those of
-    `transformers.GenerationConfig`.
+    None means "not given". `eos_id` is the end token, or a tuple of several, each of which ends a row; with None only
+    the limit does. Raises UserError, one line, on values out of range and on contradicting options. Names and meanings
+    are those of `transformers.GenerationConfig`.
     """
 
     max_new_tokens: int = option(MISSING, "Tokens at most; without it, as many as in training.", DECODING, minimum=1)
-    eos_id: int | None = None  # no flag: the model knows it
+    eos_id: int | tuple[int, ...] | None = None  # no flag: the model knows it
     min_new_tokens: int = option(0, "The end token is barred before this many tokens.", DECODING, minimum=0)
     do_sample: bool = option(False, "Draw tokens at random instead of the likeliest.", SAMPLING)
     temperature: float | None = option(
@@ -58,7 +63,9 @@ class GenerationOptions:
             self.min_new_tokens > self.max_new_tokens,
             f"min_new_tokens {self.min_new_tokens} is above max_new_tokens {self.max_new_tokens}",
         )
-        _refuse(self.min_new_tokens > 0 and self.eos_id is None, "min_new_tokens bars the end token; give eos_id")
+        whole = all(isinstance(one, int) for one in end_ids(self.eos_id))
+        _refuse(not whole, f"eos_id must be one id or a tuple of ids, not {self.eos_id!r}")
+        _refuse(self.min_new_tokens > 0 and not end_ids(self.eos_id), "min_new_tokens bars the end token; give eos_id")
         _refuse(self.do_sample and self.num_beams > 1, "beams and sampling exclude each other; choose one")
         for name in ("temperature", "top_k", "top_p", "seed"):
             given = getattr(self, name) is not None
@@ -77,7 +84,5 @@ class GenerationOptions:
         (Beams are checked before their cache is made, in `start.begin`.)
         """
         _refuse((self.top_k or 0) > size, f"top_k {self.top_k}, but the vocabulary has {size} tokens")
-        _refuse(
-            self.eos_id is not None and self.eos_id >= size,
-            f"the end token is {self.eos_id}, but the vocabulary has {size} tokens",
-        )
+        for end in end_ids(self.eos_id):
+            _refuse(end >= size, f"the end token is {end}, but the vocabulary has {size} tokens")

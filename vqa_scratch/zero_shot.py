@@ -1,57 +1,78 @@
-"""Answers questions without training: a released BLIP-2 checkpoint with its tokenizer and preprocessing.
+"""Answers questions without training: a released BLIP-2, LLaVA or Fuyu with its tokenizer and preprocessing.
 
-The prompt is the one its authors use for questions, "Question: {} Answer:" (Li et al. 2023, arXiv 2301.12597, section
-4.1), after the image and the start token. The answer ends at the checkpoint's end token, a line break.
+Each class writes the prompt that its family was trained with or is asked with; the answer is the likeliest token at
+each step, up to an end token of the checkpoint. Of BLIP-2 the prompt is that of Li et al. 2023 (arXiv 2301.12597,
+section 4.1), of LLaVA the checkpoint's chat template, else version 1.5's, of Fuyu the one on the page of its release.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 
 from vqa_scratch.data.answers import Answer
+from vqa_scratch.data.chat_template import ask_in_chat, read_template
+from vqa_scratch.data.fuyu_images import FuyuImageProcessor
 from vqa_scratch.data.image_files import load_image
 from vqa_scratch.data.images import JOINT_CONFIG_NAME, ImageProcessor
 from vqa_scratch.data.text import Tokenizer, check_question
 from vqa_scratch.errors import UserError
 from vqa_scratch.generate import GenerationOptions, generate
-from vqa_scratch.models.blip2 import Blip2
-from vqa_scratch.storage import read_object
+from vqa_scratch.generation_options import end_ids
+from vqa_scratch.models import Blip2, Fuyu, Llava
+from vqa_scratch.models.image_text import ImageTextModel
+from vqa_scratch.storage import read_object, typed
 from vqa_scratch.training.precision import DTYPES, pick_precision
-from vqa_scratch.weights.files import resolve_folder
+from vqa_scratch.weights.files import CONFIG, read_config, resolve_folder
+from vqa_scratch.weights.hub import locate
 
-PROMPT = "Question: {} Answer:"
 MAX_ANSWER_TOKENS = 20
 
 
 @dataclass
-class ZeroShot:
-    """A BLIP-2, ready to answer: the model in eval mode on `device`, its tokenizer and its image preprocessing."""
+class ZeroShot(ABC):
+    """A released model, ready to answer: in eval mode on `device`, with its tokenizer and its image preprocessing."""
 
     writes: ClassVar[bool] = True
     example: ClassVar[str] = "what is in the picture?"
+    model_class: ClassVar[type[ImageTextModel]]
+    processor_class: ClassVar[type[ImageProcessor]] = ImageProcessor
 
     source: str
-    model: Blip2
+    model: ImageTextModel
     tokenizer: Tokenizer
     processor: ImageProcessor
     device: torch.device
 
-    def prompt_ids(self, question: str, new_tokens: int = MAX_ANSWER_TOKENS) -> list[int]:
-        """The start token and the prompt. Raises UserError on an empty question, or one that leaves no room for
-        `new_tokens`."""
-        sizes = self.model.config
-        words = self.tokenizer.encode(PROMPT.format(check_question(question)), add_special_tokens=False)
-        ids = [sizes.language.bos_id, *words]
-        room = sizes.language.max_positions - sizes.queries - new_tokens
+    @abstractmethod
+    def check(self) -> None:
+        """Raise UserError if the parts of the checkpoint do not fit each other."""
+
+    @abstractmethod
+    def prompt(self, question: str) -> list[int]:
+        """The tokens of the prompt without those of the image, or with one for all of them."""
+
+    @abstractmethod
+    def read(self, prompt: list[int], pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Ids (1, T) and embeddings (1, T, E) of a prompt with its image (1, 3, H, W)."""
+
+    def check_room(self, prompt: list[int], places: int, new_tokens: int) -> None:
+        """Raise UserError if a prompt with `places` for an image leaves no room for `new_tokens`."""
+        room = self.model.language.config.max_positions - places - new_tokens
         if room < 1:
             raise UserError(f"max_new_tokens {new_tokens} is too much: it leaves no position for the question")
-        if len(ids) > room:
-            raise UserError(f"the question is too long: its prompt has {len(ids)} tokens, and {room} have room")
-        if sizes.image_token in ids:
-            token = self.tokenizer.backend.id_to_token(sizes.image_token)
+        if len(prompt) > room:
+            raise UserError(f"the question is too long: its prompt has {len(prompt)} tokens, and {room} have room")
+
+    def words(self, text: str) -> list[int]:
+        """The tokens of a text without special ones. Raises UserError if it holds the token of an image's places."""
+        ids, place = self.tokenizer.encode(text, add_special_tokens=False), self.model.config.image_token
+        if place in ids:
+            token = self.tokenizer.backend.id_to_token(place)
             raise UserError(f"the question holds {token}, which stands for the image; ask without it")
         return ids
 
@@ -69,35 +90,132 @@ class ZeroShot:
             raise UserError(f"{self.source} answers questions: give it --question")
         if top is not None:
             raise UserError(f"{self.source} writes one answer and ranks no list of them: leave out --top")
-        end = self.model.config.language.eos_id
+        end = self.model.language.config.eos_id
+        end = self.tokenizer.eos_id if end is None else end
         options = GenerationOptions(**{"max_new_tokens": MAX_ANSWER_TOKENS, "eos_id": end, **(decoding or {})})
-        ids = torch.tensor([self.prompt_ids(question, options.max_new_tokens)], device=self.device)
+        prompt = self.prompt(check_question(question))
         pixels = self.processor(load_image(image))[None].to(self.device)
-        made = generate(self.model.language, ids, options=options, prefix=self.model.encode_image(pixels))
+        ids, embeddings = self.read(prompt, pixels)
+        self.check_room(prompt, ids.shape[1] - len(prompt), options.max_new_tokens)
+        made = generate(self.model.language, ids, embeddings=embeddings, options=options)
         length = int(made.lengths)
         said = made.ids[0, :length].tolist()
         text = self.tokenizer.decode(said).strip()
-        return [Answer(text, float(made.likely()), length, said[-1] == end)], []
+        return [Answer(text, float(made.likely()), length, said[-1] in end_ids(options.eos_id))], []
+
+
+class AskedBlip2(ZeroShot):
+    """The image, the start token, and the question in the words of the paper."""
+
+    model_class = Blip2
+    model: Blip2
+
+    def check(self) -> None:
+        sizes = self.model.config
+        if sizes.language.bos_id >= sizes.language.vocab_size:
+            raise UserError(f"{self.source} has a start token beyond its vocabulary")
+        check_tower(self)
+        joint = resolve_folder(self.source) / JOINT_CONFIG_NAME
+        places = read_object(joint).get("num_query_tokens") if joint.is_file() else None  # absent in older files
+        if places not in (None, sizes.queries):
+            raise UserError(f"{joint} gives an image {places} tokens, the model of {self.source} {sizes.queries}")
+
+    def prompt(self, question: str) -> list[int]:
+        return [self.model.config.language.bos_id, *self.words(f"Question: {question} Answer:")]
+
+    def read(self, prompt: list[int], pixels: Tensor) -> tuple[Tensor, Tensor]:
+        image = self.model.encode_image(pixels)
+        ids = torch.tensor([prompt[:1] * image.shape[1] + prompt], device=self.device)
+        return ids, torch.cat([image, self.model.language.embed(ids[:, image.shape[1] :])], 1)
+
+
+class AskedLlava(ZeroShot):
+    """The checkpoint's chat template, or the prompt of version 1.5; the image is where they put its token."""
+
+    model_class = Llava
+    model: Llava
+
+    def check(self) -> None:
+        check_tower(self)
+        self.template, place = read_template(self.source), self.model.config.image_token
+        self.place = self.tokenizer.backend.id_to_token(place)
+        if self.place is None:
+            raise UserError(f"{self.source} gives an image the token {place}, which its tokenizer does not have")
+        self.prompt(self.example)
+
+    def prompt(self, question: str) -> list[int]:
+        self.words(question)
+        text, special = f"USER: {self.place}\n{question} ASSISTANT:", self.tokenizer.special
+        if self.template is not None:
+            text = ask_in_chat(self.template, question, special)
+        starts = "bos" in special and text.startswith(special["bos"])  # some templates write the start token
+        ids = self.tokenizer.encode(text, add_special_tokens=not starts)
+        if (places := ids.count(self.model.config.image_token)) != 1:
+            raise UserError(f"the prompt of {self.source} has {self.place} {places} times; it must hold one image")
+        return ids
+
+    def read(self, prompt: list[int], pixels: Tensor) -> tuple[Tensor, Tensor]:
+        image, place = self.model.encode_image(pixels), prompt.index(self.model.config.image_token)
+        places = prompt[place : place + 1] * image.shape[1]
+        ids = torch.tensor([prompt[:place] + places + prompt[place + 1 :]], device=self.device)
+        return ids, self.model.place(ids, image)
+
+
+class AskedFuyu(ZeroShot):
+    """The rows of the image, the start token, the question on a line, and the token that begins an answer."""
+
+    model_class, processor_class = Fuyu, FuyuImageProcessor
+    model: Fuyu
+    processor: FuyuImageProcessor
+
+    def check(self) -> None:
+        sizes = self.model.config
+        if (sizes.patch_size, sizes.channels) != (self.processor.patch_size, 3):
+            cut = f"{self.processor.patch_size} x {self.processor.patch_size} x 3"
+            wanted = f"{sizes.patch_size} x {sizes.patch_size} x {sizes.channels}"
+            raise UserError(f"the images of {self.source} are cut into patches of {cut}, its model reads {wanted}")
+        numbers = {name: self.tokenizer.backend.token_to_id(name) for name in ("|NEWLINE|", "<s>", "<0x04>")}
+        if missing := [name for name, number in numbers.items() if number is None]:
+            raise UserError(f"the tokenizer of {self.source} has no {', '.join(missing)}, as that of a Fuyu has")
+        self.newline, self.start, self.answer = (number for number in numbers.values() if number is not None)
+
+    def prompt(self, question: str) -> list[int]:
+        return [self.start, *self.words(f"{question}\n"), self.answer]
+
+    def read(self, prompt: list[int], pixels: Tensor) -> tuple[Tensor, Tensor]:
+        ids = torch.tensor(
+            [self.model.rows(pixels.shape[2], pixels.shape[3], self.newline) + prompt], device=self.device
+        )
+        return ids, self.model.embed(ids, self.model.patches(pixels))
+
+
+FAMILIES: dict[str, type[ZeroShot]] = {"blip-2": AskedBlip2, "llava": AskedLlava, "fuyu": AskedFuyu}  # by model_type
+
+
+def check_tower(opened: "AskedBlip2 | AskedLlava") -> None:
+    """Raise UserError if the images do not fit an image encoder that is a ViT."""
+    sizes, processor = opened.model.vision.config, opened.processor
+    if sizes.channels != 3:
+        raise UserError(f"{opened.source} does not read colours")
+    if processor.output_size is None or any(side % sizes.patch_size for side in processor.output_size):
+        wanted = f"patches of {sizes.patch_size}: size {processor.size}"
+        raise UserError(f"the images of {opened.source} do not divide into {wanted}")
 
 
 def open_zero_shot(source: str, device: torch.device, precision: str = "fp32") -> ZeroShot:
-    """Open a BLIP-2 checkpoint: a folder, or a Hub id to download.
+    """Open a checkpoint of one of the `FAMILIES`: a folder, or a Hub id to download.
 
     `precision` of the weights is fp32, bf16, fp16 or auto. Raises UserError, one line, if the checkpoint is incomplete,
-    not a BLIP-2 with an OPT, or if its parts do not fit each other.
+    of another kind, or if its parts do not fit each other.
     """
-    tokenizer, processor = Tokenizer.from_pretrained(source), ImageProcessor.from_pretrained(source)
+    (found,) = typed(f"{source}: {CONFIG}", read_config(locate(source, [CONFIG], CONFIG)), {"model_type": str | None})
+    if found not in FAMILIES:
+        raise UserError(f"{source} holds a model of type {found!r}, expected {', '.join(FAMILIES)}")
+    family = FAMILIES[found]
+    tokenizer, processor = Tokenizer.from_pretrained(source), family.processor_class.from_pretrained(source)
     kind, _ = pick_precision(precision, device)
-    model = Blip2.from_pretrained(source, dtype=DTYPES[kind], device=device)
-    sizes = model.config
-    tokenizer.check_fits(sizes.language.vocab_size, source)
-    if sizes.language.bos_id >= sizes.language.vocab_size or sizes.vision.channels != 3:
-        raise UserError(f"{source} has a start token beyond its vocabulary, or does not read colours")
-    patch = sizes.vision.patch_size
-    if processor.output_size is None or any(side % patch for side in processor.output_size):
-        raise UserError(f"the images of {source} do not divide into patches of {patch}: size {processor.size}")
-    joint = resolve_folder(source) / JOINT_CONFIG_NAME
-    places = read_object(joint).get("num_query_tokens") if joint.is_file() else None  # absent in older files
-    if places not in (None, sizes.queries):
-        raise UserError(f"{joint} gives an image {places} tokens, the model of {source} {sizes.queries}")
-    return ZeroShot(source, model, tokenizer, processor, device)
+    model = family.model_class.from_pretrained(source, dtype=DTYPES[kind], device=device)
+    tokenizer.check_fits(model.language.config.vocab_size, source)
+    opened = family(source, model, tokenizer, processor, device)
+    opened.check()
+    return opened

@@ -20,7 +20,7 @@ from vqa_scratch.options import flag
     cls=GroupedCommand,
     params=[
         click.Argument(["run"], type=FOLDER, required=False),
-        Flag(["--model"], help="Instead of RUN: a released BLIP-2 checkpoint, a folder or Hub id."),
+        Flag(["--model"], help="Instead of RUN: a released BLIP-2, LLaVA or Fuyu, a folder or Hub id."),
         Flag(["--image"], type=FOLDER, required=True, help="Image file of any size that Pillow reads."),
         Flag(["--question"], help="What to ask; without it, a prompt for many questions."),
         Flag(["--top"], type=click.IntRange(min=1), help="Give this many answers, if the system chooses from a list."),
@@ -39,7 +39,7 @@ def ask(
     precision: str,
     **decoding: Any,
 ) -> None:
-    """Ask the trained system in the folder RUN, or a released BLIP-2 (--model), about one image.
+    """Ask the trained system in the folder RUN, or a released model (--model), about one image.
 
     \b
     Example:
@@ -54,7 +54,7 @@ def ask(
 
         system = open_zero_shot(model, pick_device(device), precision)
     else:
-        raise UserError("give RUN, the folder of a trained system, or --model, a BLIP-2 checkpoint: one of the two")
+        raise UserError("give RUN, the folder of a trained system, or --model, a released checkpoint: one of the two")
     decoding = {name: value for name, value in decoding.items() if value is not None}
     if decoding and not system.writes:
         raise UserError(f"{run or model} does not take {flag(next(iter(decoding)))}: leave it out")

@@ -8,6 +8,7 @@ Descriptions of such a pair have the same words. A model that reads them as a ba
 import random
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from itertools import combinations, product
 
 from PIL import Image
@@ -16,14 +17,15 @@ from vqa_scratch.data.descriptions import places_of
 from vqa_scratch.data.scenes import CELL, COLORS, GRID, HELD_OUT, PIXELS, SHAPES, SIZES, Object, Scene, render
 
 
-def colors_swapped(scene: Scene) -> Scene | None:
-    """The scene with the colours of two objects exchanged: the first two for which it makes a difference.
+def swapped(scene: Scene, name: str) -> Scene | None:
+    """The scene with the "color" or "shape" of two objects exchanged: the first two for which it makes a difference.
 
     None if there are none. No pair of colour and shape arises that training never shows.
     """
     for i, j in combinations(range(len(scene)), 2):
         things = list(scene)
-        things[i], things[j] = replace(scene[i], color=scene[j].color), replace(scene[j], color=scene[i].color)
+        for one, other in ((i, j), (j, i)):
+            things[one] = replace(scene[one], **{name: getattr(scene[other], name)})
         unseen = {(thing.color, thing.shape) for thing in things} & HELD_OUT
         if not unseen and places_of(tuple(things)) != places_of(scene):
             return tuple(things)
@@ -36,7 +38,11 @@ def sides_swapped(scene: Scene) -> Scene | None:
     return None if places_of(mirrored) == places_of(scene) else mirrored
 
 
-CONTRASTS: dict[str, Callable[[Scene], Scene | None]] = {"colors": colors_swapped, "sides": sides_swapped}
+CONTRASTS: dict[str, Callable[[Scene], Scene | None]] = {
+    "colors": partial(swapped, name="color"),
+    "shapes": partial(swapped, name="shape"),
+    "sides": sides_swapped,
+}
 CLASSES = tuple(product(SIZES, COLORS, SHAPES))  # (size, color, shape) of an object
 
 

@@ -34,11 +34,12 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         "crop_size": {"height": 224, "width": 224},
     },
     "CLIPImageProcessor": _CLIP,
+    "LlavaImageProcessor": _CLIP,
     "BitImageProcessor": _CLIP,
     "BlipImageProcessor": _CLIP | {"size": {"height": 384, "width": 384}, "do_center_crop": False},
     "SiglipImageProcessor": _VIT | {"resample": _BICUBIC},
 }
-_BARE_SIZE_IS_SHORTEST_EDGE = {"CLIPImageProcessor", "BitImageProcessor", "SiglipImageProcessor"}
+_BARE_SIZE_IS_SHORTEST_EDGE = {f"{name}ImageProcessor" for name in ("CLIP", "Llava", "Bit", "Siglip")}
 _STEPS = {"do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_convert_rgb"}
 
 

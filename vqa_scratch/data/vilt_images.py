@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 from PIL import Image
 
+from vqa_scratch.data.image_config import read_fields
 from vqa_scratch.data.images import CONFIG_NAME, ImageProcessor
 from vqa_scratch.errors import UserError
 from vqa_scratch.storage import read_object, typed
@@ -47,10 +48,9 @@ class ViltImageProcessor(ImageProcessor):
         own = ("do_pad", "size_divisor", "image_processor_type", "feature_extractor_type")
         rest = {"size": 384} | {key: value for key, value in config.items() if key not in own}
         # All other steps are those of SigLIP: bicubic, to [-1, 1], a bare size is the shortest edge.
-        base = ImageProcessor.from_hf(rest | {"image_processor_type": "SiglipImageProcessor"})
-        shared = ("size", "resample", "crop_size", "rescale_factor", "mean", "std")
+        fields = read_fields(rest | {"image_processor_type": "SiglipImageProcessor"}) | {"kind": cls.kind}
         (divisor,) = typed(name, config, {"size_divisor": int | None})
-        return cls(**{field: getattr(base, field) for field in shared}, divisor=divisor or 32)
+        return cls(**fields, divisor=divisor or 32)
 
     def to_hf(self) -> dict[str, Any]:
         return super().to_hf() | {"size_divisor": self.divisor, "do_pad": True}

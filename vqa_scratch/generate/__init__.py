@@ -31,23 +31,26 @@ def generate(
     fill: int = 0,
     generator: torch.Generator | None = None,
     prefix: Tensor | None = None,
+    embeddings: Tensor | None = None,
     graph: bool = False,
 ) -> Generated:
     """New tokens after each prompt: greedy, sampled, or by beam search, depending on the options.
 
     prompt_ids (B, P) with prompt_mask (B, P), True = a real token, padding on the left; None means no padding. `memory`
     is what cross-attention reads. `prefix` (B, Q, E) are embeddings before the prompt's tokens: never padding, and
-    counted by positions. `generator` draws the samples, instead of one seeded with `options.seed`. `graph` replays the
-    steps as a CUDA graph (`GraphState`). Raises UserError on options that do not fit the vocabulary, ValueError on more
-    tokens than positions or if a graph is not possible.
+    counted by positions. `embeddings` (B, P, E) are those of the prompt's tokens if some are not words, as in
+    `ImageTextModel.embed`. `generator` draws the samples, instead of one seeded with `options.seed`. `graph` replays
+    the steps as a CUDA graph (`GraphState`). Raises UserError on options that do not fit the vocabulary, ValueError on
+    more tokens than positions or if a graph is not possible.
     """
     if generator is None and options.seed is not None:
         generator = torch.Generator(prompt_ids.device).manual_seed(options.seed)
     with without_gradients(), masked_safely(prompt_ids.device):
         steps, beams = options.max_new_tokens - 1, options.num_beams
         scores, state = begin(
-            decoder, prompt_ids, prompt_mask, memory, steps=steps, members=beams, prefix=prefix, graph=graph
-        )
+            decoder, prompt_ids, prompt_mask, memory, steps=steps, members=beams, prefix=prefix, embeddings=embeddings,
+            graph=graph,
+        )  # fmt: skip
         options.check_vocabulary(scores.shape[-1])
         if beams > 1:
             made = beam_search(scores, state, options, prompt_ids, prompt_mask, fill)
@@ -67,7 +70,7 @@ def greedy(
     memory: list[Memory] | None,
     *,
     max_new_tokens: int,
-    eos_id: int | None,
+    eos_id: int | tuple[int, ...] | None,
     fill: int = 0,
     prefix: Tensor | None = None,
 ) -> Generated:

@@ -1,8 +1,9 @@
 """Beam search: follow the K best beginnings of each group and collect the K best finished ones.
 
-The rules are those of `transformers`. Of the 2K best continuations the first K may finish. The value of a finished one
-is its summed log-probability / length**length_penalty. A group ends when the values of its K finished ones are all
-above that of its best running one (or, with early_stopping "never", above the best value that one can still reach).
+The rules are those of `transformers`. Of the 2K best continuations the first K may finish; with E > 1 end tokens it
+takes the best (1 + E)K, so that K always go on. The value of a finished one is its summed log-probability /
+length**length_penalty. A group ends when the values of its K finished ones are all above that of its best running one
+(or, with early_stopping "never", above the best value that one can still reach).
 
 Shapes: G groups, K beams, R = G*K rows, V vocabulary.
 """
@@ -17,7 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 from vqa_scratch.generate.loop import COMPACT_BELOW, Generated
 from vqa_scratch.generate.processors import Processed
 from vqa_scratch.generate.state import State, member_rows
-from vqa_scratch.generation_options import GenerationOptions
+from vqa_scratch.generation_options import GenerationOptions, end_ids
 
 NEVER = -1e9  # added to a score that must not win
 
@@ -41,13 +42,14 @@ class Group:
     """The beams of one prompt: K running (score, last node), best first, and up to K finished (value, last node)."""
 
     def __init__(self, options: GenerationOptions) -> None:
+        self.ends = end_ids(options.eos_id)
         self.options, self.penalty = options, 1.0 if options.length_penalty is None else options.length_penalty
-        self.running: list[tuple[float, Node | None]] = [(0.0, None)]
+        self.running: list[tuple[float, Node | None]] = [(0.0, None), *[(NEVER, None)] * (options.num_beams - 1)]
         self.finished: list[tuple[float, Node]] = []
         self.done = False
 
     def advance(self, scores: list[float], values: list[float], places: list[tuple[int, int]], made: int) -> list[int]:
-        """Take the 2K best continuations, best first: score, value, (beam, token); each has `made` tokens.
+        """Take the best continuations, best first: score, value, (beam, token); each has `made` tokens.
 
         Returns the beam that each new running one continues.
         """
@@ -56,7 +58,7 @@ class Group:
         for rank, (score, value, (beam, token)) in enumerate(zip(scores, values, places, strict=True)):
             before_score, before = self.running[beam]
             node = Node(token, score - before_score, before)
-            ends = last or token == options.eos_id
+            ends = last or token in self.ends
             if ends and rank < options.num_beams:
                 self.finished.append((value, node))
             going.append((score + NEVER if ends else score, node, beam))
@@ -85,6 +87,7 @@ def beam_search(
 ) -> Generated:
     """The best finished beginning of each group; `scores` (G, V) and `state` are what `begin` returns."""
     beams, device = options.num_beams, scores.device
+    looked_at = max(2, 1 + len(end_ids(options.eos_id))) * beams
     groups = [Group(options) for _ in range(len(scores))]
     live = list(range(len(groups)))  # the groups that still run
     processed = Processed(options, prompt_ids, prompt_mask, torch.arange(len(groups), device=device))
@@ -93,10 +96,10 @@ def beam_search(
         log_probs = processed(scores.float().log_softmax(-1), made - 1)
         size = log_probs.shape[-1]
         totals = (log_probs.view(*sums.shape, size) + sums[..., None]).flatten(1)
-        if totals.shape[1] < 2 * beams:  # the first step of a very small vocabulary: pretend K equal beams
+        if totals.shape[1] < looked_at:  # the first step, and few tokens: pretend K equal beams
             never = torch.full((beams - 1, 1), NEVER, device=device).expand(-1, size).flatten()
             totals = torch.cat([totals, totals.repeat(1, beams - 1) + never], 1)
-        best = totals.topk(2 * beams)
+        best = totals.topk(min(looked_at, totals.shape[1]))
         values = (best.values / made ** groups[0].penalty).tolist()
         parents, tokens = [], []
         for place, (number, *row) in enumerate(

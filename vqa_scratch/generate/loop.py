@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from vqa_scratch.generate.state import State
+from vqa_scratch.generation_options import end_ids
 
 # Ended rows are dropped when less than this share of rows still runs: dropping copies the cache.
 COMPACT_BELOW = 0.75
@@ -44,8 +45,8 @@ class Generated(NamedTuple):
 class _Record:
     """The chosen tokens of all rows and their lengths, copied into one tensor when rows are dropped, not each step."""
 
-    def __init__(self, rows: int, steps: int, eos_id: int | None, fill: int, device: torch.device) -> None:
-        self.eos_id, self.fill = eos_id, fill
+    def __init__(self, rows: int, steps: int, ends: tuple[int, ...], fill: int, device: torch.device) -> None:
+        self.ends, self.fill = ends, fill
         self.ids = torch.full((rows, steps), fill, device=device)
         self.log_probs: Tensor | None = None  # as `ids`, from the first scores on
         self.lengths = [0] * rows  # 0: has not ended
@@ -73,7 +74,7 @@ class _Record:
         for tokens in torch.stack(unread).tolist() if len(unread) > 1 else [tokens.tolist() for tokens in unread]:
             self.read += 1
             for row, token in zip(self.rows, tokens, strict=True):
-                if token == self.eos_id and self.lengths[row] == 0:
+                if token in self.ends and self.lengths[row] == 0:
                     self.lengths[row] = self.read
         return [place for place, row in enumerate(self.rows) if self.lengths[row] == 0]
 
@@ -115,23 +116,24 @@ def decode(
     choose: Choose,
     *,
     max_new_tokens: int,
-    eos_id: int | None,
+    eos_id: int | tuple[int, ...] | None,
     fill: int = 0,
     compact_below: float = COMPACT_BELOW,
 ) -> Generated:
     """Choose, step, choose, ... until every row has ended or has `max_new_tokens`.
 
-    `scores` (B, V) and `state` come from `begin`; log-probabilities are of the scores that `choose` returns. Ended rows
-    are dropped when the share of running rows is under `compact_below`; 0 drops none.
+    `scores` (B, V) and `state` come from `begin`, `eos_id` is that of `GenerationOptions`; log-probabilities are of the
+    scores that `choose` returns. Ended rows are dropped when the share of running rows is under `compact_below`; 0
+    drops none.
     """
-    record = _Record(len(scores), max_new_tokens, eos_id, fill, scores.device)
+    record = _Record(len(scores), max_new_tokens, end_ids(eos_id), fill, scores.device)
     ask_every = ASK_EVERY.get(scores.device.type, 1)
     while True:
         tokens, chosen_by = choose(scores, record.live, record.made)
         record.add(tokens, chosen_by)
         if record.made == max_new_tokens:
             break
-        if eos_id is not None and record.made % ask_every == 0:
+        if record.ends and record.made % ask_every == 0:
             running = record.running()
             if not running:
                 break

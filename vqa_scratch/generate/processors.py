@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vqa_scratch.generation_options import GenerationOptions
+from vqa_scratch.generation_options import GenerationOptions, end_ids
 
 
 def _marked(tokens: Tensor, where: Tensor, scores: Tensor) -> Tensor:
@@ -50,10 +50,11 @@ def bar_repeated_ngrams(scores: Tensor, ids: Tensor, real: Tensor, size: int) ->
     return scores.masked_fill(_marked(ids, repeating(ids, real, ends, size), scores), -math.inf)
 
 
-def bar_end(scores: Tensor, eos_id: int) -> Tensor:
-    """-inf for the end token."""
+def bar_end(scores: Tensor, ends: tuple[int, ...]) -> Tensor:
+    """-inf for the end tokens."""
     scores = scores.clone()
-    scores[:, eos_id] = -math.inf
+    for end in ends:
+        scores[:, end] = -math.inf
     return scores
 
 
@@ -90,8 +91,8 @@ class Processed:
             scores = penalize_repetition(scores, *self.so_far, options.repetition_penalty)
         if self.so_far is not None and options.no_repeat_ngram_size > 0:
             scores = bar_repeated_ngrams(scores, *self.so_far, options.no_repeat_ngram_size)
-        if options.eos_id is not None and made < options.min_new_tokens:
-            scores = bar_end(scores, options.eos_id)
+        if made < options.min_new_tokens:
+            scores = bar_end(scores, end_ids(options.eos_id))
         if options.temperature is not None:
             scores = scores / options.temperature
         if options.top_k is not None:

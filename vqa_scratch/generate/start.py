@@ -59,12 +59,16 @@ def prefill(
     prompt_mask: Tensor | None,
     memory: list[Memory] | None,
     prefix: Tensor | None = None,
+    embeddings: Tensor | None = None,
 ) -> tuple[Tensor, DecoderCache, Tensor | None]:
     """The scores of the first new token (G, V), the cache of the prompts, and its mask, None without padding.
 
     Arguments as in `begin`.
     """
-    embeddings, mask, cache = decoder.embed(prompt_ids), padding(prompt_mask), decoder.new_cache()
+    embeddings = decoder.embed(prompt_ids) if embeddings is None else embeddings
+    if embeddings.shape[:2] != prompt_ids.shape:
+        raise ValueError(f"embeddings must be {(*prompt_ids.shape, 'width')}, got {tuple(embeddings.shape)}")
+    mask, cache = padding(prompt_mask), decoder.new_cache()
     if prefix is not None:
         embeddings, mask = _before(embeddings, mask, prefix)
     hidden = decoder.hidden(embeddings, mask, memory=memory, cache=cache)[:, -1]
@@ -96,27 +100,30 @@ def begin(
     steps: int,
     members: int = 1,
     prefix: Tensor | None = None,
+    embeddings: Tensor | None = None,
     graph: bool = False,
 ) -> tuple[Tensor, State]:
     """Read the prompts. Returns the scores of the first new token (G, V) and the state after the prompts. Call this and
     the steps of the state without gradients.
 
     prompt_ids (G, P) with prompt_mask (G, P), True = a real token; None means no padding. `prefix` (G, Q, E) are
-    embeddings before the prompt's tokens. The state has room for `steps` steps of `members` rows a group; with `graph`
-    it replays them as a CUDA graph. Raises ValueError on more tokens than positions, and if a graph is not possible;
-    UserError on more members than tokens in the vocabulary.
+    embeddings before the prompt's tokens, `embeddings` (G, P, E) those of its tokens, if not `decoder.embed` of them.
+    The state has room for `steps` steps of `members` rows a group; with `graph` it replays them as a CUDA graph. Raises
+    ValueError on more tokens than positions, and if a graph is not possible; UserError on more members than tokens in
+    the vocabulary.
     """
     check_length(decoder, prompt_ids, prefix, steps)
     parts, (rows, length) = fast_parts(decoder), prompt_ids.shape
     if graph and parts is None:
         raise ValueError("a CUDA graph needs a decoder with a fast state, in eval mode and without a trace")
     # A prompt of one token is an ordinary step.
-    one_step = length == members == 1 and prefix is None and not graph and padding(prompt_mask) is None
+    words_only = prefix is None and embeddings is None
+    one_step = length == members == 1 and words_only and not graph and padding(prompt_mask) is None
     if one_step and parts is not None and (memory is None or parts.blocks[0].cross is not None):
         cache = _without_tokens(parts, decoder.new_cache(), memory, rows)
         state = FastState.after(parts, cache, None, 1 + steps)
         return state.step(prompt_ids[:, 0]), state
-    scores, cache, mask = prefill(decoder, prompt_ids, prompt_mask, memory, prefix)
+    scores, cache, mask = prefill(decoder, prompt_ids, prompt_mask, memory, prefix, embeddings)
     if members > scores.shape[-1]:  # before a cache for so many rows is made
         raise UserError(f"{members} beams, but the vocabulary has {scores.shape[-1]} tokens")
     if parts is None:

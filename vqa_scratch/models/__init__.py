@@ -5,8 +5,10 @@ from vqa_scratch.models.blip2 import Blip2, Blip2Config
 from vqa_scratch.models.classifier import TextClassifier
 from vqa_scratch.models.clip import CLIP, CLIPConfig
 from vqa_scratch.models.clip_text import CLIPText, CLIPTextConfig
+from vqa_scratch.models.fuyu import Fuyu, FuyuConfig
 from vqa_scratch.models.gpt2 import GPT2, GPT2Config
 from vqa_scratch.models.llama import Llama, LlamaConfig
+from vqa_scratch.models.llava import Llava, LlavaConfig
 from vqa_scratch.models.opt import OPT, OPTConfig
 from vqa_scratch.models.qformer import QFormer, QFormerConfig
 from vqa_scratch.models.resnet import ResNet, ResNetConfig

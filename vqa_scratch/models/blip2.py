@@ -14,29 +14,33 @@ import torch
 from torch import Tensor, nn
 
 from vqa_scratch.errors import UserError
-from vqa_scratch.models.hf_config import Released, fields_from_hf
+from vqa_scratch.models.hf_config import HFConfig, Layout, fields_from_hf
+from vqa_scratch.models.image_text import ImageTextModel
 from vqa_scratch.models.opt import OPT, OPTConfig
 from vqa_scratch.models.qformer import QFormer, QFormerConfig
 from vqa_scratch.models.vit import ViT, ViTConfig
 from vqa_scratch.storage import typed
-from vqa_scratch.weights import fields as names
-from vqa_scratch.weights import maps
-from vqa_scratch.weights.convert import load_into
+from vqa_scratch.weights import fields, maps_joined
 
-MODEL_TYPE, VISION_TYPE = "blip-2", "blip_2_vision_model"
+VISION_TYPE = "blip_2_vision_model"
 _VISION = ViTConfig(patch_size=14, dim=1408, layers=39, heads=16, hidden=6144, norm_eps=1e-6)  # ViT-g of EVA-CLIP
+_FIELDS = {"queries": "num_query_tokens", "image_token": "image_token_index"}
 
 
 @dataclass(frozen=True)
-class Blip2Config:
+class Blip2Config(HFConfig[Layout]):
     """Sizes of the three parts. The defaults are those of blip2-opt-2.7b, except for the language model."""
+
+    LAYOUTS: ClassVar[Mapping[str, Layout]] = {
+        "blip-2": Layout("Blip2ForConditionalGeneration", _FIELDS, maps_joined.BLIP2)
+    }
 
     vision: ViTConfig = _VISION
     qformer: QFormerConfig = QFormerConfig()
     language: OPTConfig = OPTConfig()
     queries: int = 32  # tokens that an image becomes
     image_token: int | None = None  # id of an image in the prompts of other programs; files before 2024 have none
-    key_map: ClassVar[maps.KeyMap] = maps.BLIP2
+    layout: str = "blip-2"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "qformer", replace(self.qformer, context_dim=self.vision.dim))
@@ -44,43 +48,37 @@ class Blip2Config:
             raise UserError("BLIP-2 needs an OPT whose embedding is as wide as its blocks, with norms before sublayers")
 
     @classmethod
-    def from_hf(cls, config: Mapping[str, Any]) -> Self:
-        """From a config.json of model type "blip-2". Raises UserError on another type, or another language model."""
-        if (kind := config.get("model_type")) != MODEL_TYPE:
-            raise UserError(f"config.json describes a model of type {kind!r}, expected {MODEL_TYPE!r}")
-        fields = fields_from_hf(config, {"queries": "num_query_tokens", "image_token": "image_token_index"}, cls)
+    def further_fields(cls, config: Mapping[str, Any]) -> dict[str, Any]:
+        """The three parts. Raises UserError on another language model."""
         parts = typed("config.json", config, {f"{part}_config": dict | None for part in ("vision", "qformer", "text")})
         vision, qformer, text = (part or {} for part in parts)
         if text.get("model_type", "opt") != "opt":
             raise UserError(f"the language model of config.json is a {text['model_type']!r}; here it must be an 'opt'")
-        sizes = fields_from_hf(vision, names.BLIP2_VISION, ViTConfig)
-        return cls(
-            vision=replace(_VISION, **sizes),
-            qformer=QFormerConfig.from_hf({"model_type": "blip_2_qformer"} | qformer),
-            language=OPTConfig.from_hf({"model_type": "opt"} | text),
-            **fields,
-        )
+        return {
+            "vision": replace(_VISION, **fields_from_hf(vision, fields.BLIP2_VISION, ViTConfig)),
+            "qformer": QFormerConfig.from_hf({"model_type": "blip_2_qformer"} | qformer),
+            "language": OPTConfig.from_hf({"model_type": "opt"} | text),
+        }
 
     def to_hf(self) -> dict[str, Any]:
         """The inverse of `from_hf`."""
-        vision = {theirs: getattr(self.vision, ours) for ours, theirs in names.BLIP2_VISION.items()}
-        return {
-            "architectures": ["Blip2ForConditionalGeneration"],
-            "model_type": MODEL_TYPE,
+        vision = {theirs: getattr(self.vision, ours) for ours, theirs in fields.BLIP2_VISION.items()}
+        return super().to_hf() | {
             "vision_config": {"model_type": VISION_TYPE, **vision},
             "qformer_config": self.qformer.to_hf(),
             "text_config": self.language.to_hf(),
-            "num_query_tokens": self.queries,
-            "image_token_index": self.image_token,
         }
 
 
-class Blip2(Released[Blip2Config]):
+class Blip2(ImageTextModel):
     """Image encoder, Q-Former, projection and language model.
 
     To generate, give the language model the image as its prefix:
     `generate(model.language, ids, mask, prefix=model.encode_image(pixels), options=...)`.
     """
+
+    config_class = Blip2Config
+    config: Blip2Config
 
     def __init__(self, config: Blip2Config) -> None:
         super().__init__()
@@ -99,7 +97,9 @@ class Blip2(Released[Blip2Config]):
         asked = self.qformer(states.to(self.qformer.queries.dtype))
         return self.projection(asked.to(self.projection.weight.dtype))
 
-    def forward(self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+    def forward(  # type: ignore[override]  # its ids have no places
+        self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor | None = None
+    ) -> Tensor:
         """Images (B, C, H, W) and words (B, T), the start token first -> logits (B, Q + T, V).
 
         attention_mask (B, T), True = a real word; padding may stand on either side.
@@ -107,32 +107,10 @@ class Blip2(Released[Blip2Config]):
         image = self.encode_image(pixel_values)
         if attention_mask is not None:
             attention_mask = torch.cat([attention_mask.new_ones(image.shape[:2]), attention_mask], 1)
-        embeddings = torch.cat([image, self.language.embed(input_ids)], 1)
-        return self.language.logits(self.language.hidden(embeddings, attention_mask))
+        return self.read(torch.cat([image, self.language.embed(input_ids)], 1), attention_mask)
 
     def to_precision(self, dtype: torch.dtype) -> Self:
         """Convert all but the Q-Former to `dtype`; the Q-Former is small, was trained in fp32 and stays in it."""
         self.to(dtype)
         self.qformer.float()
         return self
-
-    @classmethod
-    def from_checkpoint(
-        cls,
-        config: Mapping[str, Any],
-        tensors: dict[str, Tensor],
-        source: str,
-        *,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str = "cpu",
-    ) -> Self:
-        """As in `Released`, the weights in `dtype` (see `to_precision`) on `device`.
-
-        The weights take memory once, and only in that type: the files are mapped, and each tensor is converted as it
-        is copied. Raises UserError, one line with every problem, when something does not fit.
-        """
-        with torch.device("meta"):  # no memory, no random start
-            model = cls(Blip2Config.from_hf(config)).to_precision(dtype)
-        model.to_empty(device=device)
-        load_into(model, tensors, model.key_map, source=source)
-        return model.eval()

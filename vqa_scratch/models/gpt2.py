@@ -51,7 +51,7 @@ class GPT2Config(HFConfig[Layout]):
     scale_scores: bool = True  # divide scores by sqrt(head size)
     scale_by_layer: bool = False  # and by the number of the layer, from 1 (Mistral's GPT-2)
     bos_id: int = 50256
-    eos_id: int = 50256
+    eos_id: int | tuple[int, ...] = 50256  # any of several ends a text
     pad_id: int | None = None  # GPT-2 was trained without padding
 
     layout: str = "gpt2"

@@ -176,13 +176,16 @@ def _checked(where: str, value: Any, ours: str, kinds: tuple[Any, ...], default:
         if not is_number(value) or not 0 <= value < most:
             raise UserError(f"{where} must be a number from 0 to below {most:,}, not {value!r}")
         return float(value)
-    pairs = any(typing.get_origin(kind) is tuple for kind in kinds)
-    sides = value if pairs and isinstance(value, (list, tuple)) and len(value) == 2 else [value]
+    (counts,) = [typing.get_args(kind) for kind in kinds if typing.get_origin(kind) is tuple] or [()]
+    any_number = Ellipsis in counts  # of ids; else height and width
+    several = isinstance(value, (list, tuple)) and (len(value) > 0 if any_number else len(value) == len(counts) > 0)
+    numbers = value if several else [value]
     least = 0 if default == 0 or ours.endswith("_id") else 1
     most = MOST_LAYERS if ours.endswith("layers") else LARGEST
-    if not all(is_number(side) and side == int(side) and least <= side <= most for side in sides):
-        raise UserError(f"{where} must be a whole number from {least} to {most:,}, not {value!r}")
-    return int(value) if sides == [value] else tuple(value)
+    if not all(is_number(one) and one == int(one) and least <= one <= most for one in numbers):
+        or_list = ", or a list of such" if any_number else ""
+        raise UserError(f"{where} must be a whole number from {least} to {most:,}{or_list}, not {value!r}")
+    return tuple(map(int, numbers)) if len(numbers) > 1 else int(numbers[0])
 
 
 def is_number(value: Any) -> bool:

@@ -79,7 +79,7 @@ class LlamaConfig(HFConfig):
     tied: bool = False  # the head is the embedding
     rotary: Rotary = Rotary()
     bos_id: int | None = None
-    eos_ids: tuple[int, ...] = ()  # any of them ends a text
+    eos_id: int | tuple[int, ...] | None = None  # any of several ends a text
     pad_id: int | None = None
 
     layout: str = "llama"
@@ -99,14 +99,11 @@ class LlamaConfig(HFConfig):
 
     @classmethod
     def further_fields(cls, config: Mapping[str, Any]) -> dict[str, Any]:
-        """End tokens and rotary positions, these in the spelling of transformers 5 or in the one before."""
-        (layers,), end = typed("config.json", config, {"layer_types": list | None}), config.get("eos_token_id")
+        """The rotary positions, in the spelling of transformers 5 or in the one before."""
+        (layers,) = typed("config.json", config, {"layer_types": list | None})
         if any(kind != "full_attention" for kind in layers or []):
             raise UserError("config.json asks for layers with a sliding window; here every token sees all before it")
-        ends = end if isinstance(end, list) else [] if end is None else [end]
-        if not all(type(one) is int and one >= 0 for one in ends):
-            raise UserError(f"config.json: eos_token_id must be one id or a list of them, not {end!r}")
-        return {"eos_ids": tuple(ends), "rotary": rotary_from_hf(config)}
+        return {"rotary": rotary_from_hf(config)}
 
     @property
     def key_map(self) -> KeyMap:
@@ -114,15 +111,9 @@ class LlamaConfig(HFConfig):
             return maps_llama.persimmon(self.heads, self.tied)
         return maps_llama.llama(self.heads, self.kv_heads or self.heads, self.tied)
 
-    @property
-    def eos_id(self) -> int | None:
-        """The first of the end tokens."""
-        return self.eos_ids[0] if self.eos_ids else None
-
     def to_hf(self) -> dict[str, Any]:
         """The inverse of `from_hf`, in the newer spelling."""
-        ends = list(self.eos_ids) if len(self.eos_ids) > 1 else self.eos_id
-        return super().to_hf() | {"eos_token_id": ends, "rope_parameters": rotary_to_hf(self.rotary)}
+        return super().to_hf() | {"rope_parameters": rotary_to_hf(self.rotary)}
 
 
 def rotary_from_hf(config: Mapping[str, Any]) -> Rotary:

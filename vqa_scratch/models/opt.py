@@ -38,7 +38,7 @@ class OPTConfig(GPT2Config):
     activation: str = "relu"
     attention_dropout: float = 0.0
     bos_id: int = 2
-    eos_id: int = 2
+    eos_id: int | tuple[int, ...] = 2
     pad_id: int = 1
     layout: str = "opt"
     embedding_dim: int | None = None  # None: dim

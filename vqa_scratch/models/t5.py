@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vqa_scratch.errors import UserError
+from vqa_scratch.generation_options import end_ids
 from vqa_scratch.models.hf_config import Released, fields_from_hf
 from vqa_scratch.nn import taps
 from vqa_scratch.nn.attention import MultiHeadAttention
@@ -51,14 +52,14 @@ class T5Config:
     tied: bool = False  # the head is the embedding
     scaled: bool = False  # the decoder's output is multiplied by dim**-0.5 before the head
     pad_id: int = 0
-    eos_id: int = 1
+    eos_id: int | tuple[int, ...] = 1  # any of several ends a text
     start_id: int = 0  # first input of the decoder
     max_positions: ClassVar[None] = None  # relative positions have no limit
 
     def __post_init__(self) -> None:
         if self.buckets < 4 or self.max_distance <= self.buckets // 2:
             raise UserError(f"{self.buckets} buckets do not divide distances up to {self.max_distance}")
-        if max(self.pad_id, self.eos_id, self.start_id) >= self.vocab_size:
+        if max(self.pad_id, *end_ids(self.eos_id), self.start_id) >= self.vocab_size:
             raise UserError(f"a special token is not among the {self.vocab_size} of the vocabulary")
 
     @property

@@ -18,6 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from vqa_scratch.generate import State, begin
 from vqa_scratch.generate.processors import repeating
+from vqa_scratch.generation_options import end_ids
 from vqa_scratch.models.t5 import T5
 from vqa_scratch.nn.memory import Memory
 from vqa_scratch.rl.options import RLHFOptions
@@ -133,7 +134,8 @@ class T5Policy(Backbone):
         super().__init__()
         self.model = model
         config = model.config
-        self.width, self.start_id, self.eos_id, self.pad_id = config.dim, config.start_id, config.eos_id, config.pad_id
+        self.width, self.start_id, self.pad_id = config.dim, config.start_id, config.pad_id
+        self.eos_id = end_ids(config.eos_id)[0]  # a response ends with one token, of several with the first
 
     def encode(self, prompts: list[Prompt]) -> Context:
         ids, real = padded([p.ids for p in prompts], self.pad_id, next(self.parameters()).device)

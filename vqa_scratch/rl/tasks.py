@@ -14,6 +14,7 @@ from vqa_scratch.data.articles import read_articles
 from vqa_scratch.data.news import news
 from vqa_scratch.data.text import Tokenizer
 from vqa_scratch.errors import UserError, some
+from vqa_scratch.generation_options import end_ids
 from vqa_scratch.models.bert import BertConfig
 from vqa_scratch.models.classifier import TextClassifier, check_label
 from vqa_scratch.models.t5 import T5, T5Config
@@ -139,8 +140,7 @@ def summarising_task(options: RLHFOptions, device: torch.device, precision: torc
         check_same_vocabulary(model, reference)
     tokenizer.check_fits(model.config.vocab_size, "the T5")
 
-    if tokenizer.eos_id not in (None, model.config.eos_id):
-        ends = model.config.eos_id
+    if tokenizer.eos_id not in (None, ends := end_ids(model.config.eos_id)[0]):
         more.append(f"the tokenizer ends a text with id {tokenizer.eos_id}, but responses end with the model's, {ends}")
 
     parts = own_reward(options.reward, options.reward_label, device, precision) if options.reward else []

@@ -59,7 +59,7 @@ class Subject(ABC):
     prompt: list[int]  # what the writer starts from
     max_new_tokens: int
     head: Tensor | None = None  # (V, D), where logits = head @ normed state, and states are a plain sum
-    end_id: int | None = None
+    end_ids: tuple[int, ...] = ()  # each ends an answer
 
     @property
     def device(self) -> torch.device:

@@ -32,7 +32,7 @@ def forced(subject: Subject, answer: list[int]) -> Trace:
 
 def answer_rows(subject: Subject, answer: list[int]) -> list[int]:
     """The rows of a flow that wrote the answer, without the end token."""
-    words = answer[:-1] if len(answer) > 1 and answer[-1] == subject.end_id else answer
+    words = answer[:-1] if len(answer) > 1 and answer[-1] in subject.end_ids else answer
     first = len(subject.prompt) - 1
     return list(range(first, first + len(words)))
 

@@ -372,7 +372,7 @@
         meter.firstChild.style.width = `${100 * token.probability}%`;
         const label = token.label.trim() || "␣";
         return h("button", {
-          class: `token${token.id === data.answer.end ? " end" : ""}`, role: "radio", type: "button",
+          class: `token${data.answer.ends.includes(token.id) ? " end" : ""}`, role: "radio", type: "button",
           "aria-label": `token ${i + 1}: ${label}, probability ${percent(token.probability)}`,
           onclick: () => { this.hover = null; set({ token: i }); },
           onpointerenter: () => { this.hover = i; this.draw(); },

@@ -149,7 +149,7 @@ def study_data(study: Study) -> dict[str, Any]:
         "keys": subject.mixing.argmax(1).tolist() if whole else None,
         "mixing": None if whole and torch.equal(made, subject.mixing) else packed(made, "f32"),
         "read": study.read,
-        "answer": {"text": study.answer, "probability": study.probability, "end": subject.end_id},
+        "answer": {"text": study.answer, "probability": study.probability, "ends": subject.end_ids},
         "tokens": [asdict(token) for token in study.tokens],
         "flows": {
             name: {"sources": packed(flow.sources, "f32"), "decoder": packed(flow.decoder, "f32")}

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vqa_scratch.generate import greedy
+from vqa_scratch.generation_options import end_ids
 from vqa_scratch.models.blip2 import Blip2
 from vqa_scratch.models.t5 import T5
 from vqa_scratch.models.vilt import ViLTClassifier
@@ -38,7 +39,7 @@ class WritingSubject(Subject):
     def __init__(self, language: Decoder, prompt: list[int], max_new_tokens: int) -> None:
         self.language = language
         self.prompt, self.max_new_tokens = prompt, max_new_tokens
-        self.head, self.end_id = language.direct_head, language.config.eos_id
+        self.head, self.end_ids = language.direct_head, end_ids(language.config.eos_id)
 
     @abstractmethod
     def conditioning(self) -> Conditioning:
@@ -48,7 +49,7 @@ class WritingSubject(Subject):
     def generate(self, max_new_tokens: int | None = None) -> list[int]:
         given, prompt = self.conditioning(), torch.tensor([self.prompt], device=self.device)
         memory, prefix, most = given.memory, given.prefix, max_new_tokens or self.max_new_tokens
-        made = greedy(self.language, prompt, None, memory, max_new_tokens=most, eos_id=self.end_id, prefix=prefix)
+        made = greedy(self.language, prompt, None, memory, max_new_tokens=most, eos_id=self.end_ids, prefix=prefix)
         return made.ids[0, : int(made.lengths[0])].tolist()
 
     def readout(self, states: Tensor) -> Tensor:
@@ -183,7 +184,7 @@ class T5Subject(WritingSubject):
         self.model: T5 = model
         self.decoder = model.decoder
         self.input_ids = torch.tensor([input_ids], device=self.device)
-        sinks = tuple(i for i, token in enumerate(input_ids) if token in (config.eos_id, config.pad_id))
+        sinks = tuple(i for i, token in enumerate(input_ids) if token in (*self.end_ids, config.pad_id))
         self.sources = (Source("encoder", tuple(labels), sinks, attentions=block_attentions("encoder", model.encoder)),)
         self.mixing = torch.eye(len(input_ids))
 

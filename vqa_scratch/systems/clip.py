@@ -120,7 +120,7 @@ class CLIPSystem(SplitSystem[CLIPOptions, CLIP, Captions]):
     def train_on(self, data: RunData) -> None:
         self.data = data
         samples = {"train": data.samples["train"]}
-        for name in data.samples.keys() - samples.keys():
+        for name in [name for name in data.samples if name != "train"]:
             drawn, first = data.scenes.get(name), to_describe(data.samples[name])
             samples[name] = [replace(s, answer=in_places(drawn[s.image_id])) for s in first] if drawn else first
         self.make_splits(samples)
@@ -253,8 +253,9 @@ class CLIPSystem(SplitSystem[CLIPOptions, CLIP, Captions]):
         for name, change in CONTRASTS.items():
             changed = [change(self.data.scenes["test"][sample.image_id]) for sample in samples]
             others = {place: in_places(scene) for place, scene in enumerate(changed) if scene is not None}
-            places, wrong = list(others), self.embed_texts(list(others.values()))
-            figures[name] = share_preferred(test.images[places], test.texts[places], wrong)
+            if others:  # few images may have none that differ in this respect
+                places, wrong = list(others), self.embed_texts(list(others.values()))
+                figures[name] = share_preferred(test.images[places], test.texts[places], wrong)
         return figures
 
     def zero_shot(self) -> dict[str, float]:

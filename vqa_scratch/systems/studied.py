@@ -33,7 +33,7 @@ def writing_subject(system: System[Any, VQAModel], image: Image.Image, question:
     labels, special = ((), ()) if text is None else (text_labels(text, question, ids), special_tokens(text, ids))
     pixels = system.processor(image)[None]
     subject = VQASubject(system.model, pixels, prompt, ids, labels, special, tokenizers.max_answer_tokens)
-    subject.end_id = tokenizers.end_id  # the decoder's own config may name none, or several
+    subject.end_ids = (tokenizers.end_id,)  # the decoder's own config may name none, or several
     return _opened(system, image, question, subject, written(tokenizers.decoder, prompt))
 
 

@@ -60,13 +60,13 @@ OPT = _names(
     dropout=dropout attention_dropout=attention_dropout init_std=init_std""",
 )
 QWEN2 = _names(
-    "vocab_size max_positions dim layers heads hidden activation init_std bos_id pad_id",
+    "vocab_size max_positions dim layers heads hidden activation init_std bos_id eos_id pad_id",
     """kv_heads=num_key_value_heads head_dim=head_dim norm_eps=rms_norm_eps attention_dropout=attention_dropout
     tied=tie_word_embeddings""",
 )
 LLAMA = QWEN2 | _pairs("qkv_bias=attention_bias out_bias=attention_bias mlp_bias=mlp_bias")
 PERSIMMON = _names(
-    "vocab_size max_positions dim layers heads hidden activation norm_eps init_std bos_id pad_id",
+    "vocab_size max_positions dim layers heads hidden activation norm_eps init_std bos_id eos_id pad_id",
     """dropout=hidden_dropout attention_dropout=attention_dropout qk_norm=qk_layernorm tied=tie_word_embeddings""",
 )
 T5 = _names(

@@ -180,17 +180,14 @@ def _read_sharded(index: Path, read: Callable[[Path], dict[str, Tensor]]) -> dic
 def with_generation_ids(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
     """The config with the special tokens of generation_config.json if there is one, which come first in `transformers`.
 
-    A note says where the two disagree. Of several end tokens, that of config.json if it is among them, else the first.
+    A note says where the two disagree.
     """
     path = folder / GENERATION
     ids = read_object(path) if path.is_file() else {}
     result = dict(config)
     for name in ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id"):
         own, value = config.get(name), ids.get(name)
-        if isinstance(value, list) and value and value != own:
-            value = own if own in value else value[0]
-            note(f"{path} names several of {name}; only {value} counts")
-        if name in config and value is not None:
+        if value is not None:
             result[name] = value
             if own not in (None, value):
                 note(f"{name} is {own} in {folder / CONFIG}, {value} in {GENERATION}, which counts")

@@ -4,6 +4,7 @@ A name holds at most one `{}`, the number of the layer. `convert.py` uses a map 
 Their names are those in the files on the Hub; for ViT these differ from the module names of `transformers`.
 """
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
@@ -21,6 +22,8 @@ class Order(NamedTuple):
 
 
 TRANSPOSED = Order(Tensor.t, Tensor.t)  # (in, out), as in GPT-2's Conv1D
+SQUEEZED = Order(lambda tensor: tensor[None], lambda tensor: tensor[0])  # without our first axis, of length 1
+SQUEEZED_TWICE = Order(lambda tensor: tensor[None, None], lambda tensor: tensor[0, 0])
 
 
 class Entry(NamedTuple):
@@ -42,10 +45,13 @@ class KeyMap:
     head: tuple[Entry, ...] = ()  # keys that never carry the prefix
     dropped: tuple[str, ...] = ()  # keys, with `{}` for any number, that the model does not need, such as buffers
     tied: dict[str, str] = field(default_factory=dict)  # key -> the key it must equal: the model shares that tensor
+    spellings: tuple[tuple[str, str], ...] = ()  # how else keys may begin, as patterns, and how here
 
     def bare(self, key: str) -> str:
-        """A key of a file without its prefix, and spelled as today."""
+        """A key of a file without its prefix, and spelled as here."""
         key, old = key.removeprefix(self.prefix), key.rpartition(".")[2]
+        for pattern, spelling in self.spellings:
+            key = re.sub(f"^{pattern}", spelling, key)
         return key.removesuffix(old) + OLDER[old] if old in OLDER else key
 
 
@@ -131,7 +137,7 @@ _BERT_EMBEDDINGS = (
 )
 
 
-def _bert_block(attention: str, mlp: str) -> tuple[Entry, ...]:
+def bert_block(attention: str, mlp: str) -> tuple[Entry, ...]:
     """A block of BERT or of a Q-Former, which differ in a name in their attention and in their MLP."""
     layer = "encoder.layer.{}"
     return (
@@ -146,7 +152,7 @@ def _bert_block(attention: str, mlp: str) -> tuple[Entry, ...]:
 
 BERT = KeyMap(
     prefix="bert.",
-    body=(*nested("", _BERT_EMBEDDINGS, "embeddings."), *_bert_block("self", "")),
+    body=(*nested("", _BERT_EMBEDDINGS, "embeddings."), *bert_block("self", "")),
     dropped=("embeddings.position_ids",),
 )
 ROBERTA = replace(BERT, prefix="roberta.")
@@ -253,43 +259,6 @@ OPT = KeyMap(
         *linear("norm", "decoder.final_layer_norm"),
     ),
     tied={"lm_head.weight": "decoder.embed_tokens.weight"},
-)
-
-
-# BLIP-2: the ViT of EVA-CLIP, a Q-Former, an OPT.
-_EVA_LAYER = "encoder.layers.{}"
-_EVA_VIT = (
-    Entry("cls_token", ("embeddings.class_embedding",)),
-    Entry("positions", ("embeddings.position_embedding",)),
-    *linear("patch_embed", "embeddings.patch_embedding"),
-    *linear("blocks.{}.attn.qkv", f"{_EVA_LAYER}.self_attn.qkv"),  # also one tensor there
-    *linear("blocks.{}.attn.out", f"{_EVA_LAYER}.self_attn.projection"),
-    *linear("blocks.{}.norm1", f"{_EVA_LAYER}.layer_norm1"),
-    *linear("blocks.{}.norm2", f"{_EVA_LAYER}.layer_norm2"),
-    *linear("blocks.{}.mlp.up", f"{_EVA_LAYER}.mlp.fc1"),
-    *linear("blocks.{}.mlp.down", f"{_EVA_LAYER}.mlp.fc2"),
-    *linear("norm", "post_layernorm"),
-)
-
-_QFORMER_CROSS = "encoder.layer.{}.crossattention"
-_QFORMER = (
-    *linear("norm", "layernorm"),
-    *_bert_block("attention", "_query"),
-    *linear("blocks.{}.cross.q", f"{_QFORMER_CROSS}.attention.query"),
-    *linear("blocks.{}.cross.kv", f"{_QFORMER_CROSS}.attention.key", f"{_QFORMER_CROSS}.attention.value"),
-    *linear("blocks.{}.cross.out", f"{_QFORMER_CROSS}.output.dense"),
-    *linear("blocks.{}.norm_cross", f"{_QFORMER_CROSS}.output.LayerNorm"),
-)
-
-BLIP2 = KeyMap(
-    body=(
-        *nested("vision.", _EVA_VIT, "vision_model."),
-        Entry("qformer.queries", ("query_tokens",)),
-        *nested("qformer.", _QFORMER, "qformer."),
-        *linear("projection", "language_projection"),
-        *nested("language.", OPT.body, "language_model.model."),
-    ),
-    tied={f"language_model.{key}": f"language_model.model.{same}" for key, same in OPT.tied.items()},
 )
 
 

@@ -1,0 +1,51 @@
+"""Tiny random LLaVA and Fuyu checkpoints, saved by the reference, and prompts with places for images."""
+
+from pathlib import Path
+
+import torch
+import transformers as hf
+from helpers import STD, saved
+
+VOCABULARY, PLACE, LONG = 60, 59, 128
+TEXT = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2}
+TEXT |= {"num_attention_heads": 4, "max_position_embeddings": LONG, "initializer_range": STD}
+TOWER = {"hidden_size": 24, "intermediate_size": 30, "num_hidden_layers": 3, "num_attention_heads": 3}
+TOWER |= {"image_size": 8, "patch_size": 4, "initializer_range": STD}
+END = {"eos_token_id": 2, "bos_token_id": 1, "pad_token_id": 0}
+
+
+def llava_reference(
+    folder: Path, vision: str = "CLIP", text: str = "Llama", *, vision_changes=(), text_changes=(), **changes
+) -> hf.LlavaForConditionalGeneration:
+    heads = {"num_key_value_heads": 2} if text != "Persimmon" else {}
+    config = hf.LlavaConfig(
+        vision_config=getattr(hf, f"{vision}VisionConfig")(**TOWER | dict(vision_changes)),
+        text_config=getattr(hf, f"{text}Config")(**TEXT | END | heads | dict(text_changes)),
+        **{"image_token_index": PLACE} | changes,
+    )
+    model = hf.LlavaForConditionalGeneration(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "embedding" in name or "multi_modal" in name:  # CLIP's are drawn by rules of their own
+                parameter.normal_(std=STD)
+    return saved(model, folder)
+
+
+def fuyu_reference(folder: Path, patch_size: int = 2, text_changes=(), **changes) -> hf.FuyuForCausalLM:
+    text = {"model_type": "persimmon"} | TEXT | END | dict(text_changes)
+    config = hf.FuyuConfig(text_config=text, patch_size=patch_size, image_token_id=PLACE, **changes)
+    model = hf.FuyuForCausalLM(config)
+    with torch.no_grad():
+        model.model.vision_embed_tokens.weight.normal_(std=STD)
+    return saved(model, folder)
+
+
+def padded(rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids and mask (B, T), padding on the left."""
+    longest = max(map(len, rows))
+    ids = torch.tensor([[0] * (longest - len(row)) + row for row in rows])
+    return ids, torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
+
+
+def words(count: int) -> list[int]:
+    return torch.randint(5, PLACE, (count,)).tolist()
