@@ -219,7 +219,7 @@ def read_command_line(argv: Sequence[str]) -> RunOptions:
             PRESETS,
             argv,
             program="train.py",
-            about="Train a model that looks at images: to answer questions about them, to describe them, or to find them by a text.",
+            about="Train a model that looks at images: to answer questions about them, describe them or find them.",
             example="python train.py --preset book --data vqa2/ --out runs/book",
         )
         if options.seeds is not None and "RANK" in os.environ:
