@@ -130,7 +130,7 @@ class Valid:
         )
         opt = OPTConfig(vocab_size=many, max_positions=80, hidden=32, **TINY, **ends)
         grouped = LlamaConfig(
-            vocab_size=many, max_positions=80, hidden=32, kv_heads=1, bos_id=pieces.bos_id, eos_ids=(pieces.eos_id,),
+            vocab_size=many, max_positions=80, hidden=32, kv_heads=1, bos_id=pieces.bos_id, eos_id=(pieces.eos_id,),
             pad_id=pieces.pad_id, rotary=Rotary("llama3", factor=8.0, low=1.0, high=4.0, original=64), **TINY,
         )  # fmt: skip
 
