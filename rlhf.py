@@ -49,7 +49,7 @@ from vqa_scratch.training.checkpoint import fitting, rng_state, save_checkpoint
 from vqa_scratch.training.launch import start
 from vqa_scratch.training.precision import Precision, pick_device, pick_precision
 from vqa_scratch.training.profile import profiling
-from vqa_scratch.training.progress import MetricsLog
+from vqa_scratch.training.progress import Display, MetricsLog
 from vqa_scratch.training.ranks import World
 from vqa_scratch.training.resume import held
 from vqa_scratch.training.sharing import check_sharing, share_model
@@ -125,7 +125,8 @@ def train(
             save_checkpoint(last, state | about)
 
     title = "3 of 3: PPO" if options.preset == "mini-news" else options.algorithm
-    bar = tqdm(total=options.iterations, initial=ppo.iteration, desc=title, unit="it", dynamic_ncols=True)
+    shown = {"desc": title, "unit": "it", "dynamic_ncols": True, "file": Display()}
+    bar = tqdm(total=options.iterations, initial=ppo.iteration, **shown)
     profiled = profiling(iterate, options.profile, options.out / "trace.json", world.main)
     with bar, GracefulStop() as stop, profiled as step:
         while ppo.iteration < options.iterations:

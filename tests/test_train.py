@@ -3,6 +3,8 @@
 import json
 import re
 import shlex
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -286,6 +288,28 @@ def test_flags_win_over_the_preset_and_the_preset_over_defaults():
     assert (options.questions_per_step, options.optimizer, options.minutes) == (10, PRESETS["book"]["optimizer"], 10.0)
     assert train.read_command_line([]).optimizer == "muon"
     assert train.read_command_line(["--steps", "5"]).minutes is None
+
+
+OUTLIVES = """
+import sys, time, train
+from vqa_scratch.training.progress import Bar
+with Bar(lambda: 0.5, train.Progress(step=1), [], "questions"):
+    time.sleep(2.5)
+open(sys.argv[1], "w").write("done")
+"""
+
+
+def test_a_run_outlives_the_reader_of_its_output(tmp_path):
+    """A bar that cannot be written held a lock of tqdm for ever: the run neither ended nor obeyed a signal."""
+    command = [sys.executable, "-c", OUTLIVES, str(tmp_path / "done")]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, cwd=Path(train.__file__).parent) as process:
+        process.stderr.read(1)  # the bar is there
+        process.stderr.close()
+        try:
+            process.wait(timeout=30)
+        finally:
+            process.kill()
+    assert (tmp_path / "done").read_text() == "done"
 
 
 def test_every_preset_has_a_run_folder_of_its_own():

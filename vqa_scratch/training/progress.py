@@ -7,6 +7,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +116,24 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
+class Display:
+    """stderr for a progress bar. What nobody reads any more is dropped: a run outlives the reader of its output."""
+
+    def __init__(self) -> None:
+        self.stream = sys.stderr
+
+    def write(self, text: str) -> None:
+        with suppress(OSError):
+            self.stream.write(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            self.stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+
 class Bar:
     """A context in which a thread draws a progress bar every second, so that the training loop knows nothing of it.
 
@@ -131,7 +150,8 @@ class Bar:
     def __enter__(self) -> "Bar":
         shape = "{desc} {percentage:5.1f}%|{bar}| {elapsed}<{remaining}{postfix}"
         self.first = self.progress.samples
-        self.bar = tqdm(total=100.0, initial=round(100 * self.share(), 2), desc="training", bar_format=shape)
+        done = round(100 * self.share(), 2)
+        self.bar = tqdm(total=100.0, initial=done, desc="training", bar_format=shape, file=Display())
         self.thread = threading.Thread(target=self._every_second, daemon=True)
         self.thread.start()
         return self
