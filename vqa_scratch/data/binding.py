@@ -52,7 +52,7 @@ class Episodes:
     def __len__(self) -> int:
         return len(self.order)
 
-    def take(self, rows: slice) -> "Episodes":
+    def __getitem__(self, rows: slice) -> "Episodes":
         return Episodes(self.words[rows], self.pairs[rows], self.order[rows], self.shown[rows])
 
     def shuffled(self, rng: np.random.Generator) -> "Episodes":
@@ -128,8 +128,9 @@ class Pictures:
         self.of_pair = np.stack([np.flatnonzero(self.pair == pair) for pair in range(len(PAIRS))])  # (18, 2 * each)
 
     def pick(self, rng: np.random.Generator, shown: np.ndarray) -> np.ndarray:
-        """(E, S) pairs -> (E, S) pictures of them; an episode has none twice."""
-        episodes, segments = shown.shape
-        many = self.of_pair.shape[1]
+        """(E, S) pairs -> (E, S) pictures of them; an episode has none twice. Raises ValueError if there are too few."""
+        (episodes, segments), many = shown.shape, self.of_pair.shape[1]
+        if segments > many:
+            raise ValueError(f"an episode of {segments} segments needs as many pictures of a pair, not {many}")
         number = rng.permuted(np.tile(np.arange(many), (episodes, 1)), axis=1)[:, :segments]
         return self.of_pair[shown, number]
