@@ -3,16 +3,19 @@
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from bench import timing
-from bench.binding import SHOTS, Plan, Seed
+from bench.binding import SHOTS, FewShot, Plan, Seed
 from bench.results import table
 from vqa_scratch.data.binding import AFTER, FIRST_WORD, VOCABULARY, WORDS
 from vqa_scratch.report.curves import draw_panels
 from vqa_scratch.storage import write_whole
+from vqa_scratch.study import trace
 
 Figures = dict[str, Any]  # what a stage has left, as in its JSON file
 GOALS = {("frozen", "true", 4): "goal 0.9", ("frozen", "shuffled", 4): "goal at most 0.55"}
@@ -31,7 +34,10 @@ Loss on written episodes, in nats a token, of the Llama before and after the las
 
 {losses}
 
+- {looks}
 - {machine}. torch {torch}. Commit {commit}. `{command}`"""
+LOOKS = """Where the last token before the answer looks, in head {head} of layer {layer} ({model}, seed {seed}): {same:.2f}
+  of its attention is at the shots that show the pair of the question, {other:.2f} at the other shots."""
 
 
 def spread(values: Sequence[float]) -> str:
@@ -83,29 +89,56 @@ def draw_curves(path: Path, by_variant: dict[str, list[Figures]]) -> None:
     draw_panels(path, panels)
 
 
-def draw_episode(path: Path, seed: Seed, name: str, number: int = 0) -> None:
-    """An episode of the test with four shots: its pictures, what is said of them, and the chances of each word."""
+class Looks(NamedTuple):
+    """Where the question's last token looks, in the head that looks most at the shots with the question's pair."""
+
+    layer: int
+    head: int
+    same: float  # mean attention to the shots with that pair, together
+    other: float  # to the other shots
+    shots: Tensor  # (E, shots) to each shot
+
+
+@torch.no_grad()
+def looks(seed: Seed, model: FewShot) -> Looks:
+    """Of the test with most shots."""
+    episodes, places = seed.tests[f"true {SHOTS[-1]}"]
+    ids, segments = torch.from_numpy(episodes.tokens()[:, :-AFTER]), episodes.order.shape[1]
+    with trace(model.language, "decoder.*.self") as traced:
+        model(ids, seed.unseen.states(model.eyes, torch.from_numpy(places)))
+    rows = [traced.pattern(f"decoder.{layer}.self")[:, :, -1] for layer in range(len(model.language.blocks))]
+    attention = F.pad(torch.stack(rows, 1), (0, AFTER)).unflatten(-1, (segments, -1)).sum(-1)[..., :-1]
+    same = torch.from_numpy(episodes.shown[:, :-1] == episodes.shown[:, -1:])[:, None, None]
+    gained = (attention * same).sum(-1).mean(0), (attention * ~same).sum(-1).mean(0)  # (layers, heads) each
+    layer, head = divmod(int((gained[0] - gained[1]).argmax()), attention.shape[2])
+    return Looks(layer, head, *(share[layer, head].item() for share in gained), attention[:, layer, head])
+
+
+def draw_episode(path: Path, seed: Seed, model: FewShot, shots: Tensor, number: int = 1) -> None:
+    """An episode of the test with most shots: its pictures, what is said of them and how much each shot is looked at
+    (`shots` as in `Looks`), and the chances of each word."""
     from matplotlib.figure import Figure
 
     episodes, places = (part[number : number + 1] for part in seed.tests[f"true {SHOTS[-1]}"])
-    model, _ = seed.few_shot(name)
+    ids = torch.from_numpy(episodes.tokens()[:, :-AFTER])
     with torch.no_grad():
-        ids, shown = torch.from_numpy(episodes.tokens()[:, :-AFTER]), torch.from_numpy(places)
-        logits = model(ids, seed.unseen.states(model.eyes, shown))[0, -1]
-    chances = logits.softmax(0)[FIRST_WORD:]
-    segments = " ".join(VOCABULARY[token] for token in ids[0]).split("<image> ")[1:]
-    figure = Figure(figsize=(2 * len(segments) + 2.2, 2.5), layout="constrained")
-    axes = figure.subplots(1, len(segments) + 1, width_ratios=[1] * len(segments) + [1.2])
-    for axis, place, text in zip(axes, places[0], segments, strict=False):
+        logits = model(ids, seed.unseen.states(model.eyes, torch.from_numpy(places)))[0, -1]
+    said = " ".join(VOCABULARY[token] for token in ids[0]).split("<image> ")[1:]
+    said = [f"{text.strip()}\nlooked at: {share:.2f}" for text, share in zip(said, shots[number], strict=False)] + said[
+        -1:
+    ]
+    figure = Figure(figsize=(2 * len(said) + 2.2, 2.7), layout="constrained")
+    *axes, bars = figure.subplots(1, len(said) + 1, width_ratios=[1] * len(said) + [1.2])
+    for axis, place, text in zip(axes, places[0], said, strict=True):
         axis.imshow(seed.unseen.pictures.pixels[place])
         axis.set_xlabel(text, fontsize=11)
         axis.set_xticks([])
         axis.set_yticks([])
-    axes[-1].barh(WORDS[::-1], chances.numpy()[::-1], color="C0")
-    axes[-1].set_xlim(0, 1)
-    axes[-1].tick_params(labelsize=7)
-    axes[-1].set_xlabel("chance of each word", fontsize=9)
-    axes[-1].spines[["top", "right"]].set_visible(False)
+    bars.barh(WORDS[::-1], logits.softmax(0)[FIRST_WORD:].numpy()[::-1], color="C0")
+    bars.set_xlim(0, 1)
+    bars.tick_params(labelsize=7)
+    bars.set_xlabel("chance of each word", fontsize=9)
+    bars.spines[["top", "right"]].set_visible(False)
     write_whole(path, lambda unfinished: figure.savefig(unfinished, dpi=120, format="png"))
 
 
@@ -126,7 +159,9 @@ def run(plan: Plan, seeds: Sequence[int], variants: Sequence[str], out: Path, pi
         minutes = spread([one["seconds"] / 60 for one in figures])
         losses.append([name, before, after, later, f"{figures[0]['history'][-1]['step']}", minutes])
     draw_curves(pictures / CURVES, found)
-    draw_episode(pictures / EPISODE, work[0], variants[0])
+    model, _ = work[0].few_shot(variants[0])
+    seen = looks(work[0], model)
+    draw_episode(pictures / EPISODE, work[0], model, seen.shots)
     shots = [f"{number} shot{'s' * (number != 1)}" for number in SHOTS]
     head = ["model", "the shots show", *shots, f"{shots[-1]}, of all tokens", f"{shots[-1]}, pairs never seen"]
     return TEXT.format(
@@ -134,6 +169,7 @@ def run(plan: Plan, seeds: Sequence[int], variants: Sequence[str], out: Path, pi
         seeds=len(seeds),
         chance=1 / plan.words,
         accuracies=table(head, rows),
+        looks=LOOKS.format(model=variants[0], seed=seeds[0], **seen._asdict()),
         losses=table(["model", "before", "after", "after, an image behind the text", "steps", "minutes"], losses),
         machine=timing.machine(),
         torch=torch.__version__,
