@@ -24,6 +24,7 @@ GROUPS = 3
 SEEN = np.array([number for number, pair in enumerate(PAIRS) if pair not in HELD_OUT])  # (15,) drawn in training
 UNSEEN = np.array([number for number, pair in enumerate(PAIRS) if pair in HELD_OUT])  # (3,)
 GROUP_WORDS = np.arange(len(WORDS)).reshape(GROUPS, -1)  # (3, 4)
+GROUP_OF_WORD = np.arange(len(WORDS)) // GROUP_WORDS.shape[1]
 GROUP_PAIRS = SEEN.reshape(GROUPS, -1)  # (3, 5): in each are pairs that differ in color alone and in shape alone
 GROUP_OF_PAIR = np.full(len(PAIRS), -1)
 GROUP_OF_PAIR[GROUP_PAIRS] = np.arange(GROUPS)[:, None]
@@ -80,14 +81,23 @@ class Episodes:
 
 
 def draw_episodes(rng: np.random.Generator, number: int, segments: int, words: int = 2) -> Episodes:
-    """Episodes to train on; each segment is about any of the words."""
-    chosen = rng.permuted(np.tile(np.arange(len(WORDS)), (number, 1)), axis=1)[:, :words]
-    group = chosen // GROUP_WORDS.shape[1]
-    pairs = rng.permuted(np.tile(SEEN, (number, 1)), axis=1)[:, :words]
-    while (wrong := (GROUP_OF_PAIR[pairs] == group).any(1)).any():
-        pairs[wrong] = rng.permuted(np.tile(SEEN, (wrong.sum(), 1)), axis=1)[:, :words]
+    """Episodes to train on; each segment is about any of the words.
+
+    The words are of one group and the pairs of the two others, or the other way round: so each word may stand for each
+    of the pairs, and a pair that training never binds to a word does not give away that it is another's.
+    """
+    group, swap = rng.integers(GROUPS, size=(number, 1)), rng.integers(2, size=(number, 1))
     order = rng.integers(words, size=(number, segments))
-    return Episodes.of(chosen, pairs, order)
+    return Episodes.of(
+        _some_of(rng, (group == GROUP_OF_WORD) == swap, words),
+        SEEN[_some_of(rng, (GROUP_OF_PAIR[SEEN] == group) != swap, words)],
+        order,
+    )
+
+
+def _some_of(rng: np.random.Generator, allowed: np.ndarray, number: int) -> np.ndarray:
+    """(E, M) bool -> (E, number): different places in each row, drawn from those that are allowed."""
+    return np.where(allowed, rng.random(allowed.shape), 1).argsort(1)[:, :number]
 
 
 def orders(shots: int, words: int) -> list[tuple[int, ...]]:
