@@ -138,7 +138,7 @@ class Pictures:
         self.of_pair = np.stack([np.flatnonzero(self.pair == pair) for pair in range(len(PAIRS))])  # (18, 2 * each)
 
     def pick(self, rng: np.random.Generator, shown: np.ndarray) -> np.ndarray:
-        """(E, S) pairs -> (E, S) pictures of them; an episode has none twice. Raises ValueError if there are too few."""
+        """(E, S) pairs -> (E, S) pictures of them, none twice in an episode. Raises ValueError if there are too few."""
         (episodes, segments), many = shown.shape, self.of_pair.shape[1]
         if segments > many:
             raise ValueError(f"an episode of {segments} segments needs as many pictures of a pair, not {many}")
