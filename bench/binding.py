@@ -198,13 +198,14 @@ def train_few_shot(plan: Plan, model: FewShot, pool: Pool, rng: np.random.Genera
 @torch.no_grad()
 def score(answer: Answerer, episodes: Episodes, places: np.ndarray, *, written: bool = False) -> dict[str, float]:
     """How often the answer is right, with the pictures at these places (E, S) of a pool: `chosen` among the words of
-    the episode, and `said`, chosen among all tokens."""
-    words, right = torch.from_numpy(episodes.words), torch.from_numpy(episodes.order[:, -1:])
+    the episode, and `said`, chosen among all tokens. `last`: how often the word of the last shot is chosen."""
+    words, order = torch.from_numpy(episodes.words), torch.from_numpy(episodes.order)
     prompts = torch.from_numpy(episodes.tokens(written=written)[:, : -binding.AFTER])
     scores = answer(prompts, torch.from_numpy(places))
-    chosen = scores.gather(1, binding.FIRST_WORD + words).argmax(1, keepdim=True) == right
+    right, chosen = order[:, -1:], scores.gather(1, binding.FIRST_WORD + words).argmax(1, keepdim=True)
     said = scores.argmax(1, keepdim=True) == binding.FIRST_WORD + words.gather(1, right)
-    return {"chosen": chosen.double().mean().item(), "said": said.double().mean().item()}
+    shares = {"chosen": chosen == right, "said": said, "last": chosen == order[:, -2:-1]}
+    return {name: share.double().mean().item() for name, share in shares.items() if share.numel()}
 
 
 def tests(plan: Plan, pictures: Pictures, seed: int) -> dict[str, tuple[Episodes, np.ndarray]]:

@@ -189,7 +189,9 @@ def test_who_knows_less_is_at_chance_exactly(pool, which):
         assert accuracies(of_what(known[which]), pool) == [0.5] * 4
     else:
         made = benchmark_tests(TINY, pool, seed=0)
-        assert {score(copies, *made[f"true {shots}"])["chosen"] for shots in SHOTS[1:]} == {0.5}
+        scores = [score(copies, *made[f"true {shots}"]) for shots in SHOTS[1:]]
+        assert {one["chosen"] for one in scores} == {0.5}
+        assert scores[0]["last"] == 1 and scores[1]["last"] == (which == "the last")
 
 
 def test_what_is_said_is_chosen_among_all_tokens(pool):
@@ -197,8 +199,8 @@ def test_what_is_said_is_chosen_among_all_tokens(pool):
         return relates(pool)(prompts, places) + 2 * F.one_hot(torch.tensor(VOCABULARY.index("this")), len(VOCABULARY))
 
     made = benchmark_tests(TINY, pool, seed=0)["true 2"]
-    assert score(says_this, *made) == {"chosen": 1.0, "said": 0.0}
-    assert score(relates(pool), *made) == {"chosen": 1.0, "said": 1.0}
+    assert score(says_this, *made) == {"chosen": 1.0, "said": 0.0, "last": 0.5}
+    assert score(relates(pool), *made) == {"chosen": 1.0, "said": 1.0, "last": 0.5}
 
 
 def test_stages_train_what_they_should_and_are_not_repeated(tmp_path, monkeypatch):
