@@ -36,8 +36,8 @@ Loss on written episodes, in nats a token, of the Llama before and after the las
 
 - {looks}
 - {machine}. torch {torch}. Commit {commit}. `{command}`"""
-LOOKS = """Where the last token before the answer looks, in head {head} of layer {layer} ({model}, seed {seed}): {same:.2f}
-  of its attention is at the shots that show the pair of the question, {other:.2f} at the other shots."""
+LOOKS = """Where the last token before the answer looks, in head {head} of layer {layer} ({model}, seed {seed}):
+  {same:.2f} of its attention is at the shots that show the pair of the question, {other:.2f} at the other shots."""
 
 
 def spread(values: Sequence[float]) -> str:
