@@ -36,8 +36,8 @@ Loss on written episodes, in nats a token, of the Llama before and after the las
 
 - {looks}
 - {machine}. torch {torch}. Commit {commit}. `{command}`"""
-LOOKS = """Where the last token before the answer looks, in head {head} of layer {layer} ({model}, seed {seed}):
-  {same:.2f} of its attention is at the shots that show the pair of the question, {other:.2f} at the other shots."""
+LOOKS = """Where the last token before the answer looks ({model}), in the head that tells the shots apart best, summed
+  over the shots that show the pair of the question / over the others: {heads}."""
 
 
 def spread(values: Sequence[float]) -> str:
@@ -90,7 +90,7 @@ def draw_curves(path: Path, by_variant: dict[str, list[Figures]]) -> None:
 
 
 class Looks(NamedTuple):
-    """Where the question's last token looks, in the head that looks most at the shots with the question's pair."""
+    """Where the question's last token looks, in the head that tells shots with the question's pair from others best."""
 
     layer: int
     head: int
@@ -110,7 +110,7 @@ def looks(seed: Seed, model: FewShot) -> Looks:
     attention = F.pad(torch.stack(rows, 1), (0, 1)).unflatten(-1, (segments, -1)).sum(-1)[..., :-1]
     same = torch.from_numpy(episodes.shown[:, :-1] == episodes.shown[:, -1:])[:, None, None]
     gained = (attention * same).sum(-1).mean(0), (attention * ~same).sum(-1).mean(0)  # (layers, heads) each
-    layer, head = divmod(int((gained[0] - gained[1]).argmax()), attention.shape[2])
+    layer, head = divmod(int((gained[0] - gained[1]).abs().argmax()), attention.shape[2])
     return Looks(layer, head, *(share[layer, head].item() for share in gained), attention[:, layer, head])
 
 
@@ -154,9 +154,14 @@ def run(plan: Plan, seeds: Sequence[int], variants: Sequence[str], out: Path, pi
         minutes = spread([one["seconds"] / 60 for one in figures])
         losses.append([name, before, after, later, f"{figures[0]['history'][-1]['step']}", minutes])
     draw_curves(pictures / CURVES, found)
-    model, _ = work[0].few_shot(variants[0])
-    seen = looks(work[0], model)
-    draw_episode(pictures / EPISODE, work[0], model, seen.shots)
+    models = [seed.few_shot(variants[0])[0] for seed in work]
+    seen = [looks(seed, model) for seed, model in zip(work, models, strict=True)]
+    clearest = max(range(len(work)), key=lambda number: seen[number].same - seen[number].other)
+    draw_episode(pictures / EPISODE, work[clearest], models[clearest], seen[clearest].shots)
+    heads = [
+        f"seed {seed}, head {one.head} of layer {one.layer}, {one.same:.2f} / {one.other:.2f}"
+        for seed, one in zip(seeds, seen, strict=True)
+    ]
     shots = [f"{number} shot{'s' * (number != 1)}" for number in SHOTS]
     head = ["model", "the shots show", *shots, f"{shots[-1]}, of all tokens", f"{shots[-1]}, pairs never seen"]
     return TEXT.format(
@@ -164,7 +169,7 @@ def run(plan: Plan, seeds: Sequence[int], variants: Sequence[str], out: Path, pi
         seeds=len(seeds),
         chance=1 / plan.words,
         accuracies=table(head, rows),
-        looks=LOOKS.format(model=variants[0], seed=seeds[0], **seen._asdict()),
+        looks=LOOKS.format(model=variants[0], heads="; ".join(heads)),
         losses=table(["model", "before", "after", "after, an image behind the text", "steps", "minutes"], losses),
         machine=timing.machine(),
         torch=torch.__version__,
