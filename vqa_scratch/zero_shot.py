@@ -6,12 +6,13 @@ section 4.1), of LLaVA the checkpoint's chat template, else version 1.5's, of Fu
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from vqa_scratch.data.answers import Answer
@@ -25,7 +26,11 @@ from vqa_scratch.generate import GenerationOptions, generate
 from vqa_scratch.generation_options import end_ids
 from vqa_scratch.models import Blip2, Fuyu, Llava
 from vqa_scratch.models.image_text import ImageTextModel
+from vqa_scratch.nn.states import Places
 from vqa_scratch.storage import read_object, typed
+from vqa_scratch.study.base import Source, block_attentions, grid_source, image_source
+from vqa_scratch.study.opened import Opened, run_name, special_tokens, token_label, written
+from vqa_scratch.study.subject import Blip2Subject, PlacedSubject
 from vqa_scratch.training.precision import DTYPES, pick_precision
 from vqa_scratch.weights.files import CONFIG, read_config, resolve_folder
 from vqa_scratch.weights.hub import locate
@@ -39,6 +44,7 @@ class ZeroShot(ABC):
 
     writes: ClassVar[bool] = True
     example: ClassVar[str] = "what is in the picture?"
+    asked: ClassVar[str] = "question"  # what `subject` takes beside the image
     model_class: ClassVar[type[ImageTextModel]]
     processor_class: ClassVar[type[ImageProcessor]] = ImageProcessor
 
@@ -59,6 +65,23 @@ class ZeroShot(ABC):
     @abstractmethod
     def read(self, prompt: list[int], pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Ids (1, T) and embeddings (1, T, E) of a prompt with its image (1, 3, H, W)."""
+
+    @abstractmethod
+    def studied(self, prompt: list[int], pixels: Tensor) -> Blip2Subject | PlacedSubject:
+        """What study looks at: the model with a prompt and its image."""
+
+    @property
+    def end(self) -> tuple[int, ...]:
+        """The tokens that end an answer."""
+        end = self.model.language.config.eos_id
+        return end_ids(self.tokenizer.eos_id if end is None else end)
+
+    def prepared(self, image: Image.Image, question: str | None) -> tuple[list[int], Tensor]:
+        """The prompt and the image (1, 3, H, W). Raises UserError for a missing or an empty question."""
+        if question is None:
+            raise UserError(f"{self.source} answers questions: give it --question")
+        prompt = self.prompt(check_question(question))
+        return prompt, self.processor(image)[None].to(self.device)
 
     def check_room(self, prompt: list[int], places: int, new_tokens: int) -> None:
         """Raise UserError if a prompt with `places` for an image leaves no room for `new_tokens`."""
@@ -86,15 +109,10 @@ class ZeroShot(ABC):
         image, a missing, empty or too long question, contradicting options, and a `top`, since there is no list of
         answers to rank.
         """
-        if question is None:
-            raise UserError(f"{self.source} answers questions: give it --question")
         if top is not None:
             raise UserError(f"{self.source} writes one answer and ranks no list of them: leave out --top")
-        end = self.model.language.config.eos_id
-        end = self.tokenizer.eos_id if end is None else end
-        options = GenerationOptions(**{"max_new_tokens": MAX_ANSWER_TOKENS, "eos_id": end, **(decoding or {})})
-        prompt = self.prompt(check_question(question))
-        pixels = self.processor(load_image(image))[None].to(self.device)
+        options = GenerationOptions(**{"max_new_tokens": MAX_ANSWER_TOKENS, "eos_id": self.end, **(decoding or {})})
+        prompt, pixels = self.prepared(load_image(image), question)
         ids, embeddings = self.read(prompt, pixels)
         self.check_room(prompt, ids.shape[1] - len(prompt), options.max_new_tokens)
         made = generate(self.model.language, ids, embeddings=embeddings, options=options)
@@ -102,6 +120,27 @@ class ZeroShot(ABC):
         said = made.ids[0, :length].tolist()
         text = self.tokenizer.decode(said).strip()
         return [Answer(text, float(made.likely()), length, said[-1] in end_ids(options.eos_id))], []
+
+    @torch.no_grad()
+    def subject(self, image: Image.Image, question: str | None) -> Opened:
+        """One question about one image, for study; UserError as in `ask`. Shown are the pixels that reach the model."""
+        prompt, pixels = self.prepared(image, question)
+        subject = self.studied(prompt, pixels)
+        self.check_room(prompt, subject.prefix + len(subject.prompt) - len(prompt), MAX_ANSWER_TOKENS)
+        subject.end_ids = self.end
+        shown = Image.fromarray(self.processor.to_uint8(image))
+        answer = written(self.tokenizer, subject.prompt)
+        return Opened(run_name(Path(self.source)), subject, question or "", shown, **answer)
+
+    def placed(
+        self, ids: list[int], pixels: Tensor, encode: Callable[[Tensor], Tensor], image: Source, where: list[int]
+    ) -> PlacedSubject:
+        """A prompt with its places, for study; see `PlacedSubject`. Raises UserError if it ends with one."""
+        if where[-1] == len(ids) - 1:
+            raise UserError(f"the prompt of {self.source} ends with its image; study needs a word that reads it")
+        labels = [token_label(self.tokenizer, index) for index in ids]
+        special = special_tokens(self.tokenizer, ids)
+        return PlacedSubject(self.model, pixels, encode, ids, labels, special, image, where, MAX_ANSWER_TOKENS)
 
 
 class AskedBlip2(ZeroShot):
@@ -127,6 +166,9 @@ class AskedBlip2(ZeroShot):
         image = self.model.encode_image(pixels)
         ids = torch.tensor([prompt[:1] * image.shape[1] + prompt], device=self.device)
         return ids, torch.cat([image, self.model.language.embed(ids[:, image.shape[1] :])], 1)
+
+    def studied(self, prompt: list[int], pixels: Tensor) -> Blip2Subject:
+        return Blip2Subject(self.model, pixels, prompt, MAX_ANSWER_TOKENS)
 
 
 class AskedLlava(ZeroShot):
@@ -160,6 +202,12 @@ class AskedLlava(ZeroShot):
         ids = torch.tensor([prompt[:place] + places + prompt[place + 1 :]], device=self.device)
         return ids, self.model.place(ids, image)
 
+    def studied(self, prompt: list[int], pixels: Tensor) -> PlacedSubject:
+        model, ids = self.model, self.read(prompt, pixels)[0][0].tolist()
+        image = image_source(model.vision, pixels, block_attentions("image", model.vision)[: model.blocks_read])
+        where = [place for place, token in enumerate(ids) if token == model.config.image_token]
+        return self.placed(ids, pixels, model.encode_image, image, where)
+
 
 class AskedFuyu(ZeroShot):
     """The rows of the image, the start token, the question on a line, and the token that begins an answer."""
@@ -187,6 +235,20 @@ class AskedFuyu(ZeroShot):
             [self.model.rows(pixels.shape[2], pixels.shape[3], self.newline) + prompt], device=self.device
         )
         return ids, self.model.embed(ids, self.model.patches(pixels))
+
+    def studied(self, prompt: list[int], pixels: Tensor) -> PlacedSubject:
+        """The newlines after its rows are tokens of the image without a place."""
+        model, side = self.model, self.model.config.patch_size
+        rows = model.rows(pixels.shape[2], pixels.shape[3], self.newline)
+        newlines = [place for place, token in enumerate(rows) if token == self.newline]
+        patches = [place for place, token in enumerate(rows) if token != self.newline]
+        places = Places((len(newlines), len(patches) // len(newlines)), side / 2, side)
+        image = grid_source(places, [f"newline {i + 1}" for i in range(len(newlines))])
+
+        def encode(images: Tensor) -> Tensor:
+            return model.encode_image(model.patches(images))
+
+        return self.placed([*rows, *prompt], pixels, encode, image, [*newlines, *patches])
 
 
 FAMILIES: dict[str, type[ZeroShot]] = {"blip-2": AskedBlip2, "llava": AskedLlava, "fuyu": AskedFuyu}  # by model_type

@@ -3,7 +3,7 @@
 Everything else in `study` works on a `Subject`, whatever the model:
 
 * a decoder whose cross-attention reads sources: a VQA model, a captioner, a T5;
-* a decoder whose own sequence begins with the image, the prefix: BLIP-2, LLaVA;
+* a decoder whose own sequence begins with the image, the prefix: BLIP-2; or with a prompt that has it in it: LLaVA, Fuyu;
 * a single stream whose own sequence is all sources: a ViLT, which reads its answer off the first token.
 
 `subject.py` has one class a model. Shapes: S source tokens, X tokens of the writer's own sequence, T of them rows that
@@ -12,6 +12,7 @@ a map is made for, K keys of cross-attention or tokens of the prefix, D width, V
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -161,10 +162,14 @@ class ImageSubject(Subject):
 
 def image_source(encoder: ImageEncoder, pixel_values: Tensor, attentions: tuple[str, ...] = ()) -> Source:
     """The tokens that an image encoder (see `nn/states.py`) makes of `pixel_values` (1, C, H, W)."""
-    places = encoder.places(*pixel_values.shape[2:])
-    prefix = ["[class]", *(f"[token {i}]" for i in range(2, encoder.prefix_tokens + 1))][: encoder.prefix_tokens]
+    before = ["[class]", *(f"[token {i}]" for i in range(2, encoder.prefix_tokens + 1))][: encoder.prefix_tokens]
+    return grid_source(encoder.places(*pixel_values.shape[2:]), before, attentions)
+
+
+def grid_source(places: Places, before: Sequence[str], attentions: tuple[str, ...] = ()) -> Source:
+    """The tokens of an image: those without a place, with these labels, and one for each of the `places`."""
     patches = [f"patch {r + 1},{c + 1}" for r in range(places.grid[0]) for c in range(places.grid[1])]
-    return Source("image", (*prefix, *patches), tuple(range(len(prefix))), places, attentions)
+    return Source("image", (*before, *patches), tuple(range(len(before))), places, attentions)
 
 
 def block_attentions(name: str, encoder: nn.Module | None) -> tuple[str, ...]:

@@ -34,7 +34,8 @@ def logit_lens(subject: Subject, t: Trace) -> Tensor:
     """
     states = [t[f"{subject.writer}.0.resid_pre"]]
     states += [t[f"{subject.writer}.{i}.resid_post"] for i in range(subject.layers)]
-    return subject.log_probabilities(subject.readout(torch.cat([subject.rows(x) for x in states]).float()))
+    kind = next(subject.decoder.parameters()).dtype
+    return subject.log_probabilities(subject.readout(torch.cat([subject.rows(x) for x in states]).to(kind)))
 
 
 def frozen_norm(norm: nn.LayerNorm | RMSNorm, x: Tensor) -> Callable[[Tensor], Tensor]:
@@ -78,7 +79,7 @@ def logit_attribution(subject: Subject, t: Trace, row: int, token: int) -> Attri
         bias = attention_at(t.modules, name).out.bias
         biases = biases if bias is None else biases + logit(bias)
     if isinstance(norm, nn.LayerNorm) and norm.bias is not None:
-        biases = biases + norm.bias @ direction
+        biases = biases + norm.bias.float() @ direction
     return Attribution(
         heads={kind: torch.stack(values).cpu() for kind, values in heads.items()},
         mlps=torch.stack([logit(t[f"{writer}.{i}.mlp.out"][0, row]) for i in range(subject.layers)]).cpu(),

@@ -48,6 +48,10 @@ class Study:
     certificate: Certificate
 
     @property
+    def measure(self) -> str:
+        return "probability"
+
+    @property
     def probability(self) -> float:
         """Of the whole answer."""
         return float(torch.tensor([token.probability for token in self.tokens]).log().sum().exp())

@@ -52,11 +52,12 @@ def _attention(study: Study, names: list[str], kind: str) -> dict[str, Any]:
 
     The attention that reads the sources, "cross", always has one row for each answer token.
     """
-    patterns = torch.stack([study.trace.pattern(name)[0].cpu() for name in names])
     rows: list[int] | None = None
-    if kind == "cross":
-        patterns = study.opened.subject.rows(patterns)[:, :, [token.row for token in study.tokens]]
-    elif patterns.numel() > OWN_BUDGET:
+    found = (study.trace.pattern(name)[0].cpu() for name in names)
+    if kind == "cross":  # of each before the next: a prefix may be long
+        found = (study.opened.subject.rows(pattern)[:, [token.row for token in study.tokens]] for pattern in found)
+    patterns = torch.stack(list(found))
+    if kind != "cross" and patterns.numel() > OWN_BUDGET:
         patterns = torch.cat([patterns[:, :, :1], patterns.mean(2, keepdim=True)], 2)
         rows = [0, -1]  # -1: the mean over all
     return {"kind": kind, "names": names, "rows": rows, "pattern": packed(patterns, "u8")}

@@ -4,7 +4,7 @@ Shapes: n images, C channels, H x W pixels, S source tokens, T rows of the write
 """
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from vqa_scratch.generate import greedy
 from vqa_scratch.generation_options import end_ids
 from vqa_scratch.models.blip2 import Blip2
+from vqa_scratch.models.image_text import ImageTextModel
 from vqa_scratch.models.t5 import T5
 from vqa_scratch.models.vilt import ViLTClassifier
 from vqa_scratch.models.vqa import VQAModel
@@ -125,6 +126,54 @@ class Blip2Subject(WritingSubject, ImageSubject):
 
     def conditioning(self) -> Conditioning:
         return Conditioning(prefix=self.model.encode_image(self.pixel_values))
+
+
+class PlacedSubject(WritingSubject, ImageSubject):
+    """A LLaVA or a Fuyu with the `ids` of a prompt in which an image has places, anywhere but at its end.
+
+    All of the prompt but its last token is the prefix of the decoder: words, and what an image becomes among them.
+    `encode` makes its embeddings (n, N, E) of n images (n, C, H, W). The last tokens of the source `image` stand at
+    the positions `where` of the prompt, in this order: as many as `where` has. `labels` are of all ids, `special` are
+    the indices of separators among them.
+    """
+
+    def __init__(
+        self,
+        model: ImageTextModel,
+        pixel_values: Tensor,
+        encode: Callable[[Tensor], Tensor],
+        ids: list[int],
+        labels: Sequence[str],
+        special: Sequence[int],
+        image: Source,
+        where: Sequence[int],
+        max_new_tokens: int = 32,
+    ) -> None:
+        assert len(pixel_values) == 1 and len(ids) == len(labels) and max(where) < len(ids) - 1
+        super().__init__(model.language, ids[-1:], max_new_tokens)
+        self.model: ImageTextModel = model
+        self.decoder, self.encode, self.ids = model.language, encode, ids[:-1]
+        self.pixel_values = pixel_values.to(self.device)
+        self.prefix = len(self.ids)
+        words = [i for i in range(self.prefix) if i not in set(where)]
+        sinks = [place for place, i in enumerate(words) if i in special]
+        self.sources = (question_source(None, [labels[i] for i in words], sinks), image)
+        self.mixing = torch.zeros(self.prefix, len(words) + len(image))
+        self.mixing[words, range(len(words))] = 1
+        self.mixing[where, range(-len(where), 0)] = 1
+
+    def given(self, images: Tensor) -> Tensor:
+        """The embeddings of the prefix with each of n images, (n, K, E)."""
+        ids = torch.tensor([self.ids], device=self.device).expand(len(images), -1)
+        return self.model.place(ids, self.encode(images))
+
+    def logits_of(self, images: Tensor, decoder_ids: list[int]) -> Tensor:
+        ids = torch.tensor([decoder_ids], device=self.device).expand(len(images), -1)
+        sequence = torch.cat([self.given(images), self.language.embed(ids)], 1)
+        return self.model.read(sequence, None)[:, self.prefix :]
+
+    def conditioning(self) -> Conditioning:
+        return Conditioning(prefix=self.given(self.pixel_values))
 
 
 class ViLTSubject(ImageSubject):
