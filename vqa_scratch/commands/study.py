@@ -84,20 +84,23 @@ def study(
         for done in studies:
             for note in done.opened.notes:
                 print(f"note: {note}", file=sys.stderr)
-            print(f"{done.opened.run}: {done.answer or '(nothing)'}  ({done.measure} {done.probability:.3f})")
+            said = f"{done.answer or '(nothing)'}  ({done.opened.subject.measure} {done.probability:.3f})"
+            print(f"{done.opened.run}: {said}")
             print(f"certificate: {done.certificate}")
         print(f"see {out / 'report.html'}")
         return
     if ablation is not None and model is not None:
         raise UserError("--ablation scores the answers of a run: it does not go with --model")
     system = open_asked(run and run_folder(run), model, device, precision or "fp32")
+    if faithfulness is not None and system.asked != "question":
+        raise UserError(f"--faithfulness goes over questions, and {run} is asked none")
     figures: dict[str, Any] = {"run": run_name(run or Path(str(model))), "split": split}
 
     def subject_of(image: Any, question: str) -> Any:
         return system.subject(image, question).subject
 
     if pointing is not None:
-        found = pointing_figures(subject_of, system.processor, pointing, split, questions)
+        found = pointing_figures(subject_of, system.processor, pointing, split, questions, system.asked)
         figures["pointing"] = {name: asdict(p) | {"ratio": p.ratio} for name, p in found.items()}
         print(pointing_table(found))
     if faithfulness is not None:

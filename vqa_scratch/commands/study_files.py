@@ -49,7 +49,9 @@ def open_input(
     asked, other = (question, text) if system.asked == "question" else (text, question)
     if other is not None or image is None:
         left_out = "text" if system.asked == "question" else "question"
-        raise UserError(f'{name} looks at images: give it --image FILE and a --{system.asked} "...", and no --{left_out}')
+        raise UserError(
+            f'{name} looks at images: give it --image FILE and a --{system.asked} "...", and no --{left_out}'
+        )
     return system.subject(load_image(image), asked)
 
 

@@ -3,7 +3,7 @@
 Everything else in `study` works on a `Subject`, whatever the model:
 
 * a decoder whose cross-attention reads sources: a VQA model, a captioner, a T5;
-* a decoder whose own sequence begins with the image, the prefix: BLIP-2; or with a prompt that has it in it: LLaVA, Fuyu;
+* a decoder whose own sequence begins with the image, the prefix: BLIP-2, LLaVA, Fuyu;
 * a single stream whose own sequence is all sources: a ViLT, which reads its answer off the first token.
 
 `subject.py` has one class a model. Shapes: S source tokens, X tokens of the writer's own sequence, T of them rows that
@@ -22,6 +22,7 @@ from vqa_scratch.models.hf_config import ReleasedDecoder
 from vqa_scratch.models.t5 import T5Stack
 from vqa_scratch.models.vit import ViT
 from vqa_scratch.nn.states import ImageEncoder, Places
+from vqa_scratch.study.trace import Trace
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class Source:
     places: Places | None = None
     attentions: tuple[str, ...] = ()  # of its own blocks, in the order they run
     reads: str | None = None  # the source that its cross-attention reads: learned queries read the image
+    asked: int = 0  # the token whose attention a page shows first
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -42,6 +44,14 @@ class Source:
     def of_image(self) -> bool:
         """Whether its tokens are about the image."""
         return self.places is not None or self.reads is not None
+
+
+@dataclass(frozen=True)
+class Flow:
+    """How much each source token and each of the writer's own tokens matters, for each row of the writer."""
+
+    sources: Tensor  # (T, S)
+    decoder: Tensor  # (T, X - prefix)
 
 
 class Subject(ABC):
@@ -61,6 +71,8 @@ class Subject(ABC):
     max_new_tokens: int
     head: Tensor | None = None  # (V, D), where logits = head @ normed state, and states are a plain sum
     end_ids: tuple[int, ...] = ()  # each ends an answer
+    measure: str = "probability"  # what the number beside each token of the answer is
+    has_lens: bool = True  # whether the writer's states can be read off after any block
 
     @property
     def device(self) -> torch.device:
@@ -72,14 +84,20 @@ class Subject(ABC):
         return len(self.decoder.blocks)
 
     @property
+    def attentions(self) -> list[str]:
+        """The writer's attentions, in the order they run."""
+        kinds = ("self",) if self.prefix else ("self", "cross")
+        return [f"{self.writer}.{i}.{kind}" for i in range(self.layers) for kind in kinds]
+
+    @property
     def self_attentions(self) -> list[str]:
         """The writer's self-attentions, in order."""
-        return [f"{self.writer}.{i}.self" for i in range(self.layers)]
+        return [name for name in self.attentions if name.endswith(".self")]
 
     @property
     def reading(self) -> list[str]:
         """The writer's attentions that read sources, in order."""
-        return self.self_attentions if self.prefix else [f"{self.writer}.{i}.cross" for i in range(self.layers)]
+        return [name for name in self.attentions if name.endswith(".self") == bool(self.prefix)]
 
     # ------------------------------------------------------------------------------------------ running it
 
@@ -97,6 +115,10 @@ class Subject(ABC):
     @abstractmethod
     def readout(self, states: Tensor) -> Tensor:
         """(..., T, D) -> (..., T, V): the logits if these were the last states."""
+
+    def more_flows(self, t: Trace) -> dict[str, Flow]:
+        """Maps that only this kind of model has; `t` is a trace of an answer."""
+        return {}
 
     def log_probabilities(self, logits: Tensor) -> Tensor:
         """(..., V) -> (..., V)."""
