@@ -6,7 +6,7 @@ section 4.1), of LLaVA the checkpoint's chat template, else version 1.5's, of Fu
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -26,11 +26,9 @@ from vqa_scratch.generate import GenerationOptions, generate
 from vqa_scratch.generation_options import end_ids
 from vqa_scratch.models import Blip2, Fuyu, Llava
 from vqa_scratch.models.image_text import ImageTextModel
-from vqa_scratch.nn.states import Places
 from vqa_scratch.storage import read_object, typed
-from vqa_scratch.study.base import Source, block_attentions, grid_source, image_source
 from vqa_scratch.study.opened import Opened, run_name, special_tokens, token_label, written
-from vqa_scratch.study.subject import Blip2Subject, PlacedSubject
+from vqa_scratch.study.subject import Blip2Subject, PlacedSubject, fuyu_subject, llava_subject
 from vqa_scratch.training.precision import DTYPES, pick_precision
 from vqa_scratch.weights.files import CONFIG, read_config, resolve_folder
 from vqa_scratch.weights.hub import locate
@@ -132,15 +130,14 @@ class ZeroShot(ABC):
         answer = written(self.tokenizer, subject.prompt)
         return Opened(run_name(Path(self.source)), subject, question or "", shown, **answer)
 
-    def placed(
-        self, ids: list[int], pixels: Tensor, encode: Callable[[Tensor], Tensor], image: Source, where: list[int]
-    ) -> PlacedSubject:
-        """A prompt with its places, for study; see `PlacedSubject`. Raises UserError if it ends with one."""
-        if where[-1] == len(ids) - 1:
+    def labelled(self, ids: list[int]) -> tuple[list[int], list[str], tuple[int, ...]]:
+        """A prompt with the places of its image, for study: ids, their labels, which are separators.
+
+        Raises UserError if it ends with the image.
+        """
+        if ids[-1] == self.model.config.image_token:
             raise UserError(f"the prompt of {self.source} ends with its image; study needs a word that reads it")
-        labels = [token_label(self.tokenizer, index) for index in ids]
-        special = special_tokens(self.tokenizer, ids)
-        return PlacedSubject(self.model, pixels, encode, ids, labels, special, image, where, MAX_ANSWER_TOKENS)
+        return ids, [token_label(self.tokenizer, index) for index in ids], special_tokens(self.tokenizer, ids)
 
 
 class AskedBlip2(ZeroShot):
@@ -203,10 +200,8 @@ class AskedLlava(ZeroShot):
         return ids, self.model.place(ids, image)
 
     def studied(self, prompt: list[int], pixels: Tensor) -> PlacedSubject:
-        model, ids = self.model, self.read(prompt, pixels)[0][0].tolist()
-        image = image_source(model.vision, pixels, block_attentions("image", model.vision)[: model.blocks_read])
-        where = [place for place, token in enumerate(ids) if token == model.config.image_token]
-        return self.placed(ids, pixels, model.encode_image, image, where)
+        ids = self.read(prompt, pixels)[0][0].tolist()
+        return llava_subject(self.model, pixels, *self.labelled(ids), MAX_ANSWER_TOKENS)
 
 
 class AskedFuyu(ZeroShot):
@@ -237,18 +232,8 @@ class AskedFuyu(ZeroShot):
         return ids, self.model.embed(ids, self.model.patches(pixels))
 
     def studied(self, prompt: list[int], pixels: Tensor) -> PlacedSubject:
-        """The newlines after its rows are tokens of the image without a place."""
-        model, side = self.model, self.model.config.patch_size
-        rows = model.rows(pixels.shape[2], pixels.shape[3], self.newline)
-        newlines = [place for place, token in enumerate(rows) if token == self.newline]
-        patches = [place for place, token in enumerate(rows) if token != self.newline]
-        places = Places((len(newlines), len(patches) // len(newlines)), side / 2, side)
-        image = grid_source(places, [f"newline {i + 1}" for i in range(len(newlines))])
-
-        def encode(images: Tensor) -> Tensor:
-            return model.encode_image(model.patches(images))
-
-        return self.placed([*rows, *prompt], pixels, encode, image, [*newlines, *patches])
+        rows = self.model.rows(pixels.shape[2], pixels.shape[3], self.newline)
+        return fuyu_subject(self.model, pixels, *self.labelled([*rows, *prompt]), MAX_ANSWER_TOKENS)
 
 
 FAMILIES: dict[str, type[ZeroShot]] = {"blip-2": AskedBlip2, "llava": AskedLlava, "fuyu": AskedFuyu}  # by model_type

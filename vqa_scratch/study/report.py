@@ -48,13 +48,13 @@ def _base64(data: bytes) -> str:
 
 
 def _attention(study: Study, names: list[str], kind: str) -> dict[str, Any]:
-    """Patterns (L, H, rows, K) of one kind of attention; if they are large, only the first row that is asked and the mean row.
+    """Patterns (L, H, rows, K) of one kind of attention; if they are large, the row asked first and the mean row alone.
 
     The attention that reads the sources, "cross", always has one row for each answer token.
     """
     rows: list[int] | None = None
     found = (study.trace.pattern(name)[0].cpu() for name in names)
-    if kind == "cross":  # of each before the next: a prefix may be long
+    if kind == "cross":  # before they are stacked
         found = (study.opened.subject.rows(pattern)[:, [token.row for token in study.tokens]] for pattern in found)
     patterns = torch.stack(list(found))
     if kind != "cross" and patterns.numel() > OWN_BUDGET:

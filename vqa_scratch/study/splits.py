@@ -15,7 +15,6 @@ from torch import nn
 from vqa_scratch.data.descriptions import About, read_drawn, scenes_file
 from vqa_scratch.data.images import ImageProcessor, load_image
 from vqa_scratch.data.scenes import Object, Scene
-from vqa_scratch.data.vqa_files import first_images
 from vqa_scratch.data.vqa_v2 import VQASample, read_vqa, spread
 from vqa_scratch.errors import UserError
 from vqa_scratch.report.curves import draw_panels
@@ -57,7 +56,7 @@ def asked_about(data: Path, split: str) -> list[tuple[VQASample, str, Object]]:
 def told_apart(data: Path, split: str, part: str) -> list[tuple[VQASample, str, Object]]:
     """Images and the "color" or "shape" of an object that no other in the image has, or both: "color shape"."""
     drawn, found = _drawn(data, split), []
-    for sample in first_images(read_vqa(data, split).samples):
+    for sample in {sample.image_id: sample for sample in read_vqa(data, split).samples}.values():
         scene = drawn[sample.image_id][0] if sample.image_id in drawn else ()
         words = [" ".join(getattr(thing, name) for name in part.split()) for thing in scene]
         found += [(sample, word, thing) for word, thing in zip(words, scene, strict=True) if words.count(word) == 1]
@@ -88,7 +87,7 @@ def pointing_figures(
         kinds = {"": asked_about(data, split)}
     else:
         kinds = {f"{part}: ": told_apart(data, split, part) for part in ("color", "shape", "color shape")}
-    result = {}
+    result: dict[str, Pointing] = {}
     for kind, examples in kinds.items():
         found = pointing(pointing_examples(subject_of, processor, spread(examples, number)))
         found = dict(sorted(found.items(), key=lambda item: -item[1].ratio))

@@ -13,14 +13,17 @@ from torch import Tensor, nn
 from vqa_scratch.generate import greedy
 from vqa_scratch.generation_options import end_ids
 from vqa_scratch.models.blip2 import Blip2
+from vqa_scratch.models.fuyu import Fuyu
 from vqa_scratch.models.image_text import ImageTextModel
+from vqa_scratch.models.llava import Llava
 from vqa_scratch.models.t5 import T5
 from vqa_scratch.models.vilt import ViLTClassifier
 from vqa_scratch.models.vqa import VQAModel
 from vqa_scratch.nn.connecting import Conditioning
 from vqa_scratch.nn.decoding import Decoder
 from vqa_scratch.nn.memory import Memory
-from vqa_scratch.study.base import ImageSubject, Source, Subject, block_attentions, image_source
+from vqa_scratch.nn.states import Places
+from vqa_scratch.study.base import ImageSubject, Source, Subject, block_attentions, grid_source, image_source
 
 
 def question_source(encoder: nn.Module | None, labels: Sequence[str], special: Sequence[int]) -> Source:
@@ -174,6 +177,34 @@ class PlacedSubject(WritingSubject, ImageSubject):
 
     def conditioning(self) -> Conditioning:
         return Conditioning(prefix=self.given(self.pixel_values))
+
+
+def llava_subject(
+    model: Llava, pixel_values: Tensor, ids: list[int], labels: Sequence[str], special: Sequence[int], most: int
+) -> PlacedSubject:
+    """A LLaVA with a prompt whose image has its places; at most `most` new tokens. Other arguments as above."""
+    image = image_source(model.vision, pixel_values, block_attentions("image", model.vision)[: model.blocks_read])
+    where = [place for place, token in enumerate(ids) if token == model.config.image_token]
+    return PlacedSubject(model, pixel_values, model.encode_image, ids, labels, special, image, where, most)
+
+
+def fuyu_subject(
+    model: Fuyu, pixel_values: Tensor, ids: list[int], labels: Sequence[str], special: Sequence[int], most: int
+) -> PlacedSubject:
+    """A Fuyu with a prompt that begins with the rows of its image; arguments as for `llava_subject`.
+
+    The newlines between them are tokens of the image without a place.
+    """
+    side, columns = model.config.patch_size, pixel_values.shape[3] // model.config.patch_size
+    places = Places((pixel_values.shape[2] // side, columns), side / 2, side)
+    image = grid_source(places, [f"newline {row + 1}" for row in range(places.grid[0])])
+    newlines = [columns + row * (columns + 1) for row in range(places.grid[0])]
+    patches = [place for place in range(len(image)) if place not in newlines]
+
+    def encode(images: Tensor) -> Tensor:
+        return model.encode_image(model.patches(images))
+
+    return PlacedSubject(model, pixel_values, encode, ids, labels, special, image, [*newlines, *patches], most)
 
 
 class ViLTSubject(ImageSubject):
