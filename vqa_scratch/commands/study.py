@@ -102,7 +102,7 @@ def study(
     if pointing is not None:
         found = pointing_figures(subject_of, system.processor, pointing, split, questions, system.asked)
         figures["pointing"] = {name: asdict(p) | {"ratio": p.ratio} for name, p in found.items()}
-        print(pointing_table(found))
+        print(pointing_table(found, system.asked))
     if faithfulness is not None:
         figures["faithfulness"] = faithfulness_figures(subject_of, faithfulness, split, questions, out)
         for name, c in figures["faithfulness"].items():

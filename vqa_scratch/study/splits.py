@@ -95,11 +95,12 @@ def pointing_figures(
     return result
 
 
-def pointing_table(found: dict[str, Pointing]) -> str:
+def pointing_table(found: dict[str, Pointing], asked: str = "question") -> str:
     """The figures as text."""
     lines = [f"{'method':32s} mass on object   area   ratio   hits"]
     lines += [f"{name:32s} {p.mass:14.1%} {p.area:6.1%} {p.ratio:6.2f}x {p.hit:6.1%}" for name, p in found.items()]
-    return "\n".join(lines) + f"\nover {next(iter(found.values())).questions} questions or texts that name one object"
+    numbers = " or ".join(str(number) for number in sorted({p.questions for p in found.values()}))
+    return "\n".join(lines) + f"\nover {numbers} {asked}s that name one object"
 
 
 # ---------------------------------------------------------------------------------------------- faithfulness
