@@ -73,6 +73,16 @@ def test_patterns_of_a_cached_generation_are_those_of_one_pass(subject):
         torch.testing.assert_close(cached.pattern(name), whole.pattern(name), atol=1e-5, rtol=0)
 
 
+def test_keys_behind_a_cache_are_kept_once():
+    subject = SUBJECTS["llava"]()
+    with trace(subject.model, "decoder.*.self") as t:
+        said = subject.generate(4)
+    for label in ("k", "v"):
+        calls = t.calls(f"decoder.1.self.{label}")
+        assert [call.shape[2] for call in calls] == [subject.prefix + 1 + i for i in range(len(said))]
+        assert len({call.untyped_storage().data_ptr() for call in calls}) == 1
+
+
 def test_the_pattern_on_request_is_the_explicit_one(subject):
     seen = {}
     with trace(subject.model, record=False) as t, torch.no_grad():

@@ -128,7 +128,7 @@ class ZeroShot(ABC):
         subject.end_ids = self.end
         shown = Image.fromarray(self.processor.to_uint8(image))
         answer = written(self.tokenizer, subject.prompt)
-        return Opened(run_name(Path(self.source)), subject, question or "", shown, **answer)
+        return Opened(run_name(Path(self.source)), subject, (question or "").strip(), shown, **answer)
 
     def labelled(self, ids: list[int]) -> tuple[list[int], list[str], tuple[int, ...]]:
         """A prompt with the places of its image, for study: ids, their labels, which are separators.
