@@ -21,6 +21,7 @@ from vqa_scratch.connectors.mean import masked_average
 from vqa_scratch.errors import UserError
 from vqa_scratch.generate import greedy
 from vqa_scratch.models import VQAModel
+from vqa_scratch.models.patches import PixelPatchesConfig
 from vqa_scratch.nn.connecting import Conditioning, Connector
 from vqa_scratch.nn.states import States
 from vqa_scratch.systems.options import read_command_line
@@ -124,6 +125,49 @@ def test_prefix():
     assert text is None and prefix.shape == (5, 9, 16)
 
 
+@pytest.mark.parametrize("newlines", [True, False])
+@pytest.mark.parametrize("size", [(SIDE, SIDE), (16, 40)])
+def test_patches(size, newlines):
+    """Every pixel of a patch, row by row and the colours of each together, through one linear map; a newline after the
+    last patch of a row."""
+    model = tiny_model("patches").double()
+    model.connector = connect({"kind": "patches", "newlines": newlines}, model.image, None, model.decoder).double()
+    pixels = torch.randn(2, 3, *size, dtype=torch.float64)
+    own, image = model.connector, model.image.states(pixels)
+    prefix, rows = own(image, None, INDEX).prefix, []
+    for top in range(0, size[0], 8):
+        for left in range(0, size[1], 8):
+            patch = [pixels[:, c, top + y, left + x] for y in range(8) for x in range(8) for c in range(3)]
+            rows.append(linear(own.projection, torch.stack(patch, 1)))
+        rows += [own.newline.expand(2, -1)] if newlines else []
+    same(prefix, torch.stack(rows, 1)[INDEX])
+    assert prefix.shape[1] == own.prefix_length(image.places.grid, own.sizes)
+    assert image.places == (tuple(side // 8 for side in size), 4, 8) and image.prefix_tokens == 0
+    assert not list(model.image.parameters())
+
+
+def test_patches_show_where_they_are():
+    """A newline is a token of its own and no place: rows of `mixing` say which token is about which patch."""
+    grid = (2, 3)
+    own = tiny_model("patches").connector
+    assert own.marks(grid) == ["newline 1", "newline 2"]
+    expected = [2, 3, 4, 0, 5, 6, 7, 1]  # the two newlines come first among the sources
+    assert own.mixing(6, 0, grid).argmax(1).tolist() == expected
+    assert torch.equal(own.mixing(6, 0, grid).sum(1), torch.ones(8))
+    plain = connect({"kind": "patches", "newlines": False}, tiny_model("patches").image, None, tiny_model().decoder)
+    assert plain.marks(grid) == [] and torch.equal(plain.mixing(6, 0, grid), torch.eye(6))
+
+
+def test_patches_that_cannot_be_are_told():
+    model = tiny_model("patches")
+    with pytest.raises(UserError, match="^an image of 20x24 pixels does not divide into patches of 8x8$"):
+        model.image.states(torch.zeros(1, 3, 20, 24))
+    with pytest.raises(UserError, match="^there are no patches of 0 pixels a side with 3 channels$"):
+        PixelPatchesConfig(0)
+    with pytest.raises(UserError, match="^a connector patches cannot have a newlines of 1$"):
+        connect({"kind": "patches", "newlines": 1}, model.image, None, model.decoder)
+
+
 def test_qformer():
     """Blocks of self-attention, attention to the image, and MLP, each sum normed; attention from its definition."""
     model = tiny_model("qformer").double()
@@ -176,7 +220,7 @@ def test_what_is_kept_is_all_that_is_read(kind):
     model = tiny_model(kind).double()
     image, text = states(model)
     kept = model.connector.kept(image)
-    assert kept.tokens.shape[1] == {"mean": 1, "prefix": 9}.get(kind, 10)
+    assert kept.tokens.shape[1] == {"mean": 1, "prefix": 9, "patches": 9}.get(kind, 10)
     whole, part = (rows_of(model.connector(some, text, INDEX)) for some in (image, kept))
     for ours, theirs in zip(part, whole, strict=True):
         same(ours, theirs)
@@ -310,7 +354,7 @@ class RowsConnector(Connector):
     def sizes(self) -> dict[str, Any]:
         return {"rows": self.rows}
 
-    def mixing(self, image: int, text: int) -> torch.Tensor:
+    def mixing(self, image: int, text: int, grid: tuple[int, int]) -> torch.Tensor:
         rows = torch.eye(self.rows).repeat_interleave(self.rows, 1) / self.rows
         return F.pad(rows, (image - self.rows**2, 0))
 
@@ -350,15 +394,28 @@ def test_a_new_connector_is_one_file_and_a_line(data, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("flags", "message"),
+    ("kind", "flags", "message"),
     [
-        ([], "--connector prefix gives the decoder the image alone: add --question-prompt"),
-        (["--question-prompt", "--freeze", "text_encoder"], "--freeze text_encoder means nothing with --connector pre"),
+        ("prefix", [], "--connector prefix gives the decoder the image alone: add --question-prompt"),
+        *(
+            (
+                kind,
+                ["--question-prompt", "--freeze", part],
+                f"--freeze {part} means nothing with --connector {kind}, whi",
+            )
+            for kind, part in (
+                ("prefix", "text_encoder"),
+                ("patches", "text_encoder"),
+                ("patches", "image_encoder"),
+                ("patches", "encoders"),
+            )
+        ),
     ],
 )
-def test_a_connector_without_text_is_given_the_question(data, tmp_path, flags, message):
+def test_a_connector_is_given_the_question_and_freezes_what_is_there(data, tmp_path, kind, flags, message):
     """Otherwise nothing would know what is asked."""
-    argv = [*small_flags(data, tmp_path / "run", connector="prefix"), "--no-question-prompt", *flags]
+    image = {"image_layers": None} if kind == "patches" else {}
+    argv = [*small_flags(data, tmp_path / "run", connector=kind, **image), "--no-question-prompt", *flags]
     options = read_command_line(argv)
     with pytest.raises(UserError, match=f"^{message}"):
         VQASystem.check(options)

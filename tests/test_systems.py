@@ -42,6 +42,7 @@ SYSTEMS = {
     "tokens": VQA,
     "mean": VQA | {"connector": "mean"},
     "prefix": VQA | {"connector": "prefix"} | AUGMENTED,
+    "patches": {k: v for k, v in VQA.items() if k != "image_layers"} | {"connector": "patches"},
     "qformer": VQA | {"connector": "qformer", "queries": 4, "heads": 4},
     "vilt": {
         "preset": "vilt",

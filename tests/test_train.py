@@ -367,6 +367,18 @@ BOOK = "--preset book --data x"
         ),
         ("--preset caption --image-model x", "--image-model means nothing with --init random"),
         ("--queries 4", "--queries means nothing with --connector tokens: it goes with --connector qformer$"),
+        (
+            "--connector patches --stem linear --image-layers 2",
+            "--image-layers, --stem mean nothing with --connector patches$",
+        ),
+        (
+            "--connector patches --freeze all --feature-cache",
+            "--feature-cache means nothing with --connector patches$",
+        ),
+        (
+            f"{BOOK} --connector patches --init pretrained --image-model x",
+            "--image-model means nothing with --connector patches$",
+        ),
         ("--val-fraction 0.1", "--val-fraction means nothing with --val-split val: it goes with --val-split auto$"),
         (
             "--optimizer adamw --matrix-learning-rate 1",
@@ -399,6 +411,7 @@ def test_a_flag_that_nothing_would_read_is_refused(argv, message):
         "--preset coco --data x --init random --vocabulary 99",
         "--preset vilt --width 64",
         "--connector qformer --queries 4",
+        "--connector patches --patch-size 16 --freeze decoder",
         "--val-split auto --val-fraction 0.1",
         "--resume --feature-cache",  # the run may have been begun with frozen encoders; `settle` knows
     ],

@@ -128,7 +128,8 @@ class VQAModel(nn.Module):
         for name, child in self.named_children():
             total = sum(p.numel() for p in child.parameters())
             free = sum(p.numel() for p in child.parameters() if p.requires_grad)
-            lines.append(f"{name} {free:,}" + (f" of {total:,}" if free < total else ""))
+            if total:
+                lines.append(f"{name} {free:,}" + (f" of {total:,}" if free < total else ""))
         return "trainable: " + ", ".join(lines)
 
 

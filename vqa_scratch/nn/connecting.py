@@ -32,6 +32,7 @@ class Connector(nn.Module, ABC):
 
     reads_text: ClassVar[bool] = True  # False: the question is only the decoder's prompt
     uses_memory: ClassVar[bool] = True  # whether the decoder needs cross-attention
+    reads_pixels: ClassVar[bool] = False  # True: there is no image encoder, its states are patches of pixels
 
     @classmethod
     def sizes_for(cls, grid: tuple[int, int], options: Any) -> dict[str, Any]:
@@ -64,10 +65,14 @@ class Connector(nn.Module, ABC):
         """The module of learned queries whose states are the prefix, with `blocks` that read the image; or None."""
         return None
 
+    def marks(self, grid: tuple[int, int]) -> list[str]:
+        """Labels of the M learned tokens, such as newlines, that it puts among those of an image with this grid."""
+        return []
+
     @abstractmethod
-    def mixing(self, image: int, text: int) -> Tensor:
-        """(K, S): how much of each of the S = N + Q + T tokens of image, queries and text is in each of the K keys (or
-        prefix tokens); rows sum to 1. For the tools that study a model."""
+    def mixing(self, image: int, text: int, grid: tuple[int, int]) -> Tensor:
+        """(K, S): how much of each of the S = M + N + Q + T tokens (marks, image, queries, text) is in each of the K
+        keys (or prefix tokens) of an image with this grid; rows sum to 1. For the tools that study a model."""
 
     @abstractmethod
     def recipe(self, with_text: bool) -> str:

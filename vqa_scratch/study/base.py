@@ -12,6 +12,7 @@ a map is made for, K keys of cross-attention or tokens of the prefix, D width, V
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -159,10 +160,14 @@ class ImageSubject(Subject):
         return self.logits_of(self.pixel_values, decoder_ids)[0]
 
 
-def image_source(encoder: ImageEncoder, pixel_values: Tensor, attentions: tuple[str, ...] = ()) -> Source:
-    """The tokens that an image encoder (see `nn/states.py`) makes of `pixel_values` (1, C, H, W)."""
+def image_source(
+    encoder: ImageEncoder, pixel_values: Tensor, attentions: tuple[str, ...] = (), marks: Sequence[str] = ()
+) -> Source:
+    """The tokens that an image encoder (see `nn/states.py`) makes of `pixel_values` (1, C, H, W), after the `marks` of
+    the connector."""
     places = encoder.places(*pixel_values.shape[2:])
     prefix = ["[class]", *(f"[token {i}]" for i in range(2, encoder.prefix_tokens + 1))][: encoder.prefix_tokens]
+    prefix = [*(f"[{mark}]" for mark in marks), *prefix]
     patches = [f"patch {r + 1},{c + 1}" for r in range(places.grid[0]) for c in range(places.grid[1])]
     return Source("image", (*prefix, *patches), tuple(range(len(prefix))), places, attentions)
 

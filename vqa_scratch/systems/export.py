@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from vqa_scratch.models.hf_config import Released
+from vqa_scratch.models.patches import PixelPatches
 from vqa_scratch.models.resnet import FrozenBatchNorm, ResNet
 from vqa_scratch.models.vilt import ViLTClassifier
 from vqa_scratch.models.vit import ConvStem, ViT
@@ -69,6 +70,7 @@ LOAD_OWN = """\
 # under the names of vqa_scratch, its sizes in image/encoder.json.
 image = image_encoder(read_json("image/encoder.json")).eval()
 image.load_state_dict(load_file("image/model.safetensors"))"""
+OWN_STATES = "image.states(pixels).tokens"
 STEM_HINT = " (--stem linear trains one that fits)"
 OWN = ["from vqa_scratch.storage import read_json", "from vqa_scratch.systems.assembly import image_encoder"]
 TEXT = """\
@@ -130,6 +132,10 @@ def tensors_of(module: nn.Module) -> dict[str, Any]:
 
 def _export_image(image: ImageEncoder, folder: Path) -> tuple[str, str, str, list[str], str | None]:
     """Write the image encoder. Returns what it is, how to load it, how to run it, imports, and a note or None."""
+    if isinstance(image, PixelPatches):
+        load = f"image = PixelPatches({image.config})  # no weights"
+        imports = ["from vqa_scratch.models.patches import PixelPatches, PixelPatchesConfig"]
+        return "how an image becomes pixels; there is no image encoder", load, OWN_STATES, imports, None
     if isinstance(image, ResNet) and isinstance(image.norm1, FrozenBatchNorm):
         image.save_pretrained(folder / "model.safetensors")
         load = 'image = ResNet.from_pretrained("image/model.safetensors")'
@@ -147,7 +153,7 @@ def _export_image(image: ImageEncoder, folder: Path) -> tuple[str, str, str, lis
         kind, part, layout, hint = "a ViT", "a convolutional stem", "the ViT layout", STEM_HINT
     load, kind = LOAD_OWN.format(part=part, layout=layout), f"{kind} with {part}, under names of our own"
     why = f"the image encoder has {part}, which {layout} has no place for{hint}"
-    return kind, load, "image.states(pixels).tokens", OWN, why
+    return kind, load, OWN_STATES, OWN, why
 
 
 def export_writer(system: System[Any, VQAModel], folder: Path) -> list[str]:
