@@ -18,6 +18,7 @@ from bench import (
     logprob,
     loss_head,
     ppo,
+    resolution,
     scale,
     suite,
     t5_bias,
@@ -162,6 +163,17 @@ def image_loading_command(images: int, rounds: int, write: bool) -> None:
     present("image-loading", image_loading.run(images, rounds, command_given()), write)
 
 
+@click.command("resolution")
+@click.option("--steps", type=click.IntRange(1), default=2000, show_default=True, help="Steps of 192 questions.")
+@click.option("--width", type=click.IntRange(4), default=128, show_default=True, help="Width of the decoder.")
+@click.option("--layers", type=click.IntRange(1), default=4, show_default=True, help="Layers of the decoder.")
+@click.option("--scenes", type=click.IntRange(400), default=6_000, show_default=True, help="Scenes to train on.")
+@click.option("--write", is_flag=True, help="Put the table into bench/RESULTS.md.")
+def resolution_command(write: bool, **sizes: int) -> None:
+    """The connector `patches` at sizes it was never trained on, with newline tokens and without."""
+    present("resolution", resolution.run(resolution.Experiment(**sizes), command_given()), write)
+
+
 @click.command("scale")
 @click.option("--write", is_flag=True, help="Put the tables into docs/scale.md.")
 def scale_command(write: bool) -> None:
@@ -224,6 +236,7 @@ COMMANDS = [
     cached_features_command,
     image_loading_command,
     ppo_command,
+    resolution_command,
     scale_command,
     all_command,
 ]

@@ -26,6 +26,7 @@ CPU = {
     "taps": [],
     "ppo": ["--batch", "8", "--repeats", "3"],
     "scale": [],
+    "resolution": [],
 }
 GPU = {
     "attention": [],
