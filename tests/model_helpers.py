@@ -14,6 +14,7 @@ SIZES = {
     "tokens": {"grid": GRID},
     "patches": {"newlines": True},
     "qformer": {"queries": 5, "layers": 2, "heads": 4},
+    "resampler": {"queries": 5, "layers": 2, "heads": 4},
 }
 
 
@@ -31,7 +32,13 @@ def tiny_model(kind: str = "tokens", heads: int = 4, *, texts: bool = True) -> V
     image = tiny_image(kind, heads)
     text = BertConfig(layout="distilbert", vocab_size=40, dim=16, layers=2, heads=heads, hidden=32, token_types=0)
     words = Bert(text) if texts and connector.reads_text else None
-    return joined(kind, image, words, decoder(connector.uses_memory, heads=heads), **SIZES.get(kind, {}))
+    return joined(
+        kind,
+        image,
+        words,
+        decoder(connector.needs_cross_attention(), heads=heads),
+        **SIZES.get(kind, {}),
+    )
 
 
 def tiny_image(kind: str, heads: int = 4) -> ViT | PixelPatches:

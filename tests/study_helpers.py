@@ -51,7 +51,8 @@ def tiny_vqa(kind: str = "tokens", heads: int = 4) -> VQAModel:
     connector = connector_class(kind)
     image = tiny_image(kind, heads)
     sizes = BertConfig(layout="distilbert", vocab_size=40, dim=16, layers=2, heads=heads, hidden=32, token_types=0)
-    text, decoder = Bert(sizes) if connector.reads_text else None, tiny_decoder(heads, connector.uses_memory)
+    text = Bert(sizes) if connector.reads_text else None
+    decoder = tiny_decoder(heads, connector.needs_cross_attention())
     more = connector.sizes_for((3, 3), SimpleNamespace(queries=3, heads=heads))
     return spread(VQAModel(image, text, connect({"kind": kind, **more}, image, text, decoder), decoder))
 

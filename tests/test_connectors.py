@@ -9,7 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import assert_close, brute_force_attention
-from model_helpers import GRID, SIDE, tiny_model
+from model_helpers import GRID, SIDE, tiny_image, tiny_model
+from model_helpers import decoder as tiny_decoder
 from torch import Tensor, nn
 from transformers import GPT2LMHeadModel
 from vqa_helpers import CPU, small_flags
@@ -34,6 +35,7 @@ EXACT = 1e-10  # of sums in float64 in another order
 INDEX = torch.tensor([1, 0, 1, 1, 0])  # five rows about two images, in no order
 LENGTHS = torch.tensor([6, 2, 4, 1, 6])  # of their questions
 MASK = torch.arange(6) < LENGTHS[:, None]
+FEW = {"mean": 1, "prefix": 9, "patches": 9}  # tokens that a connector keeps, if not all 10
 PREFIXES = [kind for kind in CONNECTORS if not connector_class(kind).uses_memory]
 
 
@@ -191,6 +193,47 @@ def test_qformer():
     same(own(image, None, INDEX).prefix, linear(own.projection, x)[INDEX])
 
 
+def test_resampler():
+    """Pre-norm blocks in which latents read image and latents, a last norm; from the definition of attention."""
+    model = tiny_model("resampler").double()
+    image, text = states(model)
+    own, (memory,) = model.connector, model.connector(image, text, INDEX).memory
+    latents = own.resampler.latents.expand(2, -1, -1)
+    for block in own.resampler.blocks:
+        asked = block.norm1(latents)
+        keys = torch.cat([block.norm_image(image.tokens), asked], 1)
+        read = []
+        for head in range(4):
+            part = slice(4 * head, 4 * head + 4)
+            q = asked @ block.cross.q.weight[part].T
+            k, v = (keys @ weight[part].T for weight in block.cross.kv.weight.chunk(2))
+            read.append((q @ k.mT / 2).softmax(-1) @ v)
+        latents = latents + torch.cat(read, 2) @ block.cross.out.weight.T
+        hidden = block.norm2(latents) @ block.mlp.up.weight.T
+        latents = latents + (hidden * (1 + torch.erf(hidden / 2**0.5)) / 2) @ block.mlp.down.weight.T
+    for row, entry in enumerate(INDEX):
+        same(per_row(memory)[row], own.resampler.norm(latents)[entry])
+    assert len(memory.states) == 2 and own.sizes == {"queries": 5, "layers": 2, "heads": 4}
+
+
+def test_closed_gates_are_the_bare_decoder():
+    """A new resampler changes not a bit of what its decoder says; in its layers the first step moves the gates alone."""
+    image, decoder = tiny_image("resampler"), tiny_decoder(False)
+    ids = torch.randint(30, MASK.shape)
+    bare = decoder.eval().hidden(decoder.embed(ids), MASK.flip(1))
+    connector = connect({"kind": "resampler", "queries": 3}, image, None, decoder)
+    model = VQAModel(image, None, connector, decoder).eval()
+    seen = model.image.states(torch.randn(2, 3, SIDE, SIDE))
+    assert torch.equal(model.hidden(seen, None, ids, INDEX, MASK.flip(1)), bare)
+    with torch.enable_grad():
+        model.hidden(seen, None, ids, INDEX).square().sum().backward()
+    moved = {name.split("gated.")[1] for name, p in decoder.named_parameters() if "gated" in name and p.grad.any()}
+    assert moved == {"cross_gate", "mlp_gate"} and not connector.resampler.latents.grad.any()
+    with torch.no_grad():
+        decoder.blocks[1].gated.cross_gate.fill_(0.1)
+    assert not torch.equal(model.hidden(seen, None, ids, INDEX, MASK.flip(1)), bare)
+
+
 # ------------------------------------------------------------------------------------------------ all of them
 
 
@@ -220,7 +263,7 @@ def test_what_is_kept_is_all_that_is_read(kind):
     model = tiny_model(kind).double()
     image, text = states(model)
     kept = model.connector.kept(image)
-    assert kept.tokens.shape[1] == {"mean": 1, "prefix": 9, "patches": 9}.get(kind, 10)
+    assert kept.tokens.shape[1] == FEW.get(kind, 10)
     whole, part = (rows_of(model.connector(some, text, INDEX)) for some in (image, kept))
     for ours, theirs in zip(part, whole, strict=True):
         same(ours, theirs)

@@ -75,7 +75,7 @@ def options(data: Path, folder: Path, connector: str, *flags: str):
 
 
 @torch.enable_grad()
-@pytest.mark.parametrize("connector", ["prefix", "patches", "qformer"])
+@pytest.mark.parametrize("connector", ["prefix", "patches", "qformer", "resampler"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_it_answers(data, tmp_path, capsys, monkeypatch, connector, family):
     """It trains, is saved, opened, asked, studied and exported as a GPT-2 is; OPT-350M has a narrow embedding."""

@@ -33,8 +33,8 @@ from vqa_scratch.training.precision import Precision
 
 CPU = torch.device("cpu")
 # Name -> system in test_systems.py and other options: memories with and without the question as a prompt, a single key,
-# three kinds of prefix, and a captioner that answers questions.
-KINDS = {name: (name, {}) for name in ("tokens", "mean", "prefix", "patches", "qformer", "caption")}
+# three kinds of prefix, gated layers, and a captioner that answers questions.
+KINDS = {name: (name, {}) for name in ("tokens", "mean", "prefix", "patches", "qformer", "resampler", "caption")}
 KINDS["bare"] = ("tokens", {"question_prompt": False})
 NEW = ("prefix", "caption")
 

@@ -26,6 +26,7 @@ CONNECTORS = {  # by name: module and class
     "prefix": ("prefix", "PrefixConnector"),
     "patches": ("patches", "PatchesConnector"),
     "qformer": ("qformer", "QFormerConnector"),
+    "resampler": ("resampler", "ResamplerConnector"),
 }
 
 

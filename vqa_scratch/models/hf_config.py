@@ -158,6 +158,13 @@ class ReleasedDecoder(Released[C], Decoder):
             how = "build GPT2 with add_cross_attention=True, or add gated layers"
             raise ValueError(f"this decoder has no cross-attention: {how}")
 
+    def take_gated(self) -> dict[int, GatedCrossAttention]:
+        """Take the layers away again that `add_gated` put in, which gives the decoder that they were added to."""
+        layers = {number: block.gated for number, block in enumerate(self.blocks) if getattr(block, "gated", None)}
+        for number in layers:
+            self.blocks[number].gated = None
+        return layers
+
     def add_gated(self, layers: Mapping[int, GatedCrossAttention]) -> None:
         """Put each layer before the block with its number.
 

@@ -27,11 +27,12 @@ class Connector(nn.Module, ABC):
     """From the states of I images, and of B questions if there is a text encoder, to the conditioning of B rows.
 
     A subclass takes the image encoder, the text encoder (None if there is none, or if `reads_text` is False), the
-    decoder, and its own keywords, which `sizes` returns. It only reads the widths of the three.
+    decoder, and its own keywords, which `sizes` returns. It only reads the sizes of the three, unless it `adds_layers`.
     """
 
     reads_text: ClassVar[bool] = True  # False: the question is only the decoder's prompt
-    uses_memory: ClassVar[bool] = True  # whether the decoder needs cross-attention
+    uses_memory: ClassVar[bool] = True  # whether the decoder reads memories by cross-attention
+    adds_layers: ClassVar[bool] = False  # True: by that of layers which the connector adds to the decoder
     reads_pixels: ClassVar[bool] = False  # True: there is no image encoder, its states are patches of pixels
 
     @classmethod
@@ -43,6 +44,11 @@ class Connector(nn.Module, ABC):
     def prefix_length(cls, grid: tuple[int, int], sizes: dict[str, Any]) -> int:
         """Q: how many positions of the decoder an image with this grid takes."""
         return 0
+
+    @classmethod
+    def needs_cross_attention(cls) -> bool:
+        """Whether the decoder must have been built with cross-attention."""
+        return cls.uses_memory and not cls.adds_layers
 
     @property
     def sizes(self) -> dict[str, Any]:

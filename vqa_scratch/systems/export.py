@@ -82,6 +82,7 @@ attention_mask = tokens["attention_mask"].float()
 TEXT_STATES = 'text_states = text(tokens["input_ids"], tokens["attention_mask"]).last_hidden_state\n'
 PROMPT = 'prompt = words({space}question, add_special_tokens=False)["input_ids"][:{limit}]'
 MEMORY = "logits = decoder(ids, encoder_hidden_states=memory, encoder_attention_mask=mask).logits"
+GATED = "logits = decoder(ids).logits"
 PREFIX = "logits = decoder(inputs_embeds=torch.cat([prefix, decoder.get_input_embeddings()(ids)], 1)).logits"
 VILT_README = """\
 # A ViLT that chooses its answer from a list
@@ -167,10 +168,16 @@ def export_writer(system: System[Any, VQAModel], folder: Path) -> list[str]:
     if model.text is not None:
         parts["text"] = model.text
         kinds["text"] = model.text.config.to_hf()["architectures"][0]
-    for name, part in parts.items():
-        part.save_pretrained(folder / name)
-        tokenizers.by_name[name].save(folder / name)
-    write_safetensors(folder / "connector.safetensors", tensors_of(model.connector), {"connector": connector})
+    gated = model.decoder.take_gated()  # they are no part of the decoder's layout
+    own = [("", model.connector), *((f"gated.{number}.", layer) for number, layer in gated.items())]
+    tensors = {start + name: tensor for start, part in own for name, tensor in tensors_of(part).items()}
+    try:
+        for name, part in parts.items():
+            part.save_pretrained(folder / name)
+            tokenizers.by_name[name].save(folder / name)
+    finally:
+        model.decoder.add_gated(gated)
+    write_safetensors(folder / "connector.safetensors", tensors, {"connector": connector})
     write_json(folder / "connector.json", system.sizes["connector"])
 
     reads_text, token = model.text is not None, tokenizers.decoder.backend.id_to_token
@@ -179,7 +186,7 @@ def export_writer(system: System[Any, VQAModel], folder: Path) -> list[str]:
     space = '" " + ' if tokenizers.decoder.byte_level else ""
     if prompted and not system.example:
         asked += " if question else []"
-    own = [
+    lines = [
         "from vqa_scratch.data.images import ImageProcessor, load_image",
         *imports,
         *model.connector.recipe_imports(),
@@ -191,7 +198,7 @@ def export_writer(system: System[Any, VQAModel], folder: Path) -> list[str]:
         start=f"`{token(tokenizers.start_id)}`",
         end=f"`{token(tokenizers.end_id)}`",
         decoder=decoder,
-        imports="\n".join(sorted(own)),
+        imports="\n".join(sorted(lines)),
         load_image=load,
         example=system.example,
         hint="" if system.example else "  # a caption; a question if the run was trained on them too",
@@ -202,7 +209,7 @@ def export_writer(system: System[Any, VQAModel], folder: Path) -> list[str]:
         start_id=tokenizers.start_id,
         end_id=tokenizers.end_id,
         most=tokenizers.max_answer_tokens,
-        step=MEMORY if model.connector.uses_memory else PREFIX,
+        step=GATED if gated else MEMORY if model.connector.uses_memory else PREFIX,
     )
     write_text(folder / "README.md", metadata(system, "vqa-scratch") + page)
     return [] if note is None else [f"{note}: {folder / 'image'} holds it under names of our own, see its README.md"]

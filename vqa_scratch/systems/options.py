@@ -69,19 +69,24 @@ class VQAOptions(QuestionOptions):
     )
     text_model: str | None = option(None, "BERT, DistilBERT or RoBERTa checkpoint.", MODEL, only=RELEASED)
     decoder_model: str | None = option(
-        None, "GPT-2 checkpoint; or an OPT or Llama, with a connector that makes a prefix.", MODEL, only=RELEASED
+        None,
+        "GPT-2 checkpoint; or an OPT or Llama, with any connector but tokens and mean.",
+        MODEL,
+        only=RELEASED,
     )
     connector: str = option(
         "tokens",
         "How the decoder gets image and question: cross-attention to every token (tokens) or to their mean (mean), or "
         "a prefix of projected tokens (prefix), of projected pixels without an image encoder (patches) or of learned "
-        "queries that read the tokens (qformer).",
+        "queries that read the tokens (qformer), or gated cross-attention to such queries (resampler).",
         MODEL,
         CONNECTORS,
         only=NEW,
         was="fusion",
     )
-    queries: int = option(16, "Learned queries of the connector.", MODEL, minimum=1, only={"connector": "qformer"})
+    queries: int = option(
+        16, "Learned queries of the connector.", MODEL, minimum=1, only={"connector": ("qformer", "resampler")}
+    )
     question_prompt: bool = option(False, "Give the question to the decoder too, as a prompt.", MODEL)
     freeze: str = option(
         "nothing",

@@ -88,7 +88,7 @@ def small_models(options: VQAOptions, train: list[VQASample]) -> Parts:
         max_positions=max(64, longest) + kind.prefix_length(grid, sizes),
         layers=options.decoder_layers,
         embedding_dropout=0.0,
-        add_cross_attention=kind.uses_memory,
+        add_cross_attention=kind.needs_cross_attention(),
         **special,
         **shared,
         **no_dropout,
@@ -114,7 +114,7 @@ def released_models(options: VQAOptions, train: list[VQASample]) -> Parts:
         text, decoder = own_tokenizers(train)
         image = PixelPatches(PixelPatchesConfig()) if kind.reads_pixels else ViT(ViTConfig())
         words = Bert(DISTILBERT) if kind.reads_text else None
-        writer, processor = GPT2(GPT2Config(add_cross_attention=kind.uses_memory)), ImageProcessor()
+        writer, processor = GPT2(GPT2Config(add_cross_attention=kind.needs_cross_attention())), ImageProcessor()
     else:
         looks = None if kind.reads_pixels else needed(options, "image_model")
         writes, reads = needed(options, "decoder_model"), needed(options, "text_model") if kind.reads_text else None
@@ -122,7 +122,7 @@ def released_models(options: VQAOptions, train: list[VQASample]) -> Parts:
         decoder = Tokenizer.from_pretrained(writes)
         image = PixelPatches(PixelPatchesConfig()) if looks is None else released.image_encoder(looks)
         words = None if reads is None else released.text_encoder(reads)
-        writer = released.decoder(writes, cross_attention=kind.uses_memory)
+        writer = released.decoder(writes, cross_attention=kind.needs_cross_attention())
         processor = ImageProcessor() if looks is None else ImageProcessor.from_pretrained(looks)
     if words is not None:
         check_positions(options, ["max_question_tokens"], words.longest, options.text_model or "DistilBERT")
