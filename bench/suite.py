@@ -24,6 +24,7 @@ CPU = {
     "cached-features": ["--all", "--rounds", "3"],
     "image-loading": [],
     "taps": [],
+    "prefix": [],
     "ppo": ["--batch", "8", "--repeats", "3"],
     "scale": [],
     "resolution": [],

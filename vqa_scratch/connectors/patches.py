@@ -74,4 +74,4 @@ class PatchesConnector(Connector):
             rows = prefix.unflatten(1, image.places.grid)
             ends = self.newline.to(rows.dtype).expand(*rows.shape[:2], 1, -1)
             prefix = torch.cat([rows, ends], 2).flatten(1, 2)  # (I, Q, E)
-        return Conditioning(prefix=prefix if image_index is None else prefix[image_index])
+        return Conditioning(prefix=prefix, prefix_index=image_index)
