@@ -368,12 +368,13 @@ def test_every_subject_has_a_page_that_draws(pages, window, name):
     assert "sum to 1.000000" in check and float(re.search(r"by at most ([\d.]+e[-+]\d+)", check)[1]) < 1e-2
     kinds = window.script("return [...document.querySelectorAll('.bar .segmented button')].map(b => b.dataset.value)")
     inside = {"caption": ["cross", "decoder"], "vilt": ["cross", "stream"], "patches": ["cross"]}
+    inside["resampler"] = ["cross", "image", "decoder"]
     assert kinds == inside.get(name, ["cross", "image"])
     text = window.script("return document.querySelector('main').textContent")
     assert "[object" not in text and "undefined" not in text and "NaN" not in text
     rows = window.script("return document.querySelectorAll('table.parts tbody tr').length")
-    assert rows == {"vilt": 0, "caption": 6}.get(name, 3)  # a header and two layers for each kind of attention
-    window.click(f'button[data-value="{kinds[-1]}"]')
+    assert rows == {"vilt": 0, "caption": 6, "resampler": 6}.get(name, 3)  # a header and two layers for each kind of attention
+    window.click(f'button[data-value="{kinds[min(1, len(kinds) - 1)]}"]')
     before = window.script(PAINTED)
     if name not in ("caption", "patches"):  # they have no encoder with attentions
         window.click(".picture canvas")
