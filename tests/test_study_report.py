@@ -373,7 +373,7 @@ def test_every_subject_has_a_page_that_draws(pages, window, name):
     text = window.script("return document.querySelector('main').textContent")
     assert "[object" not in text and "undefined" not in text and "NaN" not in text
     rows = window.script("return document.querySelectorAll('table.parts tbody tr').length")
-    assert rows == {"vilt": 0, "caption": 6, "resampler": 6}.get(name, 3)  # a header and two layers for each kind of attention
+    assert rows == {"vilt": 0, "caption": 6, "resampler": 6}.get(name, 3)  # a header and two layers for each attention
     window.click(f'button[data-value="{kinds[min(1, len(kinds) - 1)]}"]')
     before = window.script(PAINTED)
     if name not in ("caption", "patches"):  # they have no encoder with attentions

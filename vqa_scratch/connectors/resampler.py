@@ -54,7 +54,8 @@ class ResamplerConnector(Connector):
     ) -> None:
         super().__init__()
         width = decoder.config.dim
-        check_heads(image.dim, heads), check_heads(width, heads)
+        for dim in (image.dim, width):
+            check_heads(dim, heads)
         config = ResamplerConfig(image.dim, latents=queries, layers=layers, heads=heads, head_dim=image.dim // heads)
         self.resampler = Resampler(config)
         taps.name_modules(self.resampler.blocks, "query")

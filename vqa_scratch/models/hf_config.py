@@ -160,9 +160,10 @@ class ReleasedDecoder(Released[C], Decoder):
 
     def take_gated(self) -> dict[int, GatedCrossAttention]:
         """Take the layers away again that `add_gated` put in, which gives the decoder that they were added to."""
-        layers = {number: block.gated for number, block in enumerate(self.blocks) if getattr(block, "gated", None)}
+        found = ((number, getattr(block, "gated", None)) for number, block in enumerate(self.blocks))
+        layers = {number: layer for number, layer in found if layer is not None}
         for number in layers:
-            self.blocks[number].gated = None
+            setattr(self.blocks[number], "gated", None)  # noqa: B010 (the list says only that it has modules)
         return layers
 
     def add_gated(self, layers: Mapping[int, GatedCrossAttention]) -> None:

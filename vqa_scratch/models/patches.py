@@ -25,7 +25,7 @@ def cut(images: Tensor, patch_size: int) -> Tensor:
 
     Raises UserError unless patches fit.
     """
-    patch_grid(*images.shape[2:], patch_size)
+    patch_grid(images.shape[2], images.shape[3], patch_size)
     blocks = images.unflatten(3, (-1, patch_size)).unflatten(2, (-1, patch_size))  # (I, C, h, p, w, p)
     return blocks.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
 
