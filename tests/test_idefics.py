@@ -47,8 +47,10 @@ def reference(folder: Path, **changes) -> hf.IdeficsForVisionText2Text:
     model = hf.IdeficsForVisionText2Text(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "embedding" in name or "alpha" in name:  # drawn by rules of their own; gates start at zero
-                parameter.normal_(std=STD if "alpha" not in name else 0.5)
+            if "alpha" in name:
+                parameter.normal_()
+            elif "embedding" in name or ".cross_attn." in name:  # drawn by other rules; and images shall be seen
+                parameter.normal_(std=STD)
     return saved(model, folder)
 
 
@@ -186,14 +188,15 @@ def test_in_two_chunks_through_a_cache(tmp_path, case):
 def test_greedy_tokens_equal_those_of_the_reference(tmp_path, case):
     """20 tokens, in a batch with padding and alone, which see what the last token of the prompt saw."""
     theirs = reference(tmp_path, **CASES[case])
-    ours, options = Idefics.from_pretrained(tmp_path), GenerationOptions(20)
+    ours, options = Idefics.from_pretrained(tmp_path), GenerationOptions(20, repetition_penalty=1.5)
+    how = {"max_new_tokens": 20, "min_new_tokens": 20, "do_sample": False, "repetition_penalty": 1.5}
     whole = prompts((2, 1, 1))
     for given in (whole, {name: tensor[:1] for name, tensor in whole.items()}):
         ids, mask = given["input_ids"], given["attention_mask"]
-        wanted = theirs.generate(**given, max_new_tokens=20, min_new_tokens=20, do_sample=False, eos_token_id=None)
+        wanted = theirs.generate(**given, **how, eos_token_id=None)
         made = generate(ours.language, ids, mask, memory(ours, given), options=options)
         assert torch.equal(made.ids, wanted[:, ids.shape[1] :])
-        assert len(ids) == 1 or len(set(made.ids.flatten().tolist())) > 3
+        assert len(set(made.ids.flatten().tolist())) > 5
         with trace(ours.language, "decoder.0.resid_pre"):
             slow = generate(ours.language, ids, mask, memory(ours, given), options=options)
         assert torch.equal(slow.ids, made.ids)
