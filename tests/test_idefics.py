@@ -188,15 +188,15 @@ def test_in_two_chunks_through_a_cache(tmp_path, case):
 def test_greedy_tokens_equal_those_of_the_reference(tmp_path, case):
     """20 tokens, in a batch with padding and alone, which see what the last token of the prompt saw."""
     theirs = reference(tmp_path, **CASES[case])
-    ours, options = Idefics.from_pretrained(tmp_path), GenerationOptions(20, repetition_penalty=1.5)
-    how = {"max_new_tokens": 20, "min_new_tokens": 20, "do_sample": False, "repetition_penalty": 1.5}
+    ours, options = Idefics.from_pretrained(tmp_path), GenerationOptions(20, no_repeat_ngram_size=2)
+    how = {"max_new_tokens": 20, "min_new_tokens": 20, "do_sample": False, "no_repeat_ngram_size": 2}
     whole = prompts((2, 1, 1))
     for given in (whole, {name: tensor[:1] for name, tensor in whole.items()}):
         ids, mask = given["input_ids"], given["attention_mask"]
         wanted = theirs.generate(**given, **how, eos_token_id=None)
         made = generate(ours.language, ids, mask, memory(ours, given), options=options)
         assert torch.equal(made.ids, wanted[:, ids.shape[1] :])
-        assert len(set(made.ids.flatten().tolist())) > 5
+        assert len(set(made.ids.flatten().tolist())) > 4
         with trace(ours.language, "decoder.0.resid_pre"):
             slow = generate(ours.language, ids, mask, memory(ours, given), options=options)
         assert torch.equal(slow.ids, made.ids)
