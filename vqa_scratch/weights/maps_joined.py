@@ -149,3 +149,30 @@ def idefics(
         dropped=(*tables, *(vision.prefix + key for key in vision.dropped)),
         tied=tied,
     )
+
+
+def _open_flamingo_mlp(norm: str, ours: str, theirs: str) -> tuple[Entry, ...]:
+    return (*linear(norm, f"{theirs}.0"), *weight(f"{ours}.up", f"{theirs}.1"), *weight(f"{ours}.down", f"{theirs}.3"))
+
+
+_GATED_LAYER = "lang_encoder.gated_cross_attn_layers.{}"
+OPEN_FLAMINGO = KeyMap(  # what it trains; the same layers are also among the decoder's blocks, under its own names
+    body=(
+        Entry("resampler.latents", ("perceiver.latents",)),
+        *linear("resampler.blocks.{}.norm_image", "perceiver.layers.{}.0.norm_media"),
+        *linear("resampler.blocks.{}.norm1", "perceiver.layers.{}.0.norm_latents"),
+        *weight("resampler.blocks.{}.cross.q", "perceiver.layers.{}.0.to_q"),
+        *weight("resampler.blocks.{}.cross.kv", "perceiver.layers.{}.0.to_kv"),
+        *weight("resampler.blocks.{}.cross.out", "perceiver.layers.{}.0.to_out"),
+        *_open_flamingo_mlp("resampler.blocks.{}.norm2", "resampler.blocks.{}.mlp", "perceiver.layers.{}.1"),
+        *linear("resampler.norm", "perceiver.norm"),
+        Entry("gated.{}.cross_gate", (f"{_GATED_LAYER}.attn_gate",)),
+        Entry("gated.{}.mlp_gate", (f"{_GATED_LAYER}.ff_gate",)),
+        *linear("gated.{}.norm_cross", f"{_GATED_LAYER}.attn.norm"),
+        *weight("gated.{}.cross.q", f"{_GATED_LAYER}.attn.to_q"),
+        *weight("gated.{}.cross.kv", f"{_GATED_LAYER}.attn.to_kv"),
+        *weight("gated.{}.cross.out", f"{_GATED_LAYER}.attn.to_out"),
+        *_open_flamingo_mlp("gated.{}.norm_mlp", "gated.{}.mlp", f"{_GATED_LAYER}.ff"),
+    ),
+    spellings=((r"lang_encoder\..*\.(\d+)\.gated_cross_attn_layer\.", r"lang_encoder.gated_cross_attn_layers.\1."),),
+)
