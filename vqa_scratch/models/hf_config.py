@@ -150,7 +150,16 @@ class ReleasedDecoder(Released[C], Decoder):
     @property
     def reads_memory(self) -> bool:
         """Whether it was built with cross-attention, or has gated layers."""
-        return self.config.add_cross_attention or any(getattr(block, "gated", None) for block in self.blocks)
+        return self.config.add_cross_attention or self.has_gated
+
+    @property
+    def has_gated(self) -> bool:
+        """Whether there are gated layers."""
+        return any(getattr(block, "gated", None) is not None for block in self.blocks)
+
+    @property
+    def direct_head(self) -> Tensor | None:
+        return None if self.has_gated else super().direct_head
 
     def check_memory(self, memory: list[Memory] | None) -> None:
         """Raise ValueError if there is a memory that nothing reads."""

@@ -89,7 +89,7 @@ class OPT(PositionTableDecoder):
 
     @property
     def direct_head(self) -> Tensor | None:
-        return self.head if self.config.norm_first and self.config.embedding_dim == self.config.dim else None
+        return super().direct_head if self.config.norm_first and self.config.embedding_dim == self.config.dim else None
 
     def fast_state(self) -> FastParts | None:
         if not self.config.norm_first:  # the loop over `FastBlock`s is pre-LN
