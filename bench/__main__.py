@@ -11,6 +11,8 @@ import torch
 
 from bench import (
     attention,
+    binding,
+    binding_report,
     cached_features,
     decode,
     decode_sides,
@@ -210,6 +212,21 @@ def ppo_command(out: Path | None, write: bool, **plan: int | str | bool | None) 
     present("ppo", ppo.run(ppo.Plan(**plan), command_given(), out), write)
 
 
+@click.command("binding")
+@click.option("--seeds", type=click.IntRange(1), default=3, show_default=True, help="Runs that differ in their seed.")
+@click.option("--variant", type=NearChoice(binding.VARIANTS), multiple=True, help="May be given several times. [all]")
+@click.option("--words", type=click.IntRange(2, 3), default=2, show_default=True, help="Invented words of an episode.")
+@click.option("--steps", type=click.IntRange(1), help="Of the last stage. [that of the table]")
+@click.option("--out", type=click.Path(path_type=Path), default=Path("runs/binding"), show_default=True, help="Folder.")
+@click.option("--write", is_flag=True, help="Put the table into bench/RESULTS.md, and the pictures into docs/images.")
+def binding_command(seeds: int, variant: tuple[str, ...], out: Path, write: bool, **sizes: int | None) -> None:
+    """What shots are worth to a small Flamingo that binds invented words to pictures in context."""
+    plan = binding.Plan(**{name: value for name, value in sizes.items() if value is not None})
+    pictures = binding_report.IMAGES if write else out
+    names = [name for name in binding.VARIANTS if not variant or name in variant]
+    present("binding", binding_report.run(plan, range(seeds), names, out, pictures, command_given()), write)
+
+
 @click.command("all")
 @click.option("--only", multiple=True, help="Run this benchmark alone; may be given several times.")
 @click.option("--skip", multiple=True, help="Leave this benchmark out; may be given several times.")
@@ -249,6 +266,7 @@ COMMANDS = [
     ppo_command,
     resolution_command,
     scale_command,
+    binding_command,
     all_command,
 ]
 PROGRAM = NearGroup("bench", {command.name: command for command in COMMANDS}, help="Measure, side by side.")
