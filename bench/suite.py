@@ -24,8 +24,10 @@ CPU = {
     "cached-features": ["--all", "--rounds", "3"],
     "image-loading": [],
     "taps": [],
+    "prefix": [],
     "ppo": ["--batch", "8", "--repeats", "3"],
     "scale": [],
+    "resolution": [],
 }
 GPU = {
     "attention": [],

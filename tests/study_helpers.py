@@ -4,6 +4,7 @@ from functools import partial
 from types import SimpleNamespace
 
 import torch
+from model_helpers import tiny_image
 
 from vqa_scratch.connectors import CONNECTORS, connect, connector_class
 from vqa_scratch.models import (
@@ -20,6 +21,8 @@ from vqa_scratch.models import (
     Fuyu,
     FuyuConfig,
     GPT2Config,
+    Idefics,
+    IdeficsConfig,
     LlamaConfig,
     Llava,
     LlavaConfig,
@@ -31,14 +34,15 @@ from vqa_scratch.models import (
     ViLT,
     ViLTClassifier,
     ViLTConfig,
-    ViT,
     ViTConfig,
 )
+from vqa_scratch.models.resampler import ResamplerConfig
 from vqa_scratch.models.resnet import group_norm
 from vqa_scratch.models.vqa import VQAModel
 from vqa_scratch.study.pair import PairSubject
 from vqa_scratch.study.subject import (
     Blip2Subject,
+    IdeficsSubject,
     PlacedSubject,
     T5Subject,
     ViLTSubject,
@@ -66,9 +70,10 @@ def tiny_decoder(heads: int = 4, cross: bool = True) -> GPT2:
 def tiny_vqa(kind: str = "tokens", heads: int = 4) -> VQAModel:
     """A model with the connector of that name."""
     connector = connector_class(kind)
-    image = ViT(ViTConfig(image_size=24, patch_size=8, dim=16, layers=2, heads=heads, hidden=32))
+    image = tiny_image(kind, heads)
     sizes = BertConfig(layout="distilbert", vocab_size=40, dim=16, layers=2, heads=heads, hidden=32, token_types=0)
-    text, decoder = Bert(sizes) if connector.reads_text else None, tiny_decoder(heads, connector.uses_memory)
+    text = Bert(sizes) if connector.reads_text else None
+    decoder = tiny_decoder(heads, connector.needs_cross_attention())
     more = connector.sizes_for((3, 3), SimpleNamespace(queries=3, heads=heads))
     return spread(VQAModel(image, text, connect({"kind": kind, **more}, image, text, decoder), decoder))
 
@@ -135,6 +140,14 @@ def tiny_fuyu_subject() -> PlacedSubject:
     return fuyu_subject(model, torch.randn(1, 3, 24, 16), ids, [f"<{token}>" for token in ids], (9,), 8)
 
 
+def tiny_idefics_subject(every: int = 1, prompt: tuple[int, ...] = (29, 1, 5)) -> IdeficsSubject:
+    """A gated layer before every so manieth of two blocks, and a resampler of two layers."""
+    vision = ViTConfig(24, 8, dim=16, layers=2, heads=4, hidden=32, layout="clip_vision_model")
+    text, latents = LlamaConfig(30, 64, 16, 2, 4, hidden=24, eos_id=2), ResamplerConfig(16, 3, 2, 4, 4)
+    model = spread(Idefics(IdeficsConfig(vision, text, latents, every=every)))
+    return IdeficsSubject(model, torch.randn(1, 3, 24, 24), list(prompt), 29, 8)
+
+
 def tiny_pair_subject(kind: str = "clip") -> PairSubject:
     """A text of three words, and two of them alone."""
     sizes = {"dim": 16, "layers": 2, "heads": 4, "hidden": 32}
@@ -164,6 +177,7 @@ SUBJECTS = {
     "blip2": tiny_blip2_subject,
     "llava": tiny_llava_subject,
     "fuyu": tiny_fuyu_subject,
+    "idefics": tiny_idefics_subject,
     "pair": tiny_pair_subject,
     "probed pair": partial(tiny_pair_subject, "siglip"),
 }

@@ -332,7 +332,7 @@ def test_the_last_lens_is_the_model(name):
 
 @pytest.mark.parametrize(
     "name", [name for name in SUBJECTS if name != "vilt" and "pair" not in name]
-)  # whose head is not linear
+)
 def test_attributions_sum_to_the_logit(name):
     subject = SUBJECTS[name]()
     t = traced(subject, [5, 6, 7], *lens_taps(subject))

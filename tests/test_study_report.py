@@ -332,6 +332,9 @@ PAGES = {  # how each reads its sources
     "qformer": "prefix",
     "llava": "prefix",
     "fuyu": "prefix",
+    "patches": "prefix",
+    "resampler": "cross",
+    "idefics": "cross",
     "pair": "stream",
     "probed pair": "cross",
 }
@@ -385,17 +388,19 @@ def test_every_subject_has_a_page_that_draws(pages, window, name):
     check = window.script("return document.querySelector('.check').textContent")
     assert "sum to 1.000000" in check and float(re.search(r"by at most ([\d.]+e[-+]\d+)", check)[1]) < 1e-2
     kinds = window.script("return [...document.querySelectorAll('.bar .segmented button')].map(b => b.dataset.value)")
-    inside = {"caption": ["cross", "decoder"], "vilt": ["cross", "stream"], "fuyu": ["cross"]}
+    inside = {"caption": ["cross", "decoder"], "vilt": ["cross", "stream"], "patches": ["cross"], "fuyu": ["cross"]}
+    inside |= {"resampler": ["cross", "image", "decoder"], "idefics": ["cross", "image", "decoder"]}
     inside |= {"pair": ["cross", "text", "image"], "probed pair": ["cross", "image", "text"]}
     assert kinds == inside.get(name, ["cross", "image"])
     text = window.script("return document.querySelector('main').textContent")
     assert "[object" not in text and "undefined" not in text and "NaN" not in text
     rows = window.script("return document.querySelectorAll('table.parts tbody tr').length")
     none = {"vilt": 0, "pair": 0, "probed pair": 0}
-    assert rows == (none | {"caption": 6}).get(name, 3)  # a header and two layers for each kind of attention
+    # A header and two layers for each kind of attention.
+    assert rows == (none | {"caption": 6, "resampler": 6, "idefics": 6}).get(name, 3)
     window.click(f'button[data-value="{"image" if "image" in kinds else kinds[-1]}"]')
     before = window.script(PAINTED)
-    if name not in ("caption", "fuyu"):
+    if name not in ("caption", "patches", "fuyu"):  # they have no encoder with attentions
         window.click(".picture canvas")
         assert re.search(r"Read by patch \d,\d", window.script("return document.querySelector('.explain').textContent"))
         assert window.script(PAINTED) != before

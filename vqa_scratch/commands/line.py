@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 FOLDER = click.Path(path_type=Path)
 DEVICES, PRECISIONS = NearChoice(("auto", "cpu", "cuda", "mps")), NearChoice(("auto", "fp32", "bf16", "fp16"))
 DEVICE = Flag(["--device"], type=DEVICES, default="auto", help="Where to compute.", group="Computing")
-MODEL = Flag(["--model"], help="Instead of RUN: a released BLIP-2, LLaVA or Fuyu, a folder or Hub id.")
+MODEL = Flag(["--model"], help="Instead of RUN: a released BLIP-2, LLaVA, Fuyu or Idefics, a folder or Hub id.")
 PRECISION = Flag(["--precision"], type=PRECISIONS, default="fp32", help="Arithmetic.", group="Computing")
 
 

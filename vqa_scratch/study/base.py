@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from vqa_scratch.models.hf_config import ReleasedDecoder
 from vqa_scratch.models.t5 import T5Stack
 from vqa_scratch.models.vit import ViT
+from vqa_scratch.nn.gated_cross import GatedCrossAttention
 from vqa_scratch.nn.states import ImageEncoder, Places
 from vqa_scratch.study.trace import Trace
 
@@ -84,10 +85,24 @@ class Subject(ABC):
         return len(self.decoder.blocks)
 
     @property
+    def gated(self) -> list[GatedCrossAttention]:
+        """The layers before the writer's blocks that read sources; none if the blocks do it themselves."""
+        return list(self.gated_at.values())
+
+    @property
+    def gated_at(self) -> dict[int, GatedCrossAttention]:
+        """The same by the number of the block."""
+        layers = ((i, getattr(block, "gated", None)) for i, block in enumerate(self.decoder.blocks))
+        return {i: layer for i, layer in layers if layer is not None}
+
+    @property
     def attentions(self) -> list[str]:
         """The writer's attentions, in the order they run."""
-        kinds = ("self",) if self.prefix else ("self", "cross")
-        return [f"{self.writer}.{i}.{kind}" for i in range(self.layers) for kind in kinds]
+        gated = self.gated_at
+        kinds = [("self",) if self.prefix or gated else ("self", "cross")] * self.layers
+        for i in gated:
+            kinds[i] = ("cross", "self")
+        return [f"{self.writer}.{i}.{kind}" for i, of_block in enumerate(kinds) for kind in of_block]
 
     @property
     def self_attentions(self) -> list[str]:
@@ -164,8 +179,12 @@ class Subject(ABC):
             given = len(self.mixing) if kind == "cross" else self.prefix
             return torch.cat([weights[..., :given] @ self.mixing[:given], weights[..., given:]], -1)
         source = next(source for source in self.sources if source.name == stream)
-        result = weights.new_zeros(*weights.shape[:-1], self.mixing.shape[1])
-        result[..., self.where(source.reads if kind == "cross" and source.reads else stream)] = weights
+        result, own = weights.new_zeros(*weights.shape[:-1], self.mixing.shape[1]), self.where(stream)
+        seen = self.where(source.reads) if kind == "cross" and source.reads else slice(own.start, own.start)
+        read = seen.stop - seen.start
+        result[..., seen] = weights[..., :read]
+        if weights.shape[-1] > read:  # learned queries may read themselves too
+            result[..., own] = weights[..., read:]
         return result
 
 
@@ -182,9 +201,13 @@ class ImageSubject(Subject):
         return self.logits_of(self.pixel_values, decoder_ids)[0]
 
 
-def image_source(encoder: ImageEncoder, pixel_values: Tensor, attentions: tuple[str, ...] = ()) -> Source:
-    """The tokens that an image encoder (see `nn/states.py`) makes of `pixel_values` (1, C, H, W)."""
+def image_source(
+    encoder: ImageEncoder, pixel_values: Tensor, attentions: tuple[str, ...] = (), marks: Sequence[str] = ()
+) -> Source:
+    """The tokens that an image encoder (see `nn/states.py`) makes of `pixel_values` (1, C, H, W), after the `marks` of
+    the connector."""
     before = ["[class]", *(f"[token {i}]" for i in range(2, encoder.prefix_tokens + 1))][: encoder.prefix_tokens]
+    before = [*(f"[{mark}]" for mark in marks), *before]
     return grid_source(encoder.places(*pixel_values.shape[2:]), before, attentions)
 
 

@@ -72,7 +72,8 @@ def _heads_in_order(study: Study) -> list[tuple[int, int]]:
     names = study.opened.subject.reading
     kind = names[0].rpartition(".")[2]
     if study.attributions:
-        effect = torch.stack([a.heads[kind] for a in study.attributions]).abs().amax(0)  # (L, H)
+        read = [int(name.split(".")[1]) for name in names]  # the blocks whose layer reads sources
+        effect = torch.stack([a.heads[kind][read] for a in study.attributions]).abs().amax(0)  # (L, H)
     else:
         effect = torch.tensor([[h.image for h in study.heads if h.name == name] for name in names])
     return [divmod(i, effect.shape[1]) for i in effect.flatten().argsort(descending=True, stable=True).tolist()]

@@ -14,6 +14,7 @@ from vqa_scratch.generate import greedy
 from vqa_scratch.generation_options import end_ids
 from vqa_scratch.models.blip2 import Blip2
 from vqa_scratch.models.fuyu import Fuyu
+from vqa_scratch.models.idefics import Idefics
 from vqa_scratch.models.image_text import ImageTextModel
 from vqa_scratch.models.llava import Llava
 from vqa_scratch.models.t5 import T5
@@ -31,10 +32,10 @@ def question_source(encoder: nn.Module | None, labels: Sequence[str], special: S
     return Source("text", tuple(labels), tuple(special), attentions=block_attentions("text", encoder))
 
 
-def query_source(queries: nn.Module, number: int) -> Source:
-    """Learned queries that read the image, as a source."""
+def query_source(queries: nn.Module, number: int, name: str = "query") -> Source:
+    """Learned queries that read the image, as a source; their taps begin with `name`."""
     labels = tuple(f"query {i + 1}" for i in range(number))
-    return Source("query", labels, (), None, block_attentions("query", queries), "image")
+    return Source(name, labels, (), None, block_attentions(name, queries), "image")
 
 
 class WritingSubject(Subject):
@@ -82,8 +83,10 @@ class VQASubject(WritingSubject, ImageSubject):
         self.model: VQAModel = model
         self.decoder = model.decoder
         self.pixel_values = pixel_values.to(self.device)
-        image = image_source(model.image, pixel_values, block_attentions("image", model.image))
-        self.mixing, queries = model.connector.mixing(len(image), len(question_ids)), model.connector.queries
+        grid = model.image.places(*pixel_values.shape[2:]).grid
+        marks, queries = model.connector.marks(grid), model.connector.queries
+        image = image_source(model.image, pixel_values, block_attentions("image", model.image), marks)
+        self.mixing = model.connector.mixing(len(image) - len(marks), len(question_ids), grid)
         self.sources = (image, *((query_source(queries, len(self.mixing)),) if queries is not None else ()))
         self.input_ids = None
         if model.text is not None:
@@ -177,6 +180,42 @@ class PlacedSubject(WritingSubject, ImageSubject):
 
     def conditioning(self) -> Conditioning:
         return Conditioning(prefix=self.given(self.pixel_values))
+
+
+class IdeficsSubject(WritingSubject, ImageSubject):
+    """An Idefics with an image, which has its place, the token `place`, in the prompt.
+
+    Gated layers before some of the blocks read the latents of the resampler, or the states of the encoder if there is
+    none; tokens before the image read nothing.
+    """
+
+    def __init__(self, model: Idefics, pixel_values: Tensor, prompt: list[int], place: int, most: int = 32) -> None:
+        assert len(pixel_values) == 1
+        super().__init__(model.language, prompt, most)
+        self.model: Idefics = model
+        self.decoder, self.place = model.language, place
+        self.pixel_values = pixel_values.to(self.device)
+        image = image_source(model.vision, pixel_values, block_attentions("image", model.vision))
+        self.sources, self.mixing = (image,), torch.eye(len(image))
+        if model.resampler is not None:
+            latents = model.resampler.config.latents
+            self.sources += (query_source(model.resampler, latents, "resampler"),)
+            self.mixing = torch.eye(len(image) + latents)[len(image) :]
+
+    def memory(self, images: Tensor, length: int) -> Memory:
+        """What `length` tokens, the prompt and some after it, read of each of n images."""
+        ids = torch.tensor([self.prompt], device=self.device)
+        seen = self.model.image_mask(ids, self.place, [1])
+        seen = torch.cat([seen, seen[:, -1:].expand(-1, length - len(self.prompt), -1)], 1)
+        return self.model.memory(self.model.encode_image(images[:, None]), seen.expand(len(images), -1, -1))
+
+    def logits_of(self, images: Tensor, decoder_ids: list[int]) -> Tensor:
+        ids, memory = torch.tensor([decoder_ids], device=self.device), [self.memory(images, len(decoder_ids))]
+        states = self.language.embed(ids).expand(len(images), -1, -1)
+        return self.language.logits(self.language.hidden(states, memory=memory))
+
+    def conditioning(self) -> Conditioning:
+        return Conditioning(memory=[self.memory(self.pixel_values, len(self.prompt))])
 
 
 def llava_subject(
