@@ -90,7 +90,7 @@ class GPT2Block(taps.Tapped):
     def fast_block(self) -> FastBlock:
         """The parts of the block, for `generate`."""
         cross = (self.norm_cross, self.cross) if hasattr(self, "cross") else None
-        return FastBlock(self.norm1, self.attn, cross, self.norm2, self.mlp.up, self.mlp.activation, self.mlp.down)
+        return FastBlock(self.norm1, self.attn, cross, self.norm2, self.mlp)
 
 
 class PositionTableDecoder(ReleasedDecoder[GPT2Config]):

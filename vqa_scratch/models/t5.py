@@ -134,8 +134,7 @@ class T5Block(taps.Tapped):
 
     def fast_block(self) -> FastBlock:
         """The parts of the block, for `generate`."""
-        before, mlp = (self.attn_norm, self.attn, (self.cross_norm, self.cross), self.mlp_norm), self.mlp
-        return FastBlock(*before, mlp.up, mlp.activation, mlp.down, mlp.gate if isinstance(mlp, GatedMLP) else None)
+        return FastBlock(self.attn_norm, self.attn, (self.cross_norm, self.cross), self.mlp_norm, self.mlp)
 
 
 class T5Stack(nn.Module):

@@ -118,7 +118,8 @@ class MultiHeadAttention(taps.Tapped):
     """Self-attention with one fused `qkv`, or cross-attention (`context_dim` given) with `q` and a fused `kv`.
 
     `dropout` is the probability of dropping a weight while training; `scale` None means head_dim**-0.5; each of fewer
-    `kv_heads` serves heads / kv_heads queries (Ainslie et al. 2023, 2305.13245); `head_norm(head_dim)` norms q and k.
+    `kv_heads` serves heads / kv_heads queries (Ainslie et al. 2023, 2305.13245); `before` are modules that change
+    q, k and v (..., their heads, T, d), before q and k turn.
     """
 
     def __init__(
@@ -133,7 +134,7 @@ class MultiHeadAttention(taps.Tapped):
         out_bias: bool = True,
         scale: float | None = None,
         dropout: float = 0.0,
-        head_norm: Callable[[int], nn.Module] = nn.Identity,
+        before: Sequence[nn.Module] = (),
     ) -> None:
         super().__init__()
         if head_dim is None and dim % heads:
@@ -143,7 +144,7 @@ class MultiHeadAttention(taps.Tapped):
         inner = heads * self.head_dim
         if context_dim is None:
             self.qkv = nn.Linear(dim, inner + 2 * self.kv_heads * self.head_dim, bias=bias)
-            self.q_norm, self.k_norm = head_norm(self.head_dim), head_norm(self.head_dim)
+            self.q_norm, self.k_norm, self.v_norm = before or (nn.Identity(), nn.Identity(), nn.Identity())
         else:
             self.q = nn.Linear(dim, inner, bias=bias)
             self.kv = nn.Linear(context_dim, 2 * inner, bias=bias)
@@ -178,7 +179,7 @@ class MultiHeadAttention(taps.Tapped):
         else:
             assert context is None, "this is self-attention: it was built without context_dim"
             q, k, v = self._split(self.qkv(x), self.heads, self.kv_heads, self.kv_heads)
-            q, k = self.q_norm(q), self.k_norm(k)
+            q, k, v = self.q_norm(q), self.k_norm(k), self.v_norm(v)
             if rotate is not None:
                 q, k = rotate(q), rotate(k)
             if cache is not None:

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from vqa_scratch.nn.attention import MultiHeadAttention
 from vqa_scratch.nn.cache import DecoderCache
-from vqa_scratch.nn.layers import Activation
 from vqa_scratch.nn.memory import Memory
 from vqa_scratch.nn.rotary import Rotation
 
@@ -24,19 +23,13 @@ Reader = tuple[nn.Module, MultiHeadAttention]  # cross-attention and the norm be
 
 
 class FastBlock(NamedTuple):
-    """x += attn(norm(x)), the same of `cross` if there is a memory, x += down(activation(up(mlp_norm(x)))).
-
-    With a `gate` the last is down(activation(gate(h)) * up(h)).
-    """
+    """x += attn(norm(x)), the same of `cross` if there is a memory, x += mlp(mlp_norm(x))."""
 
     norm: nn.Module
     attn: MultiHeadAttention
     cross: Reader | None
     mlp_norm: nn.Module
-    up: nn.Linear
-    activation: Activation
-    down: nn.Linear
-    gate: nn.Linear | None = None
+    mlp: nn.Module  # an MLP, a GatedMLP or a MixtureOfExperts
 
 
 class FastParts(NamedTuple):

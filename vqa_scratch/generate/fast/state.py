@@ -12,6 +12,7 @@ from vqa_scratch.generate.fast.self_attention import FixedRows, OneRow, Rows
 from vqa_scratch.generate.state import member_rows
 from vqa_scratch.nn.cache import DecoderCache
 from vqa_scratch.nn.decoding import FastParts
+from vqa_scratch.nn.experts import MixtureOfExperts
 
 
 def of_steps(steps: int, members: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -84,6 +85,8 @@ class GraphState(FastState):
             raise ValueError("a CUDA graph needs a decoder on a GPU")
         if torch.is_autocast_enabled("cuda"):
             raise ValueError("a CUDA graph keeps no weights that autocast casts: give the decoder the type itself")
+        if any(isinstance(block.mlp, MixtureOfExperts) for block in parts.blocks):
+            raise ValueError("a CUDA graph runs the same kernels at every step, but experts change from token to token")
         super().__init__(parts, FixedRows(parts, cache, mask, *of_steps(steps, members, cache.device)), cache)
         self._forget()
 
