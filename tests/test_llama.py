@@ -9,6 +9,7 @@ from helpers import STD, assert_close, saved, text_batch
 
 from vqa_scratch.errors import UserError
 from vqa_scratch.models import Llama, LlamaConfig, released
+from vqa_scratch.models.llama_experts import Mixture
 from vqa_scratch.nn.memory import Memory
 from vqa_scratch.nn.rotary import Rotary
 from vqa_scratch.study import trace
@@ -313,6 +314,14 @@ def test_misuse_is_named(tmp_path):
     edited(tmp_path, num_key_value_heads=2, tie_word_embeddings=True)
     with pytest.raises(UserError, match="lm_head.weight differs"):
         Llama.from_pretrained(tmp_path)
+
+
+def test_experts_that_a_layout_does_not_have_are_not_saved(tmp_path):
+    for changes in ({"layout": "llama"}, {"layout": "mixtral", "renormalise": False}, {"layout": "olmoe", "every": 2}):
+        layout = changes.pop("layout")
+        model = small(layout=layout, experts=Mixture(**{"experts": 3, "hidden": 20, **changes}))
+        with pytest.raises(UserError, match=f"a model of type '{layout}' has no such experts: Mixture"):
+            model.save_pretrained(tmp_path)
 
 
 def test_the_table_of_decoders_opens_each(tmp_path):

@@ -69,11 +69,15 @@ def mixture_from_hf(config: Mapping[str, Any]) -> Mixture | None:
 
 
 def mixture_to_hf(mixture: Mixture | None, layout: str) -> dict[str, Any]:
-    """The inverse of `mixture_from_hf`."""
+    """The inverse of `mixture_from_hf`. Raises UserError for experts that a file of this layout cannot describe."""
     if mixture is None:
         return {}
-    found = {theirs: getattr(mixture, ours) for ours, theirs in MIXTURES[layout][0].items()}
-    return found | ({"mlp_only_layers": list(mixture.dense_layers)} if layout == "qwen2_moe" else {})
+    found = {theirs: getattr(mixture, ours) for ours, theirs in MIXTURES.get(layout, ({}, mixture))[0].items()}
+    if layout == "qwen2_moe":
+        found["mlp_only_layers"] = list(mixture.dense_layers)
+    if mixture_from_hf({"model_type": layout, **found}) != mixture:
+        raise UserError(f"a model of type {layout!r} has no such experts: {mixture}")
+    return found
 
 
 class Clipped(nn.Module):
