@@ -166,7 +166,7 @@ class Ours(Side):
 
     def made(self) -> Tensor:
         memory = None if self.states is None else [Memory(self.states)]
-        graph = self.case.device != "cpu" and self.case.beams == 1
+        graph = self.case.device != "cpu" and self.case.beams == 1 and self.case.size != "moe"
         return generate(self.model, self.prompt, None, memory, options=self.options, fill=EOS, graph=graph).ids
 
     def reads(self) -> int:
