@@ -380,8 +380,8 @@ def test_a_trace_reads_and_silences_experts():
 @pytest.mark.parametrize(
     ("numbers", "said"),
     [
-        ((4, 5), "^5 experts a token must be from 1 to 4, the number of experts$"),
-        ((4, 0), "^0 experts a token must be from 1 to 4"),
+        ((4, 5), "^5 experts a token of 4: must be from 1 to 4$"),
+        ((4, 0), "^0 experts a token of 4: must"),
         ((8, 5, False, torch.sigmoid, 4, 2), "^8 experts in 4 groups, 2 of them open: too few for 5 experts a token"),
         ((8, 2, False, torch.sigmoid, 3, 1), "^8 experts in 3 groups, 1 of them open: .* or not groups of at least 2$"),
     ],

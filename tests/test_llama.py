@@ -282,9 +282,9 @@ def rope(**changes) -> dict:
         ({"eos_token_id": []}, r"eos_token_id must be .*, not \[\]"),
         ({"layer_types": "full_attention"}, "'layer_types' is"),
         ({"model_type": "mamba"}, "describes a model of type 'mamba', expected llama, qwen2, persimmon, mixtral, "),
-        ({"model_type": "mixtral", "num_experts_per_tok": 9}, "9 experts a token must be from 1 to 8, the number of "),
+        ({"model_type": "mixtral", "num_experts_per_tok": 9}, "9 experts a token of 8: must be from 1 to 8$"),
         ({"model_type": "mixtral", "sliding_window": 4096}, "asks for sliding_window = 4096; here it can only be None"),
-        ({"model_type": "olmoe", "num_experts": 0}, "num_experts must be a whole number from 1 to"),
+        ({"model_type": "olmoe", "num_experts": 0}, "num_experts must be a whole number from 1 to 1,000"),
         ({"model_type": "olmoe", "norm_topk_prob": 1}, "norm_topk_prob must be true or false, not 1"),
         (
             {"model_type": "qwen2_moe", "mlp_only_layers": [1.5]},

@@ -190,3 +190,9 @@ def test_each_end_token_of_the_files_ends_a_text(tmp_path, beams):
     assert torch.equal(made.ids, wanted)
     last = made.ids.gather(1, made.lengths[:, None] - 1)[made.lengths < 10]
     assert len(last.unique()) > 1, "one end token would do"
+
+
+def test_a_graph_cannot_follow_experts():
+    sizes = {"vocab_size": 9, "dim": 8, "layers": 1, "heads": 2, "experts": Mixture(2, 1, 4)}
+    with pytest.raises(ValueError, match="a CUDA graph runs the same kernels at every step, but experts change"):
+        generate(Llama(LlamaConfig(**sizes)).eval(), torch.ones(1, 2).long(), options=GenerationOptions(3), graph=True)

@@ -53,7 +53,7 @@ class Choice:
 
     def __post_init__(self) -> None:
         if not 1 <= self.per_token <= self.experts:
-            raise UserError(f"{self.per_token} experts a token must be from 1 to {self.experts}, the number of experts")
+            raise UserError(f"{self.per_token} experts a token of {self.experts}: must be from 1 to {self.experts}")
         size = self.experts // self.groups
         if self.groups > 1 and (self.experts % self.groups or size < 2 or self.per_token > self.groups_kept * size):
             raise UserError(
@@ -62,7 +62,7 @@ class Choice:
             )
 
     def __call__(self, scores: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Scores (..., E) -> the chosen experts and their weights, (..., k) both, the largest first.
+        """Scores (..., E) -> the chosen experts and their weights, (..., k) both, the best first.
 
         A bias (E,) is added to the scores that choose, not to those that weigh.
         """
@@ -135,7 +135,7 @@ class Router(taps.Tapped):
 def dispatch(x: Tensor, routing: Routing, experts: Sequence[Callable[[Tensor], Tensor]]) -> Tensor:
     """Tokens (N, D) -> the weighted sums (N, D) of what their experts say; zeros for padding.
 
-    Each expert runs once, on all tokens that chose it. The k addends of a token are summed in fp32, the largest weight
+    Each expert runs once, on all tokens that chose it. The k addends of a token are summed in fp32, the best expert's
     first, whatever else is in the batch.
     """
     k = routing.chosen.shape[-1]

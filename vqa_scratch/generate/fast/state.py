@@ -81,12 +81,12 @@ class GraphState(FastState):
     """
 
     def __init__(self, parts: FastParts, cache: DecoderCache, mask: Tensor | None, steps: int, members: int) -> None:
+        if any(isinstance(block.mlp, MixtureOfExperts) for block in parts.blocks):
+            raise ValueError("a CUDA graph runs the same kernels at every step, but experts change from token to token")
         if cache.device.type != "cuda":
             raise ValueError("a CUDA graph needs a decoder on a GPU")
         if torch.is_autocast_enabled("cuda"):
             raise ValueError("a CUDA graph keeps no weights that autocast casts: give the decoder the type itself")
-        if any(isinstance(block.mlp, MixtureOfExperts) for block in parts.blocks):
-            raise ValueError("a CUDA graph runs the same kernels at every step, but experts change from token to token")
         super().__init__(parts, FixedRows(parts, cache, mask, *of_steps(steps, members, cache.device)), cache)
         self._forget()
 
