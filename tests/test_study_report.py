@@ -328,7 +328,7 @@ def test_inside_the_image_a_patch_can_be_asked(made, window):
 def pages(tmp_path_factory):
     """All files of a study of every subject that has an image."""
     root = tmp_path_factory.mktemp("pages")
-    for name in ("caption", "vilt", "blip2", "prefix", "patches", "qformer", "resampler"):
+    for name in ("caption", "vilt", "blip2", "prefix", "patches", "qformer", "resampler", "experts"):
         torch.manual_seed(1)
         subject = SUBJECTS[name]()
         image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (24, 24, 3), dtype=np.uint8))
@@ -338,7 +338,7 @@ def pages(tmp_path_factory):
     return root
 
 
-@pytest.mark.parametrize("name", ["caption", "vilt", "blip2", "prefix", "patches", "qformer", "resampler"])
+@pytest.mark.parametrize("name", ["caption", "vilt", "blip2", "prefix", "patches", "qformer", "resampler", "experts"])
 def test_every_subject_gives_all_files(pages, name):
     summary = json.loads((pages / name / "summary.json").read_text())
     assert summary["certificate"]["output"] <= 1e-5 and summary["certificate"]["rows"] > 0
@@ -347,6 +347,9 @@ def test_every_subject_gives_all_files(pages, name):
     assert {"relevancy.sources", "rollout.decoder", "cross.sources"} <= set(tensors)
     (data,) = data_of((pages / name / "report.html").read_text(encoding="utf-8"))
     assert data["way"] == {"caption": "cross", "vilt": "stream", "resampler": "cross"}.get(name, "prefix")
+    assert [layer["weights"]["shape"] for layer in data["experts"]] == [[len(data["read"]), 4]] * (
+        2 * (name == "experts")
+    )
     assert bool(data["attributions"]) == (name != "vilt")
     picture = next(source for source in data["sources"] if "grid" in source)
     assert (picture["first"], picture["stride"]) == ((0.5, 8) if name == "caption" else (4.0, 8))
@@ -355,7 +358,7 @@ def test_every_subject_gives_all_files(pages, name):
 
 
 @needs_browser
-@pytest.mark.parametrize("name", ["caption", "vilt", "blip2", "prefix", "patches", "qformer", "resampler"])
+@pytest.mark.parametrize("name", ["caption", "vilt", "blip2", "prefix", "patches", "qformer", "resampler", "experts"])
 def test_every_subject_has_a_page_that_draws(pages, window, name):
     window.open(pages / name / "report.html")
     for mode in ("rollout", "mean", "layer", "head", "relevancy"):
@@ -374,6 +377,14 @@ def test_every_subject_has_a_page_that_draws(pages, window, name):
     assert "[object" not in text and "undefined" not in text and "NaN" not in text
     rows = window.script("return document.querySelectorAll('table.parts tbody tr').length")
     assert rows == {"vilt": 0, "caption": 6, "resampler": 6}.get(name, 3)  # a header and two layers for each attention
+    taken = window.script(
+        "return [...document.querySelectorAll('table.experts tbody td.words')].map(t => t.textContent)"
+    )
+    read = window.script("return JSON.parse(document.getElementById('data').textContent)[0].read.length")
+    assert len(taken) == (2 * read if name == "experts" else 0)
+    for cell in taken:  # two experts for each token, whose weights sum to 1
+        (_, first), (_, second) = (line.split(": ") for line in cell.split("\n"))
+        assert float(first) + float(second) == pytest.approx(1, abs=0.011)
     window.click(f'button[data-value="{kinds[min(1, len(kinds) - 1)]}"]')
     before = window.script(PAINTED)
     if name not in ("caption", "patches"):  # they have no encoder with attentions
