@@ -1,10 +1,10 @@
 """Decoding answers: this project's `generate` against that of `transformers`, the same weights, the same tokens.
 
-Both sides load one GPT-2 with cross-attention, or one Llama, whose answers have given lengths (see `decode_sides.py`),
-start from one token a row, read the same memory if there is one, and run in a process each. In fp32 their tokens must
-be equal. In bf16 two candidates are often nearly equal, so only the lengths must be equal, and no token of ours may be
-further from the best one, by fp32 scores, than twice the peer's worst. Peak memory is that of a side's process after
-loading.
+Both sides load one GPT-2 with cross-attention, one Llama or one Mixtral ("moe"), whose answers have given lengths
+(see `decode_sides.py`), start from one token a row, read the same memory if there is one, and run in a process each.
+In fp32 their tokens must be equal. In bf16 two candidates are often nearly equal, so only the lengths must be equal,
+and no token of ours may be further from the best one, by fp32 scores, than twice the peer's worst. Peak memory is
+that of a side's process after loading.
 
 On a GPU ours replays a CUDA graph, and the peer takes part twice: as it is, and with a static cache and a compiled
 step.
@@ -40,6 +40,8 @@ GOALS = {
     ("gpt2", 8, 4, "fp32", "20"): 1.1,
     ("llama", 1, 1, "fp32", "20"): 1.15,
     ("llama", 16, 1, "fp32", "real"): 1.8,
+    ("moe", 1, 1, "fp32", "20"): 1.15,
+    ("wide", 1, 1, "fp32", "20"): None,
 }
 CASES = [Case(*key) for key in GOALS]
 GPU_GOALS = {"peer": 3.0, "compiled": 1.0}  # GPT-2 size, batch 1
@@ -57,6 +59,7 @@ class Outcome:
     seconds: dict[str, list[float]]
     memory: dict[str, float]
     said: str
+    reads: int = 0  # bytes of weights that ours reads in a step of one row
 
     def goal(self, side: str) -> str:
         """What is to be reached against that side."""
@@ -127,7 +130,27 @@ def run_case(case: Case, rounds: int, sizes: dict[str, int], names: Sequence[str
             turns = {side.side: lambda side=side: side.ask("seconds", times[side.side])[1] for side in sides}
             seconds = timing.in_turn(turns, rounds, lambda line: say(f"  {line}"))
             memory = {side.side: side.ask("peak")[1] for side in sides}
-    return Outcome(case, seconds, memory, said)
+            reads = sides[0].ask("reads")[1]
+    return Outcome(case, seconds, memory, said, reads)
+
+
+def reading(outcomes: Sequence[Outcome]) -> list[str]:
+    """Lines on how fast ours reads weights, batch 1 in fp32, and against the Llama if it is there."""
+    single = [o for o in outcomes if (o.case.batch, o.case.beams, o.case.precision) == (1, 1, "fp32")]
+    lines = []
+    for one in single:
+        per_second = one.reads * (max(one.case.tokens()) + 1) / timing.Spread.of(one.seconds["ours"]).median / 1e9
+        lines.append(f"- {one.case.name}: a token reads {one.reads / 1e9:.2f} GB of weights, {per_second:.1f} GB/s.")
+        for dense in single:
+            if (
+                dense.case.size == "llama"
+                and one.case.size in ("moe", "wide")
+                and dense.case.lengths == one.case.lengths
+            ):
+                time = timing.speedup(dense.seconds["ours"], one.seconds["ours"]).median
+                of_bytes = one.reads / dense.reads
+                lines[-1] += f" Against the llama size: {time:.2f} times its time for {of_bytes:.2f} times its bytes."
+    return lines
 
 
 def names_of(case: Case) -> list[str]:
@@ -142,6 +165,7 @@ def run(cases: list[Case], rounds: int, command: str, sizes: dict[str, dict] | N
     outcomes = [run_case(case, rounds, (sizes or SIZES)[case.size], names_of(case)) for case in cases]
     by_key = {(o.case.size, o.case.batch, o.case.beams, o.case.precision, o.case.lengths): o for o in outcomes}
     lines = [f"- {o.case.name}: {o.said}." for o in outcomes]
+    lines += reading(outcomes)
     low, full = (by_key.get(("gpt2", 1, 1, precision, "20")) for precision in ("bf16", "fp32"))
     if low and full:
         ratio = timing.speedup(low.seconds["ours"], full.seconds["peer"]).median

@@ -23,6 +23,7 @@ from vqa_scratch.models import (
     GPT2Config,
     Idefics,
     IdeficsConfig,
+    Llama,
     LlamaConfig,
     Llava,
     LlavaConfig,
@@ -36,6 +37,7 @@ from vqa_scratch.models import (
     ViLTConfig,
     ViTConfig,
 )
+from vqa_scratch.models.llama_experts import Mixture
 from vqa_scratch.models.resampler import ResamplerConfig
 from vqa_scratch.models.resnet import group_norm
 from vqa_scratch.models.vqa import VQAModel
@@ -67,15 +69,22 @@ def tiny_decoder(heads: int = 4, cross: bool = True) -> GPT2:
     return GPT2(GPT2Config(30, 32, 16, 2, heads, add_cross_attention=cross, bos_id=1, eos_id=2))
 
 
-def tiny_vqa(kind: str = "tokens", heads: int = 4) -> VQAModel:
+def tiny_vqa(kind: str = "tokens", heads: int = 4, decoder: Llama | None = None) -> VQAModel:
     """A model with the connector of that name."""
     connector = connector_class(kind)
     image = tiny_image(kind, heads)
     sizes = BertConfig(layout="distilbert", vocab_size=40, dim=16, layers=2, heads=heads, hidden=32, token_types=0)
     text = Bert(sizes) if connector.reads_text else None
-    decoder = tiny_decoder(heads, connector.needs_cross_attention())
+    decoder = tiny_decoder(heads, connector.needs_cross_attention()) if decoder is None else decoder
     more = connector.sizes_for((3, 3), SimpleNamespace(queries=3, heads=heads))
     return spread(VQAModel(image, text, connect({"kind": kind, **more}, image, text, decoder), decoder))
+
+
+def tiny_expert_subject() -> VQASubject:
+    """A prefix that a decoder with experts reads."""
+    sizes = {"vocab_size": 30, "max_positions": 32, "dim": 16, "layers": 2, "heads": 4, "bos_id": 1, "eos_id": 2}
+    decoder = Llama(LlamaConfig(**sizes, layout="mixtral", experts=Mixture(4, 2, 20)))
+    return tiny_vqa_subject(model=tiny_vqa("prefix", decoder=decoder))
 
 
 def tiny_vqa_subject(kind: str = "tokens", model: VQAModel | None = None) -> VQASubject:
@@ -180,4 +189,5 @@ SUBJECTS = {
     "idefics": tiny_idefics_subject,
     "pair": tiny_pair_subject,
     "probed pair": partial(tiny_pair_subject, "siglip"),
+    "experts": tiny_expert_subject,
 }

@@ -11,14 +11,15 @@ from vqa_scratch.errors import UserError
 
 LLAMA = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
 LLAMA |= {"intermediate_size": 20, "vocab_size": 40}
+TINY = {"llama": LLAMA, "moe": LLAMA | {"num_local_experts": 4, "num_experts_per_tok": 2}}
 SIZES = {"n_embd": 16, "n_layer": 2, "n_head": 2, "vocab_size": 40, "n_positions": 32}
 
 
-@pytest.mark.parametrize("size", ["shapes", "llama"])
+@pytest.mark.parametrize("size", ["shapes", "llama", "moe"])
 @pytest.mark.parametrize("case", [Case(batch=16, lengths="real"), Case(batch=2, beams=3, lengths="7")])
 def test_both_sides_write_the_same_tokens_and_end_in_time(tmp_path, case, size):
     case = replace(case, size=size)
-    make_model(tmp_path, case, LLAMA if size == "llama" else SIZES)
+    make_model(tmp_path, case, TINY.get(size, SIZES))
     ours, theirs = Ours(tmp_path, case).tokens(), Peer(tmp_path, case).tokens()
     assert ours == theirs
     if case.beams == 1:  # without a GPU its cache is static, and nothing is compiled
@@ -80,3 +81,17 @@ def test_a_gpu_has_a_second_peer_and_its_own_goals():
         ("4.00x (4.00 to 4.00)", "3.0x", "yes"),
         ("0.80x (0.80 to 0.80)", "1.0x", "no"),
     ]
+
+
+def test_what_a_token_reads(tmp_path):
+    """By hand: two layers of q, k, v, out, two norms and MLP, or router and two experts; the last norm and the head."""
+    outcomes = []
+    for size, mlp in (("llama", 3 * 32 * 20), ("moe", 4 * 32 + 2 * 3 * 32 * 20)):
+        case = Case(size, lengths="2")
+        make_model(tmp_path / size, case, TINY[size])
+        reads = Ours(tmp_path / size, case).reads()
+        assert reads == 4 * (2 * (64 * 32 + 32 * 32 + 64 + mlp) + 32 + 40 * 32)
+        outcomes.append(decode.Outcome(case, {"ours": [reads / 1e9]}, {}, "", reads))
+    first, second = decode.reading(outcomes)
+    assert first.endswith("GB of weights, 3.0 GB/s.")  # a batch of three steps took as long as one
+    assert "GB of weights, 3.0 GB/s. Against the llama size: 1.36 times its time for 1.36 times its bytes." in second

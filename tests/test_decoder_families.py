@@ -27,6 +27,7 @@ from vqa_scratch.models import (
     ViTConfig,
     released,
 )
+from vqa_scratch.models.llama_experts import Mixture
 from vqa_scratch.systems.options import read_command_line
 from vqa_scratch.systems.run_folder import save_weights
 from vqa_scratch.systems.vqa import VQASystem
@@ -43,6 +44,7 @@ FAMILIES = {
     "Llama": (Llama, LlamaConfig, {"kv_heads": 1}),
     "Persimmon": (Llama, LlamaConfig, {"layout": "persimmon", "norm": "layer", "qk_norm": True, "gated": False}),
 }
+FAMILIES["Mixtral"] = Llama, LlamaConfig, {"layout": "mixtral", "experts": Mixture(4, 2, SIZES["hidden"])}
 FAMILIES["Persimmon"][2].update(dict.fromkeys(("qkv_bias", "out_bias", "mlp_bias"), True))
 
 

@@ -330,9 +330,7 @@ def test_the_last_lens_is_the_model(name):
     assert (lens[0] - expected).abs().max() > 0.1
 
 
-@pytest.mark.parametrize(
-    "name", [name for name in SUBJECTS if name != "vilt" and "pair" not in name]
-)
+@pytest.mark.parametrize("name", [name for name in SUBJECTS if name != "vilt" and "pair" not in name])
 def test_attributions_sum_to_the_logit(name):
     subject = SUBJECTS[name]()
     t = traced(subject, [5, 6, 7], *lens_taps(subject))

@@ -335,6 +335,7 @@ PAGES = {  # how each reads its sources
     "patches": "prefix",
     "resampler": "cross",
     "idefics": "cross",
+    "experts": "prefix",
     "pair": "stream",
     "probed pair": "cross",
 }
@@ -367,6 +368,9 @@ def test_every_subject_gives_all_files(pages, name):
     (data,) = data_of((pages / name / "report.html").read_text(encoding="utf-8"))
     assert data["way"] == PAGES[name] and data["flows"].keys() >= {"cross", "rollout", "relevancy"}
     assert ("nearness" in data["flows"]) == ("parts.sources" in tensors) == ("pair" in name) == (not data["lens"])
+    assert [layer["weights"]["shape"] for layer in data["experts"]] == [[len(data["read"]), 4]] * (
+        2 * (name == "experts")
+    )
     assert bool(data["attributions"]) == (name != "vilt" and "pair" not in name)
     picture = next(source for source in data["sources"] if "grid" in source)
     assert (picture["first"], picture["stride"]) == ((0.5, 8) if name == "caption" else (4.0, 8))
@@ -398,6 +402,14 @@ def test_every_subject_has_a_page_that_draws(pages, window, name):
     none = {"vilt": 0, "pair": 0, "probed pair": 0}
     # A header and two layers for each kind of attention.
     assert rows == (none | {"caption": 6, "resampler": 6, "idefics": 6}).get(name, 3)
+    taken = window.script(
+        "return [...document.querySelectorAll('table.experts tbody td.words')].map(t => t.textContent)"
+    )
+    read = window.script("return JSON.parse(document.getElementById('data').textContent)[0].read.length")
+    assert len(taken) == (2 * read if name == "experts" else 0)
+    for cell in taken:  # two experts for each token, whose weights sum to 1
+        (_, first), (_, second) = (line.split(": ") for line in cell.split("\n"))
+        assert float(first) + float(second) == pytest.approx(1, abs=0.011)
     window.click(f'button[data-value="{"image" if "image" in kinds else kinds[-1]}"]')
     before = window.script(PAINTED)
     if name not in ("caption", "patches", "fuyu"):  # they have no encoder with attentions

@@ -28,7 +28,12 @@ ONE, SPLIT = "One answer", "Over a split"
         Flag(["--pointing"], type=FOLDER, help="Built-in data set: do maps point at the right object?", group=SPLIT),
         Flag(["--faithfulness"], type=FOLDER, help="Data folder: deletion and insertion curves.", group=SPLIT),
         Flag(["--ablation"], type=FOLDER, help="Data folder: accuracy with each head silenced.", group=SPLIT),
-        Flag(["--heads"], default="decoder.*.cross", help="Attentions whose heads --ablation silences.", group=SPLIT),
+        Flag(
+            ["--heads"],
+            default="decoder.*.cross",
+            help="Attentions, or routers, that --ablation silences.",
+            group=SPLIT,
+        ),
         Flag(["--split"], default="val", help="Split of the data folder.", group=SPLIT),
         Flag(["--questions"], type=click.IntRange(min=1), default=500, help="Number of questions to use.", group=SPLIT),
         DEVICE,
@@ -110,6 +115,7 @@ def study(
     if ablation is not None:
         figures["ablation"] = ablation_figures(system.model, score_of(system, ablation, split, questions), heads, out)
         for effect in figures["ablation"]["heads"][:5]:
-            print(f"without {effect['name']} head {effect['head']}: {effect['score']:.4f} ({-effect['drop']:+.4f})")
+            lost = f"{effect['score']:.4f} ({-effect['drop']:+.4f})"
+            print(f"without {effect['name']} {effect['part']} {effect['head']}: {lost}")
     write_json(out / "figures.json", figures)
     print(f"see {out / 'figures.json'}")

@@ -25,7 +25,7 @@ from vqa_scratch.weights.convert import load_into, to_hf
 from vqa_scratch.weights.files import read_checkpoint, write_checkpoint
 from vqa_scratch.weights.maps import KeyMap
 
-MOST_LAYERS, LARGEST = 1_000, 2**24  # of any layers, size or id that a config.json may ask for
+MOST_LAYERS, LARGEST = 1_000, 2**24  # of any layers or experts, size or id that a config.json may ask for
 
 
 @dataclass(frozen=True, eq=False)
@@ -223,7 +223,7 @@ def _checked(where: str, value: Any, ours: str, kinds: tuple[Any, ...], default:
     several = isinstance(value, (list, tuple)) and (len(value) > 0 if any_number else len(value) == len(counts) > 0)
     numbers = value if several else [value]
     least = 0 if default == 0 or ours.endswith("_id") else 1
-    most = MOST_LAYERS if ours.endswith("layers") else LARGEST
+    most = MOST_LAYERS if ours.endswith(("layers", "experts")) else LARGEST
     if not all(is_number(one) and one == int(one) and least <= one <= most for one in numbers):
         or_list = ", or a list of such" if any_number else ""
         raise UserError(f"{where} must be a whole number from {least} to {most:,}{or_list}, not {value!r}")

@@ -17,8 +17,6 @@ from torch import Tensor, nn
 
 from vqa_scratch.nn.attention import MultiHeadAttention
 from vqa_scratch.nn.cache import DecoderCache, TrainedCache
-from vqa_scratch.nn.gated import GatedMLP
-from vqa_scratch.nn.layers import MLP, Activation
 from vqa_scratch.nn.memory import Memory
 from vqa_scratch.nn.rotary import Rotation
 
@@ -32,20 +30,11 @@ class Reader(NamedTuple):
 
 
 class FastMLP(NamedTuple):
-    """x += factor * down(activation(up(norm(x)))), or with a gate down(activation(gate(h)) * up(h)) of h = norm(x)."""
+    """x += factor * module(norm(x))."""
 
     norm: nn.Module
-    up: nn.Linear
-    activation: Activation
-    down: nn.Linear
-    gate: nn.Linear | None = None
+    module: nn.Module  # an MLP, a GatedMLP or a MixtureOfExperts
     factor: Tensor | None = None  # (1,) or (D,); None: 1
-
-    @classmethod
-    def of(cls, norm: nn.Module, mlp: nn.Module, factor: Tensor | None = None) -> "FastMLP":
-        """The parts of an MLP or a gated one."""
-        assert isinstance(mlp, (GatedMLP, MLP)), "a fast step is written for these MLPs"
-        return cls(norm, mlp.up, mlp.activation, mlp.down, mlp.gate if isinstance(mlp, GatedMLP) else None, factor)
 
 
 class FastGated(NamedTuple):

@@ -12,10 +12,11 @@ from safetensors.torch import save
 from torch import Tensor
 
 from vqa_scratch.errors import UserError
+from vqa_scratch.nn.experts import Router
 from vqa_scratch.study.analysis import Flow, HeadStatistics, every_attention, flows, head_statistics
 from vqa_scratch.study.certificate import Certificate
 from vqa_scratch.study.lens import Attribution, lens_taps, logit_attribution, logit_lens
-from vqa_scratch.study.names import attention_at
+from vqa_scratch.study.names import attention_at, tapped_modules
 from vqa_scratch.study.opened import Opened
 from vqa_scratch.study.trace import Trace, joined, trace
 
@@ -44,6 +45,7 @@ class Study:
     flows: dict[str, Flow]  # cross, rollout, relevancy
     heads: list[HeadStatistics]
     lens: list[list[list[tuple[str, float]]]]  # [L + 1][answer token][TOP] of (label, probability)
+    experts: dict[str, Tensor]  # by router, (T, E): the weight of each expert for each token read
     attributions: list[Attribution]  # one an answer token; empty if no linear head reads the states
     certificate: Certificate
 
@@ -58,7 +60,9 @@ class Study:
 def take_apart(opened: Opened) -> Study:
     """Generate the answer, through the cache if there is one, and measure."""
     subject, label = opened.subject, opened.label
-    with trace(subject.model, *every_attention(subject), *(lens_taps(subject) if subject.has_lens else ())) as t:
+    routers = [name for name, module in tapped_modules(subject.model).items() if isinstance(module, Router)]
+    chosen = [*(lens_taps(subject) if subject.has_lens else ()), *(f"{name}.weights" for name in routers)]
+    with trace(subject.model, *every_attention(subject), *chosen) as t:
         ids = subject.generate()
     first = len(subject.prompt) - 1
     rows = [first + i for i in range(len(ids))]
@@ -86,6 +90,7 @@ def take_apart(opened: Opened) -> Study:
             [[(label(i), p) for i, p in zip(ids, ps, strict=True)] for ids, ps in zip(layer_ids, layer_ps, strict=True)]
             for layer_ids, layer_ps in zip(best.indices.tolist(), best.values.exp().tolist(), strict=True)
         ],
+        experts={name: subject.rows(t[f"{name}.weights"])[0].cpu() for name in routers},
         attributions=[
             logit_attribution(subject, t, token.row, token.id) for token in tokens if subject.head is not None
         ],

@@ -99,6 +99,8 @@
     decoder: "The part of the model that writes the answer, token by token.",
     distance: "How far from the asking token the attention lies on average, in tokens.",
     embedding: "The vector that a token starts as, before any layer.",
+    expert: "One of several parts of a layer; each token goes through some of them.",
+    experts: "Parts of a layer; each token goes through some of them.",
     entropy: "How widely attention is spread, in nats: 0 if it is all on one token.",
     head: "One of the parallel parts of an attention, each with its own weights.",
     heads: "The parallel parts of an attention, each with its own weights.",
@@ -115,6 +117,7 @@
     patches: "Squares of the image, each one token to the model.",
     "q·k": "The product of query and key: how well they fit.",
     relevancy: "Attention weighted by what it did for the answer.",
+    router: "The part of a layer that chooses experts for each token.",
     rollout: "Attention multiplied through all layers.",
     scale: "1 over the square root of a head's size; it keeps scores small.",
     sinks: "Tokens without content that take attention: class token, separators, first token.",
@@ -338,7 +341,8 @@
       if (this.compared) {
         this.element.append(h("p", { class: "run" }, h("b", {}, data.run), ` ${this.result()}`));
       }
-      this.element.append(this.buildStage(), this.buildHeads(), this.buildSteps(), ...(data.lens.length ? [this.buildLens()] : []), this.buildCertificate());
+      const lens = data.lens.length ? [this.buildLens()] : [];
+      this.element.append(this.buildStage(), this.buildHeads(), this.buildSteps(), ...lens, ...this.buildExperts(), this.buildCertificate());
     }
 
     buildStage() {
@@ -435,6 +439,22 @@
       this.lensBox = h("div", { class: "split" });
       return h("section", { "aria-label": "lenses" }, h("h2", {}, "How the answer grows"),
         h("p", { class: "lead" }, "Left: what the model would say if it stopped after a layer (logit lens). Right: what each head adds to the token's logit, above the mean logit of the vocabulary; the parts sum to the logit exactly."), this.lensBox);
+    }
+
+    /** Which experts took each token; nothing for a model without experts. */
+    buildExperts() {
+      const { experts, read } = this.data;
+      if (!experts.length) return [];
+      const lines = experts.map(({ name, weights }) => {
+        const taken = unpack(weights);
+        return h("tr", {}, h("td", {}, `layer ${name.split(".")[1]}`), read.map((_, i) => {
+          const shares = [...row(taken, i)].map((share, expert) => [share, expert]).filter(([share]) => share > 0).sort((a, b) => b[0] - a[0]);
+          return h("td", { class: "words" }, shares.map(([share, expert]) => `${expert}: ${number(share, 2)}`).join("\n"));
+        }));
+      });
+      return [h("section", { "aria-label": "experts" }, h("h2", {}, "Which expert took each token"),
+        h("p", { class: "lead" }, "In each layer with experts, a router chose some for each token that was read. These are their numbers, and the weights of what they said."),
+        h("div", { class: "scroll" }, h("table", { class: "experts" }, h("caption", { class: "hidden" }, "experts by layer and token"), h("thead", {}, h("tr", {}, h("td"), read.map((label) => h("th", { scope: "col", class: "words" }, label.trim() || "␣")))), h("tbody", {}, lines))))];
     }
 
     buildCertificate() {

@@ -171,6 +171,7 @@ def study_data(study: Study) -> dict[str, Any]:
             | {"embedding": a.embedding, "biases": a.biases}
             for a in study.attributions
         ],
+        "experts": [{"name": name, "weights": packed(weights, "f16")} for name, weights in study.experts.items()],
         "heads": [[h.name, h.head, h.entropy, h.image, h.text, h.sink, h.distance] for h in study.heads],
         "certificate": asdict(study.certificate),
     }

@@ -134,11 +134,11 @@ def _curves_panels(curves: dict[str, Curves], questions: int) -> list[dict[str, 
 
 
 def ablation_figures(model: nn.Module, score: Callable[[], float], pattern: str, out: Path) -> dict[str, Any]:
-    """Official accuracy, from `score`, without each head that `pattern` matches; ablation.png and ablation.md."""
+    """Official accuracy, from `score`, without each head or expert that `pattern` matches; ablation.png and .md."""
     base, effects = head_ablation(model, score, pattern)
     write_whole(out / "ablation.png", lambda path: _ablation_plot(base, effects, path))
     write_text(out / "ablation.md", ablation_table(base, effects))
-    return {"accuracy": base, "heads": [asdict(effect) for effect in effects]}
+    return {"accuracy": base, "heads": [asdict(effect) | {"part": effect.part} for effect in effects]}
 
 
 def ablation_table(base: float, effects: list[HeadEffect]) -> str:
@@ -162,8 +162,9 @@ def _ablation_plot(base: float, effects: list[HeadEffect], path: Path) -> None:
         ink = "white" if abs(value) > 0.65 * largest else "black"
         axes.text(e.head, names.index(e.name), f"{value:+.1f}", ha="center", va="center", fontsize=9, color=ink)
     axes.set_yticks(range(len(names)), names)
-    axes.set_xticks(range(heads), [f"head {h}" for h in range(heads)])
+    part = " or ".join(sorted({e.part for e in effects}))
+    axes.set_xticks(range(heads), [f"{part} {h}" for h in range(heads)])
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
-    axes.set_title(f"Points of accuracy lost without a head (of {100 * base:.1f})", fontsize=11, loc="left")
+    axes.set_title(f"Points of accuracy lost without a {part} (of {100 * base:.1f})", fontsize=11, loc="left")
     figure.savefig(path, dpi=130, format="png")
