@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, NoReturn, Self
 
 import numpy as np
 import torch
@@ -274,6 +274,9 @@ class CLIPSystem(SplitSystem[CLIPOptions, CLIP, Captions]):
         return lines_of(summary)
 
     # ---------------------------------------------------------------------------------------------------- asking
+
+    def lacks(self, what: str) -> NoReturn:
+        super().lacks(f"{what}; `python -m vqa_scratch retrieve` finds its images by a text, or texts by an image")
 
     def embed_images(self, images: Sequence[Image.Image]) -> Tensor:
         parts = []
