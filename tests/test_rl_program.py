@@ -337,6 +337,7 @@ def test_a_mac_computes_on_its_cpu(cache, tmp_path, monkeypatch):
         (["--max-prompt-tokens", "1"], "--max-prompt-tokens must be at least 2, not 1"),
         (["--articles", "x.csv"], "--articles means nothing with --preset mini-news: it goes with --preset book"),
         (["--preset", "vqa", "--reference", "x"], "with --preset vqa: it goes with --preset mini-news or book"),
+        (["--preset", "vqa", "--freeze", "encoder", "--reference", "x"], "it goes with --preset mini-news or book"),
         (["--preset", "book", "--sft-steps", "7"], "--sft-steps means nothing with --preset book"),
         (["--prompts", "6", "--minibatches", "4"], "do not divide"),
         (["--min-new-tokens", "99"], "exceeds --max-new-tokens"),

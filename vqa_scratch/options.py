@@ -175,24 +175,26 @@ def check_more(options_class: type, more: Mapping[str, float], given: Mapping[st
                 raise UserError(f"give {flag(name)} or {flag(other)}, not both")
 
 
-def check_dependencies(options: Any, given: Collection[str], unknown: Collection[str] = ()) -> None:
-    """Raise UserError if an option was given that has no meaning with the values of the others.
+def check_dependencies(
+    options_class: Any, options: Mapping[str, Any], given: Collection[str], unknown: Collection[str] = ()
+) -> None:
+    """Raise UserError if one of the `options`, values by name, was given that has no meaning with those of the others.
 
     `given` are the names of the options to check, `unknown` those whose values are not known yet.
     """
     faults: dict[tuple[str, tuple[Any, ...]], list[str]] = {}
-    for name, rules in rules_of(options).items():
+    for name, rules in rules_of(options_class).items():
         unmet = (
             (other, values)
             for other, values in rules.only.items()
-            if other not in unknown and getattr(options, other) not in values
+            if other not in unknown and options[other] not in values
         )
         fault = next(unmet, None) if name in given else None
         if fault is not None:
             faults.setdefault(fault, []).append(flag(name))
     for (other, values), names in faults.items():
         mean, go = ("means", "it goes") if len(names) == 1 else ("mean", "they go")
-        now = with_values(other, (getattr(options, other),))
+        now = with_values(other, (options[other],))
         raise UserError(f"{', '.join(names)} {mean} nothing {now}: {go} {with_values(other, values)}")
 
 
