@@ -17,6 +17,7 @@ from vqa_helpers import Ended, Started, small_flags, train_program
 import train
 from vqa_scratch.command_line import run_program
 from vqa_scratch.data.vqa_files import annotations_name, questions_name
+from vqa_scratch.systems.assembly import grid_positions
 from vqa_scratch.training.checkpoint import load_checkpoint
 from vqa_scratch.training.progress import read_metrics
 
@@ -104,6 +105,10 @@ def test_flags(argv, message, capsys, tmp_path):
 def test_sizes_that_do_not_fit(data, tmp_path, capsys):
     assert "width 30 does not divide into 4 heads" in said(flags(data, tmp_path / "r", width=30, heads=4), capsys)
     assert "power of two" in said(flags(data, tmp_path / "r", patch_size=1), capsys)
+    grid_positions((33, 32), 8)
+    assert "note: an image has 1,056 patches" in capsys.readouterr().err
+    grid_positions((32, 32), 8)
+    assert not capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------------------------ data
