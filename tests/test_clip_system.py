@@ -428,8 +428,8 @@ def test_retrieve_takes_the_place_of_no_other_file(finished, data):
 
 
 def test_names_of_files_stand_in_the_page_as_text(finished, data, tmp_path):
-    """Quotes, tags and umlauts; bytes that are no UTF-8, which Python holds as halves of letters; and a line break, which
-    makes no second line of output."""
+    """Quotes, tags and umlauts; bytes that are no UTF-8, which Python holds as halves of letters; a line break makes no
+    second line of output."""
     picture = sorted((data / "val2014").glob("*.png"))[0].read_bytes()
     for name in ("a'\"<b>ü&.png".encode(), b"caf\xe9.png", b"two\nlines.png"):
         (tmp_path / os.fsdecode(name)).write_bytes(picture)
