@@ -9,16 +9,16 @@ LONGEST = 300  # characters of a message
 _END = 100  # of them kept from the end of a longer one
 
 
-def some(names: Iterable[str], shown: int = 5, between: str = ", ") -> str:
-    """The first few names, and how many more there are: short enough for a line."""
-    names = list(names)
-    more = len(names) - shown
-    return between.join(names[:shown]) + (f" and {more:,} more" if more > 0 else "")
-
-
 def in_a_line(text: object) -> str:
     """A text, or the name of a file, with its line breaks and other letters that cannot be shown as their escapes."""
     return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in str(text))
+
+
+def some(names: Iterable[str], shown: int = 5, between: str = ", ") -> str:
+    """The first few names, and how many more there are: short enough for a line, and in one."""
+    names = list(names)
+    more = len(names) - shown
+    return between.join(map(in_a_line, names[:shown])) + (f" and {more:,} more" if more > 0 else "")
 
 
 @cache
