@@ -65,7 +65,9 @@ class VQAOptions(QuestionOptions):
     )
     init: str = option("random", "Random weights, or those of checkpoints.", MODEL, ("random", "pretrained"), only=NEW)
     image_model: str | None = option(None, "ViT checkpoint: folder or Hub id.", MODEL, only=RELEASED)
-    text_model: str | None = option(None, "BERT, DistilBERT or RoBERTa checkpoint.", MODEL, only=RELEASED)
+    text_model: str | None = option(
+        None, "BERT, DistilBERT or RoBERTa checkpoint.", MODEL, only=RELEASED | {"text_encoder": True}
+    )
     decoder_model: str | None = option(
         None, "GPT-2 checkpoint; or an OPT or Llama, with a connector that makes a prefix.", MODEL, only=RELEASED
     )
@@ -80,6 +82,9 @@ class VQAOptions(QuestionOptions):
     )
     queries: int = option(16, "Learned queries of the connector.", MODEL, minimum=1, only={"connector": "qformer"})
     question_prompt: bool = option(False, "Give the question to the decoder too, as a prompt.", MODEL)
+    text_encoder: bool = option(
+        True, "Read the question with a text encoder too, if the connector takes its states.", MODEL, only=NEW
+    )
     freeze: str = option(
         "nothing",
         "Part whose weights do not train; a decoder's cross-attention always trains.",
@@ -96,7 +101,9 @@ class VQAOptions(QuestionOptions):
     width: int = option(128, "Width of both encoders and the decoder.", MODEL, minimum=1, only=SHAPES)
     heads: int = option(4, "Attention heads.", MODEL, minimum=1, only=SHAPES)
     image_layers: int = option(3, "Layers of the image encoder.", MODEL, minimum=1, maximum=1_000, only=SHAPES)
-    text_layers: int = option(1, "Layers of the text encoder.", MODEL, minimum=1, maximum=1_000, only=SHAPES)
+    text_layers: int = option(
+        1, "Layers of the text encoder.", MODEL, minimum=1, maximum=1_000, only=SHAPES | {"text_encoder": True}
+    )
     decoder_layers: int = option(4, "Layers of the decoder.", MODEL, minimum=1, maximum=1_000, only=SHAPES)
     patch_size: int = option(8, "Side of a patch, in pixels.", MODEL, minimum=1, only=SHAPES)
     stem: str = option(

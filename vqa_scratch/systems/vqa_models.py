@@ -35,19 +35,25 @@ def own_tokenizers(train: list[VQASample]) -> tuple[Tokenizer, Tokenizer]:
     return train_wordpiece(questions, VOCABULARY), train_bpe([f" {text}" for text in questions + answers], VOCABULARY)
 
 
+def reads_question(options: VQAOptions) -> bool:
+    """Whether there is a text encoder."""
+    return options.text_encoder and connector_class(options.connector).reads_text
+
+
 def check_question(options: VQAOptions) -> None:
-    """Raise UserError unless the question reaches the decoder, and what is frozen is there."""
-    if connector_class(options.connector).reads_text:
+    """Raise UserError unless the question reaches the decoder, and what is asked of a text encoder can be."""
+    if reads_question(options):
         return
+    takes_text = connector_class(options.connector).reads_text
+    why = "--no-text-encoder" if takes_text else f"--connector {options.connector}"
     if not options.question_prompt:
         raise UserError(
-            f"--connector {options.connector} gives the decoder the image alone: add --question-prompt, so that it "
-            "reads the question"
+            f"{why} gives the decoder the image alone: add --question-prompt, so that it reads the question"
         )
     if options.freeze == "text_encoder":
-        raise UserError(
-            f"--freeze text_encoder means nothing with --connector {options.connector}, which has no text encoder"
-        )
+        raise UserError(f"--freeze text_encoder means nothing with {why}: there is no text encoder")
+    if (options.given or {}).get("text_encoder"):
+        raise UserError(f"--text-encoder means nothing with {why}: it takes no states of a text encoder")
 
 
 def small_models(options: VQAOptions, train: list[VQASample]) -> Parts:
@@ -85,13 +91,13 @@ def small_models(options: VQAOptions, train: list[VQASample]) -> Parts:
         **shared,
         **no_dropout,
     )
-    words, writer = Bert(text_config) if kind.reads_text else None, GPT2(decoder_config)
+    words, writer = Bert(text_config) if reads_question(options) else None, GPT2(decoder_config)
     connector = connect({"kind": options.connector, **sizes}, image, words, writer)
     table = 0.5 * assembly.grid_positions(grid, width)
     with torch.no_grad():
         image.positions[0, image.prefix_tokens :] = table
     connector.start_from_places(table)
-    tokenizers = assembly.tokenizers_for(options, text if kind.reads_text else None, decoder)
+    tokenizers = assembly.tokenizers_for(options, text if words else None, decoder)
     return VQAModel(image, words, connector, writer), tokenizers, ImageProcessor(size=(IMAGE_SIZE, IMAGE_SIZE))
 
 
@@ -103,11 +109,11 @@ def released_models(options: VQAOptions, train: list[VQASample]) -> Parts:
     text: Tokenizer | None
     if options.init == "random":
         text, decoder = own_tokenizers(train)
-        image, words = ViT(ViTConfig()), Bert(DISTILBERT) if kind.reads_text else None
+        image, words = ViT(ViTConfig()), Bert(DISTILBERT) if reads_question(options) else None
         writer, processor = GPT2(GPT2Config(add_cross_attention=kind.uses_memory)), ImageProcessor()
     else:
         looks, writes = needed(options, "image_model"), needed(options, "decoder_model")
-        reads = needed(options, "text_model") if kind.reads_text else None
+        reads = needed(options, "text_model") if reads_question(options) else None
         text = None if reads is None else Tokenizer.from_pretrained(reads)
         decoder = Tokenizer.from_pretrained(writes)
         image = released.image_encoder(looks)
