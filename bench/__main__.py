@@ -21,6 +21,7 @@ from bench import (
     logprob,
     loss_head,
     ppo,
+    prefix,
     scale,
     suite,
     t5_bias,
@@ -78,6 +79,15 @@ def train_step_command(
 def taps_command(rounds: int, questions: int, write: bool) -> None:
     """What the taps of the study tools cost a training step while no trace is active."""
     present("taps", taps.run(rounds, questions, command_given()), write)
+
+
+@click.command("prefix")
+@click.option("--rounds", type=click.IntRange(1), default=20, show_default=True, help="Turns of each side.")
+@click.option("--questions", type=click.IntRange(8), default=256, show_default=True, help="Questions of a step.")
+@click.option("--write", is_flag=True, help="Put the table into bench/RESULTS.md.")
+def prefix_command(rounds: int, questions: int, write: bool) -> None:
+    """Training steps and answers with an image's prefix shared by its questions, and repeated for each."""
+    present("prefix", prefix.run(rounds, questions, command_given()), write)
 
 
 @click.command("loss-head")
@@ -252,6 +262,7 @@ COMMANDS = [
     t5_bias_command,
     logprob_command,
     taps_command,
+    prefix_command,
     cached_features_command,
     connectors_command,
     image_loading_command,

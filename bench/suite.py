@@ -22,6 +22,7 @@ CPU = {
     "cached-features": ["--all", "--rounds", "3"],
     "image-loading": [],
     "taps": [],
+    "prefix": [],
     "ppo": ["--batch", "8", "--repeats", "3"],
     "scale": [],
 }

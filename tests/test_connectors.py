@@ -19,7 +19,7 @@ from vqa_scratch import systems
 from vqa_scratch.connectors import CONNECTORS, connect, connector_class, connector_sizes
 from vqa_scratch.connectors.mean import masked_average
 from vqa_scratch.errors import UserError
-from vqa_scratch.generate import greedy
+from vqa_scratch.generate import GenerationOptions, generate, rank
 from vqa_scratch.models import VQAModel
 from vqa_scratch.nn.connecting import Conditioning, Connector
 from vqa_scratch.nn.states import States
@@ -30,6 +30,7 @@ from vqa_scratch.systems.vqa import VQASystem
 from vqa_scratch.systems.vqa_models import released_models
 from vqa_scratch.training.optimizers import Optimizers
 from vqa_scratch.training.precision import Precision
+from vqa_scratch.training.recompute import recompute_blocks
 
 EXACT = 1e-10  # of sums in float64 in another order
 INDEX = torch.tensor([1, 0, 1, 1, 0])  # five rows about two images, in no order
@@ -122,8 +123,8 @@ def test_prefix():
     own, prefix = model.connector, model.connector(image, text, INDEX).prefix
     hidden = linear(own.up, image.tokens[:, 1:])
     expected = linear(own.down, hidden * (1 + torch.erf(hidden / 2**0.5)) / 2)
-    same(prefix, expected[INDEX])
-    assert text is None and prefix.shape == (5, 9, 16)
+    same(prefix, expected)
+    assert text is None and prefix.shape == (2, 9, 16)
 
 
 def test_qformer():
@@ -146,7 +147,7 @@ def test_qformer():
         x = block.norm_cross(x + attention(block.cross, *asked))
         hidden = linear(block.mlp.up, x)
         x = block.norm2(x + linear(block.mlp.down, hidden * (1 + torch.erf(hidden / 2**0.5)) / 2))
-    same(own(image, None, INDEX).prefix, linear(own.projection, x)[INDEX])
+    same(own(image, None, INDEX).prefix, linear(own.projection, x))
 
 
 # ------------------------------------------------------------------------------------------------ all of them
@@ -159,7 +160,9 @@ def kind(request) -> str:
 
 def rows_of(given: Conditioning) -> list[Tensor]:
     """What each row of the decoder is given: keys of every part, or a prefix."""
-    return [per_row(part) for part in given.memory] if given.prefix is None else [given.prefix]
+    if given.prefix is None:
+        return [per_row(part) for part in given.memory]
+    return [given.prefix if given.prefix_index is None else given.prefix[given.prefix_index]]
 
 
 def test_questions_of_an_image_share_it(kind):
@@ -244,7 +247,7 @@ def test_a_prefix_is_read_as_the_reference_reads_it(kind, tmp_path):
     model.float()
     image = States(image.tokens.float(), places=image.places)
     ids, mask = torch.randint(30, MASK.shape), MASK.flip(1)
-    prefix = model.connector(image, None, INDEX).prefix
+    prefix = model.connector(image, None).prefix[INDEX]
     whole = torch.cat([torch.ones(prefix.shape[:2]), mask], 1)
     asked = {
         "inputs_embeds": torch.cat([prefix, theirs.transformer.wte(ids)], 1),
@@ -256,13 +259,58 @@ def test_a_prefix_is_read_as_the_reference_reads_it(kind, tmp_path):
     assert_close(ours, wanted, where=mask)
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("kind", PREFIXES)
+@torch.enable_grad()
+def test_a_prefix_goes_through_the_decoder_once(kind, checkpointing):
+    """For all questions of its image: states and every gradient are those of a prefix for each question, also when
+    blocks are run again in the backward pass."""
+    model = tiny_model(kind).double().train()
+    ids, passed = torch.randint(30, MASK.shape), []
+    if checkpointing:
+        recompute_blocks(model)
+    hook = model.decoder.blocks[0].norm1.register_forward_hook(lambda _, given, out: passed.append(out.shape[:2]))
+
+    def run(image: States, index: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
+        model.zero_grad()
+        hidden = model.hidden(image, None, ids, index)
+        (hidden * weight).sum().backward()
+        return hidden, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+    with torch.no_grad():
+        image, weight = states(model)[0], torch.randn(5, 6, 16).double()
+    shared, gradients = run(image, INDEX)
+    length = {"prefix": 9, "qformer": 5}[kind]
+    assert passed[:2] == [(2, length), (5, 6)]
+    apart, expected = run(States(image.tokens[INDEX], places=image.places), None)
+    assert (5, length + 6) in passed
+    same(shared, apart)
+    assert gradients.keys() == expected.keys() and len(gradients) > 30
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, expected[name], atol=1e-11, rtol=1e-9, msg=name)
+    hook.remove()
+
+
+@pytest.mark.parametrize("kind", PREFIXES)
+def test_candidates_after_a_shared_prefix(kind):
+    """Ranked as after a prefix for each row."""
+    model = tiny_model(kind).double().eval()
+    image, _ = states(model)
+    ids, mask, candidates = torch.randint(3, 30, MASK.shape), MASK.flip(1), [[5, 2], [5, 7, 2], [9]]
+    prefix = model.connector(image, None).prefix
+    shared = rank(model.decoder, ids, mask, None, candidates, prefix=prefix, prefix_index=INDEX)
+    apart = rank(model.decoder, ids, mask, None, candidates, prefix=prefix[INDEX])
+    torch.testing.assert_close(shared, apart, atol=1e-5, rtol=0)  # float32, sums of up to three log-probabilities
+
+
 @pytest.mark.parametrize("kind", CONNECTORS)
 def test_greedy_decoding_is_the_model_without_a_cache(kind):
     """Prompts of different lengths; the same tokens and log-probabilities as running the whole model for each token."""
     model = tiny_model(kind).double()
     image, text = states(model)
     given, ids, mask = model.connector(image, text, INDEX), torch.randint(3, 30, MASK.shape), MASK.flip(1)
-    made = greedy(model.decoder, ids, mask, given.memory, max_new_tokens=7, eos_id=2, prefix=given.prefix)
+    options, prefix = GenerationOptions(7, 2), {"prefix": given.prefix, "prefix_index": given.prefix_index}
+    made = generate(model.decoder, ids, mask, given.memory, options=options, **prefix)
     for row in range(5):
         one, length = slice(row, row + 1), int(made.lengths[row])
         question = None if text is None else States(text.tokens[one], text.mask[one])

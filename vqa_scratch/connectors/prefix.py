@@ -52,4 +52,4 @@ class PrefixConnector(Connector):
 
     def forward(self, image: States, text: States | None, image_index: Tensor | None = None) -> Conditioning:
         prefix = self.down(F.gelu(self.up(image.tokens[:, image.prefix_tokens :])))  # (I, Q, D)
-        return Conditioning(prefix=prefix if image_index is None else prefix[image_index])
+        return Conditioning(prefix=prefix, prefix_index=image_index)

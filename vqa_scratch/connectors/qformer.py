@@ -75,4 +75,4 @@ class QFormerConnector(Connector):
 
     def forward(self, image: States, text: States | None, image_index: Tensor | None = None) -> Conditioning:
         prefix = self.projection(self.qformer(image.tokens))  # (I, Q, D)
-        return Conditioning(prefix=prefix if image_index is None else prefix[image_index])
+        return Conditioning(prefix=prefix, prefix_index=image_index)

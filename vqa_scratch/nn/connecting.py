@@ -20,7 +20,8 @@ class Conditioning:
     Every token of a row sees all of it."""
 
     memory: list[Memory] | None = None
-    prefix: Tensor | None = None  # (B, Q, D)
+    prefix: Tensor | None = None  # (I, Q, D)
+    prefix_index: Tensor | None = None  # (B,) the prefix of each row; None: row b has prefix b
 
 
 class Connector(nn.Module, ABC):

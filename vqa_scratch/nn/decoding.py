@@ -11,11 +11,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vqa_scratch.nn.attention import MultiHeadAttention
-from vqa_scratch.nn.cache import DecoderCache
+from vqa_scratch.nn.cache import DecoderCache, TrainedCache
 from vqa_scratch.nn.layers import Activation
 from vqa_scratch.nn.memory import Memory
 from vqa_scratch.nn.rotary import Rotation
@@ -88,6 +89,31 @@ class Decoder(nn.Module, ABC):
         attention_mask (B, cached + T), True = may attend; rows may be padded on either side. Cross-attention reads the
         memories; a cache keeps their keys.
         """
+
+    def hidden_after(
+        self,
+        prefix: Tensor,
+        prefix_index: Tensor | None,
+        embeddings: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        cache: DecoderCache | None = None,
+    ) -> Tensor:
+        """(B, T, E) -> (B, T, E): the states of tokens after a prefix (M, Q, E), that of `prefix_index[b]` in row b.
+
+        The states of a prefix do not depend on what comes after it, so it goes through the blocks once, however many
+        rows share it; its keys and values are repeated. None: row b has prefix b, and both go through at once.
+        attention_mask (B, T) is that of the tokens; `cache` is empty, and then keeps both.
+        """
+        prefix, length = prefix.to(embeddings.dtype), prefix.shape[1]
+        if attention_mask is not None:
+            attention_mask = F.pad(attention_mask.bool(), (length, 0), value=True)
+        if prefix_index is None:
+            return self.hidden(torch.cat([prefix, embeddings], 1), attention_mask, cache=cache)[:, length:]
+        cache = TrainedCache(len(self.new_cache())) if cache is None else cache
+        self.hidden(prefix, cache=cache)
+        cache.select(prefix_index)
+        return self.hidden(embeddings, attention_mask, cache=cache)
 
     @abstractmethod
     def after_blocks(self, x: Tensor) -> Tensor:
