@@ -52,7 +52,7 @@ def check_question(options: VQAOptions) -> None:
         )
     if options.freeze == "text_encoder":
         raise UserError(f"--freeze text_encoder means nothing with {why}: there is no text encoder")
-    if (options.given or {}).get("text_encoder"):
+    if options.text_encoder and "text_encoder" in (options.given or ()):
         raise UserError(f"--text-encoder means nothing with {why}: it takes no states of a text encoder")
 
 
