@@ -177,16 +177,23 @@ def cached_features_command(rounds: int, every: bool, write: bool, **sizes: int 
     "--precision", type=NearChoice(("auto", "fp32", "bf16")), default="auto", show_default=True, help="Of all runs."
 )
 @click.option("--rounds", type=click.IntRange(1), default=5, show_default=True, help="Turns of each side, when timed.")
+@click.option("--test-images", type=click.IntRange(1), help="Score on so many images of the test split. [all]")
 @click.option("--out", type=click.Path(path_type=Path), default="runs/connectors", show_default=True, help="The runs.")
 @click.option("--cache", type=click.Path(path_type=Path), default="cache", show_default=True, help="As in train.py.")
 @click.option("--write", is_flag=True, help="Put the table into bench/RESULTS.md, it and the picture into docs/.")
 def connectors_command(
-    frozen: bool, tower_steps: int | None, seeds: str, write: bool, **values: int | str | Path | None
+    frozen: bool,
+    tower_steps: int | None,
+    seeds: str,
+    test_images: int | None,
+    write: bool,
+    **values: int | str | Path | None,
 ) -> None:
     """Every connector trained on the same questions: what it learns and what it costs. Finished runs are kept."""
     if tower_steps is not None and not frozen:
         raise UserError("--tower-steps goes with --frozen, which starts from towers")
-    plan = connector_runs.Plan(seeds=connector_runs.read_seeds(seeds), **values)
+    more = () if test_images is None else (f"--test-images={test_images}",)
+    plan = connector_runs.Plan(seeds=connector_runs.read_seeds(seeds), more=more, **values)
     if frozen:
         made = connectors_frozen.run(plan, tower_steps or plan.steps, command_given())
         connectors.present("connectors-frozen", made, plan.out, write)
