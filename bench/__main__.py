@@ -185,15 +185,13 @@ def connectors_command(
     frozen: bool,
     tower_steps: int | None,
     seeds: str,
-    test_images: int | None,
     write: bool,
     **values: int | str | Path | None,
 ) -> None:
     """Every connector trained on the same questions: what it learns and what it costs. Finished runs are kept."""
     if tower_steps is not None and not frozen:
         raise UserError("--tower-steps goes with --frozen, which starts from towers")
-    more = () if test_images is None else (f"--test-images={test_images}",)
-    plan = connector_runs.Plan(seeds=connector_runs.read_seeds(seeds), more=more, **values)
+    plan = connector_runs.Plan(seeds=connector_runs.read_seeds(seeds), **values)
     if frozen:
         made = connectors_frozen.run(plan, tower_steps or plan.steps, command_given())
         connectors.present("connectors-frozen", made, plan.out, write)

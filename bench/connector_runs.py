@@ -81,6 +81,7 @@ class Plan:
     steps: int
     seeds: tuple[int, ...] = SEEDS
     only: str | None = None
+    test_images: int | None = None  # of the final figures; None: all
     jobs: int = 1
     out: Path = Path("runs/connectors")
     cache: Path = Path("cache")
@@ -95,6 +96,18 @@ class Plan:
     def kind(self) -> str:
         """The number format of every run: "auto" is measured once, not by each run for itself."""
         return pick_precision(self.precision, pick_device("auto"))[0]
+
+    @property
+    def name(self) -> str:
+        """Of the folder of its runs; those of other lengths lie elsewhere, so none is taken for another."""
+        images = "" if self.test_images is None else f"-{self.test_images}-images"
+        return f"{self.steps}-steps-{self.kind}{images}"
+
+    @property
+    def flags(self) -> list[str]:
+        """The flags of `train.py` that say how long a run is, how it is scored, and what else all runs share."""
+        images = [] if self.test_images is None else [f"--test-images={self.test_images}"]
+        return [*length_of(self.steps), f"--precision={self.kind}", f"--cache={self.cache}", *images, *self.more]
 
     def data(self, seed: int) -> Path:
         """The built-in data set of a seed, drawn if it is missing."""
@@ -138,13 +151,13 @@ def train_all(jobs: Sequence[Job], at_once: int) -> None:
 
 
 def jobs_of(plan: Plan, rows: Sequence[Row]) -> dict[tuple[Row, int], Job]:
-    """The runs by row and seed. Runs of different length have different folders, so none is taken for another."""
-    kind, jobs = plan.kind, {}
+    """The runs by row and seed."""
+    jobs = {}
     for seed in plan.seeds:
-        shared = [f"--seed={seed}", f"--data={plan.data(seed)}", f"--cache={plan.cache}", *length_of(plan.steps)]
+        shared = [f"--seed={seed}", f"--data={plan.data(seed)}", *plan.flags]
         for row in rows:
-            folder = plan.out / f"{plan.steps}-steps-{kind}" / row.folder / f"seed{seed}"
-            jobs[row, seed] = Job(folder, ["--preset=shapes", f"--precision={kind}", *shared, *row.flags, *plan.more])
+            folder = plan.out / plan.name / row.folder / f"seed{seed}"
+            jobs[row, seed] = Job(folder, ["--preset=shapes", *shared, *row.flags])
     return jobs
 
 

@@ -87,16 +87,16 @@ def jobs_of(
     plan: Plan, rows: list[Row], started: Mapping[int, Towers], tower_steps: int
 ) -> dict[tuple[str, Row, int], Job]:
     """The runs by state, row and seed."""
-    jobs, kind = {}, plan.kind
+    jobs = {}
     for state, frozen in STATES.items():
         for row in rows:
             for seed in plan.seeds:
                 start = started[seed]
-                name = f"{plan.steps}-steps-{kind}-from-{tower_steps}-{state}"
+                name = f"{plan.name}-from-{tower_steps}-{state}"
                 flags = ["--preset=book", "--init=pretrained", f"--image-model={start.image}"]
-                flags += [f"--decoder-model={start.decoder}", f"--freeze={frozen}", f"--precision={kind}", *row.flags]
-                flags += [f"--data={plan.data(seed)}", f"--cache={plan.cache}", f"--seed={seed}", *small_flags()]
-                flags += [*(["--feature-cache"] if state == "frozen" else []), *length_of(plan.steps), *plan.more]
+                flags += [f"--decoder-model={start.decoder}", f"--freeze={frozen}", *row.flags]
+                flags += [f"--data={plan.data(seed)}", f"--seed={seed}", *small_flags(), *plan.flags]
+                flags += ["--feature-cache"] if state == "frozen" else []
                 jobs[state, row, seed] = Job(plan.out / name / row.folder / f"seed{seed}", flags)
     return jobs
 

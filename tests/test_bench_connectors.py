@@ -117,12 +117,13 @@ def test_runs_of_other_lengths_lie_elsewhere(tmp_path, monkeypatch):
     """So that none is taken for another; all of one seed read the same data."""
     monkeypatch.setattr(Plan, "data", lambda plan, seed: tmp_path / f"data{seed}")
     folders = set()
-    for steps in (10, 20):
-        jobs = connector_runs.jobs_of(Plan(steps, (0, 1), out=tmp_path, precision="fp32"), [TOKENS, PREFIX])
+    for steps, images in ((10, None), (20, None), (20, 5)):
+        plan = Plan(steps, (0, 1), test_images=images, out=tmp_path, precision="fp32")
+        jobs = connector_runs.jobs_of(plan, [TOKENS, PREFIX])
         folders |= {job.folder for job in jobs.values()}
         for (_, seed), job in jobs.items():
             assert {f"--steps={steps}", f"--seed={seed}", f"--data={tmp_path / f'data{seed}'}"} <= set(job.flags)
-    assert len(folders) == 8
+    assert len(folders) == 12
 
 
 def test_runs_that_saw_different_questions_are_not_compared():
