@@ -11,6 +11,8 @@ import torch
 
 from bench import (
     attention,
+    binding,
+    binding_report,
     cached_features,
     connector_runs,
     connectors,
@@ -22,6 +24,7 @@ from bench import (
     loss_head,
     ppo,
     prefix,
+    resolution,
     scale,
     suite,
     t5_bias,
@@ -208,6 +211,17 @@ def image_loading_command(images: int, rounds: int, write: bool) -> None:
     present("image-loading", image_loading.run(images, rounds, command_given()), write)
 
 
+@click.command("resolution")
+@click.option("--steps", type=click.IntRange(1), default=2000, show_default=True, help="Steps of 192 questions.")
+@click.option("--width", type=click.IntRange(4), default=128, show_default=True, help="Width of the decoder.")
+@click.option("--layers", type=click.IntRange(1), default=4, show_default=True, help="Layers of the decoder.")
+@click.option("--scenes", type=click.IntRange(400), default=6_000, show_default=True, help="Scenes to train on.")
+@click.option("--write", is_flag=True, help="Put the table into bench/RESULTS.md.")
+def resolution_command(write: bool, **sizes: int) -> None:
+    """The connector `patches` at sizes it was never trained on, with newline tokens and without."""
+    present("resolution", resolution.run(resolution.Experiment(**sizes), command_given()), write)
+
+
 @click.command("scale")
 @click.option("--write", is_flag=True, help="Put the tables into docs/scale.md.")
 def scale_command(write: bool) -> None:
@@ -232,6 +246,21 @@ def ppo_command(out: Path | None, write: bool, **plan: int | str | bool | None) 
     if write and (plan["tiny"] or plan["only"]):
         raise UserError("--write goes with neither --tiny nor --only: the table is of all sides at the book's sizes")
     present("ppo", ppo.run(ppo.Plan(**plan), command_given(), out), write)
+
+
+@click.command("binding")
+@click.option("--seeds", type=click.IntRange(1), default=3, show_default=True, help="Runs that differ in their seed.")
+@click.option("--variant", type=NearChoice(binding.VARIANTS), multiple=True, help="May be given several times. [all]")
+@click.option("--words", type=click.IntRange(2, 3), default=2, show_default=True, help="Invented words of an episode.")
+@click.option("--steps", type=click.IntRange(1), help="Of the last stage. [that of the table]")
+@click.option("--out", type=click.Path(path_type=Path), default=Path("runs/binding"), show_default=True, help="Folder.")
+@click.option("--write", is_flag=True, help="Put the table into bench/RESULTS.md, and the pictures into docs/images.")
+def binding_command(seeds: int, variant: tuple[str, ...], out: Path, write: bool, **sizes: int | None) -> None:
+    """What shots are worth to a small Flamingo that binds invented words to pictures in context."""
+    plan = binding.Plan(**{name: value for name, value in sizes.items() if value is not None})
+    pictures = binding_report.IMAGES if write else out
+    names = [name for name in binding.VARIANTS if not variant or name in variant]
+    present("binding", binding_report.run(plan, range(seeds), names, out, pictures, command_given()), write)
 
 
 @click.command("all")
@@ -272,7 +301,9 @@ COMMANDS = [
     connectors_command,
     image_loading_command,
     ppo_command,
+    resolution_command,
     scale_command,
+    binding_command,
     all_command,
 ]
 PROGRAM = NearGroup("bench", {command.name: command for command in COMMANDS}, help="Measure, side by side.")

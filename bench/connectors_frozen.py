@@ -182,7 +182,7 @@ def run(
 
 def reads_pixels(row: Row) -> bool:
     """Whether it has no image encoder, so that there is none to freeze."""
-    return getattr(connector_class(row.connector), "reads_pixels", False)
+    return connector_class(row.connector).reads_pixels
 
 
 def read_of(plan: Plan, jobs: Mapping[tuple[str, Row, int], Job], state: str, row: Row, seed: int) -> Run:

@@ -25,6 +25,7 @@ CPU = {
     "prefix": [],
     "ppo": ["--batch", "8", "--repeats", "3"],
     "scale": [],
+    "resolution": [],
 }
 GPU = {
     "attention": [],

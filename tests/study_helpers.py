@@ -4,6 +4,7 @@ from functools import partial
 from types import SimpleNamespace
 
 import torch
+from model_helpers import tiny_image
 
 from vqa_scratch.connectors import CONNECTORS, connect, connector_class
 from vqa_scratch.models import (
@@ -23,7 +24,6 @@ from vqa_scratch.models import (
     ViLT,
     ViLTClassifier,
     ViLTConfig,
-    ViT,
     ViTConfig,
 )
 from vqa_scratch.models.resnet import group_norm
@@ -49,9 +49,10 @@ def tiny_decoder(heads: int = 4, cross: bool = True) -> GPT2:
 def tiny_vqa(kind: str = "tokens", heads: int = 4) -> VQAModel:
     """A model with the connector of that name."""
     connector = connector_class(kind)
-    image = ViT(ViTConfig(image_size=24, patch_size=8, dim=16, layers=2, heads=heads, hidden=32))
+    image = tiny_image(kind, heads)
     sizes = BertConfig(layout="distilbert", vocab_size=40, dim=16, layers=2, heads=heads, hidden=32, token_types=0)
-    text, decoder = Bert(sizes) if connector.reads_text else None, tiny_decoder(heads, connector.uses_memory)
+    text = Bert(sizes) if connector.reads_text else None
+    decoder = tiny_decoder(heads, connector.needs_cross_attention())
     more = connector.sizes_for((3, 3), SimpleNamespace(queries=3, heads=heads))
     return spread(VQAModel(image, text, connect({"kind": kind, **more}, image, text, decoder), decoder))
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import assert_close, brute_force_attention
-from model_helpers import GRID, SIDE, tiny_model
+from model_helpers import GRID, SIDE, tiny_image, tiny_model
+from model_helpers import decoder as tiny_decoder
 from torch import Tensor, nn
 from transformers import GPT2LMHeadModel
 from vqa_helpers import CPU, small_flags, small_options, small_system
@@ -21,6 +22,7 @@ from vqa_scratch.connectors.mean import masked_average
 from vqa_scratch.errors import UserError
 from vqa_scratch.generate import GenerationOptions, generate, rank
 from vqa_scratch.models import VQAModel
+from vqa_scratch.models.patches import PixelPatchesConfig
 from vqa_scratch.nn.connecting import Conditioning, Connector
 from vqa_scratch.nn.states import States
 from vqa_scratch.systems.base import ANY_SAMPLE
@@ -36,6 +38,7 @@ EXACT = 1e-10  # of sums in float64 in another order
 INDEX = torch.tensor([1, 0, 1, 1, 0])  # five rows about two images, in no order
 LENGTHS = torch.tensor([6, 2, 4, 1, 6])  # of their questions
 MASK = torch.arange(6) < LENGTHS[:, None]
+FEW = {"mean": 1, "prefix": 9, "patches": 9}  # tokens that a connector keeps, if not all 10
 PREFIXES = [kind for kind in CONNECTORS if not connector_class(kind).uses_memory]
 
 
@@ -127,6 +130,49 @@ def test_prefix():
     assert text is None and prefix.shape == (2, 9, 16)
 
 
+@pytest.mark.parametrize("newlines", [True, False])
+@pytest.mark.parametrize("size", [(SIDE, SIDE), (16, 40)])
+def test_patches(size, newlines):
+    """Every pixel of a patch, row by row and the colours of each together, through one linear map; a newline after the
+    last patch of a row."""
+    model = tiny_model("patches").double()
+    model.connector = connect({"kind": "patches", "newlines": newlines}, model.image, None, model.decoder).double()
+    pixels = torch.randn(2, 3, *size, dtype=torch.float64)
+    own, image = model.connector, model.image.states(pixels)
+    prefix, rows = own(image, None, INDEX).prefix, []
+    for top in range(0, size[0], 8):
+        for left in range(0, size[1], 8):
+            patch = [pixels[:, c, top + y, left + x] for y in range(8) for x in range(8) for c in range(3)]
+            rows.append(linear(own.projection, torch.stack(patch, 1)))
+        rows += [own.newline.expand(2, -1)] if newlines else []
+    same(prefix, torch.stack(rows, 1))
+    assert prefix.shape[1] == own.prefix_length(image.places.grid, own.sizes)
+    assert image.places == (tuple(side // 8 for side in size), 4, 8) and image.prefix_tokens == 0
+    assert not list(model.image.parameters())
+
+
+def test_patches_show_where_they_are():
+    """A newline is a token of its own and no place: rows of `mixing` say which token is about which patch."""
+    grid = (2, 3)
+    own = tiny_model("patches").connector
+    assert own.marks(grid) == ["newline 1", "newline 2"]
+    expected = [2, 3, 4, 0, 5, 6, 7, 1]  # the two newlines come first among the sources
+    assert own.mixing(6, 0, grid).argmax(1).tolist() == expected
+    assert torch.equal(own.mixing(6, 0, grid).sum(1), torch.ones(8))
+    plain = connect({"kind": "patches", "newlines": False}, tiny_model("patches").image, None, tiny_model().decoder)
+    assert plain.marks(grid) == [] and torch.equal(plain.mixing(6, 0, grid), torch.eye(6))
+
+
+def test_patches_that_cannot_be_are_told():
+    model = tiny_model("patches")
+    with pytest.raises(UserError, match="^an image of 20x24 pixels does not divide into patches of 8x8$"):
+        model.image.states(torch.zeros(1, 3, 20, 24))
+    with pytest.raises(UserError, match="^there are no patches of 0 pixels a side with 3 channels$"):
+        PixelPatchesConfig(0)
+    with pytest.raises(UserError, match="^a connector patches cannot have a newlines of 1$"):
+        connect({"kind": "patches", "newlines": 1}, model.image, None, model.decoder)
+
+
 def test_qformer():
     """Blocks of self-attention, attention to the image, and MLP, each sum normed; attention from its definition."""
     model = tiny_model("qformer").double()
@@ -148,6 +194,47 @@ def test_qformer():
         hidden = linear(block.mlp.up, x)
         x = block.norm2(x + linear(block.mlp.down, hidden * (1 + torch.erf(hidden / 2**0.5)) / 2))
     same(own(image, None, INDEX).prefix, linear(own.projection, x))
+
+
+def test_resampler():
+    """Pre-norm blocks in which latents read image and latents, a last norm; from the definition of attention."""
+    model = tiny_model("resampler").double()
+    image, text = states(model)
+    own, (memory,) = model.connector, model.connector(image, text, INDEX).memory
+    latents = own.resampler.latents.expand(2, -1, -1)
+    for block in own.resampler.blocks:
+        asked = block.norm1(latents)
+        keys = torch.cat([block.norm_image(image.tokens), asked], 1)
+        read = []
+        for head in range(4):
+            part = slice(4 * head, 4 * head + 4)
+            q = asked @ block.cross.q.weight[part].T
+            k, v = (keys @ weight[part].T for weight in block.cross.kv.weight.chunk(2))
+            read.append((q @ k.mT / 2).softmax(-1) @ v)
+        latents = latents + torch.cat(read, 2) @ block.cross.out.weight.T
+        hidden = block.norm2(latents) @ block.mlp.up.weight.T
+        latents = latents + (hidden * (1 + torch.erf(hidden / 2**0.5)) / 2) @ block.mlp.down.weight.T
+    for row, entry in enumerate(INDEX):
+        same(per_row(memory)[row], own.resampler.norm(latents)[entry])
+    assert len(memory.states) == 2 and own.sizes == {"queries": 5, "layers": 2, "heads": 4}
+
+
+def test_closed_gates_are_the_bare_decoder():
+    """A new resampler changes no bit of what its decoder says; in its layers the first step moves the gates alone."""
+    image, decoder = tiny_image("resampler"), tiny_decoder(False)
+    ids = torch.randint(30, MASK.shape)
+    bare = decoder.eval().hidden(decoder.embed(ids), MASK.flip(1))
+    connector = connect({"kind": "resampler", "queries": 3}, image, None, decoder)
+    model = VQAModel(image, None, connector, decoder).eval()
+    seen = model.image.states(torch.randn(2, 3, SIDE, SIDE))
+    assert torch.equal(model.hidden(seen, None, ids, INDEX, MASK.flip(1)), bare)
+    with torch.enable_grad():
+        model.hidden(seen, None, ids, INDEX).square().sum().backward()
+    moved = {name.split("gated.")[1] for name, p in decoder.named_parameters() if "gated" in name and p.grad.any()}
+    assert moved == {"cross_gate", "mlp_gate"} and not connector.resampler.latents.grad.any()
+    with torch.no_grad():
+        decoder.blocks[1].gated.cross_gate.fill_(0.1)
+    assert not torch.equal(model.hidden(seen, None, ids, INDEX, MASK.flip(1)), bare)
 
 
 # ------------------------------------------------------------------------------------------------ all of them
@@ -181,7 +268,7 @@ def test_what_is_kept_is_all_that_is_read(kind):
     model = tiny_model(kind).double()
     image, text = states(model)
     kept = model.connector.kept(image)
-    assert kept.tokens.shape[1] == {"mean": 1, "prefix": 9}.get(kind, 10)
+    assert kept.tokens.shape[1] == FEW.get(kind, 10)
     whole, part = (rows_of(model.connector(some, text, INDEX)) for some in (image, kept))
     for ours, theirs in zip(part, whole, strict=True):
         same(ours, theirs)
@@ -280,7 +367,7 @@ def test_a_prefix_goes_through_the_decoder_once(kind, checkpointing):
     with torch.no_grad():
         image, weight = states(model)[0], torch.randn(5, 6, 16).double()
     shared, gradients = run(image, INDEX)
-    length = {"prefix": 9, "qformer": 5}[kind]
+    length = {"prefix": 9, "patches": 12, "qformer": 5}[kind]
     assert passed[:2] == [(2, length), (5, 6)]
     apart, expected = run(States(image.tokens[INDEX], places=image.places), None)
     assert (5, length + 6) in passed
@@ -360,7 +447,7 @@ class RowsConnector(Connector):
     def sizes(self) -> dict[str, Any]:
         return {"rows": self.rows}
 
-    def mixing(self, image: int, text: int) -> torch.Tensor:
+    def mixing(self, image: int, text: int, grid: tuple[int, int]) -> torch.Tensor:
         rows = torch.eye(self.rows).repeat_interleave(self.rows, 1) / self.rows
         return F.pad(rows, (image - self.rows**2, 0))
 
@@ -399,30 +486,34 @@ def test_a_new_connector_is_one_file_and_a_line(data, tmp_path, monkeypatch):
     assert opened.export(tmp_path / "out") and "connector `rows`" in (tmp_path / "out" / "README.md").read_text()
 
 
+LACKING = "--freeze {} means nothing with {}: there"
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
         ("--connector prefix", "--connector prefix gives the decoder the image alone: add --question-prompt"),
-        (
-            "--connector prefix --question-prompt --freeze text_encoder",
-            "--freeze text_encoder means nothing with --connector prefix: there is no text encoder",
-        ),
+        ("--no-text-encoder", "--no-text-encoder gives the decoder the image alone: add --question-prompt"),
         (
             "--connector prefix --question-prompt --text-encoder",
             "--text-encoder means nothing with --connector prefix: it takes no states of a text encoder",
         ),
-        ("--no-text-encoder", "--no-text-encoder gives the decoder the image alone: add --question-prompt"),
-        (
-            "--no-text-encoder --question-prompt --freeze text_encoder",
-            "--freeze text_encoder means nothing with --no-text-encoder: there is no text encoder",
+        *(
+            (f"{flags} --question-prompt --freeze {part}", LACKING.format(part, flags))
+            for flags, part in (
+                ("--no-text-encoder", "text_encoder"),
+                ("--connector prefix", "text_encoder"),
+                ("--connector patches", "text_encoder"),
+                ("--connector patches", "image_encoder"),
+                ("--connector patches", "encoders"),
+            )
         ),
     ],
 )
-def test_a_decoder_without_text_encoder_is_given_the_question(data, tmp_path, flags, message):
-    """Otherwise nothing would know what is asked."""
-    argv = [*small_flags(data, tmp_path / "run", text_layers=None), "--no-question-prompt", *flags.split()]
+def test_the_question_reaches_the_decoder_and_what_is_frozen_is_there(data, tmp_path, flags, message):
+    argv = small_flags(data, tmp_path / "run", text_layers=None, image_layers=None)
     with pytest.raises(UserError, match=f"^{message}"):
-        VQASystem.check(read_command_line(argv))
+        VQASystem.check(read_command_line([*argv, "--no-question-prompt", *flags.split()]))
 
 
 @pytest.mark.parametrize("flags", ["--text-layers 2", "--preset book --data x --text-model y"])

@@ -33,8 +33,8 @@ from vqa_scratch.training.precision import Precision
 
 CPU = torch.device("cpu")
 # Name -> system in test_systems.py and other options: memories with and without the question as a prompt, a single key,
-# two kinds of prefix, and a captioner that answers questions.
-KINDS = {name: (name, {}) for name in ("tokens", "mean", "prefix", "qformer", "caption")}
+# three kinds of prefix, gated layers, and a captioner that answers questions.
+KINDS = {name: (name, {}) for name in ("tokens", "mean", "prefix", "patches", "qformer", "resampler", "caption")}
 KINDS["bare"] = ("tokens", {"question_prompt": False})
 NEW = ("prefix", "caption")
 
@@ -272,7 +272,7 @@ def test_a_run_reports_the_figures_that_answers_have(runs, tmp_path, capsys, nam
     assert systems.load(tmp_path / "policy").options == systems.load(runs[name]).options
 
 
-PREFIXED = ["tokens", "prefix", "qformer"]
+PREFIXED = ["tokens", "prefix", "patches", "qformer"]
 
 
 @pytest.mark.parametrize("name", PREFIXED)

@@ -32,7 +32,7 @@ from vqa_scratch.study.places import centred_in_box, intervals, share_in_box, to
 from vqa_scratch.study.subject import VQASubject
 
 
-@pytest.mark.parametrize("name", ["tokens", "caption", "vilt", "blip2", "prefix", "qformer"])
+@pytest.mark.parametrize("name", ["tokens", "caption", "vilt", "blip2", "prefix", "patches", "qformer", "resampler"])
 def test_curves_begin_and_end_at_the_whole_and_the_empty_image(name):
     subject = SUBJECTS[name]()
     answer, places = subject.generate(2), subject.image[0]
@@ -52,7 +52,8 @@ def test_curves_begin_and_end_at_the_whole_and_the_empty_image(name):
             for x, i in zip((top, left), divmod(token, 3), strict=True)
         )
         third[..., rows, columns] = blank[..., rows, columns]
-    assert curves.deletion[1] == pytest.approx(float(answer_probability(subject, third, answer)))
+    # In fp32 and in batches of another size: sums in another order.
+    assert curves.deletion[1] == pytest.approx(float(answer_probability(subject, third, answer)), rel=1e-5)
 
 
 def test_probability_is_the_product_over_tokens():
@@ -169,7 +170,7 @@ def test_pointing_is_measured_in_pixels(monkeypatch):
     assert corner["cross"].mass == pytest.approx(0.5) and corner["cross"].hit == 1
 
 
-@pytest.mark.parametrize("name", ["tokens", "caption", "vilt", "blip2", "prefix", "qformer"])
+@pytest.mark.parametrize("name", ["tokens", "caption", "vilt", "blip2", "prefix", "patches", "qformer", "resampler"])
 def test_pointing_measures_the_share_inside(name):
     subject = SUBJECTS[name]()
     left, right = (0, 0, 10, 24), (10, 0, 24, 24)

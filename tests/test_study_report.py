@@ -328,7 +328,7 @@ def test_inside_the_image_a_patch_can_be_asked(made, window):
 def pages(tmp_path_factory):
     """All files of a study of every subject that has an image."""
     root = tmp_path_factory.mktemp("pages")
-    for name in ("caption", "vilt", "blip2", "prefix", "qformer"):
+    for name in ("caption", "vilt", "blip2", "prefix", "patches", "qformer", "resampler"):
         torch.manual_seed(1)
         subject = SUBJECTS[name]()
         image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (24, 24, 3), dtype=np.uint8))
@@ -338,7 +338,7 @@ def pages(tmp_path_factory):
     return root
 
 
-@pytest.mark.parametrize("name", ["caption", "vilt", "blip2", "prefix", "qformer"])
+@pytest.mark.parametrize("name", ["caption", "vilt", "blip2", "prefix", "patches", "qformer", "resampler"])
 def test_every_subject_gives_all_files(pages, name):
     summary = json.loads((pages / name / "summary.json").read_text())
     assert summary["certificate"]["output"] <= 1e-5 and summary["certificate"]["rows"] > 0
@@ -346,10 +346,7 @@ def test_every_subject_gives_all_files(pages, name):
     tensors = load_file(pages / name / "trace.safetensors")
     assert {"relevancy.sources", "rollout.decoder", "cross.sources"} <= set(tensors)
     (data,) = data_of((pages / name / "report.html").read_text(encoding="utf-8"))
-    assert (
-        data["way"]
-        == {"caption": "cross", "vilt": "stream", "blip2": "prefix", "prefix": "prefix", "qformer": "prefix"}[name]
-    )
+    assert data["way"] == {"caption": "cross", "vilt": "stream", "resampler": "cross"}.get(name, "prefix")
     assert bool(data["attributions"]) == (name != "vilt")
     picture = next(source for source in data["sources"] if "grid" in source)
     assert (picture["first"], picture["stride"]) == ((0.5, 8) if name == "caption" else (4.0, 8))
@@ -358,7 +355,7 @@ def test_every_subject_gives_all_files(pages, name):
 
 
 @needs_browser
-@pytest.mark.parametrize("name", ["caption", "vilt", "blip2", "prefix", "qformer"])
+@pytest.mark.parametrize("name", ["caption", "vilt", "blip2", "prefix", "patches", "qformer", "resampler"])
 def test_every_subject_has_a_page_that_draws(pages, window, name):
     window.open(pages / name / "report.html")
     for mode in ("rollout", "mean", "layer", "head", "relevancy"):
@@ -370,15 +367,16 @@ def test_every_subject_has_a_page_that_draws(pages, window, name):
     check = window.script("return document.querySelector('.check').textContent")
     assert "sum to 1.000000" in check and float(re.search(r"by at most ([\d.]+e[-+]\d+)", check)[1]) < 1e-2
     kinds = window.script("return [...document.querySelectorAll('.bar .segmented button')].map(b => b.dataset.value)")
-    inside = {"caption": ["cross", "decoder"], "vilt": ["cross", "stream"]}
+    inside = {"caption": ["cross", "decoder"], "vilt": ["cross", "stream"], "patches": ["cross"]}
+    inside["resampler"] = ["cross", "image", "decoder"]
     assert kinds == inside.get(name, ["cross", "image"])
     text = window.script("return document.querySelector('main').textContent")
     assert "[object" not in text and "undefined" not in text and "NaN" not in text
     rows = window.script("return document.querySelectorAll('table.parts tbody tr').length")
-    assert rows == {"vilt": 0, "caption": 6}.get(name, 3)  # a header and two layers for each kind of attention
-    window.click(f'button[data-value="{kinds[1]}"]')
+    assert rows == {"vilt": 0, "caption": 6, "resampler": 6}.get(name, 3)  # a header and two layers for each attention
+    window.click(f'button[data-value="{kinds[min(1, len(kinds) - 1)]}"]')
     before = window.script(PAINTED)
-    if name != "caption":
+    if name not in ("caption", "patches"):  # they have no encoder with attentions
         window.click(".picture canvas")
         assert re.search(r"Read by patch \d,\d", window.script("return document.querySelector('.explain').textContent"))
         assert window.script(PAINTED) != before

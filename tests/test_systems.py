@@ -42,7 +42,9 @@ SYSTEMS = {
     "tokens": VQA,
     "mean": VQA | {"connector": "mean"},
     "prefix": VQA | {"connector": "prefix"} | AUGMENTED,
+    "patches": {k: v for k, v in VQA.items() if k != "image_layers"} | {"connector": "patches"},
     "qformer": VQA | {"connector": "qformer", "queries": 4, "heads": 4},
+    "resampler": VQA | {"connector": "resampler", "queries": 4},
     "vilt": {
         "preset": "vilt",
         "width": 16,

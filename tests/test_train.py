@@ -366,7 +366,22 @@ BOOK = "--preset book --data x"
             "--width means nothing with --preset coco: it goes with --preset caption$",
         ),
         ("--preset caption --image-model x", "--image-model means nothing with --init random"),
-        ("--queries 4", "--queries means nothing with --connector tokens: it goes with --connector qformer$"),
+        (
+            "--queries 4",
+            "--queries means nothing with --connector tokens: it goes with --connector qformer or resampler$",
+        ),
+        (
+            "--connector patches --stem linear --image-layers 2",
+            "--image-layers, --stem mean nothing with --connector patches$",
+        ),
+        (
+            "--connector patches --freeze all --feature-cache",
+            "--feature-cache means nothing with --connector patches$",
+        ),
+        (
+            f"{BOOK} --connector patches --init pretrained --image-model x",
+            "--image-model means nothing with --connector patches$",
+        ),
         ("--val-fraction 0.1", "--val-fraction means nothing with --val-split val: it goes with --val-split auto$"),
         (
             "--optimizer adamw --matrix-learning-rate 1",
@@ -399,6 +414,8 @@ def test_a_flag_that_nothing_would_read_is_refused(argv, message):
         "--preset coco --data x --init random --vocabulary 99",
         "--preset vilt --width 64",
         "--connector qformer --queries 4",
+        "--connector resampler --queries 4",
+        "--connector patches --patch-size 16 --freeze decoder",
         "--val-split auto --val-fraction 0.1",
         "--resume --feature-cache",  # the run may have been begun with frozen encoders; `settle` knows
     ],

@@ -20,7 +20,7 @@ from vqa_scratch.options import flag
     cls=GroupedCommand,
     params=[
         click.Argument(["run"], type=FOLDER, required=False),
-        Flag(["--model"], help="Instead of RUN: a released BLIP-2, LLaVA or Fuyu, a folder or Hub id."),
+        Flag(["--model"], help="Instead of RUN: a released BLIP-2, LLaVA, Fuyu or Idefics, a folder or Hub id."),
         Flag(["--image"], type=FOLDER, required=True, help="Image file of any size that Pillow reads."),
         Flag(["--question"], help="What to ask; without it, a prompt for many questions."),
         Flag(["--top"], type=click.IntRange(min=1), help="Give this many answers, if the system chooses from a list."),

@@ -40,7 +40,7 @@ class PrefixConnector(Connector):
     def kept_tokens(self, prefix_tokens: int, grid: tuple[int, int]) -> int:
         return grid[0] * grid[1]
 
-    def mixing(self, image: int, text: int) -> Tensor:
+    def mixing(self, image: int, text: int, grid: tuple[int, int]) -> Tensor:
         return torch.eye(image)[self.skipped :]
 
     def recipe(self, with_text: bool) -> str:

@@ -64,7 +64,7 @@ class QFormerConnector(Connector):
     def queries(self) -> nn.Module:
         return self.qformer
 
-    def mixing(self, image: int, text: int) -> Tensor:
+    def mixing(self, image: int, text: int, grid: tuple[int, int]) -> Tensor:
         return torch.eye(image + self.qformer.queries.shape[1])[image:]
 
     def recipe(self, with_text: bool) -> str:

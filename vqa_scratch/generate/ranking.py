@@ -108,7 +108,8 @@ def _one_by_one(
     candidates: Sequence[Sequence[int]],
 ) -> Tensor:
     """(B, C) by the decoder's modules: one candidate after all prompts at a time, then the cache is rewound."""
-    rows, length, result = len(at_prompt), cache.length, []
+    rows, length, result = len(at_prompt), cache.length, list[Tensor]()
+    memory = None if memory is None else [part.for_next_tokens() for part in memory]
     for candidate in candidates:
         ids = torch.tensor([candidate], device=at_prompt.device).expand(rows, -1)  # (B, tokens)
         log_probs = at_prompt[:, None]

@@ -86,7 +86,7 @@ def _without_tokens(parts: FastParts, cache: DecoderCache, memory: list[Memory] 
         like = block.attn.qkv.weight
         if memory is not None:
             assert block.cross is not None, "nothing reads the memory"
-            read = block.cross[1].project(memory, cache=own)
+            read = block.cross.attn.project(memory, cache=own)
             check_rows(read, rows)
             like = read[0].k
         elif torch.is_autocast_enabled(like.device.type):

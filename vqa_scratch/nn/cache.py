@@ -40,8 +40,8 @@ class KVCache:
         return k[:, :, : self.length], v[:, :, : self.length]
 
     def fill_cross(self, parts: list[KeyValue]) -> None:
-        """Keep the keys and values of the memory for later steps."""
-        self.cross = [part._replace(k=part.k.detach(), v=part.v.detach()) for part in parts]
+        """Keep the keys and values of the memory for later steps, whose tokens may read what the last one may now."""
+        self.cross = [part.of_last_token()._replace(k=part.k.detach(), v=part.v.detach()) for part in parts]
 
     def select(self, rows: Tensor) -> None:
         """Keep, reorder or repeat rows: row i becomes what row `rows[i]` was. rows (B',) long."""

@@ -17,27 +17,58 @@ from torch import Tensor, nn
 
 from vqa_scratch.nn.attention import MultiHeadAttention
 from vqa_scratch.nn.cache import DecoderCache, TrainedCache
-from vqa_scratch.nn.layers import Activation
+from vqa_scratch.nn.gated import GatedMLP
+from vqa_scratch.nn.layers import MLP, Activation
 from vqa_scratch.nn.memory import Memory
 from vqa_scratch.nn.rotary import Rotation
 
-Reader = tuple[nn.Module, MultiHeadAttention]  # cross-attention and the norm before it
 
-
-class FastBlock(NamedTuple):
-    """x += attn(norm(x)), the same of `cross` if there is a memory, x += down(activation(up(mlp_norm(x)))).
-
-    With a `gate` the last is down(activation(gate(h)) * up(h)).
-    """
+class Reader(NamedTuple):
+    """Cross-attention with a norm before it: x += factor * attn(norm(x))."""
 
     norm: nn.Module
     attn: MultiHeadAttention
-    cross: Reader | None
-    mlp_norm: nn.Module
+    factor: Tensor | None = None  # (1,) or (D,); None: 1
+
+
+class FastMLP(NamedTuple):
+    """x += factor * down(activation(up(norm(x)))), or with a gate down(activation(gate(h)) * up(h)) of h = norm(x)."""
+
+    norm: nn.Module
     up: nn.Linear
     activation: Activation
     down: nn.Linear
     gate: nn.Linear | None = None
+    factor: Tensor | None = None  # (1,) or (D,); None: 1
+
+    @classmethod
+    def of(cls, norm: nn.Module, mlp: nn.Module, factor: Tensor | None = None) -> "FastMLP":
+        """The parts of an MLP or a gated one."""
+        assert isinstance(mlp, (GatedMLP, MLP)), "a fast step is written for these MLPs"
+        return cls(norm, mlp.up, mlp.activation, mlp.down, mlp.gate if isinstance(mlp, GatedMLP) else None, factor)
+
+
+class FastGated(NamedTuple):
+    """A layer before a block, for a decoder with a memory."""
+
+    cross: Reader
+    mlp: FastMLP
+
+
+class FastBlock(NamedTuple):
+    """The layer `gated`, x += attn(norm(x)), `cross`, the MLP. Without a memory `gated` and `cross` are left out; a
+    block has one of them at most."""
+
+    norm: nn.Module
+    attn: MultiHeadAttention
+    cross: Reader | None
+    mlp: FastMLP
+    gated: FastGated | None = None
+
+    @property
+    def reader(self) -> Reader | None:
+        """What reads the memory."""
+        return self.cross if self.gated is None else self.gated.cross
 
 
 class FastParts(NamedTuple):

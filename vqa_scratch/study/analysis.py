@@ -36,7 +36,8 @@ class Flow:
 def attention_names(subject: Subject) -> dict[str, list[str]]:
     """The attentions in the order they run: {"image": ["image.0.self", ...], ..., "decoder": [self, cross, ...]}."""
     both = zip(subject.self_attentions, subject.reading, strict=True)
-    writer = subject.self_attentions if subject.prefix else [name for pair in both for name in pair]
+    writer = [name for pair in both for name in (reversed(pair) if subject.gated else pair)]
+    writer = subject.self_attentions if subject.prefix else writer
     return {source.name: list(source.attentions) for source in subject.sources} | {subject.writer: writer}
 
 
@@ -46,12 +47,14 @@ def every_attention(subject: Subject) -> list[str]:
 
 
 def key_sources(subject: Subject, t: Trace) -> Tensor:
-    """(K, S): `mixing`, with learned queries replaced by what their own cross-attention reads on average."""
+    """(K, S): `mixing`, with learned queries replaced by what their cross-attention reads of the image on average."""
     made = subject.mixing.clone()
     for source, where in subject.slices():
         if source.reads is not None:
             reads = [_mean_pattern(t, name) for name in source.attentions if name.endswith(".cross")]
-            made[:, subject.where(source.reads)] += made[:, where] @ torch.stack(reads).mean(0)
+            seen = subject.where(source.reads)
+            read = torch.stack(reads).mean(0)[:, : seen.stop - seen.start]
+            made[:, seen] += made[:, where] @ (read / read.sum(-1, keepdim=True))
             made[:, where] = 0
     return made
 
@@ -110,7 +113,8 @@ def rollout(subject: Subject, t: Trace) -> Flow:
 
 
 def _rollout_step(flow: Tensor, weights: Tensor, read: Tensor | None, own: slice) -> Tensor:
-    return (weights @ (flow if read is None else read) + flow) / 2
+    keys = flow if read is None else torch.cat([read, flow])[: weights.shape[-1]]
+    return (weights @ keys + flow) / 2
 
 
 def _mean_pattern(t: Trace, name: str) -> Tensor:
@@ -143,7 +147,9 @@ def weighted_patterns(subject: Subject, t: Trace, target: Tensor) -> dict[str, T
 def _relevancy_step(flow: Tensor, weights: Tensor, read: Tensor | None, own: slice) -> Tensor:
     if read is None:  # equations 6 and 7; for a single stream there is no other
         return flow + weights @ flow
-    return flow + _normalised(flow[:, own], torch.eye(len(flow))).T @ (weights @ read)  # equation 10
+    given, rest = weights.tensor_split([len(read)], 1)  # the rest: learned queries may read themselves too
+    added = _normalised(flow[:, own], torch.eye(len(flow))).T @ (given @ read)  # equation 10
+    return flow + added + rest @ flow if rest.shape[1] else flow + added
 
 
 def _normalised(relevancy: Tensor, start: Tensor) -> Tensor:

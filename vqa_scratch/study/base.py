@@ -12,6 +12,7 @@ a map is made for, K keys of cross-attention or tokens of the prefix, D width, V
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from vqa_scratch.models.hf_config import ReleasedDecoder
 from vqa_scratch.models.t5 import T5Stack
 from vqa_scratch.models.vit import ViT
+from vqa_scratch.nn.gated_cross import GatedCrossAttention
 from vqa_scratch.nn.states import ImageEncoder, Places
 
 
@@ -69,6 +71,12 @@ class Subject(ABC):
     def layers(self) -> int:
         """How many blocks the writer has."""
         return len(self.decoder.blocks)
+
+    @property
+    def gated(self) -> list[GatedCrossAttention]:
+        """The layers before the writer's blocks that read sources; none if the blocks do it themselves."""
+        layers = (getattr(block, "gated", None) for block in self.decoder.blocks)
+        return [layer for layer in layers if layer is not None]
 
     @property
     def self_attentions(self) -> list[str]:
@@ -141,8 +149,12 @@ class Subject(ABC):
             given = len(self.mixing) if kind == "cross" else self.prefix
             return torch.cat([weights[..., :given] @ self.mixing[:given], weights[..., given:]], -1)
         source = next(source for source in self.sources if source.name == stream)
-        result = weights.new_zeros(*weights.shape[:-1], self.mixing.shape[1])
-        result[..., self.where(source.reads if kind == "cross" and source.reads else stream)] = weights
+        result, own = weights.new_zeros(*weights.shape[:-1], self.mixing.shape[1]), self.where(stream)
+        seen = self.where(source.reads) if kind == "cross" and source.reads else slice(own.start, own.start)
+        read = seen.stop - seen.start
+        result[..., seen] = weights[..., :read]
+        if weights.shape[-1] > read:  # learned queries may read themselves too
+            result[..., own] = weights[..., read:]
         return result
 
 
@@ -159,10 +171,14 @@ class ImageSubject(Subject):
         return self.logits_of(self.pixel_values, decoder_ids)[0]
 
 
-def image_source(encoder: ImageEncoder, pixel_values: Tensor, attentions: tuple[str, ...] = ()) -> Source:
-    """The tokens that an image encoder (see `nn/states.py`) makes of `pixel_values` (1, C, H, W)."""
+def image_source(
+    encoder: ImageEncoder, pixel_values: Tensor, attentions: tuple[str, ...] = (), marks: Sequence[str] = ()
+) -> Source:
+    """The tokens that an image encoder (see `nn/states.py`) makes of `pixel_values` (1, C, H, W), after the `marks` of
+    the connector."""
     places = encoder.places(*pixel_values.shape[2:])
     prefix = ["[class]", *(f"[token {i}]" for i in range(2, encoder.prefix_tokens + 1))][: encoder.prefix_tokens]
+    prefix = [*(f"[{mark}]" for mark in marks), *prefix]
     patches = [f"patch {r + 1},{c + 1}" for r in range(places.grid[0]) for c in range(places.grid[1])]
     return Source("image", (*prefix, *patches), tuple(range(len(prefix))), places, attentions)
 

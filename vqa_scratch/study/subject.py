@@ -78,8 +78,10 @@ class VQASubject(WritingSubject, ImageSubject):
         self.model: VQAModel = model
         self.decoder = model.decoder
         self.pixel_values = pixel_values.to(self.device)
-        image = image_source(model.image, pixel_values, block_attentions("image", model.image))
-        self.mixing, queries = model.connector.mixing(len(image), len(question_ids)), model.connector.queries
+        grid = model.image.places(*pixel_values.shape[2:]).grid
+        marks, queries = model.connector.marks(grid), model.connector.queries
+        image = image_source(model.image, pixel_values, block_attentions("image", model.image), marks)
+        self.mixing = model.connector.mixing(len(image) - len(marks), len(question_ids), grid)
         self.sources = (image, *((query_source(queries, len(self.mixing)),) if queries is not None else ()))
         self.input_ids = None
         if model.text is not None:

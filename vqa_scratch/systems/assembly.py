@@ -14,6 +14,7 @@ from vqa_scratch.data.text import Tokenizer
 from vqa_scratch.data.tokenizers import Tokenizers
 from vqa_scratch.errors import UserError
 from vqa_scratch.models.bert import Bert, BertConfig
+from vqa_scratch.models.patches import PixelPatches, PixelPatchesConfig
 from vqa_scratch.models.released import decoder_of
 from vqa_scratch.models.resnet import NORMS, ResNet, ResNetConfig
 from vqa_scratch.models.vit import ConvStem, ViT, ViTConfig
@@ -39,6 +40,8 @@ def with_stem(kind: Callable[[C, Stem | None], T], config: C, stem: str) -> T:
 
 def image_encoder(sizes: dict[str, Any]) -> ImageEncoder:
     """An image encoder of random weights; the inverse of `image_sizes`. Raises UserError if there is none of them."""
+    if sizes.get("model_type") == "patches":
+        return PixelPatches(PixelPatchesConfig(*typed("the patches", sizes, {"patch_size": int, "channels": int})))
     if sizes.get("model_type") == "resnet":
         types = {"block": str, "depths": list, "widths": list, "channels": int, "norm": str}
         block, depths, widths, channels, norm = typed("the image encoder", sizes, types)
@@ -51,6 +54,8 @@ def image_encoder(sizes: dict[str, Any]) -> ImageEncoder:
 
 def image_sizes(image: ImageEncoder) -> dict[str, Any]:
     """The sizes of an image encoder, as config.json holds them."""
+    if isinstance(image, PixelPatches):
+        return {"model_type": "patches", **asdict(image.config)}
     if isinstance(image, ResNet):
         (norm,) = (name for name, make in NORMS.items() if type(make(16)) is type(image.norm1))
         return {"model_type": "resnet", **asdict(image.config), "norm": norm}

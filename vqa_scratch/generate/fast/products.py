@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vqa_scratch.nn.attention import MultiHeadAttention
-from vqa_scratch.nn.decoding import FastBlock
+from vqa_scratch.nn.decoding import FastBlock, FastMLP
 from vqa_scratch.nn.rms_norm import RMSNorm
 from vqa_scratch.nn.rotary import Rotation
 
@@ -88,8 +88,11 @@ def linear_into(module: nn.Linear) -> Addition:
     return lambda place, x: torch.addmm(bias, x, turned, out=place)
 
 
-def adding(weight: Tensor, bias: Tensor | None) -> Addition:
-    """A residual connection: x (R, D') += z (R, D) weight^T + bias."""
+def adding(weight: Tensor, bias: Tensor | None, factor: Tensor | None = None) -> Addition:
+    """A residual connection: x (R, D') += factor * (z (R, D) weight^T + bias); factor (1,) or (D',), None: 1."""
+    if factor is not None:
+        scaled = product(weight, bias)
+        return lambda x, z: x.add_(scaled(z) * factor)
     if bias is None and _by_matrix(weight) and not suits_one_dnn(weight):
         turned = weight.detach().t()
         return lambda x, z: x.addmm_(z, turned)
@@ -142,13 +145,13 @@ def turning(attn: MultiHeadAttention) -> Turning:
     return turn
 
 
-def feed_forward(block: FastBlock) -> Callable[[Tensor], object]:
-    """x (R, D) += MLP(norm(x)) of the block."""
-    before, rise, active = norm(block.mlp_norm), linear(block.up), block.activation
-    fall = adding(block.down.weight, block.down.bias)
-    if block.gate is None:
+def feed_forward(mlp: FastMLP) -> Callable[[Tensor], object]:
+    """x (R, D) += what the MLP says of its norm."""
+    before, rise, active = norm(mlp.norm), linear(mlp.up), mlp.activation
+    fall = adding(mlp.down.weight, mlp.down.bias, mlp.factor)
+    if mlp.gate is None:
         return lambda x: fall(x, active(rise(before(x))))
-    gate = linear(block.gate)
+    gate = linear(mlp.gate)
 
     def gated(x: Tensor) -> None:
         h = before(x)
