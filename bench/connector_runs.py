@@ -162,8 +162,9 @@ def jobs_of(plan: Plan, rows: Sequence[Row]) -> dict[tuple[Row, int], Job]:
 
 
 def length_of(steps: int) -> list[str]:
-    """The flags that say how long a run is, and when it is evaluated: twelve points make a curve."""
-    often = max(1, steps // 12)
+    """The flags that say how long a run is, and when it is evaluated: twelve points make a curve, but an evaluation
+    takes as long as four steps, so short runs have fewer."""
+    often = max(min(steps, 20), steps // 12)
     return [f"--steps={steps}", f"--eval-every={often}", f"--save-every={often}"]
 
 
