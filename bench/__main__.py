@@ -14,6 +14,9 @@ from bench import (
     binding,
     binding_report,
     cached_features,
+    connector_runs,
+    connectors,
+    connectors_frozen,
     decode,
     decode_sides,
     image_loading,
@@ -166,6 +169,39 @@ def cached_features_command(rounds: int, every: bool, write: bool, **sizes: int 
     present("cached-features", cached_features.run(cases, rounds, command_given()), write)
 
 
+@click.command("connectors")
+@click.option("--steps", type=click.IntRange(1), default=1200, show_default=True, help="Steps of 512 questions a run.")
+@click.option("--seeds", default="0,1,2", show_default=True, help="Seeds; fewer than three make the table provisional.")
+@click.option("--only", help="These connectors alone, with commas between them.")
+@click.option("--jobs", type=click.IntRange(1), default=1, show_default=True, help="Runs at once, sharing the threads.")
+@click.option("--frozen", is_flag=True, help="Between towers trained before: frozen, and trained on.")
+@click.option("--tower-steps", type=click.IntRange(1), help="With --frozen: steps of each tower. [as --steps]")
+@click.option(
+    "--precision", type=NearChoice(("auto", "fp32", "bf16")), default="auto", show_default=True, help="Of all runs."
+)
+@click.option("--rounds", type=click.IntRange(1), default=5, show_default=True, help="Turns of each side, when timed.")
+@click.option("--test-images", type=click.IntRange(1), help="Score on so many images of the test split. [all]")
+@click.option("--out", type=click.Path(path_type=Path), default="runs/connectors", show_default=True, help="The runs.")
+@click.option("--cache", type=click.Path(path_type=Path), default="cache", show_default=True, help="As in train.py.")
+@click.option("--write", is_flag=True, help="Put the table into bench/RESULTS.md, it and the picture into docs/.")
+def connectors_command(
+    frozen: bool,
+    tower_steps: int | None,
+    seeds: str,
+    write: bool,
+    **values: int | str | Path | None,
+) -> None:
+    """Every connector trained on the same questions: what it learns and what it costs. Finished runs are kept."""
+    if tower_steps is not None and not frozen:
+        raise UserError("--tower-steps goes with --frozen, which starts from towers")
+    plan = connector_runs.Plan(seeds=connector_runs.read_seeds(seeds), **values)
+    if frozen:
+        made = connectors_frozen.run(plan, tower_steps or plan.steps, command_given())
+        connectors.present("connectors-frozen", made, plan.out, write)
+    else:
+        connectors.present("connectors", connectors.run(plan, command_given()), plan.out, write)
+
+
 @click.command("image-loading")
 @click.option("--images", type=click.IntRange(1), default=512, show_default=True, help="JPEGs of 640 x 480 to load.")
 @click.option("--rounds", type=click.IntRange(1), default=5, show_default=True, help="Turns of each side.")
@@ -262,6 +298,7 @@ COMMANDS = [
     taps_command,
     prefix_command,
     cached_features_command,
+    connectors_command,
     image_loading_command,
     ppo_command,
     resolution_command,

@@ -184,10 +184,10 @@ SUBJECTS = {
     "caption": tiny_caption_subject,
     "vilt": tiny_vilt_subject,
     "blip2": tiny_blip2_subject,
+    "experts": tiny_expert_subject,
     "llava": tiny_llava_subject,
     "fuyu": tiny_fuyu_subject,
     "idefics": tiny_idefics_subject,
     "pair": tiny_pair_subject,
     "probed pair": partial(tiny_pair_subject, "siglip"),
-    "experts": tiny_expert_subject,
 }

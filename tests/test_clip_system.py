@@ -428,13 +428,15 @@ def test_retrieve_takes_the_place_of_no_other_file(finished, data):
 
 
 def test_names_of_files_stand_in_the_page_as_text(finished, data, tmp_path):
-    """Quotes, tags and umlauts; and bytes that are no UTF-8, which Python holds as halves of letters."""
+    """Quotes, tags and umlauts; bytes that are no UTF-8, which Python holds as halves of letters; a line break makes no
+    second line of output."""
     picture = sorted((data / "val2014").glob("*.png"))[0].read_bytes()
-    for name in ("a'\"<b>ü&.png".encode(), b"caf\xe9.png"):
+    for name in ("a'\"<b>ü&.png".encode(), b"caf\xe9.png", b"two\nlines.png"):
         (tmp_path / os.fsdecode(name)).write_bytes(picture)
     lines, _ = said("retrieve", finished["clip"], "--text", "<i>&", "--images", tmp_path, "--out", tmp_path / "x.html")
     page = (tmp_path / "x.html").read_text()
-    assert len(lines) == 3 and r"<b>caf\udce9.png</b>" in page and "<b>a&#x27;&quot;&lt;b&gt;ü&amp;.png</b>" in page
+    assert len(lines) == 4 and any(line.endswith(r"two\nlines.png") for line in lines)
+    assert r"<b>caf\udce9.png</b>" in page and "<b>a&#x27;&quot;&lt;b&gt;ü&amp;.png</b>" in page
     assert "<h1>&lt;i&gt;&amp;</h1>" in page
 
 

@@ -13,7 +13,7 @@ from model_helpers import GRID, SIDE, tiny_image, tiny_model
 from model_helpers import decoder as tiny_decoder
 from torch import Tensor, nn
 from transformers import GPT2LMHeadModel
-from vqa_helpers import CPU, small_flags
+from vqa_helpers import CPU, small_flags, small_options, small_system
 
 from train import train_step
 from vqa_scratch import systems
@@ -25,9 +25,11 @@ from vqa_scratch.models import VQAModel
 from vqa_scratch.models.patches import PixelPatchesConfig
 from vqa_scratch.nn.connecting import Conditioning, Connector
 from vqa_scratch.nn.states import States
-from vqa_scratch.systems.options import read_command_line
+from vqa_scratch.systems.base import ANY_SAMPLE
+from vqa_scratch.systems.options import PRESETS, VQAOptions, read_command_line
 from vqa_scratch.systems.run_folder import save_weights
 from vqa_scratch.systems.vqa import VQASystem
+from vqa_scratch.systems.vqa_models import released_models
 from vqa_scratch.training.optimizers import Optimizers
 from vqa_scratch.training.precision import Precision
 from vqa_scratch.training.recompute import recompute_blocks
@@ -484,29 +486,60 @@ def test_a_new_connector_is_one_file_and_a_line(data, tmp_path, monkeypatch):
     assert opened.export(tmp_path / "out") and "connector `rows`" in (tmp_path / "out" / "README.md").read_text()
 
 
+LACKING = "--freeze {} means nothing with {}: there"
+
+
 @pytest.mark.parametrize(
-    ("kind", "flags", "message"),
+    ("flags", "message"),
     [
-        ("prefix", [], "--connector prefix gives the decoder the image alone: add --question-prompt"),
+        ("--connector prefix", "--connector prefix gives the decoder the image alone: add --question-prompt"),
+        ("--no-text-encoder", "--no-text-encoder gives the decoder the image alone: add --question-prompt"),
+        (
+            "--connector prefix --question-prompt --text-encoder",
+            "--text-encoder means nothing with --connector prefix: it takes no states of a text encoder",
+        ),
         *(
-            (
-                kind,
-                ["--question-prompt", "--freeze", part],
-                f"--freeze {part} means nothing with --connector {kind}, whi",
-            )
-            for kind, part in (
-                ("prefix", "text_encoder"),
-                ("patches", "text_encoder"),
-                ("patches", "image_encoder"),
-                ("patches", "encoders"),
+            (f"{flags} --question-prompt --freeze {part}", LACKING.format(part, flags))
+            for flags, part in (
+                ("--no-text-encoder", "text_encoder"),
+                ("--connector prefix", "text_encoder"),
+                ("--connector patches", "text_encoder"),
+                ("--connector patches", "image_encoder"),
+                ("--connector patches", "encoders"),
             )
         ),
     ],
 )
-def test_a_connector_is_given_the_question_and_freezes_what_is_there(data, tmp_path, kind, flags, message):
-    """Otherwise nothing would know what is asked."""
-    image = {"image_layers": None} if kind == "patches" else {}
-    argv = [*small_flags(data, tmp_path / "run", connector=kind, **image), "--no-question-prompt", *flags]
-    options = read_command_line(argv)
+def test_the_question_reaches_the_decoder_and_what_is_frozen_is_there(data, tmp_path, flags, message):
+    argv = small_flags(data, tmp_path / "run", text_layers=None, image_layers=None)
     with pytest.raises(UserError, match=f"^{message}"):
-        VQASystem.check(options)
+        VQASystem.check(read_command_line([*argv, "--no-question-prompt", *flags.split()]))
+
+
+@pytest.mark.parametrize("flags", ["--text-layers 2", "--preset book --data x --text-model y"])
+def test_sizes_of_a_text_encoder_go_with_one(flags):
+    with pytest.raises(UserError, match="without --text-encoder: it goes with --text-encoder"):
+        read_command_line(["--no-text-encoder", *flags.split()])
+
+
+@pytest.mark.parametrize("preset", ["shapes", "book"])
+@pytest.mark.parametrize("kind", ["tokens", "mean"])
+def test_without_a_text_encoder_the_question_is_the_prompt(data, tmp_path, kind, preset):
+    """Trained, saved, opened, and asked: what differs from the run with a text encoder is that there is none."""
+    choices = {"connector": kind, "question_prompt": True, "text_encoder": False, "preset": preset}
+    if preset == "book":  # random weights of a released size are too large for a test: their sizes are looked at alone
+        with torch.device("meta"):
+            plain = VQAOptions(**PRESETS["book"] | choices | {"data": data, "init": "random"})
+            model, words, _ = released_models(plain, [ANY_SAMPLE])
+        assert model.text is None and words.text is None
+        return
+    system = small_system(small_options(data, tmp_path / "run", **choices))
+    assert system.model.text is None and not any("text" in name for name, _ in system.model.named_parameters())
+    system.save(tmp_path / "run")
+    save_weights(tmp_path / "run" / "model.safetensors", system.model)
+    opened, sample = systems.load(tmp_path / "run"), system.data.samples["val"][0]
+    (answer,), _ = opened.ask(sample.image_path, sample.question)
+    assert answer.text == system.answer([sample])[sample.question_id].text
+    longer = small_options(data, tmp_path / "more", start_from=tmp_path / "run")
+    with torch.enable_grad():
+        assert VQASystem.build(longer, system.data, system.precision).model.text is None

@@ -367,10 +367,9 @@ def test_every_subject_gives_all_files(pages, name):
     assert {"relevancy.sources", "rollout.decoder", "cross.sources"} <= set(tensors)
     (data,) = data_of((pages / name / "report.html").read_text(encoding="utf-8"))
     assert data["way"] == PAGES[name] and data["flows"].keys() >= {"cross", "rollout", "relevancy"}
+    layers = 2 if name == "experts" else 0
+    assert [layer["weights"]["shape"] for layer in data["experts"]] == [[len(data["read"]), 4]] * layers
     assert ("nearness" in data["flows"]) == ("parts.sources" in tensors) == ("pair" in name) == (not data["lens"])
-    assert [layer["weights"]["shape"] for layer in data["experts"]] == [[len(data["read"]), 4]] * (
-        2 * (name == "experts")
-    )
     assert bool(data["attributions"]) == (name != "vilt" and "pair" not in name)
     picture = next(source for source in data["sources"] if "grid" in source)
     assert (picture["first"], picture["stride"]) == ((0.5, 8) if name == "caption" else (4.0, 8))

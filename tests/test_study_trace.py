@@ -244,7 +244,7 @@ def test_misuse_has_one_clear_line_each():
     with trace(model, "decoder.0.cross") as t:
         with pytest.raises(UserError, match="decoder.0.cross has heads 0 to 3, not 4"):
             t.ablate("decoder.0.cross", head=4)
-        with pytest.raises(UserError, match="is an MLP: it has no heads"):
+        with pytest.raises(UserError, match="decoder.0.mlp is no attention: it has no heads"):
             t.ablate("decoder.0.mlp", head=0)
         with pytest.raises(UserError, match="no heads and no neurons"):
             t.ablate("decoder.0.resid_pre")

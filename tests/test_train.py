@@ -247,6 +247,9 @@ def test_the_bar_moves_every_second_and_says_nothing_of_the_first_step(capsys):
     shown = capsys.readouterr().err.split("\r")
     assert [f"00:0{second}<" in "".join(shown) for second in (0, 1, 2)] == [True] * 3
     assert "50.0%" in shown[-1] and "step 1" in shown[-1] and "loss" not in shown[-1] and "/s" not in "".join(shown)
+    with Bar(lambda: 0.5, train.Progress(step=2), [{"step": 2, "loss": 9.0, "token_accuracy": 0.5}], "pairs"):
+        pass
+    assert "loss 9.000, right 0.50" in capsys.readouterr().err, "of whatever the loss counts, tokens or not"
 
 
 @pytest.mark.parametrize("changes", [{"connector": "mean", "stem": "linear", "accumulate": 4}, {"freeze": "encoders"}])

@@ -267,12 +267,12 @@ def parse(
     more = {name: value.amount for name, value in given.items() if isinstance(value, More)}
     given = {name: value for name, value in given.items() if name not in more}
     check_more(options_class, more, given)
-    options = options_class(**values | given)
-    for name, known in (("given", given), ("more", more)):
-        object.__setattr__(options, name, known)  # no fields: they are not part of a run
     # A resumed run keeps the options it was started with; those not repeated here are not known yet.
     unknown = set(rules_of(options_class)) - set(given) - {"preset"} if given.get("resume") else ()
-    check_dependencies(options, given, unknown)
+    check_dependencies(options_class, defaults_of(options_class) | values | given, given, unknown)
+    options = options_class(**values | given)  # a class's own rules are about options that mean something
+    for name, known in (("given", given), ("more", more)):
+        object.__setattr__(options, name, known)  # no fields: they are not part of a run
     return options
 
 

@@ -182,22 +182,24 @@ def check_more(options_class: type, more: Mapping[str, float], given: Mapping[st
                 raise UserError(f"give {flag(name)} or {flag(other)}, not both")
 
 
-def check_dependencies(options: Any, given: Collection[str], unknown: Collection[str] = ()) -> None:
-    """Raise UserError if an option was given that has no meaning with the values of the others.
+def check_dependencies(
+    options_class: Any, options: Mapping[str, Any], given: Collection[str], unknown: Collection[str] = ()
+) -> None:
+    """Raise UserError if one of the `options`, values by name, was given that has no meaning with those of the others.
 
     `given` are the names of the options to check, `unknown` those whose values are not known yet.
     """
     faults: dict[tuple[str, tuple[Any, ...], bool], list[str]] = {}
-    for name, rules in rules_of(options).items():
+    for name, rules in rules_of(options_class).items():
         unmet = [*((other, values, True) for other, values in rules.only.items())]
         unmet += ((other, values, False) for other, values in rules.never.items())
         known = (rule for rule in unmet if name in given and rule[0] not in unknown)
-        fault = next((rule for rule in known if (getattr(options, rule[0]) in rule[1]) != rule[2]), None)
+        fault = next((rule for rule in known if (options[rule[0]] in rule[1]) != rule[2]), None)
         if fault is not None:
             faults.setdefault(fault, []).append(flag(name))
     for (other, values, must), names in faults.items():
         mean, go = ("means", "it goes") if len(names) == 1 else ("mean", "they go")
-        now = with_values(other, (getattr(options, other),))
+        now = with_values(other, (options[other],))
         instead = f": {go} {with_values(other, values)}" if must else ""
         raise UserError(f"{', '.join(names)} {mean} nothing {now}{instead}")
 

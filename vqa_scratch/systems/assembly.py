@@ -12,7 +12,7 @@ from vqa_scratch.connectors import connect, connector_sizes
 from vqa_scratch.data.images import ImageProcessor
 from vqa_scratch.data.text import Tokenizer
 from vqa_scratch.data.tokenizers import Tokenizers
-from vqa_scratch.errors import UserError
+from vqa_scratch.errors import UserError, note
 from vqa_scratch.models.bert import Bert, BertConfig
 from vqa_scratch.models.patches import PixelPatches, PixelPatchesConfig
 from vqa_scratch.models.released import decoder_of
@@ -24,6 +24,7 @@ from vqa_scratch.storage import typed
 from vqa_scratch.systems.older import todays_sizes
 from vqa_scratch.systems.run_options import RunOptions
 
+MANY = 1024  # patches of an image; with more, attention takes most of a small tower's time and memory
 T = TypeVar("T")
 C = TypeVar("C", bound=ViTConfig)
 
@@ -116,10 +117,12 @@ def grid_positions(grid: tuple[int, int], dim: int) -> Tensor:
     A position table that starts this way tells left from right before training (as in MAE, He et al. 2022, which keeps
     it fixed; ours is trained). Wavelengths go from 2 patches to 4 grids: with the usual 10,000 most channels would be
     constant over so small a grid, and the longest one here falls steadily from one side to the other. Raises UserError
-    unless the width divides by 4.
+    unless the width divides by 4; a note says so if the patches of an image are very many.
     """
     if dim % 4:
         raise UserError(f"--width {dim} is not divisible by 4, as a table of places in two directions needs it")
+    if (patches := math.prod(grid)) > MANY:
+        note(f"an image has {patches:,} patches, each compared with all others: slow; a larger --patch-size has fewer")
     wavelengths = torch.logspace(1.0, math.log2(4 * max(grid)), dim // 4, base=2.0)
     rows, columns = torch.meshgrid(*(torch.arange(side) for side in grid), indexing="ij")
     angles = [axis.flatten()[:, None] * (2 * math.pi / wavelengths) for axis in (columns, rows)]  # (N, D/4)

@@ -67,7 +67,9 @@ class VQAOptions(QuestionOptions):
     image_model: str | None = option(
         None, "ViT checkpoint: folder or Hub id.", MODEL, only=RELEASED, never=WITHOUT_ENCODER
     )
-    text_model: str | None = option(None, "BERT, DistilBERT or RoBERTa checkpoint.", MODEL, only=RELEASED)
+    text_model: str | None = option(
+        None, "BERT, DistilBERT or RoBERTa checkpoint.", MODEL, only=RELEASED | {"text_encoder": True}
+    )
     decoder_model: str | None = option(
         None,
         "GPT-2 checkpoint; or an OPT or Llama, with any connector but tokens and mean.",
@@ -88,6 +90,9 @@ class VQAOptions(QuestionOptions):
         16, "Learned queries of the connector.", MODEL, minimum=1, only={"connector": ("qformer", "resampler")}
     )
     question_prompt: bool = option(False, "Give the question to the decoder too, as a prompt.", MODEL)
+    text_encoder: bool = option(
+        True, "Read the question with a text encoder too, if the connector takes its states.", MODEL, only=NEW
+    )
     freeze: str = option(
         "nothing",
         "Part whose weights do not train; a decoder's cross-attention always trains.",
@@ -107,7 +112,9 @@ class VQAOptions(QuestionOptions):
     image_layers: int = option(
         3, "Layers of the image encoder.", MODEL, minimum=1, maximum=1_000, only=SHAPES, never=WITHOUT_ENCODER
     )
-    text_layers: int = option(1, "Layers of the text encoder.", MODEL, minimum=1, maximum=1_000, only=SHAPES)
+    text_layers: int = option(
+        1, "Layers of the text encoder.", MODEL, minimum=1, maximum=1_000, only=SHAPES | {"text_encoder": True}
+    )
     decoder_layers: int = option(4, "Layers of the decoder.", MODEL, minimum=1, maximum=1_000, only=SHAPES)
     patch_size: int = option(8, "Side of a patch, in pixels.", MODEL, minimum=1, only=SHAPES)
     stem: str = option(

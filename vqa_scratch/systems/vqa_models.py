@@ -36,23 +36,27 @@ def own_tokenizers(train: list[VQASample]) -> tuple[Tokenizer, Tokenizer]:
     return train_wordpiece(questions, VOCABULARY), train_bpe([f" {text}" for text in questions + answers], VOCABULARY)
 
 
+def reads_question(options: VQAOptions) -> bool:
+    """Whether there is a text encoder."""
+    return options.text_encoder and connector_class(options.connector).reads_text
+
+
 def check_connector(options: VQAOptions) -> None:
-    """Raise UserError unless the question reaches the decoder, and what is frozen is there."""
+    """Raise UserError unless the question reaches the decoder, and the encoders that are spoken of are there."""
     kind = connector_class(options.connector)
-    if kind.reads_text:
+    if reads_question(options):
         return
+    why = "--no-text-encoder" if kind.reads_text else f"--connector {options.connector}"
     if not options.question_prompt:
         raise UserError(
-            f"--connector {options.connector} gives the decoder the image alone: add --question-prompt, so that it "
-            "reads the question"
+            f"{why} gives the decoder the image alone: add --question-prompt, so that it reads the question"
         )
-    lacks = {"text_encoder": "text encoder"} | ({"image_encoder": "image encoder"} if kind.reads_pixels else {})
-    lacks |= {"encoders": "encoders"} if kind.reads_pixels else {}
+    lacks = {"text_encoder": "is no text encoder"}
+    lacks |= {"image_encoder": "is no image encoder", "encoders": "are no encoders"} if kind.reads_pixels else {}
     if options.freeze in lacks:
-        raise UserError(
-            f"--freeze {options.freeze} means nothing with --connector {options.connector}, which has no "
-            + lacks[options.freeze]
-        )
+        raise UserError(f"--freeze {options.freeze} means nothing with {why}: there {lacks[options.freeze]}")
+    if options.text_encoder and "text_encoder" in (options.given or ()):
+        raise UserError(f"--text-encoder means nothing with {why}: it takes no states of a text encoder")
 
 
 def small_models(options: VQAOptions, train: list[VQASample]) -> Parts:
@@ -93,14 +97,14 @@ def small_models(options: VQAOptions, train: list[VQASample]) -> Parts:
         **shared,
         **no_dropout,
     )
-    words, writer = Bert(text_config) if kind.reads_text else None, GPT2(decoder_config)
+    words, writer = Bert(text_config) if reads_question(options) else None, GPT2(decoder_config)
     connector = connect({"kind": options.connector, **sizes}, image, words, writer)
     table = 0.5 * assembly.grid_positions(grid, width)
     if isinstance(image, ViT):
         with torch.no_grad():
             image.positions[0, image.prefix_tokens :] = table
     connector.start_from_places(table)
-    tokenizers = assembly.tokenizers_for(options, text if kind.reads_text else None, decoder)
+    tokenizers = assembly.tokenizers_for(options, text if words else None, decoder)
     return VQAModel(image, words, connector, writer), tokenizers, ImageProcessor(size=(IMAGE_SIZE, IMAGE_SIZE))
 
 
@@ -113,11 +117,14 @@ def released_models(options: VQAOptions, train: list[VQASample]) -> Parts:
     if options.init == "random":
         text, decoder = own_tokenizers(train)
         image = PixelPatches(PixelPatchesConfig()) if kind.reads_pixels else ViT(ViTConfig())
-        words = Bert(DISTILBERT) if kind.reads_text else None
+        words = Bert(DISTILBERT) if reads_question(options) else None
         writer, processor = GPT2(GPT2Config(add_cross_attention=kind.needs_cross_attention())), ImageProcessor()
     else:
         looks = None if kind.reads_pixels else needed(options, "image_model")
-        writes, reads = needed(options, "decoder_model"), needed(options, "text_model") if kind.reads_text else None
+        writes, reads = (
+            needed(options, "decoder_model"),
+            needed(options, "text_model") if reads_question(options) else None,
+        )
         text = None if reads is None else Tokenizer.from_pretrained(reads)
         decoder = Tokenizer.from_pretrained(writes)
         image = PixelPatches(PixelPatchesConfig()) if looks is None else released.image_encoder(looks)
