@@ -68,10 +68,10 @@ class ZeroShot(ABC):
         return self.model.config.image_token
 
     @property
-    def ends(self) -> int | tuple[int, ...] | None:
-        """The tokens that end an answer."""
+    def own_options(self) -> dict[str, Any]:
+        """The fields of `GenerationOptions` that the model knows: what ends an answer, and what never comes in one."""
         end = self.model.language.config.eos_id
-        return self.tokenizer.eos_id if end is None else end
+        return {"eos_id": self.tokenizer.eos_id if end is None else end}
 
     def check_room(self, prompt: list[int], places: int, new_tokens: int) -> None:
         """Raise UserError if a prompt with `places` for an image leaves no room for `new_tokens`."""
@@ -103,7 +103,7 @@ class ZeroShot(ABC):
             raise UserError(f"{self.source} answers questions: give it --question")
         if top is not None:
             raise UserError(f"{self.source} writes one answer and ranks no list of them: leave out --top")
-        options = GenerationOptions(**{"max_new_tokens": MAX_ANSWER_TOKENS, "eos_id": self.ends, **(decoding or {})})
+        options = GenerationOptions(**{"max_new_tokens": MAX_ANSWER_TOKENS} | self.own_options | dict(decoding or {}))
         prompt = self.prompt(check_question(question))
         pixels = self.processor(load_image(image))[None].to(self.device)
         ids, given = self.read(prompt, pixels)
@@ -216,14 +216,16 @@ class AskedIdefics(ZeroShot):
         if "bos" not in self.tokenizer.special:
             raise UserError(f"the tokenizer of {self.source} names no start token")
         self.place, self.turn = numbers["<image>"], self.tokenizer.backend.token_to_id("<end_of_utterance>")
+        self.barred = tuple(number for number in numbers.values() if number is not None)
 
     @property
     def image_token(self) -> int | None:
         return self.place
 
     @property
-    def ends(self) -> int | tuple[int, ...] | None:
-        return super().ends if self.turn is None else (*end_ids(super().ends), self.turn)
+    def own_options(self) -> dict[str, Any]:
+        usual = super().own_options | {"suppress_tokens": self.barred}
+        return usual if self.turn is None else usual | {"eos_id": (*end_ids(usual["eos_id"]), self.turn)}
 
     def prompt(self, question: str) -> list[int]:
         self.words(question)
