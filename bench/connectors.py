@@ -161,5 +161,5 @@ def present(name: str, made: tuple[str, list[dict[str, Any]]], out: Path, write:
     text, panels = made
     draw_panels((IMAGES if write else out) / f"{name}.png", panels)
     if write:
-        results.write_section(name, text, PAGE)
+        results.write_section(name, f"![Accuracy by questions seen](images/{name}.png)\n\n{text}", PAGE)
     results.present(name, text, write)
