@@ -110,7 +110,7 @@ def about(plan: Plan, runs: Runs, command: str) -> list[str]:
     seen = f"{plan.steps:,} steps, {run.summary['questions_seen']:,} questions (seed {plan.seeds[0]})"
     device = run.summary["device"]
     return [
-        f"- {seen}, {run.summary['precision']}, seeds {listed(plan.seeds)}.",
+        f"- {seen}, {run.summary['precision']}, seed {listed(plan.seeds)}.",
         f"- {timing.machine(device)}. Python {sys.version.split()[0]}, torch {torch.__version__}. Commit "
         f"{timing.commit(results.ROOT)}. `{command}`",
     ]
