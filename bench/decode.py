@@ -129,8 +129,7 @@ def run_case(case: Case, rounds: int, sizes: dict[str, int], names: Sequence[str
 
 
 def by_bytes(rounds: int, sizes: dict[str, dict]) -> str:
-    """Ours at batch 1 in fp32, three models in turn: "llama" and "moe" read as many bytes a token, "moe" and "wide" hold
-    as many."""
+    """Ours at batch 1 in fp32, in turn: "llama" and "moe" read as many bytes a token, "moe" and "wide" hold as many."""
     cases = {size: Case(size) for size in ("llama", "moe", "wide")}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
