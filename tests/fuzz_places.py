@@ -163,7 +163,7 @@ class Places(Valid):
         task = summarising_task(options, CPU, torch.float32)
         prompts = task.train[:2]
         task.policy.encode(prompts)
-        take_apart(open_input(folder, None, None, self.articles / "news.txt", "cpu"))
+        take_apart(open_input(folder, None, None, str(self.articles / "news.txt"), "cpu"))
 
     def read_articles(self, name: str) -> Callable[[Path, random.Random], None]:
         """`--preset book` with the articles of that file, up to its prompts."""

@@ -64,19 +64,20 @@ def checkpoints(folder: Path, family: str, image: str = "vit") -> list[str]:
     words = train_bpe([f" {QUESTION}", " red blue two circle"], 300)
     kind, config, sizes = FAMILIES[family]
     ids = {"bos_id": words.bos_id, "pad_id": words.pad_id}
-    decoder = kind(config(vocab_size=len(words), max_positions=64, **ids, **SIZES, **sizes))
+    decoder = kind(config(vocab_size=len(words), max_positions=256, **ids, **SIZES, **sizes))
     decoder.save_pretrained(folder / "words"), words.save(folder / "words")
     image_model(image, folder / "image")
     return ["--image-model", str(folder / "image"), "--decoder-model", str(folder / "words")]
 
 
 def options(data: Path, folder: Path, connector: str, *flags: str):
+    flags = flags[2:] if connector == "patches" else flags  # without --image-model
     values = ["--preset", "book", "--init", "pretrained", "--connector", connector, "--question-prompt", *flags]
     return read_command_line([*values, "--data", str(data), "--out", str(folder / "run"), "--questions-per-step", "32"])
 
 
 @torch.enable_grad()
-@pytest.mark.parametrize("connector", ["prefix", "qformer"])
+@pytest.mark.parametrize("connector", ["prefix", "patches", "qformer", "resampler"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_it_answers(data, tmp_path, capsys, monkeypatch, connector, family):
     """It trains, is saved, opened, asked, studied and exported as a GPT-2 is; OPT-350M has a narrow embedding."""

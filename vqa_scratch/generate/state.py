@@ -38,7 +38,8 @@ class ModuleState:
         self, decoder: Decoder, cache: DecoderCache, mask: Tensor, memory: list[Memory] | None, members: int
     ) -> None:
         """mask (G, tokens so far), True = may attend; `cache` holds G rows."""
-        self.decoder, self.cache, self.mask, self.memory, self.members = decoder, cache, mask, memory, members
+        self.decoder, self.cache, self.mask, self.members = decoder, cache, mask, members
+        self.memory = None if memory is None else [part.for_next_tokens() for part in memory]
         if members > 1:
             self.reorder(torch.arange(len(mask), device=mask.device).repeat_interleave(members))
 

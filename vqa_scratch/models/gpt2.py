@@ -20,7 +20,8 @@ from vqa_scratch.models.hf_config import HFConfig, Layout, ReleasedDecoder, chec
 from vqa_scratch.nn import taps
 from vqa_scratch.nn.attention import MultiHeadAttention
 from vqa_scratch.nn.cache import DecoderCache, KVCache
-from vqa_scratch.nn.decoding import FastBlock, FastParts, fast_blocks
+from vqa_scratch.nn.decoding import FastBlock, FastMLP, FastParts, Reader, fast_blocks
+from vqa_scratch.nn.gated_cross import DecoderBlock
 from vqa_scratch.nn.layers import MLP, activation, decoder_positions, init_weights
 from vqa_scratch.nn.memory import Memory
 from vqa_scratch.weights import fields, maps
@@ -60,7 +61,7 @@ class GPT2Config(HFConfig[Layout]):
         check_heads(self.dim, self.heads)
 
 
-class GPT2Block(taps.Tapped):
+class GPT2Block(DecoderBlock):
     """Pre-LN: x + self-attention, x + cross-attention (if built with it and given a memory), x + MLP."""
 
     def __init__(self, config: GPT2Config, layer: int) -> None:
@@ -80,17 +81,17 @@ class GPT2Block(taps.Tapped):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, key_mask: Tensor | None, memory: list[Memory] | None, cache: KVCache | None) -> Tensor:
-        x = taps.tap(self.tap_prefix, "resid_pre", x)
+        x = taps.tap(self.tap_prefix, "resid_pre", self.read_images(x, memory, cache))
         x = x + self.dropout(self.attn(self.norm1(x), key_mask=key_mask, causal=True, cache=cache))
-        if memory is not None or (cache is not None and cache.cross is not None):
+        if hasattr(self, "cross") and (memory is not None or (cache is not None and cache.cross is not None)):
             x = x + self.dropout(self.cross(self.norm_cross(x), memory, cache=cache))
         x = taps.tap(self.tap_prefix, "resid_mid", x)
         return taps.tap(self.tap_prefix, "resid_post", x + self.mlp(self.norm2(x)))
 
     def fast_block(self) -> FastBlock:
         """The parts of the block, for `generate`."""
-        cross = (self.norm_cross, self.cross) if hasattr(self, "cross") else None
-        return FastBlock(self.norm1, self.attn, cross, self.norm2, self.mlp)
+        cross = Reader(self.norm_cross, self.cross) if hasattr(self, "cross") else None
+        return FastBlock(self.norm1, self.attn, cross, FastMLP(self.norm2, self.mlp), self.fast_gated())
 
 
 class PositionTableDecoder(ReleasedDecoder[GPT2Config]):
@@ -126,8 +127,7 @@ class PositionTableDecoder(ReleasedDecoder[GPT2Config]):
         holds its keys. Raises ValueError on more tokens than positions, a mask of another length, or a memory for a
         model without cross-attention.
         """
-        if memory is not None and not self.config.add_cross_attention:
-            raise ValueError("this decoder has no cross-attention: build GPT2 with add_cross_attention=True")
+        self.check_memory(memory)
         positions = decoder_positions(embeddings, attention_mask, cache, self.config.max_positions)
         x = self.before_blocks(embeddings, positions)
         for layer, block in enumerate(self.blocks):

@@ -20,8 +20,9 @@ from vqa_scratch.models.llama_experts import AcrossHeads, Clipped, Mixture, mixt
 from vqa_scratch.nn import taps
 from vqa_scratch.nn.attention import MultiHeadAttention
 from vqa_scratch.nn.cache import DecoderCache, KVCache
-from vqa_scratch.nn.decoding import FastBlock, FastParts, fast_blocks
+from vqa_scratch.nn.decoding import FastBlock, FastMLP, FastParts, fast_blocks
 from vqa_scratch.nn.gated import GatedMLP
+from vqa_scratch.nn.gated_cross import DecoderBlock
 from vqa_scratch.nn.layers import MLP, activation, decoder_positions, init_weights
 from vqa_scratch.nn.memory import Memory
 from vqa_scratch.nn.rms_norm import RMSNorm
@@ -173,7 +174,7 @@ def rotary_to_hf(rotary: Rotary) -> dict[str, Any]:
     return {"rope_type": rotary.kind} | {theirs: getattr(rotary, ours) for ours, theirs in names.items()}
 
 
-class LlamaBlock(taps.Tapped):
+class LlamaBlock(DecoderBlock):
     """x + self-attention of its norm, then x + `mlp` of its norm."""
 
     def __init__(self, config: LlamaConfig, mlp: nn.Module) -> None:
@@ -193,9 +194,16 @@ class LlamaBlock(taps.Tapped):
         self.norm2 = norm(config.dim, config.norm_eps)
         self.mlp = mlp
 
-    def forward(self, x: Tensor, rotation: Rotation, key_mask: Tensor | None, cache: KVCache | None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        rotation: Rotation,
+        key_mask: Tensor | None,
+        memory: list[Memory] | None,
+        cache: KVCache | None,
+    ) -> Tensor:
         """(B, T, D) -> (B, T, D). The rotation is that of the tokens (B or 1, 1, T, r)."""
-        x = taps.tap(self.tap_prefix, "resid_pre", x)
+        x = taps.tap(self.tap_prefix, "resid_pre", self.read_images(x, memory, cache))
         x = x + self.attn(self.norm1(x), key_mask=key_mask, causal=True, cache=cache, rotate=rotation)
         x = taps.tap(self.tap_prefix, "resid_mid", x)
         return taps.tap(self.tap_prefix, "resid_post", x + self.feed_forward(self.norm2(x), key_mask))
@@ -206,7 +214,7 @@ class LlamaBlock(taps.Tapped):
 
     def fast_block(self) -> FastBlock:
         """The parts of the block, for `generate`."""
-        return FastBlock(self.norm1, self.attn, None, self.norm2, self.mlp)
+        return FastBlock(self.norm1, self.attn, None, FastMLP(self.norm2, self.mlp), self.fast_gated())
 
 
 class ExpertBlock(LlamaBlock):
@@ -262,15 +270,14 @@ class Llama(ReleasedDecoder[LlamaConfig]):
         """(B, T, D) -> (B, T, D), the states before the head; see `Decoder.hidden`.
 
         Positions count the attended tokens of attention_mask (B, cached + T). Raises ValueError on a mask of another
-        length, or on a memory, which nothing here reads.
+        length, or on a memory that nothing reads: only gated layers do.
         """
-        if memory is not None:
-            raise ValueError("this decoder has no cross-attention: give it a prefix")
+        self.check_memory(memory)
         positions = decoder_positions(embeddings, attention_mask, cache, limit=None)
         rotation = self.rotation(positions[:, None])
         x = embeddings
         for layer, block in enumerate(self.blocks):
-            x = block(x, rotation, attention_mask, None if cache is None else cache[layer])
+            x = block(x, rotation, attention_mask, memory, None if cache is None else cache[layer])
         return self.after_blocks(x)
 
     def after_blocks(self, x: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from vqa_scratch.models.hf_config import Released, fields_from_hf
 from vqa_scratch.nn import taps
 from vqa_scratch.nn.attention import MultiHeadAttention
 from vqa_scratch.nn.cache import DecoderCache, KVCache
-from vqa_scratch.nn.decoding import Decoder, FastBlock, FastParts, fast_blocks
+from vqa_scratch.nn.decoding import Decoder, FastBlock, FastMLP, FastParts, Reader, fast_blocks
 from vqa_scratch.nn.gated import GatedMLP
 from vqa_scratch.nn.layers import MLP, activation
 from vqa_scratch.nn.memory import Memory
@@ -134,7 +134,8 @@ class T5Block(taps.Tapped):
 
     def fast_block(self) -> FastBlock:
         """The parts of the block, for `generate`."""
-        return FastBlock(self.attn_norm, self.attn, (self.cross_norm, self.cross), self.mlp_norm, self.mlp)
+        cross = Reader(self.cross_norm, self.cross)
+        return FastBlock(self.attn_norm, self.attn, cross, FastMLP(self.mlp_norm, self.mlp))
 
 
 class T5Stack(nn.Module):

@@ -31,6 +31,7 @@ FROZEN_PARTS = {
     "decoder": ("decoder",),
     "all": ("image", "text", "decoder"),
 }
+READS_IMAGES = {"cross", "norm_cross", "gated"}  # the modules of a decoder's blocks that do
 
 
 @dataclass
@@ -54,8 +55,8 @@ class VQAModel(nn.Module):
 
     def __init__(self, image: ImageEncoder, text: Bert | None, connector: Connector, decoder: ReleasedDecoder) -> None:
         super().__init__()
-        if connector.uses_memory and not decoder.config.add_cross_attention:
-            raise ValueError("the decoder needs cross-attention: build GPT2 with add_cross_attention=True")
+        if connector.uses_memory and not decoder.reads_memory:
+            raise ValueError("the decoder needs cross-attention: GPT2 with add_cross_attention=True, or gated layers")
         self.image, self.text, self.connector, self.decoder = image, text, connector, decoder
         for name, part in (("image", image), ("text", text), ("decoder", decoder)):
             if (blocks := getattr(part, "blocks", None)) is not None:
@@ -74,10 +75,7 @@ class VQAModel(nn.Module):
         embeddings, mask = self.decoder.embed(decoder_input_ids), decoder_attention_mask
         if given.prefix is None:
             return self.decoder.hidden(embeddings, mask, memory=given.memory)
-        if mask is not None:
-            mask = F.pad(mask.bool(), (given.prefix.shape[1], 0), value=True)
-        hidden = self.decoder.hidden(torch.cat([given.prefix.to(embeddings.dtype), embeddings], 1), mask)
-        return hidden[:, given.prefix.shape[1] :]
+        return self.decoder.hidden_after(given.prefix, given.prefix_index, embeddings, mask)
 
     def forward(
         self,
@@ -115,20 +113,21 @@ class VQAModel(nn.Module):
     def freeze(self, what: str) -> str:
         """Stop the gradients of some parts; returns one line that says what still trains.
 
-        `what` is a key of `FROZEN_PARTS`. The connector, and the cross-attention of a frozen decoder with its norm,
-        stay trainable: their weights are new.
+        `what` is a key of `FROZEN_PARTS`. The connector, and what reads images in a frozen decoder (cross-attention
+        with its norm, gated layers), stay trainable: their weights are new.
         """
         if what not in FROZEN_PARTS:
             raise ValueError(f"freeze must be one of {', '.join(FROZEN_PARTS)}, got {what!r}")
         for name, parameter in self.named_parameters():
             part = name.split(".")[0]
-            is_cross = part == "decoder" and (".cross." in name or ".norm_cross." in name)
-            parameter.requires_grad_(part not in FROZEN_PARTS[what] or is_cross)
+            is_new = part == "decoder" and not READS_IMAGES.isdisjoint(name.split("."))
+            parameter.requires_grad_(part not in FROZEN_PARTS[what] or is_new)
         lines = []
         for name, child in self.named_children():
             total = sum(p.numel() for p in child.parameters())
             free = sum(p.numel() for p in child.parameters() if p.requires_grad)
-            lines.append(f"{name} {free:,}" + (f" of {total:,}" if free < total else ""))
+            if total:
+                lines.append(f"{name} {free:,}" + (f" of {total:,}" if free < total else ""))
         return "trainable: " + ", ".join(lines)
 
 

@@ -95,23 +95,31 @@ def attention_over_parts(
 ) -> Tensor:
     """Attention of q (B, H, T, d) over the union of the parts' keys: one softmax. Returns (B, H, T, d).
 
-    With Triton each part is attended to separately, and the results are merged by their log-sum-exps.
+    With Triton each part is attended to separately, and the results are merged by their log-sum-exps; not if tokens of
+    one row read different keys.
     """
     if len(parts) == 1:
-        k, v, mask, sharing = parts[0]
-        return sharing.unfold(attention(sharing.fold(q), k, v, key_mask=mask, scale=scale, dropout=dropout))
-    if choose(q, kernel=True, dropout=dropout) == "kernel":
+        (k, v, mask, sharing, _), bias = parts[0], unseen(parts[0], q)
+        return sharing.unfold(attention(sharing.fold(q), k, v, key_mask=mask, bias=bias, scale=scale, dropout=dropout))
+    alike = all(part.seen is None for part in parts)
+    if choose(q, kernel=alike, dropout=dropout) == "kernel":
         ran = [kernels.flash_attention(p.sharing.fold(q), p.k, p.v, key_mask=p.mask, scale=scale) for p in parts]
         apart = [(p.sharing.unfold, z, lse.unsqueeze(-1)) for p, (z, lse) in zip(parts, ran, strict=True)]
         return kernels.merge([(unfold(z), unfold(lse).squeeze(-1)) for unfold, z, lse in apart])[0]
-    scores = torch.cat(
-        [p.sharing.unfold(attention_scores(p.sharing.fold(q), p.k, key_mask=p.mask, scale=scale)) for p in parts], -1
-    )  # (B, H, T, N1 + N2 + ...)
-    never_empty = any(part.mask is None for part in parts)
+    apart_scores = [
+        attention_scores(p.sharing.fold(q), p.k, key_mask=p.mask, bias=unseen(p, q), scale=scale) for p in parts
+    ]
+    scores = torch.cat([p.sharing.unfold(s) for p, s in zip(parts, apart_scores, strict=True)], -1)  # (B, H, T, N1 ...)
+    never_empty = any(part.mask is None and part.seen is None for part in parts)
     pattern = F.dropout(torch.softmax(scores, -1) if never_empty else masked_softmax(scores), dropout)
     pieces = pattern.split([part.k.shape[2] for part in parts], -1)
     reads = [part.sharing.unfold(part.sharing.fold(piece) @ part.v) for piece, part in zip(pieces, parts, strict=True)]
     return sum(reads[1:], start=reads[0])
+
+
+def unseen(part: KeyValue, q: Tensor) -> Tensor | None:
+    """(B, 1, T, N) to add to the scores: -inf where a token may not read a key; None where every token reads all."""
+    return None if part.seen is None else hide(q.new_zeros(part.seen.shape), part.seen)[:, None]
 
 
 class MultiHeadAttention(taps.Tapped):
@@ -144,10 +152,10 @@ class MultiHeadAttention(taps.Tapped):
         inner = heads * self.head_dim
         if context_dim is None:
             self.qkv = nn.Linear(dim, inner + 2 * self.kv_heads * self.head_dim, bias=bias)
-            self.q_norm, self.k_norm, self.v_norm = before or (nn.Identity(), nn.Identity(), nn.Identity())
         else:
             self.q = nn.Linear(dim, inner, bias=bias)
             self.kv = nn.Linear(context_dim, 2 * inner, bias=bias)
+        self.q_norm, self.k_norm, self.v_norm = before or (nn.Identity(), nn.Identity(), nn.Identity())
         self.is_cross = context_dim is not None
         self.out = nn.Linear(inner, dim, bias=out_bias)
 
@@ -168,14 +176,17 @@ class MultiHeadAttention(taps.Tapped):
         bias includes the mask and the causal order. `rotate` changes q and k (B, heads, T, d), which are cached so.
         """
         name, scale, dropout = self.tap_prefix, self.scale, self.dropout if self.training else 0.0
+        added: Tensor | None = None
         if self.is_cross:
             assert bias is None and not causal, "cross-attention takes no bias and has no order"
             (q,), parts = self._split(self.q(x), self.heads), self.project(context, key_mask, cache)
-            check_rows(parts, len(x))
+            q = self.q_norm(q)
+            check_rows(parts, *x.shape[:2])
             if not taps.wanted(name, "k", "v", "mask", "scores", "pattern"):
                 q = taps.tap(name, "q", q)
                 return self._join(attention_over_parts(q, parts, scale=scale, dropout=dropout))
-            k, v, key_mask, _ = concatenate(parts)
+            whole = concatenate(parts)
+            k, v, key_mask, added = whole.k, whole.v, whole.mask, unseen(whole, q)
         else:
             assert context is None, "this is self-attention: it was built without context_dim"
             q, k, v = self._split(self.qkv(x), self.heads, self.kv_heads, self.kv_heads)
@@ -187,9 +198,10 @@ class MultiHeadAttention(taps.Tapped):
             if self.kv_heads < self.heads:
                 k, v = (x[:, :, None].expand(-1, -1, self.heads // self.kv_heads, -1, -1).flatten(1, 2) for x in (k, v))
         q, k, v = taps.tap(name, "q", q), taps.tap(name, "k", k), taps.tap(name, "v", v)
-        shown, added = taps.wanted(name, "scores", "pattern"), None
+        shown = taps.wanted(name, "scores", "pattern")
         by_distance = bias is not None and not taps.wanted(name, "mask")
-        backend = choose(q, bias=bias is not None, kernel=by_distance, dropout=dropout, shown=shown)
+        biased = bias is not None or added is not None
+        backend = choose(q, bias=biased, kernel=by_distance, dropout=dropout, shown=shown)
         if bias is not None:
             assert key_mask is None and not causal, "the bias of a pass includes the mask and the order"
             if backend == "kernel":
@@ -229,17 +241,29 @@ class MultiHeadAttention(taps.Tapped):
         key_mask: Tensor | None = None,
         cache: KVCache | None = None,
     ) -> list[KeyValue]:
-        """Keys and values that cross-attention reads, kept in the cache; arguments as in `forward`."""
-        if cache is not None and cache.cross is not None:
-            return cache.cross
+        """Keys and values that cross-attention reads, kept in the cache; arguments as in `forward`.
+
+        Of memories whose keys the cache has, only what each token may read is taken.
+        """
         if isinstance(context, Tensor):
             context = Memory(context, key_mask)
         elif key_mask is not None:
             raise ValueError("key_mask goes with a plain context tensor; a Memory has its own mask")
-        if context is None:
-            raise ValueError("cross-attention needs a context")
         memories = [context] if isinstance(context, Memory) else context
-        parts = [m.project(*self._split(self.kv(m.states), self.heads, self.heads)) for m in memories]
+        if cache is not None and cache.cross is not None:
+            if memories is None or all(memory.seen is None for memory in memories):
+                return cache.cross
+            of_tokens = [{} if m.seen is None else {"mask": m.mask, "seen": m.seen} for m in memories]
+            parts = [part._replace(**new) for part, new in zip(cache.cross, of_tokens, strict=True)]
+        elif memories is None:
+            raise ValueError("cross-attention needs a context")
+        else:
+            parts = [m.project(*self._keys_and_values(m.states)) for m in memories]
         if cache is not None:
             cache.fill_cross(parts)
         return parts
+
+    def _keys_and_values(self, states: Tensor) -> tuple[Tensor, Tensor]:
+        """Those of a memory: (M, N, context_dim) -> (M, H, N, d) each."""
+        k, v = self._split(self.kv(states), self.heads, self.heads)
+        return self.k_norm(k), self.v_norm(v)

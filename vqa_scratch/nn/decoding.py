@@ -11,25 +11,53 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vqa_scratch.nn.attention import MultiHeadAttention
-from vqa_scratch.nn.cache import DecoderCache
+from vqa_scratch.nn.cache import DecoderCache, TrainedCache
 from vqa_scratch.nn.memory import Memory
 from vqa_scratch.nn.rotary import Rotation
 
-Reader = tuple[nn.Module, MultiHeadAttention]  # cross-attention and the norm before it
+
+class Reader(NamedTuple):
+    """Cross-attention with a norm before it: x += factor * attn(norm(x))."""
+
+    norm: nn.Module
+    attn: MultiHeadAttention
+    factor: Tensor | None = None  # (1,) or (D,); None: 1
+
+
+class FastMLP(NamedTuple):
+    """x += factor * module(norm(x))."""
+
+    norm: nn.Module
+    module: nn.Module  # an MLP, a GatedMLP or a MixtureOfExperts
+    factor: Tensor | None = None  # (1,) or (D,); None: 1
+
+
+class FastGated(NamedTuple):
+    """A layer before a block, for a decoder with a memory."""
+
+    cross: Reader
+    mlp: FastMLP
 
 
 class FastBlock(NamedTuple):
-    """x += attn(norm(x)), the same of `cross` if there is a memory, x += mlp(mlp_norm(x))."""
+    """The layer `gated`, x += attn(norm(x)), `cross`, the MLP. Without a memory `gated` and `cross` are left out; a
+    block has one of them at most."""
 
     norm: nn.Module
     attn: MultiHeadAttention
     cross: Reader | None
-    mlp_norm: nn.Module
-    mlp: nn.Module  # an MLP, a GatedMLP or a MixtureOfExperts
+    mlp: FastMLP
+    gated: FastGated | None = None
+
+    @property
+    def reader(self) -> Reader | None:
+        """What reads the memory."""
+        return self.cross if self.gated is None else self.gated.cross
 
 
 class FastParts(NamedTuple):
@@ -81,6 +109,31 @@ class Decoder(nn.Module, ABC):
         attention_mask (B, cached + T), True = may attend; rows may be padded on either side. Cross-attention reads the
         memories; a cache keeps their keys.
         """
+
+    def hidden_after(
+        self,
+        prefix: Tensor,
+        prefix_index: Tensor | None,
+        embeddings: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        cache: DecoderCache | None = None,
+    ) -> Tensor:
+        """(B, T, E) -> (B, T, E): the states of tokens after a prefix (M, Q, E), that of `prefix_index[b]` in row b.
+
+        The states of a prefix do not depend on what comes after it, so it goes through the blocks once, however many
+        rows share it; its keys and values are repeated. None: row b has prefix b, and both go through at once.
+        attention_mask (B, T) is that of the tokens; `cache` is empty, and then keeps both.
+        """
+        prefix, length = prefix.to(embeddings.dtype), prefix.shape[1]
+        if attention_mask is not None:
+            attention_mask = F.pad(attention_mask.bool(), (length, 0), value=True)
+        if prefix_index is None:
+            return self.hidden(torch.cat([prefix, embeddings], 1), attention_mask, cache=cache)[:, length:]
+        cache = TrainedCache(len(self.new_cache())) if cache is None else cache
+        self.hidden(prefix, cache=cache)
+        cache.select(prefix_index)
+        return self.hidden(embeddings, attention_mask, cache=cache)
 
     @abstractmethod
     def after_blocks(self, x: Tensor) -> Tensor:

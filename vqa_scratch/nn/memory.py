@@ -1,14 +1,15 @@
 """What cross-attention reads: states that several rows may share, and the keys and values projected from them.
 
 Many questions may ask about one image. Rows that share an entry become more queries of that entry, so its keys are
-projected once and never copied.
+projected once and never copied. In a text with several images each row has an entry of its own, the states of its
+images one after the other, and each token reads those of one image (`Memory.of_images`).
 
 Shapes: B rows, M memory entries, R rows an entry at most, H heads, N memory tokens, T query tokens, D width, d head
 size.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -69,15 +70,23 @@ class KeyValue(NamedTuple):
     v: Tensor  # (M, H, N, d)
     mask: Tensor | None  # (M, N)
     sharing: Sharing
+    seen: Tensor | None = None  # (B, T, N), as in `Memory`
 
     def take(self, index: Tensor) -> "KeyValue":
         """Entry i is entry `index[i]` of this one, read by row i only."""
-        mask = None if self.mask is None else self.mask[index]
-        return KeyValue(self.k[index], self.v[index], mask, Sharing(len(index)))
+        mask, seen = (None if x is None else x[index] for x in (self.mask, self.seen))
+        return KeyValue(self.k[index], self.v[index], mask, Sharing(len(index)), seen)
 
     def keep(self, entries: Tensor | None, sharing: Sharing) -> "KeyValue":
         """Only these entries (None: all), shared as in `sharing`; takes what `share` returns."""
         return (self if entries is None else self.take(entries))._replace(sharing=sharing)
+
+    def of_last_token(self) -> "KeyValue":
+        """The same for tokens that may all read what the last token of each row may."""
+        if self.seen is None:
+            return self
+        last = self.seen[:, -1]
+        return self._replace(mask=last if self.mask is None else last & self.mask.bool(), seen=None)
 
     def select(self, rows: Tensor) -> "KeyValue":
         """Row i becomes what row `rows[i]` was. Entries that no row reads are dropped."""
@@ -93,13 +102,16 @@ class KeyValue(NamedTuple):
 class Memory:
     """M entries of N states that cross-attention reads. Keys and values are projected for each entry, not each row.
 
-    Row b reads entry `index[b]`, or entry b // `repeat` without an index.
+    Row b reads entry `index[b]`, or entry b // `repeat` without an index. `seen` says for each token of this pass which
+    states it may read; tokens that follow in a cache may read what the last one may. A token that may read nothing gets
+    zeros. Raises ValueError on misshapen masks.
     """
 
     states: Tensor  # (M, N, D)
     mask: Tensor | None = None  # (M, N), True = may attend
     index: Tensor | None = None  # (B,) long
     repeat: int = field(default=1, kw_only=True)
+    seen: Tensor | None = field(default=None, kw_only=True)  # (B, T, N), True = may attend; None: every token all
     sharing: Sharing | None = field(init=False, repr=False)  # None: too uneven to share
 
     def __post_init__(self) -> None:
@@ -108,15 +120,38 @@ class Memory:
         if self.index is not None and self.repeat != 1:
             raise ValueError("a memory takes an index or a repeat, not both")
         entries = len(self.states)
+        if self.seen is not None and (self.index is not None or self.repeat != 1):
+            raise ValueError("tokens that read different states need an entry for each row: no index and no repeat")
+        if self.seen is not None and (self.seen.ndim != 3 or self.seen.shape[::2] != self.states.shape[:2]):
+            expected = f"({entries}, tokens, {self.states.shape[1]})"
+            raise ValueError(f"what each token may read must be {expected}, got {tuple(self.seen.shape)}")
         sharing = Sharing(entries, self.repeat) if self.index is None else Sharing.from_index(self.index, entries)
         if sharing is not None and sharing.slot is not None:  # an index on the CPU needs no sync
             sharing = sharing._replace(slot=sharing.slot.to(self.states.device))
         object.__setattr__(self, "sharing", sharing)
 
+    @classmethod
+    def of_images(cls, states: Tensor, image_of_token: Tensor) -> "Memory":
+        """The images of B texts, (B, I, N, D), of which each token reads one: the `image_of_token[b, t]`-th of its row,
+        or none (zeros) where that is -1.
+
+        image_of_token (B, T) long. Where every token reads the one image of its row there is no mask. An image with
+        several texts is no such memory: give it an `index`, and its keys are shared.
+        """
+        images, tokens = states.shape[1:3]
+        if images == 1 and bool((image_of_token == 0).all()):
+            return cls(states[:, 0])
+        image_of_state = torch.arange(images, device=states.device).repeat_interleave(tokens)  # (I * N,)
+        return cls(states.flatten(1, 2), seen=image_of_token[..., None] == image_of_state)
+
+    def for_next_tokens(self) -> "Memory":
+        """The same memory for a pass after this one, in a cache that has its keys."""
+        return self if self.seen is None else replace(self, seen=None)
+
     def project(self, k: Tensor, v: Tensor) -> KeyValue:
         """Add to the keys and values (M, H, N, d) of the states how rows share them."""
         if self.sharing is not None:
-            return KeyValue(k, v, self.mask, self.sharing)
+            return KeyValue(k, v, self.mask, self.sharing, self.seen)
         assert self.index is not None, "only an index can be too uneven to share"
         return KeyValue(k, v, self.mask, Sharing(len(k))).take(self.index)
 
@@ -130,11 +165,21 @@ def share(index: Tensor, entries: int) -> tuple[Tensor | None, Sharing]:
     return (None if len(used) == entries else used), sharing
 
 
-def check_rows(parts: Sequence[KeyValue], rows: int) -> None:
-    """Raise ValueError unless every part is for that many rows."""
+def last_images(ids: Tensor, image_token: int) -> Tensor:
+    """(B, T) -> (B, T): the number of the last image up to and including each token, -1 before the first.
+
+    What a text reads in Flamingo (Alayrac et al. 2022, 2204.14198, section 2.3).
+    """
+    return (ids == image_token).cumsum(1) - 1
+
+
+def check_rows(parts: Sequence[KeyValue], rows: int, tokens: int = 1) -> None:
+    """Raise ValueError unless every part is for that many rows, and for so many tokens if it differs between them."""
     for part in parts:
         if part.sharing.rows != rows:
             raise ValueError(f"{rows} rows, but the memory serves {part.sharing.rows}")
+        if part.seen is not None and part.seen.shape[1] != tokens:
+            raise ValueError(f"{tokens} tokens, but the memory says what {part.seen.shape[1]} may read")
 
 
 def concatenate(parts: Sequence[KeyValue]) -> KeyValue:
@@ -142,9 +187,16 @@ def concatenate(parts: Sequence[KeyValue]) -> KeyValue:
     parts = [part.per_row() for part in parts]
     if len(parts) == 1:
         return parts[0]
-    mask = None
-    if any(part.mask is not None for part in parts):
-        full = [part.k.new_ones(part.k.shape[0], part.k.shape[2], dtype=torch.bool) for part in parts]
-        mask = torch.cat([f if p.mask is None else p.mask.bool() for p, f in zip(parts, full, strict=True)], -1)
+    mask = _joined([part.mask for part in parts], parts)
+    seen = _joined([part.seen for part in parts], parts)
     k, v = torch.cat([part.k for part in parts], 2), torch.cat([part.v for part in parts], 2)
-    return KeyValue(k, v, mask, parts[0].sharing)
+    return KeyValue(k, v, mask, parts[0].sharing, seen)
+
+
+def _joined(masks: Sequence[Tensor | None], parts: Sequence[KeyValue]) -> Tensor | None:
+    """The masks (B, ..., N) of the parts as one; a part without one is seen whole."""
+    like = next((mask for mask in masks if mask is not None), None)
+    if like is None:
+        return None
+    whole = [like.new_ones(*like.shape[:-1], part.k.shape[2], dtype=torch.bool) for part in parts]
+    return torch.cat([w if mask is None else mask.bool() for mask, w in zip(masks, whole, strict=True)], -1)

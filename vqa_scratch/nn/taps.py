@@ -75,3 +75,5 @@ def name_modules(blocks: nn.ModuleList, name: str) -> None:
             module = modules.get(child)
             if isinstance(module, Tapped):
                 module.tap_prefix = f"{name}.{layer}{label}"
+        if (gated := getattr(block, "gated", None)) is not None:
+            gated.cross.tap_prefix, gated.mlp.tap_prefix = f"{name}.{layer}.cross", f"{name}.{layer}.gated"

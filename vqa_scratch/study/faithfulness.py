@@ -39,8 +39,8 @@ def answer_rows(subject: Subject, answer: list[int]) -> list[int]:
 
 
 def patch_map(subject: Subject, flow: Flow, rows: Sequence[int]) -> Tensor:
-    """(N,): the map over the places of the image, averaged over the given rows."""
-    return flow.sources[list(rows)][:, subject.image[1]].mean(0)
+    """(N,): the map over the places of the image, averaged over the given rows; what is below zero counts as zero."""
+    return flow.sources[list(rows)][:, subject.image[1]].mean(0).clamp(min=0)
 
 
 # ---------------------------------------------------------------------------------------------- deletion, insertion
@@ -149,6 +149,7 @@ def pointing(examples: Iterable[tuple[ImageSubject, Sequence[float]]]) -> dict[s
             "rollout": patch_map(subject, rollout(subject, t), rows),
             "relevancy": patch_map(subject, relevancy(subject, answer[: len(rows)]), rows),
         }
+        maps |= {name: patch_map(subject, flow, rows) for name, flow in subject.more_flows(t).items()}
         maps |= {f"cross layer {i}": layer.mean(0) for i, layer in enumerate(cross)}
         maps |= {f"layer {i} head {h}": head for i, layer in enumerate(cross) for h, head in enumerate(layer)}
         for name, values in maps.items():
@@ -197,17 +198,17 @@ def head_ablation(
     parts = []
     for name, module in whole.modules.items():
         if isinstance(module, MultiHeadAttention) and matches(name, pattern):
-            parts += [(name, {"head": head}) for head in range(module.heads)]
+            parts += [(name, ("head", head)) for head in range(module.heads)]
         if isinstance(module, Router) and matches(name, pattern):
-            parts += [(name, {"expert": expert}) for expert in range(module.choice.experts)]
+            parts += [(name, ("expert", expert)) for expert in range(module.choice.experts)]
     if not parts:
         trace(model, pattern)  # names the near miss
         raise ValueError(f"{pattern!r} means no attention and no router")
     base = score()
     effects = []
-    for name, part in parts:
+    for name, (kind, number) in parts:
         with trace(model, record=False) as t:
-            t.ablate(name, **part)
+            t.ablate(name, **{kind: number})
             value = score()
-        effects.append(HeadEffect(name, *part.values(), value, base - value))
+        effects.append(HeadEffect(name, number, value, base - value))
     return base, sorted(effects, key=lambda effect: -effect.drop)

@@ -10,10 +10,10 @@ Shapes: R rows, E entries, N memory tokens, L layers, H heads, d head size, D wi
 import math
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vqa_scratch.generate.fast.products import Addition, Function, adding, attend, linear, norm, product
-from vqa_scratch.nn.attention import attention_over_parts
+from vqa_scratch.nn.attention import MultiHeadAttention, attention_over_parts
 from vqa_scratch.nn.cache import DecoderCache
 from vqa_scratch.nn.decoding import FastBlock, Reader
 from vqa_scratch.nn.memory import KeyValue, Sharing, concatenate, share
@@ -33,7 +33,7 @@ def cross_attention(
     memory = [own.cross for own in cache if own.cross is not None]
     if not memory:
         return None
-    readers = [block.cross for block in blocks if block.cross is not None]
+    readers = [block.reader for block in blocks if block.reader is not None]
     if members > 1:
         rows = torch.arange(memory[0][0].sharing.rows, device=cache.device).repeat_interleave(members)
         memory = select(memory, rows)
@@ -58,17 +58,26 @@ class Constant:
 
     def __init__(self, readers: list[Reader], memory: Layers) -> None:
         self.read = []  # (R, D) of each layer
-        for (_, cross), (part,) in zip(readers, memory, strict=True):
+        for (_, cross, factor), (part,) in zip(readers, memory, strict=True):
             z = part.v.flatten(1)  # (E, H * d)
             if part.mask is not None:
                 z = z.masked_fill(~part.mask.bool(), 0.0)
-            self.read.append(linear(cross.out)(z)[part.sharing.entry_of_row(z.device)])
+            read = linear(cross.out)(z)[part.sharing.entry_of_row(z.device)]
+            self.read.append(read if factor is None else read * factor)
 
     def add(self, layer: int, x: Tensor) -> None:
         x.add_(self.read[layer])
 
     def keep(self, rows: Tensor) -> None:
         self.read = [read.index_select(0, rows) for read in self.read]
+
+
+def queries(attn: MultiHeadAttention) -> Function:
+    """h (R, D) -> (R, H * d), each head normed if the module does so."""
+    project, q_norm = linear(attn.q), norm(attn.q_norm)
+    if isinstance(attn.q_norm, nn.Identity):
+        return project
+    return lambda h: q_norm(project(h).view(len(h), attn.heads, attn.head_dim)).flatten(1)
 
 
 def _visible(part: KeyValue) -> KeyValue:
@@ -94,8 +103,10 @@ class Absorbed:
 
     @staticmethod
     def pays(readers: list[Reader], memory: list[KeyValue]) -> bool:
-        """Whether the saved operations are worth the additional reading."""
-        (_, heads, tokens, size), width, k = memory[0].k.shape, readers[0][1].out.out_features, memory[0].k
+        """Whether the saved operations are worth the additional reading; a norm of the queries cannot be absorbed."""
+        (_, heads, tokens, size), width, k = memory[0].k.shape, readers[0].attn.out.out_features, memory[0].k
+        if not isinstance(readers[0].attn.q_norm, nn.Identity):
+            return False
         if tokens == 0 or k.dtype in (torch.float16, torch.bfloat16):  # here `attend` is more exact
             return False
         return 2 * width * (heads * tokens - heads * size - tokens) * k.element_size() <= ABSORB_BYTES
@@ -103,14 +114,14 @@ class Absorbed:
     @staticmethod
     def _absorb(reader: Reader, k: Tensor, v: Tensor) -> tuple[Function, Function, Addition]:
         """The norm, h -> scores (1, H * N), and weights (1, H * N) -> the output, added in place."""
-        (before, module), (heads, _, size), width = reader, k.shape, reader[1].out.out_features
+        (before, module, factor), (heads, _, size), width = reader, k.shape, reader.attn.out.out_features
         k, weight, bias = k * module.scale, module.q.weight, module.q.bias
         offset = None if bias is None else torch.bmm(k, bias.view(heads, size, 1)).flatten()
         keys = torch.bmm(k, weight.view(heads, size, width)).flatten(0, 1)  # (H * N, D)
         values = torch.bmm(v, module.out.weight.view(width, heads, size).permute(1, 2, 0)).flatten(0, 1)  # (H * N, D)
         if module.out.bias is not None:  # the weights of each head sum to 1 and add its share
             values = values + module.out.bias / heads
-        return norm(before), product(keys, offset), adding(values.t(), None)
+        return norm(before), product(keys, offset), adding(values.t(), None, factor)
 
     def add(self, layer: int, x: Tensor) -> None:
         before, scores, out = self.blocks[layer]
@@ -128,9 +139,10 @@ class Projected:
     """
 
     def __init__(self, readers: list[Reader], memory: Layers) -> None:
-        self.scales = [cross.scale for _, cross in readers]
+        self.scales = [reader.attn.scale for reader in readers]
         self.blocks = [
-            (norm(before), linear(cross.q), adding(cross.out.weight, cross.out.bias)) for before, cross in readers
+            (norm(before), queries(cross), adding(cross.out.weight, cross.out.bias, factor))
+            for before, cross, factor in readers
         ]
         self._lay_out(memory)
 
@@ -143,9 +155,9 @@ class Projected:
             self.memory = []
 
     def add(self, layer: int, x: Tensor) -> None:
-        before, q, out = self.blocks[layer]
-        queries = q(before(x))
-        out(x, self._apart(layer, queries) if self.keys is None else self.keys.read(layer, queries))
+        before, ask, out = self.blocks[layer]
+        q = ask(before(x))
+        out(x, self._apart(layer, q) if self.keys is None else self.keys.read(layer, q))
 
     def _apart(self, layer: int, q: Tensor) -> Tensor:
         """Queries (R, H * d) -> attention (R, H * d), each part with its own sharing."""

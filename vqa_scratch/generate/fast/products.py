@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vqa_scratch.nn.attention import MultiHeadAttention
-from vqa_scratch.nn.decoding import FastBlock
+from vqa_scratch.nn.decoding import FastBlock, FastMLP
 from vqa_scratch.nn.experts import MixtureOfExperts, SharedExpert, dispatch
 from vqa_scratch.nn.gated import GatedMLP
 from vqa_scratch.nn.layers import MLP
@@ -91,8 +91,11 @@ def linear_into(module: nn.Linear) -> Addition:
     return lambda place, x: torch.addmm(bias, x, turned, out=place)
 
 
-def adding(weight: Tensor, bias: Tensor | None) -> Addition:
-    """A residual connection: x (R, D') += z (R, D) weight^T + bias."""
+def adding(weight: Tensor, bias: Tensor | None, factor: Tensor | None = None) -> Addition:
+    """A residual connection: x (R, D') += factor * (z (R, D) weight^T + bias); factor (1,) or (D',), None: 1."""
+    if factor is not None:
+        scaled = product(weight, bias)
+        return lambda x, z: x.add_(scaled(z) * factor)
     if bias is None and _by_matrix(weight) and not suits_one_dnn(weight):
         turned = weight.detach().t()
         return lambda x, z: x.addmm_(z, turned)
@@ -183,14 +186,15 @@ def mixture(module: MixtureOfExperts) -> Addition:
     return add
 
 
-def feed_forward(block: FastBlock) -> Callable[[Tensor], object]:
-    """x (R, D) += MLP(norm(x)) of the block."""
-    before, mlp = norm(block.mlp_norm), block.mlp
-    if isinstance(mlp, MixtureOfExperts):
-        add = mixture(mlp)
+def feed_forward(mlp: FastMLP) -> Callable[[Tensor], object]:
+    """x (R, D) += what the MLP says of its norm, times its factor."""
+    before, module = norm(mlp.norm), mlp.module
+    if isinstance(module, MixtureOfExperts):
+        assert mlp.factor is None, "a fast step has no factor of experts"
+        add = mixture(module)
         return lambda x: add(x, before(x))
-    assert isinstance(mlp, (MLP, GatedMLP)), "a fast step is written for these MLPs"
-    hidden, fall = inner(mlp), adding(mlp.down.weight, mlp.down.bias)
+    assert isinstance(module, (MLP, GatedMLP)), "a fast step is written for these MLPs"
+    hidden, fall = inner(module), adding(module.down.weight, module.down.bias, mlp.factor)
     return lambda x: fall(x, hidden(before(x)))
 
 

@@ -3,6 +3,9 @@
 Shapes: G groups (prompts), K members (beams) a group, R = G*K rows, D width, E width of the head, V vocabulary.
 """
 
+from collections.abc import Callable, Iterator
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -26,8 +29,21 @@ class FastState:
     def __init__(self, parts: FastParts, own: OneRow | Rows, cache: DecoderCache) -> None:
         """`own` has the tokens so far; `cache` has the memory, if there is one."""
         self.parts, self.own, self.memory = parts, own, cross_attention(parts.blocks, cache, own.members)
-        self.mlps = [feed_forward(block) for block in parts.blocks]
+        self.sublayers = list(self._sublayers())
         self.norm, self.head = norm(parts.norm), product(parts.head, None)
+
+    def _sublayers(self) -> Iterator[Callable[[Tensor], object]]:
+        """Those of all blocks in order, each adding to x; without a memory none that reads it, and no gated layer."""
+        readers = 0
+        for layer, block in enumerate(self.parts.blocks):
+            own, read = partial(self.own.add, layer), []
+            if self.memory is not None and block.reader is not None:
+                read, readers = [partial(self.memory.add, readers)], readers + 1
+            if read and block.gated is not None:
+                yield from (*read, feed_forward(block.gated.mlp), own)
+            else:
+                yield from (own, *read)
+            yield feed_forward(block.mlp)
 
     @classmethod
     def after(
@@ -41,11 +57,8 @@ class FastState:
     def run(self, tokens: Tensor) -> Tensor:
         """The next token of each row (R,) -> states before the head (R, E)."""
         x = self.parts.embed(tokens, self.own.advance())  # (R, D)
-        for layer, add_mlp in enumerate(self.mlps):
-            self.own.add(layer, x)
-            if self.memory is not None:
-                self.memory.add(layer, x)
-            add_mlp(x)
+        for add in self.sublayers:
+            add(x)
         return self.norm(x)
 
     def step(self, tokens: Tensor) -> Tensor:
@@ -81,7 +94,7 @@ class GraphState(FastState):
     """
 
     def __init__(self, parts: FastParts, cache: DecoderCache, mask: Tensor | None, steps: int, members: int) -> None:
-        if any(isinstance(block.mlp, MixtureOfExperts) for block in parts.blocks):
+        if any(isinstance(block.mlp.module, MixtureOfExperts) for block in parts.blocks):
             raise ValueError("a CUDA graph runs the same kernels at every step, but experts change from token to token")
         if cache.device.type != "cuda":
             raise ValueError("a CUDA graph needs a decoder on a GPU")
