@@ -59,7 +59,9 @@ def said_by(theirs, image: Path, question: str) -> str:
         parts = ["User:", picture, f"{question}<end_of_utterance>\nAssistant:"]
     inputs = processor(text=[parts], return_tensors="pt")
     ends = [processor.tokenizer.eos_token_id, *processor.tokenizer.convert_tokens_to_ids(TURN * (kind == "tuned"))]
-    said = model.generate(**inputs, max_new_tokens=MAX_ANSWER_TOKENS, do_sample=False, eos_token_id=ends)
+    barred = [[number] for number in processor.tokenizer.convert_tokens_to_ids(IMAGE)]
+    how = {"max_new_tokens": MAX_ANSWER_TOKENS, "do_sample": False, "eos_token_id": ends, "bad_words_ids": barred}
+    said = model.generate(**inputs, **how)
     ids = said[:, inputs["input_ids"].shape[1] :]
     return processor.tokenizer.batch_decode(ids, skip_special_tokens=True)[0].strip()
 
