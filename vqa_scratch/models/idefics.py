@@ -179,7 +179,11 @@ class Idefics(JoinedModel):
         return layer
 
     def encode_image(self, pixel_values: Tensor) -> Tensor:
-        """(B, I, channels, H, W) -> (B, I, N, C). Raises UserError unless patches and channels fit."""
+        """(B, I, channels, H, W) -> (B, I, N, C). Raises UserError unless patches and channels fit.
+
+        Positions are resized to images of another size than the file's; the reference, which refuses these unless asked
+        to, stretches them by a tenth of a patch more.
+        """
         channels = self.config.vision.channels
         if pixel_values.ndim != 5 or pixel_values.shape[2] != channels:
             given = tuple(pixel_values.shape)
