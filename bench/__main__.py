@@ -11,13 +11,20 @@ import torch
 
 from bench import (
     attention,
+    binding,
+    binding_report,
     cached_features,
+    connector_runs,
+    connectors,
+    connectors_frozen,
     decode,
     decode_sides,
     image_loading,
     logprob,
     loss_head,
     ppo,
+    prefix,
+    resolution,
     scale,
     suite,
     t5_bias,
@@ -75,6 +82,15 @@ def train_step_command(
 def taps_command(rounds: int, questions: int, write: bool) -> None:
     """What the taps of the study tools cost a training step while no trace is active."""
     present("taps", taps.run(rounds, questions, command_given()), write)
+
+
+@click.command("prefix")
+@click.option("--rounds", type=click.IntRange(1), default=20, show_default=True, help="Turns of each side.")
+@click.option("--questions", type=click.IntRange(8), default=256, show_default=True, help="Questions of a step.")
+@click.option("--write", is_flag=True, help="Put the table into bench/RESULTS.md.")
+def prefix_command(rounds: int, questions: int, write: bool) -> None:
+    """Training steps and answers with an image's prefix shared by its questions, and repeated for each."""
+    present("prefix", prefix.run(rounds, questions, command_given()), write)
 
 
 @click.command("loss-head")
@@ -153,6 +169,39 @@ def cached_features_command(rounds: int, every: bool, write: bool, **sizes: int 
     present("cached-features", cached_features.run(cases, rounds, command_given()), write)
 
 
+@click.command("connectors")
+@click.option("--steps", type=click.IntRange(1), default=1200, show_default=True, help="Steps of 512 questions a run.")
+@click.option("--seeds", default="0,1,2", show_default=True, help="Seeds; fewer than three make the table provisional.")
+@click.option("--only", help="These connectors alone, with commas between them.")
+@click.option("--jobs", type=click.IntRange(1), default=1, show_default=True, help="Runs at once, sharing the threads.")
+@click.option("--frozen", is_flag=True, help="Between towers trained before: frozen, and trained on.")
+@click.option("--tower-steps", type=click.IntRange(1), help="With --frozen: steps of each tower. [as --steps]")
+@click.option(
+    "--precision", type=NearChoice(("auto", "fp32", "bf16")), default="auto", show_default=True, help="Of all runs."
+)
+@click.option("--rounds", type=click.IntRange(1), default=5, show_default=True, help="Turns of each side, when timed.")
+@click.option("--test-images", type=click.IntRange(1), help="Score on so many images of the test split. [all]")
+@click.option("--out", type=click.Path(path_type=Path), default="runs/connectors", show_default=True, help="The runs.")
+@click.option("--cache", type=click.Path(path_type=Path), default="cache", show_default=True, help="As in train.py.")
+@click.option("--write", is_flag=True, help="Put the table into bench/RESULTS.md, it and the picture into docs/.")
+def connectors_command(
+    frozen: bool,
+    tower_steps: int | None,
+    seeds: str,
+    write: bool,
+    **values: int | str | Path | None,
+) -> None:
+    """Every connector trained on the same questions: what it learns and what it costs. Finished runs are kept."""
+    if tower_steps is not None and not frozen:
+        raise UserError("--tower-steps goes with --frozen, which starts from towers")
+    plan = connector_runs.Plan(seeds=connector_runs.read_seeds(seeds), **values)
+    if frozen:
+        made = connectors_frozen.run(plan, tower_steps or plan.steps, command_given())
+        connectors.present("connectors-frozen", made, plan.out, write)
+    else:
+        connectors.present("connectors", connectors.run(plan, command_given()), plan.out, write)
+
+
 @click.command("image-loading")
 @click.option("--images", type=click.IntRange(1), default=512, show_default=True, help="JPEGs of 640 x 480 to load.")
 @click.option("--rounds", type=click.IntRange(1), default=5, show_default=True, help="Turns of each side.")
@@ -160,6 +209,17 @@ def cached_features_command(rounds: int, every: bool, write: bool, **sizes: int 
 def image_loading_command(images: int, rounds: int, write: bool) -> None:
     """Images of a batch, second epoch on, against torchvision's decode and resize."""
     present("image-loading", image_loading.run(images, rounds, command_given()), write)
+
+
+@click.command("resolution")
+@click.option("--steps", type=click.IntRange(1), default=2000, show_default=True, help="Steps of 192 questions.")
+@click.option("--width", type=click.IntRange(4), default=128, show_default=True, help="Width of the decoder.")
+@click.option("--layers", type=click.IntRange(1), default=4, show_default=True, help="Layers of the decoder.")
+@click.option("--scenes", type=click.IntRange(400), default=6_000, show_default=True, help="Scenes to train on.")
+@click.option("--write", is_flag=True, help="Put the table into bench/RESULTS.md.")
+def resolution_command(write: bool, **sizes: int) -> None:
+    """The connector `patches` at sizes it was never trained on, with newline tokens and without."""
+    present("resolution", resolution.run(resolution.Experiment(**sizes), command_given()), write)
 
 
 @click.command("scale")
@@ -186,6 +246,21 @@ def ppo_command(out: Path | None, write: bool, **plan: int | str | bool | None) 
     if write and (plan["tiny"] or plan["only"]):
         raise UserError("--write goes with neither --tiny nor --only: the table is of all sides at the book's sizes")
     present("ppo", ppo.run(ppo.Plan(**plan), command_given(), out), write)
+
+
+@click.command("binding")
+@click.option("--seeds", type=click.IntRange(1), default=3, show_default=True, help="Runs that differ in their seed.")
+@click.option("--variant", type=NearChoice(binding.VARIANTS), multiple=True, help="May be given several times. [all]")
+@click.option("--words", type=click.IntRange(2, 3), default=2, show_default=True, help="Invented words of an episode.")
+@click.option("--steps", type=click.IntRange(1), help="Of the last stage. [that of the table]")
+@click.option("--out", type=click.Path(path_type=Path), default=Path("runs/binding"), show_default=True, help="Folder.")
+@click.option("--write", is_flag=True, help="Put the table into bench/RESULTS.md, and the pictures into docs/images.")
+def binding_command(seeds: int, variant: tuple[str, ...], out: Path, write: bool, **sizes: int | None) -> None:
+    """What shots are worth to a small Flamingo that binds invented words to pictures in context."""
+    plan = binding.Plan(**{name: value for name, value in sizes.items() if value is not None})
+    pictures = binding_report.IMAGES if write else out
+    names = [name for name in binding.VARIANTS if not variant or name in variant]
+    present("binding", binding_report.run(plan, range(seeds), names, out, pictures, command_given()), write)
 
 
 @click.command("all")
@@ -221,10 +296,14 @@ COMMANDS = [
     t5_bias_command,
     logprob_command,
     taps_command,
+    prefix_command,
     cached_features_command,
+    connectors_command,
     image_loading_command,
     ppo_command,
+    resolution_command,
     scale_command,
+    binding_command,
     all_command,
 ]
 PROGRAM = NearGroup("bench", {command.name: command for command in COMMANDS}, help="Measure, side by side.")

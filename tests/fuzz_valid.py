@@ -50,6 +50,7 @@ from vqa_scratch.models import (
     ViTConfig,
 )
 from vqa_scratch.models.classifier import TextClassifier
+from vqa_scratch.models.llama_experts import Mixture
 from vqa_scratch.models.resampler import ResamplerConfig
 from vqa_scratch.nn.rotary import Rotary
 from vqa_scratch.storage import write_json
@@ -162,6 +163,7 @@ class Valid:
             "gpt2": GPT2(GPT2Config(vocab_size=many, max_positions=80, **TINY, **ends)),
             "opt": OPT(opt),
             "llama": Llama(grouped),
+            "experts": Llama(replace(grouped, layout="qwen2_moe", experts=Mixture(3, 2, 8, shared_hidden=12))),
             "clip": CLIP(CLIPConfig(**towers("clip"), projection_dim=8)),
             "siglip": CLIP(CLIPConfig(**towers("siglip"), projection_dim=16, layout="siglip")),
             "t5": T5(t5),

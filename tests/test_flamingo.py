@@ -94,7 +94,8 @@ DECODERS = {
 
 def llama_layer() -> GatedCrossAttention:
     """As in Idefics: root-mean-square norms, of queries and keys too, a gated MLP, a gate for each number."""
-    cross = MultiHeadAttention(WIDTH, 2, context_dim=CONTEXT, bias=False, head_norm=lambda size: RMSNorm(size, 1e-6))
+    before = RMSNorm(WIDTH // 2, 1e-6), RMSNorm(WIDTH // 2, 1e-6), nn.Identity()
+    cross = MultiHeadAttention(WIDTH, 2, context_dim=CONTEXT, bias=False, before=before)
     norms = RMSNorm(WIDTH, 1e-6), RMSNorm(WIDTH, 1e-6)
     return GatedCrossAttention(norms[0], cross, norms[1], GatedMLP(WIDTH, 20, F.silu), gates=WIDTH)
 

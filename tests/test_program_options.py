@@ -169,7 +169,7 @@ def test_presets_obey_the_rules_and_mean_something(classes, presets):
             options = options_class(preset=preset, resume=True, **presets[preset])
             given = {name for name, value in presets[preset].items() if getattr(options, name) == value}
             assert given == set(presets[preset]) and given <= set(defaults)
-            check_dependencies(options, given)
+            check_dependencies(options_class, vars(options), given)
 
 
 def test_every_preset_has_a_system_with_its_options():

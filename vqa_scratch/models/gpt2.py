@@ -91,7 +91,7 @@ class GPT2Block(DecoderBlock):
     def fast_block(self) -> FastBlock:
         """The parts of the block, for `generate`."""
         cross = Reader(self.norm_cross, self.cross) if hasattr(self, "cross") else None
-        return FastBlock(self.norm1, self.attn, cross, FastMLP.of(self.norm2, self.mlp), self.fast_gated())
+        return FastBlock(self.norm1, self.attn, cross, FastMLP(self.norm2, self.mlp), self.fast_gated())
 
 
 class PositionTableDecoder(ReleasedDecoder[GPT2Config]):

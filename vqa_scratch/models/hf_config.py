@@ -25,7 +25,7 @@ from vqa_scratch.weights.convert import load_into, to_hf
 from vqa_scratch.weights.files import read_checkpoint, write_checkpoint
 from vqa_scratch.weights.maps import KeyMap
 
-MOST_LAYERS, LARGEST = 1_000, 2**24  # of any layers, size or id that a config.json may ask for
+MOST_LAYERS, LARGEST = 1_000, 2**24  # of any layers or experts, size or id that a config.json may ask for
 
 
 @dataclass(frozen=True, eq=False)
@@ -162,15 +162,19 @@ class ReleasedDecoder(Released[C], Decoder):
         """Whether there are gated layers."""
         return any(getattr(block, "gated", None) is not None for block in self.blocks)
 
-    @property
-    def direct_head(self) -> Tensor | None:
-        return None if self.has_gated else super().direct_head
-
     def check_memory(self, memory: list[Memory] | None) -> None:
         """Raise ValueError if there is a memory that nothing reads."""
         if memory is not None and not self.reads_memory:
             how = "build GPT2 with add_cross_attention=True, or add gated layers"
             raise ValueError(f"this decoder has no cross-attention: {how}")
+
+    def take_gated(self) -> dict[int, GatedCrossAttention]:
+        """Take the layers away again that `add_gated` put in, which gives the decoder that they were added to."""
+        found = ((number, getattr(block, "gated", None)) for number, block in enumerate(self.blocks))
+        layers = {number: layer for number, layer in found if layer is not None}
+        for number in layers:
+            setattr(self.blocks[number], "gated", None)  # noqa: B010 (the list says only that it has modules)
+        return layers
 
     def add_gated(self, layers: Mapping[int, GatedCrossAttention]) -> None:
         """Put each layer before the block with its number.
@@ -224,7 +228,7 @@ def _checked(where: str, value: Any, ours: str, kinds: tuple[Any, ...], default:
     several = isinstance(value, (list, tuple)) and (len(value) > 0 if any_number else len(value) == len(counts) > 0)
     numbers = value if several else [value]
     least = 0 if default == 0 or ours.endswith("_id") else 1
-    most = MOST_LAYERS if ours.endswith("layers") else LARGEST
+    most = MOST_LAYERS if ours.endswith(("layers", "experts")) else LARGEST
     if not all(is_number(one) and one == int(one) and least <= one <= most for one in numbers):
         or_list = ", or a list of such" if any_number else ""
         raise UserError(f"{where} must be a whole number from {least} to {most:,}{or_list}, not {value!r}")

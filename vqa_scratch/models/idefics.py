@@ -155,7 +155,7 @@ class Idefics(JoinedModel):
     def _layer(self) -> GatedCrossAttention:
         """A gated layer built like a block of the language model."""
         config, sizes = self.config, self.config.language
-        norm = partial(RMSNorm, eps=sizes.norm_eps)
+        norm, size = partial(RMSNorm, eps=sizes.norm_eps), sizes.dim // sizes.heads
         layer = GatedCrossAttention(
             norm(sizes.dim),
             MultiHeadAttention(
@@ -164,7 +164,7 @@ class Idefics(JoinedModel):
                 context_dim=config.vision.dim,
                 bias=False,
                 out_bias=False,
-                head_norm=norm if config.head_norm else nn.Identity,
+                before=(norm(size), norm(size), nn.Identity()) if config.head_norm else (),
             ),
             norm(sizes.dim),
             GatedMLP(sizes.dim, sizes.hidden, activation(sizes.activation)),

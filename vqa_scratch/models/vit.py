@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from vqa_scratch.errors import UserError
 from vqa_scratch.models.hf_config import HFConfig, Released, check_heads
+from vqa_scratch.models.patches import patch_grid
 from vqa_scratch.models.vit_layouts import LAYOUTS, ViTLayout
 from vqa_scratch.nn import taps
 from vqa_scratch.nn.attention import MultiHeadAttention
@@ -78,10 +79,7 @@ class ViTConfig(HFConfig[ViTLayout]):
 
     def patches(self, height: int, width: int) -> tuple[int, int]:
         """(h, w) patches of an image of this size in pixels. Raises ValueError unless they fit."""
-        p = self.patch_size
-        if height % p or width % p:
-            raise UserError(f"image of {height}x{width} pixels does not divide into patches of {p}x{p}")
-        return height // p, width // p
+        return patch_grid(height, width, self.patch_size)
 
 
 def resize_positions(table: Tensor, grid: tuple[int, int], size: tuple[int, int], *, antialias: bool = False) -> Tensor:

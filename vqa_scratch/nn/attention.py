@@ -126,7 +126,8 @@ class MultiHeadAttention(taps.Tapped):
     """Self-attention with one fused `qkv`, or cross-attention (`context_dim` given) with `q` and a fused `kv`.
 
     `dropout` is the probability of dropping a weight while training; `scale` None means head_dim**-0.5; each of fewer
-    `kv_heads` serves heads / kv_heads queries (Ainslie et al. 2023, 2305.13245); `head_norm(head_dim)` norms q and k.
+    `kv_heads` serves heads / kv_heads queries (Ainslie et al. 2023, 2305.13245); `before` are modules that change
+    q, k and v (..., their heads, T, d), before q and k turn.
     """
 
     def __init__(
@@ -141,7 +142,7 @@ class MultiHeadAttention(taps.Tapped):
         out_bias: bool = True,
         scale: float | None = None,
         dropout: float = 0.0,
-        head_norm: Callable[[int], nn.Module] = nn.Identity,
+        before: Sequence[nn.Module] = (),
     ) -> None:
         super().__init__()
         if head_dim is None and dim % heads:
@@ -154,7 +155,7 @@ class MultiHeadAttention(taps.Tapped):
         else:
             self.q = nn.Linear(dim, inner, bias=bias)
             self.kv = nn.Linear(context_dim, 2 * inner, bias=bias)
-        self.q_norm, self.k_norm = head_norm(self.head_dim), head_norm(self.head_dim)
+        self.q_norm, self.k_norm, self.v_norm = before or (nn.Identity(), nn.Identity(), nn.Identity())
         self.is_cross = context_dim is not None
         self.out = nn.Linear(inner, dim, bias=out_bias)
 
@@ -189,7 +190,7 @@ class MultiHeadAttention(taps.Tapped):
         else:
             assert context is None, "this is self-attention: it was built without context_dim"
             q, k, v = self._split(self.qkv(x), self.heads, self.kv_heads, self.kv_heads)
-            q, k = self.q_norm(q), self.k_norm(k)
+            q, k, v = self.q_norm(q), self.k_norm(k), self.v_norm(v)
             if rotate is not None:
                 q, k = rotate(q), rotate(k)
             if cache is not None:
@@ -264,4 +265,4 @@ class MultiHeadAttention(taps.Tapped):
     def _keys_and_values(self, states: Tensor) -> tuple[Tensor, Tensor]:
         """Those of a memory: (M, N, context_dim) -> (M, H, N, d) each."""
         k, v = self._split(self.kv(states), self.heads, self.heads)
-        return self.k_norm(k), v
+        return self.k_norm(k), self.v_norm(v)

@@ -44,7 +44,7 @@ class GatedCrossAttention(nn.Module):
         """The parts of the layer, for `generate`."""
         factors = self.cross_gate.detach().tanh(), self.mlp_gate.detach().tanh()
         reader = Reader(self.norm_cross, self.cross, factors[0])
-        return FastGated(reader, FastMLP.of(self.norm_mlp, self.mlp, factors[1]))
+        return FastGated(reader, FastMLP(self.norm_mlp, self.mlp, factors[1]))
 
 
 def flamingo_layer(dim: int, context_dim: int, *, heads: int = 8, head_dim: int = 64) -> GatedCrossAttention:

@@ -15,6 +15,7 @@ from vqa_scratch.generate.fast.self_attention import FixedRows, OneRow, Rows
 from vqa_scratch.generate.state import member_rows
 from vqa_scratch.nn.cache import DecoderCache
 from vqa_scratch.nn.decoding import FastParts
+from vqa_scratch.nn.experts import MixtureOfExperts
 
 
 def of_steps(steps: int, members: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -92,6 +93,8 @@ class GraphState(FastState):
     """
 
     def __init__(self, parts: FastParts, cache: DecoderCache, mask: Tensor | None, steps: int, members: int) -> None:
+        if any(isinstance(block.mlp.module, MixtureOfExperts) for block in parts.blocks):
+            raise ValueError("a CUDA graph runs the same kernels at every step, but experts change from token to token")
         if cache.device.type != "cuda":
             raise ValueError("a CUDA graph needs a decoder on a GPU")
         if torch.is_autocast_enabled("cuda"):
