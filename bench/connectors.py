@@ -110,7 +110,7 @@ def about(plan: Plan, runs: Runs, command: str) -> list[str]:
     seen = f"{plan.steps:,} steps, {run.summary['questions_seen']:,} questions (seed {plan.seeds[0]})"
     device = run.summary["device"]
     return [
-        f"- {seen}, {run.summary['precision']}, seeds {listed(plan.seeds)}.",
+        f"- {seen}, {run.summary['precision']}, seed {listed(plan.seeds)}.",
         f"- {timing.machine(device)}. Python {sys.version.split()[0]}, torch {torch.__version__}. Commit "
         f"{timing.commit(results.ROOT)}. `{command}`",
     ]
@@ -161,5 +161,5 @@ def present(name: str, made: tuple[str, list[dict[str, Any]]], out: Path, write:
     text, panels = made
     draw_panels((IMAGES if write else out) / f"{name}.png", panels)
     if write:
-        results.write_section(name, text, PAGE)
+        results.write_section(name, f"![Accuracy by questions seen](images/{name}.png)\n\n{text}", PAGE)
     results.present(name, text, write)

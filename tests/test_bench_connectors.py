@@ -176,11 +176,11 @@ def test_findings_are_held_against_the_runs():
     (line,) = connectors_frozen.findings(runs)
     assert line == (
         "Finding 2, `tokens` minus `prefix`: frozen +0.188 (+0.125 to +0.250), trained -0.188 (-0.250 to -0.125). "
-        "By the medians it holds"
+        "It holds on 2 of 2 seeds"
     )
     queries = {state: {Row("qformer"): of[TOKENS], PREFIX: of[PREFIX]} for state, of in runs.items()}
     (line,) = connectors_frozen.findings(queries)
-    assert line.startswith("Finding 4, `qformer` minus `prefix`") and line.endswith("it does not hold")
+    assert line.startswith("Finding 4, `qformer` minus `prefix`") and line.endswith("It holds on 0 of 2 seeds")
 
 
 # ------------------------------------------------------------------------------------------------ costs

@@ -2,13 +2,16 @@
 
 import pytest
 import torch
-from study_helpers import SUBJECTS
+from study_helpers import SUBJECTS, tiny_idefics_subject
 
 from vqa_scratch.models.clip import ClassTokenHead
 from vqa_scratch.study import trace
-from vqa_scratch.study.analysis import every_attention
-from vqa_scratch.study.lens import frozen_norm
+from vqa_scratch.study.analysis import every_attention, flows
+from vqa_scratch.study.lens import frozen_norm, lens_taps, logit_attribution
+from vqa_scratch.study.opened import Opened
 from vqa_scratch.study.places import intervals
+from vqa_scratch.study.record import take_apart
+from vqa_scratch.study.report import _heads_in_order
 
 
 @pytest.mark.parametrize("name", ["llava", "fuyu"])
@@ -68,6 +71,34 @@ def test_words_and_places_are_the_prompt_in_another_order():
     assert image.sinks == (0, 1, 2) and (image.places.grid, image.places.first, image.places.stride) == ((3, 2), 4.0, 8)
     assert fuyu.mixing.argmax(1).tolist() == [6, 7, 3, 8, 9, 4, 10, 11, 5, 0, 1, 2]
     assert (llava.mixing.sum(1) == 1).all() and (fuyu.mixing.sum(1) == 1).all()
+
+
+def test_gated_layers_before_some_blocks():
+    """Words before the image read nothing; blocks without such a layer add nothing by cross-attention."""
+    subject = tiny_idefics_subject(2, (1, 5, 29, 6))
+    assert subject.attentions == ["decoder.0.cross", "decoder.0.self", "decoder.1.self"]
+    assert subject.reading == ["decoder.0.cross"]
+    with trace(subject.model, *every_attention(subject), *lens_taps(subject)) as t:
+        answer = subject.generate(3)
+    assert t.certificate().worst <= 1e-5
+    found = flows(subject, t, answer)
+    for flow in found.values():
+        assert flow.sources[:2].max() == 0 < flow.sources[3:].max()
+    logits = subject.logits([*subject.prompt, *answer[:-1]]).detach()
+    whole = subject.model(
+        torch.tensor([[*subject.prompt, *answer[:-1]]]),
+        None,
+        subject.pixel_values[:, None],
+        (torch.arange(3 + len(answer)) > 1)[None, :, None],
+    )
+    torch.testing.assert_close(logits, whole[0])
+    row, token = 3, answer[0]
+    parts = logit_attribution(subject, t, row, token)
+    total = sum(x.sum() for x in parts.heads.values()) + parts.mlps.sum() + parts.embedding + parts.biases
+    assert float(total) == pytest.approx(float(logits[row, token] - logits[row].mean()), abs=2e-5)
+    assert parts.heads["cross"].shape == (2, 4) and not parts.heads["cross"][1].any()
+    shown = Opened("idefics", subject, "", None, ("", "", "", ""), str, str)
+    assert _heads_in_order(take_apart(shown))[0][0] == 0
 
 
 # ---------------------------------------------------------------------------------------------------- pairs

@@ -170,5 +170,5 @@ def test_parts_that_do_not_fit(folder):
 
 def test_a_checkpoint_of_another_kind(folder):
     change_config(folder, None, model_type="vit")
-    with pytest.raises(UserError, match="a model of type 'vit', expected blip-2, llava, fuyu"):
+    with pytest.raises(UserError, match="a model of type 'vit', expected blip-2, llava, fuyu, idefics"):
         open_zero_shot(str(folder), CPU)

@@ -72,10 +72,10 @@ class ZeroShot(ABC):
         return self.model.config.image_token
 
     @property
-    def ends(self) -> int | tuple[int, ...] | None:
-        """The tokens that end an answer."""
+    def own_options(self) -> dict[str, Any]:
+        """The fields of `GenerationOptions` that the model knows: what ends an answer, and what never comes in one."""
         end = self.model.language.config.eos_id
-        return self.tokenizer.eos_id if end is None else end
+        return {"eos_id": self.tokenizer.eos_id if end is None else end}
 
     @abstractmethod
     def studied(self, prompt: list[int], pixels: Tensor) -> Blip2Subject | PlacedSubject | IdeficsSubject:
@@ -116,7 +116,7 @@ class ZeroShot(ABC):
         """
         if top is not None:
             raise UserError(f"{self.source} writes one answer and ranks no list of them: leave out --top")
-        options = GenerationOptions(**{"max_new_tokens": MAX_ANSWER_TOKENS, "eos_id": self.ends, **(decoding or {})})
+        options = GenerationOptions(**{"max_new_tokens": MAX_ANSWER_TOKENS} | self.own_options | dict(decoding or {}))
         prompt, pixels = self.prepared(load_image(image), question)
         ids, given = self.read(prompt, pixels)
         self.check_room(prompt, ids.shape[1] - len(prompt), options.max_new_tokens)
@@ -132,7 +132,7 @@ class ZeroShot(ABC):
         prompt, pixels = self.prepared(image, question)
         subject = self.studied(prompt, pixels)
         self.check_room(prompt, subject.prefix + len(subject.prompt) - len(prompt), MAX_ANSWER_TOKENS)
-        subject.end_ids = end_ids(self.ends)
+        subject.end_ids = end_ids(self.own_options["eos_id"])
         shown = Image.fromarray(self.processor.to_uint8(image))
         answer = written(self.tokenizer, subject.prompt)
         return Opened(run_name(Path(self.source)), subject, (question or "").strip(), shown, **answer)
@@ -259,14 +259,16 @@ class AskedIdefics(ZeroShot):
         if "bos" not in self.tokenizer.special:
             raise UserError(f"the tokenizer of {self.source} names no start token")
         self.place, self.turn = numbers["<image>"], self.tokenizer.backend.token_to_id("<end_of_utterance>")
+        self.barred = tuple(number for number in numbers.values() if number is not None)
 
     @property
     def image_token(self) -> int | None:
         return self.place
 
     @property
-    def ends(self) -> int | tuple[int, ...] | None:
-        return super().ends if self.turn is None else (*end_ids(super().ends), self.turn)
+    def own_options(self) -> dict[str, Any]:
+        usual = super().own_options | {"suppress_tokens": self.barred}
+        return usual if self.turn is None else usual | {"eos_id": (*end_ids(usual["eos_id"]), self.turn)}
 
     def prompt(self, question: str) -> list[int]:
         self.words(question)

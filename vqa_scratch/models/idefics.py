@@ -40,7 +40,12 @@ _FIELDS = {
     "gate_start": "alpha_initializer",
     "gate_std": "alphas_initializer_range",
 }
-_TOWER = {"hidden_size": 768, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 16}
+_TOWER: dict[str, Any] = {
+    "hidden_size": 768,
+    "intermediate_size": 5120,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 16,
+}
 _TOWER |= {"patch_size": 14, "image_size": 224, "num_channels": 3, "hidden_act": "gelu", "layer_norm_eps": 1e-5}
 _RESAMPLER = {"latents": "resampler_n_latents", "layers": "resampler_depth", "heads": "resampler_n_heads"}
 _RESAMPLER |= {"head_dim": "resampler_head_dim"}

@@ -341,7 +341,8 @@
       if (this.compared) {
         this.element.append(h("p", { class: "run" }, h("b", {}, data.run), ` ${this.result()}`));
       }
-      this.element.append(this.buildStage(), this.buildHeads(), this.buildSteps(), ...(data.lens.length ? [this.buildLens()] : []), ...this.buildExperts(), this.buildCertificate());
+      const lens = data.lens.length ? [this.buildLens()] : [];
+      this.element.append(this.buildStage(), this.buildHeads(), this.buildSteps(), ...lens, ...this.buildExperts(), this.buildCertificate());
     }
 
     buildStage() {

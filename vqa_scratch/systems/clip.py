@@ -311,11 +311,7 @@ class CLIPSystem(SplitSystem[CLIPOptions, CLIP, Captions]):
     def subject(self, image: Image.Image, question: str | None) -> Opened:
         if question is None:
             raise UserError(f"{self.folder} compares images with texts: give it --text")
-        return pair_subject(
-            self,
-            image,
-            check_text(question, "the text is empty: describe something, for example --text 'a red circle'"),
-        )
+        return pair_subject(self, image, check_text(question, EMPTY))
 
     def export(self, folder: Path) -> list[str]:
         return export_clip(self, folder)
