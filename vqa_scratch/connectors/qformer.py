@@ -12,9 +12,8 @@ from torch import Tensor, nn
 
 from vqa_scratch.models.qformer import QFormer, QFormerBlock, QFormerConfig
 from vqa_scratch.nn.attention import MultiHeadAttention
-from vqa_scratch.nn.connecting import Conditioning, Connector, start_near_places
+from vqa_scratch.nn.connecting import Conditioning, Connector, init_by_width, start_near_places
 from vqa_scratch.nn.decoding import Decoder
-from vqa_scratch.nn.layers import init_by_width
 from vqa_scratch.nn.states import ImageEncoder, States
 
 RECIPE = """\

@@ -17,9 +17,8 @@ from vqa_scratch.models.hf_config import ReleasedDecoder, check_heads
 from vqa_scratch.models.resampler import Resampler, ResamplerConfig
 from vqa_scratch.nn import taps
 from vqa_scratch.nn.attention import MultiHeadAttention
-from vqa_scratch.nn.connecting import Conditioning, Connector, start_near_places
+from vqa_scratch.nn.connecting import Conditioning, Connector, init_by_width, start_near_places
 from vqa_scratch.nn.gated_cross import flamingo_layer
-from vqa_scratch.nn.layers import init_by_width
 from vqa_scratch.nn.memory import Memory
 from vqa_scratch.nn.states import ImageEncoder, States
 

@@ -27,6 +27,12 @@ class Conditioning:
     prefix_index: Tensor | None = None  # (B,) the prefix of each row; None: row b has prefix b
 
 
+def init_by_width(module: nn.Module) -> None:
+    """For `Module.apply`: normal(0, 1 / sqrt(inputs)) linear weights: what comes out is as large as what goes in."""
+    if isinstance(module, nn.Linear):
+        nn.init.normal_(module.weight, std=module.in_features**-0.5)
+
+
 @torch.no_grad()
 def start_near_places(queries: Tensor, reading: Iterable[MultiHeadAttention], table: Tensor) -> None:
     """Let learned queries (Q, D) begin as Q of the places in `table` (N, D), spread over the image, and read near it.
