@@ -181,6 +181,7 @@ def cached_features_command(rounds: int, every: bool, write: bool, **sizes: int 
 )
 @click.option("--rounds", type=click.IntRange(1), default=5, show_default=True, help="Turns of each side, when timed.")
 @click.option("--test-images", type=click.IntRange(1), help="Score on so many images of the test split. [all]")
+@click.option("--pointed", type=click.IntRange(1), default=200, show_default=True, help="Maps held to their object.")
 @click.option("--out", type=click.Path(path_type=Path), default="runs/connectors", show_default=True, help="The runs.")
 @click.option("--cache", type=click.Path(path_type=Path), default="cache", show_default=True, help="As in train.py.")
 @click.option("--write", is_flag=True, help="Put the table into bench/RESULTS.md, it and the picture into docs/.")

@@ -146,8 +146,12 @@ def train_all(jobs: Sequence[Job], at_once: int) -> None:
     """Train what is not trained yet, `at_once` runs beside each other, which share the threads of this process."""
     threads = max(1, torch.get_num_threads() // at_once)
     with ThreadPoolExecutor(at_once) as pool:
-        for _ in pool.map(lambda job: train(job, threads), jobs):
-            pass
+        try:
+            for done in [pool.submit(train, job, threads) for job in jobs]:
+                done.result()
+        except BaseException:  # one that failed, or Ctrl-C, which reaches the runs too: they stop with a checkpoint
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
 def jobs_of(plan: Plan, rows: Sequence[Row]) -> dict[tuple[Row, int], Job]:

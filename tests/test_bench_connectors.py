@@ -108,9 +108,11 @@ def test_a_finished_run_is_kept_and_a_stopped_one_goes_on(tmp_path, monkeypatch)
 
 
 def test_a_run_that_fails_says_why(tmp_path):
-    job = Job(tmp_path / "seed0", ["--preset=shapes", "--connector=glue"])
+    """And those after it are not begun."""
+    jobs = [Job(tmp_path / name, ["--preset=shapes", "--connector=glue"]) for name in ("seed0", "seed1", "seed2")]
     with pytest.raises(UserError, match="seed0 is not finished; .*seed0.log ends with: .*glue"):
-        connector_runs.train_all([job], 1)
+        connector_runs.train_all(jobs, 1)
+    assert not (tmp_path / "seed2.log").exists()
 
 
 def test_runs_of_other_lengths_lie_elsewhere(tmp_path, monkeypatch):

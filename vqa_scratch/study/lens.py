@@ -90,8 +90,9 @@ def logit_attribution(subject: Subject, t: Trace, row: int, token: int) -> Attri
         if i == 0:  # it stands before what is taken for the embedding
             embedding = embedding - added - heads["cross"][0].sum()
     if subject.gated:  # blocks without such a layer have none of these heads
-        cross = torch.zeros_like(torch.stack(heads["self"]))
-        cross[list(subject.gated_at)] = torch.stack(heads["cross"])
+        found = torch.stack(heads["cross"])  # maybe not as many heads as in the blocks
+        cross = found.new_zeros(subject.layers, found.shape[1])
+        cross[list(subject.gated_at)] = found
         heads["cross"] = list(cross)
     return Attribution(
         heads={kind: torch.stack(values).cpu() for kind, values in heads.items()},

@@ -402,7 +402,7 @@
       this.readWords = data.read.map((label) => h("span", { class: `word${label.startsWith(" ") ? " starts" : ""}` }, label.trim() || label));
       right.append(h("div", { class: "block" }, h("h3", {}, this.pair ? "The text, and its words alone, with their similarity to the image" : "Answer, token by token, with probabilities"), this.answers));
 
-      const modes = ["nearness", "parts", "relevancy", "rollout", "mean", "layer", "head"].filter((mode) => data.flows[mode] || !["nearness", "parts"].includes(mode));
+      const modes = ["parts", "nearness", "relevancy", "rollout", "mean", "layer", "head"].filter((mode) => data.flows[mode] || !["nearness", "parts"].includes(mode));
       this.modes = choice("what to show", modes.map((mode) => [mode, mode[0].toUpperCase() + mode.slice(1)]), (mode) => set(data.flows[mode] ? { mode, kind: "cross" } : { mode }));
       const count = (n) => range(n).map((i) => h("option", { value: i }, i));
       const most = (axis) => Math.max(...Object.values(this.attentions).map((a) => a.pattern.shape[axis]));
@@ -834,7 +834,7 @@
   const banner = h("p", { class: "eyebrow" }, "Two runs, one input");
   const title = text.length > 140 ? `${text.slice(0, 140)}…` : text;
   main.append(h("header", { class: "top" }, h("div", {}, banner, h("h1", { class: text.length > 90 ? "long" : null }, title)), toggle));
-  if (data[0].flows.nearness) state.mode = "nearness";
+  if (data[0].flows.parts) state.mode = "parts";
   [state.layer, state.head] = data[0].best; // the head that did most for the answer
   studies.push(...data.map((d) => new Study(d, compared)));
   if (!compared) banner.textContent = `${data[0].run} ${studies[0].result()}`;
