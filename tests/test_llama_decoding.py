@@ -17,6 +17,7 @@ from vqa_scratch.generate.state import ModuleState
 from vqa_scratch.models import Llama, LlamaConfig
 from vqa_scratch.models.llama_experts import Mixture
 from vqa_scratch.nn import taps
+from vqa_scratch.nn.experts import routings
 from vqa_scratch.nn.rotary import Rotary
 
 no_grad = torch.no_grad()
@@ -190,6 +191,26 @@ def test_each_end_token_of_the_files_ends_a_text(tmp_path, beams):
     assert torch.equal(made.ids, wanted)
     last = made.ids.gather(1, made.lengths[:, None] - 1)[made.lengths < 10]
     assert len(last.unique()) > 1, "one end token would do"
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+def test_experts_that_no_token_chooses_are_not_read(rows):
+    """Numbers that are none would spoil what reads them, as they do once such an expert is chosen."""
+    sizes = {"vocab_size": VOCABULARY, "dim": WIDTH, "layers": 2, "heads": 2, "init_std": 0.4}
+    model, (ids, _) = Llama(LlamaConfig(**sizes, experts=Mixture(16, 1, 4))).eval(), prompts(rows, False)
+    with routings(model) as found:
+        made = generate(model, ids, options=GenerationOptions(6, None))
+    for layer, block in enumerate(model.blocks):
+        load = sum(routing.load for routing in found[layer::2])
+        assert (load == 0).any()
+        for number in load.eq(0).nonzero().flatten().tolist():
+            for parameter in block.mlp.experts[str(number)].parameters():
+                parameter.data.fill_(torch.nan)
+    again = generate(model, ids, options=GenerationOptions(6, None))
+    assert torch.equal(again.ids, made.ids) and torch.equal(again.log_probs, made.log_probs)
+    for parameter in block.mlp.experts.parameters():
+        parameter.data.fill_(torch.nan)
+    assert not generate(model, ids, options=GenerationOptions(6, None)).log_probs.isfinite().any()
 
 
 def test_a_graph_cannot_follow_experts():

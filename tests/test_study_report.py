@@ -331,10 +331,8 @@ PAGES = {  # how each reads its sources
     "prefix": "prefix",
     "qformer": "prefix",
     "llava": "prefix",
-    "fuyu": "prefix",
     "patches": "prefix",
     "resampler": "cross",
-    "idefics": "cross",
     "experts": "prefix",
     "pair": "stream",
     "probed pair": "cross",
@@ -391,8 +389,8 @@ def test_every_subject_has_a_page_that_draws(pages, window, name):
     check = window.script("return document.querySelector('.check').textContent")
     assert "sum to 1.000000" in check and float(re.search(r"by at most ([\d.]+e[-+]\d+)", check)[1]) < 1e-2
     kinds = window.script("return [...document.querySelectorAll('.bar .segmented button')].map(b => b.dataset.value)")
-    inside = {"caption": ["cross", "decoder"], "vilt": ["cross", "stream"], "patches": ["cross"], "fuyu": ["cross"]}
-    inside |= {"resampler": ["cross", "image", "decoder"], "idefics": ["cross", "image", "decoder"]}
+    inside = {"caption": ["cross", "decoder"], "vilt": ["cross", "stream"], "patches": ["cross"]}
+    inside |= {"resampler": ["cross", "image", "decoder"]}
     inside |= {"pair": ["cross", "text", "image"], "probed pair": ["cross", "image", "text"]}
     assert kinds == inside.get(name, ["cross", "image"])
     text = window.script("return document.querySelector('main').textContent")
@@ -400,7 +398,7 @@ def test_every_subject_has_a_page_that_draws(pages, window, name):
     rows = window.script("return document.querySelectorAll('table.parts tbody tr').length")
     none = {"vilt": 0, "pair": 0, "probed pair": 0}
     # A header and two layers for each kind of attention.
-    assert rows == (none | {"caption": 6, "resampler": 6, "idefics": 6}).get(name, 3)
+    assert rows == (none | {"caption": 6, "resampler": 6}).get(name, 3)
     taken = window.script(
         "return [...document.querySelectorAll('table.experts tbody td.words')].map(t => t.textContent)"
     )
@@ -411,7 +409,7 @@ def test_every_subject_has_a_page_that_draws(pages, window, name):
         assert float(first) + float(second) == pytest.approx(1, abs=0.011)
     window.click(f'button[data-value="{"image" if "image" in kinds else kinds[-1]}"]')
     before = window.script(PAINTED)
-    if name not in ("caption", "patches", "fuyu"):  # they have no encoder with attentions
+    if name not in ("caption", "patches"):  # they have no encoder with attentions
         window.click(".picture canvas")
         assert re.search(r"Read by patch \d,\d", window.script("return document.querySelector('.explain').textContent"))
         assert window.script(PAINTED) != before
