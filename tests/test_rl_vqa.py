@@ -179,8 +179,8 @@ def test_an_iteration_moves_the_policy_alone(system, tmp_path, micro):
         assert log["ppo/policy/first_ratio_error"] <= (0 if micro == 8 else 1e-5)
     assert 0 < log["objective/kl_exact"] < 5
     moved = [name for name, value in task.policy.model.state_dict().items() if not torch.equal(value, before[name])]
-    for part in ("image.", "connector.", "decoder."):
-        assert any(name.startswith(part) for name in moved), part
+    for part in ("image.", "connector.", "decoder."):  # with `patches` there is no image encoder
+        assert any(name.startswith(part) for name in moved) == any(name.startswith(part) for name in before), part
     assert all(torch.equal(v, before[k]) for k, v in task.reference.model.state_dict().items())
 
     task.save(tmp_path)
