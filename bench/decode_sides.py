@@ -75,7 +75,7 @@ class Case:
 
 
 def make_model(folder: Path, case: Case, sizes: dict[str, int]) -> None:
-    """Write the model and its inputs to `folder`. Runs in a process of its own, which gives its memory back."""
+    """Write the model and its inputs to `folder`."""
     torch.manual_seed(0)
     (make_llama if MODELS[case.size] is Llama else make_gpt2)(folder, case, sizes)
 

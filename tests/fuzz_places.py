@@ -163,7 +163,7 @@ class Places(Valid):
         task = summarising_task(options, CPU, torch.float32)
         prompts = task.train[:2]
         task.policy.encode(prompts)
-        take_apart(open_input(folder, None, None, self.articles / "news.txt", "cpu"))
+        take_apart(open_input(folder, None, None, str(self.articles / "news.txt"), "cpu"))
 
     def read_articles(self, name: str) -> Callable[[Path, random.Random], None]:
         """`--preset book` with the articles of that file, up to its prompts."""
@@ -231,7 +231,8 @@ class Places(Valid):
             *(Place(f"released: {name}", released[name], folder, self.compare) for name in ("clip", "siglip")),
             Place("released: t5", released["t5"], folder, self.summarise),
             Place("released: vilt", released["vilt"], folder, self.choose),
-            *(Place(f"released: {n}", released[n], folder, self.zero_shot) for n in ("blip2", "llava", "fuyu")),
+            *(Place(f"released: {n}", released[n], folder, self.zero_shot)
+              for n in ("blip2", "llava", "fuyu", "idefics")),
             Place("released: classifier", released["classifier"], folder, self.classify),
             *(Place(f"released: {name}", released["resnet"], (name,), self.caption_from(name), 0.5)
               for name in ("resnet.safetensors", "resnet.bin")),

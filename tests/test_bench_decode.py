@@ -85,13 +85,20 @@ def test_a_gpu_has_a_second_peer_and_its_own_goals():
 
 def test_what_a_token_reads(tmp_path):
     """By hand: two layers of q, k, v, out, two norms and MLP, or router and two experts; the last norm and the head."""
-    outcomes = []
     for size, mlp in (("llama", 3 * 32 * 20), ("moe", 4 * 32 + 2 * 3 * 32 * 20)):
         case = Case(size, lengths="2")
         make_model(tmp_path / size, case, TINY[size])
         reads = Ours(tmp_path / size, case).reads()
         assert reads == 4 * (2 * (64 * 32 + 32 * 32 + 64 + mlp) + 32 + 40 * 32)
-        outcomes.append(decode.Outcome(case, {"ours": [reads / 1e9]}, {}, "", reads))
-    first, second = decode.reading(outcomes)
-    assert first.endswith("GB of weights, 3.0 GB/s.")  # a batch of three steps took as long as one
-    assert "GB of weights, 3.0 GB/s. Against the llama size: 1.36 times its time for 1.36 times its bytes." in second
+
+
+def test_the_table_of_bytes_has_goals():
+    seconds = {"llama": [0.21, 0.21], "moe": [0.42, 0.42], "wide": [0.84, 0.84]}  # of 21 tokens
+    table = decode.bytes_table(seconds, {"llama": 10**8, "moe": 1.5 * 10**8, "wide": 4 * 10**8})
+    assert "| moe size, batch 1, fp32   | 150" in table and " 20.00 " in table and " 7.5 " in table
+    found = figures("decode", table)
+    assert [(one.figure, one.goal, one.reached) for one in found] == [
+        ("1.00x", "at most 1.25x", "yes"),
+        ("1.33x", "at most 1.25x", "no"),
+        ("1.00x", "at most 1.25x", "yes"),
+    ]

@@ -28,6 +28,7 @@ from vqa_scratch.nn.experts import (
     loads,
     move_biases,
     routings,
+    softmax,
     z_loss,
 )
 from vqa_scratch.nn.gated import GatedMLP
@@ -219,22 +220,23 @@ def test_a_router_computes_in_fp32(dtype):
 # ----------------------------------------------------------------------------------------- spreading tokens
 
 
-def decided(logits: torch.Tensor, per_token: int) -> Routing:
-    scores = logits.softmax(-1)
+def decided(logits: torch.Tensor, per_token: int, score) -> Routing:
+    scores = score(logits)
     chosen, weights = Choice(logits.shape[-1], per_token)(scores, None)
     return Routing(logits, scores, chosen, weights)
 
 
+@pytest.mark.parametrize("score", [softmax, torch.sigmoid])
 @pytest.mark.parametrize(("experts", "per_token"), [(4, 1), (4, 2), (8, 2)])
-def test_balance_loss_of_balanced_and_collapsed_routers(experts, per_token):
+def test_balance_loss_of_balanced_and_collapsed_routers(experts, per_token, score):
     """k where tokens spread evenly, E where all choose the same k; the mean over layers, not that of pooled layers."""
     one_hot = torch.eye(experts).repeat(3, 1)
-    spread = decided(sum(one_hot.roll(i, 1) for i in range(per_token)) * 50.0, per_token)
+    spread = decided(sum(one_hot.roll(i, 1) for i in range(per_token)) * 100 - 50.0, per_token, score)
     assert torch.equal(spread.load, torch.full((experts,), 3 * per_token))
     assert abs(float(balance_loss([spread])) - per_token) < 1e-5
-    first = torch.zeros(12, experts)
+    first = torch.full((12, experts), -50.0)
     first[:, :per_token] = 50.0
-    collapsed = [decided(first, per_token), decided(first.flip(1), per_token)]
+    collapsed = [decided(first, per_token, score), decided(first.flip(1), per_token, score)]
     assert abs(float(balance_loss(collapsed)) - experts) < 1e-5
     if experts == 2 * per_token:  # two layers that complement each other: pooled, they look balanced
         pooled = load_balancing_loss_func((first, first.flip(1)), experts, per_token)
@@ -258,7 +260,7 @@ def test_balance_and_z_loss_are_those_of_the_reference_and_of_the_definition():
 
 
 @pytest.mark.parametrize("loss", [balance_loss, z_loss])
-@pytest.mark.parametrize("score", [torch.sigmoid, Choice(2, 1).score])
+@pytest.mark.parametrize("score", [torch.sigmoid, softmax])
 def test_gradients_of_the_losses(loss, score):
     """By differences, f of the balance loss held fixed as its definition says."""
     logits = torch.randn(2, 8, 5, dtype=torch.float64, requires_grad=True)
@@ -267,6 +269,17 @@ def test_gradients_of_the_losses(loss, score):
     assert torch.autograd.gradcheck(lambda free: loss([Routing(free, score(free), chosen, weights)]), logits)
 
 
+def test_experts_without_a_token_have_gradients_too():
+    """Of 0: ranks wait for the gradient of each parameter."""
+    model = mixture(per_token=1, shared=True, biased=True)
+    model.router.bias[3] = 100.0
+    model(states()).sum().backward()
+    for name, parameter in model.named_parameters():
+        idle = name.startswith("experts.") and not name.startswith("experts.3.")
+        assert (parameter.grad == 0).all() if idle else (parameter.grad != 0).any(), name
+
+
+@no_grad
 def test_no_token_is_no_loss():
     model = mixture()
     with routings(model) as found:

@@ -256,7 +256,7 @@ def test_the_defaults_are_those_of_the_reference(tmp_path):
     for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "rms_norm_eps"):
         assert mine[name] == getattr(theirs, name)
     for name, value in theirs.vision_config.to_dict().items():
-        assert name == "architectures" or mine["vision_config"].get(name, value) == value, name
+        assert mine["vision_config"].get(name, value) == value, name
     assert mine["use_resampler"] is False
     resampled = IdeficsConfig.from_hf({"model_type": "idefics", "vocab_size": 32000, "use_resampler": True}).to_hf()
     for name, value in theirs.perceiver_config.to_dict().items():
@@ -281,6 +281,7 @@ def test_gates_start_as_the_file_says(how, value):
         (None, {"alpha_initializer": "twos"}, "alpha_initializer must be zeros, ones or one of .*, not 'twos'"),
         (None, {"cross_layer_interval": 3}, "4 blocks do not divide into groups of cross_layer_interval 3"),
         (None, {"dropout": 0.1}, "dropout = 0.1; here it can only be 0.0"),
+        (None, {"num_attention_heads": 5, "head_dim": 8}, "width 32 does not divide into 5 heads"),
         (None, {"use_resampler": "yes"}, "'use_resampler' is 'yes', not bool"),
         (None, {"additional_vocab_size": -2}, "additional_vocab_size must be a whole number from 0"),
         ("vision_config", {"embed_dim": 25}, "vision_config: width 25 does not divide into 3 heads"),

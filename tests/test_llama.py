@@ -303,7 +303,7 @@ def test_what_is_not_supported_is_one_line(changes, said):
 
 def test_misuse_is_named(tmp_path):
     model = small()
-    with pytest.raises(ValueError, match="this decoder has no cross-attention"):
+    with pytest.raises(ValueError, match="this decoder has no cross-attention: .*or add gated layers"):
         model.hidden(torch.zeros(1, 2, 24), memory=[Memory(torch.zeros(1, 3, 24))])
     with pytest.raises(ValueError, match=r"attention_mask must be \(1, 4\), got \(1, 3\)"):
         model(torch.ones(1, 4).long(), torch.ones(1, 3))

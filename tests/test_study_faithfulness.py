@@ -40,8 +40,10 @@ from vqa_scratch.study.faithfulness import (
 from vqa_scratch.study.places import centred_in_box, intervals, share_in_box, token_of_pixel
 from vqa_scratch.study.subject import VQASubject
 
+IMAGES = ["tokens", "caption", "vilt", "blip2", "prefix", "patches", "qformer", "resampler", "llava", "idefics"]
 
-@pytest.mark.parametrize("name", ["tokens", "caption", "vilt", "blip2", "prefix", "patches", "qformer", "resampler"])
+
+@pytest.mark.parametrize("name", IMAGES)
 def test_curves_begin_and_end_at_the_whole_and_the_empty_image(name):
     subject = SUBJECTS[name]()
     answer, places = subject.generate(2), subject.image[0]
@@ -179,7 +181,7 @@ def test_pointing_is_measured_in_pixels(monkeypatch):
     assert corner["cross"].mass == pytest.approx(0.5) and corner["cross"].hit == 1
 
 
-@pytest.mark.parametrize("name", ["tokens", "caption", "vilt", "blip2", "prefix", "patches", "qformer", "resampler"])
+@pytest.mark.parametrize("name", [*IMAGES, "pair", "probed pair"])
 def test_pointing_measures_the_share_inside(name):
     subject = SUBJECTS[name]()
     left, right = (0, 0, 10, 24), (10, 0, 24, 24)

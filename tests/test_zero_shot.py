@@ -15,6 +15,7 @@ from PIL import Image
 from tokenizers.processors import TemplateProcessing
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 
+from vqa_scratch import zero_shot
 from vqa_scratch.__main__ import PROGRAM
 from vqa_scratch.commands.line import call
 from vqa_scratch.data.text import train_bpe
@@ -107,6 +108,17 @@ def test_the_command(theirs, images, capsys):
     assert "(probability " in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_study(theirs, images, tmp_path, monkeypatch, precision):
+    monkeypatch.setattr(zero_shot, "MAX_ANSWER_TOKENS", 4)
+    given = ("--image", images[1], "--question", QUESTIONS[1], "--device", "cpu", "--precision", precision)
+    command("study", "--model", theirs[0], *given, "--out", tmp_path)
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["certificate"]["output"] <= (1e-5 if precision == "fp32" else 0.05)
+    (answer,), _ = open_zero_shot(str(theirs[0]), CPU, precision).ask(images[1], QUESTIONS[1])
+    assert summary["answer"] == answer.text and summary["text"] == QUESTIONS[1]
+
+
 @pytest.mark.parametrize("given", [(), ("somewhere", "--model", "elsewhere")])
 def test_one_of_the_two(given, images):
     with pytest.raises(UserError, match="RUN, the folder of a trained system, or --model, .* one of the two"):
@@ -158,5 +170,5 @@ def test_parts_that_do_not_fit(folder):
 
 def test_a_checkpoint_of_another_kind(folder):
     change_config(folder, None, model_type="vit")
-    with pytest.raises(UserError, match="a model of type 'vit', expected blip-2, llava, fuyu"):
+    with pytest.raises(UserError, match="a model of type 'vit', expected blip-2, llava, fuyu, idefics"):
         open_zero_shot(str(folder), CPU)

@@ -13,6 +13,7 @@ from test_idefics import reference
 from test_zero_shot_prompts import CPU, QUESTIONS, command, refused
 from transformers.models.idefics.image_processing_pil_idefics import IdeficsImageProcessorPil
 
+from vqa_scratch import zero_shot
 from vqa_scratch.data.images import ImageProcessor
 from vqa_scratch.data.text import train_bpe
 from vqa_scratch.zero_shot import INSTRUCTION, MAX_ANSWER_TOKENS, open_zero_shot
@@ -58,7 +59,9 @@ def said_by(theirs, image: Path, question: str) -> str:
         parts = ["User:", picture, f"{question}<end_of_utterance>\nAssistant:"]
     inputs = processor(text=[parts], return_tensors="pt")
     ends = [processor.tokenizer.eos_token_id, *processor.tokenizer.convert_tokens_to_ids(TURN * (kind == "tuned"))]
-    said = model.generate(**inputs, max_new_tokens=MAX_ANSWER_TOKENS, do_sample=False, eos_token_id=ends)
+    barred = [[number] for number in processor.tokenizer.convert_tokens_to_ids(IMAGE)]
+    how = {"max_new_tokens": MAX_ANSWER_TOKENS, "do_sample": False, "eos_token_id": ends, "bad_words_ids": barred}
+    said = model.generate(**inputs, **how)
     ids = said[:, inputs["input_ids"].shape[1] :]
     return processor.tokenizer.batch_decode(ids, skip_special_tokens=True)[0].strip()
 
@@ -86,6 +89,19 @@ def test_the_command_in_bf16_and_from_shards(theirs, images, capsys, tmp_path):
     assert len(list(folder.glob("model-*.safetensors"))) > 1
     command("ask", "--model", folder, *given, "--precision", "bf16")
     assert "(probability " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_study(theirs, images, tmp_path, monkeypatch, precision):
+    monkeypatch.setattr(zero_shot, "MAX_ANSWER_TOKENS", 4)
+    given = ("--image", images[1], "--question", QUESTIONS[1], "--device", "cpu", "--precision", precision)
+    command("study", "--model", theirs[1], *given, "--out", tmp_path)
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    certificate = summary["certificate"]  # in bf16 the model's own attention rounds to 8 bits
+    assert certificate["output"] <= (1e-5 if precision == "fp32" else 0.02) * max(1, certificate["size"])
+    (answer,), _ = open_zero_shot(str(theirs[1]), CPU, precision).ask(images[1], QUESTIONS[1])
+    assert summary["answer"] == answer.text
+    assert {"image.0.self", "resampler.0.cross", "decoder.0.cross"} <= {head["name"] for head in summary["heads"]}
 
 
 def test_what_does_not_fit(theirs, images, tmp_path):

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from vqa_scratch.data.answers import Answer
@@ -27,6 +28,8 @@ from vqa_scratch.generation_options import end_ids
 from vqa_scratch.models import Blip2, Fuyu, Idefics, Llava
 from vqa_scratch.models.image_text import JoinedModel
 from vqa_scratch.storage import read_object, typed
+from vqa_scratch.study.opened import Opened, run_name, special_tokens, token_label, written
+from vqa_scratch.study.subject import Blip2Subject, IdeficsSubject, PlacedSubject, fuyu_subject, llava_subject
 from vqa_scratch.training.precision import DTYPES, pick_precision
 from vqa_scratch.weights.files import CONFIG, read_config, resolve_folder
 from vqa_scratch.weights.hub import locate
@@ -41,6 +44,7 @@ class ZeroShot(ABC):
 
     writes: ClassVar[bool] = True
     example: ClassVar[str] = "what is in the picture?"
+    asked: ClassVar[str] = "question"  # what `subject` takes beside the image
     model_class: ClassVar[type[JoinedModel]]
     processor_class: ClassVar[type[ImageProcessor]] = ImageProcessor
 
@@ -68,10 +72,21 @@ class ZeroShot(ABC):
         return self.model.config.image_token
 
     @property
-    def ends(self) -> int | tuple[int, ...] | None:
-        """The tokens that end an answer."""
+    def own_options(self) -> dict[str, Any]:
+        """The fields of `GenerationOptions` that the model knows: what ends an answer, and what never comes in one."""
         end = self.model.language.config.eos_id
-        return self.tokenizer.eos_id if end is None else end
+        return {"eos_id": self.tokenizer.eos_id if end is None else end}
+
+    @abstractmethod
+    def studied(self, prompt: list[int], pixels: Tensor) -> Blip2Subject | PlacedSubject | IdeficsSubject:
+        """What study looks at: the model with a prompt and its image."""
+
+    def prepared(self, image: Image.Image, question: str | None) -> tuple[list[int], Tensor]:
+        """The prompt and the image (1, 3, H, W). Raises UserError for a missing or an empty question."""
+        if question is None:
+            raise UserError(f"{self.source} answers questions: give it --question")
+        prompt = self.prompt(check_question(question))
+        return prompt, self.processor(image)[None].to(self.device)
 
     def check_room(self, prompt: list[int], places: int, new_tokens: int) -> None:
         """Raise UserError if a prompt with `places` for an image leaves no room for `new_tokens`."""
@@ -99,13 +114,10 @@ class ZeroShot(ABC):
         image, a missing, empty or too long question, contradicting options, and a `top`, since there is no list of
         answers to rank.
         """
-        if question is None:
-            raise UserError(f"{self.source} answers questions: give it --question")
         if top is not None:
             raise UserError(f"{self.source} writes one answer and ranks no list of them: leave out --top")
-        options = GenerationOptions(**{"max_new_tokens": MAX_ANSWER_TOKENS, "eos_id": self.ends, **(decoding or {})})
-        prompt = self.prompt(check_question(question))
-        pixels = self.processor(load_image(image))[None].to(self.device)
+        options = GenerationOptions(**{"max_new_tokens": MAX_ANSWER_TOKENS} | self.own_options | dict(decoding or {}))
+        prompt, pixels = self.prepared(load_image(image), question)
         ids, given = self.read(prompt, pixels)
         self.check_room(prompt, ids.shape[1] - len(prompt), options.max_new_tokens)
         made = generate(self.model.language, ids, **given, options=options)
@@ -113,6 +125,26 @@ class ZeroShot(ABC):
         said = made.ids[0, :length].tolist()
         text = self.tokenizer.decode(said).strip()
         return [Answer(text, float(made.likely()), length, said[-1] in end_ids(options.eos_id))], []
+
+    @torch.no_grad()
+    def subject(self, image: Image.Image, question: str | None) -> Opened:
+        """One question about one image, for study; UserError as in `ask`. Shown are the pixels that reach the model."""
+        prompt, pixels = self.prepared(image, question)
+        subject = self.studied(prompt, pixels)
+        self.check_room(prompt, subject.prefix + len(subject.prompt) - len(prompt), MAX_ANSWER_TOKENS)
+        subject.end_ids = end_ids(self.own_options["eos_id"])
+        shown = Image.fromarray(self.processor.to_uint8(image))
+        answer = written(self.tokenizer, subject.prompt)
+        return Opened(run_name(Path(self.source)), subject, (question or "").strip(), shown, **answer)
+
+    def labelled(self, ids: list[int]) -> tuple[list[int], list[str], tuple[int, ...]]:
+        """A prompt with the places of its image, for study: ids, their labels, which are separators.
+
+        Raises UserError if it ends with the image.
+        """
+        if ids[-1] == self.image_token:
+            raise UserError(f"the prompt of {self.source} ends with its image; study needs a word that reads it")
+        return ids, [token_label(self.tokenizer, index) for index in ids], special_tokens(self.tokenizer, ids)
 
 
 class AskedBlip2(ZeroShot):
@@ -139,6 +171,9 @@ class AskedBlip2(ZeroShot):
         ids = torch.tensor([prompt[:1] * image.shape[1] + prompt], device=self.device)
         words = self.model.language.embed(ids[:, image.shape[1] :])
         return ids, {"embeddings": torch.cat([image, words], 1)}
+
+    def studied(self, prompt: list[int], pixels: Tensor) -> Blip2Subject:
+        return Blip2Subject(self.model, pixels, prompt, MAX_ANSWER_TOKENS)
 
 
 class AskedLlava(ZeroShot):
@@ -172,6 +207,10 @@ class AskedLlava(ZeroShot):
         ids = torch.tensor([prompt[:place] + places + prompt[place + 1 :]], device=self.device)
         return ids, {"embeddings": self.model.place(ids, image)}
 
+    def studied(self, prompt: list[int], pixels: Tensor) -> PlacedSubject:
+        ids = self.read(prompt, pixels)[0][0].tolist()
+        return llava_subject(self.model, pixels, *self.labelled(ids), MAX_ANSWER_TOKENS)
+
 
 class AskedFuyu(ZeroShot):
     """The rows of the image, the start token, the question on a line, and the token that begins an answer."""
@@ -200,6 +239,10 @@ class AskedFuyu(ZeroShot):
         )
         return ids, {"embeddings": self.model.embed(ids, self.model.patches(pixels))}
 
+    def studied(self, prompt: list[int], pixels: Tensor) -> PlacedSubject:
+        rows = self.model.rows(pixels.shape[2], pixels.shape[3], self.newline)
+        return fuyu_subject(self.model, pixels, *self.labelled([*rows, *prompt]), MAX_ANSWER_TOKENS)
+
 
 class AskedIdefics(ZeroShot):
     """The image between two tokens of its own, and an instruction with the question; or, of a model that was tuned on
@@ -216,14 +259,16 @@ class AskedIdefics(ZeroShot):
         if "bos" not in self.tokenizer.special:
             raise UserError(f"the tokenizer of {self.source} names no start token")
         self.place, self.turn = numbers["<image>"], self.tokenizer.backend.token_to_id("<end_of_utterance>")
+        self.barred = tuple(number for number in numbers.values() if number is not None)
 
     @property
     def image_token(self) -> int | None:
         return self.place
 
     @property
-    def ends(self) -> int | tuple[int, ...] | None:
-        return super().ends if self.turn is None else (*end_ids(super().ends), self.turn)
+    def own_options(self) -> dict[str, Any]:
+        usual = super().own_options | {"suppress_tokens": self.barred}
+        return usual if self.turn is None else usual | {"eos_id": (*end_ids(usual["eos_id"]), self.turn)}
 
     def prompt(self, question: str) -> list[int]:
         self.words(question)
@@ -238,6 +283,10 @@ class AskedIdefics(ZeroShot):
         ids = torch.tensor([prompt], device=self.device)
         states = self.model.encode_image(pixels[None])
         return ids, {"memory": [self.model.memory(states, self.model.image_mask(ids, self.place, [1]))]}
+
+    def studied(self, prompt: list[int], pixels: Tensor) -> IdeficsSubject:
+        assert self.place is not None, "checked"
+        return IdeficsSubject(self.model, pixels, prompt, self.place, MAX_ANSWER_TOKENS)
 
 
 FAMILIES: dict[str, type[ZeroShot]] = {  # by model_type

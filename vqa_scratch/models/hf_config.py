@@ -150,7 +150,12 @@ class ReleasedDecoder(Released[C], Decoder):
     @property
     def reads_memory(self) -> bool:
         """Whether it was built with cross-attention, or has gated layers."""
-        return self.config.add_cross_attention or self.has_gated
+        return self.has_cross_attention or self.has_gated
+
+    @property
+    def has_cross_attention(self) -> bool:
+        """Whether its blocks were built with cross-attention."""
+        return getattr(self.config, "add_cross_attention", False)
 
     @property
     def has_gated(self) -> bool:
@@ -178,7 +183,7 @@ class ReleasedDecoder(Released[C], Decoder):
         `blocks.N.gated.*`: those of the decoder, but new, so `VQAModel.freeze` leaves them trainable. Raises ValueError
         for a decoder with cross-attention of its own, and for a number that is none of a block.
         """
-        if self.config.add_cross_attention:
+        if self.has_cross_attention:
             raise ValueError("the blocks of this decoder have cross-attention; gated layers are for one without")
         for number, layer in layers.items():
             if not 0 <= number < len(self.blocks):

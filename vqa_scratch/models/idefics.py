@@ -40,11 +40,17 @@ _FIELDS = {
     "gate_start": "alpha_initializer",
     "gate_std": "alphas_initializer_range",
 }
-_TOWER = {"hidden_size": 768, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 16}
+_TOWER: dict[str, Any] = {
+    "hidden_size": 768,
+    "intermediate_size": 5120,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 16,
+}
 _TOWER |= {"patch_size": 14, "image_size": 224, "num_channels": 3, "hidden_act": "gelu", "layer_norm_eps": 1e-5}
 _RESAMPLER = {"latents": "resampler_n_latents", "layers": "resampler_depth", "heads": "resampler_n_heads"}
 _RESAMPLER |= {"head_dim": "resampler_head_dim"}
 _USUAL_RESAMPLER: dict[str, Any] = {"latents": 64, "layers": 6, "heads": 16, "head_dim": 96}
+_NOT_ITS_OWN = ("head_dim", "num_key_value_heads", "attention_bias", "mlp_bias")  # fields of a Llama it does not have
 _RANDOM = ("normal", "gaussian", "random")
 
 
@@ -98,7 +104,7 @@ class IdeficsConfig(HFConfig[Layout]):
             tower["hidden_size"] = tower["embed_dim"]
         with naming("vision_config"):
             vision = ViTConfig.from_hf(_TOWER | tower | {"model_type": "clip_vision_model"})
-        own = {"model_type": "llama", "vocab_size": words + (added or 0)}
+        own = {"model_type": "llama", "vocab_size": words + (added or 0)} | dict.fromkeys(_NOT_ITS_OWN)
         parts: dict[str, Any] = {"vision": vision, "language": LlamaConfig.from_hf(dict(config) | own)}
         if resamples:
             (norms,) = typed("perceiver_config", resampler or {}, {"qk_layer_norms_perceiver": bool | None})
@@ -110,8 +116,9 @@ class IdeficsConfig(HFConfig[Layout]):
     def to_hf(self) -> dict[str, Any]:
         """The inverse of `from_hf`."""
         tower = self.vision.to_hf()
-        tower |= {"model_type": "idefics_vision", "embed_dim": tower.pop("hidden_size")}
-        own, sizes = self.language.to_hf(), self.resampler
+        tower |= {"architectures": None, "model_type": "idefics_vision", "embed_dim": tower.pop("hidden_size")}
+        own = {name: value for name, value in self.language.to_hf().items() if name not in _NOT_ITS_OWN}
+        sizes = self.resampler
         perceiver = None
         if sizes is not None:
             perceiver = {theirs: getattr(sizes, ours) for ours, theirs in _RESAMPLER.items()}
@@ -172,7 +179,11 @@ class Idefics(JoinedModel):
         return layer
 
     def encode_image(self, pixel_values: Tensor) -> Tensor:
-        """(B, I, channels, H, W) -> (B, I, N, C). Raises UserError unless patches and channels fit."""
+        """(B, I, channels, H, W) -> (B, I, N, C). Raises UserError unless patches and channels fit.
+
+        Positions are resized to images of another size than the file's; the reference, which refuses these unless asked
+        to, stretches them by a tenth of a patch more.
+        """
         channels = self.config.vision.channels
         if pixel_values.ndim != 5 or pixel_values.shape[2] != channels:
             given = tuple(pixel_values.shape)

@@ -89,6 +89,5 @@ def _take_words(decoder: ReleasedDecoder, words: Tensor) -> None:
     if words.ndim != 2 or words.shape[1] != width or len(words) < rows or (len(words) > rows and not tied):
         own = "the same" if not tied else f"at least {rows}"
         raise UserError(f"its words are {tuple(words.shape)}, the decoder's ({rows}, {width}): it needs {own} rows")
-    decoder.tokens = nn.Embedding(*words.shape, dtype=table.weight.dtype, device=table.weight.device)
-    decoder.tokens.weight.data.copy_(words)
+    decoder.tokens = nn.Embedding.from_pretrained(words.to(table.weight), freeze=not table.weight.requires_grad)
     decoder.config = replace(decoder.config, vocab_size=len(words))

@@ -253,8 +253,7 @@ class MultiHeadAttention(taps.Tapped):
         if cache is not None and cache.cross is not None:
             if memories is None or all(memory.seen is None for memory in memories):
                 return cache.cross
-            of_tokens = [{} if m.seen is None else {"mask": m.mask, "seen": m.seen} for m in memories]
-            parts = [part._replace(**new) for part, new in zip(cache.cross, of_tokens, strict=True)]
+            parts = [m.of_tokens(part) for m, part in zip(memories, cache.cross, strict=True)]
         elif memories is None:
             raise ValueError("cross-attention needs a context")
         else:

@@ -144,6 +144,10 @@ class Memory:
         image_of_state = torch.arange(images, device=states.device).repeat_interleave(tokens)  # (I * N,)
         return cls(states.flatten(1, 2), seen=image_of_token[..., None] == image_of_state)
 
+    def of_tokens(self, kept: KeyValue) -> KeyValue:
+        """Keys and values of this memory that a cache kept, with what the tokens of this pass may read of them."""
+        return kept if self.seen is None else kept._replace(mask=self.mask, seen=self.seen)
+
     def for_next_tokens(self) -> "Memory":
         """The same memory for a pass after this one, in a cache that has its keys."""
         return self if self.seen is None else replace(self, seen=None)

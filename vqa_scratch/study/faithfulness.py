@@ -39,8 +39,8 @@ def answer_rows(subject: Subject, answer: list[int]) -> list[int]:
 
 
 def patch_map(subject: Subject, flow: Flow, rows: Sequence[int]) -> Tensor:
-    """(N,): the map over the places of the image, averaged over the given rows."""
-    return flow.sources[list(rows)][:, subject.image[1]].mean(0)
+    """(N,): the map over the places of the image, averaged over the given rows; what is below zero counts as zero."""
+    return flow.sources[list(rows)][:, subject.image[1]].mean(0).clamp(min=0)
 
 
 # ---------------------------------------------------------------------------------------------- deletion, insertion
@@ -149,6 +149,7 @@ def pointing(examples: Iterable[tuple[ImageSubject, Sequence[float]]]) -> dict[s
             "rollout": patch_map(subject, rollout(subject, t), rows),
             "relevancy": patch_map(subject, relevancy(subject, answer[: len(rows)]), rows),
         }
+        maps |= {name: patch_map(subject, flow, rows) for name, flow in subject.more_flows(t).items()}
         maps |= {f"cross layer {i}": layer.mean(0) for i, layer in enumerate(cross)}
         maps |= {f"layer {i} head {h}": head for i, layer in enumerate(cross) for h, head in enumerate(layer)}
         for name, values in maps.items():

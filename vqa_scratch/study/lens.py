@@ -34,7 +34,8 @@ def logit_lens(subject: Subject, t: Trace) -> Tensor:
     """
     states = [t[f"{subject.writer}.0.resid_pre"]]
     states += [t[f"{subject.writer}.{i}.resid_post"] for i in range(subject.layers)]
-    return subject.log_probabilities(subject.readout(torch.cat([subject.rows(x) for x in states]).float()))
+    kind = next(subject.decoder.parameters()).dtype
+    return subject.log_probabilities(subject.readout(torch.cat([subject.rows(x) for x in states]).to(kind)))
 
 
 def frozen_norm(norm: nn.LayerNorm | RMSNorm, x: Tensor) -> Callable[[Tensor], Tensor]:
@@ -80,13 +81,19 @@ def logit_attribution(subject: Subject, t: Trace, row: int, token: int) -> Attri
         bias = attention_at(t.modules, name).out.bias
         biases = biases if bias is None else biases + logit(gate * bias)
     if isinstance(norm, nn.LayerNorm) and norm.bias is not None:
-        biases = biases + norm.bias @ direction
+        biases = biases + norm.bias.float() @ direction
     mlps = torch.stack([logit(t[f"{writer}.{i}.mlp.out"][0, row]) for i in range(subject.layers)])
     embedding = logit(t[f"{writer}.0.resid_pre"][0, row])
-    if subject.gated:  # the first of these layers stands before what is taken for the embedding
-        adds = [layer.mlp_gate.tanh() * t[f"{writer}.{i}.gated.out"][0, row] for i, layer in enumerate(subject.gated)]
-        mlps = mlps + torch.stack([logit(part) for part in adds])
-        embedding = embedding - logit(adds[0]) - heads["cross"][0].sum()
+    for i, layer in subject.gated_at.items():
+        added = logit(layer.mlp_gate.tanh() * t[f"{writer}.{i}.gated.out"][0, row])
+        mlps[i] += added
+        if i == 0:  # it stands before what is taken for the embedding
+            embedding = embedding - added - heads["cross"][0].sum()
+    if subject.gated:  # blocks without such a layer have none of these heads
+        found = torch.stack(heads["cross"])  # maybe not as many heads as in the blocks
+        cross = found.new_zeros(subject.layers, found.shape[1])
+        cross[list(subject.gated_at)] = found
+        heads["cross"] = list(cross)
     return Attribution(
         heads={kind: torch.stack(values).cpu() for kind, values in heads.items()},
         mlps=mlps.cpu(),

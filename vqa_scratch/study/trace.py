@@ -94,6 +94,9 @@ class Trace:
         # Cross-attention reads the same keys at every step: kept once.
         if name.endswith((".k", ".v", ".mask")) and calls and calls[-1].shape == tensor.shape:
             return calls[-1] if torch.equal(calls[-1], tensor) else tensor
+        # Behind a cache each step reads what the one before read, and more: kept once too, as views of the last.
+        if name.endswith((".k", ".v")) and calls and torch.equal(tensor[:, :, : calls[-1].shape[2]], calls[-1]):
+            calls[:] = [tensor[:, :, : call.shape[2]] for call in calls]
         return tensor
 
     # ------------------------------------------------------------------------------------------ changing

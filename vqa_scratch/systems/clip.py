@@ -30,6 +30,7 @@ from vqa_scratch.data.vqa_v2 import VQASample
 from vqa_scratch.errors import UserError
 from vqa_scratch.models.clip import CLIP
 from vqa_scratch.models.vit import ConvStem
+from vqa_scratch.study.opened import Opened
 from vqa_scratch.systems.assembly import check_images
 from vqa_scratch.systems.base import ANY_SAMPLE, RunData, seed_everything
 from vqa_scratch.systems.captions import read_captions_data, read_texts, to_describe
@@ -42,6 +43,7 @@ from vqa_scratch.systems.finals import Pass
 from vqa_scratch.systems.questions import built_in
 from vqa_scratch.systems.retrieval import retrieval, share_preferred
 from vqa_scratch.systems.splits import TIMED, Key, Split, SplitSystem
+from vqa_scratch.systems.studied import pair_subject
 from vqa_scratch.systems.vqa_models import IMAGE_SIZE
 from vqa_scratch.training.contrastive import clamp_scale_, info_nce, sigmoid_loss, twins
 from vqa_scratch.training.optimizers import Optimizers
@@ -69,6 +71,7 @@ class CLIPSystem(SplitSystem[CLIPOptions, CLIP, Captions]):
     """
 
     example = ""
+    asked = "text"
     unit = "pairs"
     published_as = ("zero-shot-image-classification", "accuracy")
     loss_unit = "nats a pair"
@@ -301,6 +304,14 @@ class CLIPSystem(SplitSystem[CLIPOptions, CLIP, Captions]):
         pixels = self.processor(image)[None].to(self.precision.device)
         with self.evaluating(), self.precision.autocast():
             return classify(self.model, pixels, classes)[0].tolist()
+
+    def ask(self, *asked: Any, **more: Any) -> NoReturn:
+        self.lacks("answers nothing: `python -m vqa_scratch retrieve` finds images by a text and texts by an image")
+
+    def subject(self, image: Image.Image, question: str | None) -> Opened:
+        if question is None:
+            raise UserError(f"{self.folder} compares images with texts: give it --text")
+        return pair_subject(self, image, check_text(question, EMPTY))
 
     def export(self, folder: Path) -> list[str]:
         return export_clip(self, folder)

@@ -36,13 +36,12 @@ class FastState:
         """Those of all blocks in order, each adding to x; without a memory none that reads it, and no gated layer."""
         readers = 0
         for layer, block in enumerate(self.parts.blocks):
-            own, read = partial(self.own.add, layer), []
-            if self.memory is not None and block.reader is not None:
-                read, readers = [partial(self.memory.add, readers)], readers + 1
-            if read and block.gated is not None:
-                yield from (*read, feed_forward(block.gated.mlp), own)
+            own = partial(self.own.add, layer)
+            if self.memory is None or block.reader is None:
+                yield own
             else:
-                yield from (own, *read)
+                read, readers = partial(self.memory.add, readers), readers + 1
+                yield from (own, read) if block.gated is None else (read, feed_forward(block.gated.mlp), own)
             yield feed_forward(block.mlp)
 
     @classmethod
