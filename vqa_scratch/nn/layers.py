@@ -69,12 +69,6 @@ def init_weights(module: nn.Module, std: float = 0.02) -> None:
         module.reset_parameters()
 
 
-def init_by_width(module: nn.Module) -> None:
-    """For `Module.apply`: normal(0, 1 / sqrt(inputs)) linear weights: what comes out is as large as what goes in."""
-    if isinstance(module, nn.Linear):
-        nn.init.normal_(module.weight, std=module.in_features**-0.5)
-
-
 def decoder_positions(
     embeddings: Tensor, attention_mask: Tensor | None, cache: DecoderCache | None, limit: int | None
 ) -> Tensor:
