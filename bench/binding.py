@@ -4,8 +4,9 @@ Three stages, as in the paper (Alayrac et al. 2022, 2204.14198), each from the w
 
 1. eyes: a ViT learns to name color and shape of a drawn object;
 2. language: a Llama learns the episodes of `data/binding.py` with each picture written in words, and sees no image;
-3. one of three variants: a resampler and gated cross-attention layers learn to show that Llama the pictures, with the
-   other two "frozen" as in the paper, all "trained", or all trained from random weights ("scratch").
+3. a resampler and gated cross-attention layers learn to show that Llama what the eyes see. The eyes stay as they are,
+   and so does the Llama of the variant "frozen", as in the paper; in "trained" it learns too, and in "scratch" it
+   learns too and starts from random weights.
 
 A finished stage leaves its weights and figures in the folder, and is not trained again.
 
@@ -34,7 +35,9 @@ from vqa_scratch.models.llama import Llama, LlamaConfig
 from vqa_scratch.models.resampler import Resampler, ResamplerConfig
 from vqa_scratch.models.vit import ConvStem, ViT, ViTConfig
 from vqa_scratch.nn.gated_cross import flamingo_layer
-from vqa_scratch.nn.memory import Memory, last_images
+from vqa_scratch.nn.memory import Memory
+from vqa_scratch.nn.memory_parts import images_of_texts, last_images
+from vqa_scratch.nn.rotary import Rotary
 from vqa_scratch.storage import read_object, write_json
 from vqa_scratch.training.optimizers import Optimizers, schedule
 from vqa_scratch.weights.files import write_safetensors
@@ -42,6 +45,8 @@ from vqa_scratch.weights.files import write_safetensors
 SHOTS = (0, 1, 2, 4)
 LOOKED_AT = [*(f"true {shots}" for shots in SHOTS), f"shuffled {SHOTS[-1]}"]  # while it trains
 VARIANTS = ("frozen", "trained", "scratch")
+OF_TEST = 16  # pictures of every color and shape
+GATE_LEARNING_RATE = 0.03
 Answerer = Callable[[Tensor, Tensor], Tensor]  # prompts (E, T), pictures (E, S) -> scores (E, V) of the next token
 Look = Callable[[int], None]  # called with the number of finished steps
 
@@ -51,17 +56,17 @@ class Plan:
     """Sizes of the models, and lengths of the stages in steps."""
 
     words: int = 2  # of an episode
-    segments: int = 6  # of a training episode
-    width: int = 64  # of all three models
-    layers: int = 3  # of the Llama; each has a gated layer before it
-    latents: int = 4
-    pictures: int = 32  # of every size, color and shape, to train on
-    batch: int = 32  # episodes a step
-    eye_steps: int = 300
-    language_steps: int = 1500
-    steps: int = 1500
+    segments: int = 8  # of a training episode
+    width: int = 32  # of all three models, whose heads are 16 wide
+    layers: int = 2  # of the Llama; each has a gated layer before it
+    latents: int = 2
+    pictures: int = 96  # of every color and shape, to train on
+    batch: int = 64  # episodes a step
+    eye_steps: int = 400
+    language_steps: int = 700
+    steps: int = 400
     blocks: int = 216  # of a test
-    every: int = 100  # steps between two looks at the accuracy
+    every: int = 50  # steps between two looks at the accuracy
 
 
 # ------------------------------------------------------------------------------------------------ models
@@ -69,13 +74,16 @@ class Plan:
 
 def small_eyes(plan: Plan) -> ViT:
     """Two layers on patches of 16 pixels, behind a convolutional stem."""
-    sizes: dict[str, Any] = {"image_size": PIXELS, "patch_size": 16, "norm_eps": 1e-6}
-    return ViT(ViTConfig(dim=plan.width, layers=2, heads=4, mlp_ratio=2, **sizes), ConvStem(3, plan.width, 16))
+    sizes: dict[str, Any] = {"layers": 2, "heads": plan.width // 16, "mlp_ratio": 2}
+    config = ViTConfig(image_size=PIXELS, patch_size=16, dim=plan.width, norm_eps=1e-6, **sizes)
+    return ViT(config, ConvStem(3, plan.width, 16))
 
 
 def small_llama(plan: Plan) -> Llama:
-    sizes: dict[str, Any] = {"layers": plan.layers, "heads": 4, "hidden": 2 * plan.width}
-    return Llama(LlamaConfig(len(binding.VOCABULARY), dim=plan.width, **sizes))
+    """Half of each head turns: the other half can match what lies any number of tokens apart."""
+    sizes: dict[str, Any] = {"layers": plan.layers, "heads": plan.width // 16, "hidden": 2 * plan.width}
+    rotary = Rotary(theta=100.0, share=0.5)
+    return Llama(LlamaConfig(len(binding.VOCABULARY), dim=plan.width, tied=True, rotary=rotary, **sizes))
 
 
 class FewShot(nn.Module):
@@ -83,7 +91,7 @@ class FewShot(nn.Module):
 
     def __init__(self, plan: Plan, eyes: ViT, language: Llama) -> None:
         super().__init__()
-        heads = {"heads": 4, "head_dim": plan.width // 4}
+        heads = {"heads": plan.width // 16, "head_dim": 16}
         self.eyes, self.language = eyes, language
         self.resampler = Resampler(ResamplerConfig(plan.width, plan.latents, layers=2, **heads))
         language.add_gated({i: flamingo_layer(plan.width, plan.width, **heads) for i in range(plan.layers)})
@@ -91,13 +99,13 @@ class FewShot(nn.Module):
     def forward(self, ids: Tensor, states: Tensor) -> Tensor:
         """ids (E, T), the states of their pictures (E, S, N, D) -> logits (E, T, V)."""
         latents = self.resampler(states.flatten(0, 1)).unflatten(0, states.shape[:2])
-        return self.read(ids, Memory.of_images(latents, last_images(ids, binding.IMAGE)))
+        return self.read(ids, images_of_texts(latents, last_images(ids, binding.IMAGE)))
 
-    def freeze_towers(self) -> None:
-        """Leave the resampler and the gated layers trainable."""
-        for part in (self.eyes, self.language):
-            for name, parameter in part.named_parameters():
-                parameter.requires_grad_(".gated." in name)
+    def freeze(self, language: bool) -> None:
+        """Leave the resampler and the gated layers trainable, and the Llama unless `language`."""
+        self.eyes.requires_grad_(False)
+        for name, parameter in self.language.named_parameters():
+            parameter.requires_grad_(".gated." in name or not language)
 
     def read(self, ids: Tensor, memory: Memory) -> Tensor:
         """(E, T) -> logits (E, T, V)."""
@@ -115,28 +123,41 @@ class Pool:
     def __init__(self, each: int, seed: int) -> None:
         self.pictures = Pictures(each, seed)
         self.pixels = ImageProcessor(size=(PIXELS, PIXELS)).normalize(self.pictures.pixels)  # (P, 3, H, W)
-        self.kept: Tensor | None = None
+        self.states = torch.empty(0)
 
     @torch.no_grad()
-    def keep(self, eyes: ViT | None) -> None:
-        """Keep the states (P, N, D) of eyes that do not change; None: forget them."""
-        self.kept = None if eyes is None else torch.cat([eyes(part) for part in self.pixels.split(256)])
-
-    def states(self, eyes: ViT, places: Tensor) -> Tensor:
-        """Places (E, S) of pictures -> their states (E, S, N, D); each picture is encoded once."""
-        if self.kept is not None:
-            return self.kept[places]
-        different, inverse = places.unique(return_inverse=True)
-        return eyes(self.pixels[different])[inverse]
+    def see(self, eyes: ViT) -> None:
+        """Keep the states (P, N, D) of eyes that learn no more."""
+        self.states = torch.cat([eyes(part) for part in self.pixels.split(256)])
 
 
 # ------------------------------------------------------------------------------------------------ training
 
 
-def train(model: nn.Module, loss: Callable[[], Tensor], steps: int, name: str, look: Look = lambda step: None) -> float:
+def faster(optimizers: Optimizers, gates: list[nn.Parameter]) -> None:
+    """Give the gates a learning rate of their own: they are single numbers on the way from zero to about one."""
+    adam, ids = optimizers.optimizers[-1], {id(gate) for gate in gates}
+    for group in adam.param_groups:
+        group["params"] = [p for p in group["params"] if id(p) not in ids]
+    adam.add_param_group({"params": gates, "lr": GATE_LEARNING_RATE, "weight_decay": 0.0})
+    optimizers.peaks[-1].append(GATE_LEARNING_RATE)
+
+
+def train(
+    model: nn.Module,
+    loss: Callable[[], Tensor],
+    steps: int,
+    name: str,
+    look: Look = lambda step: None,
+    learning_rate: float = 3e-3,
+) -> float:
     """Train what is trainable, with Muon and AdamW. Returns the seconds it took."""
     start = time.perf_counter()
-    optimizers = Optimizers(model, kind="muon", learning_rate=3e-3, matrix_learning_rate=0.02, weight_decay=0.01)
+    rates = {"learning_rate": learning_rate, "matrix_learning_rate": 0.02, "weight_decay": 0.01}
+    optimizers = Optimizers(model, kind="muon", **rates)
+    gates = [p for name, p in model.named_parameters() if name.endswith("_gate")]
+    if gates:
+        faster(optimizers, gates)
     for step in trange(steps, desc=name, unit="step"):
         look(step)
         optimizers.set_factor(schedule(step, step / steps, warmup_steps=20, decay_from=0.5))
@@ -162,12 +183,12 @@ def train_eyes(plan: Plan, eyes: ViT, pool: Pool, rng: np.random.Generator) -> f
     named = torch.from_numpy(np.stack(np.divmod(pool.pictures.pair, len(SHAPES))))  # (2, P)
 
     def loss() -> Tensor:
-        rows = torch.from_numpy(rng.choice(shown, 4 * plan.batch))
+        rows = torch.from_numpy(rng.choice(shown, plan.batch))
         mean = eyes(pool.pixels[rows])[:, eyes.prefix_tokens :].mean(1)
         color, shape = (F.cross_entropy(head(mean), names[rows]) for head, names in zip(heads, named, strict=True))
         return color + shape
 
-    return train(nn.ModuleList([eyes, heads]), loss, plan.eye_steps, "eyes")
+    return train(nn.ModuleList([eyes, heads]), loss, plan.eye_steps, "eyes", learning_rate=6e-3)
 
 
 def train_language(plan: Plan, language: Llama, rng: np.random.Generator) -> float:
@@ -187,7 +208,7 @@ def train_few_shot(plan: Plan, model: FewShot, pool: Pool, rng: np.random.Genera
         episodes = draw_episodes(rng, plan.batch, plan.segments, plan.words)
         places = torch.from_numpy(pool.pictures.pick(rng, episodes.shown))
         ids = torch.from_numpy(episodes.tokens())
-        return next_token_loss(model(ids, pool.states(model.eyes, places)), ids)
+        return next_token_loss(model(ids, pool.states[places]), ids)
 
     return train(model, loss, plan.steps, name, look)
 
@@ -200,8 +221,7 @@ def score(answer: Answerer, episodes: Episodes, places: np.ndarray, *, written: 
     """How often the answer is right, with the pictures at these places (E, S) of a pool: `chosen` among the words of
     the episode, and `said`, chosen among all tokens. `last`: how often the word of the last shot is chosen."""
     words, order = torch.from_numpy(episodes.words), torch.from_numpy(episodes.order)
-    prompts = torch.from_numpy(episodes.tokens(written=written)[:, : -binding.AFTER])
-    scores = answer(prompts, torch.from_numpy(places))
+    scores = answer(torch.from_numpy(episodes.prompts(written=written)), torch.from_numpy(places))
     right, chosen = order[:, -1:], scores.gather(1, binding.FIRST_WORD + words).argmax(1, keepdim=True)
     said = scores.argmax(1, keepdim=True) == binding.FIRST_WORD + words.gather(1, right)
     shares = {"chosen": chosen == right, "said": said, "last": chosen == order[:, -2:-1]}
@@ -225,7 +245,7 @@ def tests(plan: Plan, pictures: Pictures, seed: int) -> dict[str, tuple[Episodes
 def text_losses(model: FewShot, plan: Plan) -> dict[str, float]:
     """The loss on written episodes: of the Llama by itself, and with an image that stands behind the text."""
     ids = torch.from_numpy(draw_episodes(np.random.default_rng(0), 512, plan.segments, plan.words).tokens(written=True))
-    later = Memory.of_images(torch.zeros(len(ids), 1, 1, plan.width), torch.full_like(ids, -1))
+    later = images_of_texts(torch.zeros(len(ids), 1, 1, plan.width), torch.full_like(ids, -1))
     alone = next_token_loss(model.language(ids), ids)
     return {"text": alone.item(), "text before an image": next_token_loss(model.read(ids, later), ids).item()}
 
@@ -235,7 +255,7 @@ class Seed:
 
     def __init__(self, plan: Plan, seed: int, folder: Path) -> None:
         self.plan, self.seed, self.folder = plan, seed, folder / f"seed{seed}"
-        self.pool, self.unseen = Pool(plan.pictures, 2 * seed), Pool(plan.pictures, 2 * seed + 1)
+        self.pool, self.unseen = Pool(plan.pictures, 2 * seed), Pool(OF_TEST, 2 * seed + 1)
         self.tests = tests(plan, self.unseen.pictures, seed)
         self.folder.mkdir(parents=True, exist_ok=True)
 
@@ -281,23 +301,20 @@ class Seed:
     def few_shot(self, variant: str) -> tuple[FewShot, dict[str, Any]]:
         """The model after the third stage, and its figures."""
         plan = self.plan
-        rng, eyes, language = self.rng(variant), small_eyes(plan), small_llama(plan)
-        if variant != "scratch":
-            eyes, language = self.eyes(), self.language()[0]
-            rng = self.rng(variant)
-        model = FewShot(plan, eyes, language)
+        eyes, language = self.eyes(), self.language()[0]
+        rng = self.rng(variant)
+        model = FewShot(plan, eyes, small_llama(plan) if variant == "scratch" else language)
         record = self.finished(variant, model)
-        if variant == "frozen":
-            model.freeze_towers()
+        model.freeze(language=variant == "frozen")
         for pool in (self.pool, self.unseen):
-            pool.keep(eyes if variant == "frozen" else None)
+            pool.see(eyes)
         if record is not None:
             return model, record
         history: list[dict[str, Any]] = []
         few = plan.blocks // 3 * plan.words**2  # while it trains a third of the episodes will do
 
         def answer(ids: Tensor, places: Tensor) -> Tensor:
-            return model(ids, self.unseen.states(eyes, places))[:, -1]
+            return model(ids, self.unseen.states[places])[:, -1]
 
         def look(step: int) -> None:
             if step % plan.every == 0 or step == plan.steps:

@@ -12,7 +12,7 @@ from torch import Tensor
 from bench import timing
 from bench.binding import SHOTS, FewShot, Plan, Seed
 from bench.results import table
-from vqa_scratch.data.binding import AFTER, FIRST_WORD, VOCABULARY, WORDS
+from vqa_scratch.data.binding import FIRST_WORD, WORDS
 from vqa_scratch.report.curves import draw_panels
 from vqa_scratch.storage import write_whole
 from vqa_scratch.study import trace
@@ -103,11 +103,11 @@ class Looks(NamedTuple):
 def looks(seed: Seed, model: FewShot) -> Looks:
     """Of the test with most shots."""
     episodes, places = seed.tests[f"true {SHOTS[-1]}"]
-    ids, segments = torch.from_numpy(episodes.tokens()[:, :-AFTER]), episodes.order.shape[1]
+    ids, segments = torch.from_numpy(episodes.prompts()), episodes.order.shape[1]
     with trace(model.language, "decoder.*.self") as traced:
-        model(ids, seed.unseen.states(model.eyes, torch.from_numpy(places)))
+        model(ids, seed.unseen.states[torch.from_numpy(places)])
     rows = [traced.pattern(f"decoder.{layer}.self")[:, :, -1] for layer in range(len(model.language.blocks))]
-    attention = F.pad(torch.stack(rows, 1), (0, AFTER)).unflatten(-1, (segments, -1)).sum(-1)[..., :-1]
+    attention = F.pad(torch.stack(rows, 1), (0, 1)).unflatten(-1, (segments, -1)).sum(-1)[..., :-1]
     same = torch.from_numpy(episodes.shown[:, :-1] == episodes.shown[:, -1:])[:, None, None]
     gained = (attention * same).sum(-1).mean(0), (attention * ~same).sum(-1).mean(0)  # (layers, heads) each
     layer, head = divmod(int((gained[0] - gained[1]).argmax()), attention.shape[2])
@@ -120,13 +120,10 @@ def draw_episode(path: Path, seed: Seed, model: FewShot, shots: Tensor, number: 
     from matplotlib.figure import Figure
 
     episodes, places = (part[number : number + 1] for part in seed.tests[f"true {SHOTS[-1]}"])
-    ids = torch.from_numpy(episodes.tokens()[:, :-AFTER])
     with torch.no_grad():
-        logits = model(ids, seed.unseen.states(model.eyes, torch.from_numpy(places)))[0, -1]
-    said = " ".join(VOCABULARY[token] for token in ids[0]).split("<image> ")[1:]
-    said = [f"{text.strip()}\nlooked at: {share:.2f}" for text, share in zip(said, shots[number], strict=False)] + said[
-        -1:
-    ]
+        logits = model(torch.from_numpy(episodes.prompts()), seed.unseen.states[torch.from_numpy(places)])[0, -1]
+    names = [WORDS[word] for word in episodes.words[0, episodes.order[0, :-1]]]
+    said = [f"{name}\nlooked at: {share:.2f}" for name, share in zip(names, shots[number], strict=True)] + ["?"]
     figure = Figure(figsize=(2 * len(said) + 2.2, 2.7), layout="constrained")
     *axes, bars = figure.subplots(1, len(said) + 1, width_ratios=[1] * len(said) + [1.2])
     for axis, place, text in zip(axes, places[0], said, strict=True):
@@ -146,10 +143,8 @@ def run(plan: Plan, seeds: Sequence[int], variants: Sequence[str], out: Path, pi
     """Do what is left to do of each stage of each seed. Returns the section; curves and an episode go to `pictures`."""
     work = [Seed(plan, seed, out) for seed in seeds]
     found = {name: [seed.few_shot(name)[1] for seed in work] for name in variants}
-    rows, losses = [], []
-    if set(variants) - {"scratch"}:
-        written = [seed.language()[1] for seed in work]
-        rows += rows_of("language", "the Llama alone, pictures in words", written)
+    written = [seed.language()[1] for seed in work]
+    rows, losses = rows_of("language", "the Llama alone, pictures in words", written), []
     for name, figures in found.items():
         rows += rows_of(name, name, figures)
         before, after, later = (

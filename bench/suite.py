@@ -26,6 +26,7 @@ CPU = {
     "ppo": ["--batch", "8", "--repeats", "3"],
     "scale": [],
     "resolution": [],
+    "binding": [],
 }
 GPU = {
     "attention": [],

@@ -14,10 +14,8 @@ from bench.binding import SHOTS, Plan, Seed, score
 from bench.binding import tests as benchmark_tests
 from bench.binding_report import run
 from vqa_scratch.data.binding import (
-    AFTER,
     GROUP_OF_PAIR,
     GROUP_OF_WORD,
-    IMAGE,
     PAIRS,
     SEEN,
     UNSEEN,
@@ -93,14 +91,13 @@ def test_orders_are_as_even_as_they_can_be():
 def test_the_text_of_an_episode():
     episodes = crossed_episodes(np.random.default_rng(0), 1)
     row = episodes[:1]
-    said, shown = row.words[0, row.order[0]], row.shown[0]
-    shot, question = (
-        [*PAIRS[pair], "this", "is", "a", WORDS[word], "."] for word, pair in zip(said, shown, strict=True)
-    )
-    assert [VOCABULARY[token] for token in row.tokens(written=True)[0]] == [*shot, *question]
-    assert [VOCABULARY[token] for token in row.tokens()[0]] == ["<image>", *shot[2:], "<image>", *question[2:]]
-    assert (episodes.tokens()[:, -AFTER - 1] == VOCABULARY.index("a")).all()
-    assert ((episodes.tokens() == IMAGE).sum(1) == 2).all()
+    words, pairs = [WORDS[word] for word in row.words[0, row.order[0]]], [PAIRS[pair] for pair in row.shown[0]]
+    written = [token for word, pair in zip(words, pairs, strict=True) for token in (*pair, word, *pair, ".")]
+    pictured = [token for word in words for token in ("<image>", word)]
+    assert [VOCABULARY[token] for token in row.tokens(written=True)[0]] == written
+    assert [VOCABULARY[token] for token in row.tokens()[0]] == pictured
+    assert [VOCABULARY[token] for token in row.prompts(written=True)[0]] == written[:-4]
+    assert [VOCABULARY[token] for token in row.prompts()[0]] == pictured[:-1]
 
 
 def test_controls_change_the_shots_pictures_alone():
@@ -114,7 +111,7 @@ def test_controls_change_the_shots_pictures_alone():
 
 
 def test_pictures_show_the_pair_and_none_is_shown_twice():
-    pool, other = Pictures(4, seed=0), Pictures(4, seed=1)
+    pool, other = Pictures(8, seed=0), Pictures(8, seed=1)
     episodes = draw_episodes(np.random.default_rng(0), 200, 6)
     picked = pool.pick(np.random.default_rng(1), episodes.shown)
     assert (pool.pair[picked] == episodes.shown).all()
@@ -126,7 +123,7 @@ def test_pictures_show_the_pair_and_none_is_shown_twice():
 
 # ------------------------------------------------------------------------------------------------ the benchmark
 
-TINY = Plan(pictures=4, batch=4, width=16, layers=2, eye_steps=3, language_steps=3, steps=3, blocks=12, every=2)
+TINY = Plan(pictures=8, batch=4, width=16, layers=2, eye_steps=3, language_steps=3, steps=3, blocks=12, every=2)
 
 
 def accuracies(answer, pool, words=2, kind="true", blocks=216):
@@ -141,7 +138,7 @@ def relates(pool):
     def answer(prompts, places):
         pairs = torch.from_numpy(pool.pair)[places]
         votes = torch.where(pairs[:, :-1] == pairs[:, -1:], 1.0, -1.0)
-        return torch.zeros(len(prompts), len(VOCABULARY)).scatter_add(1, prompts[:, 4::6], votes)
+        return torch.zeros(len(prompts), len(VOCABULARY)).scatter_add(1, prompts[:, 1::2], votes)
 
     return answer
 
@@ -158,7 +155,7 @@ def of_what(known):
 
 @pytest.fixture(scope="module")
 def pool():
-    return Pictures(4, seed=0)
+    return Pictures(8, seed=0)
 
 
 @pytest.mark.parametrize("words", [2, 3])
@@ -178,7 +175,7 @@ def test_who_knows_less_is_at_chance_exactly(pool, which):
     pairs = torch.from_numpy(pool.pair)
 
     def copies(prompts, places):
-        return F.one_hot(prompts[:, 4::6][:, -1 if which == "the last" else 0], len(VOCABULARY)).double()
+        return F.one_hot(prompts[:, 1::2][:, -1 if which == "the last" else 0], len(VOCABULARY)).double()
 
     known = {
         "text": lambda prompts, places: prompts,
@@ -195,11 +192,11 @@ def test_who_knows_less_is_at_chance_exactly(pool, which):
 
 
 def test_what_is_said_is_chosen_among_all_tokens(pool):
-    def says_this(prompts, places):
-        return relates(pool)(prompts, places) + 2 * F.one_hot(torch.tensor(VOCABULARY.index("this")), len(VOCABULARY))
+    def stops(prompts, places):
+        return relates(pool)(prompts, places) + 9 * F.one_hot(torch.tensor(VOCABULARY.index(".")), len(VOCABULARY))
 
     made = benchmark_tests(TINY, pool, seed=0)["true 2"]
-    assert score(says_this, *made) == {"chosen": 1.0, "said": 0.0, "last": 0.5}
+    assert score(stops, *made) == {"chosen": 1.0, "said": 0.0, "last": 0.5}
     assert score(relates(pool), *made) == {"chosen": 1.0, "said": 1.0, "last": 0.5}
 
 
@@ -214,7 +211,7 @@ def test_stages_train_what_they_should_and_are_not_repeated(tmp_path, monkeypatc
         for tower, trained in ((eyes, model.eyes), (language, model.language)):
             state = trained.state_dict()
             same = all(torch.equal(weight, state[name]) for name, weight in tower.state_dict().items())
-            assert same == (variant == "frozen")
+            assert same == (variant == "frozen" or tower is eyes)
         assert all(gate != 0 for gate in np.ravel(model.gates()))
         assert (record["before"]["text"] == record["after"]["text"]) == (variant == "frozen")
         assert record["before"]["text before an image"] == record["before"]["text"]

@@ -10,8 +10,7 @@ from torch import Tensor
 from vqa_scratch.errors import UserError
 from vqa_scratch.models import GPT2, OPT, GPT2Config, Llama, LlamaConfig, OPTConfig
 from vqa_scratch.models.open_flamingo import load_open_flamingo
-from vqa_scratch.nn import Memory
-from vqa_scratch.nn.memory import last_images
+from vqa_scratch.nn.memory_parts import images_of_texts, last_images
 
 no_grad = torch.no_grad()
 WORDS, WIDTH, VISION, LATENTS, IMAGE = 24, 16, 12, 5, 25  # <|endofchunk|> and <image> are 24 and 25
@@ -156,7 +155,7 @@ def test_it_says_what_the_formulas_say(tmp_path, kind, how):
     states = resampler(image.flatten(0, 1)).unflatten(0, (2, 2))
     # fp32: sums of up to 64 products in another order, in states of size 10.
     torch.testing.assert_close(states, Written(tensors).resampled(image), atol=2e-5, rtol=1e-5)
-    memory = [Memory.of_images(states, last_images(ids, IMAGE))]
+    memory = [images_of_texts(states, last_images(ids, IMAGE))]
     ours = decoder.logits(decoder.hidden(decoder.embed(ids), memory=memory))
     wanted = written_out(kind, tensors, ids, image)
     torch.testing.assert_close(ours, wanted, atol=2e-4, rtol=1e-5)

@@ -1,7 +1,7 @@
 """Episodes of fast binding: invented words that only the shots of a prompt bind to pictures.
 
-A shot is a picture of one object and "this is a dax ."; the question is one more picture and "this is a". What a dax is
-was drawn for this episode alone, so it cannot be known, only read from the shots (Tsimpoukelli et al. 2021, "Multimodal
+A shot is a picture of one object and its name, "<image> dax"; the question is one more picture. What a dax is was drawn
+for this episode alone, so it cannot be known, only read from the shots (Tsimpoukelli et al. 2021, "Multimodal
 Few-Shot Learning with Frozen Language Models", 2106.13884, who took their words from how children are tested).
 
 A word is never bound in training to the color-shape pairs of its own group; tests bind it to no others. The pairs that
@@ -29,11 +29,9 @@ GROUP_PAIRS = SEEN.reshape(GROUPS, -1)  # (3, 5): in each are pairs that differ 
 GROUP_OF_PAIR = np.full(len(PAIRS), -1)
 GROUP_OF_PAIR[GROUP_PAIRS] = np.arange(GROUPS)[:, None]
 
-VOCABULARY = ("<image>", "this", "is", "a", ".", *COLORS, *SHAPES, *WORDS)
-IMAGE = VOCABULARY.index("<image>")
-FIRST_WORD = VOCABULARY.index(WORDS[0])
-FRAME = [VOCABULARY.index(word) for word in ("this", "is", "a", WORDS[0], ".")]
-AFTER = 2  # tokens of a segment from its word on
+VOCABULARY = ("<image>", ".", *COLORS, *SHAPES, *WORDS)
+IMAGE, STOP = 0, 1
+FIRST_COLOR, FIRST_SHAPE, FIRST_WORD = (VOCABULARY.index(names[0]) for names in ((*COLORS,), SHAPES, WORDS))
 
 
 @dataclass(frozen=True)
@@ -68,16 +66,16 @@ class Episodes:
         return replace(self, shown=np.concatenate([shots, self.shown[:, -1:]], 1))
 
     def tokens(self, *, written: bool = False) -> np.ndarray:
-        """(E, S * L) numbers in VOCABULARY: "<image> this is a dax ." a segment, or `written` "red circle this ...".
+        """(E, S * L) numbers in VOCABULARY: of a segment "<image> dax", or `written` "red circle dax red circle ."."""
+        word = FIRST_WORD + np.take_along_axis(self.words, self.order, 1)
+        color, shape = self.shown // len(SHAPES) + FIRST_COLOR, self.shown % len(SHAPES) + FIRST_SHAPE
+        stop = np.full_like(word, STOP)
+        segment = [color, shape, word, color, shape, stop] if written else [np.full_like(word, IMAGE), word]
+        return np.stack(segment, -1).reshape(len(self), -1)
 
-        Without the last `AFTER` tokens this is the prompt.
-        """
-        color, shape = np.divmod(self.shown, len(SHAPES))
-        first = VOCABULARY.index(next(iter(COLORS)))
-        picture = [first + color, first + len(COLORS) + shape] if written else [np.full_like(color, IMAGE)]
-        frame = [np.full_like(color, token) for token in FRAME]
-        frame[-AFTER] = FIRST_WORD + np.take_along_axis(self.words, self.order, 1)
-        return np.stack([*picture, *frame], -1).reshape(len(self), -1)
+    def prompts(self, *, written: bool = False) -> np.ndarray:
+        """The tokens before the answer."""
+        return self.tokens(written=written)[:, : -4 if written else -1]
 
 
 def draw_episodes(rng: np.random.Generator, number: int, segments: int, words: int = 2) -> Episodes:
@@ -129,13 +127,16 @@ def crossed_episodes(
 
 
 class Pictures:
-    """Pictures of single objects, `each` of every size, color and shape; no two are alike."""
+    """Pictures of a single large object, `each` of every color and shape; no two are alike."""
 
     def __init__(self, each: int, seed: int) -> None:
-        drawn = single_objects(each, seed)
+        drawn = [(image, CLASSES[number]) for image, number in single_objects(each, seed)]
+        drawn = [
+            (image, words) for image, words in drawn if words[0] == "large"
+        ]  # shapes of small ones are hard to tell
         self.pixels = np.stack([np.asarray(image) for image, _ in drawn])  # (P, H, W, 3) uint8
-        self.pair = np.array([PAIRS.index(CLASSES[number][1:]) for _, number in drawn])  # (P,)
-        self.of_pair = np.stack([np.flatnonzero(self.pair == pair) for pair in range(len(PAIRS))])  # (18, 2 * each)
+        self.pair = np.array([PAIRS.index(words[1:]) for _, words in drawn])  # (P,)
+        self.of_pair = np.stack([np.flatnonzero(self.pair == pair) for pair in range(len(PAIRS))])  # (18, each)
 
     def pick(self, rng: np.random.Generator, shown: np.ndarray) -> np.ndarray:
         """(E, S) pairs -> (E, S) pictures of them, none twice in an episode. Raises ValueError if there are too few."""

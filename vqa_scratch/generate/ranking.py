@@ -21,6 +21,7 @@ from vqa_scratch.nn.attention import masked_safely
 from vqa_scratch.nn.cache import DecoderCache
 from vqa_scratch.nn.decoding import Decoder, FastParts
 from vqa_scratch.nn.memory import Memory
+from vqa_scratch.nn.memory_parts import for_next_tokens
 
 NODES = 256  # of one pass: its attention is K x (P + K) scores a head and row
 SCORES = 1 << 24  # elements of the scores (rows x V) made at once
@@ -109,7 +110,7 @@ def _one_by_one(
 ) -> Tensor:
     """(B, C) by the decoder's modules: one candidate after all prompts at a time, then the cache is rewound."""
     rows, length, result = len(at_prompt), cache.length, list[Tensor]()
-    memory = None if memory is None else [part.for_next_tokens() for part in memory]
+    memory = for_next_tokens(memory)
     for candidate in candidates:
         ids = torch.tensor([candidate], device=at_prompt.device).expand(rows, -1)  # (B, tokens)
         log_probs = at_prompt[:, None]

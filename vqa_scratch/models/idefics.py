@@ -26,7 +26,8 @@ from vqa_scratch.nn.cache import DecoderCache
 from vqa_scratch.nn.gated import GatedMLP
 from vqa_scratch.nn.gated_cross import GatedCrossAttention
 from vqa_scratch.nn.layers import activation, init_weights
-from vqa_scratch.nn.memory import Memory, last_images
+from vqa_scratch.nn.memory import Memory
+from vqa_scratch.nn.memory_parts import last_images
 from vqa_scratch.nn.rms_norm import RMSNorm
 from vqa_scratch.storage import typed
 from vqa_scratch.weights import maps_joined

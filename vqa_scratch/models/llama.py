@@ -203,7 +203,8 @@ class LlamaBlock(DecoderBlock):
         cache: KVCache | None,
     ) -> Tensor:
         """(B, T, D) -> (B, T, D). The rotation is that of the tokens (B or 1, 1, T, r)."""
-        x = taps.tap(self.tap_prefix, "resid_pre", self.read_images(x, memory, cache))
+        x = x if self.gated is None else self.gated(x, memory, cache)
+        x = taps.tap(self.tap_prefix, "resid_pre", x)
         x = x + self.attn(self.norm1(x), key_mask=key_mask, causal=True, cache=cache, rotate=rotation)
         x = taps.tap(self.tap_prefix, "resid_mid", x)
         return taps.tap(self.tap_prefix, "resid_post", x + self.feed_forward(self.norm2(x), key_mask))
@@ -272,7 +273,8 @@ class Llama(ReleasedDecoder[LlamaConfig]):
         Positions count the attended tokens of attention_mask (B, cached + T). Raises ValueError on a mask of another
         length, or on a memory that nothing reads: only gated layers do.
         """
-        self.check_memory(memory)
+        if memory is not None and not self.reads_memory:
+            self.refuse_memory()
         positions = decoder_positions(embeddings, attention_mask, cache, limit=None)
         rotation = self.rotation(positions[:, None])
         x = embeddings

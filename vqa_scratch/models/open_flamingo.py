@@ -29,7 +29,7 @@ GATED = "lang_encoder.gated_cross_attn_layers"
 def load_open_flamingo(path: str | PathLike[str], decoder: ReleasedDecoder) -> Resampler:
     """Give the decoder the gated layers and the words of the file, and return the resampler; both in eval mode.
 
-    The decoder then reads `Memory.of_images(states, last_images(ids, image_token))` of states (B, I, 64, C) that the
+    The decoder then reads `images_of_texts(states, last_images(ids, image_token))` of states (B, I, 64, C) that the
     resampler makes of the patches of a CLIP's image tower, its tokens (N, C) without the class token. Raises UserError,
     one line, on a file of another kind or for another decoder.
     """

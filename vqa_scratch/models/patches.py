@@ -8,16 +8,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from vqa_scratch.errors import UserError
+from vqa_scratch.models.vit import patch_grid
 from vqa_scratch.nn.states import ImageEncoder, Places, States
-
-
-def patch_grid(height: int, width: int, patch_size: int) -> tuple[int, int]:
-    """(h, w) patches of an image of this size in pixels. Raises UserError unless they fit."""
-    if height % patch_size or width % patch_size:
-        raise UserError(
-            f"an image of {height}x{width} pixels does not divide into patches of {patch_size}x{patch_size}"
-        )
-    return height // patch_size, width // patch_size
 
 
 def cut(images: Tensor, patch_size: int) -> Tensor:

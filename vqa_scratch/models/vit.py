@@ -21,7 +21,6 @@ from torch import Tensor, nn
 
 from vqa_scratch.errors import UserError
 from vqa_scratch.models.hf_config import HFConfig, Released, check_heads
-from vqa_scratch.models.patches import patch_grid
 from vqa_scratch.models.vit_layouts import LAYOUTS, ViTLayout
 from vqa_scratch.nn import taps
 from vqa_scratch.nn.attention import MultiHeadAttention
@@ -80,6 +79,15 @@ class ViTConfig(HFConfig[ViTLayout]):
     def patches(self, height: int, width: int) -> tuple[int, int]:
         """(h, w) patches of an image of this size in pixels. Raises ValueError unless they fit."""
         return patch_grid(height, width, self.patch_size)
+
+
+def patch_grid(height: int, width: int, patch_size: int) -> tuple[int, int]:
+    """(h, w) patches of an image of this size in pixels. Raises UserError unless they fit."""
+    if height % patch_size or width % patch_size:
+        raise UserError(
+            f"an image of {height}x{width} pixels does not divide into patches of {patch_size}x{patch_size}"
+        )
+    return height // patch_size, width // patch_size
 
 
 def resize_positions(table: Tensor, grid: tuple[int, int], size: tuple[int, int], *, antialias: bool = False) -> Tensor:

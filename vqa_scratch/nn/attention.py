@@ -18,7 +18,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from vqa_scratch import kernels
 from vqa_scratch.nn import taps
 from vqa_scratch.nn.cache import KVCache
-from vqa_scratch.nn.memory import KeyValue, Memory, check_rows, concatenate
+from vqa_scratch.nn.memory import KeyValue, Memory, check_rows
+from vqa_scratch.nn.memory_parts import concatenate, of_tokens
 from vqa_scratch.nn.relative_bias import PassBias
 from vqa_scratch.nn.scores import Products, allowed, attention_scores, hide, masked_softmax
 
@@ -101,8 +102,7 @@ def attention_over_parts(
     if len(parts) == 1:
         (k, v, mask, sharing, _), bias = parts[0], unseen(parts[0], q)
         return sharing.unfold(attention(sharing.fold(q), k, v, key_mask=mask, bias=bias, scale=scale, dropout=dropout))
-    alike = all(part.seen is None for part in parts)
-    if choose(q, kernel=alike, dropout=dropout) == "kernel":
+    if choose(q, kernel=all(part.seen is None for part in parts), dropout=dropout) == "kernel":
         ran = [kernels.flash_attention(p.sharing.fold(q), p.k, p.v, key_mask=p.mask, scale=scale) for p in parts]
         apart = [(p.sharing.unfold, z, lse.unsqueeze(-1)) for p, (z, lse) in zip(parts, ran, strict=True)]
         return kernels.merge([(unfold(z), unfold(lse).squeeze(-1)) for unfold, z, lse in apart])[0]
@@ -253,16 +253,12 @@ class MultiHeadAttention(taps.Tapped):
         if cache is not None and cache.cross is not None:
             if memories is None or all(memory.seen is None for memory in memories):
                 return cache.cross
-            parts = [m.of_tokens(part) for m, part in zip(memories, cache.cross, strict=True)]
+            parts = of_tokens(memories, cache.cross)
         elif memories is None:
             raise ValueError("cross-attention needs a context")
         else:
-            parts = [m.project(*self._keys_and_values(m.states)) for m in memories]
+            apart = [self._split(self.kv(memory.states), self.heads, self.heads) for memory in memories]
+            parts = [m.project(self.k_norm(k), self.v_norm(v)) for m, (k, v) in zip(memories, apart, strict=True)]
         if cache is not None:
             cache.fill_cross(parts)
         return parts
-
-    def _keys_and_values(self, states: Tensor) -> tuple[Tensor, Tensor]:
-        """Those of a memory: (M, N, context_dim) -> (M, H, N, d) each."""
-        k, v = self._split(self.kv(states), self.heads, self.heads)
-        return self.k_norm(k), self.v_norm(v)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from vqa_scratch.nn.memory import KeyValue
+from vqa_scratch.nn.memory_parts import of_last_token
 
 
 class KVCache:
@@ -41,7 +42,7 @@ class KVCache:
 
     def fill_cross(self, parts: list[KeyValue]) -> None:
         """Keep the keys and values of the memory for later steps, whose tokens may read what the last one may now."""
-        self.cross = [part.of_last_token()._replace(k=part.k.detach(), v=part.v.detach()) for part in parts]
+        self.cross = [of_last_token(part)._replace(k=part.k.detach(), v=part.v.detach()) for part in parts]
 
     def select(self, rows: Tensor) -> None:
         """Keep, reorder or repeat rows: row i becomes what row `rows[i]` was. rows (B',) long."""
