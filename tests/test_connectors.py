@@ -295,17 +295,10 @@ def test_a_table_of_places_can_start_from_another(kind):
     before = {name: tensor.clone() for name, tensor in model.connector.state_dict().items()}
     model.connector.start_from_places(table := torch.randn(9, 16))
     changed = {name: t for name, t in model.connector.state_dict().items() if not torch.equal(t, before[name])}
-    if kind == "tokens":
-        same(changed.pop("places")[0, 1:].double(), table.double())
-        assert torch.equal(model.connector.places[0, 0], before["places"][0, 0])
-    if kind in ("qformer", "resampler"):
-        (queries,) = (changed.pop(name) for name in list(changed) if name.endswith(("queries", "latents")))
-        factor = 1.0 if kind == "qformer" else 0.1
-        assert torch.equal(queries.view(5, 16), factor * table[[0, 2, 4, 6, 8]]), "spread over the nine places"
-        for attention in model.connector.reading:
-            assert torch.equal(attention.kv.weight[:16], attention.q.weight)
-        changed = {name: t for name, t in changed.items() if not name.endswith("cross.kv.weight")}
-    assert not changed
+    assert changed.keys() == ({"places"} if kind == "tokens" else set())
+    if changed:
+        same(changed["places"][0, 1:].double(), table.double())
+        assert torch.equal(changed["places"][0, 0], before["places"][0, 0])
 
 
 def test_padding_of_prompts_never_reaches_the_image(kind):

@@ -10,9 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vqa_scratch.models.qformer import QFormer, QFormerBlock, QFormerConfig
-from vqa_scratch.nn.attention import MultiHeadAttention
-from vqa_scratch.nn.connecting import Conditioning, Connector, init_by_width, start_near_places
+from vqa_scratch.models.qformer import QFormer, QFormerConfig
+from vqa_scratch.nn.connecting import Conditioning, Connector
 from vqa_scratch.nn.decoding import Decoder
 from vqa_scratch.nn.states import ImageEncoder, States
 
@@ -46,8 +45,6 @@ class QFormerConnector(Connector):
             attention_dropout=0.0,
         )
         self.qformer = QFormer(config, queries)
-        for attention in self.reading:  # with BERT's 0.02 what a query reads is a 250th of the query itself
-            attention.apply(init_by_width)
         self.projection = nn.Linear(width, decoder.head.shape[1])
 
     @classmethod
@@ -62,14 +59,6 @@ class QFormerConnector(Connector):
     def sizes(self) -> dict[str, Any]:
         config = self.qformer.config
         return {"queries": self.qformer.queries.shape[1], "layers": config.layers, "heads": config.heads}
-
-    @property
-    def reading(self) -> list[MultiHeadAttention]:
-        """What reads the image, in every block."""
-        return [block.cross for block in self.qformer.blocks if isinstance(block, QFormerBlock)]
-
-    def start_from_places(self, table: Tensor) -> None:
-        start_near_places(self.qformer.queries[0], self.reading, table)
 
     @property
     def queries(self) -> nn.Module:

@@ -16,8 +16,7 @@ from vqa_scratch.models.bert import Bert
 from vqa_scratch.models.hf_config import ReleasedDecoder, check_heads
 from vqa_scratch.models.resampler import Resampler, ResamplerConfig
 from vqa_scratch.nn import taps
-from vqa_scratch.nn.attention import MultiHeadAttention
-from vqa_scratch.nn.connecting import Conditioning, Connector, init_by_width, start_near_places
+from vqa_scratch.nn.connecting import Conditioning, Connector
 from vqa_scratch.nn.gated_cross import flamingo_layer
 from vqa_scratch.nn.memory import Memory
 from vqa_scratch.nn.states import ImageEncoder, States
@@ -59,8 +58,6 @@ class ResamplerConnector(Connector):
             check_heads(dim, heads)
         config = ResamplerConfig(image.dim, latents=queries, layers=layers, heads=heads, head_dim=image.dim // heads)
         self.resampler = Resampler(config)
-        for attention in self.reading:  # with 0.02 what a latent reads is a 300th of the latent itself
-            attention.apply(init_by_width)
         taps.name_modules(self.resampler.blocks, "query")
         self.layer = {"dim": width, "context_dim": image.dim, "heads": heads, "head_dim": width // heads}
         decoder.add_gated({number: flamingo_layer(**self.layer) for number in range(decoder.config.layers)})
@@ -73,15 +70,6 @@ class ResamplerConnector(Connector):
     def sizes(self) -> dict[str, Any]:
         config = self.resampler.config
         return {"queries": config.latents, "layers": config.layers, "heads": config.heads}
-
-    @property
-    def reading(self) -> list[MultiHeadAttention]:
-        """What reads the image, in every block."""
-        return [block.cross for block in self.resampler.blocks]  # type: ignore[misc]  # the list says: modules
-
-    def start_from_places(self, table: Tensor) -> None:
-        # Small, so that what is read is not small beside them; norms stand before all that is made of them.
-        start_near_places(self.resampler.latents, self.reading, 0.1 * table)
 
     @property
     def queries(self) -> nn.Module:

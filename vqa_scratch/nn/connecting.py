@@ -5,14 +5,11 @@ prefix tokens, D width of the decoder.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
-from vqa_scratch.nn.attention import MultiHeadAttention
 from vqa_scratch.nn.memory import Memory
 from vqa_scratch.nn.states import States
 
@@ -25,24 +22,6 @@ class Conditioning:
     memory: list[Memory] | None = None
     prefix: Tensor | None = None  # (I, Q, D)
     prefix_index: Tensor | None = None  # (B,) the prefix of each row; None: row b has prefix b
-
-
-def init_by_width(module: nn.Module) -> None:
-    """For `Module.apply`: normal(0, 1 / sqrt(inputs)) linear weights: what comes out is as large as what goes in."""
-    if isinstance(module, nn.Linear):
-        nn.init.normal_(module.weight, std=module.in_features**-0.5)
-
-
-@torch.no_grad()
-def start_near_places(queries: Tensor, reading: Iterable[MultiHeadAttention], table: Tensor) -> None:
-    """Let learned queries (Q, D) begin as Q of the places in `table` (N, D), spread over the image, and read near it.
-
-    One map makes queries and keys of all that is `reading`, so at first scores say how alike two tokens are.
-    Otherwise all of them begin with the average of the image, as if they were one.
-    """
-    queries.copy_(table[torch.linspace(0, len(table) - 1, len(queries)).round().long()])
-    for attention in reading:
-        attention.kv.weight[: len(attention.q.weight)] = attention.q.weight
 
 
 class Connector(nn.Module, ABC):
@@ -78,7 +57,7 @@ class Connector(nn.Module, ABC):
         return {}
 
     def start_from_places(self, table: Tensor) -> None:
-        """Initialise a table of places, or learned queries, if there are any, with `table` (N, D): one row a place."""
+        """Initialise a table of places, if there is one, with `table` (N, D): one row a place."""
 
     def kept(self, image: States) -> States:
         """The part of the image's states that is used; a feature cache stores only this."""
