@@ -206,8 +206,7 @@ def work(options: RLHFOptions, world: World) -> dict[str, Any] | int:
     for note in task.notes:
         print(note)
     saved = task.upgrade(saved) if saved else None
-    about = {"config": to_json(options), "precision": kind, "reference": fingerprint(task.reference)}
-    about["prompts"] = prompt_hashes(task)
+    about = {"precision": kind, "reference": fingerprint(task.reference), "prompts": prompt_hashes(task)}
     world.check_same(about["reference"], "the hash of the reference model")
     actor = ActorCritic(task.policy).to(device)
     ranks = share_model(options.parallel, actor, world, precision, Copies, frozen=[task.reference])

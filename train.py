@@ -180,8 +180,8 @@ def train(options: RunOptions, world: World, began: float) -> int | None:
         print(f"resuming after step {progress.step}")
     else:
         separate_streams(world)
-        if world.main:
-            system.save(options.out)
+    if world.main:
+        system.save(options.out)  # also of a run that goes on, with what it may change: the next --resume reads it
     with world.first_one_then_all():  # the first rank runs frozen encoders, if their output is cached
         system.precompute()
     log = MetricsLog(options.out / "metrics.jsonl", progress.step if checkpoint else None, world.main, options.log_to)

@@ -14,12 +14,17 @@ from bench import (
     binding,
     binding_report,
     cached_features,
+    connector_runs,
+    connectors,
+    connectors_frozen,
     decode,
     decode_sides,
     image_loading,
     logprob,
     loss_head,
     ppo,
+    prefix,
+    resolution,
     scale,
     suite,
     t5_bias,
@@ -77,6 +82,15 @@ def train_step_command(
 def taps_command(rounds: int, questions: int, write: bool) -> None:
     """What the taps of the study tools cost a training step while no trace is active."""
     present("taps", taps.run(rounds, questions, command_given()), write)
+
+
+@click.command("prefix")
+@click.option("--rounds", type=click.IntRange(1), default=20, show_default=True, help="Turns of each side.")
+@click.option("--questions", type=click.IntRange(8), default=256, show_default=True, help="Questions of a step.")
+@click.option("--write", is_flag=True, help="Put the table into bench/RESULTS.md.")
+def prefix_command(rounds: int, questions: int, write: bool) -> None:
+    """Training steps and answers with an image's prefix shared by its questions, and repeated for each."""
+    present("prefix", prefix.run(rounds, questions, command_given()), write)
 
 
 @click.command("loss-head")
@@ -155,6 +169,40 @@ def cached_features_command(rounds: int, every: bool, write: bool, **sizes: int 
     present("cached-features", cached_features.run(cases, rounds, command_given()), write)
 
 
+@click.command("connectors")
+@click.option("--steps", type=click.IntRange(1), default=1200, show_default=True, help="Steps of 512 questions a run.")
+@click.option("--seeds", default="0,1,2", show_default=True, help="Seeds; fewer than three make the table provisional.")
+@click.option("--only", help="These connectors alone, with commas between them.")
+@click.option("--jobs", type=click.IntRange(1), default=1, show_default=True, help="Runs at once, sharing the threads.")
+@click.option("--frozen", is_flag=True, help="Between towers trained before: frozen, and trained on.")
+@click.option("--tower-steps", type=click.IntRange(1), help="With --frozen: steps of each tower. [as --steps]")
+@click.option(
+    "--precision", type=NearChoice(("auto", "fp32", "bf16")), default="auto", show_default=True, help="Of all runs."
+)
+@click.option("--rounds", type=click.IntRange(1), default=5, show_default=True, help="Turns of each side, when timed.")
+@click.option("--test-images", type=click.IntRange(1), help="Score on so many images of the test split. [all]")
+@click.option("--pointed", type=click.IntRange(1), default=200, show_default=True, help="Maps held to their object.")
+@click.option("--out", type=click.Path(path_type=Path), default="runs/connectors", show_default=True, help="The runs.")
+@click.option("--cache", type=click.Path(path_type=Path), default="cache", show_default=True, help="As in train.py.")
+@click.option("--write", is_flag=True, help="Put the table into bench/RESULTS.md, it and the picture into docs/.")
+def connectors_command(
+    frozen: bool,
+    tower_steps: int | None,
+    seeds: str,
+    write: bool,
+    **values: int | str | Path | None,
+) -> None:
+    """Every connector trained on the same questions: what it learns and what it costs. Finished runs are kept."""
+    if tower_steps is not None and not frozen:
+        raise UserError("--tower-steps goes with --frozen, which starts from towers")
+    plan = connector_runs.Plan(seeds=connector_runs.read_seeds(seeds), **values)
+    if frozen:
+        made = connectors_frozen.run(plan, tower_steps or plan.steps, command_given())
+        connectors.present("connectors-frozen", made, plan.out, write)
+    else:
+        connectors.present("connectors", connectors.run(plan, command_given()), plan.out, write)
+
+
 @click.command("image-loading")
 @click.option("--images", type=click.IntRange(1), default=512, show_default=True, help="JPEGs of 640 x 480 to load.")
 @click.option("--rounds", type=click.IntRange(1), default=5, show_default=True, help="Turns of each side.")
@@ -162,6 +210,17 @@ def cached_features_command(rounds: int, every: bool, write: bool, **sizes: int 
 def image_loading_command(images: int, rounds: int, write: bool) -> None:
     """Images of a batch, second epoch on, against torchvision's decode and resize."""
     present("image-loading", image_loading.run(images, rounds, command_given()), write)
+
+
+@click.command("resolution")
+@click.option("--steps", type=click.IntRange(1), default=2000, show_default=True, help="Steps of 192 questions.")
+@click.option("--width", type=click.IntRange(4), default=128, show_default=True, help="Width of the decoder.")
+@click.option("--layers", type=click.IntRange(1), default=4, show_default=True, help="Layers of the decoder.")
+@click.option("--scenes", type=click.IntRange(400), default=6_000, show_default=True, help="Scenes to train on.")
+@click.option("--write", is_flag=True, help="Put the table into bench/RESULTS.md.")
+def resolution_command(write: bool, **sizes: int) -> None:
+    """The connector `patches` at sizes it was never trained on, with newline tokens and without."""
+    present("resolution", resolution.run(resolution.Experiment(**sizes), command_given()), write)
 
 
 @click.command("scale")
@@ -238,9 +297,12 @@ COMMANDS = [
     t5_bias_command,
     logprob_command,
     taps_command,
+    prefix_command,
     cached_features_command,
+    connectors_command,
     image_loading_command,
     ppo_command,
+    resolution_command,
     scale_command,
     binding_command,
     all_command,

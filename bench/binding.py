@@ -35,7 +35,8 @@ from vqa_scratch.models.llama import Llama, LlamaConfig
 from vqa_scratch.models.resampler import Resampler, ResamplerConfig
 from vqa_scratch.models.vit import ConvStem, ViT, ViTConfig
 from vqa_scratch.nn.gated_cross import flamingo_layer
-from vqa_scratch.nn.memory import Memory, last_images
+from vqa_scratch.nn.memory import Memory
+from vqa_scratch.nn.memory_parts import images_of_texts, last_images
 from vqa_scratch.nn.rotary import Rotary
 from vqa_scratch.storage import read_object, write_json
 from vqa_scratch.training.optimizers import Optimizers, schedule
@@ -98,7 +99,7 @@ class FewShot(nn.Module):
     def forward(self, ids: Tensor, states: Tensor) -> Tensor:
         """ids (E, T), the states of their pictures (E, S, N, D) -> logits (E, T, V)."""
         latents = self.resampler(states.flatten(0, 1)).unflatten(0, states.shape[:2])
-        return self.read(ids, Memory.of_images(latents, last_images(ids, binding.IMAGE)))
+        return self.read(ids, images_of_texts(latents, last_images(ids, binding.IMAGE)))
 
     def freeze(self, language: bool) -> None:
         """Leave the resampler and the gated layers trainable, and the Llama unless `language`."""
@@ -244,7 +245,7 @@ def tests(plan: Plan, pictures: Pictures, seed: int) -> dict[str, tuple[Episodes
 def text_losses(model: FewShot, plan: Plan) -> dict[str, float]:
     """The loss on written episodes: of the Llama by itself, and with an image that stands behind the text."""
     ids = torch.from_numpy(draw_episodes(np.random.default_rng(0), 512, plan.segments, plan.words).tokens(written=True))
-    later = Memory.of_images(torch.zeros(len(ids), 1, 1, plan.width), torch.full_like(ids, -1))
+    later = images_of_texts(torch.zeros(len(ids), 1, 1, plan.width), torch.full_like(ids, -1))
     alone = next_token_loss(model.language(ids), ids)
     return {"text": alone.item(), "text before an image": next_token_loss(model.read(ids, later), ids).item()}
 

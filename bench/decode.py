@@ -1,10 +1,10 @@
 """Decoding answers: this project's `generate` against that of `transformers`, the same weights, the same tokens.
 
-Both sides load one GPT-2 with cross-attention, or one Llama, whose answers have given lengths (see `decode_sides.py`),
-start from one token a row, read the same memory if there is one, and run in a process each. In fp32 their tokens must
-be equal. In bf16 two candidates are often nearly equal, so only the lengths must be equal, and no token of ours may be
-further from the best one, by fp32 scores, than twice the peer's worst. Peak memory is that of a side's process after
-loading.
+Both sides load one GPT-2 with cross-attention, one Llama or one Mixtral ("moe"), whose answers have given lengths
+(see `decode_sides.py`), start from one token a row, read the same memory if there is one, and run in a process each.
+In fp32 their tokens must be equal. In bf16 two candidates are often nearly equal, so only the lengths must be equal,
+and no token of ours may be further from the best one, by fp32 scores, than twice the peer's worst. Peak memory is
+that of a side's process after loading.
 
 On a GPU ours replays a CUDA graph, and the peer takes part twice: as it is, and with a static cache and a compiled
 step.
@@ -40,12 +40,14 @@ GOALS = {
     ("gpt2", 8, 4, "fp32", "20"): 1.1,
     ("llama", 1, 1, "fp32", "20"): 1.15,
     ("llama", 16, 1, "fp32", "real"): 1.8,
+    ("moe", 1, 1, "fp32", "20"): 1.15,
 }
 CASES = [Case(*key) for key in GOALS]
 GPU_GOALS = {"peer": 3.0, "compiled": 1.0}  # GPT-2 size, batch 1
 BF16_GOAL = 1.6  # ours in bf16 against the peer in fp32, GPT-2 size, batch 1
 SIDES = {"ours": Ours, "peer": Peer, "compiled": CompiledPeer}
 HEAD = "case|ours, ms a batch|transformers, ms a batch|ratio|goal|ms a step, ours / its|peak GB, ours / its".split("|")
+BYTES_HEAD = "case|MB a token reads|ms a token|GB/s|bytes, of llama's|time, of llama's|off its bytes|goal".split("|")
 GPU_HEAD = [*HEAD, "its compiled step, ms a batch", "ratio", "goal"]
 
 
@@ -115,11 +117,7 @@ def run_case(case: Case, rounds: int, sizes: dict[str, int], names: Sequence[str
     say = lambda line: print(line, file=sys.stderr, flush=True)  # noqa: E731
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        process = multiprocessing.get_context("spawn").Process(target=make_model, args=(folder, case, sizes))
-        process.start()
-        process.join()
-        if process.exitcode:
-            raise UserError("the model could not be made; is transformers installed? pip install '.[test]'")
+        _in_a_process(folder, case, sizes)
         with processes.contestants({name: (SIDES[name], folder, case) for name in names}) as sides:
             said = check(sides, case, folder)
             say(f"{case.name}: {said}")
@@ -128,6 +126,41 @@ def run_case(case: Case, rounds: int, sizes: dict[str, int], names: Sequence[str
             seconds = timing.in_turn(turns, rounds, lambda line: say(f"  {line}"))
             memory = {side.side: side.ask("peak")[1] for side in sides}
     return Outcome(case, seconds, memory, said)
+
+
+def by_bytes(rounds: int, sizes: dict[str, dict]) -> str:
+    """Ours at batch 1 in fp32, in turn: "llama" and "moe" read as many bytes a token, "moe" and "wide" hold as many."""
+    cases = {size: Case(size) for size in ("llama", "moe", "wide")}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for size, case in cases.items():
+            _in_a_process(folder / size, case, sizes[size])
+        with processes.contestants({size: (Ours, folder / size, case) for size, case in cases.items()}) as models:
+            turns = {one.side: lambda one=one: one.ask("seconds", 1)[1] for one in models}
+            timing.in_turn(turns, 1)
+            seconds = timing.in_turn(turns, rounds, lambda line: print(f"  {line}", file=sys.stderr, flush=True))
+            return bytes_table(seconds, {one.side: one.ask("reads")[1] for one in models})
+
+
+def bytes_table(seconds: dict[str, list[float]], reads: dict[str, int]) -> str:
+    """Does the time of a token follow the bytes it reads? By size: seconds of `Case(size)`, and these bytes."""
+    rows = []
+    for size, taken in seconds.items():
+        time, of_bytes = timing.speedup(seconds["llama"], taken), reads[size] / reads["llama"]
+        step = timing.Spread.of(taken).median / (max(Case(size).tokens()) + 1)
+        off = max(time.median / of_bytes, of_bytes / time.median)
+        cells = [f"{reads[size] / 1e6:.0f}", f"{1e3 * step:.2f}", f"{reads[size] / step / 1e9:.1f}", f"{of_bytes:.2f}x"]
+        rows.append([f"{size} size, batch 1, fp32", *cells, time.text(), f"{off:.2f}x", "at most 1.25x"])
+    return results.table(BYTES_HEAD, rows)
+
+
+def _in_a_process(folder: Path, case: Case, sizes: dict[str, int]) -> None:
+    """Make the model in a process of its own, which gives its memory back."""
+    process = multiprocessing.get_context("spawn").Process(target=make_model, args=(folder, case, sizes))
+    process.start()
+    process.join()
+    if process.exitcode:
+        raise UserError("the model could not be made; is transformers installed? pip install '.[test]'")
 
 
 def names_of(case: Case) -> list[str]:
@@ -155,6 +188,7 @@ def run(cases: list[Case], rounds: int, command: str, sizes: dict[str, dict] | N
             *(text.replace("\n", " ") for text in __doc__.split("\n\n")[1 : 2 if cases[0].device == "cpu" else 3]),
             "",
             results.table(HEAD if cases[0].device == "cpu" else GPU_HEAD, [outcome.row() for outcome in outcomes]),
+            *(("", by_bytes(rounds, sizes or SIZES)) if Case("moe") in cases else ()),
             "",
             *lines,
             f"- {hardware}.{copy} torch {torch.__version__}, transformers {version('transformers')}. "

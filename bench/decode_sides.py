@@ -1,10 +1,10 @@
 """The two sides of the decoding benchmark, and the model both load: a decoder whose answers have given lengths.
 
-Random weights would never stop, or stop anywhere. In the GPT-2 positions push the last state towards the end token, and
-the content of the memory, through cross-attention of the last layer, pulls it back by the wanted length of the answer.
-In the Llama, which has neither, the head makes the token before it in the vocabulary follow each token, and the prompt
-is as far from the end token as the answer is long. So row b writes its end token after `lengths[b]` tokens, greedily
-and in a beam.
+Random weights would never stop, or stop anywhere. In the GPT-2 positions push the last state towards the end token,
+and the content of the memory, through cross-attention of the last layer, pulls it back by the wanted length of the
+answer. In a Llama or a Mixtral, which has neither, the head makes the token before it in the vocabulary follow each
+token, and the prompt is as far from the end token as the answer is long. So row b writes its end token after
+`lengths[b]` tokens, greedily and in a beam.
 
 Shapes: B rows, N memory tokens, D width.
 """
@@ -22,6 +22,7 @@ import tests.torchvision_shim  # noqa: F401  lets transformers import beside a C
 from bench.timing import forget_peak, peak_memory_gb
 from vqa_scratch.generate import GenerationOptions, generate
 from vqa_scratch.models import GPT2, Llama
+from vqa_scratch.nn.experts import MixtureOfExperts
 from vqa_scratch.nn.memory import Memory
 from vqa_scratch.training.allocator import keep_freed_memory
 from vqa_scratch.training.precision import DTYPES
@@ -38,7 +39,10 @@ SIZES = {
         "vocab_size": 32000,
     },
 }
-MODELS = {"shapes": GPT2, "gpt2": GPT2, "llama": Llama}
+# As many weights a token as the Llama, and as many in all as a Llama with an MLP four times as wide.
+SIZES["moe"] = SIZES["llama"] | {"intermediate_size": 1024, "num_local_experts": 8, "num_experts_per_tok": 2}
+SIZES["wide"] = SIZES["llama"] | {"intermediate_size": 8192}
+MODELS = {"shapes": GPT2, "gpt2": GPT2, "llama": Llama, "moe": Llama, "wide": Llama}
 MEMORY = {"shapes": 81, "gpt2": 1}  # tokens: 64 patches, class and 16 words; the one key of connector `mean`
 # The tokens of 16 answers before their end: most of VQA v2 are one word, a few are three (Antol et al. 2015, section 4
 # counts 89, 7 and 3 % of one, two and three words), and byte-pair encoding cuts the rare ones.
@@ -71,16 +75,19 @@ class Case:
 
 
 def make_model(folder: Path, case: Case, sizes: dict[str, int]) -> None:
-    """Write the model and its inputs to `folder`. Runs in a process of its own, which gives its memory back."""
+    """Write the model and its inputs to `folder`."""
     torch.manual_seed(0)
     (make_llama if MODELS[case.size] is Llama else make_gpt2)(folder, case, sizes)
 
 
 def make_llama(folder: Path, case: Case, sizes: dict[str, int]) -> None:
     """Row b's prompt is token EOS + 1 + length, and each token is followed by the one before it in the vocabulary."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
-    model = LlamaForCausalLM(LlamaConfig(**sizes, bos_token_id=0, eos_token_id=EOS, pad_token_id=EOS)).eval()
+    kind, config = LlamaForCausalLM, LlamaConfig
+    if "num_local_experts" in sizes:
+        kind, config = MixtralForCausalLM, MixtralConfig
+    model = kind(config(**sizes, bos_token_id=0, eos_token_id=EOS, pad_token_id=EOS)).eval()
     with torch.no_grad():
         model.model.embed_tokens.weight.normal_()  # what the blocks add to it is smaller
         model.lm_head.weight += PULL / sizes["hidden_size"] * model.model.embed_tokens.weight.roll(-1, 0)
@@ -159,8 +166,19 @@ class Ours(Side):
 
     def made(self) -> Tensor:
         memory = None if self.states is None else [Memory(self.states)]
-        graph = self.case.device != "cpu" and self.case.beams == 1
+        graph = self.case.device != "cpu" and self.case.beams == 1 and self.case.size != "moe"
         return generate(self.model, self.prompt, None, memory, options=self.options, fill=EOS, graph=graph).ids
+
+    def reads(self) -> int:
+        """Bytes of weights that a step of one row reads: of a table one row, of experts the chosen ones."""
+        model, left = self.model, 0
+        for module in model.modules():
+            if isinstance(module, torch.nn.Embedding) and module.weight is not model.head:
+                left += module.weight.nbytes
+            if isinstance(module, MixtureOfExperts):
+                choice, bytes_of_all = module.router.choice, sum(p.nbytes for p in module.experts.parameters())
+                left += bytes_of_all * (choice.experts - choice.per_token) // choice.experts
+        return sum(p.nbytes for p in model.parameters()) - left
 
     @torch.no_grad()
     def gap(self, rows: list[list[int]]) -> float:

@@ -9,6 +9,7 @@ from pathlib import Path
 from vqa_scratch.errors import UserError
 
 FAILED = "failed: "  # how the cell of a case that gave no figures begins
+ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).with_name("RESULTS.md")
 
 

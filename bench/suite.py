@@ -10,12 +10,10 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import NamedTuple
 
-from bench.results import table
+from bench.results import ROOT, table
 
-ROOT = Path(__file__).resolve().parent.parent
 # The options with which the figures of RESULTS.md are taken, in the order of running.
 CPU = {
     "train-step": ["--all"],
@@ -24,8 +22,10 @@ CPU = {
     "cached-features": ["--all", "--rounds", "3"],
     "image-loading": [],
     "taps": [],
+    "prefix": [],
     "ppo": ["--batch", "8", "--repeats", "3"],
     "scale": [],
+    "resolution": [],
     "binding": [],
 }
 GPU = {

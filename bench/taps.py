@@ -38,11 +38,12 @@ def cut_out() -> Iterator[None]:
 class Steps:
     """Training steps of the `shapes` preset on one batch."""
 
-    def __init__(self, folder: Path, questions: int) -> None:
+    def __init__(self, folder: Path, questions: int, more: tuple[str, ...] = ()) -> None:
         device = torch.device("cpu")
         self.precision = Precision(pick_precision("auto", device)[0], device)
         data = ensure_shapes(folder, SCENES, progress=False)
         flags = ["--data", str(data), "--cache", str(folder), "--steps", "1", "--questions-per-step", str(questions)]
+        flags += more
         options, kind = read_command_line(flags), systems.find("shapes")
         samples = kind.read(options)
         self.system = kind.build(options, samples, self.precision)

@@ -131,8 +131,8 @@ class Places(Valid):
 
     def join(self, kind: str) -> Callable[[Path, random.Random], None]:
         """`--preset book`: a system of three released parts, one of which is the changed folder."""
-        part = {"bert": "text_model"} | dict.fromkeys(("gpt2", "opt", "llama"), "decoder_model")
-        prefix = kind in ("opt", "llama")
+        part = {"bert": "text_model"} | dict.fromkeys(("gpt2", "opt", "llama", "experts"), "decoder_model")
+        prefix = kind in ("opt", "llama", "experts")
 
         def use(folder: Path, _: random.Random) -> None:
             names = {"image_model": "vit", "text_model": "bert", "decoder_model": "gpt2"}
@@ -163,7 +163,7 @@ class Places(Valid):
         task = summarising_task(options, CPU, torch.float32)
         prompts = task.train[:2]
         task.policy.encode(prompts)
-        take_apart(open_input(folder, None, None, self.articles / "news.txt", "cpu"))
+        take_apart(open_input(folder, None, None, str(self.articles / "news.txt"), "cpu"))
 
     def read_articles(self, name: str) -> Callable[[Path, random.Random], None]:
         """`--preset book` with the articles of that file, up to its prompts."""
@@ -226,12 +226,13 @@ class Places(Valid):
             Place("resume: rlhf", self.tuned, resumed[:-1], self.tune_on, 0.7),
             Place("study: rlhf", self.tuned, ("config.json", "policy/*"), self.study_tuned, 0.5),
             *(Place(f"released: {name}", released[name], folder, self.join(name)) for name in ("vit", "bert", "gpt2")),
-            *(Place(f"released: {name}", released[name], folder, self.join(name)) for name in ("opt", "llama")),
+            *(Place(f"released: {n}", released[n], folder, self.join(n)) for n in ("opt", "llama", "experts")),
             Place("released: clip's images", released["clip"], folder, self.join("clip"), 0.7),
             *(Place(f"released: {name}", released[name], folder, self.compare) for name in ("clip", "siglip")),
             Place("released: t5", released["t5"], folder, self.summarise),
             Place("released: vilt", released["vilt"], folder, self.choose),
-            *(Place(f"released: {n}", released[n], folder, self.zero_shot) for n in ("blip2", "llava", "fuyu")),
+            *(Place(f"released: {n}", released[n], folder, self.zero_shot)
+              for n in ("blip2", "llava", "fuyu", "idefics")),
             Place("released: classifier", released["classifier"], folder, self.classify),
             *(Place(f"released: {name}", released["resnet"], (name,), self.caption_from(name), 0.5)
               for name in ("resnet.safetensors", "resnet.bin")),

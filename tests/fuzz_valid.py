@@ -33,6 +33,8 @@ from vqa_scratch.models import (
     Fuyu,
     FuyuConfig,
     GPT2Config,
+    Idefics,
+    IdeficsConfig,
     Llama,
     LlamaConfig,
     Llava,
@@ -48,6 +50,8 @@ from vqa_scratch.models import (
     ViTConfig,
 )
 from vqa_scratch.models.classifier import TextClassifier
+from vqa_scratch.models.llama_experts import Mixture
+from vqa_scratch.models.resampler import ResamplerConfig
 from vqa_scratch.nn.rotary import Rotary
 from vqa_scratch.storage import write_json
 from vqa_scratch.systems import vilt as vilt_system
@@ -146,16 +150,20 @@ class Valid:
         vilt = ViLTConfig(image_size=64, patch_size=32, hidden=32, vocab_size=len(words), max_positions=40, **TINY)
         qformer = QFormerConfig(hidden=32, **TINY)
         clip, placed = replace(vit, layout="clip_vision_model"), texts.train_bpe([f" {text}" for text in WORDS], 290)
-        placed.backend.add_special_tokens(["|SPEAKER|", "|NEWLINE|", "<0x04>"])
+        own = ["|SPEAKER|", "|NEWLINE|", "<0x04>", "<image>", "<fake_token_around_image>", "<end_of_utterance>"]
+        placed.backend.add_special_tokens(own)
         place = placed.backend.token_to_id("|SPEAKER|")
         llama = LlamaConfig(vocab_size=len(placed), max_positions=80, hidden=32, bos_id=placed.bos_id, **TINY)
         persimmon = LlamaConfig.from_hf(llama.to_hf() | {"model_type": "persimmon"})
+        sizes = {"latents": 2, "layers": 1, "heads": 2, "head_dim": 4, "head_norm": True}
+        resampler = ResamplerConfig(clip.dim, activation="relu", **sizes)
         models: dict[str, Any] = {
             "vit": ViT(vit),
             "bert": Bert(bert),
             "gpt2": GPT2(GPT2Config(vocab_size=many, max_positions=80, **TINY, **ends)),
             "opt": OPT(opt),
             "llama": Llama(grouped),
+            "experts": Llama(replace(grouped, layout="qwen2_moe", experts=Mixture(3, 2, 8, shared_hidden=12))),
             "clip": CLIP(CLIPConfig(**towers("clip"), projection_dim=8)),
             "siglip": CLIP(CLIPConfig(**towers("siglip"), projection_dim=16, layout="siglip")),
             "t5": T5(t5),
@@ -163,6 +171,7 @@ class Valid:
             "blip2": Blip2(Blip2Config(vision=vit, qformer=qformer, language=opt, queries=2)),
             "llava": Llava(LlavaConfig(clip, llama, place)),
             "fuyu": Fuyu(FuyuConfig(persimmon, patch_size=8, image_token=place)),
+            "idefics": Idefics(IdeficsConfig(clip, llama, resampler, added=3, head_norm=True, gates="vector")),
             "classifier": TextClassifier(roberta, ("bad", "good")),
         }
         for name, model in models.items():
@@ -171,9 +180,9 @@ class Valid:
                 words.save(root / name)
             elif name != "vit":
                 pieces.save(root / name)
-            if name in ("llava", "fuyu"):
+            if name in ("llava", "fuyu", "idefics"):
                 placed.save(root / name)
-            if name in ("vit", "blip2", "clip", "siglip", "llava"):
+            if name in ("vit", "blip2", "clip", "siglip", "llava", "idefics"):
                 ImageProcessor(size=(16, 16)).save_pretrained(root / name)
         vilt_system.ViltImageProcessor(size=64).save_pretrained(root / "vilt")
         FuyuImageProcessor(size=(32, 48), patch_size=8).save_pretrained(root / "fuyu")

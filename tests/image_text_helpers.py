@@ -1,10 +1,14 @@
 """Tiny random LLaVA and Fuyu checkpoints, saved by the reference, and prompts with places for images."""
 
+from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 
 import torch
 import transformers as hf
 from helpers import STD, saved
+
+from vqa_scratch.zero_shot import MAX_ANSWER_TOKENS, open_zero_shot
 
 VOCABULARY, PLACE, LONG = 60, 59, 128
 TEXT = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2}
@@ -49,3 +53,17 @@ def padded(rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
 
 def words(count: int) -> list[int]:
     return torch.randint(5, PLACE, (count,)).tolist()
+
+
+def check_answers(
+    folder: Path, images: list[Path], questions: list[str], said_by: Callable[[Path, str], str], different: int
+) -> None:
+    """The checkpoint in a folder answers each question about each image as `said_by(image, question)`, with at least so
+    many `different` answers: with fewer, the test says little."""
+    opened, answers = open_zero_shot(str(folder), torch.device("cpu")), set()
+    for image, question in product(images, questions):
+        (answer,), notes = opened.ask(image, question)
+        assert answer.text == said_by(image, question) and notes == []
+        assert 0 < answer.probability < 1 and 1 <= answer.tokens <= MAX_ANSWER_TOKENS
+        answers.add(answer.text)
+    assert len(answers) >= different

@@ -5,10 +5,17 @@ from torch import nn
 
 from vqa_scratch.connectors import connect, connector_class
 from vqa_scratch.models import GPT2, Bert, BertConfig, GPT2Config, ResNet, ResNetConfig, ViT, ViTConfig, VQAModel
+from vqa_scratch.models.patches import PixelPatches, PixelPatchesConfig
 from vqa_scratch.models.resnet import group_norm
 
 SIDE, GRID = 24, (3, 3)  # pixels and patches a side
-SIZES = {"tokens": {"grid": GRID}, "qformer": {"queries": 5, "layers": 2, "heads": 4}}  # of the connectors with any
+# The sizes of the connectors with any.
+SIZES = {
+    "tokens": {"grid": GRID},
+    "patches": {"newlines": True},
+    "qformer": {"queries": 5, "layers": 2, "heads": 4},
+    "resampler": {"queries": 5, "layers": 2, "heads": 4},
+}
 
 
 def spread(model: nn.Module, std: float = 0.25) -> nn.Module:
@@ -22,10 +29,23 @@ def spread(model: nn.Module, std: float = 0.25) -> nn.Module:
 def tiny_model(kind: str = "tokens", heads: int = 4, *, texts: bool = True) -> VQAModel:
     """A model with that connector; with `texts` there is a text encoder if the connector reads one."""
     connector = connector_class(kind)
-    image = ViT(ViTConfig(image_size=SIDE, patch_size=8, dim=16, layers=2, heads=heads, hidden=32))
+    image = tiny_image(kind, heads)
     text = BertConfig(layout="distilbert", vocab_size=40, dim=16, layers=2, heads=heads, hidden=32, token_types=0)
     words = Bert(text) if texts and connector.reads_text else None
-    return joined(kind, image, words, decoder(connector.uses_memory, heads=heads), **SIZES.get(kind, {}))
+    return joined(
+        kind,
+        image,
+        words,
+        decoder(connector.needs_cross_attention(), heads=heads),
+        **SIZES.get(kind, {}),
+    )
+
+
+def tiny_image(kind: str, heads: int = 4) -> ViT | PixelPatches:
+    """The image encoder that a connector of this kind reads, for 3x3 patches of 8x8 pixels."""
+    if connector_class(kind).reads_pixels:
+        return PixelPatches(PixelPatchesConfig(8))
+    return ViT(ViTConfig(image_size=SIDE, patch_size=8, dim=16, layers=2, heads=heads, hidden=32))
 
 
 def tiny_captioner() -> VQAModel:

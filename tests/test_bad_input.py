@@ -17,6 +17,7 @@ from vqa_helpers import Ended, Started, small_flags, train_program
 import train
 from vqa_scratch.command_line import run_program
 from vqa_scratch.data.vqa_files import annotations_name, questions_name
+from vqa_scratch.systems.assembly import grid_positions
 from vqa_scratch.training.checkpoint import load_checkpoint
 from vqa_scratch.training.progress import read_metrics
 
@@ -87,11 +88,11 @@ def files_of(run: Path) -> dict[Path, bytes]:
         (["--warmup-steps", "-1"], "--warmup-steps must be at least 0, not -1"),
         (["--eval-questions", "0"], "--eval-questions must be at least 1, not 0"),
         (["--test-images", "0"], "--test-images must be at least 1, not 0"),
-        (["--val-fraction", "1"], "--val-fraction must be above 0 and below 1, not 1.0"),
+        (["--val-split", "auto", "--val-fraction", "1"], "--val-fraction must be above 0 and below 1, not 1.0"),
         (["--width", "0"], "--width must be at least 1, not 0"),
         (["--preset", "book"], "--preset book needs --data, the folder with the VQA v2 files"),
         (["--connector", "means"], "did you mean 'mean'?"),
-        (["--image-model", ""], "--image-model must not be empty; leave it out"),
+        (["--preset", "book", "--image-model", ""], "--image-model must not be empty; leave it out"),
         (["--freeze", "encoder"], "did you mean 'encoders'?"),
         (["--precision", "fp16", "--device", "cpu", "--steps", "1"], "--precision fp16 needs a CUDA device"),
         (["extra"], "extra"),
@@ -104,6 +105,10 @@ def test_flags(argv, message, capsys, tmp_path):
 def test_sizes_that_do_not_fit(data, tmp_path, capsys):
     assert "width 30 does not divide into 4 heads" in said(flags(data, tmp_path / "r", width=30, heads=4), capsys)
     assert "power of two" in said(flags(data, tmp_path / "r", patch_size=1), capsys)
+    grid_positions((33, 32), 8)
+    assert "note: an image has 1,056 patches" in capsys.readouterr().err
+    grid_positions((32, 32), 8)
+    assert not capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------------------------ data

@@ -6,14 +6,17 @@ from dataclasses import replace
 import pytest
 import torch
 from helpers import use_backend
+from model_helpers import GRID, tiny_model
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench import cached_features, image_loading, results, timing, train_step
+from bench import prefix as bench_prefix
 from bench import taps as bench_taps
 from bench.peers import TransformersVQA
 from bench.sides import Case, Ours, Peer
 from vqa_scratch.errors import UserError
 from vqa_scratch.nn import taps as modules_taps
+from vqa_scratch.nn.states import Places, States
 
 SIZES = {
     "image": {
@@ -163,6 +166,21 @@ def test_the_taps_are_cut_out_only_inside():
         assert modules_taps.tap("image.0.self", "q", x) is x and not modules_taps.wanted("image.0.self", "q")
         assert modules_taps.tap is not real[0] and modules_taps.wanted is not real[1]
     assert (modules_taps.tap, modules_taps.wanted) == real
+
+
+def test_what_a_shared_prefix_saves_is_a_table():
+    text = bench_prefix.run(rounds=1, questions=16, command="python -m bench prefix")
+    assert text.count("| `prefix`, ") == text.count("| `qformer`, ") == 2 and "| 16 of 2 " in text
+
+
+def test_a_prefix_each_only_inside():
+    """Apart, every row goes through the decoder with a prefix of its own; the connector is as before afterwards."""
+    connector, index = tiny_model("prefix").connector, torch.tensor([1, 0, 1])
+    image = States(torch.randn(2, 10, 16), places=Places(GRID, 4.0, 8.0))
+    with bench_prefix.apart(connector):
+        given = connector(image, None, index)
+    assert given.prefix_index is None and torch.equal(given.prefix, connector(image, None).prefix[index])
+    assert connector(image, None, index).prefix_index is index
 
 
 def test_the_cost_of_taps_is_a_table():

@@ -11,14 +11,15 @@ from vqa_scratch.errors import UserError
 
 LLAMA = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
 LLAMA |= {"intermediate_size": 20, "vocab_size": 40}
+TINY = {"llama": LLAMA, "moe": LLAMA | {"num_local_experts": 4, "num_experts_per_tok": 2}}
 SIZES = {"n_embd": 16, "n_layer": 2, "n_head": 2, "vocab_size": 40, "n_positions": 32}
 
 
-@pytest.mark.parametrize("size", ["shapes", "llama"])
+@pytest.mark.parametrize("size", ["shapes", "llama", "moe"])
 @pytest.mark.parametrize("case", [Case(batch=16, lengths="real"), Case(batch=2, beams=3, lengths="7")])
 def test_both_sides_write_the_same_tokens_and_end_in_time(tmp_path, case, size):
     case = replace(case, size=size)
-    make_model(tmp_path, case, LLAMA if size == "llama" else SIZES)
+    make_model(tmp_path, case, TINY.get(size, SIZES))
     ours, theirs = Ours(tmp_path, case).tokens(), Peer(tmp_path, case).tokens()
     assert ours == theirs
     if case.beams == 1:  # without a GPU its cache is static, and nothing is compiled
@@ -79,4 +80,25 @@ def test_a_gpu_has_a_second_peer_and_its_own_goals():
     assert [(one.figure, one.goal, one.reached) for one in found] == [
         ("4.00x (4.00 to 4.00)", "3.0x", "yes"),
         ("0.80x (0.80 to 0.80)", "1.0x", "no"),
+    ]
+
+
+def test_what_a_token_reads(tmp_path):
+    """By hand: two layers of q, k, v, out, two norms and MLP, or router and two experts; the last norm and the head."""
+    for size, mlp in (("llama", 3 * 32 * 20), ("moe", 4 * 32 + 2 * 3 * 32 * 20)):
+        case = Case(size, lengths="2")
+        make_model(tmp_path / size, case, TINY[size])
+        reads = Ours(tmp_path / size, case).reads()
+        assert reads == 4 * (2 * (64 * 32 + 32 * 32 + 64 + mlp) + 32 + 40 * 32)
+
+
+def test_the_table_of_bytes_has_goals():
+    seconds = {"llama": [0.21, 0.21], "moe": [0.42, 0.42], "wide": [0.84, 0.84]}  # of 21 tokens
+    table = decode.bytes_table(seconds, {"llama": 10**8, "moe": 1.5 * 10**8, "wide": 4 * 10**8})
+    assert "| moe size, batch 1, fp32   | 150" in table and " 20.00 " in table and " 7.5 " in table
+    found = figures("decode", table)
+    assert [(one.figure, one.goal, one.reached) for one in found] == [
+        ("1.00x", "at most 1.25x", "yes"),
+        ("1.33x", "at most 1.25x", "no"),
+        ("1.00x", "at most 1.25x", "yes"),
     ]

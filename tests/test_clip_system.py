@@ -428,13 +428,15 @@ def test_retrieve_takes_the_place_of_no_other_file(finished, data):
 
 
 def test_names_of_files_stand_in_the_page_as_text(finished, data, tmp_path):
-    """Quotes, tags and umlauts; and bytes that are no UTF-8, which Python holds as halves of letters."""
+    """Quotes, tags and umlauts; bytes that are no UTF-8, which Python holds as halves of letters; a line break makes no
+    second line of output."""
     picture = sorted((data / "val2014").glob("*.png"))[0].read_bytes()
-    for name in ("a'\"<b>ü&.png".encode(), b"caf\xe9.png"):
+    for name in ("a'\"<b>ü&.png".encode(), b"caf\xe9.png", b"two\nlines.png"):
         (tmp_path / os.fsdecode(name)).write_bytes(picture)
     lines, _ = said("retrieve", finished["clip"], "--text", "<i>&", "--images", tmp_path, "--out", tmp_path / "x.html")
     page = (tmp_path / "x.html").read_text()
-    assert len(lines) == 3 and r"<b>caf\udce9.png</b>" in page and "<b>a&#x27;&quot;&lt;b&gt;ü&amp;.png</b>" in page
+    assert len(lines) == 4 and any(line.endswith(r"two\nlines.png") for line in lines)
+    assert r"<b>caf\udce9.png</b>" in page and "<b>a&#x27;&quot;&lt;b&gt;ü&amp;.png</b>" in page
     assert "<h1>&lt;i&gt;&amp;</h1>" in page
 
 
@@ -455,16 +457,61 @@ def test_retrieve_reads_photos_as_the_run_does(finished, data, tmp_path, monkeyp
     assert abs(float((stored - turned) @ text)) > 2e-3
 
 
-def test_other_systems_and_commands_say_what_is_missing(finished, data, tmp_path):
-    image = sorted((data / "val2014").glob("*.png"))[0]
+# ------------------------------------------------------------------------------------------------- ask, study
+
+
+def test_what_it_cannot_be_asked_is_said(finished, data, tmp_path):
+    run_folder, image, out = finished["clip"], sorted((data / "val2014").glob("*.png"))[0], ("--out", tmp_path / "out")
     for message, argv in {
-        "is a run of preset clip, which answers nothing": ["ask", finished["clip"], "--image", image],
-        "is a run of preset clip, which has nothing to study": [
-            *["study", finished["clip"], "--image", image, "--out", tmp_path / "study"]
+        "answers nothing: `python -m vqa_scratch retrieve` finds": ["ask", run_folder, "--image", image],
+        "compares images with texts: give it --text": ["study", run_folder, "--image", image, *out],
+        'give it --image FILE and a --text "...", and no --question': [
+            *("study", run_folder, "--image", image, "--question", "what?", *out)
         ],
+        'looks at images: give it --image FILE and a --text "..."': ["study", run_folder, "--text", "a circle", *out],
+        "the text is empty": ["study", run_folder, "--image", image, "--text", " ", *out],
+        "--faithfulness goes over questions, and": ["study", run_folder, "--faithfulness", data, *out],
+        "which answers no questions": ["study", run_folder, "--ablation", data, *out],
     }.items():
-        with pytest.raises(UserError, match=message):
+        with pytest.raises(UserError, match=re.escape(message)) as caught:
             command(*argv)
+        assert "\n" not in str(caught.value) and len(str(caught.value)) <= 300
+    assert not (tmp_path / "out" / "report.html").exists()
+
+
+@pytest.mark.parametrize("name", ["clip", "siglip"])
+def test_a_study_shows_the_text_and_its_words(finished, data, tmp_path, name):
+    image, text = sorted((data / "val2014").glob("*.png"))[0], "a red circle, and a zebra"
+    lines, err = said("study", finished[name], "--image", image, "--text", text, "--out", tmp_path)
+    texts = [text, "a", "red", "circle", "and", "zebra"]
+    system = systems.load(finished[name])
+    similar = (system.embed_texts(texts) @ system.embed_images([load_image(image)])[0]).tolist()
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert [token["label"] for token in summary["tokens"]] == texts
+    assert [token["similarity"] for token in summary["tokens"]] == pytest.approx(similar, abs=1e-5)
+    assert lines[0] == f"run: {text}  (similarity {similar[0]:.3f})" and "has no tokens for zebra" in err
+    assert summary["certificate"]["attentions"] == (2 if name == "clip" else 3)
+    assert max(summary["certificate"][key] for key in ("mass", "output", "softmax")) <= 1e-5
+    with Image.open(tmp_path / "overlay_nearness.png") as sheet:
+        assert sheet.size == (7 * 448 + 6 * 8, 448)  # the image and a map of each text
+
+
+def test_pointing_by_words(finished, data, tmp_path, capsys):
+    """Colors and shapes that one object of a scene has alone."""
+    command("study", finished["clip"], "--pointing", data, "--split", "val", "--out", tmp_path, "--questions", 999)
+    found = json.loads((tmp_path / "figures.json").read_text())["pointing"]
+    scenes = read_scenes(data / "scenes_val.json").values()
+    for part, of in {
+        "color": lambda o: o.color,
+        "shape": lambda o: o.shape,
+        "color shape": lambda o: o.words[1:],
+    }.items():
+        once = [thing for scene in scenes for thing in scene if sum(of(other) == of(thing) for other in scene) == 1]
+        figure = found[f"{part}: nearness"]
+        assert figure["questions"] == len(once) > 0
+        areas = [(o.box[2] - o.box[0]) * (o.box[3] - o.box[1]) / 64**2 for o in once]
+        assert figure["area"] == pytest.approx(np.mean(areas), rel=1e-5)  # summed in fp32
+    assert "color shape: parts" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -9,30 +9,36 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import assert_close, brute_force_attention
-from model_helpers import GRID, SIDE, tiny_model
+from model_helpers import GRID, SIDE, tiny_image, tiny_model
+from model_helpers import decoder as tiny_decoder
 from torch import Tensor, nn
 from transformers import GPT2LMHeadModel
-from vqa_helpers import CPU, small_flags
+from vqa_helpers import CPU, small_flags, small_options, small_system
 
 from train import train_step
 from vqa_scratch import systems
 from vqa_scratch.connectors import CONNECTORS, connect, connector_class, connector_sizes
 from vqa_scratch.connectors.mean import masked_average
 from vqa_scratch.errors import UserError
-from vqa_scratch.generate import greedy
+from vqa_scratch.generate import GenerationOptions, generate, rank
 from vqa_scratch.models import VQAModel
+from vqa_scratch.models.patches import PixelPatchesConfig
 from vqa_scratch.nn.connecting import Conditioning, Connector
 from vqa_scratch.nn.states import States
-from vqa_scratch.systems.options import read_command_line
+from vqa_scratch.systems.base import ANY_SAMPLE
+from vqa_scratch.systems.options import PRESETS, VQAOptions, read_command_line
 from vqa_scratch.systems.run_folder import save_weights
 from vqa_scratch.systems.vqa import VQASystem
+from vqa_scratch.systems.vqa_models import released_models
 from vqa_scratch.training.optimizers import Optimizers
 from vqa_scratch.training.precision import Precision
+from vqa_scratch.training.recompute import recompute_blocks
 
 EXACT = 1e-10  # of sums in float64 in another order
 INDEX = torch.tensor([1, 0, 1, 1, 0])  # five rows about two images, in no order
 LENGTHS = torch.tensor([6, 2, 4, 1, 6])  # of their questions
 MASK = torch.arange(6) < LENGTHS[:, None]
+FEW = {"mean": 1, "prefix": 9, "patches": 9}  # tokens that a connector keeps, if not all 10
 PREFIXES = [kind for kind in CONNECTORS if not connector_class(kind).uses_memory]
 
 
@@ -120,8 +126,51 @@ def test_prefix():
     own, prefix = model.connector, model.connector(image, text, INDEX).prefix
     hidden = linear(own.up, image.tokens[:, 1:])
     expected = linear(own.down, hidden * (1 + torch.erf(hidden / 2**0.5)) / 2)
-    same(prefix, expected[INDEX])
-    assert text is None and prefix.shape == (5, 9, 16)
+    same(prefix, expected)
+    assert text is None and prefix.shape == (2, 9, 16)
+
+
+@pytest.mark.parametrize("newlines", [True, False])
+@pytest.mark.parametrize("size", [(SIDE, SIDE), (16, 40)])
+def test_patches(size, newlines):
+    """Every pixel of a patch, row by row and the colours of each together, through one linear map; a newline after the
+    last patch of a row."""
+    model = tiny_model("patches").double()
+    model.connector = connect({"kind": "patches", "newlines": newlines}, model.image, None, model.decoder).double()
+    pixels = torch.randn(2, 3, *size, dtype=torch.float64)
+    own, image = model.connector, model.image.states(pixels)
+    prefix, rows = own(image, None, INDEX).prefix, []
+    for top in range(0, size[0], 8):
+        for left in range(0, size[1], 8):
+            patch = [pixels[:, c, top + y, left + x] for y in range(8) for x in range(8) for c in range(3)]
+            rows.append(linear(own.projection, torch.stack(patch, 1)))
+        rows += [own.newline.expand(2, -1)] if newlines else []
+    same(prefix, torch.stack(rows, 1))
+    assert prefix.shape[1] == own.prefix_length(image.places.grid, own.sizes)
+    assert image.places == (tuple(side // 8 for side in size), 4, 8) and image.prefix_tokens == 0
+    assert not list(model.image.parameters())
+
+
+def test_patches_show_where_they_are():
+    """A newline is a token of its own and no place: rows of `mixing` say which token is about which patch."""
+    grid = (2, 3)
+    own = tiny_model("patches").connector
+    assert own.marks(grid) == ["newline 1", "newline 2"]
+    expected = [2, 3, 4, 0, 5, 6, 7, 1]  # the two newlines come first among the sources
+    assert own.mixing(6, 0, grid).argmax(1).tolist() == expected
+    assert torch.equal(own.mixing(6, 0, grid).sum(1), torch.ones(8))
+    plain = connect({"kind": "patches", "newlines": False}, tiny_model("patches").image, None, tiny_model().decoder)
+    assert plain.marks(grid) == [] and torch.equal(plain.mixing(6, 0, grid), torch.eye(6))
+
+
+def test_patches_that_cannot_be_are_told():
+    model = tiny_model("patches")
+    with pytest.raises(UserError, match="^an image of 20x24 pixels does not divide into patches of 8x8$"):
+        model.image.states(torch.zeros(1, 3, 20, 24))
+    with pytest.raises(UserError, match="^there are no patches of 0 pixels a side with 3 channels$"):
+        PixelPatchesConfig(0)
+    with pytest.raises(UserError, match="^a connector patches cannot have a newlines of 1$"):
+        connect({"kind": "patches", "newlines": 1}, model.image, None, model.decoder)
 
 
 def test_qformer():
@@ -144,7 +193,48 @@ def test_qformer():
         x = block.norm_cross(x + attention(block.cross, *asked))
         hidden = linear(block.mlp.up, x)
         x = block.norm2(x + linear(block.mlp.down, hidden * (1 + torch.erf(hidden / 2**0.5)) / 2))
-    same(own(image, None, INDEX).prefix, linear(own.projection, x)[INDEX])
+    same(own(image, None, INDEX).prefix, linear(own.projection, x))
+
+
+def test_resampler():
+    """Pre-norm blocks in which latents read image and latents, a last norm; from the definition of attention."""
+    model = tiny_model("resampler").double()
+    image, text = states(model)
+    own, (memory,) = model.connector, model.connector(image, text, INDEX).memory
+    latents = own.resampler.latents.expand(2, -1, -1)
+    for block in own.resampler.blocks:
+        asked = block.norm1(latents)
+        keys = torch.cat([block.norm_image(image.tokens), asked], 1)
+        read = []
+        for head in range(4):
+            part = slice(4 * head, 4 * head + 4)
+            q = asked @ block.cross.q.weight[part].T
+            k, v = (keys @ weight[part].T for weight in block.cross.kv.weight.chunk(2))
+            read.append((q @ k.mT / 2).softmax(-1) @ v)
+        latents = latents + torch.cat(read, 2) @ block.cross.out.weight.T
+        hidden = block.norm2(latents) @ block.mlp.up.weight.T
+        latents = latents + (hidden * (1 + torch.erf(hidden / 2**0.5)) / 2) @ block.mlp.down.weight.T
+    for row, entry in enumerate(INDEX):
+        same(per_row(memory)[row], own.resampler.norm(latents)[entry])
+    assert len(memory.states) == 2 and own.sizes == {"queries": 5, "layers": 2, "heads": 4}
+
+
+def test_closed_gates_are_the_bare_decoder():
+    """A new resampler changes no bit of what its decoder says; in its layers the first step moves the gates alone."""
+    image, decoder = tiny_image("resampler"), tiny_decoder(False)
+    ids = torch.randint(30, MASK.shape)
+    bare = decoder.eval().hidden(decoder.embed(ids), MASK.flip(1))
+    connector = connect({"kind": "resampler", "queries": 3}, image, None, decoder)
+    model = VQAModel(image, None, connector, decoder).eval()
+    seen = model.image.states(torch.randn(2, 3, SIDE, SIDE))
+    assert torch.equal(model.hidden(seen, None, ids, INDEX, MASK.flip(1)), bare)
+    with torch.enable_grad():
+        model.hidden(seen, None, ids, INDEX).square().sum().backward()
+    moved = {name.split("gated.")[1] for name, p in decoder.named_parameters() if "gated" in name and p.grad.any()}
+    assert moved == {"cross_gate", "mlp_gate"} and not connector.resampler.latents.grad.any()
+    with torch.no_grad():
+        decoder.blocks[1].gated.cross_gate.fill_(0.1)
+    assert not torch.equal(model.hidden(seen, None, ids, INDEX, MASK.flip(1)), bare)
 
 
 # ------------------------------------------------------------------------------------------------ all of them
@@ -157,7 +247,9 @@ def kind(request) -> str:
 
 def rows_of(given: Conditioning) -> list[Tensor]:
     """What each row of the decoder is given: keys of every part, or a prefix."""
-    return [per_row(part) for part in given.memory] if given.prefix is None else [given.prefix]
+    if given.prefix is None:
+        return [per_row(part) for part in given.memory]
+    return [given.prefix if given.prefix_index is None else given.prefix[given.prefix_index]]
 
 
 def test_questions_of_an_image_share_it(kind):
@@ -176,7 +268,7 @@ def test_what_is_kept_is_all_that_is_read(kind):
     model = tiny_model(kind).double()
     image, text = states(model)
     kept = model.connector.kept(image)
-    assert kept.tokens.shape[1] == {"mean": 1, "prefix": 9}.get(kind, 10)
+    assert kept.tokens.shape[1] == FEW.get(kind, 10)
     whole, part = (rows_of(model.connector(some, text, INDEX)) for some in (image, kept))
     for ours, theirs in zip(part, whole, strict=True):
         same(ours, theirs)
@@ -242,7 +334,7 @@ def test_a_prefix_is_read_as_the_reference_reads_it(kind, tmp_path):
     model.float()
     image = States(image.tokens.float(), places=image.places)
     ids, mask = torch.randint(30, MASK.shape), MASK.flip(1)
-    prefix = model.connector(image, None, INDEX).prefix
+    prefix = model.connector(image, None).prefix[INDEX]
     whole = torch.cat([torch.ones(prefix.shape[:2]), mask], 1)
     asked = {
         "inputs_embeds": torch.cat([prefix, theirs.transformer.wte(ids)], 1),
@@ -254,13 +346,58 @@ def test_a_prefix_is_read_as_the_reference_reads_it(kind, tmp_path):
     assert_close(ours, wanted, where=mask)
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("kind", PREFIXES)
+@torch.enable_grad()
+def test_a_prefix_goes_through_the_decoder_once(kind, checkpointing):
+    """For all questions of its image: states and every gradient are those of a prefix for each question, also when
+    blocks are run again in the backward pass."""
+    model = tiny_model(kind).double().train()
+    ids, passed = torch.randint(30, MASK.shape), []
+    if checkpointing:
+        recompute_blocks(model)
+    hook = model.decoder.blocks[0].norm1.register_forward_hook(lambda _, given, out: passed.append(out.shape[:2]))
+
+    def run(image: States, index: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
+        model.zero_grad()
+        hidden = model.hidden(image, None, ids, index)
+        (hidden * weight).sum().backward()
+        return hidden, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+    with torch.no_grad():
+        image, weight = states(model)[0], torch.randn(5, 6, 16).double()
+    shared, gradients = run(image, INDEX)
+    length = {"prefix": 9, "patches": 12, "qformer": 5}[kind]
+    assert passed[:2] == [(2, length), (5, 6)]
+    apart, expected = run(States(image.tokens[INDEX], places=image.places), None)
+    assert (5, length + 6) in passed
+    same(shared, apart)
+    assert gradients.keys() == expected.keys() and len(gradients) > 30
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, expected[name], atol=1e-11, rtol=1e-9, msg=name)
+    hook.remove()
+
+
+@pytest.mark.parametrize("kind", PREFIXES)
+def test_candidates_after_a_shared_prefix(kind):
+    """Ranked as after a prefix for each row."""
+    model = tiny_model(kind).double().eval()
+    image, _ = states(model)
+    ids, mask, candidates = torch.randint(3, 30, MASK.shape), MASK.flip(1), [[5, 2], [5, 7, 2], [9]]
+    prefix = model.connector(image, None).prefix
+    shared = rank(model.decoder, ids, mask, None, candidates, prefix=prefix, prefix_index=INDEX)
+    apart = rank(model.decoder, ids, mask, None, candidates, prefix=prefix[INDEX])
+    torch.testing.assert_close(shared, apart, atol=1e-5, rtol=0)  # float32, sums of up to three log-probabilities
+
+
 @pytest.mark.parametrize("kind", CONNECTORS)
 def test_greedy_decoding_is_the_model_without_a_cache(kind):
     """Prompts of different lengths; the same tokens and log-probabilities as running the whole model for each token."""
     model = tiny_model(kind).double()
     image, text = states(model)
     given, ids, mask = model.connector(image, text, INDEX), torch.randint(3, 30, MASK.shape), MASK.flip(1)
-    made = greedy(model.decoder, ids, mask, given.memory, max_new_tokens=7, eos_id=2, prefix=given.prefix)
+    options, prefix = GenerationOptions(7, 2), {"prefix": given.prefix, "prefix_index": given.prefix_index}
+    made = generate(model.decoder, ids, mask, given.memory, options=options, **prefix)
     for row in range(5):
         one, length = slice(row, row + 1), int(made.lengths[row])
         question = None if text is None else States(text.tokens[one], text.mask[one])
@@ -310,7 +447,7 @@ class RowsConnector(Connector):
     def sizes(self) -> dict[str, Any]:
         return {"rows": self.rows}
 
-    def mixing(self, image: int, text: int) -> torch.Tensor:
+    def mixing(self, image: int, text: int, grid: tuple[int, int]) -> torch.Tensor:
         rows = torch.eye(self.rows).repeat_interleave(self.rows, 1) / self.rows
         return F.pad(rows, (image - self.rows**2, 0))
 
@@ -349,16 +486,60 @@ def test_a_new_connector_is_one_file_and_a_line(data, tmp_path, monkeypatch):
     assert opened.export(tmp_path / "out") and "connector `rows`" in (tmp_path / "out" / "README.md").read_text()
 
 
+LACKING = "--freeze {} means nothing with {}: there"
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ([], "--connector prefix gives the decoder the image alone: add --question-prompt"),
-        (["--question-prompt", "--freeze", "text_encoder"], "--freeze text_encoder means nothing with --connector pre"),
+        ("--connector prefix", "--connector prefix gives the decoder the image alone: add --question-prompt"),
+        ("--no-text-encoder", "--no-text-encoder gives the decoder the image alone: add --question-prompt"),
+        (
+            "--connector prefix --question-prompt --text-encoder",
+            "--text-encoder means nothing with --connector prefix: it takes no states of a text encoder",
+        ),
+        *(
+            (f"{flags} --question-prompt --freeze {part}", LACKING.format(part, flags))
+            for flags, part in (
+                ("--no-text-encoder", "text_encoder"),
+                ("--connector prefix", "text_encoder"),
+                ("--connector patches", "text_encoder"),
+                ("--connector patches", "image_encoder"),
+                ("--connector patches", "encoders"),
+            )
+        ),
     ],
 )
-def test_a_connector_without_text_is_given_the_question(data, tmp_path, flags, message):
-    """Otherwise nothing would know what is asked."""
-    argv = [*small_flags(data, tmp_path / "run", connector="prefix"), "--no-question-prompt", *flags]
-    options = read_command_line(argv)
+def test_the_question_reaches_the_decoder_and_what_is_frozen_is_there(data, tmp_path, flags, message):
+    argv = small_flags(data, tmp_path / "run", text_layers=None, image_layers=None)
     with pytest.raises(UserError, match=f"^{message}"):
-        VQASystem.check(options)
+        VQASystem.check(read_command_line([*argv, "--no-question-prompt", *flags.split()]))
+
+
+@pytest.mark.parametrize("flags", ["--text-layers 2", "--preset book --data x --text-model y"])
+def test_sizes_of_a_text_encoder_go_with_one(flags):
+    with pytest.raises(UserError, match="without --text-encoder: it goes with --text-encoder"):
+        read_command_line(["--no-text-encoder", *flags.split()])
+
+
+@pytest.mark.parametrize("preset", ["shapes", "book"])
+@pytest.mark.parametrize("kind", ["tokens", "mean"])
+def test_without_a_text_encoder_the_question_is_the_prompt(data, tmp_path, kind, preset):
+    """Trained, saved, opened, and asked: what differs from the run with a text encoder is that there is none."""
+    choices = {"connector": kind, "question_prompt": True, "text_encoder": False, "preset": preset}
+    if preset == "book":  # random weights of a released size are too large for a test: their sizes are looked at alone
+        with torch.device("meta"):
+            plain = VQAOptions(**PRESETS["book"] | choices | {"data": data, "init": "random"})
+            model, words, _ = released_models(plain, [ANY_SAMPLE])
+        assert model.text is None and words.text is None
+        return
+    system = small_system(small_options(data, tmp_path / "run", **choices))
+    assert system.model.text is None and not any("text" in name for name, _ in system.model.named_parameters())
+    system.save(tmp_path / "run")
+    save_weights(tmp_path / "run" / "model.safetensors", system.model)
+    opened, sample = systems.load(tmp_path / "run"), system.data.samples["val"][0]
+    (answer,), _ = opened.ask(sample.image_path, sample.question)
+    assert answer.text == system.answer([sample])[sample.question_id].text
+    longer = small_options(data, tmp_path / "more", start_from=tmp_path / "run")
+    with torch.enable_grad():
+        assert VQASystem.build(longer, system.data, system.precision).model.text is None

@@ -27,6 +27,7 @@ from vqa_scratch.models import (
     ViTConfig,
     released,
 )
+from vqa_scratch.models.llama_experts import Mixture
 from vqa_scratch.systems.options import read_command_line
 from vqa_scratch.systems.run_folder import save_weights
 from vqa_scratch.systems.vqa import VQASystem
@@ -43,6 +44,7 @@ FAMILIES = {
     "Llama": (Llama, LlamaConfig, {"kv_heads": 1}),
     "Persimmon": (Llama, LlamaConfig, {"layout": "persimmon", "norm": "layer", "qk_norm": True, "gated": False}),
 }
+FAMILIES["Mixtral"] = Llama, LlamaConfig, {"layout": "mixtral", "experts": Mixture(4, 2, SIZES["hidden"])}
 FAMILIES["Persimmon"][2].update(dict.fromkeys(("qkv_bias", "out_bias", "mlp_bias"), True))
 
 
@@ -62,19 +64,20 @@ def checkpoints(folder: Path, family: str, image: str = "vit") -> list[str]:
     words = train_bpe([f" {QUESTION}", " red blue two circle"], 300)
     kind, config, sizes = FAMILIES[family]
     ids = {"bos_id": words.bos_id, "pad_id": words.pad_id}
-    decoder = kind(config(vocab_size=len(words), max_positions=64, **ids, **SIZES, **sizes))
+    decoder = kind(config(vocab_size=len(words), max_positions=256, **ids, **SIZES, **sizes))
     decoder.save_pretrained(folder / "words"), words.save(folder / "words")
     image_model(image, folder / "image")
     return ["--image-model", str(folder / "image"), "--decoder-model", str(folder / "words")]
 
 
 def options(data: Path, folder: Path, connector: str, *flags: str):
+    flags = flags[2:] if connector == "patches" else flags  # without --image-model
     values = ["--preset", "book", "--init", "pretrained", "--connector", connector, "--question-prompt", *flags]
     return read_command_line([*values, "--data", str(data), "--out", str(folder / "run"), "--questions-per-step", "32"])
 
 
 @torch.enable_grad()
-@pytest.mark.parametrize("connector", ["prefix", "qformer"])
+@pytest.mark.parametrize("connector", ["prefix", "patches", "qformer", "resampler"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_it_answers(data, tmp_path, capsys, monkeypatch, connector, family):
     """It trains, is saved, opened, asked, studied and exported as a GPT-2 is; OPT-350M has a narrow embedding."""

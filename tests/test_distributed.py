@@ -140,6 +140,8 @@ OTHERS = {
     "vilt": "--preset vilt --layers 1 --min-answer-count 2 --questions-per-step 32 --eval-questions 40",
     "caption": "--preset caption --decoder-layers 1 --image-width 16 --captions-per-step 16 --questions-per-step 32",
     "prefix": "--connector prefix --image-layers 1 --decoder-layers 1 --questions-per-step 32 --eval-questions 40",
+    "patches": "--connector patches --decoder-layers 1 --questions-per-step 32 --eval-questions 40",
+    "resampler": "--connector resampler --image-layers 1 --decoder-layers 1 --questions-per-step 32 --eval-every 3",
     "qformer": "--connector qformer --image-layers 1 --decoder-layers 1 --questions-per-step 32 --eval-questions 40",
 }
 

@@ -23,7 +23,7 @@ from vqa_scratch.nn import Memory, MultiHeadAttention, taps
 from vqa_scratch.nn.attention import BACKENDS
 from vqa_scratch.nn.gated import GatedMLP
 from vqa_scratch.nn.gated_cross import GatedCrossAttention, flamingo_layer
-from vqa_scratch.nn.memory import last_images
+from vqa_scratch.nn.memory_parts import images_of_texts, last_images
 from vqa_scratch.nn.rms_norm import RMSNorm
 from vqa_scratch.study import trace
 
@@ -94,7 +94,8 @@ DECODERS = {
 
 def llama_layer() -> GatedCrossAttention:
     """As in Idefics: root-mean-square norms, of queries and keys too, a gated MLP, a gate for each number."""
-    cross = MultiHeadAttention(WIDTH, 2, context_dim=CONTEXT, bias=False, head_norm=lambda size: RMSNorm(size, 1e-6))
+    before = RMSNorm(WIDTH // 2, 1e-6), RMSNorm(WIDTH // 2, 1e-6), nn.Identity()
+    cross = MultiHeadAttention(WIDTH, 2, context_dim=CONTEXT, bias=False, before=before)
     norms = RMSNorm(WIDTH, 1e-6), RMSNorm(WIDTH, 1e-6)
     return GatedCrossAttention(norms[0], cross, norms[1], GatedMLP(WIDTH, 20, F.silu), gates=WIDTH)
 
@@ -132,7 +133,7 @@ def test_with_closed_gates_the_decoder_says_what_it_said_before(kind, every):
     layers = [block.gated for block in decoder.blocks if block.gated is not None]
     for gate in (gate for layer in layers for gate in (layer.cross_gate, layer.mlp_gate)):
         nn.init.zeros_(gate)
-    memory = [Memory.of_images(images(), text()[1])]
+    memory = [images_of_texts(images(), text()[1])]
     read = decoder.logits(decoder.hidden(decoder.embed(ids), memory=memory))
     assert torch.equal(read, before)
     assert torch.equal(decoder(ids), before)
@@ -179,7 +180,7 @@ def test_a_token_reads_its_last_image(backend, parts, monkeypatch):
     own, (_, image_of_token) = images().requires_grad_(), text()
     other = torch.randn(4, 2, CONTEXT, requires_grad=True)
     x = torch.randn(4, 9, WIDTH, requires_grad=True)
-    memories = [Memory.of_images(own, image_of_token), Memory(other)][:parts]
+    memories = [images_of_texts(own, image_of_token), Memory(other)][:parts]
     if backend == "shown":
         module.tap_prefix = "decoder.0.cross"
         with taps.activate(Watcher("decoder.0.cross.pattern")):
@@ -216,9 +217,9 @@ class Watcher:
 
 
 def test_one_image_that_all_tokens_read_needs_no_mask():
-    memory = Memory.of_images(images(each=1), torch.zeros(4, 9, dtype=torch.long))
+    memory = images_of_texts(images(each=1), torch.zeros(4, 9, dtype=torch.long))
     assert memory.seen is None and memory.mask is None
-    assert Memory.of_images(images(each=1), torch.tensor([[0, 0, -1]] * 4)).seen is not None
+    assert images_of_texts(images(each=1), torch.tensor([[0, 0, -1]] * 4)).seen is not None
 
 
 @no_grad
@@ -248,12 +249,12 @@ def test_a_later_image_does_not_reach_back(kind):
     decoder, (ids, seen) = decoder_with(kind), text()
     one, two = images(), images()
     two[:, 1] += 1.0
-    first, second = (decoder.hidden(decoder.embed(ids), memory=[Memory.of_images(x, seen)]) for x in (one, two))
+    first, second = (decoder.hidden(decoder.embed(ids), memory=[images_of_texts(x, seen)]) for x in (one, two))
     assert torch.equal(first[:, :6], second[:, :6])
     assert (first[:, 6:] - second[:, 6:]).abs().amax(-1).min() > 1e-3
     two = images()
     two[:, 0] += 1.0
-    second = decoder.hidden(decoder.embed(ids), memory=[Memory.of_images(two, seen)])
+    second = decoder.hidden(decoder.embed(ids), memory=[images_of_texts(two, seen)])
     for row in range(4):
         place = 1 + row % 3
         assert torch.equal(first[row, :place], second[row, :place])
@@ -267,16 +268,16 @@ def test_a_cache_in_two_chunks(kind, split):
     """Each chunk says what its tokens read; the keys of the images are projected in the first. Left padding."""
     decoder, (ids, seen) = decoder_with(kind), text()
     real = torch.arange(9) >= torch.arange(4)[:, None] % 3
-    memory = Memory.of_images(images(), seen)
+    memory = images_of_texts(images(), seen)
     whole = decoder.hidden(decoder.embed(ids), real, memory=[memory])
     cache = decoder.new_cache()
     chunks = []
     for start, end in ((0, split), (split, 9)):
-        part = [Memory.of_images(images(), seen[:, start:end])]
+        part = [images_of_texts(images(), seen[:, start:end])]
         chunks.append(decoder.hidden(decoder.embed(ids[:, start:end]), real[:, :end], memory=part, cache=cache))
     torch.testing.assert_close(torch.cat(chunks, 1)[real], whole[real], **CLOSE)
     if split == 7:  # what follows the last image needs no memory any more
-        cache, part = decoder.new_cache(), [Memory.of_images(images(), seen[:, :7])]
+        cache, part = decoder.new_cache(), [images_of_texts(images(), seen[:, :7])]
         decoder.hidden(decoder.embed(ids[:, :7]), real[:, :7], memory=part, cache=cache)
         torch.testing.assert_close(decoder.hidden(decoder.embed(ids[:, 7:]), real, cache=cache), whole[:, 7:], **CLOSE)
 
@@ -292,7 +293,7 @@ def memory_of(case: str, rows: int) -> list[Memory]:
     if case == "one state":
         return [Memory(images(rows, 1)[:, 0, :1])]
     seen = torch.tensor([[-1, 0, 0, 1, 1], [-1, -1, 0, 0, 0], [0, 0, 0, 0, 1], [-1] * 5])[:rows]
-    return [Memory.of_images(images(rows), seen)]
+    return [images_of_texts(images(rows), seen)]
 
 
 def scores_of(first: Tensor, state) -> tuple[Tensor, Tensor]:
@@ -353,7 +354,7 @@ def test_beams_and_rankings_of_the_modules(kind, case):
 def test_a_trace_shows_what_gated_layers_read():
     decoder, (ids, seen) = decoder_with("llama", "idefics"), text()
     with trace(decoder, "decoder.*.cross") as shown:
-        decoder.hidden(decoder.embed(ids), memory=[Memory.of_images(images(), seen)])
+        decoder.hidden(decoder.embed(ids), memory=[images_of_texts(images(), seen)])
     assert shown.attentions() == ["decoder.0.cross", "decoder.2.cross"]
     weights = shown.pattern("decoder.2.cross")  # (B, H, T, I * N)
     allowed = seen[:, None, :, None] == torch.arange(2).repeat_interleave(LATENTS)
@@ -379,7 +380,7 @@ def test_what_does_not_fit_is_refused():
         Memory(states, seen=torch.ones(4, 9, 6, dtype=torch.bool), repeat=2)
     decoder, (ids, seen) = decoder_with("gpt2"), text()
     with pytest.raises(ValueError, match="8 tokens, but the memory says what 9 may read"):
-        decoder.hidden(decoder.embed(ids[:, 1:]), memory=[Memory.of_images(images(), seen)])
+        decoder.hidden(decoder.embed(ids[:, 1:]), memory=[images_of_texts(images(), seen)])
     with pytest.raises(ValueError, match="before block 4, but the blocks are 0 to 3"):
         decoder.add_gated({4: LAYERS["flamingo"]()})
     with pytest.raises(ValueError, match="have cross-attention"):

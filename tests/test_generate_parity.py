@@ -26,6 +26,7 @@ GREEDY = [
     for least, (ngram, penalty), most in itertools.product((0, 6), PENALTIES, (1, 12))
     if least <= most
 ]
+GREEDY.append({"suppress_tokens": (3, 5, 8, 9, 17), "max_new_tokens": 12})
 SEARCHES = [
     {"num_beams": beams, "length_penalty": lengths, "early_stopping": early}
     for beams, lengths, early in itertools.product((2, 4, 7), (1.0, 0.0, -1.0, 2.0), (False, True, "never"))
@@ -37,6 +38,7 @@ BEAM = [
     | dict(zip(("no_repeat_ngram_size", "repetition_penalty"), PENALTIES[i % len(PENALTIES)], strict=True))
     for i, search in enumerate(SEARCHES)
 ]
+BEAM.append({"num_beams": 3, "suppress_tokens": (3, 5, 8, 9, 17), "max_new_tokens": 9})
 
 
 def uneven(model: torch.nn.Module, seed: int) -> torch.nn.Module:

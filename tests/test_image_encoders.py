@@ -246,17 +246,20 @@ def test_released_preprocessing(tmp_path, name):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-@pytest.mark.parametrize("kind", CONNECTORS)
+@pytest.mark.parametrize("kind", [kind for kind in CONNECTORS if not connector_class(kind).reads_pixels])
 def test_every_family_feeds_a_vqa_model(tmp_path, name, kind):
     """Through every connector, at the size of its table and at another; and it is built again from its sizes."""
     reference(name, tmp_path)
     image = image_encoder(tmp_path)
     text = Bert(BertConfig("distilbert", 20, 8, 1, 2, 8, 16, 0)) if connector_class(kind).reads_text else None
-    decoder = GPT2(GPT2Config(20, 64, 16, 1, 2, add_cross_attention=connector_class(kind).uses_memory))
+    decoder = GPT2(GPT2Config(20, 64, 16, 1, 2, add_cross_attention=connector_class(kind).needs_cross_attention()))
     grid = image.places(24, 24).grid
     sizes = connector_class(kind).sizes_for(grid, SimpleNamespace(queries=3, heads=2))
     model = VQAModel(image, text, connect({"kind": kind, **sizes}, image, text, decoder), decoder).eval()
     ids = torch.tensor([[3, 4, 5]])
+    for name, gate in decoder.named_parameters():
+        if name.endswith("_gate"):  # closed at first, so that no gradient would reach the image
+            torch.nn.init.ones_(gate)
     for size in ((24, 24), (12, 30)):
         pixels = torch.randn(1, 3, *size)
         out = model(pixels, ids, None, torch.tensor([[1, 7]]), torch.tensor([[7, 2]]))

@@ -1,4 +1,4 @@
-"""Llama, Qwen2 and Persimmon against the reference models, through files they saved and our loader read, and back."""
+"""Llama and what is built like it against the reference models: files they saved are read, and written back."""
 
 import json
 
@@ -9,6 +9,7 @@ from helpers import STD, assert_close, saved, text_batch
 
 from vqa_scratch.errors import UserError
 from vqa_scratch.models import Llama, LlamaConfig, released
+from vqa_scratch.models.llama_experts import Mixture
 from vqa_scratch.nn.memory import Memory
 from vqa_scratch.nn.rotary import Rotary
 from vqa_scratch.study import trace
@@ -27,6 +28,8 @@ SIZES = {
 }
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 LLAMA3 |= {"original_max_position_embeddings": 40, "rope_theta": 50.0}  # low, mixed and kept frequencies, all three
+QWEN2_MOE = {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 24, "num_key_value_heads": 2}
+QWEN2_MOE |= {"shared_expert_intermediate_size": 40}
 CASES = {
     "one head of keys": ("Llama", {"num_key_value_heads": 1}),
     "two heads of keys, tied": ("Llama", {"num_key_value_heads": 2, "tie_word_embeddings": True}),
@@ -38,6 +41,12 @@ CASES = {
     "Qwen2": ("Qwen2", {"num_key_value_heads": 2, "eos_token_id": [7, 9]}),
     "Persimmon": ("Persimmon", {}),
     "Persimmon without norms of q and k": ("Persimmon", {"qk_layernorm": False}),
+    "Mixtral": ("Mixtral", {"num_local_experts": 5, "num_key_value_heads": 2, "tie_word_embeddings": True}),
+    "Qwen2Moe": ("Qwen2Moe", {**QWEN2_MOE, "norm_topk_prob": True}),
+    "Qwen2Moe with MLPs": ("Qwen2Moe", {**QWEN2_MOE, "num_hidden_layers": 4, "decoder_sparse_step": 2}),
+    "Qwen2Moe with an MLP by name": ("Qwen2Moe", {**QWEN2_MOE, "num_hidden_layers": 3, "mlp_only_layers": [1]}),
+    "Olmoe": ("Olmoe", {"num_experts": 6, "num_experts_per_tok": 3, "num_key_value_heads": 2, "clip_qkv": 0.8}),
+    "Olmoe, weights that sum to 1": ("Olmoe", {"num_experts": 3, "num_experts_per_tok": 3, "norm_topk_prob": True}),
 }
 
 
@@ -62,6 +71,8 @@ def test_logits_and_back(tmp_path, case):
     back, info = type(theirs).from_pretrained(tmp_path / "ours", output_loading_info=True)
     assert not info["unexpected_keys"] and not info["missing_keys"]
     assert_close(back.eval()(ids, attention_mask=mask).logits, wanted, where=mask)
+    files = [read_safetensors(tmp_path / folder / "model.safetensors") for folder in ("ours", "theirs")]
+    assert files[0].keys() == files[1].keys() and all(torch.equal(files[0][key], files[1][key]) for key in files[0])
     again = Llama.from_pretrained(tmp_path / "ours")
     assert again.config == model.config and torch.equal(again(ids, mask), model(ids, mask))
 
@@ -270,7 +281,16 @@ def rope(**changes) -> dict:
         ({"eos_token_id": [2, None]}, r"eos_token_id must be .*, not \[2, None\]"),
         ({"eos_token_id": []}, r"eos_token_id must be .*, not \[\]"),
         ({"layer_types": "full_attention"}, "'layer_types' is"),
-        ({"model_type": "mixtral"}, "describes a model of type 'mixtral', expected llama, qwen2, persimmon"),
+        ({"model_type": "mamba"}, "describes a model of type 'mamba', expected llama, qwen2, persimmon, mixtral, "),
+        ({"model_type": "mixtral", "num_experts_per_tok": 9}, "9 experts a token of 8: must be from 1 to 8$"),
+        ({"model_type": "mixtral", "sliding_window": 4096}, "asks for sliding_window = 4096; here it can only be None"),
+        ({"model_type": "olmoe", "num_experts": 0}, "num_experts must be a whole number from 1 to 1,000"),
+        ({"model_type": "olmoe", "norm_topk_prob": 1}, "norm_topk_prob must be true or false, not 1"),
+        (
+            {"model_type": "qwen2_moe", "mlp_only_layers": [1.5]},
+            r"mlp_only_layers must be a list of layers.* not \[1.5",
+        ),
+        ({"model_type": "qwen2_moe", "decoder_sparse_step": 0}, "decoder_sparse_step must be a whole number from 1 to"),
         ({"hidden_act": "swish"}, "asks for activation 'swish'"),
     ],
 )
@@ -283,7 +303,7 @@ def test_what_is_not_supported_is_one_line(changes, said):
 
 def test_misuse_is_named(tmp_path):
     model = small()
-    with pytest.raises(ValueError, match="this decoder has no cross-attention: give it a prefix"):
+    with pytest.raises(ValueError, match="this decoder has no cross-attention: .*or add gated layers"):
         model.hidden(torch.zeros(1, 2, 24), memory=[Memory(torch.zeros(1, 3, 24))])
     with pytest.raises(ValueError, match=r"attention_mask must be \(1, 4\), got \(1, 3\)"):
         model(torch.ones(1, 4).long(), torch.ones(1, 3))
@@ -296,6 +316,14 @@ def test_misuse_is_named(tmp_path):
         Llama.from_pretrained(tmp_path)
 
 
+def test_experts_that_a_layout_does_not_have_are_not_saved(tmp_path):
+    for changes in ({"layout": "llama"}, {"layout": "mixtral", "renormalise": False}, {"layout": "olmoe", "every": 2}):
+        layout = changes.pop("layout")
+        model = small(layout=layout, experts=Mixture(**{"experts": 3, "hidden": 20, **changes}))
+        with pytest.raises(UserError, match=f"a model of type '{layout}' has no such experts: Mixture"):
+            model.save_pretrained(tmp_path)
+
+
 def test_the_table_of_decoders_opens_each(tmp_path):
     for layout in LlamaConfig.LAYOUTS:
         config = {"model_type": layout, "hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1}
@@ -304,6 +332,30 @@ def test_the_table_of_decoders_opens_each(tmp_path):
         model.save_pretrained(tmp_path)
         opened = released.decoder(tmp_path, cross_attention=False)
         assert type(opened) is Llama and opened.config == model.config and opened.config.layout == layout
-    assert opened.config.rotary == Rotary(share=0.5) and opened.config.activation == "relu2"
-    with pytest.raises(UserError, match="'persimmon'; decoders with cross-attention are gpt2$"):
+        usual = {"persimmon": Rotary(share=0.5), "mixtral": Rotary(1e6)}.get(layout, Rotary())
+        assert opened.config.rotary == usual and (opened.config.activation == "relu2") == (layout == "persimmon")
+    with pytest.raises(UserError, match="'olmoe'; decoders with cross-attention are gpt2$"):
         released.decoder(tmp_path, cross_attention=True)
+
+
+def test_an_expert_or_a_row_of_a_router_that_is_missing_is_named(tmp_path):
+    reference(tmp_path, "Mixtral")
+    whole = {key: tensor.clone() for key, tensor in read_safetensors(tmp_path / "model.safetensors").items()}
+    router, expert = (f"model.layers.1.block_sparse_moe.{name}.weight" for name in ("gate", "experts.3.w2"))
+    for changes, said in (
+        (
+            {router: whole[router][:4].clone()},
+            r"wrong: .*layers.1.block_sparse_moe.gate.weight is \(4, 64\), .* \(5, 64\)",
+        ),
+        ({expert: None}, "missing: layers.1.block_sparse_moe.experts.3.w2.weight$"),
+        (
+            {expert.replace("3.w2", "5.w2"): whole[expert].clone()},
+            "unexpected: .*layers.1.block_sparse_moe.experts.5.w2",
+        ),
+        ({router: whole[router] * torch.nan}, "layers.1.block_sparse_moe.gate.weight in .* holds NaN"),
+    ):
+        tensors = {key: tensor for key, tensor in (whole | changes).items() if tensor is not None}
+        write_safetensors(tmp_path / "model.safetensors", tensors)
+        with pytest.raises(UserError, match=said) as caught:
+            Llama.from_pretrained(tmp_path)
+        assert "\n" not in str(caught.value)

@@ -15,7 +15,9 @@ from vqa_scratch.generate.fast.state import of_steps
 from vqa_scratch.generate.start import prefill
 from vqa_scratch.generate.state import ModuleState
 from vqa_scratch.models import Llama, LlamaConfig
+from vqa_scratch.models.llama_experts import Mixture
 from vqa_scratch.nn import taps
+from vqa_scratch.nn.experts import routings
 from vqa_scratch.nn.rotary import Rotary
 
 no_grad = torch.no_grad()
@@ -26,6 +28,9 @@ MODELS = {
     "two heads of keys": {"kv_heads": 2, "qkv_bias": True},
     "four heads of keys": {"kv_heads": 4, "rotary": Rotary(kind="llama3", factor=8.0, theta=50.0, original=40)},
     "persimmon": {**PERSIMMON, "rotary": Rotary(share=0.5), "head_dim": 8, "activation": "relu2"},
+    "experts": {"experts": Mixture(4, 2, 12), "kv_heads": 2},
+    "a shared expert": {"experts": Mixture(5, 3, 12, False, shared_hidden=8, every=2), "qkv_bias": True},
+    "norms of all heads": {"experts": Mixture(3, 1, 12, False), "qk_norm": True, "clip": 0.8, "kv_heads": 2},
 }
 
 
@@ -136,6 +141,9 @@ PEERS = {
     "llama": (hf.LlamaConfig, hf.LlamaForCausalLM, {"num_key_value_heads": 2}),
     "qwen2": (hf.Qwen2Config, hf.Qwen2ForCausalLM, {"num_key_value_heads": 1}),
     "persimmon": (hf.PersimmonConfig, hf.PersimmonForCausalLM, {}),
+    "mixtral": (hf.MixtralConfig, hf.MixtralForCausalLM, {"num_key_value_heads": 2}),
+    "qwen2_moe": (hf.Qwen2MoeConfig, hf.Qwen2MoeForCausalLM, {"num_experts": 5, "num_key_value_heads": 1}),
+    "olmoe": (hf.OlmoeConfig, hf.OlmoeForCausalLM, {"num_experts": 5, "num_experts_per_tok": 2, "clip_qkv": 1.0}),
 }
 
 
@@ -183,3 +191,29 @@ def test_each_end_token_of_the_files_ends_a_text(tmp_path, beams):
     assert torch.equal(made.ids, wanted)
     last = made.ids.gather(1, made.lengths[:, None] - 1)[made.lengths < 10]
     assert len(last.unique()) > 1, "one end token would do"
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+def test_experts_that_no_token_chooses_are_not_read(rows):
+    """Numbers that are none would spoil what reads them, as they do once such an expert is chosen."""
+    sizes = {"vocab_size": VOCABULARY, "dim": WIDTH, "layers": 2, "heads": 2, "init_std": 0.4}
+    model, (ids, _) = Llama(LlamaConfig(**sizes, experts=Mixture(16, 1, 4))).eval(), prompts(rows, False)
+    with routings(model) as found:
+        made = generate(model, ids, options=GenerationOptions(6, None))
+    for layer, block in enumerate(model.blocks):
+        load = sum(routing.load for routing in found[layer::2])
+        assert (load == 0).any()
+        for number in load.eq(0).nonzero().flatten().tolist():
+            for parameter in block.mlp.experts[str(number)].parameters():
+                parameter.data.fill_(torch.nan)
+    again = generate(model, ids, options=GenerationOptions(6, None))
+    assert torch.equal(again.ids, made.ids) and torch.equal(again.log_probs, made.log_probs)
+    for parameter in block.mlp.experts.parameters():
+        parameter.data.fill_(torch.nan)
+    assert not generate(model, ids, options=GenerationOptions(6, None)).log_probs.isfinite().any()
+
+
+def test_a_graph_cannot_follow_experts():
+    sizes = {"vocab_size": 9, "dim": 8, "layers": 1, "heads": 2, "experts": Mixture(2, 1, 4)}
+    with pytest.raises(ValueError, match="a CUDA graph runs the same kernels at every step, but experts change"):
+        generate(Llama(LlamaConfig(**sizes)).eval(), torch.ones(1, 2).long(), options=GenerationOptions(3), graph=True)

@@ -130,8 +130,8 @@ def test_a_flag_that_means_something_is_taken(line):
 def test_dependencies_are_checked_again_when_all_is_known():
     merged = parsed("--preset works --resume --depth 4")
     with pytest.raises(UserError, match="--depth means nothing with --colour brown"):
-        check_dependencies(merged, ["depth"])
-    check_dependencies(merged, ["slices"])
+        check_dependencies(Toaster, vars(merged), ["depth"])
+    check_dependencies(Toaster, vars(merged), ["slices"])
     with pytest.raises(UserError, match="--depth means nothing with --preset home"):
         parsed("--resume --depth 4")
 

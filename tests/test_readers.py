@@ -14,6 +14,7 @@ from vqa_scratch.command_line import errors_in_one_line
 from vqa_scratch.data.answers import Answer
 from vqa_scratch.data.images import ImageProcessor
 from vqa_scratch.data.text import Tokenizer, train_bpe, train_wordpiece
+from vqa_scratch.data.vqa_files import ReadReport
 from vqa_scratch.errors import UserError, naming, some
 from vqa_scratch.models import GPT2, OPT, T5, Bert, BertConfig, GPT2Config, OPTConfig, ResNet, T5Config, ViT, ViTConfig
 from vqa_scratch.models.released import image_encoder
@@ -64,6 +65,14 @@ def test_a_message_is_one_line_of_300_characters():
 
 def test_some_names():
     assert some("abc") == "a, b, c" and some("abcdefg") == "a, b, c, d, e and 2 more"
+    assert some(["two\nlines.png", "ü"]) == r"two\nlines.png, ü"
+
+
+def test_a_report_has_a_line_for_each_reason():
+    report = ReadReport("val", "questions", {"questions": Path("a.json")}, 2)
+    lines = str(report).count("\n")
+    report.skip("the image is missing", Path("two\nlines.png"))
+    assert r"(first: two\nlines.png)" in str(report) and str(report).count("\n") <= lines + 1
     assert some(map(str, range(2_000)), 1) == "0 and 1,999 more"
 
 

@@ -68,7 +68,7 @@ def step(system, precision="fp32"):
     return loss, {n: p.grad for n, p in system.model.named_parameters() if p.grad is not None}, sum(kept.values())
 
 
-@pytest.mark.parametrize("name", ["tokens", "mean", "prefix", "qformer", "vilt", "caption"])
+@pytest.mark.parametrize("name", ["tokens", "mean", "prefix", "patches", "qformer", "resampler", "vilt", "caption"])
 def test_the_same_gradients_for_less(data, tmp_path, name):
     """To the bit, as the same operations run twice; with three layers less than 0.7 of the memory, whatever the parts
     around the blocks keep."""

@@ -235,20 +235,22 @@ def test_a_finished_run_is_only_reported_again(data, alone, tmp_path):
 
 
 def test_more_steps_go_on_as_if_the_run_had_been_longer(data, alone, tmp_path):
-    """Bit for bit, as long as the schedule is flat; the new total outlives a kill, after which --resume has no +."""
+    """Bit for bit, as long as the schedule is flat; the new total outlives a kill, after which --resume has no +. So
+    does every other option that a run may change."""
     out, flat = tmp_path / "run", {"save_every": SAVE, "eval_every": 1, "warmup_steps": 0, "decay_from": 0.99}
     ended = run(out, [*small_flags(data, out, steps=4, **flat), "--steps", "+6"])
     assert ended.code == 2 and "error: --steps +6 goes with --resume" in ended.err and not out.exists()
     assert run(out, small_flags(data, out, steps=4, **flat)).code == 0
     again = ["--out", str(out), "--resume"]
     for moment in (while_data_is_read, functools.partial(at_step, 6)):  # before a checkpoint it is the same total again
-        assert run(out, [*again, "--steps", "+6"], moment).code == -signal.SIGKILL
+        assert run(out, [*again, "--steps", "+6", "--test-images", "3"], moment).code == -signal.SIGKILL
     ended = run(out, [*again, "--steps", "+6"], functools.partial(at_step, 10))
     assert ended.code == -signal.SIGKILL and load_checkpoint(out / "checkpoints" / "last.pt")["state"]["step"] == 8
     ended = run(out, [*again, "--steps", "+6"])
     assert ended.code == 2 and f"error: {out} is not finished: go on with --resume alone" in ended.err
     ended = run(out, again)
     assert ended.code == 0 and "resuming after step 8" in ended.out, ended.err
+    assert json.loads((out / "config.json").read_text())["train"]["test_images"] == 3
     longer = tmp_path / "longer"
     assert run(longer, small_flags(data, longer, steps=STEPS, **flat)).code == 0
     ours, theirs = (load_checkpoint(folder / "checkpoints" / "last.pt") for folder in (out, longer))

@@ -137,7 +137,8 @@ def test_a_profiled_run_is_the_same_run(finished, cache, tmp_path, capsys):
 
 
 def test_more_iterations_of_a_finished_run(finished, cache, tmp_path, monkeypatch, capsys):
-    """+3 to 6 is 9, undisturbed or killed on the way, bit for bit; asked for again on the way, it is refused."""
+    """+3 to 6 is 9, undisturbed or killed on the way, bit for bit; asked for again on the way, it is refused. What else
+    a killed start asked for holds for the next one too."""
     undisturbed, killed = (Path(shutil.copytree(finished[0], tmp_path / name)) for name in ("a", "b"))
     more = ["--resume", "--iterations", "+3"]
     refused("goes with --resume", "--out", str(tmp_path / "new"), "--iterations", "+3")
@@ -157,13 +158,16 @@ def test_more_iterations_of_a_finished_run(finished, cache, tmp_path, monkeypatc
         monkeypatch.setattr(rlhf, "iterate", iterate)
 
     whole = rlhf.iterate
-    for number, argv in ((7, more), (7, []), (8, more), (8, ["--resume"])):  # with checkpoints after 8 and 9
+    (tmp_path / "link").symlink_to(cache.absolute())
+    linked = [*more, "--cache", str(tmp_path / "link")]
+    for number, argv in ((7, linked), (7, []), (8, more), (8, ["--resume"])):  # with checkpoints after 8 and 9
         until(number)
         with pytest.raises(KeyboardInterrupt):
             rlhf.run(["--out", str(killed), *(argv or ["--resume"])])
     refused("is not finished: go on with --resume alone", "--out", str(killed), *more)
     until(None)
     rlhf.run(["--out", str(killed), "--resume"])
+    assert json.loads((killed / "config.json").read_text())["cache"] == linked[-1]
     assert logged(killed) == logged(undisturbed)
     a, b = (tensors(x) for x in (killed, undisturbed))
     assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in b)
@@ -254,28 +258,29 @@ def test_runs_are_not_mixed_up(finished, cache, tmp_path):
     other = tmp_path / "train"
     (other / "checkpoints").mkdir(parents=True)
     torch.save({"state": {}}, other / "checkpoints" / "last.pt")
+    shutil.copy(out / "config.json", other)
     refused("no checkpoint of rlhf.py", *flags(other, cache, "--resume"))
     (other / "config.json").write_text('{"program": "train.py"}')
     refused("is a run of train.py; give another --out", *flags(other, cache))
     broken = tmp_path / "broken" / "checkpoints"
     broken.mkdir(parents=True)
+    shutil.copy(out / "config.json", broken.parent)
     (broken / "last.pt").write_bytes((out / "checkpoints" / "last.pt").read_bytes()[:1000])
     refused("not a whole torch file", *flags(broken.parent, cache, "--resume"))
 
 
 def test_a_run_with_the_old_names_of_options_goes_on(finished, cache, tmp_path):
-    """Of a checkpoint as the first release wrote it."""
+    """Of a config.json as the first release wrote it."""
     out = Path(shutil.copytree(finished[0], tmp_path / "run"))
-    last = out / "checkpoints" / "last.pt"
-    saved = torch.load(last, weights_only=True)
-    config = saved["config"]
+    config = json.loads((out / "config.json").read_text())
     for old, new in (
         ("data_dir", "data"),
         ("checkpoint_every", "save_every"),
         ("no_repeat_ngram", "no_repeat_ngram_size"),
     ):
         config[old] = config.pop(new)
-    torch.save(saved | {"config": config | {"data_dir": "", "reference": "", "articles": "", "freeze": "none"}}, last)
+    config |= {"data_dir": "", "reference": "", "articles": "", "freeze": "none"}
+    (out / "config.json").write_text(json.dumps(config))
     options, found = begin_or_go_on(read_command_line(flags(out, cache, "--resume", "--save-every", "3")))
     assert found["ppo"]["iteration"] == 6 and options.save_every == 3
     with pytest.raises(UserError, match="was started with --no-repeat-ngram-size 0, not 2; a resumed run keeps"):
@@ -337,6 +342,7 @@ def test_a_mac_computes_on_its_cpu(cache, tmp_path, monkeypatch):
         (["--max-prompt-tokens", "1"], "--max-prompt-tokens must be at least 2, not 1"),
         (["--articles", "x.csv"], "--articles means nothing with --preset mini-news: it goes with --preset book"),
         (["--preset", "vqa", "--reference", "x"], "with --preset vqa: it goes with --preset mini-news or book"),
+        (["--preset", "vqa", "--freeze", "encoder", "--reference", "x"], "it goes with --preset mini-news or book"),
         (["--preset", "book", "--sft-steps", "7"], "--sft-steps means nothing with --preset book"),
         (["--prompts", "6", "--minibatches", "4"], "do not divide"),
         (["--min-new-tokens", "99"], "exceeds --max-new-tokens"),

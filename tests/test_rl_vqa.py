@@ -33,8 +33,8 @@ from vqa_scratch.training.precision import Precision
 
 CPU = torch.device("cpu")
 # Name -> system in test_systems.py and other options: memories with and without the question as a prompt, a single key,
-# two kinds of prefix, and a captioner that answers questions.
-KINDS = {name: (name, {}) for name in ("tokens", "mean", "prefix", "qformer", "caption")}
+# three kinds of prefix, gated layers, and a captioner that answers questions.
+KINDS = {name: (name, {}) for name in ("tokens", "mean", "prefix", "patches", "qformer", "resampler", "caption")}
 KINDS["bare"] = ("tokens", {"question_prompt": False})
 NEW = ("prefix", "caption")
 
@@ -179,8 +179,8 @@ def test_an_iteration_moves_the_policy_alone(system, tmp_path, micro):
         assert log["ppo/policy/first_ratio_error"] <= (0 if micro == 8 else 1e-5)
     assert 0 < log["objective/kl_exact"] < 5
     moved = [name for name, value in task.policy.model.state_dict().items() if not torch.equal(value, before[name])]
-    for part in ("image.", "connector.", "decoder."):
-        assert any(name.startswith(part) for name in moved), part
+    for part in ("image.", "connector.", "decoder."):  # with `patches` there is no image encoder
+        assert any(name.startswith(part) for name in moved) == any(name.startswith(part) for name in before), part
     assert all(torch.equal(v, before[k]) for k, v in task.reference.model.state_dict().items())
 
     task.save(tmp_path)
@@ -272,7 +272,7 @@ def test_a_run_reports_the_figures_that_answers_have(runs, tmp_path, capsys, nam
     assert systems.load(tmp_path / "policy").options == systems.load(runs[name]).options
 
 
-PREFIXED = ["tokens", "prefix", "qformer"]
+PREFIXED = ["tokens", "prefix", "patches", "qformer"]
 
 
 @pytest.mark.parametrize("name", PREFIXED)
@@ -325,7 +325,7 @@ def test_a_run_that_writes_no_answers_is_one_line(data, tmp_path, kind, changes,
 # ------------------------------------------------------------------------------------------------ older checkpoints
 
 
-def as_before_connectors(saved: dict, reference: torch.nn.Module) -> dict:
+def as_before_connectors(saved: dict, reference: torch.nn.Module, freeze: str) -> dict:
     """A checkpoint of a `tokens` policy as versions without connectors wrote it: what a connector has now were parts of
     the model itself, single tensors before all modules, and modules behind them. So weights stood in another order."""
     own, weights = "backbone.model.", reference.state_dict()
@@ -338,7 +338,7 @@ def as_before_connectors(saved: dict, reference: torch.nn.Module) -> dict:
     before |= {name: x for name, x in actor.items() if not name.startswith(own)}
     groups, state = (saved["ppo"]["optimizer"][key] for key in ("param_groups", "state"))
     head, body = (group["params"] for group in groups)
-    moves = [name for name in weights if saved["config"]["freeze"] == "nothing" or name.startswith("decoder.")]
+    moves = [name for name in weights if freeze == "nothing" or name.startswith("decoder.")]
     now = dict(zip(moves, body, strict=True))
     then = zip([name for name in order if name in now], body, strict=True)
     moments = {i: state[i] for i in head} | {number: state[now[name]] for name, number in then}
@@ -364,7 +364,8 @@ def test_a_run_from_before_there_were_connectors_goes_on(runs, tmp_path, monkeyp
 
     last = tmp_path / "again" / "checkpoints" / "last.pt"
     last.parent.mkdir(parents=True)
-    torch.save(as_before_connectors(middle, systems.load(runs["tokens"]).model), last)
+    (tmp_path / "again" / "config.json").write_bytes((tmp_path / "whole" / "config.json").read_bytes())
+    torch.save(as_before_connectors(middle, systems.load(runs["tokens"]).model, freeze), last)
     rlhf.run([*again, "--resume"])
     ours = torch.load(last, weights_only=True)["ppo"]
     assert all(torch.equal(x, ours["actor"][name]) for name, x in end["ppo"]["actor"].items())
@@ -378,7 +379,7 @@ def test_a_reference_with_other_weights_is_found_out_in_older_checkpoints_too(ru
     last, other = tmp_path / "run" / "checkpoints" / "last.pt", systems.load(runs["tokens"]).model
     with torch.no_grad():
         other.decoder.head[0, 0] += 1
-    torch.save(as_before_connectors(torch.load(last, weights_only=True), other), last)
+    torch.save(as_before_connectors(torch.load(last, weights_only=True), other, "nothing"), last)
     with pytest.raises(UserError, match="begun against a reference with other weights"):
         rlhf.run([*argv, "--resume"])
 

@@ -324,33 +324,51 @@ def test_inside_the_image_a_patch_can_be_asked(made, window):
 # ---------------------------------------------------------------------------------------------- every kind of subject
 
 
+PAGES = {  # how each reads its sources
+    "caption": "cross",
+    "vilt": "stream",
+    "blip2": "prefix",
+    "prefix": "prefix",
+    "qformer": "prefix",
+    "llava": "prefix",
+    "patches": "prefix",
+    "resampler": "cross",
+    "experts": "prefix",
+    "pair": "stream",
+    "probed pair": "cross",
+}
+
+
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory):
     """All files of a study of every subject that has an image."""
     root = tmp_path_factory.mktemp("pages")
-    for name in ("caption", "vilt", "blip2", "prefix", "qformer"):
+    for name in PAGES:
         torch.manual_seed(1)
         subject = SUBJECTS[name]()
-        image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (24, 24, 3), dtype=np.uint8))
+        size = (*subject.pixel_values.shape[2:], 3)
+        image = Image.fromarray(np.random.default_rng(0).integers(0, 256, size, dtype=np.uint8))
         labels = ("red", "blue", "two") if name == "vilt" else tuple(f" word{i}" for i in range(30))
         words = chosen(labels, "[CLS]") | {"prompt": tuple(f"<{i}>" for i in subject.prompt)}
         write_study(root / name, [take_apart(Opened(name, subject, f"about {name}", image, **words))])
     return root
 
 
-@pytest.mark.parametrize("name", ["caption", "vilt", "blip2", "prefix", "qformer"])
+@pytest.mark.parametrize("name", PAGES)
 def test_every_subject_gives_all_files(pages, name):
     summary = json.loads((pages / name / "summary.json").read_text())
     assert summary["certificate"]["output"] <= 1e-5 and summary["certificate"]["rows"] > 0
-    assert 0 < summary["probability"] <= 1 and summary["tokens"][0]["label"].strip()
+    measure = "similarity" if "pair" in name else "probability"
+    assert -1 <= summary[measure] <= 1 and summary["tokens"][0]["label"].strip()
+    assert summary["tokens"][0].keys() == {"id", "label", "row", measure}
     tensors = load_file(pages / name / "trace.safetensors")
     assert {"relevancy.sources", "rollout.decoder", "cross.sources"} <= set(tensors)
     (data,) = data_of((pages / name / "report.html").read_text(encoding="utf-8"))
-    assert (
-        data["way"]
-        == {"caption": "cross", "vilt": "stream", "blip2": "prefix", "prefix": "prefix", "qformer": "prefix"}[name]
-    )
-    assert bool(data["attributions"]) == (name != "vilt")
+    assert data["way"] == PAGES[name] and data["flows"].keys() >= {"cross", "rollout", "relevancy"}
+    layers = 2 if name == "experts" else 0
+    assert [layer["weights"]["shape"] for layer in data["experts"]] == [[len(data["read"]), 4]] * layers
+    assert ("nearness" in data["flows"]) == ("parts.sources" in tensors) == ("pair" in name) == (not data["lens"])
+    assert bool(data["attributions"]) == (name != "vilt" and "pair" not in name)
     picture = next(source for source in data["sources"] if "grid" in source)
     assert (picture["first"], picture["stride"]) == ((0.5, 8) if name == "caption" else (4.0, 8))
     with Image.open(pages / name / "overlay_relevancy.png") as sheet:
@@ -358,38 +376,60 @@ def test_every_subject_gives_all_files(pages, name):
 
 
 @needs_browser
-@pytest.mark.parametrize("name", ["caption", "vilt", "blip2", "prefix", "qformer"])
+@pytest.mark.parametrize("name", PAGES)
 def test_every_subject_has_a_page_that_draws(pages, window, name):
     window.open(pages / name / "report.html")
-    for mode in ("rollout", "mean", "layer", "head", "relevancy"):
+    for mode in ("rollout", "mean", "layer", "head", *(("nearness", "parts") if "pair" in name else ()), "relevancy"):
         window.click(f'button[data-value="{mode}"]')
         assert len(window.script(PAINTED)) > 500
-    window.click('.thumb[data-layer="1"][data-head="2"]')
+    layer = 0 if name == "probed pair" else 1
+    window.click(f'.thumb[data-layer="{layer}"][data-head="2"]')
     title = window.script("return document.querySelector('.stepwise h2').textContent")
-    assert title.endswith("layer 1, head 2, step by step")
+    assert title.endswith(f"layer {layer}, head 2, step by step")
     check = window.script("return document.querySelector('.check').textContent")
     assert "sum to 1.000000" in check and float(re.search(r"by at most ([\d.]+e[-+]\d+)", check)[1]) < 1e-2
     kinds = window.script("return [...document.querySelectorAll('.bar .segmented button')].map(b => b.dataset.value)")
-    inside = {"caption": ["cross", "decoder"], "vilt": ["cross", "stream"]}
+    inside = {"caption": ["cross", "decoder"], "vilt": ["cross", "stream"], "patches": ["cross"]}
+    inside |= {"resampler": ["cross", "image", "decoder"]}
+    inside |= {"pair": ["cross", "text", "image"], "probed pair": ["cross", "image", "text"]}
     assert kinds == inside.get(name, ["cross", "image"])
     text = window.script("return document.querySelector('main').textContent")
     assert "[object" not in text and "undefined" not in text and "NaN" not in text
     rows = window.script("return document.querySelectorAll('table.parts tbody tr').length")
-    assert rows == {"vilt": 0, "caption": 6}.get(name, 3)  # a header and two layers for each kind of attention
-    window.click(f'button[data-value="{kinds[1]}"]')
+    none = {"vilt": 0, "pair": 0, "probed pair": 0}
+    # A header and two layers for each kind of attention.
+    assert rows == (none | {"caption": 6, "resampler": 6}).get(name, 3)
+    taken = window.script(
+        "return [...document.querySelectorAll('table.experts tbody td.words')].map(t => t.textContent)"
+    )
+    read = window.script("return JSON.parse(document.getElementById('data').textContent)[0].read.length")
+    assert len(taken) == (2 * read if name == "experts" else 0)
+    for cell in taken:  # two experts for each token, whose weights sum to 1
+        (_, first), (_, second) = (line.split(": ") for line in cell.split("\n"))
+        assert float(first) + float(second) == pytest.approx(1, abs=0.011)
+    window.click(f'button[data-value="{"image" if "image" in kinds else kinds[-1]}"]')
     before = window.script(PAINTED)
-    if name != "caption":
+    if name not in ("caption", "patches"):  # they have no encoder with attentions
         window.click(".picture canvas")
         assert re.search(r"Read by patch \d,\d", window.script("return document.querySelector('.explain').textContent"))
         assert window.script(PAINTED) != before
     if name == "vilt":
         window.click(".words .word:nth-child(3)")
         assert "outlined word" in window.script("return document.querySelector('.explain').textContent")
+    if "pair" in name:  # a text is asked at the token that is its state
+        window.click('button[data-value="text"]')
+        assert window.script("return document.querySelector('.word.query').textContent") == (
+            "[SEP]" if name == "pair" else "[PAD]"
+        )
+        window.click('button[data-value="parts"]')
+        shown = window.script("return document.querySelector('.explain').textContent")
+        numbers = [float(x.replace("−", "-")) for x in re.findall(r"−?\d\.\d{3}", shown)]
+        assert sum(numbers[:-1]) == pytest.approx(numbers[-1], abs=2e-3) and "in all" in shown
     assert window.log() == []
 
 
 @needs_browser
-@pytest.mark.parametrize("name", ["caption", "prefix"])
+@pytest.mark.parametrize("name", ["caption", "prefix", "llava"])
 def test_a_square_is_painted_and_found_where_the_token_looks(pages, window, name):
     """The middle token's square lies around its centre, and pointing into its lower left corner finds it."""
     window.open(pages / name / "report.html")

@@ -50,7 +50,7 @@ def test_pointing(run, data, tmp_path, capsys):
     ratios = [figure["ratio"] for figure in methods.values()]
     assert ratios == sorted(ratios, reverse=True), "best first"
     table = capsys.readouterr().out
-    assert all(f"{name:25s} {figure['mass']:14.1%}" in table for name, figure in methods.items())
+    assert all(f"{name:32s} {figure['mass']:14.1%}" in table for name, figure in methods.items())
     assert f"over {len(areas)} questions that name one object" in table
 
 

@@ -58,7 +58,7 @@ def test_certificate_of_every_attention_of_a_cached_generation(subject, backend,
 def test_certificate_finds_wrong_weights(subject):
     with trace(subject.model) as t:
         subject.generate(3)
-    first, last = subject.self_attentions
+    first, *_, last = subject.self_attentions or every_attention(subject)
     t._calls[f"{last}.q"][-1] = t._calls[f"{last}.q"][-1] + 0.1
     assert t.certificate().output > 1e-4
     assert t.certificate(first).worst <= 1e-5
@@ -71,6 +71,16 @@ def test_patterns_of_a_cached_generation_are_those_of_one_pass(subject):
         subject.logits(subject.prompt + answer[:-1])
     for name in every_attention(subject):
         torch.testing.assert_close(cached.pattern(name), whole.pattern(name), atol=1e-5, rtol=0)
+
+
+def test_keys_behind_a_cache_are_kept_once():
+    subject = SUBJECTS["llava"]()
+    with trace(subject.model, "decoder.*.self") as t:
+        said = subject.generate(4)
+    for label in ("k", "v"):
+        calls = t.calls(f"decoder.1.self.{label}")
+        assert [call.shape[2] for call in calls] == [subject.prefix + 1 + i for i in range(len(said))]
+        assert len({call.untyped_storage().data_ptr() for call in calls}) == 1
 
 
 def test_the_pattern_on_request_is_the_explicit_one(subject):
@@ -136,7 +146,7 @@ def test_entering_again_starts_afresh():
 @pytest.mark.parametrize("head", [0, 3, None])
 def test_ablating_a_head_is_zeroing_its_slice_of_the_output_projection(subject, head):
     ids = subject.prompt + [5, 6]
-    name = "encoder.1.self" if subject.sources[0].name == "encoder" else subject.reading[1]
+    name = "encoder.1.self" if subject.sources[0].name == "encoder" else subject.reading[-1]
     with trace(subject.model, record=False) as t, torch.no_grad():
         t.ablate(name, head=head)
         ablated = subject.logits(ids)
@@ -234,7 +244,7 @@ def test_misuse_has_one_clear_line_each():
     with trace(model, "decoder.0.cross") as t:
         with pytest.raises(UserError, match="decoder.0.cross has heads 0 to 3, not 4"):
             t.ablate("decoder.0.cross", head=4)
-        with pytest.raises(UserError, match="is an MLP: it has no heads"):
+        with pytest.raises(UserError, match="decoder.0.mlp is no attention: it has no heads"):
             t.ablate("decoder.0.mlp", head=0)
         with pytest.raises(UserError, match="no heads and no neurons"):
             t.ablate("decoder.0.resid_pre")

@@ -42,7 +42,9 @@ SYSTEMS = {
     "tokens": VQA,
     "mean": VQA | {"connector": "mean"},
     "prefix": VQA | {"connector": "prefix"} | AUGMENTED,
+    "patches": {k: v for k, v in VQA.items() if k != "image_layers"} | {"connector": "patches"},
     "qformer": VQA | {"connector": "qformer", "queries": 4, "heads": 4},
+    "resampler": VQA | {"connector": "resampler", "queries": 4},
     "vilt": {
         "preset": "vilt",
         "width": 16,
@@ -193,6 +195,7 @@ def test_training_images_change_only_if_they_should(data, tmp_path, name):
     train = system.splits["train"]
     plain, shown = train.questions.batch(key.rows, train.images).images, system.batch(key).images
     assert torch.equal(plain, shown) != ("flip" in SYSTEMS[name] or name == "caption") and plain.dtype == shown.dtype
+    assert ("names_side" in vars(system)) == (system.augment is not None), "read where nothing is mirrored"
     assert torch.equal(shown, system.batch(key).images)
     later = system.batch(key._replace(seed=(options.seed, 1, 1, 0))).images
     assert torch.equal(shown, later) == torch.equal(plain, shown)

@@ -247,6 +247,9 @@ def test_the_bar_moves_every_second_and_says_nothing_of_the_first_step(capsys):
     shown = capsys.readouterr().err.split("\r")
     assert [f"00:0{second}<" in "".join(shown) for second in (0, 1, 2)] == [True] * 3
     assert "50.0%" in shown[-1] and "step 1" in shown[-1] and "loss" not in shown[-1] and "/s" not in "".join(shown)
+    with Bar(lambda: 0.5, train.Progress(step=2), [{"step": 2, "loss": 9.0, "token_accuracy": 0.5}], "pairs"):
+        pass
+    assert "loss 9.000, right 0.50" in capsys.readouterr().err, "of whatever the loss counts, tokens or not"
 
 
 @pytest.mark.parametrize("changes", [{"connector": "mean", "stem": "linear", "accumulate": 4}, {"freeze": "encoders"}])
@@ -366,7 +369,22 @@ BOOK = "--preset book --data x"
             "--width means nothing with --preset coco: it goes with --preset caption$",
         ),
         ("--preset caption --image-model x", "--image-model means nothing with --init random"),
-        ("--queries 4", "--queries means nothing with --connector tokens: it goes with --connector qformer$"),
+        (
+            "--queries 4",
+            "--queries means nothing with --connector tokens: it goes with --connector qformer or resampler$",
+        ),
+        (
+            "--connector patches --stem linear --image-layers 2",
+            "--image-layers, --stem mean nothing with --connector patches$",
+        ),
+        (
+            "--connector patches --freeze all --feature-cache",
+            "--feature-cache means nothing with --connector patches$",
+        ),
+        (
+            f"{BOOK} --connector patches --init pretrained --image-model x",
+            "--image-model means nothing with --connector patches$",
+        ),
         ("--val-fraction 0.1", "--val-fraction means nothing with --val-split val: it goes with --val-split auto$"),
         (
             "--optimizer adamw --matrix-learning-rate 1",
@@ -399,6 +417,8 @@ def test_a_flag_that_nothing_would_read_is_refused(argv, message):
         "--preset coco --data x --init random --vocabulary 99",
         "--preset vilt --width 64",
         "--connector qformer --queries 4",
+        "--connector resampler --queries 4",
+        "--connector patches --patch-size 16 --freeze decoder",
         "--val-split auto --val-fraction 0.1",
         "--resume --feature-cache",  # the run may have been begun with frozen encoders; `settle` knows
     ],

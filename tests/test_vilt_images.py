@@ -8,7 +8,8 @@ import torch
 from PIL import Image
 from transformers.models.vilt.image_processing_pil_vilt import ViltImageProcessorPil
 
-from vqa_scratch.data.images import ImageProcessor, Images, pad
+from vqa_scratch.data.image_files import pad
+from vqa_scratch.data.images import ImageProcessor, Images
 from vqa_scratch.data.vilt_images import ViltImageProcessor, read_processor
 from vqa_scratch.errors import UserError
 

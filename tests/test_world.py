@@ -1,9 +1,12 @@
 """A world of ranks without a training run: places, messages, devices, random numbers, weights that begin alike."""
 
+import gc
+import weakref
 from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 from ranks import run_ranks
 
 from vqa_scratch.errors import UserError
@@ -56,6 +59,7 @@ def alike(kind: str) -> None:
             assert all(in_parts(p) == (kind == "fsdp") for p in mine.parameters()), "in parts again afterwards"
             for name, tensor in of_main.state_dict().items():
                 assert torch.equal(whole(mine.state_dict()[name]), tensor), (replicas, name)
+            del ranks
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
@@ -67,6 +71,28 @@ def test_all_ranks_begin_with_the_weights_of_the_main_one(kind):
 def test_messages_reach_every_rank():
     for ended in run_ranks(2, messages):
         assert ended.code == 0, ended.err
+
+
+def in_a_cycle() -> None:
+    """A DDP that only the garbage collector finds, as one held by a closure that holds itself."""
+    made, ended = [], []
+
+    def work(world: World) -> None:
+        ranks = Replicas(torch.nn.Linear(2, 2), world)
+        ranks.itself = ranks
+        made.append(weakref.ref(ranks.module))
+
+    gc.disable()
+    destroy = dist.destroy_process_group
+    dist.destroy_process_group = lambda: ended.append(made[0]()) or destroy()
+    with start("cpu") as world:
+        work(world)
+    assert ended == [None], "still there when its process group goes"
+
+
+def test_what_shares_a_model_is_freed_before_its_process_group():
+    (ended,) = run_ranks(1, in_a_cycle)
+    assert ended.code == 0, ended.err
 
 
 def test_without_torchrun_there_is_one_rank(monkeypatch):

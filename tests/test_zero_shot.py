@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -9,10 +10,12 @@ import pytest
 import torch
 import transformers as hf
 from blip2_helpers import QUERIES, change_config, reference
+from image_text_helpers import check_answers
 from PIL import Image
 from tokenizers.processors import TemplateProcessing
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 
+from vqa_scratch import zero_shot
 from vqa_scratch.__main__ import PROGRAM
 from vqa_scratch.commands.line import call
 from vqa_scratch.data.text import train_bpe
@@ -64,15 +67,7 @@ def said_by(theirs, image: Path, question: str) -> str:
 
 def test_answers_equal_those_of_the_reference(theirs, images):
     """Image preprocessing, prompt, tokens and text, through the files."""
-    opened = open_zero_shot(str(theirs[0]), CPU)
-    answers = []
-    for image in images:
-        for question in QUESTIONS:
-            (answer,), notes = opened.ask(image, question)
-            assert answer.text == said_by(theirs, image, question) and notes == []
-            assert 0 < answer.probability < 1 and 1 <= answer.tokens <= MAX_ANSWER_TOKENS
-            answers.append(answer.text)
-    assert len(set(answers)) > 1, "every answer is the same: the test says little"
+    check_answers(theirs[0], images, QUESTIONS, partial(said_by, theirs), different=2)
 
 
 def test_older_files_mean_the_same(theirs, images, folder):
@@ -111,6 +106,17 @@ def test_the_command(theirs, images, capsys):
     assert capsys.readouterr().out.startswith(f"{text or '(nothing)'}  (probability 0.")
     command("ask", "--model", theirs[0], "--image", images[1], "--question", QUESTIONS[1], "--precision", "bf16")
     assert "(probability " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_study(theirs, images, tmp_path, monkeypatch, precision):
+    monkeypatch.setattr(zero_shot, "MAX_ANSWER_TOKENS", 4)
+    given = ("--image", images[1], "--question", QUESTIONS[1], "--device", "cpu", "--precision", precision)
+    command("study", "--model", theirs[0], *given, "--out", tmp_path)
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["certificate"]["output"] <= (1e-5 if precision == "fp32" else 0.05)
+    (answer,), _ = open_zero_shot(str(theirs[0]), CPU, precision).ask(images[1], QUESTIONS[1])
+    assert summary["answer"] == answer.text and summary["text"] == QUESTIONS[1]
 
 
 @pytest.mark.parametrize("given", [(), ("somewhere", "--model", "elsewhere")])
@@ -164,5 +170,5 @@ def test_parts_that_do_not_fit(folder):
 
 def test_a_checkpoint_of_another_kind(folder):
     change_config(folder, None, model_type="vit")
-    with pytest.raises(UserError, match="a model of type 'vit', expected blip-2, llava, fuyu"):
+    with pytest.raises(UserError, match="a model of type 'vit', expected blip-2, llava, fuyu, idefics"):
         open_zero_shot(str(folder), CPU)

@@ -1,7 +1,9 @@
 """`ask --model` with a LLaVA and a Fuyu: pixels, prompt, tokens and text against the whole path of the reference."""
 
 import json
+import re
 import shutil
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -10,13 +12,14 @@ import tokenizers
 import torch
 import transformers as hf
 from blip2_helpers import change_config
-from image_text_helpers import fuyu_reference, llava_reference
+from image_text_helpers import check_answers, fuyu_reference, llava_reference
 from PIL import Image
 from tokenizers import decoders, models, normalizers
 from tokenizers.processors import TemplateProcessing
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.fuyu.image_processing_pil_fuyu import FuyuImageProcessorPil
 
+from vqa_scratch import zero_shot
 from vqa_scratch.__main__ import PROGRAM
 from vqa_scratch.commands.line import call
 from vqa_scratch.data.text import train_bpe
@@ -115,15 +118,7 @@ def said_by(theirs, image: Path, question: str) -> str:
 
 
 def test_answers_equal_those_of_the_reference(theirs, images):
-    opened = open_zero_shot(str(theirs[1]), CPU)
-    answers = []
-    for image in images:
-        for question in QUESTIONS:
-            (answer,), notes = opened.ask(image, question)
-            assert answer.text == said_by(theirs, image, question) and notes == []
-            assert 0 < answer.probability < 1 and 1 <= answer.tokens <= MAX_ANSWER_TOKENS
-            answers.append(answer.text)
-    assert len(set(answers)) > 4, "most answers are the same: the test says little"
+    check_answers(theirs[1], images, QUESTIONS, partial(said_by, theirs), different=5)
 
 
 def command(*argv: object) -> None:
@@ -137,6 +132,64 @@ def test_the_command(theirs, images, capsys):
     assert capsys.readouterr().out.startswith(f"{text or '(nothing)'}  (probability 0.")
     command(*given, "--precision", "bf16")
     assert "(probability " in capsys.readouterr().out
+
+
+def test_study(theirs, images, tmp_path, capsys, monkeypatch):
+    """From shards: the answer of `ask`, and squares on the very pixels that the model reads."""
+    monkeypatch.setattr(zero_shot, "MAX_ANSWER_TOKENS", 4)
+    name, folder, model, _ = theirs
+    shards = Path(shutil.copytree(folder, tmp_path / "shards", ignore=shutil.ignore_patterns("*.safetensors")))
+    model.save_pretrained(shards, max_shard_size="20KB")
+    assert len(list(shards.glob("model-*.safetensors"))) > 2
+    given = ("--image", images[1], "--question", QUESTIONS[1], "--device", "cpu")
+    command("study", "--model", shards, *given, "--out", tmp_path / "out")
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    opened = open_zero_shot(str(folder), CPU)
+    ((answer,), _), studied = opened.ask(images[1], QUESTIONS[1]), opened.subject(Image.open(images[1]), QUESTIONS[1])
+    assert (summary["answer"], len(summary["tokens"])) == (answer.text, answer.tokens)
+    assert summary["probability"] == pytest.approx(answer.probability, rel=1e-3)
+    # Outputs are of size 3, and those of a bf16 kernel are rounded to 8 bits.
+    assert summary["certificate"]["output"] <= 1e-5 * max(1, summary["certificate"]["size"])
+    assert {"report.html", "overlay_relevancy.png", "trace.safetensors"} <= set(
+        path.name for path in (tmp_path / "out").iterdir()
+    )
+    subject, size = studied.subject, (24, 36) if name == "fuyu" else (8, 8)
+    assert torch.equal(opened.processor(studied.image)[None], subject.pixel_values) and studied.image.size == size[::-1]
+    words = "".join(subject.sources[0].labels) + studied.prompt[0]
+    assert QUESTIONS[1] in words and ("<0x04>" in words if name == "fuyu" else "ASSISTANT:" in words or name == "chat")
+    command("study", "--model", shards, *given, "--out", tmp_path / "out", "--precision", "bf16")
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["certificate"]["mass"] <= 1e-5 and summary["certificate"]["output"] < 0.05
+    assert "certificate: " in capsys.readouterr().out
+
+
+def test_studies_that_cannot_be(theirs, images, tmp_path):
+    given = ("--out", tmp_path / "out", "--image", images[0])
+    for message, argv in {
+        "give RUN, the folder of a trained system, or --model": ["study", *given, "--question", "what?"],
+        "or --model, a released checkpoint: one of the two": ["study", tmp_path, "--model", theirs[1], *given],
+        "answers questions: give it --question": ["study", "--model", theirs[1], *given],
+        'give it --image FILE and a --question "...", and no --text': [
+            *("study", "--model", theirs[1], *given, "--question", "what?", "--text", "a")
+        ],
+        "--ablation scores the answers of a run": [
+            *("study", "--model", theirs[1], "--out", tmp_path / "out", "--ablation", tmp_path)
+        ],
+        "--precision is that of the weights of --model": ["study", tmp_path, *given, "--precision", "bf16"],
+    }.items():
+        with pytest.raises(UserError, match=re.escape(message)) as error:
+            command(*argv)
+        assert "\n" not in str(error.value) and len(str(error.value)) <= 300
+    assert not (tmp_path / "out" / "report.html").exists()
+
+
+def test_a_prompt_that_ends_with_its_image(tmp_path, images):
+    template = "{% for part in messages[0]['content'] %}{% if part['type'] == 'text' %}{{ part['text'] }}{% endif %}"
+    llava(tmp_path, template + "{% endfor %}<image>")
+    opened = open_zero_shot(str(tmp_path), CPU)
+    opened.ask(images[0], "what?")
+    with pytest.raises(UserError, match="ends with its image; study needs a word that reads it"):
+        opened.subject(Image.open(images[0]), "what?")
 
 
 def refused(folder: Path, image: Path, question: str, message: str) -> None:

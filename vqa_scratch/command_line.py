@@ -122,7 +122,10 @@ def flags(options_class: type, defaults: Mapping[str, Any] | None = None) -> lis
             kind = click.Path(path_type=Path)
         elif kind in (int, float):
             kind = Number(kind, rules.more)
-        needed = " and ".join(with_values(other, values) for other, values in rules.only.items())
+        needed = " and ".join(
+            [*(with_values(other, values) for other, values in rules.only.items())]
+            + ["not " + with_values(other, values) for other, values in rules.never.items()]
+        )
         text = f"{rules.help}  ({needed})" if needed else rules.help
         for spelled, hidden in ((name, False), (rules.was, True)):
             if spelled is None:
@@ -264,12 +267,12 @@ def parse(
     more = {name: value.amount for name, value in given.items() if isinstance(value, More)}
     given = {name: value for name, value in given.items() if name not in more}
     check_more(options_class, more, given)
-    options = options_class(**values | given)
-    for name, known in (("given", given), ("more", more)):
-        object.__setattr__(options, name, known)  # no fields: they are not part of a run
     # A resumed run keeps the options it was started with; those not repeated here are not known yet.
     unknown = set(rules_of(options_class)) - set(given) - {"preset"} if given.get("resume") else ()
-    check_dependencies(options, given, unknown)
+    check_dependencies(options_class, defaults_of(options_class) | values | given, given, unknown)
+    options = options_class(**values | given)  # a class's own rules are about options that mean something
+    for name, known in (("given", given), ("more", more)):
+        object.__setattr__(options, name, known)  # no fields: they are not part of a run
     return options
 
 

@@ -9,17 +9,22 @@ LONGEST = 300  # characters of a message
 _END = 100  # of them kept from the end of a longer one
 
 
+def in_a_line(text: object) -> str:
+    """A text, or the name of a file, with its line breaks and other letters that cannot be shown as their escapes."""
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in str(text))
+
+
 def some(names: Iterable[str], shown: int = 5, between: str = ", ") -> str:
-    """The first few names, and how many more there are: short enough for a line."""
+    """The first few names, and how many more there are: short enough for a line, and in one."""
     names = list(names)
     more = len(names) - shown
-    return between.join(names[:shown]) + (f" and {more:,} more" if more > 0 else "")
+    return between.join(map(in_a_line, names[:shown])) + (f" and {more:,} more" if more > 0 else "")
 
 
 @cache
 def note(line: str) -> None:
     """Say something on stderr that the user should know, once a process."""
-    print(f"note: {line}", file=sys.stderr)
+    print(f"note: {in_a_line(line)}", file=sys.stderr)
 
 
 class UserError(ValueError):
@@ -30,7 +35,7 @@ class UserError(ValueError):
     """
 
     def __str__(self) -> str:
-        line = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in super().__str__())
+        line = in_a_line(super().__str__())
         return line if len(line) <= LONGEST else f"{line[: LONGEST - _END - 5]} ... {line[-_END:]}"
 
 

@@ -56,6 +56,7 @@ class GenerationOptions:
     repetition_penalty: float = option(
         1.0, "Above 1 makes the tokens of prompt and answer less likely to come again.", DECODING, above=0
     )
+    suppress_tokens: tuple[int, ...] = ()  # ids that never come; no flag: the model knows them
 
     def __post_init__(self) -> None:
         check(self, shown=str)
@@ -79,10 +80,11 @@ class GenerationOptions:
         )
 
     def check_vocabulary(self, size: int) -> None:
-        """Raises UserError if `top_k` or the end token does not fit a vocabulary of `size` tokens.
+        """Raises UserError if `top_k`, the end token or a barred one does not fit a vocabulary of `size` tokens.
 
         (Beams are checked before their cache is made, in `start.begin`.)
         """
         _refuse((self.top_k or 0) > size, f"top_k {self.top_k}, but the vocabulary has {size} tokens")
-        for end in end_ids(self.eos_id):
-            _refuse(end >= size, f"the end token is {end}, but the vocabulary has {size} tokens")
+        for kind, ids in (("the end token", end_ids(self.eos_id)), ("a barred token", self.suppress_tokens)):
+            for one in ids:
+                _refuse(one >= size, f"{kind} is {one}, but the vocabulary has {size} tokens")

@@ -31,6 +31,7 @@ class Rules:
     minimum, above, maximum, below: bounds of a number; `minimum` and `maximum` are allowed values themselves. Numbers
         must be finite, unless `maximum` is math.inf.
     only: the option has a meaning only while other options have these values: {"init": ("pretrained",)}.
+    never: it has none while another has one of these: {"connector": ("patches",)}.
     was, renamed: the old name of the option, and old names of choices {old: new}; both still work, with a note.
     may_change: a run may be resumed with another value.
     more: a finished run may be resumed with +N, so many beyond what it has done.
@@ -45,6 +46,7 @@ class Rules:
     maximum: float | None = None
     below: float | None = None
     only: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    never: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     was: str | None = None
     renamed: Mapping[str, str] = field(default_factory=dict)
     may_change: bool = False
@@ -69,11 +71,16 @@ def option(
     group: str,
     choices: Collection[str] = (),
     only: Mapping[str, Any] | None = None,
+    never: Mapping[str, Any] | None = None,
     **rules: Any,
 ) -> Any:
-    """A dataclass field with these `Rules`; `only` may have a single value in place of a tuple."""
-    only = {name: values if isinstance(values, tuple) else (values,) for name, values in (only or {}).items()}
-    return field(default=default, metadata={"rules": Rules(help, group, choices, only=only, **rules)})
+    """A dataclass field with these `Rules`; `only` and `never` may have a single value in place of a tuple."""
+
+    def tuples(values: Mapping[str, Any] | None) -> dict[str, tuple[Any, ...]]:
+        return {name: some if isinstance(some, tuple) else (some,) for name, some in (values or {}).items()}
+
+    made = Rules(help, group, choices, only=tuples(only), never=tuples(never), **rules)
+    return field(default=default, metadata={"rules": made})
 
 
 @dataclass(frozen=True)
@@ -175,25 +182,26 @@ def check_more(options_class: type, more: Mapping[str, float], given: Mapping[st
                 raise UserError(f"give {flag(name)} or {flag(other)}, not both")
 
 
-def check_dependencies(options: Any, given: Collection[str], unknown: Collection[str] = ()) -> None:
-    """Raise UserError if an option was given that has no meaning with the values of the others.
+def check_dependencies(
+    options_class: Any, options: Mapping[str, Any], given: Collection[str], unknown: Collection[str] = ()
+) -> None:
+    """Raise UserError if one of the `options`, values by name, was given that has no meaning with those of the others.
 
     `given` are the names of the options to check, `unknown` those whose values are not known yet.
     """
-    faults: dict[tuple[str, tuple[Any, ...]], list[str]] = {}
-    for name, rules in rules_of(options).items():
-        unmet = (
-            (other, values)
-            for other, values in rules.only.items()
-            if other not in unknown and getattr(options, other) not in values
-        )
-        fault = next(unmet, None) if name in given else None
+    faults: dict[tuple[str, tuple[Any, ...], bool], list[str]] = {}
+    for name, rules in rules_of(options_class).items():
+        unmet = [*((other, values, True) for other, values in rules.only.items())]
+        unmet += ((other, values, False) for other, values in rules.never.items())
+        known = (rule for rule in unmet if name in given and rule[0] not in unknown)
+        fault = next((rule for rule in known if (options[rule[0]] in rule[1]) != rule[2]), None)
         if fault is not None:
             faults.setdefault(fault, []).append(flag(name))
-    for (other, values), names in faults.items():
+    for (other, values, must), names in faults.items():
         mean, go = ("means", "it goes") if len(names) == 1 else ("mean", "they go")
-        now = with_values(other, (getattr(options, other),))
-        raise UserError(f"{', '.join(names)} {mean} nothing {now}: {go} {with_values(other, values)}")
+        now = with_values(other, (options[other],))
+        instead = f": {go} {with_values(other, values)}" if must else ""
+        raise UserError(f"{', '.join(names)} {mean} nothing {now}{instead}")
 
 
 def with_values(name: str, values: Sequence[Any]) -> str:

@@ -1,8 +1,9 @@
-"""Answers questions without training: a released BLIP-2, LLaVA or Fuyu with its tokenizer and preprocessing.
+"""Answers questions without training: a released BLIP-2, LLaVA, Fuyu or Idefics with its tokenizer and preprocessing.
 
 Each class writes the prompt that its family was trained with or is asked with; the answer is the likeliest token at
 each step, up to an end token of the checkpoint. Of BLIP-2 the prompt is that of Li et al. 2023 (arXiv 2301.12597,
-section 4.1), of LLaVA the checkpoint's chat template, else version 1.5's, of Fuyu the one on the page of its release.
+section 4.1), of LLaVA the checkpoint's chat template, else version 1.5's, of Fuyu the one on the page of its release,
+of Idefics the one in the documentation of `transformers`.
 """
 
 from abc import ABC, abstractmethod
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from vqa_scratch.data.answers import Answer
@@ -23,14 +25,17 @@ from vqa_scratch.data.text import Tokenizer, check_question
 from vqa_scratch.errors import UserError
 from vqa_scratch.generate import GenerationOptions, generate
 from vqa_scratch.generation_options import end_ids
-from vqa_scratch.models import Blip2, Fuyu, Llava
-from vqa_scratch.models.image_text import ImageTextModel
+from vqa_scratch.models import Blip2, Fuyu, Idefics, Llava
+from vqa_scratch.models.image_text import JoinedModel
 from vqa_scratch.storage import read_object, typed
+from vqa_scratch.study.opened import Opened, run_name, special_tokens, token_label, written
+from vqa_scratch.study.subject import Blip2Subject, IdeficsSubject, PlacedSubject, fuyu_subject, llava_subject
 from vqa_scratch.training.precision import DTYPES, pick_precision
 from vqa_scratch.weights.files import CONFIG, read_config, resolve_folder
 from vqa_scratch.weights.hub import locate
 
 MAX_ANSWER_TOKENS = 20
+INSTRUCTION = "Instruction: Provide an answer to the question. Use the image to answer."  # of an Idefics
 
 
 @dataclass
@@ -39,11 +44,12 @@ class ZeroShot(ABC):
 
     writes: ClassVar[bool] = True
     example: ClassVar[str] = "what is in the picture?"
-    model_class: ClassVar[type[ImageTextModel]]
+    asked: ClassVar[str] = "question"  # what `subject` takes beside the image
+    model_class: ClassVar[type[JoinedModel]]
     processor_class: ClassVar[type[ImageProcessor]] = ImageProcessor
 
     source: str
-    model: ImageTextModel
+    model: JoinedModel
     tokenizer: Tokenizer
     processor: ImageProcessor
     device: torch.device
@@ -57,8 +63,30 @@ class ZeroShot(ABC):
         """The tokens of the prompt without those of the image, or with one for all of them."""
 
     @abstractmethod
-    def read(self, prompt: list[int], pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Ids (1, T) and embeddings (1, T, E) of a prompt with its image (1, 3, H, W)."""
+    def read(self, prompt: list[int], pixels: Tensor) -> tuple[Tensor, dict[str, Any]]:
+        """Ids (1, T) of a prompt with its image (1, 3, H, W), and what else `generate` needs of them."""
+
+    @property
+    def image_token(self) -> int | None:
+        """The token of an image's places."""
+        return self.model.config.image_token
+
+    @property
+    def own_options(self) -> dict[str, Any]:
+        """The fields of `GenerationOptions` that the model knows: what ends an answer, and what never comes in one."""
+        end = self.model.language.config.eos_id
+        return {"eos_id": self.tokenizer.eos_id if end is None else end}
+
+    @abstractmethod
+    def studied(self, prompt: list[int], pixels: Tensor) -> Blip2Subject | PlacedSubject | IdeficsSubject:
+        """What study looks at: the model with a prompt and its image."""
+
+    def prepared(self, image: Image.Image, question: str | None) -> tuple[list[int], Tensor]:
+        """The prompt and the image (1, 3, H, W). Raises UserError for a missing or an empty question."""
+        if question is None:
+            raise UserError(f"{self.source} answers questions: give it --question")
+        prompt = self.prompt(check_question(question))
+        return prompt, self.processor(image)[None].to(self.device)
 
     def check_room(self, prompt: list[int], places: int, new_tokens: int) -> None:
         """Raise UserError if a prompt with `places` for an image leaves no room for `new_tokens`."""
@@ -70,8 +98,8 @@ class ZeroShot(ABC):
 
     def words(self, text: str) -> list[int]:
         """The tokens of a text without special ones. Raises UserError if it holds the token of an image's places."""
-        ids, place = self.tokenizer.encode(text, add_special_tokens=False), self.model.config.image_token
-        if place in ids:
+        ids, place = self.tokenizer.encode(text, add_special_tokens=False), self.image_token
+        if place is not None and place in ids:
             token = self.tokenizer.backend.id_to_token(place)
             raise UserError(f"the question holds {token}, which stands for the image; ask without it")
         return ids
@@ -86,22 +114,37 @@ class ZeroShot(ABC):
         image, a missing, empty or too long question, contradicting options, and a `top`, since there is no list of
         answers to rank.
         """
-        if question is None:
-            raise UserError(f"{self.source} answers questions: give it --question")
         if top is not None:
             raise UserError(f"{self.source} writes one answer and ranks no list of them: leave out --top")
-        end = self.model.language.config.eos_id
-        end = self.tokenizer.eos_id if end is None else end
-        options = GenerationOptions(**{"max_new_tokens": MAX_ANSWER_TOKENS, "eos_id": end, **(decoding or {})})
-        prompt = self.prompt(check_question(question))
-        pixels = self.processor(load_image(image))[None].to(self.device)
-        ids, embeddings = self.read(prompt, pixels)
+        options = GenerationOptions(**{"max_new_tokens": MAX_ANSWER_TOKENS} | self.own_options | dict(decoding or {}))
+        prompt, pixels = self.prepared(load_image(image), question)
+        ids, given = self.read(prompt, pixels)
         self.check_room(prompt, ids.shape[1] - len(prompt), options.max_new_tokens)
-        made = generate(self.model.language, ids, embeddings=embeddings, options=options)
+        made = generate(self.model.language, ids, **given, options=options)
         length = int(made.lengths)
         said = made.ids[0, :length].tolist()
         text = self.tokenizer.decode(said).strip()
         return [Answer(text, float(made.likely()), length, said[-1] in end_ids(options.eos_id))], []
+
+    @torch.no_grad()
+    def subject(self, image: Image.Image, question: str | None) -> Opened:
+        """One question about one image, for study; UserError as in `ask`. Shown are the pixels that reach the model."""
+        prompt, pixels = self.prepared(image, question)
+        subject = self.studied(prompt, pixels)
+        self.check_room(prompt, subject.prefix + len(subject.prompt) - len(prompt), MAX_ANSWER_TOKENS)
+        subject.end_ids = end_ids(self.own_options["eos_id"])
+        shown = Image.fromarray(self.processor.to_uint8(image))
+        answer = written(self.tokenizer, subject.prompt)
+        return Opened(run_name(Path(self.source)), subject, (question or "").strip(), shown, **answer)
+
+    def labelled(self, ids: list[int]) -> tuple[list[int], list[str], tuple[int, ...]]:
+        """A prompt with the places of its image, for study: ids, their labels, which are separators.
+
+        Raises UserError if it ends with the image.
+        """
+        if ids[-1] == self.image_token:
+            raise UserError(f"the prompt of {self.source} ends with its image; study needs a word that reads it")
+        return ids, [token_label(self.tokenizer, index) for index in ids], special_tokens(self.tokenizer, ids)
 
 
 class AskedBlip2(ZeroShot):
@@ -123,10 +166,14 @@ class AskedBlip2(ZeroShot):
     def prompt(self, question: str) -> list[int]:
         return [self.model.config.language.bos_id, *self.words(f"Question: {question} Answer:")]
 
-    def read(self, prompt: list[int], pixels: Tensor) -> tuple[Tensor, Tensor]:
+    def read(self, prompt: list[int], pixels: Tensor) -> tuple[Tensor, dict[str, Any]]:
         image = self.model.encode_image(pixels)
         ids = torch.tensor([prompt[:1] * image.shape[1] + prompt], device=self.device)
-        return ids, torch.cat([image, self.model.language.embed(ids[:, image.shape[1] :])], 1)
+        words = self.model.language.embed(ids[:, image.shape[1] :])
+        return ids, {"embeddings": torch.cat([image, words], 1)}
+
+    def studied(self, prompt: list[int], pixels: Tensor) -> Blip2Subject:
+        return Blip2Subject(self.model, pixels, prompt, MAX_ANSWER_TOKENS)
 
 
 class AskedLlava(ZeroShot):
@@ -154,11 +201,15 @@ class AskedLlava(ZeroShot):
             raise UserError(f"the prompt of {self.source} has {self.place} {places} times; it must hold one image")
         return ids
 
-    def read(self, prompt: list[int], pixels: Tensor) -> tuple[Tensor, Tensor]:
+    def read(self, prompt: list[int], pixels: Tensor) -> tuple[Tensor, dict[str, Any]]:
         image, place = self.model.encode_image(pixels), prompt.index(self.model.config.image_token)
         places = prompt[place : place + 1] * image.shape[1]
         ids = torch.tensor([prompt[:place] + places + prompt[place + 1 :]], device=self.device)
-        return ids, self.model.place(ids, image)
+        return ids, {"embeddings": self.model.place(ids, image)}
+
+    def studied(self, prompt: list[int], pixels: Tensor) -> PlacedSubject:
+        ids = self.read(prompt, pixels)[0][0].tolist()
+        return llava_subject(self.model, pixels, *self.labelled(ids), MAX_ANSWER_TOKENS)
 
 
 class AskedFuyu(ZeroShot):
@@ -182,17 +233,71 @@ class AskedFuyu(ZeroShot):
     def prompt(self, question: str) -> list[int]:
         return [self.start, *self.words(f"{question}\n"), self.answer]
 
-    def read(self, prompt: list[int], pixels: Tensor) -> tuple[Tensor, Tensor]:
+    def read(self, prompt: list[int], pixels: Tensor) -> tuple[Tensor, dict[str, Any]]:
         ids = torch.tensor(
             [self.model.rows(pixels.shape[2], pixels.shape[3], self.newline) + prompt], device=self.device
         )
-        return ids, self.model.embed(ids, self.model.patches(pixels))
+        return ids, {"embeddings": self.model.embed(ids, self.model.patches(pixels))}
+
+    def studied(self, prompt: list[int], pixels: Tensor) -> PlacedSubject:
+        rows = self.model.rows(pixels.shape[2], pixels.shape[3], self.newline)
+        return fuyu_subject(self.model, pixels, *self.labelled([*rows, *prompt]), MAX_ANSWER_TOKENS)
 
 
-FAMILIES: dict[str, type[ZeroShot]] = {"blip-2": AskedBlip2, "llava": AskedLlava, "fuyu": AskedFuyu}  # by model_type
+class AskedIdefics(ZeroShot):
+    """The image between two tokens of its own, and an instruction with the question; or, of a model that was tuned on
+    dialogues, a turn of the user."""
+
+    model_class = Idefics
+    model: Idefics
+
+    def check(self) -> None:
+        check_tower(self)
+        numbers = {name: self.tokenizer.backend.token_to_id(name) for name in ("<image>", "<fake_token_around_image>")}
+        if missing := [name for name, number in numbers.items() if number is None]:
+            raise UserError(f"the tokenizer of {self.source} has no {', '.join(missing)}, as that of an Idefics has")
+        if "bos" not in self.tokenizer.special:
+            raise UserError(f"the tokenizer of {self.source} names no start token")
+        self.place, self.turn = numbers["<image>"], self.tokenizer.backend.token_to_id("<end_of_utterance>")
+        self.barred = tuple(number for number in numbers.values() if number is not None)
+
+    @property
+    def image_token(self) -> int | None:
+        return self.place
+
+    @property
+    def own_options(self) -> dict[str, Any]:
+        usual = super().own_options | {"suppress_tokens": self.barred}
+        return usual if self.turn is None else usual | {"eos_id": (*end_ids(usual["eos_id"]), self.turn)}
+
+    def prompt(self, question: str) -> list[int]:
+        self.words(question)
+        image = "<fake_token_around_image><image><fake_token_around_image>"
+        text = f"{INSTRUCTION}\n{image}Question: {question} Answer:"
+        if self.turn is not None:
+            text = f"User:{image}{question}<end_of_utterance>\nAssistant:"
+        return self.tokenizer.encode(self.tokenizer.special["bos"] + text, add_special_tokens=False)
+
+    def read(self, prompt: list[int], pixels: Tensor) -> tuple[Tensor, dict[str, Any]]:
+        assert self.place is not None, "checked"
+        ids = torch.tensor([prompt], device=self.device)
+        states = self.model.encode_image(pixels[None])
+        return ids, {"memory": [self.model.memory(states, self.model.image_mask(ids, self.place, [1]))]}
+
+    def studied(self, prompt: list[int], pixels: Tensor) -> IdeficsSubject:
+        assert self.place is not None, "checked"
+        return IdeficsSubject(self.model, pixels, prompt, self.place, MAX_ANSWER_TOKENS)
 
 
-def check_tower(opened: "AskedBlip2 | AskedLlava") -> None:
+FAMILIES: dict[str, type[ZeroShot]] = {  # by model_type
+    "blip-2": AskedBlip2,
+    "llava": AskedLlava,
+    "fuyu": AskedFuyu,
+    "idefics": AskedIdefics,
+}
+
+
+def check_tower(opened: "AskedBlip2 | AskedLlava | AskedIdefics") -> None:
     """Raise UserError if the images do not fit an image encoder that is a ViT."""
     sizes, processor = opened.model.vision.config, opened.processor
     if sizes.channels != 3:

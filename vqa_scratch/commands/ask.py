@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from vqa_scratch.command_line import Flag, GroupedCommand, flags
-from vqa_scratch.commands.line import DEVICE, FOLDER, PRECISION, open_run
+from vqa_scratch.commands.line import DEVICE, FOLDER, MODEL, PRECISION, open_asked
 from vqa_scratch.errors import UserError
 from vqa_scratch.generation_options import GenerationOptions
 from vqa_scratch.options import flag
@@ -20,7 +20,7 @@ from vqa_scratch.options import flag
     cls=GroupedCommand,
     params=[
         click.Argument(["run"], type=FOLDER, required=False),
-        Flag(["--model"], help="Instead of RUN: a released BLIP-2, LLaVA or Fuyu, a folder or Hub id."),
+        MODEL,
         Flag(["--image"], type=FOLDER, required=True, help="Image file of any size that Pillow reads."),
         Flag(["--question"], help="What to ask; without it, a prompt for many questions."),
         Flag(["--top"], type=click.IntRange(min=1), help="Give this many answers, if the system chooses from a list."),
@@ -46,15 +46,7 @@ def ask(
       python -m vqa_scratch ask runs/vqa --image photo.jpg --question "how many dogs are there?"
     Without --question the system stays loaded and takes one question a line, from the keyboard or a pipe.
     """
-    if run is not None and model is None:
-        system: Any = open_run(run, device, precision)
-    elif run is None and model is not None:
-        from vqa_scratch.training.precision import pick_device
-        from vqa_scratch.zero_shot import open_zero_shot
-
-        system = open_zero_shot(model, pick_device(device), precision)
-    else:
-        raise UserError("give RUN, the folder of a trained system, or --model, a released checkpoint: one of the two")
+    system = open_asked(run, model, device, precision)
     decoding = {name: value for name, value in decoding.items() if value is not None}
     if decoding and not system.writes:
         raise UserError(f"{run or model} does not take {flag(next(iter(decoding)))}: leave it out")

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 FOLDER = click.Path(path_type=Path)
 DEVICES, PRECISIONS = NearChoice(("auto", "cpu", "cuda", "mps")), NearChoice(("auto", "fp32", "bf16", "fp16"))
 DEVICE = Flag(["--device"], type=DEVICES, default="auto", help="Where to compute.", group="Computing")
+MODEL = Flag(["--model"], help="Instead of RUN: a released BLIP-2, LLaVA, Fuyu or Idefics, a folder or Hub id.")
 PRECISION = Flag(["--precision"], type=PRECISIONS, default="fp32", help="Arithmetic.", group="Computing")
 
 
@@ -81,3 +82,15 @@ def open_run(folder: Path, device: str = "cpu", precision: str = "fp32") -> "Sys
     from vqa_scratch.training.precision import pick_device
 
     return systems.load(folder, pick_device(device), precision)
+
+
+def open_asked(run: Path | None, model: str | None, device: str, precision: str) -> Any:
+    """A run, or a released model: what can be asked about an image. Raises UserError unless one of the two is given."""
+    if run is not None and model is None:
+        return open_run(run, device, precision)
+    if run is None and model is not None:
+        from vqa_scratch.training.precision import pick_device
+        from vqa_scratch.zero_shot import open_zero_shot
+
+        return open_zero_shot(model, pick_device(device), precision)
+    raise UserError("give RUN, the folder of a trained system, or --model, a released checkpoint: one of the two")

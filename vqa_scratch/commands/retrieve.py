@@ -1,6 +1,5 @@
 """`retrieve`: the images that fit a text best, or the texts that fit an image, of a contrastive run."""
 
-import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -10,7 +9,7 @@ import click
 
 from vqa_scratch.command_line import Flag, GroupedCommand
 from vqa_scratch.commands.line import DEVICE, FOLDER, PRECISION, check_page, open_run
-from vqa_scratch.errors import UserError, some
+from vqa_scratch.errors import UserError, in_a_line, note, some
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -82,7 +81,7 @@ def find_images(system: "System", text: str, folder: Path | None, top: int, page
 
     asked = system.embed_texts([text])
     for line in system.tokenizers.notes_on(text, "text"):
-        print(f"note: {line}", file=sys.stderr)
+        note(line)
     samples = [] if folder else system.texts_and_images()
     paths = images_in(folder) if folder else [sample.image_path for sample in samples]
     load = partial(load_image, upright=all(sample.upright for sample in samples))  # as the run reads its split
@@ -90,7 +89,7 @@ def find_images(system: "System", text: str, folder: Path | None, top: int, page
     best = (vectors @ asked[0]).topk(min(top, len(kept)))
     cards = []
     for similar, place in zip(best.values.tolist(), best.indices.tolist(), strict=True):
-        print(f"{similar:.3f}  {kept[place]}")
+        print(f"{similar:.3f}  {in_a_line(kept[place])}")
         cards.append(card(load(kept[place]), "", kept[place].name, "", f"similarity {similar:.3f}", ""))
     lead = f"The {len(cards)} of {len(kept):,} images that fit the text best, the best one first."
     write_page(page, text, lead, [("images", cards)])
@@ -115,7 +114,7 @@ def find_texts(
         scores, kind = (system.embed_texts(texts) @ vector).tolist(), "similarity"
     best = sorted(zip(scores, texts, strict=True), key=lambda pair: -pair[0])[:top]
     for score, text in best:
-        print(f"{score:.3f}  {text}")
+        print(f"{score:.3f}  {in_a_line(text)}")
     lines = "<br>".join(f"{score:.3f} {escape(text)}" for score, text in best[1:])
     lead = f"The {len(best)} of {len(texts):,} texts that fit the image best, the best one first."
     score, text = best[0]
@@ -158,5 +157,5 @@ def readable(system: "System", paths: Sequence[Path], load: "Callable[[Path], Im
     if not kept:
         raise UserError(f"none of the {len(paths):,} images can be read; the first: {next(iter(unread.values()))}")
     if unread:
-        print(f"note: {len(unread):,} of {len(paths):,} images cannot be read: {some(unread)}", file=sys.stderr)
+        note(f"{len(unread):,} of {len(paths):,} images cannot be read: {some(unread)}")
     return kept, torch.cat(parts)

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from vqa_scratch.command_line import Flag, GroupedCommand
-from vqa_scratch.commands.line import DEVICE, FOLDER, check_no_run, open_run
+from vqa_scratch.commands.line import DEVICE, FOLDER, MODEL, PRECISIONS, check_no_run, open_asked
 from vqa_scratch.errors import UserError
 
 ONE, SPLIT = "One answer", "Over a split"
@@ -18,27 +18,35 @@ ONE, SPLIT = "One answer", "Over a split"
     "study",
     cls=GroupedCommand,
     params=[
-        click.Argument(["run"], type=FOLDER),
+        click.Argument(["run"], type=FOLDER, required=False),
+        MODEL,
         Flag(["--out"], type=FOLDER, required=True, help="Folder for the report and all other files."),
-        Flag(["--image"], type=FOLDER, help="Image file (a run of train.py).", group=ONE),
+        Flag(["--image"], type=FOLDER, help="Image file (a run of train.py, or --model).", group=ONE),
         Flag(["--question"], help="Question about the image.", group=ONE),
-        Flag(["--text"], type=FOLDER, help="Text file to read (a run of rlhf.py, or any T5 checkpoint).", group=ONE),
+        Flag(["--text"], help="Text to compare with the image (preset clip); text file (rlhf.py, any T5).", group=ONE),
         Flag(["--compare"], type=FOLDER, help="A second run, side by side on the same input.", group=ONE),
         Flag(["--pointing"], type=FOLDER, help="Built-in data set: do maps point at the right object?", group=SPLIT),
         Flag(["--faithfulness"], type=FOLDER, help="Data folder: deletion and insertion curves.", group=SPLIT),
         Flag(["--ablation"], type=FOLDER, help="Data folder: accuracy with each head silenced.", group=SPLIT),
-        Flag(["--heads"], default="decoder.*.cross", help="Attentions whose heads --ablation silences.", group=SPLIT),
+        Flag(
+            ["--heads"],
+            default="decoder.*.cross",
+            help="Attentions, or routers, that --ablation silences.",
+            group=SPLIT,
+        ),
         Flag(["--split"], default="val", help="Split of the data folder.", group=SPLIT),
         Flag(["--questions"], type=click.IntRange(min=1), default=500, help="Number of questions to use.", group=SPLIT),
         DEVICE,
+        Flag(["--precision"], type=PRECISIONS, help="Type of --model's weights.", shown="fp32", group="Computing"),
     ],
 )
 def study(
-    run: Path,
+    run: Path | None,
+    model: str | None,
     out: Path,
     image: Path | None,
     question: str | None,
-    text: Path | None,
+    text: str | None,
     compare: Path | None,
     pointing: Path | None,
     faithfulness: Path | None,
@@ -47,12 +55,14 @@ def study(
     split: str,
     questions: int,
     device: str,
+    precision: str | None,
 ) -> None:
-    """Analyse one answer of the run in the folder RUN, or measure its attention over a split.
+    """Analyse one answer of the run in the folder RUN, or of a released model, or measure its attention over a split.
 
     \b
-    Example:
+    Examples:
       python -m vqa_scratch study runs/vqa --image photo.jpg --question "what color is the dog?" --out study/
+      python -m vqa_scratch study runs/clip --image photo.jpg --text "a brown dog" --out study/
     """
     from vqa_scratch.commands.study_files import open_input, run_folder, write_study
     from vqa_scratch.storage import check_writable, write_json
@@ -68,27 +78,36 @@ def study(
     asked = [flag for flag, folder in over_split.items() if folder is not None]
     if asked and any(given is not None for given in (image, question, text, compare)):
         raise UserError(f"{asked[0]} goes over a split: leave out --image, --question, --text and --compare")
+    if precision is not None and model is None:
+        raise UserError("--precision is that of the weights of --model; a run is studied in fp32")
+    device = str(pick_device(device))
     if not asked:
-        device = str(pick_device(device))
-        studies = [take_apart(open_input(f, image, question, text, device)) for f in (run, compare) if f is not None]
+        given = (image, question, text, device)
+        studies = [take_apart(open_input(run, *given, model, precision or "fp32"))]
+        studies += [take_apart(open_input(compare, *given))] if compare is not None else []
         write_study(out, studies)
         for done in studies:
             for note in done.opened.notes:
                 print(f"note: {note}", file=sys.stderr)
-            print(f"{done.opened.run}: {done.answer or '(nothing)'}  (probability {done.probability:.3f})")
+            said = f"{done.answer or '(nothing)'}  ({done.opened.subject.measure} {done.probability:.3f})"
+            print(f"{done.opened.run}: {said}")
             print(f"certificate: {done.certificate}")
         print(f"see {out / 'report.html'}")
         return
-    system = open_run(run_folder(run), device)
-    figures: dict[str, Any] = {"run": run_name(run), "split": split}
+    if ablation is not None and model is not None:
+        raise UserError("--ablation scores the answers of a run: it does not go with --model")
+    system = open_asked(run and run_folder(run), model, device, precision or "fp32")
+    if faithfulness is not None and system.asked != "question":
+        raise UserError(f"--faithfulness goes over questions, and {run} is asked none")
+    figures: dict[str, Any] = {"run": run_name(run or Path(str(model))), "split": split}
 
     def subject_of(image: Any, question: str) -> Any:
         return system.subject(image, question).subject
 
     if pointing is not None:
-        found = pointing_figures(subject_of, system.processor, pointing, split, questions)
+        found = pointing_figures(subject_of, system.processor, pointing, split, questions, system.asked)
         figures["pointing"] = {name: asdict(p) | {"ratio": p.ratio} for name, p in found.items()}
-        print(pointing_table(found))
+        print(pointing_table(found, system.asked))
     if faithfulness is not None:
         figures["faithfulness"] = faithfulness_figures(subject_of, faithfulness, split, questions, out)
         for name, c in figures["faithfulness"].items():
@@ -96,6 +115,7 @@ def study(
     if ablation is not None:
         figures["ablation"] = ablation_figures(system.model, score_of(system, ablation, split, questions), heads, out)
         for effect in figures["ablation"]["heads"][:5]:
-            print(f"without {effect['name']} head {effect['head']}: {effect['score']:.4f} ({-effect['drop']:+.4f})")
+            lost = f"{effect['score']:.4f} ({-effect['drop']:+.4f})"
+            print(f"without {effect['name']} {effect['part']} {effect['head']}: {lost}")
     write_json(out / "figures.json", figures)
     print(f"see {out / 'figures.json'}")

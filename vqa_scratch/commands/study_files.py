@@ -5,7 +5,7 @@ from pathlib import Path
 
 from PIL.Image import Image
 
-from vqa_scratch import systems
+from vqa_scratch.commands.line import open_asked
 from vqa_scratch.data.images import load_image
 from vqa_scratch.errors import UserError
 from vqa_scratch.storage import read_text, write_json, write_text, write_whole
@@ -28,16 +28,31 @@ def run_folder(folder: Path) -> Path:
     return folder
 
 
-def open_input(run: Path, image: Path | None, question: str | None, text: Path | None, device: str) -> Opened:
-    """A run with one input: an image and a question, or a text. Raises UserError if the input does not fit the run."""
-    if t5_folder(run) is not None:
+def open_input(
+    run: Path | None,
+    image: Path | None,
+    question: str | None,
+    text: str | None,
+    device: str,
+    model: str | None = None,
+    precision: str = "fp32",
+) -> Opened:
+    """A run, or a released model, with one input: an image and what is asked of it, or a text file for a T5.
+
+    Raises UserError if the input does not fit.
+    """
+    if run is not None and model is None and t5_folder(run) is not None:
         if text is None or image is not None or question is not None:
             raise UserError(f"{run} reads texts: give it --text FILE, and neither --image nor --question")
-        return open_text(run, read_text(text), device)
-    system = systems.load(run_folder(run), device)
-    if text is not None or image is None:
-        raise UserError(f'{run} looks at images: give it --image FILE and a --question "...", and no --text')
-    return system.subject(load_image(image), question)
+        return open_text(run, read_text(Path(text)), device)
+    system, name = open_asked(run and run_folder(run), model, device, precision), run or model
+    asked, other = (question, text) if system.asked == "question" else (text, question)
+    if other is not None or image is None:
+        left_out = "text" if system.asked == "question" else "question"
+        raise UserError(
+            f'{name} looks at images: give it --image FILE and a --{system.asked} "...", and no --{left_out}'
+        )
+    return system.subject(load_image(image), asked)
 
 
 def write_overlays(folder: Path, study: Study, image: Image) -> None:

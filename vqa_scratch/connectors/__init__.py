@@ -24,7 +24,9 @@ CONNECTORS = {  # by name: module and class
     "tokens": ("tokens", "TokensConnector"),
     "mean": ("mean", "MeanConnector"),
     "prefix": ("prefix", "PrefixConnector"),
+    "patches": ("patches", "PatchesConnector"),
     "qformer": ("qformer", "QFormerConnector"),
+    "resampler": ("resampler", "ResamplerConnector"),
 }
 
 
@@ -43,13 +45,16 @@ def connect(sizes: dict[str, Any], image: "ImageEncoder", text: "Bert | None", d
     """
     (name,) = typed("the connector", sizes, {"kind": str})
     kind, rest = connector_class(name), {name: value for name, value in sizes.items() if name != "kind"}
+    signature = inspect.signature(kind)
     try:
-        inspect.signature(kind).bind(image, text, decoder, **rest)
+        signature.bind(image, text, decoder, **rest)
     except TypeError as error:
         raise UserError(f"a connector {name} has other sizes than {', '.join(rest) or 'none'}: {error}") from None
     for size, value in rest.items():
         sides = value if isinstance(value, list | tuple) else [value]
         usual = all(type(side) is int and 0 < side < 10_000 for side in sides)
+        if signature.parameters[size].annotation is bool:
+            usual = type(value) is bool
         if len(sides) != (2 if size == "grid" else 1) or not usual:
             raise UserError(f"a connector {name} cannot have a {size} of {value!r}")
     return kind(image, text if kind.reads_text else None, decoder, **rest)

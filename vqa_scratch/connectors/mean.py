@@ -53,7 +53,7 @@ class MeanConnector(Connector):
     def kept_tokens(self, prefix_tokens: int, grid: tuple[int, int]) -> int:
         return 1
 
-    def mixing(self, image: int, text: int) -> Tensor:
+    def mixing(self, image: int, text: int, grid: tuple[int, int]) -> Tensor:
         sides = [n for n in (image, text) if n]
         return torch.cat([torch.full((1, n), 1 / (len(sides) * n)) for n in sides], 1)
 

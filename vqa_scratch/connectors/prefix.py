@@ -40,7 +40,7 @@ class PrefixConnector(Connector):
     def kept_tokens(self, prefix_tokens: int, grid: tuple[int, int]) -> int:
         return grid[0] * grid[1]
 
-    def mixing(self, image: int, text: int) -> Tensor:
+    def mixing(self, image: int, text: int, grid: tuple[int, int]) -> Tensor:
         return torch.eye(image)[self.skipped :]
 
     def recipe(self, with_text: bool) -> str:
@@ -52,4 +52,4 @@ class PrefixConnector(Connector):
 
     def forward(self, image: States, text: States | None, image_index: Tensor | None = None) -> Conditioning:
         prefix = self.down(F.gelu(self.up(image.tokens[:, image.prefix_tokens :])))  # (I, Q, D)
-        return Conditioning(prefix=prefix if image_index is None else prefix[image_index])
+        return Conditioning(prefix=prefix, prefix_index=image_index)

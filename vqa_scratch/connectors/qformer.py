@@ -64,7 +64,7 @@ class QFormerConnector(Connector):
     def queries(self) -> nn.Module:
         return self.qformer
 
-    def mixing(self, image: int, text: int) -> Tensor:
+    def mixing(self, image: int, text: int, grid: tuple[int, int]) -> Tensor:
         return torch.eye(image + self.qformer.queries.shape[1])[image:]
 
     def recipe(self, with_text: bool) -> str:
@@ -75,4 +75,4 @@ class QFormerConnector(Connector):
 
     def forward(self, image: States, text: States | None, image_index: Tensor | None = None) -> Conditioning:
         prefix = self.projection(self.qformer(image.tokens))  # (I, Q, D)
-        return Conditioning(prefix=prefix if image_index is None else prefix[image_index])
+        return Conditioning(prefix=prefix, prefix_index=image_index)

@@ -59,7 +59,7 @@ class TokensConnector(Connector):
     def start_from_places(self, table: Tensor) -> None:
         self.places[0, self.prefix_tokens :] = table
 
-    def mixing(self, image: int, text: int) -> Tensor:
+    def mixing(self, image: int, text: int, grid: tuple[int, int]) -> Tensor:
         return torch.eye(image + text)
 
     def recipe(self, with_text: bool) -> str:

@@ -37,6 +37,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     "LlavaImageProcessor": _CLIP,
     "BitImageProcessor": _CLIP,
     "BlipImageProcessor": _CLIP | {"size": {"height": 384, "width": 384}, "do_center_crop": False},
+    "IdeficsImageProcessor": _CLIP | {"size": {"height": 224, "width": 224}, "do_center_crop": False},
     "SiglipImageProcessor": _VIT | {"resample": _BICUBIC},
 }
 _BARE_SIZE_IS_SHORTEST_EDGE = {f"{name}ImageProcessor" for name in ("CLIP", "Llava", "Bit", "Siglip")}
@@ -88,6 +89,8 @@ def read_fields(config: dict[str, Any]) -> dict[str, Any]:
     given = {key: value for key, value in config.items() if value is not None}
     values = {"do_resize": True, "do_rescale": True, "do_normalize": True, "rescale_factor": 1 / 255}
     values |= _DEFAULTS[kind] | given
+    if kind == "IdeficsImageProcessor" and "image_size" in given:
+        values["size"] = given["image_size"]  # its older name
     square = kind not in _BARE_SIZE_IS_SHORTEST_EDGE
     crop = _size(values.get("crop_size"), "crop_size", square=True) if values.get("do_center_crop") else None
     if isinstance(crop, int):

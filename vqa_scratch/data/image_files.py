@@ -4,6 +4,7 @@ import base64
 import io
 import re
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -90,3 +91,13 @@ def data_url(image: Image.Image, largest: int) -> str:
 def is_small(image: Image.Image) -> bool:
     """Whether an image is so small that a page enlarges it, pixel by pixel."""
     return max(image.size) <= 128
+
+
+def pad(images: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Images (h, w, 3) in the top left corners of one array (B, H, W, 3), and a mask of their pixels (B, H, W)."""
+    height, width = (max(image.shape[axis] for image in images) for axis in (0, 1))
+    pixels, mask = np.zeros((len(images), height, width, 3), np.uint8), np.zeros((len(images), height, width), bool)
+    for row, image in enumerate(images):
+        pixels[row, : image.shape[0], : image.shape[1]] = image
+        mask[row, : image.shape[0], : image.shape[1]] = True
+    return pixels, mask

@@ -23,7 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from vqa_scratch.data.image_config import HALF, read_fields, write_fields
-from vqa_scratch.data.image_files import load_image, to_rgb
+from vqa_scratch.data.image_files import load_image, pad, to_rgb
 from vqa_scratch.data.mapped import mapped_array
 from vqa_scratch.errors import UserError, naming
 from vqa_scratch.storage import read_object, typed, write_json
@@ -175,16 +175,6 @@ class ImageProcessor:
     def __call__(self, image: Image.Image | np.ndarray | Sequence[Image.Image | np.ndarray]) -> torch.Tensor:
         """float32 (3, H, W), or (B, 3, H, W) for a list. Arrays are uint8 (H, W, 3)."""
         return self.normalize(np.array(self.to_uint8(image)))
-
-
-def pad(images: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Images (h, w, 3) in the top left corners of one array (B, H, W, 3), and a mask of their pixels (B, H, W)."""
-    height, width = (max(image.shape[axis] for image in images) for axis in (0, 1))
-    pixels, mask = np.zeros((len(images), height, width, 3), np.uint8), np.zeros((len(images), height, width), bool)
-    for row, image in enumerate(images):
-        pixels[row, : image.shape[0], : image.shape[1]] = image
-        mask[row, : image.shape[0], : image.shape[1]] = True
-    return pixels, mask
 
 
 class Images:

@@ -37,15 +37,18 @@ _KNOWN_ROLES = (
 )
 
 
-def check_question(text: str) -> str:
-    """The question without surrounding space; UserError if nothing is left or it is no valid text."""
+def check_text(text: str, empty: str) -> str:
+    """The text without surrounding space. Raises UserError if it is not valid, or if nothing is left: with `empty`."""
     if not isinstance(text, str) or not text.strip():
-        raise UserError("the question is empty: ask something, for example --question 'what color is the square?'")
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise UserError(f"the question is not valid text: character {error.start} cannot be encoded") from error
+        raise UserError(empty)
+    if not is_text(text):
+        raise UserError(f"{text!a} is not valid text: it has half of a letter")
     return text.strip()
+
+
+def check_question(text: str) -> str:
+    """`check_text` of a question."""
+    return check_text(text, "the question is empty: ask something, for example --question 'what color is the square?'")
 
 
 class Tokenizer:
@@ -154,12 +157,8 @@ class Tokenizer:
 
         A text longer than `max_length` ids loses its end, but keeps the special tokens around it; `truncated` counts
         such texts. The mask follows from the lengths, so a real token with the padding id stays visible.
-        Raises ValueError for no texts, UserError for one that is not valid text, or for a `max_length` with no room for
-        a token beside the special ones.
+        Raises ValueError for no texts, UserError for a `max_length` with no room for a token beside the special ones.
         """
-        broken = [text for text in texts if not is_text(text)]
-        if broken:
-            raise UserError(f"{broken[0]!a} is not valid text: it has half of a letter")
         added = self.backend.num_special_tokens_to_add(False)
         if isinstance(texts, str) or not texts:
             raise ValueError("texts must be a non-empty sequence of strings")

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
-from vqa_scratch.errors import UserError, some
+from vqa_scratch.errors import UserError, in_a_line, some
 from vqa_scratch.storage import read_json, typed
 
 SUBTYPES = {"train": "train2014", "val": "val2014", "test": "test2015", "test-dev": "test-dev2015"}
@@ -180,7 +180,7 @@ class ReadReport:
     def skip(self, reason: str, example: object = None, count: int = 1) -> None:
         self.skipped[reason] += count
         if example is not None:
-            self.examples.setdefault(reason, str(example))
+            self.examples.setdefault(reason, in_a_line(example))
 
     def __str__(self) -> str:
         first = {reason: f" (first: {example})" for reason, example in self.examples.items()}

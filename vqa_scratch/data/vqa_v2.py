@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from tqdm import tqdm
 
@@ -38,6 +38,8 @@ from vqa_scratch.data.vqa_files import (
 )
 from vqa_scratch.errors import UserError
 from vqa_scratch.storage import read_json, typed
+
+T = TypeVar("T")
 
 
 def open_source(source: str | Path | VQAFiles, split: str, cache: Path = Path("cache")) -> OpenedSplit:
@@ -284,7 +286,7 @@ def summary(samples: Sequence[VQASample]) -> str:
     return f"{len(images):,} images, {len(samples):,} questions, {len(answers):,} different answers"
 
 
-def spread(samples: Sequence[VQASample], number: int) -> list[VQASample]:
+def spread(samples: Sequence[T], number: int) -> list[T]:
     """At most `number` of the samples, evenly spaced from the first on."""
     number = min(number, len(samples))
     return [samples[i * len(samples) // number] for i in range(number)]

@@ -31,6 +31,7 @@ def generate(
     fill: int = 0,
     generator: torch.Generator | None = None,
     prefix: Tensor | None = None,
+    prefix_index: Tensor | None = None,
     embeddings: Tensor | None = None,
     graph: bool = False,
 ) -> Generated:
@@ -38,7 +39,8 @@ def generate(
 
     prompt_ids (B, P) with prompt_mask (B, P), True = a real token, padding on the left; None means no padding. `memory`
     is what cross-attention reads. `prefix` (B, Q, E) are embeddings before the prompt's tokens: never padding, and
-    counted by positions. `embeddings` (B, P, E) are those of the prompt's tokens if some are not words, as in
+    counted by positions; with `prefix_index` (B,) row b has prefix `prefix_index[b]` of fewer, each read once, whatever
+    the number of its rows. `embeddings` (B, P, E) are those of the prompt's tokens if some are not words, as in
     `ImageTextModel.embed`. `generator` draws the samples, instead of one seeded with `options.seed`. `graph` replays
     the steps as a CUDA graph (`GraphState`). Raises UserError on options that do not fit the vocabulary, ValueError on
     more tokens than positions or if a graph is not possible.
@@ -48,8 +50,8 @@ def generate(
     with without_gradients(), masked_safely(prompt_ids.device):
         steps, beams = options.max_new_tokens - 1, options.num_beams
         scores, state = begin(
-            decoder, prompt_ids, prompt_mask, memory, steps=steps, members=beams, prefix=prefix, embeddings=embeddings,
-            graph=graph,
+            decoder, prompt_ids, prompt_mask, memory, steps=steps, members=beams, prefix=prefix,
+            prefix_index=prefix_index, embeddings=embeddings, graph=graph,
         )  # fmt: skip
         options.check_vocabulary(scores.shape[-1])
         if beams > 1:

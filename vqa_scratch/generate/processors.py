@@ -1,7 +1,7 @@
 """Score processors: small functions that change a decoder's scores before a token is chosen, in a fixed order.
 
-The order is that of `transformers`: repetition penalty, n-grams, end token, then, for sampling, temperature, top-k and
-top-p. A barred token has the score -inf. Padding is ignored.
+The order is that of `transformers`: repetition penalty, n-grams, barred tokens, then, for sampling, temperature, top-k
+and top-p. A barred token has the score -inf. Padding is ignored.
 
 Shapes: R rows, T tokens so far (prompt and new), V vocabulary.
 """
@@ -50,11 +50,11 @@ def bar_repeated_ngrams(scores: Tensor, ids: Tensor, real: Tensor, size: int) ->
     return scores.masked_fill(_marked(ids, repeating(ids, real, ends, size), scores), -math.inf)
 
 
-def bar_end(scores: Tensor, ends: tuple[int, ...]) -> Tensor:
-    """-inf for the end tokens."""
+def bar(scores: Tensor, tokens: tuple[int, ...]) -> Tensor:
+    """-inf for these tokens."""
     scores = scores.clone()
-    for end in ends:
-        scores[:, end] = -math.inf
+    for token in tokens:
+        scores[:, token] = -math.inf
     return scores
 
 
@@ -91,8 +91,11 @@ class Processed:
             scores = penalize_repetition(scores, *self.so_far, options.repetition_penalty)
         if self.so_far is not None and options.no_repeat_ngram_size > 0:
             scores = bar_repeated_ngrams(scores, *self.so_far, options.no_repeat_ngram_size)
+        barred = options.suppress_tokens
         if made < options.min_new_tokens:
-            scores = bar_end(scores, end_ids(options.eos_id))
+            barred += end_ids(options.eos_id)
+        if barred:
+            scores = bar(scores, barred)
         if options.temperature is not None:
             scores = scores / options.temperature
         if options.top_k is not None:

@@ -21,6 +21,7 @@ from vqa_scratch.nn.attention import masked_safely
 from vqa_scratch.nn.cache import DecoderCache
 from vqa_scratch.nn.decoding import Decoder, FastParts
 from vqa_scratch.nn.memory import Memory
+from vqa_scratch.nn.memory_parts import for_next_tokens
 
 NODES = 256  # of one pass: its attention is K x (P + K) scores a head and row
 SCORES = 1 << 24  # elements of the scores (rows x V) made at once
@@ -109,7 +110,7 @@ def _one_by_one(
 ) -> Tensor:
     """(B, C) by the decoder's modules: one candidate after all prompts at a time, then the cache is rewound."""
     rows, length, result = len(at_prompt), cache.length, list[Tensor]()
-    memory = None if memory is None else [part.for_next_tokens() for part in memory]
+    memory = for_next_tokens(memory)
     for candidate in candidates:
         ids = torch.tensor([candidate], device=at_prompt.device).expand(rows, -1)  # (B, tokens)
         log_probs = at_prompt[:, None]
@@ -130,11 +131,13 @@ def rank(
     candidates: Sequence[Sequence[int]],
     *,
     prefix: Tensor | None = None,
+    prefix_index: Tensor | None = None,
 ) -> Tensor:
     """Log-probability of each candidate after each prompt, (B, C) in nats: the sum over its tokens.
 
     prompt_ids (B, P) with prompt_mask (B, P), True = a real token, padding on the left; None means no padding. `prefix`
-    (B, Q, E) are embeddings before the prompt's tokens. `candidates` are ids, with an end token if the answer has to
+    (B, Q, E) are embeddings before the prompt's tokens, or with `prefix_index` (B,) the fewer that rows share, as in
+    `generate`. `candidates` are ids, with an end token if the answer has to
     end there. Raises ValueError on no candidates, an empty one, an id outside the vocabulary, more tokens than
     positions, and a decoder in training mode.
     """
@@ -144,7 +147,7 @@ def rank(
         raise ValueError("rank needs a decoder in eval mode")
     check_length(decoder, prompt_ids, prefix, max(map(len, candidates)) - 1)
     with without_gradients(), masked_safely(prompt_ids.device):
-        first, cache, mask = prefill(decoder, prompt_ids, prompt_mask, memory, prefix)
+        first, cache, mask = prefill(decoder, prompt_ids, prompt_mask, memory, prefix, prefix_index)
         at_prompt = first.float().log_softmax(-1)  # (B, V)
         rows, vocabulary = at_prompt.shape
         if max(max(c) for c in candidates) >= vocabulary:

@@ -59,6 +59,7 @@ def prefill(
     prompt_mask: Tensor | None,
     memory: list[Memory] | None,
     prefix: Tensor | None = None,
+    prefix_index: Tensor | None = None,
     embeddings: Tensor | None = None,
 ) -> tuple[Tensor, DecoderCache, Tensor | None]:
     """The scores of the first new token (G, V), the cache of the prompts, and its mask, None without padding.
@@ -69,6 +70,10 @@ def prefill(
     if embeddings.shape[:2] != prompt_ids.shape:
         raise ValueError(f"embeddings must be {(*prompt_ids.shape, 'width')}, got {tuple(embeddings.shape)}")
     mask, cache = padding(prompt_mask), decoder.new_cache()
+    if prefix is not None and prefix_index is not None:
+        hidden = decoder.hidden_after(prefix, prefix_index, embeddings, mask, cache=cache)
+        mask = None if mask is None else F.pad(mask, (prefix.shape[1], 0), value=True)
+        return decoder.logits(hidden[:, -1]), cache, mask
     if prefix is not None:
         embeddings, mask = _before(embeddings, mask, prefix)
     hidden = decoder.hidden(embeddings, mask, memory=memory, cache=cache)[:, -1]
@@ -100,6 +105,7 @@ def begin(
     steps: int,
     members: int = 1,
     prefix: Tensor | None = None,
+    prefix_index: Tensor | None = None,
     embeddings: Tensor | None = None,
     graph: bool = False,
 ) -> tuple[Tensor, State]:
@@ -107,7 +113,8 @@ def begin(
     the steps of the state without gradients.
 
     prompt_ids (G, P) with prompt_mask (G, P), True = a real token; None means no padding. `prefix` (G, Q, E) are
-    embeddings before the prompt's tokens, `embeddings` (G, P, E) those of its tokens, if not `decoder.embed` of them.
+    embeddings before the prompt's tokens; with `prefix_index` (G,) they are (M, Q, E), and group g has those of
+    `prefix_index[g]`. `embeddings` (G, P, E) are those of its tokens, if not `decoder.embed` of them.
     The state has room for `steps` steps of `members` rows a group; with `graph` it replays them as a CUDA graph. Raises
     ValueError on more tokens than positions, and if a graph is not possible; UserError on more members than tokens in
     the vocabulary.
@@ -123,7 +130,7 @@ def begin(
         cache = _without_tokens(parts, decoder.new_cache(), memory, rows)
         state = FastState.after(parts, cache, None, 1 + steps)
         return state.step(prompt_ids[:, 0]), state
-    scores, cache, mask = prefill(decoder, prompt_ids, prompt_mask, memory, prefix, embeddings)
+    scores, cache, mask = prefill(decoder, prompt_ids, prompt_mask, memory, prefix, prefix_index, embeddings)
     if members > scores.shape[-1]:  # before a cache for so many rows is made
         raise UserError(f"{members} beams, but the vocabulary has {scores.shape[-1]} tokens")
     if parts is None:

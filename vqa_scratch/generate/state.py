@@ -11,6 +11,7 @@ from torch import Tensor
 from vqa_scratch.nn.cache import DecoderCache
 from vqa_scratch.nn.decoding import Decoder
 from vqa_scratch.nn.memory import Memory
+from vqa_scratch.nn.memory_parts import for_next_tokens
 
 
 class State(Protocol):
@@ -39,7 +40,7 @@ class ModuleState:
     ) -> None:
         """mask (G, tokens so far), True = may attend; `cache` holds G rows."""
         self.decoder, self.cache, self.mask, self.members = decoder, cache, mask, members
-        self.memory = None if memory is None else [part.for_next_tokens() for part in memory]
+        self.memory = for_next_tokens(memory)
         if members > 1:
             self.reorder(torch.arange(len(mask), device=mask.device).repeat_interleave(members))
 

@@ -7,6 +7,7 @@ from vqa_scratch.models.clip import CLIP, CLIPConfig
 from vqa_scratch.models.clip_text import CLIPText, CLIPTextConfig
 from vqa_scratch.models.fuyu import Fuyu, FuyuConfig
 from vqa_scratch.models.gpt2 import GPT2, GPT2Config
+from vqa_scratch.models.idefics import Idefics, IdeficsConfig
 from vqa_scratch.models.llama import Llama, LlamaConfig
 from vqa_scratch.models.llava import Llava, LlavaConfig
 from vqa_scratch.models.opt import OPT, OPTConfig

@@ -16,6 +16,7 @@ from vqa_scratch.errors import UserError, naming
 from vqa_scratch.models.hf_config import HFConfig, Layout
 from vqa_scratch.models.image_text import ImageTextModel, check_place, end_tokens
 from vqa_scratch.models.llama import Llama, LlamaConfig
+from vqa_scratch.models.patches import cut
 from vqa_scratch.storage import typed
 from vqa_scratch.weights import maps_joined
 from vqa_scratch.weights.maps import KeyMap
@@ -85,11 +86,7 @@ class Fuyu(ImageTextModel):
 
         For a batch with images of several sizes, join those of each along the axis of the patches.
         """
-        p, (height, width) = self.config.patch_size, images.shape[2:]
-        if height % p or width % p:
-            raise UserError(f"an image of {height}x{width} pixels does not divide into patches of {p}x{p}")
-        cut = images.unflatten(3, (-1, p)).unflatten(2, (-1, p))  # (I, C, h, p, w, p)
-        return cut.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
+        return cut(images, self.config.patch_size)
 
     def rows(self, height: int, width: int, newline: int) -> list[int]:
         """The tokens of an image of this size in pixels: a place for each patch, and `newline` after each row."""

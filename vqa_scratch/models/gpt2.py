@@ -81,7 +81,8 @@ class GPT2Block(DecoderBlock):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, key_mask: Tensor | None, memory: list[Memory] | None, cache: KVCache | None) -> Tensor:
-        x = taps.tap(self.tap_prefix, "resid_pre", self.read_images(x, memory, cache))
+        x = x if self.gated is None else self.gated(x, memory, cache)
+        x = taps.tap(self.tap_prefix, "resid_pre", x)
         x = x + self.dropout(self.attn(self.norm1(x), key_mask=key_mask, causal=True, cache=cache))
         if hasattr(self, "cross") and (memory is not None or (cache is not None and cache.cross is not None)):
             x = x + self.dropout(self.cross(self.norm_cross(x), memory, cache=cache))
@@ -91,7 +92,7 @@ class GPT2Block(DecoderBlock):
     def fast_block(self) -> FastBlock:
         """The parts of the block, for `generate`."""
         cross = Reader(self.norm_cross, self.cross) if hasattr(self, "cross") else None
-        return FastBlock(self.norm1, self.attn, cross, FastMLP.of(self.norm2, self.mlp), self.fast_gated())
+        return FastBlock(self.norm1, self.attn, cross, FastMLP(self.norm2, self.mlp), self.fast_gated())
 
 
 class PositionTableDecoder(ReleasedDecoder[GPT2Config]):
@@ -127,7 +128,8 @@ class PositionTableDecoder(ReleasedDecoder[GPT2Config]):
         holds its keys. Raises ValueError on more tokens than positions, a mask of another length, or a memory for a
         model without cross-attention.
         """
-        self.check_memory(memory)
+        if memory is not None and not self.reads_memory:
+            self.refuse_memory()
         positions = decoder_positions(embeddings, attention_mask, cache, self.config.max_positions)
         x = self.before_blocks(embeddings, positions)
         for layer, block in enumerate(self.blocks):
@@ -163,7 +165,7 @@ class GPT2(PositionTableDecoder):
 
     def __init__(self, config: GPT2Config) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.reads_memory = config, config.add_cross_attention
         self.tokens = nn.Embedding(config.vocab_size, config.dim)
         self.positions = nn.Embedding(config.max_positions, config.dim)
         self.dropout = nn.Dropout(config.embedding_dropout)

@@ -9,7 +9,7 @@ import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from os import PathLike
-from typing import Any, ClassVar, Generic, Protocol, Self, TypeVar
+from typing import Any, ClassVar, Generic, NoReturn, Protocol, Self, TypeVar
 
 from torch import Tensor, nn
 
@@ -18,14 +18,13 @@ from vqa_scratch.nn import taps
 from vqa_scratch.nn.decoding import Decoder
 from vqa_scratch.nn.gated_cross import GatedCrossAttention
 from vqa_scratch.nn.layers import ACTIVATIONS
-from vqa_scratch.nn.memory import Memory
 from vqa_scratch.options import types_of
 from vqa_scratch.storage import typed
 from vqa_scratch.weights.convert import load_into, to_hf
 from vqa_scratch.weights.files import read_checkpoint, write_checkpoint
 from vqa_scratch.weights.maps import KeyMap
 
-MOST_LAYERS, LARGEST = 1_000, 2**24  # of any layers, size or id that a config.json may ask for
+MOST_LAYERS, LARGEST = 1_000, 2**24  # of any layers or experts, size or id that a config.json may ask for
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,16 +146,21 @@ class ReleasedDecoder(Released[C], Decoder):
     blocks: nn.ModuleList
     norm: nn.Module  # after the last block
 
-    @property
-    def reads_memory(self) -> bool:
-        """Whether it was built with cross-attention, or has gated layers."""
-        return self.config.add_cross_attention or any(getattr(block, "gated", None) for block in self.blocks)
+    reads_memory: bool = False  # whether it was built with cross-attention, or has gated layers
 
-    def check_memory(self, memory: list[Memory] | None) -> None:
-        """Raise ValueError if there is a memory that nothing reads."""
-        if memory is not None and not self.reads_memory:
-            how = "build GPT2 with add_cross_attention=True, or add gated layers"
-            raise ValueError(f"this decoder has no cross-attention: {how}")
+    def refuse_memory(self) -> NoReturn:
+        """Raise ValueError: nothing would read the memory."""
+        how = "build GPT2 with add_cross_attention=True, or add gated layers"
+        raise ValueError(f"this decoder has no cross-attention: {how}")
+
+    def take_gated(self) -> dict[int, GatedCrossAttention]:
+        """Take the layers away again that `add_gated` put in, which gives the decoder that they were added to."""
+        found = ((number, getattr(block, "gated", None)) for number, block in enumerate(self.blocks))
+        layers = {number: layer for number, layer in found if layer is not None}
+        for number in layers:
+            setattr(self.blocks[number], "gated", None)  # noqa: B010 (the list says only that it has modules)
+            self.reads_memory = False
+        return layers
 
     def add_gated(self, layers: Mapping[int, GatedCrossAttention]) -> None:
         """Put each layer before the block with its number.
@@ -165,12 +169,13 @@ class ReleasedDecoder(Released[C], Decoder):
         `blocks.N.gated.*`: those of the decoder, but new, so `VQAModel.freeze` leaves them trainable. Raises ValueError
         for a decoder with cross-attention of its own, and for a number that is none of a block.
         """
-        if self.config.add_cross_attention:
+        if getattr(self.config, "add_cross_attention", False):
             raise ValueError("the blocks of this decoder have cross-attention; gated layers are for one without")
         for number, layer in layers.items():
             if not 0 <= number < len(self.blocks):
                 raise ValueError(f"a gated layer before block {number}, but the blocks are 0 to {len(self.blocks) - 1}")
             self.blocks[number].gated = layer
+            self.reads_memory = True
         taps.name_modules(self.blocks, "decoder")
 
 
@@ -210,7 +215,7 @@ def _checked(where: str, value: Any, ours: str, kinds: tuple[Any, ...], default:
     several = isinstance(value, (list, tuple)) and (len(value) > 0 if any_number else len(value) == len(counts) > 0)
     numbers = value if several else [value]
     least = 0 if default == 0 or ours.endswith("_id") else 1
-    most = MOST_LAYERS if ours.endswith("layers") else LARGEST
+    most = MOST_LAYERS if ours.endswith(("layers", "experts")) else LARGEST
     if not all(is_number(one) and one == int(one) and least <= one <= most for one in numbers):
         or_list = ", or a list of such" if any_number else ""
         raise UserError(f"{where} must be a whole number from {least} to {most:,}{or_list}, not {value!r}")

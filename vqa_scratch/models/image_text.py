@@ -1,7 +1,7 @@
-"""A decoder that reads images in its own sequence: what BLIP-2, LLaVA and Fuyu have in common.
+"""A decoder that reads images: what BLIP-2, LLaVA, Fuyu and Idefics have in common, and the first three.
 
 They differ in `encode_image`. In the prompts of LLaVA and Fuyu each embedding of an image has a place, a token
-`image_token`, anywhere in the text; in those of BLIP-2 the image stands before the text.
+`image_token`, anywhere in the text; in those of BLIP-2 the image stands before the text. Those of Idefics are a memory.
 
 Shapes: B rows, T tokens, E width of the language model, V vocabulary.
 """
@@ -19,18 +19,47 @@ from vqa_scratch.nn.cache import DecoderCache
 from vqa_scratch.weights.convert import load_into
 
 
-class ImageTextModel(Released[Any], ABC):
-    """A language model, and what turns images into embeddings of its sequence.
-
-    To generate, give the language model those of the prompt:
-    `generate(model.language, ids, mask, embeddings=model.embed(ids, pixel_values), options=...)`.
-    """
+class JoinedModel(Released[Any], ABC):
+    """A language model, and what turns images into what it reads."""
 
     language: ReleasedDecoder[Any]
 
     @abstractmethod
     def encode_image(self, pixel_values: Tensor) -> Tensor:
-        """Images, or patches in Fuyu -> (..., E), in the order of reading."""
+        """Images, or patches in Fuyu -> (..., E) in the order of reading; in Idefics the states of a memory."""
+
+    def to_precision(self, dtype: torch.dtype) -> Self:
+        """Convert the weights to `dtype`."""
+        return self.to(dtype)
+
+    @classmethod
+    def from_checkpoint(
+        cls,
+        config: Mapping[str, Any],
+        tensors: dict[str, Tensor],
+        source: str,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> Self:
+        """As in `Released`, with the weights in `dtype` (see `to_precision`) on `device`.
+
+        They take memory once, and only in that type: the files are mapped, and each tensor is converted as it is
+        copied.
+        """
+        with torch.device("meta"):  # no memory, no random start
+            model = cls(cls.config_class.from_hf(config)).to_precision(dtype)
+        model.to_empty(device=device)
+        load_into(model, tensors, model.key_map, source=source)
+        return model.eval()
+
+
+class ImageTextModel(JoinedModel):
+    """One whose images stand in the sequence of the language model.
+
+    To generate, give the language model those of the prompt:
+    `generate(model.language, ids, mask, embeddings=model.embed(ids, pixel_values), options=...)`.
+    """
 
     def embed(self, input_ids: Tensor, pixel_values: Tensor | None = None) -> Tensor:
         """(B, T) and the images of all rows -> (B, T, E); see `place`."""
@@ -63,31 +92,6 @@ class ImageTextModel(Released[Any], ABC):
     def read(self, embeddings: Tensor, attention_mask: Tensor | None, *, cache: DecoderCache | None = None) -> Tensor:
         """(B, T, E) -> logits (B, T, V)."""
         return self.language.logits(self.language.hidden(embeddings, attention_mask, cache=cache))
-
-    def to_precision(self, dtype: torch.dtype) -> Self:
-        """Convert the weights to `dtype`."""
-        return self.to(dtype)
-
-    @classmethod
-    def from_checkpoint(
-        cls,
-        config: Mapping[str, Any],
-        tensors: dict[str, Tensor],
-        source: str,
-        *,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str = "cpu",
-    ) -> Self:
-        """As in `Released`, with the weights in `dtype` (see `to_precision`) on `device`.
-
-        They take memory once, and only in that type: the files are mapped, and each tensor is converted as it is
-        copied.
-        """
-        with torch.device("meta"):  # no memory, no random start
-            model = cls(cls.config_class.from_hf(config)).to_precision(dtype)
-        model.to_empty(device=device)
-        load_into(model, tensors, model.key_map, source=source)
-        return model.eval()
 
 
 def check_place(token: int, vocabulary: int) -> None:

@@ -1,21 +1,22 @@
-"""Llama (Touvron et al. 2023, arXiv 2302.13971; Grattafiori et al. 2024, arXiv 2407.21783), Qwen2 and Persimmon.
+"""Llama (Touvron et al. 2023, arXiv 2302.13971; Grattafiori et al. 2024, arXiv 2407.21783) and what is built like it.
 
 One block, whose parts the config names: root-mean-square norms or LayerNorms, rotary positions on the whole of each
-head or a share of it, as many or fewer heads of keys and values than of queries, a gated or a plain MLP. Qwen2 (arXiv
-2407.10671) has biases on q, k and v; Persimmon (Adept 2023), the decoder of Fuyu, has LayerNorms, also of q and k.
+head or a share of it, as many or fewer heads of keys and values than of queries, a gated or a plain MLP, or experts.
+Qwen2 (arXiv 2407.10671) has biases on q, k and v; Persimmon (Adept 2023), the decoder of Fuyu, has LayerNorms, also of
+q and k; `llama_experts.py` has what Mixtral, Qwen2-MoE and OLMoE add.
 
 Shapes: B rows, T tokens, D width, H heads, d head size, V vocabulary.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from vqa_scratch.errors import UserError
 from vqa_scratch.models.hf_config import HFConfig, Layout, ReleasedDecoder, check_heads, is_number
+from vqa_scratch.models.llama_experts import AcrossHeads, Clipped, Mixture, mixture_from_hf, mixture_to_hf
 from vqa_scratch.nn import taps
 from vqa_scratch.nn.attention import MultiHeadAttention
 from vqa_scratch.nn.cache import DecoderCache, KVCache
@@ -41,6 +42,7 @@ ROTARY_KINDS: dict[str, dict[str, str]] = {
         "original": "original_max_position_embeddings",
     },
 }
+USUAL_ROTARY: dict[Any, dict[str, float]] = {"persimmon": {"share": 0.5}, "mixtral": {"theta": 1e6}}
 NORMS: dict[str, type[RMSNorm] | type[nn.LayerNorm]] = {"rms": RMSNorm, "layer": nn.LayerNorm}
 _PERSIMMON = {"norm": "layer", "qk_norm": True, "gated": False, "qkv_bias": True, "out_bias": True, "mlp_bias": True}
 _PERSIMMON |= {"activation": "relu2", "norm_eps": 1e-5}
@@ -56,6 +58,13 @@ class LlamaConfig(HFConfig):
             "Qwen2ForCausalLM", fields.QWEN2, defaults={"qkv_bias": True}, fixed={"use_sliding_window": False}
         ),
         "persimmon": Layout("PersimmonForCausalLM", fields.PERSIMMON, defaults=_PERSIMMON),
+        "mixtral": Layout(
+            "MixtralForCausalLM", fields.MIXTRAL, defaults={"norm_eps": 1e-5}, fixed={"sliding_window": None}
+        ),
+        "qwen2_moe": Layout(
+            "Qwen2MoeForCausalLM", fields.QWEN2_MOE, defaults={"qkv_bias": True}, fixed={"use_sliding_window": False}
+        ),
+        "olmoe": Layout("OlmoeForCausalLM", fields.OLMOE, defaults={"norm_eps": 1e-5, "qk_norm": True}),
     }
 
     vocab_size: int = 32000
@@ -69,7 +78,8 @@ class LlamaConfig(HFConfig):
     activation: str = "silu"
     norm: str = "rms"  # or "layer"
     norm_eps: float = 1e-6
-    qk_norm: bool = False  # LayerNorms of the queries and keys of each head, before they turn
+    qk_norm: bool = False  # norms of queries and keys before they turn: LayerNorms of each head, RMSNorms of all heads
+    clip: float | None = None  # largest size of a number in q, k and v
     gated: bool = True
     qkv_bias: bool = False
     out_bias: bool = False
@@ -79,6 +89,7 @@ class LlamaConfig(HFConfig):
     init_std: float = 0.02
     tied: bool = False  # the head is the embedding
     rotary: Rotary = Rotary()
+    experts: Mixture | None = None  # in place of the MLP, at least in some layers
     bos_id: int | None = None
     eos_id: int | tuple[int, ...] | None = None  # any of several ends a text
     pad_id: int | None = None
@@ -100,21 +111,34 @@ class LlamaConfig(HFConfig):
 
     @classmethod
     def further_fields(cls, config: Mapping[str, Any]) -> dict[str, Any]:
-        """The rotary positions, in the spelling of transformers 5 or in the one before."""
+        """The rotary positions, in the spelling of transformers 5 or in the one before, and the experts."""
         (layers,) = typed("config.json", config, {"layer_types": list | None})
         if any(kind != "full_attention" for kind in layers or []):
             raise UserError("config.json asks for layers with a sliding window; here every token sees all before it")
-        return {"rotary": rotary_from_hf(config)}
+        return {"rotary": rotary_from_hf(config), "experts": mixture_from_hf(config)}
 
     @property
     def key_map(self) -> KeyMap:
         if self.layout == "persimmon":
             return maps_llama.persimmon(self.heads, self.tied)
-        return maps_llama.llama(self.heads, self.kv_heads or self.heads, self.tied)
+        more = maps_llama.MIXTRAL if self.layout == "mixtral" else maps_llama.SHARED
+        return maps_llama.llama(self.heads, self.kv_heads or self.heads, self.tied, *more)
 
     def to_hf(self) -> dict[str, Any]:
         """The inverse of `from_hf`, in the newer spelling."""
-        return super().to_hf() | {"rope_parameters": rotary_to_hf(self.rotary)}
+        experts = mixture_to_hf(self.experts, self.layout)
+        return super().to_hf() | experts | {"rope_parameters": rotary_to_hf(self.rotary)}
+
+    def before_attention(self) -> tuple[nn.Module, ...]:
+        """What is done to q, k and v before q and k turn."""
+        size, kv_heads = self.head_dim or self.dim // self.heads, self.kv_heads or self.heads
+        clipped = nn.Identity() if self.clip is None else Clipped(self.clip)
+        if not self.qk_norm:
+            return clipped, clipped, clipped
+        if self.norm == "layer":
+            return nn.LayerNorm(size, self.norm_eps), nn.LayerNorm(size, self.norm_eps), clipped
+        q, k = (AcrossHeads(heads * size, self.norm_eps, clipped) for heads in (self.heads, kv_heads))
+        return q, k, clipped
 
 
 def rotary_from_hf(config: Mapping[str, Any]) -> Rotary:
@@ -131,8 +155,8 @@ def rotary_from_hf(config: Mapping[str, Any]) -> Rotary:
     if any(isinstance(value, dict) for value in given.values()):
         raise UserError(f"{where} differs between layers; here all layers have the same rotary positions")
     names = {"theta": "rope_theta", "share": "partial_rotary_factor", **ROTARY_KINDS[kind]}
-    usual: dict[str, Any] = {"theta": Rotary.theta, "share": 0.5 if config.get("model_type") == "persimmon" else 1.0}
-    usual["original"] = config.get("max_position_embeddings")
+    usual = {"theta": Rotary.theta, "share": 1.0, "original": config.get("max_position_embeddings")}
+    usual |= USUAL_ROTARY.get(config.get("model_type"), {})
     values: dict[str, Any] = {ours: given.get(theirs, usual.get(ours)) for ours, theirs in names.items()}
     for ours, value in values.items():
         if not is_number(value) or value <= 0:
@@ -151,9 +175,9 @@ def rotary_to_hf(rotary: Rotary) -> dict[str, Any]:
 
 
 class LlamaBlock(DecoderBlock):
-    """x + self-attention of its norm, then x + MLP of its norm; `mlp` makes the MLP, (B, T, D) -> (B, T, D)."""
+    """x + self-attention of its norm, then x + `mlp` of its norm."""
 
-    def __init__(self, config: LlamaConfig, mlp: Callable[[], nn.Module]) -> None:
+    def __init__(self, config: LlamaConfig, mlp: nn.Module) -> None:
         super().__init__()
         norm = NORMS[config.norm]
         self.norm1 = norm(config.dim, config.norm_eps)
@@ -165,10 +189,10 @@ class LlamaBlock(DecoderBlock):
             bias=config.qkv_bias,
             out_bias=config.out_bias,
             dropout=config.attention_dropout,
-            head_norm=partial(nn.LayerNorm, eps=config.norm_eps) if config.qk_norm else nn.Identity,
+            before=config.before_attention(),
         )
         self.norm2 = norm(config.dim, config.norm_eps)
-        self.mlp = mlp()
+        self.mlp = mlp
 
     def forward(
         self,
@@ -179,14 +203,26 @@ class LlamaBlock(DecoderBlock):
         cache: KVCache | None,
     ) -> Tensor:
         """(B, T, D) -> (B, T, D). The rotation is that of the tokens (B or 1, 1, T, r)."""
-        x = taps.tap(self.tap_prefix, "resid_pre", self.read_images(x, memory, cache))
+        x = x if self.gated is None else self.gated(x, memory, cache)
+        x = taps.tap(self.tap_prefix, "resid_pre", x)
         x = x + self.attn(self.norm1(x), key_mask=key_mask, causal=True, cache=cache, rotate=rotation)
         x = taps.tap(self.tap_prefix, "resid_mid", x)
-        return taps.tap(self.tap_prefix, "resid_post", x + self.mlp(self.norm2(x)))
+        return taps.tap(self.tap_prefix, "resid_post", x + self.feed_forward(self.norm2(x), key_mask))
+
+    def feed_forward(self, x: Tensor, key_mask: Tensor | None) -> Tensor:
+        """The MLP of the tokens (B, T, D), the last of those that key_mask is about."""
+        return self.mlp(x)
 
     def fast_block(self) -> FastBlock:
         """The parts of the block, for `generate`."""
-        return FastBlock(self.norm1, self.attn, None, FastMLP.of(self.norm2, self.mlp), self.fast_gated())
+        return FastBlock(self.norm1, self.attn, None, FastMLP(self.norm2, self.mlp), self.fast_gated())
+
+
+class ExpertBlock(LlamaBlock):
+    """A block with experts, to which no padding is sent."""
+
+    def feed_forward(self, x: Tensor, key_mask: Tensor | None) -> Tensor:
+        return self.mlp(x, None if key_mask is None else key_mask[:, -x.shape[1] :].bool())
 
 
 class Llama(ReleasedDecoder[LlamaConfig]):
@@ -199,16 +235,23 @@ class Llama(ReleasedDecoder[LlamaConfig]):
         super().__init__()
         self.config = config
         self.tokens = nn.Embedding(config.vocab_size, config.dim)
-        self.blocks = nn.ModuleList(LlamaBlock(config, self.mlp) for _ in range(config.layers))
+        self.blocks = nn.ModuleList(self.block(layer) for layer in range(config.layers))
         self.norm = NORMS[config.norm](config.dim, config.norm_eps)
         self.lm_head = None if config.tied else nn.Linear(config.dim, config.vocab_size, bias=False)
         self.apply(lambda module: init_weights(module, config.init_std))
         taps.name_modules(self.blocks, "decoder")
 
-    def mlp(self) -> nn.Module:
-        """A new MLP for a block; a family with experts makes other ones."""
-        kind, sizes = GatedMLP if self.config.gated else MLP, (self.config.dim, self.config.hidden)
-        return kind(*sizes, activation(self.config.activation), bias=self.config.mlp_bias, dropout=self.config.dropout)
+    def block(self, layer: int) -> LlamaBlock:
+        """A new block."""
+        config = self.config
+        if config.experts is None or not config.experts.has(layer):
+            return LlamaBlock(config, self.mlp(config.hidden))
+        return ExpertBlock(config, config.experts.make(config.dim, self.mlp))
+
+    def mlp(self, hidden: int) -> nn.Module:
+        """A new MLP, or expert, of this inner width."""
+        config, kind = self.config, GatedMLP if self.config.gated else MLP
+        return kind(config.dim, hidden, activation(config.activation), bias=config.mlp_bias, dropout=config.dropout)
 
     @property
     def head(self) -> Tensor:
@@ -230,7 +273,8 @@ class Llama(ReleasedDecoder[LlamaConfig]):
         Positions count the attended tokens of attention_mask (B, cached + T). Raises ValueError on a mask of another
         length, or on a memory that nothing reads: only gated layers do.
         """
-        self.check_memory(memory)
+        if memory is not None and not self.reads_memory:
+            self.refuse_memory()
         positions = decoder_positions(embeddings, attention_mask, cache, limit=None)
         rotation = self.rotation(positions[:, None])
         x = embeddings

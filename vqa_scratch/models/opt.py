@@ -54,7 +54,8 @@ class PostNormBlock(GPT2Block):
     """GPT-2's parts with each norm after its sublayer: OPT-350M."""
 
     def forward(self, x: Tensor, key_mask: Tensor | None, memory: list[Memory] | None, cache: KVCache | None) -> Tensor:
-        x = taps.tap(self.tap_prefix, "resid_pre", self.read_images(x, memory, cache))
+        x = x if self.gated is None else self.gated(x, memory, cache)
+        x = taps.tap(self.tap_prefix, "resid_pre", x)
         x = self.norm1(x + self.dropout(self.attn(x, key_mask=key_mask, causal=True, cache=cache)))
         x = taps.tap(self.tap_prefix, "resid_mid", x)
         return taps.tap(self.tap_prefix, "resid_post", self.norm2(x + self.mlp(x)))
@@ -68,7 +69,7 @@ class OPT(PositionTableDecoder):
 
     def __init__(self, config: OPTConfig) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.reads_memory = config, config.add_cross_attention
         block = GPT2Block if config.norm_first else PostNormBlock
         width = config.embedding_dim or config.dim
         narrow = width != config.dim
@@ -89,7 +90,7 @@ class OPT(PositionTableDecoder):
 
     @property
     def direct_head(self) -> Tensor | None:
-        return self.head if self.config.norm_first and self.config.embedding_dim == self.config.dim else None
+        return super().direct_head if self.config.norm_first and self.config.embedding_dim == self.config.dim else None
 
     def fast_state(self) -> FastParts | None:
         if not self.config.norm_first:  # the loop over `FastBlock`s is pre-LN

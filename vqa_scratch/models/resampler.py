@@ -38,6 +38,8 @@ class ResamplerBlock(taps.Tapped):
         super().__init__()
         dim = config.dim
         self.norm_image, self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim), nn.LayerNorm(dim)
+        size = config.head_dim
+        before = (nn.LayerNorm(size), nn.LayerNorm(size), nn.Identity()) if config.head_norm else ()
         self.cross = MultiHeadAttention(
             dim,
             config.heads,
@@ -45,7 +47,7 @@ class ResamplerBlock(taps.Tapped):
             context_dim=dim,
             bias=False,
             out_bias=False,
-            head_norm=nn.LayerNorm if config.head_norm else nn.Identity,
+            before=before,
         )
         self.mlp = MLP(dim, config.hidden or 4 * dim, activation(config.activation), bias=False)
 

@@ -135,7 +135,7 @@ class T5Block(taps.Tapped):
     def fast_block(self) -> FastBlock:
         """The parts of the block, for `generate`."""
         cross = Reader(self.cross_norm, self.cross)
-        return FastBlock(self.attn_norm, self.attn, cross, FastMLP.of(self.mlp_norm, self.mlp))
+        return FastBlock(self.attn_norm, self.attn, cross, FastMLP(self.mlp_norm, self.mlp))
 
 
 class T5Stack(nn.Module):

@@ -78,10 +78,16 @@ class ViTConfig(HFConfig[ViTLayout]):
 
     def patches(self, height: int, width: int) -> tuple[int, int]:
         """(h, w) patches of an image of this size in pixels. Raises ValueError unless they fit."""
-        p = self.patch_size
-        if height % p or width % p:
-            raise UserError(f"image of {height}x{width} pixels does not divide into patches of {p}x{p}")
-        return height // p, width // p
+        return patch_grid(height, width, self.patch_size)
+
+
+def patch_grid(height: int, width: int, patch_size: int) -> tuple[int, int]:
+    """(h, w) patches of an image of this size in pixels. Raises UserError unless they fit."""
+    if height % patch_size or width % patch_size:
+        raise UserError(
+            f"an image of {height}x{width} pixels does not divide into patches of {patch_size}x{patch_size}"
+        )
+    return height // patch_size, width // patch_size
 
 
 def resize_positions(table: Tensor, grid: tuple[int, int], size: tuple[int, int], *, antialias: bool = False) -> Tensor:

@@ -75,10 +75,7 @@ class VQAModel(nn.Module):
         embeddings, mask = self.decoder.embed(decoder_input_ids), decoder_attention_mask
         if given.prefix is None:
             return self.decoder.hidden(embeddings, mask, memory=given.memory)
-        if mask is not None:
-            mask = F.pad(mask.bool(), (given.prefix.shape[1], 0), value=True)
-        hidden = self.decoder.hidden(torch.cat([given.prefix.to(embeddings.dtype), embeddings], 1), mask)
-        return hidden[:, given.prefix.shape[1] :]
+        return self.decoder.hidden_after(given.prefix, given.prefix_index, embeddings, mask)
 
     def forward(
         self,
@@ -129,7 +126,8 @@ class VQAModel(nn.Module):
         for name, child in self.named_children():
             total = sum(p.numel() for p in child.parameters())
             free = sum(p.numel() for p in child.parameters() if p.requires_grad)
-            lines.append(f"{name} {free:,}" + (f" of {total:,}" if free < total else ""))
+            if total:
+                lines.append(f"{name} {free:,}" + (f" of {total:,}" if free < total else ""))
         return "trainable: " + ", ".join(lines)
 
 

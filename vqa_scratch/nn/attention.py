@@ -18,7 +18,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from vqa_scratch import kernels
 from vqa_scratch.nn import taps
 from vqa_scratch.nn.cache import KVCache
-from vqa_scratch.nn.memory import KeyValue, Memory, check_rows, concatenate
+from vqa_scratch.nn.memory import KeyValue, Memory, check_rows
+from vqa_scratch.nn.memory_parts import concatenate, of_tokens
 from vqa_scratch.nn.relative_bias import PassBias
 from vqa_scratch.nn.scores import Products, allowed, attention_scores, hide, masked_softmax
 
@@ -101,8 +102,7 @@ def attention_over_parts(
     if len(parts) == 1:
         (k, v, mask, sharing, _), bias = parts[0], unseen(parts[0], q)
         return sharing.unfold(attention(sharing.fold(q), k, v, key_mask=mask, bias=bias, scale=scale, dropout=dropout))
-    alike = all(part.seen is None for part in parts)
-    if choose(q, kernel=alike, dropout=dropout) == "kernel":
+    if choose(q, kernel=all(part.seen is None for part in parts), dropout=dropout) == "kernel":
         ran = [kernels.flash_attention(p.sharing.fold(q), p.k, p.v, key_mask=p.mask, scale=scale) for p in parts]
         apart = [(p.sharing.unfold, z, lse.unsqueeze(-1)) for p, (z, lse) in zip(parts, ran, strict=True)]
         return kernels.merge([(unfold(z), unfold(lse).squeeze(-1)) for unfold, z, lse in apart])[0]
@@ -126,7 +126,8 @@ class MultiHeadAttention(taps.Tapped):
     """Self-attention with one fused `qkv`, or cross-attention (`context_dim` given) with `q` and a fused `kv`.
 
     `dropout` is the probability of dropping a weight while training; `scale` None means head_dim**-0.5; each of fewer
-    `kv_heads` serves heads / kv_heads queries (Ainslie et al. 2023, 2305.13245); `head_norm(head_dim)` norms q and k.
+    `kv_heads` serves heads / kv_heads queries (Ainslie et al. 2023, 2305.13245); `before` are modules that change
+    q, k and v (..., their heads, T, d), before q and k turn.
     """
 
     def __init__(
@@ -141,7 +142,7 @@ class MultiHeadAttention(taps.Tapped):
         out_bias: bool = True,
         scale: float | None = None,
         dropout: float = 0.0,
-        head_norm: Callable[[int], nn.Module] = nn.Identity,
+        before: Sequence[nn.Module] = (),
     ) -> None:
         super().__init__()
         if head_dim is None and dim % heads:
@@ -154,7 +155,7 @@ class MultiHeadAttention(taps.Tapped):
         else:
             self.q = nn.Linear(dim, inner, bias=bias)
             self.kv = nn.Linear(context_dim, 2 * inner, bias=bias)
-        self.q_norm, self.k_norm = head_norm(self.head_dim), head_norm(self.head_dim)
+        self.q_norm, self.k_norm, self.v_norm = before or (nn.Identity(), nn.Identity(), nn.Identity())
         self.is_cross = context_dim is not None
         self.out = nn.Linear(inner, dim, bias=out_bias)
 
@@ -189,7 +190,7 @@ class MultiHeadAttention(taps.Tapped):
         else:
             assert context is None, "this is self-attention: it was built without context_dim"
             q, k, v = self._split(self.qkv(x), self.heads, self.kv_heads, self.kv_heads)
-            q, k = self.q_norm(q), self.k_norm(k)
+            q, k, v = self.q_norm(q), self.k_norm(k), self.v_norm(v)
             if rotate is not None:
                 q, k = rotate(q), rotate(k)
             if cache is not None:
@@ -252,17 +253,12 @@ class MultiHeadAttention(taps.Tapped):
         if cache is not None and cache.cross is not None:
             if memories is None or all(memory.seen is None for memory in memories):
                 return cache.cross
-            of_tokens = [{} if m.seen is None else {"mask": m.mask, "seen": m.seen} for m in memories]
-            parts = [part._replace(**new) for part, new in zip(cache.cross, of_tokens, strict=True)]
+            parts = of_tokens(memories, cache.cross)
         elif memories is None:
             raise ValueError("cross-attention needs a context")
         else:
-            parts = [m.project(*self._keys_and_values(m.states)) for m in memories]
+            apart = [self._split(self.kv(memory.states), self.heads, self.heads) for memory in memories]
+            parts = [m.project(self.k_norm(k), self.v_norm(v)) for m, (k, v) in zip(memories, apart, strict=True)]
         if cache is not None:
             cache.fill_cross(parts)
         return parts
-
-    def _keys_and_values(self, states: Tensor) -> tuple[Tensor, Tensor]:
-        """Those of a memory: (M, N, context_dim) -> (M, H, N, d) each."""
-        k, v = self._split(self.kv(states), self.heads, self.heads)
-        return self.k_norm(k), v

@@ -1,4 +1,4 @@
-"""The KV cache: keys and values kept between decoding steps, without gradients.
+"""The KV cache: keys and values kept between decoding steps, without gradients; in training those of a prefix, with.
 
 Shapes: B rows, M memory entries, H heads, T tokens so far, N memory tokens, d head size.
 """
@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from vqa_scratch.nn.memory import KeyValue
+from vqa_scratch.nn.memory_parts import of_last_token
 
 
 class KVCache:
@@ -41,7 +42,7 @@ class KVCache:
 
     def fill_cross(self, parts: list[KeyValue]) -> None:
         """Keep the keys and values of the memory for later steps, whose tokens may read what the last one may now."""
-        self.cross = [part.of_last_token()._replace(k=part.k.detach(), v=part.v.detach()) for part in parts]
+        self.cross = [of_last_token(part)._replace(k=part.k.detach(), v=part.v.detach()) for part in parts]
 
     def select(self, rows: Tensor) -> None:
         """Keep, reorder or repeat rows: row i becomes what row `rows[i]` was. rows (B',) long."""
@@ -77,3 +78,35 @@ class DecoderCache(list[KVCache]):
         """`KVCache.select` in every layer."""
         for layer in self:
             layer.select(rows)
+
+
+class TrainedKVCache(KVCache):
+    """One layer, with gradients: tokens come after `before`, which stays as it is, so a block may run again (gradient
+    checkpointing)."""
+
+    def __init__(self, before: tuple[Tensor, Tensor] | None = None) -> None:
+        super().__init__()
+        self.before = self._kv = before
+        self.length = 0 if before is None else before[0].shape[2]
+
+    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        if self.before is not None:
+            k, v = torch.cat([self.before[0], k], 2), torch.cat([self.before[1], v], 2)
+        self._kv = k, v
+        return k, v
+
+    def behind(self, rows: Tensor) -> "TrainedKVCache":
+        """The tokens so far are those before the next ones; row i has those of row `rows[i]`."""
+        assert self._kv is not None, "the cache is empty"
+        k, v = self._kv
+        return TrainedKVCache((k.index_select(0, rows), v.index_select(0, rows)))
+
+
+class TrainedCache(DecoderCache):
+    """`TrainedKVCache` in every layer: the first pass is that of the prefix, then `select` gives each row its own."""
+
+    def __init__(self, layers: int) -> None:
+        list.__init__(self, (TrainedKVCache() for _ in range(layers)))
+
+    def select(self, rows: Tensor) -> None:
+        self[:] = [layer.behind(rows) for layer in self if isinstance(layer, TrainedKVCache)]

@@ -20,18 +20,21 @@ class Conditioning:
     Every token of a row sees all of it."""
 
     memory: list[Memory] | None = None
-    prefix: Tensor | None = None  # (B, Q, D)
+    prefix: Tensor | None = None  # (I, Q, D)
+    prefix_index: Tensor | None = None  # (B,) the prefix of each row; None: row b has prefix b
 
 
 class Connector(nn.Module, ABC):
     """From the states of I images, and of B questions if there is a text encoder, to the conditioning of B rows.
 
     A subclass takes the image encoder, the text encoder (None if there is none, or if `reads_text` is False), the
-    decoder, and its own keywords, which `sizes` returns. It only reads the widths of the three.
+    decoder, and its own keywords, which `sizes` returns. It only reads the sizes of the three, unless it `adds_layers`.
     """
 
     reads_text: ClassVar[bool] = True  # False: the question is only the decoder's prompt
-    uses_memory: ClassVar[bool] = True  # whether the decoder needs cross-attention
+    uses_memory: ClassVar[bool] = True  # whether the decoder reads memories by cross-attention
+    adds_layers: ClassVar[bool] = False  # True: by that of layers which the connector adds to the decoder
+    reads_pixels: ClassVar[bool] = False  # True: there is no image encoder, its states are patches of pixels
 
     @classmethod
     def sizes_for(cls, grid: tuple[int, int], options: Any) -> dict[str, Any]:
@@ -42,6 +45,11 @@ class Connector(nn.Module, ABC):
     def prefix_length(cls, grid: tuple[int, int], sizes: dict[str, Any]) -> int:
         """Q: how many positions of the decoder an image with this grid takes."""
         return 0
+
+    @classmethod
+    def needs_cross_attention(cls) -> bool:
+        """Whether the decoder must have been built with cross-attention."""
+        return cls.uses_memory and not cls.adds_layers
 
     @property
     def sizes(self) -> dict[str, Any]:
@@ -64,10 +72,14 @@ class Connector(nn.Module, ABC):
         """The module of learned queries whose states are the prefix, with `blocks` that read the image; or None."""
         return None
 
+    def marks(self, grid: tuple[int, int]) -> list[str]:
+        """Labels of the M learned tokens, such as newlines, that it puts among those of an image with this grid."""
+        return []
+
     @abstractmethod
-    def mixing(self, image: int, text: int) -> Tensor:
-        """(K, S): how much of each of the S = N + Q + T tokens of image, queries and text is in each of the K keys (or
-        prefix tokens); rows sum to 1. For the tools that study a model."""
+    def mixing(self, image: int, text: int, grid: tuple[int, int]) -> Tensor:
+        """(K, S): how much of each of the S = M + N + Q + T tokens (marks, image, queries, text) is in each of the K
+        keys (or prefix tokens) of an image with this grid; rows sum to 1. For the tools that study a model."""
 
     @abstractmethod
     def recipe(self, with_text: bool) -> str:

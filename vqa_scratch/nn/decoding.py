@@ -11,13 +11,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vqa_scratch.nn.attention import MultiHeadAttention
-from vqa_scratch.nn.cache import DecoderCache
-from vqa_scratch.nn.gated import GatedMLP
-from vqa_scratch.nn.layers import MLP, Activation
+from vqa_scratch.nn.cache import DecoderCache, TrainedCache
 from vqa_scratch.nn.memory import Memory
 from vqa_scratch.nn.rotary import Rotation
 
@@ -31,20 +30,11 @@ class Reader(NamedTuple):
 
 
 class FastMLP(NamedTuple):
-    """x += factor * down(activation(up(norm(x)))), or with a gate down(activation(gate(h)) * up(h)) of h = norm(x)."""
+    """x += factor * module(norm(x))."""
 
     norm: nn.Module
-    up: nn.Linear
-    activation: Activation
-    down: nn.Linear
-    gate: nn.Linear | None = None
+    module: nn.Module  # an MLP, a GatedMLP or a MixtureOfExperts
     factor: Tensor | None = None  # (1,) or (D,); None: 1
-
-    @classmethod
-    def of(cls, norm: nn.Module, mlp: nn.Module, factor: Tensor | None = None) -> "FastMLP":
-        """The parts of an MLP or a gated one."""
-        assert isinstance(mlp, (GatedMLP, MLP)), "a fast step is written for these MLPs"
-        return cls(norm, mlp.up, mlp.activation, mlp.down, mlp.gate if isinstance(mlp, GatedMLP) else None, factor)
 
 
 class FastGated(NamedTuple):
@@ -119,6 +109,31 @@ class Decoder(nn.Module, ABC):
         attention_mask (B, cached + T), True = may attend; rows may be padded on either side. Cross-attention reads the
         memories; a cache keeps their keys.
         """
+
+    def hidden_after(
+        self,
+        prefix: Tensor,
+        prefix_index: Tensor | None,
+        embeddings: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        cache: DecoderCache | None = None,
+    ) -> Tensor:
+        """(B, T, E) -> (B, T, E): the states of tokens after a prefix (M, Q, E), that of `prefix_index[b]` in row b.
+
+        The states of a prefix do not depend on what comes after it, so it goes through the blocks once, however many
+        rows share it; its keys and values are repeated. None: row b has prefix b, and both go through at once.
+        attention_mask (B, T) is that of the tokens; `cache` is empty, and then keeps both.
+        """
+        prefix, length = prefix.to(embeddings.dtype), prefix.shape[1]
+        if attention_mask is not None:
+            attention_mask = F.pad(attention_mask.bool(), (length, 0), value=True)
+        if prefix_index is None:
+            return self.hidden(torch.cat([prefix, embeddings], 1), attention_mask, cache=cache)[:, length:]
+        cache = TrainedCache(len(self.new_cache())) if cache is None else cache
+        self.hidden(prefix, cache=cache)
+        cache.select(prefix_index)
+        return self.hidden(embeddings, attention_mask, cache=cache)
 
     @abstractmethod
     def after_blocks(self, x: Tensor) -> Tensor:

@@ -36,7 +36,9 @@ class GatedCrossAttention(nn.Module):
         self.cross_gate, self.mlp_gate = nn.Parameter(torch.zeros(gates)), nn.Parameter(torch.zeros(gates))
 
     def forward(self, x: Tensor, memory: Sequence[Memory] | None, cache: KVCache | None) -> Tensor:
-        """(B, T, D) -> (B, T, D); the memory may be omitted once the cache has its keys."""
+        """(B, T, D) -> (B, T, D); without a memory, or its keys in the cache, the same."""
+        if memory is None and (cache is None or cache.cross is None):
+            return x
         x = x + self.cross_gate.tanh() * self.cross(self.norm_cross(x), memory, cache=cache)
         return x + self.mlp_gate.tanh() * self.mlp(self.norm_mlp(x))
 
@@ -44,7 +46,7 @@ class GatedCrossAttention(nn.Module):
         """The parts of the layer, for `generate`."""
         factors = self.cross_gate.detach().tanh(), self.mlp_gate.detach().tanh()
         reader = Reader(self.norm_cross, self.cross, factors[0])
-        return FastGated(reader, FastMLP.of(self.norm_mlp, self.mlp, factors[1]))
+        return FastGated(reader, FastMLP(self.norm_mlp, self.mlp, factors[1]))
 
 
 def flamingo_layer(dim: int, context_dim: int, *, heads: int = 8, head_dim: int = 64) -> GatedCrossAttention:
@@ -65,12 +67,6 @@ class DecoderBlock(taps.Tapped):
     def __init__(self) -> None:
         super().__init__()
         self.gated: GatedCrossAttention | None = None
-
-    def read_images(self, x: Tensor, memory: Sequence[Memory] | None, cache: KVCache | None) -> Tensor:
-        """What the block gets: x (B, T, D), after the layer before it if there is one and a memory or its keys."""
-        if self.gated is None or (memory is None and (cache is None or cache.cross is None)):
-            return x
-        return self.gated(x, memory, cache)
 
     def fast_gated(self) -> FastGated | None:
         """The parts of the layer before the block."""

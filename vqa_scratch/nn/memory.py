@@ -2,14 +2,14 @@
 
 Many questions may ask about one image. Rows that share an entry become more queries of that entry, so its keys are
 projected once and never copied. In a text with several images each row has an entry of its own, the states of its
-images one after the other, and each token reads those of one image (`Memory.of_images`).
+images one after the other, and each token reads those of one image (`nn/memory_parts.py`).
 
 Shapes: B rows, M memory entries, R rows an entry at most, H heads, N memory tokens, T query tokens, D width, d head
 size.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -81,13 +81,6 @@ class KeyValue(NamedTuple):
         """Only these entries (None: all), shared as in `sharing`; takes what `share` returns."""
         return (self if entries is None else self.take(entries))._replace(sharing=sharing)
 
-    def of_last_token(self) -> "KeyValue":
-        """The same for tokens that may all read what the last token of each row may."""
-        if self.seen is None:
-            return self
-        last = self.seen[:, -1]
-        return self._replace(mask=last if self.mask is None else last & self.mask.bool(), seen=None)
-
     def select(self, rows: Tensor) -> "KeyValue":
         """Row i becomes what row `rows[i]` was. Entries that no row reads are dropped."""
         return self.keep(*share(self.sharing.entry_of_row(self.k.device)[rows], len(self.k)))
@@ -130,24 +123,6 @@ class Memory:
             sharing = sharing._replace(slot=sharing.slot.to(self.states.device))
         object.__setattr__(self, "sharing", sharing)
 
-    @classmethod
-    def of_images(cls, states: Tensor, image_of_token: Tensor) -> "Memory":
-        """The images of B texts, (B, I, N, D), of which each token reads one: the `image_of_token[b, t]`-th of its row,
-        or none (zeros) where that is -1.
-
-        image_of_token (B, T) long. Where every token reads the one image of its row there is no mask. An image with
-        several texts is no such memory: give it an `index`, and its keys are shared.
-        """
-        images, tokens = states.shape[1:3]
-        if images == 1 and bool((image_of_token == 0).all()):
-            return cls(states[:, 0])
-        image_of_state = torch.arange(images, device=states.device).repeat_interleave(tokens)  # (I * N,)
-        return cls(states.flatten(1, 2), seen=image_of_token[..., None] == image_of_state)
-
-    def for_next_tokens(self) -> "Memory":
-        """The same memory for a pass after this one, in a cache that has its keys."""
-        return self if self.seen is None else replace(self, seen=None)
-
     def project(self, k: Tensor, v: Tensor) -> KeyValue:
         """Add to the keys and values (M, H, N, d) of the states how rows share them."""
         if self.sharing is not None:
@@ -165,14 +140,6 @@ def share(index: Tensor, entries: int) -> tuple[Tensor | None, Sharing]:
     return (None if len(used) == entries else used), sharing
 
 
-def last_images(ids: Tensor, image_token: int) -> Tensor:
-    """(B, T) -> (B, T): the number of the last image up to and including each token, -1 before the first.
-
-    What a text reads in Flamingo (Alayrac et al. 2022, 2204.14198, section 2.3).
-    """
-    return (ids == image_token).cumsum(1) - 1
-
-
 def check_rows(parts: Sequence[KeyValue], rows: int, tokens: int = 1) -> None:
     """Raise ValueError unless every part is for that many rows, and for so many tokens if it differs between them."""
     for part in parts:
@@ -180,23 +147,3 @@ def check_rows(parts: Sequence[KeyValue], rows: int, tokens: int = 1) -> None:
             raise ValueError(f"{rows} rows, but the memory serves {part.sharing.rows}")
         if part.seen is not None and part.seen.shape[1] != tokens:
             raise ValueError(f"{tokens} tokens, but the memory says what {part.seen.shape[1]} may read")
-
-
-def concatenate(parts: Sequence[KeyValue]) -> KeyValue:
-    """All parts as one, with an entry for each row."""
-    parts = [part.per_row() for part in parts]
-    if len(parts) == 1:
-        return parts[0]
-    mask = _joined([part.mask for part in parts], parts)
-    seen = _joined([part.seen for part in parts], parts)
-    k, v = torch.cat([part.k for part in parts], 2), torch.cat([part.v for part in parts], 2)
-    return KeyValue(k, v, mask, parts[0].sharing, seen)
-
-
-def _joined(masks: Sequence[Tensor | None], parts: Sequence[KeyValue]) -> Tensor | None:
-    """The masks (B, ..., N) of the parts as one; a part without one is seen whole."""
-    like = next((mask for mask in masks if mask is not None), None)
-    if like is None:
-        return None
-    whole = [like.new_ones(*like.shape[:-1], part.k.shape[2], dtype=torch.bool) for part in parts]
-    return torch.cat([w if mask is None else mask.bool() for mask, w in zip(masks, whole, strict=True)], -1)

@@ -4,7 +4,8 @@ Without a trace a tap costs one `is None` check. The idea is TransformerLens' ho
 without a module for each: blocks hold the names (`tap_prefix`), one global holds the handler.
 
 Names: `{model}.{layer}.{self|cross|mlp}.{label}` with the labels q, k, v, mask, scores, pattern, z, head_out, out
-(an MLP has pre, post, out) and `{model}.{layer}.resid_{pre,mid,post}`.
+(an MLP has pre, post, out) and `{model}.{layer}.resid_{pre,mid,post}`. A mixture of experts has `mlp.out` alone, and
+`{model}.{layer}.router.{probabilities,weights}`.
 """
 
 from collections.abc import Iterator
@@ -29,6 +30,7 @@ class Tapped(nn.Module):
 
 
 _handler: Handler | None = None
+_TAPPED = {"": "", "attn": ".self", "cross": ".cross", "mlp": ".mlp", "mlp.router": ".router"}
 
 
 def tap(prefix: str | None, label: str, tensor: Tensor) -> Tensor:
@@ -68,8 +70,9 @@ def name_modules(blocks: nn.ModuleList, name: str) -> None:
     A model names itself when built; one that joins several renames them ("image", "text", "decoder", ...).
     """
     for layer, block in enumerate(blocks):
-        for child, label in (("", ""), ("attn", ".self"), ("cross", ".cross"), ("mlp", ".mlp")):
-            module = getattr(block, child, None) if child else block
+        modules = dict(block.named_modules())
+        for child, label in _TAPPED.items():
+            module = modules.get(child)
             if isinstance(module, Tapped):
                 module.tap_prefix = f"{name}.{layer}{label}"
         if (gated := getattr(block, "gated", None)) is not None:

@@ -21,8 +21,8 @@ def draw_panels(path: Path, panels: Sequence[dict[str, Any]], columns: int | Non
     """One picture with all panels, in rows of `columns` or side by side.
 
     A panel: `title`, `ylabel`, `lines` = {label: (xs, ys)}, and optionally `xlabel`, `ylim`, `hlines` = {label: y},
-    `log`, and `faint` = (xs, ys) of each line before smoothing. Texts may be of any script; a character that no
-    installed font has is drawn as its code.
+    `log`, `faint` = (xs, ys) of each line before smoothing, and `bands` = {label: (xs, lows, highs)} around lines.
+    Texts may be of any script; a character that no installed font has is drawn as its code.
     """
     import matplotlib
     from matplotlib.figure import Figure
@@ -51,6 +51,8 @@ def draw_panels(path: Path, panels: Sequence[dict[str, Any]], columns: int | Non
             for i, (label, (xs, ys)) in enumerate(panel["lines"].items()):
                 marker = "o" if len(xs) == 1 else None
                 axis.plot(xs, ys, label=legible(label), color=f"C{i % 10}", marker=marker, linewidth=1.6)
+                if label in panel.get("bands", {}):
+                    axis.fill_between(*panel["bands"][label], color=f"C{i % 10}", alpha=0.15, linewidth=0)
             for i, (label, y) in enumerate(panel.get("hlines", {}).items()):
                 axis.axhline(y, label=legible(label), color="0.45", linestyle=("--", ":", "-.")[i % 3], linewidth=1)
             axis.set_title(legible(panel["title"]), loc="left", fontsize=11)

@@ -231,7 +231,7 @@ class RLHFOptions(Options):
             raise UserError(
                 f"--dual-clip {self.dual_clip} leaves bad tokens no gradient: give more than 1, or 0 for none"
             )
-        if self.freeze == "encoder" and self.reference and self.preset in SUMMARISING["preset"]:
+        if self.freeze == "encoder" and self.reference:
             raise UserError("--freeze encoder shares the policy's encoder with the reference; leave out --reference")
 
 

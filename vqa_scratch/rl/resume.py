@@ -19,7 +19,7 @@ from vqa_scratch.training.resume import checkpoint_path, go_on, is_new, lengthen
 
 PROGRAM = "rlhf.py"
 # Of a checkpoint of rlhf.py.
-PARTS = {"ppo": dict, "rng": dict, "seconds": float, "config": dict, "precision": str, "reference": str}
+PARTS = {"ppo": dict, "rng": dict, "seconds": float, "precision": str, "reference": str}
 
 
 def fingerprint(model: nn.Module, order: Iterable[str] | None = None) -> str:
@@ -41,22 +41,19 @@ def begin_or_go_on(options: RLHFOptions) -> tuple[RLHFOptions, dict[str, Any] | 
     if is_new(options.out, options.resume, PROGRAM):
         return lengthened(replace(options, resume=False), options.more, {}, "iterations"), None
     config, path = options.out / "config.json", checkpoint_path(options.out)
-    begun = read_object(config) if config.is_file() else {}
-    begun.pop("program", None)
-    if not begun and not path.exists():
+    if not config.is_file():
         raise UserError(f"{options.out} holds no run to go on with; begin one without --resume")
+    values = read_object(config)
+    values.pop("program", None)
     saved = load_checkpoint(path) if path.exists() else None
     if saved and "ppo" not in saved:
         raise UserError(f"{path} is no checkpoint of rlhf.py")
     if saved:
         typed(path, saved, PARTS)
-    values = saved["config"] if saved else begun
-    if saved and "iterations" in begun:  # --iterations +N is in config.json before it is in a checkpoint
-        values = values | {"iterations": begun["iterations"]}
     if values.get("preset") != options.preset:
         preset = values.get("preset")
         raise UserError(f"{options.out} is a run of preset {preset}, not {options.preset}; give another --out")
-    merged = go_on(options, values, PRESETS, path if saved else config)
+    merged = go_on(options, values, PRESETS, config)
     done = {"iterations": typed(path, saved["ppo"], {"iteration": int})[0]} if saved else {}
     return lengthened(merged, options.more, done, "iterations"), saved
 

@@ -12,7 +12,6 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vqa_scratch.data.images import ImageProcessor, load_image
@@ -72,28 +71,31 @@ class VQAPolicy(Backbone):
             Part(memory.states, memory.mask, read if len(memory.states) == len(place) else None)
             for memory in given.memory or ()
         )
-        return Context(tuple(parts), prompt_ids=ids, prompt_mask=real, prefix=given.prefix)
+        prefix = None if given.prefix is None else given.prefix[which.to(device)]
+        return Context(tuple(parts), prompt_ids=ids, prompt_mask=real, prefix=prefix)
 
-    def _before(self, context: Context) -> tuple[Tensor, Tensor, Tensor | None]:
-        """What stands before each answer: ids (B, L), the start token last, which of them are real, and embeddings
-        (B, Q, D) before those, if the connector makes any."""
+    def _before(self, context: Context) -> tuple[Tensor, Tensor, Tensor]:
+        """What stands before each answer: ids (B, L), the start token last, which of them are real, and whose prompt's
+        they are (B,)."""
         assert context.prompt_ids is not None and context.prompt_mask is not None  # made by `encode`
-        ids, real = (x.repeat_interleave(context.samples, 0) for x in (context.prompt_ids, context.prompt_mask))
-        return ids, real, None if context.prefix is None else context.prefix.repeat_interleave(context.samples, 0)
+        rows = torch.arange(context.prompts, device=context.prompt_ids.device).repeat_interleave(context.samples)
+        return context.prompt_ids[rows], context.prompt_mask[rows], rows
 
     def begin(self, context: Context, steps: int) -> tuple[Tensor, State]:
-        ids, real, prefix = self._before(context)
-        return begin(self.model.decoder, ids, real, context.memories() or None, prefix=prefix, steps=steps)
+        ids, real, rows = self._before(context)
+        decoder, memories, prefix = self.model.decoder, context.memories() or None, context.prefix
+        return begin(decoder, ids, real, memories, steps=steps, prefix=prefix, prefix_index=rows)
 
     def decode_hidden(self, ids: Tensor, context: Context) -> Tensor:
-        before, real, prefix = self._before(context)
+        before, real, rows = self._before(context)
         answers = ids[:, 1:]  # without the start token
         mask = torch.cat([real, torch.ones_like(answers, dtype=torch.bool)], 1)
-        embeddings = self.model.decoder.embed(torch.cat([before, answers], 1))
-        if prefix is not None:
-            embeddings = torch.cat([prefix.to(embeddings.dtype), embeddings], 1)
-            mask = F.pad(mask, (prefix.shape[1], 0), value=True)
-        hidden = self.model.decoder.hidden(embeddings, mask, memory=context.memories() or None)
+        decoder = self.model.decoder
+        embeddings = decoder.embed(torch.cat([before, answers], 1))
+        if context.prefix is None:
+            hidden = decoder.hidden(embeddings, mask, memory=context.memories() or None)
+        else:
+            hidden = decoder.hidden_after(context.prefix, rows, embeddings, mask)
         return hidden[:, -ids.shape[1] :]
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -9,14 +9,14 @@ of a prefix, S source tokens, N tokens of one source.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from vqa_scratch.nn.states import Places
-from vqa_scratch.study.base import Subject
+from vqa_scratch.study.base import Flow, Subject
 from vqa_scratch.study.certificate import rebuilt_pattern
 from vqa_scratch.study.names import attention_at
 from vqa_scratch.study.trace import Trace, trace
@@ -25,19 +25,9 @@ from vqa_scratch.study.trace import Trace, trace
 Step = Callable[[Tensor, Tensor, Tensor | None, slice], Tensor]
 
 
-@dataclass(frozen=True)
-class Flow:
-    """How much each source token and each of the writer's own tokens matters, for each row of the writer."""
-
-    sources: Tensor  # (T, S)
-    decoder: Tensor  # (T, X - prefix)
-
-
 def attention_names(subject: Subject) -> dict[str, list[str]]:
     """The attentions in the order they run: {"image": ["image.0.self", ...], ..., "decoder": [self, cross, ...]}."""
-    both = zip(subject.self_attentions, subject.reading, strict=True)
-    writer = subject.self_attentions if subject.prefix else [name for pair in both for name in pair]
-    return {source.name: list(source.attentions) for source in subject.sources} | {subject.writer: writer}
+    return {source.name: list(source.attentions) for source in subject.sources} | {subject.writer: subject.attentions}
 
 
 def every_attention(subject: Subject) -> list[str]:
@@ -46,12 +36,14 @@ def every_attention(subject: Subject) -> list[str]:
 
 
 def key_sources(subject: Subject, t: Trace) -> Tensor:
-    """(K, S): `mixing`, with learned queries replaced by what their own cross-attention reads on average."""
+    """(K, S): `mixing`, with learned queries replaced by what their cross-attention reads of the image on average."""
     made = subject.mixing.clone()
     for source, where in subject.slices():
         if source.reads is not None:
             reads = [_mean_pattern(t, name) for name in source.attentions if name.endswith(".cross")]
-            made[:, subject.where(source.reads)] += made[:, where] @ torch.stack(reads).mean(0)
+            seen = subject.where(source.reads)
+            read = torch.stack(reads).mean(0)[:, : seen.stop - seen.start]
+            made[:, seen] += made[:, where] @ (read / read.sum(-1, keepdim=True))
             made[:, where] = 0
     return made
 
@@ -80,23 +72,23 @@ def carry(subject: Subject, weights: dict[str, Tensor], step: Step, finish: Call
     `step` is the rule for one attention; `finish` turns the flow after a source's blocks and the flow before them, both
     (N, S), into what others read.
     """
-    names, total = attention_names(subject), subject.mixing.shape[1]
+    total = subject.mixing.shape[1]
     known = torch.zeros(total, total)  # in row s: what source token s is made of
 
-    def through(flow: Tensor, stream: str, read: Tensor | None, own: slice) -> Tensor:
-        for name in names[stream]:
+    def through(flow: Tensor, names: Sequence[str], read: Tensor | None, own: slice) -> Tensor:
+        for name in names:
             flow = step(flow, weights[name], read if name.endswith(".cross") else None, own)
         return flow
 
     for source, where in subject.slices():
         start = torch.eye(total)[where]
         read = None if source.reads is None else known[subject.where(source.reads)]
-        known[where] = finish(through(start, source.name, read, where), start)
+        known[where] = finish(through(start, source.attentions, read, where), start)
     given = subject.mixing @ known  # (K, S)
-    own = len(weights[subject.self_attentions[0]]) - subject.prefix
+    own = len(weights[subject.reading[0]]) - subject.prefix
     before = torch.cat([given, torch.zeros(len(given), own)], 1)  # (K, S + own)
     start = torch.cat([before[: subject.prefix], torch.eye(total + own)[total:]])
-    flow = subject.rows(through(start, subject.writer, before, slice(total, None)))
+    flow = subject.rows(through(start, subject.attentions, before, slice(total, None)))
     return Flow(flow[:, :total], flow[:, total:])
 
 
@@ -110,7 +102,8 @@ def rollout(subject: Subject, t: Trace) -> Flow:
 
 
 def _rollout_step(flow: Tensor, weights: Tensor, read: Tensor | None, own: slice) -> Tensor:
-    return (weights @ (flow if read is None else read) + flow) / 2
+    keys = flow if read is None else torch.cat([read, flow])[: weights.shape[-1]]
+    return (weights @ keys + flow) / 2
 
 
 def _mean_pattern(t: Trace, name: str) -> Tensor:
@@ -143,7 +136,9 @@ def weighted_patterns(subject: Subject, t: Trace, target: Tensor) -> dict[str, T
 def _relevancy_step(flow: Tensor, weights: Tensor, read: Tensor | None, own: slice) -> Tensor:
     if read is None:  # equations 6 and 7; for a single stream there is no other
         return flow + weights @ flow
-    return flow + _normalised(flow[:, own], torch.eye(len(flow))).T @ (weights @ read)  # equation 10
+    given, rest = weights.tensor_split([len(read)], 1)  # the rest: learned queries may read themselves too
+    added = _normalised(flow[:, own], torch.eye(len(flow))).T @ (given @ read)  # equation 10
+    return flow + added + rest @ flow if rest.shape[1] else flow + added
 
 
 def _normalised(relevancy: Tensor, start: Tensor) -> Tensor:
@@ -173,8 +168,10 @@ def relevancy(subject: Subject, answer: list[int]) -> Flow:
 
 
 def flows(subject: Subject, t: Trace, answer: list[int]) -> dict[str, Flow]:
-    """The three kinds of map for every row of `prompt` + `answer`; `t` is a trace of that answer, as for `rollout`."""
-    return {"cross": plain_map(subject, t), "rollout": rollout(subject, t), "relevancy": relevancy(subject, answer)}
+    """The three kinds of map for every row of `prompt` + `answer`, and the subject's own; `t` is a trace of that
+    answer, as for `rollout`."""
+    three = {"cross": plain_map(subject, t), "rollout": rollout(subject, t), "relevancy": relevancy(subject, answer)}
+    return three | subject.more_flows(t)
 
 
 # ---------------------------------------------------------------------------------------------- heads

@@ -3,7 +3,7 @@
 Everything else in `study` works on a `Subject`, whatever the model:
 
 * a decoder whose cross-attention reads sources: a VQA model, a captioner, a T5;
-* a decoder whose own sequence begins with the image, the prefix: BLIP-2, LLaVA;
+* a decoder whose own sequence begins with the image, the prefix: BLIP-2, LLaVA, Fuyu;
 * a single stream whose own sequence is all sources: a ViLT, which reads its answer off the first token.
 
 `subject.py` has one class a model. Shapes: S source tokens, X tokens of the writer's own sequence, T of them rows that
@@ -12,6 +12,7 @@ a map is made for, K keys of cross-attention or tokens of the prefix, D width, V
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +21,9 @@ from torch import Tensor, nn
 from vqa_scratch.models.hf_config import ReleasedDecoder
 from vqa_scratch.models.t5 import T5Stack
 from vqa_scratch.models.vit import ViT
+from vqa_scratch.nn.gated_cross import GatedCrossAttention
 from vqa_scratch.nn.states import ImageEncoder, Places
+from vqa_scratch.study.trace import Trace
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,7 @@ class Source:
     places: Places | None = None
     attentions: tuple[str, ...] = ()  # of its own blocks, in the order they run
     reads: str | None = None  # the source that its cross-attention reads: learned queries read the image
+    asked: int = 0  # the token whose attention a page shows first
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -41,6 +45,14 @@ class Source:
     def of_image(self) -> bool:
         """Whether its tokens are about the image."""
         return self.places is not None or self.reads is not None
+
+
+@dataclass(frozen=True)
+class Flow:
+    """How much each source token and each of the writer's own tokens matters, for each row of the writer."""
+
+    sources: Tensor  # (T, S)
+    decoder: Tensor  # (T, X - prefix)
 
 
 class Subject(ABC):
@@ -60,6 +72,8 @@ class Subject(ABC):
     max_new_tokens: int
     head: Tensor | None = None  # (V, D), where logits = head @ normed state, and states are a plain sum
     end_ids: tuple[int, ...] = ()  # each ends an answer
+    measure: str = "probability"  # what the number beside each token of the answer is
+    has_lens: bool = True  # whether the writer's states can be read off after any block
 
     @property
     def device(self) -> torch.device:
@@ -71,14 +85,34 @@ class Subject(ABC):
         return len(self.decoder.blocks)
 
     @property
+    def gated(self) -> list[GatedCrossAttention]:
+        """The layers before the writer's blocks that read sources; none if the blocks do it themselves."""
+        return list(self.gated_at.values())
+
+    @property
+    def gated_at(self) -> dict[int, GatedCrossAttention]:
+        """The same by the number of the block."""
+        layers = ((i, getattr(block, "gated", None)) for i, block in enumerate(self.decoder.blocks))
+        return {i: layer for i, layer in layers if layer is not None}
+
+    @property
+    def attentions(self) -> list[str]:
+        """The writer's attentions, in the order they run."""
+        gated = self.gated_at
+        kinds = [("self",) if self.prefix or gated else ("self", "cross")] * self.layers
+        for i in gated:
+            kinds[i] = ("cross", "self")
+        return [f"{self.writer}.{i}.{kind}" for i, of_block in enumerate(kinds) for kind in of_block]
+
+    @property
     def self_attentions(self) -> list[str]:
         """The writer's self-attentions, in order."""
-        return [f"{self.writer}.{i}.self" for i in range(self.layers)]
+        return [name for name in self.attentions if name.endswith(".self")]
 
     @property
     def reading(self) -> list[str]:
         """The writer's attentions that read sources, in order."""
-        return self.self_attentions if self.prefix else [f"{self.writer}.{i}.cross" for i in range(self.layers)]
+        return [name for name in self.attentions if name.endswith(".self") == bool(self.prefix)]
 
     # ------------------------------------------------------------------------------------------ running it
 
@@ -96,6 +130,10 @@ class Subject(ABC):
     @abstractmethod
     def readout(self, states: Tensor) -> Tensor:
         """(..., T, D) -> (..., T, V): the logits if these were the last states."""
+
+    def more_flows(self, t: Trace) -> dict[str, Flow]:
+        """Maps that only this kind of model has; `t` is a trace of an answer."""
+        return {}
 
     def log_probabilities(self, logits: Tensor) -> Tensor:
         """(..., V) -> (..., V)."""
@@ -141,8 +179,12 @@ class Subject(ABC):
             given = len(self.mixing) if kind == "cross" else self.prefix
             return torch.cat([weights[..., :given] @ self.mixing[:given], weights[..., given:]], -1)
         source = next(source for source in self.sources if source.name == stream)
-        result = weights.new_zeros(*weights.shape[:-1], self.mixing.shape[1])
-        result[..., self.where(source.reads if kind == "cross" and source.reads else stream)] = weights
+        result, own = weights.new_zeros(*weights.shape[:-1], self.mixing.shape[1]), self.where(stream)
+        seen = self.where(source.reads) if kind == "cross" and source.reads else slice(own.start, own.start)
+        read = seen.stop - seen.start
+        result[..., seen] = weights[..., :read]
+        if weights.shape[-1] > read:  # learned queries may read themselves too
+            result[..., own] = weights[..., read:]
         return result
 
 
@@ -159,12 +201,20 @@ class ImageSubject(Subject):
         return self.logits_of(self.pixel_values, decoder_ids)[0]
 
 
-def image_source(encoder: ImageEncoder, pixel_values: Tensor, attentions: tuple[str, ...] = ()) -> Source:
-    """The tokens that an image encoder (see `nn/states.py`) makes of `pixel_values` (1, C, H, W)."""
-    places = encoder.places(*pixel_values.shape[2:])
-    prefix = ["[class]", *(f"[token {i}]" for i in range(2, encoder.prefix_tokens + 1))][: encoder.prefix_tokens]
+def image_source(
+    encoder: ImageEncoder, pixel_values: Tensor, attentions: tuple[str, ...] = (), marks: Sequence[str] = ()
+) -> Source:
+    """The tokens that an image encoder (see `nn/states.py`) makes of `pixel_values` (1, C, H, W), after the `marks` of
+    the connector."""
+    before = ["[class]", *(f"[token {i}]" for i in range(2, encoder.prefix_tokens + 1))][: encoder.prefix_tokens]
+    before = [*(f"[{mark}]" for mark in marks), *before]
+    return grid_source(encoder.places(*pixel_values.shape[2:]), before, attentions)
+
+
+def grid_source(places: Places, before: Sequence[str], attentions: tuple[str, ...] = ()) -> Source:
+    """The tokens of an image: those without a place, with these labels, and one for each of the `places`."""
     patches = [f"patch {r + 1},{c + 1}" for r in range(places.grid[0]) for c in range(places.grid[1])]
-    return Source("image", (*prefix, *patches), tuple(range(len(prefix))), places, attentions)
+    return Source("image", (*before, *patches), tuple(range(len(before))), places, attentions)
 
 
 def block_attentions(name: str, encoder: nn.Module | None) -> tuple[str, ...]:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from vqa_scratch.nn.attention import MultiHeadAttention
+from vqa_scratch.nn.experts import Router
 from vqa_scratch.study.analysis import Flow, cross_maps, flows, relevancy, rollout
 from vqa_scratch.study.base import ImageSubject, Subject
 from vqa_scratch.study.names import matches
@@ -38,8 +39,8 @@ def answer_rows(subject: Subject, answer: list[int]) -> list[int]:
 
 
 def patch_map(subject: Subject, flow: Flow, rows: Sequence[int]) -> Tensor:
-    """(N,): the map over the places of the image, averaged over the given rows."""
-    return flow.sources[list(rows)][:, subject.image[1]].mean(0)
+    """(N,): the map over the places of the image, averaged over the given rows; what is below zero counts as zero."""
+    return flow.sources[list(rows)][:, subject.image[1]].mean(0).clamp(min=0)
 
 
 # ---------------------------------------------------------------------------------------------- deletion, insertion
@@ -148,6 +149,7 @@ def pointing(examples: Iterable[tuple[ImageSubject, Sequence[float]]]) -> dict[s
             "rollout": patch_map(subject, rollout(subject, t), rows),
             "relevancy": patch_map(subject, relevancy(subject, answer[: len(rows)]), rows),
         }
+        maps |= {name: patch_map(subject, flow, rows) for name, flow in subject.more_flows(t).items()}
         maps |= {f"cross layer {i}": layer.mean(0) for i, layer in enumerate(cross)}
         maps |= {f"layer {i} head {h}": head for i, layer in enumerate(cross) for h, head in enumerate(layer)}
         for name, values in maps.items():
@@ -169,37 +171,44 @@ def pointing(examples: Iterable[tuple[ImageSubject, Sequence[float]]]) -> dict[s
 
 @dataclass(frozen=True)
 class HeadEffect:
-    """The score with one head silenced. `drop` is how much lower it is; a negative one means the head did harm."""
+    """The score with one head, or expert, silenced. `drop` is how much lower it is; a negative one means that the head
+    did harm."""
 
-    name: str  # decoder.3.cross
-    head: int
+    name: str  # decoder.3.cross, or decoder.3.router
+    head: int  # its number, or the expert's
     score: float
     drop: float
+
+    @property
+    def part(self) -> str:
+        """ "head" or "expert"."""
+        return "expert" if self.name.endswith(".router") else "head"
 
 
 def head_ablation(
     model: torch.nn.Module, score: Callable[[], float], pattern: str = "*"
 ) -> tuple[float, list[HeadEffect]]:
-    """(score of the whole model, scores with one head silenced, largest drop first), for attentions of `pattern`.
+    """(score of the whole model, scores with one head silenced, largest drop first), for attentions of `pattern`, and
+    with one expert silenced for its routers.
 
     `score` runs the model over a split and returns one figure, for example official VQA accuracy in [0, 1]. Raises
-    UserError or ValueError for a pattern without attentions.
+    UserError or ValueError for a pattern with neither.
     """
     whole = trace(model, record=False)
-    attentions = {
-        name: module
-        for name, module in whole.modules.items()
-        if isinstance(module, MultiHeadAttention) and matches(name, pattern)
-    }
-    if not attentions:
+    parts = []
+    for name, module in whole.modules.items():
+        if isinstance(module, MultiHeadAttention) and matches(name, pattern):
+            parts += [(name, ("head", head)) for head in range(module.heads)]
+        if isinstance(module, Router) and matches(name, pattern):
+            parts += [(name, ("expert", expert)) for expert in range(module.choice.experts)]
+    if not parts:
         trace(model, pattern)  # names the near miss
-        raise ValueError(f"{pattern!r} means no attention")
+        raise ValueError(f"{pattern!r} means no attention and no router")
     base = score()
     effects = []
-    for name, module in attentions.items():
-        for head in range(module.heads):
-            with trace(model, record=False) as t:
-                t.ablate(name, head=head)
-                value = score()
-            effects.append(HeadEffect(name, head, value, base - value))
+    for name, (kind, number) in parts:
+        with trace(model, record=False) as t:
+            t.ablate(name, **{kind: number})
+            value = score()
+        effects.append(HeadEffect(name, number, value, base - value))
     return base, sorted(effects, key=lambda effect: -effect.drop)

@@ -22,7 +22,7 @@ from vqa_scratch.study.trace import Trace
 def lens_taps(subject: Subject) -> list[str]:
     """The taps that both need: the states between the writer's blocks, and what its parts add to them."""
     heads = dict.fromkeys((*subject.self_attentions, *subject.reading))
-    states = ("mlp.out", "resid_pre", "resid_post")
+    states = ("mlp.out", "resid_pre", "resid_post", *(["gated.out"] if subject.gated else []))
     return [*(f"{name}.z" for name in heads), *(f"{subject.writer}.*.{tap}" for tap in states)]
 
 
@@ -34,7 +34,8 @@ def logit_lens(subject: Subject, t: Trace) -> Tensor:
     """
     states = [t[f"{subject.writer}.0.resid_pre"]]
     states += [t[f"{subject.writer}.{i}.resid_post"] for i in range(subject.layers)]
-    return subject.log_probabilities(subject.readout(torch.cat([subject.rows(x) for x in states]).float()))
+    kind = next(subject.decoder.parameters()).dtype
+    return subject.log_probabilities(subject.readout(torch.cat([subject.rows(x) for x in states]).to(kind)))
 
 
 def frozen_norm(norm: nn.LayerNorm | RMSNorm, x: Tensor) -> Callable[[Tensor], Tensor]:
@@ -73,15 +74,29 @@ def logit_attribution(subject: Subject, t: Trace, row: int, token: int) -> Attri
 
     heads: dict[str, list[Tensor]] = {}
     biases = torch.zeros((), device=direction.device)
+    gates = dict(zip(subject.reading, (layer.cross_gate.tanh() for layer in subject.gated), strict=False))
     for name in dict.fromkeys((*subject.self_attentions, *subject.reading)):
-        heads.setdefault(name.rpartition(".")[2], []).append(logit(t[f"{name}.head_out"][0, :, row]))  # (H,)
+        gate = gates.get(name, 1.0)
+        heads.setdefault(name.rpartition(".")[2], []).append(logit(gate * t[f"{name}.head_out"][0, :, row]))  # (H,)
         bias = attention_at(t.modules, name).out.bias
-        biases = biases if bias is None else biases + logit(bias)
+        biases = biases if bias is None else biases + logit(gate * bias)
     if isinstance(norm, nn.LayerNorm) and norm.bias is not None:
-        biases = biases + norm.bias @ direction
+        biases = biases + norm.bias.float() @ direction
+    mlps = torch.stack([logit(t[f"{writer}.{i}.mlp.out"][0, row]) for i in range(subject.layers)])
+    embedding = logit(t[f"{writer}.0.resid_pre"][0, row])
+    for i, layer in subject.gated_at.items():
+        added = logit(layer.mlp_gate.tanh() * t[f"{writer}.{i}.gated.out"][0, row])
+        mlps[i] += added
+        if i == 0:  # it stands before what is taken for the embedding
+            embedding = embedding - added - heads["cross"][0].sum()
+    if subject.gated:  # blocks without such a layer have none of these heads
+        found = torch.stack(heads["cross"])  # maybe not as many heads as in the blocks
+        cross = found.new_zeros(subject.layers, found.shape[1])
+        cross[list(subject.gated_at)] = found
+        heads["cross"] = list(cross)
     return Attribution(
         heads={kind: torch.stack(values).cpu() for kind, values in heads.items()},
-        mlps=torch.stack([logit(t[f"{writer}.{i}.mlp.out"][0, row]) for i in range(subject.layers)]).cpu(),
-        embedding=float(logit(t[f"{writer}.0.resid_pre"][0, row])),
+        mlps=mlps.cpu(),
+        embedding=float(embedding),
         biases=float(biases),
     )

@@ -13,9 +13,11 @@ from torch import nn
 
 from vqa_scratch.errors import UserError
 from vqa_scratch.nn.attention import MultiHeadAttention
+from vqa_scratch.nn.experts import MixtureOfExperts, Router
 
 ATTENTION_LABELS = ("q", "k", "v", "mask", "scores", "pattern", "z", "head_out", "out")
 MLP_LABELS = ("pre", "post", "out")
+ROUTER_LABELS = ("probabilities", "weights")
 BLOCK_LABELS = ("resid_pre", "resid_mid", "resid_post")
 
 
@@ -41,6 +43,10 @@ def labels_of(module: nn.Module) -> tuple[str, ...]:
     """The taps below one module's prefix."""
     if isinstance(module, MultiHeadAttention):
         return ATTENTION_LABELS
+    if isinstance(module, Router):
+        return ROUTER_LABELS
+    if isinstance(module, MixtureOfExperts):
+        return ("out",)
     return BLOCK_LABELS if hasattr(module, "attn") else MLP_LABELS
 
 
@@ -96,3 +102,12 @@ def check_head(module: MultiHeadAttention, name: str, head: int) -> None:
     """Raises UserError unless the attention has that head."""
     if not 0 <= head < module.heads:
         raise UserError(f"{name} has heads 0 to {module.heads - 1}, not {head}")
+
+
+def check_expert(module: nn.Module, name: str, expert: int) -> int:
+    """The number of experts of a router. Raises UserError unless the module is one and has that expert."""
+    if not isinstance(module, Router):
+        raise UserError(f"{name} has no experts; a router has, such as 'decoder.0.router'")
+    if not 0 <= expert < module.choice.experts:
+        raise UserError(f"{name} has experts 0 to {module.choice.experts - 1}, not {expert}")
+    return module.choice.experts

@@ -12,10 +12,11 @@ from safetensors.torch import save
 from torch import Tensor
 
 from vqa_scratch.errors import UserError
+from vqa_scratch.nn.experts import Router
 from vqa_scratch.study.analysis import Flow, HeadStatistics, every_attention, flows, head_statistics
 from vqa_scratch.study.certificate import Certificate
 from vqa_scratch.study.lens import Attribution, lens_taps, logit_attribution, logit_lens
-from vqa_scratch.study.names import attention_at
+from vqa_scratch.study.names import attention_at, tapped_modules
 from vqa_scratch.study.opened import Opened
 from vqa_scratch.study.trace import Trace, joined, trace
 
@@ -28,7 +29,7 @@ class AnswerToken:
 
     id: int
     label: str
-    probability: float
+    probability: float  # or what else the subject's `measure` is
     row: int
 
 
@@ -44,29 +45,38 @@ class Study:
     flows: dict[str, Flow]  # cross, rollout, relevancy
     heads: list[HeadStatistics]
     lens: list[list[list[tuple[str, float]]]]  # [L + 1][answer token][TOP] of (label, probability)
+    experts: dict[str, Tensor]  # by router, (T, E): the weight of each expert for each token read
     attributions: list[Attribution]  # one an answer token; empty if no linear head reads the states
     certificate: Certificate
 
     @property
     def probability(self) -> float:
-        """Of the whole answer."""
+        """Of the whole answer; of a pair the similarity of the whole text."""
+        if self.opened.subject.measure != "probability":
+            return self.tokens[0].probability
         return float(torch.tensor([token.probability for token in self.tokens]).log().sum().exp())
 
 
 def take_apart(opened: Opened) -> Study:
     """Generate the answer, through the cache if there is one, and measure."""
     subject, label = opened.subject, opened.label
-    with trace(subject.model, *every_attention(subject), *lens_taps(subject)) as t:
+    routers = [name for name, module in tapped_modules(subject.model).items() if isinstance(module, Router)]
+    chosen = [*(lens_taps(subject) if subject.has_lens else ()), *(f"{name}.weights" for name in routers)]
+    with trace(subject.model, *every_attention(subject), *chosen) as t:
         ids = subject.generate()
     first = len(subject.prompt) - 1
     rows = [first + i for i in range(len(ids))]
-    lens = logit_lens(subject, t)  # (L + 1, T, V)
-    probabilities = lens[-1, rows, ids].exp().tolist()
+    if subject.has_lens:
+        lens = logit_lens(subject, t)  # (L + 1, T, V)
+        probabilities = lens[-1, rows, ids].exp().tolist()
+    else:
+        last = subject.logits(subject.prompt + ids[:-1]).detach()
+        lens, probabilities = last[None][:0], last[rows, ids].tolist()
     tokens = tuple(
         AnswerToken(index, label(index), p, row) for index, p, row in zip(ids, probabilities, rows, strict=True)
     )
     if not all(map(math.isfinite, probabilities)):
-        raise UserError(f"{opened.run} gives its answer a probability that is no number: its weights are damaged")
+        raise UserError(f"{opened.run} gives its answer a {subject.measure} that is no number: its weights are damaged")
     best = lens[:, rows].topk(min(TOP, lens.shape[-1]))
     return Study(
         opened=opened,
@@ -80,6 +90,7 @@ def take_apart(opened: Opened) -> Study:
             [[(label(i), p) for i, p in zip(ids, ps, strict=True)] for ids, ps in zip(layer_ids, layer_ps, strict=True)]
             for layer_ids, layer_ps in zip(best.indices.tolist(), best.values.exp().tolist(), strict=True)
         ],
+        experts={name: subject.rows(t[f"{name}.weights"])[0].cpu() for name in routers},
         attributions=[
             logit_attribution(subject, t, token.row, token.id) for token in tokens if subject.head is not None
         ],
@@ -89,13 +100,15 @@ def take_apart(opened: Opened) -> Study:
 
 def summary(study: Study) -> dict[str, Any]:
     """What summary.json holds."""
+    measure = study.opened.subject.measure
+    tokens = [{measure if k == "probability" else k: v for k, v in asdict(token).items()} for token in study.tokens]
     rounded = [{k: round(v, 5) if isinstance(v, float) else v for k, v in asdict(head).items()} for head in study.heads]
     return {
         "run": study.opened.run,
         "text": study.opened.text,
         "answer": study.answer,
-        "probability": study.probability,
-        "tokens": [asdict(token) for token in study.tokens],
+        measure: study.probability,
+        "tokens": tokens,
         "certificate": asdict(study.certificate),
         "heads": rounded,
     }

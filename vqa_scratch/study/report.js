@@ -99,6 +99,8 @@
     decoder: "The part of the model that writes the answer, token by token.",
     distance: "How far from the asking token the attention lies on average, in tokens.",
     embedding: "The vector that a token starts as, before any layer.",
+    expert: "One of several parts of a layer; each token goes through some of them.",
+    experts: "Parts of a layer; each token goes through some of them.",
     entropy: "How widely attention is spread, in nats: 0 if it is all on one token.",
     head: "One of the parallel parts of an attention, each with its own weights.",
     heads: "The parallel parts of an attention, each with its own weights.",
@@ -115,6 +117,7 @@
     patches: "Squares of the image, each one token to the model.",
     "q·k": "The product of query and key: how well they fit.",
     relevancy: "Attention weighted by what it did for the answer.",
+    router: "The part of a layer that chooses experts for each token.",
     rollout: "Attention multiplied through all layers.",
     scale: "1 over the square root of a head's size; it keeps scores small.",
     sinks: "Tokens without content that take attention: class token, separators, first token.",
@@ -197,6 +200,8 @@
   const METHODS = {
     relevancy: "Relevancy: attention weighted by what it did for this token's logit (Chefer et al. 2021), carried from the answer back through the encoders.",
     rollout: "Rollout: attention multiplied through all layers, half of every state being its residual (Abnar and Zuidema 2020). Says where information could come from.",
+    nearness: "Nearness: each image token through the last layer alone, as if it were all the image: how similar it then is to the text, above the mean place. What a token holds; it adds up to nothing.",
+    parts: "Parts: what each image token adds to the similarity through the attention of the token that is pooled (Gandelsman et al. 2024). With the rest, which is of no place, they are the similarity exactly.",
     mean: "Mean: plain weights, averaged over all layers and heads. What was looked at, whether it was used or not.",
     layer: "Layer: the weights of one layer, averaged over its heads.",
     head: "Head: the weights of a single head, exactly as they ran.",
@@ -217,6 +222,8 @@
     constructor(data, compared) {
       this.data = data;
       this.compared = compared;
+      this.pair = data.measure === "similarity"; // an image and a text are compared; nothing is written
+      for (const source of data.sources) if (source.asked) state.place[source.name] = source.asked;
       this.hover = null;
       this.attentions = {};
       for (const [kind, a] of Object.entries(data.attentions)) this.attentions[kind] = { ...a, pattern: unpack(a.pattern) };
@@ -236,6 +243,15 @@
 
     // -------------------------------------------------------------------------------------------- numbers
 
+    /** A probability or a similarity, in words. */
+    amount(x) { return this.pair ? number(x, 2) : percent(x); }
+    result() {
+      const { text, probability } = this.data.answer;
+      return this.pair ? `gives the text and the image a similarity of ${this.amount(probability)}` : `answered “${text || "(nothing)"}”, probability ${percent(probability)}`;
+    }
+    /** The token that is asked first inside a source. */
+    first(kind) { return (this.slices.find((s) => s.name === kind) || { asked: 0 }).asked; }
+
     get token() { return this.hover === null ? clamp(state.token, this.data.tokens.length) : this.hover; }
     get row() { return this.data.tokens[this.token].row; }
     get kind() { return this.attentions[state.kind] ? state.kind : "cross"; }
@@ -247,7 +263,7 @@
       const a = this.attentions[kind];
       if (kind === "cross") return this.token; // one row an answer token
       if (kind === "decoder") return a.rows ? 1 : this.row;
-      return a.rows ? (state.place[kind] === 0 ? 0 : 1) : clamp(state.place[kind], a.pattern.shape[2]);
+      return a.rows ? (state.place[kind] === this.first(kind) ? 0 : 1) : clamp(state.place[kind], a.pattern.shape[2]);
     }
 
     /** Weights of one head, of a layer's mean or of all, over that attention's keys. */
@@ -265,6 +281,7 @@
       if (kind === "cross" && flow) {
         const sources = Float32Array.from(row(flow.sources, this.row));
         if (mode === "relevancy" && this.data.way === "stream") sources[0] -= 1; // the rules start from the identity
+        if (this.pair) return { sources: sources.map((v) => Math.max(0, v)), own: new Float32Array(0) };
         return { sources, own: row(flow.decoder, this.row) };
       }
       const values = this.weights(kind, mode, layer, head);
@@ -322,9 +339,10 @@
     build() {
       const { data } = this;
       if (this.compared) {
-        this.element.append(h("p", { class: "run" }, h("b", {}, data.run), ` answered “${data.answer.text || "(nothing)"}” with probability ${percent(data.answer.probability)}`));
+        this.element.append(h("p", { class: "run" }, h("b", {}, data.run), ` ${this.result()}`));
       }
-      this.element.append(this.buildStage(), this.buildHeads(), this.buildSteps(), this.buildLens(), this.buildCertificate());
+      const lens = data.lens.length ? [this.buildLens()] : [];
+      this.element.append(this.buildStage(), this.buildHeads(), this.buildSteps(), ...lens, ...this.buildExperts(), this.buildCertificate());
     }
 
     buildStage() {
@@ -339,7 +357,7 @@
         this.map.addEventListener("keydown", (e) => this.walk(e));
         this.image = h("img", { src: data.image, alt: "", class: data.pixelated ? "pixels" : null, onload: () => this.drawGrid() });
         const [width, height] = data.size, seen = `The image as the model saw it, ${width} by ${height} pixels`;
-        const asked = `${data.text ? `“${data.text}” was answered` : "It was described as"} “${data.answer.text || "(nothing)"}”.`;
+        const asked = this.pair ? `Compared with “${data.text}”.` : `${data.text ? `“${data.text}” was answered` : "It was described as"} “${data.answer.text || "(nothing)"}”.`;
         left.append(h("figure", { class: "untouched" },
           h("img", { src: data.image, alt: `${seen}. ${asked}`, class: data.pixelated ? "pixels" : null }), h("figcaption", {}, seen)));
         left.append(h("div", { class: "picture" }, this.image, this.map));
@@ -364,27 +382,28 @@
         source.labels.forEach((label, i) => words[i].classList.toggle("starts", label.startsWith(" ")));
         const box = h("div", { class: `words${long ? " flowing" : ""}` }, words);
         roving(box, words);
-        right.append(h("div", { class: "block" }, h("h3", {}, source.name === "text" ? "Question, as the model reads it" : "Text, as the encoder reads it"), box));
+        right.append(h("div", { class: "block" }, h("h3", {}, this.pair ? "Text, as the text tower reads it" : source.name === "text" ? "Question, as the model reads it" : "Text, as the encoder reads it"), box));
         return { source, words };
       });
       this.answerButtons = data.tokens.map((token, i) => {
         const meter = h("span", { class: "meter" }, h("i"));
-        meter.firstChild.style.width = `${100 * token.probability}%`;
+        meter.firstChild.style.width = `${100 * Math.max(0, token.probability)}%`;
         const label = token.label.trim() || "␣";
         return h("button", {
           class: `token${data.answer.ends.includes(token.id) ? " end" : ""}`, role: "radio", type: "button",
-          "aria-label": `token ${i + 1}: ${label}, probability ${percent(token.probability)}`,
+          "aria-label": `token ${i + 1}: ${label}, ${data.measure} ${this.amount(token.probability)}`,
           onclick: () => { this.hover = null; set({ token: i }); },
           onpointerenter: () => { this.hover = i; this.draw(); },
           onpointerleave: () => { this.hover = null; this.draw(); },
-        }, h("b", {}, label), h("span", {}, meter, percent(token.probability)));
+        }, h("b", {}, label), h("span", {}, meter, this.amount(token.probability)));
       });
       this.answers = h("div", { class: "answers", role: "radiogroup", "aria-label": "generated tokens" }, this.answerButtons);
       roving(this.answers, this.answerButtons);
       this.readWords = data.read.map((label) => h("span", { class: `word${label.startsWith(" ") ? " starts" : ""}` }, label.trim() || label));
-      right.append(h("div", { class: "block" }, h("h3", {}, "Answer, token by token, with probabilities"), this.answers));
+      right.append(h("div", { class: "block" }, h("h3", {}, this.pair ? "The text, and its words alone, with their similarity to the image" : "Answer, token by token, with probabilities"), this.answers));
 
-      this.modes = choice("what to show", [["relevancy", "Relevancy"], ["rollout", "Rollout"], ["mean", "Mean"], ["layer", "Layer"], ["head", "Head"]], (mode) => set(mode === "relevancy" || mode === "rollout" ? { mode, kind: "cross" } : { mode }));
+      const modes = ["parts", "nearness", "relevancy", "rollout", "mean", "layer", "head"].filter((mode) => data.flows[mode] || !["nearness", "parts"].includes(mode));
+      this.modes = choice("what to show", modes.map((mode) => [mode, mode[0].toUpperCase() + mode.slice(1)]), (mode) => set(data.flows[mode] ? { mode, kind: "cross" } : { mode }));
       const count = (n) => range(n).map((i) => h("option", { value: i }, i));
       const most = (axis) => Math.max(...Object.values(this.attentions).map((a) => a.pattern.shape[axis]));
       this.layerPicker = h("select", { "aria-label": "layer", onchange: (e) => set({ layer: Number(e.target.value) }) }, count(most(0)));
@@ -396,7 +415,7 @@
       this.bar = h("div", { class: "shares", "aria-hidden": "true" });
       this.barKeys = h("div", { class: "keys" });
       right.append(h("div", { class: "block" }, h("h3", {}, "Where it goes"), this.bar, this.barKeys));
-      if (data.read.length > 1) right.append(h("div", { class: "block" }, h("h3", {}, "What the decoder itself had read"), h("div", { class: "words flowing" }, this.readWords)));
+      if (data.read.length > 1 && !this.pair) right.append(h("div", { class: "block" }, h("h3", {}, "What the decoder itself had read"), h("div", { class: "words flowing" }, this.readWords)));
       this.live = h("p", { class: "hidden", role: "status", "aria-live": "polite" });
       right.append(this.live);
       return h("section", { "aria-label": "answer" }, h("div", { class: `stage${this.picture ? "" : " wordy"}` }, this.picture ? left : null, right));
@@ -420,6 +439,22 @@
       this.lensBox = h("div", { class: "split" });
       return h("section", { "aria-label": "lenses" }, h("h2", {}, "How the answer grows"),
         h("p", { class: "lead" }, "Left: what the model would say if it stopped after a layer (logit lens). Right: what each head adds to the token's logit, above the mean logit of the vocabulary; the parts sum to the logit exactly."), this.lensBox);
+    }
+
+    /** Which experts took each token; nothing for a model without experts. */
+    buildExperts() {
+      const { experts, read } = this.data;
+      if (!experts.length) return [];
+      const lines = experts.map(({ name, weights }) => {
+        const taken = unpack(weights);
+        return h("tr", {}, h("td", {}, `layer ${name.split(".")[1]}`), read.map((_, i) => {
+          const shares = [...row(taken, i)].map((share, expert) => [share, expert]).filter(([share]) => share > 0).sort((a, b) => b[0] - a[0]);
+          return h("td", { class: "words" }, shares.map(([share, expert]) => `${expert}: ${number(share, 2)}`).join("\n"));
+        }));
+      });
+      return [h("section", { "aria-label": "experts" }, h("h2", {}, "Which expert took each token"),
+        h("p", { class: "lead" }, "In each layer with experts, a router chose some for each token that was read. These are their numbers, and the weights of what they said."),
+        h("div", { class: "scroll" }, h("table", { class: "experts" }, h("caption", { class: "hidden" }, "experts by layer and token"), h("thead", {}, h("tr", {}, h("td"), read.map((label) => h("th", { scope: "col", class: "words" }, label.trim() || "␣")))), h("tbody", {}, lines))))];
     }
 
     buildCertificate() {
@@ -458,7 +493,7 @@
       if (this.picture) this.drawPicture(shares);
       this.drawControls(shares);
       this.drawGrid();
-      if (this.hover === null) { this.drawSteps(); this.drawLens(); }
+      if (this.hover === null) { this.drawSteps(); if (this.lensBox) this.drawLens(); }
     }
 
     drawPicture(shares) {
@@ -493,7 +528,7 @@
         });
         tabTo(words, clamp(state.place[source.name] || 0, words.length));
       }
-      const flow = this.kind === "cross" && (state.mode === "relevancy" || state.mode === "rollout");
+      const flow = this.kind === "cross" && this.data.flows[state.mode];
       const own = Array.from(shares.own, (v, i) => (flow && i === this.row ? 0 : v)), top = Math.max(1e-9, ...own);
       this.readWords.forEach((word, i) => {
         shade(word, (own[i] || 0) / top);
@@ -514,12 +549,16 @@
       this.headPicker.value = this.head;
       let text = METHODS[state.mode];
       if (this.kind !== "cross") text = `${this.name(this.kind)}: ${state.mode === "head" ? "one head" : state.mode === "layer" ? "one layer, averaged over heads" : "averaged over layers and heads"}. ${this.whose()}`;
-      else if (this.data.way === "stream" && state.mode === "mean") text += " Here it is the words of the question that look, on average.";
-      else if (!this.data.keys && state.mode !== "relevancy" && state.mode !== "rollout") text += " This run’s decoder reads one averaged key, so its cross-attention is the same everywhere by construction.";
+      else if (this.pair && state.mode === "parts") {
+        const parts = row(this.flows.parts.sources, this.row), { start, stop } = this.picture, from = start + this.before;
+        const places = sum(parts.subarray(from, stop)), before = sum(parts.subarray(start, from)), whole = this.data.tokens[this.token].probability;
+        text += ` Here: places ${number(places)}${this.before ? `, class token ${number(before)}` : ""}, the rest ${number(whole - places - before)}; in all ${number(whole)}. Places that take from it are not drawn.`;
+      } else if (this.data.way === "stream" && !this.pair && state.mode === "mean") text += " Here it is the words of the question that look, on average.";
+      else if (!this.data.keys && !this.data.flows[state.mode]) text += " This run’s decoder reads one averaged key, so its cross-attention is the same everywhere by construction.";
       explain(this.explain, text);
       const masses = this.masses(shares);
-      const names = { image: "image", text: this.picture ? "question" : "article", sink: "sinks (class token, separators)", own: "the decoder’s own tokens" };
-      const seen = Object.keys(names).filter((name) => masses[name] > 0.0005 || (name === "text" && this.words.length) || (name === "image" && this.picture));
+      const names = { image: "image", text: this.pair ? "text" : this.picture ? "question" : "article", sink: "sinks (class token, separators)", own: "the decoder’s own tokens" };
+      const seen = Object.keys(names).filter((name) => masses[name] > 0.0005 || (name === "text" && this.words.length && !this.pair) || (name === "image" && this.picture));
       this.bar.replaceChildren(...seen.map((name) => { const i = h("i"); i.style.cssText = `width:${100 * masses[name]}%;background:var(--${name})`; return i; }));
       this.barKeys.replaceChildren(...seen.map((name) => { const dot = h("i"); dot.style.background = `var(--${name})`; return h("span", {}, dot, `${names[name]} ${percent(masses[name])}`); }));
       this.live.textContent = this.inWords(shares);
@@ -535,6 +574,7 @@
       }
       for (const { source } of this.words) {
         const values = Array.from(this.of(source, shares)), total = sum(shares.sources) || 1;
+        if (this.pair && this.kind !== "text") continue;
         const best = range(values.length).sort((a, b) => values[b] - values[a]).slice(0, 3);
         parts.push("strongest words " + best.map((i) => `${source.labels[i].trim()} (${percent(values[i] / total)})`).join(", "));
       }
@@ -544,7 +584,7 @@
     }
 
     /** What a kind of attention is called. */
-    name(kind) { return kind === "cross" ? WAYS[this.data.way] : KINDS[kind]; }
+    name(kind) { return kind === "cross" ? WAYS[this.data.way] : this.pair && kind === "text" ? "Inside the text" : KINDS[kind]; }
 
     whose() {
       const reduced = this.attentions[this.kind].rows;
@@ -557,7 +597,7 @@
         if (reduced) return state.place.image === 0 ? "Read by the class token; click any patch for the mean over all patches." : "Mean over all patches; single patches are in trace.safetensors.";
         return this.asked < 0 ? "Read by the class token. Click a patch to ask it instead." : `Read by patch ${this.picture.labels[this.before + this.asked].slice(6)} (row, column). Escape goes back to the class token.`;
       }
-      if (reduced) return state.place[this.kind] === 0 ? "Read by the first token; choose another word for the mean over all." : "Mean over all tokens; single ones are in trace.safetensors.";
+      if (reduced) return state.place[this.kind] === this.first(this.kind) ? "Read by the outlined word; choose another for the mean over all." : "Mean over all tokens; single ones are in trace.safetensors.";
       return "Read by the outlined word; choose another.";
     }
 
@@ -582,7 +622,7 @@
         }
         roving(grid, this.thumbs.map((t) => t.button), heads);
         this.gridBox.replaceChildren(grid);
-        const whole = { cross: this.data.way === "stream" ? "Each picture is one head, as the first token reads: patches above, question words below." : this.picture ? `Each picture is one head of the decoder for the chosen token${this.words.length ? ": patches above, question words below" : ""}.` : "Each picture is one head of the decoder: answer tokens downwards, text tokens across; the chosen token is outlined.",
+        const whole = { cross: this.pair ? "Each picture is one head, as the token reads whose state becomes the image’s: the class token, or a probe." : this.data.way === "stream" ? "Each picture is one head, as the first token reads: patches above, question words below." : this.picture ? `Each picture is one head of the decoder for the chosen token${this.words.length ? ": patches above, question words below" : ""}.` : "Each picture is one head of the decoder: answer tokens downwards, text tokens across; the chosen token is outlined.",
           image: "Each picture is one head of the image encoder for the chosen patch.", text: "Each picture is one head of the text encoder: queries downwards, keys across.", encoder: "Each picture is one head of the encoder.", decoder: "Each picture is one head of the decoder’s self-attention: queries downwards, keys across.", stream: "Each picture is one head for the chosen word or patch: patches above, question words below." };
         explain(this.gridLead, `${whole[kind]} Choose one to see it large${kind === "cross" ? " and open it below" : ""}.`);
       }
@@ -604,7 +644,7 @@
     thumbSize(kind) {
       const { pattern } = this.attentions[kind], rows = pattern.shape[2], keys = pattern.shape[3];
       if (this.asMap(kind)) {
-        const [width, height] = this.data.size, words = kind === "image" ? 0 : this.wordCount(), scale = 128 / width;
+        const [width, height] = this.data.size, words = kind === "image" || this.pair ? 0 : this.wordCount(), scale = 128 / width;
         const tall = Math.round(height * scale), strip = words ? Math.max(8, Math.round(tall * 0.13)) + 3 : 0;
         return { width: 128, height: tall + strip, tall, scale, strip, wide: 150 };
       }
@@ -691,11 +731,11 @@
       const table = h("table", {}, h("caption", { class: "hidden" }, `keys read by layer ${layer} head ${head}`), h("thead", {}, h("tr", {}, names.map((n) => h("th", { scope: "col" }, n)))), h("tbody", {}, body));
       const more = h("button", { class: "plain", type: "button", onclick: () => set({ all: !state.all }) }, state.all ? "Only the strongest 8" : `All ${order.length} keys`);
       const best = order[0];
-      const strips = h("div", {}, this.strip(this.data.way === "stream" ? "q of the first token" : `q of “${token}”`, q), this.strip("k, strongest key", row(a.k, best)), this.strip("v, strongest key", row(a.v, best)), this.strip("z = Σ weight · v", read), this.strip("z that ran", z));
+      const strips = h("div", {}, this.strip(this.pair ? "q of the token that is pooled" : this.data.way === "stream" ? "q of the first token" : `q of “${token}”`, q), this.strip("k, strongest key", row(a.k, best)), this.strip("v, strongest key", row(a.v, best)), this.strip("z = Σ weight · v", read), this.strip("z that ran", z));
       const check = h("p", { class: "explain check" }, `Worked out here, in your browser: the ${weights.length} weights sum to ${sum(weights).toFixed(6)}, and z differs from the one that ran by at most ${off.toExponential(1)} (v travels in half precision).`);
       this.stepBox.className = "steps open";
       this.stepBox.replaceChildren(
-        h("div", { class: "full" }, h("p", { class: "lead" }, `What this head did when ${this.data.way === "stream" ? `“${token}” was read off the first token` : `the decoder wrote “${token}”`}, strongest keys first${this.picture && this.data.keys ? "; a patch by its row and column" : ""}.`), formula),
+        h("div", { class: "full" }, h("p", { class: "lead" }, `What this head did when ${this.pair ? "the image was read" : this.data.way === "stream" ? `“${token}” was read off the first token` : `the decoder wrote “${token}”`}, strongest keys first${this.picture && this.data.keys ? "; a patch by its row and column" : ""}.`), formula),
         h("div", {}, h("div", { class: "scroll" }, table), order.length > 8 ? h("div", { class: "pickers" }, more) : null),
         h("div", {}, strips, check));
     }
@@ -791,11 +831,13 @@
 
   const compared = data.length > 1, text = data[0].text || "Describe the image";
   main.classList.toggle("two", compared);
-  const eyebrow = compared ? "Two runs, one input" : `${data[0].run} answered “${data[0].answer.text || "(nothing)"}”, probability ${percent(data[0].answer.probability)}`;
+  const banner = h("p", { class: "eyebrow" }, "Two runs, one input");
   const title = text.length > 140 ? `${text.slice(0, 140)}…` : text;
-  main.append(h("header", { class: "top" }, h("div", {}, h("p", { class: "eyebrow" }, eyebrow), h("h1", { class: text.length > 90 ? "long" : null }, title)), toggle));
+  main.append(h("header", { class: "top" }, h("div", {}, banner, h("h1", { class: text.length > 90 ? "long" : null }, title)), toggle));
+  if (data[0].flows.parts) state.mode = "parts";
   [state.layer, state.head] = data[0].best; // the head that did most for the answer
   studies.push(...data.map((d) => new Study(d, compared)));
+  if (!compared) banner.textContent = `${data[0].run} ${studies[0].result()}`;
   main.append(h("div", { class: "columns" }, studies.map((s) => s.element)));
   refresh();
 })();

@@ -48,16 +48,18 @@ def _base64(data: bytes) -> str:
 
 
 def _attention(study: Study, names: list[str], kind: str) -> dict[str, Any]:
-    """Patterns (L, H, rows, K) of one kind of attention; if they are large, only the first row and the mean row.
+    """Patterns (L, H, rows, K) of one kind of attention; if they are large, the row asked first and the mean row alone.
 
     The attention that reads the sources, "cross", always has one row for each answer token.
     """
-    patterns = torch.stack([study.trace.pattern(name)[0].cpu() for name in names])
     rows: list[int] | None = None
-    if kind == "cross":
-        patterns = study.opened.subject.rows(patterns)[:, :, [token.row for token in study.tokens]]
-    elif patterns.numel() > OWN_BUDGET:
-        patterns = torch.cat([patterns[:, :, :1], patterns.mean(2, keepdim=True)], 2)
+    found = (study.trace.pattern(name)[0].cpu() for name in names)
+    if kind == "cross":  # before they are stacked
+        found = (study.opened.subject.rows(pattern)[:, [token.row for token in study.tokens]] for pattern in found)
+    patterns = torch.stack(list(found))
+    if kind != "cross" and patterns.numel() > OWN_BUDGET:
+        asked = next((source.asked for source in study.opened.subject.sources if source.name == kind), 0)
+        patterns = torch.cat([patterns[:, :, [asked]], patterns.mean(2, keepdim=True)], 2)
         rows = [0, -1]  # -1: the mean over all
     return {"kind": kind, "names": names, "rows": rows, "pattern": packed(patterns, "u8")}
 
@@ -70,7 +72,8 @@ def _heads_in_order(study: Study) -> list[tuple[int, int]]:
     names = study.opened.subject.reading
     kind = names[0].rpartition(".")[2]
     if study.attributions:
-        effect = torch.stack([a.heads[kind] for a in study.attributions]).abs().amax(0)  # (L, H)
+        read = [int(name.split(".")[1]) for name in names]  # the blocks whose layer reads sources
+        effect = torch.stack([a.heads[kind][read] for a in study.attributions]).abs().amax(0)  # (L, H)
     else:
         effect = torch.tensor([[h.image for h in study.heads if h.name == name] for name in names])
     return [divmod(i, effect.shape[1]) for i in effect.flatten().argsort(descending=True, stable=True).tolist()]
@@ -114,10 +117,12 @@ def _attentions(study: Study) -> dict[str, Any]:
     for source in subject.sources:
         if source.attentions and source.reads is None:
             result[source.name] = _attention(study, names[source.name], source.name)
-    if not subject.prefix:
-        result["decoder"] = _attention(study, subject.self_attentions, "decoder")
-    elif _way(study) == "stream":
-        result["stream"] = _attention(study, subject.self_attentions, "stream")
+    own = subject.self_attentions
+    if own and not subject.prefix:
+        result["decoder"] = _attention(study, own, "decoder")
+    elif _way(study) == "stream":  # of sources of several kinds, or the tower of an image
+        kind = "image" if subject.writer == "image" else "stream"
+        result[kind] = _attention(study, own, kind)
     return result
 
 
@@ -130,7 +135,8 @@ def _way(study: Study) -> str:
 
 def _source(source: Source) -> dict[str, Any]:
     places = {} if source.places is None else source.places._asdict()
-    return {"name": source.name, "labels": source.labels, "sinks": source.sinks, "image": source.of_image, **places}
+    about = {"sinks": source.sinks, "image": source.of_image, "asked": source.asked}
+    return {"name": source.name, "labels": source.labels, **about, **places}
 
 
 def study_data(study: Study) -> dict[str, Any]:
@@ -146,6 +152,7 @@ def study_data(study: Study) -> dict[str, Any]:
         "pixelated": opened.image is not None and is_small(opened.image),
         "sources": [_source(source) for source in subject.sources],
         "way": _way(study),
+        "measure": subject.measure,
         "keys": subject.mixing.argmax(1).tolist() if whole else None,
         "mixing": None if whole and torch.equal(made, subject.mixing) else packed(made, "f32"),
         "read": study.read,
@@ -164,6 +171,7 @@ def study_data(study: Study) -> dict[str, Any]:
             | {"embedding": a.embedding, "biases": a.biases}
             for a in study.attributions
         ],
+        "experts": [{"name": name, "weights": packed(weights, "f16")} for name, weights in study.experts.items()],
         "heads": [[h.name, h.head, h.entropy, h.image, h.text, h.sink, h.distance] for h in study.heads],
         "certificate": asdict(study.certificate),
     }

@@ -3,7 +3,7 @@
 Pointing needs the places of objects, which only the built-in data set has, in scenes_<split>.json.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,14 +12,16 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import nn
 
-from vqa_scratch.data.descriptions import read_drawn, scenes_file
+from vqa_scratch.data.descriptions import About, read_drawn, scenes_file
 from vqa_scratch.data.images import ImageProcessor, load_image
+from vqa_scratch.data.scenes import Object, Scene
 from vqa_scratch.data.vqa_v2 import VQASample, read_vqa, spread
 from vqa_scratch.errors import UserError
 from vqa_scratch.report.curves import draw_panels
 from vqa_scratch.storage import write_text, write_whole
 from vqa_scratch.study.base import ImageSubject
 from vqa_scratch.study.faithfulness import Curves, HeadEffect, Pointing, faithfulness, head_ablation, pointing
+from vqa_scratch.study.pair import PairSubject
 
 SubjectOf = Callable[[Image.Image, str], ImageSubject]  # (image, question) -> subject
 
@@ -27,46 +29,78 @@ SubjectOf = Callable[[Image.Image, str], ImageSubject]  # (image, question) -> s
 # ---------------------------------------------------------------------------------------------- pointing
 
 
-def pointing_examples(
-    subject_of: SubjectOf, processor: ImageProcessor, data: Path, split: str, number: int
-) -> Iterator[tuple[ImageSubject, tuple[float, float, float, float]]]:
-    """Subjects for questions that name exactly one object, with its box in pixels of the processed image.
+Box = tuple[float, float, float, float]
 
-    Raises UserError if the data has no scenes.
-    """
+
+def _drawn(data: Path, split: str) -> dict[int | str, tuple[Scene, About]]:
+    """The scenes of a split. Raises UserError if the data has none."""
     path = scenes_file(data, split)
     if not path.is_file():
         raise UserError(f"{path} not found: only the built-in data set says where its objects are")
-    drawn = read_drawn(path)
+    return read_drawn(path)
 
-    def named(sample: VQASample) -> list[int]:
-        _, about = drawn.get(sample.image_id, ((), {}))
+
+def asked_about(data: Path, split: str) -> list[tuple[VQASample, str, Object]]:
+    """Questions that name exactly one object, with it. Raises UserError if the scenes are those of another data set."""
+    drawn, found = _drawn(data, split), []
+    for sample in read_vqa(data, split).samples:
+        scene, about = drawn.get(sample.image_id, ((), {}))
         if sample.question_id not in about:
+            path = scenes_file(data, split)
             raise UserError(f"{path} says nothing of question {sample.question_id}: it is of another data set")
-        return about[sample.question_id]
+        if len(about[sample.question_id]) == 1:
+            found.append((sample, sample.question, scene[about[sample.question_id][0]]))
+    return found
 
-    one = [sample for sample in read_vqa(data, split).samples if len(named(sample)) == 1]
-    for sample in spread(one, number):
+
+def told_apart(data: Path, split: str, part: str) -> list[tuple[VQASample, str, Object]]:
+    """Images and the "color" or "shape" of an object that no other in the image has, or both: "color shape"."""
+    drawn, found = _drawn(data, split), []
+    for sample in {sample.image_id: sample for sample in read_vqa(data, split).samples}.values():
+        scene = drawn[sample.image_id][0] if sample.image_id in drawn else ()
+        words = [" ".join(getattr(thing, name) for name in part.split()) for thing in scene]
+        found += [(sample, word, thing) for word, thing in zip(words, scene, strict=True) if words.count(word) == 1]
+    return found
+
+
+def pointing_examples(
+    subject_of: SubjectOf, processor: ImageProcessor, examples: Sequence[tuple[VQASample, str, Object]]
+) -> Iterator[tuple[ImageSubject, Box]]:
+    """Subjects of examples (image, question or text, object), with the object's box in pixels of the processed image.
+    A text of several words is looked at as a whole."""
+    for sample, question, thing in examples:
         image = load_image(sample.image_path, upright=sample.upright)
-        (index,) = named(sample)
-        box = processor.box(drawn[sample.image_id][0][index].box, image.height, image.width)
+        box = processor.box(thing.box, image.height, image.width)
         if box[0] < box[2] and box[1] < box[3]:  # else the object was cropped away
-            yield subject_of(image, sample.question), box
+            subject = subject_of(image, question)
+            if isinstance(subject, PairSubject):
+                subject.words = subject.words[:0]
+            yield subject, box
 
 
 def pointing_figures(
-    subject_of: SubjectOf, processor: ImageProcessor, data: Path, split: str, number: int
+    subject_of: SubjectOf, processor: ImageProcessor, data: Path, split: str, number: int, asked: str = "question"
 ) -> dict[str, Pointing]:
-    """`faithfulness.pointing` over a split of the built-in data set, best method first."""
-    found = pointing(pointing_examples(subject_of, processor, data, split, number))
-    return dict(sorted(found.items(), key=lambda item: -item[1].ratio))
+    """`faithfulness.pointing` over a split of the built-in data set, best method first; of a system that is asked a
+    "text" for colors, for shapes, and for both."""
+    if asked == "question":
+        kinds = {"": asked_about(data, split)}
+    else:
+        kinds = {f"{part}: ": told_apart(data, split, part) for part in ("color", "shape", "color shape")}
+    result: dict[str, Pointing] = {}
+    for kind, examples in kinds.items():
+        found = pointing(pointing_examples(subject_of, processor, spread(examples, number)))
+        found = dict(sorted(found.items(), key=lambda item: -item[1].ratio))
+        result |= {f"{kind}{name}": figure for name, figure in found.items()}
+    return result
 
 
-def pointing_table(found: dict[str, Pointing]) -> str:
+def pointing_table(found: dict[str, Pointing], asked: str = "question") -> str:
     """The figures as text."""
-    lines = [f"{'method':25s} mass on object   area   ratio   hits"]
-    lines += [f"{name:25s} {p.mass:14.1%} {p.area:6.1%} {p.ratio:6.2f}x {p.hit:6.1%}" for name, p in found.items()]
-    return "\n".join(lines) + f"\nover {next(iter(found.values())).questions} questions that name one object"
+    lines = [f"{'method':32s} mass on object   area   ratio   hits"]
+    lines += [f"{name:32s} {p.mass:14.1%} {p.area:6.1%} {p.ratio:6.2f}x {p.hit:6.1%}" for name, p in found.items()]
+    numbers = " or ".join(str(number) for number in sorted({p.questions for p in found.values()}))
+    return "\n".join(lines) + f"\nover {numbers} {asked}s that name one object"
 
 
 # ---------------------------------------------------------------------------------------------- faithfulness
@@ -100,11 +134,11 @@ def _curves_panels(curves: dict[str, Curves], questions: int) -> list[dict[str, 
 
 
 def ablation_figures(model: nn.Module, score: Callable[[], float], pattern: str, out: Path) -> dict[str, Any]:
-    """Official accuracy, from `score`, without each head that `pattern` matches; ablation.png and ablation.md."""
+    """Official accuracy, from `score`, without each head or expert that `pattern` matches; ablation.png and .md."""
     base, effects = head_ablation(model, score, pattern)
     write_whole(out / "ablation.png", lambda path: _ablation_plot(base, effects, path))
     write_text(out / "ablation.md", ablation_table(base, effects))
-    return {"accuracy": base, "heads": [asdict(effect) for effect in effects]}
+    return {"accuracy": base, "heads": [asdict(effect) | {"part": effect.part} for effect in effects]}
 
 
 def ablation_table(base: float, effects: list[HeadEffect]) -> str:
@@ -128,8 +162,9 @@ def _ablation_plot(base: float, effects: list[HeadEffect], path: Path) -> None:
         ink = "white" if abs(value) > 0.65 * largest else "black"
         axes.text(e.head, names.index(e.name), f"{value:+.1f}", ha="center", va="center", fontsize=9, color=ink)
     axes.set_yticks(range(len(names)), names)
-    axes.set_xticks(range(heads), [f"head {h}" for h in range(heads)])
+    part = " or ".join(sorted({e.part for e in effects}))
+    axes.set_xticks(range(heads), [f"{part} {h}" for h in range(heads)])
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
-    axes.set_title(f"Points of accuracy lost without a head (of {100 * base:.1f})", fontsize=11, loc="left")
+    axes.set_title(f"Points of accuracy lost without a {part} (of {100 * base:.1f})", fontsize=11, loc="left")
     figure.savefig(path, dpi=130, format="png")

@@ -4,7 +4,7 @@ Shapes: n images, C channels, H x W pixels, S source tokens, T rows of the write
 """
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -13,13 +13,18 @@ from torch import Tensor, nn
 from vqa_scratch.generate import greedy
 from vqa_scratch.generation_options import end_ids
 from vqa_scratch.models.blip2 import Blip2
+from vqa_scratch.models.fuyu import Fuyu
+from vqa_scratch.models.idefics import Idefics
+from vqa_scratch.models.image_text import ImageTextModel
+from vqa_scratch.models.llava import Llava
 from vqa_scratch.models.t5 import T5
 from vqa_scratch.models.vilt import ViLTClassifier
 from vqa_scratch.models.vqa import VQAModel
 from vqa_scratch.nn.connecting import Conditioning
 from vqa_scratch.nn.decoding import Decoder
 from vqa_scratch.nn.memory import Memory
-from vqa_scratch.study.base import ImageSubject, Source, Subject, block_attentions, image_source
+from vqa_scratch.nn.states import Places
+from vqa_scratch.study.base import ImageSubject, Source, Subject, block_attentions, grid_source, image_source
 
 
 def question_source(encoder: nn.Module | None, labels: Sequence[str], special: Sequence[int]) -> Source:
@@ -27,10 +32,10 @@ def question_source(encoder: nn.Module | None, labels: Sequence[str], special: S
     return Source("text", tuple(labels), tuple(special), attentions=block_attentions("text", encoder))
 
 
-def query_source(queries: nn.Module, number: int) -> Source:
-    """Learned queries that read the image, as a source."""
+def query_source(queries: nn.Module, number: int, name: str = "query") -> Source:
+    """Learned queries that read the image, as a source; their taps begin with `name`."""
     labels = tuple(f"query {i + 1}" for i in range(number))
-    return Source("query", labels, (), None, block_attentions("query", queries), "image")
+    return Source(name, labels, (), None, block_attentions(name, queries), "image")
 
 
 class WritingSubject(Subject):
@@ -78,8 +83,10 @@ class VQASubject(WritingSubject, ImageSubject):
         self.model: VQAModel = model
         self.decoder = model.decoder
         self.pixel_values = pixel_values.to(self.device)
-        image = image_source(model.image, pixel_values, block_attentions("image", model.image))
-        self.mixing, queries = model.connector.mixing(len(image), len(question_ids)), model.connector.queries
+        grid = model.image.places(*pixel_values.shape[2:]).grid
+        marks, queries = model.connector.marks(grid), model.connector.queries
+        image = image_source(model.image, pixel_values, block_attentions("image", model.image), marks)
+        self.mixing = model.connector.mixing(len(image) - len(marks), len(question_ids), grid)
         self.sources = (image, *((query_source(queries, len(self.mixing)),) if queries is not None else ()))
         self.input_ids = None
         if model.text is not None:
@@ -125,6 +132,118 @@ class Blip2Subject(WritingSubject, ImageSubject):
 
     def conditioning(self) -> Conditioning:
         return Conditioning(prefix=self.model.encode_image(self.pixel_values))
+
+
+class PlacedSubject(WritingSubject, ImageSubject):
+    """A LLaVA or a Fuyu with the `ids` of a prompt in which an image has places, anywhere but at its end.
+
+    All of the prompt but its last token is the prefix of the decoder: words, and what an image becomes among them.
+    `encode` makes its embeddings (n, N, E) of n images (n, C, H, W). The last tokens of the source `image` stand at
+    the positions `where` of the prompt, in this order: as many as `where` has. `labels` are of all ids, `special` are
+    the indices of separators among them.
+    """
+
+    def __init__(
+        self,
+        model: ImageTextModel,
+        pixel_values: Tensor,
+        encode: Callable[[Tensor], Tensor],
+        ids: list[int],
+        labels: Sequence[str],
+        special: Sequence[int],
+        image: Source,
+        where: Sequence[int],
+        max_new_tokens: int = 32,
+    ) -> None:
+        assert len(pixel_values) == 1 and len(ids) == len(labels) and max(where) < len(ids) - 1
+        super().__init__(model.language, ids[-1:], max_new_tokens)
+        self.model: ImageTextModel = model
+        self.decoder, self.encode, self.ids = model.language, encode, ids[:-1]
+        self.pixel_values = pixel_values.to(self.device)
+        self.prefix = len(self.ids)
+        words = [i for i in range(self.prefix) if i not in set(where)]
+        sinks = [place for place, i in enumerate(words) if i in special]
+        self.sources = (question_source(None, [labels[i] for i in words], sinks), image)
+        self.mixing = torch.zeros(self.prefix, len(words) + len(image))
+        self.mixing[words, range(len(words))] = 1
+        self.mixing[where, range(-len(where), 0)] = 1
+
+    def given(self, images: Tensor) -> Tensor:
+        """The embeddings of the prefix with each of n images, (n, K, E)."""
+        ids = torch.tensor([self.ids], device=self.device).expand(len(images), -1)
+        return self.model.place(ids, self.encode(images))
+
+    def logits_of(self, images: Tensor, decoder_ids: list[int]) -> Tensor:
+        ids = torch.tensor([decoder_ids], device=self.device).expand(len(images), -1)
+        sequence = torch.cat([self.given(images), self.language.embed(ids)], 1)
+        return self.model.read(sequence, None)[:, self.prefix :]
+
+    def conditioning(self) -> Conditioning:
+        return Conditioning(prefix=self.given(self.pixel_values))
+
+
+class IdeficsSubject(WritingSubject, ImageSubject):
+    """An Idefics with an image, which has its place, the token `place`, in the prompt.
+
+    Gated layers before some of the blocks read the latents of the resampler, or the states of the encoder if there is
+    none; tokens before the image read nothing.
+    """
+
+    def __init__(self, model: Idefics, pixel_values: Tensor, prompt: list[int], place: int, most: int = 32) -> None:
+        assert len(pixel_values) == 1
+        super().__init__(model.language, prompt, most)
+        self.model: Idefics = model
+        self.decoder, self.place = model.language, place
+        self.pixel_values = pixel_values.to(self.device)
+        image = image_source(model.vision, pixel_values, block_attentions("image", model.vision))
+        self.sources, self.mixing = (image,), torch.eye(len(image))
+        if model.resampler is not None:
+            latents = model.resampler.config.latents
+            self.sources += (query_source(model.resampler, latents, "resampler"),)
+            self.mixing = torch.eye(len(image) + latents)[len(image) :]
+
+    def memory(self, images: Tensor, length: int) -> Memory:
+        """What `length` tokens, the prompt and some after it, read of each of n images."""
+        ids = torch.tensor([self.prompt], device=self.device)
+        seen = self.model.image_mask(ids, self.place, [1])
+        seen = torch.cat([seen, seen[:, -1:].expand(-1, length - len(self.prompt), -1)], 1)
+        return self.model.memory(self.model.encode_image(images[:, None]), seen.expand(len(images), -1, -1))
+
+    def logits_of(self, images: Tensor, decoder_ids: list[int]) -> Tensor:
+        ids, memory = torch.tensor([decoder_ids], device=self.device), [self.memory(images, len(decoder_ids))]
+        states = self.language.embed(ids).expand(len(images), -1, -1)
+        return self.language.logits(self.language.hidden(states, memory=memory))
+
+    def conditioning(self) -> Conditioning:
+        return Conditioning(memory=[self.memory(self.pixel_values, len(self.prompt))])
+
+
+def llava_subject(
+    model: Llava, pixel_values: Tensor, ids: list[int], labels: Sequence[str], special: Sequence[int], most: int
+) -> PlacedSubject:
+    """A LLaVA with a prompt whose image has its places; at most `most` new tokens. Other arguments as above."""
+    image = image_source(model.vision, pixel_values, block_attentions("image", model.vision)[: model.blocks_read])
+    where = [place for place, token in enumerate(ids) if token == model.config.image_token]
+    return PlacedSubject(model, pixel_values, model.encode_image, ids, labels, special, image, where, most)
+
+
+def fuyu_subject(
+    model: Fuyu, pixel_values: Tensor, ids: list[int], labels: Sequence[str], special: Sequence[int], most: int
+) -> PlacedSubject:
+    """A Fuyu with a prompt that begins with the rows of its image; arguments as for `llava_subject`.
+
+    The newlines between them are tokens of the image without a place.
+    """
+    side, columns = model.config.patch_size, pixel_values.shape[3] // model.config.patch_size
+    places = Places((pixel_values.shape[2] // side, columns), side / 2, side)
+    image = grid_source(places, [f"newline {row + 1}" for row in range(places.grid[0])])
+    newlines = [columns + row * (columns + 1) for row in range(places.grid[0])]
+    patches = [place for place in range(len(image)) if place not in newlines]
+
+    def encode(images: Tensor) -> Tensor:
+        return model.encode_image(model.patches(images))
+
+    return PlacedSubject(model, pixel_values, encode, ids, labels, special, image, [*newlines, *patches], most)
 
 
 class ViLTSubject(ImageSubject):

@@ -94,6 +94,9 @@ class Trace:
         # Cross-attention reads the same keys at every step: kept once.
         if name.endswith((".k", ".v", ".mask")) and calls and calls[-1].shape == tensor.shape:
             return calls[-1] if torch.equal(calls[-1], tensor) else tensor
+        # Behind a cache each step reads what the one before read, and more: kept once too, as views of the last.
+        if name.endswith((".k", ".v")) and calls and torch.equal(tensor[:, :, : calls[-1].shape[2]], calls[-1]):
+            calls[:] = [tensor[:, :, : call.shape[2]] for call in calls]
         return tensor
 
     # ------------------------------------------------------------------------------------------ changing
@@ -110,8 +113,9 @@ class Trace:
             if label in ("scores", "pattern"):
                 self._live.add(f"{prefix}.pattern")  # q and k no longer determine what ran
 
-    def ablate(self, name: str, head: int | None = None) -> None:
+    def ablate(self, name: str, head: int | None = None, *, expert: int | None = None) -> None:
         """Silence one head of an attention (all of them without `head`) or an MLP: its last projection reads zeros.
+        Or one `expert` of "decoder.3.router": it adds nothing for the tokens that choose it, which choose no other.
 
         The bias stays, as if those columns of the projection were zero. `name` may be a pattern: "decoder.*.cross".
         """
@@ -122,10 +126,16 @@ class Trace:
             raise UserError(f"{name!r} has no heads and no neurons to ablate; name an attention or an MLP")
         for prefix in chosen:
             module = self.modules[prefix]
+            if expert is not None:
+                keep = torch.ones(names.check_expert(module, prefix, expert))
+                keep[expert] = 0.0
+                self.replace(f"{prefix}.weights", _times(keep))
+                continue
             if not isinstance(module, MultiHeadAttention):
                 if head is not None:
-                    raise UserError(f"{prefix} is an MLP: it has no heads")
-                self.replace(f"{prefix}.post", lambda tensor, call: torch.zeros_like(tensor))
+                    raise UserError(f"{prefix} is no attention: it has no heads")
+                last = {"pre": "post", "probabilities": "weights"}.get(names.labels_of(module)[0], "out")
+                self.replace(f"{prefix}.{last}", lambda tensor, call: torch.zeros_like(tensor))
                 continue
             if head is not None:
                 names.check_head(module, prefix, head)

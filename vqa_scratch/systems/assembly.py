@@ -12,8 +12,9 @@ from vqa_scratch.connectors import connect, connector_sizes
 from vqa_scratch.data.images import ImageProcessor
 from vqa_scratch.data.text import Tokenizer
 from vqa_scratch.data.tokenizers import Tokenizers
-from vqa_scratch.errors import UserError
+from vqa_scratch.errors import UserError, note
 from vqa_scratch.models.bert import Bert, BertConfig
+from vqa_scratch.models.patches import PixelPatches, PixelPatchesConfig
 from vqa_scratch.models.released import decoder_of
 from vqa_scratch.models.resnet import NORMS, ResNet, ResNetConfig
 from vqa_scratch.models.vit import ConvStem, ViT, ViTConfig
@@ -23,6 +24,7 @@ from vqa_scratch.storage import typed
 from vqa_scratch.systems.older import todays_sizes
 from vqa_scratch.systems.run_options import RunOptions
 
+MANY = 1024  # patches of an image; with more, attention takes most of a small tower's time and memory
 T = TypeVar("T")
 C = TypeVar("C", bound=ViTConfig)
 
@@ -39,6 +41,8 @@ def with_stem(kind: Callable[[C, Stem | None], T], config: C, stem: str) -> T:
 
 def image_encoder(sizes: dict[str, Any]) -> ImageEncoder:
     """An image encoder of random weights; the inverse of `image_sizes`. Raises UserError if there is none of them."""
+    if sizes.get("model_type") == "patches":
+        return PixelPatches(PixelPatchesConfig(*typed("the patches", sizes, {"patch_size": int, "channels": int})))
     if sizes.get("model_type") == "resnet":
         types = {"block": str, "depths": list, "widths": list, "channels": int, "norm": str}
         block, depths, widths, channels, norm = typed("the image encoder", sizes, types)
@@ -51,6 +55,8 @@ def image_encoder(sizes: dict[str, Any]) -> ImageEncoder:
 
 def image_sizes(image: ImageEncoder) -> dict[str, Any]:
     """The sizes of an image encoder, as config.json holds them."""
+    if isinstance(image, PixelPatches):
+        return {"model_type": "patches", **asdict(image.config)}
     if isinstance(image, ResNet):
         (norm,) = (name for name, make in NORMS.items() if type(make(16)) is type(image.norm1))
         return {"model_type": "resnet", **asdict(image.config), "norm": norm}
@@ -111,10 +117,12 @@ def grid_positions(grid: tuple[int, int], dim: int) -> Tensor:
     A position table that starts this way tells left from right before training (as in MAE, He et al. 2022, which keeps
     it fixed; ours is trained). Wavelengths go from 2 patches to 4 grids: with the usual 10,000 most channels would be
     constant over so small a grid, and the longest one here falls steadily from one side to the other. Raises UserError
-    unless the width divides by 4.
+    unless the width divides by 4; a note says so if the patches of an image are very many.
     """
     if dim % 4:
         raise UserError(f"--width {dim} is not divisible by 4, as a table of places in two directions needs it")
+    if (patches := math.prod(grid)) > MANY:
+        note(f"an image has {patches:,} patches, each compared with all others: slow; a larger --patch-size has fewer")
     wavelengths = torch.logspace(1.0, math.log2(4 * max(grid)), dim // 4, base=2.0)
     rows, columns = torch.meshgrid(*(torch.arange(side) for side in grid), indexing="ij")
     angles = [axis.flatten()[:, None] * (2 * math.pi / wavelengths) for axis in (columns, rows)]  # (N, D/4)

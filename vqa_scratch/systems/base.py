@@ -60,6 +60,7 @@ class System(ABC, Generic[RO, M]):
     """A model with its tokenizers and preprocessing; while it trains, with its data too."""
 
     example: ClassVar[str] = "what color is the square?"  # a question to ask; "" if it is asked none
+    asked: ClassVar[str] = "question"  # what `subject` takes beside the image: a question, or a text
     unit: ClassVar[str] = "questions"  # what a sample is, in the plural
     writes: ClassVar[bool] = False  # whether it writes its answers token by token
     published_as: ClassVar[tuple[str, str]] = ("visual-question-answering", "accuracy")  # task and metric, on the Hub
@@ -254,7 +255,7 @@ class System(ABC, Generic[RO, M]):
     def subject(self, image: Image.Image, question: str | None) -> Any:
         """What `study` looks at: the model on one input, as a `vqa_scratch.study.opened.Opened`.
 
-        Raises UserError for a question that is missing or not wanted.
+        The question is what `asked` says. Raises UserError if it is missing or not wanted.
         """
         self.lacks("has nothing to study")
 

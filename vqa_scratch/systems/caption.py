@@ -92,10 +92,12 @@ class CaptionSystem(WritingSystem[CaptionOptions]):
 
     def about(self) -> list[str]:
         kinds, cut = [sum(map(len, groups)) for groups in self.groups], self.tokenizers.cut
+        number = f"training on {kinds[0]:,} captions and {kinds[1]:,} questions"
+        if self.options.flip:
+            number += f"; {(~self.names_side).mean():.0%} of them name no side, so their images may be mirrored"
         return [
             self.trainable,
-            f"training on {kinds[0]:,} captions and {kinds[1]:,} questions; "
-            f"{(~self.names_side).mean():.0%} of them name no side, so their images may be mirrored",
+            number,
             f"cut to the token limits: {cut['answers']} captions or answers, {cut['questions']} questions",
         ]
 

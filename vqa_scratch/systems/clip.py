@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, NoReturn, Self
 
 import numpy as np
 import torch
@@ -23,13 +23,14 @@ from vqa_scratch.data.descriptions import in_places
 from vqa_scratch.data.images import ImageProcessor, Images
 from vqa_scratch.data.pairs import Captions, PairBatch
 from vqa_scratch.data.scenes import HELD_OUT, RIVALS
-from vqa_scratch.data.text import Tokenizer
+from vqa_scratch.data.text import Tokenizer, check_text
 from vqa_scratch.data.tokenizers import Tokenizers
 from vqa_scratch.data.vqa_files import first_images
 from vqa_scratch.data.vqa_v2 import VQASample
 from vqa_scratch.errors import UserError
 from vqa_scratch.models.clip import CLIP
 from vqa_scratch.models.vit import ConvStem
+from vqa_scratch.study.opened import Opened
 from vqa_scratch.systems.assembly import check_images
 from vqa_scratch.systems.base import ANY_SAMPLE, RunData, seed_everything
 from vqa_scratch.systems.captions import read_captions_data, read_texts, to_describe
@@ -42,6 +43,7 @@ from vqa_scratch.systems.finals import Pass
 from vqa_scratch.systems.questions import built_in
 from vqa_scratch.systems.retrieval import retrieval, share_preferred
 from vqa_scratch.systems.splits import TIMED, Key, Split, SplitSystem
+from vqa_scratch.systems.studied import pair_subject
 from vqa_scratch.systems.vqa_models import IMAGE_SIZE
 from vqa_scratch.training.contrastive import clamp_scale_, info_nce, sigmoid_loss, twins
 from vqa_scratch.training.optimizers import Optimizers
@@ -50,6 +52,7 @@ from vqa_scratch.training.precision import Precision
 AT_ONCE = 256  # images that are embedded at once when they are not part of a split
 EACH_CLASS = 10  # drawn images of each class of single objects
 TEMPLATES = tuple(f"a {{}} at the {place}" for place in RIVALS["where"])  # in the words of the drawn scenes
+EMPTY = "the text is empty: describe an image, for example 'a small red circle at the top left'"
 FINAL = {"retrieval": "test", "hold-out": "holdout"}  # the passes of the final figures, and their splits
 
 
@@ -68,6 +71,7 @@ class CLIPSystem(SplitSystem[CLIPOptions, CLIP, Captions]):
     """
 
     example = ""
+    asked = "text"
     unit = "pairs"
     published_as = ("zero-shot-image-classification", "accuracy")
     loss_unit = "nats a pair"
@@ -274,6 +278,9 @@ class CLIPSystem(SplitSystem[CLIPOptions, CLIP, Captions]):
 
     # ---------------------------------------------------------------------------------------------------- asking
 
+    def lacks(self, what: str) -> NoReturn:
+        super().lacks(f"{what}; `python -m vqa_scratch retrieve` finds its images by a text, or texts by an image")
+
     def embed_images(self, images: Sequence[Image.Image]) -> Tensor:
         parts = []
         with self.evaluating(), self.precision.autocast():
@@ -283,8 +290,9 @@ class CLIPSystem(SplitSystem[CLIPOptions, CLIP, Captions]):
         return torch.cat(parts)
 
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
+        texts = [check_text(text, EMPTY) for text in texts]
         with self.evaluating(), self.precision.autocast():
-            return embed_texts(self.model, self.tokenizers.by_name["text"], [check_text(text) for text in texts]).cpu()
+            return embed_texts(self.model, self.tokenizers.by_name["text"], texts).cpu()
 
     def embed_labels(self, labels: Sequence[str], templates: Sequence[str]) -> Tensor:
         """(L, P), on the model's device: each label in every template, averaged. Raises UserError as `classify`."""
@@ -297,6 +305,14 @@ class CLIPSystem(SplitSystem[CLIPOptions, CLIP, Captions]):
         with self.evaluating(), self.precision.autocast():
             return classify(self.model, pixels, classes)[0].tolist()
 
+    def ask(self, *asked: Any, **more: Any) -> NoReturn:
+        self.lacks("answers nothing: `python -m vqa_scratch retrieve` finds images by a text and texts by an image")
+
+    def subject(self, image: Image.Image, question: str | None) -> Opened:
+        if question is None:
+            raise UserError(f"{self.folder} compares images with texts: give it --text")
+        return pair_subject(self, image, check_text(question, EMPTY))
+
     def export(self, folder: Path) -> list[str]:
         return export_clip(self, folder)
 
@@ -308,10 +324,3 @@ class CLIPSystem(SplitSystem[CLIPOptions, CLIP, Captions]):
 
 def _tokenizers(options: CLIPOptions, text: Tokenizer) -> Tokenizers:
     return Tokenizers(text, None, max_question_tokens=options.max_caption_tokens)
-
-
-def check_text(text: str) -> str:
-    """The text without surrounding space. Raises UserError if nothing is left."""
-    if not text.strip():
-        raise UserError("the text is empty: describe an image, for example 'a small red circle at the top left'")
-    return text.strip()

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vqa_scratch.data.text import Tokenizer
+from vqa_scratch.data.text import Tokenizer, check_text
 from vqa_scratch.errors import UserError, some
 from vqa_scratch.models.clip import CLIP
 
@@ -42,7 +42,7 @@ def embed_labels(
 ) -> Tensor:
     """(L, P), of length 1: each label in every template, averaged.
 
-    Raises UserError for no labels or templates, labels that are empty or repeat, and a template without {}.
+    Raises UserError for no labels or templates, labels that are empty or repeat, a template without {}, and no text.
     """
     labels = [label.strip() for label in labels]
     repeated = sorted({label for label in labels if labels.count(label) > 1})
@@ -55,7 +55,7 @@ def embed_labels(
         raise UserError(
             f"a template has {{}} once, where the label goes; got {some(map(repr, wrong)) or 'no template'}"
         )
-    texts = [template.replace("{}", label) for label in labels for template in templates]
+    texts = [check_text(template.replace("{}", label), "") for label in labels for template in templates]
     embeds = embed_texts(model, tokenizer, texts).unflatten(0, (len(labels), len(templates)))
     return F.normalize(embeds.mean(1), dim=-1)
 

@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from vqa_scratch.models.hf_config import Released
+from vqa_scratch.models.patches import PixelPatches
 from vqa_scratch.models.resnet import FrozenBatchNorm, ResNet
 from vqa_scratch.models.vilt import ViLTClassifier
 from vqa_scratch.models.vit import ConvStem, ViT
@@ -69,6 +70,7 @@ LOAD_OWN = """\
 # under the names of vqa_scratch, its sizes in image/encoder.json.
 image = image_encoder(read_json("image/encoder.json")).eval()
 image.load_state_dict(load_file("image/model.safetensors"))"""
+OWN_STATES = "image.states(pixels).tokens"
 STEM_HINT = " (--stem linear trains one that fits)"
 OWN = ["from vqa_scratch.storage import read_json", "from vqa_scratch.systems.assembly import image_encoder"]
 TEXT = """\
@@ -80,6 +82,7 @@ attention_mask = tokens["attention_mask"].float()
 TEXT_STATES = 'text_states = text(tokens["input_ids"], tokens["attention_mask"]).last_hidden_state\n'
 PROMPT = 'prompt = words({space}question, add_special_tokens=False)["input_ids"][:{limit}]'
 MEMORY = "logits = decoder(ids, encoder_hidden_states=memory, encoder_attention_mask=mask).logits"
+GATED = "logits = decoder(ids).logits"
 PREFIX = "logits = decoder(inputs_embeds=torch.cat([prefix, decoder.get_input_embeddings()(ids)], 1)).logits"
 VILT_README = """\
 # A ViLT that chooses its answer from a list
@@ -130,6 +133,10 @@ def tensors_of(module: nn.Module) -> dict[str, Any]:
 
 def _export_image(image: ImageEncoder, folder: Path) -> tuple[str, str, str, list[str], str | None]:
     """Write the image encoder. Returns what it is, how to load it, how to run it, imports, and a note or None."""
+    if isinstance(image, PixelPatches):
+        load = f"image = PixelPatches({image.config})  # no weights"
+        imports = ["from vqa_scratch.models.patches import PixelPatches, PixelPatchesConfig"]
+        return "how an image becomes pixels; there is no image encoder", load, OWN_STATES, imports, None
     if isinstance(image, ResNet) and isinstance(image.norm1, FrozenBatchNorm):
         image.save_pretrained(folder / "model.safetensors")
         load = 'image = ResNet.from_pretrained("image/model.safetensors")'
@@ -147,7 +154,7 @@ def _export_image(image: ImageEncoder, folder: Path) -> tuple[str, str, str, lis
         kind, part, layout, hint = "a ViT", "a convolutional stem", "the ViT layout", STEM_HINT
     load, kind = LOAD_OWN.format(part=part, layout=layout), f"{kind} with {part}, under names of our own"
     why = f"the image encoder has {part}, which {layout} has no place for{hint}"
-    return kind, load, "image.states(pixels).tokens", OWN, why
+    return kind, load, OWN_STATES, OWN, why
 
 
 def export_writer(system: System[Any, VQAModel], folder: Path) -> list[str]:
@@ -161,10 +168,16 @@ def export_writer(system: System[Any, VQAModel], folder: Path) -> list[str]:
     if model.text is not None:
         parts["text"] = model.text
         kinds["text"] = model.text.config.to_hf()["architectures"][0]
-    for name, part in parts.items():
-        part.save_pretrained(folder / name)
-        tokenizers.by_name[name].save(folder / name)
-    write_safetensors(folder / "connector.safetensors", tensors_of(model.connector), {"connector": connector})
+    gated = model.decoder.take_gated()  # they are no part of the decoder's layout
+    own = [("", model.connector), *((f"gated.{number}.", layer) for number, layer in gated.items())]
+    tensors = {start + name: tensor for start, part in own for name, tensor in tensors_of(part).items()}
+    try:
+        for name, part in parts.items():
+            part.save_pretrained(folder / name)
+            tokenizers.by_name[name].save(folder / name)
+    finally:
+        model.decoder.add_gated(gated)
+    write_safetensors(folder / "connector.safetensors", tensors, {"connector": connector})
     write_json(folder / "connector.json", system.sizes["connector"])
 
     reads_text, token = model.text is not None, tokenizers.decoder.backend.id_to_token
@@ -173,7 +186,7 @@ def export_writer(system: System[Any, VQAModel], folder: Path) -> list[str]:
     space = '" " + ' if tokenizers.decoder.byte_level else ""
     if prompted and not system.example:
         asked += " if question else []"
-    own = [
+    lines = [
         "from vqa_scratch.data.images import ImageProcessor, load_image",
         *imports,
         *model.connector.recipe_imports(),
@@ -185,7 +198,7 @@ def export_writer(system: System[Any, VQAModel], folder: Path) -> list[str]:
         start=f"`{token(tokenizers.start_id)}`",
         end=f"`{token(tokenizers.end_id)}`",
         decoder=decoder,
-        imports="\n".join(sorted(own)),
+        imports="\n".join(sorted(lines)),
         load_image=load,
         example=system.example,
         hint="" if system.example else "  # a caption; a question if the run was trained on them too",
@@ -196,7 +209,7 @@ def export_writer(system: System[Any, VQAModel], folder: Path) -> list[str]:
         start_id=tokenizers.start_id,
         end_id=tokenizers.end_id,
         most=tokenizers.max_answer_tokens,
-        step=MEMORY if model.connector.uses_memory else PREFIX,
+        step=GATED if gated else MEMORY if model.connector.uses_memory else PREFIX,
     )
     write_text(folder / "README.md", metadata(system, "vqa-scratch") + page)
     return [] if note is None else [f"{note}: {folder / 'image'} holds it under names of our own, see its README.md"]

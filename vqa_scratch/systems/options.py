@@ -49,7 +49,7 @@ class QuestionOptions(RunOptions):
             )
 
 
-NEW = {"start_from": None}
+NEW, WITHOUT_ENCODER = {"start_from": None}, {"connector": "patches"}
 SHAPES, RELEASED = NEW | {"preset": "shapes"}, NEW | {"preset": "book", "init": "pretrained"}
 
 
@@ -64,22 +64,35 @@ class VQAOptions(QuestionOptions):
         None, "Finished run whose weights, sizes, connector and tokenizers to start from.", MODEL
     )
     init: str = option("random", "Random weights, or those of checkpoints.", MODEL, ("random", "pretrained"), only=NEW)
-    image_model: str | None = option(None, "ViT checkpoint: folder or Hub id.", MODEL, only=RELEASED)
-    text_model: str | None = option(None, "BERT, DistilBERT or RoBERTa checkpoint.", MODEL, only=RELEASED)
+    image_model: str | None = option(
+        None, "ViT checkpoint: folder or Hub id.", MODEL, only=RELEASED, never=WITHOUT_ENCODER
+    )
+    text_model: str | None = option(
+        None, "BERT, DistilBERT or RoBERTa checkpoint.", MODEL, only=RELEASED | {"text_encoder": True}
+    )
     decoder_model: str | None = option(
-        None, "GPT-2 checkpoint; or an OPT or Llama, with a connector that makes a prefix.", MODEL, only=RELEASED
+        None,
+        "GPT-2 checkpoint; or an OPT or Llama, with any connector but tokens and mean.",
+        MODEL,
+        only=RELEASED,
     )
     connector: str = option(
         "tokens",
         "How the decoder gets image and question: cross-attention to every token (tokens) or to their mean (mean), or "
-        "a prefix of projected tokens (prefix) or of learned queries that read the tokens (qformer).",
+        "a prefix of projected tokens (prefix), of projected pixels without an image encoder (patches) or of learned "
+        "queries that read the tokens (qformer), or gated cross-attention to such queries (resampler).",
         MODEL,
         CONNECTORS,
         only=NEW,
         was="fusion",
     )
-    queries: int = option(16, "Learned queries of the connector.", MODEL, minimum=1, only={"connector": "qformer"})
+    queries: int = option(
+        16, "Learned queries of the connector.", MODEL, minimum=1, only={"connector": ("qformer", "resampler")}
+    )
     question_prompt: bool = option(False, "Give the question to the decoder too, as a prompt.", MODEL)
+    text_encoder: bool = option(
+        True, "Read the question with a text encoder too, if the connector takes its states.", MODEL, only=NEW
+    )
     freeze: str = option(
         "nothing",
         "Part whose weights do not train; a decoder's cross-attention always trains.",
@@ -91,16 +104,26 @@ class VQAOptions(QuestionOptions):
         "Compute the states of frozen encoders once, and keep them in --cache.",
         MODEL,
         only={"freeze": ("encoders", "text_encoder", "image_encoder", "all")},
+        never=WITHOUT_ENCODER,
         may_change=True,
     )
     width: int = option(128, "Width of both encoders and the decoder.", MODEL, minimum=1, only=SHAPES)
     heads: int = option(4, "Attention heads.", MODEL, minimum=1, only=SHAPES)
-    image_layers: int = option(3, "Layers of the image encoder.", MODEL, minimum=1, maximum=1_000, only=SHAPES)
-    text_layers: int = option(1, "Layers of the text encoder.", MODEL, minimum=1, maximum=1_000, only=SHAPES)
+    image_layers: int = option(
+        3, "Layers of the image encoder.", MODEL, minimum=1, maximum=1_000, only=SHAPES, never=WITHOUT_ENCODER
+    )
+    text_layers: int = option(
+        1, "Layers of the text encoder.", MODEL, minimum=1, maximum=1_000, only=SHAPES | {"text_encoder": True}
+    )
     decoder_layers: int = option(4, "Layers of the decoder.", MODEL, minimum=1, maximum=1_000, only=SHAPES)
     patch_size: int = option(8, "Side of a patch, in pixels.", MODEL, minimum=1, only=SHAPES)
     stem: str = option(
-        "conv", "How pixels become patch tokens: convolutions or one linear map.", MODEL, STEMS, only=SHAPES
+        "conv",
+        "How pixels become patch tokens: convolutions or one linear map.",
+        MODEL,
+        STEMS,
+        only=SHAPES,
+        never=WITHOUT_ENCODER,
     )
     max_answer_tokens: int = option(
         8, "Longer answers are cut to this many tokens, end token included.", LIMITS, minimum=1

@@ -87,14 +87,14 @@ def answering_task(system: System[Any, VQAModel], options: RLHFOptions, dtype: t
         save,
         tokenizers.notes_on_all(sample.question for sample in (*train, *held_out)),
         lambda tuned, _: greedy_accuracy(system, cast(VQAPolicy, tuned), new),
-        upgrade=partial(todays_checkpoint, reference=reference),
+        upgrade=partial(todays_checkpoint, reference=reference, freeze=options.freeze),
     )
 
 
 OF_ACTOR = "backbone.model."  # before the names of the model's weights in a checkpoint of rlhf.py
 
 
-def todays_checkpoint(saved: dict[str, Any], reference: VQAPolicy) -> dict[str, Any]:
+def todays_checkpoint(saved: dict[str, Any], reference: VQAPolicy, freeze: str) -> dict[str, Any]:
     """A checkpoint of rlhf.py in today's terms, also one from before there were connectors.
 
     The weights had other names then, and another order: it numbers the moments, and the reference is hashed in it.
@@ -108,7 +108,7 @@ def todays_checkpoint(saved: dict[str, Any], reference: VQAPolicy) -> dict[str, 
         saved = saved | {"reference": fingerprint(reference)}
 
     trained = [name for name, _ in reference.model.named_parameters()]
-    if saved["config"]["freeze"] == "encoder":
+    if freeze == "encoder":
         trained = [name for name in trained if name.startswith("decoder.")]
     head = ["value head's weight", "value head's bias"]
     before = [*head, *(name for name in renamed if name in trained)]

@@ -82,8 +82,8 @@ def load_weights(model: nn.Module, folder: Path) -> None:
 def restore(saved: dict[str, Any], system: Any, optimizers: Optimizers) -> dict[str, Any]:
     """Restore weights, moments, scaler and random numbers of a `System` from a checkpoint; returns its progress.
 
-    Removes weights and moments from `saved`, so that no second copy of them stays in memory; what --steps +N made of
-    the run's length is now written down. Raises UserError if it does not fit the model.
+    Removes weights and moments from `saved`, so that no second copy of them stays in memory. Raises UserError if it
+    does not fit the model.
     """
     weights, moments = saved.pop("model"), saved.pop("optimizers")
     with fitting(system.options.out / LAST):
@@ -91,8 +91,6 @@ def restore(saved: dict[str, Any], system: Any, optimizers: Optimizers) -> dict[
         load_model_state(system.model, todays_names(weights), str(system.options.out))
         system.precision.scaler.load_state_dict(saved["scaler"])
         restore_streams(saved["rng"], system.world, saved["state"]["step"])
-    if system.world.main:
-        keep_length(system.options)
     return saved["state"]
 
 
@@ -114,12 +112,3 @@ def begin_or_go_on(options: RunOptions) -> tuple[RunOptions, dict[str, Any] | No
         steps, seconds = typed(f"{path}: 'state'", checkpoint["state"], {"step": int, "seconds": float})
         done = {"steps": steps, "minutes": seconds / 60}
     return lengthened(merged, options.more, done, "steps"), checkpoint
-
-
-def keep_length(options: RunOptions) -> None:
-    """Write to config.json how long a run is that goes on for longer, for the next --resume."""
-    values = read_run_config(options.out)
-    length = {"steps": options.steps, "minutes": options.minutes}
-    if values["train"] | length != values["train"]:
-        values["train"] |= length
-        write_json(options.out / CONFIG, values)

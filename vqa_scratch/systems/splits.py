@@ -3,6 +3,7 @@
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
@@ -78,10 +79,15 @@ class SplitSystem(System[RO, M], Generic[RO, M, Q]):
         """Set `splits`, with resized images in a file if the options ask for it, and what changes training images."""
         self.splits, self.pace = {name: self.split(some) for name, some in samples.items()}, Pace()
         self.augment = augment_of(self.options)
-        self.names_side = np.array([depends_on_side(f"{s.question} {s.answer}") for s in samples["train"]])
         if self.options.image_cache:
             for split in self.splits.values():
                 split.images.cache_in(self.options.cache)
+
+    @cached_property
+    def names_side(self) -> np.ndarray:
+        """Whether each training text names a side, so that its image may not be mirrored."""
+        texts = self.splits["train"].questions.samples
+        return np.array([depends_on_side(f"{s.question} {s.answer}") for s in texts])
 
     def share(self, key: Key, world: World) -> tuple[Key, bool]:
         """This rank's images of a batch; if there are more ranks than images, one image and False."""

@@ -33,7 +33,7 @@ from vqa_scratch.systems.questions import QuestionSystem
 from vqa_scratch.systems.run_folder import CONFIG, PROGRAM, read_run_config
 from vqa_scratch.systems.scoring import common_answers
 from vqa_scratch.systems.splits import augment_of
-from vqa_scratch.systems.vqa_models import check_question, released_models, small_models
+from vqa_scratch.systems.vqa_models import check_connector, released_models, small_models
 from vqa_scratch.systems.writer import WritingSystem
 from vqa_scratch.systems.writing import choose
 from vqa_scratch.training.precision import Precision
@@ -58,7 +58,7 @@ class VQASystem(WritingSystem[VQAOptions], QuestionSystem[VQAOptions, VQAModel, 
             raise UserError("--feature-cache keeps one encoding of each image: leave it out, or the augmentation")
         if options.start_from is not None:
             return
-        check_question(options)
+        check_connector(options)
         if options.preset == "shapes":
             with torch.device("meta"):
                 small_models(options, [ANY_SAMPLE])
@@ -88,6 +88,7 @@ class VQASystem(WritingSystem[VQAOptions], QuestionSystem[VQAOptions, VQAModel, 
         kept = [name for name, rules in rules_of(VQAOptions).items() if "start_from" in rules.only]
         prompt = options.question_prompt or theirs.question_prompt
         options = replace(options, **{name: getattr(theirs, name) for name in kept}, question_prompt=prompt)
+        check_connector(options)
         system = cls.load(folder, config["model"], options, precision)
         model = system.model
         prefix = model.connector.prefix_length(grid_of(model.image, system.processor), model.connector.sizes)

@@ -14,6 +14,7 @@ from vqa_scratch.models import released
 from vqa_scratch.models.bert import Bert, BertConfig
 from vqa_scratch.models.gpt2 import GPT2, GPT2Config
 from vqa_scratch.models.hf_config import ReleasedDecoder
+from vqa_scratch.models.patches import PixelPatches, PixelPatchesConfig
 from vqa_scratch.models.vit import ViT, ViTConfig
 from vqa_scratch.models.vqa import VQAModel
 from vqa_scratch.nn.states import ImageEncoder
@@ -35,19 +36,27 @@ def own_tokenizers(train: list[VQASample]) -> tuple[Tokenizer, Tokenizer]:
     return train_wordpiece(questions, VOCABULARY), train_bpe([f" {text}" for text in questions + answers], VOCABULARY)
 
 
-def check_question(options: VQAOptions) -> None:
-    """Raise UserError unless the question reaches the decoder, and what is frozen is there."""
-    if connector_class(options.connector).reads_text:
+def reads_question(options: VQAOptions) -> bool:
+    """Whether there is a text encoder."""
+    return options.text_encoder and connector_class(options.connector).reads_text
+
+
+def check_connector(options: VQAOptions) -> None:
+    """Raise UserError unless the question reaches the decoder, and the encoders that are spoken of are there."""
+    kind = connector_class(options.connector)
+    if reads_question(options):
         return
+    why = "--no-text-encoder" if kind.reads_text else f"--connector {options.connector}"
     if not options.question_prompt:
         raise UserError(
-            f"--connector {options.connector} gives the decoder the image alone: add --question-prompt, so that it "
-            "reads the question"
+            f"{why} gives the decoder the image alone: add --question-prompt, so that it reads the question"
         )
-    if options.freeze == "text_encoder":
-        raise UserError(
-            f"--freeze text_encoder means nothing with --connector {options.connector}, which has no text encoder"
-        )
+    lacks = {"text_encoder": "is no text encoder"}
+    lacks |= {"image_encoder": "is no image encoder", "encoders": "are no encoders"} if kind.reads_pixels else {}
+    if options.freeze in lacks:
+        raise UserError(f"--freeze {options.freeze} means nothing with {why}: there {lacks[options.freeze]}")
+    if options.text_encoder and "text_encoder" in (options.given or ()):
+        raise UserError(f"--text-encoder means nothing with {why}: it takes no states of a text encoder")
 
 
 def small_models(options: VQAOptions, train: list[VQASample]) -> Parts:
@@ -56,10 +65,13 @@ def small_models(options: VQAOptions, train: list[VQASample]) -> Parts:
     text, decoder = own_tokenizers(train)
     shared: dict[str, Any] = {"dim": width, "heads": options.heads, "activation": "relu"}
     no_dropout: dict[str, Any] = {"dropout": 0.0, "attention_dropout": 0.0}
-    image_config = ViTConfig(
-        image_size=IMAGE_SIZE, patch_size=options.patch_size, layers=options.image_layers, hidden=4 * width, **shared
-    )
-    image = assembly.with_stem(ViT, image_config, options.stem)
+    image: PixelPatches | ViT
+    if kind.reads_pixels:
+        image = PixelPatches(PixelPatchesConfig(options.patch_size))
+    else:
+        patches: dict[str, Any] = {"image_size": IMAGE_SIZE, "patch_size": options.patch_size}
+        config = ViTConfig(layers=options.image_layers, hidden=4 * width, **patches, **shared)
+        image = assembly.with_stem(ViT, config, options.stem)
     grid = image.places(IMAGE_SIZE, IMAGE_SIZE).grid
     sizes = kind.sizes_for(grid, options)
     text_config = BertConfig(
@@ -80,18 +92,19 @@ def small_models(options: VQAOptions, train: list[VQASample]) -> Parts:
         max_positions=max(64, longest) + kind.prefix_length(grid, sizes),
         layers=options.decoder_layers,
         embedding_dropout=0.0,
-        add_cross_attention=kind.uses_memory,
+        add_cross_attention=kind.needs_cross_attention(),
         **special,
         **shared,
         **no_dropout,
     )
-    words, writer = Bert(text_config) if kind.reads_text else None, GPT2(decoder_config)
+    words, writer = Bert(text_config) if reads_question(options) else None, GPT2(decoder_config)
     connector = connect({"kind": options.connector, **sizes}, image, words, writer)
     table = 0.5 * assembly.grid_positions(grid, width)
-    with torch.no_grad():
-        image.positions[0, image.prefix_tokens :] = table
+    if isinstance(image, ViT):
+        with torch.no_grad():
+            image.positions[0, image.prefix_tokens :] = table
     connector.start_from_places(table)
-    tokenizers = assembly.tokenizers_for(options, text if kind.reads_text else None, decoder)
+    tokenizers = assembly.tokenizers_for(options, text if words else None, decoder)
     return VQAModel(image, words, connector, writer), tokenizers, ImageProcessor(size=(IMAGE_SIZE, IMAGE_SIZE))
 
 
@@ -103,17 +116,21 @@ def released_models(options: VQAOptions, train: list[VQASample]) -> Parts:
     text: Tokenizer | None
     if options.init == "random":
         text, decoder = own_tokenizers(train)
-        image, words = ViT(ViTConfig()), Bert(DISTILBERT) if kind.reads_text else None
-        writer, processor = GPT2(GPT2Config(add_cross_attention=kind.uses_memory)), ImageProcessor()
+        image = PixelPatches(PixelPatchesConfig()) if kind.reads_pixels else ViT(ViTConfig())
+        words = Bert(DISTILBERT) if reads_question(options) else None
+        writer, processor = GPT2(GPT2Config(add_cross_attention=kind.needs_cross_attention())), ImageProcessor()
     else:
-        looks, writes = needed(options, "image_model"), needed(options, "decoder_model")
-        reads = needed(options, "text_model") if kind.reads_text else None
+        looks = None if kind.reads_pixels else needed(options, "image_model")
+        writes, reads = (
+            needed(options, "decoder_model"),
+            needed(options, "text_model") if reads_question(options) else None,
+        )
         text = None if reads is None else Tokenizer.from_pretrained(reads)
         decoder = Tokenizer.from_pretrained(writes)
-        image = released.image_encoder(looks)
+        image = PixelPatches(PixelPatchesConfig()) if looks is None else released.image_encoder(looks)
         words = None if reads is None else released.text_encoder(reads)
-        writer = released.decoder(writes, cross_attention=kind.uses_memory)
-        processor = ImageProcessor.from_pretrained(looks)
+        writer = released.decoder(writes, cross_attention=kind.needs_cross_attention())
+        processor = ImageProcessor() if looks is None else ImageProcessor.from_pretrained(looks)
     if words is not None:
         check_positions(options, ["max_question_tokens"], words.longest, options.text_model or "DistilBERT")
     if processor.output_size is None:

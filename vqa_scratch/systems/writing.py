@@ -43,7 +43,8 @@ def write(
     options = GenerationOptions(**limits | dict(decoding or {}))
     check_room(system, int(questions.prompts.lengths.max()), options.max_new_tokens)
     prompt, mask = (part.to(system.precision.device) for part in questions.prompt_batch(rows))
-    made = generate(decoder, prompt, mask, given.memory, prefix=given.prefix, options=options)
+    prefix, index = given.prefix, given.prefix_index
+    made = generate(decoder, prompt, mask, given.memory, options=options, prefix=prefix, prefix_index=index)
     totals = made.likely().tolist()
     answers = []
     for ids, length, likely in zip(made.ids.tolist(), made.lengths.tolist(), totals, strict=True):
@@ -61,7 +62,8 @@ def choose(
     """
     ids = [system.tokenizers.answer(candidate)[1:] for candidate in candidates]  # without BOS
     prompt, mask = (part.to(system.precision.device) for part in questions.prompt_batch(rows))
-    scores = rank(system.model.decoder, prompt, mask, given.memory, ids, prefix=given.prefix)
+    prefix, index = given.prefix, given.prefix_index
+    scores = rank(system.model.decoder, prompt, mask, given.memory, ids, prefix=prefix, prefix_index=index)
     best = scores.topk(min(top, len(ids)))
     return [
         [Answer(candidates[i], score, len(ids[i])) for i, score in zip(places, likely, strict=True)]

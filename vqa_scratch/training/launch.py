@@ -3,6 +3,7 @@
 `torchrun` starts the processes and passes each its rank through the environment.
 """
 
+import gc
 import hashlib
 import os
 import sys
@@ -114,7 +115,8 @@ def start(device: str = "auto") -> Iterator[World]:
 
     `device` is the value of --device. Raises UserError if the environment or the device does not fit. If every rank
     meets an error in the block, rank 0 prints it; if a single rank does, it prints the error with its number. A rank
-    that loses another one ends with one line, and nothing is saved.
+    that loses another one ends with one line, and nothing is saved. What shares a model among the ranks is freed before
+    their group is: leave no name for it in the function of the block.
     """
     world = _place()
     if world is None:
@@ -138,4 +140,5 @@ def start(device: str = "auto") -> Iterator[World]:
         if not errors.loss():
             sys.exit(2)
         raise UserError(f"a rank is gone without a word ({_short(error)}); go on with --resume") from error
+    gc.collect()  # a DDP that outlives its process group may hang: one in a cycle would, until it is collected
     dist.destroy_process_group()

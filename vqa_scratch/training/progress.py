@@ -182,7 +182,7 @@ class Bar:
         self.bar.n = round(100 * self.share(), 2)
         rate = "" if speed is None else f", {speed:.0f} {self.unit}/s"
         row = next((row for row in reversed(self.rows) if "loss" in row), {"step": 0})
-        loss = f", loss {row['loss']:.3f}, tokens right {row['token_accuracy']:.2f}" if row["step"] > 1 else ""
+        loss = f", loss {row['loss']:.3f}, right {row['token_accuracy']:.2f}" if row["step"] > 1 else ""
         best = f", val {self.progress.best:.3f}" if self.progress.best >= 0 else ""
         self.bar.set_postfix_str(f"step {self.progress.step}{loss}{best}{rate}")
 

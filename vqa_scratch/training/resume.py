@@ -87,7 +87,7 @@ def go_on(options: T, values: Mapping[str, Any], presets: Mapping[str, Mapping[s
         )
     changes = {name: value for name, value in given.items() if name in may_change}
     merged = replace(saved, **changes | {"out": own["out"], "resume": False})
-    check_dependencies(merged, changes)  # the command line could not know the run's other options
+    check_dependencies(type(options), vars(merged), changes)  # the command line could not know the run's other options
     return merged
 
 

@@ -29,14 +29,11 @@ def _parameters(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _look_up(entries: dict[str, Entry], name: str) -> Entry | None:
-    """The entry of our parameter `name`, with the layer filled in; None if the map does not have it."""
+    """The entry of our parameter `name`, with its numbers filled in; None if the map does not have it."""
     if name in entries:
         return entries[name]
-    layer = _NUMBER.search(name)
-    entry = entries.get(_NUMBER.sub("{}", name, count=1))
-    if layer is None or entry is None:
-        return None
-    return entry._replace(theirs=tuple(key.replace("{}", layer.group()) for key in entry.theirs))
+    entry = entries.get(_NUMBER.sub("{}", name))
+    return entry and entry._replace(theirs=tuple(key.format(*_NUMBER.findall(name)) for key in entry.theirs))
 
 
 def _pieces(tensor: Tensor, entry: Entry) -> tuple[Tensor, ...]:

@@ -65,6 +65,14 @@ QWEN2 = _names(
     tied=tie_word_embeddings""",
 )
 LLAMA = QWEN2 | _pairs("qkv_bias=attention_bias out_bias=attention_bias mlp_bias=mlp_bias")
+MIXTRAL, QWEN2_MOE = QWEN2, QWEN2 | _pairs("qkv_bias=qkv_bias")
+OLMOE = QWEN2 | _pairs("qkv_bias=attention_bias out_bias=attention_bias clip=clip_qkv")
+del OLMOE["head_dim"]
+MIXTRAL_EXPERTS = _pairs("experts=num_local_experts per_token=num_experts_per_tok hidden=intermediate_size")
+OLMOE_EXPERTS = MIXTRAL_EXPERTS | _pairs("experts=num_experts renormalise=norm_topk_prob")
+QWEN2_MOE_EXPERTS = OLMOE_EXPERTS | _pairs(
+    "hidden=moe_intermediate_size shared_hidden=shared_expert_intermediate_size every=decoder_sparse_step"
+)
 PERSIMMON = _names(
     "vocab_size max_positions dim layers heads hidden activation norm_eps init_std bos_id eos_id pad_id",
     """dropout=hidden_dropout attention_dropout=attention_dropout qk_norm=qk_layernorm tied=tie_word_embeddings""",

@@ -1,7 +1,7 @@
 """Key maps of checkpoints as data: the name of each of our parameters in released files.
 
-A name holds at most one `{}`, the number of the layer. `convert.py` uses a map to load and to save.
-Their names are those in the files on the Hub; for ViT these differ from the module names of `transformers`.
+A name holds a `{}` for the number of the layer, and one for that of an expert. `convert.py` uses a map to load and to
+save. Their names are those in the files on the Hub; for ViT these differ from the module names of `transformers`.
 """
 
 import re

@@ -25,15 +25,40 @@ def _decoder(tied: bool, *body: Entry) -> KeyMap:
     return replace(whole, tied=_TIED) if tied else replace(whole, head=weight("lm_head", "lm_head"))
 
 
-def llama(heads: int, kv_heads: int, tied: bool) -> KeyMap:
-    """Llama and Qwen2, which has biases on q, k and v."""
+def experts(block: str, gate: str, up: str, down: str) -> tuple[Entry, ...]:
+    """A mixture of experts: what its block and the three matrices of an expert are called."""
+    parts = {"gate": gate, "up": up, "down": down}
+    return (
+        *weight("blocks.{}.mlp.router.gate", f"{_LAYER}.{block}.gate"),
+        *(
+            entry
+            for ours, theirs in parts.items()
+            for entry in weight(f"blocks.{{}}.mlp.experts.{{}}.{ours}", f"{_LAYER}.{block}.experts.{{}}.{theirs}")
+        ),
+    )
+
+
+_PARTS = ("gate", "up", "down")
+MIXTRAL = experts("block_sparse_moe", "w1", "w3", "w2")
+SHARED = (  # Qwen2-MoE and OLMoE, which has no shared expert, but norms of q and k
+    *experts("mlp", "gate_proj", "up_proj", "down_proj"),
+    *(e for x in _PARTS for e in weight(f"blocks.{{}}.mlp.shared.mlp.{x}", f"{_LAYER}.mlp.shared_expert.{x}_proj")),
+    *weight("blocks.{}.mlp.shared.share", f"{_LAYER}.mlp.shared_expert_gate"),
+    *weight("blocks.{}.attn.q_norm.norm", f"{_LAYER}.self_attn.q_norm"),
+    *weight("blocks.{}.attn.k_norm.norm", f"{_LAYER}.self_attn.k_norm"),
+)
+
+
+def llama(heads: int, kv_heads: int, tied: bool, *more: Entry) -> KeyMap:
+    """Llama and Qwen2, which has biases on q, k and v; `more` has the experts of those with experts."""
     qkv = linear("blocks.{}.attn.qkv", *(f"{_LAYER}.self_attn.{name}_proj" for name in "qkv"))
     return _decoder(
         tied,
         *(entry._replace(shares=(heads, kv_heads, kv_heads)) for entry in qkv),
         *linear("blocks.{}.attn.out", f"{_LAYER}.self_attn.o_proj"),
-        *(e for name in ("gate", "up", "down") for e in linear(f"blocks.{{}}.mlp.{name}", f"{_LAYER}.mlp.{name}_proj")),
+        *(e for name in _PARTS for e in linear(f"blocks.{{}}.mlp.{name}", f"{_LAYER}.mlp.{name}_proj")),
         *weight("norm", "norm"),
+        *more,
     )
 
 

@@ -16,7 +16,8 @@ from vqa_scratch.generate.fast.products import Addition, Function, adding, atten
 from vqa_scratch.nn.attention import MultiHeadAttention, attention_over_parts
 from vqa_scratch.nn.cache import DecoderCache
 from vqa_scratch.nn.decoding import FastBlock, Reader
-from vqa_scratch.nn.memory import KeyValue, Sharing, concatenate, share
+from vqa_scratch.nn.memory import KeyValue, Sharing, share
+from vqa_scratch.nn.memory_parts import concatenate
 
 # Parts are joined if this copies at most so many bytes a layer for rows that share entries. Every step reads the
 # copies; keeping parts separate costs some ten small operations, as much as reading about a megabyte.

@@ -15,6 +15,9 @@ from torch import Tensor, nn
 
 from vqa_scratch.nn.attention import MultiHeadAttention
 from vqa_scratch.nn.decoding import FastBlock, FastMLP
+from vqa_scratch.nn.experts import MixtureOfExperts, SharedExpert, dispatch
+from vqa_scratch.nn.gated import GatedMLP
+from vqa_scratch.nn.layers import MLP
 from vqa_scratch.nn.rms_norm import RMSNorm
 from vqa_scratch.nn.rotary import Rotation
 
@@ -124,40 +127,75 @@ def norm(module: Callable[[Tensor], Tensor]) -> Function:
 
 
 def turnings(blocks: list[FastBlock], rotates: bool) -> list[Turning]:
-    """What norms and turns queries and keys in each block; empty if nothing is done to them."""
+    """What changes and turns queries and keys in each block; empty if nothing is done to them."""
     plain = all(isinstance(block.attn.q_norm, nn.Identity) for block in blocks)
     return [] if plain and not rotates else [turning(block.attn) for block in blocks]
 
 
 def turning(attn: MultiHeadAttention) -> Turning:
-    """What norms and turns the queries and keys of a step (R, H + J, d) in place."""
-    normed = not isinstance(attn.q_norm, nn.Identity)
-    q_norm, k_norm = norm(attn.q_norm), norm(attn.k_norm)
+    """What changes the queries, keys and values of a step (R, H + 2 J, d) in place, and turns the first two."""
+    before, pieces = (attn.q_norm, attn.k_norm, attn.v_norm), (attn.heads, attn.kv_heads, attn.kv_heads)
+    steps = [None if isinstance(module, nn.Identity) else norm(module) for module in before]
+    changed, turned = any(steps), attn.heads + attn.kv_heads
 
     def turn(heads: Tensor, rotation: Rotation | None) -> None:
-        if normed:
-            q, k = heads.split((attn.heads, attn.kv_heads), 1)
-            q.copy_(q_norm(q))
-            k.copy_(k_norm(k))
+        if changed:
+            for piece, step in zip(heads.transpose(0, 1).split(pieces), steps, strict=True):  # (heads, R, d)
+                if step is not None:
+                    piece.copy_(step(piece))
         if rotation is not None:
-            rotation.in_place(heads)
+            rotation.in_place(heads[:, :turned])
 
     return turn
 
 
-def feed_forward(mlp: FastMLP) -> Callable[[Tensor], object]:
-    """x (R, D) += what the MLP says of its norm."""
-    before, rise, active = norm(mlp.norm), linear(mlp.up), mlp.activation
-    fall = adding(mlp.down.weight, mlp.down.bias, mlp.factor)
-    if mlp.gate is None:
-        return lambda x: fall(x, active(rise(before(x))))
+def inner(mlp: MLP | GatedMLP) -> Function:
+    """(R, D) -> (R, hidden), what the last layer of an MLP reads."""
+    rise, active = linear(mlp.up), mlp.activation
+    if isinstance(mlp, MLP):
+        return lambda h: active(rise(h))
     gate = linear(mlp.gate)
+    return lambda h: active(gate(h)) * rise(h)
 
-    def gated(x: Tensor) -> None:
-        h = before(x)
-        fall(x, active(gate(h)) * rise(h))
 
-    return gated
+def expert(module: nn.Module) -> Function:
+    """(R, D) -> (R, D): an expert, which is an MLP, or a shared one times its sigmoid."""
+    if isinstance(module, SharedExpert):
+        share, shared = linear(module.share), expert(module.mlp)
+        return lambda h: torch.sigmoid(share(h)) * shared(h)
+    assert isinstance(module, (MLP, GatedMLP)), "a fast step is written for these MLPs"
+    before, fall = inner(module), linear(module.down)
+    return lambda h: fall(before(h))
+
+
+def mixture(module: MixtureOfExperts) -> Addition:
+    """x (R, D) += mixture(h). Of the experts only those that some row chose are read."""
+    experts, router = [expert(own) for own in module.experts.values()], module.router
+    shared = None if module.shared is None else expert(module.shared)
+
+    def add(x: Tensor, h: Tensor) -> None:
+        routing = router(h)
+        if len(h) > 1:
+            x.add_(dispatch(h, routing, experts))
+        else:
+            for number, weight in zip(routing.chosen[0].tolist(), routing.weights[0].tolist(), strict=True):
+                x.add_(experts[number](h), alpha=weight)
+        if shared is not None:
+            x.add_(shared(h))
+
+    return add
+
+
+def feed_forward(mlp: FastMLP) -> Callable[[Tensor], object]:
+    """x (R, D) += what the MLP says of its norm, times its factor."""
+    before, module = norm(mlp.norm), mlp.module
+    if isinstance(module, MixtureOfExperts):
+        assert mlp.factor is None, "a fast step has no factor of experts"
+        add = mixture(module)
+        return lambda x: add(x, before(x))
+    assert isinstance(module, (MLP, GatedMLP)), "a fast step is written for these MLPs"
+    hidden, fall = inner(module), adding(module.down.weight, module.down.bias, mlp.factor)
+    return lambda x: fall(x, hidden(before(x)))
 
 
 def attend(q: Tensor, keys: Tensor, v: Tensor, bias: Tensor | None, scale: float = 1.0) -> Tensor:

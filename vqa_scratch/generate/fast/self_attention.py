@@ -46,8 +46,7 @@ class OneRow:
         keys, values = lines[:, :, heads:].split(kv_heads, 2)  # (L, C, J, d)
         for layer, (k, v) in enumerate(kept):
             keys[layer, : self.length], values[layer, : self.length] = k[0].transpose(0, 1), v[0].transpose(0, 1)
-        self.lines = lines.flatten(2)  # (L, C, (H + 2 J) * d)
-        self.turned = lines[:, :, : heads + kv_heads]  # q and k
+        self.lines, self.places = lines.flatten(2), lines  # (L, C, (H + 2 J) * d), (L, C, H + 2 J, d)
         self.queries = lines[:, :, :heads].unflatten(2, (kv_heads, -1))  # (L, C, J, F, d)
         self.keys, self.values = keys.permute(0, 2, 3, 1), values.transpose(1, 2)
         self.positions = torch.arange(self.length + steps, device=k.device).unsqueeze(1)
@@ -70,7 +69,7 @@ class OneRow:
         views = (self.lines[:, at:until], self.queries[:, at], self.keys[..., :until], self.values[:, :, :until])
         self.now = list(zip(*(view.unbind(0) for view in views), strict=True))  # by layer
         if self.turns:
-            self.heads = self.turned[:, at:until].unbind(0)  # (1, H + J, d) of each layer
+            self.heads = self.places[:, at:until].unbind(0)  # (1, H + 2 J, d) of each layer
             self.rotation = None if self.rotations is None else self.rotations.of(self.positions[at])
         return self.positions[at]
 
@@ -106,7 +105,7 @@ class Rows:
         k, _ = cache[0].contents
         self.times, self.sees, self.members, self.used = times, sees, len(sees), 0
         (self.groups, self.heads, self.prompt, self.size), attn = k.shape, parts.blocks[0].attn
-        self.readers, self.turned = attn.heads // self.heads, attn.heads + self.heads  # F; q and k, H + J
+        self.readers = attn.heads // self.heads  # F
         places = self.prompt + len(times)
         self.cached = k.new_empty(len(cache), 2, self.groups, self.heads, places, self.size)
         # The cache holds scaled keys: one product less a step. (L, 2, 1, 1, 1, 1)
@@ -190,7 +189,7 @@ class Rows:
         keys, values, place, factors = self.now[layer]
         fused = qkv(before(x))
         if self.turns:
-            self.turns[layer](fused.view(len(x), -1, self.size)[:, : self.turned], self.rotation)
+            self.turns[layer](fused.view(len(x), -1, self.size), self.rotation)
         q, keys_and_values = fused.split(self.pieces, 1)
         self._write(place, keys_and_values.view(self.pairs).permute(2, 0, 3, 1, 4), factors)  # (2, G, J, K, d)
         q = q.view(self.queries).transpose(1, 2)  # (G, J, K, F, d)

@@ -15,6 +15,7 @@ from vqa_scratch.generate.fast.self_attention import FixedRows, OneRow, Rows
 from vqa_scratch.generate.state import member_rows
 from vqa_scratch.nn.cache import DecoderCache
 from vqa_scratch.nn.decoding import FastParts
+from vqa_scratch.nn.experts import MixtureOfExperts
 
 
 def of_steps(steps: int, members: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -35,13 +36,12 @@ class FastState:
         """Those of all blocks in order, each adding to x; without a memory none that reads it, and no gated layer."""
         readers = 0
         for layer, block in enumerate(self.parts.blocks):
-            own, read = partial(self.own.add, layer), []
-            if self.memory is not None and block.reader is not None:
-                read, readers = [partial(self.memory.add, readers)], readers + 1
-            if read and block.gated is not None:
-                yield from (*read, feed_forward(block.gated.mlp), own)
+            own = partial(self.own.add, layer)
+            if self.memory is None or block.reader is None:
+                yield own
             else:
-                yield from (own, *read)
+                read, readers = partial(self.memory.add, readers), readers + 1
+                yield from (own, read) if block.gated is None else (read, feed_forward(block.gated.mlp), own)
             yield feed_forward(block.mlp)
 
     @classmethod
@@ -93,6 +93,8 @@ class GraphState(FastState):
     """
 
     def __init__(self, parts: FastParts, cache: DecoderCache, mask: Tensor | None, steps: int, members: int) -> None:
+        if any(isinstance(block.mlp.module, MixtureOfExperts) for block in parts.blocks):
+            raise ValueError("a CUDA graph runs the same kernels at every step, but experts change from token to token")
         if cache.device.type != "cuda":
             raise ValueError("a CUDA graph needs a decoder on a GPU")
         if torch.is_autocast_enabled("cuda"):
