@@ -29,7 +29,7 @@ from vqa_scratch.systems.base import ANY_SAMPLE
 from vqa_scratch.systems.options import PRESETS, VQAOptions, read_command_line
 from vqa_scratch.systems.run_folder import save_weights
 from vqa_scratch.systems.vqa import VQASystem
-from vqa_scratch.systems.vqa_models import released_models
+from vqa_scratch.systems.vqa_models import released_models, small_models
 from vqa_scratch.training.optimizers import Optimizers
 from vqa_scratch.training.precision import Precision
 from vqa_scratch.training.recompute import recompute_blocks
@@ -217,6 +217,14 @@ def test_resampler():
     for row, entry in enumerate(INDEX):
         same(per_row(memory)[row], own.resampler.norm(latents)[entry])
     assert len(memory.states) == 2 and own.sizes == {"queries": 5, "layers": 2, "heads": 4}
+
+
+def test_gates_are_open_where_a_decoder_begins_at_random():
+    """The small models; a connector between other models leaves them closed, as the next test says."""
+    options = read_command_line(["--connector", "resampler", "--question-prompt", "--steps", "1"])
+    decoder = small_models(options, [ANY_SAMPLE])[0].decoder
+    gates = [gate for name, gate in decoder.named_parameters() if name.endswith("_gate")]
+    assert len(gates) == 2 * len(decoder.blocks) and all(gate.item() == 0.5 for gate in gates)
 
 
 def test_closed_gates_are_the_bare_decoder():

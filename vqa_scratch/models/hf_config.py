@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from os import PathLike
 from typing import Any, ClassVar, Generic, NoReturn, Protocol, Self, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from vqa_scratch.errors import UserError, naming
@@ -152,6 +153,14 @@ class ReleasedDecoder(Released[C], Decoder):
         """Raise ValueError: nothing would read the memory."""
         how = "build GPT2 with add_cross_attention=True, or add gated layers"
         raise ValueError(f"this decoder has no cross-attention: {how}")
+
+    @torch.no_grad()
+    def open_gates(self, value: float) -> None:
+        """Open the gates of the gated layers, if there are any: closed ones protect what a decoder has learned."""
+        for layer in (getattr(block, "gated", None) for block in self.blocks):
+            if layer is not None:
+                layer.cross_gate.fill_(value)
+                layer.mlp_gate.fill_(value)
 
     def take_gated(self) -> dict[int, GatedCrossAttention]:
         """Take the layers away again that `add_gated` put in, which gives the decoder that they were added to."""

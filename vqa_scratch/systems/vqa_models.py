@@ -104,6 +104,7 @@ def small_models(options: VQAOptions, train: list[VQASample]) -> Parts:
         with torch.no_grad():
             image.positions[0, image.prefix_tokens :] = table
     connector.start_from_places(table)
+    writer.open_gates(0.5)  # it has learned nothing yet that closed ones would protect
     tokenizers = assembly.tokenizers_for(options, text if words else None, decoder)
     return VQAModel(image, words, connector, writer), tokenizers, ImageProcessor(size=(IMAGE_SIZE, IMAGE_SIZE))
 
