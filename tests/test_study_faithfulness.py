@@ -53,8 +53,9 @@ def test_curves_begin_and_end_at_the_whole_and_the_empty_image(name):
     blank = pixels.mean((2, 3), keepdim=True).expand_as(pixels)
     whole, empty = answer_probability(subject, torch.cat([pixels, blank]), answer).tolist()
     assert curves.fractions == pytest.approx([0, 1 / 3, 2 / 3, 1])
-    assert curves.deletion[0] == curves.insertion[-1] == pytest.approx(whole)
-    assert curves.deletion[-1] == curves.insertion[0] == pytest.approx(empty)
+    # Sums in fp32 over six tokens and two layers, in another order in batches of another size.
+    assert curves.deletion[0] == curves.insertion[-1] == pytest.approx(whole, rel=1e-5)
+    assert curves.deletion[-1] == curves.insertion[0] == pytest.approx(empty, rel=1e-5)
     third = pixels.clone()  # the squares of the first three tokens of the order are gone
     for token in order[:3].tolist():
         (top, left), half = places.centre(*divmod(token, 3)), 4

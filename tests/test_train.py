@@ -357,7 +357,7 @@ BOOK = "--preset book --data x"
             "--decoder-model means nothing with --init random: it goes with --init pretrained$",
         ),
         (
-            "--init pretrained --image-model x",
+            "--init pretrained",
             "--init pretrained means nothing with --preset shapes: it goes with --preset",
         ),
         (

@@ -178,7 +178,7 @@ class ReleasedDecoder(Released[C], Decoder):
         `blocks.N.gated.*`: those of the decoder, but new, so `VQAModel.freeze` leaves them trainable. Raises ValueError
         for a decoder with cross-attention of its own, and for a number that is none of a block.
         """
-        if getattr(self.config, "add_cross_attention", False):
+        if layers and getattr(self.config, "add_cross_attention", False):
             raise ValueError("the blocks of this decoder have cross-attention; gated layers are for one without")
         for number, layer in layers.items():
             if not 0 <= number < len(self.blocks):
