@@ -145,6 +145,7 @@ def test_sections_are_replaced_not_repeated(tmp_path):
     assert "first" not in whole and whole.count("<!-- one: begin -->") == 1
 
 
+@pytest.mark.slow
 def test_the_whole_run_at_small_sizes(monkeypatch):
     monkeypatch.setattr(timing, "matmul_gflops", lambda dtype, device: 100.0)
     monkeypatch.setattr(timing, "copy_gb_per_second", lambda device: 10.0)

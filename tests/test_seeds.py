@@ -12,6 +12,7 @@ import pytest
 from test_resume import assert_same_state
 from vqa_helpers import ROOT, small_data, small_flags
 
+from train import main
 from vqa_scratch.errors import UserError
 from vqa_scratch.systems.options import read_command_line
 from vqa_scratch.systems.seeds import flags_of, run_seeds
@@ -71,8 +72,10 @@ def test_each_is_the_run_of_its_seed(tmp_path):
         (None, f"{out} holds the runs of --seeds; add --seeds to go on"),
         (("--resume", "--width", 48), f"{out} was started with --width 32, not 48"),
     ):
-        code, _, errors = ended("--out", out, "--seed", 3, *(() if more is None else ("--seeds", 2, *more)))
-        assert code == 2 and errors.startswith("error: ") and message in errors and errors.count("\n") == 1
+        argv = ["--out", str(out), "--seed", "3", *(() if more is None else ("--seeds", "2", *map(str, more)))]
+        with pytest.raises(UserError) as caught:
+            main(read_command_line(argv))
+        assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_what_cannot_be(tmp_path, monkeypatch):
