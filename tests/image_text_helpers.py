@@ -1,12 +1,14 @@
 """Tiny random LLaVA and Fuyu checkpoints, saved by the reference, and prompts with places for images."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import product
 from pathlib import Path
 
+import numpy as np
 import torch
 import transformers as hf
 from helpers import STD, saved
+from PIL import Image
 
 from vqa_scratch.zero_shot import MAX_ANSWER_TOKENS, open_zero_shot
 
@@ -16,6 +18,14 @@ TEXT |= {"num_attention_heads": 4, "max_position_embeddings": LONG, "initializer
 TOWER = {"hidden_size": 24, "intermediate_size": 30, "num_hidden_layers": 3, "num_attention_heads": 3}
 TOWER |= {"image_size": 8, "patch_size": 4, "initializer_range": STD}
 END = {"eos_token_id": 2, "bos_token_id": 1, "pad_token_id": 0}
+
+
+def pictures(folder: Path, sizes: Sequence[tuple[int, int]]) -> list[Path]:
+    """Image files of random pixels, one of each (height, width)."""
+    paths = [folder / f"{i}.png" for i in range(len(sizes))]
+    for i, (path, size) in enumerate(zip(paths, sizes, strict=True)):
+        Image.fromarray(np.random.default_rng(i).integers(0, 255, (*size, 3), dtype=np.uint8)).save(path)
+    return paths
 
 
 def llava_reference(

@@ -5,12 +5,11 @@ import shutil
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import transformers as hf
 from blip2_helpers import QUERIES, change_config, reference
-from image_text_helpers import check_answers
+from image_text_helpers import check_answers, pictures
 from PIL import Image
 from tokenizers.processors import TemplateProcessing
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
@@ -30,6 +29,7 @@ PROMPT = "Question: {} Answer:"
 @pytest.fixture(scope="module")
 def theirs(tmp_path_factory):
     """(folder, model, processor) of a checkpoint saved by the reference, everything in it as it saves today."""
+    torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("blip2")
     own = train_bpe([PROMPT.format(question) for question in QUESTIONS], 280)
     newline = own.encode("\n", add_special_tokens=False)
@@ -51,11 +51,7 @@ def folder(theirs, tmp_path) -> Path:
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory) -> list[Path]:
-    paths = [tmp_path_factory.mktemp("images") / f"{i}.png" for i in range(3)]
-    for i, path in enumerate(paths):
-        pixels = np.random.default_rng(i).integers(0, 255, (40, 60, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(path)
-    return paths
+    return pictures(tmp_path_factory.mktemp("images"), [(40, 60)] * 3)
 
 
 def said_by(theirs, image: Path, question: str) -> str:

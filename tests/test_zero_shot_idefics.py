@@ -4,10 +4,10 @@ import json
 import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import transformers as hf
+from image_text_helpers import pictures
 from PIL import Image
 from test_idefics import reference
 from test_zero_shot_prompts import CPU, QUESTIONS, command, refused
@@ -44,11 +44,7 @@ def theirs(request, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory) -> list[Path]:
-    paths = [tmp_path_factory.mktemp("images") / f"{i}.png" for i in range(3)]
-    for i, (path, size) in enumerate(zip(paths, ((10, 15), (40, 60), (24, 20)), strict=True)):
-        pixels = np.random.default_rng(i).integers(0, 255, (*size, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(path)
-    return paths
+    return pictures(tmp_path_factory.mktemp("images"), [(10, 15), (40, 60), (24, 20)])
 
 
 def said_by(theirs, image: Path, question: str) -> str:

@@ -6,13 +6,12 @@ import shutil
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import pytest
 import tokenizers
 import torch
 import transformers as hf
 from blip2_helpers import change_config
-from image_text_helpers import check_answers, fuyu_reference, llava_reference
+from image_text_helpers import check_answers, fuyu_reference, llava_reference, pictures
 from PIL import Image
 from tokenizers import decoders, models, normalizers
 from tokenizers.processors import TemplateProcessing
@@ -91,11 +90,7 @@ def theirs(request, tmp_path_factory):
 @pytest.fixture(scope="module")
 def images(tmp_path_factory) -> list[Path]:
     """One is smaller than the patches allow, one is larger than Fuyu's largest size."""
-    paths = [tmp_path_factory.mktemp("images") / f"{i}.png" for i in range(3)]
-    for i, (path, size) in enumerate(zip(paths, ((10, 15), (40, 60), (24, 20)), strict=True)):
-        pixels = np.random.default_rng(i).integers(0, 255, (*size, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(path)
-    return paths
+    return pictures(tmp_path_factory.mktemp("images"), [(10, 15), (40, 60), (24, 20)])
 
 
 def said_by(theirs, image: Path, question: str) -> str:

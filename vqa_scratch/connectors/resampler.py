@@ -2,7 +2,8 @@
 
 Flamingo: Alayrac et al. 2022 (arXiv 2204.14198), as OpenFlamingo builds it (Awadalla et al. 2023, 2308.01390). The
 decoder gets `queries` keys for an image of any size, in layers of their own before its blocks. Their gates start at
-zero: at first the decoder says what it would say without an image. The question is the decoder's prompt.
+zero, so that at first the decoder says what it would say without an image; `small_models` opens them, for a decoder
+that has learned nothing yet. The question is the decoder's prompt.
 
 Shapes: I images, N image tokens, Q latents, D width of the image encoder.
 """
