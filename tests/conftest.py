@@ -8,6 +8,10 @@ import torch
 
 import tests.torchvision_shim  # noqa: F401
 
+if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # each process its share of the cores, with its children
+    threads = max(1, (os.cpu_count() or 1) // int(workers))
+    torch.set_num_threads(threads)
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
 if not torch.cuda.is_available():  # read when a kernel is defined, so before anything imports one
     os.environ.setdefault("TRITON_INTERPRET", "1")
 

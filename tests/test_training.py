@@ -17,6 +17,7 @@ import train
 from train import train_step
 from vqa_scratch.connectors import CONNECTORS, connector_class
 from vqa_scratch.errors import UserError
+from vqa_scratch.nn.attention import MultiHeadAttention
 from vqa_scratch.systems import questions
 from vqa_scratch.systems.base import RunData
 from vqa_scratch.systems.run_folder import restore
@@ -83,6 +84,27 @@ def test_muon_is_torchs(weight_decay):
     # A step moves entries by about lr = 0.02; bfloat16 keeps 3 digits of it, and five steps were taken.
     for a, b, p in zip(ours, theirs, start, strict=True):
         assert (a - b).abs().max() < 5 * 0.02 * 2**-7 < 0.1 * (a - p).abs().max()
+
+
+def test_muon_takes_queries_keys_and_values_apart():
+    """A fused matrix steps as its parts would alone, however much larger the gradient of the values is."""
+    module = MultiHeadAttention(8, 4, kv_heads=2, bias=False)
+    fused = module.qkv.weight
+    apart = [nn.Parameter(part.clone()) for part in fused.detach().split([8, 4, 4])]
+    start, larger = fused.detach().clone(), (1e-3, 1e-3, 1.0)
+    model = nn.ModuleDict({"blocks": module})  # a hidden matrix is one inside blocks
+    one = optimizers(model).optimizers[0]
+    other = Muon(apart)
+    for _ in range(3):
+        for part, scale in zip(apart, larger, strict=True):
+            part.grad = scale * torch.randn_like(part)
+        fused.grad = torch.cat([part.grad for part in apart])
+        module.out.weight.grad = torch.zeros_like(module.out.weight)
+        one.step()
+        other.step()
+    assert (fused - torch.cat(list(apart))).abs().max() < 3 * 0.02 * 2**-7  # bfloat16, as above
+    moved = [part.norm() for part in (fused.detach() - start).split([8, 4, 4])]
+    assert min(moved) > 0.4 * max(moved), "a small gradient has a step of the same size"
 
 
 def test_orthogonalize():

@@ -159,6 +159,12 @@ class MultiHeadAttention(taps.Tapped):
         self.is_cross = context_dim is not None
         self.out = nn.Linear(inner, dim, bias=out_bias)
 
+    @property
+    def stacked(self) -> dict[Tensor, tuple[int, ...]]:
+        """The weight of the fused projection, and the rows of each matrix in it: q, k and v, or k and v."""
+        q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        return {self.qkv.weight: (q, kv, kv)} if hasattr(self, "qkv") else {self.kv.weight: (kv, kv)}
+
     def forward(
         self,
         x: Tensor,

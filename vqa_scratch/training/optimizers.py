@@ -7,12 +7,13 @@ shape go through the Newton-Schulz iteration together. The steps are the same, a
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from vqa_scratch.nn.attention import MultiHeadAttention
 from vqa_scratch.training.ranks import like, whole
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # the quintic's coefficients, from the paper
@@ -34,13 +35,39 @@ def orthogonalize(matrices: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tens
     return x if wide else x.mT
 
 
+def orthogonal_steps(matrices: list[Tensor]) -> list[Tensor]:
+    """The step of Muon along each matrix at a learning rate of 1; matrices of one shape go through it together.
+
+    Scaled by sqrt(max(1, rows / columns)), as Muon's authors do.
+    """
+    by_shape: dict[torch.Size, list[int]] = defaultdict(list)
+    for number, matrix in enumerate(matrices):
+        by_shape[matrix.shape].append(number)
+    steps = list(matrices)
+    for (rows, columns), numbers in by_shape.items():
+        made = orthogonalize(torch.stack([matrices[n] for n in numbers])).to(matrices[numbers[0]].dtype)
+        for number, step in zip(numbers, made.mul_(math.sqrt(max(1.0, rows / columns))), strict=True):
+            steps[number] = step
+    return steps
+
+
 class Muon(torch.optim.Optimizer):
-    """Muon for matrices (rows, columns) only; `lr` is scaled by sqrt(max(1, rows / columns)), as its authors do."""
+    """Muon for matrices (rows, columns) only.
+
+    `stacked` says of a parameter that is several matrices on top of each other how many rows each has: every one of
+    them is orthogonalized for itself. As one, queries and keys would follow the values, whose gradient is larger.
+    """
 
     def __init__(
-        self, params: Iterable[Tensor], lr: float = 0.02, momentum: float = 0.95, weight_decay: float = 0.0
+        self,
+        params: Iterable[Tensor],
+        lr: float = 0.02,
+        momentum: float = 0.95,
+        weight_decay: float = 0.0,
+        stacked: Mapping[Tensor, Sequence[int]] | None = None,
     ) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        self.stacked = stacked or {}
         for p in (p for group in self.param_groups for p in group["params"]):
             if p.ndim != 2:
                 raise ValueError(f"Muon takes matrices, got a parameter of shape {tuple(p.shape)}")
@@ -49,28 +76,22 @@ class Muon(torch.optim.Optimizer):
     def step(self, closure: None = None) -> None:  # type: ignore[override]  # torch's may take a closure
         assert closure is None, "closures are not used here"
         for group in self.param_groups:
-            by_shape: dict[tuple, list[Tensor]] = defaultdict(list)
-            for p in group["params"]:
-                if p.grad is not None:
-                    by_shape[(*p.shape, p.device)].append(p)
-            for same in by_shape.values():
-                self._step_together(same, group)
-
-    def _step_together(self, params: list[Tensor], group: dict[str, Any]) -> None:
-        momentum, lr = group["momentum"], group["lr"]
-        for p in params:
-            if not self.state[p]:
-                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-        buffers = [self.state[p]["momentum_buffer"] for p in params]
-        grads = [p.grad for p in params if p.grad is not None]
-        torch._foreach_lerp_(buffers, grads, 1 - momentum)
-        ahead = torch._foreach_lerp(grads, buffers, momentum)  # Nesterov
-        update = orthogonalize(torch.stack(whole(ahead))).to(params[0].dtype)  # of whole matrices, sharded or not
-        steps = [like(p, matrix) for p, matrix in zip(params, update.unbind(0), strict=True)]
-        if group["weight_decay"]:
-            torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
-        rows, columns = params[0].shape
-        torch._foreach_add_(params, steps, alpha=-lr * math.sqrt(max(1.0, rows / columns)))
+            params = [p for p in group["params"] if p.grad is not None]
+            for p in params:
+                if not self.state[p]:
+                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+            buffers = [self.state[p]["momentum_buffer"] for p in params]
+            grads = [p.grad for p in params]
+            torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
+            ahead = whole(torch._foreach_lerp(grads, buffers, group["momentum"]))  # Nesterov; sharded or not
+            pieces = [
+                matrix.split(list(self.stacked.get(p, p.shape[:1]))) for p, matrix in zip(params, ahead, strict=True)
+            ]
+            made = iter(orthogonal_steps([piece for of_one in pieces for piece in of_one]))
+            steps = [like(p, torch.cat([next(made) for _ in of_one])) for p, of_one in zip(params, pieces, strict=True)]
+            if group["weight_decay"]:
+                torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+            torch._foreach_add_(params, steps, alpha=-group["lr"])
 
 
 def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter], list[nn.Parameter]]:
@@ -124,7 +145,13 @@ class Optimizers:
             raise ValueError("nothing to train: every parameter is frozen")
         self.optimizers: list[torch.optim.Optimizer] = []
         if kind == "muon" and hidden:
-            self.optimizers.append(Muon(hidden, lr=matrix_learning_rate, weight_decay=weight_decay))
+            stacked = {
+                weight: rows
+                for module in model.modules()
+                if isinstance(module, MultiHeadAttention)
+                for weight, rows in module.stacked.items()
+            }
+            self.optimizers.append(Muon(hidden, lr=matrix_learning_rate, weight_decay=weight_decay, stacked=stacked))
             hidden = []
         groups = [{"params": hidden + wide, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
         groups = [group for group in groups if group["params"]]
