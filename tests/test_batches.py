@@ -135,6 +135,19 @@ def test_the_prompt_is_read_and_not_asked(samples, images):
     assert words.decoder.decode(words.prompt("is there a red circle?")).strip() == "is there a red circle?"
 
 
+def test_the_words_of_a_prompt_can_be_labels_too(samples, images):
+    """Every token read is asked for its next one, up to the end of the answer: a plain language model's labels."""
+    words = tokenizers(samples, question_prompt=True)
+    questions = Questions(samples, words, question_loss=True)
+    rows = questions.epoch(0, 0, 24, 8)[0]
+    batch, without = questions.batch(rows, images), Questions(samples, words).batch(rows, images)
+    assert torch.equal(batch.decoder_input_ids, without.decoder_input_ids)
+    for i, row in enumerate(rows):
+        prompt, answer = words.prompt(samples[row].question), words.answer(samples[row].answer)
+        assert batch.labels[i][batch.labels[i] != IGNORE].tolist() == [*prompt[1:], *answer]
+        assert batch.labels[i, 0] == prompt[1] and batch.counts[1] > without.counts[1]
+
+
 def test_without_a_prompt_the_decoder_starts_at_bos(questions):
     prompts, mask = questions.prompt_batch(np.arange(3))
     assert prompts.tolist() == [[questions.tokenizers.decoder.bos_id]] * 3 and mask.all()

@@ -165,9 +165,12 @@ class ImageGroups(ABC):
 
 
 class Questions(ImageGroups):
-    """Samples with the ids of their questions, prompts and answers, grouped by image."""
+    """Samples with the ids of their questions, prompts and answers, grouped by image.
 
-    def __init__(self, samples: Sequence[VQASample], tokenizers: Tokenizers) -> None:
+    With `question_loss` the words of a prompt are labels too, each to be told from the image and the words before it.
+    """
+
+    def __init__(self, samples: Sequence[VQASample], tokenizers: Tokenizers, *, question_loss: bool = False) -> None:
         super().__init__(samples)
         self.tokenizers = tokenizers
         self.fill = tokenizers.decoder.pad_id or 0
@@ -179,7 +182,9 @@ class Questions(ImageGroups):
         pairs = list(zip(prompts, answers, strict=True))
         self.prompts = Ragged(prompts)
         self.decoder_ids = Ragged(prompt + answer[1:-1] for prompt, answer in pairs)
-        self.labels = Ragged([IGNORE] * (len(prompt) - 1) + answer[1:] for prompt, answer in pairs)
+        self.labels = Ragged(
+            (prompt[1:] if question_loss else [IGNORE] * (len(prompt) - 1)) + answer[1:] for prompt, answer in pairs
+        )
 
     def prompt_batch(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
         """What the decoder reads before the answer: ids (B, P) and mask (B, P), padded on the left, BOS last."""

@@ -90,6 +90,12 @@ class VQAOptions(QuestionOptions):
         16, "Learned queries of the connector.", MODEL, minimum=1, only={"connector": ("qformer", "resampler")}
     )
     question_prompt: bool = option(False, "Give the question to the decoder too, as a prompt.", MODEL)
+    question_loss: bool = option(
+        False,
+        "Learn to tell the question's words from the image too, not the answer's alone.",
+        TRAINING,
+        only={"question_prompt": True},
+    )
     text_encoder: bool = option(
         True, "Read the question with a text encoder too, if the connector takes its states.", MODEL, only=NEW
     )
@@ -171,6 +177,7 @@ class CaptionOptions(RunOptions):
     """The captioner, which can also answer questions: a ResNet and a GPT-2 that reads its feature map."""
 
     question_prompt = True  # a question is always the decoder's prompt, for there is no text encoder
+    question_loss = False
 
     preset: str = option("caption", PRESET_HELP, RUN, ("caption", "coco"))
     out: Path = option(Path("runs/caption"), "Folder of the run.", RUN, may_change=True)

@@ -45,6 +45,8 @@ def check_connector(options: VQAOptions) -> None:
     """Raise UserError unless the question reaches the decoder, and the encoders that are spoken of are there."""
     kind = connector_class(options.connector)
     if reads_question(options):
+        if options.question_loss:
+            raise UserError("--question-loss needs --no-text-encoder: a text encoder tells the decoder the question")
         return
     why = "--no-text-encoder" if kind.reads_text else f"--connector {options.connector}"
     if not options.question_prompt:

@@ -50,7 +50,7 @@ class WritingSystem(AnsweringSystem[RO, VQAModel, Questions]):
         return assembly.sizes_of(self.model)
 
     def split(self, samples: Sequence[VQASample]) -> Split[Questions]:
-        questions = Questions(samples, self.tokenizers)
+        questions = Questions(samples, self.tokenizers, question_loss=self.options.question_loss)
         return Split(questions, Images(questions.image_paths, self.processor, upright=questions.upright))
 
     def batch(self, key: Key) -> Batch:
