@@ -48,7 +48,8 @@ class Row(NamedTuple):
     @property
     def flags(self) -> list[str]:
         plain = ["--no-text-encoder"] if connector_class(self.connector).reads_text and not self.text_encoder else []
-        return [f"--connector={self.connector}", "--question-prompt", *plain]
+        told = [] if self.text_encoder else ["--question-loss"]  # a text encoder would tell the words
+        return [f"--connector={self.connector}", "--question-prompt", *plain, *told]
 
 
 def all_rows() -> list[Row]:
