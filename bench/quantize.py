@@ -1,13 +1,16 @@
 """Quantised weights: what a token reads, how fast it is written, and what the rounding costs in answers.
 
 A GPT-2 of random weights writes 24 tokens a row, one row and eight at once; the sides take turns, in a process each.
-GB/s are the bytes of weights that a step of one row reads, over its time; beside it stands what the machine reads at
-most. The second table is of a trained run: its validation questions, the loss on them in nats a token, and the error
+`transformers` has bitsandbytes for int8 (LLM.int8) and int4 (NF4), if that and accelerate are installed. GB/s are the
+bytes of weights that a step of one row reads, over its time; beside it stands what the machine reads at most. The
+second table is of a trained run: its validation questions, the loss on them in nats a token, and the error
 ||x W - x W'|| / ||x W|| of each matrix over what it reads there, the mean and the largest. GPTQ saw training questions.
 """
 
 import importlib.util
+import logging
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -35,6 +38,8 @@ from vqa_scratch.training.precision import DTYPES
 TOKENS, ROWS, SECONDS = 24, (1, 8), 1.0
 PLAIN = ("fp32", "bf16")
 TIMED = (*PLAIN, "int8", "int4-g128", "int4")
+PEERS = ("transformers bf16", "transformers int8", "transformers int4")
+NEEDED = ("bitsandbytes", "accelerate")  # of the peers in int8 and int4
 SCORED = (*TIMED, "nf4", "int4-g128 by GPTQ", "int4 by GPTQ")
 GOALS = {"int8": 1.6, "int4-g128": 2.2, "int4": 2.2}  # times our own bf16, one row
 LOST = {"int8": 0.001, "int4-g128": 0.005, "int4": 0.005}  # accuracy, at most
@@ -68,6 +73,40 @@ class Writer:
         return head + sum(weight.nbytes for weight in weights if id(weight) not in tables)
 
 
+class Peer(Writer):
+    """The same in `transformers`; int8 (LLM.int8) and int4 (NF4) by bitsandbytes, its own path on a CPU."""
+
+    def __init__(self, name: str, sizes: dict[str, int]) -> None:
+        from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+        import tests.torchvision_shim  # noqa: F401  lets transformers import beside a CPU-only torch
+
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # a warning a product
+        how: dict[str, Any] = {}
+        if "int" in name:
+            four = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.bfloat16}
+            given = {"load_in_4bit": True, **four} if "int4" in name else {"load_in_8bit": True}
+            how = {"quantization_config": BitsAndBytesConfig(**given), "device_map": "cpu"}
+        torch.manual_seed(0)
+        with tempfile.TemporaryDirectory() as folder:
+            GPT2(GPT2Config(**sizes)).save_pretrained(folder)
+            self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, **how).eval()
+        keep_freed_memory()
+
+    def seconds(self, rows: int, times: int) -> float:
+        prompt, length = torch.full((rows, 1), 5), {"max_new_tokens": TOKENS, "min_new_tokens": TOKENS}
+        start = time.perf_counter()
+        for _ in range(times):
+            mask = torch.ones_like(prompt)
+            self.model.generate(prompt, attention_mask=mask, **length, do_sample=False, pad_token_id=0)
+        return (time.perf_counter() - start) / times / TOKENS
+
+    def reads(self) -> int:
+        """Of the tables only that of tokens, which is the head."""
+        weights = {x.data_ptr(): x.nbytes for key, x in self.model.state_dict().items() if "wpe" not in key}
+        return sum(weights.values())
+
+
 def _seconds(side: processes.Contestant, rows: int, times: int) -> float:
     return side.ask("seconds", rows, times)[1]
 
@@ -75,7 +114,10 @@ def _seconds(side: processes.Contestant, rows: int, times: int) -> float:
 def speeds(rounds: int, sizes: dict[str, int]) -> tuple[str, float]:
     """The table of speeds, and what the machine reads, in GB/s."""
     most = timing.read_gb_per_second()
-    with processes.contestants({name: (Writer, name, sizes) for name in TIMED}) as sides:
+    absent = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    peers = [name for name in PEERS if "int" not in name or not absent]
+    built = {name: (Writer, name, sizes) for name in TIMED} | {name: (Peer, name, sizes) for name in peers}
+    with processes.contestants(built) as sides:
         reads = {one.side: one.ask("reads")[1] for one in sides}
         taken: dict[int, dict[str, list[float]]] = {}
         for rows in ROWS:
@@ -84,7 +126,7 @@ def speeds(rounds: int, sizes: dict[str, int]) -> tuple[str, float]:
             taken[rows] = timing.in_turn(turns, rounds, lambda line: None)
             print(f"timed with {rows} rows", file=sys.stderr, flush=True)
     table = []
-    for name in TIMED:
+    for name in built:
         one, eight = (timing.Spread.of([rows / s for s in taken[rows][name]]) for rows in ROWS)
         rate = reads[name] * one.median / 1e9
         goal = f"{GOALS[name]}x" if name in GOALS else "none"
@@ -92,16 +134,10 @@ def speeds(rounds: int, sizes: dict[str, int]) -> tuple[str, float]:
         against = f"**{ratio.median:.2f}x** ({ratio.low:.2f} to {ratio.high:.2f})"
         cells = [f"{reads[name] / 1e6:.1f}", one.text(1), eight.text(1), f"{rate:.1f}", f"{rate / most:.0%}"]
         table.append([name, *cells, against, goal])
-    missing = "not measured: without a product of torch it is a format of files"
-    table.append(["nf4", missing, *[""] * 6])
-    table += [[f"`transformers`, {bits}", f"not measured: {_peer()}", *[""] * 6] for bits in ("int8", "int4")]
+    missing = {name: f"{' and '.join(absent)} not installed" for name in PEERS if name not in peers}
+    missing["nf4"] = "it is a format for files, without a product"
+    table += [[name, f"not measured: {why}", *[""] * 6] for name, why in missing.items()]
     return results.table(SPEED_HEAD.split("|"), table), most
-
-
-def _peer() -> str:
-    """Why the paths of `transformers` are not measured."""
-    found = [name for name in ("torchao", "bitsandbytes") if importlib.util.find_spec(name)]
-    return f"{found[0]} is no part of this comparison yet" if found else "neither torchao nor bitsandbytes is installed"
 
 
 @torch.no_grad()
