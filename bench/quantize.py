@@ -4,7 +4,8 @@ A GPT-2 of random weights writes 24 tokens a row, one row and eight at once; the
 `transformers` has bitsandbytes for int8 (LLM.int8) and int4 (NF4), if that and accelerate are installed. GB/s are the
 bytes of weights that a step of one row reads, over its time; beside it stands what the machine reads at most. The
 second table is of a trained run: its validation questions, the loss on them in nats a token, and the error
-||x W - x W'|| / ||x W|| of each matrix over what it reads there, the mean and the largest. GPTQ saw training questions.
+||x W - x W'|| / ||x W|| of each matrix over what it reads there, the mean and the largest. Answers that changed, for
+better or worse, are against bf16, and so is the accuracy. GPTQ saw training questions.
 """
 
 import importlib.util
@@ -44,7 +45,7 @@ SCORED = (*TIMED, "nf4", "int4-g128 by GPTQ", "int4 by GPTQ")
 GOALS = {"int8": 1.6, "int4-g128": 2.2, "int4": 2.2}  # times our own bf16, one row
 LOST = {"int8": 0.001, "int4-g128": 0.005, "int4": 0.005}  # accuracy, at most
 SPEED_HEAD = "format|MB a token reads|tokens/s, 1 row|tokens/s, 8 rows|GB/s, 1 row|of what is read at most|of bf16|goal"
-LOSS_HEAD = "format|MB of the matrices|accuracy|loss|error of a matrix, mean|largest|accuracy lost|goal"
+LOSS_HEAD = "format|MB of the matrices|accuracy|loss|error of a matrix, mean|largest|answers changed|lost|goal"
 
 
 class Writer:
@@ -178,7 +179,7 @@ def losses(run: Path, questions: int) -> str:
         "": lambda kind: round_to_nearest(plain.model, kind),
         "GPTQ": lambda kind: gptq_codes(plain.model, kind, inputs),
     }
-    rows, best = [], 0.0
+    rows, best, said = [], 0.0, dict[Any, str]()  # of bf16: accuracy, and answers by question
     for name in SCORED:
         form, _, method = name.partition(" by ")
         system: Any = systems.load(run, precision="fp32" if name == "fp32" else "bf16")
@@ -190,12 +191,17 @@ def losses(run: Path, questions: int) -> str:
             values = {key: kind.dequantize(stored) for key, stored in codes.items()}
             errors = [relative_error(w, values[key], seen[key]) for key, w in weights.items()]
             _put(system.model, kind, codes)
-        accuracy = score(val, system.answer(val)).accuracy
-        best = accuracy if name == "bf16" else best
+        answers = system.answer(val)
+        accuracy, texts = score(val, answers).accuracy, {number: answer.text for number, answer in answers.items()}
+        if name == "bf16":
+            best, said = accuracy, texts
+        changed = f"{sum(texts[number] != said[number] for number in said) / len(val):.2%}" if form in FORMATS else ""
         lost = f"{max(best - accuracy, 0.0):.4f}" if form in FORMATS else ""
         goal = f"at most {LOST[form]}" if form in LOST else "none"
         shown = [f"{sum(errors) / len(errors):.4f}", f"{max(errors):.4f}"] if form in FORMATS else ["", ""]
-        rows.append([name, f"{size / 1e6:.2f}", f"{accuracy:.4f}", f"{loss_of(system, val):.4f}", *shown, lost, goal])
+        rows.append(
+            [name, f"{size / 1e6:.2f}", f"{accuracy:.4f}", f"{loss_of(system, val):.4f}", *shown, changed, lost, goal]
+        )
         print(" ".join(rows[-1]), file=sys.stderr, flush=True)
     return results.table(LOSS_HEAD.split("|"), rows)
 

@@ -12,6 +12,7 @@ from vqa_scratch.generate.fast import FastState, cross_attention
 from vqa_scratch.models import GPT2, OPT, T5, GPT2Config, Llama, LlamaConfig, OPTConfig, T5Config
 from vqa_scratch.models.llama_experts import Mixture
 from vqa_scratch.nn import quantized, taps
+from vqa_scratch.nn.gated_cross import flamingo_layer
 from vqa_scratch.nn.gptq import gptq, recorded, relative_error
 from vqa_scratch.nn.memory import Memory
 from vqa_scratch.nn.quantized import (
@@ -130,10 +131,20 @@ def test_what_has_no_product_says_so():
 # ------------------------------------------------------------------------------------------------------- decoders
 
 SIZES = {"dim": 32, "layers": 2, "heads": 4}
+READ = ("gpt2", "t5", "gated")  # a memory
+
+
+def gated() -> Llama:
+    model = Llama(LlamaConfig(50, hidden=64, **SIZES))
+    model.add_gated({1: flamingo_layer(32, 32, heads=4, head_dim=8)})
+    return model
+
+
 MAKE = {
     "gpt2": lambda: GPT2(GPT2Config(50, 40, **SIZES, add_cross_attention=True)),
     "opt": lambda: OPT(OPTConfig(50, 40, hidden=64, **SIZES)),
     "llama": lambda: Llama(LlamaConfig(50, hidden=64, kv_heads=2, **SIZES)),
+    "gated": gated,
     "experts": lambda: Llama(LlamaConfig(50, **SIZES, experts=Mixture(4, 2, 32, shared_hidden=32))),
     "t5": lambda: T5(T5Config(50, 32, 8, 64, encoder_layers=1, decoder_layers=2, heads=4, buckets=8)),
 }
@@ -180,7 +191,7 @@ def test_every_decoding_state_writes_the_same(name, form, monkeypatch):
     monkeypatch.setattr(FastState, "run", lambda self, tokens, run=FastState.run: steps.append(1) or run(self, tokens))
 
     def written(ids, rows=slice(None), **options):
-        memory = [Memory(states[rows])] if name in ("gpt2", "t5") else None
+        memory = [Memory(states[rows])] if name in READ else None
         return generate(model, ids[rows], None, memory, options=GenerationOptions(6, None, **options)).ids
 
     for length in (1, 4):
@@ -192,7 +203,7 @@ def test_every_decoding_state_writes_the_same(name, form, monkeypatch):
         assert torch.equal(modules, torch.cat([written(ids, slice(row, row + 1)) for row in range(3)]))
         assert steps
         steps.clear()
-    memory = [Memory(states)] if name in ("gpt2", "t5") else None
+    memory = [Memory(states)] if name in READ else None
     ranked = rank(model, ids, None, memory, [[3, 4], [3, 5, 6], [7]])
     with taps.activate(Watcher()):
         assert (
@@ -211,7 +222,7 @@ def test_in_bf16_every_state_gives_the_same_scores(name, form):
     states = torch.randn(3, 5, 32).bfloat16()
 
     def scores(rows=slice(None)):
-        memory = [Memory(states[rows])] if name == "gpt2" else None
+        memory = [Memory(states[rows])] if name in READ else None
         first, state = begin(model, ids[rows], None, memory, steps=5)
         return torch.stack([first, *(state.step(token[rows]) for token in tokens)]).float()
 
