@@ -102,13 +102,30 @@ def test_a_product_is_that_of_the_unpacked_weights(name, biased):
     bias = torch.randn(len(matrix)).bfloat16().double() if biased else torch.zeros(len(matrix)).double()
     stored = kind.quantize(matrix)
     layer, exact = QuantizedLinear(kind, stored, bias if biased else None), kind.dequantize(stored).double()
-    for rows in (1, 3, 40):
+    for rows in (0, 1, 3, 40):
         x = torch.randn(rows, matrix.shape[1]).bfloat16()
         product = x.double() @ exact.t()
         inside = (x.double().abs() @ exact.abs().t()) / math.sqrt(matrix.shape[1])  # values are rounded to bf16 too
         error = (layer(x).double() - product - bias).abs()
         assert (error <= 2**-8 * (inside + product.abs() + (product + bias).abs())).all()
         assert layer(x[None]).shape == (1, rows, len(matrix))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", PRODUCTS)
+@pytest.mark.parametrize("rows", [1, 7])
+def test_any_address_will_do(name, rows):
+    """Codes of a mapped file, and states that begin in the middle of one: torch's product crashes on these."""
+    kind, matrix, x = FORMATS[name], weights(name), torch.randn(rows, WIDE[name]).bfloat16()
+
+    def moved(tensor: torch.Tensor) -> torch.Tensor:
+        place = tensor.new_empty(tensor.numel() + 4)[4:].view(tensor.shape)
+        return place.copy_(tensor)
+
+    stored = kind.quantize(matrix)
+    elsewhere = Codes(moved(stored.codes), tuple(moved(part) for part in stored.grid))
+    expected = QuantizedLinear(kind, stored, None)(x)
+    assert torch.equal(QuantizedLinear(kind, elsewhere, None)(moved(x)), expected)
 
 
 def test_what_has_no_product_says_so():

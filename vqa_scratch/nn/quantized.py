@@ -28,7 +28,7 @@ from vqa_scratch.nn.layers import MLP
 from vqa_scratch.weights.files import check_finite
 
 TINY = torch.finfo(torch.float32).tiny  # the scale of weights that are all equal
-WHOLE = 32  # must divide K: torch's product of int8 reads past the end of rows that 16 does not divide, and crashes
+WHOLE, ALIGNED = 32, 64  # must divide K, and the address of states and codes: torch's int8 product crashes on others
 MANY = 16  # rows, from which arithmetic is the limit: unpacked on the way, int8 takes a third of the time with 256 rows
 BF16_ONLY = "the products of quantised weights are for bf16 on a CPU (--device cpu --precision bf16)"
 NO_TRAINING = "quantised weights have no gradient and cannot be trained; train the run, then quantise it"
@@ -146,7 +146,7 @@ class Int8(Format):
         return codes * grid[0]
 
     def ready(self, stored: Codes) -> tuple[Tensor, Tensor]:
-        return stored.codes, stored.grid[0][:, 0].contiguous()
+        return stored.codes.clone(), stored.grid[0][:, 0].clone()  # a file may be mapped to any address
 
     def multiply(self, x: Tensor, codes: Tensor, grid: Tensor) -> Tensor:
         if len(x) >= MANY:
@@ -237,10 +237,12 @@ class QuantizedLinear(nn.Module):
             raise UserError(f"{BF16_ONLY}, not {str(x.dtype).removeprefix('torch.')} on {place}")
         if x.requires_grad and torch.is_grad_enabled():
             raise UserError(NO_TRAINING)
-        out = self.kind.multiply(x.to(torch.bfloat16).reshape(-1, x.shape[-1]).contiguous(), self.codes, self.grid)
+        rows = x.to(torch.bfloat16).reshape(-1, x.shape[-1]).contiguous()
+        rows = rows.clone() if rows.data_ptr() % ALIGNED else rows
+        out = self.kind.multiply(rows, self.codes, self.grid)
         if self.bias is not None:
             out += self.bias
-        return out.view(*x.shape[:-1], -1)
+        return out.view(*x.shape[:-1], self.out_features)
 
     def train(self, mode: bool = True) -> "QuantizedLinear":
         if mode:
