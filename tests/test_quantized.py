@@ -9,7 +9,19 @@ from torch import nn
 from vqa_scratch.errors import UserError
 from vqa_scratch.generate import GenerationOptions, begin, generate, rank
 from vqa_scratch.generate.fast import FastState, cross_attention
-from vqa_scratch.models import GPT2, OPT, T5, GPT2Config, Llama, LlamaConfig, OPTConfig, T5Config
+from vqa_scratch.models import (
+    GPT2,
+    OPT,
+    T5,
+    GPT2Config,
+    Llama,
+    LlamaConfig,
+    Llava,
+    LlavaConfig,
+    OPTConfig,
+    T5Config,
+    ViTConfig,
+)
 from vqa_scratch.models.llama_experts import Mixture
 from vqa_scratch.nn import quantized, taps
 from vqa_scratch.nn.gated_cross import flamingo_layer
@@ -302,6 +314,21 @@ def test_what_is_quantised_and_what_never():
         quantize(model, FORMATS["int8"])
     with pytest.raises(UserError, match="there is nothing to quantise: only the weights of a decoder"):
         quantize(nn.Linear(3, 3), FORMATS["int8"])
+
+
+@torch.no_grad()
+def test_of_a_model_that_reads_images_only_the_decoder_is():
+    """A LLaVA in bf16, as `ask --model --quantize` opens it."""
+    vision = ViTConfig(16, 8, dim=16, layers=2, heads=2, hidden=32, layout="clip_vision_model")
+    model = Llava(LlavaConfig(vision, LlamaConfig(50, hidden=64, **SIZES), image_token=7)).bfloat16().eval()
+    ids, pixels = torch.tensor([[3, 7, 7, 7, 7, 4]]), torch.randn(1, 3, 16, 16).bfloat16()
+    before = model(ids, pixel_values=pixels).float()
+    quantize(model, FORMATS["int8"])
+    names = {name for name, module in model.named_modules() if isinstance(module, QuantizedLinear)}
+    assert len(names) == 2 * 5 + 1 and all(name.startswith("language.") for name in names)
+    assert (model(ids, pixel_values=pixels).float() - before).abs().max() < 0.05 * before.abs().max()
+    options = GenerationOptions(4, None)
+    assert generate(model.language, ids, embeddings=model.embed(ids, pixels), options=options).ids.shape == (1, 4)
 
 
 def test_the_head_is_a_copy_and_the_embedding_stays():
