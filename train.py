@@ -300,7 +300,7 @@ def train(options: RunOptions, world: World, began: float) -> int | None:
         return stopped
 
     # ---- the final figures, with the best weights
-    load_weights(system.model, options.out)
+    load_weights(system.model, options.out, system.precision)
     if budget is not None:  # a run that was resumed after its time has as much as it would have kept back
         ends = loop_began + budget - resumed_seconds - reporting
         system.pace.ends = max(ends, time.perf_counter() + reserve) if resumed_seconds else ends

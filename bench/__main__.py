@@ -24,6 +24,7 @@ from bench import (
     loss_head,
     ppo,
     prefix,
+    quantize,
     resolution,
     scale,
     suite,
@@ -249,6 +250,16 @@ def ppo_command(out: Path | None, write: bool, **plan: int | str | bool | None) 
     present("ppo", ppo.run(ppo.Plan(**plan), command_given(), out), write)
 
 
+@click.command("quantize")
+@click.option("--run", "folder", type=click.Path(path_type=Path), default="runs/vqa", show_default=True, help="Scored.")
+@click.option("--questions", type=click.IntRange(1), default=5000, show_default=True, help="Validation questions.")
+@click.option("--rounds", type=click.IntRange(1), default=7, show_default=True, help="Turns of each side.")
+@click.option("--write", is_flag=True, help="Put the tables into bench/RESULTS.md.")
+def quantize_command(folder: Path, questions: int, rounds: int, write: bool) -> None:
+    """Quantised weights: bytes, tokens a second, and what they cost a trained run in answers."""
+    present("quantize", quantize.run(folder, questions, rounds, command_given()), write)
+
+
 @click.command("binding")
 @click.option("--seeds", type=click.IntRange(1), default=3, show_default=True, help="Runs that differ in their seed.")
 @click.option("--variant", type=NearChoice(binding.VARIANTS), multiple=True, help="May be given several times. [all]")
@@ -305,6 +316,7 @@ COMMANDS = [
     resolution_command,
     scale_command,
     binding_command,
+    quantize_command,
     all_command,
 ]
 PROGRAM = NearGroup("bench", {command.name: command for command in COMMANDS}, help="Measure, side by side.")

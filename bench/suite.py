@@ -27,6 +27,7 @@ CPU = {
     "scale": [],
     "resolution": [],
     "binding": [],
+    "quantize": [],
 }
 GPU = {
     "attention": [],

@@ -102,6 +102,12 @@ def copy_gb_per_second(megabytes: int | None = None, seconds: float = 1.0, devic
     return 2 * source.nbytes / best / 1e9
 
 
+def read_gb_per_second(megabytes: int = 256, seconds: float = 1.0) -> float:
+    """The best rate at which a sum reads what fits no cache of the CPU, in 1e9 bytes a second."""
+    source = torch.ones(megabytes * 2**18)
+    return source.nbytes / _best_seconds(source.sum, seconds, "cpu") / 1e9
+
+
 def held_memory_gb() -> float:
     """What this process holds now, in 1e9 bytes; on systems without /proc the most it has held."""
     try:

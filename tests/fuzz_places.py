@@ -221,6 +221,7 @@ class Places(Valid):
             Place("data: scenes", self.data, ("scenes_val.json",), self.point),
             Place("data: images", self.data, ("*/*.png",), self.score, 0.5),
             *(Place(f"run: {name}", self.plain[name], run, self.ask, 2) for name in ("vqa", "vilt", "caption")),
+            Place("run: quantised", self.small, run, self.ask, 1),
             Place("run: clip", self.plain["clip"], seeking, self.seek, 2),
             *(Place(f"resume: {name}", path, resumed, self.go_on(name), 0.5) for name, path in self.plain.items()),
             Place("resume: rlhf", self.tuned, resumed[:-1], self.tune_on, 0.7),

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from run_helpers import command
 from safetensors.torch import load_file
 from vqa_helpers import CPU, SIZES, small_data, small_flags
 
@@ -87,6 +88,8 @@ class Valid:
         self.picture = next((self.data / "val2014").glob("*.png"))
         self.captioned = self._captions()
         self.plain = {name: self._run(name) for name in SYSTEMS}
+        self.small = root / "small"
+        command("export", self.plain["vqa"], self.small, "--quantize", "int8")
         self.checkpoints = self._checkpoints(root / "released")
         self.articles = root / "articles"
         self._articles()

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from vqa_scratch.command_line import Flag, GroupedCommand, flags
-from vqa_scratch.commands.line import DEVICE, FOLDER, MODEL, PRECISION, open_asked
+from vqa_scratch.commands.line import DEVICE, FOLDER, MODEL, PRECISION, PRODUCT_FORMATS, open_asked
 from vqa_scratch.errors import UserError
 from vqa_scratch.generation_options import GenerationOptions
 from vqa_scratch.options import flag
@@ -27,6 +27,7 @@ from vqa_scratch.options import flag
         *flags(GenerationOptions),
         DEVICE,
         PRECISION,
+        Flag(["--quantize"], type=PRODUCT_FORMATS, help="Round the decoder's weights (bf16).", group="Computing"),
     ],
 )
 def ask(
@@ -37,6 +38,7 @@ def ask(
     top: int | None,
     device: str,
     precision: str,
+    quantize: str | None,
     **decoding: Any,
 ) -> None:
     """Ask the trained system in the folder RUN, or a released model (--model), about one image.
@@ -46,7 +48,7 @@ def ask(
       python -m vqa_scratch ask runs/vqa --image photo.jpg --question "how many dogs are there?"
     Without --question the system stays loaded and takes one question a line, from the keyboard or a pipe.
     """
-    system = open_asked(run, model, device, precision)
+    system = open_asked(run, model, device, precision, quantize)
     decoding = {name: value for name, value in decoding.items() if value is not None}
     if decoding and not system.writes:
         raise UserError(f"{run or model} does not take {flag(next(iter(decoding)))}: leave it out")

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 FOLDER = click.Path(path_type=Path)
 DEVICES, PRECISIONS = NearChoice(("auto", "cpu", "cuda", "mps")), NearChoice(("auto", "fp32", "bf16", "fp16"))
+PRODUCT_FORMATS = NearChoice(("int8", "int4", "int4-g64", "int4-g128", "int4-g256"))  # of nn/quantized.py
+FILE_FORMATS = NearChoice((*PRODUCT_FORMATS.choices, "nf4"))
 DEVICE = Flag(["--device"], type=DEVICES, default="auto", help="Where to compute.", group="Computing")
 MODEL = Flag(["--model"], help="Instead of RUN: a released BLIP-2, LLaVA, Fuyu or Idefics, a folder or Hub id.")
 PRECISION = Flag(["--precision"], type=PRECISIONS, default="fp32", help="Arithmetic.", group="Computing")
@@ -84,13 +86,25 @@ def open_run(folder: Path, device: str = "cpu", precision: str = "fp32") -> "Sys
     return systems.load(folder, pick_device(device), precision)
 
 
-def open_asked(run: Path | None, model: str | None, device: str, precision: str) -> Any:
-    """A run, or a released model: what can be asked about an image. Raises UserError unless one of the two is given."""
-    if run is not None and model is None:
-        return open_run(run, device, precision)
-    if run is None and model is not None:
-        from vqa_scratch.training.precision import pick_device
+def open_asked(run: Path | None, model: str | None, device: str, precision: str, quantize: str | None = None) -> Any:
+    """A run, or a released model: what can be asked about an image, maybe with its decoder's weights in a format.
+
+    Raises UserError unless one of the two is given, and for a format without bf16 on a CPU.
+    """
+    if (run is None) == (model is None):
+        raise UserError("give RUN, the folder of a trained system, or --model, a released checkpoint: one of the two")
+    from vqa_scratch.nn import quantized
+    from vqa_scratch.training.precision import pick_device
+
+    if quantize is not None and (precision != "bf16" or pick_device(device).type != "cpu"):
+        raise UserError(f"--quantize {quantize}: {quantized.BF16_ONLY}")
+    if model is None:
+        assert run is not None
+        opened: Any = open_run(run, device, precision)
+    else:
         from vqa_scratch.zero_shot import open_zero_shot
 
-        return open_zero_shot(model, pick_device(device), precision)
-    raise UserError("give RUN, the folder of a trained system, or --model, a released checkpoint: one of the two")
+        opened = open_zero_shot(model, pick_device(device), precision)
+    if quantize is not None:
+        quantized.quantize(opened.model, quantized.FORMATS[quantize])
+    return opened

@@ -82,19 +82,19 @@ def _by_tree(
     begins = int((tree.parents < 0).sum())
     found = [at_prompt[:, tree.asked[:begins]]]
     if len(tree.tokens):
-        found += _after_nodes(parts.head, tree_states(parts, cache, mask, *tree[:3]), tree, begins)
+        found += _after_nodes(parts, tree_states(parts, cache, mask, *tree[:3]), tree, begins)
     log_probs = torch.cat([*found, at_prompt.new_zeros(len(at_prompt), 1)], 1)  # (B, N + 1)
     return log_probs[:, tree.edges].sum(-1)
 
 
-def _after_nodes(head: Tensor, states: Tensor, tree: Tree, begins: int) -> list[Tensor]:
+def _after_nodes(parts: FastParts, states: Tensor, tree: Tree, begins: int) -> list[Tensor]:
     """Log-probabilities of the edges after `begins`, (B, some) a piece; never more than SCORES scores at once."""
     found, at = [], begins
     nodes = torch.arange(states.shape[1], device=states.device)
-    for piece in nodes.split(max(1, SCORES // (len(states) * len(head)))):
+    for piece in nodes.split(max(1, SCORES // (len(states) * len(parts.head)))):
         first, last = int(piece[0]), int(piece[-1])
         until = int((tree.parents <= last).sum())
-        log_probs = F.linear(states[:, first : last + 1], head).float().log_softmax(-1)
+        log_probs = parts.logits(states[:, first : last + 1]).float().log_softmax(-1)
         found.append(log_probs[:, tree.parents[at:until] - first, tree.asked[at:until]])
         at = until
     return found

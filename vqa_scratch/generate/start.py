@@ -32,7 +32,8 @@ def check_length(decoder: Decoder, prompt_ids: Tensor, prefix: Tensor | None, ne
 
 def fast_parts(decoder: Decoder) -> FastParts | None:
     """The parts for a fast state; None if the modules must run: in a trace, in training mode, or without parts."""
-    return None if taps.active() or decoder.training else decoder.fast_state()
+    parts = None if taps.active() or decoder.training else decoder.fast_state()
+    return None if parts is None else parts._replace(head_copy=decoder.head_copy)
 
 
 def padding(prompt_mask: Tensor | None) -> Tensor | None:
@@ -83,7 +84,7 @@ def prefill(
 def _without_tokens(parts: FastParts, cache: DecoderCache, memory: list[Memory] | None, rows: int) -> DecoderCache:
     """The empty cache, with the keys and values of the memory if there is one, as that of no tokens."""
     for block, own in zip(parts.blocks, cache, strict=True):
-        like = block.attn.qkv.weight
+        like = parts.head
         if memory is not None:
             assert block.cross is not None, "nothing reads the memory"
             read = block.cross.attn.project(memory, cache=own)

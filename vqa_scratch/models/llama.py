@@ -291,7 +291,8 @@ class Llama(ReleasedDecoder[LlamaConfig]):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., D) -> (..., V). A head of its own runs as a module, which training may replace."""
-        return super().logits(hidden) if self.lm_head is None else self.lm_head(hidden)
+        own = self.lm_head if self.head_copy is None else None
+        return super().logits(hidden) if own is None else own(hidden)
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, *, cache: DecoderCache | None = None

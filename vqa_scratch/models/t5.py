@@ -233,7 +233,8 @@ class T5(Released[T5Config], Decoder):
         """(..., D) -> (..., V). An untied head runs as a module, which training may replace (`rl/large_tables.py`)."""
         if self.config.scaled:
             hidden = hidden * self.config.dim**-0.5
-        return F.linear(hidden, self.embedding.weight) if self.lm_head is None else self.lm_head(hidden)
+        own = self.lm_head if self.head_copy is None else self.head_copy
+        return F.linear(hidden, self.embedding.weight) if own is None else own(hidden)
 
     def after_blocks(self, x: Tensor) -> Tensor:
         return self.decoder.norm(x)

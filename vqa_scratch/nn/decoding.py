@@ -69,6 +69,11 @@ class FastParts(NamedTuple):
     head: Tensor  # (V, E)
     bias: Callable[[int], Tensor] | None = None  # n -> (1, H, 1, n), added to the scores of the last of n tokens
     rotation: Callable[[Tensor], Rotation] | None = None  # positions (n,) -> what turns queries and keys there
+    head_copy: nn.Module | None = None  # (..., E) -> (..., V), in place of the product with `head`
+
+    def logits(self, states: Tensor) -> Tensor:
+        """(..., E) -> (..., V)."""
+        return F.linear(states, self.head) if self.head_copy is None else self.head_copy(states)
 
 
 def fast_blocks(blocks: nn.ModuleList) -> list[FastBlock]:
@@ -80,6 +85,10 @@ class Decoder(nn.Module, ABC):
     """A model that predicts the next token."""
 
     config: Any  # has `layers` and `max_positions`
+
+    def __init__(self, *given: Any) -> None:
+        super().__init__(*given)
+        self.head_copy: nn.Module | None = None  # quantised, in place of the product with `head` in `logits`
 
     @property
     def max_positions(self) -> int | None:
@@ -141,7 +150,7 @@ class Decoder(nn.Module, ABC):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., E) -> (..., V)."""
-        return F.linear(hidden, self.head)
+        return F.linear(hidden, self.head) if self.head_copy is None else self.head_copy(hidden)
 
     def readout(self, states: Tensor) -> Tensor:
         """(..., D) -> (..., V): the logits if these were the states after the last block."""

@@ -72,7 +72,8 @@ class GatedMLP(taps.Tapped):
         self.activation, self.dropout = activation, nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.down.bias is not None or taps.wanted(self.tap_prefix, "pre", "post"):
+        plain = isinstance(self.down, nn.Linear) and self.down.bias is None  # not quantised
+        if not plain or taps.wanted(self.tap_prefix, "pre", "post"):
             gate = taps.tap(self.tap_prefix, "pre", self.gate(x))
             out = self.down(taps.tap(self.tap_prefix, "post", self.activation(gate) * self.up(x)))
         else:

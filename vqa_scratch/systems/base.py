@@ -112,7 +112,7 @@ class System(ABC, Generic[RO, M]):
         Raises UserError if there are no weights yet, or if they do not fit.
         """
         system = cls.open(folder, sizes, options, precision)
-        load_weights(system.model, folder)
+        load_weights(system.model, folder, precision)
         system.model.to(precision.device).eval()
         return system
 

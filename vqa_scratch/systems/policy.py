@@ -25,13 +25,14 @@ from vqa_scratch.rl.tasks import Task
 from vqa_scratch.rl.vqa_policy import VQAPolicy, official_accuracy, prompts_from
 from vqa_scratch.systems.base import System
 from vqa_scratch.systems.older import renumbered, todays_names
-from vqa_scratch.systems.run_folder import WEIGHTS, save_weights
+from vqa_scratch.systems.run_folder import WEIGHTS, check_trainable, save_weights
 from vqa_scratch.systems.scoring import score
 from vqa_scratch.systems.writing import check_room
 
 
 def vqa_task(options: RLHFOptions, device: torch.device, dtype: torch.dtype) -> Task:
     """The task of the run of `train.py` in the folder `--policy`, whatever its system."""
+    check_trainable(Path(options.policy))
     return systems.load(Path(options.policy), device).policy(options, dtype)
 
 

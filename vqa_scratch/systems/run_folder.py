@@ -15,7 +15,8 @@ from typing import Any
 from torch import nn
 
 from vqa_scratch.data.hashes import Hashes, check_same
-from vqa_scratch.errors import UserError
+from vqa_scratch.errors import UserError, note
+from vqa_scratch.nn.quantized import BF16_ONLY, FORMATS, Format, install, matrices, take
 from vqa_scratch.options import to_json
 from vqa_scratch.storage import read_object, typed, write_json
 from vqa_scratch.systems.older import todays_moments, todays_names
@@ -23,6 +24,7 @@ from vqa_scratch.systems.presets import PRESETS
 from vqa_scratch.systems.run_options import RunOptions
 from vqa_scratch.training.checkpoint import fitting, load_checkpoint, load_model_state, restore_streams
 from vqa_scratch.training.optimizers import Optimizers
+from vqa_scratch.training.precision import Precision
 from vqa_scratch.training.ranks import ALONE, World, for_main
 from vqa_scratch.training.resume import checkpoint_path, go_on, is_new, lengthened
 from vqa_scratch.weights.files import read_safetensors, write_safetensors
@@ -71,12 +73,41 @@ def save_weights(path: Path, model: nn.Module, world: World = ALONE) -> None:
         write_safetensors(path, {name: p.detach().cpu().contiguous() for name, p in tensors.items()})
 
 
-def load_weights(model: nn.Module, folder: Path) -> None:
-    """Load the best weights of a run. Raises UserError if there are none yet, the file is cut short or does not fit."""
+def load_weights(model: nn.Module, folder: Path, precision: Precision) -> None:
+    """Load the best weights of a run. Quantised ones stay so where there is a product for them, with a note elsewhere.
+
+    Raises UserError if there are none yet, the file is cut short or does not fit.
+    """
     path = folder / WEIGHTS
     if not path.is_file():
         raise UserError(f"{folder} has no model.safetensors yet: the run has not reached its first checkpoint")
-    load_model_state(model, todays_names(read_safetensors(path)), str(path))
+    tensors, kind = todays_names(read_safetensors(path)), quantized_as(folder)
+    codes = {} if kind is None else take(tensors, kind, path)
+    if kind is not None and codes.keys() != matrices(model).keys():
+        raise UserError(f"{path} does not hold the matrices of its decoder in {kind.name}")
+    plain = {f"{name}.weight": kind.dequantize(stored) for name, stored in codes.items() if kind}
+    load_model_state(model, tensors | plain, str(path))
+    if kind is None:
+        return
+    if kind.multiplies and precision.kind == "bf16" and precision.device.type == "cpu":
+        install(model, kind, codes)
+    else:
+        how = BF16_ONLY if kind.multiplies else f"{kind.name} is a format for files, without a product"
+        note(f"{folder} has weights in {kind.name}; here they are unpacked to {precision.kind}: {how}")
+
+
+def quantized_as(folder: Path) -> Format | None:
+    """The format of the weights of a run, if they are quantised. Raises UserError for an unknown one."""
+    (name,) = typed(folder / CONFIG, read_run_config(folder), {"quantized": str | None})
+    if name is not None and name not in FORMATS:
+        raise UserError(f"{folder} has weights in the format {name}; known are {', '.join(FORMATS)}")
+    return None if name is None else FORMATS[name]
+
+
+def check_trainable(folder: Path) -> None:
+    """Raise UserError if a run has quantised weights."""
+    if (kind := quantized_as(folder)) is not None:
+        raise UserError(f"{folder} has weights in {kind.name}, which cannot be trained; take the run they come from")
 
 
 def restore(saved: dict[str, Any], system: Any, optimizers: Optimizers) -> dict[str, Any]:
@@ -101,6 +132,7 @@ def begin_or_go_on(options: RunOptions) -> tuple[RunOptions, dict[str, Any] | No
     """
     if is_new(options.out, options.resume, PROGRAM):
         return lengthened(replace(options, resume=False), options.more, {}, "steps"), None
+    check_trainable(options.out)
     values = read_run_config(options.out)
     preset = values["train"].get("preset") if values["program"] == PROGRAM else None
     if preset != options.preset:

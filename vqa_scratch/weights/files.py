@@ -22,6 +22,7 @@ from torch import Tensor
 from vqa_scratch.errors import UserError, note, some
 from vqa_scratch.storage import is_text, read_json, read_object, typed, write_json, write_whole
 from vqa_scratch.weights.hub import first_line, locate
+from vqa_scratch.weights.packed import unpacked
 
 logger = logging.getLogger(__name__)
 
@@ -197,6 +198,8 @@ def with_generation_ids(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
 def read_checkpoint(source: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """(config, tensors) of a checkpoint folder or Hub id; safetensors first, then shards, then .bin.
 
+    Weights that GPTQ or AWQ quantised are plain ones here (`packed`).
+
     Raises UserError in one line when something is absent, cut short, not allowed or out of reach.
     """
     folder = resolve_folder(source)
@@ -209,7 +212,7 @@ def read_checkpoint(source: str | os.PathLike[str]) -> tuple[dict[str, Any], dic
     )
     for name, read in readers:
         if (folder / name).is_file():
-            return config, read(folder / name)
+            return config, unpacked(config, read(folder / name), folder)
     raise UserError(f"{folder} holds no weights: expected {WEIGHTS}, {WEIGHTS}.index.json or {PICKLE}")
 
 

@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from vqa_scratch.generate.fast.products import Addition, Function, adding, attend, linear, norm, product
+from vqa_scratch.generate.fast.products import Addition, Function, adding, attend, linear, linear_adding, norm, product
 from vqa_scratch.nn.attention import MultiHeadAttention, attention_over_parts
 from vqa_scratch.nn.cache import DecoderCache
 from vqa_scratch.nn.decoding import FastBlock, Reader
@@ -142,8 +142,7 @@ class Projected:
     def __init__(self, readers: list[Reader], memory: Layers) -> None:
         self.scales = [reader.attn.scale for reader in readers]
         self.blocks = [
-            (norm(before), queries(cross), adding(cross.out.weight, cross.out.bias, factor))
-            for before, cross, factor in readers
+            (norm(before), queries(cross), linear_adding(cross.out, factor)) for before, cross, factor in readers
         ]
         self._lay_out(memory)
 

@@ -75,13 +75,13 @@ def product(weight: Tensor, bias: Tensor | None) -> Function:
 
 
 def linear(module: nn.Linear) -> Function:
-    """(R, D) -> (R, D') through the weights of `module`."""
-    return product(module.weight, module.bias)
+    """(R, D) -> (R, D') through the weights of `module`; quantised ones have a product of their own."""
+    return product(module.weight, module.bias) if isinstance(module, nn.Linear) else module.forward
 
 
 def linear_into(module: nn.Linear) -> Addition:
     """(place, x): the same for one row x (1, D), written to `place` (1, D')."""
-    if not _by_matrix(module.weight):
+    if not isinstance(module, nn.Linear) or not _by_matrix(module.weight):
         apply = linear(module)
         return lambda place, x: place.copy_(apply(x))
     turned = module.weight.detach().t()
@@ -93,14 +93,21 @@ def linear_into(module: nn.Linear) -> Addition:
 
 def adding(weight: Tensor, bias: Tensor | None, factor: Tensor | None = None) -> Addition:
     """A residual connection: x (R, D') += factor * (z (R, D) weight^T + bias); factor (1,) or (D',), None: 1."""
-    if factor is not None:
-        scaled = product(weight, bias)
-        return lambda x, z: x.add_(scaled(z) * factor)
-    if bias is None and _by_matrix(weight) and not suits_one_dnn(weight):
+    if factor is None and bias is None and _by_matrix(weight) and not suits_one_dnn(weight):
         turned = weight.detach().t()
         return lambda x, z: x.addmm_(z, turned)
-    apply = product(weight, bias)
-    return lambda x, z: x.add_(apply(z))
+    return _adding(product(weight, bias), factor)
+
+
+def _adding(apply: Function, factor: Tensor | None) -> Addition:
+    return (lambda x, z: x.add_(apply(z))) if factor is None else (lambda x, z: x.add_(apply(z) * factor))
+
+
+def linear_adding(module: nn.Linear, factor: Tensor | None = None) -> Addition:
+    """The same through the weights of `module`, quantised ones too."""
+    if isinstance(module, nn.Linear):
+        return adding(module.weight, module.bias, factor)
+    return _adding(linear(module), factor)
 
 
 def rms_norm(weight: Tensor, eps: float) -> Function:
@@ -194,7 +201,7 @@ def feed_forward(mlp: FastMLP) -> Callable[[Tensor], object]:
         add = mixture(module)
         return lambda x: add(x, before(x))
     assert isinstance(module, (MLP, GatedMLP)), "a fast step is written for these MLPs"
-    hidden, fall = inner(module), adding(module.down.weight, module.down.bias, mlp.factor)
+    hidden, fall = inner(module), linear_adding(module.down, mlp.factor)
     return lambda x: fall(x, hidden(before(x)))
 
 

@@ -13,7 +13,7 @@ import math
 import torch
 from torch import Tensor
 
-from vqa_scratch.generate.fast.products import adding, attend, linear, linear_into, norm, turnings
+from vqa_scratch.generate.fast.products import attend, linear, linear_adding, linear_into, norm, turnings
 from vqa_scratch.nn.cache import DecoderCache
 from vqa_scratch.nn.decoding import FastParts
 from vqa_scratch.nn.rotary import Rotation
@@ -56,8 +56,7 @@ class OneRow:
             self.distances = parts.bias(self.length + steps)[0].to(k.dtype)
         self.width = heads * size
         self.blocks = [
-            (norm(b.norm), linear_into(b.attn.qkv), b.attn.scale, adding(b.attn.out.weight, b.attn.out.bias))
-            for b in parts.blocks
+            (norm(b.norm), linear_into(b.attn.qkv), b.attn.scale, linear_adding(b.attn.out)) for b in parts.blocks
         ]
         self.turns = turnings(parts.blocks, self.rotations is not None)
 
@@ -127,9 +126,7 @@ class Rows:
             self.distances = parts.bias(self.prompt + int(times.max()) + 1)[0, :, 0].to(k.dtype)
             self.all_times = torch.cat([torch.arange(-self.prompt, 0, device=k.device), times])  # (C,)
         self.rotations = rotations(parts, places, k)
-        self.blocks = [
-            (norm(b.norm), linear(b.attn.qkv), adding(b.attn.out.weight, b.attn.out.bias)) for b in parts.blocks
-        ]
+        self.blocks = [(norm(b.norm), linear(b.attn.qkv), linear_adding(b.attn.out)) for b in parts.blocks]
         self.turns = turnings(parts.blocks, self.rotations is not None)
         self._lay_out()
 

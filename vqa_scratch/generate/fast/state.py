@@ -30,7 +30,8 @@ class FastState:
         """`own` has the tokens so far; `cache` has the memory, if there is one."""
         self.parts, self.own, self.memory = parts, own, cross_attention(parts.blocks, cache, own.members)
         self.sublayers = list(self._sublayers())
-        self.norm, self.head = norm(parts.norm), product(parts.head, None)
+        self.norm = norm(parts.norm)
+        self.head = product(parts.head, None) if parts.head_copy is None else parts.head_copy.forward
 
     def _sublayers(self) -> Iterator[Callable[[Tensor], object]]:
         """Those of all blocks in order, each adding to x; without a memory none that reads it, and no gated layer."""
