@@ -3,8 +3,6 @@
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-
 from vqa_scratch.data.text import Tokenizer, train_wordpiece
 from vqa_scratch.data.vqa_v2 import VQASample
 from vqa_scratch.models.clip import CLIP, CLIPConfig
@@ -56,8 +54,5 @@ def small_model(options: CLIPOptions, train: Sequence[VQASample]) -> tuple[CLIP,
         layout=kind,
     )
     model = CLIP(config, stem_for(config.image, options.stem))
-    tower = model.image
-    with torch.no_grad():
-        table = grid_positions(tower.places(IMAGE_SIZE, IMAGE_SIZE).grid, width)
-        tower.positions[0, tower.prefix_tokens :] = 0.5 * table
+    model.image.start_from_places(0.5 * grid_positions(config.image.grid, width))
     return model, text
