@@ -116,12 +116,7 @@ class BlockDecoder(ReleasedDecoder[C]):
         memory: list[Memory] | None = None,
         cache: DecoderCache | None = None,
     ) -> Tensor:
-        """(B, T, E) -> (B, T, E), the states before the head; see `Decoder.hidden`.
-
-        Positions count the attended tokens of attention_mask (B, cached + T). `memory` may be omitted once the cache
-        holds its keys. Raises ValueError on more tokens than a table of positions has, a mask of another length, or a
-        memory that nothing reads: only cross-attention and gated layers do.
-        """
+        """(B, T, E) -> (B, T, E), the states before the head; all as in `Decoder.hidden`."""
         if memory is not None and not self.reads_memory:
             how = "build GPT2 with add_cross_attention=True, or add gated layers"
             raise ValueError(f"this decoder has no cross-attention: {how}")

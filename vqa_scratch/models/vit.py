@@ -219,11 +219,6 @@ class ViT(Released[ViTConfig], ImageEncoder):
         """The places of the patches of an image of this size in pixels. Raises ValueError unless patches fit."""
         return Places(self.config.patches(height, width), self.patch_embed.first, self.config.patch_size)
 
-    @torch.no_grad()
-    def start_from_places(self, table: Tensor) -> None:
-        """Begin with the rows of a table (N, D) as the positions of the patches."""
-        self.positions[0, self.prefix_tokens :] = table
-
     def embed(self, pixel_values: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, P + N, D): the input of the first block. Raises ValueError unless patches fit."""
         if pixel_values.ndim != 4:

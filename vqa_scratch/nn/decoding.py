@@ -107,8 +107,9 @@ class Decoder(nn.Module, ABC):
     ) -> Tensor:
         """(B, T, E) -> (B, T, E): the states before the head, from embeddings of tokens or of anything else.
 
-        attention_mask (B, cached + T), True = may attend; rows may be padded on either side. Cross-attention reads the
-        memories; a cache keeps their keys.
+        attention_mask (B, cached + T), True = may attend; rows may be padded on either side, which moves no position.
+        Cross-attention and gated layers read the memories; a cache keeps their keys, which serve later passes. Raises
+        ValueError on more tokens than positions, a mask of another length, or a memory that nothing reads.
         """
 
     def hidden_after(

@@ -125,3 +125,9 @@ def grid_positions(grid: tuple[int, int], dim: int) -> Tensor:
     rows, columns = torch.meshgrid(*(torch.arange(side) for side in grid), indexing="ij")
     angles = [axis.flatten()[:, None] * (2 * math.pi / wavelengths) for axis in (columns, rows)]  # (N, D/4)
     return torch.cat([wave for a in angles for wave in (a.sin(), a.cos())], 1)
+
+
+@torch.no_grad()
+def start_from_places(tower: ViT) -> None:
+    """Begin with half of `grid_positions` as the positions of a tower's patches."""
+    tower.positions[0, tower.prefix_tokens :] = 0.5 * grid_positions(tower.config.grid, tower.dim)

@@ -9,7 +9,7 @@ from vqa_scratch.models.clip import CLIP, CLIPConfig
 from vqa_scratch.models.clip_text import CLIPTextConfig
 from vqa_scratch.models.vit import ViTConfig
 from vqa_scratch.storage import typed
-from vqa_scratch.systems.assembly import grid_positions, stem_for
+from vqa_scratch.systems.assembly import start_from_places, stem_for
 from vqa_scratch.systems.clip_options import CLIPOptions
 from vqa_scratch.systems.vqa_models import IMAGE_SIZE
 
@@ -54,5 +54,5 @@ def small_model(options: CLIPOptions, train: Sequence[VQASample]) -> tuple[CLIP,
         layout=kind,
     )
     model = CLIP(config, stem_for(config.image, options.stem))
-    model.image.start_from_places(0.5 * grid_positions(config.image.grid, width))
+    start_from_places(model.image)
     return model, text

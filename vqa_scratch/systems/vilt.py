@@ -26,7 +26,7 @@ from vqa_scratch.models.vilt import ViLT, ViLTClassifier, ViLTConfig, answer_los
 from vqa_scratch.storage import typed
 from vqa_scratch.study.opened import Opened
 from vqa_scratch.systems.answering import How
-from vqa_scratch.systems.assembly import check_images, grid_positions, stem_for, stem_of
+from vqa_scratch.systems.assembly import check_images, start_from_places, stem_for, stem_of
 from vqa_scratch.systems.base import ANY_SAMPLE, RunData, check_positions, needed, seed_everything
 from vqa_scratch.systems.export import export_vilt
 from vqa_scratch.systems.options import ViLTOptions
@@ -191,8 +191,7 @@ def small_model(options: ViLTOptions, train: list[VQASample], labels: tuple[str,
         init_std=options.width**-0.5,
     )
     model = ViLTClassifier(ViLT(sizes, stem_for(sizes, options.stem)), labels)
-    tower = model.vilt.tower
-    tower.start_from_places(0.5 * grid_positions(tower.config.grid, options.width))
+    start_from_places(model.vilt.tower)
     return model, text, ImageProcessor(size=(options.image_size, options.image_size))
 
 

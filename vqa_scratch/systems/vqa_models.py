@@ -97,10 +97,9 @@ def small_models(options: VQAOptions, train: list[VQASample]) -> Parts:
     )
     words, writer = Bert(text_config) if reads_question(options) else None, GPT2(decoder_config)
     connector = connect({"kind": options.connector, **sizes}, image, words, writer)
-    table = 0.5 * assembly.grid_positions(grid, width)
     if isinstance(image, ViT):
-        image.start_from_places(table)
-    connector.start_from_places(table)
+        assembly.start_from_places(image)
+    connector.start_from_places(0.5 * assembly.grid_positions(grid, width))
     writer.open_gates(0.5)  # it has learned nothing yet that closed ones would protect
     tokenizers = assembly.tokenizers_for(options, text if words else None, decoder)
     return VQAModel(image, words, connector, writer), tokenizers, ImageProcessor(size=(IMAGE_SIZE, IMAGE_SIZE))
