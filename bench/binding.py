@@ -3,7 +3,8 @@
 Three stages, as in the paper (Alayrac et al. 2022, 2204.14198), each from the weights of those before it:
 
 1. eyes: a ViT learns to name color and shape of a drawn object;
-2. language: a Llama learns the episodes of `data/binding.py` with each picture written in words, and sees no image;
+2. language: a Llama learns the episodes of `bench/binding_episodes.py` with each picture written in words, and sees no
+   image;
 3. a resampler and gated cross-attention layers learn to show that Llama what the eyes see. The eyes stay as they are,
    and so does the Llama of the variant "frozen", as in the paper; in "trained" it learns too, and in "scratch" it
    learns too and starts from random weights.
@@ -26,8 +27,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm import trange
 
-from vqa_scratch.data import binding
-from vqa_scratch.data.binding import Episodes, Pictures, crossed_episodes, draw_episodes
+from bench import binding_episodes as drawn
+from bench.binding_episodes import Episodes, Pictures, crossed_episodes, draw_episodes
 from vqa_scratch.data.images import ImageProcessor
 from vqa_scratch.data.scenes import COLORS, PIXELS, SHAPES
 from vqa_scratch.errors import UserError
@@ -83,7 +84,7 @@ def small_llama(plan: Plan) -> Llama:
     """Half of each head turns: the other half can match what lies any number of tokens apart."""
     sizes: dict[str, Any] = {"layers": plan.layers, "heads": plan.width // 16, "hidden": 2 * plan.width}
     rotary = Rotary(theta=100.0, share=0.5)
-    return Llama(LlamaConfig(len(binding.VOCABULARY), dim=plan.width, tied=True, rotary=rotary, **sizes))
+    return Llama(LlamaConfig(len(drawn.VOCABULARY), dim=plan.width, tied=True, rotary=rotary, **sizes))
 
 
 class FewShot(nn.Module):
@@ -99,7 +100,7 @@ class FewShot(nn.Module):
     def forward(self, ids: Tensor, states: Tensor) -> Tensor:
         """ids (E, T), the states of their pictures (E, S, N, D) -> logits (E, T, V)."""
         latents = self.resampler(states.flatten(0, 1)).unflatten(0, states.shape[:2])
-        return self.read(ids, images_of_texts(latents, last_images(ids, binding.IMAGE)))
+        return self.read(ids, images_of_texts(latents, last_images(ids, drawn.IMAGE)))
 
     def freeze(self, language: bool) -> None:
         """Leave the resampler and the gated layers trainable, and the Llama unless `language`."""
@@ -172,14 +173,14 @@ def train(
 
 def next_token_loss(logits: Tensor, ids: Tensor) -> Tensor:
     """Mean cross-entropy of every next token but `<image>`, which is given; (E, T, V), (E, T)."""
-    targets = ids[:, 1:].masked_fill(ids[:, 1:] == binding.IMAGE, -100)
+    targets = ids[:, 1:].masked_fill(ids[:, 1:] == drawn.IMAGE, -100)
     return F.cross_entropy(logits[:, :-1].flatten(0, 1), targets.flatten())
 
 
 def train_eyes(plan: Plan, eyes: ViT, pool: Pool, rng: np.random.Generator) -> float:
     """Teach the ViT to tell color and shape of the pairs that training shows."""
     heads = nn.ModuleList(nn.Linear(plan.width, len(names)) for names in (COLORS, SHAPES))
-    shown = np.flatnonzero(np.isin(pool.pictures.pair, binding.SEEN))
+    shown = np.flatnonzero(np.isin(pool.pictures.pair, drawn.SEEN))
     named = torch.from_numpy(np.stack(np.divmod(pool.pictures.pair, len(SHAPES))))  # (2, P)
 
     def loss() -> Tensor:
@@ -222,8 +223,8 @@ def score(answer: Answerer, episodes: Episodes, places: np.ndarray, *, written: 
     the episode, and `said`, chosen among all tokens. `last`: how often the word of the last shot is chosen."""
     words, order = torch.from_numpy(episodes.words), torch.from_numpy(episodes.order)
     scores = answer(torch.from_numpy(episodes.prompts(written=written)), torch.from_numpy(places))
-    right, chosen = order[:, -1:], scores.gather(1, binding.FIRST_WORD + words).argmax(1, keepdim=True)
-    said = scores.argmax(1, keepdim=True) == binding.FIRST_WORD + words.gather(1, right)
+    right, chosen = order[:, -1:], scores.gather(1, drawn.FIRST_WORD + words).argmax(1, keepdim=True)
+    said = scores.argmax(1, keepdim=True) == drawn.FIRST_WORD + words.gather(1, right)
     shares = {"chosen": chosen == right, "said": said, "last": chosen == order[:, -2:-1]}
     return {name: share.double().mean().item() for name, share in shares.items() if share.numel()}
 

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from bench import timing
 from bench.binding import SHOTS, FewShot, Plan, Seed
+from bench.binding_episodes import FIRST_WORD, WORDS
 from bench.results import table
-from vqa_scratch.data.binding import FIRST_WORD, WORDS
 from vqa_scratch.report.curves import draw_panels
 from vqa_scratch.storage import write_whole
 from vqa_scratch.study import trace

@@ -20,7 +20,7 @@ from torch import Tensor
 
 import tests.torchvision_shim  # noqa: F401  lets transformers import beside a CPU-only torch
 from bench.timing import forget_peak, peak_memory_gb
-from vqa_scratch.generate import GenerationOptions, generate
+from vqa_scratch.generate import Conditioning, GenerationOptions, generate
 from vqa_scratch.models import GPT2, Llama
 from vqa_scratch.nn.experts import MixtureOfExperts
 from vqa_scratch.nn.memory import Memory
@@ -165,9 +165,9 @@ class Ours(Side):
         keep_freed_memory()
 
     def made(self) -> Tensor:
-        memory = None if self.states is None else [Memory(self.states)]
+        given = None if self.states is None else Conditioning([Memory(self.states)])
         graph = self.case.device != "cpu" and self.case.beams == 1 and self.case.size != "moe"
-        return generate(self.model, self.prompt, None, memory, options=self.options, fill=EOS, graph=graph).ids
+        return generate(self.model, self.prompt, None, given, options=self.options, fill=EOS, graph=graph).ids
 
     def reads(self) -> int:
         """Bytes of weights that a step of one row reads: of a table one row, of experts the chosen ones."""

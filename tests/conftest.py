@@ -25,6 +25,13 @@ def _seeded():
     torch.set_default_dtype(dtype)
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_fixture_setup(fixturedef) -> None:
+    """What the tests of a file share (a random model) is drawn from the same seed, whichever of them asks first."""
+    if fixturedef.scope != "function":
+        torch.manual_seed(0)
+
+
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
     """A small data set of drawn scenes in the official formats, one for all tests of a file."""

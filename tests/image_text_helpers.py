@@ -1,17 +1,22 @@
 """Tiny random LLaVA and Fuyu checkpoints, saved by the reference, and prompts with places for images."""
 
+import json
 from collections.abc import Callable, Sequence
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pytest
 import torch
 import transformers as hf
 from helpers import STD, saved
 from PIL import Image
+from run_helpers import command
 
 from vqa_scratch.zero_shot import MAX_ANSWER_TOKENS, open_zero_shot
 
+CPU = torch.device("cpu")
 VOCABULARY, PLACE, LONG = 60, 59, 128
 TEXT = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2}
 TEXT |= {"num_attention_heads": 4, "max_position_embeddings": LONG, "initializer_range": STD}
@@ -70,10 +75,26 @@ def check_answers(
 ) -> None:
     """The checkpoint in a folder answers each question about each image as `said_by(image, question)`, with at least so
     many `different` answers: with fewer, the test says little."""
-    opened, answers = open_zero_shot(str(folder), torch.device("cpu")), set()
+    opened, answers = open_zero_shot(str(folder), CPU), set()
     for image, question in product(images, questions):
         (answer,), notes = opened.ask(image, question)
         assert answer.text == said_by(image, question) and notes == []
         assert 0 < answer.probability < 1 and 1 <= answer.tokens <= MAX_ANSWER_TOKENS
         answers.add(answer.text)
     assert len(answers) >= different
+
+
+def check_study(folder: Path, image: Path, question: str, out: Path, precision: str = "fp32") -> dict[str, Any]:
+    """`study --model` writes what `ask` answers, with a certificate that is that of the precision; its summary."""
+    given = ("--image", image, "--question", question, "--device", "cpu", "--precision", precision)
+    command("study", "--model", folder, *given, "--out", out)
+    summary = json.loads((out / "summary.json").read_text())
+    certificate = summary["certificate"]
+    (answer,), _ = open_zero_shot(str(folder), CPU, precision).ask(image, question)
+    assert (summary["answer"], len(summary["tokens"])) == (answer.text, answer.tokens)
+    # Of outputs of size 1 or more. In bf16 the model's own attention rounds weights and outputs to 8 bits each.
+    assert certificate["output"] <= (1e-5 if precision == "fp32" else 0.02) * max(1, certificate["size"])
+    assert certificate["mass"] <= 1e-5
+    if precision == "fp32":
+        assert summary["probability"] == pytest.approx(answer.probability, rel=1e-3)
+    return summary

@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from vqa_scratch.connectors import connect, connector_class
+from vqa_scratch.generate import Conditioning, GenerationOptions, generate
 from vqa_scratch.models import GPT2, Bert, BertConfig, GPT2Config, ResNet, ResNetConfig, ViT, ViTConfig, VQAModel
 from vqa_scratch.models.patches import PixelPatches, PixelPatchesConfig
 from vqa_scratch.models.resnet import group_norm
@@ -24,6 +25,12 @@ def spread(model: nn.Module, std: float = 0.25) -> nn.Module:
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * std)
     return model.eval()
+
+
+def greedy(decoder, ids, mask, memory=None, *, max_new_tokens: int, eos_id: int, fill: int = 0, prefix=None):
+    """The most likely token at each step, until every row has ended or has `max_new_tokens`."""
+    options = GenerationOptions(max_new_tokens, eos_id)
+    return generate(decoder, ids, mask, Conditioning(memory, prefix), options=options, fill=fill)
 
 
 def tiny_model(kind: str = "tokens", heads: int = 4, *, texts: bool = True) -> VQAModel:

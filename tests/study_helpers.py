@@ -93,6 +93,15 @@ def tiny_vqa_subject(kind: str = "tokens", model: VQAModel | None = None) -> VQA
     return VQASubject(model, torch.randn(1, 3, 24, 24), [1, 5] if model.text is None else [1], *asked)
 
 
+def tiny_sparse_subject() -> VQASubject:
+    """Gated layers of two heads before the first and the third of four blocks, which have four."""
+    image, decoder = tiny_image("resampler", 4), GPT2(GPT2Config(30, 32, 16, 4, 4, bos_id=1, eos_id=2))
+    connector = connect({"kind": "resampler", "queries": 3, "heads": 2}, image, None, decoder)
+    for block in decoder.blocks[1::2]:
+        block.gated = None
+    return tiny_vqa_subject(model=spread(VQAModel(image, None, connector, decoder)))
+
+
 def tiny_caption_subject() -> VQASubject:
     image, decoder = ResNet(ResNetConfig("basic", (1, 1), (16, 16)), group_norm), tiny_decoder()
     connector = connect({"kind": "tokens", "grid": [3, 3]}, image, None, decoder)

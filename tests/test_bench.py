@@ -38,7 +38,6 @@ CASE = Case(questions=6, images=2, question_tokens=5, answer_tokens=3)
 def weights(tmp_path_factory):
     """Files with weights large enough that a mistake shows in every gradient."""
     folder = tmp_path_factory.mktemp("weights")
-    torch.manual_seed(0)
     peer = TransformersVQA.random(**SIZES)
     with torch.no_grad():
         for parameter in peer.parameters():

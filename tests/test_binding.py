@@ -12,8 +12,7 @@ import torch.nn.functional as F
 from bench import binding as benchmark
 from bench.binding import SHOTS, Plan, Seed, score
 from bench.binding import tests as benchmark_tests
-from bench.binding_report import run
-from vqa_scratch.data.binding import (
+from bench.binding_episodes import (
     GROUP_OF_PAIR,
     GROUP_OF_WORD,
     PAIRS,
@@ -26,6 +25,7 @@ from vqa_scratch.data.binding import (
     draw_episodes,
     orders,
 )
+from bench.binding_report import run
 from vqa_scratch.data.scenes import HELD_OUT
 from vqa_scratch.errors import UserError
 

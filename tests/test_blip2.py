@@ -5,9 +5,10 @@ import torch
 import transformers as hf
 from blip2_helpers import IMAGE_TOKEN, QUERIES, TEXT, change_config, prompts, reference, with_image_tokens
 from helpers import STD, assert_close, saved
+from model_helpers import greedy
 
 from vqa_scratch.errors import UserError
-from vqa_scratch.generate import GenerationOptions, generate, greedy
+from vqa_scratch.generate import Conditioning, GenerationOptions, generate
 from vqa_scratch.models import OPT, Blip2, Blip2Config, OPTConfig
 from vqa_scratch.study import trace
 
@@ -85,14 +86,14 @@ def test_beams_and_traces_find_the_tokens_of_the_reference(tmp_path):
     ours = Blip2.from_pretrained(tmp_path)
     pixels, (ids, mask) = torch.randn(2, 3, 28, 28), prompts((8, 5))
     everything, all_mask = with_image_tokens(ids, mask)
-    image = ours.encode_image(pixels)
+    image = Conditioning(prefix=ours.encode_image(pixels))
     for beams in (1, 3):
         wanted = theirs.generate(pixels, everything, all_mask, max_new_tokens=9, num_beams=beams)
         options = GenerationOptions(9, eos_id=2, num_beams=beams)
-        made = generate(ours.language, ids, mask, options=options, fill=1, prefix=image)
+        made = generate(ours.language, ids, mask, image, options=options, fill=1)
         assert torch.equal(made.ids, wanted[:, everything.shape[1] :])
         with trace(ours.language, "decoder.0.resid_pre"):
-            again = generate(ours.language, ids, mask, options=options, fill=1, prefix=image)
+            again = generate(ours.language, ids, mask, image, options=options, fill=1)
             assert torch.equal(again.ids, made.ids)
 
 
@@ -103,11 +104,11 @@ def test_one_image_serves_several_questions(tmp_path):
     model = Blip2.from_pretrained(tmp_path)
     pixels, (ids, mask) = torch.randn(2, 3, 28, 28), prompts((9, 7, 9))
     which, options = torch.tensor([1, 1, 0]), GenerationOptions(8)
-    image = model.encode_image(pixels)[which]
-    made = generate(model.language, ids, mask, options=options, prefix=image)
+    image = Conditioning(prefix=model.encode_image(pixels)[which])
+    made = generate(model.language, ids, mask, image, options=options)
     for row in range(3):
-        alone = model.encode_image(pixels[which[row]][None])
-        own = generate(model.language, ids[row][mask[row].bool()][None], options=options, prefix=alone)
+        alone = Conditioning(prefix=model.encode_image(pixels[which[row]][None]))
+        own = generate(model.language, ids[row][mask[row].bool()][None], None, alone, options=options)
         assert torch.equal(own.ids[0], made.ids[row])
         assert_close(own.log_probs[0], made.log_probs[row])
 

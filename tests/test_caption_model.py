@@ -4,10 +4,9 @@ import json
 
 import pytest
 import torch
-from model_helpers import decoder, tiny_captioner
+from model_helpers import decoder, greedy, tiny_captioner
 
 from vqa_scratch.errors import UserError
-from vqa_scratch.generate import greedy
 from vqa_scratch.models import VQAModel
 from vqa_scratch.models.vqa import IGNORE, VQAOutput
 from vqa_scratch.nn.connecting import Conditioning

@@ -393,8 +393,8 @@ def test_candidates_after_a_shared_prefix(kind):
     image, _ = states(model)
     ids, mask, candidates = torch.randint(3, 30, MASK.shape), MASK.flip(1), [[5, 2], [5, 7, 2], [9]]
     prefix = model.connector(image, None).prefix
-    shared = rank(model.decoder, ids, mask, None, candidates, prefix=prefix, prefix_index=INDEX)
-    apart = rank(model.decoder, ids, mask, None, candidates, prefix=prefix[INDEX])
+    shared = rank(model.decoder, ids, mask, Conditioning(None, prefix, INDEX), candidates)
+    apart = rank(model.decoder, ids, mask, Conditioning(prefix=prefix[INDEX]), candidates)
     torch.testing.assert_close(shared, apart, atol=1e-5, rtol=0)  # float32, sums of up to three log-probabilities
 
 
@@ -404,8 +404,8 @@ def test_greedy_decoding_is_the_model_without_a_cache(kind):
     model = tiny_model(kind).double()
     image, text = states(model)
     given, ids, mask = model.connector(image, text, INDEX), torch.randint(3, 30, MASK.shape), MASK.flip(1)
-    options, prefix = GenerationOptions(7, 2), {"prefix": given.prefix, "prefix_index": given.prefix_index}
-    made = generate(model.decoder, ids, mask, given.memory, options=options, **prefix)
+    options = GenerationOptions(7, 2)
+    made = generate(model.decoder, ids, mask, given, options=options)
     for row in range(5):
         one, length = slice(row, row + 1), int(made.lengths[row])
         question = None if text is None else States(text.tokens[one], text.mask[one])

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers.models.idefics.configuration_idefics import IdeficsConfig
 from transformers.models.idefics.perceiver import IdeficsPerceiverResampler
 
-from vqa_scratch.generate import GenerationOptions, begin, generate, rank
+from vqa_scratch.generate import Conditioning, GenerationOptions, begin, generate, rank
 from vqa_scratch.generate.fast import FastState
 from vqa_scratch.generate.fast.self_attention import FixedRows, OneRow, Rows
 from vqa_scratch.generate.fast.state import of_steps
@@ -312,7 +312,7 @@ def test_every_state_emits_the_tokens_of_the_modules(kind, layer, state, case):
     decoder, rows = decoder_with(kind, layer), 1 if state is OneRow else 4
     ids, memory = text(rows, 7)[0][:, :5], memory_of(case, rows)
     with taps.activate(Watcher()):
-        first, modules = begin(decoder, ids, None, memory, steps=STEPS)
+        first, modules = begin(decoder, ids, None, Conditioning(memory), steps=STEPS)
         assert type(modules) is ModuleState
         wanted, tokens = scores_of(first, modules)
     whole = torch.cat([ids, tokens[:-1].t()], 1)
@@ -323,7 +323,7 @@ def test_every_state_emits_the_tokens_of_the_modules(kind, layer, state, case):
     torch.testing.assert_close(plain, wanted, **CLOSE)
 
     memory = memory_of(case, rows)
-    first, cache, real = prefill(decoder, ids, None, memory)
+    first, cache, real = prefill(decoder, ids, None, Conditioning(memory))
     parts = decoder.fast_state()
     own = state(parts, cache, real, STEPS) if state is OneRow else state(parts, cache, real, *of_steps(STEPS, 1, "cpu"))
     got, said = scores_of(first, FastState(parts, own, cache))
@@ -335,14 +335,14 @@ def test_every_state_emits_the_tokens_of_the_modules(kind, layer, state, case):
 @pytest.mark.parametrize("case", ["shared", "several"])
 @pytest.mark.parametrize("kind", DECODERS)
 def test_beams_and_rankings_of_the_modules(kind, case):
-    decoder, ids, memory = decoder_with(kind), text(4, 7)[0][:, :5], memory_of(case, 4)
+    decoder, ids, given = decoder_with(kind), text(4, 7)[0][:, :5], Conditioning(memory_of(case, 4))
     options = GenerationOptions(STEPS, None, num_beams=3)
-    fast = generate(decoder, ids, None, memory, options=options)
+    fast = generate(decoder, ids, None, given, options=options)
     candidates = [[3], [3, 4, 6], [3, 4, 7], [8, 2]]
-    ranked = rank(decoder, ids, None, memory, candidates)
+    ranked = rank(decoder, ids, None, given, candidates)
     with taps.activate(Watcher()):
-        slow = generate(decoder, ids, None, memory, options=options)
-        by_modules = rank(decoder, ids, None, memory, candidates)
+        slow = generate(decoder, ids, None, given, options=options)
+        by_modules = rank(decoder, ids, None, given, candidates)
     assert torch.equal(fast.ids, slow.ids)
     torch.testing.assert_close(ranked, by_modules, **CLOSE)
 

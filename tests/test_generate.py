@@ -5,8 +5,9 @@ import weakref
 
 import pytest
 import torch
+from model_helpers import greedy
 
-from vqa_scratch.generate import begin, greedy
+from vqa_scratch.generate import Conditioning, begin
 from vqa_scratch.models import GPT2, GPT2Config
 from vqa_scratch.nn.memory import Memory
 
@@ -15,7 +16,6 @@ FILL = 0
 
 @pytest.fixture(scope="module")
 def decoder() -> GPT2:
-    torch.manual_seed(0)
     config = GPT2Config(vocab_size=12, max_positions=40, dim=16, layers=2, heads=2, add_cross_attention=True)
     model = GPT2(config).double().eval()
     with torch.no_grad():
@@ -106,7 +106,7 @@ def test_keys_go_with_the_state(decoder, parts):
     try:
         with torch.no_grad():
             prompt = torch.zeros(4, 2, dtype=torch.long)
-            _, state = begin(decoder, prompt, None, memory(4)[2 - parts :], steps=3)
+            _, state = begin(decoder, prompt, None, Conditioning(memory(4)[2 - parts :]), steps=3)
             state.step(prompt[:, 0])
         keys = [weakref.ref(part) for part in (state.own, state.memory)]
         del state

@@ -14,7 +14,7 @@ from transformers import GPT2LMHeadModel, T5ForConditionalGeneration
 from transformers import T5Config as HFT5Config
 from transformers.modeling_outputs import BaseModelOutput
 
-from vqa_scratch.generate import GenerationOptions, generate
+from vqa_scratch.generate import Conditioning, GenerationOptions, generate
 from vqa_scratch.models import GPT2, T5
 from vqa_scratch.nn.memory import Memory
 
@@ -138,7 +138,7 @@ def check_gpt2(models, options: dict, seed: int) -> None:
     if peer.config.add_cross_attention:
         states, states_mask = memory(seed, len(ids))
         extra = {"encoder_hidden_states": states, "encoder_attention_mask": states_mask.long()}
-        parts = [Memory(states, states_mask)]
+        parts = Conditioning([Memory(states, states_mask)])
     theirs = peer.generate(ids, attention_mask=mask.long(), **extra, **peer_options(options))
     made = generate(ours, ids, mask, parts, options=our_options(options), fill=PAD)
     assert_equal(made, theirs, ids.shape[1])
@@ -151,7 +151,7 @@ def check_t5(models, options: dict, seed: int) -> None:
     encoded = BaseModelOutput(last_hidden_state=states)
     theirs = peer.generate(encoder_outputs=encoded, attention_mask=mask.long(), **peer_options(options))
     start = torch.full((len(states), 1), START)
-    made = generate(ours, start, None, [Memory(states, mask)], options=our_options(options), fill=PAD)
+    made = generate(ours, start, None, Conditioning([Memory(states, mask)]), options=our_options(options), fill=PAD)
     assert_equal(made, theirs, 1)
 
 
@@ -204,7 +204,7 @@ def test_where_every_token_ends_a_row_it_has_one(gpt2):
     _, ours = gpt2
     (ids, mask), parts = prompts(0), None
     if ours.config.add_cross_attention:
-        parts = [Memory(*memory(0, len(ids)))]
+        parts = Conditioning([Memory(*memory(0, len(ids)))])
     ends = tuple(range(VOCABULARY))
     first = generate(ours, ids, mask, parts, options=GenerationOptions(1)).ids
     for beams in (1, 4):
@@ -223,7 +223,7 @@ def test_a_sampled_row_ends_at_the_first_of_several_end_tokens(gpt2):
     _, ours = gpt2
     (ids, mask), parts = prompts(0), None
     if ours.config.add_cross_attention:
-        parts = [Memory(*memory(0, len(ids)))]
+        parts = Conditioning([Memory(*memory(0, len(ids)))])
     sampled, ends = {"max_new_tokens": 14, "do_sample": True, "temperature": 4.0, "seed": 4}, tuple(range(3, 24, 3))
     endless = generate(ours, ids, mask, parts, options=GenerationOptions(**sampled)).ids
     made = generate(ours, ids, mask, parts, options=GenerationOptions(eos_id=ends, **sampled), fill=-1)

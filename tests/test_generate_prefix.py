@@ -9,10 +9,11 @@ import pytest
 import torch
 import transformers as hf
 from helpers import saved
+from model_helpers import greedy
 from test_generate_options import CANDIDATES, VOCABULARY, parts, prompts, uneven
 from torch import Tensor
 
-from vqa_scratch.generate import GenerationOptions, begin, generate, greedy, rank
+from vqa_scratch.generate import Conditioning, GenerationOptions, begin, generate, rank
 from vqa_scratch.generate.state import ModuleState
 from vqa_scratch.models import GPT2, OPT, T5, GPT2Config, Llama, LlamaConfig, OPTConfig, T5Config
 from vqa_scratch.nn import taps
@@ -32,7 +33,6 @@ class Watch:
 
 @pytest.fixture(scope="module")
 def decoders():
-    torch.manual_seed(0)
     t5 = {"vocab_size": VOCABULARY, "buckets": 8, "max_distance": 10, "dim": WIDTH, "head_dim": 6, "hidden": 24}
     t5 |= {"encoder_layers": 1, "decoder_layers": 2, "heads": 2}
     sizes = {"hidden": 20, "dim": WIDTH, "layers": 2, "heads": 2}
@@ -111,11 +111,11 @@ def test_greedy_is_running_again_on_all_embeddings(decoders, name, rows, way):
 def test_sampled_tokens_have_the_probabilities_of_all_embeddings(decoders, name):
     decoder = decoders[name]
     ids, mask, prefix, _ = asked(decoder, name, 6)
-    asking = {"do_sample": True, "temperature": 2.0, "seed": 3}
-    endless = generate(decoder, ids, mask, options=GenerationOptions(8, **asking), prefix=prefix).ids
+    given, asking = Conditioning(prefix=prefix), {"do_sample": True, "temperature": 2.0, "seed": 3}
+    endless = generate(decoder, ids, mask, given, options=GenerationOptions(8, **asking)).ids
     end = int(endless[:, 1:].flatten().mode().values)  # said by some rows before the last step
     options = GenerationOptions(8, end, **asking)
-    made = generate(decoder, ids, mask, options=options, prefix=prefix)
+    made = generate(decoder, ids, mask, given, options=options)
     assert len(set(made.lengths.tolist())) > 1
     for row, length in enumerate(made.lengths.tolist()):
         prompt, tokens = ids[row][mask[row]].tolist(), made.ids[row, :length]
@@ -167,12 +167,13 @@ def test_tokens_equal_those_of_the_reference(tmp_path, name, beams):
         embeddings[row, -length:] = ours.embed(ids[row, -length:])
         embeddings[row, -length - QUERIES : -length] = prefix[row]
     seen = torch.arange(QUERIES + 6) >= 6 - torch.tensor(lengths)[:, None]
-    endless = generate(ours, ids, mask, options=GenerationOptions(10, None), prefix=prefix).ids
+    given = Conditioning(prefix=prefix)
+    endless = generate(ours, ids, mask, given, options=GenerationOptions(10, None)).ids
     often = int(endless[:, 2:].flatten().mode().values)
     lengths_seen = set()
     for end in (often, 23):
         options = GenerationOptions(10, end, num_beams=beams)
-        made = generate(ours, ids, mask, options=options, fill=1, prefix=prefix)
+        made = generate(ours, ids, mask, given, options=options, fill=1)
         theirs.generation_config.eos_token_id = end
         wanted = theirs.generate(
             inputs_embeds=embeddings,
@@ -194,12 +195,12 @@ def test_tokens_equal_those_of_the_reference(tmp_path, name, beams):
 def test_ranking_is_scoring_every_candidate(decoders, name, with_prefix, way):
     decoder = decoders[name]
     ids, mask, prefix, memory = asked(decoder, name, 4)
-    given = prefix if with_prefix else None
+    given = Conditioning(memory, prefix if with_prefix else None)
     if way == "modules":
         with taps.activate(Watch()):
-            made = rank(decoder, ids, mask, memory, CANDIDATES, prefix=given)
+            made = rank(decoder, ids, mask, given, CANDIDATES)
     else:
-        made = rank(decoder, ids, mask, memory, CANDIDATES, prefix=given)
+        made = rank(decoder, ids, mask, given, CANDIDATES)
     for row, (column, candidate) in itertools.product(range(4), enumerate(CANDIDATES)):
         prompt, before = ids[row][mask[row]].tolist(), prefix[row] if with_prefix else prefix[row, :0]
         log_probs = log_probs_of(decoder, before, prompt + candidate[:-1], row_of(memory, row))[len(prompt) - 1 :]
@@ -210,7 +211,7 @@ def test_ranking_is_scoring_every_candidate(decoders, name, with_prefix, way):
 def test_a_decoder_without_fast_parts_goes_through_its_modules(decoders):
     ids, mask, prefix, _ = asked(decoders["350m"], "350m", 2)
     with torch.no_grad():
-        _, state = begin(decoders["350m"], ids, mask, None, steps=3, prefix=prefix)
+        _, state = begin(decoders["350m"], ids, mask, Conditioning(prefix=prefix), steps=3)
     assert type(state) is ModuleState and decoders["350m"].fast_state() is None
     with pytest.raises(ValueError, match="a CUDA graph needs a decoder with a fast state"):
         generate(decoders["350m"], ids, options=GenerationOptions(3), graph=True)
@@ -219,14 +220,15 @@ def test_a_decoder_without_fast_parts_goes_through_its_modules(decoders):
 def test_a_prefix_that_does_not_fit(decoders):
     decoder = decoders["gpt2"]
     ids, _, prefix, _ = asked(decoder, "gpt2", 2)
+    given = Conditioning(prefix=prefix)
     for wrong in (prefix[:1], prefix[..., 1:], prefix[0]):
         with pytest.raises(ValueError, match=r"prefix must be \(2, any number, 16\), got \("):
-            generate(decoder, ids, options=GenerationOptions(3), prefix=wrong)
+            generate(decoder, ids, None, Conditioning(prefix=wrong), options=GenerationOptions(3))
     with pytest.raises(ValueError, match="41 tokens, but the position table serves 40"):  # 3 + 5 + 34 - 1
-        generate(decoder, ids, options=GenerationOptions(34), prefix=prefix)
+        generate(decoder, ids, None, given, options=GenerationOptions(34))
     with pytest.raises(ValueError, match="41 tokens, but the position table serves 40"):
-        rank(decoder, ids, None, None, [[3] * 34], prefix=prefix)
-    assert generate(decoder, ids, options=GenerationOptions(33), prefix=prefix).ids.shape == (2, 33)
+        rank(decoder, ids, None, given, [[3] * 34])
+    assert generate(decoder, ids, None, given, options=GenerationOptions(33)).ids.shape == (2, 33)
 
 
 @no_grad
@@ -238,9 +240,10 @@ def test_embeddings_instead_of_a_prompts_words(decoders, name, length):
     ids, mask, prefix, memory = asked(decoder, name, 3)
     ids, mask, other = ids[:, -length:], mask[:, -length:], ids.flip(1)[:, :length]
     for before in (None, prefix):
-        wanted = generate(decoder, ids, mask, memory, options=GenerationOptions(6), prefix=before)
-        given = {"embeddings": decoder.embed(ids), "prefix": before}
-        made = generate(decoder, other, mask, memory, options=GenerationOptions(6), **given)
+        given = Conditioning(memory, before)
+        wanted = generate(decoder, ids, mask, given, options=GenerationOptions(6))
+        words = decoder.embed(ids)
+        made = generate(decoder, other, mask, given, options=GenerationOptions(6), embeddings=words)
         assert torch.equal(made.ids, wanted.ids)
     with pytest.raises(ValueError, match="embeddings must be"):
-        generate(decoder, ids, mask, memory, options=GenerationOptions(6), embeddings=prefix[:, :0])
+        generate(decoder, ids, mask, given, options=GenerationOptions(6), embeddings=prefix[:, :0])

@@ -16,9 +16,8 @@ from transformers.models.idefics.processing_idefics import (
 )
 
 from vqa_scratch.errors import UserError
-from vqa_scratch.generate import GenerationOptions, generate
+from vqa_scratch.generate import Conditioning, GenerationOptions, generate
 from vqa_scratch.models import Idefics, IdeficsConfig
-from vqa_scratch.nn import Memory
 from vqa_scratch.study import trace
 
 no_grad = torch.no_grad()
@@ -101,8 +100,8 @@ def cut(given: dict[str, torch.Tensor], start: int, end: int) -> dict[str, torch
     }
 
 
-def memory(model: Idefics, given: dict[str, torch.Tensor]) -> list[Memory]:
-    return [model.memory(model.encode_image(given["pixel_values"]), given["image_attention_mask"])]
+def memory(model: Idefics, given: dict[str, torch.Tensor]) -> Conditioning:
+    return Conditioning([model.memory(model.encode_image(given["pixel_values"]), given["image_attention_mask"])])
 
 
 @no_grad

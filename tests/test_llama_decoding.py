@@ -8,7 +8,7 @@ import torch
 import transformers as hf
 from helpers import saved
 
-from vqa_scratch.generate import GenerationOptions, begin, generate
+from vqa_scratch.generate import Conditioning, GenerationOptions, begin, generate
 from vqa_scratch.generate.fast import FastState
 from vqa_scratch.generate.fast.self_attention import FixedRows, OneRow, Rows
 from vqa_scratch.generate.fast.state import of_steps
@@ -36,7 +36,6 @@ MODELS = {
 
 @pytest.fixture(scope="module", params=MODELS)
 def model(request) -> Llama:
-    torch.manual_seed(0)
     sizes = {"vocab_size": VOCABULARY, "max_positions": 40, "dim": WIDTH, "layers": 2, "heads": 4, "hidden": 20}
     decoder = Llama(LlamaConfig(**sizes, **MODELS[request.param])).eval()
     with torch.no_grad():
@@ -73,12 +72,13 @@ def scores_of(first: torch.Tensor, state) -> tuple[torch.Tensor, torch.Tensor]:
 def test_every_state_emits_the_tokens_of_the_modules(model, kind, padded, with_prefix):
     rows = 1 if kind is OneRow else 4
     ids, mask = prompts(rows, padded)
-    prefix = torch.randn(rows, 3, WIDTH, generator=torch.Generator().manual_seed(2)) if with_prefix else None
+    prefix = torch.randn(rows, 3, WIDTH, generator=torch.Generator().manual_seed(2))
+    given = Conditioning(prefix=prefix) if with_prefix else None
     with taps.activate(Watcher()):
-        first, state = begin(model, ids, mask, None, steps=STEPS, prefix=prefix)
+        first, state = begin(model, ids, mask, given, steps=STEPS)
         assert type(state) is ModuleState
         wanted, tokens = scores_of(first, state)
-    first, cache, real = prefill(model, ids, mask, None, prefix)
+    first, cache, real = prefill(model, ids, mask, given)
     parts = model.fast_state()
     if kind is FixedRows:
         state = FastState(parts, FixedRows(parts, cache, real, *of_steps(STEPS, 1, cache.device)), cache)

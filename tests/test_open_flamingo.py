@@ -131,8 +131,7 @@ def written_out(kind: str, tensors: dict[str, Tensor], ids: Tensor, image: Tenso
     (words,) = (tensor for key, tensor in tensors.items() if key.endswith(f"{DECODERS[kind][2]}.weight"))
     decoder.tokens = torch.nn.Embedding.from_pretrained(words)
     media, positions = written.resampled(image), torch.arange(ids.shape[1])[None]
-    x = decoder.embed(ids) if kind == "llama" else decoder.before_blocks(decoder.embed(ids), positions)
-    rotation = [decoder.rotation(positions[:, None])] if kind == "llama" else []
+    x, *rotation = decoder.before_blocks(decoder.embed(ids), positions)
     for n, block in enumerate(decoder.blocks):
         if f"{PREFIX}.{n}.attn_gate" in tensors:
             x = written.gated(n, x, media, ids == IMAGE)

@@ -5,7 +5,6 @@ from types import SimpleNamespace
 
 import browser
 import pytest
-import torch
 from PIL import Image
 from study_helpers import SUBJECTS
 
@@ -34,7 +33,6 @@ def pages(tmp_path_factory):
         answers[number] = Answer(said, 0.5)
     gallery = root / "samples.html"
     write_gallery(gallery, samples, answers, lambda sample: sample.question_type, 6, "What the model answers")
-    torch.manual_seed(0)
     subject, image = SUBJECTS["prefix"](), Image.new("RGB", (24, 24), (200, 30, 30))
     words = chosen([f" word{i}" for i in range(30)], "<s>") | {"prompt": tuple(f"<{i}>" for i in subject.prompt)}
     write_study(root / "study", [take_apart(Opened(run_name(root / "run"), subject, "what?", image, **words))])

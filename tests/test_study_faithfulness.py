@@ -9,6 +9,7 @@ from study_helpers import (
     PATCHES,
     SUBJECTS,
     tiny_expert_subject,
+    tiny_sparse_subject,
     tiny_t5_subject,
     tiny_vilt_subject,
     tiny_vqa,
@@ -161,6 +162,7 @@ def test_pointing_is_measured_in_pixels(monkeypatch):
     monkeypatch.setattr(OneToken, "generate", lambda subject: [5])
     monkeypatch.setattr(OneToken, "logits", lambda subject, ids: None)
     monkeypatch.setattr(OneToken, "model", None, raising=False)
+    monkeypatch.setattr(OneToken, "reading", ["decoder.0.cross"])
     for places, box, mass, hit in (
         (
             Places((3, 3), 4.0, 8),
@@ -180,6 +182,11 @@ def test_pointing_is_measured_in_pixels(monkeypatch):
             assert one.ratio == pytest.approx(mass / area)
     corner = pointing([(OneToken(0, Places((3, 3), 0.5, 8)), (0, 0, 2.25, 24))])  # its square is clipped at the image
     assert corner["cross"].mass == pytest.approx(0.5) and corner["cross"].hit == 1
+
+
+def test_pointing_names_the_blocks_that_read_the_image():
+    found = pointing([(tiny_sparse_subject(), (0, 0, 10, 24))])
+    assert {name for name in found if name.startswith("cross ")} == {"cross layer 0", "cross layer 2"}
 
 
 @pytest.mark.parametrize("name", [*IMAGES, "pair", "probed pair"])

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, safe_open
-from study_helpers import SUBJECTS, spread, tiny_t5
+from study_helpers import SUBJECTS, spread, tiny_sparse_subject, tiny_t5
 
 from vqa_scratch.__main__ import PROGRAM
 from vqa_scratch.commands.line import call
@@ -53,7 +53,6 @@ def tiny_run(folder, connector="tokens"):
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """Two runs, a T5 and an image, studied once each."""
-    torch.manual_seed(0)
     root = tmp_path_factory.mktemp("study")
     tiny_run(root / "run")
     tiny_run(root / "mean", "mean")
@@ -455,3 +454,29 @@ def test_a_square_is_painted_and_found_where_the_token_looks(pages, window, name
         """
     )
     assert note.startswith("patch in row 2, column 2:")
+
+
+@needs_browser
+def test_layers_are_called_by_their_blocks(tmp_path, window):
+    """Where not every block reads the image; and each kind of attention has its own heads."""
+    subject = tiny_sparse_subject()
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (24, 24, 3), dtype=np.uint8))
+    words = chosen(tuple(f" word{i}" for i in range(30)), "[CLS]") | {"prompt": ("<1>",)}
+    write_study(tmp_path, [take_apart(Opened("gated", subject, "about it", image, **words))])
+    window.open(tmp_path / "report.html")
+
+    def texts(of):
+        return window.script(f"return [...document.querySelectorAll('{of}')].map(e => e.textContent)")
+
+    assert [text for text in texts(".grid .axis") if "layer" in text] == ["layer 0", "layer 2"]
+    window.click('.thumb[data-layer="1"][data-head="1"]')
+    assert "layer 2, head 1, step by step" in texts(".stepwise h2")[0]
+    assert texts(".pickers select option") == ["0", "2", "0", "1"]
+    title = window.script("return document.querySelector('.thumb[aria-pressed=true]').title")
+    assert title.startswith("layer 2 head 1")
+    assert "layer 2 head 1" in texts("[role=status]")[0]
+    heads = [f"head {i}" for i in range(4)]
+    assert texts("table.parts th") == ["cross", *heads[:2], "MLP", "self", *heads]
+    window.click('button[data-value="decoder"]')
+    assert [text for text in texts(".grid .axis") if "layer" in text] == [f"layer {i}" for i in range(4)]
+    assert window.log() == []

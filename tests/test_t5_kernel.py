@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from vqa_scratch.generate import GenerationOptions, generate
+from vqa_scratch.generate import Conditioning, GenerationOptions, generate
 from vqa_scratch.kernels import attention, choice
 from vqa_scratch.models.t5 import T5, T5Config
 from vqa_scratch.nn import taps
@@ -178,7 +178,7 @@ def test_generation(model, way, beams):
     made = []
     for kind in ("kernel", "dense"):
         with way(kind) as calls, torch.no_grad():
-            memory = [Memory(model.encode(ids, mask), mask)]
+            memory = Conditioning([Memory(model.encode(ids, mask), mask)])
             options = GenerationOptions(8, 1, num_beams=beams)
             made.append(generate(model, decoder_ids, decoder_mask, memory, options=options).ids)
             assert len(calls) == (LAYERS if kind == "kernel" else 0)

@@ -6,30 +6,26 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-import torch
 import transformers as hf
 from blip2_helpers import QUERIES, change_config, reference
-from image_text_helpers import check_answers, pictures
+from image_text_helpers import CPU, check_answers, check_study, pictures
 from PIL import Image
+from run_helpers import command
 from tokenizers.processors import TemplateProcessing
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 
 from vqa_scratch import zero_shot
-from vqa_scratch.__main__ import PROGRAM
-from vqa_scratch.commands.line import call
 from vqa_scratch.data.text import train_bpe
 from vqa_scratch.errors import UserError
 from vqa_scratch.zero_shot import MAX_ANSWER_TOKENS, open_zero_shot
 
 QUESTIONS = ["what is it?", "how many cats are there?", "  is it red?  "]
-CPU = torch.device("cpu")
 PROMPT = "Question: {} Answer:"
 
 
 @pytest.fixture(scope="module")
 def theirs(tmp_path_factory):
     """(folder, model, processor) of a checkpoint saved by the reference, everything in it as it saves today."""
-    torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("blip2")
     own = train_bpe([PROMPT.format(question) for question in QUESTIONS], 280)
     newline = own.encode("\n", add_special_tokens=False)
@@ -92,10 +88,6 @@ def test_each_of_several_end_tokens_ends_an_answer(theirs, images, folder):
         assert peer.generate(**inputs, max_new_tokens=9).shape[1] == inputs["input_ids"].shape[1] + 1
 
 
-def command(*argv: object) -> None:
-    call(PROGRAM, [str(a) for a in argv], "python -m vqa_scratch")
-
-
 def test_the_command(theirs, images, capsys):
     command("ask", "--model", theirs[0], "--image", images[1], "--question", QUESTIONS[1], "--device", "cpu")
     text = said_by(theirs, images[1], QUESTIONS[1])
@@ -107,12 +99,8 @@ def test_the_command(theirs, images, capsys):
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_study(theirs, images, tmp_path, monkeypatch, precision):
     monkeypatch.setattr(zero_shot, "MAX_ANSWER_TOKENS", 4)
-    given = ("--image", images[1], "--question", QUESTIONS[1], "--device", "cpu", "--precision", precision)
-    command("study", "--model", theirs[0], *given, "--out", tmp_path)
-    summary = json.loads((tmp_path / "summary.json").read_text())
-    assert summary["certificate"]["output"] <= (1e-5 if precision == "fp32" else 0.05)
-    (answer,), _ = open_zero_shot(str(theirs[0]), CPU, precision).ask(images[1], QUESTIONS[1])
-    assert summary["answer"] == answer.text and summary["text"] == QUESTIONS[1]
+    summary = check_study(theirs[0], images[1], QUESTIONS[1], tmp_path, precision)
+    assert summary["text"] == QUESTIONS[1]
 
 
 @pytest.mark.parametrize("given", [(), ("somewhere", "--model", "elsewhere")])

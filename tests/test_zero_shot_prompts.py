@@ -11,22 +11,20 @@ import tokenizers
 import torch
 import transformers as hf
 from blip2_helpers import change_config
-from image_text_helpers import check_answers, fuyu_reference, llava_reference, pictures
+from image_text_helpers import CPU, check_answers, check_study, fuyu_reference, llava_reference, pictures
 from PIL import Image
+from run_helpers import command
 from tokenizers import decoders, models, normalizers
 from tokenizers.processors import TemplateProcessing
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.fuyu.image_processing_pil_fuyu import FuyuImageProcessorPil
 
 from vqa_scratch import zero_shot
-from vqa_scratch.__main__ import PROGRAM
-from vqa_scratch.commands.line import call
 from vqa_scratch.data.text import train_bpe
 from vqa_scratch.errors import UserError
 from vqa_scratch.zero_shot import MAX_ANSWER_TOKENS, open_zero_shot
 
 QUESTIONS = ["what is it?", "how many cats are there?", "  is it red?  "]
-CPU = torch.device("cpu")
 CHAT = """{% for message in messages %}<s>{{ message['role'] }}
 {% for part in message['content'] %}
 {% if part['type'] == 'image' %}<image>{% else %}{{ part['text'] }}{% endif %}
@@ -82,7 +80,6 @@ MADE = {"llava": lambda folder: llava(folder, None), "chat": lambda folder: llav
 @pytest.fixture(scope="module", params=MADE)
 def theirs(request, tmp_path_factory):
     """(name, folder, model, processor) of a checkpoint saved by the reference, everything in it as it saves today."""
-    torch.manual_seed(0)
     folder = tmp_path_factory.mktemp(request.param)
     return request.param, folder, *MADE[request.param](folder)
 
@@ -116,10 +113,6 @@ def test_answers_equal_those_of_the_reference(theirs, images):
     check_answers(theirs[1], images, QUESTIONS, partial(said_by, theirs), different=5)
 
 
-def command(*argv: object) -> None:
-    call(PROGRAM, [str(a) for a in argv], "python -m vqa_scratch")
-
-
 def test_the_command(theirs, images, capsys):
     given = ("ask", "--model", theirs[1], "--image", images[1], "--question", QUESTIONS[1])
     command(*given, "--device", "cpu")
@@ -136,15 +129,9 @@ def test_study(theirs, images, tmp_path, capsys, monkeypatch):
     shards = Path(shutil.copytree(folder, tmp_path / "shards", ignore=shutil.ignore_patterns("*.safetensors")))
     model.save_pretrained(shards, max_shard_size="20KB")
     assert len(list(shards.glob("model-*.safetensors"))) > 2
-    given = ("--image", images[1], "--question", QUESTIONS[1], "--device", "cpu")
-    command("study", "--model", shards, *given, "--out", tmp_path / "out")
-    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    check_study(shards, images[1], QUESTIONS[1], tmp_path / "out")
     opened = open_zero_shot(str(folder), CPU)
-    ((answer,), _), studied = opened.ask(images[1], QUESTIONS[1]), opened.subject(Image.open(images[1]), QUESTIONS[1])
-    assert (summary["answer"], len(summary["tokens"])) == (answer.text, answer.tokens)
-    assert summary["probability"] == pytest.approx(answer.probability, rel=1e-3)
-    # Outputs are of size 3, and those of a bf16 kernel are rounded to 8 bits.
-    assert summary["certificate"]["output"] <= 1e-5 * max(1, summary["certificate"]["size"])
+    studied = opened.subject(Image.open(images[1]), QUESTIONS[1])
     assert {"report.html", "overlay_relevancy.png", "trace.safetensors"} <= set(
         path.name for path in (tmp_path / "out").iterdir()
     )
@@ -152,9 +139,7 @@ def test_study(theirs, images, tmp_path, capsys, monkeypatch):
     assert torch.equal(opened.processor(studied.image)[None], subject.pixel_values) and studied.image.size == size[::-1]
     words = "".join(subject.sources[0].labels) + studied.prompt[0]
     assert QUESTIONS[1] in words and ("<0x04>" in words if name == "fuyu" else "ASSISTANT:" in words or name == "chat")
-    command("study", "--model", shards, *given, "--out", tmp_path / "out", "--precision", "bf16")
-    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
-    assert summary["certificate"]["mass"] <= 1e-5 and summary["certificate"]["output"] < 0.05
+    check_study(shards, images[1], QUESTIONS[1], tmp_path / "out", "bf16")
     assert "certificate: " in capsys.readouterr().out
 
 

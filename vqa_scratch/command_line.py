@@ -174,18 +174,20 @@ def check_arguments(argv: Sequence[str]) -> None:
             raise UserError(f"the argument {argument!r} holds a NUL, which neither a name nor a text may have")
 
 
-def peek(argv: Sequence[str], name: str, choices: Sequence[str]) -> str:
-    """The value of one flag, before the others are known; the first choice if it is not given.
-
-    Raises UserError on a value that is not among the choices, naming the nearest.
-    """
-    option = click.Option([name, "found"], type=NearChoice(choices), default=choices[0])
+def value_in(argv: Sequence[str], option: click.Option) -> Any:
+    """The value of one flag, before the others are known. Raises UserError on a wrong one."""
     rest = {"ignore_unknown_options": True, "allow_extra_args": True, "allow_interspersed_args": True}
-    command = click.Command("peek", params=[option], add_help_option=False, context_settings=rest)
+    command = click.Command("one", params=[option], add_help_option=False, context_settings=rest)
     try:
-        return command.make_context("peek", list(argv)).params["found"]
+        (value,) = command.make_context("one", list(argv)).params.values()
     except click.ClickException as error:
         raise as_user_error(error) from None
+    return value
+
+
+def peek(argv: Sequence[str], name: str, choices: Sequence[str]) -> str:
+    """`value_in` of a flag with these choices, of which an error names the nearest; the first if it is not given."""
+    return value_in(argv, click.Option([name, "found"], type=NearChoice(choices), default=choices[0]))
 
 
 def with_config(argv: Sequence[str]) -> list[str]:
@@ -193,13 +195,7 @@ def with_config(argv: Sequence[str]) -> list[str]:
 
     The file is TOML, a line an option: `learning_rate = 1e-3`, `compile = true`. Raises UserError if it cannot be read.
     """
-    config = click.Option(["--config", "path"], type=click.Path(path_type=Path))
-    rest = {"ignore_unknown_options": True, "allow_extra_args": True, "allow_interspersed_args": True}
-    command = click.Command("config", params=[config], add_help_option=False, context_settings=rest)
-    try:
-        path = command.make_context("config", list(argv)).params["path"]
-    except click.ClickException as error:
-        raise as_user_error(error) from None
+    path = value_in(argv, click.Option(["--config", "path"], type=click.Path(path_type=Path)))
     if path is None:
         return list(argv)
     try:

@@ -23,7 +23,7 @@ from vqa_scratch.data.image_files import load_image
 from vqa_scratch.data.images import JOINT_CONFIG_NAME, ImageProcessor
 from vqa_scratch.data.text import Tokenizer, check_question
 from vqa_scratch.errors import UserError
-from vqa_scratch.generate import GenerationOptions, generate
+from vqa_scratch.generate import Conditioning, GenerationOptions, generate
 from vqa_scratch.generation_options import end_ids
 from vqa_scratch.models import Blip2, Fuyu, Idefics, Llava
 from vqa_scratch.models.image_text import JoinedModel
@@ -73,9 +73,9 @@ class ZeroShot(ABC):
 
     @property
     def own_options(self) -> dict[str, Any]:
-        """The fields of `GenerationOptions` that the model knows: what ends an answer, and what never comes in one."""
+        """The model's own fields of `GenerationOptions`: how long an answer is, what ends it, what it never holds."""
         end = self.model.language.config.eos_id
-        return {"eos_id": self.tokenizer.eos_id if end is None else end}
+        return {"max_new_tokens": MAX_ANSWER_TOKENS, "eos_id": self.tokenizer.eos_id if end is None else end}
 
     @abstractmethod
     def studied(self, prompt: list[int], pixels: Tensor) -> Blip2Subject | PlacedSubject | IdeficsSubject:
@@ -116,7 +116,7 @@ class ZeroShot(ABC):
         """
         if top is not None:
             raise UserError(f"{self.source} writes one answer and ranks no list of them: leave out --top")
-        options = GenerationOptions(**{"max_new_tokens": MAX_ANSWER_TOKENS} | self.own_options | dict(decoding or {}))
+        options = GenerationOptions(**self.own_options | dict(decoding or {}))
         prompt, pixels = self.prepared(load_image(image), question)
         ids, given = self.read(prompt, pixels)
         self.check_room(prompt, ids.shape[1] - len(prompt), options.max_new_tokens)
@@ -132,7 +132,7 @@ class ZeroShot(ABC):
         prompt, pixels = self.prepared(image, question)
         subject = self.studied(prompt, pixels)
         self.check_room(prompt, subject.prefix + len(subject.prompt) - len(prompt), MAX_ANSWER_TOKENS)
-        subject.end_ids = end_ids(self.own_options["eos_id"])
+        subject.decide_by(self.own_options)
         shown = Image.fromarray(self.processor.to_uint8(image))
         answer = written(self.tokenizer, subject.prompt)
         return Opened(run_name(Path(self.source)), subject, (question or "").strip(), shown, **answer)
@@ -282,7 +282,8 @@ class AskedIdefics(ZeroShot):
         assert self.place is not None, "checked"
         ids = torch.tensor([prompt], device=self.device)
         states = self.model.encode_image(pixels[None])
-        return ids, {"memory": [self.model.memory(states, self.model.image_mask(ids, self.place, [1]))]}
+        memory = self.model.memory(states, self.model.image_mask(ids, self.place, [1]))
+        return ids, {"given": Conditioning([memory])}
 
     def studied(self, prompt: list[int], pixels: Tensor) -> IdeficsSubject:
         assert self.place is not None, "checked"

@@ -51,10 +51,10 @@ def bar_repeated_ngrams(scores: Tensor, ids: Tensor, real: Tensor, size: int) ->
 
 
 def bar(scores: Tensor, tokens: tuple[int, ...]) -> Tensor:
-    """-inf for these tokens."""
+    """-inf for these tokens of scores (..., V)."""
     scores = scores.clone()
     for token in tokens:
-        scores[:, token] = -math.inf
+        scores[..., token] = -math.inf
     return scores
 
 

@@ -4,7 +4,7 @@ The answers form a tree, so that a common beginning is computed once; all nodes 
 attending to the prompt and the nodes above it. Prompt and memory are read once. A decoder without a fast state takes
 one candidate after the other.
 
-Shapes: B rows, Q prefix embeddings of width E, P prompt tokens, C candidates, K nodes of a tree, N edges, V vocabulary.
+Shapes: B rows, P prompt tokens, C candidates, K nodes of a tree, N edges, V vocabulary.
 """
 
 from collections.abc import Sequence
@@ -16,9 +16,10 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from vqa_scratch.generate.fast import tree_states
-from vqa_scratch.generate.start import check_length, fast_parts, prefill, without_gradients
+from vqa_scratch.generate.start import NOTHING, check_length, fast_parts, prefill, without_gradients
 from vqa_scratch.nn.attention import masked_safely
 from vqa_scratch.nn.cache import DecoderCache
+from vqa_scratch.nn.connecting import Conditioning
 from vqa_scratch.nn.decoding import Decoder, FastParts
 from vqa_scratch.nn.memory import Memory
 from vqa_scratch.nn.memory_parts import for_next_tokens
@@ -127,17 +128,13 @@ def rank(
     decoder: Decoder,
     prompt_ids: Tensor,
     prompt_mask: Tensor | None,
-    memory: list[Memory] | None,
+    given: Conditioning | None,
     candidates: Sequence[Sequence[int]],
-    *,
-    prefix: Tensor | None = None,
-    prefix_index: Tensor | None = None,
 ) -> Tensor:
     """Log-probability of each candidate after each prompt, (B, C) in nats: the sum over its tokens.
 
-    prompt_ids (B, P) with prompt_mask (B, P), True = a real token, padding on the left; None means no padding. `prefix`
-    (B, Q, E) are embeddings before the prompt's tokens, or with `prefix_index` (B,) the fewer that rows share, as in
-    `generate`. `candidates` are ids, with an end token if the answer has to
+    prompt_ids (B, P) with prompt_mask (B, P), True = a real token, padding on the left; None means no padding. `given`
+    is what the decoder reads besides, as in `generate`. `candidates` are ids, with an end token if the answer has to
     end there. Raises ValueError on no candidates, an empty one, an id outside the vocabulary, more tokens than
     positions, and a decoder in training mode.
     """
@@ -145,9 +142,10 @@ def rank(
         raise ValueError("rank needs candidates of one token at least")
     if decoder.training:
         raise ValueError("rank needs a decoder in eval mode")
-    check_length(decoder, prompt_ids, prefix, max(map(len, candidates)) - 1)
+    given = given or NOTHING
+    check_length(decoder, prompt_ids, given, max(map(len, candidates)) - 1)
     with without_gradients(), masked_safely(prompt_ids.device):
-        first, cache, mask = prefill(decoder, prompt_ids, prompt_mask, memory, prefix, prefix_index)
+        first, cache, mask = prefill(decoder, prompt_ids, prompt_mask, given)
         at_prompt = first.float().log_softmax(-1)  # (B, V)
         rows, vocabulary = at_prompt.shape
         if max(max(c) for c in candidates) >= vocabulary:
@@ -155,7 +153,7 @@ def rank(
         parts = fast_parts(decoder)
         result = at_prompt.new_empty(rows, len(candidates))
         if parts is None:
-            result.copy_(_one_by_one(decoder, cache, mask, memory, at_prompt, candidates))
+            result.copy_(_one_by_one(decoder, cache, mask, given.memory, at_prompt, candidates))
         else:
             for portion in _portions(candidates):
                 some = _by_tree(parts, cache, mask, at_prompt, [candidates[i] for i in portion])

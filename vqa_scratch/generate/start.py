@@ -14,8 +14,11 @@ from vqa_scratch.generate.fast import FastState, GraphState
 from vqa_scratch.generate.state import ModuleState, State
 from vqa_scratch.nn import taps
 from vqa_scratch.nn.cache import DecoderCache
+from vqa_scratch.nn.connecting import Conditioning
 from vqa_scratch.nn.decoding import Decoder, FastParts
 from vqa_scratch.nn.memory import Memory, check_rows
+
+NOTHING = Conditioning()  # besides the prompt
 
 
 def without_gradients() -> AbstractContextManager:
@@ -23,9 +26,9 @@ def without_gradients() -> AbstractContextManager:
     return torch.no_grad() if taps.active() else torch.inference_mode()
 
 
-def check_length(decoder: Decoder, prompt_ids: Tensor, prefix: Tensor | None, new_tokens: int) -> None:
+def check_length(decoder: Decoder, prompt_ids: Tensor, given: Conditioning, new_tokens: int) -> None:
     """Raise ValueError if prefix, prompt and new tokens need more positions than the decoder has."""
-    total = prompt_ids.shape[1] + (0 if prefix is None else prefix.shape[1]) + new_tokens
+    total = prompt_ids.shape[1] + given.prefix_length + new_tokens
     if decoder.max_positions is not None and total > decoder.max_positions:
         raise ValueError(f"{total} tokens, but the position table serves {decoder.max_positions}")
 
@@ -58,26 +61,25 @@ def prefill(
     decoder: Decoder,
     prompt_ids: Tensor,
     prompt_mask: Tensor | None,
-    memory: list[Memory] | None,
-    prefix: Tensor | None = None,
-    prefix_index: Tensor | None = None,
+    given: Conditioning | None,
     embeddings: Tensor | None = None,
 ) -> tuple[Tensor, DecoderCache, Tensor | None]:
     """The scores of the first new token (G, V), the cache of the prompts, and its mask, None without padding.
 
     Arguments as in `begin`.
     """
+    given = given or NOTHING
     embeddings = decoder.embed(prompt_ids) if embeddings is None else embeddings
     if embeddings.shape[:2] != prompt_ids.shape:
         raise ValueError(f"embeddings must be {(*prompt_ids.shape, 'width')}, got {tuple(embeddings.shape)}")
     mask, cache = padding(prompt_mask), decoder.new_cache()
-    if prefix is not None and prefix_index is not None:
-        hidden = decoder.hidden_after(prefix, prefix_index, embeddings, mask, cache=cache)
-        mask = None if mask is None else F.pad(mask, (prefix.shape[1], 0), value=True)
+    if given.prefix_index is not None:
+        hidden = decoder.hidden_after(given, embeddings, mask, cache=cache)
+        mask = None if mask is None else F.pad(mask, (given.prefix_length, 0), value=True)
         return decoder.logits(hidden[:, -1]), cache, mask
-    if prefix is not None:
-        embeddings, mask = _before(embeddings, mask, prefix)
-    hidden = decoder.hidden(embeddings, mask, memory=memory, cache=cache)[:, -1]
+    if given.prefix is not None:
+        embeddings, mask = _before(embeddings, mask, given.prefix)
+    hidden = decoder.hidden(embeddings, mask, memory=given.memory, cache=cache)[:, -1]
     return decoder.logits(hidden), cache, mask
 
 
@@ -101,37 +103,36 @@ def begin(
     decoder: Decoder,
     prompt_ids: Tensor,
     prompt_mask: Tensor | None,
-    memory: list[Memory] | None,
+    given: Conditioning | None,
     *,
     steps: int,
     members: int = 1,
-    prefix: Tensor | None = None,
-    prefix_index: Tensor | None = None,
     embeddings: Tensor | None = None,
     graph: bool = False,
 ) -> tuple[Tensor, State]:
     """Read the prompts. Returns the scores of the first new token (G, V) and the state after the prompts. Call this and
     the steps of the state without gradients.
 
-    prompt_ids (G, P) with prompt_mask (G, P), True = a real token; None means no padding. `prefix` (G, Q, E) are
-    embeddings before the prompt's tokens; with `prefix_index` (G,) they are (M, Q, E), and group g has those of
-    `prefix_index[g]`. `embeddings` (G, P, E) are those of its tokens, if not `decoder.embed` of them.
+    prompt_ids (G, P) with prompt_mask (G, P), True = a real token; None means no padding. `given` is what the decoder
+    reads besides: memories, or embeddings before the prompts. `embeddings` (G, P, E) are those of the prompts' tokens,
+    if not `decoder.embed` of them.
     The state has room for `steps` steps of `members` rows a group; with `graph` it replays them as a CUDA graph. Raises
     ValueError on more tokens than positions, and if a graph is not possible; UserError on more members than tokens in
     the vocabulary.
     """
-    check_length(decoder, prompt_ids, prefix, steps)
-    parts, (rows, length) = fast_parts(decoder), prompt_ids.shape
+    given = given or NOTHING
+    check_length(decoder, prompt_ids, given, steps)
+    parts, (rows, length), memory = fast_parts(decoder), prompt_ids.shape, given.memory
     if graph and parts is None:
         raise ValueError("a CUDA graph needs a decoder with a fast state, in eval mode and without a trace")
     # A prompt of one token is an ordinary step.
-    words_only = prefix is None and embeddings is None
+    words_only = given.prefix is None and embeddings is None
     one_step = length == members == 1 and words_only and not graph and padding(prompt_mask) is None
     if one_step and parts is not None and (memory is None or parts.blocks[0].cross is not None):
         cache = _without_tokens(parts, decoder.new_cache(), memory, rows)
         state = FastState.after(parts, cache, None, 1 + steps)
         return state.step(prompt_ids[:, 0]), state
-    scores, cache, mask = prefill(decoder, prompt_ids, prompt_mask, memory, prefix, prefix_index, embeddings)
+    scores, cache, mask = prefill(decoder, prompt_ids, prompt_mask, given, embeddings)
     if members > scores.shape[-1]:  # before a cache for so many rows is made
         raise UserError(f"{members} beams, but the vocabulary has {scores.shape[-1]} tokens")
     if parts is None:

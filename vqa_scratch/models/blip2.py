@@ -74,7 +74,7 @@ class Blip2(ImageTextModel):
     """Image encoder, Q-Former, projection and language model.
 
     To generate, give the language model the image as its prefix:
-    `generate(model.language, ids, mask, prefix=model.encode_image(pixels), options=...)`.
+    `generate(model.language, ids, mask, Conditioning(prefix=model.encode_image(pixels)), options=...)`.
     """
 
     config_class = Blip2Config

@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Self
 
 from torch import Tensor, nn
 
-from vqa_scratch.models.hf_config import HFConfig, Layout, ReleasedDecoder, check_heads
+from vqa_scratch.models.hf_config import C, HFConfig, Layout, ReleasedDecoder, check_heads
 from vqa_scratch.nn import taps
 from vqa_scratch.nn.attention import MultiHeadAttention
 from vqa_scratch.nn.cache import DecoderCache, KVCache
@@ -95,24 +95,18 @@ class GPT2Block(DecoderBlock):
         return FastBlock(self.norm1, self.attn, cross, FastMLP(self.norm2, self.mlp), self.fast_gated())
 
 
-class PositionTableDecoder(ReleasedDecoder[GPT2Config]):
-    """A decoder whose positions are a table and whose head is its token embedding: what GPT-2 and OPT have in common.
-
-    A subclass has what is before and after the blocks.
-    """
+class BlockDecoder(ReleasedDecoder[C]):
+    """What GPT-2, OPT and Llama have in common: token embedding, blocks one after the other, a last norm."""
 
     tokens: nn.Embedding
-
-    @property
-    def head(self) -> Tensor:
-        return self.tokens.weight
+    table_size: int | None = None  # rows of a table of positions
 
     def embed(self, ids: Tensor) -> Tensor:
         return self.tokens(ids)
 
     @abstractmethod
-    def before_blocks(self, embeddings: Tensor, positions: Tensor) -> Tensor:
-        """Embeddings (B, T, E), position ids (B or 1, T) -> (B, T, D)."""
+    def before_blocks(self, embeddings: Tensor, positions: Tensor) -> tuple[Any, ...]:
+        """Embeddings (B, T, E), position ids (B or 1, T) -> (B, T, D), and what each block needs of the positions."""
 
     def hidden(
         self,
@@ -122,19 +116,23 @@ class PositionTableDecoder(ReleasedDecoder[GPT2Config]):
         memory: list[Memory] | None = None,
         cache: DecoderCache | None = None,
     ) -> Tensor:
-        """(B, T, E) -> (B, T, E), the states before the head; see `Decoder.hidden`.
-
-        Positions count the attended tokens of attention_mask (B, cached + T). `memory` may be omitted once the cache
-        holds its keys. Raises ValueError on more tokens than positions, a mask of another length, or a memory for a
-        model without cross-attention.
-        """
+        """(B, T, E) -> (B, T, E), the states before the head; all as in `Decoder.hidden`."""
         if memory is not None and not self.reads_memory:
-            self.refuse_memory()
-        positions = decoder_positions(embeddings, attention_mask, cache, self.config.max_positions)
-        x = self.before_blocks(embeddings, positions)
+            how = "build GPT2 with add_cross_attention=True, or add gated layers"
+            raise ValueError(f"this decoder has no cross-attention: {how}")
+        positions = decoder_positions(embeddings, attention_mask, cache, self.table_size)
+        x, *more = self.before_blocks(embeddings, positions)
         for layer, block in enumerate(self.blocks):
-            x = block(x, attention_mask, memory, None if cache is None else cache[layer])
+            x = block(x, *more, attention_mask, memory, None if cache is None else cache[layer])
         return self.after_blocks(x)
+
+
+class PositionTableDecoder(BlockDecoder[GPT2Config]):
+    """What GPT-2 and OPT have in common: positions are a table, and the head is the token embedding."""
+
+    @property
+    def head(self) -> Tensor:
+        return self.tokens.weight
 
     def forward(
         self,
@@ -165,7 +163,7 @@ class GPT2(PositionTableDecoder):
 
     def __init__(self, config: GPT2Config) -> None:
         super().__init__()
-        self.config, self.reads_memory = config, config.add_cross_attention
+        self.config, self.reads_memory, self.table_size = config, config.add_cross_attention, config.max_positions
         self.tokens = nn.Embedding(config.vocab_size, config.dim)
         self.positions = nn.Embedding(config.max_positions, config.dim)
         self.dropout = nn.Dropout(config.embedding_dropout)
@@ -178,8 +176,8 @@ class GPT2(PositionTableDecoder):
                 nn.init.normal_(parameter, std=config.init_std / math.sqrt(2 * config.layers))
         taps.name_modules(self.blocks, "decoder")
 
-    def before_blocks(self, embeddings: Tensor, positions: Tensor) -> Tensor:
-        return self.dropout(embeddings + self.positions(positions))
+    def before_blocks(self, embeddings: Tensor, positions: Tensor) -> tuple[Tensor]:
+        return (self.dropout(embeddings + self.positions(positions)),)
 
     def after_blocks(self, x: Tensor) -> Tensor:
         return self.norm(x)

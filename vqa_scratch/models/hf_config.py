@@ -9,7 +9,7 @@ import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from os import PathLike
-from typing import Any, ClassVar, Generic, NoReturn, Protocol, Self, TypeVar
+from typing import Any, ClassVar, Generic, Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -148,11 +148,6 @@ class ReleasedDecoder(Released[C], Decoder):
     norm: nn.Module  # after the last block
 
     reads_memory: bool = False  # whether it was built with cross-attention, or has gated layers
-
-    def refuse_memory(self) -> NoReturn:
-        """Raise ValueError: nothing would read the memory."""
-        how = "build GPT2 with add_cross_attention=True, or add gated layers"
-        raise ValueError(f"this decoder has no cross-attention: {how}")
 
     @torch.no_grad()
     def open_gates(self, value: float) -> None:

@@ -139,7 +139,8 @@ class Idefics(JoinedModel):
     Files it saves lack the encoder's last norm, which nothing reads.
 
     To generate, give the language model the images of the prompt:
-    `generate(model.language, ids, mask, [model.memory(model.encode_image(pixel_values), image_mask)], options=...)`.
+    `given = Conditioning([model.memory(model.encode_image(pixel_values), image_mask)])`,
+    `generate(model.language, ids, mask, given, options=...)`.
     """
 
     config_class = IdeficsConfig

@@ -15,7 +15,8 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from vqa_scratch.errors import UserError
-from vqa_scratch.models.hf_config import HFConfig, Layout, ReleasedDecoder, check_heads, is_number
+from vqa_scratch.models.gpt2 import BlockDecoder
+from vqa_scratch.models.hf_config import HFConfig, Layout, check_heads, is_number
 from vqa_scratch.models.llama_experts import AcrossHeads, Clipped, Mixture, mixture_from_hf, mixture_to_hf
 from vqa_scratch.nn import taps
 from vqa_scratch.nn.attention import MultiHeadAttention
@@ -23,7 +24,7 @@ from vqa_scratch.nn.cache import DecoderCache, KVCache
 from vqa_scratch.nn.decoding import FastBlock, FastMLP, FastParts, fast_blocks
 from vqa_scratch.nn.gated import GatedMLP
 from vqa_scratch.nn.gated_cross import DecoderBlock
-from vqa_scratch.nn.layers import MLP, activation, decoder_positions, init_weights
+from vqa_scratch.nn.layers import MLP, activation, init_weights
 from vqa_scratch.nn.memory import Memory
 from vqa_scratch.nn.rms_norm import RMSNorm
 from vqa_scratch.nn.rotary import Rotary, Rotation
@@ -225,7 +226,7 @@ class ExpertBlock(LlamaBlock):
         return self.mlp(x, None if key_mask is None else key_mask[:, -x.shape[1] :].bool())
 
 
-class Llama(ReleasedDecoder[LlamaConfig]):
+class Llama(BlockDecoder[LlamaConfig]):
     """Token embedding, blocks, a last norm, and a head of its own or one that is the embedding."""
 
     config: LlamaConfig
@@ -257,30 +258,8 @@ class Llama(ReleasedDecoder[LlamaConfig]):
     def head(self) -> Tensor:
         return (self.tokens if self.lm_head is None else self.lm_head).weight
 
-    def embed(self, ids: Tensor) -> Tensor:
-        return self.tokens(ids)
-
-    def hidden(
-        self,
-        embeddings: Tensor,
-        attention_mask: Tensor | None = None,
-        *,
-        memory: list[Memory] | None = None,
-        cache: DecoderCache | None = None,
-    ) -> Tensor:
-        """(B, T, D) -> (B, T, D), the states before the head; see `Decoder.hidden`.
-
-        Positions count the attended tokens of attention_mask (B, cached + T). Raises ValueError on a mask of another
-        length, or on a memory that nothing reads: only gated layers do.
-        """
-        if memory is not None and not self.reads_memory:
-            self.refuse_memory()
-        positions = decoder_positions(embeddings, attention_mask, cache, limit=None)
-        rotation = self.rotation(positions[:, None])
-        x = embeddings
-        for layer, block in enumerate(self.blocks):
-            x = block(x, rotation, attention_mask, memory, None if cache is None else cache[layer])
-        return self.after_blocks(x)
+    def before_blocks(self, embeddings: Tensor, positions: Tensor) -> tuple[Tensor, Rotation]:
+        return embeddings, self.rotation(positions[:, None])
 
     def after_blocks(self, x: Tensor) -> Tensor:
         return self.norm(x)

@@ -69,7 +69,7 @@ class OPT(PositionTableDecoder):
 
     def __init__(self, config: OPTConfig) -> None:
         super().__init__()
-        self.config, self.reads_memory = config, config.add_cross_attention
+        self.config, self.reads_memory, self.table_size = config, config.add_cross_attention, config.max_positions
         block = GPT2Block if config.norm_first else PostNormBlock
         width = config.embedding_dim or config.dim
         narrow = width != config.dim
@@ -82,8 +82,8 @@ class OPT(PositionTableDecoder):
         self.apply(lambda module: init_weights(module, config.init_std))
         taps.name_modules(self.blocks, "decoder")
 
-    def before_blocks(self, embeddings: Tensor, positions: Tensor) -> Tensor:
-        return self.project_in(embeddings) + self.positions(positions + OFFSET)
+    def before_blocks(self, embeddings: Tensor, positions: Tensor) -> tuple[Tensor]:
+        return (self.project_in(embeddings) + self.positions(positions + OFFSET),)
 
     def after_blocks(self, x: Tensor) -> Tensor:
         return self.project_out(self.norm(x))
@@ -97,7 +97,7 @@ class OPT(PositionTableDecoder):
             return None
 
         def embed(tokens: Tensor, positions: Tensor) -> Tensor:
-            return self.before_blocks(self.tokens(tokens), positions)
+            return self.before_blocks(self.tokens(tokens), positions)[0]
 
         narrow = self.config.embedding_dim != self.config.dim
         norm = nn.Sequential(self.norm, self.project_out) if narrow else self.norm

@@ -75,7 +75,7 @@ class VQAModel(nn.Module):
         embeddings, mask = self.decoder.embed(decoder_input_ids), decoder_attention_mask
         if given.prefix is None:
             return self.decoder.hidden(embeddings, mask, memory=given.memory)
-        return self.decoder.hidden_after(given.prefix, given.prefix_index, embeddings, mask)
+        return self.decoder.hidden_after(given, embeddings, mask)
 
     def forward(
         self,

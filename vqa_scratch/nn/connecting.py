@@ -17,11 +17,16 @@ from vqa_scratch.nn.states import States
 @dataclass(frozen=True, eq=False)
 class Conditioning:
     """What the decoder reads besides its own tokens: memories for its cross-attention, or embeddings before its tokens.
-    Every token of a row sees all of it."""
+    The latter are never padding, and are counted by positions; every token of a row sees all of them."""
 
     memory: list[Memory] | None = None
-    prefix: Tensor | None = None  # (I, Q, D)
+    prefix: Tensor | None = None  # (I, Q, D); one that rows share is read once
     prefix_index: Tensor | None = None  # (B,) the prefix of each row; None: row b has prefix b
+
+    @property
+    def prefix_length(self) -> int:
+        """Q: how many tokens stand before those of a row."""
+        return 0 if self.prefix is None else self.prefix.shape[1]
 
 
 class Connector(nn.Module, ABC):

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from vqa_scratch.nn.attention import MultiHeadAttention
 from vqa_scratch.nn.cache import DecoderCache, TrainedCache
+from vqa_scratch.nn.connecting import Conditioning
 from vqa_scratch.nn.memory import Memory
 from vqa_scratch.nn.rotary import Rotation
 
@@ -115,33 +116,35 @@ class Decoder(nn.Module, ABC):
     ) -> Tensor:
         """(B, T, E) -> (B, T, E): the states before the head, from embeddings of tokens or of anything else.
 
-        attention_mask (B, cached + T), True = may attend; rows may be padded on either side. Cross-attention reads the
-        memories; a cache keeps their keys.
+        attention_mask (B, cached + T), True = may attend; rows may be padded on either side, which moves no position.
+        Cross-attention and gated layers read the memories; a cache keeps their keys, which serve later passes. Raises
+        ValueError on more tokens than positions, a mask of another length, or a memory that nothing reads.
         """
 
     def hidden_after(
         self,
-        prefix: Tensor,
-        prefix_index: Tensor | None,
+        given: Conditioning,
         embeddings: Tensor,
         attention_mask: Tensor | None = None,
         *,
         cache: DecoderCache | None = None,
     ) -> Tensor:
-        """(B, T, E) -> (B, T, E): the states of tokens after a prefix (M, Q, E), that of `prefix_index[b]` in row b.
+        """(B, T, E) -> (B, T, E): the states of tokens that read the memories, or follow the prefix, that are `given`.
 
         The states of a prefix do not depend on what comes after it, so it goes through the blocks once, however many
-        rows share it; its keys and values are repeated. None: row b has prefix b, and both go through at once.
+        rows share it; its keys and values are repeated. Where each row has its own, both go through at once.
         attention_mask (B, T) is that of the tokens; `cache` is empty, and then keeps both.
         """
-        prefix, length = prefix.to(embeddings.dtype), prefix.shape[1]
+        if given.prefix is None:
+            return self.hidden(embeddings, attention_mask, memory=given.memory, cache=cache)
+        prefix, length = given.prefix.to(embeddings.dtype), given.prefix_length
         if attention_mask is not None:
             attention_mask = F.pad(attention_mask.bool(), (length, 0), value=True)
-        if prefix_index is None:
+        if given.prefix_index is None:
             return self.hidden(torch.cat([prefix, embeddings], 1), attention_mask, cache=cache)[:, length:]
         cache = TrainedCache(len(self.new_cache())) if cache is None else cache
         self.hidden(prefix, cache=cache)
-        cache.select(prefix_index)
+        cache.select(given.prefix_index)
         return self.hidden(embeddings, attention_mask, cache=cache)
 
     @abstractmethod

@@ -12,14 +12,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 
+from vqa_scratch.data.batches import Ragged
 from vqa_scratch.generate import State, begin
 from vqa_scratch.generate.processors import repeating
 from vqa_scratch.generation_options import end_ids
 from vqa_scratch.models.t5 import T5
+from vqa_scratch.nn.connecting import Conditioning
 from vqa_scratch.nn.memory import Memory
 from vqa_scratch.rl.options import RLHFOptions
 from vqa_scratch.rl.types import Prompt
@@ -74,14 +76,20 @@ class Context:
         picked = (None if x is None else x[prompts] for x in before)
         return Context(tuple(part.of(prompts) for part in self.parts), self.samples, *picked)
 
-    def memories(self) -> list[Memory]:
-        """For cross-attention: keys and values are projected once an entry, not once a prompt or response."""
-        return [
+    def prompt_of_row(self, device: torch.device) -> Tensor:
+        """(B,): the prompt of each response."""
+        return torch.arange(self.prompts, device=device).repeat_interleave(self.samples)
+
+    def given(self) -> Conditioning:
+        """What the decoder reads, a row a response; an entry is projected once, and a prefix read once."""
+        memory = [
             Memory(states, mask, repeat=self.samples)
             if entries is None
             else Memory(states, mask, entries.repeat_interleave(self.samples))
             for states, mask, entries in self.parts
         ]
+        index = None if self.prefix is None else self.prompt_of_row(self.prefix.device)
+        return Conditioning(memory or None, self.prefix, index)
 
 
 class Backbone(nn.Module, ABC):
@@ -119,12 +127,8 @@ def padded(
     rows: Sequence[Sequence[int]], pad_id: int, device: torch.device, side: str = "right"
 ) -> tuple[Tensor, Tensor]:
     """Rows of ids, padded on that side to the longest (N, L), and which of them are real (N, L)."""
-    ids = [torch.tensor(row, dtype=torch.long) for row in rows]
-    real = [torch.ones(len(row), dtype=torch.bool) for row in rows]
-    return (
-        pad_sequence(ids, batch_first=True, padding_value=pad_id, padding_side=side).to(device),
-        pad_sequence(real, batch_first=True, padding_side=side).to(device),
-    )
+    ids, real = Ragged(rows).padded(np.arange(len(rows)), pad_id, left=side == "left")
+    return ids.to(device), real.to(device)
 
 
 class T5Policy(Backbone):
@@ -144,10 +148,10 @@ class T5Policy(Backbone):
 
     def begin(self, context: Context, steps: int) -> tuple[Tensor, State]:
         start = torch.full((context.rows, 1), self.start_id, device=context.parts[0].states.device)
-        return begin(self.model, start, None, context.memories(), steps=steps)
+        return begin(self.model, start, None, context.given(), steps=steps)
 
     def decode_hidden(self, ids: Tensor, context: Context) -> Tensor:
-        return self.model.hidden(self.model.embed(ids), memory=context.memories())
+        return self.model.hidden_after(context.given(), self.model.embed(ids))
 
     def logits(self, hidden: Tensor) -> Tensor:
         return self.model.logits(hidden)

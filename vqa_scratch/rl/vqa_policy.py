@@ -74,29 +74,22 @@ class VQAPolicy(Backbone):
         prefix = None if given.prefix is None else given.prefix[which.to(device)]
         return Context(tuple(parts), prompt_ids=ids, prompt_mask=real, prefix=prefix)
 
-    def _before(self, context: Context) -> tuple[Tensor, Tensor, Tensor]:
-        """What stands before each answer: ids (B, L), the start token last, which of them are real, and whose prompt's
-        they are (B,)."""
+    def _before(self, context: Context) -> tuple[Tensor, Tensor]:
+        """What stands before each answer: ids (B, L), the start token last, and which of them are real."""
         assert context.prompt_ids is not None and context.prompt_mask is not None  # made by `encode`
-        rows = torch.arange(context.prompts, device=context.prompt_ids.device).repeat_interleave(context.samples)
-        return context.prompt_ids[rows], context.prompt_mask[rows], rows
+        rows = context.prompt_of_row(context.prompt_ids.device)
+        return context.prompt_ids[rows], context.prompt_mask[rows]
 
     def begin(self, context: Context, steps: int) -> tuple[Tensor, State]:
-        ids, real, rows = self._before(context)
-        decoder, memories, prefix = self.model.decoder, context.memories() or None, context.prefix
-        return begin(decoder, ids, real, memories, steps=steps, prefix=prefix, prefix_index=rows)
+        return begin(self.model.decoder, *self._before(context), context.given(), steps=steps)
 
     def decode_hidden(self, ids: Tensor, context: Context) -> Tensor:
-        before, real, rows = self._before(context)
+        before, real = self._before(context)
         answers = ids[:, 1:]  # without the start token
         mask = torch.cat([real, torch.ones_like(answers, dtype=torch.bool)], 1)
         decoder = self.model.decoder
         embeddings = decoder.embed(torch.cat([before, answers], 1))
-        if context.prefix is None:
-            hidden = decoder.hidden(embeddings, mask, memory=context.memories() or None)
-        else:
-            hidden = decoder.hidden_after(context.prefix, rows, embeddings, mask)
-        return hidden[:, -ids.shape[1] :]
+        return decoder.hidden_after(context.given(), embeddings, mask)[:, -ids.shape[1] :]
 
     def logits(self, hidden: Tensor) -> Tensor:
         return self.model.decoder.logits(hidden)

@@ -132,8 +132,8 @@ class Pointing:
 def pointing(examples: Iterable[tuple[ImageSubject, Sequence[float]]]) -> dict[str, Pointing]:
     """For each method, over examples of (subject, its object's box in pixels), on the model's own answers.
 
-    Besides METHODS there is the cross-attention of each layer ("cross layer 2"), and of the head that points best
-    ("best head, layer 2 head 0"). Raises ValueError without an example.
+    Besides METHODS there is the cross-attention of each block with one ("cross layer 2"), and of the head that points
+    best ("best head, layer 2 head 0"). Raises ValueError without an example.
     """
     found: dict[str, list[tuple[float, float, float]]] = {}
     for subject, box in examples:
@@ -150,8 +150,9 @@ def pointing(examples: Iterable[tuple[ImageSubject, Sequence[float]]]) -> dict[s
             "relevancy": patch_map(subject, relevancy(subject, answer[: len(rows)]), rows),
         }
         maps |= {name: patch_map(subject, flow, rows) for name, flow in subject.more_flows(t).items()}
-        maps |= {f"cross layer {i}": layer.mean(0) for i, layer in enumerate(cross)}
-        maps |= {f"layer {i} head {h}": head for i, layer in enumerate(cross) for h, head in enumerate(layer)}
+        by_block = {name.split(".")[1]: layer for name, layer in zip(subject.reading, cross, strict=True)}
+        maps |= {f"cross layer {i}": layer.mean(0) for i, layer in by_block.items()}
+        maps |= {f"layer {i} head {h}": head for i, layer in by_block.items() for h, head in enumerate(layer)}
         for name, values in maps.items():
             mass = float((values * inside).sum() / values.sum().clamp(min=1e-12))
             found.setdefault(name, []).append((mass, area, float(centred[values.argmax()])))

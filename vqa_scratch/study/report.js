@@ -256,6 +256,8 @@
     get row() { return this.data.tokens[this.token].row; }
     get kind() { return this.attentions[state.kind] ? state.kind : "cross"; }
     get layer() { return clamp(state.layer, this.attentions[this.kind].pattern.shape[0]); }
+    /** The number of the block in which a layer of an attention stands: maybe not every block of the writer reads sources. */
+    block(kind, layer) { return this.attentions[kind].names[layer].split(".")[1]; }
     get head() { return clamp(state.head, this.attentions[this.kind].pattern.shape[1]); }
 
     /** Which row of an attention's pattern is asked for. */
@@ -404,10 +406,8 @@
 
       const modes = ["parts", "nearness", "relevancy", "rollout", "mean", "layer", "head"].filter((mode) => data.flows[mode] || !["nearness", "parts"].includes(mode));
       this.modes = choice("what to show", modes.map((mode) => [mode, mode[0].toUpperCase() + mode.slice(1)]), (mode) => set(data.flows[mode] ? { mode, kind: "cross" } : { mode }));
-      const count = (n) => range(n).map((i) => h("option", { value: i }, i));
-      const most = (axis) => Math.max(...Object.values(this.attentions).map((a) => a.pattern.shape[axis]));
-      this.layerPicker = h("select", { "aria-label": "layer", onchange: (e) => set({ layer: Number(e.target.value) }) }, count(most(0)));
-      this.headPicker = h("select", { "aria-label": "head", onchange: (e) => set({ head: Number(e.target.value) }) }, count(most(1)));
+      this.layerPicker = h("select", { "aria-label": "layer", onchange: (e) => set({ layer: Number(e.target.value) }) });
+      this.headPicker = h("select", { "aria-label": "head", onchange: (e) => set({ head: Number(e.target.value) }) });
       this.layerLabel = h("label", {}, "layer", this.layerPicker);
       this.headLabel = h("label", {}, "head", this.headPicker);
       this.explain = h("p", { class: "explain" });
@@ -545,6 +545,9 @@
       this.kinds.choose(this.kind);
       this.layerLabel.hidden = !(state.mode === "layer" || state.mode === "head");
       this.headLabel.hidden = state.mode !== "head";
+      const attention = this.attentions[this.kind], option = (value, text = value) => h("option", { value }, text);
+      this.layerPicker.replaceChildren(...attention.names.map((_, i) => option(i, this.block(this.kind, i))));
+      this.headPicker.replaceChildren(...range(attention.pattern.shape[1]).map((i) => option(i)));
       this.layerPicker.value = this.layer;
       this.headPicker.value = this.head;
       let text = METHODS[state.mode];
@@ -579,7 +582,7 @@
         parts.push("strongest words " + best.map((i) => `${source.labels[i].trim()} (${percent(values[i] / total)})`).join(", "));
       }
       const what = this.kind === "cross" ? `${state.mode} for token ${this.data.tokens[this.token].label.trim()}` : this.name(this.kind);
-      const which = state.mode === "head" ? `, layer ${this.layer} head ${this.head}` : state.mode === "layer" ? `, layer ${this.layer}` : "";
+      const layer = this.block(this.kind, this.layer), which = state.mode === "head" ? `, layer ${layer} head ${this.head}` : state.mode === "layer" ? `, layer ${layer}` : "";
       return `${what}${which}: ${parts.join("; ")}`;
     }
 
@@ -612,7 +615,7 @@
         grid.style.gridTemplateColumns = `auto repeat(${heads}, ${wide}px)`;
         grid.append(h("span"), ...range(heads).map((i) => h("span", { class: "axis" }, `head ${i}`)));
         for (const layer of range(layers)) {
-          grid.append(h("span", { class: "axis" }, `layer ${layer}`));
+          grid.append(h("span", { class: "axis" }, `layer ${this.block(kind, layer)}`));
           for (const head of range(heads)) {
             const picture = canvas(size.width, size.height);
             const button = h("button", { class: "thumb", type: "button", "data-layer": layer, "data-head": head, onclick: () => set({ mode: "head", layer, head }) }, picture);
@@ -632,7 +635,7 @@
         const chosen = state.mode === "head" && layer === this.layer && head === this.head;
         button.setAttribute("aria-pressed", String(chosen));
         const s = stats.get(`${this.attentions[kind].names[layer]}.${head}`);
-        const text = `layer ${layer} head ${head}: image ${percent(s[3])}, text ${percent(s[4])}, sinks ${percent(s[5])}, entropy ${number(s[2], 2)}` + (s[6] === null ? "" : `, distance ${number(s[6], 1)}`);
+        const text = `layer ${this.block(kind, layer)} head ${head}: image ${percent(s[3])}, text ${percent(s[4])}, sinks ${percent(s[5])}, entropy ${number(s[2], 2)}` + (s[6] === null ? "" : `, distance ${number(s[6], 1)}`);
         button.setAttribute("aria-label", text);
         button.title = text;
       }
@@ -703,9 +706,9 @@
     drawSteps() {
       const layer = clamp(state.layer, this.attentions.cross.pattern.shape[0]), head = clamp(state.head, this.attentions.cross.pattern.shape[1]);
       const opened = this.opened.get(`${layer}.${head}`);
-      explain(this.stepTitle, `${this.name("cross")}${this.data.way === "cross" ? " " : ", "}layer ${layer}, head ${head}, step by step`);
+      explain(this.stepTitle, `${this.name("cross")}${this.data.way === "cross" ? " " : ", "}layer ${this.block("cross", layer)}, head ${head}, step by step`);
       if (!opened) {
-        const others = [...this.opened.values()].slice(0, 12).map((o) => h("button", { class: "plain", type: "button", onclick: () => set({ mode: "head", kind: "cross", layer: o.layer, head: o.head }) }, `layer ${o.layer} head ${o.head}`));
+        const others = [...this.opened.values()].slice(0, 12).map((o) => h("button", { class: "plain", type: "button", onclick: () => set({ mode: "head", kind: "cross", layer: o.layer, head: o.head }) }, `layer ${this.block("cross", o.layer)} head ${o.head}`));
         this.stepBox.className = "steps";
         this.stepBox.replaceChildren(h("p", { class: "lead" }, "The numbers of this head are not in the page, to keep it small; trace.safetensors has them. The heads that did most for the answer are here:"), h("div", { class: "pickers" }, others));
         return;
@@ -728,7 +731,7 @@
         return h("tr", {}, h("td", { class: "key" }, patch === undefined ? null : this.patchImage(patch), text), h("td", {}, number(dots[k])), h("td", {}, number(dots[k] * opened.scale)), h("td", {}, number(mask[k], 0)), h("td", {}, number(scores[k] - lse)), h("td", {}, h("span", { class: "weight" }, meter, weights[k].toFixed(4))));
       });
       const names = ["key", "q·k", "× scale", "+ mask", "− LSE", "exp: weight"];
-      const table = h("table", {}, h("caption", { class: "hidden" }, `keys read by layer ${layer} head ${head}`), h("thead", {}, h("tr", {}, names.map((n) => h("th", { scope: "col" }, n)))), h("tbody", {}, body));
+      const table = h("table", {}, h("caption", { class: "hidden" }, `keys read by layer ${this.block("cross", layer)} head ${head}`), h("thead", {}, h("tr", {}, names.map((n) => h("th", { scope: "col" }, n)))), h("tbody", {}, body));
       const more = h("button", { class: "plain", type: "button", onclick: () => set({ all: !state.all }) }, state.all ? "Only the strongest 8" : `All ${order.length} keys`);
       const best = order[0];
       const strips = h("div", {}, this.strip(this.pair ? "q of the token that is pooled" : this.data.way === "stream" ? "q of the first token" : `q of “${token}”`, q), this.strip("k, strongest key", row(a.k, best)), this.strip("v, strongest key", row(a.v, best)), this.strip("z = Σ weight · v", read), this.strip("z that ran", z));
@@ -779,10 +782,10 @@
         this.lensBox.replaceChildren(left, h("p", { class: "note" }, "What each head adds to the logit is not shown: the layers over the answers are not linear, so there is no one number for it."));
         return;
       }
-      const kinds = Object.keys(a.heads).sort(), heads = a.heads[kinds[0]][0].length; // cross before self
+      const kinds = Object.keys(a.heads).sort(); // cross before self
       const all = [...Object.values(a.heads).flat(2), ...a.mlps, a.embedding, a.biases], largest = Math.max(...all.map(Math.abs));
       const cell = (value, name) => { const c = h("span", { class: "cell", title: name }, number(value, 2)); diverging(c, value, largest); return h("td", {}, c); };
-      const block = (kind, title) => [h("tr", {}, h("th", { scope: "col" }, title), range(heads).map((n) => h("th", { scope: "col" }, `head ${n}`)), kind === kinds[0] ? h("th", { scope: "col" }, "MLP") : null),
+      const block = (kind, title) => [h("tr", {}, h("th", { scope: "col" }, title), a.heads[kind][0].map((_, n) => h("th", { scope: "col" }, `head ${n}`)), kind === kinds[0] ? h("th", { scope: "col" }, "MLP") : null),
         ...a.heads[kind].map((values, l) => h("tr", {}, h("td", {}, `layer ${l}`), values.map((v, n) => cell(v, `${kind} layer ${l} head ${n}`)), kind === kinds[0] ? cell(a.mlps[l], `MLP of layer ${l}`) : null))];
       const total = sum(all);
       const right = h("div", {}, h("h3", {}, `What wrote “${final.trim()}”: logit ${number(total, 2)} above the mean`), h("div", { class: "scroll" }, h("table", { class: "parts" }, h("caption", { class: "hidden" }, "direct logit attribution"), h("tbody", {}, kinds.flatMap((kind) => block(kind, kind))))), h("p", { class: "note" }, `embedding ${number(a.embedding, 2)}, biases ${number(a.biases, 2)}`));

@@ -5,15 +5,18 @@ Shapes: n images, C channels, H x W pixels, S source tokens, T rows of the write
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vqa_scratch.generate import greedy
-from vqa_scratch.generation_options import end_ids
+from vqa_scratch.generate import generate
+from vqa_scratch.generate.processors import bar
+from vqa_scratch.generation_options import GenerationOptions, end_ids
 from vqa_scratch.models.blip2 import Blip2
 from vqa_scratch.models.fuyu import Fuyu
+from vqa_scratch.models.hf_config import ReleasedDecoder
 from vqa_scratch.models.idefics import Idefics
 from vqa_scratch.models.image_text import ImageTextModel
 from vqa_scratch.models.llava import Llava
@@ -41,32 +44,71 @@ def query_source(queries: nn.Module, number: int, name: str = "query") -> Source
 class WritingSubject(Subject):
     """A subject whose answer is written token by token by a `language` model, after its prompt."""
 
-    def __init__(self, language: Decoder, prompt: list[int], max_new_tokens: int) -> None:
-        self.language = language
+    def __init__(self, model: nn.Module, language: Decoder, prompt: list[int], max_new_tokens: int) -> None:
+        self.model, self.language, self.head = model, language, language.direct_head
         self.prompt, self.max_new_tokens = prompt, max_new_tokens
-        self.head, self.end_ids = language.direct_head, end_ids(language.config.eos_id)
+        self.decide_by({"eos_id": language.config.eos_id})
+
+    def decide_by(self, own_options: dict[str, Any]) -> None:
+        """Decode with these fields of `GenerationOptions`, those that the model knows, as whoever asks it does."""
+        self.own_options, self.end_ids = own_options, end_ids(own_options["eos_id"])
 
     @abstractmethod
-    def conditioning(self) -> Conditioning:
-        """What the language model reads besides its own tokens."""
+    def conditioning(self, tokens: int) -> Conditioning:
+        """What the language model reads besides its own tokens, of which there will be so many."""
 
     @torch.no_grad()
     def generate(self, max_new_tokens: int | None = None) -> list[int]:
-        given, prompt = self.conditioning(), torch.tensor([self.prompt], device=self.device)
-        memory, prefix, most = given.memory, given.prefix, max_new_tokens or self.max_new_tokens
-        made = greedy(self.language, prompt, None, memory, max_new_tokens=most, eos_id=self.end_ids, prefix=prefix)
+        options = GenerationOptions(**self.own_options | {"max_new_tokens": max_new_tokens or self.max_new_tokens})
+        prompt = torch.tensor([self.prompt], device=self.device)
+        made = generate(self.language, prompt, None, self.conditioning(len(self.prompt)), options=options)
         return made.ids[0, : int(made.lengths[0])].tolist()
+
+    def read(self, given: Conditioning, decoder_ids: list[int], rows: int = 1) -> Tensor:
+        """(rows, T, V): the logits after so many copies of the tokens, with what is `given` to each."""
+        ids = torch.tensor([decoder_ids], device=self.device).expand(rows, -1)
+        return self.language.logits(self.language.hidden_after(given, self.language.embed(ids)))
+
+    def logits(self, decoder_ids: list[int]) -> Tensor:
+        return self.read(self.conditioning(len(decoder_ids)), decoder_ids)[0]
 
     def readout(self, states: Tensor) -> Tensor:
         return self.language.readout(states)
 
+    def log_probabilities(self, logits: Tensor) -> Tensor:
+        """As in decoding: a token that never comes has none."""
+        return super().log_probabilities(bar(logits, self.own_options.get("suppress_tokens", ())))
 
-class VQASubject(WritingSubject, ImageSubject):
+
+class ImageWriter(WritingSubject, ImageSubject):
+    """A subject that writes about an image, `pixel_values` (1, C, H, W)."""
+
+    def __init__(
+        self, model: nn.Module, language: ReleasedDecoder, pixel_values: Tensor, prompt: list[int], max_new_tokens: int
+    ) -> None:
+        assert len(pixel_values) == 1
+        super().__init__(model, language, prompt, max_new_tokens)
+        self.decoder, self.pixel_values = language, pixel_values.to(self.device)
+
+    @abstractmethod
+    def given(self, images: Tensor, tokens: int) -> Conditioning:
+        """As `conditioning`, of each of n images (n, C, H, W)."""
+
+    def conditioning(self, tokens: int) -> Conditioning:
+        return self.given(self.pixel_values, tokens)
+
+    def logits_of(self, images: Tensor, decoder_ids: list[int]) -> Tensor:
+        return self.read(self.given(images, len(decoder_ids)), decoder_ids, len(images))
+
+
+class VQASubject(ImageWriter):
     """A model of encoder, connector and decoder with an image, and a question if it has a text encoder.
 
     pixel_values (1, C, H, W); `prompt` is what the decoder starts from, at least BOS; question_ids as the text encoder
     reads them, unpadded, with their `question_labels`; `special` are the indices of separators among them.
     """
+
+    model: VQAModel
 
     def __init__(
         self,
@@ -78,11 +120,8 @@ class VQASubject(WritingSubject, ImageSubject):
         special: Sequence[int] = (),
         max_new_tokens: int = 8,
     ) -> None:
-        assert len(pixel_values) == 1 and len(question_ids) == len(question_labels)
-        super().__init__(model.decoder, prompt, max_new_tokens)
-        self.model: VQAModel = model
-        self.decoder = model.decoder
-        self.pixel_values = pixel_values.to(self.device)
+        assert len(question_ids) == len(question_labels)
+        super().__init__(model, model.decoder, pixel_values, prompt, max_new_tokens)
         grid = model.image.places(*pixel_values.shape[2:]).grid
         marks, queries = model.connector.marks(grid), model.connector.queries
         image = image_source(model.image, pixel_values, block_attentions("image", model.image), marks)
@@ -94,47 +133,34 @@ class VQASubject(WritingSubject, ImageSubject):
             self.sources += (question_source(model.text, question_labels, special),)
         self.prefix = 0 if model.connector.uses_memory else len(self.mixing)
 
-    def reads(self, images: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """What the encoders take for n images: pixels, ids and their mask."""
-        ids = None if self.input_ids is None else self.input_ids.expand(len(images), -1)
-        return images, ids, None if ids is None else torch.ones_like(ids, dtype=torch.bool)
-
-    def logits_of(self, images: Tensor, decoder_ids: list[int]) -> Tensor:
-        ids = torch.tensor([decoder_ids], device=self.device).expand(len(images), -1)
-        return self.model(*self.reads(images), ids).logits
-
-    def conditioning(self) -> Conditioning:
-        pixels, ids, mask = self.reads(self.pixel_values)
-        text = None if ids is None or self.model.text is None else self.model.text.states(ids, mask)
-        return self.model.connector(self.model.image.states(pixels), text)
+    def given(self, images: Tensor, tokens: int) -> Conditioning:
+        text = None
+        if self.model.text is not None and self.input_ids is not None:
+            ids = self.input_ids.expand(len(images), -1)
+            text = self.model.text.states(ids, torch.ones_like(ids, dtype=torch.bool))
+        return self.model.connector(self.model.image.states(images), text)
 
 
-class Blip2Subject(WritingSubject, ImageSubject):
+class Blip2Subject(ImageWriter):
     """A BLIP-2 with an image and a prompt: the states of its queries are the prefix of the language model.
 
     `prompt` are the ids that the language model starts from, at least its start token.
     """
 
+    model: Blip2
+
     def __init__(self, model: Blip2, pixel_values: Tensor, prompt: list[int], max_new_tokens: int = 32) -> None:
-        assert len(pixel_values) == 1
-        super().__init__(model.language, prompt, max_new_tokens)
-        self.model: Blip2 = model
-        self.decoder = model.language
-        self.pixel_values = pixel_values.to(self.device)
+        super().__init__(model, model.language, pixel_values, prompt, max_new_tokens)
         self.prefix = model.config.queries
         image = image_source(model.vision, pixel_values, block_attentions("image", model.vision))
         self.sources = (image, query_source(model.qformer, self.prefix))
         self.mixing = torch.eye(len(image) + self.prefix)[len(image) :]
 
-    def logits_of(self, images: Tensor, decoder_ids: list[int]) -> Tensor:
-        ids = torch.tensor([decoder_ids], device=self.device).expand(len(images), -1)
-        return self.model(images, ids)[:, self.prefix :]
-
-    def conditioning(self) -> Conditioning:
-        return Conditioning(prefix=self.model.encode_image(self.pixel_values))
+    def given(self, images: Tensor, tokens: int) -> Conditioning:
+        return Conditioning(prefix=self.model.encode_image(images))
 
 
-class PlacedSubject(WritingSubject, ImageSubject):
+class PlacedSubject(ImageWriter):
     """A LLaVA or a Fuyu with the `ids` of a prompt in which an image has places, anywhere but at its end.
 
     All of the prompt but its last token is the prefix of the decoder: words, and what an image becomes among them.
@@ -142,6 +168,8 @@ class PlacedSubject(WritingSubject, ImageSubject):
     the positions `where` of the prompt, in this order: as many as `where` has. `labels` are of all ids, `special` are
     the indices of separators among them.
     """
+
+    model: ImageTextModel
 
     def __init__(
         self,
@@ -155,11 +183,9 @@ class PlacedSubject(WritingSubject, ImageSubject):
         where: Sequence[int],
         max_new_tokens: int = 32,
     ) -> None:
-        assert len(pixel_values) == 1 and len(ids) == len(labels) and max(where) < len(ids) - 1
-        super().__init__(model.language, ids[-1:], max_new_tokens)
-        self.model: ImageTextModel = model
-        self.decoder, self.encode, self.ids = model.language, encode, ids[:-1]
-        self.pixel_values = pixel_values.to(self.device)
+        assert len(ids) == len(labels) and max(where) < len(ids) - 1
+        super().__init__(model, model.language, pixel_values, ids[-1:], max_new_tokens)
+        self.encode, self.ids = encode, ids[:-1]
         self.prefix = len(self.ids)
         words = [i for i in range(self.prefix) if i not in set(where)]
         sinks = [place for place, i in enumerate(words) if i in special]
@@ -168,33 +194,23 @@ class PlacedSubject(WritingSubject, ImageSubject):
         self.mixing[words, range(len(words))] = 1
         self.mixing[where, range(-len(where), 0)] = 1
 
-    def given(self, images: Tensor) -> Tensor:
-        """The embeddings of the prefix with each of n images, (n, K, E)."""
+    def given(self, images: Tensor, tokens: int) -> Conditioning:
         ids = torch.tensor([self.ids], device=self.device).expand(len(images), -1)
-        return self.model.place(ids, self.encode(images))
-
-    def logits_of(self, images: Tensor, decoder_ids: list[int]) -> Tensor:
-        ids = torch.tensor([decoder_ids], device=self.device).expand(len(images), -1)
-        sequence = torch.cat([self.given(images), self.language.embed(ids)], 1)
-        return self.model.read(sequence, None)[:, self.prefix :]
-
-    def conditioning(self) -> Conditioning:
-        return Conditioning(prefix=self.given(self.pixel_values))
+        return Conditioning(prefix=self.model.place(ids, self.encode(images)))
 
 
-class IdeficsSubject(WritingSubject, ImageSubject):
+class IdeficsSubject(ImageWriter):
     """An Idefics with an image, which has its place, the token `place`, in the prompt.
 
     Gated layers before some of the blocks read the latents of the resampler, or the states of the encoder if there is
     none; tokens before the image read nothing.
     """
 
+    model: Idefics
+
     def __init__(self, model: Idefics, pixel_values: Tensor, prompt: list[int], place: int, most: int = 32) -> None:
-        assert len(pixel_values) == 1
-        super().__init__(model.language, prompt, most)
-        self.model: Idefics = model
-        self.decoder, self.place = model.language, place
-        self.pixel_values = pixel_values.to(self.device)
+        super().__init__(model, model.language, pixel_values, prompt, most)
+        self.place = place
         image = image_source(model.vision, pixel_values, block_attentions("image", model.vision))
         self.sources, self.mixing = (image,), torch.eye(len(image))
         if model.resampler is not None:
@@ -202,20 +218,11 @@ class IdeficsSubject(WritingSubject, ImageSubject):
             self.sources += (query_source(model.resampler, latents, "resampler"),)
             self.mixing = torch.eye(len(image) + latents)[len(image) :]
 
-    def memory(self, images: Tensor, length: int) -> Memory:
-        """What `length` tokens, the prompt and some after it, read of each of n images."""
-        ids = torch.tensor([self.prompt], device=self.device)
-        seen = self.model.image_mask(ids, self.place, [1])
-        seen = torch.cat([seen, seen[:, -1:].expand(-1, length - len(self.prompt), -1)], 1)
-        return self.model.memory(self.model.encode_image(images[:, None]), seen.expand(len(images), -1, -1))
-
-    def logits_of(self, images: Tensor, decoder_ids: list[int]) -> Tensor:
-        ids, memory = torch.tensor([decoder_ids], device=self.device), [self.memory(images, len(decoder_ids))]
-        states = self.language.embed(ids).expand(len(images), -1, -1)
-        return self.language.logits(self.language.hidden(states, memory=memory))
-
-    def conditioning(self) -> Conditioning:
-        return Conditioning(memory=[self.memory(self.pixel_values, len(self.prompt))])
+    def given(self, images: Tensor, tokens: int) -> Conditioning:
+        seen = self.model.image_mask(torch.tensor([self.prompt], device=self.device), self.place, [1])
+        seen = torch.cat([seen, seen[:, -1:].expand(-1, tokens - len(self.prompt), -1)], 1)
+        states = self.model.encode_image(images[:, None])
+        return Conditioning([self.model.memory(states, seen.expand(len(images), -1, -1))])
 
 
 def llava_subject(
@@ -296,19 +303,17 @@ class ViLTSubject(ImageSubject):
 class T5Subject(WritingSubject):
     """A T5 that reads `input_ids`, with their `labels`; the end token is a sink."""
 
+    model: T5
+
     def __init__(self, model: T5, input_ids: list[int], labels: Sequence[str], max_new_tokens: int = 32) -> None:
         assert len(input_ids) == len(labels)
         config = model.config
-        super().__init__(model, [config.start_id], max_new_tokens)
-        self.model: T5 = model
+        super().__init__(model, model, [config.start_id], max_new_tokens)
         self.decoder = model.decoder
         self.input_ids = torch.tensor([input_ids], device=self.device)
         sinks = tuple(i for i, token in enumerate(input_ids) if token in (*self.end_ids, config.pad_id))
         self.sources = (Source("encoder", tuple(labels), sinks, attentions=block_attentions("encoder", model.encoder)),)
         self.mixing = torch.eye(len(input_ids))
 
-    def logits(self, decoder_ids: list[int]) -> Tensor:
-        return self.model(self.input_ids, None, torch.tensor([decoder_ids], device=self.device))[0]
-
-    def conditioning(self) -> Conditioning:
-        return Conditioning(memory=[Memory(self.model.encode(self.input_ids))])
+    def conditioning(self, tokens: int) -> Conditioning:
+        return Conditioning([Memory(self.model.encode(self.input_ids))])

@@ -44,71 +44,48 @@ class AnsweringSystem(SplitSystem[RO, M, Q], Generic[RO, M, Q]):
     def at_once(self, name: str) -> int:
         """About how many samples of a split are answered together while training."""
 
-    @abstractmethod
-    def passes(self) -> list[Pass]:
-        """The passes of `finish` in order, after those of one more evaluation, whose label is ""."""
-
     def what_next(self, folder: Path) -> list[str]:
         return what_next(folder, self.splits["test"].questions.samples[0])
 
     # --------------------------------------------------------------------------------------------------- answers
 
     def answers(
-        self,
-        split: Split[Q],
-        chosen: Sequence[np.ndarray],
-        *,
-        shuffled: bool = False,
-        progress: str | None = None,
-        until: float | None = None,
-        **how: Any,
+        self, split: Split[Q], chosen: Sequence[np.ndarray], how: How, **shown: Any
     ) -> dict[int | str, list[Answer]]:
-        """{question_id: answers, best first} to the rows in `chosen`; `how` are fields of `How`.
-
-        After the first batch it stops when another one would not be done `until` a time of `time.perf_counter`.
-        """
+        """{question_id: answers, best first} to the rows in `chosen`; `shown` as in `Split.batches`."""
         result: dict[int | str, list[Answer]] = {}
-        began = time.perf_counter()
         with self.evaluating():
-            for rows, batch in split.batches(self.precision.device, chosen, shuffled=shuffled, progress=progress):
+            for rows, batch in split.batches(self.precision.device, chosen, **shown):
                 with self.precision.autocast():
-                    found = self.respond(split.questions, rows, batch, How(**how))
+                    found = self.respond(split.questions, rows, batch, how)
                 ids = [split.questions.samples[row].question_id for row in rows]
                 result |= zip(ids, found, strict=True)
-                now = time.perf_counter()
-                if until is not None and now + (now - began) > until:
-                    break
-                began = now
         return result
 
-    def answer_split(self, name: str, limit: int | None = None, *, progress: str | None = None, **how: Any) -> Answers:
-        """The best answer by question id, for a split or about its first `limit` samples; `how` as in `answers`.
+    def answer_split(
+        self, name: str, limit: int | None = None, *, ranked: bool = False, progress: str | None = None, **shown: Any
+    ) -> Answers:
+        """The best answer by question id, for a split or about its first `limit` samples; the rest as in `answer`.
 
         The ranks take turns at the batches, and all of them get all answers. With a label of `progress` it is one of
         the final `passes`, and answers as many samples as its time allows, of any part of the split.
         """
         split = self.splits[name]
         limit = limit or len(split.questions.samples)
-        one = Pass(progress or "", name, limit, how.get("ranked", False))
+        one = Pass(progress or "", name, limit, ranked)
         began, until = time.perf_counter(), self.pace.begin(progress) if progress else None
         batches = split.questions.in_order(limit, self.pace.fitting(one, until, self.at_once(name)))
         one = one._replace(samples=sum(map(len, batches)))
         if until is not None:  # they are sorted by size, and the first ones should be a fair sample
             batches = [batches[i] for i in np.random.default_rng(0).permutation(len(batches))]
         mine = batches[self.world.rank :: self.world.size]
-        found = self.world.gather(self.answers(split, mine, progress=progress, until=until, **how))
+        found = self.world.gather(self.answers(split, mine, How(ranked), progress=progress, until=until, **shown))
         best = {number: best for some in found for number, (best, *_) in some.items()}
         self.pace.end(one, began, len(best))
         return best
 
-    def seconds_to_finish(self, at_most: float) -> float:
-        passes = self.passes()
-        for one in passes:
-            if one.kind not in self.pace.seconds:
-                self.answer_split(one.split, TIMED, ranked=one.ranked)
-        self.pace.left = [one for one in passes if one.label]
-        evaluation = [one for one in passes if not one.label]
-        return self.pace.needed(evaluation) + min(at_most, self.pace.needed(self.pace.left))
+    def try_out(self, one: Pass) -> None:
+        self.answer_split(one.split, TIMED, ranked=one.ranked)
 
     def report(self, name: str, limit: int | None = None, **how: Any) -> Report:
         """Score the answers of `answer_split`, the same on all ranks."""
@@ -119,13 +96,13 @@ class AnsweringSystem(SplitSystem[RO, M, Q], Generic[RO, M, Q]):
     ) -> Answers:
         """As `answer_split`, for any samples, on this process alone."""
         split = self.split(samples)
-        found = self.answers(split, split.questions.in_order(limit or len(samples), AT_ONCE), ranked=ranked, **shown)
+        found = self.answers(split, split.questions.in_order(limit or len(samples), AT_ONCE), How(ranked), **shown)
         return {number: best for number, (best, *_) in found.items()}
 
     def ask(
         self, image: str | Path, question: str | None, top: int | None = None, decoding: dict[str, Any] | None = None
     ) -> tuple[list[Answer], list[str]]:
         question = self.checked(question)
-        how: dict[str, Any] = {"decoding": decoding} if top is None else {"ranked": True, "top": top}
+        how = How(decoding=decoding) if top is None else How(ranked=True, top=top)
         split = self.split([VQASample(0, Path(image), 0, question, "", "", (), "")])
-        return self.answers(split, [np.array([0])], **how)[0], self.tokenizers.notes_on(question)
+        return self.answers(split, [np.array([0])], how)[0], self.tokenizers.notes_on(question)

@@ -1,9 +1,8 @@
 """Builds a model of encoder, connector and decoder from the sizes in a run's config.json, and gives its sizes."""
 
 import math
-from collections.abc import Callable
 from dataclasses import asdict
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,14 +18,12 @@ from vqa_scratch.models.released import decoder_of
 from vqa_scratch.models.resnet import NORMS, ResNet, ResNetConfig
 from vqa_scratch.models.vit import ConvStem, ViT, ViTConfig
 from vqa_scratch.models.vqa import VQAModel
-from vqa_scratch.nn.states import ImageEncoder, Stem
+from vqa_scratch.nn.states import ImageEncoder
 from vqa_scratch.storage import typed
 from vqa_scratch.systems.older import todays_sizes
 from vqa_scratch.systems.run_options import RunOptions
 
 MANY = 1024  # patches of an image; with more, attention takes most of a small tower's time and memory
-T = TypeVar("T")
-C = TypeVar("C", bound=ViTConfig)
 
 
 def stem_for(config: ViTConfig, stem: str) -> ConvStem | None:
@@ -34,9 +31,9 @@ def stem_for(config: ViTConfig, stem: str) -> ConvStem | None:
     return ConvStem(config.channels, config.dim, config.patch_size) if stem == "conv" else None
 
 
-def with_stem(kind: Callable[[C, Stem | None], T], config: C, stem: str) -> T:
-    """A ViT or ViLT of random weights with this stem."""
-    return kind(config, stem_for(config, stem))
+def stem_of(image: ImageEncoder) -> str:
+    """The name of what turns pixels into tokens, as `stem_for` takes it."""
+    return "conv" if isinstance(image.patch_embed, ConvStem) else "linear"
 
 
 def image_encoder(sizes: dict[str, Any]) -> ImageEncoder:
@@ -50,7 +47,8 @@ def image_encoder(sizes: dict[str, Any]) -> ImageEncoder:
             raise UserError(f"there is no norm {norm!r}; there are {', '.join(NORMS)}")
         return ResNet(ResNetConfig(block, tuple(depths), tuple(widths), channels), NORMS[norm])
     (stem,) = typed("the image encoder", sizes, {"stem": str | None})
-    return with_stem(ViT, ViTConfig.from_hf(sizes), stem or "linear")
+    config = ViTConfig.from_hf(sizes)
+    return ViT(config, stem_for(config, stem or "linear"))
 
 
 def image_sizes(image: ImageEncoder) -> dict[str, Any]:
@@ -60,7 +58,7 @@ def image_sizes(image: ImageEncoder) -> dict[str, Any]:
     if isinstance(image, ResNet):
         (norm,) = (name for name, make in NORMS.items() if type(make(16)) is type(image.norm1))
         return {"model_type": "resnet", **asdict(image.config), "norm": norm}
-    return image.config.to_hf() | {"stem": "conv" if isinstance(image.patch_embed, ConvStem) else "linear"}
+    return image.config.to_hf() | {"stem": stem_of(image)}
 
 
 def assemble(sizes: dict[str, Any]) -> VQAModel:
@@ -127,3 +125,9 @@ def grid_positions(grid: tuple[int, int], dim: int) -> Tensor:
     rows, columns = torch.meshgrid(*(torch.arange(side) for side in grid), indexing="ij")
     angles = [axis.flatten()[:, None] * (2 * math.pi / wavelengths) for axis in (columns, rows)]  # (N, D/4)
     return torch.cat([wave for a in angles for wave in (a.sin(), a.cos())], 1)
+
+
+@torch.no_grad()
+def start_from_places(tower: ViT) -> None:
+    """Begin with half of `grid_positions` as the positions of a tower's patches."""
+    tower.positions[0, tower.prefix_tokens :] = 0.5 * grid_positions(tower.config.grid, tower.dim)

@@ -29,9 +29,8 @@ from vqa_scratch.data.vqa_files import first_images
 from vqa_scratch.data.vqa_v2 import VQASample
 from vqa_scratch.errors import UserError
 from vqa_scratch.models.clip import CLIP
-from vqa_scratch.models.vit import ConvStem
 from vqa_scratch.study.opened import Opened
-from vqa_scratch.systems.assembly import check_images
+from vqa_scratch.systems.assembly import check_images, stem_of
 from vqa_scratch.systems.base import ANY_SAMPLE, RunData, seed_everything
 from vqa_scratch.systems.captions import read_captions_data, read_texts, to_describe
 from vqa_scratch.systems.clip_export import export_clip
@@ -107,8 +106,7 @@ class CLIPSystem(SplitSystem[CLIPOptions, CLIP, Captions]):
 
     @property
     def sizes(self) -> dict[str, Any]:
-        has_stem = isinstance(self.model.image.patch_embed, ConvStem)
-        return self.model.config.to_hf() | {"stem": "conv" if has_stem else "linear"}
+        return self.model.config.to_hf() | {"stem": stem_of(self.model.image)}
 
     # --------------------------------------------------------------------------------------------------- training
 
@@ -189,16 +187,12 @@ class CLIPSystem(SplitSystem[CLIPOptions, CLIP, Captions]):
         began, until = time.perf_counter(), self.pace.begin(progress) if progress else None
         at_once = self.pace.fitting(one, until, self.options.pairs_per_step)
         batches = [np.arange(start, min(start + at_once, one.samples)) for start in range(0, one.samples, at_once)]
-        mine, last = batches[self.world.rank :: self.world.size], began
+        mine = batches[self.world.rank :: self.world.size]
         own: list[Embedded] = []
         with self.evaluating():
-            for rows, batch in split.batches(self.precision.device, mine, progress=progress):
+            for rows, batch in split.batches(self.precision.device, mine, progress=progress, until=until):
                 with self.precision.autocast():
                     own.append(Embedded(rows, *(vectors.cpu() for vectors in self.embed(batch))))
-                now = time.perf_counter()
-                if until is not None and now + (now - last) > until:
-                    break
-                last = now
         parts = sorted((part for some in self.world.gather(own) for part in some), key=lambda part: int(part.rows[0]))
         rows = np.concatenate([part.rows for part in parts])
         self.pace.end(one, began, len(rows))
@@ -223,17 +217,12 @@ class CLIPSystem(SplitSystem[CLIPOptions, CLIP, Captions]):
         return [{"title": title, "ylabel": "share", "lines": lines, "hlines": chance}]
 
     def passes(self) -> list[Pass]:
-        """The passes of `finish` in order, after that of one more evaluation."""
         size = {name: len(split.images.paths) for name, split in self.splits.items()}
         final = [Pass(label, name, size[name]) for label, name in FINAL.items() if name in size]
         return [Pass("", "val", min(size["val"], self.options.eval_images)), *final]
 
-    def seconds_to_finish(self, at_most: float) -> float:
-        evaluation, *final = self.passes()
-        if evaluation.kind not in self.pace.seconds:
-            self.embed_split("val", TIMED)
-        self.pace.left = final
-        return self.pace.needed([evaluation]) + min(at_most, self.pace.needed(final))
+    def try_out(self, one: Pass) -> None:
+        self.embed_split(one.split, TIMED)
 
     def finish(self, folder: Path) -> dict[str, Any]:
         """Retrieval on the test split and the hold-out; of drawn scenes choices between descriptions; samples.html."""

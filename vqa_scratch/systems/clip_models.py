@@ -3,15 +3,13 @@
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-
 from vqa_scratch.data.text import Tokenizer, train_wordpiece
 from vqa_scratch.data.vqa_v2 import VQASample
 from vqa_scratch.models.clip import CLIP, CLIPConfig
 from vqa_scratch.models.clip_text import CLIPTextConfig
 from vqa_scratch.models.vit import ViTConfig
 from vqa_scratch.storage import typed
-from vqa_scratch.systems.assembly import grid_positions, stem_for
+from vqa_scratch.systems.assembly import start_from_places, stem_for
 from vqa_scratch.systems.clip_options import CLIPOptions
 from vqa_scratch.systems.vqa_models import IMAGE_SIZE
 
@@ -56,8 +54,5 @@ def small_model(options: CLIPOptions, train: Sequence[VQASample]) -> tuple[CLIP,
         layout=kind,
     )
     model = CLIP(config, stem_for(config.image, options.stem))
-    tower = model.image
-    with torch.no_grad():
-        table = grid_positions(tower.places(IMAGE_SIZE, IMAGE_SIZE).grid, width)
-        tower.positions[0, tower.prefix_tokens :] = 0.5 * table
+    start_from_places(model.image)
     return model, text

@@ -113,16 +113,15 @@ from transformers import ViltForQuestionAnswering
 model = ViltForQuestionAnswering.from_pretrained(".").eval()
 labels = model.config.id2label
 """
-LOAD_OWN_VILT = """\
-# A convolutional stem has no place in the ViLT layout of transformers: weights and sizes go by names of vqa_scratch.
+LOAD_OWN_WHOLE = """\
+# A convolutional stem has no place in the layouts of transformers: weights and sizes go by names of vqa_scratch.
 from safetensors.torch import load_file
 
 from vqa_scratch.storage import read_json
-from vqa_scratch.systems.vilt import model_of
+from vqa_scratch.systems.{module} import model_of
 
 model = model_of(read_json("model.json"), "model.json").eval()
 model.load_state_dict(load_file("model.safetensors"))
-labels = model.labels
 """
 
 
@@ -215,21 +214,35 @@ def export_writer(system: System[Any, VQAModel], folder: Path) -> list[str]:
     return [] if note is None else [f"{note}: {folder / 'image'} holds it under names of our own, see its README.md"]
 
 
-def export_vilt(system: System[Any, ViLTClassifier], folder: Path) -> list[str]:
-    """Export in the layout of ViltForQuestionAnswering; a model with a convolutional stem keeps our names."""
+def has_stem(system: System) -> bool:
+    """Whether convolutions turn pixels into tokens, for which no layout has a place."""
+    return system.sizes["stem"] == "conv"
+
+
+def export_whole(system: System, folder: Path, layout: str, page: str) -> list[str]:
+    """Export a model of one piece in its `layout`, or under our names if it has a convolutional stem; a line says so.
+
+    `page` is the README.
+    """
     system.tokenizers.by_name["text"].save(folder)
     system.processor.save_pretrained(folder)
-    load, of_output = (LOAD_OWN_VILT, "") if system.sizes["stem"] == "conv" else (LOAD_VILT, ".logits")
-    limit = system.tokenizers.max_question_tokens
-    page = VILT_README.format(load=load, example=system.example, of_output=of_output, limit=limit)
-    conv = system.sizes["stem"] == "conv"
-    write_text(folder / "README.md", metadata(system, "vqa-scratch" if conv else "transformers") + page)
-    if not conv:
+    write_text(folder / "README.md", metadata(system, "vqa-scratch" if has_stem(system) else "transformers") + page)
+    if not has_stem(system):
         system.model.save_pretrained(folder)
         return []
     write_safetensors(folder / "model.safetensors", tensors_of(system.model))
     write_json(folder / "model.json", system.sizes)
     return [
-        f"the model has a convolutional stem, which the ViLT layout has no place for{STEM_HINT}: {folder} holds it "
-        "under names of our own, with its sizes in model.json"
+        f"the model has a convolutional stem, which {layout} has no place for{STEM_HINT}: {folder} holds it under "
+        "names of our own, with its sizes in model.json"
     ]
+
+
+def export_vilt(system: System[Any, ViLTClassifier], folder: Path) -> list[str]:
+    """Export as ViltForQuestionAnswering."""
+    load, of_output = LOAD_VILT, ".logits"
+    if has_stem(system):
+        load, of_output = LOAD_OWN_WHOLE.format(module="vilt") + "labels = model.labels\n", ""
+    limit = system.tokenizers.max_question_tokens
+    page = VILT_README.format(load=load, example=system.example, of_output=of_output, limit=limit)
+    return export_whole(system, folder, "the ViLT layout", page)

@@ -1,5 +1,6 @@
 """The splits of a data set, and what every system shares that trains on texts about images."""
 
+import time
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from vqa_scratch.data.images import Images
 from vqa_scratch.data.vqa_v2 import VQASample
 from vqa_scratch.report.curves import moving_average
 from vqa_scratch.systems.base import RO, M, RunData, System
-from vqa_scratch.systems.finals import Pace
+from vqa_scratch.systems.finals import Pace, Pass
 from vqa_scratch.systems.run_options import RunOptions
 from vqa_scratch.systems.scoring import other_images
 from vqa_scratch.training.ranks import World
@@ -33,17 +34,29 @@ class Split(Generic[Q]):
     images: Images
 
     def batches(
-        self, device: Any, chosen: Sequence[np.ndarray], *, shuffled: bool = False, progress: str | None = None
+        self,
+        device: Any,
+        chosen: Sequence[np.ndarray],
+        *,
+        shuffled: bool = False,
+        progress: str | None = None,
+        until: float | None = None,
     ) -> Iterator[tuple[np.ndarray, Any]]:
         """(rows, their batch on the device), prepared ahead of time, for the rows of each of `chosen`.
 
-        `shuffled` shows every question another image; `progress` is the label of a progress bar, None for no bar.
+        `shuffled` shows every question another image; `progress` is the label of a progress bar, None for no bar. After
+        the first batch it stops when another one would not be done `until` a time of `time.perf_counter`.
         """
         swap = other_images(len(self.images.paths)) if shuffled else None
         ready = ((rows, self.questions.batch(rows, self.images, image_map=swap)) for rows in chosen)
         bar = tqdm(prefetch(ready), progress, len(chosen), unit="batch", disable=progress is None, leave=False)
+        began = time.perf_counter()
         for rows, batch in bar:
             yield rows, batch.to(device)
+            now = time.perf_counter()
+            if until is not None and now + (now - began) > until:
+                break
+            began = now
 
 
 class Key(NamedTuple):
@@ -106,6 +119,23 @@ class SplitSystem(System[RO, M], Generic[RO, M, Q]):
 
     def ids(self, rows: list[int]) -> list[int | str]:
         return [self.splits["train"].questions.samples[row].question_id for row in rows]
+
+    @abstractmethod
+    def passes(self) -> list[Pass]:
+        """The passes of `finish` in order, after those of one more evaluation, whose label is ""."""
+
+    @abstractmethod
+    def try_out(self, one: Pass) -> None:
+        """Do what a pass does on `TIMED` samples, by which `pace` knows how long it takes."""
+
+    def seconds_to_finish(self, at_most: float) -> float:
+        passes = self.passes()
+        for one in passes:
+            if one.kind not in self.pace.seconds:
+                self.try_out(one)
+        self.pace.left = [one for one in passes if one.label]
+        evaluation = [one for one in passes if not one.label]
+        return self.pace.needed(evaluation) + min(at_most, self.pace.needed(self.pace.left))
 
     def panels(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """The loss, and the figures of the evaluations, over the samples seen."""

@@ -18,6 +18,7 @@ from vqa_scratch.study.subject import ViLTSubject, VQASubject
 from vqa_scratch.systems.base import System
 from vqa_scratch.systems.clip_texts import text_ids
 from vqa_scratch.systems.scoring import score
+from vqa_scratch.systems.writing import own_options
 
 
 def _opened(system: System, image: Image.Image, question: str, subject: Subject, answer: dict[str, Any]) -> Opened:
@@ -38,7 +39,7 @@ def writing_subject(system: System[Any, VQAModel], image: Image.Image, question:
     labels, special = ((), ()) if text is None else (text_labels(text, question, ids), special_tokens(text, ids))
     pixels = system.processor(image)[None]
     subject = VQASubject(system.model, pixels, prompt, ids, labels, special, tokenizers.max_answer_tokens)
-    subject.end_ids = (tokenizers.end_id,)  # the decoder's own config may name none, or several
+    subject.decide_by(own_options(tokenizers))
     return _opened(system, image, question, subject, written(tokenizers.decoder, prompt))
 
 

@@ -23,11 +23,10 @@ from vqa_scratch.data.vqa_v2 import VQASample
 from vqa_scratch.errors import UserError
 from vqa_scratch.models.hf_config import labels_from_hf
 from vqa_scratch.models.vilt import ViLT, ViLTClassifier, ViLTConfig, answer_loss
-from vqa_scratch.models.vit import ConvStem
 from vqa_scratch.storage import typed
 from vqa_scratch.study.opened import Opened
 from vqa_scratch.systems.answering import How
-from vqa_scratch.systems.assembly import check_images, grid_positions, with_stem
+from vqa_scratch.systems.assembly import check_images, start_from_places, stem_for, stem_of
 from vqa_scratch.systems.base import ANY_SAMPLE, RunData, check_positions, needed, seed_everything
 from vqa_scratch.systems.export import export_vilt
 from vqa_scratch.systems.options import ViLTOptions
@@ -82,8 +81,7 @@ class ViLTSystem(QuestionSystem[ViLTOptions, ViLTClassifier, ClassQuestions]):
 
     @property
     def sizes(self) -> dict[str, Any]:
-        stem = self.model.vilt.tower.patch_embed  # convolutions, or one linear map
-        return self.model.to_hf() | {"stem": "conv" if isinstance(stem, ConvStem) else "linear"}
+        return self.model.to_hf() | {"stem": stem_of(self.model.vilt.tower)}
 
     # --------------------------------------------------------------------------------------------------- training
 
@@ -167,7 +165,8 @@ def model_of(sizes: dict[str, Any], source: str) -> ViLTClassifier:
     """A classifier of random weights; the inverse of `ViLTSystem.sizes`. `source` is named in errors."""
     names, stem = typed(source, sizes, {"id2label": dict, "stem": str})
     labels = labels_from_hf(sizes, len(names), source)
-    return ViLTClassifier(with_stem(ViLT, ViLTConfig.from_hf(sizes), stem), labels)
+    config = ViLTConfig.from_hf(sizes)
+    return ViLTClassifier(ViLT(config, stem_for(config, stem)), labels)
 
 
 def _tokenizers(options: ViLTOptions, text: Tokenizer) -> Tokenizers:
@@ -191,12 +190,9 @@ def small_model(options: ViLTOptions, train: list[VQASample], labels: tuple[str,
         # The first word starts as a large constant; blocks as small as BERT's at the start would be lost beside it.
         init_std=options.width**-0.5,
     )
-    model = ViLTClassifier(with_stem(ViLT, sizes, options.stem), labels)
-    tower, side = model.vilt.tower, options.image_size
-    with torch.no_grad():
-        table = grid_positions(tower.places(side, side).grid, options.width)
-        tower.positions[0, tower.prefix_tokens :] = 0.5 * table
-    return model, text, ImageProcessor(size=(side, side))
+    model = ViLTClassifier(ViLT(sizes, stem_for(sizes, options.stem)), labels)
+    start_from_places(model.vilt.tower)
+    return model, text, ImageProcessor(size=(options.image_size, options.image_size))
 
 
 def released_model(options: ViLTOptions, train: list[VQASample], labels: tuple[str, ...]) -> Parts:

@@ -2,8 +2,6 @@
 
 from typing import Any
 
-import torch
-
 from vqa_scratch.connectors import connect, connector_class
 from vqa_scratch.data.images import ImageProcessor
 from vqa_scratch.data.text import Tokenizer, train_bpe, train_wordpiece
@@ -73,7 +71,7 @@ def small_models(options: VQAOptions, train: list[VQASample]) -> Parts:
     else:
         patches: dict[str, Any] = {"image_size": IMAGE_SIZE, "patch_size": options.patch_size}
         config = ViTConfig(layers=options.image_layers, hidden=4 * width, **patches, **shared)
-        image = assembly.with_stem(ViT, config, options.stem)
+        image = ViT(config, assembly.stem_for(config, options.stem))
     grid = image.places(IMAGE_SIZE, IMAGE_SIZE).grid
     sizes = kind.sizes_for(grid, options)
     text_config = BertConfig(
@@ -101,11 +99,9 @@ def small_models(options: VQAOptions, train: list[VQASample]) -> Parts:
     )
     words, writer = Bert(text_config) if reads_question(options) else None, GPT2(decoder_config)
     connector = connect({"kind": options.connector, **sizes}, image, words, writer)
-    table = 0.5 * assembly.grid_positions(grid, width)
     if isinstance(image, ViT):
-        with torch.no_grad():
-            image.positions[0, image.prefix_tokens :] = table
-    connector.start_from_places(table)
+        assembly.start_from_places(image)
+    connector.start_from_places(0.5 * assembly.grid_positions(grid, width))
     writer.open_gates(0.5)  # it has learned nothing yet that closed ones would protect
     tokenizers = assembly.tokenizers_for(options, text if words else None, decoder)
     return VQAModel(image, words, connector, writer), tokenizers, ImageProcessor(size=(IMAGE_SIZE, IMAGE_SIZE))

@@ -7,6 +7,7 @@ import numpy as np
 
 from vqa_scratch.data.answers import Answer
 from vqa_scratch.data.batches import Questions
+from vqa_scratch.data.tokenizers import Tokenizers
 from vqa_scratch.errors import UserError
 from vqa_scratch.generate import GenerationOptions, generate, rank
 from vqa_scratch.models.vqa import VQAModel
@@ -30,6 +31,11 @@ def check_room(system: Writing, prompt: int, new_tokens: int) -> None:
         )
 
 
+def own_options(tokenizers: Tokenizers) -> dict[str, Any]:
+    """The fields of `GenerationOptions` that a run knows: how long an answer may be, and what ends it."""
+    return {"max_new_tokens": tokenizers.max_answer_tokens, "eos_id": tokenizers.end_id}
+
+
 def write(
     system: Writing, questions: Questions, rows: np.ndarray, given: Conditioning, decoding: Mapping[str, Any] | None
 ) -> list[list[Answer]]:
@@ -38,13 +44,11 @@ def write(
     `decoding` holds fields of `GenerationOptions` other than the token limit and the end token; without it decoding is
     greedy. Raises UserError on options that contradict each other, and on more tokens than the decoder has positions.
     """
-    tokenizers, decoder = system.tokenizers, system.model.decoder
-    limits = {"max_new_tokens": tokenizers.max_answer_tokens, "eos_id": tokenizers.end_id}
-    options = GenerationOptions(**limits | dict(decoding or {}))
+    tokenizers = system.tokenizers
+    options = GenerationOptions(**own_options(tokenizers) | dict(decoding or {}))
     check_room(system, int(questions.prompts.lengths.max()), options.max_new_tokens)
     prompt, mask = (part.to(system.precision.device) for part in questions.prompt_batch(rows))
-    prefix, index = given.prefix, given.prefix_index
-    made = generate(decoder, prompt, mask, given.memory, options=options, prefix=prefix, prefix_index=index)
+    made = generate(system.model.decoder, prompt, mask, given, options=options)
     totals = made.likely().tolist()
     answers = []
     for ids, length, likely in zip(made.ids.tolist(), made.lengths.tolist(), totals, strict=True):
@@ -62,8 +66,7 @@ def choose(
     """
     ids = [system.tokenizers.answer(candidate)[1:] for candidate in candidates]  # without BOS
     prompt, mask = (part.to(system.precision.device) for part in questions.prompt_batch(rows))
-    prefix, index = given.prefix, given.prefix_index
-    scores = rank(system.model.decoder, prompt, mask, given.memory, ids, prefix=prefix, prefix_index=index)
+    scores = rank(system.model.decoder, prompt, mask, given, ids)
     best = scores.topk(min(top, len(ids)))
     return [
         [Answer(candidates[i], score, len(ids[i])) for i, score in zip(places, likely, strict=True)]

@@ -1,10 +1,7 @@
 """Key maps of CLIP and SigLIP, whole and one tower at a time; see `maps.py`."""
 
-from vqa_scratch.weights.maps import Entry, KeyMap, Order, linear, nested, weight
+from vqa_scratch.weights.maps import SQUEEZED, SQUEEZED_TWICE, Entry, KeyMap, linear, nested, weight
 
-# What we hold as one row, or as one image of one row, a file holds without these axes.
-_ROW = Order(lambda tensor: tensor[None], lambda row: row[0])
-_IMAGE = Order(lambda tensor: tensor[None, None], lambda image: image[0, 0])
 _LAYER = "encoder.layers.{}"
 _BLOCKS = (  # of every tower
     *linear("blocks.{}.attn.qkv", *(f"{_LAYER}.self_attn.{name}_proj" for name in "qkv")),
@@ -20,9 +17,9 @@ _TEXT = (
     *_BLOCKS,
     *linear("norm", "final_layer_norm"),
 )
-_PLACES = Entry("positions", ("embeddings.position_embedding.weight",), _ROW)
+_PLACES = Entry("positions", ("embeddings.position_embedding.weight",), SQUEEZED)
 _CLIP_IMAGE = (
-    Entry("cls_token", ("embeddings.class_embedding",), _IMAGE),
+    Entry("cls_token", ("embeddings.class_embedding",), SQUEEZED_TWICE),
     _PLACES,
     *weight("patch_embed", "embeddings.patch_embedding"),
     *linear("first_norm", "pre_layrnorm"),  # so spelled in the files
@@ -79,7 +76,7 @@ CLIP = _both(
     _CLIP_IMAGE_HEAD,
     *weight("image_head.projection", "visual_projection"),
     *weight("text_head", "text_projection"),
-    Entry("logit_scale", ("logit_scale",), _ROW),
+    Entry("logit_scale", ("logit_scale",), SQUEEZED),
 )
 SIGLIP = _both(
     _SIGLIP_IMAGE,
