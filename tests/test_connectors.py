@@ -227,6 +227,21 @@ def test_gates_are_open_where_a_decoder_begins_at_random():
     assert len(gates) == 2 * len(decoder.blocks) and all(gate.item() == 0.5 for gate in gates)
 
 
+@pytest.mark.parametrize("kind", ["prefix", "patches", "qformer"])
+def test_positions_of_a_prefix_begin_as_places(kind):
+    """Neighbours in a column are as alike as neighbours in a row, where the prefix is laid out as the image is."""
+    options = read_command_line(["--connector", kind, "--question-prompt", "--steps", "1"])
+    model = small_models(options, [ANY_SAMPLE])[0]
+    columns = {"prefix": 8, "patches": 9, "qformer": 0}[kind]
+    assert (CONNECTORS[kind].prefix_grid((8, 8), model.connector.sizes) or (8, 0)) == (8, columns)
+    table = model.decoder.positions.weight[: 8 * columns].detach()
+    if not columns:
+        assert model.decoder.positions.weight.std() < 0.03, "as a decoder's own begin"
+        return
+    across, down = (table.unflatten(0, (8, columns)).diff(dim=of).norm(dim=-1).mean() for of in (1, 0))
+    assert 0.9 < across / down < 1.1 and model.decoder.positions.weight[8 * columns :].std() < 0.03
+
+
 def test_closed_gates_are_the_bare_decoder():
     """A new resampler changes no bit of what its decoder says; in its layers the first step moves the gates alone."""
     image, decoder = tiny_image("resampler"), tiny_decoder(False)

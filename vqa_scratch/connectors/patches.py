@@ -48,8 +48,8 @@ class PatchesConnector(Connector):
         return {"newlines": True}
 
     @classmethod
-    def prefix_length(cls, grid: tuple[int, int], sizes: dict[str, Any]) -> int:
-        return grid[0] * (grid[1] + sizes["newlines"])
+    def prefix_grid(cls, grid: tuple[int, int], sizes: dict[str, Any]) -> tuple[int, int] | None:
+        return grid[0], grid[1] + sizes["newlines"]
 
     @property
     def sizes(self) -> dict[str, Any]:

@@ -30,8 +30,8 @@ class PrefixConnector(Connector):
         self.down = nn.Linear(decoder.config.dim, decoder.head.shape[1])
 
     @classmethod
-    def prefix_length(cls, grid: tuple[int, int], sizes: dict[str, Any]) -> int:
-        return grid[0] * grid[1]
+    def prefix_grid(cls, grid: tuple[int, int], sizes: dict[str, Any]) -> tuple[int, int] | None:
+        return grid
 
     def kept(self, image: States) -> States:
         """Only the places."""

@@ -47,9 +47,15 @@ class Connector(nn.Module, ABC):
         return {}
 
     @classmethod
+    def prefix_grid(cls, grid: tuple[int, int], sizes: dict[str, Any]) -> tuple[int, int] | None:
+        """(rows, columns) of an image with this grid in the prefix, row by row; None if no token there is a place."""
+        return None
+
+    @classmethod
     def prefix_length(cls, grid: tuple[int, int], sizes: dict[str, Any]) -> int:
         """Q: how many positions of the decoder an image with this grid takes."""
-        return 0
+        laid_out = cls.prefix_grid(grid, sizes)
+        return 0 if laid_out is None else laid_out[0] * laid_out[1]
 
     @classmethod
     def needs_cross_attention(cls) -> bool:

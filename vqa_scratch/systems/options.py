@@ -177,7 +177,6 @@ class CaptionOptions(RunOptions):
     """The captioner, which can also answer questions: a ResNet and a GPT-2 that reads its feature map."""
 
     question_prompt = True  # a question is always the decoder's prompt, for there is no text encoder
-    question_loss = False
 
     preset: str = option("caption", PRESET_HELP, RUN, ("caption", "coco"))
     out: Path = option(Path("runs/caption"), "Folder of the run.", RUN, may_change=True)

@@ -113,7 +113,7 @@ class VQASystem(WritingSystem[VQAOptions], QuestionSystem[VQAOptions, VQAModel, 
     # --------------------------------------------------------------------------------------------------- training
 
     def train_on(self, data: RunData) -> None:
-        self.trainable = self.model.freeze(self.options.freeze)
+        self.trainable, self.question_loss = self.model.freeze(self.options.freeze), self.options.question_loss
         super().train_on(data)
         if self.options.feature_cache:
             self.kept = cache_features(self)

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import torch
+
 from vqa_scratch.connectors import connect, connector_class
 from vqa_scratch.data.images import ImageProcessor
 from vqa_scratch.data.text import Tokenizer, train_bpe, train_wordpiece
@@ -102,6 +104,10 @@ def small_models(options: VQAOptions, train: list[VQASample]) -> Parts:
     if isinstance(image, ViT):
         assembly.start_from_places(image)
     connector.start_from_places(0.5 * assembly.grid_positions(grid, width))
+    if (laid_out := kind.prefix_grid(grid, sizes)) is not None:  # a sequence tells its rows apart, but not its columns
+        places = 0.5 * assembly.grid_positions(laid_out, width)
+        with torch.no_grad():
+            writer.positions.weight[: len(places)] = places
     writer.open_gates(0.5)  # it has learned nothing yet that closed ones would protect
     tokenizers = assembly.tokenizers_for(options, text if words else None, decoder)
     return VQAModel(image, words, connector, writer), tokenizers, ImageProcessor(size=(IMAGE_SIZE, IMAGE_SIZE))

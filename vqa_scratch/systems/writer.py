@@ -32,6 +32,7 @@ class WritingSystem(AnsweringSystem[RO, VQAModel, Questions]):
     """A system that writes token by token what it says about an image."""
 
     writes = True
+    question_loss = False  # whether it learns to tell a question's words too
 
     def __init__(self, options: RO, model: VQAModel, tokenizers: Tokenizers, *more: Any) -> None:
         super().__init__(options, model, tokenizers, *more)
@@ -50,7 +51,7 @@ class WritingSystem(AnsweringSystem[RO, VQAModel, Questions]):
         return assembly.sizes_of(self.model)
 
     def split(self, samples: Sequence[VQASample]) -> Split[Questions]:
-        questions = Questions(samples, self.tokenizers, question_loss=self.options.question_loss)
+        questions = Questions(samples, self.tokenizers, question_loss=self.question_loss)
         return Split(questions, Images(questions.image_paths, self.processor, upright=questions.upright))
 
     def batch(self, key: Key) -> Batch:
