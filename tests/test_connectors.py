@@ -233,7 +233,7 @@ def test_positions_of_a_prefix_begin_as_places(kind):
     options = read_command_line(["--connector", kind, "--question-prompt", "--steps", "1"])
     model = small_models(options, [ANY_SAMPLE])[0]
     columns = {"prefix": 8, "patches": 9, "qformer": 0}[kind]
-    assert (CONNECTORS[kind].prefix_grid((8, 8), model.connector.sizes) or (8, 0)) == (8, columns)
+    assert (connector_class(kind).prefix_grid((8, 8), model.connector.sizes) or (8, 0)) == (8, columns)
     table = model.decoder.positions.weight[: 8 * columns].detach()
     if not columns:
         assert model.decoder.positions.weight.std() < 0.03, "as a decoder's own begin"

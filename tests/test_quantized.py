@@ -24,6 +24,7 @@ from vqa_scratch.models import (
 )
 from vqa_scratch.models.llama_experts import Mixture
 from vqa_scratch.nn import quantized, taps
+from vqa_scratch.nn.connecting import Conditioning
 from vqa_scratch.nn.gated_cross import flamingo_layer
 from vqa_scratch.nn.gptq import gptq, recorded, relative_error
 from vqa_scratch.nn.memory import Memory
@@ -220,8 +221,8 @@ def test_every_decoding_state_writes_the_same(name, form, monkeypatch):
     monkeypatch.setattr(FastState, "run", lambda self, tokens, run=FastState.run: steps.append(1) or run(self, tokens))
 
     def written(ids, rows=slice(None), **options):
-        memory = [Memory(states[rows])] if name in READ else None
-        return generate(model, ids[rows], None, memory, options=GenerationOptions(6, None, **options)).ids
+        given = Conditioning([Memory(states[rows])]) if name in READ else None
+        return generate(model, ids[rows], None, given, options=GenerationOptions(6, None, **options)).ids
 
     for length in (1, 4):
         ids = torch.randint(2, 50, (3, length))
@@ -232,12 +233,10 @@ def test_every_decoding_state_writes_the_same(name, form, monkeypatch):
         assert torch.equal(modules, torch.cat([written(ids, slice(row, row + 1)) for row in range(3)]))
         assert steps
         steps.clear()
-    memory = [Memory(states)] if name in READ else None
-    ranked = rank(model, ids, None, memory, [[3, 4], [3, 5, 6], [7]])
+    given = Conditioning([Memory(states)]) if name in READ else None
+    ranked = rank(model, ids, None, given, [[3, 4], [3, 5, 6], [7]])
     with taps.activate(Watcher()):
-        assert (
-            rank(model, ids, None, memory, [[3, 4], [3, 5, 6], [7]]) - ranked
-        ).abs().max() < 1e-4  # of norms in fp32
+        assert (rank(model, ids, None, given, [[3, 4], [3, 5, 6], [7]]) - ranked).abs().max() < 1e-4  # of norms in fp32
 
 
 @torch.no_grad()
@@ -251,8 +250,8 @@ def test_in_bf16_every_state_gives_the_same_scores(name, form):
     states = torch.randn(3, 5, 32).bfloat16()
 
     def scores(rows=slice(None)):
-        memory = [Memory(states[rows])] if name in READ else None
-        first, state = begin(model, ids[rows], None, memory, steps=5)
+        given = Conditioning([Memory(states[rows])]) if name in READ else None
+        first, state = begin(model, ids[rows], None, given, steps=5)
         return torch.stack([first, *(state.step(token[rows]) for token in tokens)]).float()
 
     with taps.activate(Watcher()):
@@ -286,10 +285,14 @@ def test_inside_autocast_weights_in_fp32_are_as_good():
     """As runs of train.py do it."""
     model = uneven("gpt2")
     quantize(model, FORMATS["int8"])
-    ids, memory, tokens = torch.randint(2, 50, (2, 4)), [Memory(torch.randn(2, 5, 32))], torch.randint(2, 50, (2, 2))
+    ids, given, tokens = (
+        torch.randint(2, 50, (2, 4)),
+        Conditioning([Memory(torch.randn(2, 5, 32))]),
+        torch.randint(2, 50, (2, 2)),
+    )
 
     def scores():
-        first, state = begin(model, ids, None, memory, steps=2)
+        first, state = begin(model, ids, None, given, steps=2)
         return torch.stack([first, *(state.step(token) for token in tokens)]).float()
 
     with torch.autocast("cpu", torch.bfloat16):
