@@ -24,7 +24,7 @@ from vqa_scratch.models.vqa import VQAModel
 from vqa_scratch.systems.options import PRESETS, VQAOptions
 from vqa_scratch.systems.vqa import VQASystem
 from vqa_scratch.systems.vqa_models import DISTILBERT
-from vqa_scratch.training.optimizers import split_parameters
+from vqa_scratch.training.parameter_groups import split_parameters
 from vqa_scratch.training.precision import Precision
 
 PAGE = Path(__file__).parent.parent / "docs" / "scale.md"

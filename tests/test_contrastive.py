@@ -14,7 +14,7 @@ from transformers import CLIPModel, SiglipModel
 from vqa_scratch.models import CLIP
 from vqa_scratch.systems.retrieval import retrieval
 from vqa_scratch.training.contrastive import clamp_scale_, info_nce, sigmoid_loss, twins
-from vqa_scratch.training.optimizers import split_parameters
+from vqa_scratch.training.parameter_groups import split_parameters
 
 LN10, BIAS = torch.tensor([math.log(10)]), torch.tensor([-10.0])
 

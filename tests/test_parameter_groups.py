@@ -12,7 +12,7 @@ from vqa_scratch.models.resnet import ResNet, ResNetConfig
 from vqa_scratch.models.vilt import ViLT, ViLTClassifier, ViLTConfig
 from vqa_scratch.models.vit import ConvStem
 from vqa_scratch.models.vqa import VQAModel
-from vqa_scratch.training.optimizers import split_parameters
+from vqa_scratch.training.parameter_groups import split_parameters
 
 DECODER = GPT2Config(20, 16, 12, 2, 2, hidden=10, add_cross_attention=True)
 IMAGE = ViTConfig(16, 8, 3, 12, 2, 2, 10)

@@ -29,7 +29,8 @@ from vqa_scratch.training.checkpoint import (
     save_checkpoint,
     set_rng_state,
 )
-from vqa_scratch.training.optimizers import Muon, Optimizers, orthogonalize, schedule, split_parameters
+from vqa_scratch.training.optimizers import Muon, Optimizers, orthogonalize, schedule
+from vqa_scratch.training.parameter_groups import split_parameters
 from vqa_scratch.training.progress import MetricsLog, read_metrics
 from vqa_scratch.training.watch import NotFinite
 

@@ -20,7 +20,7 @@ from vqa_scratch.rl.metrics import UpdateStats
 from vqa_scratch.rl.options import RLHFOptions
 from vqa_scratch.rl.policy import ActorCritic, Context, SamplingRules
 from vqa_scratch.rl.types import Prompt, Trajectory
-from vqa_scratch.training.optimizers import load_whole_state
+from vqa_scratch.training.checkpoint import load_whole_state
 from vqa_scratch.training.ranks import Alone, for_main, whole
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from vqa_scratch.storage import typed
-from vqa_scratch.training.optimizers import split_parameters
+from vqa_scratch.training.parameter_groups import split_parameters
 
 MOVED = ("image_projection.", "text_projection.", "modality", "places")
 

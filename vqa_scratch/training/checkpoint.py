@@ -125,3 +125,13 @@ def load_model_state(model: torch.nn.Module, state: dict[str, torch.Tensor], whe
     for name, tensor in state.items():
         check_finite(name, tensor, where)
     model.load_state_dict({k: like(v, state[k]) for k, v in own.items()})
+
+
+def load_whole_state(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
+    """`load_state_dict` for a state of whole tensors, which are sharded like their parameters."""
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    cut = {
+        i: {k: like(params[i], v) if getattr(v, "shape", ()) == params[i].shape else v for k, v in s.items()}
+        for i, s in saved["state"].items()
+    }
+    optimizer.load_state_dict(saved | {"state": cut})

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vqa_scratch.nn.attention import MultiHeadAttention
+from vqa_scratch.training.checkpoint import load_whole_state
+from vqa_scratch.training.parameter_groups import split_parameters, stacked_matrices
 from vqa_scratch.training.ranks import like, whole
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # the quintic's coefficients, from the paper
@@ -94,39 +95,6 @@ class Muon(torch.optim.Optimizer):
             torch._foreach_add_(params, steps, alpha=-group["lr"])
 
 
-def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter], list[nn.Parameter]]:
-    """(hidden matrices, weights of other layers, the rest); each trainable parameter is in exactly one group.
-
-    Hidden matrices are those inside blocks. Projections, heads and filters are the second group. Biases, norms and
-    tables are the third, without weight decay; a table is the weight of an embedding, or a parameter outside a layer
-    (positions, a class token), which is not called `weight`. Checkpoints rely on the order, that of the model.
-    """
-    hidden, wide, rest = [], [], []
-    for name, p in model.named_parameters():
-        owner, _, own_name = name.rpartition(".")
-        is_table = own_name != "weight" or isinstance(model.get_submodule(owner), nn.Embedding)
-        if not p.requires_grad:
-            continue
-        if ".blocks." in f".{name}" and p.ndim == 2:
-            hidden.append(p)
-        elif p.ndim >= 2 and not is_table:
-            wide.append(p)
-        else:
-            rest.append(p)
-    assert len({id(p) for p in hidden + wide + rest}) == sum(p.requires_grad for p in model.parameters())
-    return hidden, wide, rest
-
-
-def load_whole_state(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
-    """`load_state_dict` for a state of whole tensors, which are sharded like their parameters."""
-    params = [p for group in optimizer.param_groups for p in group["params"]]
-    cut = {
-        i: {k: like(params[i], v) if getattr(v, "shape", ()) == params[i].shape else v for k, v in s.items()}
-        for i, s in saved["state"].items()
-    }
-    optimizer.load_state_dict(saved | {"state": cut})
-
-
 class Optimizers:
     """AdamW for all parameters, or Muon for the hidden matrices and AdamW for the rest, used like one optimizer."""
 
@@ -145,13 +113,8 @@ class Optimizers:
             raise ValueError("nothing to train: every parameter is frozen")
         self.optimizers: list[torch.optim.Optimizer] = []
         if kind == "muon" and hidden:
-            stacked = {
-                weight: rows
-                for module in model.modules()
-                if isinstance(module, MultiHeadAttention)
-                for weight, rows in module.stacked.items()
-            }
-            self.optimizers.append(Muon(hidden, lr=matrix_learning_rate, weight_decay=weight_decay, stacked=stacked))
+            muon = Muon(hidden, lr=matrix_learning_rate, weight_decay=weight_decay, stacked=stacked_matrices(model))
+            self.optimizers.append(muon)
             hidden = []
         groups = [{"params": hidden + wide, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
         groups = [group for group in groups if group["params"]]
