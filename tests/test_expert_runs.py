@@ -22,7 +22,8 @@ from vqa_scratch.models.llama_experts import Mixture
 from vqa_scratch.models.released import decoder_of
 from vqa_scratch.models.vqa import labelled_loss
 from vqa_scratch.nn import taps
-from vqa_scratch.nn.experts import Router, balance_loss, z_loss
+from vqa_scratch.nn.experts import Router, balance_loss, move_biases, z_loss
+from vqa_scratch.systems import experts
 from vqa_scratch.systems.experts import BALANCE, Z, real_tokens, routed_states
 from vqa_scratch.systems.options import read_command_line
 from vqa_scratch.systems.vqa import VQASystem
@@ -91,14 +92,20 @@ def assert_same_step(system: VQASystem, other: VQASystem) -> None:
 
 
 @pytest.mark.parametrize("balance", ["none", "bias"])
-def test_a_step_does_not_depend_on_its_parts(data, tmp_path, balance):
+def test_a_step_does_not_depend_on_its_parts(data, tmp_path, balance, monkeypatch):
+    """Biases move once, by the loads of both."""
+    moved: list[torch.Tensor] = []
+    monkeypatch.setattr(experts, "move_biases", lambda model, by: moved.append(by) or move_biases(model, by))
     (one, first), (two, second) = (training(data, tmp_path, connector="prefix", balance=balance) for _ in range(2))
     batch = one.batch(one.epoch(0)[0])
     loss, _, _ = train_step(one.loss, batch, first, FP32)
     other, _, _ = train_step(two.loss, batch, second, FP32, accumulate=2)
     assert loss.item() == pytest.approx(other.item(), rel=1e-6)
     assert_same_step(one, two)
-    assert not two.experts.loads and all(balance == "none" or r.bias.abs().max() > 5e-4 for r in routers(two))
+    assert not two.experts.loads and len(moved) == (0 if balance == "none" else 2)
+    assert all(torch.equal(by, moved[0]) for by in moved) and all(
+        balance == "none" or r.bias.abs().max() > 5e-4 for r in routers(two)
+    )
 
 
 def test_the_losses_of_routers_count_by_labelled_tokens(data, tmp_path):
