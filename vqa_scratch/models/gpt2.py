@@ -60,10 +60,9 @@ class GPT2Config(HFConfig[Layout]):
     def __post_init__(self) -> None:
         check_heads(self.dim, self.heads)
 
-    def mlp(self, hidden: int | None = None) -> MLP:
-        """A new MLP of the inner width of this config, or of another."""
-        hidden = hidden or self.hidden or 4 * self.dim
-        return MLP(self.dim, hidden, activation(self.activation), dropout=self.dropout)
+    def mlp(self, hidden: int | None = None) -> nn.Module:
+        """A new MLP of a block, of the inner width of this config or of another."""
+        return MLP(self.dim, hidden or self.hidden or 4 * self.dim, activation(self.activation), dropout=self.dropout)
 
 
 class GPT2Block(DecoderBlock):
@@ -168,6 +167,7 @@ class GPT2(PositionTableDecoder):
     """Tokens and positions, pre-LN blocks, a last norm, and a head that is the token embedding."""
 
     config_class = GPT2Config
+    block = GPT2Block
 
     def __init__(self, config: GPT2Config) -> None:
         super().__init__()
@@ -175,7 +175,7 @@ class GPT2(PositionTableDecoder):
         self.tokens = nn.Embedding(config.vocab_size, config.dim)
         self.positions = nn.Embedding(config.max_positions, config.dim)
         self.dropout = nn.Dropout(config.embedding_dropout)
-        self.blocks = nn.ModuleList(self.block(layer) for layer in range(config.layers))
+        self.blocks = nn.ModuleList(self.block(config, layer, config.mlp()) for layer in range(config.layers))
         self.norm = nn.LayerNorm(config.dim, eps=config.norm_eps)
         self.apply(lambda module: init_weights(module, config.init_std))
         # Radford et al. 2019, section 2.3: residual projections start smaller by the root of their number.
@@ -183,10 +183,6 @@ class GPT2(PositionTableDecoder):
             if name.endswith(("attn.out.weight", "cross.out.weight", ".down.weight")):
                 nn.init.normal_(parameter, std=config.init_std / math.sqrt(2 * config.layers))
         taps.name_modules(self.blocks, "decoder")
-
-    def block(self, layer: int) -> GPT2Block:
-        """A new block."""
-        return GPT2Block(self.config, layer, self.config.mlp())
 
     def before_blocks(self, embeddings: Tensor, positions: Tensor) -> tuple[Tensor]:
         return (self.dropout(embeddings + self.positions(positions)),)

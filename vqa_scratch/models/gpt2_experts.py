@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from vqa_scratch.models.gpt2 import GPT2, GPT2Block, GPT2Config
 from vqa_scratch.models.hf_config import Layout
@@ -28,6 +28,10 @@ class GPT2ExpertsConfig(GPT2Config):
     def further_fields(cls, config: Mapping[str, Any]) -> dict[str, Any]:
         return {"experts": mixture_from_hf(config)}
 
+    def mlp(self, hidden: int | None = None) -> nn.Module:
+        """The experts of a block, or one of them."""
+        return self.experts.make(self.dim, super().mlp) if hidden is None else super().mlp(hidden)
+
     def to_hf(self) -> dict[str, Any]:
         return super().to_hf() | mixture_to_hf(self.experts, self.layout)
 
@@ -42,8 +46,5 @@ class GPT2ExpertBlock(GPT2Block):
 class GPT2Experts(GPT2):
     """As `GPT2`."""
 
-    config: GPT2ExpertsConfig
     config_class = GPT2ExpertsConfig
-
-    def block(self, layer: int) -> GPT2Block:
-        return GPT2ExpertBlock(self.config, layer, self.config.experts.make(self.config.dim, self.config.mlp))
+    block = GPT2ExpertBlock
