@@ -19,6 +19,7 @@ from bench import (
     connectors_frozen,
     decode,
     decode_sides,
+    experts,
     image_loading,
     logprob,
     loss_head,
@@ -171,20 +172,11 @@ def cached_features_command(rounds: int, every: bool, write: bool, **sizes: int 
 
 
 @click.command("connectors")
-@click.option("--steps", type=click.IntRange(1), default=1200, show_default=True, help="Steps of 512 questions a run.")
-@click.option("--seeds", default="0,1,2", show_default=True, help="Seeds; fewer than three make the table provisional.")
+@connector_runs.run_options("runs/connectors")
 @click.option("--only", help="These connectors alone, with commas between them.")
-@click.option("--jobs", type=click.IntRange(1), default=1, show_default=True, help="Runs at once, sharing the threads.")
 @click.option("--frozen", is_flag=True, help="Between towers trained before: frozen, and trained on.")
 @click.option("--tower-steps", type=click.IntRange(1), help="With --frozen: steps of each tower. [as --steps]")
-@click.option(
-    "--precision", type=NearChoice(("auto", "fp32", "bf16")), default="auto", show_default=True, help="Of all runs."
-)
-@click.option("--rounds", type=click.IntRange(1), default=5, show_default=True, help="Turns of each side, when timed.")
-@click.option("--test-images", type=click.IntRange(1), help="Score on so many images of the test split. [all]")
 @click.option("--pointed", type=click.IntRange(1), default=200, show_default=True, help="Maps held to their object.")
-@click.option("--out", type=click.Path(path_type=Path), default="runs/connectors", show_default=True, help="The runs.")
-@click.option("--cache", type=click.Path(path_type=Path), default="cache", show_default=True, help="As in train.py.")
 @click.option("--write", is_flag=True, help="Put the table into bench/RESULTS.md, it and the picture into docs/.")
 def connectors_command(
     frozen: bool,
@@ -202,6 +194,15 @@ def connectors_command(
         connectors.present("connectors-frozen", made, plan.out, write)
     else:
         connectors.present("connectors", connectors.run(plan, command_given()), plan.out, write)
+
+
+@click.command("experts")
+@connector_runs.run_options("runs/experts")
+@click.option("--write", is_flag=True, help="Put the tables into bench/RESULTS.md.")
+def experts_command(seeds: str, write: bool, **values: int | str | Path | None) -> None:
+    """Experts in place of MLPs, trained on the same questions: what they learn and cost. Finished runs are kept."""
+    plan = connector_runs.Plan(seeds=connector_runs.read_seeds(seeds), **values)
+    present("experts", experts.run(plan, command_given()), write)
 
 
 @click.command("image-loading")
@@ -311,6 +312,7 @@ COMMANDS = [
     prefix_command,
     cached_features_command,
     connectors_command,
+    experts_command,
     image_loading_command,
     ppo_command,
     resolution_command,

@@ -6,17 +6,19 @@ A finished run is kept, one that was stopped goes on, so the table may be made i
 import os
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import click
 import torch
 
 from bench.results import ROOT
 from vqa_scratch import systems
+from vqa_scratch.command_line import NearChoice
 from vqa_scratch.connectors import CONNECTORS, connector_class
 from vqa_scratch.data.shapes import ShapesSpec, ensure_shapes
 from vqa_scratch.errors import UserError
@@ -28,6 +30,7 @@ from vqa_scratch.training.progress import read_metrics
 
 WITH_TEXT = ", text encoder"  # ends the name of a row that has one
 SEEDS = (0, 1, 2)  # of a table that is not provisional
+KINDS = ("auto", "fp32", "bf16")  # of the precision of all runs
 MAP = "cross"  # the map that `study` shows: the weights on the image, mean of heads and layers
 
 
@@ -115,6 +118,29 @@ class Plan:
         return ensure_shapes(self.cache, ShapesSpec(**vars(self.spec) | {"seed": seed}))
 
 
+def run_options(out: str) -> Callable[[Any], Any]:
+    """Gives a command the options that are fields of `Plan`; `out` is where its runs usually go."""
+    number, folder = click.IntRange(1), click.Path(path_type=Path)
+    shown: dict[str, Any] = {"show_default": True}
+    options = [
+        click.option("--steps", type=number, default=1200, help="Steps of 512 questions a run.", **shown),
+        click.option("--seeds", default="0,1,2", help="Fewer than three make the table provisional.", **shown),
+        click.option("--jobs", type=number, default=1, help="Runs at once, sharing the threads.", **shown),
+        click.option("--precision", type=NearChoice(KINDS), default="auto", help="Of all runs.", **shown),
+        click.option("--rounds", type=number, default=5, help="Turns of each side, when timed.", **shown),
+        click.option("--test-images", type=number, help="Score on so many images of the test split. [all]"),
+        click.option("--out", type=folder, default=out, help="The runs.", **shown),
+        click.option("--cache", type=folder, default="cache", help="As in train.py.", **shown),
+    ]
+
+    def given(command: Any) -> Any:
+        for each in reversed(options):
+            command = each(command)
+        return command
+
+    return given
+
+
 # ---------------------------------------------------------------------------------------------- training
 
 
@@ -155,8 +181,8 @@ def train_all(jobs: Sequence[Job], at_once: int) -> None:
             raise
 
 
-def jobs_of(plan: Plan, rows: Sequence[Row]) -> dict[tuple[Row, int], Job]:
-    """The runs by row and seed."""
+def jobs_of(plan: Plan, rows: Sequence[Any]) -> dict[tuple[Any, int], Job]:
+    """The runs by row and seed; a row has a `folder`, and the `flags` that make it what it is."""
     jobs = {}
     for seed in plan.seeds:
         shared = [f"--seed={seed}", f"--data={plan.data(seed)}", *plan.flags]

@@ -31,7 +31,7 @@ from vqa_scratch.training.precision import pick_device
 
 QUESTIONS, TOGETHER = 256, 8  # of a training step; about one image
 ASKED = 8  # images of a turn of answering
-HEAD = ["connector", "train questions/s, 1 an image", f"{TOGETHER} an image", "ms an answer, 1 an image"]
+HEAD = ["train questions/s, 1 an image", f"{TOGETHER} an image", "ms an answer, 1 an image"]
 HEAD += [f"{TOGETHER} an image", "cache kB an answer, 1 an image", f"{TOGETHER} an image"]
 
 
@@ -94,6 +94,7 @@ class Side:
         names = ("learning_rate", "matrix_learning_rate", "weight_decay")
         rates = {name: getattr(system.options, name) for name in names}
         self.optimizers = Optimizers(system.model, kind=system.options.optimizer, **rates)
+        system.trained_by(self.optimizers)
 
     def step(self, each: int) -> float:
         """Seconds of a training step with so many questions an image."""
@@ -158,8 +159,8 @@ def measure(folders: Mapping[str, Path], data: Path, rounds: int) -> dict[str, C
     return costs
 
 
-def table(costs: Mapping[str, Cost]) -> str:
-    """The costs, and a line on answers that rounding changes."""
+def table(costs: Mapping[str, Cost], first: str = "connector") -> str:
+    """The costs, and a line on answers that rounding changes; `first` is what a row is."""
     lines, changed = [], []
     for name, cost in costs.items():
         cells = [cost.rates[each].text(0) for each in (1, TOGETHER)]
@@ -167,4 +168,4 @@ def table(costs: Mapping[str, Cost]) -> str:
         lines.append([name, *cells, *(f"{cost.held[each] / 1e3:.1f}" for each in (1, TOGETHER))])
         changed += [f"{cost.differing} of {ASKED} answers of {name}"] if cost.differing else []
     said = f"\n\n- Asked beside others, rounding changes {', '.join(changed)}." if changed else ""
-    return results.table(HEAD, lines) + said
+    return results.table([first, *HEAD], lines) + said

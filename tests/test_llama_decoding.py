@@ -15,6 +15,7 @@ from vqa_scratch.generate.fast.state import of_steps
 from vqa_scratch.generate.start import prefill
 from vqa_scratch.generate.state import ModuleState
 from vqa_scratch.models import Llama, LlamaConfig
+from vqa_scratch.models.gpt2_experts import GPT2Experts, GPT2ExpertsConfig
 from vqa_scratch.models.llama_experts import Mixture
 from vqa_scratch.nn import taps
 from vqa_scratch.nn.experts import routings
@@ -32,16 +33,20 @@ MODELS = {
     "a shared expert": {"experts": Mixture(5, 3, 12, False, shared_hidden=8, every=2), "qkv_bias": True},
     "norms of all heads": {"experts": Mixture(3, 1, 12, False), "qk_norm": True, "clip": 0.8, "kv_heads": 2},
 }
+GPT2_EXPERTS = "a GPT-2 with experts"
 
 
-@pytest.fixture(scope="module", params=MODELS)
-def model(request) -> Llama:
+@pytest.fixture(scope="module", params=[*MODELS, GPT2_EXPERTS])
+def model(request) -> Llama | GPT2Experts:
     sizes = {"vocab_size": VOCABULARY, "max_positions": 40, "dim": WIDTH, "layers": 2, "heads": 4, "hidden": 20}
-    decoder = Llama(LlamaConfig(**sizes, **MODELS[request.param])).eval()
+    if request.param == GPT2_EXPERTS:
+        decoder = GPT2Experts(GPT2ExpertsConfig(**sizes, experts=Mixture(4, 2, 12, biased=True)))
+    else:
+        decoder = Llama(LlamaConfig(**sizes, **MODELS[request.param]))
     with torch.no_grad():
         for parameter in decoder.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.4)
-    return decoder
+    return decoder.eval()
 
 
 class Watcher:
@@ -122,7 +127,7 @@ def test_bf16_is_near_fp32(model):
     """Weights in bf16: the score of each token is within a few roundings of 2^-8 of the scores' size, in each state."""
     ids, mask = prompts(4, True)
     exact = model(ids, mask)
-    low = Llama(model.config).eval()
+    low = type(model)(model.config).eval()
     low.load_state_dict(model.state_dict())
     low.bfloat16()
     logits = low(ids, mask)

@@ -60,11 +60,15 @@ class GPT2Config(HFConfig[Layout]):
     def __post_init__(self) -> None:
         check_heads(self.dim, self.heads)
 
+    def mlp(self, hidden: int | None = None) -> nn.Module:
+        """A new MLP of a block, of the inner width of this config or of another."""
+        return MLP(self.dim, hidden or self.hidden or 4 * self.dim, activation(self.activation), dropout=self.dropout)
+
 
 class GPT2Block(DecoderBlock):
-    """Pre-LN: x + self-attention, x + cross-attention (if built with it and given a memory), x + MLP."""
+    """Pre-LN: x + self-attention, x + cross-attention (if built with it and given a memory), x + `mlp`."""
 
-    def __init__(self, config: GPT2Config, layer: int) -> None:
+    def __init__(self, config: GPT2Config, layer: int, mlp: nn.Module) -> None:
         super().__init__()
         scale = (config.dim // config.heads) ** -0.5 if config.scale_scores else 1.0
         if config.scale_by_layer:
@@ -76,8 +80,7 @@ class GPT2Block(DecoderBlock):
             self.norm_cross = nn.LayerNorm(config.dim, eps=config.norm_eps)
             self.cross = attention(context_dim=config.dim)
         self.norm2 = nn.LayerNorm(config.dim, eps=config.norm_eps)
-        hidden = 4 * config.dim if config.hidden is None else config.hidden
-        self.mlp = MLP(config.dim, hidden, activation(config.activation), dropout=config.dropout)
+        self.mlp = mlp
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, key_mask: Tensor | None, memory: list[Memory] | None, cache: KVCache | None) -> Tensor:
@@ -87,7 +90,11 @@ class GPT2Block(DecoderBlock):
         if hasattr(self, "cross") and (memory is not None or (cache is not None and cache.cross is not None)):
             x = x + self.dropout(self.cross(self.norm_cross(x), memory, cache=cache))
         x = taps.tap(self.tap_prefix, "resid_mid", x)
-        return taps.tap(self.tap_prefix, "resid_post", x + self.mlp(self.norm2(x)))
+        return taps.tap(self.tap_prefix, "resid_post", x + self.feed_forward(self.norm2(x), key_mask))
+
+    def feed_forward(self, x: Tensor, key_mask: Tensor | None) -> Tensor:
+        """The MLP of the tokens (B, T, D), the last of those that key_mask is about."""
+        return self.mlp(x)
 
     def fast_block(self) -> FastBlock:
         """The parts of the block, for `generate`."""
@@ -160,6 +167,7 @@ class GPT2(PositionTableDecoder):
     """Tokens and positions, pre-LN blocks, a last norm, and a head that is the token embedding."""
 
     config_class = GPT2Config
+    block = GPT2Block
 
     def __init__(self, config: GPT2Config) -> None:
         super().__init__()
@@ -167,12 +175,12 @@ class GPT2(PositionTableDecoder):
         self.tokens = nn.Embedding(config.vocab_size, config.dim)
         self.positions = nn.Embedding(config.max_positions, config.dim)
         self.dropout = nn.Dropout(config.embedding_dropout)
-        self.blocks = nn.ModuleList(GPT2Block(config, layer) for layer in range(config.layers))
+        self.blocks = nn.ModuleList(self.block(config, layer, config.mlp()) for layer in range(config.layers))
         self.norm = nn.LayerNorm(config.dim, eps=config.norm_eps)
         self.apply(lambda module: init_weights(module, config.init_std))
         # Radford et al. 2019, section 2.3: residual projections start smaller by the root of their number.
         for name, parameter in self.named_parameters():
-            if name.endswith(("attn.out.weight", "cross.out.weight", "mlp.down.weight")):
+            if name.endswith(("attn.out.weight", "cross.out.weight", ".down.weight")):
                 nn.init.normal_(parameter, std=config.init_std / math.sqrt(2 * config.layers))
         taps.name_modules(self.blocks, "decoder")
 

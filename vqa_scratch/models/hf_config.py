@@ -32,7 +32,7 @@ MOST_LAYERS, LARGEST = 1_000, 2**24  # of any layers or experts, size or id that
 class Layout:
     """How the checkpoints of one `model_type` are laid out."""
 
-    architecture: str  # the class in `transformers` that reads what we write
+    architecture: str  # the class in `transformers` that reads what we write; "" if there is none
     fields: Mapping[str, str]  # our config field: the one in config.json
     key_map: KeyMap = KeyMap(())  # empty where it depends on the sizes and the config makes it
     defaults: Mapping[str, Any] = field(default_factory=dict)  # our fields: values where config.json has none

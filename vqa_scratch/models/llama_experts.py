@@ -31,6 +31,7 @@ class Mixture:
     shared_hidden: int | None = None  # inner width of the expert that every token reads; None: there is none
     every: int = 1  # so many layers, the last of them, has experts ...
     dense_layers: tuple[int, ...] = ()  # ... but these, from 0, have an MLP
+    biased: bool = False  # the router has a bias, with which `move_biases` balances loads
 
     def __post_init__(self) -> None:
         self.choice  # noqa: B018  raises if there are too few experts
@@ -45,8 +46,9 @@ class Mixture:
 
     def make(self, dim: int, mlp: Callable[[int], nn.Module]) -> MixtureOfExperts:
         """New experts for a layer; `mlp` makes an MLP of an inner width."""
+        router = Router(dim, self.choice, biased=self.biased)
         shared = None if self.shared_hidden is None else SharedExpert(dim, mlp(self.shared_hidden))
-        return MixtureOfExperts(Router(dim, self.choice), (mlp(self.hidden) for _ in range(self.experts)), shared)
+        return MixtureOfExperts(router, (mlp(self.hidden) for _ in range(self.experts)), shared)
 
 
 # By model type: our fields and those in config.json, and what holds where it has none.
@@ -54,6 +56,7 @@ MIXTURES: dict[str, tuple[dict[str, str], Mixture]] = {
     "mixtral": (fields.MIXTRAL_EXPERTS, Mixture()),
     "qwen2_moe": (fields.QWEN2_MOE_EXPERTS, Mixture(60, 4, 1408, renormalise=False, shared_hidden=5632)),
     "olmoe": (fields.OLMOE_EXPERTS, Mixture(64, 8, 2048, renormalise=False)),
+    "gpt2_experts": (fields.GPT2_EXPERTS, Mixture()),  # no released one
 }
 
 

@@ -76,7 +76,7 @@ class OPT(PositionTableDecoder):
         self.tokens = nn.Embedding(config.vocab_size, width)
         self.positions = nn.Embedding(config.max_positions + OFFSET, config.dim)
         self.project_in = nn.Linear(width, config.dim, bias=False) if narrow else nn.Identity()
-        self.blocks = nn.ModuleList(block(config, layer) for layer in range(config.layers))
+        self.blocks = nn.ModuleList(block(config, layer, config.mlp()) for layer in range(config.layers))
         self.norm = nn.LayerNorm(config.dim) if config.norm_first else nn.Identity()
         self.project_out = nn.Linear(config.dim, width, bias=False) if narrow else nn.Identity()
         self.apply(lambda module: init_weights(module, config.init_std))

@@ -12,6 +12,7 @@ from vqa_scratch.errors import UserError, naming
 from vqa_scratch.models.bert import Bert, BertConfig
 from vqa_scratch.models.clip import CLIP, CLIPConfig
 from vqa_scratch.models.gpt2 import GPT2
+from vqa_scratch.models.gpt2_experts import GPT2Experts
 from vqa_scratch.models.hf_config import Released, ReleasedDecoder
 from vqa_scratch.models.llama import Llama, LlamaConfig
 from vqa_scratch.models.opt import OPT
@@ -57,9 +58,10 @@ def decoder(source: str | PathLike[str], *, cross_attention: bool) -> ReleasedDe
 def decoder_of(sizes: Mapping[str, Any]) -> ReleasedDecoder:
     """A decoder of random weights, from the content of a config.json."""
     (found,) = typed("the decoder", sizes, {"model_type": str})
-    if found not in DECODERS:
-        raise UserError(f"the decoder is of type {found!r}; decoders are {', '.join(DECODERS)}")
-    kind = DECODERS[found]
+    decoders = DECODERS | {"gpt2_experts": GPT2Experts}  # of runs; no checkpoint is one
+    if found not in decoders:
+        raise UserError(f"the decoder is of type {found!r}; decoders are {', '.join(decoders)}")
+    kind = decoders[found]
     return kind(kind.config_class.from_hf(sizes))
 
 

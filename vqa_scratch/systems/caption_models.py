@@ -12,6 +12,7 @@ from vqa_scratch.models.resnet import ResNet, ResNetConfig, group_norm
 from vqa_scratch.models.vqa import VQAModel
 from vqa_scratch.systems import assembly
 from vqa_scratch.systems.base import check_positions, needed
+from vqa_scratch.systems.experts import small_decoder
 from vqa_scratch.systems.options import CaptionOptions
 from vqa_scratch.systems.vqa_models import IMAGE_SIZE
 
@@ -62,4 +63,4 @@ def small_models(options: CaptionOptions, vocabulary: int, ids: dict[str, Any]) 
         add_cross_attention=True,
         **ids,
     )
-    return ResNet(image, group_norm), GPT2(decoder)
+    return ResNet(image, group_norm), small_decoder(options, decoder)

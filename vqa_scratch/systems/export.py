@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from vqa_scratch.errors import UserError
 from vqa_scratch.models.hf_config import Released
 from vqa_scratch.models.patches import PixelPatches
 from vqa_scratch.models.resnet import FrozenBatchNorm, ResNet
@@ -157,8 +158,13 @@ def _export_image(image: ImageEncoder, folder: Path) -> tuple[str, str, str, lis
 
 
 def export_writer(system: System[Any, VQAModel], folder: Path) -> list[str]:
-    """Export a system of encoder, connector and decoder. Returns a line on each part that no released layout fits."""
+    """Export a system of encoder, connector and decoder. Returns a line on each part that no released layout fits.
+
+    Raises UserError for a decoder that none fits.
+    """
     model, tokenizers = system.model, system.tokenizers
+    if not model.decoder.config.family.architecture:
+        raise UserError(f"{system.folder} cannot be exported: no released layout is a GPT-2 with experts")
     kind, load, states, imports, note = _export_image(model.image, folder / "image")
     system.processor.save_pretrained(folder / "image")
     decoder, connector = model.decoder.config.family.architecture, system.sizes["connector"]["kind"]

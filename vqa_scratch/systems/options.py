@@ -7,6 +7,7 @@ system adds its own. So a flag that a system does not use is an error. Nothing h
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from vqa_scratch.command_line import first_rank_speaks, parse
@@ -51,6 +52,33 @@ class QuestionOptions(RunOptions):
 
 NEW, WITHOUT_ENCODER = {"start_from": None}, {"connector": "patches"}
 SHAPES, RELEASED = NEW | {"preset": "shapes"}, NEW | {"preset": "book", "init": "pretrained"}
+
+# Of the small decoders that are trained here, whatever joins them to the image.
+DECODER_HIDDEN = partial(
+    option,
+    None,
+    "Inner width of the decoder's MLP, or of each expert; without it 4 * width, shared among the experts of a token.",
+    MODEL,
+    minimum=1,
+)
+EXPERTS = partial(
+    option,
+    None,
+    "So many experts, small MLPs, in place of each MLP of the decoder.",
+    MODEL,
+    minimum=2,
+    maximum=1_000,
+    never={"freeze": ("decoder", "all"), "compile": True},
+)
+PER_TOKEN = partial(option, 2, "Experts that a token goes to.", MODEL, minimum=1, never={"experts": None})
+BALANCE = partial(
+    option,
+    "loss",
+    "What spreads tokens over experts: a loss, biases of the routers, or nothing.",
+    TRAINING,
+    ("loss", "bias", "none"),
+    never={"experts": None},
+)
 
 
 @dataclass(frozen=True)
@@ -122,6 +150,10 @@ class VQAOptions(QuestionOptions):
         1, "Layers of the text encoder.", MODEL, minimum=1, maximum=1_000, only=SHAPES | {"text_encoder": True}
     )
     decoder_layers: int = option(4, "Layers of the decoder.", MODEL, minimum=1, maximum=1_000, only=SHAPES)
+    decoder_hidden: int | None = DECODER_HIDDEN(only=SHAPES)
+    experts: int | None = EXPERTS(only=SHAPES)
+    experts_per_token: int = PER_TOKEN(only=SHAPES)
+    balance: str = BALANCE(only=SHAPES)
     patch_size: int = option(8, "Side of a patch, in pixels.", MODEL, minimum=1, only=SHAPES)
     stem: str = option(
         "conv",
@@ -196,6 +228,10 @@ class CaptionOptions(RunOptions):
     width: int = option(128, "Width of the decoder.", MODEL, minimum=1, only=SMALL)
     heads: int = option(4, "Attention heads.", MODEL, minimum=1, only=SMALL)
     decoder_layers: int = option(4, "Layers of the decoder.", MODEL, minimum=1, maximum=1_000, only=SMALL)
+    decoder_hidden: int | None = DECODER_HIDDEN(only=SMALL)
+    experts: int | None = EXPERTS(only=SMALL)
+    experts_per_token: int = PER_TOKEN(only=SMALL)
+    balance: str = BALANCE(only=SMALL)
     image_width: int = option(64, "Channels of the first of the two stages.", MODEL, minimum=1, only=SMALL)
     image_blocks: int = option(1, "Residual blocks of each stage.", MODEL, minimum=1, maximum=1_000, only=SMALL)
     vocabulary: int = option(

@@ -20,6 +20,7 @@ from vqa_scratch.models.vqa import VQAModel
 from vqa_scratch.nn.states import ImageEncoder
 from vqa_scratch.systems import assembly
 from vqa_scratch.systems.base import check_positions, needed
+from vqa_scratch.systems.experts import small_decoder
 from vqa_scratch.systems.options import VQAOptions
 
 IMAGE_SIZE = 64  # side of the small models' images, in pixels
@@ -99,7 +100,8 @@ def small_models(options: VQAOptions, train: list[VQASample]) -> Parts:
         **shared,
         **no_dropout,
     )
-    words, writer = Bert(text_config) if reads_question(options) else None, GPT2(decoder_config)
+    words = Bert(text_config) if reads_question(options) else None
+    writer = small_decoder(options, decoder_config)
     connector = connect({"kind": options.connector, **sizes}, image, words, writer)
     if isinstance(image, ViT):
         assembly.start_from_places(image)

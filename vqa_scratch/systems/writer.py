@@ -21,6 +21,7 @@ from vqa_scratch.study.opened import Opened
 from vqa_scratch.systems import assembly
 from vqa_scratch.systems.answering import AnsweringSystem, How
 from vqa_scratch.systems.base import RO
+from vqa_scratch.systems.experts import ExpertTraining
 from vqa_scratch.systems.export import export_writer
 from vqa_scratch.systems.splits import Key, Split
 from vqa_scratch.systems.studied import writing_subject
@@ -33,6 +34,7 @@ class WritingSystem(AnsweringSystem[RO, VQAModel, Questions]):
 
     writes = True
     question_loss = False  # whether it learns to tell a question's words too
+    experts: ExpertTraining | None = None  # while those of its decoder train
 
     def __init__(self, options: RO, model: VQAModel, tokenizers: Tokenizers, *more: Any) -> None:
         super().__init__(options, model, tokenizers, *more)
@@ -63,6 +65,8 @@ class WritingSystem(AnsweringSystem[RO, VQAModel, Questions]):
         """(sum of the cross-entropy over the labelled tokens, how many of them are right)."""
         image = self.encode_image(batch.images)
         text = self.encode_text(batch.question, batch.attention_mask)
+        if self.experts is not None and self.model.training:
+            return self.experts.loss(image, text, batch)
         hidden = self.model.hidden(image, text, batch.decoder_input_ids, batch.image_index)
         return labelled_loss(hidden, self.model.decoder.head, batch.labels)
 

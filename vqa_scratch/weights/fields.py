@@ -70,6 +70,9 @@ OLMOE = QWEN2 | _pairs("qkv_bias=attention_bias out_bias=attention_bias clip=cli
 del OLMOE["head_dim"]
 MIXTRAL_EXPERTS = _pairs("experts=num_local_experts per_token=num_experts_per_tok hidden=intermediate_size")
 OLMOE_EXPERTS = MIXTRAL_EXPERTS | _pairs("experts=num_experts renormalise=norm_topk_prob")
+GPT2_EXPERTS = _pairs(
+    "experts=num_experts per_token=num_experts_per_tok hidden=moe_intermediate_size biased=router_bias"
+)
 QWEN2_MOE_EXPERTS = OLMOE_EXPERTS | _pairs(
     "hidden=moe_intermediate_size shared_hidden=shared_expert_intermediate_size every=decoder_sparse_step"
 )
