@@ -34,14 +34,12 @@ from vqa_scratch.systems.captions import (
     show,
     to_describe,
 )
-from vqa_scratch.systems.experts import expert_training
 from vqa_scratch.systems.finals import Pass, beats_blind, cut_short, no_better_than_blind
 from vqa_scratch.systems.options import CaptionOptions
 from vqa_scratch.systems.policy import answering_task
 from vqa_scratch.systems.scoring import blind_baselines
 from vqa_scratch.systems.splits import Key
 from vqa_scratch.systems.writer import WritingSystem
-from vqa_scratch.training.optimizers import Optimizers
 from vqa_scratch.training.precision import Precision
 
 
@@ -91,9 +89,6 @@ class CaptionSystem(WritingSystem[CaptionOptions]):
             for asked in (False, True)
         ]
         self.baselines: dict[str, float] = {}
-
-    def trained_by(self, optimizers: Optimizers) -> None:
-        self.experts = expert_training(self, optimizers)
 
     def about(self) -> list[str]:
         kinds, cut = [sum(map(len, groups)) for groups in self.groups], self.tokenizers.cut

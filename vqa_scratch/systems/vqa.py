@@ -25,7 +25,6 @@ from vqa_scratch.storage import read_json, write_json
 from vqa_scratch.systems.answering import How
 from vqa_scratch.systems.assembly import grid_of
 from vqa_scratch.systems.base import ANY_SAMPLE, RunData, check_positions, seed_everything
-from vqa_scratch.systems.experts import expert_training
 from vqa_scratch.systems.finals import Pass
 from vqa_scratch.systems.frozen import cache_features
 from vqa_scratch.systems.options import VQAOptions
@@ -37,7 +36,6 @@ from vqa_scratch.systems.splits import augment_of
 from vqa_scratch.systems.vqa_models import check_connector, released_models, small_models
 from vqa_scratch.systems.writer import WritingSystem
 from vqa_scratch.systems.writing import choose
-from vqa_scratch.training.optimizers import Optimizers
 from vqa_scratch.training.precision import Precision
 
 CANDIDATES = "answers.json"  # in the run folder: the training answers to choose from, the most frequent first
@@ -123,9 +121,6 @@ class VQASystem(WritingSystem[VQAOptions], QuestionSystem[VQAOptions, VQAModel, 
     def about(self) -> list[str]:
         cut = self.tokenizers.cut
         return [self.trainable, f"cut to the token limits: {cut['questions']} questions, {cut['answers']} answers"]
-
-    def trained_by(self, optimizers: Optimizers) -> None:
-        self.experts = expert_training(self, optimizers)
 
     def precompute(self) -> None:
         for features in self.kept:

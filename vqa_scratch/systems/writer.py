@@ -21,11 +21,12 @@ from vqa_scratch.study.opened import Opened
 from vqa_scratch.systems import assembly
 from vqa_scratch.systems.answering import AnsweringSystem, How
 from vqa_scratch.systems.base import RO
-from vqa_scratch.systems.experts import ExpertTraining
+from vqa_scratch.systems.experts import ExpertTraining, expert_training
 from vqa_scratch.systems.export import export_writer
 from vqa_scratch.systems.splits import Key, Split
 from vqa_scratch.systems.studied import writing_subject
 from vqa_scratch.systems.writing import write, writing_figures
+from vqa_scratch.training.optimizers import Optimizers
 from vqa_scratch.training.precision import Precision
 
 
@@ -60,6 +61,9 @@ class WritingSystem(AnsweringSystem[RO, VQAModel, Questions]):
         train = self.splits["train"]
         batch = train.questions.batch(key.rows, train.images)
         return self.augmented(self.augment, batch, key) if self.augment else batch
+
+    def trained_by(self, optimizers: Optimizers) -> None:
+        self.experts = expert_training(self, optimizers)
 
     def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """(sum of the cross-entropy over the labelled tokens, how many of them are right)."""
