@@ -74,7 +74,7 @@ def save_weights(path: Path, model: nn.Module, world: World = ALONE) -> None:
 
 
 def load_weights(model: nn.Module, folder: Path, precision: Precision, kind: Format | None = None) -> None:
-    """Load the best weights of a run, quantised as `kind`; they stay so where there is a product, with a note elsewhere.
+    """Load the best weights of a run, in the format `kind`, kept so where it has a product, with a note elsewhere.
 
     Raises UserError if there are none yet, the file is cut short or does not fit.
     """
@@ -97,7 +97,7 @@ def load_weights(model: nn.Module, folder: Path, precision: Precision, kind: For
 
 
 def quantized_as(config: dict[str, Any], folder: Path) -> Format | None:
-    """The format of the weights of a run with this config, if they are quantised. Raises UserError for an unknown one."""
+    """The format of a run whose weights are quantised, as its config says. Raises UserError for an unknown one."""
     (name,) = typed(folder / CONFIG, config, {"quantized": str | None})
     if name is not None and name not in FORMATS:
         raise UserError(f"{folder} has weights in the format {name}; known are {', '.join(FORMATS)}")
