@@ -271,6 +271,9 @@ def test_in_bf16_every_state_writes_the_same(form):
     model.lm_head.weight.add_(0.5 * model.tokens.weight.roll(-1, 0))
     model = model.bfloat16()
     quantize(model, FORMATS[form])
+    assert [name for name, table in model.named_parameters() if len(table) == 50] == ["tokens.weight"]
+    with pytest.raises(UserError, match="quantised here"):
+        model.head  # noqa: B018  the copy is all there is
     for length in (1, 4):
         ids, options = torch.randint(10, 50, (3, length)), GenerationOptions(8, None)
         made = generate(model, ids, options=options).ids
@@ -311,7 +314,7 @@ def test_what_is_quantised_and_what_never():
     kinds = {name: type(module).__name__ for name, module in model.named_modules()}
     replaced = {name.split(".", 2)[-1] for name, kind in kinds.items() if kind == "QuantizedLinear"}
     experts = {f"mlp.experts.{e}.{part}" for e in range(4) for part in MLP}
-    assert replaced == {"attn.qkv", "attn.out", *experts, *(f"mlp.shared.mlp.{part}" for part in MLP), "head_copy"}
+    assert replaced == {"attn.qkv", "attn.out", *experts, *(f"mlp.shared.mlp.{part}" for part in MLP), "lm_head"}
     assert kinds["blocks.0.mlp.router.gate"] == kinds["blocks.0.mlp.shared.share"] == "Linear"
     with pytest.raises(UserError, match="there is nothing to quantise: .* only once"):
         quantize(model, FORMATS["int8"])

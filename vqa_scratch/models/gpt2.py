@@ -196,7 +196,7 @@ class GPT2(PositionTableDecoder):
         def embed(tokens: Tensor, positions: Tensor) -> Tensor:
             return tokens_table.index_select(0, tokens).add_(positions_table.index_select(0, positions))
 
-        return FastParts(embed, fast_blocks(self.blocks), self.norm, self.head)
+        return FastParts(embed, fast_blocks(self.blocks), self.norm, self.tokens)
 
     @classmethod
     def from_checkpoint(

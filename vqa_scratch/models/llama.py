@@ -270,8 +270,7 @@ class Llama(BlockDecoder[LlamaConfig]):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., D) -> (..., V). A head of its own runs as a module, which training may replace."""
-        own = self.lm_head if self.head_copy is None else None
-        return super().logits(hidden) if own is None else own(hidden)
+        return super().logits(hidden) if self.lm_head is None else self.lm_head(hidden)
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, *, cache: DecoderCache | None = None
@@ -285,4 +284,5 @@ class Llama(BlockDecoder[LlamaConfig]):
         def embed(tokens: Tensor, positions: Tensor) -> Tensor:
             return table.index_select(0, tokens)
 
-        return FastParts(embed, fast_blocks(self.blocks), self.norm, self.head, rotation=self.rotation)
+        head = self.tokens if self.lm_head is None else self.lm_head
+        return FastParts(embed, fast_blocks(self.blocks), self.norm, head, rotation=self.rotation)

@@ -101,4 +101,4 @@ class OPT(PositionTableDecoder):
 
         narrow = self.config.embedding_dim != self.config.dim
         norm = nn.Sequential(self.norm, self.project_out) if narrow else self.norm
-        return FastParts(embed, fast_blocks(self.blocks), norm, self.head)
+        return FastParts(embed, fast_blocks(self.blocks), norm, self.tokens)

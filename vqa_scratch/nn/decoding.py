@@ -67,14 +67,14 @@ class FastParts(NamedTuple):
     embed: Callable[[Tensor, Tensor], Tensor]  # tokens (R,), positions (R,) -> a new tensor (R, D)
     blocks: list[FastBlock]
     norm: Callable[[Tensor], Tensor]  # (R, D) -> (R, E): everything between the last block and the head
-    head: Tensor  # (V, E)
+    head: nn.Linear | nn.Embedding  # its weight is (V, E)
     bias: Callable[[int], Tensor] | None = None  # n -> (1, H, 1, n), added to the scores of the last of n tokens
     rotation: Callable[[Tensor], Rotation] | None = None  # positions (n,) -> what turns queries and keys there
     head_copy: nn.Module | None = None  # (..., E) -> (..., V), in place of the product with `head`
 
     def logits(self, states: Tensor) -> Tensor:
         """(..., E) -> (..., V)."""
-        return F.linear(states, self.head) if self.head_copy is None else self.head_copy(states)
+        return F.linear(states, self.head.weight) if self.head_copy is None else self.head_copy(states)
 
 
 def fast_blocks(blocks: nn.ModuleList) -> list[FastBlock]:
