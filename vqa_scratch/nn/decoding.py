@@ -141,7 +141,9 @@ class Decoder(nn.Module, ABC):
         if attention_mask is not None:
             attention_mask = F.pad(attention_mask.bool(), (length, 0), value=True)
         if given.prefix_index is None:
-            return self.hidden(torch.cat([prefix, embeddings], 1), attention_mask, cache=cache)[:, length:]
+            both = torch.cat([prefix, embeddings], 1)
+            return self.hidden(both, attention_mask, memory=given.memory, cache=cache)[:, length:]
+        assert given.memory is None, "a prefix that rows share goes without a memory"
         cache = TrainedCache(len(self.new_cache())) if cache is None else cache
         self.hidden(prefix, cache=cache)
         cache.select(given.prefix_index)
