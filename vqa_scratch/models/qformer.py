@@ -63,8 +63,7 @@ class QFormer(nn.Module):
         self.norm = nn.LayerNorm(config.dim, eps=config.norm_eps)
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(
-            BertBlock(config) if layer % config.cross_every else QFormerBlock(config)
-            for layer in range(config.layers)
+            BertBlock(config) if layer % config.cross_every else QFormerBlock(config) for layer in range(config.layers)
         )
         self.blocks.apply(lambda module: init_weights(module, config.init_std))
         taps.name_modules(self.blocks, "query")
