@@ -130,8 +130,8 @@ Piece = tuple[float, tuple[int, ...], float, float, float, float, float]
 def _pieces(sound: str) -> list[Piece]:
     name, stressed = sound.rstrip("1"), sound.endswith("1")
     if name in GLIDES:
-        return [(length * (1.25 if stressed else 1), FORMANTS[half], 1, 0, 0, 1, 0)
-                for length, half in zip((75, 65), GLIDES[name], strict=True)]  # fmt: skip
+        halves = zip((75, 65), GLIDES[name], strict=True)
+        return [(length * (1.25 if stressed else 1), FORMANTS[half], 1, 0, 0, 1, 0) for length, half in halves]
     formants = FORMANTS[name]
     if name in BURSTS:
         centre, level = BURSTS[name]
@@ -141,8 +141,8 @@ def _pieces(sound: str) -> list[Piece]:
     if name == "HH":
         return [(70, formants, 0, 0.3, 0, 1, 0)]
     if name in CONSONANTS:
-        length, voice, *noise = CONSONANTS[name]
-        return [(length, formants, voice, 0, *noise)]
+        length, voice, centre, width, level = CONSONANTS[name]
+        return [(length, formants, voice, 0, centre, width, level)]
     return [(95 * (1.25 if stressed else 0.8 if name == "AX" else 1), formants, 1, 0, 0, 1, 0)]
 
 
