@@ -28,7 +28,7 @@ from vqa_scratch.kernels import ctc_align, ctc_loss
 from vqa_scratch.training.optimizers import Optimizers, schedule
 
 LETTERS = " " + string.ascii_lowercase  # from 1 on; 0 is the blank
-BATCH, TESTED, STRIDE = 32, 300, 2
+BATCH, TESTED, STRIDE = 32, 200, 3
 Spoil = Callable[[np.ndarray, np.random.Generator], np.ndarray]
 
 
@@ -80,9 +80,9 @@ class Block(nn.Module):
 
 
 class Hearer(nn.Module):
-    """(B, M, T) -> logits (B, T / 2, V), from about 1.2 s around each frame."""
+    """(B, M, T) -> logits (B, T / 3, V), from 0.8 s on each side of a frame."""
 
-    def __init__(self, width: int = 144, layers: int = 5) -> None:
+    def __init__(self, width: int = 128, layers: int = 5) -> None:
         super().__init__()
         self.stem = nn.Conv1d(80, width, 5, stride=STRIDE, padding=2)
         self.blocks = nn.Sequential(*(Block(width) for _ in range(layers)))
