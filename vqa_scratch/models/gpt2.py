@@ -87,10 +87,14 @@ class GPT2Block(DecoderBlock):
         x = x if self.gated is None else self.gated(x, memory, cache)
         x = taps.tap(self.tap_prefix, "resid_pre", x)
         x = x + self.dropout(self.attn(self.norm1(x), key_mask=key_mask, causal=True, cache=cache))
-        if hasattr(self, "cross") and (memory is not None or (cache is not None and cache.cross is not None)):
+        if self.reads(memory, cache):
             x = x + self.dropout(self.cross(self.norm_cross(x), memory, cache=cache))
         x = taps.tap(self.tap_prefix, "resid_mid", x)
         return taps.tap(self.tap_prefix, "resid_post", x + self.feed_forward(self.norm2(x), key_mask))
+
+    def reads(self, memory: list[Memory] | None, cache: KVCache | None) -> bool:
+        """Whether cross-attention runs: the block has it, and there is something to read."""
+        return hasattr(self, "cross") and (memory is not None or (cache is not None and cache.cross is not None))
 
     def feed_forward(self, x: Tensor, key_mask: Tensor | None) -> Tensor:
         """The MLP of the tokens (B, T, D), the last of those that key_mask is about."""
@@ -100,6 +104,19 @@ class GPT2Block(DecoderBlock):
         """The parts of the block, for `generate`."""
         cross = Reader(self.norm_cross, self.cross) if hasattr(self, "cross") else None
         return FastBlock(self.norm1, self.attn, cross, FastMLP(self.norm2, self.mlp), self.fast_gated())
+
+
+class PostNormBlock(GPT2Block):
+    """The same parts with each norm after its sublayer: OPT-350M, SpeechT5."""
+
+    def forward(self, x: Tensor, key_mask: Tensor | None, memory: list[Memory] | None, cache: KVCache | None) -> Tensor:
+        x = x if self.gated is None else self.gated(x, memory, cache)
+        x = taps.tap(self.tap_prefix, "resid_pre", x)
+        x = self.norm1(x + self.dropout(self.attn(x, key_mask=key_mask, causal=True, cache=cache)))
+        if self.reads(memory, cache):
+            x = self.norm_cross(x + self.dropout(self.cross(x, memory, cache=cache)))
+        x = taps.tap(self.tap_prefix, "resid_mid", x)
+        return taps.tap(self.tap_prefix, "resid_post", self.norm2(x + self.mlp(x)))
 
 
 class BlockDecoder(ReleasedDecoder[C]):
