@@ -1,10 +1,11 @@
 """The tokenizer of letters in a file of SentencePiece (Kudo and Richardson 2018), such as SpeechT5's spm_char.model.
 
-The file is a protocol buffer, of which few fields are needed. Every piece is a letter, so there is one way to cut a text.
+Of the file, a protocol buffer, three fields are needed. Every piece is a letter, so a text can be cut in one way only.
 """
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
@@ -12,8 +13,8 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 from vqa_scratch.errors import UserError
 
 FILE = "spm_char.model"
-_UNKNOWN, _CONTROL = 2, 3  # types of pieces
-_WORD = "▁"  # stands for a space
+WORD = "▁"  # stands for a space
+_LETTER, _UNKNOWN, _CONTROL = 1, 2, 3  # types of pieces
 
 
 def _varint(data: bytes, at: int) -> tuple[int, int]:
@@ -26,19 +27,15 @@ def _varint(data: bytes, at: int) -> tuple[int, int]:
             return value, at
 
 
-def _fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
-    """(number, value) of each field of a message. Raises IndexError or ValueError if it is none."""
+def _fields(data: bytes) -> Iterator[tuple[int, Any]]:
+    """(number, an integer or bytes) of each field of a message. Raises LookupError for what is none."""
     at = 0
     while at < len(data):
         key, at = _varint(data, at)
-        kind = key & 7
-        if kind == 0:
-            value, at = _varint(data, at)
-            yield key >> 3, value
+        size, at = _varint(data, at) if key & 7 in (0, 2) else ({1: 8, 5: 4}[key & 7], at)
+        if key & 7 == 0:
+            yield key >> 3, size
             continue
-        if kind not in (1, 2, 5):
-            raise ValueError(f"wire type {kind}")
-        size, at = _varint(data, at) if kind == 2 else ({1: 8, 5: 4}[kind], at)
         if at + size > len(data):
             raise IndexError("cut short")
         yield key >> 3, data[at : at + size]
@@ -48,26 +45,19 @@ def _fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
 def letter_tokenizer(path: Path) -> tokenizers.Tokenizer:
     """The tokenizer of the file; `</s>` comes after each text. Raises UserError if it is not one of letters."""
     try:
-        pieces, charsmap = [], b""
-        for number, value in _fields(path.read_bytes()):
-            if number == 1:
-                piece = dict(_fields(value))
-                pieces.append((piece[1].decode(), piece.get(3, 1)))
-            elif number == 3:
-                charsmap = dict(_fields(value)).get(2, b"")
-        unknown = [kind for _, kind in pieces].index(_UNKNOWN)
-    except (OSError, IndexError, KeyError, ValueError, TypeError, AttributeError) as error:
+        whole = list(_fields(path.read_bytes()))
+        pieces = [(piece[1].decode(), piece.get(3, _LETTER)) for piece in (dict(_fields(v)) for n, v in whole if n == 1)]
+        charsmap = next((dict(_fields(value)).get(2, b"") for number, value in whole if number == 3), b"")
+    except (OSError, LookupError, ValueError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is not a whole SentencePiece model ({error}); copy or download it again") from None
-    longer = [text for text, kind in pieces if kind == 1 and len(text) != 1]
-    special = [text for text, kind in pieces if kind in (_UNKNOWN, _CONTROL)]
-    if longer or "</s>" not in special:
-        raise UserError(f"{path} is not a model of single letters with </s>" + (f": {longer[0]!r}" if longer else ""))
-    backend = tokenizers.Tokenizer(models.Unigram([(text, 0.0) for text, _ in pieces], unknown, False))
-    parts = [normalizers.Precompiled(charsmap)] if charsmap else []
-    spaces = normalizers.Replace(tokenizers.Regex(r"\s+"), " ")
-    backend.normalizer = normalizers.Sequence([*parts, spaces, normalizers.Strip()])
-    backend.pre_tokenizer = pre_tokenizers.Metaspace(replacement=_WORD, prepend_scheme="always", split=False)
-    backend.decoder = decoders.Metaspace(replacement=_WORD, prepend_scheme="always", split=False)
+    special, kinds = [text for text, kind in pieces if kind in (_UNKNOWN, _CONTROL)], [kind for _, kind in pieces]
+    if _UNKNOWN not in kinds or "</s>" not in special or any(len(t) != 1 for t, kind in pieces if kind == _LETTER):
+        raise UserError(f"{path} is not a SentencePiece model of single letters that has an unknown one and </s>")
+    backend = tokenizers.Tokenizer(models.Unigram([(text, 0.0) for text, _ in pieces], kinds.index(_UNKNOWN), False))
+    spaces = [normalizers.Replace(tokenizers.Regex(r"\s+"), " "), normalizers.Strip()]
+    backend.normalizer = normalizers.Sequence([*([normalizers.Precompiled(charsmap)] if charsmap else []), *spaces])
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(WORD, "always", False)
+    backend.decoder = decoders.Metaspace(WORD, "always", False)
     backend.add_special_tokens(special)
     end = ("</s>", backend.token_to_id("</s>"))
     backend.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[end])

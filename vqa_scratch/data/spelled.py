@@ -1,4 +1,4 @@
-"""Text for a voice that knows letters only: numbers written as words."""
+"""Numbers as words, for a voice that knows letters only."""
 
 import re
 
@@ -8,64 +8,45 @@ _SMALL = (
 ).split()
 _TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
 _THOUSANDS = ("", "thousand", "million", "billion", "trillion")
-_ORDINAL = {
-    "one": "first",
-    "two": "second",
-    "three": "third",
-    "five": "fifth",
-    "eight": "eighth",
-    "nine": "ninth",
-    "twelve": "twelfth",
-}
-_SIGNS = {"$": ("dollar", "dollars"), "€": ("euro", "euros"), "£": ("pound", "pounds"), "%": ("percent", "percent")}
+_ORDINAL = {"one": "first", "two": "second", "three": "third", "five": "fifth", "eight": "eighth", "nine": "ninth"}
+_ORDINAL["twelve"] = "twelfth"
+_SIGNS = {"$": "dollar", "€": "euro", "£": "pound", "%": "percent"}
 _NUMBER = re.compile(
-    r"(?P<minus>(?<![\w.])[-−])?(?P<before>[$€£])?(?P<whole>\d{1,3}(?:,\d{3})+|\d+)(?:\.(?P<part>\d+))?"
-    r"(?:(?P<after>\s?%)|(?P<th>st|nd|rd|th)\b)?",
-    re.ASCII,
+    r"((?<![\w.])-(?=[$€£\d]))?([$€£])?(\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.(\d+))?(?:(\s?%)|(st|nd|rd|th)\b)?", re.ASCII
 )
 
 
-def number_words(digits: str) -> str:
-    """A whole number in words: "42" is "forty two". One with a zero in front, or of more than fifteen digits, is read
-    digit by digit."""
-    if len(digits) > 3 * len(_THOUSANDS) or (len(digits) > 1 and digits[0] == "0"):
-        return " ".join(_SMALL[int(digit)] for digit in digits)
-    number, words = int(digits), []
+def _whole(digits: str) -> str:
+    """ "42" is "forty two"; one with a zero in front, or of more than 15 digits, is read digit by digit."""
+    if len(digits) > 3 * len(_THOUSANDS) or digits[0] == "0":
+        return _each(digits)
+    words = []
     for power in reversed(range(len(_THOUSANDS))):
-        group = number // 1000**power % 1000
-        if group:
-            words += [_below_thousand(group), _THOUSANDS[power]]
-    return " ".join(filter(None, words)) or _SMALL[0]
+        group = int(digits) // 1000**power % 1000
+        hundreds, rest = divmod(group, 100)
+        words += [_SMALL[hundreds], "hundred"] if hundreds else []
+        words += [_TENS[rest // 10 - 2]] if rest >= 20 else []
+        rest = rest % 10 if rest >= 20 else rest
+        words += [_SMALL[rest]] if rest else []
+        words += [_THOUSANDS[power]] if group else []
+    return " ".join(filter(None, words))
 
 
-def _below_thousand(number: int) -> str:
-    hundreds, rest = divmod(number, 100)
-    words = [_SMALL[hundreds], "hundred"] if hundreds else []
-    if rest >= 20:
-        words += [_TENS[rest // 10 - 2], *([_SMALL[rest % 10]] if rest % 10 else [])]
-    elif rest:
-        words.append(_SMALL[rest])
-    return " ".join(words)
-
-
-def _ordinal(words: str) -> str:
-    before, _, last = words.rpartition(" ")
-    last = _ORDINAL.get(last) or (f"{last[:-1]}ieth" if last.endswith("y") else f"{last}th")
-    return f"{before} {last}".strip()
+def _each(digits: str) -> str:
+    return " ".join(_SMALL[int(digit)] for digit in digits)
 
 
 def _spell(found: re.Match[str]) -> str:
-    words = number_words(found["whole"].replace(",", ""))
-    if found["part"] is not None:
-        words += " point " + " ".join(_SMALL[int(digit)] for digit in found["part"])
-    elif found["th"] is not None:
-        words = _ordinal(words)
-    sign = found["before"] or (found["after"] or "").strip()
-    unit = _SIGNS[sign][words != "one"] if sign else ""
-    words = " ".join(filter(None, ["minus" if found["minus"] else "", words, unit]))
-    text, start, end = found.string, found.start(), found.end()
-    left = " " if start and text[start - 1].isalnum() else ""
-    return f"{left}{words}{' ' if text[end : end + 1].isalnum() else ''}"
+    minus, before, whole, part, after, ordinal = found.groups()
+    words = _whole(whole.replace(",", "")) + (f" point {_each(part)}" if part else "")
+    if ordinal and not part:
+        start, _, last = words.rpartition(" ")
+        last = _ORDINAL.get(last, f"{last[:-1]}ieth" if last.endswith("y") else f"{last}th")
+        words = f"{start} {last}".strip()
+    if unit := _SIGNS.get(before or (after or "").strip()):
+        words += f" {unit}" + ("s" if words != "one" and unit != "percent" else "")
+    letters = found.string[found.start() - 1 : found.start()].isalnum(), found.string[found.end() :][:1].isalnum()
+    return f"{' ' * letters[0]}{'minus ' if minus else ''}{words}{' ' * letters[1]}"
 
 
 def spell_numbers(text: str) -> str:

@@ -3,32 +3,19 @@
 The samples go through the convolutions of wav2vec 2.0 (Baevski et al. 2020, 2006.11477): 50 states a second in the
 released model. Places are told twice, by a convolution over the states and by sines.
 
-Shapes: B batch, N samples, L states, T text tokens, D width, C channels, V vocabulary.
+Shapes: B batch, N samples, L states, T text tokens, D width, V vocabulary.
 """
-
-from collections.abc import Mapping
-from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
 from vqa_scratch.models.gpt2 import PositionTableDecoder
-from vqa_scratch.models.hf_config import Released
-from vqa_scratch.models.speecht5_parts import (
-    SpeechT5Config,
-    SpeechT5Encoder,
-    check_architecture,
-    decoder_blocks,
-    decoder_config,
-)
-from vqa_scratch.nn.layers import activation, init_weights, sinusoids
+from vqa_scratch.models.hf_config import check_heads
+from vqa_scratch.models.speecht5_parts import SpeechT5Base, SpeechT5Config, SpeechT5Encoder, decoder_blocks
+from vqa_scratch.nn.layers import activation, sinusoids
 from vqa_scratch.nn.memory import Memory
 from vqa_scratch.weights import maps_speech
-from vqa_scratch.weights.convert import load_into
-from vqa_scratch.weights.maps import KeyMap
-
-ARCHITECTURE = "SpeechT5ForSpeechToText"
 
 
 class WavePrenet(nn.Module):
@@ -40,38 +27,34 @@ class WavePrenet(nn.Module):
         super().__init__()
         self.kernels, self.strides, self.first = config.wave_kernels, config.wave_strides, config.pad_id + 1
         dims, self.activation = (1, *config.wave_dims), activation(config.wave_activation)
-        self.convs = nn.ModuleList(
-            nn.Conv1d(before, after, kernel, stride, bias=config.wave_bias)
-            for before, after, kernel, stride in zip(dims, dims[1:], self.kernels, self.strides, strict=False)
-        )
+        sizes = zip(dims, dims[1:], self.kernels, self.strides, strict=False)
+        self.convs = nn.ModuleList(nn.Conv1d(*each, bias=config.wave_bias) for each in sizes)
         self.first_norm = nn.GroupNorm(dims[1], dims[1])  # of each channel, over time
         self.norm = nn.LayerNorm(dims[-1], eps=config.norm_eps)
         self.out = nn.Linear(dims[-1], config.dim)
-        places = nn.Conv1d(
-            config.dim, config.dim, config.place_kernel, padding=config.place_kernel // 2, groups=config.place_groups
-        )
-        nn.init.normal_(places.weight, std=2 * (config.place_kernel * config.dim) ** -0.5)
-        nn.init.zeros_(places.bias)
+        kernel, dim = config.place_kernel, config.dim
+        check_heads(dim, config.place_groups)
+        places = nn.Conv1d(dim, dim, kernel, padding=kernel // 2, groups=config.place_groups)
+        nn.init.normal_(places.weight, std=2 * (kernel * dim) ** -0.5)
         self.places = weight_norm(places, dim=2)
-        self.register_buffer("sines", sinusoids(config.max_speech + self.first, config.dim), persistent=False)
+        self.register_buffer("sines", sinusoids(config.max_speech + self.first, dim), persistent=False)
 
     def lengths(self, samples: Tensor) -> Tensor:
         """How many states so many samples give, (B,) -> (B,)."""
         for kernel, stride in zip(self.kernels, self.strides, strict=True):
-            samples = torch.div(samples - kernel, stride, rounding_mode="floor") + 1
+            samples = (samples - kernel) // stride + 1
         return samples
 
     def forward(self, waves: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """(B, N), mask (B, N), True = a sample, padding on the right -> states (B, L, D) and their mask (B, L).
 
-        The first norm is over time, padding included, so that a wave in a batch of longer ones gives other states than
-        alone, in the release too. Raises ValueError for a row too short for one state, or too long for the positions.
+        The first norm is over time, padding included, so in a batch of longer waves one gives other states than alone,
+        in the release too. Raises ValueError for a row too short for a state, or with more states than positions.
         """
-        counts = torch.full((len(waves),), waves.shape[1]) if mask is None else mask.sum(-1).cpu()
-        lengths = self.lengths(counts)
-        if not 1 <= int(lengths.min()) <= int(lengths.max()) <= len(self.sines) - self.first:
-            seconds = len(self.sines) - self.first
-            raise ValueError(f"waves of {int(counts.min())} to {int(counts.max())} samples: states must be 1 to {seconds}")
+        counts = torch.full((len(waves),), waves.shape[1]) if mask is None else mask.sum(-1)
+        lengths, most = self.lengths(counts), len(self.sines) - self.first
+        if int(lengths.min()) < 1 or int(lengths.max()) > most:
+            raise ValueError(f"{int(lengths.min())} to {int(lengths.max())} states of a wave, not from 1 to {most:,}")
         x = waves[:, None]
         for number, conv in enumerate(self.convs):
             x = self.activation(self.first_norm(conv(x)) if number == 0 else conv(x))
@@ -81,7 +64,7 @@ class WavePrenet(nn.Module):
         sines = self.sines[self.first : self.first + x.shape[1]].to(x)
         if mask is None:
             return x + sines, None
-        real = torch.arange(x.shape[1], device=x.device) < lengths[:, None].to(x.device)
+        real = torch.arange(x.shape[1], device=x.device) < lengths[:, None]
         return x + sines * real[..., None], real
 
 
@@ -92,7 +75,7 @@ class TextDecoder(PositionTableDecoder):
 
     def __init__(self, config: SpeechT5Config) -> None:
         super().__init__()
-        self.config, self.reads_memory, self.table_size = decoder_config(config), True, config.max_text
+        self.config, self.reads_memory, self.table_size = config.decoder, True, config.max_text
         self.tokens = nn.Embedding(config.vocab_size, config.dim, config.pad_id)
         self.blocks, self.norm = decoder_blocks(config), nn.Identity()
         self.dropout, self.first = nn.Dropout(config.position_dropout), config.pad_id + 1
@@ -106,39 +89,20 @@ class TextDecoder(PositionTableDecoder):
 
     @property
     def direct_head(self) -> None:
-        """The last block ends with a norm of a sum, so the states are no plain sum."""
+        """The states end in a norm: they are no plain sum."""
         return None
 
 
-class SpeechT5Recognizer(Released[SpeechT5Config]):
+class SpeechT5Recognizer(SpeechT5Base):
     """Speech encoder, and a text decoder for `generate`, which reads what `encode` gives."""
 
-    config_class = SpeechT5Config
+    architecture, layout = "SpeechT5ForSpeechToText", maps_speech.SPEECH_TO_TEXT
 
     def __init__(self, config: SpeechT5Config) -> None:
         super().__init__()
         self.config = config
         self.wave, self.encoder, self.decoder = WavePrenet(config), SpeechT5Encoder(config), TextDecoder(config)
-        self.apply(lambda module: init_weights(module, config.init_std))
-        nn.init.zeros_(self.decoder.tokens.weight[config.pad_id].detach())
-        for conv in self.wave.convs:
-            nn.init.kaiming_normal_(conv.weight)
-        bound = self.wave.out.in_features ** -0.5
-        nn.init.uniform_(self.wave.out.weight, -bound, bound)
-
-    @property
-    def key_map(self) -> KeyMap:
-        return maps_speech.SPEECH_TO_TEXT
-
-    def to_hf(self) -> dict[str, Any]:
-        return self.config.to_hf() | {"architectures": [ARCHITECTURE]}
-
-    @classmethod
-    def from_checkpoint(cls, config: Mapping[str, Any], tensors: dict[str, Tensor], source: str) -> Self:
-        check_architecture(config, ARCHITECTURE, source)
-        model = cls(SpeechT5Config.from_hf(config))
-        load_into(model, tensors, model.key_map, source=source)
-        return model.eval()
+        self.reset_parameters()
 
     def encode(self, waves: Tensor, mask: Tensor | None = None) -> list[Memory]:
         """Samples (B, N), mask (B, N), True = a sample -> what the decoder reads. Errors as in `WavePrenet`."""

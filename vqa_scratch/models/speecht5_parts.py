@@ -3,32 +3,31 @@
 Ao et al. 2022 (arXiv 2110.07205). It is no T5 but a post-LN encoder-decoder, as BART is; the encoder has relative keys,
 the decoder none.
 
-Shapes: B batch, N input tokens, T output tokens, D width.
+Shapes: B batch, N input tokens, D width.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
-import torch
 from torch import Tensor, nn
 
 from vqa_scratch.errors import UserError
 from vqa_scratch.models.bert import BertBlock, BertConfig
 from vqa_scratch.models.gpt2 import GPT2Config, PostNormBlock
-from vqa_scratch.models.hf_config import HFConfig, Layout, check_heads, sizes_in
+from vqa_scratch.models.hf_config import HFConfig, Layout, Released, check_heads, sizes_in
 from vqa_scratch.nn import taps
+from vqa_scratch.nn.layers import init_weights
 from vqa_scratch.nn.relative_keys import PassKeys, RelativeKeys
 from vqa_scratch.storage import typed
 from vqa_scratch.weights import fields
+from vqa_scratch.weights.convert import load_into
+from vqa_scratch.weights.maps import KeyMap
 
 _FIXED = {"scale_embedding": False, "feat_extract_norm": "group", "tie_word_embeddings": True}
-# Regularisers of the release's training that are not part of ours.
-_LEFT_OUT: dict[str, Any] = dict.fromkeys(
-    "encoder_layerdrop decoder_layerdrop activation_dropout mask_time_prob mask_feature_prob".split(), 0.0
-)
-_LEFT_OUT["apply_spec_augment"] = False
+_LISTS = {"wave_dims": "conv_dim", "wave_strides": "conv_stride", "wave_kernels": "conv_kernel"}
+# Regularisers of the release's training that ours has not.
+_LEFT_OUT = "encoder_layerdrop decoder_layerdrop activation_dropout mask_time_prob mask_feature_prob".split()
 
 
 @dataclass(frozen=True)
@@ -54,7 +53,7 @@ class SpeechT5Config(HFConfig[Layout]):
     init_std: float = 0.02
     max_distance: int = 160  # of relative keys
     max_text: int = 450  # tokens
-    max_speech: int = 4000  # steps of the speech decoder
+    max_speech: int = 4000  # steps of the speech decoder, or states of the speech encoder
     pad_id: int = 1
     eos_id: int = 2
     start_id: int = 2  # first input of the text decoder
@@ -83,11 +82,8 @@ class SpeechT5Config(HFConfig[Layout]):
     place_groups: int = 16
 
     def __post_init__(self) -> None:
-        check_heads(self.dim, self.encoder_heads)
-        check_heads(self.dim, self.decoder_heads)
-        check_heads(self.dim, self.place_groups)
-        if self.dim % 2:
-            raise UserError(f"width {self.dim} has no half for sines and half for cosines")
+        for parts in (self.encoder_heads, self.decoder_heads, 2):
+            check_heads(self.dim, parts)
         if not len(self.wave_dims) == len(self.wave_strides) == len(self.wave_kernels):
             raise UserError("conv_dim, conv_stride and conv_kernel in config.json must be of one length")
         if max(self.pad_id, self.eos_id, self.start_id) >= self.vocab_size:
@@ -95,41 +91,27 @@ class SpeechT5Config(HFConfig[Layout]):
 
     @classmethod
     def further_fields(cls, config: Mapping[str, Any]) -> dict[str, Any]:
-        names = (("wave_dims", "conv_dim"), ("wave_strides", "conv_stride"), ("wave_kernels", "conv_kernel"))
-        return {ours: sizes_in(config, theirs, getattr(cls, ours)) for ours, theirs in names}
+        return {ours: sizes_in(config, theirs, getattr(cls, ours)) for ours, theirs in _LISTS.items()}
 
     def to_hf(self) -> dict[str, Any]:
-        lists = {"conv_dim": self.wave_dims, "conv_stride": self.wave_strides, "conv_kernel": self.wave_kernels}
-        return super().to_hf() | lists | _LEFT_OUT | {"is_encoder_decoder": True}
+        lists = {theirs: getattr(self, ours) for ours, theirs in _LISTS.items()}
+        return {**super().to_hf(), **lists, **dict.fromkeys(_LEFT_OUT, 0.0), "is_encoder_decoder": True}
 
+    def of_blocks(self, part: str) -> dict[str, Any]:
+        """The sizes of the blocks of the encoder or the decoder, by their usual names."""
+        shared = {name: getattr(self, name) for name in "dim activation norm_eps dropout attention_dropout".split()}
+        return shared | {name: getattr(self, f"{part}_{name}") for name in ("layers", "heads", "hidden")}
 
-def check_architecture(config: Mapping[str, Any], wanted: str, source: str) -> None:
-    """Raise UserError if config.json names another architecture than the wanted one."""
-    (named,) = typed(f"{source}: config.json", config, {"architectures": list | None})
-    if named and wanted not in named:
-        raise UserError(f"{source} holds a {named[0]}, not a {wanted}")
-
-
-def decoder_config(config: SpeechT5Config) -> GPT2Config:
-    """The decoder's sizes by the names of its blocks."""
-    return GPT2Config(
-        vocab_size=config.vocab_size,
-        max_positions=config.max_text,
-        dim=config.dim,
-        layers=config.decoder_layers,
-        heads=config.decoder_heads,
-        hidden=config.decoder_hidden,
-        activation=config.activation,
-        norm_eps=config.norm_eps,
-        dropout=config.dropout,
-        attention_dropout=config.attention_dropout,
-        add_cross_attention=True,
-    )
+    @property
+    def decoder(self) -> GPT2Config:
+        """The decoder by GPT-2's names."""
+        sizes = self.of_blocks("decoder") | {"vocab_size": self.vocab_size, "max_positions": self.max_text}
+        return GPT2Config(**sizes, add_cross_attention=True)
 
 
 def decoder_blocks(config: SpeechT5Config) -> nn.ModuleList:
     """The decoder's blocks, which read the encoder's states."""
-    sizes = decoder_config(config)
+    sizes = config.decoder
     blocks = nn.ModuleList(PostNormBlock(sizes, layer, sizes.mlp()) for layer in range(sizes.layers))
     taps.name_modules(blocks, "decoder")
     return blocks
@@ -140,18 +122,10 @@ class SpeechT5Encoder(nn.Module):
 
     def __init__(self, config: SpeechT5Config) -> None:
         super().__init__()
-        block = BertConfig(
-            dim=config.dim,
-            heads=config.encoder_heads,
-            hidden=config.encoder_hidden,
-            activation=config.activation,
-            norm_eps=config.norm_eps,
-            dropout=config.dropout,
-            attention_dropout=config.attention_dropout,
-        )
+        sizes = BertConfig(**config.of_blocks("encoder"))
         self.norm, self.dropout = nn.LayerNorm(config.dim, eps=config.norm_eps), nn.Dropout(config.dropout)
         self.keys = RelativeKeys(config.max_distance, config.dim // config.encoder_heads)
-        self.blocks = nn.ModuleList(BertBlock(block) for _ in range(config.encoder_layers))
+        self.blocks = nn.ModuleList(BertBlock(sizes) for _ in range(config.encoder_layers))
         taps.name_modules(self.blocks, "encoder")
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -162,20 +136,34 @@ class SpeechT5Encoder(nn.Module):
         return x
 
 
-class ScaledPositions(nn.Module):
-    """x + alpha * sines and cosines in turn, with alpha learned (Li et al. 2019, arXiv 1809.08895, section 3.2)."""
+class SpeechT5Base(Released[SpeechT5Config]):
+    """How either model starts, loads and saves."""
 
-    table: Tensor
+    config_class = SpeechT5Config
+    architecture: ClassVar[str]  # its class in `transformers`
+    layout: ClassVar[KeyMap]
 
-    def __init__(self, dim: int, most: int, dropout: float) -> None:
-        super().__init__()
-        self.alpha, self.dropout = nn.Parameter(torch.tensor(1.0)), nn.Dropout(dropout)
-        rates = torch.exp(torch.arange(0, dim, 2).float() * -(math.log(10_000.0) / dim))
-        angles = torch.arange(most)[:, None].float() * rates
-        self.register_buffer("table", torch.stack([angles.sin(), angles.cos()], -1).flatten(1), persistent=False)
+    def reset_parameters(self) -> None:
+        """Random weights as in `transformers`, but that convolutions with a norm keep torch's own."""
+        self.apply(lambda module: init_weights(module, self.config.init_std))
+        for module in self.modules():
+            if isinstance(module, nn.Embedding) and module.padding_idx is not None:
+                nn.init.zeros_(module.weight[module.padding_idx].detach())
+            elif isinstance(module, nn.Conv1d) and not hasattr(module, "parametrizations"):
+                nn.init.kaiming_normal_(module.weight)
 
-    def forward(self, x: Tensor, first: int = 0) -> Tensor:
-        """(B, T, D) at the positions from `first` on. Raises ValueError beyond the table."""
-        if first + x.shape[1] > len(self.table):
-            raise ValueError(f"{first + x.shape[1]} positions, but the table serves {len(self.table)}")
-        return self.dropout(x + self.alpha * self.table[first : first + x.shape[1]])
+    @property
+    def key_map(self) -> KeyMap:
+        return self.layout
+
+    def to_hf(self) -> dict[str, Any]:
+        return self.config.to_hf() | {"architectures": [self.architecture]}
+
+    @classmethod
+    def from_checkpoint(cls, config: Mapping[str, Any], tensors: dict[str, Tensor], source: str) -> Self:
+        (named,) = typed("config.json", config, {"architectures": list | None})
+        if named and cls.architecture not in named:
+            raise UserError(f"{source} holds a {named[0]}, not a {cls.architecture}")
+        model = cls(SpeechT5Config.from_hf(config))
+        load_into(model, tensors, model.key_map, source=source)
+        return model.eval()
