@@ -38,7 +38,9 @@ def test_export_loads_in_transformers(pair, tmp_path):
     ours.save_pretrained(tmp_path)
     again, report = SpeechT5HifiGan.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), theirs.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(again.state_dict().values(), theirs.state_dict().values(), strict=True)
+    )
     assert HifiGAN.from_pretrained(tmp_path).config == ours.config
 
 

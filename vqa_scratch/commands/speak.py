@@ -23,9 +23,7 @@ from vqa_scratch.storage import check_writable
         DEVICE,
     ],
 )
-def speak(
-    text: str, model: str, out: Path, speaker: Path | None, vocoder: str | None, seed: int, device: str
-) -> None:
+def speak(text: str, model: str, out: Path, speaker: Path | None, vocoder: str | None, seed: int, device: str) -> None:
     """Say TEXT in the voice of a speaker, into a WAV file.
 
     \b

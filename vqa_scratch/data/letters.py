@@ -46,7 +46,9 @@ def letter_tokenizer(path: Path) -> tokenizers.Tokenizer:
     """The tokenizer of the file; `</s>` comes after each text. Raises UserError if it is not one of letters."""
     try:
         whole = list(_fields(path.read_bytes()))
-        pieces = [(piece[1].decode(), piece.get(3, _LETTER)) for piece in (dict(_fields(v)) for n, v in whole if n == 1)]
+        pieces = [
+            (piece[1].decode(), piece.get(3, _LETTER)) for piece in (dict(_fields(v)) for n, v in whole if n == 1)
+        ]
         charsmap = next((dict(_fields(value)).get(2, b"") for number, value in whole if number == 3), b"")
     except (OSError, LookupError, ValueError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is not a whole SentencePiece model ({error}); copy or download it again") from None
