@@ -69,7 +69,11 @@ def voice(folder: Path, **changes) -> SpeechT5ForTextToSpeech:
 
 
 def recognizer(folder: Path, **changes) -> SpeechT5ForSpeechToText:
-    return scattered(SpeechT5ForSpeechToText(SpeechT5Config(**{**SIZES, **changes})), folder)
+    """With larger embeddings of tokens, so that what comes next depends on what was written."""
+    model = SpeechT5ForSpeechToText(SpeechT5Config(**{**SIZES, **changes}))
+    with torch.no_grad():
+        model.speecht5.decoder.prenet.embed_tokens.weight.mul_(3)
+    return scattered(model, folder)
 
 
 def vocoder(folder: Path, **changes) -> SpeechT5HifiGan:

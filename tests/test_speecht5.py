@@ -34,7 +34,7 @@ def pair(request, tmp_path_factory):
 @pytest.fixture(scope="module")
 def ears(tmp_path_factory):
     """(theirs, ours, folder) for speech to text."""
-    torch.manual_seed(3)
+    torch.manual_seed(5)
     folder = tmp_path_factory.mktemp("asr")
     return recognizer(folder, conv_bias=True), SpeechT5Recognizer.from_pretrained(folder), folder
 
@@ -112,6 +112,9 @@ def test_loss_and_gradients(pair):
         ours.zero_grad(), theirs.zero_grad()
 
 
+STOP = {2: 1.4225, 3: 1.87}  # sums of probabilities at which the rows of these random models end at different steps
+
+
 def test_speaking_is_theirs(pair):
     """A batch with padding, whose rows end at different steps, one of them because it may not go on."""
     theirs, ours, _ = pair
@@ -123,10 +126,7 @@ def test_speaking_is_theirs(pair):
     assert [len(row.mel) for row in spoken] == lengths and len(set(lengths)) > 1
     assert {row.stopped for row in spoken} == {True, False}
     for row, mel, length in zip(spoken, frames, lengths, strict=True):
-        assert_close(row.mel, mel[:length], tolerance=1e-4)  # each frame is made of the rounded ones before it
-
-
-STOP = {2: 1.0, 3: 1.5}  # sums of probabilities at which the rows of these random models end at different steps
+        assert_close(row.mel, mel[:length], tolerance=2e-5)  # a frame is made of the rounded ones before it
 
 
 def test_one_speaker_for_all_and_another_shape(pair):
@@ -252,7 +252,7 @@ def test_greedy_tokens(ears):
         given = Conditioning(ours.encode(waves, mask))
         found = generate(ours.decoder, start, None, given, options=options, fill=ours.config.pad_id).ids
         wanted = theirs.generate(waves, attention_mask=mask, max_new_tokens=14, do_sample=False, num_beams=1)[:, 1:]
-    assert torch.equal(found[:, : wanted.shape[1]], wanted) and len(set(wanted.flatten().tolist())) > 3
+    assert torch.equal(found[:, : wanted.shape[1]], wanted) and wanted[1].unique().numel() > 1 < len({*wanted[:, -1].tolist()})
 
 
 def test_waves_too_short_or_too_long(ears):
@@ -308,14 +308,14 @@ def test_two_sentences_are_learned():
     ids, mask = torch.tensor([[4, 5, 6, 7, 2], [8, 9, 2, 1, 1]]), torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
     frames, speaker = torch.randn(2, 16, 6), torch.randn(1, 4).expand(2, -1)
     frames[1, 10:] = PADDING
-    optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
     losses = []
-    for _ in range(300):
+    for _ in range(120):
         parts = spectrogram_loss(model, ids, mask, frames, speaker)
         optimizer.zero_grad()
         sum(parts).backward()
         optimizer.step()
-        losses.append(float(sum(parts)))
+        losses.append(sum(parts).item())
     spoken = model.eval().speak(ids, speaker, mask, generator=torch.Generator().manual_seed(0))
     assert losses[-1] < 0.2 * losses[0] and [len(row.mel) for row in spoken] == [16, 10]
     for row, wanted in zip(spoken, frames, strict=True):

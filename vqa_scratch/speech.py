@@ -51,7 +51,7 @@ def read_speaker(path: Path, size: int) -> Tensor:
 
 
 def vocoder_near(folder: Path) -> Path | None:
-    """The folder of a HiFi-GAN in or beside that of a model; None without one. Raises UserError if there are several."""
+    """The folder of a HiFi-GAN in or beside that of a model, or None. Raises UserError if there are several."""
     found = []
     for path in sorted([*folder.glob(f"*/{CONFIG}"), *folder.absolute().parent.glob(f"*/{CONFIG}")]):
         with suppress(UserError, TypeError):  # what else lies there need not be a checkpoint
@@ -108,7 +108,7 @@ class Voice:
     def speak(
         self, text: str, speaker: Tensor, seed: int = 0, progress: Callable[[int], object] = lambda frames: None
     ) -> Tensor:
-        """(N,): the text in the voice of a speaker (1, S). A note says if no end was found. Raises UserError as `ids`."""
+        """(N,): the text in the voice of a speaker (1, S). A note says if it was stopped. Raises UserError as `ids`."""
         draw, ids = torch.Generator().manual_seed(seed), self.ids(text)
         (spoken,) = self.model.speak(
             ids, speaker.to(self.device), vocoder=self.vocoder, generator=draw, progress=progress

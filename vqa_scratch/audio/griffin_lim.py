@@ -1,7 +1,7 @@
 """A wave from a mel spectrogram without a trained vocoder: phases guessed until they agree with each other.
 
-Griffin and Lim 1984, with the momentum of Perraudin et al. 2013 ("A fast Griffin-Lim algorithm"). It sounds hollow: what
-the mels do not tell is lost, and neighbouring phases agree but are not those of a voice.
+Griffin and Lim 1984, with the momentum of Perraudin et al. 2013 ("A fast Griffin-Lim algorithm"). It sounds hollow:
+what the mels do not tell is lost, and neighbouring phases agree but are not those of a voice.
 
 Shapes: T frames, N = 256 T samples, F = 513 frequencies.
 """

@@ -96,7 +96,7 @@ class Tokenizer:
 
     @classmethod
     def from_pretrained(cls, folder_or_hub_id: str | Path) -> "Tokenizer":
-        """Reads tokenizer.json, else vocab.json + merges.txt (byte-level BPE), else vocab.txt (lower-case WordPiece), else
+        """Reads tokenizer.json, else vocab.json + merges.txt (byte-level BPE), vocab.txt (lower-case WordPiece) or
         spm_char.model (letters).
 
         Raises UserError if the folder has none of them, or if one is broken.

@@ -1,11 +1,11 @@
 """SpeechT5 for text to speech (Ao et al. 2022, arXiv 2110.07205): letters to log-mel frames, which a vocoder sounds.
 
-The decoder reads its own last frame through the pre-net of Tacotron 2 (Shen et al. 2018, 1712.05884, section 2.2), whose
-dropout is on in use too: without it the decoder goes on from what it said instead of reading the text. Each step gives
-`reduction` frames and the probabilities that they are the last; a post-net refines the whole.
+The decoder reads its own last frame through the pre-net of Tacotron 2 (Shen et al. 2018, 1712.05884, section 2.2),
+whose dropout is on in use too: without it the decoder goes on from what it said instead of reading the text. Each step
+gives `reduction` frames and the probabilities that they are the last; a post-net refines the whole.
 
-Shapes: B batch, N text tokens, T steps of the decoder, r frames a step, F = r T frames, M mel bins, D width, S size of a
-speaker embedding.
+Shapes: B batch, N text tokens, T steps of the decoder, r frames a step, F = r T frames, M mel bins, D width, S size of
+a speaker embedding.
 """
 
 import math

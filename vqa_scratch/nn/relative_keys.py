@@ -1,7 +1,7 @@
 """Relative keys in self-attention (Shaw et al. 2018, arXiv 1803.02155, equation 5, without the values of equation 3).
 
-The query also meets a learned vector of its distance to the key: score_ij = s q_i . (k_j + p[i - j]), with s the scale of
-the scores and distances clipped to -most ... most - 1. One table serves all heads and layers.
+The query also meets a learned vector of its distance to the key: score_ij = s q_i . (k_j + p[i - j]), with s the scale
+of the scores and distances clipped to -most ... most - 1. One table serves all heads and layers.
 
 Shapes: B rows, H heads, T tokens, d head size.
 """

@@ -1,8 +1,8 @@
 """The loss of text to speech: frames, stop, and attention held to the diagonal, as SpeechT5 was trained with.
 
-Frames: L1 before and after the post-net. Stop: a cross-entropy in which a last frame counts five times. Guided attention
-(Tachibana et al. 2018, arXiv 1710.08969, equation 6): a text is spoken in order, so a weight far from the diagonal costs.
-Equal to `SpeechT5SpectrogramLoss` of `transformers`.
+Frames: L1 before and after the post-net. Stop: a cross-entropy in which a last frame counts five times. Guided
+attention (Tachibana et al. 2018, arXiv 1710.08969, equation 6): a text is spoken in order, so a weight far from the
+diagonal costs. Equal to `SpeechT5SpectrogramLoss` of `transformers`.
 
 Shapes: B batch, N text tokens, T steps of the decoder, r frames a step, F = r T frames, M mel bins, H heads.
 """

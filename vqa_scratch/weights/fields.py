@@ -92,9 +92,10 @@ SPEECHT5 = _names(
     position_dropout=positional_dropout encoder_layers=encoder_layers encoder_heads=encoder_attention_heads
     encoder_hidden=encoder_ffn_dim decoder_layers=decoder_layers decoder_heads=decoder_attention_heads
     decoder_hidden=decoder_ffn_dim max_distance=encoder_max_relative_position max_text=max_text_positions
-    max_speech=max_speech_positions mels=num_mel_bins reduction=reduction_factor prenet_layers=speech_decoder_prenet_layers
-    prenet_units=speech_decoder_prenet_units prenet_dropout=speech_decoder_prenet_dropout
-    speaker_dim=speaker_embedding_dim postnet_layers=speech_decoder_postnet_layers
+    max_speech=max_speech_positions mels=num_mel_bins reduction=reduction_factor
+    prenet_layers=speech_decoder_prenet_layers prenet_units=speech_decoder_prenet_units
+    prenet_dropout=speech_decoder_prenet_dropout speaker_dim=speaker_embedding_dim
+    postnet_layers=speech_decoder_postnet_layers
     postnet_units=speech_decoder_postnet_units postnet_kernel=speech_decoder_postnet_kernel
     postnet_dropout=speech_decoder_postnet_dropout guided=use_guided_attention_loss
     guided_heads=guided_attention_loss_num_heads guided_sigma=guided_attention_loss_sigma
