@@ -207,7 +207,7 @@ class SpeechT5(SpeechT5Base):
         memory, cache = self.encode(input_ids, mask), DecoderCache(config.decoder_layers)
         fewest, limit = (int(input_ids.shape[1] * ratio / each) for ratio in (least, most))
         limit, speaker = max(1, min(limit, config.max_speech)), speaker.expand(rows, -1)
-        frame, steps = speaker.new_zeros(rows, 1, config.mels), []
+        frame, steps = speaker.new_zeros(rows, 1, config.mels), list[Tensor]()
         ends, stopped = [0] * rows, [False] * rows
         while not all(ends):
             states = self.decoder(self.prenet(frame, speaker, generator, len(steps)), None, memory, cache)[:, 0]

@@ -36,4 +36,4 @@ class PassKeys(ScoreBias):
     def written_out(self, q: Tensor, scale: float) -> tuple[Tensor, None]:
         apart = (q * scale) @ self.vectors.to(q.dtype).T  # (B, H, T, distances)
         bias = apart.gather(-1, self.row.expand(*q.shape[:2], -1, -1))
-        return hide(bias, allowed(self.key_mask, False, *self.row.shape, q.device)), None
+        return hide(bias, allowed(self.key_mask, False, len(self.row), len(self.row), q.device)), None
