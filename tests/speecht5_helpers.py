@@ -31,6 +31,7 @@ SIZES = {
     "speech_decoder_postnet_units": 16,
     "speech_decoder_postnet_layers": 3,
     "speaker_embedding_dim": 8,
+    "guided_attention_loss_num_heads": 1,
     "conv_dim": (16, 16, 20),
     "conv_kernel": (10, 3, 2),
     "conv_stride": (5, 2, 2),

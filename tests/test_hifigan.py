@@ -75,7 +75,7 @@ def test_the_older_model_type_and_bad_sizes(pair, tmp_path):
 
 
 def test_griffin_lim_gives_the_mel_again():
-    """A gliding tone with overtones, by the error of its mel in places of sound: a sixth of that of random phases."""
+    """A gliding tone with overtones: the error of its mel, where there is sound, against that of random phases."""
     seconds = torch.arange(16_000) / 16_000
     phase = 2 * torch.pi * (150 * seconds + 40 * seconds**2)
     wave = sum((phase * n).sin() / n for n in range(1, 20)) * 0.1
@@ -87,5 +87,5 @@ def test_griffin_lim_gives_the_mel_again():
         assert made.shape == (256 * len(mel),) and made.isfinite().all()
         return float((speecht5_mel(made)[: len(mel)] - mel)[loud].abs().mean())
 
-    assert error(60) < 0.1 and error(60) < error(1) / 3
+    assert error(60) < 0.075 < error(1) / 4  # 0.0775 without the momentum
     assert griffin_lim(mel[:1]).shape == (256,)

@@ -103,7 +103,7 @@ def test_loss_and_gradients(pair):
         decoder = theirs.speecht5.decoder
         pairs = (
             (ours.encoder.keys.table.weight, layer.embed_positions.pe_k.weight),
-            (ours.decoder.blocks[0].cross.q.weight, decoder.wrapped_decoder.layers[0].encoder_attn.q_proj.weight),
+            (ours.blocks[0].cross.q.weight, decoder.wrapped_decoder.layers[0].encoder_attn.q_proj.weight),
             (ours.prenet.layers[0].weight, decoder.prenet.layers[0].weight),
             (ours.text_positions.alpha, theirs.speecht5.encoder.prenet.encode_positions.alpha),
         )

@@ -124,20 +124,6 @@ class Postnet(nn.Module):
         return frames + x.transpose(1, 2)
 
 
-class SpeechDecoder(nn.Module):
-    """The blocks alone."""
-
-    def __init__(self, config: SpeechT5Config) -> None:
-        super().__init__()
-        self.blocks = decoder_blocks(config)
-
-    def forward(self, x: Tensor, mask: Tensor | None, memory: list[Memory], cache: DecoderCache | None) -> Tensor:
-        """(B, T, D) -> (B, T, D); mask (B, T), True = may attend."""
-        for layer, block in enumerate(self.blocks):
-            x = block(x, mask, memory, None if cache is None else cache[layer])
-        return x
-
-
 class SpeechT5(SpeechT5Base):
     """Text encoder, speech decoder, post-net."""
 
@@ -148,7 +134,7 @@ class SpeechT5(SpeechT5Base):
         self.config = config
         self.tokens = nn.Embedding(config.vocab_size, config.dim, config.pad_id)
         self.text_positions = ScaledPositions(config.dim, config.max_text, config.position_dropout)
-        self.encoder, self.decoder = SpeechT5Encoder(config), SpeechDecoder(config)
+        self.encoder, self.blocks = SpeechT5Encoder(config), decoder_blocks(config)
         self.prenet, self.postnet = SpeechPrenet(config), Postnet(config)
         self.to_frames = nn.Linear(config.dim, config.mels * config.reduction)
         self.to_stop = nn.Linear(config.dim, config.reduction)
@@ -158,6 +144,14 @@ class SpeechT5(SpeechT5Base):
         """(B, N), mask (B, N), True = a real token -> what the decoder reads. Raises ValueError on too many tokens."""
         states = self.encoder(self.text_positions(self.tokens(input_ids)), mask)
         return [Memory(states, None if mask is None else mask.bool())]
+
+    def decode(
+        self, x: Tensor, memory: list[Memory], mask: Tensor | None = None, cache: DecoderCache | None = None
+    ) -> Tensor:
+        """(B, T, D) -> (B, T, D); mask (B, T), True = may attend."""
+        for layer, block in enumerate(self.blocks):
+            x = block(x, mask, memory, None if cache is None else cache[layer])
+        return x
 
     def forward(
         self,
@@ -176,7 +170,7 @@ class SpeechT5(SpeechT5Base):
         each = self.config.reduction
         x = self.prenet(shifted_right(frames, each), speaker, generator)
         steps = None if frame_mask is None else frame_mask[:, each - 1 :: each]
-        states = self.decoder(x, steps, self.encode(input_ids, attention_mask), None)
+        states = self.decode(x, self.encode(input_ids, attention_mask), steps)
         before = self.to_frames(states).unflatten(-1, (each, -1)).flatten(1, 2)
         return Spectrogram(before, self.postnet(before), self.to_stop(states).flatten(1))
 
@@ -210,7 +204,8 @@ class SpeechT5(SpeechT5Base):
         frame, steps = speaker.new_zeros(rows, 1, config.mels), list[Tensor]()
         ends, stopped = [0] * rows, [False] * rows
         while not all(ends):
-            states = self.decoder(self.prenet(frame, speaker, generator, len(steps)), None, memory, cache)[:, 0]
+            x = self.prenet(frame, speaker, generator, len(steps))
+            states = self.decode(x, memory, cache=cache)[:, 0]
             steps.append(self.to_frames(states).unflatten(-1, (each, -1)))  # (B, r, M)
             frame, last = steps[-1][:, -1:], len(steps) >= limit
             enough = (self.to_stop(states).sigmoid().sum(-1) >= threshold).tolist()

@@ -18,32 +18,38 @@ def _block(attention: str, norm: str) -> tuple[Entry, ...]:
     )
 
 
-_ENCODER = (
-    *linear("norm", "layer_norm"),
-    *weight("keys.table", "embed_positions.pe_k"),
-    *_block("attention", "layer_norm"),
+_IN, _OUT, _POSTNET = "speecht5.encoder.prenet", "speecht5.decoder.prenet", "speech_decoder_postnet"
+_PLACES = f"{_IN}.pos_conv_embed.conv"
+_ENCODER = nested(
+    "encoder.",
+    (
+        *linear("norm", "layer_norm"),
+        *weight("keys.table", "embed_positions.pe_k"),
+        *_block("attention", "layer_norm"),
+    ),
+    "speecht5.encoder.wrapped_encoder.",
 )
-_DECODER = (
-    *_block("self_attn", "self_attn_layer_norm"),
-    *linear("blocks.{}.cross.q", f"{_LAYER}.encoder_attn.q_proj"),
-    *linear("blocks.{}.cross.kv", *(f"{_LAYER}.encoder_attn.{name}" for name in _ATTENTION[1:])),
-    *linear("blocks.{}.cross.out", f"{_LAYER}.encoder_attn.out_proj"),
-    *linear("blocks.{}.norm_cross", f"{_LAYER}.encoder_attn_layer_norm"),
+_DECODER = nested(
+    "",
+    (
+        *_block("self_attn", "self_attn_layer_norm"),
+        *linear("blocks.{}.cross.q", f"{_LAYER}.encoder_attn.q_proj"),
+        *linear("blocks.{}.cross.kv", *(f"{_LAYER}.encoder_attn.{name}" for name in _ATTENTION[1:])),
+        *linear("blocks.{}.cross.out", f"{_LAYER}.encoder_attn.out_proj"),
+        *linear("blocks.{}.norm_cross", f"{_LAYER}.encoder_attn_layer_norm"),
+    ),
+    "speecht5.decoder.wrapped_decoder.",
 )
-_SHARED = (
-    *nested("encoder.", _ENCODER, "speecht5.encoder.wrapped_encoder."),
-    *nested("decoder.", _DECODER, "speecht5.decoder.wrapped_decoder."),
-)
-_TEXT_IN, _SPEECH_IN, _POSTNET = "speecht5.encoder.prenet", "speecht5.decoder.prenet", "speech_decoder_postnet"
 TEXT_TO_SPEECH = KeyMap(
     body=(
-        *_SHARED,
-        *weight("tokens", f"{_TEXT_IN}.embed_tokens"),
-        Entry("text_positions.alpha", (f"{_TEXT_IN}.encode_positions.alpha",)),
-        *linear("prenet.layers.{}", f"{_SPEECH_IN}.layers.{{}}"),
-        *linear("prenet.out", f"{_SPEECH_IN}.final_layer"),
-        Entry("prenet.positions.alpha", (f"{_SPEECH_IN}.encode_positions.alpha",)),
-        *linear("prenet.speaker", f"{_SPEECH_IN}.speaker_embeds_layer"),
+        *_ENCODER,
+        *_DECODER,
+        *weight("tokens", f"{_IN}.embed_tokens"),
+        Entry("text_positions.alpha", (f"{_IN}.encode_positions.alpha",)),
+        *linear("prenet.layers.{}", f"{_OUT}.layers.{{}}"),
+        *linear("prenet.out", f"{_OUT}.final_layer"),
+        Entry("prenet.positions.alpha", (f"{_OUT}.encode_positions.alpha",)),
+        *linear("prenet.speaker", f"{_OUT}.speaker_embeds_layer"),
         *linear("to_frames", f"{_POSTNET}.feat_out"),
         *linear("to_stop", f"{_POSTNET}.prob_out"),
         *weight("postnet.convs.{}", f"{_POSTNET}.layers.{{}}.conv"),
@@ -51,33 +57,31 @@ TEXT_TO_SPEECH = KeyMap(
     ),
     # Tables that old releases saved with the weights, and a count that nothing reads.
     dropped=(
-        f"{_TEXT_IN}.encode_positions.pe",
-        f"{_SPEECH_IN}.encode_positions.pe",
+        *(f"{prenet}.encode_positions.pe" for prenet in (_IN, _OUT)),
         f"{_POSTNET}.layers.{{}}.batch_norm.num_batches_tracked",
     ),
 )
-_WAVE_IN, _PLACES = "speecht5.encoder.prenet", "speecht5.encoder.prenet.pos_conv_embed.conv"
 SPEECH_TO_TEXT = KeyMap(
     body=(
-        *_SHARED,
-        *linear("wave.convs.{}", f"{_WAVE_IN}.feature_encoder.conv_layers.{{}}.conv"),
-        *linear("wave.first_norm", f"{_WAVE_IN}.feature_encoder.conv_layers.0.layer_norm"),
-        *linear("wave.norm", f"{_WAVE_IN}.feature_projection.layer_norm"),
-        *linear("wave.out", f"{_WAVE_IN}.feature_projection.projection"),
-        Entry("wave.places.bias", (f"{_PLACES}.bias",)),
+        *_ENCODER,
+        *nested("decoder.", _DECODER),
+        *linear("wave.convs.{}", f"{_IN}.feature_encoder.conv_layers.{{}}.conv"),
+        *linear("wave.first_norm", f"{_IN}.feature_encoder.conv_layers.0.layer_norm"),
+        *linear("wave.norm", f"{_IN}.feature_projection.layer_norm"),
+        *linear("wave.out", f"{_IN}.feature_projection.projection"),
         *(
-            Entry(f"wave.places.parametrizations.weight.{part}", (f"{_PLACES}.parametrizations.weight.{part}",))
-            for part in ("original0", "original1")
+            Entry(f"wave.places.{name}", (f"{_PLACES}.{name}",))
+            for name in ("bias", "parametrizations.weight.original0", "parametrizations.weight.original1")
         ),
-        *weight("decoder.tokens", "speecht5.decoder.prenet.embed_tokens"),
+        *weight("decoder.tokens", f"{_OUT}.embed_tokens"),
     ),
     # What only training that masks the input needs, and tables that old releases saved with the weights.
     dropped=(
-        f"{_WAVE_IN}.masked_spec_embed",
-        f"{_WAVE_IN}.pos_sinusoidal_embed.weights",
-        "speecht5.decoder.prenet.embed_positions.weights",
+        f"{_IN}.masked_spec_embed",
+        f"{_IN}.pos_sinusoidal_embed.weights",
+        f"{_OUT}.embed_positions.weights",
     ),
-    tied={"text_decoder_postnet.lm_head.weight": "speecht5.decoder.prenet.embed_tokens.weight"},
+    tied={"text_decoder_postnet.lm_head.weight": f"{_OUT}.embed_tokens.weight"},
     # How weight norm was spelled before torch 2.0.
     spellings=tuple(
         (f"{_PLACES}.{old}$".replace(".", r"\."), f"{_PLACES}.parametrizations.weight.{new}")
