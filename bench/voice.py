@@ -28,7 +28,7 @@ from vqa_scratch.kernels import ctc_align, ctc_loss
 from vqa_scratch.training.optimizers import Optimizers, schedule
 
 LETTERS = " " + string.ascii_lowercase  # from 1 on; 0 is the blank
-BATCH, TESTED, STRIDE = 32, 300, 2
+BATCH, TESTED, STRIDE = 32, 200, 3
 Spoil = Callable[[np.ndarray, np.random.Generator], np.ndarray]
 
 
@@ -80,9 +80,9 @@ class Block(nn.Module):
 
 
 class Hearer(nn.Module):
-    """(B, M, T) -> logits (B, T / 2, V), from about 1.2 s around each frame."""
+    """(B, M, T) -> logits (B, T / 3, V), from 0.8 s on each side of a frame."""
 
-    def __init__(self, width: int = 144, layers: int = 5) -> None:
+    def __init__(self, width: int = 128, layers: int = 5) -> None:
         super().__init__()
         self.stem = nn.Conv1d(80, width, 5, stride=STRIDE, padding=2)
         self.blocks = nn.Sequential(*(Block(width) for _ in range(layers)))
@@ -93,9 +93,11 @@ class Hearer(nn.Module):
 
 
 def batch_of(some: Sequence[Utterance]) -> tuple[Tensor, Tensor, Tensor]:
-    """(log-mel (B, M, T), filled with each utterance's silence; letters (B, S), -1 behind; frames of the logits (B,))."""
+    """(log-mel (B, M, T), filled with each one's silence; letters (B, S), -1 behind; frames of the logits (B,))."""
     longest = max(one.mel.shape[1] for one in some)
-    mel = torch.stack([F.pad(one.mel.float(), (0, longest - one.mel.shape[1]), value=float(one.mel.min())) for one in some])
+    mel = torch.stack(
+        [F.pad(one.mel.float(), (0, longest - one.mel.shape[1]), value=float(one.mel.min())) for one in some]
+    )
     letters = nn.utils.rnn.pad_sequence([torch.tensor(one.letters) for one in some], batch_first=True, padding_value=-1)
     return mel, letters, torch.tensor([-(-one.mel.shape[1] // STRIDE) for one in some])
 
@@ -172,7 +174,12 @@ def score(model: Hearer, utterances: list[Utterance]) -> dict[str, float]:
     said = [one.text for one in utterances]
     shuffled = said[len(said) // 2 :] + said[: len(said) // 2]
     blind = word_errors(shuffled, greedy)
-    return {"greedy": word_errors(said, greedy), "beam": word_errors(said, beam), "blind": blind, "ms": float(np.median(late))}
+    return {
+        "greedy": word_errors(said, greedy),
+        "beam": word_errors(said, beam),
+        "blind": blind,
+        "ms": float(np.median(late)),
+    }
 
 
 def run(minutes: float, number: int, seed: int, command: str) -> str:
@@ -199,7 +206,7 @@ def run(minutes: float, number: int, seed: int, command: str) -> str:
         "",
         results.table(["what is heard", "word errors, greedy", "prefix search", "blind", "start of a word, ms"], rows),
         "",
-        f"- {size:,} parameters, {number:,} utterances ({heard:,.0f} s, drawn and turned into log-mel in {drawing:.0f} s), "
+        f"- {size:,} parameters, {number:,} utterances ({heard:,.0f} s, as log-mel in {drawing:.0f} s), "
         f"{trained:,} heard in {minutes:g} minutes; {TESTED} tested a row.",
         f"- {timing.machine('cpu')}. torch {torch.__version__}. Commit {timing.commit(Path(__file__).parent)}. "
         f"`{command}`",
