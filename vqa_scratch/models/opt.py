@@ -12,7 +12,8 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from vqa_scratch.models.gpt2 import GPT2Block, GPT2Config, PositionTableDecoder, PostNormBlock
+from vqa_scratch.models.block_decoder import PositionTableDecoder
+from vqa_scratch.models.gpt2 import GPT2Block, GPT2Config, PostNormBlock
 from vqa_scratch.models.hf_config import Layout
 from vqa_scratch.nn import taps
 from vqa_scratch.nn.decoding import FastParts, fast_blocks
@@ -48,10 +49,9 @@ class OPTConfig(GPT2Config):
             object.__setattr__(self, "embedding_dim", self.dim)
 
 
-class OPT(PositionTableDecoder):
+class OPT(PositionTableDecoder[OPTConfig]):
     """Tokens and positions, blocks, a last norm, and a head that is the token embedding."""
 
-    config: OPTConfig
     config_class = OPTConfig
 
     def __init__(self, config: OPTConfig) -> None:
@@ -69,8 +69,8 @@ class OPT(PositionTableDecoder):
         self.apply(lambda module: init_weights(module, config.init_std))
         taps.name_modules(self.blocks, "decoder")
 
-    def before_blocks(self, embeddings: Tensor, positions: Tensor) -> tuple[Tensor]:
-        return (self.project_in(embeddings) + self.positions(positions + OFFSET),)
+    def before_blocks(self, embeddings: Tensor, positions: Tensor) -> Tensor:
+        return self.project_in(embeddings) + self.positions(positions + OFFSET)
 
     def after_blocks(self, x: Tensor) -> Tensor:
         return self.project_out(self.norm(x))
@@ -84,8 +84,8 @@ class OPT(PositionTableDecoder):
             return None
 
         def embed(tokens: Tensor, positions: Tensor) -> Tensor:
-            return self.before_blocks(self.tokens(tokens), positions)[0]
+            return self.before_blocks(self.tokens(tokens), positions)
 
         narrow = self.config.embedding_dim != self.config.dim
         norm = nn.Sequential(self.norm, self.project_out) if narrow else self.norm
-        return FastParts(embed, fast_blocks(self.blocks), norm, self.head)
+        return FastParts(embed, fast_blocks(self.blocks), norm, self.tokens)

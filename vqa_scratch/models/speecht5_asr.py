@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
-from vqa_scratch.models.gpt2 import PositionTableDecoder
+from vqa_scratch.models.block_decoder import PositionTableDecoder
+from vqa_scratch.models.gpt2 import GPT2Config
 from vqa_scratch.models.hf_config import check_heads
 from vqa_scratch.models.speecht5_parts import SpeechT5Base, SpeechT5Config, SpeechT5Encoder, decoder_blocks
 from vqa_scratch.nn.layers import activation, sinusoids
@@ -68,7 +69,7 @@ class WavePrenet(nn.Module):
         return x + sines * real[..., None], real
 
 
-class TextDecoder(PositionTableDecoder):
+class TextDecoder(PositionTableDecoder[GPT2Config]):
     """Tokens and sines, post-LN blocks that read the encoder's states, and a head that is the token embedding."""
 
     sines: Tensor
@@ -81,11 +82,8 @@ class TextDecoder(PositionTableDecoder):
         self.dropout, self.first = nn.Dropout(config.position_dropout), config.pad_id + 1
         self.register_buffer("sines", sinusoids(config.max_text + self.first, config.dim), persistent=False)
 
-    def before_blocks(self, embeddings: Tensor, positions: Tensor) -> tuple[Tensor]:
-        return (self.dropout(embeddings + self.sines[positions + self.first]),)
-
-    def after_blocks(self, x: Tensor) -> Tensor:
-        return x
+    def before_blocks(self, embeddings: Tensor, positions: Tensor) -> Tensor:
+        return self.dropout(embeddings + self.sines[positions + self.first])
 
     @property
     def direct_head(self) -> None:
