@@ -62,11 +62,8 @@ class WavePrenet(nn.Module):
         x = self.out(self.norm(x.transpose(1, 2)))
         places = self.places(x.transpose(1, 2))[..., : x.shape[1]]  # an even kernel gives one too many
         x = x + self.activation(places).transpose(1, 2)
-        sines = self.sines[self.first : self.first + x.shape[1]].to(x)
-        if mask is None:
-            return x + sines, None
-        real = torch.arange(x.shape[1], device=x.device) < lengths[:, None]
-        return x + sines * real[..., None], real
+        real = None if mask is None else torch.arange(x.shape[1], device=x.device) < lengths[:, None]
+        return x + self.sines[self.first : self.first + x.shape[1]].to(x), real
 
 
 class TextDecoder(PositionTableDecoder[GPT2Config]):
