@@ -75,10 +75,9 @@ class Voice:
     def open(cls, source: str | PathLike[str], vocoder: str | PathLike[str] | None, device: torch.device) -> Self:
         """From a checkpoint folder or Hub id, with the given vocoder, or one near the folder, or Griffin-Lim, which a
         note says. Raises UserError if something is absent or does not fit."""
-        folder = resolve_folder(source)
-        model, tokenizer = SpeechT5.from_pretrained(folder), Tokenizer.from_pretrained(folder)
+        model, tokenizer = SpeechT5.from_pretrained(source), Tokenizer.from_pretrained(source)
         tokenizer.check_fits(model.config.vocab_size, source)
-        place, mels = vocoder_near(folder) if vocoder is None else vocoder, model.config.mels
+        place, mels = vocoder or vocoder_near(resolve_folder(source)), model.config.mels
         if place is None:
             if mels != MELS:
                 raise UserError(f"{source} gives {mels} mels, Griffin-Lim reads {MELS}: give a --vocoder")
@@ -130,8 +129,7 @@ class SpeechWriter:
     @classmethod
     def open(cls, source: str | PathLike[str], device: torch.device) -> Self:
         """From a checkpoint folder or Hub id. Raises UserError if something is absent or does not fit."""
-        folder = resolve_folder(source)
-        model, tokenizer = SpeechT5Recognizer.from_pretrained(folder), Tokenizer.from_pretrained(folder)
+        model, tokenizer = SpeechT5Recognizer.from_pretrained(source), Tokenizer.from_pretrained(source)
         tokenizer.check_fits(model.config.vocab_size, source)
         return cls(str(source), model.to(device), tokenizer, device)
 

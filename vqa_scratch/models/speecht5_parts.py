@@ -52,7 +52,7 @@ class SpeechT5Config(HFConfig[Layout]):
     position_dropout: float = 0.1
     init_std: float = 0.02
     max_distance: int = 160  # of relative keys
-    max_text: int = 450  # tokens
+    max_text: int = 450  # tokens; 600 in the released text to speech
     max_speech: int = 4000  # steps of the speech decoder, or states of the speech encoder
     pad_id: int = 1
     eos_id: int = 2
