@@ -6,7 +6,6 @@ Shapes: N samples at 16 kHz, S size of a speaker embedding.
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from os import PathLike
 from pathlib import Path
 from typing import Self
 
@@ -72,12 +71,12 @@ class Voice:
     device: torch.device
 
     @classmethod
-    def open(cls, source: str | PathLike[str], vocoder: str | PathLike[str] | None, device: torch.device) -> Self:
+    def open(cls, source: str | Path, vocoder: str | Path | None, device: torch.device) -> Self:
         """From a checkpoint folder or Hub id, with the given vocoder, or one near the folder, or Griffin-Lim, which a
         note says. Raises UserError if something is absent or does not fit."""
         model, tokenizer = SpeechT5.from_pretrained(source), Tokenizer.from_pretrained(source)
         tokenizer.check_fits(model.config.vocab_size, source)
-        place, mels = vocoder or vocoder_near(resolve_folder(source)), model.config.mels
+        place, mels = vocoder_near(resolve_folder(source)) if vocoder is None else vocoder, model.config.mels
         if place is None:
             if mels != MELS:
                 raise UserError(f"{source} gives {mels} mels, Griffin-Lim reads {MELS}: give a --vocoder")
@@ -127,7 +126,7 @@ class SpeechWriter:
     device: torch.device
 
     @classmethod
-    def open(cls, source: str | PathLike[str], device: torch.device) -> Self:
+    def open(cls, source: str | Path, device: torch.device) -> Self:
         """From a checkpoint folder or Hub id. Raises UserError if something is absent or does not fit."""
         model, tokenizer = SpeechT5Recognizer.from_pretrained(source), Tokenizer.from_pretrained(source)
         tokenizer.check_fits(model.config.vocab_size, source)
