@@ -32,6 +32,7 @@ RANKS = {
     "vqa_scratch.study": 6,
     "vqa_scratch.systems": 7,
     "vqa_scratch.zero_shot": 7,
+    "vqa_scratch.speech": 7,
     "vqa_scratch.commands": 8,
     "vqa_scratch.__main__": 9,
     "train": 9,
