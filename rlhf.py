@@ -83,7 +83,7 @@ def iterate(ppo: PPO) -> dict[str, float]:
 
     # Adapt the price of KL towards the target.
     log |= update.log() | {"objective/kl_coef": ppo.kl.coef}
-    ppo.kl.update(log["objective/kl"], len(trajectory.ids))
+    ppo.kl.update(log["objective/kl_exact"], len(trajectory.ids))
     ppo.iteration += 1
 
     end = time.perf_counter()
@@ -164,6 +164,7 @@ def conclude(ppo: PPO, task: Task, options: RLHFOptions, log: MetricsLog) -> dic
         "rollouts_per_second": sorted(rates)[len(rates) // 2] if rates else None,
         "frontier_share": curve.share(mine.kl, curve.reward[0], gain),
         "frontier_kl_limit": curve.limit,
+        "frontier": {"kl": curve.kl, "reward": curve.reward, "reached": [mine.kl, gain]},
         "best_of_n": [{"n": n, "kl_bound": kl, "reward": reward} for n, kl, reward in curve.best_of_n],
         "prompts_held_out": len(prompts),
         "iterations": ppo.iteration,
