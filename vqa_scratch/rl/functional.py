@@ -82,11 +82,10 @@ def kl_estimates(logprobs: Tensor, ref_logprobs: Tensor) -> KLEstimates:
 
 
 class AdaptiveKL:
-    """Proportional controller of the KL coefficient, in its logarithm (Ziegler et al. 2019, section 2.2).
+    """Proportional controller of the KL coefficient (Ziegler et al. 2019, section 2.2).
 
-    `coef *= 1 + clip(kl / target - 1, -1, 1) * n / horizon`, where `n` is the number of responses seen since the last
-    call. With `target=None` the coefficient is fixed. They clip at 0.2, which leaves hardly anything proportional: the
-    price falls at full speed until the KL is at 0.8 of the target, and passes it with a price far too low.
+    `coef *= 1 + clip(kl / target - 1, -0.2, 0.2) * n / horizon`, where `n` is the number of responses seen since the
+    last call. With `target=None` the coefficient is fixed.
     """
 
     def __init__(self, coef: float, target: float | None = None, horizon: float = 10_000.0):
@@ -97,7 +96,7 @@ class AdaptiveKL:
     def update(self, kl: float, n: int) -> float:
         """Take the mean sequence KL of `n` new responses and return the new coefficient."""
         if self.target is not None:
-            error = min(max(kl / self.target - 1.0, -1.0), 1.0)
+            error = min(max(kl / self.target - 1.0, -0.2), 0.2)
             self.coef *= 1.0 + error * n / self.horizon
         return self.coef
 

@@ -257,7 +257,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         "value_clip": 1.0,
         "kl_coef": 0.35,
         "kl_target": 4.0,
-        "kl_horizon": 0.2,
         "max_new_tokens": 32,
         "iterations": 60,
     },
