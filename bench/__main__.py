@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import click
 import torch
@@ -20,6 +21,7 @@ from bench import (
     decode,
     decode_sides,
     experts,
+    frontier,
     image_loading,
     logprob,
     loss_head,
@@ -253,6 +255,24 @@ def ppo_command(out: Path | None, write: bool, **plan: int | str | bool | None) 
     present("ppo", ppo.run(ppo.Plan(**plan), command_given(), out), write)
 
 
+@click.command("frontier")
+@click.option("--seeds", default="0,1,2,3,4", show_default=True, help="Runs that differ in their seed.")
+@click.option("--algorithms", help="These alone, with commas between them; with --critics, these rows.")
+@click.option("--critics", is_flag=True, help="PPO with one thing changed at a time in how it learns its critic.")
+@click.option("--jobs", type=click.IntRange(1), default=1, show_default=True, help="Runs at once, sharing the threads.")
+@click.option("--out", type=click.Path(path_type=Path), default=Path("runs/frontier"), show_default=True, help="Runs.")
+@click.option(
+    "--cache", type=click.Path(path_type=Path), default=Path("cache"), show_default=True, help="As in rlhf.py."
+)
+@click.option("--write", is_flag=True, help="Put the table into bench/RESULTS.md, and the picture into docs/images.")
+def frontier_command(seeds: str, algorithms: str | None, critics: bool, write: bool, **where: Any) -> None:
+    """PPO, RLOO, GRPO and best-of-n at equal rollouts against the best possible reward. Finished runs are kept."""
+    rows = frontier.chosen(algorithms, frontier.CRITICS if critics else frontier.ALGORITHMS)
+    plan = frontier.Plan(rows, connector_runs.read_seeds(seeds), **where)
+    made = frontier.run(plan, command_given())
+    frontier.present("critics" if critics else "frontier", made, plan.out, write)
+
+
 @click.command("quantize")
 @click.option("--run", "folder", type=click.Path(path_type=Path), default="runs/vqa", show_default=True, help="Scored.")
 @click.option("--questions", type=click.IntRange(1), default=5000, show_default=True, help="Validation questions.")
@@ -329,6 +349,7 @@ COMMANDS = [
     experts_command,
     image_loading_command,
     ppo_command,
+    frontier_command,
     resolution_command,
     scale_command,
     binding_command,

@@ -145,10 +145,11 @@ def run_options(out: str) -> Callable[[Any], Any]:
 
 
 class Job(NamedTuple):
-    """A run of `train.py`: where it is, and its flags."""
+    """A run of `train.py`, or of `rlhf.py`: where it is, and its flags."""
 
     folder: Path
     flags: list[str]
+    program: str = "train.py"
 
 
 def train(job: Job, threads: int) -> None:
@@ -158,7 +159,7 @@ def train(job: Job, threads: int) -> None:
         return
     job.folder.parent.mkdir(parents=True, exist_ok=True)
     resume = ["--resume"] if (job.folder / CONFIG).is_file() else []
-    command = [sys.executable, str(ROOT / "train.py"), *job.flags, f"--out={job.folder}", *resume]
+    command = [sys.executable, str(ROOT / job.program), *job.flags, f"--out={job.folder}", *resume]
     log = job.folder.with_name(f"{job.folder.name}.log")
     print(f"training {job.folder}", file=sys.stderr, flush=True)
     with open(log, "a", encoding="utf-8") as file:

@@ -248,7 +248,7 @@ def test_runs_are_not_mixed_up(finished, cache, tmp_path):
     out, _ = finished
     refused("already holds a run; add --resume to continue it, or give another --out", *flags(out, cache))
     refused(
-        "was started with --kl-coef 0.05, not 0.5; a resumed run keeps the options it",
+        "was started with --kl-coef 0.35, not 0.5; a resumed run keeps the options it",
         *flags(out, cache, "--resume", "--kl-coef", "0.5"),
     )
     refused("holds no run to go on with; begin one without --resume", *flags(tmp_path / "none", cache, "--resume"))
@@ -290,7 +290,7 @@ def test_a_run_with_the_old_names_of_options_goes_on(finished, cache, tmp_path):
 def test_going_on_keeps_the_precision_and_tidies_up(cache, tmp_path, monkeypatch, capsys):
     """`auto` is measured, and may come out otherwise when the run goes on: the numbers must not."""
     out = tmp_path / "run"
-    argv = flags(out, cache, "--precision", "auto", "--iterations", "2")
+    argv = flags(out, cache, "--precision", "auto", "--iterations", "2", "--critic-warmup", "2")
     seconds = {torch.float32: 1.0, torch.bfloat16: 1.0}
     monkeypatch.setattr(precision, "_seconds_of_product", seconds.get)
     rlhf.run(argv)

@@ -10,6 +10,7 @@ Rewards, log-probabilities and KL are in nats; nothing depends on the content of
 """
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -136,16 +137,40 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float = 1.0, lam: 
     return advantages, advantages + values
 
 
+def fitted_baseline(known: Sequence[Tensor], returns: Tensor, mask: Tensor, prompts: int) -> Tensor:
+    """What of a constant, the number of the token and all that is `known` fits the returns best: (B, R) each -> (B, R).
+
+    Least squares over the tokens of all other prompts, for each prompt anew. So no response has a say in what is
+    subtracted from it, and the policy gradient keeps its mean, whatever is known (Greensmith, Bartlett and Baxter 2004,
+    JMLR 5, on baselines as control variates). What explains nothing gets a weight near 0. With the mean of a prompt's
+    other responses known this shrinks it towards that of the batch, as Zeng et al. 2025 (2511.03710) do by James and
+    Stein's rule.
+    """
+    columns = [torch.ones_like(returns), mask.cumsum(1), *known, returns]
+    table = torch.stack(columns, -1).double().masked_fill(~mask.bool()[..., None], 0)
+    x, y = table.view(prompts, -1, len(columns)).split([len(columns) - 1, 1], -1)  # (P, tokens of the prompt, ...)
+    products, moments = x.mT @ x, x.mT @ y
+    products, moments = products.sum(0) - products, moments.sum(0) - moments
+    ridge = 1e-6 * products.diagonal(dim1=1, dim2=2) + 1e-12  # for what is 0 everywhere, or the same as the constant
+    fitted = x @ torch.linalg.solve(products + ridge.diag_embed(), moments)
+    return fitted.view_as(returns).to(returns.dtype)
+
+
 def _grouped(returns: Tensor, group: int) -> Tensor:
     if group < 2 or returns.shape[0] % group:
         raise ValueError(f"{returns.shape[0]} responses do not form groups of {group}; groups of 2 or more are needed")
     return returns.view(-1, group)
 
 
-def rloo_advantages(returns: Tensor, group: int) -> Tensor:
-    """Reward minus the mean of the other responses to the same prompt: (B,) -> (B,); neighbours form the groups."""
+def others_mean(returns: Tensor, group: int) -> Tensor:
+    """Mean return of the other responses to the same prompt: (B,) -> (B,); neighbours form the groups."""
     r = _grouped(returns, group)
-    return (r - (r.sum(1, keepdim=True) - r) / (group - 1)).flatten()
+    return ((r.sum(1, keepdim=True) - r) / (group - 1)).flatten()
+
+
+def rloo_advantages(returns: Tensor, group: int) -> Tensor:
+    """Reward minus the mean of the other responses to the same prompt: (B,) -> (B,)."""
+    return returns - others_mean(returns, group)
 
 
 def grpo_advantages(returns: Tensor, group: int, eps: float = 1e-4) -> Tensor:

@@ -142,7 +142,14 @@ class RLHFOptions(Options):
         False, "Whiten per-token rewards (without moving their mean) before the advantages.", REWARD
     )
     gamma: float = option(1.0, "Discount.", REWARD, minimum=0, maximum=1, only=PPO)
-    lam: float = option(0.95, "Lambda of generalised advantage estimation.", REWARD, minimum=0, maximum=1, only=PPO)
+    lam: float = option(
+        1.0,
+        "Lambda of generalised advantage estimation; below 1 what the critic gets wrong bends the gradient.",
+        REWARD,
+        minimum=0,
+        maximum=1,
+        only=PPO,
+    )
     whiten_advantages: bool = option(True, "Whiten advantages over the whole batch of rollouts.", REWARD, only=PPO)
 
     epochs: int = option(4, "Passes over each batch of rollouts.", UPDATE, minimum=1)
@@ -186,10 +193,15 @@ class RLHFOptions(Options):
         renamed={"none": "nothing"},
     )
     critic: str = option(
-        "shared", "Whether the value loss also moves the policy's layers.", UPDATE, ("shared", "detached"), only=PPO
+        "fitted",
+        "What PPO subtracts: the best fit of the critic and the prompt's other responses; or the critic alone, whose "
+        "loss also moves the policy's layers (shared), or does not (detached).",
+        UPDATE,
+        ("fitted", "shared", "detached"),
+        only=PPO,
     )
     critic_warmup: int = option(
-        2, "Iterations at the start in which only the value head learns.", UPDATE, minimum=0, only=PPO
+        0, "Iterations at the start in which only the value head learns.", UPDATE, minimum=0, only=PPO
     )
 
     log_to: str | None = option(
@@ -243,8 +255,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "learning_rate": 3e-4,
         "value_lr_scale": 3.0,
         "value_clip": 1.0,
+        "kl_coef": 0.35,
         "kl_target": 4.0,
-        "kl_horizon": 0.05,
         "max_new_tokens": 32,
         "iterations": 60,
     },

@@ -151,15 +151,19 @@ class PPO:
         options, (ids, mask, finished), s = self.options, rollout.responses, rollout.scored
         rewards = F.get_rewards(rollout.scores, s.logprobs, s.ref_logprobs, mask, self.kl.coef)
         spread = F.masked_whiten(rewards, mask, shift_mean=False) if options.whiten_rewards else rewards
+        _, to_go = F.gae(spread, torch.zeros_like(spread), mask, options.gamma, 1.0)  # from each token to the end
+        whole = to_go[:, 0]  # of a response: its score less the price of its KL
+        others = [F.others_mean(whole, options.samples)[:, None] * mask] if options.samples > 1 else []
         if options.algorithm == "ppo":
-            advantages, returns = F.gae(spread, s.values, mask, options.gamma, options.lam)
+            fitted = options.critic == "fitted"
+            known = F.fitted_baseline([s.values, *others], to_go, mask, options.prompts) if fitted else s.values
+            advantages, returns = F.gae(spread, known, mask, options.gamma, options.lam)
             if options.whiten_advantages:
                 advantages = F.masked_whiten(advantages, mask)
         else:
-            whole = spread.sum(1)  # of a response: its score less the price of its KL
+            (known,), returns = others, whole[:, None] * mask
             advantages = GROUP_ADVANTAGES[options.algorithm](whole, options.samples)[:, None] * mask
-            returns = whole[:, None] * mask
-        return Trajectory(ids, mask, finished, *s, rollout.scores, rewards, advantages, returns)
+        return Trajectory(ids, mask, finished, *s, rollout.scores, rewards, known, advantages, returns)
 
     # ---------------------------------------------------------------------------------------- reward scale, resume
 

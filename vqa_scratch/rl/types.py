@@ -51,8 +51,9 @@ class Trajectory:
     values        (B, R)  fp32    value head on the state before t_i
     scores        (B,)    fp32    reward of the response on the scale PPO sees (normalised, clipped, penalties taken)
     rewards       (B, R)  fp32    -kl_coef * (logprobs - ref_logprobs), plus `scores` at the last real token
+    baseline      (B, R)  fp32    what advantages subtract: values, their best fit, or the mean of other responses
     advantages    (B, R)  fp32    what multiplies the ratio in the loss; whitened for PPO
-    returns       (B, R)  fp32    target of the value head: raw advantages + values
+    returns       (B, R)  fp32    target of the value head: raw advantages + baseline
     """
 
     ids: Tensor
@@ -65,6 +66,7 @@ class Trajectory:
     values: Tensor
     scores: Tensor
     rewards: Tensor
+    baseline: Tensor
     advantages: Tensor
     returns: Tensor
 

@@ -117,7 +117,7 @@ class Update:
         _, spread = F.mean_and_var(F.masked_moments(trajectory.returns, trajectory.mask))
         value_clip = options.value_clip * float(spread.sqrt())
         warming = self.warming
-        self.actor.detach_value = warming or options.critic == "detached"
+        self.actor.detach_value = warming or options.critic != "shared"
         parts = micro_batches((i for i in minibatch if i in self.mine), prompts, options.micro_prompts)
         for part, counts in self.ranks.passes(parts, idle=[self.mine.start]):
             rows = torch.tensor([i * k + j for i in part for j in range(k)], device=trajectory.ids.device)
