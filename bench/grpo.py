@@ -11,6 +11,7 @@ of them: log-probabilities, advantages, loss and the norm of the gradient must b
 import sys
 import tempfile
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -36,35 +37,34 @@ class Plan:
     repeats: int = 5
     tiny: bool = False
 
-    def sides(self, folder: Path) -> dict[str, list[str]]:
-        """The command of each side; TRL's come first, since ours look at what they leave."""
+    def sides(self, algorithm: str, folder: Path) -> dict[str, list[str]]:
+        """The command of each side; TRL's come first, since ours looks at what they leave."""
+        name, program = NAMES[algorithm], str(ppo.ROOT / "bench" / "grpo_trl.py")
         sides = {}
-        for algorithm, name in NAMES.items() if self.trl else ():
-            for how in ("keep", "recompute")[: 2 if algorithm == "grpo" else 1]:
-                what = f"TRL, {name}" + ", activations recomputed" * (how == "recompute")
-                sides[what] = [self.trl, str(ppo.ROOT / "bench" / "grpo_trl.py"), str(folder), algorithm, how]
-        ours = {f"ours, {name}": [sys.executable, "-m", "bench.grpo_ours", str(folder), a] for a, name in NAMES.items()}
-        return sides | ours
+        if self.trl:
+            sides[f"TRL, {name}"] = [self.trl, program, str(folder), algorithm, "keep"]
+            if algorithm == "grpo":
+                sides[f"TRL, {name}, activations recomputed"] = [self.trl, program, str(folder), algorithm, "recompute"]
+        return sides | {f"ours, {name}": [sys.executable, "-m", "bench.grpo_ours", str(folder), algorithm]}
 
 
-def check_comparable(folder: Path) -> str:
+def check_comparable(folder: Path, algorithm: str) -> str:
     """A line on how far both sides are apart. Raises UserError where that is far."""
-    worst: dict[str, float] = {}
-    for algorithm in NAMES:
-        paths = [folder / f"probe-{algorithm}{side}.pt" for side in ("", "-trl")]
-        if not all(path.exists() for path in paths):
-            return "Outputs were not compared: that takes TRL."
-        ours, theirs = (torch.load(path, weights_only=True) for path in paths)
-        if algorithm == "rloo":  # TRL's loss is of whole responses, ours of tokens: as many times larger
-            ours |= {"logprobs": ours["logprobs"].sum(1)}
-            ours |= {name: ours[name] * theirs["mask"].sum(1).float().mean() for name in ("loss", "gradient")}
-        ours["gradient"], theirs["gradient"] = ours["gradient"] / theirs["gradient"], torch.tensor(1.0)
-        for name in ours:
-            apart = float((ours[name] - theirs[name]).abs().max())
-            worst[name] = max(apart, worst.get(name, 0.0))
-            if not apart < TOLERANCE * (theirs["mask"].shape[1] if algorithm == "rloo" else 1):
-                raise UserError(f"the two sides compute another {name} of {NAMES[algorithm]}: {apart:.1e}")
-    return "Of TRL's first responses ours gives TRL's " + ", ".join(f"{n} to {x:.0e}" for n, x in worst.items()) + "."
+    paths = [folder / f"probe-{algorithm}{side}.pt" for side in ("", "-trl")]
+    if not all(path.exists() for path in paths):
+        return f"Outputs of {NAMES[algorithm]} were not compared: that takes TRL."
+    ours, theirs = (torch.load(path, weights_only=True) for path in paths)
+    length = theirs["mask"].sum(1).float().mean()
+    if algorithm == "rloo":  # TRL's loss is of whole responses, ours of tokens: as many times larger
+        ours |= {"logprobs": ours["logprobs"].sum(1)}
+        ours |= {name: ours[name] * length for name in ("loss", "gradient")}
+    scale = {"gradient": float(theirs["gradient"]), "logprobs": float(length) if algorithm == "rloo" else 1.0}
+    apart = {n: float((ours[n] - theirs[n]).abs().max()) / scale.get(n, 1.0) for n in ours}
+    for name, worst in apart.items():
+        if not worst < TOLERANCE:
+            raise UserError(f"the two sides compute another {name} of {NAMES[algorithm]}: {worst:.1e}")
+    figures = ", ".join(f"{name} to {worst:.0e}" for name, worst in apart.items())
+    return f"Of TRL's first responses ours has TRL's values ({NAMES[algorithm]}: {figures})."
 
 
 def rows(sides: dict[str, dict[str, float]]) -> list[list[str]]:
@@ -90,7 +90,12 @@ def run(plan: Plan, command: str) -> str:
         folder = Path(temporary)
         sizes = {name: getattr(plan, name) for name in ("prompts", "samples", "tokens", "new", "tiny")}
         prepare(folder, **sizes)
-        taken, said = ppo.collect(plan.sides(folder), plan.repeats, plan.new, lambda: check_comparable(folder))
+        taken, lines = {}, []
+        for algorithm in NAMES:  # one after the other: waiting processes hold memory
+            compare = partial(check_comparable, folder, algorithm)
+            of_sides, line = ppo.collect(plan.sides(algorithm, folder), plan.repeats, plan.new, compare)
+            taken |= of_sides
+            lines.append(line)
     size = "tiny sizes, which say nothing" if plan.tiny else "the size of GPT-2, 124 million weights in fp32"
     head = "side|s a step|generate|the rest|against TRL|peak GB|of TRL's"
     return "\n".join(
@@ -99,7 +104,8 @@ def run(plan: Plan, command: str) -> str:
             "",
             f"One step at {size}: {plan.prompts} prompts of {plan.tokens} tokens, {plan.samples} responses of "
             f"{plan.new} to each, a frozen reference, one pass over the responses. TRL has an environment of its own. "
-            f"Every side is a process, in turn, medians of {plan.repeats} rounds after one to warm up. {said}",
+            f"Every side is a process, in turn, medians of {plan.repeats} rounds after one to warm up.",
+            *lines,
             "",
             results.table(head.split("|"), rows(ppo.medians(taken))),
             "",

@@ -29,7 +29,7 @@ BETA = 0.05  # the price of KL on both sides
 def prepare(folder: Path, *, prompts: int, samples: int, tokens: int, new: int, tiny: bool) -> None:
     """Weights, prompts, and a tokenizer whose words are `t0`, `t1`, ..., so that a text is its ids on both sides."""
     torch.manual_seed(0)
-    size = GPT2Config(vocab_size=97, dim=32, layers=2, heads=2, eos_id=96, bos_id=96) if tiny else GPT2Config()
+    size = GPT2Config(vocab_size=4097, dim=32, layers=2, heads=2, eos_id=4096, bos_id=4096) if tiny else GPT2Config()
     GPT2(size).save_pretrained(folder / "policy")
     words = Tokenizer(models.WordLevel({f"t{index}": index for index in range(size.vocab_size)}, "t0"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()

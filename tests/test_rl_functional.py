@@ -295,7 +295,9 @@ def test_dpo_of_all_pairs_has_its_least_loss_at_the_closed_form():
     beta, rewards, reference = 0.5, torch.randn(9, dtype=torch.float64), torch.randn(9, dtype=torch.float64)
     pairs = torch.combinations(torch.arange(9)).flatten()
     told, policy = F.preferences(rewards[pairs]), reference.clone().requires_grad_(True)
-    optimizer = torch.optim.LBFGS([policy], max_iter=200, line_search_fn="strong_wolfe", tolerance_grad=1e-12)
+    optimizer = torch.optim.LBFGS(
+        [policy], max_iter=200, line_search_fn="strong_wolfe", tolerance_grad=1e-12, tolerance_change=1e-15
+    )
 
     def closure():
         optimizer.zero_grad()

@@ -160,4 +160,4 @@ def test_dpo_reaches_the_closed_form(beta=0.5):
     tilted = logprob_of_sequences(reference) + torch.tensor([rewards[s] for s in SEQUENCES]).double() / beta
     reached = logprob_of_sequences(ppo.actor.backbone.table).exp()
     assert float((reached - tilted.softmax(0)).abs().max()) < 1e-3
-    assert share_of_gain(ppo)[0] > 0.9999 and logs[-1]["dpo/accuracy"] > logs[0]["dpo/accuracy"] > 0.3
+    assert share_of_gain(ppo)[0] > 0.999 and logs[-1]["dpo/accuracy"] > logs[0]["dpo/accuracy"] > 0.3

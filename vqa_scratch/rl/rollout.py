@@ -65,8 +65,8 @@ def sample(backbone: Backbone, context: Context, rules: SamplingRules, chance: T
         return token, None
 
     scores, state = backbone.begin(context, rules.max_new_tokens - 1)
-    limits = {"max_new_tokens": rules.max_new_tokens, "eos_id": rules.eos_id, "fill": backbone.pad_id}
-    made = decode(scores, state, choose, **limits)
+    most, fill = rules.max_new_tokens, backbone.pad_id
+    made = decode(scores, state, choose, max_new_tokens=most, eos_id=rules.eos_id, fill=fill)
     mask = torch.arange(made.ids.shape[1], device=chance.device) < made.lengths[:, None]
     return _finished(made.ids, mask, rules)
 
