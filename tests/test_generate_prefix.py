@@ -264,3 +264,12 @@ def test_padding_in_front_of_a_prefix_is_not_seen(decoders, name, shared):
         expected = generate(decoder, ids[row, mask[row].bool()][None], None, alone, options=options)
         assert made.ids[row].tolist() == expected.ids[0].tolist()
         torch.testing.assert_close(made.log_probs[row], expected.log_probs[0], rtol=0, atol=1e-5)
+
+
+@no_grad
+def test_states_after_a_prefix_read_the_memory_too(decoders):
+    decoder = decoders["cross"]
+    ids, _, prefix, memory = asked(decoder, "cross", 4)
+    first, _ = begin(decoder, ids, None, Conditioning(memory, prefix), steps=1)
+    last = decoder.hidden_after(Conditioning(memory, prefix), decoder.embed(ids))[:, -1]
+    torch.testing.assert_close(decoder.logits(last), first)
