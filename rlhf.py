@@ -1,4 +1,4 @@
-"""Tune a language model by PPO or DPO with a KL penalty against a frozen reference, and report the result.
+"""Tune a language model by PPO, RLOO, GRPO or DPO against a frozen reference, and report the result.
 
     python rlhf.py                                   # made-up news, all three steps, minutes on two cores
     python rlhf.py --preset book --articles news.csv # flan-t5-small with two RoBERTa reward models

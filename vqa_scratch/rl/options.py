@@ -16,7 +16,6 @@ BOOK, MINI_NEWS, LM, PPO = {"preset": "book"}, {"preset": "mini-news"}, {"preset
 DPO = {"algorithm": "dpo"}
 SUMMARISING, READ = {"preset": ("mini-news", "book")}, {"preset": ("mini-news", "book", "lm")}
 JUDGED = {"reward": None}
-SAMPLED = {"preferences": None}
 
 
 @dataclass(frozen=True)
@@ -135,11 +134,7 @@ class RLHFOptions(Options):
     samples: int = option(4, "Responses to each prompt, which share its encoding.", ROLLOUTS, minimum=1)
     max_new_tokens: int = option(32, "Longest response, in tokens.", ROLLOUTS, minimum=1)
     min_new_tokens: int = option(
-        0,
-        "The end token is barred before this many tokens, for sampling and scoring alike.",
-        ROLLOUTS,
-        minimum=0,
-        only=SAMPLED,
+        0, "The end token is barred before this many tokens, for sampling and scoring alike.", ROLLOUTS, minimum=0
     )
     temperature: float = option(1.0, "Temperature of the policy, for sampling and scoring alike.", ROLLOUTS, above=0)
     no_repeat_ngram_size: int = option(
@@ -147,31 +142,24 @@ class RLHFOptions(Options):
         "Bar the repetition of n-grams of this length, sampling and scoring; 0 allows it.",
         ROLLOUTS,
         minimum=0,
-        only=SAMPLED,
         was="no_repeat_ngram",
     )
 
     algorithm: str = option(
         "ppo",
-        "How advantages are computed, or with dpo a loss of pairs; all else is shared.",
+        "How advantages are computed; with dpo a loss of pairs, of which --kl-coef is the beta. All else is shared.",
         REWARD,
         ("ppo", "rloo", "grpo", "best-of-n", "dpo"),
     )
-    kl_coef: float = option(
-        0.05, "Price of one nat of KL, in units of the scaled reward; dpo's beta.", REWARD, minimum=0
-    )
-    kl_target: float = option(
-        0.0, "Adapt the price towards this KL a sequence; 0 keeps it fixed.", REWARD, minimum=0, only=SAMPLED
-    )
+    kl_coef: float = option(0.05, "Price of one nat of KL, in units of the scaled reward.", REWARD, minimum=0)
+    kl_target: float = option(0.0, "Adapt the price towards this KL a sequence; 0 keeps it fixed.", REWARD, minimum=0)
     kl_horizon: float = option(0.1, "Time constant of that, as a share of the run's responses.", REWARD, above=0)
     scale_reward: bool = option(
-        True, "Shift and scale rewards once, so that the reference scores 0 +- 1.", REWARD, only=SAMPLED
+        True, "Shift and scale rewards once, so that the reference scores 0 +- 1.", REWARD, only={"preferences": None}
     )
-    score_clip: float = option(
-        10.0, "Largest scaled reward, either sign; 0 does not clip.", REWARD, minimum=0, only=SAMPLED
-    )
+    score_clip: float = option(10.0, "Largest scaled reward, either sign; 0 does not clip.", REWARD, minimum=0)
     missing_eos_penalty: float = option(
-        1.0, "Taken from the scaled reward of a response that the limit cut off.", REWARD, minimum=0, only=SAMPLED
+        1.0, "Taken from the scaled reward of a response that the limit cut off.", REWARD, minimum=0
     )
     whiten_rewards: bool = option(
         False, "Whiten per-token rewards (without moving their mean) before the advantages.", REWARD, never=DPO
@@ -201,7 +189,7 @@ class RLHFOptions(Options):
     clip_low: float = option(0.2, "The ratio is clipped below 1 minus this.", UPDATE, minimum=0, never=DPO)
     clip_high: float = option(0.2, "The ratio is clipped above 1 plus this.", UPDATE, minimum=0, never=DPO)
     dual_clip: float = option(
-        3.0, "Bound on the loss of bad tokens, in advantages; 0 sets none.", UPDATE, minimum=0, never=DPO
+        3.0, "Bound on the loss of bad tokens, in advantages; 0: none.", UPDATE, minimum=0, never=DPO
     )
     value_clip: float = option(
         0.2,
@@ -263,6 +251,10 @@ class RLHFOptions(Options):
             raise UserError(f"--algorithm dpo compares pairs: --samples must be even, not {self.samples}")
         if self.preferences is not None and self.samples != 2:
             raise UserError(f"--preferences has two responses to a prompt: --samples must be 2, not {self.samples}")
+        if self.preferences is not None and (self.min_new_tokens or self.no_repeat_ngram_size or self.kl_target):
+            raise UserError(
+                "--min-new-tokens, --no-repeat-ngram-size and --kl-target are about sampling: not with --preferences"
+            )
         if self.min_new_tokens > self.max_new_tokens:
             raise UserError(f"--min-new-tokens {self.min_new_tokens} exceeds --max-new-tokens {self.max_new_tokens}")
         if self.prompts % self.minibatches:
@@ -336,6 +328,6 @@ def read_command_line(argv: Sequence[str]) -> RLHFOptions:
             PRESETS,
             argv,
             program="rlhf.py",
-            about="Tune a language model by PPO with a KL penalty against a frozen reference, and report the result.",
+            about="Tune a language model by PPO, RLOO, GRPO or DPO against a frozen reference, and report the result.",
             example="python rlhf.py --preset book --articles news.csv",
         )
