@@ -1,7 +1,8 @@
-"""Tune a language model by PPO with a KL penalty against a frozen reference, and report the result.
+"""Tune a language model by PPO, RLOO, GRPO or DPO against a frozen reference, and report the result.
 
     python rlhf.py                                   # made-up news, all three steps, minutes on two cores
     python rlhf.py --preset book --articles news.csv # flan-t5-small with two RoBERTa reward models
+    python rlhf.py --preset lm --policy ./gpt2 --data prompts.jsonl --reward mine.py:score   # a GPT-2, Llama, Qwen2 ...
     python rlhf.py --preset vqa --policy runs/vqa    # a run of train.py, rewarded by the official VQA accuracy
     python rlhf.py --resume                          # go on after a kill
     torchrun --nproc-per-node 8 rlhf.py ...          # one process a GPU; docs/scale.md
@@ -34,6 +35,7 @@ from vqa_scratch.data.vqa_v2 import VQASample
 from vqa_scratch.options import to_json
 from vqa_scratch.report.curves import draw_panels
 from vqa_scratch.rl import evaluate, report
+from vqa_scratch.rl.language import language_task
 from vqa_scratch.rl.metrics import rollout_metrics
 from vqa_scratch.rl.policy import ActorCritic
 from vqa_scratch.rl.ppo import PPO, check_ranks
@@ -55,7 +57,7 @@ from vqa_scratch.training.resume import held
 from vqa_scratch.training.sharing import check_sharing, share_model
 from vqa_scratch.training.watch import GracefulStop
 
-TASKS = {"mini-news": summarising_task, "book": summarising_task, "vqa": vqa_task}
+TASKS = {"mini-news": summarising_task, "book": summarising_task, "lm": language_task, "vqa": vqa_task}
 
 
 def iterate(ppo: PPO) -> dict[str, float]:
@@ -67,14 +69,14 @@ def iterate(ppo: PPO) -> dict[str, float]:
     rollout = ppo.ranks.with_whole_model(lambda: ppo.rollout(prompts))
     rolled = time.perf_counter()
 
-    # Advantages: each token pays for its KL, the last one earns the score.
+    # Advantages: each token pays for its KL, the last one earns the score. DPO: the chances to be preferred.
     trajectory = ppo.advantages(rollout)
     judged = time.perf_counter()
     log = rollout_metrics(trajectory, rollout.samples, rollout.raw, rollout.parts) | rollout.seconds
     measured = time.perf_counter()
 
     # Epochs of minibatches: clipped steps on the same responses, until the policy has moved too far.
-    update.begin(ppo.iteration)
+    update.begin(ppo.iteration, ppo.kl.coef)
     for minibatch in update.minibatches():
         moved = update.add_gradients(minibatch, prompts, trajectory, rollout.context)
         if update.too_far(moved):
@@ -225,7 +227,8 @@ def work(options: RLHFOptions, world: World) -> dict[str, Any] | int:
     summary["seconds"] = earlier + time.perf_counter() - started
     write_json(options.out / "summary.json", summary)
     show(summary, options)
-    print(*what_next_for(task.held_out[0], options.out), sep="\n")
+    if options.preset != "lm":  # no command opens a decoder alone
+        print(*what_next_for(task.held_out[0], options.out), sep="\n")
     return summary
 
 
@@ -251,6 +254,8 @@ def show(s: dict[str, float], options: RLHFOptions) -> None:
         print(f"{s['greedy_accuracy_before']:.3f} -> {s['greedy_accuracy_after']:.3f}", end="")
     if "holdout_accuracy_before" in s:
         print(f"; hold-out {s['holdout_accuracy_before']:.3f} -> {s['holdout_accuracy_after']:.3f}", end="")
+    if "greedy_reward_before" in s:
+        print(f"; greedy reward {s['greedy_reward_before']:+.3f} -> {s['greedy_reward_after']:+.3f}", end="")
     rate = s["rollouts_per_second"]  # None if the log of a resumed run is lost
     print(f"\n{s['seconds']:.0f} s{'' if rate is None else f', {rate:.0f} rollouts/s'}; see {options.out}/samples.html")
     if rise <= 0:

@@ -15,9 +15,10 @@ class Prompt:
     """One thing to respond to."""
 
     text: str  # as samples.html shows it
-    ids: tuple[int, ...] = ()  # token ids given to the encoder
+    ids: tuple[int, ...] = ()  # token ids given to the encoder, or read by a decoder before the response
     reference: str = ""  # a reference response, shown in samples.html; may be empty
-    payload: Any = None  # whatever else the policy or the reward need (an image path, annotators' answers)
+    payload: Any = None  # whatever else policy or reward need (an image path, annotators' answers, the row of a file)
+    pair: tuple[tuple[int, ...], tuple[int, ...]] | None = None  # two given responses in ids, the preferred one first
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class Trajectory:
     scores        (B,)    fp32    reward of the response on the scale PPO sees (normalised, clipped, penalties taken)
     rewards       (B, R)  fp32    -kl_coef * (logprobs - ref_logprobs), plus `scores` at the last real token
     baseline      (B, R)  fp32    what advantages subtract: values, their best fit, or the mean of other responses
-    advantages    (B, R)  fp32    what multiplies the ratio in the loss; whitened for PPO
+    advantages    (B, R)  fp32    what multiplies the ratio in the loss; whitened for PPO. DPO: chance to be preferred
     returns       (B, R)  fp32    target of the value head: raw advantages + baseline
     """
 
