@@ -173,10 +173,12 @@ def test_the_extra_is_named(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_two_hours(tmp_path):
-    """Six channels at 48 kHz: what is kept is one channel, so memory is that of the result and its source."""
-    frames = 7_200 * 48_000
+    """Of six channels one is kept, a block at a time: memory is that of the samples before and after resampling."""
+    frames = 7_200 * 8_000
     with open(tmp_path / "a.wav", "wb") as file:
-        file.write(wav(b"", 8, channels=6, rate=48_000, length=6 * frames))
+        file.write(wav(b"", 8, channels=6, rate=8_000, length=6 * frames))
         file.truncate(file.tell() + 6 * frames)
     wave = read_audio(tmp_path / "a.wav")
-    assert wave.shape == (7_200 * 16_000,) and (wave[10_000:20_000] + 1).abs().max() < 1e-4
+    assert wave.shape == (7_200 * 16_000,)
+    for part in (wave[10_000:20_000], wave[-20_000:-10_000]):
+        assert (part + 1).abs().max() < 1e-4  # bytes of zero are the lowest sample
