@@ -62,6 +62,10 @@ def test_blocks_are_joined(tmp_path, monkeypatch):
     whole = read_audio(tmp_path / "a.wav")
     monkeypatch.setattr(reading, "BLOCK", 7)
     close(read_audio(tmp_path / "a.wav"), whole, rtol=0, atol=0)
+    monkeypatch.setattr(reading, "BLOCK", 3_000)
+    (tmp_path / "b.wav").write_bytes(wav(struct.pack("<8001f", *[0] * 8_000, float("nan")), 32, code=3))
+    with pytest.raises(UserError, match=r"the first at 0\.50 s"):
+        read_audio(tmp_path / "b.wav")
 
 
 def test_what_is_written_is_read(tmp_path):
