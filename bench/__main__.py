@@ -31,6 +31,7 @@ from bench import (
     suite,
     t5_bias,
     taps,
+    time_to_accuracy,
     train_step,
 )
 from bench.results import command_given, present
@@ -319,6 +320,7 @@ COMMANDS = [
     scale_command,
     binding_command,
     quantize_command,
+    time_to_accuracy.command,
     all_command,
 ]
 PROGRAM = NearGroup("bench", {command.name: command for command in COMMANDS}, help="Measure, side by side.")
