@@ -33,7 +33,7 @@ from vqa_scratch.data.batches import prefetch
 from vqa_scratch.data.hashes import facts, hashes_of
 from vqa_scratch.options import from_json
 from vqa_scratch.report.curves import draw_panels
-from vqa_scratch.storage import write_json
+from vqa_scratch.storage import without_collections, write_json
 from vqa_scratch.systems.base import System
 from vqa_scratch.systems.run_folder import WEIGHTS, begin_or_go_on, check_same_data, load_weights, restore, save_weights
 from vqa_scratch.systems.seeds import run_seeds
@@ -149,7 +149,7 @@ def train(options: RunOptions, world: World, began: float) -> int | None:
     kind_of_system = systems.find(options.preset)
     if not checkpoint:
         kind_of_system.check(options)
-    with world.first_one_then_all():  # the first rank draws data and decodes images
+    with world.first_one_then_all(), without_collections():  # the first rank draws data and decodes images
         data = kind_of_system.read(options)
         hashes = hashes_of({name: facts(some) for name, some in data.samples.items()})
         if checkpoint:  # with the tokenizers and answers of the run
@@ -298,7 +298,7 @@ def train(options: RunOptions, world: World, began: float) -> int | None:
             over = share_done() >= 1
             if progress.step % options.eval_every == 0 or over:
                 evaluate()
-                over = share_done() >= (1 if budget is None else ENOUGH)  # what is kept back was measured again
+                over = over and share_done() >= ENOUGH  # what is kept back was measured again: there may be time
                 window_began, window_samples = time.perf_counter(), 0
             if progress.step % options.save_every == 0 or over or now.signal is not None:
                 save()

@@ -118,9 +118,7 @@ class PeerRun:
         self.curve.append((self.seconds, self.questions, self.accuracy()))
         state = {name: getattr(self, name) for name in ("step", "seconds", "questions", "curve")}
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        save_checkpoint(
-            self.path, state | {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
-        )
+        save_checkpoint(self.path, state | {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()})
 
     @torch.no_grad()
     def accuracy(self) -> float:

@@ -71,9 +71,7 @@ class TransformersVQA(nn.Module):
         tensors = {f"{n}.{key}": value for n in PROJECTIONS for key, value in getattr(self, n).state_dict().items()}
         save_file(tensors, folder / "projections.safetensors")
 
-    def memory(
-        self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor
-    ) -> tuple[Tensor, Tensor | None]:
+    def memory(self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor | None]:
         """What the decoder reads, (B, N, D), and which of it, (B, N); here one key, the mean of both sides."""
         image = self.image_projection(self.image(pixel_values=pixel_values).last_hidden_state.mean(1))  # (B, D)
         text = self.text(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state  # (B, T, D)

@@ -54,7 +54,15 @@ class Race(Plan):
         often = 50 if self.minutes else max(1, self.steps // POINTS)
         length = f"--minutes={self.minutes}" if self.minutes else f"--steps={self.steps}"
         every = [f"--{what}-every={often}" for what in ("eval", "save", "log")]
-        return [length, *every, "--test-images=100", "--samples=0", f"--precision={self.kind}", f"--cache={self.cache}", *self.more]
+        return [
+            length,
+            *every,
+            "--test-images=100",
+            "--samples=0",
+            f"--precision={self.kind}",
+            f"--cache={self.cache}",
+            *self.more,
+        ]
 
 
 class Entry(NamedTuple):

@@ -38,6 +38,7 @@ def samples(data):
 @pytest.fixture
 def make(data, samples, tmp_path):
     """Makes systems of one data set and one cache folder, `tmp_path` / cache."""
+
     def system(**changes):
         options = small_options(data, tmp_path / "run", **changes)
         made = small_system(options, samples)

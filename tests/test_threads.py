@@ -1,6 +1,7 @@
 """What is timed to choose a number format and a number of threads, on clocks that the tests hand out."""
 
 import contextlib
+import itertools
 import json
 import os
 import time
@@ -118,7 +119,7 @@ def test_beside_one_busy_process_a_core_the_rate_is_above_two_fifths():
     assert machine.run(300, busy=2) > 0.39 * 1200
 
 
-def test_many_cores_are_climbed_one_number_at_a_time():
+def test_on_many_cores_numbers_that_are_no_better_are_passed_over():
     def rate(threads: int, busy: int) -> float:
         return 100 * threads if threads <= 16 - busy else 30
 
@@ -127,7 +128,7 @@ def test_many_cores_are_climbed_one_number_at_a_time():
     machine.run(120, busy=13)
     assert machine.used[-1] == 2
     machine.run(600, busy=0)
-    assert machine.used[-1] == 16 and [line.split()[0] for line in machine.said] == ["8", "4", "2", "4", "8", "16"]
+    assert machine.used[-1] == 16 and [line.split()[0] for line in machine.said] == ["2", "4", "8", "16"]
 
 
 def test_a_pace_that_falls_for_all_numbers_is_left_alone():
@@ -166,7 +167,8 @@ def test_a_trial_changes_nothing(data, tmp_path):
     cut, state, work = dict(system.tokenizers.cut), torch.get_rng_state(), system.trial()
     for kind in ("fp32", "bf16"):
         work(Precision(kind, CPU))
-    assert seen == [(2, False), (2, True)], "a quarter of the eight images of a step"
+    quarter = -(-len(system.batch(system.epoch(0)[0]).images) // 4)
+    assert seen == [(quarter, False), (quarter, True)]
     assert all(torch.equal(tensor, weights[name]) for name, tensor in system.model.state_dict().items())
     assert all(parameter.grad is None for parameter in system.model.parameters())
     assert torch.equal(state, torch.get_rng_state()) and cut == system.tokenizers.cut
@@ -191,14 +193,15 @@ def test_a_resumed_run_keeps_the_format_that_was_faster_once(data, tmp_path, mon
 
 def test_time_that_was_kept_back_for_too_much_is_trained_in(data, tmp_path, monkeypatch):
     """An evaluation beside other work makes the final figures seem long; the next one finds that they are not."""
-    answers = iter([0.5, 1e6])
+    answers, ticks = iter([0.5, 1e6]), itertools.count()
     monkeypatch.setattr(VQASystem, "seconds_to_finish", lambda system, at_most: next(answers, 0.5))
-    options = small_options(data, tmp_path / "run", steps=None, minutes=0.06, eval_every=2, eval_questions=8, samples=0)
+    monkeypatch.setattr(time, "perf_counter", lambda: 0.05 * next(ticks))  # a look at the clock takes so long
+    options = small_options(data, tmp_path / "run", steps=None, minutes=0.5, eval_every=2, eval_questions=8, samples=0)
     train.main(options)
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     evaluated = [row["step"] for row in rows if "val" in row]
     assert evaluated[:2] == [2, 3] and evaluated[-1] > 3, "after the second step there seemed to be no time left"
-    assert json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] > 3
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["seconds"] < 32
 
 
 @pytest.mark.parametrize("bars", [0, 1])

@@ -40,9 +40,9 @@ def thread_counts(asked: int | None, device: torch.device, fixed: bool) -> list[
 class Threads:
     """The number of threads of a run, changed between its steps; `after` is told how long each of them took.
 
-    When the pace falls, one step is tried with the next smaller number; every now and then, one with the next larger.
-    A number that is clearly faster is kept, and the next one in the same direction tried. Tries upward, which beside a
-    neighbour take long, come so rarely that they lose a `SHARE` of the time. `say` gets a line on every change.
+    When the pace falls, a step is tried with each smaller number until one is faster; every now and then, one with the
+    next larger. What is clearly faster is kept, and the next one in the same direction tried. Tries upward, which take
+    long beside a neighbour, come so rarely that they lose a `SHARE` of the time. `say` gets a line on every change.
     """
 
     def __init__(
@@ -58,6 +58,7 @@ class Threads:
         self.usual = math.inf
         self.rest = PATIENCE  # seconds until more threads are tried
         self.way = 0  # -1 or 1 while a smaller or larger number is tried
+        self.stays = self.at  # where it goes back to then
 
     def take(self, at: int) -> None:
         """Compute with the number at this place."""
@@ -84,25 +85,29 @@ class Threads:
             self._try(1)
 
     def _try(self, way: int) -> None:
-        self.way = way
+        self.way, self.stays = way, self.at
         self.take(self.at + way)
 
     def _judge(self, took: float, samples: int) -> None:
-        """Keep the number that was tried and try the next one, or go back."""
-        before, way, self.way = statistics.median(self.recent), self.way, 0
-        self.recent.clear()
-        if took * CLEARLY > before:
-            self.take(self.at - way)
-            self.usual = before
-            self.rest = max(PATIENCE, samples * (took - before) / SHARE) if way > 0 else self.rest
-            return
-        old, new = self.counts[self.at - way], self.counts[self.at]
-        self.say(f"{named(new)} instead of {old}: {1 / took:.0f} {self.unit}/s instead of {1 / before:.0f}")
-        self.recent.append(took)
-        self.usual = took
-        self.rest = max(PATIENCE, samples * (before - took) / SHARE)  # a step with more of them would lose as much
-        if 0 <= self.at + way < len(self.counts):
-            self._try(way)
+        """Keep the number that was tried and try the next one; or go on with a still smaller one, or go back."""
+        before, way = statistics.median(self.recent), self.way
+        if took * CLEARLY <= before:
+            old, new = self.counts[self.stays], self.counts[self.at]
+            self.say(f"{named(new)} instead of {old}: {1 / took:.0f} {self.unit}/s instead of {1 / before:.0f}")
+            self.way, self.usual = 0, took
+            self.recent.clear()
+            self.recent.append(took)
+            self.rest = max(PATIENCE, samples * (before - took) / SHARE)  # what a step with more of them would lose
+            if 0 <= self.at + way < len(self.counts):
+                self._try(way)
+        elif way < 0 < self.at:
+            self.take(self.at - 1)
+        else:
+            self.take(self.stays)
+            self.way, self.usual = 0, before
+            self.recent.clear()
+            if way > 0:
+                self.rest = max(PATIENCE, samples * (took - before) / SHARE)
 
 
 def named(threads: int) -> str:
