@@ -45,7 +45,7 @@ def test_the_table_says_how_much_sooner():
     assert cells[2][3:6] == ["1000 (1000 to 1000)", "3500 (3500 to 3500)", "not reached"]
     assert cells[1][3] == "550 (100 to 1000)" and cells[0][-2:] == ["0.960 (0.960 to 0.960)", "10 (10 to 10)"]
     peer, adamw = ([cell.strip() for cell in line.split("|")[1:-1]] for line in ratios.splitlines()[2:])
-    assert peer[1:] == ["10.00x", "10.00x", "10x", "18.95x", "not reached"] and adamw[2:4] == ["5.50x", "4x"]
+    assert peer[1:] == ["10.00x", "10.00x", "10x", "19.09x", "not reached"] and adamw[2:4] == ["5.50x", "4x"]
     by_seconds, by_questions = time_to_accuracy.panels(found)
     assert by_seconds["lines"]["ours, AdamW"] == ([550.0, 2100.0], [0.9, 0.96])
     assert by_questions["bands"]["ours, Muon"] == ([1.0, 2.0], [0.9, 0.96], [0.9, 0.96])

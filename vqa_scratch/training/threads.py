@@ -9,6 +9,7 @@ the order of sums; one that is given, by --threads or OMP_NUM_THREADS, is kept.
 import math
 import os
 import statistics
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -23,7 +24,7 @@ from vqa_scratch.training.ranks import World
 STEPS = 3  # whose median is the pace
 FALLEN = 1.4  # so many times as long as before is a pace that has fallen
 SHARE = 0.05  # of the time: what is lost by steps that only try whether more threads are faster now
-PATIENCE = 10.0  # seconds between two such steps, at least
+PATIENCE = 10.0  # seconds before more threads are tried again, at least
 
 
 def thread_counts(asked: int | None, device: torch.device, fixed: bool) -> list[int]:
@@ -37,12 +38,35 @@ def thread_counts(asked: int | None, device: torch.device, fixed: bool) -> list[
     return [most, *(2**n for n in range(most.bit_length() - 1, -1, -1) if 2**n < most)]
 
 
+def keep_up(threads: int) -> bool:
+    """Whether so many threads make a hundred small products in the time of one; by neighbours they are held up at each.
+
+    This takes a tenth of a second where a step of theirs may take minutes.
+    """
+    x = torch.ones(256, 256)
+
+    def products(seconds: float) -> int:
+        began, made = time.perf_counter(), 0
+        while made < 100 and time.perf_counter() - began < seconds:
+            torch.mm(x, x)
+            made += 1
+        return made
+
+    now = torch.get_num_threads()
+    torch.set_num_threads(1)
+    seconds = timed(products, math.inf)
+    torch.set_num_threads(threads)
+    made = products(seconds)
+    torch.set_num_threads(now)
+    return made == 100
+
+
 class Threads:
     """The number of threads of a run, changed between its steps; `after` is told how long each of them took.
 
     When the pace falls, a step is tried with each smaller number until one is faster; every now and then, one with the
-    next larger. What is clearly faster is kept, and the next one in the same direction tried. Tries upward, which take
-    long beside a neighbour, come so rarely that they lose a `SHARE` of the time. `say` gets a line on every change.
+    next larger, if its threads `keep_up`. What is clearly faster is kept, and the next one in the same direction tried.
+    Tries upward come so rarely that they lose a `SHARE` of the time at most. `say` gets a line on every change.
     """
 
     def __init__(
@@ -51,8 +75,9 @@ class Threads:
         unit: str,
         say: Callable[[str], None] = tqdm.write,
         use: Callable[[int], None] = torch.set_num_threads,
+        keep_up: Callable[[int], bool] = keep_up,
     ) -> None:
-        self.counts, self.unit, self.say, self.use = sorted(counts), unit, say, use
+        self.counts, self.unit, self.say, self.use, self.keep_up = sorted(counts), unit, say, use, keep_up
         self.at = len(counts) - 1
         self.recent: deque[float] = deque(maxlen=STEPS)  # seconds a sample
         self.usual = math.inf
@@ -82,7 +107,9 @@ class Threads:
         if pace > FALLEN * self.usual and self.at > 0:
             self._try(-1)
         elif self.rest <= 0 and self.at + 1 < len(self.counts):
-            self._try(1)
+            self.rest = PATIENCE
+            if self.keep_up(self.counts[self.at + 1]):
+                self._try(1)
 
     def _try(self, way: int) -> None:
         self.way, self.stays = way, self.at
@@ -97,7 +124,7 @@ class Threads:
             self.way, self.usual = 0, took
             self.recent.clear()
             self.recent.append(took)
-            self.rest = max(PATIENCE, samples * (before - took) / SHARE)  # what a step with more of them would lose
+            self.rest = PATIENCE
             if 0 <= self.at + way < len(self.counts):
                 self._try(way)
         elif way < 0 < self.at:
@@ -135,7 +162,8 @@ def choose_way(
     `trial` prepares what is timed. The first of `kinds`, and the largest number of threads, are left only for what is
     clearly faster. The main rank's measurement decides.
     """
-    ways = [Way(kind, count) for count in reversed(threads.counts) for kind in kinds]
+    counts = [count for count in reversed(threads.counts) if count == threads.counts[0] or threads.keep_up(count)]
+    ways = [Way(kind, count) for count in counts for kind in kinds]
     work = trial() if len(ways) > 1 else None
 
     def seconds_of(way: Way) -> float:
