@@ -14,17 +14,19 @@ One iteration is `iterate`, below; its parts are in vqa_scratch/rl/ppo.py and up
 
 import sys
 
-from vqa_scratch.command_line import errors_in_one_line, run_program
+from vqa_scratch.command_line import count_seconds, errors_in_one_line, run_program
 from vqa_scratch.rl.options import RLHFOptions, read_command_line
 
 # ruff: noqa: E402 -- the command line is read before torch is imported, so that --help and a wrong flag answer at once
 if __name__ == "__main__":
     with errors_in_one_line():
         OPTIONS = read_command_line(sys.argv[1:])
+    count_seconds("rlhf.py")
 
 import shlex
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +44,7 @@ from vqa_scratch.rl.ppo import PPO, check_ranks
 from vqa_scratch.rl.ranks import Copies
 from vqa_scratch.rl.resume import PROGRAM, begin_or_go_on, fingerprint, prompt_hashes, restore
 from vqa_scratch.rl.tasks import Task, summarising_task
+from vqa_scratch.rl.trial import trial
 from vqa_scratch.rl.types import Prompt
 from vqa_scratch.storage import write_json, write_text
 from vqa_scratch.systems.finals import what_next
@@ -49,12 +52,13 @@ from vqa_scratch.systems.policy import vqa_task
 from vqa_scratch.training.allocator import keep_freed_memory
 from vqa_scratch.training.checkpoint import fitting, rng_state, save_checkpoint
 from vqa_scratch.training.launch import start
-from vqa_scratch.training.precision import Precision, pick_device, pick_precision
+from vqa_scratch.training.precision import Precision, formats, pick_device
 from vqa_scratch.training.profile import profiling
 from vqa_scratch.training.progress import Display, MetricsLog
 from vqa_scratch.training.ranks import World
 from vqa_scratch.training.resume import held
 from vqa_scratch.training.sharing import check_sharing, share_model
+from vqa_scratch.training.threads import Threads, choose_way, thread_counts
 from vqa_scratch.training.watch import GracefulStop
 
 TASKS = {"mini-news": summarising_task, "book": summarising_task, "lm": language_task, "vqa": vqa_task}
@@ -101,7 +105,13 @@ def iterate(ppo: PPO) -> dict[str, float]:
 
 
 def train(
-    ppo: PPO, task: Task, options: RLHFOptions, about: dict[str, Any], saved: dict[str, Any] | None, started: float
+    ppo: PPO,
+    task: Task,
+    options: RLHFOptions,
+    threads: Threads,
+    about: dict[str, Any],
+    saved: dict[str, Any] | None,
+    started: float,
 ) -> tuple[MetricsLog, float, int | None]:
     """All iterations, with bar, metrics and checkpoints.
 
@@ -133,7 +143,8 @@ def train(
     with bar, GracefulStop() as stop, profiled as step:
         while ppo.iteration < options.iterations:
             figures = step(ppo)
-            log.write(ppo.iteration, **figures)
+            threads.after(options.prompts * options.samples, figures["time/ppo/total"])
+            log.write(ppo.iteration, threads=torch.get_num_threads(), **figures)
             bar.update()
             bar.set_postfix_str(
                 f"reward {figures['env/reward_mean']:+.2f}, KL {figures['objective/kl_exact']:.2f}, "
@@ -199,24 +210,26 @@ def work(options: RLHFOptions, world: World) -> dict[str, Any] | int:
     device = pick_device(options.device)
     if device.type == "mps":  # chosen by auto; it lacks float64, in which statistics are summed
         device = torch.device("cpu")
-    wanted = saved["precision"] if saved else options.precision
-    kind, why = world.of_main(pick_precision(wanted, device))  # auto may measure it; it must not change
-    precision = Precision(kind, device)
+    kinds = formats(saved["precision"] if saved else options.precision, device)
+    precision = Precision(kinds[0], device)
     check_sharing(options.parallel, precision)
-    print(why + (f", {world.size} ranks, {options.parallel}" if world.size > 1 else ""))
     with world.first_one_then_all():  # the first trains what mini-news needs
         task = TASKS[options.preset](options, device, precision.dtype)
     for note in task.notes:
         print(note)
-    saved = task.upgrade(saved) if saved else None
-    about = {"precision": kind, "reference": fingerprint(task.reference), "prompts": prompt_hashes(task)}
-    world.check_same(about["reference"], "the hash of the reference model")
     actor = ActorCritic(task.policy).to(device)
+    threads = Threads(thread_counts(options.threads, device, fixed=world.size > 1), "rollouts")
+    precision, why = choose_way(kinds, threads, device, partial(trial, task, actor, options), world)
+    task.stored_in(precision.dtype)
+    print(why + (f", {world.size} ranks, {options.parallel}" if world.size > 1 else ""))
+    saved = task.upgrade(saved) if saved else None
+    about = {"precision": precision.kind, "reference": fingerprint(task.reference), "prompts": prompt_hashes(task)}
+    world.check_same(about["reference"], "the hash of the reference model")
     ranks = share_model(options.parallel, actor, world, precision, Copies, frozen=[task.reference])
     ppo = PPO(
         options, actor, task.reference, task.reward, task.train, task.rules, task.decode, precision.autocast, ranks
     )
-    log, earlier, stopped = train(ppo, task, options, about, saved, started)
+    log, earlier, stopped = train(ppo, task, options, threads, about, saved, started)
     if stopped is not None:
         again = f"python rlhf.py --preset {options.preset} --out {shlex.quote(str(options.out))} --resume"
         print(f"stopped by signal {stopped} after iteration {ppo.iteration}; resume with: {again}")

@@ -34,6 +34,7 @@ from bench import (
     suite,
     t5_bias,
     taps,
+    time_to_accuracy,
     train_step,
     voice,
 )
@@ -377,6 +378,7 @@ COMMANDS = [
     binding_command,
     quantize_command,
     voice_command,
+    time_to_accuracy.command,
     all_command,
 ]
 PROGRAM = NearGroup("bench", {command.name: command for command in COMMANDS}, help="Measure, side by side.")

@@ -44,6 +44,7 @@ RANKS = {
 LEAVES = {
     "vqa_scratch",
     "vqa_scratch.errors",
+    "vqa_scratch.fastest",
     "vqa_scratch.storage",
     "vqa_scratch.options",
     "vqa_scratch.command_line",

@@ -8,7 +8,7 @@ from typing import Any
 
 from vqa_scratch.command_line import first_rank_speaks, parse
 from vqa_scratch.errors import UserError
-from vqa_scratch.options import Options, option
+from vqa_scratch.options import Options, option, threads_option
 
 RUN, MODELS, ROLLOUTS = "Run", "Models and data", "Rollouts"
 REWARD, UPDATE, LOGGING = "Reward and advantages", "Update", "Evaluation and checkpoints"
@@ -32,6 +32,7 @@ class RLHFOptions(Options):
     precision: str = option(
         "auto", "Arithmetic; auto is bf16 where it is clearly faster.", RUN, ("auto", "fp32", "bf16")
     )
+    threads: int | None = threads_option(RUN)
     parallel: str = option(
         "ddp",
         "Under torchrun: whole policy and reference on every rank, or a part of every tensor.",

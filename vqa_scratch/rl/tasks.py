@@ -46,6 +46,12 @@ class Task:
     figures: Callable[[Backbone, Samples], dict[str, float]] = lambda policy, samples: {}  # before and after, its own
     upgrade: Callable[[dict[str, Any]], dict[str, Any]] = lambda saved: saved  # converts an older checkpoint
 
+    def stored_in(self, dtype: torch.dtype) -> None:
+        """Store what is frozen, the reference and the judges, in the number format of the run."""
+        judges = [part.function.model for part in self.reward.parts if isinstance(part.function, ClassifierReward)]
+        for model in (self.reference, *judges):
+            freeze(model, dtype)
+
 
 def check_same_vocabulary(policy: Released[Any], reference: Released[Any], names: Sequence[str]) -> None:
     """Raise UserError unless these fields of both configs are equal, without which a KL between them is not defined."""
