@@ -49,6 +49,14 @@ def test_logit_of_the_named_class_whatever_the_batch(parts, monkeypatch):
     assert not any(p.requires_grad for p in model.parameters())
 
 
+def test_a_judge_may_read_more_than_the_response(parts):
+    model, tokenizer = parts
+    seen = samples_of(*TEXTS)
+    beside = ClassifierReward(model, tokenizer, "good", reads=lambda samples: [t[::-1] for t in samples.texts])
+    plain = ClassifierReward(model, tokenizer, "good")
+    torch.testing.assert_close(beside(seen), plain(samples_of(*(text[::-1] for text in TEXTS))))
+
+
 def test_a_class_that_is_not_there_is_named_with_those_that_are(parts):
     with pytest.raises(UserError, match="no class 'neutral'; its classes are bad, fair, good"):
         ClassifierReward(*parts, "neutral")

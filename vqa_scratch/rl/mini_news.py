@@ -1,4 +1,4 @@
-"""Trains the models for PPO on made-up news: a small T5 that summarises, and two small reward models.
+"""Trains the models for PPO on made-up news: a small T5 that summarises, and small reward models, the judges.
 
 Cross-entropy for a few minutes on two cores. The name of their folder is a hash of the settings and of this code.
 
@@ -28,8 +28,23 @@ from vqa_scratch.storage import check_writable, unfinished
 
 TRAIN_SEED, HELD_OUT_SEED, REWARD_SEED = 0, 1, 2  # of the articles; PPO may train on the first, never on the second
 BATCH = 64
-# Where each judge's sentences come from, and its classes.
-JUDGES = {"grammar": (news.grammar_sentences, news.GRAMMAR), "tone": (news.tone_sentences, news.TONES)}
+
+
+class Judge(NamedTuple):
+    """What a judge learns."""
+
+    sentences: Callable[[int, int], list[tuple[str, int]]]  # labelled, from their number and a seed
+    labels: tuple[str, ...]
+    positions: int = 66  # at most so many tokens, and two
+    patience: int = 1  # it takes so many times the steps
+
+
+FACTS = "facts"  # the judge that reads the article too, trained only for those who ask
+JUDGES = {
+    "grammar": Judge(news.grammar_sentences, news.GRAMMAR),
+    "tone": Judge(news.tone_sentences, news.TONES),
+    FACTS: Judge(news.checked_summaries, news.CHECKED, positions=130, patience=4),
+}
 # The token of each role, in the order of their ids.
 T5_ROLES = {"pad": "<pad>", "eos": "</s>", "unk": "<unk>"}
 ROBERTA_ROLES = {
@@ -41,6 +56,8 @@ ROBERTA_ROLES = {
     "cls": "<s>",
     "sep": "</s>",
 }
+
+Made = tuple[T5 | TextClassifier, Tokenizer]
 
 
 class Models(NamedTuple):
@@ -122,6 +139,7 @@ def train_summariser(tokenizer: Tokenizer, seed: int, steps: int, device: str) -
 def train_judge(name: str, tokenizer: Tokenizer, seed: int, steps: int, device: str) -> TextClassifier:
     """Step 2: a small RoBERTa learns sentence -> label. Smoothed targets keep its logits within a few units."""
     torch.manual_seed(seed)
+    judge = JUDGES[name]
     size = BertConfig(
         layout="roberta",
         vocab_size=len(tokenizer),
@@ -129,7 +147,7 @@ def train_judge(name: str, tokenizer: Tokenizer, seed: int, steps: int, device: 
         layers=2,
         heads=4,
         hidden=128,
-        max_positions=66,
+        max_positions=judge.positions,
         token_types=1,
         norm_eps=1e-5,
         dropout=0.0,
@@ -137,8 +155,7 @@ def train_judge(name: str, tokenizer: Tokenizer, seed: int, steps: int, device: 
         init_std=0.12,  # 64**-0.5: attention this narrow learns word order late from the usual 0.02
         pad_id=tokenizer.pad_id or 0,
     )
-    labelled, labels = JUDGES[name]
-    model, sentences = TextClassifier(size, labels).to(device), labelled(20_000, REWARD_SEED)
+    model, sentences = TextClassifier(size, judge.labels).to(device), judge.sentences(20_000, REWARD_SEED)
     generator = torch.Generator().manual_seed(seed)
 
     def loss_of() -> Tensor:
@@ -147,7 +164,7 @@ def train_judge(name: str, tokenizer: Tokenizer, seed: int, steps: int, device: 
         target = torch.tensor([sentences[i][1] for i in rows], device=device)
         return F.cross_entropy(model(ids.to(device), mask.to(device)), target, label_smoothing=0.05)
 
-    fit(model, loss_of, steps, learning_rate=1e-3, title=f"2 of 3: {name} reward")
+    fit(model, loss_of, steps * judge.patience, learning_rate=1e-3, title=f"2 of 3: {name} reward")
     return model
 
 
@@ -159,25 +176,33 @@ def recipe_hash(**settings: object) -> str:
     return digest.hexdigest()[:16]
 
 
-def prepare(cache: Path, seed: int, sft_steps: int, reward_steps: int, device: str = "cpu") -> Path:
+def prepare(
+    cache: Path, seed: int, sft_steps: int, reward_steps: int, device: str = "cpu", facts: bool = False
+) -> Path:
     """The folder with the results of steps 1 and 2, of this run or of an earlier one with the same recipe.
 
-    Raises UserError if `cache` cannot be written to.
+    With `facts` the judge of facts is among them. Raises UserError if `cache` cannot be written to.
     """
     folder = cache / f"mini-news-{recipe_hash(seed=seed, sft_steps=sft_steps, reward_steps=reward_steps)}"
-    if folder.is_dir():
-        return folder
-    check_writable(cache)  # now, not after minutes of training
-    tokenizer, reward_tokenizer = tokenizers_for(news.news(2_000, TRAIN_SEED))
-    summariser = train_summariser(tokenizer, seed, sft_steps, device)
-    judges = {name: train_judge(name, reward_tokenizer, seed, reward_steps, device) for name in JUDGES}
-
-    with unfinished(folder, folder=True, tidy=True) as own:
-        summariser.save_pretrained(own / "summariser")
-        tokenizer.save(own / "summariser")
-        for name, model in judges.items():
-            model.save_pretrained(own / name)
-            reward_tokenizer.save(own / name)
-        if not folder.is_dir():  # another process may have been faster
-            own.rename(folder)
+    if not folder.is_dir():
+        check_writable(cache)  # now, not after minutes of training
+        tokenizer, words = tokenizers_for(news.news(2_000, TRAIN_SEED))
+        made: dict[str, Made] = {"summariser": (train_summariser(tokenizer, seed, sft_steps, device), tokenizer)}
+        for name in ("grammar", "tone"):
+            made[name] = train_judge(name, words, seed, reward_steps, device), words
+        keep(folder, made)
+    if facts and not (folder / FACTS).is_dir():
+        check_writable(folder)
+        words = Tokenizer.from_pretrained(folder / "tone")
+        keep(folder / FACTS, {"": (train_judge(FACTS, words, seed, reward_steps, device), words)})
     return folder
+
+
+def keep(folder: Path, made: Mapping[str, Made]) -> None:
+    """Write models and their tokenizers into parts of a new folder, unless another process was faster."""
+    with unfinished(folder, folder=True, tidy=True) as own:
+        for name, (model, tokenizer) in made.items():
+            model.save_pretrained(own / name)
+            tokenizer.save(own / name)
+        if not folder.is_dir():
+            own.rename(folder)

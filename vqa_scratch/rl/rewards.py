@@ -3,7 +3,7 @@
 Shapes: B responses, T text tokens, C classes.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,12 +19,20 @@ AT_ONCE = 64  # texts in a batch of the classifier
 
 
 class ClassifierReward:
-    """The logit that a classifier gives to one of its classes, named by label, for the text of each response."""
+    """The logit that a classifier gives to one of its classes, named by label, for the text of each response.
+
+    `reads` makes other texts of the responses, for a judge that reads more than they say.
+    """
 
     def __init__(
-        self, model: TextClassifier, tokenizer: Tokenizer, label: str, precision: torch.dtype = torch.float32
+        self,
+        model: TextClassifier,
+        tokenizer: Tokenizer,
+        label: str,
+        precision: torch.dtype = torch.float32,
+        reads: Callable[[Samples], Sequence[str]] = lambda samples: samples.texts,
     ) -> None:
-        self.model, self.tokenizer = freeze(model, precision), tokenizer
+        self.model, self.tokenizer, self.reads = freeze(model, precision), tokenizer, reads
         self.index = model.label_index(label)
         tokenizer.check_fits(model.config.vocab_size, "the classifier")
         self.longest = model.encoder.longest
@@ -33,11 +41,12 @@ class ClassifierReward:
     def __call__(self, samples: Samples) -> Tensor:
         """(B,) fp32. Texts are scored in batches of similar length."""
         device = self.model.out.weight.device
-        order = sorted(range(len(samples.texts)), key=lambda i: len(samples.texts[i]))
+        texts = self.reads(samples)
+        order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
         rewards = torch.empty(len(order))
         for start in range(0, len(order), AT_ONCE):
             rows = order[start : start + AT_ONCE]
-            ids, mask = self.tokenizer.encode_batch([samples.texts[i] for i in rows], max_length=self.longest)
+            ids, mask = self.tokenizer.encode_batch([texts[i] for i in rows], max_length=self.longest)
             ids = ids.masked_fill(~mask, self.model.config.pad_id)
             logits = self.model(ids.to(device), mask.to(device))
             rewards[rows] = logits[:, self.index].float().cpu()
