@@ -53,18 +53,16 @@ def test_which_facts_a_text_keeps():
 
 
 def test_summaries_for_the_judge_of_facts_break_what_their_labels_say():
-    counts = dict.fromkeys(news.CHECKED, 0)
-    instead = set()
-    for item, (text, label) in zip(news.news(2000, 5), news.checked_summaries(2000, 5), strict=True):
+    lost, instead = [], set()
+    for item, (text, kept) in zip(news.news(1000, 5), news.checked_summaries(1000, 5), strict=True):
         summary, article = text.split(" </s> ")
         broken = news.broken_facts(summary, item.facts)
-        kind = news.CHECKED[label]
-        assert list(broken) == ([] if kind == news.KEPT else [kind]) and article == item.article, text
+        assert [kind not in broken for kind in news.FACTS] == kept and article == item.article, text
         assert "  " not in text and not summary.endswith(" .")
-        counts[kind] += 1
-        instead |= {(said != "", said in item.article.casefold()) for said in broken.values()}
-    assert 0.45 < counts[news.KEPT] / 2000 < 0.55 and min(counts.values()) > 150
-    assert instead >= {(True, True), (True, False)}, "the last sentence, other news, and nothing known"
+        lost.append(len(broken))
+        instead |= {(said != "", said in item.article) for said in broken.values()}
+    assert 0.33 < lost.count(0) / len(lost) < 0.46  # 0.3, and 0.6 ** 4 of the rest
+    assert {1, 2, 3, 4} < set(lost) and instead >= {(True, True), (True, False)}, "the last sentence, and other news"
 
 
 def test_no_a_before_a_vowel():

@@ -1,5 +1,7 @@
 """Rewards: the right logit whatever the batch, one clear line for a bad reward model, a scale that stays."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -9,7 +11,7 @@ from vqa_scratch.models.bert import BertConfig
 from vqa_scratch.models.classifier import TextClassifier
 from vqa_scratch.rl import rewards
 from vqa_scratch.rl.mini_news import tokenizers_for
-from vqa_scratch.rl.rewards import ClassifierReward, RewardPart, RewardScale, RewardSum, length_penalty
+from vqa_scratch.rl.rewards import ClassifierReward, FaithfulReward, RewardPart, RewardScale, RewardSum, length_penalty
 from vqa_scratch.rl.types import Prompt, Samples
 
 
@@ -49,12 +51,22 @@ def test_logit_of_the_named_class_whatever_the_batch(parts, monkeypatch):
     assert not any(p.requires_grad for p in model.parameters())
 
 
-def test_a_judge_may_read_more_than_the_response(parts):
-    model, tokenizer = parts
-    seen = samples_of(*TEXTS)
-    beside = ClassifierReward(model, tokenizer, "good", reads=lambda samples: [t[::-1] for t in samples.texts])
-    plain = ClassifierReward(model, tokenizer, "good")
-    torch.testing.assert_close(beside(seen), plain(samples_of(*(text[::-1] for text in TEXTS))))
+def test_a_judge_of_facts_reads_response_and_prompt_as_a_pair(parts):
+    """The log-probability that all its logits say yes, from token types by hand; never above 0."""
+    _, tokenizer = parts
+    size = replace(parts[0].config, token_types=2)
+    judge = TextClassifier(size, ("who", "where"))
+    prompts = [Prompt("The council in Alden is stunned."), Prompt("The mayor"), Prompt("")]
+    texts = ["The mayor of Zeal.", "", "The bank"]
+    reward = FaithfulReward(judge, tokenizer)(Samples(prompts, [[1]] * 3, texts, [True] * 3))
+    for prompt, text, value in zip(prompts, texts, reward, strict=True):
+        first = tokenizer.encode(text)  # <s> text </s>
+        second = tokenizer.encode(prompt.text)[1:]
+        ids, types = torch.tensor([first + second]), torch.tensor([[0] * len(first) + [1] * len(second)])
+        with torch.no_grad():
+            logits = judge(ids, None, types)[0].double()
+        torch.testing.assert_close(value.double(), (1 / (1 + (-logits).exp())).prod().log(), atol=1e-5, rtol=0)
+    assert (reward < 0).all() and len(set(reward.tolist())) == 3
 
 
 def test_a_class_that_is_not_there_is_named_with_those_that_are(parts):

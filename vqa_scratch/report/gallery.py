@@ -42,7 +42,8 @@ img.pixels { image-rendering: pixelated; }
 .partly b { color: var(--partly); } .wrong b { color: var(--wrong); }
 .grid:has(.pair) { grid-template-columns: minmax(0, 1fr); } .text p, .text li { overflow-wrap: anywhere; }
 .pair { display: grid; gap: 0 2rem; grid-template-columns: repeat(auto-fit, minmax(min(20rem, 100%), 1fr)); }
-h3 { font-size: .875rem; color: var(--soft); margin: .6rem 0 0; } .pair p { margin: .25rem 0 0; }
+h3 { font-size: .875rem; color: var(--soft); margin: .6rem 0 0; } .text > :first-child { margin-top: 0; }
+.pair p { margin: .25rem 0 0; }
 .lost { color: var(--wrong); font-size: .875rem; margin: .25rem 0 0; padding-left: 1.2rem; }
 del, ins { text-decoration: none; border-radius: .2rem; } del { background: #e5534b33; } ins { background: #46954a44; }
 .probability, .people { color: var(--soft); font-size: .875rem; } .people { margin: 0; overflow-wrap: anywhere; }

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from vqa_scratch.data.articles import read_articles
-from vqa_scratch.data.news import KEPT, beside, news
+from vqa_scratch.data.news import news
 from vqa_scratch.data.text import Tokenizer
 from vqa_scratch.errors import UserError, some
 from vqa_scratch.generation_options import end_ids
@@ -23,7 +23,7 @@ from vqa_scratch.rl.metrics import facts_kept, mean_overlap
 from vqa_scratch.rl.mini_news import Models
 from vqa_scratch.rl.options import RLHFOptions
 from vqa_scratch.rl.policy import Backbone, SamplingRules, T5Policy, freeze, sampling_rules
-from vqa_scratch.rl.rewards import ClassifierReward, RewardPart, RewardSum
+from vqa_scratch.rl.rewards import ClassifierReward, FaithfulReward, RewardPart, RewardSum
 from vqa_scratch.rl.types import Prompt, Samples
 
 JUDGED = {"grammar": "grammar", "tone": "neutral", mini_news.FACTS: "faithful"}  # what each judge rewards
@@ -132,11 +132,6 @@ def own_reward(what: str, label: str | None, device: torch.device, precision: to
     return [RewardPart("reward", 1.0, ClassifierReward(model, tokenizer, label or model.labels[0], precision))]
 
 
-def beside_articles(samples: Samples) -> list[str]:
-    """Each response with its article, which the judge of facts reads too."""
-    return [beside(text, prompt.text) for text, prompt in zip(samples.texts, samples.prompts, strict=True)]
-
-
 def summarising_task(options: RLHFOptions, device: torch.device, precision: torch.dtype) -> Task:
     """A T5 that summarises articles and two classifiers that judge its summaries; the reference is a frozen copy if
     none is given."""
@@ -155,7 +150,7 @@ def summarising_task(options: RLHFOptions, device: torch.device, precision: torc
     for name, judge in models.judges.items():
         judge[0].to(device)
         if name == mini_news.FACTS:
-            reward = ClassifierReward(*judge, KEPT, precision, reads=beside_articles)
+            reward: FaithfulReward | ClassifierReward = FaithfulReward(*judge, precision)
         else:
             reward = ClassifierReward(*judge, getattr(options, f"{name}_label"), precision)
         parts.append(RewardPart(JUDGED[name], getattr(options, f"{name}_weight"), reward))
