@@ -10,9 +10,10 @@ from vqa_scratch.errors import UserError
 from vqa_scratch.models.bert import BertConfig
 from vqa_scratch.models.classifier import TextClassifier
 from vqa_scratch.rl import rewards
-from vqa_scratch.rl.mini_news import tokenizers_for
+from vqa_scratch.rl.mini_news import see_the_same, tokenizers_for
 from vqa_scratch.rl.rewards import ClassifierReward, FaithfulReward, RewardPart, RewardScale, RewardSum, length_penalty
 from vqa_scratch.rl.types import Prompt, Samples
+from vqa_scratch.study import trace
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +68,21 @@ def test_a_judge_of_facts_reads_response_and_prompt_as_a_pair(parts):
             logits = judge(ids, None, types)[0].double()
         torch.testing.assert_close(value.double(), (1 / (1 + (-logits).exp())).prod().log(), atol=1e-5, rtol=0)
     assert (reward < 0).all() and len(set(reward.tolist())) == 3
+
+
+def test_the_judge_of_facts_begins_by_attending_to_equal_words(parts):
+    """In the other text as in their own: most of a word's weight goes to itself and its like, whatever the side."""
+    size = replace(parts[0].config, token_types=2, dim=64, heads=4, vocab_size=200, max_positions=80, init_std=0.12)
+    torch.manual_seed(0)
+    judge = TextClassifier(size, ("who",)).eval()
+    see_the_same(judge)
+    first = torch.arange(10, 40)
+    ids = torch.cat([first, first.flip(0)])[None]
+    with trace(judge) as t, torch.no_grad():
+        judge(ids, None, torch.tensor([[0] * 30 + [1] * 30]))
+    weights = t.pattern("text.0.self")[0].mean(0)[:30]
+    alike = weights * (ids[0][:30, None] == ids[0])
+    assert alike[:, :30].sum(1).mean() > 0.3 and alike[:, 30:].sum(1).mean() > 0.25, "of 1/60 each by chance"
 
 
 def test_a_class_that_is_not_there_is_named_with_those_that_are(parts):

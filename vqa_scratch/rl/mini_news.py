@@ -184,7 +184,7 @@ def see_the_same(model: TextClassifier) -> None:
     assert encoder.token_types is not None
     encoder.positions.weight.mul_(0.15)
     first, second = encoder.token_types.weight.mul_(0.3)
-    queries, keys, _ = encoder.blocks[0].attn.qkv.weight.chunk(3)
+    queries, keys, _ = encoder.get_parameter("blocks.0.attn.qkv.weight").chunk(3)
     side = F.normalize(second - first, dim=0)  # which text a word is in: what it reads, not what it looks for
     queries -= (queries @ side)[:, None] * side
     keys.copy_(queries.mul_(1.7))
