@@ -58,7 +58,7 @@ def test_summaries_for_the_judge_of_facts_break_what_their_labels_say():
         summary, article = text.split(" </s> ")
         broken = news.broken_facts(summary, item.facts)
         assert [kind not in broken for kind in news.FACTS] == kept and article == item.article, text
-        assert "  " not in text and not summary.endswith(" .")
+        assert not any(odd in text for odd in ("  ", " .", " in will", " in plans", " in has"))
         lost.append(len(broken))
         instead |= {(said != "", said in item.article) for said in broken.values()}
     assert 0.33 < lost.count(0) / len(lost) < 0.46  # 0.3, and 0.6 ** 4 of the rest
