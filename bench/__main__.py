@@ -32,6 +32,7 @@ from bench import (
     t5_bias,
     taps,
     train_step,
+    voice,
 )
 from bench.results import command_given, present
 from bench.sides import SIDES, Case
@@ -72,9 +73,8 @@ def train_step_command(
         print(train_step.run_alone(side, case, rounds or train_step.ROUNDS.get(questions, 3)))
         return
     cases = [replace(c, device=device) for c in train_step.CASES] if every else [case]
-    present(
-        "train-step" if device == "cpu" else "train-step-gpu", train_step.run(cases, rounds, command_given()), write
-    )
+    name = "train-step" if device == "cpu" else "train-step-gpu"
+    present(name, train_step.run(cases, rounds, command_given()), write, part=not every)
 
 
 @click.command("taps")
@@ -148,7 +148,7 @@ def decode_command(rounds: int, every: bool, write: bool, lengths: str, **sizes:
         raise UserError(f"--lengths is 'real' or a number from 1 to {decode_sides.LONGEST - 1}, not {lengths!r}")
     cases = [replace(case, device=sizes["device"]) for case in decode.CASES]
     text = decode.run(cases if every else [decode_sides.Case(lengths=lengths, **sizes)], rounds, command_given())
-    present(f"decode-{sizes['device']}", text, write)
+    present(f"decode-{sizes['device']}", text, write, part=not every)
 
 
 @click.command("cached-features")
@@ -168,7 +168,7 @@ def cached_features_command(rounds: int, every: bool, write: bool, **sizes: int 
     if case.questions % case.images:
         raise UserError(f"--questions {case.questions} do not divide among --images {case.images}")
     cases = cached_features.cases(case) if every else [case]
-    present("cached-features", cached_features.run(cases, rounds, command_given()), write)
+    present("cached-features", cached_features.run(cases, rounds, command_given()), write, part=not every)
 
 
 @click.command("connectors")
@@ -188,6 +188,8 @@ def connectors_command(
     """Every connector trained on the same questions: what it learns and what it costs. Finished runs are kept."""
     if tower_steps is not None and not frozen:
         raise UserError("--tower-steps goes with --frozen, which starts from towers")
+    if write and values["only"] is not None:
+        raise UserError("--write is for the whole table: leave out --only; runs that are finished are kept")
     plan = connector_runs.Plan(seeds=connector_runs.read_seeds(seeds), **values)
     if frozen:
         made = connectors_frozen.run(plan, tower_steps or plan.steps, command_given())
@@ -270,10 +272,22 @@ def quantize_command(folder: Path, questions: int, rounds: int, write: bool) -> 
 @click.option("--write", is_flag=True, help="Put the table into bench/RESULTS.md, and the pictures into docs/images.")
 def binding_command(seeds: int, variant: tuple[str, ...], out: Path, write: bool, **sizes: int | None) -> None:
     """What shots are worth to a small Flamingo that binds invented words to pictures in context."""
+    if write and variant:
+        raise UserError("--write is for the whole table: leave out --variant; stages that are finished are kept")
     plan = binding.Plan(**{name: value for name, value in sizes.items() if value is not None})
     pictures = binding_report.IMAGES if write else out
     names = [name for name in binding.VARIANTS if not variant or name in variant]
     present("binding", binding_report.run(plan, range(seeds), names, out, pictures, command_given()), write)
+
+
+@click.command("voice")
+@click.option("--minutes", type=click.FloatRange(0, min_open=True), default=4.0, show_default=True, help="Of training.")
+@click.option("--utterances", type=click.IntRange(64), default=4_000, show_default=True, help="To train on.")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of voices, weights and order.")
+@click.option("--write", is_flag=True, help="Put the table into bench/RESULTS.md.")
+def voice_command(minutes: float, utterances: int, seed: int, write: bool) -> None:
+    """A small network under CTC learns to hear drawn voices; speakers and sentences that it never heard."""
+    present("voice", voice.run(minutes, utterances, seed, command_given()), write)
 
 
 @click.command("all")
@@ -319,6 +333,7 @@ COMMANDS = [
     scale_command,
     binding_command,
     quantize_command,
+    voice_command,
     all_command,
 ]
 PROGRAM = NearGroup("bench", {command.name: command for command in COMMANDS}, help="Measure, side by side.")

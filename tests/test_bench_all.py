@@ -133,6 +133,12 @@ def test_ppo_says_what_it_lacks_and_how_it_compares():
         ask("ppo", "--tiny", "--write")
 
 
+@pytest.mark.parametrize("part", [["connectors", "--only", "mean"], ["binding", "--variant", "frozen"]])
+def test_a_table_of_kept_runs_is_written_whole(part):
+    with pytest.raises(UserError, match=f"--write is for the whole table: leave out {part[1]}; .* are kept"):
+        ask(*part, "--write")
+
+
 def test_a_side_of_ppo_that_dies_is_one_line(capsys):
     dead = ppo.Contestant("TRL", [sys.executable, "-c", "raise SystemExit('no module named trl')"])
     with pytest.raises(UserError, match="^TRL: no module named trl$"):

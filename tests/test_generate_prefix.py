@@ -247,3 +247,12 @@ def test_embeddings_instead_of_a_prompts_words(decoders, name, length):
         assert torch.equal(made.ids, wanted.ids)
     with pytest.raises(ValueError, match="embeddings must be"):
         generate(decoder, ids, mask, given, options=GenerationOptions(6), embeddings=prefix[:, :0])
+
+
+@no_grad
+def test_states_after_a_prefix_read_the_memory_too(decoders):
+    decoder = decoders["cross"]
+    ids, _, prefix, memory = asked(decoder, "cross", 4)
+    first, _ = begin(decoder, ids, None, Conditioning(memory, prefix), steps=1)
+    last = decoder.hidden_after(Conditioning(memory, prefix), decoder.embed(ids))[:, -1]
+    torch.testing.assert_close(decoder.logits(last), first)

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import zipfile
 from collections import Counter
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,7 @@ LEAVES = {
     "vqa_scratch.generation_options",
     "vqa_scratch.metrics",
     "vqa_scratch.weights",
+    "vqa_scratch.audio",
     "vqa_scratch.rl.types",
     "vqa_scratch.rl.functional",
 }
@@ -71,12 +73,17 @@ def modules() -> dict[str, Path]:
     return names
 
 
+@cache
+def statements(source: str) -> tuple[list[ast.stmt], list[ast.stmt]]:
+    """The import statements of a module: all of them, and those that run when it is imported."""
+    tree, kinds = ast.parse(source), (ast.Import, ast.ImportFrom)
+    return [node for node in ast.walk(tree) if isinstance(node, kinds)], [n for n in tree.body if isinstance(n, kinds)]
+
+
 def imports(source: str, known: set[str], inside_functions: bool = True) -> set[str]:
     """Dotted names that a module imports; `from package import module` counts as that module."""
     found = set()
-    tree = ast.parse(source)
-    nodes = ast.walk(tree) if inside_functions else iter(tree.body)
-    for node in nodes:
+    for node in statements(source)[0 if inside_functions else 1]:
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):

@@ -122,11 +122,9 @@ def flags(options_class: type, defaults: Mapping[str, Any] | None = None) -> lis
             kind = click.Path(path_type=Path)
         elif kind in (int, float):
             kind = Number(kind, rules.more)
-        needed = " and ".join(
-            [*(with_values(other, values) for other, values in rules.only.items())]
-            + ["not " + with_values(other, values) for other, values in rules.never.items()]
-        )
-        text = f"{rules.help}  ({needed})" if needed else rules.help
+        needed = [with_values(other, values) for other, values in rules.only.items()]
+        needed += [with_values(other, values, but=True) for other, values in rules.never.items()]
+        text = f"{rules.help}  ({' and '.join(needed)})" if needed else rules.help
         for spelled, hidden in ((name, False), (rules.was, True)):
             if spelled is None:
                 continue

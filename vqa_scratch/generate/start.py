@@ -86,7 +86,7 @@ def prefill(
 def _without_tokens(parts: FastParts, cache: DecoderCache, memory: list[Memory] | None, rows: int) -> DecoderCache:
     """The empty cache, with the keys and values of the memory if there is one, as that of no tokens."""
     for block, own in zip(parts.blocks, cache, strict=True):
-        like = parts.head
+        like: Tensor = next(block.norm.parameters())
         if memory is not None:
             assert block.cross is not None, "nothing reads the memory"
             read = block.cross.attn.project(memory, cache=own)

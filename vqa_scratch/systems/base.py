@@ -35,6 +35,7 @@ from vqa_scratch.data.scenes import Scene
 from vqa_scratch.data.tokenizers import Tokenizers
 from vqa_scratch.data.vqa_v2 import VQASample
 from vqa_scratch.errors import UserError
+from vqa_scratch.nn.quantized import Format
 from vqa_scratch.options import flag
 from vqa_scratch.systems.finals import Pace
 from vqa_scratch.systems.run_folder import load_weights, write_run_config
@@ -106,13 +107,15 @@ class System(ABC, Generic[RO, M]):
         """What `save` left in a folder, with random weights; `sizes` are the "model" of config.json."""
 
     @classmethod
-    def load(cls, folder: Path, sizes: dict[str, Any], options: RO, precision: Precision) -> Self:
-        """A finished run with its best weights, in eval mode on the device; `systems.load` finds class and options.
+    def load(
+        cls, folder: Path, sizes: dict[str, Any], options: RO, precision: Precision, kind: Format | None = None
+    ) -> Self:
+        """A finished run with its best weights, in the format `kind`, in eval mode on the device; see `systems.load`.
 
         Raises UserError if there are no weights yet, or if they do not fit.
         """
         system = cls.open(folder, sizes, options, precision)
-        load_weights(system.model, folder, precision)
+        load_weights(system.model, folder, precision, kind)
         system.model.to(precision.device).eval()
         return system
 

@@ -26,7 +26,7 @@ from vqa_scratch.errors import UserError
 from vqa_scratch.report.gallery import write_gallery
 from vqa_scratch.systems.answering import AnsweringSystem
 from vqa_scratch.systems.base import M, RunData
-from vqa_scratch.systems.finals import Pass, beats_blind, cut_short, no_better_than_blind
+from vqa_scratch.systems.finals import Pass, against_blind, cut_short
 from vqa_scratch.systems.options import QuestionOptions
 from vqa_scratch.systems.run_options import RunOptions
 from vqa_scratch.systems.scoring import blind_baselines, rules_of
@@ -181,6 +181,7 @@ class QuestionSystem(AnsweringSystem[QO, M, Q], Generic[QO, M, Q]):
             write_gallery(folder / "samples.html", samples, test.answers, self.data.family, number, title)
         shuffled = self.report(self.judged, shuffled=True, progress="shuffled images")
         self.baselines["shuffled_images"] = shuffled.accuracy
+        self.blind = against_blind("accuracy", test.accuracy, self.baselines, len(test.answers))
         holdout = self.report("holdout", progress="hold-out") if "holdout" in self.splits else None
         return {
             "accuracy": test.accuracy,
@@ -191,14 +192,13 @@ class QuestionSystem(AnsweringSystem[QO, M, Q], Generic[QO, M, Q]):
             "holdout_accuracy": holdout.accuracy if holdout else None,
             "holdout_accuracy_by_family": holdout.by_family if holdout else None,
             "baselines": self.baselines,
-            "better_than_blind": beats_blind(test.accuracy, self.baselines, len(test.answers)),
+            "better_than_blind": not self.blind,
             "cut_short": self.pace.cut,
         }
 
     def lines(self, summary: dict[str, Any]) -> list[str]:
         by_family, baselines = summary["accuracy_by_family"], summary["baselines"]
         unscored = "the test split has no answers: it is answered in submission.json; these are the figures of val"
-        blind = no_better_than_blind("accuracy", summary["accuracy"], baselines)
         return [
             *([unscored] if summary["scored_split"] != "test" else []),
             *(f"{n:20s} {summary[n]:.4f}" for n in ("accuracy", "holdout_accuracy") if summary[n] is not None),
@@ -206,7 +206,7 @@ class QuestionSystem(AnsweringSystem[QO, M, Q], Generic[QO, M, Q]):
             "by family            " + ", ".join(f"{k} {v:.3f}" for k, v in by_family.items()),
             "blind baselines      " + ", ".join(f"{k} {v:.3f}" for k, v in baselines.items()),
             *cut_short(summary),
-            *([] if summary["better_than_blind"] else [blind]),
+            *self.blind,
         ]
 
     def checked(self, question: str | None) -> str:

@@ -30,7 +30,7 @@ from vqa_scratch.systems.frozen import cache_features
 from vqa_scratch.systems.options import VQAOptions
 from vqa_scratch.systems.policy import answering_task
 from vqa_scratch.systems.questions import QuestionSystem
-from vqa_scratch.systems.run_folder import CONFIG, PROGRAM, check_trainable, read_run_config
+from vqa_scratch.systems.run_folder import CONFIG, PROGRAM, check_trainable
 from vqa_scratch.systems.scoring import common_answers
 from vqa_scratch.systems.splits import augment_of
 from vqa_scratch.systems.vqa_models import check_connector, released_models, small_models
@@ -80,8 +80,7 @@ class VQASystem(WritingSystem[VQAOptions], QuestionSystem[VQAOptions, VQAModel, 
 
         Raises UserError if it is a run of another preset, or if its model has too few positions for the options.
         """
-        check_trainable(folder)
-        config = read_run_config(folder)
+        config = check_trainable(folder)
         kind = config["train"].get("preset") if config["program"] == PROGRAM else config["program"]
         if kind != options.preset:
             raise UserError(f"--start-from {folder} is a run of {kind}; it should be one of --preset {options.preset}")
