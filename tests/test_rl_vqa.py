@@ -264,7 +264,7 @@ def test_a_run_reports_the_figures_that_answers_have(runs, tmp_path, capsys, nam
     assert ("; hold-out 0.000 -> 0.000\n" in said) == held
     ask, study = (shlex.split(line) for line in said.splitlines()[-2:])
     assert ask[3:5] == ["ask", str(tmp_path / "policy")] and study[3] == "study" and "--question" in study
-    assert "<td>reference text</td>" in (tmp_path / "samples.html").read_text()
+    assert "<h3>reference text</h3>" in (tmp_path / "samples.html").read_text()
     (row,) = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
     assert row["ppo/policy/first_ratio_error"] == 0 and row["ppo/steps"] > 0
     then, now = (load_file(folder / "model.safetensors") for folder in (runs[name], tmp_path / "policy"))
