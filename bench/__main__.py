@@ -22,6 +22,7 @@ from bench import (
     decode_sides,
     experts,
     frontier,
+    grpo,
     image_loading,
     logprob,
     loss_head,
@@ -33,6 +34,7 @@ from bench import (
     suite,
     t5_bias,
     taps,
+    time_to_accuracy,
     train_step,
     voice,
 )
@@ -273,6 +275,22 @@ def frontier_command(seeds: str, algorithms: str | None, critics: bool, write: b
     frontier.present("critics" if critics else "frontier", made, plan.out, write)
 
 
+@click.command("grpo")
+@click.option("--trl", help="Python of an environment with the current TRL.")
+@click.option("--prompts", type=click.IntRange(1), default=2, show_default=True, help="Prompts of a step.")
+@click.option("--samples", type=click.IntRange(2), default=8, show_default=True, help="Responses to each of them.")
+@click.option("--tokens", type=click.IntRange(1), default=128, show_default=True, help="Tokens of a prompt.")
+@click.option("--new", type=click.IntRange(1), default=64, show_default=True, help="Tokens of a response.")
+@click.option("--repeats", type=click.IntRange(1), default=5, show_default=True, help="Steps of each side.")
+@click.option("--tiny", is_flag=True, help="A tiny model, to try the benchmark itself.")
+@click.option("--write", is_flag=True, help="Put the table into bench/RESULTS.md.")
+def grpo_command(write: bool, **plan: int | str | bool | None) -> None:
+    """One step of GRPO and RLOO at the size of GPT-2 against the trainers of the current TRL."""
+    if write and plan["tiny"]:
+        raise UserError("--write does not go with --tiny: the table is of the size of GPT-2")
+    present("grpo", grpo.run(grpo.Plan(**plan), command_given()), write)
+
+
 @click.command("quantize")
 @click.option("--run", "folder", type=click.Path(path_type=Path), default="runs/vqa", show_default=True, help="Scored.")
 @click.option("--questions", type=click.IntRange(1), default=5000, show_default=True, help="Validation questions.")
@@ -313,9 +331,12 @@ def voice_command(minutes: float, utterances: int, seed: int, write: bool) -> No
 @click.command("all")
 @click.option("--only", multiple=True, help="Run this benchmark alone; may be given several times.")
 @click.option("--skip", multiple=True, help="Leave this benchmark out; may be given several times.")
-@click.option("--trl", help="Python of an environment with TRL, for ppo.")
+@click.option("--trl", help="Python of an environment with TRL 0.11.4, for ppo.")
+@click.option("--trl-current", help="Python of an environment with the current TRL, for grpo.")
 @click.option("--write", is_flag=True, help="Put every table where it belongs.")
-def all_command(only: tuple[str, ...], skip: tuple[str, ...], trl: str | None, write: bool) -> None:
+def all_command(
+    only: tuple[str, ...], skip: tuple[str, ...], trl: str | None, trl_current: str | None, write: bool
+) -> None:
     """Every benchmark of a CPU, or of a GPU where there is one, and a table of what was reached."""
     plan = dict(suite.GPU if torch.cuda.is_available() else suite.CPU)
     for name in (*only, *skip):
@@ -324,10 +345,11 @@ def all_command(only: tuple[str, ...], skip: tuple[str, ...], trl: str | None, w
     plan = {name: options for name, options in plan.items() if (not only or name in only) and name not in skip}
     if not plan:
         raise UserError("--only and --skip leave no benchmark to run")
-    if trl is not None and "ppo" not in plan:
-        raise UserError("--trl is for ppo, which does not run here")
-    if trl is not None:
-        plan["ppo"] = [*plan["ppo"], "--trl", trl]
+    for flag, name, python in (("--trl", "ppo", trl), ("--trl-current", "grpo", trl_current)):
+        if python is not None and name not in plan:
+            raise UserError(f"{flag} is for {name}, which does not run here")
+        if python is not None:
+            plan[name] = [*plan[name], "--trl", python]
     reached, failed = suite.run_all(plan, write)
     print(f"\n{reached}")
     if failed:
@@ -350,11 +372,13 @@ COMMANDS = [
     image_loading_command,
     ppo_command,
     frontier_command,
+    grpo_command,
     resolution_command,
     scale_command,
     binding_command,
     quantize_command,
     voice_command,
+    time_to_accuracy.command,
     all_command,
 ]
 PROGRAM = NearGroup("bench", {command.name: command for command in COMMANDS}, help="Measure, side by side.")

@@ -24,6 +24,7 @@ CPU = {
     "taps": [],
     "prefix": [],
     "ppo": ["--batch", "8", "--repeats", "3"],
+    "grpo": [],
     "scale": [],
     "resolution": [],
     "binding": [],

@@ -104,7 +104,7 @@ def test_log_mel_is_that_of_whisper(mels):
 
 
 def test_log_mel_of_a_batch_and_of_other_lengths():
-    waves = torch.from_numpy(np.stack([noise(20_000) * 3, voice(20_000)])).float()
+    waves = torch.from_numpy(np.stack([noise(20_000) * 3, voice(20_000) / 300])).float()  # each has its own maximum
     both = log_mel(waves, seconds=None)
     assert both.shape == (2, 80, 125)
     extractor = transformers.WhisperFeatureExtractor()

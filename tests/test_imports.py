@@ -32,6 +32,7 @@ RANKS = {
     "vqa_scratch.study": 6,
     "vqa_scratch.systems": 7,
     "vqa_scratch.zero_shot": 7,
+    "vqa_scratch.speech": 7,
     "vqa_scratch.commands": 8,
     "vqa_scratch.__main__": 9,
     "train": 9,
@@ -43,6 +44,7 @@ RANKS = {
 LEAVES = {
     "vqa_scratch",
     "vqa_scratch.errors",
+    "vqa_scratch.fastest",
     "vqa_scratch.storage",
     "vqa_scratch.options",
     "vqa_scratch.command_line",

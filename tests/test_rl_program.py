@@ -21,11 +21,14 @@ from vqa_scratch.errors import UserError
 from vqa_scratch.models.t5 import T5
 from vqa_scratch.rl import mini_news, tasks
 from vqa_scratch.rl.options import PRESETS, read_command_line
+from vqa_scratch.rl.policy import ActorCritic
 from vqa_scratch.rl.resume import begin_or_go_on
+from vqa_scratch.rl.trial import trial
 from vqa_scratch.rl.types import Prompt
 from vqa_scratch.storage import LOCK, hold
 from vqa_scratch.systems import options as trained
-from vqa_scratch.training import precision
+from vqa_scratch.training import threads
+from vqa_scratch.training.precision import Precision
 
 ROOT = Path(__file__).parent.parent
 MADE = "--sft-steps 4 --reward-steps 4".split()
@@ -54,6 +57,7 @@ def test_a_run_leaves_what_it_promises(finished):
     assert json.loads((out / "summary.json").read_text()) == summary
     promised = "reward_before reward_after reward_std_before grammar_before grammar_after neutral_before neutral_after"
     promised += " kl finish_before finish_after overlap_before overlap_after seconds rollouts_per_second frontier_share"
+    promised += " facts_kept_before facts_kept_after who_kept_before who_kept_after"
     for key in promised.split():
         assert math.isfinite(summary[key]), key
     assert summary["kl"] >= 0 and summary["prompts_held_out"] == 6
@@ -64,12 +68,12 @@ def test_a_run_leaves_what_it_promises(finished):
     names += " ppo/policy/policykl ppo/policy/clipfrac ppo/policy/ratio ppo/loss/policy ppo/loss/value ppo/loss/total"
     names += " ppo/returns/mean ppo/returns/var ppo/val/vpred ppo/val/error ppo/val/clipfrac ppo/val/var_explained"
     names += " tokens/queries_len_mean tokens/responses_len_mean env/reward_mean env/reward_std env/grammar env/neutral"
-    names += " ppo/learning_rate time/ppo/total finish distinct_2 rollouts_per_second"
+    names += " ppo/learning_rate time/ppo/total finish distinct_2 rollouts_per_second facts_kept"
     for name in names.split():
         assert all(math.isfinite(row[name]) for row in rows), name
     for picture in ("curves.png", "frontier.png"):
         assert (out / picture).read_bytes().startswith(b"\x89PNG")
-    assert (out / "samples.html").read_text().count("<table>") == 6
+    assert (out / "samples.html").read_text().count("<article>") == 6
     assert T5.from_pretrained(out / "policy").config.vocab_size > 100
     assert not [p for p in out.rglob("*.tmp")]
 
@@ -98,6 +102,21 @@ def test_artefacts_are_cached_by_what_made_them(finished, cache):
     before = (cache / folders[0] / "tone" / "model.safetensors").stat().st_mtime_ns
     mini_news.prepare(cache, **recipe)
     assert (cache / folders[0] / "tone" / "model.safetensors").stat().st_mtime_ns == before
+
+
+def test_a_judge_of_facts_is_trained_for_those_who_ask(finished, cache, tmp_path, capsys):
+    folder = next(cache.iterdir())
+    shutil.rmtree(folder / "facts", ignore_errors=True)
+    before = (folder / "tone" / "model.safetensors").stat().st_mtime_ns
+    summary = rlhf.run(flags(tmp_path / "run", cache, "--iterations", "1", "--facts-weight", "0.5"))
+    assert (folder / "facts" / "model.safetensors").is_file() and not [*folder.glob(".*")]
+    assert (folder / "tone" / "model.safetensors").stat().st_mtime_ns == before
+    (row,) = logged(tmp_path / "run")
+    weighed = row["env/grammar"] + 0.5 * row["env/neutral"] + 0.5 * row["env/faithful"]
+    assert row["env/reward_mean"] == pytest.approx(weighed, abs=1e-5) and "faithful_after" in summary
+    assert "env/faithful" not in logged(finished[0])[0]
+    kept = f"all facts kept by {summary['facts_kept_before']:.1%} -> {summary['facts_kept_after']:.1%}"
+    assert kept in capsys.readouterr().out
 
 
 def logged(out):
@@ -288,21 +307,44 @@ def test_a_run_with_the_old_names_of_options_goes_on(finished, cache, tmp_path):
 
 
 def test_going_on_keeps_the_precision_and_tidies_up(cache, tmp_path, monkeypatch, capsys):
-    """`auto` is measured, and may come out otherwise when the run goes on: the numbers must not."""
+    """`auto` is timed, and may come out otherwise when the run goes on: the numbers must not."""
     out = tmp_path / "run"
-    argv = flags(out, cache, "--precision", "auto", "--iterations", "2", "--critic-warmup", "2")
-    seconds = {torch.float32: 1.0, torch.bfloat16: 1.0}
-    monkeypatch.setattr(precision, "_seconds_of_product", seconds.get)
+    argv = flags(out, cache, "--precision", "auto", "--iterations", "2", "--threads", "1", "--critic-warmup", "2")
+    seconds = {"fp32": 1.0, "bf16": 1.0}
+    monkeypatch.setattr(torch, "set_num_threads", lambda number: None)
+    monkeypatch.setattr(threads, "timed", lambda work, precision: work(precision) or seconds[precision.kind])
+    monkeypatch.setattr(rlhf, "formats", lambda name, device: ("fp32", "bf16") if name == "auto" else (name,))
     rlhf.run(argv)
-    assert "precision fp32: a bf16 product takes" in capsys.readouterr().out
-    seconds[torch.bfloat16] = 0.1
+    assert "precision fp32 on 1 thread: a part of a step takes 1.00 s, bf16" in capsys.readouterr().out
+    seconds["bf16"] = 0.1
     left = out / "checkpoints" / ".last.pt.1.tmp"  # by a kill in the middle of a checkpoint
     left.write_bytes(b"half")
     summary = rlhf.run([*argv, "--resume"])
     said = capsys.readouterr().out
-    assert "precision fp32, as asked" in said and not left.exists()
+    assert "precision fp32 on 1 thread\n" in said and not left.exists()
     assert "the policy does not learn: --critic-warmup 2 leaves it no iteration" in said
     assert summary["reward_after"] == summary["reward_before"]
+
+
+def test_a_trial_changes_nothing(cache):
+    """And the models that are frozen are stored in the format that it has found."""
+    options = read_command_line(flags("x", cache))
+    task = tasks.summarising_task(options, torch.device("cpu"), torch.float32)
+    actor = ActorCritic(task.policy)
+    weights = {name: tensor.clone() for name, tensor in actor.state_dict().items()}
+    state = torch.get_rng_state()
+    work = trial(task, actor, options)
+    for kind in ("fp32", "bf16"):
+        work(Precision(kind, torch.device("cpu")))
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in actor.state_dict().items())
+    assert all(parameter.grad is None for parameter in actor.parameters())
+    assert torch.equal(state, torch.get_rng_state())
+    task.stored_in(torch.bfloat16)
+    judges = [part.function.model for part in task.reward.parts if hasattr(part.function, "model")]
+    for model in (task.reference, *judges):
+        linear = next(module for module in model.modules() if isinstance(module, torch.nn.Linear))
+        assert linear.weight.dtype == torch.bfloat16
+    assert len(judges) == 2 and next(actor.parameters()).dtype == torch.float32
 
 
 def test_one_response_and_articles_that_are_too_long(cache, tmp_path, capsys):
@@ -333,6 +375,9 @@ def test_a_mac_computes_on_its_cpu(cache, tmp_path, monkeypatch):
         (["--algorithm", "rlo"], "did you mean 'rloo'"),
         (["--algorithm", "rloo", "--samples", "1"], "--samples must be at least 2"),
         (["--kl-coef", "-1"], "--kl-coef must be at least 0, not -1.0"),
+        (["--facts-weight", "-1"], "--facts-weight must be at least 0, not -1.0"),
+        (["--facts-weight", "1", "--preset", "book"], "--facts-weight means nothing with --preset book"),
+        (["--facts-weight", "1", "--reward", "x.py:f"], "--facts-weight means nothing with --reward"),
         (["--prompts", "0"], "--prompts must be at least 1, not 0"),
         (["--sft-steps", "0"], "--sft-steps must be at least 1, not 0"),
         (["--kl-horizon", "-1"], "--kl-horizon must be above 0, not -1.0"),
@@ -387,6 +432,13 @@ def test_book_runs_from_local_folders_and_counts_what_it_cuts(book, tmp_path, ca
     summary = rlhf.run([*book[0], "--out", str(tmp_path), "--freeze", "encoder", "--iterations", "2"])
     assert summary["kl"] >= 0 and "overlap_before" not in summary  # no reference summaries given
     said = capsys.readouterr().out
+    unknown = [
+        said,
+        json.dumps(summary),
+        (tmp_path / "metrics.jsonl").read_text(),
+        (tmp_path / "samples.html").read_text(),
+    ]
+    assert not any("facts" in text for text in unknown), "of articles whose facts nobody knows"
     assert "14 of 14 articles cut to 32 tokens" in said
     assert f"1 empty articles left out, the first at {book[1]}, line 16" in said
 

@@ -36,7 +36,7 @@ def test_the_questions_have_just_these_words():
     for held_out in (False, True):
         rng = random.Random(0)
         writer = QuestionWriter(rng, held_out=held_out)
-        for _ in range(400):
+        for _ in range(120):
             for question in writer.write(draw_scene(rng, held_out=held_out), 8):
                 heard.update(words_of(question.text))
     assert heard == voices.WORDS.keys()

@@ -9,9 +9,11 @@ import io
 import os
 import re
 import sys
+import threading
+import time
 import tomllib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -281,6 +283,25 @@ def first_rank_speaks() -> Iterator[None]:
             yield
         except UserError:
             sys.exit(2)
+
+
+def count_seconds(program: str) -> None:
+    """Show on stderr how long the program has been running, each second in which no bar does, until it ends.
+
+    Importing torch and reading data take a while. Only rank 0 does so, and nobody with TQDM_DISABLE.
+    """
+    began = time.monotonic()
+
+    def count() -> None:
+        while True:
+            time.sleep(1)
+            bars = getattr(sys.modules.get("tqdm.std"), "tqdm", None)
+            if not getattr(bars, "_instances", ()):
+                with suppress(OSError):  # not through sys.stderr, whose lock the end of the program may need
+                    os.write(2, f"{program}: {time.monotonic() - began:.0f} s\r".encode())
+
+    if os.environ.get("RANK", "0") == "0" and "TQDM_DISABLE" not in os.environ:
+        threading.Thread(target=count, daemon=True).start()
 
 
 @contextmanager

@@ -83,6 +83,18 @@ def option(
     return field(default=default, metadata={"rules": made})
 
 
+def threads_option(group: str) -> Any:
+    """--threads, of both programs; `training/threads.py` does without it what it says."""
+    return option(
+        None,
+        "Threads of a CPU; without it as many as are fastest beside what else runs, so that sums may round otherwise.",
+        group,
+        minimum=1,
+        maximum=1024,
+        may_change=True,
+    )
+
+
 @dataclass(frozen=True)
 class Options:
     """Options whose rules hold. A subclass with rules of its own calls `super().__post_init__()` first.

@@ -51,10 +51,14 @@ class PreNormBlock(taps.Tapped):
         x = taps.tap(self.tap_prefix, "resid_pre", x)
         attended = self.attn(self.norm1(x), key_mask=key_mask, causal=True, cache=cache, rotate=rotation)
         x = x + self.dropout(attended)
-        if hasattr(self, "cross") and (memory is not None or (cache is not None and cache.cross is not None)):
+        if self.reads(memory, cache):
             x = x + self.dropout(self.cross(self.norm_cross(x), memory, cache=cache))
         x = taps.tap(self.tap_prefix, "resid_mid", x)
         return taps.tap(self.tap_prefix, "resid_post", x + self.feed_forward(self.norm2(x), key_mask))
+
+    def reads(self, memory: list[Memory] | None, cache: KVCache | None) -> bool:
+        """Whether cross-attention runs: the block has it, and there is something to read."""
+        return hasattr(self, "cross") and (memory is not None or (cache is not None and cache.cross is not None))
 
     def feed_forward(self, x: Tensor, key_mask: Tensor | None) -> Tensor:
         """The MLP of the tokens (B, T, D), the last of those that key_mask is about."""

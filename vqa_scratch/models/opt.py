@@ -13,14 +13,11 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from vqa_scratch.models.block_decoder import PositionTableDecoder
-from vqa_scratch.models.gpt2 import GPT2Block, GPT2Config
+from vqa_scratch.models.gpt2 import GPT2Block, GPT2Config, PostNormBlock
 from vqa_scratch.models.hf_config import Layout
 from vqa_scratch.nn import taps
-from vqa_scratch.nn.cache import KVCache
 from vqa_scratch.nn.decoding import FastParts, fast_blocks
 from vqa_scratch.nn.layers import init_weights
-from vqa_scratch.nn.memory import Memory
-from vqa_scratch.nn.rotary import Rotation
 from vqa_scratch.weights import fields, maps
 
 OFFSET = 2  # rows of the position table that no token uses: fairseq kept them for padding
@@ -50,24 +47,6 @@ class OPTConfig(GPT2Config):
         super().__post_init__()
         if self.embedding_dim is None:
             object.__setattr__(self, "embedding_dim", self.dim)
-
-
-class PostNormBlock(GPT2Block):
-    """GPT-2's parts with each norm after its sublayer: OPT-350M."""
-
-    def forward(
-        self,
-        x: Tensor,
-        key_mask: Tensor | None,
-        memory: list[Memory] | None,
-        cache: KVCache | None,
-        rotation: Rotation | None = None,
-    ) -> Tensor:
-        x = x if self.gated is None else self.gated(x, memory, cache)
-        x = taps.tap(self.tap_prefix, "resid_pre", x)
-        x = self.norm1(x + self.dropout(self.attn(x, key_mask=key_mask, causal=True, cache=cache, rotate=rotation)))
-        x = taps.tap(self.tap_prefix, "resid_mid", x)
-        return taps.tap(self.tap_prefix, "resid_post", self.norm2(x + self.mlp(x)))
 
 
 class OPT(PositionTableDecoder[OPTConfig]):

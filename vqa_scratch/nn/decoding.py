@@ -138,14 +138,13 @@ class Decoder(nn.Module, ABC):
         if given.prefix is None:
             return self.hidden(embeddings, attention_mask, memory=given.memory, cache=cache)
         prefix, length = given.prefix.to(embeddings.dtype), given.prefix_length
-        if attention_mask is not None:
-            attention_mask = F.pad(attention_mask.bool(), (length, 0), value=True)
+        attention_mask = given.seen(attention_mask, embeddings.shape[1])
         if given.prefix_index is None:
             both = torch.cat([prefix, embeddings], 1)
             return self.hidden(both, attention_mask, memory=given.memory, cache=cache)[:, length:]
         assert given.memory is None, "a prefix that rows share goes without a memory"
         cache = TrainedCache(len(self.new_cache())) if cache is None else cache
-        self.hidden(prefix, cache=cache)
+        self.hidden(prefix, given.prefix_mask, cache=cache)
         cache.select(given.prefix_index)
         return self.hidden(embeddings, attention_mask, cache=cache)
 

@@ -1,8 +1,8 @@
 """The mathematics of PPO for language models: pure functions on tensors and masks, without a model or state.
 
 Follows Schulman et al. 2017 (PPO, arXiv 1707.06347), Schulman et al. 2016 (GAE, 1506.02438), Ziegler et al. 2019
-(language models, 1909.08593), Schulman 2020 (KL estimators), Ahmadian et al. 2024 (RLOO, 2402.14740) and
-Shao et al. 2024 (GRPO, 2402.03300). `docs/ppo.md` numbers every choice.
+(language models, 1909.08593), Schulman 2020 (KL estimators), Ahmadian et al. 2024 (RLOO, 2402.14740), Shao et al. 2024
+(GRPO, 2402.03300) and Rafailov et al. 2023 (DPO, 2305.18290). `docs/ppo.md` numbers every choice.
 
 Shapes: B responses, R response tokens, V vocabulary, N any number of token positions, G responses to one prompt.
 Masks are True for the real tokens of a response, its end-of-sequence token included, and False for the padding after.
@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import softplus
 
 # ------------------------------------------------------------------------------------------------ masked statistics
 
@@ -231,6 +232,33 @@ def ppo_value_loss(
     count = mask.sum() if tokens is None else tokens
     loss = 0.5 * masked_sum(torch.maximum(free, clipped), mask) / count
     return loss, masked_sum((clipped > free).float(), mask).detach() / count
+
+
+# ------------------------------------------------------------------------------------------------- preferences (DPO)
+
+
+def preferences(scores: Tensor) -> Tensor:
+    """The chance that a response is preferred to the other of its pair, neighbours (B,) -> (B,): sigmoid of the
+    difference of their scores (Bradley and Terry 1952)."""
+    pairs = scores.view(-1, 2)
+    return torch.sigmoid(pairs - pairs.flip(1)).flatten()
+
+
+def dpo_loss(
+    logratios: Tensor, preferred: Tensor, beta: float, pairs: Tensor | float | None = None
+) -> tuple[Tensor, Tensor]:
+    """Loss of direct preference optimisation (Rafailov et al. 2023, equation 7) -> (loss (), share of right orders ()).
+
+    logratios (B,): log pi(response) - log reference(response), neighbours are a pair; preferred (B,): the chance that
+    each is preferred, 0 or 1 where it is known. The cross-entropy of these chances against sigmoid(beta * difference of
+    the log-ratios): if they are `preferences` of scores, its least value is at pi ~ reference * exp(score / beta),
+    PPO's optimum at that price. The sum is divided by `pairs`, by default their number here.
+    """
+    ratios, chance = logratios.view(-1, 2), preferred.view(-1, 2)[:, 0]
+    margin = beta * (ratios[:, 0] - ratios[:, 1])
+    count = len(margin) if pairs is None else pairs
+    losses = chance * softplus(-margin) + (1 - chance) * softplus(margin)
+    return losses.sum() / count, (margin * (chance - 0.5) > 0).float().sum() / count
 
 
 # ---------------------------------------------------------------------------------------- what could be reached at best

@@ -47,19 +47,22 @@ def _config(folder: Path) -> "tuple[type[System], dict[str, Any], RunOptions]":
 def load(folder: "Path | str", device: Any = "cpu", precision: str = "fp32") -> "System":
     """Open a run of `train.py` with its best weights, in eval mode.
 
-    `precision` is fp32, bf16, fp16 or auto. Raises UserError if the folder is not such a run, or has no weights that
-    fit.
+    `precision` is fp32, bf16, fp16 or auto: on a CPU the format that the run found faster for its training. Raises
+    UserError if the folder is not such a run, or has no weights that fit.
     """
     import torch
 
+    from vqa_scratch.storage import read_object
     from vqa_scratch.systems.run_folder import quantized_as
-    from vqa_scratch.training.precision import Precision, pick_precision
+    from vqa_scratch.training.precision import Precision, formats
 
     folder, device = Path(folder), torch.device(device)
     system, config, options = _config(folder)
+    kinds, summary = formats(precision, device), folder / "summary.json"
+    found = read_object(summary).get("precision") if len(kinds) > 1 and summary.is_file() else None
     with naming(folder):
-        kind, number_format = quantized_as(config, folder), Precision(pick_precision(precision, device)[0], device)
-        return system.load(folder, config["model"], options, number_format, kind)
+        number_format = Precision(found if found in kinds else kinds[0], device)
+        return system.load(folder, config["model"], options, number_format, quantized_as(config, folder))
 
 
 def open_parts(folder: Path, options: "RunOptions", precision: "Precision") -> "System":

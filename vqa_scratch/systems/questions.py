@@ -1,7 +1,7 @@
 """What the systems that answer questions share: their data, the batches of an epoch, and the final report."""
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -129,7 +129,11 @@ class QuestionSystem(AnsweringSystem[QO, M, Q], Generic[QO, M, Q]):
         self.data = data
         self.make_splits(data.samples)
         self.judged = "test" if data.samples["test"][0].answers else "val"  # the split of the final figures
-        self.baselines = blind_baselines(data.samples[self.judged], data.samples["train"])
+
+    @cached_property
+    def baselines(self) -> dict[str, float]:
+        """The accuracies of blind predictors, which take a second to learn: not before they are shown."""
+        return blind_baselines(self.data.samples[self.judged], self.data.samples["train"])
 
     def epoch(self, number: int) -> list[Key]:
         options = self.options
@@ -152,7 +156,7 @@ class QuestionSystem(AnsweringSystem[QO, M, Q], Generic[QO, M, Q]):
         accuracy = {
             "title": "accuracy on held-out images",
             "lines": {"validation": [row["accuracy"] for row in figures]},
-            "hlines": {name.replace("_", " "): value for name, value in self.baselines.items()},
+            "hlines": {name.replace("_", " "): value for name, value in self.baselines.items()} if figures else {},
         }
         by_family = {name.split("/", 1)[1]: [row.get(name) for row in figures] for name in families}
         panels = [accuracy, {"title": "by family", "lines": by_family}]

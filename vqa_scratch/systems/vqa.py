@@ -14,7 +14,6 @@ import torch
 
 from vqa_scratch.data.answers import Answer, Answers
 from vqa_scratch.data.batches import Batch, Questions
-from vqa_scratch.data.feature_store import ImageFeatures, TextFeatures
 from vqa_scratch.data.vqa_v2 import VQASample
 from vqa_scratch.errors import UserError
 from vqa_scratch.models.vqa import FROZEN_PARTS, VQAModel
@@ -48,7 +47,6 @@ class VQASystem(WritingSystem[VQAOptions], QuestionSystem[VQAOptions, VQAModel, 
     """Questions about images, answered by a decoder."""
 
     candidates: list[str]  # training answers that it can also choose from; empty in runs of older versions
-    kept: Sequence[ImageFeatures | TextFeatures] = ()  # cached features of frozen encoders
 
     # ------------------------------------------------------------------------------------------- build, save, open
 
@@ -114,15 +112,13 @@ class VQASystem(WritingSystem[VQAOptions], QuestionSystem[VQAOptions, VQAModel, 
     def train_on(self, data: RunData) -> None:
         self.trainable, self.question_loss = self.model.freeze(self.options.freeze), self.options.question_loss
         super().train_on(data)
-        if self.options.feature_cache:
-            self.kept = cache_features(self)
 
     def about(self) -> list[str]:
         cut = self.tokenizers.cut
         return [self.trainable, f"cut to the token limits: {cut['questions']} questions, {cut['answers']} answers"]
 
     def precompute(self) -> None:
-        for features in self.kept:
+        for features in cache_features(self) if self.options.feature_cache else ():
             features.ready()
 
     # ---------------------------------------------------------------------------------------------------- answers
