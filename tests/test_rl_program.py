@@ -267,7 +267,7 @@ def test_runs_are_not_mixed_up(finished, cache, tmp_path):
     out, _ = finished
     refused("already holds a run; add --resume to continue it, or give another --out", *flags(out, cache))
     refused(
-        "was started with --kl-coef 0.35, not 0.5; a resumed run keeps the options it",
+        "was started with --kl-coef 0.4, not 0.5; a resumed run keeps the options it",
         *flags(out, cache, "--resume", "--kl-coef", "0.5"),
     )
     refused("holds no run to go on with; begin one without --resume", *flags(tmp_path / "none", cache, "--resume"))
