@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import json
 import os
+import sys
 import threading
 import time
 
@@ -227,6 +228,7 @@ def test_a_program_counts_its_seconds_where_no_bar_does(monkeypatch, bars):
             done.set()
             threading.Event().wait()  # for the end of the tests
 
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     monkeypatch.delenv("TQDM_DISABLE", raising=False)
     monkeypatch.delenv("RANK", raising=False)
     monkeypatch.setattr(time, "sleep", sleep)
