@@ -142,3 +142,22 @@ def chosen_logprobs(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
     return logprobs.gather(-1, ids.unsqueeze(-1)).squeeze(-1), -(inside.exp() * inside).masked_fill(
         logprobs == -math.inf, 0.0
     ).sum(-1)
+
+
+def ctc_loss(logits: Tensor, labels: Tensor, lengths: Tensor, blank: int = 0) -> Tensor:
+    """(B,) nats: -log p(labels), the sum over paths by the recursion of Graves et al. 2006, equations 6 and 7.
+
+    logits (B, T, V), lengths (B,) frames that count, labels (B, S) with negative numbers behind the last one of a row.
+    """
+    least, losses = -1e30, []  # in place of -inf, whose differences are NaN in gradients
+    for row, wanted, frames in zip(logits, labels, lengths.tolist(), strict=True):
+        states = F.pad(torch.stack((torch.full_like(wanted, blank), wanted), 1)[wanted >= 0].flatten(), (0, 1), value=blank)
+        emissions = row[:frames].log_softmax(-1)[:, states]
+        skips = (states != blank) & (states != F.pad(states, (2, 0), value=blank)[:-2])
+        alpha = F.pad(emissions[0, :2], (0, max(0, len(states) - 2)), value=least)
+        for emission in emissions[1:]:
+            by_one, by_two = (F.pad(alpha, (n, 0), value=least)[:-n] for n in (1, 2))
+            alpha = torch.stack((alpha, by_one, by_two.masked_fill(~skips, least))).logsumexp(0) + emission
+        total = alpha[-2:].logsumexp(0)
+        losses.append(-total if total > least / 2 else total.new_tensor(math.inf))
+    return torch.stack(losses)

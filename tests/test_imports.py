@@ -48,6 +48,7 @@ LEAVES = {
     "vqa_scratch.generation_options",
     "vqa_scratch.metrics",
     "vqa_scratch.weights",
+    "vqa_scratch.audio",
     "vqa_scratch.rl.types",
     "vqa_scratch.rl.functional",
 }
