@@ -31,6 +31,7 @@ RANKS = {
     "vqa_scratch.study": 6,
     "vqa_scratch.systems": 7,
     "vqa_scratch.zero_shot": 7,
+    "vqa_scratch.transcription": 7,
     "vqa_scratch.commands": 8,
     "vqa_scratch.__main__": 9,
     "train": 9,

@@ -72,40 +72,22 @@ class WhisperConfig(HFConfig[Layout]):
         return 2 * self.source_positions
 
     @property
+    def _shared(self) -> dict[str, Any]:
+        names = ("dim", "activation", "dropout", "attention_dropout", "init_std")
+        return {name: getattr(self, name) for name in names} | {"norm_eps": 1e-5}
+
+    @property
     def blocks(self) -> ViTConfig:
         """A ViT of the encoder's blocks."""
-        return ViTConfig(
-            dim=self.dim,
-            layers=self.encoder_layers,
-            heads=self.encoder_heads,
-            hidden=self.encoder_hidden,
-            activation=self.activation,
-            norm_eps=1e-5,
-            dropout=self.dropout,
-            attention_dropout=self.attention_dropout,
-            init_std=self.init_std,
-        )
+        sizes = {"layers": self.encoder_layers, "heads": self.encoder_heads, "hidden": self.encoder_hidden}
+        return ViTConfig(**self._shared | sizes)
 
     @property
     def decoder(self) -> GPT2Config:
         """The decoder."""
-        return GPT2Config(
-            vocab_size=self.vocab_size,
-            max_positions=self.max_positions,
-            dim=self.dim,
-            layers=self.decoder_layers,
-            heads=self.decoder_heads,
-            hidden=self.decoder_hidden,
-            activation=self.activation,
-            embedding_dropout=self.dropout,
-            dropout=self.dropout,
-            attention_dropout=self.attention_dropout,
-            init_std=self.init_std,
-            add_cross_attention=True,
-            bos_id=self.bos_id,
-            eos_id=self.eos_id,
-            pad_id=self.pad_id,
-        )
+        sizes = {"layers": self.decoder_layers, "heads": self.decoder_heads, "hidden": self.decoder_hidden}
+        sizes |= {name: getattr(self, name) for name in "vocab_size max_positions bos_id eos_id pad_id".split()}
+        return GPT2Config(**self._shared | sizes, embedding_dropout=self.dropout, add_cross_attention=True)
 
     def to_hf(self) -> dict[str, Any]:
         """The inverse of `from_hf`."""

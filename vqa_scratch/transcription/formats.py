@@ -1,13 +1,10 @@
-"""Writes a transcript down: plain text, the subtitle formats SubRip (srt) and WebVTT (vtt), or JSON with everything."""
+"""Writes a transcript down: lines of text, the subtitle formats SubRip (srt) and WebVTT (vtt), or JSON with everything."""
 
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
-from typing import Any
 
 from vqa_scratch.transcription.transcriber import Segment
-
-FORMATS = ("txt", "srt", "vtt", "json")
 
 
 def clock(seconds: float, point: str) -> str:
@@ -17,26 +14,27 @@ def clock(seconds: float, point: str) -> str:
 
 
 def cues(segments: Iterable[Segment]) -> Iterator[tuple[float, float, str]]:
-    """(start, end, text) of each word, of a segment without words of the whole."""
+    """(start, end, text) of each word, or of a segment without words."""
     for segment in segments:
-        if segment.words is None:
-            yield segment.start, segment.end, segment.text.strip()
-        else:
-            yield from ((word.start, word.end, word.text.strip()) for word in segment.words)
+        for cue in [segment] if segment.words is None else segment.words:
+            yield cue.start, cue.end, cue.text.strip()
 
 
-def lines(segments: Iterable[Segment], format: str) -> Iterator[str]:
-    """The lines of txt, srt or vtt, as the segments come."""
-    if format == "vtt":
+def written(segments: Iterable[Segment], kind: str) -> Iterator[str]:
+    """The transcript in pieces, as the segments come; JSON in one piece at the end. In txt words have their times."""
+    if kind == "json":
+        found = list(segments)
+        text = "".join(segment.text for segment in found).strip()
+        yield json.dumps({"text": text, "segments": [asdict(one) for one in found]}, indent=2, ensure_ascii=False)
+        return
+    if kind == "vtt":
         yield "WEBVTT\n"
+    if kind == "txt":
+        for segment in segments:
+            words = segment.words or []
+            yield "\n".join([segment.text.strip(), *(f"{w.start:10.2f}{w.end:10.2f} {w.text}" for w in words)])
+        return
     for number, (start, end, text) in enumerate(cues(segments), 1):
-        if format == "srt":
-            yield f"{number}\n{clock(start, ',')} --> {clock(end, ',')}\n{text.replace('-->', '->')}\n"
-        else:
-            yield f"{clock(start, '.')} --> {clock(end, '.')}\n{text.replace('-->', '->')}\n"
-
-
-def as_json(segments: list[Segment], **about: Any) -> str:
-    """All that is known of the segments."""
-    text = "".join(segment.text for segment in segments).strip()
-    return json.dumps({"text": text, **about, "segments": [asdict(segment) for segment in segments]}, indent=2, ensure_ascii=False)
+        times = " --> ".join(clock(at, "," if kind == "srt" else ".") for at in (start, end))
+        text = text.replace("-->", "->")  # which would begin a cue
+        yield f"{number}\n{times}\n{text}\n" if kind == "srt" else f"{times}\n{text}\n"

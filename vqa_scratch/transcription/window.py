@@ -47,6 +47,10 @@ class Try:
         return self.ratio > REPETITIVE
 
     @property
+    def holds_speech(self) -> bool:
+        return self.silence <= SILENT or self.average > UNLIKELY
+
+    @property
     def failed(self) -> bool:
         # A loop of repetitions is none of silence, whatever the model thinks of the window.
         return self.repetitive or (self.average < UNLIKELY and self.silence <= SILENT)
@@ -97,11 +101,11 @@ class Window:
         if options.num_beams > 1:
             return beam_search(scores, state, options, ids, None, self.vocabulary.end)
         generator = torch.Generator(ids.device).manual_seed(seed)
-        choose, heat = chooser(options, ids, None, generator), options.temperature or 1.0
+        choose, heat = chooser(options, ids, None, generator), options.temperature
 
         def untempered(scores: Tensor, live: Tensor, made: int) -> tuple[Tensor, Tensor | None]:
             token, after = choose(scores, live, made)
-            return token, None if after is None else after * heat
+            return token, after if after is None or heat is None else after * heat
 
         most, end = options.max_new_tokens, self.vocabulary.end
         return decode(scores, state, untempered, max_new_tokens=most, eos_id=end, fill=end)

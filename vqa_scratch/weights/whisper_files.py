@@ -14,7 +14,7 @@ from torch import Tensor
 
 from vqa_scratch.errors import UserError, some
 from vqa_scratch.storage import typed
-from vqa_scratch.weights import maps_whisper
+from vqa_scratch.weights.maps_whisper import WHISPER, WHISPER_CTRANSLATE2
 from vqa_scratch.weights.files import AGAIN, CONFIG, PICKLE, WEIGHTS, load_plain, read_checkpoint, read_config
 from vqa_scratch.weights.hub import locate
 from vqa_scratch.weights.maps import KeyMap
@@ -22,7 +22,7 @@ from vqa_scratch.weights.maps import KeyMap
 CTRANSLATE2 = "model.bin"
 # In the order of their numbers in the file; of the others only floats are weights that need no scale.
 _TYPES = (np.float32, np.int8, np.int16, np.int32, np.float16)
-_MULTILINGUAL = 51865  # rows of the smallest vocabulary with languages
+FIRST_MULTILINGUAL = 51865  # rows of the smallest vocabulary with languages
 _DIMS = {  # OpenAI's sizes, and what `transformers` calls them
     "n_vocab": "vocab_size",
     "n_mels": "num_mel_bins",
@@ -40,26 +40,26 @@ def read_whisper(source: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[s
     """(config, tensors, their key map) of a folder, a .pt file or a Hub id. Raises UserError for anything else."""
     place = Path(source)
     if place.is_file() and place.suffix == ".pt":
-        return (*read_openai(place), maps_whisper.WHISPER_OPENAI)
+        return (*read_openai(place), WHISPER)
     folder = locate(source, [CONFIG, "*.json", "*.safetensors", CTRANSLATE2], "a Whisper")
     own = [name for name in (WEIGHTS, f"{WEIGHTS}.index.json", PICKLE, f"{PICKLE}.index.json") if (folder / name).exists()]
     if not own and (folder / CTRANSLATE2).is_file():
-        return (*read_ctranslate2(folder / CTRANSLATE2), maps_whisper.WHISPER_CTRANSLATE2)
+        return (*read_ctranslate2(folder / CTRANSLATE2), WHISPER_CTRANSLATE2)
     released = sorted(folder.glob("*.pt"))
     if not own and len(released) == 1:
-        return (*read_openai(released[0]), maps_whisper.WHISPER_OPENAI)
+        return (*read_openai(released[0]), WHISPER)
     if not own:
         found = f"{some(path.name for path in released)}: give one of them" if released else "none of these"
         raise UserError(f"{folder} holds no Whisper: it is {WEIGHTS}, one .pt file or {CTRANSLATE2}, here is {found}")
     (kind,) = typed(f"{source}: {CONFIG}", read_config(folder), {"model_type": str | None})
     if kind != "whisper":
         raise UserError(f"{source} holds a model of type {kind!r}, not a whisper")
-    return (*read_checkpoint(source), maps_whisper.WHISPER)
+    return (*read_checkpoint(source), WHISPER)
 
 
 def _config(sizes: dict[str, int]) -> dict[str, Any]:
     """A config.json of these sizes, with the ids that the released vocabulary has."""
-    end = 50257 if sizes["vocab_size"] >= _MULTILINGUAL else 50256
+    end = 50257 if sizes["vocab_size"] >= FIRST_MULTILINGUAL else 50256
     ids = {f"{role}_token_id": end for role in ("bos", "eos", "pad")}
     return {"model_type": "whisper", **sizes, **ids, "decoder_start_token_id": end + 1}
 
