@@ -7,6 +7,7 @@ Words are compared in lower case, without punctuation.
 """
 
 import re
+import sys
 import tempfile
 import time
 from importlib.metadata import version
@@ -31,8 +32,6 @@ HEAD = (*HEAD, "than real time by", "goal", "word errors", "GB, ours / theirs")
 
 class Side:
     """What both have in common: the clips, the clock, the memory."""
-
-    end: int
 
     def __init__(self, clips: Path) -> None:
         self.waves = [read_audio(path) for path in clips_in(clips)]
@@ -137,7 +136,7 @@ def run(model: Path, clips: Path, rounds: int, command: str) -> str:
                 raise UserError(f"the sides wrote different tokens: {', '.join(different)}")
             texts = sides[0].ask("texts")[1]
             turns = {one.side: lambda one=one: one.ask("seconds")[1] for one in sides}
-            seconds = timing.in_turn(turns, rounds, print)
+            seconds = timing.in_turn(turns, rounds, lambda line: print(line, file=sys.stderr, flush=True))
             memory = {one.side: one.ask("peak_memory_gb")[1] for one in sides}
     ours, theirs = (timing.Spread.of(seconds[side]) for side in SIDES)
     faster = timing.speedup(seconds["ours"], seconds["peer"])

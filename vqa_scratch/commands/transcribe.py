@@ -60,8 +60,8 @@ def transcribe(
         if out.is_dir():
             raise UserError(f"--out {out} is a folder; give a file")
     opened = open_transcriber(model, pick_device(device), precision)
-    opened.check(language, task)
     decoding = {name: value for name, value in decoding.items() if value is not None}
+    opened.check(language, task, decoding.get("max_new_tokens"))
     found = opened.transcribe(
         read_audio(recording), language=language, task=task, words=words, previous_text=previous_text, **decoding
     )

@@ -58,13 +58,10 @@ class Transcriber:
     barred_first: tuple[int, ...]  # and that do not come first
     heads: list[tuple[int, int]]  # (layer, head) of the attention that follows the sound
 
-    def options(self, room: int, **decoding: Any) -> GenerationOptions:
-        """How a window is heard, in at most `room` tokens. Raises UserError if more are asked for."""
-        most = decoding.pop("max_new_tokens", None)
-        if (most or 0) > room:
-            raise UserError(f"max_new_tokens {most}: a window of {self.source} has room for {room}")
+    def options(self, room: int, max_new_tokens: int | None = None, **decoding: Any) -> GenerationOptions:
+        """How a window is heard, in at most `room` tokens."""
         return GenerationOptions(
-            most or min(room, self.model.config.max_positions // 2),
+            min(room, max_new_tokens or self.model.config.max_positions // 2),
             self.vocabulary.end,
             suppress_tokens=self.barred,
             begin_suppress_tokens=self.barred_first,
@@ -73,8 +70,8 @@ class Transcriber:
             **decoding,
         )
 
-    def check(self, language: str | None, task: str) -> None:
-        """Raise UserError for a language or a task that the model does not know."""
+    def check(self, language: str | None, task: str, max_new_tokens: int | None = None) -> None:
+        """Raise UserError for a language or a task that the model does not know, and for more tokens than have room."""
         known = self.vocabulary.languages
         if not self.vocabulary.multilingual:
             if language is not None or task != "transcribe":
@@ -82,6 +79,9 @@ class Transcriber:
                 raise UserError(f"{self.source} knows English alone, and writes it: leave out {what}")
         elif language is not None and language not in known:
             raise UserError(f"{self.source} knows no language {language!r}; it knows {some(known, 12)}")
+        room = self.model.config.max_positions - len(self.vocabulary.prompt(language, task))
+        if (max_new_tokens or 0) > room:
+            raise UserError(f"max_new_tokens {max_new_tokens}: a window of {self.source} has room for {room}")
 
     @torch.inference_mode()
     def states(self, wave: Tensor) -> Tensor:
@@ -99,12 +99,12 @@ class Transcriber:
         previous_text: bool = False,
         **decoding: Any,
     ) -> Iterator[Segment]:
-        """The segments of samples (n,) at 16 kHz, as they are heard. Raises UserError as `check` and `options` do.
+        """The segments of samples (n,) at 16 kHz, as they are heard. Raises UserError as `check` does.
 
         Without a language a model of several finds it out in the first window that holds sound. `words` gives each its
         times; with `previous_text` a window is heard as the continuation of what was said before.
         """
-        self.check(language, task)
+        self.check(language, task, decoding.get("max_new_tokens"))
         vocabulary, frames = self.vocabulary, self.model.config.frames
         said: list[int] = []  # in the windows before this one
         seek, total = 0, -(-len(wave) // HOP)
@@ -121,9 +121,9 @@ class Transcriber:
                 prompt = [vocabulary.previous, *said[1 - self.model.config.max_positions // 2 :], *prompt]
             room = self.model.config.max_positions - len(prompt)
             heard = Window(self.model.decoder, vocabulary, states, prompt).hear(self.options(room, **decoding))
-            pieces, step = cut(heard.ids, vocabulary.first_time, length // 2)
+            pieces, step = cut(heard.ids, vocabulary.first_time, -(-length // 2))
             if not heard.holds_speech:
-                pieces, step = [], length // 2
+                pieces, step = [], -(-length // 2)
             timed = [[index for index in ids if index < vocabulary.end] for _, _, ids in pieces]
             times = None
             if words and any(timed):

@@ -74,7 +74,9 @@ class SpeechVocabulary:
 
         A letter may be several tokens, a word several letters; where words have no spaces a letter is a word.
         """
-        whole, words, pending, at = self.text(ids), list[tuple[str, int]](), list[int](), 0
+        whole, at = self.text(ids), 0
+        words: list[tuple[str, int]] = []
+        pending: list[int] = []
         for index in ids:
             pending.append(index)
             piece = self.text(pending)

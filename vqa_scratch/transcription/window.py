@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from vqa_scratch.generate import Conditioning, Generated, GenerationOptions, begin, decode
+from vqa_scratch.generate import Conditioning, Generated, GenerationOptions, State, begin, decode
 from vqa_scratch.generate.beam import beam_search
 from vqa_scratch.generate.choose import chooser
 from vqa_scratch.generate.start import without_gradients
@@ -63,9 +63,9 @@ class Window:
         """states (1, N, D)."""
         self.decoder, self.vocabulary, self.states, self.prompt = decoder, vocabulary, states, prompt
 
-    def after_start(self, steps: int, rows: int = 1, beams: int = 1):
-        """The scores (rows, V) after the start token of the prompt, the last of which says whether there is speech and
-        in which language; the prompt up to there; and a state that goes on for `steps` steps."""
+    def after_start(self, steps: int, rows: int = 1, beams: int = 1) -> tuple[Tensor, State, Tensor]:
+        """The scores (rows, V) after the start token, which say whether there is speech and in which language; a state that
+        goes on for `steps` steps; and the prompt up to there."""
         until = self.prompt.index(self.vocabulary.start) + 1
         ids = torch.tensor([self.prompt[:until]] * rows, device=self.states.device)
         given = Conditioning([Memory(self.states, repeat=rows)])
@@ -97,7 +97,7 @@ class Window:
         tokens = tokens[:-1] if tokens[-1] == self.vocabulary.end else tokens
         return Try(tokens, self.vocabulary.text(tokens), heat or 0.0, float(averages[best]), silence)
 
-    def _finish(self, scores: Tensor, state, ids: Tensor, options: GenerationOptions, seed: int) -> Generated:
+    def _finish(self, scores: Tensor, state: State, ids: Tensor, options: GenerationOptions, seed: int) -> Generated:
         if options.num_beams > 1:
             return beam_search(scores, state, options, ids, None, self.vocabulary.end)
         generator = torch.Generator(ids.device).manual_seed(seed)
