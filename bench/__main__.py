@@ -32,6 +32,7 @@ from bench import (
     t5_bias,
     taps,
     train_step,
+    voice,
     whisper,
 )
 from bench.results import command_given, present
@@ -287,6 +288,16 @@ def binding_command(seeds: int, variant: tuple[str, ...], out: Path, write: bool
     present("binding", binding_report.run(plan, range(seeds), names, out, pictures, command_given()), write)
 
 
+@click.command("voice")
+@click.option("--minutes", type=click.FloatRange(0, min_open=True), default=4.0, show_default=True, help="Of training.")
+@click.option("--utterances", type=click.IntRange(64), default=4_000, show_default=True, help="To train on.")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of voices, weights and order.")
+@click.option("--write", is_flag=True, help="Put the table into bench/RESULTS.md.")
+def voice_command(minutes: float, utterances: int, seed: int, write: bool) -> None:
+    """A small network under CTC learns to hear drawn voices; speakers and sentences that it never heard."""
+    present("voice", voice.run(minutes, utterances, seed, command_given()), write)
+
+
 @click.command("all")
 @click.option("--only", multiple=True, help="Run this benchmark alone; may be given several times.")
 @click.option("--skip", multiple=True, help="Leave this benchmark out; may be given several times.")
@@ -330,6 +341,7 @@ COMMANDS = [
     scale_command,
     binding_command,
     quantize_command,
+    voice_command,
     whisper_command,
     all_command,
 ]

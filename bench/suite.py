@@ -28,6 +28,7 @@ CPU = {
     "resolution": [],
     "binding": [],
     "quantize": [],
+    "voice": [],
 }
 GPU = {
     "attention": [],

@@ -62,7 +62,9 @@ class Ours(Side):
 
     def hear(self, wave: Tensor) -> list[int]:
         states, words = self.opened.states(wave), self.opened.vocabulary
-        return Window(self.opened.model.decoder, words, states, words.prompt("en", "transcribe")).attempt(self.options).ids
+        return (
+            Window(self.opened.model.decoder, words, states, words.prompt("en", "transcribe")).attempt(self.options).ids
+        )
 
     def texts(self) -> list[str]:
         """What is said in each clip."""
@@ -144,7 +146,9 @@ def run(model: Path, clips: Path, rounds: int, command: str) -> str:
     for clip, text, truth in zip(clips_in(clips), texts, truths(clips), strict=True):
         wrong = None if truth is None else word_errors(plain(text), plain(truth))
         errors, total = errors + (wrong or 0), total + len(plain(truth or ""))
-        lines.append(f"- {clip.name}: {text.strip()}" + ("" if wrong is None else f" ({wrong} of {len(plain(truth or ''))})"))
+        lines.append(
+            f"- {clip.name}: {text.strip()}" + ("" if wrong is None else f" ({wrong} of {len(plain(truth or ''))})")
+        )
     row = [str(len(texts)), f"{length:.1f}", ours.text(), theirs.text()]
     row += [f"**{faster.median:.2f}x** ({faster.low:.2f} to {faster.high:.2f})", f"{FASTER}x"]
     row += [f"{length / ours.median:.1f}x", f"{REAL_TIME}x", f"{errors} of {total}"]
@@ -152,4 +156,6 @@ def run(model: Path, clips: Path, rounds: int, command: str) -> str:
     about = [text.replace("\n", " ") for text in (__doc__ or "").split("\n\n")[1:]]
     machine = f"- {timing.machine()}. torch {torch.__version__}, transformers {version('transformers')}. "
     machine += f"Commit {timing.commit(Path(__file__).parent)}. `{command}`"
-    return "\n".join(["## Whisper against `transformers`", "", *about, "", results.table(HEAD, [row]), "", *lines, machine])
+    return "\n".join(
+        ["## Whisper against `transformers`", "", *about, "", results.table(HEAD, [row]), "", *lines, machine]
+    )

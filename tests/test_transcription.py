@@ -23,7 +23,7 @@ from vqa_scratch.audio.reading import write_wav
 from vqa_scratch.data.text import Tokenizer
 from vqa_scratch.errors import UserError
 from vqa_scratch.generation_options import GenerationOptions
-from vqa_scratch.transcription import Segment, open_transcriber
+from vqa_scratch.transcription import Segment, open_transcriber, transcriber
 from vqa_scratch.transcription.formats import written
 from vqa_scratch.transcription.transcriber import cut
 from vqa_scratch.transcription.vocabulary import SpeechVocabulary
@@ -156,7 +156,9 @@ def test_a_window_equals_the_reference(opened, folder):
 
 
 def test_samples_are_drawn_anew_by_the_seed(opened):
-    window = Window(opened.model.decoder, opened.vocabulary, opened.states(noise(1)), opened.vocabulary.prompt("en", "transcribe"))
+    window = Window(
+        opened.model.decoder, opened.vocabulary, opened.states(noise(1)), opened.vocabulary.prompt("en", "transcribe")
+    )
     options = opened.options(20, do_sample=True, temperature=1.0)
     assert window.attempt(options, 1) == window.attempt(options, 1) != window.attempt(options, 2)
     assert SAMPLES > 1
@@ -224,6 +226,34 @@ def test_segments_of_a_long_recording(opened, monkeypatch):
     # 0.4 s after the start the second window begins, since there its segment has no end; the third is 0.5 s long.
     assert [(s.start, s.end, s.text) for s in found[:2]] == [(0.1, 0.4, " He might"), (0.4, 1.3, " been made")]
     assert len(prompts) == 3 and prompts == [words.prompt("en", "transcribe")] * 3
+
+
+def test_seeking_equals_the_reference(opened, folder, monkeypatch):
+    """Five windows long, greedily: the same segments at the same times. The samples here are their own places, by which
+    a window finds its part of one mel spectrogram, as the reference cuts it."""
+    theirs = hf.WhisperForConditionalGeneration.from_pretrained(folder).eval()
+    frames, words = 437, opened.vocabulary
+    mel = torch.randn(8, frames, generator=torch.Generator().manual_seed(9))
+    given = {"language": "ja", "task": "transcribe"} if words.multilingual else {}
+    mask = torch.ones(1, frames, dtype=torch.long)
+    how = {"return_timestamps": True, "return_segments": True, "do_sample": False, "attention_mask": mask}
+    expected = theirs.generate(mel[None], **how, **given)["segments"][0]
+
+    def states(wave):
+        start = int(wave[0]) // HOP
+        piece = mel[:, start : start + FRAMES]
+        return opened.model.encode(torch.nn.functional.pad(piece, (0, FRAMES - piece.shape[1]))[None]).detach()
+
+    monkeypatch.setattr(opened, "states", states)
+    monkeypatch.setattr(transcriber, "LEAST_STEP", 0)
+    monkeypatch.setattr(Window, "hear", Window.attempt)
+    wave = torch.arange(1, frames * HOP + 1, dtype=torch.float64)
+    found = list(opened.transcribe(wave, **{name: text for name, text in given.items()}))
+    wanted = [
+        (round(float(s["start"]), 2), round(float(s["end"]), 2), words.text(s["tokens"].tolist())) for s in expected
+    ]
+    wanted = [(start, end, text) for start, end, text in wanted if text.strip() and end > start]
+    assert [(s.start, s.end, s.text) for s in found] == wanted and len(found) > 4
 
 
 def test_previous_text_is_a_prompt_until_it_was_guessed(opened, monkeypatch):
@@ -325,7 +355,9 @@ def test_word_times(opened):
     assert opened.heads == [(0, 1), (1, 2)]
     ids = words.encode(" He might even have been made amiable.")
     found = word_times(opened.model, words, opened.states(noise(1)), "en", "transcribe", ids, opened.heads, 80)
-    assert [word.text for word, _ in found] == " He, might, even, have, been, made, amiable.".replace(", ", "|, ").replace("|,", ",").split(",")
+    assert [word.text for word, _ in found] == " He, might, even, have, been, made, amiable.".replace(
+        ", ", "|, "
+    ).replace("|,", ",").split(",")
     assert sum(count for _, count in found) == len(ids)
     times = [at for word, _ in found for at in (word.start, word.end)]
     assert times == sorted(times) and 0 <= times[0] and times[-1] <= 0.8
@@ -353,7 +385,10 @@ def test_words_of_a_transcript(opened, monkeypatch):
 
 # ------------------------------------------------------------------------------------------------ files and the command
 
-SEGMENTS = [Segment(0.0, 3661.5, " He --> said.", 0.0, -0.2, 1.1, 0.0), Segment(3661.5, 3662.0, " So.", 0.0, -0.2, 1.1, 0.0)]
+SEGMENTS = [
+    Segment(0.0, 3661.5, " He --> said.", 0.0, -0.2, 1.1, 0.0),
+    Segment(3661.5, 3662.0, " So.", 0.0, -0.2, 1.1, 0.0),
+]
 
 
 def test_formats():

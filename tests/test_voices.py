@@ -68,18 +68,20 @@ def test_times_are_those_of_the_sound():
         hiss, vowel = by_sound["S"], by_sound["IY"]
         assert energy(hiss, 4_000, 8_000) > 10 * energy(hiss, 0, 2_000)
         assert energy(vowel, 0, 2_000) > 10 * energy(vowel, 4_000, 8_000)
-        before = speech.wave[: round((speech.words[0][1] - 0.01) * 16_000)]
+        before = speech.wave[: round((speech.words[0][1] - 0.03) * 16_000)]
         assert np.square(before).mean() < 1e-4 * np.square(vowel).mean()
 
 
-@pytest.mark.parametrize("tract", [0.85, 1.25])
-def test_a_short_tract_has_high_formants(tract):
-    """The strongest frequencies of a vowel lie at its first formant times the factor of the speaker."""
-    _, speech = drawn(0, "are more", tract=tract, pitch=80.0, breath=0.0, tilt=8_000.0)
-    vowel = cut(speech, next(sound for sound in speech.sounds if sound[0] == "AA"))
-    power = np.abs(np.fft.rfft(vowel * np.hanning(len(vowel)), 16_000)) ** 2
-    smooth = np.convolve(power[:1_600], np.ones(100), "same")  # Hz: wider than the pitch
-    assert np.argmax(smooth) == pytest.approx(0.5 * (730 + 1_090) * tract, rel=0.25)  # between its two lowest
+def test_a_short_tract_has_high_formants():
+    """The strongest frequency of a vowel goes up with the factor of the speaker."""
+
+    def strongest(tract: float) -> int:
+        _, speech = drawn(0, "are more", tract=tract, pitch=80.0, breath=0.0, tilt=8_000.0)
+        vowel = cut(speech, next(sound for sound in speech.sounds if sound[0] == "AA"))
+        power = np.abs(np.fft.rfft(vowel * np.hanning(len(vowel)), 16_000)) ** 2
+        return int(np.argmax(np.convolve(power[:1_600], np.ones(100), "same")))  # Hz: wider than the pitch
+
+    assert strongest(1.2) / strongest(0.9) == pytest.approx(1.2 / 0.9, rel=0.1)
 
 
 @pytest.mark.parametrize("pitch", [90.0, 220.0])

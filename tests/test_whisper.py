@@ -101,7 +101,9 @@ def test_what_is_saved_loads_in_the_reference(both, tmp_path):
     again, report = hf.WhisperForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"]
     ids = text(theirs)
-    assert torch.equal(again.eval()(sound(), decoder_input_ids=ids).logits, theirs(sound(), decoder_input_ids=ids).logits)
+    assert torch.equal(
+        again.eval()(sound(), decoder_input_ids=ids).logits, theirs(sound(), decoder_input_ids=ids).logits
+    )
 
 
 def same(one: Whisper, other: Whisper) -> bool:
@@ -196,7 +198,11 @@ def test_tokens_equal_those_of_the_reference(both, times, beams):
         features, said = sound(5).double(), theirs.generation_config
         how = {"return_timestamps": times, "num_beams": beams, "max_new_tokens": 30, "do_sample": False}
         expected = theirs.generate(features, **how)
-        start = [theirs.config.decoder_start_token_id] + [] if times else [theirs.config.decoder_start_token_id, said.no_timestamps_token_id]
+        start = (
+            [theirs.config.decoder_start_token_id] + []
+            if times
+            else [theirs.config.decoder_start_token_id, said.no_timestamps_token_id]
+        )
         rules = {"no_timestamps_token_id": said.no_timestamps_token_id, "max_initial_timestamp_index": 50}
         options = GenerationOptions(
             30,
@@ -209,7 +215,9 @@ def test_tokens_equal_those_of_the_reference(both, times, beams):
         given = Conditioning([Memory(ours.encode(features))])
         made = generate(ours.decoder, torch.tensor([start] * 5), None, given, options=options, fill=said.eos_token_id)
         longest = max(made.ids.shape[1], expected.shape[1])
-        rows = [torch.nn.functional.pad(x, (0, longest - x.shape[1]), value=said.eos_token_id) for x in (made.ids, expected)]
+        rows = [
+            torch.nn.functional.pad(x, (0, longest - x.shape[1]), value=said.eos_token_id) for x in (made.ids, expected)
+        ]
         assert rows[0].tolist() == rows[1].tolist()
         assert len({tuple(row) for row in rows[0].tolist()}) > 1, "all rows say the same"
     finally:

@@ -94,6 +94,11 @@ class GenerationOptions:
         (Beams are checked before their cache is made, in `start.begin`.)
         """
         _refuse((self.top_k or 0) > size, f"top_k {self.top_k}, but the vocabulary has {size} tokens")
-        for kind, ids in (("the end token", end_ids(self.eos_id)), ("a barred token", self.suppress_tokens), ("a barred token", self.begin_suppress_tokens), ("the token before all times", end_ids(self.no_timestamps_token_id))):
+        for kind, ids in (
+            ("the end token", end_ids(self.eos_id)),
+            ("a barred token", self.suppress_tokens),
+            ("a barred token", self.begin_suppress_tokens),
+            ("the token before all times", end_ids(self.no_timestamps_token_id)),
+        ):
             for one in ids:
                 _refuse(one >= size, f"{kind} is {one}, but the vocabulary has {size} tokens")

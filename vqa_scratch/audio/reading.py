@@ -143,10 +143,10 @@ def _decode(path: Path, kind: str) -> tuple[int, np.ndarray]:
     except (ImportError, OSError):  # OSError: the package without its library
         raise UserError(f"{kind} needs soundfile: pip install 'vqa-scratch[audio]'") from None
     try:
-        with soundfile.SoundFile(path) as file:
+        with soundfile.SoundFile(str(path)) as file:
             return file.samplerate, _mono(file.blocks(BLOCK, dtype="float32", always_2d=True), file.samplerate)
     except soundfile.SoundFileError as error:
-        raise UserError(f"damaged, or no {kind}: {error}") from error
+        raise UserError(f"damaged, or no {kind}: {getattr(error, 'error_string', error)}") from error
 
 
 def write_wav(path: str | Path, wave: Tensor, rate: int = 16_000) -> None:

@@ -157,9 +157,7 @@ class Transcriber:
         features |= {"sampling_rate": RATE, "hop_length": HOP, "chunk_length": sizes.frames * HOP // RATE, "n_fft": 400}
         write_json(folder / "preprocessor_config.json", features)
 
-    def _segment(
-        self, seek: int, first: int, last: int, text: str, heard: Try, words: list[Word] | None
-    ) -> Segment:
+    def _segment(self, seek: int, first: int, last: int, text: str, heard: Try, words: list[Word] | None) -> Segment:
         start = seek * HOP / RATE
         start, end = (round(start + position * STATE_SECONDS, 2) for position in (first, last))
         return Segment(start, end, text, heard.temperature, heard.average, heard.ratio, heard.silence, words)

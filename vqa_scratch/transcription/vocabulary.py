@@ -18,7 +18,10 @@ SPECIAL = {
 }
 _OLD_SILENCE = "<|nocaptions|>"
 # Of what subtitles have besides words: a token of its own, with or without a space before it. Notes are never one token.
-_MARKS = [*'"#()*+/:;<=>@[\\]^_`{|}~「」『』', *"<< >> <<< >>> -- --- -( -[ (' (\" (( )) ((( ))) [[ ]] {{ }} ♪♪ ♪♪♪".split()]
+_MARKS = [
+    *'"#()*+/:;<=>@[\\]^_`{|}~「」『』',
+    *"<< >> <<< >>> -- --- -( -[ (' (\" (( )) ((( ))) [[ ]] {{ }} ♪♪ ♪♪♪".split(),
+]
 _NOTES = "♩♪♫♬♭♮♯"
 _WITHOUT_SPACES = {"zh", "ja", "th", "lo", "my", "yue"}
 

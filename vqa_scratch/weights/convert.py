@@ -110,7 +110,9 @@ def load_into(
         if key in by_key and same in used and same not in by_key:
             by_key[same] = by_key.pop(key)
 
-    absent = {name: [key for key in entry.theirs if key != ABSENT and key not in by_key] for name, entry in wanted.items()}
+    absent = {
+        name: [key for key in entry.theirs if key != ABSENT and key not in by_key] for name, entry in wanted.items()
+    }
     left = [name for name in ours if skippable.fullmatch(name)]
     if any(len(absent[name]) < len(wanted[name].theirs) for name in left):
         left = []

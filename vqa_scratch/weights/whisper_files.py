@@ -42,7 +42,9 @@ def read_whisper(source: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[s
     if place.is_file() and place.suffix == ".pt":
         return (*read_openai(place), WHISPER)
     folder = locate(source, [CONFIG, "*.json", "*.safetensors", CTRANSLATE2], "a Whisper")
-    own = [name for name in (WEIGHTS, f"{WEIGHTS}.index.json", PICKLE, f"{PICKLE}.index.json") if (folder / name).exists()]
+    own = [
+        name for name in (WEIGHTS, f"{WEIGHTS}.index.json", PICKLE, f"{PICKLE}.index.json") if (folder / name).exists()
+    ]
     if not own and (folder / CTRANSLATE2).is_file():
         return (*read_ctranslate2(folder / CTRANSLATE2), WHISPER_CTRANSLATE2)
     released = sorted(folder.glob("*.pt"))
@@ -92,7 +94,9 @@ def read_ctranslate2(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             "d_model": shape["decoder/embeddings/weight"][1],
         }
         for side in ("encoder", "decoder"):
-            sizes[f"{side}_layers"] = sum(name.startswith(f"{side}/layer_") and name.endswith("/ffn/linear_0/weight") for name in shape)
+            sizes[f"{side}_layers"] = sum(
+                name.startswith(f"{side}/layer_") and name.endswith("/ffn/linear_0/weight") for name in shape
+            )
             sizes[f"{side}_ffn_dim"] = shape[f"{side}/layer_0/ffn/linear_0/weight"][0]
             sizes[f"{side}_attention_heads"] = int(tensors[f"{side}/num_heads"])
     except LookupError as error:
@@ -107,7 +111,9 @@ def _tensors(path: Path) -> dict[str, Tensor]:
     def take(count: int) -> bytes:
         nonlocal at
         if at + count > len(data):
-            raise UserError(f"{path} ends after {len(data):,} bytes, within a tensor: it is no model.bin, or cut short; {AGAIN}")
+            raise UserError(
+                f"{path} ends after {len(data):,} bytes, within a tensor: it is no model.bin, or cut short; {AGAIN}"
+            )
         at += count
         return data[at - count : at].tobytes()
 
@@ -127,7 +133,9 @@ def _tensors(path: Path) -> dict[str, Tensor]:
         name, shape = text(), [number("I") for _ in range(number("B"))]
         kind, size = number("B"), number("I")
         if kind >= len(_TYPES) or (kind == 1 and shape):
-            raise UserError(f"{path} is quantised ({name}); only float32 and float16 are read: convert it with --quantization float16")
+            raise UserError(
+                f"{path} is quantised ({name}); only float32 and float16 are read: convert it with --quantization float16"
+            )
         values = np.frombuffer(take(size), _TYPES[kind])
         if values.size != np.prod(shape, dtype=np.int64):
             raise UserError(f"{path} says that {name} is {tuple(shape)}, but it has {values.size:,} numbers; {AGAIN}")
