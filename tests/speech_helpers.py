@@ -50,16 +50,27 @@ def reference(folder: Path, *, multilingual: bool = False, **sizes) -> hf.Whispe
         "init_std": 0.2,
     }
     model = hf.WhisperForConditionalGeneration(hf.WhisperConfig(**own | ids | sizes))
+    with torch.no_grad():
+        model.model.decoder.embed_positions.weight.mul_(6)  # else it says one word again and again
     said = model.generation_config
     said.suppress_tokens, said.begin_suppress_tokens = [3, 40, 41, number("<|transcribe|>")], [number("Ġ"), end]
     said.no_timestamps_token_id, said.max_initial_timestamp_index = number("<|notimestamps|>"), 50
     said.prev_sot_token_id, said.is_multilingual = number("<|startofprev|>"), multilingual
-    said.lang_to_id = {f"<|{name}|>": number(f"<|{name}|>") for name in LANGUAGES}
-    said.task_to_id = {name: number(f"<|{name}|>") for name in ("translate", "transcribe")}
+    if multilingual:
+        said.lang_to_id = {f"<|{name}|>": number(f"<|{name}|>") for name in LANGUAGES}
+        said.task_to_id = {name: number(f"<|{name}|>") for name in ("translate", "transcribe")}
     said.alignment_heads = [[0, 1], [1, 2]]
-    said.max_length = 48
+    said.max_length, said._from_model_config = 48, False  # which would drop what only Whisper has
     words.save_pretrained(folder)
     return saved(model, folder)
+
+
+def raw(model: hf.WhisperForConditionalGeneration, features: torch.Tensor, **how) -> list[list[int]]:
+    """All new tokens that the reference writes for each window, without the end token: no seeking, nothing cut off."""
+    how |= {"do_sample": False, "force_unique_generate_call": True, "return_segments": True}
+    found, end = model.generate(features, **how)["segments"], model.generation_config.eos_token_id
+    rows = (segments[0]["result"][segments[0]["idxs"][0] :].tolist() for segments in found)
+    return [[index for index in row if index != end] for row in rows]
 
 
 def sound(windows: int = 2) -> torch.Tensor:

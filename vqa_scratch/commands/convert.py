@@ -15,8 +15,8 @@ from vqa_scratch.errors import UserError
 def convert(source: Path, out: Path) -> None:
     """Write the tensors of FILE.bin to OUT, a .safetensors file or a folder; anything but tensors is refused.
 
-    A folder DIR holds a Whisper, as OpenAI's .pt or CTranslate2's model.bin, and its tokenizer: OUT becomes a folder that
-    `transformers` loads.
+    A folder DIR holds a Whisper, as OpenAI's .pt or CTranslate2's model.bin, and its tokenizer: OUT becomes a folder
+    that `transformers` loads.
 
     \b
     Examples:

@@ -19,7 +19,7 @@ class Timestamps:
     """Bars what must not come next, for rows whose new tokens it is told one by one."""
 
     def __init__(self, no_timestamps: int, end: int, latest_first: int | None, rows: int, device: torch.device) -> None:
-        """Times are the ids above `no_timestamps`, words those below `end`; the first time is at most `latest_first`."""
+        """Times are ids above `no_timestamps`, words those below `end`; the first time is at most `latest_first`."""
         self.no_timestamps, self.end, self.latest_first = no_timestamps, end, latest_first
         self.last = torch.ones(rows, dtype=torch.bool, device=device)  # whether the last token is a time; of none it is
         self.before = self.last  # and the one before it

@@ -95,7 +95,7 @@ class WhisperConfig(HFConfig[Layout]):
 
 
 def sinusoids(length: int, dim: int) -> Tensor:
-    """(length, dim): the sines of t / 10000^(i / (dim/2 - 1)), then their cosines (not in turn, as in Vaswani et al.)."""
+    """(length, dim): the sines of t / 10000^(i / (dim/2 - 1)), then their cosines; Vaswani et al. have them in turn."""
     rates = torch.exp(torch.arange(dim // 2) * (-math.log(10_000) / (dim // 2 - 1)))
     angles = torch.arange(length)[:, None] * rates
     return torch.cat([angles.sin(), angles.cos()], 1)

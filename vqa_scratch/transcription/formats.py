@@ -1,4 +1,4 @@
-"""Writes a transcript down: lines of text, the subtitle formats SubRip (srt) and WebVTT (vtt), or JSON with everything."""
+"""Writes a transcript down: lines of text, the subtitle formats SubRip (srt) and WebVTT (vtt), or all of it as JSON."""
 
 import json
 from collections.abc import Iterable, Iterator

@@ -167,8 +167,8 @@ def cut(ids: list[int], first_time: int, length: int) -> tuple[list[tuple[int, i
     """What was heard in a window of `length` states -> its segments (first state, last state, their ids), and how many
     states further on the next window begins.
 
-    Two times in a row end a segment and begin the next. If the last segment has no end, it is left to the next window; if
-    nothing follows the last time, no more is said in this one.
+    Two times in a row end a segment and begin the next. If the last segment has no end, it is left to the next window;
+    if nothing follows the last time, no more is said in this one.
     """
     time = [index >= first_time for index in ids]
     ends = [place for place in range(1, len(ids)) if time[place - 1] and time[place]]
@@ -215,6 +215,8 @@ def open_transcriber(source: str, device: torch.device, precision: str = "fp32")
     several = typed(source, said, {"is_multilingual": bool | None})[0]
     multilingual = sizes.vocab_size >= FIRST_MULTILINGUAL if several is None else several
     vocabulary = SpeechVocabulary(tokenizer, multilingual, source)
+    ids = dict.fromkeys(("bos_id", "eos_id", "pad_id"), vocabulary.end)
+    model.config = replace(sizes, start_id=vocabulary.start, **ids)  # not all layouts have them
     barred = _ids(said, ("suppress_tokens", "suppress_ids"), source)
     first = _ids(said, ("begin_suppress_tokens", "suppress_ids_begin"), source)
     kind, _ = pick_precision(precision, device)

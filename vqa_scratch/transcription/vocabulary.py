@@ -17,11 +17,9 @@ SPECIAL = {
     "no_times": "<|notimestamps|>",  # the times follow it, in a step of 0.02 s; old files do not list them
 }
 _OLD_SILENCE = "<|nocaptions|>"
-# Of what subtitles have besides words: a token of its own, with or without a space before it. Notes are never one token.
-_MARKS = [
-    *'"#()*+/:;<=>@[\\]^_`{|}~「」『』',
-    *"<< >> <<< >>> -- --- -( -[ (' (\" (( )) ((( ))) [[ ]] {{ }} ♪♪ ♪♪♪".split(),
-]
+# What subtitles have besides words, if it is one token, with or without a space before it; and notes, of several tokens.
+_MARKS = list('"#()*+/:;<=>@[\\]^_`{|}~「」『』')
+_MARKS += "<< >> <<< >>> -- --- -( -[ (' (\" (( )) ((( ))) [[ ]] {{ }} ♪♪ ♪♪♪".split()
 _NOTES = "♩♪♫♬♭♮♯"
 _WITHOUT_SPACES = {"zh", "ja", "th", "lo", "my", "yue"}
 

@@ -64,8 +64,8 @@ class Window:
         self.decoder, self.vocabulary, self.states, self.prompt = decoder, vocabulary, states, prompt
 
     def after_start(self, steps: int, rows: int = 1, beams: int = 1) -> tuple[Tensor, State, Tensor]:
-        """The scores (rows, V) after the start token, which say whether there is speech and in which language; a state that
-        goes on for `steps` steps; and the prompt up to there."""
+        """The scores (rows, V) after the start token, which say whether there is speech and in which language; a state
+        that goes on for `steps` steps; and the prompt up to there."""
         until = self.prompt.index(self.vocabulary.start) + 1
         ids = torch.tensor([self.prompt[:until]] * rows, device=self.states.device)
         given = Conditioning([Memory(self.states, repeat=rows)])

@@ -35,10 +35,10 @@ class Word:
 
 
 def dtw(cost: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The path of least cost through a matrix (R, C), from corner to corner by steps right, down or both: rows, columns.
+    """The path of least cost through a matrix (R, C), corner to corner by steps right, down or both: (rows, columns).
 
-    Where the ways are equally good, the path came from the left (Sakoe and Chiba 1978, without a band). The matrix is
-    filled one diagonal after the other.
+    Of ways that are equally good it is that from the left, then the diagonal (Sakoe and Chiba 1978, without a band).
+    The matrix is filled one diagonal after the other.
     """
     height, width = cost.shape
     moves = np.empty(cost.shape, np.int8)  # 0: from up and left, 1: from up, 2: from left
@@ -47,7 +47,7 @@ def dtw(cost: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     for number in range(height + width - 1):
         row = np.arange(max(0, number - width + 1), min(height, number + 1))
         both, up, left = older[row], newer[row], newer[row + 1]
-        moves[row, number - row] = np.where((both < up) & (both < left), 0, np.where((up < both) & (up < left), 1, 2))
+        moves[row, number - row] = np.where((left <= up) & (left <= both), 2, np.where(both <= up, 0, 1))
         now = np.full(height + 1, np.inf)
         now[row + 1] = cost[row, number - row] + np.minimum(np.minimum(both, up), left)
         older, newer = newer, now

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from vqa_scratch.errors import UserError, some
 from vqa_scratch.storage import typed
-from vqa_scratch.weights.maps_whisper import WHISPER, WHISPER_CTRANSLATE2
 from vqa_scratch.weights.files import AGAIN, CONFIG, PICKLE, WEIGHTS, load_plain, read_checkpoint, read_config
 from vqa_scratch.weights.hub import locate
 from vqa_scratch.weights.maps import KeyMap
+from vqa_scratch.weights.maps_whisper import WHISPER, WHISPER_CTRANSLATE2
 
 CTRANSLATE2 = "model.bin"
 # In the order of their numbers in the file; of the others only floats are weights that need no scale.
@@ -134,7 +134,7 @@ def _tensors(path: Path) -> dict[str, Tensor]:
         kind, size = number("B"), number("I")
         if kind >= len(_TYPES) or (kind == 1 and shape):
             raise UserError(
-                f"{path} is quantised ({name}); only float32 and float16 are read: convert it with --quantization float16"
+                f"{path} is quantised ({name}); float32 and float16 are read: convert it with --quantization float16"
             )
         values = np.frombuffer(take(size), _TYPES[kind])
         if values.size != np.prod(shape, dtype=np.int64):
