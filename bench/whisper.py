@@ -1,9 +1,9 @@
 """Whisper on recordings against `transformers`: the same weights, the same tokens, the time of features and decoding.
 
 Each side hears every clip on its own (batch 1), greedily and with the rules of timestamps, without a second try:
-samples to features, encoder, tokens. Sides take turns over all clips; their tokens are equal, or there is no table. Texts lie
-beside the clips, in a file `transcription` with a line "the words (name of the clip)" each, as in the test data of
-PocketSphinx. Words are compared in lower case, without punctuation.
+samples to features, encoder, tokens. Sides take turns over all clips; their tokens are equal, or there is no table.
+What is said lies beside the clips, in a file `transcription`, a line "the words (name of the clip)" each, as in the
+test data of PocketSphinx. Words are compared in lower case, without punctuation.
 """
 
 import re

@@ -109,7 +109,7 @@ def test_what_counts_as_heard():
     quiet = heard(average=-1.1, silence=0.7)
     assert not quiet.failed and not quiet.holds_speech
     assert heard(" you" * 40, average=-1.1, silence=0.7).failed  # a loop is none of silence
-    assert heard(average=-0.9, silence=0.7).holds_speech
+    assert heard(average=-0.4, silence=0.7).holds_speech and not heard(average=-0.6, silence=0.7).holds_speech
     assert heard("").ratio == 0.0
 
 

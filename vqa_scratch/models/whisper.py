@@ -104,6 +104,8 @@ def sinusoids(length: int, dim: int) -> Tensor:
 class AudioEncoder(nn.Module):
     """Two convolutions over time, the second of which halves it, positions, pre-LN blocks, a last norm."""
 
+    positions: Tensor  # (N, D)
+
     def __init__(self, config: WhisperConfig) -> None:
         super().__init__()
         self.conv1 = nn.Conv1d(config.mels, config.dim, 3, padding=1)

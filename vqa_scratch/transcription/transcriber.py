@@ -131,7 +131,8 @@ class Transcriber:
                 times = iter(word_times(self.model, vocabulary, states, language, task, whole, self.heads, length))
             for (first, last, _), ids in zip(pieces, timed, strict=True):
                 own = None if times is None else spoken(times, len(ids), seek)
-                if (text := vocabulary.text(ids)).strip() and last > first:
+                text = vocabulary.text(ids)
+                if last > first and any(letter.isalnum() for letter in text):
                     yield self._segment(seek, first, last, text, heard, own)
             said += [index for _, _, ids in pieces for index in ids]
             if heard.temperature >= FORGET_ABOVE or heard.repetitive:
@@ -143,7 +144,7 @@ class Transcriber:
         words, sizes = self.vocabulary, self.model.config
         self.model.save_pretrained(folder)
         words.tokenizer.save(folder)
-        said = {f"{role}_token_id": words.end for role in ("bos", "eos", "pad")}
+        said: dict[str, Any] = {f"{role}_token_id": words.end for role in ("bos", "eos", "pad")}
         said |= {"decoder_start_token_id": words.start, "max_length": sizes.max_positions}
         said |= {"suppress_tokens": self.barred, "begin_suppress_tokens": self.barred_first}
         said |= {"no_timestamps_token_id": words.no_times, "max_initial_timestamp_index": FIRST_TIME}
@@ -215,8 +216,8 @@ def open_transcriber(source: str, device: torch.device, precision: str = "fp32")
     several = typed(source, said, {"is_multilingual": bool | None})[0]
     multilingual = sizes.vocab_size >= FIRST_MULTILINGUAL if several is None else several
     vocabulary = SpeechVocabulary(tokenizer, multilingual, source)
-    ids = dict.fromkeys(("bos_id", "eos_id", "pad_id"), vocabulary.end)
-    model.config = replace(sizes, start_id=vocabulary.start, **ids)  # not all layouts have them
+    start, end = vocabulary.start, vocabulary.end  # not all layouts say so
+    model.config = replace(sizes, start_id=start, bos_id=end, eos_id=end, pad_id=end)
     barred = _ids(said, ("suppress_tokens", "suppress_ids"), source)
     first = _ids(said, ("begin_suppress_tokens", "suppress_ids_begin"), source)
     kind, _ = pick_precision(precision, device)

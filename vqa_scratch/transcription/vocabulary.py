@@ -17,7 +17,7 @@ SPECIAL = {
     "no_times": "<|notimestamps|>",  # the times follow it, in a step of 0.02 s; old files do not list them
 }
 _OLD_SILENCE = "<|nocaptions|>"
-# What subtitles have besides words, if it is one token, with or without a space before it; and notes, of several tokens.
+# What subtitles have besides words, if it is one token, with a space before it or without; notes are several tokens.
 _MARKS = list('"#()*+/:;<=>@[\\]^_`{|}~「」『』')
 _MARKS += "<< >> <<< >>> -- --- -( -[ (' (\" (( )) ((( ))) [[ ]] {{ }} ♪♪ ♪♪♪".split()
 _NOTES = "♩♪♫♬♭♮♯"

@@ -23,6 +23,7 @@ from vqa_scratch.transcription.vocabulary import SpeechVocabulary
 TEMPERATURES = (0.2, 0.4, 0.6, 0.8, 1.0)
 SAMPLES = 5  # at each of them; the likeliest counts
 REPETITIVE, UNLIKELY, SILENT = 2.4, -1.0, 0.6
+SURE = -0.5  # on average, to be believed although the window seems silent; OpenAI's -1 lets " you" and "..." pass
 NO_REPEATS = 4  # tokens: at last, none of so many comes twice
 
 
@@ -48,7 +49,7 @@ class Try:
 
     @property
     def holds_speech(self) -> bool:
-        return self.silence <= SILENT or self.average > UNLIKELY
+        return self.silence <= SILENT or self.average > SURE
 
     @property
     def failed(self) -> bool:

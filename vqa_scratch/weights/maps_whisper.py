@@ -8,9 +8,9 @@ from vqa_scratch.weights.maps import ABSENT, Entry, KeyMap, linear, weight
 
 # OpenAI's names of the parts, and those of `transformers`: of a block, and of the whole.
 _BLOCK = """attn.query self_attn.q_proj attn.key self_attn.k_proj attn.value self_attn.v_proj
-    attn.out self_attn.out_proj cross_attn.query encoder_attn.q_proj cross_attn.key encoder_attn.k_proj cross_attn.value encoder_attn.v_proj
-    cross_attn.out encoder_attn.out_proj attn_ln self_attn_layer_norm cross_attn_ln encoder_attn_layer_norm
-    mlp_ln final_layer_norm mlp.0 fc1 mlp.2 fc2""".split()
+    attn.out self_attn.out_proj cross_attn.query encoder_attn.q_proj cross_attn.key encoder_attn.k_proj
+    cross_attn.value encoder_attn.v_proj cross_attn.out encoder_attn.out_proj attn_ln self_attn_layer_norm
+    cross_attn_ln encoder_attn_layer_norm mlp_ln final_layer_norm mlp.0 fc1 mlp.2 fc2""".split()
 _WHOLE = """encoder.ln_post encoder.layer_norm encoder.positional_embedding encoder.embed_positions.weight
     decoder.ln decoder.layer_norm decoder.positional_embedding decoder.embed_positions.weight
     decoder.token_embedding decoder.embed_tokens""".split()
