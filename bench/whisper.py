@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import tests.torchvision_shim  # noqa: F401  (lets transformers import beside a CPU-only torch)
 from bench import processes, results, timing
 from vqa_scratch.audio.reading import read_audio
 from vqa_scratch.errors import UserError
