@@ -274,6 +274,9 @@ def test_silence_is_skipped_and_little_steps_are_made_longer(opened, monkeypatch
     silent = Try([time, *one, time + 40], " He", 0.0, -1.2, 0.9)
     prompts = scripted(opened, monkeypatch, silent)
     assert list(opened.transcribe(noise(3), language=language)) == [] and len(prompts) == 3
+    prompts = scripted(opened, monkeypatch, words.encode(" He might"))
+    (one,) = opened.transcribe(noise(0.7), language=language, times=False)
+    assert (one.start, one.end, one.text) == (0.0, 0.7, " He might") and prompts[0][-1] == words.no_times
     for samples in (1, 159, 161):
         list(opened.transcribe(noise(1)[:samples], language=language))
 
@@ -447,6 +450,7 @@ def test_bad_input(folder, opened, recording, tmp_path):
         refused("knows English alone, and writes it: leave out --language de", "--language", "de")
         refused("leave out --task translate", "--task", "translate")
     refused(r"max_new_tokens 449: a window of .* has room for \d+", "--max-new-tokens", 449)
+    refused("1.5 s are heard by times: only a recording of at most 1 s can do without", "--no-times")
     refused("no folder", model=tmp_path / "nowhere")
     refused("holds no Whisper", model=tmp_path)
     refused("not found: there is no such sound file", file=tmp_path / "nothing.wav")

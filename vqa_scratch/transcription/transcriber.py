@@ -58,15 +58,17 @@ class Transcriber:
     barred_first: tuple[int, ...]  # and that do not come first
     heads: list[tuple[int, int]]  # (layer, head) of the attention that follows the sound
 
-    def options(self, room: int, max_new_tokens: int | None = None, **decoding: Any) -> GenerationOptions:
-        """How a window is heard, in at most `room` tokens."""
+    def options(
+        self, room: int, *, times: bool = True, max_new_tokens: int | None = None, **decoding: Any
+    ) -> GenerationOptions:
+        """How a window is heard, in at most `room` tokens; with `times` by the rules of timestamps."""
         return GenerationOptions(
             min(room, max_new_tokens or self.model.config.max_positions // 2),
             self.vocabulary.end,
             suppress_tokens=self.barred,
             begin_suppress_tokens=self.barred_first,
-            no_timestamps_token_id=self.vocabulary.no_times,
-            max_initial_timestamp_index=FIRST_TIME,
+            no_timestamps_token_id=self.vocabulary.no_times if times else None,
+            max_initial_timestamp_index=FIRST_TIME if times else None,
             **decoding,
         )
 
@@ -96,18 +98,23 @@ class Transcriber:
         language: str | None = None,
         task: str = "transcribe",
         words: bool = False,
+        times: bool = True,
         previous_text: bool = False,
         **decoding: Any,
     ) -> Iterator[Segment]:
         """The segments of samples (n,) at 16 kHz, as they are heard. Raises UserError as `check` does.
 
         Without a language a model of several finds it out in the first window that holds sound. `words` gives each its
-        times; with `previous_text` a window is heard as the continuation of what was said before.
+        times; with `previous_text` a window is heard as the continuation of what was said before. Without `times` a
+        recording of one window is one segment, and its words are a little surer.
         """
         self.check(language, task, decoding.get("max_new_tokens"))
         vocabulary, frames = self.vocabulary, self.model.config.frames
         said: list[int] = []  # in the windows before this one
         seek, total = 0, -(-len(wave) // HOP)
+        if not times and total > frames:
+            most, own = frames * HOP / RATE, len(wave) / RATE
+            raise UserError(f"{own:.1f} s are heard by times: only a recording of at most {most:g} s can do without")
         while seek < total:
             piece, length = wave[seek * HOP : (seek + frames) * HOP], min(frames, total - seek)
             if not piece.any():
@@ -116,21 +123,23 @@ class Transcriber:
             states = self.states(piece)
             if vocabulary.multilingual and language is None:
                 language = Window(self.model.decoder, vocabulary, states, [vocabulary.start]).language()
-            prompt = vocabulary.prompt(language, task)
+            prompt = vocabulary.prompt(language, task) + [vocabulary.no_times] * (not times)
             if previous_text and said:
                 prompt = [vocabulary.previous, *said[1 - self.model.config.max_positions // 2 :], *prompt]
             room = self.model.config.max_positions - len(prompt)
-            heard = Window(self.model.decoder, vocabulary, states, prompt).hear(self.options(room, **decoding))
+            heard = Window(self.model.decoder, vocabulary, states, prompt).hear(
+                self.options(room, times=times, **decoding)
+            )
             pieces, step = cut(heard.ids, vocabulary.first_time, -(-length // 2))
             if not heard.holds_speech:
                 pieces, step = [], -(-length // 2)
             timed = [[index for index in ids if index < vocabulary.end] for _, _, ids in pieces]
-            times = None
+            spans = None
             if words and any(timed):
                 whole = [index for ids in timed for index in ids]
-                times = iter(word_times(self.model, vocabulary, states, language, task, whole, self.heads, length))
+                spans = iter(word_times(self.model, vocabulary, states, language, task, whole, self.heads, length))
             for (first, last, _), ids in zip(pieces, timed, strict=True):
-                own = None if times is None else spoken(times, len(ids), seek)
+                own = None if spans is None else spoken(spans, len(ids), seek)
                 text = vocabulary.text(ids)
                 if last > first and any(letter.isalnum() for letter in text):
                     yield self._segment(seek, first, last, text, heard, own)
