@@ -113,8 +113,8 @@ class Transcriber:
         said: list[int] = []  # in the windows before this one
         seek, total = 0, -(-len(wave) // HOP)
         if not times and total > frames:
-            most, own = frames * HOP / RATE, len(wave) / RATE
-            raise UserError(f"{own:.1f} s are heard by times: only a recording of at most {most:g} s can do without")
+            most, there = frames * HOP / RATE, len(wave) / RATE
+            raise UserError(f"{there:.1f} s are heard by times: only a recording of at most {most:g} s can do without")
         while seek < total:
             piece, length = wave[seek * HOP : (seek + frames) * HOP], min(frames, total - seek)
             if not piece.any():
