@@ -1,7 +1,8 @@
-"""Tune a language model by PPO with a KL penalty against a frozen reference, and report the result.
+"""Tune a language model by PPO, RLOO, GRPO or DPO against a frozen reference, and report the result.
 
     python rlhf.py                                   # made-up news, all three steps, minutes on two cores
     python rlhf.py --preset book --articles news.csv # flan-t5-small with two RoBERTa reward models
+    python rlhf.py --preset lm --policy ./gpt2 --data prompts.jsonl --reward mine.py:score   # a GPT-2, Llama, Qwen2 ...
     python rlhf.py --preset vqa --policy runs/vqa    # a run of train.py, rewarded by the official VQA accuracy
     python rlhf.py --resume                          # go on after a kill
     torchrun --nproc-per-node 8 rlhf.py ...          # one process a GPU; docs/scale.md
@@ -13,17 +14,19 @@ One iteration is `iterate`, below; its parts are in vqa_scratch/rl/ppo.py and up
 
 import sys
 
-from vqa_scratch.command_line import errors_in_one_line, run_program
+from vqa_scratch.command_line import count_seconds, errors_in_one_line, run_program
 from vqa_scratch.rl.options import RLHFOptions, read_command_line
 
 # ruff: noqa: E402 -- the command line is read before torch is imported, so that --help and a wrong flag answer at once
 if __name__ == "__main__":
     with errors_in_one_line():
         OPTIONS = read_command_line(sys.argv[1:])
+    count_seconds("rlhf.py")
 
 import shlex
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +37,14 @@ from vqa_scratch.data.vqa_v2 import VQASample
 from vqa_scratch.options import to_json
 from vqa_scratch.report.curves import draw_panels
 from vqa_scratch.rl import evaluate, report
+from vqa_scratch.rl.language import language_task
 from vqa_scratch.rl.metrics import rollout_metrics
 from vqa_scratch.rl.policy import ActorCritic
 from vqa_scratch.rl.ppo import PPO, check_ranks
 from vqa_scratch.rl.ranks import Copies
 from vqa_scratch.rl.resume import PROGRAM, begin_or_go_on, fingerprint, prompt_hashes, restore
 from vqa_scratch.rl.tasks import Task, summarising_task
+from vqa_scratch.rl.trial import trial
 from vqa_scratch.rl.types import Prompt
 from vqa_scratch.storage import write_json, write_text
 from vqa_scratch.systems.finals import what_next
@@ -47,15 +52,16 @@ from vqa_scratch.systems.policy import vqa_task
 from vqa_scratch.training.allocator import keep_freed_memory
 from vqa_scratch.training.checkpoint import fitting, rng_state, save_checkpoint
 from vqa_scratch.training.launch import start
-from vqa_scratch.training.precision import Precision, pick_device, pick_precision
+from vqa_scratch.training.precision import Precision, formats, pick_device
 from vqa_scratch.training.profile import profiling
 from vqa_scratch.training.progress import Display, MetricsLog
 from vqa_scratch.training.ranks import World
 from vqa_scratch.training.resume import held
 from vqa_scratch.training.sharing import check_sharing, share_model
+from vqa_scratch.training.threads import Threads, choose_way, thread_counts
 from vqa_scratch.training.watch import GracefulStop
 
-TASKS = {"mini-news": summarising_task, "book": summarising_task, "vqa": vqa_task}
+TASKS = {"mini-news": summarising_task, "book": summarising_task, "lm": language_task, "vqa": vqa_task}
 
 
 def iterate(ppo: PPO) -> dict[str, float]:
@@ -67,14 +73,14 @@ def iterate(ppo: PPO) -> dict[str, float]:
     rollout = ppo.ranks.with_whole_model(lambda: ppo.rollout(prompts))
     rolled = time.perf_counter()
 
-    # Advantages: each token pays for its KL, the last one earns the score.
+    # Advantages: each token pays for its KL, the last one earns the score. DPO: the chances to be preferred.
     trajectory = ppo.advantages(rollout)
     judged = time.perf_counter()
     log = rollout_metrics(trajectory, rollout.samples, rollout.raw, rollout.parts) | rollout.seconds
     measured = time.perf_counter()
 
     # Epochs of minibatches: clipped steps on the same responses, until the policy has moved too far.
-    update.begin(ppo.iteration)
+    update.begin(ppo.iteration, ppo.kl.coef)
     for minibatch in update.minibatches():
         moved = update.add_gradients(minibatch, prompts, trajectory, rollout.context)
         if update.too_far(moved):
@@ -83,7 +89,7 @@ def iterate(ppo: PPO) -> dict[str, float]:
 
     # Adapt the price of KL towards the target.
     log |= update.log() | {"objective/kl_coef": ppo.kl.coef}
-    ppo.kl.update(log["objective/kl"], len(trajectory.ids))
+    ppo.kl.update(log["objective/kl_exact"], len(trajectory.ids))
     ppo.iteration += 1
 
     end = time.perf_counter()
@@ -99,7 +105,13 @@ def iterate(ppo: PPO) -> dict[str, float]:
 
 
 def train(
-    ppo: PPO, task: Task, options: RLHFOptions, about: dict[str, Any], saved: dict[str, Any] | None, started: float
+    ppo: PPO,
+    task: Task,
+    options: RLHFOptions,
+    threads: Threads,
+    about: dict[str, Any],
+    saved: dict[str, Any] | None,
+    started: float,
 ) -> tuple[MetricsLog, float, int | None]:
     """All iterations, with bar, metrics and checkpoints.
 
@@ -131,7 +143,8 @@ def train(
     with bar, GracefulStop() as stop, profiled as step:
         while ppo.iteration < options.iterations:
             figures = step(ppo)
-            log.write(ppo.iteration, **figures)
+            threads.after(options.prompts * options.samples, figures["time/ppo/total"])
+            log.write(ppo.iteration, threads=torch.get_num_threads(), **figures)
             bar.update()
             bar.set_postfix_str(
                 f"reward {figures['env/reward_mean']:+.2f}, KL {figures['objective/kl_exact']:.2f}, "
@@ -153,8 +166,8 @@ def conclude(ppo: PPO, task: Task, options: RLHFOptions, log: MetricsLog) -> dic
     after = evaluate.measure(ppo, ppo.actor.backbone, prompts, k, seed, task.figures)
     few = prompts[: options.frontier_prompts]
     curve = evaluate.reference_frontier(ppo, few, options.frontier_samples, seed + 1)
-    # Both gains must be measured on the prompts of the curve.
-    mine = after if len(few) == len(prompts) else evaluate.measure(ppo, ppo.actor.backbone, few, k, seed)
+    # On the prompts of the curve; with four samples each the share would be off by up to 0.04.
+    mine = evaluate.measure(ppo, ppo.actor.backbone, few, max(k, 16), seed)
     gain = float(mine.rewards.mean())
     rates = [row["rollouts_per_second"] for row in log.rows if "rollouts_per_second" in row]
     summary = {
@@ -164,6 +177,7 @@ def conclude(ppo: PPO, task: Task, options: RLHFOptions, log: MetricsLog) -> dic
         "rollouts_per_second": sorted(rates)[len(rates) // 2] if rates else None,
         "frontier_share": curve.share(mine.kl, curve.reward[0], gain),
         "frontier_kl_limit": curve.limit,
+        "frontier": {"kl": curve.kl, "reward": curve.reward, "reached": [mine.kl, gain]},
         "best_of_n": [{"n": n, "kl_bound": kl, "reward": reward} for n, kl, reward in curve.best_of_n],
         "prompts_held_out": len(prompts),
         "iterations": ppo.iteration,
@@ -196,24 +210,26 @@ def work(options: RLHFOptions, world: World) -> dict[str, Any] | int:
     device = pick_device(options.device)
     if device.type == "mps":  # chosen by auto; it lacks float64, in which statistics are summed
         device = torch.device("cpu")
-    wanted = saved["precision"] if saved else options.precision
-    kind, why = world.of_main(pick_precision(wanted, device))  # auto may measure it; it must not change
-    precision = Precision(kind, device)
+    kinds = formats(saved["precision"] if saved else options.precision, device)
+    precision = Precision(kinds[0], device)
     check_sharing(options.parallel, precision)
-    print(why + (f", {world.size} ranks, {options.parallel}" if world.size > 1 else ""))
     with world.first_one_then_all():  # the first trains what mini-news needs
         task = TASKS[options.preset](options, device, precision.dtype)
     for note in task.notes:
         print(note)
-    saved = task.upgrade(saved) if saved else None
-    about = {"precision": kind, "reference": fingerprint(task.reference), "prompts": prompt_hashes(task)}
-    world.check_same(about["reference"], "the hash of the reference model")
     actor = ActorCritic(task.policy).to(device)
+    threads = Threads(thread_counts(options.threads, device, fixed=world.size > 1), "rollouts")
+    precision, why = choose_way(kinds, threads, device, partial(trial, task, actor, options), world)
+    task.stored_in(precision.dtype)
+    print(why + (f", {world.size} ranks, {options.parallel}" if world.size > 1 else ""))
+    saved = task.upgrade(saved) if saved else None
+    about = {"precision": precision.kind, "reference": fingerprint(task.reference), "prompts": prompt_hashes(task)}
+    world.check_same(about["reference"], "the hash of the reference model")
     ranks = share_model(options.parallel, actor, world, precision, Copies, frozen=[task.reference])
     ppo = PPO(
         options, actor, task.reference, task.reward, task.train, task.rules, task.decode, precision.autocast, ranks
     )
-    log, earlier, stopped = train(ppo, task, options, about, saved, started)
+    log, earlier, stopped = train(ppo, task, options, threads, about, saved, started)
     if stopped is not None:
         again = f"python rlhf.py --preset {options.preset} --out {shlex.quote(str(options.out))} --resume"
         print(f"stopped by signal {stopped} after iteration {ppo.iteration}; resume with: {again}")
@@ -224,7 +240,8 @@ def work(options: RLHFOptions, world: World) -> dict[str, Any] | int:
     summary["seconds"] = earlier + time.perf_counter() - started
     write_json(options.out / "summary.json", summary)
     show(summary, options)
-    print(*what_next_for(task.held_out[0], options.out), sep="\n")
+    if options.preset != "lm":  # no command opens a decoder alone
+        print(*what_next_for(task.held_out[0], options.out), sep="\n")
     return summary
 
 
@@ -250,6 +267,8 @@ def show(s: dict[str, float], options: RLHFOptions) -> None:
         print(f"{s['greedy_accuracy_before']:.3f} -> {s['greedy_accuracy_after']:.3f}", end="")
     if "holdout_accuracy_before" in s:
         print(f"; hold-out {s['holdout_accuracy_before']:.3f} -> {s['holdout_accuracy_after']:.3f}", end="")
+    if "greedy_reward_before" in s:
+        print(f"; greedy reward {s['greedy_reward_before']:+.3f} -> {s['greedy_reward_after']:+.3f}", end="")
     rate = s["rollouts_per_second"]  # None if the log of a resumed run is lost
     print(f"\n{s['seconds']:.0f} s{'' if rate is None else f', {rate:.0f} rollouts/s'}; see {options.out}/samples.html")
     if rise <= 0:

@@ -8,14 +8,16 @@ the curves, a page of answered questions, and summary.json with the final figure
 import sys
 import time
 
-from vqa_scratch.command_line import errors_in_one_line, run_program
+from vqa_scratch.command_line import count_seconds, errors_in_one_line, run_program
 from vqa_scratch.systems.options import RunOptions, read_command_line
 
 # ruff: noqa: E402 -- the command line is read before torch is imported, so that --help and a wrong flag answer at once
 if __name__ == "__main__":
-    BEGAN = time.perf_counter()
+    BEGAN = time.perf_counter() - time.process_time()  # about when the process did
     with errors_in_one_line():
         OPTIONS = read_command_line(sys.argv[1:])
+    if OPTIONS.seeds is None:  # their runs show bars of their own
+        count_seconds("train.py")
 
 import shlex
 from collections.abc import Iterator
@@ -31,7 +33,7 @@ from vqa_scratch.data.batches import prefetch
 from vqa_scratch.data.hashes import facts, hashes_of
 from vqa_scratch.options import from_json
 from vqa_scratch.report.curves import draw_panels
-from vqa_scratch.storage import write_json
+from vqa_scratch.storage import without_collections, write_json
 from vqa_scratch.systems.base import System
 from vqa_scratch.systems.run_folder import WEIGHTS, begin_or_go_on, check_same_data, load_weights, restore, save_weights
 from vqa_scratch.systems.seeds import run_seeds
@@ -39,16 +41,18 @@ from vqa_scratch.training.allocator import keep_freed_memory
 from vqa_scratch.training.checkpoint import fitting, save_checkpoint, separate_streams, streams
 from vqa_scratch.training.launch import start
 from vqa_scratch.training.optimizers import Optimizers, schedule
-from vqa_scratch.training.precision import Precision, pick_device, pick_precision
+from vqa_scratch.training.precision import Precision, formats, pick_device
 from vqa_scratch.training.profile import profiling
 from vqa_scratch.training.progress import Bar, MetricsLog, peak_memory_gb
 from vqa_scratch.training.ranks import ONE_PROCESS, Alone, World, for_main, whole
 from vqa_scratch.training.recompute import recompute_blocks
 from vqa_scratch.training.resume import held
 from vqa_scratch.training.sharing import check_sharing, share_model
+from vqa_scratch.training.threads import Threads, choose_way, thread_counts
 from vqa_scratch.training.watch import GracefulStop, LossWatch
 
 FINAL_SHARE = 0.25  # of --minutes: what the final figures take at most; then they are of fewer samples
+ENOUGH = 0.98  # the share of the time for training after which no evaluation more is worth its time
 
 
 @dataclass
@@ -137,17 +141,15 @@ def train(options: RunOptions, world: World, began: float) -> int | None:
     options, checkpoint = begin_or_go_on(options)
     world.check_same(checkpoint and checkpoint["state"]["step"], f"the last step in {options.out}")
     device = pick_device(options.device)
-    wanted = checkpoint["precision"] if checkpoint else options.precision
-    kind, reason = world.of_main(pick_precision(wanted, device))  # may depend on timings, so one rank decides
-    precision = Precision(kind, device)
+    kinds = formats(checkpoint["precision"] if checkpoint else options.precision, device)
+    precision = Precision(kinds[0], device)
     check_sharing(options.parallel, precision)
-    print(f"device {device}, {reason}" + (f", {world.size} ranks, {options.parallel}" if world.size > 1 else ""))
 
     # ---- the system and its data
     kind_of_system = systems.find(options.preset)
     if not checkpoint:
         kind_of_system.check(options)
-    with world.first_one_then_all():  # the first rank draws data and decodes images
+    with world.first_one_then_all(), without_collections():  # the first rank draws data and decodes images
         data = kind_of_system.read(options)
         hashes = hashes_of({name: facts(some) for name, some in data.samples.items()})
         if checkpoint:  # with the tokenizers and answers of the run
@@ -155,9 +157,13 @@ def train(options: RunOptions, world: World, began: float) -> int | None:
             system = systems.open_parts(options.out, options, precision)
         else:
             system = kind_of_system.build(options, data, precision)
-        system.world, system.data_hashes = world, hashes
+        system.data_hashes = hashes
         system.train_on(data)
     system.model.to(device)
+    threads = Threads(thread_counts(options.threads, device, world.size > 1 or options.compile), system.unit)
+    precision, why = choose_way(kinds, threads, device, system.trial, world)
+    system.precision, system.world = precision, world
+    print(f"device {device}, {why}" + (f", {world.size} ranks, {options.parallel}" if world.size > 1 else ""))
     print(*system.about(), sep="\n")
     if options.gradient_checkpointing:
         recompute_blocks(system.model)
@@ -263,7 +269,9 @@ def train(options: RunOptions, world: World, began: float) -> int | None:
         while now is not None and now.signal is None and not over:
             factor = schedule(progress.step, share_done(), options.warmup_steps, options.decay_from)
             optimizers.set_factor(factor)
+            step_began = time.perf_counter()
             loss, right, norm = step(loss_of, now.batch.to(device), optimizers, precision, counted=now.counted)
+            threads.after(now.samples, time.perf_counter() - step_began)
             progress.step, progress.epoch, progress.position = progress.step + 1, now.epoch, now.position
             progress.samples, window_samples = progress.samples + now.samples, window_samples + now.samples
             # A gradient scaler finds infinite gradients itself, and skips the step.
@@ -282,6 +290,7 @@ def train(options: RunOptions, world: World, began: float) -> int | None:
                     seconds=round(progress.seconds, 2),
                     lr_factor=factor,
                     samples_per_second=round(rate, 1),
+                    threads=torch.get_num_threads(),
                     loss=loss.item(),
                     token_accuracy=right.item(),
                     grad_norm=norm.item(),
@@ -289,6 +298,7 @@ def train(options: RunOptions, world: World, began: float) -> int | None:
             over = share_done() >= 1
             if progress.step % options.eval_every == 0 or over:
                 evaluate()
+                over = over and share_done() >= ENOUGH  # what is kept back was measured again: there may be time
                 window_began, window_samples = time.perf_counter(), 0
             if progress.step % options.save_every == 0 or over or now.signal is not None:
                 save()
@@ -318,7 +328,7 @@ def train(options: RunOptions, world: World, began: float) -> int | None:
         "samples_per_second": rates[len(rates) // 2] if rates else None,
         "peak_memory_gb": round(peak_memory_gb(device), 2),
         "device": str(device),
-        "precision": kind,
+        "precision": precision.kind,
     }
     write_json(options.out / "summary.json", summary)
     speed = [f"{name:20s} {summary[name]}" for name in ("seconds", "samples_per_second")]

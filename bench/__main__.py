@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import click
 import torch
@@ -20,6 +21,8 @@ from bench import (
     decode,
     decode_sides,
     experts,
+    frontier,
+    grpo,
     image_loading,
     logprob,
     loss_head,
@@ -31,6 +34,7 @@ from bench import (
     suite,
     t5_bias,
     taps,
+    time_to_accuracy,
     train_step,
     voice,
     whisper,
@@ -74,9 +78,8 @@ def train_step_command(
         print(train_step.run_alone(side, case, rounds or train_step.ROUNDS.get(questions, 3)))
         return
     cases = [replace(c, device=device) for c in train_step.CASES] if every else [case]
-    present(
-        "train-step" if device == "cpu" else "train-step-gpu", train_step.run(cases, rounds, command_given()), write
-    )
+    name = "train-step" if device == "cpu" else "train-step-gpu"
+    present(name, train_step.run(cases, rounds, command_given()), write, part=not every)
 
 
 @click.command("taps")
@@ -150,7 +153,7 @@ def decode_command(rounds: int, every: bool, write: bool, lengths: str, **sizes:
         raise UserError(f"--lengths is 'real' or a number from 1 to {decode_sides.LONGEST - 1}, not {lengths!r}")
     cases = [replace(case, device=sizes["device"]) for case in decode.CASES]
     text = decode.run(cases if every else [decode_sides.Case(lengths=lengths, **sizes)], rounds, command_given())
-    present(f"decode-{sizes['device']}", text, write)
+    present(f"decode-{sizes['device']}", text, write, part=not every)
 
 
 @click.command("cached-features")
@@ -170,7 +173,7 @@ def cached_features_command(rounds: int, every: bool, write: bool, **sizes: int 
     if case.questions % case.images:
         raise UserError(f"--questions {case.questions} do not divide among --images {case.images}")
     cases = cached_features.cases(case) if every else [case]
-    present("cached-features", cached_features.run(cases, rounds, command_given()), write)
+    present("cached-features", cached_features.run(cases, rounds, command_given()), write, part=not every)
 
 
 @click.command("connectors")
@@ -190,6 +193,8 @@ def connectors_command(
     """Every connector trained on the same questions: what it learns and what it costs. Finished runs are kept."""
     if tower_steps is not None and not frozen:
         raise UserError("--tower-steps goes with --frozen, which starts from towers")
+    if write and values["only"] is not None:
+        raise UserError("--write is for the whole table: leave out --only; runs that are finished are kept")
     plan = connector_runs.Plan(seeds=connector_runs.read_seeds(seeds), **values)
     if frozen:
         made = connectors_frozen.run(plan, tower_steps or plan.steps, command_given())
@@ -253,6 +258,40 @@ def ppo_command(out: Path | None, write: bool, **plan: int | str | bool | None) 
     present("ppo", ppo.run(ppo.Plan(**plan), command_given(), out), write)
 
 
+@click.command("frontier")
+@click.option("--seeds", default="0,1,2,3,4", show_default=True, help="Runs that differ in their seed.")
+@click.option("--algorithms", help="These alone, with commas between them; with --critics, these rows.")
+@click.option("--critics", is_flag=True, help="PPO with one thing changed at a time in how it learns its critic.")
+@click.option("--jobs", type=click.IntRange(1), default=1, show_default=True, help="Runs at once, sharing the threads.")
+@click.option("--out", type=click.Path(path_type=Path), default=Path("runs/frontier"), show_default=True, help="Runs.")
+@click.option(
+    "--cache", type=click.Path(path_type=Path), default=Path("cache"), show_default=True, help="As in rlhf.py."
+)
+@click.option("--write", is_flag=True, help="Put the table into bench/RESULTS.md, and the picture into docs/images.")
+def frontier_command(seeds: str, algorithms: str | None, critics: bool, write: bool, **where: Any) -> None:
+    """PPO, RLOO, GRPO and best-of-n at equal rollouts against the best possible reward. Finished runs are kept."""
+    rows = frontier.chosen(algorithms, frontier.CRITICS if critics else frontier.ALGORITHMS)
+    plan = frontier.Plan(rows, connector_runs.read_seeds(seeds), **where)
+    made = frontier.run(plan, command_given())
+    frontier.present("critics" if critics else "frontier", made, plan.out, write)
+
+
+@click.command("grpo")
+@click.option("--trl", help="Python of an environment with the current TRL.")
+@click.option("--prompts", type=click.IntRange(1), default=2, show_default=True, help="Prompts of a step.")
+@click.option("--samples", type=click.IntRange(2), default=8, show_default=True, help="Responses to each of them.")
+@click.option("--tokens", type=click.IntRange(1), default=128, show_default=True, help="Tokens of a prompt.")
+@click.option("--new", type=click.IntRange(1), default=64, show_default=True, help="Tokens of a response.")
+@click.option("--repeats", type=click.IntRange(1), default=5, show_default=True, help="Steps of each side.")
+@click.option("--tiny", is_flag=True, help="A tiny model, to try the benchmark itself.")
+@click.option("--write", is_flag=True, help="Put the table into bench/RESULTS.md.")
+def grpo_command(write: bool, **plan: int | str | bool | None) -> None:
+    """One step of GRPO and RLOO at the size of GPT-2 against the trainers of the current TRL."""
+    if write and plan["tiny"]:
+        raise UserError("--write does not go with --tiny: the table is of the size of GPT-2")
+    present("grpo", grpo.run(grpo.Plan(**plan), command_given()), write)
+
+
 @click.command("quantize")
 @click.option("--run", "folder", type=click.Path(path_type=Path), default="runs/vqa", show_default=True, help="Scored.")
 @click.option("--questions", type=click.IntRange(1), default=5000, show_default=True, help="Validation questions.")
@@ -282,6 +321,8 @@ def whisper_command(model: Path, clips: Path, rounds: int, write: bool) -> None:
 @click.option("--write", is_flag=True, help="Put the table into bench/RESULTS.md, and the pictures into docs/images.")
 def binding_command(seeds: int, variant: tuple[str, ...], out: Path, write: bool, **sizes: int | None) -> None:
     """What shots are worth to a small Flamingo that binds invented words to pictures in context."""
+    if write and variant:
+        raise UserError("--write is for the whole table: leave out --variant; stages that are finished are kept")
     plan = binding.Plan(**{name: value for name, value in sizes.items() if value is not None})
     pictures = binding_report.IMAGES if write else out
     names = [name for name in binding.VARIANTS if not variant or name in variant]
@@ -301,9 +342,12 @@ def voice_command(minutes: float, utterances: int, seed: int, write: bool) -> No
 @click.command("all")
 @click.option("--only", multiple=True, help="Run this benchmark alone; may be given several times.")
 @click.option("--skip", multiple=True, help="Leave this benchmark out; may be given several times.")
-@click.option("--trl", help="Python of an environment with TRL, for ppo.")
+@click.option("--trl", help="Python of an environment with TRL 0.11.4, for ppo.")
+@click.option("--trl-current", help="Python of an environment with the current TRL, for grpo.")
 @click.option("--write", is_flag=True, help="Put every table where it belongs.")
-def all_command(only: tuple[str, ...], skip: tuple[str, ...], trl: str | None, write: bool) -> None:
+def all_command(
+    only: tuple[str, ...], skip: tuple[str, ...], trl: str | None, trl_current: str | None, write: bool
+) -> None:
     """Every benchmark of a CPU, or of a GPU where there is one, and a table of what was reached."""
     plan = dict(suite.GPU if torch.cuda.is_available() else suite.CPU)
     for name in (*only, *skip):
@@ -312,10 +356,11 @@ def all_command(only: tuple[str, ...], skip: tuple[str, ...], trl: str | None, w
     plan = {name: options for name, options in plan.items() if (not only or name in only) and name not in skip}
     if not plan:
         raise UserError("--only and --skip leave no benchmark to run")
-    if trl is not None and "ppo" not in plan:
-        raise UserError("--trl is for ppo, which does not run here")
-    if trl is not None:
-        plan["ppo"] = [*plan["ppo"], "--trl", trl]
+    for flag, name, python in (("--trl", "ppo", trl), ("--trl-current", "grpo", trl_current)):
+        if python is not None and name not in plan:
+            raise UserError(f"{flag} is for {name}, which does not run here")
+        if python is not None:
+            plan[name] = [*plan[name], "--trl", python]
     reached, failed = suite.run_all(plan, write)
     print(f"\n{reached}")
     if failed:
@@ -337,11 +382,14 @@ COMMANDS = [
     experts_command,
     image_loading_command,
     ppo_command,
+    frontier_command,
+    grpo_command,
     resolution_command,
     scale_command,
     binding_command,
     quantize_command,
     voice_command,
+    time_to_accuracy.command,
     whisper_command,
     all_command,
 ]

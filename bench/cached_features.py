@@ -79,6 +79,7 @@ class Sides:
         self.systems = {"recomputed": plain, "cached": VQASystem(replace(options, feature_cache=True), *parts)}
         for system in self.systems.values():
             system.train_on(data)
+            system.precompute()
         self.keys = [key for key in plain.epoch(0) if len(key.rows) == case.questions]
         self.optimizers = Optimizers(
             self.model, kind="adamw", learning_rate=5e-5, matrix_learning_rate=0.0, weight_decay=0.0

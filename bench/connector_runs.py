@@ -25,7 +25,7 @@ from vqa_scratch.errors import UserError
 from vqa_scratch.storage import read_object, write_json
 from vqa_scratch.study.splits import pointing_figures
 from vqa_scratch.systems.run_folder import CONFIG
-from vqa_scratch.training.precision import pick_device, pick_precision
+from vqa_scratch.training.precision import formats, pick_device
 from vqa_scratch.training.progress import read_metrics
 
 WITH_TEXT = ", text encoder"  # ends the name of a row that has one
@@ -98,8 +98,8 @@ class Plan:
 
     @cached_property
     def kind(self) -> str:
-        """The number format of every run: "auto" is measured once, not by each run for itself."""
-        return pick_precision(self.precision, pick_device("auto"))[0]
+        """The number format of every run; "auto" is bf16 where there are products for it, not what each run times."""
+        return formats(self.precision, pick_device("auto"))[-1]
 
     @property
     def name(self) -> str:
@@ -145,10 +145,11 @@ def run_options(out: str) -> Callable[[Any], Any]:
 
 
 class Job(NamedTuple):
-    """A run of `train.py`: where it is, and its flags."""
+    """A run of `train.py`, or of `rlhf.py`: where it is, and its flags."""
 
     folder: Path
     flags: list[str]
+    program: str = "train.py"
 
 
 def train(job: Job, threads: int) -> None:
@@ -158,7 +159,7 @@ def train(job: Job, threads: int) -> None:
         return
     job.folder.parent.mkdir(parents=True, exist_ok=True)
     resume = ["--resume"] if (job.folder / CONFIG).is_file() else []
-    command = [sys.executable, str(ROOT / "train.py"), *job.flags, f"--out={job.folder}", *resume]
+    command = [sys.executable, str(ROOT / job.program), *job.flags, f"--out={job.folder}", *resume]
     log = job.folder.with_name(f"{job.folder.name}.log")
     print(f"training {job.folder}", file=sys.stderr, flush=True)
     with open(log, "a", encoding="utf-8") as file:

@@ -71,6 +71,14 @@ class TransformersVQA(nn.Module):
         tensors = {f"{n}.{key}": value for n in PROJECTIONS for key, value in getattr(self, n).state_dict().items()}
         save_file(tensors, folder / "projections.safetensors")
 
+    def memory(self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What the decoder reads, (B, N, D), and which of it, (B, N); here one key, the mean of both sides."""
+        image = self.image_projection(self.image(pixel_values=pixel_values).last_hidden_state.mean(1))  # (B, D)
+        text = self.text(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state  # (B, T, D)
+        keep = attention_mask.to(text.dtype)[..., None]
+        text = self.text_projection((text * keep).sum(1) / keep.sum(1))  # (B, D)
+        return ((image + text) / 2)[:, None], None
+
     def forward(
         self,
         pixel_values: Tensor,
@@ -79,21 +87,31 @@ class TransformersVQA(nn.Module):
         decoder_input_ids: Tensor,
         labels: Tensor,
     ) -> Tensor:
-        """The mean loss over the labels (B, A), which hold the next token; pixel_values are (B, C, H, W)."""
-        image = self.image_projection(self.image(pixel_values=pixel_values).last_hidden_state.mean(1))  # (B, D)
-        text = self.text(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state  # (B, T, D)
-        keep = attention_mask.to(text.dtype)[..., None]
-        text = self.text_projection((text * keep).sum(1) / keep.sum(1))  # (B, D)
-        memory = ((image + text) / 2)[:, None]  # (B, 1, D)
+        """The mean loss over the labels (B, A), which hold the next token, and are negative where there is no loss.
+
+        pixel_values are (B, C, H, W).
+        """
+        states, mask = self.memory(pixel_values, input_ids, attention_mask)
         return self.decoder(
             input_ids=decoder_input_ids,
-            encoder_hidden_states=memory,
+            encoder_hidden_states=states,
+            encoder_attention_mask=mask,
             labels=labels,
             shift_labels=labels,  # already the next token: nothing left to shift
             use_cache=False,
         ).loss
 
 
-def adamw(model: nn.Module) -> torch.optim.AdamW:
-    """The optimizer that the Trainer of `transformers` builds for "adamw_torch", with its default settings."""
-    return torch.optim.AdamW(model.parameters(), lr=5e-5, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
+class TokensVQA(TransformersVQA):
+    """The same, but the decoder reads every state of both encoders."""
+
+    def memory(self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
+        image = self.image_projection(self.image(pixel_values=pixel_values).last_hidden_state)  # (B, N, D)
+        text = self.text(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        seen = attention_mask.new_ones(image.shape[:2])
+        return torch.cat([image, self.text_projection(text)], 1), torch.cat([seen, attention_mask], 1)
+
+
+def adamw(model: nn.Module, learning_rate: float = 5e-5) -> torch.optim.AdamW:
+    """The optimizer that the Trainer of `transformers` builds for "adamw_torch", with its defaults for the rest."""
+    return torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)

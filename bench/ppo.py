@@ -14,6 +14,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -113,30 +114,48 @@ def check_comparable(folder: Path) -> str:
     return f"Both sides agree on log-probabilities and reward logits to {worst:.1e}."
 
 
+def rounds(commands: dict[str, list[str]], repeats: int) -> Iterator[dict[str, dict]]:
+    """Let every side run once a round, in turn; the results of each round by side, first those of one to warm up."""
+    running: list[Contestant] = []
+    try:
+        for name, command in commands.items():
+            running.append(Contestant(name, command))
+            running[-1].read("READY")  # one builds after the other
+        for number in range(repeats + 1):
+            of_sides = {}
+            for side in running:
+                result = of_sides[side.name] = side.run()
+                print(f"round {number} {side.name}: {result['seconds']:.2f} s", file=sys.stderr, flush=True)
+            yield of_sides
+    finally:
+        for side in running:
+            side.stop()
+
+
+def collect(commands: dict[str, list[str]], repeats: int, new: int, compare: Callable[[], str]) -> tuple[dict, str]:
+    """Every result of every side but the first, and what `compare` says of their outputs after it.
+
+    Raises UserError if responses do not run to the limit of `new` tokens.
+    """
+    taken, said = {name: [] for name in commands}, ""
+    for number, of_sides in enumerate(rounds(commands, repeats)):
+        if number == 0:
+            said = compare()
+        for name, result in of_sides.items():
+            if result["tokens"] < 0.95 * new * result["responses"]:
+                raise UserError(f"{name}: {result['tokens']} tokens; responses should run to the limit")
+            if number > 0:
+                taken[name].append(result)
+    return taken, said
+
+
 def measure(plan: Plan) -> tuple[dict[str, list[dict]], str]:
     """Every iteration of every side, and a line on how far they agree."""
-    running: list[Contestant] = []
     with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
         sizes = {name: getattr(plan, name) for name in ("batch", "tokens", "new", "epochs", "tiny")}
-        prepare(Path(temporary), **sizes)
-        try:
-            for name, command in plan.sides(Path(temporary)).items():
-                running.append(Contestant(name, command))
-                running[-1].read("READY")  # one builds after the other
-            said = check_comparable(Path(temporary))
-            taken: dict[str, list[dict]] = {side.name: [] for side in running}
-            for number in range(plan.repeats + 1):
-                for side in running:
-                    result = side.run()
-                    if result["tokens"] < 0.95 * plan.new * result["responses"]:
-                        raise UserError(f"{side.name}: {result['tokens']} tokens; responses should run to the limit")
-                    if number > 0:  # the first round warms up
-                        taken[side.name].append(result)
-                    print(f"round {number} {side.name}: {result['seconds']:.2f} s", file=sys.stderr, flush=True)
-        finally:
-            for side in running:
-                side.stop()
-    return taken, said
+        prepare(folder, **sizes)
+        return collect(plan.sides(folder), plan.repeats, plan.new, lambda: check_comparable(folder))
 
 
 def medians(taken: dict[str, list[dict]]) -> dict[str, dict[str, float]]:

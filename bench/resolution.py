@@ -3,7 +3,8 @@
 Scenes of the built-in data set are pasted into canvases, so that the same pixels and questions come in several sizes.
 A patch is one of the scene's cells, 16 x 16 pixels. Scored are the questions whose answers do not change with the place
 in the canvas; "where", whose answer is made for each canvas, is trained on too, since relations are not learned without
-it, and has a column of its own. Both models see the same batches.
+it, and has a column of its own. The words of questions are labels too, without which a decoder that reads patches
+looks late. Both models see the same batches.
 
 Shapes: I images, B questions, V vocabulary.
 """
@@ -125,7 +126,8 @@ def batch_of(scenes: list[Drawn], questions: Questions, size: Size, rng: np.rand
 
 
 def model_of(tokenizers: Tokenizers, newlines: bool, width: int, layers: int) -> VQAModel:
-    """Patches and a Llama, whose rotary positions know no longest text."""
+    """Patches and a Llama, whose rotary positions know no longest text. A table of positions could begin as the places
+    of an image, but only of one width."""
     words = tokenizers.decoder
     image = PixelPatches(PixelPatchesConfig(CELL))
     sizes = {"vocab_size": len(words), "dim": width, "layers": layers, "heads": 4, "hidden": 2 * width, "tied": True}
@@ -149,7 +151,7 @@ class Experiment:
         words = train_bpe(sorted(texts), 512)
         limits = {"max_question_tokens": 32, "max_answer_tokens": 8, "question_prompt": True}
         self.tokenizers = Tokenizers(None, words, **limits)
-        self.questions = [Questions(some, self.tokenizers) for some in (samples, others)]
+        self.questions = [Questions(samples, self.tokenizers, question_loss=True), Questions(others, self.tokenizers)]
         self.normalize = ImageProcessor(size=None).normalize
         self.blind = QuestionOnly(samples)
 

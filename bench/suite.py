@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
-from bench.results import ROOT, table
+from bench.results import ROOT, about, cells_of, table
 
 # The options with which the figures of RESULTS.md are taken, in the order of running.
 CPU = {
@@ -24,6 +24,7 @@ CPU = {
     "taps": [],
     "prefix": [],
     "ppo": ["--batch", "8", "--repeats", "3"],
+    "grpo": [],
     "scale": [],
     "resolution": [],
     "binding": [],
@@ -40,7 +41,6 @@ GPU = {
     "cached-features": "--device cuda --all --rounds 3".split(),
 }
 NUMBER = re.compile(r"\d+(?:\.\d+)?")
-MEASURED = re.compile(r"\d\.\d|\d \(|not measured")  # with this a row stops saying what it is about
 INLINE = re.compile(r"(?P<figure>[^/()]*?) \(goal (?P<goal>[^)]*)\)")
 
 Run = Callable[[Sequence[str]], tuple[int, str, str]]  # the words of a command -> exit status, stdout, stderr
@@ -72,7 +72,7 @@ def figures(benchmark: str, text: str) -> list[Figure]:
         if not line.startswith("|"):
             head = None
             continue
-        cells = [cell.strip() for cell in line.strip().strip("|").split("|")]
+        cells = cells_of(line)
         if head is None:
             head = cells
         elif any(set(cell) - set("-: ") for cell in cells):
@@ -81,16 +81,13 @@ def figures(benchmark: str, text: str) -> list[Figure]:
 
 
 def _of_row(benchmark: str, head: list[str], cells: list[str]) -> list[Figure]:
-    about, pairs = [], []
-    for name, cell in zip(head, cells, strict=True):
-        if not cell or MEASURED.search(cell):
-            break
-        about.append(f"{cell} {name}" if cell.isdecimal() else cell)
+    named, pairs = zip(head, about(cells), strict=False), []
+    case = ", ".join(f"{cell} {name}" if cell.isdecimal() else cell for name, cell in named)
     for at, (name, cell) in enumerate(zip(head, cells, strict=True)):
         if name == "goal" and cell not in ("", "none"):
             pairs.append((head[at - 1], cells[at - 1], cell))
         pairs += [(name, match["figure"], match["goal"]) for match in INLINE.finditer(cell)]
-    case, several = ", ".join(about), len(pairs) > 1
+    several = len(pairs) > 1
     return [
         Figure(benchmark, f"{case}: {name}" if several else case, figure.replace("*", "").strip(), goal)
         for name, figure, goal in pairs

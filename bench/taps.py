@@ -17,7 +17,7 @@ from vqa_scratch.data.shapes import ShapesSpec, ensure_shapes
 from vqa_scratch.nn import taps
 from vqa_scratch.systems.options import read_command_line
 from vqa_scratch.training.optimizers import Optimizers
-from vqa_scratch.training.precision import Precision, pick_precision
+from vqa_scratch.training.precision import Precision, formats
 
 GOAL = 0.99
 WARM = 3  # rounds before the clock counts
@@ -40,7 +40,7 @@ class Steps:
 
     def __init__(self, folder: Path, questions: int, more: tuple[str, ...] = ()) -> None:
         device = torch.device("cpu")
-        self.precision = Precision(pick_precision("auto", device)[0], device)
+        self.precision = Precision(formats("auto", device)[-1], device)
         data = ensure_shapes(folder, SCENES, progress=False)
         flags = ["--data", str(data), "--cache", str(folder), "--steps", "1", "--questions-per-step", str(questions)]
         flags += more

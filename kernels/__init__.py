@@ -1,7 +1,7 @@
 """Kernels and their plain-torch definitions: attention, linear + cross-entropy, log-probability + entropy, CTC.
 
-The first three run on a GPU of capability 8.0 or newer with Triton installed; everything else runs in torch, with the same
-results. Inputs that a kernel does not support run in torch, with one warning. `backend()` returns which of the two ran.
+The first three run on a GPU of capability 8.0 or newer with Triton installed; everything else runs in torch, with the
+same results. Inputs that a kernel does not support run in torch, with one warning. `backend()` returns which ran.
 """
 
 from vqa_scratch.kernels.attention import flash_attention, takes_attention

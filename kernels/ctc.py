@@ -1,4 +1,4 @@
-"""Connectionist temporal classification (Graves et al. 2006): loss with its gradient, posteriors, and the best alignment.
+"""Connectionist temporal classification (Graves et al. 2006): loss with its gradient, posteriors, the best alignment.
 
 A row of T frames says S labels by a path through 2 S + 1 states: blank, first label, blank, ..., last label, blank. A
 step stays, goes on by one, or passes over a blank between two different labels. The loss is -log of the sum over all
@@ -69,7 +69,7 @@ class Lattice:
         return last, before.masked_fill(self.ends == 0, -math.inf)
 
     def turned(self, values: Tensor) -> Tensor:
-        """Values (T, B, L) with the frames and states of each row in opposite order; what lies behind them turns too."""
+        """Values (T, B, L) with the frames and states of each row in opposite order; what lies behind turns too."""
         frame = torch.arange(len(values), device=values.device)[:, None]
         row = torch.arange(len(self.ends), device=values.device)[:, None]
         frames = (self.lengths - 1 - frame) % len(values)  # (T, B)
@@ -90,12 +90,14 @@ class Lattice:
         sums = path_sums(torch.cat((self.emissions, self.turned(self.emissions)), 1), closed)
         before, after = sums.chunk(2, 1)
         loss = -torch.logaddexp(*self.last_two(before))
-        paths = before + self.turned(after) - self.emissions + loss.masked_fill(loss == math.inf, 0.0)[:, None]
+        paths = before + self.turned(after) - self.emissions
         frame = torch.arange(len(paths), device=loss.device)[:, None]
         state = torch.arange(paths.shape[2], device=loss.device)
         real = (frame < self.lengths)[..., None] & (state <= self.ends[:, None]) & (loss < math.inf)[:, None]
         real &= self.emissions > -math.inf  # where it is not, paths is -inf + inf
-        return loss, paths.exp().masked_fill(~real, 0.0).transpose(0, 1)
+        # Each frame sums to the probability of the labels; divided by its own sum, rounding of long rows cancels.
+        gamma = paths.masked_fill(~real, -math.inf).softmax(-1).masked_fill(~real, 0.0)
+        return loss, gamma.transpose(0, 1)
 
 
 def path_sums(emissions: Tensor, closed: Tensor) -> Tensor:
@@ -122,14 +124,15 @@ class CTC(torch.autograd.Function):
         frame = torch.arange(logits.shape[1], device=logits.device)
         counted = (frame < lattice.lengths[:, None]) & (loss < math.inf)[:, None]
         gradient = lattice.log_probs.exp().scatter_add_(2, lattice.index, gamma.neg())
-        ctx.save_for_backward(gradient.masked_fill_(~counted[..., None], 0.0).to(logits.dtype))
+        ctx.save_for_backward(gradient.masked_fill_(~counted[..., None], 0.0))
+        ctx.dtype = logits.dtype
         return loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
-        return gradient * dloss[:, None, None].to(gradient.dtype), None, None, None
+        return (gradient * dloss[:, None, None]).to(ctx.dtype), None, None, None
 
 
 def ctc_loss(

@@ -151,7 +151,9 @@ def ctc_loss(logits: Tensor, labels: Tensor, lengths: Tensor, blank: int = 0) ->
     """
     least, losses = -1e30, []  # in place of -inf, whose differences are NaN in gradients
     for row, wanted, frames in zip(logits, labels, lengths.tolist(), strict=True):
-        states = F.pad(torch.stack((torch.full_like(wanted, blank), wanted), 1)[wanted >= 0].flatten(), (0, 1), value=blank)
+        states = F.pad(
+            torch.stack((torch.full_like(wanted, blank), wanted), 1)[wanted >= 0].flatten(), (0, 1), value=blank
+        )
         emissions = row[:frames].log_softmax(-1)[:, states]
         skips = (states != blank) & (states != F.pad(states, (2, 0), value=blank)[:-2])
         alpha = F.pad(emissions[0, :2], (0, max(0, len(states) - 2)), value=least)

@@ -11,7 +11,7 @@ import tests.torchvision_shim  # noqa: F401
 if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # each process its share of the cores, with its children
     threads = max(1, (os.cpu_count() or 1) // int(workers))
     torch.set_num_threads(threads)
-    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))  # so no run chooses another number
 if not torch.cuda.is_available():  # read when a kernel is defined, so before anything imports one
     os.environ.setdefault("TRITON_INTERPRET", "1")
 

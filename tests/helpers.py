@@ -12,6 +12,8 @@ import torch
 import transformers
 from torch import Tensor
 
+from vqa_scratch.nn.states import Places
+
 STD = 0.2
 # fp32 rounding through a few layers leaves 1e-6 at logits of size 5; anything that is a mistake is far above this.
 TOLERANCE = 1e-5
@@ -47,6 +49,11 @@ def assert_close(ours: Tensor, theirs: Tensor, where: Tensor | None = None, tole
     worst = difference.max().item()
     assert worst <= tolerance, f"largest difference {worst:.3g} > {tolerance:.3g}"
     assert theirs.abs().max() > 0.1, "the reference is trivially small"
+
+
+def centre(places: Places, row: int, column: int) -> tuple[float, float]:
+    """(y, x) in pixels: the centre of what a token sees."""
+    return places.first + places.stride * row, places.first + places.stride * column
 
 
 def use_backend(monkeypatch: pytest.MonkeyPatch, backend: str) -> None:

@@ -54,7 +54,7 @@ def rolled_out(ppo):
 
 def add_gradients(ppo, prompts, trajectory, context):
     """The gradients of all eight prompts as one minibatch, without a step; returns the figures of it."""
-    ppo.update.begin(ppo.iteration)
+    ppo.update.begin(ppo.iteration, ppo.kl.coef)
     ppo.update.add_gradients(list(range(8)), prompts, trajectory, context)
     return ppo.update.stats.minibatches[0]
 
@@ -63,9 +63,9 @@ def before_the_update(ppo, then):
     """Call `then` in every iteration, between its rollout and its update."""
     begin = ppo.update.begin
 
-    def watched(iteration):
+    def watched(*given):
         then()
-        begin(iteration)
+        begin(*given)
 
     ppo.update.begin = watched
 

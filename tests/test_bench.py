@@ -144,6 +144,27 @@ def test_sections_are_replaced_not_repeated(tmp_path):
     assert "first" not in whole and whole.count("<!-- one: begin -->") == 1
 
 
+def test_a_part_keeps_the_other_rows(tmp_path):
+    """Rows are told apart by what stands before their first figure, and lines by what they begin or end with."""
+    path, head = tmp_path / "RESULTS.md", ["case", "batch", "ms", "goal"]
+
+    def section(*rows: list[str], prose: str, command: str) -> str:
+        lines = [f"- {row[0]} {row[1]}: {prose}." for row in rows]
+        return "\n".join([prose, "", results.table(head, rows), "", *lines, f"- 2 cores: idle. `{command}`"])
+
+    whole = section(["small", "1", "9.6 (9.5 to 9.9)", "4x"], ["small", "8", "7.5", ""], prose="old", command="a --all")
+    results.write_section("x", whole, path)
+    for prose in ("new", "newer"):
+        part = section(["small", "8", "70.5", ""], ["large", "8", "1.0", "2x"], prose=prose, command="a --size")
+        results.write_section("x", part, path, part=True)
+    rows = [["small", "1", "9.6 (9.5 to 9.9)", "4x"], ["small", "8", "70.5", ""], ["large", "8", "1.0", "2x"]]
+    lines = ["- small 1: old.", "- small 8: newer.", "- 2 cores: idle. `a --all`", "- large 8: newer."]
+    wanted = "\n".join(["newer", "", results.table(head, rows), "", *lines, "- 2 cores: idle. `a --size`"])
+    assert path.read_text(encoding="utf-8") == f"# Results\n\n<!-- x: begin -->\n{wanted}\n<!-- x: end -->\n"
+    results.write_section("x", whole, path)
+    assert whole in path.read_text(encoding="utf-8") and "large" not in path.read_text(encoding="utf-8")
+
+
 @pytest.mark.slow
 def test_the_whole_run_at_small_sizes(monkeypatch):
     monkeypatch.setattr(timing, "matmul_gflops", lambda dtype, device: 100.0)

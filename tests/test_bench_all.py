@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bench import __main__ as program
-from bench import ppo, results, suite, t5_bias
+from bench import grpo, ppo, results, suite, t5_bias
 from vqa_scratch.commands.line import call
 from vqa_scratch.errors import UserError
 from vqa_scratch.models.t5 import T5, T5Config
@@ -80,7 +80,9 @@ def test_all_runs_what_is_recorded_and_only_and_skip_choose(plans, monkeypatch):
     ask("all", "--write")
     ask("all", "--only", "decode", "--only", "taps")
     ask("all", "--skip", "decode", "--trl", "some/python")
-    (first, write), (second, no), (third, _) = plans
+    ask("all", "--only", "grpo", "--trl-current", "another/python")
+    (first, write), (second, no), (third, _), (fourth, _) = plans
+    assert fourth == {"grpo": ["--trl", "another/python"]}
     assert first == suite.CPU and write and not no
     assert list(second) == ["decode", "taps"]
     assert "decode" not in third and third["ppo"][-2:] == ["--trl", "some/python"]
@@ -133,6 +135,12 @@ def test_ppo_says_what_it_lacks_and_how_it_compares():
         ask("ppo", "--tiny", "--write")
 
 
+@pytest.mark.parametrize("part", [["connectors", "--only", "mean"], ["binding", "--variant", "frozen"]])
+def test_a_table_of_kept_runs_is_written_whole(part):
+    with pytest.raises(UserError, match=f"--write is for the whole table: leave out {part[1]}; .* are kept"):
+        ask(*part, "--write")
+
+
 def test_a_side_of_ppo_that_dies_is_one_line(capsys):
     dead = ppo.Contestant("TRL", [sys.executable, "-c", "raise SystemExit('no module named trl')"])
     with pytest.raises(UserError, match="^TRL: no module named trl$"):
@@ -140,6 +148,31 @@ def test_a_side_of_ppo_that_dies_is_one_line(capsys):
     dead.stop()
     with pytest.raises(UserError, match="^TRL: /no/such/python: No such file"):
         ppo.Contestant("TRL", ["/no/such/python"])
+
+
+def test_grpo_compares_outputs_first_and_then_each_algorithm_with_its_own(tmp_path):
+    ours = {"seconds": 2.0, "generate": 0.5, "peak_mb": 700}
+    theirs = {"seconds": 3.0, "generate": 1.0, "peak_mb": 1000}
+    assert grpo.rows({"ours, GRPO": ours})[0][4] == "not measured: no TRL"
+    table = grpo.rows(
+        {"TRL, GRPO": theirs, "ours, GRPO": ours, "TRL, RLOO": theirs | {"seconds": 4.0}, "ours, RLOO": ours}
+    )
+    assert [(row[4], row[6]) for row in table[::2]] == [("", "")] * 2
+    assert (table[1][4], table[1][6]) == ("1.50x (goal 1.3x)", "0.70 (goal at most 0.8)") and table[3][4] == "2.00x"
+    with pytest.raises(UserError, match="--write does not go with --tiny"):
+        ask("grpo", "--tiny", "--write")
+    assert "were not compared" in grpo.check_comparable(tmp_path, "rloo")
+    said = {"logprobs": torch.full((2, 3), -1.0), "advantages": torch.ones(2), "loss": torch.tensor(0.5)}
+    said |= {"gradient": torch.tensor(2.0)}
+    for algorithm in ("grpo", "rloo"):
+        torch.save(said, tmp_path / f"probe-{algorithm}.pt")
+    whole = {"logprobs": torch.full((2,), -3.0), "loss": torch.tensor(1.5), "gradient": torch.tensor(6.0)}
+    for algorithm, own in (("grpo", {}), ("rloo", whole)):  # RLOO's is of whole responses, here of three tokens
+        torch.save(said | {"mask": torch.ones(2, 3)} | own, tmp_path / f"probe-{algorithm}-trl.pt")
+        assert "advantages to 0e+00, loss to 0e+00, gradient to 0e+00" in grpo.check_comparable(tmp_path, algorithm)
+    torch.save(said | {"mask": torch.ones(2, 3), "gradient": torch.tensor(2.001)}, tmp_path / "probe-grpo-trl.pt")
+    with pytest.raises(UserError, match="the two sides compute another gradient of GRPO: 5.0e-04"):
+        grpo.check_comparable(tmp_path, "grpo")
 
 
 def test_the_two_ways_of_t5s_bias_are_held_to_each_other(monkeypatch):

@@ -175,7 +175,7 @@ def test_what_is_saved_is_read_by_both(tmp_path):
         ("text_config", {"eos_token_id": [2, -3]}, r"eos_token_id must be a whole number .*, not \[2, -3\]"),
         ("text_config", {"word_embed_proj_dim": 8}, "whose embedding is as wide as its blocks"),
         ("text_config", {"do_layer_norm_before": False}, "with norms before sublayers"),
-        ("qformer_config", {"use_qformer_text_input": True}, "a Q-Former that reads text"),
+        ("qformer_config", {"use_qformer_text_input": True}, "use_qformer_text_input = True; here it can only be"),
         ("qformer_config", {"cross_attention_frequency": 0}, "must be a whole number from 1 to .*, not 0"),
         ("vision_config", {"patch_size": [14, 7]}, r"patch_size must be a whole number .*, not \[14, 7\]"),
         ("vision_config", {"hidden_act": "swish"}, "asks for activation 'swish'"),

@@ -17,7 +17,7 @@ import transformers as hf
 from PIL import Image
 from ranks import run_ranks
 from run_helpers import command
-from vqa_helpers import CPU, Started, small_data, train_program
+from vqa_helpers import CPU, Started, train_program
 
 from train import train_step
 from vqa_scratch import systems
@@ -48,11 +48,6 @@ def run(argv):
     ended = Started(train_program, argv).end()
     assert ended.code == 0, ended.err
     return ended.out
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return small_data(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")

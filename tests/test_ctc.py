@@ -55,7 +55,10 @@ def test_loss_posteriors_alignment_and_search_are_those_of_all_paths(blank):
     for text, paths in texts.items():
         labels = padded([text], len(text) + 1)  # one more place than labels
         total = sum(p for p, _ in paths)
-        close(ctc_loss(logits, labels, blank=blank, reduction="none"), torch.tensor([-math.log(total)], dtype=torch.float64))
+        close(
+            ctc_loss(logits, labels, blank=blank, reduction="none"),
+            torch.tensor([-math.log(total)], dtype=torch.float64),
+        )
         gamma = torch.zeros(FRAMES, 2 * len(text) + 3, dtype=torch.float64)
         for p, path in paths:
             for t, state in enumerate(states(path, blank)):
@@ -108,8 +111,9 @@ def test_the_loss_is_its_definition_and_its_gradient_that_of_finite_differences(
     close(ours, plain)
     gradients = [torch.autograd.grad(x[FEASIBLE].sum(), logits)[0] for x in (ours, plain)]
     close(*gradients)
-    kept = logits[:4].detach().requires_grad_()
-    assert torch.autograd.gradcheck(lambda x: ctc_loss(x, labels[:4], lengths[:4], reduction="none"), kept)
+    two = torch.tensor([1, 3])
+    kept = logits[two].detach().requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: ctc_loss(x, labels[two], lengths[two], reduction="none"), kept)
     with torch.no_grad():  # without a gradient only the sums to each state are computed
         close(ctc_loss(logits, labels, lengths, reduction="none"), ours)
 
@@ -127,16 +131,32 @@ def test_low_precision_and_impossible_symbols():
     exact[:, 3, labels[0, 2]] = -math.inf
     exact.requires_grad_()
     loss = ctc_loss(exact, labels, lengths, reduction="sum")
-    close(loss, F.ctc_loss(exact.log_softmax(-1).transpose(0, 1), labels, lengths, torch.tensor([6, 6, 6]), reduction="sum"))
+    close(
+        loss,
+        F.ctc_loss(exact.log_softmax(-1).transpose(0, 1), labels, lengths, torch.tensor([6, 6, 6]), reduction="sum"),
+    )
     assert torch.isfinite(torch.autograd.grad(loss, exact)[0]).all()
 
 
-def test_a_long_row_stays_finite():
-    """Far from any path fp32 sums of 1,500 frames are near -5,000; posteriors still sum to 1."""
+def test_a_long_row_stays_exact():
+    """Sums over 1,500 frames are near -7,000, where fp32 has steps of 5e-4; within a frame most of that cancels."""
     logits, labels = 5 * torch.randn(2, 1_500, 30), torch.randint(1, 30, (2, 400))
     gamma = ctc_posteriors(logits, labels)
-    close(gamma.sum(-1), torch.ones(2, 1_500), rtol=0, atol=2e-2)  # eps * 5,000 is 6e-4 in the exponent, a few times
+    close(gamma.sum(-1), torch.ones(2, 1_500))
+    close(gamma.double(), ctc_posteriors(logits.double(), labels), rtol=0, atol=1e-2)
     assert (ctc_align(logits, labels).amax(1) == 399).all()
+
+    def gradient(loss, x) -> torch.Tensor:
+        x = x.clone().requires_grad_()
+        return torch.autograd.grad(loss(x), x)[0].double()
+
+    def torchs(x) -> torch.Tensor:
+        lengths = torch.tensor([1_500] * 2), torch.tensor([400] * 2)
+        return F.ctc_loss(x.log_softmax(-1).transpose(0, 1), labels, *lengths, reduction="sum")
+
+    exact = gradient(torchs, logits.double())
+    ours, theirs = (gradient(loss, logits) for loss in (lambda x: ctc_loss(x, labels, reduction="sum"), torchs))
+    assert (ours - exact).abs().max() < 0.5 * (theirs - exact).abs().max()  # a tenth, usually
 
 
 # ------------------------------------------------------------------------------------------------ decoding

@@ -51,10 +51,11 @@ def test_few_rows_of_a_large_weight_take_their_own_way(way, monkeypatch):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize(("rows", "vector"), [(1, True), (1, False), (2, False)])
 @pytest.mark.parametrize("way", ["product", "product and bias", "into", "adding"])
-def test_bf16_rows_are_as_near_the_exact_product_as_torchs(rows, way):
-    """One row goes by another operator than several."""
+def test_bf16_rows_are_as_near_the_exact_product_as_torchs(monkeypatch, rows, vector, way):
+    """One row may go by another operator than several."""
+    monkeypatch.setattr(products, "by_vector", lambda weight: vector)
     x, weight, bias = random(rows, 24).bfloat16(), random(40, 24, seed=1).bfloat16(), random(40, seed=2).bfloat16()
     bias = bias if way in ("product and bias", "into") else None
     exact = torch.nn.functional.linear(x.double(), weight.double(), None if bias is None else bias.double())
@@ -71,6 +72,39 @@ def test_bf16_rows_are_as_near_the_exact_product_as_torchs(rows, way):
     assert ours.shape == exact.shape and ours.dtype == torch.bfloat16
     # half a unit in the last of bf16's 8 bits, and once more for the bias
     torch.testing.assert_close(ours.double(), exact, rtol=2**-8, atol=2**-8 * exact.abs().max().item())
+
+
+@torch.no_grad()
+def test_one_row_in_bf16_goes_the_way_that_was_faster(monkeypatch):
+    """Each size of a weight is timed once, for each number of threads."""
+    ways = {"mv": 0.0, "linear": 0.0}
+    for module, name in ((torch, "mv"), (torch.nn.functional, "linear")):
+        plain = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *x, plain=plain, name=name: ways.update(last=name) or plain(*x))
+    timings = []
+
+    def timed(way) -> float:
+        way()
+        timings.append(ways["last"])
+        return ways[ways["last"]]
+
+    monkeypatch.setattr(products, "timed", timed)
+    monkeypatch.setattr(products, "BY_VECTOR", {})
+    weight, other = random(40, 24).bfloat16(), random(24, 24).bfloat16()
+    ways["linear"] = 1.0
+    for _ in range(2):
+        products.product(weight, None)(random(1, 24).bfloat16())
+        assert ways["last"] == "mv"
+    assert timings.count("linear") == 1, "what takes much longer is not timed again"
+    ways |= {"linear": 0.5, "mv": 0.6}
+    for rows, last in ((1, "mv"), (2, "linear")):  # as measured before; several rows are a matrix
+        products.product(weight, None)(random(rows, 24).bfloat16())
+        assert ways["last"] == last
+    products.product(other, None)(random(1, 24).bfloat16())
+    assert ways["last"] == "linear" and len(products.BY_VECTOR) == 2
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
+    products.product(weight, None)(random(1, 24).bfloat16())
+    assert ways["last"] == "linear"
 
 
 @pytest.mark.parametrize("sampled", [False, True])

@@ -38,7 +38,15 @@ def samples(data):
 @pytest.fixture
 def make(data, samples, tmp_path):
     """Makes systems of one data set and one cache folder, `tmp_path` / cache."""
-    return lambda **changes: small_system(small_options(data, tmp_path / "run", **changes), samples)
+
+    def system(**changes):
+        options = small_options(data, tmp_path / "run", **changes)
+        made = small_system(options, samples)
+        if options.feature_cache:  # which train.py does once the format is known
+            cache_features(made)
+        return made
+
+    return system
 
 
 @pytest.fixture(autouse=True)

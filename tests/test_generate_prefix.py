@@ -247,3 +247,29 @@ def test_embeddings_instead_of_a_prompts_words(decoders, name, length):
         assert torch.equal(made.ids, wanted.ids)
     with pytest.raises(ValueError, match="embeddings must be"):
         generate(decoder, ids, mask, given, options=GenerationOptions(6), embeddings=prefix[:, :0])
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_padding_in_front_of_a_prefix_is_not_seen(decoders, name, shared):
+    """Rows whose prefixes differ in length, one of them all padding, say what they say alone."""
+    decoder = decoders[name]
+    ids, mask, prefix, _ = asked(decoder, name, 4)
+    real = torch.arange(QUERIES) >= torch.tensor([2, 0, QUERIES, 1])[:, None]
+    index, options = torch.arange(4) if shared else None, GenerationOptions(max_new_tokens=6)
+    made = generate(decoder, ids, mask, Conditioning(None, prefix, index, real), options=options)
+    for row in range(4):
+        kept = prefix[row, real[row]][None]
+        alone = Conditioning(prefix=kept) if kept.shape[1] else None
+        expected = generate(decoder, ids[row, mask[row].bool()][None], None, alone, options=options)
+        assert made.ids[row].tolist() == expected.ids[0].tolist()
+        torch.testing.assert_close(made.log_probs[row], expected.log_probs[0], rtol=0, atol=1e-5)
+
+
+@no_grad
+def test_states_after_a_prefix_read_the_memory_too(decoders):
+    decoder = decoders["cross"]
+    ids, _, prefix, memory = asked(decoder, "cross", 4)
+    first, _ = begin(decoder, ids, None, Conditioning(memory, prefix), steps=1)
+    last = decoder.hidden_after(Conditioning(memory, prefix), decoder.embed(ids))[:, -1]
+    torch.testing.assert_close(decoder.logits(last), first)

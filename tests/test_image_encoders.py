@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import transformers as hf
-from helpers import STD, assert_close, saved
+from helpers import STD, assert_close, centre, saved
 from PIL import Image
 from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
 from transformers.models.deit.image_processing_pil_deit import DeiTImageProcessorPil
@@ -326,11 +326,11 @@ def test_a_token_is_where_its_gradient_is(name):
         net = encoder if isinstance(encoder, ResNet) else encoder.patch_embed
         found.append(centre_of_gradient(net, pixels, lambda x: x[..., row, column] if x.ndim == 4 else x[:, index]))
     y, x = torch.stack(found).mean(0).tolist()
-    assert (y, x) == pytest.approx(places.centre(row, column), abs=0.5)
+    assert (y, x) == pytest.approx(centre(places, row, column), abs=0.5)
 
 
 def test_the_default_stem_looks_at_the_corner_of_its_patch():
     """What was drawn half a patch off: token (4, 4) of 64 pixels is about pixel 32, whose middle is 32.5, not 36."""
-    assert vit_like(8, stem=True)().places(64, 64).centre(4, 4) == (32.5, 32.5)
-    assert vit_like(8)().places(64, 64).centre(4, 4) == (36, 36)
-    assert ResNet(ResNetConfig("basic", (1, 1), (16, 16))).places(64, 64).centre(4, 4) == (32.5, 32.5)
+    assert centre(vit_like(8, stem=True)().places(64, 64), 4, 4) == (32.5, 32.5)
+    assert centre(vit_like(8)().places(64, 64), 4, 4) == (36, 36)
+    assert centre(ResNet(ResNetConfig("basic", (1, 1), (16, 16))).places(64, 64), 4, 4) == (32.5, 32.5)

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import zipfile
 from collections import Counter
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,7 @@ RANKS = {
     "vqa_scratch.study": 6,
     "vqa_scratch.systems": 7,
     "vqa_scratch.zero_shot": 7,
+    "vqa_scratch.speech": 7,
     "vqa_scratch.transcription": 7,
     "vqa_scratch.commands": 8,
     "vqa_scratch.__main__": 9,
@@ -43,6 +45,7 @@ RANKS = {
 LEAVES = {
     "vqa_scratch",
     "vqa_scratch.errors",
+    "vqa_scratch.fastest",
     "vqa_scratch.storage",
     "vqa_scratch.options",
     "vqa_scratch.command_line",
@@ -73,12 +76,17 @@ def modules() -> dict[str, Path]:
     return names
 
 
+@cache
+def statements(source: str) -> tuple[list[ast.stmt], list[ast.stmt]]:
+    """The import statements of a module: all of them, and those that run when it is imported."""
+    tree, kinds = ast.parse(source), (ast.Import, ast.ImportFrom)
+    return [node for node in ast.walk(tree) if isinstance(node, kinds)], [n for n in tree.body if isinstance(n, kinds)]
+
+
 def imports(source: str, known: set[str], inside_functions: bool = True) -> set[str]:
     """Dotted names that a module imports; `from package import module` counts as that module."""
     found = set()
-    tree = ast.parse(source)
-    nodes = ast.walk(tree) if inside_functions else iter(tree.body)
-    for node in nodes:
+    for node in statements(source)[0 if inside_functions else 1]:
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):

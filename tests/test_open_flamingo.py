@@ -131,11 +131,11 @@ def written_out(kind: str, tensors: dict[str, Tensor], ids: Tensor, image: Tenso
     (words,) = (tensor for key, tensor in tensors.items() if key.endswith(f"{DECODERS[kind][2]}.weight"))
     decoder.tokens = torch.nn.Embedding.from_pretrained(words)
     media, positions = written.resampled(image), torch.arange(ids.shape[1])[None]
-    x, *rotation = decoder.before_blocks(decoder.embed(ids), positions)
+    x, rotation = decoder.before_blocks(decoder.embed(ids), positions), decoder.rotation(positions[:, None])
     for n, block in enumerate(decoder.blocks):
         if f"{PREFIX}.{n}.attn_gate" in tensors:
             x = written.gated(n, x, media, ids == IMAGE)
-        x = block(x, *rotation, None, None, None)
+        x = block(x, None, None, None, rotation)
     return decoder.logits(decoder.after_blocks(x))
 
 

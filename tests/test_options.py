@@ -38,6 +38,7 @@ class Toaster(Options):
     depth: int = option(3, "How deep the black goes.", "Heat", only={"preset": "works", "colour": "black"})
     jam: str | None = option(None, "Jam instead of butter.", "Bread", only={"butter": None})
     knife: str | None = option(None, "A knife.", "Bread", only={"preset": ("works", "home"), "salted": True})
+    spread: int = option(1, "How thick.", "Bread", never={"butter": None, "salted": True, "colour": "black"})
 
 
 @dataclass(frozen=True)
@@ -197,7 +198,9 @@ def test_help_is_grouped_and_shows_the_values_of_the_preset(capsys):
     assert headings == ["Run:", "Bread:", "Heat:", "Options:"]
     assert "Example:\n    python toast.py --slices 3\n" in page and "works, tea." in page
     assert "How hot.  [2.0]" in page and "Go on.  [off]" in page and "--color " not in page and "--salt " not in page
-    assert "(with --preset works and with --colour black)" in " ".join(page.split())
+    page = " ".join(page.split())
+    assert "(with --preset works and with --colour black)" in page
+    assert "(with --butter and without --salted and not with --colour black)" in page
     works = page_of(capsys, parsed, "--preset works --help")
     assert "How hot.  [1.0]" in works and "[plain]" in works
 

@@ -11,8 +11,7 @@ from vqa_helpers import CPU, ROOT, small_options, small_system
 from train import train_step
 from vqa_scratch.errors import UserError
 from vqa_scratch.systems.vqa import VQASystem
-from vqa_scratch.training import precision as precision_module
-from vqa_scratch.training.precision import Precision, pick_device, pick_precision
+from vqa_scratch.training.precision import Precision, formats, pick_device
 
 
 @pytest.fixture(scope="module")
@@ -29,19 +28,12 @@ def test_devices_and_formats():
         with pytest.raises(UserError, match="--device cuda is not available here; this machine has .*cpu"):
             pick_device("cuda")
     with pytest.raises(UserError, match="--precision fp16 needs a CUDA device, not cpu"):
-        pick_precision("fp16", CPU)
-    assert pick_precision("bf16", CPU)[0] == "bf16" and pick_precision("auto", CPU)[0] in ("fp32", "bf16")
-
-
-@pytest.mark.parametrize(("times", "kind"), [(6.0, "bf16"), (1.2, "fp32"), (0.5, "fp32")])
-def test_bf16_has_to_be_faster_on_a_cpu(monkeypatch, times, kind):
-    """It is measured, and the line says what was."""
-    seconds = {torch.float32: 1.0, torch.bfloat16: 1 / times}
-    monkeypatch.setattr(precision_module, "_seconds_of_product", seconds.__getitem__)
-    assert pick_precision("auto", CPU) == (
-        kind,
-        f"precision {kind}: a bf16 product takes 1/{times:.1f} of an fp32 one on this CPU",
-    )
+        formats("fp16", CPU)
+    with pytest.raises(UserError, match="there is no precision 'fp8'; there are fp32, bf16, fp16"):
+        formats("fp8", CPU)
+    native = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    assert formats("bf16", CPU) == ("bf16",) and formats("auto", CPU) == ("fp32", "bf16")[: 1 + native]
+    assert formats("auto", torch.device("mps")) == ("fp32",)
 
 
 def test_precision_on_a_gpu(monkeypatch):
@@ -52,7 +44,7 @@ def test_precision_on_a_gpu(monkeypatch):
             "is_bf16_supported",
             lambda including_emulation=True, native=native: native or including_emulation,
         )
-        assert pick_precision("auto", torch.device("cuda"))[0] == ("bf16" if native else "fp32")
+        assert formats("auto", torch.device("cuda")) == ("bf16" if native else "fp32",)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # there is no GPU
         precision = Precision("bf16", torch.device("cuda"))

@@ -34,10 +34,11 @@ PROGRAMS = ((systems.CLASSES, systems.PRESETS), ((rl.RLHFOptions,), rl.PRESETS))
 def test_what_may_change():
     of_training = {"resume", "out", "device", "parallel", "data", "cache", "test_images", "log_to", "profile"}
     of_training |= {"learning_rate", "matrix_learning_rate", "max_grad_norm", "gradient_checkpointing", "seeds"}
+    of_training |= {"threads"}
     assert changeable(systems.ViLTOptions) == changeable(systems.CaptionOptions) == of_training
     assert changeable(systems.VQAOptions) == of_training | {"feature_cache"}
     of_rlhf = {"resume", "out", "cache", "device", "parallel", "save_every", "log_to", "learning_rate", "max_grad_norm"}
-    of_rlhf |= {"profile"}
+    of_rlhf |= {"profile", "threads"}
     assert changeable(rl.RLHFOptions) == of_rlhf
 
 

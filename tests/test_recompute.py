@@ -3,7 +3,7 @@
 import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
-from vqa_helpers import CPU, small_data, small_options, small_system
+from vqa_helpers import CPU, small_options, small_system
 
 from vqa_scratch.errors import UserError
 from vqa_scratch.systems import find
@@ -13,11 +13,6 @@ from vqa_scratch.training.recompute import recompute_blocks
 
 LAYERS = 3
 SIZES = {"width": 32, "heads": 2, "steps": 1, "device": "cpu", "precision": "fp32", "image_cache": False}
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return small_data(tmp_path_factory.mktemp("data"))
 
 
 def system_of(name, data, out):

@@ -39,10 +39,10 @@ def at_iteration(rank: int, number: int, then) -> None:
 
     begin = Update.begin
 
-    def watched(self, iteration):
+    def watched(self, iteration, kl_coef):
         if iteration + 1 == number and self.ranks.world.rank == rank:
             then()
-        begin(self, iteration)
+        begin(self, iteration, kl_coef)
 
     Update.begin = watched
 

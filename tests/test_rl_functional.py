@@ -262,3 +262,49 @@ def test_bandit_optimum():
         kl, reward = F.frontier_point(rewards, beta)
         assert kl == pytest.approx(kl_best, abs=6e-5)
         assert reward - beta * kl == pytest.approx(j_best, abs=6e-5)
+
+
+# -------------------------------------------------------------------------------------------------------------- DPO
+
+
+def test_dpo_loss_and_gradient_are_those_of_the_paper():
+    """Rafailov et al. 2023: equation 7, and its gradient -beta * sigmoid(-margin) * (d chosen - d rejected); TRL's
+    `sigmoid` loss is the same mean over pairs. A response may be the preferred one in either place."""
+    ratios = torch.tensor([0.3, -0.5, -2.0, 1.0, 0.1, 0.1], requires_grad=True)
+    chosen, rejected, beta = ratios[[0, 3, 4]], ratios[[1, 2, 5]], 0.7
+    loss, right = F.dpo_loss(ratios, torch.tensor([1.0, 0.0, 0.0, 1.0, 1.0, 0.0]), beta)
+    paper = -torch.nn.functional.logsigmoid(beta * (chosen - rejected)).mean()
+    close(loss, paper)
+    (ours,) = torch.autograd.grad(loss, ratios)
+    (theirs,) = torch.autograd.grad(paper, ratios)
+    close(ours, theirs)
+    slope = -beta * torch.sigmoid(-beta * (chosen - rejected)) / 3
+    close(ours[[0, 3, 4]], slope)
+    close(ours[[1, 2, 5]], -slope)
+    assert float(right) == pytest.approx(2 / 3)  # a tie is no order
+    halves = sum(F.dpo_loss(ratios[i : i + 2], torch.tensor([0.2, 0.8]), beta, pairs=3)[0] for i in (0, 2, 4))
+    close(halves, F.dpo_loss(ratios, torch.tensor([0.2, 0.8] * 3), beta)[0])
+
+
+def test_preferences_are_those_of_bradley_and_terry():
+    close(F.preferences(torch.tensor([1.0, 3.0, 2.0, 2.0])), [1 / (1 + math.e**2), 1 / (1 + math.e**-2), 0.5, 0.5])
+
+
+def test_dpo_of_all_pairs_has_its_least_loss_at_the_closed_form():
+    """Nine arms: pi ~ reference * exp(reward / beta), of every pair at once, whatever the reference."""
+    beta, rewards, reference = 0.5, torch.randn(9, dtype=torch.float64), torch.randn(9, dtype=torch.float64)
+    pairs = torch.combinations(torch.arange(9)).flatten()
+    told, policy = F.preferences(rewards[pairs]), reference.clone().requires_grad_(True)
+    optimizer = torch.optim.LBFGS(
+        [policy], max_iter=200, line_search_fn="strong_wolfe", tolerance_grad=1e-12, tolerance_change=1e-15
+    )
+
+    def closure():
+        optimizer.zero_grad()
+        loss, _ = F.dpo_loss((policy.log_softmax(0) - reference.log_softmax(0))[pairs], told, beta)
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    best = (reference.log_softmax(0) + rewards / beta).softmax(0)
+    torch.testing.assert_close(policy.detach().softmax(0), best, rtol=0, atol=1e-6)

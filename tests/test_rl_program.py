@@ -21,11 +21,14 @@ from vqa_scratch.errors import UserError
 from vqa_scratch.models.t5 import T5
 from vqa_scratch.rl import mini_news, tasks
 from vqa_scratch.rl.options import PRESETS, read_command_line
+from vqa_scratch.rl.policy import ActorCritic
 from vqa_scratch.rl.resume import begin_or_go_on
+from vqa_scratch.rl.trial import trial
 from vqa_scratch.rl.types import Prompt
 from vqa_scratch.storage import LOCK, hold
 from vqa_scratch.systems import options as trained
-from vqa_scratch.training import precision
+from vqa_scratch.training import threads
+from vqa_scratch.training.precision import Precision
 
 ROOT = Path(__file__).parent.parent
 MADE = "--sft-steps 4 --reward-steps 4".split()
@@ -248,7 +251,7 @@ def test_runs_are_not_mixed_up(finished, cache, tmp_path):
     out, _ = finished
     refused("already holds a run; add --resume to continue it, or give another --out", *flags(out, cache))
     refused(
-        "was started with --kl-coef 0.05, not 0.5; a resumed run keeps the options it",
+        "was started with --kl-coef 0.35, not 0.5; a resumed run keeps the options it",
         *flags(out, cache, "--resume", "--kl-coef", "0.5"),
     )
     refused("holds no run to go on with; begin one without --resume", *flags(tmp_path / "none", cache, "--resume"))
@@ -288,21 +291,44 @@ def test_a_run_with_the_old_names_of_options_goes_on(finished, cache, tmp_path):
 
 
 def test_going_on_keeps_the_precision_and_tidies_up(cache, tmp_path, monkeypatch, capsys):
-    """`auto` is measured, and may come out otherwise when the run goes on: the numbers must not."""
+    """`auto` is timed, and may come out otherwise when the run goes on: the numbers must not."""
     out = tmp_path / "run"
-    argv = flags(out, cache, "--precision", "auto", "--iterations", "2")
-    seconds = {torch.float32: 1.0, torch.bfloat16: 1.0}
-    monkeypatch.setattr(precision, "_seconds_of_product", seconds.get)
+    argv = flags(out, cache, "--precision", "auto", "--iterations", "2", "--threads", "1", "--critic-warmup", "2")
+    seconds = {"fp32": 1.0, "bf16": 1.0}
+    monkeypatch.setattr(torch, "set_num_threads", lambda number: None)
+    monkeypatch.setattr(threads, "timed", lambda work, precision: work(precision) or seconds[precision.kind])
+    monkeypatch.setattr(rlhf, "formats", lambda name, device: ("fp32", "bf16") if name == "auto" else (name,))
     rlhf.run(argv)
-    assert "precision fp32: a bf16 product takes" in capsys.readouterr().out
-    seconds[torch.bfloat16] = 0.1
+    assert "precision fp32 on 1 thread: a part of a step takes 1.00 s, bf16" in capsys.readouterr().out
+    seconds["bf16"] = 0.1
     left = out / "checkpoints" / ".last.pt.1.tmp"  # by a kill in the middle of a checkpoint
     left.write_bytes(b"half")
     summary = rlhf.run([*argv, "--resume"])
     said = capsys.readouterr().out
-    assert "precision fp32, as asked" in said and not left.exists()
+    assert "precision fp32 on 1 thread\n" in said and not left.exists()
     assert "the policy does not learn: --critic-warmup 2 leaves it no iteration" in said
     assert summary["reward_after"] == summary["reward_before"]
+
+
+def test_a_trial_changes_nothing(cache):
+    """And the models that are frozen are stored in the format that it has found."""
+    options = read_command_line(flags("x", cache))
+    task = tasks.summarising_task(options, torch.device("cpu"), torch.float32)
+    actor = ActorCritic(task.policy)
+    weights = {name: tensor.clone() for name, tensor in actor.state_dict().items()}
+    state = torch.get_rng_state()
+    work = trial(task, actor, options)
+    for kind in ("fp32", "bf16"):
+        work(Precision(kind, torch.device("cpu")))
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in actor.state_dict().items())
+    assert all(parameter.grad is None for parameter in actor.parameters())
+    assert torch.equal(state, torch.get_rng_state())
+    task.stored_in(torch.bfloat16)
+    judges = [part.function.model for part in task.reward.parts if hasattr(part.function, "model")]
+    for model in (task.reference, *judges):
+        linear = next(module for module in model.modules() if isinstance(module, torch.nn.Linear))
+        assert linear.weight.dtype == torch.bfloat16
+    assert len(judges) == 2 and next(actor.parameters()).dtype == torch.float32
 
 
 def test_one_response_and_articles_that_are_too_long(cache, tmp_path, capsys):

@@ -3,7 +3,19 @@
 import pytest
 import torch
 from rl_tiny import before_the_update
-from rl_toy import EOS, LONGEST, PREFIXES, SEQUENCES, Table, objective, optimum, share_of_gain, tables, toy_ppo
+from rl_toy import (
+    EOS,
+    LONGEST,
+    PREFIXES,
+    SEQUENCES,
+    Table,
+    logprob_of_sequences,
+    objective,
+    optimum,
+    share_of_gain,
+    tables,
+    toy_ppo,
+)
 
 from rlhf import iterate
 from vqa_scratch.rl import ppo as ppo_module
@@ -137,3 +149,15 @@ def test_table_reads_the_prefix():
     ids = torch.tensor([[0, 2, 1]])  # start, then the prefix (2, 1)
     states = table.decode_hidden(ids, None).argmax(-1)
     assert [PREFIXES[i] for i in states[0]] == [(), (2,), (2, 1)]
+
+
+def test_dpo_reaches_the_closed_form(beta=0.5):
+    """pi ~ reference * exp(reward / beta), each of the forty chances within 0.001: where the preferences are those of
+    Bradley and Terry, every pair has its least loss there, so chance leaves no noise at the end."""
+    reference, rewards = tables()
+    ppo = toy_ppo(algorithm="dpo", prompts=64, samples=2, iterations=400, kl_coef=beta, learning_rate=0.1, epochs=2)
+    logs = [iterate(ppo) for _ in range(ppo.options.iterations)]
+    tilted = logprob_of_sequences(reference) + torch.tensor([rewards[s] for s in SEQUENCES]).double() / beta
+    reached = logprob_of_sequences(ppo.actor.backbone.table).exp()
+    assert float((reached - tilted.softmax(0)).abs().max()) < 1e-3
+    assert share_of_gain(ppo)[0] > 0.999 and logs[-1]["dpo/accuracy"] > logs[0]["dpo/accuracy"] > 0.3

@@ -5,6 +5,7 @@ import contextlib
 import numpy as np
 import pytest
 import torch
+from helpers import centre
 from study_helpers import (
     PATCHES,
     SUBJECTS,
@@ -27,7 +28,6 @@ from vqa_scratch.study import trace
 from vqa_scratch.study.analysis import Flow, flows
 from vqa_scratch.study.base import Source
 from vqa_scratch.study.faithfulness import (
-    METHODS,
     Curves,
     answer_probability,
     answer_rows,
@@ -59,7 +59,7 @@ def test_curves_begin_and_end_at_the_whole_and_the_empty_image(name):
     assert curves.deletion[-1] == curves.insertion[0] == pytest.approx(empty, rel=1e-5)
     third = pixels.clone()  # the squares of the first three tokens of the order are gone
     for token in order[:3].tolist():
-        (top, left), half = places.centre(*divmod(token, 3)), 4
+        (top, left), half = centre(places, *divmod(token, 3)), 4
         rows, columns = (
             slice(max(round(x - half - 0.01), 0), None if i == 2 else round(x + half - 0.01))
             for x, i in zip((top, left), divmod(token, 3), strict=True)
@@ -84,7 +84,7 @@ def test_area_is_by_trapezoids():
 def test_faithfulness_covers_every_method_and_random_order():
     model = tiny_vqa()
     curves = faithfulness([tiny_vqa_subject(model=model) for _ in range(2)], steps=3, random_orders=2)
-    assert set(curves) == {*METHODS, "random"}
+    assert set(curves) == {"cross", "rollout", "relevancy", "random"}
     starts = {round(c.deletion[0], 5) for c in curves.values()}
     assert len(starts) == 1  # the whole image, whatever the order
     with pytest.raises(ValueError, match="no question"):
@@ -175,7 +175,7 @@ def test_pointing_is_measured_in_pixels(monkeypatch):
         (Places((3, 3), 0.5, 8), (0, 0, 8.5, 8.5), 0.25, 0),
     ):
         found = pointing([(OneToken(4, places), box)])
-        assert set(found) == {*METHODS, "cross layer 0", "best head, layer 0 head 0"}
+        assert set(found) == {"cross", "rollout", "relevancy", "cross layer 0", "best head, layer 0 head 0"}
         area = (box[2] - box[0]) * (box[3] - box[1]) / 24**2
         for one in found.values():
             assert (one.mass, one.area, one.hit) == pytest.approx((mass, area, hit)) and one.questions == 1

@@ -104,11 +104,6 @@ def run(argv: list[str], *prepare) -> None:
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    return small_data(tmp_path_factory.mktemp("data"))
-
-
-@pytest.fixture(scope="module")
 def finished(data, tmp_path_factory):
     """name -> the folder of a finished run, made when first asked for."""
 

@@ -26,7 +26,7 @@ from vqa_scratch.models.bert import Bert, BertConfig
 from vqa_scratch.models.gpt2 import GPT2, GPT2Config
 from vqa_scratch.models.vit import ConvStem, ViT, ViTConfig
 from vqa_scratch.options import from_json, rules_of, to_json
-from vqa_scratch.systems.finals import MARGIN, Pace, Pass, beats_blind
+from vqa_scratch.systems.finals import MARGIN, Pace, Pass, against_blind
 from vqa_scratch.systems.options import PRESETS, VQAOptions
 from vqa_scratch.systems.vqa import VQASystem
 from vqa_scratch.systems.vqa_models import released_models
@@ -214,9 +214,13 @@ def test_the_last_lines_say_what_to_do_next(data, tmp_path, capsys):
 
 
 def test_better_than_blind_is_more_than_luck():
-    assert beats_blind(0.6, {"prior": 0.5, "shuffled_images": 0.55}, 10_000)
-    assert not beats_blind(0.6, {"prior": 0.5, "shuffled_images": 0.55}, 100), "two standard errors are 0.1"
-    assert not beats_blind(0.5, {"prior": 0.5}, 10**9)
+    baselines = {"prior": 0.5, "shuffled_images": 0.55}
+    assert against_blind("accuracy", 0.6, baselines, 10_000) == []
+    (line,) = against_blind("accuracy", 0.6, baselines, 100)
+    assert line.startswith("too few to say") and "0.550 (shuffled images); of 100 scored, chance makes 0.138" in line
+    assert against_blind("accuracy", 0.55, baselines, 10**9)[0].startswith("no better than blind")
+    for share in (0.5, 1.0):  # one or both of two questions, of which the baselines have none
+        assert "of 2 scored" in against_blind("accuracy", share, {"prior": 0.0}, 2)[0]
 
 
 def test_the_pace_of_each_kind_of_pass_is_measured():

@@ -36,7 +36,7 @@ def test_the_questions_have_just_these_words():
     for held_out in (False, True):
         rng = random.Random(0)
         writer = QuestionWriter(rng, held_out=held_out)
-        for _ in range(400):
+        for _ in range(120):
             for question in writer.write(draw_scene(rng, held_out=held_out), 8):
                 heard.update(words_of(question.text))
     assert heard == voices.WORDS.keys()
@@ -118,7 +118,9 @@ def test_noise_has_the_level_asked_for():
         noise = with_noise(speech, decibels, np.random.default_rng(0)).astype(np.float64) - speech
         ratio = np.square(speech, dtype=np.float64).sum() / np.square(noise).sum()
         assert 10 * np.log10(ratio) == pytest.approx(decibels, abs=1e-3)
-        assert energy(noise, 500, 1_000) == pytest.approx(energy(noise, 2_000, 4_000), rel=0.3)  # pink: as much an octave
+        assert energy(noise, 500, 1_000) == pytest.approx(
+            energy(noise, 2_000, 4_000), rel=0.3
+        )  # pink: as much an octave
 
 
 def test_an_echo_comes_late_and_dies_away():
@@ -134,7 +136,10 @@ def test_an_echo_comes_late_and_dies_away():
 
 @pytest.mark.parametrize(
     ("text", "line"),
-    [("where is the dog?", "no voice knows the word 'dog' of 'where is the dog\\?'"), ("?", "'\\?' has no word to say")],
+    [
+        ("where is the dog?", "no voice knows the word 'dog' of 'where is the dog\\?'"),
+        ("?", "'\\?' has no word to say"),
+    ],
 )
 def test_words_that_no_voice_knows(text, line):
     with pytest.raises(UserError, match=line):

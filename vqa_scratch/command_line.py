@@ -9,9 +9,11 @@ import io
 import os
 import re
 import sys
+import threading
+import time
 import tomllib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -122,11 +124,9 @@ def flags(options_class: type, defaults: Mapping[str, Any] | None = None) -> lis
             kind = click.Path(path_type=Path)
         elif kind in (int, float):
             kind = Number(kind, rules.more)
-        needed = " and ".join(
-            [*(with_values(other, values) for other, values in rules.only.items())]
-            + ["not " + with_values(other, values) for other, values in rules.never.items()]
-        )
-        text = f"{rules.help}  ({needed})" if needed else rules.help
+        needed = [with_values(other, values) for other, values in rules.only.items()]
+        needed += [with_values(other, values, but=True) for other, values in rules.never.items()]
+        text = f"{rules.help}  ({' and '.join(needed)})" if needed else rules.help
         for spelled, hidden in ((name, False), (rules.was, True)):
             if spelled is None:
                 continue
@@ -283,6 +283,25 @@ def first_rank_speaks() -> Iterator[None]:
             yield
         except UserError:
             sys.exit(2)
+
+
+def count_seconds(program: str) -> None:
+    """Show on stderr how long the program has been running, each second in which no bar does, until it ends.
+
+    Importing torch and reading data take a while. Only rank 0 does so, and nobody with TQDM_DISABLE.
+    """
+    began = time.monotonic()
+
+    def count() -> None:
+        while True:
+            time.sleep(1)
+            bars = getattr(sys.modules.get("tqdm.std"), "tqdm", None)
+            if not getattr(bars, "_instances", ()):
+                with suppress(OSError):  # not through sys.stderr, whose lock the end of the program may need
+                    os.write(2, f"{program}: {time.monotonic() - began:.0f} s\r".encode())
+
+    if os.environ.get("RANK", "0") == "0" and "TQDM_DISABLE" not in os.environ:
+        threading.Thread(target=count, daemon=True).start()
 
 
 @contextmanager

@@ -83,6 +83,18 @@ def option(
     return field(default=default, metadata={"rules": made})
 
 
+def threads_option(group: str) -> Any:
+    """--threads, of both programs; `training/threads.py` does without it what it says."""
+    return option(
+        None,
+        "Threads of a CPU; without it as many as are fastest beside what else runs, so that sums may round otherwise.",
+        group,
+        minimum=1,
+        maximum=1024,
+        may_change=True,
+    )
+
+
 @dataclass(frozen=True)
 class Options:
     """Options whose rules hold. A subclass with rules of its own calls `super().__post_init__()` first.
@@ -204,11 +216,11 @@ def check_dependencies(
         raise UserError(f"{', '.join(names)} {mean} nothing {now}{instead}")
 
 
-def with_values(name: str, values: Sequence[Any]) -> str:
-    """ "with --init random", "without --model" (None), "with --do-sample" (True)."""
+def with_values(name: str, values: Sequence[Any], but: bool = False) -> str:
+    """ "with --init random", "without --model" (None), "with --do-sample" (True); `but` these: "not with ..."."""
     if len(values) == 1 and (values[0] is None or isinstance(values[0], bool)):
-        return f"{'with' if values[0] else 'without'} {flag(name)}"
-    return f"with {flag(name)} {one_of(values)}"
+        return f"{'with' if bool(values[0]) != but else 'without'} {flag(name)}"
+    return f"{'not ' if but else ''}with {flag(name)} {one_of(values)}"
 
 
 def to_json(options: Any) -> dict[str, Any]:

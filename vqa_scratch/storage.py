@@ -1,6 +1,8 @@
 """Writes files so that each appears whole or not at all, even if the program is killed; reads JSON."""
 
 import fcntl
+import functools
+import gc
 import glob
 import json
 import os
@@ -191,6 +193,18 @@ def read_json(path: str | Path, object_hook: Any = None) -> Any:
     return parse_json(read_text(path), path, object_hook)
 
 
+@contextmanager
+def without_collections() -> Iterator[None]:
+    """Inside, Python looks for no circles of garbage: it would go through all that was read again and again."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
 def read_object(path: str | Path) -> dict[str, Any]:
     """`read_json` of a file that must hold an object; UserError if it does not."""
     value = read_json(path)
@@ -199,18 +213,28 @@ def read_object(path: str | Path) -> dict[str, Any]:
     return value
 
 
+@functools.cache
+def _kinds(wanted: Any) -> tuple[Any, ...]:
+    """The types of a union; of another type itself."""
+    return typing.get_args(wanted) or (wanted,)
+
+
 def typed(where: object, entry: Any, types: Mapping[str, Any]) -> list[Any]:
     """The values of the named keys of `entry`, each of the given type; else UserError that names `where` and the key.
 
     A type may be a union; with None in it, the key may be missing. A bool is no int here: it is neither id nor size.
     """
+    if type(entry) is dict:  # nearly always all is right, and data sets have hundreds of thousands of entries
+        values = [entry.get(key) for key in types]
+        if all(type(value) in _kinds(wanted) for value, wanted in zip(values, types.values(), strict=True)):
+            return values
     if not isinstance(entry, dict):
         raise UserError(f"{where} is a {type(entry).__name__}, not an object")
     missing = [key for key, wanted in types.items() if key not in entry and not isinstance(None, wanted)]
     if missing:
         raise UserError(f"{where} has no {' and no '.join(map(repr, missing))}")
     for key, wanted in types.items():
-        value, kinds = entry.get(key), typing.get_args(wanted) or (wanted,)
+        value, kinds = entry.get(key), _kinds(wanted)
         if not isinstance(value, wanted) or (isinstance(value, bool) and bool not in kinds):
             raise UserError(f"{where}: {key!r} is {value!r}, not {getattr(wanted, '__name__', wanted)}")
     return [entry.get(key) for key in types]

@@ -30,7 +30,7 @@ from vqa_scratch.models.image_text import JoinedModel
 from vqa_scratch.storage import read_object, typed
 from vqa_scratch.study.opened import Opened, run_name, special_tokens, token_label, written
 from vqa_scratch.study.subject import Blip2Subject, IdeficsSubject, PlacedSubject, fuyu_subject, llava_subject
-from vqa_scratch.training.precision import DTYPES, pick_precision
+from vqa_scratch.training.precision import DTYPES, formats
 from vqa_scratch.weights.files import CONFIG, read_config, resolve_folder
 from vqa_scratch.weights.hub import locate
 
@@ -319,7 +319,7 @@ def open_zero_shot(source: str, device: torch.device, precision: str = "fp32") -
         raise UserError(f"{source} holds a model of type {found!r}, expected {', '.join(FAMILIES)}")
     family = FAMILIES[found]
     tokenizer, processor = Tokenizer.from_pretrained(source), family.processor_class.from_pretrained(source)
-    kind, _ = pick_precision(precision, device)
+    kind = formats(precision, device)[-1]
     model = family.model_class.from_pretrained(source, dtype=DTYPES[kind], device=device)
     tokenizer.check_fits(model.language.config.vocab_size, source)
     opened = family(source, model, tokenizer, processor, device)

@@ -1,28 +1,31 @@
 """Draws the pictures of lesson 6 into docs/images: `python docs/course/pictures.py`, from the top of the repository."""
 
+import random
+from itertools import islice
 from pathlib import Path
 
 import matplotlib
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from vqa_scratch.audio import features
-from vqa_scratch.data.voices import Speaker, speak
-from vqa_scratch.kernels import ctc_align, ctc_loss, ctc_posteriors
+from vqa_scratch.data.voices import Speaker, Speech, sentences, speak
+from vqa_scratch.kernels import ctc_loss, ctc_posteriors
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
 
 IMAGES = Path(__file__).parents[1] / "images"
-SENTENCE = ["where", "is", "the", "red", "circle"]
 
 
 def main() -> None:
     rng = np.random.default_rng(0)
-    speech = speak(" ".join(SENTENCE), Speaker.draw(rng), rng)
-    wave = torch.from_numpy(speech.wave)
-    one_frame(wave, next(span for span in speech.sounds if span[0] == "EH" and span[1] > 0.5))
-    whole_sentence(speech, wave)
+    speaker = Speaker.draw(rng)
+    texts = ["where is the red circle?", *islice(sentences(random.Random(0)), 20)]
+    heard, *known = [speak(text, speaker, rng) for text in texts]
+    one_frame(torch.from_numpy(heard.wave), next(span for span in heard.sounds if span[0] == "EH" and span[1] > 0.5))
+    whole_sentence(heard, known)
 
 
 def one_frame(wave: torch.Tensor, span: tuple[str, float, float]) -> None:
@@ -52,23 +55,33 @@ def one_frame(wave: torch.Tensor, span: tuple[str, float, float]) -> None:
     plt.close(figure)
 
 
-def whole_sentence(speech, wave: torch.Tensor) -> None:
-    """A sentence, its spectrum, log-mel and MFCC, and what a network that learned it says at each frame."""
-    power = features.power_spectrum(features.frames(features.pre_emphasis(wave)))[0:]
-    inputs = features.normalised(features.mfcc(wave))
-    labels = torch.arange(1, len(SENTENCE) + 1)[None]
+def learned(known: list[Speech], sounds: list[str]) -> torch.nn.Conv1d:
+    """The map of the lesson, from MFCC to the logits of sounds at every other frame."""
+    inputs = [features.normalised(features.mfcc(torch.from_numpy(speech.wave))) for speech in known]
+    labels = pad_sequence([torch.tensor([sounds.index(s) for s, _, _ in speech.sounds]) for speech in known], True, -1)
+    lengths = torch.tensor([-(-len(x) // 2) for x in inputs])
     torch.manual_seed(0)
-    net = torch.nn.Conv1d(39, len(SENTENCE) + 1, 25, padding=12)
-    optimizer = torch.optim.Adam(net.parameters(), lr=0.01)
-    for _ in range(60):
-        loss = ctc_loss(net(inputs.T[None]).mT, labels)
+    net = torch.nn.Conv1d(39, len(sounds), 9, padding=4, stride=2)
+    optimizer = torch.optim.Adam(net.parameters(), lr=0.03)
+    for _ in range(30):
+        loss = ctc_loss(net(pad_sequence(inputs, True).mT).mT, labels, lengths)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    logits = net(inputs.T[None]).mT.detach()
-    gamma, path = ctc_posteriors(logits, labels)[0], ctc_align(logits, labels)[0]
+    return net
+
+
+def whole_sentence(speech: Speech, known: list[Speech]) -> None:
+    """A sentence, its spectrum, log-mel and MFCC, and where the map hears each sound."""
+    wave, sounds = torch.from_numpy(speech.wave), ["", *sorted({s for one in known for s, _, _ in one.sounds})]
+    power = features.power_spectrum(features.frames(features.pre_emphasis(wave)))
+    inputs, said = features.normalised(features.mfcc(wave)), [sound for sound, _, _ in speech.sounds]
+    logits = learned(known, sounds)(inputs.T[None]).mT.detach()
+    gamma = ctc_posteriors(logits, torch.tensor([[sounds.index(sound) for sound in said]]))[0]
     seconds = len(wave) / features.RATE
-    figure, axes = plt.subplots(5, 1, figsize=(11, 10), sharex=True, layout="constrained")
+    figure, axes = plt.subplots(
+        5, 1, figsize=(11, 11), sharex=True, layout="constrained", height_ratios=[2, 2, 2, 2, 4]
+    )
     axes[0].plot(np.arange(len(wave)) / features.RATE, wave, linewidth=0.4)
     axes[0].set_title("the wave, and when each word is said")
     for word, start, end in speech.words:
@@ -78,19 +91,15 @@ def whole_sentence(speech, wave: torch.Tensor) -> None:
         ("power spectrum of each frame, kHz", 10 * power.clamp(min=1e-9).log10().T, 8),
         ("Whisper's log-mel: 80 filters", features.log_mel(wave, seconds=None), 80),
         ("12 cepstra, normalised", inputs[:, 1:13].T, 12),
+        ("CTC posteriors of the sounds; lines: when they were said", gamma[:, 1::2].T.flip(0), len(said)),
     ]
-    for axis, (title, picture, top) in zip(axes[1:4], shown, strict=True):
+    for axis, (title, picture, top) in zip(axes[1:], shown, strict=True):
         axis.imshow(picture, origin="lower", aspect="auto", extent=(0, seconds, 0, top))
         axis.set_title(title)
-    time = np.linspace(0, seconds, len(gamma))
-    for place, word in enumerate(SENTENCE):
-        axes[4].plot(time, gamma[:, 2 * place + 1], label=word)
-    axes[4].plot(time, gamma[:, ::2].sum(1), color="0.8", label="blank", zorder=0)
-    for frame in (path >= 0).nonzero()[:, 0]:
-        axes[4].plot(time[frame], -0.06, "|", color=f"C{int(path[frame])}", markersize=8)
-    axes[4].set(title="CTC posteriors of the words; below them the likeliest path", xlabel="seconds")
-    axes[4].legend(loc="upper right", fontsize=8)
-    figure.savefig(IMAGES / "sentence.png", dpi=80)
+    for row, (_, start, end) in enumerate(speech.sounds):
+        axes[4].plot([start, end], [len(said) - row - 0.5] * 2, color="tab:orange", linewidth=1)
+    axes[4].set(yticks=np.arange(len(said)) + 0.5, yticklabels=said[::-1], xlabel="seconds")
+    figure.savefig(IMAGES / "sentence.png", dpi=70)
     plt.close(figure)
 
 

@@ -44,7 +44,7 @@ def triangles(points: Tensor, edges: Tensor) -> Tensor:
 @functools.cache
 @torch.inference_mode(False)  # what is kept may take part in gradients later
 def htk_filters() -> Tensor:
-    """(FFT // 2 + 1, FILTERS) fp64: triangles equally far apart in mel = 2595 log10(1 + f / 700), edges on whole bins."""
+    """(FFT // 2 + 1, FILTERS) fp64: triangles equally far apart in mel, 2595 log10(1 + f / 700), from bin to bin."""
     mels = torch.linspace(0, 2595 * math.log10(1 + RATE / 2 / 700), FILTERS + 2, dtype=torch.float64)
     hertz = 700 * (10 ** (mels / 2595) - 1)
     bins = torch.arange(FFT // 2 + 1, dtype=torch.float64)
@@ -54,7 +54,7 @@ def htk_filters() -> Tensor:
 @functools.cache
 @torch.inference_mode(False)
 def slaney_filters(mels: int, bins: int, low: float = 0.0, high: float = RATE / 2) -> Tensor:
-    """(bins, mels) fp64: triangles of equal area between `low` and `high` Hz, on Slaney's scale, straight below 1 kHz."""
+    """(bins, mels) fp64: triangles of equal area from `low` to `high` Hz, on Slaney's scale, straight below 1 kHz."""
 
     def mel(hertz: float) -> float:
         return 3 * hertz / 200 if hertz < 1000 else 15 + 27 * math.log(hertz / 1000) / math.log(6.4)
@@ -147,9 +147,11 @@ def spectrogram(wave: Tensor, size: int, hop: int) -> Tensor:
 
     wave (N,) or (B, N); T = 1 + N // hop. A wave shorter than half a window is mirrored as often as needed.
     """
-    last = wave.shape[-1] - 1
-    place = torch.arange(-(size // 2), last + 1 + size // 2, device=wave.device) % max(2 * last, 1)
-    mirrored = wave[..., torch.minimum(place, 2 * last - place)]
+    last, half = wave.shape[-1] - 1, size // 2
+    outside = torch.arange(half, device=wave.device)
+    place = torch.cat((outside - half, outside + last + 1)) % max(2 * last, 1)
+    ends = wave[..., torch.minimum(place, 2 * last - place)]
+    mirrored = torch.cat((ends[..., :half], wave, ends[..., half:]), -1)
     window = torch.hann_window(size, dtype=wave.dtype, device=wave.device)
     return torch.stft(mirrored, size, hop, window=window, center=False, return_complex=True)
 
@@ -157,8 +159,8 @@ def spectrogram(wave: Tensor, size: int, hop: int) -> Tensor:
 def log_mel(wave: Tensor, mels: int = 80, *, seconds: float | None = 30.0) -> Tensor:
     """(..., mels, 100 x seconds): what Whisper reads of a wave (N,) or (B, N), filled with silence or cut to `seconds`.
 
-    With seconds=None it is as long as the wave, (..., mels, N // 160). What is 80 dB below the loudest place of a row is
-    raised to that. large-v3 and turbo have 128 mels, others 80. Raises ValueError on a wave shorter than a frame, 10 ms.
+    With seconds=None it is as long as the wave, (..., mels, N // 160). What is 80 dB below the loudest place of a row
+    is raised to that. large-v3 and turbo have 128 mels, others 80. Raises ValueError on a wave below 10 ms, a frame.
     """
     wave = _checked(wave)
     if seconds is not None:

@@ -33,8 +33,8 @@ LARGEST = 2**25  # numbers in the matrix of a resampling
 def read_audio(path: str | Path, rate: int = 16_000) -> Tensor:
     """(N,) fp32: the samples of a file at `rate` Hz, whole numbers as fractions of their range, channels averaged.
 
-    Raises UserError, naming the file, if it is missing, no sound, damaged, cut off, without samples, holds NaN, or needs
-    a package that is not installed.
+    Raises UserError, naming the file, if it is missing, no sound, damaged, cut off, without samples, holds NaN, or
+    needs a package that is not installed.
     """
     path = Path(path)
     if not path.is_file():

@@ -18,7 +18,7 @@ def read_articles(
     line that cannot be parsed, a missing column (naming the existing ones), an article that is not a text, and a file
     without articles.
     """
-    readers: dict[str, Callable[[Path], Rows]] = {".csv": csv_rows, ".jsonl": jsonl_rows, ".txt": _text}
+    readers: dict[str, Callable[[Path], Rows]] = {".csv": csv_rows, ".jsonl": jsonl_rows, ".txt": text_rows}
     suffix = path.suffix.lower()
     if suffix not in readers:
         raise UserError(f"{path}: articles come from {', '.join(readers)} files")
@@ -48,6 +48,7 @@ def _cell(row: Row, column: str | None, where: str) -> str:
     return (row[column] or "").strip()
 
 
-def _text(path: Path) -> Rows:
+def text_rows(path: Path) -> Rows:
+    """The lines of a text file, each a row."""
     for number, line in enumerate(lines_of(path), 1):
-        yield f"{path}, line {number}", {LINE: line}
+        yield f"{path}, line {number}", {LINE: line.strip()}

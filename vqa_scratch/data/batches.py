@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import ClassVar, Self, TypeVar
 
@@ -36,7 +36,7 @@ class Ragged:
         rows = list(rows)
         self.lengths = np.array([len(row) for row in rows], dtype=np.int64)
         self.starts = self.lengths.cumsum() - self.lengths
-        self.flat = np.fromiter((token for row in rows for token in row), dtype=np.int32, count=self.lengths.sum())
+        self.flat = np.fromiter(chain.from_iterable(rows), dtype=np.int32, count=self.lengths.sum())
 
     def places(self, rows: np.ndarray, *, left: bool = False) -> tuple[np.ndarray, np.ndarray]:
         """Where the ids of the chosen rows are in `flat`, row by row, and the mask (B, T) of a batch of them.

@@ -17,14 +17,14 @@ import tokenizers
 import torch
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from vqa_scratch.data import clip_bpe
+from vqa_scratch.data import clip_bpe, letters
 from vqa_scratch.data.wordpiece import learn_wordpieces
 from vqa_scratch.errors import UserError, note
 from vqa_scratch.storage import is_text, read_object, write_json
 from vqa_scratch.weights.hub import locate
 
 FILES: tuple[str, ...] = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
-FILES += ("vocab.json", "merges.txt", "vocab.txt")
+FILES += ("vocab.json", "merges.txt", "vocab.txt", letters.FILE)
 ROLES = ("bos", "eos", "pad", "unk", "cls", "sep", "mask")
 
 # The special tokens of the released vocabularies, for checkpoints whose files do not name them.
@@ -96,7 +96,8 @@ class Tokenizer:
 
     @classmethod
     def from_pretrained(cls, folder_or_hub_id: str | Path) -> "Tokenizer":
-        """Reads tokenizer.json, else vocab.json + merges.txt (byte-level BPE), else vocab.txt (lower-case WordPiece).
+        """Reads tokenizer.json, else vocab.json + merges.txt (byte-level BPE), vocab.txt (lower-case WordPiece) or
+        spm_char.model (letters).
 
         Raises UserError if the folder has none of them, or if one is broken.
         """
@@ -111,6 +112,8 @@ class Tokenizer:
                 backend = _byte_level_bpe(folder, config)
             elif has["vocab.txt"]:
                 backend = _bert_wordpiece(folder, config)
+            elif has[letters.FILE]:
+                backend = letters.letter_tokenizer(folder / letters.FILE)
             else:
                 raise UserError(f"{folder} has no tokenizer.json, no vocab.json with merges.txt and no vocab.txt")
             clip_bpe.write_spaces(backend)

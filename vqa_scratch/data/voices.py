@@ -74,7 +74,7 @@ class Speaker:
 
     @classmethod
     def draw(cls, rng: np.random.Generator, *, unseen: bool = False) -> "Speaker":
-        """Pitch and tract lie in one of 4 x 4 cells; the four of a diagonal hold the speakers that training never hears.
+        """Pitch and tract lie in one of 4 x 4 cells; those of the diagonal hold the speakers that training never hears.
 
         So unseen speakers lie among those heard, and no pair of pitch and tract is in both.
         """
@@ -104,7 +104,9 @@ def words_of(text: str) -> list[str]:
     words = text.lower().replace("?", " ").replace(".", " ").replace(",", " ").split()
     for word in words:
         if word not in WORDS:
-            raise UserError(f"no voice knows the word {word!r} of {text!r}: they say the {len(WORDS)} words of questions")
+            raise UserError(
+                f"no voice knows the word {word!r} of {text!r}: they say the {len(WORDS)} words of questions"
+            )
     if not words:
         raise UserError(f"{text!r} has no word to say")
     return words
@@ -128,8 +130,8 @@ Piece = tuple[float, tuple[int, ...], float, float, float, float, float]
 def _pieces(sound: str) -> list[Piece]:
     name, stressed = sound.rstrip("1"), sound.endswith("1")
     if name in GLIDES:
-        return [(length * (1.25 if stressed else 1), FORMANTS[half], 1, 0, 0, 1, 0)
-                for length, half in zip((75, 65), GLIDES[name], strict=True)]  # fmt: skip
+        halves = zip((75, 65), GLIDES[name], strict=True)
+        return [(length * (1.25 if stressed else 1), FORMANTS[half], 1, 0, 0, 1, 0) for length, half in halves]
     formants = FORMANTS[name]
     if name in BURSTS:
         centre, level = BURSTS[name]
@@ -139,8 +141,8 @@ def _pieces(sound: str) -> list[Piece]:
     if name == "HH":
         return [(70, formants, 0, 0.3, 0, 1, 0)]
     if name in CONSONANTS:
-        length, voice, *noise = CONSONANTS[name]
-        return [(length, formants, voice, 0, *noise)]
+        length, voice, centre, width, level = CONSONANTS[name]
+        return [(length, formants, voice, 0, centre, width, level)]
     return [(95 * (1.25 if stressed else 0.8 if name == "AX" else 1), formants, 1, 0, 0, 1, 0)]
 
 
@@ -155,7 +157,7 @@ def _smooth(track: np.ndarray, frames: int) -> np.ndarray:
 
 
 def speak(text: str, speaker: Speaker, rng: np.random.Generator) -> Speech:
-    """The text as the speaker says it this time: pauses, wobble and breath are drawn. Raises UserError as `words_of`."""
+    """The text as the speaker says it this time: pauses and wobble are drawn. Raises UserError as `words_of`."""
     pieces, frames, words, sounds = [SILENCE], [int(rng.integers(10, 40))], [], []
 
     def add(piece: Piece, ms: float) -> None:
@@ -202,7 +204,7 @@ def _spectra(wave: np.ndarray) -> np.ndarray:
 
 
 def _sound(targets: np.ndarray, speaker: Speaker, rng: np.random.Generator) -> np.ndarray:
-    """(N,) from the targets of each frame (T, 8): formants in Hz, voice, aspiration, and centre, width, level of noise."""
+    """(N,) from the targets of each frame (T, 8): three formants, voice, aspiration; centre, width, level of noise."""
     count = len(targets)
     formants = _smooth(_smooth(targets[:, :3], 9), 7) * speaker.tract
     voice, breath, level = _smooth(targets[:, [3, 4, 7]], 3).astype(np.float32).T[..., None]

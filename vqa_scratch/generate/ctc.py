@@ -20,7 +20,7 @@ def _rows(logits: Tensor, lengths: Tensor | None) -> list[Tensor]:
 def ctc_greedy(logits: Tensor, lengths: Tensor | None = None, *, blank: int = 0) -> list[list[int]]:
     """The labels of each row: the best symbol of each frame, equal neighbours made one, then blanks left out.
 
-    logits (B, T, V), of which the first `lengths` (B,) frames count. This is the likeliest path, not the likeliest text.
+    logits (B, T, V), of which the first `lengths` (B,) frames count. It is the likeliest path, not the likeliest text.
     """
     best = [row.argmax(-1).unique_consecutive() for row in _rows(logits, lengths)]
     return [row[row != blank].tolist() for row in best]
@@ -42,7 +42,10 @@ def ctc_beam(
 
 def _search(log_probs: np.ndarray, width: int, blank: int) -> list[Hypothesis]:
     prefixes: list[tuple[int, ...]] = [()]
-    ends_blank, ends_label = np.zeros(1), np.full(1, -np.inf)  # the log of the paths of each prefix, by their last symbol
+    ends_blank, ends_label = (
+        np.zeros(1),
+        np.full(1, -np.inf),
+    )  # the log of the paths of each prefix, by their last symbol
     vocabulary = log_probs.shape[1]
     for frame in log_probs:
         total = np.logaddexp(ends_blank, ends_label)

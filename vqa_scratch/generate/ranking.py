@@ -83,16 +83,16 @@ def _by_tree(
     begins = int((tree.parents < 0).sum())
     found = [at_prompt[:, tree.asked[:begins]]]
     if len(tree.tokens):
-        found += _after_nodes(parts, tree_states(parts, cache, mask, *tree[:3]), tree, begins)
+        found += _after_nodes(parts, tree_states(parts, cache, mask, *tree[:3]), tree, begins, at_prompt.shape[1])
     log_probs = torch.cat([*found, at_prompt.new_zeros(len(at_prompt), 1)], 1)  # (B, N + 1)
     return log_probs[:, tree.edges].sum(-1)
 
 
-def _after_nodes(parts: FastParts, states: Tensor, tree: Tree, begins: int) -> list[Tensor]:
+def _after_nodes(parts: FastParts, states: Tensor, tree: Tree, begins: int, vocabulary: int) -> list[Tensor]:
     """Log-probabilities of the edges after `begins`, (B, some) a piece; never more than SCORES scores at once."""
     found, at = [], begins
     nodes = torch.arange(states.shape[1], device=states.device)
-    for piece in nodes.split(max(1, SCORES // (len(states) * len(parts.head)))):
+    for piece in nodes.split(max(1, SCORES // (len(states) * vocabulary))):
         first, last = int(piece[0]), int(piece[-1])
         until = int((tree.parents <= last).sum())
         log_probs = parts.logits(states[:, first : last + 1]).float().log_softmax(-1)

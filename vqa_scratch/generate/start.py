@@ -6,7 +6,6 @@ Shapes: G groups (prompts), Q prefix embeddings, P prompt tokens, E width of the
 from contextlib import AbstractContextManager
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from vqa_scratch.errors import UserError
@@ -44,14 +43,16 @@ def padding(prompt_mask: Tensor | None) -> Tensor | None:
     return None if prompt_mask is None or bool(prompt_mask.all()) else prompt_mask.bool()
 
 
-def _before(embeddings: Tensor, mask: Tensor | None, prefix: Tensor) -> tuple[Tensor, Tensor | None]:
+def _before(embeddings: Tensor, mask: Tensor | None, given: Conditioning) -> tuple[Tensor, Tensor | None]:
     """Prefix and prompt (G, Q + P, E) with their mask, padding first."""
+    prefix = given.prefix
+    assert prefix is not None
     if prefix.ndim != 3 or prefix.shape[::2] != embeddings.shape[::2]:
         rows, _, width = embeddings.shape
         raise ValueError(f"prefix must be ({rows}, any number, {width}), got {tuple(prefix.shape)}")
+    mask = given.seen(mask, embeddings.shape[1])
     embeddings = torch.cat([prefix, embeddings], 1)
     if mask is not None:  # padding between prefix and prompt would change the distances in T5
-        mask = F.pad(mask, (prefix.shape[1], 0), value=True)
         order = mask.int().argsort(dim=1, stable=True)
         mask, embeddings = mask.gather(1, order), embeddings.gather(1, order[..., None].expand_as(embeddings))
     return embeddings, mask
@@ -75,10 +76,9 @@ def prefill(
     mask, cache = padding(prompt_mask), decoder.new_cache()
     if given.prefix_index is not None:
         hidden = decoder.hidden_after(given, embeddings, mask, cache=cache)
-        mask = None if mask is None else F.pad(mask, (given.prefix_length, 0), value=True)
-        return decoder.logits(hidden[:, -1]), cache, mask
+        return decoder.logits(hidden[:, -1]), cache, given.seen(mask, embeddings.shape[1])
     if given.prefix is not None:
-        embeddings, mask = _before(embeddings, mask, given.prefix)
+        embeddings, mask = _before(embeddings, mask, given)
     hidden = decoder.hidden(embeddings, mask, memory=given.memory, cache=cache)[:, -1]
     return decoder.logits(hidden), cache, mask
 
@@ -86,7 +86,7 @@ def prefill(
 def _without_tokens(parts: FastParts, cache: DecoderCache, memory: list[Memory] | None, rows: int) -> DecoderCache:
     """The empty cache, with the keys and values of the memory if there is one, as that of no tokens."""
     for block, own in zip(parts.blocks, cache, strict=True):
-        like = parts.head
+        like: Tensor = next(block.norm.parameters())
         if memory is not None:
             assert block.cross is not None, "nothing reads the memory"
             read = block.cross.attn.project(memory, cache=own)

@@ -18,6 +18,7 @@ from vqa_scratch.models.hf_config import HFConfig, Layout, Released, check_heads
 from vqa_scratch.nn import taps
 from vqa_scratch.nn.attention import MultiHeadAttention
 from vqa_scratch.nn.layers import MLP, activation, init_weights
+from vqa_scratch.nn.relative_bias import ScoreBias
 from vqa_scratch.nn.states import States
 from vqa_scratch.weights import fields, maps
 
@@ -87,9 +88,10 @@ class BertBlock(taps.Tapped):
         self.norm2 = nn.LayerNorm(config.dim, eps=config.norm_eps)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, key_mask: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, key_mask: Tensor | None = None, bias: ScoreBias | None = None) -> Tensor:
+        """(B, T, D) -> (B, T, D); a bias includes the mask."""
         x = taps.tap(self.tap_prefix, "resid_pre", x)
-        x = self.norm1(x + self.dropout(self.attn(x, key_mask=key_mask)))
+        x = self.norm1(x + self.dropout(self.attn(x, key_mask=key_mask, bias=bias)))
         x = taps.tap(self.tap_prefix, "resid_mid", x)
         return taps.tap(self.tap_prefix, "resid_post", self.norm2(x + self.mlp(x)))
 

@@ -1,14 +1,11 @@
 """GPT-2, the decoder of Radford et al. 2019, with optional cross-attention between self-attention and MLP.
 
-Pre-LN, learned positions, tanh GELU, output head shared with the token embedding. Cross-attention reads one or several
-memories (see `nn.memory`); without one its sublayer is skipped, which makes the model a plain language model.
-
-Shapes: B rows, T tokens, N memory tokens, D width, E width of the embedding (D in GPT-2), V vocabulary.
+Pre-LN, learned positions, tanh GELU, output head shared with the token embedding. `block_decoder.py` runs its
+blocks.
 """
 
 import logging
 import math
-from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,14 +13,15 @@ from typing import Any, ClassVar, Self
 
 from torch import Tensor, nn
 
-from vqa_scratch.models.hf_config import C, HFConfig, Layout, ReleasedDecoder, check_heads
+from vqa_scratch.models.block_decoder import PositionTableDecoder, PreNormBlock
+from vqa_scratch.models.hf_config import HFConfig, Layout, check_heads
 from vqa_scratch.nn import taps
 from vqa_scratch.nn.attention import MultiHeadAttention
-from vqa_scratch.nn.cache import DecoderCache, KVCache
-from vqa_scratch.nn.decoding import FastBlock, FastMLP, FastParts, Reader, fast_blocks
-from vqa_scratch.nn.gated_cross import DecoderBlock
-from vqa_scratch.nn.layers import MLP, activation, decoder_positions, init_weights
+from vqa_scratch.nn.cache import KVCache
+from vqa_scratch.nn.decoding import FastParts, fast_blocks
+from vqa_scratch.nn.layers import MLP, activation, init_weights
 from vqa_scratch.nn.memory import Memory
+from vqa_scratch.nn.rotary import Rotation
 from vqa_scratch.weights import fields, maps
 from vqa_scratch.weights.convert import load_into
 
@@ -65,11 +63,11 @@ class GPT2Config(HFConfig[Layout]):
         return MLP(self.dim, hidden or self.hidden or 4 * self.dim, activation(self.activation), dropout=self.dropout)
 
 
-class GPT2Block(DecoderBlock):
-    """Pre-LN: x + self-attention, x + cross-attention (if built with it and given a memory), x + `mlp`."""
+class GPT2Block(PreNormBlock):
+    """Pre-LN, maybe with cross-attention."""
 
     def __init__(self, config: GPT2Config, layer: int, mlp: nn.Module) -> None:
-        super().__init__()
+        super().__init__(config.dropout)
         scale = (config.dim // config.heads) ** -0.5 if config.scale_scores else 1.0
         if config.scale_by_layer:
             scale /= layer + 1
@@ -81,89 +79,29 @@ class GPT2Block(DecoderBlock):
             self.cross = attention(context_dim=config.dim)
         self.norm2 = nn.LayerNorm(config.dim, eps=config.norm_eps)
         self.mlp = mlp
-        self.dropout = nn.Dropout(config.dropout)
-
-    def forward(self, x: Tensor, key_mask: Tensor | None, memory: list[Memory] | None, cache: KVCache | None) -> Tensor:
-        x = x if self.gated is None else self.gated(x, memory, cache)
-        x = taps.tap(self.tap_prefix, "resid_pre", x)
-        x = x + self.dropout(self.attn(self.norm1(x), key_mask=key_mask, causal=True, cache=cache))
-        if hasattr(self, "cross") and (memory is not None or (cache is not None and cache.cross is not None)):
-            x = x + self.dropout(self.cross(self.norm_cross(x), memory, cache=cache))
-        x = taps.tap(self.tap_prefix, "resid_mid", x)
-        return taps.tap(self.tap_prefix, "resid_post", x + self.feed_forward(self.norm2(x), key_mask))
-
-    def feed_forward(self, x: Tensor, key_mask: Tensor | None) -> Tensor:
-        """The MLP of the tokens (B, T, D), the last of those that key_mask is about."""
-        return self.mlp(x)
-
-    def fast_block(self) -> FastBlock:
-        """The parts of the block, for `generate`."""
-        cross = Reader(self.norm_cross, self.cross) if hasattr(self, "cross") else None
-        return FastBlock(self.norm1, self.attn, cross, FastMLP(self.norm2, self.mlp), self.fast_gated())
 
 
-class BlockDecoder(ReleasedDecoder[C]):
-    """What GPT-2, OPT and Llama have in common: token embedding, blocks one after the other, a last norm."""
-
-    tokens: nn.Embedding
-    table_size: int | None = None  # rows of a table of positions
-
-    def embed(self, ids: Tensor) -> Tensor:
-        return self.tokens(ids)
-
-    @abstractmethod
-    def before_blocks(self, embeddings: Tensor, positions: Tensor) -> tuple[Any, ...]:
-        """Embeddings (B, T, E), position ids (B or 1, T) -> (B, T, D), and what each block needs of the positions."""
-
-    def hidden(
-        self,
-        embeddings: Tensor,
-        attention_mask: Tensor | None = None,
-        *,
-        memory: list[Memory] | None = None,
-        cache: DecoderCache | None = None,
-    ) -> Tensor:
-        """(B, T, E) -> (B, T, E), the states before the head; all as in `Decoder.hidden`."""
-        if memory is not None and not self.reads_memory:
-            how = "build GPT2 with add_cross_attention=True, or add gated layers"
-            raise ValueError(f"this decoder has no cross-attention: {how}")
-        positions = decoder_positions(embeddings, attention_mask, cache, self.table_size)
-        x, *more = self.before_blocks(embeddings, positions)
-        for layer, block in enumerate(self.blocks):
-            x = block(x, *more, attention_mask, memory, None if cache is None else cache[layer])
-        return self.after_blocks(x)
-
-
-class PositionTableDecoder(BlockDecoder[GPT2Config]):
-    """What GPT-2 and OPT have in common: positions are a table, and the head is the token embedding."""
-
-    @property
-    def head(self) -> Tensor:
-        return self.tokens.weight
+class PostNormBlock(GPT2Block):
+    """The same parts with each norm after its sublayer: OPT-350M, SpeechT5."""
 
     def forward(
         self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        encoder_hidden_states: Tensor | None = None,
-        encoder_attention_mask: Tensor | None = None,
-        *,
-        memory: list[Memory] | None = None,
-        cache: DecoderCache | None = None,
+        x: Tensor,
+        key_mask: Tensor | None,
+        memory: list[Memory] | None,
+        cache: KVCache | None,
+        rotation: Rotation | None = None,
     ) -> Tensor:
-        """(B, T) -> logits (B, T, V).
-
-        Cross-attention reads encoder_hidden_states (B, N, D) with their mask (B, N), or `memory`; other arguments as in
-        `hidden`.
-        """
-        if encoder_hidden_states is not None:
-            if memory is not None:
-                raise ValueError("give encoder_hidden_states or memory, not both")
-            memory = [Memory(encoder_hidden_states, encoder_attention_mask)]
-        return self.logits(self.hidden(self.embed(input_ids), attention_mask, memory=memory, cache=cache))
+        x = x if self.gated is None else self.gated(x, memory, cache)
+        x = taps.tap(self.tap_prefix, "resid_pre", x)
+        x = self.norm1(x + self.dropout(self.attn(x, key_mask=key_mask, causal=True, cache=cache, rotate=rotation)))
+        if self.reads(memory, cache):
+            x = self.norm_cross(x + self.dropout(self.cross(x, memory, cache=cache)))
+        x = taps.tap(self.tap_prefix, "resid_mid", x)
+        return taps.tap(self.tap_prefix, "resid_post", self.norm2(x + self.mlp(x)))
 
 
-class GPT2(PositionTableDecoder):
+class GPT2(PositionTableDecoder[GPT2Config]):
     """Tokens and positions, pre-LN blocks, a last norm, and a head that is the token embedding."""
 
     config_class = GPT2Config
@@ -184,19 +122,13 @@ class GPT2(PositionTableDecoder):
                 nn.init.normal_(parameter, std=config.init_std / math.sqrt(2 * config.layers))
         taps.name_modules(self.blocks, "decoder")
 
-    def before_blocks(self, embeddings: Tensor, positions: Tensor) -> tuple[Tensor]:
-        return (self.dropout(embeddings + self.positions(positions)),)
-
-    def after_blocks(self, x: Tensor) -> Tensor:
-        return self.norm(x)
-
     def fast_state(self) -> FastParts:
         tokens_table, positions_table = self.tokens.weight.detach(), self.positions.weight.detach()
 
         def embed(tokens: Tensor, positions: Tensor) -> Tensor:
             return tokens_table.index_select(0, tokens).add_(positions_table.index_select(0, positions))
 
-        return FastParts(embed, fast_blocks(self.blocks), self.norm, self.head)
+        return FastParts(embed, fast_blocks(self.blocks), self.norm, self.tokens)
 
     @classmethod
     def from_checkpoint(

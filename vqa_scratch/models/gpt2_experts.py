@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from torch import Tensor, nn
+from torch import nn
 
+from vqa_scratch.models.block_decoder import ExpertBlock
 from vqa_scratch.models.gpt2 import GPT2, GPT2Block, GPT2Config
 from vqa_scratch.models.hf_config import Layout
 from vqa_scratch.models.llama_experts import Mixture, mixture_from_hf, mixture_to_hf
@@ -36,11 +37,8 @@ class GPT2ExpertsConfig(GPT2Config):
         return super().to_hf() | mixture_to_hf(self.experts, self.layout)
 
 
-class GPT2ExpertBlock(GPT2Block):
-    """A block with experts, to which no padding is sent."""
-
-    def feed_forward(self, x: Tensor, key_mask: Tensor | None) -> Tensor:
-        return self.mlp(x, None if key_mask is None else key_mask[:, -x.shape[1] :].bool())
+class GPT2ExpertBlock(ExpertBlock, GPT2Block):
+    """With experts."""
 
 
 class GPT2Experts(GPT2):

@@ -226,6 +226,15 @@ def _checked(where: str, value: Any, ours: str, kinds: tuple[Any, ...], default:
     return tuple(map(int, numbers)) if len(numbers) > 1 else int(numbers[0])
 
 
+def sizes_in(config: Mapping[str, Any], name: str, default: tuple[int, ...] | None = None) -> tuple[int, ...]:
+    """The sizes that a config.json lists under `name`. Raises UserError for anything but a list of whole numbers."""
+    value = config.get(name, default)
+    good = isinstance(value, (list, tuple)) and all(is_number(n) and 1 <= n == int(n) <= LARGEST for n in value)
+    if not good or not value:
+        raise UserError(f"config.json: {name} must list whole numbers from 1 to {LARGEST:,}, not {value!r}")
+    return tuple(map(int, value))
+
+
 def is_number(value: Any) -> bool:
     """Whether a value of a JSON file is a finite number."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

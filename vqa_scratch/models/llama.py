@@ -15,17 +15,15 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from vqa_scratch.errors import UserError
-from vqa_scratch.models.gpt2 import BlockDecoder
+from vqa_scratch.models.block_decoder import BlockDecoder, ExpertBlock, PreNormBlock
 from vqa_scratch.models.hf_config import HFConfig, Layout, check_heads, is_number
 from vqa_scratch.models.llama_experts import AcrossHeads, Clipped, Mixture, mixture_from_hf, mixture_to_hf
 from vqa_scratch.nn import taps
 from vqa_scratch.nn.attention import MultiHeadAttention
-from vqa_scratch.nn.cache import DecoderCache, KVCache
-from vqa_scratch.nn.decoding import FastBlock, FastMLP, FastParts, fast_blocks
+from vqa_scratch.nn.cache import DecoderCache
+from vqa_scratch.nn.decoding import FastParts, fast_blocks
 from vqa_scratch.nn.gated import GatedMLP
-from vqa_scratch.nn.gated_cross import DecoderBlock
 from vqa_scratch.nn.layers import MLP, activation, init_weights
-from vqa_scratch.nn.memory import Memory
 from vqa_scratch.nn.rms_norm import RMSNorm
 from vqa_scratch.nn.rotary import Rotary, Rotation
 from vqa_scratch.storage import typed
@@ -175,8 +173,8 @@ def rotary_to_hf(rotary: Rotary) -> dict[str, Any]:
     return {"rope_type": rotary.kind} | {theirs: getattr(rotary, ours) for ours, theirs in names.items()}
 
 
-class LlamaBlock(DecoderBlock):
-    """x + self-attention of its norm, then x + `mlp` of its norm."""
+class LlamaBlock(PreNormBlock):
+    """Pre-LN, with the norms and the attention that the config names."""
 
     def __init__(self, config: LlamaConfig, mlp: nn.Module) -> None:
         super().__init__()
@@ -195,41 +193,14 @@ class LlamaBlock(DecoderBlock):
         self.norm2 = norm(config.dim, config.norm_eps)
         self.mlp = mlp
 
-    def forward(
-        self,
-        x: Tensor,
-        rotation: Rotation,
-        key_mask: Tensor | None,
-        memory: list[Memory] | None,
-        cache: KVCache | None,
-    ) -> Tensor:
-        """(B, T, D) -> (B, T, D). The rotation is that of the tokens (B or 1, 1, T, r)."""
-        x = x if self.gated is None else self.gated(x, memory, cache)
-        x = taps.tap(self.tap_prefix, "resid_pre", x)
-        x = x + self.attn(self.norm1(x), key_mask=key_mask, causal=True, cache=cache, rotate=rotation)
-        x = taps.tap(self.tap_prefix, "resid_mid", x)
-        return taps.tap(self.tap_prefix, "resid_post", x + self.feed_forward(self.norm2(x), key_mask))
 
-    def feed_forward(self, x: Tensor, key_mask: Tensor | None) -> Tensor:
-        """The MLP of the tokens (B, T, D), the last of those that key_mask is about."""
-        return self.mlp(x)
-
-    def fast_block(self) -> FastBlock:
-        """The parts of the block, for `generate`."""
-        return FastBlock(self.norm1, self.attn, None, FastMLP(self.norm2, self.mlp), self.fast_gated())
-
-
-class ExpertBlock(LlamaBlock):
-    """A block with experts, to which no padding is sent."""
-
-    def feed_forward(self, x: Tensor, key_mask: Tensor | None) -> Tensor:
-        return self.mlp(x, None if key_mask is None else key_mask[:, -x.shape[1] :].bool())
+class LlamaExpertBlock(ExpertBlock, LlamaBlock):
+    """With experts."""
 
 
 class Llama(BlockDecoder[LlamaConfig]):
     """Token embedding, blocks, a last norm, and a head of its own or one that is the embedding."""
 
-    config: LlamaConfig
     config_class = LlamaConfig
 
     def __init__(self, config: LlamaConfig) -> None:
@@ -247,7 +218,7 @@ class Llama(BlockDecoder[LlamaConfig]):
         config = self.config
         if config.experts is None or not config.experts.has(layer):
             return LlamaBlock(config, self.mlp(config.hidden))
-        return ExpertBlock(config, config.experts.make(config.dim, self.mlp))
+        return LlamaExpertBlock(config, config.experts.make(config.dim, self.mlp))
 
     def mlp(self, hidden: int) -> nn.Module:
         """A new MLP, or expert, of this inner width."""
@@ -258,20 +229,13 @@ class Llama(BlockDecoder[LlamaConfig]):
     def head(self) -> Tensor:
         return (self.tokens if self.lm_head is None else self.lm_head).weight
 
-    def before_blocks(self, embeddings: Tensor, positions: Tensor) -> tuple[Tensor, Rotation]:
-        return embeddings, self.rotation(positions[:, None])
-
-    def after_blocks(self, x: Tensor) -> Tensor:
-        return self.norm(x)
-
     def rotation(self, positions: Tensor) -> Rotation:
         """Positions (...) -> what turns queries and keys there."""
         return self.config.rotary.rotation(positions, self.config.head_dim or self.config.dim // self.config.heads)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., D) -> (..., V). A head of its own runs as a module, which training may replace."""
-        own = self.lm_head if self.head_copy is None else None
-        return super().logits(hidden) if own is None else own(hidden)
+        return super().logits(hidden) if self.lm_head is None else self.lm_head(hidden)
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, *, cache: DecoderCache | None = None
@@ -285,4 +249,5 @@ class Llama(BlockDecoder[LlamaConfig]):
         def embed(tokens: Tensor, positions: Tensor) -> Tensor:
             return table.index_select(0, tokens)
 
-        return FastParts(embed, fast_blocks(self.blocks), self.norm, self.head, rotation=self.rotation)
+        head = self.tokens if self.lm_head is None else self.lm_head
+        return FastParts(embed, fast_blocks(self.blocks), self.norm, head, rotation=self.rotation)

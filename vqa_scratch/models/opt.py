@@ -12,13 +12,12 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from vqa_scratch.models.gpt2 import GPT2Block, GPT2Config, PositionTableDecoder
+from vqa_scratch.models.block_decoder import PositionTableDecoder
+from vqa_scratch.models.gpt2 import GPT2Block, GPT2Config, PostNormBlock
 from vqa_scratch.models.hf_config import Layout
 from vqa_scratch.nn import taps
-from vqa_scratch.nn.cache import KVCache
 from vqa_scratch.nn.decoding import FastParts, fast_blocks
 from vqa_scratch.nn.layers import init_weights
-from vqa_scratch.nn.memory import Memory
 from vqa_scratch.weights import fields, maps
 
 OFFSET = 2  # rows of the position table that no token uses: fairseq kept them for padding
@@ -50,21 +49,9 @@ class OPTConfig(GPT2Config):
             object.__setattr__(self, "embedding_dim", self.dim)
 
 
-class PostNormBlock(GPT2Block):
-    """GPT-2's parts with each norm after its sublayer: OPT-350M."""
-
-    def forward(self, x: Tensor, key_mask: Tensor | None, memory: list[Memory] | None, cache: KVCache | None) -> Tensor:
-        x = x if self.gated is None else self.gated(x, memory, cache)
-        x = taps.tap(self.tap_prefix, "resid_pre", x)
-        x = self.norm1(x + self.dropout(self.attn(x, key_mask=key_mask, causal=True, cache=cache)))
-        x = taps.tap(self.tap_prefix, "resid_mid", x)
-        return taps.tap(self.tap_prefix, "resid_post", self.norm2(x + self.mlp(x)))
-
-
-class OPT(PositionTableDecoder):
+class OPT(PositionTableDecoder[OPTConfig]):
     """Tokens and positions, blocks, a last norm, and a head that is the token embedding."""
 
-    config: OPTConfig
     config_class = OPTConfig
 
     def __init__(self, config: OPTConfig) -> None:
@@ -82,8 +69,8 @@ class OPT(PositionTableDecoder):
         self.apply(lambda module: init_weights(module, config.init_std))
         taps.name_modules(self.blocks, "decoder")
 
-    def before_blocks(self, embeddings: Tensor, positions: Tensor) -> tuple[Tensor]:
-        return (self.project_in(embeddings) + self.positions(positions + OFFSET),)
+    def before_blocks(self, embeddings: Tensor, positions: Tensor) -> Tensor:
+        return self.project_in(embeddings) + self.positions(positions + OFFSET)
 
     def after_blocks(self, x: Tensor) -> Tensor:
         return self.project_out(self.norm(x))
@@ -97,8 +84,8 @@ class OPT(PositionTableDecoder):
             return None
 
         def embed(tokens: Tensor, positions: Tensor) -> Tensor:
-            return self.before_blocks(self.tokens(tokens), positions)[0]
+            return self.before_blocks(self.tokens(tokens), positions)
 
         narrow = self.config.embedding_dim != self.config.dim
         norm = nn.Sequential(self.norm, self.project_out) if narrow else self.norm
-        return FastParts(embed, fast_blocks(self.blocks), norm, self.head)
+        return FastParts(embed, fast_blocks(self.blocks), norm, self.tokens)

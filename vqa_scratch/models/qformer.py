@@ -6,75 +6,54 @@ The output has one token a query, whatever the size of the image.
 Shapes: B batch, Q queries, N image tokens, D width, C width of the image encoder.
 """
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from vqa_scratch.errors import UserError
-from vqa_scratch.models.bert import BertBlock, BertConfig
-from vqa_scratch.models.hf_config import check_heads, fields_from_hf
+from vqa_scratch.models.bert import BertBlock, BertConfig, BertLayout
 from vqa_scratch.nn import taps
 from vqa_scratch.nn.attention import MultiHeadAttention
 from vqa_scratch.nn.layers import init_weights
-from vqa_scratch.weights import fields as names
-
-MODEL_TYPE = "blip_2_qformer"
+from vqa_scratch.nn.relative_bias import ScoreBias
+from vqa_scratch.weights import fields
 
 
 @dataclass(frozen=True)
-class QFormerConfig:
-    """Sizes of a Q-Former. The defaults are those of all released BLIP-2 models."""
+class QFormerConfig(BertConfig):
+    """Sizes of a Q-Former; those of embeddings mean nothing here. The defaults are those of all released BLIP-2."""
 
-    dim: int = 768
-    layers: int = 12
-    heads: int = 12
-    hidden: int = 3072  # inner width of the MLP
+    LAYOUTS: ClassVar[Mapping[str, BertLayout]] = {
+        # one that reads text too is for retrieval
+        "blip_2_qformer": BertLayout("Blip2QFormerModel", fields.QFORMER, fixed={"use_qformer_text_input": False})
+    }
+
+    layout: str = "blip_2_qformer"
     context_dim: int = 1408  # width of the image encoder
     cross_every: int = 2  # blocks 0, 2, 4, ... read the image
-    activation: str = "gelu"
-    norm_eps: float = 1e-12
-    dropout: float = 0.1
-    attention_dropout: float = 0.1
-    init_std: float = 0.02
-
-    def __post_init__(self) -> None:
-        check_heads(self.dim, self.heads)
-
-    @property
-    def block(self) -> BertConfig:
-        """The sizes of a block, which is BERT's."""
-        shared = {field.name for field in dataclasses.fields(BertConfig)} & vars(self).keys()
-        return BertConfig(**{name: getattr(self, name) for name in shared})
-
-    @classmethod
-    def from_hf(cls, config: Mapping[str, Any]) -> Self:
-        """From the `qformer_config` of a config.json. Raises UserError on one that also reads text."""
-        if config.get("use_qformer_text_input"):
-            raise UserError("config.json asks for a Q-Former that reads text (image-text retrieval); this one does not")
-        return cls(**fields_from_hf(config, names.QFORMER, cls))
-
-    def to_hf(self) -> dict[str, Any]:
-        """The inverse of `from_hf`."""
-        return {"model_type": MODEL_TYPE, **{theirs: getattr(self, ours) for ours, theirs in names.QFORMER.items()}}
 
 
 class QFormerBlock(BertBlock):
     """BERT's block with cross-attention to the image, if one is given, between its halves, post-LN like them."""
 
     def __init__(self, config: QFormerConfig) -> None:
-        super().__init__(config.block)
+        super().__init__(config)
         self.cross = MultiHeadAttention(
             config.dim, config.heads, context_dim=config.context_dim, dropout=config.attention_dropout
         )
         self.norm_cross = nn.LayerNorm(config.dim, eps=config.norm_eps)
 
-    def forward(self, x: Tensor, key_mask: Tensor | None = None, image: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        key_mask: Tensor | None = None,
+        bias: ScoreBias | None = None,
+        image: Tensor | None = None,
+    ) -> Tensor:
         x = taps.tap(self.tap_prefix, "resid_pre", x)
-        x = self.norm1(x + self.dropout(self.attn(x, key_mask=key_mask)))
+        x = self.norm1(x + self.dropout(self.attn(x, key_mask=key_mask, bias=bias)))
         if image is not None:
             x = self.norm_cross(x + self.dropout(self.cross(x, image)))
         x = taps.tap(self.tap_prefix, "resid_mid", x)
@@ -91,8 +70,7 @@ class QFormer(nn.Module):
         self.norm = nn.LayerNorm(config.dim, eps=config.norm_eps)
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(
-            BertBlock(config.block) if layer % config.cross_every else QFormerBlock(config)
-            for layer in range(config.layers)
+            BertBlock(config) if layer % config.cross_every else QFormerBlock(config) for layer in range(config.layers)
         )
         self.blocks.apply(lambda module: init_weights(module, config.init_std))
         taps.name_modules(self.blocks, "query")

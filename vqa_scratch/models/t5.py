@@ -261,6 +261,6 @@ class T5(Released[T5Config], Decoder):
             embed=lambda tokens, positions: self.embedding(tokens),
             blocks=fast_blocks(self.decoder.blocks),
             norm=(lambda x: norm(x) * scale) if self.config.scaled else norm,
-            head=(self.embedding if self.lm_head is None else self.lm_head).weight,
+            head=self.embedding if self.lm_head is None else self.lm_head,
             bias=lambda keys: self.decoder.bias(1, keys),
         )

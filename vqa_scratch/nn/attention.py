@@ -20,7 +20,7 @@ from vqa_scratch.nn import taps
 from vqa_scratch.nn.cache import KVCache
 from vqa_scratch.nn.memory import KeyValue, Memory, check_rows
 from vqa_scratch.nn.memory_parts import concatenate, of_tokens
-from vqa_scratch.nn.relative_bias import PassBias
+from vqa_scratch.nn.relative_bias import ScoreBias
 from vqa_scratch.nn.scores import Products, allowed, attention_scores, hide, masked_softmax
 
 BACKENDS = ("fused", "products", "explicit")  # these take any mask and bias; "kernel" takes neither as a tensor
@@ -170,7 +170,7 @@ class MultiHeadAttention(taps.Tapped):
         x: Tensor,
         context: Tensor | Memory | Sequence[Memory] | None = None,
         key_mask: Tensor | None = None,
-        bias: PassBias | None = None,
+        bias: ScoreBias | None = None,
         causal: bool = False,
         cache: KVCache | None = None,
         rotate: Callable[[Tensor], Tensor] | None = None,
@@ -205,14 +205,14 @@ class MultiHeadAttention(taps.Tapped):
                 k, v = (x[:, :, None].expand(-1, -1, self.heads // self.kv_heads, -1, -1).flatten(1, 2) for x in (k, v))
         q, k, v = taps.tap(name, "q", q), taps.tap(name, "k", k), taps.tap(name, "v", v)
         shown = taps.wanted(name, "scores", "pattern")
-        by_distance = bias is not None and not taps.wanted(name, "mask")
+        by_distance = bias is not None and bias.by_distance and not taps.wanted(name, "mask")
         biased = bias is not None or added is not None
         backend = choose(q, bias=biased, kernel=by_distance, dropout=dropout, shown=shown)
         if bias is not None:
             assert key_mask is None and not causal, "the bias of a pass includes the mask and the order"
             if backend == "kernel":
                 return self._join(bias.look_up(q, k, v, scale))
-            added, key_mask = bias.written_out()
+            added, key_mask = bias.written_out(q, scale)
         if taps.wanted(name, "mask"):
             size = q.shape[-2], k.shape[-2]
             keep = allowed(key_mask, causal, *size, q.device)

@@ -8,6 +8,8 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vqa_scratch.nn.memory import Memory
@@ -17,16 +19,25 @@ from vqa_scratch.nn.states import States
 @dataclass(frozen=True, eq=False)
 class Conditioning:
     """What the decoder reads besides its own tokens: memories for its cross-attention, or embeddings before its tokens.
-    The latter are never padding, and are counted by positions; every token of a row sees all of them."""
+    The latter are counted by positions; every token of a row sees all of them but padding, which stands in front."""
 
     memory: list[Memory] | None = None
     prefix: Tensor | None = None  # (I, Q, D); one that rows share is read once
     prefix_index: Tensor | None = None  # (B,) the prefix of each row; None: row b has prefix b
+    prefix_mask: Tensor | None = None  # (I, Q) True = no padding; None: all of it
 
     @property
     def prefix_length(self) -> int:
         """Q: how many tokens stand before those of a row."""
         return 0 if self.prefix is None else self.prefix.shape[1]
+
+    def seen(self, mask: Tensor | None, tokens: int) -> Tensor | None:
+        """(B, Q + T): which of the prefix and of the T `tokens` after it are no padding, from the mask (B, T) of the
+        latter; None: all of them, there as here."""
+        if self.prefix_mask is None:
+            return None if mask is None else F.pad(mask.bool(), (self.prefix_length, 0), value=True)
+        before = self.prefix_mask if self.prefix_index is None else self.prefix_mask[self.prefix_index]
+        return torch.cat([before, before.new_ones(len(before), tokens) if mask is None else mask.bool()], 1)
 
 
 class Connector(nn.Module, ABC):

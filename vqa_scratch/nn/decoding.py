@@ -67,14 +67,14 @@ class FastParts(NamedTuple):
     embed: Callable[[Tensor, Tensor], Tensor]  # tokens (R,), positions (R,) -> a new tensor (R, D)
     blocks: list[FastBlock]
     norm: Callable[[Tensor], Tensor]  # (R, D) -> (R, E): everything between the last block and the head
-    head: Tensor  # (V, E)
+    head: nn.Linear | nn.Embedding  # its weight is (V, E)
     bias: Callable[[int], Tensor] | None = None  # n -> (1, H, 1, n), added to the scores of the last of n tokens
     rotation: Callable[[Tensor], Rotation] | None = None  # positions (n,) -> what turns queries and keys there
     head_copy: nn.Module | None = None  # (..., E) -> (..., V), in place of the product with `head`
 
     def logits(self, states: Tensor) -> Tensor:
         """(..., E) -> (..., V)."""
-        return F.linear(states, self.head) if self.head_copy is None else self.head_copy(states)
+        return F.linear(states, self.head.weight) if self.head_copy is None else self.head_copy(states)
 
 
 def fast_blocks(blocks: nn.ModuleList) -> list[FastBlock]:
@@ -138,12 +138,13 @@ class Decoder(nn.Module, ABC):
         if given.prefix is None:
             return self.hidden(embeddings, attention_mask, memory=given.memory, cache=cache)
         prefix, length = given.prefix.to(embeddings.dtype), given.prefix_length
-        if attention_mask is not None:
-            attention_mask = F.pad(attention_mask.bool(), (length, 0), value=True)
+        attention_mask = given.seen(attention_mask, embeddings.shape[1])
         if given.prefix_index is None:
-            return self.hidden(torch.cat([prefix, embeddings], 1), attention_mask, cache=cache)[:, length:]
+            both = torch.cat([prefix, embeddings], 1)
+            return self.hidden(both, attention_mask, memory=given.memory, cache=cache)[:, length:]
+        assert given.memory is None, "a prefix that rows share goes without a memory"
         cache = TrainedCache(len(self.new_cache())) if cache is None else cache
-        self.hidden(prefix, cache=cache)
+        self.hidden(prefix, given.prefix_mask, cache=cache)
         cache.select(given.prefix_index)
         return self.hidden(embeddings, attention_mask, cache=cache)
 

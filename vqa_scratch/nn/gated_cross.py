@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vqa_scratch.nn import taps
 from vqa_scratch.nn.attention import MultiHeadAttention
 from vqa_scratch.nn.cache import KVCache
 from vqa_scratch.nn.decoding import FastGated, FastMLP, Reader
@@ -59,15 +58,3 @@ def flamingo_layer(dim: int, context_dim: int, *, heads: int = 8, head_dim: int 
     layer = GatedCrossAttention(nn.LayerNorm(dim), cross, nn.LayerNorm(dim), MLP(dim, 4 * dim, F.gelu, bias=False))
     layer.apply(init_weights)
     return layer
-
-
-class DecoderBlock(taps.Tapped):
-    """A block of a decoder, maybe with a layer before it that reads images."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.gated: GatedCrossAttention | None = None
-
-    def fast_gated(self) -> FastGated | None:
-        """The parts of the layer before the block."""
-        return None if self.gated is None else self.gated.fast_parts()

@@ -3,6 +3,7 @@
 Shapes: B rows, T tokens, D width, hidden the inner width of the MLP.
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
 
@@ -67,6 +68,13 @@ def init_weights(module: nn.Module, std: float = 0.02) -> None:
         nn.init.zeros_(module.bias)
     if isinstance(module, nn.LayerNorm):
         module.reset_parameters()
+
+
+def sinusoids(length: int, dim: int) -> Tensor:
+    """(length, dim): the sines of t / 10000^(i / (dim/2 - 1)), then their cosines, not in turn as in Vaswani et al."""
+    rates = torch.exp(torch.arange(dim // 2) * (-math.log(10_000) / (dim // 2 - 1)))
+    angles = torch.arange(length)[:, None] * rates
+    return torch.cat([angles.sin(), angles.cos()], 1)
 
 
 def decoder_positions(

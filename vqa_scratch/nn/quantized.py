@@ -178,6 +178,8 @@ class Int4(Format):
         return packed, torch.stack(stored.grid, -1).transpose(0, 1).contiguous()  # (G, N, 2)
 
     def multiply(self, x: Tensor, codes: Tensor, grid: Tensor) -> Tensor:
+        if len(x) > 2 * x.shape[1]:  # a plain product takes 0.4 of the time, and that of the identity is the matrix
+            return x @ self.multiply(torch.eye(x.shape[1], dtype=x.dtype), codes, grid)
         return torch.ops.aten._weight_int4pack_mm_for_cpu(x, codes, self.group, grid)
 
 
@@ -297,7 +299,8 @@ def checked(model: nn.Module, kind: Format) -> dict[str, nn.Linear]:
 
 def _table(decoder: Decoder) -> Tensor:
     """(V, E), what the states of a decoder are multiplied with at the end."""
-    return (decoder.fast_state() or decoder).head
+    parts = decoder.fast_state()
+    return decoder.head if parts is None else parts.head.weight
 
 
 def install(model: nn.Module, kind: Format, codes: Mapping[str, Codes]) -> None:
@@ -307,6 +310,8 @@ def install(model: nn.Module, kind: Format, codes: Mapping[str, Codes]) -> None:
         replace(model, name, QuantizedLinear(kind, stored, linears[name].bias))
     for decoder in decoders(model).values():
         decoder.head_copy = QuantizedLinear(HEAD, HEAD.quantize(_table(decoder)), None)
+        if getattr(decoder, "lm_head", None) is not None:  # nothing else reads it, as it does an embedding
+            decoder.lm_head = decoder.head_copy
 
 
 def round_to_nearest(model: nn.Module, kind: Format) -> dict[str, Codes]:

@@ -17,10 +17,6 @@ class Places(NamedTuple):
     first: float  # centre of the first row and the first column, in pixels
     stride: float  # pixels from one row or column to the next
 
-    def centre(self, row: int, column: int) -> tuple[float, float]:
-        """(y, x) in pixels: the centre of what a token sees."""
-        return self.first + self.stride * row, self.first + self.stride * column
-
 
 NOWHERE = Places((0, 0), 0.0, 0.0)  # of the tokens of a text
 

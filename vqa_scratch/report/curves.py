@@ -21,7 +21,8 @@ def draw_panels(path: Path, panels: Sequence[dict[str, Any]], columns: int | Non
     """One picture with all panels, in rows of `columns` or side by side.
 
     A panel: `title`, `ylabel`, `lines` = {label: (xs, ys)}, and optionally `xlabel`, `ylim`, `hlines` = {label: y},
-    `log`, `faint` = (xs, ys) of each line before smoothing, and `bands` = {label: (xs, lows, highs)} around lines.
+    `log`, `faint` = (xs, ys) of each line before smoothing, `bands` = {label: (xs, lows, highs)} around lines, and
+    `points`, given like `lines`.
     Texts may be of any script; a character that no installed font has is drawn as its code.
     """
     import matplotlib
@@ -30,7 +31,7 @@ def draw_panels(path: Path, panels: Sequence[dict[str, Any]], columns: int | Non
 
     lettering = choose(
         [panel.get(key, "") for panel in panels for key in ("title", "xlabel", "ylabel")]
-        + [label for panel in panels for key in ("lines", "hlines") for label in panel.get(key, ())]
+        + [label for panel in panels for key in ("lines", "points", "hlines") for label in panel.get(key, ())]
     )
 
     def legible(text: str) -> str:
@@ -55,6 +56,8 @@ def draw_panels(path: Path, panels: Sequence[dict[str, Any]], columns: int | Non
                     axis.fill_between(*panel["bands"][label], color=f"C{i % 10}", alpha=0.15, linewidth=0)
             for i, (label, y) in enumerate(panel.get("hlines", {}).items()):
                 axis.axhline(y, label=legible(label), color="0.45", linestyle=("--", ":", "-.")[i % 3], linewidth=1)
+            for i, (label, (xs, ys)) in enumerate(panel.get("points", {}).items(), len(panel["lines"])):
+                axis.plot(xs, ys, "o", label=legible(label), color=f"C{i % 10}", markersize=5)
             axis.set_title(legible(panel["title"]), loc="left", fontsize=11)
             axis.set_xlabel(legible(panel.get("xlabel", "step")))
             axis.set_ylabel(legible(panel["ylabel"]))
@@ -67,6 +70,6 @@ def draw_panels(path: Path, panels: Sequence[dict[str, Any]], columns: int | Non
                 axis.yaxis.set_minor_formatter(NullFormatter())
             axis.grid(alpha=0.25)
             axis.spines[["top", "right"]].set_visible(False)
-            if len(panel["lines"]) + len(panel.get("hlines", {})) > 1:
+            if sum(len(panel.get(key, ())) for key in ("lines", "points", "hlines")) > 1:
                 axis.legend(fontsize=8, frameon=False)
         write_whole(path, lambda unfinished: figure.savefig(unfinished, dpi=120, format="png"))

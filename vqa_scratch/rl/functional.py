@@ -1,8 +1,8 @@
 """The mathematics of PPO for language models: pure functions on tensors and masks, without a model or state.
 
 Follows Schulman et al. 2017 (PPO, arXiv 1707.06347), Schulman et al. 2016 (GAE, 1506.02438), Ziegler et al. 2019
-(language models, 1909.08593), Schulman 2020 (KL estimators), Ahmadian et al. 2024 (RLOO, 2402.14740) and
-Shao et al. 2024 (GRPO, 2402.03300). `docs/ppo.md` numbers every choice.
+(language models, 1909.08593), Schulman 2020 (KL estimators), Ahmadian et al. 2024 (RLOO, 2402.14740), Shao et al. 2024
+(GRPO, 2402.03300) and Rafailov et al. 2023 (DPO, 2305.18290). `docs/ppo.md` numbers every choice.
 
 Shapes: B responses, R response tokens, V vocabulary, N any number of token positions, G responses to one prompt.
 Masks are True for the real tokens of a response, its end-of-sequence token included, and False for the padding after.
@@ -10,10 +10,12 @@ Rewards, log-probabilities and KL are in nats; nothing depends on the content of
 """
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import softplus
 
 # ------------------------------------------------------------------------------------------------ masked statistics
 
@@ -136,16 +138,40 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float = 1.0, lam: 
     return advantages, advantages + values
 
 
+def fitted_baseline(known: Sequence[Tensor], returns: Tensor, mask: Tensor, prompts: int) -> Tensor:
+    """What of a constant, the number of the token and all that is `known` fits the returns best: (B, R) each -> (B, R).
+
+    Least squares over the tokens of all other prompts, for each prompt anew. So no response has a say in what is
+    subtracted from it, and the policy gradient keeps its mean, whatever is known (Greensmith, Bartlett and Baxter 2004,
+    JMLR 5, on baselines as control variates). What explains nothing gets a weight near 0. With the mean of a prompt's
+    other responses known this shrinks it towards that of the batch, as Zeng et al. 2025 (2511.03710) do by James and
+    Stein's rule.
+    """
+    columns = [torch.ones_like(returns), mask.cumsum(1), *known, returns]
+    table = torch.stack(columns, -1).double().masked_fill(~mask.bool()[..., None], 0)
+    x, y = table.view(prompts, -1, len(columns)).split([len(columns) - 1, 1], -1)  # (P, tokens of the prompt, ...)
+    products, moments = x.mT @ x, x.mT @ y
+    products, moments = products.sum(0) - products, moments.sum(0) - moments
+    ridge = 1e-6 * products.diagonal(dim1=1, dim2=2) + 1e-12  # for what is 0 everywhere, or the same as the constant
+    fitted = x @ torch.linalg.solve(products + ridge.diag_embed(), moments)
+    return fitted.view_as(returns).to(returns.dtype)
+
+
 def _grouped(returns: Tensor, group: int) -> Tensor:
     if group < 2 or returns.shape[0] % group:
         raise ValueError(f"{returns.shape[0]} responses do not form groups of {group}; groups of 2 or more are needed")
     return returns.view(-1, group)
 
 
-def rloo_advantages(returns: Tensor, group: int) -> Tensor:
-    """Reward minus the mean of the other responses to the same prompt: (B,) -> (B,); neighbours form the groups."""
+def others_mean(returns: Tensor, group: int) -> Tensor:
+    """Mean return of the other responses to the same prompt: (B,) -> (B,); neighbours form the groups."""
     r = _grouped(returns, group)
-    return (r - (r.sum(1, keepdim=True) - r) / (group - 1)).flatten()
+    return ((r.sum(1, keepdim=True) - r) / (group - 1)).flatten()
+
+
+def rloo_advantages(returns: Tensor, group: int) -> Tensor:
+    """Reward minus the mean of the other responses to the same prompt: (B,) -> (B,)."""
+    return returns - others_mean(returns, group)
 
 
 def grpo_advantages(returns: Tensor, group: int, eps: float = 1e-4) -> Tensor:
@@ -206,6 +232,33 @@ def ppo_value_loss(
     count = mask.sum() if tokens is None else tokens
     loss = 0.5 * masked_sum(torch.maximum(free, clipped), mask) / count
     return loss, masked_sum((clipped > free).float(), mask).detach() / count
+
+
+# ------------------------------------------------------------------------------------------------- preferences (DPO)
+
+
+def preferences(scores: Tensor) -> Tensor:
+    """The chance that a response is preferred to the other of its pair, neighbours (B,) -> (B,): sigmoid of the
+    difference of their scores (Bradley and Terry 1952)."""
+    pairs = scores.view(-1, 2)
+    return torch.sigmoid(pairs - pairs.flip(1)).flatten()
+
+
+def dpo_loss(
+    logratios: Tensor, preferred: Tensor, beta: float, pairs: Tensor | float | None = None
+) -> tuple[Tensor, Tensor]:
+    """Loss of direct preference optimisation (Rafailov et al. 2023, equation 7) -> (loss (), share of right orders ()).
+
+    logratios (B,): log pi(response) - log reference(response), neighbours are a pair; preferred (B,): the chance that
+    each is preferred, 0 or 1 where it is known. The cross-entropy of these chances against sigmoid(beta * difference of
+    the log-ratios): if they are `preferences` of scores, its least value is at pi ~ reference * exp(score / beta),
+    PPO's optimum at that price. The sum is divided by `pairs`, by default their number here.
+    """
+    ratios, chance = logratios.view(-1, 2), preferred.view(-1, 2)[:, 0]
+    margin = beta * (ratios[:, 0] - ratios[:, 1])
+    count = len(margin) if pairs is None else pairs
+    losses = chance * softplus(-margin) + (1 - chance) * softplus(margin)
+    return losses.sum() / count, (margin * (chance - 0.5) > 0).float().sum() / count
 
 
 # ---------------------------------------------------------------------------------------- what could be reached at best

@@ -40,7 +40,10 @@ def rollout_metrics(t: Trajectory, samples: Samples, raw: Tensor, parts: dict[st
     penalty = t.rewards.sum(1) - t.scores
     lengths, queries = t.mask.sum(1).float(), torch.tensor([float(len(p.ids)) for p in samples.prompts])
     _, returns_var = mean_and_var(masked_moments(t.returns, t.mask))
-    error = masked_mean((t.values - t.returns).square(), t.mask)
+    explained = [
+        1 - masked_mean((known - t.returns).square(), t.mask) / returns_var.clamp(min=1e-12)
+        for known in (t.baseline, t.values)
+    ]
     log: dict[str, float | Tensor] = {
         "objective/kl": masked_sum(kl.k1, t.mask, 1).mean(),
         "objective/kl_k3": masked_sum(kl.k3, t.mask, 1).mean(),
@@ -56,7 +59,8 @@ def rollout_metrics(t: Trajectory, samples: Samples, raw: Tensor, parts: dict[st
         "ppo/returns/var": returns_var,
         "ppo/val/mean": masked_mean(t.values, t.mask),
         "ppo/val/var": mean_and_var(masked_moments(t.values, t.mask))[1],
-        "ppo/val/var_explained": 1 - error / returns_var.clamp(min=1e-12),
+        "ppo/val/var_explained": explained[0],
+        "ppo/val/critic_explained": explained[1],
         "tokens/queries_len_mean": queries.mean(),
         "tokens/queries_len_std": queries.std(),
         "tokens/responses_len_mean": lengths.mean(),

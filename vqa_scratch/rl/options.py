@@ -8,12 +8,13 @@ from typing import Any
 
 from vqa_scratch.command_line import first_rank_speaks, parse
 from vqa_scratch.errors import UserError
-from vqa_scratch.options import Options, option
+from vqa_scratch.options import Options, option, threads_option
 
 RUN, MODELS, ROLLOUTS = "Run", "Models and data", "Rollouts"
 REWARD, UPDATE, LOGGING = "Reward and advantages", "Update", "Evaluation and checkpoints"
-BOOK, MINI_NEWS, PPO = {"preset": "book"}, {"preset": "mini-news"}, {"algorithm": "ppo"}
-SUMMARISING = {"preset": ("mini-news", "book")}
+BOOK, MINI_NEWS, LM, PPO = {"preset": "book"}, {"preset": "mini-news"}, {"preset": "lm"}, {"algorithm": "ppo"}
+DPO = {"algorithm": "dpo"}
+SUMMARISING, READ = {"preset": ("mini-news", "book")}, {"preset": ("mini-news", "book", "lm")}
 JUDGED = {"reward": None}
 
 
@@ -21,7 +22,9 @@ JUDGED = {"reward": None}
 class RLHFOptions(Options):
     """PPO, its relatives, and the tasks they are run on."""
 
-    preset: str = option("mini-news", "Which task to run, and with which defaults.", RUN, ("mini-news", "book", "vqa"))
+    preset: str = option(
+        "mini-news", "Which task to run, and with which defaults.", RUN, ("mini-news", "book", "lm", "vqa")
+    )
     out: Path = option(Path("runs/rlhf-mini-news"), "Folder of the run.", RUN, may_change=True)
     resume: bool = option(False, "Go on from the last checkpoint of --out.", RUN, may_change=True)
     seed: int = option(0, "Seed of data, initial weights and sampling.", RUN, minimum=0, below=2**32)
@@ -29,6 +32,7 @@ class RLHFOptions(Options):
     precision: str = option(
         "auto", "Arithmetic; auto is bf16 where it is clearly faster.", RUN, ("auto", "fp32", "bf16")
     )
+    threads: int | None = threads_option(RUN)
     parallel: str = option(
         "ddp",
         "Under torchrun: whole policy and reference on every rank, or a part of every tensor.",
@@ -46,22 +50,22 @@ class RLHFOptions(Options):
 
     policy: str = option(
         "google/flan-t5-small",
-        "Policy: folder or Hub id of a T5 for book, a run of train.py for vqa.",
+        "Policy: folder or Hub id of a T5 for book, of a GPT-2, OPT, Llama or Qwen2 for lm; a run of train.py for vqa.",
         MODELS,
-        only={"preset": ("book", "vqa")},
+        only={"preset": ("book", "lm", "vqa")},
     )
     reference: str | None = option(
         None,
-        "Frozen reference, also the policy before training: folder or Hub id of a T5; by default the initial policy.",
+        "Frozen reference, also the policy before training: as --policy, and by default the same.",
         MODELS,
-        only=SUMMARISING,
+        only=READ,
     )
     reward: str | None = option(
         None,
-        "Own reward in place of the two classifiers': FILE.py:FUNCTION, which takes `Samples` and returns a number a "
-        "response (docs/library.md), or a text classifier, a folder or Hub id.",
+        "Own reward, for lm or in place of the two classifiers': FILE.py:FUNCTION or MODULE:FUNCTION, which takes "
+        "`Samples` and returns a number a response (docs/library.md), or a text classifier, a folder or Hub id.",
         MODELS,
-        only=SUMMARISING,
+        only=READ,
     )
     reward_label: str | None = option(
         None, "Class of the classifier --reward whose logit counts; not needed if it has one output.", MODELS
@@ -76,7 +80,7 @@ class RLHFOptions(Options):
     tone_weight: float = option(0.5, "Weight of its logit in the reward.", MODELS, only=SUMMARISING | JUDGED)
     length_weight: float = option(0.0, "Reward lost for each token of a response.", MODELS)
     articles: Path | None = option(None, "CSV, JSONL or text file with the articles.", MODELS, only=BOOK)
-    column: str = option("text", "Column or key that holds the article.", MODELS, only=BOOK)
+    column: str = option("text", "Column or key of the article or prompt.", MODELS, only={"preset": ("book", "lm")})
     summary_column: str | None = option(
         None, "Column or key that holds a reference summary, for the word overlap.", MODELS, only=BOOK
     )
@@ -97,10 +101,25 @@ class RLHFOptions(Options):
     )
     data: Path | None = option(
         None,
-        "Folder with the VQA v2 files; without it, the data of the policy's run.",
+        "For lm the file of prompts: CSV, JSONL, or text with one a line. For vqa the folder with the VQA v2 files; "
+        "without it, the data of the policy's run.",
         MODELS,
-        only={"preset": "vqa"},
+        only={"preset": ("lm", "vqa")},
         was="data_dir",
+    )
+    preferences: Path | None = option(
+        None,
+        "Prompts with two responses each, in place of --data and of what the reward prefers: JSONL or another table "
+        "with the columns prompt, chosen and rejected.",
+        MODELS,
+        only=LM | DPO,
+        excludes="data",
+    )
+    chat: bool | None = option(
+        None,
+        "Whether texts become what a user says in the chat template of the policy; by default if it has one.",
+        MODELS,
+        only=LM,
     )
     sft_steps: int = option(500, "Steps of supervised training of the summariser.", MODELS, minimum=1, only=MINI_NEWS)
     reward_steps: int = option(600, "Steps of training of each reward model.", MODELS, minimum=1, only=MINI_NEWS)
@@ -128,21 +147,33 @@ class RLHFOptions(Options):
     )
 
     algorithm: str = option(
-        "ppo", "How advantages are computed; all else is shared.", REWARD, ("ppo", "rloo", "grpo", "best-of-n")
+        "ppo",
+        "How advantages are computed; with dpo a loss of pairs, of which --kl-coef is the beta. All else is shared.",
+        REWARD,
+        ("ppo", "rloo", "grpo", "best-of-n", "dpo"),
     )
     kl_coef: float = option(0.05, "Price of one nat of KL, in units of the scaled reward.", REWARD, minimum=0)
     kl_target: float = option(0.0, "Adapt the price towards this KL a sequence; 0 keeps it fixed.", REWARD, minimum=0)
     kl_horizon: float = option(0.1, "Time constant of that, as a share of the run's responses.", REWARD, above=0)
-    scale_reward: bool = option(True, "Shift and scale rewards once, so that the reference scores 0 +- 1.", REWARD)
+    scale_reward: bool = option(
+        True, "Shift and scale rewards once, so that the reference scores 0 +- 1.", REWARD, only={"preferences": None}
+    )
     score_clip: float = option(10.0, "Largest scaled reward, either sign; 0 does not clip.", REWARD, minimum=0)
     missing_eos_penalty: float = option(
         1.0, "Taken from the scaled reward of a response that the limit cut off.", REWARD, minimum=0
     )
     whiten_rewards: bool = option(
-        False, "Whiten per-token rewards (without moving their mean) before the advantages.", REWARD
+        False, "Whiten per-token rewards (without moving their mean) before the advantages.", REWARD, never=DPO
     )
     gamma: float = option(1.0, "Discount.", REWARD, minimum=0, maximum=1, only=PPO)
-    lam: float = option(0.95, "Lambda of generalised advantage estimation.", REWARD, minimum=0, maximum=1, only=PPO)
+    lam: float = option(
+        1.0,
+        "Lambda of generalised advantage estimation; below 1 what the critic gets wrong bends the gradient.",
+        REWARD,
+        minimum=0,
+        maximum=1,
+        only=PPO,
+    )
     whiten_advantages: bool = option(True, "Whiten advantages over the whole batch of rollouts.", REWARD, only=PPO)
 
     epochs: int = option(4, "Passes over each batch of rollouts.", UPDATE, minimum=1)
@@ -163,9 +194,11 @@ class RLHFOptions(Options):
     max_grad_norm: float = option(
         1.0, "Gradients are scaled down to this norm; inf: never.", UPDATE, above=0, maximum=math.inf, may_change=True
     )
-    clip_low: float = option(0.2, "The ratio is clipped below 1 minus this.", UPDATE, minimum=0)
-    clip_high: float = option(0.2, "The ratio is clipped above 1 plus this.", UPDATE, minimum=0)
-    dual_clip: float = option(3.0, "Bound on the loss of bad tokens, in advantages; 0 sets none.", UPDATE, minimum=0)
+    clip_low: float = option(0.2, "The ratio is clipped below 1 minus this.", UPDATE, minimum=0, never=DPO)
+    clip_high: float = option(0.2, "The ratio is clipped above 1 plus this.", UPDATE, minimum=0, never=DPO)
+    dual_clip: float = option(
+        3.0, "Bound on the loss of bad tokens, in advantages; 0: none.", UPDATE, minimum=0, never=DPO
+    )
     value_clip: float = option(
         0.2,
         "Values move at most this far from the old ones, in standard deviations of returns.",
@@ -183,13 +216,19 @@ class RLHFOptions(Options):
         "What stays fixed; a frozen encoder runs once for policy, reference and all epochs.",
         UPDATE,
         ("nothing", "encoder"),
+        never=LM,
         renamed={"none": "nothing"},
     )
     critic: str = option(
-        "shared", "Whether the value loss also moves the policy's layers.", UPDATE, ("shared", "detached"), only=PPO
+        "fitted",
+        "What PPO subtracts: the best fit of the critic and the prompt's other responses; or the critic alone, whose "
+        "loss also moves the policy's layers (shared), or does not (detached).",
+        UPDATE,
+        ("fitted", "shared", "detached"),
+        only=PPO,
     )
     critic_warmup: int = option(
-        2, "Iterations at the start in which only the value head learns.", UPDATE, minimum=0, only=PPO
+        0, "Iterations at the start in which only the value head learns.", UPDATE, minimum=0, only=PPO
     )
 
     log_to: str | None = option(
@@ -221,6 +260,14 @@ class RLHFOptions(Options):
             raise UserError("--reward-label names a class of the classifier --reward, which is not given")
         if self.algorithm != "ppo" and self.samples < 2:
             raise UserError(f"--algorithm {self.algorithm} compares responses: --samples must be at least 2")
+        if self.algorithm == "dpo" and self.samples % 2:
+            raise UserError(f"--algorithm dpo compares pairs: --samples must be even, not {self.samples}")
+        if self.preferences is not None and self.samples != 2:
+            raise UserError(f"--preferences has two responses to a prompt: --samples must be 2, not {self.samples}")
+        if self.preferences is not None and (self.min_new_tokens or self.no_repeat_ngram_size or self.kl_target):
+            raise UserError(
+                "--min-new-tokens, --no-repeat-ngram-size and --kl-target are about sampling: not with --preferences"
+            )
         if self.min_new_tokens > self.max_new_tokens:
             raise UserError(f"--min-new-tokens {self.min_new_tokens} exceeds --max-new-tokens {self.max_new_tokens}")
         if self.prompts % self.minibatches:
@@ -243,8 +290,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "learning_rate": 3e-4,
         "value_lr_scale": 3.0,
         "value_clip": 1.0,
+        "kl_coef": 0.35,
         "kl_target": 4.0,
-        "kl_horizon": 0.05,
         "max_new_tokens": 32,
         "iterations": 60,
     },
@@ -255,6 +302,17 @@ PRESETS: dict[str, dict[str, Any]] = {
         "max_new_tokens": 64,
         "micro_prompts": 2,
         "iterations": 250,
+    },
+    "lm": {
+        "out": Path("runs/rlhf-lm"),
+        "policy": "openai-community/gpt2",
+        "column": "prompt",
+        "algorithm": "rloo",
+        "prompts": 16,
+        "max_new_tokens": 64,
+        "micro_prompts": 2,
+        "epochs": 1,
+        "eval_prompts": 64,
     },
     "vqa": {
         "out": Path("runs/rlhf-vqa"),
@@ -283,6 +341,6 @@ def read_command_line(argv: Sequence[str]) -> RLHFOptions:
             PRESETS,
             argv,
             program="rlhf.py",
-            about="Tune a language model by PPO with a KL penalty against a frozen reference, and report the result.",
+            about="Tune a language model by PPO, RLOO, GRPO or DPO against a frozen reference, and report the result.",
             example="python rlhf.py --preset book --articles news.csv",
         )

@@ -53,6 +53,7 @@ class Context:
     prompt_ids: Tensor | None = None  # (P, L) before the response, the start token last; None: the start token alone
     prompt_mask: Tensor | None = None  # (P, L), True = real token; padding on the left
     prefix: Tensor | None = None  # (P, Q, D) embeddings before the ids
+    prefix_mask: Tensor | None = None  # (P, Q), as in `Conditioning`
 
     @property
     def prompts(self) -> int:
@@ -71,10 +72,13 @@ class Context:
         return replace(self, samples=samples)
 
     def of(self, prompts: Sequence[int]) -> "Context":
-        """Some of the prompts."""
-        before = (self.prompt_ids, self.prompt_mask, self.prefix)
-        picked = (None if x is None else x[prompts] for x in before)
-        return Context(tuple(part.of(prompts) for part in self.parts), self.samples, *picked)
+        """Some of the prompts, padded to the longest of them, as if they had been encoded alone."""
+        before = (self.prompt_ids, self.prompt_mask, self.prefix, self.prefix_mask)
+        ids, mask, *prefix = (None if x is None else x[prompts] for x in before)
+        if ids is not None and mask is not None:
+            padding = int(mask.int().argmax(1).min())
+            ids, mask = ids[:, padding:], mask[:, padding:]
+        return Context(tuple(part.of(prompts) for part in self.parts), self.samples, ids, mask, *prefix)
 
     def prompt_of_row(self, device: torch.device) -> Tensor:
         """(B,): the prompt of each response."""
@@ -89,7 +93,7 @@ class Context:
             for states, mask, entries in self.parts
         ]
         index = None if self.prefix is None else self.prompt_of_row(self.prefix.device)
-        return Conditioning(memory or None, self.prefix, index)
+        return Conditioning(memory or None, self.prefix, index, self.prefix_mask)
 
 
 class Backbone(nn.Module, ABC):
@@ -97,7 +101,7 @@ class Backbone(nn.Module, ABC):
 
     width: int
     start_id: int  # first input of the decoder
-    eos_id: int
+    eos_id: int | tuple[int, ...]  # any of several ends a response
     pad_id: int
 
     @abstractmethod
@@ -164,7 +168,7 @@ class T5Policy(Backbone):
 class SamplingRules:
     """What may be sampled. Part of the policy: the same rules hold wherever its probabilities are used."""
 
-    eos_id: int
+    eos_id: int | tuple[int, ...]  # any of several ends a response
     max_new_tokens: int
     min_new_tokens: int = 0  # the end token is barred before this many tokens
     temperature: float = 1.0
@@ -173,13 +177,14 @@ class SamplingRules:
 
 
 def sampling_rules(
-    options: RLHFOptions, eos_id: int, table: Tensor, tokens: int, never: Sequence[int]
+    options: RLHFOptions, eos_id: int | tuple[int, ...], table: Tensor, tokens: int, never: Sequence[int]
 ) -> SamplingRules:
     """The rules of a run, which bar the ids in `never` and rows of the `table` of embeddings that no token has."""
     barred = torch.arange(len(table), device=table.device) >= tokens
     barred[list(never)] = True
     lengths = (options.max_new_tokens, options.min_new_tokens)
-    return SamplingRules(eos_id, *lengths, options.temperature, barred, options.no_repeat_ngram_size)
+    bars = barred if barred.any() else None  # a pass over all logits less
+    return SamplingRules(eos_id, *lengths, options.temperature, bars, options.no_repeat_ngram_size)
 
 
 def policy_logits(logits: Tensor, ids: Tensor, positions: Tensor, rules: SamplingRules) -> Tensor:
@@ -194,8 +199,9 @@ def policy_logits(logits: Tensor, ids: Tensor, positions: Tensor, rules: Samplin
         logits = logits.masked_fill(rules.barred, BARRED)
     if rules.min_new_tokens > 0:
         early = positions < rules.min_new_tokens
-        eos = torch.arange(logits.shape[-1], device=logits.device) == rules.eos_id
-        logits = logits.masked_fill(early[:, None] & eos, BARRED)
+        ends = torch.zeros(logits.shape[-1], dtype=torch.bool, device=logits.device)
+        ends[list(end_ids(rules.eos_id))] = True
+        logits = logits.masked_fill(early[:, None] & ends, BARRED)
     if rules.no_repeat_ngram > 0:
         rows, places = repeating(ids, None, positions, rules.no_repeat_ngram).nonzero(as_tuple=True)
         logits = logits.index_put((rows, ids[rows, places]), logits.new_tensor(BARRED))

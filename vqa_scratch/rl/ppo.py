@@ -25,7 +25,7 @@ from vqa_scratch.rl.options import RLHFOptions
 from vqa_scratch.rl.policy import ActorCritic, Backbone, Context, SamplingRules
 from vqa_scratch.rl.ranks import gather_rows, gather_samples
 from vqa_scratch.rl.rewards import RewardScale, RewardSum
-from vqa_scratch.rl.rollout import PromptStream, Responses, Scored, chances, sample, score
+from vqa_scratch.rl.rollout import PromptStream, Responses, Scored, chances, given, sample, score
 from vqa_scratch.rl.types import Prompt, Samples, Trajectory
 from vqa_scratch.rl.update import Update, micro_batches
 from vqa_scratch.training.checkpoint import load_model_state
@@ -94,14 +94,16 @@ class PPO:
         policy: Backbone,
         generator: torch.Generator,
         only: range | None = None,
+        told: bool = False,
     ) -> tuple[Responses, Samples, Context]:
-        """Encode the prompts once and sample `samples` responses to each; to `only` some of them, as among all."""
+        """Encode the prompts once and sample `samples` responses to each; to `only` some of them, as among all. `told`:
+        take those that the prompts bring."""
         chance = chances(len(prompts) * samples, self.rules, generator, self.device)
         if only is not None:
             prompts, chance = prompts[only.start : only.stop], chance[only.start * samples : only.stop * samples]
         with self.autocast():
             context = policy.encode(prompts).shared_by(samples)
-            responses = sample(policy, context, self.rules, chance)
+            responses = given(prompts, policy, self.rules) if told else sample(policy, context, self.rules, chance)
         ids = responses.lists()
         repeated = [p for p in prompts for _ in range(samples)]
         return responses, Samples(repeated, ids, [self.decode(x) for x in ids], responses.finished.tolist()), context
@@ -111,7 +113,8 @@ class PPO:
         """Sample responses to one batch, reward them, and score them under policy and reference."""
         options, clock = self.options, [time.perf_counter()]
         policy, k = self.actor.backbone, options.samples
-        (ids, mask, finished), samples, context = self.respond(prompts, k, policy, self.sampling, self.mine)
+        told = options.preferences is not None
+        (ids, mask, finished), samples, context = self.respond(prompts, k, policy, self.sampling, self.mine, told)
         clock.append(time.perf_counter())
 
         with self.autocast():
@@ -151,21 +154,31 @@ class PPO:
         options, (ids, mask, finished), s = self.options, rollout.responses, rollout.scored
         rewards = F.get_rewards(rollout.scores, s.logprobs, s.ref_logprobs, mask, self.kl.coef)
         spread = F.masked_whiten(rewards, mask, shift_mean=False) if options.whiten_rewards else rewards
+        _, to_go = F.gae(spread, torch.zeros_like(spread), mask, options.gamma, 1.0)  # from each token to the end
+        whole = to_go[:, 0]  # of a response: its score less the price of its KL
+        others = [F.others_mean(whole, options.samples)[:, None] * mask] if options.samples > 1 else []
         if options.algorithm == "ppo":
-            advantages, returns = F.gae(spread, s.values, mask, options.gamma, options.lam)
+            fitted = options.critic == "fitted"
+            known = F.fitted_baseline([s.values, *others], to_go, mask, options.prompts) if fitted else s.values
+            advantages, returns = F.gae(spread, known, mask, options.gamma, options.lam)
             if options.whiten_advantages:
                 advantages = F.masked_whiten(advantages, mask)
         else:
-            whole = spread.sum(1)  # of a response: its score less the price of its KL
-            advantages = GROUP_ADVANTAGES[options.algorithm](whole, options.samples)[:, None] * mask
-            returns = whole[:, None] * mask
-        return Trajectory(ids, mask, finished, *s, rollout.scores, rewards, advantages, returns)
+            (known,), returns = others, whole[:, None] * mask
+            if options.algorithm != "dpo":
+                each = GROUP_ADVANTAGES[options.algorithm](whole, options.samples)
+            elif options.preferences is None:
+                each = F.preferences(rollout.scores)
+            else:
+                each = whole.new_tensor([1.0, 0.0]).repeat(options.prompts)
+            advantages = each[:, None] * mask
+        return Trajectory(ids, mask, finished, *s, rollout.scores, rewards, known, advantages, returns)
 
     # ---------------------------------------------------------------------------------------- reward scale, resume
 
     def fit_reward_scale(self, prompts: list[Prompt], responses: int = 256) -> None:
-        """Fix the reward's scale from at least `responses` responses of the reference; does nothing if it is off."""
-        if not self.options.scale_reward:
+        """Fix the reward's scale from at least `responses` responses of the reference, if the run needs one."""
+        if not self.options.scale_reward or self.options.preferences is not None:
             return
         generator = torch.Generator(self.device).manual_seed(self.options.seed + 3)
         rewards: list[Tensor] = []

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from vqa_scratch.data.hashes import Hashes, check_same, facts, hashes_of
+from vqa_scratch.data.vqa_v2 import VQASample
 from vqa_scratch.errors import UserError
 from vqa_scratch.rl.options import PRESETS, RLHFOptions
 from vqa_scratch.rl.ppo import PPO
@@ -60,10 +61,12 @@ def begin_or_go_on(options: RLHFOptions) -> tuple[RLHFOptions, dict[str, Any] | 
 
 def prompt_hashes(task: Task) -> Hashes:
     """Hashes of the prompts that the task trains and is measured on; a prompt about an image has a `VQASample`."""
-    splits = {"train": task.train, "held_out": task.held_out}
-    plain = {name: ((p.text, p.reference) for p in prompts if p.payload is None) for name, prompts in splits.items()}
-    asked = {name: facts([p.payload for p in prompts if p.payload is not None]) for name, prompts in splits.items()}
-    return hashes_of({name: [*plain[name], *asked[name]] for name in splits})
+    splits: dict[str, list[Any]] = {}
+    for name, prompts in {"train": task.train, "held_out": task.held_out}.items():
+        asked = [p.payload for p in prompts if isinstance(p.payload, VQASample)]
+        plain = [p for p in prompts if not isinstance(p.payload, VQASample)]
+        splits[name] = [*((p.text, p.reference, *(p.pair or ())) for p in plain), *facts(asked)]
+    return hashes_of(splits)
 
 
 def restore(ppo: PPO, saved: dict[str, Any], about: dict[str, Any]) -> float:

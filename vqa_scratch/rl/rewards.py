@@ -69,7 +69,10 @@ class RewardSum:
         """The total (B,) and each part (B,) before its weight."""
         total, values = torch.zeros(len(samples.ids)), {}
         for part in self.parts:
-            value = torch.as_tensor(part.function(samples), dtype=torch.float32)
+            try:
+                value = torch.as_tensor(part.function(samples), dtype=torch.float32)
+            except (TypeError, ValueError, RuntimeError) as error:
+                raise UserError(f"reward {part.name!r} must be numbers, one a response: {error}") from error
             if value.shape != total.shape:
                 raise UserError(f"reward {part.name!r} has shape {tuple(value.shape)}, expected {tuple(total.shape)}")
             bad = (~value.isfinite()).nonzero().flatten().tolist()

@@ -13,6 +13,7 @@ from torch import Tensor
 from vqa_scratch.errors import UserError
 from vqa_scratch.generate import decode
 from vqa_scratch.generate.choose import pick
+from vqa_scratch.generation_options import end_ids
 from vqa_scratch.kernels import chosen_logprobs
 from vqa_scratch.rl.functional import exact_kl
 from vqa_scratch.rl.policy import (
@@ -20,6 +21,7 @@ from vqa_scratch.rl.policy import (
     Backbone,
     Context,
     SamplingRules,
+    padded,
     policy_logits,
     token_logits,
     token_states,
@@ -63,11 +65,21 @@ def sample(backbone: Backbone, context: Context, rules: SamplingRules, chance: T
         return token, None
 
     scores, state = backbone.begin(context, rules.max_new_tokens - 1)
-    limits = {"max_new_tokens": rules.max_new_tokens, "eos_id": rules.eos_id, "fill": backbone.pad_id}
-    made = decode(scores, state, choose, **limits)
+    most, fill = rules.max_new_tokens, backbone.pad_id
+    made = decode(scores, state, choose, max_new_tokens=most, eos_id=rules.eos_id, fill=fill)
     mask = torch.arange(made.ids.shape[1], device=chance.device) < made.lengths[:, None]
-    last = made.ids.gather(1, made.lengths[:, None] - 1).squeeze(1)
-    return Responses(made.ids, mask, last == rules.eos_id)
+    return _finished(made.ids, mask, rules)
+
+
+def given(prompts: list[Prompt], backbone: Backbone, rules: SamplingRules) -> Responses:
+    """The pairs of responses that the prompts bring."""
+    rows = [ids for prompt in prompts for ids in prompt.pair or ()]
+    return _finished(*padded(rows, backbone.pad_id, next(backbone.parameters()).device), rules)
+
+
+def _finished(ids: Tensor, mask: Tensor, rules: SamplingRules) -> Responses:
+    last = ids.gather(1, mask.sum(1, keepdim=True) - 1).squeeze(1)
+    return Responses(ids, mask, torch.isin(last, last.new_tensor(end_ids(rules.eos_id))))
 
 
 class Scored(NamedTuple):

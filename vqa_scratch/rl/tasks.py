@@ -1,9 +1,10 @@
 """Builds the task of a preset: a policy, its frozen reference, a reward, and prompts for training and evaluation."""
 
 import copy
+import importlib
 import random
 import runpy
-from collections.abc import Callable
+from collections.abc import Callable, MutableSequence, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from vqa_scratch.errors import UserError, some
 from vqa_scratch.generation_options import end_ids
 from vqa_scratch.models.bert import BertConfig
 from vqa_scratch.models.classifier import TextClassifier, check_label
+from vqa_scratch.models.hf_config import Released
 from vqa_scratch.models.t5 import T5, T5Config
 from vqa_scratch.rl import mini_news
 from vqa_scratch.rl.metrics import mean_overlap
@@ -44,11 +46,17 @@ class Task:
     figures: Callable[[Backbone, Samples], dict[str, float]] = lambda policy, samples: {}  # before and after, its own
     upgrade: Callable[[dict[str, Any]], dict[str, Any]] = lambda saved: saved  # converts an older checkpoint
 
+    def stored_in(self, dtype: torch.dtype) -> None:
+        """Store what is frozen, the reference and the judges, in the number format of the run."""
+        judges = [part.function.model for part in self.reward.parts if isinstance(part.function, ClassifierReward)]
+        for model in (self.reference, *judges):
+            freeze(model, dtype)
 
-def check_same_vocabulary(policy: T5, reference: T5) -> None:
-    """Raise UserError unless a KL between the two models is defined."""
+
+def check_same_vocabulary(policy: Released[Any], reference: Released[Any], names: Sequence[str]) -> None:
+    """Raise UserError unless these fields of both configs are equal, without which a KL between them is not defined."""
     ours, theirs = policy.config, reference.config
-    for name in ("vocab_size", "eos_id", "start_id"):
+    for name in names:
         if getattr(ours, name) != getattr(theirs, name):
             raise UserError(
                 f"the reference has {name} {getattr(theirs, name)}, the policy {getattr(ours, name)}: "
@@ -76,13 +84,18 @@ def articles_for(options: RLHFOptions) -> tuple[list[tuple[str, str]], list[str]
         notes.append("no --articles given: made-up ones serve to measure speed")
     else:
         raise UserError("--preset book needs --articles, a CSV, JSONL or text file")
-    if len(articles) < options.eval_prompts + options.prompts:
+    shuffled_if_enough(articles, "articles", options)
+    return articles, notes
+
+
+def shuffled_if_enough(items: MutableSequence[Any], kind: str, options: RLHFOptions) -> None:
+    """Shuffle what a file holds. Raises UserError if it is too little for figures and a batch."""
+    if len(items) < options.eval_prompts + options.prompts:
         raise UserError(
-            f"{len(articles)} articles are too few: {options.eval_prompts} are held out (--eval-prompts) and a batch "
+            f"{len(items)} {kind} are too few: {options.eval_prompts} are held out (--eval-prompts) and a batch "
             f"needs {options.prompts} (--prompts)"
         )
-    random.Random(options.seed).shuffle(articles)
-    return articles, notes
+    random.Random(options.seed).shuffle(items)
 
 
 def random_models(options: RLHFOptions) -> Models:
@@ -111,15 +124,19 @@ def models_for(options: RLHFOptions, device: torch.device) -> tuple[Models, list
 
 
 def own_reward(what: str, label: str | None, device: torch.device, precision: torch.dtype) -> list[RewardPart]:
-    """The reward of `--reward`: a function FILE.py:NAME, or the logit of a class of a text classifier.
+    """The reward of `--reward`: a function FILE.py:NAME or MODULE:NAME, or the logit of a class of a text classifier.
 
     Raises UserError if there is no such function, or if the classifier has several classes and none is named.
     """
     path, _, name = what.rpartition(":")
-    if path.endswith(".py"):
-        if not Path(path).is_file():
+    if path and not Path(what).is_dir():
+        if path.endswith(".py") and not Path(path).is_file():
             raise UserError(f"--reward {what}: there is no file {path}")
-        function = runpy.run_path(path).get(name)  # the user's own code, as if it were imported
+        try:  # the user's own code
+            names = runpy.run_path(path) if path.endswith(".py") else vars(importlib.import_module(path))
+        except ModuleNotFoundError as error:
+            raise UserError(f"--reward {what}: {error}; give FILE.py:NAME, MODULE:NAME or a classifier") from error
+        function = names.get(name)
         if not callable(function):
             raise UserError(f"--reward {what}: {path} has no function {name!r}")
         return [RewardPart(name, 1.0, function)]
@@ -137,7 +154,7 @@ def summarising_task(options: RLHFOptions, device: torch.device, precision: torc
     models, more = models_for(options, device)
     model, tokenizer = models.summariser, models.tokenizer
     if reference is not None:
-        check_same_vocabulary(model, reference)
+        check_same_vocabulary(model, reference, ("vocab_size", "eos_id", "start_id"))
     tokenizer.check_fits(model.config.vocab_size, "the T5")
 
     if tokenizer.eos_id not in (None, ends := end_ids(model.config.eos_id)[0]):

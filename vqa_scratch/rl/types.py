@@ -15,9 +15,10 @@ class Prompt:
     """One thing to respond to."""
 
     text: str  # as samples.html shows it
-    ids: tuple[int, ...] = ()  # token ids given to the encoder
+    ids: tuple[int, ...] = ()  # token ids given to the encoder, or read by a decoder before the response
     reference: str = ""  # a reference response, shown in samples.html; may be empty
-    payload: Any = None  # whatever else the policy or the reward need (an image path, annotators' answers)
+    payload: Any = None  # whatever else policy or reward need (an image path, annotators' answers, the row of a file)
+    pair: tuple[tuple[int, ...], tuple[int, ...]] | None = None  # two given responses in ids, the preferred one first
 
 
 @dataclass(frozen=True)
@@ -51,8 +52,9 @@ class Trajectory:
     values        (B, R)  fp32    value head on the state before t_i
     scores        (B,)    fp32    reward of the response on the scale PPO sees (normalised, clipped, penalties taken)
     rewards       (B, R)  fp32    -kl_coef * (logprobs - ref_logprobs), plus `scores` at the last real token
-    advantages    (B, R)  fp32    what multiplies the ratio in the loss; whitened for PPO
-    returns       (B, R)  fp32    target of the value head: raw advantages + values
+    baseline      (B, R)  fp32    what advantages subtract: values, their best fit, or the mean of other responses
+    advantages    (B, R)  fp32    what multiplies the ratio in the loss; whitened for PPO. DPO: chance to be preferred
+    returns       (B, R)  fp32    target of the value head: raw advantages + baseline
     """
 
     ids: Tensor
@@ -65,6 +67,7 @@ class Trajectory:
     values: Tensor
     scores: Tensor
     rewards: Tensor
+    baseline: Tensor
     advantages: Tensor
     returns: Tensor
 

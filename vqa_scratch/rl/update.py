@@ -58,9 +58,9 @@ class Update:
         self.iteration = 0
         self.optimizer_steps = self.policy_steps = 0  # the first iterations may be of the value head alone
 
-    def begin(self, iteration: int) -> None:
-        """A new batch of rollouts; `iteration` counts from 0."""
-        self.iteration, self.stats, self.stopped = iteration, UpdateStats(), False
+    def begin(self, iteration: int, kl_coef: float) -> None:
+        """A new batch of rollouts; `iteration` counts from 0. The price of KL is the beta of DPO."""
+        self.iteration, self.kl_coef, self.stats, self.stopped = iteration, kl_coef, UpdateStats(), False
 
     def minibatches(self) -> Iterator[list[int]]:
         """The prompts of each minibatch, by number: `epochs` passes, each in an order of its own."""
@@ -117,7 +117,7 @@ class Update:
         _, spread = F.mean_and_var(F.masked_moments(trajectory.returns, trajectory.mask))
         value_clip = options.value_clip * float(spread.sqrt())
         warming = self.warming
-        self.actor.detach_value = warming or options.critic == "detached"
+        self.actor.detach_value = warming or options.critic != "shared"
         parts = micro_batches((i for i in minibatch if i in self.mine), prompts, options.micro_prompts)
         for part, counts in self.ranks.passes(parts, idle=[self.mine.start]):
             rows = torch.tensor([i * k + j for i in part for j in range(k)], device=trajectory.ids.device)
@@ -128,22 +128,27 @@ class Update:
             m = t.mask  # from here on (N,): the real tokens of all responses in one row
             real = torch.ones_like(t.ids[m], dtype=torch.bool)
             logprobs, entropies = chosen_logprobs(logits, t.ids[m])
-            clips = (options.clip_low, options.clip_high, options.dual_clip or None)
-            policy_loss, policy_clipped = F.ppo_policy_loss(
-                logprobs, t.logprobs[m], t.advantages[m], real, *clips, tokens
-            )
+            if options.algorithm == "dpo":
+                ratios = logprobs.new_zeros(m.shape).masked_scatter(m, logprobs) - t.ref_logprobs
+                policy_loss, right = F.dpo_loss(ratios.sum(1), t.advantages[:, 0], self.kl_coef, len(minibatch) * k / 2)
+                own = {"dpo/accuracy": right, "ppo/policy/clipfrac": torch.zeros_like(right)}
+            else:
+                clips = (options.clip_low, options.clip_high, options.dual_clip or None)
+                policy_loss, policy_clipped = F.ppo_policy_loss(
+                    logprobs, t.logprobs[m], t.advantages[m], real, *clips, tokens
+                )
+                own = {"ppo/policy/clipfrac": policy_clipped}
             value_loss, value_clipped = F.ppo_value_loss(values, t.values[m], t.returns[m], real, value_clip, tokens)
             entropy = (entropies if options.entropy_coef else entropies.detach()).sum() / tokens
             loss = policy_loss.new_zeros(()) if warming else policy_loss - options.entropy_coef * entropy
             if options.algorithm == "ppo":
                 loss = loss + (1.0 if warming else options.value_coef) * value_loss
             self.ranks.backward(loss, counts)
-            figures = {
+            figures = own | {
                 "ppo/loss/policy": policy_loss,
                 "ppo/loss/value": value_loss,
                 "ppo/loss/total": loss,
                 "ppo/policy/entropy": entropy,
-                "ppo/policy/clipfrac": policy_clipped,
                 "ppo/val/clipfrac": value_clipped,
             }
             if counts:

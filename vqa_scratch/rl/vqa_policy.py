@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from vqa_scratch.data.images import ImageProcessor, load_image
 from vqa_scratch.data.tokenizers import Tokenizers
 from vqa_scratch.data.vqa_v2 import VQASample
-from vqa_scratch.generate import State, begin
+from vqa_scratch.generate import Decoder
 from vqa_scratch.metrics import vqa_accuracy
 from vqa_scratch.models.vqa import VQAModel
-from vqa_scratch.rl.policy import Backbone, Context, Part, padded
+from vqa_scratch.rl.decoder_policy import DecoderPolicy
+from vqa_scratch.rl.policy import Context, Part, padded
 from vqa_scratch.rl.types import Prompt, Samples
 
 IMAGES_KEPT = 4096  # decoded images held in memory
@@ -37,7 +38,7 @@ def official_accuracy(samples: Samples) -> Tensor:
     return torch.tensor([vqa_accuracy(text.strip(), prompt.payload.answers) for text, prompt in pairs])
 
 
-class VQAPolicy(Backbone):
+class VQAPolicy(DecoderPolicy):
     """A `VQAModel` as PPO's backbone."""
 
     def __init__(self, model: VQAModel, tokenizers: Tokenizers, processor: ImageProcessor) -> None:
@@ -74,25 +75,9 @@ class VQAPolicy(Backbone):
         prefix = None if given.prefix is None else given.prefix[which.to(device)]
         return Context(tuple(parts), prompt_ids=ids, prompt_mask=real, prefix=prefix)
 
-    def _before(self, context: Context) -> tuple[Tensor, Tensor]:
-        """What stands before each answer: ids (B, L), the start token last, and which of them are real."""
-        assert context.prompt_ids is not None and context.prompt_mask is not None  # made by `encode`
-        rows = context.prompt_of_row(context.prompt_ids.device)
-        return context.prompt_ids[rows], context.prompt_mask[rows]
-
-    def begin(self, context: Context, steps: int) -> tuple[Tensor, State]:
-        return begin(self.model.decoder, *self._before(context), context.given(), steps=steps)
-
-    def decode_hidden(self, ids: Tensor, context: Context) -> Tensor:
-        before, real = self._before(context)
-        answers = ids[:, 1:]  # without the start token
-        mask = torch.cat([real, torch.ones_like(answers, dtype=torch.bool)], 1)
-        decoder = self.model.decoder
-        embeddings = decoder.embed(torch.cat([before, answers], 1))
-        return decoder.hidden_after(context.given(), embeddings, mask)[:, -ids.shape[1] :]
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        return self.model.decoder.logits(hidden)
+    @property
+    def decoder(self) -> Decoder:
+        return self.model.decoder
 
     def encoder_parameters(self) -> list[nn.Parameter]:
         """Everything but the decoder."""

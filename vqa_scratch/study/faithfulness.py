@@ -21,8 +21,6 @@ from vqa_scratch.study.names import matches
 from vqa_scratch.study.places import centred_in_box, share_in_box, token_of_pixel
 from vqa_scratch.study.trace import Trace, trace
 
-METHODS = ("cross", "rollout", "relevancy")
-
 
 def forced(subject: Subject, answer: list[int]) -> Trace:
     """A teacher-forced pass over `prompt` + `answer`."""
@@ -90,7 +88,7 @@ def deletion_insertion(subject: ImageSubject, answer: list[int], order: Tensor, 
 def faithfulness(
     subjects: Iterable[ImageSubject], *, steps: int = 16, random_orders: int = 3, seed: int = 0
 ) -> dict[str, Curves]:
-    """Mean curves over questions for each of METHODS and for random order, on the model's own answers."""
+    """Mean curves over questions for each map of `flows` and for random order, on the model's own answers."""
     generator = torch.Generator().manual_seed(seed)
     sums: dict[str, list[tuple[list[float], list[float]]]] = {}
     fractions: list[float] = []
@@ -132,8 +130,8 @@ class Pointing:
 def pointing(examples: Iterable[tuple[ImageSubject, Sequence[float]]]) -> dict[str, Pointing]:
     """For each method, over examples of (subject, its object's box in pixels), on the model's own answers.
 
-    Besides METHODS there is the cross-attention of each block with one ("cross layer 2"), and of the head that points
-    best ("best head, layer 2 head 0"). Raises ValueError without an example.
+    Besides the maps of `flows` there is the cross-attention of each block with one ("cross layer 2"), and of the head
+    that points best ("best head, layer 2 head 0"). Raises ValueError without an example.
     """
     found: dict[str, list[tuple[float, float, float]]] = {}
     for subject, box in examples:

@@ -32,7 +32,7 @@ def find(preset: str) -> "type[System]":
 
 
 def _config(folder: Path) -> "tuple[type[System], dict[str, Any], RunOptions]":
-    """(system, sizes of its model, options) of a run folder. Raises UserError if it is not a run of `train.py`."""
+    """(system, config.json, options) of a run folder. Raises UserError if it is not a run of `train.py`."""
     from vqa_scratch.options import from_json
     from vqa_scratch.systems.run_folder import CONFIG, PROGRAM, read_run_config
 
@@ -41,27 +41,32 @@ def _config(folder: Path) -> "tuple[type[System], dict[str, Any], RunOptions]":
         raise UserError(f"{folder} is a run of {values['program']}, not of {PROGRAM}")
     preset = values["train"].get("preset")
     system = find(preset)
-    return system, values["model"], from_json(BY_PRESET[preset], values["train"], str(folder / CONFIG))
+    return system, values, from_json(BY_PRESET[preset], values["train"], str(folder / CONFIG))
 
 
 def load(folder: "Path | str", device: Any = "cpu", precision: str = "fp32") -> "System":
     """Open a run of `train.py` with its best weights, in eval mode.
 
-    `precision` is fp32, bf16, fp16 or auto. Raises UserError if the folder is not such a run, or has no weights that
-    fit.
+    `precision` is fp32, bf16, fp16 or auto: on a CPU the format that the run found faster for its training. Raises
+    UserError if the folder is not such a run, or has no weights that fit.
     """
     import torch
 
-    from vqa_scratch.training.precision import Precision, pick_precision
+    from vqa_scratch.storage import read_object
+    from vqa_scratch.systems.run_folder import quantized_as
+    from vqa_scratch.training.precision import Precision, formats
 
     folder, device = Path(folder), torch.device(device)
-    system, sizes, options = _config(folder)
+    system, config, options = _config(folder)
+    kinds, summary = formats(precision, device), folder / "summary.json"
+    found = read_object(summary).get("precision") if len(kinds) > 1 and summary.is_file() else None
     with naming(folder):
-        return system.load(folder, sizes, options, Precision(pick_precision(precision, device)[0], device))
+        number_format = Precision(found if found in kinds else kinds[0], device)
+        return system.load(folder, config["model"], options, number_format, quantized_as(config, folder))
 
 
 def open_parts(folder: Path, options: "RunOptions", precision: "Precision") -> "System":
     """A run to resume with these options: everything it saved except the weights."""
-    system, sizes, _ = _config(folder)
+    system, config, _ = _config(folder)
     with naming(folder):
-        return system.open(folder, sizes, options, precision)
+        return system.open(folder, config["model"], options, precision)

@@ -110,7 +110,7 @@ def grid_of(image: ImageEncoder, processor: ImageProcessor) -> tuple[int, int]:
 
 
 def grid_positions(grid: tuple[int, int], dim: int) -> Tensor:
-    """(rows * columns, D) sines and cosines of column and row, a quarter of the channels each.
+    """(rows * columns, D) sines and cosines of column and row, a quarter of the channels each, from -0.5 to 0.5.
 
     A position table that starts this way tells left from right before training (as in MAE, He et al. 2022, which keeps
     it fixed; ours is trained). Wavelengths go from 2 patches to 4 grids: with the usual 10,000 most channels would be
@@ -124,10 +124,10 @@ def grid_positions(grid: tuple[int, int], dim: int) -> Tensor:
     wavelengths = torch.logspace(1.0, math.log2(4 * max(grid)), dim // 4, base=2.0)
     rows, columns = torch.meshgrid(*(torch.arange(side) for side in grid), indexing="ij")
     angles = [axis.flatten()[:, None] * (2 * math.pi / wavelengths) for axis in (columns, rows)]  # (N, D/4)
-    return torch.cat([wave for a in angles for wave in (a.sin(), a.cos())], 1)
+    return 0.5 * torch.cat([wave for a in angles for wave in (a.sin(), a.cos())], 1)
 
 
 @torch.no_grad()
 def start_from_places(tower: ViT) -> None:
-    """Begin with half of `grid_positions` as the positions of a tower's patches."""
-    tower.positions[0, tower.prefix_tokens :] = 0.5 * grid_positions(tower.config.grid, tower.dim)
+    """Begin with `grid_positions` as the positions of a tower's patches."""
+    tower.positions[0, tower.prefix_tokens :] = grid_positions(tower.config.grid, tower.dim)

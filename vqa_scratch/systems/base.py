@@ -7,6 +7,7 @@ name. Its options are in `systems/options.py`. `train.py` goes through a run in 
     data = System.read(options)                      what it trains on
     system = System.build(options, data, precision)  or System.open(...) for a run that is resumed
     system.train_on(data)
+    system.trial()                                   what number formats are timed on
     system.save(folder)                              everything but the weights
     epoch, share, batch, loss, ids, evaluate         the loop
     seconds_to_finish, finish(folder)                the final figures
@@ -35,6 +36,7 @@ from vqa_scratch.data.scenes import Scene
 from vqa_scratch.data.tokenizers import Tokenizers
 from vqa_scratch.data.vqa_v2 import VQASample
 from vqa_scratch.errors import UserError
+from vqa_scratch.nn.quantized import Format
 from vqa_scratch.options import flag
 from vqa_scratch.systems.finals import Pace
 from vqa_scratch.systems.run_folder import load_weights, write_run_config
@@ -106,13 +108,15 @@ class System(ABC, Generic[RO, M]):
         """What `save` left in a folder, with random weights; `sizes` are the "model" of config.json."""
 
     @classmethod
-    def load(cls, folder: Path, sizes: dict[str, Any], options: RO, precision: Precision) -> Self:
-        """A finished run with its best weights, in eval mode on the device; `systems.load` finds class and options.
+    def load(
+        cls, folder: Path, sizes: dict[str, Any], options: RO, precision: Precision, kind: Format | None = None
+    ) -> Self:
+        """A finished run with its best weights, in the format `kind`, in eval mode on the device; see `systems.load`.
 
         Raises UserError if there are no weights yet, or if they do not fit.
         """
         system = cls.open(folder, sizes, options, precision)
-        load_weights(system.model, folder, precision)
+        load_weights(system.model, folder, precision, kind)
         system.model.to(precision.device).eval()
         return system
 
@@ -137,6 +141,23 @@ class System(ABC, Generic[RO, M]):
     def about(self) -> list[str]:
         """Lines for the user before training begins: which parameters train, what was cut or left out."""
         return []
+
+    def trial(self) -> Callable[[Precision], None]:
+        """A function that goes forward and backward through a quarter of what the run computes at once, in a format.
+
+        It is called after `train_on` and before anything that depends on the format, to time them. Weights, gradients
+        and random numbers stay as they are.
+        """
+        part = next(self.batch(self.epoch(0)[0]).parts(4 * self.options.accumulate)).to(self.precision.device)
+
+        def forward_and_backward(precision: Precision) -> None:
+            with torch.random.fork_rng(devices=()):
+                with precision.autocast():
+                    loss, _ = self.loss(part)
+                loss.backward()
+            self.model.zero_grad(set_to_none=True)
+
+        return forward_and_backward
 
     def precompute(self) -> None:  # noqa: B027
         """Write the files of --cache that need the model's weights; the main rank of a machine does so first."""

@@ -34,7 +34,7 @@ from vqa_scratch.systems.captions import (
     show,
     to_describe,
 )
-from vqa_scratch.systems.finals import Pass, beats_blind, cut_short, no_better_than_blind
+from vqa_scratch.systems.finals import Pass, against_blind, cut_short
 from vqa_scratch.systems.options import CaptionOptions
 from vqa_scratch.systems.policy import answering_task
 from vqa_scratch.systems.scoring import blind_baselines
@@ -181,14 +181,13 @@ class CaptionSystem(WritingSystem[CaptionOptions]):
         key, scale = ("bleu", 100) if scenes is None else ("object_recall", 1)
         blind_figures = figures["baselines"].items()
         self.baselines = {f"{key.split('_')[-1]}, {n.replace('_', ' ')}": b[key] / scale for n, b in blind_figures}
-        share = figures[key] / scale
-        better = beats_blind(share, self.baselines, len(said))
-        self.blind = [] if better else [no_better_than_blind(key.replace("_", " "), share, self.baselines)]
+        self.blind = against_blind(key.replace("_", " "), figures[key] / scale, self.baselines, len(said))
         held = self.quality("holdout", progress="hold-out") if "holdout" in self.splits else None
         asked, sections = self._questions_report() if "test questions" in self.splits else (None, [])
         if self.world.main:
             show(folder, figures, samples, scenes, said, self.options.samples, sections)
-        return figures | {"holdout": held, "answers": asked, "better_than_blind": better, "cut_short": self.pace.cut}
+        figures |= {"holdout": held, "answers": asked, "better_than_blind": not self.blind}
+        return figures | {"cut_short": self.pace.cut}
 
     def _questions_report(self) -> tuple[dict[str, Any], list[tuple[str, list[str]]]]:
         """(figures of the questions of the test split, sections of the page of samples)."""

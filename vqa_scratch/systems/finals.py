@@ -76,19 +76,22 @@ def cut_short(summary: dict) -> list[str]:
     return [f"no time for all:     {cut}; more --minutes, or fewer --test-images, score them all"] if cut else []
 
 
-def beats_blind(share: float, baselines: Mapping[str, float], samples: int) -> bool:
-    """Whether a share of right answers is above every blind baseline by more than two standard errors."""
-    error = math.sqrt(share * (1 - share) / max(1, samples)) if 0 <= share <= 1 else 0.0
-    return all(share > blind + 2 * error for blind in baselines.values())
+def against_blind(what: str, share: float, baselines: Mapping[str, float], samples: int) -> list[str]:
+    """A line on a share of right answers that is not above every blind baseline by two standard errors; else none.
 
-
-def no_better_than_blind(what: str, share: float, baselines: Mapping[str, float]) -> str:
-    """The line on a run that does not beat its blind baselines."""
+    Both shares are of the same samples, and both errors count; each is taken with one more right and one more wrong
+    (Agresti and Caffo 2000), for of a few samples all may be right, or none, by chance.
+    """
     name, best = max(baselines.items(), key=lambda item: item[1])
-    return (
-        f"no better than blind: {what} {share:.3f}, without seeing the image {best:.3f} ({name.replace('_', ' ')}); "
-        "either it saw too few questions or minutes, or the answers do not need the image, as samples.html may show"
-    )
+    seeing, blind = ((x * samples + 1) / (samples + 2) for x in (share, best))
+    error = 2 * math.sqrt((seeing * (1 - seeing) + blind * (1 - blind)) / (samples + 2))
+    if seeing - blind > error:
+        return []
+    found = f"{what} {share:.3f}, without seeing the image {best:.3f} ({name.replace('_', ' ')})"
+    if share > best:
+        return [f"too few to say whether better than blind: {found}; of {samples} scored, chance makes {error:.3f}"]
+    why = "either it saw too few questions or minutes, or the answers do not need the image, as samples.html may show"
+    return [f"no better than blind: {found}; {why}"]
 
 
 def what_next(folder: Path, sample: VQASample) -> list[str]:

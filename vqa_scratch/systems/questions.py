@@ -1,7 +1,7 @@
 """What the systems that answer questions share: their data, the batches of an epoch, and the final report."""
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -26,7 +26,7 @@ from vqa_scratch.errors import UserError
 from vqa_scratch.report.gallery import write_gallery
 from vqa_scratch.systems.answering import AnsweringSystem
 from vqa_scratch.systems.base import M, RunData
-from vqa_scratch.systems.finals import Pass, beats_blind, cut_short, no_better_than_blind
+from vqa_scratch.systems.finals import Pass, against_blind, cut_short
 from vqa_scratch.systems.options import QuestionOptions
 from vqa_scratch.systems.run_options import RunOptions
 from vqa_scratch.systems.scoring import blind_baselines, rules_of
@@ -129,7 +129,11 @@ class QuestionSystem(AnsweringSystem[QO, M, Q], Generic[QO, M, Q]):
         self.data = data
         self.make_splits(data.samples)
         self.judged = "test" if data.samples["test"][0].answers else "val"  # the split of the final figures
-        self.baselines = blind_baselines(data.samples[self.judged], data.samples["train"])
+
+    @cached_property
+    def baselines(self) -> dict[str, float]:
+        """The accuracies of blind predictors, which take a second to learn: not before they are shown."""
+        return blind_baselines(self.data.samples[self.judged], self.data.samples["train"])
 
     def epoch(self, number: int) -> list[Key]:
         options = self.options
@@ -152,7 +156,7 @@ class QuestionSystem(AnsweringSystem[QO, M, Q], Generic[QO, M, Q]):
         accuracy = {
             "title": "accuracy on held-out images",
             "lines": {"validation": [row["accuracy"] for row in figures]},
-            "hlines": {name.replace("_", " "): value for name, value in self.baselines.items()},
+            "hlines": {name.replace("_", " "): value for name, value in self.baselines.items()} if figures else {},
         }
         by_family = {name.split("/", 1)[1]: [row.get(name) for row in figures] for name in families}
         panels = [accuracy, {"title": "by family", "lines": by_family}]
@@ -181,6 +185,7 @@ class QuestionSystem(AnsweringSystem[QO, M, Q], Generic[QO, M, Q]):
             write_gallery(folder / "samples.html", samples, test.answers, self.data.family, number, title)
         shuffled = self.report(self.judged, shuffled=True, progress="shuffled images")
         self.baselines["shuffled_images"] = shuffled.accuracy
+        self.blind = against_blind("accuracy", test.accuracy, self.baselines, len(test.answers))
         holdout = self.report("holdout", progress="hold-out") if "holdout" in self.splits else None
         return {
             "accuracy": test.accuracy,
@@ -191,14 +196,13 @@ class QuestionSystem(AnsweringSystem[QO, M, Q], Generic[QO, M, Q]):
             "holdout_accuracy": holdout.accuracy if holdout else None,
             "holdout_accuracy_by_family": holdout.by_family if holdout else None,
             "baselines": self.baselines,
-            "better_than_blind": beats_blind(test.accuracy, self.baselines, len(test.answers)),
+            "better_than_blind": not self.blind,
             "cut_short": self.pace.cut,
         }
 
     def lines(self, summary: dict[str, Any]) -> list[str]:
         by_family, baselines = summary["accuracy_by_family"], summary["baselines"]
         unscored = "the test split has no answers: it is answered in submission.json; these are the figures of val"
-        blind = no_better_than_blind("accuracy", summary["accuracy"], baselines)
         return [
             *([unscored] if summary["scored_split"] != "test" else []),
             *(f"{n:20s} {summary[n]:.4f}" for n in ("accuracy", "holdout_accuracy") if summary[n] is not None),
@@ -206,7 +210,7 @@ class QuestionSystem(AnsweringSystem[QO, M, Q], Generic[QO, M, Q]):
             "by family            " + ", ".join(f"{k} {v:.3f}" for k, v in by_family.items()),
             "blind baselines      " + ", ".join(f"{k} {v:.3f}" for k, v in baselines.items()),
             *cut_short(summary),
-            *([] if summary["better_than_blind"] else [blind]),
+            *self.blind,
         ]
 
     def checked(self, question: str | None) -> str:

@@ -73,15 +73,15 @@ def save_weights(path: Path, model: nn.Module, world: World = ALONE) -> None:
         write_safetensors(path, {name: p.detach().cpu().contiguous() for name, p in tensors.items()})
 
 
-def load_weights(model: nn.Module, folder: Path, precision: Precision) -> None:
-    """Load the best weights of a run. Quantised ones stay so where there is a product for them, with a note elsewhere.
+def load_weights(model: nn.Module, folder: Path, precision: Precision, kind: Format | None = None) -> None:
+    """Load the best weights of a run, in the format `kind`, kept so where it has a product, with a note elsewhere.
 
     Raises UserError if there are none yet, the file is cut short or does not fit.
     """
     path = folder / WEIGHTS
     if not path.is_file():
         raise UserError(f"{folder} has no model.safetensors yet: the run has not reached its first checkpoint")
-    tensors, kind = todays_names(read_safetensors(path)), quantized_as(folder)
+    tensors = todays_names(read_safetensors(path))
     codes = {} if kind is None else take(tensors, kind, path)
     if kind is not None and codes.keys() != matrices(model).keys():
         raise UserError(f"{path} does not hold the matrices of its decoder in {kind.name}")
@@ -96,18 +96,20 @@ def load_weights(model: nn.Module, folder: Path, precision: Precision) -> None:
         note(f"{folder} has weights in {kind.name}; here they are unpacked to {precision.kind}: {how}")
 
 
-def quantized_as(folder: Path) -> Format | None:
-    """The format of the weights of a run, if they are quantised. Raises UserError for an unknown one."""
-    (name,) = typed(folder / CONFIG, read_run_config(folder), {"quantized": str | None})
+def quantized_as(config: dict[str, Any], folder: Path) -> Format | None:
+    """The format of a run whose weights are quantised, as its config says. Raises UserError for an unknown one."""
+    (name,) = typed(folder / CONFIG, config, {"quantized": str | None})
     if name is not None and name not in FORMATS:
         raise UserError(f"{folder} has weights in the format {name}; known are {', '.join(FORMATS)}")
     return None if name is None else FORMATS[name]
 
 
-def check_trainable(folder: Path) -> None:
-    """Raise UserError if a run has quantised weights."""
-    if (kind := quantized_as(folder)) is not None:
+def check_trainable(folder: Path) -> dict[str, Any]:
+    """config.json of a run, as `read_run_config`. Raises UserError if its weights are quantised."""
+    config = read_run_config(folder)
+    if (kind := quantized_as(config, folder)) is not None:
         raise UserError(f"{folder} has weights in {kind.name}, which cannot be trained; take the run they come from")
+    return config
 
 
 def restore(saved: dict[str, Any], system: Any, optimizers: Optimizers) -> dict[str, Any]:
@@ -132,8 +134,7 @@ def begin_or_go_on(options: RunOptions) -> tuple[RunOptions, dict[str, Any] | No
     """
     if is_new(options.out, options.resume, PROGRAM):
         return lengthened(replace(options, resume=False), options.more, {}, "steps"), None
-    check_trainable(options.out)
-    values = read_run_config(options.out)
+    values = check_trainable(options.out)
     preset = values["train"].get("preset") if values["program"] == PROGRAM else None
     if preset != options.preset:
         preset = preset or values["program"]

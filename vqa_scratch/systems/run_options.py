@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vqa_scratch.errors import UserError
-from vqa_scratch.options import Options, option
+from vqa_scratch.options import Options, option, threads_option
 from vqa_scratch.systems.presets import NEEDS_DATA
 
 RUN, DATA, MODEL, TRAINING = "Run", "Data", "Model", "Training"
@@ -39,10 +39,11 @@ class RunOptions(Options):
     device: str = option("auto", "Where to compute.", RUN, ("auto", "cpu", "cuda", "mps"), may_change=True)
     precision: str = option(
         "auto",
-        "Precision of matrix products; auto picks bf16 if it is measurably faster on the device, else fp32.",
+        "Precision of matrix products; auto picks bf16 if steps are clearly faster in it on the device, else fp32.",
         RUN,
         ("auto", "fp32", "bf16", "fp16"),
     )
+    threads: int | None = threads_option(RUN)
     compile: bool = option(False, "Run the model through torch.compile.", RUN)
     gradient_checkpointing: bool = option(
         False, "Compute each block again in the backward pass: less memory, the same gradients.", RUN, may_change=True

@@ -14,7 +14,6 @@ import torch
 
 from vqa_scratch.data.answers import Answer, Answers
 from vqa_scratch.data.batches import Batch, Questions
-from vqa_scratch.data.feature_store import ImageFeatures, TextFeatures
 from vqa_scratch.data.vqa_v2 import VQASample
 from vqa_scratch.errors import UserError
 from vqa_scratch.models.vqa import FROZEN_PARTS, VQAModel
@@ -30,7 +29,7 @@ from vqa_scratch.systems.frozen import cache_features
 from vqa_scratch.systems.options import VQAOptions
 from vqa_scratch.systems.policy import answering_task
 from vqa_scratch.systems.questions import QuestionSystem
-from vqa_scratch.systems.run_folder import CONFIG, PROGRAM, check_trainable, read_run_config
+from vqa_scratch.systems.run_folder import CONFIG, PROGRAM, check_trainable
 from vqa_scratch.systems.scoring import common_answers
 from vqa_scratch.systems.splits import augment_of
 from vqa_scratch.systems.vqa_models import check_connector, released_models, small_models
@@ -48,7 +47,6 @@ class VQASystem(WritingSystem[VQAOptions], QuestionSystem[VQAOptions, VQAModel, 
     """Questions about images, answered by a decoder."""
 
     candidates: list[str]  # training answers that it can also choose from; empty in runs of older versions
-    kept: Sequence[ImageFeatures | TextFeatures] = ()  # cached features of frozen encoders
 
     # ------------------------------------------------------------------------------------------- build, save, open
 
@@ -80,8 +78,7 @@ class VQASystem(WritingSystem[VQAOptions], QuestionSystem[VQAOptions, VQAModel, 
 
         Raises UserError if it is a run of another preset, or if its model has too few positions for the options.
         """
-        check_trainable(folder)
-        config = read_run_config(folder)
+        config = check_trainable(folder)
         kind = config["train"].get("preset") if config["program"] == PROGRAM else config["program"]
         if kind != options.preset:
             raise UserError(f"--start-from {folder} is a run of {kind}; it should be one of --preset {options.preset}")
@@ -115,15 +112,13 @@ class VQASystem(WritingSystem[VQAOptions], QuestionSystem[VQAOptions, VQAModel, 
     def train_on(self, data: RunData) -> None:
         self.trainable, self.question_loss = self.model.freeze(self.options.freeze), self.options.question_loss
         super().train_on(data)
-        if self.options.feature_cache:
-            self.kept = cache_features(self)
 
     def about(self) -> list[str]:
         cut = self.tokenizers.cut
         return [self.trainable, f"cut to the token limits: {cut['questions']} questions, {cut['answers']} answers"]
 
     def precompute(self) -> None:
-        for features in self.kept:
+        for features in cache_features(self) if self.options.feature_cache else ():
             features.ready()
 
     # ---------------------------------------------------------------------------------------------------- answers

@@ -105,9 +105,9 @@ def small_models(options: VQAOptions, train: list[VQASample]) -> Parts:
     connector = connect({"kind": options.connector, **sizes}, image, words, writer)
     if isinstance(image, ViT):
         assembly.start_from_places(image)
-    connector.start_from_places(0.5 * assembly.grid_positions(grid, width))
+    connector.start_from_places(assembly.grid_positions(grid, width))
     if (laid_out := kind.prefix_grid(grid, sizes)) is not None:  # a sequence tells its rows apart, but not its columns
-        places = 0.5 * assembly.grid_positions(laid_out, width)
+        places = assembly.grid_positions(laid_out, width)
         with torch.no_grad():
             writer.positions.weight[: len(places)] = places
     writer.open_gates(0.5)  # it has learned nothing yet that closed ones would protect

@@ -94,3 +94,23 @@ WHISPER = _names(
     activation=activation_function dropout=dropout attention_dropout=attention_dropout init_std=init_std
     start_id=decoder_start_token_id""",
 )
+SPEECHT5 = _names(
+    "vocab_size dim activation norm_eps init_std pad_id eos_id",
+    """start_id=decoder_start_token_id dropout=hidden_dropout attention_dropout=attention_dropout
+    position_dropout=positional_dropout encoder_layers=encoder_layers encoder_heads=encoder_attention_heads
+    encoder_hidden=encoder_ffn_dim decoder_layers=decoder_layers decoder_heads=decoder_attention_heads
+    decoder_hidden=decoder_ffn_dim max_distance=encoder_max_relative_position max_text=max_text_positions
+    max_speech=max_speech_positions mels=num_mel_bins reduction=reduction_factor
+    prenet_layers=speech_decoder_prenet_layers prenet_units=speech_decoder_prenet_units
+    prenet_dropout=speech_decoder_prenet_dropout speaker_dim=speaker_embedding_dim
+    postnet_layers=speech_decoder_postnet_layers
+    postnet_units=speech_decoder_postnet_units postnet_kernel=speech_decoder_postnet_kernel
+    postnet_dropout=speech_decoder_postnet_dropout guided=use_guided_attention_loss
+    guided_heads=guided_attention_loss_num_heads guided_sigma=guided_attention_loss_sigma
+    guided_scale=guided_attention_loss_scale wave_bias=conv_bias wave_activation=feat_extract_activation
+    place_kernel=num_conv_pos_embeddings place_groups=num_conv_pos_embedding_groups""",
+)
+HIFIGAN = _pairs(
+    """mels=model_in_dim rate=sampling_rate channels=upsample_initial_channel slope=leaky_relu_slope
+    normalize=normalize_before init_std=initializer_range"""
+)

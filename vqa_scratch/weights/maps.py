@@ -294,20 +294,21 @@ T5 = _t5(up="wi")
 T5_GATED = _t5(gate="wi_0", up="wi_1")
 
 
-def _batch_norm(ours: str, theirs: str) -> tuple[Entry, ...]:
+def batch_norm(ours: str, theirs: str) -> tuple[Entry, ...]:
+    """A batch norm with its statistics."""
     parts = ("weight", "bias", "running_mean", "running_var")
     return tuple(Entry(f"{ours}.{part}", (f"{theirs}.{part}",)) for part in parts)
 
 
 def _resnet() -> KeyMap:
     """torchvision's ResNets of every depth; basic blocks have no third convolution."""
-    body = [*weight("conv1", "conv1"), *_batch_norm("norm1", "bn1")]
+    body = [*weight("conv1", "conv1"), *batch_norm("norm1", "bn1")]
     for stage in (f"layer{i}.{{}}" for i in (1, 2, 3, 4)):
         for i in (1, 2, 3):
             body += weight(f"{stage}.conv{i}", f"{stage}.conv{i}")
-            body += _batch_norm(f"{stage}.norm{i}", f"{stage}.bn{i}")
+            body += batch_norm(f"{stage}.norm{i}", f"{stage}.bn{i}")
         body += weight(f"{stage}.shortcut.conv", f"{stage}.downsample.0")
-        body += _batch_norm(f"{stage}.shortcut.norm", f"{stage}.downsample.1")
+        body += batch_norm(f"{stage}.shortcut.norm", f"{stage}.downsample.1")
     norms = ("bn1", "layer{}.{}.bn{}", "layer{}.{}.downsample.1")
     return KeyMap(body=tuple(body), dropped=tuple(f"{norm}.num_batches_tracked" for norm in norms))
 

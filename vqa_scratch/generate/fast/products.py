@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vqa_scratch.fastest import fastest, timed
 from vqa_scratch.nn.attention import MultiHeadAttention
 from vqa_scratch.nn.decoding import FastBlock, FastMLP
 from vqa_scratch.nn.experts import MixtureOfExperts, SharedExpert, dispatch
@@ -43,13 +44,32 @@ def one_dnn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
-def one_row_bf16(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """F.linear on a CPU in bf16, as a matrix-vector product if x (R, D) has one row.
+BY_VECTOR: dict[tuple[int, ...], bool] = {}  # by the sizes of a weight and the number of threads, as measured
 
-    With one row torch's matrix product is no faster than fp32; its matrix-vector product reads half the bytes in 0.4 of
-    the time (torch 2.13, 50,257 x 768: 5.4 ms and 2.1 ms; fp32 5.8 ms).
+
+def by_vector(weight: Tensor) -> bool:
+    """Whether torch's matrix-vector product takes one row in bf16 faster than its matrix product, on this CPU.
+
+    50,257 x 768 in torch 2.13: 0.4 of the time on an Intel CPU with AMX, 1.3 times as long on an AMD one. So it is
+    timed, once for each size.
     """
-    if len(x) > 1:
+    sizes = (*weight.shape, torch.get_num_threads())
+    if sizes not in BY_VECTOR:
+        x = torch.ones_like(weight[:1])
+        ways: dict[bool, Callable[[], Tensor]] = {
+            False: lambda: F.linear(x, weight),
+            True: lambda: torch.mv(weight, x[0]),
+        }
+
+        for way in ways.values():  # the first time takes longer
+            way()
+        BY_VECTOR[sizes] = fastest(list(ways), lambda way: timed(ways[way]))[0]
+    return BY_VECTOR[sizes]
+
+
+def one_row_bf16(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """F.linear on a CPU in bf16, as a matrix-vector product if x (R, D) has one row and that is faster."""
+    if len(x) > 1 or not by_vector(weight):
         return F.linear(x, weight, bias)
     return (torch.mv(weight, x[0]) if bias is None else torch.addmv(bias, weight, x[0]))[None]
 

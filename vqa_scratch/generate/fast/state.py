@@ -31,7 +31,7 @@ class FastState:
         self.parts, self.own, self.memory = parts, own, cross_attention(parts.blocks, cache, own.members)
         self.sublayers = list(self._sublayers())
         self.norm = norm(parts.norm)
-        self.head = product(parts.head, None) if parts.head_copy is None else parts.head_copy.forward
+        self.head = product(parts.head.weight, None) if parts.head_copy is None else parts.head_copy.forward
 
     def _sublayers(self) -> Iterator[Callable[[Tensor], object]]:
         """Those of all blocks in order, each adding to x; without a memory none that reads it, and no gated layer."""
