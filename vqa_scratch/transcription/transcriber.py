@@ -19,7 +19,7 @@ from vqa_scratch.errors import UserError, some
 from vqa_scratch.generation_options import GenerationOptions
 from vqa_scratch.models.whisper import Whisper
 from vqa_scratch.storage import read_object, typed, write_json
-from vqa_scratch.training.precision import DTYPES, pick_precision
+from vqa_scratch.training.precision import DTYPES, formats
 from vqa_scratch.transcription.vocabulary import SpeechVocabulary
 from vqa_scratch.transcription.window import Try, Window
 from vqa_scratch.transcription.words import STATE_SECONDS, Word, word_times
@@ -229,7 +229,7 @@ def open_transcriber(source: str, device: torch.device, precision: str = "fp32")
     model.config = replace(sizes, start_id=start, bos_id=end, eos_id=end, pad_id=end)
     barred = _ids(said, ("suppress_tokens", "suppress_ids"), source)
     first = _ids(said, ("begin_suppress_tokens", "suppress_ids_begin"), source)
-    kind, _ = pick_precision(precision, device)
+    kind = formats(precision, device)[-1]
     return Transcriber(
         source,
         model.to(device, DTYPES[kind]),
