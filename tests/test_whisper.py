@@ -12,12 +12,16 @@ from run_helpers import command
 from safetensors.torch import load_file
 from speech_helpers import FRAMES, MELS, ctranslate2_file, openai_file, raw, reference, sound, tokenizer
 from transformers.generation.logits_process import WhisperTimeStampLogitsProcessor
+from transformers.models.whisper.modeling_whisper import sinusoids as reference_sinusoids
 
 from vqa_scratch.errors import UserError
 from vqa_scratch.generate import Conditioning, GenerationOptions, generate
 from vqa_scratch.generate.timestamps import Timestamps
 from vqa_scratch.models import Whisper, WhisperConfig
+from vqa_scratch.models.whisper import sinusoids
 from vqa_scratch.nn.memory import Memory
+from vqa_scratch.weights.convert import load_into
+from vqa_scratch.weights.files import read_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +93,8 @@ def test_a_key_bias_is_read_as_zero_and_changes_nothing(both):
                 module.kv.bias[:16] = torch.randn(16)
     features, ids = sound(), text(both[0])
     assert_close(again(features, ids), ours(features, ids))
+    load_into(again, read_checkpoint(folder)[1], again.key_map)  # over those biases
+    assert same(again, ours)
 
 
 # ------------------------------------------------------------------------------------------------ layouts
@@ -248,6 +254,11 @@ def test_options_of_timestamps():
             GenerationOptions(4, 1, **{name: (12,)}).check_vocabulary(10)
     with pytest.raises(UserError, match="the token before all times is 12"):
         GenerationOptions(4, 1, no_timestamps_token_id=12).check_vocabulary(10)
+
+
+def test_the_table_of_sines():
+    assert_close(sinusoids(50, 16), reference_sinusoids(50, 16))
+    assert torch.equal(Whisper(WhisperConfig(vocab_size=9, encoder_layers=1)).encoder.positions, sinusoids(1500, 384))
 
 
 def test_a_config_is_written_as_it_was_read():
