@@ -267,7 +267,7 @@ def test_runs_are_not_mixed_up(finished, cache, tmp_path):
     out, _ = finished
     refused("already holds a run; add --resume to continue it, or give another --out", *flags(out, cache))
     refused(
-        "was started with --kl-coef 0.35, not 0.5; a resumed run keeps the options it",
+        "was started with --kl-coef 0.4, not 0.5; a resumed run keeps the options it",
         *flags(out, cache, "--resume", "--kl-coef", "0.5"),
     )
     refused("holds no run to go on with; begin one without --resume", *flags(tmp_path / "none", cache, "--resume"))
@@ -386,8 +386,8 @@ def test_a_mac_computes_on_its_cpu(cache, tmp_path, monkeypatch):
         (["--dual-clip", "0.5"], "leaves bad tokens no gradient: give more than 1, or 0 for none"),
         (["--max-prompt-tokens", "1"], "--max-prompt-tokens must be at least 2, not 1"),
         (["--articles", "x.csv"], "--articles means nothing with --preset mini-news: it goes with --preset book"),
-        (["--preset", "vqa", "--reference", "x"], "with --preset vqa: it goes with --preset mini-news or book"),
-        (["--preset", "vqa", "--freeze", "encoder", "--reference", "x"], "it goes with --preset mini-news or book"),
+        (["--preset", "vqa", "--reference", "x"], "with --preset vqa: it goes with --preset mini-news, book or lm"),
+        (["--preset", "vqa", "--freeze", "encoder", "--reference", "x"], "it goes with --preset mini-news, book or lm"),
         (["--preset", "book", "--sft-steps", "7"], "--sft-steps means nothing with --preset book"),
         (["--prompts", "6", "--minibatches", "4"], "do not divide"),
         (["--min-new-tokens", "99"], "exceeds --max-new-tokens"),
