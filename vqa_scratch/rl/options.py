@@ -41,11 +41,7 @@ class RLHFOptions(Options):
         may_change=True,
     )
     cache: Path = option(
-        Path("cache"),
-        "Folder for the trained parts, named by a hash of what made them.",
-        RUN,
-        only=MINI_NEWS,
-        may_change=True,
+        Path("cache"), "Folder of the trained parts, by a hash of what made them.", RUN, only=MINI_NEWS, may_change=True
     )
 
     policy: str = option(
@@ -79,11 +75,7 @@ class RLHFOptions(Options):
     tone_label: str = option("LABEL_1", "Its class for a neutral tone.", MODELS, only=SUMMARISING | JUDGED)
     tone_weight: float = option(0.5, "Weight of its logit in the reward.", MODELS, only=SUMMARISING | JUDGED)
     facts_weight: float = option(
-        0.0,
-        "Weight of a third judge, of whether a summary keeps the facts of its article; trained if it is above 0.",
-        MODELS,
-        minimum=0,
-        only=MINI_NEWS | JUDGED,
+        0.0, "Weight of a judge of the facts that are kept; 0: none.", MODELS, minimum=0, only=MINI_NEWS | JUDGED
     )
     length_weight: float = option(0.0, "Reward lost for each token of a response.", MODELS)
     articles: Path | None = option(None, "CSV, JSONL or text file with the articles.", MODELS, only=BOOK)
