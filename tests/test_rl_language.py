@@ -309,7 +309,7 @@ def test_bad_preferences_are_one_line_with_their_place(folders, files, tmp_path,
         ),
         (
             ["--preferences", "FILES/pairs.jsonl", "--algorithm", "dpo", "--kl-target", "4"],
-            "--kl-target are about sampling: not with --preferences",
+            "--preferences goes without --min-new-tokens, --no-repeat-ngram-size and --kl-target",
         ),
         (["--data", "FILES/p.txt", "--reference", "LLAMA"], "has other tokens than the policy: a KL needs the same"),
         (["--data", "FILES/p.txt", "--reference", "WIDER"], "the reference has vocab_size 310, the policy 300"),

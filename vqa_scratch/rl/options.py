@@ -22,9 +22,7 @@ JUDGED = {"reward": None}
 class RLHFOptions(Options):
     """PPO, its relatives, and the tasks they are run on."""
 
-    preset: str = option(
-        "mini-news", "Which task to run, and with which defaults.", RUN, ("mini-news", "book", "lm", "vqa")
-    )
+    preset: str = option("mini-news", "The task to run, and its defaults.", RUN, ("mini-news", "book", "lm", "vqa"))
     out: Path = option(Path("runs/rlhf-mini-news"), "Folder of the run.", RUN, may_change=True)
     resume: bool = option(False, "Go on from the last checkpoint of --out.", RUN, may_change=True)
     seed: int = option(0, "Seed of data, initial weights and sampling.", RUN, minimum=0, below=2**32)
@@ -195,9 +193,7 @@ class RLHFOptions(Options):
     )
     clip_low: float = option(0.2, "The ratio is clipped below 1 minus this.", UPDATE, minimum=0, never=DPO)
     clip_high: float = option(0.2, "The ratio is clipped above 1 plus this.", UPDATE, minimum=0, never=DPO)
-    dual_clip: float = option(
-        3.0, "Bound on the loss of bad tokens, in advantages; 0: none.", UPDATE, minimum=0, never=DPO
-    )
+    dual_clip: float = option(3.0, "Bound on a bad token's loss, in advantages; 0: none.", UPDATE, minimum=0, never=DPO)
     value_clip: float = option(
         0.2,
         "Values move at most this far from the old ones, in standard deviations of returns.",
@@ -264,9 +260,7 @@ class RLHFOptions(Options):
         if self.preferences is not None and self.samples != 2:
             raise UserError(f"--preferences has two responses to a prompt: --samples must be 2, not {self.samples}")
         if self.preferences is not None and (self.min_new_tokens or self.no_repeat_ngram_size or self.kl_target):
-            raise UserError(
-                "--min-new-tokens, --no-repeat-ngram-size and --kl-target are about sampling: not with --preferences"
-            )
+            raise UserError("--preferences goes without --min-new-tokens, --no-repeat-ngram-size and --kl-target")
         if self.min_new_tokens > self.max_new_tokens:
             raise UserError(f"--min-new-tokens {self.min_new_tokens} exceeds --max-new-tokens {self.max_new_tokens}")
         if self.prompts % self.minibatches:
