@@ -186,7 +186,7 @@ def conclude(ppo: PPO, task: Task, options: RLHFOptions, log: MetricsLog) -> dic
     parts = [part.name for part in ppo.reward.parts]
     draw_panels(options.out / "curves.png", report.panels(log.rows, parts), columns=3)
     report.frontier(curve, log.rows, before, after, options.out / "frontier.png")
-    write_text(options.out / "samples.html", report.samples_page(before, after, k))
+    report.write_samples(options.out / "samples.html", summary, before, after, k)
     task.save(options.out / "policy")
     return summary
 
@@ -262,6 +262,10 @@ def show(s: dict[str, float], options: RLHFOptions) -> None:
     print(f"finished {s['finish_before']:.0%} -> {s['finish_after']:.0%}", end="")
     if "overlap_before" in s:
         print(f"; overlap with the reference summaries {s['overlap_before']:.3f} -> {s['overlap_after']:.3f}", end="")
+    if "facts_kept_before" in s:
+        print(
+            f"\nall facts kept by {s['facts_kept_before']:.1%} -> {s['facts_kept_after']:.1%} of the responses", end=""
+        )
     if "greedy_accuracy_before" in s:
         print(f"\nofficial accuracy of greedy answers to {s['prompts_held_out']:,} new questions ", end="")
         print(f"{s['greedy_accuracy_before']:.3f} -> {s['greedy_accuracy_after']:.3f}", end="")
@@ -271,6 +275,8 @@ def show(s: dict[str, float], options: RLHFOptions) -> None:
         print(f"; greedy reward {s['greedy_reward_before']:+.3f} -> {s['greedy_reward_after']:+.3f}", end="")
     rate = s["rollouts_per_second"]  # None if the log of a resumed run is lost
     print(f"\n{s['seconds']:.0f} s{'' if rate is None else f', {rate:.0f} rollouts/s'}; see {options.out}/samples.html")
+    if s.get("facts_kept_after", 1) < s.get("facts_kept_before", 0) - 0.01 and options.reward is None:
+        print("the rewards do not pay enough for the facts: raise --facts-weight")
     if rise <= 0:
         print(
             "the reward did not rise: more --iterations, or a lower price of KL (--kl-coef), give the policy more room"

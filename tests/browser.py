@@ -75,6 +75,11 @@ class Browser:
         """A file from disk."""
         self._call("POST", f"{self.session}/url", {"url": path.resolve().as_uri()})
 
+    def resize(self, width: int, height: int = 1000) -> None:
+        """Lay pages out for a screen of this size; a phone's is narrower than any window."""
+        size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
+        self._command("Emulation.setDeviceMetricsOverride", size)
+
     def script(self, code: str) -> Any:
         """What the body of a function returns."""
         return self._call("POST", f"{self.session}/execute/sync", {"script": code, "args": []})

@@ -5,11 +5,13 @@ from contextlib import nullcontext
 import torch
 
 from vqa_scratch.models.t5 import T5, T5Config
+from vqa_scratch.rl import report
+from vqa_scratch.rl.evaluate import Figures
 from vqa_scratch.rl.options import RLHFOptions
 from vqa_scratch.rl.policy import ActorCritic, SamplingRules, T5Policy, freeze
 from vqa_scratch.rl.ppo import PPO
 from vqa_scratch.rl.rewards import RewardPart, RewardSum
-from vqa_scratch.rl.types import Prompt
+from vqa_scratch.rl.types import Prompt, Samples
 
 VOCAB, EOS = 23, 1
 
@@ -77,3 +79,20 @@ ALL_RULES = [
     {"no_repeat_ngram": 2},
     {"temperature": 1.3, "min_new_tokens": 3, "no_repeat_ngram": 3},
 ]
+
+
+def judged(prompts, texts, rewards):
+    """Figures of one response to each prompt."""
+    values = torch.tensor(rewards, dtype=torch.float32)
+    ids = [[1, 2]] * len(texts)
+    return Figures(values, {"<b>tone": values}, Samples(prompts, ids, texts, [False] * len(texts)), 0.5, {})
+
+
+def write_page(path, prompts, before, after):
+    """samples.html of two lists of (text, reward), one of each for a prompt."""
+    sides = [judged(prompts, [text for text, _ in side], [reward for _, reward in side]) for side in (before, after)]
+    kept = {f"facts_kept_{when}": 0.5 for when in ("before", "after") if any(p.facts for p in prompts)}
+    run = {"iterations": 7, "algorithm": "rloo", "prompts_held_out": len(prompts), "kl": 3.6, "frontier_share": 0.91}
+    summary = run | sides[0].summary("before") | sides[1].summary("after") | kept
+    report.write_samples(path, summary, *sides, 1)
+    return path.read_text(encoding="utf-8")

@@ -13,13 +13,13 @@ from vqa_scratch.storage import read_object, write_json
 
 
 def a_run(folder, reward, kl, share, iterations=2):
-    """What a run leaves, by hand: a curve that rises from 1 to 3 at 4 nats and stays there."""
+    """What a run leaves, by hand: a curve that rises from 1 to 3 at the target and stays there."""
     write_json(folder / "config.json", {"iterations": iterations, "prompts": 8, "samples": 4})
-    found = {"kl": [0.0, 4.0, 5.0], "reward": [1.0, 3.0, 3.0], "reached": [kl, reward]}
+    found = {"kl": [0.0, 3.0, 5.0], "reward": [1.0, 3.0, 3.0], "reached": [kl, reward]}
     best = [{"n": 2, "kl_bound": 0.2, "reward": 1.1}, {"n": 4, "kl_bound": 1.0, "reward": 1.25}]
     summary = {"frontier": found, "frontier_kl_limit": 5.0, "frontier_share": share, "best_of_n": best}
     write_json(folder / "summary.json", summary)
-    row = {"ppo/val/critic_explained": -0.5, "ppo/val/var_explained": 0.25, "time/ppo/total": 1.5}
+    row = {"ppo/val/critic_explained": -0.5, "ppo/val/var_explained": 0.25, "time/ppo/total": 1.5, "env/reward_mean": 2}
     rows = [row | {"step": 1, "objective/kl_exact": kl}, row | {"step": 2, "objective/kl_exact": kl + 1}]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
@@ -37,9 +37,9 @@ def test_the_table_has_the_figures_of_the_runs(plan):
     text, panels = frontier.run(plan, "a command")
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line[:1] == "|"]
     assert lines[2][:3] == ["ppo", "1.000 (goal 0.97)", "0.900 (goal 0.95)"]
-    assert lines[2][3:5] == ["3.00 (2.00 to 4.00)", "5.00 (goal at most 6)"]
+    assert lines[2][3:5] == ["3.00 (2.00 to 4.00)", "5.00 (goal at most 4.5)"]
     assert lines[2][5:] == ["-0.50", "0.25", "3"] and lines[3][:3] == ["grpo", "0.700", "0.600"] and lines[3][5] == ""
-    assert lines[4][:4] == ["best of 4 samples", "0.500", "", "1.00"]  # 0.25 of the 0.5 that can be gained at 1 nat
+    assert lines[4][:4] == ["best of 4 samples", "0.375", "", "1.00"]  # 0.25 of the 0.667 that can be gained at 1 nat
     assert "64 rollouts a run, seeds 0 and 1 and 2." in text
     points = panels[0]["points"]
     assert points["ppo"] == ([2.0, 3.0, 4.0], [0.5, 0.75, 1.0])

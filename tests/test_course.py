@@ -25,8 +25,8 @@ def printed_by(code: str) -> str:
     return out.getvalue()
 
 
-def test_there_are_six_steps_and_each_leads_on():
-    assert [page.name[0] for page in COURSE] == list("123456")
+def test_there_are_seven_steps_and_each_leads_on():
+    assert [page.name[0] for page in COURSE] == list("1234567")
     for page, following in zip(COURSE, COURSE[1:], strict=False):
         assert f"({following.name})" in page.read_text(encoding="utf-8")
 

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import browser
 import pytest
 from PIL import Image
+from rl_tiny import write_page as write_pairs
 from study_helpers import SUBJECTS
 
 from vqa_scratch.commands.study_files import write_study
@@ -13,6 +14,7 @@ from vqa_scratch.data.answers import Answer
 from vqa_scratch.data.image_files import data_url
 from vqa_scratch.data.vqa_v2 import VQASample
 from vqa_scratch.report.gallery import STYLE, card, write_gallery, write_page
+from vqa_scratch.rl.types import Prompt
 from vqa_scratch.study import report
 from vqa_scratch.study.opened import Opened, chosen, run_name
 from vqa_scratch.study.record import take_apart
@@ -23,7 +25,7 @@ SPACE, TAB, DOWN = " ", "\ue004", "\ue015"
 
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory):
-    """samples.html of six questions of two families, of which two are answered wrongly, and a report."""
+    """samples.html of six questions, of which two are answered wrongly; a report; the page of rlhf.py."""
     root, samples, answers = tmp_path_factory.mktemp("pages"), [], {}
     for number in range(6):
         path, said = root / f"{number}.png", "red" if number % 3 else 'bl"ue'
@@ -36,7 +38,12 @@ def pages(tmp_path_factory):
     subject, image = SUBJECTS["prefix"](), Image.new("RGB", (24, 24), (200, 30, 30))
     words = chosen([f" word{i}" for i in range(30)], "<s>") | {"prompt": tuple(f"<{i}>" for i in subject.prompt)}
     write_study(root / "study", [take_apart(Opened(run_name(root / "run"), subject, "what?", image, **words))])
-    return SimpleNamespace(root=root, gallery=gallery, report=root / "study" / "report.html")
+    facts = {"who": "bank", "where": "Barrow"}
+    kept, lied = "The bank in Barrow will wait" + "!" * 90, "The court will wait"
+    said = [(kept, 1.0), (lied, 1.0), (kept, 1.0)], [(lied, 2.0), (lied, 0.5), (kept, 0.5)]
+    write_pairs(root / "pairs.html", [Prompt("<i>a" * 60, reference="b", facts=facts)] * 3, *said)
+    study = root / "study" / "report.html"
+    return SimpleNamespace(root=root, gallery=gallery, report=study, pairs=root / "pairs.html")
 
 
 # ---------------------------------------------------------------------------------------------- contrast
@@ -107,7 +114,7 @@ return bad;
 def test_every_text_on_the_pages_has_contrast(pages, dark):
     """As it is drawn, with the colours that the script mixes."""
     with browser.Browser(dark=dark) as window:
-        for page in (pages.gallery, pages.report):
+        for page in (pages.gallery, pages.pairs, pages.report):
             window.open(page)
             assert window.script(AUDIT) == []
             assert window.log() == []
@@ -145,6 +152,23 @@ def test_samples_are_filtered_and_folded_by_keyboard(pages, window):
     window.script("dispatchEvent(new Event('beforeprint'))")
     assert shown(window) == 1, "paper shows what is folded"
     assert window.log() == []
+
+
+@needs_browser
+def test_pairs_of_responses_are_filtered_and_fit_the_screen(pages, window):
+    for width in (360, 1400):
+        window.resize(width)
+        window.open(pages.pairs)
+        assert window.script("return [innerWidth, document.documentElement.scrollWidth]") == [width, width]
+        first, second = window.script("return [...document.querySelector('.pair').children].map(e => e.offsetTop)")
+        assert (first == second) == (width > 360), "side by side where there is room"
+        seen = [shown(window)]
+        for key in (TAB, SPACE, TAB, SPACE):  # facts broken, and reward fell
+            window.press(key)
+            seen.append(shown(window))
+        assert seen == [3, 3, 2, 2, 1]
+    assert window.log() == []
+    window.resize(1280)
 
 
 def test_a_page_has_only_filters_that_do_something(tmp_path):

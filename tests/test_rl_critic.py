@@ -115,7 +115,7 @@ def test_where_a_critic_can_tell_ppo_beats_rloo(monkeypatch):
 # ----------------------------------------------------------------------------------------------------- price of KL
 
 
-def kl_under(price, iterations, lag=4.0):
+def kl_under(price, iterations, responses, lag=4.0):
     """The KL of a policy that in each iteration closes a `lag`th of its way to where the price would leave it.
 
     For a normal reward of deviation 1 that is 1 / (2 price^2).
@@ -124,14 +124,15 @@ def kl_under(price, iterations, lag=4.0):
     for _ in range(iterations):
         kl += (1 / (2 * price.coef**2) - kl) / lag
         path.append(kl)
-        price.update(kl, 128)
+        price.update(kl, responses)
     return path
 
 
 def test_the_price_of_the_preset_does_not_overshoot():
     preset = PRESETS["mini-news"]
-    horizon = 0.1 * preset["iterations"] * 128
-    path = kl_under(F.AdaptiveKL(preset["kl_coef"], preset["kl_target"], horizon), preset["iterations"])
-    assert max(path) <= 1.5 * preset["kl_target"] and path[-1] == pytest.approx(preset["kl_target"], rel=0.1)
-    steep = kl_under(F.AdaptiveKL(preset["kl_coef"] / 10, preset["kl_target"], horizon), preset["iterations"])
-    assert max(steep) > 1.5 * preset["kl_target"]  # a price that begins far too low
+    target, iterations, responses = preset["kl_target"], preset["iterations"], 32 * preset["samples"]
+    horizon = preset["kl_horizon"] * iterations * responses
+    path = kl_under(F.AdaptiveKL(preset["kl_coef"], target, horizon), iterations, responses)
+    assert max(path) <= 1.5 * target and path[-1] == pytest.approx(target, rel=0.1)
+    steep = kl_under(F.AdaptiveKL(preset["kl_coef"] / 10, target, horizon), iterations, responses)
+    assert max(steep) > 1.5 * target  # a price that begins far too low

@@ -57,6 +57,7 @@ def test_a_run_leaves_what_it_promises(finished):
     assert json.loads((out / "summary.json").read_text()) == summary
     promised = "reward_before reward_after reward_std_before grammar_before grammar_after neutral_before neutral_after"
     promised += " kl finish_before finish_after overlap_before overlap_after seconds rollouts_per_second frontier_share"
+    promised += " facts_kept_before facts_kept_after who_kept_before who_kept_after"
     for key in promised.split():
         assert math.isfinite(summary[key]), key
     assert summary["kl"] >= 0 and summary["prompts_held_out"] == 6
@@ -67,12 +68,12 @@ def test_a_run_leaves_what_it_promises(finished):
     names += " ppo/policy/policykl ppo/policy/clipfrac ppo/policy/ratio ppo/loss/policy ppo/loss/value ppo/loss/total"
     names += " ppo/returns/mean ppo/returns/var ppo/val/vpred ppo/val/error ppo/val/clipfrac ppo/val/var_explained"
     names += " tokens/queries_len_mean tokens/responses_len_mean env/reward_mean env/reward_std env/grammar env/neutral"
-    names += " ppo/learning_rate time/ppo/total finish distinct_2 rollouts_per_second"
+    names += " ppo/learning_rate time/ppo/total finish distinct_2 rollouts_per_second facts_kept"
     for name in names.split():
         assert all(math.isfinite(row[name]) for row in rows), name
     for picture in ("curves.png", "frontier.png"):
         assert (out / picture).read_bytes().startswith(b"\x89PNG")
-    assert (out / "samples.html").read_text().count("<table>") == 6
+    assert (out / "samples.html").read_text().count("<article>") == 6
     assert T5.from_pretrained(out / "policy").config.vocab_size > 100
     assert not [p for p in out.rglob("*.tmp")]
 
@@ -101,6 +102,21 @@ def test_artefacts_are_cached_by_what_made_them(finished, cache):
     before = (cache / folders[0] / "tone" / "model.safetensors").stat().st_mtime_ns
     mini_news.prepare(cache, **recipe)
     assert (cache / folders[0] / "tone" / "model.safetensors").stat().st_mtime_ns == before
+
+
+def test_a_judge_of_facts_is_trained_for_those_who_ask(finished, cache, tmp_path, capsys):
+    folder = next(cache.iterdir())
+    shutil.rmtree(folder / "facts", ignore_errors=True)
+    before = (folder / "tone" / "model.safetensors").stat().st_mtime_ns
+    summary = rlhf.run(flags(tmp_path / "run", cache, "--iterations", "1", "--facts-weight", "0.5"))
+    assert (folder / "facts" / "model.safetensors").is_file() and not [*folder.glob(".*")]
+    assert (folder / "tone" / "model.safetensors").stat().st_mtime_ns == before
+    (row,) = logged(tmp_path / "run")
+    weighed = row["env/grammar"] + 0.5 * row["env/neutral"] + 0.5 * row["env/faithful"]
+    assert row["env/reward_mean"] == pytest.approx(weighed, abs=1e-5) and "faithful_after" in summary
+    assert "env/faithful" not in logged(finished[0])[0]
+    kept = f"all facts kept by {summary['facts_kept_before']:.1%} -> {summary['facts_kept_after']:.1%}"
+    assert kept in capsys.readouterr().out
 
 
 def logged(out):
@@ -251,7 +267,7 @@ def test_runs_are_not_mixed_up(finished, cache, tmp_path):
     out, _ = finished
     refused("already holds a run; add --resume to continue it, or give another --out", *flags(out, cache))
     refused(
-        "was started with --kl-coef 0.35, not 0.5; a resumed run keeps the options it",
+        "was started with --kl-coef 0.4, not 0.5; a resumed run keeps the options it",
         *flags(out, cache, "--resume", "--kl-coef", "0.5"),
     )
     refused("holds no run to go on with; begin one without --resume", *flags(tmp_path / "none", cache, "--resume"))
@@ -359,6 +375,9 @@ def test_a_mac_computes_on_its_cpu(cache, tmp_path, monkeypatch):
         (["--algorithm", "rlo"], "did you mean 'rloo'"),
         (["--algorithm", "rloo", "--samples", "1"], "--samples must be at least 2"),
         (["--kl-coef", "-1"], "--kl-coef must be at least 0, not -1.0"),
+        (["--facts-weight", "-1"], "--facts-weight must be at least 0, not -1.0"),
+        (["--facts-weight", "1", "--preset", "book"], "--facts-weight means nothing with --preset book"),
+        (["--facts-weight", "1", "--reward", "x.py:f"], "--facts-weight means nothing with --reward"),
         (["--prompts", "0"], "--prompts must be at least 1, not 0"),
         (["--sft-steps", "0"], "--sft-steps must be at least 1, not 0"),
         (["--kl-horizon", "-1"], "--kl-horizon must be above 0, not -1.0"),
@@ -367,8 +386,8 @@ def test_a_mac_computes_on_its_cpu(cache, tmp_path, monkeypatch):
         (["--dual-clip", "0.5"], "leaves bad tokens no gradient: give more than 1, or 0 for none"),
         (["--max-prompt-tokens", "1"], "--max-prompt-tokens must be at least 2, not 1"),
         (["--articles", "x.csv"], "--articles means nothing with --preset mini-news: it goes with --preset book"),
-        (["--preset", "vqa", "--reference", "x"], "with --preset vqa: it goes with --preset mini-news or book"),
-        (["--preset", "vqa", "--freeze", "encoder", "--reference", "x"], "it goes with --preset mini-news or book"),
+        (["--preset", "vqa", "--reference", "x"], "with --preset vqa: it goes with --preset mini-news, book or lm"),
+        (["--preset", "vqa", "--freeze", "encoder", "--reference", "x"], "it goes with --preset mini-news, book or lm"),
         (["--preset", "book", "--sft-steps", "7"], "--sft-steps means nothing with --preset book"),
         (["--prompts", "6", "--minibatches", "4"], "do not divide"),
         (["--min-new-tokens", "99"], "exceeds --max-new-tokens"),
@@ -413,6 +432,13 @@ def test_book_runs_from_local_folders_and_counts_what_it_cuts(book, tmp_path, ca
     summary = rlhf.run([*book[0], "--out", str(tmp_path), "--freeze", "encoder", "--iterations", "2"])
     assert summary["kl"] >= 0 and "overlap_before" not in summary  # no reference summaries given
     said = capsys.readouterr().out
+    unknown = [
+        said,
+        json.dumps(summary),
+        (tmp_path / "metrics.jsonl").read_text(),
+        (tmp_path / "samples.html").read_text(),
+    ]
+    assert not any("facts" in text for text in unknown), "of articles whose facts nobody knows"
     assert "14 of 14 articles cut to 32 tokens" in said
     assert f"1 empty articles left out, the first at {book[1]}, line 16" in said
 

@@ -1,5 +1,7 @@
 """Rewards: the right logit whatever the batch, one clear line for a bad reward model, a scale that stays."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -8,9 +10,10 @@ from vqa_scratch.errors import UserError
 from vqa_scratch.models.bert import BertConfig
 from vqa_scratch.models.classifier import TextClassifier
 from vqa_scratch.rl import rewards
-from vqa_scratch.rl.mini_news import tokenizers_for
-from vqa_scratch.rl.rewards import ClassifierReward, RewardPart, RewardScale, RewardSum, length_penalty
+from vqa_scratch.rl.mini_news import see_the_same, tokenizers_for
+from vqa_scratch.rl.rewards import ClassifierReward, FaithfulReward, RewardPart, RewardScale, RewardSum, length_penalty
 from vqa_scratch.rl.types import Prompt, Samples
+from vqa_scratch.study import trace
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +50,39 @@ def test_logit_of_the_named_class_whatever_the_batch(parts, monkeypatch):
         with torch.no_grad():
             torch.testing.assert_close(value, model(ids, mask)[0, 2])
     assert not any(p.requires_grad for p in model.parameters())
+
+
+def test_a_judge_of_facts_reads_response_and_prompt_as_a_pair(parts):
+    """The log-probability that all its logits say yes, from token types by hand; never above 0."""
+    _, tokenizer = parts
+    size = replace(parts[0].config, token_types=2)
+    judge = TextClassifier(size, ("who", "where"))
+    prompts = [Prompt("The council in Alden is stunned."), Prompt("The mayor"), Prompt("")]
+    texts = ["The mayor of Zeal.", "", "The bank"]
+    reward = FaithfulReward(judge, tokenizer)(Samples(prompts, [[1]] * 3, texts, [True] * 3))
+    for prompt, text, value in zip(prompts, texts, reward, strict=True):
+        first = tokenizer.encode(text)  # <s> text </s>
+        second = tokenizer.encode(prompt.text)[1:]
+        ids, types = torch.tensor([first + second]), torch.tensor([[0] * len(first) + [1] * len(second)])
+        with torch.no_grad():
+            logits = judge(ids, None, types)[0].double()
+        torch.testing.assert_close(value.double(), (1 / (1 + (-logits).exp())).prod().log(), atol=1e-5, rtol=0)
+    assert (reward < 0).all() and len(set(reward.tolist())) == 3
+
+
+def test_the_judge_of_facts_begins_by_attending_to_equal_words(parts):
+    """In the other text as in their own: most of a word's weight goes to itself and its like, whatever the side."""
+    size = replace(parts[0].config, token_types=2, dim=64, heads=4, vocab_size=200, max_positions=80, init_std=0.12)
+    torch.manual_seed(0)
+    judge = TextClassifier(size, ("who",)).eval()
+    see_the_same(judge)
+    first = torch.arange(10, 40)
+    ids = torch.cat([first, first.flip(0)])[None]
+    with trace(judge) as t, torch.no_grad():
+        judge(ids, None, torch.tensor([[0] * 30 + [1] * 30]))
+    weights = t.pattern("text.0.self")[0].mean(0)[:30]
+    alike = weights * (ids[0][:30, None] == ids[0])
+    assert alike[:, :30].sum(1).mean() > 0.3 and alike[:, 30:].sum(1).mean() > 0.25, "of 1/60 each by chance"
 
 
 def test_a_class_that_is_not_there_is_named_with_those_that_are(parts):

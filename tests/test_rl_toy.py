@@ -64,7 +64,7 @@ def bar_eos_in_the_sampler_alone(backbone, context, rules, chance):
 @pytest.mark.parametrize("mistake", [drop_first_token, bar_eos_in_the_sampler_alone])
 def test_classic_mistakes_fall_short(mistake, monkeypatch):
     monkeypatch.setattr(ppo_module, "sample", mistake)
-    ppo = toy_ppo(iterations=200)
+    ppo = toy_ppo(iterations=200, critic="shared", lam=0.95)
     for _ in range(ppo.options.iterations):
         iterate(ppo)
     share, _ = share_of_gain(ppo)

@@ -1,4 +1,4 @@
-"""Generates short news: articles, reference summaries, and labelled sentences for two reward models.
+"""Generates short news: articles, summaries, what a text keeps of the facts, and sentences for reward models.
 
 An article reports one decision (who, where, what, why) in emotional wording and ends with an unrelated event. Its
 reference summary gives the four facts in one sentence; most summaries keep some of the emotion, a few keep none. So a
@@ -8,8 +8,8 @@ Everything depends on a seed alone.
 
 import random
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 
 def _list(text: str) -> tuple[str, ...]:
@@ -42,7 +42,7 @@ REASONS = _list(
 )
 VERBS = ("will", "plans to", "has agreed to")
 
-FACTS = {"actor": ACTORS, "place": PLACES, "action": ACTIONS, "reason": REASONS}
+FACTS = {"who": ACTORS, "where": PLACES, "what": ACTIONS, "why": REASONS}
 FEELINGS = {
     "negative": {
         "adjective": _list("shocking,terrible,shameful,cruel,disastrous,appalling,awful,reckless,horrible,outrageous"),
@@ -70,14 +70,14 @@ REACTIONS = {
     ),
 }
 LEADS = (
-    "In a {adjective} move, the {actor} in {place} {adverb} decided to {action} {reason}.",
-    "{place} is stunned: the {actor} {adverb} announced a {adjective} plan to {action} {reason}.",
-    "It is {adjective}! The {actor} of {place} {verb} {adverb} {action} {reason}.",
+    "In a {adjective} move, the {who} in {where} {adverb} decided to {what} {why}.",
+    "{where} is stunned: the {who} {adverb} announced a {adjective} plan to {what} {why}.",
+    "It is {adjective}! The {who} of {where} {verb} {adverb} {what} {why}.",
 )
 ASIDES = (
-    "Last week the {actor} in {place} refused to {action}.",
-    "Meanwhile the {actor} in {place} may {action}.",
-    "A year ago the {actor} in {place} failed to {action}.",
+    "Last week the {who} in {where} refused to {what}.",
+    "Meanwhile the {who} in {where} may {what}.",
+    "A year ago the {who} in {where} failed to {what}.",
 )
 
 
@@ -86,6 +86,7 @@ class NewsItem:
     article: str
     summary: str
     tone: str  # of the article: "negative" or "positive"
+    facts: dict[str, str] = field(hash=False)  # who, where, what and why
 
 
 def _an(text: str) -> str:
@@ -113,8 +114,8 @@ def summarise(rng: random.Random, facts: dict[str, str], tone: str) -> str:
         if 3 in slots:
             ending = f", a {rng.choice(FEELINGS[tone]['adjective'])} {feelings['noun']}"
     text = _an(
-        f"{opening}the {before_actor}{facts['actor']} in {facts['place']} {rng.choice(VERBS)} "
-        f"{before_action}{facts['action']} {facts['reason']}{ending}."
+        f"{opening}the {before_actor}{facts['who']} in {facts['where']} {rng.choice(VERBS)} "
+        f"{before_action}{facts['what']} {facts['why']}{ending}."
     )
     return text[0].upper() + text[1:]
 
@@ -127,13 +128,26 @@ def news_item(rng: random.Random) -> NewsItem:
     reaction = rng.choice(REACTIONS[tone]).format(**_some(rng, FEELINGS[tone]))
     article = f"{lead} {reaction} {rng.choice(ASIDES).format(**other)}"
     summary = summarise(rng, facts, "neutral" if rng.random() < NEUTRAL_SHARE else tone)
-    return NewsItem(_an(article), summary, tone)
+    return NewsItem(_an(article), summary, tone, facts)
 
 
 def news(count: int, seed: int) -> list[NewsItem]:
     """`count` items, the same for the same seed; different seeds share no random stream."""
     rng = random.Random(f"news-{seed}")
     return [news_item(rng) for _ in range(count)]
+
+
+_KNOWN = {kind: re.compile(rf"\b(?:{'|'.join(values)})\b", re.IGNORECASE) for kind, values in FACTS.items()}
+
+
+def broken_facts(text: str, facts: Mapping[str, str]) -> dict[str, str]:
+    """The facts of a source that a text does not keep, each with what the text says instead.
+
+    A fact is kept if its very words stand in the text, and no other value of its kind. Instead are all values of the
+    kind that the text has, or "" where it has none that the corpus knows.
+    """
+    said = {kind: {found.casefold(): found for found in _KNOWN[kind].findall(text)} for kind in facts}
+    return {kind: ", ".join(said[kind].values()) for kind, fact in facts.items() if [*said[kind]] != [fact.casefold()]}
 
 
 # ------------------------------------------------------------------------------------- sentences for the reward models
@@ -216,4 +230,40 @@ def tone_sentences(count: int, seed: int) -> list[tuple[str, int]]:
         if rng.random() < 0.25:
             sentence = " ".join(rng.choice((_swap, _repeat, _inflect))(rng, sentence.split()))
         items.append((sentence, label))
+    return items
+
+
+def beside(summary: str, article: str) -> str:
+    """Both as one text, as a RoBERTa reads pairs: what is too long loses the end of the article."""
+    return f"{summary} </s> {article}"
+
+
+def _break(rng: random.Random, item: NewsItem, kind: str) -> str:
+    """In place of a fact of an article: another, often that of its last sentence; one made of two; or nothing."""
+    fact = item.facts[kind]
+    others = [value for value in FACTS[kind] if value != fact]
+    other = rng.choice([value for value in others if value in item.article and rng.random() < 0.5] or others)
+    how = rng.choice(("exchanged", "exchanged", "made up", "dropped"))
+    if how == "made up":
+        first, second = rng.sample((fact.split(), other.split()), 2)
+        mixed = " ".join(first[:1] + second[1:])
+        other = mixed if broken_facts(mixed, {kind: fact}) else other
+    return "" if how == "dropped" else other
+
+
+def checked_summaries(count: int, seed: int) -> list[tuple[str, list[bool]]]:
+    """(summary beside its article, whether it keeps each of `FACTS`); three in ten keep all, in every tone alike.
+
+    Corruptions of true summaries, as in FactCC (Kryscinski et al. 2020, 1910.12840). Those that models write may be of
+    other kinds (Goyal and Durrett 2021, 2104.04302).
+    """
+    rng = random.Random(f"facts-{seed}")
+    items = []
+    for item in news(count, seed):
+        share = 0.0 if rng.random() < 0.3 else 0.4
+        lost = [kind for kind in FACTS if rng.random() < share]
+        facts = item.facts | {kind: _break(rng, item, kind) for kind in lost}
+        summary = summarise(rng, facts, rng.choice(TONES)).replace(" in  ", " ")  # without a place
+        summary = " ".join(summary.split()).replace(" .", ".")
+        items.append((beside(summary, item.article), [kind not in lost for kind in FACTS]))
     return items

@@ -69,9 +69,14 @@ class TextClassifier(Released[BertConfig]):
         for layer in (self.dense, self.out):
             init_weights(layer, config.init_std)
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """(B, T) -> logits (B, C). attention_mask (B, T), True = may attend; the first token is `<s>` or `[CLS]`."""
-        first = self.encoder(input_ids, attention_mask)[:, 0]  # (B, D)
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None
+    ) -> Tensor:
+        """(B, T) -> logits (B, C). attention_mask (B, T), True = may attend; the first token is `<s>` or `[CLS]`.
+
+        token_type_ids (B, T) say which of two texts a token belongs to, for models that know types.
+        """
+        first = self.encoder(input_ids, attention_mask, token_type_ids)[:, 0]  # (B, D)
         return self.out(self.dropout(self.layout.activation(self.dense(self.dropout(first)))))
 
     @property

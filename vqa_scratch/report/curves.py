@@ -27,7 +27,7 @@ def draw_panels(path: Path, panels: Sequence[dict[str, Any]], columns: int | Non
     """
     import matplotlib
     from matplotlib.figure import Figure
-    from matplotlib.ticker import LogLocator, NullFormatter
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
     lettering = choose(
         [panel.get(key, "") for panel in panels for key in ("title", "xlabel", "ylabel")]
@@ -63,6 +63,8 @@ def draw_panels(path: Path, panels: Sequence[dict[str, Any]], columns: int | Non
             axis.set_ylabel(legible(panel["ylabel"]))
             if "ylim" in panel:
                 axis.set_ylim(*panel["ylim"])
+            if all(float(x).is_integer() for xs, _ in panel["lines"].values() for x in xs):  # steps: no half ones
+                axis.xaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 5, 10], integer=True))
             if panel.get("log"):
                 axis.set_yscale("log")
                 axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))

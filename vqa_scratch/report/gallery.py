@@ -1,7 +1,8 @@
 """Writes samples.html: images with questions, the model's answers and probabilities, and the annotators' answers."""
 
+import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 
@@ -39,6 +40,12 @@ img.pixels { image-rendering: pixelated; }
           margin: 0 0 .4rem; }
 .answer b { font-size: 1.15rem; overflow-wrap: anywhere; } .right b { color: var(--right); }
 .partly b { color: var(--partly); } .wrong b { color: var(--wrong); }
+.grid:has(.pair) { grid-template-columns: minmax(0, 1fr); } .text p, .text li { overflow-wrap: anywhere; }
+.pair { display: grid; gap: 0 2rem; grid-template-columns: repeat(auto-fit, minmax(min(20rem, 100%), 1fr)); }
+h3 { font-size: .875rem; color: var(--soft); margin: .6rem 0 0; } .text > :first-child { margin-top: 0; }
+.pair p { margin: .25rem 0 0; }
+.lost { color: var(--wrong); font-size: .875rem; margin: .25rem 0 0; padding-left: 1.2rem; }
+del, ins { text-decoration: none; border-radius: .2rem; } del { background: #e5534b33; } ins { background: #46954a44; }
 .probability, .people { color: var(--soft); font-size: .875rem; } .people { margin: 0; overflow-wrap: anywhere; }
 @media print { form { display: none; } article { break-inside: avoid; } summary { break-after: avoid; }
                body { margin: 0; max-width: none; } .grid { grid-template-columns: repeat(4, 1fr); gap: .5rem; }
@@ -47,10 +54,11 @@ img.pixels { image-rendering: pixelated; }
 
 SCRIPT = """
 "use strict";
-const form = document.querySelector("form"), [wrong, family] = form.querySelectorAll("input, select");
-const groups = [...document.querySelectorAll("details")], cards = [...document.querySelectorAll("article")];
+const form = document.querySelector("form"), boxes = [...form.querySelectorAll("input")];
+const family = form.querySelector("select"), groups = [...document.querySelectorAll("details")];
+const cards = [...document.querySelectorAll("article")];
 const hides = (group, card) => (family.value && group.dataset.name !== family.value) ||
-  (wrong.checked && !card.querySelector(".wrong"));
+  boxes.some((box) => box.checked && !card.querySelector(`.${box.value}`));
 function filter() {
   for (const group of groups) {
     const here = [...group.querySelectorAll("article")];
@@ -67,6 +75,7 @@ filter();
 """
 
 VERDICTS = ("right", "partly", "wrong")
+WRONG_ONLY = {"wrong only": "wrong"}
 THUMBNAIL = 320  # pixels a side at most
 
 
@@ -93,14 +102,28 @@ def _section(name: str, cards: Sequence[str]) -> str:
     )
 
 
-def write_page(path: Path, title: str, lead: str, sections: Sequence[tuple[str, Sequence[str]]]) -> None:
-    """A page that needs no network: sections of (heading, cards), with filters by verdict and section."""
-    judged = any(f'class="answer {verdict}"' in one for _, cards in sections for one in cards for verdict in VERDICTS)
+def write_page(
+    path: Path,
+    title: str,
+    lead: str,
+    sections: Sequence[tuple[str, Sequence[str]]],
+    filters: Mapping[str, str] = WRONG_ONLY,
+) -> None:
+    """A page that needs no network: sections of (heading, cards), with filters by section and by what is in a card.
+
+    `filters` are {label: class of an element}; those that no card has are left out.
+    """
+    every = "".join(one for _, cards in sections for one in cards)
+    boxes = "".join(
+        f'<label><input type=checkbox value="{name}"> {escape(label)}</label>'
+        for label, name in filters.items()
+        if re.search(rf'class="[^"]*\b{name}\b', every)
+    )
     names = "".join(f'<option value="{escape(name)}">{escape(name)}' for name, _ in sections)
     page = (
         f'<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content="width=device-width">'
         f"<title>{escape(title)}</title><style>{STYLE}</style><h1>{escape(title)}</h1><p class=lead>{escape(lead)}</p>"
-        f"<form hidden><label{'' if judged else ' hidden'}><input type=checkbox> wrong only</label>"
+        f"<form hidden>{boxes}"
         f"<label{'' if len(sections) > 1 else ' hidden'}>show "
         f'<select><option value="">everything{names}</select></label><output></output></form>'
         + "".join(_section(name, cards) for name, cards in sections)

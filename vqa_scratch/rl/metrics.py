@@ -11,6 +11,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from vqa_scratch.data.news import broken_facts
 from vqa_scratch.rl.functional import kl_estimates, masked_mean, masked_moments, masked_sum, mean_and_var
 from vqa_scratch.rl.types import Samples, Trajectory
 from vqa_scratch.training.ranks import ALONE, World
@@ -32,6 +33,19 @@ def mean_overlap(samples: Samples) -> float:
     """Mean `overlap` of the responses with the reference responses of their prompts, over those that have one."""
     pairs = [(t, p.reference) for t, p in zip(samples.texts, samples.prompts, strict=True) if p.reference]
     return sum(overlap(*pair) for pair in pairs) / len(pairs)
+
+
+def facts_kept(samples: Samples) -> dict[str, float]:
+    """The share of responses that keep all facts of their prompts, `facts_kept`, and each alone, such as `who_kept`.
+
+    Over the prompts whose facts are known; nothing if there are none.
+    """
+    known = [(t, p.facts) for t, p in zip(samples.texts, samples.prompts, strict=True) if p.facts]
+    broken = [broken_facts(text, facts) for text, facts in known]
+    kinds = [kind for _, facts in known[:1] for kind in facts]
+    shares = {"facts_kept": [not lost for lost in broken]} if broken else {}
+    shares |= {f"{kind}_kept": [kind not in lost for lost in broken] for kind in kinds}
+    return {name: sum(kept) / len(kept) for name, kept in shares.items()}
 
 
 def rollout_metrics(t: Trajectory, samples: Samples, raw: Tensor, parts: dict[str, Tensor]) -> dict[str, float]:
@@ -71,6 +85,7 @@ def rollout_metrics(t: Trajectory, samples: Samples, raw: Tensor, parts: dict[st
         "distinct_2": distinct_2(samples.ids),
     }
     log |= {f"env/{name}": value.mean() for name, value in parts.items()}
+    log |= {name: share for name, share in facts_kept(samples).items() if name == "facts_kept"}
     return {name: _number(value) for name, value in log.items()}
 
 

@@ -1,4 +1,4 @@
-"""Trains the models for PPO on made-up news: a small T5 that summarises, and two small reward models.
+"""Trains the models for PPO on made-up news: a small T5 that summarises, and small reward models, the judges.
 
 Cross-entropy for a few minutes on two cores. The name of their folder is a hash of the settings and of this code.
 
@@ -7,10 +7,10 @@ Shapes: B batch, N input tokens, T output tokens, V vocabulary.
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import tokenizers
 import torch
@@ -24,12 +24,29 @@ from vqa_scratch.data.text import Tokenizer
 from vqa_scratch.models.bert import BertConfig
 from vqa_scratch.models.classifier import TextClassifier
 from vqa_scratch.models.t5 import T5, T5Config
+from vqa_scratch.rl.rewards import read
 from vqa_scratch.storage import check_writable, unfinished
 
 TRAIN_SEED, HELD_OUT_SEED, REWARD_SEED = 0, 1, 2  # of the articles; PPO may train on the first, never on the second
 BATCH = 64
-# Where each judge's sentences come from, and its classes.
-JUDGES = {"grammar": (news.grammar_sentences, news.GRAMMAR), "tone": (news.tone_sentences, news.TONES)}
+
+
+class Lessons(NamedTuple):
+    """What a judge learns from."""
+
+    sentences: Callable[
+        [int, int], Sequence[tuple[str, Any]]
+    ]  # with what is true of each; from their number and a seed
+    labels: tuple[str, ...]  # of one of which a sentence is
+    pairs: bool = False  # or each of which a sentence may have, beside the text it is about
+
+
+FACTS = "facts"  # the judge that reads the article too, trained only for those who ask
+JUDGES = {
+    "grammar": Lessons(news.grammar_sentences, news.GRAMMAR),
+    "tone": Lessons(news.tone_sentences, news.TONES),
+    FACTS: Lessons(news.checked_summaries, tuple(news.FACTS), pairs=True),
+}
 # The token of each role, in the order of their ids.
 T5_ROLES = {"pad": "<pad>", "eos": "</s>", "unk": "<unk>"}
 ROBERTA_ROLES = {
@@ -41,6 +58,8 @@ ROBERTA_ROLES = {
     "cls": "<s>",
     "sep": "</s>",
 }
+
+Made = tuple[T5 | TextClassifier, Tokenizer]
 
 
 class Models(NamedTuple):
@@ -122,6 +141,7 @@ def train_summariser(tokenizer: Tokenizer, seed: int, steps: int, device: str) -
 def train_judge(name: str, tokenizer: Tokenizer, seed: int, steps: int, device: str) -> TextClassifier:
     """Step 2: a small RoBERTa learns sentence -> label. Smoothed targets keep its logits within a few units."""
     torch.manual_seed(seed)
+    lessons = JUDGES[name]
     size = BertConfig(
         layout="roberta",
         vocab_size=len(tokenizer),
@@ -129,26 +149,45 @@ def train_judge(name: str, tokenizer: Tokenizer, seed: int, steps: int, device: 
         layers=2,
         heads=4,
         hidden=128,
-        max_positions=66,
-        token_types=1,
+        max_positions=130 if lessons.pairs else 66,
+        token_types=2 if lessons.pairs else 1,
         norm_eps=1e-5,
         dropout=0.0,
         attention_dropout=0.0,
         init_std=0.12,  # 64**-0.5: attention this narrow learns word order late from the usual 0.02
         pad_id=tokenizer.pad_id or 0,
     )
-    labelled, labels = JUDGES[name]
-    model, sentences = TextClassifier(size, labels).to(device), labelled(20_000, REWARD_SEED)
+    model, sentences = (
+        TextClassifier(size, lessons.labels).to(device),
+        lessons.sentences(min(20_000, steps * BATCH), REWARD_SEED),
+    )
     generator = torch.Generator().manual_seed(seed)
 
     def loss_of() -> Tensor:
         rows = torch.randint(len(sentences), (BATCH,), generator=generator).tolist()
-        ids, mask = tokenizer.encode_batch([sentences[i][0] for i in rows])
+        logits = read(model, tokenizer, [sentences[i][0] for i in rows])
         target = torch.tensor([sentences[i][1] for i in rows], device=device)
-        return F.cross_entropy(model(ids.to(device), mask.to(device)), target, label_smoothing=0.05)
+        if lessons.pairs:
+            return F.binary_cross_entropy_with_logits(logits, 0.025 + 0.95 * target)
+        return F.cross_entropy(logits, target, label_smoothing=0.05)
 
-    fit(model, loss_of, steps, learning_rate=1e-3, title=f"2 of 3: {name} reward")
+    if lessons.pairs:
+        see_the_same(model)
+    fit(model, loss_of, steps, learning_rate=2e-3 if lessons.pairs else 1e-3, title=f"2 of 3: {name} reward")
     return model
+
+
+@torch.no_grad()
+def see_the_same(model: TextClassifier) -> None:
+    """Let words of a pair attend to the same words, in either text, from the start: it is learned late otherwise."""
+    encoder = model.encoder
+    assert encoder.token_types is not None
+    encoder.positions.weight.mul_(0.15)
+    first, second = encoder.token_types.weight.mul_(0.3)
+    queries, keys, _ = encoder.get_parameter("blocks.0.attn.qkv.weight").chunk(3)
+    side = F.normalize(second - first, dim=0)  # which text a word is in: what it reads, not what it looks for
+    queries -= (queries @ side)[:, None] * side
+    keys.copy_(queries.mul_(1.7))
 
 
 def recipe_hash(**settings: object) -> str:
@@ -159,25 +198,33 @@ def recipe_hash(**settings: object) -> str:
     return digest.hexdigest()[:16]
 
 
-def prepare(cache: Path, seed: int, sft_steps: int, reward_steps: int, device: str = "cpu") -> Path:
+def prepare(
+    cache: Path, seed: int, sft_steps: int, reward_steps: int, device: str = "cpu", facts: bool = False
+) -> Path:
     """The folder with the results of steps 1 and 2, of this run or of an earlier one with the same recipe.
 
-    Raises UserError if `cache` cannot be written to.
+    With `facts` the judge of facts is among them. Raises UserError if `cache` cannot be written to.
     """
     folder = cache / f"mini-news-{recipe_hash(seed=seed, sft_steps=sft_steps, reward_steps=reward_steps)}"
-    if folder.is_dir():
-        return folder
-    check_writable(cache)  # now, not after minutes of training
-    tokenizer, reward_tokenizer = tokenizers_for(news.news(2_000, TRAIN_SEED))
-    summariser = train_summariser(tokenizer, seed, sft_steps, device)
-    judges = {name: train_judge(name, reward_tokenizer, seed, reward_steps, device) for name in JUDGES}
-
-    with unfinished(folder, folder=True, tidy=True) as own:
-        summariser.save_pretrained(own / "summariser")
-        tokenizer.save(own / "summariser")
-        for name, model in judges.items():
-            model.save_pretrained(own / name)
-            reward_tokenizer.save(own / name)
-        if not folder.is_dir():  # another process may have been faster
-            own.rename(folder)
+    if not folder.is_dir():
+        check_writable(cache)  # now, not after minutes of training
+        tokenizer, words = tokenizers_for(news.news(2_000, TRAIN_SEED))
+        made: dict[str, Made] = {"summariser": (train_summariser(tokenizer, seed, sft_steps, device), tokenizer)}
+        for name in ("grammar", "tone"):
+            made[name] = train_judge(name, words, seed, reward_steps, device), words
+        keep(folder, made)
+    if facts and not (folder / FACTS).is_dir():
+        check_writable(folder)
+        words = Tokenizer.from_pretrained(folder / "tone")
+        keep(folder / FACTS, {"": (train_judge(FACTS, words, seed, reward_steps, device), words)})
     return folder
+
+
+def keep(folder: Path, made: Mapping[str, Made]) -> None:
+    """Write models and their tokenizers into parts of a new folder, unless another process was faster."""
+    with unfinished(folder, folder=True, tidy=True) as own:
+        for name, (model, tokenizer) in made.items():
+            model.save_pretrained(own / name)
+            tokenizer.save(own / name)
+        if not folder.is_dir():
+            own.rename(folder)

@@ -78,6 +78,13 @@ class RLHFOptions(Options):
     )
     tone_label: str = option("LABEL_1", "Its class for a neutral tone.", MODELS, only=SUMMARISING | JUDGED)
     tone_weight: float = option(0.5, "Weight of its logit in the reward.", MODELS, only=SUMMARISING | JUDGED)
+    facts_weight: float = option(
+        0.0,
+        "Weight of a third judge, of whether a summary keeps the facts of its article; trained if it is above 0.",
+        MODELS,
+        minimum=0,
+        only=MINI_NEWS | JUDGED,
+    )
     length_weight: float = option(0.0, "Reward lost for each token of a response.", MODELS)
     articles: Path | None = option(None, "CSV, JSONL or text file with the articles.", MODELS, only=BOOK)
     column: str = option("text", "Column or key of the article or prompt.", MODELS, only={"preset": ("book", "lm")})
@@ -290,10 +297,12 @@ PRESETS: dict[str, dict[str, Any]] = {
         "learning_rate": 3e-4,
         "value_lr_scale": 3.0,
         "value_clip": 1.0,
-        "kl_coef": 0.35,
-        "kl_target": 4.0,
+        "kl_coef": 0.4,
+        "kl_target": 3.0,
+        "kl_horizon": 0.2,
         "max_new_tokens": 32,
-        "iterations": 60,
+        "samples": 8,
+        "iterations": 34,
     },
     "book": {
         "out": Path("runs/rlhf-book"),

@@ -1,12 +1,16 @@
 """Reports a run of rlhf.py: learning curves, the reward-KL frontier, and the same prompts before and after."""
 
 import difflib
-import html
+from collections.abc import Sequence
+from html import escape
 from pathlib import Path
 from typing import Any
 
+from vqa_scratch.data.news import broken_facts
 from vqa_scratch.report.curves import moving_average
+from vqa_scratch.report.gallery import write_page
 from vqa_scratch.rl.evaluate import Figures, Frontier
+from vqa_scratch.rl.types import Prompt
 from vqa_scratch.storage import write_whole
 
 SMOOTH = 4  # iterations that a smooth line averages: few enough to show a spike
@@ -23,6 +27,8 @@ def panels(history: list[dict[str, Any]], parts: list[str]) -> list[dict[str, An
         "clipped share": {"clipped": "ppo/policy/clipfrac"},
         "variance explained by values": {"explained": "ppo/val/var_explained"},
     }
+    if history and all("facts_kept" in row for row in history):  # where the corpus knows them
+        titles |= {"all facts kept": {"kept": "facts_kept"}}
     steps, result = [row["step"] for row in history], []
     for title, names in titles.items():
         values = {label: [row[name] for row in history] for label, name in names.items()}
@@ -64,47 +70,67 @@ def marked(before: str, after: str) -> tuple[str, str]:
     sides: tuple[list[str], list[str]] = ([], [])
     for kind, a0, a1, b0, b1 in difflib.SequenceMatcher(None, a, b, autojunk=False).get_opcodes():
         for side, chosen, tag in ((sides[0], a[a0:a1], "del"), (sides[1], b[b0:b1], "ins")):
-            text = html.escape(" ".join(chosen))
+            text = escape(" ".join(chosen))
             if text:
                 side.append(text if kind == "equal" else f"<{tag}>{text}</{tag}>")
     return " ".join(sides[0]), " ".join(sides[1])
 
 
-PAGE = """<!doctype html>
-<html lang="en"><meta charset="utf-8"><title>Samples before and after</title>
-<style>
-body {{ font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 62rem; padding: 0 1rem; }}
-table {{ border-collapse: collapse; width: 100%; margin-bottom: 1.6rem; }}
-td {{ border-top: 1px solid #8884; padding: .35rem .6rem .35rem 0; vertical-align: top; }}
-td:first-child {{ width: 6.5rem; opacity: .65; }} td:last-child {{ width: 9rem; text-align: right; opacity: .65; }}
-del {{ background: #e5534b33; text-decoration: none; }} ins {{ background: #46954a44; text-decoration: none; }}
-</style>
-<h1>The same prompts before and after</h1>
-<p>{caption}</p>
-{tables}
-</html>
-"""
+FILTERS = {"facts broken (after)": "broken", "reward fell": "fell"}  # and the class of what they look for
 
 
-def samples_page(before: Figures, after: Figures, samples_a_prompt: int, count: int = 24) -> str:
-    """HTML: the first response to each of `count` prompts from the reference and from the trained policy."""
-    tables = []
-    for i in range(0, min(len(before.samples.texts), count * samples_a_prompt), samples_a_prompt):
-        prompt = before.samples.prompts[i]
-        old, new = marked(before.samples.texts[i], after.samples.texts[i])
-        rows = [("prompt", html.escape(prompt.text), "")]
-        if prompt.reference:
-            rows.append(("reference text", html.escape(prompt.reference), ""))
-        for name, text, figures in (("before", old, before), ("after", new, after)):
-            cut = "" if figures.samples.finished[i] else " (cut off)"
-            scores = " ".join(f"{html.escape(k)} {float(v[i]):+.2f}" for k, v in figures.parts.items())
-            rows.append((name + cut, text, f"reward {float(figures.rewards[i]):+.2f}<br><small>{scores}</small>"))
-        cells = "\n".join(f"<tr><td>{a}</td><td>{b}</td><td>{c}</td></tr>" for a, b, c in rows)
-        tables.append(f"<table>\n{cells}\n</table>")
-    caption = (
-        f"Mean reward {float(before.rewards.mean()):+.3f} before, {float(after.rewards.mean()):+.3f} after, over "
-        f"{len(before.rewards)} responses to prompts never trained on; exact KL {after.kl:.2f} nats a response. "
-        "Before is the reference model, after the trained policy. Words that one has and the other has not are marked. "
-        "On the right the reward of the response, and below it each part before its weight."
+def lost(text: str, prompt: Prompt, kind: str) -> str:
+    """HTML: which facts of the prompt a response breaks, and what it says instead; empty if none is known to be."""
+    broken = broken_facts(text, prompt.facts)
+    said = ""
+    for name, instead in broken.items():
+        stands = f"<b>{escape(instead)}</b> instead of" if instead else "missing:"
+        said += f"<li>{escape(name)}: {stands} {escape(prompt.facts[name])}"
+    return f'<ul class="lost {kind}">{said}</ul>' if broken else ""
+
+
+def pair_card(before: Figures, after: Figures, i: int) -> str:
+    """HTML: one prompt with its response i from the reference and from the trained policy."""
+    prompt, sides = before.samples.prompts[i], []
+    fell = float(before.rewards[i] - after.rewards[i])
+    texts = marked(before.samples.texts[i], after.samples.texts[i])
+    for name, figures, text in (("before", before, texts[0]), ("after", after, texts[1])):
+        parts = ", ".join(f"{escape(part)} {float(values[i]):+.2f}" for part, values in figures.parts.items())
+        down = f', <span class="fell">fell by {fell:.2f}</span>' if name == "after" and fell > 0 else ""
+        cut = "" if figures.samples.finished[i] else ", cut off"
+        broken = lost(figures.samples.texts[i], prompt, "broken" if name == "after" else "")
+        sides.append(
+            f"<div><h3>{name}{cut}</h3><p>{text or '(nothing)'}</p>{broken}"
+            f"<p class=people>reward {float(figures.rewards[i]):+.2f}{down} ({parts})</p></div>"
+        )
+    reference = f"<h3>reference text</h3><p class=people>{escape(prompt.reference)}</p>" if prompt.reference else ""
+    return (
+        f"<article><div class=text><p class=prompt>{escape(prompt.text)}</p>{reference}"
+        f"<div class=pair>{''.join(sides)}</div></div></article>"
     )
-    return PAGE.format(caption=caption, tables="\n".join(tables))
+
+
+def in_words(s: dict[str, Any], parts: Sequence[str]) -> str:
+    """The run in one paragraph, from its summary."""
+    rise = (s["reward_after"] - s["reward_before"]) / max(s["reward_std_before"], 1e-9)
+    facts = ""
+    if "facts_kept_before" in s:
+        facts = (
+            f" All facts of the prompt are kept by {s['facts_kept_after']:.1%} ({s['facts_kept_before']:.1%} before)."
+        )
+    return (
+        f"In {s['iterations']} iterations of {s['algorithm'].upper()} the model learned to write what scores higher: "
+        f"{', '.join(parts)}. On {s['prompts_held_out']:,} prompts that it was never trained on, its mean reward went "
+        f"from {s['reward_before']:+.2f} to {s['reward_after']:+.2f}, {rise:+.1f} times the spread of its rewards at "
+        f"the start. It now writes otherwise than at the start by {s['kl']:.1f} nats a response, and has "
+        f"{s['frontier_share']:.0%} of the gain that is possible at this distance. {s['finish_after']:.0%} of its "
+        f"responses end by themselves ({s['finish_before']:.0%} before).{facts} Below, one response of before and one "
+        "of after to each prompt; words that one has and the other has not are marked."
+    )
+
+
+def write_samples(path: Path, summary: dict[str, Any], before: Figures, after: Figures, samples_a_prompt: int) -> None:
+    """samples.html: the run in plain words, and the first response to each prompt before and after, with filters."""
+    cards = [pair_card(before, after, i) for i in range(0, len(before.samples.texts), samples_a_prompt)]
+    lead = in_words(summary, list(before.parts))
+    write_page(path, "The same prompts before and after", lead, [("prompts", cards)], FILTERS)

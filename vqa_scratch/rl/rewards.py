@@ -3,12 +3,14 @@
 Shapes: B responses, T text tokens, C classes.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
+from vqa_scratch.data.news import beside
 from vqa_scratch.data.text import Tokenizer
 from vqa_scratch.errors import UserError
 from vqa_scratch.models.classifier import TextClassifier
@@ -18,30 +20,61 @@ from vqa_scratch.rl.types import Samples
 AT_ONCE = 64  # texts in a batch of the classifier
 
 
-class ClassifierReward:
+def read(model: TextClassifier, tokenizer: Tokenizer, texts: Sequence[str]) -> Tensor:
+    """The logits (B, C) of texts, cut to what the model can read; a text after a separator is the second of a pair."""
+    ids, mask = tokenizer.encode_batch(texts, max_length=model.encoder.longest)
+    ids = ids.masked_fill(~mask, model.config.pad_id)
+    types = None
+    if model.config.token_types > 1 and tokenizer.sep_id is not None:
+        ends = (ids == tokenizer.sep_id).long()
+        types = (ends.cumsum(1) > ends).long()  # the first separator belongs to the first text
+    ids, mask, *more = (x.to(model.out.weight.device) for x in (ids, mask, types) if x is not None)
+    return model(ids, mask, *more)
+
+
+class Judge:
+    """A frozen classifier that reads texts."""
+
+    def __init__(self, model: TextClassifier, tokenizer: Tokenizer, precision: torch.dtype = torch.float32) -> None:
+        self.model, self.tokenizer = freeze(model, precision), tokenizer
+        tokenizer.check_fits(model.config.vocab_size, "the classifier")
+
+    @torch.no_grad()
+    def logits(self, texts: Sequence[str]) -> Tensor:
+        """(B, C) fp32. Texts are read in batches of similar length."""
+        order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+        logits = torch.empty(len(order), len(self.model.labels))
+        for start in range(0, len(order), AT_ONCE):
+            rows = order[start : start + AT_ONCE]
+            logits[rows] = read(self.model, self.tokenizer, [texts[i] for i in rows]).float().cpu()
+        return logits
+
+
+class ClassifierReward(Judge):
     """The logit that a classifier gives to one of its classes, named by label, for the text of each response."""
 
     def __init__(
         self, model: TextClassifier, tokenizer: Tokenizer, label: str, precision: torch.dtype = torch.float32
     ) -> None:
-        self.model, self.tokenizer = freeze(model, precision), tokenizer
+        super().__init__(model, tokenizer, precision)
         self.index = model.label_index(label)
-        tokenizer.check_fits(model.config.vocab_size, "the classifier")
-        self.longest = model.encoder.longest
 
-    @torch.no_grad()
     def __call__(self, samples: Samples) -> Tensor:
-        """(B,) fp32. Texts are scored in batches of similar length."""
-        device = self.model.out.weight.device
-        order = sorted(range(len(samples.texts)), key=lambda i: len(samples.texts[i]))
-        rewards = torch.empty(len(order))
-        for start in range(0, len(order), AT_ONCE):
-            rows = order[start : start + AT_ONCE]
-            ids, mask = self.tokenizer.encode_batch([samples.texts[i] for i in rows], max_length=self.longest)
-            ids = ids.masked_fill(~mask, self.model.config.pad_id)
-            logits = self.model(ids.to(device), mask.to(device))
-            rewards[rows] = logits[:, self.index].float().cpu()
-        return rewards
+        """(B,) fp32."""
+        return self.logits(samples.texts)[:, self.index]
+
+
+class FaithfulReward(Judge):
+    """The log-probability that a response keeps every fact of its prompt, by a judge that reads both.
+
+    The judge has a logit for each fact. At 0 nothing is left to gain: a reward without a bound pays for pleasing the
+    judge beyond what it can tell.
+    """
+
+    def __call__(self, samples: Samples) -> Tensor:
+        """(B,) fp32, at most 0."""
+        pairs = zip(samples.texts, samples.prompts, strict=True)
+        return logsigmoid(self.logits([beside(text, prompt.text) for text, prompt in pairs])).sum(1)
 
 
 def length_penalty(samples: Samples) -> Tensor:

@@ -5,7 +5,7 @@ import importlib
 import random
 import runpy
 from collections.abc import Callable, MutableSequence, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +21,14 @@ from vqa_scratch.models.classifier import TextClassifier, check_label
 from vqa_scratch.models.hf_config import Released
 from vqa_scratch.models.t5 import T5, T5Config
 from vqa_scratch.rl import mini_news
-from vqa_scratch.rl.metrics import mean_overlap
+from vqa_scratch.rl.metrics import facts_kept, mean_overlap
 from vqa_scratch.rl.mini_news import Models
 from vqa_scratch.rl.options import RLHFOptions
 from vqa_scratch.rl.policy import Backbone, SamplingRules, T5Policy, freeze, sampling_rules
-from vqa_scratch.rl.rewards import ClassifierReward, RewardPart, RewardSum
+from vqa_scratch.rl.rewards import ClassifierReward, FaithfulReward, RewardPart, RewardSum
 from vqa_scratch.rl.types import Prompt, Samples
 
-JUDGED = {"grammar": "grammar", "tone": "neutral"}  # what each judge rewards
+JUDGED = {"grammar": "grammar", "tone": "neutral", mini_news.FACTS: "faithful"}  # what each judge rewards
 MINI_NEWS_ARTICLES = 4_000  # for PPO; the summariser was trained on the first of them
 
 
@@ -64,8 +64,8 @@ def check_same_vocabulary(policy: Released[Any], reference: Released[Any], names
             )
 
 
-def articles_for(options: RLHFOptions) -> tuple[list[tuple[str, str]], list[str]]:
-    """Articles with their reference summaries ("" where there is none), first those for evaluation, and notes.
+def articles_for(options: RLHFOptions) -> tuple[list[Prompt], list[str]]:
+    """Articles with their reference summaries and facts where they are known, first those for evaluation, and notes.
 
     Raises UserError on too few.
     """
@@ -73,7 +73,7 @@ def articles_for(options: RLHFOptions) -> tuple[list[tuple[str, str]], list[str]
     if options.preset == "mini-news":
         items = news(options.eval_prompts, mini_news.HELD_OUT_SEED)
         items += news(max(MINI_NEWS_ARTICLES, options.prompts), mini_news.TRAIN_SEED)
-        return [(item.article, item.summary) for item in items], notes
+        return [Prompt(item.article, reference=item.summary, facts=item.facts) for item in items], notes
     if options.articles:
         articles, empty = read_articles(options.articles, options.column, options.summary_column)
         if empty:
@@ -85,7 +85,7 @@ def articles_for(options: RLHFOptions) -> tuple[list[tuple[str, str]], list[str]
     else:
         raise UserError("--preset book needs --articles, a CSV, JSONL or text file")
     shuffled_if_enough(articles, "articles", options)
-    return articles, notes
+    return [Prompt(text, reference=summary) for text, summary in articles], notes
 
 
 def shuffled_if_enough(items: MutableSequence[Any], kind: str, options: RLHFOptions) -> None:
@@ -105,7 +105,8 @@ def random_models(options: RLHFOptions) -> Models:
     roberta = BertConfig(layout="roberta", vocab_size=50265, max_positions=514, token_types=1, norm_eps=1e-5, pad_id=1)
     policy = T5(T5Config())
     made = [TextClassifier(roberta, tuple(f"LABEL_{i}" for i in range(n))) for n in (2, 3)]
-    return Models(policy, tokenizer, {n: (model, reward_tokenizer) for n, model in zip(JUDGED, made, strict=True)})
+    judges = {n: (model, reward_tokenizer) for n, model in zip(("grammar", "tone"), made, strict=True)}
+    return Models(policy, tokenizer, judges)
 
 
 def models_for(options: RLHFOptions, device: torch.device) -> tuple[Models, list[str]]:
@@ -113,8 +114,10 @@ def models_for(options: RLHFOptions, device: torch.device) -> tuple[Models, list
     if options.preset == "mini-news":
         for name, label in (("grammar", options.grammar_label), ("tone", options.tone_label)):
             check_label(mini_news.JUDGES[name][1], label)  # now, not after minutes of training
-        folder = mini_news.prepare(options.cache, options.seed, options.sft_steps, options.reward_steps, str(device))
-        trained = {} if options.reward else {name: folder / name for name in JUDGED}
+        steps, facts = (options.sft_steps, options.reward_steps), options.facts_weight > 0
+        folder = mini_news.prepare(options.cache, options.seed, *steps, str(device), facts)
+        names = [name for name in JUDGED if not options.reward and (facts or name != mini_news.FACTS)]
+        trained = {name: folder / name for name in names}
         made = mini_news.load(folder / "summariser", trained)
         return made, [f"summariser and reward models: {folder}"]
     if options.init == "random":
@@ -162,16 +165,19 @@ def summarising_task(options: RLHFOptions, device: torch.device, precision: torc
 
     parts = own_reward(options.reward, options.reward_label, device, precision) if options.reward else []
     for name, judge in models.judges.items():
-        weight, label = (getattr(options, f"{name}_{what}") for what in ("weight", "label"))
         judge[0].to(device)
-        parts.append(RewardPart(JUDGED[name], weight, ClassifierReward(*judge, label, precision)))
+        if name == mini_news.FACTS:
+            reward: FaithfulReward | ClassifierReward = FaithfulReward(*judge, precision)
+        else:
+            reward = ClassifierReward(*judge, getattr(options, f"{name}_label"), precision)
+        parts.append(RewardPart(JUDGED[name], getattr(options, f"{name}_weight"), reward))
     policy = T5Policy(model).to(device)
     fixed = copy.deepcopy(policy) if reference is None else T5Policy(reference).to(device)
 
     prompts = []
-    for text, summary in articles:
-        ids, _ = tokenizer.encode_batch([options.prefix + text], max_length=options.max_prompt_tokens)
-        prompts.append(Prompt(text, tuple(ids[0].tolist()), summary))
+    for article in articles:
+        ids, _ = tokenizer.encode_batch([options.prefix + article.text], max_length=options.max_prompt_tokens)
+        prompts.append(replace(article, ids=tuple(ids[0].tolist())))
     if tokenizer.truncated:
         more.append(f"{tokenizer.truncated} of {len(prompts)} articles cut to {options.max_prompt_tokens} tokens")
     held_out, train = prompts[: options.eval_prompts], prompts[options.eval_prompts :]
@@ -179,6 +185,10 @@ def summarising_task(options: RLHFOptions, device: torch.device, precision: torc
     def save(folder: Path) -> None:
         model.save_pretrained(folder)
         tokenizer.save(folder)
+
+    def figures(_: Backbone, samples: Samples) -> dict[str, float]:
+        overlap = {"overlap": mean_overlap(samples)} if any(p.reference for p in samples.prompts) else {}
+        return overlap | facts_kept(samples)
 
     return Task(
         policy,
@@ -190,5 +200,5 @@ def summarising_task(options: RLHFOptions, device: torch.device, precision: torc
         tokenizer.decode,
         save,
         notes + more,
-        lambda _, samples: {"overlap": mean_overlap(samples)} if any(p.reference for p in samples.prompts) else {},
+        figures,
     )

@@ -3,7 +3,8 @@
 Shapes: P prompts, K samples a prompt, B = P * K responses (row b answers prompt b // K), R response tokens.
 """
 
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ class Prompt:
     reference: str = ""  # a reference response, shown in samples.html; may be empty
     payload: Any = None  # whatever else policy or reward need (an image path, annotators' answers, the row of a file)
     pair: tuple[tuple[int, ...], tuple[int, ...]] | None = None  # two given responses in ids, the preferred one first
+    facts: Mapping[str, str] = field(default_factory=dict, hash=False)  # what a response should keep, where it is known
 
 
 @dataclass(frozen=True)
@@ -75,15 +77,15 @@ class Trajectory:
         """The chosen responses, cut to the longest of them."""
         longest = width(self.mask[index])
         chosen = {}
-        for field in fields(self):
-            value = getattr(self, field.name)[index]
-            chosen[field.name] = value[:, :longest] if value.ndim == 2 else value
+        for item in fields(self):
+            value = getattr(self, item.name)[index]
+            chosen[item.name] = value[:, :longest] if value.ndim == 2 else value
         return Trajectory(**chosen)
 
     def __post_init__(self):
         size = self.ids.shape
-        for field in fields(self):
-            shape = getattr(self, field.name).shape
+        for item in fields(self):
+            shape = getattr(self, item.name).shape
             expected = size if len(shape) == 2 else size[:1]
-            assert shape == expected, f"{field.name} has shape {tuple(shape)}, expected {tuple(expected)}"
+            assert shape == expected, f"{item.name} has shape {tuple(shape)}, expected {tuple(expected)}"
         assert self.mask.dtype == torch.bool, "the response mask must be boolean"
