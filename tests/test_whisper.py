@@ -230,7 +230,7 @@ def test_rules_of_timestamps_equal_the_reference():
     options = GenerationOptions(9, end, no_timestamps_token_id=no_times, max_initial_timestamp_index=5)
     generator = torch.Generator().manual_seed(0)
     ids = torch.zeros(64, 2, dtype=torch.long)
-    ours = Timestamps.of(options, 64, ids.device)
+    ours = Timestamps.of(options, ids)
     for made in range(14):
         scores = torch.randn(len(ids), size, generator=generator) * 3
         expected, found = theirs(ids, scores), ours(scores, made)

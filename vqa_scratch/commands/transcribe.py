@@ -10,7 +10,8 @@ from vqa_scratch.commands.line import DEVICE, FOLDER, PRECISION
 from vqa_scratch.errors import UserError
 from vqa_scratch.generation_options import GenerationOptions
 
-OPTIONS = ("max_new_tokens", "num_beams", "length_penalty", "no_repeat_ngram_size")  # of a window
+OPTIONS = ("num_beams", "length_penalty", "no_repeat_ngram_size")  # of a window
+MOST = click.IntRange(1)
 
 
 @click.command(
@@ -26,6 +27,7 @@ OPTIONS = ("max_new_tokens", "num_beams", "length_penalty", "no_repeat_ngram_siz
         Flag(["--previous-text"], is_flag=True, help="Hear each window as the continuation of the one before."),
         Flag(["--format"], type=NearChoice(("txt", "srt", "vtt", "json")), default="txt", help="How it is written."),
         Flag(["--out"], type=FOLDER, help="A file to write, in place of the terminal."),
+        Flag(["--max-new-tokens"], type=MOST, help="Tokens of a window at most.", shown=224, group="Decoding"),
         *(option for option in flags(GenerationOptions) if option.name in OPTIONS),
         DEVICE,
         PRECISION,
@@ -36,14 +38,11 @@ def transcribe(
     model: str,
     language: str | None,
     task: str,
-    words: bool,
-    times: bool,
-    previous_text: bool,
     format: str,
     out: Path | None,
     device: str,
     precision: str,
-    **decoding: Any,
+    **how: Any,
 ) -> None:
     """Write down what is said in the sound file FILE, of any length.
 
@@ -62,10 +61,9 @@ def transcribe(
         if out.is_dir():
             raise UserError(f"--out {out} is a folder; give a file")
     opened = open_transcriber(model, pick_device(device), precision)
-    decoding = {name: value for name, value in decoding.items() if value is not None}
-    opened.check(language, task, decoding.get("max_new_tokens"))
-    decoding |= {"words": words, "times": times, "previous_text": previous_text}
-    found = opened.transcribe(read_audio(recording), language=language, task=task, **decoding)
+    how = {name: value for name, value in how.items() if value is not None}
+    opened.check(language, task, how.get("max_new_tokens"))  # before a long file is read
+    found = opened.transcribe(read_audio(recording), language=language, task=task, **how)
     written = formats.written(found, format)
     if out is None:
         for line in written:

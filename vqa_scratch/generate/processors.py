@@ -81,7 +81,7 @@ class Processed:
         if options.repetition_penalty != 1.0 or options.no_repeat_ngram_size > 0:
             real = torch.ones_like(prompt_ids) if prompt_mask is None else prompt_mask
             self.so_far = prompt_ids[rows], real.bool()[rows]
-        self.timestamps = Timestamps.of(options, len(rows), rows.device)
+        self.timestamps = Timestamps.of(options, rows)
 
     def __call__(self, scores: Tensor, made: int) -> Tensor:
         """Process the scores of all rows (B, V) after `made` new tokens."""

@@ -26,12 +26,12 @@ class Timestamps:
         self.latest = torch.full((rows,), no_timestamps, device=device)  # (R,) the last time
 
     @classmethod
-    def of(cls, options: GenerationOptions, rows: int, device: torch.device) -> Self | None:
-        """The rules, if the options ask for them."""
+    def of(cls, options: GenerationOptions, rows: Tensor) -> Self | None:
+        """The rules for so many rows (R,), if the options ask for them."""
         if options.no_timestamps_token_id is None:
             return None
         end = min(end_ids(options.eos_id))
-        return cls(options.no_timestamps_token_id, end, options.max_initial_timestamp_index, rows, device)
+        return cls(options.no_timestamps_token_id, end, options.max_initial_timestamp_index, len(rows), rows.device)
 
     def __call__(self, scores: Tensor, made: int) -> Tensor:
         """The scores (R, V) of all rows after `made` new tokens, those of barred tokens -inf."""
