@@ -193,6 +193,7 @@ def test_a_resumed_run_keeps_the_format_that_was_faster_once(data, tmp_path, mon
     monkeypatch.setattr(train, "formats", lambda name, device: ("fp32", "bf16") if name == "auto" else (name,))
     table = {"fp32": 1.0, "bf16": 0.5}
     monkeypatch.setattr(threads_module, "timed", lambda work, precision: table[precision.kind])
+    monkeypatch.setattr(train, "draw_panels", lambda *args: None)
     out = tmp_path / "run"
     flags = {"eval_questions": 8, "samples": 0, "precision": "auto", "threads": 1}
     train.main(small_options(data, out, steps=1, **flags))
@@ -204,15 +205,22 @@ def test_a_resumed_run_keeps_the_format_that_was_faster_once(data, tmp_path, mon
     assert json.loads((out / "summary.json").read_text())["precision"] == "bf16"
 
 
+def end_of_training(*args):
+    raise KeyboardInterrupt
+
+
 def test_time_that_was_kept_back_for_too_much_is_trained_in(data, tmp_path, monkeypatch):
     """An evaluation beside other work makes the final figures seem long; the next one finds that they are not."""
     answers, ticks = iter([0.5, 1e6]), itertools.count()
     monkeypatch.setattr(VQASystem, "seconds_to_finish", lambda system, at_most: next(answers, 0.5))
     monkeypatch.setattr(VQASystem, "evaluate", lambda system: {"accuracy": 0.0})
+    monkeypatch.setattr(train, "draw_panels", lambda *args: None)
+    monkeypatch.setattr(train, "load_weights", end_of_training)
     monkeypatch.setattr(train, "Bar", lambda *args: contextlib.nullcontext())  # which looks at it every second
     monkeypatch.setattr(time, "perf_counter", lambda: 0.2 * next(ticks))  # a look at the clock takes so long
     options = small_options(data, tmp_path / "run", steps=None, minutes=0.5, eval_every=2, eval_questions=8, samples=0)
-    train.main(options)
+    with pytest.raises(KeyboardInterrupt):
+        train.main(options)
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     evaluated = [row["step"] for row in rows if "val" in row]
     assert evaluated[:2] == [2, 3] and evaluated[-1] > 3, "after the second step there seemed to be no time left"
