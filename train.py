@@ -52,7 +52,7 @@ from vqa_scratch.training.threads import Threads, choose_way, thread_counts
 from vqa_scratch.training.watch import GracefulStop, LossWatch
 
 FINAL_SHARE = 0.25  # of --minutes: what the final figures take at most; then they are of fewer samples
-ENOUGH = 0.98  # the share of the time for training after which no evaluation more is worth its time
+WORTHWHILE = 10.0  # seconds: if so many are left once the time kept back was measured again, training goes on
 
 
 @dataclass
@@ -298,7 +298,7 @@ def train(options: RunOptions, world: World, began: float) -> int | None:
             over = share_done() >= 1
             if progress.step % options.eval_every == 0 or over:
                 evaluate()
-                over = over and share_done() >= ENOUGH  # what is kept back was measured again: there may be time
+                over = over and (budget is None or budget - reserve - progress.seconds < WORTHWHILE)
                 window_began, window_samples = time.perf_counter(), 0
             if progress.step % options.save_every == 0 or over or now.signal is not None:
                 save()

@@ -37,6 +37,7 @@ from bench import (
     time_to_accuracy,
     train_step,
     voice,
+    whisper,
 )
 from bench.results import command_given, present
 from bench.sides import SIDES, Case
@@ -301,6 +302,16 @@ def quantize_command(folder: Path, questions: int, rounds: int, write: bool) -> 
     present("quantize", quantize.run(folder, questions, rounds, command_given()), write)
 
 
+@click.command("whisper")
+@click.option("--model", type=click.Path(path_type=Path), required=True, help="A released Whisper, in any layout.")
+@click.option("--clips", type=click.Path(path_type=Path), required=True, help="Folder of WAV files, and their texts.")
+@click.option("--rounds", type=click.IntRange(1), default=5, show_default=True, help="Turns of each side.")
+@click.option("--write", is_flag=True, help="Put the table into bench/RESULTS.md.")
+def whisper_command(model: Path, clips: Path, rounds: int, write: bool) -> None:
+    """Recordings heard by a released Whisper, here and in transformers: tokens, words, time."""
+    present("whisper", whisper.run(model, clips, rounds, command_given()), write)
+
+
 @click.command("binding")
 @click.option("--seeds", type=click.IntRange(1), default=3, show_default=True, help="Runs that differ in their seed.")
 @click.option("--variant", type=NearChoice(binding.VARIANTS), multiple=True, help="May be given several times. [all]")
@@ -379,6 +390,7 @@ COMMANDS = [
     quantize_command,
     voice_command,
     time_to_accuracy.command,
+    whisper_command,
     all_command,
 ]
 PROGRAM = NearGroup("bench", {command.name: command for command in COMMANDS}, help="Measure, side by side.")

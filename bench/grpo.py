@@ -44,7 +44,13 @@ class Plan:
         if self.trl:
             sides[f"TRL, {name}"] = [self.trl, program, str(folder), algorithm, "keep"]
             if algorithm == "grpo":
-                sides[f"TRL, {name}, activations recomputed"] = [self.trl, program, str(folder), algorithm, "recompute"]
+                sides[f"TRL, {name}, activations recomputed (its default)"] = [
+                    self.trl,
+                    program,
+                    str(folder),
+                    algorithm,
+                    "recompute",
+                ]
         return sides | {f"ours, {name}": [sys.executable, "-m", "bench.grpo_ours", str(folder), algorithm]}
 
 

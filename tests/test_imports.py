@@ -33,6 +33,7 @@ RANKS = {
     "vqa_scratch.systems": 7,
     "vqa_scratch.zero_shot": 7,
     "vqa_scratch.speech": 7,
+    "vqa_scratch.transcription": 7,
     "vqa_scratch.commands": 8,
     "vqa_scratch.__main__": 9,
     "train": 9,

@@ -101,7 +101,7 @@ def test_every_option_is_in_the_help_under_its_heading(module, classes, preset, 
         "rlhf.py --help",
         "rlhf.py --preset vqa --help",
         "-m vqa_scratch --help",
-        *(f"-m vqa_scratch {name} --help" for name in ("ask", "evaluate", "study", "export", "convert")),
+        *(f"-m vqa_scratch {name} --help" for name in ("ask", "transcribe", "evaluate", "study", "export", "convert")),
         "-m vqa_scratch ask --imag x",
     ],
 )
@@ -132,7 +132,9 @@ EVERY_CLASS = (*systems.CLASSES, rl.RLHFOptions, GenerationOptions)
 def test_every_option_is_documented_and_ruled_soundly(options_class):
     rules, kinds = rules_of(options_class), types_of(options_class)
     assert [f.name for f in fields(options_class) if f.name not in rules] == (
-        ["eos_id", "suppress_tokens"] if options_class is GenerationOptions else []
+        ["eos_id", "suppress_tokens", "begin_suppress_tokens", "no_timestamps_token_id", "max_initial_timestamp_index"]
+        if options_class is GenerationOptions
+        else []
     )
     for item in fields(options_class):
         if item.name not in rules:

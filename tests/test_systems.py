@@ -173,6 +173,8 @@ def test_steps_lower_the_loss_of_their_batch(data, tmp_path, name):
     samples = kind.read(options)
     system = kind.build(options, samples, Precision("fp32", CPU))
     system.train_on(samples)
+    system.trial()(Precision("bf16", CPU))
+    assert all(parameter.grad is None for parameter in system.model.parameters())
     batch = system.batch(system.epoch(0)[0])
     rates = {"kind": "adamw", "learning_rate": 3e-3, "matrix_learning_rate": 0.0, "weight_decay": 0.0}
     optimizers = Optimizers(system.model, **rates)

@@ -286,7 +286,7 @@ def first_rank_speaks() -> Iterator[None]:
 
 
 def count_seconds(program: str) -> None:
-    """Show on stderr how long the program has been running, each second in which no bar does, until it ends.
+    """Show on a terminal how long the program has been running, each second in which no bar does, until it ends.
 
     Importing torch and reading data take a while. Only rank 0 does so, and nobody with TQDM_DISABLE.
     """
@@ -300,7 +300,8 @@ def count_seconds(program: str) -> None:
                 with suppress(OSError):  # not through sys.stderr, whose lock the end of the program may need
                     os.write(2, f"{program}: {time.monotonic() - began:.0f} s\r".encode())
 
-    if os.environ.get("RANK", "0") == "0" and "TQDM_DISABLE" not in os.environ:
+    seen = sys.stderr is not None and sys.stderr.isatty()
+    if seen and os.environ.get("RANK", "0") == "0" and "TQDM_DISABLE" not in os.environ:
         threading.Thread(target=count, daemon=True).start()
 
 

@@ -56,7 +56,12 @@ class GenerationOptions:
     repetition_penalty: float = option(
         1.0, "Above 1 makes the tokens of prompt and answer less likely to come again.", DECODING, above=0
     )
-    suppress_tokens: tuple[int, ...] = ()  # ids that never come; no flag: the model knows them
+    # Without a flag, since the model knows them: ids that never come, and ids that do not come first; and of a Whisper,
+    # if times may come, the id before that of the first time, and how late the first one may be (in times, from 0).
+    suppress_tokens: tuple[int, ...] = ()
+    begin_suppress_tokens: tuple[int, ...] = ()
+    no_timestamps_token_id: int | None = None
+    max_initial_timestamp_index: int | None = None
 
     def __post_init__(self) -> None:
         check(self, shown=str)
@@ -74,6 +79,10 @@ class GenerationOptions:
         for name in ("length_penalty", "early_stopping"):
             given = getattr(self, name) is not None
             _refuse(given and self.num_beams == 1, f"{name} has an effect on beams only; give num_beams above 1")
+        times = self.no_timestamps_token_id is not None
+        _refuse(times and not end_ids(self.eos_id), "the rules of timestamps need an end token; give eos_id")
+        late = self.max_initial_timestamp_index is not None
+        _refuse(late and not times, "max_initial_timestamp_index is about timestamps; give no_timestamps_token_id")
         _refuse(
             self.early_stopping not in (None, True, False, "never"),
             f"early_stopping must be true, false or 'never', not {self.early_stopping!r}",
@@ -85,6 +94,11 @@ class GenerationOptions:
         (Beams are checked before their cache is made, in `start.begin`.)
         """
         _refuse((self.top_k or 0) > size, f"top_k {self.top_k}, but the vocabulary has {size} tokens")
-        for kind, ids in (("the end token", end_ids(self.eos_id)), ("a barred token", self.suppress_tokens)):
+        for kind, ids in (
+            ("the end token", end_ids(self.eos_id)),
+            ("a barred token", self.suppress_tokens),
+            ("a barred token", self.begin_suppress_tokens),
+            ("the token before all times", end_ids(self.no_timestamps_token_id)),
+        ):
             for one in ids:
                 _refuse(one >= size, f"{kind} is {one}, but the vocabulary has {size} tokens")

@@ -1,7 +1,7 @@
 """Score processors: small functions that change a decoder's scores before a token is chosen, in a fixed order.
 
-The order is that of `transformers`: repetition penalty, n-grams, barred tokens, then, for sampling, temperature, top-k
-and top-p. A barred token has the score -inf. Padding is ignored.
+The order is that of `transformers`: repetition penalty, n-grams, barred tokens, timestamps, then, for sampling,
+temperature, top-k and top-p. A barred token has the score -inf. Padding is ignored.
 
 Shapes: R rows, T tokens so far (prompt and new), V vocabulary.
 """
@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vqa_scratch.generate.timestamps import Timestamps
 from vqa_scratch.generation_options import GenerationOptions, end_ids
 
 
@@ -52,10 +53,7 @@ def bar_repeated_ngrams(scores: Tensor, ids: Tensor, real: Tensor, size: int) ->
 
 def bar(scores: Tensor, tokens: tuple[int, ...]) -> Tensor:
     """-inf for these tokens of scores (..., V)."""
-    scores = scores.clone()
-    for token in tokens:
-        scores[..., token] = -math.inf
-    return scores
+    return scores.index_fill(-1, torch.tensor(tokens, dtype=torch.long, device=scores.device), -math.inf)
 
 
 def keep_top_k(scores: Tensor, k: int) -> Tensor:
@@ -83,6 +81,7 @@ class Processed:
         if options.repetition_penalty != 1.0 or options.no_repeat_ngram_size > 0:
             real = torch.ones_like(prompt_ids) if prompt_mask is None else prompt_mask
             self.so_far = prompt_ids[rows], real.bool()[rows]
+        self.timestamps = Timestamps.of(options, len(rows), rows.device)
 
     def __call__(self, scores: Tensor, made: int) -> Tensor:
         """Process the scores of all rows (B, V) after `made` new tokens."""
@@ -91,11 +90,13 @@ class Processed:
             scores = penalize_repetition(scores, *self.so_far, options.repetition_penalty)
         if self.so_far is not None and options.no_repeat_ngram_size > 0:
             scores = bar_repeated_ngrams(scores, *self.so_far, options.no_repeat_ngram_size)
-        barred = options.suppress_tokens
+        barred = options.suppress_tokens + (options.begin_suppress_tokens if made == 0 else ())
         if made < options.min_new_tokens:
             barred += end_ids(options.eos_id)
         if barred:
             scores = bar(scores, barred)
+        if self.timestamps is not None:
+            scores = self.timestamps(scores, made)
         if options.temperature is not None:
             scores = scores / options.temperature
         if options.top_k is not None:
@@ -109,9 +110,13 @@ class Processed:
         if self.so_far is not None:
             ids, real = self.so_far
             self.so_far = ids[rows], real[rows]
+        if self.timestamps is not None:
+            self.timestamps.keep(rows)
 
     def add(self, tokens: Tensor) -> None:
         """Append the chosen tokens (B,)."""
         if self.so_far is not None:
             ids, real = self.so_far
             self.so_far = torch.cat([ids, tokens[:, None]], 1), F.pad(real, (0, 1), value=True)
+        if self.timestamps is not None:
+            self.timestamps.add(tokens)

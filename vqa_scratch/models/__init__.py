@@ -21,3 +21,4 @@ from vqa_scratch.models.t5 import T5, T5Config
 from vqa_scratch.models.vilt import ViLT, ViLTClassifier, ViLTConfig
 from vqa_scratch.models.vit import ConvStem, ViT, ViTConfig
 from vqa_scratch.models.vqa import VQAModel
+from vqa_scratch.models.whisper import Whisper, WhisperConfig

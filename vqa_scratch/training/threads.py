@@ -160,7 +160,7 @@ def choose_way(
     """(the format that is fastest, a line that says why); sets the number of threads.
 
     `trial` prepares what is timed. The first of `kinds`, and the largest number of threads, are left only for what is
-    clearly faster. The main rank's measurement decides.
+    clearly faster. The main rank's measurement decides on the format.
     """
     counts = [count for count in reversed(threads.counts) if count == threads.counts[0] or threads.keep_up(count)]
     ways = [Way(kind, count) for count in counts for kind in kinds]
@@ -173,7 +173,8 @@ def choose_way(
 
     for kind in kinds if work else ():  # the first time takes longer
         seconds_of(Way(kind, threads.counts[0]))
-    best, seconds = world.of_main(fastest(ways, seconds_of))
+    best, seconds = fastest(ways, seconds_of)
+    best = best._replace(kind=world.of_main(best.kind))
     threads.take(threads.counts.index(best.threads))
     others = ", ".join(f"{way} {took:.2f}" for way, took in seconds.items() if way != best)
     why = f": a part of a step takes {seconds[best]:.2f} s, {others}" if others else ""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from vqa_scratch.errors import UserError, some
 from vqa_scratch.weights.files import check_finite
-from vqa_scratch.weights.maps import HEADS, Entry, KeyMap
+from vqa_scratch.weights.maps import ABSENT, HEADS, Entry, KeyMap
 
 logger = logging.getLogger(__name__)
 
@@ -91,7 +91,7 @@ def load_into(
     wanted = {name: entry for name in ours if (entry := _look_up(entries, name)) is not None}
     unmapped = [name for name in ours if name not in wanted]
     assert not unmapped, f"no key map entry for {', '.join(unmapped)} of {type(model).__name__}"
-    used = {key for entry in wanted.values() for key in entry.theirs}
+    used = {key for entry in wanted.values() for key in entry.theirs} - {ABSENT}
     heads, buffers, skippable = _matcher(HEADS), _matcher(key_map.dropped), _matcher(entry.ours for entry in optional)
 
     by_key: dict[str, str] = {}  # key as the map spells it -> key in the file
@@ -110,7 +110,9 @@ def load_into(
         if key in by_key and same in used and same not in by_key:
             by_key[same] = by_key.pop(key)
 
-    absent = {name: [key for key in entry.theirs if key not in by_key] for name, entry in wanted.items()}
+    absent = {
+        name: [key for key in entry.theirs if key != ABSENT and key not in by_key] for name, entry in wanted.items()
+    }
     left = [name for name in ours if skippable.fullmatch(name)]
     if any(len(absent[name]) < len(wanted[name].theirs) for name in left):
         left = []
@@ -142,6 +144,9 @@ def load_into(
             if name in left:
                 continue
             for piece, key in zip(_pieces(ours[name], entry), entry.theirs, strict=True):
+                if key == ABSENT:
+                    piece.zero_()
+                    continue
                 tensor = tensors.pop(by_key[key])
                 check_finite(by_key[key], tensor, source)
                 piece.copy_(entry.order.read(tensor))
@@ -159,5 +164,7 @@ def to_hf(model: nn.Module, key_map: KeyMap) -> dict[str, Tensor]:
         if entry is None:
             raise ValueError(f"{name} of {type(model).__name__} has no place in this checkpoint layout")
         for piece, key in zip(_pieces(parameter.detach().cpu(), entry), entry.theirs, strict=True):
-            tensors[("" if entry.ours in head else prefix) + key] = entry.order.write(piece).contiguous().clone()
+            if key != ABSENT:
+                whole = ("" if entry.ours in head else prefix) + key
+                tensors[whole] = entry.order.write(piece).contiguous().clone()
     return tensors

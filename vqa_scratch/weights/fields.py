@@ -86,6 +86,14 @@ T5 = _names(
     buckets=relative_attention_num_buckets max_distance=relative_attention_max_distance dropout=dropout_rate
     norm_eps=layer_norm_epsilon start_id=decoder_start_token_id""",
 )
+WHISPER = _names(
+    "vocab_size bos_id eos_id pad_id",
+    """mels=num_mel_bins source_positions=max_source_positions max_positions=max_target_positions dim=d_model
+    encoder_layers=encoder_layers encoder_heads=encoder_attention_heads encoder_hidden=encoder_ffn_dim
+    decoder_layers=decoder_layers decoder_heads=decoder_attention_heads decoder_hidden=decoder_ffn_dim
+    activation=activation_function dropout=dropout attention_dropout=attention_dropout init_std=init_std
+    start_id=decoder_start_token_id""",
+)
 SPEECHT5 = _names(
     "vocab_size dim activation norm_eps init_std pad_id eos_id",
     """start_id=decoder_start_token_id dropout=hidden_dropout attention_dropout=attention_dropout

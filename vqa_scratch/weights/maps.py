@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+ABSENT = ""  # in place of a key, for a part of a joined tensor that files do not have: zeros, which are not written
 OLDER = {"gamma": "weight", "beta": "bias"}  # the parameters of a LayerNorm in files that came from TensorFlow
 
 
