@@ -27,7 +27,7 @@ from vqa_scratch.training.progress import read_metrics
 IMAGES, SEEDS = results.ROOT / "docs" / "images", (0, 1, 2, 3, 4)
 TARGET = PRESETS["mini-news"]["kl_target"]
 ALGORITHMS = {name: {"algorithm": name} for name in ("ppo", "rloo", "grpo", "best-of-n")}
-SIZES = {"samples": 4, "iterations": 60}
+SIZES = {"samples": 4, "epochs": 4, "iterations": 60, "learning-rate": 3e-4}
 CLASSIC = SIZES | {"critic": "shared", "lam": 0.95, "critic-warmup": 2}
 CRITICS = {  # of PPO in the smaller batches that it had: as it was, and with one thing changed at a time
     "as it was": CLASSIC,

@@ -280,7 +280,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "grammar_label": "acceptable",
         "tone_label": "neutral",
         "prefix": "",
-        "learning_rate": 3e-4,
+        "learning_rate": 4e-4,
         "value_lr_scale": 3.0,
         "value_clip": 1.0,
         "kl_coef": 0.4,
@@ -288,7 +288,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "kl_horizon": 0.2,
         "max_new_tokens": 32,
         "samples": 8,
-        "iterations": 34,
+        "epochs": 2,
+        "iterations": 50,
     },
     "book": {
         "out": Path("runs/rlhf-book"),
