@@ -98,7 +98,8 @@ def files_of(run: Path) -> dict[Path, bytes]:
         (["extra"], "extra"),
     ],
 )
-def test_flags(argv, message, capsys, tmp_path):
+def test_flags(argv, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where no run lies in the folder that --out names by default
     assert message in said(argv, capsys)
 
 
