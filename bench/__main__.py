@@ -5,7 +5,6 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import click
 import torch
@@ -258,40 +257,6 @@ def ppo_command(out: Path | None, write: bool, **plan: int | str | bool | None) 
     present("ppo", ppo.run(ppo.Plan(**plan), command_given(), out), write)
 
 
-@click.command("frontier")
-@click.option("--seeds", default="0,1,2,3,4", show_default=True, help="Runs that differ in their seed.")
-@click.option("--algorithms", help="These alone, with commas between them; with --critics, these rows.")
-@click.option("--critics", is_flag=True, help="PPO with one thing changed at a time in how it learns its critic.")
-@click.option("--jobs", type=click.IntRange(1), default=1, show_default=True, help="Runs at once, sharing the threads.")
-@click.option("--out", type=click.Path(path_type=Path), default=Path("runs/frontier"), show_default=True, help="Runs.")
-@click.option(
-    "--cache", type=click.Path(path_type=Path), default=Path("cache"), show_default=True, help="As in rlhf.py."
-)
-@click.option("--write", is_flag=True, help="Put the table into bench/RESULTS.md, and the picture into docs/images.")
-def frontier_command(seeds: str, algorithms: str | None, critics: bool, write: bool, **where: Any) -> None:
-    """PPO, RLOO, GRPO and best-of-n at equal rollouts against the best possible reward. Finished runs are kept."""
-    rows = frontier.chosen(algorithms, frontier.CRITICS if critics else frontier.ALGORITHMS)
-    plan = frontier.Plan(rows, connector_runs.read_seeds(seeds), **where)
-    made = frontier.run(plan, command_given())
-    frontier.present("critics" if critics else "frontier", made, plan.out, write)
-
-
-@click.command("grpo")
-@click.option("--trl", help="Python of an environment with the current TRL.")
-@click.option("--prompts", type=click.IntRange(1), default=2, show_default=True, help="Prompts of a step.")
-@click.option("--samples", type=click.IntRange(2), default=8, show_default=True, help="Responses to each of them.")
-@click.option("--tokens", type=click.IntRange(1), default=128, show_default=True, help="Tokens of a prompt.")
-@click.option("--new", type=click.IntRange(1), default=64, show_default=True, help="Tokens of a response.")
-@click.option("--repeats", type=click.IntRange(1), default=5, show_default=True, help="Steps of each side.")
-@click.option("--tiny", is_flag=True, help="A tiny model, to try the benchmark itself.")
-@click.option("--write", is_flag=True, help="Put the table into bench/RESULTS.md.")
-def grpo_command(write: bool, **plan: int | str | bool | None) -> None:
-    """One step of GRPO and RLOO at the size of GPT-2 against the trainers of the current TRL."""
-    if write and plan["tiny"]:
-        raise UserError("--write does not go with --tiny: the table is of the size of GPT-2")
-    present("grpo", grpo.run(grpo.Plan(**plan), command_given()), write)
-
-
 @click.command("quantize")
 @click.option("--run", "folder", type=click.Path(path_type=Path), default="runs/vqa", show_default=True, help="Scored.")
 @click.option("--questions", type=click.IntRange(1), default=5000, show_default=True, help="Validation questions.")
@@ -300,16 +265,6 @@ def grpo_command(write: bool, **plan: int | str | bool | None) -> None:
 def quantize_command(folder: Path, questions: int, rounds: int, write: bool) -> None:
     """Quantised weights: bytes, tokens a second, and what they cost a trained run in answers."""
     present("quantize", quantize.run(folder, questions, rounds, command_given()), write)
-
-
-@click.command("whisper")
-@click.option("--model", type=click.Path(path_type=Path), required=True, help="A released Whisper, in any layout.")
-@click.option("--clips", type=click.Path(path_type=Path), required=True, help="Folder of WAV files, and their texts.")
-@click.option("--rounds", type=click.IntRange(1), default=5, show_default=True, help="Turns of each side.")
-@click.option("--write", is_flag=True, help="Put the table into bench/RESULTS.md.")
-def whisper_command(model: Path, clips: Path, rounds: int, write: bool) -> None:
-    """Recordings heard by a released Whisper, here and in transformers: tokens, words, time."""
-    present("whisper", whisper.run(model, clips, rounds, command_given()), write)
 
 
 @click.command("binding")
@@ -327,16 +282,6 @@ def binding_command(seeds: int, variant: tuple[str, ...], out: Path, write: bool
     pictures = binding_report.IMAGES if write else out
     names = [name for name in binding.VARIANTS if not variant or name in variant]
     present("binding", binding_report.run(plan, range(seeds), names, out, pictures, command_given()), write)
-
-
-@click.command("voice")
-@click.option("--minutes", type=click.FloatRange(0, min_open=True), default=4.0, show_default=True, help="Of training.")
-@click.option("--utterances", type=click.IntRange(64), default=4_000, show_default=True, help="To train on.")
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of voices, weights and order.")
-@click.option("--write", is_flag=True, help="Put the table into bench/RESULTS.md.")
-def voice_command(minutes: float, utterances: int, seed: int, write: bool) -> None:
-    """A small network under CTC learns to hear drawn voices; speakers and sentences that it never heard."""
-    present("voice", voice.run(minutes, utterances, seed, command_given()), write)
 
 
 @click.command("all")
@@ -382,15 +327,15 @@ COMMANDS = [
     experts_command,
     image_loading_command,
     ppo_command,
-    frontier_command,
-    grpo_command,
+    frontier.command,
+    grpo.command,
     resolution_command,
     scale_command,
     binding_command,
     quantize_command,
-    voice_command,
+    voice.command,
     time_to_accuracy.command,
-    whisper_command,
+    whisper.command,
     all_command,
 ]
 PROGRAM = NearGroup("bench", {command.name: command for command in COMMANDS}, help="Measure, side by side.")

@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import click
 import torch
 
 from bench import results, timing
-from bench.connector_runs import Job, train_all
+from bench.connector_runs import Job, read_seeds, train_all
 from bench.connectors import about_text, listed, spread
 from vqa_scratch.errors import UserError
 from vqa_scratch.report.curves import draw_panels, moving_average
@@ -202,3 +203,24 @@ def present(name: str, made: tuple[str, list[dict[str, Any]]], out: Path, write:
     text, panels = made
     draw_panels((IMAGES if write else out) / f"{name}.png", panels, columns=2)
     results.present(name, text, write)
+
+
+# ------------------------------------------------------------------------------------------------ command
+
+
+@click.command("frontier")
+@click.option("--seeds", default="0,1,2,3,4", show_default=True, help="Runs that differ in their seed.")
+@click.option("--algorithms", help="These alone, with commas between them; with --critics, these rows.")
+@click.option("--critics", is_flag=True, help="PPO with one thing changed at a time in how it learns its critic.")
+@click.option("--jobs", type=click.IntRange(1), default=1, show_default=True, help="Runs at once, sharing the threads.")
+@click.option("--out", type=click.Path(path_type=Path), default=Path("runs/frontier"), show_default=True, help="Runs.")
+@click.option(
+    "--cache", type=click.Path(path_type=Path), default=Path("cache"), show_default=True, help="As in rlhf.py."
+)
+@click.option("--write", is_flag=True, help="Put the table into bench/RESULTS.md, and the picture into docs/images.")
+def command(seeds: str, algorithms: str | None, critics: bool, write: bool, **where: Any) -> None:
+    """PPO, RLOO, GRPO and best-of-n at equal rollouts against the best possible reward. Finished runs are kept."""
+    rows = chosen(algorithms, CRITICS if critics else ALGORITHMS)
+    plan = Plan(rows, read_seeds(seeds), **where)
+    made = run(plan, results.command_given())
+    present("critics" if critics else "frontier", made, plan.out, write)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import click
 import torch
 
 from bench import ppo, results, timing
@@ -118,3 +119,22 @@ def run(plan: Plan, command: str) -> str:
             f"- {timing.machine()}. torch {torch.__version__}. Commit {timing.commit(ppo.ROOT)}. `{command}`",
         ]
     )
+
+
+# ------------------------------------------------------------------------------------------------ command
+
+
+@click.command("grpo")
+@click.option("--trl", help="Python of an environment with the current TRL.")
+@click.option("--prompts", type=click.IntRange(1), default=2, show_default=True, help="Prompts of a step.")
+@click.option("--samples", type=click.IntRange(2), default=8, show_default=True, help="Responses to each of them.")
+@click.option("--tokens", type=click.IntRange(1), default=128, show_default=True, help="Tokens of a prompt.")
+@click.option("--new", type=click.IntRange(1), default=64, show_default=True, help="Tokens of a response.")
+@click.option("--repeats", type=click.IntRange(1), default=5, show_default=True, help="Steps of each side.")
+@click.option("--tiny", is_flag=True, help="A tiny model, to try the benchmark itself.")
+@click.option("--write", is_flag=True, help="Put the table into bench/RESULTS.md.")
+def command(write: bool, **plan: int | str | bool | None) -> None:
+    """One step of GRPO and RLOO at the size of GPT-2 against the trainers of the current TRL."""
+    if write and plan["tiny"]:
+        raise UserError("--write does not go with --tiny: the table is of the size of GPT-2")
+    results.present("grpo", run(Plan(**plan), results.command_given()), write)

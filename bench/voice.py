@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import click
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -205,3 +206,16 @@ def run(minutes: float, number: int, seed: int, command: str) -> str:
         f"`{command}`",
     ]
     return "\n".join(lines)
+
+
+# ------------------------------------------------------------------------------------------------ command
+
+
+@click.command("voice")
+@click.option("--minutes", type=click.FloatRange(0, min_open=True), default=4.0, show_default=True, help="Of training.")
+@click.option("--utterances", type=click.IntRange(64), default=4_000, show_default=True, help="To train on.")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of voices, weights and order.")
+@click.option("--write", is_flag=True, help="Put the table into bench/RESULTS.md.")
+def command(minutes: float, utterances: int, seed: int, write: bool) -> None:
+    """A small network under CTC learns to hear drawn voices; speakers and sentences that it never heard."""
+    results.present("voice", run(minutes, utterances, seed, results.command_given()), write)

@@ -14,6 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import click
 import torch
 from torch import Tensor
 
@@ -158,3 +159,16 @@ def run(model: Path, clips: Path, rounds: int, command: str) -> str:
     return "\n".join(
         ["## Whisper against `transformers`", "", *about, "", results.table(HEAD, [row]), "", *lines, machine]
     )
+
+
+# ------------------------------------------------------------------------------------------------ command
+
+
+@click.command("whisper")
+@click.option("--model", type=click.Path(path_type=Path), required=True, help="A released Whisper, in any layout.")
+@click.option("--clips", type=click.Path(path_type=Path), required=True, help="Folder of WAV files, and their texts.")
+@click.option("--rounds", type=click.IntRange(1), default=5, show_default=True, help="Turns of each side.")
+@click.option("--write", is_flag=True, help="Put the table into bench/RESULTS.md.")
+def command(model: Path, clips: Path, rounds: int, write: bool) -> None:
+    """Recordings heard by a released Whisper, here and in transformers: tokens, words, time."""
+    results.present("whisper", run(model, clips, rounds, results.command_given()), write)

@@ -8,13 +8,11 @@ attended to as any sound, so there are no masks. Whisper's keys have no bias; ou
 Shapes: B windows, M mels, F frames (3000 in released models), N = F / 2 states, S tokens, D width, V vocabulary.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from os import PathLike
 from typing import Any, ClassVar, Self
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -23,7 +21,7 @@ from vqa_scratch.models.gpt2 import GPT2, GPT2Config
 from vqa_scratch.models.hf_config import HFConfig, Layout, Released, check_heads
 from vqa_scratch.models.vit import ViTBlock, ViTConfig
 from vqa_scratch.nn import taps
-from vqa_scratch.nn.layers import init_weights
+from vqa_scratch.nn.layers import init_weights, sinusoids
 from vqa_scratch.nn.memory import Memory
 from vqa_scratch.weights import fields, maps_whisper
 from vqa_scratch.weights.convert import load_into
@@ -92,13 +90,6 @@ class WhisperConfig(HFConfig[Layout]):
     def to_hf(self) -> dict[str, Any]:
         """The inverse of `from_hf`."""
         return super().to_hf() | {"is_encoder_decoder": True, "scale_embedding": False}
-
-
-def sinusoids(length: int, dim: int) -> Tensor:
-    """(length, dim): the sines of t / 10000^(i / (dim/2 - 1)), then their cosines; Vaswani et al. have them in turn."""
-    rates = torch.exp(torch.arange(dim // 2) * (-math.log(10_000) / (dim // 2 - 1)))
-    angles = torch.arange(length)[:, None] * rates
-    return torch.cat([angles.sin(), angles.cos()], 1)
 
 
 class AudioEncoder(nn.Module):
