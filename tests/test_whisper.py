@@ -153,6 +153,8 @@ def test_broken_checkpoints(both, tmp_path):
         refused("model.bin (ends after|is version)")
     path.write_bytes(whole.replace(b"WhisperSpec", b"Transformer"))
     refused("is a Transformer of CTranslate2")
+    path.write_bytes(whole[:-2] + b"s\0")  # the last name of the last alias
+    refused("another name of .* which it does not hold")
     ctranslate2_file(ours, path, np.int8)
     refused("is quantised")
     path.unlink()

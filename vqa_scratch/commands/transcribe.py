@@ -1,7 +1,8 @@
 """`transcribe`: what is said in a recording, with times."""
 
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -9,6 +10,9 @@ from vqa_scratch.command_line import Flag, GroupedCommand, NearChoice, flags
 from vqa_scratch.commands.line import DEVICE, FOLDER, PRECISION
 from vqa_scratch.errors import UserError
 from vqa_scratch.generation_options import GenerationOptions
+
+if TYPE_CHECKING:
+    from vqa_scratch.transcription import Segment
 
 OPTIONS = ("num_beams", "length_penalty", "no_repeat_ngram_size")  # of a window
 MOST = click.IntRange(1)
@@ -51,6 +55,9 @@ def transcribe(
       python -m vqa_scratch transcribe --model openai/whisper-tiny.en talk.wav
       python -m vqa_scratch transcribe --model ./whisper-small talk.mp3 --language de --format srt --out talk.srt
     """
+    from tqdm import tqdm
+
+    from vqa_scratch.audio.features import RATE
     from vqa_scratch.audio.reading import read_audio
     from vqa_scratch.storage import check_writable, write_text
     from vqa_scratch.training.precision import pick_device
@@ -63,10 +70,19 @@ def transcribe(
     opened = open_transcriber(model, pick_device(device), precision)
     how = {name: value for name, value in how.items() if value is not None}
     opened.check(language, task, how.get("max_new_tokens"))  # before a long file is read
-    found = opened.transcribe(read_audio(recording), language=language, task=task, **how)
-    written = formats.written(found, format)
-    if out is None:
-        for line in written:
-            print(line, flush=True)
-    else:
-        write_text(out, "\n".join(written) + "\n")
+    wave = read_audio(recording)
+    shape = "{desc} {percentage:3.0f}%|{bar}| {n:.0f} of {total:.0f} s [{elapsed}<{remaining}]"
+    with tqdm(desc="listening", total=len(wave) / RATE, bar_format=shape, leave=False) as bar:
+
+        def heard() -> Iterator["Segment"]:
+            for segment in opened.transcribe(wave, language=language, task=task, **how):
+                bar.update(min(segment.end, bar.total) - bar.n)
+                yield segment
+
+        written = formats.written(heard(), format)
+        if out is None:
+            for line in written:
+                with bar.external_write_mode():
+                    print(line, flush=True)
+        else:
+            write_text(out, "\n".join(written) + "\n")

@@ -142,5 +142,7 @@ def _tensors(path: Path) -> dict[str, Tensor]:
         tensors[name] = torch.from_numpy(values.reshape(shape).copy())
     for _ in range(number("I")):
         alias, name = text(), text()
+        if name not in tensors:
+            raise UserError(f"{path} calls {alias!r} another name of {name!r}, which it does not hold; {AGAIN}")
         tensors[alias] = tensors[name]
     return tensors
