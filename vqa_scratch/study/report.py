@@ -22,7 +22,8 @@ from torch import Tensor
 
 from vqa_scratch.data.image_files import data_url, is_small
 from vqa_scratch.study.analysis import attention_names, key_sources
-from vqa_scratch.study.base import Source
+from vqa_scratch.study.base import Flow, Source
+from vqa_scratch.study.edits import twins
 from vqa_scratch.study.record import Study, rows_of_mask
 
 # Bytes of patterns and of opened heads in one study, before base64: the page stays at a few hundred kB.
@@ -41,6 +42,11 @@ def packed(tensor: Tensor, kind: str) -> dict[str, Any]:
     else:
         array = array.astype("<f2" if kind == "f16" else "<f4")
     return result | {"data": _base64(array.tobytes())}
+
+
+def packed_flow(flow: Flow) -> dict[str, Any]:
+    """A map for the page."""
+    return {"sources": packed(flow.sources, "f32"), "decoder": packed(flow.decoder, "f32")}
 
 
 def _base64(data: bytes) -> str:
@@ -155,13 +161,14 @@ def study_data(study: Study) -> dict[str, Any]:
         "measure": subject.measure,
         "keys": subject.mixing.argmax(1).tolist() if whole else None,
         "mixing": None if whole and torch.equal(made, subject.mixing) else packed(made, "f32"),
+        "writer": subject.writer,
         "read": study.read,
+        "prompt": len(opened.prompt),
+        "twins": twins(opened),
+        "edits": [change.about for change in subject.changes],
         "answer": {"text": study.answer, "probability": study.probability, "ends": subject.end_ids},
         "tokens": [asdict(token) for token in study.tokens],
-        "flows": {
-            name: {"sources": packed(flow.sources, "f32"), "decoder": packed(flow.decoder, "f32")}
-            for name, flow in study.flows.items()
-        },
+        "flows": {name: packed_flow(flow) for name, flow in study.flows.items()},
         "attentions": _attentions(study),
         "best": order[0],
         "opened": _opened_heads(study, order),
