@@ -26,7 +26,9 @@ HERE, WHERE = ("127.0.0.1", "localhost", "[::1]"), "Server"
         click.Argument(["runs"], type=FOLDER, nargs=-1, metavar="[RUN] [RUN2]"),
         MODEL,
         Flag(["--host"], default=HERE[0], help="Address to serve; others may come to another than this.", group=WHERE),
-        Flag(["--port"], type=click.IntRange(0, 65535), help="Else a free one if it is taken.", shown=PORT, group=WHERE),
+        Flag(
+            ["--port"], type=click.IntRange(0, 65535), help="Else a free one if it is taken.", shown=PORT, group=WHERE
+        ),
         Flag(["--browser/--no-browser"], default=True, help="Open the page.", group=WHERE),
         DEVICE,
         PRECISION,

@@ -72,13 +72,15 @@ class Guard:
         if self.hosts is not None and host not in self.hosts:
             raise HTTPException(403, f"this server is not known as {host!r}")
         api = path.startswith("/api/")
-        own = not api or headers.get("sec-fetch-site", "none") in ("same-origin", "none")  # anybody may link to the page
+        own = not api or headers.get("sec-fetch-site", "none") in (
+            "same-origin",
+            "none",
+        )  # anybody may link to the page
         if not own or (origin is not None and origin.lower() != f"http://{host}"):
             raise HTTPException(403, "this server answers to its own page alone")
-        given = request.query_params.get("token", "").encode()
-        if self.token is not None and (api or path == "/"):
-            if not secrets.compare_digest(given, self.token.encode()):
-                raise HTTPException(403, "the address needs its token, as the terminal shows it: /?token=...")
+        given, token = request.query_params.get("token", ""), self.token or ""
+        if (api or path == "/") and token and not secrets.compare_digest(given.encode(), token.encode()):
+            raise HTTPException(403, "the address needs its token, as the terminal shows it: /?token=...")
         kind = headers.get("content-type", "").partition(";")[0].strip().lower()
         if request.method == "POST" and kind != JSON:
             raise HTTPException(415, f"what is posted must be {JSON}, not {kind or 'of no type'}")
