@@ -34,12 +34,13 @@ RANKS = {
     "vqa_scratch.zero_shot": 7,
     "vqa_scratch.speech": 7,
     "vqa_scratch.transcription": 7,
-    "vqa_scratch.commands": 8,
-    "vqa_scratch.__main__": 9,
-    "train": 9,
-    "rlhf": 9,
-    "tests": 10,
-    "bench": 10,
+    "vqa_scratch.play": 8,
+    "vqa_scratch.commands": 9,
+    "vqa_scratch.__main__": 10,
+    "train": 10,
+    "rlhf": 10,
+    "tests": 11,
+    "bench": 11,
 }
 # Anybody may import these; they import only each other.
 LEAVES = {

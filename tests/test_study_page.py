@@ -159,7 +159,7 @@ def test_patches_have_their_words_layer_by_layer(made, window, name):
     words = image_lens(study.opened.subject, study.trace, study.opened.label)
     subject = study.opened.subject
     places = subject.image[1]
-    of_patch = [words.keys.index(int(subject.mixing[:, i].argmax())) for i in range(places.start, places.stop)]
+    of_patch = [words.sources.index(i) for i in range(places.start, places.stop)]
     for layer in (0, len(words.layers) - 1):
         window.script(
             f"const s = document.querySelector('.patchwords input'); s.value = {layer}; s.dispatchEvent(new Event('input'))"

@@ -23,6 +23,7 @@ from vqa_scratch.data.image_files import data_url, is_small
 from vqa_scratch.study.activation import activations, has_activations, image_lens
 from vqa_scratch.study.analysis import attention_names, key_sources
 from vqa_scratch.study.base import Source
+from vqa_scratch.study.edits import twins
 from vqa_scratch.study.lens import is_linear, logit_direction
 from vqa_scratch.study.number import opened_head
 from vqa_scratch.study.packing import packed, packed_flow
@@ -81,18 +82,18 @@ def _opened_heads(study: Study, order: list[tuple[int, int]]) -> list[dict[str, 
 
 
 def _words(study: Study) -> dict[str, Any] | None:
-    """The words of the image's keys by layer; of many layers only as many as fit the budget of patterns, evenly."""
+    """The words of the keys that are about the image, by layer; of many layers only as many as fit the budget of patterns, evenly."""
     found = image_lens(study.opened.subject, study.trace, study.opened.label)
     if found is None:
         return None
-    kept = min(len(found.layers), max(2, OWN_BUDGET // (18 * len(found.keys))))
+    kept = min(len(found.layers), max(2, OWN_BUDGET // (18 * len(found.sources))))
     chosen = torch.linspace(0, len(found.layers) - 1, kept).round().long().tolist()
     best = [found.best[layer] for layer in chosen]  # [layer][key][3] of (label, probability)
     labels = list(dict.fromkeys(label for layer in best for key in layer for label, _ in key))
     number = {label: i for i, label in enumerate(labels)}
     ids = torch.tensor([[[number[label] for label, _ in key] for key in layer] for layer in best])
     scores = torch.tensor([[[p for _, p in key] for key in layer] for layer in best])
-    about = {"kind": found.kind, "layers": [found.layers[layer] for layer in chosen], "keys": found.keys}
+    about = {"kind": found.kind, "layers": [found.layers[layer] for layer in chosen], "sources": found.sources}
     return about | {"labels": labels, "ids": packed(ids, "f32"), "scores": packed(scores, "f16")}
 
 
@@ -144,7 +145,11 @@ def study_data(study: Study) -> dict[str, Any]:
         "measure": subject.measure,
         "keys": subject.mixing.argmax(1).tolist() if whole else None,
         "mixing": None if whole and torch.equal(made, subject.mixing) else packed(made, "f32"),
+        "writer": subject.writer,
         "read": study.read,
+        "prompt": len(opened.prompt),
+        "twins": twins(opened),
+        "edits": [change.about for change in subject.changes],
         "answer": {"text": study.answer, "probability": study.probability, "ends": subject.end_ids},
         "tokens": [asdict(token) for token in study.tokens],
         "flows": {name: packed_flow(flow) for name, flow in maps.items()},

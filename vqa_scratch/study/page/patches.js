@@ -5,14 +5,14 @@ import { hue } from "./colors.js";
 import { clamp, explain, h, number, range, roving, section, shown, tabTo } from "./dom.js";
 import { square } from "./picture.js";
 
-/** `words` of a study: {kind, layers: names, keys, labels, ids (L, n, 3), scores (L, n, 3)}, of n of the keys in `data.keys`. */
+/** `words` of a study: {kind, layers, sources, labels, ids (L, n, 3), scores (L, n, 3)}, of n source tokens. */
 export class PatchesView {
   constructor(study) {
     this.study = study;
-    const { words, keys, image, size, pixelated } = study.data, source = study.picture;
+    const { words, image, size, pixelated } = study.data, source = study.picture;
     this.ids = unpack(words.ids);
     this.scores = unpack(words.scores);
-    this.keyOf = new Map(words.keys.map((k, i) => [keys[k] - source.start - study.before, i]));
+    this.keyOf = new Map(words.sources.map((s, i) => [s - source.start - study.before, i]));
     this.slider = h("input", { type: "range", min: 0, max: words.layers.length - 1, oninput: (e) => study.set({ depth: Number(e.target.value) }) });
     this.depth = h("output");
     this.cells = range(source.grid[0] * source.grid[1]).map((patch) => {
@@ -69,6 +69,5 @@ export class PatchesView {
 
 /** Whether a study has words for every patch of its picture. */
 export function hasPatchWords({ data, picture, before }) {
-  const keys = new Set(data.words && data.keys ? data.words.keys.map((k) => data.keys[k]) : []);
-  return keys.size > 0 && Boolean(picture) && picture.labels.every((_, i) => i < before || keys.has(picture.start + i));
+  return Boolean(data.words && picture) && picture.labels.every((_, i) => i < before || data.words.sources.includes(picture.start + i));
 }

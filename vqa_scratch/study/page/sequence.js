@@ -18,7 +18,7 @@ export class SequenceView {
     const { data } = study, own = data.way === "cross" ? [] : data.read.map((_, i) => data.keys.length + i), keys = [...data.keys.keys(), ...(data.way === "prefix" ? own : [])];
     const origins = new Map();
     const ids = data.words && unpack(data.words.ids); // the words after the last layer
-    this.said = new Map((data.words?.keys ?? []).map((k, i) => [k, shown(data.words.labels[row(ids, ids.shape[0] - 1, i)[0]])]));
+    this.said = new Map((data.words?.sources ?? []).map((s, i) => [s, shown(data.words.labels[row(ids, ids.shape[0] - 1, i)[0]])]));
     this.tokens = keys.map((k) => {
       const key = study.keyName(k), [name, meaning] = origin(study, key);
       origins.set(name, meaning);
@@ -43,7 +43,7 @@ export class SequenceView {
     const chosen = study.kind === "cross" ? [plain, layer, head] : ["mean", 0, 0], weights = study.weights("cross", ...chosen, study.token), top = Math.max(...weights);
     for (const { k, part, name, token } of this.tokens) {
       token.classList.toggle("off", Boolean(study.edited(part)));
-      const inside = token.firstElementChild, share = weights[k] ?? 0, said = this.said.get(k);
+      const inside = token.firstElementChild, share = weights[k] ?? 0, said = this.said.get(study.data.keys[k]);
       if (inside.nodeName === "SMALL") { shade(token, share / top); inside.textContent = said ? ` → ${said}` : ""; }
       else inside.style.boxShadow = `inset 0 0 0 99px rgb(190 20 80 / ${(0.75 * share) / top})`;
       token.title = `${name}: ${percent(share)}${said ? `, stands for “${said}”` : ""}`;
