@@ -61,7 +61,9 @@ def play(runs: tuple[Path, ...], model: str | None, host: str, port: int | None,
     opens: list[tuple[str, Any, Path | None]] = [(run_name(run), partial(open_run, run, **how), run) for run in runs]
     if model is not None:
         opens.append((run_name(Path(model)), lambda: (open_asked(None, model, **how), None), None))
-    models = [Played(str(number), *one) for number, one in enumerate(opens)]
+    names = [name for name, _, _ in opens]
+    same = len(set(names)) < len(names)
+    models = [Played(f"{name} {i}" if same else name, *more) for i, (name, *more) in enumerate(opens, 1)]
     token = None if host in HERE else secrets.token_urlsafe(16)
     if token is not None:
         print("warning: whoever learns this address can use the page; nothing is encrypted on the way", file=sys.stderr)

@@ -35,7 +35,7 @@ KINDS = {"js": "text/javascript", "css": "text/css", "html": "text/html", "svg":
 JSON, NDJSON = "application/json", "application/x-ndjson"
 POSTED = {
     **dict.fromkeys((answers.ask, answers.heads), NDJSON),
-    **dict.fromkeys((answers.study, answers.number, answers.influence), JSON),
+    **dict.fromkeys((answers.study, answers.number), JSON),
     answers.report: "text/html",
 }
 HEADERS = {
@@ -154,7 +154,7 @@ class Play:
     """The answers to every path, for one or two models."""
 
     def __init__(self, models: Sequence[Played]) -> None:
-        self.models, self.ending = {played.id: played for played in models}, asyncio.Event()
+        self.models, self.ending = {played.name: played for played in models}, asyncio.Event()
 
     def played(self, name: Any) -> Played:
         """The model that a request names."""
@@ -180,7 +180,8 @@ class Play:
         if name not in ("scenes", "training"):
             raise HTTPException(404, f"there is no {request.url.path} to get")
         played = self.played(request.query_params.get("model"))
-        if name == "training":
+        if name == "training":  # the thread looks for newer weights meanwhile
+            self._answer(played, lambda job: iter(()), JSON)
             return JSONResponse(played.training(number_in(request, "after", 0)))
         many, seed = min(number_in(request, "n", 12), MOST_SCENES), number_in(request, "seed", 0)
         return self._answer(played, lambda job: iter([played.pictures.scenes(many, seed)]), JSON)
