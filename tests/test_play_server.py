@@ -19,17 +19,24 @@ import pytest
 import torch
 from PIL import Image
 from run_helpers import by_hand, command, make_run, picture
+from test_systems import SYSTEMS
+from vqa_helpers import CPU
 
+from vqa_scratch import systems
 from vqa_scratch.commands.play import bind, newest, open_run
 from vqa_scratch.data.scenes import render
 from vqa_scratch.data.shapes import ShapesSpec, scenes_of
 from vqa_scratch.data.vqa_v2 import read_vqa
 from vqa_scratch.errors import UserError
+from vqa_scratch.play import answers
 from vqa_scratch.play.models import Played
 from vqa_scratch.play.pictures import FIRST, Pictures
 from vqa_scratch.play.server import LARGEST_BODY, Server
 from vqa_scratch.storage import LOCK, append_line
+from vqa_scratch.systems.options import BY_PRESET
+from vqa_scratch.systems.run_folder import save_weights
 from vqa_scratch.training.checkpoint import save_checkpoint
+from vqa_scratch.training.precision import Precision
 
 QUESTION = "what color is the circle?"
 RED = [{"shape": "circle", "color": "red", "size": "large", "x": 20, "y": 20.4}]
@@ -283,6 +290,43 @@ def test_a_fault_of_ours_gives_no_traceback(live, state, monkeypatch):
     monkeypatch.setattr("vqa_scratch.play.answers.answered", lambda *asked: 1 / 0)
     status, answer = live.ask("/api/ask", state)
     assert status == 400 and answer == {"error": "the server failed at this request; its terminal says how"}
+
+
+@pytest.mark.parametrize("kind", ["vilt", "caption", "clip", "mean", "patches", "resampler"])
+def test_every_kind_of_system_is_played_with_what_it_has(data, tmp_path, kind):
+    short = {"max_caption_tokens": 4} if kind == "caption" else {}
+    options = BY_PRESET[SYSTEMS[kind]["preset"]](
+        **SYSTEMS[kind], **short, data=data, cache=tmp_path, out=tmp_path, device="cpu"
+    )
+    system = systems.find(options.preset)
+    built = system.build(options, system.read(options), Precision("fp32", CPU))
+    built.save(tmp_path)
+    save_weights(tmp_path / "model.safetensors", built.model)
+    played = Played(kind, lambda: open_run(tmp_path, "cpu", "fp32"), tmp_path)
+    played.worker.close()
+    about, job = played.about, SimpleNamespace(send=json.dumps)
+    state = {"picture": {"objects": RED}, "question": "" if about["asked"] == "nothing" else (about["questions"])[0]}
+    assert played.pictures.scenes(1, 0)[0]["questions"]
+    head = {"kind": "head", "name": about["attentions"][0]["name"], "head": 0}
+    for edits in ([], [head], [{"kind": "source", "source": "image", "token": 1}]):
+        asked = state | {"edits": edits}
+        if kind == "mean" and len(edits) and edits[0]["kind"] == "source":
+            with pytest.raises(UserError, match="is averaged with others"):
+                list(answers.ask(played, asked, job))
+            continue
+        (found,) = answers.ask(played, asked, job)
+        (study,) = answers.study(played, asked, job)
+        assert found["answer"] == study["answer"]["text"] and ("plain" in found) == bool(edits)
+        assert max(study["certificate"][name] for name in ("mass", "output", "softmax")) <= 1e-5
+        json.dumps([found, study], allow_nan=False)
+    total, *found = answers.heads(played, state, job)
+    assert total["total"] == len(found) > 0
+    reading = next(one["name"] for one in about["attentions"] if one["reads"])
+    assert next(answers.number(played, state | {"name": reading, "head": 0}, job))["head"] == 0
+    if not about["writes"]:
+        assert kind in ("vilt", "clip") and "it chooses its answer" in about["lacks"][0]
+        with pytest.raises(UserError, match="it has no temperature"):
+            list(answers.ask(played, state | {"temperature": 1}, job))
 
 
 # ---------------------------------------------------------------------------------------------------- safety
