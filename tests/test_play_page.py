@@ -300,7 +300,7 @@ UNFIT = [
     ({"version": HOSTILE}, "it is of version <img src=x oner"),
     ({"temperature": "hot"}, "its state, temperature must be a number from 0 to 5"),
     ({"extra": 1}, "its state must be without “extra”"),
-    ({"sides": []}, "its state, sides must be one or two runs"),
+    ({"sides": []}, "its state, sides must be a list of 1 to 2"),
     ({"sides": [{"model": HOSTILE, "edits": [], "start": []}]}, f"the run “{HOSTILE}”, which is not open here"),
     ({"picture": {"data": "https://example.org/x.png"}}, "its state, picture, data must be a picture as a data URL"),
     ("not json", "it is no JSON"),
@@ -310,7 +310,7 @@ UNFIT = [
 def test_a_state_that_does_not_fit_is_a_line(visit, tmp_path):
     model = visit.page.input_value("#model")
     whole = {"version": 1, "picture": {"objects": []}, "question": "?", "temperature": 0, "seed": 0}
-    whole |= {"sides": [{"model": model, "edits": [], "start": []}]}
+    whole |= {"sides": [{"model": model, "edits": [], "start": []}], "view": None}
     for change, said in UNFIT:
         (tmp_path / "s.json").write_text(change if isinstance(change, str) else json.dumps(whole | change))
         visit.until("answered", lambda: visit.page.set_input_files(".open", tmp_path / "s.json"))
