@@ -26,7 +26,9 @@ HERE, WHERE = ("127.0.0.1", "localhost", "[::1]"), "Server"
         click.Argument(["runs"], type=FOLDER, nargs=-1, metavar="[RUN] [RUN2]"),
         MODEL,
         Flag(["--host"], default=HERE[0], help="Address to serve; others may come to another than this.", group=WHERE),
-        Flag(["--port"], type=click.IntRange(0, 65535), help="Else a free one if it is taken.", shown=PORT, group=WHERE),
+        Flag(
+            ["--port"], type=click.IntRange(0, 65535), help="Else a free one if it is taken.", shown=PORT, group=WHERE
+        ),
         Flag(["--browser/--no-browser"], default=True, help="Open the page.", group=WHERE),
         DEVICE,
         PRECISION,
@@ -59,7 +61,9 @@ def play(runs: tuple[Path, ...], model: str | None, host: str, port: int | None,
     opens: list[tuple[str, Any, Path | None]] = [(run_name(run), partial(open_run, run, **how), run) for run in runs]
     if model is not None:
         opens.append((run_name(Path(model)), lambda: (open_asked(None, model, **how), None), None))
-    models = [Played(str(number), *one) for number, one in enumerate(opens)]
+    names = [name for name, _, _ in opens]
+    same = len(set(names)) < len(names)
+    models = [Played(f"{name} {i}" if same else name, *more) for i, (name, *more) in enumerate(opens, 1)]
     token = None if host in HERE else secrets.token_urlsafe(16)
     if token is not None:
         print("warning: whoever learns this address can use the page; nothing is encrypted on the way", file=sys.stderr)

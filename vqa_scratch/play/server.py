@@ -35,7 +35,7 @@ KINDS = {"js": "text/javascript", "css": "text/css", "html": "text/html", "svg":
 JSON, NDJSON = "application/json", "application/x-ndjson"
 POSTED = {
     **dict.fromkeys((answers.ask, answers.heads), NDJSON),
-    **dict.fromkeys((answers.study, answers.number, answers.influence), JSON),
+    **dict.fromkeys((answers.study, answers.number), JSON),
     answers.report: "text/html",
 }
 HEADERS = {
@@ -72,13 +72,15 @@ class Guard:
         if self.hosts is not None and host not in self.hosts:
             raise HTTPException(403, f"this server is not known as {host!r}")
         api = path.startswith("/api/")
-        own = not api or headers.get("sec-fetch-site", "none") in ("same-origin", "none")  # anybody may link to the page
+        own = not api or headers.get("sec-fetch-site", "none") in (
+            "same-origin",
+            "none",
+        )  # anybody may link to the page
         if not own or (origin is not None and origin.lower() != f"http://{host}"):
             raise HTTPException(403, "this server answers to its own page alone")
-        given = request.query_params.get("token", "").encode()
-        if self.token is not None and (api or path == "/"):
-            if not secrets.compare_digest(given, self.token.encode()):
-                raise HTTPException(403, "the address needs its token, as the terminal shows it: /?token=...")
+        given, token = request.query_params.get("token", ""), self.token or ""
+        if (api or path == "/") and token and not secrets.compare_digest(given.encode(), token.encode()):
+            raise HTTPException(403, "the address needs its token, as the terminal shows it: /?token=...")
         kind = headers.get("content-type", "").partition(";")[0].strip().lower()
         if request.method == "POST" and kind != JSON:
             raise HTTPException(415, f"what is posted must be {JSON}, not {kind or 'of no type'}")
@@ -152,7 +154,7 @@ class Play:
     """The answers to every path, for one or two models."""
 
     def __init__(self, models: Sequence[Played]) -> None:
-        self.models, self.ending = {played.id: played for played in models}, asyncio.Event()
+        self.models, self.ending = {played.name: played for played in models}, asyncio.Event()
 
     def played(self, name: Any) -> Played:
         """The model that a request names."""
@@ -178,7 +180,8 @@ class Play:
         if name not in ("scenes", "training"):
             raise HTTPException(404, f"there is no {request.url.path} to get")
         played = self.played(request.query_params.get("model"))
-        if name == "training":
+        if name == "training":  # the thread looks for newer weights meanwhile
+            self._answer(played, lambda job: iter(()), JSON)
             return JSONResponse(played.training(number_in(request, "after", 0)))
         many, seed = min(number_in(request, "n", 12), MOST_SCENES), number_in(request, "seed", 0)
         return self._answer(played, lambda job: iter([played.pictures.scenes(many, seed)]), JSON)
