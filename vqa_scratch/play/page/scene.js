@@ -29,7 +29,7 @@ export class Scene {
     addEventListener("dragend", () => { app.carried = null; document.body.classList.remove("carrying"); });
   }
 
-  /** Scenes of the run's own test set; if nothing is shown yet, the first one, or an empty drawing. */
+  /** Scenes of the run's own test set; if nothing is shown yet, the one with most objects, or an empty drawing. */
   async load() {
     const { state } = this.app;
     this.scenes = await json(`scenes?model=${encodeURIComponent(state.sides[0].model)}&n=12&seed=${this.seed}`);
@@ -41,7 +41,8 @@ export class Scene {
       return h("li", {}, pick);
     }));
     $("more").hidden = !this.scenes.length;
-    if (!state.picture) Object.assign(state, this.scenes.length ? this.of(this.scenes[0]) : { picture: { objects: [] } });
+    const fullest = [...this.scenes].sort((a, b) => b.objects.length - a.objects.length)[0];
+    if (!state.picture) Object.assign(state, fullest ? this.of(fullest) : { picture: { objects: [] } });
     this.show();
   }
 
@@ -86,7 +87,7 @@ export class Scene {
     $("tools").hidden = !drawn;
     $("picture").hidden = drawn;
     if (drawn) this.editor.show(objects);
-    else this.reveal(picture.data ?? scene?.image ?? "");
+    else $("picture").src = picture.data ?? scene?.image ?? "";
     this.note(drawn ? "Drag an object, or choose one and use the arrow keys." : "");
     this.press();
     const asked = scene?.questions.map(({ question }) => question).filter(Boolean) ?? [];
@@ -102,7 +103,7 @@ export class Scene {
   press() { $("scenes").querySelectorAll("button").forEach((button, i) => button.setAttribute("aria-pressed", String(this.scenes[i].id === this.app.state.picture.scene))); }
 
   /** The picture as the server has it; for a link to a scene that is not among those here. */
-  reveal(image) { if (!$("picture").hidden && image) $("picture").src = image; }
+  reveal(image) { if (!$("picture").hidden && !$("picture").getAttribute("src") && image) $("picture").src = image; }
 
   /** The annotated answer, where the question is one of the scene's own; else null. */
   truth() {

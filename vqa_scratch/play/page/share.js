@@ -21,13 +21,14 @@ async function png(element) {
     else if (field.options) [...copies[i].options].forEach((option, n) => option.toggleAttribute("selected", n === field.selectedIndex));
     else if (field.type !== "file") copies[i].setAttribute("value", field.value);
   });
-  const style = h("style"), page = h("body", {}, style, copy), root = document.createElementNS("http://www.w3.org/2000/svg", "svg");
+  const style = h("style"), page = h("body", { class: "live" }, style, copy), root = document.createElementNS("http://www.w3.org/2000/svg", "svg");
   style.textContent = [...document.styleSheets].flatMap((sheet) => [...sheet.cssRules].map((rule) => rule.cssText)).join("\n");
   const frame = root.appendChild(document.createElementNS(root.namespaceURI, "foreignObject"));
   for (const part of [root, frame]) for (const [name, side] of [["width", width], ["height", height]]) part.setAttribute(name, side);
   root.dataset.theme = document.documentElement.dataset.theme;
   frame.append(page);
-  const picture = h("img", { src: `data:image/svg+xml;charset=utf-8,${encodeURIComponent(new XMLSerializer().serializeToString(root))}` });
+  const xml = new XMLSerializer().serializeToString(root).replace(/[^\t\n\r\x20-\uD7FF\uE000-\uFFFD\u{10000}-\u{10FFFF}]/gu, "\uFFFD"); // what tokens hold and XML may not
+  const picture = h("img", { src: `data:image/svg+xml;charset=utf-8,${encodeURIComponent(xml)}` });
   await picture.decode();
   const scale = Math.min(2, LONGEST / Math.max(width, height)), canvas = h("canvas", { width: Math.round(width * scale), height: Math.round(height * scale) });
   canvas.getContext("2d").drawImage(picture, 0, 0, canvas.width, canvas.height);
@@ -52,7 +53,7 @@ export function share(app, box, open) {
     return navigator.clipboard.writeText(field.value).then(() => "Copied.", () => "Copy the selected address.");
   });
   action("file", () => save(new Blob([written(app.state)], { type: "application/json" }), "look-inside.json"));
-  action("png", async () => save(await png(document.querySelector("main")), "look-inside.png"));
+  action("png", async () => save(await png(document.querySelector(".page")), "look-inside.png"));
   action("report", async () => save(await (await request("report", app.body(0))).blob(), "report.html"));
   part("open").addEventListener("change", async ({ target }) => {
     if (target.files[0]) open(read(await target.files[0].text(), "file"));

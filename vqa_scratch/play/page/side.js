@@ -66,10 +66,10 @@ export class Side {
 
   finish(line, body, took, typed) {
     line.tokens.slice(typed).forEach((token) => this.typed.token(token, false)); // of a model that writes nothing word by word
-    this.typed.end();
+    this.typed.end(line.ended);
     const { said, truth, unchanged, took: clock } = this.parts, right = this.app.scene.truth(), answer = line.answer || "(nothing)", sure = amount(line.probability, this.model.measure);
-    clock.textContent = `${Math.round(took)} ms`;
-    truth.textContent = [right ? `The data set says “${right}”.` : "", ...(line.notes ?? [])].join(" ");
+    clock.textContent = `Answered in ${Math.round(took)} ms.`;
+    truth.textContent = [right ? `The data set says “${right}”` : null, ...line.notes].filter(Boolean).map((note) => `${note}. `).join("");
     unchanged.hidden = !line.plain;
     if (line.plain) {
       const other = line.plain.answer !== line.answer, before = amount(line.plain.probability, this.model.measure);

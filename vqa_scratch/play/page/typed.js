@@ -31,8 +31,9 @@ export class Typed {
     others.splice(token.alternatives.length).forEach((button) => button.parentElement.remove());
   }
 
-  /** After the last word. */
-  end() {
+  /** After the last word; `ended`: it is the one that ends the answer. */
+  end(ended) {
+    this.columns.forEach(({ element }, i) => element.classList.toggle("ending", ended && i === this.tokens.length - 1));
     this.columns.splice(this.tokens.length).forEach(({ element }) => element.remove());
     this.box.classList.toggle("many", this.tokens.length > 4); // then only the chosen word shows its alternatives
     this.mark(Math.min(this.at, this.tokens.length - 1));

@@ -28,8 +28,6 @@ export class AnswerView {
     this.element = section("answer", "Where it looks", badge(study), h("div", { class: `stage${left ? "" : " wordy"}` }, left, right));
   }
 
-  // ---------------------------------------------------------------------------------------------- building
-
   buildPicture() {
     const { study } = this, { data } = study, [width, height] = data.size;
     this.picture = new Picture(study, {
@@ -55,12 +53,10 @@ export class AnswerView {
     const { study } = this, long = source.labels.length > 40;
     const words = source.labels.map((label, i) => h("button", {
       type: "button", class: `word${source.sinks.includes(i) ? " sink" : ""}${label.startsWith(" ") ? " starts" : ""}`,
-      onclick: () => {
-        if (study.shared.cut(study.sourcePart(source, i))) return;
+      ...study.shared.cuts(study.sourcePart(source, i), () => {
         if (study.kind === source.name) study.set({ place: { ...study.view.place, [source.name]: i } });
         if (study.kind === "stream") study.set({ place: { ...study.view.place, stream: source.start + i } });
-      },
-      onkeydown: (e) => { if (e.key === "Delete") study.shared.cut(study.sourcePart(source, i), true); },
+      }),
       onpointerenter: () => this.showFed(source.start + i), onfocus: () => this.showFed(source.start + i),
       onpointerleave: () => this.showFed(null), onblur: () => this.showFed(null),
     }, label.trim() || label));
@@ -96,8 +92,6 @@ export class AnswerView {
     this.explain = h("p", { class: "explain" });
     return block("Show", this.modes, h("div", { class: "pickers" }, this.layerLabel, this.headLabel), this.explain);
   }
-
-  // ---------------------------------------------------------------------------------------------- drawing
 
   draw() {
     const shares = this.study.shares();
@@ -174,8 +168,6 @@ export class AnswerView {
     this.bar.replaceChildren(...seen.map((name) => colored(name, `width:${100 * masses[name]}%`)));
     this.barKeys.replaceChildren(...seen.map((name) => h("span", {}, colored(name), `${names[name]} ${percent(masses[name])}`)));
   }
-
-  // ---------------------------------------------------------------------------------------------- pointing
 
   part(patch) { return this.study.sourcePart(this.study.picture, this.study.before + patch); }
 

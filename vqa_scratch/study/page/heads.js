@@ -13,24 +13,12 @@ export class HeadsView {
     this.kinds = choice("which attention", kinds, (kind) => study.set({ kind, mode: kind === "cross" ? study.mode : study.mode === "head" ? "head" : "mean" }));
     this.gridBox = h("div", { class: "scroll" });
     this.lead = h("p", { class: "lead" });
+    this.cutting = plain("✂ knock out by clicking", () => study.set({ knocking: !study.view.knocking }), { title: "Then a click on a head, a layer, a patch or a word takes it out, or puts it back. The Delete key does so at any time." });
     this.numbers = h("details", {}, h("summary", {}, "All heads in numbers"), this.statistics());
     this.element = section("heads", h("div", {}, h("h2", {}, "Every head"), this.lead), badge(study),
-      h("div", { class: "bar" }, this.kinds, study.shared.hooks.knock ? this.tools() : null), this.gridBox, this.numbers);
+      h("div", { class: "bar" }, this.kinds, study.shared.hooks.knock ? this.cutting : null), this.gridBox, this.numbers);
     this.element.setAttribute("aria-label", "heads");
     this.stats = new Map(study.data.heads.map((s) => [`${s[0]}.${s[1]}`, s]));
-  }
-
-  // ---------------------------------------------------------------------------------------------- building
-
-  /** Knock out by clicking, and a scale for the chosen head. */
-  tools() {
-    const { study } = this, { knock } = study.shared.hooks;
-    this.cutting = plain("✂ knock out by clicking", () => study.set({ knocking: !study.view.knocking }), { title: "Then a click on a head, a layer, a patch or a word takes it out, or puts it back. The Delete key does so at any time." });
-    this.scale = h("input", { type: "range", min: 0, max: 2, step: 0.1, oninput: () => { this.scaled.textContent = `× ${this.scale.value}`; },
-      onchange: () => knock(study.headPart(study.kind, study.layer, study.head, Number(this.scale.value))) });
-    this.scaled = h("output");
-    this.scaleLabel = h("span");
-    return h("div", { class: "pickers tools" }, this.cutting, h("label", {}, this.scaleLabel, this.scale, this.scaled));
   }
 
   statistics() {
@@ -62,11 +50,8 @@ export class HeadsView {
         : h("span", { class: "axis" }, name));
       for (const head of range(heads)) {
         const picture = canvas(this.size.width, this.size.height), mark = h("span", { class: "mark" });
-        const button = h("button", {
-          class: "thumb", type: "button", "data-layer": layer, "data-head": head,
-          onclick: () => { if (!shared.cut(study.headPart(kind, layer, head))) study.set({ mode: "head", layer, head, kind }); },
-          onkeydown: (e) => { if (e.key === "Delete") shared.cut(study.headPart(kind, layer, head), true); },
-        }, picture, mark);
+        const on = shared.cuts(study.headPart(kind, layer, head), () => study.set({ mode: "head", layer, head, kind }));
+        const button = h("button", { class: "thumb", type: "button", "data-layer": layer, "data-head": head, ...on }, picture, mark);
         this.thumbs.push({ layer, head, picture, button, mark });
         grid.append(button);
       }
@@ -88,8 +73,6 @@ export class HeadsView {
       stream: "Each picture is one head for the chosen word or patch: patches above, question words below." }[kind] ?? "Each picture is one head of the encoder.";
   }
 
-  // ---------------------------------------------------------------------------------------------- drawing
-
   draw() {
     const { study } = this, { kind, view, attentions } = study;
     this.kinds.choose(kind);
@@ -110,12 +93,7 @@ export class HeadsView {
       button.title = text;
     }
     tabTo(this.thumbs.map((t) => t.button), Math.max(0, this.thumbs.findIndex((t) => t.layer === study.layer && t.head === study.head)));
-    if (!this.cutting) return;
     this.cutting.setAttribute("aria-pressed", String(Boolean(view.knocking)));
-    const edit = study.edited(study.headPart(kind, study.layer, study.head));
-    this.scaleLabel.textContent = `scale layer ${study.block(kind, study.layer)} head ${study.head} `;
-    this.scale.value = edit?.scale ?? 1;
-    this.scaled.textContent = `× ${this.scale.value}`;
   }
 
   asMap(kind) { return this.study.picture && (kind === "image" || kind === "cross" || kind === "stream"); }

@@ -1,9 +1,9 @@
 // Which word each token that is read already stands for, layer by layer: the logit lens of the image's tokens.
 import { row, unpack } from "./arrays.js";
 import { badge } from "./certificate.js";
-import { hue } from "./colors.js";
+import { onPage, shade } from "./colors.js";
 import { clamp, explain, h, number, range, roving, section, shown, tabTo } from "./dom.js";
-import { square } from "./picture.js";
+import { legend, square } from "./picture.js";
 
 /** `words` of a study: {kind, layers, sources, labels, ids (L, n, 3), scores (L, n, 3)}, of n source tokens. */
 export class PatchesView {
@@ -41,19 +41,19 @@ export class PatchesView {
     this.slider.setAttribute("aria-valuetext", words.layers[depth]);
     this.depth.textContent = words.layers[depth];
     const first = this.cells.map((_, patch) => row(this.ids, depth, this.keyOf.get(patch))[0]);
-    const strength = this.cells.map((_, patch) => row(this.scores, depth, this.keyOf.get(patch))[0]), most = Math.max(...strength);
+    const strength = this.cells.map((_, patch) => row(this.scores, depth, this.keyOf.get(patch))[0]);
     const counts = new Map();
     for (const id of first) counts.set(id, (counts.get(id) ?? 0) + 1);
-    const common = [...counts].sort((a, b) => b[1] - a[1]), place = new Map(common.map(([id], i) => [id, i]));
+    const common = [...counts].sort((a, b) => b[1] - a[1]);
     this.cells.forEach((cell, patch) => {
       const label = shown(words.labels[first[patch]]), word = h("span", {}, label);
-      word.style.background = hue(place.get(first[patch]), Math.max(0.15, strength[patch] / (most || 1)));
+      shade(word, strength[patch], 0);
       cell.setAttribute("aria-label", `${study.picture.labels[study.before + patch]}: ${label}`);
       cell.replaceChildren(word);
     });
     tabTo(this.cells, this.pointed ?? 0);
-    this.common.replaceChildren(...common.slice(0, 8).map(([id, n], i) => { const dot = h("i"); dot.style.background = hue(i); return h("span", {}, dot, `“${shown(words.labels[id])}” ${n} of ${first.length}`); }));
-    this.say(this.pointed ?? strength.indexOf(most));
+    this.common.replaceChildren(legend(onPage(), "no", "all of the probability"), ...common.slice(0, 8).map(([id, n]) => h("span", {}, `“${shown(words.labels[id])}” ${n} of ${first.length}`)));
+    this.say(this.pointed ?? strength.indexOf(Math.max(...strength)));
   }
 
   /** The words of one patch, layer by layer. */

@@ -52,16 +52,12 @@ export class Picture {
     context.globalAlpha = 1;
   }
 
-  /** Frames, or crosses out, a patch. */
-  mark(patch, cross = false) {
+  /** Frames a patch, or blackens one that is `off`. */
+  mark(patch, off = false) {
     const context = this.map.getContext("2d"), [left, upper, width, height] = square(this.source, this.size, patch, this.zoom), line = Math.max(2, this.zoom);
-    context.strokeStyle = "#1d1d1b";
-    context.lineWidth = line;
+    Object.assign(context, { strokeStyle: "#1d1d1b", fillStyle: "rgb(29 29 27 / 0.75)", lineWidth: line });
     context.strokeRect(left + line / 2, upper + line / 2, width - line, height - line);
-    if (!cross) return;
-    context.beginPath();
-    for (const [a, b] of [[upper, upper + height], [upper + height, upper]]) { context.moveTo(left, a); context.lineTo(left + width, b); }
-    context.stroke();
+    if (off) context.fillRect(left, upper, width, height);
   }
 }
 

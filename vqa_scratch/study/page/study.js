@@ -3,7 +3,7 @@ import { AnswerView } from "./answer.js";
 import { certificateView } from "./certificate.js";
 import { DifferenceView, MatterView } from "./difference.js";
 import { h } from "./dom.js";
-import { Study } from "./figures.js";
+import { Study, result } from "./figures.js";
 import { HeadsView } from "./heads.js";
 import { LanesView } from "./lanes.js";
 import { LensView, expertsView } from "./lens.js";
@@ -65,6 +65,10 @@ export function renderStudy(element, data, hooks = {}) {
       hooks.knock(part);
       return true;
     },
+    /** What a button for a part does: a click, if it knocks nothing out, what it does `otherwise`; Delete knocks out. */
+    cuts: (part, otherwise) => ({
+      onclick: () => { if (!shared.cut(part)) otherwise?.(); }, onkeydown: (e) => { if (e.key === "Delete") shared.cut(part, true); },
+    }),
   };
 
   function build(given) {
@@ -72,7 +76,7 @@ export function renderStudy(element, data, hooks = {}) {
     shared.compared = all.length > 1;
     studies = all.map((one) => new Study(one, shared));
     const columns = studies.map((study) => {
-      const made = viewsOf(study), title = shared.compared ? h("p", { class: "run" }, h("b", {}, study.data.run), ` ${study.result()}`) : null;
+      const made = viewsOf(study), title = shared.compared ? h("p", { class: "run" }, h("b", {}, study.data.run), ` ${result(study.data)}`) : null;
       return { made, element: h("div", { class: "study" }, title, made.map((v) => v.element ?? v)) };
     });
     views = columns.flatMap(({ made }) => made);
