@@ -5,6 +5,7 @@ Shapes: V vocabulary, labels or texts.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
+from functools import partial
 from math import prod
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ from vqa_scratch.study.base import Change
 from vqa_scratch.study.names import attention_at, tapped_modules
 from vqa_scratch.study.opened import Opened
 from vqa_scratch.study.subject import WritingSubject
+from vqa_scratch.study.trace import Trace
 
 ALTERNATIVES = 5
 
@@ -89,7 +91,7 @@ def without_each_head(opened: Opened, attentions: Sequence[str], whole: Answered
     changes = subject.changes
     for name in dict.fromkeys(attentions):
         for head in range(attention_at(modules, name).heads):
-            subject.changes = (*changes, Change({}, lambda t, name=name, head=head: t.ablate(name, head)))
+            subject.changes = (*changes, Change({}, partial(Trace.ablate, name=name, head=head)))
             try:
                 now = answered(opened)
                 same = now.ids == whole.ids

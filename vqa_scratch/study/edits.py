@@ -76,7 +76,7 @@ def change_of(opened: Opened, edit: Any, other: Callable[[Any], Opened]) -> Chan
     elif kind == "key":
         make = partial(hide_key, subject=subject, key=values[0])
     else:
-        make = patch(opened, *values[:2], other(values[2]))
+        make = patch(opened, values[0], values[1], other(values[2]))
     make(subject.trace(record=False))  # names what is wrong at once
     return Change(edit, make)
 

@@ -73,7 +73,8 @@ def logit_direction(subject: Subject, t: Trace, row: int, token: int) -> Tensor:
     if not is_linear(subject):
         raise ValueError("the logits of this model are no sum over the parts of a state: it has no `head`")
     state = t[f"{subject.writer}.{subject.layers - 1}.resid_post"][0, subject.prefix + row].float()
-    _, transposed = torch.func.vjp(frozen_norm(subject.decoder.norm, state), torch.zeros_like(state))
+    linear = frozen_norm(subject.decoder.norm, state)  # type: ignore[arg-type]  # as `is_linear` says
+    _, transposed = torch.func.vjp(linear, torch.zeros_like(state))  # type: ignore[misc]
     return transposed(_head_above_mean(subject, token))[0].detach()
 
 
