@@ -16,7 +16,7 @@ from vqa_scratch.commands.line import DEVICE, FOLDER, MODEL, PRECISION, open_ask
 from vqa_scratch.errors import UserError
 
 PORT = 8321  # unless it is taken
-HERE, WHERE = ("127.0.0.1", "localhost", "[::1]"), "Server"
+HERE, WHERE = ("127.0.0.1", "localhost"), "Server"
 
 
 @click.command(
@@ -71,7 +71,7 @@ def play(runs: tuple[Path, ...], model: str | None, host: str, port: int | None,
     print(f"{' and '.join(played.name for played in models)}: {address} (Ctrl-C ends)", flush=True)
     if browser:
         threading.Thread(target=webbrowser.open, args=(address,), daemon=True).start()
-    Server(models, None if host in ("0.0.0.0", "::") else hosts, token).run(sockets=[bound])
+    Server(models, None if host == "0.0.0.0" else hosts, token).run(sockets=[bound])
 
 
 def open_run(folder: Path, device: str, precision: str) -> tuple[Any, int | None]:
@@ -94,12 +94,11 @@ def newest(folder: Path) -> Path:
 
 def bind(host: str, port: int | None) -> tuple[socket.socket, list[str]]:
     """A socket that listens, and the names that a browser may call it by. Raises UserError if there is none."""
-    family, why = socket.AF_INET6 if ":" in host else socket.AF_INET, ""
+    why = ""
     for wanted in [PORT, 0] if port is None else [port]:
         try:
-            bound = socket.create_server((host.strip("[]"), wanted), family=family, backlog=1024)
-            names = HERE if host in HERE else (f"[{host}]" if ":" in host else host,)
-            return bound, [f"{name}:{bound.getsockname()[1]}" for name in names]
+            bound = socket.create_server((host, wanted), backlog=1024)
+            return bound, [f"{name}:{bound.getsockname()[1]}" for name in (HERE if host in HERE else (host,))]
         except OSError as error:
             why = error.strerror or str(error)
     raise UserError(f"cannot serve at {host}, port {port or PORT}: {why}; give another --host or --port")

@@ -9,6 +9,7 @@ import asyncio
 import re
 import secrets
 import socket
+import weakref
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from functools import partial
 from importlib.resources import files
@@ -26,7 +27,7 @@ from vqa_scratch.data.placed import editor
 from vqa_scratch.errors import UserError
 from vqa_scratch.play import answers
 from vqa_scratch.play.models import Played
-from vqa_scratch.play.worker import Job, Line
+from vqa_scratch.play.worker import Job
 from vqa_scratch.storage import parse_json, typed
 
 LARGEST_BODY, MOST_SCENES = 12_000_000, 60  # bytes: an upload of 8 MB in base64
@@ -115,46 +116,38 @@ async def body_of(request: Request) -> bytes:
 
 
 class Lines(Response):
-    """The lines of a job as they come. If the browser goes, or the server ends, the job ends."""
+    """The lines of a job as they come. If the browser goes, the job stops."""
 
-    def __init__(self, job: Job, ending: asyncio.Event, kind: str) -> None:
-        self.job, self.ending, self.kind = job, ending, kind
+    def __init__(self, job: Job, kind: str) -> None:
+        self.job, self.kind = job, kind
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async def gone() -> None:
+        async def watch() -> None:
             while (await receive())["type"] != "http.disconnect":
                 pass
+            self.job.stop()
 
-        over = [asyncio.ensure_future(wait) for wait in (gone(), self.ending.wait())]
+        watching = asyncio.create_task(watch())
         try:
-            line = await self._next(over)
-            wrong = line is not None and line.wrong
+            line = await self.job.lines.get()
+            wrong = line is not None and line.startswith('{"error":')
             kind = f"{JSON if wrong else self.kind}; charset=utf-8".encode()
             head = {"status": 400 if wrong else 200, "headers": [(b"content-type", kind)]}
             await send({"type": "http.response.start"} | head)
             while line is not None:
-                await send({"type": "http.response.body", "body": line.text.encode(), "more_body": True})
-                line = await self._next(over)
+                await send({"type": "http.response.body", "body": line.encode(), "more_body": True})
+                line = await self.job.lines.get()
             await send({"type": "http.response.body", "body": b""})
         finally:
-            self.job.cancelled = True
-            for wait in over:
-                wait.cancel()
-
-    async def _next(self, over: Sequence["asyncio.Future[Any]"]) -> Line | None:
-        line = asyncio.ensure_future(self.job.lines.get())
-        await asyncio.wait((line, *over), return_when=asyncio.FIRST_COMPLETED)
-        if line.done():
-            return line.result()
-        line.cancel()
-        return None
+            watching.cancel()
+            self.job.stop()
 
 
 class Play:
     """The answers to every path, for one or two models."""
 
     def __init__(self, models: Sequence[Played]) -> None:
-        self.models, self.ending = {played.name: played for played in models}, asyncio.Event()
+        self.models, self.jobs = {played.name: played for played in models}, weakref.WeakSet[Job]()
 
     def played(self, name: Any) -> Played:
         """The model that a request names."""
@@ -199,8 +192,9 @@ class Play:
             yield from work(job)
 
         job = Job(fresh, in_pieces=in_pieces)
+        self.jobs.add(job)
         played.worker.add(job)
-        return Lines(job, self.ending, kind)
+        return Lines(job, kind)
 
     def app(self, hosts: Sequence[str] | None, token: str | None) -> ASGIApp:
         """All paths, behind the guard."""
@@ -231,7 +225,8 @@ class Server(uvicorn.Server):
         super().__init__(uvicorn.Config(app, timeout_graceful_shutdown=1, server_header=False, **quiet))
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        self.play.ending.set()
+        for job in self.play.jobs:
+            job.stop()
         await super().shutdown(sockets)
         for played in self.play.models.values():
             played.worker.close()
