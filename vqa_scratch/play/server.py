@@ -83,8 +83,9 @@ class Guard:
         if (api or path == "/") and token and not secrets.compare_digest(given.encode(), token.encode()):
             raise HTTPException(403, "the address needs its token, as the terminal shows it: /?token=...")
         kind = headers.get("content-type", "").partition(";")[0].strip().lower()
-        if request.method == "POST" and kind != JSON:
-            raise HTTPException(415, f"what is posted must be {JSON}, not {kind or 'of no type'}")
+        wanted = "audio/wav" if path == "/api/voice" else JSON
+        if request.method == "POST" and kind != wanted:
+            raise HTTPException(415, f"what is posted must be {wanted}, not {kind or 'of no type'}")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def with_headers(message: Any) -> None:
@@ -103,16 +104,10 @@ class Guard:
 
 
 async def body_of(request: Request) -> bytes:
-    """What is posted. Raises HTTPException for too much of it."""
-    body, size = bytearray(), int(request.headers.get("content-length", 0))
-    if size <= LARGEST_BODY:
-        async for part in request.stream():
-            body += part
-            if (size := len(body)) > LARGEST_BODY:
-                break
-    if size > LARGEST_BODY:
+    """What is posted. Raises HTTPException for too much of it, or for no length, as no browser sends."""
+    if not 0 <= int(request.headers.get("content-length", -1)) <= LARGEST_BODY:
         raise HTTPException(413, f"a request has at most {LARGEST_BODY:,} bytes; make the picture smaller")
-    return bytes(body)
+    return await request.body()
 
 
 class Lines(Response):
@@ -144,10 +139,11 @@ class Lines(Response):
 
 
 class Play:
-    """The answers to every path, for one or two models."""
+    """The answers to every path, for one or two models; `hears` gives the words of a spoken question, a WAV."""
 
-    def __init__(self, models: Sequence[Played]) -> None:
-        self.models, self.jobs = {played.name: played for played in models}, weakref.WeakSet[Job]()
+    def __init__(self, models: Sequence[Played], hears: Callable[[bytes], str] | None) -> None:
+        self.models, self.hears = {played.name: played for played in models}, hears
+        self.jobs = weakref.WeakSet[Job]()
 
     def played(self, name: Any) -> Played:
         """The model that a request names."""
@@ -167,7 +163,8 @@ class Play:
         """What needs no state: the models, what draws a scene, unseen scenes, the rows of a log."""
         name = request.path_params["name"]
         if name == "models":
-            return JSONResponse([played.described() for played in self.models.values()])
+            voice = {"voice": self.hears is not None}
+            return JSONResponse([played.described() | voice for played in self.models.values()])
         if name == "shapes":
             return JSONResponse(editor())
         if name not in ("scenes", "training"):
@@ -186,6 +183,13 @@ class Play:
         played = self.played(name)
         return self._answer(played, lambda job: work(played, state, job), kind, in_pieces=work is answers.heads)
 
+    async def heard(self, request: Request) -> Response:
+        """The words of a question that was asked aloud."""
+        if (hears := self.hears) is None:
+            raise HTTPException(404, "nothing here hears: start with --voice-model")
+        data = await body_of(request)
+        return self._answer(next(iter(self.models.values())), lambda job: iter([{"text": hears(data)}]), JSON)
+
     def _answer(self, played: Played, work: Callable[[Job], Any], kind: str, in_pieces: bool = False) -> Response:
         def fresh(job: Job) -> Iterator[Any]:
             played.refresh()
@@ -200,7 +204,8 @@ class Play:
         """All paths, behind the guard."""
         got: dict[str, Callable[..., Awaitable[Response]]] = {"/": partial(self.file, folder="page")}
         got |= {f"/{folder}/{{name}}": partial(self.file, folder=folder) for folder in FOLDERS}
-        posted = {f"/api/{work.__name__}": partial(self.asked, work=work, kind=kind) for work, kind in POSTED.items()}
+        posted: dict[str, Any] = {"/api/voice": self.heard}
+        posted |= {f"/api/{work.__name__}": partial(self.asked, work=work, kind=kind) for work, kind in POSTED.items()}
         routes = [Route(path, endpoint, methods=["POST"]) for path, endpoint in posted.items()]
         routes += [Route(path, endpoint) for path, endpoint in (got | {"/api/{name}": self.got}).items()]
         wrong: Any = dict.fromkeys((HTTPException, UserError, ClientDisconnect), refusal)
@@ -218,8 +223,8 @@ def number_in(request: Request, name: str, default: int) -> int:
 class Server(uvicorn.Server):
     """Serves until Ctrl-C, which ends it at once: open answers end first, since uvicorn would wait for them."""
 
-    def __init__(self, models: Sequence[Played], hosts: Sequence[str] | None, token: str | None) -> None:
-        self.play = Play(models)
+    def __init__(self, play: Play, hosts: Sequence[str] | None, token: str | None) -> None:
+        self.play = play
         quiet: dict[str, Any] = {"lifespan": "off", "ws": "none", "access_log": False, "log_level": "critical"}
         app = self.play.app(hosts, token)
         super().__init__(uvicorn.Config(app, timeout_graceful_shutdown=1, server_header=False, **quiet))
