@@ -20,7 +20,7 @@ from vqa_scratch.study.record import take_apart
 from vqa_scratch.study.report import joined, page, study_data
 
 FOLDER = report.files("vqa_scratch.study").joinpath("page")
-ENTER, DELETE, RIGHT = "\ue007", "\ue017", "\ue014"
+DELETE, RIGHT = "Delete", "ArrowRight"
 
 
 def studied(name: str, seed: int = 1):
@@ -360,7 +360,7 @@ def test_heads_that_matter_are_counted_as_they_are_tried(made, window):
     data = study_data(made.tokens)
     p = data["answer"]["probability"]
     draw(window, made, data | {"matter": {"rows": [], "total": None, "done": False}})
-    assert texts(window, ".count") == ["0 of all heads matter for this answer"]
+    assert texts(window, ".count") == ["0 of all heads matter for this answer so far"]
     rows = [
         {"name": "decoder.0.cross", "head": 0, "answer": "red", "probability": p - 0.001, "changed": False},
         {"name": "decoder.1.cross", "head": 2, "answer": "blue", "probability": 0.6, "changed": True},
@@ -368,8 +368,8 @@ def test_heads_that_matter_are_counted_as_they_are_tried(made, window):
     ]
     for tried in (1, 3):
         window.script(f"drawn.update({{matter: {json.dumps({'rows': rows[:tried], 'total': 16})}}})")
-    assert texts(window, ".count") == ["2 of 16 heads matter for this answer"]
-    assert "3 tried so far" in texts(window, ".matter .lead")[0]
+    assert texts(window, ".count") == ["2 of 16 heads matter for this answer so far"]
+    assert "3 were tried" in texts(window, ".matter .lead")[0]
     assert [row[0] for row in rows_of(window, ".matter table")] == [
         "decoder.1.cross head 2", "decoder.1.self head 1", "decoder.0.cross head 0"
     ]  # fmt: skip
