@@ -287,7 +287,6 @@ def draw(
     window,
     made,
     data,
-    more="",
     hooks="knock: (e) => calls.push(['knock', e]), select: (v) => calls.push(['select', v])",
 ):
     """Draw `data` with hooks that write down how they are called."""
