@@ -1,9 +1,9 @@
 """Writes the report: one HTML file with everything in it, which opens from disk without a network.
 
 The page is report.html of the folder page/, with study.css, the modules of page/ joined into one script, and the data
-as JSON. Arrays are base64: weights as one byte each with a scale for every row, numbers in half or single precision. JSON
-inside <script> is escaped so that no text can end it, and the page sets every text by `textContent`, so
-a question is never markup.
+as JSON. Arrays are base64: weights as one byte each with a scale for every row, numbers in half or single precision.
+JSON inside <script> is escaped so that no text can end it, and the page sets every text by `textContent`, so a question
+is never markup.
 
 Shapes: L layers, H heads, A answer tokens, K keys.
 """
