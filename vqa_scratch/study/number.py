@@ -26,8 +26,10 @@ SHOWN = 8  # dimensions of the state that a page shows
 def opened_head(
     subject: Subject, t: Trace, layer: int, head: int, rows: list[int], directions: Sequence[Tensor]
 ) -> dict[str, Any]:
-    """The numbers of head `head` of the `layer`th attention that reads the sources, packed for the page; of a generation
-    whose A tokens were written at `rows`, with the `logit_direction` of each, or none without a linear head.
+    """The numbers of head `head` of the `layer`th attention that reads the sources, packed for the page.
+
+    Of a generation whose A tokens were written at `rows`, with the `logit_direction` of each, or none without a linear
+    head.
 
     q (A, d), k and v (K, d), z (A, d), dots and mask (A, K), lse (A,), as they ran. `out` has for each answer token the
     `dims` of the state to which the head adds most: the `values` added, what one unit there is `worth` to the token's

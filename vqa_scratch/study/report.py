@@ -1,9 +1,9 @@
 """Writes the report: one HTML file with everything in it, which opens from disk without a network.
 
-The page is report.html of the folder page/, with study.css, the modules of page/ joined into one script, and the data as
-JSON. Arrays are base64: weights as one byte each with a scale for every row, numbers that are shown in half or single
-precision. JSON inside <script> is escaped so that no text can end it, and the page sets every text by `textContent`, so
-a question is never markup.
+The page is report.html of the folder page/, with study.css, the modules of page/ joined into one script, and the data
+as JSON. Arrays are base64: weights as one byte each with a scale for every row, numbers in half or single precision.
+JSON inside <script> is escaped so that no text can end it, and the page sets every text by `textContent`, so a question
+is never markup.
 
 Shapes: L layers, H heads, A answer tokens, K keys.
 """
@@ -82,7 +82,7 @@ def _opened_heads(study: Study, order: list[tuple[int, int]]) -> list[dict[str, 
 
 
 def _words(study: Study) -> dict[str, Any] | None:
-    """The words of the keys that are about the image, by layer; of many layers only as many as fit the budget of patterns, evenly."""
+    """The words of the keys about the image, by layer; of many layers as many as fit the budget of patterns, evenly."""
     found = image_lens(study.opened.subject, study.trace, study.opened.label)
     if found is None:
         return None
@@ -187,7 +187,7 @@ def joined(folder: Traversable, entry: str) -> str:
         done[name] = re.sub(r"^export ", "", IMPORT.sub("", text), flags=re.M)
 
     add(entry)
-    return "\"use strict\";\n{\n" + "\n".join(done.values()) + "}"
+    return '"use strict";\n{\n' + "\n".join(done.values()) + "}"
 
 
 def page(studies: list[Study]) -> str:
