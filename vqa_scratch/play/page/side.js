@@ -73,7 +73,7 @@ export class Side {
     unchanged.hidden = !line.plain;
     if (line.plain) {
       const other = line.plain.answer !== line.answer, before = amount(line.plain.probability, this.model.measure);
-      unchanged.classList.toggle("other", other);
+      unchanged.classList.toggle("differs", other);
       unchanged.replaceChildren(h("b", {}, other ? "Another answer. " : "The same answer. "), `Unchanged, the model says “${line.plain.answer || "(nothing)"}”, ${before}; with your changes “${answer}”, ${sure}.`);
     }
     said.textContent = `The answer is ${answer}, ${sure}.${line.plain ? ` Unchanged: ${line.plain.answer}.` : ""}`;
