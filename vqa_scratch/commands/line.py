@@ -86,6 +86,15 @@ def open_run(folder: Path, device: str = "cpu", precision: str = "fp32") -> "Sys
     return systems.load(folder, pick_device(device), precision)
 
 
+def open_latest(folder: Path, device: str = "cpu", precision: str = "fp32") -> "tuple[System, int | None]":
+    """`systems.load_latest` with the values of the flags; of a run that was tuned by feedback its policy."""
+    from vqa_scratch import systems
+    from vqa_scratch.commands.study_files import run_folder
+    from vqa_scratch.training.precision import pick_device
+
+    return systems.load_latest(run_folder(folder), pick_device(device), precision)
+
+
 def open_asked(run: Path | None, model: str | None, device: str, precision: str, quantize: str | None = None) -> Any:
     """A run, or a released model: what can be asked about an image, maybe with its decoder's weights in a format.
 
