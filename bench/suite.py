@@ -30,6 +30,7 @@ CPU = {
     "binding": [],
     "quantize": [],
     "voice": [],
+    "speak": [],
 }
 GPU = {
     "attention": [],

@@ -61,6 +61,7 @@ def transcribe(
     from vqa_scratch.audio.reading import read_audio
     from vqa_scratch.storage import check_writable, write_text
     from vqa_scratch.training.precision import pick_device
+    from vqa_scratch.training.progress import EverySecond
     from vqa_scratch.transcription import formats, open_transcriber
 
     if out is not None:
@@ -72,7 +73,8 @@ def transcribe(
     opened.check(language, task, how.get("max_new_tokens"))  # before a long file is read
     wave = read_audio(recording)
     shape = "{desc} {percentage:3.0f}%|{bar}| {n:.0f} of {total:.0f} s [{elapsed}<{remaining}]"
-    with tqdm(desc="listening", total=len(wave) / RATE, bar_format=shape, leave=False) as bar:
+    bar = tqdm(desc="listening", total=len(wave) / RATE, bar_format=shape, leave=False)
+    with bar, EverySecond(bar.refresh):  # a window of 30 s, its tries and all, may take minutes
 
         def heard() -> Iterator["Segment"]:
             for segment in opened.transcribe(wave, language=language, task=task, **how):

@@ -85,11 +85,15 @@ class Transcriber:
         if (max_new_tokens or 0) > room:
             raise UserError(f"max_new_tokens {max_new_tokens}: a window of {self.source} has room for {room}")
 
+    def features(self, wave: Tensor) -> Tensor:
+        """Samples (n,) of a window at most -> the log-mel (1, M, F) of the window."""
+        config = self.model.config
+        return log_mel(wave.to(self.device), config.mels, seconds=config.frames * HOP / RATE)[None]
+
     @torch.inference_mode()
     def states(self, wave: Tensor) -> Tensor:
         """Samples (n,) of a window at most -> states (1, N, D)."""
-        config = self.model.config
-        return self.model.encode(log_mel(wave.to(self.device), config.mels, seconds=config.frames * HOP / RATE)[None])
+        return self.model.encode(self.features(wave))
 
     def transcribe(
         self,
