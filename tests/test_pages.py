@@ -68,7 +68,7 @@ def test_the_measure_of_contrast_is_that_of_wcag():
     )
 
 
-REPORT = report.files("vqa_scratch.study").joinpath("report.css").read_text(encoding="utf-8")
+REPORT = report.files("vqa_scratch.study").joinpath("page/study.css").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(

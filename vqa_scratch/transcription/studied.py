@@ -17,7 +17,7 @@ from vqa_scratch.nn.connecting import Conditioning
 from vqa_scratch.nn.memory import Memory
 from vqa_scratch.study.base import Source, block_attentions
 from vqa_scratch.study.opened import Opened, run_name, written
-from vqa_scratch.study.report import packed
+from vqa_scratch.study.packing import packed
 from vqa_scratch.study.subject import WritingSubject
 from vqa_scratch.transcription.transcriber import Transcriber, open_transcriber
 from vqa_scratch.transcription.window import Window
