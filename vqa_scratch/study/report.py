@@ -40,7 +40,7 @@ def _attention(study: Study, names: list[str], kind: str) -> dict[str, Any]:
 
     The attention that reads the sources, "cross", always has one row for each answer token.
     """
-    subject, rows, patterns = study.opened.subject, None, list[Tensor]()
+    subject, rows, patterns = study.opened.subject, None, list[torch.Tensor]()
     asked = next((source.asked for source in subject.sources if source.name == kind), 0)
     for name in names:
         pattern = study.trace.pattern(name)[0].cpu()

@@ -80,7 +80,7 @@ def heard_in(opened: Transcriber, path: Path, ctc: nn.Module | None = None, symb
         sound["mel"] = packed(shown - shown.min(), "u8")
         return {"sound": sound if ctc is None else sound | posteriors(ctc(states[0, : -(-frames // 2)]), symbols)}
 
-    answer = written(vocabulary.tokenizer, prompt)
+    answer = written(vocabulary.tokenizer, prompt) | {"decode": lambda ids: vocabulary.text(ids).strip()}
     return Opened(run_name(Path(opened.source)), subject, path.name, None, **answer, more=along)
 
 
