@@ -77,8 +77,6 @@ def array(packed):
 
 # ---------------------------------------------------------------------------------------------- in a browser
 
-pytestmark_browser = pytest.mark.skipif(not browser.available(), reason="needs chromium and chromedriver")
-
 
 @pytest.fixture(scope="module")
 def window():
@@ -302,11 +300,7 @@ def test_a_change_stands_beside_the_unchanged_run(made, window):
     after, before = study_data(made.llava), study_data(studied("llava", 2))
     text, p = before["answer"]["text"], before["answer"]["probability"]
     after["plain"] = {"answer": text, "probability": p, "tokens": before["tokens"], "flows": before["flows"]}
-    draw(window, made, after, hooks="knock: (e) => calls.push(['knock', e])")
-    window.script("edits.push({kind: 'head', name: 'decoder.1.self', head: 2, scale: 0}); drawn.update(data)")
-    assert texts(window, ".difference .pickers button") == ["without decoder.1.self head 2 ×"]
-    window.click(".difference .pickers button")
-    assert calls(window, "knock") == [{"kind": "head", "name": "decoder.1.self", "head": 2, "scale": 0}]
+    draw(window, made, after)
     rows = rows_of(window, ".difference table")
     shown = [figure(rows[0][i].split("”")[1]) for i in (1, 2)]
     assert shown == pytest.approx([100 * data["answer"]["probability"] for data in (before, after)], abs=0.51)
@@ -327,9 +321,8 @@ def test_a_change_stands_beside_the_unchanged_run(made, window):
 def test_heads_that_matter_are_counted_as_they_are_tried(made, window):
     data = study_data(made.tokens)
     p = data["answer"]["probability"]
-    draw(window, made, data, hooks="needs: (what) => { calls.push(['needs', what]); return new Promise(() => {}); }")
-    window.click(".matter button")
-    assert calls(window, "needs") == [{"kind": "heads"}]
+    draw(window, made, data | {"matter": {"rows": [], "total": None, "done": False}})
+    assert texts(window, ".count") == ["0 of all heads matter for this answer"]
     rows = [
         {"name": "decoder.0.cross", "head": 0, "answer": "red", "probability": p - 0.001, "changed": False},
         {"name": "decoder.1.cross", "head": 2, "answer": "blue", "probability": 0.6, "changed": True},

@@ -120,11 +120,12 @@ def image_lens(subject: Subject, t: Trace, label: Callable[[int], str], shown: i
         return None
     writer, kind = subject.writer, next(subject.decoder.parameters()).dtype
     if subject.prefix:
-        taps = [f"{writer}.0.resid_pre", *(f"{writer}.{i}.resid_post" for i in range(subject.layers))]
-        layers = ["before the first layer", *(f"after layer {i + 1}" for i in range(subject.layers))]
-        states = (t[tap][0, keys] for tap in taps)
+        taps = {"embedding": f"{writer}.0.resid_pre"}
+        taps |= {f"after layer {i}": f"{writer}.{i}.resid_post" for i in range(subject.layers)}
+        layers = [name for name, tap in taps.items() if t[tap].shape[1] >= subject.prefix]  # maybe the last has one token
+        states = (t[taps[name]][0, keys] for name in layers)
     else:
-        layers = [f"layer {int(name.split('.')[1]) + 1}" for name in subject.reading]
+        layers = [f"layer {name.split('.')[1]}" for name in subject.reading]
         states = (_written(t, name)[keys] for name in subject.reading)
     best = []
     for of_layer in states:  # one after the other: a large vocabulary times all layers would not fit

@@ -188,7 +188,7 @@ export class AnswerView {
   showFed(s) {
     const fed = s === null ? [] : this.study.feeds(s).filter(([, , token]) => token >= 0), most = Math.max(1e-9, ...fed.map(([, share]) => share));
     this.fed.forEach((box) => box.replaceChildren());
-    for (const [, share, token] of fed) this.fed[token].replaceChildren(meter(share / most), `${percent(share)} of it`);
+    for (const [, share, token] of fed) this.fed[token].replaceChildren(meter(share / most), percent(share));
   }
 
   /** A patch in words, and the words that it feeds. */
