@@ -213,6 +213,20 @@ def masked(mel: np.ndarray, bands: int, rng: np.random.Generator) -> np.ndarray:
     return mel
 
 
+def windows(mels: Sequence[np.ndarray], frames: int) -> Tensor:
+    """Log-mels (T, M) -> (B, M, F), each filled up with silence."""
+    whole = np.empty((len(mels), frames, mels[0].shape[1]), np.float32)
+    for window, mel in zip(whole, mels, strict=True):
+        window[:] = float(mel.max()) - LOUD
+        window[: len(mel)] = mel
+    return torch.from_numpy(whole).transpose(1, 2)
+
+
+def sound_of(mels: Sequence[np.ndarray], frames: int) -> Tensor:
+    """(B, F / 2): which states of the encoder, of two frames each, hold sound."""
+    return torch.arange(frames // 2) < torch.tensor([-(-len(mel) // 2) for mel in mels])[:, None]
+
+
 class Spoken:
     """Utterances with the ids of their transcripts. The decoder starts from `prompt`, whose tokens have no loss."""
 
@@ -232,14 +246,15 @@ class Spoken:
     def batch(self, rows: np.ndarray, bands: int = 0, seed: Sequence[int] = ()) -> SpeechBatch:
         """The batch of these rows, each filled up with silence, with so many `bands` taken out of it; which ones
         depends on the seed and its row."""
-        features = np.empty((len(rows), self.frames, self.samples[0].mel.shape[1]), np.float32)
-        for window, row in zip(features, rows, strict=True):
-            mel = self.samples[row].mel
-            window[:] = float(mel.max()) - LOUD
-            window[: len(mel)] = masked(mel, bands, np.random.default_rng([*seed, row])) if bands else mel
+        mels = [self.samples[row].mel for row in rows]
+        shown = mels
+        if bands:
+            shown = [
+                masked(mel, bands, np.random.default_rng([*seed, row])) for mel, row in zip(mels, rows, strict=True)
+            ]
         return SpeechBatch(
-            features=torch.from_numpy(features).transpose(1, 2),
-            states=torch.tensor([-(-len(self.samples[row].mel) // 2) for row in rows]),
+            features=windows(shown, self.frames),
+            states=sound_of(mels, self.frames).sum(1),
             letters=self.letters.padded(rows, -1)[0],
             decoder_input_ids=self.inputs.padded(rows, self.fill)[0],
             labels=self.labels.padded(rows, IGNORE)[0],

@@ -298,7 +298,7 @@ def small_model(options: VoiceOptions, tokenizer: Tokenizer) -> WhisperCTC:
     config = WhisperConfig(
         vocab_size=len(tokenizer),
         source_positions=FRAMES * options.window // 2,
-        max_positions=2 * MOST * options.window + 8,
+        max_positions=2 * MOST * options.window,
         dim=width,
         encoder_layers=options.encoder_layers,
         encoder_heads=options.heads,
