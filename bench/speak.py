@@ -4,9 +4,9 @@ It learns from the speakers of `python -m bench voice`, each with an embedding o
 pink noise 40 dB below each utterance, as in a quiet room: a digital silence is a cliff that no mean frame goes over.
 Griffin-Lim makes the sound, so its row says what is lost there. MCD is mel-cepstral distortion along the best path
 (`audio/distortion.py`), always against the drawn voice's own frames of that sentence. Recognisers read the sound back:
-the network of `python -m bench voice`, trained here on drawn voices alone, and with `--whisper` a Whisper, which knows
-neither. The attention is checked against the truth, which drawn voices know: the share of steps whose peak is on a
-letter of the word that is said then, and within one letter of the sound.
+the network of `python -m bench voice`, trained here on drawn voices alone, and with `--judge` a run of preset voice, or
+a Whisper, which knows neither. Drawn voices know when each word is said, so the attention is held against the truth:
+the share of steps whose peak is on a letter of the word that is said then, and at most one letter from the sound.
 
 Shapes: B utterances, N letters, F frames, M mels, r frames a step, T steps of the decoder, S numbers of a speaker.
 """
@@ -14,7 +14,6 @@ Shapes: B utterances, N letters, F frames, M mels, r frames a step, T steps of t
 import math
 import random
 import string
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -28,22 +27,27 @@ from tokenizers import normalizers
 from torch import Tensor, nn
 
 from bench import results, timing, voice
-from vqa_scratch.audio import log_mel, speecht5_mel, write_wav
+from vqa_scratch.audio import speecht5_mel
 from vqa_scratch.audio.distortion import mel_cepstral_distortion
 from vqa_scratch.audio.griffin_lim import HOP, griffin_lim
-from vqa_scratch.commands.line import FOLDER, check_no_run
+from vqa_scratch.commands.line import FOLDER, check_no_run, open_ears
+from vqa_scratch.commands.speak import OWN
 from vqa_scratch.data.letters import WORD, of_letters
+from vqa_scratch.data.spoken import CLEAN, Utterance, mel_of, mixed, plain
 from vqa_scratch.data.text import Tokenizer
 from vqa_scratch.data.voices import PITCH, RATE, TRACT, Span, Speaker, sentences, with_noise
 from vqa_scratch.data.voices import speak as drawn_speech
 from vqa_scratch.generate.ctc import ctc_greedy
+from vqa_scratch.metrics import word_error_rate
 from vqa_scratch.models import SpeechT5, SpeechT5Config
 from vqa_scratch.models.speecht5 import PADDING
 from vqa_scratch.nn import taps
+from vqa_scratch.storage import read_object, write_json
 from vqa_scratch.training.spectrogram import CrossWeights, spectrogram_loss
 
 NOISE = 40  # dB below the voice
-TESTED = 48
+TESTED, FEW = 48, 16  # sentences of a row; of which judges that take their time hear some
+ABOUT = "training.json"
 SPECIAL = ["<s>", "<pad>", "</s>", "<unk>"]  # in SpeechT5's order
 SIZES = {
     "dim": 128, "encoder_layers": 2, "encoder_heads": 4, "encoder_hidden": 384, "decoder_layers": 2,
@@ -117,7 +121,7 @@ def train(lines: list[Line], seconds: float, seed: int) -> tuple[SpeechT5, int]:
         model.to_frames.bias.copy_(torch.cat([line.mel for line in lines]).mean(0).repeat(model.config.reduction))
     lengths = [len(line.mel) for line in lines]
 
-    def loss_of(part: np.ndarray) -> Tensor:
+    def loss_of(part: list[int], step: int) -> Tensor:
         return sum(spectrogram_loss(model, *batch_of([lines[i] for i in part], model.config.reduction)))
 
     return model, voice.learn(model, lengths, loss_of, seconds, seed)
@@ -186,83 +190,82 @@ def distortion(waves: list[np.ndarray], lines: list[Line]) -> float:
 
 
 @torch.no_grad()
-def heard_by(model: voice.Hearer, waves: list[np.ndarray]) -> list[list[str]]:
-    mels = [log_mel(torch.from_numpy(wave), seconds=None).half() for wave in waves]
-    mel, _, _, frames = voice.batch_of([voice.Utterance(mel, (), ()) for mel in mels])
-    return [[voice.VOCABULARY[label - 1] for label in row] for row in ctc_greedy(model(mel)[0], frames)]
+def heard_by(judge: voice.Hearer, waves: list[np.ndarray]) -> list[str]:
+    mel, _, _, frames = voice.batch_of([Utterance(0, "", mel_of(wave), CLEAN) for wave in waves])
+    return [" ".join(voice.VOCABULARY[label - 1] for label in row) for row in ctc_greedy(judge(mel)[0], frames)]
 
 
-def heard_by_whisper(folder: str, waves: list[np.ndarray]) -> list[list[str]]:
-    from vqa_scratch.transcription import open_transcriber
-
-    opened = open_transcriber(folder, torch.device("cpu"))
-    texts = ["".join(s.text for s in opened.transcribe(torch.from_numpy(wave), times=False)) for wave in waves]
-    return [text.lower().translate(str.maketrans("", "", string.punctuation)).split() for text in texts]
+def heard_through(folder: str, waves: list[np.ndarray]) -> list[str]:
+    ears = open_ears(folder)
+    return [plain("".join(s.text for s in ears.transcribe(torch.from_numpy(w), times=False))) for w in waves]
 
 
-def judged(model: SpeechT5, judge: voice.Hearer, whisper: str | None, tested: int, seed: int) -> list[list[str]]:
+def judged(model: SpeechT5, judge: voice.Hearer, folders: Sequence[str], tested: int, seed: int) -> list[list[str]]:
     """The rows of the table."""
-    rows = []
+    rows, named = [], "SpeechT5, unseen sentences, {}"
 
-    def row(name: str, waves: list[np.ndarray], lines: list[Line], mcd: float | None, goal: str = "") -> None:
-        said = [[word for word, _, _ in line.words] for line in lines]
-        errors = f"{voice.word_errors(said, heard_by(judge, waves)):.3f}{goal}"
-        few = slice(0, len(lines) // 2)  # a Whisper takes its time
-        other = "" if whisper is None else f"{voice.word_errors(said[few], heard_by_whisper(whisper, waves[few])):.3f}"
-        rows.append([name, "" if mcd is None else f"{mcd:.2f}", errors, other])
+    def row(name: str, waves: list[np.ndarray], lines: list[Line], goal: str = "") -> None:
+        said, some = [plain(line.text) for line in lines], slice(0, FEW)
+        errors = [f"{word_error_rate(said, heard_by(judge, waves)):.3f}{goal}"]
+        errors += [f"{word_error_rate(said[some], heard_through(folder, waves[some])):.3f}" for folder in folders]
+        rows.append([name, f"{distortion(waves, lines):.2f}", *errors])
 
     for unseen, who in ((False, "speakers as in training"), (True, "unseen speakers")):
         rng = np.random.default_rng(seed + 2)
         lines = draw(tested, seed + 1 + unseen, speakers=unseen, texts=True)
-        again = [Line.draw(line.text, line.speaker, rng) for line in lines]
         if not unseen:
-            row("the drawn voices themselves, a second time", [x.wave for x in again], lines,
-                distortion([x.wave for x in again], lines))  # fmt: skip
-            through = sounded([line.mel for line in lines], seed)
-            row("their frames through Griffin-Lim", through, lines, distortion(through, lines))
+            again = [Line.draw(line.text, line.speaker, rng) for line in lines]
+            row("the drawn voices themselves, a second time", [line.wave for line in again], lines)
+            row("their frames through Griffin-Lim", sounded([line.mel for line in lines], seed), lines)
         mels, stopped = said_by(model, lines, seed)
         waves = sounded(mels, seed)
-        row(f"SpeechT5, unseen sentences, {who}; {stopped:.0%} found their end", waves, lines,
-            distortion(waves, lines), " (goal at most 0.3)")  # fmt: skip
+        row(f"{named.format(who)}; {stopped:.0%} found their end", waves, lines, " (goal at most 0.3)")
         others = [Line.draw(lines[i - 1].text, line.speaker, rng) for i, line in enumerate(lines)]
-        rows.append([f"the same against another sentence, {who}", f"{distortion(waves, others):.2f}", "", ""])
+        shuffled = f"{distortion(waves, others):.2f}"
+        rows.append(
+            [f"{named.format(who)}, against the drawn voice with another", shuffled, *["-"] * (1 + len(folders))]
+        )
     return rows
 
 
+def trained(out: Path, minutes: float, number: int, seed: int) -> SpeechT5:
+    """The voice in a folder; if there is none yet, train it, and write it there with a speaker's embedding."""
+    if (out / ABOUT).is_file():
+        return SpeechT5.from_pretrained(out)
+    lines = draw(number, seed, speakers=False, texts=False)
+    model, heard = train(lines, 60 * minutes, seed)
+    model.save_pretrained(out)
+    letters().save(out)
+    np.save(out / OWN, embedding(lines[0].speaker).numpy())
+    write_json(out / ABOUT, {"utterances": number, "minutes": minutes, "heard": heard, "seed": seed})
+    return model
+
+
 def run(
-    minutes: float, number: int, judge_minutes: float, tested: int, seed: int, whisper: str | None, out: Path | None,
+    out: Path, minutes: float, number: int, judge_minutes: float, folders: Sequence[str], tested: int, seed: int,
     command: str,
 ) -> str:  # fmt: skip
-    """Draw, train the voice and its judge, save, score; returns the section of the results file."""
-    began = time.perf_counter()
-    lines = draw(number, seed, speakers=False, texts=False)
-    drawing = time.perf_counter() - began
-    model, trained = train(lines, 60 * minutes, seed)
-    if out is not None:
-        model.save_pretrained(out)
-        letters().save(out)
-        speaker = lines[0].speaker
-        np.save(out / "speaker.npy", embedding(speaker).numpy())
-        write_wav(out / "drawn.wav", torch.from_numpy(lines[0].wave))
+    """Train the voice, unless `out` has it, and its judge; score; returns the section of the results file."""
+    model = trained(out, minutes, number, seed)
+    about, size = read_object(out / ABOUT), sum(p.numel() for p in model.parameters())
     judge, _ = voice.train(
-        voice.draw(number // 2, seed + 9, voice.mixed, speakers=False, texts=False), 60 * judge_minutes, seed
+        voice.drawn(number // 2, seed + 9, {"mixed": mixed}, speakers=False, texts=False), 60 * judge_minutes, seed
     )
-    test = draw(tested, seed + 1, speakers=False, texts=True)
-    found = attention_found(model, test)
-    size = sum(p.numel() for p in model.parameters())
-    head = ["what is heard", "MCD, dB", "word errors, bench voice's recogniser", "word errors, Whisper"]
+    found = attention_found(model, draw(tested, seed + 1, speakers=False, texts=True))
+    head = ["what is heard", "MCD, dB", "word errors, bench voice's network"]
+    head += [f"word errors, {Path(folder).name}" for folder in folders]
     section = [
         "## Speaking as drawn voices do",
         "",
         " ".join(__doc__.split("\n\n")[1].split()),
         "",
-        results.table(head, judged(model, judge, whisper, tested, seed)),
+        results.table(head, judged(model, judge, folders, tested, seed)),
         "",
-        f"- Attention on unseen sentences: the peak is on the word that is said in {found['word']:.1%} of the steps, "
+        f"- Attention on unseen sentences: its peak is on the word that is said in {found['word']:.1%} of the steps, "
         f"within one letter of the sound in {found['letter']:.1%}.",
-        f"- {size:,} parameters, {number:,} utterances (drawn in {drawing:.0f} s),"
-        f" {trained:,} heard in {minutes:g} minutes; the recogniser learned for {judge_minutes:g}; {tested} tested a "
-        f"row, of which a Whisper hears half.",
+        f"- {size:,} parameters, {about['utterances']:,} utterances, {about['heard']:,} heard in {about['minutes']:g} "
+        f"minutes of a core; the network that judges learned for {judge_minutes:g}. {tested} sentences a row, of which "
+        f"the other judges hear {min(FEW, tested)}.",
         f"- {timing.machine('cpu')}. torch {torch.__version__}. Commit {timing.commit(Path(__file__).parent)}. "
         f"`{command}`",
     ]
@@ -273,21 +276,20 @@ def run(
 
 
 @click.command("speak")
-@click.option("--minutes", type=click.FloatRange(0, min_open=True), default=9.0, show_default=True, help="Of training.")
+@click.option("--out", type=FOLDER, required=True, help="Folder of the voice; one that is there is judged as it is.")
+@click.option("--minutes", type=click.FloatRange(0, min_open=True), default=8.0, show_default=True, help="Of a core.")
 @click.option("--judge-minutes", type=click.FloatRange(0, min_open=True), default=3.0, show_default=True,
-              help="Of training the recogniser.")  # fmt: skip
-@click.option("--utterances", type=click.IntRange(64), default=4_000, show_default=True, help="To train on.")
-@click.option("--tested", type=click.IntRange(2), default=TESTED, show_default=True, help="Utterances of a row.")
-@click.option("--whisper", help="A folder of a Whisper, to hear what was said.")
-@click.option("--out", type=FOLDER, help="Folder for the trained voice, which `speak --model` speaks with.")
+              help="Of a core, for the network that judges.")  # fmt: skip
+@click.option("--utterances", type=click.IntRange(64), default=2_500, show_default=True, help="To train on.")
+@click.option("--tested", type=click.IntRange(2), default=TESTED, show_default=True, help="Sentences of a row.")
+@click.option("--judge", "judges", multiple=True, help="Another judge: a run of preset voice, or a Whisper; repeat it.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of voices, weights and order.")
 @click.option("--write", is_flag=True, help="Put the table into bench/RESULTS.md.")
 def command(
-    minutes: float, judge_minutes: float, utterances: int, tested: int, whisper: str | None, out: Path | None,
-    seed: int, write: bool,
+    out: Path, minutes: float, judge_minutes: float, utterances: int, tested: int, judges: tuple[str, ...], seed: int,
+    write: bool,
 ) -> None:  # fmt: skip
     """A small SpeechT5 learns to speak as drawn voices do; sentences and speakers that it never heard."""
-    if out is not None:
-        check_no_run(out, "--out")
-    text = run(minutes, utterances, judge_minutes, tested, seed, whisper, out, results.command_given())
+    check_no_run(out, "--out")
+    text = run(out, minutes, utterances, judge_minutes, judges, tested, seed, results.command_given())
     results.present("speak", text, write)

@@ -30,7 +30,7 @@ CPU = {
     "binding": [],
     "quantize": [],
     "voice": [],
-    "speak": [],
+    "speak": ["--out", "runs/spoken"],
 }
 GPU = {
     "attention": [],

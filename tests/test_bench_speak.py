@@ -64,7 +64,10 @@ def test_a_trained_voice_speaks_from_its_folder(tmp_path, monkeypatch, capsys):
     """A few steps, and all that the table needs; the folder is what `speak --model` reads."""
     monkeypatch.setattr(speak, "SIZES", speak.SIZES | SMALL)
     monkeypatch.setattr(voice, "BATCH", 2)
-    text = speak.run(1e-3, 4, 1e-3, 2, 0, None, tmp_path / "voice", "command")
+    monkeypatch.setattr(speak, "griffin_lim", lambda mel, draw: torch.randn(256 * len(mel), generator=draw))
+    text = speak.run(tmp_path / "voice", 1e-3, 4, 1e-3, (), 2, 0, "command")
+    monkeypatch.delattr(speak, "train")  # a voice that is there is not trained again
+    assert not speak.trained(tmp_path / "voice", 1e-3, 4, 0).training
     assert "found their end" in text and "Griffin-Lim" in text and text.count("(goal at most 0.3)") == 2
     command("speak", "Where is 1 circle?", "--model", tmp_path / "voice", "--out", tmp_path / "a.wav")
     assert "s of speech written to" in capsys.readouterr().out

@@ -178,7 +178,12 @@ EDITS = [
     {"kind": "source", "source": "image", "token": 9},
     {"kind": "source", "source": "text", "token": 2},
     {"kind": "key", "key": 3},
-    {"kind": "patch", "name": "image.0.resid_post", "head": None, "from": {"picture": {"objects": RED}, "question": QUESTION}},
+    {
+        "kind": "patch",
+        "name": "image.0.resid_post",
+        "head": None,
+        "from": {"picture": {"objects": RED}, "question": QUESTION},
+    },
 ]
 
 
@@ -270,7 +275,9 @@ def test_what_is_wrong_with_a_request_is_one_line(live, state, change, message):
 def test_hostile_text_is_only_text(live, state):
     hostile = "</script><script>alert(1)</script> \u202e\x00"
     found = last(live.ask("/api/ask", state | {"question": hostile}))
-    assert found["notes"] and live.ask("/api/study", state | {"question": hostile})[1]["study"]["text"] == hostile.strip()
+    assert (
+        found["notes"] and live.ask("/api/study", state | {"question": hostile})[1]["study"]["text"] == hostile.strip()
+    )
     for body in (b"{", b"[" * 100_000, b"\xff", b"[]", json.dumps({"model": []}).encode()):
         status, answer = live.ask("/api/ask", body)
         assert status == 400 and "\n" not in answer["error"]
@@ -399,11 +406,23 @@ def test_a_run_that_trains_is_watched_and_opened_again(data, tmp_path):
     append_line(folder / "metrics.jsonl", '{"step": 1, "loss": 2.0}')
     played = Played("0", "old", lambda: open_run(folder, "cpu", "fp32"), folder)
     played.worker.close()
-    assert played.training(0) == {"rows": [{"step": 1, "loss": 2.0}], "total": 1, "running": False, "step": None, "loaded": 1}
+    assert played.training(0) == {
+        "rows": [{"step": 1, "loss": 2.0}],
+        "total": 1,
+        "running": False,
+        "step": None,
+        "loaded": 1,
+    }
     (folder / LOCK).touch()
     with open(folder / "metrics.jsonl", "a") as file:
         file.write('{"step": 2, "loss": 1.0}\n{"step": 3, "lo')
-    assert played.training(1) == {"rows": [{"step": 2, "loss": 1.0}], "total": 2, "running": True, "step": None, "loaded": 1}
+    assert played.training(1) == {
+        "rows": [{"step": 2, "loss": 1.0}],
+        "total": 2,
+        "running": True,
+        "step": None,
+        "loaded": 1,
+    }
     os.utime(folder / "metrics.jsonl", (0, 0))
     assert not played.training(0)["running"]
     weights = {name: torch.zeros_like(tensor) for name, tensor in played.system.model.state_dict().items()}

@@ -272,7 +272,9 @@ def test_the_numbers_of_a_row_lead_from_q_and_k_to_the_logit(name):
     one, ids = opened(subject), subject.generate()
     row, attention = len(subject.prompt) - 1 + (len(ids) > 1), subject.reading[-1]
     found = head_row(one, attention, 2, row)
-    scores = found["scale"] * np.array(found["k"]) @ found["q"] + np.array([-np.inf if m is None else m for m in found["mask"]])
+    scores = found["scale"] * np.array(found["k"]) @ found["q"] + np.array(
+        [-np.inf if m is None else m for m in found["mask"]]
+    )
     weights = np.exp(scores - scores.max()) / np.exp(scores - scores.max()).sum()
     np.testing.assert_allclose(found["weights"], weights, atol=1e-5)
     np.testing.assert_allclose(found["z"], weights @ np.array(found["v"]), atol=1e-5)

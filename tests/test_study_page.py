@@ -215,7 +215,10 @@ def test_a_patch_says_which_words_it_feeds_and_a_word_too(made, window):
         "const m = document.querySelector('.picture canvas'), b = m.getBoundingClientRect();"
         "m.dispatchEvent(new PointerEvent('pointermove', {clientX: b.left + b.width / 2, clientY: b.top + b.height / 2}))"
     )
-    shares = [float(study.flows["relevancy"].sources[t.row, 4] / study.flows["relevancy"].sources[t.row].sum()) for t in study.tokens]
+    shares = [
+        float(study.flows["relevancy"].sources[t.row, 4] / study.flows["relevancy"].sources[t.row].sum())
+        for t in study.tokens
+    ]
     fed = texts(window, ".token .fed")
     assert [figure(text.split("%")[0]) for text in fed] == pytest.approx([100 * s for s in shares], abs=0.51)
     note = texts(window, ".note")[0]
@@ -234,7 +237,13 @@ def test_a_patch_says_which_words_it_feeds_and_a_word_too(made, window):
 # ---------------------------------------------------------------------------------------------- with hooks
 
 
-def draw(window, made, data, more="", hooks="knock: (e) => calls.push(['knock', e]), select: (v) => calls.push(['select', v])"):
+def draw(
+    window,
+    made,
+    data,
+    more="",
+    hooks="knock: (e) => calls.push(['knock', e]), select: (v) => calls.push(['select', v])",
+):
     """Draw `data` with hooks that write down how they are called."""
     window.open(made.root / "live.html")
     window.script(
@@ -249,7 +258,7 @@ def calls(window, name):
 
 def test_parts_are_knocked_out_by_mouse_and_by_key(made, window):
     draw(window, made, study_data(made.tokens))
-    window.script("document.querySelector('.thumb[data-layer=\"1\"][data-head=\"2\"]').focus()")
+    window.script('document.querySelector(\'.thumb[data-layer="1"][data-head="2"]\').focus()')
     window.press(DELETE)
     head = {"kind": "head", "name": "decoder.1.cross", "head": 2, "scale": 0}
     assert calls(window, "knock") == [head]
@@ -268,7 +277,9 @@ def test_parts_are_knocked_out_by_mouse_and_by_key(made, window):
     ]
     window.click(".tools button")
     window.click('.thumb[data-layer="1"][data-head="2"]')
-    window.script("const s = document.querySelector('.tools input'); s.value = 0.5; s.dispatchEvent(new Event('change'))")
+    window.script(
+        "const s = document.querySelector('.tools input'); s.value = 0.5; s.dispatchEvent(new Event('change'))"
+    )
     assert calls(window, "knock") == [head | {"scale": 0.5}]
     window.script(f"edits.push({json.dumps(head)}); drawn.update(data)")
     assert texts(window, ".thumb.off .mark") == ["off"]
@@ -284,7 +295,9 @@ def test_a_view_is_told_kept_and_taken_from_a_link(made, window):
     view = calls(window, "select")[-1]
     assert view == {"mode": "head", "kind": "cross", "layer": 0, "head": 3, "token": 0, "key": -1, "depth": -1}
     window.script("document.querySelector('.thumb[data-head=\"3\"]').focus(); drawn.update(data)")
-    pressed = "return document.querySelector('.thumb[aria-pressed=true]').dataset.head + document.activeElement.dataset.head"
+    pressed = (
+        "return document.querySelector('.thumb[aria-pressed=true]').dataset.head + document.activeElement.dataset.head"
+    )
     assert window.script(pressed) == "33"
     window.script("drawn.select({mode: 'rollout', token: 'x', head: 1e9})")
     assert window.script("return document.querySelector('.segmented [aria-checked=true]').dataset.value") == "rollout"
@@ -308,12 +321,16 @@ def test_a_change_stands_beside_the_unchanged_run(made, window):
     new, old = (array(data["flows"]["relevancy"]["sources"])[row] for data in (after, before))
     change = 100 * (new / new.sum() - old / old.sum())
     words, patches = change[:-10], change[-9:]
-    assert [figure(text.split()[-1]) for text in texts(window, ".difference .words .word")] == pytest.approx(words, abs=0.06)
+    assert [figure(text.split()[-1]) for text in texts(window, ".difference .words .word")] == pytest.approx(
+        words, abs=0.06
+    )
     place = int(np.abs(patches).argmax())
     said = f"most changed: row {place // 3 + 1} column {place % 3 + 1} ({patches[place]:+.1f} points)".replace("-", "−")
     assert said in texts(window, ".difference .note")[0]
     assert texts(window, ".difference .legend")[1] == f"−{np.abs(patches).max():.1f}+{np.abs(patches).max():.1f} points"
-    painted = window.script("return [...document.querySelectorAll('.difference canvas')].slice(0, 3).map(c => c.toDataURL())")
+    painted = window.script(
+        "return [...document.querySelectorAll('.difference canvas')].slice(0, 3).map(c => c.toDataURL())"
+    )
     assert len(set(painted)) == 3
     assert window.log() == []
 
