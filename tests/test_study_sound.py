@@ -8,13 +8,15 @@ import pytest
 import torch
 from run_helpers import command
 from speech_helpers import FRAMES, reference
+from voice_helpers import tiny_options, tiny_system
 
 from vqa_scratch.audio.reading import write_wav
 from vqa_scratch.errors import UserError
 from vqa_scratch.study.analysis import relevancy, rollout
 from vqa_scratch.study.record import take_apart
+from vqa_scratch.study.report import study_data
 from vqa_scratch.transcription import open_transcriber
-from vqa_scratch.transcription.studied import heard_in
+from vqa_scratch.transcription.studied import heard_in, posteriors
 from vqa_scratch.transcription.window import Window
 
 SECONDS = 0.7  # of a window of one
@@ -77,7 +79,21 @@ def test_bad_input(root):
     refused("1.4 s long; a study is of one window, 1 s: cut it", *model, "--voice", root / "long.wav")
     refused("silent from beginning to end", *model, "--voice", root / "silence.wav")
     refused("there is no such sound file", *model, "--voice", root / "none.wav")
-    refused("--voice FILE is what a --model, a Whisper, hears", root, "--voice", root / "noise.wav")
-    refused("give it no run, image, question or text", *model, "--voice", root / "noise.wav", "--question", "why?")
+    refused("--voice FILE is all that RUN, or a --model, hears", "--voice", root / "noise.wav")
+    refused("give one of them, and nothing else", *model, "--voice", root / "noise.wav", "--question", "why?")
     refused("leave out --image, --voice", *model, "--voice", root / "noise.wav", "--pointing", root)
     assert not (root / "bad").exists()
+
+
+def test_a_run_that_hears_shows_what_ctc_hears(tmp_path):
+    """Chances of the letters that are ever likely, at the states of the sound, as its head gives them."""
+    wave = torch.randn(8_000, generator=torch.Generator().manual_seed(1)) * 0.1
+    write_wav(tmp_path / "a.wav", wave)
+    opened = heard_in(tiny_system(tiny_options(tmp_path)).transcriber(), tmp_path / "a.wav")
+    opened.subject.max_new_tokens = 3
+    study = take_apart(opened)
+    assert study.certificate.worst <= 1e-5
+    sound = study_data(study)["sound"]
+    assert sound["posteriors"]["shape"] == [len(sound["symbols"]), 25]
+    chances = posteriors(torch.tensor([[0.0, 9.0, 0.0], [9.0, 0.0, 0.0]]), "ab")
+    assert chances["symbols"] == ["blank", "a"] and chances["posteriors"]["shape"] == [2, 2]

@@ -22,7 +22,7 @@ ONE, SPLIT = "One answer", "Over a split"
         MODEL,
         Flag(["--out"], type=FOLDER, required=True, help="Folder for the report and all other files."),
         Flag(["--image"], type=FOLDER, help="Image file (a run of train.py, or --model).", group=ONE),
-        Flag(["--voice"], type=FOLDER, help="Sound file (--model, a Whisper): what it hears.", group=ONE),
+        Flag(["--voice"], type=FOLDER, help="Sound file (a run of preset voice, or --model, a Whisper).", group=ONE),
         Flag(["--question"], help="Question about the image.", group=ONE),
         Flag(["--text"], help="Text to compare with the image (preset clip); text file (rlhf.py, any T5).", group=ONE),
         Flag(["--compare"], type=FOLDER, help="A second run, side by side on the same input.", group=ONE),

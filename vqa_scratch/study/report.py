@@ -188,7 +188,7 @@ def joined(folder: Traversable, entry: str) -> str:
         done[name] = re.sub(r"^export ", "", IMPORT.sub("", text), flags=re.M)
 
     add(entry)
-    return "\"use strict\";\n{\n" + "\n".join(done.values()) + "}"
+    return '"use strict";\n{\n' + "\n".join(done.values()) + "}"
 
 
 def page(studies: list[Study]) -> str:

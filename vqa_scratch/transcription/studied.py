@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vqa_scratch.audio.features import HOP, RATE
 from vqa_scratch.audio.reading import read_audio
@@ -19,7 +19,7 @@ from vqa_scratch.study.base import Source, block_attentions
 from vqa_scratch.study.opened import Opened, run_name, written
 from vqa_scratch.study.packing import packed
 from vqa_scratch.study.subject import WritingSubject
-from vqa_scratch.transcription.transcriber import Transcriber, open_transcriber
+from vqa_scratch.transcription.transcriber import Transcriber
 from vqa_scratch.transcription.window import Window
 from vqa_scratch.transcription.words import STATE_SECONDS, word_times
 
@@ -43,16 +43,11 @@ class HeardSubject(WritingSubject):
         return Conditioning([Memory(self.model.encode(self.features))])
 
 
-def open_sound(source: str, path: Path, device: str = "cpu", precision: str = "fp32") -> Opened:
-    """Open a Whisper (as `open_transcriber`) with a sound file of one window at most, written down without times.
+def heard_in(opened: Transcriber, path: Path) -> Opened:
+    """A sound file of one window at most, as it is written down without times.
 
-    Raises UserError as these do, and for a longer file or one in which all is silent.
+    Raises UserError for a longer one, one in which all is silent, and as `read_audio`.
     """
-    return heard_in(open_transcriber(source, torch.device(device), precision), path)
-
-
-def heard_in(opened: Transcriber, path: Path, ctc: nn.Module | None = None, symbols: str = "") -> Opened:
-    """The same with a transcriber that is open, and maybe a head of its states: logits over a blank and `symbols`."""
     wave, sizes, vocabulary = read_audio(path), opened.model.config, opened.vocabulary
     if len(wave) > (most := sizes.frames * HOP):
         raise UserError(f"{path} is {len(wave) / RATE:.1f} s long; a study is of one window, {most / RATE:g} s: cut it")
@@ -78,7 +73,10 @@ def heard_in(opened: Transcriber, path: Path, ctc: nn.Module | None = None, symb
         words = [(w.text.strip(), w.start, w.end, w.probability) for w, _ in word_times(*given)] if said else []
         sound = {"source": "audio", "step": STATE_SECONDS, "seconds": frames * HOP / RATE, "words": words}
         sound["mel"] = packed(shown - shown.min(), "u8")
-        return {"sound": sound if ctc is None else sound | posteriors(ctc(states[0, : -(-frames // 2)]), symbols)}
+        if opened.spelled is not None:
+            head, symbols = opened.spelled
+            sound |= posteriors(head(states[0, : -(-frames // 2)]), symbols)
+        return {"sound": sound}
 
     answer = written(vocabulary.tokenizer, prompt) | {"decode": lambda ids: vocabulary.text(ids).strip()}
     return Opened(run_name(Path(opened.source)), subject, path.name, None, **answer, more=along)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vqa_scratch.audio.features import HOP, RATE, log_mel
 from vqa_scratch.data.text import Tokenizer
@@ -57,6 +57,7 @@ class Transcriber:
     barred: tuple[int, ...]  # tokens that never come
     barred_first: tuple[int, ...]  # and that do not come first
     heads: list[tuple[int, int]]  # (layer, head) of the attention that follows the sound
+    spelled: tuple[nn.Module, str] | None = None  # a head of CTC on the states, and its symbols after the blank
 
     @property
     def knows_times(self) -> bool:
