@@ -20,6 +20,7 @@ SYSTEMS = {  # by the name of its options: module and class
     "ViLTOptions": ("vilt", "ViLTSystem"),
     "CaptionOptions": ("caption", "CaptionSystem"),
     "CLIPOptions": ("clip", "CLIPSystem"),
+    "VoiceOptions": ("voice", "VoiceSystem"),
 }
 
 

@@ -57,4 +57,5 @@ PRESETS: dict[str, dict[str, Any]] = {
         "max_caption_tokens": 40,
     },
     "clip": {},
+    "voice": {},
 }

@@ -43,9 +43,9 @@ def write_run_config(folder: Path, options: RunOptions, sizes: dict[str, Any], d
 
 
 def check_same_data(options: RunOptions, found: Hashes) -> None:
-    """Raise UserError if a run that is resumed would go on with other data; --test-images may cut the test split."""
+    """Raise UserError if a run that is resumed would go on with other data; an option may cut the test split."""
     values, where = read_run_config(options.out), options.out / CONFIG
-    cut = values["train"].get("test_images") != options.test_images
+    cut = any(values["train"].get(name) != getattr(options, name) for name in options.limits_test)
     check_same(values.get("data"), found, where, but="test" if cut else None)
 
 
