@@ -58,8 +58,10 @@ def ask(
     """
     if voice is not None and question is not None:
         raise UserError("--question is typed, --voice spoken: give one of them")
-    if (voice is None) != (voice_model is None):
-        raise UserError("--voice, a sound file, and --voice-model, what hears it, go together: give both or none")
+    if voice is None and voice_model is not None:
+        raise UserError("--voice-model hears --voice, a sound file: give both")
+    if voice is not None and voice_model is None:
+        raise UserError("--voice is a sound file: give --voice-model, what hears the words in it")
     system = open_asked(run, model, device, precision, quantize)
     decoding = {name: value for name, value in decoding.items() if value is not None}
     if decoding and not system.writes:
