@@ -23,12 +23,14 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from vqa_scratch.audio.reading import read_wav
 from vqa_scratch.data.placed import editor
 from vqa_scratch.errors import UserError
 from vqa_scratch.play import answers
 from vqa_scratch.play.models import Played
 from vqa_scratch.play.worker import Job
 from vqa_scratch.storage import parse_json, typed
+from vqa_scratch.transcription import Transcriber
 
 LARGEST_BODY, MOST_SCENES = 12_000_000, 60  # bytes: an upload of 8 MB in base64
 FOLDERS = {"page": "vqa_scratch.play", "study": "vqa_scratch.study"}  # whose folder page/ is served
@@ -139,10 +141,11 @@ class Lines(Response):
 
 
 class Play:
-    """The answers to every path, for one or two models; `hears` gives the words of a spoken question, a WAV."""
+    """The answers to every path, for one or two models; `ears` hear spoken questions."""
 
-    def __init__(self, models: Sequence[Played], hears: Callable[[bytes], str] | None) -> None:
-        self.models, self.hears = {played.name: played for played in models}, hears
+    def __init__(self, models: Sequence[Played], ears: Transcriber | None) -> None:
+        self.models = {played.name: played for played in models}
+        self.ears = ears or next((played.ears for played in models if played.ears is not None), None)
         self.jobs = weakref.WeakSet[Job]()
 
     def played(self, name: Any) -> Played:
@@ -163,7 +166,7 @@ class Play:
         """What needs no state: the models, what draws a scene, unseen scenes, the rows of a log."""
         name = request.path_params["name"]
         if name == "models":
-            voice = {"voice": self.hears is not None}
+            voice = {"voice": self.ears is not None}
             return JSONResponse([played.described() | voice for played in self.models.values()])
         if name == "shapes":
             return JSONResponse(editor())
@@ -185,10 +188,10 @@ class Play:
 
     async def heard(self, request: Request) -> Response:
         """The words of a question that was asked aloud."""
-        if (hears := self.hears) is None:
+        if (ears := self.ears) is None:
             raise HTTPException(404, "nothing here hears: start with --voice-model")
-        data = await body_of(request)
-        return self._answer(next(iter(self.models.values())), lambda job: iter([{"text": hears(data)}]), JSON)
+        data, played = await body_of(request), next(iter(self.models.values()))
+        return self._answer(played, lambda job: iter([{"text": ears.words(read_wav(data, "the recording"))}]), JSON)
 
     def _answer(self, played: Played, work: Callable[[Job], Any], kind: str, in_pieces: bool = False) -> Response:
         def fresh(job: Job) -> Iterator[Any]:
