@@ -51,7 +51,7 @@ class Live:
     def __init__(self, models, token=None, ears=None):
         bound, self.hosts = bind("127.0.0.1", 0)
         self.port, self.token, self.models = bound.getsockname()[1], token, models
-        self.server = Server(Play(models, ears), self.hosts, token)
+        self.server = Server(Play(models, ears, self.hosts, token))
         self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [bound]})
         self.thread.start()
 
