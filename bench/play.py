@@ -1,7 +1,7 @@
 """The live page in Chromium: how long a visitor waits for it, and its pictures.
 
-Times are taken inside the page: from the click, the key or the mouse to the frame that shows the answer. Each is the median of
-`repeats`; dragging is measured for two seconds, with the mouse.
+Times are taken inside the page: from the click to the frame that shows the answer. Each is the median of `repeats`;
+dragging is measured for two seconds, with the mouse.
 """
 
 import re
@@ -38,7 +38,7 @@ GOALS = {
 
 @contextmanager
 def served(*arguments: str | Path) -> Iterator[tuple[str, int]]:
-    """(address, process id) of `python -m vqa_scratch play` with these arguments, on a free port; it ends with the context."""
+    """(address, process id) of `python -m vqa_scratch play` with these arguments; it ends with the context."""
     words = [sys.executable, "-m", "vqa_scratch", "play", *map(str, arguments), "--no-browser", "--port", "0"]
     process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
     try:
@@ -67,7 +67,7 @@ def after(page: "Page", event: str, act: str) -> float:
 
 def re_asks(page: "Page", seconds: float) -> float:
     """Answers a second while the first object of the scene is dragged around."""
-    page.evaluate("() => { window.asked = 0; document.addEventListener('live-answered', () => { window.asked += 1; }); }")
+    page.evaluate("() => { window.asked = 0; document.addEventListener('live-answered', () => (window.asked += 1)); }")
     box = page.locator("#canvas").bounding_box()
     item = page.locator("#canvas .object").first.bounding_box()
     assert box is not None and item is not None
@@ -104,16 +104,21 @@ def figures(page: "Page", address: str, repeats: int = 5, seconds: float = 2.0) 
 
 
 def pictures(page: "Page", address: str, folder: Path) -> None:
-    """play.png: the page as it opens; play-change.png: with two heads off; play-tour.png: dark, with the tour."""
+    """play.png: a question; play-change.png: without the heads that matter most, until the answer is another;
+    play-tour.png: the tour, dark."""
     opened(page, address)
+    where = "[...document.querySelectorAll('#examples button')].find((b) => b.textContent.startsWith('where'))"
+    after(page, "counted", f"{where}.click()")
     page.screenshot(path=folder / "play.png")
-    page.locator(".matter button, .make button").first.click()
-    after(page, "studied", ASK)
+    for _ in range(4):
+        after(page, "counted", "document.querySelector('.matter [aria-label^=\"knock out d\"]').click()")
+        if page.locator(".unchanged.differs").count():
+            break
     page.screenshot(path=folder / "play-change.png")
-    page.locator(".undo").click()
     page.locator("#theme").click()
+    after(page, "studied", UNDO)
     page.locator("#start-tour").click()
-    after(page, "studied", ASK)
+    page.locator("#tour .next").click()
     page.screenshot(path=folder / "play-tour.png")
 
 
@@ -126,7 +131,7 @@ def run(folder: Path, repeats: int, write: bool, command: str) -> str:
     with served(folder) as (address, _), browser.Browser(height=900) as window:
         measured = figures(window.page, address, repeats)
         if write:
-            with browser.Browser(width=1440, height=960) as camera:
+            with browser.Browser(width=1440, height=1000) as camera:
                 pictures(camera.page, address, IMAGES)
     browser.close()
     rows = [[name, f"{value:.{0 if value >= 20 else 1}f} (goal {GOALS[name]})"] for name, value in measured.items()]

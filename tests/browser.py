@@ -58,7 +58,7 @@ class Browser:
         scheme = "dark" if dark else "light"
         size = {"width": width, "height": height}
         self.context = chromium().new_context(viewport=size, color_scheme=scheme, accept_downloads=True)
-        self.context.set_default_timeout(10_000)
+        self.context.set_default_timeout(30_000)  # of a machine with much else to do
         self.page = self.context.new_page()
         self.said: list[str] = []
         self.page.on("console", lambda message: self.said.append(f"{message.type}: {message.text}"))

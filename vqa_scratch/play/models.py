@@ -78,7 +78,7 @@ class Played:
         heads = [{"name": n, "heads": attention_at(modules, n).heads, "reads": n in subject.reading} for n in names]
         mlps = [name for name in modules if name.endswith((".mlp", ".gated"))]
         way = "cross" if not subject.prefix else "prefix" if writes else "stream"
-        about = {"id": self.name, "name": self.name, "asked": self.asked, "questions": examples, "voice": False}
+        about = {"id": self.name, "name": self.name, "asked": self.asked, "questions": examples}
         about |= {"writes": writes, "measure": subject.measure, "way": way, "layers": subject.layers}
         about |= {"attentions": heads, "mlps": mlps, "lens": subject.has_lens, "influence": maps}
         return about | {"lacks": [what for what, has in lacks.items() if not has]}

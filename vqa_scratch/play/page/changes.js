@@ -63,10 +63,10 @@ export class Changes {
   describe(edit) {
     const head = edit.head === null || edit.head === undefined ? "" : `, head ${edit.head}`;
     if (edit.kind === "head") return `${spoken(edit.name)}${head}`;
-    if (edit.kind === "layer") return `${spoken(edit.name)}: off`;
+    if (edit.kind === "layer") return `${spoken(edit.name)}: knocked out`;
     if (edit.kind === "patch") return `${spoken(edit.name)}${head}: as in ${this.app.scene.name(edit.from.picture)}, “${edit.from.question}”`;
     const label = this.sources.find(({ name }) => name === edit.source)?.labels[edit.token];
-    return edit.kind === "key" ? `key ${edit.key}: off` : `${edit.source} ${label === undefined ? edit.token : `“${shown(label)}”`}: off`;
+    return edit.kind === "key" ? `key ${edit.key}: knocked out` : `${edit.source} ${label === undefined ? edit.token : `“${shown(label)}”`}: knocked out`;
   }
 
   // ---------------------------------------------------------------------------------------------- the form
@@ -96,7 +96,7 @@ export class Changes {
     if (head.length !== heads + 1) head.replaceChildren(h("option", { value: "" }, "all heads"), ...range(heads).map((n) => h("option", { value: n }, `head ${n}`)));
     this.inputs = this.app.scene.inputs(); // as they are numbered in the list
     const borrowed = this.inputs.map(([label], i) => h("option", { value: i, disabled: kind !== "patch" && !heads }, `borrow from ${label}`));
-    how.replaceChildren(h("option", { value: "", disabled: kind === "patch" }, "switch off"), ...borrowed);
+    how.replaceChildren(h("option", { value: "", disabled: kind === "patch" }, "knock out"), ...borrowed);
     how.value = [...how.options].find((option) => option.value === before && !option.disabled)?.value ?? (kind === "patch" ? "0" : "");
   }
 

@@ -59,7 +59,7 @@ const app = {
 /** Puts a state on the page, or says why not. */
 async function restore({ state, problem }) {
   const strange = state?.sides.find(({ model }) => !app.model(model));
-  if (state && !strange) Object.assign(app, { state: { view: null, ...state }, typed: true });
+  if (state && !strange) Object.assign(app, { state, typed: true });
   await sides();
   if (strange) say(`It is about the run “${strange.model}”, which is not open here.`);
   if (problem) say(problem);

@@ -3,7 +3,7 @@ import { h } from "../study/dom.js";
 import { hash, read, written } from "./state.js";
 import { Refusal, request } from "./wire.js";
 
-const LONGEST = 16000; // pixels a side that browsers draw
+const LONGEST = 8000; // pixels a side; twice as many as on the screen, if they are fewer than these
 
 function save(blob, name) {
   const link = h("a", { href: URL.createObjectURL(blob), download: name });

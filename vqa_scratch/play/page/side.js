@@ -68,12 +68,12 @@ export class Side {
     line.tokens.slice(typed).forEach((token) => this.typed.token(token, false)); // of a model that writes nothing word by word
     this.typed.end(line.ended);
     const { said, truth, unchanged, took: clock } = this.parts, right = this.app.scene.truth(), answer = line.answer || "(nothing)", sure = amount(line.probability, this.model.measure);
-    clock.textContent = `${Math.round(took)} ms`;
-    truth.textContent = [right ? `The data set says “${right}”` : null, ...line.notes].filter(Boolean).join("; ");
+    clock.textContent = `Answered in ${Math.round(took)} ms.`;
+    truth.textContent = [right ? `The data set says “${right}”` : null, ...line.notes].filter(Boolean).map((note) => `${note}. `).join("");
     unchanged.hidden = !line.plain;
     if (line.plain) {
       const other = line.plain.answer !== line.answer, before = amount(line.plain.probability, this.model.measure);
-      unchanged.classList.toggle("other", other);
+      unchanged.classList.toggle("differs", other);
       unchanged.replaceChildren(h("b", {}, other ? "Another answer. " : "The same answer. "), `Unchanged, the model says “${line.plain.answer || "(nothing)"}”, ${before}; with your changes “${answer}”, ${sure}.`);
     }
     said.textContent = `The answer is ${answer}, ${sure}.${line.plain ? ` Unchanged: ${line.plain.answer}.` : ""}`;
@@ -85,8 +85,7 @@ export class Side {
   study(body) {
     const { signal } = (this.background = new AbortController());
     return this.attempt(async () => {
-      const made = await json("study", body, signal);
-      this.show(made.study ? { ...made.study, plain: made.plain } : made);
+      this.show(await json("study", body, signal));
       const rows = [];
       let total = 1, shown = performance.now();
       for await (const row of lines("heads", body, signal)) {

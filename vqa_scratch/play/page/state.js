@@ -1,74 +1,50 @@
 // What the page shows, as a link or a file that another can open. Everything read from one is checked field by field.
 
-export const VERSION = 1;
+const VERSION = 1;
 const LONGEST_LINK = 8000; // characters; some programs cut longer ones
 
 class Wrong extends Error {}
-function want(good, where, what) {
+/** The value, if it is good. */
+function checked(good, value, where, what) {
   if (!good) throw new Wrong(`${where} must be ${what}`);
+  return value;
 }
 
-const text = (most) => (value, where) => {
-  want(typeof value === "string" && value.length <= most, where, `a text of at most ${most} characters`);
-  return value;
-};
-const number = (low, high, whole = true) => (value, where) => {
-  const good = typeof value === "number" && value >= low && value <= high && (!whole || Number.isInteger(value));
-  want(good, where, `${whole ? "a whole number" : "a number"} from ${low} to ${high}`);
-  return value;
-};
-const list = (item, most) => (value, where) => {
-  want(Array.isArray(value) && value.length <= most, where, `a list of at most ${most}`);
-  return value.map((each, i) => item(each, `${where} ${i + 1}`));
-};
-/** An object of exactly these fields; one that ends in "?" may be missing. */
+const text = (most) => (value, where) => checked(typeof value === "string" && value.length <= most, value, where, `a text of at most ${most} characters`);
+const number = (low, high) => (value, where) => checked(typeof value === "number" && value >= low && value <= high, value, where, `a number from ${low} to ${high}`);
+const whole = (low, high) => (value, where) => checked(Number.isInteger(value) && value >= low && value <= high, value, where, `a whole number from ${low} to ${high}`);
+const list = (item, least, most) => (value, where) =>
+  checked(Array.isArray(value) && value.length >= least && value.length <= most, value, where, `a list of ${least} to ${most}`).map((each, i) => item(each, `${where} ${i + 1}`));
+/** An object of exactly these fields. */
 const fields = (checks) => (value, where) => {
-  want(value !== null && typeof value === "object" && !Array.isArray(value), where, "an object");
-  const entries = Object.entries(checks).map(([name, check]) => [name.replace("?", ""), check, name.endsWith("?")]);
-  const strange = Object.keys(value).find((key) => !entries.some(([name]) => name === key));
-  want(strange === undefined, where, `without “${String(strange).slice(0, 40)}”`);
-  const here = entries.filter(([name, , optional]) => !optional || value[name] !== undefined);
-  return Object.fromEntries(here.map(([name, check]) => [name, check(value[name], `${where}, ${name}`)]));
+  checked(value !== null && typeof value === "object" && !Array.isArray(value), value, where, "an object");
+  const strange = Object.keys(value).find((key) => !Object.hasOwn(checks, key));
+  checked(strange === undefined, value, where, `without “${String(strange).slice(0, 40)}”`);
+  return Object.fromEntries(Object.entries(checks).map(([name, check]) => [name, check(value[name], `${where}, ${name}`)]));
 };
 /** One of several objects, told apart by the value of `key`, or by which keys they have. */
 const either = (choices, key) => (value, where) => {
-  const found = Object.keys(choices).find((name) => (key ? value?.[key] === name : typeof value === "object" && value && name in value));
-  want(found !== undefined, where, `one of ${Object.keys(choices).join(", ")}`);
-  return choices[found](value, where);
+  const found = Object.keys(choices).find((name) => value && typeof value === "object" && (key ? value[key] === name : Object.hasOwn(value, name)));
+  return choices[checked(found !== undefined, found, where, `one of ${Object.keys(choices).join(", ")}`)](value, where);
 };
 
-const ID = (value, where) => (typeof value === "number" ? number(-1, 1e15)(value, where) : text(200)(value, where));
-const drawn = (value, where) => {
-  want(typeof value === "string" && /^data:image\/(png|jpeg|webp|gif|bmp);base64,[A-Za-z0-9+/=]*$/.test(value), where, "a picture as a data URL");
-  return value;
-};
-const place = number(-4096, 4096, false);
+const DATA = /^data:image\/(png|jpeg|webp|gif|bmp);base64,[A-Za-z0-9+/=]*$/;
 const PICTURE = either({
-  scene: fields({ scene: ID }),
-  objects: fields({ objects: list(fields({ shape: text(20), color: text(20), size: text(20), x: place, y: place }), 64) }),
-  data: fields({ data: drawn }),
+  scene: fields({ scene: text(200) }),
+  objects: fields({ objects: list(fields({ shape: text(20), color: text(20), size: text(20), x: number(-4096, 4096), y: number(-4096, 4096) }), 0, 64) }),
+  data: fields({ data: (value, where) => checked(typeof value === "string" && DATA.test(value), value, where, "a picture as a data URL") }),
 });
-const NAME = text(80), HEAD = number(0, 4095), QUESTION = text(4000);
+const KIND = text(9), NAME = text(80), HEAD = whole(0, 4095), QUESTION = text(4000);
 const EDIT = either({
-  key: fields({ kind: text(9), key: number(0, 1e6) }),
-  head: fields({ kind: text(9), name: NAME, head: HEAD, scale: number(-10, 10, false) }),
-  layer: fields({ kind: text(9), name: NAME }),
-  source: fields({ kind: text(9), source: NAME, token: number(0, 1e6) }),
-  patch: fields({
-    kind: text(9), name: NAME, head: (value, where) => (value === null ? null : HEAD(value, where)),
-    from: fields({ picture: PICTURE, question: QUESTION }),
-  }),
+  head: fields({ kind: KIND, name: NAME, head: HEAD, scale: number(-10, 10) }),
+  layer: fields({ kind: KIND, name: NAME }),
+  source: fields({ kind: KIND, source: NAME, token: whole(0, 1e6) }),
+  key: fields({ kind: KIND, key: whole(0, 1e6) }),
+  patch: fields({ kind: KIND, name: NAME, head: (value, where) => (value === null ? null : HEAD(value, where)), from: fields({ picture: PICTURE, question: QUESTION }) }),
 }, "kind");
-const SIDE = fields({ model: text(200), edits: list(EDIT, 200), start: list(number(0, 1e7), 500) });
-const VIEW = (value, where) => {
-  want(value === null || (typeof value === "object" && JSON.stringify(value).length < 2000), where, "a small object");
-  return value; // which values fit is for the study to judge, which knows its layers
-};
-const STATE = fields({
-  picture: PICTURE, question: QUESTION, temperature: number(0, 5, false), seed: number(0, 2 ** 31 - 1),
-  sides: (value, where) => { want(value?.length > 0, where, "one or two runs"); return list(SIDE, 2)(value, where); },
-  "view?": VIEW,
-});
+const SIDE = fields({ model: text(200), edits: list(EDIT, 0, 64), start: list(whole(0, 1e7), 0, 500) });
+const VIEW = (value, where) => checked(typeof value === "object" && JSON.stringify(value).length < 2000, value, where, "a small object"); // the study knows what fits
+const STATE = fields({ picture: PICTURE, question: QUESTION, temperature: number(0, 5), seed: whole(0, 2 ** 31 - 1), sides: list(SIDE, 1, 2), view: VIEW });
 
 /** {state} or {problem: one line} of a JSON text. `from` names what is read: "link", "file". */
 export function read(json, from) {

@@ -5,7 +5,7 @@ const STEPS = [
   ["answered", "#stage", "Change the picture", "Drag an object, or give it another colour, until the answer changes.", (detail) => detail.changed],
   ["chosen", ".answer", "What it nearly said", "Below each word stand the other words it could have written, with their probabilities. Click one, and the model goes on from it."],
   ["viewed", ".studied", "Where it looked", "The overlay shows what the chosen word took from the picture. Choose “Rollout”, or click one head, and compare."],
-  ["answered", ".changes", "Switch something off", "Click “switch off” at a head, a patch or a word, or use “Change a part”. The unchanged answer stays beside the new one.", (detail) => detail.edits > 0],
+  ["answered", ".changes", "Knock something out", "Press “Change a part”, or scroll down to the heads, turn on “✂ knock out by clicking” and click one. The unchanged answer stays beside the new one.", (detail) => detail.edits > 0],
   ["undone", ".changes", "Take it back", "Nothing is lost: click × at the change, or “Undo all”."],
   ["shared", "#share-part", "Pass it on", "Open “Share” and copy the link: whoever opens it with this run sees what you see."],
 ];

@@ -33,7 +33,9 @@ export class Typed {
 
   /** After the last word; `ended`: it is the one that ends the answer. */
   end(ended) {
-    this.columns.forEach(({ element }, i) => element.classList.toggle("ending", ended && i === this.tokens.length - 1));
+    this.columns.forEach(({ element, word }, i) => {
+      if (element.classList.toggle("ending", ended && i === this.tokens.length - 1)) word.firstChild.textContent = "(end)";
+    });
     this.columns.splice(this.tokens.length).forEach(({ element }) => element.remove());
     this.box.classList.toggle("many", this.tokens.length > 4); // then only the chosen word shows its alternatives
     this.mark(Math.min(this.at, this.tokens.length - 1));

@@ -146,7 +146,7 @@ export class AnswerView {
 
   drawBar(shares) {
     const { study } = this, masses = study.masses(shares);
-    const names = { image: "image", text: study.pair ? "text" : study.picture ? "question" : study.data.sound ? "sound" : "article", sink: "sinks (class token, separators)", own: "the decoder’s own tokens" };
+    const names = { image: "image", text: study.pair ? "text" : study.picture ? "question" : study.data.sound ? "sound" : "article", sink: study.data.sound ? "the silence behind it" : "sinks (class token, separators)", own: "the decoder’s own tokens" };
     const seen = Object.keys(names).filter((name) => masses[name] > 0.0005 || (name === "text" && this.words.length && !study.pair) || (name === "image" && study.picture));
     this.bar.replaceChildren(...seen.map((name) => h("i", { style: `background:var(--${name});width:${100 * masses[name]}%` })));
     this.barKeys.replaceChildren(...seen.map((name) => h("span", {}, h("i", { style: `background:var(--${name})` }), `${names[name]} ${percent(masses[name])}`)));
