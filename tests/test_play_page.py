@@ -169,7 +169,7 @@ def test_words_have_probabilities_and_the_model_goes_on_from_another(visit):
     assert words >= 1 and re.search(r"\d %", visit.text(".live-word small"))
     assert visit.count(".column:first-child .other") == 5
     other = visit.text(".column:first-child li:nth-child(3) b")
-    visit.click(".column:first-child li:nth-child(3) button")
+    visit.click(".column:first-child li:nth-child(3) button", "studied")
     assert visit.text(".column:first-child .live-word b") == other
     assert visit.count(".column.forced") == 1
     assert other in visit.page.locator(".said").inner_text()
@@ -379,6 +379,7 @@ def test_it_fits_every_screen_and_everything_has_a_name(visit):
     for scheme in ("dark", "light"):
         visit.page.emulate_media(color_scheme=scheme)
         visit.page.wait_for_function("(theme) => document.documentElement.dataset.theme === theme", arg=scheme)
+        assert visit.window.script(browser.AUDIT) == []
 
 
 def test_a_server_that_is_gone_says_so_and_comes_back(made):
