@@ -19,17 +19,27 @@ import pytest
 import torch
 from PIL import Image
 from run_helpers import by_hand, command, make_run, picture
+from test_systems import SYSTEMS
+from voice_helpers import make_voice_run, small_recordings
+from vqa_helpers import CPU
 
-from vqa_scratch.commands.play import bind, newest, open_run
+from vqa_scratch import systems
+from vqa_scratch.audio.reading import write_wav
+from vqa_scratch.commands.line import open_latest
+from vqa_scratch.commands.play import bind
 from vqa_scratch.data.scenes import render
 from vqa_scratch.data.shapes import ShapesSpec, scenes_of
 from vqa_scratch.data.vqa_v2 import read_vqa
 from vqa_scratch.errors import UserError
+from vqa_scratch.play import answers
 from vqa_scratch.play.models import Played
 from vqa_scratch.play.pictures import FIRST, Pictures
-from vqa_scratch.play.server import LARGEST_BODY, Server
+from vqa_scratch.play.server import LARGEST_BODY, Play, Server
 from vqa_scratch.storage import LOCK, append_line
+from vqa_scratch.systems.options import BY_PRESET
+from vqa_scratch.systems.run_folder import newest_run, save_weights
 from vqa_scratch.training.checkpoint import save_checkpoint
+from vqa_scratch.training.precision import Precision
 
 QUESTION = "what color is the circle?"
 RED = [{"shape": "circle", "color": "red", "size": "large", "x": 20, "y": 20.4}]
@@ -38,10 +48,10 @@ RED = [{"shape": "circle", "color": "red", "size": "large", "x": 20, "y": 20.4}]
 class Live:
     """A server in a thread of this process, and requests to it."""
 
-    def __init__(self, models, token=None):
+    def __init__(self, models, token=None, ears=None):
         bound, self.hosts = bind("127.0.0.1", 0)
         self.port, self.token, self.models = bound.getsockname()[1], token, models
-        self.server = Server(models, self.hosts, token)
+        self.server = Server(Play(models, ears), self.hosts, token)
         self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [bound]})
         self.thread.start()
 
@@ -74,8 +84,10 @@ class Live:
 def live(data, tmp_path_factory):
     root = tmp_path_factory.mktemp("play")
     folders = [make_run(data, root / "tokens"), make_run(data, root / "prefix", connector="prefix", decoder_layers=2)]
-    models = [Played(folder.name, lambda folder=folder: open_run(folder, "cpu", "fp32"), folder) for folder in folders]
-    server = Live(models)
+    models = [
+        Played(folder.name, lambda folder=folder: open_latest(folder, "cpu", "fp32"), folder) for folder in folders
+    ]
+    server = Live(models, ears=SimpleNamespace(words=lambda wave: f"{len(wave)} samples"))
     yield SimpleNamespace(ask=server.ask, open=server.open, port=server.port, folders=folders, models=models, data=data)
     server.end()
 
@@ -102,7 +114,7 @@ def test_models_say_what_they_have_and_what_not(live):
     names = {one["name"]: one for one in tokens["attentions"]}
     assert names["decoder.0.cross"] == {"name": "decoder.0.cross", "heads": 2, "reads": True}
     assert not names["decoder.0.self"]["reads"] and "decoder.0.mlp" in tokens["mlps"]
-    assert tokens["questions"] and not tokens["training"] and not tokens["voice"]
+    assert tokens["questions"] and not tokens["training"] and tokens["voice"]
 
 
 def test_scenes_are_of_the_test_split_with_their_questions(live):
@@ -215,6 +227,18 @@ def test_a_study_is_that_of_the_static_report(live, state):
     assert status == 200 and page.startswith("<!doctype html>") and study["answer"]["text"] in page
 
 
+def test_a_question_asked_aloud_is_heard(live, tmp_path):
+    write_wav(tmp_path / "a.wav", torch.zeros(800), 8_000)
+    wav, kind = (tmp_path / "a.wav").read_bytes(), {"content-type": "audio/wav"}
+    assert live.ask("/api/voice", wav, kind) == (200, {"text": "1600 samples"})
+    assert live.ask("/api/voice", b"OggS" + wav, kind) == (
+        400,
+        {"error": "the recording: no WAV (it begins with b'OggSRIFF')"},
+    )
+    assert "cut off" in live.ask("/api/voice", wav[:-9], kind)[1]["error"]
+    assert live.ask("/api/voice", wav)[0] == 415 == live.ask("/api/ask", wav, kind)[0]
+
+
 def test_heads_are_knocked_out_one_by_one(live, state):
     status, (first, *found) = live.ask("/api/heads", state | {"model": "prefix"})
     assert status == 200 and first["total"] == len(found) == 4
@@ -252,8 +276,8 @@ WRONG = [
     ({"picture": {"objects": [RED[0] | {"x": float("nan")}]}}, "outside the 64 x 64 pixels"),
     ({"picture": {"objects": [RED[0] | {"color": "pink"}]}}, "object 1: 'pink' is none of red, green, blue"),
     ({"picture": {"objects": RED * 13}}, "a scene has at most 12 objects, not 13"),
-    ({"picture": {"data": "http://example.org/a.png"}}, "is a data URL"),
-    ({"picture": {"data": "data:image/png;base64,@@"}}, "the picture that was sent is no base64"),
+    ({"picture": {"data": "http://example.org/a.png"}}, "what is sent is a data URL: data:image"),
+    ({"picture": {"data": "data:image/png;base64,@@"}}, "what was sent is no base64"),
     ({"picture": {"data": "data:image/png;base64,AAAA"}}, "is not an image in one of the formats PNG"),
     ({"edits": [{"kind": "key", "key": 1}] * 65}, "at most 64 edits at once, not 65"),
     ({"edits": [{"kind": "head", "name": "decoder.0.cross", "head": 9}]}, "decoder.0.cross has heads 0 to 1, not 9"),
@@ -283,6 +307,67 @@ def test_a_fault_of_ours_gives_no_traceback(live, state, monkeypatch):
     monkeypatch.setattr("vqa_scratch.play.answers.answered", lambda *asked: 1 / 0)
     status, answer = live.ask("/api/ask", state)
     assert status == 400 and answer == {"error": "the server failed at this request; its terminal says how"}
+
+
+@pytest.mark.parametrize("kind", ["vilt", "caption", "clip", "mean", "patches", "resampler"])
+def test_every_kind_of_system_is_played_with_what_it_has(data, tmp_path, kind):
+    short = {"max_caption_tokens": 4} if kind == "caption" else {}
+    options = BY_PRESET[SYSTEMS[kind]["preset"]](
+        **SYSTEMS[kind], **short, data=data, cache=tmp_path, out=tmp_path, device="cpu"
+    )
+    system = systems.find(options.preset)
+    built = system.build(options, system.read(options), Precision("fp32", CPU))
+    built.save(tmp_path)
+    save_weights(tmp_path / "model.safetensors", built.model)
+    played = Played(kind, lambda: open_latest(tmp_path, "cpu", "fp32"), tmp_path)
+    played.worker.close()
+    about, job = played.about, SimpleNamespace(send=json.dumps)
+    state = {"picture": {"objects": RED}, "question": "" if about["asked"] == "nothing" else (about["questions"])[0]}
+    assert played.pictures.scenes(1, 0)[0]["questions"]
+    head = {"kind": "head", "name": about["attentions"][0]["name"], "head": 0}
+    for edits in ([], [head], [{"kind": "source", "source": "image", "token": 1}]):
+        asked = state | {"edits": edits}
+        if kind == "mean" and len(edits) and edits[0]["kind"] == "source":
+            with pytest.raises(UserError, match="is averaged with others"):
+                list(answers.ask(played, asked, job))
+            continue
+        (found,) = answers.ask(played, asked, job)
+        (study,) = answers.study(played, asked, job)
+        assert found["answer"] == study["answer"]["text"] and ("plain" in found) == bool(edits)
+        assert max(study["certificate"][name] for name in ("mass", "output", "softmax")) <= 1e-5
+        json.dumps([found, study], allow_nan=False)
+    total, *found = answers.heads(played, state, job)
+    assert total["total"] == len(found) > 0
+    reading = next(one["name"] for one in about["attentions"] if one["reads"])
+    assert next(answers.number(played, state | {"name": reading, "head": 0}, job))["head"] == 0
+    if not about["writes"]:
+        assert kind in ("vilt", "clip") and "it chooses its answer" in about["lacks"][0]
+        with pytest.raises(UserError, match="it has no temperature"):
+            list(answers.ask(played, state | {"temperature": 1}, job))
+
+
+def test_a_run_that_hears_is_played_with_a_sound(tmp_path):
+    data = small_recordings(tmp_path / "data", train=12, test=4)
+    folder = make_voice_run(tmp_path, data=data)
+    played = Played("voice", lambda: open_latest(folder, "cpu", "fp32"), folder)
+    played.worker.close()
+    assert played.about["asked"] == "sound" and played.pictures.scenes(3, 0) == [] and played.ears is not None
+    sound = base64.b64encode((data / "test0.wav").read_bytes()).decode()
+    state, job = {"picture": {"sound": f"data:audio/wav;base64,{sound}"}}, SimpleNamespace(send=json.dumps)
+    (whole,) = answers.ask(played, state, job)
+    state["start"] = [whole["tokens"][0]["id"], played.system.vocabulary.end]  # a short answer is studied sooner
+    (plain,) = answers.ask(played, state, job)
+    changed = state | {"edits": [{"kind": "layer", "name": "decoder.1.cross"}]}
+    (study,) = answers.study(played, changed, job)
+    assert study["plain"]["answer"] == plain["answer"] and plain["image"] is None and study["sound"]["seconds"] > 0
+    assert max(study["certificate"][name] for name in ("mass", "output", "softmax")) <= 1e-5
+    for wrong, message in (
+        ({"objects": []}, "the picture has no 'sound'"),
+        ({"sound": "data:audio/wav;base64,AAAA"}, "the recording: no WAV"),
+        ({"sound": "data:image/png;base64,AAAA"}, "what is sent is a data URL: data:audio/"),
+    ):
+        with pytest.raises(UserError, match=message):
+            list(answers.ask(played, {"picture": wrong}, job))
 
 
 # ---------------------------------------------------------------------------------------------------- safety
@@ -328,6 +413,8 @@ def test_a_server_for_others_needs_its_token(live):
         assert server.ask("/api/models")[0] == 403 == server.ask("/api/models?token=secrets")[0]
         assert server.ask("/api/models?token=secret") == (200, [])
         assert server.ask("/page/none.js")[0] == 404
+        heard = server.ask("/api/voice?token=secret", b"RIFF", {"content-type": "audio/wav"})
+        assert heard == (404, {"error": "nothing here hears: start with --voice-model"})
     finally:
         server.end()
 
@@ -377,7 +464,7 @@ def test_long_work_lets_others_pass_and_ends_with_its_page(live, state, monkeypa
 
 def test_who_goes_before_the_turn_comes_costs_nothing(live, state, monkeypatch):
     ran, gate = [], threading.Event()
-    monkeypatch.setattr("vqa_scratch.play.answers.opened_head", lambda *asked: gate.wait(10) and {})
+    monkeypatch.setattr("vqa_scratch.play.answers.head_of", lambda *asked: gate.wait(10) and {})
     monkeypatch.setattr("vqa_scratch.play.answers.take_apart", lambda opened: ran.append(opened))
     body = json.dumps(state | {"name": "decoder.0.cross", "head": 0}).encode()
     sent = []
@@ -400,9 +487,9 @@ def test_who_goes_before_the_turn_comes_costs_nothing(live, state, monkeypatch):
 
 def test_a_run_that_trains_is_watched_and_opened_again(data, tmp_path):
     folder = make_run(data, tmp_path / "runs" / "old")
-    assert newest(tmp_path / "runs") == folder
+    assert newest_run(tmp_path / "runs") == folder
     append_line(folder / "metrics.jsonl", '{"step": 1, "loss": 2.0}')
-    played = Played("old", lambda: open_run(folder, "cpu", "fp32"), folder)
+    played = Played("old", lambda: open_latest(folder, "cpu", "fp32"), folder)
     played.worker.close()
     assert played.training(0) == {
         "rows": [{"step": 1, "loss": 2.0}],
@@ -442,7 +529,7 @@ def test_a_run_that_trains_is_watched_and_opened_again(data, tmp_path):
 
 def test_without_a_run_a_port_or_the_packages_it_says_what_is_missing(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="there is no run below .*: give RUN, or --model, or train one"):
-        newest(tmp_path)
+        newest_run(tmp_path)
     with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(UserError, match="Address already in use"):
         bind("127.0.0.1", taken.getsockname()[1])
     with pytest.raises(UserError, match="cannot serve at 203.0.113.7"):

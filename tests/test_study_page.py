@@ -20,7 +20,7 @@ from vqa_scratch.study.record import take_apart
 from vqa_scratch.study.report import joined, page, study_data
 
 FOLDER = report.files("vqa_scratch.study").joinpath("page")
-ENTER, DELETE, RIGHT = "\ue007", "\ue017", "\ue014"
+DELETE, RIGHT = "Delete", "ArrowRight"
 
 
 def studied(name: str, seed: int = 1):
@@ -44,7 +44,8 @@ def made(tmp_path_factory):
         (root / f"{name}.html").write_text(page([study]), encoding="utf-8")
     script = joined(FOLDER, "study.js")[:-1] + "globalThis.renderStudy = renderStudy; }"
     style = FOLDER.joinpath("study.css").read_text(encoding="utf-8")
-    html = f'<!doctype html><meta charset="utf-8"><style>{style}</style><main><div id="box"></div></main><script>{script}</script>'
+    head = f'<!doctype html><meta charset="utf-8"><style>{style}</style>'
+    html = f'{head}<main><div id="box"></div></main><script>{script}</script>'
     (root / "live.html").write_text(html, encoding="utf-8")
     return SimpleNamespace(root=root, **studies)
 
@@ -162,7 +163,8 @@ def test_patches_have_their_words_layer_by_layer(made, window, name):
     of_patch = [words.sources.index(i) for i in range(places.start, places.stop)]
     for layer in (0, len(words.layers) - 1):
         window.script(
-            f"const s = document.querySelector('.patchwords input'); s.value = {layer}; s.dispatchEvent(new Event('input'))"
+            f"const s = document.querySelector('.patchwords input'); s.value = {layer};"
+            "s.dispatchEvent(new Event('input'))"
         )
         expected = [words.best[layer][key][0][0].strip() for key in of_patch]
         assert texts(window, ".patchword") == expected
@@ -215,9 +217,13 @@ def test_a_patch_says_which_words_it_feeds_and_a_word_too(made, window):
     window.open(made.root / "caption.html")
     window.script(
         "const m = document.querySelector('.picture canvas'), b = m.getBoundingClientRect();"
-        "m.dispatchEvent(new PointerEvent('pointermove', {clientX: b.left + b.width / 2, clientY: b.top + b.height / 2}))"
+        "const middle = {clientX: b.left + b.width / 2, clientY: b.top + b.height / 2};"
+        "m.dispatchEvent(new PointerEvent('pointermove', middle))"
     )
-    shares = [float(study.flows["relevancy"].sources[t.row, 4] / study.flows["relevancy"].sources[t.row].sum()) for t in study.tokens]
+    shares = [
+        float(study.flows["relevancy"].sources[t.row, 4] / study.flows["relevancy"].sources[t.row].sum())
+        for t in study.tokens
+    ]
     fed = texts(window, ".token .fed")
     assert [figure(text.split("%")[0]) for text in fed] == pytest.approx([100 * s for s in shares], abs=0.51)
     note = texts(window, ".note")[0]
@@ -267,7 +273,8 @@ def test_a_sound_lies_along_its_time(made, window):
     said = texts(window, ".lanes .note")[0]
     assert f"listens most at {0.02 * int(heard.argmax()):.2f} s ({100 * float(heard.max() / flow.sum()):.0f} %)" in said
     painted = window.script(
-        "const c = document.querySelector('.lanes .tones').getContext('2d'); return [...c.getImageData(0, 7, 12, 1).data]"
+        "const c = document.querySelector('.lanes .tones').getContext('2d');"
+        "return [...c.getImageData(0, 7, 12, 1).data]"
     )
     assert [255 - x for x in painted[::4]] == pytest.approx((255 * mel[0] / mel.max()).tolist(), abs=2)
     assert window.log() == []
@@ -276,12 +283,17 @@ def test_a_sound_lies_along_its_time(made, window):
 # ---------------------------------------------------------------------------------------------- with hooks
 
 
-def draw(window, made, data, more="", hooks="knock: (e) => calls.push(['knock', e]), select: (v) => calls.push(['select', v])"):
+def draw(
+    window,
+    made,
+    data,
+    hooks="knock: (e) => calls.push(['knock', e]), select: (v) => calls.push(['select', v])",
+):
     """Draw `data` with hooks that write down how they are called."""
     window.open(made.root / "live.html")
     window.script(
         f"globalThis.calls = []; globalThis.edits = []; globalThis.data = {json.dumps(data)};"
-        f"globalThis.drawn = renderStudy(document.getElementById('box'), data, {{ edits: () => edits, {hooks} }}); {more}"
+        f"globalThis.drawn = renderStudy(document.getElementById('box'), data, {{ edits: () => edits, {hooks} }});"
     )
 
 
@@ -291,7 +303,7 @@ def calls(window, name):
 
 def test_parts_are_knocked_out_by_mouse_and_by_key(made, window):
     draw(window, made, study_data(made.tokens))
-    window.script("document.querySelector('.thumb[data-layer=\"1\"][data-head=\"2\"]').focus()")
+    window.script('document.querySelector(\'.thumb[data-layer="1"][data-head="2"]\').focus()')
     window.press(DELETE)
     head = {"kind": "head", "name": "decoder.1.cross", "head": 2, "scale": 0}
     assert calls(window, "knock") == [head]
@@ -322,7 +334,9 @@ def test_a_view_is_told_kept_and_taken_from_a_link(made, window):
     view = calls(window, "select")[-1]
     assert view == {"mode": "head", "kind": "cross", "layer": 0, "head": 3, "token": 0, "key": -1, "depth": -1}
     window.script("document.querySelector('.thumb[data-head=\"3\"]').focus(); drawn.update(data)")
-    pressed = "return document.querySelector('.thumb[aria-pressed=true]').dataset.head + document.activeElement.dataset.head"
+    pressed = (
+        "return document.querySelector('.thumb[aria-pressed=true]').dataset.head + document.activeElement.dataset.head"
+    )
     assert window.script(pressed) == "33"
     window.script("drawn.select({mode: 'rollout', token: 'x', head: 1e9})")
     assert window.script("return document.querySelector('.segmented [aria-checked=true]').dataset.value") == "rollout"
@@ -346,12 +360,16 @@ def test_a_change_stands_beside_the_unchanged_run(made, window):
     new, old = (array(data["flows"]["relevancy"]["sources"])[row] for data in (after, before))
     change = 100 * (new / new.sum() - old / old.sum())
     words, patches = change[:-10], change[-9:]
-    assert [figure(text.split()[-1]) for text in texts(window, ".difference .words .word")] == pytest.approx(words, abs=0.06)
+    assert [figure(text.split()[-1]) for text in texts(window, ".difference .words .word")] == pytest.approx(
+        words, abs=0.06
+    )
     place = int(np.abs(patches).argmax())
     said = f"most changed: row {place // 3 + 1} column {place % 3 + 1} ({patches[place]:+.1f} points)".replace("-", "−")
     assert said in texts(window, ".difference .note")[0]
     assert texts(window, ".difference .legend")[1] == f"−{np.abs(patches).max():.1f}+{np.abs(patches).max():.1f} points"
-    painted = window.script("return [...document.querySelectorAll('.difference canvas')].slice(0, 3).map(c => c.toDataURL())")
+    painted = window.script(
+        "return [...document.querySelectorAll('.difference canvas')].slice(0, 3).map(c => c.toDataURL())"
+    )
     assert len(set(painted)) == 3
     assert window.log() == []
 
@@ -360,7 +378,7 @@ def test_heads_that_matter_are_counted_as_they_are_tried(made, window):
     data = study_data(made.tokens)
     p = data["answer"]["probability"]
     draw(window, made, data | {"matter": {"rows": [], "total": None, "done": False}})
-    assert texts(window, ".count") == ["0 of all heads matter for this answer"]
+    assert texts(window, ".count") == ["0 of all heads matter for this answer so far"]
     rows = [
         {"name": "decoder.0.cross", "head": 0, "answer": "red", "probability": p - 0.001, "changed": False},
         {"name": "decoder.1.cross", "head": 2, "answer": "blue", "probability": 0.6, "changed": True},
@@ -368,8 +386,8 @@ def test_heads_that_matter_are_counted_as_they_are_tried(made, window):
     ]
     for tried in (1, 3):
         window.script(f"drawn.update({{matter: {json.dumps({'rows': rows[:tried], 'total': 16})}}})")
-    assert texts(window, ".count") == ["2 of 16 heads matter for this answer"]
-    assert "3 tried so far" in texts(window, ".matter .lead")[0]
+    assert texts(window, ".count") == ["2 of 16 heads matter for this answer so far"]
+    assert "3 were tried" in texts(window, ".matter .lead")[0]
     assert [row[0] for row in rows_of(window, ".matter table")] == [
         "decoder.1.cross head 2", "decoder.1.self head 1", "decoder.0.cross head 0"
     ]  # fmt: skip

@@ -9,21 +9,16 @@ from collections.abc import Iterator
 from typing import Any
 
 from vqa_scratch.data.image_files import data_url
-from vqa_scratch.errors import UserError
 from vqa_scratch.play.models import Played
 from vqa_scratch.play.pictures import LARGEST
 from vqa_scratch.play.worker import Job
 from vqa_scratch.storage import typed
-from vqa_scratch.study.activation import activations, has_activations
-from vqa_scratch.study.analysis import every_attention, flows
-from vqa_scratch.study.answer import Answered, answered, without_each_head
-from vqa_scratch.study.lens import is_linear, lens_taps, logit_direction
-from vqa_scratch.study.names import attention_at, check_head
-from vqa_scratch.study.number import opened_head
+from vqa_scratch.study.analysis import every_attention
+from vqa_scratch.study.answer import Answered, answered, maps_of, without_each_head
+from vqa_scratch.study.number import head_of
 from vqa_scratch.study.packing import packed_flow
 from vqa_scratch.study.record import take_apart
 from vqa_scratch.study.report import page, study_data
-from vqa_scratch.study.subject import WritingSubject
 
 
 def _as_json(found: Answered) -> dict[str, Any]:
@@ -45,15 +40,9 @@ def study(played: Played, state: dict[str, Any], job: Job) -> Iterator[Any]:
     """The study of an answer; after edits also the maps of the unchanged model for the same words."""
     done, plain = take_apart(played.opened(state)), None
     if done.opened.subject.changes:
-        opened, ids = played.opened(state | {"edits": []}), [token.id for token in done.tokens]
-        plain, subject = _as_json(answered(opened)), opened.subject
-        if isinstance(subject, WritingSubject):
-            subject.begin_with(ids)
-        with subject.trace(*every_attention(subject), *(lens_taps(subject) if subject.has_lens else ())) as t:
-            subject.generate()
-        maps = flows(subject, t, ids)
-        if has_activations(subject):
-            maps["activation"] = activations(subject, t, ids).flow
+        opened = played.opened(state | {"edits": []})
+        plain = _as_json(answered(opened))
+        maps = maps_of(opened, [token.id for token in done.tokens])
         plain["flows"] = {name: packed_flow(flow) for name, flow in maps.items()}
     yield study_data(done) | {"plain": plain}
 
@@ -77,13 +66,4 @@ def heads(played: Played, state: dict[str, Any], job: Job) -> Iterator[Any]:
 def number(played: Played, state: dict[str, Any], job: Job) -> Iterator[Any]:
     """The numbers of one head that reads the sources, from q and k to what it adds to the logit of each token."""
     name, head = typed("the request", state, {"name": str, "head": int})
-    opened = played.opened(state)
-    subject, first, linear = opened.subject, len(opened.subject.prompt) - 1, is_linear(opened.subject)
-    with subject.trace(name, *(lens_taps(subject) if linear else ())) as t:
-        ids = subject.generate()
-    if name not in subject.reading:
-        raise UserError(f"{name} reads no source; {', '.join(subject.reading)} do")
-    check_head(attention_at(t.modules, name), name, head)
-    rows = [first + place for place in range(len(ids))]
-    told = [logit_direction(subject, t, row, token) for row, token in zip(rows, ids, strict=True) if linear]
-    yield opened_head(subject, t, subject.reading.index(name), head, rows, told)
+    yield head_of(played.opened(state), name, head)

@@ -1,9 +1,9 @@
 """Writes the report: one HTML file with everything in it, which opens from disk without a network.
 
-The page is report.html of the folder page/, with study.css, the modules of page/ joined into one script, and the data as
-JSON. Arrays are base64: weights as one byte each with a scale for every row, numbers that are shown in half or single
-precision. JSON inside <script> is escaped so that no text can end it, and the page sets every text by `textContent`, so
-a question is never markup.
+The page is report.html of the folder page/, with study.css, the modules of page/ joined into one script, and the data
+as JSON. Arrays are base64: weights as one byte each with a scale for every row, numbers in half or single precision.
+JSON inside <script> is escaped so that no text can end it, and the page sets every text by `textContent`, so a question
+is never markup.
 
 Shapes: L layers, H heads, A answer tokens, K keys.
 """
@@ -40,16 +40,17 @@ def _attention(study: Study, names: list[str], kind: str) -> dict[str, Any]:
 
     The attention that reads the sources, "cross", always has one row for each answer token.
     """
-    rows: list[int] | None = None
-    found = (study.trace.pattern(name)[0].cpu() for name in names)
-    if kind == "cross":  # before they are stacked
-        found = (study.opened.subject.rows(pattern)[:, [token.row for token in study.tokens]] for pattern in found)
-    patterns = torch.stack(list(found))
-    if kind != "cross" and patterns.numel() > OWN_BUDGET:
-        asked = next((source.asked for source in study.opened.subject.sources if source.name == kind), 0)
-        patterns = torch.cat([patterns[:, :, [asked]], patterns.mean(2, keepdim=True)], 2)
-        rows = [0, -1]  # -1: the mean over all
-    return {"kind": kind, "names": names, "rows": rows, "pattern": packed(patterns, "u8")}
+    subject, rows, patterns = study.opened.subject, None, list[torch.Tensor]()
+    asked = next((source.asked for source in subject.sources if source.name == kind), 0)
+    for name in names:
+        pattern = study.trace.pattern(name)[0].cpu()
+        if kind == "cross":
+            pattern = subject.rows(pattern)[:, [token.row for token in study.tokens]]
+        elif len(names) * pattern.numel() > OWN_BUDGET:
+            pattern = torch.cat([pattern[:, [asked]], pattern.mean(1, keepdim=True)], 1)
+            rows = [0, -1]  # -1: the mean over all
+        patterns.append(pattern)
+    return {"kind": kind, "names": names, "rows": rows, "pattern": packed(torch.stack(patterns), "u8")}
 
 
 def _heads_in_order(study: Study) -> list[tuple[int, int]]:
@@ -82,7 +83,7 @@ def _opened_heads(study: Study, order: list[tuple[int, int]]) -> list[dict[str, 
 
 
 def _words(study: Study) -> dict[str, Any] | None:
-    """The words of the keys that are about the image, by layer; of many layers only as many as fit the budget of patterns, evenly."""
+    """The words of the keys about the image, by layer; of many layers as many as fit the budget of patterns, evenly."""
     found = image_lens(study.opened.subject, study.trace, study.opened.label)
     if found is None:
         return None
@@ -166,7 +167,7 @@ def study_data(study: Study) -> dict[str, Any]:
         "experts": [{"name": name, "weights": packed(weights, "f16")} for name, weights in study.experts.items()],
         "heads": [[h.name, h.head, h.entropy, h.image, h.text, h.sink, h.distance] for h in study.heads],
         "certificate": asdict(study.certificate),
-    }
+    } | opened.more([token.id for token in study.tokens])
 
 
 def joined(folder: Traversable, entry: str) -> str:
@@ -187,7 +188,7 @@ def joined(folder: Traversable, entry: str) -> str:
         done[name] = re.sub(r"^export ", "", IMPORT.sub("", text), flags=re.M)
 
     add(entry)
-    return "\"use strict\";\n{\n" + "\n".join(done.values()) + "}"
+    return '"use strict";\n{\n' + "\n".join(done.values()) + "}"
 
 
 def page(studies: list[Study]) -> str:

@@ -20,6 +20,8 @@ SYSTEMS = {  # by the name of its options: module and class
     "ViLTOptions": ("vilt", "ViLTSystem"),
     "CaptionOptions": ("caption", "CaptionSystem"),
     "CLIPOptions": ("clip", "CLIPSystem"),
+    "VoiceOptions": ("voice", "VoiceSystem"),
+    "SpokenOptions": ("spoken", "SpokenSystem"),
 }
 
 

@@ -43,9 +43,9 @@ def write_run_config(folder: Path, options: RunOptions, sizes: dict[str, Any], d
 
 
 def check_same_data(options: RunOptions, found: Hashes) -> None:
-    """Raise UserError if a run that is resumed would go on with other data; --test-images may cut the test split."""
+    """Raise UserError if a run that is resumed would go on with other data; an option may cut the test split."""
     values, where = read_run_config(options.out), options.out / CONFIG
-    cut = values["train"].get("test_images") != options.test_images
+    cut = any(values["train"].get(name) != getattr(options, name) for name in options.limits_test)
     check_same(values.get("data"), found, where, but="test" if cut else None)
 
 
@@ -104,6 +104,15 @@ def quantized_as(config: dict[str, Any], folder: Path) -> Format | None:
     if name is not None and name not in FORMATS:
         raise UserError(f"{folder} has weights in the format {name}; known are {', '.join(FORMATS)}")
     return None if name is None else FORMATS[name]
+
+
+def newest_run(folder: Path) -> Path:
+    """The run below a folder that changed last. Raises UserError if there is none with weights."""
+    found = [path for name in (WEIGHTS, LAST) for path in folder.glob(f"*/{name}")]
+    if not found:
+        raise UserError(f"there is no run below {folder}/: give RUN, or --model, or train one: python train.py")
+    last = max(found, key=lambda path: path.stat().st_mtime)
+    return folder / last.relative_to(folder).parts[0]
 
 
 def stamps(folder: Path | None) -> list[int]:

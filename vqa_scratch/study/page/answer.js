@@ -162,7 +162,7 @@ export class AnswerView {
 
   drawBar(shares) {
     const { study } = this, masses = study.masses(shares);
-    const names = { image: "image", text: study.pair ? "text" : study.picture ? "question" : study.data.sound ? "sound" : "article", sink: "sinks (class token, separators)", own: "the decoder’s own tokens" };
+    const names = { image: "image", text: study.pair ? "text" : study.picture ? "question" : study.data.sound ? "sound" : "article", sink: study.data.sound ? "the silence behind it" : "sinks (class token, separators)", own: "the decoder’s own tokens" };
     const seen = Object.keys(names).filter((name) => masses[name] > 0.0005 || (name === "text" && this.words.length && !study.pair) || (name === "image" && study.picture));
     const colored = (name, more = "") => { const i = h("i"); i.style.cssText = `background:var(--${name});${more}`; return i; };
     this.bar.replaceChildren(...seen.map((name) => colored(name, `width:${100 * masses[name]}%`)));

@@ -6,7 +6,10 @@ import { strongest } from "./arrays.js";
 import { unpackFlows } from "./figures.js";
 import { Picture, legend } from "./picture.js";
 
-const points = (share) => `${share > 0 ? "+" : ""}${number(100 * share, 1)}`;
+function points(share) {
+  const x = Math.round(1000 * share) / 10 || 0; // no −0.0
+  return `${x > 0 ? "+" : ""}${number(x, 1)}`;
+}
 const placeOf = (study, name) => Object.entries(study.attentions).map(([kind, a]) => [kind, a.names.indexOf(name)]).find(([, layer]) => layer >= 0);
 
 export class DifferenceView {
@@ -84,8 +87,8 @@ export class MatterView {
         hooks.knock ? plain("✂", () => study.shared.cut(part, true), { "aria-label": `knock out ${r.name} head ${r.head}` }) : ""];
     });
     this.box.replaceChildren(
-      h("p", { class: "lead", role: "status" }, h("b", { class: "count" }, `${counted} of ${total ?? "all"} heads matter for this answer`),
-        `: without one of them it is another, or ${100 * LEAST} points less probable. ${done ? "All were tried." : `${matter.rows.length} tried so far.`}`),
+      h("p", { class: "lead", role: "status" }, h("b", { class: "count" }, `${counted} of ${total ?? "all"} heads matter for this answer${done ? "" : " so far"}`),
+        `: without one of them it is another, or ${100 * LEAST} points less probable. ${done ? "All were tried." : `${matter.rows.length} were tried.`}`),
       done ? "" : h("progress", { max: total, value: total && matter.rows.length, "aria-label": "heads tried" }),
       table("effect of each head", ["without", "answer", "probability", "points", h("th", { "aria-label": "knock out" })], rows));
   }

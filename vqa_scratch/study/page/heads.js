@@ -15,9 +15,8 @@ export class HeadsView {
     this.lead = h("p", { class: "lead" });
     this.cutting = plain("✂ knock out by clicking", () => study.set({ knocking: !study.view.knocking }), { title: "Then a click on a head, a layer, a patch or a word takes it out, or puts it back. The Delete key does so at any time." });
     this.numbers = h("details", {}, h("summary", {}, "All heads in numbers"), this.statistics());
-    this.element = section("heads", h("div", {}, h("h2", {}, "Every head"), this.lead), badge(study),
+    this.element = section("heads", "Every head", badge(study), this.lead,
       h("div", { class: "bar" }, this.kinds, study.shared.hooks.knock ? this.cutting : null), this.gridBox, this.numbers);
-    this.element.setAttribute("aria-label", "heads");
     this.stats = new Map(study.data.heads.map((s) => [`${s[0]}.${s[1]}`, s]));
   }
 

@@ -4,7 +4,10 @@ import { badge } from "./certificate.js";
 import { color, css, isDark, onPage } from "./colors.js";
 import { canvas, h, number, percent, range, section, shown, sum } from "./dom.js";
 
-/** `sound` of a study: {source, step, seconds: of the sound, words: [text, start, end, probability], mel (M, F)}. */
+/**
+ * `sound` of a study: {source, step, seconds: of the sound, words: [text, start, end, probability], mel (M, F)}, and of a model
+ * with a CTC head {symbols, posteriors (P, N)}.
+ */
 export class LanesView {
   constructor(study) {
     this.study = study;
@@ -25,10 +28,14 @@ export class LanesView {
     });
     this.labels = tokens.map((t) => h("span", {}, shown(t.label)));
     this.says = h("p", { class: "note", role: "status" });
+    this.chances = sound.posteriors ? unpack(sound.posteriors) : null;
+    this.letters = this.chances ? canvas(this.chances.shape[1], this.chances.shape[0], { role: "img", "aria-label": "how likely CTC finds each symbol at each time" }) : null;
+    if (this.letters) this.letters.style.height = `${sound.symbols.length * 1.4}rem`;
     const lane = (title, ...inside) => h("div", { class: "lane" }, h("div", { class: "names" }, title), h("div", {}, inside));
     const ticks = range(Math.floor(sound.seconds) + 1).map((second) => { const t = h("span", {}, `${second} s`); t.style.left = `${(100 * second) / sound.seconds}%`; return t; });
-    this.element = section("lanes", "What it hears, along the time", badge(study), h("p", { class: "lead" }, "Words where they were said; below, each token of the answer by the map that is chosen; then the sound as the encoder reads it, high tones above."),
-      lane("words", h("div", { class: "saids" }, words)), lane(this.labels, this.map), lane("sound", this.spectrogram), lane("", h("div", { class: "ticks" }, ticks)), this.says);
+    this.element = section("lanes", "What it hears, along the time", badge(study), h("p", { class: "lead" }, `Words where they were said; below, each token of the answer by the map that is chosen; then the sound as the encoder reads it, high tones above${this.letters ? "; then how likely CTC finds each symbol" : ""}.`),
+      lane("words", h("div", { class: "saids" }, words)), lane(this.labels, this.map), lane("sound", this.spectrogram),
+      this.letters && lane(sound.symbols.map((symbol) => h("span", {}, shown(symbol))), this.letters), lane("", h("div", { class: "ticks" }, ticks)), this.says);
   }
 
   draw() {
@@ -48,5 +55,9 @@ export class LanesView {
       pixels.data.set([...Array(3).fill(isDark() ? grey : 255 - grey), 255], at);
     }));
     painted.putImageData(pixels, 0, 0);
+    if (!this.letters) return;
+    const spelled = this.letters.getContext("2d");
+    spelled.clearRect(0, 0, this.letters.width, this.letters.height);
+    range(this.letters.height).forEach((p) => row(this.chances, p).forEach((v, i) => { spelled.fillStyle = css(color(stops, v)); spelled.fillRect(i, p, 1, 1); }));
   }
 }

@@ -52,7 +52,7 @@ export class PatchesView {
       cell.replaceChildren(word);
     });
     tabTo(this.cells, this.pointed ?? 0);
-    this.common.replaceChildren(legend(onPage(), "no", "all of the probability"), ...common.slice(0, 8).map(([id, n]) => h("span", {}, `“${shown(words.labels[id])}” ${n} of ${first.length}`)));
+    this.common.replaceChildren(legend(onPage(), "0", "1, the probability of the word"), ...common.slice(0, 8).map(([id, n]) => h("span", {}, `“${shown(words.labels[id])}” ${n} of ${first.length}`)));
     this.say(this.pointed ?? strength.indexOf(Math.max(...strength)));
   }
 
