@@ -28,8 +28,7 @@ export class DifferenceView {
       maps.length ? h("div", { class: "three" }, maps) : null, this.scales, this.words.map(({ words }) => h("div", { class: "words" }, words)), this.says);
   }
 
-  /** Shares of the sources before and after, each of a whole, for the same word; of the mean weights where a head or a layer is
-   * chosen. */
+  /** Shares before and after, each of a whole, for the same word; of the mean weights where a head or a layer is chosen. */
   shares() {
     const { study } = this, mode = this.flows[study.mode] ? study.mode : "mean";
     const [before, after] = [this.flows, study.flows].map((flows) => study.flowShares(flows, mode, study.token).sources);
