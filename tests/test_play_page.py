@@ -207,8 +207,10 @@ def test_parts_are_switched_off_scaled_borrowed_and_taken_back(visit):
     visit.choose(".make .head", "head 1")
     visit.click(".make button", "studied")
     assert visit.count(".list li") == 1 and "head 1" in visit.text(".list li")
-    assert "Unchanged, the model says" in visit.text(".unchanged")
-    visit.until("answered", lambda: visit.page.locator(".list input").fill("1.5"))
+    assert "Unchanged, the model says" in visit.text(".unchanged") and visit.count(".thumb.off") == 1
+    with visit.page.expect_request("**/api/ask") as asked:
+        visit.until("answered", lambda: visit.page.locator(".list input").fill("1.5"))
+    assert asked.value.post_data_json["edits"][0]["scale"] == 1.5
     assert visit.text(".list output") == "× 1.5"
     visit.choose(".make .which", [o for o in visit.page.locator(".which option").all_inner_texts() if "MLP" in o][0])
     visit.click(".make button")
