@@ -463,6 +463,23 @@ def test_long_work_lets_others_pass_and_ends_with_its_page(live, state, monkeypa
     assert len(pieces) == done < 900 and threading.active_count() == threads
 
 
+def test_answers_end_with_the_server_and_are_not_cut_off(live, state, monkeypatch):
+    def slow(*asked):
+        while True:
+            time.sleep(0.01)
+            yield SimpleNamespace(_asdict=lambda: {})
+
+    monkeypatch.setattr("vqa_scratch.play.answers.without_each_head", slow)
+    folder = live.folders[0]
+    server = Live([Played("tokens", lambda: open_latest(folder, "cpu", "fp32"), folder)])
+    connection, response = server.open("/api/heads", state)
+    response.readline()
+    server.server.should_exit = True
+    assert response.read().endswith(b"{}\n")  # IncompleteRead if it were cut off
+    server.end()
+    connection.close()
+
+
 def test_who_goes_before_the_turn_comes_costs_nothing(live, state, monkeypatch):
     ran, gate = [], threading.Event()
     monkeypatch.setattr("vqa_scratch.play.answers.head_of", lambda *asked: gate.wait(10) and {})

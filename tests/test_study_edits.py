@@ -206,20 +206,19 @@ def test_threads_that_share_a_model_do_not_see_each_others_traces():
     for head, subject in enumerate(subjects[1:]):
         changed(subject, {"kind": "head", "name": "decoder.0.cross", "head": head})
     expected = [logits(subject, [1, 5]) for subject in subjects]
-    wrong, together = [], threading.Barrier(4)
+    right, together = [], threading.Barrier(4)
 
     def run(place):
         together.wait()
         for _ in range(30):
-            if not torch.equal(logits(subjects[place], [1, 5]), expected[place]):
-                wrong.append(place)
+            right.append(torch.equal(logits(subjects[place], [1, 5]), expected[place]))
 
     threads = [threading.Thread(target=run, args=(place,)) for place in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert wrong == []
+    assert right == [True] * 120
 
 
 # ---------------------------------------------------------------------------------------------------- answers
@@ -304,6 +303,17 @@ def test_activations_are_of_the_image_and_leave_the_first_word_as_it_is(name):
     assert float(found.earlier.triu(1).abs().sum()) == 0
     total = found.earlier.sum(1)
     assert torch.all((total - 1).abs().lt(1e-4) | total.eq(0))
+
+
+def test_a_word_takes_nothing_out_of_its_own_repetition():
+    subject = tiny_vqa_subject("prefix")
+    subject.begin_with([5, 6, 5])
+    t, ids = seen(subject)
+    earlier = activations(subject, t, ids).earlier
+    row, words = len(subject.prompt) + 1, subject.prompt + ids  # the row of the second 5
+    assert words[row + 1] == words[row - 1] == 5
+    assert [float(earlier[row, i]) for i in range(row + 1) if words[i] == 5] == [0.0, 0.0]
+    assert float(earlier[row].sum()) == pytest.approx(1, abs=1e-4)
 
 
 def test_the_activation_of_a_prefix_is_the_logit_of_each_place():
