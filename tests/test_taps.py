@@ -188,3 +188,24 @@ def test_a_trace_follows_cached_decoding():
     for part in ("self", "cross"):
         name = f"decoder.1.{part}.pattern"
         torch.testing.assert_close(last.seen[name], whole.seen[name][:, :, -1:], **CLOSE)
+
+
+class Silence:
+    """Puts zeros in place of what heads read."""
+
+    def wants(self, name):
+        return name.endswith(".z")
+
+    def __call__(self, name, tensor):
+        return torch.zeros_like(tensor)
+
+
+def test_a_compiled_model_notices_a_trace():
+    """Without a break in its graph: torch knows how to guard a variable of a thread, but no context variable."""
+    attention = MultiHeadAttention(8, 2)
+    attention.tap_prefix = "decoder.0.self"
+    compiled, x = torch.compile(attention, backend="eager", fullgraph=True), torch.randn(1, 3, 8)
+    torch.testing.assert_close(compiled(x), attention(x))
+    with taps.activate(Silence()):
+        torch.testing.assert_close(compiled(x), attention.out.bias.expand(1, 3, 8))
+    torch.testing.assert_close(compiled(x), attention(x))
