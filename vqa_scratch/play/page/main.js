@@ -21,10 +21,7 @@ const app = {
   tell: (name, detail = {}) => document.dispatchEvent(new CustomEvent(`live-${name}`, { detail })), // the tour listens, and the tests
 
   /** What the server is asked for one side. */
-  body(index) {
-    const { sides, picture, question, temperature, seed } = app.state;
-    return { ...sides[index], picture, question, temperature, seed };
-  },
+  body: (index) => ({ ...app.state, ...app.state.sides[index], sides: undefined, view: undefined }),
 
   /** A question of the visitor's own. */
   ask(question) {
@@ -92,15 +89,12 @@ async function arrange() {
 app.attempt = (work) => work().catch((error) => say(error.message));
 const sides = () => app.attempt(arrange);
 
+/** Asks what was said; what is wrong stands beside it. */
 async function hear(blob) {
-  try {
-    $("heard").textContent = "Listening …";
-    const { text } = await json("voice", await wav(blob));
-    $("heard").textContent = `Heard: “${text}”`;
-    app.ask(text);
-  } catch (error) {
-    $("heard").textContent = error.message;
-  }
+  $("heard").textContent = "Listening …";
+  const { text, problem } = await wav(blob).then((sound) => json("voice", sound)).catch(({ message }) => ({ problem: message }));
+  $("heard").textContent = problem ?? `Heard: “${text}”`;
+  if (!problem) app.ask(text);
 }
 
 function controls() {
@@ -128,7 +122,7 @@ function controls() {
   preference.addEventListener("change", (event) => theme(event.matches));
   $("theme").addEventListener("click", () => theme(document.documentElement.dataset.theme !== "dark"));
   server.addEventListener("lost", () => say("The server does not answer. This page asks again every second."));
-  server.addEventListener("found", () => (app.state ? sides() : start()));
+  server.addEventListener("found", () => (app.state ? sides() : app.attempt(start)));
   addEventListener("hashchange", () => restore(followed(location.hash)));
   $("start-tour").addEventListener("click", tour($("tour")));
   share(app, $("share-part"), restore);
@@ -144,4 +138,4 @@ async function start() {
 }
 
 controls();
-start().catch((error) => say(error.message));
+app.attempt(start);

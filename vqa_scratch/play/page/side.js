@@ -28,7 +28,7 @@ export class Side {
   ask(dragged) {
     this.rest();
     if (!dragged) this.asking.stop();
-    return this.asking.start();
+    this.asking.start();
   }
 
   /** Stop what is done while nothing else is asked. */
