@@ -79,16 +79,17 @@ def play(
     print(f"{' and '.join(played.name for played in models)}: {address} (Ctrl-C ends)", flush=True)
     if browser:
         threading.Thread(target=webbrowser.open, args=(address,), daemon=True).start()
-    Server(Play(models, ears), None if host == "0.0.0.0" else hosts, token).run(sockets=[bound])
+    Server(Play(models, ears, None if host == "0.0.0.0" else hosts, token)).run(sockets=[bound])
 
 
 def bind(host: str, port: int | None) -> tuple[socket.socket, list[str]]:
     """A socket that listens, and the names that a browser may call it by. Raises UserError if there is none."""
-    why = ""
-    for wanted in [PORT, 0] if port is None else [port]:
-        try:
-            bound = socket.create_server((host, wanted), backlog=1024)
-            return bound, [f"{name}:{bound.getsockname()[1]}" for name in (HERE if host in HERE else (host,))]
-        except OSError as error:
-            why = error.strerror or str(error)
-    raise UserError(f"cannot serve at {host}, port {port or PORT}: {why}; give another --host or --port")
+    try:
+        bound = socket.create_server((host, PORT if port is None else port), backlog=1024)
+        return bound, [f"{name}:{bound.getsockname()[1]}" for name in (HERE if host in HERE else (host,))]
+    except OSError as error:
+        if port is None:
+            return bind(host, 0)
+        raise UserError(
+            f"cannot serve at {host}, port {port}: {error.strerror}; give another --host or --port"
+        ) from None

@@ -23,10 +23,8 @@ FIRST = 1 + 1_000_000 * list(ShapesSpec().splits()).index("test")  # the id of t
 
 
 class Pictures:
-    """The test scenes of a run with these `options` (None: of a released model), and every other picture it is shown.
-
-    `asked` is what the system takes beside an image.
-    """
+    """The test scenes of a run with these `options` (None: of a released model), with what it is `asked`, and every
+    other picture it is shown."""
 
     def __init__(self, options: Any, asked: str) -> None:
         self.options, self.asked = options, asked
