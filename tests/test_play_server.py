@@ -255,11 +255,13 @@ def test_heads_are_knocked_out_one_by_one(live, state):
 @pytest.mark.parametrize("model", ["tokens", "prefix"])
 def test_the_numbers_of_any_head_that_reads_are_those_of_the_study(live, state, model):
     state = state | {"model": model}
-    study, name = live.ask("/api/study", state)[1], "decoder.0.cross" if model == "tokens" else "decoder.0.self"
-    status, found = live.ask("/api/number", state | {"name": name, "head": 1})
-    assert status == 200 and found == next(one for one in study["opened"] if (one["layer"], one["head"]) == (0, 1))
+    study = live.ask("/api/study", state)[1]
+    (opened,) = study["opened"]
+    name = study["attentions"]["cross"]["names"][opened["layer"]]
+    status, found = live.ask("/api/number", state | {"name": name, "head": opened["head"]})
+    assert status == 200 and found == opened and name.endswith("cross" if model == "tokens" else "self")
     heads = study["attributions"][0]["heads"][name.rpartition(".")[2]]
-    assert found["out"][0]["total"] == pytest.approx(heads[0][1], abs=1e-5)
+    assert found["out"][0]["total"] == pytest.approx(heads[opened["layer"]][opened["head"]], abs=1e-5)
     for changes, message in (
         ({"name": "image.0.self", "head": 0}, "reads no source"),
         ({"name": name, "head": 9}, "heads 0 to 1"),

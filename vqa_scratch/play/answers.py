@@ -40,7 +40,7 @@ def study(played: Played, state: dict[str, Any], job: Job) -> Iterator[Any]:
         plain = answered(opened)._asdict()
         maps = maps_of(opened, [token.id for token in done.tokens])
         plain["flows"] = {name: packed_flow(flow) for name, flow in maps.items()}
-    yield study_data(done) | {"plain": plain}
+    yield study_data(done, budget=0) | {"plain": plain}  # other heads are asked for one by one
 
 
 def report(played: Played, state: dict[str, Any], job: Job) -> Iterator[Any]:
