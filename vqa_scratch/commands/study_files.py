@@ -5,7 +5,7 @@ from pathlib import Path
 
 from PIL.Image import Image
 
-from vqa_scratch.commands.line import open_asked
+from vqa_scratch.commands.line import open_asked, open_ears
 from vqa_scratch.data.images import load_image
 from vqa_scratch.errors import UserError
 from vqa_scratch.storage import read_text, write_json, write_text, write_whole
@@ -14,6 +14,7 @@ from vqa_scratch.study.opened import POLICY, Opened, config_of, open_text, t5_fo
 from vqa_scratch.study.overlay import overlay, side_by_side
 from vqa_scratch.study.record import Study, summary, trace_file
 from vqa_scratch.study.report import page
+from vqa_scratch.transcription.studied import heard_in
 
 
 def run_folder(folder: Path) -> Path:
@@ -36,11 +37,17 @@ def open_input(
     device: str,
     model: str | None = None,
     precision: str = "fp32",
+    voice: Path | None = None,
 ) -> Opened:
-    """A run, or a released model, with one input: an image and what is asked of it, or a text file for a T5.
+    """A run, or a released model, with one input: an image and what is asked of it, a text file for a T5, or a sound
+    file for what hears.
 
     Raises UserError if the input does not fit.
     """
+    if voice is not None:
+        if (run is None) == (model is None) or any(given is not None for given in (image, question, text)):
+            raise UserError("--voice FILE is all that RUN, or a --model, hears: give one of them, and nothing else")
+        return heard_in(open_ears(str(run) if model is None else model, device, precision), voice)
     if run is not None and model is None and t5_folder(run) is not None:
         if text is None or image is not None or question is not None:
             raise UserError(f"{run} reads texts: give it --text FILE, and neither --image nor --question")

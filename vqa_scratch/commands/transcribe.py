@@ -67,6 +67,7 @@ def transcribe(
     from vqa_scratch.audio.features import RATE
     from vqa_scratch.audio.reading import read_audio
     from vqa_scratch.storage import check_writable, write_text
+    from vqa_scratch.training.progress import EverySecond
     from vqa_scratch.transcription import formats
 
     if len(paths) != (2 if model is None else 1):
@@ -82,7 +83,8 @@ def transcribe(
     opened.check(language, task, how.get("max_new_tokens"))  # before a long file is read
     wave = read_audio(recording)
     shape = "{desc} {percentage:3.0f}%|{bar}| {n:.0f} of {total:.0f} s [{elapsed}<{remaining}]"
-    with tqdm(desc="listening", total=len(wave) / RATE, bar_format=shape, leave=False) as bar:
+    bar = tqdm(desc="listening", total=len(wave) / RATE, bar_format=shape, leave=False)
+    with bar, EverySecond(bar.refresh):  # a window of 30 s, its tries and all, may take minutes
 
         def heard() -> Iterator["Segment"]:
             for segment in opened.transcribe(wave, language=language, task=task, **how):

@@ -249,7 +249,10 @@ class VoiceSystem(System[VoiceOptions, WhisperCTC]):
     def transcriber(self) -> Transcriber:
         whisper, words = self.model.whisper.to(dtype=self.precision.dtype), self.vocabulary
         heads = heads_that_follow({}, whisper.config, str(self.folder))
-        return Transcriber(str(self.folder), whisper, words, self.precision.device, self.barred, (words.end,), heads)
+        spelled = self.model.ctc.to(dtype=self.precision.dtype), ALPHABET
+        return Transcriber(
+            str(self.folder), whisper, words, self.precision.device, self.barred, (words.end,), heads, spelled
+        )
 
     def export(self, folder: Path) -> list[str]:
         return export_voice(self, folder)

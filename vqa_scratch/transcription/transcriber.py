@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vqa_scratch.audio.features import HOP, RATE, log_mel
 from vqa_scratch.data.text import Tokenizer
@@ -57,6 +57,7 @@ class Transcriber:
     barred: tuple[int, ...]  # tokens that never come
     barred_first: tuple[int, ...]  # and that do not come first
     heads: list[tuple[int, int]]  # (layer, head) of the attention that follows the sound
+    spelled: tuple[nn.Module, str] | None = None  # a head of CTC on the states, and its symbols after the blank
 
     @property
     def knows_times(self) -> bool:
@@ -90,11 +91,15 @@ class Transcriber:
         if (max_new_tokens or 0) > room:
             raise UserError(f"max_new_tokens {max_new_tokens}: a window of {self.source} has room for {room}")
 
+    def features(self, wave: Tensor) -> Tensor:
+        """Samples (n,) of a window at most -> the log-mel (1, M, F) of the window."""
+        config = self.model.config
+        return log_mel(wave.to(self.device), config.mels, seconds=config.frames * HOP / RATE)[None]
+
     @torch.inference_mode()
     def states(self, wave: Tensor) -> Tensor:
         """Samples (n,) of a window at most -> states (1, N, D)."""
-        config = self.model.config
-        return self.model.encode(log_mel(wave.to(self.device), config.mels, seconds=config.frames * HOP / RATE)[None])
+        return self.model.encode(self.features(wave))
 
     def transcribe(
         self,
@@ -160,6 +165,13 @@ class Transcriber:
             if heard.temperature >= FORGET_ABOVE or heard.repetitive:
                 said = []
             seek += max(2 * step, min(2 * LEAST_STEP, length))
+
+    def words(self, wave: Tensor) -> str:
+        """All words of samples (n,) at 16 kHz in a line. Raises UserError if there are none."""
+        said = " ".join(segment.text.strip() for segment in self.transcribe(wave))
+        if not said:
+            raise UserError("no words are heard in the recording: ask again, nearer to the microphone")
+        return said
 
     def save(self, folder: Path) -> None:
         """Write it as `transformers` reads it: weights, tokenizer, how to generate, how to make features."""
