@@ -26,6 +26,7 @@ from vqa_scratch.data.voices import Span, Speaker, sentences, speak, with_echo, 
 from vqa_scratch.errors import UserError
 
 ALPHABET = " 'abcdefghijklmnopqrstuvwxyz"  # CTC's labels, from 1 on; 0 is the blank
+SPACE = 1 + ALPHABET.index(" ")
 LOUD = 2.0  # from the loudest place of a log-mel to silence
 CLEAN, HARD = "clean", "noise and echo"
 DRAWN = ("train", "val", "test")
