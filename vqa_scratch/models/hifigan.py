@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from vqa_scratch.errors import UserError
 from vqa_scratch.models.hf_config import HFConfig, Layout, Released, sizes_in
 from vqa_scratch.weights import fields, maps_speech
-from vqa_scratch.weights.convert import load_into
 
 _LAYOUT = Layout("SpeechT5HifiGan", fields.HIFIGAN, maps_speech.HIFIGAN)
 _LISTS = {"stretch": "upsample_rates", "stretch_kernels": "upsample_kernel_sizes", "kernels": "resblock_kernel_sizes"}
@@ -105,9 +104,7 @@ class HifiGAN(Released[HifiGANConfig]):
     @classmethod
     def from_checkpoint(cls, config: Mapping[str, Any], tensors: dict[str, Tensor], source: str) -> Self:
         """As in `Released`; weights saved with weight norm, in either spelling, are multiplied out."""
-        model = cls(HifiGANConfig.from_hf(config))
-        load_into(model, without_weight_norm(tensors), model.key_map, source=source)
-        return model.eval()
+        return super().from_checkpoint(config, without_weight_norm(tensors), source)
 
     def forward(self, frames: Tensor) -> Tensor:
         """Log-mel frames (B, F, M) -> waves (B, N) in [-1, 1]."""

@@ -21,7 +21,6 @@ from vqa_scratch.nn.layers import init_weights
 from vqa_scratch.nn.relative_keys import PassKeys, RelativeKeys
 from vqa_scratch.storage import typed
 from vqa_scratch.weights import fields
-from vqa_scratch.weights.convert import load_into
 from vqa_scratch.weights.maps import KeyMap
 
 _FIXED = {"scale_embedding": False, "feat_extract_norm": "group", "tie_word_embeddings": True}
@@ -164,6 +163,4 @@ class SpeechT5Base(Released[SpeechT5Config]):
         (named,) = typed("config.json", config, {"architectures": list | None})
         if named and cls.architecture not in named:
             raise UserError(f"{source} holds a {named[0]}, not a {cls.architecture}")
-        model = cls(SpeechT5Config.from_hf(config))
-        load_into(model, tensors, model.key_map, source=source)
-        return model.eval()
+        return super().from_checkpoint(config, tensors, source)
