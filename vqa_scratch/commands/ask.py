@@ -1,4 +1,4 @@
-"""`ask`: one question about one image file, or a prompt that takes one after the other."""
+"""`ask`: one question about one image file, or one text, or a prompt that takes one after the other."""
 
 import contextlib
 import os
@@ -21,8 +21,8 @@ from vqa_scratch.options import flag
     params=[
         click.Argument(["run"], type=FOLDER, required=False),
         MODEL,
-        Flag(["--image"], type=FOLDER, required=True, help="Image file of any size that Pillow reads."),
-        Flag(["--question"], help="What to ask; without it, a prompt for many questions."),
+        Flag(["--image"], type=FOLDER, help="Image file of any size that Pillow reads; a language model takes none."),
+        Flag(["--question"], help="What to ask, or the text to answer; without it, a prompt for many."),
         Flag(["--top"], type=click.IntRange(min=1), help="Give this many answers, if the system chooses from a list."),
         *flags(GenerationOptions),
         DEVICE,
@@ -33,7 +33,7 @@ from vqa_scratch.options import flag
 def ask(
     run: Path | None,
     model: str | None,
-    image: Path,
+    image: Path | None,
     question: str | None,
     top: int | None,
     device: str,
@@ -44,11 +44,17 @@ def ask(
     """Ask the trained system in the folder RUN, or a released model (--model), about one image.
 
     \b
-    Example:
+    Examples:
       python -m vqa_scratch ask runs/vqa --image photo.jpg --question "how many dogs are there?"
+      python -m vqa_scratch ask runs/rlhf-lm --question "why is the sky dark at night?"
     Without --question the system stays loaded and takes one question a line, from the keyboard or a pipe.
     """
+    from vqa_scratch.language_model import LanguageModel
+
     system = open_asked(run, model, device, precision, quantize)
+    if isinstance(system, LanguageModel) != (image is None):
+        how = "looks at images: give it --image FILE" if image is None else "reads texts alone: leave out --image"
+        raise UserError(f"{run or model} {how}")
     decoding = {name: value for name, value in decoding.items() if value is not None}
     if decoding and not system.writes:
         raise UserError(f"{run or model} does not take {flag(next(iter(decoding)))}: leave it out")
@@ -60,7 +66,7 @@ def ask(
         show(system, image, question, top, decoding)
 
 
-def show(system: Any, image: Path, question: str | None, top: int | None, decoding: dict[str, Any]) -> None:
+def show(system: Any, image: Path | None, question: str | None, top: int | None, decoding: dict[str, Any]) -> None:
     """Print the answers to one question, and notes on stderr. Raises UserError as `System.ask` does."""
     answers, notes = system.ask(image, question, top, decoding)
     for note in notes:
@@ -69,7 +75,7 @@ def show(system: Any, image: Path, question: str | None, top: int | None, decodi
         print(f"{said.text or '(nothing)'}  (probability {said.probability:.3f})", flush=True)
 
 
-def prompt(system: Any, image: Path, top: int | None, decoding: dict[str, Any]) -> None:
+def prompt(system: Any, image: Path | None, top: int | None, decoding: dict[str, Any]) -> None:
     """Answer each line of stdin until an empty one or its end; `image PATH` changes the image.
 
     What cannot be answered is said in a line on stderr, and the next line is read.
@@ -77,12 +83,15 @@ def prompt(system: Any, image: Path, top: int | None, decoding: dict[str, Any]) 
     """
     from vqa_scratch.data.image_files import load_image
 
-    load_image(image)
+    if image is not None:
+        load_image(image)
     by_hand = sys.stdin.isatty()
     if by_hand:
         with contextlib.suppress(ImportError):  # not on Windows
             import readline  # noqa: F401 -- its import gives input() arrow keys and a history
-        print(f"A question about {image.name}, like {system.example!r}; `image PATH` changes it, Enter or Ctrl-D ends.")
+        about = "A text" if image is None else f"A question about {image.name}"
+        change = "" if image is None else "`image PATH` changes it, "
+        print(f"{about}, like {system.example!r}; {change}Enter or Ctrl-D ends.")
 
     def next_line() -> str:
         try:
@@ -96,7 +105,7 @@ def prompt(system: Any, image: Path, top: int | None, decoding: dict[str, Any]) 
             asked = True
             try:
                 command, _, rest = line.partition(" ")
-                if command == "image":
+                if command == "image" and image is not None:
                     path = Path(os.path.expanduser(rest.strip().strip("'\"")))  # Path's raises for ~nobody
                     load_image(path)
                     image = path

@@ -20,7 +20,9 @@ DEVICES, PRECISIONS = NearChoice(("auto", "cpu", "cuda", "mps")), NearChoice(("a
 PRODUCT_FORMATS = NearChoice(("int8", "int4", "int4-g64", "int4-g128", "int4-g256"))  # of nn/quantized.py
 FILE_FORMATS = NearChoice((*PRODUCT_FORMATS.choices, "nf4"))
 DEVICE = Flag(["--device"], type=DEVICES, default="auto", help="Where to compute.", group="Computing")
-MODEL = Flag(["--model"], help="Instead of RUN: a released BLIP-2, LLaVA, Fuyu or Idefics, a folder or Hub id.")
+MODEL = Flag(
+    ["--model"], help="Instead of RUN: a released BLIP-2, LLaVA, Fuyu, Idefics or language model, a folder or Hub id."
+)
 PRECISION = Flag(["--precision"], type=PRECISIONS, default="fp32", help="Arithmetic.", group="Computing")
 
 
@@ -86,8 +88,24 @@ def open_run(folder: Path, device: str = "cpu", precision: str = "fp32") -> "Sys
     return systems.load(folder, pick_device(device), precision)
 
 
+def of_train(folder: Path) -> Path:
+    """The folder of a run of train.py: the given one, or its policy/ if rlhf.py tuned one there.
+
+    Raises UserError for the folder of anything else that has a config.json.
+    """
+    from vqa_scratch.study.opened import POLICY, config_of
+
+    if "program" in config_of(folder / POLICY):
+        return folder / POLICY
+    if (folder / "config.json").is_file() and "program" not in config_of(folder):
+        raise UserError(
+            f"{folder} holds no model that can be asked: neither model.safetensors of train.py nor {POLICY}/ of rlhf.py"
+        )
+    return folder
+
+
 def open_asked(run: Path | None, model: str | None, device: str, precision: str, quantize: str | None = None) -> Any:
-    """A run, or a released model: what can be asked about an image, maybe with its decoder's weights in a format.
+    """A run of train.py or rlhf.py, or a released model, maybe with its decoder's weights in a format.
 
     Raises UserError unless one of the two is given, and for a format without bf16 on a CPU.
     """
@@ -98,13 +116,15 @@ def open_asked(run: Path | None, model: str | None, device: str, precision: str,
 
     if quantize is not None and (precision != "bf16" or pick_device(device).type != "cpu"):
         raise UserError(f"--quantize {quantize}: {quantized.BF16_ONLY}")
-    if model is None:
-        assert run is not None
-        opened: Any = open_run(run, device, precision)
-    else:
-        from vqa_scratch.zero_shot import open_zero_shot
+    from vqa_scratch.language_model import open_language_model
+    from vqa_scratch.zero_shot import open_zero_shot
 
-        opened = open_zero_shot(model, pick_device(device), precision)
+    place = pick_device(device)
+    opened: Any = open_language_model(run or str(model), place, precision)
+    if opened is None and run is not None:
+        opened = open_run(of_train(run), device, precision)
+    elif opened is None:
+        opened = open_zero_shot(str(model), place, precision)
     if quantize is not None:
         quantized.quantize(opened.model, quantized.FORMATS[quantize])
     return opened
