@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -168,6 +169,12 @@ def test_a_run_of_a_gpt2_and_its_resumption(folders, files, tmp_path, monkeypatc
     summary = rlhf.run(argv)
     said = capsys.readouterr().out
     assert "chat template" not in said and f"greedy reward {summary['greedy_reward_before']:+.3f} -> " in said
+    assert said.endswith(f"next:\n  python -m vqa_scratch ask {tmp_path / 'whole'}\n")
+    page = (tmp_path / "whole" / "samples.html").read_text()
+    likeliest = re.findall("<p class=people>greedy, reward (.*?):", page)
+    assert len(likeliest) == 8  # before and after, of four prompts
+    for when, shown in (("before", likeliest[::2]), ("after", likeliest[1::2])):
+        assert sum(map(float, shown)) / 4 == pytest.approx(summary[f"greedy_reward_{when}"], abs=0.006)
     rows = logged(tmp_path / "whole")
     assert all(row["ppo/policy/first_ratio_error"] <= 1e-6 for row in rows) and rows[0]["objective/kl_exact"] < 1e-9
     assert summary["kl"] > 0 and math.isfinite(summary["greedy_reward_after"])
