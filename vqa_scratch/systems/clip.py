@@ -288,9 +288,6 @@ class CLIPSystem(SplitSystem[CLIPOptions, CLIP, Captions]):
         with self.evaluating(), self.precision.autocast():
             return classify(self.model, pixels, classes)[0].tolist()
 
-    def ask(self, *asked: Any, **more: Any) -> NoReturn:
-        self.lacks("answers nothing: `python -m vqa_scratch retrieve` finds images by a text and texts by an image")
-
     def subject(self, image: Image.Image, question: str | None) -> Opened:
         if question is None:
             raise UserError(f"{self.folder} compares images with texts: give it --text")
