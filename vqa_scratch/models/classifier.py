@@ -81,7 +81,6 @@ class TextClassifier(Released[BertConfig]):
 
     @property
     def key_map(self) -> maps.KeyMap:
-        """Where each parameter is in a checkpoint."""
         return self.layout.key_map
 
     def label_index(self, label: str) -> int:

@@ -88,7 +88,6 @@ class WhisperConfig(HFConfig[Layout]):
         return GPT2Config(**self._shared | sizes, embedding_dropout=self.dropout, add_cross_attention=True)
 
     def to_hf(self) -> dict[str, Any]:
-        """The inverse of `from_hf`."""
         return super().to_hf() | {"is_encoder_decoder": True, "scale_embedding": False}
 
 
