@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from vqa_scratch.errors import UserError
-from vqa_scratch.models.hf_config import HFConfig, Layout, Released, check_heads
+from vqa_scratch.models.hf_config import HFConfig, Layout, Released, check_heads, fields_of
 from vqa_scratch.models.vit import ViTBlock, ViTConfig
 from vqa_scratch.nn import taps
 from vqa_scratch.nn.states import States
@@ -76,8 +76,7 @@ class CLIPTextConfig(HFConfig[CLIPTextLayout]):
     @property
     def blocks(self) -> ViTConfig:
         """A ViT of these blocks."""
-        names = ("dim", "layers", "heads", "hidden", "activation", "norm_eps", "attention_dropout")
-        return ViTConfig(**{name: getattr(self, name) for name in names})
+        return ViTConfig(**fields_of(self, ViTConfig))
 
 
 class CLIPText(Released[CLIPTextConfig]):
