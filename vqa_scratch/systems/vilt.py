@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from vqa_scratch.data.answers import Answer, AnswerList, Answers, SoftTargets
+from vqa_scratch.data.answers import Answer, AnswerList, SoftTargets
 from vqa_scratch.data.classes import ClassBatch, ClassQuestions
 from vqa_scratch.data.images import ImageProcessor
 from vqa_scratch.data.text import Tokenizer, train_wordpiece
@@ -132,12 +132,6 @@ class ViLTSystem(QuestionSystem[ViLTOptions, ViLTClassifier, ClassQuestions]):
             [Answer(self.model.labels[i], score) for i, score in zip(places, scores, strict=True)]
             for places, scores in zip(best.indices.tolist(), best.values.tolist(), strict=True)
         ]
-
-    def answer(
-        self, samples: Sequence[VQASample], limit: int | None = None, *, ranked: bool = False, **shown: Any
-    ) -> Answers:
-        """A ViLT always chooses from its list, so it has no second way to rank."""
-        return {} if ranked else super().answer(samples, limit, **shown)
 
     def finish(self, folder: Path) -> dict[str, Any]:
         figures = super().finish(folder)
