@@ -15,8 +15,7 @@ from vqa_scratch.data.answers import Answer
 from vqa_scratch.data.chat_template import OF_TEXT, read_template, render
 from vqa_scratch.data.text import Tokenizer, check_text
 from vqa_scratch.errors import UserError
-from vqa_scratch.generate import Generated, GenerationOptions
-from vqa_scratch.generation_options import end_ids
+from vqa_scratch.generate import GenerationOptions
 from vqa_scratch.models import T5, released
 from vqa_scratch.models.hf_config import ReleasedDecoder
 from vqa_scratch.storage import typed
@@ -31,6 +30,7 @@ from vqa_scratch.study.opened import (
     written,
 )
 from vqa_scratch.study.texts import LanguageSubject, T5Subject
+from vqa_scratch.systems.writing import answers_of
 from vqa_scratch.training.precision import DTYPES, formats
 from vqa_scratch.weights.files import CONFIG
 from vqa_scratch.weights.hub import locate
@@ -103,20 +103,13 @@ class LanguageModel:
         options = GenerationOptions(**self.own_options | dict(decoding or {}))
         opened = self.subject(question, options.max_new_tokens)
         assert isinstance(opened.subject, T5Subject | LanguageSubject)
-        return [answer_of(opened.subject.write(options), self.tokenizer, options)], list(opened.notes)
+        return answers_of(opened.subject.write(options), self.tokenizer, options), list(opened.notes)
 
 
 def refuse_list(source: str, top: int | None) -> None:
     """Raise UserError for a `top` where answers are written."""
     if top is not None:
         raise UserError(f"{source} writes one answer and ranks no list of them: leave out --top")
-
-
-def answer_of(made: Generated, tokenizer: Tokenizer, options: GenerationOptions) -> Answer:
-    """What was written in one row, with its probability."""
-    length = int(made.lengths)
-    said = made.ids[0, :length].tolist()
-    return Answer(tokenizer.decode(said).strip(), float(made.likely()), length, said[-1] in end_ids(options.eos_id))
 
 
 def open_language_model(source: str | Path, device: torch.device, precision: str = "fp32") -> LanguageModel | None:

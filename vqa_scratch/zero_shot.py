@@ -25,12 +25,13 @@ from vqa_scratch.data.text import Tokenizer, check_question
 from vqa_scratch.errors import UserError
 from vqa_scratch.generate import Conditioning, GenerationOptions, generate
 from vqa_scratch.generation_options import end_ids
-from vqa_scratch.language_model import answer_of, refuse_list
+from vqa_scratch.language_model import refuse_list
 from vqa_scratch.models import Blip2, Fuyu, Idefics, Llava
 from vqa_scratch.models.image_text import JoinedModel
 from vqa_scratch.storage import read_object, typed
 from vqa_scratch.study.opened import Opened, run_name, special_tokens, token_label, written
 from vqa_scratch.study.subject import Blip2Subject, IdeficsSubject, PlacedSubject, fuyu_subject, llava_subject
+from vqa_scratch.systems.writing import answers_of
 from vqa_scratch.training.precision import DTYPES, formats
 from vqa_scratch.weights.files import CONFIG, read_config, resolve_folder
 from vqa_scratch.weights.hub import locate
@@ -120,7 +121,7 @@ class ZeroShot(ABC):
         prompt, pixels = self.prepared(load_image(image), question)
         ids, given = self.read(prompt, pixels)
         self.check_room(prompt, ids.shape[1] - len(prompt), options.max_new_tokens)
-        return [answer_of(generate(self.model.language, ids, **given, options=options), self.tokenizer, options)], []
+        return answers_of(generate(self.model.language, ids, **given, options=options), self.tokenizer, options), []
 
     @torch.no_grad()
     def subject(self, image: Image.Image, question: str | None) -> Opened:
