@@ -56,10 +56,10 @@ class WritingSubject(Subject):
         """What the language model reads besides its own tokens, of which there will be so many."""
 
     @torch.no_grad()
-    def write(self, options: GenerationOptions) -> Generated:
-        """The answer, in one row, by these options."""
+    def write(self, options: GenerationOptions, **how: Any) -> Generated:
+        """The answer, in one row, by these options and further arguments of `generate`."""
         prompt = torch.tensor([self.prompt], device=self.device)
-        return generate(self.language, prompt, None, self.conditioning(len(self.prompt)), options=options)
+        return generate(self.language, prompt, None, self.conditioning(len(self.prompt)), options=options, **how)
 
     def generate(self, max_new_tokens: int | None = None) -> list[int]:
         most = {"max_new_tokens": max_new_tokens or self.max_new_tokens}

@@ -1,6 +1,7 @@
 """The subjects that read a text alone: a T5, and a decoder that goes on from it."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -53,8 +54,8 @@ class LanguageSubject(WritingSubject):
         self.sources = (question_source(None, labels[:-1], [0, *(i for i in special if 0 < i < self.prefix)]),)
         self.mixing = torch.eye(self.prefix)
 
-    def write(self, options: GenerationOptions) -> Generated:
-        return generate(self.language, self.input_ids, options=options)  # some options are about all tokens so far
+    def write(self, options: GenerationOptions, **how: Any) -> Generated:
+        return generate(self.language, self.input_ids, options=options, **how)  # some options are about all tokens
 
     def conditioning(self, tokens: int) -> Conditioning:
         return Conditioning(prefix=self.language.embed(self.input_ids[:, :-1]))
