@@ -83,11 +83,6 @@ class TextClassifier(Released[BertConfig]):
     def key_map(self) -> maps.KeyMap:
         return self.layout.key_map
 
-    def label_index(self, label: str) -> int:
-        """The index of the logit of `label`. Raises UserError that lists the labels."""
-        check_label(self.labels, label)
-        return self.labels.index(label)
-
     @classmethod
     def from_checkpoint(cls, config: Mapping[str, Any], tensors: dict[str, Tensor], source: str) -> Self:
         """As in `Released`. The word table, a third of the weights, stays in the file: rows are read on first use."""

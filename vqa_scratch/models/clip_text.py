@@ -118,12 +118,9 @@ class CLIPText(Released[CLIPTextConfig]):
             place, found = ends.int().argmax(1), ends.any(1)
         if not found.all():
             row = int(found.int().argmin())
-            raise UserError(f"text {row} has no end token ({self._end}): cut it before the end token is added")
+            end = "the highest id" if self.config.eos_id == HIGHEST_ID else f"id {self.config.eos_id}"
+            raise UserError(f"text {row} has no end token ({end}): cut it before the end token is added")
         return place
-
-    @property
-    def _end(self) -> str:
-        return "the highest id" if self.config.eos_id == HIGHEST_ID else f"id {self.config.eos_id}"
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """(B, T) -> (B, D): the state that stands for each text; arguments as in `states`, UserError as in
