@@ -74,7 +74,7 @@ def test_study_shows_the_weights_of_transformers(both):
     theirs = reference(whole[:, :-1], output_attentions=True)
     for layer, pattern in enumerate(theirs.attentions):
         torch.testing.assert_close(study.trace.pattern(f"decoder.{layer}.self"), pattern, rtol=0, atol=1e-5)
-    chances = theirs.logits[0, ids.shape[1] - 1 :].softmax(-1)
+    chances = theirs.logits[0, ids.shape[1] - 1 :].detach().softmax(-1)
     expected = [float(row[token.id]) for row, token in zip(chances, study.tokens, strict=True)]
     assert [token.probability for token in study.tokens] == pytest.approx(expected, abs=1e-5)
     assert study.certificate.worst <= 1e-5 and study.certificate.attentions == len(theirs.attentions)
@@ -120,7 +120,9 @@ def test_heads_are_measured_over_the_whole_text(folders):
         places = torch.arange(len(pattern))
         far = (pattern * (places[:, None] - places).abs()).sum(-1).mean()
         assert (head.image, head.sink) == pytest.approx((0.0, float(pattern[:, 0].mean())), abs=1e-5)
-        assert head.text == pytest.approx(1 - head.sink, abs=1e-5) and head.distance == pytest.approx(float(far), abs=1e-4)
+        assert head.text == pytest.approx(1 - head.sink, abs=1e-5) and head.distance == pytest.approx(
+            float(far), abs=1e-4
+        )
 
 
 @pytest.fixture(scope="module")
@@ -148,9 +150,10 @@ def test_a_run_is_asked_and_studied_in_its_own_terms(run, folders, tmp_path, cap
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert (summary["run"], summary["text"]) == ("rlhf-lm", TEXTS[0]) and 1 <= len(summary["tokens"]) <= 3
     assert summary["answer"] == said.split("  (probability")[0].replace("(nothing)", "")
-    assert "&lt;|user|&gt;" in (tmp_path / "out" / "report.html").read_text() or "\\u003c|user|\\u003e" in (
-        tmp_path / "out" / "report.html"
-    ).read_text()
+    assert (
+        "&lt;|user|&gt;" in (tmp_path / "out" / "report.html").read_text()
+        or "\\u003c|user|\\u003e" in (tmp_path / "out" / "report.html").read_text()
+    )
 
 
 def test_a_t5_is_asked_with_the_prefix_of_its_run(tmp_path, capsys):
@@ -175,7 +178,10 @@ def test_a_t5_is_asked_with_the_prefix_of_its_run(tmp_path, capsys):
     [
         (["--question", " "], "the text is empty: there is nothing to read"),
         (["--question", "a"], "the text is a single token: give one more word"),
-        (["--question", "why " * 30], r"the text has \d+ tokens, and .*gpt2 has 64 positions, which leaves \d+ for the"),
+        (
+            ["--question", "why " * 30],
+            r"the text has \d+ tokens, and .*gpt2 has 64 positions, which leaves \d+ for the",
+        ),
         (["--question", TEXTS[0], "--max-new-tokens", "99"], "for the answer: max_new_tokens is 99"),
         (["--question", TEXTS[0], "--top", "3"], "writes one answer and ranks no list of them: leave out --top"),
         (["--question", TEXTS[0], "--image", "a.png"], "gpt2 reads texts alone: leave out --image"),
@@ -196,7 +202,10 @@ def test_what_cannot_be_studied_is_one_line(folders, data, tmp_path):
     for argv, message in (
         (("study", folder, *out), "gpt2 reads texts: give it --text FILE, and neither --image nor --question"),
         (("study", folder, *text, "--question", "a", *out), "reads texts: give it --text FILE, and neither"),
-        (("study", folder, "--faithfulness", data, *out), "--faithfulness goes over questions about images, and .*gpt2"),
+        (
+            ("study", folder, "--faithfulness", data, *out),
+            "--faithfulness goes over questions about images, and .*gpt2",
+        ),
         (("ask", looking, "--question", "what?"), "run looks at images: give it --image FILE"),
         (("ask", tmp_path / "none", "--question", "what?"), "none"),
     ):

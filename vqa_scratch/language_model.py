@@ -1,4 +1,4 @@
-"""A language model alone, ready to answer texts: a T5, GPT-2, OPT, Llama or one of its kind, tuned by rlhf.py or released.
+"""A language model alone, ready to answer texts: a T5, GPT-2, OPT, Llama or its like, tuned by rlhf.py or released.
 
 A T5 reads the text after the prefix of its run, and writes. The others go on from it; where the checkpoint has a chat
 template, the text is what a user says in it, as in `rlhf.py --preset lm`.

@@ -23,7 +23,7 @@ ONE, SPLIT = "One answer", "Over a split"
         Flag(["--out"], type=FOLDER, required=True, help="Folder for the report and all other files."),
         Flag(["--image"], type=FOLDER, help="Image file (a run of train.py, or --model).", group=ONE),
         Flag(["--question"], help="Question about the image.", group=ONE),
-        Flag(["--text"], help="Text to compare with the image (preset clip); file to read (language models).", group=ONE),
+        Flag(["--text"], help="Compared with the image (preset clip); a file to read (language models).", group=ONE),
         Flag(["--compare"], type=FOLDER, help="A second run, side by side on the same input.", group=ONE),
         Flag(["--pointing"], type=FOLDER, help="Built-in data set: do maps point at the right object?", group=SPLIT),
         Flag(["--faithfulness"], type=FOLDER, help="Data folder: deletion and insertion curves.", group=SPLIT),

@@ -90,8 +90,8 @@ def lost(text: str, prompt: Prompt, kind: str) -> str:
 
 
 def pair_card(before: Figures, after: Figures, number: int, each: int) -> str:
-    """HTML: the prompt of this number with the first of `each` responses from the reference and from the trained policy,
-    and their likeliest ones where they are known."""
+    """HTML: the prompt of this number with the first of `each` responses from the reference and from the trained
+    policy, and their likeliest ones where they are known."""
     i, sides = number * each, list[str]()
     prompt = before.samples.prompts[i]
     fell = float(before.rewards[i] - after.rewards[i])
