@@ -98,8 +98,8 @@ class ViLT(Released[ViLTConfig]):
         pixel_values (I, C, H, W); pixel_mask (I, H, W), True in the top left rectangle that an image fills; its
         sides are multiples of the patch. Raises ValueError unless patches fit.
         """
-        tower, p = self.tower, self.config.patch_size
-        whole = patch_grid(*pixel_values.shape[2:], p)
+        (height, width), tower, p = pixel_values.shape[2:], self.tower, self.config.patch_size
+        whole = patch_grid(height, width, p)
         if pixel_mask is None:
             places, real = self._positions(whole, whole)[None], None
         else:

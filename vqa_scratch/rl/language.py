@@ -51,7 +51,7 @@ def prompt_of(asked: Asked, tokenizer: Tokenizer, templated: bool, end: int, lon
 @torch.no_grad()
 def greedy(policy: Backbone, task: Task) -> list[tuple[str, float]]:
     """The likeliest tokens as a response to each held-out prompt, with its reward."""
-    rules, found = replace(task.rules, temperature=GREEDY), []
+    rules, found = replace(task.rules, temperature=GREEDY), list[tuple[str, float]]()
     for start in range(0, len(task.held_out), AT_ONCE):
         prompts = task.held_out[start : start + AT_ONCE]
         chance = torch.zeros(len(prompts), rules.max_new_tokens, device=next(policy.parameters()).device)
