@@ -99,7 +99,7 @@ def of_train(folder: Path) -> Path:
         return folder / POLICY
     if (folder / "config.json").is_file() and "program" not in config_of(folder):
         raise UserError(
-            f"{folder} holds no model that can be asked: neither model.safetensors of train.py nor {POLICY}/ of rlhf.py"
+            f"{folder} has no model to study or to ask: neither model.safetensors of train.py nor {POLICY}/ of rlhf.py"
         )
     return folder
 
