@@ -112,22 +112,27 @@ def refuse_list(source: str, top: int | None) -> None:
         raise UserError(f"{source} writes one answer and ranks no list of them: leave out --top")
 
 
+def place_of(source: str | Path) -> Path | None:
+    """The folder of the language model in a run or a checkpoint; None if there is none."""
+    folder = source if isinstance(source, Path) else locate(source, [CONFIG], CONFIG)
+    return next((p for p in (folder / POLICY, folder) if config_of(p).get("model_type") in TYPES), None)
+
+
 def open_language_model(source: str | Path, device: torch.device, precision: str = "fp32") -> LanguageModel | None:
     """The policy that rlhf.py tuned in the folder of a run, or a checkpoint: a folder, or as a text a Hub id.
 
     None if it holds another kind of model. `precision` of the weights is fp32, bf16, fp16 or auto. Raises UserError,
     one line, if the checkpoint is incomplete, or if its parts do not fit each other.
     """
-    folder = source if isinstance(source, Path) else locate(source, [CONFIG], CONFIG)
-    kinds = {place: config_of(place).get("model_type") for place in (folder / POLICY, folder)}
-    place = next((place for place, kind in kinds.items() if kind in TYPES), None)
-    if place is None:
+    if (place := place_of(source)) is None:
         return None
-    options, origin = ({}, source) if place == folder else (config_of(folder), place)  # a Hub id has weights elsewhere
+    of_run, run = place.name == POLICY, place.parent
+    options, origin = (config_of(run), place) if of_run else ({}, source)  # the weights of a Hub id lie elsewhere
     types = {"prefix": str | None, "max_prompt_tokens": int | None, "max_new_tokens": int | None}
-    given = zip(("prefix", "longest", "max_new_tokens"), typed(folder / CONFIG, options, types), strict=True)
+    given = zip(("prefix", "longest", "max_new_tokens"), typed(run / CONFIG, options, types), strict=True)
     model: T5 | ReleasedDecoder[Any]
-    model = T5.from_pretrained(origin) if kinds[place] == "t5" else released.decoder(origin, cross_attention=False)
+    t5 = config_of(place)["model_type"] == "t5"
+    model = T5.from_pretrained(origin) if t5 else released.decoder(origin, cross_attention=False)
     tokenizer = Tokenizer.from_pretrained(origin)
     tokenizer.check_fits(model.config.vocab_size, source)
     return LanguageModel(

@@ -41,7 +41,8 @@ def ask(
     quantize: str | None,
     **decoding: Any,
 ) -> None:
-    """Ask the trained system in the folder RUN, or a released model (--model), about one image.
+    """Ask the trained system in the folder RUN, or a released model (--model), about one image; or one that reads
+    texts alone.
 
     \b
     Examples:
@@ -49,12 +50,7 @@ def ask(
       python -m vqa_scratch ask runs/rlhf-lm --question "why is the sky dark at night?"
     Without --question the system stays loaded and takes one question a line, from the keyboard or a pipe.
     """
-    from vqa_scratch.language_model import LanguageModel
-
-    system = open_asked(run, model, device, precision, quantize)
-    if isinstance(system, LanguageModel) != (image is None):
-        how = "looks at images: give it --image FILE" if image is None else "reads texts alone: leave out --image"
-        raise UserError(f"{run or model} {how}")
+    system = open_asked(run, model, device, precision, quantize, image is not None)
     decoding = {name: value for name, value in decoding.items() if value is not None}
     if decoding and not system.writes:
         raise UserError(f"{run or model} does not take {flag(next(iter(decoding)))}: leave it out")

@@ -104,10 +104,18 @@ def of_train(folder: Path) -> Path:
     return folder
 
 
-def open_asked(run: Path | None, model: str | None, device: str, precision: str, quantize: str | None = None) -> Any:
+def open_asked(
+    run: Path | None,
+    model: str | None,
+    device: str,
+    precision: str,
+    quantize: str | None = None,
+    with_image: bool | None = None,
+) -> Any:
     """A run of train.py or rlhf.py, or a released model, maybe with its decoder's weights in a format.
 
-    Raises UserError unless one of the two is given, and for a format without bf16 on a CPU.
+    Raises UserError unless one of the two is given, for a format without bf16 on a CPU, and where `with_image` says
+    that there is an image for a model that takes none, or none for one that needs it.
     """
     if (run is None) == (model is None):
         raise UserError("give RUN, the folder of a trained system, or --model, a released checkpoint: one of the two")
@@ -116,11 +124,14 @@ def open_asked(run: Path | None, model: str | None, device: str, precision: str,
 
     if quantize is not None and (precision != "bf16" or pick_device(device).type != "cpu"):
         raise UserError(f"--quantize {quantize}: {quantized.BF16_ONLY}")
-    from vqa_scratch.language_model import open_language_model
+    from vqa_scratch.language_model import open_language_model, place_of
     from vqa_scratch.zero_shot import open_zero_shot
 
-    place = pick_device(device)
-    opened: Any = open_language_model(run or str(model), place, precision)
+    place, source = pick_device(device), run or str(model)
+    if with_image is not None and (run is None or run.is_dir()) and with_image == (place_of(source) is not None):
+        how = "reads texts alone: leave out --image" if with_image else "looks at images: give it --image FILE"
+        raise UserError(f"{source} {how}")
+    opened: Any = open_language_model(source, place, precision)
     if opened is None and run is not None:
         opened = open_run(of_train(run), device, precision)
     elif opened is None:
