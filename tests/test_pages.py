@@ -19,8 +19,8 @@ from vqa_scratch.study import report
 from vqa_scratch.study.opened import Opened, chosen, run_name
 from vqa_scratch.study.record import take_apart
 
-needs_browser = pytest.mark.skipif(not browser.available(), reason="needs chromium and chromedriver")
-SPACE, TAB, DOWN = " ", "\ue004", "\ue015"
+needs_browser = pytest.mark.skipif(not browser.available(), reason=browser.MISSING)
+SPACE, TAB, DOWN = "Space", "Tab", "ArrowDown"
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +68,7 @@ def test_the_measure_of_contrast_is_that_of_wcag():
     )
 
 
-REPORT = report.files("vqa_scratch.study").joinpath("report.css").read_text(encoding="utf-8")
+REPORT = report.files("vqa_scratch.study").joinpath("page/study.css").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(

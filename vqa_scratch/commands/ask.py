@@ -3,13 +3,14 @@
 import contextlib
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 
 from vqa_scratch.command_line import Flag, GroupedCommand, flags
-from vqa_scratch.commands.line import DEVICE, FOLDER, MODEL, PRECISION, PRODUCT_FORMATS, open_asked
+from vqa_scratch.commands.line import DEVICE, FOLDER, MODEL, PRECISION, PRODUCT_FORMATS, open_asked, open_ears
 from vqa_scratch.errors import UserError
 from vqa_scratch.generation_options import GenerationOptions
 from vqa_scratch.options import flag
@@ -23,6 +24,11 @@ from vqa_scratch.options import flag
         MODEL,
         Flag(["--image"], type=FOLDER, help="Image file of any size that Pillow reads; a language model takes none."),
         Flag(["--question"], help="What to ask, or the text to answer; without it, a prompt for many."),
+        Flag(["--voice"], type=FOLDER, help="Instead of --question: a sound file in which it is asked."),
+        Flag(
+            ["--voice-model"],
+            help="What hears it, if RUN does not: a run of --preset voice, or a Whisper (folder, .pt file, Hub id).",
+        ),
         Flag(["--top"], type=click.IntRange(min=1), help="Give this many answers, if the system chooses from a list."),
         *flags(GenerationOptions),
         DEVICE,
@@ -35,6 +41,8 @@ def ask(
     model: str | None,
     image: Path | None,
     question: str | None,
+    voice: Path | None,
+    voice_model: str | None,
     top: int | None,
     device: str,
     precision: str,
@@ -48,12 +56,25 @@ def ask(
     Examples:
       python -m vqa_scratch ask runs/vqa --image photo.jpg --question "how many dogs are there?"
       python -m vqa_scratch ask runs/rlhf-lm --question "why is the sky dark at night?"
-    Without --question the system stays loaded and takes one question a line, from the keyboard or a pipe.
+    Without --question the system stays loaded and takes one question a line, from the keyboard or a pipe. With --voice
+    the words that --voice-model hears are printed, and are the question.
     """
+    if voice is not None and question is not None:
+        raise UserError("--question is typed, --voice spoken: give one of them")
+    if voice is None and voice_model is not None:
+        raise UserError("--voice-model hears --voice, a sound file: give both")
     system = open_asked(run, model, device, precision, quantize, image is not None)
     decoding = {name: value for name, value in decoding.items() if value is not None}
     if decoding and not system.writes:
         raise UserError(f"{run or model} does not take {flag(next(iter(decoding)))}: leave it out")
+    if voice is not None and voice_model is None:
+        if not hasattr(system, "ask_aloud"):  # a released model
+            raise UserError(f"{run or model} hears no questions: give --voice-model, what writes them down")
+        tell(system.ask_aloud(image, voice, decoding))
+        return
+    if voice is not None and voice_model is not None:
+        question = heard(voice, voice_model, device, precision)
+        print(f"heard: {question}", flush=True)
     if (
         question is None and system.example and sys.stdin is not None
     ):  # it answers questions, and there is a place for them
@@ -62,11 +83,27 @@ def ask(
         show(system, image, question, top, decoding)
 
 
+def heard(recording: Path, model: str, device: str, precision: str) -> str:
+    """The words that a model hears in a recording. Raises UserError if there are none."""
+    from vqa_scratch.audio.reading import read_audio
+
+    wave = read_audio(recording)  # before a model is opened
+    segments = open_ears(model, device, precision).transcribe(wave)
+    words = " ".join(segment.text.strip() for segment in segments)
+    if not words:
+        raise UserError(f"{model} hears no words in {recording}: ask again, nearer to the microphone")
+    return words
+
+
 def show(system: Any, image: Path | None, question: str | None, top: int | None, decoding: dict[str, Any]) -> None:
     """Print the answers to one question, and notes on stderr. Raises UserError as `System.ask` does."""
     answers, notes = system.ask(image, question, top, decoding)
     for note in notes:
         print(f"note: {note}", file=sys.stderr)
+    tell(answers)
+
+
+def tell(answers: Sequence[Any]) -> None:
     for said in answers:
         print(f"{said.text or '(nothing)'}  (probability {said.probability:.3f})", flush=True)
 

@@ -14,6 +14,7 @@ from vqa_scratch.storage import check_writable, read_json
 
 if TYPE_CHECKING:
     from vqa_scratch.systems.base import System
+    from vqa_scratch.transcription import Transcriber
 
 FOLDER = click.Path(path_type=Path)
 DEVICES, PRECISIONS = NearChoice(("auto", "cpu", "cuda", "mps")), NearChoice(("auto", "fp32", "bf16", "fp16"))
@@ -86,6 +87,26 @@ def open_run(folder: Path, device: str = "cpu", precision: str = "fp32") -> "Sys
     from vqa_scratch.training.precision import pick_device
 
     return systems.load(folder, pick_device(device), precision)
+
+
+def open_latest(folder: Path, device: str = "cpu", precision: str = "fp32") -> "tuple[System, int | None]":
+    """`systems.load_latest` with the values of the flags; of a run that was tuned by feedback its policy."""
+    from vqa_scratch import systems
+    from vqa_scratch.training.precision import pick_device
+
+    return systems.load_latest(of_train(folder), pick_device(device), precision)
+
+
+def open_ears(source: str, device: str = "cpu", precision: str = "fp32") -> "Transcriber":
+    """What listens: the run of `train.py --preset voice` in a folder, or a Whisper: a folder, .pt file or Hub id."""
+    from vqa_scratch.training.precision import pick_device
+    from vqa_scratch.transcription import open_transcriber
+
+    config = Path(source) / "config.json"
+    values = read_json(config) if config.is_file() else {}
+    if isinstance(values, dict) and "program" in values:
+        return open_run(Path(source), device, precision).transcriber()
+    return open_transcriber(source, pick_device(device), precision)
 
 
 def of_train(folder: Path) -> Path:

@@ -22,6 +22,7 @@ ONE, SPLIT = "One answer", "Over a split"
         MODEL,
         Flag(["--out"], type=FOLDER, required=True, help="Folder for the report and all other files."),
         Flag(["--image"], type=FOLDER, help="Image file (a run of train.py, or --model).", group=ONE),
+        Flag(["--voice"], type=FOLDER, help="Sound file (a run of preset voice, or --model, a Whisper).", group=ONE),
         Flag(["--question"], help="Question about the image.", group=ONE),
         Flag(["--text"], help="Compared with the image (preset clip); a file to read (language models).", group=ONE),
         Flag(["--compare"], type=FOLDER, help="A second run, side by side on the same input.", group=ONE),
@@ -45,6 +46,7 @@ def study(
     model: str | None,
     out: Path,
     image: Path | None,
+    voice: Path | None,
     question: str | None,
     text: str | None,
     compare: Path | None,
@@ -63,6 +65,7 @@ def study(
     Examples:
       python -m vqa_scratch study runs/vqa --image photo.jpg --question "what color is the dog?" --out study/
       python -m vqa_scratch study runs/clip --image photo.jpg --text "a brown dog" --out study/
+      python -m vqa_scratch study --model whisper-tiny --voice question.wav --out study/
     """
     from vqa_scratch.commands.study_files import open_input, write_study
     from vqa_scratch.language_model import LanguageModel
@@ -77,15 +80,15 @@ def study(
     check_no_run(out, "--out")
     over_split = {"--pointing": pointing, "--faithfulness": faithfulness, "--ablation": ablation}
     asked = [flag for flag, folder in over_split.items() if folder is not None]
-    if asked and any(given is not None for given in (image, question, text, compare)):
-        raise UserError(f"{asked[0]} goes over a split: leave out --image, --question, --text and --compare")
+    if asked and any(given is not None for given in (image, voice, question, text, compare)):
+        raise UserError(f"{asked[0]} goes over a split: leave out --image, --voice, --question, --text and --compare")
     if precision is not None and model is None:
         raise UserError("--precision is that of the weights of --model; a run is studied in fp32")
     device = str(pick_device(device))
     if not asked:
         given = (image, question, text, device)
-        studies = [take_apart(open_input(run, *given, model, precision or "fp32"))]
-        studies += [take_apart(open_input(compare, *given))] if compare is not None else []
+        studies = [take_apart(open_input(run, *given, model, precision or "fp32", voice))]
+        studies += [take_apart(open_input(compare, *given, voice=voice))] if compare is not None else []
         write_study(out, studies)
         for done in studies:
             for note in done.opened.notes:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from PIL.Image import Image
 
-from vqa_scratch.commands.line import open_asked
+from vqa_scratch.commands.line import open_asked, open_ears
 from vqa_scratch.data.images import load_image
 from vqa_scratch.errors import UserError
 from vqa_scratch.language_model import LanguageModel
@@ -15,6 +15,7 @@ from vqa_scratch.study.opened import Opened
 from vqa_scratch.study.overlay import overlay, side_by_side
 from vqa_scratch.study.record import Study, summary, trace_file
 from vqa_scratch.study.report import page
+from vqa_scratch.transcription.studied import heard_in
 
 
 def open_input(
@@ -25,11 +26,17 @@ def open_input(
     device: str,
     model: str | None = None,
     precision: str = "fp32",
+    voice: Path | None = None,
 ) -> Opened:
-    """A run, or a released model, with one input: an image and what is asked of it, or the text in a file.
+    """A run, or a released model, with one input: an image and what is asked of it, the text in a file, or a sound
+    file for what hears.
 
     Raises UserError if the input does not fit.
     """
+    if voice is not None:
+        if (run is None) == (model is None) or any(given is not None for given in (image, question, text)):
+            raise UserError("--voice FILE is all that RUN, or a --model, hears: give one of them, and nothing else")
+        return heard_in(open_ears(str(run) if model is None else model, device, precision), voice)
     system, name = open_asked(run, model, device, precision), run or model
     if isinstance(system, LanguageModel):
         if text is None or image is not None or question is not None:

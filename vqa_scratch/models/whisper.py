@@ -142,3 +142,11 @@ class Whisper(Released[WhisperConfig]):
         In training the inputs are the labels shifted right, after `config.start_id`.
         """
         return self.decoder(decoder_input_ids, decoder_attention_mask, memory=[Memory(self.encode(input_features))])
+
+
+class WhisperCTC(nn.Module):
+    """A Whisper, and a second head: `ctc` gives each state of the encoder (B, N, D) logits (B, N, L) of `labels`."""
+
+    def __init__(self, config: WhisperConfig, labels: int) -> None:
+        super().__init__()
+        self.whisper, self.ctc = Whisper(config), nn.Linear(config.dim, labels)

@@ -1,6 +1,6 @@
 """Draws curves.png: the panels of a run in one picture."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,26 @@ def moving_average(values: Sequence[float], width: int) -> list[float]:
         total += value - (values[i - width] if i >= width else 0.0)
         result.append(total / min(i + 1, width))
     return result
+
+
+def over_samples(
+    rows: list[dict[str, Any]],
+    scored: Callable[[list[dict[str, Any]]], list[dict[str, Any]]],
+    unit: str,
+    loss_unit: str,
+) -> list[dict[str, Any]]:
+    """The panels of a run over the samples seen: the loss, and those that `scored` makes of what evaluations gave."""
+    steps, evaluations = [row for row in rows if "loss" in row], [row for row in rows if "val" in row]
+    figures, seen = [row["val"] for row in evaluations], [row["samples"] / 1000 for row in evaluations]
+    trained = moving_average([row["loss"] for row in steps], 5)
+    losses = {"training": ([row["samples"] / 1000 for row in steps], trained)}
+    if any("loss" in row for row in figures):
+        losses["validation"] = (seen, [row["loss"] for row in figures])
+    panels = [{"title": "loss", "ylabel": loss_unit, "lines": losses, "log": True}]
+    for panel in scored(figures):
+        lines = {label: (seen, values) for label, values in panel["lines"].items()}
+        panels.append({**panel, "lines": lines, "ylim": (0, 1.02)})
+    return [{**panel, "xlabel": f"thousand {unit} seen"} for panel in panels]
 
 
 def draw_panels(path: Path, panels: Sequence[dict[str, Any]], columns: int | None = None) -> None:

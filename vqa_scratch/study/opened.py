@@ -30,6 +30,7 @@ class Opened:
     label: Callable[[int], str]  # the label of one id of the answer, with its leading space
     decode: Callable[[list[int]], str]  # the text of a whole answer
     notes: tuple[str, ...] = ()  # what the user should know about how the input was read
+    more: Callable[[list[int]], dict[str, Any]] = lambda ids: {}  # what else the page shows, of the ids of an answer
 
 
 def run_name(folder: Path) -> str:

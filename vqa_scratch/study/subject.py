@@ -11,7 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vqa_scratch.errors import UserError
 from vqa_scratch.generate import Generated, generate
+from vqa_scratch.generate.loop import Choose
 from vqa_scratch.generate.processors import bar
 from vqa_scratch.generation_options import GenerationOptions, end_ids
 from vqa_scratch.models.blip2 import Blip2
@@ -26,6 +28,8 @@ from vqa_scratch.nn.connecting import Conditioning
 from vqa_scratch.nn.decoding import Decoder
 from vqa_scratch.nn.states import Places
 from vqa_scratch.study.base import ImageSubject, Source, Subject, block_attentions, grid_source, image_source
+
+Seen = Callable[[int, Tensor], None]  # a token of an answer, and the scores (V,) that it was chosen by
 
 
 def question_source(encoder: nn.Module | None, labels: Sequence[str], special: Sequence[int]) -> Source:
@@ -42,6 +46,8 @@ def query_source(queries: nn.Module, number: int, name: str = "query") -> Source
 class WritingSubject(Subject):
     """A subject whose answer is written token by token by a `language` model, after its prompt."""
 
+    start: tuple[int, ...] = ()  # what the answer begins with
+
     def __init__(self, model: nn.Module, language: Decoder, prompt: list[int], max_new_tokens: int) -> None:
         self.model, self.language, self.head = model, language, language.direct_head
         self.prompt, self.max_new_tokens = prompt, max_new_tokens
@@ -50,6 +56,13 @@ class WritingSubject(Subject):
     def decide_by(self, own_options: dict[str, Any]) -> None:
         """Decode with these fields of `GenerationOptions`, those that the model knows, as whoever asks it does."""
         self.own_options, self.end_ids = own_options, end_ids(own_options["eos_id"])
+
+    def begin_with(self, start: Sequence[int]) -> None:
+        """The answer begins with these tokens, whatever the model would say. Raises UserError for one that is none."""
+        size, longest = len(self.language.head), self.max_new_tokens
+        if not all(type(token) is int and 0 <= token < size for token in start) or len(start) > longest:
+            raise UserError(f"an answer begins with at most {longest} tokens from 0 to {size - 1}, not {list(start)}")
+        self.start = tuple(start)
 
     @abstractmethod
     def conditioning(self, tokens: int) -> Conditioning:
@@ -61,9 +74,22 @@ class WritingSubject(Subject):
         prompt = torch.tensor([self.prompt], device=self.device)
         return generate(self.language, prompt, None, self.conditioning(len(self.prompt)), options=options, **how)
 
-    def generate(self, max_new_tokens: int | None = None) -> list[int]:
+    def generate(self, max_new_tokens: int | None = None, seen: Seen | None = None) -> list[int]:
+        """As in `Subject`; `seen` is called with each token, as soon as it is known, and the scores (V,) behind it."""
+
+        def beginning(choose: Choose) -> Choose:
+            def chosen(scores: Tensor, live: Tensor, made: int) -> tuple[Tensor, Tensor | None]:
+                token, scores_of = choose(scores, live, made)
+                if made < len(self.start):
+                    token = torch.full_like(token, self.start[made])
+                if seen is not None and scores_of is not None:
+                    seen(int(token), scores_of[0])
+                return token, scores_of
+
+            return chosen
+
         most = {"max_new_tokens": max_new_tokens or self.max_new_tokens}
-        made = self.write(GenerationOptions(**self.own_options | most))
+        made = self.write(GenerationOptions(**self.own_options | most), choosing=beginning)
         return made.ids[0, : int(made.lengths[0])].tolist()
 
     def read(self, given: Conditioning, decoder_ids: list[int], rows: int = 1) -> Tensor:
@@ -78,8 +104,9 @@ class WritingSubject(Subject):
         return self.language.readout(states)
 
     def log_probabilities(self, logits: Tensor) -> Tensor:
-        """As in decoding: a token that never comes has none."""
-        return super().log_probabilities(bar(logits, self.own_options.get("suppress_tokens", ())))
+        """As in decoding: a token that never comes has none, and a temperature divides the logits."""
+        logits = bar(logits, self.own_options.get("suppress_tokens", ()))
+        return super().log_probabilities(logits / (self.own_options.get("temperature") or 1.0))
 
 
 class ImageWriter(WritingSubject, ImageSubject):

@@ -10,10 +10,10 @@ import numpy as np
 
 from vqa_scratch.data.answers import Answer, Answers
 from vqa_scratch.data.vqa_v2 import VQASample
-from vqa_scratch.systems.base import RO, M
+from vqa_scratch.systems.base import M
 from vqa_scratch.systems.finals import Pass, what_next
 from vqa_scratch.systems.scoring import Report, score
-from vqa_scratch.systems.splits import TIMED, Q, Split, SplitSystem
+from vqa_scratch.systems.splits import IO, TIMED, Q, Split, SplitSystem
 
 AT_ONCE = 256  # samples in a batch that is only answered
 
@@ -26,7 +26,7 @@ class How(NamedTuple):
     decoding: dict[str, Any] | None = None
 
 
-class AnsweringSystem(SplitSystem[RO, M, Q], Generic[RO, M, Q]):
+class AnsweringSystem(SplitSystem[IO, M, Q], Generic[IO, M, Q]):
     """A system that says something about an image: the answer to a question, or a caption."""
 
     @abstractmethod

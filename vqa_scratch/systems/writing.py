@@ -15,9 +15,9 @@ from vqa_scratch.generation_options import end_ids
 from vqa_scratch.models.vqa import VQAModel
 from vqa_scratch.nn.connecting import Conditioning
 from vqa_scratch.systems.assembly import grid_of
-from vqa_scratch.systems.base import System
+from vqa_scratch.systems.splits import SplitSystem
 
-Writing = System[Any, VQAModel]  # one whose model is encoder, connector and decoder
+Writing = SplitSystem[Any, VQAModel, Any]  # one whose model is encoder, connector and decoder
 
 
 def check_room(system: Writing, prompt: int, new_tokens: int) -> None:

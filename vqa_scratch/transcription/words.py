@@ -3,7 +3,7 @@
 As in OpenAI's `timing.py`: weights of the alignment heads over the states that hold sound, each state normed over the
 tokens, smoothed by a median, averaged over heads; dynamic time warping gives each token its time (Giorgino 2009).
 
-Shapes: H heads, T tokens, N states, R rows of a matrix, C columns.
+Shapes: H heads, T tokens, N states.
 """
 
 from collections.abc import Sequence
@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vqa_scratch.audio.distortion import dtw
 from vqa_scratch.models.whisper import Whisper
 from vqa_scratch.nn.memory import Memory
 from vqa_scratch.study.trace import trace
@@ -32,33 +33,6 @@ class Word:
     start: float
     end: float
     probability: float
-
-
-def dtw(cost: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The path of least cost through a matrix (R, C), corner to corner by steps right, down or both: (rows, columns).
-
-    Of ways that are equally good it is that from the left, then the diagonal (Sakoe and Chiba 1978, without a band).
-    The matrix is filled one diagonal after the other.
-    """
-    height, width = cost.shape
-    moves = np.empty(cost.shape, np.int8)  # 0: from up and left, 1: from up, 2: from left
-    older, newer = np.full(height + 1, np.inf), np.full(height + 1, np.inf)  # of row i at place i + 1
-    older[0] = 0.0
-    for number in range(height + width - 1):
-        row = np.arange(max(0, number - width + 1), min(height, number + 1))
-        both, up, left = older[row], newer[row], newer[row + 1]
-        moves[row, number - row] = np.where((left <= up) & (left <= both), 2, np.where(both <= up, 0, 1))
-        now = np.full(height + 1, np.inf)
-        now[row + 1] = cost[row, number - row] + np.minimum(np.minimum(both, up), left)
-        older, newer = newer, now
-    row, column = height - 1, width - 1
-    path = [(row, column)]
-    while row or column:
-        move = 2 if row == 0 else 1 if column == 0 else moves[row, column]
-        row, column = row - (move != 2), column - (move != 1)
-        path.append((row, column))
-    rows, columns = np.array(path[::-1]).T
-    return rows, columns
 
 
 def alignment(scores: Tensor, states: int) -> Tensor:

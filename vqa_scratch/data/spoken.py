@@ -1,0 +1,262 @@
+"""Utterances that speech is learned from: drawn voices that ask about drawn scenes, and batches of any utterances.
+
+Half of the drawn utterances of training have noise, half an echo. Those of `val` and `test` are unseen sentences by
+unseen speakers, every second one with an echo and 10 dB of noise. All are drawn once, and kept as log-mels in --cache.
+
+Shapes: B utterances, T frames of 10 ms, M mels, F frames of a window, A decoder tokens, S letters.
+"""
+
+import hashlib
+import json
+import random
+import unicodedata
+import zipfile
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from itertools import islice, pairwise
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vqa_scratch.audio import features
+from vqa_scratch.audio.features import log_mel
+from vqa_scratch.data import scenes, voices
+from vqa_scratch.data.batches import IGNORE, Ragged, TensorBatch
+from vqa_scratch.data.spelled import spell_numbers
+from vqa_scratch.data.tokenizers import Tokenizers, encode_unique
+from vqa_scratch.data.voices import Span, Speaker, sentences, speak, with_echo, with_noise
+from vqa_scratch.errors import UserError
+from vqa_scratch.storage import parse_json, write_whole
+
+ALPHABET = " 'abcdefghijklmnopqrstuvwxyz"  # CTC's labels, from 1 on; 0 is the blank
+LOUD = 2.0  # from the loudest place of a log-mel to silence
+CLEAN, HARD = "clean", "noise and echo"
+Spoil = Callable[[np.ndarray, np.random.Generator], np.ndarray]
+
+
+@dataclass(frozen=True, slots=True)
+class Utterance:
+    """What was said, as it is written, and its sound."""
+
+    name: int | str  # of a drawn one its place in its split, else of its file
+    text: str
+    mel: np.ndarray  # (T, M) fp16, as Whisper reads it
+    kind: str  # CLEAN, HARD or "recorded", by which figures are broken down
+    words: tuple[Span, ...] = ()  # when each was said, in seconds, if that is known
+
+
+def facts(utterances: Sequence[Utterance]) -> Iterable[tuple[Any, ...]]:
+    """What makes each utterance itself, for `data/hashes.py`."""
+    for one in utterances:
+        yield one.name, one.text, hashlib.blake2b(np.ascontiguousarray(one.mel).data, digest_size=8).hexdigest()
+
+
+def mel_of(wave: np.ndarray | Tensor) -> np.ndarray:
+    """(N,) samples -> (T, M) fp16. Raises ValueError on a wave below 10 ms."""
+    return log_mel(torch.as_tensor(wave), seconds=None).T.contiguous().half().numpy()
+
+
+def plain(text: str) -> str:
+    """What is said: lower case, numbers in words, no punctuation but the apostrophe."""
+    text = unicodedata.normalize("NFC", spell_numbers(text.lower()).replace("\u2019", "'"))
+    return " ".join("".join(c if c == "'" or unicodedata.category(c)[0] in "LMN" else " " for c in text).split())
+
+
+def letters_of(text: str) -> list[int]:
+    """The labels of CTC. Raises UserError for a text that says nothing, or has a letter that is not in the alphabet."""
+    said = plain(text)
+    outside = next((letter for letter in said if letter not in ALPHABET), None)
+    if outside is not None:
+        raise UserError(f"{outside!r} in {text[:60]!r} is not in the alphabet: a to z and the apostrophe")
+    if not said:
+        raise UserError(f"{text[:60]!r} says nothing: a transcript has words")
+    return [1 + ALPHABET.index(letter) for letter in said]
+
+
+def states_needed(letters: Sequence[int]) -> int:
+    """How many states of the encoder CTC needs to say them: one each, and a blank between equal neighbours."""
+    return len(letters) + sum(a == b for a, b in pairwise(letters))
+
+
+# ------------------------------------------------------------------------------------------------ drawn
+
+
+@dataclass(frozen=True)
+class VoicesSpec:
+    """How many utterances the splits have, and the seed."""
+
+    train: int = 3_000
+    test: int = 400  # val has as many
+    seed: int = 0
+
+
+def clean(wave: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    return wave
+
+
+def mixed(wave: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Half of the time an echo, half of the time noise, of any strength."""
+    wave = with_echo(wave, rng.uniform(0.1, 0.4), rng) if rng.random() < 0.5 else wave
+    return with_noise(wave, rng.uniform(5, 25), rng) if rng.random() < 0.5 else wave
+
+
+def hard(wave: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    return with_noise(with_echo(wave, 0.3, rng), 10, rng)
+
+
+KINDS: dict[str, Spoil] = {CLEAN: clean, HARD: hard}  # of val and test, in turn
+
+
+def draw(texts: Sequence[str], seed: Sequence[int], kinds: dict[str, Spoil], *, unseen: bool) -> list[Utterance]:
+    """Each text by a speaker of its own, of the kinds in turn; each depends on the seed and its place alone."""
+
+    def one(place: int) -> Utterance:
+        rng, kind = np.random.default_rng([*seed, place]), list(kinds)[place % len(kinds)]
+        speech = speak(texts[place], Speaker.draw(rng, unseen=unseen), rng)
+        return Utterance(place, speech.text, mel_of(kinds[kind](speech.wave, rng)), kind, speech.words)
+
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # numpy's transforms let other threads run
+        return list(pool.map(one, range(len(texts))))
+
+
+def draw_splits(spec: VoicesSpec) -> dict[str, list[Utterance]]:
+    """The splits train, val and test."""
+    made = {}
+    for place, name in enumerate(("train", "val", "test")):
+        unseen = name != "train"
+        texts = sentences(random.Random(f"{spec.seed}/{name}"), unseen=unseen)
+        number = spec.test if unseen else spec.train
+        kinds: dict[str, Spoil] = KINDS if unseen else {"mixed": mixed}
+        made[name] = draw(list(islice(texts, number)), (spec.seed, place), kinds, unseen=unseen)
+    return made
+
+
+def drawn_splits(cache: Path, spec: VoicesSpec) -> dict[str, list[Utterance]]:
+    """The same from a file below `cache`, which is written first if it is missing or damaged.
+
+    Its name holds a hash of `spec` and of the source of what draws. Raises UserError if it cannot be written.
+    """
+    source = hashlib.blake2b(json.dumps(asdict(spec), sort_keys=True).encode(), digest_size=8)
+    for module in (__file__, voices.__file__, scenes.__file__, features.__file__):
+        source.update(Path(module).read_bytes())
+    path = cache / f"voices-{source.hexdigest()}.npz"
+    with suppress(OSError, ValueError, KeyError, zipfile.BadZipFile):
+        return _read(path)
+    print(f"drawing {spec.train + 2 * spec.test:,} utterances, which {path} keeps", flush=True)
+    made = draw_splits(spec)
+    arrays: dict[str, np.ndarray] = {}
+    for name, utterances in made.items():
+        arrays[f"{name}_mel"] = np.concatenate([one.mel for one in utterances])
+        rows = [[one.text, len(one.mel), one.kind, one.words] for one in utterances]
+        arrays[f"{name}_texts"] = np.array(json.dumps(rows))
+
+    def write(own: Path) -> None:
+        with open(own, "wb") as file:
+            np.savez(file, **arrays)  # type: ignore[arg-type]  # numpy's stub takes allow_pickle for one of them
+
+    write_whole(path, write)
+    return made
+
+
+def _read(path: Path) -> dict[str, list[Utterance]]:
+    splits = {}
+    with np.load(path) as arrays:
+        for name in ("train", "val", "test"):
+            rows, mel = parse_json(str(arrays[f"{name}_texts"]), path), arrays[f"{name}_mel"]
+            ends = np.cumsum([frames for _, frames, _, _ in rows])
+            parts = np.split(mel, ends[:-1])
+            splits[name] = [
+                Utterance(place, text, part, kind, tuple((word, begins, end) for word, begins, end in words))
+                for place, ((text, _, kind, words), part) in enumerate(zip(rows, parts, strict=True))
+            ]
+    return splits
+
+
+# ------------------------------------------------------------------------------------------------ batches
+
+
+@dataclass
+class SpeechBatch(TensorBatch):
+    """A batch of windows and what is said in them, for CTC and for a decoder that writes."""
+
+    features: Tensor  # (B, M, F)
+    states: Tensor  # (B,): how many states of the encoder hold sound
+    letters: Tensor  # (B, S): the labels of CTC, -1 behind the last; in a silent batch all of them
+    decoder_input_ids: Tensor  # (B, A)
+    labels: Tensor  # (B, A): the next token, IGNORE where there is no loss
+    rows: Tensor  # (B,): which utterances these are; of a silent batch (0,)
+
+    @property
+    def counts(self) -> tuple[int, int]:
+        """(utterances, labelled tokens)."""
+        return len(self.rows), int((self.labels >= 0).sum())
+
+    def silent(self) -> Self:
+        """The same sound, of which nothing is said: loss and gradients are zero."""
+        nothing = {"letters": torch.full_like(self.letters, -1), "labels": torch.full_like(self.labels, IGNORE)}
+        return replace(self, **nothing, rows=self.rows[:0])
+
+
+def masked(mel: np.ndarray, bands: int, rng: np.random.Generator) -> np.ndarray:
+    """SpecAugment (Park et al. 2019) on a copy of (T, M): so many bands of up to 10 mels, and as many stretches of up
+    to 200 ms, are taken out."""
+    mel = mel.copy()
+    for axis, most in [(1, 10), (0, 20)] * bands:
+        width = int(rng.integers(min(most, mel.shape[axis] - 1) + 1))
+        start = int(rng.integers(mel.shape[axis] - width))
+        mel[(slice(None),) * axis + (slice(start, start + width),)] = 0.0
+    return mel
+
+
+def windows(mels: Sequence[np.ndarray], frames: int) -> Tensor:
+    """Log-mels (T, M) -> (B, M, F), each filled up with silence."""
+    whole = np.empty((len(mels), frames, mels[0].shape[1]), np.float32)
+    for window, mel in zip(whole, mels, strict=True):
+        window[:] = float(mel.max()) - LOUD
+        window[: len(mel)] = mel
+    return torch.from_numpy(whole).transpose(1, 2)
+
+
+def sound_of(mels: Sequence[np.ndarray], frames: int) -> Tensor:
+    """(B, F / 2): which states of the encoder, of two frames each, hold sound."""
+    return torch.arange(frames // 2) < torch.tensor([-(-len(mel) // 2) for mel in mels])[:, None]
+
+
+class Utterances:
+    """Utterances with the ids of their transcripts. The decoder starts from `prompt`, whose tokens have no loss."""
+
+    def __init__(self, samples: Sequence[Utterance], tokenizers: Tokenizers, prompt: Sequence[int], frames: int):
+        self.samples, self.frames = list(samples), frames
+        said = encode_unique([one.text for one in samples], lambda text: [*prompt, *tokenizers.answer(text)[1:]])
+        self.fill = tokenizers.end_id
+        self.inputs = Ragged(ids[:-1] for ids in said)
+        self.labels = Ragged([IGNORE] * (len(prompt) - 1) + ids[len(prompt) :] for ids in said)
+        self.letters = Ragged(encode_unique([one.text for one in samples], letters_of))
+
+    def epoch(self, seed: int, number: int, per_step: int) -> list[np.ndarray]:
+        """The rows of each step of an epoch: every utterance once; it depends on the arguments alone."""
+        order = np.random.default_rng([seed, number]).permutation(len(self.samples))
+        return np.array_split(order, max(1, round(len(order) / per_step)))
+
+    def batch(self, rows: np.ndarray, bands: int = 0, seed: Sequence[int] = ()) -> SpeechBatch:
+        """The batch of these rows, each filled up with silence, with so many `bands` taken out of it; which ones
+        depends on the seed and its row."""
+        mels = [self.samples[row].mel for row in rows]
+        shown = mels
+        if bands:
+            shown = [
+                masked(mel, bands, np.random.default_rng([*seed, row])) for mel, row in zip(mels, rows, strict=True)
+            ]
+        return SpeechBatch(
+            features=windows(shown, self.frames),
+            states=sound_of(mels, self.frames).sum(1),
+            letters=self.letters.padded(rows, -1)[0],
+            decoder_input_ids=self.inputs.padded(rows, self.fill)[0],
+            labels=self.labels.padded(rows, IGNORE)[0],
+            rows=torch.from_numpy(np.asarray(rows).astype(np.int64)),
+        )
