@@ -10,7 +10,16 @@ from typing import Any
 import click
 
 from vqa_scratch.command_line import Flag, GroupedCommand, flags
-from vqa_scratch.commands.line import DEVICE, FOLDER, MODEL, PRECISION, PRODUCT_FORMATS, open_asked, open_ears
+from vqa_scratch.commands.line import (
+    DEVICE,
+    FOLDER,
+    MODEL,
+    PRECISION,
+    PRODUCT_FORMATS,
+    check_image,
+    open_asked,
+    open_ears,
+)
 from vqa_scratch.errors import UserError
 from vqa_scratch.generation_options import GenerationOptions
 from vqa_scratch.options import flag
@@ -63,7 +72,8 @@ def ask(
         raise UserError("--question is typed, --voice spoken: give one of them")
     if voice is None and voice_model is not None:
         raise UserError("--voice-model hears --voice, a sound file: give both")
-    system = open_asked(run, model, device, precision, quantize, image is not None)
+    check_image(run or model, image is not None)
+    system = open_asked(run, model, device, precision, quantize)
     decoding = {name: value for name, value in decoding.items() if value is not None}
     if decoding and not system.writes:
         raise UserError(f"{run or model} does not take {flag(next(iter(decoding)))}: leave it out")

@@ -125,18 +125,22 @@ def of_train(folder: Path) -> Path:
     return folder
 
 
-def open_asked(
-    run: Path | None,
-    model: str | None,
-    device: str,
-    precision: str,
-    quantize: str | None = None,
-    with_image: bool | None = None,
-) -> Any:
+def check_image(source: Path | str | None, given: bool) -> None:
+    """Raise UserError, before weights are read, for an image that a model does not take, or the lack of one that it
+    needs."""
+    from vqa_scratch.language_model import place_of
+
+    if source is None or (isinstance(source, Path) and not source.is_dir()):
+        return  # which `open_asked` says
+    if given == (place_of(source) is not None):
+        how = "reads texts alone: leave out --image" if given else "looks at images: give it --image FILE"
+        raise UserError(f"{source} {how}")
+
+
+def open_asked(run: Path | None, model: str | None, device: str, precision: str, quantize: str | None = None) -> Any:
     """A run of train.py or rlhf.py, or a released model, maybe with its decoder's weights in a format.
 
-    Raises UserError unless one of the two is given, for a format without bf16 on a CPU, and where `with_image` says
-    that there is an image for a model that takes none, or none for one that needs it.
+    Raises UserError unless one of the two is given, and for a format without bf16 on a CPU.
     """
     if (run is None) == (model is None):
         raise UserError("give RUN, the folder of a trained system, or --model, a released checkpoint: one of the two")
@@ -145,14 +149,11 @@ def open_asked(
 
     if quantize is not None and (precision != "bf16" or pick_device(device).type != "cpu"):
         raise UserError(f"--quantize {quantize}: {quantized.BF16_ONLY}")
-    from vqa_scratch.language_model import open_language_model, place_of
+    from vqa_scratch.language_model import open_language_model
     from vqa_scratch.zero_shot import open_zero_shot
 
-    place, source = pick_device(device), run or str(model)
-    if with_image is not None and (run is None or run.is_dir()) and with_image == (place_of(source) is not None):
-        how = "reads texts alone: leave out --image" if with_image else "looks at images: give it --image FILE"
-        raise UserError(f"{source} {how}")
-    opened: Any = open_language_model(source, place, precision)
+    place = pick_device(device)
+    opened: Any = open_language_model(run or str(model), place, precision)
     if opened is None and run is not None:
         opened = open_run(of_train(run), device, precision)
     elif opened is None:
