@@ -72,7 +72,7 @@ def ask(
         raise UserError("--question is typed, --voice spoken: give one of them")
     if voice is None and voice_model is not None:
         raise UserError("--voice-model hears --voice, a sound file: give both")
-    check_image(run or model, image is not None)
+    check_image(run, model, image is not None)
     system = open_asked(run, model, device, precision, quantize)
     decoding = {name: value for name, value in decoding.items() if value is not None}
     if decoding and not system.writes:

@@ -125,16 +125,16 @@ def of_train(folder: Path) -> Path:
     return folder
 
 
-def check_image(source: Path | str | None, given: bool) -> None:
+def check_image(run: Path | None, model: str | None, given: bool) -> None:
     """Raise UserError, before weights are read, for an image that a model does not take, or the lack of one that it
     needs."""
     from vqa_scratch.language_model import place_of
 
-    if source is None or (isinstance(source, Path) and not source.is_dir()):
+    if (run is None) == (model is None) or (run is not None and not run.is_dir()):
         return  # which `open_asked` says
-    if given == (place_of(source) is not None):
+    if given == (place_of(run or str(model)) is not None):
         how = "reads texts alone: leave out --image" if given else "looks at images: give it --image FILE"
-        raise UserError(f"{source} {how}")
+        raise UserError(f"{run or model} {how}")
 
 
 def open_asked(run: Path | None, model: str | None, device: str, precision: str, quantize: str | None = None) -> Any:
