@@ -218,11 +218,9 @@ class CaptionSystem(WritingSystem[CaptionOptions]):
             raise UserError(f"{self.folder} writes one text and ranks no list of them: leave out --top")
         return super().ask(image, question, decoding=decoding)
 
-    def answer(
-        self, samples: Sequence[VQASample], limit: int | None = None, *, ranked: bool = False, **shown: Any
-    ) -> Answers:
+    def answer(self, samples: Sequence[VQASample], limit: int | None = None, **how: Any) -> Answers:
         self.check_answers_questions()
-        return {} if ranked else super().answer(samples, limit, **shown)
+        return super().answer(samples, limit, **how)
 
     def check_answers_questions(self) -> None:
         """Raise UserError unless the model was trained on questions too."""
