@@ -73,7 +73,9 @@ class RunOptions(Options):
         DATA,
         may_change=True,
     )
-    cache: Path = option(Path("cache"), "Folder for the built-in data set and decoded images.", DATA, may_change=True)
+    cache: Path = option(
+        Path("cache"), "Folder for the built-in data set, parsed questions and decoded images.", DATA, may_change=True
+    )
     train_split: str = option("train", "Split to train on.", DATA)
     val_split: str = option(
         "val", "Split that picks the best checkpoint; 'auto' holds out images of the train split.", DATA
