@@ -280,10 +280,10 @@ def run(checkout: Path, rounds: int, command: str, sizes: dict[str, Any] = SIZES
         [
             "## A prefix step against nanoVLM's",
             "",
-            f"One training step of nanoVLM at {size}, random, in fp32: its model, AdamW and order of work, and ours, each "
-            f"in a process, in turn, medians of {rounds} rounds. A row has {CASES[0].question_tokens} question tokens and "
-            f"{CASES[0].answer_tokens} answer tokens after those of its image. nanoVLM encodes an image once a question; "
-            "ours encodes each once, and its questions share the prefix. Both have nanoVLM's projector.",
+            f"One training step of nanoVLM at {size}, random, in fp32: its model, AdamW and order of work, and ours, "
+            f"each in a process, in turn, medians of {rounds} rounds. A row has {CASES[0].question_tokens} question "
+            f"tokens and {CASES[0].answer_tokens} answer tokens after those of its image. nanoVLM encodes it once for "
+            "each question; ours once for all, and they share the prefix. Both have nanoVLM's projector.",
             "",
             results.table(HEAD, rows),
             "",

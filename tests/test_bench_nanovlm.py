@@ -2,7 +2,7 @@
 
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -138,7 +138,7 @@ def checkout(tmp_path, monkeypatch):
     monkeypatch.setattr(
         processes,
         "contestants",
-        contextmanager(lambda sides: iter([[Here(side, *built) for side, built in sides.items()]])),
+        lambda sides: nullcontext([Here(side, *built) for side, built in sides.items()]),
     )
     yield tmp_path / "nanoVLM"
     for name in ("data", "data.processors", "models", "models.config", "models.vision_language_model"):
@@ -157,7 +157,7 @@ def test_both_sides_have_one_loss_and_the_same_gradients(checkout):
 
 @pytest.mark.parametrize(
     ("tolerance", "message"),
-    [(nanovlm.TOLERANCE, "^the losses differ: ours 4"), (1.0, "^the gradients differ, that of ")],
+    [(nanovlm.TOLERANCE, "^the losses differ: ours "), (1.0, "^the gradients differ, that of ")],
 )
 def test_another_model_is_found_out(checkout, monkeypatch, tolerance, message):
     def another(self, *given):
