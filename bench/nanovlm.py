@@ -127,7 +127,7 @@ def batch_of(case: Case, sizes: dict[str, Any]) -> Batch:
 
 class NanoVLM:
     """Its model, optimizer and step, from a checkout. What its tokenizer is asked is the token of an image alone, so it
-    is not fetched; no token is padding, so there is no mask."""
+    is not fetched. No token is padding; its mask is passed all the same, as its collator does."""
 
     def __init__(self, checkout: Path, sizes: dict[str, Any], case: Case, weights: Path) -> None:
         if not (checkout / "models" / "vision_language_model.py").is_file():
@@ -147,7 +147,7 @@ class NanoVLM:
         places = (sizes["vit_img_size"] // sizes["vit_patch_size"] // sizes["mp_pixel_shuffle_factor"]) ** 2
         self.ids = F.pad(batch.decoder_input_ids, (places, 0), value=image_token)
         self.labels = F.pad(batch.labels, (places, 0), value=IGNORE)
-        self.images = batch.images[batch.image_index]
+        self.images, self.mask = batch.images[batch.image_index], torch.ones_like(self.ids)
         save_file({name: p.detach() for name, p in self.named(dict(self.model.named_parameters()))}, weights)
 
     def named(self, own: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
@@ -162,7 +162,7 @@ class NanoVLM:
             yield name, tensor
 
     def loss(self) -> Tensor:
-        return self.model(self.ids, self.images, targets=self.labels)[1]
+        return self.model(self.ids, self.images, attention_mask=self.mask, targets=self.labels)[1]
 
     def gradients(self, path: Path) -> float:
         """The loss; its gradients go to the file."""
