@@ -20,11 +20,11 @@ from vqa_scratch.errors import UserError, note
 from vqa_scratch.storage import parse_json, read_json, read_text, typed, write_text
 
 IDS = {"question_id": int | str, "image_id": int | str}
-TEXTS = ("question", "question_type", "answer_type", "answer", "problem")  # fields of `Asked`
+TEXTS = ("question", "question_type", "answer_type", "answer", "problem")  # fields of `OfficialEntry`
 PROBLEMS = ("", "the question has no annotation", "the annotation is about another image", "the question is empty")
 
 
-class Asked(NamedTuple):
+class OfficialEntry(NamedTuple):
     """A question, and what its annotation says; without one the types and `answer` are "", `answers` is ()."""
 
     question_id: int | str
@@ -40,7 +40,7 @@ class Asked(NamedTuple):
 class Official(NamedTuple):
     """The questions in the order of their file, and what else the files say."""
 
-    questions: list[Asked]
+    questions: list[OfficialEntry]
     subtype: str | None  # that the file of questions names
     annotated: bool
     notes: dict[str, int]  # what is allowed but unusual, counted
@@ -85,7 +85,7 @@ def parsed(files: VQAFiles) -> Official:
     annotations, notes = load_annotations(files.annotations) if files.annotations else (None, Counter())
     types = IDS | {"question": str}
 
-    def questions() -> Iterator[Asked]:
+    def questions() -> Iterator[OfficialEntry]:
         for position, one in enumerate(asked):
             question_id, image_id, question = typed(f"{files.questions}: questions[{position}]", one, types)
             found, problem = Annotation(image_id, "", "", (), ""), 0
@@ -95,7 +95,7 @@ def parsed(files: VQAFiles) -> Official:
             if found.image_id != image_id:
                 problem = 2
             question = question.strip()
-            yield Asked(question_id, image_id, question, *found[1:], PROBLEMS[problem if question else 3])
+            yield OfficialEntry(question_id, image_id, question, *found[1:], PROBLEMS[problem if question else 3])
 
     return Official(list(questions()), subtype, annotations is not None, notes)
 
@@ -151,7 +151,8 @@ def _hash(text: str) -> str:
 def _digest(files: VQAFiles) -> str:
     """A hash of all that `parsed` depends on."""
     key = hashlib.blake2b(digest_size=12)
-    for path in filter(None, (__file__, vqa_files.__file__, files.questions, files.annotations)):
+    parser = (Path(__file__), Path(vqa_files.__file__))
+    for path in filter(None, (*parser, files.questions, files.annotations)):
         with open(path, "rb") as file:
             key.update(hashlib.file_digest(file, "blake2b").digest())
     return key.hexdigest()
@@ -165,7 +166,7 @@ def _columns(read: Official) -> dict[str, Any]:
     def numbers(column: Iterable[str]) -> list[int]:
         return [texts.setdefault(text, len(texts)) for text in column]
 
-    columns: dict[str, Any] = dict(zip(Asked._fields, zip(*read.questions, strict=True), strict=True))
+    columns: dict[str, Any] = dict(zip(OfficialEntry._fields, zip(*read.questions, strict=True), strict=True))
     columns |= {name: numbers(columns[name]) for name in TEXTS}
     columns["answers"] = [lists.setdefault(answers, len(lists)) for answers in columns["answers"]]
     made = {"columns": columns, "lists": [numbers(answers) for answers in lists], "texts": list(texts)}
@@ -185,5 +186,5 @@ def _kept(path: Path) -> Official | None:
     lists = [tuple([texts[number] for number in numbers]) for numbers in made["lists"]]
     columns |= {name: [texts[number] for number in columns[name]] for name in TEXTS}
     columns["answers"] = [lists[number] for number in columns["answers"]]
-    questions = list(starmap(Asked, zip(*(columns[name] for name in Asked._fields), strict=True)))
+    questions = list(starmap(OfficialEntry, zip(*(columns[name] for name in OfficialEntry._fields), strict=True)))
     return Official(questions, made["subtype"], made["annotated"], made["notes"])
