@@ -5,6 +5,7 @@ preset. Nothing here imports torch, so that --help and a mistyped flag are answe
 """
 
 import difflib
+import gc
 import io
 import os
 import re
@@ -331,6 +332,8 @@ def errors_in_one_line() -> Iterator[None]:
 def run_program(main: Callable[..., Any], *args: Any) -> NoReturn:
     """Call `main(*args)` and exit with 0, with 128 + n if it returns the signal n that stopped it, or after an error as
     `errors_in_one_line` does."""
+    gc.set_threshold(700, 10, 1000)  # half a million objects of torch stay: to go through all of them is seldom of use
     with errors_in_one_line():
         stopped = main(*args)
+    gc.freeze()  # nor at the end, where it takes half a second
     sys.exit(128 + stopped if isinstance(stopped, int) else 0)

@@ -30,7 +30,7 @@ from vqa_scratch.data.vqa_v2 import VQASample
 from vqa_scratch.errors import UserError
 from vqa_scratch.models.clip import CLIP
 from vqa_scratch.study.opened import Opened
-from vqa_scratch.systems.assembly import check_images, stem_of
+from vqa_scratch.systems.assembly import WithoutNumbers, check_images, stem_of
 from vqa_scratch.systems.base import ANY_SAMPLE, RunData, seed_everything
 from vqa_scratch.systems.captions import read_captions_data, read_texts, to_describe
 from vqa_scratch.systems.clip_export import export_clip
@@ -84,7 +84,7 @@ class CLIPSystem(SplitSystem[CLIPOptions, CLIP, Captions]):
 
     @classmethod
     def check(cls, options: CLIPOptions) -> None:
-        with torch.device("meta"):
+        with WithoutNumbers():
             small_model(options, [ANY_SAMPLE])
 
     @classmethod

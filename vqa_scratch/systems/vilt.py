@@ -26,7 +26,15 @@ from vqa_scratch.models.vilt import ViLT, ViLTClassifier, ViLTConfig, answer_los
 from vqa_scratch.storage import typed
 from vqa_scratch.study.opened import Opened
 from vqa_scratch.systems.answering import How
-from vqa_scratch.systems.assembly import check_images, check_positions, needed, start_from_places, stem_for, stem_of
+from vqa_scratch.systems.assembly import (
+    WithoutNumbers,
+    check_images,
+    check_positions,
+    needed,
+    start_from_places,
+    stem_for,
+    stem_of,
+)
 from vqa_scratch.systems.base import ANY_SAMPLE, RunData, seed_everything
 from vqa_scratch.systems.export import export_vilt
 from vqa_scratch.systems.options import ViLTOptions
@@ -55,7 +63,7 @@ class ViLTSystem(QuestionSystem[ViLTOptions, ViLTClassifier, ClassQuestions]):
         if options.model and augment_of(options):
             raise UserError("a released ViLT pads its images: leave out --flip, --rotate, --brightness and --contrast")
         if not options.model:
-            with torch.device("meta"):
+            with WithoutNumbers():
                 small_model(options, [ANY_SAMPLE], ANY_SAMPLE.answers)
 
     @classmethod

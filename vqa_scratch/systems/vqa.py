@@ -16,16 +16,13 @@ from vqa_scratch.data.batches import Batch, Questions
 from vqa_scratch.errors import UserError
 from vqa_scratch.models.vqa import FROZEN_PARTS, VQAModel
 from vqa_scratch.options import from_json, rules_of
-from vqa_scratch.rl.options import RLHFOptions
-from vqa_scratch.rl.tasks import Task
 from vqa_scratch.storage import read_json, write_json
 from vqa_scratch.systems.answering import How
-from vqa_scratch.systems.assembly import check_positions, grid_of
+from vqa_scratch.systems.assembly import WithoutNumbers, check_positions, grid_of
 from vqa_scratch.systems.base import ANY_SAMPLE, RunData, seed_everything
 from vqa_scratch.systems.finals import Pass
 from vqa_scratch.systems.frozen import cache_features
 from vqa_scratch.systems.options import VQAOptions
-from vqa_scratch.systems.policy import answering_task
 from vqa_scratch.systems.questions import QuestionSystem
 from vqa_scratch.systems.run_folder import CONFIG, PROGRAM, check_trainable
 from vqa_scratch.systems.scoring import common_answers
@@ -56,7 +53,7 @@ class VQASystem(WritingSystem[VQAOptions], QuestionSystem[VQAOptions, VQAModel, 
             return
         check_connector(options)
         if options.preset == "shapes":
-            with torch.device("meta"):
+            with WithoutNumbers():
                 small_models(options, [ANY_SAMPLE])
 
     @classmethod
@@ -162,7 +159,9 @@ class VQASystem(WritingSystem[VQAOptions], QuestionSystem[VQAOptions, VQAModel, 
         line = f"ranking_accuracy     {figures:.4f} (the best of {among} answers, first {over} questions)"
         return [*super().lines(summary), line]
 
-    def policy(self, options: RLHFOptions, dtype: torch.dtype) -> Task:
+    def policy(self, options: Any, dtype: torch.dtype) -> Any:
+        from vqa_scratch.systems.policy import answering_task  # it brings rl/, which rlhf.py alone needs
+
         return answering_task(self, options, dtype)
 
 
