@@ -16,25 +16,18 @@ from vqa_scratch import systems
 from vqa_scratch.audio.features import log_mel
 from vqa_scratch.audio.reading import read_audio, write_wav
 from vqa_scratch.data import spoken
-from vqa_scratch.data.spoken import ALPHABET, CLEAN, HARD, VoicesSpec, drawn_splits, letters_of, masked, plain
+from vqa_scratch.data.spoken import ALPHABET, CLEAN, HARD, drawn_split, letters_of, masked, plain
 from vqa_scratch.data.voices import is_unseen
 from vqa_scratch.errors import UserError
 from vqa_scratch.metrics import word_error_rate
 from vqa_scratch.systems.voice_report import WAYS, error_rates
-from vqa_scratch.systems.voice_times import _spelled
 from vqa_scratch.transcription import window
-
-SPEC = VoicesSpec(train=6, test=4)
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("cache")
+from vqa_scratch.transcription.words import Word, by_letters, spans_of
 
 
 @pytest.fixture(scope="module")
-def drawn(cache):
-    return drawn_splits(cache, SPEC)
+def drawn():
+    return {name: drawn_split(name, 4, 0) for name in ("train", "val", "test")}
 
 
 @pytest.fixture(scope="module")
@@ -59,21 +52,15 @@ def question(run) -> Path:
 # ------------------------------------------------------------------------------------------------ utterances
 
 
-def test_drawn_utterances_are_kept(drawn, cache, monkeypatch):
-    """The second time they are read, and are the same; a damaged file is drawn anew."""
-    assert {name: len(some) for name, some in drawn.items()} == {"train": 6, "val": 4, "test": 4}
-    assert [one.kind for one in drawn["test"]] == [CLEAN, HARD] * 2
+def test_drawn_utterances(drawn):
+    """Each split has its own; the first ones do not depend on how many are drawn."""
+    assert [[one.kind for one in drawn[name]] for name in ("test", "train")] == [[CLEAN, HARD] * 2, ["mixed"] * 4]
     assert all(is_unseen(one.text) == (name != "train") for name, some in drawn.items() for one in some)
-    (file,) = cache.glob("voices-*.npz")
-    monkeypatch.setattr(spoken, "draw_splits", lambda spec: pytest.fail("drawn twice"))
-    again = drawn_splits(cache, SPEC)
-    monkeypatch.undo()
-    for name, some in drawn.items():
-        for ours, theirs in zip(some, again[name], strict=True):
-            assert (ours.text, ours.words) == (theirs.text, theirs.words) and np.array_equal(ours.mel, theirs.mel)
-    assert dict(enumerate(spoken.facts(again["val"]))) == dict(enumerate(spoken.facts(drawn["val"])))
-    file.write_bytes(file.read_bytes()[:2_000])
-    assert drawn_splits(cache, SPEC)["test"][0].text == drawn["test"][0].text
+    again = drawn_split("val", 2, 0)
+    for ours, theirs in zip(drawn["val"][:2], again, strict=True):
+        assert (ours.text, ours.words) == (theirs.text, theirs.words) and np.array_equal(ours.mel, theirs.mel)
+    assert {one.text for one in drawn["val"]} != {one.text for one in drawn["test"]}
+    assert list(spoken.facts(again)) == list(spoken.facts(drawn["val"]))[:2]
 
 
 @pytest.mark.parametrize(
@@ -190,11 +177,24 @@ def test_a_silent_batch_pays_nothing(system):
 
 def test_times_of_words_on_a_path():
     """Letters of "a be": the space is of no word; times in states of 20 ms."""
-    path = np.array([-1, 0, 0, -1, 1, 2, -1, 3, -1])
-    assert _spelled(path, letters_of("a be")) == [
+    path = [-1, 0, 0, -1, 1, 2, -1, 3, -1]
+    assert spans_of(letters_of("a be"), path) == [
         (0.02, pytest.approx(0.06)),
         (pytest.approx(0.1), pytest.approx(0.16)),
     ]
+
+
+def test_words_are_timed_by_their_letters():
+    """Logits that spell "a be" in nine states; what CTC cannot spell keeps its times."""
+    logits = torch.zeros(1, 9, 1 + len(ALPHABET))
+    logits[0, range(9), [0, 3, 3, 0, 1, 4, 0, 7, 0]] = 9.0
+    words = [(Word(" A", 0.5, 0.6, 0.9), 1), (Word(" be?", 0.6, 0.7, 0.8), 2)]
+    (one, _), (two, count) = by_letters(words, logits)
+    assert (one.start, one.end, two.start, two.end) == pytest.approx((0.02, 0.06, 0.1, 0.16))
+    assert (one.text, two.text, two.probability, count) == (" A", " be?", 0.8, 2)
+    for text in (" \u00e9", " 42", " far too long to be said in half a second"):
+        told = [(Word(text, 0.5, 0.6, 0.9), 1)]
+        assert by_letters(told, logits.repeat(1, 3, 1)) == told
 
 
 # ------------------------------------------------------------------------------------------------ a run

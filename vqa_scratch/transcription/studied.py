@@ -22,7 +22,7 @@ from vqa_scratch.study.packing import packed
 from vqa_scratch.study.subject import WritingSubject
 from vqa_scratch.transcription.transcriber import Transcriber
 from vqa_scratch.transcription.window import Window
-from vqa_scratch.transcription.words import STATE_SECONDS, word_times
+from vqa_scratch.transcription.words import STATE_SECONDS
 
 LIKELY = 0.1  # a symbol that is never so probable is not drawn
 
@@ -75,8 +75,8 @@ def heard(opened: Transcriber, wave: Tensor, name: str) -> Opened:
     @torch.no_grad()
     def along(ids: list[int]) -> dict[str, Any]:
         said = [index for index in ids if index < vocabulary.end]
-        given = (opened.model, vocabulary, states, language, "transcribe", said, opened.heads, frames)
-        words = [(w.text.strip(), w.start, w.end, w.probability) for w, _ in word_times(*given)] if said else []
+        timed = opened.times_of(states, language, "transcribe", said, frames) if said else []
+        words = [(w.text.strip(), w.start, w.end, w.probability) for w, _ in timed]
         sound = {"source": "audio", "step": STATE_SECONDS, "seconds": frames * HOP / RATE, "words": words}
         sound["mel"] = packed(shown - shown.min(), "u8")
         if opened.spelled is not None:
