@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 from vqa_scratch.command_line import Flag, GroupedCommand
-from vqa_scratch.commands.line import DEVICE, FOLDER, MODEL, PRECISION, open_asked, open_ears, open_latest
+from vqa_scratch.commands.line import DEVICE, FOLDER, PRECISION, open_ears, open_latest
 from vqa_scratch.errors import UserError
 
 PORT = 8321  # unless it is taken
@@ -24,7 +24,7 @@ HERE, WHERE = ("127.0.0.1", "localhost"), "Server"
     cls=GroupedCommand,
     params=[
         click.Argument(["runs"], type=FOLDER, nargs=-1, metavar="[RUN] [RUN2]"),
-        MODEL,
+        Flag(["--model"], help="Instead of a RUN: a released BLIP-2, LLaVA, Fuyu or Idefics, a folder or Hub id."),
         Flag(["--voice-model"], help="What hears spoken questions: a run of preset voice, or a Whisper."),
         Flag(["--host"], default=HERE[0], help="Address to serve; others may come to another than this.", group=WHERE),
         Flag(
@@ -61,6 +61,8 @@ def play(
     from vqa_scratch.play.server import Play, Server
     from vqa_scratch.study.opened import run_name
     from vqa_scratch.systems.run_folder import newest_run
+    from vqa_scratch.training.precision import pick_device
+    from vqa_scratch.zero_shot import open_zero_shot
 
     if len(runs) + (model is not None) > 2:
         raise UserError("the page shows one model, or two side by side")
@@ -68,7 +70,8 @@ def play(
     runs = runs or ((newest_run(Path("runs")),) if model is None else ())
     opens: list[tuple[str, Any, Path | None]] = [(run_name(run), partial(open_latest, run, **how), run) for run in runs]
     if model is not None:
-        opens.append((run_name(Path(model)), lambda: (open_asked(None, model, **how), None), None))
+        place = pick_device(how["device"])
+        opens.append((run_name(Path(model)), lambda: (open_zero_shot(model, place, how["precision"]), None), None))
     same = len({name for name, _, _ in opens}) < len(opens)
     models = [Played(f"{name} {i}" if same else name, *more) for i, (name, *more) in enumerate(opens, 1)]
     ears = None if voice_model is None else open_ears(voice_model, **how)

@@ -81,7 +81,6 @@ class Played:
             "no maps without earlier words: there are none before its answer, or its logits are no sums": maps,
             "no lens: its states are compared, not read as words": subject.has_lens,
             "no parts of a logit: no linear head reads its states": subject.head is not None,
-            "no curves: it is no run": self.folder is not None,
         }
         heads = [{"name": n, "heads": attention_at(modules, n).heads, "reads": n in subject.reading} for n in names]
         mlps = [name for name in modules if name.endswith((".mlp", ".gated"))]
