@@ -25,7 +25,6 @@ from vqa_scratch.transcription.studied import heard
 
 MOST_EDITS, COLDEST, HOTTEST = 64, 0.01, 100.0
 LOOK_EVERY = 1.0  # seconds between looks for newer weights
-Opens = Callable[[], tuple[Any, int | None]]
 TYPES = {"picture": dict, "question": str | None, "edits": list | None, "temperature": int | float | None}
 TYPES |= {"seed": int | None, "start": list | None}
 
@@ -33,7 +32,7 @@ TYPES |= {"seed": int | None, "start": list | None}
 class Played:
     """One model. `opens` opens it, and says of which step its weights are; `folder` is its run, None if released."""
 
-    def __init__(self, name: str, opens: Opens, folder: Path | None) -> None:
+    def __init__(self, name: str, opens: Callable[[], Any], folder: Path | None) -> None:
         self.name, self.opens, self.folder, self.loaded = name, opens, folder, 0
         self._open()
         self.asked = self.system.asked if self.system.example or self.system.asked != "question" else "nothing"

@@ -62,9 +62,8 @@ class Pictures:
 
     def of(self, picture: Any) -> Image.Image:
         """The picture of a request. Raises UserError if there is none."""
-        scene, objects, data = typed(
-            "a picture", picture, {"scene": str | None, "objects": list | None, "data": str | None}
-        )
+        types = {"scene": str | None, "objects": list | None, "data": str | None}
+        scene, objects, data = typed("the picture", picture, types)
         if sum(given is not None for given in (scene, objects, data)) != 1:
             raise UserError("a picture has one of three: scene, objects or data")
         if data is not None:
