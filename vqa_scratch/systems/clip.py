@@ -118,6 +118,11 @@ class CLIPSystem(SplitSystem[CLIPOptions, CLIP, Captions]):
     def grouped(self, samples: Sequence[VQASample]) -> Captions:
         return Captions(samples, self.tokenizers, self.text_width)
 
+    def batch(self, key: Key) -> PairBatch:
+        train = self.splits["train"]
+        batch = train.questions.batch(key.rows, train.images)
+        return self.augmented(self.augment, batch, key) if self.augment else batch
+
     def train_on(self, data: RunData) -> None:
         self.data = data
         samples = {"train": data.samples["train"]}
