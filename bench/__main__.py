@@ -25,6 +25,7 @@ from bench import (
     image_loading,
     logprob,
     loss_head,
+    nanovlm,
     play,
     ppo,
     prefix,
@@ -82,15 +83,6 @@ def train_step_command(
     cases = [replace(c, device=device) for c in train_step.CASES] if every else [case]
     name = "train-step" if device == "cpu" else "train-step-gpu"
     present(name, train_step.run(cases, rounds, command_given()), write, part=not every)
-
-
-@click.command("taps")
-@click.option("--rounds", type=click.IntRange(1), default=200, show_default=True, help="Turns of each side.")
-@click.option("--questions", type=click.IntRange(8), default=128, show_default=True, help="Questions of a step.")
-@click.option("--write", is_flag=True, help="Put the table into bench/RESULTS.md.")
-def taps_command(rounds: int, questions: int, write: bool) -> None:
-    """What the taps of the study tools cost a training step while no trace is active."""
-    present("taps", taps.run(rounds, questions, command_given()), write)
 
 
 @click.command("prefix")
@@ -160,9 +152,7 @@ def decode_command(rounds: int, every: bool, write: bool, lengths: str, **sizes:
 
 @click.command("cached-features")
 @click.option("--precision", type=NearChoice(("fp32", "bf16")), default="fp32", show_default=True, help="Arithmetic.")
-@click.option(
-    "--connector", type=NearChoice(tuple(CONNECTORS)), default="mean", show_default=True, help="As in train.py."
-)
+@click.option("--connector", type=NearChoice(tuple(CONNECTORS)), default="mean", show_default=True, help="Its kind.")
 @click.option("--questions", type=click.IntRange(1), default=8, show_default=True, help="Questions of a step.")
 @click.option("--images", type=click.IntRange(1), default=8, show_default=True, help="Images of a step.")
 @click.option("--device", type=NearChoice(("cpu", "cuda")), default="cpu", show_default=True, help="Where to run.")
@@ -323,8 +313,9 @@ COMMANDS = [
     attention_command,
     t5_bias_command,
     logprob_command,
-    taps_command,
+    taps.command,
     prefix_command,
+    nanovlm.command,
     cached_features_command,
     connectors_command,
     experts_command,

@@ -15,6 +15,25 @@ MISSING = "needs playwright and a Chromium: pip install playwright, then playwri
 SYSTEM = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 ARGUMENTS = ["--no-sandbox", "--disable-dev-shm-usage", "--use-fake-device-for-media-stream"]
 
+# Every text whose contrast with what it is drawn on is less than 4.5 : 1 (WCAG 2), as the body of a function.
+AUDIT = """
+const rgba = (text) => { const n = text.match(/[\\d.]+/g).map(Number); return [n[0], n[1], n[2], n[3] ?? 1]; };
+const over = (c, below) => [0, 1, 2].map((i) => c[i] * c[3] + below[i] * (1 - c[3]));
+const light = (rgb) => rgb.map((v) => v / 255).map((c) => (c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4))
+  .reduce((sum, c, i) => sum + c * [0.2126, 0.7152, 0.0722][i], 0);
+const bad = [];
+for (const e of document.querySelectorAll("body *")) {
+  const own = [...e.childNodes].some((n) => n.nodeType === 3 && n.textContent.trim());
+  if (!own || !e.checkVisibility() || e.closest("script, .hidden, option")) continue;
+  const above = [];
+  for (let at = e; at; at = at.parentElement) above.unshift(rgba(getComputedStyle(at).backgroundColor));
+  const ground = above.reduce((below, c) => over(c, below), [255, 255, 255]);
+  const ink = over(rgba(getComputedStyle(e).color), ground), [a, b] = [light(ink), light(ground)].sort((x, y) => x - y);
+  if ((b + 0.05) / (a + 0.05) < 4.5) bad.push(`${e.className || e.tagName}: ${e.textContent.slice(0, 30)}`);
+}
+return bad;
+"""
+
 
 def _system() -> str | None:
     return next(filter(None, map(shutil.which, SYSTEM)), None)

@@ -28,14 +28,11 @@ export class Side {
   ask(dragged) {
     this.rest();
     if (!dragged) this.asking.stop();
-    return this.asking.start();
+    this.asking.start();
   }
 
   /** Stop what is done while nothing else is asked. */
-  rest() {
-    this.background.abort();
-    clearTimeout(this.later);
-  }
+  rest() { this.background.abort(); clearTimeout(this.later); }
 
   async attempt(work) {
     try {
@@ -67,7 +64,7 @@ export class Side {
   finish(line, body, took, typed) {
     line.tokens.slice(typed).forEach((token) => this.typed.token(token, false)); // of a model that writes nothing word by word
     this.typed.end(line.ended);
-    const { said, truth, unchanged, took: clock } = this.parts, right = this.app.scene.truth(), answer = line.answer || "(nothing)", sure = amount(line.probability, this.model.measure);
+    const { truth, unchanged, took: clock } = this.parts, right = this.app.scene.truth(), answer = line.answer || "(nothing)", sure = amount(line.probability, this.model.measure);
     clock.textContent = `Answered in ${Math.round(took)} ms.`;
     truth.textContent = [right ? `The data set says “${right}”` : null, ...line.notes].filter(Boolean).map((note) => `${note}. `).join("");
     unchanged.hidden = !line.plain;
@@ -76,7 +73,7 @@ export class Side {
       unchanged.classList.toggle("differs", other);
       unchanged.replaceChildren(h("b", {}, other ? "Another answer. " : "The same answer. "), `Unchanged, the model says “${line.plain.answer || "(nothing)"}”, ${before}; with your changes “${answer}”, ${sure}.`);
     }
-    said.textContent = `The answer is ${answer}, ${sure}.${line.plain ? ` Unchanged: ${line.plain.answer}.` : ""}`;
+    this.saying = `The answer is ${answer}, ${sure}.${line.plain ? ` Unchanged: ${line.plain.answer}.` : ""}`;
     this.app.scene.reveal(line.image);
     this.app.tell("answered", { changed: this.answer !== null && answer !== this.answer, edits: body.edits.length });
     this.answer = answer;
@@ -84,6 +81,7 @@ export class Side {
 
   study(body) {
     const { signal } = (this.background = new AbortController());
+    this.parts.said.textContent = this.saying; // not while something is dragged
     return this.attempt(async () => {
       this.show(await json("study", body, signal));
       const rows = [];
@@ -124,9 +122,5 @@ export class Side {
     this.app.changed("chosen");
   }
 
-  close() {
-    this.rest();
-    this.asking.stop();
-    this.handle?.destroy();
-  }
+  close() { this.rest(); this.asking.stop(); this.handle?.destroy(); }
 }

@@ -38,7 +38,6 @@ export class Study {
   get view() { return this.shared.view; }
   set(changes) { this.shared.set(changes); }
   amount(x) { return amount(this.data, x); }
-
   get token() { return this.hover === null ? clamp(this.view.token, this.data.tokens.length) : this.hover; }
   get row() { return this.data.tokens[this.token].row; }
   get label() { return shown(this.data.tokens[this.token].label); }
@@ -113,8 +112,7 @@ export class Study {
   of(source, shares) { return shares.sources.subarray(source.start, source.stop); }
   patches(shares) { return this.of(this.picture, shares).subarray(this.before); }
 
-  /** The share that gets full colour: the largest among tokens with content of their own, 3 times the mean at least; more
-   * where a source gets less than a twentieth of all, so that it is drawn paler. */
+  /** What gets full colour: the largest share among tokens with content, 3 times the mean at least; more for a source with less than a 20th. */
   top(source, shares) {
     const all = this.of(source, shares), values = Array.from(all).filter((_, i) => !source.sinks.includes(i));
     const presence = Math.max(1e-6, Math.min(1, (20 * sum(all)) / (sum(shares.sources) || 1)));
@@ -129,8 +127,7 @@ export class Study {
     return Object.fromEntries(Object.entries(groups).map(([name, share]) => [name, share / total]));
   }
 
-  /** Which words a source token feeds: [label, share of that word's map, index among the answer's tokens], largest first;
-   * in a stream also the question's words that read it. */
+  /** Which words a source token feeds: [label, share, index in the answer], largest first; in a stream also those that read it, index −1. */
   feeds(s) {
     const written = this.data.tokens.map((t, token) => {
       const { sources } = this.shares({ token });

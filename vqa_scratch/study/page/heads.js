@@ -22,16 +22,16 @@ export class HeadsView {
 
   statistics() {
     const columns = ["attention", "head", "entropy", "image", "text", "sinks", "distance"], box = h("div");
-    let order = 0, down = false;
-    const fill = () => {
+    const fill = (order, down) => {
       const rows = [...this.study.data.heads];
       if (order) rows.sort((a, b) => (down ? -1 : 1) * ((a[order] ?? -1) - (b[order] ?? -1)));
-      const sorted = (i) => h("button", { type: "button", title: GLOSSARY[columns[i]], onclick: () => { down = order === i ? !down : i > 1; order = i; fill(); box.querySelectorAll("th button")[i].focus(); } }, columns[i]);
-      const heads = columns.map((_, i) => h("th", { scope: "col", "aria-sort": order === i ? (down ? "descending" : "ascending") : null }, sorted(i)));
+      const sort = (i) => { fill(i, order === i ? !down : i > 1); box.querySelectorAll("th button")[i].focus(); };
+      const heads = columns.map((name, i) => h("th", { scope: "col", "aria-sort": order === i ? (down ? "descending" : "ascending") : null },
+        h("button", { type: "button", title: GLOSSARY[name], onclick: () => sort(i) }, name)));
       box.replaceChildren(table("statistics of every head", heads, rows.map(([name, head, entropy, image, text, sink, distance]) =>
         [name, head, number(entropy, 2), percent(image), percent(text), percent(sink), distance === null ? "–" : number(distance, 1)])));
     };
-    fill();
+    fill(0, false);
     return box;
   }
 
@@ -55,8 +55,7 @@ export class HeadsView {
         grid.append(button);
       }
     }
-    roving(grid, this.thumbs.map((t) => t.button), heads);
-    this.gridBox.replaceChildren(grid);
+    this.gridBox.replaceChildren(roving(grid, this.thumbs.map((t) => t.button), heads));
     explain(this.lead, `${this.whole(kind)} Choose one to see it large${kind === "cross" ? " and open it below" : ""}.`);
   }
 

@@ -63,9 +63,8 @@ export class Picture {
 
 /** A patch cut out of the image, as small as a letter. */
 export function patchImage(study, patch) {
-  const { first, stride, grid } = study.picture, { size, image } = study.data, box = h("span", { class: "patch" });
+  const { first, stride, grid } = study.picture, { size, image } = study.data;
   const corner = [patch % grid[1], Math.floor(patch / grid[1])].map((at) => first + (at - 0.5) * stride);
   const place = corner.map((x, axis) => (size[axis] > stride ? (100 * x) / (size[axis] - stride) : 0));
-  box.style.cssText = `background:url("${image}") ${place[0]}% ${place[1]}% / ${(100 * size[0]) / stride}% ${(100 * size[1]) / stride}% no-repeat`;
-  return box;
+  return h("span", { class: "patch", style: `background:url("${image}") ${place[0]}% ${place[1]}% / ${(100 * size[0]) / stride}% ${(100 * size[1]) / stride}% no-repeat` });
 }

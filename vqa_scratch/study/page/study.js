@@ -7,10 +7,8 @@ import { Study, result } from "./figures.js";
 import { HeadsView } from "./heads.js";
 import { LanesView } from "./lanes.js";
 import { LensView, expertsView } from "./lens.js";
-import { NumberView } from "./number.js";
-import { PatchesView, hasPatchWords } from "./patches.js";
-import { SequenceView } from "./sequence.js";
-import { StepsView } from "./steps.js";
+import { NumberView, StepsView } from "./steps.js";
+import { PatchesView, SequenceView, hasPatchWords } from "./tokens.js";
 
 // What of a view travels in a link: each field with what it must be.
 const whole = (least) => (x) => Number.isInteger(x) && x >= least && x < 1e6, word = (x) => typeof x === "string" && x.length < 20;
@@ -41,7 +39,7 @@ function viewsOf(study) {
 /**
  * Draws `data`, a study or an array of two that are compared. Hooks, all optional:
  *   view           what is chosen at first, as `select` gave it; fields that do not fit are ignored
- *   select(view)   called with {mode, kind, layer, head, token, key, depth} when the user chooses
+ *   select(view)   called with the FIELDS when the user chooses
  *   edits()        the changes in force; knock(edit) adds one, or takes it back
  *   needs(what)    asks for {kind: "number", name, head}: a promise of an opened head, as in `opened` of a study
  * Returns {update, select, destroy}: `update` takes another study, or fields to put into the first, and keeps the view.
@@ -90,10 +88,8 @@ export function renderStudy(element, data, hooks = {}) {
     update(changes) {
       if (Array.isArray(changes) || changes.tokens) { build(changes); return; }
       Object.assign(studies[0].data, changes);
-      const drawn = views.some((v) => v instanceof MatterView);
-      if (changes.plain || (changes.matter && !drawn)) build(studies.map((study) => study.data));
-      else if (changes.matter) views.filter((v) => v instanceof MatterView || v instanceof HeadsView).forEach((v) => v.draw());
-      else shared.refresh();
+      if (changes.plain || (changes.matter && !views.some((v) => v instanceof MatterView))) build(studies.map((study) => study.data));
+      else views.filter((v) => !changes.matter || v instanceof MatterView || v instanceof HeadsView).forEach((v) => v.draw?.());
     },
     select(changes) { Object.assign(view, valid(changes)); shared.refresh(); },
     destroy() { views = []; element.replaceChildren(); },
