@@ -195,7 +195,9 @@ class SpokenOptions(QuestionOptions):
     out: Path = option(Path("runs/spoken"), "Folder of the run.", RUN, may_change=True)
     start_from: Path | None = option(None, "Finished run of --preset shapes.", MODEL)
     voice_model: Path | None = option(None, "Finished run of --preset voice, whose encoder hears the questions.", MODEL)
-    spoken_texts: int = option(6_000, "At most this many different questions of a split.", DATA, minimum=1)
+    spoken_texts: int = option(
+        2_000, "At most this many different questions to train on, a quarter of it in other splits.", DATA, minimum=4
+    )
     max_answer_tokens: int = option(
         8, "Longer answers are cut to this many tokens, end token included.", LIMITS, minimum=1
     )

@@ -69,8 +69,10 @@ class SpokenSystem(WritingSystem[SpokenOptions], QuestionSystem[SpokenOptions, V
 
     @classmethod
     def read(cls, options: SpokenOptions) -> RunData:
-        data, limit = super().read(options), options.spoken_texts
-        samples = {name: sayable(some, name != "train", limit, name) for name, some in data.samples.items()}
+        data, samples = super().read(options), {}
+        for name, some in data.samples.items():
+            limit = options.spoken_texts // (1 if name == "train" else 4)
+            samples[name] = sayable(some, name != "train", limit, name)
         return replace(data, samples=samples)
 
     @classmethod
@@ -126,9 +128,9 @@ class SpokenSystem(WritingSystem[SpokenOptions], QuestionSystem[SpokenOptions, V
         return split
 
     def precompute(self) -> None:
-        for split in self.splits.values():
+        for split in self.splits.values() if self.folder else ():  # a resumed run, which had no weights until now
             assert isinstance(split.questions.cached, Voices)
-            split.questions.cached.made.clear()  # of before a resumed run had its weights
+            split.questions.cached.made.clear()
 
     def encode_text(self, question: Tensor | None, attention_mask: Tensor | None) -> States | None:
         """What was heard, already as states."""
