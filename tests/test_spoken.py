@@ -104,14 +104,7 @@ def test_a_run_that_hears_learns_and_answers(begun, data, tmp_path, capsys):
     ("flags", "fault"),
     [
         ([], "--preset spoken needs --start-from"),
-        (
-            ["--start-from", "a", "--voice-model", "b", "--freeze", "nothing"],
-            "--freeze nothing: what hears is not trained",
-        ),
-        (
-            ["--start-from", "a", "--voice-model", "b", "--question-prompt"],
-            "--question-prompt is about typed questions",
-        ),
+        (["--start-from", "a", "--voice-model", "b", "--parallel", "fsdp"], "what hears is needed whole"),
     ],
 )
 def test_what_cannot_be_is_one_line(flags, fault):
