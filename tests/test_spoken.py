@@ -16,9 +16,9 @@ from vqa_scratch.data.voices import Speaker, is_unseen, speak
 from vqa_scratch.errors import UserError
 from vqa_scratch.models.hearing import POOLED, Hearing
 from vqa_scratch.models.whisper import WhisperConfig
-from vqa_scratch.systems.base import ANY_SAMPLE
 from vqa_scratch.systems.options import read_command_line
 from vqa_scratch.systems.run_folder import save_weights
+from vqa_scratch.systems.splits import ANY_SAMPLE
 from vqa_scratch.systems.spoken import sayable
 from vqa_scratch.training.optimizers import Optimizers
 from vqa_scratch.training.precision import Precision
@@ -104,14 +104,7 @@ def test_a_run_that_hears_learns_and_answers(begun, data, tmp_path, capsys):
     ("flags", "fault"),
     [
         ([], "--preset spoken needs --start-from"),
-        (
-            ["--start-from", "a", "--voice-model", "b", "--freeze", "nothing"],
-            "--freeze nothing: what hears is not trained",
-        ),
-        (
-            ["--start-from", "a", "--voice-model", "b", "--question-prompt"],
-            "--question-prompt is about typed questions",
-        ),
+        (["--start-from", "a", "--voice-model", "b", "--parallel", "fsdp"], "what hears is needed whole"),
     ],
 )
 def test_what_cannot_be_is_one_line(flags, fault):

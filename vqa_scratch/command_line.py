@@ -245,7 +245,7 @@ def parse(
     )
     elsewhere = {
         name: f"--preset {choices_of(other, 'preset')[0]}"
-        for other in classes
+        for other in reversed(classes)  # of several that have it, the first
         if other is not options_class
         for name in flag_names(other)
     }

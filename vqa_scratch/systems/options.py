@@ -188,14 +188,18 @@ class VQAOptions(QuestionOptions):
 
 
 @dataclass(frozen=True)
-class SpokenOptions(VQAOptions):
-    """The same, with questions that are heard."""
+class SpokenOptions(QuestionOptions):
+    """Questions that are heard: a finished run that answers typed ones, with the encoder of one that hears."""
 
     preset: str = option("spoken", PRESET_HELP, RUN, ("spoken",))
     out: Path = option(Path("runs/spoken"), "Folder of the run.", RUN, may_change=True)
+    start_from: Path | None = option(None, "Finished run of --preset shapes.", MODEL)
     voice_model: Path | None = option(None, "Finished run of --preset voice, whose encoder hears the questions.", MODEL)
     spoken_texts: int = option(
-        6_000, "At most this many different questions of a split, each drawn once.", DATA, minimum=1
+        2_000, "At most this many different questions to train on, a quarter of it in other splits.", DATA, minimum=4
+    )
+    max_answer_tokens: int = option(
+        8, "Longer answers are cut to this many tokens, end token included.", LIMITS, minimum=1
     )
 
 

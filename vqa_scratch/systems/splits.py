@@ -26,6 +26,8 @@ from vqa_scratch.training.ranks import World
 IO = TypeVar("IO", bound=ImageOptions)
 Q = TypeVar("Q", bound=ImageGroups)
 TIMED = 64  # samples by which a kind of pass is timed that has not run yet
+# A sample to build a model for, where only the options count.
+ANY_SAMPLE = VQASample(0, Path("any.png"), 0, System.example, "", "", ("red",), "red")
 
 
 def in_time(
@@ -135,15 +137,12 @@ class SplitSystem(System[IO, M], Generic[IO, M, Q]):
         rows = np.concatenate([images[i] for i in mine or range(1)])
         return Key(rows, key.seed, mine[0] if mine else 0), bool(mine)
 
-    def batch(self, key: Key) -> Any:
-        """The batch of a key, with its images changed as the options ask."""
-        train = self.splits["train"]
-        batch = train.questions.batch(key.rows, train.images)
-        if self.augment is not None:
-            number = len(batch.images)
-            sides = np.bincount(batch.image_index.numpy(), self.names_side[key.rows], number)
-            chance = np.random.default_rng(key.seed).random((key.before + number, 4))[key.before :]
-            batch.images = self.augment(batch.images, torch.from_numpy(sides == 0), torch.from_numpy(chance).float())
+    def augmented(self, augment: Augment, batch: Any, key: Key) -> Any:
+        """The batch of a key with its images changed as the options ask."""
+        number = len(batch.images)
+        sides = np.bincount(batch.image_index.numpy(), self.names_side[key.rows], number)
+        chance = np.random.default_rng(key.seed).random((key.before + number, 4))[key.before :]
+        batch.images = augment(batch.images, torch.from_numpy(sides == 0), torch.from_numpy(chance).float())
         return batch
 
     def ids(self, rows: list[int]) -> list[int | str]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from vqa_scratch.audio.reading import read_audio
 from vqa_scratch.connectors import connect
 from vqa_scratch.connectors.tokens import TokensConnector
-from vqa_scratch.data.answers import Answer
+from vqa_scratch.data.answers import Answer, Answers
 from vqa_scratch.data.batches import Questions
 from vqa_scratch.data.images import ImageProcessor
 from vqa_scratch.data.spoken import CLEAN, DRAWN, KINDS, Spoil, draw, mel_of, mixed, sound_of, windows
@@ -27,23 +27,24 @@ from vqa_scratch.data.voices import WORDS, is_unseen, words_of
 from vqa_scratch.data.vqa_v2 import VQASample
 from vqa_scratch.errors import UserError
 from vqa_scratch.models.hearing import Hearing
-from vqa_scratch.models.vqa import FROZEN_PARTS, VQAModel
+from vqa_scratch.models.vqa import VQAModel
 from vqa_scratch.nn.states import States
-from vqa_scratch.options import flag
 from vqa_scratch.systems import assembly
 from vqa_scratch.systems.answering import How
 from vqa_scratch.systems.base import RunData, seed_everything
-from vqa_scratch.systems.options import SpokenOptions, VQAOptions
-from vqa_scratch.systems.scoring import common_answers
+from vqa_scratch.systems.options import SpokenOptions
+from vqa_scratch.systems.questions import QuestionSystem
 from vqa_scratch.systems.splits import Split
 from vqa_scratch.systems.voice import VoiceSystem
-from vqa_scratch.systems.vqa import CANDIDATES, CANDIDATES_KEPT, VQASystem, read_candidates
+from vqa_scratch.systems.vqa import VQASystem
+from vqa_scratch.systems.writer import WritingSystem
+from vqa_scratch.training.optimizers import Optimizers
 from vqa_scratch.training.precision import Precision
 
 AT_ONCE = 64  # questions that are said and encoded together
 
 
-class SpokenSystem(VQASystem):
+class SpokenSystem(WritingSystem[SpokenOptions], QuestionSystem[SpokenOptions, VQAModel, Questions]):
     """Questions about images, asked aloud.
 
     Drawn voices ask the questions of training that no measuring sentence is among; those of the other splits are unseen
@@ -51,80 +52,74 @@ class SpokenSystem(VQASystem):
     """
 
     example = ""
-    options: SpokenOptions
-    model: Any  # a VQAModel whose text encoder is a Hearing
+
+    def __init__(self, options: SpokenOptions, model: VQAModel, tokenizers: Tokenizers, *more: Any) -> None:
+        super().__init__(options, model, tokenizers, *more)
+        assert isinstance(model.text, Hearing)
+        self.ears = model.text.requires_grad_(False)
 
     # ------------------------------------------------------------------------------------------- build, save, open
 
     @classmethod
-    def check(cls, options: VQAOptions) -> None:
-        assert isinstance(options, SpokenOptions)
+    def check(cls, options: SpokenOptions) -> None:
         if options.start_from is None or options.voice_model is None:
             raise UserError("--preset spoken needs --start-from, a run of shapes, and --voice-model, one of voice")
-        if "text" not in FROZEN_PARTS[options.freeze]:
-            raise UserError(f"--freeze {options.freeze}: what hears is not trained; give text_encoder, encoders or all")
         if options.parallel == "fsdp":
             raise UserError("--parallel fsdp does not go with --preset spoken: what hears is needed whole")
-        wrong = [name for name in ("feature_cache", "question_prompt") if getattr(options, name)]
-        if wrong:
-            raise UserError(f"{flag(wrong[0])} is about typed questions: --preset spoken has none")
 
     @classmethod
-    def read(cls, options: VQAOptions) -> RunData:
-        assert isinstance(options, SpokenOptions)
-        data = super().read(options)
-        limit = options.spoken_texts
-        samples = {name: sayable(some, name != "train", limit, name) for name, some in data.samples.items()}
+    def read(cls, options: SpokenOptions) -> RunData:
+        data, samples = super().read(options), {}
+        for name, some in data.samples.items():
+            limit = options.spoken_texts // (1 if name == "train" else 4)
+            samples[name] = sayable(some, name != "train", limit, name)
         return replace(data, samples=samples)
 
     @classmethod
-    def build(cls, options: VQAOptions, data: RunData, precision: Precision) -> Self:
+    def build(cls, options: SpokenOptions, data: RunData, precision: Precision) -> Self:
         from vqa_scratch import systems  # it imports this module when it is asked for
 
-        assert isinstance(options, SpokenOptions) and options.start_from and options.voice_model
+        assert options.start_from and options.voice_model
         seed_everything(options.seed)
-        typed, voice = systems.load(options.start_from), systems.load(options.voice_model)
-        if not isinstance(typed, VQASystem) or not isinstance(typed.model.connector, TokensConnector):
+        typed: Any = systems.load(options.start_from)
+        voice: Any = systems.load(options.voice_model)
+        fits = isinstance(typed, VQASystem) and typed.options.experts is None
+        if not fits or not isinstance(typed.model.connector, TokensConnector):
             raise UserError(f"--start-from {options.start_from} should be a run of --preset shapes --connector tokens")
         if not isinstance(voice, VoiceSystem):
             raise UserError(f"--voice-model {options.voice_model} should be a run of --preset voice")
-        ears = Hearing(voice.model.whisper.config)
+        old, ears = typed.model, Hearing(voice.model.whisper.config)
         ears.encoder.load_state_dict(voice.model.whisper.encoder.state_dict())
-        old = typed.model
         sizes = old.connector.sizes | {"kind": "heard", "pieces": ears.longest}
         connector = connect(sizes, old.image, ears, old.decoder)
         begun = {name: value for name, value in old.connector.state_dict().items() if not name.startswith("text_")}
         marks = begun.pop("modality", torch.zeros(2, 1))
         begun["places"] = begun["places"] + marks[0]  # every image token is marked so
         connector.load_state_dict(begun, strict=False)
-        words = typed.tokenizers.decoder
-        system = cls(
-            options,
-            VQAModel(old.image, ears, connector, old.decoder),
-            _tokenizers(options, words),
-            typed.processor,
-            precision,
-        )
-        system.candidates = common_answers(data.samples["train"], CANDIDATES_KEPT)
-        return system
+        model = VQAModel(old.image, ears, connector, old.decoder)
+        return cls(options, model, _tokenizers(options, typed.tokenizers.decoder), typed.processor, precision)
 
     @classmethod
-    def open(cls, folder: Path, sizes: dict[str, Any], options: VQAOptions, precision: Precision) -> Self:
-        words = Tokenizer.from_pretrained(folder / "decoder_tokenizer")
-        processor = ImageProcessor.from_pretrained(folder)
-        system = cls(options, assembly.assemble(sizes), _tokenizers(options, words), processor, precision, folder)
-        system.candidates = read_candidates(folder / CANDIDATES) if (folder / CANDIDATES).is_file() else []
-        return system
+    def open(cls, folder: Path, sizes: dict[str, Any], options: SpokenOptions, precision: Precision) -> Self:
+        words, processor = (
+            Tokenizer.from_pretrained(folder / "decoder_tokenizer"),
+            ImageProcessor.from_pretrained(folder),
+        )
+        return cls(options, assembly.assemble(sizes), _tokenizers(options, words), processor, precision, folder)
+
+    def trained_by(self, optimizers: Optimizers) -> None:
+        """Nothing more happens after a step."""
 
     # ---------------------------------------------------------------------------------------------------- hearing
 
     @torch.no_grad()
     def heard(self, mels: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
         """Log-mels (T, M) -> the states (B, K, D) of what is heard in them, on the CPU, and their mask (B, K)."""
-        ears, device = self.model.text.to(self.precision.device), self.precision.device
+        ears, device = self.ears.to(self.precision.device), self.precision.device
         some = [mel[: ears.config.frames] for mel in mels]
         sounds, real = windows(some, ears.config.frames), sound_of(some, ears.config.frames)
         states = ears.states(sounds.to(device), real.to(device))
+        assert states.mask is not None
         return states.tokens.cpu(), states.mask.cpu()
 
     def split(self, samples: Sequence[VQASample]) -> Split[Questions]:
@@ -133,9 +128,9 @@ class SpokenSystem(VQASystem):
         return split
 
     def precompute(self) -> None:
-        for split in self.splits.values():
+        for split in self.splits.values() if self.folder else ():  # a resumed run, which had no weights until now
             assert isinstance(split.questions.cached, Voices)
-            split.questions.cached.made.clear()  # of before a resumed run had its weights
+            split.questions.cached.made.clear()
 
     def encode_text(self, question: Tensor | None, attention_mask: Tensor | None) -> States | None:
         """What was heard, already as states."""
@@ -147,13 +142,19 @@ class SpokenSystem(VQASystem):
     def ask_aloud(
         self, image: str | Path, recording: str | Path, decoding: dict[str, Any] | None = None
     ) -> list[Answer]:
-        wave, most = read_audio(recording), self.model.text.config.frames / 100
+        wave, most = read_audio(recording), self.ears.config.frames / 100
         if len(wave) > 16_000 * most:
             raise UserError(f"{recording} has {len(wave) / 16_000:.1f} s; {self.folder} hears {most:g} s at once")
         split = super().split([VQASample(0, Path(image), 0, "", "", "", (), "")])
         states = self.heard([mel_of(wave)])
         split.questions.cached = lambda rows: states
         return self.answers(split, [np.array([0])], How(decoding=decoding))[0]
+
+    def answer(
+        self, samples: Sequence[VQASample], limit: int | None = None, *, ranked: bool = False, **shown: Any
+    ) -> Answers:
+        """As in every system; it has no list to choose from."""
+        return {} if ranked else super().answer(samples, limit, **shown)
 
     def ask(self, *asked: Any, **more: Any) -> NoReturn:
         self.lacks("hears its questions: give it --voice, a sound file")
@@ -217,5 +218,5 @@ def sayable(samples: Sequence[VQASample], unseen: bool, limit: int, split: str) 
     return kept
 
 
-def _tokenizers(options: VQAOptions, words: Tokenizer) -> Tokenizers:
+def _tokenizers(options: SpokenOptions, words: Tokenizer) -> Tokenizers:
     return Tokenizers(None, words, max_question_tokens=1, max_answer_tokens=options.max_answer_tokens)

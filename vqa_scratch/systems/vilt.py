@@ -35,11 +35,11 @@ from vqa_scratch.systems.assembly import (
     stem_for,
     stem_of,
 )
-from vqa_scratch.systems.base import ANY_SAMPLE, RunData, seed_everything
+from vqa_scratch.systems.base import RunData, seed_everything
 from vqa_scratch.systems.export import export_vilt
 from vqa_scratch.systems.options import ViLTOptions
 from vqa_scratch.systems.questions import QuestionSystem
-from vqa_scratch.systems.splits import augment_of
+from vqa_scratch.systems.splits import ANY_SAMPLE, Key, augment_of
 from vqa_scratch.systems.studied import choosing_subject
 from vqa_scratch.systems.vqa_models import VOCABULARY
 from vqa_scratch.training.precision import Precision
@@ -95,6 +95,11 @@ class ViLTSystem(QuestionSystem[ViLTOptions, ViLTClassifier, ClassQuestions]):
 
     def grouped(self, samples: Sequence[VQASample]) -> ClassQuestions:
         return ClassQuestions(samples, self.tokenizers, AnswerList(self.model.labels))
+
+    def batch(self, key: Key) -> ClassBatch:
+        train = self.splits["train"]
+        batch = train.questions.batch(key.rows, train.images)
+        return self.augmented(self.augment, batch, key) if self.augment else batch
 
     def train_on(self, data: RunData) -> None:
         """Leaves out training questions with no answer in the list."""

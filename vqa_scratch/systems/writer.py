@@ -22,7 +22,7 @@ from vqa_scratch.systems import assembly
 from vqa_scratch.systems.answering import AnsweringSystem, How
 from vqa_scratch.systems.experts import ExpertTraining, expert_training
 from vqa_scratch.systems.export import export_writer
-from vqa_scratch.systems.splits import IO
+from vqa_scratch.systems.splits import IO, Key
 from vqa_scratch.systems.studied import writing_subject
 from vqa_scratch.systems.writing import write, writing_figures
 from vqa_scratch.training.optimizers import Optimizers
@@ -54,6 +54,11 @@ class WritingSystem(AnsweringSystem[IO, VQAModel, Questions]):
 
     def grouped(self, samples: Sequence[VQASample]) -> Questions:
         return Questions(samples, self.tokenizers, question_loss=self.question_loss)
+
+    def batch(self, key: Key) -> Batch:
+        train = self.splits["train"]
+        batch = train.questions.batch(key.rows, train.images)
+        return self.augmented(self.augment, batch, key) if self.augment else batch
 
     def trained_by(self, optimizers: Optimizers) -> None:
         self.experts = expert_training(self, optimizers)
