@@ -30,7 +30,7 @@ export class AnswerView {
 
   buildPicture() {
     const { study } = this, { data } = study, [width, height] = data.size;
-    const at = (e) => this.picture.at(e), mouse = { onpointermove: (e) => this.say(at(e)), onpointerleave: () => this.say(null), onclick: (e) => this.choose(at(e)) };
+    const at = (e) => this.picture.at(e), mouse = { onpointermove: (e) => this.say(at(e)), onpointerleave: () => this.say(null), onclick: (e) => { this.say(at(e)); if (!study.shared.cut(this.part(at(e)))) study.ask(at(e)); } };
     this.picture = new Picture(study, { tabindex: 0, ...mouse, onkeydown: (e) => this.walk(e) }, () => study.shared.refresh());
     study.image = this.picture.image;
     const seen = `The image as the model saw it, ${width} by ${height} pixels`;
@@ -153,11 +153,6 @@ export class AnswerView {
   }
 
   part(patch) { return this.study.sourcePart(this.study.picture, this.study.before + patch); }
-
-  choose(patch) {
-    this.say(patch);
-    if (!this.study.shared.cut(this.part(patch))) this.study.ask(patch);
-  }
 
   /** How much of a source token is in the map of each word of the answer; none without one. */
   showFed(s) {

@@ -14,10 +14,9 @@ export function badge(study) {
 }
 
 export function certificateView(study) {
-  const c = study.data.certificate;
+  const c = study.data.certificate, [mass, output, softmax] = differences(c);
   const item = ([value, size], name, meaning) => h("div", {},
     h("b", { class: value <= MOST * size ? "good" : "bad" }, power(value)), h("span", {}, h("span", {}, name), h("br"), meaning));
-  const [mass, output, softmax] = differences(c);
   return section("certificate", "Certificate", badge(study),
     h("p", { class: "lead" }, `The weights on this page were rebuilt from q, k and each row’s log-sum-exp while the model ran its own attention. These are the largest differences over ${c.rows.toLocaleString("en")} rows of ${c.attentions} attentions.`),
     h("div", { class: "proofs" },

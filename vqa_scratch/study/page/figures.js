@@ -3,8 +3,7 @@ import { mean, row, strongest, unpack } from "./arrays.js";
 import { clamp, number, percent, range, shown, sum } from "./dom.js";
 import { KINDS, WAYS } from "./words.js";
 
-export const unpackFlows = (flows) =>
-  Object.fromEntries(Object.entries(flows).map(([name, f]) => [name, { sources: unpack(f.sources), decoder: unpack(f.decoder) }]));
+export const unpackFlows = (flows) => Object.fromEntries(Object.entries(flows).map(([name, f]) => [name, { sources: unpack(f.sources), decoder: unpack(f.decoder) }]));
 const positive = (values) => values.map((v) => Math.max(0, v));
 
 /** A probability or a similarity, in words. */
@@ -25,10 +24,7 @@ export class Study {
     this.mixing = data.mixing ? unpack(data.mixing) : null;
     this.opened = new Map(data.opened.map((o) => [`${o.layer}.${o.head}`, o]));
     this.slices = [];
-    for (const source of data.sources) {
-      const start = this.slices.at(-1)?.stop ?? 0;
-      this.slices.push({ ...source, start, stop: start + source.labels.length });
-    }
+    for (const source of data.sources) { const start = this.slices.at(-1)?.stop ?? 0; this.slices.push({ ...source, start, stop: start + source.labels.length }); }
     this.picture = this.slices.find((s) => s.grid) || null;
     // How many tokens of the picture stand before its patches: class token, registers.
     this.before = this.picture ? this.picture.labels.length - this.picture.grid[0] * this.picture.grid[1] : 0;
@@ -102,11 +98,8 @@ export class Study {
     const sources = Float32Array.from(row(flow.sources, at)), own = row(flow.decoder, at);
     if (mode === "relevancy" && this.data.way === "stream") sources[0] -= 1; // the rules start from the identity
     if (this.pair) return { sources: positive(sources), own: new Float32Array(0) };
-    if (mode === "activation") { // scores, not shares
-      const total = sum(sources) || 1;
-      return { sources: sources.map((v) => v / total), own };
-    }
-    return { sources, own };
+    const scores = mode === "activation" && sum(sources); // not shares
+    return { sources: scores ? sources.map((v) => v / scores) : sources, own };
   }
 
   of(source, shares) { return shares.sources.subarray(source.start, source.stop); }
@@ -133,8 +126,7 @@ export class Study {
       const { sources } = this.shares({ token });
       return [shown(t.label), sources[s] / (sum(sources) || 1), token];
     });
-    const stream = this.attentions.stream;
-    const words = !stream || stream.rows ? [] : this.texts.flatMap((source) => source.labels.flatMap((label, i) =>
+    const { stream } = this.attentions, words = !stream || stream.rows ? [] : this.texts.flatMap((source) => source.labels.flatMap((label, i) =>
       (source.sinks.includes(i) ? [] : [[shown(label), this.weights("stream", "mean", 0, 0, source.start + i)[s], -1]])));
     return [...written, ...words].sort((a, b) => b[1] - a[1]);
   }

@@ -2,7 +2,7 @@
 import { row } from "./arrays.js";
 import { badge } from "./certificate.js";
 import { color, css, isDark, onPage } from "./colors.js";
-import { canvas, choice, explain, h, number, percent, plain, range, roving, section, sum, tabTo, table } from "./dom.js";
+import { canvas, choice, explain, h, number, percent, plain, range, roving, section, tabTo, table } from "./dom.js";
 import { squares } from "./picture.js";
 import { GLOSSARY } from "./words.js";
 
@@ -99,15 +99,13 @@ export class HeadsView {
   thumbSize(kind) {
     const { study } = this, [, , rows, keys] = study.attentions[kind].pattern.shape;
     if (this.asMap(kind)) {
-      const [width, height] = study.data.size, words = kind === "image" || study.pair ? 0 : this.wordCount(), scale = 128 / width;
-      const tall = Math.round(height * scale), strip = words ? Math.max(8, Math.round(tall * 0.13)) + 3 : 0;
+      const [width, height] = study.data.size, worded = kind !== "image" && !study.pair && study.texts.length, scale = 128 / width;
+      const tall = Math.round(height * scale), strip = worded ? Math.max(8, Math.round(tall * 0.13)) + 3 : 0;
       return { width: 128, height: tall + strip, tall, scale, strip, wide: 150 };
     }
     const cell = Math.max(1, Math.floor(180 / keys)), low = Math.max(1, Math.min(16, Math.floor(96 / rows))), tall = rows === keys ? cell : low;
     return { width: keys * cell, height: rows * tall, cell, tall, wide: 190 };
   }
-
-  wordCount() { return sum(this.study.texts.map((source) => source.labels.length)); }
 
   drawThumb(picture, kind, layer, head) {
     const { study, size } = this, context = picture.getContext("2d"), stops = onPage();
@@ -133,16 +131,11 @@ export class HeadsView {
     }
     squares(context, study.patches(shares), study.picture, study.data.size, size.scale, stops, study.top(study.picture, shares));
     if (!size.strip) return;
-    let left = 0;
-    const wide = width / this.wordCount();
-    for (const source of study.texts) {
-      const values = study.of(source, shares), top = Math.max(study.top(source, shares), 1e-6);
-      values.forEach((v, i) => {
-        context.fillStyle = css(color(stops, Math.min(1, v / top)));
-        context.fillRect(left + i * wide, height - size.strip + 3, Math.ceil(wide), size.strip - 3);
-      });
-      left += values.length * wide;
-    }
+    const words = study.texts.flatMap((source) => { const top = study.top(source, shares); return Array.from(study.of(source, shares), (v) => v / top); }), wide = width / words.length;
+    words.forEach((share, i) => {
+      context.fillStyle = css(color(stops, share));
+      context.fillRect(i * wide, height - size.strip + 3, Math.ceil(wide), size.strip - 3);
+    });
     context.fillStyle = isDark() ? "#34342f" : "#e2e1d9";
     context.fillRect(0, height - size.strip, width, 1);
   }

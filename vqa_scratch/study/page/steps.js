@@ -67,8 +67,7 @@ export class StepsView {
   }
 }
 
-const SHOWN = 6;
-const f = (x) => number(x, 4);
+const SHOWN = 6, f = (x) => number(x, 4);
 
 /** The largest products of two lists, the others in a line, the sum; `whole` is it if these are not all; `must` is always there. */
 function products(caption, columns, names, left, right, whole = null, must = -1) {
@@ -83,7 +82,6 @@ function products(caption, columns, names, left, right, whole = null, must = -1)
   ], { class: "products" });
 }
 
-const dimension = (i) => String(i);
 const step = (title, text, ...children) => h("li", {}, h("h3", {}, title), h("p", { class: "explain" }, text), children);
 const line = (text) => h("div", { class: "formula" }, text);
 
@@ -112,7 +110,7 @@ export class NumberView {
   score({ opened, a, dots, mask, lse, scores, weights, q }, key, name) {
     const others = strongest(scores, 4), rest = sum(weights) - sum(others.map((k) => weights[k])), scaled = dots[key] * opened.scale;
     return [
-      step("1. The query meets the key", `q·k: ${q.length} products, the strongest first.`, products("products of query and key", ["dimension", "q", "k", "q × k"], dimension, q, row(a.k, key))),
+      step("1. The query meets the key", `q·k: ${q.length} products, the strongest first.`, products("products of query and key", ["dimension", "q", "k", "q × k"], String, q, row(a.k, key))),
       step("2. Scale and mask", "The sum is made small, and a mask of minus infinity would hide the key.", line(`${f(dots[key])} × ${f(opened.scale)} = ${f(scaled)}\n${f(scaled)} + ${number(mask[key], 0)} = ${f(scores[key])}   the score`)),
       step("3. Softmax", `LSE is the logarithm of the sum of exp(score) over all ${scores.length} keys; exp(score − LSE) are weights that sum to 1.`,
         line(`exp( ${f(scores[key])} − ${f(lse)} ) = ${weights[key].toFixed(6)}   the weight of ${name}`),
@@ -131,11 +129,11 @@ export class NumberView {
       products(`dimension ${at} of what was read`, ["key", "weight", "v", "weight × v"], keys, weights, column, null, key))];
     if (!projection) return found;
     found.push(step("5. Output projection", `Each dimension of the state gets a product with z from this head. Here is dimension ${out.dims[0]}, where it does most${changed}.`,
-      products("one dimension of the output projection", ["dimension", "z", "W", "z × W"], dimension, z, projection)));
+      products("one dimension of the output projection", ["dimension", "z", "W", "z × W"], String, z, projection)));
     if (!out.worth) return found;
     const made = study.data.attributions[t], label = study.label;
     found.push(step("6. To the logit", `What one unit in each dimension is worth to the logit of “${label}”, above the mean of the vocabulary: the last norm as it stood, times the word’s row of the head.`,
-      products("from the state to the logit", ["dimension", "added", "worth", "added × worth"], (i) => dimension(out.dims[i]), out.values, out.worth, out.total)));
+      products("from the state to the logit", ["dimension", "added", "worth", "added × worth"], (i) => String(out.dims[i]), out.values, out.worth, out.total)));
     const p = study.data.tokens[t].probability, all = sum([...Object.values(made.heads).flat(2), ...made.mlps, made.embedding, made.biases]);
     found.push(step("7. To the probability", "All heads, MLPs, the embedding and the biases together are the logit; the softmax over the vocabulary makes it a probability.",
       line(`${f(out.total)} + ${f(all - out.total)} of everything else = ${f(all)}   the logit of “${label}”\nexp( ${f(all)} − ${f(all - Math.log(p))} ) = ${f(p)}   its probability`)));

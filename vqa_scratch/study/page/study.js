@@ -38,8 +38,7 @@ function viewsOf(study) {
 
 /**
  * Draws `data`, a study or an array of two that are compared. Hooks, all optional:
- *   view           what is chosen at first, as `select` gave it; fields that do not fit are ignored
- *   select(view)   called with the FIELDS when the user chooses
+ *   view           what is chosen at first, as `select(view)` gives it when the user chooses: FIELDS, of which those that fit are taken
  *   edits()        the changes in force; knock(edit) adds one, or takes it back
  *   needs(what)    asks for {kind: "number", name, head}: a promise of an opened head, as in `opened` of a study
  * Returns {update, select, destroy}: `update` takes another study, or fields to put into the first, and keeps the view.
@@ -59,9 +58,9 @@ export function renderStudy(element, data, hooks = {}) {
     },
     /** Knocks a part out, or back in, if that is what a click means now or if it is `forced`; whether it did. */
     cut(part, forced = false) {
-      if (!hooks.knock || !(forced || view.knocking)) return false;
-      hooks.knock(part);
-      return true;
+      const does = Boolean(hooks.knock && (forced || view.knocking));
+      if (does) hooks.knock(part);
+      return does;
     },
     /** What a button for a part does: a click, if it knocks nothing out, what it does `otherwise`; Delete knocks out. */
     cuts: (part, otherwise) => ({

@@ -20,8 +20,7 @@ export class PatchesView {
       const [left, top, width, height] = square(source, size, patch, 1).map((x, i) => `${(100 * x) / size[i % 2]}%`), say = () => this.say(patch);
       return h("button", { type: "button", class: "patchword", style: `left:${left};top:${top};width:${width};height:${height}`, onclick: say, onfocus: say, onpointerenter: say });
     });
-    const overlay = h("div", { class: "overlay", role: "group", "aria-label": "the word of each patch", style: `--columns:${source.grid[1]}` }, this.cells);
-    roving(overlay, this.cells, source.grid[1]);
+    const overlay = roving(h("div", { class: "overlay", role: "group", "aria-label": "the word of each patch", style: `--columns:${source.grid[1]}` }, this.cells), this.cells, source.grid[1]);
     this.lead = h("p", { class: "lead" });
     this.common = h("div", { class: "keys" });
     this.about = h("div", { class: "about" });

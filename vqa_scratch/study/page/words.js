@@ -30,9 +30,6 @@ export const METHODS = {
   head: "Head: the weights of a single head, exactly as they ran.",
 };
 
-export const KINDS = {
-  image: "Inside the image", text: "Inside the question", encoder: "Inside the article", decoder: "Inside the answer", stream: "Inside the stream",
-};
-
-// The attention that reads the image and the words, by the way in which the model does it.
+// What an attention is called: inside a source, and, by the way in which the model does it, the one that reads the sources.
+export const KINDS = { text: "Inside the question", encoder: "Inside the article", decoder: "Inside the answer" };
 export const WAYS = { cross: "Cross-attention", prefix: "Self-attention to the prefix", stream: "Self-attention of the first token" };
