@@ -56,8 +56,9 @@ def served(*arguments: str | Path) -> Iterator[tuple[str, int]]:
 def after(page: "Page", event: str, act: str) -> float:
     """Milliseconds from `act`, a statement of the page, to the frame after `event`."""
     return page.evaluate(
-        f"""() => new Promise((done) => {{
+        f"""() => new Promise((done, fail) => {{
             const began = performance.now();
+            setTimeout(() => fail(new Error("nothing was {event} within a minute")), 60000);
             const end = () => requestAnimationFrame(() => setTimeout(() => done(performance.now() - began)));
             document.addEventListener("live-{event}", end, {{ once: true }});
             {act};
@@ -83,7 +84,10 @@ def re_asks(page: "Page", seconds: float) -> float:
 
 def opened(page: "Page", address: str) -> None:
     """Open the page and wait for the study of the first answer, and for its heads."""
-    page.add_init_script("document.addEventListener('live-counted', () => { window.counted = true; })")
+    for name in ("studied", "counted"):
+        page.add_init_script(
+            f"document.addEventListener('live-{name}', () => {{ window.{name} = performance.now(); }})"
+        )
     page.goto(address)
     page.wait_for_function("() => window.counted")
 
@@ -97,8 +101,8 @@ def figures(page: "Page", address: str, repeats: int = 5, seconds: float = 2.0) 
     for _ in range(repeats):
         changed.append(after(page, "answered", CHANGE))
         after(page, "answered", UNDO)
-    after(page, "studied", ASK)
-    heads = after(page, "counted", "")
+    after(page, "counted", ASK)
+    heads = page.evaluate("() => window.counted - window.studied")
     measured = (painted, median(asked), median(changed), re_asks(page, seconds), heads / 1000)
     return dict(zip(GOALS, measured, strict=True))
 

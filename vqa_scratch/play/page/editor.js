@@ -3,9 +3,10 @@ import { clamp, h, plain, range } from "../study/dom.js";
 
 const KEYS = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
 
+const set = (element, attributes) => Object.entries(attributes).forEach(([name, value]) => element.setAttribute(name, value));
 export function svg(tag, attributes, ...children) {
   const element = document.createElementNS("http://www.w3.org/2000/svg", tag);
-  for (const [name, value] of Object.entries(attributes)) element.setAttribute(name, value);
+  set(element, attributes);
   element.append(...children);
   return element;
 }
@@ -69,16 +70,11 @@ export class Editor {
       return [((event.clientX - box.left) * this.shapes.width) / box.width, ((event.clientY - box.top) * this.shapes.height) / box.height];
     };
     item.addEventListener("pointerdown", (event) => {
-      const [x, y] = at(event), thing = this.objects[i];
-      grip = [x - thing.x, y - thing.y];
+      grip = at(event).map((side, axis) => side - this.objects[i]["xy"[axis]]);
       item.setPointerCapture(event.pointerId);
       this.choose(i);
     });
-    item.addEventListener("pointermove", (event) => {
-      if (!grip) return;
-      const [x, y] = at(event);
-      this.move(i, x - grip[0], y - grip[1]);
-    });
+    item.addEventListener("pointermove", (event) => { if (grip) this.move(i, ...at(event).map((side, axis) => side - grip[axis])); });
     ["pointerup", "pointercancel"].forEach((end) => item.addEventListener(end, () => { grip = null; }));
     item.addEventListener("focus", () => this.choose(i));
     item.addEventListener("keydown", (event) => {
@@ -93,9 +89,7 @@ export class Editor {
 
   draw(i) {
     const { shape, color, size, x, y } = this.objects[i];
-    this.items[i].setAttribute("transform", `translate(${x} ${y})`);
-    this.items[i].setAttribute("aria-label", `${size} ${color} ${shape}, ${x} across, ${y} down`);
-    this.items[i].setAttribute("aria-pressed", String(i === this.at));
+    set(this.items[i], { transform: `translate(${x} ${y})`, "aria-label": `${size} ${color} ${shape}, ${x} across, ${y} down`, "aria-pressed": i === this.at });
     this.items[i].replaceChildren(this.figure(this.objects[i]));
   }
 

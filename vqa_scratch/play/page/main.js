@@ -24,10 +24,7 @@ const app = {
   body: (index) => ({ ...app.state, ...app.state.sides[index], sides: undefined, view: undefined }),
 
   /** A question of the visitor's own. */
-  ask(question) {
-    app.typed = true;
-    app.changed("asked", false, { question });
-  },
+  ask(question) { app.typed = true; app.changed("asked", false, { question }); },
 
   /** Something of the state is new, and all runs are asked again. `dragged`: more of it will come at once. */
   changed(what, dragged = false, fields = {}) {

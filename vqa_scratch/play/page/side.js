@@ -101,18 +101,14 @@ export class Side {
     data.matter = { rows: [], total: null, done: false }; // they are tried at once
     this.changes.offer(this.model, data.sources);
     if (this.handle) this.handle.update(data);
-    else this.handle = renderStudy(this.parts.studied, data, this.hooks());
-    this.app.tell("studied");
-  }
-
-  hooks() {
-    return {
+    else this.handle = renderStudy(this.parts.studied, data, {
       view: this.app.state.view,
       select: (view) => this.app.look(view, this),
       edits: () => this.own.edits,
       knock: (edit) => this.changes.toggle(edit),
       needs: ({ name, head }) => json("number", { ...this.app.body(this.index), name, head }),
-    };
+    });
+    this.app.tell("studied");
   }
 
   /** Go on from this word at a position, or with null let the model choose there again. */

@@ -6,9 +6,7 @@ export const amount = (x, measure) => (measure === "similarity" ? number(x, 2) :
 
 export class Typed {
   /** `choose(position, id)` goes on from an alternative, or with null lets the model choose again; `select(position)` looks at a word. */
-  constructor(box, choose, select) {
-    Object.assign(this, { box, choose, select, columns: [], tokens: [], at: 0 });
-  }
+  constructor(box, choose, select) { Object.assign(this, { box, choose, select, columns: [], tokens: [], at: 0 }); }
 
   begin(measure) { Object.assign(this, { tokens: [], measure }); }
 
