@@ -49,7 +49,9 @@ def run(asked: Path, hears: Path, number: int, seed: int, command: str) -> str:
         accuracy = score(changed, answering.answer(changed, progress="spoken")).accuracy
         errors = word_error_rate([plain(one.question) for one in samples], [plain(text) for text in texts])
         goal = f"at least {CHAIN}" if kind == next(iter(KINDS)) else ""
-        rows.append([f"spoken, {kind}", f"{accuracy:.4f}", f"{accuracy / typed:.4f}", goal, f"{errors:.4f}"])
+        rows.append(
+            [f"spoken, {kind}", f"{accuracy:.4f}", f"{accuracy / typed if typed else 0:.4f}", goal, f"{errors:.4f}"]
+        )
     head = ["questions", "accuracy", "share of typed", "goal", "word errors"]
     return "\n".join(
         [

@@ -19,17 +19,26 @@ import pytest
 import torch
 from PIL import Image
 from run_helpers import by_hand, command, make_run, picture
+from test_systems import SYSTEMS
+from vqa_helpers import CPU
 
-from vqa_scratch.commands.play import bind, newest, open_run
+from vqa_scratch import systems
+from vqa_scratch.audio.reading import read_wav, write_wav
+from vqa_scratch.commands.line import open_latest
+from vqa_scratch.commands.play import bind
 from vqa_scratch.data.scenes import render
 from vqa_scratch.data.shapes import ShapesSpec, scenes_of
 from vqa_scratch.data.vqa_v2 import read_vqa
 from vqa_scratch.errors import UserError
+from vqa_scratch.play import answers
 from vqa_scratch.play.models import Played
 from vqa_scratch.play.pictures import FIRST, Pictures
-from vqa_scratch.play.server import LARGEST_BODY, Server
+from vqa_scratch.play.server import LARGEST_BODY, Play, Server
 from vqa_scratch.storage import LOCK, append_line
+from vqa_scratch.systems.options import BY_PRESET
+from vqa_scratch.systems.run_folder import newest_run, save_weights
 from vqa_scratch.training.checkpoint import save_checkpoint
+from vqa_scratch.training.precision import Precision
 
 QUESTION = "what color is the circle?"
 RED = [{"shape": "circle", "color": "red", "size": "large", "x": 20, "y": 20.4}]
@@ -38,10 +47,10 @@ RED = [{"shape": "circle", "color": "red", "size": "large", "x": 20, "y": 20.4}]
 class Live:
     """A server in a thread of this process, and requests to it."""
 
-    def __init__(self, models, token=None):
+    def __init__(self, models, token=None, hears=None):
         bound, self.hosts = bind("127.0.0.1", 0)
         self.port, self.token, self.models = bound.getsockname()[1], token, models
-        self.server = Server(models, self.hosts, token)
+        self.server = Server(Play(models, hears), self.hosts, token)
         self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [bound]})
         self.thread.start()
 
@@ -75,18 +84,17 @@ def live(data, tmp_path_factory):
     root = tmp_path_factory.mktemp("play")
     folders = [make_run(data, root / "tokens"), make_run(data, root / "prefix", connector="prefix", decoder_layers=2)]
     models = [
-        Played(str(place), folder.name, lambda folder=folder: open_run(folder, "cpu", "fp32"), folder)
-        for place, folder in enumerate(folders)
+        Played(folder.name, lambda folder=folder: open_latest(folder, "cpu", "fp32"), folder) for folder in folders
     ]
-    server = Live(models)
+    server = Live(models, hears=lambda data: f"{len(read_wav(data, 'the recording'))} samples")
     yield SimpleNamespace(ask=server.ask, open=server.open, port=server.port, folders=folders, models=models, data=data)
     server.end()
 
 
 @pytest.fixture
 def state(live):
-    scene = live.ask("/api/scenes?model=0&n=1")[1][0]
-    return {"model": "0", "picture": {"scene": scene["id"]}, "question": scene["questions"][0]["question"]}
+    scene = live.ask("/api/scenes?model=tokens&n=1")[1][0]
+    return {"model": "tokens", "picture": {"scene": scene["id"]}, "question": scene["questions"][0]["question"]}
 
 
 def last(answer):
@@ -100,22 +108,22 @@ def last(answer):
 
 def test_models_say_what_they_have_and_what_not(live):
     tokens, prefix = live.ask("/api/models")[1]
-    assert (tokens["id"], tokens["name"], tokens["asked"], tokens["way"]) == ("0", "tokens", "question", "cross")
+    assert (tokens["id"], tokens["name"], tokens["asked"], tokens["way"]) == ("tokens", "tokens", "question", "cross")
     assert prefix["way"] == "prefix" and prefix["lens"] and prefix["influence"] and prefix["lacks"] == []
     names = {one["name"]: one for one in tokens["attentions"]}
     assert names["decoder.0.cross"] == {"name": "decoder.0.cross", "heads": 2, "reads": True}
     assert not names["decoder.0.self"]["reads"] and "decoder.0.mlp" in tokens["mlps"]
-    assert tokens["questions"] and not tokens["training"] and not tokens["voice"]
+    assert tokens["questions"] and not tokens["training"] and tokens["voice"]
 
 
 def test_scenes_are_of_the_test_split_with_their_questions(live):
-    status, scenes = live.ask("/api/scenes?model=0&n=3&seed=0")
+    status, scenes = live.ask("/api/scenes?model=tokens&n=3&seed=0")
     samples = read_vqa(live.data, "test").samples
     assert status == 200 and len(scenes) == 3
     assert scenes[0]["questions"][0] == {"question": samples[0].question, "answer": samples[0].answer}
     assert {"shape", "color", "size", "x", "y"} == set(scenes[0]["objects"][0])
-    assert live.ask("/api/scenes?model=0&n=3&seed=1")[1] != scenes
-    assert live.ask("/api/scenes?model=0&n=x")[0] == 400 and live.ask("/api/scenes?model=7")[0] == 400
+    assert live.ask("/api/scenes?model=tokens&n=3&seed=1")[1] != scenes
+    assert live.ask("/api/scenes?model=tokens&n=x")[0] == 400 and live.ask("/api/scenes?model=7")[0] == 400
 
 
 def test_built_in_scenes_are_drawn_without_files_as_in_the_data_set():
@@ -136,11 +144,13 @@ def test_what_the_editor_draws_is_what_the_model_sees(live, state):
 
 
 def test_pages_are_served_and_nothing_else(live):
+    status, page = live.ask("/", None, {"sec-fetch-site": "cross-site"})  # as after a click on a link
+    assert status == 200 and "page/main.js" in page and "export" in live.ask("/study/study.js")[1]
     paths = "/page/..%2fserver.py /page/%2e%2e/models.py /study/__init__.py /page/none.js /nothing /api/no"
     for path in paths.split():
         status, answer = live.ask(path)
         assert status == 404 and "error" in answer, path
-    assert live.ask("/api/ask")[0] == 405
+    assert live.ask("/api/ask")[0] == 404 and live.ask("/api/models", {})[0] == 405
     connection, response = live.open("/api/shapes")
     assert "script-src 'self'" in response.headers["content-security-policy"]
     assert response.headers["x-content-type-options"] == "nosniff"
@@ -193,7 +203,7 @@ def test_a_change_is_shown_beside_the_unchanged_answer_with_its_certificate(live
     found = last(live.ask("/api/ask", state | {"edits": [edit]}))
     assert found["plain"]["tokens"] == before["tokens"] and found["tokens"] != before["tokens"]
     status, answer = live.ask("/api/study", state | {"edits": [edit]})
-    study, plain = answer["study"], answer["plain"]
+    study, plain = answer, answer["plain"]
     assert status == 200 and max(study["certificate"][name] for name in ("mass", "output", "softmax")) <= 1e-5
     assert study["answer"]["text"] == found["answer"] and study["edits"] == [edit] and study["writer"] == "decoder"
     assert study["answer"]["probability"] == pytest.approx(found["probability"], abs=1e-5)
@@ -204,9 +214,8 @@ def test_a_change_is_shown_beside_the_unchanged_answer_with_its_certificate(live
 
 
 def test_a_study_is_that_of_the_static_report(live, state):
-    status, answer = live.ask("/api/study", state)
-    study = answer["study"]
-    assert status == 200 and answer["plain"] is None and study["run"] == "tokens" and study["edits"] == []
+    status, study = live.ask("/api/study", state)
+    assert status == 200 and study["plain"] is None and study["run"] == "tokens" and study["edits"] == []
     assert study["prompt"] == len(study["read"]) - len(study["tokens"]) + 1
     text = next(source for source in study["sources"] if source["name"] == "text")
     twin = study["twins"]["text"]
@@ -217,33 +226,45 @@ def test_a_study_is_that_of_the_static_report(live, state):
     assert status == 200 and page.startswith("<!doctype html>") and study["answer"]["text"] in page
 
 
+def test_a_question_asked_aloud_is_heard(live, tmp_path):
+    write_wav(tmp_path / "a.wav", torch.zeros(800), 8_000)
+    wav, kind = (tmp_path / "a.wav").read_bytes(), {"content-type": "audio/wav"}
+    assert live.ask("/api/voice", wav, kind) == (200, {"text": "1600 samples"})
+    assert live.ask("/api/voice", b"OggS" + wav, kind) == (
+        400,
+        {"error": "the recording: no WAV (it begins with b'OggSRIFF')"},
+    )
+    assert "cut off" in live.ask("/api/voice", wav[:-9], kind)[1]["error"]
+    assert live.ask("/api/voice", wav)[0] == 415 == live.ask("/api/ask", wav, kind)[0]
+
+
 def test_heads_are_knocked_out_one_by_one(live, state):
-    status, (first, *found) = live.ask("/api/heads", state | {"model": "1"})
+    status, (first, *found) = live.ask("/api/heads", state | {"model": "prefix"})
     assert status == 200 and first["total"] == len(found) == 4
     for knocked in found:
         edit = {"kind": "head", "name": knocked["name"], "head": knocked["head"]}
-        now = last(live.ask("/api/ask", state | {"model": "1", "edits": [edit]}))
+        now = last(live.ask("/api/ask", state | {"model": "prefix", "edits": [edit]}))
         assert now["answer"] == knocked["answer"]
         if not knocked["changed"]:
             assert knocked["probability"] == pytest.approx(now["probability"], abs=1e-5)
-    everywhere = live.ask("/api/heads", state | {"model": "1", "all": True})[1]
+    everywhere = live.ask("/api/heads", state | {"model": "prefix", "all": True})[1]
     assert everywhere[0]["total"] == 6 == len(everywhere) - 1
 
 
-@pytest.mark.parametrize("model", ["0", "1"])
-def test_numbers_influence_and_the_lens_are_there(live, state, model):
+@pytest.mark.parametrize("model", ["tokens", "prefix"])
+def test_the_numbers_of_any_head_that_reads_are_those_of_the_study(live, state, model):
     state = state | {"model": model}
-    study = live.ask("/api/study", state)[1]["study"]
-    row, name = study["tokens"][0]["row"], "decoder.0.cross" if model == "0" else "decoder.0.self"
-    status, found = live.ask("/api/number", state | {"name": name, "head": 0, "row": row})
-    assert status == 200 and sum(found["weights"]) == pytest.approx(1, abs=1e-5)
-    assert sum(found["logit"]["keys"]) == pytest.approx(found["logit"]["total"], abs=1e-6)
+    study, name = live.ask("/api/study", state)[1], "decoder.0.cross" if model == "tokens" else "decoder.0.self"
+    status, found = live.ask("/api/number", state | {"name": name, "head": 1})
+    assert status == 200 and found == next(one for one in study["opened"] if (one["layer"], one["head"]) == (0, 1))
     heads = study["attributions"][0]["heads"][name.rpartition(".")[2]]
-    assert found["logit"]["total"] == pytest.approx(heads[0][0], abs=1e-5)
-    status, found = live.ask("/api/influence", state)
-    assert status == 200 and found["flow"]["sources"]["shape"] == study["flows"]["cross"]["sources"]["shape"]
-    assert found["lens"]["kind"] == ("values" if model == "0" else "states")
-    assert len(found["lens"]["best"][0]) == len(found["lens"]["tokens"]) == len(found["lens"]["sources"])
+    assert found["out"][0]["total"] == pytest.approx(heads[0][1], abs=1e-5)
+    for changes, message in (
+        ({"name": "image.0.self", "head": 0}, "reads no source"),
+        ({"name": name, "head": 9}, "heads 0 to 1"),
+    ):
+        status, answer = live.ask("/api/number", state | changes)
+        assert status == 400 and message in answer["error"]
 
 
 WRONG = [
@@ -261,7 +282,7 @@ WRONG = [
     ({"edits": [{"kind": "head", "name": "decoder.0.cross", "head": 9}]}, "decoder.0.cross has heads 0 to 1, not 9"),
     ({"temperature": -1}, "a temperature is 0 (the likeliest token) or 0.01 to 100.0, not -1"),
     ({"start": ["x"]}, "an answer begins with at most 8 tokens"),
-    ({"model": "9"}, "there is no model '9'; there are 0, 1"),
+    ({"model": "9"}, "there is no model '9'; there are tokens, prefix"),
 ]
 
 
@@ -275,9 +296,7 @@ def test_what_is_wrong_with_a_request_is_one_line(live, state, change, message):
 def test_hostile_text_is_only_text(live, state):
     hostile = "</script><script>alert(1)</script> \u202e\x00"
     found = last(live.ask("/api/ask", state | {"question": hostile}))
-    assert (
-        found["notes"] and live.ask("/api/study", state | {"question": hostile})[1]["study"]["text"] == hostile.strip()
-    )
+    assert found["notes"] and live.ask("/api/study", state | {"question": hostile})[1]["text"] == hostile.strip()
     for body in (b"{", b"[" * 100_000, b"\xff", b"[]", json.dumps({"model": []}).encode()):
         status, answer = live.ask("/api/ask", body)
         assert status == 400 and "\n" not in answer["error"]
@@ -287,6 +306,43 @@ def test_a_fault_of_ours_gives_no_traceback(live, state, monkeypatch):
     monkeypatch.setattr("vqa_scratch.play.answers.answered", lambda *asked: 1 / 0)
     status, answer = live.ask("/api/ask", state)
     assert status == 400 and answer == {"error": "the server failed at this request; its terminal says how"}
+
+
+@pytest.mark.parametrize("kind", ["vilt", "caption", "clip", "mean", "patches", "resampler"])
+def test_every_kind_of_system_is_played_with_what_it_has(data, tmp_path, kind):
+    short = {"max_caption_tokens": 4} if kind == "caption" else {}
+    options = BY_PRESET[SYSTEMS[kind]["preset"]](
+        **SYSTEMS[kind], **short, data=data, cache=tmp_path, out=tmp_path, device="cpu"
+    )
+    system = systems.find(options.preset)
+    built = system.build(options, system.read(options), Precision("fp32", CPU))
+    built.save(tmp_path)
+    save_weights(tmp_path / "model.safetensors", built.model)
+    played = Played(kind, lambda: open_latest(tmp_path, "cpu", "fp32"), tmp_path)
+    played.worker.close()
+    about, job = played.about, SimpleNamespace(send=json.dumps)
+    state = {"picture": {"objects": RED}, "question": "" if about["asked"] == "nothing" else (about["questions"])[0]}
+    assert played.pictures.scenes(1, 0)[0]["questions"]
+    head = {"kind": "head", "name": about["attentions"][0]["name"], "head": 0}
+    for edits in ([], [head], [{"kind": "source", "source": "image", "token": 1}]):
+        asked = state | {"edits": edits}
+        if kind == "mean" and len(edits) and edits[0]["kind"] == "source":
+            with pytest.raises(UserError, match="is averaged with others"):
+                list(answers.ask(played, asked, job))
+            continue
+        (found,) = answers.ask(played, asked, job)
+        (study,) = answers.study(played, asked, job)
+        assert found["answer"] == study["answer"]["text"] and ("plain" in found) == bool(edits)
+        assert max(study["certificate"][name] for name in ("mass", "output", "softmax")) <= 1e-5
+        json.dumps([found, study], allow_nan=False)
+    total, *found = answers.heads(played, state, job)
+    assert total["total"] == len(found) > 0
+    reading = next(one["name"] for one in about["attentions"] if one["reads"])
+    assert next(answers.number(played, state | {"name": reading, "head": 0}, job))["head"] == 0
+    if not about["writes"]:
+        assert kind in ("vilt", "clip") and "it chooses its answer" in about["lacks"][0]
+        with pytest.raises(UserError, match="it has no temperature"):
+            list(answers.ask(played, state | {"temperature": 1}, job))
 
 
 # ---------------------------------------------------------------------------------------------------- safety
@@ -332,6 +388,8 @@ def test_a_server_for_others_needs_its_token(live):
         assert server.ask("/api/models")[0] == 403 == server.ask("/api/models?token=secrets")[0]
         assert server.ask("/api/models?token=secret") == (200, [])
         assert server.ask("/page/none.js")[0] == 404
+        heard = server.ask("/api/voice?token=secret", b"RIFF", {"content-type": "audio/wav"})
+        assert heard == (404, {"error": "nothing here hears: start with --voice-model"})
     finally:
         server.end()
 
@@ -340,12 +398,14 @@ def test_a_server_for_others_needs_its_token(live):
 
 
 def test_two_hundred_at_once_lose_none_and_each_has_its_own_changes(live, state):
-    edited = [state | {"edits": [{"kind": "key", "key": key}]} for key in range(3)]
-    expected = [last(live.ask("/api/ask", one))["tokens"] for one in edited]
+    asked = [state | {"edits": [{"kind": "key", "key": 3}]}] + [
+        state | {"temperature": 5, "seed": seed} for seed in range(19)
+    ]
+    expected = [last(live.ask("/api/ask", one))["tokens"] for one in asked]
     threads = threading.active_count()
     with ThreadPoolExecutor(200) as pool:
-        found = list(pool.map(lambda place: last(live.ask("/api/ask", edited[place % 3]))["tokens"], range(200)))
-    assert [tokens == expected[place % 3] for place, tokens in enumerate(found)] == [True] * 200
+        found = list(pool.map(lambda place: last(live.ask("/api/ask", asked[place % 20]))["tokens"], range(200)))
+    assert [tokens == expected[place % 20] for place, tokens in enumerate(found)] == [True] * 200
     assert threading.active_count() == threads
 
 
@@ -379,9 +439,9 @@ def test_long_work_lets_others_pass_and_ends_with_its_page(live, state, monkeypa
 
 def test_who_goes_before_the_turn_comes_costs_nothing(live, state, monkeypatch):
     ran, gate = [], threading.Event()
-    monkeypatch.setattr("vqa_scratch.play.answers.head_row", lambda *asked: gate.wait(10) and {})
+    monkeypatch.setattr("vqa_scratch.play.answers.head_of", lambda *asked: gate.wait(10) and {})
     monkeypatch.setattr("vqa_scratch.play.answers.take_apart", lambda opened: ran.append(opened))
-    body = json.dumps(state | {"name": "decoder.0.cross", "head": 0, "row": 0}).encode()
+    body = json.dumps(state | {"name": "decoder.0.cross", "head": 0}).encode()
     sent = []
     for path in ("number", "study"):  # the first holds the model, the second waits behind it and is given up
         link = socket.create_connection(("127.0.0.1", live.port))
@@ -402,9 +462,9 @@ def test_who_goes_before_the_turn_comes_costs_nothing(live, state, monkeypatch):
 
 def test_a_run_that_trains_is_watched_and_opened_again(data, tmp_path):
     folder = make_run(data, tmp_path / "runs" / "old")
-    assert newest(tmp_path / "runs") == folder
+    assert newest_run(tmp_path / "runs") == folder
     append_line(folder / "metrics.jsonl", '{"step": 1, "loss": 2.0}')
-    played = Played("0", "old", lambda: open_run(folder, "cpu", "fp32"), folder)
+    played = Played("old", lambda: open_latest(folder, "cpu", "fp32"), folder)
     played.worker.close()
     assert played.training(0) == {
         "rows": [{"step": 1, "loss": 2.0}],
@@ -444,7 +504,7 @@ def test_a_run_that_trains_is_watched_and_opened_again(data, tmp_path):
 
 def test_without_a_run_a_port_or_the_packages_it_says_what_is_missing(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="there is no run below .*: give RUN, or --model, or train one"):
-        newest(tmp_path)
+        newest_run(tmp_path)
     with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(UserError, match="Address already in use"):
         bind("127.0.0.1", taken.getsockname()[1])
     with pytest.raises(UserError, match="cannot serve at 203.0.113.7"):
@@ -469,8 +529,9 @@ def test_ctrl_c_ends_at_once_with_an_answer_open(live, state):
     connection.getresponse().readline()
     began = time.perf_counter()
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=20)
-    assert time.perf_counter() - began < 2 and process.returncode == 130
-    assert err.splitlines() == ["interrupted"] and out == ""
+    said = [process.stderr.readline() for _ in range(2)]
+    assert said == ["\n", "interrupted\n"] and time.perf_counter() - began < 2
+    out, err = process.communicate(timeout=30)  # Python itself takes a while to end beside other work
+    assert (process.returncode, out, err) == (130, "", "")
     connection.close()
     link.close()

@@ -1,11 +1,11 @@
-"""Changes as data, tokens that are hidden, an answer without each head, the numbers of a row, and activation maps."""
+"""Changes as data, tokens that are hidden, an answer without each head, and activation maps."""
 
 import threading
 
 import numpy as np
 import pytest
 import torch
-from study_helpers import PATCHES, QUESTION_IDS, SUBJECTS, tiny_vqa, tiny_vqa_subject
+from study_helpers import QUESTION_IDS, SUBJECTS, tiny_vqa, tiny_vqa_subject
 
 from vqa_scratch.errors import UserError
 from vqa_scratch.nn.memory import Memory
@@ -13,10 +13,9 @@ from vqa_scratch.study.activation import activations, filtered, has_activations,
 from vqa_scratch.study.analysis import every_attention, relevancy
 from vqa_scratch.study.answer import answered, probability, without_each_head
 from vqa_scratch.study.edits import change_of, twins
-from vqa_scratch.study.lens import lens_taps, logit_attribution, logit_lens
+from vqa_scratch.study.lens import key_parts, lens_taps, logit_attribution, logit_direction, logit_lens
 from vqa_scratch.study.opened import Opened, chosen
 from vqa_scratch.study.record import take_apart
-from vqa_scratch.study.row import head_row
 from vqa_scratch.study.subject import VQASubject, WritingSubject
 from vqa_scratch.study.trace import trace
 
@@ -37,6 +36,11 @@ def changed(subject, *edits, other=None):
 def logits(subject, ids):
     with subject.trace(record=False), torch.no_grad():
         return subject.logits(ids)
+
+
+def seen(subject):
+    with subject.trace(*every_attention(subject), *(lens_taps(subject) if subject.has_lens else ())) as t:
+        return t, subject.generate()
 
 
 # ---------------------------------------------------------------------------------------------------- hidden tokens
@@ -263,63 +267,29 @@ def test_each_head_is_knocked_out_by_itself(name):
         subject.changes = ()
 
 
-# ---------------------------------------------------------------------------------------------------- numbers
+# ---------------------------------------------------------------------------------------------------- parts of a logit
 
 
 @pytest.mark.parametrize("name", WRITERS)
-def test_the_numbers_of_a_row_lead_from_q_and_k_to_the_logit(name):
+def test_what_each_key_adds_sums_to_what_its_head_adds(name):
     subject = SUBJECTS[name]()
-    one, ids = opened(subject), subject.generate()
-    row, attention = len(subject.prompt) - 1 + (len(ids) > 1), subject.reading[-1]
-    found = head_row(one, attention, 2, row)
-    scores = found["scale"] * np.array(found["k"]) @ found["q"] + np.array(
-        [-np.inf if m is None else m for m in found["mask"]]
-    )
-    weights = np.exp(scores - scores.max()) / np.exp(scores - scores.max()).sum()
-    np.testing.assert_allclose(found["weights"], weights, atol=1e-5)
-    np.testing.assert_allclose(found["z"], weights @ np.array(found["v"]), atol=1e-5)
-    assert len(found["labels"]) == len(weights) and found["certificate"]["output"] <= 1e-5
-    with subject.trace(*every_attention(subject), *lens_taps(subject)) as t:
-        subject.generate()
-    parts = logit_attribution(subject, t, row, found["logit"]["token"])
-    kind = attention.rpartition(".")[2]
-    assert found["logit"]["total"] == pytest.approx(float(parts.heads[kind][subject.layers - 1, 2]), abs=1e-5)
-    every = sum(float(x.sum()) for x in parts.heads.values()) + float(parts.mlps.sum()) + parts.embedding + parts.biases
-    assert found["logit"]["all"] == pytest.approx(every, abs=1e-4)
+    t, ids = seen(subject)
+    row, attention = len(subject.prompt) - 1, subject.reading[-1]
+    keys = key_parts(subject, t, attention, row, logit_direction(subject, t, row, ids[0]))
+    heads = logit_attribution(subject, t, row, ids[0]).heads[attention.rpartition(".")[2]][subject.layers - 1]
+    torch.testing.assert_close(keys.sum(1), heads[: len(keys)], atol=1e-5, rtol=0)
 
 
 def test_the_keys_of_a_scaled_head_sum_to_what_it_adds():
     subject = tiny_vqa_subject()
-    whole = head_row(opened(subject), "decoder.1.cross", 2, 0)["logit"]
-    one = changed(subject, {"kind": "head", "name": "decoder.1.cross", "head": 2, "scale": 0})
-    assert abs(whole["total"]) > 1e-4 and head_row(one, "decoder.1.cross", 2, 0)["logit"]["total"] == 0
-
-
-@pytest.mark.parametrize("name", ["vilt", "pair", "blip2", "t5"])
-def test_encoders_and_choosers_have_numbers_without_a_logit(name):
-    subject = SUBJECTS[name]()
-    attention = every_attention(subject)[0]
-    found = head_row(opened(subject), attention, 0, 1)
-    assert found["logit"] is None and sum(found["weights"]) == pytest.approx(1, abs=1e-5)
-
-
-def test_a_row_that_is_not_there_is_said_in_a_line():
-    one = opened(tiny_vqa_subject())
-    for asked, message in (
-        (("decoder.0.mlp", 0, 0), "no attention is named 'decoder.0.mlp'; there are image.0.self"),
-        (("decoder.0.cross", 7, 0), "decoder.0.cross has heads 0 to 3, not 7"),
-        (("image.0.self", 0, PATCHES + 1), "image.0.self has rows 0 to 9, not 10"),
-    ):
-        with pytest.raises(UserError, match=message):
-            head_row(one, *asked)
+    changed(subject, {"kind": "head", "name": "decoder.1.cross", "head": 2, "scale": -0.5})
+    t, ids = seen(subject)
+    keys = key_parts(subject, t, "decoder.1.cross", 0, logit_direction(subject, t, 0, ids[0]))
+    heads = logit_attribution(subject, t, 0, ids[0]).heads["cross"][1]
+    torch.testing.assert_close(keys.sum(1), heads, atol=1e-5, rtol=0)
 
 
 # ---------------------------------------------------------------------------------------------------- activations
-
-
-def seen(subject):
-    with subject.trace(*every_attention(subject), *(lens_taps(subject) if subject.has_lens else ())) as t:
-        return t, subject.generate()
 
 
 @pytest.mark.parametrize("name", ["tokens", "prefix", "resampler", "caption", "blip2"])

@@ -20,14 +20,16 @@ from vqa_scratch.study.record import take_apart
 from vqa_scratch.study.report import joined, page, study_data
 
 FOLDER = report.files("vqa_scratch.study").joinpath("page")
-ENTER, DELETE, RIGHT = "\ue007", "\ue017", "\ue014"
+DELETE, RIGHT = "Delete", "ArrowRight"
 
 
 def studied(name: str, seed: int = 1):
     torch.manual_seed(seed)
     subject = SUBJECTS[name]()
-    size = (*subject.pixel_values.shape[2:], 3)
-    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, size, dtype=np.uint8))
+    image = None
+    if name != "t5":
+        size = (*subject.pixel_values.shape[2:], 3)
+        image = Image.fromarray(np.random.default_rng(0).integers(0, 256, size, dtype=np.uint8))
     labels = ("red", "blue", "two") if name == "vilt" else tuple(f" word{i}" for i in range(30))
     words = chosen(labels, "[CLS]") | {"prompt": tuple(f"<{i}>" for i in subject.prompt)}
     return take_apart(Opened(name, subject, f"about {name}", image, **words))
@@ -42,7 +44,8 @@ def made(tmp_path_factory):
         (root / f"{name}.html").write_text(page([study]), encoding="utf-8")
     script = joined(FOLDER, "study.js")[:-1] + "globalThis.renderStudy = renderStudy; }"
     style = FOLDER.joinpath("study.css").read_text(encoding="utf-8")
-    html = f'<!doctype html><meta charset="utf-8"><style>{style}</style><main><div id="box"></div></main><script>{script}</script>'
+    head = f'<!doctype html><meta charset="utf-8"><style>{style}</style>'
+    html = f'{head}<main><div id="box"></div></main><script>{script}</script>'
     (root / "live.html").write_text(html, encoding="utf-8")
     return SimpleNamespace(root=root, **studies)
 
@@ -160,7 +163,8 @@ def test_patches_have_their_words_layer_by_layer(made, window, name):
     of_patch = [words.sources.index(i) for i in range(places.start, places.stop)]
     for layer in (0, len(words.layers) - 1):
         window.script(
-            f"const s = document.querySelector('.patchwords input'); s.value = {layer}; s.dispatchEvent(new Event('input'))"
+            f"const s = document.querySelector('.patchwords input'); s.value = {layer};"
+            "s.dispatchEvent(new Event('input'))"
         )
         expected = [words.best[layer][key][0][0].strip() for key in of_patch]
         assert texts(window, ".patchword") == expected
@@ -213,7 +217,8 @@ def test_a_patch_says_which_words_it_feeds_and_a_word_too(made, window):
     window.open(made.root / "caption.html")
     window.script(
         "const m = document.querySelector('.picture canvas'), b = m.getBoundingClientRect();"
-        "m.dispatchEvent(new PointerEvent('pointermove', {clientX: b.left + b.width / 2, clientY: b.top + b.height / 2}))"
+        "const middle = {clientX: b.left + b.width / 2, clientY: b.top + b.height / 2};"
+        "m.dispatchEvent(new PointerEvent('pointermove', middle))"
     )
     shares = [
         float(study.flows["relevancy"].sources[t.row, 4] / study.flows["relevancy"].sources[t.row].sum())
@@ -234,6 +239,47 @@ def test_a_patch_says_which_words_it_feeds_and_a_word_too(made, window):
     assert window.log() == []
 
 
+def test_in_a_stream_a_patch_feeds_the_words_that_read_it(made, window):
+    study = made.vilt
+    window.open(made.root / "vilt.html")
+    window.script("document.querySelector('.picture canvas').focus()")
+    window.press(RIGHT)  # the second patch
+    subject = study.opened.subject
+    patch = subject.image[1].start + 1
+    weights = torch.stack([study.trace.pattern(name)[0] for name in subject.self_attentions]).mean((0, 1))[:, patch]
+    word = 1 + int(weights[1:4].argmax())  # of "what is it", between the separators
+    label = subject.sources[0].labels[word]
+    note = window.script("return document.querySelector('.note').textContent")
+    shown = figure(re.search(f"“{label}” ([\\d.]+) %", note)[1])
+    assert shown == pytest.approx(100 * float(weights[word]), abs=0.6)
+    assert window.log() == []
+
+
+def test_a_sound_lies_along_its_time(made, window):
+    """Drawn with the T5's encoder for a sound of six states, the last of which is behind the sound."""
+    study = studied("t5")
+    data = study_data(study)
+    mel = torch.rand(8, 12)
+    words = [["hello", 0.0, 0.04, 0.9], ["there", 0.04, 0.1, 0.8]]
+    data["sound"] = {"source": "encoder", "step": 0.02, "seconds": 0.1, "words": words, "mel": report.packed(mel, "u8")}
+    draw(window, made, data)
+    assert texts(window, ".said") == ["hello", "there"]
+    left, wide = window.script("const s = document.querySelectorAll('.said')[1].style; return [s.left, s.width]")
+    assert [float(x.strip("%")) for x in (left, wide)] == pytest.approx([40, 60])
+    token = 2
+    window.click(f".token:nth-child({token + 1})")
+    flow = study.flows["relevancy"].sources[study.tokens[token].row]
+    heard = flow[:5]
+    said = texts(window, ".lanes .note")[0]
+    assert f"listens most at {0.02 * int(heard.argmax()):.2f} s ({100 * float(heard.max() / flow.sum()):.0f} %)" in said
+    painted = window.script(
+        "const c = document.querySelector('.lanes .tones').getContext('2d');"
+        "return [...c.getImageData(0, 7, 12, 1).data]"
+    )
+    assert [255 - x for x in painted[::4]] == pytest.approx((255 * mel[0] / mel.max()).tolist(), abs=2)
+    assert window.log() == []
+
+
 # ---------------------------------------------------------------------------------------------- with hooks
 
 
@@ -241,14 +287,13 @@ def draw(
     window,
     made,
     data,
-    more="",
     hooks="knock: (e) => calls.push(['knock', e]), select: (v) => calls.push(['select', v])",
 ):
     """Draw `data` with hooks that write down how they are called."""
     window.open(made.root / "live.html")
     window.script(
         f"globalThis.calls = []; globalThis.edits = []; globalThis.data = {json.dumps(data)};"
-        f"globalThis.drawn = renderStudy(document.getElementById('box'), data, {{ edits: () => edits, {hooks} }}); {more}"
+        f"globalThis.drawn = renderStudy(document.getElementById('box'), data, {{ edits: () => edits, {hooks} }});"
     )
 
 
@@ -262,7 +307,7 @@ def test_parts_are_knocked_out_by_mouse_and_by_key(made, window):
     window.press(DELETE)
     head = {"kind": "head", "name": "decoder.1.cross", "head": 2, "scale": 0}
     assert calls(window, "knock") == [head]
-    window.click(".tools button")  # from now on a click knocks out
+    window.click(".bar .plain")  # from now on a click knocks out
     window.click('.thumb[data-layer="0"][data-head="1"]')
     window.click(".words .word:nth-child(3)")
     window.click(".picture canvas")
@@ -275,12 +320,6 @@ def test_parts_are_knocked_out_by_mouse_and_by_key(made, window):
         {"kind": "layer", "name": "decoder.0.cross"},
         {"kind": "layer", "name": "decoder.0.mlp"},
     ]
-    window.click(".tools button")
-    window.click('.thumb[data-layer="1"][data-head="2"]')
-    window.script(
-        "const s = document.querySelector('.tools input'); s.value = 0.5; s.dispatchEvent(new Event('change'))"
-    )
-    assert calls(window, "knock") == [head | {"scale": 0.5}]
     window.script(f"edits.push({json.dumps(head)}); drawn.update(data)")
     assert texts(window, ".thumb.off .mark") == ["off"]
     assert window.script("return document.querySelector('.thumb.off').ariaLabel").endswith("knocked out")
@@ -339,7 +378,7 @@ def test_heads_that_matter_are_counted_as_they_are_tried(made, window):
     data = study_data(made.tokens)
     p = data["answer"]["probability"]
     draw(window, made, data | {"matter": {"rows": [], "total": None, "done": False}})
-    assert texts(window, ".count") == ["0 of all heads matter for this answer"]
+    assert texts(window, ".count") == ["0 of all heads matter for this answer so far"]
     rows = [
         {"name": "decoder.0.cross", "head": 0, "answer": "red", "probability": p - 0.001, "changed": False},
         {"name": "decoder.1.cross", "head": 2, "answer": "blue", "probability": 0.6, "changed": True},
@@ -347,8 +386,8 @@ def test_heads_that_matter_are_counted_as_they_are_tried(made, window):
     ]
     for tried in (1, 3):
         window.script(f"drawn.update({{matter: {json.dumps({'rows': rows[:tried], 'total': 16})}}})")
-    assert texts(window, ".count") == ["2 of 16 heads matter for this answer"]
-    assert "3 tried so far" in texts(window, ".matter .lead")[0]
+    assert texts(window, ".count") == ["2 of 16 heads matter for this answer so far"]
+    assert "3 were tried" in texts(window, ".matter .lead")[0]
     assert [row[0] for row in rows_of(window, ".matter table")] == [
         "decoder.1.cross head 2", "decoder.1.self head 1", "decoder.0.cross head 0"
     ]  # fmt: skip

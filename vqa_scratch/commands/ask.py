@@ -3,6 +3,7 @@
 import contextlib
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from vqa_scratch.options import flag
         Flag(["--voice"], type=FOLDER, help="Instead of --question: a sound file in which it is asked."),
         Flag(
             ["--voice-model"],
-            help="What hears it: a run of train.py --preset voice, or a Whisper (a folder, .pt file or Hub id).",
+            help="What hears it, if RUN does not: a run of --preset voice, or a Whisper (folder, .pt file, Hub id).",
         ),
         Flag(["--top"], type=click.IntRange(min=1), help="Give this many answers, if the system chooses from a list."),
         *flags(GenerationOptions),
@@ -58,12 +59,15 @@ def ask(
     """
     if voice is not None and question is not None:
         raise UserError("--question is typed, --voice spoken: give one of them")
-    if (voice is None) != (voice_model is None):
-        raise UserError("--voice, a sound file, and --voice-model, what hears it, go together: give both or none")
+    if voice is None and voice_model is not None:
+        raise UserError("--voice-model hears --voice, a sound file: give both")
     system = open_asked(run, model, device, precision, quantize)
     decoding = {name: value for name, value in decoding.items() if value is not None}
     if decoding and not system.writes:
         raise UserError(f"{run or model} does not take {flag(next(iter(decoding)))}: leave it out")
+    if voice is not None and voice_model is None:
+        tell(system.ask_aloud(image, voice, decoding))
+        return
     if voice is not None and voice_model is not None:
         question = heard(voice, voice_model, device, precision)
         print(f"heard: {question}", flush=True)
@@ -92,6 +96,10 @@ def show(system: Any, image: Path, question: str | None, top: int | None, decodi
     answers, notes = system.ask(image, question, top, decoding)
     for note in notes:
         print(f"note: {note}", file=sys.stderr)
+    tell(answers)
+
+
+def tell(answers: Sequence[Any]) -> None:
     for said in answers:
         print(f"{said.text or '(nothing)'}  (probability {said.probability:.3f})", flush=True)
 

@@ -87,6 +87,15 @@ def open_run(folder: Path, device: str = "cpu", precision: str = "fp32") -> "Sys
     return systems.load(folder, pick_device(device), precision)
 
 
+def open_latest(folder: Path, device: str = "cpu", precision: str = "fp32") -> "tuple[System, int | None]":
+    """`systems.load_latest` with the values of the flags; of a run that was tuned by feedback its policy."""
+    from vqa_scratch import systems
+    from vqa_scratch.commands.study_files import run_folder
+    from vqa_scratch.training.precision import pick_device
+
+    return systems.load_latest(run_folder(folder), pick_device(device), precision)
+
+
 def open_ears(source: str, device: str = "cpu", precision: str = "fp32") -> "Transcriber":
     """What listens: the run of `train.py --preset voice` in a folder, or a Whisper: a folder, .pt file or Hub id."""
     from vqa_scratch.training.precision import pick_device

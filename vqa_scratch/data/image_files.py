@@ -65,7 +65,7 @@ def decode_image(
     *,
     upright: bool = True,
     most: int | None,
-    formats: Sequence[str] | None = None,
+    formats: tuple[str, ...] | None = None,
 ) -> Image.Image:
     """`load_image` of a file or of bytes in memory, with at most so many pixels, in one of Pillow's `formats` (None:
     any). Errors call it `name`.
@@ -104,7 +104,7 @@ def data_url(image: Image.Image, largest: int) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
 
 
-def from_data_url(address: str, most: int, formats: Sequence[str]) -> Image.Image:
+def from_data_url(address: str, most: int, formats: tuple[str, ...]) -> Image.Image:
     """The image in a data URL, with at most so many pixels. Raises UserError for anything else."""
     kind, _, coded = address.partition(";base64,")
     if not kind.startswith("data:image/") or not coded:

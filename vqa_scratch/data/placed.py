@@ -33,9 +33,9 @@ def drawn(scene: Scene) -> Image.Image:
 
 def editor() -> dict[str, Any]:
     """What a page needs to draw a scene as `drawn` does."""
-    red, green, blue = drawn(()).getpixel((0, 0))
+    background = drawn(()).tobytes()[:3].hex()
     colors = {name: "#" + bytes(color).hex() for name, color in COLORS.items()}
-    about = {"width": PIXELS, "height": PIXELS, "background": "#" + bytes((red, green, blue)).hex(), "most": MOST}
+    about = {"width": PIXELS, "height": PIXELS, "background": f"#{background}", "most": MOST}
     return about | {"colors": colors, "sizes": SIZES, "shapes": OUTLINES, "held_out": sorted(map(list, HELD_OUT))}
 
 

@@ -227,7 +227,7 @@ def sound_of(mels: Sequence[np.ndarray], frames: int) -> Tensor:
     return torch.arange(frames // 2) < torch.tensor([-(-len(mel) // 2) for mel in mels])[:, None]
 
 
-class Spoken:
+class Utterances:
     """Utterances with the ids of their transcripts. The decoder starts from `prompt`, whose tokens have no loss."""
 
     def __init__(self, samples: Sequence[Utterance], tokenizers: Tokenizers, prompt: Sequence[int], frames: int):

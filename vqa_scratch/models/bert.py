@@ -19,7 +19,7 @@ from vqa_scratch.nn import taps
 from vqa_scratch.nn.attention import MultiHeadAttention
 from vqa_scratch.nn.layers import MLP, activation, init_weights
 from vqa_scratch.nn.relative_bias import ScoreBias
-from vqa_scratch.nn.states import States
+from vqa_scratch.nn.states import States, TextEncoder
 from vqa_scratch.weights import fields, maps
 
 
@@ -96,7 +96,7 @@ class BertBlock(taps.Tapped):
         return taps.tap(self.tap_prefix, "resid_post", self.norm2(x + self.mlp(x)))
 
 
-class Bert(Released[BertConfig]):
+class Bert(Released[BertConfig], TextEncoder):
     """Embeddings, their sum normed, then post-LN blocks. No pooler: it belongs to the task."""
 
     config_class = BertConfig

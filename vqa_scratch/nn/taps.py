@@ -32,9 +32,10 @@ class Tapped(nn.Module):
 
 
 class _Here(threading.local):
-    """What is of one thread alone."""
+    """What is of one thread alone. (`torch.compile` knows how to guard this, and no context variable.)"""
 
-    handler: Handler | None = None
+    def __init__(self) -> None:  # in each thread
+        self.handler: Handler | None = None
 
 
 _here = _Here()

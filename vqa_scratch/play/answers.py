@@ -1,4 +1,4 @@
-"""What the page asks of a model: an answer, its study, each head knocked out, one number, and the other maps.
+"""What the page asks of a model: an answer, its study, each head knocked out, and the numbers of one.
 
 Each function is the work of a `Job`: a generator of JSON values. Nothing stays on the model: changes are made in the
 traces of a request, and end with them.
@@ -13,14 +13,12 @@ from vqa_scratch.play.models import Played
 from vqa_scratch.play.pictures import LARGEST
 from vqa_scratch.play.worker import Job
 from vqa_scratch.storage import typed
-from vqa_scratch.study.activation import activations, has_activations, image_lens
-from vqa_scratch.study.analysis import every_attention, flows
-from vqa_scratch.study.answer import Answered, answered, without_each_head
-from vqa_scratch.study.lens import lens_taps
+from vqa_scratch.study.analysis import every_attention
+from vqa_scratch.study.answer import Answered, answered, maps_of, without_each_head
+from vqa_scratch.study.number import head_of
+from vqa_scratch.study.packing import packed_flow
 from vqa_scratch.study.record import take_apart
-from vqa_scratch.study.report import packed, packed_flow, page, study_data
-from vqa_scratch.study.row import head_row
-from vqa_scratch.study.subject import WritingSubject
+from vqa_scratch.study.report import page, study_data
 
 
 def _as_json(found: Answered) -> dict[str, Any]:
@@ -42,14 +40,11 @@ def study(played: Played, state: dict[str, Any], job: Job) -> Iterator[Any]:
     """The study of an answer; after edits also the maps of the unchanged model for the same words."""
     done, plain = take_apart(played.opened(state)), None
     if done.opened.subject.changes:
-        opened, ids = played.opened(state | {"edits": []}), [token.id for token in done.tokens]
-        plain, subject = _as_json(answered(opened)), opened.subject
-        if isinstance(subject, WritingSubject):
-            subject.begin_with(ids)
-        with subject.trace(*every_attention(subject)) as t:
-            subject.generate()
-        plain["flows"] = {name: packed_flow(flow) for name, flow in flows(subject, t, ids).items()}
-    yield {"study": study_data(done), "plain": plain}
+        opened = played.opened(state | {"edits": []})
+        plain = _as_json(answered(opened))
+        maps = maps_of(opened, [token.id for token in done.tokens])
+        plain["flows"] = {name: packed_flow(flow) for name, flow in maps.items()}
+    yield study_data(done) | {"plain": plain}
 
 
 def report(played: Played, state: dict[str, Any], job: Job) -> Iterator[Any]:
@@ -69,21 +64,6 @@ def heads(played: Played, state: dict[str, Any], job: Job) -> Iterator[Any]:
 
 
 def number(played: Played, state: dict[str, Any], job: Job) -> Iterator[Any]:
-    """The numbers of one row of one head, from q and k to what it adds to the logit."""
-    name, head, row = typed("the request", state, {"name": str, "head": int, "row": int})
-    yield head_row(played.opened(state), name, head, row)
-
-
-def influence(played: Played, state: dict[str, Any], job: Job) -> Iterator[Any]:
-    """The maps without earlier words' influence, and which word each image token stands for, where there are any."""
-    opened = played.opened(state)
-    subject, found = opened.subject, dict[str, Any].fromkeys(("flow", "raw", "earlier", "lens"))
-    with subject.trace(*every_attention(subject), *(lens_taps(subject) if subject.has_lens else ())) as t:
-        ids = subject.generate()
-    if has_activations(subject):
-        maps = activations(subject, t, ids)
-        found["flow"], found["raw"] = packed_flow(maps.flow), {"sources": packed(maps.raw, "f32")}
-        found["earlier"] = {"decoder": packed(maps.earlier, "f32")}
-    if (lens := image_lens(subject, t, opened.label)) is not None:
-        found["lens"] = lens._asdict()
-    yield found
+    """The numbers of one head that reads the sources, from q and k to what it adds to the logit of each token."""
+    name, head = typed("the request", state, {"name": str, "head": int})
+    yield head_of(played.opened(state), name, head)

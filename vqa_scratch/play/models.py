@@ -30,8 +30,8 @@ TYPES |= {"seed": int | None, "start": list | None}
 class Played:
     """One model. `opens` opens it, and says of which step its weights are; `folder` is its run, None if released."""
 
-    def __init__(self, number: str, name: str, opens: Opens, folder: Path | None) -> None:
-        self.id, self.name, self.opens, self.folder, self.loaded = number, name, opens, folder, 0
+    def __init__(self, name: str, opens: Opens, folder: Path | None) -> None:
+        self.name, self.opens, self.folder, self.loaded = name, opens, folder, 0
         self._open()
         self.asked = self.system.asked if self.system.example or self.system.asked != "question" else "nothing"
         self.pictures = Pictures(getattr(self.system, "options", None), self.asked)
@@ -78,7 +78,7 @@ class Played:
         heads = [{"name": n, "heads": attention_at(modules, n).heads, "reads": n in subject.reading} for n in names]
         mlps = [name for name in modules if name.endswith((".mlp", ".gated"))]
         way = "cross" if not subject.prefix else "prefix" if writes else "stream"
-        about = {"id": self.id, "name": self.name, "asked": self.asked, "questions": examples, "voice": False}
+        about = {"id": self.name, "name": self.name, "asked": self.asked, "questions": examples}
         about |= {"writes": writes, "measure": subject.measure, "way": way, "layers": subject.layers}
         about |= {"attentions": heads, "mlps": mlps, "lens": subject.has_lens, "influence": maps}
         return about | {"lacks": [what for what, has in lacks.items() if not has]}

@@ -13,7 +13,7 @@ from vqa_scratch.data.placed import drawn, placed
 from vqa_scratch.data.scenes import QuestionWriter, Scene, draw_scene, render
 from vqa_scratch.data.shapes import ShapesSpec
 from vqa_scratch.data.vqa_v2 import VQASample, read_vqa
-from vqa_scratch.errors import UserError
+from vqa_scratch.errors import UserError, note
 from vqa_scratch.storage import typed
 
 MOST_PIXELS, QUESTIONS, LARGEST, MOST_IMAGES = 25_000_000, 8, 448, 200
@@ -33,24 +33,22 @@ class Pictures:
         self.built_in = options is None or options.data is None  # drawn from the seed: no file is needed
 
     @cached_property
-    def own(self) -> dict[str, list[VQASample]]:
-        """The first test images of the run's own data with their questions, by id; none if they cannot be read."""
-        found: dict[str, list[VQASample]] = {}
+    def own(self) -> dict[str, tuple[Scene, list[VQASample]]]:
+        """The first test images of the run's own data: what is drawn in each, if it is drawn, and its questions."""
+        data, split = self.options.data, self.options.test_split
+        found: dict[str, tuple[Scene, list[VQASample]]] = {}
         try:
-            data = read_vqa(
-                self.options.data, self.options.test_split, cache=self.options.cache, max_images=MOST_IMAGES
+            path, read = (
+                scenes_file(data, split),
+                read_vqa(data, split, cache=self.options.cache, max_images=MOST_IMAGES),
             )
-            for sample in data.samples:
-                found.setdefault(str(sample.image_id), []).append(sample)
-        except UserError:
-            pass
+            drawn_in = read_scenes(path) if path.is_file() else {}
+        except UserError as error:
+            note(f"there are no test scenes: {error}")
+            return found
+        for sample in read.samples:
+            found.setdefault(str(sample.image_id), (drawn_in.get(sample.image_id, ()), []))[1].append(sample)
         return found
-
-    @cached_property
-    def own_scenes(self) -> dict[int | str, Scene]:
-        """What is drawn in those images, if they are of the built-in data set."""
-        path = scenes_file(self.options.data, self.options.test_split)
-        return read_scenes(path) if path.is_file() else {}
 
     @property
     def ids(self) -> list[str]:
@@ -75,7 +73,7 @@ class Pictures:
             raise UserError(f"there is no test scene {scene!r}")
         if self.built_in:
             return render(*self._draw(scene))
-        sample = self.own[scene][0]
+        sample = self.own[scene][1][0]
         return load_image(sample.image_path, upright=sample.upright)
 
     def scenes(self, number: int, seed: int) -> list[dict[str, Any]]:
@@ -90,8 +88,8 @@ class Pictures:
             scene = self._draw(name)[0]
             asked = [(question.text, question.answer) for question in QuestionWriter(rng).write(scene, QUESTIONS)]
         else:
-            scene = self.own_scenes.get(self.own[name][0].image_id, ())
-            asked = [(sample.question, sample.answer) for sample in self.own[name][:QUESTIONS]]
+            scene, samples = self.own[name]
+            asked = [(sample.question, sample.answer) for sample in samples[:QUESTIONS]]
         if self.asked != "question" and 0 < len(scene) <= MOST_OBJECTS:
             asked = [(text, "") if self.asked == "text" else ("", text) for text in describe(scene, rng)]
         questions = [{"question": question, "answer": answer} for question, answer in asked]

@@ -9,6 +9,7 @@ import asyncio
 import re
 import secrets
 import socket
+import weakref
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from functools import partial
 from importlib.resources import files
@@ -26,7 +27,7 @@ from vqa_scratch.data.placed import editor
 from vqa_scratch.errors import UserError
 from vqa_scratch.play import answers
 from vqa_scratch.play.models import Played
-from vqa_scratch.play.worker import Job, Line
+from vqa_scratch.play.worker import Job
 from vqa_scratch.storage import parse_json, typed
 
 LARGEST_BODY, MOST_SCENES = 12_000_000, 60  # bytes: an upload of 8 MB in base64
@@ -35,7 +36,7 @@ KINDS = {"js": "text/javascript", "css": "text/css", "html": "text/html", "svg":
 JSON, NDJSON = "application/json", "application/x-ndjson"
 POSTED = {
     **dict.fromkeys((answers.ask, answers.heads), NDJSON),
-    **dict.fromkeys((answers.study, answers.number, answers.influence), JSON),
+    **dict.fromkeys((answers.study, answers.number), JSON),
     answers.report: "text/html",
 }
 HEADERS = {
@@ -72,16 +73,19 @@ class Guard:
         if self.hosts is not None and host not in self.hosts:
             raise HTTPException(403, f"this server is not known as {host!r}")
         api = path.startswith("/api/")
-        own = not api or headers.get("sec-fetch-site", "none") in ("same-origin", "none")  # anybody may link to the page
+        own = not api or headers.get("sec-fetch-site", "none") in (
+            "same-origin",
+            "none",
+        )  # anybody may link to the page
         if not own or (origin is not None and origin.lower() != f"http://{host}"):
             raise HTTPException(403, "this server answers to its own page alone")
-        given = request.query_params.get("token", "").encode()
-        if self.token is not None and (api or path == "/"):
-            if not secrets.compare_digest(given, self.token.encode()):
-                raise HTTPException(403, "the address needs its token, as the terminal shows it: /?token=...")
+        given, token = request.query_params.get("token", ""), self.token or ""
+        if (api or path == "/") and token and not secrets.compare_digest(given.encode(), token.encode()):
+            raise HTTPException(403, "the address needs its token, as the terminal shows it: /?token=...")
         kind = headers.get("content-type", "").partition(";")[0].strip().lower()
-        if request.method == "POST" and kind != JSON:
-            raise HTTPException(415, f"what is posted must be {JSON}, not {kind or 'of no type'}")
+        wanted = "audio/wav" if path == "/api/voice" else JSON
+        if request.method == "POST" and kind != wanted:
+            raise HTTPException(415, f"what is posted must be {wanted}, not {kind or 'of no type'}")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def with_headers(message: Any) -> None:
@@ -100,59 +104,46 @@ class Guard:
 
 
 async def body_of(request: Request) -> bytes:
-    """What is posted. Raises HTTPException for too much of it."""
-    body, size = bytearray(), int(request.headers.get("content-length", 0))
-    if size <= LARGEST_BODY:
-        async for part in request.stream():
-            body += part
-            if (size := len(body)) > LARGEST_BODY:
-                break
-    if size > LARGEST_BODY:
+    """What is posted. Raises HTTPException for too much of it, or for no length, as no browser sends."""
+    if not 0 <= int(request.headers.get("content-length", -1)) <= LARGEST_BODY:
         raise HTTPException(413, f"a request has at most {LARGEST_BODY:,} bytes; make the picture smaller")
-    return bytes(body)
+    return await request.body()
 
 
 class Lines(Response):
-    """The lines of a job as they come. If the browser goes, or the server ends, the job ends."""
+    """The lines of a job as they come. If the browser goes, the job stops."""
 
-    def __init__(self, job: Job, ending: asyncio.Event, kind: str) -> None:
-        self.job, self.ending, self.kind = job, ending, kind
+    def __init__(self, job: Job, kind: str) -> None:
+        self.job, self.kind = job, kind
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async def gone() -> None:
+        async def watch() -> None:
             while (await receive())["type"] != "http.disconnect":
                 pass
+            self.job.stop()
 
-        over = [asyncio.ensure_future(wait) for wait in (gone(), self.ending.wait())]
+        watching = asyncio.create_task(watch())
         try:
-            line = await self._next(over)
-            wrong = line is not None and line.wrong
+            line = await self.job.lines.get()
+            wrong = line is not None and line.startswith('{"error":')
             kind = f"{JSON if wrong else self.kind}; charset=utf-8".encode()
             head = {"status": 400 if wrong else 200, "headers": [(b"content-type", kind)]}
             await send({"type": "http.response.start"} | head)
             while line is not None:
-                await send({"type": "http.response.body", "body": line.text.encode(), "more_body": True})
-                line = await self._next(over)
+                await send({"type": "http.response.body", "body": line.encode(), "more_body": True})
+                line = await self.job.lines.get()
             await send({"type": "http.response.body", "body": b""})
         finally:
-            self.job.cancelled = True
-            for wait in over:
-                wait.cancel()
-
-    async def _next(self, over: Sequence["asyncio.Future[Any]"]) -> Line | None:
-        line = asyncio.ensure_future(self.job.lines.get())
-        await asyncio.wait((line, *over), return_when=asyncio.FIRST_COMPLETED)
-        if line.done():
-            return line.result()
-        line.cancel()
-        return None
+            watching.cancel()
+            self.job.stop()
 
 
 class Play:
-    """The answers to every path, for one or two models."""
+    """The answers to every path, for one or two models; `hears` gives the words of a spoken question, a WAV."""
 
-    def __init__(self, models: Sequence[Played]) -> None:
-        self.models, self.ending = {played.id: played for played in models}, asyncio.Event()
+    def __init__(self, models: Sequence[Played], hears: Callable[[bytes], str] | None) -> None:
+        self.models, self.hears = {played.name: played for played in models}, hears
+        self.jobs = weakref.WeakSet[Job]()
 
     def played(self, name: Any) -> Played:
         """The model that a request names."""
@@ -172,13 +163,15 @@ class Play:
         """What needs no state: the models, what draws a scene, unseen scenes, the rows of a log."""
         name = request.path_params["name"]
         if name == "models":
-            return JSONResponse([played.described() for played in self.models.values()])
+            voice = {"voice": self.hears is not None}
+            return JSONResponse([played.described() | voice for played in self.models.values()])
         if name == "shapes":
             return JSONResponse(editor())
         if name not in ("scenes", "training"):
             raise HTTPException(404, f"there is no {request.url.path} to get")
         played = self.played(request.query_params.get("model"))
-        if name == "training":
+        if name == "training":  # the thread looks for newer weights meanwhile
+            self._answer(played, lambda job: iter(()), JSON)
             return JSONResponse(played.training(number_in(request, "after", 0)))
         many, seed = min(number_in(request, "n", 12), MOST_SCENES), number_in(request, "seed", 0)
         return self._answer(played, lambda job: iter([played.pictures.scenes(many, seed)]), JSON)
@@ -190,20 +183,29 @@ class Play:
         played = self.played(name)
         return self._answer(played, lambda job: work(played, state, job), kind, in_pieces=work is answers.heads)
 
+    async def heard(self, request: Request) -> Response:
+        """The words of a question that was asked aloud."""
+        if (hears := self.hears) is None:
+            raise HTTPException(404, "nothing here hears: start with --voice-model")
+        data = await body_of(request)
+        return self._answer(next(iter(self.models.values())), lambda job: iter([{"text": hears(data)}]), JSON)
+
     def _answer(self, played: Played, work: Callable[[Job], Any], kind: str, in_pieces: bool = False) -> Response:
         def fresh(job: Job) -> Iterator[Any]:
             played.refresh()
             yield from work(job)
 
         job = Job(fresh, in_pieces=in_pieces)
+        self.jobs.add(job)
         played.worker.add(job)
-        return Lines(job, self.ending, kind)
+        return Lines(job, kind)
 
     def app(self, hosts: Sequence[str] | None, token: str | None) -> ASGIApp:
         """All paths, behind the guard."""
         got: dict[str, Callable[..., Awaitable[Response]]] = {"/": partial(self.file, folder="page")}
         got |= {f"/{folder}/{{name}}": partial(self.file, folder=folder) for folder in FOLDERS}
-        posted = {f"/api/{work.__name__}": partial(self.asked, work=work, kind=kind) for work, kind in POSTED.items()}
+        posted: dict[str, Any] = {"/api/voice": self.heard}
+        posted |= {f"/api/{work.__name__}": partial(self.asked, work=work, kind=kind) for work, kind in POSTED.items()}
         routes = [Route(path, endpoint, methods=["POST"]) for path, endpoint in posted.items()]
         routes += [Route(path, endpoint) for path, endpoint in (got | {"/api/{name}": self.got}).items()]
         wrong: Any = dict.fromkeys((HTTPException, UserError, ClientDisconnect), refusal)
@@ -221,14 +223,15 @@ def number_in(request: Request, name: str, default: int) -> int:
 class Server(uvicorn.Server):
     """Serves until Ctrl-C, which ends it at once: open answers end first, since uvicorn would wait for them."""
 
-    def __init__(self, models: Sequence[Played], hosts: Sequence[str] | None, token: str | None) -> None:
-        self.play = Play(models)
+    def __init__(self, play: Play, hosts: Sequence[str] | None, token: str | None) -> None:
+        self.play = play
         quiet: dict[str, Any] = {"lifespan": "off", "ws": "none", "access_log": False, "log_level": "critical"}
         app = self.play.app(hosts, token)
         super().__init__(uvicorn.Config(app, timeout_graceful_shutdown=1, server_header=False, **quiet))
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        self.play.ending.set()
+        for job in self.play.jobs:
+            job.stop()
         await super().shutdown(sockets)
         for played in self.play.models.values():
             played.worker.close()

@@ -11,7 +11,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from typing import Any, NamedTuple
+from typing import Any
 
 from vqa_scratch.errors import UserError
 
@@ -22,30 +22,26 @@ class Gone(Exception):
     """Whoever asked has gone."""
 
 
-class Line(NamedTuple):
-    """A line of an answer, and whether it says what is wrong."""
-
-    text: str
-    wrong: bool = False
-
-
 class Job:
     """A request on its way: the model's thread puts lines into `lines`, None after the last, for the server's loop."""
 
     def __init__(self, work: Callable[["Job"], Iterator[Any]], *, in_pieces: bool = False) -> None:
         self.work, self.in_pieces, self.cancelled = work(self), in_pieces, False
-        self.loop, self.lines = asyncio.get_running_loop(), asyncio.Queue[Line | None]()
+        self.loop, self.lines = asyncio.get_running_loop(), asyncio.Queue[str | None]()
 
-    def send(self, value: Any, wrong: bool = False) -> None:
-        """From the model's thread: one line, JSON unless it is text already. Raises Gone if nobody waits for it."""
-        text = value if isinstance(value, str) else json.dumps(value, separators=(",", ":"), allow_nan=False) + "\n"
-        self._put(Line(text, wrong))
-
-    def _put(self, line: Line | None) -> None:
+    def send(self, value: Any) -> None:
+        """From the model's thread: a line, JSON unless it is text, or None. Raises Gone if nobody waits for it."""
         if self.cancelled:
             raise Gone
+        if not isinstance(value, str | None):
+            value = json.dumps(value, separators=(",", ":"), allow_nan=False) + "\n"
         with suppress(RuntimeError):  # the loop has ended
-            self.loop.call_soon_threadsafe(self.lines.put_nowait, line)
+            self.loop.call_soon_threadsafe(self.lines.put_nowait, value)
+
+    def stop(self) -> None:
+        """From the server's loop: nobody waits for it any more."""
+        self.cancelled = True
+        self.lines.put_nowait(None)
 
     def step(self) -> bool:
         """All lines, or the next one of work in pieces. Returns whether more is left."""
@@ -57,11 +53,11 @@ class Job:
         except Gone:
             return False
         except UserError as error:
-            self.send({"error": str(error)}, wrong=True)
+            self.send({"error": str(error)})
         except Exception:  # a fault of ours: the page gets a line, the terminal all of it
             logger.exception("a request failed")
-            self.send({"error": "the server failed at this request; its terminal says how"}, wrong=True)
-        self._put(None)
+            self.send({"error": "the server failed at this request; its terminal says how"})
+        self.send(None)
         return False
 
 

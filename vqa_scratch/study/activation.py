@@ -122,7 +122,8 @@ def image_lens(subject: Subject, t: Trace, label: Callable[[int], str], shown: i
     if subject.prefix:
         taps = {"embedding": f"{writer}.0.resid_pre"}
         taps |= {f"after layer {i}": f"{writer}.{i}.resid_post" for i in range(subject.layers)}
-        layers = [name for name, tap in taps.items() if t[tap].shape[1] >= subject.prefix]  # maybe the last has one token
+        # A model that reads its answer off one token may compute no other in its last layer.
+        layers = [name for name, tap in taps.items() if t[tap].shape[1] >= subject.prefix]
         states = (t[taps[name]][0, keys] for name in layers)
     else:
         layers = [f"layer {name.split('.')[1]}" for name in subject.reading]

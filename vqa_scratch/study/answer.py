@@ -5,16 +5,21 @@ Shapes: V vocabulary, labels or texts.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
+from functools import partial
 from math import prod
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from vqa_scratch.study.base import Change
+from vqa_scratch.study.activation import activations, has_activations
+from vqa_scratch.study.analysis import every_attention, flows
+from vqa_scratch.study.base import Change, Flow
+from vqa_scratch.study.lens import lens_taps
 from vqa_scratch.study.names import attention_at, tapped_modules
 from vqa_scratch.study.opened import Opened
 from vqa_scratch.study.subject import WritingSubject
+from vqa_scratch.study.trace import Trace
 
 ALTERNATIVES = 5
 
@@ -70,6 +75,17 @@ def probability(opened: Opened, ids: list[int]) -> float:
     return float(subject.log_probabilities(logits)[range(first, first + len(ids)), ids].sum().exp())
 
 
+def maps_of(opened: Opened, ids: list[int]) -> dict[str, Flow]:
+    """The maps of every row, and activations, while the subject answers with these tokens whatever it would say."""
+    subject = opened.subject
+    if isinstance(subject, WritingSubject):
+        subject.begin_with(ids)
+    with subject.trace(*every_attention(subject), *(lens_taps(subject) if subject.has_lens else ())) as t:
+        subject.generate()
+    more = {"activation": activations(subject, t, ids).flow} if has_activations(subject) else {}
+    return flows(subject, t, ids) | more
+
+
 class Knocked(NamedTuple):
     """An answer without one head."""
 
@@ -89,7 +105,7 @@ def without_each_head(opened: Opened, attentions: Sequence[str], whole: Answered
     changes = subject.changes
     for name in dict.fromkeys(attentions):
         for head in range(attention_at(modules, name).heads):
-            subject.changes = (*changes, Change({}, lambda t, name=name, head=head: t.ablate(name, head)))
+            subject.changes = (*changes, Change({}, partial(Trace.ablate, name=name, head=head)))
             try:
                 now = answered(opened)
                 same = now.ids == whole.ids

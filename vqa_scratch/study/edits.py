@@ -76,7 +76,7 @@ def change_of(opened: Opened, edit: Any, other: Callable[[Any], Opened]) -> Chan
     elif kind == "key":
         make = partial(hide_key, subject=subject, key=values[0])
     else:
-        make = patch(opened, *values[:2], other(values[2]))
+        make = patch(opened, values[0], values[1], other(values[2]))
     make(subject.trace(record=False))  # names what is wrong at once
     return Change(edit, make)
 
@@ -147,12 +147,12 @@ def patch(opened: Opened, name: str, head: int | None, other: Opened) -> Callabl
 
 
 def _in_turn(name: str, whole: Tensor, axis: int, head: int | None) -> Edit:
-    """Each call gets its tokens of `whole`, which lie along `axis`."""
+    """Each call gets its tokens of `whole`, which lie along `axis`; after the last of them it begins again."""
     done = 0
 
     def edit(tensor: Tensor, call: int) -> Tensor:
         nonlocal done
-        start = done if call else 0
+        start = done if call and done < whole.shape[axis] else 0
         done = start + tensor.shape[axis]
         new = whole[(slice(None),) * axis + (slice(start, done),)].to(tensor)
         if new.shape != tensor.shape:

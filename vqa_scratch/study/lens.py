@@ -38,16 +38,20 @@ def logit_lens(subject: Subject, t: Trace) -> Tensor:
     return subject.log_probabilities(subject.readout(torch.cat([subject.rows(x) for x in states]).to(kind)))
 
 
+def centred(norm: nn.LayerNorm | RMSNorm, x: Tensor) -> Tensor:
+    """What a norm does first to (..., D): a LayerNorm takes the mean away."""
+    return x - x.mean(-1, keepdim=True) if isinstance(norm, nn.LayerNorm) else x
+
+
+def frozen_scale(norm: nn.LayerNorm | RMSNorm, x: Tensor) -> Tensor:
+    """(..., D): what it multiplies by at `x`."""
+    return norm.weight * (centred(norm, x).square().mean(-1, keepdim=True) + norm.eps).rsqrt()
+
+
 def frozen_norm(norm: nn.LayerNorm | RMSNorm, x: Tensor) -> Callable[[Tensor], Tensor]:
     """The linear map that a LayerNorm or RMSNorm is at `x` (..., D), its statistics held fixed; without its bias."""
-    centred = isinstance(norm, nn.LayerNorm)
-    moment = x.var(-1, unbiased=False, keepdim=True) if centred else x.square().mean(-1, keepdim=True)
-    scale = norm.weight * (moment + norm.eps).rsqrt()
-
-    def apply(part: Tensor) -> Tensor:
-        return (part - part.mean(-1, keepdim=True) if centred else part) * scale
-
-    return apply
+    scale = frozen_scale(norm, x)
+    return lambda part: centred(norm, part) * scale
 
 
 @dataclass(frozen=True)
@@ -73,8 +77,8 @@ def logit_direction(subject: Subject, t: Trace, row: int, token: int) -> Tensor:
     if not is_linear(subject):
         raise ValueError("the logits of this model are no sum over the parts of a state: it has no `head`")
     state = t[f"{subject.writer}.{subject.layers - 1}.resid_post"][0, subject.prefix + row].float()
-    _, transposed = torch.func.vjp(frozen_norm(subject.decoder.norm, state), torch.zeros_like(state))
-    return transposed(_head_above_mean(subject, token))[0].detach()
+    norm = subject.decoder.norm
+    return centred(norm, frozen_scale(norm, state) * _head_above_mean(subject, token)).detach()  # type: ignore[arg-type]
 
 
 def _head_above_mean(subject: Subject, token: int) -> Tensor:

@@ -10,9 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vqa_scratch.errors import UserError
 from vqa_scratch.study.base import Subject
-from vqa_scratch.study.lens import gate_of
-from vqa_scratch.study.names import attention_at
+from vqa_scratch.study.lens import gate_of, is_linear, lens_taps, logit_direction
+from vqa_scratch.study.names import attention_at, check_head
+from vqa_scratch.study.opened import Opened
 from vqa_scratch.study.packing import packed
 from vqa_scratch.study.record import rows_of_mask
 from vqa_scratch.study.trace import Trace
@@ -24,8 +26,10 @@ SHOWN = 8  # dimensions of the state that a page shows
 def opened_head(
     subject: Subject, t: Trace, layer: int, head: int, rows: list[int], directions: Sequence[Tensor]
 ) -> dict[str, Any]:
-    """The numbers of head `head` of the `layer`th attention that reads the sources, packed for the page; of a generation
-    whose A tokens were written at `rows`, with the `logit_direction` of each, or none without a linear head.
+    """The numbers of head `head` of the `layer`th attention that reads the sources, packed for the page.
+
+    Of a generation whose A tokens were written at `rows`, with the `logit_direction` of each, or none without a linear
+    head.
 
     q (A, d), k and v (K, d), z (A, d), dots and mask (A, K), lse (A,), as they ran. `out` has for each answer token the
     `dims` of the state to which the head adds most: the `values` added, what one unit there is `worth` to the token's
@@ -51,6 +55,19 @@ def opened_head(
         "out": out,
         "projection": packed(weight[[of_token["dims"][0] for of_token in out]], "f32"),
     }
+
+
+def head_of(opened: Opened, name: str, head: int) -> dict[str, Any]:
+    """`opened_head` of a new answer. Raises UserError for an attention that reads no source, and for a head it lacks."""
+    subject, first, linear = opened.subject, len(opened.subject.prompt) - 1, is_linear(opened.subject)
+    with subject.trace(name, *(lens_taps(subject) if linear else ())) as t:
+        ids = subject.generate()
+    if name not in subject.reading:
+        raise UserError(f"{name} reads no source; {', '.join(subject.reading)} do")
+    check_head(attention_at(t.modules, name), name, head)
+    rows = [first + place for place in range(len(ids))]
+    told = [logit_direction(subject, t, row, token) for row, token in zip(rows, ids, strict=True) if linear]
+    return opened_head(subject, t, subject.reading.index(name), head, rows, told)
 
 
 def _largest(added: Tensor, direction: Tensor | None) -> dict[str, Any]:

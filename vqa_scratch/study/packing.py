@@ -10,7 +10,7 @@ from vqa_scratch.study.base import Flow
 
 
 def packed(tensor: Tensor, kind: str) -> dict[str, Any]:
-    """A tensor for the page. "u8": shares of the last axis' maximum, a float scale a row; "f16", "f32": as they are."""
+    """A tensor for the page. "u8": shares of the last axis' maximum, a float scale a row; "f32": as it is."""
     array = tensor.detach().float().cpu().numpy()
     result: dict[str, Any] = {"kind": kind, "shape": list(array.shape)}
     if kind == "u8":
@@ -18,7 +18,7 @@ def packed(tensor: Tensor, kind: str) -> dict[str, Any]:
         result["scale"] = _base64(scale.astype("<f4").tobytes())
         array = np.rint(array / scale).astype(np.uint8)
     else:
-        array = array.astype("<f2" if kind == "f16" else "<f4")
+        array = array.astype("<f4")
     return result | {"data": _base64(array.tobytes())}
 
 

@@ -1,9 +1,9 @@
 """Writes the report: one HTML file with everything in it, which opens from disk without a network.
 
-The page is report.html of the folder page/, with study.css, the modules of page/ joined into one script, and the data as
-JSON. Arrays are base64: weights as one byte each with a scale for every row, numbers that are shown in half or single
-precision. JSON inside <script> is escaped so that no text can end it, and the page sets every text by `textContent`, so
-a question is never markup.
+The page is report.html of the folder page/, with study.css, the modules of page/ joined into one script, and the data
+as JSON. Arrays are base64: weights as one byte each with a scale for every row, numbers that are shown in single precision.
+JSON inside <script> is escaped so that no text can end it, and the page sets every text by `textContent`, so a question
+is never markup.
 
 Shapes: L layers, H heads, A answer tokens, K keys.
 """
@@ -83,11 +83,11 @@ def _opened_heads(study: Study, order: list[tuple[int, int]]) -> list[dict[str, 
 
 
 def _words(study: Study) -> dict[str, Any] | None:
-    """The words of the keys that are about the image, by layer; of many layers only as many as fit the budget of patterns, evenly."""
+    """The words of the keys about the image, by layer; of many layers as many as fit the budget of patterns, evenly."""
     found = image_lens(study.opened.subject, study.trace, study.opened.label)
     if found is None:
         return None
-    kept = min(len(found.layers), max(2, OWN_BUDGET // (18 * len(found.sources))))
+    kept = min(len(found.layers), max(2, OWN_BUDGET // (24 * len(found.sources))))
     chosen = torch.linspace(0, len(found.layers) - 1, kept).round().long().tolist()
     best = [found.best[layer] for layer in chosen]  # [layer][key][3] of (label, probability)
     labels = list(dict.fromkeys(label for layer in best for key in layer for label, _ in key))
@@ -95,7 +95,7 @@ def _words(study: Study) -> dict[str, Any] | None:
     ids = torch.tensor([[[number[label] for label, _ in key] for key in layer] for layer in best])
     scores = torch.tensor([[[p for _, p in key] for key in layer] for layer in best])
     about = {"kind": found.kind, "layers": [found.layers[layer] for layer in chosen], "sources": found.sources}
-    return about | {"labels": labels, "ids": packed(ids, "f32"), "scores": packed(scores, "f16")}
+    return about | {"labels": labels, "ids": packed(ids, "f32"), "scores": packed(scores, "f32")}
 
 
 def _attentions(study: Study) -> dict[str, Any]:
@@ -164,7 +164,7 @@ def study_data(study: Study) -> dict[str, Any]:
             | {"embedding": a.embedding, "biases": a.biases}
             for a in study.attributions
         ],
-        "experts": [{"name": name, "weights": packed(weights, "f16")} for name, weights in study.experts.items()],
+        "experts": [{"name": name, "weights": packed(weights, "f32")} for name, weights in study.experts.items()],
         "heads": [[h.name, h.head, h.entropy, h.image, h.text, h.sink, h.distance] for h in study.heads],
         "certificate": asdict(study.certificate),
     } | opened.more([token.id for token in study.tokens])

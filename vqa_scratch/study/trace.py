@@ -43,6 +43,7 @@ class Trace:
 
     def __init__(self, model: nn.Module, patterns: tuple[str, ...], grad: bool) -> None:
         self.model, self.modules, self.grad = model, names.tapped_modules(model), grad
+        self._known = frozenset(names.tap_names(self.modules))
         chosen = {name for pattern in patterns for name in names.select(self.modules, pattern)}
         self._live = {live for name in chosen for live in self._needs(name)}
         self._edits: dict[str, list[Edit]] = defaultdict(list)
@@ -191,7 +192,8 @@ class Trace:
         return all(self._calls.get(live) for live in self._needs(name))
 
     def _check(self, name: str) -> None:
-        names.select(self.modules, name)
+        if name not in self._known:
+            names.select(self.modules, name)  # names near misses
         if not self._live.issuperset(self._needs(name)):
             raise UserError(f"{name!r} was not traced; add it, or a pattern for it, to trace(...)")
         if not self._recorded(name):

@@ -21,6 +21,7 @@ SYSTEMS = {  # by the name of its options: module and class
     "CaptionOptions": ("caption", "CaptionSystem"),
     "CLIPOptions": ("clip", "CLIPSystem"),
     "VoiceOptions": ("voice", "VoiceSystem"),
+    "SpokenOptions": ("spoken", "SpokenSystem"),
 }
 
 

@@ -36,8 +36,7 @@ from vqa_scratch.data.tokenizers import Tokenizers
 from vqa_scratch.data.vqa_v2 import VQASample
 from vqa_scratch.errors import UserError
 from vqa_scratch.nn.quantized import Format
-from vqa_scratch.options import flag
-from vqa_scratch.report.curves import moving_average
+from vqa_scratch.report.curves import over_samples
 from vqa_scratch.systems.finals import Pace, Pass
 from vqa_scratch.systems.run_folder import load_weights, write_run_config
 from vqa_scratch.systems.run_options import RunOptions
@@ -201,17 +200,7 @@ class System(ABC, Generic[RO, M]):
     def panels(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """The panels of curves.png (see `report/curves.py`) from the rows of metrics.jsonl so far: the loss, and the
         figures of the evaluations, over the samples seen."""
-        steps, evaluations = [row for row in rows if "loss" in row], [row for row in rows if "val" in row]
-        figures, seen = [row["val"] for row in evaluations], [row["samples"] / 1000 for row in evaluations]
-        trained = moving_average([row["loss"] for row in steps], 5)
-        losses = {"training": ([row["samples"] / 1000 for row in steps], trained)}
-        if any("loss" in row for row in figures):
-            losses["validation"] = (seen, [row["loss"] for row in figures])
-        panels = [{"title": "loss", "ylabel": self.loss_unit, "lines": losses, "log": True}]
-        for panel in self.scored(figures):
-            lines = {label: (seen, values) for label, values in panel["lines"].items()}
-            panels.append({**panel, "lines": lines, "ylim": (0, 1.02)})
-        return [{**panel, "xlabel": f"thousand {self.unit} seen"} for panel in panels]
+        return over_samples(rows, self.scored, self.unit, self.loss_unit)
 
     @abstractmethod
     def passes(self) -> list[Pass]:
@@ -265,6 +254,12 @@ class System(ABC, Generic[RO, M]):
         question that is missing or not wanted, and for a `top` that is not possible.
         """
         self.lacks("answers nothing")
+
+    def ask_aloud(
+        self, image: str | Path, recording: str | Path, decoding: dict[str, Any] | None = None
+    ) -> list[Answer]:
+        """The answer to a question that is asked in a sound file. Raises UserError for one that cannot be heard."""
+        self.lacks("hears no questions: give --voice-model, what writes them down")
 
     def answer(
         self, samples: Sequence[VQASample], limit: int | None = None, *, ranked: bool = False, **shown: Any
@@ -347,22 +342,6 @@ class System(ABC, Generic[RO, M]):
 
 # A sample to build a model for, where only the options count.
 ANY_SAMPLE = VQASample(0, Path("any.png"), 0, System.example, "", "", ("red",), "red")
-
-
-def check_positions(options: RunOptions, names: Sequence[str], limit: int | None, model: str) -> None:
-    """Raise UserError if the sum of these options, in tokens, is more than the positions of a released model."""
-    if limit is not None and sum(getattr(options, name) for name in names) > limit:
-        flags = " and ".join(f"--{name.replace('_', '-')} {getattr(options, name)}" for name in names)
-        verb = "is" if len(names) == 1 else "are"
-        raise UserError(f"{flags} {verb} more than the {limit} positions of {model}")
-
-
-def needed(options: RunOptions, name: str) -> str | Path:
-    """The value of an option that names a checkpoint. Raises UserError if it is missing."""
-    value = getattr(options, name)
-    if value is None:
-        raise UserError(f"give {flag(name)}, a checkpoint to start from")
-    return value
 
 
 def seed_everything(seed: int) -> None:

@@ -171,6 +171,7 @@ def export_writer(system: SplitSystem[Any, VQAModel, Any], folder: Path) -> list
     kinds = {"image": kind, "decoder": decoder}
     parts: dict[str, Released] = {"decoder": model.decoder}
     if model.text is not None:
+        assert isinstance(model.text, Released), "what is heard has no layout"
         parts["text"] = model.text
         kinds["text"] = model.text.config.to_hf()["architectures"][0]
     gated = model.decoder.take_gated()  # they are no part of the decoder's layout

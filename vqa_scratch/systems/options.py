@@ -187,6 +187,18 @@ class VQAOptions(QuestionOptions):
             raise UserError("--parallel fsdp does not go with --feature-cache; leave one out")
 
 
+@dataclass(frozen=True)
+class SpokenOptions(VQAOptions):
+    """The same, with questions that are heard."""
+
+    preset: str = option("spoken", PRESET_HELP, RUN, ("spoken",))
+    out: Path = option(Path("runs/spoken"), "Folder of the run.", RUN, may_change=True)
+    voice_model: Path | None = option(None, "Finished run of --preset voice, whose encoder hears the questions.", MODEL)
+    spoken_texts: int = option(
+        6_000, "At most this many different questions of a split, each drawn once.", DATA, minimum=1
+    )
+
+
 OWN_SIZES = {"model": None}
 
 
@@ -281,7 +293,7 @@ class CaptionOptions(ImageOptions):
             raise UserError("--init pretrained needs --image-model, a file of ResNet weights, and --decoder-model")
 
 
-CLASSES = (VQAOptions, ViLTOptions, CaptionOptions, CLIPOptions, VoiceOptions)
+CLASSES = (VQAOptions, ViLTOptions, CaptionOptions, CLIPOptions, VoiceOptions, SpokenOptions)
 BY_PRESET = {preset: options for options in CLASSES for preset in choices_of(options, "preset")}
 
 

@@ -58,4 +58,5 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     "clip": {},
     "voice": {},
+    "spoken": {"freeze": "text_encoder", "matrix_learning_rate": 0.01},
 }

@@ -106,6 +106,15 @@ def quantized_as(config: dict[str, Any], folder: Path) -> Format | None:
     return None if name is None else FORMATS[name]
 
 
+def newest_run(folder: Path) -> Path:
+    """The run below a folder that changed last. Raises UserError if there is none with weights."""
+    found = [path for name in (WEIGHTS, LAST) for path in folder.glob(f"*/{name}")]
+    if not found:
+        raise UserError(f"there is no run below {folder}/: give RUN, or --model, or train one: python train.py")
+    last = max(found, key=lambda path: path.stat().st_mtime)
+    return folder / last.relative_to(folder).parts[0]
+
+
 def stamps(folder: Path | None) -> list[int]:
     """When the weights and the last checkpoint of a run changed; a newer one may be opened."""
     paths = [] if folder is None else [folder / name for name in (WEIGHTS, LAST)]

@@ -26,8 +26,8 @@ from vqa_scratch.models.vilt import ViLT, ViLTClassifier, ViLTConfig, answer_los
 from vqa_scratch.storage import typed
 from vqa_scratch.study.opened import Opened
 from vqa_scratch.systems.answering import How
-from vqa_scratch.systems.assembly import check_images, start_from_places, stem_for, stem_of
-from vqa_scratch.systems.base import ANY_SAMPLE, RunData, check_positions, needed, seed_everything
+from vqa_scratch.systems.assembly import check_images, check_positions, needed, start_from_places, stem_for, stem_of
+from vqa_scratch.systems.base import ANY_SAMPLE, RunData, seed_everything
 from vqa_scratch.systems.export import export_vilt
 from vqa_scratch.systems.options import ViLTOptions
 from vqa_scratch.systems.questions import QuestionSystem

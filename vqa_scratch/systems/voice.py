@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from vqa_scratch.data.recordings import read_recordings
-from vqa_scratch.data.spoken import ALPHABET, SpeechBatch, Spoken, Utterance, VoicesSpec, drawn_splits, facts
+from vqa_scratch.data.spoken import ALPHABET, SpeechBatch, Utterance, Utterances, VoicesSpec, drawn_splits, facts
 from vqa_scratch.data.text import Tokenizer, train_bpe
 from vqa_scratch.data.tokenizers import Tokenizers
 from vqa_scratch.errors import UserError
@@ -56,7 +56,7 @@ class VoiceSystem(System[VoiceOptions, WhisperCTC]):
     unit = "utterances"
     hears = True
     published_as = ("automatic-speech-recognition", "wer")
-    spoken: dict[str, Spoken]  # the splits, while it trains
+    spoken: dict[str, Utterances]  # the splits, while it trains
 
     def __init__(
         self,
@@ -104,9 +104,9 @@ class VoiceSystem(System[VoiceOptions, WhisperCTC]):
 
     # --------------------------------------------------------------------------------------------------- training
 
-    def listed(self, utterances: Sequence[Utterance]) -> Spoken:
+    def listed(self, utterances: Sequence[Utterance]) -> Utterances:
         """Utterances with their ids, in windows of the model."""
-        return Spoken(utterances, self.tokenizers, self.prompt, self.model.whisper.config.frames)
+        return Utterances(utterances, self.tokenizers, self.prompt, self.model.whisper.config.frames)
 
     def train_on(self, data: RunData) -> None:
         self.spoken = {name: self.listed(some) for name, some in data.samples.items()}
@@ -166,7 +166,7 @@ class VoiceSystem(System[VoiceOptions, WhisperCTC]):
         made = generate(self.model.whisper.decoder, prompt, given=given, options=options, fill=end)
         return [self.vocabulary.text(ids).strip() for ids in made.ids.tolist()]
 
-    def hear(self, spoken: Spoken, chosen: Sequence[np.ndarray], ways: Sequence[str], **shown: Any) -> Heard:
+    def hear(self, spoken: Utterances, chosen: Sequence[np.ndarray], ways: Sequence[str], **shown: Any) -> Heard:
         """{way: {row: what is heard}} for the rows of each of `chosen`; `shown` as in `in_time`."""
         heard: Heard = {way: {} for way in ways}
         ready = ((rows, spoken.batch(rows)) for rows in chosen)

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from vqa_scratch.data.spoken import ALPHABET, CLEAN, Spoken, Utterance
+from vqa_scratch.data.spoken import ALPHABET, CLEAN, Utterance, Utterances
 from vqa_scratch.kernels import ctc_align
 from vqa_scratch.transcription.transcriber import heads_that_follow
 from vqa_scratch.transcription.words import STATE_SECONDS, word_times
@@ -29,7 +29,7 @@ def _spelled(path: np.ndarray, letters: list[int]) -> list[tuple[float, float]]:
     return [(min(at) * STATE_SECONDS, (max(at) + 1) * STATE_SECONDS) for at in spans.values()]
 
 
-def time_errors(system: Any, spoken: Spoken) -> dict[str, float] | None:
+def time_errors(system: Any, spoken: Utterances) -> dict[str, float] | None:
     """The median error in ms of the middle of a word, on clean utterances whose words have times; None without any.
 
     By CTC's alignment of the true letters, and by the decoder's cross-attention while it writes the true text: of the

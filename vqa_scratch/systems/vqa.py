@@ -22,8 +22,8 @@ from vqa_scratch.rl.options import RLHFOptions
 from vqa_scratch.rl.tasks import Task
 from vqa_scratch.storage import read_json, write_json
 from vqa_scratch.systems.answering import How
-from vqa_scratch.systems.assembly import grid_of
-from vqa_scratch.systems.base import ANY_SAMPLE, RunData, check_positions, seed_everything
+from vqa_scratch.systems.assembly import check_positions, grid_of
+from vqa_scratch.systems.base import ANY_SAMPLE, RunData, seed_everything
 from vqa_scratch.systems.finals import Pass
 from vqa_scratch.systems.frozen import cache_features
 from vqa_scratch.systems.options import VQAOptions

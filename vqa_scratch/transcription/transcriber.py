@@ -166,6 +166,13 @@ class Transcriber:
                 said = []
             seek += max(2 * step, min(2 * LEAST_STEP, length))
 
+    def words(self, wave: Tensor) -> str:
+        """All words of samples (n,) at 16 kHz in a line. Raises UserError if there are none."""
+        said = " ".join(segment.text.strip() for segment in self.transcribe(wave))
+        if not said:
+            raise UserError("no words are heard in the recording: ask again, nearer to the microphone")
+        return said
+
     def save(self, folder: Path) -> None:
         """Write it as `transformers` reads it: weights, tokenizer, how to generate, how to make features."""
         words, sizes = self.vocabulary, self.model.config

@@ -28,17 +28,10 @@ export class AnswerView {
     this.element = section("answer", "Where it looks", badge(study), h("div", { class: `stage${left ? "" : " wordy"}` }, left, right));
   }
 
-  // ---------------------------------------------------------------------------------------------- building
-
   buildPicture() {
     const { study } = this, { data } = study, [width, height] = data.size;
-    this.picture = new Picture(study, {
-      tabindex: 0,
-      onpointermove: (e) => this.say(this.picture.at(e)),
-      onpointerleave: () => this.say(null),
-      onclick: (e) => this.choose(this.picture.at(e)),
-      onkeydown: (e) => this.walk(e),
-    }, () => study.shared.refresh());
+    const at = (e) => this.picture.at(e), mouse = { onpointermove: (e) => this.say(at(e)), onpointerleave: () => this.say(null), onclick: (e) => this.choose(at(e)) };
+    this.picture = new Picture(study, { tabindex: 0, ...mouse, onkeydown: (e) => this.walk(e) }, () => study.shared.refresh());
     study.image = this.picture.image;
     const seen = `The image as the model saw it, ${width} by ${height} pixels`;
     const asked = study.pair ? `Compared with “${data.text}”.` : `${data.text ? `“${data.text}” was answered` : "It was described as"} “${data.answer.text || "(nothing)"}”.`;
@@ -52,21 +45,16 @@ export class AnswerView {
   }
 
   wordsOf(source) {
-    const { study } = this, long = source.labels.length > 40;
+    const { study } = this, long = source.labels.length > 40, feeds = (i) => () => this.showFed(source.start + i);
     const words = source.labels.map((label, i) => h("button", {
       type: "button", class: `word${source.sinks.includes(i) ? " sink" : ""}${label.startsWith(" ") ? " starts" : ""}`,
-      onclick: () => {
-        if (study.shared.cut(study.sourcePart(source, i))) return;
+      ...study.shared.cuts(study.sourcePart(source, i), () => {
         if (study.kind === source.name) study.set({ place: { ...study.view.place, [source.name]: i } });
         if (study.kind === "stream") study.set({ place: { ...study.view.place, stream: source.start + i } });
-      },
-      onkeydown: (e) => { if (e.key === "Delete") study.shared.cut(study.sourcePart(source, i), true); },
-      onpointerenter: () => this.showFed(source.start + i), onfocus: () => this.showFed(source.start + i),
-      onpointerleave: () => this.showFed(null), onblur: () => this.showFed(null),
+      }),
+      onpointerenter: feeds(i), onfocus: feeds(i), onpointerleave: () => this.showFed(null), onblur: () => this.showFed(null),
     }, label.trim() || label));
-    const box = h("div", { class: `words${long ? " flowing" : ""}` }, words);
-    roving(box, words);
-    return { source, words, box };
+    return { source, words, box: roving(h("div", { class: `words${long ? " flowing" : ""}` }, words), words) };
   }
 
   buildAnswer() {
@@ -75,12 +63,9 @@ export class AnswerView {
     this.tokens = data.tokens.map((token, i) => h("button", {
       class: `token${data.answer.ends.includes(token.id) ? " end" : ""}`, role: "radio", type: "button",
       "aria-label": `token ${i + 1}: ${shown(token.label)}, ${data.measure} ${study.amount(token.probability)}`,
-      onclick: () => { study.hover = null; study.set({ token: i }); },
-      onpointerenter: () => { study.hover = i; this.draw(); },
-      onpointerleave: () => { study.hover = null; this.draw(); },
+      onclick: () => { study.hover = null; study.set({ token: i }); }, onpointerenter: () => { study.hover = i; this.draw(); }, onpointerleave: () => { study.hover = null; this.draw(); },
     }, h("b", {}, shown(token.label)), h("span", {}, meter(token.probability), study.amount(token.probability)), this.fed[i]));
-    const box = h("div", { class: "answers", role: "radiogroup", "aria-label": "generated tokens" }, this.tokens);
-    roving(box, this.tokens);
+    const box = roving(h("div", { class: "answers", role: "radiogroup", "aria-label": "generated tokens" }, this.tokens), this.tokens);
     return block(study.pair ? "The text, and its words alone, with their similarity to the image" : "Answer, token by token, with probabilities", box);
   }
 
@@ -88,16 +73,10 @@ export class AnswerView {
     const { study } = this, { flows } = study;
     const modes = Object.keys(METHODS).filter((mode) => flows[mode] || ["mean", "layer", "head"].includes(mode));
     this.modes = choice("what to show", modes.map((mode) => [mode, mode[0].toUpperCase() + mode.slice(1), METHODS[mode]]), (mode) => study.set(flows[mode] ? { mode, kind: "cross" } : { mode }));
-    const picker = (name) => h("select", { "aria-label": name, onchange: (e) => study.set({ [name]: Number(e.target.value) }) });
-    this.layerPicker = picker("layer");
-    this.headPicker = picker("head");
-    this.layerLabel = h("label", {}, "layer", this.layerPicker);
-    this.headLabel = h("label", {}, "head", this.headPicker);
+    this.pickers = ["layer", "head"].map((name) => [name, h("select", { "aria-label": name, onchange: (e) => study.set({ [name]: Number(e.target.value) }) })]);
     this.explain = h("p", { class: "explain" });
-    return block("Show", this.modes, h("div", { class: "pickers" }, this.layerLabel, this.headLabel), this.explain);
+    return block("Show", this.modes, h("div", { class: "pickers" }, this.pickers.map(([name, select]) => h("label", {}, name, select))), this.explain);
   }
-
-  // ---------------------------------------------------------------------------------------------- drawing
 
   draw() {
     const shares = this.study.shares();
@@ -144,13 +123,12 @@ export class AnswerView {
     this.tokens.forEach((b, i) => b.setAttribute("aria-checked", String(i === chosen)));
     tabTo(this.tokens, chosen);
     this.modes.choose(mode);
-    this.layerLabel.hidden = !(mode === "layer" || mode === "head");
-    this.headLabel.hidden = mode !== "head";
-    const attention = study.attentions[kind], option = (value, text = value) => h("option", { value }, text);
-    this.layerPicker.replaceChildren(...attention.names.map((_, i) => option(i, study.block(kind, i))));
-    this.headPicker.replaceChildren(...range(attention.pattern.shape[1]).map((i) => option(i)));
-    this.layerPicker.value = study.layer;
-    this.headPicker.value = study.head;
+    const { names, pattern } = study.attentions[kind], choices = { layer: names.map((_, i) => study.block(kind, i)), head: range(pattern.shape[1]) };
+    for (const [name, select] of this.pickers) {
+      select.parentElement.hidden = mode !== "head" && mode !== name;
+      select.replaceChildren(...choices[name].map((text, value) => h("option", { value }, text)));
+      select.value = study[name];
+    }
     let text = METHODS[mode];
     if (kind !== "cross") text = `${study.name(kind)}: ${mode === "head" ? "one head" : mode === "layer" ? "one layer, averaged over heads" : "averaged over layers and heads"}. ${study.whose()}`;
     else if (study.pair && mode === "parts") text += this.partsInWords();
@@ -170,12 +148,9 @@ export class AnswerView {
     const { study } = this, masses = study.masses(shares);
     const names = { image: "image", text: study.pair ? "text" : study.picture ? "question" : study.data.sound ? "sound" : "article", sink: study.data.sound ? "the silence behind it" : "sinks (class token, separators)", own: "the decoder’s own tokens" };
     const seen = Object.keys(names).filter((name) => masses[name] > 0.0005 || (name === "text" && this.words.length && !study.pair) || (name === "image" && study.picture));
-    const colored = (name, more = "") => { const i = h("i"); i.style.cssText = `background:var(--${name});${more}`; return i; };
-    this.bar.replaceChildren(...seen.map((name) => colored(name, `width:${100 * masses[name]}%`)));
-    this.barKeys.replaceChildren(...seen.map((name) => h("span", {}, colored(name), `${names[name]} ${percent(masses[name])}`)));
+    this.bar.replaceChildren(...seen.map((name) => h("i", { style: `background:var(--${name});width:${100 * masses[name]}%` })));
+    this.barKeys.replaceChildren(...seen.map((name) => h("span", {}, h("i", { style: `background:var(--${name})` }), `${names[name]} ${percent(masses[name])}`)));
   }
-
-  // ---------------------------------------------------------------------------------------------- pointing
 
   part(patch) { return this.study.sourcePart(this.study.picture, this.study.before + patch); }
 
@@ -206,7 +181,7 @@ export class AnswerView {
   walk(event) {
     const { study } = this, columns = study.picture.grid[1], count = columns * study.picture.grid[0];
     const step = { ArrowRight: 1, ArrowLeft: -1, ArrowDown: columns, ArrowUp: -columns }[event.key];
-    if (event.key === "Escape") { study.set({ place: { ...study.view.place, image: 0, stream: 0 } }); return; }
+    if (event.key === "Escape") study.set({ place: { ...study.view.place, image: 0, stream: 0 } });
     if (event.key === "Delete" && this.pointed !== undefined) study.shared.cut(this.part(this.pointed), true);
     if (step === undefined) return;
     event.preventDefault();

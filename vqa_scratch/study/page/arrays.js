@@ -3,25 +3,12 @@ import { range } from "./dom.js";
 
 const bytes = (text) => Uint8Array.from(atob(text), (c) => c.charCodeAt(0));
 
-function half(bits) {
-  const sign = bits & 0x8000 ? -1 : 1, exponent = (bits >> 10) & 31, fraction = bits & 1023;
-  if (exponent === 0) return sign * fraction * 2 ** -24;
-  return sign * (1 + fraction / 1024) * 2 ** (exponent - 15);
-}
-
 /** {kind, shape, data} -> {shape, values: Float32Array} */
 export function unpack(packed) {
-  const raw = bytes(packed.data);
-  let values;
-  if (packed.kind === "u8") {
-    const scales = new Float32Array(bytes(packed.scale).buffer), width = packed.shape.at(-1);
-    values = Float32Array.from(raw, (b, i) => b * scales[Math.floor(i / width)]);
-  } else if (packed.kind === "f16") {
-    values = Float32Array.from(new Uint16Array(raw.buffer), half);
-  } else {
-    values = new Float32Array(raw.buffer);
-  }
-  return { shape: packed.shape, values };
+  const raw = bytes(packed.data), { kind, shape } = packed;
+  if (kind === "f32") return { shape, values: new Float32Array(raw.buffer) };
+  const scales = new Float32Array(bytes(packed.scale).buffer), width = shape.at(-1);
+  return { shape, values: Float32Array.from(raw, (b, i) => b * scales[Math.floor(i / width)]) };
 }
 
 /** One row along the last axis. */

@@ -29,8 +29,9 @@ function luminance(rgb) {
 /** A colour over the card or another ground, and black or white ink on it, whichever has more contrast (4.5 at least). */
 function paint(element, c, ground) {
   const below = ground[isDark() ? "dark" : "light"];
-  element.style.background = css(c);
-  element.style.color = luminance([0, 1, 2].map((i) => c[i] * c[3] + below[i] * (1 - c[3]))) > 0.179 ? "#000000" : "#ffffff";
+  const mixed = [0, 1, 2].map((i) => c[i] * c[3] + below[i] * (1 - c[3]));
+  element.style.background = css([...mixed, 1]);
+  element.style.color = luminance(mixed) > 0.179 ? "#000000" : "#ffffff";
 }
 
 /** Background by share; ink as usual where there is hardly any. */
@@ -47,9 +48,3 @@ export function diverging(element, value, largest) {
   return element;
 }
 
-/** Opaque colours of things by number, that black ink can be read on, paler by share; grey for the rest. */
-const HUES = ["#ffb3a7", "#a5c8ff", "#a8e0a0", "#ffe08a", "#d9b8ff", "#9fe3df", "#ffc3e1", "#d6c3a5"];
-export function hue(i, share = 1) {
-  const channels = [1, 3, 5].map((at) => Number.parseInt((HUES[i] ?? "#d5d4cc").slice(at, at + 2), 16));
-  return css([...channels.map((v) => 240 + share * (v - 240)), 1]);
-}

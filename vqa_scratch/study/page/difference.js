@@ -6,7 +6,10 @@ import { strongest } from "./arrays.js";
 import { unpackFlows } from "./figures.js";
 import { Picture, legend } from "./picture.js";
 
-const points = (share) => `${share > 0 ? "+" : ""}${number(100 * share, 1)}`;
+function points(share) {
+  const x = Math.round(1000 * share) / 10 || 0; // no −0.0
+  return `${x > 0 ? "+" : ""}${number(x, 1)}`;
+}
 const placeOf = (study, name) => Object.entries(study.attentions).map(([kind, a]) => [kind, a.names.indexOf(name)]).find(([, layer]) => layer >= 0);
 
 export class DifferenceView {
@@ -25,8 +28,7 @@ export class DifferenceView {
       maps.length ? h("div", { class: "three" }, maps) : null, this.scales, this.words.map(({ words }) => h("div", { class: "words" }, words)), this.says);
   }
 
-  /** Shares of the sources before and after, each of a whole, for the same word; of the mean weights where a head or a layer is
-   * chosen. */
+  /** Shares before and after, each of a whole, for the same word; of the mean weights where a head or a layer is chosen. */
   shares() {
     const { study } = this, mode = this.flows[study.mode] ? study.mode : "mean";
     const [before, after] = [this.flows, study.flows].map((flows) => study.flowShares(flows, mode, study.token).sources);
@@ -84,8 +86,8 @@ export class MatterView {
         hooks.knock ? plain("✂", () => study.shared.cut(part, true), { "aria-label": `knock out ${r.name} head ${r.head}` }) : ""];
     });
     this.box.replaceChildren(
-      h("p", { class: "lead", role: "status" }, h("b", { class: "count" }, `${counted} of ${total ?? "all"} heads matter for this answer`),
-        `: without one of them it is another, or ${100 * LEAST} points less probable. ${done ? "All were tried." : `${matter.rows.length} tried so far.`}`),
+      h("p", { class: "lead", role: "status" }, h("b", { class: "count" }, `${counted} of ${total ?? "all"} heads matter for this answer${done ? "" : " so far"}`),
+        `: without one of them it is another, or ${100 * LEAST} points less probable. ${done ? "All were tried." : `${matter.rows.length} were tried.`}`),
       done ? "" : h("progress", { max: total, value: total && matter.rows.length, "aria-label": "heads tried" }),
       table("effect of each head", ["without", "answer", "probability", "points", h("th", { "aria-label": "knock out" })], rows));
   }

@@ -46,18 +46,14 @@ export function table(caption, columns, rows, attributes = {}) {
 }
 
 /** A share of `most` as a bar. */
-export function meter(share) {
-  const bar = h("i");
-  bar.style.width = `${100 * Math.max(0, Math.min(1, share || 0))}%`;
-  return h("span", { class: "meter" }, bar);
-}
+export const meter = (share) => h("span", { class: "meter" }, h("i", { style: `width:${100 * Math.max(0, Math.min(1, share || 0))}%` }));
 
 /** A section with a title, what it says, and `badges` beside the title. */
 export function section(name, title, badges, ...children) {
   return h("section", { class: name, "aria-label": typeof title === "string" ? title : name }, h("div", { class: "title" }, typeof title === "string" ? h("h2", {}, title) : title, badges), ...children);
 }
 
-/** Arrow keys move among `buttons`; one of them is in the tab order. */
+/** Arrow keys move among the `buttons` of a container, which is returned; one of them is in the tab order. */
 export function roving(container, buttons, columns = 1) {
   const steps = { ArrowRight: 1, ArrowLeft: -1, ArrowDown: columns, ArrowUp: -columns, Home: -Infinity, End: Infinity };
   container.addEventListener("keydown", (event) => {
@@ -67,6 +63,7 @@ export function roving(container, buttons, columns = 1) {
     const next = Math.abs(step) === Infinity ? clamp(step, buttons.length) : at + step;
     if (buttons[next]) buttons[next].focus();
   });
+  return container;
 }
 export const tabTo = (buttons, chosen) => buttons.forEach((b, i) => { b.tabIndex = i === chosen ? 0 : -1; });
 
@@ -74,8 +71,7 @@ export const tabTo = (buttons, chosen) => buttons.forEach((b, i) => { b.tabIndex
 export function choice(label, options, choose) {
   const buttons = options.map(([value, text, title]) =>
     h("button", { role: "radio", type: "button", "data-value": value, title, onclick: () => choose(value) }, text));
-  const element = h("div", { class: "segmented", role: "radiogroup", "aria-label": label }, buttons);
-  roving(element, buttons);
+  const element = roving(h("div", { class: "segmented", role: "radiogroup", "aria-label": label }, buttons), buttons);
   element.choose = (value) => {
     buttons.forEach((b) => b.setAttribute("aria-checked", String(b.dataset.value === value)));
     tabTo(buttons, Math.max(0, options.findIndex(([v]) => v === value)));

@@ -37,12 +37,7 @@ export class Study {
 
   get view() { return this.shared.view; }
   set(changes) { this.shared.set(changes); }
-
   amount(x) { return amount(this.data, x); }
-  result() { return result(this.data); }
-
-  // ---------------------------------------------------------------------------------------------- what is chosen
-
   get token() { return this.hover === null ? clamp(this.view.token, this.data.tokens.length) : this.hover; }
   get row() { return this.data.tokens[this.token].row; }
   get label() { return shown(this.data.tokens[this.token].label); }
@@ -78,8 +73,6 @@ export class Study {
     const from = this.kind === "stream" ? this.picture.start : 0;
     this.set({ place: { ...this.view.place, [this.kind]: from + this.before + patch } });
   }
-
-  // ---------------------------------------------------------------------------------------------- shares
 
   /** Weights of one head, of a layer's mean or of all, over that attention's keys. */
   weights(kind, mode, layer, head, query = this.query(kind)) {
@@ -119,8 +112,7 @@ export class Study {
   of(source, shares) { return shares.sources.subarray(source.start, source.stop); }
   patches(shares) { return this.of(this.picture, shares).subarray(this.before); }
 
-  /** The share that gets full colour: the largest among tokens with content of their own, 3 times the mean at least; more
-   * where a source gets less than a twentieth of all, so that it is drawn paler. */
+  /** What gets full colour: the largest share among tokens with content, 3 times the mean at least; more for a source with less than a 20th. */
   top(source, shares) {
     const all = this.of(source, shares), values = Array.from(all).filter((_, i) => !source.sinks.includes(i));
     const presence = Math.max(1e-6, Math.min(1, (20 * sum(all)) / (sum(shares.sources) || 1)));
@@ -128,19 +120,14 @@ export class Study {
   }
 
   masses(shares) {
-    const groups = { image: 0, text: 0, sink: 0, own: 0 };
-    for (const source of this.slices) {
-      this.of(source, shares).forEach((v, i) => { groups[source.sinks.includes(i) ? "sink" : source.image ? "image" : "text"] += v; });
-    }
-    groups.own = sum(shares.own);
-    if (this.mode === "relevancy" && this.kind === "cross") groups.own = Math.max(0, groups.own - 1); // as in flowShares()
+    const own = sum(shares.own), start = this.mode === "relevancy" && this.kind === "cross" ? 1 : 0; // as in flowShares()
+    const groups = { image: 0, text: 0, sink: 0, own: Math.max(0, own - start) };
+    for (const source of this.slices) this.of(source, shares).forEach((v, i) => { groups[source.sinks.includes(i) ? "sink" : source.image ? "image" : "text"] += v; });
     const total = sum(Object.values(groups)) || 1;
-    for (const name of Object.keys(groups)) groups[name] /= total;
-    return groups;
+    return Object.fromEntries(Object.entries(groups).map(([name, share]) => [name, share / total]));
   }
 
-  /** Which words a source token feeds: [label, share of that word's map, index among the answer's tokens], largest first;
-   * in a stream also the question's words that read it. */
+  /** Which words a source token feeds: [label, share, index in the answer], largest first; in a stream also those that read it, index −1. */
   feeds(s) {
     const written = this.data.tokens.map((t, token) => {
       const { sources } = this.shares({ token });
@@ -151,8 +138,6 @@ export class Study {
       (source.sinks.includes(i) ? [] : [[shown(label), this.weights("stream", "mean", 0, 0, source.start + i)[s], -1]])));
     return [...written, ...words].sort((a, b) => b[1] - a[1]);
   }
-
-  // ---------------------------------------------------------------------------------------------- in words
 
   /** What the pictures show, as a sentence. */
   inWords(shares) {
@@ -173,18 +158,14 @@ export class Study {
 
   /** Who looks, inside a source. */
   whose() {
-    const reduced = this.attentions[this.kind].rows;
-    if (this.kind === "decoder") return "Read by the chosen token, from the tokens before it.";
-    if (this.kind === "stream") {
-      if (reduced) return this.place("stream") === 0 ? "Read by the first token; choose a word or a patch for the mean over all tokens." : "Mean over all tokens; single ones are in trace.safetensors.";
-      return this.asked >= 0 ? `Read by patch ${this.picture.labels[this.before + this.asked].slice(6)} (row, column). Choose a word or another patch.` : "Read by the outlined word. Choose another, or a patch.";
+    const { kind, asked, picture } = this, image = kind === "image";
+    if (kind === "decoder") return "Read by the chosen token, from the tokens before it.";
+    if (this.attentions[kind].rows) {
+      const first = { image: "the class token; click any patch", stream: "the first token; choose a word or a patch" }[kind] ?? "the outlined word; choose another";
+      return this.place(kind) === this.first(kind) ? `Read by ${first} for the mean over all.` : "Mean over all tokens; single ones are in trace.safetensors.";
     }
-    if (this.kind === "image") {
-      if (reduced) return this.place("image") === 0 ? "Read by the class token; click any patch for the mean over all patches." : "Mean over all patches; single patches are in trace.safetensors.";
-      return this.asked < 0 ? "Read by the class token. Click a patch to ask it instead." : `Read by patch ${this.picture.labels[this.before + this.asked].slice(6)} (row, column). Escape goes back to the class token.`;
-    }
-    if (reduced) return this.place(this.kind) === this.first(this.kind) ? "Read by the outlined word; choose another for the mean over all." : "Mean over all tokens; single ones are in trace.safetensors.";
-    return "Read by the outlined word; choose another.";
+    if (asked >= 0) return `Read by patch ${picture.labels[this.before + asked].slice(6)} (row, column). ${image ? "Escape goes back to the class token." : "Choose a word or another patch."}`;
+    return image ? "Read by the class token. Click a patch to ask it instead." : `Read by the outlined word; choose another${kind === "stream" ? ", or a patch" : ""}.`;
   }
 
   /** The token behind a key of the attention that reads the sources: {text, source, patch}. */
@@ -195,8 +176,6 @@ export class Study {
     const patch = source === this.picture && i >= this.before ? i - this.before : undefined;
     return { text: patch === undefined ? source.labels[i].trim() : source.labels[i], source, patch, index: i };
   }
-
-  // ---------------------------------------------------------------------------------------------- changes
 
   /** Whether an edit, or its like with another scale, is in force. */
   edited(part) {

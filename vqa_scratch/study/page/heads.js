@@ -13,38 +13,25 @@ export class HeadsView {
     this.kinds = choice("which attention", kinds, (kind) => study.set({ kind, mode: kind === "cross" ? study.mode : study.mode === "head" ? "head" : "mean" }));
     this.gridBox = h("div", { class: "scroll" });
     this.lead = h("p", { class: "lead" });
-    this.numbers = h("details", {}, h("summary", {}, "All heads in numbers"), this.statistics());
-    this.element = section("heads", h("div", {}, h("h2", {}, "Every head"), this.lead), badge(study),
-      h("div", { class: "bar" }, this.kinds, study.shared.hooks.knock ? this.tools() : null), this.gridBox, this.numbers);
-    this.element.setAttribute("aria-label", "heads");
-    this.stats = new Map(study.data.heads.map((s) => [`${s[0]}.${s[1]}`, s]));
-  }
-
-  // ---------------------------------------------------------------------------------------------- building
-
-  /** Knock out by clicking, and a scale for the chosen head. */
-  tools() {
-    const { study } = this, { knock } = study.shared.hooks;
     this.cutting = plain("✂ knock out by clicking", () => study.set({ knocking: !study.view.knocking }), { title: "Then a click on a head, a layer, a patch or a word takes it out, or puts it back. The Delete key does so at any time." });
-    this.scale = h("input", { type: "range", min: 0, max: 2, step: 0.1, oninput: () => { this.scaled.textContent = `× ${this.scale.value}`; },
-      onchange: () => knock(study.headPart(study.kind, study.layer, study.head, Number(this.scale.value))) });
-    this.scaled = h("output");
-    this.scaleLabel = h("span");
-    return h("div", { class: "pickers tools" }, this.cutting, h("label", {}, this.scaleLabel, this.scale, this.scaled));
+    this.numbers = h("details", {}, h("summary", {}, "All heads in numbers"), this.statistics());
+    this.element = section("heads", "Every head", badge(study), this.lead,
+      h("div", { class: "bar" }, this.kinds, study.shared.hooks.knock ? this.cutting : null), this.gridBox, this.numbers);
+    this.stats = new Map(study.data.heads.map((s) => [`${s[0]}.${s[1]}`, s]));
   }
 
   statistics() {
     const columns = ["attention", "head", "entropy", "image", "text", "sinks", "distance"], box = h("div");
-    let order = 0, down = false;
-    const fill = () => {
+    const fill = (order, down) => {
       const rows = [...this.study.data.heads];
       if (order) rows.sort((a, b) => (down ? -1 : 1) * ((a[order] ?? -1) - (b[order] ?? -1)));
-      const sorted = (i) => h("button", { type: "button", title: GLOSSARY[columns[i]], onclick: () => { down = order === i ? !down : i > 1; order = i; fill(); box.querySelectorAll("th button")[i].focus(); } }, columns[i]);
-      const heads = columns.map((_, i) => h("th", { scope: "col", "aria-sort": order === i ? (down ? "descending" : "ascending") : null }, sorted(i)));
+      const sort = (i) => { fill(i, order === i ? !down : i > 1); box.querySelectorAll("th button")[i].focus(); };
+      const heads = columns.map((name, i) => h("th", { scope: "col", "aria-sort": order === i ? (down ? "descending" : "ascending") : null },
+        h("button", { type: "button", title: GLOSSARY[name], onclick: () => sort(i) }, name)));
       box.replaceChildren(table("statistics of every head", heads, rows.map(([name, head, entropy, image, text, sink, distance]) =>
         [name, head, number(entropy, 2), percent(image), percent(text), percent(sink), distance === null ? "–" : number(distance, 1)])));
     };
-    fill();
+    fill(0, false);
     return box;
   }
 
@@ -62,17 +49,13 @@ export class HeadsView {
         : h("span", { class: "axis" }, name));
       for (const head of range(heads)) {
         const picture = canvas(this.size.width, this.size.height), mark = h("span", { class: "mark" });
-        const button = h("button", {
-          class: "thumb", type: "button", "data-layer": layer, "data-head": head,
-          onclick: () => { if (!shared.cut(study.headPart(kind, layer, head))) study.set({ mode: "head", layer, head, kind }); },
-          onkeydown: (e) => { if (e.key === "Delete") shared.cut(study.headPart(kind, layer, head), true); },
-        }, picture, mark);
+        const on = shared.cuts(study.headPart(kind, layer, head), () => study.set({ mode: "head", layer, head, kind }));
+        const button = h("button", { class: "thumb", type: "button", "data-layer": layer, "data-head": head, ...on }, picture, mark);
         this.thumbs.push({ layer, head, picture, button, mark });
         grid.append(button);
       }
     }
-    roving(grid, this.thumbs.map((t) => t.button), heads);
-    this.gridBox.replaceChildren(grid);
+    this.gridBox.replaceChildren(roving(grid, this.thumbs.map((t) => t.button), heads));
     explain(this.lead, `${this.whole(kind)} Choose one to see it large${kind === "cross" ? " and open it below" : ""}.`);
   }
 
@@ -87,8 +70,6 @@ export class HeadsView {
       decoder: "Each picture is one head of the decoder’s self-attention: queries downwards, keys across.",
       stream: "Each picture is one head for the chosen word or patch: patches above, question words below." }[kind] ?? "Each picture is one head of the encoder.";
   }
-
-  // ---------------------------------------------------------------------------------------------- drawing
 
   draw() {
     const { study } = this, { kind, view, attentions } = study;
@@ -110,12 +91,7 @@ export class HeadsView {
       button.title = text;
     }
     tabTo(this.thumbs.map((t) => t.button), Math.max(0, this.thumbs.findIndex((t) => t.layer === study.layer && t.head === study.head)));
-    if (!this.cutting) return;
     this.cutting.setAttribute("aria-pressed", String(Boolean(view.knocking)));
-    const edit = study.edited(study.headPart(kind, study.layer, study.head));
-    this.scaleLabel.textContent = `scale layer ${study.block(kind, study.layer)} head ${study.head} `;
-    this.scale.value = edit?.scale ?? 1;
-    this.scaled.textContent = `× ${this.scale.value}`;
   }
 
   asMap(kind) { return this.study.picture && (kind === "image" || kind === "cross" || kind === "stream"); }

@@ -33,8 +33,7 @@ export class LensView {
     const kinds = Object.keys(a.heads).sort(); // cross before self
     const all = [...Object.values(a.heads).flat(2), ...a.mlps, a.embedding, a.biases], largest = Math.max(...all.map(Math.abs)), total = sum(all);
     const cell = (value, title, part) => h("td", {}, diverging(h(study.shared.hooks.knock ? "button" : "span", {
-      class: `cell${study.edited(part) ? " off" : ""}`, title, type: study.shared.hooks.knock ? "button" : null, "aria-label": `${title}: ${number(value, 2)}`,
-      onclick: () => study.shared.cut(part), onkeydown: (e) => { if (e.key === "Delete") study.shared.cut(part, true); },
+      class: `cell${study.edited(part) ? " off" : ""}`, title, type: study.shared.hooks.knock ? "button" : null, "aria-label": `${title}: ${number(value, 2)}`, ...study.shared.cuts(part),
     }, number(value, 2)), value, largest));
     const header = (kind) => h("tr", {}, h("th", { scope: "col" }, kind), a.heads[kind][0].map((_, n) => h("th", { scope: "col" }, `head ${n}`)), kind === kinds[0] ? h("th", { scope: "col" }, "MLP") : null);
     const rows = kinds.flatMap((kind) => [header(kind), ...a.heads[kind].map((values, l) => h("tr", {}, h("td", {}, `layer ${l}`),

@@ -52,24 +52,19 @@ export class Picture {
     context.globalAlpha = 1;
   }
 
-  /** Frames, or crosses out, a patch. */
-  mark(patch, cross = false) {
+  /** Frames a patch, or blackens one that is `off`. */
+  mark(patch, off = false) {
     const context = this.map.getContext("2d"), [left, upper, width, height] = square(this.source, this.size, patch, this.zoom), line = Math.max(2, this.zoom);
-    context.strokeStyle = "#1d1d1b";
-    context.lineWidth = line;
+    Object.assign(context, { strokeStyle: "#1d1d1b", fillStyle: "rgb(29 29 27 / 0.75)", lineWidth: line });
     context.strokeRect(left + line / 2, upper + line / 2, width - line, height - line);
-    if (!cross) return;
-    context.beginPath();
-    for (const [a, b] of [[upper, upper + height], [upper + height, upper]]) { context.moveTo(left, a); context.lineTo(left + width, b); }
-    context.stroke();
+    if (off) context.fillRect(left, upper, width, height);
   }
 }
 
 /** A patch cut out of the image, as small as a letter. */
 export function patchImage(study, patch) {
-  const { first, stride, grid } = study.picture, { size, image } = study.data, box = h("span", { class: "patch" });
+  const { first, stride, grid } = study.picture, { size, image } = study.data;
   const corner = [patch % grid[1], Math.floor(patch / grid[1])].map((at) => first + (at - 0.5) * stride);
   const place = corner.map((x, axis) => (size[axis] > stride ? (100 * x) / (size[axis] - stride) : 0));
-  box.style.cssText = `background:url("${image}") ${place[0]}% ${place[1]}% / ${(100 * size[0]) / stride}% ${(100 * size[1]) / stride}% no-repeat`;
-  return box;
+  return h("span", { class: "patch", style: `background:url("${image}") ${place[0]}% ${place[1]}% / ${(100 * size[0]) / stride}% ${(100 * size[1]) / stride}% no-repeat` });
 }

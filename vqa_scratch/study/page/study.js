@@ -3,14 +3,12 @@ import { AnswerView } from "./answer.js";
 import { certificateView } from "./certificate.js";
 import { DifferenceView, MatterView } from "./difference.js";
 import { h } from "./dom.js";
-import { Study } from "./figures.js";
+import { Study, result } from "./figures.js";
 import { HeadsView } from "./heads.js";
 import { LanesView } from "./lanes.js";
 import { LensView, expertsView } from "./lens.js";
-import { NumberView } from "./number.js";
-import { PatchesView, hasPatchWords } from "./patches.js";
-import { SequenceView } from "./sequence.js";
-import { StepsView } from "./steps.js";
+import { NumberView, StepsView } from "./steps.js";
+import { PatchesView, SequenceView, hasPatchWords } from "./tokens.js";
 
 // What of a view travels in a link: each field with what it must be.
 const whole = (least) => (x) => Number.isInteger(x) && x >= least && x < 1e6, word = (x) => typeof x === "string" && x.length < 20;
@@ -41,7 +39,7 @@ function viewsOf(study) {
 /**
  * Draws `data`, a study or an array of two that are compared. Hooks, all optional:
  *   view           what is chosen at first, as `select` gave it; fields that do not fit are ignored
- *   select(view)   called with {mode, kind, layer, head, token, key, depth} when the user chooses
+ *   select(view)   called with the FIELDS when the user chooses
  *   edits()        the changes in force; knock(edit) adds one, or takes it back
  *   needs(what)    asks for {kind: "number", name, head}: a promise of an opened head, as in `opened` of a study
  * Returns {update, select, destroy}: `update` takes another study, or fields to put into the first, and keeps the view.
@@ -65,6 +63,10 @@ export function renderStudy(element, data, hooks = {}) {
       hooks.knock(part);
       return true;
     },
+    /** What a button for a part does: a click, if it knocks nothing out, what it does `otherwise`; Delete knocks out. */
+    cuts: (part, otherwise) => ({
+      onclick: () => { if (!shared.cut(part)) otherwise?.(); }, onkeydown: (e) => { if (e.key === "Delete") shared.cut(part, true); },
+    }),
   };
 
   function build(given) {
@@ -72,7 +74,7 @@ export function renderStudy(element, data, hooks = {}) {
     shared.compared = all.length > 1;
     studies = all.map((one) => new Study(one, shared));
     const columns = studies.map((study) => {
-      const made = viewsOf(study), title = shared.compared ? h("p", { class: "run" }, h("b", {}, study.data.run), ` ${study.result()}`) : null;
+      const made = viewsOf(study), title = shared.compared ? h("p", { class: "run" }, h("b", {}, study.data.run), ` ${result(study.data)}`) : null;
       return { made, element: h("div", { class: "study" }, title, made.map((v) => v.element ?? v)) };
     });
     views = columns.flatMap(({ made }) => made);
