@@ -11,10 +11,10 @@ import pytest
 import torch
 from PIL import Image
 from ranks import run_ranks
-from run_helpers import command
+from run_helpers import command, make_run
 from safetensors.torch import load_file
 from test_resume import at_step, die, send
-from voice_helpers import small_recordings
+from voice_helpers import make_voice_run, small_recordings
 from vqa_helpers import CPU, Started, small_data, train_program
 
 from train import train_step
@@ -88,7 +88,9 @@ SYSTEMS = {
         "eval_utterances": 4,
     },
 }
+SYSTEMS["spoken"] = {"preset": "spoken", "spoken_texts": 24, "questions_per_step": 16, "eval_questions": 8}
 HEARS = {"voice"}  # systems whose samples are recordings
+BEGINS: dict[str, dict[str, Path]] = {}  # the runs that a system begins with: more of its options
 # What a system does not do, so that the tests of it are skipped, and why.
 LACKS = {
     "clip": {
@@ -97,6 +99,7 @@ LACKS = {
         "a program that answers": "it says nothing about an image",
     },
     "voice": dict.fromkeys(("images", "answers", "study", "a program that answers"), "it hears; see test_voice.py"),
+    "spoken": dict.fromkeys(("answers", "study", "a program that answers"), "it is asked aloud; see test_spoken.py"),
 }
 STEPS = 4
 QUESTION = "what color is the square?"
@@ -107,7 +110,7 @@ def flags(name: str, data: Path, out: Path, **changes) -> list[str]:
     data = data if name not in HEARS else data / "recordings"
     shared = {"data": data, "out": out, "cache": out.parent / "cache", "device": "cpu", "precision": "fp32"}
     shared |= {"steps": STEPS, "warmup_steps": 2, "eval_every": 3, "save_every": 2, "log_every": 1, "samples": 4}
-    values = shared | SYSTEMS[name] | changes
+    values = shared | SYSTEMS[name] | BEGINS.get(name, {}) | changes
     argv = [part for k, v in values.items() for part in (f"--{k.replace('_', '-')}", str(v))]
     return argv if name in HEARS else [*argv, "--no-image-cache"]
 
@@ -127,6 +130,8 @@ def with_recordings(folder: Path, seed: int = 0) -> Path:
 @pytest.fixture(scope="module", autouse=True)
 def recordings(data):
     with_recordings(data)
+    typed = make_run(data, data / "runs" / "vqa", width=16)
+    BEGINS["spoken"] = {"start_from": typed, "voice_model": make_voice_run(data / "runs" / "voice")}
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from vqa_scratch import systems
 from vqa_scratch.audio.features import log_mel
 from vqa_scratch.audio.reading import read_audio, write_wav
 from vqa_scratch.data import spoken
-from vqa_scratch.data.spoken import ALPHABET, CLEAN, HARD, VoicesSpec, drawn_splits, letters_of, masked, plain
+from vqa_scratch.data.spoken import ALPHABET, CLEAN, HARD, drawn_split, letters_of, masked, plain
 from vqa_scratch.data.voices import is_unseen
 from vqa_scratch.errors import UserError
 from vqa_scratch.metrics import word_error_rate
@@ -24,17 +24,10 @@ from vqa_scratch.systems.voice_report import WAYS, error_rates
 from vqa_scratch.systems.voice_times import _spelled
 from vqa_scratch.transcription import window
 
-SPEC = VoicesSpec(train=6, test=4)
-
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("cache")
-
-
-@pytest.fixture(scope="module")
-def drawn(cache):
-    return drawn_splits(cache, SPEC)
+def drawn():
+    return {name: drawn_split(name, 4, 0) for name in ("train", "val", "test")}
 
 
 @pytest.fixture(scope="module")
@@ -59,21 +52,15 @@ def question(run) -> Path:
 # ------------------------------------------------------------------------------------------------ utterances
 
 
-def test_drawn_utterances_are_kept(drawn, cache, monkeypatch):
-    """The second time they are read, and are the same; a damaged file is drawn anew."""
-    assert {name: len(some) for name, some in drawn.items()} == {"train": 6, "val": 4, "test": 4}
-    assert [one.kind for one in drawn["test"]] == [CLEAN, HARD] * 2
+def test_drawn_utterances(drawn):
+    """Each split has its own; the first ones do not depend on how many are drawn."""
+    assert [[one.kind for one in drawn[name]] for name in ("test", "train")] == [[CLEAN, HARD] * 2, ["mixed"] * 4]
     assert all(is_unseen(one.text) == (name != "train") for name, some in drawn.items() for one in some)
-    (file,) = cache.glob("voices-*.npz")
-    monkeypatch.setattr(spoken, "draw_splits", lambda spec: pytest.fail("drawn twice"))
-    again = drawn_splits(cache, SPEC)
-    monkeypatch.undo()
-    for name, some in drawn.items():
-        for ours, theirs in zip(some, again[name], strict=True):
-            assert (ours.text, ours.words) == (theirs.text, theirs.words) and np.array_equal(ours.mel, theirs.mel)
-    assert dict(enumerate(spoken.facts(again["val"]))) == dict(enumerate(spoken.facts(drawn["val"])))
-    file.write_bytes(file.read_bytes()[:2_000])
-    assert drawn_splits(cache, SPEC)["test"][0].text == drawn["test"][0].text
+    again = drawn_split("val", 2, 0)
+    for ours, theirs in zip(drawn["val"][:2], again, strict=True):
+        assert (ours.text, ours.words) == (theirs.text, theirs.words) and np.array_equal(ours.mel, theirs.mel)
+    assert {one.text for one in drawn["val"]} != {one.text for one in drawn["test"]}
+    assert list(spoken.facts(again)) == list(spoken.facts(drawn["val"]))[:2]
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,6 @@ Shapes: I images, B rows, N image tokens, K pieces of sound, D width of the deco
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from vqa_scratch.connectors.tokens import TokensConnector
@@ -36,12 +35,6 @@ class HeardConnector(TokensConnector):
     @property
     def sizes(self) -> dict[str, Any]:
         return super().sizes | {"pieces": self.pieces}
-
-    def recipe(self, with_text: bool) -> str:
-        raise NotImplementedError("a run that hears its questions is not exported")
-
-    def mixing(self, image: int, text: int, grid: tuple[int, int]) -> Tensor:
-        return torch.eye(image)
 
     def forward(self, image: States, text: States | None, image_index: Tensor | None = None) -> Conditioning:
         assert text is not None, "the question is heard"

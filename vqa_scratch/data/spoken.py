@@ -1,41 +1,34 @@
 """Utterances that speech is learned from: drawn voices that ask about drawn scenes, and batches of any utterances.
 
 Half of the drawn utterances of training have noise, half an echo. Those of `val` and `test` are unseen sentences by
-unseen speakers, every second one with an echo and 10 dB of noise. All are drawn once, and kept as log-mels in --cache.
+unseen speakers, every second one with an echo and 10 dB of noise.
 
 Shapes: B utterances, T frames of 10 ms, M mels, F frames of a window, A decoder tokens, S letters.
 """
 
-import hashlib
-import json
 import random
 import unicodedata
-import zipfile
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from itertools import islice, pairwise
-from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from vqa_scratch.audio import features
 from vqa_scratch.audio.features import log_mel
-from vqa_scratch.data import scenes, voices
 from vqa_scratch.data.batches import IGNORE, Ragged, TensorBatch
 from vqa_scratch.data.spelled import spell_numbers
 from vqa_scratch.data.tokenizers import Tokenizers, encode_unique
 from vqa_scratch.data.voices import Span, Speaker, sentences, speak, with_echo, with_noise
 from vqa_scratch.errors import UserError
-from vqa_scratch.storage import parse_json, write_whole
 
 ALPHABET = " 'abcdefghijklmnopqrstuvwxyz"  # CTC's labels, from 1 on; 0 is the blank
 LOUD = 2.0  # from the loudest place of a log-mel to silence
 CLEAN, HARD = "clean", "noise and echo"
+DRAWN = ("train", "val", "test")
 Spoil = Callable[[np.ndarray, np.random.Generator], np.ndarray]
 
 
@@ -52,8 +45,7 @@ class Utterance:
 
 def facts(utterances: Sequence[Utterance]) -> Iterable[tuple[Any, ...]]:
     """What makes each utterance itself, for `data/hashes.py`."""
-    for one in utterances:
-        yield one.name, one.text, hashlib.blake2b(np.ascontiguousarray(one.mel).data, digest_size=8).hexdigest()
+    return ((one.name, one.text, len(one.mel)) for one in utterances)
 
 
 def mel_of(wave: np.ndarray | Tensor) -> np.ndarray:
@@ -86,15 +78,6 @@ def states_needed(letters: Sequence[int]) -> int:
 # ------------------------------------------------------------------------------------------------ drawn
 
 
-@dataclass(frozen=True)
-class VoicesSpec:
-    """How many utterances the splits have, and the seed."""
-
-    train: int = 3_000
-    test: int = 400  # val has as many
-    seed: int = 0
-
-
 def clean(wave: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return wave
 
@@ -124,57 +107,12 @@ def draw(texts: Sequence[str], seed: Sequence[int], kinds: dict[str, Spoil], *, 
         return list(pool.map(one, range(len(texts))))
 
 
-def draw_splits(spec: VoicesSpec) -> dict[str, list[Utterance]]:
-    """The splits train, val and test."""
-    made = {}
-    for place, name in enumerate(("train", "val", "test")):
-        unseen = name != "train"
-        texts = sentences(random.Random(f"{spec.seed}/{name}"), unseen=unseen)
-        number = spec.test if unseen else spec.train
-        kinds: dict[str, Spoil] = KINDS if unseen else {"mixed": mixed}
-        made[name] = draw(list(islice(texts, number)), (spec.seed, place), kinds, unseen=unseen)
-    return made
-
-
-def drawn_splits(cache: Path, spec: VoicesSpec) -> dict[str, list[Utterance]]:
-    """The same from a file below `cache`, which is written first if it is missing or damaged.
-
-    Its name holds a hash of `spec` and of the source of what draws. Raises UserError if it cannot be written.
-    """
-    source = hashlib.blake2b(json.dumps(asdict(spec), sort_keys=True).encode(), digest_size=8)
-    for module in (__file__, voices.__file__, scenes.__file__, features.__file__):
-        source.update(Path(module).read_bytes())
-    path = cache / f"voices-{source.hexdigest()}.npz"
-    with suppress(OSError, ValueError, KeyError, zipfile.BadZipFile):
-        return _read(path)
-    print(f"drawing {spec.train + 2 * spec.test:,} utterances, which {path} keeps", flush=True)
-    made = draw_splits(spec)
-    arrays: dict[str, np.ndarray] = {}
-    for name, utterances in made.items():
-        arrays[f"{name}_mel"] = np.concatenate([one.mel for one in utterances])
-        rows = [[one.text, len(one.mel), one.kind, one.words] for one in utterances]
-        arrays[f"{name}_texts"] = np.array(json.dumps(rows))
-
-    def write(own: Path) -> None:
-        with open(own, "wb") as file:
-            np.savez(file, **arrays)  # type: ignore[arg-type]  # numpy's stub takes allow_pickle for one of them
-
-    write_whole(path, write)
-    return made
-
-
-def _read(path: Path) -> dict[str, list[Utterance]]:
-    splits = {}
-    with np.load(path) as arrays:
-        for name in ("train", "val", "test"):
-            rows, mel = parse_json(str(arrays[f"{name}_texts"]), path), arrays[f"{name}_mel"]
-            ends = np.cumsum([frames for _, frames, _, _ in rows])
-            parts = np.split(mel, ends[:-1])
-            splits[name] = [
-                Utterance(place, text, part, kind, tuple((word, begins, end) for word, begins, end in words))
-                for place, ((text, _, kind, words), part) in enumerate(zip(rows, parts, strict=True))
-            ]
-    return splits
+def drawn_split(name: str, number: int, seed: int) -> list[Utterance]:
+    """So many utterances of train, val or test."""
+    unseen = name != "train"
+    texts = islice(sentences(random.Random(f"{seed}/{name}"), unseen=unseen), number)
+    kinds: dict[str, Spoil] = KINDS if unseen else {"mixed": mixed}
+    return draw(list(texts), (seed, DRAWN.index(name)), kinds, unseen=unseen)
 
 
 # ------------------------------------------------------------------------------------------------ batches

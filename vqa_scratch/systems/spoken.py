@@ -1,7 +1,7 @@
 """Visual question answering whose questions are heard: no transcript is made, the sound is the model's text side.
 
 It starts from two finished runs: image encoder and decoder of one that answers typed questions, and the encoder of one
-that hears (`models/hearing.py`), which stays as it is. What it says of each question is computed once and kept.
+that hears (`models/hearing.py`), which stays as it is. What it says of a question is computed once and kept.
 """
 
 import shlex
@@ -20,7 +20,7 @@ from vqa_scratch.connectors.tokens import TokensConnector
 from vqa_scratch.data.answers import Answer
 from vqa_scratch.data.batches import Questions
 from vqa_scratch.data.images import ImageProcessor
-from vqa_scratch.data.spoken import CLEAN, KINDS, Spoil, draw, mel_of, mixed, sound_of, windows
+from vqa_scratch.data.spoken import CLEAN, DRAWN, KINDS, Spoil, draw, mel_of, mixed, sound_of, windows
 from vqa_scratch.data.text import Tokenizer
 from vqa_scratch.data.tokenizers import Tokenizers
 from vqa_scratch.data.voices import WORDS, is_unseen, words_of
@@ -40,7 +40,7 @@ from vqa_scratch.systems.voice import VoiceSystem
 from vqa_scratch.systems.vqa import CANDIDATES, CANDIDATES_KEPT, VQASystem, read_candidates
 from vqa_scratch.training.precision import Precision
 
-AT_ONCE = 64  # sounds that are encoded together
+AT_ONCE = 64  # questions that are said and encoded together
 
 
 class SpokenSystem(VQASystem):
@@ -63,6 +63,8 @@ class SpokenSystem(VQASystem):
             raise UserError("--preset spoken needs --start-from, a run of shapes, and --voice-model, one of voice")
         if "text" not in FROZEN_PARTS[options.freeze]:
             raise UserError(f"--freeze {options.freeze}: what hears is not trained; give text_encoder, encoders or all")
+        if options.parallel == "fsdp":
+            raise UserError("--parallel fsdp does not go with --preset spoken: what hears is needed whole")
         wrong = [name for name in ("feature_cache", "question_prompt") if getattr(options, name)]
         if wrong:
             raise UserError(f"{flag(wrong[0])} is about typed questions: --preset spoken has none")
@@ -116,29 +118,24 @@ class SpokenSystem(VQASystem):
 
     # ---------------------------------------------------------------------------------------------------- hearing
 
+    @torch.no_grad()
     def heard(self, mels: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
         """Log-mels (T, M) -> the states (B, K, D) of what is heard in them, on the CPU, and their mask (B, K)."""
-        found: list[States] = []
         ears, device = self.model.text.to(self.precision.device), self.precision.device
-        frames = ears.config.frames
-        with torch.no_grad():
-            for start in range(0, len(mels), AT_ONCE):
-                some = mels[start : start + AT_ONCE]
-                found.append(ears.states(windows(some, frames).to(device), sound_of(some, frames).to(device)))
-        masks = [states.mask for states in found if states.mask is not None]
-        return torch.cat([states.tokens.cpu() for states in found]), torch.cat(masks).cpu()
+        some = [mel[: ears.config.frames] for mel in mels]
+        sounds, real = windows(some, ears.config.frames), sound_of(some, ears.config.frames)
+        states = ears.states(sounds.to(device), real.to(device))
+        return states.tokens.cpu(), states.mask.cpu()
 
     def split(self, samples: Sequence[VQASample]) -> Split[Questions]:
-        """With a voice for each different question: of those that training may hear, or of the others."""
         split = super().split(samples)
-        texts = {text: place for place, text in enumerate(dict.fromkeys(sample.question for sample in samples))}
-        unseen = is_unseen(next(iter(texts)))
-        kinds: dict[str, Spoil] = {CLEAN: KINDS[CLEAN]} if unseen else {"mixed": mixed}
-        said = draw(list(texts), (self.options.seed, 7), kinds, unseen=unseen)
-        states, mask = self.heard([one.mel[: self.model.text.config.frames] for one in said])
-        place = torch.tensor([texts[sample.question] for sample in samples])
-        split.questions.cached = lambda rows: (states[place[rows]], mask[place[rows]])
+        split.questions.cached = Voices(self, samples)
         return split
+
+    def precompute(self) -> None:
+        for split in self.splits.values():
+            assert isinstance(split.questions.cached, Voices)
+            split.questions.cached.made.clear()  # of before a resumed run had its weights
 
     def encode_text(self, question: Tensor | None, attention_mask: Tensor | None) -> States | None:
         """What was heard, already as states."""
@@ -173,6 +170,31 @@ class SpokenSystem(VQASystem):
     def what_next(self, folder: Path) -> list[str]:
         image = shlex.quote(str(self.splits["test"].questions.samples[0].image_path))
         return ["next:", f"  python -m vqa_scratch ask {shlex.quote(str(folder))} --image {image} --voice QUESTION.wav"]
+
+
+class Voices:
+    """What is heard of the questions of a split: each different one is said by a speaker of its own when it is needed.
+
+    So many at once, always the same ones, so that what is heard does not depend on what else was needed before.
+    """
+
+    def __init__(self, system: SpokenSystem, samples: Sequence[VQASample]) -> None:
+        texts = list(dict.fromkeys(sample.question for sample in samples))
+        places = {text: place for place, text in enumerate(texts)}
+        self.system, self.place = system, np.array([places[sample.question] for sample in samples])
+        self.blocks = [texts[start : start + AT_ONCE] for start in range(0, len(texts), AT_ONCE)]
+        self.made: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def __call__(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
+        """States (B, K, D) and mask (B, K) of the questions of these rows."""
+        places = [divmod(int(place), AT_ONCE) for place in self.place[rows]]
+        for block in {block for block, _ in places} - self.made.keys():
+            texts, unseen = self.blocks[block], is_unseen(self.blocks[0][0])
+            kinds: dict[str, Spoil] = {CLEAN: KINDS[CLEAN]} if unseen else {"mixed": mixed}
+            said = draw(texts, (self.system.options.seed, len(DRAWN), block), kinds, unseen=unseen)
+            self.made[block] = self.system.heard([one.mel for one in said])
+        states, masks = ([self.made[block][part][place] for block, place in places] for part in (0, 1))
+        return torch.stack(states), torch.stack(masks)
 
 
 def sayable(samples: Sequence[VQASample], unseen: bool, limit: int, split: str) -> list[VQASample]:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from vqa_scratch.data.recordings import read_recordings
-from vqa_scratch.data.spoken import ALPHABET, SpeechBatch, Utterance, Utterances, VoicesSpec, drawn_splits, facts
+from vqa_scratch.data.spoken import ALPHABET, DRAWN, SpeechBatch, Utterance, Utterances, drawn_split, facts
 from vqa_scratch.data.text import Tokenizer, train_bpe
 from vqa_scratch.data.tokenizers import Tokenizers
 from vqa_scratch.errors import UserError
@@ -264,10 +264,10 @@ def read_splits(options: VoiceOptions, names: Sequence[str], data: Path | None =
     if source is not None:
         found = {name: read_recordings(source, name, frames) for name in dict.fromkeys(names)}
         return [found[name] for name in names]
-    drawn = drawn_splits(options.cache, VoicesSpec(options.utterances, options.test_utterances, options.seed))
-    strange = [name for name in names if name not in drawn]
-    if strange:
+    if strange := [name for name in names if name not in DRAWN]:
         raise UserError(f"drawn voices have no split {', '.join(strange)}; give --data, the recordings that have it")
+    size = {"train": options.utterances}
+    drawn = {name: drawn_split(name, size.get(name, options.test_utterances), options.seed) for name in names}
     kept = {name: [one for one in some if len(one.mel) <= frames] for name, some in drawn.items()}
     for name in names:
         if not kept[name]:
