@@ -199,7 +199,7 @@ def train(options: RunOptions, world: World, began: float) -> int | None:
         """Measure how much of --minutes is kept back for the final figures."""
         nonlocal reserve
         seconds = ranks.with_whole_model(lambda: system.seconds_to_finish(FINAL_SHARE * 60 * (options.minutes or 0)))
-        reserve = world.of_main(seconds + 3 * reporting)  # the last checkpoint and the pages too
+        reserve = world.of_main(seconds + 2 * reporting)  # the last checkpoint and the pages too
 
     budget = None  # seconds of training and final figures, if --minutes limits the run
     if options.minutes is not None:

@@ -25,6 +25,7 @@ from bench import (
     image_loading,
     logprob,
     loss_head,
+    nanovlm,
     play,
     ppo,
     prefix,
@@ -160,9 +161,7 @@ def decode_command(rounds: int, every: bool, write: bool, lengths: str, **sizes:
 
 @click.command("cached-features")
 @click.option("--precision", type=NearChoice(("fp32", "bf16")), default="fp32", show_default=True, help="Arithmetic.")
-@click.option(
-    "--connector", type=NearChoice(tuple(CONNECTORS)), default="mean", show_default=True, help="As in train.py."
-)
+@click.option("--connector", type=NearChoice(tuple(CONNECTORS)), default="mean", show_default=True, help="Its kind.")
 @click.option("--questions", type=click.IntRange(1), default=8, show_default=True, help="Questions of a step.")
 @click.option("--images", type=click.IntRange(1), default=8, show_default=True, help="Images of a step.")
 @click.option("--device", type=NearChoice(("cpu", "cuda")), default="cpu", show_default=True, help="Where to run.")
@@ -325,6 +324,7 @@ COMMANDS = [
     logprob_command,
     taps_command,
     prefix_command,
+    nanovlm.command,
     cached_features_command,
     connectors_command,
     experts_command,

@@ -85,10 +85,16 @@ def test_spoken_questions_beside_typed_ones(runs, data, monkeypatch):
     monkeypatch.setattr(bench, "built_in", lambda options: data)
     monkeypatch.setattr(bench, "heard_by", heard_by)
     monkeypatch.setattr(VQASystem, "answer", answer)
-    section = bench.run(answering, hearing, 6, 0, "the command")
+    section = bench.run(answering, hearing, answering, 6, 0, "the command")
     rows = [bench.results.cells_of(line) for line in section.splitlines() if line.startswith("| ")][2:]
-    assert [row[0] for row in rows] == ["typed", "spoken, clean", "spoken, noise and echo"]
+    assert [row[0] for row in rows] == [
+        "typed",
+        "spoken, clean",
+        "spoken, noise and echo",
+        "spoken, clean, no transcript",
+    ]
     assert rows[1][2:] == ["1.0000", "at least 0.98", "0.0000"] and rows[2][2:] == ["0.0000", "", "1.0000"]
+    assert rows[3][2:] == ["1.0000", "at least 0.93", ""]
     monkeypatch.undo()
     texts = bench.heard_by(systems.load(hearing), read_vqa(data, "test").samples[:3], "clean", 0)
     assert len(texts) == 3 and all(isinstance(text, str) for text in texts)

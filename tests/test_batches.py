@@ -3,6 +3,7 @@
 import math
 import threading
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from PIL import Image
 from vqa_scratch.data.batches import IGNORE, Batch, Questions, Ragged, prefetch
 from vqa_scratch.data.groups import batches_by_image
 from vqa_scratch.data.images import ImageProcessor, Images
+from vqa_scratch.data.mapped import stamps
 from vqa_scratch.data.tokenizers import Tokenizers
 from vqa_scratch.data.vqa_v2 import VQASample, read_vqa
 from vqa_scratch.errors import UserError
@@ -218,6 +220,12 @@ def test_ragged():
     assert ids.tolist() == [[2, 2, 2], [3, 1, 9], [9, 9, 9]] and mask.sum(1).tolist() == [3, 2, 0]
     ids, mask = ragged.padded(range(3), pad=9, left=True)
     assert ids.tolist() == [[3, 1], [9, 9], [9, 5]] and mask.tolist() == [[True, True], [False, False], [False, True]]
+    again = Ragged(rows, np.array([3, 0, 0, 1]))
+    assert len(again.flat) == 6, "each is kept once"
+    for places in (again.places, Ragged([rows[3], rows[0], rows[0], rows[1]]).places):
+        where, inside = places(np.array([1, 0, 2, 3]))
+        assert inside.sum(1).tolist() == [2, 3, 2, 0] and len(where) == 7
+    assert again.padded(np.array([2, 1]), pad=9)[0].tolist() == [[3, 1], [3, 1]]
 
 
 def test_no_samples_are_refused(questions):
@@ -249,6 +257,21 @@ def test_kept_images_are_the_decoded_ones(questions, tmp_path):
     changed = Images(paths, ImageProcessor(size=(32, 32)))
     changed.cache_in(cache, progress=False)
     assert torch.equal(changed.batch([0]), changed.batch([1]))
+
+
+def test_the_stamp_of_a_file_is_of_its_real_place(tmp_path, monkeypatch):
+    """Whether the file, its folder or neither is a link, and the path relative or not."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "real").mkdir()
+    for name in ("a", "b"):
+        (tmp_path / "real" / name).write_text(name * 9)
+    (tmp_path / "folder").symlink_to("real")
+    (tmp_path / "real" / "file").symlink_to("b")
+    (tmp_path / "file").symlink_to("folder/file")
+    paths = [Path("real/a"), Path("folder/b"), Path("folder/file"), Path("file"), tmp_path / "folder" / "../file"]
+    of_each = [(path.resolve(), path.stat()) for path in paths]
+    lines = [f"{place}|{stat.st_size}|{stat.st_mtime_ns}\n".encode() for place, stat in of_each]
+    assert list(stamps(paths)) == lines and len(set(lines)) == 2
 
 
 def test_an_unreadable_image_leaves_no_file(questions, tmp_path):

@@ -31,6 +31,7 @@ RANKS = {
     "vqa_scratch.rl": 6,
     "vqa_scratch.study": 6,
     "vqa_scratch.systems": 7,
+    "vqa_scratch.language_model": 7,
     "vqa_scratch.zero_shot": 7,
     "vqa_scratch.speech": 7,
     "vqa_scratch.transcription": 7,

@@ -1,5 +1,6 @@
 """The live page in a browser: a test that clicks for everything it does, then what must not happen."""
 
+import base64
 import io
 import json
 import os
@@ -161,6 +162,36 @@ def test_a_question_is_spoken(made):
         assert visit.window.log() == []
 
 
+def test_of_a_run_that_hears_the_sound_stands_where_the_picture_does(made, tmp_path):
+    """What it answers is tested with the server; here what it is sent."""
+    asked = []
+
+    def ask(route):
+        asked.append(route.request.post_data_json)
+        route.fulfill(status=400, json={"error": "heard"})
+
+    with wave.open(str(tmp_path / "said.wav"), "wb") as sound:
+        sound.setparams((2, 2, 8000, 0, "NONE", ""))
+        sound.writeframes(bytes(4 * 4000))
+    with Visit(made.address) as visit:
+        visit.page.route("**/api/ask", ask)
+        visit.page.route("**/api/scenes*", lambda route: route.fulfill(json=[]))
+        models = [{"asked": "sound"}, {}]
+        visit.page.route(
+            "**/api/models",
+            lambda route: route.fulfill(json=[a | b for a, b in zip(route.fetch().json(), models, strict=True)]),
+        )
+        visit.page.goto(made.address)
+        visit.page.wait_for_selector("#voice")
+        assert not visit.page.locator("#scene-part").is_visible() and not visit.page.locator("#question").is_visible()
+        visit.page.set_input_files("#sound", tmp_path / "said.wav")
+        visit.page.wait_for_selector(".trouble:not([hidden])")
+        assert len(asked) == 1, "nothing is asked before there is a sound"
+        said = base64.b64decode(asked[0]["picture"]["sound"].removeprefix("data:audio/wav;base64,"))
+        with wave.open(io.BytesIO(said)) as sound:
+            assert sound.getparams()[:3] == (1, 2, 16000) and abs(sound.getnframes() - 8000) < 100
+
+
 # ---------------------------------------------------------------------------------------------- 2: the answer
 
 
@@ -207,8 +238,10 @@ def test_parts_are_switched_off_scaled_borrowed_and_taken_back(visit):
     visit.choose(".make .head", "head 1")
     visit.click(".make button", "studied")
     assert visit.count(".list li") == 1 and "head 1" in visit.text(".list li")
-    assert "Unchanged, the model says" in visit.text(".unchanged")
-    visit.until("answered", lambda: visit.page.locator(".list input").fill("1.5"))
+    assert "Unchanged, the model says" in visit.text(".unchanged") and visit.count(".thumb.off") == 1
+    with visit.page.expect_request("**/api/ask") as asked:
+        visit.until("answered", lambda: visit.page.locator(".list input").fill("1.5"))
+    assert asked.value.post_data_json["edits"][0]["scale"] == 1.5
     assert visit.text(".list output") == "× 1.5"
     visit.choose(".make .which", [o for o in visit.page.locator(".which option").all_inner_texts() if "MLP" in o][0])
     visit.click(".make button")

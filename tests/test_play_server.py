@@ -20,10 +20,11 @@ import torch
 from PIL import Image
 from run_helpers import by_hand, command, make_run, picture
 from test_systems import SYSTEMS
+from voice_helpers import small_recordings, tiny_options, tiny_system
 from vqa_helpers import CPU
 
 from vqa_scratch import systems
-from vqa_scratch.audio.reading import read_wav, write_wav
+from vqa_scratch.audio.reading import write_wav
 from vqa_scratch.commands.line import open_latest
 from vqa_scratch.commands.play import bind
 from vqa_scratch.data.scenes import render
@@ -47,10 +48,10 @@ RED = [{"shape": "circle", "color": "red", "size": "large", "x": 20, "y": 20.4}]
 class Live:
     """A server in a thread of this process, and requests to it."""
 
-    def __init__(self, models, token=None, hears=None):
+    def __init__(self, models, token=None, ears=None):
         bound, self.hosts = bind("127.0.0.1", 0)
         self.port, self.token, self.models = bound.getsockname()[1], token, models
-        self.server = Server(Play(models, hears), self.hosts, token)
+        self.server = Server(Play(models, ears, self.hosts, token))
         self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [bound]})
         self.thread.start()
 
@@ -86,7 +87,7 @@ def live(data, tmp_path_factory):
     models = [
         Played(folder.name, lambda folder=folder: open_latest(folder, "cpu", "fp32"), folder) for folder in folders
     ]
-    server = Live(models, hears=lambda data: f"{len(read_wav(data, 'the recording'))} samples")
+    server = Live(models, ears=SimpleNamespace(words=lambda wave: f"{len(wave)} samples"))
     yield SimpleNamespace(ask=server.ask, open=server.open, port=server.port, folders=folders, models=models, data=data)
     server.end()
 
@@ -254,11 +255,13 @@ def test_heads_are_knocked_out_one_by_one(live, state):
 @pytest.mark.parametrize("model", ["tokens", "prefix"])
 def test_the_numbers_of_any_head_that_reads_are_those_of_the_study(live, state, model):
     state = state | {"model": model}
-    study, name = live.ask("/api/study", state)[1], "decoder.0.cross" if model == "tokens" else "decoder.0.self"
-    status, found = live.ask("/api/number", state | {"name": name, "head": 1})
-    assert status == 200 and found == next(one for one in study["opened"] if (one["layer"], one["head"]) == (0, 1))
+    study = live.ask("/api/study", state)[1]
+    (opened,) = study["opened"]
+    name = study["attentions"]["cross"]["names"][opened["layer"]]
+    status, found = live.ask("/api/number", state | {"name": name, "head": opened["head"]})
+    assert status == 200 and found == opened and name.endswith("cross" if model == "tokens" else "self")
     heads = study["attributions"][0]["heads"][name.rpartition(".")[2]]
-    assert found["out"][0]["total"] == pytest.approx(heads[0][1], abs=1e-5)
+    assert found["out"][0]["total"] == pytest.approx(heads[opened["layer"]][opened["head"]], abs=1e-5)
     for changes, message in (
         ({"name": "image.0.self", "head": 0}, "reads no source"),
         ({"name": name, "head": 9}, "heads 0 to 1"),
@@ -275,8 +278,8 @@ WRONG = [
     ({"picture": {"objects": [RED[0] | {"x": float("nan")}]}}, "outside the 64 x 64 pixels"),
     ({"picture": {"objects": [RED[0] | {"color": "pink"}]}}, "object 1: 'pink' is none of red, green, blue"),
     ({"picture": {"objects": RED * 13}}, "a scene has at most 12 objects, not 13"),
-    ({"picture": {"data": "http://example.org/a.png"}}, "is a data URL"),
-    ({"picture": {"data": "data:image/png;base64,@@"}}, "the picture that was sent is no base64"),
+    ({"picture": {"data": "http://example.org/a.png"}}, "what is sent is a data URL: data:image"),
+    ({"picture": {"data": "data:image/png;base64,@@"}}, "what was sent is no base64"),
     ({"picture": {"data": "data:image/png;base64,AAAA"}}, "is not an image in one of the formats PNG"),
     ({"edits": [{"kind": "key", "key": 1}] * 65}, "at most 64 edits at once, not 65"),
     ({"edits": [{"kind": "head", "name": "decoder.0.cross", "head": 9}]}, "decoder.0.cross has heads 0 to 1, not 9"),
@@ -308,7 +311,7 @@ def test_a_fault_of_ours_gives_no_traceback(live, state, monkeypatch):
     assert status == 400 and answer == {"error": "the server failed at this request; its terminal says how"}
 
 
-@pytest.mark.parametrize("kind", ["vilt", "caption", "clip", "mean", "patches", "resampler"])
+@pytest.mark.parametrize("kind", ["vilt", "caption", "clip", "mean", "resampler"])
 def test_every_kind_of_system_is_played_with_what_it_has(data, tmp_path, kind):
     short = {"max_caption_tokens": 4} if kind == "caption" else {}
     options = BY_PRESET[SYSTEMS[kind]["preset"]](
@@ -343,6 +346,31 @@ def test_every_kind_of_system_is_played_with_what_it_has(data, tmp_path, kind):
         assert kind in ("vilt", "clip") and "it chooses its answer" in about["lacks"][0]
         with pytest.raises(UserError, match="it has no temperature"):
             list(answers.ask(played, state | {"temperature": 1}, job))
+
+
+def test_a_run_that_hears_is_played_with_a_sound(tmp_path):
+    data = small_recordings(tmp_path / "data", train=4, test=2)
+    system = tiny_system(tiny_options(tmp_path, data=data))
+    system.save(folder := tmp_path / "run")
+    save_weights(folder / "model.safetensors", system.model)
+    played = Played("voice", lambda: open_latest(folder, "cpu", "fp32"), folder)
+    played.worker.close()
+    assert played.about["asked"] == "sound" and played.pictures.scenes(3, 0) == [] and played.ears is not None
+    sound = base64.b64encode((data / "test0.wav").read_bytes()).decode()
+    state, job = {"picture": {"sound": f"data:audio/wav;base64,{sound}"}}, SimpleNamespace(send=json.dumps)
+    state["start"] = [1, played.system.vocabulary.end]  # a short answer
+    (plain,) = answers.ask(played, state, job)
+    changed = state | {"edits": [{"kind": "layer", "name": "decoder.1.cross"}]}
+    (study,) = answers.study(played, changed, job)
+    assert study["plain"]["answer"] == plain["answer"] and plain["image"] is None and study["sound"]["seconds"] > 0
+    assert max(study["certificate"][name] for name in ("mass", "output", "softmax")) <= 1e-5
+    for wrong, message in (
+        ({"objects": []}, "the picture has no 'sound'"),
+        ({"sound": "data:audio/wav;base64,AAAA"}, "the recording: no WAV"),
+        ({"sound": "data:image/png;base64,AAAA"}, "what is sent is a data URL: data:audio/"),
+    ):
+        with pytest.raises(UserError, match=message):
+            list(answers.ask(played, {"picture": wrong}, job))
 
 
 # ---------------------------------------------------------------------------------------------------- safety

@@ -65,7 +65,9 @@ def test_nothing_left_is_one_line(tmp_path):
         UserError, match="has no column for the transcript: call one transcript or transcription or text"
     ):
         read_recordings(table(tmp_path / "b", ["a.wav,x"], "audio,label"), "all", WINDOW)
-    with pytest.raises(UserError, match="holds no recordings of split train: neither a table nor sound files"):
+    with pytest.raises(
+        UserError, match="holds no recordings of split train: neither a table nor sound files .* with texts"
+    ):
         (tmp_path / "c").mkdir()
         read_recordings(tmp_path / "c", "train", WINDOW)
     with pytest.raises(UserError, match="not found: there is no such file or folder"):

@@ -261,7 +261,7 @@ def test_each_head_is_knocked_out_by_itself(name):
     for knocked in found[:: len(found) // 3]:
         changed(subject, {"kind": "head", "name": knocked.name, "head": knocked.head})
         now = answered(one)
-        assert (now.text, now.ids != whole.ids) == (knocked.answer, knocked.changed)
+        assert (now.answer, now.ids != whole.ids) == (knocked.answer, knocked.changed)
         if name != "pair":
             assert knocked.probability == pytest.approx(probability(one, whole.ids), abs=1e-6)
         subject.changes = ()

@@ -371,6 +371,9 @@ def test_a_change_stands_beside_the_unchanged_run(made, window):
         "return [...document.querySelectorAll('.difference canvas')].slice(0, 3).map(c => c.toDataURL())"
     )
     assert len(set(painted)) == 3
+    for theme in ("dark", "light"):
+        window.script(f"document.documentElement.dataset.theme = '{theme}'; drawn.update({{}})")
+        assert window.script(browser.AUDIT) == [], f"texts without contrast, {theme}"
     assert window.log() == []
 
 

@@ -233,7 +233,7 @@ def test_the_pace_of_each_kind_of_pass_is_measured():
     assert pace.begin("test") - now == pytest.approx(80 / 4, abs=0.1)
     pace.end(passes[1], now - 20, answered=40)
     assert pace.seconds["", False] == pytest.approx(0.5, abs=0.01) and pace.cut == {"test": "40 of 100"}
-    assert [pace.fitting(passes[1], until, 64) for until in (None, now - 1, now + 6.4, now + 99)] == [64, 1, 10, 64]
+    assert [pace.fitting(passes[1], until, 64) for until in (None, now - 1, now + 5.6, now + 99)] == [64, 1, 10, 64]
     assert pace.begin("ranking") - now == pytest.approx(80, abs=0.1) and pace.left == []
 
 

@@ -21,8 +21,8 @@ from vqa_scratch.data.voices import is_unseen
 from vqa_scratch.errors import UserError
 from vqa_scratch.metrics import word_error_rate
 from vqa_scratch.systems.voice_report import WAYS, error_rates
-from vqa_scratch.systems.voice_times import _spelled
 from vqa_scratch.transcription import window
+from vqa_scratch.transcription.words import Word, by_letters, spans_of
 
 
 @pytest.fixture(scope="module")
@@ -177,11 +177,24 @@ def test_a_silent_batch_pays_nothing(system):
 
 def test_times_of_words_on_a_path():
     """Letters of "a be": the space is of no word; times in states of 20 ms."""
-    path = np.array([-1, 0, 0, -1, 1, 2, -1, 3, -1])
-    assert _spelled(path, letters_of("a be")) == [
+    path = [-1, 0, 0, -1, 1, 2, -1, 3, -1]
+    assert spans_of(letters_of("a be"), path) == [
         (0.02, pytest.approx(0.06)),
         (pytest.approx(0.1), pytest.approx(0.16)),
     ]
+
+
+def test_words_are_timed_by_their_letters():
+    """Logits that spell "a be" in nine states; what CTC cannot spell keeps its times."""
+    logits = torch.zeros(1, 9, 1 + len(ALPHABET))
+    logits[0, range(9), [0, 3, 3, 0, 1, 4, 0, 7, 0]] = 9.0
+    words = [(Word(" A", 0.5, 0.6, 0.9), 1), (Word(" be?", 0.6, 0.7, 0.8), 2)]
+    (one, _), (two, count) = by_letters(words, logits)
+    assert (one.start, one.end, two.start, two.end) == pytest.approx((0.02, 0.06, 0.1, 0.16))
+    assert (one.text, two.text, two.probability, count) == (" A", " be?", 0.8, 2)
+    for text in (" \u00e9", " 42", " far too long to be said in half a second"):
+        told = [(Word(text, 0.5, 0.6, 0.9), 1)]
+        assert by_letters(told, logits.repeat(1, 3, 1)) == told
 
 
 # ------------------------------------------------------------------------------------------------ a run

@@ -5,6 +5,7 @@ preset. Nothing here imports torch, so that --help and a mistyped flag are answe
 """
 
 import difflib
+import gc
 import io
 import os
 import re
@@ -185,11 +186,6 @@ def value_in(argv: Sequence[str], option: click.Option) -> Any:
     return value
 
 
-def peek(argv: Sequence[str], name: str, choices: Sequence[str]) -> str:
-    """`value_in` of a flag with these choices, of which an error names the nearest; the first if it is not given."""
-    return value_in(argv, click.Option([name, "found"], type=NearChoice(choices), default=choices[0]))
-
-
 def with_config(argv: Sequence[str]) -> list[str]:
     """The command line with the flags of its `--config FILE` in front, so that those given directly win.
 
@@ -233,7 +229,7 @@ def parse(
     argv = with_config(argv)
     check_arguments(argv)
     class_of = {name: options_class for options_class in classes for name in choices_of(options_class, "preset")}
-    preset = peek(argv, "--preset", tuple(class_of))
+    preset = value_in(argv, click.Option(["--preset"], type=NearChoice(class_of), default=next(iter(class_of))))
     options_class, values = class_of[preset], {"preset": preset} | dict(presets[preset])
     others = ", ".join(name for name in class_of if name != preset)
     config = Flag(
@@ -336,6 +332,8 @@ def errors_in_one_line() -> Iterator[None]:
 def run_program(main: Callable[..., Any], *args: Any) -> NoReturn:
     """Call `main(*args)` and exit with 0, with 128 + n if it returns the signal n that stopped it, or after an error as
     `errors_in_one_line` does."""
+    gc.set_threshold(700, 10, 1000)  # half a million objects of torch stay: to go through all of them is seldom of use
     with errors_in_one_line():
         stopped = main(*args)
+    gc.freeze()  # nor at the end, where it takes half a second
     sys.exit(128 + stopped if isinstance(stopped, int) else 0)

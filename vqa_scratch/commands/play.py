@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 from vqa_scratch.command_line import Flag, GroupedCommand
-from vqa_scratch.commands.line import DEVICE, FOLDER, MODEL, PRECISION, open_asked, open_latest
+from vqa_scratch.commands.line import DEVICE, FOLDER, MODEL, PRECISION, open_asked, open_ears, open_latest
 from vqa_scratch.errors import UserError
 
 PORT = 8321  # unless it is taken
@@ -25,7 +25,7 @@ HERE, WHERE = ("127.0.0.1", "localhost"), "Server"
     params=[
         click.Argument(["runs"], type=FOLDER, nargs=-1, metavar="[RUN] [RUN2]"),
         MODEL,
-        Flag(["--voice-model"], help="What hears a spoken question: a Whisper (folder, .pt file, Hub id)."),
+        Flag(["--voice-model"], help="What hears spoken questions: a run of preset voice, or a Whisper."),
         Flag(["--host"], default=HERE[0], help="Address to serve; others may come to another than this.", group=WHERE),
         Flag(
             ["--port"], type=click.IntRange(0, 65535), help="Else a free one if it is taken.", shown=PORT, group=WHERE
@@ -57,13 +57,10 @@ def play(
         import starlette, uvicorn  # noqa: E401, F401, I001
     except ImportError:
         raise UserError("play needs starlette and uvicorn: pip install 'vqa-scratch[play]'") from None
-    from vqa_scratch.audio.reading import read_wav
     from vqa_scratch.play.models import Played
     from vqa_scratch.play.server import Play, Server
     from vqa_scratch.study.opened import run_name
     from vqa_scratch.systems.run_folder import newest_run
-    from vqa_scratch.training.precision import pick_device
-    from vqa_scratch.transcription import open_transcriber
 
     if len(runs) + (model is not None) > 2:
         raise UserError("the page shows one model, or two side by side")
@@ -74,10 +71,7 @@ def play(
         opens.append((run_name(Path(model)), lambda: (open_asked(None, model, **how), None), None))
     same = len({name for name, _, _ in opens}) < len(opens)
     models = [Played(f"{name} {i}" if same else name, *more) for i, (name, *more) in enumerate(opens, 1)]
-    hears = None
-    if voice_model is not None:
-        listening = open_transcriber(voice_model, pick_device(how["device"]), how["precision"])
-        hears = lambda data: listening.words(read_wav(data, "the recording"))  # noqa: E731
+    ears = None if voice_model is None else open_ears(voice_model, **how)
     token = None if host in HERE else secrets.token_urlsafe(16)
     if token is not None:
         print("warning: whoever learns this address can use the page; nothing is encrypted on the way", file=sys.stderr)
@@ -85,16 +79,17 @@ def play(
     print(f"{' and '.join(played.name for played in models)}: {address} (Ctrl-C ends)", flush=True)
     if browser:
         threading.Thread(target=webbrowser.open, args=(address,), daemon=True).start()
-    Server(Play(models, hears), None if host == "0.0.0.0" else hosts, token).run(sockets=[bound])
+    Server(Play(models, ears, None if host == "0.0.0.0" else hosts, token)).run(sockets=[bound])
 
 
 def bind(host: str, port: int | None) -> tuple[socket.socket, list[str]]:
     """A socket that listens, and the names that a browser may call it by. Raises UserError if there is none."""
-    why = ""
-    for wanted in [PORT, 0] if port is None else [port]:
-        try:
-            bound = socket.create_server((host, wanted), backlog=1024)
-            return bound, [f"{name}:{bound.getsockname()[1]}" for name in (HERE if host in HERE else (host,))]
-        except OSError as error:
-            why = error.strerror or str(error)
-    raise UserError(f"cannot serve at {host}, port {port or PORT}: {why}; give another --host or --port")
+    try:
+        bound = socket.create_server((host, PORT if port is None else port), backlog=1024)
+        return bound, [f"{name}:{bound.getsockname()[1]}" for name in (HERE if host in HERE else (host,))]
+    except OSError as error:
+        if port is None:
+            return bind(host, 0)
+        raise UserError(
+            f"cannot serve at {host}, port {port}: {error.strerror}; give another --host or --port"
+        ) from None

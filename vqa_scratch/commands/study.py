@@ -24,7 +24,7 @@ ONE, SPLIT = "One answer", "Over a split"
         Flag(["--image"], type=FOLDER, help="Image file (a run of train.py, or --model).", group=ONE),
         Flag(["--voice"], type=FOLDER, help="Sound file (a run of preset voice, or --model, a Whisper).", group=ONE),
         Flag(["--question"], help="Question about the image.", group=ONE),
-        Flag(["--text"], help="Text to compare with the image (preset clip); text file (rlhf.py, any T5).", group=ONE),
+        Flag(["--text"], help="Compared with the image (preset clip); a file to read (language models).", group=ONE),
         Flag(["--compare"], type=FOLDER, help="A second run, side by side on the same input.", group=ONE),
         Flag(["--pointing"], type=FOLDER, help="Built-in data set: do maps point at the right object?", group=SPLIT),
         Flag(["--faithfulness"], type=FOLDER, help="Data folder: deletion and insertion curves.", group=SPLIT),
@@ -67,7 +67,8 @@ def study(
       python -m vqa_scratch study runs/clip --image photo.jpg --text "a brown dog" --out study/
       python -m vqa_scratch study --model whisper-tiny --voice question.wav --out study/
     """
-    from vqa_scratch.commands.study_files import open_input, run_folder, write_study
+    from vqa_scratch.commands.study_files import open_input, write_study
+    from vqa_scratch.language_model import LanguageModel
     from vqa_scratch.storage import check_writable, write_json
     from vqa_scratch.study.opened import run_name
     from vqa_scratch.study.record import take_apart
@@ -99,7 +100,9 @@ def study(
         return
     if ablation is not None and model is not None:
         raise UserError("--ablation scores the answers of a run: it does not go with --model")
-    system = open_asked(run and run_folder(run), model, device, precision or "fp32")
+    system = open_asked(run, model, device, precision or "fp32")
+    if isinstance(system, LanguageModel):
+        raise UserError(f"{asked[0]} goes over questions about images, and {run or model} reads texts")
     if faithfulness is not None and system.asked != "question":
         raise UserError(f"--faithfulness goes over questions, and {run} is asked none")
     figures: dict[str, Any] = {"run": run_name(run or Path(str(model))), "split": split}

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from vqa_scratch.data.groups import batches_by_image, batches_in_order
 from vqa_scratch.data.images import Images
-from vqa_scratch.data.tokenizers import Tokenizers, encode_unique
+from vqa_scratch.data.tokenizers import Tokenizers, distinct
 from vqa_scratch.data.vqa_v2 import VQASample
 
 IGNORE = -100  # the label of a token without a loss, as in F.cross_entropy
@@ -30,13 +30,14 @@ Item = TypeVar("Item")
 
 
 class Ragged:
-    """Many short id sequences in one flat array."""
+    """Many short id sequences in one flat array; with `which`, row i is `rows[which[i]]`: equal ones are kept once."""
 
-    def __init__(self, rows: Iterable[Sequence[int]]) -> None:
+    def __init__(self, rows: Iterable[Sequence[int]], which: np.ndarray | None = None) -> None:
         rows = list(rows)
-        self.lengths = np.array([len(row) for row in rows], dtype=np.int64)
-        self.starts = self.lengths.cumsum() - self.lengths
-        self.flat = np.fromiter(chain.from_iterable(rows), dtype=np.int32, count=self.lengths.sum())
+        lengths = np.array([len(row) for row in rows], dtype=np.int64)
+        self.flat = np.fromiter(chain.from_iterable(rows), dtype=np.int32, count=lengths.sum())
+        chosen = slice(None) if which is None else which
+        self.lengths, self.starts = lengths[chosen], (lengths.cumsum() - lengths)[chosen]
 
     def places(self, rows: np.ndarray, *, left: bool = False) -> tuple[np.ndarray, np.ndarray]:
         """Where the ids of the chosen rows are in `flat`, row by row, and the mask (B, T) of a batch of them.
@@ -141,7 +142,7 @@ class ImageGroups(ABC):
         self.image_paths = list(paths.values())
         self.image_of = np.array([positions[sample.image_id] for sample in samples])  # the position of each row's image
         self.of_image: list[list[int]] = [[] for _ in positions]
-        for row, image in enumerate(self.image_of):
+        for row, image in enumerate(self.image_of.tolist()):
             self.of_image[image].append(row)
 
     @abstractmethod
@@ -183,16 +184,17 @@ class Questions(ImageGroups):
         self.tokenizers = tokenizers
         self.fill = tokenizers.decoder.pad_id or 0
         self.cached: Callable[[np.ndarray], tuple[Tensor, Tensor]] | None = None  # states of the frozen text encoder
-        questions, start = [s.question for s in samples], tokenizers.start_id
-        self.ids = Ragged(encode_unique(questions, tokenizers.question))
-        prompts = [[*prompt, start] for prompt in encode_unique(questions, tokenizers.prompt)]
-        answers = encode_unique([s.answer for s in samples], tokenizers.answer)  # BOS first, EOS last
-        pairs = list(zip(prompts, answers, strict=True))
-        self.prompts = Ragged(prompts)
-        self.decoder_ids = Ragged(prompt + answer[1:-1] for prompt, answer in pairs)
-        self.labels = Ragged(
-            (prompt[1:] if question_loss else [IGNORE] * (len(prompt) - 1)) + answer[1:] for prompt, answer in pairs
-        )
+        questions, asked = distinct(s.question for s in samples)
+        answers, said = distinct(s.answer for s in samples)
+        self.ids, start = Ragged(map(tokenizers.question, questions), asked), tokenizers.start_id
+        prompts = [[*tokenizers.prompt(text), start] for text in questions]
+        written = list(map(tokenizers.answer, answers))  # BOS first, EOS last
+        self.prompts = Ragged(prompts, asked)
+        pairs, which = distinct(zip(asked.tolist(), said.tolist(), strict=True))
+        both = [(prompts[question], written[answer]) for question, answer in pairs]
+        self.decoder_ids = Ragged((prompt + answer[1:-1] for prompt, answer in both), which)
+        asks = (prompt[1:] if question_loss else [IGNORE] * (len(prompt) - 1) for prompt, _ in both)
+        self.labels = Ragged((ask + answer[1:] for ask, (_, answer) in zip(asks, both, strict=True)), which)
 
     def prompt_batch(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
         """What the decoder reads before the answer: ids (B, P) and mask (B, P), padded on the left, BOS last."""

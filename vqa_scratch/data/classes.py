@@ -14,7 +14,7 @@ from torch import Tensor
 from vqa_scratch.data.answers import AnswerList, SoftTargets
 from vqa_scratch.data.batches import ImageBatch, ImageGroups, Ragged
 from vqa_scratch.data.images import Images
-from vqa_scratch.data.tokenizers import Tokenizers, encode_unique
+from vqa_scratch.data.tokenizers import Tokenizers, distinct
 from vqa_scratch.data.vqa_v2 import VQASample
 
 
@@ -47,7 +47,8 @@ class ClassQuestions(ImageGroups):
     def __init__(self, samples: Sequence[VQASample], tokenizers: Tokenizers, answers: AnswerList) -> None:
         super().__init__(samples)
         self.tokenizers = tokenizers
-        self.ids = Ragged(encode_unique([s.question for s in samples], tokenizers.question))
+        questions, which = distinct(s.question for s in samples)
+        self.ids = Ragged(map(tokenizers.question, questions), which)
         self.targets = SoftTargets(samples, answers)
 
     def batch(self, rows: np.ndarray, images: Images, *, image_map: np.ndarray | None = None) -> ClassBatch:

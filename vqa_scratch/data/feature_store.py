@@ -22,6 +22,7 @@ from tqdm import tqdm
 from vqa_scratch.data.batches import Questions, Ragged
 from vqa_scratch.data.images import Images
 from vqa_scratch.data.mapped import mapped_array
+from vqa_scratch.data.tokenizers import distinct
 
 IMAGES_AT_ONCE, QUESTIONS_AT_ONCE = 32, 256
 WITHOUT = "--no-feature-cache"
@@ -133,10 +134,11 @@ class TextFeatures(Features):
         width: int,
         dtype: torch.dtype,
     ) -> None:
-        own = [tuple(part.tolist()) for part in np.split(questions.ids.flat, questions.ids.starts[1:])]
+        spans, which = distinct(zip(questions.ids.starts.tolist(), questions.ids.lengths.tolist(), strict=True))
+        own = [tuple(questions.ids.flat[start : start + length].tolist()) for start, length in spans]
         self.unique = sorted(set(own), key=lambda ids: (len(ids), ids))  # sorted by length: little padding
         place = {ids: number for number, ids in enumerate(self.unique)}
-        self.which = np.array([place[ids] for ids in own])  # (questions,): the number of each in `unique`
+        self.which = np.array([place[ids] for ids in own])[which]  # (questions,): the number of each in `unique`
         self.encode, self.ids = encode, Ragged(self.unique)
         super().__init__(encoder, folder, dtype, (len(self.ids.flat), width), len(self.unique), QUESTIONS_AT_ONCE)
 

@@ -16,10 +16,10 @@ def facts(samples: Sequence[VQASample]) -> Iterable[tuple[Any, ...]]:
 
     Folders are left out, so data may be moved.
     """
-    images: dict[Path, int] = {}
+    images: dict[Path, tuple[str, int]] = {}
     for s in samples:
-        image = images.setdefault(s.image_path, len(images))
-        yield s.question_id, s.question, s.answer, s.answers, s.image_path.name, image
+        image = images.get(s.image_path) or images.setdefault(s.image_path, (s.image_path.name, len(images)))
+        yield s.question_id, s.question, s.answer, s.answers, *image
 
 
 def hashes_of(splits: Mapping[str, Iterable[Any]]) -> Hashes:

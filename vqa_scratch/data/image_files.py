@@ -104,16 +104,15 @@ def data_url(image: Image.Image, largest: int) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
 
 
-def from_data_url(address: str, most: int, formats: tuple[str, ...]) -> Image.Image:
-    """The image in a data URL, with at most so many pixels. Raises UserError for anything else."""
-    kind, _, coded = address.partition(";base64,")
-    if not kind.startswith("data:image/") or not coded:
-        raise UserError("a picture that is sent is a data URL: data:image/png;base64,...")
+def bytes_in(address: str, kind: str) -> bytes:
+    """The bytes in a data URL of a kind, image or audio. Raises UserError for anything else."""
+    about, _, coded = address.partition(";base64,")
+    if not about.startswith(f"data:{kind}/") or not coded:
+        raise UserError(f"what is sent is a data URL: data:{kind}/...;base64,...")
     try:
-        data = base64.b64decode(coded, validate=True)
+        return base64.b64decode(coded, validate=True)
     except binascii.Error:
-        raise UserError("the picture that was sent is no base64") from None
-    return decode_image(io.BytesIO(data), "the picture that was sent", most=most, formats=formats)
+        raise UserError("what was sent is no base64") from None
 
 
 def is_small(image: Image.Image) -> bool:

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from vqa_scratch.data.image_config import HALF, read_fields, write_fields
 from vqa_scratch.data.image_files import load_image, pad, to_rgb
-from vqa_scratch.data.mapped import mapped_array
+from vqa_scratch.data.mapped import mapped_array, stamps
 from vqa_scratch.errors import UserError, naming
 from vqa_scratch.storage import read_object, typed, write_json
 from vqa_scratch.weights.hub import locate
@@ -215,9 +215,8 @@ class Images:
         key = hashlib.blake2b(repr(self.processor.to_hf()).encode(), digest_size=12)
         if self.upright:  # without it the name is that of earlier versions, whose files stay good
             key.update(b"upright\n")
-        for path in self.paths:
-            stat = path.stat()
-            key.update(f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}\n".encode())
+        for stamp in stamps(self.paths):
+            key.update(stamp)
         return key.hexdigest()
 
     def cache_in(self, folder: Path, *, progress: bool = True) -> None:

@@ -1,7 +1,8 @@
 """Keeps arrays that are too large for memory: each is written to a file once, row by row, and mapped from then on."""
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -45,3 +46,13 @@ def mapped_array(
     array = _mapped(path, shape, dtype)
     assert array is not None, f"the blocks do not make an array of {shape}"
     return array
+
+
+def stamps(paths: Iterable[Path]) -> Iterator[bytes]:
+    """Of each file its real place, size and time, as a line: what a file made of them depends on."""
+    real = cache(os.path.realpath)  # of the folders: to ask it of each file takes far longer than to look at it
+    for path in map(os.fspath, paths):
+        folder, name = os.path.split(path)
+        place = os.path.realpath(path) if os.path.islink(path) else os.path.join(real(folder), name)
+        stat = os.stat(path)
+        yield f"{place}|{stat.st_size}|{stat.st_mtime_ns}\n".encode()

@@ -240,19 +240,16 @@ def _image(folder: Path, where: str, value: Any, cache: Path) -> tuple[str, Path
     return name, find_image(folder, name)
 
 
+_remove_left = functools.cache(remove_unfinished)  # what killed processes left in a folder, once
+
+
 def _stored(data: bytes, cache: Path) -> tuple[str, Path]:
     """A picture that came as bytes, in a file named by their hash."""
-    remove_left_in(cache / "pictures")
+    _remove_left(cache / "pictures")
     path = cache / "pictures" / hashlib.blake2b(data, digest_size=16).hexdigest()
     if not path.is_file():
         write_whole(path, lambda unfinished: unfinished.write_bytes(data))
     return path.name, path
-
-
-@functools.cache
-def remove_left_in(folder: Path) -> None:
-    """Remove what killed processes left there, once."""
-    remove_unfinished(folder)
 
 
 def find_image(folder: Path, name: str) -> Path | None:

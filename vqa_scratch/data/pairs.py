@@ -14,7 +14,7 @@ from torch import Tensor
 
 from vqa_scratch.data.batches import ImageBatch, ImageGroups, Ragged
 from vqa_scratch.data.images import Images
-from vqa_scratch.data.tokenizers import Tokenizers, encode_unique
+from vqa_scratch.data.tokenizers import Tokenizers, distinct
 from vqa_scratch.data.vqa_v2 import VQASample
 
 
@@ -46,10 +46,9 @@ class Captions(ImageGroups):
 
     def __init__(self, samples: Sequence[VQASample], tokenizers: Tokenizers, width: int | None) -> None:
         super().__init__(samples)
-        captions = [sample.answer for sample in samples]
+        captions, self.texts = distinct(sample.answer for sample in samples)  # `texts`: the number of each caption
         self.pad, self.width = tokenizers.by_name["text"].pad_id or 0, width
-        self.ids = Ragged(encode_unique(captions, tokenizers.question))
-        self.texts = np.unique(captions, return_inverse=True)[1]
+        self.ids = Ragged(map(tokenizers.question, captions), self.texts)
 
     def pairs_of(self, seed: int, epoch: int, pairs_per_step: int) -> list[np.ndarray]:
         """The rows of every batch of an epoch: each image once, with one of its captions, about `pairs_per_step` a

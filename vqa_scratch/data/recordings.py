@@ -72,13 +72,15 @@ def _beside_texts(folder: Path, split: str) -> tuple[Path, list[Listed]]:
     """The sound files below a folder, or below that of the split, with the text file beside each."""
     places = [folder / name for name in names_of(split) if (folder / name).is_dir()]
     files = sorted(path for path in (places or [folder])[0].rglob("*") if path.suffix.lower() in SOUNDS)
-    if not files:
+    if not any(file.with_suffix(".txt").is_file() for file in files):
         kinds = ", ".join(SOUNDS)
-        raise UserError(f"{folder} holds no recordings of split {split}: neither a table nor sound files ({kinds})")
+        raise UserError(
+            f"{folder} holds no recordings of split {split}: neither a table nor sound files ({kinds}) with texts"
+        )
     if not places and split != "all":
         chosen = shares_of(split, files, str(folder), "recordings")
         files = [file for file in files if file in chosen]
-    texts = ((file, file.with_suffix(".txt")) for file in files)
+    texts = [(file, file.with_suffix(".txt")) for file in files]
     found = [(file, read_text(text).strip() if text.is_file() else "") for file, text in texts]
     return folder, [Listed(str(file), str(file.relative_to(folder)), file, text) for file, text in found]
 

@@ -21,11 +21,12 @@ from torch import Tensor
 from vqa_scratch.audio.features import log_mel
 from vqa_scratch.data.batches import IGNORE, Ragged, TensorBatch
 from vqa_scratch.data.spelled import spell_numbers
-from vqa_scratch.data.tokenizers import Tokenizers, encode_unique
+from vqa_scratch.data.tokenizers import Tokenizers, distinct
 from vqa_scratch.data.voices import Span, Speaker, sentences, speak, with_echo, with_noise
 from vqa_scratch.errors import UserError
 
 ALPHABET = " 'abcdefghijklmnopqrstuvwxyz"  # CTC's labels, from 1 on; 0 is the blank
+SPACE = 1 + ALPHABET.index(" ")
 LOUD = 2.0  # from the loudest place of a log-mel to silence
 CLEAN, HARD = "clean", "noise and echo"
 DRAWN = ("train", "val", "test")
@@ -170,11 +171,12 @@ class Utterances:
 
     def __init__(self, samples: Sequence[Utterance], tokenizers: Tokenizers, prompt: Sequence[int], frames: int):
         self.samples, self.frames = list(samples), frames
-        said = encode_unique([one.text for one in samples], lambda text: [*prompt, *tokenizers.answer(text)[1:]])
+        texts, which = distinct(one.text for one in samples)
+        said = [[*prompt, *tokenizers.answer(text)[1:]] for text in texts]
         self.fill = tokenizers.end_id
-        self.inputs = Ragged(ids[:-1] for ids in said)
-        self.labels = Ragged([IGNORE] * (len(prompt) - 1) + ids[len(prompt) :] for ids in said)
-        self.letters = Ragged(encode_unique([one.text for one in samples], letters_of))
+        self.inputs = Ragged((ids[:-1] for ids in said), which)
+        self.labels = Ragged(([IGNORE] * (len(prompt) - 1) + ids[len(prompt) :] for ids in said), which)
+        self.letters = Ragged(map(letters_of, texts), which)
 
     def epoch(self, seed: int, number: int, per_step: int) -> list[np.ndarray]:
         """The rows of each step of an epoch: every utterance once; it depends on the arguments alone."""

@@ -1,14 +1,20 @@
 """Turns questions and answers into ids: the tokenizers of a run, and the limits on the lengths."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Hashable, Iterable
+from typing import TypeVar
+
+import numpy as np
 
 from vqa_scratch.data.text import Tokenizer, answer_ids
 
+H = TypeVar("H", bound=Hashable)
 
-def encode_unique(texts: Sequence[str], encode: Callable[[str], list[int]]) -> list[list[int]]:
-    """`encode` of every text, called once for each different one."""
-    known: dict[str, list[int]] = {}
-    return [known[text] if text in known else known.setdefault(text, encode(text)) for text in texts]
+
+def distinct(items: Iterable[H]) -> tuple[list[H], np.ndarray]:
+    """(each different item once, which of them each item is)."""
+    numbers: dict[H, int] = {}
+    which = np.array([numbers.setdefault(item, len(numbers)) for item in items])
+    return list(numbers), which
 
 
 class Tokenizers:

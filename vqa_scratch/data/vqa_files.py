@@ -1,11 +1,10 @@
-"""The files of VQA v2 on disk: their names, where they and the images are found, and how they are parsed.
+"""The files of VQA v2 on disk: their names, where they and the images are found, and what is read of them.
 
 Names follow the public release of VQA v2 (Goyal et al., CVPR 2017), which names images as MS COCO does.
 """
 
 import os
 import re
-import sys
 from collections import Counter
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
@@ -13,7 +12,6 @@ from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 from vqa_scratch.errors import UserError, in_a_line, some
-from vqa_scratch.storage import read_json, typed
 
 SUBTYPES = {"train": "train2014", "val": "val2014", "test": "test2015", "test-dev": "test-dev2015"}
 IMAGE_SUFFIXES = (".jpg", ".png", ".jpeg")
@@ -233,56 +231,3 @@ def first_images(samples: list[VQASample], number: int | None) -> list[VQASample
     """The samples of the first `number` images, all of them if it is None."""
     kept = set(list(dict.fromkeys(sample.image_id for sample in samples))[:number])
     return [sample for sample in samples if sample.image_id in kept]
-
-
-@dataclass(frozen=True)
-class Annotation:
-    """What an annotation file says about one question."""
-
-    image_id: int | str
-    question_type: str
-    answer_type: str
-    answers: tuple[str, ...]
-    answer: str
-
-
-def load_annotations(path: Path) -> tuple[dict[int | str, Annotation], Counter[str]]:
-    """{question_id: Annotation} and a count of what is allowed but unusual.
-
-    While the file is parsed, each of the 4.4 million answers of train2014 becomes an interned string, so that their
-    dicts are never all in memory.
-    """
-    notes: Counter[str] = Counter()
-
-    def reduce(entry: dict[str, Any]) -> Any:
-        if isinstance(entry.get("answer"), str) and "question_id" not in entry:
-            if "answer_id" not in entry:
-                notes["answers without answer_id (the official script would score them differently)"] += 1
-            return sys.intern(entry["answer"])
-        return entry
-
-    ids = {"question_id": int | str, "image_id": int | str}
-    types = ids | {"question_type": str, "answer_type": str, "answers": list}
-    result: dict[int | str, Annotation] = {}
-    raw = entries(path, read_json(path, reduce), "annotations")
-    raw.reverse()  # popped from the end: each entry is freed as soon as it is read
-    total = len(raw)
-    while raw:
-        entry = raw.pop()
-        where = f"{path}: annotations[{total - len(raw) - 1}]"
-        question_id, image_id, question_type, answer_type, answers = typed(where, entry, types)
-        if not answers:
-            raise UserError(f"{where} (question {question_id}) has no answers")
-        bad = [answer for answer in answers if not isinstance(answer, str)]
-        if bad:
-            raise UserError(f"{where} (question {question_id}) has an answer without a text: {bad[0]!r}")
-        if question_id in result:
-            notes["second annotations of a question (of two, the later counts)"] += 1
-        if len(answers) != 10:
-            notes["questions with other than ten answers"] += 1
-        majority = entry.get("multiple_choice_answer")
-        if not isinstance(majority, str):
-            majority = Counter(answers).most_common(1)[0][0]
-        question_type, answer_type, majority = map(sys.intern, (question_type, answer_type, majority))
-        result[question_id] = Annotation(image_id, question_type, answer_type, tuple(answers), majority)
-    return result, notes

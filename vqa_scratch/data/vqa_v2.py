@@ -16,10 +16,10 @@ from typing import Any, TypeVar
 from tqdm import tqdm
 
 from vqa_scratch.data.image_files import load_image
+from vqa_scratch.data.official import read_official
 from vqa_scratch.data.own import SPLITS, find_tables, names_of, open_own, splits_of
 from vqa_scratch.data.tables import TABLES
 from vqa_scratch.data.vqa_files import (
-    Annotation,
     ImageFolder,
     OpenedSplit,
     ReadReport,
@@ -28,34 +28,35 @@ from vqa_scratch.data.vqa_files import (
     VQAFiles,
     VQASample,
     annotations_name,
-    entries,
     find_file,
     image_subtype_of,
-    load_annotations,
     questions_name,
     subtype_in,
     subtype_of,
 )
 from vqa_scratch.errors import UserError
-from vqa_scratch.storage import read_json, typed
 
 T = TypeVar("T")
 
 
-def open_source(source: str | Path | VQAFiles, split: str, cache: Path = Path("cache")) -> OpenedSplit:
+def open_source(
+    source: str | Path | VQAFiles, split: str, cache: Path = Path("cache"), keep: bool = False
+) -> OpenedSplit:
     """A split of a folder with VQA v2 files, of a table, or of a folder with tables (`data/own.py`).
 
-    A split that is itself the name of a table is that table. Raises UserError if there is no such split.
+    A split that is itself the name of a table is that table; the rest as in `read_vqa`. Raises UserError if there is no
+    such split.
     """
+    columns = cache if keep else None
     if isinstance(source, VQAFiles):
         for path in filter(None, (source.questions, source.annotations)):
             if not Path(path).is_file():
                 raise UserError(f"{path} not found: there is no such file")
-        return open_official(source, split)
+        return open_official(source, split, columns)
     found = find_split(Path(source), split)
     if found is None:
         raise UserError(nothing_of(Path(source), split))
-    return open_official(found, split) if isinstance(found, VQAFiles) else open_own(*found, cache)
+    return open_official(found, split, columns) if isinstance(found, VQAFiles) else open_own(*found, cache)
 
 
 def find_split(source: Path, split: str) -> VQAFiles | tuple[list[Path], str] | None:
@@ -134,35 +135,23 @@ def official_files(folder: Path, split: str) -> VQAFiles | None:
     return VQAFiles(questions, annotations, folder)
 
 
-def open_official(files: VQAFiles, split: str) -> OpenedSplit:
+def open_official(files: VQAFiles, split: str, cache: Path | None = None) -> OpenedSplit:
     """A split in the format of VQA v2. Raises UserError if its files are broken or the folder of images is missing."""
-    content = read_json(files.questions)
-    questions = entries(files.questions, content, "questions")
-    (named,) = typed(files.questions, content, {"data_subtype": str | None})
-    subtype = named or subtype_in(files.questions.name) or subtype_of(split)
+    read = read_official(files, cache)
+    subtype = read.subtype or subtype_in(files.questions.name) or subtype_of(split)
     finder = ImageFolder(Path(files.images), image_subtype_of(subtype))
     paths = {"questions": files.questions, "annotations": files.annotations, "images": finder.folder}
-    annotations, notes = load_annotations(files.annotations) if files.annotations else (None, Counter())
-    types = {"question_id": int | str, "image_id": int | str, "question": str}
 
     def entry(position: int) -> SplitEntry:
-        where = f"{files.questions}: questions[{position}]"
-        question_id, image_id, question = typed(where, questions[position], types)
-        found, problem = Annotation(image_id, "", "", (), ""), None
-        if annotations is not None:
-            problem = "the question has no annotation" if question_id not in annotations else None
-            found = annotations.get(question_id, found)
-        if found.image_id != image_id:
-            problem = "the annotation is about another image"
-        if not question.strip():
-            problem = "the question is empty"
+        question_id, image_id, question, kind, answer_type, answers, answer, problem = read.questions[position]
         image = finder.find(image_id)
         path = image or finder.folder / finder.names_for(image_id)[0]
-        kinds = (found.question_type, found.answer_type)
-        sample = VQASample(image_id, path, question_id, question.strip(), *kinds, found.answers, found.answer, False)
-        return SplitEntry(sample, image is not None, problem)
+        sample = VQASample(image_id, path, question_id, question, kind, answer_type, answers, answer, False)
+        return SplitEntry(sample, image is not None, problem or None)
 
-    return OpenedSplit("questions", paths, len(questions), entry, annotations is not None, notes, upright=False)
+    return OpenedSplit(
+        "questions", paths, len(read.questions), entry, read.annotated, Counter(read.notes), upright=False
+    )
 
 
 def _is_readable(path: Path) -> bool:
@@ -209,7 +198,12 @@ class Limits:
 
 
 def read_vqa(
-    source: str | Path | VQAFiles, split: str = "train", *, cache: Path = Path("cache"), **limits: Any
+    source: str | Path | VQAFiles,
+    split: str = "train",
+    *,
+    cache: Path = Path("cache"),
+    keep: bool = False,
+    **limits: Any,
 ) -> VQAData:
     """Reads one split of a data set: the files of VQA v2, or a table of one's own (see `open_source`).
 
@@ -217,13 +211,14 @@ def read_vqa(
     split  -- "train", "val", "test", "test-dev", an official subtype ("train2014"), any name that files were written
               under, "all" of a table, or the name of a table
     cache  -- the folder for pictures that come inside a table
+    keep   -- whether to keep what is parsed of the files of VQA v2 there too, which saves the next reading seconds
     limits -- the fields of `Limits`
 
     Annotations are required except for splits whose name starts with "test".
     Raises UserError, in one line: a missing file or folder of images, broken JSON, a missing key, a question
     annotated with no answers, a limit out of range, or no question left.
     """
-    return read_opened(open_source(source, split, cache), split, Limits(**limits))
+    return read_opened(open_source(source, split, cache, keep), split, Limits(**limits))
 
 
 def read_opened(opened: OpenedSplit, split: str, limits: Limits) -> VQAData:

@@ -14,24 +14,20 @@ from vqa_scratch.play.pictures import LARGEST
 from vqa_scratch.play.worker import Job
 from vqa_scratch.storage import typed
 from vqa_scratch.study.analysis import every_attention
-from vqa_scratch.study.answer import Answered, answered, maps_of, without_each_head
+from vqa_scratch.study.answer import answered, maps_of, without_each_head
 from vqa_scratch.study.number import head_of
 from vqa_scratch.study.packing import packed_flow
 from vqa_scratch.study.record import take_apart
 from vqa_scratch.study.report import page, study_data
 
 
-def _as_json(found: Answered) -> dict[str, Any]:
-    return {"answer": found.text, "probability": found.probability, "ended": found.ended, "tokens": found.tokens}
-
-
 def ask(played: Played, state: dict[str, Any], job: Job) -> Iterator[Any]:
     """Each token of the answer, then all of it; after edits the unchanged answer too."""
     began = time.perf_counter()
     opened = played.opened(state)
-    found = _as_json(answered(opened, lambda token: job.send({"token": token})))
+    found = answered(opened, lambda token: job.send({"token": token}))._asdict()
     if opened.subject.changes:
-        found["plain"] = _as_json(answered(played.opened(state | {"edits": []})))
+        found["plain"] = answered(played.opened(state | {"edits": []}))._asdict()
     image = None if opened.image is None else data_url(opened.image, LARGEST)
     yield found | {"notes": opened.notes, "image": image, "ms": round(1000 * (time.perf_counter() - began), 1)}
 
@@ -41,10 +37,10 @@ def study(played: Played, state: dict[str, Any], job: Job) -> Iterator[Any]:
     done, plain = take_apart(played.opened(state)), None
     if done.opened.subject.changes:
         opened = played.opened(state | {"edits": []})
-        plain = _as_json(answered(opened))
+        plain = answered(opened)._asdict()
         maps = maps_of(opened, [token.id for token in done.tokens])
         plain["flows"] = {name: packed_flow(flow) for name, flow in maps.items()}
-    yield study_data(done) | {"plain": plain}
+    yield study_data(done, budget=0) | {"plain": plain}  # other heads are asked for one by one
 
 
 def report(played: Played, state: dict[str, Any], job: Job) -> Iterator[Any]:
@@ -58,7 +54,7 @@ def heads(played: Played, state: dict[str, Any], job: Job) -> Iterator[Any]:
     names = every_attention(opened.subject) if state.get("all") is True else opened.subject.attentions
     whole, sizes = answered(opened), {one["name"]: one["heads"] for one in played.about["attentions"]}
     total = sum(sizes[name] for name in dict.fromkeys(names))
-    yield {"total": total, "plain": {"answer": whole.text, "probability": whole.probability}}
+    yield {"total": total, "plain": {"answer": whole.answer, "probability": whole.probability}}
     for knocked in without_each_head(opened, names, whole):
         yield knocked._asdict()
 

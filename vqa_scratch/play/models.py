@@ -6,8 +6,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
+import torch
 
+from vqa_scratch.audio.reading import read_wav
+from vqa_scratch.data.image_files import bytes_in
 from vqa_scratch.errors import UserError, note
 from vqa_scratch.play.pictures import Pictures
 from vqa_scratch.play.worker import Worker
@@ -19,6 +21,7 @@ from vqa_scratch.study.names import attention_at, tapped_modules
 from vqa_scratch.study.opened import Opened
 from vqa_scratch.study.subject import WritingSubject
 from vqa_scratch.systems.run_folder import log_of, stamps
+from vqa_scratch.transcription.studied import heard
 
 MOST_EDITS, COLDEST, HOTTEST = 64, 0.01, 100.0
 LOOK_EVERY = 1.0  # seconds between looks for newer weights
@@ -34,6 +37,7 @@ class Played:
         self.name, self.opens, self.folder, self.loaded = name, opens, folder, 0
         self._open()
         self.asked = self.system.asked if self.system.example or self.system.asked != "question" else "nothing"
+        self.asked = "sound" if self.ears else self.asked
         self.pictures = Pictures(getattr(self.system, "options", None), self.asked)
         self.about = self._about()
         self.worker = Worker()
@@ -41,6 +45,7 @@ class Played:
     def _open(self) -> None:
         self.looked, self.stamps = time.monotonic(), stamps(self.folder)
         self.system, self.step = self.opens()
+        self.ears = self.system.transcriber() if getattr(self.system, "hears", False) else None
         self.loaded += 1
 
     def refresh(self) -> None:
@@ -65,7 +70,10 @@ class Played:
     def _about(self) -> dict[str, Any]:
         asked = [scene["questions"][0]["question"] for scene in self.pictures.scenes(3, 0) if scene["questions"]]
         examples = [text for text in asked if text] or list(filter(None, [self.system.example]))
-        subject = self.subject(Image.new("RGB", (64, 64), "white"), (examples or ["a red circle"])[0]).subject
+        if self.ears is not None:
+            subject = heard(self.ears, torch.full((1600,), 0.1), self.name).subject
+        else:
+            subject = self.subject({"objects": []}, (examples or [""])[0]).subject
         modules, names = tapped_modules(subject.model), dict.fromkeys(every_attention(subject))
         writes, maps = isinstance(subject, WritingSubject), has_activations(subject)
         lacks = {
@@ -85,17 +93,21 @@ class Played:
 
     # ---------------------------------------------------------------------------------------- a request
 
-    def subject(self, image: Image.Image, question: str | None) -> Opened:
-        """The model with an image and what is asked about it. Raises UserError if the question is missing."""
+    def subject(self, picture: Any, question: str | None) -> Opened:
+        """The model with a picture and a question about it, or with a sound. Raises UserError for what is missing."""
+        if self.ears is not None:
+            (sound,) = typed("the picture", picture, {"sound": str})
+            wave = read_wav(bytes_in(sound, "audio"), "the recording")
+            return replace(heard(self.ears, wave, "the recording"), run=self.name)
         question = (question or "").strip() or None
         if question is None and self.asked != "nothing":
             raise UserError(f"there is no {self.asked}: write one")
-        return replace(self.system.subject(image, question), run=self.name)
+        return replace(self.system.subject(self.pictures.of(picture), question), run=self.name)
 
     def opened(self, state: Any) -> Opened:
         """A request with its edits, temperature, seed and beginning. Raises UserError for what is wrong in it."""
         picture, question, edits, temperature, seed, start = typed("the request", state, TYPES)
-        opened = self.subject(self.pictures.of(picture), question)
+        opened = self.subject(picture, question)
         subject = opened.subject
         if len(edits or ()) > MOST_EDITS:
             raise UserError(f"at most {MOST_EDITS} edits at once, not {len(edits)}")
@@ -111,7 +123,7 @@ class Played:
 
         def other(source: Any) -> Opened:
             theirs, asked = typed("the from of a patch", source, {"picture": dict, "question": str | None})
-            return self.subject(self.pictures.of(theirs), asked)
+            return self.subject(theirs, asked)
 
         subject.changes = tuple(change_of(opened, edit, other) for edit in edits or ())
         return opened

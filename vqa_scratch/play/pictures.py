@@ -1,5 +1,6 @@
 """The pictures of a request: an unseen test scene, objects that somebody places, or an upload. No file is written."""
 
+import io
 import random
 from dataclasses import asdict
 from functools import cached_property
@@ -8,7 +9,7 @@ from typing import Any
 from PIL import Image
 
 from vqa_scratch.data.descriptions import MOST_OBJECTS, describe, read_scenes, scenes_file
-from vqa_scratch.data.image_files import data_url, from_data_url, load_image
+from vqa_scratch.data.image_files import bytes_in, data_url, decode_image, load_image
 from vqa_scratch.data.placed import drawn, placed
 from vqa_scratch.data.scenes import QuestionWriter, Scene, draw_scene, render
 from vqa_scratch.data.shapes import ShapesSpec
@@ -22,10 +23,8 @@ FIRST = 1 + 1_000_000 * list(ShapesSpec().splits()).index("test")  # the id of t
 
 
 class Pictures:
-    """The test scenes of a run with these `options` (None: of a released model), and every other picture it is shown.
-
-    `asked` is what the system takes beside an image.
-    """
+    """The test scenes of a run with these `options` (None: of a released model), with what it is `asked`, and every
+    other picture it is shown."""
 
     def __init__(self, options: Any, asked: str) -> None:
         self.options, self.asked = options, asked
@@ -52,7 +51,9 @@ class Pictures:
 
     @property
     def ids(self) -> list[str]:
-        """Of all test scenes."""
+        """Of all test scenes; what hears has none."""
+        if self.asked == "sound":
+            return []
         return list(map(str, range(FIRST, FIRST + ShapesSpec().test))) if self.built_in else list(self.own)
 
     def _draw(self, name: str) -> tuple[Scene, random.Random]:
@@ -66,7 +67,8 @@ class Pictures:
         if sum(given is not None for given in (scene, objects, data)) != 1:
             raise UserError("a picture has one of three: scene, objects or data")
         if data is not None:
-            return from_data_url(data, MOST_PIXELS, FORMATS)
+            file = io.BytesIO(bytes_in(data, "image"))
+            return decode_image(file, "the picture that was sent", most=MOST_PIXELS, formats=FORMATS)
         if objects is not None:
             return drawn(placed(objects))
         if scene not in self.ids:

@@ -23,12 +23,14 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from vqa_scratch.audio.reading import read_wav
 from vqa_scratch.data.placed import editor
 from vqa_scratch.errors import UserError
 from vqa_scratch.play import answers
 from vqa_scratch.play.models import Played
 from vqa_scratch.play.worker import Job
 from vqa_scratch.storage import parse_json, typed
+from vqa_scratch.transcription import Transcriber
 
 LARGEST_BODY, MOST_SCENES = 12_000_000, 60  # bytes: an upload of 8 MB in base64
 FOLDERS = {"page": "vqa_scratch.play", "study": "vqa_scratch.study"}  # whose folder page/ is served
@@ -55,52 +57,6 @@ async def refusal(request: Request, error: Exception) -> Response:
     if isinstance(error, HTTPException):
         return JSONResponse({"error": error.detail}, error.status_code)
     return JSONResponse({"error": str(error)}, 400)
-
-
-class Guard:
-    """Lets through what may be served, and gives every answer its headers.
-
-    `hosts` are the names that the server is known by, with its port; None: any, for one that only has a `token`.
-    """
-
-    def __init__(self, app: ASGIApp, hosts: Sequence[str] | None, token: str | None) -> None:
-        self.app, self.hosts, self.token = app, hosts, token
-
-    def check(self, request: Request) -> None:
-        """Raise HTTPException unless the request comes from the server's own page."""
-        headers, path = request.headers, request.url.path
-        host, origin = headers.get("host", "").lower(), headers.get("origin")
-        if self.hosts is not None and host not in self.hosts:
-            raise HTTPException(403, f"this server is not known as {host!r}")
-        api = path.startswith("/api/")
-        own = not api or headers.get("sec-fetch-site", "none") in (
-            "same-origin",
-            "none",
-        )  # anybody may link to the page
-        if not own or (origin is not None and origin.lower() != f"http://{host}"):
-            raise HTTPException(403, "this server answers to its own page alone")
-        given, token = request.query_params.get("token", ""), self.token or ""
-        if (api or path == "/") and token and not secrets.compare_digest(given.encode(), token.encode()):
-            raise HTTPException(403, "the address needs its token, as the terminal shows it: /?token=...")
-        kind = headers.get("content-type", "").partition(";")[0].strip().lower()
-        wanted = "audio/wav" if path == "/api/voice" else JSON
-        if request.method == "POST" and kind != wanted:
-            raise HTTPException(415, f"what is posted must be {wanted}, not {kind or 'of no type'}")
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async def with_headers(message: Any) -> None:
-            if message["type"] == "http.response.start":
-                own = [(name.encode(), value.encode()) for name, value in HEADERS.items()]
-                message["headers"] = [*message.get("headers", ()), *own]
-            await send(message)
-
-        request = Request(scope)
-        try:
-            self.check(request)
-        except HTTPException as error:
-            await (await refusal(request, error))(scope, receive, with_headers)
-            return
-        await self.app(scope, receive, with_headers)
 
 
 async def body_of(request: Request) -> bytes:
@@ -139,11 +95,40 @@ class Lines(Response):
 
 
 class Play:
-    """The answers to every path, for one or two models; `hears` gives the words of a spoken question, a WAV."""
+    """The answers to every path, for one or two models; `ears` hear spoken questions.
 
-    def __init__(self, models: Sequence[Played], hears: Callable[[bytes], str] | None) -> None:
-        self.models, self.hears = {played.name: played for played in models}, hears
+    `hosts` are the names that the server is known by, with its port; None: any, for one that only has a `token`.
+    """
+
+    def __init__(
+        self, models: Sequence[Played], ears: Transcriber | None, hosts: Sequence[str] | None, token: str | None
+    ) -> None:
+        self.models, self.hosts, self.token = {played.name: played for played in models}, hosts, token
+        self.ears = ears or next((played.ears for played in models if played.ears is not None), None)
         self.jobs = weakref.WeakSet[Job]()
+
+    def guarded(self, endpoint: Callable[..., Awaitable[Response]]) -> Callable[..., Awaitable[Response]]:
+        """The endpoint, for requests from the server's own page alone; it raises HTTPException for others."""
+
+        async def guarded(request: Request) -> Response:
+            headers, path = request.headers, request.url.path
+            host, origin, api = headers.get("host", "").lower(), headers.get("origin"), path.startswith("/api/")
+            if self.hosts is not None and host not in self.hosts:
+                raise HTTPException(403, f"this server is not known as {host!r}")
+            # Anybody may link to the page.
+            own = not api or headers.get("sec-fetch-site", "none") in ("same-origin", "none")
+            if not own or (origin is not None and origin.lower() != f"http://{host}"):
+                raise HTTPException(403, "this server answers to its own page alone")
+            given, token = request.query_params.get("token", ""), self.token or ""
+            if (api or path == "/") and token and not secrets.compare_digest(given.encode(), token.encode()):
+                raise HTTPException(403, "the address needs its token, as the terminal shows it: /?token=...")
+            kind = headers.get("content-type", "").partition(";")[0].strip().lower()
+            wanted = "audio/wav" if path == "/api/voice" else JSON
+            if request.method == "POST" and kind != wanted:
+                raise HTTPException(415, f"what is posted must be {wanted}, not {kind or 'of no type'}")
+            return await endpoint(request)
+
+        return guarded
 
     def played(self, name: Any) -> Played:
         """The model that a request names."""
@@ -163,7 +148,7 @@ class Play:
         """What needs no state: the models, what draws a scene, unseen scenes, the rows of a log."""
         name = request.path_params["name"]
         if name == "models":
-            voice = {"voice": self.hears is not None}
+            voice = {"voice": self.ears is not None}
             return JSONResponse([played.described() | voice for played in self.models.values()])
         if name == "shapes":
             return JSONResponse(editor())
@@ -185,10 +170,10 @@ class Play:
 
     async def heard(self, request: Request) -> Response:
         """The words of a question that was asked aloud."""
-        if (hears := self.hears) is None:
+        if (ears := self.ears) is None:
             raise HTTPException(404, "nothing here hears: start with --voice-model")
-        data = await body_of(request)
-        return self._answer(next(iter(self.models.values())), lambda job: iter([{"text": hears(data)}]), JSON)
+        data, played = await body_of(request), next(iter(self.models.values()))
+        return self._answer(played, lambda job: iter([{"text": ears.words(read_wav(data, "the recording"))}]), JSON)
 
     def _answer(self, played: Played, work: Callable[[Job], Any], kind: str, in_pieces: bool = False) -> Response:
         def fresh(job: Job) -> Iterator[Any]:
@@ -200,16 +185,16 @@ class Play:
         played.worker.add(job)
         return Lines(job, kind)
 
-    def app(self, hosts: Sequence[str] | None, token: str | None) -> ASGIApp:
-        """All paths, behind the guard."""
+    def app(self) -> ASGIApp:
+        """All paths."""
         got: dict[str, Callable[..., Awaitable[Response]]] = {"/": partial(self.file, folder="page")}
         got |= {f"/{folder}/{{name}}": partial(self.file, folder=folder) for folder in FOLDERS}
         posted: dict[str, Any] = {"/api/voice": self.heard}
         posted |= {f"/api/{work.__name__}": partial(self.asked, work=work, kind=kind) for work, kind in POSTED.items()}
-        routes = [Route(path, endpoint, methods=["POST"]) for path, endpoint in posted.items()]
-        routes += [Route(path, endpoint) for path, endpoint in (got | {"/api/{name}": self.got}).items()]
+        routes = [Route(path, self.guarded(endpoint), methods=["POST"]) for path, endpoint in posted.items()]
+        routes += [Route(path, self.guarded(endpoint)) for path, endpoint in (got | {"/api/{name}": self.got}).items()]
         wrong: Any = dict.fromkeys((HTTPException, UserError, ClientDisconnect), refusal)
-        return Guard(Starlette(routes=routes, exception_handlers=wrong), hosts, token)
+        return Starlette(routes=routes, exception_handlers=wrong)
 
 
 def number_in(request: Request, name: str, default: int) -> int:
@@ -223,11 +208,11 @@ def number_in(request: Request, name: str, default: int) -> int:
 class Server(uvicorn.Server):
     """Serves until Ctrl-C, which ends it at once: open answers end first, since uvicorn would wait for them."""
 
-    def __init__(self, play: Play, hosts: Sequence[str] | None, token: str | None) -> None:
+    def __init__(self, play: Play) -> None:
         self.play = play
         quiet: dict[str, Any] = {"lifespan": "off", "ws": "none", "access_log": False, "log_level": "critical"}
-        app = self.play.app(hosts, token)
-        super().__init__(uvicorn.Config(app, timeout_graceful_shutdown=1, server_header=False, **quiet))
+        quiet |= {"server_header": False, "timeout_graceful_shutdown": 1, "headers": list(HEADERS.items())}
+        super().__init__(uvicorn.Config(play.app(), **quiet))
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         for job in self.play.jobs:

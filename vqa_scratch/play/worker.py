@@ -1,13 +1,9 @@
-"""One thread for each model: requests wait in a queue, so none is lost, and none blocks the loop that serves them.
-
-A request is a generator of JSON values, the lines of its answer. Work in pieces, a line each, lets newer requests come
-between them.
-"""
+"""One thread for each model: requests wait in a queue, so none is lost, and none blocks the loop that serves them."""
 
 import asyncio
 import json
-import logging
 import threading
+import traceback
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -15,15 +11,14 @@ from typing import Any
 
 from vqa_scratch.errors import UserError
 
-logger = logging.getLogger(__name__)
 
-
-class Gone(Exception):
-    """Whoever asked has gone."""
+class Gone(BaseException):
+    """Whoever asked has gone; no error, and not to be caught as one."""
 
 
 class Job:
-    """A request on its way: the model's thread puts lines into `lines`, None after the last, for the server's loop."""
+    """A request: the model's thread runs `work`, a generator of JSON values, and the server's loop gets the `lines`,
+    None after the last. Newer requests come between the values of work in pieces."""
 
     def __init__(self, work: Callable[["Job"], Iterator[Any]], *, in_pieces: bool = False) -> None:
         self.work, self.in_pieces, self.cancelled = work(self), in_pieces, False
@@ -50,12 +45,10 @@ class Job:
                 self.send(value)
                 if self.in_pieces:
                     return True
-        except Gone:
-            return False
         except UserError as error:
             self.send({"error": str(error)})
         except Exception:  # a fault of ours: the page gets a line, the terminal all of it
-            logger.exception("a request failed")
+            traceback.print_exc()
             self.send({"error": "the server failed at this request; its terminal says how"})
         self.send(None)
         return False

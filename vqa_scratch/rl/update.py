@@ -127,7 +127,7 @@ class Update:
             rows = torch.tensor([i * k + j for i in part for j in range(k)], device=trajectory.ids.device)
             t = trajectory.rows(rows)
             with self.autocast():
-                logits, values = self.ranks.run(self._look, part, prompts, context, t)
+                logits, values = self.ranks.shared(self._look)(part, prompts, context, t)
 
             m = t.mask  # from here on (N,): the real tokens of all responses in one row
             real = torch.ones_like(t.ids[m], dtype=torch.bool)

@@ -230,7 +230,7 @@ def _kinds(subject: Subject, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
     for source, where in subject.slices():
         sink[[where.start + i for i in source.sinks]] = 1
         image[where] = float(source.of_image)
-    sink[subject.mixing.shape[1] :][:1] = 1  # the writer's first token
+    sink[subject.mixing.shape[1] :][: subject.own_sinks] = 1
     return image * (1 - sink), (1 - image) * (1 - sink), sink
 
 
@@ -242,7 +242,7 @@ def _distance(subject: Subject, name: str, pattern: Tensor) -> Tensor | None:
     if stream != subject.writer:
         return mean_distance(pattern, next(source.places for source in subject.sources if source.name == stream))
     if subject.prefix < pattern.shape[-1]:
-        own = slice(subject.prefix, None)
+        own = slice(subject.prefix if any(source.of_image for source in subject.sources) else 0, None)
         return mean_distance(pattern[:, own, own], None)
     image, where = subject.image
     return mean_distance(pattern[:, where, where], image)

@@ -29,7 +29,7 @@ class Answered(NamedTuple):
     pair the tokens are texts, and the numbers similarities, without alternatives."""
 
     ids: list[int]
-    text: str
+    answer: str
     probability: float  # of the whole answer; the similarity of the whole text
     ended: bool  # by an end token, not by the limit
     tokens: list[dict[str, Any]]
@@ -112,4 +112,4 @@ def without_each_head(opened: Opened, attentions: Sequence[str], whole: Answered
                 value = now.probability if same else probability(opened, whole.ids)
             finally:
                 subject.changes = changes
-            yield Knocked(name, head, now.text, value, not same)
+            yield Knocked(name, head, now.answer, value, not same)

@@ -3,11 +3,12 @@
 Everything else in `study` works on a `Subject`, whatever the model:
 
 * a decoder whose cross-attention reads sources: a VQA model, a captioner, a T5;
-* a decoder whose own sequence begins with the image, the prefix: BLIP-2, LLaVA, Fuyu;
+* a decoder whose own sequence begins with the image, the prefix: BLIP-2, LLaVA, Fuyu; or with a text: GPT-2, Llama;
 * a single stream whose own sequence is all sources: a ViLT, which reads its answer off the first token.
 
-`subject.py` has one class a model. Shapes: S source tokens, X tokens of the writer's own sequence, T of them rows that
-a map is made for, K keys of cross-attention or tokens of the prefix, D width, V vocabulary. The batch is always 1.
+`subject.py`, `texts.py` and `pair.py` have one class a model. Shapes: S source tokens, X tokens of the writer's own
+sequence, T of them rows that a map is made for, K keys of cross-attention or tokens of the prefix, D width, V
+vocabulary. The batch is always 1.
 """
 
 import math
@@ -81,6 +82,7 @@ class Subject(ABC):
     max_new_tokens: int
     head: Tensor | None = None  # (V, D), where logits = head @ normed state, and states are a plain sum
     end_ids: tuple[int, ...] = ()  # each ends an answer
+    own_sinks: int = 1  # how many of its own tokens, from the first on, have no content
     measure: str = "probability"  # what the number beside each token of the answer is
     has_lens: bool = True  # whether the writer's states can be read off after any block
     changes: tuple[Change, ...] = ()  # made in every pass of `trace`, and in no other

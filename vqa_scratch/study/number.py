@@ -58,7 +58,7 @@ def opened_head(
 
 
 def head_of(opened: Opened, name: str, head: int) -> dict[str, Any]:
-    """`opened_head` of a new answer. Raises UserError for an attention that reads no source, and for a head it lacks."""
+    """`opened_head` of a new answer. Raises UserError for an attention that reads no source, or a head it lacks."""
     subject, first, linear = opened.subject, len(opened.subject.prompt) - 1, is_linear(opened.subject)
     with subject.trace(name, *(lens_taps(subject) if linear else ())) as t:
         ids = subject.generate()

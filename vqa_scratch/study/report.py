@@ -1,9 +1,9 @@
 """Writes the report: one HTML file with everything in it, which opens from disk without a network.
 
 The page is report.html of the folder page/, with study.css, the modules of page/ joined into one script, and the data
-as JSON. Arrays are base64: weights as one byte each with a scale for every row, numbers that are shown in single precision.
-JSON inside <script> is escaped so that no text can end it, and the page sets every text by `textContent`, so a question
-is never markup.
+as JSON. Arrays are base64: weights as one byte each with a scale for every row, numbers that are shown in fp32. JSON
+inside <script> is escaped so that no text can end it, and the page sets every text by `textContent`: a question is
+never markup.
 
 Shapes: L layers, H heads, A answer tokens, K keys.
 """
@@ -68,7 +68,7 @@ def _heads_in_order(study: Study) -> list[tuple[int, int]]:
     return [divmod(i, effect.shape[1]) for i in effect.flatten().argsort(descending=True, stable=True).tolist()]
 
 
-def _opened_heads(study: Study, order: list[tuple[int, int]]) -> list[dict[str, Any]]:
+def _opened_heads(study: Study, order: list[tuple[int, int]], budget: int) -> list[dict[str, Any]]:
     """The numbers behind the heads that read the sources, in this order, as many as fit the budget."""
     result: list[dict[str, Any]] = []
     spent, subject, t, rows = 0, study.opened.subject, study.trace, [token.row for token in study.tokens]
@@ -76,7 +76,7 @@ def _opened_heads(study: Study, order: list[tuple[int, int]]) -> list[dict[str, 
     for layer, head in order:
         found = opened_head(subject, t, layer, head, rows, directions)
         spent += sum(3 * len(x["data"]) // 4 for x in found.values() if isinstance(x, dict))
-        if result and spent > OPENED_BUDGET:
+        if result and spent > budget:
             break
         result.append(found)
     return result
@@ -127,8 +127,8 @@ def _source(source: Source) -> dict[str, Any]:
     return {"name": source.name, "labels": source.labels, **about, **places}
 
 
-def study_data(study: Study) -> dict[str, Any]:
-    """One study as the page reads it."""
+def study_data(study: Study, budget: int = OPENED_BUDGET) -> dict[str, Any]:
+    """One study as the page reads it, with as many opened heads as fit the bytes of the budget, at least one."""
     opened, subject = study.opened, study.opened.subject
     made, order = key_sources(subject, study.trace), _heads_in_order(study)
     whole = bool((subject.mixing.amax(1) == 1).all())  # every key is one source token, which gives it its name
@@ -156,7 +156,7 @@ def study_data(study: Study) -> dict[str, Any]:
         "flows": {name: packed_flow(flow) for name, flow in maps.items()},
         "attentions": _attentions(study),
         "best": order[0],
-        "opened": _opened_heads(study, order),
+        "opened": _opened_heads(study, order, budget),
         "words": _words(study),
         "lens": study.lens,
         "attributions": [

@@ -1,4 +1,4 @@
-"""The subjects: one class for each kind of model that can be studied.
+"""The subjects: one class for each kind of model that looks at an image; `texts.py` has those that read a text alone.
 
 Shapes: n images, C channels, H x W pixels, S source tokens, T rows of the writer, V vocabulary or labels.
 """
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vqa_scratch.errors import UserError
-from vqa_scratch.generate import generate
+from vqa_scratch.generate import Generated, generate
 from vqa_scratch.generate.loop import Choose
 from vqa_scratch.generate.processors import bar
 from vqa_scratch.generation_options import GenerationOptions, end_ids
@@ -22,12 +22,10 @@ from vqa_scratch.models.hf_config import ReleasedDecoder
 from vqa_scratch.models.idefics import Idefics
 from vqa_scratch.models.image_text import ImageTextModel
 from vqa_scratch.models.llava import Llava
-from vqa_scratch.models.t5 import T5
 from vqa_scratch.models.vilt import ViLTClassifier
 from vqa_scratch.models.vqa import VQAModel
 from vqa_scratch.nn.connecting import Conditioning
 from vqa_scratch.nn.decoding import Decoder
-from vqa_scratch.nn.memory import Memory
 from vqa_scratch.nn.states import Places
 from vqa_scratch.study.base import ImageSubject, Source, Subject, block_attentions, grid_source, image_source
 
@@ -71,6 +69,11 @@ class WritingSubject(Subject):
         """What the language model reads besides its own tokens, of which there will be so many."""
 
     @torch.no_grad()
+    def write(self, options: GenerationOptions, **how: Any) -> Generated:
+        """The answer, in one row, by these options and further arguments of `generate`."""
+        prompt = torch.tensor([self.prompt], device=self.device)
+        return generate(self.language, prompt, None, self.conditioning(len(self.prompt)), options=options, **how)
+
     def generate(self, max_new_tokens: int | None = None, seen: Seen | None = None) -> list[int]:
         """As in `Subject`; `seen` is called with each token, as soon as it is known, and the scores (V,) behind it."""
 
@@ -85,9 +88,8 @@ class WritingSubject(Subject):
 
             return chosen
 
-        options = GenerationOptions(**self.own_options | {"max_new_tokens": max_new_tokens or self.max_new_tokens})
-        prompt, given = torch.tensor([self.prompt], device=self.device), self.conditioning(len(self.prompt))
-        made = generate(self.language, prompt, None, given, options=options, choosing=beginning)
+        most = {"max_new_tokens": max_new_tokens or self.max_new_tokens}
+        made = self.write(GenerationOptions(**self.own_options | most), choosing=beginning)
         return made.ids[0, : int(made.lengths[0])].tolist()
 
     def read(self, given: Conditioning, decoder_ids: list[int], rows: int = 1) -> Tensor:
@@ -325,22 +327,3 @@ class ViLTSubject(ImageSubject):
 
     def log_probabilities(self, logits: Tensor) -> Tensor:
         return F.logsigmoid(logits.float())  # each label has a probability of its own
-
-
-class T5Subject(WritingSubject):
-    """A T5 that reads `input_ids`, with their `labels`; the end token is a sink."""
-
-    model: T5
-
-    def __init__(self, model: T5, input_ids: list[int], labels: Sequence[str], max_new_tokens: int = 32) -> None:
-        assert len(input_ids) == len(labels)
-        config = model.config
-        super().__init__(model, model, [config.start_id], max_new_tokens)
-        self.decoder = model.decoder
-        self.input_ids = torch.tensor([input_ids], device=self.device)
-        sinks = tuple(i for i, token in enumerate(input_ids) if token in (*self.end_ids, config.pad_id))
-        self.sources = (Source("encoder", tuple(labels), sinks, attentions=block_attentions("encoder", model.encoder)),)
-        self.mixing = torch.eye(len(input_ids))
-
-    def conditioning(self, tokens: int) -> Conditioning:
-        return Conditioning([Memory(self.model.encode(self.input_ids))])

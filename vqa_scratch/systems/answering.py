@@ -40,6 +40,11 @@ class AnsweringSystem(SplitSystem[IO, M, Q], Generic[IO, M, Q]):
     def checked(self, question: str | None) -> str:
         """The question, checked; "" asks for a caption. Raises UserError for one that is missing or not wanted."""
 
+    @property
+    def ranked_questions(self) -> int:
+        """How many are ranked for the figures; 0: there is no list of answers to rank."""
+        return 0
+
     @abstractmethod
     def at_once(self, name: str) -> int:
         """About how many samples of a split are answered together while training."""
@@ -95,8 +100,10 @@ class AnsweringSystem(SplitSystem[IO, M, Q], Generic[IO, M, Q]):
         self, samples: Sequence[VQASample], limit: int | None = None, *, ranked: bool = False, **shown: Any
     ) -> Answers:
         """As `answer_split`, for any samples, on this process alone."""
-        split = self.split(samples)
-        found = self.answers(split, split.questions.in_order(limit or len(samples), AT_ONCE), How(ranked), **shown)
+        split, most = self.split(samples), limit or len(samples)
+        if ranked and not (most := min(most, self.ranked_questions)):
+            return {}
+        found = self.answers(split, split.questions.in_order(most, AT_ONCE), How(ranked), **shown)
         return {number: best for number, (best, *_) in found.items()}
 
     def ask(

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from vqa_scratch.connectors import connect, connector_sizes
 from vqa_scratch.data.images import ImageProcessor
@@ -29,6 +30,19 @@ from vqa_scratch.systems.older import todays_sizes
 from vqa_scratch.systems.run_options import RunOptions
 
 MANY = 1024  # patches of an image; with more, attention takes most of a small tower's time and memory
+
+
+class WithoutNumbers(TorchFunctionMode):
+    """Inside, models are built in no time and little memory: no random numbers are drawn, so most pages stay untouched.
+
+    The device "meta" would do, but torch imports its compiler to work there, which takes as long as torch itself.
+    """
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        named = kwargs or {}
+        if function.__name__.endswith(("normal_", "uniform_")):
+            return args[0].zero_() if args else named["tensor"]  # a method of a tensor, or of nn.init
+        return function(*args, **named)
 
 
 def stem_for(config: ViTConfig, stem: str) -> ConvStem | None:

@@ -37,6 +37,7 @@ from vqa_scratch.data.vqa_v2 import VQASample
 from vqa_scratch.errors import UserError
 from vqa_scratch.nn.quantized import Format
 from vqa_scratch.report.curves import over_samples
+from vqa_scratch.systems.assembly import WithoutNumbers
 from vqa_scratch.systems.finals import Pace, Pass
 from vqa_scratch.systems.run_folder import load_weights, write_run_config
 from vqa_scratch.systems.run_options import RunOptions
@@ -94,7 +95,7 @@ class System(ABC, Generic[RO, M]):
     def check(cls, options: RO) -> None:
         """Raise UserError for what is wrong with the options of a new run, before any data are read or drawn.
 
-        A model of random weights is built without memory (`torch.device("meta")`), so that its own rules speak.
+        A model of random weights is built in `WithoutNumbers`, so that its own rules speak.
         """
 
     @classmethod
@@ -120,7 +121,8 @@ class System(ABC, Generic[RO, M]):
 
         Raises UserError if there are no weights yet, or if they do not fit.
         """
-        system = cls.open(folder, sizes, options, precision)
+        with WithoutNumbers():  # the weights take their place
+            system = cls.open(folder, sizes, options, precision)
         load_weights(system.model, folder, precision, kind)
         system.model.to(precision.device).eval()
         return system

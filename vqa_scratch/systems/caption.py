@@ -19,8 +19,7 @@ from vqa_scratch.data.text import check_question
 from vqa_scratch.data.vqa_v2 import VQASample
 from vqa_scratch.errors import UserError
 from vqa_scratch.report.gallery import answer_sections
-from vqa_scratch.rl.options import RLHFOptions
-from vqa_scratch.rl.tasks import Task
+from vqa_scratch.systems.assembly import WithoutNumbers
 from vqa_scratch.systems.base import ANY_SAMPLE, RunData, seed_everything
 from vqa_scratch.systems.caption_models import build_model
 from vqa_scratch.systems.captions import (
@@ -36,7 +35,6 @@ from vqa_scratch.systems.captions import (
 )
 from vqa_scratch.systems.finals import Pass, against_blind, cut_short
 from vqa_scratch.systems.options import CaptionOptions
-from vqa_scratch.systems.policy import answering_task
 from vqa_scratch.systems.scoring import blind_baselines
 from vqa_scratch.systems.splits import Key
 from vqa_scratch.systems.writer import WritingSystem
@@ -62,7 +60,7 @@ class CaptionSystem(WritingSystem[CaptionOptions]):
     @classmethod
     def check(cls, options: CaptionOptions) -> None:
         if options.init == "random":
-            with torch.device("meta"):
+            with WithoutNumbers():
                 build_model(options, [ANY_SAMPLE])
 
     @classmethod
@@ -218,11 +216,9 @@ class CaptionSystem(WritingSystem[CaptionOptions]):
             raise UserError(f"{self.folder} writes one text and ranks no list of them: leave out --top")
         return super().ask(image, question, decoding=decoding)
 
-    def answer(
-        self, samples: Sequence[VQASample], limit: int | None = None, *, ranked: bool = False, **shown: Any
-    ) -> Answers:
+    def answer(self, samples: Sequence[VQASample], limit: int | None = None, **how: Any) -> Answers:
         self.check_answers_questions()
-        return {} if ranked else super().answer(samples, limit, **shown)
+        return super().answer(samples, limit, **how)
 
     def check_answers_questions(self) -> None:
         """Raise UserError unless the model was trained on questions too."""
@@ -245,7 +241,9 @@ class CaptionSystem(WritingSystem[CaptionOptions]):
         figures, _ = report(samples, read_scenes(drawn) if drawn.is_file() else None, partial(super().answer, samples))
         return {"data": str(data), "split": split, "images": len(samples)} | figures
 
-    def policy(self, options: RLHFOptions, dtype: torch.dtype) -> Task:
+    def policy(self, options: Any, dtype: torch.dtype) -> Any:
         """Only a run that answers questions can be tuned."""
+        from vqa_scratch.systems.policy import answering_task  # it brings rl/, which rlhf.py alone needs
+
         self.check_answers_questions()
         return answering_task(self, options, dtype)

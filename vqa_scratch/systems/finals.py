@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from vqa_scratch.data.vqa_v2 import VQASample
 
-MARGIN = 1.25  # the machine may be busier at the end than when it was measured
+MARGIN = 1.1  # the machine may be busier at the end than when it was measured; passes end in time in any case
 
 
 class Pass(NamedTuple):

@@ -76,7 +76,7 @@ def built_in(options: ImageOptions) -> Path:
 def read_questions(options: QuestionOptions) -> RunData:
     """Read every split the run needs; draw the built-in data set first if no `--data` is given."""
     source = options.data or built_in(options)
-    read = partial(read_vqa, source, verify_images=options.verify_images, cache=options.cache)
+    read = partial(read_vqa, source, verify_images=options.verify_images, cache=options.cache, keep=True)
     limits = "start_at end_at max_images max_questions min_agreement".split()
     train_split, *scored = split_names(source, options)
     check_splits(source, {train_split, *scored} - {"auto", "all"})

@@ -77,7 +77,9 @@ class RunOptions(Options):
         DATA,
         may_change=True,
     )
-    cache: Path = option(Path("cache"), "Folder for built-in data sets and decoded images.", DATA, may_change=True)
+    cache: Path = option(
+        Path("cache"), "Folder for built-in data sets, parsed questions and decoded images.", DATA, may_change=True
+    )
     train_split: str = option("train", "Split to train on.", DATA)
     val_split: str = option("val", "Split that picks the best checkpoint.", DATA)
     test_split: str = option("test", "Split of the final figures; 'val' reports on the val split.", DATA)

@@ -106,8 +106,13 @@ class SplitSystem(System[IO, M], Generic[IO, M, Q]):
         self.processor.save_pretrained(folder)
 
     @abstractmethod
+    def grouped(self, samples: Sequence[VQASample]) -> Q:
+        """Samples as ids, grouped by image."""
+
     def split(self, samples: Sequence[VQASample]) -> Split[Q]:
-        """Samples with their ids and images."""
+        """Samples with their images."""
+        questions = self.grouped(samples)
+        return Split(questions, Images(questions.image_paths, self.processor, upright=questions.upright))
 
     def make_splits(self, samples: dict[str, list[VQASample]]) -> None:
         """Set `splits`, with resized images in a file if the options ask for it, and what changes training images."""
@@ -130,12 +135,15 @@ class SplitSystem(System[IO, M], Generic[IO, M, Q]):
         rows = np.concatenate([images[i] for i in mine or range(1)])
         return Key(rows, key.seed, mine[0] if mine else 0), bool(mine)
 
-    def augmented(self, augment: Augment, batch: Any, key: Key) -> Any:
-        """The batch of a key with its images changed as the options ask."""
-        number = len(batch.images)
-        sides = np.bincount(batch.image_index.numpy(), self.names_side[key.rows], number)
-        chance = np.random.default_rng(key.seed).random((key.before + number, 4))[key.before :]
-        batch.images = augment(batch.images, torch.from_numpy(sides == 0), torch.from_numpy(chance).float())
+    def batch(self, key: Key) -> Any:
+        """The batch of a key, with its images changed as the options ask."""
+        train = self.splits["train"]
+        batch = train.questions.batch(key.rows, train.images)
+        if self.augment is not None:
+            number = len(batch.images)
+            sides = np.bincount(batch.image_index.numpy(), self.names_side[key.rows], number)
+            chance = np.random.default_rng(key.seed).random((key.before + number, 4))[key.before :]
+            batch.images = self.augment(batch.images, torch.from_numpy(sides == 0), torch.from_numpy(chance).float())
         return batch
 
     def ids(self, rows: list[int]) -> list[int | str]:

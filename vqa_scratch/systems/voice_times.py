@@ -5,10 +5,10 @@ from typing import Any
 
 import numpy as np
 
-from vqa_scratch.data.spoken import ALPHABET, CLEAN, Utterance, Utterances
+from vqa_scratch.data.spoken import CLEAN, Utterance, Utterances
 from vqa_scratch.kernels import ctc_align
 from vqa_scratch.transcription.transcriber import heads_that_follow
-from vqa_scratch.transcription.words import STATE_SECONDS, word_times
+from vqa_scratch.transcription.words import spans_of, word_times
 
 TIMED = 32  # utterances
 
@@ -19,21 +19,11 @@ def _errors(utterance: Utterance, spans: Sequence[tuple[float, float]]) -> list[
     return [1000 * abs(sum(span) / 2 - middle) for span, middle in zip(spans, known, strict=True)]
 
 
-def _spelled(path: np.ndarray, letters: list[int]) -> list[tuple[float, float]]:
-    """When each word's letters were said by the path of CTC, which has a letter's place at each state."""
-    word, spans = 0, dict[int, list[int]]()
-    for place, letter in enumerate(letters):
-        word += ALPHABET[letter - 1] == " "
-        if ALPHABET[letter - 1] != " ":
-            spans.setdefault(word, []).extend(np.flatnonzero(path == place).tolist())
-    return [(min(at) * STATE_SECONDS, (max(at) + 1) * STATE_SECONDS) for at in spans.values()]
-
-
 def time_errors(system: Any, spoken: Utterances) -> dict[str, float] | None:
     """The median error in ms of the middle of a word, on clean utterances whose words have times; None without any.
 
-    By CTC's alignment of the true letters, and by the decoder's cross-attention while it writes the true text: of the
-    heads that `transcribe` takes together, and of the best one alone.
+    By CTC's alignment of the true letters, as `transcribe` does, and by the decoder's cross-attention while it writes
+    the true text, as a Whisper without CTC does: all heads of the later layers together, and each alone.
     """
     rows = [row for row, one in enumerate(spoken.samples) if one.words and one.kind == CLEAN][:TIMED]
     if not rows:
@@ -41,17 +31,16 @@ def time_errors(system: Any, spoken: Utterances) -> dict[str, float] | None:
     whisper, words = system.model.whisper, system.vocabulary
     batch = spoken.batch(np.array(rows)).to(system.precision.device)
     states = whisper.encode(batch.features)
-    paths = ctc_align(system.model.ctc(states), batch.letters, batch.states).cpu().numpy()
+    paths = ctc_align(system.model.ctc(states), batch.letters, batch.states).tolist()
     together = heads_that_follow({}, whisper.config, "the run")
     sets = {"attention": together} | {f"head {layer}.{head}": [(layer, head)] for layer, head in together}
     found: dict[str, list[float]] = {name: [] for name in ("ctc", *sets)}
     for place, row in enumerate(rows):
         one = spoken.samples[row]
         letters = batch.letters[place][batch.letters[place] >= 0].tolist()
-        found["ctc"] += _errors(one, _spelled(paths[place], letters))
+        found["ctc"] += _errors(one, spans_of(letters, paths[place]))
         ids = words.encode(f" {one.text}")
         for name, heads in sets.items():
             timed = word_times(whisper, words, states[place][None], None, "transcribe", ids, heads, len(one.mel))
             found[name] += _errors(one, [(word.start, word.end) for word, _ in timed])
-    medians = {name: float(np.median(off)) for name, off in found.items()}
-    return medians
+    return {name: float(np.median(off)) for name, off in found.items()}

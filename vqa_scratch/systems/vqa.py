@@ -4,7 +4,6 @@ Preset `shapes` trains small random models on the built-in data set; `book` star
 (`systems/vqa_models.py`).
 """
 
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
@@ -12,22 +11,18 @@ from typing import Any, Self
 import numpy as np
 import torch
 
-from vqa_scratch.data.answers import Answer, Answers
+from vqa_scratch.data.answers import Answer
 from vqa_scratch.data.batches import Batch, Questions
-from vqa_scratch.data.vqa_v2 import VQASample
 from vqa_scratch.errors import UserError
 from vqa_scratch.models.vqa import FROZEN_PARTS, VQAModel
 from vqa_scratch.options import from_json, rules_of
-from vqa_scratch.rl.options import RLHFOptions
-from vqa_scratch.rl.tasks import Task
 from vqa_scratch.storage import read_json, write_json
 from vqa_scratch.systems.answering import How
-from vqa_scratch.systems.assembly import check_positions, grid_of
+from vqa_scratch.systems.assembly import WithoutNumbers, check_positions, grid_of
 from vqa_scratch.systems.base import ANY_SAMPLE, RunData, seed_everything
 from vqa_scratch.systems.finals import Pass
 from vqa_scratch.systems.frozen import cache_features
 from vqa_scratch.systems.options import VQAOptions
-from vqa_scratch.systems.policy import answering_task
 from vqa_scratch.systems.questions import QuestionSystem
 from vqa_scratch.systems.run_folder import CONFIG, PROGRAM, check_trainable
 from vqa_scratch.systems.scoring import common_answers
@@ -58,7 +53,7 @@ class VQASystem(WritingSystem[VQAOptions], QuestionSystem[VQAOptions, VQAModel, 
             return
         check_connector(options)
         if options.preset == "shapes":
-            with torch.device("meta"):
+            with WithoutNumbers():
                 small_models(options, [ANY_SAMPLE])
 
     @classmethod
@@ -139,19 +134,9 @@ class VQASystem(WritingSystem[VQAOptions], QuestionSystem[VQAOptions, VQAModel, 
             raise UserError(f"{self.folder} has no {CANDIDATES} to choose from, so leave out --top")
         return super().ask(image, question, top, decoding)
 
-    def answer(
-        self, samples: Sequence[VQASample], limit: int | None = None, *, ranked: bool = False, **shown: Any
-    ) -> Answers:
-        if ranked:
-            if not self.candidates:
-                return {}
-            limit = min(limit or len(samples), self.ranked_questions)
-        return super().answer(samples, limit, ranked=ranked, **shown)
-
     @property
     def ranked_questions(self) -> int:
-        """How many questions are ranked for the figures."""
-        return min(RANKED_QUESTIONS, max(1, RANKED_PAIRS // len(self.candidates)))
+        return min(RANKED_QUESTIONS, max(1, RANKED_PAIRS // len(self.candidates))) if self.candidates else 0
 
     def passes(self) -> list[Pass]:
         return [*super().passes(), Pass("ranking", self.judged, self.ranked_questions, ranked=True)]
@@ -174,7 +159,9 @@ class VQASystem(WritingSystem[VQAOptions], QuestionSystem[VQAOptions, VQAModel, 
         line = f"ranking_accuracy     {figures:.4f} (the best of {among} answers, first {over} questions)"
         return [*super().lines(summary), line]
 
-    def policy(self, options: RLHFOptions, dtype: torch.dtype) -> Task:
+    def policy(self, options: Any, dtype: torch.dtype) -> Any:
+        from vqa_scratch.systems.policy import answering_task  # it brings rl/, which rlhf.py alone needs
+
         return answering_task(self, options, dtype)
 
 

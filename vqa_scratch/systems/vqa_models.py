@@ -33,7 +33,7 @@ Parts = tuple[VQAModel, Tokenizers, ImageProcessor]
 def own_tokenizers(train: list[VQASample]) -> tuple[Tokenizer, Tokenizer]:
     """WordPiece for the text encoder and byte-level BPE for the decoder, learned from the training questions."""
     questions = sorted({s.question for s in train})
-    answers = sorted({a for s in train for a in (*s.answers, s.answer)})
+    answers = sorted({s.answer for s in train}.union(*{s.answers for s in train}))
     return train_wordpiece(questions, VOCABULARY), train_bpe([f" {text}" for text in questions + answers], VOCABULARY)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vqa_scratch.training.adamw import AdamW
 from vqa_scratch.training.checkpoint import load_whole_state
 from vqa_scratch.training.parameter_groups import split_parameters, stacked_matrices
 from vqa_scratch.training.ranks import like, whole
@@ -119,7 +120,7 @@ class Optimizers:
         groups = [{"params": hidden + wide, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
         groups = [group for group in groups if group["params"]]
         if groups:
-            self.optimizers.append(torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=True))
+            self.optimizers.append(AdamW(groups, lr=learning_rate, betas=betas, fused=True))
         self.parameters = [p for o in self.optimizers for group in o.param_groups for p in group["params"]]
         self.peaks = [[group["lr"] for group in o.param_groups] for o in self.optimizers]
 

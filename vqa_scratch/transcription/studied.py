@@ -3,6 +3,7 @@
 Shapes: M mels, F frames of 10 ms, N states of 20 ms, P symbols of CTC.
 """
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from vqa_scratch.study.packing import packed
 from vqa_scratch.study.subject import WritingSubject
 from vqa_scratch.transcription.transcriber import Transcriber
 from vqa_scratch.transcription.window import Window
-from vqa_scratch.transcription.words import STATE_SECONDS, word_times
+from vqa_scratch.transcription.words import STATE_SECONDS
 
 LIKELY = 0.1  # a symbol that is never so probable is not drawn
 
@@ -44,15 +45,20 @@ class HeardSubject(WritingSubject):
 
 
 def heard_in(opened: Transcriber, path: Path) -> Opened:
-    """A sound file of one window at most, as it is written down without times.
+    """`heard` of a sound file. Raises UserError as that and as `read_audio`."""
+    return replace(heard(opened, read_audio(path), str(path)), text=path.name)
 
-    Raises UserError for a longer one, one in which all is silent, and as `read_audio`.
+
+def heard(opened: Transcriber, wave: Tensor, name: str) -> Opened:
+    """Samples (n,) at 16 kHz, one window at most, as they are written down without times; errors call them `name`.
+
+    Raises UserError for more, and for samples that are all silent.
     """
-    wave, sizes, vocabulary = read_audio(path), opened.model.config, opened.vocabulary
+    sizes, vocabulary = opened.model.config, opened.vocabulary
     if len(wave) > (most := sizes.frames * HOP):
-        raise UserError(f"{path} is {len(wave) / RATE:.1f} s long; a study is of one window, {most / RATE:g} s: cut it")
+        raise UserError(f"{name} is {len(wave) / RATE:.1f} s long; a study is of one window, {most / RATE:g} s: cut it")
     if not wave.any():
-        raise UserError(f"{path} is silent from beginning to end: there is nothing to study")
+        raise UserError(f"{name} is silent from beginning to end: there is nothing to study")
     frames = -(-len(wave) // HOP)
     features, language = opened.features(wave), None
     with torch.inference_mode():
@@ -69,8 +75,8 @@ def heard_in(opened: Transcriber, path: Path) -> Opened:
     @torch.no_grad()
     def along(ids: list[int]) -> dict[str, Any]:
         said = [index for index in ids if index < vocabulary.end]
-        given = (opened.model, vocabulary, states, language, "transcribe", said, opened.heads, frames)
-        words = [(w.text.strip(), w.start, w.end, w.probability) for w, _ in word_times(*given)] if said else []
+        timed = opened.times_of(states, language, "transcribe", said, frames) if said else []
+        words = [(w.text.strip(), w.start, w.end, w.probability) for w, _ in timed]
         sound = {"source": "audio", "step": STATE_SECONDS, "seconds": frames * HOP / RATE, "words": words}
         sound["mel"] = packed(shown - shown.min(), "u8")
         if opened.spelled is not None:
@@ -79,7 +85,7 @@ def heard_in(opened: Transcriber, path: Path) -> Opened:
         return {"sound": sound}
 
     answer = written(vocabulary.tokenizer, prompt) | {"decode": lambda ids: vocabulary.text(ids).strip()}
-    return Opened(run_name(Path(opened.source)), subject, path.name, None, **answer, more=along)
+    return Opened(run_name(Path(opened.source)), subject, name, None, **answer, more=along)
 
 
 def posteriors(logits: Tensor, symbols: str) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from vqa_scratch.storage import read_object, typed, write_json
 from vqa_scratch.training.precision import DTYPES, formats
 from vqa_scratch.transcription.vocabulary import SpeechVocabulary
 from vqa_scratch.transcription.window import Try, Window
-from vqa_scratch.transcription.words import STATE_SECONDS, Word, word_times
+from vqa_scratch.transcription.words import STATE_SECONDS, Word, by_letters, word_times
 from vqa_scratch.weights.files import CONFIG, GENERATION
 from vqa_scratch.weights.hub import locate
 from vqa_scratch.weights.whisper_files import FIRST_MULTILINGUAL
@@ -155,7 +155,7 @@ class Transcriber:
             spans = None
             if words and any(timed):
                 whole = [index for ids in timed for index in ids]
-                spans = iter(word_times(self.model, vocabulary, states, language, task, whole, self.heads, length))
+                spans = iter(self.times_of(states, language, task, whole, length))
             for (first, last, _), ids in zip(pieces, timed, strict=True):
                 own = None if spans is None else spoken(spans, len(ids), seek)
                 text = vocabulary.text(ids)
@@ -172,6 +172,14 @@ class Transcriber:
         if not said:
             raise UserError("no words are heard in the recording: ask again, nearer to the microphone")
         return said
+
+    @torch.no_grad()
+    def times_of(
+        self, states: Tensor, language: str | None, task: str, ids: list[int], frames: int
+    ) -> list[tuple[Word, int]]:
+        """The words of text ids as in `word_times`; with a head of CTC each is timed by where that spells it."""
+        words = word_times(self.model, self.vocabulary, states, language, task, ids, self.heads, frames)
+        return words if self.spelled is None else by_letters(words, self.spelled[0](states[:, : -(-frames // 2)]))
 
     def save(self, folder: Path) -> None:
         """Write it as `transformers` reads it: weights, tokenizer, how to generate, how to make features."""

@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vqa_scratch.audio.distortion import dtw
+from vqa_scratch.data.spoken import SPACE, letters_of
+from vqa_scratch.kernels import ctc_align
 from vqa_scratch.models.whisper import Whisper
 from vqa_scratch.nn.memory import Memory
 from vqa_scratch.study.trace import trace
@@ -79,6 +81,28 @@ def word_times(
         words.append((word, count))
         at += count
     return with_punctuation(words)
+
+
+def spans_of(letters: list[int], path: list[int]) -> list[tuple[float, float]]:
+    """When each word was said, from, to in seconds, by a path that has a letter's place, or -1, at each state."""
+    words, spans = np.cumsum([letter == SPACE for letter in letters]), dict[int, list[int]]()
+    for at, place in enumerate(path):
+        if place >= 0 and letters[place] != SPACE:
+            spans.setdefault(int(words[place]), []).append(at)
+    return [(min(at) * STATE_SECONDS, (max(at) + 1) * STATE_SECONDS) for _, at in sorted(spans.items())]
+
+
+def by_letters(words: list[tuple[Word, int]], logits: Tensor) -> list[tuple[Word, int]]:
+    """The same words, timed by where CTC spells them in logits (1, N, L); as they are if it cannot."""
+    try:
+        letters = letters_of(" ".join(word.text for word, _ in words))
+        path = ctc_align(logits, torch.tensor([letters], device=logits.device))[0].tolist()
+    except ValueError:  # a letter outside its alphabet, or more letters than states
+        return words
+    spans = spans_of(letters, path)
+    if len(spans) != len(words):  # of a number as digits it spells several
+        return words
+    return [(replace(word, start=a, end=b), count) for (word, count), (a, b) in zip(words, spans, strict=True)]
 
 
 def with_punctuation(words: list[tuple[Word, int]]) -> list[tuple[Word, int]]:

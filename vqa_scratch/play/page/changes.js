@@ -21,10 +21,7 @@ export class Changes {
 
   get edits() { return this.side.own.edits; }
 
-  set(edits, what) {
-    this.side.own.edits = edits;
-    this.app.changed(what);
-  }
+  set(edits, what) { this.side.own.edits = edits; this.app.changed(what); }
 
   add(edit, what = "changed") { if (edit) this.set([...this.edits.filter((other) => !same(other, edit)), edit], what); }
 

@@ -1,5 +1,5 @@
 // A drawn scene under the hand: objects are dragged, or moved by the arrow keys; what the chosen one is, is chosen below it.
-import { clamp, h, plain } from "../study/dom.js";
+import { clamp, h, plain, range } from "../study/dom.js";
 
 const KEYS = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
 
@@ -49,8 +49,7 @@ export class Editor {
 
   /** Whether all of these can be drawn. */
   knows(objects) {
-    const { shapes, colors, sizes } = this.shapes;
-    return objects.every((thing) => Object.hasOwn(shapes, thing.shape) && Object.hasOwn(colors, thing.color) && Object.hasOwn(sizes, thing.size));
+    return objects.every((thing) => Object.keys(this.fields).every((field) => Object.hasOwn(this.shapes[`${field}s`], thing[field])));
   }
 
   /** Objects from elsewhere: a scene that was picked, a link. */
@@ -136,11 +135,10 @@ export class Editor {
 
   /** One more, where it is farthest from all others. */
   add() {
-    const { width, height } = this.shapes, spots = [];
-    for (let x = 1; x < 8; x += 2) for (let y = 1; y < 8; y += 2) spots.push([(x * width) / 8, (y * height) / 8]);
+    const { width, height } = this.shapes, looks = this.objects[this.at] ?? this.next;
+    const spots = range(16).map((i) => [(((i % 4) + 0.5) * width) / 4, ((Math.floor(i / 4) + 0.5) * height) / 4]);
     const room = ([x, y]) => Math.min(1e9, ...this.objects.map((o) => Math.hypot(o.x - x, o.y - y)));
     const [x, y] = spots.reduce((a, b) => (room(b) > room(a) ? b : a));
-    const looks = this.objects[this.at] ?? this.next;
     this.show([...this.objects, { ...looks, ...this.inside(looks.size, x, y) }]);
     this.items.at(-1).focus();
     this.changed(this.objects);

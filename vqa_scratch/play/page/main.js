@@ -3,7 +3,7 @@ import { h } from "../study/dom.js";
 import { Scene } from "./scene.js";
 import { share } from "./share.js";
 import { Side } from "./side.js";
-import { record, wav } from "./sound.js";
+import { record, url, wav } from "./sound.js";
 import { followed, hash } from "./state.js";
 import { tour } from "./tour.js";
 import { watch } from "./training.js";
@@ -21,10 +21,7 @@ const app = {
   tell: (name, detail = {}) => document.dispatchEvent(new CustomEvent(`live-${name}`, { detail })), // the tour listens, and the tests
 
   /** What the server is asked for one side. */
-  body(index) {
-    const { sides, picture, question, temperature, seed } = app.state;
-    return { ...sides[index], picture, question, temperature, seed };
-  },
+  body: (index) => ({ ...app.state, ...app.state.sides[index], sides: undefined, view: undefined }),
 
   /** A question of the visitor's own. */
   ask(question) {
@@ -39,7 +36,7 @@ const app = {
     if (fields.question !== undefined) $("question").value = fields.question;
     app.write();
     app.tell(what);
-    app.sides.forEach((side) => side.ask(dragged));
+    if (app.state.picture) app.sides.forEach((side) => side.ask(dragged));
   },
 
   /** Another part of the studies is looked at, in all of them. */
@@ -52,7 +49,7 @@ const app = {
 
   write() {
     clearTimeout(app.writing);
-    app.writing = setTimeout(() => history.replaceState(null, "", hash(app.state) ?? location.pathname + location.search), 300);
+    app.writing = app.state.picture && setTimeout(() => history.replaceState(null, "", hash(app.state) ?? location.pathname + location.search), 300);
   },
 };
 
@@ -77,9 +74,11 @@ async function arrange() {
   const { sides: [first, second], question, temperature, seed } = app.state, model = app.model(first.model);
   [$("model").value, $("beside").value] = [first.model, second?.model ?? ""];
   [$("question").value, $("temperature").value, $("heat").textContent, $("seed").value] = [question, temperature, temperature, seed];
+  const aloud = model.asked === "sound"; // then the sound stands where a picture does
   $("question-part").hidden = model.asked === "nothing";
-  $("question-label").textContent = model.asked === "text" ? "Text" : "Question";
-  $("voice").hidden = !model.voice;
+  $("question-label").textContent = { text: "Text", sound: "Sound" }[model.asked] ?? "Question";
+  $("scene-part").hidden = $("words").hidden = $("examples").hidden = aloud;
+  $("voice").hidden = !model.voice && !aloud;
   $("heat-row").hidden = !model.writes;
   $("lacks").textContent = model.lacks?.length ? `This model: ${model.lacks.join("; ")}.` : "";
   app.watching?.abort();
@@ -92,22 +91,26 @@ async function arrange() {
 app.attempt = (work) => work().catch((error) => say(error.message));
 const sides = () => app.attempt(arrange);
 
+/** Asks what was said, or of a model that hears, what it hears; what is wrong stands beside it. */
 async function hear(blob) {
-  try {
-    $("heard").textContent = "Listening …";
-    const { text } = await json("voice", await wav(blob));
-    $("heard").textContent = `Heard: “${text}”`;
-    app.ask(text);
-  } catch (error) {
-    $("heard").textContent = error.message;
-  }
+  const aloud = app.sides[0].model.asked === "sound", send = async (sound) => (aloud ? { sound: await url(sound) } : json("voice", sound));
+  $("heard").textContent = "Listening …";
+  const { text, sound, problem } = await wav(blob).then(send).catch(({ message }) => ({ problem: message }));
+  $("heard").textContent = problem ?? (sound ? "" : `Heard: “${text}”`);
+  if (sound) app.changed("picked", false, { picture: { sound } });
+  else if (!problem) app.ask(text);
 }
 
 function controls() {
   $("asked").addEventListener("submit", (event) => { event.preventDefault(); app.ask($("question").value); });
   $("temperature").addEventListener("input", () => { $("heat").textContent = $("temperature").value; app.changed("heated", true, { temperature: Number($("temperature").value) }); });
   $("seed").addEventListener("change", () => app.changed("seeded", false, { seed: Math.abs(Math.trunc(Number($("seed").value))) % 2 ** 31 }));
-  $("model").addEventListener("change", () => { app.state.sides[0] = blank($("model").value); app.state.picture = app.state.picture?.scene === undefined ? app.state.picture : null; sides(); });
+  $("model").addEventListener("change", () => {
+    const { state } = app, aloud = app.model($("model").value).asked === "sound";
+    state.sides[0] = blank($("model").value);
+    if (state.picture?.scene || Boolean(state.picture?.sound) !== aloud) state.picture = null; // another run has other scenes, or hears
+    sides();
+  });
   $("beside").addEventListener("change", () => { app.state.sides.splice(1, 1, ...($("beside").value ? [blank($("beside").value)] : [])); sides(); });
   let stop = null;
   $("record").addEventListener("click", async () => {
@@ -128,7 +131,7 @@ function controls() {
   preference.addEventListener("change", (event) => theme(event.matches));
   $("theme").addEventListener("click", () => theme(document.documentElement.dataset.theme !== "dark"));
   server.addEventListener("lost", () => say("The server does not answer. This page asks again every second."));
-  server.addEventListener("found", () => (app.state ? sides() : start()));
+  server.addEventListener("found", () => (app.state ? sides() : app.attempt(start)));
   addEventListener("hashchange", () => restore(followed(location.hash)));
   $("start-tour").addEventListener("click", tour($("tour")));
   share(app, $("share-part"), restore);
@@ -144,4 +147,4 @@ async function start() {
 }
 
 controls();
-start().catch((error) => say(error.message));
+app.attempt(start);

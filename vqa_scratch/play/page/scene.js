@@ -8,7 +8,7 @@ const $ = (id) => document.getElementById(id);
 
 export class Scene {
   constructor(app, shapes) {
-    Object.assign(this, { app, scenes: [], known: new Map(), seed: 0 });
+    Object.assign(this, { app, scenes: [], questions: [], known: new Map(), seed: 0 });
     this.editor = new Editor($("canvas"), $("tools"), shapes, (objects) => {
       app.changed("moved", true, { picture: { objects: objects.map((thing) => ({ ...thing })) } });
       this.press();
@@ -42,7 +42,8 @@ export class Scene {
     }));
     $("more").hidden = !this.scenes.length;
     const fullest = [...this.scenes].sort((a, b) => b.objects.length - a.objects.length)[0];
-    if (!state.picture) Object.assign(state, fullest ? this.of(fullest) : { picture: { objects: [] } });
+    if (this.app.model(state.sides[0].model).asked === "sound") return;
+    if (!state.picture || state.picture.sound) Object.assign(state, fullest ? this.of(fullest) : { picture: { objects: [] } });
     this.show();
   }
 
@@ -61,10 +62,7 @@ export class Scene {
     return { picture: { scene: id }, question: typed ? state.question : (questions[0]?.question ?? state.question) };
   }
 
-  choose(fields) {
-    this.app.changed("picked", false, fields);
-    this.show();
-  }
+  choose(fields) { this.app.changed("picked", false, fields); this.show(); }
 
   async upload(file) {
     if (!file) return;

@@ -28,14 +28,11 @@ export class Side {
   ask(dragged) {
     this.rest();
     if (!dragged) this.asking.stop();
-    return this.asking.start();
+    this.asking.start();
   }
 
   /** Stop what is done while nothing else is asked. */
-  rest() {
-    this.background.abort();
-    clearTimeout(this.later);
-  }
+  rest() { this.background.abort(); clearTimeout(this.later); }
 
   async attempt(work) {
     try {
@@ -125,9 +122,5 @@ export class Side {
     this.app.changed("chosen");
   }
 
-  close() {
-    this.rest();
-    this.asking.stop();
-    this.handle?.destroy();
-  }
+  close() { this.rest(); this.asking.stop(); this.handle?.destroy(); }
 }

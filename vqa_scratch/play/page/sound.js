@@ -18,6 +18,8 @@ export async function record() {
   };
 }
 
+export const url = (blob) => new Promise((read) => { Object.assign(new FileReader(), { onload: ({ target }) => read(target.result) }).readAsDataURL(blob); });
+
 /** A sound of any format that the browser decodes, as a WAV of 16-bit samples, mono, 16 kHz. */
 export async function wav(blob) {
   const decoder = new OfflineAudioContext(1, 1, RATE); // decoding resamples to the rate of its context

@@ -28,11 +28,12 @@ const either = (choices, key) => (value, where) => {
   return choices[checked(found !== undefined, found, where, `one of ${Object.keys(choices).join(", ")}`)](value, where);
 };
 
-const DATA = /^data:image\/(png|jpeg|webp|gif|bmp);base64,[A-Za-z0-9+/=]*$/;
+const data = (kinds, what) => (value, where) => checked(typeof value === "string" && new RegExp(`^data:${kinds};base64,[A-Za-z0-9+/=]*$`).test(value), value, where, `${what} as a data URL`);
 const PICTURE = either({
   scene: fields({ scene: text(200) }),
   objects: fields({ objects: list(fields({ shape: text(20), color: text(20), size: text(20), x: number(-4096, 4096), y: number(-4096, 4096) }), 0, 64) }),
-  data: fields({ data: (value, where) => checked(typeof value === "string" && DATA.test(value), value, where, "a picture as a data URL") }),
+  data: fields({ data: data("image/(png|jpeg|webp|gif|bmp)", "a picture") }),
+  sound: fields({ sound: data("audio/(wav|x-wav)", "a sound") }),
 });
 const KIND = text(9), NAME = text(80), HEAD = whole(0, 4095), QUESTION = text(4000);
 const EDIT = either({

@@ -78,9 +78,6 @@ export function newest(work) {
       } while (again);
       running = null;
     },
-    stop() {
-      again = false;
-      running?.abort();
-    },
+    stop() { again = false; running?.abort(); },
   };
 }

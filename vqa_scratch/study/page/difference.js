@@ -6,10 +6,7 @@ import { strongest } from "./arrays.js";
 import { unpackFlows } from "./figures.js";
 import { Picture, legend } from "./picture.js";
 
-function points(share) {
-  const x = Math.round(1000 * share) / 10 || 0; // no −0.0
-  return `${x > 0 ? "+" : ""}${number(x, 1)}`;
-}
+const points = (share) => `${share >= 0.0005 ? "+" : ""}${number(Math.round(1000 * share) / 10 || 0, 1)}`; // never −0.0
 const placeOf = (study, name) => Object.entries(study.attentions).map(([kind, a]) => [kind, a.names.indexOf(name)]).find(([, layer]) => layer >= 0);
 
 export class DifferenceView {

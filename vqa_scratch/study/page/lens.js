@@ -1,5 +1,5 @@
 // How the answer grows: the logit lens, what each part adds to a logit, and which expert took each token.
-import { row, unpack } from "./arrays.js";
+import { row, strongest, unpack } from "./arrays.js";
 import { badge } from "./certificate.js";
 import { diverging, shade } from "./colors.js";
 import { h, number, percent, section, shown, sum, table } from "./dom.js";
@@ -47,12 +47,10 @@ export class LensView {
 /** In each layer with experts, those that took each token. */
 export function expertsView(study) {
   const { experts, read } = study.data;
+  const chosen = (shares) => strongest(shares).filter((expert) => shares[expert] > 0).map((expert) => `${expert}: ${number(shares[expert], 2)}`).join("\n");
   const lines = experts.map(({ name, weights }) => {
     const taken = unpack(weights);
-    return h("tr", {}, h("td", {}, `layer ${name.split(".")[1]}`), read.map((_, i) => {
-      const shares = [...row(taken, i)].map((share, expert) => [share, expert]).filter(([share]) => share > 0).sort((a, b) => b[0] - a[0]);
-      return h("td", { class: "words" }, shares.map(([share, expert]) => `${expert}: ${number(share, 2)}`).join("\n"));
-    }));
+    return [`layer ${name.split(".")[1]}`, ...read.map((_, i) => h("td", { class: "words" }, chosen(row(taken, i))))];
   });
   const columns = [h("th", { "aria-label": "layer" }), ...read.map((label) => h("th", { scope: "col", class: "words" }, shown(label)))];
   return section("experts-of", "Which expert took each token", badge(study),

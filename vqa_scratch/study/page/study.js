@@ -88,10 +88,8 @@ export function renderStudy(element, data, hooks = {}) {
     update(changes) {
       if (Array.isArray(changes) || changes.tokens) { build(changes); return; }
       Object.assign(studies[0].data, changes);
-      const drawn = views.some((v) => v instanceof MatterView);
-      if (changes.plain || (changes.matter && !drawn)) build(studies.map((study) => study.data));
-      else if (changes.matter) views.filter((v) => v instanceof MatterView || v instanceof HeadsView).forEach((v) => v.draw());
-      else shared.refresh();
+      if (changes.plain || (changes.matter && !views.some((v) => v instanceof MatterView))) build(studies.map((study) => study.data));
+      else views.filter((v) => !changes.matter || v instanceof MatterView || v instanceof HeadsView).forEach((v) => v.draw?.());
     },
     select(changes) { Object.assign(view, valid(changes)); shared.refresh(); },
     destroy() { views = []; element.replaceChildren(); },
