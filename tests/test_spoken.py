@@ -16,9 +16,9 @@ from vqa_scratch.data.voices import Speaker, is_unseen, speak
 from vqa_scratch.errors import UserError
 from vqa_scratch.models.hearing import POOLED, Hearing
 from vqa_scratch.models.whisper import WhisperConfig
-from vqa_scratch.systems.base import ANY_SAMPLE
 from vqa_scratch.systems.options import read_command_line
 from vqa_scratch.systems.run_folder import save_weights
+from vqa_scratch.systems.splits import ANY_SAMPLE
 from vqa_scratch.systems.spoken import sayable
 from vqa_scratch.training.optimizers import Optimizers
 from vqa_scratch.training.precision import Precision

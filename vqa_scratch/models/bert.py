@@ -8,7 +8,7 @@ Shapes: B batch, T text tokens, D width.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -88,16 +88,12 @@ class BertBlock(taps.Tapped):
         self.norm2 = nn.LayerNorm(config.dim, eps=config.norm_eps)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, key_mask: Tensor | None = None, bias: ScoreBias | None = None, **read: Any) -> Tensor:
-        """(B, T, D) -> (B, T, D); a bias includes the mask, `read` is for `between`."""
+    def forward(self, x: Tensor, key_mask: Tensor | None = None, bias: ScoreBias | None = None) -> Tensor:
+        """(B, T, D) -> (B, T, D); a bias includes the mask."""
         x = taps.tap(self.tap_prefix, "resid_pre", x)
         x = self.norm1(x + self.dropout(self.attn(x, key_mask=key_mask, bias=bias)))
-        x = taps.tap(self.tap_prefix, "resid_mid", self.between(x, **read))
+        x = taps.tap(self.tap_prefix, "resid_mid", x)
         return taps.tap(self.tap_prefix, "resid_post", self.norm2(x + self.mlp(x)))
-
-    def between(self, x: Tensor) -> Tensor:
-        """What a block does between its halves: here nothing."""
-        return x
 
 
 class Bert(Released[BertConfig], TextEncoder):

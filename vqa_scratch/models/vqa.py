@@ -73,7 +73,10 @@ class VQAModel(nn.Module):
     ) -> Tensor:
         """(B, A, D): the decoder's states before the head; arguments as in `forward`."""
         given = self.connector(image, text, image_index)
-        return self.decoder.hidden_after(given, self.decoder.embed(decoder_input_ids), decoder_attention_mask)
+        embeddings, mask = self.decoder.embed(decoder_input_ids), decoder_attention_mask
+        if given.prefix is None:
+            return self.decoder.hidden(embeddings, mask, memory=given.memory)
+        return self.decoder.hidden_after(given, embeddings, mask)
 
     def forward(
         self,

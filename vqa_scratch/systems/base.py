@@ -342,10 +342,6 @@ class System(ABC, Generic[RO, M]):
             self.model.train(was_training)
 
 
-# A sample to build a model for, where only the options count.
-ANY_SAMPLE = VQASample(0, Path("any.png"), 0, System.example, "", "", ("red",), "red")
-
-
 def seed_everything(seed: int) -> None:
     """Seed the generators of Python, NumPy and torch."""
     random.seed(seed)

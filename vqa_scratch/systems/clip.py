@@ -31,7 +31,7 @@ from vqa_scratch.errors import UserError
 from vqa_scratch.models.clip import CLIP
 from vqa_scratch.study.opened import Opened
 from vqa_scratch.systems.assembly import WithoutNumbers, check_images, stem_of
-from vqa_scratch.systems.base import ANY_SAMPLE, RunData, seed_everything
+from vqa_scratch.systems.base import RunData, seed_everything
 from vqa_scratch.systems.captions import read_captions_data, read_texts, to_describe
 from vqa_scratch.systems.clip_export import export_clip
 from vqa_scratch.systems.clip_models import model_of, small_model
@@ -41,7 +41,7 @@ from vqa_scratch.systems.clip_texts import classify, embed_labels, embed_texts
 from vqa_scratch.systems.finals import Pass
 from vqa_scratch.systems.questions import built_in
 from vqa_scratch.systems.retrieval import retrieval, share_preferred
-from vqa_scratch.systems.splits import TIMED, Key, SplitSystem
+from vqa_scratch.systems.splits import ANY_SAMPLE, TIMED, Key, SplitSystem
 from vqa_scratch.systems.studied import pair_subject
 from vqa_scratch.systems.vqa_models import IMAGE_SIZE
 from vqa_scratch.training.contrastive import clamp_scale_, info_nce, sigmoid_loss, twins

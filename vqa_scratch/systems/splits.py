@@ -26,6 +26,8 @@ from vqa_scratch.training.ranks import World
 IO = TypeVar("IO", bound=ImageOptions)
 Q = TypeVar("Q", bound=ImageGroups)
 TIMED = 64  # samples by which a kind of pass is timed that has not run yet
+# A sample to build a model for, where only the options count.
+ANY_SAMPLE = VQASample(0, Path("any.png"), 0, System.example, "", "", ("red",), "red")
 
 
 def in_time(

@@ -35,11 +35,11 @@ from vqa_scratch.systems.assembly import (
     stem_for,
     stem_of,
 )
-from vqa_scratch.systems.base import ANY_SAMPLE, RunData, seed_everything
+from vqa_scratch.systems.base import RunData, seed_everything
 from vqa_scratch.systems.export import export_vilt
 from vqa_scratch.systems.options import ViLTOptions
 from vqa_scratch.systems.questions import QuestionSystem
-from vqa_scratch.systems.splits import augment_of
+from vqa_scratch.systems.splits import ANY_SAMPLE, augment_of
 from vqa_scratch.systems.studied import choosing_subject
 from vqa_scratch.systems.vqa_models import VOCABULARY
 from vqa_scratch.training.precision import Precision

@@ -19,14 +19,14 @@ from vqa_scratch.options import from_json, rules_of
 from vqa_scratch.storage import read_json, write_json
 from vqa_scratch.systems.answering import How
 from vqa_scratch.systems.assembly import WithoutNumbers, check_positions, grid_of
-from vqa_scratch.systems.base import ANY_SAMPLE, RunData, seed_everything
+from vqa_scratch.systems.base import RunData, seed_everything
 from vqa_scratch.systems.finals import Pass
 from vqa_scratch.systems.frozen import cache_features
 from vqa_scratch.systems.options import VQAOptions
 from vqa_scratch.systems.questions import QuestionSystem
 from vqa_scratch.systems.run_folder import CONFIG, PROGRAM, check_trainable
 from vqa_scratch.systems.scoring import common_answers
-from vqa_scratch.systems.splits import augment_of
+from vqa_scratch.systems.splits import ANY_SAMPLE, augment_of
 from vqa_scratch.systems.vqa_models import check_connector, released_models, small_models
 from vqa_scratch.systems.writer import WritingSystem
 from vqa_scratch.systems.writing import choose
