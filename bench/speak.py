@@ -46,7 +46,7 @@ from vqa_scratch.storage import read_object, write_json
 from vqa_scratch.training.spectrogram import CrossWeights, spectrogram_loss
 
 NOISE = 40  # dB below the voice
-TESTED, FEW = 48, 16  # sentences of a row; of which judges that take their time hear some
+TESTED, FEW = 40, 10  # sentences of a row; of which judges that take their time hear some
 ABOUT = "training.json"
 SPECIAL = ["<s>", "<pad>", "</s>", "<unk>"]  # in SpeechT5's order
 SIZES = {
@@ -277,7 +277,7 @@ def run(
 
 @click.command("speak")
 @click.option("--out", type=FOLDER, required=True, help="Folder of the voice; one that is there is judged as it is.")
-@click.option("--minutes", type=click.FloatRange(0, min_open=True), default=8.0, show_default=True, help="Of a core.")
+@click.option("--minutes", type=click.FloatRange(0, min_open=True), default=7.0, show_default=True, help="Of a core.")
 @click.option("--judge-minutes", type=click.FloatRange(0, min_open=True), default=3.0, show_default=True,
               help="Of a core, for the network that judges.")  # fmt: skip
 @click.option("--utterances", type=click.IntRange(64), default=2_500, show_default=True, help="To train on.")

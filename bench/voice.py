@@ -3,10 +3,11 @@
 Half of the training utterances have noise, half an echo. Word error rate is (substituted + left out + added) / said,
 summed over all words. `blind` scores what was heard against other sentences.
 
-When a word is said is read from the likeliest path through its sounds (phonemes), from the first to the last of them:
-the network writes these too, under a CTC of their own. The label of a whole word does not tell. CTC pays for a word
-once, anywhere between the words beside it, so the label is a spike of one frame, and the network, which hears 0.8 s on
-each side, puts it where it is surest. The table has how far the middle of a word is from the truth, by both (medians).
+When a word is said is read from the likeliest path through its sounds (phonemes), from the first to the last of them;
+the network writes these too, under a CTC of their own. The label of a whole word does not tell: CTC pays for a label
+once, anywhere between the labels beside it, so it is a spike of one frame, as early or late as the network hears around
+a frame, here 0.8 s on each side. The sounds are written from 0.2 s on each side. The table has how far the middle of a
+word is from the truth, by both (medians).
 
 Shapes: B utterances, T frames of 10 ms, M mels, V words with the blank, P sounds with the blank.
 """
@@ -58,18 +59,19 @@ class Block(nn.Module):
 
 
 class Hearer(nn.Module):
-    """(B, M, T) -> logits of words (B, T / 4, V) and of sounds (B, T / 4, P), from 0.8 s on each side of a frame."""
+    """(B, M, T) -> logits of words (B, T / 4, V), from 0.8 s on each side of a frame, and of sounds (B, T / 4, P), from
+    0.2 s."""
 
     def __init__(self, width: int = 128, layers: int = 4) -> None:
         super().__init__()
         self.stem = nn.Conv1d(80, width, 5, stride=STRIDE, padding=2)
         self.blocks = nn.Sequential(*(Block(width) for _ in range(layers)))
         self.norm, self.words = nn.LayerNorm(width), nn.Linear(width, len(VOCABULARY) + 1)
-        self.sounds = nn.Linear(width, len(SOUNDS) + 1)
+        self.sounds = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, len(SOUNDS) + 1))
 
     def forward(self, mel: Tensor) -> tuple[Tensor, Tensor]:
-        states = self.norm(self.blocks(F.gelu(self.stem(mel)).mT))
-        return self.words(states), self.sounds(states)
+        near = self.blocks[0](F.gelu(self.stem(mel)).mT)
+        return self.words(self.norm(self.blocks[1:](near))), self.sounds(near)
 
 
 def padded(names: Sequence[Sequence[str]], known: list[str]) -> Tensor:

@@ -44,6 +44,7 @@ def test_what_is_studied_is_what_is_transcribed(root, opened):
     window = Window(heard.model.decoder, words, heard.model.encode(subject.features), subject.prompt)
     greedy = window.attempt(heard.options(subject.max_new_tokens, times=False))
     study = take_apart(opened)
+    assert subject.own_options["suppress_tokens"] == heard.barred and subject.own_options["begin_suppress_tokens"]
     assert [token.id for token in study.tokens if token.id != words.end] == greedy.ids and greedy.ids
     (source,) = subject.sources
     assert len(source) == FRAMES // 2 and source.sinks == tuple(range(35, FRAMES // 2))

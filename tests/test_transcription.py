@@ -6,6 +6,7 @@ one.
 
 import json
 import shutil
+import time
 from pathlib import Path
 
 import numpy as np
@@ -426,6 +427,20 @@ def test_the_command(folder, opened, recording, tmp_path, capsys, monkeypatch):
         command(*common, "--format", kind, "--out", out, "--words")
         assert "might" in out.read_text() and out.read_text().endswith("\n")
     assert capsys.readouterr().out == ""
+
+
+def test_the_bar_moves_while_a_window_is_heard(folder, opened, recording, capsys, monkeypatch):
+    """Its clock is drawn every second, though the window has said nothing yet."""
+    hear, seen = Window.hear, []
+
+    def slowly(self, options):
+        if not seen:
+            seen.append(time.sleep(1.3) or capsys.readouterr().err)
+        return hear(self, options)
+
+    monkeypatch.setattr(Window, "hear", slowly)
+    command("transcribe", "--model", folder, recording, "--device", "cpu")
+    assert "[00:01<" in seen[0] and "0 of 2 s" in seen[0]
 
 
 def test_nothing_is_left_half_written(folder, recording, tmp_path, monkeypatch):
