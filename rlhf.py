@@ -27,7 +27,6 @@ import shlex
 import time
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -162,8 +161,10 @@ def train(
 def conclude(ppo: PPO, task: Task, options: RLHFOptions, log: MetricsLog) -> dict[str, Any]:
     """Measure before and after on held-out prompts and write every report. Returns the summary."""
     prompts, k, seed = task.held_out[: options.eval_prompts], options.eval_samples, options.seed + 10
-    before = evaluate.measure(ppo, task.reference, prompts, k, seed, task.figures)
-    after = evaluate.measure(ppo, ppo.actor.backbone, prompts, k, seed, task.figures)
+    before, after = (
+        evaluate.measure(ppo, policy, prompts, k, seed, task.figures, task.greedy)
+        for policy in (task.reference, ppo.actor.backbone)
+    )
     few = prompts[: options.frontier_prompts]
     curve = evaluate.reference_frontier(ppo, few, options.frontier_samples, seed + 1)
     # On the prompts of the curve; with four samples each the share would be off by up to 0.04.
@@ -240,17 +241,20 @@ def work(options: RLHFOptions, world: World) -> dict[str, Any] | int:
     summary["seconds"] = earlier + time.perf_counter() - started
     write_json(options.out / "summary.json", summary)
     show(summary, options)
-    if options.preset != "lm":  # no command opens a decoder alone
-        print(*what_next_for(task.held_out[0], options.out), sep="\n")
+    print(*what_next_for(task.held_out[0], options), sep="\n")
     return summary
 
 
-def what_next_for(prompt: Prompt, folder: Path) -> list[str]:
+def what_next_for(prompt: Prompt, options: RLHFOptions) -> list[str]:
     """What to do with a finished run, for a held-out prompt: a question, or an article, which goes into a file."""
+    folder = options.out
     if isinstance(prompt.payload, VQASample):
         return what_next(folder / "policy", prompt.payload)
-    write_text(folder / "article.txt", prompt.text + "\n")
-    command = ["study", str(folder), "--text", str(folder / "article.txt"), "--out", str(folder / "study")]
+    if options.preset == "lm":  # a prompt may be a conversation, or written by a template already
+        command = ["ask", str(folder)]
+    else:
+        write_text(folder / "article.txt", prompt.text + "\n")
+        command = ["study", str(folder), "--text", str(folder / "article.txt"), "--out", str(folder / "study")]
     return ["next:", "  " + shlex.join(["python", "-m", "vqa_scratch", *command])]
 
 

@@ -1,4 +1,4 @@
-"""Train a system that answers questions about images:  python train.py [--preset NAME] [--out RUN] [--help]
+"""Train a system, such as one that answers questions about images:  python train.py [--preset NAME] [--help]
 
 The default needs no files: it draws a data set, trains small models on it, and writes to the run folder the weights,
 the curves, a page of answered questions, and summary.json with the final figures. What a preset trains is one class in
@@ -30,7 +30,6 @@ from torch import Tensor, nn
 
 from vqa_scratch import systems
 from vqa_scratch.data.batches import prefetch
-from vqa_scratch.data.hashes import facts, hashes_of
 from vqa_scratch.options import from_json
 from vqa_scratch.report.curves import draw_panels
 from vqa_scratch.storage import without_collections, write_json
@@ -151,7 +150,7 @@ def train(options: RunOptions, world: World, began: float) -> int | None:
         kind_of_system.check(options)
     with world.first_one_then_all(), without_collections():  # the first rank draws data and decodes images
         data = kind_of_system.read(options)
-        hashes = hashes_of({name: facts(some) for name, some in data.samples.items()})
+        hashes = data.hashes()
         if checkpoint:  # with the tokenizers and answers of the run
             check_same_data(options, hashes)
             system = systems.open_parts(options.out, options, precision)

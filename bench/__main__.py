@@ -26,11 +26,14 @@ from bench import (
     logprob,
     loss_head,
     nanovlm,
+    play,
     ppo,
     prefix,
     quantize,
     resolution,
     scale,
+    speak,
+    spoken,
     suite,
     t5_bias,
     taps,
@@ -80,15 +83,6 @@ def train_step_command(
     cases = [replace(c, device=device) for c in train_step.CASES] if every else [case]
     name = "train-step" if device == "cpu" else "train-step-gpu"
     present(name, train_step.run(cases, rounds, command_given()), write, part=not every)
-
-
-@click.command("taps")
-@click.option("--rounds", type=click.IntRange(1), default=200, show_default=True, help="Turns of each side.")
-@click.option("--questions", type=click.IntRange(8), default=128, show_default=True, help="Questions of a step.")
-@click.option("--write", is_flag=True, help="Put the table into bench/RESULTS.md.")
-def taps_command(rounds: int, questions: int, write: bool) -> None:
-    """What the taps of the study tools cost a training step while no trace is active."""
-    present("taps", taps.run(rounds, questions, command_given()), write)
 
 
 @click.command("prefix")
@@ -319,7 +313,7 @@ COMMANDS = [
     attention_command,
     t5_bias_command,
     logprob_command,
-    taps_command,
+    taps.command,
     prefix_command,
     nanovlm.command,
     cached_features_command,
@@ -331,9 +325,12 @@ COMMANDS = [
     grpo.command,
     resolution_command,
     scale_command,
+    spoken.command,
     binding_command,
     quantize_command,
+    speak.command,
     voice.command,
+    play.command,
     time_to_accuracy.command,
     whisper.command,
     all_command,

@@ -193,7 +193,7 @@ def run(plan: Plan, command: str) -> tuple[str, list[dict[str, Any]]]:
         frontier(runs),
         over_time(runs, "objective/kl_exact", "KL on the way", "nats a response", hlines=limits),
         over_time(runs, "env/reward_mean", "reward on the way", "reward"),
-        over_time(runs, "ppo/val/var_explained", "variance that the baseline explains", "share", ylim=(-2, 0.5)),
+        over_time(runs, "ppo/val/var_explained", "variance that the baseline explains", "share", ylim=(-0.5, 0.5)),
     ]
     return "\n".join(text), panels
 

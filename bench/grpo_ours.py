@@ -3,16 +3,13 @@
 python -m bench.grpo_ours FOLDER grpo
 """
 
-import json
-import resource
 import sys
-import time
 from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from rlhf import iterate
+from bench.ppo_ours import take_turns
 from vqa_scratch.models.gpt2 import GPT2, GPT2Config
 from vqa_scratch.rl.decoder_policy import LanguagePolicy
 from vqa_scratch.rl.options import RLHFOptions
@@ -83,22 +80,13 @@ def ours(folder: Path, algorithm: str) -> None:
     reward, rules = RewardSum([RewardPart("even", 1.0, even)]), SamplingRules(task["eos"], task["new"])
     prompts = [Prompt("", tuple(row)) for row in task["prompts"].tolist()]
     ppo = PPO(options, ActorCritic(policies[0]), freeze(policies[1]), reward, prompts, rules, str)
-    print("READY", flush=True)
-    for _ in sys.stdin:
-        probe = folder / f"probe-{algorithm}-trl.pt"
-        if probe.exists() and ppo.iteration == 0:
-            torch.save(compare(ppo, prompts, torch.load(probe, weights_only=True)), folder / f"probe-{algorithm}.pt")
-        start = time.perf_counter()
-        log = iterate(ppo)
-        count = options.prompts * options.samples
-        result = {
-            "seconds": time.perf_counter() - start,
-            "generate": log["time/ppo/generate"],
-            "responses": count,
-            "tokens": log["tokens/responses_len_mean"] * count,
-            "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
-        }
-        print("RESULT " + json.dumps(result), flush=True)
+
+    def probe() -> None:
+        theirs = folder / f"probe-{algorithm}-trl.pt"
+        if theirs.exists():
+            torch.save(compare(ppo, prompts, torch.load(theirs, weights_only=True)), folder / f"probe-{algorithm}.pt")
+
+    take_turns(ppo, probe)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import json
 import resource
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -91,11 +92,18 @@ def ours(folder: Path, options: dict) -> None:
     prompts = [Prompt("", tuple(row)) for row in task["queries"].tolist()]
     rules = SamplingRules(policy.eos_id, options.max_new_tokens)
     ppo = PPO(options, actor, reference, reward, prompts, rules, str, precision.autocast)
+    take_turns(ppo)
+
+
+def take_turns(ppo: PPO, first: Callable[[], object] = lambda: None) -> None:
+    """An iteration for every line on stdin, before the first of them `first`; its figures go to stdout."""
     print("READY", flush=True)
     for _ in sys.stdin:
+        if ppo.iteration == 0:
+            first()
         start = time.perf_counter()
         log = iterate(ppo)
-        count = options.prompts * options.samples
+        count = ppo.options.prompts * ppo.options.samples
         result = {
             "seconds": time.perf_counter() - start,
             "generate": log["time/ppo/generate"],

@@ -30,6 +30,7 @@ CPU = {
     "binding": [],
     "quantize": [],
     "voice": [],
+    "speak": ["--out", "runs/spoken"],
 }
 GPU = {
     "attention": [],

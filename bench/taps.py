@@ -6,10 +6,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import click
 import torch
 from torch import Tensor
 
-from bench.results import table
+from bench.results import command_given, present, table
 from bench.timing import Spread, commit, in_turn, machine, peak_memory_gb, speedup
 from train import train_step
 from vqa_scratch import systems
@@ -94,3 +95,12 @@ bit.
 {table(head, [row])}
 
 - {machine()}. torch {torch.__version__}. Commit {commit(Path(__file__).parent)}. `{command}`"""
+
+
+@click.command("taps")
+@click.option("--rounds", type=click.IntRange(1), default=200, show_default=True, help="Turns of each side.")
+@click.option("--questions", type=click.IntRange(8), default=128, show_default=True, help="Questions of a step.")
+@click.option("--write", is_flag=True, help="Put the table into bench/RESULTS.md.")
+def command(rounds: int, questions: int, write: bool) -> None:
+    """What the taps of the study tools cost a training step while no trace is active."""
+    present("taps", run(rounds, questions, command_given()), write)

@@ -1,109 +1,116 @@
-"""A headless Chromium for tests, driven through chromedriver by the W3C WebDriver protocol over plain HTTP."""
+"""A headless Chromium for tests, by Playwright: one process for all tests of a worker, a window of its own for each."""
 
-import base64
-import json
 import shutil
-import socket
-import subprocess
-import time
-import urllib.request
+from functools import cache
 from pathlib import Path
 from typing import Any, Self
 
-ELEMENT = "element-6066-11e4-a52e-4f735466cecf"  # the key that the protocol gives to element references
+try:
+    from playwright.sync_api import Browser as Chromium
+    from playwright.sync_api import Page, Playwright, sync_playwright
+except ImportError:
+    sync_playwright = None
+
+MISSING = "needs playwright and a Chromium: pip install playwright, then playwright install chromium or the system's"
+SYSTEM = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
+ARGUMENTS = ["--no-sandbox", "--disable-dev-shm-usage", "--use-fake-device-for-media-stream"]
+
+# Every text whose contrast with what it is drawn on is less than 4.5 : 1 (WCAG 2), as the body of a function.
+AUDIT = """
+const rgba = (text) => { const n = text.match(/[\\d.]+/g).map(Number); return [n[0], n[1], n[2], n[3] ?? 1]; };
+const over = (c, below) => [0, 1, 2].map((i) => c[i] * c[3] + below[i] * (1 - c[3]));
+const light = (rgb) => rgb.map((v) => v / 255).map((c) => (c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4))
+  .reduce((sum, c, i) => sum + c * [0.2126, 0.7152, 0.0722][i], 0);
+const bad = [];
+for (const e of document.querySelectorAll("body *")) {
+  const own = [...e.childNodes].some((n) => n.nodeType === 3 && n.textContent.trim());
+  if (!own || !e.checkVisibility() || e.closest("script, .hidden, option")) continue;
+  const above = [];
+  for (let at = e; at; at = at.parentElement) above.unshift(rgba(getComputedStyle(at).backgroundColor));
+  const ground = above.reduce((below, c) => over(c, below), [255, 255, 255]);
+  const ink = over(rgba(getComputedStyle(e).color), ground), [a, b] = [light(ink), light(ground)].sort((x, y) => x - y);
+  if ((b + 0.05) / (a + 0.05) < 4.5) bad.push(`${e.className || e.tagName}: ${e.textContent.slice(0, 30)}`);
+}
+return bad;
+"""
 
 
+def _system() -> str | None:
+    return next(filter(None, map(shutil.which, SYSTEM)), None)
+
+
+@cache
+def _driver() -> "Playwright":
+    return sync_playwright().start()
+
+
+@cache
+def chromium() -> "Chromium":
+    """The system's Chromium, else Playwright's own; started once, and closed by `close`."""
+    return _driver().chromium.launch(executable_path=_system(), args=ARGUMENTS)
+
+
+@cache
 def available() -> bool:
-    """Whether this machine has both programs."""
-    return shutil.which("chromedriver") is not None and any(map(shutil.which, ("chromium", "google-chrome", "chrome")))
+    """Whether this machine has Playwright and a browser for it."""
+    if sync_playwright is None:
+        return False
+    return _system() is not None or Path(_driver().chromium.executable_path).exists()
+
+
+def close() -> None:
+    """End the browser and Playwright, if they were started."""
+    if chromium.cache_info().currsize:
+        chromium().close()
+    if _driver.cache_info().currsize:
+        _driver().stop()
+    chromium.cache_clear()
+    _driver.cache_clear()
 
 
 class Browser:
-    """One window. Use with `with`."""
+    """One window, with storage of its own. Use with `with`; `page` is Playwright's."""
+
+    page: "Page"
 
     def __init__(self, *, dark: bool = False, width: int = 1280, height: int = 1000) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
-        command = [shutil.which("chromedriver"), f"--port={self.port}", "--log-level=OFF"]
-        self.driver = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        binary = next(filter(None, map(shutil.which, ("chromium", "google-chrome", "chrome"))))
-        arguments = ["--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--disable-dev-shm-usage"]
-        arguments += [f"--window-size={width},{height}"] + (["--force-dark-mode"] if dark else [])
-        options = {"binary": binary, "args": arguments}
-        capabilities = {"goog:chromeOptions": options, "goog:loggingPrefs": {"browser": "ALL"}}
-        self.session = ""
-        self._wait()
-        made = self._call("POST", "/session", {"capabilities": {"alwaysMatch": capabilities}})
-        self.session = f"/session/{made['sessionId']}"
-        if dark:
-            features = [{"name": "prefers-color-scheme", "value": "dark"}]
-            self._command("Emulation.setEmulatedMedia", {"features": features})
+        scheme = "dark" if dark else "light"
+        size = {"width": width, "height": height}
+        self.context = chromium().new_context(viewport=size, color_scheme=scheme, accept_downloads=True)
+        self.context.set_default_timeout(30_000)  # of a machine with much else to do
+        self.page = self.context.new_page()
+        self.said: list[str] = []
+        self.page.on("console", lambda message: self.said.append(f"{message.type}: {message.text}"))
+        self.page.on("pageerror", lambda error: self.said.append(f"error: {error}"))
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *error: object) -> None:
-        try:
-            if self.session:
-                self._call("DELETE", self.session)
-        finally:
-            self.driver.terminate()
-            self.driver.wait(10)
-
-    def _wait(self) -> None:
-        for _ in range(100):
-            try:
-                self._call("GET", "/status")
-                return
-            except OSError:
-                time.sleep(0.1)
-        raise RuntimeError("chromedriver did not start")
-
-    def _call(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
-        data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(
-            f"http://127.0.0.1:{self.port}{path}", data, {"Content-Type": "application/json"}, method=method
-        )
-        with urllib.request.urlopen(request, timeout=60) as response:
-            return json.load(response)["value"]
-
-    def _command(self, name: str, parameters: dict[str, Any]) -> Any:
-        return self._call("POST", f"{self.session}/goog/cdp/execute", {"cmd": name, "params": parameters})
+        self.context.close()
 
     def open(self, path: Path) -> None:
         """A file from disk."""
-        self._call("POST", f"{self.session}/url", {"url": path.resolve().as_uri()})
+        self.page.goto(path.resolve().as_uri())
 
     def resize(self, width: int, height: int = 1000) -> None:
         """Lay pages out for a screen of this size; a phone's is narrower than any window."""
-        size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
-        self._command("Emulation.setDeviceMetricsOverride", size)
+        self.page.set_viewport_size({"width": width, "height": height})
 
     def script(self, code: str) -> Any:
         """What the body of a function returns."""
-        return self._call("POST", f"{self.session}/execute/sync", {"script": code, "args": []})
+        return self.page.evaluate(f"() => {{ {code}\n }}")
 
     def click(self, selector: str) -> None:
         """As a mouse would: the first element of a CSS selector, scrolled into view."""
-        found = self._call("POST", f"{self.session}/element", {"using": "css selector", "value": selector})
-        self._call("POST", f"{self.session}/element/{found[ELEMENT]}/click", {})
+        self.page.locator(selector).first.click()
 
     def press(self, key: str) -> None:
-        """One key, to whatever has the focus. Arrow keys: see the protocol's table of code points."""
-        actions = [{"type": "keyDown", "value": key}, {"type": "keyUp", "value": key}]
-        body = {"actions": [{"type": "key", "id": "keys", "actions": actions}]}
-        self._call("POST", f"{self.session}/actions", body)
+        """One key, by Playwright's name for it, to whatever has the focus."""
+        self.page.keyboard.press(key)
 
     def log(self) -> list[str]:
-        """Console messages since the last call."""
-        return [entry["message"] for entry in self._call("POST", f"{self.session}/se/log", {"type": "browser"})]
-
-    def screenshot(self, path: Path, *, whole: bool = False) -> None:
-        """A PNG of the window, or of the whole page."""
-        shot = self._command("Page.captureScreenshot", {"captureBeyondViewport": True, **self._clip()} if whole else {})
-        path.write_bytes(base64.b64decode(shot["data"]))
-
-    def _clip(self) -> dict[str, Any]:
-        size = self._command("Page.getLayoutMetrics", {})["cssContentSize"]
-        return {"clip": {"x": 0, "y": 0, "width": size["width"], "height": size["height"], "scale": 1}}
+        """Console messages and uncaught errors since the last call."""
+        self.page.evaluate("0")  # so that what was said before this has arrived
+        said, self.said = self.said, []
+        return said

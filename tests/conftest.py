@@ -1,6 +1,7 @@
 """Shared fixtures. Importing the shim first lets `transformers` import beside a CPU-only torch."""
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -38,3 +39,9 @@ def data(tmp_path_factory) -> Path:
     from vqa_helpers import small_data  # here, because it imports kernels, and they read TRITON_INTERPRET
 
     return small_data(tmp_path_factory.mktemp("data"))
+
+
+def pytest_sessionfinish() -> None:
+    """The browser that the tests of a worker shared."""
+    if browser := sys.modules.get("browser"):
+        browser.close()

@@ -70,6 +70,8 @@ CAPTION += " --eval-captions 4 --eval-questions 8"
 VILT = "--preset vilt --width 32 --heads 2 --layers 1 --questions-per-step 16 --min-answer-count 1 --steps 1"
 CLIP_RUN = "--preset clip --width 16 --heads 2 --image-layers 1 --text-layers 1 --projection 8 --pairs-per-step 4"
 CLIP_RUN += " --stem linear --max-caption-tokens 16 --steps 1"
+VOICE = "--preset voice --width 16 --heads 2 --encoder-layers 1 --decoder-layers 1 --utterances-per-step 4 --steps 1"
+SPOKEN = "--preset spoken --start-from runs/vqa --voice-model runs/voice --steps 1"
 SHARED = "--warmup-steps 1 --samples 2 --device cpu --precision fp32 --no-image-cache"
 BOOK = "--preset book --prompts 2 --samples 2 --max-new-tokens 4 --eval-prompts 2 --eval-samples 1 --frontier-prompts 2"
 BOOK += " --frontier-samples 2 --precision fp32 --device cpu --iterations 1 --max-prompt-tokens 16 --critic-warmup 0"
@@ -116,8 +118,9 @@ class Valid:
         if name == "vqa":
             changes = {"steps": 1, "eval_questions": 4, "samples": 2, "questions_per_step": 16, "question_prompt": None}
             return small_flags(data, out, **SIZES | changes)
-        words = {"vilt": VILT, "caption": CAPTION, "clip": CLIP_RUN}[name]
-        return [*words.split(), *SHARED.split(), "--data", str(data), "--cache", str(self.root), "--out", str(out)]
+        words = {"vilt": VILT, "caption": CAPTION, "clip": CLIP_RUN, "voice": VOICE, "spoken": SPOKEN}[name]
+        shared = SHARED.replace("--no-image-cache", "") if name == "voice" else SHARED
+        return [*words.split(), *shared.split(), "--data", str(data), "--cache", str(self.root), "--out", str(out)]
 
     def _run(self, name: str) -> Path:
         out = self.root / "runs" / name

@@ -27,6 +27,11 @@ SEQUENCES = sorted(
 )
 
 
+# Nothing that keeps a policy from an optimum that is known.
+PLAIN = {"warmup_steps": 0, "max_grad_norm": math.inf, "early_stop_kl": 0.0}
+PLAIN |= {"scale_reward": False, "score_clip": 0.0, "missing_eos_penalty": 0.0}
+
+
 class PrefixState:
     """A state of decoding: the tokens so far are all that a table needs to know."""
 
@@ -41,10 +46,13 @@ class PrefixState:
         self.ids = self.ids[rows]
 
 
-class Table(nn.Module):
-    """A backbone whose state is the prefix itself, one-hot. Padding and start are id 0, which is a real token too."""
+class Linear(nn.Module):
+    """A backbone that is one matrix; subclasses say what its states are, in `decode_hidden`.
 
-    width, start_id, eos_id, pad_id = len(PREFIXES), 0, EOS, 0
+    Padding and start are id 0, which is a real token too.
+    """
+
+    start_id, eos_id, pad_id = 0, EOS, 0
 
     def __init__(self, logits):
         super().__init__()
@@ -54,20 +62,25 @@ class Table(nn.Module):
         return Context((Part(torch.zeros(len(prompts), 1, 1)),))
 
     def begin(self, context, steps):
-        rows = context.prompts * context.samples
-        state = PrefixState(self, rows)
-        return state.step(torch.full((rows,), self.start_id)), state
-
-    def decode_hidden(self, ids, context):
-        a, b = ids[:, 1:2].clamp(max=2), ids[:, 2:3].clamp(max=2)  # prefixes are numbered (), a, ab
-        states = torch.cat([torch.zeros_like(ids[:, :1]), 1 + a, 4 + 3 * a + b], 1)[:, : ids.shape[1]]
-        return nn.functional.one_hot(states, self.width).float()
+        state = PrefixState(self, context.rows)
+        return state.step(torch.full((context.rows,), self.start_id)), state
 
     def logits(self, hidden):
         return hidden @ self.table
 
     def encoder_parameters(self):
         return []
+
+
+class Table(Linear):
+    """Its state is the prefix itself, one-hot."""
+
+    width = len(PREFIXES)
+
+    def decode_hidden(self, ids, context):
+        a, b = ids[:, 1:2].clamp(max=2), ids[:, 2:3].clamp(max=2)  # prefixes are numbered (), a, ab
+        states = torch.cat([torch.zeros_like(ids[:, :1]), 1 + a, 4 + 3 * a + b], 1)[:, : ids.shape[1]]
+        return nn.functional.one_hot(states, self.width).float()
 
 
 def tables():
@@ -110,15 +123,10 @@ def toy_ppo(seed=0, iterations=300, kl_coef=0.5, **options):
             "kl_coef": kl_coef,
             "learning_rate": 0.03,
             "value_lr_scale": 3.0,
-            "warmup_steps": 0,
-            "max_grad_norm": math.inf,
-            "scale_reward": False,
-            "score_clip": 0.0,
-            "missing_eos_penalty": 0.0,
-            "early_stop_kl": 0.0,
             "critic_warmup": 0,
             "micro_prompts": 128,
         }
+        | PLAIN
         | options
     )
 

@@ -7,16 +7,16 @@ pays. The policy is linear in the same states; its reward and KL are exact sums 
 import math
 
 import torch
-from rl_toy import PrefixState
-from torch import nn
+from rl_toy import EOS, PLAIN, Linear
+from torch.nn.functional import pad
 
 from vqa_scratch.rl.options import RLHFOptions
-from vqa_scratch.rl.policy import ActorCritic, Context, Part, SamplingRules, freeze
+from vqa_scratch.rl.policy import ActorCritic, SamplingRules, freeze
 from vqa_scratch.rl.ppo import PPO
 from vqa_scratch.rl.rewards import RewardPart, RewardSum
 from vqa_scratch.rl.types import Prompt
 
-PLACES, STEPS, EOS = 7, 48, 3
+PLACES, STEPS = 7, 48
 DOORS = torch.tensor([[(x + door) % PLACES for door in (-1, 0, 1)] for x in range(PLACES)])  # where each leads
 NOISE = torch.Generator().manual_seed(1)
 PAYS = torch.randn(PLACES, 1, generator=NOISE) + 0.3 * torch.randn(PLACES, 3, generator=NOISE)  # by place and door
@@ -33,31 +33,16 @@ def places(ids):
     return torch.stack(seen, 1)
 
 
-class Walker(nn.Module):
-    """A backbone whose state is the place, one-hot; the end token is 3, which the rules bar."""
+class Walker(Linear):
+    """Its state is the place, one-hot, and the end token is one that the rules bar."""
 
-    width, start_id, eos_id, pad_id = 2 * PLACES, 0, EOS, 0
+    width = 2 * PLACES
 
     def __init__(self):
-        super().__init__()
-        self.table = nn.Parameter(torch.zeros(self.width, 4))
-
-    def encode(self, prompts):
-        return Context((Part(torch.zeros(len(prompts), 1, 1)),))
-
-    def begin(self, context, steps):
-        rows = context.prompts * context.samples
-        state = PrefixState(self, rows)
-        return state.step(torch.full((rows,), self.start_id)), state
+        super().__init__(torch.zeros(self.width, 4))
 
     def decode_hidden(self, ids, context):
-        return STATES[torch.arange(ids.shape[1]), places(nn.functional.pad(ids[:, 1:], (0, 1)))]
-
-    def logits(self, hidden):
-        return hidden @ self.table
-
-    def encoder_parameters(self):
-        return []
+        return STATES[torch.arange(ids.shape[1]), places(pad(ids[:, 1:], (0, 1)))]
 
 
 def walk_ppo(monkeypatch, seed=0, iterations=15, **options):
@@ -73,13 +58,8 @@ def walk_ppo(monkeypatch, seed=0, iterations=15, **options):
             "learning_rate": 0.05,
             "value_lr_scale": 20.0,
             "value_clip": 100.0,
-            "warmup_steps": 0,
-            "max_grad_norm": math.inf,
-            "scale_reward": False,
-            "score_clip": 0.0,
-            "missing_eos_penalty": 0.0,
-            "early_stop_kl": 0.0,
         }
+        | PLAIN
         | options
     )
     paid = {}

@@ -46,12 +46,12 @@ from vqa_scratch.study.subject import (
     Blip2Subject,
     IdeficsSubject,
     PlacedSubject,
-    T5Subject,
     ViLTSubject,
     VQASubject,
     fuyu_subject,
     llava_subject,
 )
+from vqa_scratch.study.texts import LanguageSubject, T5Subject
 
 PATCHES = 9
 QUESTION, QUESTION_IDS = ("[CLS]", "what", "is", "it", "[SEP]"), [3, 7, 8, 9, 4]
@@ -187,9 +187,16 @@ def tiny_t5_subject() -> T5Subject:
     return T5Subject(tiny_t5(), [5, 9, 3, 12, 7, 1], ("a", "b", "c", "d", "e", "</s>"))
 
 
+def tiny_language_subject() -> LanguageSubject:
+    """A text of four words after a start token; heads of keys and values are fewer than of queries."""
+    model = spread(Llama(LlamaConfig(30, 64, 16, 2, 4, kv_heads=2, hidden=24, eos_id=2)))
+    return LanguageSubject(model, [1, 8, 5, 6, 7], ("<s>", "see", "what", "is", "it"), (0,), 8)
+
+
 SUBJECTS = {
     **{kind: partial(tiny_vqa_subject, kind) for kind in CONNECTORS},
     "t5": tiny_t5_subject,
+    "language": tiny_language_subject,
     "caption": tiny_caption_subject,
     "vilt": tiny_vilt_subject,
     "blip2": tiny_blip2_subject,

@@ -1,13 +1,16 @@
 """The picture of the algorithms: its figures are those of the runs, a finished run is kept, and rows are chosen."""
 
 import json
+from pathlib import Path
 
 import pytest
+from matplotlib.figure import Figure
 
 from bench import __main__ as program
 from bench import frontier
 from vqa_scratch.commands.line import call
 from vqa_scratch.errors import UserError
+from vqa_scratch.report.curves import draw_panels
 from vqa_scratch.rl.options import read_command_line
 from vqa_scratch.storage import read_object, write_json
 
@@ -76,3 +79,17 @@ def test_every_row_is_a_run_that_can_be(rows):
 def test_a_row_that_is_none_is_refused():
     with pytest.raises(UserError, match="^--algorithms sarsa: there is no such row; there are ppo, rloo, grpo, best-"):
         call(program.PROGRAM, ["frontier", "--algorithms", "sarsa"], "python -m bench")
+
+
+def test_a_label_has_one_colour_in_all_panels(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path, **_: (drawn.append(figure), Path(path).touch()))
+    curve = ([1, 2], [0.0, 1.0])
+    panels = [
+        {"title": "", "ylabel": "", "lines": {"best": curve}, "points": {"ppo": curve, "rloo": curve}},
+        {"title": "", "ylabel": "", "lines": {"ppo": curve, "rloo": curve, "grpo": curve}},
+    ]
+    draw_panels(tmp_path / "x.png", panels)
+    first, second = ({line.get_label(): line.get_color() for line in axis.lines} for axis in drawn[0].axes)
+    assert {label: second[label] for label in ("ppo", "rloo")} == {label: first[label] for label in ("ppo", "rloo")}
+    assert len(set(first.values())) == len(set(second.values())) == 3

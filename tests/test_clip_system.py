@@ -458,7 +458,7 @@ def test_retrieve_reads_photos_as_the_run_does(finished, data, tmp_path, monkeyp
 def test_what_it_cannot_be_asked_is_said(finished, data, tmp_path):
     run_folder, image, out = finished["clip"], sorted((data / "val2014").glob("*.png"))[0], ("--out", tmp_path / "out")
     for message, argv in {
-        "answers nothing: `python -m vqa_scratch retrieve` finds": ["ask", run_folder, "--image", image],
+        "which answers nothing; `python -m vqa_scratch retrieve` finds": ["ask", run_folder, "--image", image],
         "compares images with texts: give it --text": ["study", run_folder, "--image", image, *out],
         'give it --image FILE and a --text "...", and no --question': [
             *("study", run_folder, "--image", image, "--question", "what?", *out)

@@ -25,9 +25,9 @@ from vqa_scratch.models import VQAModel
 from vqa_scratch.models.patches import PixelPatchesConfig
 from vqa_scratch.nn.connecting import Conditioning, Connector
 from vqa_scratch.nn.states import States
-from vqa_scratch.systems.base import ANY_SAMPLE
 from vqa_scratch.systems.options import PRESETS, VQAOptions, read_command_line
 from vqa_scratch.systems.run_folder import save_weights
+from vqa_scratch.systems.splits import ANY_SAMPLE
 from vqa_scratch.systems.vqa import VQASystem
 from vqa_scratch.systems.vqa_models import released_models, small_models
 from vqa_scratch.training.optimizers import Optimizers

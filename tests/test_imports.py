@@ -31,15 +31,17 @@ RANKS = {
     "vqa_scratch.rl": 6,
     "vqa_scratch.study": 6,
     "vqa_scratch.systems": 7,
+    "vqa_scratch.language_model": 7,
     "vqa_scratch.zero_shot": 7,
     "vqa_scratch.speech": 7,
     "vqa_scratch.transcription": 7,
-    "vqa_scratch.commands": 8,
-    "vqa_scratch.__main__": 9,
-    "train": 9,
-    "rlhf": 9,
-    "tests": 10,
-    "bench": 10,
+    "vqa_scratch.play": 8,
+    "vqa_scratch.commands": 9,
+    "vqa_scratch.__main__": 10,
+    "train": 10,
+    "rlhf": 10,
+    "tests": 11,
+    "bench": 11,
 }
 # Anybody may import these; they import only each other.
 LEAVES = {
@@ -179,7 +181,7 @@ def test_a_wheel_holds_the_package_and_nothing_beside_it(tmp_path):
     assert {file.split("/")[0] for file in files if ".dist-info/" not in file} == {"vqa_scratch"}
     for folder, kind in (("vqa_scratch", "py"), ("vqa_scratch/study", "html"), ("vqa_scratch/study", "css")):
         assert {str(f.relative_to(ROOT)) for f in (ROOT / folder).rglob(f"*.{kind}")} <= set(files)
-    assert "vqa_scratch/kernels/attention.py" in files and "vqa_scratch/study/report.js" in files
+    assert "vqa_scratch/kernels/attention.py" in files and "vqa_scratch/study/page/report.js" in files
 
 
 def test_the_walk_finds_the_project():

@@ -339,6 +339,7 @@ def test_of_a_model_that_reads_images_only_the_decoder_is():
 
 
 def test_the_head_is_a_copy_and_the_embedding_stays():
+    """A head that is no embedding is not held twice."""
     torch.manual_seed(3)
     plain = MAKE["gpt2"]().bfloat16().eval()
     table = plain.tokens.weight.clone()
@@ -349,6 +350,9 @@ def test_the_head_is_a_copy_and_the_embedding_stays():
         kind = FORMATS["int8"]
         should = x.double() @ kind.dequantize(kind.quantize(table)).double().t()
         assert (plain.logits(x).double() - should).abs().max() <= 2**-8 * should.abs().max()
+    apart = MAKE["llama"]().bfloat16().eval()
+    quantize(apart, FORMATS["int8"])
+    assert apart.lm_head is apart.head_copy
 
 
 @pytest.mark.parametrize(

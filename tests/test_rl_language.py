@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch
 import transformers as hf
 from lm_folders import CHAT, TEXTS, gpt2_folder, llama_folder
 from test_rl_program import logged, refused, tensors
+from tokenizers import pre_tokenizers
 
 import rlhf
 from vqa_scratch.data.chat_template import OF_TEXT, read_template
@@ -121,19 +123,26 @@ def test_prompts_are_those_of_the_chat_template(tmp_path, place):
 
 
 def test_responses_of_a_preference_continue_their_prompt(folders):
-    """As TRL cuts them: the prompt and the response together in tokens, less those of the prompt; and the end token."""
+    """As TRL cuts them: the prompt and the response together in tokens, less those of the prompt; and the end token.
+
+    Alone the first would begin with a space. The second shares a token with its prompt, so that only alone it has its
+    own.
+    """
     folder = folders["gpt2"][0]
     tokenizer, theirs = Tokenizer.from_pretrained(folder), hf.AutoTokenizer.from_pretrained(folder)
+    for backend in (tokenizer.backend, theirs.backend_tokenizer):
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     path = folder / "pairs.jsonl"
-    rows = [{"prompt": TEXTS[0], "chosen": " is dark", "rejected": [{"role": "assistant", "content": "ark"}]}]
-    path.write_text(json.dumps(rows[0]))
+    rows = {"prompt": "why t", "chosen": ", dark", "rejected": [{"role": "assistant", "content": "he sky"}]}
+    path.write_text(json.dumps(rows))
     (asked,) = read_prompts(path, "prompt", None, tokenizer.special, pairs=True)
-    prompt = prompt_of(asked, tokenizer, False, 0, 3, None)
-    before = theirs(TEXTS[0])["input_ids"]
+    prompt = prompt_of(asked, tokenizer, False, 0, 4, None)
+    before = theirs("why t")["input_ids"]
     assert list(prompt.ids) == before
-    whole = [theirs(TEXTS[0] + text)["input_ids"] for text in (" is dark", "ark")]
-    assert list(prompt.pair[1]) == ([*whole[1][len(before) :], 0] if whole[1][: len(before)] == before else [])[:3]
-    assert list(prompt.pair[0]) == [*whole[0][len(before) :], 0][:3]
+    whole, shared = (theirs("why t" + text)["input_ids"] for text in (", dark", "he sky"))
+    assert whole[: len(before)] == before and shared[: len(before)] != before
+    assert list(prompt.pair[0]) == [*whole[len(before) :], 0][:4]
+    assert list(prompt.pair[1]) == [*theirs("he sky")["input_ids"], 0][:4]
 
 
 # --------------------------------------------------------------------------------------------------------------- runs
@@ -168,6 +177,12 @@ def test_a_run_of_a_gpt2_and_its_resumption(folders, files, tmp_path, monkeypatc
     summary = rlhf.run(argv)
     said = capsys.readouterr().out
     assert "chat template" not in said and f"greedy reward {summary['greedy_reward_before']:+.3f} -> " in said
+    assert said.endswith(f"next:\n  python -m vqa_scratch ask {tmp_path / 'whole'}\n")
+    page = (tmp_path / "whole" / "samples.html").read_text()
+    likeliest = re.findall("<p class=people>greedy, reward (.*?):", page)
+    assert len(likeliest) == 8  # before and after, of four prompts
+    for when, shown in (("before", likeliest[::2]), ("after", likeliest[1::2])):
+        assert sum(map(float, shown)) / 4 == pytest.approx(summary[f"greedy_reward_{when}"], abs=0.006)
     rows = logged(tmp_path / "whole")
     assert all(row["ppo/policy/first_ratio_error"] <= 1e-6 for row in rows) and rows[0]["objective/kl_exact"] < 1e-9
     assert summary["kl"] > 0 and math.isfinite(summary["greedy_reward_after"])

@@ -20,7 +20,7 @@ from vqa_scratch.commands.line import call
 from vqa_scratch.errors import UserError
 from vqa_scratch.models.t5 import T5
 from vqa_scratch.rl import mini_news, tasks
-from vqa_scratch.rl.options import PRESETS, read_command_line
+from vqa_scratch.rl.options import PRESETS, RLHFOptions, read_command_line
 from vqa_scratch.rl.policy import ActorCritic
 from vqa_scratch.rl.resume import begin_or_go_on
 from vqa_scratch.rl.trial import trial
@@ -81,7 +81,7 @@ def test_a_run_leaves_what_it_promises(finished):
 def test_the_last_line_looks_inside_a_finished_run(finished, tmp_path, capsys):
     """Its command runs as it stands, on a held-out article that the run has left in a file."""
     out = finished[0]
-    title, line = rlhf.what_next_for(Prompt((out / "article.txt").read_text().strip()), out)
+    title, line = rlhf.what_next_for(Prompt((out / "article.txt").read_text().strip()), RLHFOptions(out=out))
     asked = shlex.split(line)[3:]
     assert title == "next:" and asked[-1] == str(out / "study")
     call(PROGRAM, [*asked[:-1], str(tmp_path / "study")], "python -m vqa_scratch")

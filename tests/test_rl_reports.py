@@ -65,6 +65,25 @@ def test_samples_page_says_which_fact_is_broken_and_what_stands_instead(tmp_path
     assert "facts" not in unknown and "<input" not in unknown, "nothing is known, nothing fell"
 
 
+def test_samples_page_shows_the_likeliest_responses_of_their_prompts(tmp_path):
+    """Of two responses to each prompt, only the first is on the page; what is greedy is of the prompt."""
+    prompts = [Prompt("a"), Prompt("b")]
+    rewards, texts = torch.arange(4.0), ["one", "two", "three", "four"]
+    samples = Samples([p for p in prompts for _ in range(2)], [[1, 2]] * 4, texts, [True] * 4)
+    sides = [
+        evaluate.Figures(rewards, {}, samples, 0.5, {}, [(f"{when} <b>", reward), ("", -1.0)])
+        for when, reward in (("then", 0.25), ("now", 0.75))
+    ]
+    cards = [report.pair_card(*sides, number, 2) for number in (0, 1)]
+    assert all("greedy, reward +0.25: then &lt;b&gt;<" in card for card in cards[:1])
+    assert cards[0].index("reward +0.25: then") < cards[0].index("reward +0.75: now")
+    assert "one" in cards[0] and "three" in cards[1] and "two" not in cards[0] + cards[1]
+    assert cards[1].count("greedy, reward -1.00: (nothing)<") == 2 and "<b>" not in "".join(cards)
+    assert [side.summary(when)[f"greedy_reward_{when}"] for side, when in zip(sides, ("x", "y"), strict=True)] == [
+        -0.375, -0.125,
+    ]  # fmt: skip
+
+
 def samples_of(*pairs):
     texts, prompts = [text for text, _ in pairs], [Prompt("", facts=facts) for _, facts in pairs]
     return Samples(prompts, [[1]] * len(pairs), texts, [True] * len(pairs))

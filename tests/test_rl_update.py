@@ -131,6 +131,7 @@ def test_gradients_do_not_depend_on_the_micro_batch(algorithm, monkeypatch):
     for micro, large in ((1, 1), (2, 1), (4, 10**9), (4, 1), (8, 10**9)):
         monkeypatch.setattr("vqa_scratch.rl.large_tables.LARGE_TABLE", large)
         ppo = tiny_ppo(micro_prompts=micro, algorithm=algorithm, entropy_coef=0.01)
+        ppo.update.keeps_encoding = False  # it would be that of the policy before it moves
         prompts, trajectory, context = rolled_out(ppo)
         torch.manual_seed(9)
         with torch.no_grad():  # a policy that has moved: ratios and clips are at work
@@ -143,6 +144,31 @@ def test_gradients_do_not_depend_on_the_micro_batch(algorithm, monkeypatch):
     assert scale > 1e-3
     for gradient in gradients[:-1]:
         torch.testing.assert_close(gradient / scale, gradients[-1] / scale, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_the_first_pass_goes_back_through_the_encoding_of_the_rollout(precision, monkeypatch):
+    """All prompts at once: of three passes two encode, and the weights become those of three that do."""
+    weights, encoded = [], []
+    monkeypatch.setattr(T5Policy, "encode", lambda self, *a, f=T5Policy.encode: (encoded.append(self), f(self, *a))[1])
+    for keeps in (True, False):
+        ppo = tiny_ppo(epochs=3, early_stop_kl=0.0, autocast=lambda: torch.autocast("cpu", precision))
+        assert ppo.update.keeps_encoding
+        ppo.update.keeps_encoding = keeps
+        for _ in range(2):
+            encoded.clear()
+            iterate(ppo)
+            assert encoded.count(ppo.actor.backbone) == (3 if keeps else 4)
+        weights.append(torch.cat([p.detach().flatten() for p in ppo.update.parameters]))
+    # The prompts lie in another order, so sums over them are rounded otherwise; the weights moved by about 6e-2.
+    torch.testing.assert_close(*weights, rtol=0, atol=1e-5 if precision is torch.float32 else 1e-3)
+
+
+@pytest.mark.parametrize("kept", [{"minibatches": 2}, {"micro_prompts": 4}, {"freeze": "encoder"}])
+def test_only_a_first_pass_over_all_prompts_at_once_keeps_the_encoding(kept):
+    ppo = tiny_ppo(**kept)
+    assert not ppo.update.keeps_encoding
+    assert not any(part.states.requires_grad for part in ppo.rollout(ppo.stream.next()).context.parts)
 
 
 def test_each_minibatch_is_a_step():

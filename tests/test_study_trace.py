@@ -119,7 +119,7 @@ def test_outputs_are_bit_identical_before_during_and_after_a_trace(subject):
 
 def test_an_inactive_tap_hands_back_the_very_tensor():
     x = torch.randn(2)
-    assert taps.tap("image.0", "resid_pre", x) is x and taps._handler is None
+    assert taps.tap("image.0", "resid_pre", x) is x and not taps.active()
 
 
 def test_a_trace_ends_with_its_block_even_on_an_error():
@@ -128,7 +128,7 @@ def test_a_trace_ends_with_its_block_even_on_an_error():
         raise ZeroDivisionError
     with trace(model), pytest.raises(RuntimeError, match="already active"), trace(model):
         pass
-    assert taps._handler is None
+    assert not taps.active()
 
 
 def test_entering_again_starts_afresh():

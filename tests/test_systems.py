@@ -11,9 +11,10 @@ import pytest
 import torch
 from PIL import Image
 from ranks import run_ranks
-from run_helpers import command
+from run_helpers import command, make_run
 from safetensors.torch import load_file
 from test_resume import at_step, die, send
+from voice_helpers import make_voice_run, small_recordings
 from vqa_helpers import CPU, Started, small_data, train_program
 
 from train import train_step
@@ -77,14 +78,28 @@ SYSTEMS = {
         "pairs_per_step": 8,
         **AUGMENTED,
     },
+    "voice": {
+        "preset": "voice",
+        "width": 16,
+        "heads": 2,
+        "encoder_layers": 1,
+        "decoder_layers": 1,
+        "utterances_per_step": 8,
+        "eval_utterances": 4,
+    },
 }
+SYSTEMS["spoken"] = {"preset": "spoken", "spoken_texts": 24, "questions_per_step": 16, "eval_questions": 8}
+HEARS = {"voice"}  # systems whose samples are recordings
+BEGINS: dict[str, dict[str, Path]] = {}  # the runs that a system begins with: more of its options
 # What a system does not do, so that the tests of it are skipped, and why.
 LACKS = {
     "clip": {
         "answers": "it says nothing about an image: it finds images and texts",
         "study": "it has no answer to explain",
         "a program that answers": "it says nothing about an image",
-    }
+    },
+    "voice": dict.fromkeys(("images", "answers", "study", "a program that answers"), "it hears; see test_voice.py"),
+    "spoken": dict.fromkeys(("answers", "study", "a program that answers"), "it is asked aloud; see test_spoken.py"),
 }
 STEPS = 4
 QUESTION = "what color is the square?"
@@ -92,15 +107,31 @@ QUESTION = "what color is the square?"
 
 def flags(name: str, data: Path, out: Path, **changes) -> list[str]:
     """The command line of a small run: checkpoints after every second step, one evaluation before the last."""
+    data = data if name not in HEARS else data / "recordings"
     shared = {"data": data, "out": out, "cache": out.parent / "cache", "device": "cpu", "precision": "fp32"}
     shared |= {"steps": STEPS, "warmup_steps": 2, "eval_every": 3, "save_every": 2, "log_every": 1, "samples": 4}
-    values = shared | SYSTEMS[name] | changes
-    return [part for k, v in values.items() for part in (f"--{k.replace('_', '-')}", str(v))] + ["--no-image-cache"]
+    values = shared | SYSTEMS[name] | BEGINS.get(name, {}) | changes
+    argv = [part for k, v in values.items() for part in (f"--{k.replace('_', '-')}", str(v))]
+    return argv if name in HEARS else [*argv, "--no-image-cache"]
 
 
 def run(argv: list[str], *prepare) -> None:
     ended = Started(train_program, argv, *prepare).end()
     assert ended.code == 0, ended.err
+
+
+def with_recordings(folder: Path, seed: int = 0) -> Path:
+    """The data of the systems that hear, beside those about images."""
+    if not (folder / "recordings").is_dir():
+        small_recordings(folder / "recordings", seed)
+    return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def recordings(data):
+    with_recordings(data)
+    typed = make_run(data, data / "runs" / "vqa", width=16)
+    BEGINS["spoken"] = {"start_from": typed, "voice_model": make_voice_run(data / "runs" / "voice")}
 
 
 @pytest.fixture(scope="module")
@@ -163,7 +194,8 @@ def test_a_run_leaves_what_it_says(finished, name):
     system = systems.load(folder)
     assert summary["steps"] == STEPS and 0 <= summary["accuracy"] <= 1 and summary[f"{system.unit}_seen"] > 0
     left = {path.name for path in folder.iterdir()}
-    assert {"config.json", "model.safetensors", "metrics.jsonl", "preprocessor_config.json"} <= left
+    own = set() if system.hears else {"preprocessor_config.json"}
+    assert {"config.json", "model.safetensors", "metrics.jsonl"} | own <= left
 
 
 def test_steps_lower_the_loss_of_their_batch(data, tmp_path, name):
@@ -184,6 +216,7 @@ def test_steps_lower_the_loss_of_their_batch(data, tmp_path, name):
 
 def test_training_images_change_only_if_they_should(data, tmp_path, name):
     """The same images for the same key, others in the next epoch; those that are only answered stay as they are."""
+    needs(name, "images")
     options = read_command_line(flags(name, data, tmp_path / "run"))
     kind = systems.find(options.preset)
     system = kind.build(options, samples := kind.read(options), Precision("fp32", CPU))
@@ -236,7 +269,7 @@ def test_a_run_goes_on_with_its_own_tokenizers(finished, data, tmp_path, name):
     before = {path.relative_to(out): path.read_bytes() for path in out.rglob("*tokenizer*/*")}
     config = json.loads((out / "config.json").read_text())
     (out / "config.json").write_text(json.dumps({key: value for key, value in config.items() if key != "data"}))
-    other = small_data(tmp_path / "other", seed=7)
+    other = with_recordings(small_data(tmp_path / "other", seed=7), seed=7)
     run([*flags(name, other, out), "--resume"])
     after = {path.relative_to(out): path.read_bytes() for path in out.rglob("*tokenizer*/*")}
     assert before and before == after

@@ -16,6 +16,7 @@ from run_helpers import command
 from speech_helpers import FRAMES, LANGUAGES, SPEECH, openai_file, raw, reference, tokenizer
 from transformers.models.whisper.generation_whisper import _dynamic_time_warping, _median_filter
 
+from vqa_scratch.audio.distortion import dtw
 from vqa_scratch.audio.features import HOP, RATE, log_mel
 from vqa_scratch.audio.reading import write_wav
 from vqa_scratch.data.text import Tokenizer
@@ -26,7 +27,7 @@ from vqa_scratch.transcription.formats import written
 from vqa_scratch.transcription.transcriber import cut
 from vqa_scratch.transcription.vocabulary import SpeechVocabulary
 from vqa_scratch.transcription.window import SAMPLES, TEMPERATURES, Try, Window
-from vqa_scratch.transcription.words import Word, alignment, dtw, with_punctuation, word_times
+from vqa_scratch.transcription.words import Word, alignment, with_punctuation, word_times
 
 CPU = torch.device("cpu")
 

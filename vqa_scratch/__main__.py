@@ -7,7 +7,7 @@ from vqa_scratch.commands.line import CommandGroup, call
 
 PROGRAM = CommandGroup(
     "vqa_scratch",
-    ["ask", "retrieve", "transcribe", "speak", "evaluate", "study", "export", "convert", "data"],
+    ["ask", "retrieve", "transcribe", "speak", "evaluate", "study", "play", "export", "convert", "data"],
     help="Use what train.py has trained. Training itself is `python train.py`, and feedback `python rlhf.py`, in a "
     "clone of the project; this serves their runs.\n\n\b\nExample:\n"
     '  python -m vqa_scratch ask runs/vqa --image photo.jpg --question "how many dogs are there?"',

@@ -186,11 +186,6 @@ def value_in(argv: Sequence[str], option: click.Option) -> Any:
     return value
 
 
-def peek(argv: Sequence[str], name: str, choices: Sequence[str]) -> str:
-    """`value_in` of a flag with these choices, of which an error names the nearest; the first if it is not given."""
-    return value_in(argv, click.Option([name, "found"], type=NearChoice(choices), default=choices[0]))
-
-
 def with_config(argv: Sequence[str]) -> list[str]:
     """The command line with the flags of its `--config FILE` in front, so that those given directly win.
 
@@ -234,7 +229,7 @@ def parse(
     argv = with_config(argv)
     check_arguments(argv)
     class_of = {name: options_class for options_class in classes for name in choices_of(options_class, "preset")}
-    preset = peek(argv, "--preset", tuple(class_of))
+    preset = value_in(argv, click.Option(["--preset"], type=NearChoice(class_of), default=next(iter(class_of))))
     options_class, values = class_of[preset], {"preset": preset} | dict(presets[preset])
     others = ", ".join(name for name in class_of if name != preset)
     config = Flag(

@@ -1,4 +1,4 @@
-"""Computes VQA accuracy exactly like the official evaluation, quirks included, overall and by group.
+"""Computes VQA accuracy exactly like the official evaluation, quirks included, overall and by group; and word errors.
 
 The measure is that of Antol et al., "VQA: Visual Question Answering" (ICCV 2015), in the public evaluation
 script of Goyal et al., "Making the V in VQA Matter" (CVPR 2017, VQA v2): a prediction is compared with the answers of
@@ -91,6 +91,16 @@ def _left_out_score(matches: int, annotators: int) -> float:
     """
     thirds = matches * min(3, matches - 1) + (annotators - matches) * min(3, matches)
     return thirds / (3 * annotators)
+
+
+def word_error_rate(said: Sequence[str], heard: Sequence[str]) -> float:
+    """(substituted + left out + added words) / words said, over all texts together; both as words with spaces between.
+
+    Raises ValueError for a text that says nothing.
+    """
+    import jiwer  # imported here: only what hears needs it
+
+    return jiwer.wer(list(said), list(heard))
 
 
 def rule(answers: int) -> str:

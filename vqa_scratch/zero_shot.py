@@ -25,11 +25,13 @@ from vqa_scratch.data.text import Tokenizer, check_question
 from vqa_scratch.errors import UserError
 from vqa_scratch.generate import Conditioning, GenerationOptions, generate
 from vqa_scratch.generation_options import end_ids
+from vqa_scratch.language_model import refuse_list
 from vqa_scratch.models import Blip2, Fuyu, Idefics, Llava
 from vqa_scratch.models.image_text import JoinedModel
 from vqa_scratch.storage import read_object, typed
 from vqa_scratch.study.opened import Opened, run_name, special_tokens, token_label, written
 from vqa_scratch.study.subject import Blip2Subject, IdeficsSubject, PlacedSubject, fuyu_subject, llava_subject
+from vqa_scratch.systems.writing import answers_of
 from vqa_scratch.training.precision import DTYPES, formats
 from vqa_scratch.weights.files import CONFIG, read_config, resolve_folder
 from vqa_scratch.weights.hub import locate
@@ -114,17 +116,12 @@ class ZeroShot(ABC):
         image, a missing, empty or too long question, contradicting options, and a `top`, since there is no list of
         answers to rank.
         """
-        if top is not None:
-            raise UserError(f"{self.source} writes one answer and ranks no list of them: leave out --top")
+        refuse_list(self.source, top)
         options = GenerationOptions(**self.own_options | dict(decoding or {}))
         prompt, pixels = self.prepared(load_image(image), question)
         ids, given = self.read(prompt, pixels)
         self.check_room(prompt, ids.shape[1] - len(prompt), options.max_new_tokens)
-        made = generate(self.model.language, ids, **given, options=options)
-        length = int(made.lengths)
-        said = made.ids[0, :length].tolist()
-        text = self.tokenizer.decode(said).strip()
-        return [Answer(text, float(made.likely()), length, said[-1] in end_ids(options.eos_id))], []
+        return answers_of(generate(self.model.language, ids, **given, options=options), self.tokenizer, options), []
 
     @torch.no_grad()
     def subject(self, image: Image.Image, question: str | None) -> Opened:

@@ -5,6 +5,7 @@ Resampling is a windowed sinc in polyphase form, what scipy.signal.resample_poly
 """
 
 import functools
+import io
 import math
 import struct
 import wave as wav
@@ -49,6 +50,17 @@ def read_audio(path: str | Path, rate: int = 16_000) -> Tensor:
             return resample(torch.from_numpy(wave), own, rate)
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
+
+
+def read_wav(data: bytes, name: object, rate: int = 16_000) -> Tensor:
+    """`read_audio` of the bytes of a WAV; errors call it `name`."""
+    with naming(name):
+        if data[:4] != b"RIFF" or data[8:12] != b"WAVE":
+            raise UserError(f"no WAV (it begins with {data[:8]!r})")
+        file = io.BytesIO(data)
+        file.seek(12)
+        own, wave = _read_wav(file, len(data))
+        return resample(torch.from_numpy(wave), own, rate)
 
 
 def _kind(head: bytes) -> str:

@@ -14,7 +14,11 @@ from vqa_scratch.errors import UserError, note
     cls=GroupedCommand,
     params=[
         click.Argument(["run"], type=FOLDER),
-        Flag(["--data"], type=FOLDER, required=True, help="Table or folder: docs/own-data.md."),
+        Flag(
+            ["--data"],
+            type=FOLDER,
+            help="Table or folder: docs/own-data.md. Only a run that hears can do without: on what it draws.",
+        ),
         Flag(["--split"], default="val", help="Split to answer."),
         Flag(["--submission"], type=FOLDER, help="Also write the answers to this file, for the evaluation server."),
         Flag(["--limit"], type=click.IntRange(min=1), help="Answer about this many questions, in whole images."),
@@ -25,7 +29,7 @@ from vqa_scratch.errors import UserError, note
 )
 def evaluate(
     run: Path,
-    data: Path,
+    data: Path | None,
     split: str,
     submission: Path | None,
     limit: int | None,
@@ -56,6 +60,15 @@ def evaluate(
     if captions and submission is not None:
         raise UserError("a submission holds answers: leave out --captions or --submission")
     opened = open_run(run, device, precision)
+    if opened.hears:
+        if captions or submission is not None:
+            raise UserError(f"{run} hears: leave out {'--captions' if captions else '--submission'}")
+        figures = opened.recognise(data, split, limit)
+        write_json(run / "evaluation.json", figures)
+        print(*opened.lines(figures), sep="\n")
+        return
+    if data is None:
+        raise UserError("give --data, a table or folder: docs/own-data.md")
     if captions:
         figures = opened.describe(data, split, limit)
         write_json(run / "evaluation.json", figures)

@@ -14,13 +14,16 @@ from vqa_scratch.storage import check_writable, read_json
 
 if TYPE_CHECKING:
     from vqa_scratch.systems.base import System
+    from vqa_scratch.transcription import Transcriber
 
 FOLDER = click.Path(path_type=Path)
 DEVICES, PRECISIONS = NearChoice(("auto", "cpu", "cuda", "mps")), NearChoice(("auto", "fp32", "bf16", "fp16"))
 PRODUCT_FORMATS = NearChoice(("int8", "int4", "int4-g64", "int4-g128", "int4-g256"))  # of nn/quantized.py
 FILE_FORMATS = NearChoice((*PRODUCT_FORMATS.choices, "nf4"))
 DEVICE = Flag(["--device"], type=DEVICES, default="auto", help="Where to compute.", group="Computing")
-MODEL = Flag(["--model"], help="Instead of RUN: a released BLIP-2, LLaVA, Fuyu or Idefics, a folder or Hub id.")
+MODEL = Flag(
+    ["--model"], help="Instead of RUN: a released BLIP-2, LLaVA, Fuyu, Idefics or language model, a folder or Hub id."
+)
 PRECISION = Flag(["--precision"], type=PRECISIONS, default="fp32", help="Arithmetic.", group="Computing")
 
 
@@ -86,8 +89,56 @@ def open_run(folder: Path, device: str = "cpu", precision: str = "fp32") -> "Sys
     return systems.load(folder, pick_device(device), precision)
 
 
+def open_latest(folder: Path, device: str = "cpu", precision: str = "fp32") -> "tuple[System, int | None]":
+    """`systems.load_latest` with the values of the flags; of a run that was tuned by feedback its policy."""
+    from vqa_scratch import systems
+    from vqa_scratch.training.precision import pick_device
+
+    return systems.load_latest(of_train(folder), pick_device(device), precision)
+
+
+def open_ears(source: str, device: str = "cpu", precision: str = "fp32") -> "Transcriber":
+    """What listens: the run of `train.py --preset voice` in a folder, or a Whisper: a folder, .pt file or Hub id."""
+    from vqa_scratch.training.precision import pick_device
+    from vqa_scratch.transcription import open_transcriber
+
+    config = Path(source) / "config.json"
+    values = read_json(config) if config.is_file() else {}
+    if isinstance(values, dict) and "program" in values:
+        return open_run(Path(source), device, precision).transcriber()
+    return open_transcriber(source, pick_device(device), precision)
+
+
+def of_train(folder: Path) -> Path:
+    """The folder of a run of train.py: the given one, or its policy/ if rlhf.py tuned one there.
+
+    Raises UserError for the folder of anything else that has a config.json.
+    """
+    from vqa_scratch.study.opened import POLICY, config_of
+
+    if "program" in config_of(folder / POLICY):
+        return folder / POLICY
+    if (folder / "config.json").is_file() and "program" not in config_of(folder):
+        raise UserError(
+            f"{folder} has no model to study or to ask: neither model.safetensors of train.py nor {POLICY}/ of rlhf.py"
+        )
+    return folder
+
+
+def check_image(run: Path | None, model: str | None, given: bool) -> None:
+    """Raise UserError, before weights are read, for an image that a model does not take, or the lack of one that it
+    needs."""
+    from vqa_scratch.language_model import place_of
+
+    if (run is None) == (model is None) or (run is not None and not run.is_dir()):
+        return  # which `open_asked` says
+    if given == (place_of(run or str(model)) is not None):
+        how = "reads texts alone: leave out --image" if given else "looks at images: give it --image FILE"
+        raise UserError(f"{run or model} {how}")
+
+
 def open_asked(run: Path | None, model: str | None, device: str, precision: str, quantize: str | None = None) -> Any:
-    """A run, or a released model: what can be asked about an image, maybe with its decoder's weights in a format.
+    """A run of train.py or rlhf.py, or a released model, maybe with its decoder's weights in a format.
 
     Raises UserError unless one of the two is given, and for a format without bf16 on a CPU.
     """
@@ -98,13 +149,15 @@ def open_asked(run: Path | None, model: str | None, device: str, precision: str,
 
     if quantize is not None and (precision != "bf16" or pick_device(device).type != "cpu"):
         raise UserError(f"--quantize {quantize}: {quantized.BF16_ONLY}")
-    if model is None:
-        assert run is not None
-        opened: Any = open_run(run, device, precision)
-    else:
-        from vqa_scratch.zero_shot import open_zero_shot
+    from vqa_scratch.language_model import open_language_model
+    from vqa_scratch.zero_shot import open_zero_shot
 
-        opened = open_zero_shot(model, pick_device(device), precision)
+    place = pick_device(device)
+    opened: Any = open_language_model(run or str(model), place, precision)
+    if opened is None and run is not None:
+        opened = open_run(of_train(run), device, precision)
+    elif opened is None:
+        opened = open_zero_shot(str(model), place, precision)
     if quantize is not None:
         quantized.quantize(opened.model, quantized.FORMATS[quantize])
     return opened

@@ -9,6 +9,8 @@ from vqa_scratch.commands.line import DEVICE, FOLDER
 from vqa_scratch.errors import UserError
 from vqa_scratch.storage import check_writable
 
+OWN = "speaker.npy"
+
 
 @click.command(
     "speak",
@@ -17,7 +19,12 @@ from vqa_scratch.storage import check_writable
         click.Argument(["text"]),
         Flag(["--model"], required=True, help="A SpeechT5 for text to speech: a folder or Hub id."),
         Flag(["--out"], type=FOLDER, required=True, help="New WAV file, 16 kHz."),
-        Flag(["--speaker"], type=FOLDER, help="Speaker embedding, an x-vector: .npy or .safetensors."),
+        Flag(
+            ["--speaker"],
+            type=FOLDER,
+            help="Speaker embedding, an x-vector: .npy or .safetensors.",
+            shown=f"{OWN} in --model",
+        ),
         Flag(["--vocoder"], help="A HiFi-GAN: a folder or Hub id.", shown="one in or beside --model"),
         Flag(["--seed"], type=click.IntRange(0, 2**63 - 1), default=0, help="Of the dropout that is always on."),
         DEVICE,
@@ -41,6 +48,8 @@ def speak(text: str, model: str, out: Path, speaker: Path | None, vocoder: str |
 
     voice = Voice.open(model, vocoder, pick_device(device))
     size = voice.model.config.speaker_dim
+    if speaker is None and (own := Path(model) / OWN).is_file():
+        speaker = own
     if speaker is None:
         raise UserError(f"{model} speaks in the voice of a speaker embedding of {size} numbers: give --speaker FILE")
     vector = read_speaker(speaker, size)

@@ -22,8 +22,9 @@ ONE, SPLIT = "One answer", "Over a split"
         MODEL,
         Flag(["--out"], type=FOLDER, required=True, help="Folder for the report and all other files."),
         Flag(["--image"], type=FOLDER, help="Image file (a run of train.py, or --model).", group=ONE),
+        Flag(["--voice"], type=FOLDER, help="Sound file (a run of preset voice, or --model, a Whisper).", group=ONE),
         Flag(["--question"], help="Question about the image.", group=ONE),
-        Flag(["--text"], help="Text to compare with the image (preset clip); text file (rlhf.py, any T5).", group=ONE),
+        Flag(["--text"], help="Compared with the image (preset clip); a file to read (language models).", group=ONE),
         Flag(["--compare"], type=FOLDER, help="A second run, side by side on the same input.", group=ONE),
         Flag(["--pointing"], type=FOLDER, help="Built-in data set: do maps point at the right object?", group=SPLIT),
         Flag(["--faithfulness"], type=FOLDER, help="Data folder: deletion and insertion curves.", group=SPLIT),
@@ -45,6 +46,7 @@ def study(
     model: str | None,
     out: Path,
     image: Path | None,
+    voice: Path | None,
     question: str | None,
     text: str | None,
     compare: Path | None,
@@ -63,8 +65,10 @@ def study(
     Examples:
       python -m vqa_scratch study runs/vqa --image photo.jpg --question "what color is the dog?" --out study/
       python -m vqa_scratch study runs/clip --image photo.jpg --text "a brown dog" --out study/
+      python -m vqa_scratch study --model whisper-tiny --voice question.wav --out study/
     """
-    from vqa_scratch.commands.study_files import open_input, run_folder, write_study
+    from vqa_scratch.commands.study_files import open_input, write_study
+    from vqa_scratch.language_model import LanguageModel
     from vqa_scratch.storage import check_writable, write_json
     from vqa_scratch.study.opened import run_name
     from vqa_scratch.study.record import take_apart
@@ -76,15 +80,15 @@ def study(
     check_no_run(out, "--out")
     over_split = {"--pointing": pointing, "--faithfulness": faithfulness, "--ablation": ablation}
     asked = [flag for flag, folder in over_split.items() if folder is not None]
-    if asked and any(given is not None for given in (image, question, text, compare)):
-        raise UserError(f"{asked[0]} goes over a split: leave out --image, --question, --text and --compare")
+    if asked and any(given is not None for given in (image, voice, question, text, compare)):
+        raise UserError(f"{asked[0]} goes over a split: leave out --image, --voice, --question, --text and --compare")
     if precision is not None and model is None:
         raise UserError("--precision is that of the weights of --model; a run is studied in fp32")
     device = str(pick_device(device))
     if not asked:
         given = (image, question, text, device)
-        studies = [take_apart(open_input(run, *given, model, precision or "fp32"))]
-        studies += [take_apart(open_input(compare, *given))] if compare is not None else []
+        studies = [take_apart(open_input(run, *given, model, precision or "fp32", voice))]
+        studies += [take_apart(open_input(compare, *given, voice=voice))] if compare is not None else []
         write_study(out, studies)
         for done in studies:
             for note in done.opened.notes:
@@ -96,7 +100,9 @@ def study(
         return
     if ablation is not None and model is not None:
         raise UserError("--ablation scores the answers of a run: it does not go with --model")
-    system = open_asked(run and run_folder(run), model, device, precision or "fp32")
+    system = open_asked(run, model, device, precision or "fp32")
+    if isinstance(system, LanguageModel):
+        raise UserError(f"{asked[0]} goes over questions about images, and {run or model} reads texts")
     if faithfulness is not None and system.asked != "question":
         raise UserError(f"--faithfulness goes over questions, and {run} is asked none")
     figures: dict[str, Any] = {"run": run_name(run or Path(str(model))), "split": split}

@@ -5,27 +5,17 @@ from pathlib import Path
 
 from PIL.Image import Image
 
-from vqa_scratch.commands.line import open_asked
+from vqa_scratch.commands.line import open_asked, open_ears
 from vqa_scratch.data.images import load_image
 from vqa_scratch.errors import UserError
+from vqa_scratch.language_model import LanguageModel
 from vqa_scratch.storage import read_text, write_json, write_text, write_whole
 from vqa_scratch.study.faithfulness import answer_rows, patch_map
-from vqa_scratch.study.opened import POLICY, Opened, config_of, open_text, t5_folder
+from vqa_scratch.study.opened import Opened
 from vqa_scratch.study.overlay import overlay, side_by_side
 from vqa_scratch.study.record import Study, summary, trace_file
 from vqa_scratch.study.report import page
-
-
-def run_folder(folder: Path) -> Path:
-    """The folder itself, or its policy/ if rlhf.py tuned a run there. Raises UserError if there is no run."""
-    tuned = folder / POLICY
-    if "program" in config_of(tuned):
-        return tuned
-    if (folder / "config.json").is_file() and "program" not in config_of(folder):
-        raise UserError(
-            f"{folder} has no model to study: neither model.safetensors of train.py nor {POLICY}/ of rlhf.py"
-        )
-    return folder
+from vqa_scratch.transcription.studied import heard_in
 
 
 def open_input(
@@ -36,16 +26,22 @@ def open_input(
     device: str,
     model: str | None = None,
     precision: str = "fp32",
+    voice: Path | None = None,
 ) -> Opened:
-    """A run, or a released model, with one input: an image and what is asked of it, or a text file for a T5.
+    """A run, or a released model, with one input: an image and what is asked of it, the text in a file, or a sound
+    file for what hears.
 
     Raises UserError if the input does not fit.
     """
-    if run is not None and model is None and t5_folder(run) is not None:
+    if voice is not None:
+        if (run is None) == (model is None) or any(given is not None for given in (image, question, text)):
+            raise UserError("--voice FILE is all that RUN, or a --model, hears: give one of them, and nothing else")
+        return heard_in(open_ears(str(run) if model is None else model, device, precision), voice)
+    system, name = open_asked(run, model, device, precision), run or model
+    if isinstance(system, LanguageModel):
         if text is None or image is not None or question is not None:
-            raise UserError(f"{run} reads texts: give it --text FILE, and neither --image nor --question")
-        return open_text(run, read_text(Path(text)), device)
-    system, name = open_asked(run and run_folder(run), model, device, precision), run or model
+            raise UserError(f"{name} reads texts: give it --text FILE, and neither --image nor --question")
+        return system.subject(read_text(Path(text)))
     asked, other = (question, text) if system.asked == "question" else (text, question)
     if other is not None or image is None:
         left_out = "text" if system.asked == "question" else "question"

@@ -13,10 +13,9 @@ from vqa_scratch.errors import UserError
 from vqa_scratch.storage import typed
 
 if TYPE_CHECKING:
-    from vqa_scratch.models.bert import Bert
     from vqa_scratch.nn.connecting import Connector
     from vqa_scratch.nn.decoding import Decoder
-    from vqa_scratch.nn.states import ImageEncoder
+    from vqa_scratch.nn.states import ImageEncoder, TextEncoder
 
 __all__ = ["CONNECTORS", "connect", "connector_class", "connector_sizes"]
 
@@ -28,17 +27,20 @@ CONNECTORS = {  # by name: module and class
     "qformer": ("qformer", "QFormerConnector"),
     "resampler": ("resampler", "ResamplerConnector"),
 }
+OF_SPEECH = {"heard": ("heard", "HeardConnector")}  # which is no --connector: its questions are sounds
 
 
 def connector_class(kind: str) -> "type[Connector]":
     """The class with this name in the table. Raises UserError for another name."""
-    if kind not in CONNECTORS:
+    if kind not in CONNECTORS | OF_SPEECH:
         raise UserError(f"there is no connector {kind!r}; there are {', '.join(CONNECTORS)}")
-    module, name = CONNECTORS[kind]
+    module, name = (CONNECTORS | OF_SPEECH)[kind]
     return getattr(importlib.import_module(f"vqa_scratch.connectors.{module}"), name)
 
 
-def connect(sizes: dict[str, Any], image: "ImageEncoder", text: "Bert | None", decoder: "Decoder") -> "Connector":
+def connect(
+    sizes: dict[str, Any], image: "ImageEncoder", text: "TextEncoder | None", decoder: "Decoder"
+) -> "Connector":
     """A connector with random weights between these models; `sizes` has its kind and its keywords.
 
     Raises UserError if they are those of no connector.
@@ -62,5 +64,5 @@ def connect(sizes: dict[str, Any], image: "ImageEncoder", text: "Bert | None", d
 
 def connector_sizes(connector: "Connector") -> dict[str, Any]:
     """The inverse of `connect`: the connector's entry in config.json."""
-    (kind,) = (name for name in CONNECTORS if type(connector) is connector_class(name))
+    (kind,) = (name for name in CONNECTORS | OF_SPEECH if type(connector) is connector_class(name))
     return {"kind": kind, **connector.sizes}

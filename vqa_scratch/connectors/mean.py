@@ -11,11 +11,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from vqa_scratch.models.bert import Bert
 from vqa_scratch.nn.connecting import Conditioning, Connector
 from vqa_scratch.nn.decoding import Decoder
 from vqa_scratch.nn.memory import Memory
-from vqa_scratch.nn.states import ImageEncoder, States
+from vqa_scratch.nn.states import ImageEncoder, States, TextEncoder
 
 RECIPE_IMAGE = """\
 # The mean of the image tokens is the one key of the decoder's cross-attention.
@@ -40,7 +39,7 @@ def masked_average(x: Tensor, mask: Tensor | None) -> Tensor:
 class MeanConnector(Connector):
     """One key a row for the decoder's cross-attention."""
 
-    def __init__(self, image: ImageEncoder, text: Bert | None, decoder: Decoder) -> None:
+    def __init__(self, image: ImageEncoder, text: TextEncoder | None, decoder: Decoder) -> None:
         super().__init__()
         self.image_projection = nn.Linear(image.dim, decoder.config.dim)
         if text is not None:

@@ -11,10 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vqa_scratch.models.bert import Bert
 from vqa_scratch.nn.connecting import Conditioning, Connector
 from vqa_scratch.nn.decoding import Decoder
-from vqa_scratch.nn.states import ImageEncoder, States
+from vqa_scratch.nn.states import ImageEncoder, States, TextEncoder
 
 RECIPE = """\
 # The pixels of each patch go through a linear map and stand before the words.
@@ -35,7 +34,9 @@ class PatchesConnector(Connector):
     uses_memory = False
     reads_pixels = True
 
-    def __init__(self, image: ImageEncoder, text: Bert | None, decoder: Decoder, *, newlines: bool = True) -> None:
+    def __init__(
+        self, image: ImageEncoder, text: TextEncoder | None, decoder: Decoder, *, newlines: bool = True
+    ) -> None:
         super().__init__()
         width = decoder.head.shape[1]
         self.newlines = newlines

@@ -13,14 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vqa_scratch.models.bert import Bert
 from vqa_scratch.models.hf_config import ReleasedDecoder, check_heads
 from vqa_scratch.models.resampler import Resampler, ResamplerConfig
 from vqa_scratch.nn import taps
 from vqa_scratch.nn.connecting import Conditioning, Connector
 from vqa_scratch.nn.gated_cross import flamingo_layer
 from vqa_scratch.nn.memory import Memory
-from vqa_scratch.nn.states import ImageEncoder, States
+from vqa_scratch.nn.states import ImageEncoder, States, TextEncoder
 
 RECIPE = """\
 # Learned latents read the image; gated layers, each before a block of the decoder, read them.
@@ -46,7 +45,7 @@ class ResamplerConnector(Connector):
     def __init__(
         self,
         image: ImageEncoder,
-        text: Bert | None,
+        text: TextEncoder | None,
         decoder: ReleasedDecoder,
         *,
         queries: int = 16,

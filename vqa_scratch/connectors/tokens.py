@@ -8,12 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vqa_scratch.models.bert import Bert
 from vqa_scratch.models.vit import resize_positions
 from vqa_scratch.nn.connecting import Conditioning, Connector
 from vqa_scratch.nn.decoding import Decoder
 from vqa_scratch.nn.memory import Memory
-from vqa_scratch.nn.states import ImageEncoder, States
+from vqa_scratch.nn.states import ImageEncoder, States, TextEncoder
 
 RECIPE_IMAGE = """\
 # Every image token is a key of the decoder's cross-attention, and is given its place once more.
@@ -35,7 +34,9 @@ class TokensConnector(Connector):
     `grid` is the (rows, columns) of that table, which is resized for other grids.
     """
 
-    def __init__(self, image: ImageEncoder, text: Bert | None, decoder: Decoder, *, grid: tuple[int, int]) -> None:
+    def __init__(
+        self, image: ImageEncoder, text: TextEncoder | None, decoder: Decoder, *, grid: tuple[int, int]
+    ) -> None:
         super().__init__()
         width = decoder.config.dim
         self.grid, self.prefix_tokens = (grid[0], grid[1]), image.prefix_tokens

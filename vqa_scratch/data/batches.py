@@ -56,14 +56,8 @@ class Ragged:
         return torch.from_numpy(ids), torch.from_numpy(inside)
 
 
-class ImageBatch:
-    """A base of dataclasses whose fields are tensors (or None). Those in `OF_IMAGES` have a row an image, others a row
-    a question; `image_index` says which image a question is about.
-    """
-
-    OF_IMAGES: ClassVar[tuple[str, ...]] = ("images", "pixel_mask")
-    images: Tensor
-    image_index: Tensor
+class TensorBatch:
+    """A base of dataclasses whose fields are tensors (or None) with a row a sample; only `rows` may have fewer."""
 
     def _each(self, change: Callable[[str, Tensor], Tensor]) -> Self:
         values = vars(self).items()
@@ -78,12 +72,26 @@ class ImageBatch:
         return self._each(lambda name, tensor: tensor.pin_memory())
 
     def parts(self, number: int) -> Iterator[Self]:
-        """Split the batch into at most `number` batches of whole images, about equal in size."""
+        """Split the batch into at most `number` batches, about equal in size; one of images into whole images."""
         if number == 1:
             yield self
             return
-        for chosen in torch.arange(len(self.images)).chunk(number):
+        first = next(iter(vars(self).values()))
+        for chosen in torch.arange(len(first)).chunk(number):
             yield self._part(int(chosen[0]), int(chosen[-1]) + 1)
+
+    def _part(self, start: int, stop: int) -> Self:
+        return self._each(lambda name, tensor: tensor[start:stop])
+
+
+class ImageBatch(TensorBatch):
+    """A base of those that begin with `images`. Fields in `OF_IMAGES` have a row an image, others a row a question;
+    `image_index` says which image a question is about.
+    """
+
+    OF_IMAGES: ClassVar[tuple[str, ...]] = ("images", "pixel_mask")
+    images: Tensor
+    image_index: Tensor
 
     def _part(self, start: int, stop: int) -> Self:
         # Not start * (questions an image): two pieces of an image may meet in a batch; then it has twice as many.

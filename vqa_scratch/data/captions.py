@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from vqa_scratch.data.descriptions import describe_all, read_scenes, scenes_file
-from vqa_scratch.data.own import images_of
+from vqa_scratch.data.own import shares_of
 from vqa_scratch.data.vqa_files import (
     OpenedSplit,
     SplitEntry,
@@ -156,7 +156,7 @@ def read_captions(folder: str | Path, split: str = "train", *, seed: int = 0, ma
         return read_opened(open_coco(Path(split), images_beside(Path(split))), "all", limits)
     if folder.is_file():
         data = read_opened(open_coco(folder, images_beside(folder)), split, Limits())
-        chosen = images_of(split, (sample.image_id for sample in data.samples), str(folder))
+        chosen = shares_of(split, (sample.image_id for sample in data.samples), str(folder))
         kept = first_images([sample for sample in data.samples if sample.image_id in chosen], max_images)
         data.report.skip("of another split, or over max_images", count=len(data.samples) - len(kept))
         return VQAData.of(kept, data.report)

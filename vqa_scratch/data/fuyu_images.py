@@ -5,14 +5,13 @@ one is never enlarged. The padding, to the right and below, is a byte of 1 and i
 nearly black.
 """
 
-import re
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
 from PIL import Image
 
-from vqa_scratch.data.image_config import read_fields
+from vqa_scratch.data.image_config import kind_of, read_fields
 from vqa_scratch.data.images import ImageProcessor
 from vqa_scratch.errors import UserError
 from vqa_scratch.storage import typed
@@ -38,8 +37,8 @@ class FuyuImageProcessor(ImageProcessor):
     @classmethod
     def from_hf(cls, config: dict[str, Any]) -> "FuyuImageProcessor":
         """From the content of a preprocessor_config.json; UserError for another type or a missing step."""
-        name = str(config.get("image_processor_type") or config.get("feature_extractor_type"))
-        if re.sub(r"(FeatureExtractor|ImageProcessor)(Fast|Pil)?$", "", name) != "Fuyu":
+        name, kind = kind_of(config)
+        if kind != cls.kind:
             raise UserError(f"the images of a Fuyu are prepared by a FuyuImageProcessor, not by {name}")
         kinds = {"patch_size": dict | None, "padding_value": int | float | None, "padding_mode": str | None}
         patch, fill, mode, *steps = typed(name, config, kinds | {"do_pad": bool | None, "do_resize": bool | None})

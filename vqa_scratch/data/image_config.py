@@ -77,10 +77,15 @@ def _channels(value: Any, key: str) -> tuple[float, float, float]:
     return red, green, blue
 
 
+def kind_of(config: dict[str, Any]) -> tuple[Any, str]:
+    """(the type of processor that a config names, the same by its name of today)."""
+    name = config.get("image_processor_type") or config.get("feature_extractor_type")
+    return name, re.sub(r"(FeatureExtractor|ImageProcessor)(Fast|Pil)?$", "ImageProcessor", str(name))
+
+
 def read_fields(config: dict[str, Any]) -> dict[str, Any]:
     """The fields of an `ImageProcessor`; UserError for an unknown type, step or size."""
-    name = config.get("image_processor_type") or config.get("feature_extractor_type")
-    kind = re.sub(r"(FeatureExtractor|ImageProcessor)(Fast|Pil)?$", "ImageProcessor", str(name))
+    name, kind = kind_of(config)
     if kind not in _DEFAULTS:
         raise UserError(f"unknown image processor type {name!r}; known are {', '.join(_DEFAULTS)}")
     unknown = [k for k, v in config.items() if k.startswith("do_") and v and k not in _STEPS]

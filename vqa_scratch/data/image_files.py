@@ -1,11 +1,13 @@
 """Reads any image file as 8-bit RGB, or says in one line why it cannot."""
 
 import base64
+import binascii
 import io
 import re
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
@@ -37,10 +39,9 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _check_pixels(path: Path, pixels: int) -> None:
-    limit = Image.MAX_IMAGE_PIXELS
+def _check_pixels(name: object, pixels: int, limit: int | None) -> None:
     if limit is not None and pixels > limit:
-        raise UserError(f"{path} has {pixels:,} pixels, over the limit of {limit:,}; scale it down first")
+        raise UserError(f"{name} has {pixels:,} pixels, over the limit of {limit:,}; scale it down first")
 
 
 def load_image(path: str | Path, *, upright: bool = True) -> Image.Image:
@@ -55,9 +56,23 @@ def load_image(path: str | Path, *, upright: bool = True) -> Image.Image:
         raise UserError(f"{path} is not a file" if path.exists() else f"{path} not found: there is no such image")
     if path.stat().st_size == 0:
         raise UserError(f"{path} is empty (0 bytes), not an image")
+    return decode_image(path, path, upright=upright, most=Image.MAX_IMAGE_PIXELS)
+
+
+def decode_image(
+    source: Path | BinaryIO,
+    name: object,
+    *,
+    upright: bool = True,
+    most: int | None,
+    formats: tuple[str, ...] | None = None,
+) -> Image.Image:
+    """`load_image` of a file or of bytes in memory, with at most so many pixels, in one of Pillow's `formats` (None:
+    any). Errors call it `name`.
+    """
     try:
-        with Image.open(path) as file:
-            _check_pixels(path, file.width * file.height)
+        with Image.open(source, formats=formats) as file:
+            _check_pixels(name, file.width * file.height, most)
             file.load()
             turned = upright and file.getexif().get(ExifTags.Base.Orientation, 1) != 1
             image = ImageOps.exif_transpose(file) if turned else file
@@ -65,18 +80,19 @@ def load_image(path: str | Path, *, upright: bool = True) -> Image.Image:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:  # from open(), before our check
         if found := re.search(r"\d+", str(error)):
-            _check_pixels(path, int(found[0]))
+            _check_pixels(name, int(found[0]), most)
         raise
     except Image.UnidentifiedImageError as error:
-        raise UserError(f"{path} is not an image in a format that Pillow reads") from error
+        known = "a format that Pillow reads" if formats is None else f"one of the formats {', '.join(formats)}"
+        raise UserError(f"{name} is not an image in {known}") from error
     except Exception as error:  # decoders raise whatever they like on broken files
         if isinstance(error, OSError) and error.strerror:  # of the system, not of a decoder
-            raise UserError(f"{path} cannot be read: {error.strerror}") from error
-        raise UserError(f"{path} is damaged or truncated: {error or type(error).__name__}") from error
+            raise UserError(f"{name} cannot be read: {error.strerror}") from error
+        raise UserError(f"{name} is damaged or truncated: {error or type(error).__name__}") from error
     try:
         return to_rgb(image)
     except ValueError as error:
-        raise UserError(f"{path}: {error}") from error
+        raise UserError(f"{name}: {error}") from error
 
 
 def data_url(image: Image.Image, largest: int) -> str:
@@ -86,6 +102,17 @@ def data_url(image: Image.Image, largest: int) -> str:
     image.thumbnail((largest, largest))
     image.save(buffer, kind, optimize=True, quality=88)
     return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
+
+
+def bytes_in(address: str, kind: str) -> bytes:
+    """The bytes in a data URL of a kind, image or audio. Raises UserError for anything else."""
+    about, _, coded = address.partition(";base64,")
+    if not about.startswith(f"data:{kind}/") or not coded:
+        raise UserError(f"what is sent is a data URL: data:{kind}/...;base64,...")
+    try:
+        return base64.b64decode(coded, validate=True)
+    except binascii.Error:
+        raise UserError("what was sent is no base64") from None
 
 
 def is_small(image: Image.Image) -> bool:

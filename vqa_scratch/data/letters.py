@@ -55,9 +55,17 @@ def letter_tokenizer(path: Path) -> tokenizers.Tokenizer:
     special, kinds = [text for text, kind in pieces if kind in (_UNKNOWN, _CONTROL)], [kind for _, kind in pieces]
     if _UNKNOWN not in kinds or "</s>" not in special or any(len(t) != 1 for t, kind in pieces if kind == _LETTER):
         raise UserError(f"{path} is not a SentencePiece model of single letters that has an unknown one and </s>")
-    backend = tokenizers.Tokenizer(models.Unigram([(text, 0.0) for text, _ in pieces], kinds.index(_UNKNOWN), False))
-    spaces = [normalizers.Replace(tokenizers.Regex(r"\s+"), " "), normalizers.Strip()]
-    backend.normalizer = normalizers.Sequence([*([normalizers.Precompiled(charsmap)] if charsmap else []), *spaces])
+    backend = of_letters([text for text, _ in pieces], special, kinds.index(_UNKNOWN))
+    if charsmap:
+        backend.normalizer = normalizers.Sequence([normalizers.Precompiled(charsmap), backend.normalizer])
+    return backend
+
+
+def of_letters(pieces: list[str], special: list[str], unknown: int) -> tokenizers.Tokenizer:
+    """A tokenizer whose tokens are single letters, in this order, with the `special` ones and the `unknown` one, by its
+    place, among them; `</s>` comes after each text."""
+    backend = tokenizers.Tokenizer(models.Unigram([(text, 0.0) for text in pieces], unknown, False))
+    backend.normalizer = normalizers.Sequence([normalizers.Replace(tokenizers.Regex(r"\s+"), " "), normalizers.Strip()])
     backend.pre_tokenizer = pre_tokenizers.Metaspace(WORD, "always", False)
     backend.decoder = decoders.Metaspace(WORD, "always", False)
     backend.add_special_tokens(special)

@@ -11,7 +11,7 @@ import json
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -68,20 +68,13 @@ def open_own(paths: list[Path], split: str, cache: Path) -> OpenedSplit:
     Raises UserError, in one line, for a table without the columns, a cell that cannot be what its column says, or a
     split that the table does not have.
     """
-    rows = [(path, at, row) for path in paths for at, row in _rows(path)]
-    where = str(paths[0]) if len(paths) == 1 else f"{paths[0]} and {len(paths) - 1} more"
-    if not rows:
-        raise UserError(f"{where} holds no rows")
-    columns = _columns(paths[0], list(rows[0][2]))
+    rows, where = rows_in(paths)
+    names = list(rows[0][2])
+    columns = columns_of(paths[0], names)
+    columns["answer"] = answer_columns(names, columns)
     entries = [_entry(path.parent, at, row, columns, number, cache) for number, (path, at, row) in enumerate(rows)]
-    if split != "all" and "split" in columns:
-        names = [_split_of(row, columns["split"]) for _, _, row in rows]
-        entries = [entry for entry, name in zip(entries, names, strict=True) if name == names_of(split)[0]]
-        if not entries:
-            raise UserError(f"{where} has no rows of split {split}; it has {some(sorted(set(names)))}")
-    elif split != "all":
-        chosen = images_of(split, (entry.sample.image_id for entry in entries), where)
-        entries = [entry for entry in entries if entry.sample.image_id in chosen]
+    images = (entry.sample.image_id for entry in entries)
+    entries = [entries[place] for place in places_of(split, rows, where, columns.get("split"), images)]
     annotated = any(entry.sample.answers for entry in entries)
     if annotated:
         empty = "the answer is empty"
@@ -90,13 +83,59 @@ def open_own(paths: list[Path], split: str, cache: Path) -> OpenedSplit:
     return OpenedSplit("questions", files, len(entries), entries.__getitem__, annotated, Counter(), upright=True)
 
 
+def rows_in(paths: list[Path]) -> tuple[list[tuple[Path, str, Row]], str]:
+    """(the file, place and cells of every row, what messages call the tables). Raises UserError if there is none."""
+    rows = [(path, at, row) for path in paths for at, row in _rows(path)]
+    where = str(paths[0]) if len(paths) == 1 else f"{paths[0]} and {len(paths) - 1} more"
+    if not rows:
+        raise UserError(f"{where} holds no rows")
+    return rows, where
+
+
+def places_of(
+    split: str,
+    rows: list[tuple[Path, str, Row]],
+    where: str,
+    column: Any,
+    shared: Iterable[Any],
+    what: str = "images",
+) -> list[int]:
+    """The rows of a split, by the `column` that names splits; without one they are shared out by `shared`, of each row
+    the image or whatever must not be in two splits. Raises UserError if there are none."""
+    if split == "all":
+        return list(range(len(rows)))
+    if column is None:
+        keys = list(shared)
+        chosen = shares_of(split, keys, where, what)
+        return [place for place, key in enumerate(keys) if key in chosen]
+    names = [_split_of(row, column) for _, _, row in rows]
+    if names_of(split)[0] not in names:
+        raise UserError(f"{where} has no rows of split {split}; it has {some(sorted(set(names)))}")
+    return [place for place, name in enumerate(names) if name == names_of(split)[0]]
+
+
+def find_tables(source: Path, split: str) -> tuple[list[Path], str] | None:
+    """(the tables that hold a split, what it is called in them); None if a folder has none.
+
+    A split that is itself the name of a table is that table.
+    """
+    if Path(split).suffix.lower() in TABLES:
+        return [Path(split)], "all"
+    if source.is_file():
+        return [source], split
+    if tables := own_files(source, split):
+        return tables, "all"
+    table = only_table(source)
+    return ([table], split) if table else None
+
+
 def splits_of(paths: list[Path]) -> set[str]:
     """The splits that a table names in a column; none if it has no such column, for which its first row is enough."""
     rows = (row for path in paths for _, row in _rows(path))
     first = next(rows, None)
     if first is None:
         return set()
-    column = _columns(paths[0], list(first)).get("split")
+    column = columns_of(paths[0], list(first)).get("split")
     return {_split_of(row, column) for row in (first, *rows)} if column else set()
 
 
@@ -111,30 +150,41 @@ def _rows(path: Path) -> Iterator[tuple[str, Row]]:
     yield from read_rows(path)
 
 
-def _columns(path: Path, names: list[str]) -> dict[str, Any]:
-    """{part: the column that has it}; "answer" has a list of columns."""
-    plain = {re.sub(r"[\s-]+", "_", str(name).strip().lower()): name for name in names}
-    found: dict[str, Any] = {}
-    for part, known in COLUMNS.items():
-        name = next((name for name in known.split() if name in plain), None)
+def plain_names(names: Iterable[Any]) -> dict[str, Any]:
+    """{name of a column in plain spelling: the column}."""
+    return {re.sub(r"[\s-]+", "_", str(name).strip().lower()): name for name in names}
+
+
+def columns_of(
+    path: Path, names: list[Any], known: Mapping[str, str] = COLUMNS, needed: Sequence[str] = ("image", "question")
+) -> dict[str, Any]:
+    """{part: the column that has it}, by the `known` names of each. Raises UserError for one that is missing."""
+    plain, found = plain_names(names), {}
+    for part, usual in known.items():
+        name = next((name for name in usual.split() if name in plain), None)
         if name is not None:
             found[part] = plain[name]
-    found["answer"] = [found["answer"]] if "answer" in found else [n for p, n in plain.items() if NUMBERED.fullmatch(p)]
-    for part in ("image", "question"):
+    for part in needed:
         if part not in found:
             raise UserError(
-                f"{path} has no column for the {part}: call one {' or '.join(COLUMNS[part].split()[:3])} "
+                f"{path} has no column for the {part}: call one {' or '.join(known[part].split()[:3])} "
                 f"(its columns are {some(map(str, names)) or 'none'})"
             )
     return found
 
 
+def answer_columns(names: list[Any], columns: dict[str, Any]) -> list[Any]:
+    """The columns that hold answers: the one of that name, else those of numbered ones."""
+    numbered = [name for spelled, name in plain_names(names).items() if NUMBERED.fullmatch(spelled)]
+    return [columns["answer"]] if "answer" in columns else numbered
+
+
 def _entry(folder: Path, where: str, row: Row, columns: dict[str, Any], number: int, cache: Path) -> SplitEntry:
     name, image = _image(folder, where, row.get(columns["image"]), cache)
     answers = tuple(answer for column in columns["answer"] for answer in _answers(where, row.get(column)))
-    question = _text(where, columns["question"], row.get(columns["question"]))
+    question = cell_text(where, columns["question"], row.get(columns["question"]))
     majority = Counter(answers).most_common(1)[0][0] if answers else ""
-    kind = _text(where, columns["kind"], row.get(columns["kind"])) if "kind" in columns else ""
+    kind = cell_text(where, columns["kind"], row.get(columns["kind"])) if "kind" in columns else ""
     number_of = row.get(columns["id"]) if "id" in columns else None
     if number_of in (None, ""):
         number_of = number
@@ -153,7 +203,7 @@ def answer_type(answer: str) -> str:
     return "number" if plain.replace(".", "", 1).isdigit() else "other" if answer else ""
 
 
-def _text(where: str, column: str, value: Any) -> str:
+def cell_text(where: str, column: str, value: Any) -> str:
     """A cell as text, without space around it. Raises UserError for a list, and for text that no file can hold."""
     if value is None:
         return ""
@@ -172,7 +222,7 @@ def _answers(where: str, value: Any) -> list[str]:
     if isinstance(value, str):
         value = value.split("|")
     parts = value if isinstance(value, list) else [value]
-    texts = [_text(where, "answer", part.get("answer") if isinstance(part, dict) else part) for part in parts]
+    texts = [cell_text(where, "answer", part.get("answer") if isinstance(part, dict) else part) for part in parts]
     return [text for text in texts if text]
 
 
@@ -182,7 +232,7 @@ def _image(folder: Path, where: str, value: Any, cache: Path) -> tuple[str, Path
         if isinstance(value.get("bytes"), bytes):
             return _stored(value["bytes"], cache)
         value = value.get("path")
-    name = _text(where, "image", value)
+    name = cell_text(where, "image", value)
     if not name:
         raise UserError(f"{where} has no image")
     if URL.match(name):
@@ -190,33 +240,34 @@ def _image(folder: Path, where: str, value: Any, cache: Path) -> tuple[str, Path
     return name, find_image(folder, name)
 
 
+_remove_left = functools.cache(remove_unfinished)  # what killed processes left in a folder, once
+
+
 def _stored(data: bytes, cache: Path) -> tuple[str, Path]:
     """A picture that came as bytes, in a file named by their hash."""
-    remove_left_in(cache / "pictures")
+    _remove_left(cache / "pictures")
     path = cache / "pictures" / hashlib.blake2b(data, digest_size=16).hexdigest()
     if not path.is_file():
         write_whole(path, lambda unfinished: unfinished.write_bytes(data))
     return path.name, path
 
 
-@functools.cache
-def remove_left_in(folder: Path) -> None:
-    """Remove what killed processes left there, once."""
-    remove_unfinished(folder)
-
-
 def find_image(folder: Path, name: str) -> Path | None:
-    """The file of an image that a table in `folder` names; None if there is none.
+    """The file of an image that a table in `folder` names; a plain number may lack its ending."""
+    return find_named(folder, name, "images", IMAGE_SUFFIXES if name.isdigit() else ())
 
-    The name is absolute or relative to the folder or its subfolder `images`, with / or \\ between folders, its umlauts
-    composed or not; a plain number may lack its ending.
+
+def find_named(folder: Path, name: str, below: str, endings: Sequence[str] = ()) -> Path | None:
+    """The file that a table in `folder` names; None if there is none.
+
+    The name is absolute or relative to the folder or its subfolder `below`, with / or \\ between folders, its umlauts
+    composed or not, and may lack one of the `endings`.
     """
     spelled = dict.fromkeys([name, name.replace("\\", "/")])
     spelled = dict.fromkeys(unicodedata.normalize(form, text) for text in spelled for form in ("NFC", "NFD"))
-    endings = ("", *IMAGE_SUFFIXES) if name.isdigit() else ("",)
-    for place in (folder, folder / "images"):
+    for place in (folder, folder / below):
         for text in spelled:
-            for ending in endings:
+            for ending in ("", *endings):
                 try:
                     if (path := place / (text + ending)).is_file():
                         return path
@@ -230,17 +281,18 @@ def _split_of(row: Row, column: Any) -> str:
     return names_of(str(row.get(column) or "").strip().lower())[0]
 
 
-def images_of(split: str, names: Iterable[Any], where: str) -> set[Any]:
-    """The images of a split of a data set that names no splits: a tenth for val, a tenth for test, the rest for train.
+def shares_of(split: str, names: Iterable[Any], where: str, what: str = "images") -> set[Any]:
+    """Which images, or `what` else, a split of a data set has that names no splits: a tenth for val, a tenth for test,
+    the rest for train.
 
     Their order is that of a hash of their names, so it does not depend on the order of the file. Raises UserError for
-    another split, and for fewer than three images.
+    another split, and for fewer than three.
     """
     images = sorted(set(names), key=lambda name: hashlib.blake2b(str(name).encode()).digest())
     if split not in SPLITS:
         raise UserError(f"{where} has no column of splits, so it has train, val and test, but no {split}")
     if len(images) < 3:
-        raise UserError(f"{where} has {len(images)} images; train, val and test need one each, so at least 3")
+        raise UserError(f"{where} has {len(images)} {what}; train, val and test need one each, so at least 3")
     val, test = (max(1, round(SHARES[name] * len(images))) for name in ("val", "test"))
     bounds = {"val": (0, val), "test": (val, val + test), "train": (val + test, len(images))}
     return set(images[slice(*bounds[split])])

@@ -5,14 +5,13 @@ The rule is that of Kim et al. 2021 and the public `preprocessor_config.json` fi
 keeps one patch along its shorter side and is stretched to it.
 """
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 from PIL import Image
 
-from vqa_scratch.data.image_config import read_fields
+from vqa_scratch.data.image_config import kind_of, read_fields
 from vqa_scratch.data.images import CONFIG_NAME, ImageProcessor
 from vqa_scratch.errors import UserError
 from vqa_scratch.storage import read_object, typed
@@ -40,8 +39,8 @@ class ViltImageProcessor(ImageProcessor):
     @classmethod
     def from_hf(cls, config: dict[str, Any]) -> "ViltImageProcessor":
         """From the content of a preprocessor_config.json; UserError for another type or a missing step."""
-        name = str(config.get("image_processor_type") or config.get("feature_extractor_type"))
-        if re.sub(r"(FeatureExtractor|ImageProcessor)(Fast|Pil)?$", "", name) != "Vilt":
+        name, kind = kind_of(config)
+        if kind != cls.kind:
             raise UserError(f"the images of a ViLT are prepared by a ViltImageProcessor, not by {name}")
         if config.get("do_resize") is False:
             raise UserError(f"{name} without do_resize leaves images that no patches fit")

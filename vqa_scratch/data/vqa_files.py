@@ -180,13 +180,25 @@ class ReadReport:
         if example is not None:
             self.examples.setdefault(reason, in_a_line(example))
 
+    @property
+    def about(self) -> str:
+        """What the entries are about."""
+        turned = "turned as their EXIF says" if self.upright else "read as they are stored (no EXIF turn)"
+        return f"on {self.images:,} images, {turned}"
+
+    def check_left(self) -> None:
+        """Raise UserError, with the reasons, if nothing was kept."""
+        if not self.kept:
+            first = {reason: f" ({example})" for reason, example in self.examples.items()}
+            why = "; ".join(f"{n} because {reason}{first.get(reason, '')}" for reason, n in self.skipped.most_common())
+            path = next(iter(self.files.values()))
+            raise UserError(f"no {self.what.removesuffix('s')} of {path} is left: {why or 'it holds none'}")
+
     def __str__(self) -> str:
         first = {reason: f" (first: {example})" for reason, example in self.examples.items()}
-        turned = "turned as their EXIF says" if self.upright else "read as they are stored (no EXIF turn)"
         return "\n".join(
             [
-                f"{self.split}: kept {self.kept:,} of {self.in_file:,} {self.what}, "
-                f"on {self.images:,} images, {turned}",
+                f"{self.split}: kept {self.kept:,} of {self.in_file:,} {self.what}, {self.about}",
                 *(f"  {name:<11}  {path or 'none'}" for name, path in self.files.items()),
                 *(f"  left out {n:,}: {reason}{first.get(reason, '')}" for reason, n in self.skipped.most_common()),
                 *(f"  note: {count:,} {note}" for note, count in self.notes.items()),
@@ -206,13 +218,7 @@ class VQAData:
     def of(cls, samples: list[VQASample], report: ReadReport, ids: Collection[int | str] = ()) -> Self:
         """The samples with their completed report. Raises UserError if there are none."""
         report.kept, report.images = len(samples), len({sample.image_id for sample in samples})
-        if not samples:
-            first = {reason: f" ({example})" for reason, example in report.examples.items()}
-            why = "; ".join(
-                f"{n} because {reason}{first.get(reason, '')}" for reason, n in report.skipped.most_common()
-            )
-            path = next(iter(report.files.values()))
-            raise UserError(f"no {report.what.removesuffix('s')} of {path} is left: {why or 'it holds none'}")
+        report.check_left()
         return cls(samples, report, ids)
 
     @property

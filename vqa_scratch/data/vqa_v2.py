@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from vqa_scratch.data.image_files import load_image
 from vqa_scratch.data.official import read_official
-from vqa_scratch.data.own import SPLITS, names_of, only_table, open_own, own_files, splits_of
+from vqa_scratch.data.own import SPLITS, find_tables, names_of, open_own, splits_of
 from vqa_scratch.data.tables import TABLES
 from vqa_scratch.data.vqa_files import (
     ImageFolder,
@@ -64,16 +64,8 @@ def find_split(source: Path, split: str) -> VQAFiles | tuple[list[Path], str] | 
 
     Raises UserError as `official_files`.
     """
-    if Path(split).suffix.lower() in TABLES:
-        return [Path(split)], "all"
-    if source.is_file():
-        return [source], split
-    if files := official_files(source, split):
-        return files
-    if tables := own_files(source, split):
-        return tables, "all"
-    table = only_table(source)
-    return ([table], split) if table else None
+    is_table = Path(split).suffix.lower() in TABLES or source.is_file()
+    return (None if is_table else official_files(source, split)) or find_tables(source, split)
 
 
 def has_split(source: Path, split: str) -> bool:

@@ -8,7 +8,7 @@ Shapes: B batch, T text tokens, D width.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from vqa_scratch.nn import taps
 from vqa_scratch.nn.attention import MultiHeadAttention
 from vqa_scratch.nn.layers import MLP, activation, init_weights
 from vqa_scratch.nn.relative_bias import ScoreBias
-from vqa_scratch.nn.states import States
+from vqa_scratch.nn.states import States, TextEncoder
 from vqa_scratch.weights import fields, maps
 
 
@@ -88,15 +88,19 @@ class BertBlock(taps.Tapped):
         self.norm2 = nn.LayerNorm(config.dim, eps=config.norm_eps)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, key_mask: Tensor | None = None, bias: ScoreBias | None = None) -> Tensor:
-        """(B, T, D) -> (B, T, D); a bias includes the mask."""
+    def forward(self, x: Tensor, key_mask: Tensor | None = None, bias: ScoreBias | None = None, **read: Any) -> Tensor:
+        """(B, T, D) -> (B, T, D); a bias includes the mask, `read` is for `between`."""
         x = taps.tap(self.tap_prefix, "resid_pre", x)
         x = self.norm1(x + self.dropout(self.attn(x, key_mask=key_mask, bias=bias)))
-        x = taps.tap(self.tap_prefix, "resid_mid", x)
+        x = taps.tap(self.tap_prefix, "resid_mid", self.between(x, **read))
         return taps.tap(self.tap_prefix, "resid_post", self.norm2(x + self.mlp(x)))
 
+    def between(self, x: Tensor) -> Tensor:
+        """What a block does between its halves: here nothing."""
+        return x
 
-class Bert(Released[BertConfig]):
+
+class Bert(Released[BertConfig], TextEncoder):
     """Embeddings, their sum normed, then post-LN blocks. No pooler: it belongs to the task."""
 
     config_class = BertConfig

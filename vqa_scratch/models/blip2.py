@@ -61,7 +61,6 @@ class Blip2Config(HFConfig[Layout]):
         }
 
     def to_hf(self) -> dict[str, Any]:
-        """The inverse of `from_hf`."""
         vision = {theirs: getattr(self.vision, ours) for ours, theirs in fields.BLIP2_VISION.items()}
         return super().to_hf() | {
             "vision_config": {"model_type": VISION_TYPE, **vision},

@@ -6,6 +6,9 @@ sublayer is skipped, which makes the model a plain language model.
 Shapes: B rows, T tokens, N memory tokens, D width of the blocks, E width of the embedding (mostly D), V vocabulary.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 from torch import Tensor, nn
 
 from vqa_scratch.models.hf_config import C, ReleasedDecoder
@@ -49,12 +52,18 @@ class PreNormBlock(taps.Tapped):
         """(B, T, D) -> (B, T, D). The rotation is that of the tokens (B or 1, 1, T, r)."""
         x = x if self.gated is None else self.gated(x, memory, cache)
         x = taps.tap(self.tap_prefix, "resid_pre", x)
-        attended = self.attn(self.norm1(x), key_mask=key_mask, causal=True, cache=cache, rotate=rotation)
-        x = x + self.dropout(attended)
+        how: dict[str, Any] = {"key_mask": key_mask, "causal": True, "cache": cache, "rotate": rotation}
+        x = self.add(x, self.norm1, lambda h: self.dropout(self.attn(h, **how)))
         if self.reads(memory, cache):
-            x = x + self.dropout(self.cross(self.norm_cross(x), memory, cache=cache))
+            x = self.add(x, self.norm_cross, lambda h: self.dropout(self.cross(h, memory, cache=cache)))
         x = taps.tap(self.tap_prefix, "resid_mid", x)
-        return taps.tap(self.tap_prefix, "resid_post", x + self.feed_forward(self.norm2(x), key_mask))
+        return taps.tap(
+            self.tap_prefix, "resid_post", self.add(x, self.norm2, lambda h: self.feed_forward(h, key_mask))
+        )
+
+    def add(self, x: Tensor, norm: nn.Module, sublayer: Callable[[Tensor], Tensor]) -> Tensor:
+        """x (B, T, D) with what a sublayer makes of its norm."""
+        return x + sublayer(norm(x))
 
     def reads(self, memory: list[Memory] | None, cache: KVCache | None) -> bool:
         """Whether cross-attention runs: the block has it, and there is something to read."""

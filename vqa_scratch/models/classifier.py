@@ -81,13 +81,7 @@ class TextClassifier(Released[BertConfig]):
 
     @property
     def key_map(self) -> maps.KeyMap:
-        """Where each parameter is in a checkpoint."""
         return self.layout.key_map
-
-    def label_index(self, label: str) -> int:
-        """The index of the logit of `label`. Raises UserError that lists the labels."""
-        check_label(self.labels, label)
-        return self.labels.index(label)
 
     @classmethod
     def from_checkpoint(cls, config: Mapping[str, Any], tensors: dict[str, Tensor], source: str) -> Self:

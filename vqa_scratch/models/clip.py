@@ -169,7 +169,6 @@ class CLIPConfig(HFConfig[CLIPLayout]):
         return cls(*towers, layout=kind, **default | width)
 
     def to_hf(self) -> dict[str, Any]:
-        """The inverse of `from_hf`."""
         layout, parts = self.family, super().to_hf()
         text, vision = self.text.to_hf(), self.image.to_hf()
         if layout.width_of_text:

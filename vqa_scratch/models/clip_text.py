@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from vqa_scratch.errors import UserError
-from vqa_scratch.models.hf_config import HFConfig, Layout, Released, check_heads
+from vqa_scratch.models.hf_config import HFConfig, Layout, Released, check_heads, fields_of
 from vqa_scratch.models.vit import ViTBlock, ViTConfig
 from vqa_scratch.nn import taps
 from vqa_scratch.nn.states import States
@@ -76,8 +76,7 @@ class CLIPTextConfig(HFConfig[CLIPTextLayout]):
     @property
     def blocks(self) -> ViTConfig:
         """A ViT of these blocks."""
-        names = ("dim", "layers", "heads", "hidden", "activation", "norm_eps", "attention_dropout")
-        return ViTConfig(**{name: getattr(self, name) for name in names})
+        return ViTConfig(**fields_of(self, ViTConfig))
 
 
 class CLIPText(Released[CLIPTextConfig]):
@@ -119,12 +118,9 @@ class CLIPText(Released[CLIPTextConfig]):
             place, found = ends.int().argmax(1), ends.any(1)
         if not found.all():
             row = int(found.int().argmin())
-            raise UserError(f"text {row} has no end token ({self._end}): cut it before the end token is added")
+            end = "the highest id" if self.config.eos_id == HIGHEST_ID else f"id {self.config.eos_id}"
+            raise UserError(f"text {row} has no end token ({end}): cut it before the end token is added")
         return place
-
-    @property
-    def _end(self) -> str:
-        return "the highest id" if self.config.eos_id == HIGHEST_ID else f"id {self.config.eos_id}"
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """(B, T) -> (B, D): the state that stands for each text; arguments as in `states`, UserError as in

@@ -65,7 +65,6 @@ class FuyuConfig(HFConfig[Layout]):
             return {"language": LlamaConfig.from_hf(sizes | end_tokens(config))}
 
     def to_hf(self) -> dict[str, Any]:
-        """The inverse of `from_hf`."""
         return super().to_hf() | {"text_config": self.language.to_hf(), "tie_word_embeddings": self.language.tied}
 
 

@@ -6,7 +6,7 @@ blocks.
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar, Self
@@ -17,11 +17,8 @@ from vqa_scratch.models.block_decoder import PositionTableDecoder, PreNormBlock
 from vqa_scratch.models.hf_config import HFConfig, Layout, check_heads
 from vqa_scratch.nn import taps
 from vqa_scratch.nn.attention import MultiHeadAttention
-from vqa_scratch.nn.cache import KVCache
 from vqa_scratch.nn.decoding import FastParts, fast_blocks
 from vqa_scratch.nn.layers import MLP, activation, init_weights
-from vqa_scratch.nn.memory import Memory
-from vqa_scratch.nn.rotary import Rotation
 from vqa_scratch.weights import fields, maps
 from vqa_scratch.weights.convert import load_into
 
@@ -84,21 +81,8 @@ class GPT2Block(PreNormBlock):
 class PostNormBlock(GPT2Block):
     """The same parts with each norm after its sublayer: OPT-350M, SpeechT5."""
 
-    def forward(
-        self,
-        x: Tensor,
-        key_mask: Tensor | None,
-        memory: list[Memory] | None,
-        cache: KVCache | None,
-        rotation: Rotation | None = None,
-    ) -> Tensor:
-        x = x if self.gated is None else self.gated(x, memory, cache)
-        x = taps.tap(self.tap_prefix, "resid_pre", x)
-        x = self.norm1(x + self.dropout(self.attn(x, key_mask=key_mask, causal=True, cache=cache, rotate=rotation)))
-        if self.reads(memory, cache):
-            x = self.norm_cross(x + self.dropout(self.cross(x, memory, cache=cache)))
-        x = taps.tap(self.tap_prefix, "resid_mid", x)
-        return taps.tap(self.tap_prefix, "resid_post", self.norm2(x + self.mlp(x)))
+    def add(self, x: Tensor, norm: nn.Module, sublayer: Callable[[Tensor], Tensor]) -> Tensor:
+        return norm(x + sublayer(x))
 
 
 class GPT2(PositionTableDecoder[GPT2Config]):

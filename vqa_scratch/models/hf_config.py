@@ -37,6 +37,7 @@ class Layout:
     key_map: KeyMap = KeyMap(())  # empty where it depends on the sizes and the config makes it
     defaults: Mapping[str, Any] = field(default_factory=dict)  # our fields: values where config.json has none
     fixed: Mapping[str, Any] = field(default_factory=dict)  # fields in config.json: the only value we support
+    lists: Mapping[str, str] = field(default_factory=dict)  # as `fields`, those that list sizes
 
 
 L = TypeVar("L", bound=Layout)
@@ -77,6 +78,7 @@ class HFConfig(Generic[L]):
             if config.get(name) not in (None, value):
                 raise UserError(f"config.json asks for {name} = {config[name]!r}; here it can only be {value!r}")
         found = fields_from_hf(config, layout.fields, cls)
+        found |= {ours: sizes_in(config, theirs, getattr(cls, ours)) for ours, theirs in layout.lists.items()}
         return cls(**{"layout": kind, **layout.defaults, **found, **cls.further_fields(config)})
 
     @classmethod
@@ -86,8 +88,9 @@ class HFConfig(Generic[L]):
 
     def to_hf(self) -> dict[str, Any]:
         """The inverse of `from_hf`."""
-        fields = {theirs: getattr(self, ours) for ours, theirs in self.family.fields.items()}
-        return {"architectures": [self.family.architecture], "model_type": self.layout, **fields}
+        layout = self.family
+        fields = {theirs: getattr(self, ours) for ours, theirs in {**layout.fields, **layout.lists}.items()}
+        return {"architectures": [layout.architecture], "model_type": self.layout, **fields}
 
 
 class Config(Protocol):
@@ -181,6 +184,14 @@ class ReleasedDecoder(Released[C], Decoder):
             self.blocks[number].gated = layer
             self.reads_memory = True
         taps.name_modules(self.blocks, "decoder")
+
+
+def fields_of(config: Any, kind: type, part: str = "") -> dict[str, Any]:
+    """The fields of a config that one of another kind has too, but for the layout; with a `part`, such as "encoder",
+    also those that begin with its name, without it."""
+    names = {item.name for item in dataclasses.fields(kind)} - {"layout"}
+    own = {name.removeprefix(f"{part}_"): value for name, value in vars(config).items()}
+    return {name: value for name, value in own.items() if name in names}
 
 
 def fields_from_hf(hf: Mapping[str, Any], names: Mapping[str, str], config_class: type) -> dict[str, Any]:

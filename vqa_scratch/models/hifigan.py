@@ -18,10 +18,9 @@ from torch import Tensor, nn
 from vqa_scratch.errors import UserError
 from vqa_scratch.models.hf_config import HFConfig, Layout, Released, sizes_in
 from vqa_scratch.weights import fields, maps_speech
-from vqa_scratch.weights.convert import load_into
 
-_LAYOUT = Layout("SpeechT5HifiGan", fields.HIFIGAN, maps_speech.HIFIGAN)
 _LISTS = {"stretch": "upsample_rates", "stretch_kernels": "upsample_kernel_sizes", "kernels": "resblock_kernel_sizes"}
+_LAYOUT = Layout("SpeechT5HifiGan", fields.HIFIGAN, maps_speech.HIFIGAN, lists=_LISTS)
 _DILATIONS = "resblock_dilation_sizes"
 _GAIN = re.compile(r"(.*\.)(?:weight_g|parametrizations\.weight\.original0)")
 
@@ -52,14 +51,12 @@ class HifiGANConfig(HFConfig[Layout]):
 
     @classmethod
     def further_fields(cls, config: Mapping[str, Any]) -> dict[str, Any]:
-        listed = {ours: sizes_in(config, theirs, getattr(cls, ours)) for ours, theirs in _LISTS.items()}
         each = config.get(_DILATIONS, cls.dilations)
         each = each if isinstance(each, (list, tuple)) else [each]
-        return listed | {"dilations": tuple(sizes_in({_DILATIONS: one}, _DILATIONS) for one in each)}
+        return {"dilations": tuple(sizes_in({_DILATIONS: one}, _DILATIONS) for one in each)}
 
     def to_hf(self) -> dict[str, Any]:
-        lists = {theirs: getattr(self, ours) for ours, theirs in _LISTS.items()}
-        return {**super().to_hf(), **lists, _DILATIONS: self.dilations}
+        return super().to_hf() | {_DILATIONS: self.dilations}
 
 
 class HifiGANBlock(nn.Module):
@@ -105,9 +102,7 @@ class HifiGAN(Released[HifiGANConfig]):
     @classmethod
     def from_checkpoint(cls, config: Mapping[str, Any], tensors: dict[str, Tensor], source: str) -> Self:
         """As in `Released`; weights saved with weight norm, in either spelling, are multiplied out."""
-        model = cls(HifiGANConfig.from_hf(config))
-        load_into(model, without_weight_norm(tensors), model.key_map, source=source)
-        return model.eval()
+        return super().from_checkpoint(config, without_weight_norm(tensors), source)
 
     def forward(self, frames: Tensor) -> Tensor:
         """Log-mel frames (B, F, M) -> waves (B, N) in [-1, 1]."""

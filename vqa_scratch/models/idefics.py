@@ -115,7 +115,6 @@ class IdeficsConfig(HFConfig[Layout]):
         return parts
 
     def to_hf(self) -> dict[str, Any]:
-        """The inverse of `from_hf`."""
         tower = self.vision.to_hf()
         tower |= {"architectures": None, "model_type": "idefics_vision", "embed_dim": tower.pop("hidden_size")}
         own = {name: value for name, value in self.language.to_hf().items() if name not in _NOT_ITS_OWN}

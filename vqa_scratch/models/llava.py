@@ -77,7 +77,6 @@ class LlavaConfig(HFConfig[Layout]):
         return parts | {"whole": strategy == "full", "layer": cls.layer if layer is None else layer}
 
     def to_hf(self) -> dict[str, Any]:
-        """The inverse of `from_hf`."""
         return super().to_hf() | {
             "vision_config": self.vision.to_hf() | {"vision_use_head": False},
             "text_config": self.language.to_hf(),

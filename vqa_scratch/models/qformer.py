@@ -17,7 +17,6 @@ from vqa_scratch.models.bert import BertBlock, BertConfig, BertLayout
 from vqa_scratch.nn import taps
 from vqa_scratch.nn.attention import MultiHeadAttention
 from vqa_scratch.nn.layers import init_weights
-from vqa_scratch.nn.relative_bias import ScoreBias
 from vqa_scratch.weights import fields
 
 
@@ -45,19 +44,8 @@ class QFormerBlock(BertBlock):
         )
         self.norm_cross = nn.LayerNorm(config.dim, eps=config.norm_eps)
 
-    def forward(
-        self,
-        x: Tensor,
-        key_mask: Tensor | None = None,
-        bias: ScoreBias | None = None,
-        image: Tensor | None = None,
-    ) -> Tensor:
-        x = taps.tap(self.tap_prefix, "resid_pre", x)
-        x = self.norm1(x + self.dropout(self.attn(x, key_mask=key_mask, bias=bias)))
-        if image is not None:
-            x = self.norm_cross(x + self.dropout(self.cross(x, image)))
-        x = taps.tap(self.tap_prefix, "resid_mid", x)
-        return taps.tap(self.tap_prefix, "resid_post", self.norm2(x + self.mlp(x)))
+    def between(self, x: Tensor, image: Tensor | None = None) -> Tensor:
+        return x if image is None else self.norm_cross(x + self.dropout(self.cross(x, image)))
 
 
 class QFormer(nn.Module):

@@ -15,13 +15,12 @@ from torch import Tensor, nn
 from vqa_scratch.errors import UserError
 from vqa_scratch.models.bert import BertBlock, BertConfig
 from vqa_scratch.models.gpt2 import GPT2Config, PostNormBlock
-from vqa_scratch.models.hf_config import HFConfig, Layout, Released, check_heads, sizes_in
+from vqa_scratch.models.hf_config import HFConfig, Layout, Released, check_heads, fields_of
 from vqa_scratch.nn import taps
 from vqa_scratch.nn.layers import init_weights
 from vqa_scratch.nn.relative_keys import PassKeys, RelativeKeys
 from vqa_scratch.storage import typed
 from vqa_scratch.weights import fields
-from vqa_scratch.weights.convert import load_into
 from vqa_scratch.weights.maps import KeyMap
 
 _FIXED = {"scale_embedding": False, "feat_extract_norm": "group", "tie_word_embeddings": True}
@@ -34,7 +33,7 @@ _LEFT_OUT = "encoder_layerdrop decoder_layerdrop activation_dropout mask_time_pr
 class SpeechT5Config(HFConfig[Layout]):
     """Sizes of a SpeechT5. The defaults are those of the released models."""
 
-    LAYOUTS: ClassVar[Mapping[str, Layout]] = {"speecht5": Layout("", fields.SPEECHT5, fixed=_FIXED)}
+    LAYOUTS: ClassVar[Mapping[str, Layout]] = {"speecht5": Layout("", fields.SPEECHT5, fixed=_FIXED, lists=_LISTS)}
 
     layout: str = "speecht5"
     vocab_size: int = 81
@@ -89,24 +88,14 @@ class SpeechT5Config(HFConfig[Layout]):
         if max(self.pad_id, self.eos_id, self.start_id) >= self.vocab_size:
             raise UserError(f"a special token is not among the {self.vocab_size} of the vocabulary")
 
-    @classmethod
-    def further_fields(cls, config: Mapping[str, Any]) -> dict[str, Any]:
-        return {ours: sizes_in(config, theirs, getattr(cls, ours)) for ours, theirs in _LISTS.items()}
-
     def to_hf(self) -> dict[str, Any]:
-        lists = {theirs: getattr(self, ours) for ours, theirs in _LISTS.items()}
-        return {**super().to_hf(), **lists, **dict.fromkeys(_LEFT_OUT, 0.0), "is_encoder_decoder": True}
-
-    def of_blocks(self, part: str) -> dict[str, Any]:
-        """The sizes of the blocks of the encoder or the decoder, by their usual names."""
-        shared = {name: getattr(self, name) for name in "dim activation norm_eps dropout attention_dropout".split()}
-        return shared | {name: getattr(self, f"{part}_{name}") for name in ("layers", "heads", "hidden")}
+        return {**super().to_hf(), **dict.fromkeys(_LEFT_OUT, 0.0), "is_encoder_decoder": True}
 
     @property
     def decoder(self) -> GPT2Config:
         """The decoder by GPT-2's names."""
-        sizes = self.of_blocks("decoder") | {"vocab_size": self.vocab_size, "max_positions": self.max_text}
-        return GPT2Config(**sizes, add_cross_attention=True)
+        sizes = fields_of(self, GPT2Config, "decoder")
+        return GPT2Config(**sizes, max_positions=self.max_text, add_cross_attention=True)
 
 
 def decoder_blocks(config: SpeechT5Config) -> nn.ModuleList:
@@ -122,7 +111,7 @@ class SpeechT5Encoder(nn.Module):
 
     def __init__(self, config: SpeechT5Config) -> None:
         super().__init__()
-        sizes = BertConfig(**config.of_blocks("encoder"))
+        sizes = BertConfig(**fields_of(config, BertConfig, "encoder"))
         self.norm, self.dropout = nn.LayerNorm(config.dim, eps=config.norm_eps), nn.Dropout(config.dropout)
         self.keys = RelativeKeys(config.max_distance, config.dim // config.encoder_heads)
         self.blocks = nn.ModuleList(BertBlock(sizes) for _ in range(config.encoder_layers))
@@ -164,6 +153,4 @@ class SpeechT5Base(Released[SpeechT5Config]):
         (named,) = typed("config.json", config, {"architectures": list | None})
         if named and cls.architecture not in named:
             raise UserError(f"{source} holds a {named[0]}, not a {cls.architecture}")
-        model = cls(SpeechT5Config.from_hf(config))
-        load_into(model, tensors, model.key_map, source=source)
-        return model.eval()
+        return super().from_checkpoint(config, tensors, source)

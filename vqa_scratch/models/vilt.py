@@ -8,7 +8,6 @@ Shapes: B questions, I images (B >= I: an image may serve several questions), T 
 raster order, D width, L labels.
 """
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
@@ -19,8 +18,8 @@ from torch import Tensor, nn
 
 from vqa_scratch.errors import UserError
 from vqa_scratch.models.bert import Bert, BertConfig
-from vqa_scratch.models.hf_config import Released, labels_from_hf, labels_to_hf
-from vqa_scratch.models.vit import ViT, ViTConfig, ViTLayout
+from vqa_scratch.models.hf_config import Released, fields_of, labels_from_hf, labels_to_hf
+from vqa_scratch.models.vit import ViT, ViTConfig, ViTLayout, patch_grid
 from vqa_scratch.nn import taps
 from vqa_scratch.nn.layers import init_weights
 from vqa_scratch.nn.states import Stem
@@ -55,16 +54,12 @@ class ViLTConfig(ViTConfig):
     @property
     def words(self) -> BertConfig:
         """The embedding of words: a Bert without layers."""
-        return BertConfig(**self._fields_of(BertConfig) | {"layout": "bert", "layers": 0})
+        return BertConfig(**fields_of(self, BertConfig) | {"layers": 0})
 
     @property
     def tower(self) -> ViTConfig:
         """The embedding of patches, and the blocks."""
-        return ViTConfig(**self._fields_of(ViTConfig) | {"layout": "vit"})
-
-    def _fields_of(self, kind: type) -> dict[str, Any]:
-        names = {field.name for field in dataclasses.fields(kind)}
-        return {name: value for name, value in vars(self).items() if name in names}
+        return ViTConfig(**fields_of(self, ViTConfig))
 
     def to_hf(self) -> dict[str, Any]:
         return super().to_hf() | _ALL_PATCHES
@@ -103,7 +98,8 @@ class ViLT(Released[ViLTConfig]):
         pixel_values (I, C, H, W); pixel_mask (I, H, W), True in the top left rectangle that an image fills; its
         sides are multiples of the patch. Raises ValueError unless patches fit.
         """
-        tower, whole, p = self.tower, self.tower.config.patches(*pixel_values.shape[2:]), self.config.patch_size
+        (height, width), tower, p = pixel_values.shape[2:], self.tower, self.config.patch_size
+        whole = patch_grid(height, width, p)
         if pixel_mask is None:
             places, real = self._positions(whole, whole)[None], None
         else:

@@ -76,10 +76,6 @@ class ViTConfig(HFConfig[ViTLayout]):
         """How many tokens stand before the patches: class token, distillation token, registers."""
         return len(self.family.tokens) + self.registers
 
-    def patches(self, height: int, width: int) -> tuple[int, int]:
-        """(h, w) patches of an image of this size in pixels. Raises ValueError unless they fit."""
-        return patch_grid(height, width, self.patch_size)
-
 
 def patch_grid(height: int, width: int, patch_size: int) -> tuple[int, int]:
     """(h, w) patches of an image of this size in pixels. Raises UserError unless they fit."""
@@ -217,13 +213,14 @@ class ViT(Released[ViTConfig], ImageEncoder):
 
     def places(self, height: int, width: int) -> Places:
         """The places of the patches of an image of this size in pixels. Raises ValueError unless patches fit."""
-        return Places(self.config.patches(height, width), self.patch_embed.first, self.config.patch_size)
+        p = self.config.patch_size
+        return Places(patch_grid(height, width, p), self.patch_embed.first, p)
 
     def embed(self, pixel_values: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, P + N, D): the input of the first block. Raises ValueError unless patches fit."""
         if pixel_values.ndim != 4:
             raise ValueError(f"pixel_values must be (batch, channels, height, width), got {tuple(pixel_values.shape)}")
-        config, size = self.config, self.config.patches(*pixel_values.shape[2:])
+        config, size = self.config, self.places(*pixel_values.shape[2:]).grid
         positions = resize_positions(self.positions, config.grid, size, antialias=self.layout.antialias)
         x = self.patch_embed(pixel_values)
         prefix = [getattr(self, name).expand(len(x), -1, -1) for name in self.layout.tokens]

@@ -15,11 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vqa_scratch.kernels import linear_cross_entropy
-from vqa_scratch.models.bert import Bert
 from vqa_scratch.models.hf_config import ReleasedDecoder
 from vqa_scratch.nn import taps
 from vqa_scratch.nn.connecting import Connector
-from vqa_scratch.nn.states import ImageEncoder, States
+from vqa_scratch.nn.states import ImageEncoder, States, TextEncoder
 
 IGNORE = -100  # the label of a token without a loss
 # The arguments of `freeze`, and the parts that each one freezes.
@@ -53,7 +52,9 @@ class VQAModel(nn.Module):
     Raises ValueError for a decoder that lacks the cross-attention its connector needs.
     """
 
-    def __init__(self, image: ImageEncoder, text: Bert | None, connector: Connector, decoder: ReleasedDecoder) -> None:
+    def __init__(
+        self, image: ImageEncoder, text: TextEncoder | None, connector: Connector, decoder: ReleasedDecoder
+    ) -> None:
         super().__init__()
         if connector.uses_memory and not decoder.reads_memory:
             raise ValueError("the decoder needs cross-attention: GPT2 with add_cross_attention=True, or gated layers")
@@ -72,10 +73,7 @@ class VQAModel(nn.Module):
     ) -> Tensor:
         """(B, A, D): the decoder's states before the head; arguments as in `forward`."""
         given = self.connector(image, text, image_index)
-        embeddings, mask = self.decoder.embed(decoder_input_ids), decoder_attention_mask
-        if given.prefix is None:
-            return self.decoder.hidden(embeddings, mask, memory=given.memory)
-        return self.decoder.hidden_after(given, embeddings, mask)
+        return self.decoder.hidden_after(given, self.decoder.embed(decoder_input_ids), decoder_attention_mask)
 
     def forward(
         self,

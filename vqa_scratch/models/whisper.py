@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from vqa_scratch.errors import UserError, naming
 from vqa_scratch.models.gpt2 import GPT2, GPT2Config
-from vqa_scratch.models.hf_config import HFConfig, Layout, Released, check_heads
+from vqa_scratch.models.hf_config import HFConfig, Layout, Released, check_heads, fields_of
 from vqa_scratch.models.vit import ViTBlock, ViTConfig
 from vqa_scratch.nn import taps
 from vqa_scratch.nn.layers import init_weights, sinusoids
@@ -70,25 +70,17 @@ class WhisperConfig(HFConfig[Layout]):
         return 2 * self.source_positions
 
     @property
-    def _shared(self) -> dict[str, Any]:
-        names = ("dim", "activation", "dropout", "attention_dropout", "init_std")
-        return {name: getattr(self, name) for name in names} | {"norm_eps": 1e-5}
-
-    @property
     def blocks(self) -> ViTConfig:
         """A ViT of the encoder's blocks."""
-        sizes = {"layers": self.encoder_layers, "heads": self.encoder_heads, "hidden": self.encoder_hidden}
-        return ViTConfig(**self._shared | sizes)
+        return ViTConfig(**fields_of(self, ViTConfig, "encoder"), norm_eps=1e-5)
 
     @property
     def decoder(self) -> GPT2Config:
         """The decoder."""
-        sizes = {"layers": self.decoder_layers, "heads": self.decoder_heads, "hidden": self.decoder_hidden}
-        sizes |= {name: getattr(self, name) for name in "vocab_size max_positions bos_id eos_id pad_id".split()}
-        return GPT2Config(**self._shared | sizes, embedding_dropout=self.dropout, add_cross_attention=True)
+        sizes = fields_of(self, GPT2Config, "decoder") | {"norm_eps": 1e-5, "embedding_dropout": self.dropout}
+        return GPT2Config(**sizes, add_cross_attention=True)
 
     def to_hf(self) -> dict[str, Any]:
-        """The inverse of `from_hf`."""
         return super().to_hf() | {"is_encoder_decoder": True, "scale_embedding": False}
 
 
@@ -150,3 +142,11 @@ class Whisper(Released[WhisperConfig]):
         In training the inputs are the labels shifted right, after `config.start_id`.
         """
         return self.decoder(decoder_input_ids, decoder_attention_mask, memory=[Memory(self.encode(input_features))])
+
+
+class WhisperCTC(nn.Module):
+    """A Whisper, and a second head: `ctc` gives each state of the encoder (B, N, D) logits (B, N, L) of `labels`."""
+
+    def __init__(self, config: WhisperConfig, labels: int) -> None:
+        super().__init__()
+        self.whisper, self.ctc = Whisper(config), nn.Linear(config.dim, labels)

@@ -53,6 +53,18 @@ class ImageEncoder(nn.Module, ABC):
         """(M, C, H, W) -> states (M, N, D) with their places."""
 
 
+class TextEncoder(nn.Module, ABC):
+    """Turns texts into states, read as ids or heard as sound."""
+
+    config: Any
+    dim: int  # D
+    longest: int  # tokens at most, N
+
+    @abstractmethod
+    def states(self, inputs: Tensor, mask: Tensor | None = None) -> States:
+        """Texts (M, T), or sounds (M, mels, frames), and which of their tokens or states are real -> (M, N, D)."""
+
+
 class Stem(nn.Module):
     """Turns the pixels of a ViT into tokens, (M, C, H, W) -> (M, N, D): one for each square of patch_size x patch_size
     pixels, in raster order."""

@@ -1,6 +1,6 @@
 """Draws curves.png: the panels of a run in one picture."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,32 @@ def moving_average(values: Sequence[float], width: int) -> list[float]:
     return result
 
 
+def over_samples(
+    rows: list[dict[str, Any]],
+    scored: Callable[[list[dict[str, Any]]], list[dict[str, Any]]],
+    unit: str,
+    loss_unit: str,
+) -> list[dict[str, Any]]:
+    """The panels of a run over the samples seen: the loss, and those that `scored` makes of what evaluations gave."""
+    steps, evaluations = [row for row in rows if "loss" in row], [row for row in rows if "val" in row]
+    figures, seen = [row["val"] for row in evaluations], [row["samples"] / 1000 for row in evaluations]
+    trained = moving_average([row["loss"] for row in steps], 5)
+    losses = {"training": ([row["samples"] / 1000 for row in steps], trained)}
+    if any("loss" in row for row in figures):
+        losses["validation"] = (seen, [row["loss"] for row in figures])
+    panels = [{"title": "loss", "ylabel": loss_unit, "lines": losses, "log": True}]
+    for panel in scored(figures):
+        lines = {label: (seen, values) for label, values in panel["lines"].items()}
+        panels.append({**panel, "lines": lines, "ylim": (0, 1.02)})
+    return [{**panel, "xlabel": f"thousand {unit} seen"} for panel in panels]
+
+
 def draw_panels(path: Path, panels: Sequence[dict[str, Any]], columns: int | None = None) -> None:
     """One picture with all panels, in rows of `columns` or side by side.
 
     A panel: `title`, `ylabel`, `lines` = {label: (xs, ys)}, and optionally `xlabel`, `ylim`, `hlines` = {label: y},
     `log`, `faint` = (xs, ys) of each line before smoothing, `bands` = {label: (xs, lows, highs)} around lines, and
-    `points`, given like `lines`.
+    `points`, given like `lines`. A label has one colour in all panels.
     Texts may be of any script; a character that no installed font has is drawn as its code.
     """
     import matplotlib
@@ -38,6 +58,12 @@ def draw_panels(path: Path, panels: Sequence[dict[str, Any]], columns: int | Non
         """The text in available characters; a dollar sign starts no formula."""
         return lettering.legible(text).replace("$", r"\$")
 
+    colours: dict[str, str] = {}
+    for panel in panels:
+        labels = [label for key in ("lines", "points") for label in panel.get(key, ())]
+        free = (f"C{i}" for i in range(10) if f"C{i}" not in {colours.get(label) for label in labels})
+        colours |= {label: next(free, "0.5") for label in labels if label not in colours}
+
     alike = len({panel.get("xlabel") for panel in panels}) == 1  # then the axes show the same steps
     with matplotlib.rc_context({"font.family": lettering.families}):
         columns = columns or len(panels)
@@ -47,17 +73,17 @@ def draw_panels(path: Path, panels: Sequence[dict[str, Any]], columns: int | Non
         for axis in axes.flat[len(panels) :]:
             axis.axis("off")
         for axis, panel in zip(axes.flat[: len(panels)], panels, strict=True):
-            for i, (xs, ys) in enumerate(panel.get("faint", ())):
-                axis.plot(xs, ys, color=f"C{i % 10}", alpha=0.25, linewidth=1)
-            for i, (label, (xs, ys)) in enumerate(panel["lines"].items()):
+            for label, (xs, ys) in zip(panel["lines"], panel.get("faint", ()), strict=False):
+                axis.plot(xs, ys, color=colours[label], alpha=0.25, linewidth=1)
+            for label, (xs, ys) in panel["lines"].items():
                 marker = "o" if len(xs) == 1 else None
-                axis.plot(xs, ys, label=legible(label), color=f"C{i % 10}", marker=marker, linewidth=1.6)
+                axis.plot(xs, ys, label=legible(label), color=colours[label], marker=marker, linewidth=1.6)
                 if label in panel.get("bands", {}):
-                    axis.fill_between(*panel["bands"][label], color=f"C{i % 10}", alpha=0.15, linewidth=0)
+                    axis.fill_between(*panel["bands"][label], color=colours[label], alpha=0.15, linewidth=0)
             for i, (label, y) in enumerate(panel.get("hlines", {}).items()):
                 axis.axhline(y, label=legible(label), color="0.45", linestyle=("--", ":", "-.")[i % 3], linewidth=1)
-            for i, (label, (xs, ys)) in enumerate(panel.get("points", {}).items(), len(panel["lines"])):
-                axis.plot(xs, ys, "o", label=legible(label), color=f"C{i % 10}", markersize=5)
+            for i, (label, (xs, ys)) in enumerate(panel.get("points", {}).items()):
+                axis.plot(xs, ys, "os^Dv"[i % 5], label=legible(label), color=colours[label], markersize=5, alpha=0.7)
             axis.set_title(legible(panel["title"]), loc="left", fontsize=11)
             axis.set_xlabel(legible(panel.get("xlabel", "step")))
             axis.set_ylabel(legible(panel["ylabel"]))

@@ -5,7 +5,7 @@ Shapes: P prompts, K samples a prompt, B = P * K responses, n reference samples 
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -30,6 +30,7 @@ class Figures:
     samples: Samples
     kl: float  # mean exact KL of a response from the reference, nats
     own: dict[str, float]  # the task's own figures
+    greedy: list[tuple[str, float]] = field(default_factory=list)  # the likeliest response to each prompt, its reward
 
     def summary(self, when: str) -> dict[str, float]:
         """The figures under the keys of summary.json."""
@@ -41,6 +42,8 @@ class Figures:
             f"length_{when}": sum(map(len, self.samples.ids)) / len(self.samples.ids),
         }
         result |= {f"{name}_{when}": value for name, value in self.own.items()}
+        if self.greedy:
+            result[f"greedy_reward_{when}"] = sum(reward for _, reward in self.greedy) / len(self.greedy)
         return result | {f"{name}_{when}": float(value.mean()) for name, value in self.parts.items()}
 
 
@@ -52,10 +55,11 @@ def measure(
     samples: int,
     seed: int,
     own: Callable[[Backbone, Samples], dict[str, float]] = lambda policy, samples: {},
+    greedy: Callable[[Backbone], list[tuple[str, float]]] = lambda policy: [],
 ) -> Figures:
     """Sample from `policy` and judge it; the same seed before and after, so that chance is shared.
 
-    `own` are figures that the task adds, of the policy itself or of its samples.
+    `own` are figures that the task adds, of the policy itself or of its samples, `greedy` its likeliest responses.
     """
     generator = torch.Generator(ppo.device).manual_seed(seed)
     with torch.device(ppo.device):  # not `to`, with which FSDP would cut the policy up again
@@ -76,13 +80,14 @@ def measure(
         for name in ("prompts", "ids", "texts", "finished"):
             getattr(gathered, name).extend(getattr(seen, name))
     with ppo.autocast():
-        added = own(policy, gathered)
+        added, likeliest = own(policy, gathered), greedy(policy)
     return Figures(
         torch.cat(rewards),
         {name: torch.cat([p[name] for p in parts]) for name in parts[0]},
         gathered,
         float(torch.cat(kls).mean()),
         added,
+        likeliest,
     )
 
 

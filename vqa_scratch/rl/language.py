@@ -49,16 +49,18 @@ def prompt_of(asked: Asked, tokenizer: Tokenizer, templated: bool, end: int, lon
 
 
 @torch.no_grad()
-def greedy_reward(policy: Backbone, task: Task) -> dict[str, float]:
-    """The mean reward of the likeliest tokens, as a response to each held-out prompt."""
-    rules, rewards = replace(task.rules, temperature=GREEDY), []
+def greedy(policy: Backbone, task: Task) -> list[tuple[str, float]]:
+    """The likeliest tokens as a response to each held-out prompt, with its reward."""
+    rules, found = replace(task.rules, temperature=GREEDY), list[tuple[str, float]]()
     for start in range(0, len(task.held_out), AT_ONCE):
         prompts = task.held_out[start : start + AT_ONCE]
         chance = torch.zeros(len(prompts), rules.max_new_tokens, device=next(policy.parameters()).device)
         made = sample(policy, policy.encode(prompts), rules, chance)
         ids = made.lists()
-        rewards.append(task.reward(Samples(prompts, ids, [task.decode(row) for row in ids], made.finished.tolist()))[0])
-    return {"greedy_reward": float(torch.cat(rewards).mean())}
+        texts = [task.decode(row) for row in ids]
+        rewards, _ = task.reward(Samples(prompts, ids, texts, made.finished.tolist()))
+        found += zip(texts, rewards.tolist(), strict=True)
+    return found
 
 
 def language_task(options: RLHFOptions, device: torch.device, precision: torch.dtype) -> Task:
@@ -125,6 +127,6 @@ def language_task(options: RLHFOptions, device: torch.device, precision: torch.d
         tokenizer.decode,
         save,
         notes,
-        lambda tuned, _: greedy_reward(tuned, task),
+        greedy=lambda tuned: greedy(tuned, task),
     )
     return task

@@ -95,14 +95,16 @@ class PPO:
         generator: torch.Generator,
         only: range | None = None,
         told: bool = False,
+        differentiable: bool = False,
     ) -> tuple[Responses, Samples, Context]:
         """Encode the prompts once and sample `samples` responses to each; to `only` some of them, as among all. `told`:
-        take those that the prompts bring."""
+        take those that the prompts bring. `differentiable`: gradients go back through the context."""
         chance = chances(len(prompts) * samples, self.rules, generator, self.device)
         if only is not None:
             prompts, chance = prompts[only.start : only.stop], chance[only.start * samples : only.stop * samples]
         with self.autocast():
-            context = policy.encode(prompts).shared_by(samples)
+            with torch.set_grad_enabled(differentiable):
+                context = policy.encode(prompts).shared_by(samples)
             responses = given(prompts, policy, self.rules) if told else sample(policy, context, self.rules, chance)
         ids = responses.lists()
         repeated = [p for p in prompts for _ in range(samples)]
@@ -114,7 +116,9 @@ class PPO:
         options, clock = self.options, [time.perf_counter()]
         policy, k = self.actor.backbone, options.samples
         told = options.preferences is not None
-        (ids, mask, finished), samples, context = self.respond(prompts, k, policy, self.sampling, self.mine, told)
+        (ids, mask, finished), samples, context = self.respond(
+            prompts, k, policy, self.sampling, self.mine, told, self.update.keeps_encoding
+        )
         clock.append(time.perf_counter())
 
         with self.autocast():

@@ -89,9 +89,11 @@ def lost(text: str, prompt: Prompt, kind: str) -> str:
     return f'<ul class="lost {kind}">{said}</ul>' if broken else ""
 
 
-def pair_card(before: Figures, after: Figures, i: int) -> str:
-    """HTML: one prompt with its response i from the reference and from the trained policy."""
-    prompt, sides = before.samples.prompts[i], []
+def pair_card(before: Figures, after: Figures, number: int, each: int) -> str:
+    """HTML: the prompt of this number with the first of `each` responses from the reference and from the trained
+    policy, and their likeliest ones where they are known."""
+    i, sides = number * each, list[str]()
+    prompt = before.samples.prompts[i]
     fell = float(before.rewards[i] - after.rewards[i])
     texts = marked(before.samples.texts[i], after.samples.texts[i])
     for name, figures, text in (("before", before, texts[0]), ("after", after, texts[1])):
@@ -99,9 +101,13 @@ def pair_card(before: Figures, after: Figures, i: int) -> str:
         down = f', <span class="fell">fell by {fell:.2f}</span>' if name == "after" and fell > 0 else ""
         cut = "" if figures.samples.finished[i] else ", cut off"
         broken = lost(figures.samples.texts[i], prompt, "broken" if name == "after" else "")
+        likeliest = ""
+        if figures.greedy:
+            said, reward = figures.greedy[number]
+            likeliest = f"<p class=people>greedy, reward {reward:+.2f}: {escape(said) or '(nothing)'}</p>"
         sides.append(
             f"<div><h3>{name}{cut}</h3><p>{text or '(nothing)'}</p>{broken}"
-            f"<p class=people>reward {float(figures.rewards[i]):+.2f}{down} ({parts})</p></div>"
+            f"<p class=people>reward {float(figures.rewards[i]):+.2f}{down} ({parts})</p>{likeliest}</div>"
         )
     reference = f"<h3>reference text</h3><p class=people>{escape(prompt.reference)}</p>" if prompt.reference else ""
     return (
@@ -131,6 +137,7 @@ def in_words(s: dict[str, Any], parts: Sequence[str]) -> str:
 
 def write_samples(path: Path, summary: dict[str, Any], before: Figures, after: Figures, samples_a_prompt: int) -> None:
     """samples.html: the run in plain words, and the first response to each prompt before and after, with filters."""
-    cards = [pair_card(before, after, i) for i in range(0, len(before.samples.texts), samples_a_prompt)]
+    each = samples_a_prompt
+    cards = [pair_card(before, after, number, each) for number in range(len(before.samples.texts) // each)]
     lead = in_words(summary, list(before.parts))
     write_page(path, "The same prompts before and after", lead, [("prompts", cards)], FILTERS)

@@ -13,7 +13,7 @@ from torch.nn.functional import logsigmoid
 from vqa_scratch.data.news import beside
 from vqa_scratch.data.text import Tokenizer
 from vqa_scratch.errors import UserError
-from vqa_scratch.models.classifier import TextClassifier
+from vqa_scratch.models.classifier import TextClassifier, check_label
 from vqa_scratch.rl.policy import freeze
 from vqa_scratch.rl.types import Samples
 
@@ -57,7 +57,8 @@ class ClassifierReward(Judge):
         self, model: TextClassifier, tokenizer: Tokenizer, label: str, precision: torch.dtype = torch.float32
     ) -> None:
         super().__init__(model, tokenizer, precision)
-        self.index = model.label_index(label)
+        check_label(model.labels, label)
+        self.index = model.labels.index(label)
 
     def __call__(self, samples: Samples) -> Tensor:
         """(B,) fp32."""

@@ -44,6 +44,7 @@ class Task:
     save: Callable[[Path], None]  # writes the policy as a checkpoint folder
     notes: list[str] = field(default_factory=list)  # one-line remarks for the log
     figures: Callable[[Backbone, Samples], dict[str, float]] = lambda policy, samples: {}  # before and after, its own
+    greedy: Callable[[Backbone], list[tuple[str, float]]] = lambda policy: []  # likeliest held-out responses, rewards
     upgrade: Callable[[dict[str, Any]], dict[str, Any]] = lambda saved: saved  # converts an older checkpoint
 
     def stored_in(self, dtype: torch.dtype) -> None:

@@ -57,10 +57,14 @@ class Update:
         self.shuffling = torch.Generator().manual_seed(options.seed + 2)
         self.iteration = 0
         self.optimizer_steps = self.policy_steps = 0  # the first iterations may be of the value head alone
+        # Whether the first pass goes back through what the rollout encoded: before it no weight has changed.
+        at_once = options.minibatches == 1 and options.micro_prompts >= options.prompts and ranks.world.size == 1
+        self.keeps_encoding = at_once and options.freeze != "encoder"
 
     def begin(self, iteration: int, kl_coef: float) -> None:
         """A new batch of rollouts; `iteration` counts from 0. The price of KL is the beta of DPO."""
         self.iteration, self.kl_coef, self.stats, self.stopped = iteration, kl_coef, UpdateStats(), False
+        self.encoded = self.keeps_encoding
 
     def minibatches(self) -> Iterator[list[int]]:
         """The prompts of each minibatch, by number: `epochs` passes, each in an order of its own."""
@@ -123,7 +127,7 @@ class Update:
             rows = torch.tensor([i * k + j for i in part for j in range(k)], device=trajectory.ids.device)
             t = trajectory.rows(rows)
             with self.autocast():
-                logits, values = self.ranks.run(self._look, part, prompts, context, t)
+                logits, values = self.ranks.shared(self._look)(part, prompts, context, t)
 
             m = t.mask  # from here on (N,): the real tokens of all responses in one row
             real = torch.ones_like(t.ids[m], dtype=torch.bool)
@@ -153,14 +157,16 @@ class Update:
             }
             if counts:
                 self.stats.add(logprobs, values, t.logprobs[m], t.returns[m], tokens, **figures)
+        self.encoded = False
         for table in self.tables:
             if table.grad is not None:
                 table.grad = table.grad.to_dense()
         return self.stats.end_minibatch(self.ranks.world)
 
     def _look(self, part: list[int], prompts: list[Prompt], context: Context, t: Trajectory) -> tuple[Tensor, Tensor]:
-        """Logits and values for some prompts' responses; encoded again with gradients, unless the encoder is frozen."""
-        if self.options.freeze == "encoder":
+        """Logits and values for some prompts' responses; encoded again with gradients, unless the encoder is frozen or
+        the rollout's encoding still has them."""
+        if self.encoded or self.options.freeze == "encoder":
             read = context.of([i - self.mine.start for i in part])
         else:
             read = self.actor.backbone.encode([prompts[i] for i in part]).shared_by(context.samples)

@@ -19,7 +19,7 @@ from vqa_scratch.nn.states import Places
 from vqa_scratch.study.base import Flow, Subject
 from vqa_scratch.study.certificate import rebuilt_pattern
 from vqa_scratch.study.names import attention_at
-from vqa_scratch.study.trace import Trace, trace
+from vqa_scratch.study.trace import Trace
 
 # (flow so far (N, S), weights (N, keys), flow of what cross-attention reads (keys, S) or None, own columns) -> flow
 Step = Callable[[Tensor, Tensor, Tensor | None, slice], Tensor]
@@ -120,7 +120,7 @@ def weighted_patterns(subject: Subject, t: Trace, target: Tensor) -> dict[str, T
     is dtarget/dP = (dtarget/dz) V^T. `t` is a trace with grad=True over one pass; `target` is a scalar of that pass.
     """
     attentions = every_attention(subject)
-    outputs = [t[f"{name}.z"] for name in attentions]
+    outputs = [t.returned(name)[-1] for name in attentions]  # of one pass; a head that is silenced gets nothing
     gradients = torch.autograd.grad(target, outputs, retain_graph=True, allow_unused=True)
     result = {}
     with torch.no_grad():
@@ -156,7 +156,7 @@ def relevancy(subject: Subject, answer: list[int]) -> Flow:
     """
     ids = subject.prompt + answer
     first = len(subject.prompt) - 1
-    with trace(subject.model, *every_attention(subject), grad=True) as t:
+    with subject.trace(*every_attention(subject), grad=True) as t:
         logits = subject.logits(ids[:-1])
     found = []
     for row in range(first, len(ids) - 1):
@@ -230,7 +230,7 @@ def _kinds(subject: Subject, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
     for source, where in subject.slices():
         sink[[where.start + i for i in source.sinks]] = 1
         image[where] = float(source.of_image)
-    sink[subject.mixing.shape[1] :][:1] = 1  # the writer's first token
+    sink[subject.mixing.shape[1] :][: subject.own_sinks] = 1
     return image * (1 - sink), (1 - image) * (1 - sink), sink
 
 
@@ -242,7 +242,7 @@ def _distance(subject: Subject, name: str, pattern: Tensor) -> Tensor | None:
     if stream != subject.writer:
         return mean_distance(pattern, next(source.places for source in subject.sources if source.name == stream))
     if subject.prefix < pattern.shape[-1]:
-        own = slice(subject.prefix, None)
+        own = slice(subject.prefix if any(source.of_image for source in subject.sources) else 0, None)
         return mean_distance(pattern[:, own, own], None)
     image, where = subject.image
     return mean_distance(pattern[:, where, where], image)

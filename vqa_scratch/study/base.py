@@ -3,17 +3,19 @@
 Everything else in `study` works on a `Subject`, whatever the model:
 
 * a decoder whose cross-attention reads sources: a VQA model, a captioner, a T5;
-* a decoder whose own sequence begins with the image, the prefix: BLIP-2, LLaVA, Fuyu;
+* a decoder whose own sequence begins with the image, the prefix: BLIP-2, LLaVA, Fuyu; or with a text: GPT-2, Llama;
 * a single stream whose own sequence is all sources: a ViLT, which reads its answer off the first token.
 
-`subject.py` has one class a model. Shapes: S source tokens, X tokens of the writer's own sequence, T of them rows that
-a map is made for, K keys of cross-attention or tokens of the prefix, D width, V vocabulary. The batch is always 1.
+`subject.py`, `texts.py` and `pair.py` have one class a model. Shapes: S source tokens, X tokens of the writer's own
+sequence, T of them rows that a map is made for, K keys of cross-attention or tokens of the prefix, D width, V
+vocabulary. The batch is always 1.
 """
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +25,7 @@ from vqa_scratch.models.t5 import T5Stack
 from vqa_scratch.models.vit import ViT
 from vqa_scratch.nn.gated_cross import GatedCrossAttention
 from vqa_scratch.nn.states import ImageEncoder, Places
-from vqa_scratch.study.trace import Trace
+from vqa_scratch.study.trace import Trace, trace
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,14 @@ class Source:
     def of_image(self) -> bool:
         """Whether its tokens are about the image."""
         return self.places is not None or self.reads is not None
+
+
+@dataclass(frozen=True)
+class Change:
+    """Something that is changed in a model while it runs on one input."""
+
+    about: dict[str, Any]  # which change, as data that a page can show and a file can hold
+    make: Callable[[Trace], None]  # makes it in a trace that is to be entered
 
 
 @dataclass(frozen=True)
@@ -72,8 +82,10 @@ class Subject(ABC):
     max_new_tokens: int
     head: Tensor | None = None  # (V, D), where logits = head @ normed state, and states are a plain sum
     end_ids: tuple[int, ...] = ()  # each ends an answer
+    own_sinks: int = 1  # how many of its own tokens, from the first on, have no content
     measure: str = "probability"  # what the number beside each token of the answer is
     has_lens: bool = True  # whether the writer's states can be read off after any block
+    changes: tuple[Change, ...] = ()  # made in every pass of `trace`, and in no other
 
     @property
     def device(self) -> torch.device:
@@ -115,6 +127,13 @@ class Subject(ABC):
         return [name for name in self.attentions if name.endswith(".self") == bool(self.prefix)]
 
     # ------------------------------------------------------------------------------------------ running it
+
+    def trace(self, *patterns: str, grad: bool = False, record: bool = True) -> Trace:
+        """A trace of the model, as `study.trace.trace` makes it, in which the `changes` are made."""
+        t = trace(self.model, *patterns, grad=grad, record=record)
+        for change in self.changes:
+            change.make(t)
+        return t
 
     @abstractmethod
     def logits(self, decoder_ids: list[int]) -> Tensor:

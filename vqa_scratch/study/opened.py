@@ -1,6 +1,7 @@
-"""One input ready for study: its subject, and readable labels for its tokens; and how to open a T5 with a text.
+"""One input ready for study: its subject, and readable labels for its tokens.
 
-A T5 comes from a run of rlhf.py, or is any checkpoint with its tokenizer; `systems/studied.py` opens the others.
+`systems/studied.py` makes it of a run of train.py, `zero_shot.py` of a released model that looks at images,
+`language_model.py` of one that reads texts.
 """
 
 from collections.abc import Callable, Sequence
@@ -8,15 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from PIL import Image
 
 from vqa_scratch.data.text import Tokenizer
-from vqa_scratch.errors import UserError
-from vqa_scratch.models.t5 import T5
-from vqa_scratch.storage import read_object, typed
+from vqa_scratch.storage import read_object
 from vqa_scratch.study.base import Subject
-from vqa_scratch.study.subject import T5Subject
 
 POLICY = "policy"  # where a run of rlhf.py keeps its tuned model
 
@@ -33,6 +30,7 @@ class Opened:
     label: Callable[[int], str]  # the label of one id of the answer, with its leading space
     decode: Callable[[list[int]], str]  # the text of a whole answer
     notes: tuple[str, ...] = ()  # what the user should know about how the input was read
+    more: Callable[[list[int]], dict[str, Any]] = lambda ids: {}  # what else the page shows, of the ids of an answer
 
 
 def run_name(folder: Path) -> str:
@@ -85,30 +83,3 @@ def config_of(folder: Path) -> dict:
     """The config.json of a folder; {} if there is none."""
     path = folder / "config.json"
     return read_object(path) if path.is_file() else {}
-
-
-def t5_folder(folder: Path) -> Path | None:
-    """The folder of the T5 checkpoint: policy/ of a run of rlhf.py, or the folder itself; None if there is none."""
-    candidates = (folder / POLICY, folder)
-    return next((c for c in candidates if config_of(c).get("model_type") == "t5"), None)
-
-
-def open_text(folder: Path, text: str, device: str = "cpu") -> Opened:
-    """Open a run of rlhf.py, or any T5 checkpoint, with one text. Raises UserError if it cannot read it."""
-    checkpoint = t5_folder(folder)
-    if checkpoint is None:
-        raise UserError(f"{folder} holds no T5: it is no run of rlhf.py with a {POLICY}/ folder")
-    if not text.strip():
-        raise UserError("the text is empty: there is nothing to read")
-    options = config_of(folder) if checkpoint != folder else {}
-    tokenizer = Tokenizer.from_pretrained(checkpoint)
-    model = T5.from_pretrained(checkpoint).to(torch.device(device))
-    tokenizer.check_fits(model.config.vocab_size, "the T5")
-    types = {"prefix": str | None, "max_prompt_tokens": int | None, "max_new_tokens": int | None}
-    prefix, limit, longest = typed(folder / "config.json", options, types)
-    text, limit = (prefix or "") + text.strip(), limit or 512
-    rows, _ = tokenizer.encode_batch([text], max_length=limit)
-    ids = rows[0].tolist()
-    notes = (f"the text is longer than {limit} tokens; only its beginning was read",) if tokenizer.truncated else ()
-    subject = T5Subject(model, ids, text_labels(tokenizer, text, ids), longest or 32)
-    return Opened(run_name(folder), subject, text, None, **written(tokenizer, subject.prompt), notes=notes)

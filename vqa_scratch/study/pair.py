@@ -96,11 +96,13 @@ class PairSubject(ImageSubject):
 
     @torch.no_grad()
     def more_flows(self, t: Trace) -> dict[str, Flow]:
-        tokens, texts, (_, places) = self.model.image(self.pixel_values), self.texts, self.image
+        with self.trace(record=False):
+            tokens = self.model.image(self.pixel_values)
+            whole = precise(self.head_of_image(tokens))[0]
+            texts, (_, places) = self.texts, self.image
         alone = F.normalize(precise(self.head_of_image(tokens[0][:, None])), dim=-1)
         near = (texts @ alone.T).cpu()  # (V, N)
         near = near - near[:, places].mean(1, keepdim=True)
-        whole = precise(self.head_of_image(tokens))[0]
         parts = (texts @ self.added(t, precise(tokens[0, 0])).T / whole.norm()).cpu()
         beside = self.mixing.shape[1] - near.shape[1]
         return {

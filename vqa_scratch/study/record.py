@@ -18,7 +18,7 @@ from vqa_scratch.study.certificate import Certificate
 from vqa_scratch.study.lens import Attribution, lens_taps, logit_attribution, logit_lens
 from vqa_scratch.study.names import attention_at, tapped_modules
 from vqa_scratch.study.opened import Opened
-from vqa_scratch.study.trace import Trace, joined, trace
+from vqa_scratch.study.trace import Trace, joined
 
 TOP = 5  # tokens shown at each layer of the lens
 
@@ -62,7 +62,7 @@ def take_apart(opened: Opened) -> Study:
     subject, label = opened.subject, opened.label
     routers = [name for name, module in tapped_modules(subject.model).items() if isinstance(module, Router)]
     chosen = [*(lens_taps(subject) if subject.has_lens else ()), *(f"{name}.weights" for name in routers)]
-    with trace(subject.model, *every_attention(subject), *chosen) as t:
+    with subject.trace(*every_attention(subject), *chosen) as t:
         ids = subject.generate()
     first = len(subject.prompt) - 1
     rows = [first + i for i in range(len(ids))]
@@ -70,7 +70,8 @@ def take_apart(opened: Opened) -> Study:
         lens = logit_lens(subject, t)  # (L + 1, T, V)
         probabilities = lens[-1, rows, ids].exp().tolist()
     else:
-        last = subject.logits(subject.prompt + ids[:-1]).detach()
+        with subject.trace(record=False), torch.no_grad():
+            last = subject.logits(subject.prompt + ids[:-1])
         lens, probabilities = last[None][:0], last[rows, ids].tolist()
     tokens = tuple(
         AnswerToken(index, label(index), p, row) for index, p, row in zip(ids, probabilities, rows, strict=True)

@@ -1,50 +1,38 @@
 """Writes the report: one HTML file with everything in it, which opens from disk without a network.
 
-The page is report.html with report.css, report.js and the data as JSON in it. Arrays are base64: weights as one byte
-each with a scale for every row, numbers that are shown in half or single precision. JSON inside <script> is escaped so
-that no text can end it, and the page sets every text by `textContent`, so a question is never markup.
+The page is report.html of the folder page/, with study.css, the modules of page/ joined into one script, and the data
+as JSON. Arrays are base64: weights as one byte each with a scale for every row, numbers that are shown in fp32. JSON
+inside <script> is escaped so that no text can end it, and the page sets every text by `textContent`: a question is
+never markup.
 
-Shapes: L layers, H heads, A answer tokens, K keys, d head size.
+Shapes: L layers, H heads, A answer tokens, K keys.
 """
 
-import base64
 import json
-import math
+import re
 from dataclasses import asdict
 from html import escape
 from importlib.resources import files
+from importlib.resources.abc import Traversable
 from string import Template
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
 
 from vqa_scratch.data.image_files import data_url, is_small
+from vqa_scratch.study.activation import activations, has_activations, image_lens
 from vqa_scratch.study.analysis import attention_names, key_sources
 from vqa_scratch.study.base import Source
-from vqa_scratch.study.record import Study, rows_of_mask
+from vqa_scratch.study.edits import twins
+from vqa_scratch.study.lens import is_linear, logit_direction
+from vqa_scratch.study.number import opened_head
+from vqa_scratch.study.packing import packed, packed_flow
+from vqa_scratch.study.record import Study
 
 # Bytes of patterns and of opened heads in one study, before base64: the page stays at a few hundred kB.
-OWN_BUDGET, OPENED_BUDGET = 110_000, 170_000
+OWN_BUDGET, OPENED_BUDGET = 110_000, 240_000
 LARGEST_IMAGE = 448  # pixels a side
-
-
-def packed(tensor: Tensor, kind: str) -> dict[str, Any]:
-    """A tensor for the page. "u8": shares of the last axis' maximum, a float scale a row; "f16", "f32": as they are."""
-    array = tensor.detach().float().cpu().numpy()
-    result: dict[str, Any] = {"kind": kind, "shape": list(array.shape)}
-    if kind == "u8":
-        scale = np.maximum(array.max(-1, keepdims=True), 1e-12) / 255
-        result["scale"] = _base64(scale.astype("<f4").tobytes())
-        array = np.rint(array / scale).astype(np.uint8)
-    else:
-        array = array.astype("<f2" if kind == "f16" else "<f4")
-    return result | {"data": _base64(array.tobytes())}
-
-
-def _base64(data: bytes) -> str:
-    return base64.b64encode(data).decode("ascii")
+IMPORT = re.compile(r'^import .* from "\./(.*)";\n', re.M)  # a line of a module
 
 
 def _attention(study: Study, names: list[str], kind: str) -> dict[str, Any]:
@@ -52,16 +40,17 @@ def _attention(study: Study, names: list[str], kind: str) -> dict[str, Any]:
 
     The attention that reads the sources, "cross", always has one row for each answer token.
     """
-    rows: list[int] | None = None
-    found = (study.trace.pattern(name)[0].cpu() for name in names)
-    if kind == "cross":  # before they are stacked
-        found = (study.opened.subject.rows(pattern)[:, [token.row for token in study.tokens]] for pattern in found)
-    patterns = torch.stack(list(found))
-    if kind != "cross" and patterns.numel() > OWN_BUDGET:
-        asked = next((source.asked for source in study.opened.subject.sources if source.name == kind), 0)
-        patterns = torch.cat([patterns[:, :, [asked]], patterns.mean(2, keepdim=True)], 2)
-        rows = [0, -1]  # -1: the mean over all
-    return {"kind": kind, "names": names, "rows": rows, "pattern": packed(patterns, "u8")}
+    subject, rows, patterns = study.opened.subject, None, list[torch.Tensor]()
+    asked = next((source.asked for source in subject.sources if source.name == kind), 0)
+    for name in names:
+        pattern = study.trace.pattern(name)[0].cpu()
+        if kind == "cross":
+            pattern = subject.rows(pattern)[:, [token.row for token in study.tokens]]
+        elif len(names) * pattern.numel() > OWN_BUDGET:
+            pattern = torch.cat([pattern[:, [asked]], pattern.mean(1, keepdim=True)], 1)
+            rows = [0, -1]  # -1: the mean over all
+        patterns.append(pattern)
+    return {"kind": kind, "names": names, "rows": rows, "pattern": packed(torch.stack(patterns), "u8")}
 
 
 def _heads_in_order(study: Study) -> list[tuple[int, int]]:
@@ -79,35 +68,34 @@ def _heads_in_order(study: Study) -> list[tuple[int, int]]:
     return [divmod(i, effect.shape[1]) for i in effect.flatten().argsort(descending=True, stable=True).tolist()]
 
 
-def _opened_heads(study: Study, order: list[tuple[int, int]]) -> list[dict[str, Any]]:
+def _opened_heads(study: Study, order: list[tuple[int, int]], budget: int) -> list[dict[str, Any]]:
     """The numbers behind the heads that read the sources, in this order, as many as fit the budget."""
     result: list[dict[str, Any]] = []
-    spent, subject, t = 0, study.opened.subject, study.trace
+    spent, subject, t, rows = 0, study.opened.subject, study.trace, [token.row for token in study.tokens]
+    directions = [logit_direction(subject, t, token.row, token.id) for token in study.tokens if is_linear(subject)]
     for layer, head in order:
-        name = subject.reading[layer]
-        q, k, v, z = (t[f"{name}.{label}"][0].float().cpu() for label in ("q", "k", "v", "z"))
-        mask = rows_of_mask(t, name)[0].float().cpu().expand(len(q), -1, -1)
-        rows = [token.row for token in study.tokens]
-        q, z, mask = (subject.rows(x)[head, rows] for x in (q, z, mask))  # (A, d), (A, d), (A, K)
-        k, v, lse = k[head], v[head], subject.rows(t.lse(name)[0].cpu()[..., None])[head, rows, 0]
-        spent += 2 * (q.numel() + k.numel() + v.numel() + z.numel()) + 8 * len(q) * len(k)
-        if result and spent > OPENED_BUDGET:
+        found = opened_head(subject, t, layer, head, rows, directions)
+        spent += sum(3 * len(x["data"]) // 4 for x in found.values() if isinstance(x, dict))
+        if result and spent > budget:
             break
-        result.append(
-            {
-                "layer": layer,
-                "head": head,
-                "scale": t.modules[name].scale,
-                "q": packed(q, "f16"),
-                "k": packed(k, "f16"),
-                "v": packed(v, "f16"),
-                "z": packed(z, "f32"),
-                "dots": packed(q @ k.T, "f32"),
-                "mask": packed(mask.masked_fill(mask == -math.inf, -1e30), "f32"),
-                "lse": packed(lse, "f32"),
-            }
-        )
+        result.append(found)
     return result
+
+
+def _words(study: Study) -> dict[str, Any] | None:
+    """The words of the keys about the image, by layer; of many layers as many as fit the budget of patterns, evenly."""
+    found = image_lens(study.opened.subject, study.trace, study.opened.label)
+    if found is None:
+        return None
+    kept = min(len(found.layers), max(2, OWN_BUDGET // (24 * len(found.sources))))
+    chosen = torch.linspace(0, len(found.layers) - 1, kept).round().long().tolist()
+    best = [found.best[layer] for layer in chosen]  # [layer][key][3] of (label, probability)
+    labels = list(dict.fromkeys(label for layer in best for key in layer for label, _ in key))
+    number = {label: i for i, label in enumerate(labels)}
+    ids = torch.tensor([[[number[label] for label, _ in key] for key in layer] for layer in best])
+    scores = torch.tensor([[[p for _, p in key] for key in layer] for layer in best])
+    about = {"kind": found.kind, "layers": [found.layers[layer] for layer in chosen], "sources": found.sources}
+    return about | {"labels": labels, "ids": packed(ids, "f32"), "scores": packed(scores, "f32")}
 
 
 def _attentions(study: Study) -> dict[str, Any]:
@@ -139,11 +127,14 @@ def _source(source: Source) -> dict[str, Any]:
     return {"name": source.name, "labels": source.labels, **about, **places}
 
 
-def study_data(study: Study) -> dict[str, Any]:
-    """One study as the page reads it."""
+def study_data(study: Study, budget: int = OPENED_BUDGET) -> dict[str, Any]:
+    """One study as the page reads it, with as many opened heads as fit the bytes of the budget, at least one."""
     opened, subject = study.opened, study.opened.subject
     made, order = key_sources(subject, study.trace), _heads_in_order(study)
     whole = bool((subject.mixing.amax(1) == 1).all())  # every key is one source token, which gives it its name
+    maps = dict(study.flows)
+    if has_activations(subject):
+        maps["activation"] = activations(subject, study.trace, [token.id for token in study.tokens]).flow
     return {
         "run": opened.run,
         "text": opened.text,
@@ -155,26 +146,49 @@ def study_data(study: Study) -> dict[str, Any]:
         "measure": subject.measure,
         "keys": subject.mixing.argmax(1).tolist() if whole else None,
         "mixing": None if whole and torch.equal(made, subject.mixing) else packed(made, "f32"),
+        "writer": subject.writer,
         "read": study.read,
+        "prompt": len(opened.prompt),
+        "twins": twins(opened),
+        "edits": [change.about for change in subject.changes],
         "answer": {"text": study.answer, "probability": study.probability, "ends": subject.end_ids},
         "tokens": [asdict(token) for token in study.tokens],
-        "flows": {
-            name: {"sources": packed(flow.sources, "f32"), "decoder": packed(flow.decoder, "f32")}
-            for name, flow in study.flows.items()
-        },
+        "flows": {name: packed_flow(flow) for name, flow in maps.items()},
         "attentions": _attentions(study),
         "best": order[0],
-        "opened": _opened_heads(study, order),
+        "opened": _opened_heads(study, order, budget),
+        "words": _words(study),
         "lens": study.lens,
         "attributions": [
             {"heads": {k: v.tolist() for k, v in a.heads.items()}, "mlps": a.mlps.tolist()}
             | {"embedding": a.embedding, "biases": a.biases}
             for a in study.attributions
         ],
-        "experts": [{"name": name, "weights": packed(weights, "f16")} for name, weights in study.experts.items()],
+        "experts": [{"name": name, "weights": packed(weights, "f32")} for name, weights in study.experts.items()],
         "heads": [[h.name, h.head, h.entropy, h.image, h.text, h.sink, h.distance] for h in study.heads],
         "certificate": asdict(study.certificate),
-    }
+    } | opened.more([token.id for token in study.tokens])
+
+
+def joined(folder: Traversable, entry: str) -> str:
+    """The module `entry` and all that it reads as one script, since a page from disk may load no module.
+
+    Each comes after those that it reads. They share one scope, so no two may have a name of their own in common.
+    """
+    done: dict[str, str] = {}
+
+    def add(name: str) -> None:
+        if name in done:
+            return
+        text = folder.joinpath(name).read_text(encoding="utf-8")
+        done[name] = ""  # being read: a circle would not end
+        for other in IMPORT.findall(text):
+            add(other)
+        del done[name]
+        done[name] = re.sub(r"^export ", "", IMPORT.sub("", text), flags=re.M)
+
+    add(entry)
+    return '"use strict";\n{\n' + "\n".join(done.values()) + "}"
 
 
 def page(studies: list[Study]) -> str:
@@ -185,11 +199,11 @@ def page(studies: list[Study]) -> str:
     data = json.dumps(rounded, separators=(",", ":"))
     for character in "<>&":  # so that no text can close the <script> or open another
         data = data.replace(character, f"\\u{ord(character):04x}")
-    folder = files("vqa_scratch.study")
+    folder = files("vqa_scratch.study").joinpath("page")
     parts = {
         "TITLE": escape(f"Attention: {studies[0].opened.text[:80]}"),
-        "STYLE": folder.joinpath("report.css").read_text(encoding="utf-8"),
-        "SCRIPT": folder.joinpath("report.js").read_text(encoding="utf-8"),
+        "STYLE": folder.joinpath("study.css").read_text(encoding="utf-8"),
+        "SCRIPT": joined(folder, "report.js"),
         "ANSWER": escape(" / ".join(study.answer for study in studies)),
         "TEXT": escape(studies[0].opened.text),
         "DATA": data,

@@ -1,4 +1,4 @@
-"""The subjects: one class for each kind of model that can be studied.
+"""The subjects: one class for each kind of model that looks at an image; `texts.py` has those that read a text alone.
 
 Shapes: n images, C channels, H x W pixels, S source tokens, T rows of the writer, V vocabulary or labels.
 """
@@ -11,7 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vqa_scratch.generate import generate
+from vqa_scratch.errors import UserError
+from vqa_scratch.generate import Generated, generate
+from vqa_scratch.generate.loop import Choose
 from vqa_scratch.generate.processors import bar
 from vqa_scratch.generation_options import GenerationOptions, end_ids
 from vqa_scratch.models.blip2 import Blip2
@@ -20,14 +22,14 @@ from vqa_scratch.models.hf_config import ReleasedDecoder
 from vqa_scratch.models.idefics import Idefics
 from vqa_scratch.models.image_text import ImageTextModel
 from vqa_scratch.models.llava import Llava
-from vqa_scratch.models.t5 import T5
 from vqa_scratch.models.vilt import ViLTClassifier
 from vqa_scratch.models.vqa import VQAModel
 from vqa_scratch.nn.connecting import Conditioning
 from vqa_scratch.nn.decoding import Decoder
-from vqa_scratch.nn.memory import Memory
 from vqa_scratch.nn.states import Places
 from vqa_scratch.study.base import ImageSubject, Source, Subject, block_attentions, grid_source, image_source
+
+Seen = Callable[[int, Tensor], None]  # a token of an answer, and the scores (V,) that it was chosen by
 
 
 def question_source(encoder: nn.Module | None, labels: Sequence[str], special: Sequence[int]) -> Source:
@@ -44,6 +46,8 @@ def query_source(queries: nn.Module, number: int, name: str = "query") -> Source
 class WritingSubject(Subject):
     """A subject whose answer is written token by token by a `language` model, after its prompt."""
 
+    start: tuple[int, ...] = ()  # what the answer begins with
+
     def __init__(self, model: nn.Module, language: Decoder, prompt: list[int], max_new_tokens: int) -> None:
         self.model, self.language, self.head = model, language, language.direct_head
         self.prompt, self.max_new_tokens = prompt, max_new_tokens
@@ -53,15 +57,39 @@ class WritingSubject(Subject):
         """Decode with these fields of `GenerationOptions`, those that the model knows, as whoever asks it does."""
         self.own_options, self.end_ids = own_options, end_ids(own_options["eos_id"])
 
+    def begin_with(self, start: Sequence[int]) -> None:
+        """The answer begins with these tokens, whatever the model would say. Raises UserError for one that is none."""
+        size, longest = len(self.language.head), self.max_new_tokens
+        if not all(type(token) is int and 0 <= token < size for token in start) or len(start) > longest:
+            raise UserError(f"an answer begins with at most {longest} tokens from 0 to {size - 1}, not {list(start)}")
+        self.start = tuple(start)
+
     @abstractmethod
     def conditioning(self, tokens: int) -> Conditioning:
         """What the language model reads besides its own tokens, of which there will be so many."""
 
     @torch.no_grad()
-    def generate(self, max_new_tokens: int | None = None) -> list[int]:
-        options = GenerationOptions(**self.own_options | {"max_new_tokens": max_new_tokens or self.max_new_tokens})
+    def write(self, options: GenerationOptions, **how: Any) -> Generated:
+        """The answer, in one row, by these options and further arguments of `generate`."""
         prompt = torch.tensor([self.prompt], device=self.device)
-        made = generate(self.language, prompt, None, self.conditioning(len(self.prompt)), options=options)
+        return generate(self.language, prompt, None, self.conditioning(len(self.prompt)), options=options, **how)
+
+    def generate(self, max_new_tokens: int | None = None, seen: Seen | None = None) -> list[int]:
+        """As in `Subject`; `seen` is called with each token, as soon as it is known, and the scores (V,) behind it."""
+
+        def beginning(choose: Choose) -> Choose:
+            def chosen(scores: Tensor, live: Tensor, made: int) -> tuple[Tensor, Tensor | None]:
+                token, scores_of = choose(scores, live, made)
+                if made < len(self.start):
+                    token = torch.full_like(token, self.start[made])
+                if seen is not None and scores_of is not None:
+                    seen(int(token), scores_of[0])
+                return token, scores_of
+
+            return chosen
+
+        most = {"max_new_tokens": max_new_tokens or self.max_new_tokens}
+        made = self.write(GenerationOptions(**self.own_options | most), choosing=beginning)
         return made.ids[0, : int(made.lengths[0])].tolist()
 
     def read(self, given: Conditioning, decoder_ids: list[int], rows: int = 1) -> Tensor:
@@ -76,8 +104,9 @@ class WritingSubject(Subject):
         return self.language.readout(states)
 
     def log_probabilities(self, logits: Tensor) -> Tensor:
-        """As in decoding: a token that never comes has none."""
-        return super().log_probabilities(bar(logits, self.own_options.get("suppress_tokens", ())))
+        """As in decoding: a token that never comes has none, and a temperature divides the logits."""
+        logits = bar(logits, self.own_options.get("suppress_tokens", ()))
+        return super().log_probabilities(logits / (self.own_options.get("temperature") or 1.0))
 
 
 class ImageWriter(WritingSubject, ImageSubject):
@@ -298,22 +327,3 @@ class ViLTSubject(ImageSubject):
 
     def log_probabilities(self, logits: Tensor) -> Tensor:
         return F.logsigmoid(logits.float())  # each label has a probability of its own
-
-
-class T5Subject(WritingSubject):
-    """A T5 that reads `input_ids`, with their `labels`; the end token is a sink."""
-
-    model: T5
-
-    def __init__(self, model: T5, input_ids: list[int], labels: Sequence[str], max_new_tokens: int = 32) -> None:
-        assert len(input_ids) == len(labels)
-        config = model.config
-        super().__init__(model, model, [config.start_id], max_new_tokens)
-        self.decoder = model.decoder
-        self.input_ids = torch.tensor([input_ids], device=self.device)
-        sinks = tuple(i for i, token in enumerate(input_ids) if token in (*self.end_ids, config.pad_id))
-        self.sources = (Source("encoder", tuple(labels), sinks, attentions=block_attentions("encoder", model.encoder)),)
-        self.mixing = torch.eye(len(input_ids))
-
-    def conditioning(self, tokens: int) -> Conditioning:
-        return Conditioning([Memory(self.model.encode(self.input_ids))])

@@ -43,6 +43,7 @@ class Trace:
 
     def __init__(self, model: nn.Module, patterns: tuple[str, ...], grad: bool) -> None:
         self.model, self.modules, self.grad = model, names.tapped_modules(model), grad
+        self._known = frozenset(names.tap_names(self.modules))
         chosen = {name for pattern in patterns for name in names.select(self.modules, pattern)}
         self._live = {live for name in chosen for live in self._needs(name)}
         self._edits: dict[str, list[Edit]] = defaultdict(list)
@@ -137,11 +138,30 @@ class Trace:
                 last = {"pre": "post", "probabilities": "weights"}.get(names.labels_of(module)[0], "out")
                 self.replace(f"{prefix}.{last}", lambda tensor, call: torch.zeros_like(tensor))
                 continue
-            if head is not None:
-                names.check_head(module, prefix, head)
-            keep = torch.ones(module.heads, 1, 1)
-            keep[slice(None) if head is None else head] = 0.0
-            self.replace(f"{prefix}.z", _times(keep))
+            self.scale(prefix, head, 0.0)
+
+    def scale(self, name: str, head: int | None, factor: float) -> None:
+        """Multiply what one head of an attention reads by a factor, or what all of them read: 0 silences it."""
+        module = names.attention_at(self.modules, name)
+        if head is not None:
+            names.check_head(module, name, head)
+        factors = torch.ones(module.heads, 1, 1)
+        factors[slice(None) if head is None else head] = factor
+        self.replace(f"{name}.z", _times(factors))
+
+    def hide(self, name: str, keys: Callable[[int], Tensor]) -> None:
+        """No token may look at some keys of an attention: their scores are -inf, as those of padding.
+
+        `keys(K)` says which of K keys, (K,) bool. The mask that is recorded holds the same, so that q, k and mask go on
+        to determine the weights, and the certificate covers them.
+        """
+        names.attention_at(self.modules, name)
+
+        def edit(tensor: Tensor, call: int) -> Tensor:
+            return tensor.masked_fill(keys(tensor.shape[-1]).to(tensor.device), -math.inf)
+
+        for label in ("scores", "mask"):
+            self._edits[f"{name}.{label}"].append(edit)
 
     def patch(self, other: "Trace", name: str, *, head: int | None = None) -> None:
         """Replace what runs by what `other` recorded, call by call; only one head of it if `head` is given.
@@ -172,7 +192,8 @@ class Trace:
         return all(self._calls.get(live) for live in self._needs(name))
 
     def _check(self, name: str) -> None:
-        names.select(self.modules, name)
+        if name not in self._known:
+            names.select(self.modules, name)  # names near misses
         if not self._live.issuperset(self._needs(name)):
             raise UserError(f"{name!r} was not traced; add it, or a pattern for it, to trace(...)")
         if not self._recorded(name):
@@ -189,6 +210,10 @@ class Trace:
         if label == "scores":
             return [attention_scores(q, k, bias=mask, scale=self._scale(prefix)) for q, k, mask in self._qkm(prefix)]
         return [rebuilt_pattern(q, k, mask, self._scale(prefix)) for q, k, mask in self._qkm(prefix)]
+
+    def returned(self, name: str) -> list[Tensor]:
+        """What an attention returned, call by call: its z before any change of it."""
+        return self._before.get(f"{name}.z") or self.calls(f"{name}.z")
 
     def _qkm(self, prefix: str) -> list[tuple[Tensor, Tensor, Tensor]]:
         return list(zip(*(self._calls[f"{prefix}.{label}"] for label in "q k mask".split()), strict=True))
@@ -258,8 +283,7 @@ class Trace:
             raise UserError("nothing to certify: no attention was traced whole, as 'decoder.*.cross' would")
         parts = []
         for name in chosen:
-            ran = self._before.get(f"{name}.z") or self._calls[f"{name}.z"]
-            for (q, k, mask), v, z in zip(self._qkm(name), self._calls[f"{name}.v"], ran, strict=True):
+            for (q, k, mask), v, z in zip(self._qkm(name), self._calls[f"{name}.v"], self.returned(name), strict=True):
                 parts.append(certify(q, k, v, mask, self._scale(name), z))
         return combine(parts, len(chosen))
 

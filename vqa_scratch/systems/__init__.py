@@ -20,6 +20,8 @@ SYSTEMS = {  # by the name of its options: module and class
     "ViLTOptions": ("vilt", "ViLTSystem"),
     "CaptionOptions": ("caption", "CaptionSystem"),
     "CLIPOptions": ("clip", "CLIPSystem"),
+    "VoiceOptions": ("voice", "VoiceSystem"),
+    "SpokenOptions": ("spoken", "SpokenSystem"),
 }
 
 
@@ -63,6 +65,33 @@ def load(folder: "Path | str", device: Any = "cpu", precision: str = "fp32") -> 
     with naming(folder):
         number_format = Precision(found if found in kinds else kinds[0], device)
         return system.load(folder, config["model"], options, number_format, quantized_as(config, folder))
+
+
+def load_latest(folder: Path, device: Any = "cpu", precision: str = "fp32") -> "tuple[System, int | None]":
+    """A run that may still be training, and the step of its weights: those of its last checkpoint, if it has one.
+
+    Once it has ended, or before its first checkpoint, as `load`, with no step. The folder is only read. Raises
+    UserError as `load`.
+    """
+    import torch
+
+    from vqa_scratch.systems.older import todays_names
+    from vqa_scratch.systems.run_folder import LAST, PARTS
+    from vqa_scratch.training.checkpoint import load_checkpoint, load_model_state
+    from vqa_scratch.training.precision import Precision, formats
+
+    last, summary = folder / LAST, folder / "summary.json"
+    ended = last.is_file() and summary.is_file() and summary.stat().st_mtime >= last.stat().st_mtime
+    if ended or not last.is_file():
+        return load(folder, device, precision), None
+    system, config, options = _config(folder)
+    saved = load_checkpoint(last, PARTS)
+    with naming(folder):
+        number_format = Precision(formats(precision, torch.device(device))[0], torch.device(device))
+        opened = system.open(folder, config["model"], options, number_format)
+        load_model_state(opened.model, todays_names(saved["model"]), str(last))
+        opened.model.to(number_format.device).eval()
+    return opened, saved["state"].get("step")
 
 
 def open_parts(folder: Path, options: "RunOptions", precision: "Precision") -> "System":

@@ -10,10 +10,10 @@ import numpy as np
 
 from vqa_scratch.data.answers import Answer, Answers
 from vqa_scratch.data.vqa_v2 import VQASample
-from vqa_scratch.systems.base import RO, M
+from vqa_scratch.systems.base import M
 from vqa_scratch.systems.finals import Pass, what_next
 from vqa_scratch.systems.scoring import Report, score
-from vqa_scratch.systems.splits import TIMED, Q, Split, SplitSystem
+from vqa_scratch.systems.splits import IO, TIMED, Q, Split, SplitSystem
 
 AT_ONCE = 256  # samples in a batch that is only answered
 
@@ -26,7 +26,7 @@ class How(NamedTuple):
     decoding: dict[str, Any] | None = None
 
 
-class AnsweringSystem(SplitSystem[RO, M, Q], Generic[RO, M, Q]):
+class AnsweringSystem(SplitSystem[IO, M, Q], Generic[IO, M, Q]):
     """A system that says something about an image: the answer to a question, or a caption."""
 
     @abstractmethod
@@ -39,6 +39,11 @@ class AnsweringSystem(SplitSystem[RO, M, Q], Generic[RO, M, Q]):
     @abstractmethod
     def checked(self, question: str | None) -> str:
         """The question, checked; "" asks for a caption. Raises UserError for one that is missing or not wanted."""
+
+    @property
+    def ranked_questions(self) -> int:
+        """How many are ranked for the figures; 0: there is no list of answers to rank."""
+        return 0
 
     @abstractmethod
     def at_once(self, name: str) -> int:
@@ -95,8 +100,10 @@ class AnsweringSystem(SplitSystem[RO, M, Q], Generic[RO, M, Q]):
         self, samples: Sequence[VQASample], limit: int | None = None, *, ranked: bool = False, **shown: Any
     ) -> Answers:
         """As `answer_split`, for any samples, on this process alone."""
-        split = self.split(samples)
-        found = self.answers(split, split.questions.in_order(limit or len(samples), AT_ONCE), How(ranked), **shown)
+        split, most = self.split(samples), limit or len(samples)
+        if ranked and not (most := min(most, self.ranked_questions)):
+            return {}
+        found = self.answers(split, split.questions.in_order(most, AT_ONCE), How(ranked), **shown)
         return {number: best for number, (best, *_) in found.items()}
 
     def ask(

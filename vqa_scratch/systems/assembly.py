@@ -1,7 +1,9 @@
 """Builds a model of encoder, connector and decoder from the sizes in a run's config.json, and gives its sizes."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,12 +16,15 @@ from vqa_scratch.data.text import Tokenizer
 from vqa_scratch.data.tokenizers import Tokenizers
 from vqa_scratch.errors import UserError, note
 from vqa_scratch.models.bert import Bert, BertConfig
+from vqa_scratch.models.hearing import Hearing
 from vqa_scratch.models.patches import PixelPatches, PixelPatchesConfig
 from vqa_scratch.models.released import decoder_of
 from vqa_scratch.models.resnet import NORMS, ResNet, ResNetConfig
 from vqa_scratch.models.vit import ConvStem, ViT, ViTConfig
 from vqa_scratch.models.vqa import VQAModel
-from vqa_scratch.nn.states import ImageEncoder
+from vqa_scratch.models.whisper import WhisperConfig
+from vqa_scratch.nn.states import ImageEncoder, TextEncoder
+from vqa_scratch.options import flag
 from vqa_scratch.storage import typed
 from vqa_scratch.systems.older import todays_sizes
 from vqa_scratch.systems.run_options import RunOptions
@@ -75,12 +80,19 @@ def image_sizes(image: ImageEncoder) -> dict[str, Any]:
     return image.config.to_hf() | {"stem": stem_of(image)}
 
 
+def text_encoder(sizes: dict[str, Any]) -> TextEncoder:
+    """A text encoder of random weights: one that reads, or one that hears."""
+    if sizes.get("model_type") == "whisper":
+        return Hearing(WhisperConfig.from_hf(sizes))
+    return Bert(BertConfig.from_hf(sizes))
+
+
 def assemble(sizes: dict[str, Any]) -> VQAModel:
     """A model of random weights; the inverse of `sizes_of`. Also takes the sizes of older versions."""
     types = {"image": dict, "text": dict | None, "connector": dict, "decoder": dict}
     image_is, text_is, connector_is, decoder_is = typed("the model", todays_sizes(sizes), types)
     image, decoder = image_encoder(image_is), decoder_of(decoder_is)
-    text = None if text_is is None else Bert(BertConfig.from_hf(text_is))
+    text = None if text_is is None else text_encoder(text_is)
     return VQAModel(image, text, connect(connector_is, image, text, decoder), decoder)
 
 
@@ -104,8 +116,8 @@ def check_parts(model: VQAModel, tokenizers: Tokenizers, processor: ImageProcess
     """Raise UserError unless images and tokens of a run fit its model."""
     check_images(model.image, processor)
     tokenizers.decoder.check_fits(len(model.decoder.head), "the decoder")
-    if model.text is not None:
-        tokenizers.by_name["text"].check_fits(model.text.config.vocab_size, "the text encoder")
+    if model.text is not None and tokenizers.text is not None:
+        tokenizers.text.check_fits(model.text.config.vocab_size, "the text encoder")
 
 
 def check_images(image: ImageEncoder, processor: ImageProcessor) -> None:
@@ -145,3 +157,19 @@ def grid_positions(grid: tuple[int, int], dim: int) -> Tensor:
 def start_from_places(tower: ViT) -> None:
     """Begin with `grid_positions` as the positions of a tower's patches."""
     tower.positions[0, tower.prefix_tokens :] = grid_positions(tower.config.grid, tower.dim)
+
+
+def check_positions(options: RunOptions, names: Sequence[str], limit: int | None, model: str) -> None:
+    """Raise UserError if the sum of these options, in tokens, is more than the positions of a released model."""
+    if limit is not None and sum(getattr(options, name) for name in names) > limit:
+        flags = " and ".join(f"--{name.replace('_', '-')} {getattr(options, name)}" for name in names)
+        verb = "is" if len(names) == 1 else "are"
+        raise UserError(f"{flags} {verb} more than the {limit} positions of {model}")
+
+
+def needed(options: RunOptions, name: str) -> str | Path:
+    """The value of an option that names a checkpoint. Raises UserError if it is missing."""
+    value = getattr(options, name)
+    if value is None:
+        raise UserError(f"give {flag(name)}, a checkpoint to start from")
+    return value

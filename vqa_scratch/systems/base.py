@@ -18,7 +18,7 @@ from the data.
 
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,16 +30,15 @@ from PIL import Image
 from torch import Tensor, nn
 
 from vqa_scratch.data.answers import Answer, Answers
-from vqa_scratch.data.hashes import Hashes
-from vqa_scratch.data.images import ImageProcessor
+from vqa_scratch.data.hashes import Hashes, facts, hashes_of
 from vqa_scratch.data.scenes import Scene
 from vqa_scratch.data.tokenizers import Tokenizers
 from vqa_scratch.data.vqa_v2 import VQASample
 from vqa_scratch.errors import UserError
 from vqa_scratch.nn.quantized import Format
-from vqa_scratch.options import flag
+from vqa_scratch.report.curves import over_samples
 from vqa_scratch.systems.assembly import WithoutNumbers
-from vqa_scratch.systems.finals import Pace
+from vqa_scratch.systems.finals import Pace, Pass
 from vqa_scratch.systems.run_folder import load_weights, write_run_config
 from vqa_scratch.systems.run_options import RunOptions
 from vqa_scratch.training.optimizers import Optimizers
@@ -52,20 +51,27 @@ M = TypeVar("M", bound=nn.Module)
 
 @dataclass(frozen=True)
 class RunData:
-    """Samples by split: "train", "val", "test", and "holdout" where there is one."""
+    """Samples by split: "train", "val", "test", and "holdout" where there is one. What they are is up to the system."""
 
-    samples: dict[str, list[VQASample]]
-    family: Callable[[VQASample], str]  # of a question, by which accuracy is broken down
+    samples: dict[str, list[Any]]
+    family: Callable[[Any], str]  # of a sample, by which figures are broken down
     scenes: dict[str, dict[int | str, Scene]] = field(default_factory=dict)  # of splits that were drawn, by image id
+    facts: Callable[[list[Any]], Iterable[tuple[Any, ...]]] = facts  # what makes each sample of a split itself
+
+    def hashes(self) -> Hashes:
+        """By which a run that is resumed knows its data."""
+        return hashes_of({name: self.facts(some) for name, some in self.samples.items()})
 
 
 class System(ABC, Generic[RO, M]):
-    """A model with its tokenizers and preprocessing; while it trains, with its data too."""
+    """A model with its tokenizers; while it trains, with its data too."""
 
     example: ClassVar[str] = "what color is the square?"  # a question to ask; "" if it is asked none
     asked: ClassVar[str] = "question"  # what `subject` takes beside the image: a question, or a text
     unit: ClassVar[str] = "questions"  # what a sample is, in the plural
     writes: ClassVar[bool] = False  # whether it writes its answers token by token
+    hears: ClassVar[bool] = False  # whether its samples are recordings, not texts about images
+    loss_unit: ClassVar[str] = "nats a token"  # of the training loss, for the curve's axis
     published_as: ClassVar[tuple[str, str]] = ("visual-question-answering", "accuracy")  # task and metric, on the Hub
     pace: Pace  # of its final figures
 
@@ -74,12 +80,11 @@ class System(ABC, Generic[RO, M]):
         options: RO,
         model: M,
         tokenizers: Tokenizers,
-        processor: ImageProcessor,
         precision: Precision,
         folder: Path | None = None,
     ) -> None:
         self.options, self.model, self.precision = options, model, precision
-        self.tokenizers, self.processor, self.folder = tokenizers, processor, folder
+        self.tokenizers, self.folder = tokenizers, folder
         self.world: World = ALONE  # train.py sets the ranks of the run
         self.data_hashes: Hashes | None = None  # and those of its data, which config.json keeps
 
@@ -127,7 +132,6 @@ class System(ABC, Generic[RO, M]):
         write_run_config(folder, self.options, self.sizes, self.data_hashes)
         for name, tokenizer in self.tokenizers.by_name.items():
             tokenizer.save(folder / f"{name}_tokenizer")
-        self.processor.save_pretrained(folder)
 
     @property
     @abstractmethod
@@ -192,15 +196,34 @@ class System(ABC, Generic[RO, M]):
         """Figures on the validation split, on all ranks; `accuracy` picks the best checkpoint."""
 
     @abstractmethod
+    def scored(self, figures: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The panels besides the loss: `lines` are {label: a value for each of the `figures` of `evaluate`}."""
+
     def panels(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """The panels of curves.png (see `report/curves.py`) from the rows of metrics.jsonl so far."""
+        """The panels of curves.png (see `report/curves.py`) from the rows of metrics.jsonl so far: the loss, and the
+        figures of the evaluations, over the samples seen."""
+        return over_samples(rows, self.scored, self.unit, self.loss_unit)
 
     @abstractmethod
+    def passes(self) -> list[Pass]:
+        """The passes of `finish` in order, after those of one more evaluation, whose label is ""."""
+
+    @abstractmethod
+    def try_out(self, one: Pass) -> None:
+        """Do what a pass does on a few samples, by which `pace` knows how long it takes."""
+
     def seconds_to_finish(self, at_most: float) -> float:
         """How long another evaluation and `finish`, itself `at_most` so long, will take at the speed that was measured.
 
-        A kind of answering that has not been measured yet is tried on a few samples first. Called on all ranks.
+        A kind of pass that has not been measured yet is tried on a few samples first. Called on all ranks.
         """
+        passes = self.passes()
+        for one in passes:
+            if one.kind not in self.pace.seconds:
+                self.try_out(one)
+        self.pace.left = [one for one in passes if one.label]
+        evaluation = [one for one in passes if not one.label]
+        return self.pace.needed(evaluation) + min(at_most, self.pace.needed(self.pace.left))
 
     @abstractmethod
     def finish(self, folder: Path) -> dict[str, Any]:
@@ -234,6 +257,12 @@ class System(ABC, Generic[RO, M]):
         """
         self.lacks("answers nothing")
 
+    def ask_aloud(
+        self, image: str | Path, recording: str | Path, decoding: dict[str, Any] | None = None
+    ) -> list[Answer]:
+        """The answer to a question that is asked in a sound file. Raises UserError for one that cannot be heard."""
+        self.lacks("hears no questions: give --voice-model, what writes them down")
+
     def answer(
         self, samples: Sequence[VQASample], limit: int | None = None, *, ranked: bool = False, **shown: Any
     ) -> Answers:
@@ -247,6 +276,15 @@ class System(ABC, Generic[RO, M]):
     def figures(self, answers: Answers) -> dict[str, float]:
         """Figures of a set of answers besides their accuracy, for evaluation.json."""
         return {}
+
+    def recognise(self, data: Path | None, split: str, limit: int | None) -> dict[str, Any]:
+        """Figures of what it hears in the recordings of a split, or in the first `limit`; without `data` in those that
+        the program draws."""
+        self.lacks("hears nothing")
+
+    def transcriber(self) -> Any:
+        """What `transcribe` listens with: a `vqa_scratch.transcription.Transcriber`."""
+        self.lacks("hears nothing")
 
     def describe(self, data: Path, split: str, limit: int | None) -> dict[str, Any]:
         """Figures of the captions of a split, or of its first `limit` images, with `baselines`."""
@@ -302,26 +340,6 @@ class System(ABC, Generic[RO, M]):
                 yield
         finally:
             self.model.train(was_training)
-
-
-# A sample to build a model for, where only the options count.
-ANY_SAMPLE = VQASample(0, Path("any.png"), 0, System.example, "", "", ("red",), "red")
-
-
-def check_positions(options: RunOptions, names: Sequence[str], limit: int | None, model: str) -> None:
-    """Raise UserError if the sum of these options, in tokens, is more than the positions of a released model."""
-    if limit is not None and sum(getattr(options, name) for name in names) > limit:
-        flags = " and ".join(f"--{name.replace('_', '-')} {getattr(options, name)}" for name in names)
-        verb = "is" if len(names) == 1 else "are"
-        raise UserError(f"{flags} {verb} more than the {limit} positions of {model}")
-
-
-def needed(options: RunOptions, name: str) -> str | Path:
-    """The value of an option that names a checkpoint. Raises UserError if it is missing."""
-    value = getattr(options, name)
-    if value is None:
-        raise UserError(f"give {flag(name)}, a checkpoint to start from")
-    return value
 
 
 def seed_everything(seed: int) -> None:

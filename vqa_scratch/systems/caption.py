@@ -20,7 +20,7 @@ from vqa_scratch.data.vqa_v2 import VQASample
 from vqa_scratch.errors import UserError
 from vqa_scratch.report.gallery import answer_sections
 from vqa_scratch.systems.assembly import WithoutNumbers
-from vqa_scratch.systems.base import ANY_SAMPLE, RunData, seed_everything
+from vqa_scratch.systems.base import RunData, seed_everything
 from vqa_scratch.systems.caption_models import build_model
 from vqa_scratch.systems.captions import (
     accuracy_of,
@@ -36,7 +36,7 @@ from vqa_scratch.systems.captions import (
 from vqa_scratch.systems.finals import Pass, against_blind, cut_short
 from vqa_scratch.systems.options import CaptionOptions
 from vqa_scratch.systems.scoring import blind_baselines
-from vqa_scratch.systems.splits import Key
+from vqa_scratch.systems.splits import ANY_SAMPLE, Key
 from vqa_scratch.systems.writer import WritingSystem
 from vqa_scratch.training.precision import Precision
 
@@ -216,11 +216,9 @@ class CaptionSystem(WritingSystem[CaptionOptions]):
             raise UserError(f"{self.folder} writes one text and ranks no list of them: leave out --top")
         return super().ask(image, question, decoding=decoding)
 
-    def answer(
-        self, samples: Sequence[VQASample], limit: int | None = None, *, ranked: bool = False, **shown: Any
-    ) -> Answers:
+    def answer(self, samples: Sequence[VQASample], limit: int | None = None, **how: Any) -> Answers:
         self.check_answers_questions()
-        return {} if ranked else super().answer(samples, limit, **shown)
+        return super().answer(samples, limit, **how)
 
     def check_answers_questions(self) -> None:
         """Raise UserError unless the model was trained on questions too."""

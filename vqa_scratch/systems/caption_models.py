@@ -11,7 +11,7 @@ from vqa_scratch.models.gpt2 import GPT2, GPT2Config
 from vqa_scratch.models.resnet import ResNet, ResNetConfig, group_norm
 from vqa_scratch.models.vqa import VQAModel
 from vqa_scratch.systems import assembly
-from vqa_scratch.systems.base import check_positions, needed
+from vqa_scratch.systems.assembly import check_positions, needed
 from vqa_scratch.systems.experts import small_decoder
 from vqa_scratch.systems.options import CaptionOptions
 from vqa_scratch.systems.vqa_models import IMAGE_SIZE

@@ -7,7 +7,6 @@ images together.
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
 
 from vqa_scratch.data.descriptions import objects_named, objects_of, places_named, places_of
 from vqa_scratch.data.scenes import Scene
@@ -15,23 +14,9 @@ from vqa_scratch.data.scenes import Scene
 _CHINESE = re.compile(r"[\u3400-\u9fff]")
 
 
-@dataclass(frozen=True)
-class ObjectScore:
-    """Shares from 0 to 1; None if the captions say nothing to take the share of."""
-
-    precision: float | None
-    recall: float
-    exact: float  # share of the images whose caption names every object and nothing else
-    places: float | None  # of the objects named with a quarter of the image, the share that lies there
-
-    def to_json(self) -> dict[str, float | None]:
-        """Under the names that summary.json uses."""
-        values = asdict(self)
-        return {f"object_{k}" if k in ("precision", "recall") else f"{k}_share": v for k, v in values.items()}
-
-
-def score_objects(captions: Mapping[int | str, str], scenes: Mapping[int | str, Scene]) -> ObjectScore:
-    """Captions by image id against the scenes of those images."""
+def score_objects(captions: Mapping[int | str, str], scenes: Mapping[int | str, Scene]) -> dict[str, float | None]:
+    """Captions by image id against the scenes of those images: shares from 0 to 1, None where the captions say nothing
+    to take the share of."""
     hits = said = there = exact = placed = right = 0
     for image_id, caption in captions.items():
         named, objects = objects_named(caption), objects_of(scenes[image_id])
@@ -41,9 +26,12 @@ def score_objects(captions: Mapping[int | str, str], scenes: Mapping[int | str, 
         placed, right = placed + places.total(), right + (places & places_of(scenes[image_id])).total()
     if not captions:
         raise ValueError("no captions to score")
-    return ObjectScore(
-        hits / said if said else None, hits / there, exact / len(captions), right / placed if placed else None
-    )
+    return {
+        "object_precision": hits / said if said else None,
+        "object_recall": hits / there,
+        "exact_share": exact / len(captions),  # of the images whose caption names every object and nothing else
+        "places_share": right / placed if placed else None,  # of the objects named with a quarter of the image
+    }
 
 
 def corpus_bleu(captions: Sequence[str], references: Sequence[Sequence[str]]) -> tuple[float, str]:

@@ -90,7 +90,7 @@ def quality(captions: Mapping[int | str, str], samples: Sequence[VQASample], sce
     """Object figures where the scenes are known, and BLEU; `captions` by image id."""
     references = {s.image_id: s.answers for s in samples}
     bleu, signature = corpus_bleu(list(captions.values()), [references[image_id] for image_id in captions])
-    figures = score_objects(captions, scenes).to_json() if scenes is not None else {}
+    figures = score_objects(captions, scenes) if scenes is not None else {}
     return figures | {"bleu": bleu, "bleu_signature": signature}
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from vqa_scratch.data.contrasts import CLASSES, CONTRASTS, single_objects
 from vqa_scratch.data.descriptions import in_places
-from vqa_scratch.data.images import ImageProcessor, Images
+from vqa_scratch.data.images import ImageProcessor
 from vqa_scratch.data.pairs import Captions, PairBatch
 from vqa_scratch.data.scenes import HELD_OUT, RIVALS
 from vqa_scratch.data.text import Tokenizer, check_text
@@ -31,7 +31,7 @@ from vqa_scratch.errors import UserError
 from vqa_scratch.models.clip import CLIP
 from vqa_scratch.study.opened import Opened
 from vqa_scratch.systems.assembly import WithoutNumbers, check_images, stem_of
-from vqa_scratch.systems.base import ANY_SAMPLE, RunData, seed_everything
+from vqa_scratch.systems.base import RunData, seed_everything
 from vqa_scratch.systems.captions import read_captions_data, read_texts, to_describe
 from vqa_scratch.systems.clip_export import export_clip
 from vqa_scratch.systems.clip_models import model_of, small_model
@@ -41,7 +41,7 @@ from vqa_scratch.systems.clip_texts import classify, embed_labels, embed_texts
 from vqa_scratch.systems.finals import Pass
 from vqa_scratch.systems.questions import built_in
 from vqa_scratch.systems.retrieval import retrieval, share_preferred
-from vqa_scratch.systems.splits import TIMED, Key, Split, SplitSystem
+from vqa_scratch.systems.splits import ANY_SAMPLE, TIMED, Key, SplitSystem
 from vqa_scratch.systems.studied import pair_subject
 from vqa_scratch.systems.vqa_models import IMAGE_SIZE
 from vqa_scratch.training.contrastive import clamp_scale_, info_nce, sigmoid_loss, twins
@@ -115,9 +115,8 @@ class CLIPSystem(SplitSystem[CLIPOptions, CLIP, Captions]):
         """The number of tokens that all texts have, padding included; None: any, as a causal tower reads them."""
         return None if self.model.text.layout.causal else self.model.text.longest
 
-    def split(self, samples: Sequence[VQASample]) -> Split[Captions]:
-        captions = Captions(samples, self.tokenizers, self.text_width)
-        return Split(captions, Images(captions.image_paths, self.processor, upright=captions.upright))
+    def grouped(self, samples: Sequence[VQASample]) -> Captions:
+        return Captions(samples, self.tokenizers, self.text_width)
 
     def train_on(self, data: RunData) -> None:
         self.data = data
@@ -151,11 +150,6 @@ class CLIPSystem(SplitSystem[CLIPOptions, CLIP, Captions]):
         options = self.options
         batches = self.splits["train"].questions.pairs_of(options.seed, number, options.pairs_per_step)
         return [Key(rows, (options.seed, number, 1, place)) for place, rows in enumerate(batches)]
-
-    def batch(self, key: Key) -> PairBatch:
-        train = self.splits["train"]
-        batch = train.questions.batch(key.rows, train.images)
-        return self.augmented(self.augment, batch, key) if self.augment else batch
 
     def embed(self, batch: PairBatch) -> tuple[Tensor, Tensor]:
         """(images (I, P), captions (I, P)) of a batch on the model's device."""
@@ -293,9 +287,6 @@ class CLIPSystem(SplitSystem[CLIPOptions, CLIP, Captions]):
         pixels = self.processor(image)[None].to(self.precision.device)
         with self.evaluating(), self.precision.autocast():
             return classify(self.model, pixels, classes)[0].tolist()
-
-    def ask(self, *asked: Any, **more: Any) -> NoReturn:
-        self.lacks("answers nothing: `python -m vqa_scratch retrieve` finds images by a text and texts by an image")
 
     def subject(self, image: Image.Image, question: str | None) -> Opened:
         if question is None:

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from vqa_scratch.models.clip import CLIP
-from vqa_scratch.systems.base import System
 from vqa_scratch.systems.export import LOAD_OWN_WHOLE, export_whole, has_stem
+from vqa_scratch.systems.splits import SplitSystem
 
 README = """\
 # {title}
@@ -39,7 +39,7 @@ model = AutoModel.from_pretrained(".").eval()
 """
 
 
-def export_clip(system: System[Any, CLIP], folder: Path) -> list[str]:
+def export_clip(system: SplitSystem[Any, CLIP, Any], folder: Path) -> list[str]:
     """Export as CLIPModel or SiglipModel."""
     model = system.model
     alone = model.logit_bias is not None  # each text is judged alone, and texts are padded to one length

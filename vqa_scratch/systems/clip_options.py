@@ -5,11 +5,21 @@ from pathlib import Path
 
 from vqa_scratch.errors import UserError
 from vqa_scratch.options import option
-from vqa_scratch.systems.run_options import DATA, LIMITS, LOGGING, MODEL, PRESET_HELP, RUN, STEMS, TRAINING, RunOptions
+from vqa_scratch.systems.run_options import (
+    DATA,
+    LIMITS,
+    LOGGING,
+    MODEL,
+    PRESET_HELP,
+    RUN,
+    STEMS,
+    TRAINING,
+    ImageOptions,
+)
 
 
 @dataclass(frozen=True)
-class CLIPOptions(RunOptions):
+class CLIPOptions(ImageOptions):
     """Two towers that give an image and its caption nearly the same vector."""
 
     preset: str = option("clip", PRESET_HELP, RUN, ("clip",))

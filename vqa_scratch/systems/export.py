@@ -20,8 +20,8 @@ from vqa_scratch.models.vqa import VQAModel
 from vqa_scratch.nn.states import ImageEncoder
 from vqa_scratch.storage import write_json, write_text
 from vqa_scratch.systems.assembly import image_sizes
-from vqa_scratch.systems.base import System
 from vqa_scratch.systems.model_card import metadata
+from vqa_scratch.systems.splits import SplitSystem
 from vqa_scratch.weights.files import write_safetensors
 
 README = """\
@@ -157,7 +157,7 @@ def _export_image(image: ImageEncoder, folder: Path) -> tuple[str, str, str, lis
     return kind, load, OWN_STATES, OWN, why
 
 
-def export_writer(system: System[Any, VQAModel], folder: Path) -> list[str]:
+def export_writer(system: SplitSystem[Any, VQAModel, Any], folder: Path) -> list[str]:
     """Export a system of encoder, connector and decoder. Returns a line on each part that no released layout fits.
 
     Raises UserError for a decoder that none fits.
@@ -171,6 +171,7 @@ def export_writer(system: System[Any, VQAModel], folder: Path) -> list[str]:
     kinds = {"image": kind, "decoder": decoder}
     parts: dict[str, Released] = {"decoder": model.decoder}
     if model.text is not None:
+        assert isinstance(model.text, Released), "what is heard has no layout"
         parts["text"] = model.text
         kinds["text"] = model.text.config.to_hf()["architectures"][0]
     gated = model.decoder.take_gated()  # they are no part of the decoder's layout
@@ -220,12 +221,12 @@ def export_writer(system: System[Any, VQAModel], folder: Path) -> list[str]:
     return [] if note is None else [f"{note}: {folder / 'image'} holds it under names of our own, see its README.md"]
 
 
-def has_stem(system: System) -> bool:
+def has_stem(system: SplitSystem) -> bool:
     """Whether convolutions turn pixels into tokens, for which no layout has a place."""
     return system.sizes["stem"] == "conv"
 
 
-def export_whole(system: System, folder: Path, layout: str, page: str) -> list[str]:
+def export_whole(system: SplitSystem, folder: Path, layout: str, page: str) -> list[str]:
     """Export a model of one piece in its `layout`, or under our names if it has a convolutional stem; a line says so.
 
     `page` is the README.
@@ -244,7 +245,7 @@ def export_whole(system: System, folder: Path, layout: str, page: str) -> list[s
     ]
 
 
-def export_vilt(system: System[Any, ViLTClassifier], folder: Path) -> list[str]:
+def export_vilt(system: SplitSystem[Any, ViLTClassifier, Any], folder: Path) -> list[str]:
     """Export as ViltForQuestionAnswering."""
     load, of_output = LOAD_VILT, ".logits"
     if has_stem(system):

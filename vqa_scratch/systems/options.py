@@ -16,11 +16,23 @@ from vqa_scratch.errors import UserError
 from vqa_scratch.options import choices_of, option
 from vqa_scratch.systems.clip_options import CLIPOptions
 from vqa_scratch.systems.presets import PRESETS
-from vqa_scratch.systems.run_options import DATA, LIMITS, LOGGING, MODEL, PRESET_HELP, RUN, STEMS, TRAINING, RunOptions
+from vqa_scratch.systems.run_options import (
+    DATA,
+    LIMITS,
+    LOGGING,
+    MODEL,
+    PRESET_HELP,
+    RUN,
+    STEMS,
+    TRAINING,
+    ImageOptions,
+    RunOptions,
+)
+from vqa_scratch.systems.voice_options import VoiceOptions
 
 
 @dataclass(frozen=True)
-class QuestionOptions(RunOptions):
+class QuestionOptions(ImageOptions):
     """The options of systems that answer questions about images."""
 
     start_at: int = option(0, "First question of the file to use.", DATA, minimum=0)
@@ -175,6 +187,18 @@ class VQAOptions(QuestionOptions):
             raise UserError("--parallel fsdp does not go with --feature-cache; leave one out")
 
 
+@dataclass(frozen=True)
+class SpokenOptions(VQAOptions):
+    """The same, with questions that are heard."""
+
+    preset: str = option("spoken", PRESET_HELP, RUN, ("spoken",))
+    out: Path = option(Path("runs/spoken"), "Folder of the run.", RUN, may_change=True)
+    voice_model: Path | None = option(None, "Finished run of --preset voice, whose encoder hears the questions.", MODEL)
+    spoken_texts: int = option(
+        6_000, "At most this many different questions of a split, each drawn once.", DATA, minimum=1
+    )
+
+
 OWN_SIZES = {"model": None}
 
 
@@ -205,7 +229,7 @@ SMALL, PRETRAINED = {"preset": "caption", "init": "random"}, {"init": "pretraine
 
 
 @dataclass(frozen=True)
-class CaptionOptions(RunOptions):
+class CaptionOptions(ImageOptions):
     """The captioner, which can also answer questions: a ResNet and a GPT-2 that reads its feature map."""
 
     question_prompt = True  # a question is always the decoder's prompt, for there is no text encoder
@@ -269,7 +293,7 @@ class CaptionOptions(RunOptions):
             raise UserError("--init pretrained needs --image-model, a file of ResNet weights, and --decoder-model")
 
 
-CLASSES = (VQAOptions, ViLTOptions, CaptionOptions, CLIPOptions)
+CLASSES = (VQAOptions, ViLTOptions, CaptionOptions, CLIPOptions, VoiceOptions, SpokenOptions)
 BY_PRESET = {preset: options for options in CLASSES for preset in choices_of(options, "preset")}
 
 
@@ -284,7 +308,7 @@ def read_command_line(argv: Sequence[str]) -> RunOptions:
             PRESETS,
             argv,
             program="train.py",
-            about="Train a model that looks at images: to answer questions about them, describe them or find them.",
+            about="Train a model that looks at images, to answer, describe or find; or one that hears.",
             example="python train.py --preset book --data vqa2/ --out runs/book",
         )
         if options.seeds is not None and "RANK" in os.environ:

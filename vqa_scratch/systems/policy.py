@@ -23,10 +23,10 @@ from vqa_scratch.rl.resume import fingerprint
 from vqa_scratch.rl.rewards import RewardPart, RewardSum
 from vqa_scratch.rl.tasks import Task
 from vqa_scratch.rl.vqa_policy import VQAPolicy, official_accuracy, prompts_from
-from vqa_scratch.systems.base import System
 from vqa_scratch.systems.older import renumbered, todays_names
 from vqa_scratch.systems.run_folder import WEIGHTS, check_trainable, save_weights
 from vqa_scratch.systems.scoring import score
+from vqa_scratch.systems.splits import SplitSystem
 from vqa_scratch.systems.writing import check_room
 
 
@@ -40,7 +40,7 @@ NEW = {"greedy_accuracy": "test", "holdout_accuracy": "holdout"}  # figures befo
 
 
 def greedy_accuracy(
-    system: System[Any, VQAModel], policy: VQAPolicy, new: dict[str, list[VQASample]]
+    system: SplitSystem[Any, VQAModel, Any], policy: VQAPolicy, new: dict[str, list[VQASample]]
 ) -> dict[str, float]:
     """Official accuracy of the answers that the system gives with the policy's weights, by name of the questions."""
     tuned = copy.copy(system)
@@ -48,7 +48,7 @@ def greedy_accuracy(
     return {name: score(samples, tuned.answer(samples)).accuracy for name, samples in new.items()}
 
 
-def answering_task(system: System[Any, VQAModel], options: RLHFOptions, dtype: torch.dtype) -> Task:
+def answering_task(system: SplitSystem[Any, VQAModel, Any], options: RLHFOptions, dtype: torch.dtype) -> Task:
     """The system as policy, with a frozen copy as reference, whose linear layers are stored in `dtype`.
 
     The questions are those of `--data`, by default of the run's own data.

@@ -57,4 +57,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         "max_caption_tokens": 40,
     },
     "clip": {},
+    "voice": {},
+    "spoken": {"freeze": "text_encoder", "matrix_learning_rate": 0.01},
 }

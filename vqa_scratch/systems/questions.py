@@ -28,7 +28,7 @@ from vqa_scratch.systems.answering import AnsweringSystem
 from vqa_scratch.systems.base import M, RunData
 from vqa_scratch.systems.finals import Pass, against_blind, cut_short
 from vqa_scratch.systems.options import QuestionOptions
-from vqa_scratch.systems.run_options import RunOptions
+from vqa_scratch.systems.run_options import ImageOptions
 from vqa_scratch.systems.scoring import blind_baselines, rules_of
 from vqa_scratch.systems.splits import Key, Q
 
@@ -64,7 +64,7 @@ def split_names(source: Path, options: QuestionOptions) -> tuple[str, str, str]:
     return train, val, test
 
 
-def built_in(options: RunOptions) -> Path:
+def built_in(options: ImageOptions) -> Path:
     """The folder of the built-in data set, which is drawn if it is missing. Raises UserError for a split it lacks."""
     known = [name for split in ShapesSpec().splits() for name in (split, subtype_of(split))]
     strange = [split for split in options.splits if split not in known and Path(split).suffix.lower() not in TABLES]
@@ -90,7 +90,7 @@ def read_questions(options: QuestionOptions) -> RunData:
 
 
 def with_scored(
-    train: list[VQASample], scored: Sequence[str], read: Callable[[str], list[VQASample]], options: RunOptions
+    train: list[VQASample], scored: Sequence[str], read: Callable[[str], list[VQASample]], options: ImageOptions
 ) -> dict[str, list[VQASample]]:
     """The samples of train, and those of val and test, which are the splits `scored` of the data; "auto" takes some of
     train for val."""

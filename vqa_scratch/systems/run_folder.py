@@ -8,6 +8,7 @@ checkpoints/last.pt    everything needed to resume
 metrics.jsonl, curves.png, samples.html, summary.json
 """
 
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from vqa_scratch.data.hashes import Hashes, check_same
 from vqa_scratch.errors import UserError, note
 from vqa_scratch.nn.quantized import BF16_ONLY, FORMATS, Format, install, matrices, take
 from vqa_scratch.options import to_json
-from vqa_scratch.storage import read_object, typed, write_json
+from vqa_scratch.storage import LOCK, parse_json, read_object, read_text, typed, write_json
 from vqa_scratch.systems.older import todays_moments, todays_names
 from vqa_scratch.systems.presets import PRESETS
 from vqa_scratch.systems.run_options import RunOptions
@@ -31,6 +32,7 @@ from vqa_scratch.weights.files import read_safetensors, write_safetensors
 
 PROGRAM = "train.py"
 CONFIG, WEIGHTS, LAST = "config.json", "model.safetensors", "checkpoints/last.pt"
+QUIET = 300.0  # seconds
 PARTS = {"model": dict, "optimizers": list, "scaler": dict, "state": dict, "rng": dict, "precision": str}  # of LAST
 
 
@@ -41,9 +43,9 @@ def write_run_config(folder: Path, options: RunOptions, sizes: dict[str, Any], d
 
 
 def check_same_data(options: RunOptions, found: Hashes) -> None:
-    """Raise UserError if a run that is resumed would go on with other data; --test-images may cut the test split."""
+    """Raise UserError if a run that is resumed would go on with other data; an option may cut the test split."""
     values, where = read_run_config(options.out), options.out / CONFIG
-    cut = values["train"].get("test_images") != options.test_images
+    cut = any(values["train"].get(name) != getattr(options, name) for name in options.limits_test)
     check_same(values.get("data"), found, where, but="test" if cut else None)
 
 
@@ -102,6 +104,35 @@ def quantized_as(config: dict[str, Any], folder: Path) -> Format | None:
     if name is not None and name not in FORMATS:
         raise UserError(f"{folder} has weights in the format {name}; known are {', '.join(FORMATS)}")
     return None if name is None else FORMATS[name]
+
+
+def newest_run(folder: Path) -> Path:
+    """The run below a folder that changed last. Raises UserError if there is none with weights."""
+    found = [path for name in (WEIGHTS, LAST) for path in folder.glob(f"*/{name}")]
+    if not found:
+        raise UserError(f"there is no run below {folder}/: give RUN, or --model, or train one: python train.py")
+    last = max(found, key=lambda path: path.stat().st_mtime)
+    return folder / last.relative_to(folder).parts[0]
+
+
+def stamps(folder: Path | None) -> list[int]:
+    """When the weights and the last checkpoint of a run changed; a newer one may be opened."""
+    paths = [] if folder is None else [folder / name for name in (WEIGHTS, LAST)]
+    return [path.stat().st_mtime_ns for path in paths if path.is_file()]
+
+
+def log_of(folder: Path | None, after: int = 0) -> dict[str, Any]:
+    """The rows of metrics.jsonl after so many, how many there are, and whether the run still trains.
+
+    It is only read, and its lock is looked at, not taken: it trains if the lock lies there, as it does until the end,
+    and a row is not older than `QUIET`, since a kill leaves the lock.
+    """
+    path = None if folder is None else folder / "metrics.jsonl"
+    if folder is None or path is None or not path.is_file():
+        return {"rows": [], "total": 0, "running": False}
+    lines = [line for line in read_text(path).splitlines() if line.endswith("}")]  # the last may be half written
+    running = (folder / LOCK).is_file() and time.time() - path.stat().st_mtime < QUIET
+    return {"rows": [parse_json(line, path) for line in lines[after:]], "total": len(lines), "running": running}
 
 
 def check_trainable(folder: Path) -> dict[str, Any]:

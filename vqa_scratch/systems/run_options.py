@@ -1,8 +1,10 @@
-"""The options of `train.py` that every system has. A field is a flag: `val_split` is `--val-split`."""
+"""The options of `train.py` that every system has, and those of systems with images. A field is a flag: `val_split`
+is `--val-split`."""
 
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from vqa_scratch.errors import UserError
 from vqa_scratch.options import Options, option, threads_option
@@ -17,6 +19,8 @@ STEMS = ("conv", "linear")
 @dataclass(frozen=True)
 class RunOptions(Options):
     """The options of every system. A subclass repeats `preset`, with its own presets as choices."""
+
+    limits_test: ClassVar[tuple[str, ...]] = ()  # those that cut the test split, which a resumed run may
 
     preset: str = option("", PRESET_HELP, RUN)
     out: Path = option(Path("runs/run"), "Folder of the run.", RUN, may_change=True)
@@ -69,25 +73,16 @@ class RunOptions(Options):
 
     data: Path | None = option(
         None,
-        "Table or folder with the data (docs/own-data.md); without it, drawn scenes.",
+        "Table or folder with the data (docs/own-data.md); without it, what the program draws.",
         DATA,
         may_change=True,
     )
     cache: Path = option(
-        Path("cache"), "Folder for the built-in data set, parsed questions and decoded images.", DATA, may_change=True
+        Path("cache"), "Folder for built-in data sets, parsed questions and decoded images.", DATA, may_change=True
     )
     train_split: str = option("train", "Split to train on.", DATA)
-    val_split: str = option(
-        "val", "Split that picks the best checkpoint; 'auto' holds out images of the train split.", DATA
-    )
+    val_split: str = option("val", "Split that picks the best checkpoint.", DATA)
     test_split: str = option("test", "Split of the final figures; 'val' reports on the val split.", DATA)
-    test_images: int | None = option(
-        None, "At most this many images of the test split in the final figures.", DATA, minimum=1, may_change=True
-    )
-    val_fraction: float = option(
-        0.05, "Share of the train images to hold out.", DATA, above=0, below=1, only={"val_split": "auto"}
-    )
-    image_cache: bool = option(True, "Keep resized images as bytes in a memory-mapped file.", DATA)
 
     accumulate: int = option(1, "Gradient accumulation: parts that a step's batch is split into.", TRAINING, minimum=1)
     optimizer: str = option(
@@ -104,23 +99,6 @@ class RunOptions(Options):
     )
     max_grad_norm: float = option(
         1.0, "Clip the gradient to this norm; inf: never.", TRAINING, above=0, maximum=math.inf, may_change=True
-    )
-
-    flip: float = option(
-        0.0, "Chance to mirror a training image whose texts name no side.", AUGMENTATION, minimum=0, maximum=1
-    )
-    rotate: float = option(
-        0.0,
-        "Largest rotation of a training image, in degrees; above 5, texts about places become wrong.",
-        AUGMENTATION,
-        minimum=0,
-        maximum=180,
-    )
-    brightness: float = option(
-        0.0, "Largest relative change of a training image's brightness.", AUGMENTATION, minimum=0, maximum=1
-    )
-    contrast: float = option(
-        0.0, "Largest relative change of a training image's contrast.", AUGMENTATION, minimum=0, maximum=1
     )
 
     log_to: str | None = option(
@@ -142,7 +120,7 @@ class RunOptions(Options):
     @property
     def splits(self) -> list[str]:
         """The splits that the run reads from the data."""
-        return [self.train_split, *([] if self.val_split == "auto" else [self.val_split]), self.test_split]
+        return [self.train_split, self.val_split, self.test_split]
 
     def __post_init__(self) -> None:
         if self.minutes is None and self.steps is None:
@@ -154,3 +132,42 @@ class RunOptions(Options):
             raise UserError("--gradient-checkpointing does not go with --compile; leave one out")
         if self.preset in NEEDS_DATA and self.data is None and not self.resume:
             raise UserError(f"--preset {self.preset} needs --data, the folder with {NEEDS_DATA[self.preset]}")
+
+
+@dataclass(frozen=True)
+class ImageOptions(RunOptions):
+    """The options of systems whose samples are texts about images."""
+
+    limits_test = ("test_images",)
+
+    val_split: str = option(
+        "val", "Split that picks the best checkpoint; 'auto' holds out images of the train split.", DATA
+    )
+    val_fraction: float = option(
+        0.05, "Share of the train images to hold out.", DATA, above=0, below=1, only={"val_split": "auto"}
+    )
+    test_images: int | None = option(
+        None, "At most this many images of the test split in the final figures.", DATA, minimum=1, may_change=True
+    )
+    image_cache: bool = option(True, "Keep resized images as bytes in a memory-mapped file.", DATA)
+
+    flip: float = option(
+        0.0, "Chance to mirror a training image whose texts name no side.", AUGMENTATION, minimum=0, maximum=1
+    )
+    rotate: float = option(
+        0.0,
+        "Largest rotation of a training image, in degrees; above 5, texts about places become wrong.",
+        AUGMENTATION,
+        minimum=0,
+        maximum=180,
+    )
+    brightness: float = option(
+        0.0, "Largest relative change of a training image's brightness.", AUGMENTATION, minimum=0, maximum=1
+    )
+    contrast: float = option(
+        0.0, "Largest relative change of a training image's contrast.", AUGMENTATION, minimum=0, maximum=1
+    )
+
+    @property
+    def splits(self) -> list[str]:
+        return [split for split in super().splits if split != "auto"]

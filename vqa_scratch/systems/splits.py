@@ -2,9 +2,10 @@
 
 import time
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
@@ -13,17 +14,43 @@ from tqdm import tqdm
 
 from vqa_scratch.data.augment import Augment, depends_on_side
 from vqa_scratch.data.batches import ImageGroups, prefetch
-from vqa_scratch.data.images import Images
+from vqa_scratch.data.images import ImageProcessor, Images
+from vqa_scratch.data.tokenizers import Tokenizers
 from vqa_scratch.data.vqa_v2 import VQASample
-from vqa_scratch.report.curves import moving_average
-from vqa_scratch.systems.base import RO, M, RunData, System
-from vqa_scratch.systems.finals import Pace, Pass
-from vqa_scratch.systems.run_options import RunOptions
+from vqa_scratch.systems.base import M, RunData, System
+from vqa_scratch.systems.finals import Pace
+from vqa_scratch.systems.run_options import ImageOptions
 from vqa_scratch.systems.scoring import other_images
 from vqa_scratch.training.ranks import World
 
+IO = TypeVar("IO", bound=ImageOptions)
 Q = TypeVar("Q", bound=ImageGroups)
 TIMED = 64  # samples by which a kind of pass is timed that has not run yet
+# A sample to build a model for, where only the options count.
+ANY_SAMPLE = VQASample(0, Path("any.png"), 0, System.example, "", "", ("red",), "red")
+
+
+def in_time(
+    ready: Iterable[tuple[np.ndarray, Any]],
+    number: int,
+    device: Any,
+    *,
+    progress: str | None = None,
+    until: float | None = None,
+) -> Iterator[tuple[np.ndarray, Any]]:
+    """The `number` pairs of rows and their batch, with a batch on the device, prepared ahead of time.
+
+    `progress` is the label of a progress bar, None for no bar. After the first batch it stops when another one would
+    not be done `until` a time of `time.perf_counter`.
+    """
+    bar = tqdm(prefetch(ready), progress, number, unit="batch", disable=progress is None, leave=False)
+    began = time.perf_counter()
+    for rows, batch in bar:
+        yield rows, batch.to(device)
+        now = time.perf_counter()
+        if until is not None and now + (now - began) > until:
+            break
+        began = now
 
 
 @dataclass(frozen=True)
@@ -42,21 +69,11 @@ class Split(Generic[Q]):
         progress: str | None = None,
         until: float | None = None,
     ) -> Iterator[tuple[np.ndarray, Any]]:
-        """(rows, their batch on the device), prepared ahead of time, for the rows of each of `chosen`.
-
-        `shuffled` shows every question another image; `progress` is the label of a progress bar, None for no bar. After
-        the first batch it stops when another one would not be done `until` a time of `time.perf_counter`.
-        """
+        """(rows, their batch on the device) for the rows of each of `chosen`; `shuffled` shows every question another
+        image, `progress` and `until` as in `in_time`."""
         swap = other_images(len(self.images.paths)) if shuffled else None
         ready = ((rows, self.questions.batch(rows, self.images, image_map=swap)) for rows in chosen)
-        bar = tqdm(prefetch(ready), progress, len(chosen), unit="batch", disable=progress is None, leave=False)
-        began = time.perf_counter()
-        for rows, batch in bar:
-            yield rows, batch.to(device)
-            now = time.perf_counter()
-            if until is not None and now + (now - began) > until:
-                break
-            began = now
+        return in_time(ready, len(chosen), device, progress=progress, until=until)
 
 
 class Key(NamedTuple):
@@ -67,26 +84,37 @@ class Key(NamedTuple):
     before: int = 0
 
 
-def augment_of(options: RunOptions) -> Augment | None:
+def augment_of(options: ImageOptions) -> Augment | None:
     """The augmentation that the options ask for, if any."""
     strengths = (options.flip, options.rotate, options.brightness, options.contrast)
     return Augment(*strengths) if any(strengths) else None
 
 
-class SplitSystem(System[RO, M], Generic[RO, M, Q]):
+class SplitSystem(System[IO, M], Generic[IO, M, Q]):
     """A system whose samples are texts about images. While it trains, `splits` holds its `data`, by name."""
 
-    loss_unit = "nats a token"  # of the training loss, for the curve's axis
     data: RunData
     splits: dict[str, Split[Q]]
 
-    @abstractmethod
-    def split(self, samples: Sequence[VQASample]) -> Split[Q]:
-        """Samples with their ids and images."""
+    def __init__(
+        self, options: IO, model: M, tokenizers: Tokenizers, processor: ImageProcessor, *more: Any, **named: Any
+    ) -> None:
+        super().__init__(options, model, tokenizers, *more, **named)
+        self.processor = processor
+
+    def save(self, folder: Path) -> None:
+        """With the preprocessing of its images."""
+        super().save(folder)
+        self.processor.save_pretrained(folder)
 
     @abstractmethod
-    def scored(self, figures: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """The panels besides the loss: `lines` are {label: a value for each of the `figures` of `evaluate`}."""
+    def grouped(self, samples: Sequence[VQASample]) -> Q:
+        """Samples as ids, grouped by image."""
+
+    def split(self, samples: Sequence[VQASample]) -> Split[Q]:
+        """Samples with their images."""
+        questions = self.grouped(samples)
+        return Split(questions, Images(questions.image_paths, self.processor, upright=questions.upright))
 
     def make_splits(self, samples: dict[str, list[VQASample]]) -> None:
         """Set `splits`, with resized images in a file if the options ask for it, and what changes training images."""
@@ -109,44 +137,16 @@ class SplitSystem(System[RO, M], Generic[RO, M, Q]):
         rows = np.concatenate([images[i] for i in mine or range(1)])
         return Key(rows, key.seed, mine[0] if mine else 0), bool(mine)
 
-    def augmented(self, augment: Augment, batch: Any, key: Key) -> Any:
-        """The batch of a key with its images changed as the options ask."""
-        number = len(batch.images)
-        sides = np.bincount(batch.image_index.numpy(), self.names_side[key.rows], number)
-        chance = np.random.default_rng(key.seed).random((key.before + number, 4))[key.before :]
-        batch.images = augment(batch.images, torch.from_numpy(sides == 0), torch.from_numpy(chance).float())
+    def batch(self, key: Key) -> Any:
+        """The batch of a key, with its images changed as the options ask."""
+        train = self.splits["train"]
+        batch = train.questions.batch(key.rows, train.images)
+        if self.augment is not None:
+            number = len(batch.images)
+            sides = np.bincount(batch.image_index.numpy(), self.names_side[key.rows], number)
+            chance = np.random.default_rng(key.seed).random((key.before + number, 4))[key.before :]
+            batch.images = self.augment(batch.images, torch.from_numpy(sides == 0), torch.from_numpy(chance).float())
         return batch
 
     def ids(self, rows: list[int]) -> list[int | str]:
         return [self.splits["train"].questions.samples[row].question_id for row in rows]
-
-    @abstractmethod
-    def passes(self) -> list[Pass]:
-        """The passes of `finish` in order, after those of one more evaluation, whose label is ""."""
-
-    @abstractmethod
-    def try_out(self, one: Pass) -> None:
-        """Do what a pass does on `TIMED` samples, by which `pace` knows how long it takes."""
-
-    def seconds_to_finish(self, at_most: float) -> float:
-        passes = self.passes()
-        for one in passes:
-            if one.kind not in self.pace.seconds:
-                self.try_out(one)
-        self.pace.left = [one for one in passes if one.label]
-        evaluation = [one for one in passes if not one.label]
-        return self.pace.needed(evaluation) + min(at_most, self.pace.needed(self.pace.left))
-
-    def panels(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """The loss, and the figures of the evaluations, over the samples seen."""
-        steps, evaluations = [row for row in rows if "loss" in row], [row for row in rows if "val" in row]
-        figures, seen = [row["val"] for row in evaluations], [row["samples"] / 1000 for row in evaluations]
-        trained = moving_average([row["loss"] for row in steps], 5)
-        losses = {"training": ([row["samples"] / 1000 for row in steps], trained)}
-        if any("loss" in row for row in figures):
-            losses["validation"] = (seen, [row["loss"] for row in figures])
-        panels = [{"title": "loss", "ylabel": self.loss_unit, "lines": losses, "log": True}]
-        for panel in self.scored(figures):
-            lines = {label: (seen, values) for label, values in panel["lines"].items()}
-            panels.append({**panel, "lines": lines, "ylim": (0, 1.02)})
-        return [{**panel, "xlabel": f"thousand {self.unit} seen"} for panel in panels]

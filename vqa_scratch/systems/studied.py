@@ -18,17 +18,18 @@ from vqa_scratch.study.subject import ViLTSubject, VQASubject
 from vqa_scratch.systems.base import System
 from vqa_scratch.systems.clip_texts import text_ids
 from vqa_scratch.systems.scoring import score
+from vqa_scratch.systems.splits import SplitSystem
 from vqa_scratch.systems.writing import own_options
 
 
-def _opened(system: System, image: Image.Image, question: str, subject: Subject, answer: dict[str, Any]) -> Opened:
+def _opened(system: SplitSystem, image: Image.Image, question: str, subject: Subject, answer: dict[str, Any]) -> Opened:
     """`answer` from `written` or `chosen`. Shown are the pixels that reach the model, so that overlays fit."""
     shown = Image.fromarray(system.processor.to_uint8(image))
     notes = tuple(system.tokenizers.notes_on(question, system.asked))
     return Opened(run_name(system.folder or system.options.out), subject, question, shown, **answer, notes=notes)
 
 
-def writing_subject(system: System[Any, VQAModel], image: Image.Image, question: str) -> Opened:
+def writing_subject(system: SplitSystem[Any, VQAModel, Any], image: Image.Image, question: str) -> Opened:
     """A system of encoder, connector and decoder with one image and a question; "" for a caption."""
     tokenizers = system.tokenizers
     prompt, ids, text = (
@@ -43,7 +44,7 @@ def writing_subject(system: System[Any, VQAModel], image: Image.Image, question:
     return _opened(system, image, question, subject, written(tokenizers.decoder, prompt))
 
 
-def choosing_subject(system: System[Any, ViLTClassifier], image: Image.Image, question: str) -> Opened:
+def choosing_subject(system: SplitSystem[Any, ViLTClassifier, Any], image: Image.Image, question: str) -> Opened:
     """A ViLT with one image and a question."""
     text, ids = system.tokenizers.by_name["text"], system.tokenizers.question(question)
     labels = text_labels(text, question, ids)
@@ -51,7 +52,7 @@ def choosing_subject(system: System[Any, ViLTClassifier], image: Image.Image, qu
     return _opened(system, image, question, subject, chosen(system.model.labels, labels[0]))
 
 
-def pair_subject(system: System[Any, CLIP], image: Image.Image, text: str) -> Opened:
+def pair_subject(system: SplitSystem[Any, CLIP, Any], image: Image.Image, text: str) -> Opened:
     """A contrastive system with one image and one text; its words are compared with the image too, each alone."""
     tokenizer, stripped = system.tokenizers.by_name["text"], (word.strip(".,;:!?\"'()") for word in text.split())
     texts = list(dict.fromkeys([text, *filter(None, stripped)]))

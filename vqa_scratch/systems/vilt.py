@@ -13,9 +13,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from vqa_scratch.data.answers import Answer, AnswerList, Answers, SoftTargets
+from vqa_scratch.data.answers import Answer, AnswerList, SoftTargets
 from vqa_scratch.data.classes import ClassBatch, ClassQuestions
-from vqa_scratch.data.images import ImageProcessor, Images
+from vqa_scratch.data.images import ImageProcessor
 from vqa_scratch.data.text import Tokenizer, train_wordpiece
 from vqa_scratch.data.tokenizers import Tokenizers
 from vqa_scratch.data.vilt_images import ViltImageProcessor, read_processor
@@ -26,12 +26,20 @@ from vqa_scratch.models.vilt import ViLT, ViLTClassifier, ViLTConfig, answer_los
 from vqa_scratch.storage import typed
 from vqa_scratch.study.opened import Opened
 from vqa_scratch.systems.answering import How
-from vqa_scratch.systems.assembly import WithoutNumbers, check_images, start_from_places, stem_for, stem_of
-from vqa_scratch.systems.base import ANY_SAMPLE, RunData, check_positions, needed, seed_everything
+from vqa_scratch.systems.assembly import (
+    WithoutNumbers,
+    check_images,
+    check_positions,
+    needed,
+    start_from_places,
+    stem_for,
+    stem_of,
+)
+from vqa_scratch.systems.base import RunData, seed_everything
 from vqa_scratch.systems.export import export_vilt
 from vqa_scratch.systems.options import ViLTOptions
 from vqa_scratch.systems.questions import QuestionSystem
-from vqa_scratch.systems.splits import Key, Split, augment_of
+from vqa_scratch.systems.splits import ANY_SAMPLE, augment_of
 from vqa_scratch.systems.studied import choosing_subject
 from vqa_scratch.systems.vqa_models import VOCABULARY
 from vqa_scratch.training.precision import Precision
@@ -85,9 +93,8 @@ class ViLTSystem(QuestionSystem[ViLTOptions, ViLTClassifier, ClassQuestions]):
 
     # --------------------------------------------------------------------------------------------------- training
 
-    def split(self, samples: Sequence[VQASample]) -> Split[ClassQuestions]:
-        questions = ClassQuestions(samples, self.tokenizers, AnswerList(self.model.labels))
-        return Split(questions, Images(questions.image_paths, self.processor, upright=questions.upright))
+    def grouped(self, samples: Sequence[VQASample]) -> ClassQuestions:
+        return ClassQuestions(samples, self.tokenizers, AnswerList(self.model.labels))
 
     def train_on(self, data: RunData) -> None:
         """Leaves out training questions with no answer in the list."""
@@ -116,11 +123,6 @@ class ViLTSystem(QuestionSystem[ViLTOptions, ViLTClassifier, ClassQuestions]):
             image_index=batch.image_index,
         )
 
-    def batch(self, key: Key) -> ClassBatch:
-        train = self.splits["train"]
-        batch = train.questions.batch(key.rows, train.images)
-        return self.augmented(self.augment, batch, key) if self.augment else batch
-
     def loss(self, batch: ClassBatch) -> tuple[Tensor, Tensor]:
         """(sum of the loss over questions, sum of the targets of the chosen answers: soft accuracy times questions)."""
         logits, targets = self.logits(batch)[batch.asked], batch.targets[batch.asked]
@@ -138,12 +140,6 @@ class ViLTSystem(QuestionSystem[ViLTOptions, ViLTClassifier, ClassQuestions]):
             [Answer(self.model.labels[i], score) for i, score in zip(places, scores, strict=True)]
             for places, scores in zip(best.indices.tolist(), best.values.tolist(), strict=True)
         ]
-
-    def answer(
-        self, samples: Sequence[VQASample], limit: int | None = None, *, ranked: bool = False, **shown: Any
-    ) -> Answers:
-        """A ViLT always chooses from its list, so it has no second way to rank."""
-        return {} if ranked else super().answer(samples, limit, **shown)
 
     def finish(self, folder: Path) -> dict[str, Any]:
         figures = super().finish(folder)

@@ -4,7 +4,6 @@ Preset `shapes` trains small random models on the built-in data set; `book` star
 (`systems/vqa_models.py`).
 """
 
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
@@ -12,23 +11,22 @@ from typing import Any, Self
 import numpy as np
 import torch
 
-from vqa_scratch.data.answers import Answer, Answers
+from vqa_scratch.data.answers import Answer
 from vqa_scratch.data.batches import Batch, Questions
-from vqa_scratch.data.vqa_v2 import VQASample
 from vqa_scratch.errors import UserError
 from vqa_scratch.models.vqa import FROZEN_PARTS, VQAModel
 from vqa_scratch.options import from_json, rules_of
 from vqa_scratch.storage import read_json, write_json
 from vqa_scratch.systems.answering import How
-from vqa_scratch.systems.assembly import WithoutNumbers, grid_of
-from vqa_scratch.systems.base import ANY_SAMPLE, RunData, check_positions, seed_everything
+from vqa_scratch.systems.assembly import WithoutNumbers, check_positions, grid_of
+from vqa_scratch.systems.base import RunData, seed_everything
 from vqa_scratch.systems.finals import Pass
 from vqa_scratch.systems.frozen import cache_features
 from vqa_scratch.systems.options import VQAOptions
 from vqa_scratch.systems.questions import QuestionSystem
 from vqa_scratch.systems.run_folder import CONFIG, PROGRAM, check_trainable
 from vqa_scratch.systems.scoring import common_answers
-from vqa_scratch.systems.splits import augment_of
+from vqa_scratch.systems.splits import ANY_SAMPLE, augment_of
 from vqa_scratch.systems.vqa_models import check_connector, released_models, small_models
 from vqa_scratch.systems.writer import WritingSystem
 from vqa_scratch.systems.writing import choose
@@ -136,19 +134,9 @@ class VQASystem(WritingSystem[VQAOptions], QuestionSystem[VQAOptions, VQAModel, 
             raise UserError(f"{self.folder} has no {CANDIDATES} to choose from, so leave out --top")
         return super().ask(image, question, top, decoding)
 
-    def answer(
-        self, samples: Sequence[VQASample], limit: int | None = None, *, ranked: bool = False, **shown: Any
-    ) -> Answers:
-        if ranked:
-            if not self.candidates:
-                return {}
-            limit = min(limit or len(samples), self.ranked_questions)
-        return super().answer(samples, limit, ranked=ranked, **shown)
-
     @property
     def ranked_questions(self) -> int:
-        """How many questions are ranked for the figures."""
-        return min(RANKED_QUESTIONS, max(1, RANKED_PAIRS // len(self.candidates)))
+        return min(RANKED_QUESTIONS, max(1, RANKED_PAIRS // len(self.candidates))) if self.candidates else 0
 
     def passes(self) -> list[Pass]:
         return [*super().passes(), Pass("ranking", self.judged, self.ranked_questions, ranked=True)]

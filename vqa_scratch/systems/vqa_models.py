@@ -19,7 +19,7 @@ from vqa_scratch.models.vit import ViT, ViTConfig
 from vqa_scratch.models.vqa import VQAModel
 from vqa_scratch.nn.states import ImageEncoder
 from vqa_scratch.systems import assembly
-from vqa_scratch.systems.base import check_positions, needed
+from vqa_scratch.systems.assembly import check_positions, needed
 from vqa_scratch.systems.experts import small_decoder
 from vqa_scratch.systems.options import VQAOptions
 

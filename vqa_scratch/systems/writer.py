@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vqa_scratch.data.answers import Answer, Answers
 from vqa_scratch.data.batches import Batch, Questions
-from vqa_scratch.data.images import ImageProcessor, Images
+from vqa_scratch.data.images import ImageProcessor
 from vqa_scratch.data.text import Tokenizer
 from vqa_scratch.data.tokenizers import Tokenizers
 from vqa_scratch.data.vqa_v2 import VQASample
@@ -20,29 +20,28 @@ from vqa_scratch.nn.states import States
 from vqa_scratch.study.opened import Opened
 from vqa_scratch.systems import assembly
 from vqa_scratch.systems.answering import AnsweringSystem, How
-from vqa_scratch.systems.base import RO
 from vqa_scratch.systems.experts import ExpertTraining, expert_training
 from vqa_scratch.systems.export import export_writer
-from vqa_scratch.systems.splits import Key, Split
+from vqa_scratch.systems.splits import IO
 from vqa_scratch.systems.studied import writing_subject
 from vqa_scratch.systems.writing import write, writing_figures
 from vqa_scratch.training.optimizers import Optimizers
 from vqa_scratch.training.precision import Precision
 
 
-class WritingSystem(AnsweringSystem[RO, VQAModel, Questions]):
+class WritingSystem(AnsweringSystem[IO, VQAModel, Questions]):
     """A system that writes token by token what it says about an image."""
 
     writes = True
     question_loss = False  # whether it learns to tell a question's words too
     experts: ExpertTraining | None = None  # while those of its decoder train
 
-    def __init__(self, options: RO, model: VQAModel, tokenizers: Tokenizers, *more: Any) -> None:
+    def __init__(self, options: IO, model: VQAModel, tokenizers: Tokenizers, *more: Any) -> None:
         super().__init__(options, model, tokenizers, *more)
         assembly.check_parts(model, tokenizers, self.processor)
 
     @classmethod
-    def open(cls, folder: Path, sizes: dict[str, Any], options: RO, precision: Precision) -> Self:
+    def open(cls, folder: Path, sizes: dict[str, Any], options: IO, precision: Precision) -> Self:
         model = assembly.assemble(sizes)
         text = None if model.text is None else Tokenizer.from_pretrained(folder / "text_tokenizer")
         decoder = Tokenizer.from_pretrained(folder / "decoder_tokenizer")
@@ -53,14 +52,8 @@ class WritingSystem(AnsweringSystem[RO, VQAModel, Questions]):
     def sizes(self) -> dict[str, Any]:
         return assembly.sizes_of(self.model)
 
-    def split(self, samples: Sequence[VQASample]) -> Split[Questions]:
-        questions = Questions(samples, self.tokenizers, question_loss=self.question_loss)
-        return Split(questions, Images(questions.image_paths, self.processor, upright=questions.upright))
-
-    def batch(self, key: Key) -> Batch:
-        train = self.splits["train"]
-        batch = train.questions.batch(key.rows, train.images)
-        return self.augmented(self.augment, batch, key) if self.augment else batch
+    def grouped(self, samples: Sequence[VQASample]) -> Questions:
+        return Questions(samples, self.tokenizers, question_loss=self.question_loss)
 
     def trained_by(self, optimizers: Optimizers) -> None:
         self.experts = expert_training(self, optimizers)

@@ -1,4 +1,4 @@
-"""Answers that a decoder writes, or ranks, for the systems whose model is encoder, connector and decoder."""
+"""Answers that a decoder writes, or ranks, mostly for the systems whose model is encoder, connector and decoder."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -7,15 +7,17 @@ import numpy as np
 
 from vqa_scratch.data.answers import Answer
 from vqa_scratch.data.batches import Questions
+from vqa_scratch.data.text import Tokenizer
 from vqa_scratch.data.tokenizers import Tokenizers
 from vqa_scratch.errors import UserError
-from vqa_scratch.generate import GenerationOptions, generate, rank
+from vqa_scratch.generate import Generated, GenerationOptions, generate, rank
+from vqa_scratch.generation_options import end_ids
 from vqa_scratch.models.vqa import VQAModel
 from vqa_scratch.nn.connecting import Conditioning
 from vqa_scratch.systems.assembly import grid_of
-from vqa_scratch.systems.base import System
+from vqa_scratch.systems.splits import SplitSystem
 
-Writing = System[Any, VQAModel]  # one whose model is encoder, connector and decoder
+Writing = SplitSystem[Any, VQAModel, Any]  # one whose model is encoder, connector and decoder
 
 
 def check_room(system: Writing, prompt: int, new_tokens: int) -> None:
@@ -36,6 +38,12 @@ def own_options(tokenizers: Tokenizers) -> dict[str, Any]:
     return {"max_new_tokens": tokenizers.max_answer_tokens, "eos_id": tokenizers.end_id}
 
 
+def answers_of(made: Generated, tokenizer: Tokenizer, options: GenerationOptions) -> list[Answer]:
+    """What was written in each row, with its probability."""
+    rows, ends = zip(made.ids.tolist(), made.lengths.tolist(), made.likely().tolist(), strict=True), options.eos_id
+    return [Answer(tokenizer.decode(ids[:n]).strip(), p, n, ended=ids[n - 1] in end_ids(ends)) for ids, n, p in rows]
+
+
 def write(
     system: Writing, questions: Questions, rows: np.ndarray, given: Conditioning, decoding: Mapping[str, Any] | None
 ) -> list[list[Answer]]:
@@ -49,12 +57,7 @@ def write(
     check_room(system, int(questions.prompts.lengths.max()), options.max_new_tokens)
     prompt, mask = (part.to(system.precision.device) for part in questions.prompt_batch(rows))
     made = generate(system.model.decoder, prompt, mask, given, options=options)
-    totals = made.likely().tolist()
-    answers = []
-    for ids, length, likely in zip(made.ids.tolist(), made.lengths.tolist(), totals, strict=True):
-        text = tokenizers.decoder.decode(ids[:length]).strip()
-        answers.append([Answer(text, likely, length, ended=ids[length - 1] == tokenizers.end_id)])
-    return answers
+    return [[answer] for answer in answers_of(made, tokenizers.decoder, options)]
 
 
 def choose(

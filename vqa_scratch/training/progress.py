@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from tqdm import tqdm
@@ -134,8 +134,28 @@ class Display:
         return getattr(self.stream, name)
 
 
-class Bar:
-    """A context in which a thread draws a progress bar every second, so that the training loop knows nothing of it.
+class EverySecond:
+    """A context in which a thread calls `draw` every second, so that what runs there knows nothing of it."""
+
+    def __init__(self, draw: Callable[[], object]) -> None:
+        self.draw, self.over = draw, threading.Event()
+        self.thread = threading.Thread(target=self._run, daemon=True)
+
+    def __enter__(self) -> Self:
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.over.set()
+        self.thread.join()
+
+    def _run(self) -> None:
+        while not self.over.wait(1.0):
+            self.draw()
+
+
+class Bar(EverySecond):
+    """The progress bar of a training loop.
 
     `share()` is the share of the run that is done. `progress` has its `step`, its `samples`, whose unit is `unit`, and
     the `best` validation so far; `rows` are those of its log. The speed is that of the last seconds; nothing is said of
@@ -144,27 +164,20 @@ class Bar:
 
     def __init__(self, share: Callable[[], float], progress: Any, rows: list[dict[str, Any]], unit: str) -> None:
         self.share, self.progress, self.rows, self.unit = share, progress, rows, unit
+        super().__init__(self._draw)
         self.seen: deque[tuple[float, int]] = deque()  # (time, samples) where the number of samples had changed
-        self.over = threading.Event()
 
-    def __enter__(self) -> "Bar":
+    def __enter__(self) -> Self:
         shape = "{desc} {percentage:5.1f}%|{bar}| {elapsed}<{remaining}{postfix}"
         self.first = self.progress.samples
         done = round(100 * self.share(), 2)
         self.bar = tqdm(total=100.0, initial=done, desc="training", bar_format=shape, file=Display())
-        self.thread = threading.Thread(target=self._every_second, daemon=True)
-        self.thread.start()
-        return self
+        return super().__enter__()
 
     def __exit__(self, *_: object) -> None:
-        self.over.set()
-        self.thread.join()
+        super().__exit__()
         self._draw()
         self.bar.close()
-
-    def _every_second(self) -> None:
-        while not self.over.wait(1.0):
-            self._draw()
 
     def speed(self, now: float) -> float | None:
         """Samples a second over the last seconds, from the end of the first step on; None before the second one."""

@@ -95,11 +95,9 @@ def in_parts(value: Any) -> bool:
 
 
 def whole(value: Any) -> Any:
-    """The same nested dictionaries and lists with every sharded tensor gathered. All ranks must call it."""
+    """The same tensor, or list of them, with every sharded one gathered. All ranks must call it."""
     if in_parts(value):
         return value.detach().full_tensor()
-    if isinstance(value, dict):
-        return {key: whole(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return type(value)(whole(item) for item in value)
     return value
@@ -139,10 +137,6 @@ class Alone:
     def shared(self, work: Callable[..., T]) -> Callable[..., T]:
         """`work`, which uses the model, wrapped so that the ranks exchange its gradients."""
         return work
-
-    def run(self, work: Callable[..., T], *args: Any) -> T:
-        """`self.shared(work)(*args)`."""
-        return self.shared(work)(*args)
 
     def backward_of(self, last: bool) -> AbstractContextManager:
         """The context of a part's forward and backward pass; gradients are exchanged in the last part of a step."""

@@ -11,18 +11,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vqa_scratch.audio.features import HOP, RATE, log_mel
 from vqa_scratch.data.text import Tokenizer
 from vqa_scratch.errors import UserError, some
 from vqa_scratch.generation_options import GenerationOptions
-from vqa_scratch.models.whisper import Whisper
+from vqa_scratch.models.whisper import Whisper, WhisperConfig
 from vqa_scratch.storage import read_object, typed, write_json
 from vqa_scratch.training.precision import DTYPES, formats
 from vqa_scratch.transcription.vocabulary import SpeechVocabulary
 from vqa_scratch.transcription.window import Try, Window
-from vqa_scratch.transcription.words import STATE_SECONDS, Word, word_times
+from vqa_scratch.transcription.words import STATE_SECONDS, Word, by_letters, word_times
 from vqa_scratch.weights.files import CONFIG, GENERATION
 from vqa_scratch.weights.hub import locate
 from vqa_scratch.weights.whisper_files import FIRST_MULTILINGUAL
@@ -48,7 +48,7 @@ class Segment:
 
 @dataclass
 class Transcriber:
-    """A released Whisper, ready to listen: in eval mode on `device`."""
+    """A released Whisper, or one of a run, ready to listen: in eval mode on `device`."""
 
     source: str
     model: Whisper
@@ -57,6 +57,12 @@ class Transcriber:
     barred: tuple[int, ...]  # tokens that never come
     barred_first: tuple[int, ...]  # and that do not come first
     heads: list[tuple[int, int]]  # (layer, head) of the attention that follows the sound
+    spelled: tuple[nn.Module, str] | None = None  # a head of CTC on the states, and its symbols after the blank
+
+    @property
+    def knows_times(self) -> bool:
+        """Whether it has tokens of times."""
+        return self.model.config.vocab_size > self.vocabulary.first_time
 
     def options(
         self, room: int, *, times: bool = True, max_new_tokens: int | None = None, **decoding: Any
@@ -85,11 +91,15 @@ class Transcriber:
         if (max_new_tokens or 0) > room:
             raise UserError(f"max_new_tokens {max_new_tokens}: a window of {self.source} has room for {room}")
 
+    def features(self, wave: Tensor) -> Tensor:
+        """Samples (n,) of a window at most -> the log-mel (1, M, F) of the window."""
+        config = self.model.config
+        return log_mel(wave.to(self.device), config.mels, seconds=config.frames * HOP / RATE)[None]
+
     @torch.inference_mode()
     def states(self, wave: Tensor) -> Tensor:
         """Samples (n,) of a window at most -> states (1, N, D)."""
-        config = self.model.config
-        return self.model.encode(log_mel(wave.to(self.device), config.mels, seconds=config.frames * HOP / RATE)[None])
+        return self.model.encode(self.features(wave))
 
     def transcribe(
         self,
@@ -98,23 +108,31 @@ class Transcriber:
         language: str | None = None,
         task: str = "transcribe",
         words: bool = False,
-        times: bool = True,
+        times: bool | None = None,
         previous_text: bool = False,
         **decoding: Any,
     ) -> Iterator[Segment]:
         """The segments of samples (n,) at 16 kHz, as they are heard. Raises UserError as `check` does.
 
         Without a language a model of several finds it out in the first window that holds sound. `words` gives each its
-        times; with `previous_text` a window is heard as the continuation of what was said before. Without `times` a
-        recording of one window is one segment, and its words are a little surer.
+        times; with `previous_text` a window is heard as the continuation of what was said before. Without `times` (the
+        only way of a model that has no tokens of them) a recording of one window is one segment, and its words are a
+        little surer.
         """
         self.check(language, task, decoding.get("max_new_tokens"))
+        if times and not self.knows_times:
+            raise UserError(f"{self.source} has no tokens of times: leave out --times")
+        times = self.knows_times if times is None else times
         vocabulary, frames = self.vocabulary, self.model.config.frames
         said: list[int] = []  # in the windows before this one
         seek, total = 0, -(-len(wave) // HOP)
         if not times and total > frames:
             most, there = frames * HOP / RATE, len(wave) / RATE
-            raise UserError(f"{there:.1f} s are heard by times: only a recording of at most {most:g} s can do without")
+            raise UserError(
+                f"{there:.1f} s are heard by times: only a recording of at most {most:g} s can do without"
+                if self.knows_times
+                else f"{there:.1f} s are too long for {self.source}: it hears {most:g} s, and knows no times"
+            )
         while seek < total:
             piece, length = wave[seek * HOP : (seek + frames) * HOP], min(frames, total - seek)
             if not piece.any():
@@ -137,7 +155,7 @@ class Transcriber:
             spans = None
             if words and any(timed):
                 whole = [index for ids in timed for index in ids]
-                spans = iter(word_times(self.model, vocabulary, states, language, task, whole, self.heads, length))
+                spans = iter(self.times_of(states, language, task, whole, length))
             for (first, last, _), ids in zip(pieces, timed, strict=True):
                 own = None if spans is None else spoken(spans, len(ids), seek)
                 text = vocabulary.text(ids)
@@ -147,6 +165,21 @@ class Transcriber:
             if heard.temperature >= FORGET_ABOVE or heard.repetitive:
                 said = []
             seek += max(2 * step, min(2 * LEAST_STEP, length))
+
+    def words(self, wave: Tensor) -> str:
+        """All words of samples (n,) at 16 kHz in a line. Raises UserError if there are none."""
+        said = " ".join(segment.text.strip() for segment in self.transcribe(wave))
+        if not said:
+            raise UserError("no words are heard in the recording: ask again, nearer to the microphone")
+        return said
+
+    @torch.no_grad()
+    def times_of(
+        self, states: Tensor, language: str | None, task: str, ids: list[int], frames: int
+    ) -> list[tuple[Word, int]]:
+        """The words of text ids as in `word_times`; with a head of CTC each is timed by where that spells it."""
+        words = word_times(self.model, self.vocabulary, states, language, task, ids, self.heads, frames)
+        return words if self.spelled is None else by_letters(words, self.spelled[0](states[:, : -(-frames // 2)]))
 
     def save(self, folder: Path) -> None:
         """Write it as `transformers` reads it: weights, tokenizer, how to generate, how to make features."""
@@ -237,7 +270,7 @@ def open_transcriber(source: str, device: torch.device, precision: str = "fp32")
         device,
         vocabulary.no_speech() if barred is None else barred,
         (vocabulary.encode(" ")[0], vocabulary.end) if first is None else first,
-        _heads(said, sizes.decoder_layers, sizes.decoder_heads, source),
+        heads_that_follow(said, sizes, source),
     )
 
 
@@ -252,9 +285,10 @@ def _ids(said: Mapping[str, Any], names: tuple[str, str], source: str) -> tuple[
     return None
 
 
-def _heads(said: Mapping[str, Any], layers: int, heads: int, source: str) -> list[tuple[int, int]]:
+def heads_that_follow(said: Mapping[str, Any], sizes: WhisperConfig, source: str) -> list[tuple[int, int]]:
     """The heads that follow the sound; of files that do not name them all heads of the second half of the layers."""
     (found,) = typed(source, said, {"alignment_heads": list | None})
+    layers, heads = sizes.decoder_layers, sizes.decoder_heads
     there = [(layer, head) for layer in range(layers) for head in range(heads)]
     if found is None:
         return [pair for pair in there if pair[0] >= layers // 2]

@@ -3,7 +3,7 @@
 As in OpenAI's `timing.py`: weights of the alignment heads over the states that hold sound, each state normed over the
 tokens, smoothed by a median, averaged over heads; dynamic time warping gives each token its time (Giorgino 2009).
 
-Shapes: H heads, T tokens, N states, R rows of a matrix, C columns.
+Shapes: H heads, T tokens, N states.
 """
 
 from collections.abc import Sequence
@@ -14,6 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vqa_scratch.audio.distortion import dtw
+from vqa_scratch.data.spoken import SPACE, letters_of
+from vqa_scratch.kernels import ctc_align
 from vqa_scratch.models.whisper import Whisper
 from vqa_scratch.nn.memory import Memory
 from vqa_scratch.study.trace import trace
@@ -32,33 +35,6 @@ class Word:
     start: float
     end: float
     probability: float
-
-
-def dtw(cost: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The path of least cost through a matrix (R, C), corner to corner by steps right, down or both: (rows, columns).
-
-    Of ways that are equally good it is that from the left, then the diagonal (Sakoe and Chiba 1978, without a band).
-    The matrix is filled one diagonal after the other.
-    """
-    height, width = cost.shape
-    moves = np.empty(cost.shape, np.int8)  # 0: from up and left, 1: from up, 2: from left
-    older, newer = np.full(height + 1, np.inf), np.full(height + 1, np.inf)  # of row i at place i + 1
-    older[0] = 0.0
-    for number in range(height + width - 1):
-        row = np.arange(max(0, number - width + 1), min(height, number + 1))
-        both, up, left = older[row], newer[row], newer[row + 1]
-        moves[row, number - row] = np.where((left <= up) & (left <= both), 2, np.where(both <= up, 0, 1))
-        now = np.full(height + 1, np.inf)
-        now[row + 1] = cost[row, number - row] + np.minimum(np.minimum(both, up), left)
-        older, newer = newer, now
-    row, column = height - 1, width - 1
-    path = [(row, column)]
-    while row or column:
-        move = 2 if row == 0 else 1 if column == 0 else moves[row, column]
-        row, column = row - (move != 2), column - (move != 1)
-        path.append((row, column))
-    rows, columns = np.array(path[::-1]).T
-    return rows, columns
 
 
 def alignment(scores: Tensor, states: int) -> Tensor:
@@ -105,6 +81,28 @@ def word_times(
         words.append((word, count))
         at += count
     return with_punctuation(words)
+
+
+def spans_of(letters: list[int], path: list[int]) -> list[tuple[float, float]]:
+    """When each word was said, from, to in seconds, by a path that has a letter's place, or -1, at each state."""
+    words, spans = np.cumsum([letter == SPACE for letter in letters]), dict[int, list[int]]()
+    for at, place in enumerate(path):
+        if place >= 0 and letters[place] != SPACE:
+            spans.setdefault(int(words[place]), []).append(at)
+    return [(min(at) * STATE_SECONDS, (max(at) + 1) * STATE_SECONDS) for _, at in sorted(spans.items())]
+
+
+def by_letters(words: list[tuple[Word, int]], logits: Tensor) -> list[tuple[Word, int]]:
+    """The same words, timed by where CTC spells them in logits (1, N, L); as they are if it cannot."""
+    try:
+        letters = letters_of(" ".join(word.text for word, _ in words))
+        path = ctc_align(logits, torch.tensor([letters], device=logits.device))[0].tolist()
+    except ValueError:  # a letter outside its alphabet, or more letters than states
+        return words
+    spans = spans_of(letters, path)
+    if len(spans) != len(words):  # of a number as digits it spells several
+        return words
+    return [(replace(word, start=a, end=b), count) for (word, count), (a, b) in zip(words, spans, strict=True)]
 
 
 def with_punctuation(words: list[tuple[Word, int]]) -> list[tuple[Word, int]]:

@@ -49,19 +49,18 @@ def _matcher(templates: Iterable[str]) -> re.Pattern[str]:
     return re.compile("|".join(re.escape(template).replace(r"\{\}", r"\d+") for template in templates) or r"(?!)")
 
 
+def spellings(key: str) -> Iterator[str]:
+    """A key of a file as a layout may spell it: as it is, and without one name of `WRAPPERS` after the other."""
+    yield key
+    while (wrapper := next((name for name in WRAPPERS if key.startswith(name)), None)) is not None:
+        key = key.removeprefix(wrapper)
+        yield key
+
+
 def unwrapped(key: str) -> str:
     """A key without all `WRAPPERS`, for a layout of whose own names none begins with one."""
-    while (wrapper := next((name for name in WRAPPERS if key.startswith(name)), None)) is not None:
-        key = key.removeprefix(wrapper)
-    return key
-
-
-def _spellings(key: str, key_map: KeyMap) -> Iterator[str]:
-    """A key of a file as the map may spell it: as it is, and without one name of `WRAPPERS` after the other."""
-    yield key_map.bare(key)
-    while (wrapper := next((name for name in WRAPPERS if key.startswith(name)), None)) is not None:
-        key = key.removeprefix(wrapper)
-        yield key_map.bare(key)
+    *_, last = spellings(key)
+    return last
 
 
 def find(tensors: Mapping[str, Tensor], name: str) -> Tensor | None:
@@ -97,14 +96,15 @@ def load_into(
     by_key: dict[str, str] = {}  # key as the map spells it -> key in the file
     doubled, ignored, unexpected = [], [], []
     for key in tensors:
-        bare = next((b for b in _spellings(key, key_map) if b in used or b in key_map.tied), None)
+        spelled = [key_map.bare(spelling) for spelling in spellings(key)]
+        bare = next((b for b in spelled if b in used or b in key_map.tied), None)
         if bare in by_key:
             doubled.append(f"{by_key[bare]} and {key}")
         elif bare is not None:
             by_key[bare] = key
-        elif any(heads.fullmatch(b) for b in _spellings(key, key_map)):
+        elif any(map(heads.fullmatch, spelled)):
             ignored.append(key)
-        elif not any(buffers.fullmatch(b) for b in _spellings(key, key_map)):
+        elif not any(map(buffers.fullmatch, spelled)):
             unexpected.append(key)
     for key, same in key_map.tied.items():
         if key in by_key and same in used and same not in by_key:
