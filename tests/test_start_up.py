@@ -1,5 +1,6 @@
 """A short start: AdamW without the compiler of torch, and models that are checked without random numbers."""
 
+
 import subprocess
 import sys
 
