@@ -1,6 +1,5 @@
 """A short start: AdamW without the compiler of torch, and models that are checked without random numbers."""
 
-
 import subprocess
 import sys
 
