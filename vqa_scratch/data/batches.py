@@ -32,12 +32,11 @@ Item = TypeVar("Item")
 class Ragged:
     """Many short id sequences in one flat array; with `which`, row i is `rows[which[i]]`: equal ones are kept once."""
 
-    def __init__(self, rows: Iterable[Sequence[int]], which: np.ndarray | None = None) -> None:
+    def __init__(self, rows: Iterable[Sequence[int]], which: np.ndarray | slice = slice(None)) -> None:
         rows = list(rows)
         lengths = np.array([len(row) for row in rows], dtype=np.int64)
         self.flat = np.fromiter(chain.from_iterable(rows), dtype=np.int32, count=lengths.sum())
-        chosen = slice(None) if which is None else which
-        self.lengths, self.starts = lengths[chosen], (lengths.cumsum() - lengths)[chosen]
+        self.lengths, self.starts = lengths[which], (lengths.cumsum() - lengths)[which]
 
     def places(self, rows: np.ndarray, *, left: bool = False) -> tuple[np.ndarray, np.ndarray]:
         """Where the ids of the chosen rows are in `flat`, row by row, and the mask (B, T) of a batch of them.
@@ -188,8 +187,7 @@ class Questions(ImageGroups):
         answers, said = distinct(s.answer for s in samples)
         self.ids, start = Ragged(map(tokenizers.question, questions), asked), tokenizers.start_id
         prompts = [[*tokenizers.prompt(text), start] for text in questions]
-        written = list(map(tokenizers.answer, answers))  # BOS first, EOS last
-        self.prompts = Ragged(prompts, asked)
+        self.prompts, written = Ragged(prompts, asked), list(map(tokenizers.answer, answers))  # BOS first, EOS last
         pairs, which = distinct(zip(asked.tolist(), said.tolist(), strict=True))
         both = [(prompts[question], written[answer]) for question, answer in pairs]
         self.decoder_ids = Ragged((prompt + answer[1:-1] for prompt, answer in both), which)

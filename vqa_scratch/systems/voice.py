@@ -29,6 +29,7 @@ from vqa_scratch.kernels import ctc_loss
 from vqa_scratch.models.vqa import labelled_loss
 from vqa_scratch.models.whisper import WhisperConfig, WhisperCTC
 from vqa_scratch.nn.memory import Memory
+from vqa_scratch.systems.assembly import WithoutNumbers
 from vqa_scratch.systems.base import RunData, System, seed_everything
 from vqa_scratch.systems.finals import Pace, Pass
 from vqa_scratch.systems.splits import TIMED, Key, in_time
@@ -78,7 +79,7 @@ class VoiceSystem(System[VoiceOptions, WhisperCTC]):
 
     @classmethod
     def check(cls, options: VoiceOptions) -> None:
-        with torch.device("meta"):
+        with WithoutNumbers():
             small_model(options, speech_tokenizer(["a"], options.vocabulary))
 
     @classmethod

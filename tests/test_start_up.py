@@ -1,4 +1,4 @@
-"""AdamW without torch's compiler: the same steps and states as torch's, and no program imports the compiler."""
+"""A short start: AdamW without the compiler of torch, and models that are checked without random numbers."""
 
 import subprocess
 import sys
@@ -7,6 +7,9 @@ import pytest
 import torch
 from vqa_helpers import ROOT, small_flags
 
+from vqa_scratch.errors import UserError
+from vqa_scratch.systems.options import VQAOptions
+from vqa_scratch.systems.vqa import VQASystem
 from vqa_scratch.training.adamw import AdamW
 
 # What runs first of `train.py --steps 1` and of `ask`, and then says whether the compiler was imported.
@@ -48,3 +51,14 @@ def test_no_program_imports_the_compiler(data, tmp_path):
     command = [sys.executable, "-c", STARTS, str(tmp_path / "run"), *flags]
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr[-500:]
+
+
+def test_options_are_checked_without_random_numbers():
+    """The model's own rules speak, at any size; nothing is drawn, and afterwards it is again."""
+    plain = {"connector": "prefix", "question_prompt": True}
+    before = torch.get_rng_state()
+    VQASystem.check(VQAOptions(preset="shapes", width=1024, heads=16, image_layers=12, decoder_layers=12, **plain))
+    assert torch.equal(torch.get_rng_state(), before)
+    with pytest.raises(UserError, match="needs a width divisible by 4"):
+        VQASystem.check(VQAOptions(preset="shapes", width=30, heads=2, **plain))
+    assert torch.nn.Linear(3, 3).weight.std() > 0
