@@ -46,7 +46,7 @@ def compare(kind: str, ends: tuple[int, int], world: World) -> None:
     some = own if own.start < PAIRS else slice(0, 2)
     rows = slice(None) if own.start < PAIRS else slice(0, 0)
     ranks = Replicas(model, world)
-    losses, right = ranks.run(losses_of, model, pixels[some], ids[some], KEYS[some], world, rows)
+    losses, right = ranks.shared(losses_of)(model, pixels[some], ids[some], KEYS[some], world, rows)
     (losses.sum() * world.size / PAIRS).backward()
 
     alone, (pixels, ids) = model_of(kind), inputs()
