@@ -232,7 +232,7 @@ def test_sixteen_bits_are_scaled_not_clipped(tmp_path):
 
 
 def test_what_the_system_refuses_is_not_called_damage(tmp_path, monkeypatch):
-    def refuse(*_):
+    def refuse(*_, **__):
         raise PermissionError(13, "Permission denied", "a.png")
 
     (tmp_path / "a.png").write_bytes(b"x")

@@ -52,7 +52,7 @@ def test_certificate_of_every_attention_of_a_cached_generation(subject, backend,
     certificate = t.certificate()
     assert certificate.attentions == len(every_attention(subject))
     assert certificate.worst <= 1e-5, certificate
-    assert certificate.rows == sum(t.pattern(name).shape[:3].numel() for name in every_attention(subject)) > 90
+    assert certificate.rows == sum(t.pattern(name).shape[:3].numel() for name in every_attention(subject)) > 70
 
 
 def test_certificate_finds_wrong_weights(subject):
