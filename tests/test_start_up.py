@@ -62,3 +62,13 @@ def test_options_are_checked_without_random_numbers():
     with pytest.raises(UserError, match="needs a width divisible by 4"):
         VQASystem.check(VQAOptions(preset="shapes", width=30, heads=2, **plain))
     assert torch.nn.Linear(3, 3).weight.std() > 0
+
+
+def test_the_end_of_a_program_is_silent_beside_triton():
+    """Its bindings report what was not collected, so then everything is."""
+    pytest.importorskip("triton")
+    program = (
+        "from triton._C import libtriton\nfrom vqa_scratch.command_line import run_program\nrun_program(lambda: None)"
+    )
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "", "")

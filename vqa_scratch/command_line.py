@@ -335,5 +335,6 @@ def run_program(main: Callable[..., Any], *args: Any) -> NoReturn:
     gc.set_threshold(700, 10, 1000)  # half a million objects of torch stay: to go through all of them is seldom of use
     with errors_in_one_line():
         stopped = main(*args)
-    gc.freeze()  # nor at the end, where it takes half a second
+    if "triton" not in sys.modules:  # it complains of every object that nobody collected
+        gc.freeze()  # nor at the end, where it takes half a second
     sys.exit(128 + stopped if isinstance(stopped, int) else 0)
