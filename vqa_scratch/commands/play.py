@@ -27,9 +27,7 @@ HERE, WHERE = ("127.0.0.1", "localhost"), "Server"
         Flag(["--model"], help="Instead of a RUN: a released BLIP-2, LLaVA, Fuyu or Idefics, a folder or Hub id."),
         Flag(["--voice-model"], help="What hears spoken questions: a run of preset voice, or a Whisper."),
         Flag(["--host"], default=HERE[0], help="Address to serve; others may come to another than this.", group=WHERE),
-        Flag(
-            ["--port"], type=click.IntRange(0, 65535), help="Else a free one if it is taken.", shown=PORT, group=WHERE
-        ),
+        Flag(["--port"], type=click.IntRange(0, 65535), help="A free one if it is taken.", shown=PORT, group=WHERE),
         Flag(["--browser/--no-browser"], default=True, help="Open the page.", group=WHERE),
         DEVICE,
         PRECISION,
@@ -93,6 +91,4 @@ def bind(host: str, port: int | None) -> tuple[socket.socket, list[str]]:
     except OSError as error:
         if port is None:
             return bind(host, 0)
-        raise UserError(
-            f"cannot serve at {host}, port {port}: {error.strerror}; give another --host or --port"
-        ) from None
+        raise UserError(f"cannot serve at {host}:{port}: {error.strerror}; give another --host or --port") from None
