@@ -184,6 +184,8 @@ def test_of_a_run_that_hears_the_sound_stands_where_the_picture_does(made, tmp_p
         visit.page.goto(made.address)
         visit.page.wait_for_selector("#voice")
         assert not visit.page.locator("#scene-part").is_visible() and not visit.page.locator("#question").is_visible()
+        page, sides = (visit.page.locator(name).bounding_box()["width"] for name in (".live-page", "#sides"))
+        assert sides > 0.9 * page, "what has no scene takes the room of one"
         visit.page.set_input_files("#sound", tmp_path / "said.wav")
         visit.page.wait_for_selector(".trouble:not([hidden])")
         assert len(asked) == 1, "nothing is asked before there is a sound"
