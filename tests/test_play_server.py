@@ -344,6 +344,9 @@ def test_every_kind_of_system_is_played_with_what_it_has(data, tmp_path, kind):
     assert next(answers.number(played, state | {"name": reading, "head": 0}, job))["head"] == 0
     if not about["writes"]:
         assert kind in ("vilt", "clip") and "it chooses its answer" in about["lacks"][0]
+        assert not next(answers.ask(played, state, job))["ended"], (
+            "no token ends what is chosen: the page would call the last word the end"
+        )
         with pytest.raises(UserError, match="it has no temperature"):
             list(answers.ask(played, state | {"temperature": 1}, job))
 

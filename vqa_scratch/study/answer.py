@@ -63,7 +63,7 @@ def answered(opened: Opened, told: Callable[[dict[str, Any]], None] = lambda tok
                 seen(token, values)
     likely = [token["probability"] for token in tokens]
     whole = prod(likely) if subject.measure == "probability" else likely[0]
-    return Answered(ids, opened.decode(ids), whole, not subject.end_ids or ids[-1] in subject.end_ids, tokens)
+    return Answered(ids, opened.decode(ids), whole, ids[-1] in subject.end_ids, tokens)
 
 
 @torch.no_grad()

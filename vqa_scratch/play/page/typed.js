@@ -16,6 +16,7 @@ export class Typed {
     if (!this.columns[i]) this.columns.push(this.column(i));
     const { element, word, unpin, list, others } = this.columns[i];
     element.classList.toggle("forced", forced);
+    element.classList.toggle("whole", token.label.trim().includes(" ")); // a text that is compared as one
     unpin.hidden = !forced;
     this.fill(word, token, forced ? ", chosen by you" : "");
     token.alternatives.forEach((other, n) => {
