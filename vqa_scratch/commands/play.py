@@ -55,6 +55,8 @@ def play(
         import starlette, uvicorn  # noqa: E401, F401, I001
     except ImportError:
         raise UserError("play needs starlette and uvicorn: pip install 'vqa-scratch[play]'") from None
+    import torch
+
     from vqa_scratch.play.models import Played
     from vqa_scratch.play.server import Play, Server
     from vqa_scratch.study.opened import run_name
@@ -64,6 +66,7 @@ def play(
 
     if len(runs) + (model is not None) > 2:
         raise UserError("the page shows one model, or two side by side")
+    torch.set_num_threads(max(1, torch.get_num_threads() - 1))  # one core is the browser's
     bound, hosts = bind(host, port)
     runs = runs or ((newest_run(Path("runs")),) if model is None else ())
     opens: list[tuple[str, Any, Path | None]] = [(run_name(run), partial(open_latest, run, **how), run) for run in runs]

@@ -9,8 +9,6 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import Any
 
-import torch
-
 from vqa_scratch.errors import UserError
 
 
@@ -72,7 +70,6 @@ class Worker:
             self.changed.notify()
 
     def _run(self) -> None:
-        torch.set_num_threads(max(1, torch.get_num_threads() - 1))  # one core is the browser's
         while True:
             with self.changed:
                 self.changed.wait_for(lambda: self.closed or self.waiting or self.in_pieces)
