@@ -99,12 +99,11 @@ def open_latest(folder: Path, device: str = "cpu", precision: str = "fp32") -> "
 
 def open_ears(source: str, device: str = "cpu", precision: str = "fp32") -> "Transcriber":
     """What listens: the run of `train.py --preset voice` in a folder, or a Whisper: a folder, .pt file or Hub id."""
+    from vqa_scratch.study.opened import config_of
     from vqa_scratch.training.precision import pick_device
     from vqa_scratch.transcription import open_transcriber
 
-    config = Path(source) / "config.json"
-    values = read_json(config) if config.is_file() else {}
-    if isinstance(values, dict) and "program" in values:
+    if "program" in config_of(Path(source)):
         return open_run(Path(source), device, precision).transcriber()
     return open_transcriber(source, pick_device(device), precision)
 

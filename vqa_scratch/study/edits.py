@@ -25,7 +25,7 @@ from vqa_scratch.study.analysis import every_attention
 from vqa_scratch.study.base import Change, Subject
 from vqa_scratch.study.opened import Opened
 from vqa_scratch.study.subject import WritingSubject
-from vqa_scratch.study.trace import Edit, Trace
+from vqa_scratch.study.trace import Edit, Trace, of_head
 
 MOST_TIMES = 100.0
 # By label, the axis of the tokens: what a patch may replace. Keys, values and scores grow from step to step.
@@ -157,10 +157,6 @@ def _in_turn(name: str, whole: Tensor, axis: int, head: int | None) -> Edit:
         new = whole[(slice(None),) * axis + (slice(start, done),)].to(tensor)
         if new.shape != tensor.shape:
             raise UserError(f"{name} of another input is {tuple(new.shape)}, and here it is {tuple(tensor.shape)}")
-        if head is None:
-            return new
-        result = tensor.clone()
-        result[:, head] = new[:, head]
-        return result
+        return of_head(tensor, new, head)
 
     return edit

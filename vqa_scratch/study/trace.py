@@ -313,13 +313,18 @@ def _patching(name: str, calls: list[Tensor], head: int | None) -> Edit:
         new = calls[call].to(tensor)
         if new.shape != tensor.shape:
             raise UserError(f"patch of {name}: the other run has {tuple(new.shape)}, this one {tuple(tensor.shape)}")
-        if head is None:
-            return new
-        tensor = tensor.clone()
-        tensor[:, head] = new[:, head]
-        return tensor
+        return of_head(tensor, new, head)
 
     return edit
+
+
+def of_head(tensor: Tensor, new: Tensor, head: int | None) -> Tensor:
+    """(B, H, ...): `new`, or `tensor` with only this head of `new`."""
+    if head is None:
+        return new
+    result = tensor.clone()
+    result[:, head] = new[:, head]
+    return result
 
 
 def trace(model: nn.Module, *patterns: str, grad: bool = False, record: bool = True) -> Trace:
