@@ -2,14 +2,16 @@
 
 import json
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
 from test_resume import run, tensors_in
+from torch.autograd import DeviceType
 from vqa_helpers import small_data, small_flags
 
 from vqa_scratch.training.checkpoint import load_checkpoint
-from vqa_scratch.training.profile import SKIPPED, profiling
+from vqa_scratch.training.profile import HEAVIEST, SKIPPED, heaviest, profiling
 
 
 def work(x):
@@ -30,9 +32,23 @@ def test_the_calls_after_the_first_few(tmp_path, capsys):
     assert len(named(path, "aten::mm")) == len([e for e in named(path, "work") if e["ph"] == "X"]) == 2
     assert said[0] == f"profile of 2 steps: {path}, to be opened in ui.perfetto.dev or chrome://tracing"
     shares = [int(share) for share in re.findall(r" aten::\w+ (\d+)%", said[1])]
-    assert said[1].startswith("heaviest operators: ") and " aten::mm " in said[1] and "work" not in said[1]
-    assert len(shares) == 5 and shares == sorted(shares, reverse=True) and 90 <= sum(shares) <= 102
+    assert said[1].startswith("heaviest operators: ") and "work" not in said[1]
+    assert len(shares) == HEAVIEST and shares == sorted(shares, reverse=True) and sum(shares) <= 102
     assert capsys.readouterr().out == "" and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_the_heaviest_by_their_own_time(on_gpu):
+    """Of all operators' time, the step's own name and the GPU's kernels not counted."""
+
+    def event(key, own, device=DeviceType.CPU, ours=False):
+        times = {"self_device_time_total": own if on_gpu else 7, "self_cpu_time_total": 7 if on_gpu else own}
+        return SimpleNamespace(key=key, device_type=device, is_user_annotation=ours, **times)
+
+    events = [event(f"aten::{name}", own) for name, own in zip("abcdefg", (1, 40, 2, 30, 12, 10, 5), strict=True)]
+    events += [event("work", 99, ours=True), event("kernel", 99, DeviceType.CUDA)]
+    found = heaviest(SimpleNamespace(key_averages=lambda: events), on_gpu)
+    assert found == ["aten::b 40%", "aten::d 30%", "aten::e 12%", "aten::f 10%", "aten::g 5%"]
 
 
 def test_a_run_that_ends_on_the_way(tmp_path, capsys):
