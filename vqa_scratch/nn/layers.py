@@ -70,10 +70,15 @@ def init_weights(module: nn.Module, std: float = 0.02) -> None:
         module.reset_parameters()
 
 
+def sinusoid_rates(dim: int) -> Tensor:
+    """(dim / 2,) radians a place: 10000^(-i / (dim/2 - 1))."""
+    return torch.exp(torch.arange(dim // 2) * (-math.log(10_000) / (dim // 2 - 1)))
+
+
 def sinusoids(length: int, dim: int) -> Tensor:
-    """(length, dim): the sines of t / 10000^(i / (dim/2 - 1)), then their cosines, not in turn as in Vaswani et al."""
-    rates = torch.exp(torch.arange(dim // 2) * (-math.log(10_000) / (dim // 2 - 1)))
-    angles = torch.arange(length)[:, None] * rates
+    """(length, dim): the sines of the places times `sinusoid_rates`, then their cosines, not in turn as in Vaswani et
+    al."""
+    angles = torch.arange(length)[:, None] * sinusoid_rates(dim)
     return torch.cat([angles.sin(), angles.cos()], 1)
 
 

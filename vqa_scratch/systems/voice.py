@@ -16,11 +16,11 @@ from typing import Any, Self
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vqa_scratch.data.recordings import read_recordings
 from vqa_scratch.data.spoken import ALPHABET, DRAWN, SpeechBatch, Utterance, Utterances, drawn_split, facts
-from vqa_scratch.data.text import Tokenizer, train_bpe
+from vqa_scratch.data.text import Tokenizer
 from vqa_scratch.data.tokenizers import Tokenizers
 from vqa_scratch.errors import UserError
 from vqa_scratch.generate import Conditioning, GenerationOptions, generate
@@ -34,6 +34,7 @@ from vqa_scratch.systems.base import RunData, System, seed_everything
 from vqa_scratch.systems.finals import Pace, Pass
 from vqa_scratch.systems.splits import TIMED, Key, in_time
 from vqa_scratch.systems.voice_export import export_voice
+from vqa_scratch.systems.voice_model import FRAMES, MOST, small_model, speech_tokenizer
 from vqa_scratch.systems.voice_options import VoiceOptions
 from vqa_scratch.systems.voice_report import WAYS, Heard, error_rates, figures_of, lines_of, show
 from vqa_scratch.systems.voice_times import time_errors
@@ -45,9 +46,6 @@ from vqa_scratch.transcription.vocabulary import SPECIAL, SpeechVocabulary
 QUICK = ("attention greedy", "ctc greedy")  # of WAYS, while training
 BEAMS, PREFIXES = 5, 8  # of the searches
 AT_ONCE = 32  # utterances that are heard together
-MOST = 16  # tokens a second: nobody speaks faster
-FRAMES = 100  # a second
-POSITIONS = 0.3  # the table of positions is made so much smaller than Whisper's
 
 
 class VoiceSystem(System[VoiceOptions, WhisperCTC]):
@@ -283,42 +281,5 @@ def in_batches(number: int, at_once: int) -> list[np.ndarray]:
     return np.array_split(np.arange(number), max(1, math.ceil(number / at_once)))
 
 
-def speech_tokenizer(texts: Sequence[str], size: int) -> Tokenizer:
-    """Byte-level BPE learned from the texts, and the special tokens of an English Whisper, none of them a time."""
-    backend = train_bpe([f" {text}" for text in texts], size).backend
-    backend.add_special_tokens(list(SPECIAL.values()))
-    end = SPECIAL["end"]
-    return Tokenizer(backend, {"bos": SPECIAL["start"], "eos": end, "pad": end, "unk": end})
-
-
 def _tokenizers(options: VoiceOptions, tokenizer: Tokenizer) -> Tokenizers:
     return Tokenizers(None, tokenizer, max_question_tokens=0, max_answer_tokens=MOST * options.window)
-
-
-def small_model(options: VoiceOptions, tokenizer: Tokenizer) -> WhisperCTC:
-    """A small Whisper of random weights with a CTC head."""
-    width, end = options.width, tokenizer.eos_id
-    assert tokenizer.bos_id is not None and end is not None
-    config = WhisperConfig(
-        vocab_size=len(tokenizer),
-        source_positions=FRAMES * options.window // 2,
-        max_positions=2 * MOST * options.window,
-        dim=width,
-        encoder_layers=options.encoder_layers,
-        encoder_heads=options.heads,
-        encoder_hidden=4 * width,
-        decoder_layers=options.decoder_layers,
-        decoder_heads=options.heads,
-        decoder_hidden=4 * width,
-        start_id=tokenizer.bos_id,
-        bos_id=end,
-        eos_id=end,
-        pad_id=end,
-    )
-    model = WhisperCTC(config, 1 + len(ALPHABET))
-    encoder = model.whisper.encoder
-    for conv in (encoder.conv1, encoder.conv2):  # torch's default shrinks the sound until the positions drown it
-        nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
-        nn.init.constant_(conv.get_parameter("bias"), 0.0)
-    encoder.positions.mul_(POSITIONS)
-    return model
