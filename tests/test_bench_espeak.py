@@ -16,7 +16,9 @@ from vqa_scratch.systems.voice_report import WAYS
 PROGRAM = """#!/bin/sh
 if [ "$1" = --voices=variant ]; then
     echo "Pty Language       Age/Gender VoiceName          File                 Other Languages"
-    for name in a b c d e f g h; do echo " 5  variant         --/M      $name               !v/$name              "; done
+    for name in a b c d e f g h; do
+        echo " 5  variant         --/M      $name               !v/$name              "
+    done
 else
     while [ "$1" != -w ]; do shift; done
     cp "SILENCE" "$2"
