@@ -12,15 +12,12 @@ A run is written to runs/rlhf-PRESET, or to the folder --out.
 One iteration is `iterate`, below; its parts are in vqa_scratch/rl/ppo.py and update.py.
 """
 
-import sys
-
-from vqa_scratch.command_line import count_seconds, errors_in_one_line, run_program
+from vqa_scratch.command_line import count_seconds, read_first, run_program
 from vqa_scratch.rl.options import RLHFOptions, read_command_line
 
 # ruff: noqa: E402 -- the command line is read before torch is imported, so that --help and a wrong flag answer at once
 if __name__ == "__main__":
-    with errors_in_one_line():
-        OPTIONS = read_command_line(sys.argv[1:])
+    OPTIONS = read_first(read_command_line)
     count_seconds("rlhf.py")
 
 import shlex

@@ -5,17 +5,15 @@ the curves, a page of answered questions, and summary.json with the final figure
 `vqa_scratch/systems/`; this file is how it is trained, from the options to the last figure.
 """
 
-import sys
 import time
 
-from vqa_scratch.command_line import count_seconds, errors_in_one_line, run_program
+from vqa_scratch.command_line import count_seconds, read_first, run_program
 from vqa_scratch.systems.options import RunOptions, read_command_line
 
 # ruff: noqa: E402 -- the command line is read before torch is imported, so that --help and a wrong flag answer at once
 if __name__ == "__main__":
     BEGAN = time.perf_counter() - time.process_time()  # about when the process did
-    with errors_in_one_line():
-        OPTIONS = read_command_line(sys.argv[1:])
+    OPTIONS = read_first(read_command_line)
     if OPTIONS.seeds is None:  # their runs show bars of their own
         count_seconds("train.py")
 

@@ -53,6 +53,16 @@ def test_no_program_imports_the_compiler(data, tmp_path):
     assert ended.returncode == 0, ended.stderr[-500:]
 
 
+def test_garbage_is_seldom_looked_for_while_torch_is_imported():
+    """Which begins after the options were read."""
+    program = (
+        "import gc\nfrom vqa_scratch import command_line\n"
+        "print(command_line.read_first(lambda argv: gc.get_threshold()))"
+    )
+    ended = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert ended.stdout == "(700, 10, 1000)\n", ended.stderr
+
+
 def test_options_are_checked_without_random_numbers():
     """The model's own rules speak, at any size; nothing is drawn, and afterwards it is again."""
     plain = {"connector": "prefix", "question_prompt": True}

@@ -166,8 +166,11 @@ def test_a_try_upward_waits_as_long_as_it_costs():
 
 
 def test_a_trial_changes_nothing(data, tmp_path):
-    """It goes through the loss of the run, in the format it is given, and leaves weights, gradients and chance."""
-    system = small_system(small_options(data, tmp_path / "run", questions_per_step=64))
+    """It goes through the loss of the run, in the format it is given, and leaves weights, gradients and chance.
+
+    The first batch of this epoch is what was left over, two images; the trial is an eighth of a whole one.
+    """
+    system = small_system(small_options(data, tmp_path / "run", questions_per_step=256))
     seen, loss = [], system.loss
 
     def watched(batch):
@@ -180,8 +183,9 @@ def test_a_trial_changes_nothing(data, tmp_path):
     cut, state, work = dict(system.tokenizers.cut), torch.get_rng_state(), system.trial()
     for kind in ("fp32", "bf16"):
         work(Precision(kind, CPU))
-    quarter = -(-len(system.batch(system.epoch(0)[0]).images) // 4)
-    assert seen == [(quarter, False), (quarter, True)]
+    assert [len(system.batch(key).images) for key in system.epoch(0)] == [2, 22]
+    eighth = -(-22 // 8)
+    assert seen == [(eighth, False), (eighth, True)]
     assert all(torch.equal(tensor, weights[name]) for name, tensor in system.model.state_dict().items())
     assert all(parameter.grad is None for parameter in system.model.parameters())
     assert torch.equal(state, torch.get_rng_state()) and cut == system.tokenizers.cut

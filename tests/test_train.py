@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -31,7 +32,7 @@ from vqa_scratch.systems.options import PRESETS, VQAOptions
 from vqa_scratch.systems.vqa import VQASystem
 from vqa_scratch.systems.vqa_models import released_models
 from vqa_scratch.training.checkpoint import load_checkpoint
-from vqa_scratch.training.progress import Bar
+from vqa_scratch.training.progress import Bar, Redrawn
 
 
 @pytest.fixture(scope="module")
@@ -254,6 +255,15 @@ def test_the_bar_moves_every_second_and_says_nothing_of_the_first_step(capsys):
     with Bar(lambda: 0.5, train.Progress(step=2), [{"step": 2, "loss": 9.0, "token_accuracy": 0.5}], "pairs"):
         pass
     assert "loss 9.000, right 0.50" in capsys.readouterr().err, "of whatever the loss counts, tokens or not"
+
+
+def test_a_bar_is_looked_at_twice_a_second():
+    """So it moves at least once in each, and shows the first step soon, on a clock that the test hands out."""
+    waited, drawn = [], []
+    bar = Redrawn(lambda: drawn.append(len(waited)))
+    bar.over = SimpleNamespace(wait=lambda seconds: waited.append(seconds) or len(waited) == 3)
+    bar._run()
+    assert waited == [0.5] * 3 and drawn == [1, 2]
 
 
 @pytest.mark.parametrize("changes", [{"connector": "mean", "stem": "linear", "accumulate": 4}, {"freeze": "encoders"}])

@@ -329,10 +329,22 @@ def errors_in_one_line() -> Iterator[None]:
         sys.exit(130)
 
 
+def collect_seldom() -> None:
+    """Look for circles of garbage seldom: half a million objects of torch stay, and each look goes through them."""
+    gc.set_threshold(700, 10, 1000)
+
+
+def read_first(read: Callable[[Sequence[str]], T]) -> T:
+    """`read(argv)`, the options of a program that imports torch after it; errors as in `errors_in_one_line`."""
+    collect_seldom()
+    with errors_in_one_line():
+        return read(sys.argv[1:])
+
+
 def run_program(main: Callable[..., Any], *args: Any) -> NoReturn:
     """Call `main(*args)` and exit with 0, with 128 + n if it returns the signal n that stopped it, or after an error as
     `errors_in_one_line` does."""
-    gc.set_threshold(700, 10, 1000)  # half a million objects of torch stay: to go through all of them is seldom of use
+    collect_seldom()
     with errors_in_one_line():
         stopped = main(*args)
     if "triton" not in sys.modules:  # it complains of every object that nobody collected

@@ -67,7 +67,7 @@ def transcribe(
     from vqa_scratch.audio.features import RATE
     from vqa_scratch.audio.reading import read_audio
     from vqa_scratch.storage import check_writable, write_text
-    from vqa_scratch.training.progress import EverySecond
+    from vqa_scratch.training.progress import Redrawn
     from vqa_scratch.transcription import formats
 
     if len(paths) != (2 if model is None else 1):
@@ -84,7 +84,7 @@ def transcribe(
     wave = read_audio(recording)
     shape = "{desc} {percentage:3.0f}%|{bar}| {n:.0f} of {total:.0f} s [{elapsed}<{remaining}]"
     bar = tqdm(desc="listening", total=len(wave) / RATE, bar_format=shape, leave=False)
-    with bar, EverySecond(bar.refresh):  # a window of 30 s, its tries and all, may take minutes
+    with bar, Redrawn(bar.refresh):  # a window of 30 s, its tries and all, may take minutes
 
         def heard() -> Iterator["Segment"]:
             for segment in opened.transcribe(wave, language=language, task=task, **how):

@@ -149,12 +149,13 @@ class System(ABC, Generic[RO, M]):
         return []
 
     def trial(self) -> Callable[[Precision], None]:
-        """A function that goes forward and backward through a quarter of what the run computes at once, in a format.
+        """A function that goes forward and backward through an eighth of what the run computes at once, in a format.
 
         It is called after `train_on` and before anything that depends on the format, to time them. Weights, gradients
         and random numbers stay as they are.
         """
-        part = next(self.batch(self.epoch(0)[0]).parts(4 * self.options.accumulate)).to(self.precision.device)
+        batch = max(map(self.batch, self.epoch(0)[:3]), key=lambda one: one.counts)  # one may be a leftover of a few
+        part = next(batch.parts(8 * self.options.accumulate)).to(self.precision.device)
 
         def forward_and_backward(precision: Precision) -> None:
             with torch.random.fork_rng(devices=()):

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from vqa_scratch.errors import UserError
 from vqa_scratch.storage import append_line, parse_json, write_text
 
+INTERVAL = 0.5  # seconds between two looks of a bar: the one after the first step is awaited
 RECENT = 10.0  # seconds that the speed on the bar is measured over
 
 
@@ -134,8 +135,8 @@ class Display:
         return getattr(self.stream, name)
 
 
-class EverySecond:
-    """A context in which a thread calls `draw` every second, so that what runs there knows nothing of it."""
+class Redrawn:
+    """A context in which a thread calls `draw` twice a second, so that what runs there knows nothing of it."""
 
     def __init__(self, draw: Callable[[], object]) -> None:
         self.draw, self.over = draw, threading.Event()
@@ -150,11 +151,11 @@ class EverySecond:
         self.thread.join()
 
     def _run(self) -> None:
-        while not self.over.wait(1.0):
+        while not self.over.wait(INTERVAL):
             self.draw()
 
 
-class Bar(EverySecond):
+class Bar(Redrawn):
     """The progress bar of a training loop.
 
     `share()` is the share of the run that is done. `progress` has its `step`, its `samples`, whose unit is `unit`, and
