@@ -214,9 +214,35 @@ def test_a_prefix_each_only_inside():
     assert connector(image, None, index).prefix_index is index
 
 
-def test_the_cost_of_taps_is_a_table():
+def test_the_cost_of_taps_is_a_table(monkeypatch):
+    """Of given times: the calls of a step take 1 ms with taps and none without, a step of real ones 99 ms."""
+    replayed, step = [], bench_taps.Steps.step
+
+    def replay(calls):
+        replayed.append(calls)
+        return 0.001 if modules_taps.tap is tap else 0.0
+
+    tap = modules_taps.tap
+    monkeypatch.setattr(bench_taps, "replay", replay)
+    monkeypatch.setattr(bench_taps.Steps, "step", lambda steps: step(steps) and 0.099)
     text = bench_taps.run(rounds=2, questions=16, command="python -m bench taps")
-    assert "| 16 " in text and "0.99x" in text
+    calls = replayed[0]
+    assert {given[0].split(".")[0] for _, given in calls} == {"image", "text", "decoder"}
+    assert {(name, len(given)) for name, given in calls if name == "tap" or given[1] == "head_out"} == {
+        ("tap", 3),
+        ("wanted", 2),
+    }
+    assert f"| 16        | {len(calls)} " in text and "| 1000.0 (" in text
+    assert "| 99 (" in text and "| **0.99000x** " in text
+
+
+def test_what_is_replayed_are_the_calls(monkeypatch):
+    made = []
+    monkeypatch.setattr(bench_taps, "REPLAYS", 2)
+    calls = [("wanted", ("image.0.self", "q")), ("tap", ("image.0.self", "q", None))]
+    with bench_taps.instead(lambda *given: made.append(("tap", given)), lambda *given: made.append(("wanted", given))):
+        assert bench_taps.replay(calls) >= 0
+    assert made == 2 * calls
 
 
 # ------------------------------------------------------------------------------------------------ caches
