@@ -10,7 +10,9 @@ from vqa_scratch import systems
 from vqa_scratch.__main__ import PROGRAM
 from vqa_scratch.commands.line import call
 from vqa_scratch.data.vqa_v2 import read_vqa
+from vqa_scratch.systems.options import BY_PRESET
 from vqa_scratch.systems.run_folder import save_weights
+from vqa_scratch.training.precision import Precision
 
 
 def make_run(data: Path, folder: Path, **changes) -> Path:
@@ -21,6 +23,16 @@ def make_run(data: Path, folder: Path, **changes) -> Path:
             parameter.add_(torch.randn_like(parameter) * 0.1)
     system.save(folder)
     save_weights(folder / "model.safetensors", system.model)
+    return folder
+
+
+def make_other(data: Path, folder: Path, **given) -> Path:
+    """As `make_run`, of any preset, with the weights it begins with."""
+    options = BY_PRESET[given["preset"]](**given, data=data, cache=folder, out=folder, device="cpu")
+    kind = systems.find(options.preset)
+    built = kind.build(options, kind.read(options), Precision("fp32", torch.device("cpu")))
+    built.save(folder)
+    save_weights(folder / "model.safetensors", built.model)
     return folder
 
 

@@ -162,15 +162,19 @@ def _decode(path: Path, kind: str) -> tuple[int, np.ndarray]:
 
 
 def write_wav(path: str | Path, wave: Tensor, rate: int = 16_000) -> None:
-    """Write samples (N,) as 16-bit PCM; what lies outside [-1, 1] is clipped. The file appears whole or not at all."""
-    samples = (wave.detach().cpu().double() * 2**15).round().clamp(-(2**15), 2**15 - 1).to(torch.int16)
+    """Write samples (N,) as `wav_bytes`. The file appears whole or not at all."""
+    data = wav_bytes(wave, rate)
+    write_whole(Path(path), lambda own: own.write_bytes(data))
 
-    def write(own: Path) -> None:
-        with wav.open(str(own), "wb") as file:
+
+def wav_bytes(wave: Tensor, rate: int = 16_000) -> bytes:
+    """Samples (N,) as a WAV of 16-bit PCM; what lies outside [-1, 1] is clipped."""
+    samples = (wave.detach().cpu().double() * 2**15).round().clamp(-(2**15), 2**15 - 1).to(torch.int16)
+    with io.BytesIO() as made:
+        with wav.open(made, "wb") as file:
             file.setparams((1, 2, rate, len(samples), "NONE", ""))
             file.writeframes(samples.numpy().astype("<i2").tobytes())
-
-    write_whole(Path(path), write)
+        return made.getvalue()
 
 
 # ------------------------------------------------------------------------------------------------ resampling

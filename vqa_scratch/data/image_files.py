@@ -104,6 +104,11 @@ def data_url(image: Image.Image, largest: int) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
 
 
+def wav_url(wav: bytes) -> str:
+    """A WAV as text for a page."""
+    return f"data:audio/wav;base64,{base64.b64encode(wav).decode('ascii')}"
+
+
 def bytes_in(address: str, kind: str) -> bytes:
     """The bytes in a data URL of a kind, image or audio. Raises UserError for anything else."""
     about, _, coded = address.partition(";base64,")

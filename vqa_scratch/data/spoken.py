@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from vqa_scratch.audio.features import log_mel
+from vqa_scratch.audio.reading import wav_bytes
 from vqa_scratch.data.batches import IGNORE, Ragged, TensorBatch
 from vqa_scratch.data.spelled import spell_numbers
 from vqa_scratch.data.tokenizers import Tokenizers, distinct
@@ -106,6 +107,14 @@ def draw(texts: Sequence[str], seed: Sequence[int], kinds: dict[str, Spoil], *, 
 
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # numpy's transforms let other threads run
         return list(pool.map(one, range(len(texts))))
+
+
+def unseen_speech(start: int, number: int, seed: int) -> list[tuple[str, bytes]]:
+    """The texts and the sounds, as WAV, of so many utterances of test from `start` on, without noise or echo."""
+    texts = list(islice(sentences(random.Random(f"{seed}/test"), unseen=True), start, start + number))
+    rngs = [np.random.default_rng([seed, DRAWN.index("test"), start + i]) for i in range(len(texts))]
+    said = [speak(text, Speaker.draw(rng, unseen=True), rng) for text, rng in zip(texts, rngs, strict=True)]
+    return [(one.text, wav_bytes(torch.from_numpy(one.wave))) for one in said]
 
 
 def drawn_split(name: str, number: int, seed: int) -> list[Utterance]:

@@ -4,13 +4,10 @@ Each function is the work of a `Job`: a generator of JSON values. Nothing stays 
 traces of a request, and end with them.
 """
 
-import time
 from collections.abc import Iterator
 from typing import Any
 
-from vqa_scratch.data.image_files import data_url
 from vqa_scratch.play.models import Played
-from vqa_scratch.play.pictures import LARGEST
 from vqa_scratch.play.worker import Job
 from vqa_scratch.storage import typed
 from vqa_scratch.study.analysis import every_attention
@@ -23,22 +20,19 @@ from vqa_scratch.study.report import page, study_data
 
 def ask(played: Played, state: dict[str, Any], job: Job) -> Iterator[Any]:
     """Each token of the answer, then all of it; after edits the unchanged answer too."""
-    began = time.perf_counter()
     opened = played.opened(state)
     found = answered(opened, lambda token: job.send({"token": token}))._asdict()
     if opened.subject.changes:
-        found["plain"] = answered(played.opened(state | {"edits": []}))._asdict()
-    image = None if opened.image is None else data_url(opened.image, LARGEST)
-    yield found | {"notes": opened.notes, "image": image, "ms": round(1000 * (time.perf_counter() - began), 1)}
+        found["plain"] = played.unchanged(state)._asdict()
+    yield found | {"notes": opened.notes}
 
 
 def study(played: Played, state: dict[str, Any], job: Job) -> Iterator[Any]:
     """The study of an answer; after edits also the maps of the unchanged model for the same words."""
     done, plain = take_apart(played.opened(state)), None
     if done.opened.subject.changes:
-        opened = played.opened(state | {"edits": []})
-        plain = answered(opened)._asdict()
-        maps = maps_of(opened, [token.id for token in done.tokens])
+        plain = played.unchanged(state)._asdict()
+        maps = maps_of(played.opened(state | {"edits": []}), [token.id for token in done.tokens])
         plain["flows"] = {name: packed_flow(flow) for name, flow in maps.items()}
     yield study_data(done, budget=0) | {"plain": plain}  # other heads are asked for one by one
 

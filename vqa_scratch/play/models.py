@@ -1,8 +1,10 @@
 """A model that is played with: opened once, used by its own thread, and opened again when newer weights lie there."""
 
+import json
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +18,15 @@ from vqa_scratch.play.worker import Worker
 from vqa_scratch.storage import typed
 from vqa_scratch.study.activation import has_activations
 from vqa_scratch.study.analysis import every_attention
+from vqa_scratch.study.answer import Answered, answered
 from vqa_scratch.study.edits import change_of
 from vqa_scratch.study.names import attention_at, tapped_modules
 from vqa_scratch.study.opened import Opened
 from vqa_scratch.study.subject import WritingSubject
-from vqa_scratch.systems.run_folder import log_of, stamps
+from vqa_scratch.systems.run_folder import log_of, stamps, still_trains
 from vqa_scratch.transcription.studied import heard
 
-MOST_EDITS, COLDEST, HOTTEST = 64, 0.01, 100.0
+MOST_EDITS, MOST_KEPT, COLDEST, HOTTEST = 64, 4, 0.01, 100.0
 LOOK_EVERY = 1.0  # seconds between looks for newer weights
 TYPES = {"picture": dict, "question": str | None, "edits": list | None, "temperature": int | float | None}
 TYPES |= {"seed": int | None, "start": list | None}
@@ -46,6 +49,7 @@ class Played:
         self.system, self.step = self.opens()
         self.ears = self.system.transcriber() if getattr(self.system, "hears", False) else None
         self.loaded += 1
+        self.answers = lru_cache(MOST_KEPT)(lambda request: answered(self.opened(json.loads(request))))
 
     def refresh(self) -> None:
         """From the model's thread: open the run again if it has newer weights. If they cannot be read, others stay."""
@@ -64,7 +68,7 @@ class Played:
 
     def described(self) -> dict[str, Any]:
         """What the page knows of it before anything is asked."""
-        return self.about | {"step": self.step, "training": log_of(self.folder)["running"]}
+        return self.about | {"step": self.step, "training": still_trains(self.folder)}
 
     def _about(self) -> dict[str, Any]:
         asked = [scene["questions"][0]["question"] for scene in self.pictures.scenes(3, 0) if scene["questions"]]
@@ -83,10 +87,9 @@ class Played:
         }
         heads = [{"name": n, "heads": attention_at(modules, n).heads, "reads": n in subject.reading} for n in names]
         mlps = [name for name in modules if name.endswith((".mlp", ".gated"))]
-        way = "cross" if not subject.prefix else "prefix" if writes else "stream"
-        about = {"id": self.name, "name": self.name, "asked": self.asked, "questions": examples}
-        about |= {"writes": writes, "measure": subject.measure, "way": way, "layers": subject.layers}
-        about |= {"attentions": heads, "mlps": mlps, "lens": subject.has_lens, "influence": maps}
+        about = {"id": self.name, "asked": self.asked, "questions": examples, "scenes": self.pictures.name}
+        about |= {"writes": writes, "measure": subject.measure, "attentions": heads, "mlps": mlps}
+        about |= {"loss_unit": getattr(self.system, "loss_unit", None)}
         return about | {"lacks": [what for what, has in lacks.items() if not has]}
 
     # ---------------------------------------------------------------------------------------- a request
@@ -125,3 +128,7 @@ class Played:
 
         subject.changes = tuple(change_of(opened, edit, other) for edit in edits or ())
         return opened
+
+    def unchanged(self, state: dict[str, Any]) -> Answered:
+        """The answer without the edits of a request; kept, since one is changed again and again."""
+        return self.answers(json.dumps({name: state.get(name) for name in TYPES} | {"edits": []}))

@@ -43,7 +43,7 @@ POSTED = {
 }
 HEADERS = {
     "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; "
-    "img-src 'self' data: blob:; connect-src 'self'; media-src blob:; base-uri 'none'; form-action 'none'; "
+    "img-src 'self' data: blob:; connect-src 'self'; media-src data:; base-uri 'none'; form-action 'none'; "
     "frame-ancestors 'none'",
     "x-content-type-options": "nosniff",
     "referrer-policy": "no-referrer",
@@ -148,8 +148,7 @@ class Play:
         """What needs no state: the models, what draws a scene, unseen scenes, the rows of a log."""
         name = request.path_params["name"]
         if name == "models":
-            voice = {"voice": self.ears is not None}
-            return JSONResponse([played.described() | voice for played in self.models.values()])
+            return JSONResponse([one.described() | {"voice": self.ears is not None} for one in self.models.values()])
         if name == "shapes":
             return JSONResponse(editor())
         if name not in ("scenes", "training"):
@@ -159,7 +158,8 @@ class Play:
             self._answer(played, lambda job: iter(()), JSON)
             return JSONResponse(played.training(number_in(request, "after", 0)))
         many, seed = min(number_in(request, "n", 12), MOST_SCENES), number_in(request, "seed", 0)
-        return self._answer(played, lambda job: iter([played.pictures.scenes(many, seed)]), JSON)
+        one, some = request.query_params.get("id"), played.pictures
+        return self._answer(played, lambda job: iter([[some.scene(one)] if one else some.scenes(many, seed)]), JSON)
 
     async def asked(self, request: Request, work: Callable[..., Iterator[Any]], kind: str) -> Response:
         """What a model says to a state."""

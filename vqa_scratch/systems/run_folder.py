@@ -121,17 +121,22 @@ def stamps(folder: Path | None) -> list[int]:
     return [path.stat().st_mtime_ns for path in paths if path.is_file()]
 
 
-def log_of(folder: Path | None, after: int = 0) -> dict[str, Any]:
-    """The rows of metrics.jsonl after so many, how many there are, and whether the run still trains.
+def still_trains(folder: Path | None) -> bool:
+    """Whether a run still trains. Its lock is looked at, not taken: it lies there until the end, and the last row of
+    metrics.jsonl is not older than `QUIET`, since a kill leaves the lock."""
+    if folder is None or not (folder / LOCK).is_file() or not (log := folder / "metrics.jsonl").is_file():
+        return False
+    return time.time() - log.stat().st_mtime < QUIET
 
-    It is only read, and its lock is looked at, not taken: it trains if the lock lies there, as it does until the end,
-    and a row is not older than `QUIET`, since a kill leaves the lock.
-    """
+
+def log_of(folder: Path | None, after: int = 0) -> dict[str, Any]:
+    """The rows of metrics.jsonl after so many, how many there are, and whether the run still trains. It is only
+    read."""
     path = None if folder is None else folder / "metrics.jsonl"
-    if folder is None or path is None or not path.is_file():
+    if path is None or not path.is_file():
         return {"rows": [], "total": 0, "running": False}
+    running = still_trains(folder)  # before the rows are read, so that the last are among them
     lines = [line for line in read_text(path).splitlines() if line.endswith("}")]  # the last may be half written
-    running = (folder / LOCK).is_file() and time.time() - path.stat().st_mtime < QUIET
     return {"rows": [parse_json(line, path) for line in lines[after:]], "total": len(lines), "running": running}
 
 

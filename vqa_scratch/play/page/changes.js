@@ -32,8 +32,6 @@ export class Changes {
     else if (edit.scale !== 1) this.add(edit);
   }
 
-  // ---------------------------------------------------------------------------------------------- the list
-
   list() {
     const { edits } = this;
     this.none.hidden = edits.length > 0;
@@ -61,12 +59,10 @@ export class Changes {
     const head = edit.head === null || edit.head === undefined ? "" : `, head ${edit.head}`;
     if (edit.kind === "head") return `${spoken(edit.name)}${head}`;
     if (edit.kind === "layer") return `${spoken(edit.name)}: knocked out`;
-    if (edit.kind === "patch") return `${spoken(edit.name)}${head}: as in ${this.app.scene.name(edit.from.picture)}, “${edit.from.question}”`;
+    if (edit.kind === "patch") return `${spoken(edit.name)}${head}: as in ${this.app.scene.name(edit.from.picture)}${edit.from.question ? `, “${edit.from.question}”` : ""}`;
     const label = this.sources.find(({ name }) => name === edit.source)?.labels[edit.token];
     return edit.kind === "key" ? `key ${edit.key}: knocked out` : `${edit.source} ${label === undefined ? edit.token : `“${shown(label)}”`}: knocked out`;
   }
-
-  // ---------------------------------------------------------------------------------------------- the form
 
   /** What this model has to be changed, and this study. */
   offer(model, sources) {

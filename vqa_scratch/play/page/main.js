@@ -1,4 +1,5 @@
 // The live page: holds what is shown in one state, and asks again when it changes.
+import { themed } from "../study/colors.js";
 import { h } from "../study/dom.js";
 import { Scene } from "./scene.js";
 import { share } from "./share.js";
@@ -20,8 +21,19 @@ const app = {
   model: (id) => app.models.find((model) => model.id === id),
   tell: (name, detail = {}) => document.dispatchEvent(new CustomEvent(`live-${name}`, { detail })), // the tour listens, and the tests
 
-  /** What the server is asked for one side. */
-  body: (index) => ({ ...app.state, ...app.state.sides[index], sides: undefined, view: undefined }),
+  /** The model whose scenes are on the page: the first that is asked something. */
+  lead() {
+    const models = app.state.sides.map(({ model }) => app.model(model));
+    return models.find(({ asked }) => asked !== "nothing") ?? models[0];
+  },
+
+  /** What the server is asked for one side: only what its model takes; and of a scene the picture, since another run numbers its own. */
+  body(index) {
+    const { sides, view, ...state } = app.state, side = sides[index], model = app.model(side.model);
+    const taken = ({ picture, question }) => ({ picture: model.scenes === app.lead().scenes ? picture : app.scene.shown(picture), question: model.asked === "nothing" ? null : question });
+    const edits = side.edits.map((edit) => (edit.from ? { ...edit, from: taken(edit.from) } : edit));
+    return { ...state, ...side, ...taken(state), edits, temperature: model.writes ? state.temperature : 0 };
+  },
 
   /** A question of the visitor's own. */
   ask(question) { app.typed = true; app.changed("asked", false, { question }); },
@@ -41,7 +53,7 @@ const app = {
     app.state.view = { ...app.state.view, ...view };
     app.sides.filter((side) => side !== from).forEach((side) => side.handle?.select(view));
     app.write();
-    app.tell("viewed");
+    app.tell("viewed", view);
   },
 
   write() {
@@ -67,34 +79,44 @@ async function arrange() {
   $("sides").replaceChildren(...app.sides.map((side) => side.element));
   $("sides").classList.toggle("two", app.sides.length > 1);
   app.scene.known.clear();
+  const { sides: [first, second], temperature, seed } = app.state, models = app.sides.map((side) => side.model), { asked, questions } = app.lead();
   await app.scene.load();
-  const { sides: [first, second], question, temperature, seed } = app.state, model = app.model(first.model);
+  app.state.question ||= questions[0] ?? "";
+  const { question } = app.state, aloud = asked === "sound"; // then the sound stands where a picture does
   [$("model").value, $("beside").value] = [first.model, second?.model ?? ""];
+  [...$("beside").options].forEach((option) => { option.disabled = Boolean(option.value) && (app.model(option.value).asked === "sound") !== aloud; });
   [$("question").value, $("temperature").value, $("heat").textContent, $("seed").value] = [question, temperature, temperature, seed];
-  const aloud = model.asked === "sound"; // then the sound stands where a picture does
-  $("question-part").hidden = model.asked === "nothing";
-  $("question-label").textContent = { text: "Text", sound: "Sound" }[model.asked] ?? "Question";
-  $("scene-part").hidden = $("words").hidden = $("examples").hidden = aloud;
-  $("voice").hidden = !model.voice && !aloud;
-  $("heat-row").hidden = !model.writes;
-  $("lacks").textContent = model.lacks?.length ? `This model: ${model.lacks.join("; ")}.` : "";
+  $("question-label").textContent = { text: "Text", sound: "Sound", nothing: "Chance" }[asked] ?? "Question";
+  $("scene-part").hidden = aloud;
+  $("words").hidden = aloud || asked === "nothing";
+  $("voice").hidden = !aloud && (!models[0].voice || asked === "nothing");
+  $("heat-row").hidden = !models.some((model) => model.writes);
   app.watching?.abort();
   app.watching = new AbortController();
   $("training").hidden = true;
   app.changed("opened");
-  if (model.training) watch(app, $("training"), app.watching.signal);
+  const training = models.find((model) => model.training);
+  if (training) watch(app, training, $("training"), app.watching.signal);
 }
 
 app.attempt = (work) => work().catch((error) => say(error.message));
 const sides = () => app.attempt(arrange);
 
+/** Other runs on the sides. If another one leads, its scenes have other numbers, or it hears. */
+function runs(chosen) {
+  const before = app.lead(), { picture } = app.state;
+  app.state.sides = chosen;
+  if (app.lead() !== before && (picture?.scene || Boolean(picture?.sound) !== (app.lead().asked === "sound"))) app.state.picture = null;
+  sides();
+}
+
 /** Asks what was said, or of a model that hears, what it hears; what is wrong stands beside it. */
 async function hear(blob) {
-  const aloud = app.sides[0].model.asked === "sound", send = async (sound) => (aloud ? { sound: await url(sound) } : json("voice", sound));
+  const aloud = app.lead().asked === "sound", send = async (sound) => (aloud ? { sound: await url(sound) } : json("voice", sound));
   $("heard").textContent = "Listening …";
   const { text, sound, problem } = await wav(blob).then(send).catch(({ message }) => ({ problem: message }));
   $("heard").textContent = problem ?? (sound ? "" : `Heard: “${text}”`);
-  if (sound) app.changed("picked", false, { picture: { sound } });
+  if (sound) app.scene.choose({ picture: { sound } });
   else if (!problem) app.ask(text);
 }
 
@@ -103,12 +125,10 @@ function controls() {
   $("temperature").addEventListener("input", () => { $("heat").textContent = $("temperature").value; app.changed("heated", true, { temperature: Number($("temperature").value) }); });
   $("seed").addEventListener("change", () => app.changed("seeded", false, { seed: Math.abs(Math.trunc(Number($("seed").value))) % 2 ** 31 }));
   $("model").addEventListener("change", () => {
-    const { state } = app, aloud = app.model($("model").value).asked === "sound";
-    state.sides[0] = blank($("model").value);
-    if (state.picture?.scene || Boolean(state.picture?.sound) !== aloud) state.picture = null; // another run has other scenes, or hears
-    sides();
+    const hears = (model) => app.model(model).asked === "sound", made = $("model").value;
+    runs([blank(made), ...app.state.sides.slice(1).filter(({ model }) => hears(model) === hears(made))]);
   });
-  $("beside").addEventListener("change", () => { app.state.sides.splice(1, 1, ...($("beside").value ? [blank($("beside").value)] : [])); sides(); });
+  $("beside").addEventListener("change", () => runs([app.state.sides[0], ...($("beside").value ? [blank($("beside").value)] : [])]));
   let stop = null;
   $("record").addEventListener("click", async () => {
     const ending = stop;
@@ -118,26 +138,18 @@ function controls() {
     if (ending) hear(await ending());
   });
   $("sound").addEventListener("change", () => { if ($("sound").files[0]) hear($("sound").files[0]); $("sound").value = ""; });
-  const preference = matchMedia("(prefers-color-scheme: dark)");
-  const theme = (dark) => {
-    document.documentElement.dataset.theme = dark ? "dark" : "light";
-    $("theme").textContent = dark ? "Light" : "Dark";
-    app.sides.forEach((side) => side.handle?.update({}));
-  };
-  theme(preference.matches);
-  preference.addEventListener("change", (event) => theme(event.matches));
-  $("theme").addEventListener("click", () => theme(document.documentElement.dataset.theme !== "dark"));
+  themed($("theme"), () => app.sides.forEach((side) => side.handle?.update({})));
   server.addEventListener("lost", () => say("The server does not answer. This page asks again every second."));
   server.addEventListener("found", () => (app.state ? sides() : app.attempt(start)));
   addEventListener("hashchange", () => restore(followed(location.hash)));
-  $("start-tour").addEventListener("click", tour($("tour")));
+  $("start-tour").addEventListener("click", tour($("tour"), () => app.sides[0].model));
   share(app, $("share-part"), restore);
 }
 
 async function start() {
   const [models, shapes] = await Promise.all([json("models"), json("shapes")]);
   app.models = models;
-  for (const name of ["model", "beside"]) $(name).append(...models.map(({ id, name: text }) => h("option", { value: id }, text)));
+  for (const name of ["model", "beside"]) $(name).append(...models.map(({ id }) => h("option", { value: id }, id)));
   app.scene = new Scene(app, shapes);
   app.state = { picture: null, question: models[0].questions[0] ?? "", temperature: 0, seed: 0, sides: [blank(models[0].id)], view: null };
   await (location.hash.length > 1 ? restore(followed(location.hash)) : sides());

@@ -1,5 +1,5 @@
 // What the model looks at: a scene of the test set, a picture of the visitor's, or one that is drawn here; and examples of questions.
-import { h, plain } from "../study/dom.js";
+import { h } from "../study/dom.js";
 import { Editor } from "./editor.js";
 import { json } from "./wire.js";
 
@@ -31,36 +31,36 @@ export class Scene {
 
   /** Scenes of the run's own test set; if nothing is shown yet, the one with most objects, or an empty drawing. */
   async load() {
-    const { state } = this.app;
-    this.scenes = await json(`scenes?model=${encodeURIComponent(state.sides[0].model)}&n=12&seed=${this.seed}`);
+    const { state } = this.app, { asked, id } = this.app.lead(), of = (which) => json(`scenes?model=${encodeURIComponent(id)}&${which}`);
+    this.scenes = await of(`n=12&seed=${this.seed}`);
     this.scenes.forEach((scene) => this.known.set(scene.id, scene));
-    $("scenes").replaceChildren(...this.scenes.map((scene) => {
-      const picture = h("img", { src: scene.image, alt: this.name({ scene: scene.id }), draggable: "false" });
-      const pick = h("button", { type: "button", class: "scene", draggable: "true", onclick: () => this.choose(this.of(scene)) }, picture);
-      this.carries(pick, () => ({ picture: { scene: scene.id }, question: this.app.state.question }));
-      return h("li", {}, pick);
-    }));
+    const { scene: linked } = state.picture ?? {}; // by a link, it may be any
+    if (linked && !this.known.has(linked)) (await of(`id=${encodeURIComponent(linked)}`).catch(() => [])).forEach((scene) => this.known.set(scene.id, scene));
+    this.list("scenes", (asked === "sound" ? [] : this.scenes).map((scene) => [
+      h("img", { src: scene.image, alt: this.name({ scene: scene.id }), draggable: "false" }), () => this.choose(this.of(scene)), () => ({ picture: { scene: scene.id }, question: this.app.state.question }), "scene"]));
     $("more").hidden = !this.scenes.length;
-    const fullest = [...this.scenes].sort((a, b) => b.objects.length - a.objects.length)[0];
-    if (this.app.model(state.sides[0].model).asked === "sound") return;
-    if (!state.picture || state.picture.sound) Object.assign(state, fullest ? this.of(fullest) : { picture: { objects: [] } });
+    const fullest = [...this.scenes].sort((a, b) => b.objects?.length - a.objects?.length)[0];
+    if (!state.picture) Object.assign(state, fullest ? this.of(fullest) : { picture: asked === "sound" ? null : { objects: [] } });
     this.show();
   }
 
-  /** What is dragged from here can be dropped on a run, which then borrows from it. */
-  carries(element, input) {
-    element.addEventListener("dragstart", (event) => {
+  /** Buttons, each [inside, what a click does, what a run borrows on which it is dropped, class]. */
+  list(id, items) {
+    $(id).replaceChildren(...items.map(([inside, onclick, input, kind = "plain"]) => h("li", {}, h("button", { class: kind, type: "button", draggable: "true", onclick, ondragstart: (event) => {
       event.dataTransfer.setData("text/plain", "");
       this.app.carried = input();
       document.body.classList.add("carrying");
-    });
+    } }, inside))));
   }
 
-  /** A scene and, unless the visitor has one already, a question about it. */
-  of({ id, questions }) {
+  /** A scene or a sound and, unless the visitor has one already, a question about it. */
+  of({ id, sound, questions }) {
     const { typed, state } = this.app;
-    return { picture: { scene: id }, question: typed ? state.question : (questions[0]?.question ?? state.question) };
+    return { picture: sound ? { sound } : { scene: id }, question: typed ? state.question : (questions[0]?.question ?? state.question) };
   }
+
+  /** The same for a run that numbers other scenes. */
+  shown(picture) { return picture.scene ? { data: this.known.get(picture.scene)?.image } : picture; }
 
   choose(fields) { this.app.changed("picked", false, fields); this.show(); }
 
@@ -79,7 +79,10 @@ export class Scene {
 
   /** The picture of the state, in the editor if it is drawn. */
   show() {
-    const { picture } = this.app.state, scene = this.known.get(picture.scene), objects = picture.objects ?? scene?.objects ?? [];
+    const { picture } = this.app.state, model = this.app.lead();
+    $("examples").hidden = model.asked === "nothing";
+    if (model.asked === "sound") { this.hear(picture); return; }
+    const scene = this.known.get(picture.scene), objects = picture.objects ?? scene?.objects ?? [];
     const drawn = Boolean(picture.objects || objects.length) && this.editor.knows(objects);
     $("canvas").toggleAttribute("hidden", !drawn);
     $("tools").hidden = !drawn;
@@ -89,35 +92,39 @@ export class Scene {
     this.note(drawn ? "Drag an object, or choose one and use the arrow keys." : "");
     this.press();
     const asked = scene?.questions.map(({ question }) => question).filter(Boolean) ?? [];
-    this.questions = (asked.length ? asked : this.app.model(this.app.state.sides[0].model).questions).slice(0, 6);
-    $("examples").replaceChildren(...this.questions.map((question) => {
-      const ask = plain(question, () => this.app.ask(question), { draggable: "true" });
-      this.carries(ask, () => ({ picture: this.app.state.picture, question }));
-      return h("li", {}, ask);
-    }));
+    this.questions = (asked.length ? asked : model.questions).slice(0, 6);
+    this.list("examples", this.questions.map((question) => [question, () => this.app.ask(question), () => ({ picture: this.app.state.picture, question })]));
+  }
+
+  /** A sound, and others of voices that training never heard. */
+  hear(picture) {
+    this.questions = [];
+    this.list("examples", this.scenes.map((scene) => [this.name(this.of(scene).picture), () => this.choose(this.of(scene)), () => this.of(scene)]));
+    $("examples").querySelectorAll("button").forEach((button, i) => button.setAttribute("aria-pressed", String(this.scenes[i].sound === picture?.sound)));
+    $("player").hidden = $("sides").hidden = !picture;
+    if (picture) $("player").src = picture.sound;
+    else $("heard").textContent = "Nothing is heard yet: speak, or choose a sound file.";
   }
 
   /** Which of the small pictures is shown large. */
   press() { $("scenes").querySelectorAll("button").forEach((button, i) => button.setAttribute("aria-pressed", String(this.scenes[i].id === this.app.state.picture.scene))); }
 
-  /** The picture as the server has it; for a link to a scene that is not among those here. */
-  reveal(image) { if (!$("picture").hidden && !$("picture").getAttribute("src") && image) $("picture").src = image; }
-
   /** The annotated answer, where the question is one of the scene's own; else null. */
   truth() {
-    const { picture, question } = this.app.state;
-    return this.known.get(picture.scene)?.questions.find((asked) => asked.question === question)?.answer ?? null;
+    const { picture, question } = this.app.state, scene = this.known.get(picture.scene) ?? this.scenes.find(({ sound }) => sound && sound === picture.sound);
+    return scene?.questions.find((asked) => scene.sound || asked.question === question)?.answer ?? null;
   }
 
   /** [what it is called, {picture, question}] of everything that a run can borrow from. */
   inputs() {
     const { picture, question } = this.app.state;
-    const scenes = this.scenes.map(({ id }) => [this.name({ scene: id }), { picture: { scene: id }, question }]);
+    const scenes = this.scenes.map((scene) => this.of(scene)).map((made) => [this.name(made.picture), { ...made, question }]);
     return [...scenes, ...this.questions.map((other) => [`“${other}”`, { picture, question: other }])];
   }
 
-  name({ scene }) {
-    if (scene === undefined) return "this picture";
+  name({ scene, sound }) {
+    const voice = this.scenes.findIndex((one) => sound && one.sound === sound);
+    if (scene === undefined) return voice < 0 ? `this ${sound ? "sound" : "picture"}` : `unseen voice ${voice + 1}`;
     const things = this.known.get(scene)?.objects.map(({ size, color, shape }) => `${size} ${color} ${shape}`) ?? [], at = this.scenes.findIndex(({ id }) => id === scene);
     return `scene ${at < 0 ? scene : at + 1}${things.length ? `: ${things.join(", ")}` : ""}`;
   }

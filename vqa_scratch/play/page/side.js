@@ -1,8 +1,8 @@
 // One run: its answer to the question on the page, what was changed in it, and the study of that answer.
-import { h } from "../study/dom.js";
+import { amount, h } from "../study/dom.js";
 import { renderStudy } from "../study/study.js";
 import { Changes } from "./changes.js";
-import { Typed, amount } from "./typed.js";
+import { Typed } from "./typed.js";
 import { Refusal, json, lines, newest } from "./wire.js";
 
 const REST = 150; // milliseconds without another question before the answer is studied
@@ -14,7 +14,8 @@ export class Side {
     this.element = document.getElementById("side").content.firstElementChild.cloneNode(true);
     const part = (name) => this.element.querySelector(`.${name}`);
     this.parts = Object.fromEntries(["trouble", "truth", "unchanged", "said", "took", "studied"].map((name) => [name, part(name)]));
-    part("name").textContent = this.model.name;
+    part("name").textContent = this.model.id;
+    part("lacks").textContent = this.model.lacks.length ? `This model: ${this.model.lacks.join("; ")}.` : "";
     this.element.dataset.index = index;
     this.typed = new Typed(part("typed"), (position, id) => this.choose(position, id), (token) => { this.handle?.select({ token }); app.look({ token }, this); });
     this.changes = new Changes(app, this, part("changes"));
@@ -51,7 +52,7 @@ export class Side {
     return this.attempt(async () => {
       const body = this.app.body(this.index), began = performance.now();
       this.changes.list();
-      this.typed.begin(this.model.measure);
+      this.typed.begin(this.model);
       let at = 0;
       for await (const line of lines("ask", body, signal)) {
         if (line.token) this.typed.token(line.token, at++ < body.start.length);
@@ -64,19 +65,20 @@ export class Side {
   finish(line, body, took, typed) {
     line.tokens.slice(typed).forEach((token) => this.typed.token(token, false)); // of a model that writes nothing word by word
     this.typed.end(line.ended);
-    const { truth, unchanged, took: clock } = this.parts, right = this.app.scene.truth(), answer = line.answer || "(nothing)", sure = amount(line.probability, this.model.measure);
+    const { truth, unchanged, took: clock } = this.parts, right = this.model.asked === this.app.lead().asked && this.app.scene.truth(), answer = line.answer || "(nothing)", pair = this.model.measure === "similarity", sure = amount(line.probability, this.model.measure);
     clock.textContent = `Answered in ${Math.round(took)} ms.`;
     truth.textContent = [right ? `The data set says “${right}”` : null, ...line.notes].filter(Boolean).map((note) => `${note}. `).join("");
     unchanged.hidden = !line.plain;
     if (line.plain) {
       const other = line.plain.answer !== line.answer, before = amount(line.plain.probability, this.model.measure);
       unchanged.classList.toggle("differs", other);
-      unchanged.replaceChildren(h("b", {}, other ? "Another answer. " : "The same answer. "), `Unchanged, the model says “${line.plain.answer || "(nothing)"}”, ${before}; with your changes “${answer}”, ${sure}.`);
+      if (pair) unchanged.textContent = `Unchanged, the similarity is ${before}; with your changes ${sure}.`;
+      else unchanged.replaceChildren(h("b", {}, other ? "Another answer. " : "The same answer. "), `Unchanged, the model says “${line.plain.answer || "(nothing)"}”, ${before}; with your changes “${answer}”, ${sure}.`);
     }
-    this.saying = `The answer is ${answer}, ${sure}.${line.plain ? ` Unchanged: ${line.plain.answer}.` : ""}`;
-    this.app.scene.reveal(line.image);
-    this.app.tell("answered", { changed: this.answer !== null && answer !== this.answer, edits: body.edits.length });
-    this.answer = answer;
+    this.saying = pair ? `The similarity is ${sure}.` : `The answer is ${answer}, ${sure}.${line.plain ? ` Unchanged: ${line.plain.answer}.` : ""}`;
+    const found = pair ? sure : answer;
+    this.app.tell("answered", { changed: this.answer !== null && found !== this.answer, edits: body.edits.length });
+    this.answer = found;
   }
 
   study(body) {

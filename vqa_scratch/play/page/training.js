@@ -8,8 +8,7 @@ const [WIDTH, HEIGHT, LEFT, BELOW] = [480, 230, 52, 40];
 
 /** Round numbers from `low` to `high`, about five of them. */
 function ticks(low, high) {
-  const rough = (high - low) / 5 || 1, power = 10 ** Math.floor(Math.log10(rough));
-  const step = power * [1, 2, 5, 10].find((n) => n * power >= rough), found = [];
+  const rough = (high - low) / 5 || 1, power = 10 ** Math.floor(Math.log10(rough)), step = power * [1, 2, 5, 10].find((n) => n * power >= rough), found = [];
   for (let at = Math.ceil(low / step); at * step <= high + step / 1e6; at += 1) found.push(Number((at * step).toPrecision(12)));
   return found;
 }
@@ -34,10 +33,9 @@ function plot(title, unit, lines, range) {
   return h("figure", {}, h("figcaption", {}, h("b", {}, title), legend), root);
 }
 
-/** Watches the run of the first side as long as it trains; `stop` is a signal that ends it. */
-export async function watch(app, box, stop) {
-  const { id } = app.model(app.state.sides[0].model), rows = [];
-  const of = (value) => rows.filter((row) => Number.isFinite(value(row))).map((row) => [row.step, value(row)]);
+/** Watches the run of a model as long as it trains; `stop` is a signal that ends it. */
+export async function watch(app, { id, loss_unit: unit }, box, stop) {
+  const rows = [], of = (value) => rows.filter((row) => Number.isFinite(value(row))).map((row) => [row.step, value(row)]);
   for (let loaded = null, running = true; running && !stop.aborted;) {
     try {
       const made = await json(`training?model=${encodeURIComponent(id)}&after=${rows.length}`, undefined, stop);
@@ -47,7 +45,7 @@ export async function watch(app, box, stop) {
       box.querySelector(".state").textContent = `${running ? "Training" : "Training has ended"}: step ${rows.at(-1)?.step ?? 0}. Answers come from the checkpoint of step ${made.step}.`;
       if (made.rows.length) {
         const accuracy = { "training, tokens": of((row) => row.token_accuracy), validation: of((row) => row.val?.accuracy) };
-        box.querySelector(".plots").replaceChildren(plot("Loss", app.model(id).loss_unit ?? "loss", { training: of((row) => row.loss) }), plot("Accuracy", "share right", accuracy, [0, 1]));
+        box.querySelector(".plots").replaceChildren(plot("Loss", unit ?? "loss", { training: of((row) => row.loss) }), plot("Accuracy", "share right", accuracy, [0, 1]));
       }
       if (loaded !== null && made.loaded !== loaded) app.changed("trained");
       ({ loaded } = made);

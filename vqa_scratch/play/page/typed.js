@@ -1,14 +1,11 @@
 // The answer as it is decoded: a column a word, with its probability and what else could have stood there.
-import { h, meter, number, percent, plain, shown } from "../study/dom.js";
-
-/** A probability, or a similarity, in words. */
-export const amount = (x, measure) => (measure === "similarity" ? number(x, 2) : percent(x));
+import { amount, h, meter, plain, shown } from "../study/dom.js";
 
 export class Typed {
   /** `choose(position, id)` goes on from an alternative, or with null lets the model choose again; `select(position)` looks at a word. */
   constructor(box, choose, select) { Object.assign(this, { box, choose, select, columns: [], tokens: [], at: 0 }); }
 
-  begin(measure) { Object.assign(this, { tokens: [], measure }); }
+  begin({ measure, writes }) { Object.assign(this, { tokens: [], measure, writes }); }
 
   /** The next word; a column that is there already is filled anew, so that dragging does not flicker. */
   token(token, forced) {
@@ -24,7 +21,8 @@ export class Typed {
         others.push(h("button", { class: "other", type: "button", onclick: () => this.choose(i, this.tokens[i].alternatives[n].id) }));
         list.append(h("li", {}, others[n]));
       }
-      this.fill(others[n], other, ": go on from it");
+      others[n].disabled = !this.writes; // what chooses its answer goes on from none
+      this.fill(others[n], other, this.writes ? ": go on from it" : "");
       others[n].setAttribute("aria-pressed", String(other.id === token.id));
     });
     others.splice(token.alternatives.length).forEach((button) => button.parentElement.remove());

@@ -37,8 +37,7 @@ function gone(error) {
 
 /** The response to a GET, or with a body to a POST: a Blob as it is, all else as JSON. Throws Refusal, or AbortError. */
 export async function request(path, body, signal) {
-  const raw = body instanceof Blob;
-  const headers = { "Content-Type": raw ? body.type : "application/json" };
+  const raw = body instanceof Blob, headers = { "Content-Type": raw ? body.type : "application/json" };
   const post = body === undefined ? {} : { method: "POST", headers, body: raw ? body : JSON.stringify(body) };
   const response = await fetch(api(path), { ...post, signal }).catch(gone);
   heard(true);
@@ -53,8 +52,7 @@ export const json = async (...what) => (await request(...what)).json().catch(gon
 export async function* lines(path, body, signal) {
   const reader = (await request(path, body, signal)).body.pipeThrough(new TextDecoderStream()).getReader();
   for (let rest = "", ended = false; !ended;) {
-    const { done, value } = await reader.read().catch(gone);
-    const parts = (rest + (value ?? "")).split("\n");
+    const { done, value } = await reader.read().catch(gone), parts = (rest + (value ?? "")).split("\n");
     ended = done;
     rest = done ? "" : parts.pop();
     for (const line of parts.filter(Boolean).map((part) => JSON.parse(part))) {

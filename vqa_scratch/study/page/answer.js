@@ -70,8 +70,7 @@ export class AnswerView {
   }
 
   buildControls() {
-    const { study } = this, { flows } = study;
-    const modes = Object.keys(METHODS).filter((mode) => flows[mode] || ["mean", "layer", "head"].includes(mode));
+    const { study } = this, { flows } = study, modes = Object.keys(METHODS).filter((mode) => flows[mode] || ["mean", "layer", "head"].includes(mode));
     this.modes = choice("what to show", modes.map((mode) => [mode, mode[0].toUpperCase() + mode.slice(1), METHODS[mode]]), (mode) => study.set(flows[mode] ? { mode, kind: "cross" } : { mode }));
     this.pickers = ["layer", "head"].map((name) => [name, h("select", { "aria-label": name, onchange: (e) => study.set({ [name]: Number(e.target.value) }) })]);
     this.explain = h("p", { class: "explain" });
@@ -87,8 +86,7 @@ export class AnswerView {
   }
 
   drawPicture(shares) {
-    const { study } = this, { view } = study, values = study.patches(shares);
-    const any = sum(shares.sources) > 1e-9 && sum(values) > 1e-9;
+    const { study } = this, { view } = study, values = study.patches(shares), any = sum(shares.sources) > 1e-9 && sum(values) > 1e-9;
     this.picture.paint(any ? values : null, OVER_IMAGE, study.top(study.picture, shares), { opacity: Math.min(1, view.opacity / 0.9) });
     range(values.length).forEach((patch) => { if (study.edited(this.part(patch))) this.picture.mark(patch, true); });
     if (study.asked >= 0) this.picture.mark(study.asked);

@@ -6,6 +6,21 @@ const ON_DARK = [[0, [130, 20, 90, 0]], [0.2, [140, 20, 90, 0.4]], [0.6, [240, 1
 // From less to more over an image: blue, nothing, orange; -1 is at 0, 1 at 1.
 export const DIFFERENCE = [[0, [20, 60, 170, 0.9]], [0.25, [70, 130, 235, 0.6]], [0.5, [255, 255, 255, 0]], [0.75, [245, 140, 50, 0.6]], [1, [190, 60, 0, 0.9]]];
 export const isDark = () => document.documentElement.dataset.theme === "dark";
+
+/** Light or dark as the system is, until `button` is pressed, and light on paper; `redraw` follows each change. */
+export function themed(button, redraw) {
+  const preference = matchMedia("(prefers-color-scheme: dark)"), set = (dark) => {
+    document.documentElement.dataset.theme = dark ? "dark" : "light";
+    button.textContent = dark ? "Light" : "Dark";
+    redraw();
+  };
+  let before = false; // whether it was dark before it was printed
+  set(preference.matches);
+  preference.addEventListener("change", (event) => set(event.matches));
+  button.addEventListener("click", () => set(!isDark()));
+  addEventListener("beforeprint", () => { before = isDark(); set(false); });
+  addEventListener("afterprint", () => set(before));
+}
 export const onPage = () => (isDark() ? ON_DARK : ON_LIGHT);
 
 /** The colour [red, green, blue, opacity] at a share from 0 to 1 of a ramp. */
@@ -28,8 +43,7 @@ function luminance(rgb) {
 
 /** A colour over the card or another ground, and black or white ink on it, whichever has more contrast (4.5 at least). */
 function paint(element, c, ground) {
-  const below = ground[isDark() ? "dark" : "light"];
-  const mixed = [0, 1, 2].map((i) => c[i] * c[3] + below[i] * (1 - c[3]));
+  const below = ground[isDark() ? "dark" : "light"], mixed = [0, 1, 2].map((i) => c[i] * c[3] + below[i] * (1 - c[3]));
   element.style.background = css([...mixed, 1]);
   element.style.color = luminance(mixed) > 0.179 ? "#000000" : "#ffffff";
 }

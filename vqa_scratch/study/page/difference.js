@@ -7,6 +7,8 @@ import { unpackFlows } from "./figures.js";
 import { Picture, legend } from "./picture.js";
 
 const points = (share) => `${share >= 0.0005 ? "+" : ""}${number(Math.round(1000 * share) / 10 || 0, 1)}`; // never −0.0
+/** How much a probability or a similarity changed. */
+const by = (study, change) => (study.pair ? number(change) : points(change));
 const placeOf = (study, name) => Object.entries(study.attentions).map(([kind, a]) => [kind, a.names.indexOf(name)]).find(([, layer]) => layer >= 0);
 
 export class DifferenceView {
@@ -37,11 +39,11 @@ export class DifferenceView {
     const cell = (t) => (t ? h("span", {}, h("b", {}, shown(t.label)), ` ${study.amount(t.probability)} `, meter(t.probability)) : "–");
     const rows = Array.from({ length: Math.max(tokens.length, was.tokens.length) }, (_, i) => {
       const [old, now] = [was.tokens[i], tokens[i]], same = old && now && old.id === now.id;
-      return [`token ${i + 1}`, cell(old), cell(now), same ? points(now.probability - old.probability) : "another word"];
+      return [`token ${i + 1}`, cell(old), cell(now), same ? by(study, now.probability - old.probability) : "another word"];
     });
     const total = (text, p) => h("span", {}, h("b", {}, `“${text || "(nothing)"}”`), ` ${study.amount(p)}`);
-    this.answers.replaceChildren(table("answers, unchanged and changed", ["", "unchanged", "changed", "points"],
-      [["answer", total(was.answer, was.probability), total(answer.text, answer.probability), was.answer === answer.text ? points(answer.probability - was.probability) : "another answer"], ...rows], { class: "versus" }));
+    this.answers.replaceChildren(table("answers, unchanged and changed", ["", "unchanged", "changed", study.pair ? "difference" : "points"],
+      [["answer", total(was.answer, was.probability), total(answer.text, answer.probability), was.answer === answer.text ? by(study, answer.probability - was.probability) : "another answer"], ...rows], { class: "versus" }));
     const largest = Math.max(1e-9, ...change.map(Math.abs));
     if (study.picture) {
       const [a, b, d] = [before, after, change].map((sources) => study.patches({ sources })), top = Math.max(study.top(study.picture, { sources: before }), study.top(study.picture, { sources: after }));
@@ -72,20 +74,18 @@ export class MatterView {
   }
 
   draw() {
-    const { study } = this, { matter, answer } = study.data, { hooks } = study.shared;
-    const loss = (r) => answer.probability - r.probability + (r.changed ? 1 : 0);
-    const counted = matter.rows.filter((r) => r.changed || answer.probability - r.probability >= LEAST).length;
-    const { total, done } = matter;
+    const { study } = this, { matter, answer } = study.data, { hooks } = study.shared, loss = (r) => answer.probability - r.probability + (r.changed ? 1 : 0);
+    const counted = matter.rows.filter((r) => r.changed || answer.probability - r.probability >= LEAST).length, { total, done } = matter;
     const rows = [...matter.rows].sort((a, b) => loss(b) - loss(a)).slice(0, 10).map((r) => {
       const [kind, layer] = placeOf(study, r.name) ?? [], part = { kind: "head", name: r.name, head: r.head, scale: 0 };
       const name = kind ? plain(`${r.name} head ${r.head}`, () => study.set({ mode: "head", kind, layer, head: r.head })) : `${r.name} head ${r.head}`;
-      return [name, h("b", {}, r.answer || "(nothing)"), percent(r.probability), r.changed ? "another answer" : points(r.probability - answer.probability),
+      return [name, h("b", {}, r.answer || "(nothing)"), study.amount(r.probability), r.changed ? "another answer" : by(study, r.probability - answer.probability),
         hooks.knock ? plain("✂", () => study.shared.cut(part, true), { "aria-label": `knock out ${r.name} head ${r.head}` }) : ""];
     });
     this.box.replaceChildren(
       h("p", { class: "lead", role: "status" }, h("b", { class: "count" }, `${counted} of ${total ?? "all"} heads matter for this answer${done ? "" : " so far"}`),
-        `: without one of them it is another, or ${100 * LEAST} points less probable. ${done ? "All were tried." : `${matter.rows.length} were tried.`}`),
+        `: without one of them it is another, or ${study.pair ? `${LEAST} less similar` : `${100 * LEAST} points less probable`}. ${done ? "All were tried." : `${matter.rows.length} were tried.`}`),
       done ? "" : h("progress", { max: total, value: total && matter.rows.length, "aria-label": "heads tried" }),
-      table("effect of each head", ["without", "answer", "probability", "points", h("th", { "aria-label": "knock out" })], rows));
+      table("effect of each head", ["without", study.pair ? "text" : "answer", study.data.measure, study.pair ? "difference" : "points", h("th", { "aria-label": "knock out" })], rows));
   }
 }

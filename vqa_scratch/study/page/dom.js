@@ -5,6 +5,8 @@ export const sum = (values) => values.reduce((a, b) => a + b, 0);
 export const range = (n) => Array.from({ length: n }, (_, i) => i);
 export const percent = (share) => (share >= 0.0995 ? Math.round(100 * share) : (100 * share).toFixed(1).replace("-", "−")) + " %";
 export const number = (x, digits = 3) => (Math.abs(x) > 1e20 ? "−∞" : x.toFixed(digits).replace("-", "−"));
+/** A probability, or a similarity, in words. */
+export const amount = (x, measure) => (measure === "similarity" ? number(x, 2) : percent(x));
 export const clamp = (i, n) => Math.max(0, Math.min(n - 1, i));
 /** A token as it is shown: one that is only a space has a sign. */
 export const shown = (label) => label.trim() || "␣";

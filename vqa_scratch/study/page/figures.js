@@ -1,15 +1,13 @@
 // The figures of one study: what is chosen in it, and the weights, shares and sentences that follow.
 import { mean, row, strongest, unpack } from "./arrays.js";
-import { clamp, number, percent, range, shown, sum } from "./dom.js";
+import { amount, clamp, number, percent, range, shown, sum } from "./dom.js";
 import { KINDS, WAYS } from "./words.js";
 
 export const unpackFlows = (flows) => Object.fromEntries(Object.entries(flows).map(([name, f]) => [name, { sources: unpack(f.sources), decoder: unpack(f.decoder) }]));
 const positive = (values) => values.map((v) => Math.max(0, v));
 
-/** A probability or a similarity, in words. */
-const amount = (data, x) => (data.measure === "similarity" ? number(x, 2) : percent(x));
 export function result(data) {
-  const { text, probability } = data.answer, said = amount(data, probability);
+  const { text, probability } = data.answer, said = amount(probability, data.measure);
   return data.measure === "similarity" ? `gives the text and the image a similarity of ${said}` : `answered “${text || "(nothing)"}”, probability ${said}`;
 }
 
@@ -33,7 +31,7 @@ export class Study {
 
   get view() { return this.shared.view; }
   set(changes) { this.shared.set(changes); }
-  amount(x) { return amount(this.data, x); }
+  amount(x) { return amount(x, this.data.measure); }
   get token() { return this.hover === null ? clamp(this.view.token, this.data.tokens.length) : this.hover; }
   get row() { return this.data.tokens[this.token].row; }
   get label() { return shown(this.data.tokens[this.token].label); }

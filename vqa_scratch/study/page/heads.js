@@ -65,7 +65,7 @@ export class HeadsView {
     const cross = pair ? "Each picture is one head, as the token reads whose state becomes the image’s: the class token, or a probe."
       : data.way === "stream" ? "Each picture is one head, as the first token reads: patches above, question words below."
         : picture ? `Each picture is one head of the decoder for the chosen token${study.texts.length ? ": patches above, question words below" : ""}.`
-          : "Each picture is one head of the decoder: answer tokens downwards, text tokens across; the chosen token is outlined.";
+          : `Each picture is one head of the decoder: answer tokens downwards, ${data.sound ? "the time" : "text tokens"} across; the chosen token is outlined.`;
     return { cross, image: "Each picture is one head of the image encoder for the chosen patch.", text: "Each picture is one head of the text encoder: queries downwards, keys across.",
       decoder: "Each picture is one head of the decoder’s self-attention: queries downwards, keys across.",
       stream: "Each picture is one head for the chosen word or patch: patches above, question words below." }[kind] ?? "Each picture is one head of the encoder.";
@@ -86,7 +86,7 @@ export class HeadsView {
       mark.textContent = edit ? (edit.scale ? `×${edit.scale}` : "off") : effect?.changed ? `→ ${effect.answer}` : "";
       const text = `layer ${study.block(kind, layer)} head ${head}: image ${percent(s[3])}, text ${percent(s[4])}, sinks ${percent(s[5])}, entropy ${number(s[2], 2)}`
         + (s[6] === null ? "" : `, distance ${number(s[6], 1)}`) + (edit ? `, ${edit.scale ? `scaled by ${edit.scale}` : "knocked out"}` : "")
-        + (effect ? `, without it: ${effect.answer}, ${percent(effect.probability)}` : "");
+        + (effect ? `, without it: ${effect.answer}, ${study.amount(effect.probability)}` : "");
       button.setAttribute("aria-label", text);
       button.title = text;
     }

@@ -1,23 +1,13 @@
 // The static report: the page that holds its data.
-import { isDark } from "./colors.js";
+import { themed } from "./colors.js";
 import { h, plain } from "./dom.js";
 import { result } from "./figures.js";
 import { renderStudy } from "./study.js";
 
 const data = JSON.parse(document.getElementById("data").textContent), main = document.getElementById("studies"), box = h("div");
-const toggle = plain("", () => theme(!isDark()), { "aria-label": "switch between light and dark" });
-let drawn = null, before = false; // whether it was dark before it was printed; paper is light
-
-function theme(dark) {
-  document.documentElement.dataset.theme = dark ? "dark" : "light";
-  toggle.textContent = dark ? "Light" : "Dark";
-  drawn?.update({});
-}
-const preference = matchMedia("(prefers-color-scheme: dark)");
-theme(preference.matches);
-preference.addEventListener("change", (e) => theme(e.matches));
-addEventListener("beforeprint", () => { before = isDark(); theme(false); });
-addEventListener("afterprint", () => theme(before));
+const toggle = h("button", { class: "plain", type: "button", "aria-label": "switch between light and dark" });
+let drawn = null;
+themed(toggle, () => drawn?.update({}));
 
 const text = data[0].text || "Describe the image", title = text.length > 140 ? `${text.slice(0, 140)}…` : text;
 const banner = data.length > 1 ? "Two runs, one input" : `${data[0].run} ${result(data[0])}`;

@@ -12,8 +12,7 @@ function chosenHead(study) {
   if (!opened) return { layer, head, title, opened: null };
   opened.unpacked ??= Object.fromEntries(Object.entries(opened).filter(([, x]) => x?.kind).map(([name, x]) => [name, unpack(x)]));
   const a = opened.unpacked, t = study.token, dots = row(a.dots, t), mask = row(a.mask, t), lse = a.lse.values[t];
-  const scores = dots.map((d, i) => (mask[i] < -1e29 ? -Infinity : d * opened.scale + mask[i]));
-  const weights = scores.map((s) => Math.exp(s - lse));
+  const scores = dots.map((d, i) => (mask[i] < -1e29 ? -Infinity : d * opened.scale + mask[i])), weights = scores.map((s) => Math.exp(s - lse));
   const z = row(a.z, t), read = new Float32Array(z.length);
   weights.forEach((w, k) => row(a.v, k).forEach((v, i) => { read[i] += w * v; }));
   const off = Math.max(...read.map((v, i) => Math.abs(v - z[i]))), changed = off > 2e-2 * Math.max(1, ...z.map(Math.abs)) ? " (it was changed: what goes on is not what was read)" : "";

@@ -38,8 +38,7 @@ export class PatchesView {
     this.slider.setAttribute("aria-valuetext", words.layers[depth]);
     this.depth.textContent = words.layers[depth];
     const first = this.cells.map((_, patch) => row(this.ids, depth, this.keyOf.get(patch))[0]);
-    const strength = this.cells.map((_, patch) => row(this.scores, depth, this.keyOf.get(patch))[0]);
-    const counts = new Map();
+    const strength = this.cells.map((_, patch) => row(this.scores, depth, this.keyOf.get(patch))[0]), counts = new Map();
     for (const id of first) counts.set(id, (counts.get(id) ?? 0) + 1);
     const common = [...counts].sort((a, b) => b[1] - a[1]);
     this.cells.forEach((cell, patch) => {
