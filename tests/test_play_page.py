@@ -7,15 +7,19 @@ import os
 import re
 import time
 import wave
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import browser
 import pytest
 from PIL import Image
-from run_helpers import make_run
+from run_helpers import make_other, make_run
+from test_systems import SYSTEMS
+from voice_helpers import small_recordings, tiny_options, tiny_system
 
 from bench import play
+from vqa_scratch.systems.run_folder import save_weights
 
 pytestmark = pytest.mark.skipif(not browser.available(), reason=browser.MISSING)
 HOSTILE = "<img src=x onerror=document.title='taken'>"
@@ -184,11 +188,13 @@ def test_of_a_run_that_hears_the_sound_stands_where_the_picture_does(made, tmp_p
         visit.page.goto(made.address)
         visit.page.wait_for_selector("#voice")
         assert not visit.page.locator("#scene-part").is_visible() and not visit.page.locator("#question").is_visible()
-        page, sides = (visit.page.locator(name).bounding_box()["width"] for name in (".live-page", "#sides"))
-        assert sides > 0.9 * page, "what has no scene takes the room of one"
+        page, rest = (visit.page.locator(name).bounding_box()["width"] for name in (".live-page", ".asking"))
+        assert rest > 0.9 * page, "what has no scene takes the room of one"
+        assert visit.text("#heard").startswith("Nothing is heard yet") and not visit.page.locator("#sides").is_visible()
         visit.page.set_input_files("#sound", tmp_path / "said.wav")
         visit.page.wait_for_selector(".trouble:not([hidden])")
         assert len(asked) == 1, "nothing is asked before there is a sound"
+        assert visit.page.locator("#player").is_visible()
         said = base64.b64decode(asked[0]["picture"]["sound"].removeprefix("data:audio/wav;base64,"))
         with wave.open(io.BytesIO(said)) as sound:
             assert sound.getparams()[:3] == (1, 2, 16000) and abs(sound.getnframes() - 8000) < 100
@@ -280,21 +286,62 @@ def test_two_runs_answer_side_by_side(visit):
     assert visit.page.locator('.side:nth-child(2) button[data-value="rollout"]').get_attribute("aria-checked") == "true"
 
 
+def test_each_of_two_runs_is_asked_what_it_takes(made):
+    """The second one is asked nothing, chooses its answer, and numbers other scenes."""
+    other = {"asked": "nothing", "writes": False, "scenes": "others", "lacks": ["it chooses its answer"]}
+    asked = []
+
+    def models(route):
+        route.fulfill(json=[a | b for a, b in zip(route.fetch().json(), ({}, other), strict=True)])
+
+    def ask(route):
+        asked.append(route.request.post_data_json)
+        route.continue_() if "scene" in asked[-1]["picture"] else route.fulfill(status=400, json={"error": "asked"})
+
+    with Visit(made.address) as visit:
+        visit.page.route("**/api/models", models)
+        visit.open()
+        visit.until("answered", lambda: visit.page.locator("#temperature").fill("0.5"))
+        visit.page.route("**/api/ask", ask)
+        visit.until("answered", lambda: visit.page.locator("#beside").select_option(index=2))
+        visit.page.wait_for_function("() => document.querySelectorAll('.side .trouble')[1]?.textContent === 'asked'")
+        (first,) = [one for one in asked if "scene" in one["picture"]]
+        (second,) = [one for one in asked if "data" in one["picture"]]
+        scene = visit.page.locator('.scene[aria-pressed="true"] img').get_attribute("src")
+        assert first["question"] and first["temperature"] == 0.5
+        assert second["question"] is None and second["temperature"] == 0 and second["picture"]["data"] == scene
+        assert [visit.page.locator(".lacks").nth(i).inner_text() for i in (0, 1)] == [
+            "",
+            "This model: it chooses its answer.",
+        ]
+        asked.clear()
+        visit.page.locator("#model").select_option(index=1)  # the one that is asked something still leads
+        visit.page.locator("#beside").select_option(index=1)
+        visit.page.locator("#question").wait_for()
+        visit.page.locator("#beside").select_option(index=0)
+        visit.page.wait_for_function("() => document.querySelectorAll('.side').length === 1")
+        visit.page.locator("#question").wait_for(state="hidden")
+        assert not visit.page.locator("#examples").is_visible() and not visit.page.locator("#heat-row").is_visible()
+
+
 # ---------------------------------------------------------------------------------------------- 7: tour and sharing
 
 
-def test_the_tour_sees_what_was_done(visit):
+def taken(visit, *changed):
+    """The tour from its first step to its last; `changed` are (number, what is done there in place of the usual)."""
     visit.page.locator("#start-tour").click()
     steps = [
         lambda: visit.click("#scenes li:nth-child(2) button"),
         lambda: visit.click("#examples li:nth-child(2) button"),
         None,  # whether an answer changes is for the model to say
-        lambda: visit.click(".other:nth-child(1)"),
+        lambda: visit.click(".column:first-child li:nth-child(3) button"),
         lambda: visit.click('button[data-value="rollout"]', "viewed"),
         lambda: visit.click(".make button"),
         lambda: visit.click(".undo"),
         lambda: (visit.page.locator("#share-part summary").click(), visit.click(".copy", "shared")),
     ]
+    for number, act in changed:
+        steps[number - 1] = act
     for number, act in enumerate(steps, 1):
         assert visit.text("#tour .step") == f"Step {number} of 8"
         assert visit.count(".toured") == 1
@@ -304,6 +351,57 @@ def test_the_tour_sees_what_was_done(visit):
             assert visit.text("#tour .done").startswith("Done.")
         visit.page.locator("#tour .next").click()
     assert not visit.page.locator("#tour").is_visible() and visit.count(".toured") == 0
+
+
+def test_the_tour_sees_what_was_done(visit):
+    taken(visit)
+
+
+@pytest.mark.parametrize("kind", ["vilt", "caption", "clip", "voice"])
+def test_each_step_of_the_tour_can_be_done_with_every_kind_of_run(data, tmp_path, kind):
+    folder, sound = tmp_path / kind, tmp_path / "said" / "test0.wav"
+    if kind == "voice":
+        system = tiny_system(tiny_options(folder, data=small_recordings(tmp_path / "said", train=4, test=2)))
+        system.save(folder)
+        save_weights(folder / "model.safetensors", system.model)
+    else:
+        make_other(data, folder, **SYSTEMS[kind] | ({"max_caption_tokens": 4} if kind == "caption" else {}))
+    with play.served(folder) as (address, _), Visit(address) as visit:
+        hear = partial(visit.page.set_input_files, "#sound", sound)
+        visit.page.goto(address)
+        if kind == "voice":
+            hear()
+        visit.page.wait_for_function("() => window.seen.studied")
+        hot = (2, lambda: visit.until("answered", lambda: visit.page.locator("#temperature").fill("0.3")))
+        follow = (4, lambda: visit.until("viewed", lambda: visit.page.locator(".number select").select_option(index=1)))
+        file = (8, lambda: (visit.page.locator("#share-part summary").click(), visit.click("button.file", "shared")))
+        own = {
+            "vilt": [follow],
+            "caption": [hot],
+            "clip": [(2, lambda: visit.click("#examples button")), follow],
+            "voice": [(1, lambda: visit.until("studied", hear)), hot, file],
+        }
+        visit.page.wait_for_selector(".number")
+        taken(visit, *own[kind])
+        if kind in ("vilt", "clip"):
+            assert visit.count(".other:enabled") == 0, "what chooses its answer goes on from none"
+        assert visit.count(".badge.bad") == 0 and visit.window.log() == []
+
+
+def test_a_link_to_a_scene_that_is_not_among_those_shown_opens_it(visit, made):
+    visit.page.evaluate("() => { window.seen.picked = 0; }")
+    for _ in range(2):
+        with visit.page.expect_response("**/api/scenes*"):
+            visit.page.locator("#more").click()
+    visit.click("#scenes li:nth-child(2) button", "studied")
+    visit.page.wait_for_function("() => location.hash.length > 1")
+    label = visit.page.locator("#canvas .object").first.get_attribute("aria-label")
+    visit.page.wait_for_timeout(400)  # the address follows after 300 ms
+    with Visit(made.address) as other:
+        other.open(visit.page.evaluate("() => location.hash"))
+        assert other.page.locator("#canvas .object").first.get_attribute("aria-label") == label
+        assert "The data set says" in other.text(".truth")
+        assert other.window.log() == []
 
 
 def test_a_state_travels_by_link_and_file_and_as_picture_and_report(visit, made, tmp_path):
@@ -415,6 +513,30 @@ def test_it_fits_every_screen_and_everything_has_a_name(visit):
         visit.page.emulate_media(color_scheme=scheme)
         visit.page.wait_for_function("(theme) => document.documentElement.dataset.theme === theme", arg=scheme)
         assert visit.window.script(browser.AUDIT) == []
+
+
+def test_long_answers_are_whole_and_leave_the_figures_beside_them_in_sight(visit):
+    visit.page.wait_for_function("() => window.seen.counted")
+    visit.click(".make button", "studied")
+    long = "a large blue square at the bottom right, " * 9
+    fill = """(long) => {
+        const all = (selector) => [...document.querySelectorAll(selector)];
+        const held = (selector) => all(selector).every((e) => e.scrollWidth <= e.clientWidth + 1);
+        all(".other b, .matter td:nth-child(2) b, .versus b, .mark").forEach((e) => { e.textContent = long; });
+        const low = all(".mark").every((e) => e.offsetHeight < e.parentElement.offsetHeight / 2);
+        return [held(".other b"), low, held(".matter .scroll"), held(".difference .scroll")];
+    }"""
+    for width in (720, 1280):
+        visit.window.resize(width)
+        assert visit.page.evaluate(fill, long) == [True] * 4, width
+    visit.window.resize(360)
+    assert visit.page.evaluate(fill, long)[0] and visit.page.evaluate(fill, long)[3], (
+        "tables may be scrolled on a phone"
+    )
+    dots = "() => getComputedStyle(document.querySelector('.stepwise td.key'), '::before').content"
+    assert visit.page.evaluate(dots) == "none", (
+        "the keys of the curves have a square of their colour, those of a head none"
+    )
 
 
 def test_a_server_that_is_gone_says_so_and_comes_back(made):
