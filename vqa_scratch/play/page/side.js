@@ -17,6 +17,7 @@ export class Side {
     part("name").textContent = this.model.id;
     part("lacks").textContent = this.model.lacks.length ? `This model: ${this.model.lacks.join("; ")}.` : "";
     this.element.dataset.index = index;
+    this.element.setAttribute("aria-label", this.model.id);
     this.typed = new Typed(part("typed"), (position, id) => this.choose(position, id), (token) => { this.handle?.select({ token }); app.look({ token }, this); });
     this.changes = new Changes(app, this, part("changes"));
     this.asking = newest((signal) => this.work(signal));

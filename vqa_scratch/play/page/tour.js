@@ -4,11 +4,11 @@ const CHANCE = ["heated", "#heat-row", "By chance", "At temperature 0 the likeli
 /** The eight steps that a model can be taken through. */
 const stepsOf = ({ asked, writes }) => [
   asked === "sound" ? ["picked", "#question-part", "A sound", "The model has never heard these voices. Click one of them, press “Speak”, or choose a file."]
-    : ["picked", "#scene-part", "A picture", "The model has never seen these scenes. Click one of the small pictures."],
+    : ["picked", "#scenes", "A picture", "The model has never seen these scenes. Click one of the small pictures."],
   asked === "sound" || asked === "nothing" ? CHANCE
     : ["asked", "#question-part", asked === "text" ? "A text" : "A question", `Click one of the ${asked}s, or write your own and press Enter. ${writes ? "The answer appears word by word." : "The answer follows."}`],
   asked === "sound" ? ["answered", "#question-part", "Change the sound", "Click another voice, or say something yourself, until the answer changes.", (detail) => detail.changed]
-    : ["answered", "#scene-part", "Change the picture", "Drag an object, give it another colour, or press “Empty scene” and draw one, until the answer changes.", (detail) => detail.changed],
+    : ["answered", "#stage", "Change the picture", "Drag an object, give it another colour, or press “Empty scene” and draw one, until the answer changes.", (detail) => detail.changed],
   writes ? ["chosen", ".answer", "What it nearly said", "Below each word stand the other words it could have written, with their probabilities. Click one, and the model goes on from it."]
     : ["viewed", ".number", "Follow one number", "This model writes no words one by one. Choose another key here: each figure from q·k to what the head read is the one that ran.", (detail) => detail.key >= 0],
   ["viewed", ".studied", "Where it looked", `The map shows what the chosen word took from the ${asked === "sound" ? "sound" : "picture"}. Choose “Rollout”, or click one head, and compare.`],
@@ -38,7 +38,7 @@ export function tour(box, model) {
     if (box.hidden) return;
     at = to;
     marked()?.classList.add("toured");
-    marked()?.scrollIntoView({ block: "nearest" });
+    marked()?.scrollIntoView({ block: "start" });
     show();
   }
   ["picked", "asked", "heated", "answered", "chosen", "viewed", "undone", "shared"].forEach((event) => document.addEventListener(`live-${event}`, ({ detail }) => {

@@ -31,7 +31,7 @@ export class Typed {
   /** After the last word; `ended`: it is the one that ends the answer. */
   end(ended) {
     this.columns.forEach(({ element, word }, i) => {
-      if (element.classList.toggle("ending", ended && i === this.tokens.length - 1)) word.firstChild.textContent = "(end)";
+      if (element.classList.toggle("ending", ended && i === this.tokens.length - 1)) this.fill(word, { ...this.tokens[i], label: "(end)" }, "");
     });
     this.columns.splice(this.tokens.length).forEach(({ element }) => element.remove());
     this.box.classList.toggle("many", this.tokens.length > 4); // then only the chosen word shows its alternatives
