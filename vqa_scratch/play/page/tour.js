@@ -47,6 +47,7 @@ export function tour(box, model) {
     done.add(at);
     show();
   }));
+  document.addEventListener("live-studied", () => { if (!box.hidden) marked()?.classList.add("toured"); }); // it is drawn anew
   part("back").addEventListener("click", () => go(at - 1));
   part("next").addEventListener("click", () => go(at + 1));
   part("close").addEventListener("click", () => go(-1));

@@ -25,7 +25,7 @@ function plot(title, unit, lines, range) {
     put("line", { x1: LEFT, x2: WIDTH - 12, y1: y(at), y2: y(at), class: "gridline" });
     put("text", { x: LEFT - 6, y: y(at) + 4, "text-anchor": "end" }, String(at));
   }
-  for (const at of ticks(0, last)) put("text", { x: x(at), y: HEIGHT - BELOW + 18, "text-anchor": "middle" }, String(at));
+  for (const at of ticks(0, last)) put("text", { x: x(at), y: HEIGHT - BELOW + 17, "text-anchor": "middle" }, String(at));
   put("text", { x: (LEFT + WIDTH) / 2, y: HEIGHT - 4, "text-anchor": "middle" }, "step");
   put("text", { transform: `translate(12 ${(HEIGHT - BELOW) / 2}) rotate(-90)`, "text-anchor": "middle" }, unit);
   Object.values(lines).forEach((at, n) => put("polyline", { points: at.map(([step, value]) => `${x(step)},${y(value)}`).join(" "), class: `line line-${n}` }));
