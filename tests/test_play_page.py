@@ -389,18 +389,15 @@ def test_each_step_of_the_tour_can_be_done_with_every_kind_of_run(data, tmp_path
 
 
 def test_a_link_to_a_scene_that_is_not_among_those_shown_opens_it(visit, made):
-    visit.page.evaluate("() => { window.seen.picked = 0; }")
-    for _ in range(2):
-        with visit.page.expect_response("**/api/scenes*"):
-            visit.page.locator("#more").click()
     visit.click("#scenes li:nth-child(2) button", "studied")
-    visit.page.wait_for_function("() => location.hash.length > 1")
     label = visit.page.locator("#canvas .object").first.get_attribute("aria-label")
-    visit.page.wait_for_timeout(400)  # the address follows after 300 ms
+    visit.page.locator("#share-part summary").click()
+    visit.click(".copy", "shared")
     with Visit(made.address) as other:
-        other.open(visit.page.evaluate("() => location.hash"))
+        other.page.route("**/api/scenes?*n=12*", lambda route: route.fulfill(json=route.fetch().json()[2:]))
+        other.open("#" + visit.page.input_value("#link").partition("#")[2])
         assert other.page.locator("#canvas .object").first.get_attribute("aria-label") == label
-        assert "The data set says" in other.text(".truth")
+        assert other.count('.scene[aria-pressed="true"]') == 0 and "The data set says" in other.text(".truth")
         assert other.window.log() == []
 
 

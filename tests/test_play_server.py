@@ -550,6 +550,10 @@ def test_a_run_that_trains_is_watched_and_opened_again(data, tmp_path):
         "step": None,
         "loaded": 1,
     }
+    whole = (folder / "metrics.jsonl").read_text()
+    (folder / "metrics.jsonl").write_text("{no JSON}\n")
+    assert played.described()["training"], "to know whether it trains, no row is read"
+    (folder / "metrics.jsonl").write_text(whole)
     os.utime(folder / "metrics.jsonl", (0, 0))
     assert not played.training(0)["running"]
     weights = {name: torch.zeros_like(tensor) for name, tensor in played.system.model.state_dict().items()}
