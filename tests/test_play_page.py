@@ -321,7 +321,8 @@ def test_each_of_two_runs_is_asked_what_it_takes(made):
         visit.page.locator("#beside").select_option(index=0)
         visit.page.wait_for_function("() => document.querySelectorAll('.side').length === 1")
         visit.page.locator("#question").wait_for(state="hidden")
-        assert not visit.page.locator("#examples").is_visible() and not visit.page.locator("#heat-row").is_visible()
+        visit.page.locator("#examples").wait_for(state="hidden")
+        visit.page.locator("#heat-row").wait_for(state="hidden")
 
 
 # ---------------------------------------------------------------------------------------------- 7: tour and sharing

@@ -79,15 +79,14 @@ async function arrange() {
   $("sides").replaceChildren(...app.sides.map((side) => side.element));
   $("sides").classList.toggle("two", app.sides.length > 1);
   app.scene.known.clear();
-  const { sides: [first, second], temperature, seed } = app.state, models = app.sides.map((side) => side.model), { asked, questions } = app.lead();
   await app.scene.load();
-  app.state.question ||= questions[0] ?? "";
-  const { question } = app.state, aloud = asked === "sound"; // then the sound stands where a picture does
+  app.state.question ||= app.lead().questions[0] ?? "";
+  const { sides: [first, second], question, temperature, seed } = app.state, models = app.sides.map((side) => side.model), { asked } = app.lead(), aloud = asked === "sound";
   [$("model").value, $("beside").value] = [first.model, second?.model ?? ""];
   [...$("beside").options].forEach((option) => { option.disabled = Boolean(option.value) && (app.model(option.value).asked === "sound") !== aloud; });
   [$("question").value, $("temperature").value, $("heat").textContent, $("seed").value] = [question, temperature, temperature, seed];
   $("question-label").textContent = { text: "Text", sound: "Sound", nothing: "Chance" }[asked] ?? "Question";
-  $("scene-part").hidden = aloud;
+  $("scene-part").hidden = aloud; // then the sound stands where a picture does
   $("words").hidden = aloud || asked === "nothing";
   $("voice").hidden = !aloud && (!models[0].voice || asked === "nothing");
   $("heat-row").hidden = !models.some((model) => model.writes);

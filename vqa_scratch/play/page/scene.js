@@ -32,8 +32,9 @@ export class Scene {
   /** Scenes of the run's own test set; if nothing is shown yet, the one with most objects, or an empty drawing. */
   async load() {
     const { state } = this.app, { asked, id } = this.app.lead(), of = (which) => json(`scenes?model=${encodeURIComponent(id)}&${which}`);
-    this.scenes = await of(`n=12&seed=${this.seed}`);
-    this.scenes.forEach((scene) => this.known.set(scene.id, scene));
+    const scenes = await of(`n=12&seed=${this.seed}`);
+    if (this.app.lead().id !== id) return; // another run was chosen meanwhile
+    (this.scenes = scenes).forEach((scene) => this.known.set(scene.id, scene));
     const { scene: linked } = state.picture ?? {}; // by a link, it may be any
     if (linked && !this.known.has(linked)) (await of(`id=${encodeURIComponent(linked)}`).catch(() => [])).forEach((scene) => this.known.set(scene.id, scene));
     this.list("scenes", (asked === "sound" ? [] : this.scenes).map((scene) => [
