@@ -45,7 +45,7 @@ from vqa_scratch.training.ranks import ONE_PROCESS, Alone, World, for_main, whol
 from vqa_scratch.training.recompute import recompute_blocks
 from vqa_scratch.training.resume import held
 from vqa_scratch.training.sharing import check_sharing, share_model
-from vqa_scratch.training.threads import Threads, choose_way, thread_counts
+from vqa_scratch.training.threads import LOOK, Threads, choose_way, thread_counts
 from vqa_scratch.training.watch import GracefulStop, LossWatch
 
 FINAL_SHARE = 0.25  # of --minutes: what the final figures take at most; then they are of fewer samples
@@ -132,9 +132,8 @@ def train_step(
 
 def train(options: RunOptions, world: World, began: float) -> int | None:
     """Train, evaluate and report; --minutes count from `began`. Returns the signal that stopped it early, if any."""
-    keep_freed_memory()
-
     # ---- the machine
+    keep_freed_memory()
     options, checkpoint = begin_or_go_on(options)
     world.check_same(checkpoint and checkpoint["state"]["step"], f"the last step in {options.out}")
     device = pick_device(options.device)
@@ -203,7 +202,6 @@ def train(options: RunOptions, world: World, began: float) -> int | None:
     if options.minutes is not None:
         keep_back()
         budget = world.of_main(60 * options.minutes - (time.perf_counter() - began))
-
     resumed_seconds, loop_began = progress.seconds, time.perf_counter()
 
     def clock() -> float:
@@ -258,6 +256,7 @@ def train(options: RunOptions, world: World, began: float) -> int | None:
     profiled = profiling(plain, options.profile, options.out / "trace.json", world.main)
     system.model.train()
     window_began, window_samples = time.perf_counter(), 0
+    unseen, took = 0, 0.0  # samples of the steps since the last look at the pace, and the seconds of these steps
     bar = Bar(lambda: share_done(clock()), progress, log.rows, system.unit)
     with GracefulStop() as stop, bar, profiled as step:
         source = prefetch(batches_from(system, progress.epoch, progress.position, world, pin=device.type == "cuda"))
@@ -268,7 +267,10 @@ def train(options: RunOptions, world: World, began: float) -> int | None:
             optimizers.set_factor(factor)
             step_began = time.perf_counter()
             loss, right, norm = step(loss_of, now.batch.to(device), optimizers, precision, counted=now.counted)
-            threads.after(now.samples, time.perf_counter() - step_began)
+            unseen, took = unseen + now.samples, took + time.perf_counter() - step_began
+            if took >= LOOK:
+                threads.look(unseen, took)
+                unseen, took = 0, 0.0
             progress.step, progress.epoch, progress.position = progress.step + 1, now.epoch, now.position
             progress.samples, window_samples = progress.samples + now.samples, window_samples + now.samples
             # A gradient scaler finds infinite gradients itself, and skips the step.
@@ -338,9 +340,8 @@ def main(options: RunOptions, began: float | None = None) -> int | None:
     """Run `train` as one of the ranks that torchrun started, or as the only one; `began`: when, if not now."""
     if options.seeds is not None:
         return run_seeds(options, __file__)
-    began = time.perf_counter() if began is None else began
     with start(options.device) as world, held(options.out, options.resume, "train.py", world):
-        return train(options, world, began)
+        return train(options, world, time.perf_counter() if began is None else began)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from vqa_scratch.systems.vqa import VQASystem
 from vqa_scratch.training import threads as threads_module
 from vqa_scratch.training.precision import Precision
 from vqa_scratch.training.ranks import ALONE
-from vqa_scratch.training.threads import CLEARLY, PATIENCE, SHARE, Threads, choose_way, thread_counts
+from vqa_scratch.training.threads import CLEARLY, LOOK, PATIENCE, SHARE, Threads, choose_way, thread_counts
 
 
 def test_the_first_way_that_none_is_clearly_faster_than():
@@ -83,10 +83,14 @@ def test_without_a_choice_nothing_is_timed():
 
 
 class Machine:
-    """Steps of 512 samples on a machine whose neighbours come and go; `rate(threads, busy)` is samples a second."""
+    """Steps of 512 samples on a machine whose neighbours come and go; `rate(threads, busy)` is samples a second.
+
+    The pace is looked at as train.py does.
+    """
 
     def __init__(self, counts, rate):
         self.said, self.used, self.rate, self.clock, self.samples = [], [max(counts)], rate, 0.0, 0
+        self.unseen, self.took = 0, 0.0
         self.gate = []
         self.threads = Threads(counts, "questions", self.said.append, self.used.append, self.keep_up)
 
@@ -100,7 +104,10 @@ class Machine:
         while self.clock < began + seconds:
             took = 512 / self.rate(self.used[-1], busy)
             self.clock, self.samples = self.clock + took, self.samples + 512
-            self.threads.after(512, took)
+            self.unseen, self.took = self.unseen + 512, self.took + took
+            if self.took >= LOOK:
+                self.threads.look(self.unseen, self.took)
+                self.unseen, self.took = 0, 0.0
         return (self.samples - before) / (self.clock - began)
 
 
@@ -211,6 +218,26 @@ def test_a_resumed_run_keeps_the_format_that_was_faster_once(data, tmp_path, mon
 
 def end_of_training(*args):
     raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("tick", [0.15, 0.7])
+def test_the_pace_of_short_steps_is_looked_at_every_second(data, tmp_path, monkeypatch, tick):
+    """By the seconds in steps alone; a step of more than a second is looked at by itself. A step takes two ticks."""
+    looks, ticks = [], itertools.count()
+    monkeypatch.setattr(Threads, "look", lambda self, samples, seconds: looks.append((samples, seconds)))
+    monkeypatch.setattr(train, "train_step", lambda *args, **named: time.perf_counter() and (torch.ones(()),) * 3)
+    monkeypatch.setattr(train, "draw_panels", lambda *args: None)
+    monkeypatch.setattr(train, "load_weights", end_of_training)
+    monkeypatch.setattr(train, "Bar", lambda *args: contextlib.nullcontext())  # which looks at the clock every second
+    options = small_options(data, tmp_path / "run", steps=8, questions_per_step=64, eval_questions=8, samples=0)
+    monkeypatch.setattr(time, "perf_counter", lambda: tick * next(ticks))  # a look at the clock takes so long
+    with pytest.raises(KeyboardInterrupt):
+        train.main(options)
+    steps = {0.15: 4, 0.7: 1}[tick]
+    assert len(looks) == 8 // steps
+    assert [seconds for _, seconds in looks] == pytest.approx([2 * tick * steps] * len(looks))
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert sum(samples for samples, _ in looks) == rows[-1]["samples"]
 
 
 def test_time_that_was_kept_back_for_too_much_is_trained_in(data, tmp_path, monkeypatch):

@@ -21,7 +21,8 @@ from vqa_scratch.fastest import CLEARLY, fastest, timed
 from vqa_scratch.training.precision import Precision
 from vqa_scratch.training.ranks import World
 
-STEPS = 3  # whose median is the pace
+LOOK = 1.0  # seconds of steps, at least, between two looks at the pace: very short steps say little one by one
+LOOKS = 3  # whose median is the pace
 FALLEN = 1.4  # so many times as long as before is a pace that has fallen
 SHARE = 0.05  # of the time: what is lost by steps that only try whether more threads are faster now
 PATIENCE = 10.0  # seconds before more threads are tried again, at least
@@ -62,11 +63,11 @@ def keep_up(threads: int) -> bool:
 
 
 class Threads:
-    """The number of threads of a run, changed between its steps; `after` is told how long each of them took.
+    """The number of threads of a run, changed between its steps; `look` is told how long they took since the last look.
 
-    When the pace falls, a step is tried with each smaller number until one is faster; every now and then, one with the
-    next larger, if its threads `keep_up`. What is clearly faster is kept, and the next one in the same direction tried.
-    Tries upward come so rarely that they lose a `SHARE` of the time at most. `say` gets a line on every change.
+    When the pace falls, each smaller number is tried until the next look, till one is faster; every now and then the
+    next larger one, if its threads `keep_up`. What is clearly faster is kept, and the next one in the same direction
+    tried. Tries upward come so rarely that they lose a `SHARE` of the time at most. `say` gets a line on every change.
     """
 
     def __init__(
@@ -79,7 +80,7 @@ class Threads:
     ) -> None:
         self.counts, self.unit, self.say, self.use, self.keep_up = sorted(counts), unit, say, use, keep_up
         self.at = len(counts) - 1
-        self.recent: deque[float] = deque(maxlen=STEPS)  # seconds a sample
+        self.recent: deque[float] = deque(maxlen=LOOKS)  # seconds a sample
         self.usual = math.inf
         self.rest = PATIENCE  # seconds until more threads are tried
         self.way = 0  # -1 or 1 while a smaller or larger number is tried
@@ -90,8 +91,8 @@ class Threads:
         self.at = at
         self.use(self.counts[at])
 
-    def after(self, samples: int, seconds: float) -> None:
-        """A step of so many samples took so long."""
+    def look(self, samples: int, seconds: float) -> None:
+        """The steps since the last look had so many samples and took so long."""
         if len(self.counts) == 1 or not samples:
             return
         took = seconds / samples
@@ -100,7 +101,7 @@ class Threads:
             return
         self.recent.append(took)
         self.rest -= seconds
-        if len(self.recent) < STEPS:
+        if len(self.recent) < LOOKS:
             return
         pace = statistics.median(self.recent)
         self.usual = min(self.usual, pace)
