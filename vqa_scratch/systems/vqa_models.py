@@ -118,10 +118,8 @@ def released_models(options: VQAOptions, train: list[VQASample]) -> Parts:
         writer, processor = GPT2(GPT2Config(add_cross_attention=kind.needs_cross_attention())), ImageProcessor()
     else:
         looks = None if kind.reads_pixels else needed(options, "image_model")
-        writes, reads = (
-            needed(options, "decoder_model"),
-            needed(options, "text_model") if reads_question(options) else None,
-        )
+        reads = needed(options, "text_model") if reads_question(options) else None
+        writes = needed(options, "decoder_model")
         text = None if reads is None else Tokenizer.from_pretrained(reads)
         decoder = Tokenizer.from_pretrained(writes)
         image = PixelPatches(PixelPatchesConfig()) if looks is None else released.image_encoder(looks)
