@@ -45,7 +45,7 @@ from vqa_scratch.training.ranks import ONE_PROCESS, Alone, World, for_main, whol
 from vqa_scratch.training.recompute import recompute_blocks
 from vqa_scratch.training.resume import held
 from vqa_scratch.training.sharing import check_sharing, share_model
-from vqa_scratch.training.threads import LOOK, Threads, choose_way, thread_counts
+from vqa_scratch.training.threads import Threads, choose_way, thread_counts
 from vqa_scratch.training.watch import GracefulStop, LossWatch
 
 FINAL_SHARE = 0.25  # of --minutes: what the final figures take at most; then they are of fewer samples
@@ -256,7 +256,6 @@ def train(options: RunOptions, world: World, began: float) -> int | None:
     profiled = profiling(plain, options.profile, options.out / "trace.json", world.main)
     system.model.train()
     window_began, window_samples = time.perf_counter(), 0
-    unseen, took = 0, 0.0  # samples of the steps since the last look at the pace, and the seconds of these steps
     bar = Bar(lambda: share_done(clock()), progress, log.rows, system.unit)
     with GracefulStop() as stop, bar, profiled as step:
         source = prefetch(batches_from(system, progress.epoch, progress.position, world, pin=device.type == "cuda"))
@@ -267,10 +266,9 @@ def train(options: RunOptions, world: World, began: float) -> int | None:
             optimizers.set_factor(factor)
             step_began = time.perf_counter()
             loss, right, norm = step(loss_of, now.batch.to(device), optimizers, precision, counted=now.counted)
-            unseen, took = unseen + now.samples, took + time.perf_counter() - step_began
-            if took >= LOOK:
-                threads.look(unseen, took)
-                unseen, took = 0, 0.0
+            step_ended = time.perf_counter()
+            if step_ended >= threads.due:  # not each short step
+                threads.look(now.samples, step_began, step_ended)
             progress.step, progress.epoch, progress.position = progress.step + 1, now.epoch, now.position
             progress.samples, window_samples = progress.samples + now.samples, window_samples + now.samples
             # A gradient scaler finds infinite gradients itself, and skips the step.

@@ -90,7 +90,6 @@ class Machine:
 
     def __init__(self, counts, rate):
         self.said, self.used, self.rate, self.clock, self.samples = [], [max(counts)], rate, 0.0, 0
-        self.unseen, self.took = 0, 0.0
         self.gate = []
         self.threads = Threads(counts, "questions", self.said.append, self.used.append, self.keep_up)
 
@@ -104,10 +103,8 @@ class Machine:
         while self.clock < began + seconds:
             took = 512 / self.rate(self.used[-1], busy)
             self.clock, self.samples = self.clock + took, self.samples + 512
-            self.unseen, self.took = self.unseen + 512, self.took + took
-            if self.took >= LOOK:
-                self.threads.look(self.unseen, self.took)
-                self.unseen, self.took = 0, 0.0
+            if self.clock >= self.threads.due:
+                self.threads.look(512, self.clock - took, self.clock)
         return (self.samples - before) / (self.clock - began)
 
 
@@ -220,24 +217,24 @@ def end_of_training(*args):
     raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("tick", [0.15, 0.7])
-def test_the_pace_of_short_steps_is_looked_at_every_second(data, tmp_path, monkeypatch, tick):
-    """By the seconds in steps alone; a step of more than a second is looked at by itself. A step takes two ticks."""
-    looks, ticks = [], itertools.count()
-    monkeypatch.setattr(Threads, "look", lambda self, samples, seconds: looks.append((samples, seconds)))
-    monkeypatch.setattr(train, "train_step", lambda *args, **named: time.perf_counter() and (torch.ones(()),) * 3)
+@pytest.mark.parametrize(("tick", "looked_at"), [(0.1, 2), (2.5, 6)])
+def test_of_short_steps_one_in_two_seconds_is_looked_at(data, tmp_path, monkeypatch, tick, looked_at):
+    """Each step of two seconds or more; a step takes a tick of the clock, and as long goes by to the next."""
+    looks, ticks, look = [], itertools.count(), Threads.look
+    monkeypatch.setattr(Threads, "look", lambda threads, *step: looks.append(step) or look(threads, *step))
+    monkeypatch.setattr(train, "thread_counts", lambda *given: [2, 1])
+    monkeypatch.setattr(train, "choose_way", lambda *given: (Precision("fp32", CPU), ""))
+    monkeypatch.setattr(train, "train_step", lambda *args, **named: (torch.ones(()),) * 3)
     monkeypatch.setattr(train, "draw_panels", lambda *args: None)
     monkeypatch.setattr(train, "load_weights", end_of_training)
     monkeypatch.setattr(train, "Bar", lambda *args: contextlib.nullcontext())  # which looks at the clock every second
-    options = small_options(data, tmp_path / "run", steps=8, questions_per_step=64, eval_questions=8, samples=0)
+    options = small_options(data, tmp_path / "run", steps=6, questions_per_step=64, eval_questions=8, samples=0)
     monkeypatch.setattr(time, "perf_counter", lambda: tick * next(ticks))  # a look at the clock takes so long
     with pytest.raises(KeyboardInterrupt):
         train.main(options)
-    steps = {0.15: 4, 0.7: 1}[tick]
-    assert len(looks) == 8 // steps
-    assert [seconds for _, seconds in looks] == pytest.approx([2 * tick * steps] * len(looks))
-    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert sum(samples for samples, _ in looks) == rows[-1]["samples"]
+    assert all(samples > 0 and ended - began == pytest.approx(tick) for samples, began, ended in looks)
+    ends = [ended for *_, ended in looks]
+    assert len(looks) == looked_at and all(b - a >= LOOK for a, b in zip(ends, ends[1:], strict=False))
 
 
 def test_time_that_was_kept_back_for_too_much_is_trained_in(data, tmp_path, monkeypatch):

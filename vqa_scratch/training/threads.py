@@ -21,7 +21,7 @@ from vqa_scratch.fastest import CLEARLY, fastest, timed
 from vqa_scratch.training.precision import Precision
 from vqa_scratch.training.ranks import World
 
-LOOK = 1.0  # seconds of steps, at least, between two looks at the pace: very short steps say little one by one
+LOOK = 2.0  # seconds, at least, from one step that is looked at to the next
 LOOKS = 3  # whose median is the pace
 FALLEN = 1.4  # so many times as long as before is a pace that has fallen
 SHARE = 0.05  # of the time: what is lost by steps that only try whether more threads are faster now
@@ -63,11 +63,11 @@ def keep_up(threads: int) -> bool:
 
 
 class Threads:
-    """The number of threads of a run, changed between its steps; `look` is told how long they took since the last look.
+    """The number of threads of a run, changed between its steps: `look` at one that ends when it is `due`, or later.
 
-    When the pace falls, each smaller number is tried until the next look, till one is faster; every now and then the
-    next larger one, if its threads `keep_up`. What is clearly faster is kept, and the next one in the same direction
-    tried. Tries upward come so rarely that they lose a `SHARE` of the time at most. `say` gets a line on every change.
+    When the pace falls, a step is tried with each smaller number until one is faster; every now and then, one with the
+    next larger, if its threads `keep_up`. What is clearly faster is kept, and the next one in the same direction tried.
+    Tries upward come so rarely that they lose a `SHARE` of the time at most. `say` gets a line on every change.
     """
 
     def __init__(
@@ -80,6 +80,7 @@ class Threads:
     ) -> None:
         self.counts, self.unit, self.say, self.use, self.keep_up = sorted(counts), unit, say, use, keep_up
         self.at = len(counts) - 1
+        self.due = 0.0  # by `time.perf_counter`; a try is judged by the next step
         self.recent: deque[float] = deque(maxlen=LOOKS)  # seconds a sample
         self.usual = math.inf
         self.rest = PATIENCE  # seconds until more threads are tried
@@ -88,19 +89,20 @@ class Threads:
 
     def take(self, at: int) -> None:
         """Compute with the number at this place."""
-        self.at = at
+        self.at, self.due = at, 0.0
         self.use(self.counts[at])
 
-    def look(self, samples: int, seconds: float) -> None:
-        """The steps since the last look had so many samples and took so long."""
+    def look(self, samples: int, began: float, ended: float) -> None:
+        """A step of so many samples began and ended then."""
+        self.due = ended + LOOK if len(self.counts) > 1 else math.inf
         if len(self.counts) == 1 or not samples:
             return
-        took = seconds / samples
+        took = (ended - began) / samples
         if self.way:
             self._judge(took, samples)
             return
         self.recent.append(took)
-        self.rest -= seconds
+        self.rest -= max(LOOK, ended - began)
         if len(self.recent) < LOOKS:
             return
         pace = statistics.median(self.recent)
