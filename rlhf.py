@@ -139,7 +139,8 @@ def train(
     with bar, GracefulStop() as stop, profiled as step:
         while ppo.iteration < options.iterations:
             figures = step(ppo)
-            threads.after(options.prompts * options.samples, figures["time/ppo/total"])
+            ended = time.perf_counter()
+            threads.look(options.prompts * options.samples, ended - figures["time/ppo/total"], ended)
             log.write(ppo.iteration, threads=torch.get_num_threads(), **figures)
             bar.update()
             bar.set_postfix_str(

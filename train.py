@@ -132,9 +132,8 @@ def train_step(
 
 def train(options: RunOptions, world: World, began: float) -> int | None:
     """Train, evaluate and report; --minutes count from `began`. Returns the signal that stopped it early, if any."""
-    keep_freed_memory()
-
     # ---- the machine
+    keep_freed_memory()
     options, checkpoint = begin_or_go_on(options)
     world.check_same(checkpoint and checkpoint["state"]["step"], f"the last step in {options.out}")
     device = pick_device(options.device)
@@ -203,7 +202,6 @@ def train(options: RunOptions, world: World, began: float) -> int | None:
     if options.minutes is not None:
         keep_back()
         budget = world.of_main(60 * options.minutes - (time.perf_counter() - began))
-
     resumed_seconds, loop_began = progress.seconds, time.perf_counter()
 
     def clock() -> float:
@@ -268,7 +266,9 @@ def train(options: RunOptions, world: World, began: float) -> int | None:
             optimizers.set_factor(factor)
             step_began = time.perf_counter()
             loss, right, norm = step(loss_of, now.batch.to(device), optimizers, precision, counted=now.counted)
-            threads.after(now.samples, time.perf_counter() - step_began)
+            step_ended = time.perf_counter()
+            if step_ended >= threads.due:  # not each short step
+                threads.look(now.samples, step_began, step_ended)
             progress.step, progress.epoch, progress.position = progress.step + 1, now.epoch, now.position
             progress.samples, window_samples = progress.samples + now.samples, window_samples + now.samples
             # A gradient scaler finds infinite gradients itself, and skips the step.
@@ -338,9 +338,8 @@ def main(options: RunOptions, began: float | None = None) -> int | None:
     """Run `train` as one of the ranks that torchrun started, or as the only one; `began`: when, if not now."""
     if options.seeds is not None:
         return run_seeds(options, __file__)
-    began = time.perf_counter() if began is None else began
     with start(options.device) as world, held(options.out, options.resume, "train.py", world):
-        return train(options, world, began)
+        return train(options, world, time.perf_counter() if began is None else began)
 
 
 if __name__ == "__main__":

@@ -265,7 +265,11 @@ def test_experts_of_a_token_are_as_wide_as_its_mlp(preset, argv, hidden, monkeyp
     made = []
     from vqa_scratch.systems.experts import small_decoder
 
-    monkeypatch.setattr(f"{module}.small_decoder", lambda *given: made.append(small_decoder(*given)) or made[-1])
+    def kept(*given, **named):
+        made.append(small_decoder(*given, **named))
+        return made[-1]
+
+    monkeypatch.setattr(f"{module}.small_decoder", kept)
     options = read_command_line(["--preset", preset, "--experts=4", *argv.split()])
     systems.find(preset).check(options)
     assert {expert.up.out_features for b in made[0].blocks for expert in b.mlp.experts.values()} == {hidden}

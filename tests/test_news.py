@@ -6,7 +6,7 @@ import random
 import pytest
 
 from vqa_scratch.data import news
-from vqa_scratch.data.articles import read_articles
+from vqa_scratch.data.prompts import read_articles
 from vqa_scratch.data.tables import read_rows
 from vqa_scratch.errors import UserError
 

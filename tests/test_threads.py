@@ -18,7 +18,7 @@ from vqa_scratch.systems.vqa import VQASystem
 from vqa_scratch.training import threads as threads_module
 from vqa_scratch.training.precision import Precision
 from vqa_scratch.training.ranks import ALONE
-from vqa_scratch.training.threads import CLEARLY, PATIENCE, SHARE, Threads, choose_way, thread_counts
+from vqa_scratch.training.threads import CLEARLY, LOOK, PATIENCE, SHARE, Threads, choose_way, thread_counts
 
 
 def test_the_first_way_that_none_is_clearly_faster_than():
@@ -83,7 +83,10 @@ def test_without_a_choice_nothing_is_timed():
 
 
 class Machine:
-    """Steps of 512 samples on a machine whose neighbours come and go; `rate(threads, busy)` is samples a second."""
+    """Steps of 512 samples on a machine whose neighbours come and go; `rate(threads, busy)` is samples a second.
+
+    The pace is looked at as train.py does.
+    """
 
     def __init__(self, counts, rate):
         self.said, self.used, self.rate, self.clock, self.samples = [], [max(counts)], rate, 0.0, 0
@@ -100,7 +103,8 @@ class Machine:
         while self.clock < began + seconds:
             took = 512 / self.rate(self.used[-1], busy)
             self.clock, self.samples = self.clock + took, self.samples + 512
-            self.threads.after(512, took)
+            if self.clock >= self.threads.due:
+                self.threads.look(512, self.clock - took, self.clock)
         return (self.samples - before) / (self.clock - began)
 
 
@@ -211,6 +215,26 @@ def test_a_resumed_run_keeps_the_format_that_was_faster_once(data, tmp_path, mon
 
 def end_of_training(*args):
     raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(("tick", "looked_at"), [(0.1, 2), (2.5, 6)])
+def test_of_short_steps_one_in_two_seconds_is_looked_at(data, tmp_path, monkeypatch, tick, looked_at):
+    """Each step of two seconds or more; a step takes a tick of the clock, and as long goes by to the next."""
+    looks, ticks, look = [], itertools.count(), Threads.look
+    monkeypatch.setattr(Threads, "look", lambda threads, *step: looks.append(step) or look(threads, *step))
+    monkeypatch.setattr(train, "thread_counts", lambda *given: [2, 1])
+    monkeypatch.setattr(train, "choose_way", lambda *given: (Precision("fp32", CPU), ""))
+    monkeypatch.setattr(train, "train_step", lambda *args, **named: (torch.ones(()),) * 3)
+    monkeypatch.setattr(train, "draw_panels", lambda *args: None)
+    monkeypatch.setattr(train, "load_weights", end_of_training)
+    monkeypatch.setattr(train, "Bar", lambda *args: contextlib.nullcontext())  # which looks at the clock every second
+    options = small_options(data, tmp_path / "run", steps=6, questions_per_step=64, eval_questions=8, samples=0)
+    monkeypatch.setattr(time, "perf_counter", lambda: tick * next(ticks))  # a look at the clock takes so long
+    with pytest.raises(KeyboardInterrupt):
+        train.main(options)
+    assert all(samples > 0 and ended - began == pytest.approx(tick) for samples, began, ended in looks)
+    ends = [ended for *_, ended in looks]
+    assert len(looks) == looked_at and all(b - a >= LOOK for a, b in zip(ends, ends[1:], strict=False))
 
 
 def test_time_that_was_kept_back_for_too_much_is_trained_in(data, tmp_path, monkeypatch):

@@ -85,9 +85,8 @@ def ask(
     if voice is not None and voice_model is not None:
         question = heard(voice, voice_model, device, precision)
         print(f"heard: {question}", flush=True)
-    if (
-        question is None and system.example and sys.stdin is not None
-    ):  # it answers questions, and there is a place for them
+    # It answers questions, and there is a place for them.
+    if question is None and system.example and sys.stdin is not None:
         prompt(system, image, top, decoding)
     else:
         show(system, image, question, top, decoding)

@@ -42,10 +42,7 @@ def ctc_beam(
 
 def _search(log_probs: np.ndarray, width: int, blank: int) -> list[Hypothesis]:
     prefixes: list[tuple[int, ...]] = [()]
-    ends_blank, ends_label = (
-        np.zeros(1),
-        np.full(1, -np.inf),
-    )  # the log of the paths of each prefix, by their last symbol
+    ends_blank, ends_label = np.zeros(1), np.full(1, -np.inf)  # the log of each prefix' paths, by their last symbol
     vocabulary = log_probs.shape[1]
     for frame in log_probs:
         total = np.logaddexp(ends_blank, ends_label)

@@ -52,7 +52,7 @@ def precise(x: Tensor) -> Tensor:
 
 
 class ClassTokenHead(nn.Module):
-    """CLIP's: the class token, normed and projected. (I, N, D) -> (I, P), or any tokens with `project`."""
+    """CLIP's: the class token, normed and projected. (I, N, D) -> (I, P)."""
 
     def __init__(self, config: "CLIPConfig") -> None:
         super().__init__()

@@ -51,8 +51,7 @@ def begin_or_go_on(options: RLHFOptions) -> tuple[RLHFOptions, dict[str, Any] | 
         raise UserError(f"{path} is no checkpoint of rlhf.py")
     if saved:
         typed(path, saved, PARTS)
-    if values.get("preset") != options.preset:
-        preset = values.get("preset")
+    if (preset := values.get("preset")) != options.preset:
         raise UserError(f"{options.out} is a run of preset {preset}, not {options.preset}; give another --out")
     merged = go_on(options, values, PRESETS, config)
     done = {"iterations": typed(path, saved["ppo"], {"iteration": int})[0]} if saved else {}

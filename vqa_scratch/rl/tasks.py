@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from vqa_scratch.data.articles import read_articles
 from vqa_scratch.data.news import news
+from vqa_scratch.data.prompts import read_articles
 from vqa_scratch.data.text import Tokenizer
 from vqa_scratch.errors import UserError, some
 from vqa_scratch.generation_options import end_ids

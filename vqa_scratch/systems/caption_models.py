@@ -32,11 +32,11 @@ def build_model(options: CaptionOptions, train: list[VQASample]) -> tuple[VQAMod
     else:
         texts = {s.answer for s in train} | {s.question for s in train if s.question}
         decoder = train_bpe([f" {text}" for text in sorted(texts)], options.vocabulary)
-        ids: dict[str, Any] = {"bos_id": decoder.bos_id, "eos_id": decoder.eos_id}
         if options.preset == "coco":  # random weights of the released sizes, to measure without downloads
+            ids: dict[str, Any] = {"bos_id": decoder.bos_id, "eos_id": decoder.eos_id}
             image, writer = ResNet(ResNetConfig()), GPT2(GPT2Config(add_cross_attention=True, **ids))
         else:
-            image, writer = small_models(options, len(decoder), ids | {"pad_id": decoder.pad_id})
+            image, writer = small_models(options, decoder)
             processor = ImageProcessor(size=(IMAGE_SIZE, IMAGE_SIZE))
     read = [*(["max_question_tokens"] if options.question_share else []), "max_caption_tokens"]
     check_positions(options, read, writer.config.max_positions, options.decoder_model or "GPT-2")
@@ -47,20 +47,8 @@ def build_model(options: CaptionOptions, train: list[VQASample]) -> tuple[VQAMod
     return VQAModel(image, None, connector, writer), assembly.tokenizers_for(options, None, decoder), processor
 
 
-def small_models(options: CaptionOptions, vocabulary: int, ids: dict[str, Any]) -> tuple[ResNet, GPT2]:
+def small_models(options: CaptionOptions, words: Tokenizer) -> tuple[ResNet, GPT2]:
     """Small models with random weights: two stages of basic blocks turn a 64-pixel image into 8x8 places."""
     image = ResNetConfig("basic", (options.image_blocks,) * 2, (options.image_width, 2 * options.image_width))
-    decoder = GPT2Config(
-        vocab_size=vocabulary,
-        max_positions=options.max_question_tokens + options.max_caption_tokens + 1,
-        dim=options.width,
-        layers=options.decoder_layers,
-        heads=options.heads,
-        activation="relu",
-        embedding_dropout=0.0,
-        dropout=0.0,
-        attention_dropout=0.0,
-        add_cross_attention=True,
-        **ids,
-    )
-    return ResNet(image, group_norm), small_decoder(options, decoder)
+    longest = options.max_question_tokens + options.max_caption_tokens + 1
+    return ResNet(image, group_norm), small_decoder(options, words, longest, cross_attention=True)

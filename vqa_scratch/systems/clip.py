@@ -33,11 +33,11 @@ from vqa_scratch.study.opened import Opened
 from vqa_scratch.systems.assembly import WithoutNumbers, check_images, stem_of
 from vqa_scratch.systems.base import RunData, seed_everything
 from vqa_scratch.systems.captions import read_captions_data, read_texts, to_describe
-from vqa_scratch.systems.clip_export import export_clip
 from vqa_scratch.systems.clip_models import model_of, small_model
 from vqa_scratch.systems.clip_options import CLIPOptions
 from vqa_scratch.systems.clip_report import lines_of, show
 from vqa_scratch.systems.clip_texts import classify, embed_labels, embed_texts
+from vqa_scratch.systems.export import export_clip
 from vqa_scratch.systems.finals import Pass
 from vqa_scratch.systems.questions import built_in
 from vqa_scratch.systems.retrieval import retrieval, share_preferred

@@ -12,7 +12,7 @@ from vqa_scratch.systems.run_options import (
     MODEL,
     PRESET_HELP,
     RUN,
-    STEMS,
+    STEM,
     TRAINING,
     ImageOptions,
 )
@@ -31,7 +31,7 @@ class CLIPOptions(ImageOptions):
     image_layers: int = option(4, "Layers of the image tower.", MODEL, minimum=1, maximum=1_000)
     text_layers: int = option(4, "Layers of the text tower.", MODEL, minimum=1, maximum=1_000)
     patch_size: int = option(16, "Side of a patch, in pixels.", MODEL, minimum=1)
-    stem: str = option("conv", "How pixels become patch tokens: convolutions or one linear map.", MODEL, STEMS)
+    stem: str = STEM()
     projection: int = option(
         128, "Width of the space that images and texts share.", MODEL, minimum=1, only={"loss": "softmax"}
     )

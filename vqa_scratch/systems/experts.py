@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from vqa_scratch.data.batches import Batch
+from vqa_scratch.data.text import Tokenizer
 from vqa_scratch.models.gpt2 import GPT2, GPT2Config
 from vqa_scratch.models.gpt2_experts import GPT2Experts, GPT2ExpertsConfig
 from vqa_scratch.models.llama_experts import Mixture
@@ -23,12 +24,27 @@ from vqa_scratch.training.optimizers import Optimizers
 BALANCE, Z = 0.01, 0.001  # weights of the losses of routers, those of OLMoE (arXiv 2409.02060)
 
 
-def small_decoder(options: Any, config: GPT2Config) -> GPT2:
-    """A GPT-2 with random weights; with `options.experts` it has so many in place of each MLP.
+def small_decoder(options: Any, words: Tokenizer, positions: int, *, cross_attention: bool) -> GPT2:
+    """A GPT-2 with random weights that writes the tokens of `words`, without dropout; with `options.experts` it has so
+    many in place of each MLP.
 
     Without `options.decoder_hidden` those that a token reads are together as wide as the MLP they replace. Raises
     UserError for more experts a token than experts.
     """
+    ids: dict[str, Any] = {"bos_id": words.bos_id, "eos_id": words.eos_id, "pad_id": words.pad_id}
+    config = GPT2Config(
+        vocab_size=len(words),
+        max_positions=positions,
+        dim=options.width,
+        layers=options.decoder_layers,
+        heads=options.heads,
+        activation="relu",
+        embedding_dropout=0.0,
+        dropout=0.0,
+        attention_dropout=0.0,
+        add_cross_attention=cross_attention,
+        **ids,
+    )
     if options.experts is None:
         return GPT2(replace(config, hidden=options.decoder_hidden))
     hidden = options.decoder_hidden or max(1, 4 * config.dim // options.experts_per_token)

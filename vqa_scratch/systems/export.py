@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from vqa_scratch.errors import UserError
+from vqa_scratch.models.clip import CLIP
 from vqa_scratch.models.hf_config import Released
 from vqa_scratch.models.patches import PixelPatches
 from vqa_scratch.models.resnet import FrozenBatchNorm, ResNet
@@ -113,6 +114,33 @@ from transformers import ViltForQuestionAnswering
 
 model = ViltForQuestionAnswering.from_pretrained(".").eval()
 labels = model.config.id2label
+"""
+CLIP_README = """\
+# {title}
+
+Run this in the folder to see how well some texts fit an image.
+
+```python
+import torch
+from transformers import AutoTokenizer
+
+from vqa_scratch.data.images import ImageProcessor, load_image
+
+{load}
+texts = ["a small red circle at the top left", "a large blue square at the bottom right"]
+cut = {{"truncation": True, "max_length": {limit}, "padding": {padding}, "return_tensors": "pt"}}
+words = AutoTokenizer.from_pretrained(".")(texts, **cut)
+pixels = ImageProcessor.from_pretrained(".")([load_image("picture.png")])
+with torch.no_grad():
+    logits = model(pixel_values=pixels, input_ids=words["input_ids"]).logits_per_image[0]
+for share, text in zip(logits.{shares}, texts):
+    print(f"{{share:.3f}}  {{text}}")
+```
+"""
+LOAD_CLIP = """\
+from transformers import AutoModel
+
+model = AutoModel.from_pretrained(".").eval()
 """
 LOAD_OWN_WHOLE = """\
 # A convolutional stem has no place in the layouts of transformers: weights and sizes go by names of vqa_scratch.
@@ -253,3 +281,17 @@ def export_vilt(system: SplitSystem[Any, ViLTClassifier, Any], folder: Path) -> 
     limit = system.tokenizers.max_question_tokens
     page = VILT_README.format(load=load, example=system.example, of_output=of_output, limit=limit)
     return export_whole(system, folder, "the ViLT layout", page)
+
+
+def export_clip(system: SplitSystem[Any, CLIP, Any], folder: Path) -> list[str]:
+    """Export as CLIPModel or SiglipModel."""
+    model = system.model
+    alone = model.logit_bias is not None  # each text is judged alone, and texts are padded to one length
+    page = CLIP_README.format(
+        title=f"A {'SigLIP' if alone else 'CLIP'}, which compares images with texts",
+        load=LOAD_OWN_WHOLE.format(module="clip_models") if has_stem(system) else LOAD_CLIP,
+        limit=model.text.longest,
+        padding='"max_length"' if alone else True,
+        shares="sigmoid()" if alone else "softmax(0)",
+    )
+    return export_whole(system, folder, model.config.family.architecture, page)

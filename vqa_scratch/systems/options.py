@@ -23,7 +23,7 @@ from vqa_scratch.systems.run_options import (
     MODEL,
     PRESET_HELP,
     RUN,
-    STEMS,
+    STEM,
     TRAINING,
     ImageOptions,
     RunOptions,
@@ -64,6 +64,12 @@ class QuestionOptions(ImageOptions):
 
 NEW, WITHOUT_ENCODER = {"start_from": None}, {"connector": "patches"}
 SHAPES, RELEASED = NEW | {"preset": "shapes"}, NEW | {"preset": "book", "init": "pretrained"}
+
+# What several systems have; each says when it has a meaning there.
+ANSWER_TOKENS = partial(option, 8, "Longer answers are cut to this many tokens, end token included.", LIMITS, minimum=1)
+FREEZE = partial(
+    option, "nothing", "Part whose weights do not train; a decoder's cross-attention always trains.", MODEL
+)
 
 # Of the small decoders that are trained here, whatever joins them to the image.
 DECODER_HIDDEN = partial(
@@ -139,12 +145,7 @@ class VQAOptions(QuestionOptions):
     text_encoder: bool = option(
         True, "Read the question with a text encoder too, if the connector takes its states.", MODEL, only=NEW
     )
-    freeze: str = option(
-        "nothing",
-        "Part whose weights do not train; a decoder's cross-attention always trains.",
-        MODEL,
-        ("nothing", "encoders", "text_encoder", "image_encoder", "decoder", "all"),
-    )
+    freeze: str = FREEZE(("nothing", "encoders", "text_encoder", "image_encoder", "decoder", "all"))
     feature_cache: bool = option(
         False,
         "Compute the states of frozen encoders once, and keep them in --cache.",
@@ -167,17 +168,8 @@ class VQAOptions(QuestionOptions):
     experts_per_token: int = PER_TOKEN(only=SHAPES)
     balance: str = BALANCE(only=SHAPES)
     patch_size: int = option(8, "Side of a patch, in pixels.", MODEL, minimum=1, only=SHAPES)
-    stem: str = option(
-        "conv",
-        "How pixels become patch tokens: convolutions or one linear map.",
-        MODEL,
-        STEMS,
-        only=SHAPES,
-        never=WITHOUT_ENCODER,
-    )
-    max_answer_tokens: int = option(
-        8, "Longer answers are cut to this many tokens, end token included.", LIMITS, minimum=1
-    )
+    stem: str = STEM(only=SHAPES, never=WITHOUT_ENCODER)
+    max_answer_tokens: int = ANSWER_TOKENS()
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -198,9 +190,7 @@ class SpokenOptions(QuestionOptions):
     spoken_texts: int = option(
         2_000, "At most this many different questions to train on, a quarter of it in other splits.", DATA, minimum=4
     )
-    max_answer_tokens: int = option(
-        8, "Longer answers are cut to this many tokens, end token included.", LIMITS, minimum=1
-    )
+    max_answer_tokens: int = ANSWER_TOKENS()
 
 
 OWN_SIZES = {"model": None}
@@ -224,9 +214,7 @@ class ViLTOptions(QuestionOptions):
     width: int = option(128, "Width.", MODEL, minimum=1, only=OWN_SIZES)
     heads: int = option(4, "Attention heads.", MODEL, minimum=1, only=OWN_SIZES)
     layers: int = option(4, "Layers.", MODEL, minimum=1, maximum=1_000, only=OWN_SIZES)
-    stem: str = option(
-        "conv", "How pixels become patch tokens: convolutions or one linear map.", MODEL, STEMS, only=OWN_SIZES
-    )
+    stem: str = STEM(only=OWN_SIZES)
 
 
 SMALL, PRETRAINED = {"preset": "caption", "init": "random"}, {"init": "pretrained"}
@@ -247,12 +235,7 @@ class CaptionOptions(ImageOptions):
         None, "File with torchvision's ResNet weights, .safetensors or .pth.", MODEL, only=PRETRAINED
     )
     decoder_model: str | None = option(None, "GPT-2 checkpoint: folder or Hub id.", MODEL, only=PRETRAINED)
-    freeze: str = option(
-        "nothing",
-        "Part whose weights do not train; a decoder's cross-attention always trains.",
-        MODEL,
-        ("nothing", "image_encoder", "decoder", "all"),
-    )
+    freeze: str = FREEZE(("nothing", "image_encoder", "decoder", "all"))
     width: int = option(128, "Width of the decoder.", MODEL, minimum=1, only=SMALL)
     heads: int = option(4, "Attention heads.", MODEL, minimum=1, only=SMALL)
     decoder_layers: int = option(4, "Layers of the decoder.", MODEL, minimum=1, maximum=1_000, only=SMALL)

@@ -171,9 +171,7 @@ def begin_or_go_on(options: RunOptions) -> tuple[RunOptions, dict[str, Any] | No
     if is_new(options.out, options.resume, PROGRAM):
         return lengthened(replace(options, resume=False), options.more, {}, "steps"), None
     values = check_trainable(options.out)
-    preset = values["train"].get("preset") if values["program"] == PROGRAM else None
-    if preset != options.preset:
-        preset = preset or values["program"]
+    if (preset := values["train"].get("preset") or PROGRAM) != options.preset:
         raise UserError(f"{options.out} is a run of preset {preset}, not {options.preset}; give another --out")
     merged, path = go_on(options, values["train"], PRESETS, options.out / CONFIG), checkpoint_path(options.out)
     checkpoint, done = load_checkpoint(path, PARTS) if path.exists() else None, {}

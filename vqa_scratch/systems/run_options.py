@@ -3,6 +3,7 @@ is `--val-split`."""
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
@@ -13,7 +14,9 @@ from vqa_scratch.systems.presets import NEEDS_DATA
 RUN, DATA, MODEL, TRAINING = "Run", "Data", "Model", "Training"
 LIMITS, LOGGING, AUGMENTATION = "Batches and lengths", "Evaluation, logs and checkpoints", "Augmentation"
 PRESET_HELP = "What to train, and with which defaults."
-STEMS = ("conv", "linear")
+STEM = partial(
+    option, "conv", "How pixels become patch tokens: convolutions or one linear map.", MODEL, ("conv", "linear")
+)
 
 
 @dataclass(frozen=True)

@@ -101,10 +101,8 @@ class SpokenSystem(WritingSystem[SpokenOptions], QuestionSystem[SpokenOptions, V
 
     @classmethod
     def open(cls, folder: Path, sizes: dict[str, Any], options: SpokenOptions, precision: Precision) -> Self:
-        words, processor = (
-            Tokenizer.from_pretrained(folder / "decoder_tokenizer"),
-            ImageProcessor.from_pretrained(folder),
-        )
+        words = Tokenizer.from_pretrained(folder / "decoder_tokenizer")
+        processor = ImageProcessor.from_pretrained(folder)
         return cls(options, assembly.assemble(sizes), _tokenizers(options, words), processor, precision, folder)
 
     def trained_by(self, optimizers: Optimizers) -> None:

@@ -31,12 +31,8 @@ def _opened(system: SplitSystem, image: Image.Image, question: str, subject: Sub
 
 def writing_subject(system: SplitSystem[Any, VQAModel, Any], image: Image.Image, question: str) -> Opened:
     """A system of encoder, connector and decoder with one image and a question; "" for a caption."""
-    tokenizers = system.tokenizers
-    prompt, ids, text = (
-        [*tokenizers.prompt(question), tokenizers.start_id],
-        tokenizers.question(question),
-        tokenizers.text,
-    )
+    tokenizers, text = system.tokenizers, system.tokenizers.text
+    prompt, ids = [*tokenizers.prompt(question), tokenizers.start_id], tokenizers.question(question)
     labels, special = ((), ()) if text is None else (text_labels(text, question, ids), special_tokens(text, ids))
     pixels = system.processor(image)[None]
     subject = VQASubject(system.model, pixels, prompt, ids, labels, special, tokenizers.max_answer_tokens)

@@ -67,7 +67,6 @@ def small_models(options: VQAOptions, train: list[VQASample]) -> Parts:
     kind, width = connector_class(options.connector), options.width
     text, decoder = own_tokenizers(train)
     shared: dict[str, Any] = {"dim": width, "heads": options.heads, "activation": "relu"}
-    no_dropout: dict[str, Any] = {"dropout": 0.0, "attention_dropout": 0.0}
     image: PixelPatches | ViT
     if kind.reads_pixels:
         image = PixelPatches(PixelPatchesConfig(options.patch_size))
@@ -85,23 +84,14 @@ def small_models(options: VQAOptions, train: list[VQASample]) -> Parts:
         max_positions=max(64, options.max_question_tokens),
         token_types=0,
         pad_id=text.pad_id or 0,
+        dropout=0.0,
+        attention_dropout=0.0,
         **shared,
-        **no_dropout,
     )
     longest = options.max_question_tokens + options.max_answer_tokens + 1
-    special: dict[str, Any] = {"bos_id": decoder.bos_id, "eos_id": decoder.eos_id, "pad_id": decoder.pad_id}
-    decoder_config = GPT2Config(
-        vocab_size=len(decoder),
-        max_positions=max(64, longest) + kind.prefix_length(grid, sizes),
-        layers=options.decoder_layers,
-        embedding_dropout=0.0,
-        add_cross_attention=kind.needs_cross_attention(),
-        **special,
-        **shared,
-        **no_dropout,
-    )
+    positions = max(64, longest) + kind.prefix_length(grid, sizes)
     words = Bert(text_config) if reads_question(options) else None
-    writer = small_decoder(options, decoder_config)
+    writer = small_decoder(options, decoder, positions, cross_attention=kind.needs_cross_attention())
     connector = connect({"kind": options.connector, **sizes}, image, words, writer)
     if isinstance(image, ViT):
         assembly.start_from_places(image)
@@ -128,10 +118,8 @@ def released_models(options: VQAOptions, train: list[VQASample]) -> Parts:
         writer, processor = GPT2(GPT2Config(add_cross_attention=kind.needs_cross_attention())), ImageProcessor()
     else:
         looks = None if kind.reads_pixels else needed(options, "image_model")
-        writes, reads = (
-            needed(options, "decoder_model"),
-            needed(options, "text_model") if reads_question(options) else None,
-        )
+        reads = needed(options, "text_model") if reads_question(options) else None
+        writes = needed(options, "decoder_model")
         text = None if reads is None else Tokenizer.from_pretrained(reads)
         decoder = Tokenizer.from_pretrained(writes)
         image = PixelPatches(PixelPatchesConfig()) if looks is None else released.image_encoder(looks)

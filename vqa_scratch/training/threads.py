@@ -21,7 +21,8 @@ from vqa_scratch.fastest import CLEARLY, fastest, timed
 from vqa_scratch.training.precision import Precision
 from vqa_scratch.training.ranks import World
 
-STEPS = 3  # whose median is the pace
+LOOK = 2.0  # seconds, at least, from one step that is looked at to the next
+LOOKS = 3  # whose median is the pace
 FALLEN = 1.4  # so many times as long as before is a pace that has fallen
 SHARE = 0.05  # of the time: what is lost by steps that only try whether more threads are faster now
 PATIENCE = 10.0  # seconds before more threads are tried again, at least
@@ -62,7 +63,7 @@ def keep_up(threads: int) -> bool:
 
 
 class Threads:
-    """The number of threads of a run, changed between its steps; `after` is told how long each of them took.
+    """The number of threads of a run, changed between its steps: `look` at one that ends when it is `due`, or later.
 
     When the pace falls, a step is tried with each smaller number until one is faster; every now and then, one with the
     next larger, if its threads `keep_up`. What is clearly faster is kept, and the next one in the same direction tried.
@@ -79,7 +80,8 @@ class Threads:
     ) -> None:
         self.counts, self.unit, self.say, self.use, self.keep_up = sorted(counts), unit, say, use, keep_up
         self.at = len(counts) - 1
-        self.recent: deque[float] = deque(maxlen=STEPS)  # seconds a sample
+        self.due = 0.0  # by `time.perf_counter`; a try is judged by the next step
+        self.recent: deque[float] = deque(maxlen=LOOKS)  # seconds a sample
         self.usual = math.inf
         self.rest = PATIENCE  # seconds until more threads are tried
         self.way = 0  # -1 or 1 while a smaller or larger number is tried
@@ -87,20 +89,21 @@ class Threads:
 
     def take(self, at: int) -> None:
         """Compute with the number at this place."""
-        self.at = at
+        self.at, self.due = at, 0.0
         self.use(self.counts[at])
 
-    def after(self, samples: int, seconds: float) -> None:
-        """A step of so many samples took so long."""
+    def look(self, samples: int, began: float, ended: float) -> None:
+        """A step of so many samples began and ended then."""
+        self.due = ended + LOOK if len(self.counts) > 1 else math.inf
         if len(self.counts) == 1 or not samples:
             return
-        took = seconds / samples
+        took = (ended - began) / samples
         if self.way:
             self._judge(took, samples)
             return
         self.recent.append(took)
-        self.rest -= seconds
-        if len(self.recent) < STEPS:
+        self.rest -= max(LOOK, ended - began)
+        if len(self.recent) < LOOKS:
             return
         pace = statistics.median(self.recent)
         self.usual = min(self.usual, pace)

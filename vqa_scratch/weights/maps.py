@@ -7,6 +7,7 @@ save. Their names are those in the files on the Hub; for ViT these differ from t
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import NamedTuple
 
 from torch import Tensor
@@ -69,6 +70,13 @@ def linear(ours: str, *theirs: str, transposed: bool = False) -> tuple[Entry, ..
     )
 
 
+def each(make: Callable[..., tuple[Entry, ...]], ours: str, theirs: str, pairs: str) -> tuple[Entry, ...]:
+    """`weight` or `linear` of many modules: `pairs` are our names, after `ours`, and their keys, after `theirs`, with
+    a + between keys that are joined: "attn.qkv=query+key+value mlp.up=fc1"."""
+    named = (pair.split("=") for pair in pairs.split())
+    return tuple(e for name, keys in named for e in make(ours + name, *(theirs + key for key in keys.split("+"))))
+
+
 def nested(ours: str, entries: tuple[Entry, ...], theirs: str = "") -> tuple[Entry, ...]:
     """The entries of a part of a model: `ours` and `theirs` are put before its names and keys."""
     return tuple(e._replace(ours=ours + e.ours, theirs=tuple(theirs + key for key in e.theirs)) for e in entries)
@@ -92,24 +100,20 @@ HEADS = (
     *("cls.predictions.bias", "lm_head.bias", "mlm_score.bias", "embeddings.mask_token"),
 )
 
-_QKV = ("query", "key", "value")
-_VIT_LAYER = "encoder.layer.{}"
+BLOCK, _VIT_LAYER = "blocks.{}.", "encoder.layer.{}."  # before the names of what a layer has, ours and theirs
+_VIT_ATTENTION = "attn.qkv=attention.query+attention.key+attention.value attn.out=output.dense"
 _VIT_SHARED = (  # by ViT, DeiT and DINOv2
     Entry("cls_token", ("embeddings.cls_token",)),
     Entry("positions", ("embeddings.position_embeddings",)),
-    *linear("patch_embed", "embeddings.patch_embeddings.projection"),
-    *linear("blocks.{}.attn.qkv", *(f"{_VIT_LAYER}.attention.attention.{name}" for name in _QKV)),
-    *linear("blocks.{}.attn.out", f"{_VIT_LAYER}.attention.output.dense"),
-    *linear("norm", "layernorm"),
+    *each(linear, "", "", "patch_embed=embeddings.patch_embeddings.projection norm=layernorm"),
+    *each(linear, BLOCK, f"{_VIT_LAYER}attention.", _VIT_ATTENTION),
 )
 VIT = KeyMap(
     prefix="vit.",
     body=(
         *_VIT_SHARED,
-        *linear("blocks.{}.norm1", f"{_VIT_LAYER}.layernorm_before"),
-        *linear("blocks.{}.norm2", f"{_VIT_LAYER}.layernorm_after"),
-        *linear("blocks.{}.mlp.up", f"{_VIT_LAYER}.intermediate.dense"),
-        *linear("blocks.{}.mlp.down", f"{_VIT_LAYER}.output.dense"),
+        *each(linear, BLOCK, _VIT_LAYER, "norm1=layernorm_before norm2=layernorm_after"),
+        *each(linear, BLOCK, _VIT_LAYER, "mlp.up=intermediate.dense mlp.down=output.dense"),
     ),
 )
 DEIT = KeyMap(prefix="deit.", body=(*VIT.body, Entry("distillation_token", ("embeddings.distillation_token",))))
@@ -118,36 +122,28 @@ DINOV2 = KeyMap(
     body=(
         *_VIT_SHARED,
         Entry("registers", ("embeddings.register_tokens",)),
-        *linear("blocks.{}.norm1", f"{_VIT_LAYER}.norm1"),
-        *linear("blocks.{}.norm2", f"{_VIT_LAYER}.norm2"),
-        Entry("blocks.{}.scale1.weight", (f"{_VIT_LAYER}.layer_scale1.lambda1",)),
-        Entry("blocks.{}.scale2.weight", (f"{_VIT_LAYER}.layer_scale2.lambda1",)),
-        *linear("blocks.{}.mlp.up", f"{_VIT_LAYER}.mlp.fc1"),
-        *linear("blocks.{}.mlp.down", f"{_VIT_LAYER}.mlp.fc2"),
-        *linear("blocks.{}.mlp.gate_up", f"{_VIT_LAYER}.mlp.weights_in"),
-        *linear("blocks.{}.mlp.out", f"{_VIT_LAYER}.mlp.weights_out"),
+        Entry("blocks.{}.scale1.weight", (f"{_VIT_LAYER}layer_scale1.lambda1",)),
+        Entry("blocks.{}.scale2.weight", (f"{_VIT_LAYER}layer_scale2.lambda1",)),
+        *each(linear, BLOCK, _VIT_LAYER, "norm1=norm1 norm2=norm2 mlp.up=mlp.fc1 mlp.down=mlp.fc2"),
+        *each(linear, BLOCK, _VIT_LAYER, "mlp.gate_up=mlp.weights_in mlp.out=mlp.weights_out"),
     ),
 )
 DINOV2_WITH_REGISTERS = replace(DINOV2, prefix="dinov2_with_registers.")
 
 _BERT_EMBEDDINGS = (
-    *weight("tokens", "word_embeddings"),
-    *weight("positions", "position_embeddings"),
-    *weight("token_types", "token_type_embeddings"),
+    *each(weight, "", "", "tokens=word_embeddings positions=position_embeddings token_types=token_type_embeddings"),
     *linear("norm", "LayerNorm"),
 )
 
 
 def bert_block(attention: str, mlp: str) -> tuple[Entry, ...]:
     """A block of BERT or of a Q-Former, which differ in a name in their attention and in their MLP."""
-    layer = "encoder.layer.{}"
+    inputs = (f"{attention}.{name}" for name in ("query", "key", "value"))
+    parts = f"attn.qkv={'+'.join(inputs)} attn.out=output.dense norm1=output.LayerNorm"
     return (
-        *linear("blocks.{}.attn.qkv", *(f"{layer}.attention.{attention}.{name}" for name in _QKV)),
-        *linear("blocks.{}.attn.out", f"{layer}.attention.output.dense"),
-        *linear("blocks.{}.norm1", f"{layer}.attention.output.LayerNorm"),
-        *linear("blocks.{}.mlp.up", f"{layer}.intermediate{mlp}.dense"),
-        *linear("blocks.{}.mlp.down", f"{layer}.output{mlp}.dense"),
-        *linear("blocks.{}.norm2", f"{layer}.output{mlp}.LayerNorm"),
+        *each(linear, BLOCK, "encoder.layer.{}.attention.", parts),
+        *each(linear, BLOCK, "encoder.layer.{}.", f"mlp.up=intermediate{mlp}.dense mlp.down=output{mlp}.dense"),
+        *linear("blocks.{}.norm2", f"encoder.layer.{{}}.output{mlp}.LayerNorm"),
     )
 
 
@@ -188,19 +184,18 @@ VILT_CLASSIFIER = replace(
     head=(*linear("up", "classifier.0"), *linear("norm", "classifier.1"), *linear("out", "classifier.3")),
 )
 
-_DISTILBERT_LAYER = "transformer.layer.{}"
 DISTILBERT = KeyMap(
     prefix="distilbert.",
     body=(
-        *weight("tokens", "embeddings.word_embeddings"),
-        *weight("positions", "embeddings.position_embeddings"),
+        *each(weight, "", "embeddings.", "tokens=word_embeddings positions=position_embeddings"),
         *linear("norm", "embeddings.LayerNorm"),
-        *linear("blocks.{}.attn.qkv", *(f"{_DISTILBERT_LAYER}.attention.{name}_lin" for name in "qkv")),
-        *linear("blocks.{}.attn.out", f"{_DISTILBERT_LAYER}.attention.out_lin"),
-        *linear("blocks.{}.norm1", f"{_DISTILBERT_LAYER}.sa_layer_norm"),
-        *linear("blocks.{}.mlp.up", f"{_DISTILBERT_LAYER}.ffn.lin1"),
-        *linear("blocks.{}.mlp.down", f"{_DISTILBERT_LAYER}.ffn.lin2"),
-        *linear("blocks.{}.norm2", f"{_DISTILBERT_LAYER}.output_layer_norm"),
+        *each(
+            linear,
+            BLOCK,
+            "transformer.layer.{}.",
+            """attn.qkv=attention.q_lin+attention.k_lin+attention.v_lin attn.out=attention.out_lin
+            norm1=sa_layer_norm mlp.up=ffn.lin1 mlp.down=ffn.lin2 norm2=output_layer_norm""",
+        ),
     ),
     dropped=("embeddings.position_ids",),
 )
@@ -211,26 +206,20 @@ DISTILBERT_CLASSIFIER = replace(
     head=(*linear("dense", "pre_classifier"), *linear("out", "classifier")),
 )
 
+_TRANSPOSED = partial(linear, transposed=True)
 GPT2_CROSS = (
     *linear("blocks.{}.norm_cross", "h.{}.ln_cross_attn"),
-    *linear("blocks.{}.cross.q", "h.{}.crossattention.q_attn", transposed=True),
-    *linear("blocks.{}.cross.kv", "h.{}.crossattention.c_attn", transposed=True),
-    *linear("blocks.{}.cross.out", "h.{}.crossattention.c_proj", transposed=True),
+    *each(_TRANSPOSED, f"{BLOCK}cross.", "h.{}.crossattention.", "q=q_attn kv=c_attn out=c_proj"),
 )
 GPT2 = KeyMap(
     prefix="transformer.",
     write_prefix=True,
     body=(
-        *weight("tokens", "wte"),
-        *weight("positions", "wpe"),
-        *linear("blocks.{}.norm1", "h.{}.ln_1"),
-        *linear("blocks.{}.attn.qkv", "h.{}.attn.c_attn", transposed=True),
-        *linear("blocks.{}.attn.out", "h.{}.attn.c_proj", transposed=True),
+        *each(weight, "", "", "tokens=wte positions=wpe"),
+        *each(linear, "", "", "blocks.{}.norm1=h.{}.ln_1 blocks.{}.norm2=h.{}.ln_2 norm=ln_f"),
+        *each(_TRANSPOSED, BLOCK, "h.{}.", "attn.qkv=attn.c_attn attn.out=attn.c_proj"),
+        *each(_TRANSPOSED, f"{BLOCK}mlp.", "h.{}.mlp.", "up=c_fc down=c_proj"),
         *GPT2_CROSS,
-        *linear("blocks.{}.norm2", "h.{}.ln_2"),
-        *linear("blocks.{}.mlp.up", "h.{}.mlp.c_fc", transposed=True),
-        *linear("blocks.{}.mlp.down", "h.{}.mlp.c_proj", transposed=True),
-        *linear("norm", "ln_f"),
     ),
     dropped=(
         # Causal masks that old releases saved with the weights.
@@ -242,45 +231,34 @@ GPT2 = KeyMap(
     tied={"lm_head.weight": "wte.weight"},
 )
 
-_OPT_LAYER = "decoder.layers.{}"
+SELF_ATTENTION = "attn.qkv=self_attn.q_proj+self_attn.k_proj+self_attn.v_proj attn.out=self_attn.out_proj"
 OPT = KeyMap(
     prefix="model.",
     write_prefix=True,
     body=(
-        *weight("tokens", "decoder.embed_tokens"),
-        *weight("positions", "decoder.embed_positions"),
-        *weight("project_in", "decoder.project_in"),
-        *weight("project_out", "decoder.project_out"),
-        *linear("blocks.{}.attn.qkv", *(f"{_OPT_LAYER}.self_attn.{name}_proj" for name in "qkv")),
-        *linear("blocks.{}.attn.out", f"{_OPT_LAYER}.self_attn.out_proj"),
-        *linear("blocks.{}.norm1", f"{_OPT_LAYER}.self_attn_layer_norm"),
-        *linear("blocks.{}.norm2", f"{_OPT_LAYER}.final_layer_norm"),
-        *linear("blocks.{}.mlp.up", f"{_OPT_LAYER}.fc1"),
-        *linear("blocks.{}.mlp.down", f"{_OPT_LAYER}.fc2"),
+        *each(weight, "", "decoder.", "tokens=embed_tokens positions=embed_positions"),
+        *each(weight, "", "decoder.", "project_in=project_in project_out=project_out"),
+        *each(linear, BLOCK, "decoder.layers.{}.", f"{SELF_ATTENTION} mlp.up=fc1 mlp.down=fc2"),
+        *each(linear, BLOCK, "decoder.layers.{}.", "norm1=self_attn_layer_norm norm2=final_layer_norm"),
         *linear("norm", "decoder.final_layer_norm"),
     ),
     tied={"lm_head.weight": "decoder.embed_tokens.weight"},
 )
 
 
-def _t5(**gates: str) -> KeyMap:
+def _t5(gates: str) -> KeyMap:
     """`gates` are the layers of the MLP before its last, which differ between plain and gated models."""
     body = [*weight("embedding", "shared")]
     for part, mlp in (("encoder", 1), ("decoder", 2)):  # a decoder block has cross-attention before the MLP
-        ours, theirs = f"{part}.blocks.{{}}", f"{part}.block.{{}}.layer"
+        ours, theirs = f"{part}.{BLOCK}", f"{part}.block.{{}}.layer."
         body += weight(f"{part}.bias.table", f"{part}.block.0.layer.0.SelfAttention.relative_attention_bias")
-        body += weight(f"{ours}.attn.qkv", *(f"{theirs}.0.SelfAttention.{x}" for x in "qkv"))
-        body += weight(f"{ours}.attn.out", f"{theirs}.0.SelfAttention.o")
-        body += weight(f"{ours}.attn_norm", f"{theirs}.0.layer_norm")
-        for name, key in {**gates, "down": "wo"}.items():
-            body += weight(f"{ours}.mlp.{name}", f"{theirs}.{mlp}.DenseReluDense.{key}")
-        body += weight(f"{ours}.mlp_norm", f"{theirs}.{mlp}.layer_norm")
+        body += each(weight, f"{ours}attn.", f"{theirs}0.SelfAttention.", "qkv=q+k+v out=o")
+        body += each(weight, f"{ours}mlp.", f"{theirs}{mlp}.DenseReluDense.", f"{gates} down=wo")
+        body += each(weight, ours, theirs, f"attn_norm=0.layer_norm mlp_norm={mlp}.layer_norm")
         body += weight(f"{part}.norm", f"{part}.final_layer_norm")
-    cross = "decoder.block.{}.layer.1.EncDecAttention"
-    body += weight("decoder.blocks.{}.cross.q", f"{cross}.q")
-    body += weight("decoder.blocks.{}.cross.kv", f"{cross}.k", f"{cross}.v")
-    body += weight("decoder.blocks.{}.cross.out", f"{cross}.o")
-    body += weight("decoder.blocks.{}.cross_norm", "decoder.block.{}.layer.1.layer_norm")
+    cross = "decoder.block.{}.layer.1."
+    body += each(weight, f"decoder.{BLOCK}cross.", f"{cross}EncDecAttention.", "q=q kv=k+v out=o")
+    body += weight(f"decoder.{BLOCK}cross_norm", f"{cross}layer_norm")
     return KeyMap(
         body=tuple(body),
         head=weight("lm_head", "lm_head"),
@@ -290,8 +268,8 @@ def _t5(**gates: str) -> KeyMap:
     )
 
 
-T5 = _t5(up="wi")
-T5_GATED = _t5(gate="wi_0", up="wi_1")
+T5 = _t5("up=wi")
+T5_GATED = _t5("gate=wi_0 up=wi_1")
 
 
 def batch_norm(ours: str, theirs: str) -> tuple[Entry, ...]:

@@ -1,19 +1,25 @@
 """Key maps of CLIP and SigLIP, whole and one tower at a time; see `maps.py`."""
 
-from vqa_scratch.weights.maps import SQUEEZED, SQUEEZED_TWICE, Entry, KeyMap, linear, nested, weight
+from vqa_scratch.weights.maps import (
+    BLOCK,
+    SELF_ATTENTION,
+    SQUEEZED,
+    SQUEEZED_TWICE,
+    Entry,
+    KeyMap,
+    each,
+    linear,
+    nested,
+    weight,
+)
 
-_LAYER = "encoder.layers.{}"
+_LAYER = "encoder.layers.{}."
 _BLOCKS = (  # of every tower
-    *linear("blocks.{}.attn.qkv", *(f"{_LAYER}.self_attn.{name}_proj" for name in "qkv")),
-    *linear("blocks.{}.attn.out", f"{_LAYER}.self_attn.out_proj"),
-    *linear("blocks.{}.norm1", f"{_LAYER}.layer_norm1"),
-    *linear("blocks.{}.norm2", f"{_LAYER}.layer_norm2"),
-    *linear("blocks.{}.mlp.up", f"{_LAYER}.mlp.fc1"),
-    *linear("blocks.{}.mlp.down", f"{_LAYER}.mlp.fc2"),
+    *each(linear, BLOCK, _LAYER, SELF_ATTENTION),
+    *each(linear, BLOCK, _LAYER, "norm1=layer_norm1 norm2=layer_norm2 mlp.up=mlp.fc1 mlp.down=mlp.fc2"),
 )
 _TEXT = (
-    *weight("tokens", "embeddings.token_embedding"),
-    *weight("positions", "embeddings.position_embedding"),
+    *each(weight, "", "embeddings.", "tokens=token_embedding positions=position_embedding"),
     *_BLOCKS,
     *linear("norm", "final_layer_norm"),
 )
@@ -36,10 +42,7 @@ _SIGLIP_IMAGE_HEAD = (
     Entry("probe", ("head.probe",)),
     Entry("cross.qkv.weight", ("head.attention.in_proj_weight",)),
     Entry("cross.qkv.bias", ("head.attention.in_proj_bias",)),
-    *linear("cross.out", "head.attention.out_proj"),
-    *linear("norm", "head.layernorm"),
-    *linear("mlp.up", "head.mlp.fc1"),
-    *linear("mlp.down", "head.mlp.fc2"),
+    *each(linear, "", "head.", "cross.out=attention.out_proj norm=layernorm mlp.up=mlp.fc1 mlp.down=mlp.fc2"),
 )
 _POSITION_IDS = "embeddings.position_ids"  # a buffer that old releases saved with the weights
 

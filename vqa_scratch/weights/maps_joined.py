@@ -4,12 +4,14 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 from vqa_scratch.weights.maps import (
+    BLOCK,
     OPT,
     SQUEEZED_TWICE,
     Entry,
     KeyMap,
     Order,
     bert_block,
+    each,
     linear,
     nested,
     weight,
@@ -35,28 +37,25 @@ def _joined(*own: Entry, spellings: tuple[tuple[str, str], ...] = (), **parts: t
     return KeyMap(body=tuple(body), dropped=tuple(dropped), tied=tied, spellings=spellings)
 
 
-_EVA_LAYER = "encoder.layers.{}"
+_EVA_LAYER = "encoder.layers.{}."
 _EVA_VIT = (
     Entry("cls_token", ("embeddings.class_embedding",)),
     Entry("positions", ("embeddings.position_embedding",)),
-    *linear("patch_embed", "embeddings.patch_embedding"),
-    *linear("blocks.{}.attn.qkv", f"{_EVA_LAYER}.self_attn.qkv"),  # also one tensor there
-    *linear("blocks.{}.attn.out", f"{_EVA_LAYER}.self_attn.projection"),
-    *linear("blocks.{}.norm1", f"{_EVA_LAYER}.layer_norm1"),
-    *linear("blocks.{}.norm2", f"{_EVA_LAYER}.layer_norm2"),
-    *linear("blocks.{}.mlp.up", f"{_EVA_LAYER}.mlp.fc1"),
-    *linear("blocks.{}.mlp.down", f"{_EVA_LAYER}.mlp.fc2"),
-    *linear("norm", "post_layernorm"),
+    *each(linear, "", "", "patch_embed=embeddings.patch_embedding norm=post_layernorm"),
+    *each(linear, BLOCK, _EVA_LAYER, "attn.qkv=self_attn.qkv attn.out=self_attn.projection"),  # also one tensor there
+    *each(linear, BLOCK, _EVA_LAYER, "norm1=layer_norm1 norm2=layer_norm2 mlp.up=mlp.fc1 mlp.down=mlp.fc2"),
 )
 
-_QFORMER_CROSS = "encoder.layer.{}.crossattention"
 _QFORMER = (
     *linear("norm", "layernorm"),
     *bert_block("attention", "_query"),
-    *linear("blocks.{}.cross.q", f"{_QFORMER_CROSS}.attention.query"),
-    *linear("blocks.{}.cross.kv", f"{_QFORMER_CROSS}.attention.key", f"{_QFORMER_CROSS}.attention.value"),
-    *linear("blocks.{}.cross.out", f"{_QFORMER_CROSS}.output.dense"),
-    *linear("blocks.{}.norm_cross", f"{_QFORMER_CROSS}.output.LayerNorm"),
+    *each(
+        linear,
+        BLOCK,
+        "encoder.layer.{}.crossattention.",
+        """cross.q=attention.query cross.kv=attention.key+attention.value cross.out=output.dense
+        norm_cross=output.LayerNorm""",
+    ),
 )
 
 BLIP2 = _joined(
@@ -71,8 +70,7 @@ BLIP2 = _joined(
 def llava(vision: KeyMap, language: KeyMap) -> KeyMap:
     """LLaVA; the Hub's files have `vision_tower.vision_model.*`, those of transformers 5 `vision_tower.*`."""
     return _joined(
-        *linear("up", "multi_modal_projector.linear_1"),
-        *linear("down", "multi_modal_projector.linear_2"),
+        *each(linear, "", "multi_modal_projector.", "up=linear_1 down=linear_2"),
         spellings=(*_LANGUAGE, _TOWER),
         vision=("vision_tower.", vision),
         language=("language_model.", language),
@@ -85,19 +83,13 @@ def fuyu(language: KeyMap) -> KeyMap:
     )
 
 
-_RESAMPLER_ATTENTION, _RESAMPLER_MLP = "blocks.{}.0", "blocks.{}.1"
 _RESAMPLER = (
     Entry("latents", ("latents",)),
-    *linear("blocks.{}.norm_image", f"{_RESAMPLER_ATTENTION}.context_layer_norm"),
-    *linear("blocks.{}.norm1", f"{_RESAMPLER_ATTENTION}.latents_layer_norm"),
-    *weight("blocks.{}.cross.q", f"{_RESAMPLER_ATTENTION}.q_proj"),
-    *weight("blocks.{}.cross.kv", f"{_RESAMPLER_ATTENTION}.k_proj", f"{_RESAMPLER_ATTENTION}.v_proj"),
-    *linear("blocks.{}.cross.q_norm", f"{_RESAMPLER_ATTENTION}.q_layer_norm"),
-    *linear("blocks.{}.cross.k_norm", f"{_RESAMPLER_ATTENTION}.k_layer_norm"),
-    *weight("blocks.{}.cross.out", f"{_RESAMPLER_ATTENTION}.output_proj"),
-    *linear("blocks.{}.norm2", f"{_RESAMPLER_MLP}.ln"),
-    *weight("blocks.{}.mlp.up", f"{_RESAMPLER_MLP}.fc"),
-    *weight("blocks.{}.mlp.down", f"{_RESAMPLER_MLP}.c_proj"),
+    *each(linear, BLOCK, f"{BLOCK}0.", "norm_image=context_layer_norm norm1=latents_layer_norm"),
+    *each(weight, f"{BLOCK}cross.", f"{BLOCK}0.", "q=q_proj kv=k_proj+v_proj out=output_proj"),
+    *each(linear, f"{BLOCK}cross.", f"{BLOCK}0.", "q_norm=q_layer_norm k_norm=k_layer_norm"),
+    *linear("blocks.{}.norm2", "blocks.{}.1.ln"),
+    *each(weight, f"{BLOCK}mlp.", f"{BLOCK}1.", "up=fc down=c_proj"),
     *linear("norm", "layer_norm"),
 )
 
@@ -108,14 +100,10 @@ def _gated(vector: bool) -> tuple[Entry, ...]:
     return (
         Entry("cross_gate", ("alpha_cross_attn",), order),
         Entry("mlp_gate", ("alpha_dense",), order),
-        *weight("norm_cross", "input_layernorm"),
-        *weight("cross.q", "cross_attn.q_proj"),
-        *weight("cross.kv", "cross_attn.k_proj", "cross_attn.v_proj"),
-        *weight("cross.q_norm", "cross_attn.q_layer_norm"),
-        *weight("cross.k_norm", "cross_attn.k_layer_norm"),
-        *weight("cross.out", "cross_attn.o_proj"),
-        *weight("norm_mlp", "post_attention_layernorm"),
-        *(e for name in ("gate", "up", "down") for e in weight(f"mlp.{name}", f"mlp.{name}_proj")),
+        *each(weight, "", "", "norm_cross=input_layernorm norm_mlp=post_attention_layernorm"),
+        *each(weight, "cross.", "cross_attn.", "q=q_proj kv=k_proj+v_proj out=o_proj"),
+        *each(weight, "cross.", "cross_attn.", "q_norm=q_layer_norm k_norm=k_layer_norm"),
+        *each(weight, "mlp.", "mlp.", "gate=gate_proj up=up_proj down=down_proj"),
     )
 
 
@@ -151,28 +139,20 @@ def idefics(
     )
 
 
-def _open_flamingo_mlp(norm: str, ours: str, theirs: str) -> tuple[Entry, ...]:
-    return (*linear(norm, f"{theirs}.0"), *weight(f"{ours}.up", f"{theirs}.1"), *weight(f"{ours}.down", f"{theirs}.3"))
-
-
-_GATED_LAYER = "lang_encoder.gated_cross_attn_layers.{}"
+_PERCEIVER, _GATED_LAYER = "perceiver.layers.{}.", "lang_encoder.gated_cross_attn_layers.{}."
+_OPEN_ATTENTION = "cross.q=to_q cross.kv=to_kv cross.out=to_out"
 OPEN_FLAMINGO = KeyMap(  # what it trains; the same layers are also among the decoder's blocks, under its own names
     body=(
         Entry("resampler.latents", ("perceiver.latents",)),
-        *linear("resampler.blocks.{}.norm_image", "perceiver.layers.{}.0.norm_media"),
-        *linear("resampler.blocks.{}.norm1", "perceiver.layers.{}.0.norm_latents"),
-        *weight("resampler.blocks.{}.cross.q", "perceiver.layers.{}.0.to_q"),
-        *weight("resampler.blocks.{}.cross.kv", "perceiver.layers.{}.0.to_kv"),
-        *weight("resampler.blocks.{}.cross.out", "perceiver.layers.{}.0.to_out"),
-        *_open_flamingo_mlp("resampler.blocks.{}.norm2", "resampler.blocks.{}.mlp", "perceiver.layers.{}.1"),
+        *each(linear, f"resampler.{BLOCK}", _PERCEIVER, "norm_image=0.norm_media norm1=0.norm_latents norm2=1.0"),
+        *each(weight, f"resampler.{BLOCK}", f"{_PERCEIVER}0.", _OPEN_ATTENTION),
+        *each(weight, f"resampler.{BLOCK}mlp.", f"{_PERCEIVER}1.", "up=1 down=3"),
         *linear("resampler.norm", "perceiver.norm"),
-        Entry("gated.{}.cross_gate", (f"{_GATED_LAYER}.attn_gate",)),
-        Entry("gated.{}.mlp_gate", (f"{_GATED_LAYER}.ff_gate",)),
-        *linear("gated.{}.norm_cross", f"{_GATED_LAYER}.attn.norm"),
-        *weight("gated.{}.cross.q", f"{_GATED_LAYER}.attn.to_q"),
-        *weight("gated.{}.cross.kv", f"{_GATED_LAYER}.attn.to_kv"),
-        *weight("gated.{}.cross.out", f"{_GATED_LAYER}.attn.to_out"),
-        *_open_flamingo_mlp("gated.{}.norm_mlp", "gated.{}.mlp", f"{_GATED_LAYER}.ff"),
+        Entry("gated.{}.cross_gate", (f"{_GATED_LAYER}attn_gate",)),
+        Entry("gated.{}.mlp_gate", (f"{_GATED_LAYER}ff_gate",)),
+        *each(linear, "gated.{}.", _GATED_LAYER, "norm_cross=attn.norm norm_mlp=ff.0"),
+        *each(weight, "gated.{}.", f"{_GATED_LAYER}attn.", _OPEN_ATTENTION),
+        *each(weight, "gated.{}.mlp.", f"{_GATED_LAYER}ff.", "up=1 down=3"),
     ),
     spellings=((r"lang_encoder\..*\.(\d+)\.gated_cross_attn_layer\.", r"lang_encoder.gated_cross_attn_layers.\1."),),
 )

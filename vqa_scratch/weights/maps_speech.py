@@ -1,20 +1,17 @@
 """Key maps of SpeechT5, of text to speech and of speech to text, and of its vocoder, HiFi-GAN."""
 
-from vqa_scratch.weights.maps import Entry, KeyMap, batch_norm, linear, nested, weight
+from vqa_scratch.weights.maps import BLOCK, SELF_ATTENTION, Entry, KeyMap, batch_norm, each, linear, nested, weight
 
-_ATTENTION = ("q_proj", "k_proj", "v_proj")
-_LAYER = "layers.{}"
+_LAYER = "layers.{}."
 
 
 def _block(attention: str, norm: str) -> tuple[Entry, ...]:
     """What blocks of encoder and decoder have in common; the two call their self-attention and its norm otherwise."""
+    mlp = "mlp.up=intermediate_dense mlp.down=output_dense"
     return (
-        *linear("blocks.{}.attn.qkv", *(f"{_LAYER}.{attention}.{name}" for name in _ATTENTION)),
-        *linear("blocks.{}.attn.out", f"{_LAYER}.{attention}.out_proj"),
-        *linear("blocks.{}.norm1", f"{_LAYER}.{norm}"),
-        *linear("blocks.{}.mlp.up", f"{_LAYER}.feed_forward.intermediate_dense"),
-        *linear("blocks.{}.mlp.down", f"{_LAYER}.feed_forward.output_dense"),
-        *linear("blocks.{}.norm2", f"{_LAYER}.final_layer_norm"),
+        *each(linear, BLOCK, _LAYER, SELF_ATTENTION.replace("self_attn", attention)),
+        *each(linear, BLOCK, _LAYER, f"norm1={norm} norm2=final_layer_norm"),
+        *each(linear, BLOCK, f"{_LAYER}feed_forward.", mlp),
     )
 
 
@@ -33,10 +30,8 @@ _DECODER = nested(
     "",
     (
         *_block("self_attn", "self_attn_layer_norm"),
-        *linear("blocks.{}.cross.q", f"{_LAYER}.encoder_attn.q_proj"),
-        *linear("blocks.{}.cross.kv", *(f"{_LAYER}.encoder_attn.{name}" for name in _ATTENTION[1:])),
-        *linear("blocks.{}.cross.out", f"{_LAYER}.encoder_attn.out_proj"),
-        *linear("blocks.{}.norm_cross", f"{_LAYER}.encoder_attn_layer_norm"),
+        *each(linear, f"{BLOCK}cross.", f"{_LAYER}encoder_attn.", "q=q_proj kv=k_proj+v_proj out=out_proj"),
+        *linear("blocks.{}.norm_cross", f"{_LAYER}encoder_attn_layer_norm"),
     ),
     "speecht5.decoder.wrapped_decoder.",
 )
@@ -46,12 +41,9 @@ TEXT_TO_SPEECH = KeyMap(
         *_DECODER,
         *weight("tokens", f"{_IN}.embed_tokens"),
         Entry("text_positions.alpha", (f"{_IN}.encode_positions.alpha",)),
-        *linear("prenet.layers.{}", f"{_OUT}.layers.{{}}"),
-        *linear("prenet.out", f"{_OUT}.final_layer"),
+        *each(linear, "prenet.", f"{_OUT}.", "layers.{}=layers.{} out=final_layer speaker=speaker_embeds_layer"),
         Entry("prenet.positions.alpha", (f"{_OUT}.encode_positions.alpha",)),
-        *linear("prenet.speaker", f"{_OUT}.speaker_embeds_layer"),
-        *linear("to_frames", f"{_POSTNET}.feat_out"),
-        *linear("to_stop", f"{_POSTNET}.prob_out"),
+        *each(linear, "", f"{_POSTNET}.", "to_frames=feat_out to_stop=prob_out"),
         *weight("postnet.convs.{}", f"{_POSTNET}.layers.{{}}.conv"),
         *batch_norm("postnet.norms.{}", f"{_POSTNET}.layers.{{}}.batch_norm"),
     ),
@@ -67,8 +59,7 @@ SPEECH_TO_TEXT = KeyMap(
         *nested("decoder.", _DECODER),
         *linear("wave.convs.{}", f"{_IN}.feature_encoder.conv_layers.{{}}.conv"),
         *linear("wave.first_norm", f"{_IN}.feature_encoder.conv_layers.0.layer_norm"),
-        *linear("wave.norm", f"{_IN}.feature_projection.layer_norm"),
-        *linear("wave.out", f"{_IN}.feature_projection.projection"),
+        *each(linear, "wave.", f"{_IN}.feature_projection.", "norm=layer_norm out=projection"),
         *(
             Entry(f"wave.places.{name}", (f"{_PLACES}.{name}",))
             for name in ("bias", "parametrizations.weight.original0", "parametrizations.weight.original1")
@@ -90,11 +81,8 @@ SPEECH_TO_TEXT = KeyMap(
 )
 HIFIGAN = KeyMap(
     body=(
-        *linear("first", "conv_pre"),
-        *linear("ups.{}", "upsampler.{}"),
-        *linear("blocks.{}.dilated.{}", "resblocks.{}.convs1.{}"),
-        *linear("blocks.{}.plain.{}", "resblocks.{}.convs2.{}"),
-        *linear("last", "conv_post"),
+        *each(linear, "", "", "first=conv_pre ups.{}=upsampler.{} last=conv_post"),
+        *each(linear, BLOCK, "resblocks.{}.", "dilated.{}=convs1.{} plain.{}=convs2.{}"),
         Entry("mean", ("mean",)),
         Entry("scale", ("scale",)),
     ),

@@ -4,7 +4,7 @@ Its keys have no bias, but our joined projections have one for queries, keys and
 it would add the same number to all scores of a query, which a softmax does not see. So it is not written either.
 """
 
-from vqa_scratch.weights.maps import ABSENT, Entry, KeyMap, linear, weight
+from vqa_scratch.weights.maps import ABSENT, BLOCK, Entry, KeyMap, each, linear, weight
 
 # OpenAI's names of the parts, and those of `transformers`: of a block, and of the whole.
 _BLOCK = """attn.query self_attn.q_proj attn.key self_attn.k_proj attn.value self_attn.v_proj
@@ -21,26 +21,21 @@ _SPELLINGS = tuple(
 
 
 def _whisper() -> KeyMap:
-    body = [*linear("encoder.conv1", "encoder.conv1"), *linear("encoder.conv2", "encoder.conv2")]
+    body = [*each(linear, "encoder.", "encoder.", "conv1=conv1 conv2=conv2 norm=layer_norm")]
     body += [Entry("encoder.positions", ("encoder.embed_positions.weight",))]
-    body += [*weight("decoder.positions", "decoder.embed_positions"), *weight("decoder.tokens", "decoder.embed_tokens")]
+    body += each(weight, "decoder.", "decoder.", "positions=embed_positions tokens=embed_tokens")
+    body += linear("decoder.norm", "decoder.layer_norm")
     for side in ("encoder", "decoder"):
-        ours, layer = f"{side}.blocks.{{}}", f"{side}.layers.{{}}"
-        q, k, v = (f"{layer}.self_attn.{name}_proj" for name in "qkv")
-        body += weight(f"{ours}.attn.qkv", q, k, v)
-        body += [Entry(f"{ours}.attn.qkv.bias", (f"{q}.bias", ABSENT, f"{v}.bias"))]
-        body += linear(f"{ours}.attn.out", f"{layer}.self_attn.out_proj")
-        body += linear(f"{ours}.norm1", f"{layer}.self_attn_layer_norm")
-        body += linear(f"{ours}.norm2", f"{layer}.final_layer_norm")
-        body += linear(f"{ours}.mlp.up", f"{layer}.fc1")
-        body += linear(f"{ours}.mlp.down", f"{layer}.fc2")
-        body += linear(f"{side}.norm", f"{side}.layer_norm")
-    ours, cross = "decoder.blocks.{}.cross", "decoder.layers.{}.encoder_attn"
-    body += linear(f"{ours}.q", f"{cross}.q_proj")
-    body += weight(f"{ours}.kv", f"{cross}.k_proj", f"{cross}.v_proj")
-    body += [Entry(f"{ours}.kv.bias", (ABSENT, f"{cross}.v_proj.bias"))]
-    body += linear(f"{ours}.out", f"{cross}.out_proj")
-    body += linear("decoder.blocks.{}.norm_cross", f"{cross}_layer_norm")
+        ours, layer = f"{side}.{BLOCK}", f"{side}.layers.{{}}."
+        q, k, v = (f"{layer}self_attn.{name}_proj" for name in "qkv")
+        body += weight(f"{ours}attn.qkv", q, k, v)
+        body += [Entry(f"{ours}attn.qkv.bias", (f"{q}.bias", ABSENT, f"{v}.bias"))]
+        body += each(linear, ours, layer, "attn.out=self_attn.out_proj mlp.up=fc1 mlp.down=fc2")
+        body += each(linear, ours, layer, "norm1=self_attn_layer_norm norm2=final_layer_norm")
+    ours, cross = f"decoder.{BLOCK}", "decoder.layers.{}.encoder_attn"
+    body += each(linear, ours, cross, "cross.q=.q_proj cross.out=.out_proj norm_cross=_layer_norm")
+    body += weight(f"{ours}cross.kv", f"{cross}.k_proj", f"{cross}.v_proj")
+    body += [Entry(f"{ours}cross.kv.bias", (ABSENT, f"{cross}.v_proj.bias"))]
     return KeyMap(
         tuple(body),
         prefix="model.",
