@@ -330,8 +330,7 @@ def errors_in_one_line() -> Iterator[None]:
 
 
 def collect_seldom() -> None:
-    """Look for circles of garbage seldom: half a million objects of torch stay, and each look goes through them."""
-    gc.set_threshold(700, 10, 1000)
+    gc.set_threshold(700, 10, 1000)  # half a million objects of torch stay, and each look goes through them
 
 
 def read_first(read: Callable[[Sequence[str]], T]) -> T:
@@ -342,8 +341,7 @@ def read_first(read: Callable[[Sequence[str]], T]) -> T:
 
 
 def run_program(main: Callable[..., Any], *args: Any) -> NoReturn:
-    """Call `main(*args)` and exit with 0, with 128 + n if it returns the signal n that stopped it, or after an error as
-    `errors_in_one_line` does."""
+    """Call `main(*args)`; exit with 0, 128 + n if it returns a signal n, or after an error as `errors_in_one_line`."""
     collect_seldom()
     with errors_in_one_line():
         stopped = main(*args)
