@@ -41,6 +41,8 @@ def test_a_neighbour_who_comes_meets_all_ways():
     assert fastest.fastest(["plain", "quick"], lambda way: next(slow))[0] == "plain"  # 9 is hopeless: not tried again
     slow = iter([1.4, 1.0, 1.0, 0.5, 1.0, 0.5])
     assert fastest.fastest(["plain", "quick"], lambda way: next(slow))[0] == "quick"
+    slow = iter([0.04, 0.2, 0.04, 0.02, 0.04, 0.02])  # so brief that it is tried again
+    assert fastest.fastest(["plain", "quick"], lambda way: next(slow))[0] == "quick"
 
 
 def test_numbers_of_threads_to_choose_from(monkeypatch):
@@ -193,6 +195,16 @@ def test_a_trial_changes_nothing(data, tmp_path):
     assert all(torch.equal(tensor, weights[name]) for name, tensor in system.model.state_dict().items())
     assert all(parameter.grad is None for parameter in system.model.parameters())
     assert torch.equal(state, torch.get_rng_state()) and cut == system.tokenizers.cut
+
+
+@pytest.mark.parametrize(("step", "accumulate", "least"), [(16, 1, 4), (16, 2, 4)])
+def test_a_trial_of_a_small_step_is_of_a_few_samples(data, tmp_path, step, accumulate, least):
+    options = small_options(data, tmp_path / "run", questions_per_step=step, accumulate=accumulate)
+    system = small_system(options)
+    seen, loss = [], system.loss
+    system.loss = lambda batch: seen.append(batch.counts[0]) or loss(batch)
+    system.trial()(Precision("fp32", CPU))
+    assert least <= seen[0] <= 2 * least
 
 
 def test_a_resumed_run_keeps_the_format_that_was_faster_once(data, tmp_path, monkeypatch, capsys):

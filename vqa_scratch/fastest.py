@@ -8,6 +8,7 @@ from typing import TypeVar
 W = TypeVar("W")
 TURNS = 3  # of each way, at most
 HOPELESS = 1.5  # a way that took so many times as long as the best is not timed again
+BRIEF = 0.25  # seconds: but then it is, since it costs little, and once it may have been held up
 CLEARLY = 1.1  # so many times as fast is faster; less may be chance
 
 
@@ -26,7 +27,7 @@ def fastest(ways: Sequence[W], seconds_of: Callable[[W], float]) -> tuple[W, dic
     seconds = dict.fromkeys(ways, math.inf)
     for turn in range(TURNS if len(ways) > 1 else 0):
         for way in ways:
-            if turn == 0 or seconds[way] <= HOPELESS * min(seconds.values()):
+            if turn == 0 or seconds[way] <= max(BRIEF, HOPELESS * min(seconds.values())):
                 seconds[way] = min(seconds[way], seconds_of(way))
     least = min(seconds.values())
     return next(way for way in ways if seconds[way] <= CLEARLY * least), seconds

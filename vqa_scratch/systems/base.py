@@ -149,13 +149,14 @@ class System(ABC, Generic[RO, M]):
         return []
 
     def trial(self) -> Callable[[Precision], None]:
-        """A function that goes forward and backward through an eighth of what the run computes at once, in a format.
+        """A function that goes forward and backward through an eighth of a step, or a few samples, in a format.
 
-        It is called after `train_on` and before anything that depends on the format, to time them. Weights, gradients
-        and random numbers stay as they are.
+        Called after `train_on`, to time the formats; weights, gradients and random numbers stay as they are.
         """
         batch = max(map(self.batch, self.epoch(0)[:3]), key=lambda one: one.counts)  # one may be a leftover of a few
-        part = next(batch.parts(8 * self.options.accumulate)).to(self.precision.device)
+        parts = self.options.accumulate
+        parts *= max(1, min(8, batch.counts[0] // (4 * parts)))  # one or two samples alone tell nothing
+        part = next(batch.parts(parts)).to(self.precision.device)
 
         def forward_and_backward(precision: Precision) -> None:
             with torch.random.fork_rng(devices=()):
@@ -279,8 +280,7 @@ class System(ABC, Generic[RO, M]):
         return {}
 
     def recognise(self, data: Path | None, split: str, limit: int | None) -> dict[str, Any]:
-        """Figures of what it hears in the recordings of a split, or in the first `limit`; without `data` in those that
-        the program draws."""
+        """Figures of what it hears in the first `limit` recordings of a split; without `data` in drawn ones."""
         self.lacks("hears nothing")
 
     def transcriber(self) -> Any:
