@@ -197,16 +197,6 @@ def test_a_trial_changes_nothing(data, tmp_path):
     assert torch.equal(state, torch.get_rng_state()) and cut == system.tokenizers.cut
 
 
-@pytest.mark.parametrize(("step", "accumulate", "least"), [(16, 1, 4), (16, 2, 4)])
-def test_a_trial_of_a_small_step_is_of_a_few_samples(data, tmp_path, step, accumulate, least):
-    options = small_options(data, tmp_path / "run", questions_per_step=step, accumulate=accumulate)
-    system = small_system(options)
-    seen, loss = [], system.loss
-    system.loss = lambda batch: seen.append(batch.counts[0]) or loss(batch)
-    system.trial()(Precision("fp32", CPU))
-    assert least <= seen[0] <= 2 * least
-
-
 def test_a_resumed_run_keeps_the_format_that_was_faster_once(data, tmp_path, monkeypatch, capsys):
     """--threads is obeyed, and may change."""
     monkeypatch.setattr(torch, "set_num_threads", lambda number: None)

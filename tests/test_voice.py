@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,9 @@ from vqa_scratch.data.spoken import ALPHABET, CLEAN, HARD, drawn_split, letters_
 from vqa_scratch.data.voices import is_unseen
 from vqa_scratch.errors import UserError
 from vqa_scratch.metrics import word_error_rate
+from vqa_scratch.systems.splits import Key
 from vqa_scratch.systems.voice_report import WAYS, error_rates
+from vqa_scratch.training.precision import Precision
 from vqa_scratch.transcription import window
 from vqa_scratch.transcription.words import Word, by_letters, spans_of
 
@@ -126,6 +129,17 @@ def test_a_window_is_that_of_whisper(system):
     off = (batch.features[0] - expected).abs()
     assert off[:, : length - 2].max() < 2e-3 and off[:, length + 2 :].max() < 2e-3
     assert batch.states.tolist() == [-(-length // 2)] and length < 400
+
+
+@pytest.mark.parametrize(("utterances", "accumulate", "timed"), [(16, 1, 4), (16, 2, 4), (64, 1, 8), (2, 1, 2)])
+def test_formats_are_timed_on_an_eighth_of_a_step_or_a_few(system, monkeypatch, utterances, accumulate, timed):
+    """One or two utterances alone would not tell what is faster for sixteen."""
+    options, seen, loss = replace(system.options, accumulate=accumulate), [], system.loss
+    monkeypatch.setattr(system, "options", options)
+    monkeypatch.setattr(system, "epoch", lambda number: [Key(np.resize(np.arange(4), utterances), (0, 0))])
+    monkeypatch.setattr(system, "loss", lambda batch: seen.append(batch.counts[0]) or loss(batch))
+    system.trial()(Precision("fp32", torch.device("cpu")))
+    assert seen == [timed]
 
 
 def test_masks_depend_on_the_seed_and_the_row_alone(system):
