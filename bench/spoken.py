@@ -29,8 +29,10 @@ CHAIN, WHOLE = 0.98, 0.93  # goals, of the typed accuracy: by way of a transcrip
 
 
 def heard_by(voice: VoiceSystem, samples: Sequence[VQASample], kind: str, seed: int) -> list[str]:
-    """What the run hears of each question, said by a speaker of its own."""
+    """What the run hears of each question, said by a speaker of its own, in the first window of it."""
     said = draw([sample.question for sample in samples], (seed, 9), {kind: KINDS[kind]}, unseen=True)
+    most = voice.model.whisper.config.frames
+    said = [replace(one, mel=one.mel[:most]) for one in said]
     spoken = voice.listed(said)
     found = voice.hear(spoken, in_batches(len(said), AT_ONCE), WAYS[:1], progress=kind)[WAYS[0]]
     return [found[row] for row in range(len(said))]

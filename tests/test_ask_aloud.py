@@ -12,6 +12,7 @@ from bench import spoken as bench
 from vqa_scratch import systems
 from vqa_scratch.audio.reading import write_wav
 from vqa_scratch.data.answers import Answer
+from vqa_scratch.data.spoken import draw
 from vqa_scratch.data.voices import Speaker, speak
 from vqa_scratch.data.vqa_v2 import read_vqa
 from vqa_scratch.errors import UserError
@@ -96,5 +97,7 @@ def test_spoken_questions_beside_typed_ones(runs, data, monkeypatch):
     assert rows[1][2:] == ["1.0000", "at least 0.98", "0.0000"] and rows[2][2:] == ["0.0000", "", "1.0000"]
     assert rows[3][2:] == ["1.0000", "at least 0.93", ""]
     monkeypatch.undo()
-    texts = bench.heard_by(systems.load(hearing), read_vqa(data, "test").samples[:3], "clean", 0)
-    assert len(texts) == 3 and all(isinstance(text, str) for text in texts)
+    long = ["is there a small circle " * 4 + "?"]
+    monkeypatch.setattr(bench, "draw", lambda texts, *seed, unseen: draw(texts[:2] + 3 * long, *seed, unseen=unseen))
+    texts = bench.heard_by(systems.load(hearing), read_vqa(data, "test").samples[:5], "clean", 0)
+    assert len(texts) == 5 and all(isinstance(text, str) for text in texts), "of a long one the first window"
