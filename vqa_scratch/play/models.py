@@ -15,7 +15,7 @@ from vqa_scratch.data.image_files import bytes_in
 from vqa_scratch.errors import UserError, note
 from vqa_scratch.play.pictures import Pictures
 from vqa_scratch.play.worker import Worker
-from vqa_scratch.storage import typed
+from vqa_scratch.storage import parse_json, typed
 from vqa_scratch.study.activation import has_activations
 from vqa_scratch.study.analysis import every_attention
 from vqa_scratch.study.answer import Answered, answered
@@ -49,7 +49,7 @@ class Played:
         self.system, self.step = self.opens()
         self.ears = self.system.transcriber() if getattr(self.system, "hears", False) else None
         self.loaded += 1
-        self.answers = lru_cache(MOST_KEPT)(lambda request: answered(self.opened(json.loads(request))))
+        self.answers = lru_cache(MOST_KEPT)(lambda request: answered(self.opened(parse_json(request, "a request"))))
 
     def refresh(self) -> None:
         """From the model's thread: open the run again if it has newer weights. If they cannot be read, others stay."""

@@ -37,9 +37,9 @@ def row_lse(q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     return total.log() + top
 
 
-def rebuilt_pattern(q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+def rebuilt_pattern(q: Tensor, k: Tensor, mask: Tensor | None, scale: float, lse: Tensor | None = None) -> Tensor:
     """(B, H, Tq, Tk): the weights, from q, k, the additive mask and the row's log-sum-exp. Zeros for an empty row."""
-    lse = row_lse(q, k, mask, scale)
+    lse = row_lse(q, k, mask, scale) if lse is None else lse
     scores = attention_scores(q.float(), k.float(), bias=mask, scale=scale)
     return (scores - lse.masked_fill(lse == -math.inf, 0.0)[..., None]).exp()
 
