@@ -98,7 +98,7 @@ def test_the_sum_stays_where_it_is():
 def test_the_head_of_a_t5_sums_in_place(monkeypatch):
     monkeypatch.setattr(large_tables, "LARGE_WEIGHT", 31 * 24)
     model = T5(T5Config(vocab_size=31, dim=24, head_dim=8, hidden=16, encoder_layers=1, decoder_layers=1, heads=2))
-    large_tables.add_up_in_place(model)
+    large_tables.speed_up_linears(model)
     assert sums_in_place(model.lm_head, model.logits, torch.randn(2, 2, 24, requires_grad=True))
 
 
@@ -117,6 +117,6 @@ def test_only_large_layers_without_a_bias_are_exchanged(monkeypatch):
     layers = [nn.Linear(6, 9, bias=False), nn.Linear(6, 2, bias=False), nn.Linear(6, 9)]
     model = nn.Sequential(*layers)
     names = list(model.state_dict())
-    large_tables.add_up_in_place(model)
+    large_tables.speed_up_linears(model)
     assert [type(layer) is SummingLinear for layer in layers] == [True, False, False]
     assert list(model.state_dict()) == names

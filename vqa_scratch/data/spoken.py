@@ -8,7 +8,7 @@ Shapes: B utterances, T frames of 10 ms, M mels, F frames of a window, A decoder
 
 import random
 import unicodedata
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import islice, pairwise
@@ -109,9 +109,14 @@ def draw(texts: Sequence[str], seed: Sequence[int], kinds: dict[str, Spoil], *, 
         return list(pool.map(one, range(len(texts))))
 
 
+def _texts(name: str, seed: int) -> Iterator[str]:
+    """What is said in a split, without end."""
+    return sentences(random.Random(f"{seed}/{name}"), unseen=name != "train")
+
+
 def unseen_speech(start: int, number: int, seed: int) -> list[tuple[str, bytes]]:
     """The texts and the sounds, as WAV, of so many utterances of test from `start` on, without noise or echo."""
-    texts = list(islice(sentences(random.Random(f"{seed}/test"), unseen=True), start, start + number))
+    texts = list(islice(_texts("test", seed), start, start + number))
     rngs = [np.random.default_rng([seed, DRAWN.index("test"), start + i]) for i in range(len(texts))]
     said = [speak(text, Speaker.draw(rng, unseen=True), rng) for text, rng in zip(texts, rngs, strict=True)]
     return [(one.text, wav_bytes(torch.from_numpy(one.wave))) for one in said]
@@ -120,7 +125,7 @@ def unseen_speech(start: int, number: int, seed: int) -> list[tuple[str, bytes]]
 def drawn_split(name: str, number: int, seed: int) -> list[Utterance]:
     """So many utterances of train, val or test."""
     unseen = name != "train"
-    texts = islice(sentences(random.Random(f"{seed}/{name}"), unseen=unseen), number)
+    texts = islice(_texts(name, seed), number)
     kinds: dict[str, Spoil] = KINDS if unseen else {"mixed": mixed}
     return draw(list(texts), (seed, DRAWN.index(name)), kinds, unseen=unseen)
 

@@ -19,11 +19,15 @@ from torch.autograd.function import once_differentiable
 HAS_ONE_DNN = torch.backends.mkl.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
+def one_dnn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """F.linear without gradients, by the operator that torch.compile uses for linear layers on a CPU."""
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
 def product(x: Tensor, weight: Tensor) -> Tensor:
     """(..., D) and (V, D) -> (..., V), as F.linear, without gradients."""
-    if x.dtype == weight.dtype == torch.float32 and x.device.type == "cpu" and HAS_ONE_DNN:
-        return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
-    return F.linear(x, weight)
+    ours = x.dtype == weight.dtype == torch.float32 and x.device.type == "cpu" and HAS_ONE_DNN
+    return one_dnn(x, weight) if ours else F.linear(x, weight)
 
 
 class _Linear(torch.autograd.Function):

@@ -27,7 +27,7 @@ def look_up_sparsely(model: nn.Module) -> list[Tensor]:
     return tables
 
 
-def add_up_in_place(model: nn.Module) -> None:
+def speed_up_linears(model: nn.Module) -> None:
     """Make large linear layers faster in fp32, and those that learn add their gradients to `.grad` in place, without a
     second table of that size.
 

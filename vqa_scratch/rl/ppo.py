@@ -21,7 +21,7 @@ from torch import Tensor
 
 from vqa_scratch.errors import UserError
 from vqa_scratch.rl import functional as F
-from vqa_scratch.rl.large_tables import add_up_in_place
+from vqa_scratch.rl.large_tables import speed_up_linears
 from vqa_scratch.rl.options import RLHFOptions
 from vqa_scratch.rl.policy import ActorCritic, Backbone, Context, SamplingRules
 from vqa_scratch.rl.ranks import gather_rows, gather_samples
@@ -75,7 +75,7 @@ class PPO:
         assert isinstance(mine, range)  # a slice of one
         self.world, self.mine = world, mine
         self.options, self.actor, self.reference, self.reward = options, actor.eval(), reference, reward
-        add_up_in_place(reference)
+        speed_up_linears(reference)
         self.rules, self.decode, self.autocast = rules, decode, autocast
         self.stream = PromptStream(prompts, options.prompts, options.seed)
         self.scale = RewardScale(clip=options.score_clip or None)

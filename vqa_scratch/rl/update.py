@@ -15,7 +15,7 @@ from torch import Tensor
 from vqa_scratch.errors import UserError
 from vqa_scratch.kernels import chosen_logprobs
 from vqa_scratch.rl import functional as F
-from vqa_scratch.rl.large_tables import add_up_in_place, look_up_sparsely
+from vqa_scratch.rl.large_tables import look_up_sparsely, speed_up_linears
 from vqa_scratch.rl.metrics import UpdateStats
 from vqa_scratch.rl.options import RLHFOptions
 from vqa_scratch.rl.policy import ActorCritic, Context, SamplingRules
@@ -48,7 +48,7 @@ class Update:
             for parameter in actor.backbone.encoder_parameters():
                 parameter.requires_grad_(False)
         self.tables = look_up_sparsely(actor)
-        add_up_in_place(actor)
+        speed_up_linears(actor)
         head = list(actor.value_head.parameters())
         body = [p for p in actor.backbone.parameters() if p.requires_grad]
         self.parameters = head + body

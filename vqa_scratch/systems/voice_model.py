@@ -64,7 +64,7 @@ def listen_near(encoder: AudioEncoder, config: WhisperConfig) -> None:
         nn.init.zeros_(conv.get_parameter("bias"))
     half, number = config.dim // 2, config.dim // config.encoder_heads // 2
     fast = torch.arange(number)  # the waves that turn most from state to state
-    waves = Waves(fast, half + fast, sinusoid_rates(2 * half)[:number, None])
+    waves = Waves(fast, half + fast, sinusoid_rates(config.dim)[:number, None])
     encoder.positions *= POSITIONS
     for channels in (waves.sines, waves.cosines):  # where heads see the places alone, without the sound
         encoder.conv2.weight[channels] = 0.0

@@ -21,6 +21,7 @@ from vqa_scratch.nn.gated import GatedMLP
 from vqa_scratch.nn.layers import MLP
 from vqa_scratch.nn.rms_norm import RMSNorm
 from vqa_scratch.nn.rotary import Rotation
+from vqa_scratch.nn.summing_linear import HAS_ONE_DNN, one_dnn
 
 Function = Callable[[Tensor], Tensor]
 Addition = Callable[[Tensor, Tensor], object]  # adds a function of its second argument to the first, in place
@@ -36,12 +37,7 @@ LARGE_WEIGHT = 1 << 20  # bytes
 def suits_one_dnn(weight: Tensor) -> bool:
     """Whether oneDNN is faster for this weight with `FEW_ROWS`, and this torch has it."""
     large = weight.dtype == torch.float32 and weight.nbytes >= LARGE_WEIGHT and weight.device.type == "cpu"
-    return large and torch.backends.mkl.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-
-
-def one_dnn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """F.linear without gradients, by the operator that torch.compile uses for linear layers on a CPU."""
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return large and HAS_ONE_DNN
 
 
 BY_VECTOR: dict[tuple[int, ...], bool] = {}  # by the sizes of a weight and the number of threads, as measured
