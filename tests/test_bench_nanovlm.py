@@ -49,8 +49,8 @@ def attend(q, k, v, heads, causal):
         angles = places[:, None] * 100.0 ** (-torch.arange(size) / size)
         turn = torch.polar(torch.ones_like(angles), angles)
         def turned(x):
-            made = torch.complex(x[..., :size].contiguous(), x[..., size:].contiguous()) * turn
-            return torch.cat([made.real, made.imag], -1)
+            made = torch.complex(x[..., :size].float(), x[..., size:].float()) * turn
+            return torch.cat([made.real, made.imag], -1).to(x.dtype)
         q, k = turned(q), turned(k)
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
     return F.scaled_dot_product_attention(q, k, v, is_causal=causal).transpose(1, 2).flatten(2)
@@ -105,7 +105,7 @@ class VisionLanguageModel(nn.Module):
         x = see.layer_norm(x).unflatten(1, (side, side)).unfold(1, s, s).unfold(2, s, s)  # (I, h, w, D, s, s)
         x = self.MP.proj(x.permute(0, 1, 2, 4, 5, 3).flatten(3).flatten(1, 2))
         y = write.token_embedding(input_ids).clone()
-        y[input_ids == self.image_token] = x.flatten(0, 1)
+        y[input_ids == self.image_token] = x.flatten(0, 1).to(y.dtype)
         for block in write.blocks:
             a, z = block.attn, block.norm1(y)
             y = y + a.out_proj(attend(a.q_proj(z), a.k_proj(z), a.v_proj(z), c.lm_n_heads, True))
@@ -148,18 +148,18 @@ def checkout(tmp_path, monkeypatch):
 def test_both_sides_have_one_loss_and_the_same_gradients(checkout):
     """Asserted by `check` before a clock counts: with an image a question, and with eight questions an image."""
     text = nanovlm.run(checkout, 1, "the command", SIZES)
-    assert [line.split("|")[1:3] for line in text.splitlines() if line.startswith("| 8")] == [
-        [" 8         ", " 8      "],
-        [" 8         ", " 1      "],
+    rows = [line.split("|")[1:4] for line in text.splitlines() if line.startswith(("| fp32", "| bf16"))]
+    assert [[cell.strip() for cell in row] for row in rows] == [
+        [kind, "8", images] for kind in ("fp32", "bf16") for images in "81"
     ]
-    assert text.count("gradients") == 2 and "sizes of a test" in text and text.endswith("`the command`")
+    assert text.count("gradients") == 4 and "sizes of a test" in text and text.endswith("`the command`")
 
 
 @pytest.mark.parametrize(
-    ("tolerance", "message"),
-    [(nanovlm.TOLERANCE, "^the losses differ: ours "), (1.0, "^the gradients differ, that of ")],
+    ("of_loss", "message"),
+    [(1e-5, "^the losses differ: ours "), (1.0, "^the gradients differ, that of ")],
 )
-def test_another_model_is_found_out(checkout, monkeypatch, tolerance, message):
+def test_another_model_is_found_out(checkout, monkeypatch, of_loss, message):
     def another(self, *given):
         built(self, *given)
         with torch.no_grad():
@@ -167,7 +167,7 @@ def test_another_model_is_found_out(checkout, monkeypatch, tolerance, message):
 
     built = nanovlm.Ours.__init__
     monkeypatch.setattr(nanovlm.Ours, "__init__", another)
-    monkeypatch.setattr(nanovlm, "TOLERANCE", tolerance)
+    monkeypatch.setitem(nanovlm.TOLERANCES, "fp32", (of_loss, *nanovlm.TOLERANCES["fp32"][1:]))
     with pytest.raises(UserError, match=message):
         nanovlm.run(checkout, 1, "", SIZES)
 

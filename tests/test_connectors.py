@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import assert_close, brute_force_attention
-from model_helpers import GRID, SIDE, tiny_image, tiny_model
+from model_helpers import GRID, SIDE, SIZES, tiny_image, tiny_model
 from model_helpers import decoder as tiny_decoder
 from torch import Tensor, nn
 from transformers import GPT2LMHeadModel
@@ -24,6 +24,7 @@ from vqa_scratch.generate import GenerationOptions, generate, rank
 from vqa_scratch.models import VQAModel
 from vqa_scratch.models.patches import PixelPatchesConfig
 from vqa_scratch.nn.connecting import Conditioning, Connector
+from vqa_scratch.nn.neighbours import GridWaves
 from vqa_scratch.nn.states import States
 from vqa_scratch.systems.options import PRESETS, VQAOptions, read_command_line
 from vqa_scratch.systems.run_folder import save_weights
@@ -189,7 +190,7 @@ def test_qformer():
     assert len(former.blocks) == 2
     for block in former.blocks:
         x = block.norm1(x + attention(block.attn, *linear(block.attn.qkv, x).chunk(3, -1)))
-        asked = linear(block.cross.q, x), *linear(block.cross.kv, image.tokens).chunk(2, -1)
+        asked = linear(block.cross.q, x), *linear(block.cross.kv, image.tokens + own.places).chunk(2, -1)
         x = block.norm_cross(x + attention(block.cross, *asked))
         hidden = linear(block.mlp.up, x)
         x = block.norm2(x + linear(block.mlp.down, hidden * (1 + torch.erf(hidden / 2**0.5)) / 2))
@@ -204,7 +205,7 @@ def test_resampler():
     latents = own.resampler.latents.expand(2, -1, -1)
     for block in own.resampler.blocks:
         asked = block.norm1(latents)
-        keys = torch.cat([block.norm_image(image.tokens), asked], 1)
+        keys = torch.cat([block.norm_image(image.tokens + own.places), asked], 1)
         read = []
         for head in range(4):
             part = slice(4 * head, 4 * head + 4)
@@ -216,7 +217,26 @@ def test_resampler():
         latents = latents + (hidden * (1 + torch.erf(hidden / 2**0.5)) / 2) @ block.mlp.down.weight.T
     for row, entry in enumerate(INDEX):
         same(per_row(memory)[row], own.resampler.norm(latents)[entry])
-    assert len(memory.states) == 2 and own.sizes == {"queries": 5, "layers": 2, "heads": 4}
+    assert len(memory.states) == 2 and own.sizes == SIZES["resampler"] | {"grid": [3, 3]}
+
+
+@pytest.mark.parametrize("kind", ["qformer", "resampler"])
+def test_learned_queries_of_runs_before_they_were_given_places(kind):
+    """Without a grid there is no table, and the image is read as if it were zero."""
+    model = tiny_model(kind).double()
+    sizes = {name: value for name, value in model.connector.sizes.items() if name != "grid"}
+    before = connect({"kind": kind, **sizes}, model.image, None, model.decoder).double().eval()
+    assert before.sizes == sizes and "places" not in before.state_dict()
+    weights = model.connector.state_dict()
+    with torch.no_grad():
+        weights.pop("places")
+        model.connector.places.zero_()
+    before.load_state_dict(weights)
+    image, _ = states(model)
+    for ours, theirs in zip(
+        rows_of(before(image, None, INDEX)), rows_of(model.connector(image, None, INDEX)), strict=True
+    ):
+        same(ours, theirs)
 
 
 def test_gates_are_open_where_a_decoder_begins_at_random():
@@ -232,14 +252,12 @@ def test_positions_of_a_prefix_begin_as_places(kind):
     """Neighbours in a column are as alike as neighbours in a row, where the prefix is laid out as the image is."""
     options = read_command_line(["--connector", kind, "--question-prompt", "--steps", "1"])
     model = small_models(options, [ANY_SAMPLE])[0]
-    columns = {"prefix": 8, "patches": 9, "qformer": 0}[kind]
-    assert (connector_class(kind).prefix_grid((8, 8), model.connector.sizes) or (8, 0)) == (8, columns)
-    table = model.decoder.positions.weight[: 8 * columns].detach()
-    if not columns:
-        assert model.decoder.positions.weight.std() < 0.03, "as a decoder's own begin"
-        return
-    across, down = (table.unflatten(0, (8, columns)).diff(dim=of).norm(dim=-1).mean() for of in (1, 0))
-    assert 0.9 < across / down < 1.1 and model.decoder.positions.weight[8 * columns :].std() < 0.03
+    grid = {"prefix": (8, 8), "patches": (8, 9), "qformer": (4, 4)}[kind]
+    assert connector_class(kind).prefix_grid((8, 8), model.connector.sizes) == grid
+    length = grid[0] * grid[1]
+    table = model.decoder.positions.weight[:length].detach().unflatten(0, grid)
+    across, down = (table.diff(dim=of).norm(dim=-1).mean() for of in (1, 0))
+    assert 0.9 < across / down < 1.1 and model.decoder.positions.weight[length:].std() < 0.03
 
 
 def test_closed_gates_are_the_bare_decoder():
@@ -312,14 +330,22 @@ def test_sizes_build_it_again(kind):
     assert length == (0 if given.prefix is None else given.prefix.shape[1])
 
 
-def test_a_table_of_places_can_start_from_another(kind):
-    """The class token has no place; a connector without a table has nothing to change."""
+PLACED = {"places", "queries", "latents", "cross"}
+
+
+def test_places_tell_each_other_apart_from_the_start(kind):
+    """In a table, which has none for the class token, and by what learned queries read; others have nothing."""
     model = tiny_model(kind)
     before = {name: tensor.clone() for name, tensor in model.connector.state_dict().items()}
-    model.connector.start_from_places(table := torch.randn(9, 16))
+    model.connector.start_from_places(GridWaves(GRID, 16))
     changed = {name: t for name, t in model.connector.state_dict().items() if not torch.equal(t, before[name])}
-    assert changed.keys() == ({"places"} if kind == "tokens" else set())
+    assert {part for name in changed for part in name.split(".") if part in PLACED} == {
+        "tokens": {"places"},
+        "qformer": {"places", "queries", "cross"},
+        "resampler": {"places", "latents", "cross"},
+    }.get(kind, set())
     if changed:
+        table = (1 if kind == "tokens" else 2) * GridWaves(GRID, 16).table()
         same(changed["places"][0, 1:].double(), table.double())
         assert torch.equal(changed["places"][0, 0], before["places"][0, 0])
 

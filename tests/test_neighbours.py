@@ -10,8 +10,8 @@ from vqa_scratch.data.spoken import drawn_split, windows
 from vqa_scratch.data.voices import sentences
 from vqa_scratch.nn.attention import MultiHeadAttention
 from vqa_scratch.nn.layers import init_weights, sinusoid_rates, sinusoids
-from vqa_scratch.nn.neighbours import Waves, look_near
-from vqa_scratch.systems.assembly import grid_positions
+from vqa_scratch.nn.neighbours import Waves, look_near, read_tiles, tiled
+from vqa_scratch.systems.assembly import grid_positions, grid_waves
 from vqa_scratch.systems.voice_model import NEAR, small_model, speech_tokenizer
 from vqa_scratch.systems.voice_options import VoiceOptions
 
@@ -48,15 +48,7 @@ def test_each_head_looks_so_many_places_on(offsets):
 def test_in_two_directions():
     """The table of an image has a quarter of its channels for each of the sines and cosines of columns and of rows."""
     grid, dim = (6, 8), 64
-    quarter, number = dim // 4, 4
-    wavelengths = torch.logspace(1.0, torch.tensor(32.0).log2().item(), quarter, base=2.0)[:number]
-    angles, none = 2 * torch.pi / wavelengths, torch.zeros(number)
-    first = torch.arange(number)
-    waves = Waves(
-        torch.cat([first, 2 * quarter + first]),
-        torch.cat([quarter + first, 3 * quarter + first]),
-        torch.cat([torch.stack([angles, none], 1), torch.stack([none, angles], 1)]),
-    )
+    waves = grid_waves(grid, dim).waves(4)
     offsets, attention = [[-1.0, 0.0], [1.0, 0.0], [0.0, -1.0], [0.0, 1.0]], plain_attention(dim, 4)
     look_near(attention, waves, offsets)
     found = scores(attention, 2 * grid_positions(grid, dim)).argmax(2).unflatten(1, grid)
@@ -64,6 +56,24 @@ def test_in_two_directions():
     for head, (right, down) in enumerate(offsets):
         expected = (rows + int(down)) * 8 + columns + int(right)
         assert torch.equal(found[head, 1:-1, 1:-1], expected[1:-1, 1:-1])
+
+
+def test_queries_begin_with_a_tile_of_the_image_each():
+    """Sixteen on 8 x 12 places: each head on the middle of a quarter of its tile of 2 x 3, and their order is kept."""
+    places, queries = grid_waves((8, 12), 64), torch.nn.Parameter(torch.zeros(1, 16, 64))
+    torch.manual_seed(3)
+    reader = MultiHeadAttention(64, 4, context_dim=64).apply(init_weights)
+    read_tiles(queries, [reader], places)
+    q = reader.q(queries[0]).unflatten(-1, (4, 16))
+    k = reader.kv(2 * places.table())[:, :64].unflatten(-1, (4, 16))
+    pattern = (reader.scale * torch.einsum("qhd,nhd->hqn", q, k)).softmax(-1).unflatten(2, (8, 12))
+    for head, (down, right) in enumerate(((0, 0), (0, 1), (1, 0), (1, 1))):
+        for query in range(16):
+            strongest = pattern[head, query].flatten().argmax()
+            at = strongest // 12, strongest % 12
+            assert at[0] == 2 * (query // 4) + down
+            assert (at[1] - (3 * (query % 4) + 0.25 + 1.5 * right)).abs() <= 0.5, "its middle lies between two places"
+    assert [tiled(number) for number in (16, 12, 7, 1)] == [(4, 4), (3, 4), (1, 7), (1, 1)]
 
 
 def test_more_waves_than_a_head_compares():

@@ -1,5 +1,6 @@
 """A user's own data: tables of every kind, images found by any name, splits, scoring with few answers."""
 
+import hashlib
 import json
 
 import pytest
@@ -7,6 +8,7 @@ from PIL import Image
 from run_helpers import command
 
 import train
+from vqa_scratch.data import hashes
 from vqa_scratch.data.captions import read_captions
 from vqa_scratch.data.own import find_image
 from vqa_scratch.data.vqa_v2 import find_split, is_shared_out, read_vqa
@@ -320,3 +322,15 @@ def test_captions_in_one_file_are_shared_out(tmp_path):
         picture(tmp_path / f"{n}.png")
     parts = [read_captions(tmp_path / "mine.json", name).samples for name in ("train", "val", "test")]
     assert [len(part) for part in parts] == [8, 1, 1] and len({s.image_id for part in parts for s in part}) == 10
+
+
+def test_the_hash_of_data_is_that_of_its_facts_one_after_the_other(monkeypatch):
+    """In whatever blocks they are hashed: a run of an older version is resumed by the same hash."""
+    monkeypatch.setattr(hashes, "BLOCK", 2)
+    rows = [(number, "what color?", ("red", "blue\udc80")) for number in range(5)]
+    whole = "".join(map(repr, rows)).encode("utf-8", "backslashreplace")
+    kept = {"samples": 5, "hash": hashlib.blake2b(whole, digest_size=12).hexdigest()}
+    assert hashes.hashes_of({"train": rows, "val": []}) == {
+        "train": kept,
+        "val": {"samples": 0, "hash": hashlib.blake2b(digest_size=12).hexdigest()},
+    }

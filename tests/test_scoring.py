@@ -1,6 +1,8 @@
 """Scoring: the blind baselines, images that change places, and the curves."""
 
 import dataclasses
+import threading
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,9 +10,11 @@ import torch
 from vqa_helpers import small_options, small_system
 
 from vqa_scratch.report.curves import moving_average
+from vqa_scratch.systems import splits
 from vqa_scratch.systems.base import RunData
 from vqa_scratch.systems.scoring import QuestionOnly, TypePrior, other_images
 from vqa_scratch.systems.vqa import VQASystem
+from vqa_scratch.training.progress import Redrawn
 
 
 @pytest.fixture(scope="module")
@@ -55,3 +59,16 @@ def test_other_images_leaves_none_in_its_place():
 
 def test_moving_average():
     assert moving_average([1, 2, 3, 4], 2) == [1, 1.5, 2.5, 3.5] and moving_average([], 3) == []
+
+
+def test_the_bar_of_the_final_figures_moves_while_a_batch_is_awaited(capsys, monkeypatch):
+    """Each batch waits for the bar to have been drawn twice more, which it is from beside."""
+    monkeypatch.setattr(Redrawn, "interval", 0.01)
+    drawn = threading.Semaphore(0)
+    refresh = splits.tqdm.refresh
+    monkeypatch.setattr(splits.tqdm, "refresh", lambda bar, *given, **named: (refresh(bar), drawn.release()))
+    batch = SimpleNamespace(to=lambda device: [drawn.acquire(timeout=10), drawn.acquire(timeout=10)])
+    seen = list(splits.in_time([(None, batch)] * 3, 3, "cpu", progress="hold-out"))
+    assert [waited for _, waited in seen] == [[True, True]] * 3 and "hold-out" in capsys.readouterr().err
+    assert len(list(splits.in_time([(None, SimpleNamespace(to=str))], 1, "cpu"))) == 1
+    assert capsys.readouterr().err == "", "no bar was asked for"

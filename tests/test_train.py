@@ -244,8 +244,10 @@ def test_the_bar_moves_every_second_and_says_nothing_of_the_first_step(capsys):
     progress = train.Progress()
     bar = Bar(lambda: 0.5, progress, [], "questions")
     bar.first, speeds = 0, []
+    assert bar.interval == 0.5, "the first step is awaited"
     for now, progress.samples in steps:
         speeds.append(bar.speed(now))
+    assert bar.interval == 1.0
     assert speeds == [None, None, None, 64.0, 64.0, pytest.approx(64 / 18)]
     with Bar(lambda: 0.5, train.Progress(step=1), [{"step": 1, "loss": 9.0, "token_accuracy": 0.0}], "questions"):
         time.sleep(2.5)

@@ -6,7 +6,8 @@ import random
 import numpy as np
 import pytest
 
-from vqa_scratch.data import voices
+from vqa_scratch.data import spoken, voices
+from vqa_scratch.data.accents import SAID, Accent
 from vqa_scratch.data.scenes import QuestionWriter, draw_scene
 from vqa_scratch.data.voices import Speaker, is_unseen, sentences, speak, with_echo, with_noise, words_of
 from vqa_scratch.errors import UserError
@@ -82,6 +83,57 @@ def test_a_short_tract_has_high_formants():
         return int(np.argmax(np.convolve(power[:1_600], np.ones(100), "same")))  # Hz: wider than the pitch
 
     assert strongest(1.2) / strongest(0.9) == pytest.approx(1.2 / 0.9, rel=0.1)
+
+
+def test_an_accent_changes_how_long_where_and_how_loud_a_sound_is():
+    """Held against the same speaker without one, on the vowel that it changes and one that it leaves alone."""
+    accent = Accent(lengths={"AA": 2.0}, formants={"AA": np.array([0.5, 1.0, 1.0])}, levels={"AA": 0.1})
+    kept = {"tract": 1.0, "pitch": 80.0, "breath": 0.0, "tilt": 8_000.0}
+    spans, peaks, loudness = [], [], []
+    for given in (voices.PLAIN, accent):
+        _, speech = drawn(0, "are many", accent=given, **kept)
+        sounds = {sound[0]: cut(speech, sound) for sound in speech.sounds}
+        spans.append({name: len(wave) for name, wave in sounds.items()})
+        power = np.abs(np.fft.rfft(sounds["AA"] * np.hanning(len(sounds["AA"])), 16_000)) ** 2
+        peaks.append(int(np.argmax(np.convolve(power[:1_600], np.ones(100), "same"))))
+        loudness.append(np.square(sounds["AA"]).mean() / np.square(sounds["IY"]).mean())
+    assert spans[1]["AA"] / spans[0]["AA"] == pytest.approx(2, rel=0.1) and spans[1]["IY"] == spans[0]["IY"]
+    assert peaks[1] / peaks[0] == pytest.approx(0.5, rel=0.15)
+    assert loudness[1] < 0.05 * loudness[0]
+
+
+def test_words_are_said_as_the_accent_has_them():
+    accent = Accent(words={"the": "DH IY", "are": "AA"})
+    _, speech = drawn(0, "where are the circles?", accent=accent)
+    assert [word for word, _, _ in speech.words] == ["where", "are", "the", "circles"]
+    assert [name for name, _, _ in speech.sounds] == "W EH R AA DH IY S ER K AX L Z".split()
+
+
+def test_every_other_way_to_say_a_word_can_be_said():
+    sounds = {sound for ways in SAID.values() for way in ways for sound in way.split()}
+    assert SAID.keys() <= voices.WORDS.keys() and all(voices._pieces(sound) for sound in sounds)
+    assert all(voices.WORDS[word] not in ways for word, ways in SAID.items())
+
+
+def test_who_has_an_accent_is_else_the_speaker_without():
+    """So speakers of before are heard as they were, and those of training, which have accents, have all the rest."""
+    plain, accented = (Speaker.draw(np.random.default_rng(4), accent=given) for given in (False, True))
+    assert plain.accent is voices.PLAIN and accented.accent != voices.PLAIN
+    assert {**vars(plain), "accent": None} == {**vars(accented), "accent": None}
+    strengths = [
+        np.std(list(Speaker.draw(np.random.default_rng(i), accent=True).accent.lengths.values())) for i in range(30)
+    ]
+    assert min(strengths) < 0.05 and max(strengths) > 0.2, "of any strength"
+
+
+def test_training_hears_accents_and_measuring_does_not(monkeypatch):
+    heard = []
+    monkeypatch.setattr(
+        spoken, "speak", lambda text, speaker, rng: heard.append(speaker.accent) or speak(text, speaker, rng)
+    )
+    for name in ("train", "val", "test"):
+        spoken.drawn_split(name, 2, 0)
+    assert [accent != voices.PLAIN for accent in heard] == [True] * 2 + [False] * 4
 
 
 @pytest.mark.parametrize("pitch", [90.0, 220.0])

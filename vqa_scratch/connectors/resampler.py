@@ -8,15 +8,16 @@ that has learned nothing yet. The question is the decoder's prompt.
 Shapes: I images, N image tokens, Q latents, D width of the image encoder.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from vqa_scratch.connectors.learned_queries import LearnedQueries
 from vqa_scratch.models.hf_config import ReleasedDecoder, check_heads
 from vqa_scratch.models.resampler import Resampler, ResamplerConfig
 from vqa_scratch.nn import taps
-from vqa_scratch.nn.connecting import Conditioning, Connector
+from vqa_scratch.nn.connecting import Conditioning
 from vqa_scratch.nn.gated_cross import flamingo_layer
 from vqa_scratch.nn.memory import Memory
 from vqa_scratch.nn.states import ImageEncoder, States, TextEncoder
@@ -28,7 +29,7 @@ def part(start):
 
 resampler = Resampler({config}).eval()
 resampler.load_state_dict(part("resampler."))
-memory = [Memory(resampler(image_states))]
+memory = [Memory(resampler({reads}))]
 blocks = next(module for module in decoder.modules() if isinstance(module, torch.nn.ModuleList))
 for number, block in enumerate(blocks):
     layer = flamingo_layer({sizes}).eval()
@@ -36,10 +37,9 @@ for number, block in enumerate(blocks):
     block.register_forward_pre_hook(lambda block, x, layer=layer: (layer(x[0], memory, None), *x[1:]))"""
 
 
-class ResamplerConnector(Connector):
+class ResamplerConnector(LearnedQueries):
     """A Perceiver resampler of the image encoder's width, and a gated layer before each block of the decoder."""
 
-    reads_text = False
     adds_layers = True
 
     def __init__(
@@ -51,8 +51,9 @@ class ResamplerConnector(Connector):
         queries: int = 16,
         layers: int = 2,
         heads: int = 4,
+        grid: Sequence[int] | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(image, grid)
         width = decoder.config.dim
         for dim in (image.dim, width):
             check_heads(dim, heads)
@@ -62,25 +63,22 @@ class ResamplerConnector(Connector):
         self.layer = {"dim": width, "context_dim": image.dim, "heads": heads, "head_dim": width // heads}
         decoder.add_gated({number: flamingo_layer(**self.layer) for number in range(decoder.config.layers)})
 
-    @classmethod
-    def sizes_for(cls, grid: tuple[int, int], options: Any) -> dict[str, Any]:
-        return {"queries": options.queries, "heads": options.heads}
-
     @property
     def sizes(self) -> dict[str, Any]:
         config = self.resampler.config
-        return {"queries": config.latents, "layers": config.layers, "heads": config.heads}
+        return super().sizes | {"layers": config.layers, "heads": config.heads}
+
+    @property
+    def table(self) -> nn.Parameter:
+        return self.resampler.latents
 
     @property
     def queries(self) -> nn.Module:
         return self.resampler
 
-    def mixing(self, image: int, text: int, grid: tuple[int, int]) -> Tensor:
-        return torch.eye(image + self.resampler.config.latents)[image:]
-
     def recipe(self, with_text: bool) -> str:
         sizes = ", ".join(f"{name}={value}" for name, value in self.layer.items())
-        return RECIPE.format(config=self.resampler.config, sizes=sizes)
+        return RECIPE.format(config=self.resampler.config, sizes=sizes, reads=self.reads)
 
     def recipe_imports(self) -> list[str]:
         return [
@@ -90,4 +88,4 @@ class ResamplerConnector(Connector):
         ]
 
     def forward(self, image: States, text: States | None, image_index: Tensor | None = None) -> Conditioning:
-        return Conditioning([Memory(self.resampler(image.tokens), index=image_index)])  # (I, Q, D)
+        return Conditioning([Memory(self.resampler(self.placed(image)), index=image_index)])  # (I, Q, D)

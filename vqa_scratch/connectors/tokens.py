@@ -12,6 +12,7 @@ from vqa_scratch.models.vit import resize_positions
 from vqa_scratch.nn.connecting import Conditioning, Connector
 from vqa_scratch.nn.decoding import Decoder
 from vqa_scratch.nn.memory import Memory
+from vqa_scratch.nn.neighbours import GridWaves
 from vqa_scratch.nn.states import ImageEncoder, States, TextEncoder
 
 RECIPE_IMAGE = """\
@@ -57,8 +58,8 @@ class TokensConnector(Connector):
         return {"grid": list(self.grid)}
 
     @torch.no_grad()
-    def start_from_places(self, table: Tensor) -> None:
-        self.places[0, self.prefix_tokens :] = table
+    def start_from_places(self, places: GridWaves) -> None:
+        self.places[0, self.prefix_tokens :] = places.table()
 
     def mixing(self, image: int, text: int, grid: tuple[int, int]) -> Tensor:
         return torch.eye(image + text)

@@ -17,6 +17,7 @@ from typing import Any, Self
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from vqa_scratch.audio.features import log_mel
 from vqa_scratch.audio.reading import wav_bytes
@@ -97,16 +98,28 @@ def hard(wave: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 KINDS: dict[str, Spoil] = {CLEAN: clean, HARD: hard}  # of val and test, in turn
 
 
-def draw(texts: Sequence[str], seed: Sequence[int], kinds: dict[str, Spoil], *, unseen: bool) -> list[Utterance]:
-    """Each text by a speaker of its own, of the kinds in turn; each depends on the seed and its place alone."""
+def draw(
+    texts: Sequence[str],
+    seed: Sequence[int],
+    kinds: dict[str, Spoil],
+    *,
+    unseen: bool,
+    accent: bool = False,
+    progress: str | None = None,
+) -> list[Utterance]:
+    """Each text by a speaker of its own, of the kinds in turn; each depends on the seed and its place alone.
+
+    `progress` is the label of a progress bar, None for no bar.
+    """
 
     def one(place: int) -> Utterance:
         rng, kind = np.random.default_rng([*seed, place]), list(kinds)[place % len(kinds)]
-        speech = speak(texts[place], Speaker.draw(rng, unseen=unseen), rng)
+        speech = speak(texts[place], Speaker.draw(rng, unseen=unseen, accent=accent), rng)
         return Utterance(place, speech.text, mel_of(kinds[kind](speech.wave, rng)), kind, speech.words)
 
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # numpy's transforms let other threads run
-        return list(pool.map(one, range(len(texts))))
+        said = pool.map(one, range(len(texts)))
+        return list(tqdm(said, progress, len(texts), unit="utterance", disable=progress is None, leave=False))
 
 
 def _texts(name: str, seed: int) -> Iterator[str]:
@@ -127,7 +140,8 @@ def drawn_split(name: str, number: int, seed: int) -> list[Utterance]:
     unseen = name != "train"
     texts = islice(_texts(name, seed), number)
     kinds: dict[str, Spoil] = KINDS if unseen else {"mixed": mixed}
-    return draw(list(texts), (seed, DRAWN.index(name)), kinds, unseen=unseen)
+    label = f"drawing voices of {name}"
+    return draw(list(texts), (seed, DRAWN.index(name)), kinds, unseen=unseen, accent=not unseen, progress=label)
 
 
 # ------------------------------------------------------------------------------------------------ batches

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from vqa_scratch.data.accents import Accent
 from vqa_scratch.data.scenes import QuestionWriter, draw_scene
 from vqa_scratch.errors import UserError
 
@@ -61,6 +62,8 @@ WORDS |= {f"{word}s": WORDS[word] + " Z" for word in ("circle", "square", "trian
 PITCH, TRACT, CELLS = (80.0, 260.0), (0.85, 1.25), 4  # Hz; factor of all formants; bands that each is cut into
 UNSEEN_SENTENCES = 0.2  # share of all
 
+PLAIN = Accent()
+
 Span = tuple[str, float, float]  # what is said, from, to
 
 
@@ -71,9 +74,10 @@ class Speaker:
     speed: float  # 1 is about 4 words a second
     breath: float  # noise in the voice
     tilt: float  # Hz from which the voice loses 6 dB an octave
+    accent: Accent = PLAIN
 
     @classmethod
-    def draw(cls, rng: np.random.Generator, *, unseen: bool = False) -> "Speaker":
+    def draw(cls, rng: np.random.Generator, *, unseen: bool = False, accent: bool = False) -> "Speaker":
         """Pitch and tract lie in one of 4 x 4 cells; those of the diagonal hold the speakers that training never hears.
 
         So unseen speakers lie among those heard, and no pair of pitch and tract is in both.
@@ -83,7 +87,9 @@ class Speaker:
         place = (np.array([row, column]) + rng.random(2)) / CELLS
         pitch = PITCH[0] * (PITCH[1] / PITCH[0]) ** place[0]
         tract = TRACT[0] + (TRACT[1] - TRACT[0]) * place[1]
-        return cls(pitch, tract, rng.uniform(0.85, 1.25), rng.uniform(0.02, 0.12), rng.uniform(250, 600))
+        speed, breath, tilt = rng.uniform((0.85, 0.02, 250), (1.25, 0.12, 600))
+        sounds = [*FORMANTS, *GLIDES]
+        return cls(pitch, tract, speed, breath, tilt, Accent.draw(rng, sounds) if accent else PLAIN)
 
 
 @dataclass(frozen=True)
@@ -124,11 +130,21 @@ def sentences(rng: random.Random, *, unseen: bool = False) -> Iterator[str]:
 # ------------------------------------------------------------------------------------------------ from words to targets
 
 # A piece of a sound: ms; three formants; voice, aspiration; the centre, width and level of its noise.
-Piece = tuple[float, tuple[int, ...], float, float, float, float, float]
+Piece = tuple[float, tuple[float, ...], float, float, float, float, float]
 
 
-def _pieces(sound: str) -> list[Piece]:
+def _pieces(sound: str, accent: Accent = PLAIN) -> list[Piece]:
     name, stressed = sound.rstrip("1"), sound.endswith("1")
+    length, level = accent.lengths.get(name, 1.0), accent.levels.get(name, 1.0)
+    at, wide = accent.noise
+    moved = accent.formants.get(name, np.ones(3))
+    return [
+        (ms * length, tuple(moved * formants), voice * level, breath * level, centre * at, width * wide, hiss * level)
+        for ms, formants, voice, breath, centre, width, hiss in _plain_pieces(name, stressed)
+    ]
+
+
+def _plain_pieces(name: str, stressed: bool) -> list[Piece]:
     if name in GLIDES:
         halves = zip((75, 65), GLIDES[name], strict=True)
         return [(length * (1.25 if stressed else 1), FORMANTS[half], 1, 0, 0, 1, 0) for length, half in halves]
@@ -158,7 +174,8 @@ def _smooth(track: np.ndarray, frames: int) -> np.ndarray:
 
 def speak(text: str, speaker: Speaker, rng: np.random.Generator) -> Speech:
     """The text as the speaker says it this time: pauses and wobble are drawn. Raises UserError as `words_of`."""
-    pieces, frames, words, sounds = [SILENCE], [int(rng.integers(10, 40))], [], []
+    lead = max(1, round(rng.integers(10, 40) * speaker.accent.lead))
+    pieces, frames, words, sounds = [SILENCE], [lead], [], []
 
     def add(piece: Piece, ms: float) -> None:
         pieces.append(piece)
@@ -166,9 +183,9 @@ def speak(text: str, speaker: Speaker, rng: np.random.Generator) -> Speech:
 
     for word in words_of(text):
         began = sum(frames)
-        for sound in WORDS[word].split():
+        for sound in speaker.accent.words.get(word, WORDS[word]).split():
             start = sum(frames)
-            for piece in _pieces(sound):
+            for piece in _pieces(sound, speaker.accent):
                 add(piece, piece[0] * rng.uniform(0.9, 1.1))
             sounds.append((sound.rstrip("1"), start * SECONDS, sum(frames) * SECONDS))
         words.append((word, began * SECONDS, sum(frames) * SECONDS))
@@ -210,13 +227,18 @@ def _sound(targets: np.ndarray, speaker: Speaker, rng: np.random.Generator) -> n
     voice, breath, level = _smooth(targets[:, [3, 4, 7]], 3).astype(np.float32).T[..., None]
     centre, width = targets[:, 5:7].astype(np.float32).T[..., None]
     time = np.linspace(0, 1, count)
-    contour = 1.12 - 0.3 * time + 0.04 * np.sin(2 * np.pi * (rng.uniform(3, 5) * time * count * SECONDS + rng.random()))
+    start, end = speaker.accent.melody
+    contour = (
+        start
+        + (end - start) * time
+        + 0.04 * np.sin(2 * np.pi * (rng.uniform(3, 5) * time * count * SECONDS + rng.random()))
+    )
     pitch = speaker.pitch * contour * (1 + 0.01 * rng.standard_normal(count))
     hertz = np.linspace(0, RATE / 2, SIZE // 2 + 1, dtype=np.float32)
     power = np.ones((count, len(hertz)), np.float32)  # of the tract: one resonance after another
     upper = np.tile(np.array([3500, 4500]) * speaker.tract, (count, 1))
     for track, band in zip(np.hstack((formants, upper)).T, (70, 100, 140, 220, 280), strict=True):
-        f, b = track.astype(np.float32)[:, None], np.float32((band / 2) ** 2)
+        f, b = track.astype(np.float32)[:, None], np.float32((band * speaker.accent.bands / 2) ** 2)
         power *= (f * f + b) ** 2 / (((hertz - f) ** 2 + b) * ((hertz + f) ** 2 + b))
     tract = np.sqrt(power)
     tilt = 1 / np.sqrt(1 + (hertz / np.float32(speaker.tilt)) ** 2)
@@ -224,6 +246,8 @@ def _sound(targets: np.ndarray, speaker: Speaker, rng: np.random.Generator) -> n
     noise = _spectra(rng.standard_normal(count * HOP, dtype=np.float32))
     hiss = level * np.exp(-0.5 * ((hertz - centre) / width) ** 2)
     spectrum = source * (voice * tract * tilt) + noise * ((breath + speaker.breath * voice * tilt) * tract + hiss)
+    for waves, strength in enumerate(speaker.accent.colour, 1):
+        spectrum *= np.exp(strength * np.cos(np.pi * waves * hertz / hertz[-1]))
     frames = np.fft.irfft(spectrum, SIZE).reshape(count, SIZE // HOP, HOP)
     wave = np.zeros((count + SIZE // HOP - 1, HOP))
     for k in range(SIZE // HOP):

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vqa_scratch.nn.memory import Memory
+from vqa_scratch.nn.neighbours import GridWaves
 from vqa_scratch.nn.states import States
 
 
@@ -78,8 +79,8 @@ class Connector(nn.Module, ABC):
         """The keywords that build the same connector again."""
         return {}
 
-    def start_from_places(self, table: Tensor) -> None:
-        """Initialise a table of places, if there is one, with `table` (N, D): one row a place."""
+    def start_from_places(self, places: GridWaves) -> None:
+        """Begin with what tells the places of an image apart, if there is a table of them or learned queries."""
 
     def kept(self, image: States) -> States:
         """The part of the image's states that is used; a feature cache stores only this."""

@@ -23,6 +23,7 @@ from vqa_scratch.models.resnet import NORMS, ResNet, ResNetConfig
 from vqa_scratch.models.vit import ConvStem, ViT, ViTConfig
 from vqa_scratch.models.vqa import VQAModel
 from vqa_scratch.models.whisper import WhisperConfig
+from vqa_scratch.nn.neighbours import GridWaves
 from vqa_scratch.nn.states import ImageEncoder, TextEncoder
 from vqa_scratch.options import flag
 from vqa_scratch.storage import typed
@@ -135,22 +136,24 @@ def grid_of(image: ImageEncoder, processor: ImageProcessor) -> tuple[int, int]:
     return image.places(*processor.output_size).grid
 
 
-def grid_positions(grid: tuple[int, int], dim: int) -> Tensor:
-    """(rows * columns, D) sines and cosines of column and row, a quarter of the channels each, from -0.5 to 0.5.
+def grid_waves(grid: tuple[int, int], dim: int) -> GridWaves:
+    """The waves from which positions begin.
 
     A position table that starts this way tells left from right before training (as in MAE, He et al. 2022, which keeps
-    it fixed; ours is trained). Wavelengths go from 2 patches to 4 grids: with the usual 10,000 most channels would be
-    constant over so small a grid, and the longest one here falls steadily from one side to the other. Raises UserError
-    unless the width divides by 4; a note says so if the patches of an image are very many.
+    it fixed; ours is trained). Wavelengths go to 4 grids: with the usual 10,000 most channels would be constant over so
+    small a grid, and the longest one here falls steadily from one side to the other. Raises UserError unless the width
+    divides by 4; a note says so if the patches of an image are very many.
     """
     if dim % 4:
         raise UserError(f"--width {dim} is not divisible by 4, as a table of places in two directions needs it")
     if (patches := math.prod(grid)) > MANY:
         note(f"an image has {patches:,} patches, each compared with all others: slow; a larger --patch-size has fewer")
-    wavelengths = torch.logspace(1.0, math.log2(4 * max(grid)), dim // 4, base=2.0)
-    rows, columns = torch.meshgrid(*(torch.arange(side) for side in grid), indexing="ij")
-    angles = [axis.flatten()[:, None] * (2 * math.pi / wavelengths) for axis in (columns, rows)]  # (N, D/4)
-    return 0.5 * torch.cat([wave for a in angles for wave in (a.sin(), a.cos())], 1)
+    return GridWaves(grid, dim)
+
+
+def grid_positions(grid: tuple[int, int], dim: int) -> Tensor:
+    """(rows * columns, D): their table. Raises UserError as `grid_waves`."""
+    return grid_waves(grid, dim).table()
 
 
 @torch.no_grad()

@@ -153,7 +153,7 @@ class System(ABC, Generic[RO, M]):
 
         Called after `train_on`, to time the formats; weights, gradients and random numbers stay as they are.
         """
-        batch = max(map(self.batch, self.epoch(0)[:3]), key=lambda one: one.counts)  # one may be a leftover of a few
+        batch = self.batch(max(self.epoch(0)[:3], key=lambda key: len(key.rows)))  # one may be a leftover of a few
         parts = self.options.accumulate
         parts *= max(1, min(8, batch.counts[0] // (4 * parts)))  # one or two samples alone tell nothing
         part = next(batch.parts(parts)).to(self.precision.device)
@@ -175,7 +175,7 @@ class System(ABC, Generic[RO, M]):
 
     @abstractmethod
     def epoch(self, number: int) -> list[Any]:
-        """What `batch` takes for each step of an epoch; a function of `number` alone."""
+        """What `batch` takes for each step of an epoch, with its `rows`; a function of `number` alone."""
 
     @abstractmethod
     def share(self, key: Any, world: World) -> tuple[Any, bool]:

@@ -43,7 +43,7 @@ def build_model(options: CaptionOptions, train: list[VQASample]) -> tuple[VQAMod
     grid = assembly.grid_of(image, processor)
     connector = connect({"kind": "tokens", **kind.sizes_for(grid, options)}, image, None, writer)
     if options.preset == "caption":
-        connector.start_from_places(assembly.grid_positions(grid, options.width))
+        connector.start_from_places(assembly.grid_waves(grid, options.width))
     return VQAModel(image, None, connector, writer), assembly.tokenizers_for(options, None, decoder), processor
 
 

@@ -3,6 +3,7 @@
 import time
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +22,7 @@ from vqa_scratch.systems.base import M, RunData, System
 from vqa_scratch.systems.finals import Pace
 from vqa_scratch.systems.run_options import ImageOptions
 from vqa_scratch.systems.scoring import other_images
+from vqa_scratch.training.progress import Redrawn
 from vqa_scratch.training.ranks import World
 
 IO = TypeVar("IO", bound=ImageOptions)
@@ -45,12 +47,13 @@ def in_time(
     """
     bar = tqdm(prefetch(ready), progress, number, unit="batch", disable=progress is None, leave=False)
     began = time.perf_counter()
-    for rows, batch in bar:
-        yield rows, batch.to(device)
-        now = time.perf_counter()
-        if until is not None and now + (now - began) > until:
-            break
-        began = now
+    with nullcontext() if progress is None else Redrawn(bar.refresh):  # a batch may take seconds
+        for rows, batch in bar:
+            yield rows, batch.to(device)
+            now = time.perf_counter()
+            if until is not None and now + (now - began) > until:
+                break
+            began = now
 
 
 @dataclass(frozen=True)

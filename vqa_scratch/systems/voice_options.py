@@ -31,7 +31,7 @@ class VoiceOptions(RunOptions):
         DATA,
         may_change=True,
     )
-    utterances: int = option(3_000, "Drawn utterances to train on.", DATA, minimum=2, only=DRAWN)
+    utterances: int = option(5_000, "Drawn utterances to train on.", DATA, minimum=2, only=DRAWN)
     test_utterances: int = option(
         400, "Drawn utterances of val, and of test: half of them clean.", DATA, minimum=2, only=DRAWN
     )

@@ -95,7 +95,7 @@ def small_models(options: VQAOptions, train: list[VQASample]) -> Parts:
     connector = connect({"kind": options.connector, **sizes}, image, words, writer)
     if isinstance(image, ViT):
         assembly.start_from_places(image)
-    connector.start_from_places(assembly.grid_positions(grid, width))
+    connector.start_from_places(assembly.grid_waves(grid, width))
     if (laid_out := kind.prefix_grid(grid, sizes)) is not None:  # a sequence tells its rows apart, but not its columns
         places = assembly.grid_positions(laid_out, width)
         with torch.no_grad():

@@ -17,7 +17,8 @@ from tqdm import tqdm
 from vqa_scratch.errors import UserError
 from vqa_scratch.storage import append_line, parse_json, write_text
 
-INTERVAL = 0.5  # seconds between two looks of a bar: the one after the first step is awaited
+INTERVAL = 0.5  # seconds between two looks of a bar
+SEEN = 1.0  # the same once a training loop has made its first step, which is awaited
 RECENT = 10.0  # seconds that the speed on the bar is measured over
 
 
@@ -136,7 +137,9 @@ class Display:
 
 
 class Redrawn:
-    """A context in which a thread calls `draw` twice a second, so that what runs there knows nothing of it."""
+    """A context in which a thread calls `draw` every `interval` seconds: what runs there knows nothing of it."""
+
+    interval = INTERVAL
 
     def __init__(self, draw: Callable[[], object]) -> None:
         self.draw, self.over = draw, threading.Event()
@@ -151,7 +154,7 @@ class Redrawn:
         self.thread.join()
 
     def _run(self) -> None:
-        while not self.over.wait(INTERVAL):
+        while not self.over.wait(self.interval):
             self.draw()
 
 
@@ -185,6 +188,7 @@ class Bar(Redrawn):
         samples = self.progress.samples
         if samples > (self.seen[-1][1] if self.seen else self.first):
             self.seen.append((now, samples))
+            self.interval = SEEN
         while len(self.seen) > 2 and self.seen[1][0] < now - RECENT:
             self.seen.popleft()
         if len(self.seen) < 2:
