@@ -149,13 +149,13 @@ class System(ABC, Generic[RO, M]):
         return []
 
     def trial(self) -> Callable[[Precision], None]:
-        """A function that goes forward and backward through an eighth of a step, or a few samples, in a format.
+        """A function that goes forward and backward through an eighth of a step, or 16 samples, in a format.
 
         Called after `train_on`, to time the formats; weights, gradients and random numbers stay as they are.
         """
         batch = self.batch(max(self.epoch(0)[:3], key=lambda key: len(key.rows)))  # one may be a leftover of a few
         parts = self.options.accumulate
-        parts *= max(1, min(8, batch.counts[0] // (4 * parts)))  # one or two samples alone tell nothing
+        parts *= max(1, min(8, batch.counts[0] // (16 * parts)))  # few fit into caches, where every format is fast
         part = next(batch.parts(parts)).to(self.precision.device)
 
         def forward_and_backward(precision: Precision) -> None:
