@@ -50,7 +50,7 @@ from vqa_scratch.training.checkpoint import fitting, rng_state, save_checkpoint
 from vqa_scratch.training.launch import start
 from vqa_scratch.training.precision import Precision, formats, pick_device
 from vqa_scratch.training.profile import profiling
-from vqa_scratch.training.progress import Display, MetricsLog
+from vqa_scratch.training.progress import Display, MetricsLog, Redrawn
 from vqa_scratch.training.ranks import World
 from vqa_scratch.training.resume import held
 from vqa_scratch.training.sharing import check_sharing, share_model
@@ -136,7 +136,7 @@ def train(
     shown = {"desc": title, "unit": "it", "dynamic_ncols": True, "file": Display()}
     bar = tqdm(total=options.iterations, initial=ppo.iteration, **shown)
     profiled = profiling(iterate, options.profile, options.out / "trace.json", world.main)
-    with bar, GracefulStop() as stop, profiled as step:
+    with bar, Redrawn(bar.refresh), GracefulStop() as stop, profiled as step:  # an iteration may take many seconds
         while ppo.iteration < options.iterations:
             figures = step(ppo)
             ended = time.perf_counter()

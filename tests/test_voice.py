@@ -133,7 +133,7 @@ def test_a_window_is_that_of_whisper(system):
 
 @pytest.mark.parametrize(("utterances", "accumulate", "timed"), [(16, 1, 16), (16, 2, 8), (64, 1, 16), (256, 1, 32), (2, 1, 2)])
 def test_formats_are_timed_on_an_eighth_of_a_step_or_sixteen_samples(system, monkeypatch, utterances, accumulate, timed):
-    """Four utterances fit into the caches of a machine on which sixteen are a third faster in bf16."""
+    """Four utterances fit into the caches of a machine on which sixteen are twice as fast in bf16."""
     options, seen, loss = replace(system.options, accumulate=accumulate), [], system.loss
     monkeypatch.setattr(system, "options", options)
     monkeypatch.setattr(system, "epoch", lambda number: [Key(np.resize(np.arange(4), utterances), (0, 0))])
