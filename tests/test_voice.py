@@ -131,8 +131,12 @@ def test_a_window_is_that_of_whisper(system):
     assert batch.states.tolist() == [-(-length // 2)] and length < 400
 
 
-@pytest.mark.parametrize(("utterances", "accumulate", "timed"), [(16, 1, 16), (16, 2, 8), (64, 1, 16), (256, 1, 32), (2, 1, 2)])
-def test_formats_are_timed_on_an_eighth_of_a_step_or_sixteen_samples(system, monkeypatch, utterances, accumulate, timed):
+@pytest.mark.parametrize(
+    ("utterances", "accumulate", "timed"), [(16, 1, 16), (16, 2, 8), (64, 1, 16), (256, 1, 32), (2, 1, 2)]
+)
+def test_formats_are_timed_on_an_eighth_of_a_step_or_sixteen_samples(
+    system, monkeypatch, utterances, accumulate, timed
+):
     """Four utterances fit into the caches of a machine on which sixteen are twice as fast in bf16."""
     options, seen, loss = replace(system.options, accumulate=accumulate), [], system.loss
     monkeypatch.setattr(system, "options", options)
