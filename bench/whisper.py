@@ -2,9 +2,8 @@
 
 Each side hears every clip on its own (batch 1), greedily, without times, as `transformers` does by default, and without
 a second try: samples to features, encoder, tokens. Sides take turns over all clips; their tokens are equal, or there is
-no row. In the row of bf16 the weights and states of both are in it. What is said lies beside the clips, in a file
-`transcription`, a line "the words (name of the clip)" each, as in the test data of PocketSphinx. Words are compared in
-lower case, without punctuation, "Mr." as "mister".
+no table. What is said lies beside the clips, in a file `transcription`, a line "the words (name of the clip)" each, as
+in the test data of PocketSphinx. Words are compared in lower case, without punctuation, "Mr." as "mister".
 """
 
 import re
@@ -25,13 +24,11 @@ from vqa_scratch.audio.reading import read_audio
 from vqa_scratch.errors import UserError
 from vqa_scratch.storage import read_text
 from vqa_scratch.training.allocator import keep_freed_memory
-from vqa_scratch.training.precision import DTYPES
 from vqa_scratch.transcription import open_transcriber
 from vqa_scratch.transcription.window import Window
 
 REAL_TIME, FASTER = 5, 1.5  # goals
-KINDS = ("fp32", "bf16")
-HEAD = ("weights", "clips", "sound (s)", "ours (s)", "`transformers` (s)", "ours is faster by", "goal")
+HEAD = ("clips", "sound (s)", "ours (s)", "`transformers` (s)", "ours is faster by", "goal")
 HEAD = (*HEAD, "than real time by", "goal", "word errors", "GB, ours / theirs")
 
 
@@ -59,9 +56,9 @@ class Side:
 class Ours(Side):
     """This project's window."""
 
-    def __init__(self, folder: Path, clips: Path, kind: str) -> None:
+    def __init__(self, folder: Path, clips: Path) -> None:
         super().__init__(clips)
-        self.opened = open_transcriber(str(folder), torch.device("cpu"), kind)
+        self.opened = open_transcriber(str(folder), torch.device("cpu"))
         self.options = self.opened.options(self.opened.model.config.max_positions // 2, times=False)
         keep_freed_memory()
 
@@ -78,12 +75,12 @@ class Ours(Side):
 class Peer(Side):
     """`transformers`: its features, its model, its `generate`."""
 
-    def __init__(self, folder: Path, clips: Path, kind: str) -> None:
+    def __init__(self, folder: Path, clips: Path) -> None:
         from transformers import WhisperFeatureExtractor, WhisperForConditionalGeneration
 
         super().__init__(clips)
         self.features = WhisperFeatureExtractor.from_pretrained(folder)
-        self.model = WhisperForConditionalGeneration.from_pretrained(folder, dtype=DTYPES[kind]).eval()
+        self.model = WhisperForConditionalGeneration.from_pretrained(folder).eval()
         said = self.model.generation_config
         self.end = said.eos_token_id
         self.how: dict[str, Any] = {"return_timestamps": False, "do_sample": False}
@@ -91,8 +88,7 @@ class Peer(Side):
 
     def hear(self, wave: Tensor) -> list[int]:
         found = self.features(wave.numpy(), sampling_rate=16_000, return_tensors="pt", return_attention_mask=True)
-        given = found.input_features.to(self.model.dtype)
-        ids = self.model.generate(given, attention_mask=found.attention_mask, **self.how)[0].tolist()
+        ids = self.model.generate(found.input_features, attention_mask=found.attention_mask, **self.how)[0].tolist()
         return [index for index in ids if index < self.end]
 
 
@@ -130,60 +126,38 @@ def word_errors(said: list[str], truth: list[str]) -> int:
     return row[-1]
 
 
-def row_of(folder: Path, clips: Path, kind: str, rounds: int) -> tuple[list[str], list[str]]:
-    """(the row of a number format, what is heard in each clip)."""
-    length = sum(len(read_audio(path)) for path in clips_in(clips)) / 16_000
-    with processes.contestants({side: (SIDES[side], folder, clips, kind) for side in SIDES}) as sides:
-        heard = {one.side: one.ask("tokens")[1] for one in sides}
-        if heard["ours"] != heard["peer"]:
-            different = [c.name for c, a, b in zip(clips_in(clips), *heard.values(), strict=True) if a != b]
-            raise UserError(f"the sides wrote different tokens: {', '.join(different)}")
-        texts = sides[0].ask("texts")[1]
-        turns = {one.side: lambda one=one: one.ask("seconds")[1] for one in sides}
-        seconds = timing.in_turn(turns, rounds, lambda line: print(line, file=sys.stderr, flush=True))
-        memory = {one.side: one.ask("peak_memory_gb")[1] for one in sides}
-    ours, theirs = (timing.Spread.of(seconds[side]) for side in SIDES)
-    faster = timing.speedup(seconds["ours"], seconds["peer"])
-    row = [kind, str(len(texts)), f"{length:.1f}", ours.text(), theirs.text()]
-    row += [f"**{faster.median:.2f}x** ({faster.low:.2f} to {faster.high:.2f})", f"{FASTER}x"]
-    row += [f"{length / ours.median:.1f}x", f"{REAL_TIME}x", f"{sum(errors_of(texts, clips))} of {words_in(clips)}"]
-    return [*row, " / ".join(f"{memory[side]:.2f}" for side in SIDES)], texts
-
-
-def errors_of(texts: list[str], clips: Path) -> list[int]:
-    """Word errors in each clip; 0 where nobody knows what is said."""
-    return [
-        0 if truth is None else word_errors(plain(text), plain(truth))
-        for text, truth in zip(texts, truths(clips), strict=True)
-    ]
-
-
-def words_in(clips: Path) -> int:
-    return sum(len(plain(truth or "")) for truth in truths(clips))
-
-
-def lines_of(texts: list[str], clips: Path, kind: str) -> list[str]:
-    """What was heard in each clip, and how many words are wrong."""
-    return [
-        f"- {kind}, {clip.name}: {text.strip()}" + ("" if truth is None else f" ({wrong} of {len(plain(truth))})")
-        for clip, text, truth, wrong in zip(clips_in(clips), texts, truths(clips), errors_of(texts, clips), strict=True)
-    ]
-
-
 def run(model: Path, clips: Path, rounds: int, command: str) -> str:
     """Hold both sides to each other and time them; returns the section of the results file."""
-    rows, lines = [], []
+    length = sum(len(read_audio(path)) for path in clips_in(clips)) / 16_000
     with tempfile.TemporaryDirectory() as name:
         open_transcriber(str(model), torch.device("cpu")).save(Path(name))
-        for kind in KINDS:
-            row, texts = row_of(Path(name), clips, kind, rounds)
-            rows.append(row)
-            lines += lines_of(texts, clips, kind)
+        with processes.contestants({side: (SIDES[side], Path(name), clips) for side in SIDES}) as sides:
+            heard = {one.side: one.ask("tokens")[1] for one in sides}
+            if heard["ours"] != heard["peer"]:
+                different = [c.name for c, a, b in zip(clips_in(clips), *heard.values(), strict=True) if a != b]
+                raise UserError(f"the sides wrote different tokens: {', '.join(different)}")
+            texts = sides[0].ask("texts")[1]
+            turns = {one.side: lambda one=one: one.ask("seconds")[1] for one in sides}
+            seconds = timing.in_turn(turns, rounds, lambda line: print(line, file=sys.stderr, flush=True))
+            memory = {one.side: one.ask("peak_memory_gb")[1] for one in sides}
+    ours, theirs = (timing.Spread.of(seconds[side]) for side in SIDES)
+    faster = timing.speedup(seconds["ours"], seconds["peer"])
+    errors, total, lines = 0, 0, []
+    for clip, text, truth in zip(clips_in(clips), texts, truths(clips), strict=True):
+        wrong = None if truth is None else word_errors(plain(text), plain(truth))
+        errors, total = errors + (wrong or 0), total + len(plain(truth or ""))
+        lines.append(
+            f"- {clip.name}: {text.strip()}" + ("" if wrong is None else f" ({wrong} of {len(plain(truth or ''))})")
+        )
+    row = [str(len(texts)), f"{length:.1f}", ours.text(), theirs.text()]
+    row += [f"**{faster.median:.2f}x** ({faster.low:.2f} to {faster.high:.2f})", f"{FASTER}x"]
+    row += [f"{length / ours.median:.1f}x", f"{REAL_TIME}x", f"{errors} of {total}"]
+    row += [" / ".join(f"{memory[side]:.2f}" for side in SIDES)]
     about = [text.replace("\n", " ") for text in (__doc__ or "").split("\n\n")[1:]]
     machine = f"- {timing.machine()}. torch {torch.__version__}, transformers {version('transformers')}. "
     machine += f"Commit {timing.commit(Path(__file__).parent)}. `{command}`"
     return "\n".join(
-        ["## Whisper against `transformers`", "", *about, "", results.table(HEAD, rows), "", *lines, machine]
+        ["## Whisper against `transformers`", "", *about, "", results.table(HEAD, [row]), "", *lines, machine]
     )
 
 
