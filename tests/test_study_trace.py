@@ -92,7 +92,9 @@ def test_the_pattern_on_request_is_the_explicit_one(subject):
     with trace(subject.model) as t, torch.no_grad():
         subject.logits(subject.prompt)
     for name in every_attention(subject):
-        torch.testing.assert_close(t.pattern(name), seen[name], atol=1e-6, rtol=0)
+        # The states before it went through other kernels, which differ from machine to machine: a score of 16 is
+        # rounded by 1e-6, and a weight by a quarter of what its scores are off, in each of up to eight layers.
+        torch.testing.assert_close(t.pattern(name), seen[name], atol=5e-6, rtol=0)
 
 
 def test_heads_sum_to_the_output(subject):
