@@ -120,6 +120,22 @@ def test_a_scene_is_picked_drawn_and_moved(visit):
     assert visit.count("#canvas .object") == 1
 
 
+def test_nothing_can_be_asked_before_the_runs_are_known(made):
+    with Visit(made.address) as visit:
+        held = []
+        visit.page.route("**/api/models", lambda route: held.append(route))
+        visit.page.goto(made.address)
+        visit.page.wait_for_selector("#asked button")
+        for selector in ("#asked button", "#blank", "#start-tour", "#share-part summary", "#temperature"):
+            box = visit.page.locator(selector).bounding_box()
+            visit.page.mouse.click(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+        assert visit.window.log() == [] and not visit.page.locator("#tour").is_visible()
+        held[0].continue_()
+        visit.page.wait_for_function("() => window.seen.studied")
+        visit.click("#blank")
+        assert visit.window.log() == []
+
+
 def test_a_picture_is_uploaded_and_pasted_and_its_name_is_text(visit, tmp_path):
     path = tmp_path / f"{HOSTILE}.png".replace("/", "")
     Image.new("RGB", (1500, 700), (200, 30, 30)).save(path)
@@ -371,6 +387,7 @@ def test_each_step_of_the_tour_can_be_done_with_every_kind_of_run(data, tmp_path
         hear = partial(visit.page.set_input_files, "#sound", sound)
         visit.page.goto(address)
         if kind == "voice":
+            visit.page.wait_for_selector("#voice")
             hear()
         visit.page.wait_for_function("() => window.seen.studied")
         hot = (2, lambda: visit.until("answered", lambda: visit.page.locator("#temperature").fill("0.3")))

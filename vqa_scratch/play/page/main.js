@@ -152,6 +152,7 @@ async function start() {
   app.scene = new Scene(app, shapes);
   app.state = { picture: null, question: models[0].questions[0] ?? "", temperature: 0, seed: 0, sides: [blank(models[0].id)], view: null };
   await (location.hash.length > 1 ? restore(followed(location.hash)) : sides());
+  document.querySelectorAll("[inert]").forEach((part) => { part.inert = false; }); // no control has a state to change before
 }
 
 controls();
