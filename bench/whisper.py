@@ -57,10 +57,10 @@ class Ours(Side):
     """This project's window."""
 
     def __init__(self, folder: Path, clips: Path) -> None:
+        keep_freed_memory()
         super().__init__(clips)
         self.opened = open_transcriber(str(folder), torch.device("cpu"))
         self.options = self.opened.options(self.opened.model.config.max_positions // 2, times=False)
-        keep_freed_memory()
 
     def hear(self, wave: Tensor) -> list[int]:
         states, words = self.opened.states(wave), self.opened.vocabulary

@@ -1,5 +1,7 @@
 """The functions a decoding step is made of, where the way taken depends on how many rows there are."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -29,33 +31,76 @@ def test_products_of_any_number_of_rows(rows, biased):
     assert (after - (before + exact)).abs().max() <= budget
 
 
+@pytest.fixture
+def measured(monkeypatch):
+    """Nothing is measured yet, and what is wins by its name: `seconds` of each way."""
+    seconds = {"linear": 0.0, "one_dnn": 1.0, "in_halves": 1.0, "by_vector": 1.0}
+    timings = []
+
+    def timed(way, *given) -> float:
+        way(*given)
+        timings.append(way.__name__)
+        return seconds[way.__name__]
+
+    monkeypatch.setattr(products, "timed", timed)
+    monkeypatch.setattr(products, "FASTEST", {})
+    return SimpleNamespace(seconds=seconds, timings=timings)
+
+
 @torch.no_grad()
-@pytest.mark.parametrize("way", ["product", "adding"])
-def test_few_rows_of_a_large_weight_take_their_own_way(way, monkeypatch):
+@pytest.mark.parametrize("way", ["product", "adding", "into"])
+def test_few_rows_of_a_large_weight_take_their_own_way(way, monkeypatch, measured):
     """Small weights, other number formats and autocast keep the usual one."""
     seen = []
-    monkeypatch.setattr(products, "one_dnn", lambda x, weight, bias: seen.append(len(x)) or x @ weight.t())
+    plain = products.one_dnn
+    monkeypatch.setattr(products, "one_dnn", lambda x, *given: seen.append(len(x)) or plain(x, *given))
 
     def apply(rows: int, weight: torch.Tensor) -> None:
         x, before = random(rows, weight.shape[1]).to(weight.dtype), random(rows, len(weight)).to(weight.dtype)
-        products.product(weight, None)(x) if way == "product" else products.adding(weight, None)(before, x)
+        if way == "product":
+            products.product(weight, None)(x)
+        elif way == "adding":
+            products.adding(weight, None)(before, x)
+        else:
+            module = torch.nn.Linear(*reversed(weight.shape), bias=False, dtype=weight.dtype)
+            products.linear_into(module)(before, x)
 
-    for rows in (1, 3, 4, 64, 65):
+    for rows in (4, 64, 65):
         apply(rows, random(*LARGE))
-    assert seen == ([4, 64] if torch.backends.mkl.is_available() else [])
+    assert seen == ([4, 64] if torch.backends.mkl.is_available() else []) and not measured.timings
+    for rows in (1, 3):
+        apply(rows, random(*LARGE))
+    assert set(measured.timings) == ({"linear", "one_dnn", "in_halves"} if torch.backends.mkl.is_available() else set())
+    seen.clear(), measured.timings.clear()
     for weight in (random(70, 40), random(*LARGE).double(), random(*LARGE).bfloat16()):
         apply(8, weight)
     with torch.autocast("cpu", torch.bfloat16):
-        apply(8, random(*LARGE))
-    assert len(seen) <= 2
+        apply(1, random(*LARGE))
+    assert not seen and not measured.timings
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rows", [1, 2, 3])
+@pytest.mark.parametrize("outputs", [700, 701])
+@pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize("way", products.FP32_ROWS)
+def test_every_way_for_a_few_rows_is_the_product(way, rows, outputs, biased):
+    """Against float64, within four roundings of the sum of what is added, each taken positive."""
+    if way is products.one_dnn and not products.HAS_ONE_DNN:
+        pytest.skip("this torch has no oneDNN for linear layers")
+    x, weight, bias = random(rows, 400), random(outputs, 400, seed=1), random(outputs, seed=2) if biased else None
+    exact = torch.nn.functional.linear(x.double(), weight.double(), None if bias is None else bias.double())
+    budget = 4 * torch.finfo(torch.float32).eps * (x.abs() @ weight.t().abs()).max()
+    found = way(x, weight, bias)
+    assert found.shape == exact.shape and (found - exact).abs().max() <= budget
 
 
 @torch.no_grad()
 @pytest.mark.parametrize(("rows", "vector"), [(1, True), (1, False), (2, False)])
 @pytest.mark.parametrize("way", ["product", "product and bias", "into", "adding"])
-def test_bf16_rows_are_as_near_the_exact_product_as_torchs(monkeypatch, rows, vector, way):
+def test_bf16_rows_are_as_near_the_exact_product_as_torchs(measured, rows, vector, way):
     """One row may go by another operator than several."""
-    monkeypatch.setattr(products, "by_vector", lambda weight: vector)
+    measured.seconds["linear"] = 2.0 if vector else 0.0
     x, weight, bias = random(rows, 24).bfloat16(), random(40, 24, seed=1).bfloat16(), random(40, seed=2).bfloat16()
     bias = bias if way in ("product and bias", "into") else None
     exact = torch.nn.functional.linear(x.double(), weight.double(), None if bias is None else bias.double())
@@ -75,36 +120,28 @@ def test_bf16_rows_are_as_near_the_exact_product_as_torchs(monkeypatch, rows, ve
 
 
 @torch.no_grad()
-def test_one_row_in_bf16_goes_the_way_that_was_faster(monkeypatch):
-    """Each size of a weight is timed once, for each number of threads."""
-    ways = {"mv": 0.0, "linear": 0.0}
-    for module, name in ((torch, "mv"), (torch.nn.functional, "linear")):
-        plain = getattr(module, name)
-        monkeypatch.setattr(module, name, lambda *x, plain=plain, name=name: ways.update(last=name) or plain(*x))
-    timings = []
+@pytest.mark.parametrize(("dtype", "quick"), [(torch.bfloat16, "by_vector"), (torch.float32, "in_halves")])
+def test_few_rows_go_the_way_that_was_fastest(monkeypatch, measured, dtype, quick):
+    """Each size of a weight is timed once, for one row and for more, for each number of threads."""
+    if dtype is torch.float32 and not products.HAS_ONE_DNN:
+        pytest.skip("this torch has no oneDNN for linear layers")
+    weight, other = random(*LARGE).to(dtype), random(LARGE[0] + 1, LARGE[1]).to(dtype)
 
-    def timed(way) -> float:
-        way()
-        timings.append(ways["last"])
-        return ways[ways["last"]]
+    def taken(weight: torch.Tensor, rows: int = 1) -> str:
+        products.product(weight, None)(random(rows, LARGE[1]).to(dtype))
+        return list(products.FASTEST.values())[-1].__name__
 
-    monkeypatch.setattr(products, "timed", timed)
-    monkeypatch.setattr(products, "BY_VECTOR", {})
-    weight, other = random(40, 24).bfloat16(), random(24, 24).bfloat16()
-    ways["linear"] = 1.0
-    for _ in range(2):
-        products.product(weight, None)(random(1, 24).bfloat16())
-        assert ways["last"] == "mv"
-    assert timings.count("linear") == 1, "what takes much longer is not timed again"
-    ways |= {"linear": 0.5, "mv": 0.6}
-    for rows, last in ((1, "mv"), (2, "linear")):  # as measured before; several rows are a matrix
-        products.product(weight, None)(random(rows, 24).bfloat16())
-        assert ways["last"] == last
-    products.product(other, None)(random(1, 24).bfloat16())
-    assert ways["last"] == "linear" and len(products.BY_VECTOR) == 2
+    measured.seconds |= {"linear": 1.0, quick: 0.0}
+    assert taken(weight) == taken(weight) == quick
+    assert measured.timings.count(quick) == 3 and measured.timings.count("linear") == 1, "what takes long is left"
+    measured.seconds |= {"linear": 0.5, quick: 0.6}
+    assert taken(weight) == quick and len(products.FASTEST) == 1, "as measured before"
+    assert taken(other) == "linear" and len(products.FASTEST) == 2
+    taken(weight, rows=2), taken(weight, rows=3)
+    known = 2 if dtype is torch.bfloat16 else 3
+    assert len(products.FASTEST) == known, "several rows in bf16 are a matrix"
     monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
-    products.product(weight, None)(random(1, 24).bfloat16())
-    assert ways["last"] == "linear"
+    assert taken(weight) == "linear" and len(products.FASTEST) == known + 1
 
 
 @pytest.mark.parametrize("sampled", [False, True])

@@ -47,6 +47,7 @@ def evaluate(
     from vqa_scratch.data.vqa_v2 import read_vqa
     from vqa_scratch.data.vqa_write import write_submission
     from vqa_scratch.storage import check_writable, write_json
+    from vqa_scratch.training.allocator import keep_freed_memory
 
     if submission is not None and limit is not None:
         raise UserError("a submission answers every question of its split: leave out --limit or --submission")
@@ -59,6 +60,7 @@ def evaluate(
             raise UserError(f"--submission {submission} is another file, which would be lost; give a new one")
     if captions and submission is not None:
         raise UserError("a submission holds answers: leave out --captions or --submission")
+    keep_freed_memory()
     opened = open_run(run, device, precision)
     if opened.hears:
         if captions or submission is not None:

@@ -67,6 +67,7 @@ def transcribe(
     from vqa_scratch.audio.features import RATE
     from vqa_scratch.audio.reading import read_audio
     from vqa_scratch.storage import check_writable, write_text
+    from vqa_scratch.training.allocator import keep_freed_memory
     from vqa_scratch.training.progress import Redrawn
     from vqa_scratch.transcription import formats
 
@@ -78,6 +79,7 @@ def transcribe(
         check_writable(out.parent)
         if out.is_dir():
             raise UserError(f"--out {out} is a folder; give a file")
+    keep_freed_memory()
     opened = open_ears(str(paths[0]) if model is None else model, device, precision)
     how = {name: value for name, value in how.items() if value is not None}
     opened.check(language, task, how.get("max_new_tokens"))  # before a long file is read

@@ -7,7 +7,7 @@ Shapes: R rows (one token each), D and D' widths, H heads, J heads of keys and v
 heads of keys, d head size, T queries, n keys.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -24,50 +24,65 @@ from vqa_scratch.nn.rotary import Rotation
 from vqa_scratch.nn.summing_linear import HAS_ONE_DNN, one_dnn
 
 Function = Callable[[Tensor], Tensor]
+Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]  # of x (R, D), a weight (D', D) and a bias (D',)
 Addition = Callable[[Tensor, Tensor], object]  # adds a function of its second argument to the first, in place
 Turning = Callable[[Tensor, Rotation | None], None]
 
-# With up to 3 rows MKL reads a large weight at the speed of the memory; with a few more at half that speed, and oneDNN
-# is faster: 50,257 x 768 with 4, 8, 12, 16, 32, 64 rows takes 0.83, 0.61, 0.46, 0.88, 0.83, 0.86 of the time
-# (torch 2.13 on two cores with AVX-512).
+# From 4 to 64 rows oneDNN is faster than MKL: 50,257 x 768 with 4, 8, 12, 16, 32, 64 rows takes 0.83, 0.61, 0.46, 0.88,
+# 0.83, 0.86 of the time (torch 2.13 on two cores with AVX-512). With fewer, it depends on the CPU (`in_halves`).
 FEW_ROWS = range(4, 65)
 LARGE_WEIGHT = 1 << 20  # bytes
+CACHES = 1 << 25  # bytes, about as many as the caches hold
+FASTEST: dict[tuple[object, ...], Product] = {}  # of the ways to multiply a row or few, as measured
 
 
 def suits_one_dnn(weight: Tensor) -> bool:
-    """Whether oneDNN is faster for this weight with `FEW_ROWS`, and this torch has it."""
+    """Whether oneDNN may be faster for this weight with up to 64 rows, and this torch has it."""
     large = weight.dtype == torch.float32 and weight.nbytes >= LARGE_WEIGHT and weight.device.type == "cpu"
     return large and HAS_ONE_DNN
 
 
-BY_VECTOR: dict[tuple[int, ...], bool] = {}  # by the sizes of a weight and the number of threads, as measured
-
-
-def by_vector(weight: Tensor) -> bool:
-    """Whether torch's matrix-vector product takes one row in bf16 faster than its matrix product, on this CPU.
-
-    50,257 x 768 in torch 2.13: 0.4 of the time on an Intel CPU with AMX, 1.3 times as long on an AMD one. So it is
-    timed, once for each size.
-    """
-    sizes = (*weight.shape, torch.get_num_threads())
-    if sizes not in BY_VECTOR:
-        x = torch.ones_like(weight[:1])
-        ways: dict[bool, Callable[[], Tensor]] = {
-            False: lambda: F.linear(x, weight),
-            True: lambda: torch.mv(weight, x[0]),
-        }
-
-        for way in ways.values():  # the first time takes longer
-            way()
-        BY_VECTOR[sizes] = fastest(list(ways), lambda way: timed(ways[way]))[0]
-    return BY_VECTOR[sizes]
-
-
-def one_row_bf16(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """F.linear on a CPU in bf16, as a matrix-vector product if x (R, D) has one row and that is faster."""
-    if len(x) > 1 or not by_vector(weight):
-        return F.linear(x, weight, bias)
+def by_vector(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """One row x (1, D), as a matrix-vector product."""
     return (torch.mv(weight, x[0]) if bias is None else torch.addmv(bias, weight, x[0]))[None]
+
+
+def in_halves(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """As a batch of two products, the first and the second half of what is asked for.
+
+    On an AMD EPYC MKL multiplies one to three rows on one core, and slowly: 50,257 x 768 in fp32 takes 11.5, 26 and 39
+    ms, by oneDNN on two cores 5.0, 7.2 and 7.3 ms, and this way 4.3, 4.4 and 5.8 ms.
+    """
+    half = len(weight) // 2
+    parts = torch.bmm(weight[: 2 * half].unflatten(0, (2, half)), x.t().expand(2, -1, -1))  # (2, D' / 2, R)
+    y = parts.permute(2, 0, 1).flatten(1)
+    if len(weight) % 2:
+        y = torch.cat([y, x @ weight[-1:].t()], 1)
+    return y if bias is None else y + bias
+
+
+BF16_ROW = (F.linear, by_vector)  # 50,257 x 768 by the second: 0.4 of the time on an Intel CPU with AMX, 1.3 on an AMD
+FP32_ROWS = (F.linear, one_dnn, in_halves)
+
+
+def few_rows(ways: Sequence[Product], x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x (R, D) weight^T + bias for up to 3 rows, the way that was fastest when first timed on this CPU.
+
+    It is timed for each size of a weight and number of threads, for one row and for more. All other weights of a step
+    are read before one is read again, so something else is written to the caches before each timing.
+    """
+    key = (ways, *weight.shape, len(x) > 1, torch.get_num_threads())
+    if key not in FASTEST:
+        other = torch.empty(CACHES // 4)
+
+        def seconds(way: Product) -> float:
+            other.zero_()
+            return timed(way, x, weight, bias)
+
+        for way in ways:  # the first time takes longer
+            way(x, weight, bias)
+        FASTEST[key] = fastest(ways, seconds)[0]
+    return FASTEST[key](x, weight, bias)
 
 
 def _by_matrix(weight: Tensor) -> bool:
@@ -82,12 +97,18 @@ def product(weight: Tensor, bias: Tensor | None) -> Function:
         return lambda x: F.linear(x, weight, bias)
     weight, bias = weight.detach(), None if bias is None else bias.detach()
     if not _by_matrix(weight):
-        return lambda x: one_row_bf16(x, weight, bias)
+        return lambda x: few_rows(BF16_ROW, x, weight, bias) if len(x) == 1 else F.linear(x, weight, bias)
     turned = weight.t()
     plain = (lambda x: torch.mm(x, turned)) if bias is None else (lambda x: torch.addmm(bias, x, turned))
     if not suits_one_dnn(weight):
         return plain
-    return lambda x: one_dnn(x, weight, bias) if len(x) in FEW_ROWS else plain(x)
+
+    def large(x: Tensor) -> Tensor:
+        if len(x) < FEW_ROWS.start:
+            return few_rows(FP32_ROWS, x, weight, bias)
+        return one_dnn(x, weight, bias) if len(x) in FEW_ROWS else plain(x)
+
+    return large
 
 
 def linear(module: nn.Linear) -> Function:
@@ -97,7 +118,7 @@ def linear(module: nn.Linear) -> Function:
 
 def linear_into(module: nn.Linear) -> Addition:
     """(place, x): the same for one row x (1, D), written to `place` (1, D')."""
-    if not isinstance(module, nn.Linear) or not _by_matrix(module.weight):
+    if not isinstance(module, nn.Linear) or not _by_matrix(module.weight) or suits_one_dnn(module.weight):
         apply = linear(module)
         return lambda place, x: place.copy_(apply(x))
     turned = module.weight.detach().t()
