@@ -32,7 +32,7 @@ Turning = Callable[[Tensor, Rotation | None], None]
 # 0.83, 0.86 of the time (torch 2.13 on two cores with AVX-512). With fewer, it depends on the CPU (`in_halves`).
 FEW_ROWS = range(4, 65)
 LARGE_WEIGHT = 1 << 20  # bytes
-CACHES = 1 << 25  # bytes, about as many as the caches hold
+CACHES = 1 << 25  # bytes that the caches of a machine hold, or more
 FASTEST: dict[tuple[object, ...], Product] = {}  # of the ways to multiply a row or few, as measured
 
 
@@ -68,20 +68,20 @@ FP32_ROWS = (F.linear, one_dnn, in_halves)
 def few_rows(ways: Sequence[Product], x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x (R, D) weight^T + bias for up to 3 rows, the way that was fastest when first timed on this CPU.
 
-    It is timed for each size of a weight and number of threads, for one row and for more. All other weights of a step
-    are read before one is read again, so something else is written to the caches before each timing.
+    It is timed for each size of a weight and number of threads, for one row and for more; with as many weights in turn
+    as the caches do not hold, since a step reads all others before it reads one again.
     """
     key = (ways, *weight.shape, len(x) > 1, torch.get_num_threads())
     if key not in FASTEST:
-        other = torch.empty(CACHES // 4)
+        copies = CACHES // max(weight.nbytes, LARGE_WEIGHT)
+        weights = weight.new_ones(copies, *weight.shape) if copies > 1 else weight[None]
 
-        def seconds(way: Product) -> float:
-            other.zero_()
-            return timed(way, x, weight, bias)
+        def multiply(way: Product) -> None:
+            for one in weights:
+                way(x, one, bias)
 
-        for way in ways:  # the first time takes longer
-            way(x, weight, bias)
-        FASTEST[key] = fastest(ways, seconds)[0]
+        multiply(ways[0])  # the first time takes longer
+        FASTEST[key] = fastest(ways, lambda way: timed(multiply, way))[0]
     return FASTEST[key](x, weight, bias)
 
 
