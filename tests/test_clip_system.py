@@ -267,8 +267,19 @@ def test_figures_that_have_no_time_are_of_fewer_images_and_say_so(data, tmp_path
     system.pace.ends = 0.0
     (tmp_path / "run").mkdir()
     figures = system.finish(tmp_path / "run")
-    assert figures["images"] == 1 and figures["cut_short"] == {"retrieval": "1 of 6", "hold-out": "1 of 6"}
+    cut = {"retrieval": "1 of 6", "zero-shot": "1 of 10", "hold-out": "1 of 6"}  # the contrasts are of that one image
+    assert figures["images"] == 1 and figures["cut_short"] == cut and 0 <= figures["zero_shot"]["held_out"] <= 1
     assert any("no time for all" in line for line in system.lines(figures))
+
+
+def test_contrasts_and_drawn_objects_have_their_share_of_the_time(data, tmp_path):
+    """All that takes time is a pass, so a figure that comes later still has the time that was kept for it."""
+    system = system_of(data, tmp_path / "run")
+    system.seconds_to_finish(60.0)
+    assert [one.label for one in system.pace.left] == ["retrieval", "contrasts", "zero-shot", "hold-out"]
+    assert all(system.pace.seconds[one.kind] > 0 for one in system.pace.left)
+    system.data.scenes.clear()
+    assert [one.label for one in system.passes()] == ["", "retrieval", "hold-out"], "nothing is known of their scenes"
 
 
 @pytest.mark.parametrize("name", ["clip", "siglip", "linear clip"])

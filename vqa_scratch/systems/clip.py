@@ -8,7 +8,7 @@ Shapes: I images and as many captions, P width of their common space.
 """
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, Self
@@ -53,6 +53,7 @@ EACH_CLASS = 10  # drawn images of each class of single objects
 TEMPLATES = tuple(f"a {{}} at the {place}" for place in RIVALS["where"])  # in the words of the drawn scenes
 EMPTY = "the text is empty: describe an image, for example 'a small red circle at the top left'"
 FINAL = {"retrieval": "test", "hold-out": "holdout"}  # the passes of the final figures, and their splits
+CONTRASTED, ALONE = "test contrasts", "every class"  # what the other two count, of drawn scenes: images
 
 
 class Embedded(NamedTuple):
@@ -218,10 +219,20 @@ class CLIPSystem(SplitSystem[CLIPOptions, CLIP, Captions]):
     def passes(self) -> list[Pass]:
         size = {name: len(split.images.paths) for name, split in self.splits.items()}
         final = [Pass(label, name, size[name]) for label, name in FINAL.items() if name in size]
+        if "test" in self.data.scenes:
+            final[1:1] = [
+                Pass("contrasts", CONTRASTED, size["test"]),
+                Pass("zero-shot", ALONE, EACH_CLASS),
+            ]
         return [Pass("", "val", min(size["val"], self.options.eval_images)), *final]
 
     def try_out(self, one: Pass) -> None:
-        self.embed_split(one.split, TIMED)
+        if one.split == ALONE:
+            self.zero_shot(1)
+        elif one.split == CONTRASTED:
+            self.contrasts(self.embed_split("test", TIMED))
+        else:
+            self.embed_split(one.split, TIMED)
 
     def finish(self, folder: Path) -> dict[str, Any]:
         """Retrieval on the test split and the hold-out; of drawn scenes choices between descriptions; samples.html."""
@@ -232,34 +243,55 @@ class CLIPSystem(SplitSystem[CLIPOptions, CLIP, Captions]):
         other = retrieval(test.images.roll(len(captions) // 2, 0), test.texts, captions)
         figures["baselines"] = {"chance": 1 / len(captions), "shuffled_images": other["accuracy"]}
         if "test" in self.data.scenes:
-            figures |= {"contrasts": self.contrasts(test, samples), "zero_shot": self.zero_shot()}
+            figures |= {"contrasts": self.contrasts(test, "contrasts"), "zero_shot": self.zero_shot(label="zero-shot")}
         held = self.embed_split("holdout", progress="hold-out") if "holdout" in self.splits else None
         figures["holdout"] = held and retrieval(held.images, held.texts, self.captions_of("holdout", held.rows))
         if self.world.main:
             show(folder, figures, samples, test.images, test.texts, self.options.samples)
         return figures | {"cut_short": self.pace.cut}
 
-    def contrasts(self, test: Embedded, samples: Sequence[VQASample]) -> dict[str, Any]:
+    def contrasts(self, test: Embedded, label: str = "") -> dict[str, Any]:
         """How often an image is nearer to its description than to that of a scene that differs in one respect."""
-        figures: dict[str, Any] = {}
-        for name, change in CONTRASTS.items():
-            changed = [change(self.data.scenes["test"][sample.image_id]) for sample in samples]
-            others = {place: in_places(scene) for place, scene in enumerate(changed) if scene is not None}
-            if others:  # few images may have none that differ in this respect
-                places, wrong = list(others), self.embed_texts(list(others.values()))
-                figures[name] = share_preferred(test.images[places], test.texts[places], wrong)
-        return figures
 
-    def zero_shot(self) -> dict[str, float]:
+        def share(of: int) -> dict[str, Any]:
+            figures: dict[str, Any] = {}
+            scenes = [
+                self.data.scenes["test"][self.splits["test"].questions.samples[row].image_id] for row in test.rows
+            ]
+            for name, change in CONTRASTS.items():
+                changed = map(change, scenes[:of])
+                others = {place: in_places(scene) for place, scene in enumerate(changed) if scene is not None}
+                if others:  # few images may have none that differ in this respect
+                    places, wrong = list(others), self.embed_texts(list(others.values()))
+                    figures[name] = share_preferred(test.images[places], test.texts[places], wrong)
+            return figures
+
+        return self._in_time(Pass(label, CONTRASTED, len(test.rows)), share)
+
+    def zero_shot(self, each: int = EACH_CLASS, label: str = "") -> dict[str, float]:
         """The share of drawn objects, alone in an image, that are given their size, color and shape among all classes;
-        apart for pairs of color and shape that training never showed."""
-        drawn = single_objects(EACH_CLASS)
-        images = self.embed_images([image for image, _ in drawn])
-        classes = self.embed_labels([" ".join(words) for words in CLASSES], TEMPLATES).cpu()
-        right = (images @ classes.T).argmax(1) == torch.tensor([number for _, number in drawn])
-        unseen = torch.tensor([CLASSES[number][1:] in HELD_OUT for _, number in drawn])
-        shares = {name: right[of].float().mean().item() for name, of in (("seen", ~unseen), ("held_out", unseen))}
-        return shares | {"chance": 1 / len(CLASSES)}
+        apart for pairs of color and shape that training never showed. `each` are drawn of every class."""
+
+        def shares(of: int) -> dict[str, float]:
+            drawn = single_objects(of)
+            images = self.embed_images([image for image, _ in drawn])
+            classes = self.embed_labels([" ".join(words) for words in CLASSES], TEMPLATES).cpu()
+            right = (images @ classes.T).argmax(1) == torch.tensor([number for _, number in drawn])
+            unseen = torch.tensor([CLASSES[number][1:] in HELD_OUT for _, number in drawn])
+            found = {
+                name: right[them].float().mean().item() for name, them in (("seen", ~unseen), ("held_out", unseen))
+            }
+            return found | {"chance": 1 / len(CLASSES)}
+
+        return self._in_time(Pass(label, ALONE, each), shares)
+
+    def _in_time(self, one: Pass, figures: Callable[[int], dict[str, Any]]) -> dict[str, Any]:
+        """The figures of a pass, of as many samples as its time allows."""
+        began, until = time.perf_counter(), self.pace.begin(one.label) if one.label else None
+        number = self.pace.fitting(one, until, one.samples)
+        found = figures(number)
+        self.pace.end(one, began, number)
+        return found
 
     def lines(self, summary: dict[str, Any]) -> list[str]:
         return lines_of(summary)
