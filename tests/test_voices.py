@@ -102,6 +102,42 @@ def test_an_accent_changes_how_long_where_and_how_loud_a_sound_is():
     assert loudness[1] < 0.05 * loudness[0]
 
 
+def test_an_accent_changes_the_voice_as_a_whole():
+    """Each factor against the same speaker without one: when he begins, hiss, resonances, melody, and the spectrum."""
+    kept = {"tract": 1.0, "pitch": 100.0, "breath": 0.0, "tilt": 8_000.0}
+
+    def said(**factors) -> tuple[voices.Speech, np.ndarray]:
+        _, speech = drawn(0, "is there a", accent=Accent(**factors), **kept)
+        return speech, cut(speech, next(sound for sound in speech.sounds if sound[0] == "IH"))
+
+    def periods(speech) -> list[int]:
+        """Samples of a period of the first vowel and of the last."""
+        vowels = [cut(speech, span) for span in speech.sounds if span[0] in ("IH", "AX")]
+        against = [np.correlate(vowel, vowel, "full")[len(vowel) :] for vowel in (vowels[0], vowels[-1])]
+        return [1 + int(np.argmax(some[80:300])) + 80 for some in against]
+
+    def hump(vowel: np.ndarray) -> float:
+        """Of the energy around the first resonance, how much is within 60 Hz of its top."""
+        power = np.abs(np.fft.rfft(vowel * np.hanning(len(vowel)), 16_000))[200:1_000] ** 2
+        top = int(np.argmax(np.convolve(power, np.ones(120), "same")))
+        return power[max(0, top - 60) : top + 60].sum() / power.sum()
+
+    speech, vowel = said()
+    early, _ = said(lead=0.1)
+    assert early.words[0][1] == pytest.approx(0.1 * speech.words[0][1], abs=voices.SECONDS)
+    falls, rises = periods(said(melody=(1.2, 0.7))[0]), periods(said(melody=(0.8, 1.2))[0])
+    assert falls[0] < falls[-1] and rises[0] > rises[-1], "a long period is a low pitch"
+    assert hump(said(bands=4.0)[1]) < 0.8 * hump(vowel)
+    faded = [some * np.hanning(len(some)) for some in (vowel, said(colour=(1.0,))[1])]
+    shares = [energy(some, 4_000, 8_000) / energy(some, 0, 2_000) for some in faded]
+    assert shares[1] < 0.3 * shares[0]
+    hisses = [
+        cut(one, next(sound for sound in one.sounds if sound[0] == "Z")) for one in (speech, said(noise=(0.6, 1.0))[0])
+    ]
+    shares = [energy(some, 5_000, 8_000) / energy(some, 2_000, 5_000) for some in hisses]
+    assert shares[1] < 0.5 * shares[0]
+
+
 def test_words_are_said_as_the_accent_has_them():
     accent = Accent(words={"the": "DH IY", "are": "AA"})
     _, speech = drawn(0, "where are the circles?", accent=accent)
