@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -11,7 +12,7 @@ import train
 from vqa_scratch.data import hashes
 from vqa_scratch.data.captions import read_captions
 from vqa_scratch.data.own import find_image
-from vqa_scratch.data.vqa_v2 import find_split, is_shared_out, read_vqa
+from vqa_scratch.data.vqa_v2 import VQASample, find_split, is_shared_out, read_vqa
 from vqa_scratch.errors import UserError
 from vqa_scratch.metrics import rule, soft_targets, vqa_accuracy
 from vqa_scratch.systems.options import read_command_line
@@ -334,3 +335,16 @@ def test_the_hash_of_data_is_that_of_its_facts_one_after_the_other(monkeypatch):
         "train": kept,
         "val": {"samples": 0, "hash": hashlib.blake2b(digest_size=12).hexdigest()},
     }
+
+
+def test_images_of_one_name_in_two_folders_are_two_images():
+    """Folders may be moved, so they are not hashed; but which of two images a question is about is."""
+
+    def hashed(*folders: str) -> dict:
+        samples = [
+            VQASample(i, Path(folder) / "a.png", i, "what color?", "", "", ("red",), "red")
+            for i, folder in enumerate(folders)
+        ]
+        return hashes.hashes_of({"train": hashes.facts(samples)})
+
+    assert hashed("x", "y") == hashed("moved", "too") != hashed("x", "x")
