@@ -10,12 +10,14 @@ import re
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import click
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import tests.torchvision_shim  # noqa: F401  (lets transformers import beside a CPU-only torch)
@@ -27,7 +29,8 @@ from vqa_scratch.training.allocator import keep_freed_memory
 from vqa_scratch.transcription import open_transcriber
 from vqa_scratch.transcription.window import Window
 
-REAL_TIME, FASTER = 5, 1.5  # goals
+REAL_TIME, FASTER, FEATURES = 5, 1.5, 1  # goals
+EQUAL = 1e-4  # log-mels at most so far apart, of 1.5: theirs is in fp64 up to its last step, ours in fp32
 HEAD = ("clips", "sound (s)", "ours (s)", "`transformers` (s)", "ours is faster by", "goal")
 HEAD = (*HEAD, "than real time by", "goal", "word errors", "GB, ours / theirs")
 
@@ -42,6 +45,18 @@ class Side:
     def hear(self, wave: Tensor) -> list[int]:
         """What is said in one clip, without the end token."""
         raise NotImplementedError
+
+    def log_mel(self, wave: Tensor) -> Tensor:
+        """(M, F): of one clip, filled up to 30 s."""
+        raise NotImplementedError
+
+    def log_mels(self) -> list[Tensor]:
+        return [self.log_mel(wave) for wave in self.waves]
+
+    def log_mel_seconds(self) -> float:
+        start = time.perf_counter()
+        self.log_mels()
+        return time.perf_counter() - start
 
     def tokens(self) -> list[list[int]]:
         return [self.hear(wave) for wave in self.waves]
@@ -67,6 +82,9 @@ class Ours(Side):
         prompt = [*words.prompt("en", "transcribe"), words.no_times]
         return Window(self.opened.model.decoder, words, states, prompt).attempt(self.options).ids
 
+    def log_mel(self, wave: Tensor) -> Tensor:
+        return self.opened.features(wave)[0]
+
     def texts(self) -> list[str]:
         """What is said in each clip."""
         return [self.opened.vocabulary.text(ids) for ids in self.tokens()]
@@ -90,6 +108,11 @@ class Peer(Side):
         found = self.features(wave.numpy(), sampling_rate=16_000, return_tensors="pt", return_attention_mask=True)
         ids = self.model.generate(found.input_features, attention_mask=found.attention_mask, **self.how)[0].tolist()
         return [index for index in ids if index < self.end]
+
+    def log_mel(self, wave: Tensor) -> Tensor:
+        """By numpy, which is its way without torch."""
+        filled = F.pad(wave, (0, self.features.n_samples - len(wave))).numpy()
+        return torch.from_numpy(self.features._np_extract_fbank_features(filled[None], "cpu")[0])
 
 
 SIDES = {"ours": Ours, "peer": Peer}
@@ -126,6 +149,19 @@ def word_errors(said: list[str], truth: list[str]) -> int:
     return row[-1]
 
 
+def mel_line(ask: Mapping[str, Callable[[str], Any]], rounds: int) -> str:
+    """The log-mels of both sides: that they are equal, and how long they take."""
+    found = zip(*(one("log_mels")[1] for one in ask.values()), strict=True)
+    apart = max((ours - theirs).abs().max().item() for ours, theirs in found)
+    if apart > EQUAL:
+        raise UserError(f"the log-mels of both sides are {apart:.1e} apart")
+    taken = timing.in_turn({side: lambda one=one: one("log_mel_seconds")[1] for side, one in ask.items()}, rounds)
+    ours, theirs = (1000 * timing.Spread.of(taken[side]).median for side in SIDES)
+    faster = timing.speedup(taken["ours"], taken["peer"]).median
+    said = f"- The log-mels of all clips alone: {ours:.0f} ms, by the numpy of `transformers` {theirs:.0f} ms, "
+    return said + f"**{faster:.1f}x** (goal {FEATURES}x); they differ by {apart:.0e} at most."
+
+
 def run(model: Path, clips: Path, rounds: int, command: str) -> str:
     """Hold both sides to each other and time them; returns the section of the results file."""
     length = sum(len(read_audio(path)) for path in clips_in(clips)) / 16_000
@@ -140,6 +176,7 @@ def run(model: Path, clips: Path, rounds: int, command: str) -> str:
             turns = {one.side: lambda one=one: one.ask("seconds")[1] for one in sides}
             seconds = timing.in_turn(turns, rounds, lambda line: print(line, file=sys.stderr, flush=True))
             memory = {one.side: one.ask("peak_memory_gb")[1] for one in sides}
+            features = mel_line({one.side: one.ask for one in sides}, rounds)
     ours, theirs = (timing.Spread.of(seconds[side]) for side in SIDES)
     faster = timing.speedup(seconds["ours"], seconds["peer"])
     errors, total, lines = 0, 0, []
@@ -157,7 +194,7 @@ def run(model: Path, clips: Path, rounds: int, command: str) -> str:
     machine = f"- {timing.machine()}. torch {torch.__version__}, transformers {version('transformers')}. "
     machine += f"Commit {timing.commit(Path(__file__).parent)}. `{command}`"
     return "\n".join(
-        ["## Whisper against `transformers`", "", *about, "", results.table(HEAD, [row]), "", *lines, machine]
+        ["## Whisper against `transformers`", "", *about, "", results.table(HEAD, [row]), "", *lines, features, machine]
     )
 
 
