@@ -9,7 +9,6 @@ in the test data of PocketSphinx. Words are compared in lower case, without punc
 import re
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -24,13 +23,14 @@ import tests.torchvision_shim  # noqa: F401  (lets transformers import beside a 
 from bench import processes, results, timing
 from vqa_scratch.audio.reading import read_audio
 from vqa_scratch.errors import UserError
+from vqa_scratch.fastest import timed
 from vqa_scratch.storage import read_text
 from vqa_scratch.training.allocator import keep_freed_memory
 from vqa_scratch.transcription import open_transcriber
 from vqa_scratch.transcription.window import Window
 
 REAL_TIME, FASTER, FEATURES = 5, 1.5, 1  # goals
-EQUAL = 1e-4  # log-mels at most so far apart, of 1.5: theirs is in fp64 up to its last step, ours in fp32
+EQUAL = 1e-4  # log-mels at most so far apart, of 1.5: both round to fp32 before the logarithm of what may be small
 HEAD = ("clips", "sound (s)", "ours (s)", "`transformers` (s)", "ours is faster by", "goal")
 HEAD = (*HEAD, "than real time by", "goal", "word errors", "GB, ours / theirs")
 
@@ -53,19 +53,12 @@ class Side:
     def log_mels(self) -> list[Tensor]:
         return [self.log_mel(wave) for wave in self.waves]
 
-    def log_mel_seconds(self) -> float:
-        start = time.perf_counter()
-        self.log_mels()
-        return time.perf_counter() - start
-
     def tokens(self) -> list[list[int]]:
         return [self.hear(wave) for wave in self.waves]
 
-    def seconds(self) -> float:
-        """Of all clips, one after the other."""
-        start = time.perf_counter()
-        self.tokens()
-        return time.perf_counter() - start
+    def seconds(self, work: str) -> float:
+        """Of "tokens" or "log_mels" of all clips, one after the other."""
+        return timed(getattr(self, work))
 
 
 class Ours(Side):
@@ -149,13 +142,13 @@ def word_errors(said: list[str], truth: list[str]) -> int:
     return row[-1]
 
 
-def mel_line(ask: Mapping[str, Callable[[str], Any]], rounds: int) -> str:
+def mel_line(ask: Mapping[str, Callable[..., Any]], rounds: int) -> str:
     """The log-mels of both sides: that they are equal, and how long they take."""
     found = zip(*(one("log_mels")[1] for one in ask.values()), strict=True)
     apart = max((ours - theirs).abs().max().item() for ours, theirs in found)
     if apart > EQUAL:
         raise UserError(f"the log-mels of both sides are {apart:.1e} apart")
-    taken = timing.in_turn({side: lambda one=one: one("log_mel_seconds")[1] for side, one in ask.items()}, rounds)
+    taken = timing.in_turn({side: lambda one=one: one("seconds", "log_mels")[1] for side, one in ask.items()}, rounds)
     ours, theirs = (1000 * timing.Spread.of(taken[side]).median for side in SIDES)
     faster = timing.speedup(taken["ours"], taken["peer"]).median
     said = f"- The log-mels of all clips alone: {ours:.0f} ms, by the numpy of `transformers` {theirs:.0f} ms, "
@@ -173,7 +166,7 @@ def run(model: Path, clips: Path, rounds: int, command: str) -> str:
                 different = [c.name for c, a, b in zip(clips_in(clips), *heard.values(), strict=True) if a != b]
                 raise UserError(f"the sides wrote different tokens: {', '.join(different)}")
             texts = sides[0].ask("texts")[1]
-            turns = {one.side: lambda one=one: one.ask("seconds")[1] for one in sides}
+            turns = {one.side: lambda one=one: one.ask("seconds", "tokens")[1] for one in sides}
             seconds = timing.in_turn(turns, rounds, lambda line: print(line, file=sys.stderr, flush=True))
             memory = {one.side: one.ask("peak_memory_gb")[1] for one in sides}
             features = mel_line({one.side: one.ask for one in sides}, rounds)

@@ -278,6 +278,11 @@ def test_contrasts_and_drawn_objects_have_their_share_of_the_time(data, tmp_path
     system.seconds_to_finish(60.0)
     assert [one.label for one in system.pace.left] == ["retrieval", "contrasts", "zero-shot", "hold-out"]
     assert all(system.pace.seconds[one.kind] > 0 for one in system.pace.left)
+    asked, embed = [], system.embed_texts
+    system.embed_texts = lambda texts: asked.append(len(texts)) or embed(texts)
+    test, system.pace.seconds["contrasts", False], system.pace.ends = system.embed_split("test"), 1e6, 0.0
+    system.contrasts(test, "contrasts")
+    assert asked and set(asked) == {1} and system.pace.cut == {"contrasts": "1 of 6"}, "as many as there is time for"
     system.data.scenes.clear()
     assert [one.label for one in system.passes()] == ["", "retrieval", "hold-out"], "nothing is known of their scenes"
 

@@ -30,7 +30,7 @@ Turning = Callable[[Tensor, Rotation | None], None]
 
 # From 4 to 64 rows oneDNN is faster than MKL: 50,257 x 768 with 4, 8, 12, 16, 32, 64 rows takes 0.83, 0.61, 0.46, 0.88,
 # 0.83, 0.86 of the time (torch 2.13 on two cores with AVX-512). With fewer, it depends on the CPU (`in_halves`).
-FEW_ROWS = range(4, 65)
+BY_ONE_DNN = range(4, 65)  # rows
 LARGE_WEIGHT = 1 << 20  # bytes
 CACHES = 1 << 25  # bytes that the caches of a machine hold, or more
 FASTEST: dict[tuple[object, ...], Product] = {}  # of the ways to multiply a row or few, as measured
@@ -105,9 +105,9 @@ def product(weight: Tensor, bias: Tensor | None) -> Function:
         return plain
 
     def large(x: Tensor) -> Tensor:
-        if len(x) < FEW_ROWS.start:
+        if len(x) < BY_ONE_DNN.start:
             return few_rows(FP32_ROWS, x, weight, bias)
-        return one_dnn(x, weight, bias) if len(x) in FEW_ROWS else plain(x)
+        return one_dnn(x, weight, bias) if len(x) in BY_ONE_DNN else plain(x)
 
     return large
 
