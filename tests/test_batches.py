@@ -148,6 +148,10 @@ def test_the_words_of_a_prompt_can_be_labels_too(samples, images):
         prompt, answer = words.prompt(samples[row].question), words.answer(samples[row].answer)
         assert batch.labels[i][batch.labels[i] != IGNORE].tolist() == [*prompt[1:], *answer]
         assert batch.labels[i, 0] == prompt[1] and batch.counts[1] > without.counts[1]
+    again = questions.batch(rows, images, words=False)
+    assert torch.equal(again.labels, without.labels) and again.counts == without.counts
+    untouched = Questions(samples, words).batch(rows, images, words=False)
+    assert torch.equal(untouched.labels, without.labels), "without labels in prompts nothing changes"
 
 
 def test_without_a_prompt_the_decoder_starts_at_bos(questions):

@@ -198,9 +198,15 @@ class Questions(ImageGroups):
         """What the decoder reads before the answer: ids (B, P) and mask (B, P), padded on the left, BOS last."""
         return self.prompts.padded(rows, self.fill, left=True)
 
-    def batch(self, rows: np.ndarray, images: Images, *, image_map: np.ndarray | None = None) -> Batch:
-        """As in `ImageGroups`; of each image the same number of rows."""
+    def batch(
+        self, rows: np.ndarray, images: Images, *, image_map: np.ndarray | None = None, words: bool = True
+    ) -> Batch:
+        """As in `ImageGroups`; of each image the same number of rows. Without `words` no prompt has labels."""
         rows = np.asarray(rows)
+        labels = self.labels.padded(rows, IGNORE)[0]
+        if not words:
+            in_prompt = np.arange(labels.shape[1]) < self.prompts.lengths[rows][:, None] - 1  # BOS asks for the answer
+            labels[torch.from_numpy(in_prompt)] = IGNORE
         shown, index = self.images_of(rows, image_map)
         question, mask = None, None
         if self.cached is not None:
@@ -212,7 +218,7 @@ class Questions(ImageGroups):
             question=question,
             attention_mask=mask,
             decoder_input_ids=self.decoder_ids.padded(rows, self.fill)[0],
-            labels=self.labels.padded(rows, IGNORE)[0],
+            labels=labels,
             image_index=torch.from_numpy(index),
             rows=torch.from_numpy(rows.astype(np.int64)),
         )

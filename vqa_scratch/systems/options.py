@@ -142,6 +142,13 @@ class VQAOptions(QuestionOptions):
         TRAINING,
         only={"question_prompt": True},
     )
+    question_loss_steps: int = option(
+        400,
+        "Steps in which the question's words are learned too; then it is the answer's alone.",
+        TRAINING,
+        minimum=1,
+        only={"question_loss": True},
+    )
     text_encoder: bool = option(
         True, "Read the question with a text encoder too, if the connector takes its states.", MODEL, only=NEW
     )

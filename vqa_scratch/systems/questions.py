@@ -139,7 +139,8 @@ class QuestionSystem(AnsweringSystem[QO, M, Q], Generic[QO, M, Q]):
         options = self.options
         per_step, per_image = options.questions_per_step, options.questions_per_image
         batches = self.splits["train"].questions.epoch(options.seed, number, per_step, per_image)
-        return [Key(rows, (options.seed, number, 1, place)) for place, rows in enumerate(batches)]
+        before = number * len(batches)  # in each epoch as many
+        return [Key(rows, (options.seed, number, 1, n), step=before + n) for n, rows in enumerate(batches)]
 
     # ----------------------------------------------------------------------------------------------- evaluation
 

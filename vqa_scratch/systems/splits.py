@@ -80,11 +80,13 @@ class Split(Generic[Q]):
 
 
 class Key(NamedTuple):
-    """A batch or a rank's share of it: its rows, the seed of its augmentation, how many of its images come before."""
+    """A batch or a rank's share of it: its rows, the seed of its augmentation, how many of its images and how many
+    batches come before."""
 
     rows: np.ndarray
     seed: tuple[int, ...]
     before: int = 0
+    step: int = 0
 
 
 def augment_of(options: ImageOptions) -> Augment | None:
@@ -138,7 +140,7 @@ class SplitSystem(System[IO, M], Generic[IO, M, Q]):
         images = self.splits["train"].questions.by_image(key.rows)
         mine = world.share(range(len(images)))
         rows = np.concatenate([images[i] for i in mine or range(1)])
-        return Key(rows, key.seed, mine[0] if mine else 0), bool(mine)
+        return key._replace(rows=rows, before=mine[0] if mine else 0), bool(mine)
 
     def augmented(self, augment: Augment, batch: Any, key: Key) -> Any:
         """The batch of a key with its images changed as the options ask."""

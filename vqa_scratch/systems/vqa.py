@@ -105,7 +105,9 @@ class VQASystem(WritingSystem[VQAOptions], QuestionSystem[VQAOptions, VQAModel, 
     # --------------------------------------------------------------------------------------------------- training
 
     def train_on(self, data: RunData) -> None:
-        self.trainable, self.question_loss = self.model.freeze(self.options.freeze), self.options.question_loss
+        options = self.options
+        self.trainable = self.model.freeze(options.freeze)
+        self.question_loss = options.question_loss_steps if options.question_loss else 0
         super().train_on(data)
 
     def about(self) -> list[str]:

@@ -33,7 +33,7 @@ class WritingSystem(AnsweringSystem[IO, VQAModel, Questions]):
     """A system that writes token by token what it says about an image."""
 
     writes = True
-    question_loss = False  # whether it learns to tell a question's words too
+    question_loss = 0  # for how many steps it learns to tell a question's words too
     experts: ExpertTraining | None = None  # while those of its decoder train
 
     def __init__(self, options: IO, model: VQAModel, tokenizers: Tokenizers, *more: Any) -> None:
@@ -53,11 +53,11 @@ class WritingSystem(AnsweringSystem[IO, VQAModel, Questions]):
         return assembly.sizes_of(self.model)
 
     def grouped(self, samples: Sequence[VQASample]) -> Questions:
-        return Questions(samples, self.tokenizers, question_loss=self.question_loss)
+        return Questions(samples, self.tokenizers, question_loss=self.question_loss > 0)
 
     def batch(self, key: Key) -> Batch:
         train = self.splits["train"]
-        batch = train.questions.batch(key.rows, train.images)
+        batch = train.questions.batch(key.rows, train.images, words=key.step < self.question_loss)
         return self.augmented(self.augment, batch, key) if self.augment else batch
 
     def trained_by(self, optimizers: Optimizers) -> None:
