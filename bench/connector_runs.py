@@ -50,9 +50,11 @@ class Row(NamedTuple):
 
     @property
     def flags(self) -> list[str]:
-        plain = ["--no-text-encoder"] if connector_class(self.connector).reads_text and not self.text_encoder else []
-        told = [] if self.text_encoder else ["--question-loss"]  # a text encoder would tell the words
-        return [f"--connector={self.connector}", "--question-prompt", *plain, *told]
+        shared = [f"--connector={self.connector}", "--question-prompt"]
+        if self.text_encoder:
+            return [*shared, "--text-encoder", "--no-question-loss"]  # it would tell the words
+        without = ["--no-text-encoder"] if connector_class(self.connector).reads_text else []
+        return [*shared, *without, "--question-loss"]
 
 
 def all_rows() -> list[Row]:

@@ -1,9 +1,10 @@
 """Trains the peer of the time to accuracy: towers of `transformers` at the sizes of the default run, on its batches.
 
 The peer has what the default run has: the same questions in the same order, tokenizers and normalised pixels, the
-question as the decoder's prompt, all states of both encoders to read, no dropout, and the schedule of the learning
-rate. Initial weights, attention, AdamW and its other settings are those of `transformers`, and an image is encoded
-once for each of its questions. Only steps are timed, for both sides.
+question as the decoder's prompt, all states of the image to read, no dropout, and the schedule of the learning rate.
+It also has what the book's system has, a text encoder whose states are read too, and answers alone as labels. Initial
+weights, attention, AdamW and its other settings are those of `transformers`, and an image is encoded once for each of
+its questions. Only steps are timed, for both sides.
 
 Shapes: B questions, T question tokens, P prompt tokens.
 """
@@ -32,10 +33,10 @@ Point = tuple[float, int, float]  # seconds of steps, questions seen, accuracy o
 
 
 def peer_model(system: VQASystem, options: VQAOptions) -> TokensVQA:
-    """Random towers of the default run's sizes, for its vocabularies."""
+    """Random towers of the default run's sizes, and a text encoder, for its vocabularies."""
     torch.manual_seed(options.seed)
     words = system.tokenizers
-    assert words.text is not None, "the default run has a text encoder"
+    assert words.text is not None, "the peer has a text encoder, a DistilBERT"
     width, heads = options.width, options.heads
     image = {"image_size": IMAGE_SIZE, "patch_size": options.patch_size, "num_hidden_layers": options.image_layers}
     text = {"vocab_size": len(words.text), "n_layers": options.text_layers, "dim": width, "n_heads": heads}

@@ -76,7 +76,8 @@ class Entry(NamedTuple):
         name = self.side if self.rate is None else f"{self.side}-{self.rate:g}"
         rate = [] if self.rate is None else ["--optimizer=adamw", f"--learning-rate={self.rate:g}"]
         shared = ["--preset=shapes", f"--seed={self.seed}", f"--data={race.data(self.seed)}", *race.flags]
-        return Job(race.out / race.name / name / f"seed{self.seed}", [*shared, *rate])
+        text = ["--text-encoder", "--no-question-loss"] if self.side == PEER else []
+        return Job(race.out / race.name / name / f"seed{self.seed}", [*shared, *rate, *text])
 
 
 def curve_of(rows: Sequence[Mapping[str, Any]]) -> list[Point]:

@@ -227,7 +227,7 @@ def test_the_cost_of_taps_is_a_table(monkeypatch):
     monkeypatch.setattr(bench_taps.Steps, "step", lambda steps: step(steps) and 0.099)
     text = bench_taps.run(rounds=2, questions=16, command="python -m bench taps")
     calls = replayed[0]
-    assert {given[0].split(".")[0] for _, given in calls} == {"image", "text", "decoder"}
+    assert {given[0].split(".")[0] for _, given in calls} == {"image", "decoder"}
     assert {(name, len(given)) for name, given in calls if name == "tap" or given[1] == "head_out"} == {
         ("tap", 3),
         ("wanted", 2),

@@ -1,5 +1,7 @@
 """The time to accuracy: the peer learns and answers, a stopped run goes on, and the figures are closed forms."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from vqa_helpers import SIZES, SPEC, small_options
@@ -62,7 +64,7 @@ def test_sides_and_lengths_that_cannot_be():
 
 @pytest.mark.parametrize("length", [{"steps": 48}, {"steps": 1, "minutes": 0.5}])
 def test_runs_have_the_flags_of_train_py(tmp_path, monkeypatch, length):
-    """The same for all sides but the optimizer; runs of another length lie elsewhere."""
+    """The same for all sides but the optimizer, and the peer's text encoder; runs of another length lie elsewhere."""
     monkeypatch.setattr(Race, "data", lambda race, seed: tmp_path / f"data{seed}")
     race = Race(**length, out=tmp_path, precision="fp32")
     found = {}
@@ -70,7 +72,9 @@ def test_runs_have_the_flags_of_train_py(tmp_path, monkeypatch, length):
         job = entry.job(race)
         assert job.folder == tmp_path / race.name / (OURS if entry.rate is None else f"{entry.side}-0.001") / "seed1"
         found[entry.side] = read_command_line(job.flags)
-    assert found[PEER] == found[ADAMW] and (found[ADAMW].optimizer, found[ADAMW].learning_rate) == ("adamw", 1e-3)
+    read_by = {"text_encoder": True, "question_loss": False}
+    assert found[PEER] == replace(found[ADAMW], **read_by)
+    assert (found[ADAMW].optimizer, found[ADAMW].learning_rate) == ("adamw", 1e-3)
     assert found[OURS].optimizer == "muon" and found[OURS].question_prompt and found[OURS].seed == 1
     assert (found[OURS].steps, found[OURS].minutes) == (None if "minutes" in length else 48, length.get("minutes"))
     assert found[OURS].eval_every == found[OURS].log_every == (50 if "minutes" in length else 2)

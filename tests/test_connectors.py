@@ -547,7 +547,7 @@ LACKING = "--freeze {} means nothing with {}: there"
             "--connector prefix --question-prompt --text-encoder",
             "--text-encoder means nothing with --connector prefix: it takes no states of a text encoder",
         ),
-        ("--question-prompt --question-loss", "--question-loss needs --no-text-encoder: a text encoder tells"),
+        ("--question-prompt --text-encoder", "--text-encoder tells the decoder the question: add --no-question-loss"),
         *(
             (f"{flags} --question-prompt --freeze {part}", LACKING.format(part, flags))
             for flags, part in (

@@ -233,9 +233,7 @@ def own(tmp_path_factory):
 
 
 def train_on(data, out, *flags):
-    small = (
-        "--width 32 --heads 2 --image-layers 1 --text-layers 1 --decoder-layers 1 --questions-per-step 16 --device cpu"
-    )
+    small = "--width 32 --heads 2 --image-layers 1 --decoder-layers 1 --questions-per-step 16 --device cpu"
     train.main(
         read_command_line(
             [
@@ -285,14 +283,27 @@ def test_a_run_starts_from_another(own, trained, tmp_path):
     options = [*start, "--start-from", str(first), "--out", str(tmp_path / "second"), "--samples", "1", *flags]
     train.main(read_command_line(options))
     assert json.loads((tmp_path / "second" / "summary.json").read_text())["accuracy"] > 0.9
-    assert (tmp_path / "second" / "text_tokenizer" / "tokenizer.json").read_bytes() == (
-        first / "text_tokenizer" / "tokenizer.json"
+    assert (tmp_path / "second" / "decoder_tokenizer" / "tokenizer.json").read_bytes() == (
+        first / "decoder_tokenizer" / "tokenizer.json"
     ).read_bytes()
     with pytest.raises(UserError, match="--width"):
         read_command_line([*options, "--width", "64"])
     with pytest.raises(UserError, match="is a run of shapes; it should be one of --preset book"):
         book = ["--preset", "book", *start, "--start-from", str(first), "--out", str(tmp_path / "third")]
         train.main(read_command_line(book))
+
+
+def test_a_run_that_starts_from_one_with_a_text_encoder_has_it_too(own, tmp_path):
+    """What the question is read by, and what of it is learned, comes with the sizes."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    train_on(own / "qa.csv", first, "--steps", "1", "--text-encoder", "--no-question-loss")
+    start = ["--data", str(own / "qa.csv"), "--device", "cpu", "--precision", "fp32", "--cache", str(tmp_path / "c")]
+    flags = [*start, "--start-from", str(first), "--steps", "1", "--samples", "1"]
+    train.main(read_command_line([*flags, "--out", str(second)]))
+    kept = json.loads((second / "config.json").read_text())["train"]
+    assert kept["text_encoder"] is True and kept["question_loss"] is False and (second / "text_tokenizer").is_dir()
+    with pytest.raises(UserError, match="add --no-question-loss"):
+        train.main(read_command_line([*flags, "--question-loss", "--out", str(tmp_path / "third")]))
 
 
 def test_a_test_table_without_answers_is_answered(own, tmp_path):

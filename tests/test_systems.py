@@ -33,14 +33,14 @@ VQA = {
     "width": 16,
     "heads": 2,
     "image_layers": 1,
-    "text_layers": 1,
     "decoder_layers": 1,
     "questions_per_step": 32,
     "eval_questions": 16,
 }
+WITH_TEXT = VQA | {"text_encoder": True, "text_layers": 1, "question_loss": False}
 AUGMENTED = {"flip": 0.5, "rotate": 10, "contrast": 0.1}
 SYSTEMS = {
-    "tokens": VQA,
+    "tokens": WITH_TEXT,
     "mean": VQA | {"connector": "mean"},
     "prefix": VQA | {"connector": "prefix"} | AUGMENTED,
     "patches": {k: v for k, v in VQA.items() if k != "image_layers"} | {"connector": "patches"},
@@ -111,7 +111,10 @@ def flags(name: str, data: Path, out: Path, **changes) -> list[str]:
     shared = {"data": data, "out": out, "cache": out.parent / "cache", "device": "cpu", "precision": "fp32"}
     shared |= {"steps": STEPS, "warmup_steps": 2, "eval_every": 3, "save_every": 2, "log_every": 1, "samples": 4}
     values = shared | SYSTEMS[name] | BEGINS.get(name, {}) | changes
-    argv = [part for k, v in values.items() for part in (f"--{k.replace('_', '-')}", str(v))]
+    argv = []
+    for name_of, value in values.items():
+        words = name_of.replace("_", "-")
+        argv += [f"--{'' if value else 'no-'}{words}"] if isinstance(value, bool) else [f"--{words}", str(value)]
     return argv if name in HEARS else [*argv, "--no-image-cache"]
 
 
@@ -252,7 +255,8 @@ def test_augmentation_goes_with_images_that_are_read_each_time(data, tmp_path):
         options = read_command_line([*argv, "--out", str(tmp_path / "run")])
         with pytest.raises(UserError, match=message):
             systems.find(options.preset).check(options)
-    only_text = read_command_line(["--freeze", "text_encoder", "--feature-cache", "--rotate", "3"])
+    text = ["--text-encoder", "--no-question-loss", "--freeze", "text_encoder"]
+    only_text = read_command_line([*text, "--feature-cache", "--rotate", "3"])
     systems.find(only_text.preset).check(only_text)
 
 

@@ -54,7 +54,8 @@ def small_flags(data: Path, out: Path, **changes: Any) -> list[str]:
     """The command line of `small_options`."""
     values = {"data": data, "cache": out.parent / "cache", "out": out, "steps": 8} | SIZES | changes
     flags = [part for name, v in values.items() if v is not None for part in (f"--{name.replace('_', '-')}", str(v))]
-    return [*flags, "--no-image-cache"]
+    read_by = ["--text-encoder", "--no-question-loss"] if values["text_layers"] else []
+    return [*flags, *read_by, "--no-image-cache"]
 
 
 def small_system(options: VQAOptions, data: RunData | None = None) -> VQASystem:

@@ -18,7 +18,7 @@ RELEASED = {  # what every preset shares that starts from released models
 }
 AUGMENTED = {"flip": 0.5, "rotate": 5.0, "brightness": 0.1, "contrast": 0.1}
 PRESETS: dict[str, dict[str, Any]] = {
-    "shapes": {"question_prompt": True},
+    "shapes": {"question_prompt": True, "text_encoder": False, "question_loss": True},
     "book": {
         **RELEASED,
         "out": Path("runs/book"),

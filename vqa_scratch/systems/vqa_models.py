@@ -47,7 +47,7 @@ def check_connector(options: VQAOptions) -> None:
     kind = connector_class(options.connector)
     if reads_question(options):
         if options.question_loss:
-            raise UserError("--question-loss needs --no-text-encoder: a text encoder tells the decoder the question")
+            raise UserError("--text-encoder tells the decoder the question: add --no-question-loss")
         return
     why = "--no-text-encoder" if kind.reads_text else f"--connector {options.connector}"
     if not options.question_prompt:
