@@ -31,6 +31,7 @@ from vqa_scratch.training.progress import read_metrics
 WITH_TEXT = ", text encoder"  # ends the name of a row that has one
 SEEDS = (0, 1, 2)  # of a table that is not provisional
 KINDS = ("auto", "fp32", "bf16")  # of the precision of all runs
+WORDS_STEPS = 400  # in which questions' words are labels: twice the default, since most rows look later than `tokens`
 MAP = "cross"  # the map that `study` shows: the weights on the image, mean of heads and layers
 
 
@@ -54,7 +55,7 @@ class Row(NamedTuple):
         if self.text_encoder:
             return [*shared, "--text-encoder", "--no-question-loss"]  # it would tell the words
         without = ["--no-text-encoder"] if connector_class(self.connector).reads_text else []
-        return [*shared, *without, "--question-loss"]
+        return [*shared, *without, "--question-loss", f"--question-loss-steps={WORDS_STEPS}"]
 
 
 def all_rows() -> list[Row]:

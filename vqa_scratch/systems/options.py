@@ -143,7 +143,7 @@ class VQAOptions(QuestionOptions):
         only={"question_prompt": True},
     )
     question_loss_steps: int = option(
-        400,
+        200,
         "Steps in which the question's words are learned too; then it is the answer's alone.",
         TRAINING,
         minimum=1,
