@@ -1,8 +1,8 @@
 """The connectors side by side: what each learns from the same questions, and what it costs.
 
 Every run is one of `train.py` on the built-in data set, with the same image encoder, decoder, width and number of
-steps, so the same questions in the same order. The question is the decoder's prompt in every row; one row has a text
-encoder too.
+steps, so the same questions in the same order. The question is the decoder's prompt in every row, and its words are
+labels for the first 400 steps; one row has a text encoder instead of these labels.
 """
 
 import statistics
