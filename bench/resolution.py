@@ -3,8 +3,8 @@
 Scenes of the built-in data set are pasted into canvases, so that the same pixels and questions come in several sizes.
 A patch is one of the scene's cells, 16 x 16 pixels. Scored are the questions whose answers do not change with the place
 in the canvas; "where", whose answer is made for each canvas, is trained on too, since relations are not learned without
-it, and has a column of its own. The words of questions are labels too, without which a decoder that reads patches
-looks late. Both models see the same batches.
+it, and has a column of its own. The words of questions are labels too in the first third of the steps, without which a
+decoder that reads patches looks late, and with which it learns no relations. Both models see the same batches.
 
 Shapes: I images, B questions, V vocabulary.
 """
@@ -45,6 +45,7 @@ LEFT_OUT = "closest"  # as hard in a pasted scene as in another, and not what is
 PLACES = [f"{row} {column}" for row in ("top", "bottom") for column in ("left", "right")]
 QUESTIONS, IMAGES, TESTED = 6, 32, 600  # of a scene; of a step; scenes to test on
 GOAL = 0.05
+WORDS = 1 / 3  # of the steps, in which the words of questions are labels
 
 
 @dataclass(frozen=True)
@@ -118,11 +119,13 @@ class Pictures:
         return torch.from_numpy(np.stack(self.canvases))
 
 
-def batch_of(scenes: list[Drawn], questions: Questions, size: Size, rng: np.random.Generator) -> Batch:
-    """A batch of scenes pasted into canvases of this size."""
+def batch_of(
+    scenes: list[Drawn], questions: Questions, size: Size, rng: np.random.Generator, *, words: bool = False
+) -> Batch:
+    """A batch of scenes pasted into canvases of this size; with `words` those of the questions are labels too."""
     pasted = [scene.paste(size, rng) for scene in scenes]
     rows = np.array([row for _, asked in pasted for row in asked])
-    return questions.batch(rows, Pictures([canvas for canvas, _ in pasted]))
+    return questions.batch(rows, Pictures([canvas for canvas, _ in pasted]), words=words)
 
 
 def model_of(tokenizers: Tokenizers, newlines: bool, width: int, layers: int) -> VQAModel:
@@ -178,10 +181,11 @@ class Experiment:
     def batches(self) -> Iterator[Batch]:
         rng = np.random.default_rng(self.seed)
         fitting = {size: [scene for scene in self.train if scene.fits(size)] for size in TRAINED}
-        for _ in range(self.steps):
+        for step in range(self.steps):
             size = TRAINED[rng.integers(len(TRAINED))]
             chosen = rng.choice(len(fitting[size]), IMAGES, replace=False)
-            yield batch_of([fitting[size][i] for i in chosen], self.questions[0], size, rng)
+            words = step < self.steps * WORDS
+            yield batch_of([fitting[size][i] for i in chosen], self.questions[0], size, rng, words=words)
 
     def hidden(self, model: VQAModel, batch: Batch) -> Tensor:
         image = model.image.states(self.normalize(batch.images))
