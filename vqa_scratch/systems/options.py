@@ -140,7 +140,7 @@ class VQAOptions(QuestionOptions):
         False,
         "Learn to tell the question's words from the image too, not the answer's alone.",
         TRAINING,
-        only={"question_prompt": True},
+        only={"question_prompt": True} | NEW,
     )
     question_loss_steps: int = option(
         200,

@@ -79,7 +79,6 @@ class VQASystem(WritingSystem[VQAOptions], QuestionSystem[VQAOptions, VQAModel, 
             raise UserError(f"--start-from {folder} is a run of {kind}; it should be one of --preset {options.preset}")
         theirs = from_json(VQAOptions, config["train"], str(folder / CONFIG))
         kept = [name for name, rules in rules_of(VQAOptions).items() if "start_from" in rules.only]
-        kept += [] if "question_loss" in (options.given or ()) else ["question_loss"]
         prompt = options.question_prompt or theirs.question_prompt
         options = replace(options, **{name: getattr(theirs, name) for name in kept}, question_prompt=prompt)
         check_connector(options)
