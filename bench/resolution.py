@@ -154,7 +154,7 @@ class Experiment:
         words = train_bpe(sorted(texts), 512)
         limits = {"max_question_tokens": 32, "max_answer_tokens": 8, "question_prompt": True}
         self.tokenizers = Tokenizers(None, words, **limits)
-        self.questions = [Questions(samples, self.tokenizers, question_loss=True), Questions(others, self.tokenizers)]
+        self.questions = [Questions(some, self.tokenizers) for some in (samples, others)]
         self.normalize = ImageProcessor(size=None).normalize
         self.blind = QuestionOnly(samples)
 

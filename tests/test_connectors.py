@@ -3,6 +3,7 @@ somebody else adds."""
 
 import json
 import sys
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -33,6 +34,7 @@ from vqa_scratch.systems.vqa import VQASystem
 from vqa_scratch.systems.vqa_models import released_models, small_models
 from vqa_scratch.training.optimizers import Optimizers
 from vqa_scratch.training.precision import Precision
+from vqa_scratch.training.ranks import World
 from vqa_scratch.training.recompute import recompute_blocks
 
 EXACT = 1e-10  # of sums in float64 in another order
@@ -533,6 +535,24 @@ def test_a_new_connector_is_one_file_and_a_line(data, tmp_path, monkeypatch):
     (answer,), _ = opened.ask(sample.image_path, sample.question)
     assert answer.text == system.answer([sample])[sample.question_id].text
     assert opened.export(tmp_path / "out") and "connector `rows`" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_words_are_labels_for_the_first_steps(data, tmp_path):
+    """Counted over epochs, and on every rank; what a step is scored on is not."""
+    options = small_options(data, tmp_path / "run", question_prompt=True, text_encoder=False, question_loss=True)
+    epoch = len(small_system(options).epoch(0))
+    system = small_system(replace(options, question_loss_steps=epoch + 1))
+    keys = [*system.epoch(0), *system.epoch(1)]
+    assert [key.step for key in keys] == list(range(2 * epoch)) and epoch > 1
+    for key in keys:
+        batch, questions = system.batch(key), system.splits["train"].questions
+        words = questions.batch(key.rows, system.splits["train"].images, words=key.step <= epoch)
+        assert torch.equal(batch.labels, words.labels), key.step
+    first, after = (system.batch(keys[step]).counts for step in (epoch, epoch + 1))
+    assert first[1] > 4 * first[0] and after[1] <= 4 * after[0], "a question has more words than an answer"
+    share, _ = system.share(keys[epoch + 1], World(rank=1, size=2))
+    assert share.step == epoch + 1
+    assert small_system(replace(options, question_loss=False)).batch(keys[0]).counts[1] <= 4 * first[0]
 
 
 LACKING = "--freeze {} means nothing with {}: there"

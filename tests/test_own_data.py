@@ -302,7 +302,7 @@ def test_a_run_that_starts_from_one_with_a_text_encoder_has_it_too(own, tmp_path
     train.main(read_command_line([*flags, "--out", str(second)]))
     kept = json.loads((second / "config.json").read_text())["train"]
     assert kept["text_encoder"] is True and kept["question_loss"] is False and (second / "text_tokenizer").is_dir()
-    with pytest.raises(UserError, match="--question-loss"):
+    with pytest.raises(UserError, match="--question-loss means nothing with --start-from"):
         read_command_line([*flags, "--question-loss", "--out", str(tmp_path / "third")])
 
 

@@ -22,6 +22,7 @@ from vqa_scratch import systems
 from vqa_scratch.data.vqa_files import annotations_name
 from vqa_scratch.data.vqa_v2 import read_vqa
 from vqa_scratch.errors import UserError
+from vqa_scratch.options import flag
 from vqa_scratch.systems.options import BY_PRESET, read_command_line
 from vqa_scratch.training.checkpoint import load_checkpoint
 from vqa_scratch.training.optimizers import Optimizers
@@ -112,9 +113,8 @@ def flags(name: str, data: Path, out: Path, **changes) -> list[str]:
     shared |= {"steps": STEPS, "warmup_steps": 2, "eval_every": 3, "save_every": 2, "log_every": 1, "samples": 4}
     values = shared | SYSTEMS[name] | BEGINS.get(name, {}) | changes
     argv = []
-    for name_of, value in values.items():
-        words = name_of.replace("_", "-")
-        argv += [f"--{'' if value else 'no-'}{words}"] if isinstance(value, bool) else [f"--{words}", str(value)]
+    for option, value in values.items():
+        argv += [flag(option if value else f"no_{option}")] if isinstance(value, bool) else [flag(option), str(value)]
     return argv if name in HEARS else [*argv, "--no-image-cache"]
 
 

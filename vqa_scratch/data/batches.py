@@ -175,10 +175,10 @@ class ImageGroups(ABC):
 class Questions(ImageGroups):
     """Samples with the ids of their questions, prompts and answers, grouped by image.
 
-    With `question_loss` the words of a prompt are labels too, each to be told from the image and the words before it.
+    In a batch with `words` those of a prompt are labels too, each to be told from the image and the words before it.
     """
 
-    def __init__(self, samples: Sequence[VQASample], tokenizers: Tokenizers, *, question_loss: bool = False) -> None:
+    def __init__(self, samples: Sequence[VQASample], tokenizers: Tokenizers) -> None:
         super().__init__(samples)
         self.tokenizers = tokenizers
         self.fill = tokenizers.decoder.pad_id or 0
@@ -191,17 +191,16 @@ class Questions(ImageGroups):
         pairs, which = distinct(zip(asked.tolist(), said.tolist(), strict=True))
         both = [(prompts[question], written[answer]) for question, answer in pairs]
         self.decoder_ids = Ragged((prompt + answer[1:-1] for prompt, answer in both), which)
-        asks = (prompt[1:] if question_loss else [IGNORE] * (len(prompt) - 1) for prompt, _ in both)
-        self.labels = Ragged((ask + answer[1:] for ask, (_, answer) in zip(asks, both, strict=True)), which)
+        self.labels = Ragged((prompt[1:] + answer[1:] for prompt, answer in both), which)
 
     def prompt_batch(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
         """What the decoder reads before the answer: ids (B, P) and mask (B, P), padded on the left, BOS last."""
         return self.prompts.padded(rows, self.fill, left=True)
 
     def batch(
-        self, rows: np.ndarray, images: Images, *, image_map: np.ndarray | None = None, words: bool = True
+        self, rows: np.ndarray, images: Images, *, image_map: np.ndarray | None = None, words: bool = False
     ) -> Batch:
-        """As in `ImageGroups`; of each image the same number of rows. Without `words` no prompt has labels."""
+        """As in `ImageGroups`; of each image the same number of rows. Without `words` the answers alone have labels."""
         rows = np.asarray(rows)
         labels = self.labels.padded(rows, IGNORE)[0]
         if not words:

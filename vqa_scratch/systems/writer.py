@@ -53,7 +53,7 @@ class WritingSystem(AnsweringSystem[IO, VQAModel, Questions]):
         return assembly.sizes_of(self.model)
 
     def grouped(self, samples: Sequence[VQASample]) -> Questions:
-        return Questions(samples, self.tokenizers, question_loss=self.question_loss > 0)
+        return Questions(samples, self.tokenizers)
 
     def batch(self, key: Key) -> Batch:
         train = self.splits["train"]
