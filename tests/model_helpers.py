@@ -14,8 +14,8 @@ SIDE, GRID = 24, (3, 3)  # pixels and patches a side
 SIZES = {
     "tokens": {"grid": GRID},
     "patches": {"newlines": True},
-    "qformer": {"queries": 5, "layers": 2, "heads": 4, "grid": GRID},
-    "resampler": {"queries": 5, "layers": 2, "heads": 4, "grid": GRID},
+    "qformer": {"queries": 5, "layers": 2, "heads": 4, "grid": GRID, "tiles": True},
+    "resampler": {"queries": 5, "layers": 2, "heads": 4, "grid": GRID, "tiles": True},
 }
 
 

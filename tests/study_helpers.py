@@ -76,7 +76,7 @@ def tiny_vqa(kind: str = "tokens", heads: int = 4, decoder: Llama | None = None)
     sizes = BertConfig(layout="distilbert", vocab_size=40, dim=16, layers=2, heads=heads, hidden=32, token_types=0)
     text = Bert(sizes) if connector.reads_text else None
     decoder = tiny_decoder(heads, connector.needs_cross_attention()) if decoder is None else decoder
-    more = connector.sizes_for((3, 3), SimpleNamespace(queries=3, heads=heads))
+    more = connector.sizes_for((3, 3), SimpleNamespace(queries=3, heads=heads, query_tiles=True))
     return spread(VQAModel(image, text, connect({"kind": kind, **more}, image, text, decoder), decoder))
 
 

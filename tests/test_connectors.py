@@ -176,32 +176,47 @@ def test_patches_that_cannot_be_are_told():
         connect({"kind": "patches", "newlines": 1}, model.image, None, model.decoder)
 
 
-def test_qformer():
+def with_queries(kind: str, tiles: bool) -> tuple[VQAModel, Tensor]:
+    """A model whose learned queries read a tile each, or all of the image; and (5, 10), what each query may read."""
+    model = tiny_model(kind).double()
+    model.connector.tiles = tiles
+    if not tiles:
+        return model, torch.ones(5, 10, dtype=torch.bool)
+    single = torch.eye(9).unflatten(1, (1, 3, 3))  # an image of each place; 5 queries are 1 x 5 tiles
+    in_tile = F.adaptive_avg_pool2d(single, (1, 5)).flatten(1).T > 0
+    return model, torch.cat([torch.zeros(5, 1, dtype=torch.bool), in_tile], 1)  # not the class token
+
+
+@pytest.mark.parametrize("tiles", [True, False])
+def test_qformer(tiles):
     """Blocks of self-attention, attention to the image, and MLP, each sum normed; attention from its definition."""
-    model = tiny_model("qformer").double()
+    model, may_read = with_queries("qformer", tiles)
     image, _ = states(model)
     own = model.connector
     former, x = own.qformer, own.qformer.norm(own.qformer.queries).expand(2, -1, -1)
 
-    def attention(layer: nn.Module, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attention(layer: nn.Module, q: Tensor, k: Tensor, v: Tensor, allowed: Tensor) -> Tensor:
         q, k, v = (part.unflatten(2, (4, -1)).transpose(1, 2) for part in (q, k, v))
-        allowed = torch.ones(2, 4, q.shape[2], k.shape[2], dtype=torch.bool)
+        allowed = allowed.expand(2, 4, -1, -1)
         read = brute_force_attention(q, k, v, allowed, None, q.shape[-1] ** -0.5)
         return linear(layer.out, read.transpose(1, 2).flatten(2))
 
     assert len(former.blocks) == 2
     for block in former.blocks:
-        x = block.norm1(x + attention(block.attn, *linear(block.attn.qkv, x).chunk(3, -1)))
+        each_other = torch.ones(5, 5, dtype=torch.bool)
+        x = block.norm1(x + attention(block.attn, *linear(block.attn.qkv, x).chunk(3, -1), each_other))
         asked = linear(block.cross.q, x), *linear(block.cross.kv, image.tokens + own.places).chunk(2, -1)
-        x = block.norm_cross(x + attention(block.cross, *asked))
+        x = block.norm_cross(x + attention(block.cross, *asked, may_read))
         hidden = linear(block.mlp.up, x)
         x = block.norm2(x + linear(block.mlp.down, hidden * (1 + torch.erf(hidden / 2**0.5)) / 2))
     same(own(image, None, INDEX).prefix, linear(own.projection, x))
 
 
-def test_resampler():
+@pytest.mark.parametrize("tiles", [True, False])
+def test_resampler(tiles):
     """Pre-norm blocks in which latents read image and latents, a last norm; from the definition of attention."""
-    model = tiny_model("resampler").double()
+    model, may_read = with_queries("resampler", tiles)
+    hidden_keys = ~torch.cat([may_read, torch.ones(5, 5, dtype=torch.bool)], 1)
     image, text = states(model)
     own, (memory,) = model.connector, model.connector(image, text, INDEX).memory
     latents = own.resampler.latents.expand(2, -1, -1)
@@ -213,22 +228,23 @@ def test_resampler():
             part = slice(4 * head, 4 * head + 4)
             q = asked @ block.cross.q.weight[part].T
             k, v = (keys @ weight[part].T for weight in block.cross.kv.weight.chunk(2))
-            read.append((q @ k.mT / 2).softmax(-1) @ v)
+            read.append((q @ k.mT / 2).masked_fill(hidden_keys, -torch.inf).softmax(-1) @ v)
         latents = latents + torch.cat(read, 2) @ block.cross.out.weight.T
         hidden = block.norm2(latents) @ block.mlp.up.weight.T
         latents = latents + (hidden * (1 + torch.erf(hidden / 2**0.5)) / 2) @ block.mlp.down.weight.T
     for row, entry in enumerate(INDEX):
         same(per_row(memory)[row], own.resampler.norm(latents)[entry])
-    assert len(memory.states) == 2 and own.sizes == SIZES["resampler"] | {"grid": [3, 3]}
+    assert len(memory.states) == 2 and own.sizes == SIZES["resampler"] | {"grid": [3, 3], "tiles": tiles}
 
 
 @pytest.mark.parametrize("kind", ["qformer", "resampler"])
 def test_learned_queries_of_runs_before_they_were_given_places(kind):
     """Without a grid there is no table, and the image is read as if it were zero."""
     model = tiny_model(kind).double()
-    sizes = {name: value for name, value in model.connector.sizes.items() if name != "grid"}
+    sizes = {name: value for name, value in model.connector.sizes.items() if name not in ("grid", "tiles")}
     before = connect({"kind": kind, **sizes}, model.image, None, model.decoder).double().eval()
-    assert before.sizes == sizes and "places" not in before.state_dict()
+    assert before.sizes == sizes | {"tiles": False} and "places" not in before.state_dict()
+    model.connector.tiles = False
     weights = model.connector.state_dict()
     with torch.no_grad():
         weights.pop("places")
@@ -239,6 +255,18 @@ def test_learned_queries_of_runs_before_they_were_given_places(kind):
         rows_of(before(image, None, INDEX)), rows_of(model.connector(image, None, INDEX)), strict=True
     ):
         same(ours, theirs)
+
+
+@pytest.mark.parametrize("kind", ["qformer", "resampler"])
+def test_tiles_cut_an_image_of_any_size(kind):
+    """An image twice as wide has wider tiles, and without its grid there are none."""
+    model = tiny_model(kind).double()
+    image, _ = states(model, SIDE, 2 * SIDE)
+    _, seen = model.connector.read(image)
+    single = torch.eye(18).unflatten(1, (1, 3, 6))
+    assert torch.equal(seen[:, 1:], F.adaptive_avg_pool2d(single, (1, 5)).flatten(1).T > 0) and not seen[:, 0].any()
+    with pytest.raises(UserError, match="^learned queries that read a tile each need the grid of the image's places$"):
+        connect({"kind": kind, "tiles": True}, model.image, None, model.decoder)
 
 
 def test_gates_are_open_where_a_decoder_begins_at_random():

@@ -254,7 +254,7 @@ def test_every_family_feeds_a_vqa_model(tmp_path, name, kind):
     text = Bert(BertConfig("distilbert", 20, 8, 1, 2, 8, 16, 0)) if connector_class(kind).reads_text else None
     decoder = GPT2(GPT2Config(20, 64, 16, 1, 2, add_cross_attention=connector_class(kind).needs_cross_attention()))
     grid = image.places(24, 24).grid
-    sizes = connector_class(kind).sizes_for(grid, SimpleNamespace(queries=3, heads=2))
+    sizes = connector_class(kind).sizes_for(grid, SimpleNamespace(queries=3, heads=2, query_tiles=True))
     model = VQAModel(image, text, connect({"kind": kind, **sizes}, image, text, decoder), decoder).eval()
     ids = torch.tensor([[3, 4, 5]])
     for name, gate in decoder.named_parameters():

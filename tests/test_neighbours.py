@@ -5,12 +5,13 @@ from random import Random
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from vqa_scratch.data.spoken import drawn_split, windows
 from vqa_scratch.data.voices import sentences
 from vqa_scratch.nn.attention import MultiHeadAttention
 from vqa_scratch.nn.layers import init_weights, sinusoid_rates, sinusoids
-from vqa_scratch.nn.neighbours import Waves, look_near, read_tiles, tiled
+from vqa_scratch.nn.neighbours import Waves, look_near, places_of_tiles, read_tiles, tiled
 from vqa_scratch.systems.assembly import grid_positions, grid_waves
 from vqa_scratch.systems.voice_model import NEAR, small_model, speech_tokenizer
 from vqa_scratch.systems.voice_options import VoiceOptions
@@ -74,6 +75,14 @@ def test_queries_begin_with_a_tile_of_the_image_each():
             assert at[0] == 2 * (query // 4) + down
             assert (at[1] - (3 * (query % 4) + 0.25 + 1.5 * right)).abs() <= 0.5, "its middle lies between two places"
     assert [tiled(number) for number in (16, 12, 7, 1)] == [(4, 4), (3, 4), (1, 7), (1, 1)]
+
+
+@pytest.mark.parametrize("grid, tiles", [((8, 8), (4, 4)), ((8, 12), (3, 4)), ((7, 5), (2, 3)), ((2, 3), (4, 4))])
+def test_places_of_tiles_are_the_windows_of_adaptive_pooling(grid, tiles):
+    """Also where they do not divide the grid, and where there are more tiles than places."""
+    number = grid[0] * grid[1]
+    pooled = F.adaptive_avg_pool2d(torch.eye(number).unflatten(1, (1, *grid)), tiles)  # of an image of each place
+    assert torch.equal(places_of_tiles(grid, tiles), pooled.flatten(1).T > 0)
 
 
 def test_more_waves_than_a_head_compares():

@@ -40,8 +40,9 @@ class QFormerConnector(LearnedQueries):
         layers: int = 2,
         heads: int = 4,
         grid: Sequence[int] | None = None,
+        tiles: bool = False,
     ) -> None:
-        super().__init__(image, grid)
+        super().__init__(image, grid, tiles)
         width = decoder.config.dim
         config = QFormerConfig(
             dim=width,
@@ -81,8 +82,8 @@ class QFormerConnector(LearnedQueries):
         return RECIPE.format(config=self.qformer.config, queries=self.table.shape[1], reads=self.reads)
 
     def recipe_imports(self) -> list[str]:
-        return ["from vqa_scratch.models import QFormer, QFormerConfig"]
+        return ["from vqa_scratch.models import QFormer, QFormerConfig", *super().recipe_imports()]
 
     def forward(self, image: States, text: States | None, image_index: Tensor | None = None) -> Conditioning:
-        prefix = self.projection(self.qformer(self.placed(image)))  # (I, Q, D)
+        prefix = self.projection(self.qformer(*self.read(image)))  # (I, Q, D)
         return Conditioning(prefix=prefix, prefix_index=image_index)

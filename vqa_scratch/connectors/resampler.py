@@ -52,8 +52,9 @@ class ResamplerConnector(LearnedQueries):
         layers: int = 2,
         heads: int = 4,
         grid: Sequence[int] | None = None,
+        tiles: bool = False,
     ) -> None:
-        super().__init__(image, grid)
+        super().__init__(image, grid, tiles)
         width = decoder.config.dim
         for dim in (image.dim, width):
             check_heads(dim, heads)
@@ -85,7 +86,8 @@ class ResamplerConnector(LearnedQueries):
             "from vqa_scratch.models.resampler import Resampler, ResamplerConfig",
             "from vqa_scratch.nn import Memory",
             "from vqa_scratch.nn.gated_cross import flamingo_layer",
+            *super().recipe_imports(),
         ]
 
     def forward(self, image: States, text: States | None, image_index: Tensor | None = None) -> Conditioning:
-        return Conditioning([Memory(self.resampler(self.placed(image)), index=image_index)])  # (I, Q, D)
+        return Conditioning([Memory(self.resampler(*self.read(image)), index=image_index)])  # (I, Q, D)

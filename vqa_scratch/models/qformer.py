@@ -17,6 +17,7 @@ from vqa_scratch.models.bert import BertBlock, BertConfig, BertLayout
 from vqa_scratch.nn import taps
 from vqa_scratch.nn.attention import MultiHeadAttention
 from vqa_scratch.nn.layers import init_weights
+from vqa_scratch.nn.memory import Memory
 from vqa_scratch.nn.relative_bias import ScoreBias
 from vqa_scratch.weights import fields
 
@@ -50,7 +51,7 @@ class QFormerBlock(BertBlock):
         x: Tensor,
         key_mask: Tensor | None = None,
         bias: ScoreBias | None = None,
-        image: Tensor | None = None,
+        image: Memory | None = None,
     ) -> Tensor:
         x = taps.tap(self.tap_prefix, "resid_pre", x)
         x = self.norm1(x + self.dropout(self.attn(x, key_mask=key_mask, bias=bias)))
@@ -75,9 +76,10 @@ class QFormer(nn.Module):
         self.blocks.apply(lambda module: init_weights(module, config.init_std))
         taps.name_modules(self.blocks, "query")
 
-    def forward(self, image: Tensor) -> Tensor:
-        """(B, N, C) -> (B, Q, D)."""
+    def forward(self, image: Tensor, seen: Tensor | None = None) -> Tensor:
+        """(B, N, C) -> (B, Q, D). `seen` (Q, N) says which tokens each query may read; None: all."""
+        memory = Memory(image, seen=None if seen is None else seen.expand(len(image), -1, -1))
         x = self.dropout(self.norm(self.queries)).expand(len(image), -1, -1)
         for block in self.blocks:
-            x = block(x, image=image) if isinstance(block, QFormerBlock) else block(x)
+            x = block(x, image=memory) if isinstance(block, QFormerBlock) else block(x)
         return x

@@ -10,11 +10,13 @@ Shapes: I images, N image tokens, R latents, C width.
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vqa_scratch.nn import taps
 from vqa_scratch.nn.attention import MultiHeadAttention
 from vqa_scratch.nn.layers import MLP, activation, init_weights
+from vqa_scratch.nn.memory import Memory
 
 
 @dataclass(frozen=True)
@@ -51,11 +53,11 @@ class ResamplerBlock(taps.Tapped):
         )
         self.mlp = MLP(dim, config.hidden or 4 * dim, activation(config.activation), bias=False)
 
-    def forward(self, latents: Tensor, image: Tensor) -> Tensor:
-        """(I, R, C) and (I, N, C) -> (I, R, C)."""
+    def forward(self, latents: Tensor, image: Tensor, seen: Tensor | None = None) -> Tensor:
+        """(I, R, C) and (I, N, C) -> (I, R, C); `seen` (I, R, N + R): what each latent may read, None: all."""
         latents = taps.tap(self.tap_prefix, "resid_pre", latents)
         normed = self.norm1(latents)
-        latents = latents + self.cross(normed, torch.cat([self.norm_image(image), normed], 1))
+        latents = latents + self.cross(normed, Memory(torch.cat([self.norm_image(image), normed], 1), seen=seen))
         latents = taps.tap(self.tap_prefix, "resid_mid", latents)
         return taps.tap(self.tap_prefix, "resid_post", latents + self.mlp(self.norm2(latents)))
 
@@ -72,9 +74,11 @@ class Resampler(nn.Module):
         self.blocks.apply(init_weights)
         taps.name_modules(self.blocks, "resampler")
 
-    def forward(self, image: Tensor) -> Tensor:
-        """(I, N, C) -> (I, R, C)."""
+    def forward(self, image: Tensor, seen: Tensor | None = None) -> Tensor:
+        """(I, N, C) -> (I, R, C). `seen` (R, N) says which tokens each latent may read; None: all."""
         latents = self.latents.expand(len(image), -1, -1)
+        if seen is not None:  # the latents are keys too, for all of them
+            seen = F.pad(seen, (0, len(self.latents)), value=True).expand(len(image), -1, -1)
         for block in self.blocks:
-            latents = block(latents, image)
+            latents = block(latents, image, seen)
         return self.norm(latents)

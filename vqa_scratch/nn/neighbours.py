@@ -66,6 +66,21 @@ def tiled(number: int) -> tuple[int, int]:
     return rows, number // rows
 
 
+def places_of_tiles(grid: tuple[int, int], tiles: tuple[int, int]) -> Tensor:
+    """(Q, N) bool: the places of a grid in each of (rows, columns) tiles, both row by row.
+
+    Tiles that do not divide the grid share the places on their borders, as the windows of adaptive pooling do, so each
+    has one at least.
+    """
+
+    def spans(places: int, tiles: int) -> Tensor:
+        place, tile = torch.arange(places), torch.arange(tiles)[:, None]
+        return (place >= tile * places // tiles) & (place * tiles < (tile + 1) * places)
+
+    down, right = map(spans, grid, tiles)
+    return (down[:, None, :, None] & right[None, :, None, :]).flatten(2).flatten(0, 1)
+
+
 @torch.no_grad()
 def look_near(attention: nn.Module, waves: Waves, offsets: Sequence[Sequence[float]]) -> None:
     """Add to the queries and keys of attention what makes each head look at an offset (A,), in places.

@@ -135,6 +135,13 @@ class VQAOptions(QuestionOptions):
     queries: int = option(
         16, "Learned queries of the connector.", MODEL, minimum=1, only={"connector": ("qformer", "resampler")}
     )
+    query_tiles: bool = option(
+        True,
+        "Let each learned query read its own tile of the image; without, each reads all of it, as in BLIP-2 and "
+        "Flamingo.",
+        MODEL,
+        only={"connector": ("qformer", "resampler")},
+    )
     question_prompt: bool = option(False, "Give the question to the decoder too, as a prompt.", MODEL)
     question_loss: bool = option(
         False,
