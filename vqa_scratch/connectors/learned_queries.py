@@ -22,8 +22,8 @@ class LearnedQueries(Connector):
     """`queries` that read the image's tokens, to which a table adds their places again, as in `tokens`.
 
     `grid` is the (rows, columns) of that table, which is resized for other grids; None: no table, as in the runs from
-    before there was one. With `tiles` each query reads the places of its own tile of the image, as the queries of
-    Cambrian-1 do (Tong et al. 2024, arXiv 2406.16860, section 3); without, each reads all of it. `reads` is what
+    before there was one. With `tiles` each query reads the places of its own tile of the image, as in the Spatial
+    Vision Aggregator of Cambrian-1 (Tong et al. 2024, arXiv 2406.16860); without, each reads all of it. `reads` is what
     `recipe` says the queries are given. Raises UserError for tiles without a grid.
     """
 
