@@ -11,15 +11,18 @@ Shapes: I images, N image tokens, Q latents, D width of the image encoder.
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from vqa_scratch.connectors.learned_queries import LearnedQueries
 from vqa_scratch.models.hf_config import ReleasedDecoder, check_heads
 from vqa_scratch.models.resampler import Resampler, ResamplerConfig
 from vqa_scratch.nn import taps
+from vqa_scratch.nn.attention import MultiHeadAttention
 from vqa_scratch.nn.connecting import Conditioning
 from vqa_scratch.nn.gated_cross import flamingo_layer
 from vqa_scratch.nn.memory import Memory
+from vqa_scratch.nn.neighbours import GridWaves
 from vqa_scratch.nn.states import ImageEncoder, States, TextEncoder
 
 RECIPE = """\
@@ -76,6 +79,17 @@ class ResamplerConnector(LearnedQueries):
     @property
     def queries(self) -> nn.Module:
         return self.resampler
+
+    @torch.no_grad()
+    def start_from_places(self, places: GridWaves) -> None:
+        """What a latent reads of the image begins about as large as the latent: of a twentieth, a run may never learn
+        that there is an image (bench/RESULTS.md)."""
+        super().start_from_places(places)
+        for block in self.resampler.blocks.children():
+            cross = block.get_submodule("cross")
+            assert isinstance(cross, MultiHeadAttention)
+            nn.init.xavier_uniform_(cross.kv.weight[cross.heads * cross.head_dim :])
+            nn.init.xavier_uniform_(cross.out.weight)
 
     def recipe(self, with_text: bool) -> str:
         sizes = ", ".join(f"{name}={value}" for name, value in self.layer.items())
