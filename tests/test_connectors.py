@@ -25,6 +25,7 @@ from vqa_scratch.generate import GenerationOptions, generate, rank
 from vqa_scratch.models import VQAModel
 from vqa_scratch.models.patches import PixelPatchesConfig
 from vqa_scratch.nn.connecting import Conditioning, Connector
+from vqa_scratch.nn.memory import Memory
 from vqa_scratch.nn.neighbours import GridWaves
 from vqa_scratch.nn.states import States
 from vqa_scratch.systems.options import PRESETS, VQAOptions, read_command_line
@@ -275,6 +276,20 @@ def test_gates_are_open_where_a_decoder_begins_at_random():
     decoder = small_models(options, [ANY_SAMPLE])[0].decoder
     gates = [gate for name, gate in decoder.named_parameters() if name.endswith("_gate")]
     assert len(gates) == 2 * len(decoder.blocks) and all(gate.item() == 0.5 for gate in gates)
+
+
+def test_latents_begin_by_hearing_the_image():
+    """What a new resampler's first block adds of the image is about as large as its latents; it was a sixteenth."""
+    options = read_command_line(["--connector", "resampler", "--question-prompt", "--steps", "1"])
+    torch.manual_seed(0)
+    model = small_models(options, [ANY_SAMPLE])[0].eval()
+    image, seen = model.connector.read(model.image.states(torch.randn(8, 3, 64, 64)))
+    resampler = model.connector.resampler
+    latents, block = resampler.latents.expand(8, -1, -1), resampler.blocks[0]
+    visible = F.pad(seen, (0, 16), value=True).expand(8, -1, -1)
+    keys = torch.cat([block.norm_image(image), block.norm1(latents)], 1)
+    read = block.cross(block.norm1(latents), Memory(keys, seen=visible))
+    assert 0.4 < read.norm() / latents.norm() < 1.6
 
 
 @pytest.mark.parametrize("kind", ["prefix", "patches", "qformer"])

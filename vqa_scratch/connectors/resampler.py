@@ -82,7 +82,7 @@ class ResamplerConnector(LearnedQueries):
 
     @torch.no_grad()
     def start_from_places(self, places: GridWaves) -> None:
-        """What a latent reads of the image begins about as large as the latent: of a twentieth, a run may never learn
+        """What a latent reads of the image begins about as large as the latent: of a sixteenth, a run may never learn
         that there is an image (bench/RESULTS.md)."""
         super().start_from_places(places)
         for block in self.resampler.blocks.children():
