@@ -1,7 +1,8 @@
 """Tiny models of encoder, connector and decoder, with weights spread so that attention is uneven."""
 
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from vqa_scratch.connectors import connect, connector_class
 from vqa_scratch.generate import Conditioning, GenerationOptions, generate
@@ -17,6 +18,12 @@ SIZES = {
     "qformer": {"queries": 5, "layers": 2, "heads": 4, "grid": GRID, "tiles": True},
     "resampler": {"queries": 5, "layers": 2, "heads": 4, "grid": GRID, "tiles": True},
 }
+
+
+def pooling_windows(grid: tuple[int, int], tiles: tuple[int, int]) -> Tensor:
+    """(tiles, places) bool: which places adaptive pooling takes into each tile, found by an image of each place."""
+    single = torch.eye(grid[0] * grid[1]).unflatten(1, (1, *grid))
+    return F.adaptive_avg_pool2d(single, tiles).flatten(1).T > 0
 
 
 def spread(model: nn.Module, std: float = 0.25) -> nn.Module:

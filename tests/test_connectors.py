@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import assert_close, brute_force_attention
-from model_helpers import GRID, SIDE, SIZES, tiny_image, tiny_model
+from model_helpers import GRID, SIDE, SIZES, pooling_windows, tiny_image, tiny_model
 from model_helpers import decoder as tiny_decoder
 from torch import Tensor, nn
 from transformers import GPT2LMHeadModel
@@ -183,9 +183,7 @@ def with_queries(kind: str, tiles: bool) -> tuple[VQAModel, Tensor]:
     model.connector.tiles = tiles
     if not tiles:
         return model, torch.ones(5, 10, dtype=torch.bool)
-    single = torch.eye(9).unflatten(1, (1, 3, 3))  # an image of each place; 5 queries are 1 x 5 tiles
-    in_tile = F.adaptive_avg_pool2d(single, (1, 5)).flatten(1).T > 0
-    return model, torch.cat([torch.zeros(5, 1, dtype=torch.bool), in_tile], 1)  # not the class token
+    return model, F.pad(pooling_windows(GRID, (1, 5)), (1, 0))  # 5 queries are 1 x 5 tiles; the class token is in none
 
 
 @pytest.mark.parametrize("tiles", [True, False])
@@ -264,8 +262,7 @@ def test_tiles_cut_an_image_of_any_size(kind):
     model = tiny_model(kind).double()
     image, _ = states(model, SIDE, 2 * SIDE)
     _, seen = model.connector.read(image)
-    single = torch.eye(18).unflatten(1, (1, 3, 6))
-    assert torch.equal(seen[:, 1:], F.adaptive_avg_pool2d(single, (1, 5)).flatten(1).T > 0) and not seen[:, 0].any()
+    assert torch.equal(seen[:, 1:], pooling_windows((3, 6), (1, 5))) and not seen[:, 0].any()
     with pytest.raises(UserError, match="^learned queries that read a tile each need the grid of the image's places$"):
         connect({"kind": kind, "tiles": True}, model.image, None, model.decoder)
 
